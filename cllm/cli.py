@@ -1,0 +1,249 @@
+"""From a command line and YAML files to one validated config.
+
+`--config A.yaml --config B.yaml --model.n_layers 12`: mappings merge key by key, later wins, and what the command line
+says wins over every file. A mapping that names `preset` or `layers` replaces the one it lands on instead of merging
+into it, so that `kv: {preset: mha}` over `kv: {preset: cla, factor: 3}` leaves no stray `factor`.
+
+Values are YAML, read by one parser for files and command line alike, with floats such as `1e-3` understood. Types are
+strict: `"2"` is not an integer. A mistake is a `UserError` that names the key, the file it came from, the value seen
+and what is allowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, Tag, ValidationError
+from pydantic.fields import FieldInfo
+
+from cllm.errors import UserError, nearest
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+COMMAND_LINE = "command line"
+_SELECTORS = ("preset", "layers")
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader in which `1e-3` is a float, as in YAML 1.2 (PyYAML says string), and duplicate keys are errors."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value that YAML `text` spells. Raises `UserError` naming `where` and the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    data = parse_yaml(text, str(path))
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a config file holds a mapping of keys, this one holds a {type(data).__name__}")
+    return data
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, mapping by mapping; neither is changed."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        replace = isinstance(value, dict) and any(selector in value for selector in _SELECTORS)
+        if isinstance(value, dict) and isinstance(below, dict) and not replace:
+            merged[key] = merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _paths(data: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+    for key, value in data.items():
+        found.append((*prefix, str(key)))
+        if isinstance(value, dict):
+            found += _paths(value, (*prefix, str(key)))
+    return found
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """`--a.b 1 --c=x` as `{"a": {"b": 1}, "c": "x"}`."""
+    tree: dict[str, Any] = {}
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"{COMMAND_LINE}: unexpected argument {word!r}; settings look like --section.key VALUE")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise UserError(f"{COMMAND_LINE}: --{key} needs a value")
+            text = words.pop(0)
+        value = parse_yaml(text, f"{COMMAND_LINE}: --{key}")
+        *sections, leaf = key.split(".")
+        node = tree
+        for depth, section in enumerate(sections):
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{COMMAND_LINE}: --{key}: {'.'.join(sections[: depth + 1])} was given a value already")
+        node[leaf] = value
+    return tree
+
+
+def _sections(annotation: Any, tag: str | None = None) -> list[tuple[str | None, type[BaseModel]]]:
+    """The models inside an annotation such as `Foo`, `Foo | None` or a tagged union, each with its tag."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [(tag, annotation)]
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation, *metadata = typing.get_args(annotation)
+        return _sections(annotation, next((m.tag for m in metadata if isinstance(m, Tag)), tag))
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return [section for part in typing.get_args(annotation) for section in _sections(part, tag)]
+    return []
+
+
+def schema_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """Every dotted key of a schema with its pydantic field, sections after their own keys."""
+    keys: dict[str, FieldInfo] = {}
+    for name, field in schema.model_fields.items():
+        sections = _sections(field.annotation)
+        if not sections:
+            keys.setdefault(prefix + name, field)
+        for _, section in sections:
+            for key, inner in schema_keys(section, f"{prefix}{name}.").items():
+                keys.setdefault(key, inner)
+    return keys
+
+
+def _locate(schema: type[BaseModel], location: tuple[Any, ...]) -> tuple[tuple[str, ...], list[str]]:
+    """A pydantic location in the user's words, without union tags, and the keys allowed beside its last part."""
+    path: list[str] = []
+    here: list[tuple[str | None, type[BaseModel]]] = [(None, schema)]
+    beside: list[str] = []
+    for part in location:
+        if tagged := [section for section in here if section[0] is not None and section[0] == part]:
+            here = [(None, tagged[0][1])]
+            continue
+        path.append(str(part))
+        if isinstance(part, int):
+            continue
+        beside = [name for _, model in here for name in model.model_fields]
+        fields = [model.model_fields[part] for _, model in here if part in model.model_fields]
+        here = [section for field in fields for section in _sections(field.annotation)]
+    return tuple(path), beside
+
+
+def _describe(error: Any, schema: type[BaseModel], origin: dict[tuple[str, ...], str]) -> str:
+    """One pydantic error as `file: key: what is wrong, what is allowed`."""
+    location, beside = _locate(schema, error["loc"])
+    where = next((origin[location[:n]] for n in range(len(location), 0, -1) if location[:n] in origin), "")
+    key = ".".join(location)
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        elsewhere = [k for k in schema_keys(schema) if len(location) == 1 and k.endswith(f".{key}")]
+        message = f"unknown key; {nearest(key, elsewhere) if elsewhere else nearest(location[-1], beside)}"
+    elif error["type"] == "union_tag_invalid":
+        expected = [tag.strip("'") for tag in error["ctx"]["expected_tags"].split(", ")]
+        key += ".preset"
+        message = f'unknown preset "{error["ctx"]["tag"]}"; {nearest(error["ctx"]["tag"], expected)}'
+    elif error["type"] == "union_tag_not_found":
+        message = f"is a mapping with preset or layers, got {error['input']!r}"
+    elif error["type"] == "missing":
+        message = "is required and missing"
+    elif "ctx" not in error or "error" not in error["ctx"]:
+        seen = error["input"]
+        if not isinstance(seen, (dict, BaseModel)):
+            message = f"{message[0].lower()}{message[1:]}, got {seen!r}"
+    return ": ".join(part for part in (where, key, message) if part)
+
+
+def validate(schema: type[Schema], data: dict[str, Any], origin: dict[tuple[str, ...], str] | None = None) -> Schema:
+    """`data` as an instance of `schema`, or a `UserError` for the first thing wrong (and how many more there are)."""
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        errors = error.errors()
+        # An unknown key is usually a misspelt one, and explains the "missing" ones: tell it first.
+        errors.sort(key=lambda e: e["type"] != "extra_forbidden")
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise UserError(_describe(errors[0], schema, origin or {}) + more) from None
+
+
+def load(schema: type[Schema], files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Schema:
+    """The config that YAML `files` and command-line `overrides` spell together."""
+    data: dict[str, Any] = {}
+    origin: dict[tuple[str, ...], str] = {}
+    layers = [(str(path), read_yaml(path)) for path in files] + [(COMMAND_LINE, parse_overrides(overrides))]
+    for name, layer in layers:
+        data = merge(data, layer)
+        origin |= dict.fromkeys(_paths(layer), name)
+    return validate(schema, data, origin)
+
+
+def keys_help(schema: type[BaseModel]) -> str:
+    """Every key with its default and its meaning, for `--help`."""
+    lines = []
+    for key, field in schema_keys(schema).items():
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"  --{key}  (default: {default})\n      {meaning}")
+    return "settings, the same in YAML and on the command line:\n" + "\n".join(lines)
+
+
+class _Help(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, *, schema: type[BaseModel], help: str):
+        super().__init__(option_strings, dest, nargs=0, help=help)
+        self.schema = schema
+
+    def __call__(self, parser, *_):
+        print(parser.format_help() + "\n" + keys_help(self.schema))
+        parser.exit()
+
+
+def config_parser(schema: type[BaseModel], description: str) -> argparse.ArgumentParser:
+    """An argument parser with `--config` (repeatable) and a `--help` that lists every setting of `schema`."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-h", "--help", action=_Help, schema=schema, help="show this help and every setting")
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="a YAML file; repeat it, later files win"
+    )
+    return parser

@@ -1,0 +1,119 @@
+"""Prepared folders as a Lightning data module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from cllm.data.manifest import Manifest
+from cllm.data.packing import PackedDataset, ValidationDataset
+from cllm.data.sampler import StepBatchSampler
+from cllm.data.store import TokenStore
+from cllm.errors import DataError, UserError
+
+TRAIN, VALIDATION = "train", "validation"
+
+
+class DataModule(LightningDataModule):
+    """The training split of one prepared folder and the validation splits of any number of them.
+
+    `validation` maps a name to a prepared folder; empty, it is {"validation": train_folder}. Every folder must have been
+    prepared with the tokenizer of the first. Batches are dicts of int64 (B, T) tensors, as `packing.window` describes.
+    `validation_sequences` limits each validation set. `vocab_size` is the model's, checked where it is given.
+
+    The Trainer is to be made with `use_distributed_sampler=False` and `accumulate_grad_batches` =
+    global_batch / (micro_batch x devices). The training loader has no end and starts at the trainer's `global_step`.
+
+    Raises `DataError` for a folder that is missing, damaged, short of data or of another tokenizer, and `UserError` for a
+    vocabulary too small.
+    """
+
+    def __init__(
+        self,
+        train_folder: str,
+        validation: dict[str, str] | None = None,
+        *,
+        seq_len: int,
+        micro_batch: int,
+        global_batch: int,
+        seed: int = 0,
+        document_mask: bool = False,
+        num_workers: int = 0,
+        validation_sequences: int | None = None,
+        vocab_size: int | None = None,
+    ):
+        super().__init__()
+        self.seq_len, self.document_mask = seq_len, document_mask
+        self.micro_batch, self.global_batch = micro_batch, global_batch
+        self.num_workers, self.validation_sequences = num_workers, validation_sequences
+        train = TokenStore(train_folder, TRAIN)
+        self.manifest: Manifest = train.manifest
+        """The training folder's."""
+        self.train_dataset = PackedDataset(train, seq_len, seed=seed, document_mask=document_mask)
+        folders = validation or {VALIDATION: train_folder}
+        self.validation_stores = {name: TokenStore(folder, VALIDATION) for name, folder in folders.items()}
+        self._check_vocabulary(vocab_size)
+
+    @property
+    def validation_names(self) -> list[str]:
+        """The validation sets, in the order of `val_dataloader`."""
+        return list(self.validation_stores)
+
+    @property
+    def bytes_per_token(self) -> dict[str, float]:
+        """UTF-8 bytes a token of each validation set: bits per byte = loss in nats / ln 2 / bytes per token."""
+        return {name: store.manifest.bytes_per_token(VALIDATION) for name, store in self.validation_stores.items()}
+
+    def train_dataloader(self) -> DataLoader:
+        """Micro-batches from the trainer's current step on, for its rank."""
+        trainer = self.trainer
+        assert trainer is not None
+        sampler = StepBatchSampler(
+            self.micro_batch, self.global_batch, trainer.global_rank, trainer.world_size, trainer.global_step
+        )
+        return DataLoader(self.train_dataset, batch_sampler=sampler, **self._loading)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """One loader for each of `validation_names`: this rank's share, in a fixed order."""
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        return [
+            DataLoader(
+                ValidationDataset(
+                    store,
+                    self.seq_len,
+                    limit=self.validation_sequences,
+                    document_mask=self.document_mask,
+                    rank=rank,
+                    world_size=world_size,
+                ),
+                batch_size=self.micro_batch,
+                **self._loading,
+            )
+            for store in self.validation_stores.values()
+        ]
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        settings: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+        if self.num_workers:
+            settings |= {"persistent_workers": True, "prefetch_factor": 4}
+        return settings
+
+    def _check_vocabulary(self, vocab_size: int | None) -> None:
+        manifest = self.manifest
+        for name, store in self.validation_stores.items():
+            other = store.manifest
+            if (other.tokenizer_sha256, other.eos_id) != (manifest.tokenizer_sha256, manifest.eos_id):
+                raise DataError(
+                    f"{other.folder}: validation set {name!r} was made with another tokenizer than {manifest.folder}; "
+                    f"prepare it with --tokenizer.load {manifest.folder}/tokenizer"
+                )
+        if vocab_size is not None and vocab_size < manifest.vocab_size:
+            raise UserError(
+                f"model.vocab_size {vocab_size} is less than the {manifest.vocab_size} tokens of the tokenizer in "
+                f"{manifest.folder}"
+            )

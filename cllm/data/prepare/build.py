@@ -1,0 +1,279 @@
+"""From a recipe to a prepared folder.
+
+Everything is written to OUT.partial, which becomes OUT by one rename when its manifest is there. `progress.json` in
+OUT.partial records a consistent cut each time a shard is finished: so many documents of the corpus, so many bytes of
+each file. A later run of the same recipe over the same source cuts the files back to it and goes on, which gives the
+bytes that an undisturbed run would have given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from tqdm import tqdm
+
+from cllm.data.manifest import MANIFEST, TOKENIZER, Manifest, Split, partial_folder
+from cllm.data.prepare import tokenizer
+from cllm.data.prepare.corpus import TRAIN, VALIDATION, Corpus, after
+from cllm.data.prepare.encode import Encoded, encode
+from cllm.data.prepare.recipe import Recipe
+from cllm.data.prepare.shards import Progress, ShardWriter
+from cllm.errors import DataError, UserError
+
+log = logging.getLogger(__name__)
+
+STATE = "progress.json"
+
+
+class State(BaseModel):
+    """The content of `progress.json`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    key: str
+    """Hash of all that decides the output: recipe, source and versions."""
+    documents: int = 0
+    """Kept documents of the corpus that are written, all splits together."""
+    splits: dict[str, Progress] = {}
+
+    def save(self, folder: Path) -> None:
+        temporary = folder / (STATE + ".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(self.model_dump_json())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / STATE)
+
+
+def prepare(recipe: Recipe, *, force: bool = False) -> Manifest:
+    """Make a recipe's prepared folder, or find it made.
+
+    Raises `DataError` for a corpus, tokenizer or folder that cannot be used; what was written by then is removed, unless
+    it holds finished shards that a rerun can use. `force` replaces a finished folder.
+    """
+    folder = recipe.folder
+    finished = _finished(folder, recipe, force)
+    if finished:
+        log.info("%s: already prepared from this recipe (--force prepares it again)", folder)
+        return finished
+    corpus = Corpus(recipe)
+    partial = partial_folder(folder)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with _locked(partial), _removed_on_error(partial):
+            _fill(partial, recipe, corpus)
+            _swap(partial, folder)
+    except OSError as error:
+        raise DataError(f"{partial}: cannot be written: {error}") from None
+    return Manifest.load(folder)
+
+
+def _finished(folder: Path, recipe: Recipe, force: bool) -> Manifest | None:
+    """The manifest of a folder that was made by this recipe; None if it has to be made. Raises `DataError`."""
+    if not folder.exists():
+        return None
+    if not (folder / MANIFEST).exists():
+        if folder.is_dir() and not any(folder.iterdir()):
+            return None
+        raise DataError(f"{folder}: exists and is not a prepared folder; name another with --out")
+    if force:
+        return None
+    manifest = Manifest.load(folder)
+    if manifest.recipe != recipe.content():
+        keys = [key for key, value in recipe.content().items() if manifest.recipe.get(key) != value]
+        raise DataError(
+            f"{folder}: was prepared from a different recipe ({', '.join(keys) or 'other keys'} differ); "
+            "name another folder with --out, or replace it with --force"
+        )
+    # The source may be gone by now, and need not be there.
+    with contextlib.suppress(DataError):
+        if Corpus(recipe).fingerprint_sha256() != manifest.source_sha256:
+            log.warning("%s: the source has changed since it was prepared; --force prepares it again", folder)
+    return manifest
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second process out of `folder`; the lock goes with the process, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise DataError(f"{folder}: another process is preparing it") from None
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _removed_on_error(partial: Path) -> Iterator[None]:
+    """After a user's error leave nothing behind, unless a rerun can use it."""
+    try:
+        yield
+    except UserError:
+        state = _read_state(partial)
+        if state is None or not any(progress.shards for progress in state.splits.values()):
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            log.info("%s: keeps the finished shards for the next run", partial)
+        raise
+
+
+def _read_state(partial: Path) -> State | None:
+    try:
+        return State.model_validate_json((partial / STATE).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _fill(partial: Path, recipe: Recipe, corpus: Corpus) -> None:
+    """Write everything a prepared folder holds, the manifest last."""
+    fingerprint = corpus.fingerprint_sha256()
+    versions = {"python": python_version()} | {name: version(name) for name in ("tokenizers", "numpy")}
+    if recipe.tokenizer.load:
+        versions["transformers"] = version("transformers")
+    key = hashlib.sha256(json.dumps([recipe.sha256(), fingerprint, versions]).encode()).hexdigest()
+    state = _resume(partial, key) or _start(partial, key, recipe, corpus)
+    saved = tokenizer.inspect(partial / TOKENIZER)
+    splits = _write_shards(partial, recipe, corpus, saved, state)
+    Manifest(
+        name=recipe.name,
+        dtype=saved.dtype,
+        vocab_size=saved.vocab_size,
+        eos_id=saved.eos_id,
+        tokenizer_sha256=saved.sha256,
+        splits=splits,
+        counts=corpus.counts,
+        recipe=recipe.content(),
+        source_sha256=fingerprint,
+        versions=versions,
+    ).save(partial)
+
+
+def _resume(partial: Path, key: str) -> State | None:
+    """The state a stopped run left, its files cut back to it; None where there is nothing to go on from."""
+    if not any(partial.iterdir()):
+        return None
+    state = _read_state(partial)
+    if state is None or state.key != key:
+        why = "never got as far as the tokens" if state is None else "is of another recipe, source or library version"
+        log.info("starting clean: %s %s", partial, why)
+        return None
+    kept = {STATE, TOKENIZER}
+    for split, progress in state.splits.items():
+        kept |= {name for shard in progress.shards for name in (shard.file, shard.index)}
+        kept |= {f"{split}-{len(progress.shards):05d}{suffix}" for suffix in (".bin", ".idx") if progress.documents}
+    _remove(partial, but=kept)
+    n_shards = sum(len(progress.shards) for progress in state.splits.values())
+    log.info("resuming %s: %d documents, %d finished shards", partial, state.documents, n_shards)
+    return state
+
+
+def _start(partial: Path, key: str, recipe: Recipe, corpus: Corpus) -> State:
+    """An emptied folder with its tokenizer."""
+    _remove(partial, but=set())
+    choice = recipe.tokenizer
+    if choice.train:
+        log.info("training the tokenizer")
+        # A tokenizer of nothing would be reported as such; the true fault is the empty corpus.
+        if next(corpus.documents(), None) is None:
+            raise _no_documents(recipe, corpus)
+        tokenizer.train(corpus.sample(choice.train.sample_bytes), choice.train, partial / TOKENIZER)
+    else:
+        assert choice.load is not None
+        tokenizer.load(choice.load, partial / TOKENIZER)
+    state = State(key=key)
+    state.save(partial)
+    return state
+
+
+def _remove(folder: Path, but: set[str]) -> None:
+    for path in folder.iterdir():
+        if path.name not in but:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _write_shards(
+    partial: Path, recipe: Recipe, corpus: Corpus, saved: tokenizer.Saved, state: State
+) -> dict[str, Split]:
+    writers = {
+        split: ShardWriter(partial, split, saved.dtype, recipe.shard_tokens, state.splits.get(split))
+        for split in (TRAIN, VALIDATION)
+    }
+    encoded = encode(after(corpus.documents(), state.documents), saved, recipe.n_workers)
+    terminal = sys.stderr.isatty()
+    bar = tqdm(
+        total=corpus.n_bytes,
+        desc=recipe.name,
+        unit="B",
+        unit_scale=True,
+        mininterval=0.2 if terminal else 30,  # a log file wants a line now and then, not a bar
+        leave=terminal,
+    )
+    with bar, contextlib.closing(encoded):
+        for batch in encoded:
+            n_shards = sum(len(writer.progress.shards) for writer in writers.values())
+            _write_batch(batch, writers)
+            state.documents += len(batch.lengths)
+            bar.update(batch.position - bar.n)
+            if sum(len(writer.progress.shards) for writer in writers.values()) > n_shards:
+                state.splits = {split: writer.sync() for split, writer in writers.items()}
+                state.save(partial)
+    splits = {split: writer.finish() for split, writer in writers.items()}
+    splits = {split: totals for split, totals in splits.items() if totals.documents}
+    _check_splits(splits, recipe, corpus)
+    return splits
+
+
+def _write_batch(batch: Encoded, writers: dict[str, ShardWriter]) -> None:
+    start = 0
+    for length, split, n_bytes in zip(batch.lengths, batch.splits, batch.n_bytes, strict=True):
+        writers[split].add(batch.tokens[start : start + length], n_bytes)
+        start += length
+
+
+def _check_splits(splits: dict[str, Split], recipe: Recipe, corpus: Corpus) -> None:
+    """Refuse a data set that lacks a split the recipe asked for."""
+    fraction = recipe.validation.fraction
+    if not splits:
+        raise _no_documents(recipe, corpus)
+    if TRAIN not in splits and fraction != 1:
+        raise DataError(f"{recipe.name}: no document is left for training; validation.fraction {fraction} took them all")
+    if VALIDATION not in splits and fraction != 0:
+        n_documents = splits[TRAIN].documents
+        asked = "validation.paths holds no documents" if fraction is None else f"validation.fraction {fraction}"
+        raise DataError(
+            f"{recipe.name}: the validation split is empty: {asked}, of {n_documents} documents; "
+            "ask for more of them, or for none with validation.fraction 0"
+        )
+
+
+def _no_documents(recipe: Recipe, corpus: Corpus) -> DataError:
+    counts = corpus.counts
+    return DataError(
+        f"{recipe.name}: source.kind {recipe.source.kind} holds no documents to keep "
+        f"({counts.empty_documents} empty, {counts.short_documents} shorter than min_chars)"
+    )
+
+
+def _swap(partial: Path, folder: Path) -> None:
+    """Put the finished folder in place of whatever was there."""
+    (partial / STATE).unlink()
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

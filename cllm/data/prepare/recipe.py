@@ -1,0 +1,138 @@
+"""What a recipe may say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MIN_VOCAB = 257
+"""The 256 bytes and EOS."""
+
+_KEYS_OF_KIND = {
+    "stdlib": set[str](),
+    "files": {"paths", "text_field"},
+    "hub": {"dataset", "config", "split", "revision", "text_field"},
+}
+_REQUIRED_KEY = {"files": "paths", "hub": "dataset"}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Source(_Section):
+    """Where the documents come from."""
+
+    kind: Literal["stdlib", "files", "hub"] = "stdlib"
+    """`stdlib`: the Python standard library of the running interpreter. `files`: local files. `hub`: a Hugging Face
+    data set, streamed."""
+    paths: list[str] = []
+    """files: files, folders and globs, read in this order, a folder's files by name."""
+    dataset: str | None = None
+    """hub: the data set's name, such as HuggingFaceFW/fineweb-edu."""
+    config: str | None = None
+    """hub: the data set's configuration, where it has several."""
+    split: str = "train"
+    """hub: the data set's split."""
+    revision: str | None = None
+    """hub: a branch, tag or commit; a commit makes the recipe repeatable."""
+    text_field: str = "text"
+    """The field of a JSON line, table or data set that holds the text."""
+
+    @model_validator(mode="after")
+    def _keys_fit_kind(self) -> Source:
+        foreign = self.model_fields_set - {"kind"} - _KEYS_OF_KIND[self.kind]
+        if foreign:
+            owners = [kind for kind, keys in _KEYS_OF_KIND.items() if min(foreign) in keys]
+            raise ValueError(f"`{min(foreign)}` goes with kind: {' or '.join(owners)}, not with kind: {self.kind}")
+        required = _REQUIRED_KEY.get(self.kind)
+        if required and not getattr(self, required):
+            raise ValueError(f"kind: {self.kind} needs `{required}`")
+        return self
+
+
+class TrainTokenizer(_Section):
+    """A byte-level BPE trained on the start of the training documents."""
+
+    vocab_size: Annotated[int, Field(ge=MIN_VOCAB)]
+    """Tokens in all: 256 bytes, <|endoftext|> and the merges."""
+    sample_bytes: Annotated[int, Field(gt=0)] = 100_000_000
+    """UTF-8 bytes of text to train on."""
+
+
+class TokenizerChoice(_Section):
+    """`train` a tokenizer or `load` one."""
+
+    train: TrainTokenizer | None = None
+    load: str | None = None
+    """A Hugging Face tokenizer by name, or a folder that holds one, such as data/prepared/NAME/tokenizer."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizerChoice:
+        if (self.train is None) == (self.load is None):
+            raise ValueError("say either `train` or `load` (set the other to null)")
+        return self
+
+
+class Validation(_Section):
+    """Which documents are held out as the validation split."""
+
+    fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the documents, chosen by a hash of each document's text and the seed; 0 for none, 1 for all."""
+    paths: list[str] | None = None
+    """Or files of their own, read as `source.paths` are; then the whole source is for training."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Validation:
+        if (self.fraction is None) == (self.paths is None):
+            raise ValueError("say either `fraction` or `paths` (set the other to null)")
+        return self
+
+
+class Recipe(_Section):
+    """How one corpus becomes one prepared folder."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """What the data set is called."""
+    out: str | None = None
+    """The prepared folder; data/prepared/NAME unless said."""
+    source: Source
+    tokenizer: TokenizerChoice
+    validation: Validation
+    max_documents: Annotated[int, Field(gt=0)] | None = None
+    """Stop after this many documents of the source."""
+    max_bytes: Annotated[int, Field(gt=0)] | None = None
+    """Stop at the document that brings the source's text to this many UTF-8 bytes."""
+    min_chars: Annotated[int, Field(ge=0)] = 0
+    """Leave out documents with fewer characters. Empty ones are always left out."""
+    shard_tokens: Annotated[int, Field(gt=0)] = 100_000_000
+    """A shard is closed before the document that would take it past this many tokens."""
+    workers: Annotated[int, Field(gt=0)] | None = None
+    """Processes that tokenise; one a CPU unless said. The result does not depend on it."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Salts the hash that chooses validation documents."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the prepared folder goes."""
+        return Path(self.out or f"data/prepared/{self.name}").expanduser()
+
+    @property
+    def n_workers(self) -> int:
+        """Processes to tokenise with."""
+        if self.workers:
+            return self.workers
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def content(self) -> dict[str, Any]:
+        """What decides the output: everything but `out` and `workers`."""
+        return self.model_dump(mode="json", exclude={"out", "workers"})
+
+    def sha256(self) -> str:
+        """A hash of `content()`."""
+        return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,90 @@
+"""The tokenizer of a prepared folder: trained or loaded, then saved beside the tokens."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from cllm.data.manifest import tokenizer_sha256
+from cllm.data.prepare.recipe import TrainTokenizer
+from cllm.errors import DataError
+
+log = logging.getLogger(__name__)
+
+EOS = "<|endoftext|>"
+
+
+class Saved(NamedTuple):
+    """A tokenizer that lies in a prepared folder."""
+
+    file: str
+    """Path of its tokenizer.json."""
+    vocab_size: int
+    """One more than the largest token id."""
+    eos_id: int
+    sha256: str
+
+    @property
+    def dtype(self) -> str:
+        """The smallest integer type of a token file that holds every id."""
+        return "uint16" if self.vocab_size <= 2**16 else "uint32"
+
+
+def train(texts: Iterable[str], spec: TrainTokenizer, folder: Path) -> None:
+    """Train a byte-level BPE and save it in `folder`. The same texts give the same file, byte for byte."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=spec.vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if (found := tokenizer.get_vocab_size()) < spec.vocab_size:
+        log.warning("tokenizer: the text yields only %d tokens of the %d asked for", found, spec.vocab_size)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # What AutoTokenizer reads beside tokenizer.json; written here because importing transformers takes seconds.
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": int(1e30),
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load(name: str, folder: Path) -> None:
+    """Save the Hugging Face tokenizer `name` (or a folder that holds one) in `folder`. Raises `DataError`."""
+    from transformers import AutoTokenizer
+
+    # Whatever goes wrong in finding or parsing a tokenizer is, to the user, one fault told in one line.
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise DataError(f"tokenizer.load {name}: cannot be loaded: {type(error).__name__}: {error}") from None
+    if not tokenizer.is_fast:
+        raise DataError(f"tokenizer.load {name}: has no tokenizer.json form (a `fast` tokenizer), which is needed")
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"tokenizer.load {name}: has no EOS token (eos_token), which has to end every document; "
+            "name one in its tokenizer_config.json"
+        )
+    tokenizer.save_pretrained(str(folder))
+
+
+def inspect(folder: Path) -> Saved:
+    """What the tokens made with a saved tokenizer look like."""
+    path = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    eos = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
+    eos_id = tokenizer.token_to_id(eos if isinstance(eos, str) else eos["content"])
+    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return Saved(str(path), vocab_size, eos_id, tokenizer_sha256(folder))

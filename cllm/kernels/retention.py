@@ -1,0 +1,97 @@
+"""Gated retention (YOCO, arXiv 2405.05254, eq. 5-7): linear attention with one data-dependent decay a head.
+
+    S_t = γ_t S_{t-1} + k_tᵀ v_t          o_t = scale q_t S_t
+
+Shapes: B batch, T tokens, H heads, D channels of queries and keys, E channels of values. On a GPU the
+flash-linear-attention library's chunked kernel computes it (`simple_gla`, which has this recurrence); elsewhere, and
+where that library is missing, the plain chunked form below.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def _fla_kernel() -> Callable[..., Any] | None:
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError as error:
+        log.warning("gated retention: flash-linear-attention is not installed (%s); using the slower torch form", error)
+        return None
+    log.info("gated retention: flash-linear-attention's simple_gla")
+    return chunk_simple_gla
+
+
+def gated_retention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float, document_ids: Tensor | None = None
+) -> Tensor:
+    """Gated retention over whole sequences.
+
+    Args:
+        q, k: (B, T, H, D). v: (B, T, H, E).
+        log_decay: (B, T, H) fp32, ln γ, at most 0.
+        scale: factor on the output.
+        document_ids: (B, T) integers, ascending; the state is cleared where the document changes.
+
+    Returns:
+        (B, T, H, E) in the dtype of `v`.
+    """
+    kernel = _fla_kernel() if q.is_cuda else None
+    if kernel is None:
+        return gated_retention_reference(q, k, v, log_decay, scale=scale, document_ids=document_ids)
+    if document_ids is None:
+        return kernel(q, k, v, g=log_decay, scale=scale)[0]
+    batch, length = document_ids.shape
+    change = torch.ones_like(document_ids, dtype=torch.bool)
+    change[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    starts = change.flatten().nonzero().flatten()
+    bounds = torch.cat((starts, starts.new_tensor([batch * length])))
+    flat = [t.reshape(1, batch * length, *t.shape[2:]) for t in (q, k, v, log_decay)]
+    out = kernel(*flat[:3], g=flat[3], scale=scale, cu_seqlens=bounds)[0]
+    return out.view(batch, length, *out.shape[2:])
+
+
+def gated_retention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float,
+    document_ids: Tensor | None = None,
+    chunk: int = 128,
+) -> Tensor:
+    """The same in plain torch, fp32 inside: quadratic within chunks, one state carried between them."""
+    dtype = v.dtype
+    batch, length, heads, _ = q.shape
+    q, k, v, log_decay = (t.float().transpose(1, 2) for t in (q, k, v, log_decay))  # B, H, T, .
+    ids = torch.zeros(batch, length, dtype=torch.long, device=q.device) if document_ids is None else document_ids
+    state = q.new_zeros(batch, heads, k.shape[-1], v.shape[-1])
+    state_id = ids[:, 0]  # the document that the state belongs to
+    outputs = []
+    for start in range(0, length, chunk):
+        part = slice(start, start + chunk)
+        qc, kc, vc, id_c = q[:, :, part], k[:, :, part], v[:, :, part], ids[:, part]
+        total = log_decay[:, :, part].cumsum(-1)  # B, H, c: decay from before the chunk to each token
+        n = id_c.shape[1]
+        seen = torch.ones(n, n, dtype=torch.bool, device=q.device).tril() & (id_c[:, :, None] == id_c[:, None, :])
+        gap = (total[..., :, None] - total[..., None, :]).masked_fill(~seen[:, None], float("-inf"))
+        inner = (qc @ kc.transpose(-1, -2) * gap.exp()) @ vc
+        alive = (id_c == state_id[:, None])[:, None, :, None]  # B, 1, c, 1
+        outputs.append(inner + (qc * total.exp()[..., None]) @ state * alive)
+        last = id_c[:, -1]
+        kept = (id_c == last[:, None])[:, None, :]  # B, 1, c
+        weight = (total[..., -1:] - total).exp() * kept  # B, H, c
+        survives = (last == state_id)[:, None, None, None]
+        state = state * total[..., -1:, None].exp() * survives + (kc * weight[..., None]).transpose(-1, -2) @ vc
+        state_id = last
+    return (torch.cat(outputs, dim=2) * scale).transpose(1, 2).to(dtype)

@@ -1,0 +1,276 @@
+"""The KV plan: for every layer, where its keys come from, where its values come from, and which mask it uses.
+
+A layer that projects its own K and V is an *owner*; what it projects is its *slot*, and only slots are cached. Every
+layer, owner or not, *reads*: its keys are one slot's K (`Share`) or a weighted sum of several (`Fuse`), its values
+likewise and independently. An owner that says nothing else reads itself.
+
+    KVPlan.of([LayerPlan(own=Own(n_kv_heads=8)),                                # layer 0 owns and reads itself
+               LayerPlan(own=Own(n_kv_heads=8)),                                # layer 1 too
+               LayerPlan(keys=Share(1), values=Share(0)),                       # FusedKV-Lite
+               LayerPlan(keys=Fuse((0, 1)), values=Fuse((0, 1)))])              # FusedKV
+
+Plans hold no weights and no tensors. Layers count from 0 everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cllm.errors import PlanError
+
+Granularity = Literal["scalar", "channel"]
+FusionInit = Literal["lite", "randn", "mean"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Own:
+    """A slot of post-RoPE keys and values, (B, T, n_kv_heads, head_dim) each, projected by the layer itself."""
+
+    n_kv_heads: int
+    kv_norm: bool = False
+    """Normalise the residual stream for K and V with an RMSNorm of their own instead of the layer's (CLA, YOCO)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latent:
+    """A slot of one low-rank latent and one RoPE key for all heads: MLA (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    The slot holds c (B, T, kv_lora_rank) and k_rope (B, T, qk_rope_head_dim). Every layer that reads the slot expands
+    it with up-projections of its own, which decoding absorbs into its queries and output.
+    """
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retention:
+    """A recurrent state (n_heads, head_dim, head_dim) instead of a cache: gated retention (YOCO, arXiv 2405.05254)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Read the slot of one owner as it is."""
+
+    layer: int
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+
+@dataclass(frozen=True, slots=True)
+class Fuse:
+    """Read a sum over owners with learned weights, K = Σ_j a_j ⊙ K_j (FusedKV, arXiv 2512.03870, eq. 3)."""
+
+    layers: tuple[int, ...]
+    granularity: Granularity = "channel"
+    """`channel`: a weight for every channel (for keys: for every rotated pair); `scalar`: one for the whole head."""
+    per_head: bool = False
+    """Weights of its own for every KV head, instead of one set for all of them."""
+    init: FusionInit = "lite"
+    """`lite`: FusedKV-Lite, all keys from the last source and all values from the first; `mean`; `randn`: N(0, 1)."""
+
+
+Source = Own | Latent | Retention
+Read = Share | Fuse
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerPlan:
+    """One layer. `keys` and `values` left out mean: read the slot that this layer owns."""
+
+    own: Source | None = None
+    keys: Read | None = None
+    values: Read | None = None
+    window: int | None = None
+    """Tokens that a query sees, itself included; `None` is full causal attention. Also what a slot has to keep."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Iterations:
+    """How a cyclic plan trains: passes over the cyclic layers without and with gradients (LCKV's m and b)."""
+
+    forward: int = 7
+    backward: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class KVPlan:
+    """A checked plan. Build it with `KVPlan.of`; a plan that exists is valid."""
+
+    layers: tuple[LayerPlan, ...]
+    iterations: Iterations | None = None
+
+    @classmethod
+    def of(cls, layers: Iterable[LayerPlan], iterations: Iterations | None = None) -> KVPlan:
+        """Fill in what `layers` left out and check the whole.
+
+        Raises:
+            PlanError: naming the layer, for a source that owns nothing or is out of range, fused slots of different
+                shapes, keys and values with different numbers of heads, a latent slot read in part, a windowed slot
+                read through a wider mask, a source above the layer without `iterations`.
+        """
+        filled = [
+            LayerPlan(own=p.own, keys=p.keys or Share(i), values=p.values or Share(i), window=p.window)
+            for i, p in enumerate(layers)
+        ]
+        plan = cls(tuple(filled), iterations)
+        for i in range(len(filled)):
+            plan._check_layer(i)
+        plan._check_iterations()
+        return plan
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    # ---- questions --------------------------------------------------------------------------------------------------
+
+    def keys(self, i: int) -> Read:
+        """Where layer `i` reads its keys."""
+        read = self.layers[i].keys
+        assert read is not None
+        return read
+
+    def values(self, i: int) -> Read:
+        """Where layer `i` reads its values."""
+        read = self.layers[i].values
+        assert read is not None
+        return read
+
+    def reads(self, i: int) -> tuple[int, ...]:
+        """The owners whose slots layer `i` reads, in ascending order."""
+        return tuple(sorted({*self.keys(i).layers, *self.values(i).layers}))
+
+    def source(self, i: int) -> Source:
+        """What kind of slot layer `i` reads. All slots that one layer reads are of one kind."""
+        own = self.layers[self.keys(i).layers[0]].own
+        assert own is not None
+        return own
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        return tuple(i for i, layer in enumerate(self.layers) if layer.own is not None)
+
+    def last_reader(self, owner: int) -> int:
+        """The highest layer that reads the slot of `owner`; above it the slot is no longer needed."""
+        return max((i for i in range(len(self)) if owner in self.reads(i)), default=owner)
+
+    def reads_above(self, i: int) -> bool:
+        """Whether layer `i` reads a slot of a layer above, so that a token cannot see its own key and value."""
+        return any(j > i for j in self.reads(i))
+
+    def cyclic_spans(self) -> tuple[tuple[int, int], ...]:
+        """Runs of layers [first, last] to be computed together, by iteration, because one reads from above."""
+        spans: list[tuple[int, int]] = []
+        for i in range(len(self)):
+            above = max(self.reads(i))
+            if above <= i:
+                continue
+            if spans and i <= spans[-1][1]:
+                spans[-1] = (spans[-1][0], max(above, spans[-1][1]))
+            else:
+                spans.append((i, above))
+        return tuple(spans)
+
+    # ---- checks -----------------------------------------------------------------------------------------------------
+
+    def _check_layer(self, i: int) -> None:
+        layer = self.layers[i]
+        if layer.window is not None and layer.window < 1:
+            raise PlanError(f"layer {i}: window is {layer.window}; allowed: 1 or more, or null for full attention")
+        for what, read in (("keys", self.keys(i)), ("values", self.values(i))):
+            self._check_read(i, what, read)
+        sources = {j: self.layers[j].own for j in self.reads(i)}
+        if any(not isinstance(own, Own) for own in sources.values()):
+            self._check_opaque(i)
+        key_heads, value_heads = (self._kv_heads(read.layers[0]) for read in (self.keys(i), self.values(i)))
+        if key_heads != value_heads:
+            raise PlanError(
+                f"layer {i}: its keys have {key_heads} KV heads (slot {self.keys(i).layers[0]}) and its values "
+                f"{value_heads} (slot {self.values(i).layers[0]}); they must be equal"
+            )
+
+    def _check_read(self, i: int, what: str, read: Read) -> None:
+        if not read.layers:
+            raise PlanError(f"layer {i}: {what}: fuse names no layer; name at least one owner")
+        if len(set(read.layers)) != len(read.layers):
+            raise PlanError(f"layer {i}: {what}: fuse names a layer twice: {list(read.layers)}")
+        for j in read.layers:
+            if not 0 <= j < len(self):
+                raise PlanError(f"layer {i}: {what} come from layer {j}; the model has layers 0 to {len(self) - 1}")
+            if self.layers[j].own is None:
+                whence = "itself" if i == j else f"layer {j}"
+                raise PlanError(
+                    f"layer {i}: {what} come from {whence}, which owns nothing; owners: {list(self.owners) or 'none'}"
+                )
+            window, kept = self.layers[i].window, self.layers[j].window
+            if kept is not None and (window is None or window > kept):
+                seen = "full attention" if window is None else f"a window of {window}"
+                raise PlanError(f"layer {i}: has {seen}, but its {what} come from layer {j}, which keeps {kept} tokens")
+        shapes = {self._kv_heads(j) for j in read.layers}
+        if len(shapes) > 1:
+            raise PlanError(
+                f"layer {i}: {what}: cannot fuse slots of different shapes: "
+                + ", ".join(f"layer {j} has {self._kv_heads(j)} KV heads" for j in read.layers)
+            )
+
+    def _check_opaque(self, i: int) -> None:
+        """Latents and recurrent states are read whole, and a state only by its own layer."""
+        keys, values = self.keys(i), self.values(i)
+        for j in self.reads(i):
+            own = self.layers[j].own
+            if isinstance(own, Own):
+                continue
+            kind = "a latent" if isinstance(own, Latent) else "a recurrent state"
+            if isinstance(keys, Fuse) or isinstance(values, Fuse):
+                raise PlanError(f"layer {i}: fuses the slot of layer {j}, which is {kind}; only keys and values fuse")
+            if keys != values:
+                raise PlanError(
+                    f"layer {i}: keys come from layer {keys.layer} and values from layer {values.layer}; {kind} is "
+                    f"read whole, so name layer {j} for both"
+                )
+            if isinstance(own, Retention) and i != j:
+                raise PlanError(f"layer {i}: reads layer {j}, whose recurrent state no other layer can share")
+
+    def _kv_heads(self, owner: int) -> int | None:
+        own = self.layers[owner].own
+        return own.n_kv_heads if isinstance(own, Own) else None
+
+    def _check_iterations(self) -> None:
+        cyclic = [i for i in range(len(self)) if self.reads_above(i)]
+        if cyclic and self.iterations is None:
+            i = cyclic[0]
+            raise PlanError(
+                f"layer {i}: reads layer {max(self.reads(i))} above it, a cycle that only iterative training trains; "
+                "set kv.iterations: {forward: 7, backward: 2}, or read from a layer below"
+            )
+        if self.iterations is not None and (self.iterations.forward < 0 or self.iterations.backward < 1):
+            raise PlanError(
+                f"kv.iterations is forward {self.iterations.forward}, backward {self.iterations.backward}; "
+                "allowed: forward 0 or more, backward 1 or more"
+            )
+        for first, last in self.cyclic_spans():
+            for i in range(first, last + 1):
+                if isinstance(self.layers[i].own, Retention):
+                    raise PlanError(f"layer {i}: a recurrent state inside the cyclic layers {first} to {last}")
+
+
+def layer_range(text: str | int | Sequence[int]) -> list[int]:
+    """`"0-11"`, `3` or `[0, 2, 4]` as a list of layers. Raises `PlanError` for anything else."""
+    if isinstance(text, int):
+        return [text]
+    if isinstance(text, str):
+        first, dash, last = text.partition("-")
+        if not first.strip().isdigit() or (dash and not last.strip().isdigit()):
+            raise PlanError(f'layers: {text!r} is not a range; write "0-11", 3 or [0, 2, 4]')
+        low, high = int(first), int(last) if dash else int(first)
+        if high < low:
+            raise PlanError(f"layers: {text!r} ends before it begins")
+        return list(range(low, high + 1))
+    return list(text)

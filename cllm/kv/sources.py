@@ -1,0 +1,154 @@
+"""Where keys and values come from, as modules: what owners write and what readers read.
+
+A `Slot` is what one owner caches for a stretch of tokens. `OwnKV` and `OwnLatent` write slots; `SharedRead` and
+`FusedRead` turn one or more slots into the keys or the values of a layer. Keys are stored after RoPE, so reading them
+never needs positions.
+
+Shapes: B batch, T tokens, G KV heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cllm.config import ModelConfig
+from cllm.kv.plan import Fuse, Latent, Own, Read, Share, Source
+from cllm.model.norm import RMSNorm
+from cllm.model.rope import apply_rope
+
+
+class Slot(NamedTuple):
+    """What one owner caches.
+
+    Of an `Own` layer: keys after RoPE and values, (B, T, G, D) each. Of a `Latent` layer: the normalised latent
+    (B, T, kv_lora_rank) and the rotated RoPE key (B, T, qk_rope_head_dim).
+    """
+
+    k: Tensor
+    v: Tensor
+
+
+class RopeTables(Protocol):
+    """cos and sin for a head dimension."""
+
+    def __call__(self, dim: int) -> tuple[Tensor, Tensor]: ...
+
+
+class OwnKV(nn.Module):
+    """Projects a layer's own keys and values."""
+
+    def __init__(self, config: ModelConfig, own: Own):
+        super().__init__()
+        self.head_dim = config.resolved_head_dim
+        width = own.n_kv_heads * self.head_dim
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps) if own.kv_norm else None
+        self.k_proj = nn.Linear(config.d_model, width, bias=config.kv_bias)
+        self.v_proj = nn.Linear(config.d_model, width, bias=config.kv_bias)
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+
+    def forward(self, residual: Tensor, normed: Tensor, rope: RopeTables) -> Slot:
+        """The slot for `residual` (B, T, d_model), the stream as it enters the layer, and `normed`, its norm."""
+        x = normed if self.norm is None else self.norm(residual)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # B, T, G, D
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        return Slot(apply_rope(k, rope(self.head_dim)), v)
+
+
+class OwnLatent(nn.Module):
+    """Projects a layer's own latent and its RoPE key: DeepSeek-V2 (arXiv 2405.04434), eq. 9 and 15."""
+
+    def __init__(self, config: ModelConfig, latent: Latent):
+        super().__init__()
+        self.rank, self.rope_dim = latent.kv_lora_rank, latent.qk_rope_head_dim
+        self.down_proj = nn.Linear(config.d_model, self.rank + self.rope_dim, bias=False)
+        self.norm = RMSNorm(self.rank, eps=config.norm_eps)
+
+    def forward(self, residual: Tensor, normed: Tensor, rope: RopeTables) -> Slot:
+        """The slot for `normed` (B, T, d_model)."""
+        latent, key = self.down_proj(normed).split((self.rank, self.rope_dim), dim=-1)
+        key = apply_rope(key[:, :, None], rope(self.rope_dim))[:, :, 0]  # one head for all
+        return Slot(self.norm(latent), key)
+
+
+def make_owner(config: ModelConfig, source: Source | None) -> nn.Module | None:
+    """The module that writes a layer's slot, or None for a layer that owns none."""
+    if isinstance(source, Own):
+        return OwnKV(config, source)
+    if isinstance(source, Latent):
+        return OwnLatent(config, source)
+    return None
+
+
+def slot_widths(source: Source | None, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a slot's two tensors for one token: ((G, D), (G, D)) or ((kv_lora_rank,), (qk_rope_head_dim,))."""
+    if isinstance(source, Own):
+        return (source.n_kv_heads, head_dim), (source.n_kv_heads, head_dim)
+    if isinstance(source, Latent):
+        return (source.kv_lora_rank,), (source.qk_rope_head_dim,)
+    raise TypeError(f"{type(source).__name__} has no slot")
+
+
+class SharedRead(nn.Module):
+    """K = K_j: one owner's keys or values as they are."""
+
+    def __init__(self, read: Share, part: Literal["k", "v"]):
+        super().__init__()
+        self.layer, self.part = read.layer, part
+
+    def forward(self, slots: Mapping[int, Slot]) -> Tensor:
+        return getattr(slots[self.layer], self.part)
+
+
+class FusedRead(nn.Module):
+    """K = Σ_j a_j ⊙ K_j over owners (FusedKV, arXiv 2512.03870, eq. 3-5), computed in fp32.
+
+    Weights depend on the layer and the channel, never on data; the optimizer gives the parameters of this class no
+    weight decay and a learning rate of their own. For keys, both channels of a rotated pair (j, j + D/2) have one
+    weight: otherwise scores would depend on absolute positions (eq. 7 and 8). Values have no such tie.
+
+    `weight` is (sources, 1 or G, n): n is 1 for `scalar`, else D/2 for keys, one a pair, and D for values.
+    """
+
+    def __init__(self, read: Fuse, part: Literal["k", "v"], n_kv_heads: int, head_dim: int):
+        super().__init__()
+        self.layers, self.part, self.init = read.layers, part, read.init
+        self.tied_pairs = part == "k" and read.granularity == "channel"
+        channels = 1 if read.granularity == "scalar" else head_dim // 2 if self.tied_pairs else head_dim
+        shape = (len(read.layers), n_kv_heads if read.per_head else 1, channels)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """`lite`: all keys from the last source, all values from the first; `mean`: 1/sources; `randn`: N(0, 1)."""
+        with torch.no_grad():
+            if self.init == "randn":
+                self.weight.normal_()
+            elif self.init == "mean":
+                self.weight.fill_(1 / len(self.layers))
+            else:
+                self.weight.zero_()
+                self.weight[-1 if self.part == "k" else 0] = 1.0
+
+    def channel_weights(self) -> Tensor:
+        """(sources, 1 or G, 1 or D) fp32: the weights as they multiply channels."""
+        weight = self.weight.float()
+        return torch.cat((weight, weight), dim=-1) if self.tied_pairs else weight
+
+    def forward(self, slots: Mapping[int, Slot]) -> Tensor:
+        """(B, T, G, D) in the slots' dtype."""
+        parts = [getattr(slots[j], self.part) for j in self.layers]
+        total = sum(w * part.float() for w, part in zip(self.channel_weights(), parts, strict=True))
+        assert isinstance(total, Tensor)
+        return total.to(parts[0].dtype)
+
+
+def make_read(read: Read, part: Literal["k", "v"], n_kv_heads: int, head_dim: int) -> nn.Module:
+    """The module that reads the keys (`k`) or values (`v`) of a layer."""
+    if isinstance(read, Share):
+        return SharedRead(read, part)
+    return FusedRead(read, part, n_kv_heads, head_dim)

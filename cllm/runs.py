@@ -1,0 +1,154 @@
+"""A run on disk: its folder, its metrics, its checkpoints, and the trained model in it.
+
+    runs/NAME/
+      config.yaml          the resolved config; reusable as --config
+      env.txt              versions, git commit, hardware
+      metrics.jsonl        one row a log step: step, tokens, time, and tag: value
+      summary.json         design, parameters, KV bytes: what the comparison needs of the config
+      evaluation/SET.json  what evaluate.py measured
+      tensorboard/         events with the same tags as metrics.jsonl
+      checkpoints/         step-00000500.ckpt ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from cllm import cli
+from cllm.config import Config
+from cllm.errors import UserError
+from cllm.model.decoder import Decoder
+from cllm.model.sizes import build_decoder
+
+_CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
+_PREFIX = "model."
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that readers, and a crash, see the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths inside a run's folder, and reading what is there."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def evaluation_folder(self) -> Path:
+        return self.path / "evaluation"
+
+    @property
+    def tensorboard_folder(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.path / "checkpoints"
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, path) of every checkpoint, oldest first."""
+        found = [(m, p) for p in self.checkpoint_folder.glob("step-*.ckpt") if (m := _CHECKPOINT.fullmatch(p.name))]
+        return sorted((int(match[1]), path) for match, path in found)
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.checkpoint_folder / f"step-{step:08d}.ckpt"
+
+    def config(self) -> Config:
+        """The run's config. Raises `UserError` where the folder is no run."""
+        if not self.config_file.exists():
+            raise UserError(f"{self.path}: not a run folder: it has no config.yaml")
+        return cli.load(Config, [self.config_file])
+
+    def write_config(self, config: Config) -> None:
+        write_atomic(self.config_file, yaml.safe_dump(config.as_yaml_data(), sort_keys=False))
+
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` holds."""
+        try:
+            return json.loads(self.summary_file.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"{self.summary_file}: cannot be read: {error}") from None
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Rows of `metrics.jsonl`; a last line cut off by a crash is left out."""
+        if not self.metrics_file.exists():
+            return
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                if number < len(lines):
+                    raise UserError(f"{self.metrics_file} line {number}: not valid JSON") from None
+
+
+def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The decoder's tensors in a training checkpoint, on the CPU. Nothing is unpickled but tensors and plain data."""
+    try:
+        data = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        state = data["state_dict"]
+    except FileNotFoundError:
+        raise UserError(f"{checkpoint}: no such checkpoint") from None
+    except Exception as error:
+        raise UserError(f"{checkpoint}: not a readable checkpoint: {error}") from None
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
+
+
+def load_run(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[Decoder, Config, int]:
+    """The trained decoder of a run, its config and the step it was saved at.
+
+    Args:
+        path: a run folder (its newest checkpoint) or one of its checkpoint files.
+        device: where the weights go.
+
+    Raises:
+        UserError: for a folder that is no run, has no checkpoint, or whose weights do not fit its config.
+    """
+    path = Path(path)
+    if path.suffix == ".ckpt":
+        folder, match = RunFolder(path.parent.parent), _CHECKPOINT.fullmatch(path.name)
+        step, checkpoint = int(match[1]) if match else -1, path
+    else:
+        folder = RunFolder(path)
+        folder.config()
+        if not folder.checkpoints():
+            raise UserError(f"{folder.checkpoint_folder}: holds no checkpoint yet")
+        step, checkpoint = folder.checkpoints()[-1]
+    config = folder.config()
+    with torch.device("meta"):
+        model = build_decoder(config.model, backend=config.attention.backend)
+    try:
+        model.load_state_dict(read_weights(checkpoint), assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{checkpoint}: does not fit {folder.config_file}: {error}") from None
+    return model.to(device).eval(), config, step

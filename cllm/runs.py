@@ -1,13 +1,13 @@
 """A run on disk: its folder, its metrics, its checkpoints, and the trained model in it.
 
-    runs/NAME/
-      config.yaml          the resolved config; reusable as --config
-      env.txt              versions, git commit, hardware
-      metrics.jsonl        one row a log step: step, tokens, time, and tag: value
-      summary.json         design, parameters, KV bytes: what the comparison needs of the config
-      evaluation/SET.json  what evaluate.py measured
-      tensorboard/         events with the same tags as metrics.jsonl
-      checkpoints/         step-00000500.ckpt ...
+runs/NAME/
+  config.yaml          the resolved config; reusable as --config
+  env.txt              versions, git commit, hardware
+  metrics.jsonl        one row a log step: step, tokens, time, and tag: value
+  summary.json         design, parameters, KV bytes: what the comparison needs of the config
+  evaluation/SET.json  what evaluate.py measured
+  tensorboard/         events with the same tags as metrics.jsonl
+  checkpoints/         step-00000500.ckpt ...
 """
 
 from __future__ import annotations
@@ -80,6 +80,14 @@ class RunFolder:
         found = [(m, p) for p in self.checkpoint_folder.glob("step-*.ckpt") if (m := _CHECKPOINT.fullmatch(p.name))]
         return sorted((int(match[1]), path) for match, path in found)
 
+    @staticmethod
+    def step_of(checkpoint: Path) -> int:
+        """The step in a checkpoint's name. Raises `UserError` for another name."""
+        match = _CHECKPOINT.fullmatch(checkpoint.name)
+        if match is None:
+            raise UserError(f"{checkpoint}: not the name of a checkpoint, step-NNNNNNNN.ckpt")
+        return int(match[1])
+
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoint_folder / f"step-{step:08d}.ckpt"
 
@@ -136,8 +144,7 @@ def load_run(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[D
     """
     path = Path(path)
     if path.suffix == ".ckpt":
-        folder, match = RunFolder(path.parent.parent), _CHECKPOINT.fullmatch(path.name)
-        step, checkpoint = int(match[1]) if match else -1, path
+        folder, step, checkpoint = RunFolder(path.parent.parent), RunFolder.step_of(path), path
     else:
         folder = RunFolder(path)
         folder.config()

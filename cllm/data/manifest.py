@@ -1,7 +1,7 @@
 """What a prepared folder holds.
 
-`manifest.json` is written last, so a folder that has one is complete. `Manifest.load` checks what costs nothing (versions,
-file sizes, the tokenizer's hash); `Manifest.verify` reads every byte and compares the hashes.
+`manifest.json` is written last, so a folder that has one is complete. `Manifest.load` checks what costs nothing
+(versions, file sizes, the tokenizer's hash); `Manifest.verify` reads every byte and compares the hashes.
 """
 
 from __future__ import annotations
@@ -34,8 +34,14 @@ def sha256_of(path: Path) -> str:
 
 
 def tokenizer_sha256(folder: Path) -> str:
-    """The hash that says two prepared folders speak the same tokens: that of `tokenizer.json`."""
-    return sha256_of(folder / "tokenizer.json")
+    """The hash that says two prepared folders speak the same tokens.
+
+    It covers what decides the tokens of a text, and neither the layout of `tokenizer.json` nor the parts that a data
+    set does not use, which programs rewrite when they save it again.
+    """
+    content = json.loads((folder / "tokenizer.json").read_bytes())
+    parts = [content[part] for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def partial_folder(folder: Path) -> Path:
@@ -84,7 +90,7 @@ class Counts(_Record):
 class Manifest(_Record):
     """The content of `manifest.json`, and the folder it was read from."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     name: str
     dtype: Literal["uint16", "uint32"]
     vocab_size: int
@@ -100,7 +106,7 @@ class Manifest(_Record):
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
-        """The manifest of a prepared folder. Raises `DataError` naming the file that is missing, cut short or foreign."""
+        """The manifest of a prepared folder. Raises `DataError` naming the file that is missing or damaged."""
         manifest = cls.read(folder)
         for split in manifest.splits.values():
             for shard in split.shards:
@@ -127,7 +133,7 @@ class Manifest(_Record):
             raise DataError(f"{path}: cannot be read: {error}") from None
         version = record.get("format_version") if isinstance(record, dict) else None
         if version != FORMAT_VERSION:
-            raise DataError(f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}; prepare it again")
+            raise DataError(f"{path}: format_version is {version!r}, not {FORMAT_VERSION}; prepare it again")
         try:
             return cls.model_validate({**record, "folder": folder})
         except ValidationError as error:
@@ -169,7 +175,7 @@ class Manifest(_Record):
                 for file, expected in ((shard.file, shard.sha256), (shard.index, shard.index_sha256)):
                     found = sha256_of(self.folder / file)
                     if found != expected:
-                        raise DataError(f"{self.folder / file}: damaged: sha256 is {found}, the manifest says {expected}")
+                        raise DataError(f"{self.folder / file}: damaged: expected sha256 {expected}, found {found}")
 
     def _check_size(self, file: str, expected: int) -> None:
         path = self.folder / file
@@ -186,6 +192,8 @@ class Manifest(_Record):
             found = tokenizer_sha256(path.parent)
         except OSError:
             raise DataError(f"{path}: missing; it came with the data, prepare the folder again") from None
+        except (ValueError, KeyError) as error:
+            raise DataError(f"{path}: damaged: {error!r}") from None
         if found != self.tokenizer_sha256:
             raise DataError(
                 f"{path}: is not the tokenizer that made these tokens: sha256 is {found}, "

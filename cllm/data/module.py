@@ -20,15 +20,15 @@ TRAIN, VALIDATION = "train", "validation"
 class DataModule(LightningDataModule):
     """The training split of one prepared folder and the validation splits of any number of them.
 
-    `validation` maps a name to a prepared folder; empty, it is {"validation": train_folder}. Every folder must have been
-    prepared with the tokenizer of the first. Batches are dicts of int64 (B, T) tensors, as `packing.window` describes.
-    `validation_sequences` limits each validation set. `vocab_size` is the model's, checked where it is given.
+    `validation` maps a name to a prepared folder; empty, it is {"validation": train_folder}. Every folder must have
+    been prepared with the tokenizer of the first. Batches are dicts of int64 (B, T) tensors, as `packing.window`
+    describes. `validation_sequences` limits each validation set. `vocab_size` is the model's, checked if given.
 
     The Trainer is to be made with `use_distributed_sampler=False` and `accumulate_grad_batches` =
     global_batch / (micro_batch x devices). The training loader has no end and starts at the trainer's `global_step`.
 
-    Raises `DataError` for a folder that is missing, damaged, short of data or of another tokenizer, and `UserError` for a
-    vocabulary too small.
+    Raises `DataError` for a folder that is missing, damaged, short of data or of another tokenizer, and `UserError` for
+    a vocabulary too small.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class DataModule(LightningDataModule):
             if (other.tokenizer_sha256, other.eos_id) != (manifest.tokenizer_sha256, manifest.eos_id):
                 raise DataError(
                     f"{other.folder}: validation set {name!r} was made with another tokenizer than {manifest.folder}; "
-                    f"prepare it with --tokenizer.load {manifest.folder}/tokenizer"
+                    f"prepare it with --tokenizer.train null --tokenizer.load {manifest.folder}/tokenizer"
                 )
         if vocab_size is not None and vocab_size < manifest.vocab_size:
             raise UserError(

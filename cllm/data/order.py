@@ -2,8 +2,8 @@
 
 `shuffled` is a Feistel network: a bijection on 2^(2h) numbers built from any function of h bits, here a 64-bit mixer.
 Where n is not such a power, results outside range(n) are put through again until one falls inside ("cycle walking"),
-which keeps it a bijection on range(n). Each call is a function of its arguments: nothing has to be kept, sent to workers
-or restored, and any position of any epoch is as near as any other.
+which keeps it a bijection on range(n). Each call is a function of its arguments: nothing has to be kept, sent to
+workers or restored, and any position of any epoch is as near as any other.
 """
 
 from __future__ import annotations

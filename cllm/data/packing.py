@@ -1,7 +1,7 @@
 """Sequences of a fixed length, cut from a split's tokens without gaps.
 
-Sequence i is tokens [i T, i T + T), and its labels are the same window one token on. With document masks each token also
-carries the document it is in, so that attention can stay inside documents.
+Sequence i is tokens [i T, i T + T), and its labels are the same window one token on. With document masks each token
+also carries the document it is in, so that attention can stay inside documents.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ IGNORE = -100
 def window(store: TokenStore, start: int, seq_len: int, document_mask: bool) -> dict[str, Tensor]:
     """The sequence that begins at token `start`: a dict of int64 (T,) tensors.
 
-    `input_ids`; `labels`, the next token at each place; and with `document_mask` also `positions`, from 0 at the window's
-    start and at each document's start, and `document_ids`, counting up from 0. With `document_mask` the label of an EOS,
-    which would be the first token of the next document, is `IGNORE`. Where the split ends inside the window, or before
-    it, the rest is EOS with the label `IGNORE`.
+    `input_ids`; `labels`, the next token at each place; and with `document_mask` also `positions`, from 0 at the
+    window's start and at each document's start, and `document_ids`, counting up from 0. With `document_mask` the label
+    of an EOS, which would be the first token of the next document, is `IGNORE`. Where the split ends inside the window,
+    or before it, the rest is EOS with the label `IGNORE`.
     """
     start = min(start, len(store))
     stop = min(start + seq_len + 1, len(store))
@@ -48,8 +48,8 @@ class PackedDataset(Dataset):
     """Training sequences under an index without end.
 
     Index i is position i mod n of epoch i // n, where n = `len(self)`; with `shuffle` an epoch's order is a function of
-    (seed, epoch). Nothing is kept between calls, so any worker, rank or resumed run that asks for an index gets the same
-    sequence. Raises `DataError` when the split is too short for one sequence.
+    (seed, epoch). Nothing is kept between calls, so any worker, rank or resumed run that asks for an index gets the
+    same sequence. Raises `DataError` when the split is too short for one sequence.
     """
 
     def __init__(
@@ -82,9 +82,10 @@ class ValidationDataset(Dataset):
     """One rank's part of a fixed set of sequences, in a fixed order.
 
     The sequences cover the split to its last token, the last one padded; `limit` takes that many, evenly spaced. Ranks
-    take turns, and the shorter ones are padded with a sequence of which every label is `IGNORE`: all ranks together score
-    the same tokens whatever their number, and each sees as many batches. A mean over tokens therefore has to be weighted
-    by how many labels of a batch count, which may be none.
+    take turns, and the shorter ones are padded with a sequence of which every label is `IGNORE`: all ranks together
+    score the same tokens whatever their number, and each sees as many batches. A mean over tokens therefore has to be
+    weighted by how many labels of a batch count, which may be none. Raises `DataError` when there is nothing to
+    predict.
     """
 
     def __init__(

@@ -1,0 +1,12 @@
+"""Perplexity and bits per byte of trained models, and the comparison of runs.
+
+    windows.py     which tokens are fed and which are scored, over a stream longer than the model's context
+    texts.py       what is scored: prepared tokens or a text file, and how many bytes of text tokens stand for
+    subjects.py    what is evaluated: a run, one of its checkpoints, or a Hugging Face checkpoint folder
+    perplexity.py  the measurement: a subject on a set, and the record of it        (evaluate.py is its command line)
+    comparison.py  run folders as rows of one table, and what makes the rows unequal
+    report.py      that table as CSV, Markdown, a figure and TensorBoard events     (scripts/compare.py is its)
+    labels.py      names beside the points of a figure, none over another
+
+Nothing is imported here.
+"""

@@ -63,55 +63,47 @@ def build_decoder(config: ModelConfig, *, backend: str = "auto") -> Decoder:
     return Decoder(config, d_ff=model_d_ff(config), backend=backend)
 
 
-def matmul_flops_per_token(model: Decoder) -> int:
-    """FLOPs of one token's forward pass through all weight matrices: 2 a weight, the embedding look-up free.
+def layer_flops_per_token(model: Decoder, seq_len: int) -> list[float]:
+    """Forward FLOPs of one token in one pass through each layer, averaged over a causal sequence of `seq_len`.
 
-    Layers in cyclic runs are counted once a pass.
-    """
-    plan = model.plan
-    turns = plan.iterations.forward + plan.iterations.backward if plan.iterations else 1
-    cyclic = {i for first, last in plan.cyclic_spans() for i in range(first, last + 1)}
-    total = 2 * model.head.weight.numel()
-    for i, block in enumerate(model.blocks):
-        weights = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
-        total += 2 * weights * (turns if i in cyclic else 1)
-    return total
-
-
-def attention_flops_per_token(model: Decoder, seq_len: int) -> float:
-    """FLOPs of one token's scores and weighted values, forward, averaged over a causal sequence of `seq_len`.
-
-    2 H (D + E) for each key seen; a query sees (seq_len + 1) / 2 keys on average, fewer through a window. Gated
-    retention costs 4 H D E a token whatever the length.
+    Weight matrices cost 2 a weight. Scores and weighted values cost 2 H (D + E) for each key seen: a query sees
+    (seq_len + 1) / 2 keys on average, fewer through a window. Gated retention costs 4 H D E whatever the length.
     """
     config, plan = model.config, model.plan
-    turns = plan.iterations.forward + plan.iterations.backward if plan.iterations else 1
-    cyclic = {i for first, last in plan.cyclic_spans() for i in range(first, last + 1)}
-    total = 0.0
-    for i, layer in enumerate(plan.layers):
+    totals = []
+    for i, block in enumerate(model.blocks):
+        weights = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
         source, d = plan.source(i), config.resolved_head_dim
-        window = min(layer.window or seq_len, seq_len)
+        window = min(plan.layers[i].window or seq_len, seq_len)
         seen = window - window * (window - 1) / (2 * seq_len)
         if isinstance(source, Own):
-            flops = 2 * config.n_heads * 2 * d * seen
+            attention = 2 * config.n_heads * 2 * d * seen
         elif isinstance(source, Latent):
-            width = source.qk_nope_head_dim + source.qk_rope_head_dim + source.v_head_dim
-            flops = 2 * config.n_heads * width * seen
+            attention = (
+                2 * config.n_heads * (source.qk_nope_head_dim + source.qk_rope_head_dim + source.v_head_dim) * seen
+            )
         else:
-            flops = 4.0 * config.n_heads * d * d
-        total += flops * (turns if i in cyclic else 1)
-    return total
+            attention = 4.0 * config.n_heads * d * d
+        totals.append(2 * weights + attention)
+    return totals
+
+
+def forward_flops_per_token(model: Decoder, seq_len: int) -> float:
+    """FLOPs of one token's forward pass; cyclic layers count once a pass, the embedding look-up nothing."""
+    iterations = model.plan.iterations
+    passes = iterations.forward + iterations.backward if iterations else 1
+    return _total(model, seq_len, once=1, cyclic=passes)
 
 
 def training_flops_per_token(model: Decoder, seq_len: int) -> float:
-    """Forward plus backward: three times the forward, passes without gradient once."""
-    plan = model.plan
-    if not plan.cyclic_spans() or plan.iterations is None:
-        return 3 * (matmul_flops_per_token(model) + attention_flops_per_token(model, seq_len))
-    forward = matmul_flops_per_token(model) + attention_flops_per_token(model, seq_len)
-    cyclic = {i for first, last in plan.cyclic_spans() for i in range(first, last + 1)}
-    weights = sum(
-        2 * m.weight.numel() for i in cyclic for m in model.blocks[i].modules() if isinstance(m, nn.Linear)
-    )
-    # One pass of the cyclic layers; its attention share is a small correction and left out.
-    return 3 * forward - 2 * weights * plan.iterations.forward
+    """FLOPs of one token's forward and backward: three times the forward, passes without gradient once."""
+    iterations = model.plan.iterations
+    cyclic = iterations.forward + 3 * iterations.backward if iterations else 3
+    return _total(model, seq_len, once=3, cyclic=cyclic)
+
+
+def _total(model: Decoder, seq_len: int, *, once: int, cyclic: int) -> float:
+    repeated = {i for first, last in model.plan.cyclic_spans() for i in range(first, last + 1)}
+    flops = layer_flops_per_token(model, seq_len)
+    head = 2 * model.head.weight.numel()
+    return once * head + sum(f * (cyclic if i in repeated else once) for i, f in enumerate(flops))

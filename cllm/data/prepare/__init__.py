@@ -9,4 +9,6 @@
     shards.py     writing tokens and indices
     build.py      the whole of it, crash-safe
     report.py     the summary
+
+Nothing is imported here, so that tokenising processes start quickly.
 """

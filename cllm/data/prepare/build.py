@@ -60,8 +60,8 @@ class State(BaseModel):
 def prepare(recipe: Recipe, *, force: bool = False) -> Manifest:
     """Make a recipe's prepared folder, or find it made.
 
-    Raises `DataError` for a corpus, tokenizer or folder that cannot be used; what was written by then is removed, unless
-    it holds finished shards that a rerun can use. `force` replaces a finished folder.
+    Raises `DataError` for a corpus, tokenizer or folder that cannot be used; what was written by then is removed,
+    unless it holds finished shards that a rerun can use. `force` replaces a finished folder.
     """
     folder = recipe.folder
     finished = _finished(folder, recipe, force)
@@ -250,7 +250,7 @@ def _check_splits(splits: dict[str, Split], recipe: Recipe, corpus: Corpus) -> N
     if not splits:
         raise _no_documents(recipe, corpus)
     if TRAIN not in splits and fraction != 1:
-        raise DataError(f"{recipe.name}: no document is left for training; validation.fraction {fraction} took them all")
+        raise DataError(f"{recipe.name}: no documents left to train on; validation.fraction {fraction} took all")
     if VALIDATION not in splits and fraction != 0:
         n_documents = splits[TRAIN].documents
         asked = "validation.paths holds no documents" if fraction is None else f"validation.fraction {fraction}"

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
@@ -38,7 +38,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Tokenises texts. Special tokens written out in a text are ordinary text, so EOS ends documents and nothing else."""
+    """Tokenises texts. A special token spelt out in a text is ordinary text there: EOS ends documents, no more."""
 
     def __init__(self, saved: Saved):
         self._tokenizer = Tokenizer.from_file(saved.file)
@@ -58,7 +58,7 @@ class Encoder:
         return np.concatenate(pieces), lengths
 
 
-def encode(documents: Iterable[Document], saved: Saved, workers: int) -> Iterator[Encoded]:
+def encode(documents: Iterable[Document], saved: Saved, workers: int) -> Generator[Encoded]:
     """Tokenise in order, in constant memory. Raises `DataError` when a worker process dies."""
     if workers == 1:
         encoder = Encoder(saved)

@@ -66,7 +66,8 @@ def text_of(value: Any, where: str, field: str) -> tuple[str, int]:
 
 def missing_field(where: str, field: str, names: Any) -> DataError:
     """The error for a record without its text field, naming the fields it has."""
-    return DataError(f"{where}: has no field `{field}`; it has {', '.join(map(str, names)) or 'none'} (source.text_field)")
+    fields = ", ".join(map(str, names)) or "none"
+    return DataError(f"{where}: has no field `{field}` (source.text_field); it has {fields}")
 
 
 def kind_of(path: Path) -> str | None:
@@ -92,7 +93,7 @@ def read_file(path: Path, text_field: str) -> Iterator[Text]:
         raise DataError(f"{path}: unsupported file type; {SUPPORTED}")
 
 
-def _open(path: Path, raw: IO[bytes]) -> IO[bytes]:
+def _open(path: Path, raw: IO[bytes]) -> IO[bytes] | gzip.GzipFile:
     """`raw` decompressed as its name says. Every branch raises on a file that was cut short."""
     suffix = path.suffix.lower()
     if suffix == ".gz":

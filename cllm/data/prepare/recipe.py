@@ -113,7 +113,8 @@ class Recipe(_Section):
     shard_tokens: Annotated[int, Field(gt=0)] = 100_000_000
     """A shard is closed before the document that would take it past this many tokens."""
     workers: Annotated[int, Field(gt=0)] | None = None
-    """Processes that tokenise; one a CPU unless said. The result does not depend on it."""
+    """Processes that tokenise, one a CPU unless said; 1 is the main process with the tokenizer's own threads. The
+    result does not depend on it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Salts the hash that chooses validation documents."""
 

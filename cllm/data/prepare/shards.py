@@ -33,41 +33,37 @@ class ShardWriter:
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self.progress = progress or Progress()
-        self._tokens_file: IO[bytes] | None = None
-        self._index_file: IO[bytes] | None = None
-        if self.progress.documents:
-            self._open()
+        self._files = self._open() if self.progress.documents else None
 
     def add(self, tokens: np.ndarray, n_bytes: int) -> None:
         """Write one document: its tokens with EOS, and the UTF-8 bytes of its text."""
         progress = self.progress
         if progress.documents and progress.tokens + len(tokens) > self.shard_tokens:
             self.close_shard()
-        if self._tokens_file is None:
-            self._open()
-        assert self._tokens_file is not None and self._index_file is not None
-        self._tokens_file.write(tokens.astype(self._dtype, copy=False).data)
+            progress = self.progress
+        self._files = self._files or self._open()
+        tokens_file, index_file = self._files
+        tokens_file.write(tokens.astype(self._dtype, copy=False).data)
         progress.tokens += len(tokens)
         progress.documents += 1
         progress.bytes += n_bytes
-        self._index_file.write(np.array([progress.tokens, progress.bytes], dtype=INDEX_DTYPE).data)
+        index_file.write(np.array([progress.tokens, progress.bytes], dtype=INDEX_DTYPE).data)
 
     def sync(self) -> Progress:
         """Put everything written so far on disk, and say how much that is."""
-        for file in (self._tokens_file, self._index_file):
-            if file is not None:
-                file.flush()
-                os.fsync(file.fileno())
+        for file in self._files or ():
+            file.flush()
+            os.fsync(file.fileno())
         return self.progress
 
     def close_shard(self) -> None:
         """Finish the open shard, if there is one."""
-        if self._tokens_file is None or self._index_file is None:
+        if self._files is None:
             return
         self.sync()
-        self._tokens_file.close()
-        self._index_file.close()
-        self._tokens_file = self._index_file = None
+        for file in self._files:
+            file.close()
+        self._files = None
         open_shard, (tokens_path, index_path) = self.progress, self._paths()
         shard = Shard(
             file=tokens_path.name,
@@ -95,12 +91,11 @@ class ShardWriter:
         stem = f"{self.split}-{len(self.progress.shards):05d}"
         return self.folder / f"{stem}.bin", self.folder / f"{stem}.idx"
 
-    def _open(self) -> None:
+    def _open(self) -> tuple[IO[bytes], IO[bytes]]:
         """Open the next shard, or the one a stopped run left behind, cut back to what was safe."""
         tokens_path, index_path = self._paths()
         sizes = (self.progress.tokens * self._dtype.itemsize, self.progress.documents * INDEX_ROW)
         for path, size in zip((tokens_path, index_path), sizes, strict=True):
             with path.open("ab") as file:
                 file.truncate(size)
-        self._tokens_file = tokens_path.open("ab")
-        self._index_file = index_path.open("ab")
+        return tokens_path.open("ab"), index_path.open("ab")

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -30,7 +30,7 @@ class Saved(NamedTuple):
     sha256: str
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Literal["uint16", "uint32"]:
         """The smallest integer type of a token file that holds every id."""
         return "uint16" if self.vocab_size <= 2**16 else "uint32"
 
@@ -87,4 +87,5 @@ def inspect(folder: Path) -> Saved:
     eos = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
     eos_id = tokenizer.token_to_id(eos if isinstance(eos, str) else eos["content"])
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    assert eos_id is not None
     return Saved(str(path), vocab_size, eos_id, tokenizer_sha256(folder))

@@ -1,0 +1,230 @@
+"""Run folders as rows of one table, and what makes the rows unequal.
+
+A row's loss comes from the run's evaluation of the set where there is one, else from its last validation during
+training. Nothing here knows a design by name: what a run caches is read from its summary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cllm.config import Config
+from cllm.data.manifest import Manifest
+from cllm.errors import DataError, UserError, nearest
+from cllm.evaluate.perplexity import perplexity
+from cllm.runs import RunFolder
+
+log = logging.getLogger(__name__)
+
+EVALUATED, TRAINING = "evaluate", "training"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One run. None is "not measured"."""
+
+    run: str
+    design: str
+    parameters: int
+    kv_resident: float
+    """Bytes of cache held for each token of the context."""
+    kv_resident_vs_mha: float
+    kv_read: float
+    """Bytes read for each token of the context when one token is decoded."""
+    kv_read_vs_mha: float
+    tokens: int
+    """Tokens trained on so far."""
+    loss: float | None = None
+    """Nats a token on the set."""
+    perplexity: float | None = None
+    perplexity_vs_baseline: float | None = None
+    """In percent: 5 is a perplexity 5 % above the baseline's."""
+    bits_per_byte: float | None = None
+    tokens_per_s: float | None = None
+    """Median over the training's rows."""
+    source: str | None = None
+    """`evaluate`: measured by evaluate.py; `training`: the last validation of the training."""
+    step: int | None = None
+    """Optimizer step of the loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """The table, largest cache first, and what to know before believing it."""
+
+    rows: list[Row]
+    baseline: Row
+    set_name: str | None
+    """The set asked for; None: the main validation set of each run."""
+    warnings: list[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """What was read of a run, the unequal-making things beside its row."""
+
+    row: Row
+    config: Config
+    last_step: int
+    tokenizer: str | None
+    evaluation: dict[str, Any] | None
+
+
+def find_runs(paths: Iterable[str | Path]) -> list[RunFolder]:
+    """The run folders among `paths`, each once; others are skipped with a note. Raises `UserError` if none is one."""
+    candidates = [Path(path) for path in paths]
+    found: dict[Path, RunFolder] = {}
+    for path in candidates:
+        run = RunFolder(path)
+        missing = [file.name for file in (run.config_file, run.summary_file) if not file.exists()]
+        if missing:
+            log.warning("%s: skipped: not a run folder (it has no %s)", path, " and no ".join(missing))
+        else:
+            found.setdefault(path.resolve(), run)
+    if not found:
+        raise UserError(
+            f"no run to compare among: {' '.join(map(str, paths)) or '(nothing)'}; give run folders: runs/*"
+        )
+    return list(found.values())
+
+
+def compare(runs: Sequence[RunFolder], *, baseline: str | None = None, set_name: str | None = None) -> Comparison:
+    """The comparison of `runs` on a set (default: each run's main validation set).
+
+    The baseline is the run called `baseline`, by default the one with the largest resident cache, then the largest
+    read. Raises `UserError` for a file that cannot be read, two runs of one name, and a baseline that is not there.
+    """
+    names = [run.name for run in runs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two runs are called {twice[0]}; a comparison needs a name for each")
+    if baseline is not None and baseline not in names:
+        raise UserError(f"--baseline {baseline}: not among the runs; {nearest(baseline, names)}")
+    read = [_read(run, set_name) for run in runs]
+    rows = sorted((run.row for run in read), key=lambda row: (-row.kv_resident, -row.kv_read, row.run))
+    base = next(row for row in rows if baseline in (None, row.run))
+    if base.perplexity is not None:
+        rows = [dataclasses.replace(row, perplexity_vs_baseline=_percent(row, base)) for row in rows]
+    base = next(row for row in rows if row.run == base.run)
+    return Comparison(rows=rows, baseline=base, set_name=set_name, warnings=_warnings(read, base))
+
+
+def _percent(row: Row, base: Row) -> float | None:
+    if row.perplexity is None or base.perplexity is None:
+        return None
+    return 100 * (row.perplexity / base.perplexity - 1)
+
+
+def _read(run: RunFolder, set_name: str | None) -> _Run:
+    config, summary, metrics = run.config(), run.summary(), list(run.metrics())
+    main = next(iter(config.data.validation), "validation")
+    evaluation = _evaluation(run, set_name or main)
+    prefix = "val" if set_name in (None, main) else f"val-{set_name}"
+    try:
+        row = Row(
+            run=run.name,
+            design=summary["design"],
+            parameters=summary["parameters"],
+            kv_resident=summary["kv_bytes_per_token"]["resident"],
+            kv_resident_vs_mha=summary["kv_vs_mha"]["resident"],
+            kv_read=summary["kv_bytes_per_token"]["read"],
+            kv_read_vs_mha=summary["kv_vs_mha"]["read"],
+            tokens=metrics[-1]["tokens"] if metrics else 0,
+            tokens_per_s=statistics.median(_values(metrics, "throughput/tokens_per_s") or [0]) or None,
+            **(_from_evaluation(evaluation) if evaluation else _from_training(metrics, prefix)),
+        )
+    except KeyError as error:
+        raise UserError(f"{run.path}: summary.json, metrics.jsonl or evaluation lacks {error}") from None
+    return _Run(
+        row=row,
+        config=config,
+        last_step=metrics[-1]["step"] if metrics else 0,
+        tokenizer=evaluation["tokenizer_sha256"] if evaluation else _tokenizer(config),
+        evaluation=evaluation,
+    )
+
+
+def _values(metrics: list[dict[str, Any]], tag: str) -> list[float]:
+    return [row[tag] for row in metrics if row.get(tag) is not None]
+
+
+def _evaluation(run: RunFolder, set_name: str) -> dict[str, Any] | None:
+    path = run.evaluation_folder / f"{set_name}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def _from_evaluation(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: record[key] for key in ("loss", "perplexity", "bits_per_byte", "step")} | {"source": EVALUATED}
+
+
+def _from_training(metrics: list[dict[str, Any]], prefix: str) -> dict[str, Any]:
+    last = next((row for row in reversed(metrics) if row.get(f"{prefix}/loss") is not None), None)
+    if last is None:
+        return {}
+    loss = last[f"{prefix}/loss"]
+    return {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "bits_per_byte": last.get(f"{prefix}/bits_per_byte"),
+        "step": last["step"],
+        "source": TRAINING,
+    }
+
+
+def _tokenizer(config: Config) -> str | None:
+    try:
+        return Manifest.read(config.data.path).tokenizer_sha256
+    except DataError:
+        return None  # the data may be elsewhere by now; the vocabulary is compared in any case
+
+
+def _warnings(runs: list[_Run], baseline: Row) -> list[str]:
+    """What makes the rows unequal, one line each."""
+
+    def differ(what: str, value: Callable[[_Run], Any], among: list[_Run] = runs) -> list[str]:
+        groups: dict[Any, list[str]] = {}
+        for run in among:
+            if (seen := value(run)) is not None:
+                groups.setdefault(seen, []).append(run.row.run)
+        if len(groups) < 2:
+            return []
+        return [what + ": " + "; ".join(f"{seen}: {', '.join(names)}" for seen, names in groups.items())]
+
+    evaluated = [run for run in runs if run.evaluation]
+
+    def of(key: str) -> Callable[[_Run], Any]:
+        return lambda run: run.evaluation[key] if run.evaluation else None
+
+    found = differ("trained on different numbers of tokens", lambda run: f"{run.row.tokens:,}")
+    found += differ("trained on different data", lambda run: run.config.data.path)
+    found += differ("trained at different lengths", lambda run: run.config.data.seq_len)
+    found += differ("documents hidden from each other in some runs", lambda run: run.config.data.document_mask)
+    tokenizers = differ("tokenizers differ (sha256)", lambda run: run.tokenizer and run.tokenizer[:12])
+    tokenizers = tokenizers or differ("vocabularies differ", lambda run: run.config.model.vocab_size)
+    found += [f"{line}; perplexities do not compare, bits per byte do" for line in tokenizers]
+    found += differ("losses come from different places", lambda run: run.row.source)
+    found += differ("evaluated on different data", of("data"), evaluated)
+    if not tokenizers:
+        found += differ("evaluated on different numbers of tokens", of("tokens_scored"), evaluated)
+    found += differ("evaluated with different windows", of("window"), evaluated)
+    found += differ("evaluated with different strides", of("stride"), evaluated)
+    found += differ("evaluated in different precisions", of("precision"), evaluated)
+    for run in runs:
+        if run.row.loss is None:
+            found.append(f"{run.row.run}: has no loss on this set")
+        elif run.evaluation and run.row.step is not None and run.row.step < run.last_step:
+            found.append(f"{run.row.run}: was evaluated at step {run.row.step} and trained to {run.last_step} since")
+    if baseline.perplexity is None:
+        found.append(f"the baseline {baseline.run} has no loss: no differences are shown")
+    return found

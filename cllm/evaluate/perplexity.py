@@ -1,0 +1,256 @@
+"""Perplexity and bits per byte of a subject on a set, and the record of the measurement.
+
+    loss = total nll / tokens scored      perplexity = e^loss      bits per byte = total nll / (ln 2 · bytes of text)
+
+EOS tokens are scored and stand for no bytes: the end of a document has to be predicted too. Perplexity compares only
+models of one tokenizer; bits per byte compares any models on the same text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from cllm.data.manifest import MANIFEST
+from cllm.errors import UserError
+from cllm.evaluate.subjects import Subject
+from cllm.evaluate.texts import TextSet, TokenBytes, open_prepared, open_text
+from cllm.evaluate.windows import Stream, Window, batches, windows
+from cllm.runs import write_atomic
+from cllm.train.environment import environment
+
+_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # fed at once by default: enough to be fast, few enough for any vocabulary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How to measure; None is the default that the property of the subject or device gives."""
+
+    split: str = "validation"
+    """Split of prepared folders."""
+    window: int | None = None
+    """Tokens fed at once; None: the length the model was trained at."""
+    stride: int | None = None
+    """Tokens scored by each window; None: half the window."""
+    batch: int | None = None
+    """Windows computed together; None: as many as make 2048 tokens on a CPU, 8192 on a GPU."""
+    max_tokens: int | None = None
+    """Only the first so many tokens of the set; None: all."""
+
+    def resolve(self, subject: Subject, device: torch.device) -> tuple[int, int, int]:
+        """(window, stride, batch). Raises `UserError` for a value outside its range."""
+        for name in ("window", "stride", "batch", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; allowed: 1 or more")
+        window = self.window or subject.window
+        if subject.context is not None and window > subject.context:
+            raise UserError(f"--window is {window}; allowed: up to the context of {subject.name}, {subject.context}")
+        stride = self.stride or max(window // 2, 1)
+        if stride > window:
+            raise UserError(f"--stride is {stride}; allowed: up to the window, {window}: a longer one skips tokens")
+        return window, stride, self.batch or max(_BATCH_TOKENS.get(device.type, 2048) // window, 1)
+
+
+class Scored(NamedTuple):
+    """A batch of predictions, (B, n) each on the CPU, in the order of the stream."""
+
+    targets: Tensor
+    """int64: the tokens predicted."""
+    nll: Tensor
+    """fp32, nats."""
+    counted: Tensor
+    """bool: False for the first token of a document that sees no other."""
+
+
+@torch.inference_mode()
+def score(
+    subject: Subject, stream: Stream, *, window: int, stride: int, batch: int, device: torch.device
+) -> Iterator[Scored]:
+    """The nll of every token of `stream` but its first, batch by batch. Raises `UserError` where memory runs out."""
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16")
+    for spans in batches(windows(len(stream), window, stride), batch):
+        last = spans[0].scored
+        inputs, targets, positions, document_ids, counted = _feed(stream, spans, subject.document_mask)
+        try:
+            with autocast:
+                logits = subject.logits(
+                    inputs.to(device),
+                    None if positions is None else positions.to(device),
+                    None if document_ids is None else document_ids.to(device),
+                    last,
+                )
+            # Row by row: an fp32 copy of all logits would be the largest tensor of all.
+            rows = zip(logits, targets.to(device), strict=True)
+            nll = torch.stack([F.cross_entropy(row.float(), target, reduction="none") for row, target in rows])
+        except torch.OutOfMemoryError:
+            raise UserError(f"out of GPU memory with {batch} windows of {window} tokens; lower --batch") from None
+        yield Scored(targets, nll.cpu(), counted)
+
+
+def _feed(
+    stream: Stream, spans: Sequence[Window], document_mask: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Inputs (B, T), targets (B, n), positions and document ids (B, T) or None, which targets count (B, n)."""
+    last = spans[0].scored
+    tokens = torch.from_numpy(np.stack([stream.read(span.start, span.stop + 1) for span in spans]))
+    inputs, targets = tokens[:, :-1], tokens[:, -last:]
+    if not document_mask:
+        return inputs, targets, None, None, torch.ones_like(targets, dtype=torch.bool)
+    pairs = [stream.documents(span.start, span.stop + 1) for span in spans]
+    ids, positions = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*pairs, strict=True))
+    counted = (ids[:, 1:] == ids[:, :-1])[:, -last:]
+    return inputs, targets, positions[:, :-1], ids[:, :-1], counted
+
+
+def open_sets(
+    subject: Subject, data: Sequence[str | Path] = (), *, split: str = "validation", name: str | None = None
+) -> Iterator[TextSet]:
+    """The sets to score, opened one after the other: those of `data`, or by default the subject's own.
+
+    A set is called by its name in the subject's config, by its folder, or by its file without the ending; `name`
+    overrides that where there is one set. A split other than validation is added to a folder's name.
+
+    Raises:
+        UserError: for data that is missing, empty or of another tokenizer, and for names that are unfit or repeat.
+    """
+    paths = [Path(path) for path in data]
+    named = [(path.stem if path.is_file() else path.resolve().name, path) for path in paths]
+    named = named or list(subject.default_sets.items())
+    if not named:
+        raise UserError(f"{subject.path}: has no data of its own; say what to evaluate on with --data")
+    if name is not None and len(named) > 1:
+        raise UserError(f"--name {name}: names one set, and there are {len(named)}: {', '.join(n for n, _ in named)}")
+    if split != "validation":
+        named = [(f"{label}-{split}" if (path / MANIFEST).exists() else label, path) for label, path in named]
+    named = [(name or re.sub(r"[^A-Za-z0-9._-]+", "-", label).lstrip("._-") or "set", path) for label, path in named]
+    for label, _ in named:
+        if not _SET_NAME.fullmatch(label):
+            raise UserError(f"--name {label}: allowed: letters, digits, `.`, `_` and `-`, a letter or digit first")
+        if [other for other, _ in named].count(label) > 1:
+            raise UserError(f"--data: two sets would be called {label}; evaluate them one by one with --name")
+    for label, path in named:
+        if not data or (path / MANIFEST).exists():
+            yield open_prepared(label, path, split, subject.tokenizer_sha256, subject.name)
+        else:
+            yield open_text(label, path, subject.tokenizer)
+
+
+def measure(subject: Subject, text: TextSet, settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Score a set: the record that `SET.json` holds, described in docs/evaluation.md.
+
+    Raises `UserError` where settings do not fit the subject, nothing can be scored, or the loss is not finite.
+    """
+    window, stride, batch = settings.resolve(subject, device)
+    stream = Stream(text.source, start_id=subject.start_id, limit=settings.max_tokens)
+    token_bytes = TokenBytes(subject.tokenizer)
+    nll, tokens, n_bytes, started = 0.0, 0, 0, time.perf_counter()
+    with tqdm(total=len(stream) - 1, desc=f"{subject.name} on {text.name}", unit="tok", disable=None) as progress:
+        for scored in score(subject, stream, window=window, stride=stride, batch=batch, device=device):
+            nll += scored.nll[scored.counted].sum(dtype=torch.float64).item()
+            tokens += int(scored.counted.sum())
+            n_bytes += int(token_bytes.lengths[scored.targets[scored.counted].numpy()].sum())
+            progress.update(scored.nll.numel())
+    seconds = time.perf_counter() - started
+    complete = tokens == len(text.source)
+    n_bytes = text.n_bytes if complete else n_bytes
+    if not tokens or not n_bytes:
+        raise UserError(f"{text.path}: too short: of {len(stream)} tokens none that stands for text can be scored")
+    if not math.isfinite(nll):
+        raise UserError(f"{subject.path}: its loss on {text.path} is {nll}: the weights are damaged or have diverged")
+    return {
+        "run": subject.name,
+        "kind": subject.kind,
+        "checkpoint": subject.checkpoint,
+        "step": subject.step,
+        "design": subject.design,
+        "set": text.name,
+        "data": str(text.path),
+        "split": text.split,
+        "documents": text.n_documents,
+        "replaced_sequences": text.replaced,
+        "tokens": len(text.source),
+        "tokens_scored": tokens,
+        "bytes": n_bytes,
+        "bytes_exact": complete or token_bytes.exact,
+        "nll": nll,
+        "loss": nll / tokens,
+        "perplexity": perplexity(nll / tokens),
+        "bits_per_byte": nll / math.log(2) / n_bytes,
+        "window": window,
+        "stride": stride,
+        "max_tokens": settings.max_tokens,
+        "document_mask": subject.document_mask,
+        "tokenizer_sha256": subject.tokenizer_sha256,
+        "precision": subject.precision,
+        "batch": batch,
+        "seconds": round(seconds, 3),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
+        "versions": {name: text for name, text in environment().items() if name != "command"},
+    }
+
+
+def perplexity(loss: float) -> float:
+    """e^loss for a loss in nats; infinity where that is beyond a float."""
+    return math.exp(loss) if loss < 709 else math.inf
+
+
+def save(subject: Subject, record: dict[str, Any], out: Path | None = None) -> Path:
+    """Write a record as JSON into `out` (default: the subject's evaluation/), and a run's as TensorBoard events.
+
+    The file is SET.json, or SET-CHECKPOINT.json for a checkpoint that is not its run's newest: that one is not what the
+    run is compared by. Returns its path. Raises `UserError` where it cannot be written.
+    """
+    name = record["set"] if subject.latest else f"{record['set']}-{Path(record['checkpoint']).stem}"
+    path = (out or subject.folder / "evaluation") / f"{name}.json"
+    try:
+        write_atomic(path, json.dumps(record, indent=2) + "\n")
+        if subject.tensorboard is not None and subject.step is not None:
+            _log(subject.tensorboard, record)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from None
+    return path
+
+
+def _log(folder: Path, record: dict[str, Any]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder), filename_suffix=".evaluation") as writer:
+        for tag, key in (("loss", "loss"), ("ppl", "perplexity"), ("bits_per_byte", "bits_per_byte")):
+            writer.add_scalar(f"eval-{record['set']}/{tag}", record[key], record["step"])
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """A line for each record, columns aligned."""
+    head = ("run", "step", "set", "tokens", "loss", "perplexity", "bits/byte", "window/stride")
+    rows = [head] + [
+        (
+            record["run"],
+            "-" if record["step"] is None else str(record["step"]),
+            record["set"],
+            f"{record['tokens_scored']:,}",
+            f"{record['loss']:.4f}",
+            f"{record['perplexity']:.4g}" if record["perplexity"] >= 1e5 else f"{record['perplexity']:.3f}",
+            ("" if record["bytes_exact"] else "~") + f"{record['bits_per_byte']:.4f}",
+            f"{record['window']}/{record['stride']}",
+        )
+        for record in records
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    align = (str.ljust, str.rjust, str.ljust, *[str.rjust] * 5)
+    lines = ("  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

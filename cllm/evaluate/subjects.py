@@ -1,0 +1,201 @@
+"""What is evaluated: a run, one of its checkpoints, or a Hugging Face checkpoint folder."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from abc import ABC, abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cllm.data.manifest import Manifest, tokenizer_sha256
+from cllm.errors import UserError
+from cllm.runs import RunFolder, load_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_DEFAULT_WINDOW = 2048
+
+
+class Subject(ABC):
+    """A model with all that evaluating it needs to know."""
+
+    kind: str
+    """`run` or `huggingface`."""
+    name: str
+    path: Path
+    """As the user gave it."""
+    folder: Path
+    """The run's or checkpoint's folder: its evaluation/ takes the results."""
+    checkpoint: str
+    """The weights' file or folder."""
+    step: int | None
+    """Optimizer step of the weights; None where unknown."""
+    latest: bool
+    """False for a checkpoint that is not its run's newest."""
+    design: str
+    """A label for people."""
+    context: int | None
+    """Longest window in tokens; None: not known."""
+    window: int
+    """Default window: the length the model was trained at, where that is known."""
+    document_mask: bool = False
+    """Whether documents are hidden from each other."""
+    precision: str
+    """`bf16` (autocast) or `fp32`."""
+    tensorboard: Path | None = None
+    """Where results also go as TensorBoard events."""
+    default_sets: dict[str, Path]
+    """Sets to evaluate where none is named: name, prepared folder."""
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer. Raises `UserError` where it cannot be had."""
+
+    @property
+    @abstractmethod
+    def tokenizer_sha256(self) -> str | None:
+        """The hash that prepared folders know the tokenizer by; None where it has no tokenizer.json."""
+
+    @property
+    @abstractmethod
+    def start_id(self) -> int | None:
+        """The token before the first of a text; None: the first token of a document is never predicted."""
+
+    @abstractmethod
+    def logits(self, input_ids: Tensor, positions: Tensor | None, document_ids: Tensor | None, last: int) -> Tensor:
+        """Logits (B, last, vocabulary) of the last `last` places of `input_ids` (B, T), int64 on the model's device."""
+
+
+class RunSubject(Subject):
+    """A run's newest checkpoint, or the checkpoint file given. Raises `UserError` as `load_run` does."""
+
+    kind = "run"
+
+    def __init__(self, path: Path, device: torch.device):
+        self._model, config, step = load_run(path, device=device)
+        run = RunFolder(path.parent.parent if path.suffix == ".ckpt" else path)
+        self._data = Path(config.data.path)
+        self.name, self.path, self.folder = run.name, path, run.path
+        self.step = step if step >= 0 else None
+        newest = [checkpoint.name for _, checkpoint in run.checkpoints()[-1:]]
+        self.checkpoint = path.name if path.suffix == ".ckpt" else newest[0]
+        self.latest = newest == [self.checkpoint]
+        self.design = run.summary().get("design", "") if run.summary_file.exists() else ""
+        self.design = self.design or getattr(config.model.kv, "preset", "layers")
+        self.context, self.window = config.model.max_seq_len, config.data.seq_len
+        self.document_mask = config.data.document_mask
+        self.precision = "bf16" if device.type == "cuda" and config.train.precision != "fp32" else "fp32"
+        self.tensorboard = run.tensorboard_folder
+        self.default_sets = {name: Path(folder) for name, folder in config.data.validation.items()}
+        self.default_sets = self.default_sets or {"validation": self._data}
+
+    @cached_property
+    def _manifest(self) -> Manifest:
+        """Of the folder the run was trained on: its tokenizer is the run's."""
+        return Manifest.read(self._data)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._manifest.tokenizer()
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        return self._manifest.tokenizer_sha256
+
+    @property
+    def start_id(self) -> int | None:
+        return None if self.document_mask else self._manifest.eos_id
+
+    def logits(self, input_ids: Tensor, positions: Tensor | None, document_ids: Tensor | None, last: int) -> Tensor:
+        return self._model.head(self._model.hidden(input_ids, positions, document_ids)[:, -last:])
+
+
+class HuggingFaceSubject(Subject):
+    """A folder with config.json, safetensors weights and a tokenizer. No code from the folder is run."""
+
+    kind = "huggingface"
+    latest = True
+
+    def __init__(self, path: Path, device: torch.device):
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
+        self._model = _from_pretrained(
+            AutoModelForCausalLM, path, use_safetensors=True, dtype="auto" if device.type == "cuda" else torch.float32
+        )
+        self._model.to(device).eval()
+        self._keeps_last = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+        config = self._model.config.get_text_config()
+        self.name, self.path, self.folder, self.checkpoint = path.resolve().name, path, path, path.name
+        self.step, self.default_sets = None, {}
+        self.design = str(config.model_type)
+        self.context = getattr(config, "max_position_embeddings", None)
+        self.window = min(self.context or _DEFAULT_WINDOW, _DEFAULT_WINDOW)
+        self.precision = "bf16" if device.type == "cuda" else "fp32"
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        return _from_pretrained(AutoTokenizer, self.path)
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        return tokenizer_sha256(self.path) if (self.path / "tokenizer.json").exists() else None
+
+    @property
+    def start_id(self) -> int | None:
+        bos = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if bos is None else bos
+
+    def logits(self, input_ids: Tensor, positions: Tensor | None, document_ids: Tensor | None, last: int) -> Tensor:
+        assert (positions, document_ids) == (None, None), "Hugging Face models are fed a plain stream"
+        options = {"logits_to_keep": last} if self._keeps_last else {}
+        return self._model(input_ids=input_ids, use_cache=False, **options).logits[:, -last:]
+
+
+def _from_pretrained(auto: Any, path: Path, **options: Any) -> Any:
+    # Whatever goes wrong in reading somebody's checkpoint is, to the user, one fault told in one line.
+    try:
+        return auto.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **options)
+    except Exception as error:
+        hint = ""
+        if options.get("use_safetensors") and not any(path.glob("*.safetensors")):
+            hint = " (the folder has no .safetensors weights; other formats are not read)"
+        raise UserError(f"{path}: cannot be loaded{hint}: {type(error).__name__}: {error}") from None
+
+
+def load_subject(path: str | Path, device: torch.device) -> Subject:
+    """The model that `--run` names, its weights on `device`.
+
+    Raises:
+        UserError: where there is nothing, neither a run nor a Hugging Face folder, or one that cannot be loaded.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such run, checkpoint or Hugging Face folder")
+    if path.suffix == ".ckpt" or (path / "config.yaml").exists():
+        return RunSubject(path, device)
+    if _is_huggingface(path):
+        return HuggingFaceSubject(path, device)
+    raise UserError(
+        f"{path}: neither a run (it has no config.yaml), nor a checkpoint (.ckpt), nor a Hugging Face folder (it has "
+        "no config.json with a model_type)"
+    )
+
+
+def _is_huggingface(path: Path) -> bool:
+    try:
+        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,171 @@
+"""What is scored: the tokens of a prepared folder or of a text file, and the bytes of text they stand for."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from cllm.data.manifest import MANIFEST
+from cllm.data.prepare.formats import read_file
+from cllm.data.store import TokenStore
+from cllm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+TEXT_FIELD = "text"
+_ENCODE_TOGETHER = 256  # documents handed to the tokenizer at a time
+
+
+class TokenSource(Protocol):
+    """Tokens of documents end to end; a `TokenStore` is one."""
+
+    def __len__(self) -> int:
+        """Tokens, every EOS included."""
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop): int64 (stop - start,)."""
+
+    def documents(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Document ids from 0 and positions that restart at each document, int64 (stop - start,) each."""
+
+
+class TextTokens:
+    """Documents in memory, each followed by EOS. `texts` must not be empty."""
+
+    def __init__(self, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase):
+        pieces, texts = [], list(texts)
+        for i in range(0, len(texts), _ENCODE_TOGETHER):
+            # A special token spelt out in a text is ordinary text there, as in prepared data.
+            encoded = tokenizer(
+                texts[i : i + _ENCODE_TOGETHER], add_special_tokens=False, split_special_tokens=True, verbose=False
+            )
+            pieces += [np.array([*ids, tokenizer.eos_token_id], dtype=np.int64) for ids in encoded["input_ids"]]
+        self._tokens = np.concatenate(pieces)
+        self._starts = np.cumsum([0, *map(len, pieces)])[:-1]
+
+    def __len__(self) -> int:
+        """Tokens, every EOS included."""
+        return len(self._tokens)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop): int64 (stop - start,)."""
+        return self._tokens[start:stop]
+
+    def documents(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `TokenStore.documents`: an EOS belongs to the document it ends."""
+        places = np.arange(start, stop)
+        document = np.searchsorted(self._starts, places, side="right") - 1
+        return document - document[:1], places - np.maximum(self._starts[document], start)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextSet:
+    """A set to score."""
+
+    name: str
+    """Names the result file and the TensorBoard tags."""
+    path: Path
+    split: str | None
+    """None for a text file."""
+    source: TokenSource
+    n_documents: int
+    n_bytes: int
+    """UTF-8 bytes of all the text, after invalid bytes were replaced; EOS tokens have none."""
+    replaced: int = 0
+    """Invalid byte sequences that became U+FFFD on the way in."""
+
+
+def open_prepared(name: str, path: Path, split: str, tokenizer_sha256: str | None, subject: str) -> TextSet:
+    """A split of a prepared folder. Raises `UserError` where its tokens are not those of the model `subject`."""
+    store = TokenStore(path, split)
+    if store.manifest.tokenizer_sha256 != tokenizer_sha256:
+        raise UserError(
+            f"{path}: was prepared with another tokenizer than that of {subject}, so its tokens mean nothing to the "
+            "model; give --data a text file (.txt .md .jsonl) instead: text is tokenised with the model's own tokenizer"
+        )
+    totals = store.manifest.split(split)
+    if totals.tokens == 0:
+        raise UserError(f"{path}: its {split} split holds no tokens")
+    return TextSet(name=name, path=path, split=split, source=store, n_documents=totals.documents, n_bytes=totals.bytes)
+
+
+def open_text(name: str, path: Path, tokenizer: PreTrainedTokenizerBase) -> TextSet:
+    """A text file as one document, or each line of a .jsonl file as one; empty documents are left out.
+
+    Raises `UserError` for a file that is missing, unreadable or holds no text, and for a tokenizer without EOS.
+    """
+    if not path.is_file():
+        what = f"has no {MANIFEST}, so it is no prepared folder" if path.is_dir() else "no such file or folder"
+        raise UserError(f"{path}: {what}; --data takes a prepared folder or a text file")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the model's tokenizer has no EOS token (eos_token), which has to end every document")
+    documents = [document for document in read_file(path, TEXT_FIELD) if document.text.strip()]
+    if not documents:
+        raise UserError(f"{path}: holds no text")
+    replaced = sum(document.replaced for document in documents)
+    if replaced:
+        log.warning("%s: %d byte sequences are not UTF-8 and were replaced by U+FFFD", path, replaced)
+    texts = [document.text for document in documents]
+    return TextSet(
+        name=name,
+        path=path,
+        split=None,
+        source=TextTokens(texts, tokenizer),
+        n_documents=len(texts),
+        n_bytes=sum(len(text.encode()) for text in texts),
+        replaced=replaced,
+    )
+
+
+class TokenBytes:
+    """How many bytes of text each token stands for, to count the bytes of a part of a text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def _serialized(self) -> dict:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        return json.loads(backend.to_str()) if backend else {}
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        decoder = self._serialized.get("decoder") or {}
+        return "ByteLevel" in [part.get("type") for part in (decoder, *decoder.get("decoders", []))]
+
+    @property
+    def exact(self) -> bool:
+        """True for byte-level tokenizers that do not normalise: the bytes of a text's tokens add up to its own."""
+        return self._byte_level and self._serialized.get("normalizer") is None
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Bytes of each token id, int64 (vocabulary,): 0 for special tokens.
+
+        In a byte-level vocabulary each character of a token is a byte. Elsewhere (SentencePiece) `<0x0A>` is a byte,
+        `▁` a space, and every other character its UTF-8 bytes.
+        """
+        tokenizer = self._tokenizer
+        added, special = tokenizer.added_tokens_decoder, set(tokenizer.all_special_ids)
+        vocabulary = tokenizer.get_vocab()
+        lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+        for token, i in vocabulary.items():
+            if i in special:
+                continue
+            if self._byte_level and i not in added:
+                lengths[i] = len(token)
+            elif len(token) == 6 and token.startswith("<0x"):
+                lengths[i] = 1
+            else:
+                lengths[i] = len(token.replace("▁", " ").encode())
+        return lengths

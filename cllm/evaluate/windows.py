@@ -1,0 +1,79 @@
+"""Strided windows: every token of a long stream scored once, with as much context as the stride leaves.
+
+With window W and stride S, window k is fed the tokens [kS, kS + W) and predicts the token after each. The first scores
+all its predictions, each later one only those that no window before it has scored: the last S, which see at least the
+W - S + 1 tokens before them. S = W is the cheapest and cuts every context; S = 1 is the exact value of "W tokens of
+context each" at W times the cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from cllm.errors import UserError
+from cllm.evaluate.texts import TokenSource
+
+
+class Window(NamedTuple):
+    """The tokens [start, stop) of a stream are fed; the last `scored` of their predictions count."""
+
+    start: int
+    stop: int
+    scored: int
+
+
+def windows(n_tokens: int, window: int, stride: int) -> Iterator[Window]:
+    """The windows over a stream of `n_tokens`: tokens 1 to n_tokens - 1 are each scored once, in order.
+
+    Raises `UserError` unless 1 <= stride <= window.
+    """
+    if not 1 <= stride <= window:
+        raise UserError(f"stride is {stride}; allowed: 1 to the window, {window}: a longer one would skip tokens")
+    scored, start = 0, 0
+    while scored < n_tokens - 1:
+        stop = min(start + window, n_tokens - 1)
+        yield Window(start, stop, stop - scored)
+        scored, start = stop, start + stride
+
+
+def batches(spans: Iterator[Window], size: int) -> Iterator[list[Window]]:
+    """Neighbouring windows of one shape, up to `size` together: no batch needs padding."""
+    batch: list[Window] = []
+    for span in spans:
+        first = batch[0] if batch else span
+        if len(batch) == size or (span.stop - span.start, span.scored) != (first.stop - first.start, first.scored):
+            yield batch
+            batch = []
+        batch.append(span)
+    if batch:
+        yield batch
+
+
+class Stream:
+    """The tokens of a set as a model is fed them: a start token, where there is one, then the first `limit` tokens.
+
+    The start token gives the first token of the text a context, as the EOS before it gives one to every other
+    document's. Without one (`start_id` None) the first token is context only.
+    """
+
+    def __init__(self, source: TokenSource, *, start_id: int | None = None, limit: int | None = None):
+        self._source, self._start_id = source, start_id
+        self._offset = 0 if start_id is None else 1
+        self._length = min(len(source), limit or len(source)) + self._offset
+
+    def __len__(self) -> int:
+        """Tokens, the start token included; one more than can be scored."""
+        return self._length
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop): int64 (stop - start,)."""
+        tokens = self._source.read(max(start - self._offset, 0), stop - self._offset)
+        return tokens if start >= self._offset else np.concatenate([[self._start_id], tokens]).astype(np.int64)
+
+    def documents(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Document ids and positions of the window, as `TokenStore.documents`; only where there is no start token."""
+        assert self._start_id is None, "a start token belongs to no document"
+        return self._source.documents(start, stop)

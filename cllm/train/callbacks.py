@@ -1,0 +1,240 @@
+"""What happens around the steps: metrics, progress, checkpoints, an orderly stop. One small callback each."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tqdm import tqdm
+
+from cllm.errors import UserError
+from cllm.runs import RunFolder
+from cllm.train.metrics import MetricsLog
+from cllm.train.module import TrainingModule
+from cllm.train.throughput import Clock, peak_flops
+
+log = logging.getLogger(__name__)
+
+
+def step_is_complete(trainer: Trainer) -> bool:
+    """Whether the micro-batch that just ended also ended an optimizer step."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+class Metrics(Callback):
+    """Writes a row of metrics every `log_every` steps and after every validation, and shows progress.
+
+    This is where tensors become numbers, and so the only place where the host waits for the device.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        start_step: int,
+        steps: int,
+        log_every: int,
+        tokens_per_step: int,
+        flops_per_token: float,
+        kv_bytes_per_token: float,
+        bytes_per_token: dict[str, float],
+        hyperparameters: dict[str, Any],
+    ):
+        self.folder, self.steps, self.log_every = folder, steps, log_every
+        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        self.kv_bytes_per_token, self.bytes_per_token = kv_bytes_per_token, bytes_per_token
+        self.hyperparameters = hyperparameters
+        self.clock = Clock()
+        self.since = start_step  # the step of the last row
+        self.writer: MetricsLog | None = None
+        self.bar: tqdm | None = None
+        self.last_validation: dict[str, float] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or not trainer.is_global_zero or self.writer is not None:
+            return
+        start = self.since
+        self.writer = MetricsLog(self.folder, start_step=start, tokens_per_step=self.tokens_per_step)
+        self.writer.start(self.hyperparameters, self.folder.config_file.read_text(encoding="utf-8"))
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=self.steps, initial=start, unit="step", dynamic_ncols=True, desc=self.folder.name)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.clock.start()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.clock.working()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.clock.waiting()
+        step = trainer.global_step
+        if not step_is_complete(trainer):
+            return
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+        if step % self.log_every == 0 or step == self.steps:
+            assert isinstance(pl_module, TrainingModule)
+            self._log_training(trainer, pl_module, step)
+
+    def _log_training(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+        loss = float(trainer.strategy.reduce(module.take_training_loss().to(module.device), reduce_op="mean"))
+        seconds, waited = self.clock.read()
+        rate = (step - self.since) * self.tokens_per_step / max(seconds, 1e-9)
+        values = {
+            "train/loss": loss,
+            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/gradient_norm": float(module.gradient_norm),
+            "throughput/tokens_per_s": rate,
+            "throughput/data_wait": waited / max(seconds, 1e-9),
+            "memory/peak_gib": _peak_memory(module.device),
+            "kv/bytes_per_token": self.kv_bytes_per_token,
+        }
+        peak = peak_flops(module.device)
+        if peak is not None:
+            values["throughput/mfu"] = rate * self.flops_per_token / (peak * trainer.world_size)
+        self._write(step, values)
+        self._show(step, loss, rate)
+        if not math.isfinite(loss):
+            saved = [str(path) for _, path in self.folder.checkpoints()]
+            raise UserError(
+                f"train/loss is {loss} at step {step}; the newest checkpoint is {saved[-1] if saved else 'none'}; "
+                "lower optim.lr or look at the data"
+            )
+        self.since = step
+        self.clock.start()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.pause()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        values: dict[str, float] = {}
+        for n, (name, (nats, scored)) in enumerate(pl_module.validation_scores().items()):
+            prefix = "val" if n == 0 else f"val-{name}"
+            loss = nats / max(scored, 1)
+            values[f"{prefix}/loss"] = loss
+            values[f"{prefix}/ppl"] = math.exp(min(loss, 700))
+            values[f"{prefix}/bits_per_byte"] = loss / math.log(2) / self.bytes_per_token[name]
+        self.last_validation = values
+        self._write(trainer.global_step, values)
+        if trainer.is_global_zero:
+            self._say(f"step {trainer.global_step}: " + "  ".join(f"{tag} {v:.4f}" for tag, v in values.items()))
+        self.clock.resume()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.clock.pause()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        if self.writer is not None:
+            self.writer.write(step, values)
+
+    def _show(self, step: int, loss: float, rate: float) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s")
+        elif self.writer is not None:
+            left = (self.steps - step) * self.tokens_per_step / max(rate, 1e-9)
+            minutes, seconds = divmod(round(left), 60)
+            self._say(f"step {step}/{self.steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  {minutes}:{seconds:02d} left")
+
+    @staticmethod
+    def _say(text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Peak memory in GiB: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Checkpoints(Callback):
+    """Saves every `every` steps and at the end, under a temporary name first, and keeps the newest `keep`."""
+
+    def __init__(self, folder: RunFolder, *, every: int, keep: int, steps: int, clock: Clock):
+        self.folder, self.every, self.keep, self.steps, self.clock = folder, every, keep, steps, clock
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step_is_complete(trainer) and (step % self.every == 0 or step == self.steps):
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Save now, unless this step is saved already."""
+        path = self.folder.checkpoint_path(trainer.global_step)
+        if path.exists():
+            return
+        partial = path.with_suffix(".partial")
+        self.clock.pause()
+        trainer.save_checkpoint(partial, weights_only=False)
+        if trainer.is_global_zero:
+            os.replace(partial, path)
+            for _, old in self.folder.checkpoints()[: -self.keep]:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        trainer.strategy.barrier()
+        self.clock.resume()
+
+
+class StopWhenDone(Callback):
+    """Ends the run after its last step, with one more validation, and on SIGTERM or SIGINT after the step under way.
+
+    On a signal the run is saved first; `--resume auto` goes on from there. A second SIGINT interrupts at once.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, steps: int):
+        self.checkpoints, self.steps = checkpoints, steps
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.received = number
+        tqdm.write(f"{signal.Signals(number).name}: saving after this step, then stopping", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not step_is_complete(trainer):
+            return
+        if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+            self.checkpoints.save(trainer)
+            trainer.should_stop = True
+        elif trainer.global_step >= self.steps:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

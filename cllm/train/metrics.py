@@ -1,0 +1,72 @@
+"""One place that writes what a run measures: `metrics.jsonl` and TensorBoard, the same tags in both.
+
+Tags are the same for every design, so that runs overlay. Every row carries `step`, `tokens` and the time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from cllm.runs import RunFolder, write_atomic
+
+LAYOUT = {
+    "Compare runs": {
+        "validation perplexity": ["Multiline", ["val/ppl"]],
+        "validation loss": ["Multiline", ["val/loss"]],
+        "bits per byte": ["Multiline", ["val/bits_per_byte"]],
+        "training loss": ["Multiline", ["train/loss"]],
+    },
+    "Speed": {
+        "tokens per second": ["Multiline", ["throughput/tokens_per_s"]],
+        "model FLOPs utilisation": ["Multiline", ["throughput/mfu"]],
+        "peak memory, GiB": ["Multiline", ["memory/peak_gib"]],
+    },
+}
+_FINAL = "hp/val_ppl"
+
+
+class MetricsLog:
+    """Appends rows; made on the process that writes, only there.
+
+    On a resumed run, rows after `start_step` are dropped from both files first: they came from steps that a crash lost
+    and that will be done again.
+    """
+
+    def __init__(self, folder: RunFolder, *, start_step: int, tokens_per_step: int):
+        self.tokens_per_step = tokens_per_step
+        kept = [row for row in folder.metrics() if row["step"] <= start_step] if start_step else []
+        write_atomic(folder.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = folder.metrics_file.open("a", encoding="utf-8", buffering=1)
+        self.board = SummaryWriter(
+            str(folder.tensorboard_folder), purge_step=start_step + 1 if start_step else None, flush_secs=10
+        )
+
+    def start(self, hyperparameters: dict[str, Any], config_text: str) -> None:
+        """Write what stays the same over the run: layout, hyperparameters, the config as text."""
+        self.board.add_custom_scalars(LAYOUT)
+        flat = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hyperparameters.items()}
+        for summary in hparams(flat, {_FINAL: math.nan}):
+            self.board._get_file_writer().add_summary(summary)
+        self.board.add_text("config", f"```yaml\n{config_text}\n```", 0)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One row after optimizer step `step`. Values that are not finite become null in the file."""
+        tokens = step * self.tokens_per_step
+        row: dict[str, Any] = {"step": step, "tokens": tokens, "time": time.time()}
+        for tag, value in values.items():
+            row[tag] = value if math.isfinite(value) else None
+            self.board.add_scalar(tag, value, step)
+        self.board.add_scalar("tokens", tokens, step)
+        if "val/ppl" in values:
+            self.board.add_scalar(_FINAL, values["val/ppl"], step)
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+        self.board.close()

@@ -1,0 +1,77 @@
+"""The training and validation step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from cllm.config import Config
+from cllm.model.decoder import Decoder
+from cllm.model.loss import IGNORE, next_token_loss
+from cllm.train.optim import learning_rate_factor, make_optimizer
+
+
+class TrainingModule(lightning.LightningModule):
+    """A decoder and how it learns.
+
+    Batches are mappings of `input_ids` and `labels` (B, T) int64 and, with document masks, `positions` and
+    `document_ids` (B, T). Nothing here waits for the device: losses stay tensors until a callback reads them.
+    """
+
+    def __init__(self, model: Decoder, config: Config, validation_names: list[str]):
+        super().__init__()
+        self.model, self.config = model, config
+        self.validation_names = validation_names
+        self.loss_sum: Tensor | float = 0.0
+        """Sum of micro-batch losses since a callback last took it."""
+        self.loss_count = 0
+        self.gradient_norm: Tensor | float = 0.0
+        """Norm of the last step's gradient, before clipping."""
+        self._scores: dict[int, Tensor] = {}
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.model(batch["input_ids"], batch.get("positions"), batch.get("document_ids"))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = next_token_loss(self(batch), batch["labels"])
+        self.loss_sum = self.loss_sum + loss.detach()
+        self.loss_count += 1
+        return loss
+
+    def take_training_loss(self) -> Tensor:
+        """Mean loss of the micro-batches since the last call."""
+        mean = torch.as_tensor(self.loss_sum) / max(self.loss_count, 1)
+        self.loss_sum, self.loss_count = 0.0, 0
+        return mean
+
+    def on_validation_epoch_start(self) -> None:
+        self._scores = {n: torch.zeros(2, dtype=torch.float64) for n in range(len(self.validation_names))}
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        nats = next_token_loss(self(batch), batch["labels"], reduction="none").double().sum()
+        scored = (batch["labels"] != IGNORE).sum()
+        self._scores[dataloader_idx] = self._scores[dataloader_idx].to(nats.device) + torch.stack((nats, scored))
+
+    def validation_scores(self) -> dict[str, tuple[float, int]]:
+        """For each validation set, nats summed over scored tokens and their number, over all devices."""
+        scores = {}
+        for n, name in enumerate(self.validation_names):
+            total = self._scores[n].to(self.device if self.device.type != "mps" else "cpu")
+            nats, scored = self.trainer.strategy.reduce(total, reduce_op="sum").tolist()
+            scores[name] = (nats, int(scored))
+        return scores
+
+    def configure_optimizers(self) -> Any:
+        optimizer = make_optimizer(self.model, self.config.optim)
+        steps = self.config.train.steps
+        schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, self.config.optim))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        """Clip by norm and keep the norm for the log."""
+        limit = self.config.optim.grad_clip
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit or float("inf"))

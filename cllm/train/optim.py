@@ -1,0 +1,65 @@
+"""AdamW's parameter groups and the learning rate's course."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from cllm.config import OptimConfig
+from cllm.kv.sources import FusedRead
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Matrices decay; norms and biases do not; fusion weights neither, and have a learning rate of their own."""
+    fusion = {id(p) for module in model.modules() if isinstance(module, FusedRead) for p in module.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {
+            "name": "decay",
+            "params": [p for p in trained if id(p) not in fusion and p.ndim >= 2],
+            "weight_decay": config.weight_decay,
+        },
+        {
+            "name": "no_decay",
+            "params": [p for p in trained if id(p) not in fusion and p.ndim < 2],
+            "weight_decay": 0.0,
+        },
+        {
+            "name": "fusion",
+            "params": [p for p in trained if id(p) in fusion],
+            "weight_decay": 0.0,
+            "lr": config.lr * config.fusion_lr_multiplier,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; the fused kernel where all parameters are on a GPU."""
+    fused = all(p.is_cuda for p in model.parameters())
+    groups = parameter_groups(model, config)
+    beta1, beta2 = config.betas
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=fused or None)
+
+
+def learning_rate_factor(step: int, steps: int, config: OptimConfig) -> float:
+    """The learning rate of optimizer step `step` (from 0) of `steps`, as a share of `config.lr`.
+
+    Warm-up is linear and reaches 1 with its last step. `cosine` and `linear` then fall to `min_lr` at the last step;
+    `wsd` stays at 1 and falls linearly over the last `decay_fraction` of all steps; `constant` stays.
+    """
+    floor = config.min_lr / config.lr
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    begin = config.warmup_steps
+    if config.schedule == "wsd":
+        begin = max(begin, round(steps * (1 - config.decay_fraction)))
+    done = min(max((step - begin) / max(steps - 1 - begin, 1), 0.0), 1.0)
+    if config.schedule == "cosine":
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    return floor + (1 - floor) * (1 - done)

@@ -1,0 +1,246 @@
+"""One training run, from a config to a finished folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from cllm.config import Config
+from cllm.data.manifest import Manifest
+from cllm.data.module import DataModule
+from cllm.errors import UserError
+from cllm.kv.accounting import kv_bytes, mha_twin
+from cllm.kv.describe import plan_figure, plan_table
+from cllm.model.decoder import Decoder
+from cllm.model.sizes import build_decoder, count_parameters, training_flops_per_token
+from cllm.runs import RunFolder, write_atomic
+from cllm.train.callbacks import Checkpoints, Metrics, StopWhenDone
+from cllm.train.environment import environment
+from cllm.train.module import TrainingModule
+
+log = logging.getLogger(__name__)
+
+
+def with_vocabulary(config: Config) -> Config:
+    """`config` with `model.vocab_size` set: as given, or the tokenizer's size rounded up to a multiple of 64."""
+    if config.model.vocab_size is not None:
+        return config
+    tokens = Manifest.load(config.data.path).vocab_size
+    model = config.model.model_copy(update={"vocab_size": (tokens + 63) // 64 * 64})
+    return config.model_copy(update={"model": model})
+
+
+def design_name(config: Config) -> str:
+    """How tables call the plan: the preset's name, or `layers`."""
+    return getattr(config.model.kv, "preset", "layers")
+
+
+def summarise(config: Config, model: Decoder) -> dict[str, Any]:
+    """What comparisons need to know of a run beside its metrics; see `cllm/runs.py`."""
+    own, twin = kv_bytes(config.model), kv_bytes(mha_twin(config.model))
+    resident, read = own.relative_to(twin)
+    return {
+        "name": config.name,
+        "design": design_name(config),
+        "parameters": count_parameters(model),
+        "parameters_without_embeddings": count_parameters(model, embeddings=False),
+        "vocab_size": config.model.vocab_size,
+        "context": config.model.max_seq_len,
+        "kv_bytes_per_token": {"resident": own.resident, "written": own.written, "read": own.read},
+        "kv_vs_mha": {"resident": resident, "read": read},
+        "training_flops_per_token": training_flops_per_token(model, config.data.seq_len),
+        "steps": config.train.steps,
+        "tokens_per_step": config.train.global_batch * config.data.seq_len,
+    }
+
+
+_FREE_TO_CHANGE = {"steps", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "devices"}
+
+
+def check_resumable(config: Config, folder: RunFolder) -> None:
+    """Refuse to resume a run whose saved config differs in anything that would make it another run."""
+    old, new = folder.config().as_yaml_data(), config.as_yaml_data()
+    for section in ("model", "data", "optim", "train"):
+        for key in old[section] | new[section]:
+            free = {"train": _FREE_TO_CHANGE, "data": {"num_workers", "validation", "validation_sequences"}}
+            if key in free.get(section, set()) or old[section].get(key) == new[section].get(key):
+                continue
+            raise UserError(
+                f"{section}.{key} is {new[section].get(key)!r}, but the run in {folder.path} was started with "
+                f"{old[section].get(key)!r}; resume with its own config.yaml or choose another --name"
+            )
+
+
+def open_folder(config: Config, resume: str | None, overwrite: bool) -> tuple[RunFolder, Path | None]:
+    """The run's folder and the checkpoint to go on from, or None to start afresh. Nothing is written here.
+
+    Raises:
+        UserError: when the folder holds a run and neither resuming nor overwriting was asked for, when the checkpoint
+            does not exist, or when the saved run is another one.
+    """
+    folder = RunFolder(Path(config.runs_dir) / config.name)
+    if resume is None:
+        # Other processes of this run start when the first has made the folder already.
+        if rank_zero_only.rank == 0 and folder.config_file.exists() and not overwrite:
+            raise UserError(
+                f"{folder.path} holds a run already; go on with --resume auto, replace it with --overwrite, or choose "
+                "another --name"
+            )
+        return folder, None
+    if resume == "auto":
+        checkpoints = folder.checkpoints()
+        checkpoint = checkpoints[-1][1] if checkpoints else None
+    else:
+        checkpoint = Path(resume)
+        if not checkpoint.exists():
+            raise UserError(f"--resume {resume}: no such checkpoint")
+        if checkpoint.resolve().parent != folder.checkpoint_folder.resolve():
+            raise UserError(f"--resume {resume}: not a checkpoint of {folder.path}")
+    if checkpoint is not None:
+        check_resumable(config, folder)
+    return folder, checkpoint
+
+
+def _accelerator(config: Config) -> str:
+    wanted = config.train.accelerator
+    if wanted == "gpu" and not torch.cuda.is_available():
+        raise UserError("train.accelerator is gpu, but torch sees no GPU; allowed here: cpu, auto")
+    return "gpu" if wanted == "gpu" or (wanted == "auto" and torch.cuda.is_available()) else "cpu"
+
+
+def _devices(config: Config, accelerator: str) -> int:
+    available = torch.cuda.device_count() if accelerator == "gpu" else 1
+    if config.train.devices == "auto":
+        return available
+    if accelerator == "gpu" and config.train.devices > available:
+        raise UserError(f"train.devices is {config.train.devices}; this machine has {available}")
+    return config.train.devices
+
+
+def make_trainer(config: Config, folder: RunFolder, metrics: Metrics) -> Trainer:
+    """Lightning's Trainer for a config, with this project's callbacks and nothing of Lightning's own."""
+    train = config.train
+    accelerator = _accelerator(config)
+    devices = _devices(config, accelerator)
+    if train.global_batch % (train.micro_batch * devices):
+        raise UserError(
+            f"train.global_batch {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch} x "
+            f"{devices} devices"
+        )
+    accumulate = train.global_batch // (train.micro_batch * devices)
+    bf16 = train.precision == "bf16" or (train.precision == "auto" and accelerator == "gpu")
+    checkpoints = Checkpoints(
+        folder, every=train.checkpoint_every, keep=train.keep_checkpoints, steps=train.steps, clock=metrics.clock
+    )
+    return Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        precision="bf16-mixed" if bf16 else "32-true",
+        max_steps=train.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        val_check_interval=train.validate_every * accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=-1,  # the untrained model's score is the first row of every curve
+        callbacks=[metrics, checkpoints, StopWhenDone(checkpoints, train.steps)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=str(folder.path),
+    )
+
+
+def _quieten() -> None:
+    """Leave out what Lightning and torch say to those who build a Trainer, not to those who run one."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).propagate = False
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in ("does not have many workers", "isinstance.*LeafSpec", "Our suggested max number of worker"):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
+
+
+def train(config: Config, *, resume: str | None = None, overwrite: bool = False) -> RunFolder:
+    """Train as `config` says and return the run's folder.
+
+    Args:
+        config: one run.
+        resume: None starts afresh, `auto` goes on from the newest checkpoint if there is one, a path from that one.
+        overwrite: replace a finished or broken run of the same name.
+
+    Raises:
+        UserError: for whatever a user can mend, before anything is written where that is possible.
+    """
+    _quieten()
+    config = with_vocabulary(config)
+    folder, checkpoint = open_folder(config, resume, overwrite)
+    lightning.seed_everything(config.train.seed, verbose=False)
+    data = DataModule(
+        config.data.path,
+        config.data.validation,
+        seq_len=config.data.seq_len,
+        micro_batch=config.train.micro_batch,
+        global_batch=config.train.global_batch,
+        seed=config.train.seed,
+        document_mask=config.data.document_mask,
+        num_workers=config.data.num_workers,
+        validation_sequences=config.data.validation_sequences,
+        vocab_size=config.model.vocab_size,
+    )
+    model = build_decoder(config.model, backend=config.attention.backend)
+    model.init_weights()
+    model.gradient_checkpointing = config.train.gradient_checkpointing
+    module = TrainingModule(model, config, data.validation_names)
+    summary = summarise(config, model)
+    metrics = Metrics(
+        folder,
+        start_step=folder.step_of(checkpoint) if checkpoint else 0,
+        steps=config.train.steps,
+        log_every=config.train.log_every,
+        tokens_per_step=summary["tokens_per_step"],
+        flops_per_token=summary["training_flops_per_token"],
+        kv_bytes_per_token=summary["kv_bytes_per_token"]["resident"],
+        bytes_per_token=data.bytes_per_token,
+        hyperparameters=hyperparameters(config, summary),
+    )
+    trainer = make_trainer(config, folder, metrics)
+    if trainer.is_global_zero:
+        if checkpoint is None and folder.path.exists():
+            shutil.rmtree(folder.path)
+        _write_start(config, folder, model, summary)
+    if checkpoint is not None:
+        log.info("resuming from %s", checkpoint)
+    trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+    return folder
+
+
+def hyperparameters(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
+    """The flat table that TensorBoard's HPARAMS tab shows."""
+    flat = {"design": summary["design"], "parameters": summary["parameters"]}
+    flat |= {"kv_resident_vs_mha": summary["kv_vs_mha"]["resident"], "kv_read_vs_mha": summary["kv_vs_mha"]["read"]}
+    for section in ("model", "data", "optim", "train"):
+        for key, value in config.as_yaml_data()[section].items():
+            if isinstance(value, int | float | str | bool):
+                flat[f"{section}.{key}"] = value
+    return flat
+
+
+def _write_start(config: Config, folder: RunFolder, model: Decoder, summary: dict[str, Any]) -> None:
+    folder.checkpoint_folder.mkdir(parents=True, exist_ok=True)
+    folder.write_config(config)
+    write_atomic(folder.summary_file, json.dumps(summary, indent=2) + "\n")
+    write_atomic(folder.path / "env.txt", "".join(f"{k}: {v}\n" for k, v in environment().items()))
+    write_atomic(folder.path / "plan.txt", plan_table(model.plan) + "\n")
+    plan_figure(model.plan, f"{config.name}: {summary['design']}").savefig(folder.path / "plan.png", dpi=110)

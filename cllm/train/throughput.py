@@ -1,0 +1,52 @@
+"""Tokens a second and how much of the hardware they use."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+# Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets (without sparsity). First match wins.
+_PEAKS = (("B200", 2250e12), ("H200", 989e12), ("H100", 989e12), ("A100", 312e12), ("RTX 4090", 165e12))
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a GPU in FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAKS if part in name), None)
+
+
+class Clock:
+    """Seconds of training, with validation and checkpoints left out, and how many of them waited for data."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Begin a new interval."""
+        self._begin, self._paused, self._waited = time.perf_counter(), 0.0, 0.0
+        self._pause_begin: float | None = None
+        self._wait_begin: float | None = None
+
+    def pause(self) -> None:
+        self._pause_begin = time.perf_counter()
+
+    def resume(self) -> None:
+        if self._pause_begin is not None:
+            self._paused += time.perf_counter() - self._pause_begin
+            self._pause_begin = None
+
+    def waiting(self) -> None:
+        """The device has nothing to do until the next batch arrives."""
+        self._wait_begin = time.perf_counter()
+
+    def working(self) -> None:
+        if self._wait_begin is not None:
+            self._waited += time.perf_counter() - self._wait_begin
+            self._wait_begin = None
+
+    def read(self) -> tuple[float, float]:
+        """(seconds of training, seconds of them that waited for data) since `start`."""
+        return time.perf_counter() - self._begin - self._paused, self._waited

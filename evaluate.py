@@ -1,0 +1,79 @@
+"""Measure perplexity and bits per byte of trained models.
+
+    python evaluate.py --run runs/NAME [--run ...] [--data FOLDER_OR_TEXT_FILE ...] [--window N] [--stride N]
+
+A run is a run folder (its newest checkpoint), one checkpoint file, or a Hugging Face checkpoint folder. Without --data
+a run is scored on its own validation sets. docs/evaluation.md says what exactly is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cllm.errors import UserError, one_line
+from cllm.evaluate.perplexity import Settings, measure, open_sets, save, table
+from cllm.evaluate.subjects import load_subject
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    default = Settings()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--run", action="append", default=[], metavar="PATH", help="run, .ckpt or Hugging Face folder; repeat it")
+    add("--data", nargs="+", action="extend", default=[], metavar="PATH",
+        help="prepared folders or text files (.txt .md: one document; .jsonl: the `text` of each line); "
+        "default: the run's own validation sets")  # fmt: skip
+    add("--split", default=default.split, help="split of prepared folders (default: %(default)s)")
+    add("--window", type=int, metavar="N", help="tokens of context fed at once (default: the training length, at most "
+        "2048 for Hugging Face models)")  # fmt: skip
+    add("--stride", type=int, metavar="N", help="tokens each window scores (default: half the window)")
+    add("--batch", type=int, metavar="N", help="windows computed together; changes speed alone")
+    add("--max-tokens", type=int, metavar="N", help="only the first N tokens of each set")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    add("--name", metavar="SET", help="name of the set in file names and tags (default: from the data's path)")
+    add("--out", metavar="DIR", type=Path, help="folder for SET.json (default: evaluation/ in the run's folder, or in "
+        "the Hugging Face checkpoint's folder)")  # fmt: skip
+    return parser
+
+
+@one_line
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+    options = parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    if not options.run:
+        raise UserError("nothing to evaluate: give --run runs/NAME")
+    if options.out and len(options.run) > 1:
+        raise UserError(f"--out {options.out}: takes the results of one run, and there are {len(options.run)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
+    device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
+    settings = Settings(
+        split=options.split, window=options.window, stride=options.stride, batch=options.batch,
+        max_tokens=options.max_tokens,
+    )  # fmt: skip
+    records, paths = [], []
+    try:
+        for path in options.run:
+            subject = load_subject(path, device)
+            for text in open_sets(subject, options.data, split=settings.split, name=options.name):
+                record = measure(subject, text, settings, device)
+                paths.append(save(subject, record, options.out))
+                records.append(record)
+    finally:
+        if records:
+            print(table(records), *(f"written: {path}" for path in paths), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Compare runs: one table and one figure of quality against KV cache.
+
+    python scripts/compare.py runs/* [--baseline NAME] [--set SET] [--out DIR]
+
+Losses come from `evaluate.py --run ...` where it has been run, else from the last validation of the training.
+docs/evaluation.md tells the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cllm.errors import one_line
+from cllm.evaluate.comparison import compare, find_runs
+from cllm.evaluate.report import default_folder, terminal, write
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="run folders; folders that are none are skipped")
+    add("--baseline", metavar="NAME", help="run to compare with (default: the one with the largest resident cache)")
+    add("--set", dest="set_name", metavar="SET", help="set to compare on (default: each run's main validation set)")
+    add("--out", type=Path, metavar="DIR", help="where the files go (default: comparison/ beside the runs)")
+    return parser
+
+
+@one_line
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+    options = parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    runs = find_runs(options.runs)
+    comparison = compare(runs, baseline=options.baseline, set_name=options.set_name)
+    print(terminal(comparison))
+    for path in write(comparison, options.out or default_folder(runs)):
+        print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Tiny models, and the hand-written reference of `reference.py`, as fixtures."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from cllm.config import ModelConfig
+from cllm.model.decoder import Decoder
+
+torch.set_num_threads(1)
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"cllm_tests_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def reference() -> ModuleType:
+    """The papers' tables and equations, see `reference.py`."""
+    return _load("reference")
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., ModelConfig]:
+    """`tiny_config(n_layers=4, kv={"preset": "cla"})`: a model small enough to loop over."""
+
+    def build(**model: Any) -> ModelConfig:
+        tiny = {"vocab_size": 32, "d_model": 24, "n_layers": 8, "n_heads": 4, "head_dim": 8, "d_ff": 32}
+        return ModelConfig(**{**tiny, "max_seq_len": 64, **model})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def preset_config(reference: ModuleType, tiny_config: Callable[..., ModelConfig]) -> Callable[..., ModelConfig]:
+    """`preset_config("yoco", qk_norm=True)`: a tiny model with the options that `reference.py` gives a preset."""
+
+    def build(name: str, **model: Any) -> ModelConfig:
+        options = {"preset": name, **reference.PRESETS[name][0]} if name in reference.PRESETS else None
+        return tiny_config(kv=options or reference.VARIANTS[name][0], **model)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Callable[..., Decoder]:
+    """A decoder whose every weight matters: projections keep the size of what they project, norms are away from 1 and
+    fusion weights from 0."""
+
+    def build(config: ModelConfig, seed: int = 0) -> Decoder:
+        model = Decoder(config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                if name.endswith("norm.weight"):
+                    parameter.copy_(1 + 0.3 * noise)
+                elif parameter.ndim == 2 and "embed" not in name:
+                    parameter.copy_(noise / parameter.shape[1] ** 0.5)
+                else:
+                    parameter.copy_(noise)
+        return model
+
+    return build

@@ -1,0 +1,227 @@
+"""evaluate.py: runs, checkpoints and Hugging Face folders; what is written; what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cllm.runs import RunFolder
+
+
+@pytest.fixture
+def llama(tmp_path, prepared):
+    """A tiny random Llama checkpoint folder with the tokenizer of `prepared(300)`, and its model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM(config).eval()
+    folder = tmp_path / "llama"
+    model.save_pretrained(folder)
+    for file in (prepared(300) / "tokenizer").iterdir():
+        shutil.copy(file, folder / file.name)
+    return folder, model
+
+
+def _record(folder: Path, name: str) -> dict:
+    return json.loads((folder / "evaluation" / f"{name}.json").read_text())
+
+
+def _refused(capsys, status: int) -> str:
+    """The one line on stderr."""
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_a_run_is_scored_on_its_own_validation_set(evaluate, make_run, capsys) -> None:
+    run, _ = make_run(steps=(10, 20))
+    assert evaluate("--run", run.path, "--device", "cpu") == 0
+    record = _record(run.path, "validation")
+    assert (record["run"], record["step"], record["design"], record["split"]) == ("a", 20, "cla", "validation")
+    assert record["data"] == run.config().data.path
+    assert record["tokens_scored"] == record["tokens"] > 100
+    assert record["loss"] == pytest.approx(record["nll"] / record["tokens"])
+    assert record["versions"]["torch"] == torch.__version__
+    assert "command" not in record["versions"]
+    assert record["hardware"]
+    head, row, written = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "step", "set", "tokens", "loss", "perplexity", "bits/byte", "window/stride"]
+    assert row.split()[:3] == ["a", "20", "validation"]
+    assert written == f"written: {run.path / 'evaluation' / 'validation.json'}"
+    events = EventAccumulator(str(run.tensorboard_folder)).Reload()
+    for tag, key in (("ppl", "perplexity"), ("loss", "loss"), ("bits_per_byte", "bits_per_byte")):
+        (event,) = events.Scalars(f"eval-validation/{tag}")
+        assert event.step == 20
+        assert event.value == pytest.approx(record[key])
+
+
+def test_several_validation_sets_and_runs(evaluate, make_run, prepared, capsys) -> None:
+    sets = {"first": str(prepared(300)), "second": str(prepared(300))}
+    runs = [make_run(name, data={"validation": sets})[0] for name in ("a", "b")]
+    assert evaluate("--run", runs[0].path, "--run", runs[1].path, "--max-tokens", 40) == 0
+    for run in runs:
+        assert [_record(run.path, name)["set"] for name in sets] == ["first", "second"]
+        assert _record(run.path, "first")["tokens_scored"] == 40
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 4 + 4
+
+
+def test_an_older_checkpoint_leaves_the_result_of_the_run_alone(evaluate, make_run) -> None:
+    run, _ = make_run(steps=(10, 20))
+    assert evaluate("--run", run.checkpoint_path(20), "--max-tokens", 20) == 0
+    assert evaluate("--run", run.checkpoint_path(10), "--max-tokens", 20) == 0
+    assert _record(run.path, "validation")["step"] == 20
+    assert _record(run.path, "validation-step-00000010")["step"] == 10
+
+
+def test_text_files_and_names(evaluate, make_run, tmp_path) -> None:
+    run, _ = make_run()
+    (tmp_path / "my notes.md").write_text("alpha beta\n", encoding="utf-8")
+    (tmp_path / "lines.jsonl").write_text('{"text": "alpha"}\n{"text": " "}\n{"text": "日本"}\n', encoding="utf-8")
+    assert evaluate("--run", run.path, "--data", tmp_path / "my notes.md", tmp_path / "lines.jsonl") == 0
+    assert _record(run.path, "my-notes")["documents"] == 1
+    lines = _record(run.path, "lines")
+    assert (lines["documents"], lines["bytes"], lines["split"]) == (2, 5 + 6, None)
+    assert evaluate("--run", run.path, "--data", tmp_path / "lines.jsonl", "--name", "x") == 0
+    assert _record(run.path, "x")["nll"] == lines["nll"]
+    assert evaluate("--run", run.path, "--data", run.config().data.path, "--split", "train", "--max-tokens", 9) == 0
+    assert _record(run.path, "small-300-train")["split"] == "train"
+
+
+def test_the_stream_of_a_text_is_eos_text_eos(evaluate, make_run, tmp_path) -> None:
+    """A special token spelt out in the text is text; EOS ends each document and stands before the first."""
+    run, _ = make_run(vocab_size=257)  # a token a byte
+    (tmp_path / "t.txt").write_text("a<|endoftext|>b", encoding="utf-8")
+    assert evaluate("--run", run.path, "--data", tmp_path / "t.txt") == 0
+    record = _record(run.path, "t")
+    assert (record["bytes"], record["tokens_scored"]) == (15, 16)
+
+
+def test_invalid_utf8_is_replaced_counted_and_told(evaluate, make_run, tmp_path, capsys, caplog) -> None:
+    run, _ = make_run()
+    (tmp_path / "bad.txt").write_bytes(b"alpha \xff beta \xfe\xfd!")
+    assert evaluate("--run", run.path, "--data", tmp_path / "bad.txt") == 0
+    record = _record(run.path, "bad")
+    assert record["replaced_sequences"] == 3
+    assert record["bytes"] == len("alpha \ufffd beta \ufffd\ufffd!".encode())
+    assert "bad.txt: 3 byte sequences are not UTF-8" in caplog.text
+
+
+def test_a_hugging_face_folder_gives_the_loss_of_the_model_itself(evaluate, llama, tmp_path) -> None:
+    from transformers import AutoTokenizer
+
+    folder, model = llama
+    text = "alpha beta naïve 日本"
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    assert evaluate("--run", folder, "--data", tmp_path / "t.txt") == 0
+    record = _record(folder, "t")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text).input_ids, tokenizer.eos_token_id]])
+    assert ids.shape[1] <= 64
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=ids).loss.item()
+    assert record["loss"] == pytest.approx(expected, rel=1e-5)
+    assert record["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+    assert (record["kind"], record["design"], record["step"]) == ("huggingface", "llama", None)
+    assert (record["window"], record["stride"]) == (64, 32)
+    assert not list(folder.rglob("events.*"))
+
+
+def test_a_hugging_face_folder_scores_prepared_data_of_its_own_tokenizer(evaluate, llama, prepared, tmp_path) -> None:
+    folder, _ = llama
+    assert evaluate("--run", folder, "--data", prepared(300), "--out", tmp_path / "out", "--max-tokens", 50) == 0
+    assert json.loads((tmp_path / "out" / "small-300.json").read_text())["tokens_scored"] == 50
+    assert not (folder / "evaluation").exists()
+
+
+def test_hugging_face_folders_that_are_refused(evaluate, llama, prepared, tmp_path, capsys) -> None:
+    folder, _ = llama
+    prepared(257)
+    capsys.readouterr()
+    assert "say what to evaluate on with --data" in _refused(capsys, evaluate("--run", folder))
+    assert "another tokenizer" in _refused(capsys, evaluate("--run", folder, "--data", prepared(257)))
+    (tmp_path / "t.txt").write_text("alpha", encoding="utf-8")
+    message = _refused(capsys, evaluate("--run", folder, "--data", tmp_path / "t.txt", "--window", 65))
+    assert "--window is 65; allowed: up to the context of llama, 64" in message
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    message = _refused(capsys, evaluate("--run", folder, "--data", tmp_path / "t.txt"))
+    assert "has no .safetensors weights" in message
+
+
+def test_runs_that_are_refused(evaluate, make_run, tmp_path, capsys) -> None:
+    run, _ = make_run()
+    (tmp_path / "empty").mkdir()
+    assert "give --run" in _refused(capsys, evaluate())
+    assert "no such run" in _refused(capsys, evaluate("--run", tmp_path / "nothing"))
+    assert "neither a run" in _refused(capsys, evaluate("--run", tmp_path / "empty"))
+    run.checkpoint_path(20).unlink()
+    assert "holds no checkpoint yet" in _refused(capsys, evaluate("--run", run.path))
+    run.checkpoint_path(20).write_bytes(b"not a checkpoint")
+    assert "not a readable checkpoint" in _refused(capsys, evaluate("--run", run.path))
+
+
+def test_data_that_is_refused(evaluate, make_run, prepared, tmp_path, capsys) -> None:
+    run, _ = make_run()
+
+    def refused(*data: str | Path) -> str:
+        return _refused(capsys, evaluate("--run", run.path, "--data", *data))
+
+    (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
+    (tmp_path / "t.docx").write_text("x", encoding="utf-8")
+    (tmp_path / "t.jsonl").write_text('{"body": "x"}\n', encoding="utf-8")
+    prepared(257)
+    capsys.readouterr()
+    message = refused(prepared(257))
+    assert "another tokenizer than that of a" in message
+    assert "text file (.txt .md .jsonl)" in message
+    assert "no such file or folder" in refused(tmp_path / "missing.txt")
+    assert "has no manifest.json" in refused(tmp_path)
+    assert "holds no text" in refused(tmp_path / "empty.txt")
+    assert "unsupported file type" in refused(tmp_path / "t.docx")
+    assert "has no field `text`" in refused(tmp_path / "t.jsonl")
+    assert "has no test split" in refused(prepared(300), "--split", "test")
+    assert "two sets would be called t;" in refused(tmp_path / "t.docx", tmp_path / "t.jsonl")
+    assert "names one set" in refused(tmp_path / "t.docx", tmp_path / "t.jsonl", "--name", "x")
+    assert "--name ../x" in refused(tmp_path / "t.docx", "--name", "../x")
+
+
+def test_settings_that_are_refused(evaluate, make_run, tmp_path, capsys) -> None:
+    run, _ = make_run()
+
+    def refused(*words: object) -> str:
+        return _refused(capsys, evaluate("--run", run.path, *words))
+
+    assert "--stride is 17; allowed: up to the window, 16" in refused("--stride", 17)
+    assert "--window is 33; allowed: up to the context of a, 32" in refused("--window", 33)
+    assert "--window is 0; allowed: 1 or more" in refused("--window", 0)
+    assert "--max-tokens is -1; allowed: 1 or more" in refused("--max-tokens", -1)
+    assert "takes the results of one run" in refused("--run", run.path, "--out", tmp_path)
+    if not torch.cuda.is_available():
+        assert "there is no usable GPU" in refused("--device", "cuda")
+
+
+def test_what_was_measured_before_a_mistake_is_told(evaluate, make_run, tmp_path, capsys) -> None:
+    run, _ = make_run()
+    assert evaluate("--run", run.path, "--run", tmp_path / "nothing", "--max-tokens", 20) == 2
+    captured = capsys.readouterr()
+    assert "validation" in captured.out
+    assert "no such run" in captured.err
+    assert RunFolder(run.path).evaluation_folder.exists()

@@ -1,0 +1,99 @@
+"""Gradients survive: through checkpointing, through iteration, through autocast, to every parameter of every preset."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cllm.kv.presets import preset_names
+from cllm.kv.sources import FusedRead
+from cllm.model.decoder import Decoder
+
+NAMES = [*preset_names(), "yoco with retention"]
+
+
+def loss_and_gradients(model, seed: int = 0):
+    model.zero_grad()
+    ids = torch.randint(32, (2, 17), generator=torch.Generator().manual_seed(seed))
+    loss = F.cross_entropy(model(ids[:, :-1]).float().flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpointing_changes_no_gradient(name, preset_config, random_model):
+    """Slots that travel by side effect leave the loss right and drop the owners' gradients."""
+    model = random_model(preset_config(name, qk_norm=True))
+    loss, gradients = loss_and_gradients(model)
+    model.gradient_checkpointing = True
+    loss_again, gradients_again = loss_and_gradients(model)
+    assert torch.equal(loss, loss_again)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradients_again[key], gradient, atol=1e-7, rtol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_of_a_new_model_has_a_gradient(name, preset_config, reference, tiny_config):
+    options = reference.PRESETS[name][0] if name in reference.PRESETS else {}
+    if "iterations" in options:  # the default, 7 and 2
+        kv = {"preset": name, "n_kv_heads": 2}
+        model = Decoder(tiny_config(kv=kv, qk_norm=True, q_bias=True, kv_bias=True))
+    else:
+        model = Decoder(preset_config(name, qk_norm=True, q_bias=True, kv_bias=True))
+    torch.manual_seed(0)
+    model.init_weights()
+    _, gradients = loss_and_gradients(model)
+    for key, gradient in gradients.items():
+        assert gradient is not None, key
+        assert gradient.isfinite().all(), key
+        rows = gradient.flatten(1) if gradient.ndim > 1 else gradient[:, None]
+        if key != "embed.weight":  # not every token occurs
+            assert (rows != 0).any(dim=1).all(), f"{key}: a row has no gradient"
+
+
+@pytest.mark.parametrize("backward", [1, 2])
+def test_a_cyclic_plan_needs_two_passes_with_gradient(backward, tiny_config, random_model):
+    """With one, the layers that read from above pass nothing on to the target's keys (LCKV, section 2.3)."""
+    iterations = {"forward": 3, "backward": backward}
+    model = random_model(tiny_config(kv={"preset": "lckv", "warmup": 2, "iterations": iterations}, n_layers=4))
+    with torch.no_grad():
+        model.blocks[2].attention.o_proj.weight.zero_()  # layer 2 no longer uses its own keys and values
+    _, gradients = loss_and_gradients(model)
+    assert bool((gradients["blocks.2.attention.owner.k_proj.weight"] != 0).any()) == (backward == 2)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_autocast_trains_with_fp32_gradients(name, checkpointing, preset_config):
+    model = Decoder(preset_config(name))
+    torch.manual_seed(0)
+    model.init_weights()
+    exact, _ = loss_and_gradients(model)
+    model.gradient_checkpointing = checkpointing
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = loss_and_gradients(model)
+    assert abs(loss - exact) < 0.02
+    assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() for g in gradients.values())
+    for module in model.modules():
+        if isinstance(module, FusedRead):
+            assert module.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", ["fusedkv", "fusedkv_lite", "cla"])
+def test_gradient_of_a_shared_slot_agrees_with_finite_differences(name, preset_config, random_model):
+    """Along the key projection of an owner that many layers read."""
+    model = random_model(preset_config(name)).double()
+    owner = next(j for j in model.plan.owners if model.plan.last_reader(j) != j)
+    weight = model.blocks[owner].attention.owner.k_proj.weight
+    ids = torch.randint(32, (1, 8), generator=torch.Generator().manual_seed(0))
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).double()
+
+    def loss() -> torch.Tensor:
+        return F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:])
+
+    slope = (torch.autograd.grad(loss(), weight)[0] * direction).sum()
+    with torch.no_grad():
+        weight += 1e-3 * direction
+        up = loss()
+        weight -= 2e-3 * direction
+        down = loss()
+    assert float(slope) == pytest.approx(float((up - down) / 2e-3), rel=5e-2)

@@ -1,0 +1,356 @@
+"""What the papers say, twice: every preset's plan as a table written by hand, and a slow decoder that computes their
+equations with loops over layers, tokens and heads.
+
+Nothing here uses the package. A plan is a list of one row a layer:
+
+    own:2            the layer projects keys and values of 2 heads and reads them; `norm`: with a norm of their own
+    latent           the layer owns a latent (MLA) and reads it
+    retention        the layer keeps a recurrent state
+    read 3           keys and values are those of layer 3
+    keys 3 values 0  keys are those of layer 3, values those of layer 0
+    keys w0+w3 ...   a sum with learned weights
+    window 4         a query sees 4 tokens, its own included
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def targets(text: str, heads: int = 4) -> list[str]:
+    """LCKV's `layer_types`: `0_20x20_21` is layer 0, then twenty layers that read layer 20, then layer 21."""
+    numbers: list[int] = []
+    for part in text.split("_"):
+        target, _, count = part.partition("x")
+        numbers += [int(target)] * int(count or 1)
+    return [f"own:{heads}" if target == i else f"read {target}" for i, target in enumerate(numbers)]
+
+
+LATENT = {"kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+ITERATIONS = {"forward": 2, "backward": 2}
+CYCLIC = {"n_kv_heads": 2, "iterations": ITERATIONS}
+
+# Options and rows of every preset on 8 layers with 4 query heads.
+PRESETS: dict[str, tuple[dict, list[str]]] = {
+    "mha": ({}, ["own:4"] * 8),
+    "gqa": ({}, ["own:2"] * 8),
+    "mqa": ({}, ["own:1"] * 8),
+    "mla": ({"factor": 2, **LATENT}, ["latent", "read 0", "latent", "read 2", "latent", "read 4", "latent", "read 6"]),
+    "cla": (
+        {"n_kv_heads": 2},
+        ["own:2 norm", "read 0", "own:2 norm", "read 2", "own:2 norm", "read 4", "own:2 norm", "read 6"],
+    ),
+    "yoco": (
+        {"window": 3, "n_kv_heads": 2},
+        ["own:4 window 3"] * 4 + ["own:2 norm", "read 4", "read 4", "read 4"],
+    ),
+    "fusedkv": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys w0+w3 values w0+w3"] * 4),
+    "fusedkv_lite": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys 3 values 0"] * 4),
+    "fusedkv_lite_learnable": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys w3 values w0"] * 4),
+    "fusedkv_lite_reversed": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys 0 values 3"] * 4),
+    "trailing": (
+        {"n_kv_heads": 2, "window": 3, "full_every": 2},
+        ["own:2 window 3", "own:2"] * 2 + ["read 2 window 3", "read 3"] * 2,
+    ),
+    "afm": ({"n_kv_heads": 2}, ["own:2"] * 5 + ["read 4"] * 3),
+    "pizza_bottom": ({"n_kv_heads": 2}, targets("0_1_2_3x5", 2)),
+    "pizza_middle": (CYCLIC, targets("0_1_2_5x5", 2)),
+    "pizza_top": (CYCLIC, targets("0_1_2_7x5", 2)),
+    "sandwich_bottom": ({"n_kv_heads": 2}, targets("0_1_2x5_7", 2)),
+    "sandwich_middle": (CYCLIC, targets("0_1_4x5_7", 2)),
+    "sandwich_top": (CYCLIC, targets("0_1_6x5_7", 2)),
+    "lasagna_bottom": ({"n_kv_heads": 2}, targets("0x2_2x2_4x2_6x2", 2)),
+    "lasagna_middle": (CYCLIC, targets("0_2x3_4x2_6x2", 2)),
+    "lasagna_top": (CYCLIC, targets("0_3x3_5x2_7x2", 2)),
+    "lckv": (CYCLIC, targets("0_6x6_7", 2)),
+}
+
+# More to compute: options of presets that change the equations.
+VARIANTS: dict[str, tuple[dict, list[str]]] = {
+    "yoco with retention": (
+        {"preset": "yoco", "lower": "retention", "n_kv_heads": 2},
+        ["retention"] * 4 + ["own:2 norm", "read 4", "read 4", "read 4"],
+    ),
+    "mla, full-rank queries": ({"preset": "mla", **LATENT, "q_lora_rank": None}, ["latent"] * 8),
+    "fusedkv, scalar weights": (
+        {"preset": "fusedkv", "granularity": "scalar", "n_kv_heads": 2},
+        ["own:2"] * 4 + ["keys w0+w3 values w0+w3"] * 4,
+    ),
+    "fusedkv, weights per head": (
+        {"preset": "fusedkv", "per_head": True, "n_kv_heads": 2},
+        ["own:2"] * 4 + ["keys w0+w3 values w0+w3"] * 4,
+    ),
+    "fusedkv, scalar weights per head": (
+        {"preset": "fusedkv", "granularity": "scalar", "per_head": True, "n_kv_heads": 2},
+        ["own:2"] * 4 + ["keys w0+w3 values w0+w3"] * 4,
+    ),
+    "fusedkv, three sources": (
+        {"preset": "fusedkv", "n_storage": 3, "sources": [2, 0, 1], "n_kv_heads": 2},
+        ["own:2"] * 3 + ["keys w2+w0+w1 values w2+w0+w1"] * 5,
+    ),
+    "learnable, weights per head": (
+        {"preset": "fusedkv_lite_learnable", "per_head": True, "n_kv_heads": 2},
+        ["own:2"] * 4 + ["keys w3 values w0"] * 4,
+    ),
+    "cla, factor 3": (
+        {"preset": "cla", "factor": 3, "n_kv_heads": 2, "kv_norm": False},
+        ["own:2", "own:2", "read 1", "read 1", "own:2", "read 4", "read 4", "read 4"],
+    ),
+    "mha, window and kv norm": ({"preset": "mha", "window": 2, "kv_norm": True}, ["own:4 norm window 2"] * 8),
+}
+
+_ROW = re.compile(
+    r"(?:own:(?P<heads>\d+)|(?P<kind>latent|retention))?"
+    r"(?P<norm> norm)?"
+    r"(?: ?read (?P<read>\d+)| ?keys (?P<keys>\S+) values (?P<values>\S+))?"
+    r"(?: window (?P<window>\d+))?"
+)
+
+
+@dataclass
+class Row:
+    """One layer of a table: what it owns, and where its keys and values come from."""
+
+    owns: bool
+    kind: str | None
+    kv_norm: bool
+    keys: list[int]
+    values: list[int]
+    window: int | None
+    weighted: bool
+
+    @classmethod
+    def parse(cls, text: str, layer: int) -> Row:
+        found = _ROW.fullmatch(text)
+        assert found, text
+        keys, values = found["keys"] or found["read"] or str(layer), found["values"] or found["read"] or str(layer)
+        return cls(
+            owns=bool(found["heads"] or found["kind"]),
+            kind=found["kind"],
+            kv_norm=bool(found["norm"]),
+            keys=[int(number) for number in re.findall(r"\d+", keys)],
+            values=[int(number) for number in re.findall(r"\d+", values)],
+            window=int(found["window"]) if found["window"] else None,
+            weighted="w" in keys,
+        )
+
+
+# ---- the equations -------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) ⊙ weight."""
+    normed = x / torch.sqrt((x * x).mean() + eps)
+    return normed if weight is None else normed * weight
+
+
+def rotate(x: Tensor, position: int, theta: float) -> Tensor:
+    """RoPE: channels j and j + d/2 turn by position · theta^(-2j/d)."""
+    half = len(x) // 2
+    turned = list(x)
+    for j in range(half):
+        angle = position * theta ** (-2 * j / len(x))
+        turned[j] = x[j] * math.cos(angle) - x[j + half] * math.sin(angle)
+        turned[j + half] = x[j] * math.sin(angle) + x[j + half] * math.cos(angle)
+    return torch.stack(turned)
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def softmax_read(query: Tensor, keys: list[Tensor], values: list[Tensor], width: int) -> Tensor:
+    """Σ_s softmax_s(q·k_s / √d) v_s; zeros where there is nothing to see."""
+    if not keys:
+        return torch.zeros(width, dtype=query.dtype)
+    scores = [torch.exp(query @ key / math.sqrt(len(query))) for key in keys]
+    total = sum(scores)
+    return sum(score / total * value for score, value in zip(scores, values, strict=True))
+
+
+class SlowDecoder:
+    """Logits of one sequence, from a dictionary of weights by name and a table of rows.
+
+    `slots[i][t]` is what layer i caches for token t: keys and values of each KV head, or a latent and its RoPE key.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], rows: list[str], *, n_heads: int, head_dim: int, latent: dict):
+        self.weights, self.n_heads, self.head_dim, self.latent = weights, n_heads, head_dim, latent
+        self.layers = [Row.parse(text, i) for i, text in enumerate(rows)]
+        self.theta, self.eps = 10000.0, 1e-5
+
+    # ---- three orders of computing the same steps -------------------------------------------------------------------
+
+    def by_layers(self, ids: list[int], forward: int = 0, backward: int = 0) -> Tensor:
+        """Layer by layer, (T, vocab). Layers that read from above, and those up to the layer they read, are computed
+        forward + backward times, each time with the slots of the time before; the first `forward` times pass no gradient
+        on."""
+        xs, slots, i = self.embed(ids), {}, 0
+        while i < len(self.layers):
+            last = i
+            for j in range(i, len(self.layers)):  # the run of layers that reads no further up than itself
+                if j <= last:
+                    last = max(last, *self.layers[j].keys, *self.layers[j].values)
+            if last == i:
+                xs = self.layer(i, xs, slots)
+                i += 1
+                continue
+            entering = xs
+            for turn in range(forward + backward):
+                xs = entering
+                for j in range(i, last + 1):
+                    xs = self.layer(j, xs, slots)
+                if turn < forward:
+                    for layer in range(i, last + 1):
+                        slots[layer] = {t: self.detached(slot) for t, slot in slots.get(layer, {}).items()}
+            i = last + 1
+        return self.output(xs)
+
+    def by_tokens(self, ids: list[int]) -> Tensor:
+        """Token by token, (T, vocab): each passes all layers before the next begins. This is what decoding does, and the
+        definition of a plan that reads from above."""
+        slots: dict = {}
+        ends = []
+        for t, x in enumerate(self.embed(ids)):
+            for i in range(len(self.layers)):
+                x = self.step(i, t, x, slots)
+            ends.append(x)
+        return self.output(ends)
+
+    def layer(self, i: int, xs: list[Tensor], slots: dict) -> list[Tensor]:
+        return [self.step(i, t, x, slots) for t, x in enumerate(xs)]
+
+    @staticmethod
+    def detached(slot: tuple) -> tuple:
+        return tuple([t.detach() for t in part] if isinstance(part, list) else part.detach() for part in slot)
+
+    def embed(self, ids: list[int]) -> list[Tensor]:
+        return [self.weights["embed.weight"][i] for i in ids]
+
+    def output(self, xs: list[Tensor]) -> Tensor:
+        normed = [rms_norm(x, self.weights["norm.weight"], self.eps) for x in xs]
+        return torch.stack([self.weights["head.weight"] @ x for x in normed])
+
+    # ---- one layer, one token ---------------------------------------------------------------------------------------
+
+    def w(self, i: int, name: str) -> Tensor:
+        return self.weights[f"blocks.{i}.{name}"]
+
+    def linear(self, i: int, name: str, x: Tensor) -> Tensor:
+        bias = self.weights.get(f"blocks.{i}.{name}.bias")
+        y = self.w(i, f"{name}.weight") @ x
+        return y if bias is None else y + bias
+
+    def step(self, i: int, t: int, x: Tensor, slots: dict) -> Tensor:
+        """x + attention(norm(x)), then x + MLP(norm(x))."""
+        row, source = self.layers[i], self.layers[self.layers[i].keys[0]]
+        normed = rms_norm(x, self.w(i, "attention_norm.weight"), self.eps)
+        if row.kind == "latent":
+            slots.setdefault(i, {})[t] = self.project_latent(i, t, normed)
+        elif row.owns and row.kind is None:
+            slots.setdefault(i, {})[t] = self.project(i, t, x, normed)
+        if row.kind == "retention":
+            heads = self.retention(i, t, normed, slots)
+        elif source.kind == "latent":
+            heads = self.latent_attention(i, t, normed, slots)
+        else:
+            heads = self.attention(i, t, normed, slots)
+        x = x + self.linear(i, "attention.o_proj", torch.cat(heads))
+        normed = rms_norm(x, self.w(i, "mlp_norm.weight"), self.eps)
+        gate, up = self.linear(i, "mlp.gate_proj", normed), self.linear(i, "mlp.up_proj", normed)
+        return x + self.linear(i, "mlp.down_proj", silu(gate) * up)
+
+    def visible(self, i: int, t: int, slots: dict) -> list[int]:
+        """The tokens that token t sees in layer i; a layer that reads from above does not see the token itself."""
+        row = self.layers[i]
+        above = max(row.keys + row.values) > i
+        first = 0 if row.window is None else max(0, t - row.window + 1)
+        return [s for s in range(first, t if above else t + 1) if s in slots.get(row.keys[0], {})]
+
+    def project(self, i: int, t: int, x: Tensor, normed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        if self.layers[i].kv_norm:
+            normed = rms_norm(x, self.w(i, "attention.owner.norm.weight"), self.eps)
+        keys = self.linear(i, "attention.owner.k_proj", normed).split(self.head_dim)
+        values = self.linear(i, "attention.owner.v_proj", normed).split(self.head_dim)
+        norm = self.weights.get(f"blocks.{i}.attention.owner.k_norm.weight")
+        if norm is not None:
+            keys = [rms_norm(key, norm, self.eps) for key in keys]
+        return [rotate(key, t, self.theta) for key in keys], list(values)
+
+    def read(self, i: int, part: str, sources: list[int], slots: dict, s: int, head: int) -> Tensor:
+        """Σ_j w_j ⊙ X_j of one token and KV head, or X_j as it is. One weight may serve a whole head, a rotated pair
+        (channels j and j + d/2, keys only) or a channel."""
+        parts = [slots[j][s][0 if part == "keys" else 1][head] for j in sources]
+        if not self.layers[i].weighted:
+            return parts[0]
+        weight = self.w(i, f"attention.{part}.weight")  # sources, 1 or heads, channels
+        of_head = weight[:, head if weight.shape[1] > 1 else 0]
+        channels = [c % weight.shape[2] for c in range(self.head_dim)]
+        return sum(of_head[n, channels] * x for n, x in enumerate(parts))
+
+    def attention(self, i: int, t: int, normed: Tensor, slots: dict) -> list[Tensor]:
+        row = self.layers[i]
+        queries = self.linear(i, "attention.q_proj", normed).split(self.head_dim)
+        norm = self.weights.get(f"blocks.{i}.attention.q_norm.weight")
+        seen = self.visible(i, t, slots)
+        heads = []
+        for h, query in enumerate(queries):
+            query = rotate(query if norm is None else rms_norm(query, norm, self.eps), t, self.theta)
+            n_kv = len(slots[row.keys[0]][seen[0]][0]) if seen else 1
+            g = h * n_kv // self.n_heads
+            keys = [self.read(i, "keys", row.keys, slots, s, g) for s in seen]
+            values = [self.read(i, "values", row.values, slots, s, g) for s in seen]
+            heads.append(softmax_read(query, keys, values, self.head_dim))
+        return heads
+
+    def project_latent(self, i: int, t: int, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """c = norm(W_DKV h), k_R = RoPE(W_KR h)."""
+        rank = self.latent["kv_lora_rank"]
+        both = self.linear(i, "attention.owner.down_proj", normed)
+        latent = rms_norm(both[:rank], self.w(i, "attention.owner.norm.weight"), self.eps)
+        return latent, rotate(both[rank:], t, self.theta)
+
+    def latent_attention(self, i: int, t: int, normed: Tensor, slots: dict) -> list[Tensor]:
+        """DeepSeek-V2, eq. 9 to 19: q_i = [W_UQ c_Q; RoPE(W_QR c_Q)], k_i = [W_UK c; k_R], v_i = W_UV c."""
+        nope, rope = self.latent["qk_nope_head_dim"], self.latent["qk_rope_head_dim"]
+        x = normed
+        if self.latent["q_lora_rank"]:
+            x = rms_norm(self.linear(i, "attention.q_down_proj", x), self.w(i, "attention.q_norm.weight"), self.eps)
+        queries = self.linear(i, "attention.q_proj", x).split(nope + rope)
+        cached = slots[self.layers[i].keys[0]]
+        seen = self.visible(i, t, slots)
+        heads = []
+        for h, query in enumerate(queries):
+            query = torch.cat((query[:nope], rotate(query[nope:], t, self.theta)))
+            keys, values = [], []
+            for s in seen:
+                latent, k_rope = cached[s]
+                up = self.linear(i, "attention.kv_up_proj", latent).split(nope + self.latent["v_head_dim"])[h]
+                keys.append(torch.cat((up[:nope], k_rope)))
+                values.append(up[nope:])
+            heads.append(softmax_read(query, keys, values, self.latent["v_head_dim"]))
+        return heads
+
+    def retention(self, i: int, t: int, normed: Tensor, slots: dict) -> list[Tensor]:
+        """YOCO, eq. 5 to 7: S_t = γ_t S_{t-1} + k_tᵀ v_t, γ = σ(W_γ x)^(1/16), silu(gate) ⊙ norm(q_t S_t / √d)."""
+        q, k, v, gate = (
+            self.linear(i, f"attention.{name}_proj", normed).split(self.head_dim) for name in ("q", "k", "v", "gate")
+        )
+        decay = (1 / (1 + torch.exp(-self.linear(i, "attention.decay_proj", normed)))) ** (1 / 16)
+        heads = []
+        for h in range(self.n_heads):
+            key, query = rotate(k[h], t, self.theta), rotate(q[h], t, self.theta)
+            state = key[:, None] * v[h]
+            if t > 0:
+                state = state + decay[h] * slots["state", i, h, t - 1]
+            slots["state", i, h, t] = state
+            out = query @ state / math.sqrt(self.head_dim)
+            heads.append(silu(gate[h]) * rms_norm(out, None, self.eps))
+        return heads

@@ -1,0 +1,142 @@
+"""Rules between fields, defaults, and configs that load back as they were."""
+
+import pytest
+import yaml
+
+from cllm.cli import parse_yaml, schema_keys, validate
+from cllm.config import Config, ModelConfig
+from cllm.errors import UserError
+from cllm.kv.presets import preset_names
+
+MODEL = {"d_model": 64, "n_layers": 8, "n_heads": 4}
+
+
+def config(**sections) -> Config:
+    return validate(Config, {"model": MODEL, **sections})
+
+
+REFUSED = {
+    "d_model not a multiple of heads": (
+        {"model": {**MODEL, "n_heads": 5}},
+        "model: d_model 64 is not a multiple of n_heads 5; set head_dim or change either",
+    ),
+    "odd head_dim": (
+        {"model": {**MODEL, "d_model": 36}},
+        "model: d_model 36 / n_heads 4 gives an odd head_dim",
+    ),
+    "odd head_dim as given": (
+        {"model": {**MODEL, "head_dim": 7}},
+        "model.head_dim: input should be a multiple of 2, got 7",
+    ),
+    "KV heads that do not divide": (
+        {"model": {**MODEL, "kv": {"preset": "gqa", "n_kv_heads": 3}}},
+        "model: layer 0: n_heads 4 is not a multiple of n_kv_heads 3",
+    ),
+    "min_lr above lr": ({"optim": {"lr": 1e-4, "min_lr": 1e-3}}, "optim: min_lr 0.001 exceeds lr 0.0001"),
+    "betas out of range": ({"optim": {"betas": [0.9, 1.0]}}, "optim: betas [0.9, 1.0] must lie in [0, 1)"),
+    "three betas": ({"optim": {"betas": [0.9, 0.95, 0.99]}}, "optim.betas: list should have at most 2 items"),
+    "micro_batch that does not divide": (
+        {"train": {"global_batch": 32, "micro_batch": 5}},
+        "train: global_batch 32 is not a multiple of micro_batch 5",
+    ),
+    "no device": ({"train": {"devices": 0}}, "train: devices is 0; allowed: 1 or more, or auto"),
+    "devices that are neither a number nor auto": ({"train": {"devices": "two"}}, "train.devices: "),
+    "sequences longer than the context": (
+        {"model": {**MODEL, "max_seq_len": 256}, "data": {"seq_len": 512}},
+        "data.seq_len 512 exceeds model.max_seq_len 256",
+    ),
+    "yarn without the original context": (
+        {"model": {**MODEL, "rope": {"scaling": {"type": "yarn", "factor": 4.0}}}},
+        "model.rope.scaling: rope scaling yarn needs original_max_seq_len, the context before scaling",
+    ),
+    "llama3 factors the wrong way round": (
+        {
+            "model": {
+                **MODEL,
+                "rope": {
+                    "scaling": {"type": "llama3", "factor": 8.0, "original_max_seq_len": 64, "low_freq_factor": 4.0}
+                },
+            }
+        },
+        "model.rope.scaling: high_freq_factor is 4.0; it must exceed low_freq_factor 4.0",
+    ),
+    "a name that is no folder name": ({"name": "a/b"}, "name: string should match pattern"),
+    "a number as text": ({"train": {"steps": "2"}}, "train.steps: input should be a valid integer, got '2'"),
+    "a float as integer": ({"train": {"steps": 2.5}}, "train.steps: input should be a valid integer"),
+    "a boolean as integer": ({"train": {"steps": True}}, "train.steps: input should be a valid integer, got True"),
+    "a schedule that does not exist": (
+        {"optim": {"schedule": "cosin"}},
+        "optim.schedule: input should be 'cosine', 'linear', 'wsd' or 'constant', got 'cosin'",
+    ),
+    "no layers": (
+        {"model": {**MODEL, "n_layers": 0}},
+        "model.n_layers: input should be greater than or equal to 1, got 0",
+    ),
+    "no model": ({"model": {"d_model": 64, "n_heads": 4}}, "model.n_layers: is required and missing"),
+    "a window without tokens": (
+        {"model": {**MODEL, "kv": {"preset": "yoco", "window": 0}}},
+        "model.kv.window: input should be greater than or equal to 1, got 0",
+    ),
+    "KV heads of mqa": (
+        {"model": {**MODEL, "kv": {"preset": "mqa", "n_kv_heads": 2}}},
+        "model.kv.n_kv_heads: input should be 1",
+    ),
+    "KV heads of a latent": ({"model": {**MODEL, "kv": {"preset": "mla", "n_kv_heads": 2}}}, "model.kv.n_kv_heads: "),
+    "a plan that does not fit": (
+        {"model": {**MODEL, "kv": {"preset": "lckv", "warmup": 7}}},
+        "model: model.kv.warmup + 1 is 8; allowed: 1 to 7 for 8 layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    sections, message = REFUSED[case]
+    with pytest.raises(UserError) as error:
+        config(**sections)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+KV = {
+    **{name: {"preset": name} for name in preset_names()},
+    "options": {"preset": "fusedkv", "n_storage": 3, "sources": [0, 2], "init": "randn", "per_head": True},
+    "retention": {"preset": "yoco", "lower": "retention"},
+    "iterations": {"preset": "lckv", "iterations": {"forward": 3, "backward": 1}},
+    "layers": {
+        "layers": [
+            {"layers": "0-3", "own": {}},
+            {"layers": [4, 5, 6], "keys": {"fuse": [0, 3], "init": "mean"}, "values": {"share": 0}},
+            {"layers": 7, "own": {"n_kv_heads": 2}, "window": 4},
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("name", KV)
+def test_config_loads_back_from_its_own_yaml(name):
+    scaling = {"type": "yarn", "factor": 2.0, "original_max_seq_len": 512}
+    model = {**MODEL, "kv": KV[name], "rope": {"scaling": scaling}}
+    before = config(model=model, optim={"betas": [0.8, 0.9], "eps": 1e-12}, train={"devices": 2})
+    text = yaml.safe_dump(before.as_yaml_data())
+    after = validate(Config, parse_yaml(text, "config.yaml"))
+    assert after == before
+    assert after.model.plan() == before.model.plan()
+    assert type(after.model.kv) is type(before.model.kv)
+
+
+def test_defaults_follow_from_the_model():
+    model = ModelConfig(d_model=64, n_layers=2, n_heads=4)
+    assert model.resolved_head_dim == 16
+    assert model.resolved_d_ff == 192  # 8/3 of 64 is 170.7, rounded up to a multiple of 64
+    assert ModelConfig(d_model=64, n_layers=2, n_heads=4, head_dim=20, d_ff=100).resolved_head_dim == 20
+    assert ModelConfig(d_model=64, n_layers=2, n_heads=4, head_dim=20, d_ff=100).resolved_d_ff == 100
+    assert model.kv.preset == "mha"
+
+
+def test_head_dim_frees_d_model_from_the_heads():
+    assert ModelConfig(d_model=50, n_layers=2, n_heads=4, head_dim=8).resolved_head_dim == 8
+
+
+def test_every_field_has_a_description():
+    assert [key for key, field in schema_keys(Config).items() if not field.description] == []

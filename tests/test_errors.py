@@ -1,0 +1,52 @@
+"""One line for a mistake of the user's, a traceback for a bug."""
+
+import pytest
+
+from cllm.errors import DataError, PlanError, UserError, nearest, one_line
+
+
+@pytest.mark.parametrize("error", [UserError, PlanError, DataError])
+def test_a_user_error_is_one_line_on_stderr_and_status_2(error, capsys):
+    @one_line
+    def command():
+        raise error("layer 3: reads\n  layer 9,   which is not there")
+
+    assert command() == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "error: layer 3: reads layer 9, which is not there\n"
+
+
+def test_a_bug_keeps_its_traceback():
+    @one_line
+    def command():
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        command()
+
+
+@pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (3, 3)])
+def test_status_of_a_command_that_raises_nothing(returned, status):
+    assert one_line(lambda: returned)() == status
+
+
+def test_arguments_and_name_pass_through():
+    @one_line
+    def main(a, *, b):
+        return a + b
+
+    assert main(1, b=2) == 3
+    assert main.__name__ == "main"
+
+
+def test_nearest_names_a_close_word_alone():
+    assert nearest("fusedkv_light", ["mha", "fusedkv_lite", "fusedkv"]) == 'did you mean "fusedkv_lite"?'
+
+
+def test_nearest_lists_everything_where_nothing_is_close():
+    assert nearest("zzz", ["mha", "gqa", "lizard"]).endswith("allowed: gqa, lizard, mha")
+
+
+def test_nearest_of_nothing():
+    assert nearest("x", []) == "none is allowed here"

@@ -1,0 +1,250 @@
+"""A run from config to folder: what it writes, how it resumes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cllm.config import Config
+from cllm.errors import UserError
+from cllm.kv.sources import FusedRead
+from cllm.model.sizes import build_decoder
+from cllm.runs import RunFolder, load_run, read_weights
+from cllm.train.optim import learning_rate_factor, parameter_groups
+from cllm.train.run import train
+
+ROOT = Path(__file__).resolve().parents[2]
+Tiny = Callable[..., Config]
+
+
+def losses(folder: RunFolder, tag: str = "train/loss") -> dict[int, float]:
+    return {row["step"]: row[tag] for row in folder.metrics() if tag in row}
+
+
+def final_weights(folder: RunFolder) -> dict[str, torch.Tensor]:
+    return read_weights(folder.checkpoints()[-1][1])
+
+
+def test_a_run_learns_and_writes_what_its_folder_promises(tiny: Tiny) -> None:
+    folder = train(tiny("--train.steps", "30", "--model.kv.preset", "fusedkv", "--train.validate_every", "20"))
+    validation = losses(folder, "val/loss")
+    assert sorted(validation) == [0, 20, 30], "the start, every validate_every and the end are validated"
+    assert validation[0] == pytest.approx(math.log(320), abs=0.2), "an untrained model guesses evenly"
+    assert validation[30] < 0.8 * validation[0]
+    rows = list(folder.metrics())
+    assert all({"step", "tokens", "time"} <= set(row) for row in rows)
+    assert rows[-1]["tokens"] == 30 * 4 * 32
+    ppl = losses(folder, "val/ppl")
+    assert ppl[30] == pytest.approx(math.exp(validation[30]))
+    for name in ("config.yaml", "env.txt", "summary.json", "plan.png", "plan.txt"):
+        assert (folder.path / name).exists(), name
+    assert [step for step, _ in folder.checkpoints()] == [28, 30]
+    summary = folder.summary()
+    assert summary["kv_vs_mha"] == {"resident": 0.5, "read": 1.5}
+    events = EventAccumulator(str(folder.tensorboard_folder))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "val/loss", "val/ppl", "val/bits_per_byte", "throughput/tokens_per_s"} <= tags
+    assert {"memory/peak_gib", "kv/bytes_per_token", "hp/val_ppl", "tokens"} <= tags
+    assert [e.step for e in events.Scalars("val/loss")] == [0, 20, 30]
+    model, config, step = load_run(folder.path)
+    assert step == 30
+    assert config == folder.config()
+    assert not model.training
+
+
+@pytest.mark.parametrize("preset", ["fusedkv", "lckv"])
+def test_a_run_stopped_and_resumed_ends_with_the_same_weights(tiny: Tiny, preset: str) -> None:
+    # Two micro-batches a step, so that a resume in the wrong half of a step would show.
+    settings = ["--model.kv.preset", preset]
+    whole = train(tiny("--name", "whole", *settings))
+    config = tiny("--name", "halves", *settings)
+    half = train(tiny("--name", "halves", *settings))
+    folder = RunFolder(half.path)
+    for step, path in folder.checkpoints():
+        if step > 4:
+            path.unlink()  # as if the run had died between steps 4 and 8, after it had logged step 8
+    resumed = train(config, resume="auto")
+    for name, tensor in final_weights(whole).items():
+        assert torch.equal(tensor, final_weights(resumed)[name]), name
+    assert losses(resumed) == losses(whole)
+    assert losses(resumed, "val/loss") == losses(whole, "val/loss")
+    assert len({row["step"] for row in resumed.metrics() if "train/loss" in row}) == 8, "no step is logged twice"
+
+
+def test_batches_and_so_losses_do_not_depend_on_workers_or_accumulation(tiny: Tiny) -> None:
+    alone = train(tiny("--name", "alone", "--data.num_workers", "1"))
+    crowd = train(tiny("--name", "crowd", "--data.num_workers", "4"))
+    assert losses(alone) == losses(crowd)
+    whole = train(tiny("--name", "whole", "--train.micro_batch", "4"))
+    assert losses(whole) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_gradient_checkpointing_and_bf16_run(tiny: Tiny) -> None:
+    plain = train(tiny("--name", "plain", "--train.steps", "3"))
+    again = train(tiny("--name", "again", "--train.steps", "3", "--train.gradient_checkpointing", "true"))
+    assert losses(plain) == losses(again)
+    narrow = train(tiny("--name", "narrow", "--train.steps", "3", "--train.precision", "bf16"))
+    assert losses(narrow) == pytest.approx(losses(plain), rel=2e-2)
+    assert all(t.dtype == torch.float32 for t in final_weights(narrow).values()), "weights stay fp32"
+
+
+def test_document_masks_and_several_validation_sets(tiny: Tiny, prepared: Path) -> None:
+    config = tiny("--data.document_mask", "true", "--train.steps", "2")
+    config.data.validation = {"main": str(prepared), "second": str(prepared)}
+    row = [row for row in train(config).metrics() if "val/loss" in row][-1]
+    assert row["val/loss"] == row["val-second/loss"]
+
+
+def test_two_cpu_processes_take_the_same_steps_as_one(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny("--train.steps", "3", "--name", "one")
+    one = train(config)
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump(config.as_yaml_data()), encoding="utf-8")
+    command = [sys.executable, "train.py", "--config", str(file), "--name", "two", "--train.devices", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    two = RunFolder(one.path.parent / "two")
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    assert losses(two, "val/loss") == pytest.approx(losses(one, "val/loss"), rel=1e-4)
+
+
+def test_sigterm_saves_and_stops_and_the_run_goes_on_from_there(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny("--train.steps", "100000", "--train.checkpoint_every", "100000", "--train.validate_every", "100000")
+    file = tmp_path / "long.yaml"
+    file.write_text(yaml.safe_dump(config.as_yaml_data()), encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(
+        [sys.executable, "train.py", "--config", str(file)], cwd=ROOT, stderr=subprocess.PIPE, env=environment
+    )
+    folder = RunFolder(Path(config.runs_dir) / config.name)
+    deadline = time.monotonic() + 120
+    while not any("train/loss" in row for row in folder.metrics()):
+        assert running.poll() is None, running.stderr and running.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(timeout=120) == 0
+    (step, _), *more = folder.checkpoints()
+    assert not more
+    config.train.steps = step + 2
+    train(config, resume="auto")
+    assert folder.checkpoints()[-1][0] == step + 2
+
+
+def test_a_checkpoint_that_could_not_be_finished_is_not_taken_for_one(tiny: Tiny) -> None:
+    folder = train(tiny())
+    partial = folder.checkpoint_path(12).with_suffix(".partial")
+    partial.write_bytes(b"half a checkpoint")
+    assert [step for step, _ in folder.checkpoints()] == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("settings", "resume", "message"),
+    [
+        (["--optim.lr", "2e-2"], "auto", "optim.lr is 0.02, but the run"),
+        (["--model.kv.preset", "cla"], "auto", "model.kv is"),
+        ([], None, "holds a run already"),
+        ([], "nowhere.ckpt", "no such checkpoint"),
+    ],
+)
+def test_a_folder_that_holds_another_run_is_refused_and_left_alone(
+    tiny: Tiny, settings: list[str], resume: str | None, message: str
+) -> None:
+    folder = train(tiny("--train.steps", "2"))
+    before = folder.metrics_file.read_bytes()
+    with pytest.raises(UserError, match=message):
+        train(tiny("--train.steps", "4", *settings), resume=resume)
+    assert folder.metrics_file.read_bytes() == before
+
+
+def test_overwrite_replaces_a_run(tiny: Tiny) -> None:
+    train(tiny("--train.steps", "4"))
+    folder = train(tiny("--train.steps", "2"), overwrite=True)
+    assert [step for step, _ in folder.checkpoints()] == [2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--model.vocab_size", "100"], "model.vocab_size 100 is less than"),
+        (["--data.path", "nowhere"], "nowhere"),
+        (["--train.micro_batch", "4", "--train.devices", "3"], "global_batch 4 is not a multiple"),
+        (["--data.seq_len", "31", "--model.max_seq_len", "31", "--data.path", "tests"], "tests"),
+    ],
+)
+def test_mistakes_are_refused_before_a_folder_appears(tiny: Tiny, settings: list[str], message: str) -> None:
+    config = tiny(*settings)
+    with pytest.raises(UserError, match=message):
+        train(config)
+    assert not (Path(config.runs_dir) / config.name).exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match="train/loss is nan at step"):
+        train(tiny("--optim.lr", "1e30", "--optim.grad_clip", "null", "--train.steps", "50"))
+
+
+def test_the_command_line_answers_a_mistake_with_one_line_and_status_2() -> None:
+    command = [sys.executable, "train.py", "--config", "configs/quickstart.yaml", "--model.kv.preset", "nosuch"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "model.kv.preset" in done.stderr
+    assert "nearest:" in done.stderr
+
+
+# ---- optimizer ------------------------------------------------------------------------------------------------------
+
+
+def test_fusion_weights_have_no_decay_and_a_rate_of_their_own(tiny: Tiny) -> None:
+    config = tiny("--model.kv.preset", "fusedkv", "--model.vocab_size", "320", "--optim.fusion_lr_multiplier", "5")
+    model = build_decoder(config.model)
+    groups = {group["name"]: group for group in parameter_groups(model, config.optim)}
+    fused = [m.weight for m in model.modules() if isinstance(m, FusedRead)]
+    assert len(fused) == 4  # two layers, keys and values
+    assert {id(p) for p in groups["fusion"]["params"]} == {id(p) for p in fused}
+    assert groups["fusion"]["weight_decay"] == 0
+    assert groups["fusion"]["lr"] == pytest.approx(5 * config.optim.lr)
+    assert all(p.ndim == 1 for p in groups["no_decay"]["params"])
+    assert sum(len(g["params"]) for g in groups.values()) == len(list(model.parameters()))
+
+
+def test_learning_rates_follow_their_schedule(tiny: Tiny) -> None:
+    optim = tiny("--optim.warmup_steps", "10", "--optim.lr", "1.0", "--optim.min_lr", "0.1").optim
+
+    def rate(step: int) -> float:
+        return learning_rate_factor(step, 111, optim)
+
+    assert rate(0) == pytest.approx(0.1)
+    assert rate(9) == pytest.approx(1)
+    assert rate(60) == pytest.approx(0.55)  # half-way down the cosine
+    assert rate(110) == pytest.approx(0.1)
+    optim.schedule = "linear"
+    assert rate(60) == pytest.approx(0.55)
+    assert rate(35) == pytest.approx(0.775)
+    optim.schedule = "wsd"
+    assert rate(88) == pytest.approx(1)
+    assert rate(110) == pytest.approx(0.1)
+    assert rate(99) == pytest.approx(0.1 + 0.9 * 11 / 21, abs=1e-6)
+    optim.schedule = "constant"
+    assert rate(110) == 1
+
+
+def test_metrics_rows_are_json_without_nan(tiny: Tiny) -> None:
+    folder = train(tiny("--train.steps", "2"))
+    for line in folder.metrics_file.read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in metrics.jsonl"))

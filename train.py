@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+"""Train a decoder whose layers declare where their keys and values come from.
+
+python train.py --config configs/quickstart.yaml
+python train.py --config configs/model/332m.yaml --config configs/kv/fusedkv.yaml --dry-run
+python train.py --config configs/quickstart.yaml --model.kv.preset cla --name cla --optim.lr 2e-3
+python train.py --config runs/cla/config.yaml --resume auto
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import yaml
+
+from cllm import cli
+from cllm.config import Config
+from cllm.errors import UserError, one_line
+
+
+@one_line
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.config_parser(Config, __doc__ or "")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, its size and its cost; train nothing")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML")
+    parser.add_argument("--resume", metavar="auto|FILE", help="go on from the newest checkpoint, or from this one")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
+    arguments, overrides = parser.parse_known_args(argv)
+    if not arguments.config:
+        raise UserError("give at least one --config FILE; configs/quickstart.yaml is a good first one")
+    config = cli.load(Config, arguments.config, overrides)
+    if arguments.print_config:
+        print(yaml.safe_dump(config.as_yaml_data(), sort_keys=False), end="")
+        return
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # Imported late: --help and config mistakes answer without loading torch's training stack.
+    from cllm.train.run import train, with_vocabulary
+
+    if arguments.dry_run:
+        from cllm.train.dryrun import dry_run
+
+        print(dry_run(with_vocabulary(config)))
+        return
+    folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
+    print(f"run finished: {folder.path}  (tensorboard --logdir {config.runs_dir})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

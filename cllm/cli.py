@@ -15,7 +15,7 @@ import argparse
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is no scalar", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
             seen.add(key)
@@ -154,16 +156,20 @@ def _locate(schema: type[BaseModel], location: tuple[Any, ...]) -> tuple[tuple[s
     path: list[str] = []
     here: list[tuple[str | None, type[BaseModel]]] = [(None, schema)]
     beside: list[str] = []
+    annotation: Any = None
     for part in location:
         if tagged := [section for section in here if section[0] is not None and section[0] == part]:
             here = [(None, tagged[0][1])]
             continue
+        if isinstance(part, str) and not here and typing.get_origin(annotation) in (types.UnionType, typing.Union):
+            continue  # which of several plain types was tried
         path.append(str(part))
         if isinstance(part, int):
             continue
         beside = [name for _, model in here for name in model.model_fields]
         fields = [model.model_fields[part] for _, model in here if part in model.model_fields]
         here = [section for field in fields for section in _sections(field.annotation)]
+        annotation = fields[0].annotation if fields else None
     return tuple(path), beside
 
 

@@ -186,12 +186,12 @@ class SlowDecoder:
         self.layers = [Row.parse(text, i) for i, text in enumerate(rows)]
         self.theta, self.eps = 10000.0, 1e-5
 
-    # ---- three orders of computing the same steps -------------------------------------------------------------------
+    # ---- two orders of computing the same steps ---------------------------------------------------------------------
 
     def by_layers(self, ids: list[int], forward: int = 0, backward: int = 0) -> Tensor:
         """Layer by layer, (T, vocab). Layers that read from above, and those up to the layer they read, are computed
-        forward + backward times, each time with the slots of the time before; the first `forward` times pass no gradient
-        on."""
+        forward + backward times, each time with the slots of the time before; the first `forward` times pass on no
+        gradient."""
         xs, slots, i = self.embed(ids), {}, 0
         while i < len(self.layers):
             last = i
@@ -214,8 +214,8 @@ class SlowDecoder:
         return self.output(xs)
 
     def by_tokens(self, ids: list[int]) -> Tensor:
-        """Token by token, (T, vocab): each passes all layers before the next begins. This is what decoding does, and the
-        definition of a plan that reads from above."""
+        """Token by token, (T, vocab): each passes every layer before the next begins. So does decoding, and so plans
+        that read from above are defined."""
         slots: dict = {}
         ends = []
         for t, x in enumerate(self.embed(ids)):

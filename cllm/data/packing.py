@@ -114,7 +114,6 @@ class ValidationDataset(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         turn = index * self.world_size + self.rank
-        if turn >= self._n_taken:
-            return window(self.store, len(self.store), self.seq_len, self.document_mask)
+        # Evenly spaced. A turn past the last falls past the split's end, where a window is all padding.
         sequence = turn * self._n_sequences // self._n_taken
         return window(self.store, sequence * self.seq_len, self.seq_len, self.document_mask)

@@ -16,15 +16,21 @@ _DISTANCES = (7, 14, 24, 38, 56, 80, 105)
 _DIRECTIONS = (0, 90, 270, 180, 45, 315, 135, 225)
 """Degrees, preferred first: right, above, below, left, then the corners."""
 _LEADER = 14  # from this distance on, a line says whose the label is
-_MARKER = 6  # half the side of the square that a point keeps free
+_MARKER = 5.5  # half the side of the square that a point keeps free
 
 
 def place_labels(
-    axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], *, size: float = 9
+    axes: Axes,
+    points: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    *,
+    levels: Sequence[float] = (),
+    size: float = 9,
 ) -> list[Annotation]:
     """Annotate each point (data coordinates) with its name at the nearest place where it covers nothing.
 
-    Axis limits and scales must be final. A name for which no place is free goes where it covers least.
+    `levels` are heights (data coordinates) at which a horizontal line is to stay uncovered too. Axis limits and scales
+    must be final. A name for which no place is free goes where it covers least.
     """
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
@@ -33,6 +39,9 @@ def place_labels(
     inside = axes.get_window_extent(renderer)
     centres = [axes.transData.transform(point) for point in points]
     taken = [_box(x, y, 2 * _MARKER * pixel, 2 * _MARKER * pixel) for x, y in centres]
+    for level in levels:
+        _, y = axes.transData.transform((1.0, level))
+        taken.append(Bbox.from_extents(inside.x0, y - pixel, inside.x1, y + pixel))
     labels = []
     for point, (x, y), name in zip(points, centres, names, strict=True):
         label = axes.annotate(name, point, (0, 0), textcoords="offset points", ha="center", va="center", fontsize=size)

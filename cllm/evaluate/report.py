@@ -128,11 +128,12 @@ def figure(comparison: Comparison) -> Figure:
 
     rows = [row for row in comparison.rows if row.perplexity is not None]
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.set_xlabel("KV cache, bytes a token (log scale)")
+    axes.set_xlabel("resident KV cache, bytes a token (log scale)")
     axes.set_ylabel("perplexity" + (f" on {comparison.set_name}" if comparison.set_name else ", validation"))
     axes.set_title("Perplexity against resident KV cache: down and left is better", loc="left", fontsize=11)
     if not rows:
@@ -161,7 +162,8 @@ def figure(comparison: Comparison) -> Figure:
     axes.margins(y=0.12)
     axes.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
     figure.draw_without_rendering()  # fixes limits and layout, which the labels are placed by
-    place_labels(axes, [(row.kv_resident, row.perplexity or 0.0) for row in rows], [row.run for row in rows])
+    points = [(row.kv_resident, row.perplexity or 0.0) for row in rows]
+    place_labels(axes, points, [row.run for row in rows], levels=[base.perplexity] if base.perplexity else [])
     return figure
 
 

@@ -31,7 +31,7 @@ class Mask:
     gets zeros."""
     document_ids: Tensor | None = None
     """(B, S) integers: only keys of the query's own document."""
-    _dense: list[Tensor] = field(default_factory=list, repr=False, compare=False)
+    _dense: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def is_plain(self) -> bool:
@@ -39,8 +39,8 @@ class Mask:
         return self.window is None and not self.exclude_self and self.document_ids is None
 
     def dense(self, queries: int, keys: int, device: torch.device) -> Tensor:
-        """The mask as booleans, True where a query sees a key: (1 or B, 1, T, S). Built once."""
-        if not self._dense:
+        """The mask as booleans, True where a query sees a key: (1 or B, 1, T, S). Built once a shape."""
+        if (queries, keys, device) not in self._dense:
             key = torch.arange(keys, device=device)
             query = torch.arange(keys - queries, keys, device=device)[:, None]
             distance = query - key  # T, S
@@ -51,8 +51,8 @@ class Mask:
             if self.document_ids is not None:
                 ids = self.document_ids
                 seen = seen & (ids[:, None, keys - queries :, None] == ids[:, None, None, :])
-            self._dense.append(seen)
-        return self._dense[0]
+            self._dense[queries, keys, device] = seen
+        return self._dense[queries, keys, device]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:

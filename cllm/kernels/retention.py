@@ -71,6 +71,9 @@ def gated_retention_reference(
     chunk: int = 128,
 ) -> Tensor:
     """The same in plain torch, fp32 inside: quadratic within chunks, one state carried between them."""
+    if torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):
+            return gated_retention_reference(q, k, v, log_decay, scale=scale, document_ids=document_ids, chunk=chunk)
     dtype = v.dtype
     batch, length, heads, _ = q.shape
     q, k, v, log_decay = (t.float().transpose(1, 2) for t in (q, k, v, log_decay))  # B, H, T, .

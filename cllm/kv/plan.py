@@ -112,9 +112,9 @@ class KVPlan:
         """Fill in what `layers` left out and check the whole.
 
         Raises:
-            PlanError: naming the layer, for a source that owns nothing or is out of range, fused slots of different
-                shapes, keys and values with different numbers of heads, a latent slot read in part, a windowed slot
-                read through a wider mask, a source above the layer without `iterations`.
+            PlanError: naming the layer, for a source that owns nothing or is out of range, a slot that nobody reads,
+                fused slots of different shapes, keys and values with different numbers of heads, a latent slot read in
+                part, a windowed slot read through a wider mask, a source above the layer without `iterations`.
         """
         filled = [
             LayerPlan(own=p.own, keys=p.keys or Share(i), values=p.values or Share(i), window=p.window)
@@ -146,6 +146,10 @@ class KVPlan:
     def reads(self, i: int) -> tuple[int, ...]:
         """The owners whose slots layer `i` reads, in ascending order."""
         return tuple(sorted({*self.keys(i).layers, *self.values(i).layers}))
+
+    def reads_others(self, i: int) -> tuple[int, ...]:
+        """The owners other than itself whose slots layer `i` reads."""
+        return tuple(j for j in self.reads(i) if j != i)
 
     def source(self, i: int) -> Source:
         """What kind of slot layer `i` reads. All slots that one layer reads are of one kind."""
@@ -189,6 +193,14 @@ class KVPlan:
         sources = {j: self.layers[j].own for j in self.reads(i)}
         if any(not isinstance(own, Own) for own in sources.values()):
             self._check_opaque(i)
+        for what, read in (("keys", self.keys(i)), ("values", self.values(i))):
+            self._check_shapes(i, what, read)
+        if isinstance(layer.own, Retention) and self.reads(i) != (i,):
+            raise PlanError(
+                f"layer {i}: keeps a recurrent state and reads layer {self.reads(i)[0]}; it can do only one"
+            )
+        if layer.own is not None and not any(i in self.reads(j) for j in range(len(self))):
+            raise PlanError(f"layer {i}: owns a slot that no layer reads; let a layer read it, or let it own nothing")
         key_heads, value_heads = (self._kv_heads(read.layers[0]) for read in (self.keys(i), self.values(i)))
         if key_heads != value_heads:
             raise PlanError(
@@ -213,8 +225,9 @@ class KVPlan:
             if kept is not None and (window is None or window > kept):
                 seen = "full attention" if window is None else f"a window of {window}"
                 raise PlanError(f"layer {i}: has {seen}, but its {what} come from layer {j}, which keeps {kept} tokens")
-        shapes = {self._kv_heads(j) for j in read.layers}
-        if len(shapes) > 1:
+
+    def _check_shapes(self, i: int, what: str, read: Read) -> None:
+        if len({self._kv_heads(j) for j in read.layers}) > 1:
             raise PlanError(
                 f"layer {i}: {what}: cannot fuse slots of different shapes: "
                 + ", ".join(f"layer {j} has {self._kv_heads(j)} KV heads" for j in read.layers)

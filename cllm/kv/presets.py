@@ -52,7 +52,9 @@ _REGISTRY: dict[str, type[Preset]] = {}
 
 
 def _register(cls: type[Preset]) -> type[Preset]:
-    _REGISTRY[cls.model_fields["preset"].default] = cls
+    field = cls.model_fields["preset"]
+    field.description = Preset.model_fields["preset"].description  # a Literal of its own loses it
+    _REGISTRY[field.default] = cls
     return cls
 
 
@@ -90,6 +92,10 @@ class MHA(Preset):
 
     def windows(self, n_layers: int) -> list[int | None]:
         full = self.full_every
+        if full and self.window is None:
+            raise PlanError(
+                f"model.kv.full_every is {full}, but without a window every layer has full attention; set window"
+            )
         return [None if full and (i + 1) % full == 0 else self.window for i in range(n_layers)]
 
     def expand(self, shape: Shape) -> KVPlan:
@@ -179,7 +185,7 @@ def _cla_groups(layers: Sequence[int], factor: int) -> list[list[int]]:
 class CLA(Preset):
     """Cross-layer attention (arXiv 2405.12981): runs of `factor` layers read the lowest layer of the run.
 
-    The paper's three variants of CLA-2 on 20 layers are `keep_ends: true`, `dense_front: 10, factor: 9, dense_back: 1`
+    The paper's three variants of CLA-2 on 20 layers are `keep_ends: true`, `dense_front: 9, factor: 10, dense_back: 1`
     and `dense_front: 1, factor: 10, dense_back: 9`.
     """
 

@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, G KV heads, D channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -97,12 +97,12 @@ def slot_widths(source: Source | None, head_dim: int) -> tuple[tuple[int, ...], 
 class SharedRead(nn.Module):
     """K = K_j: one owner's keys or values as they are."""
 
-    def __init__(self, read: Share, part: Literal["k", "v"]):
+    def __init__(self, place: int, part: Literal["k", "v"]):
         super().__init__()
-        self.layer, self.part = read.layer, part
+        self.place, self.part = place, part
 
-    def forward(self, slots: Mapping[int, Slot]) -> Tensor:
-        return getattr(slots[self.layer], self.part)
+    def forward(self, slots: Sequence[Slot]) -> Tensor:
+        return getattr(slots[self.place], self.part)
 
 
 class FusedRead(nn.Module):
@@ -115,9 +115,9 @@ class FusedRead(nn.Module):
     `weight` is (sources, 1 or G, n): n is 1 for `scalar`, else D/2 for keys, one a pair, and D for values.
     """
 
-    def __init__(self, read: Fuse, part: Literal["k", "v"], n_kv_heads: int, head_dim: int):
+    def __init__(self, read: Fuse, places: Sequence[int], part: Literal["k", "v"], n_kv_heads: int, head_dim: int):
         super().__init__()
-        self.layers, self.part, self.init = read.layers, part, read.init
+        self.places, self.part, self.init = tuple(places), part, read.init
         self.tied_pairs = part == "k" and read.granularity == "channel"
         channels = 1 if read.granularity == "scalar" else head_dim // 2 if self.tied_pairs else head_dim
         shape = (len(read.layers), n_kv_heads if read.per_head else 1, channels)
@@ -129,7 +129,7 @@ class FusedRead(nn.Module):
             if self.init == "randn":
                 self.weight.normal_()
             elif self.init == "mean":
-                self.weight.fill_(1 / len(self.layers))
+                self.weight.fill_(1 / len(self.places))
             else:
                 self.weight.zero_()
                 self.weight[-1 if self.part == "k" else 0] = 1.0
@@ -139,16 +139,22 @@ class FusedRead(nn.Module):
         weight = self.weight.float()
         return torch.cat((weight, weight), dim=-1) if self.tied_pairs else weight
 
-    def forward(self, slots: Mapping[int, Slot]) -> Tensor:
+    def forward(self, slots: Sequence[Slot]) -> Tensor:
         """(B, T, G, D) in the slots' dtype."""
-        parts = [getattr(slots[j], self.part) for j in self.layers]
+        parts = [getattr(slots[place], self.part) for place in self.places]
         total = sum(w * part.float() for w, part in zip(self.channel_weights(), parts, strict=True))
         assert isinstance(total, Tensor)
         return total.to(parts[0].dtype)
 
 
-def make_read(read: Read, part: Literal["k", "v"], n_kv_heads: int, head_dim: int) -> nn.Module:
-    """The module that reads the keys (`k`) or values (`v`) of a layer."""
+def make_read(
+    read: Read, part: Literal["k", "v"], places: dict[int, int], n_kv_heads: int, head_dim: int
+) -> SharedRead | FusedRead:
+    """The module that reads the keys (`k`) or values (`v`) of a layer.
+
+    `places` says where each owner's slot stands in the sequence that the layer is handed. Modules know places and not
+    layers, so that layers that do the same are the same code and compile once.
+    """
     if isinstance(read, Share):
-        return SharedRead(read, part)
-    return FusedRead(read, part, n_kv_heads, head_dim)
+        return SharedRead(places[read.layer], part)
+    return FusedRead(read, [places[j] for j in read.layers], part, n_kv_heads, head_dim)

@@ -1,15 +1,15 @@
 """The attention half of a block, for each kind of slot a layer can read: keys and values, latents, recurrent states.
 
-Every mixer has the same face: it takes the residual stream before and after the block's norm and the slots that its
-layer reads, and returns its output and, if its layer owns a slot, that slot. Slots are arguments and results and never
-travel by any other way, so that gradient checkpointing sees them.
+Every mixer has the same face: it takes the residual stream before and after the block's norm and the slots of other
+layers that its layer reads, and returns its output and, if its layer owns a slot, that slot. Slots are arguments and
+results and never travel by any other way, so that gradient checkpointing sees them.
 
 Shapes: B batch, T tokens, H query heads, G KV heads, D channels of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -56,16 +56,19 @@ class _Mixer(nn.Module):
 
     def __init__(self, config: ModelConfig, plan: KVPlan, layer: int):
         super().__init__()
-        self.layer = layer
         self.window, self.exclude_self = plan.layers[layer].window, plan.reads_above(layer)
         self.owner = make_owner(config, plan.layers[layer].own)
+        self.places = {j: place for place, j in enumerate((*plan.reads_others(layer), layer))}
+        """Where the slot of each layer stands in what `write` returns: those of other layers, then the own one."""
 
-    def write(self, residual: Tensor, normed: Tensor, slots: Mapping[int, Slot], context: Context):
-        """This layer's own slot, if it owns one, and `slots` with it."""
+    def write(
+        self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context
+    ) -> tuple[Slot | None, Sequence[Slot]]:
+        """This layer's own slot, if it owns one, and `slots` with it at the end."""
         if self.owner is None:
             return None, slots
         slot = self.owner(residual, normed, context.rope)
-        return slot, {**slots, self.layer: slot}
+        return slot, (*slots, slot)
 
 
 class Attention(_Mixer):
@@ -79,11 +82,11 @@ class Attention(_Mixer):
         width = config.n_heads * self.head_dim
         self.q_proj = nn.Linear(config.d_model, width, bias=config.q_bias)
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.keys = make_read(plan.keys(layer), "k", source.n_kv_heads, self.head_dim)
-        self.values = make_read(plan.values(layer), "v", source.n_kv_heads, self.head_dim)
+        self.keys = make_read(plan.keys(layer), "k", self.places, source.n_kv_heads, self.head_dim)
+        self.values = make_read(plan.values(layer), "v", self.places, source.n_kv_heads, self.head_dim)
         self.o_proj = nn.Linear(width, config.d_model, bias=False)
 
-    def forward(self, residual: Tensor, normed: Tensor, slots: Mapping[int, Slot], context: Context):
+    def forward(self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context):
         """(B, T, d_model) and the layer's own slot or None."""
         own, slots = self.write(residual, normed, slots, context)
         q = self.q_proj(normed).unflatten(-1, (-1, self.head_dim))  # B, T, H, D
@@ -102,7 +105,7 @@ class LatentAttention(_Mixer):
         super().__init__(config, plan, layer)
         latent = plan.source(layer)
         assert isinstance(latent, Latent)
-        self.slot = plan.keys(layer).layers[0]
+        self.place = self.places[plan.keys(layer).layers[0]]
         self.n_heads, self.latent = config.n_heads, latent
         width = config.n_heads * (latent.qk_nope_head_dim + latent.qk_rope_head_dim)
         self.q_down_proj = self.q_norm = None
@@ -114,14 +117,14 @@ class LatentAttention(_Mixer):
         self.kv_up_proj = nn.Linear(latent.kv_lora_rank, kv_width, bias=False)
         self.o_proj = nn.Linear(config.n_heads * latent.v_head_dim, config.d_model, bias=False)
 
-    def forward(self, residual: Tensor, normed: Tensor, slots: Mapping[int, Slot], context: Context):
+    def forward(self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context):
         """(B, T, d_model) and the layer's own slot or None."""
         own, slots = self.write(residual, normed, slots, context)
         nope, rope, value = self.latent.qk_nope_head_dim, self.latent.qk_rope_head_dim, self.latent.v_head_dim
         x = normed if self.q_down_proj is None or self.q_norm is None else self.q_norm(self.q_down_proj(normed))
         q_nope, q_rope = self.q_proj(x).unflatten(-1, (self.n_heads, -1)).split((nope, rope), dim=-1)
         q = torch.cat((q_nope, apply_rope(q_rope, context.rope(rope))), dim=-1)  # B, T, H, nope + rope
-        c, k_rope = slots[self.slot]
+        c, k_rope = slots[self.place]
         k_nope, v = self.kv_up_proj(c).unflatten(-1, (self.n_heads, -1)).split((nope, value), dim=-1)
         k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, self.n_heads, -1)), dim=-1)
         out = attention(q, k, v, context.mask(self.window, self.exclude_self), backend=context.backend)
@@ -143,7 +146,7 @@ class GatedRetention(_Mixer):
         self.head_norm = RMSNorm(self.head_dim, eps=config.norm_eps, elementwise_affine=False)
         self.o_proj = nn.Linear(width, config.d_model, bias=False)
 
-    def forward(self, residual: Tensor, normed: Tensor, slots: Mapping[int, Slot], context: Context):
+    def forward(self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context):
         """(B, T, d_model) and None: a recurrent state is no slot."""
         q, k, v, gate = (
             proj(normed).unflatten(-1, (-1, self.head_dim))

@@ -21,7 +21,6 @@ class Block(nn.Module):
         self.attention = make_mixer(config, plan, layer)
         self.mlp_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = SwiGLU(config.d_model, d_ff)
-        self.reads = tuple(j for j in plan.reads(layer) if j != layer or plan.layers[layer].own is None)
 
     def forward(self, x: Tensor, context: Context, *read: Tensor) -> tuple[Tensor, Slot | None]:
         """The stream after this layer, and the layer's own slot or None.
@@ -29,10 +28,10 @@ class Block(nn.Module):
         Args:
             x: (B, T, d_model).
             context: what all layers of this pass share.
-            read: the slots of `self.reads` as a flat list k, v, k, v, ...; tensors, not containers, so that gradient
-                checkpointing treats them as inputs.
+            read: the slots of `plan.reads_others(layer)` as a flat list k, v, k, v, ...; tensors, not containers, so
+                that gradient checkpointing treats them as inputs.
         """
-        slots = {j: Slot(*read[2 * n : 2 * n + 2]) for n, j in enumerate(self.reads)}
+        slots = [Slot(*read[n : n + 2]) for n in range(0, len(read), 2)]
         mixed, own = self.attention(x, self.attention_norm(x), slots, context)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), own

@@ -87,8 +87,7 @@ class Decoder(nn.Module):
 
     def _layer(self, i: int, x: Tensor, slots: Slots, context: Context) -> tuple[Tensor, Slots]:
         block = self.blocks[i]
-        assert isinstance(block, Block)
-        read = [tensor for j in block.reads for tensor in slots[j]]
+        read = [tensor for j in self.plan.reads_others(i) for tensor in slots[j]]
         if self.gradient_checkpointing and torch.is_grad_enabled():
             x, own = checkpoint(block, x, context, *read, use_reentrant=False)
         else:

@@ -52,17 +52,22 @@ def _yarn(frequencies: Tensor, scaling: RopeScaling, original: int, theta: float
 
 
 def rope_table(rope: Rope, dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (..., T, 1, dim) fp32 for integer `positions` (..., T); the 1 broadcasts over heads."""
+    """cos and signed sin (..., T, 1, 2, dim / 2) fp32 for integer `positions` (..., T); the 1 broadcasts over heads.
+
+    The sine is negative for the first channel of each pair.
+    """
     frequencies, factor = rope_frequencies(rope, dim, positions.device)
-    angles = positions.float()[..., None] * frequencies  # ..., T, dim/2
-    angles = torch.cat((angles, angles), dim=-1)[..., None, :]  # ..., T, 1, dim
-    return angles.cos() * factor, angles.sin() * factor
+    angles = (positions.float()[..., None] * frequencies)[..., None, :]  # ..., T, 1, dim/2
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    return torch.stack((cos, cos), dim=-2), torch.stack((-sin, sin), dim=-2)
 
 
 def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """`x` (B, T, H, dim) turned by `table`; computed in fp32, returned in the dtype of `x`."""
+    """`x` (B, T, H, dim) turned by `table`; computed in fp32, returned in the dtype of `x`.
+
+    The partner of each channel is fetched by a flip of the two halves, whose backward is a flip again: compiled, both
+    directions are one pass over the data, where slicing and concatenating would need zero-filled gradients.
+    """
     cos, sin = table
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (wide * cos + turned * sin).to(x.dtype)
+    halves = x.float().unflatten(-1, (2, -1))  # B, T, H, 2, dim/2
+    return (halves * cos + halves.flip(-2) * sin).flatten(-2).to(x.dtype)

@@ -60,6 +60,10 @@ def memory_estimate(model: Decoder, config: Config) -> dict[str, float]:
     return parts | {"total": sum(parts.values())}
 
 
+def _size(count: float) -> str:
+    return f"{count / GIB:.3g} GiB" if count >= GIB / 10 else f"{count / 2**20:.3g} MiB"
+
+
 def dry_run(config: Config) -> str:
     """The report of `train.py --dry-run`. `config.model.vocab_size` must be set."""
     with torch.device("meta"):
@@ -73,18 +77,18 @@ def dry_run(config: Config) -> str:
     memory = memory_estimate(model, config)
     tokens = config.train.steps * config.train.global_batch * seq_len
     d_ff = model_d_ff(c)
-    widened = f" (widened from {c.resolved_d_ff} to match mha)" if d_ff != c.resolved_d_ff else ""
+    matched = f" ({c.resolved_d_ff} before match_params)" if d_ff != c.resolved_d_ff else ""
     lines = [
         plan_table(model.plan),
         "",
         plan_drawing(model.plan),
         "",
         f"model        {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} heads of {c.resolved_head_dim}, "
-        f"d_ff {d_ff}{widened}, vocabulary {c.vocab_size:,}",
+        f"d_ff {d_ff}{matched}, vocabulary {c.vocab_size:,}",
         f"parameters   {total:,} ({inner:,} without embeddings)",
         f"KV cache     {own.resident:,.0f} bytes a token resident, {own.written:,.0f} written, {own.read:,.0f} read "
         f"(bf16, context {context:,})",
-        f"against mha  {resident:.4g}x resident, {read:.4g}x read; {own.resident * context / GIB:.3g} GiB at "
+        f"against mha  {resident:.4g}x resident, {read:.4g}x read; {_size(own.resident * context)} at "
         f"{context:,} tokens",
         f"FLOPs        {forward:.4g} a token forward, {training:.4g} training (sequences of {seq_len:,})",
         f"run          {config.train.steps:,} steps of {config.train.global_batch * seq_len:,} tokens = {tokens:,} "

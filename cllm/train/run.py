@@ -11,8 +11,8 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_only
 
 from cllm.config import Config
 from cllm.data.manifest import Manifest
@@ -90,7 +90,7 @@ def open_folder(config: Config, resume: str | None, overwrite: bool) -> tuple[Ru
     folder = RunFolder(Path(config.runs_dir) / config.name)
     if resume is None:
         # Other processes of this run start when the first has made the folder already.
-        if rank_zero_only.rank == 0 and folder.config_file.exists() and not overwrite:
+        if getattr(rank_zero_only, "rank", 0) == 0 and folder.config_file.exists() and not overwrite:
             raise UserError(
                 f"{folder.path} holds a run already; go on with --resume auto, replace it with --overwrite, or choose "
                 "another --name"
@@ -186,6 +186,10 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
     _quieten()
     config = with_vocabulary(config)
     folder, checkpoint = open_folder(config, resume, overwrite)
+    start_step = folder.step_of(checkpoint) if checkpoint else 0
+    if start_step >= config.train.steps:
+        log.info("%s is finished: %s is its last step", folder.path, checkpoint)
+        return folder
     lightning.seed_everything(config.train.seed, verbose=False)
     data = DataModule(
         config.data.path,
@@ -206,7 +210,7 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
     summary = summarise(config, model)
     metrics = Metrics(
         folder,
-        start_step=folder.step_of(checkpoint) if checkpoint else 0,
+        start_step=start_step,
         steps=config.train.steps,
         log_every=config.train.log_every,
         tokens_per_step=summary["tokens_per_step"],

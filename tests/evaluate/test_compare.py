@@ -249,7 +249,7 @@ def _row(name: str, resident: float, perplexity: float) -> Row:
     )
 
 
-def test_labels_cover_neither_each_other_nor_a_point() -> None:
+def test_labels_cover_neither_each_other_nor_a_point_nor_the_baseline() -> None:
     crowd = [_row(f"design-number-{i}", MHA / 2, 12 + 0.02 * i) for i in range(6)]
     rows = [_row("mha", MHA, 12.0), *crowd, _row("mqa", MHA / 16, 13.5), _row("trailing_layers", MHA / 16, 13.51)]
     drawing = figure(Comparison(rows=rows, baseline=rows[0], set_name=None, warnings=[]))
@@ -258,7 +258,9 @@ def test_labels_cover_neither_each_other_nor_a_point() -> None:
     boxes = {t.get_text(): Text.get_window_extent(t, renderer) for t in axes.texts if t.get_text()}
     assert set(boxes) == {row.run for row in rows}
     frame = axes.get_window_extent(renderer)
+    _, baseline = axes.transData.transform((MHA, 12.0))
     for name, box in boxes.items():
+        assert not box.y0 < baseline < box.y1
         assert frame.x0 <= box.x0 < box.x1 <= frame.x1
         assert not any(box.overlaps(other) for label, other in boxes.items() if label != name)
         assert not any(box.contains(*axes.transData.transform((row.kv_resident, row.perplexity))) for row in rows)

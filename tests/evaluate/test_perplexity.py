@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from cllm.data.manifest import Manifest
+from cllm.data.packing import window
 from cllm.data.store import TokenStore
 from cllm.errors import UserError
 from cllm.evaluate.perplexity import Settings, measure, open_sets, score
@@ -22,11 +23,11 @@ CPU = torch.device("cpu")
 
 
 @torch.no_grad()
-def _naive(model, tokens: list[int], window: int, stride: int) -> list[float]:
+def _naive(model, tokens: list[int], width: int, stride: int) -> list[float]:
     """The nll of tokens[1:], each from its own forward over the slice of context that it is entitled to."""
     losses = []
     for target in range(1, len(tokens)):
-        turn = max(0, math.ceil((target - window) / stride))
+        turn = max(0, math.ceil((target - width) / stride))
         context = torch.tensor([tokens[turn * stride : target]])
         losses.append(F.cross_entropy(model(context)[0, -1], torch.tensor(tokens[target])).item())
     return losses
@@ -37,16 +38,16 @@ def _nll(subject, stream, **settings) -> np.ndarray:
     return np.concatenate([np.where(b.counted, b.nll, np.nan).flatten() for b in batches])
 
 
-@pytest.mark.parametrize(("window", "stride", "batch"), [(16, 8, 4), (16, 16, 3), (12, 5, 1), (7, 1, 64), (1, 1, 8)])
-def test_strided_windows_equal_a_forward_for_each_token(make_run, window, stride, batch) -> None:
+@pytest.mark.parametrize(("width", "stride", "batch"), [(16, 8, 4), (16, 16, 3), (12, 5, 1), (7, 1, 64), (1, 1, 8)])
+def test_strided_windows_equal_a_forward_for_each_token(make_run, width, stride, batch) -> None:
     run, model = make_run()
     store = TokenStore(run.config().data.path, "validation")
     subject = load_subject(run.path, CPU)
     tokens = [store.eos_id, *store.read(0, 100).tolist()]
     stream = Stream(store, start_id=subject.start_id, limit=100)
-    found = _nll(subject, stream, window=window, stride=stride, batch=batch)
+    found = _nll(subject, stream, window=width, stride=stride, batch=batch)
     assert len(found) == 100
-    np.testing.assert_allclose(found, _naive(model, tokens, window, stride), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, _naive(model, tokens, width, stride), rtol=1e-4, atol=1e-5)
 
 
 def test_a_window_as_long_as_the_text_is_one_forward(make_run) -> None:
@@ -88,6 +89,22 @@ def test_masked_documents_are_scored_alone_and_their_first_tokens_not(make_run) 
     table = TokenBytes(subject.tokenizer).lengths
     first = sum(int(table[document[0]]) for document in documents)
     assert record["bytes"] == Manifest.read(store.folder).split("validation").bytes - first
+
+
+def test_masked_windows_are_fed_as_in_training(make_run) -> None:
+    """Document ids and positions reach the model; both restart with the window, positions at each document too."""
+    run, _ = make_run(data={"document_mask": True})
+    store = TokenStore(run.config().data.path, "validation")
+    subject = load_subject(run.path, CPU)
+    fed, logits = [], subject.logits
+    subject.logits = lambda *tensors: (fed.append(tensors), logits(*tensors))[1]  # type: ignore[method-assign]
+    measure(subject, next(open_sets(subject)), Settings(window=16, stride=16, batch=1), CPU)
+    assert len(fed) > 10
+    for k, (input_ids, positions, document_ids, _) in enumerate(fed):
+        expected = window(store, 16 * k, input_ids.shape[1], document_mask=True)
+        assert input_ids[0].equal(expected["input_ids"])
+        assert positions[0].equal(expected["positions"])
+        assert document_ids[0].equal(expected["document_ids"])
 
 
 def test_bits_per_byte_by_hand(make_run, tmp_path) -> None:

@@ -4,6 +4,8 @@ import pytest
 
 from cllm.errors import PlanError
 from cllm.kv.plan import Fuse, Iterations, KVPlan, Latent, LayerPlan, Own, Retention, Share
+from cllm.kv.presets import MHA
+from cllm.kv.spec import Shape
 
 OWN = LayerPlan(own=Own(n_kv_heads=2))
 LATENT = Latent(kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4)
@@ -143,3 +145,20 @@ def test_cyclic_spans_run_from_the_first_reader_to_the_highest_target(targets, s
     plan = KVPlan.of(layers, Iterations())
     assert plan.cyclic_spans() == spans
     assert [plan.reads_above(i) for i in range(len(plan))] == [t > i for i, t in enumerate(targets)]
+
+
+def test_slot_that_no_layer_reads_is_refused():
+    layers = [LayerPlan(own=Own(n_kv_heads=2)), LayerPlan(own=Own(n_kv_heads=2), keys=Share(0), values=Share(0))]
+    with pytest.raises(PlanError, match="layer 1: owns a slot that no layer reads"):
+        KVPlan.of(layers)
+
+
+def test_layer_with_a_recurrent_state_that_reads_a_slot_is_refused():
+    layers = [LayerPlan(own=Own(n_kv_heads=2)), LayerPlan(own=Retention(), keys=Share(0), values=Share(0))]
+    with pytest.raises(PlanError, match="layer 1: keeps a recurrent state and reads layer 0"):
+        KVPlan.of(layers)
+
+
+def test_full_every_without_a_window_is_refused():
+    with pytest.raises(PlanError, match=r"model\.kv\.full_every is 6"):
+        MHA(full_every=6).expand(Shape(n_layers=12, n_heads=4, head_dim=8))

@@ -12,7 +12,7 @@ G, D = 2, 8
 
 
 def fused(part: str, layers=(0, 3), **options) -> FusedRead:
-    read = FusedRead(Fuse(layers, **options), part, G, D)
+    read = FusedRead(Fuse(layers, **options), layers, part, G, D)
     read.reset_parameters()
     return read
 
@@ -62,7 +62,7 @@ def test_mean_starts_with_the_mean():
 
 def test_randn_starts_with_normal_weights():
     torch.manual_seed(0)
-    read = FusedRead(Fuse((0, 3), per_head=True, init="randn"), "v", 64, 64)
+    read = FusedRead(Fuse((0, 3), per_head=True, init="randn"), (0, 3), "v", 64, 64)
     read.reset_parameters()
     assert abs(read.weight.mean()) < 0.05
     assert abs(read.weight.std() - 1) < 0.05
@@ -148,8 +148,8 @@ def test_scores_of_fused_keys_without_tied_pairs_depend_on_absolute_position(tin
     model = random_model(tiny_config(kv={"preset": "fusedkv", "n_kv_heads": 2}))
 
     def untied(read: FusedRead) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(read.layers[-1])
-        return torch.randn(len(read.layers), 1, D, generator=generator) if read.part == "k" else read.weight
+        generator = torch.Generator().manual_seed(read.places[-1])
+        return torch.randn(len(read.places), 1, D, generator=generator) if read.part == "k" else read.weight
 
     monkeypatch.setattr(FusedRead, "channel_weights", untied)
     assert shift_error(model) > 1e-2

@@ -1,4 +1,4 @@
-"""With the same weights, the logits of transformers' Llama, Qwen2, Qwen3 and Mistral, and the MLA of its DeepSeek."""
+"""With the same weights, the logits of transformers' Llama, Qwen2, Qwen3, Mistral, and the MLA of its DeepSeek."""
 
 import pytest
 import torch
@@ -217,7 +217,7 @@ DEEPSEEK = {
 
 
 def rotate_half_order(weight: torch.Tensor, heads: int, before: int) -> torch.Tensor:
-    """Rows of RoPE channels from interleaved pairs (2j, 2j+1), as DeepSeek keeps them, to pairs (j, j + d/2). Of each of
+    """Rows of RoPE channels from interleaved pairs (2j, 2j+1), as DeepSeek has them, to pairs (j, j + d/2). Of each of
     `heads` groups of rows the first `before` have no position."""
     grouped = weight.unflatten(0, (heads, -1))
     plain, turned = grouped[:, :before], grouped[:, before:]

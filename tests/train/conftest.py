@@ -15,7 +15,7 @@ from cllm.config import Config
 from cllm.data.prepare.build import prepare
 from cllm.data.prepare.recipe import Recipe
 
-WORDS = "the plan says where keys and values come from and every layer reads what an owner wrote before it".split()
+TEXT = "the plan says where keys and values come from and every layer reads what an owner wrote before it"
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder with both splits."""
     folder = tmp_path_factory.mktemp("corpus")
     draw = random.Random(0)
-    lines = [" ".join(draw.choices(WORDS, k=draw.randint(5, 60))) for _ in range(400)]
+    lines = [" ".join(draw.choices(TEXT.split(), k=draw.randint(5, 60))) for _ in range(400)]
     (folder / "text").mkdir()
     for n, line in enumerate(lines):
         (folder / "text" / f"{n}.txt").write_text(line, encoding="utf-8")

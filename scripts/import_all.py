@@ -1,0 +1,39 @@
+#!/usr/bin/env python
+"""Import every module of cllm and the command lines, with the optional packages made absent.
+
+Shows that the base dependencies are enough to import everything: an optional package may be used where it is present,
+never required at import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import pkgutil
+import sys
+from pathlib import Path
+
+OPTIONAL = {"deepspeed", "fla", "flash_attn", "flash_attn_interface", "liger_kernel", "peft", "lm_eval", "torchao"}
+
+
+class Absent(importlib.abc.MetaPathFinder):
+    """Makes packages look as if they were not installed."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] in OPTIONAL:
+            raise ModuleNotFoundError(f"No module named {name!r} (made absent)", name=name)
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.meta_path.insert(0, Absent())
+    import cllm
+
+    names = [module.name for module in pkgutil.walk_packages(cllm.__path__, "cllm.")]
+    for name in [*names, "train", "evaluate"]:
+        importlib.import_module(name)
+    print(f"imported {len(names) + 2} modules without {', '.join(sorted(OPTIONAL))}")
+
+
+if __name__ == "__main__":
+    main()

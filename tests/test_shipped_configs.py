@@ -1,0 +1,157 @@
+"""Every YAML file in the project loads, and every model it describes can be built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cllm import cli
+from cllm.config import Config
+from cllm.data.prepare.recipe import Recipe
+from cllm.kv.accounting import kv_bytes, mha_twin
+from cllm.kv.presets import preset_names
+from cllm.model.sizes import build_decoder, count_parameters
+from cllm.train.dryrun import dry_run
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+MODELS = sorted((CONFIGS / "model").glob("*.yaml"))
+PLANS = sorted((CONFIGS / "kv").glob("*.yaml"))
+QUICK = CONFIGS / "quickstart.yaml"
+
+
+def build(*files: Path, settings: tuple[str, ...] = ()):
+    config = cli.load(Config, files, settings)
+    with torch.device("meta"):
+        return config, build_decoder(config.model)
+
+
+def test_every_config_file_is_covered_by_a_test_here() -> None:
+    covered = {*MODELS, *PLANS, QUICK, *(CONFIGS / "data").glob("*.yaml"), *(CONFIGS / "quickstart").glob("*.yaml")}
+    assert set(CONFIGS.rglob("*.yaml")) == covered
+
+
+def test_every_preset_has_a_file() -> None:
+    named = {cli.read_yaml(file)["model"]["kv"].get("preset") for file in PLANS}
+    assert named - {None} == set(preset_names())
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
+def test_every_model_loads_and_builds_with_every_plan(model: Path) -> None:
+    n_layers = cli.read_yaml(model)["model"]["n_layers"]
+    for plan in PLANS:
+        if "n_layers" in cli.read_yaml(plan)["model"] and n_layers != 24:
+            continue  # an explicit plan is for its own depth
+        config, decoder = build(model, plan)
+        assert count_parameters(decoder) > 0
+        assert config.model.n_layers == len(decoder.plan)
+
+
+@pytest.mark.parametrize("plan", sorted((CONFIGS / "quickstart").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_quickstart_loads_with_every_plan_at_equal_size(plan: Path) -> None:
+    settings = ("--model.vocab_size", "4096")
+    _, baseline = build(QUICK, settings=settings)
+    _, decoder = build(QUICK, plan, settings=settings)
+    assert count_parameters(decoder) == pytest.approx(count_parameters(baseline), rel=0.005)
+
+
+@pytest.mark.parametrize("name", ["stdlib", "fineweb_edu", "slimpajama"])
+def test_every_data_config_loads_and_names_what_its_recipe_makes(name: str) -> None:
+    config = cli.load(Config, [QUICK, CONFIGS / "data" / f"{name}.yaml"])
+    assert cli.load(Recipe, [ROOT / "data" / "recipes" / f"{name}.yaml"]).name == name
+    assert config.data.path == f"data/prepared/{name}"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "data" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads(recipe: Path) -> None:
+    cli.load(Recipe, [recipe])
+
+
+def test_every_yaml_in_the_project_is_yaml() -> None:
+    for file in [*ROOT.glob("*.yaml"), *CONFIGS.rglob("*.yaml")]:
+        yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+# ---- sizes, counted by hand -----------------------------------------------------------------------------------------
+
+# (vocabulary, width, layers, heads, head_dim, d_ff, QK norm, tied), from the headers of the files
+HAND = {
+    "332m": (128000, 1024, 16, 16, 64, 2720, True, True),
+    "650m": (128000, 1536, 16, 16, 96, 4096, True, True),
+    "1.5b": (128000, 2048, 24, 16, 128, 5504, True, True),
+    "4b": (128000, 3072, 32, 16, 192, 8192, True, True),
+    "cla_1b": (50432, 2048, 20, 16, 128, 5472, False, False),
+    "cla_3b": (50432, 3072, 32, 24, 128, 8192, False, False),
+}
+NOMINAL = {"332m": 332e6, "650m": 650e6, "1.5b": 1.5e9, "4b": 4e9}
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
+def test_parameters_of_paper_sizes_equal_a_hand_count(model: Path) -> None:
+    vocab, d, layers, heads, head, ff, qk_norm, tied = HAND[model.stem]
+    a_layer = 4 * d * heads * head + 3 * d * ff + 2 * d + (2 * head if qk_norm else 0)
+    mha = layers * a_layer + d + vocab * d * (1 if tied else 2)
+    _, decoder = build(model)
+    assert count_parameters(decoder) == mha
+    if model.stem in NOMINAL:
+        assert mha == pytest.approx(NOMINAL[model.stem], rel=0.02)
+    half = layers // 2
+    _, decoder = build(model, CONFIGS / "kv" / "fusedkv_lite.yaml")
+    assert count_parameters(decoder) == mha - half * (2 * d * heads * head + (head if qk_norm else 0))
+    _, decoder = build(model, CONFIGS / "kv" / "fusedkv.yaml")
+    fusion = half * 2 * (head // 2 + head)  # two sources: a weight a pair for keys, a channel for values
+    assert count_parameters(decoder) == mha - half * (2 * d * heads * head + (head if qk_norm else 0)) + fusion
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda path: path.stem)
+def test_match_params_lands_within_half_a_percent(plan: Path) -> None:
+    settings = ("--model.match_params", "true", "--model.n_layers", "24")
+    config, decoder = build(CONFIGS / "model" / "1.5b.yaml", plan, settings=settings)
+    with torch.device("meta"):
+        target = count_parameters(build_decoder(mha_twin(config.model)))
+    assert count_parameters(decoder) == pytest.approx(target, rel=0.005)
+
+
+# ---- cache bytes, counted by hand -----------------------------------------------------------------------------------
+
+# resident and read bytes a token, bf16, of the 332M shape (16 layers, 16 heads of 64, context 8192) as shares of mha's
+# 2 tensors x 16 layers x 1024 channels x 2 bytes
+MHA_BYTES = 2 * 16 * 1024 * 2
+BYTES = {
+    "mha": (1, 1),
+    "gqa": (1 / 2, 1 / 2),
+    "mqa": (1 / 16, 1 / 16),
+    "mla": ((256 + 32) / 2048, (256 + 32) / 2048),
+    "cla": (1 / 2, 1),
+    "yoco": ((8 * 1024 / 8192 + 1) / 16, (8 * 1024 / 8192 + 8) / 16),
+    "fusedkv": (1 / 2, 3 / 2),
+    "fusedkv_lite": (1 / 2, 1),
+    "fusedkv_lite_learnable": (1 / 2, 1),
+    "fusedkv_lite_reversed": (1 / 2, 1),
+    "pizza_bottom": (1 / 2, 1),
+    "sandwich_top": (1 / 2, 1),
+    "lckv": (3 / 16, 1),
+    "trailing": (1 / 2, 1),
+    "afm": (10 / 16, 1),
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_cache_bytes_equal_a_hand_count(name: str) -> None:
+    config, _ = build(CONFIGS / "model" / "332m.yaml", CONFIGS / "kv" / f"{name}.yaml")
+    found = kv_bytes(config.model)
+    resident, read = BYTES[name]
+    assert found.resident == pytest.approx(resident * MHA_BYTES)
+    assert found.read == pytest.approx(read * MHA_BYTES)
+
+
+def test_the_dry_run_says_what_a_reader_wants_to_know() -> None:
+    config = cli.load(Config, [CONFIGS / "model" / "332m.yaml", CONFIGS / "kv" / "fusedkv.yaml"])
+    report = dry_run(config)
+    assert "0.5x resident, 1.5x read" in report
+    assert "315,133,952" in report
+    assert "fuse 0 + 7" in report
+    assert "FLOPs" in report

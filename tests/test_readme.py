@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COPIED = ["cllm", "configs", "data", "scripts", "train.py", "evaluate.py", "README.md", "pyproject.toml"]
 
 SHORTER = {
-    "data/prepare.py": ["--max_bytes", "400000", "--validation.fraction", "0.1", "--workers", "1"],
+    "data/prepare.py": ["--max_bytes", "2000000", "--validation.fraction", "0.1", "--workers", "1"],
     "train.py": [
         *("--train.steps", "2", "--train.global_batch", "2", "--train.micro_batch", "2", "--train.log_every", "1"),
         *("--data.validation_sequences", "2", "--data.num_workers", "0", "--optim.warmup_steps", "1"),

@@ -18,6 +18,7 @@ from cllm.config import ModelConfig
 from cllm.kv.sources import FusedRead, Slot, slot_widths
 from cllm.model.attention import Context
 from cllm.model.block import Block
+from cllm.model.loss import Head
 from cllm.model.norm import RMSNorm
 
 Slots = dict[int, Slot]
@@ -35,7 +36,7 @@ class Decoder(nn.Module):
         d_ff = d_ff or config.resolved_d_ff
         self.blocks = nn.ModuleList(Block(config, self.plan, i, d_ff) for i in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Head(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self._last_reader = {j: self.plan.last_reader(j) for j in self.plan.owners}
@@ -59,6 +60,18 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
         """Logits (B, T, vocab_size) for `input_ids` (B, T); see `hidden` for the rest."""
         return self.head(self.hidden(input_ids, positions, document_ids))
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Next-token cross-entropy in nats, logits a chunk at a time; see `model/loss.py` for `labels` (B, T)."""
+        return self.head(self.hidden(input_ids, positions, document_ids), labels, reduction=reduction)
 
     def hidden(self, input_ids: Tensor, positions: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
         """The normalised hidden states (B, T, d_model) that the head reads.

@@ -1,21 +1,136 @@
-"""Next-token cross-entropy."""
+"""The output head and next-token cross-entropy, without ever holding all logits of a batch.
+
+Logits are the largest tensor of a small model: 65,536 tokens times a vocabulary of 128,000 are 33 GB in fp32. `Head` is
+given labels and computes the loss a few thousand tokens at a time, the gradients of hidden states and weights with it,
+so that one chunk of logits is all there ever is.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 IGNORE = -100
 """Label of a position that is not scored."""
 
+_CHUNK_BYTES = 2**29
+"""Size of one chunk's logits in fp32."""
+
 
 def next_token_loss(logits: Tensor, labels: Tensor, *, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats, computed in fp32.
+    """Cross-entropy in nats from whole logits, computed in fp32: the definition that the rest is held against.
 
     Args:
-        logits: (B, T, V).
-        labels: (B, T) int64, already shifted: the token that follows; `IGNORE` is not scored.
-        reduction: `mean` over scored positions, `sum`, or `none` for (B, T).
+        logits: (..., V).
+        labels: (...) int64, already shifted: the token that follows; `IGNORE` is not scored.
+        reduction: `mean` over scored positions, `sum`, or `none` for the shape of `labels`.
     """
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction=reduction)
+    loss = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE, reduction=reduction)
     return loss.view(labels.shape) if reduction == "none" else loss
+
+
+class Head(nn.Linear):
+    """The output head: hidden states to logits, or straight to the loss.
+
+    The loss is computed inside this module's forward, where its weight is whole even if a strategy shards weights.
+    """
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
+        """Logits (B, T, V) for `hidden` (B, T, d_model); with `labels` (B, T), the loss as in `next_token_loss`."""
+        if labels is None:
+            return super().forward(hidden)
+        flat, targets, weight = hidden.flatten(0, -2), labels.flatten(), self.weight
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            flat, weight = flat.to(dtype), weight.to(dtype)
+        if not torch.is_grad_enabled() or reduction == "none":
+            nats = [next_token_loss(part @ weight.T, t, reduction="none") for part, t in _chunks(flat, targets, weight)]
+            total = torch.cat(nats).view(labels.shape)
+            return total if reduction == "none" else total.sum() / _divisor(targets, reduction)
+        return linear_cross_entropy(flat, weight, targets, reduction)
+
+
+def _chunks(hidden: Tensor, labels: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+    rows = max(_CHUNK_BYTES // (4 * weight.shape[0]), 1)
+    return list(zip(hidden.split(rows), labels.split(rows), strict=True))
+
+
+def _divisor(labels: Tensor, reduction: str) -> Tensor:
+    return (labels != IGNORE).sum().clamp(min=1) if reduction == "mean" else labels.new_ones(())
+
+
+@functools.cache
+def _liger() -> Callable[..., Any] | None:
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+    except ImportError as error:
+        log.info("loss: liger-kernel is not installed (%s); using the chunked torch form", error)
+        return None
+    log.info("loss: liger-kernel's fused linear cross-entropy")
+    return LigerFusedLinearCrossEntropyFunction.apply
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of `hidden @ weight.T` in nats, differentiable in both, logits a chunk at a time.
+
+    Args:
+        hidden: (N, d_model), fp32 or bf16.
+        weight: (V, d_model), the same dtype.
+        labels: (N,) int64; `IGNORE` is not scored.
+        reduction: `mean` over scored positions or `sum`.
+
+    Returns:
+        A scalar in fp32. Softmax and the sums over chunks are in fp32. On a GPU with liger-kernel installed that
+        library's kernel computes it, elsewhere torch.
+    """
+    kernel = _liger() if hidden.is_cuda else None
+    if kernel is None:
+        return _ChunkedCrossEntropy.apply(hidden, weight, labels, _divisor(labels, reduction))
+    return _liger_loss(kernel, hidden, weight, labels, reduction)
+
+
+@torch.compiler.disable
+def _liger_loss(kernel: Callable[..., Any], hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    # Arguments by position, as autograd functions want them: bias, class weights, ignore index, z-loss, smoothing,
+    # reduction, soft cap, return z-loss, dtype of the weight gradient's sum.
+    found = kernel(hidden, weight, labels, None, None, IGNORE, 0.0, 0.0, reduction, None, False, torch.float32)
+    return found[0] if isinstance(found, tuple) else found
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Computes gradients with the loss, chunk by chunk, and only scales them in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, divisor: Tensor) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        hidden_grad = torch.empty_like(hidden)
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        start = 0
+        for part, targets in _chunks(hidden, labels, weight):
+            logits = (part @ weight.T).float()
+            scored = targets != IGNORE
+            index = targets.clamp(min=0)[:, None]
+            log_sum = logits.logsumexp(dim=-1)
+            picked = logits.gather(-1, index)[:, 0]
+            total += ((log_sum - picked) * scored).sum()
+            gradient = (logits - log_sum[:, None]).exp_()
+            gradient.scatter_add_(-1, index, gradient.new_full(index.shape, -1.0))
+            gradient = (gradient * (scored / divisor)[:, None]).to(hidden.dtype)
+            hidden_grad[start : start + len(part)] = gradient @ weight
+            weight_grad += gradient.T @ part
+            start += len(part)
+        ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype))
+        return total / divisor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return hidden_grad * grads[0].to(hidden_grad.dtype), weight_grad * grads[0].to(weight_grad.dtype), None, None

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cllm.config import Config
 from cllm.model.decoder import Decoder
-from cllm.model.loss import IGNORE, next_token_loss
+from cllm.model.loss import IGNORE
 from cllm.train.optim import learning_rate_factor, make_optimizer
 
 
@@ -33,11 +33,17 @@ class TrainingModule(lightning.LightningModule):
         """Norm of the last step's gradient, before clipping."""
         self._scores: dict[int, Tensor] = {}
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.model(batch["input_ids"], batch.get("positions"), batch.get("document_ids"))
+    def loss(self, batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:
+        return self.model.loss(
+            batch["input_ids"],
+            batch["labels"],
+            batch.get("positions"),
+            batch.get("document_ids"),
+            reduction=reduction,
+        )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = next_token_loss(self(batch), batch["labels"])
+        loss = self.loss(batch)
         self.loss_sum = self.loss_sum + loss.detach()
         self.loss_count += 1
         return loss
@@ -52,7 +58,7 @@ class TrainingModule(lightning.LightningModule):
         self._scores = {n: torch.zeros(2, dtype=torch.float64) for n in range(len(self.validation_names))}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        nats = next_token_loss(self(batch), batch["labels"], reduction="none").double().sum()
+        nats = self.loss(batch, "none").double().sum()
         scored = (batch["labels"] != IGNORE).sum()
         self._scores[dataloader_idx] = self._scores[dataloader_idx].to(nats.device) + torch.stack((nats, scored))
 

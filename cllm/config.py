@@ -139,7 +139,7 @@ class ModelConfig(Section):
 class AttentionConfig(Section):
     """Which kernel computes attention."""
 
-    backend: Literal["auto", "sdpa"] = "auto"
+    backend: Literal["auto", "flash4", "cudnn", "flash3", "flash2", "varlen", "flex", "sdpa"] = "auto"
     """`auto`: the fastest that supports the case, logged once with the reasons; or one by name."""
 
 
@@ -210,6 +210,17 @@ class TrainConfig(Section):
     """auto: a GPU if there is one."""
     devices: int | Literal["auto"] = "auto"
     """Devices of this machine to use; auto: all GPUs, or the one CPU."""
+    num_nodes: int = Field(1, ge=1)
+    """Machines, each with `devices` devices; start one process a device with torchrun or srun (docs/distributed.md)."""
+    strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"] = "auto"
+    """auto: single for one device, ddp for several; zero1, zero2, zero3: DeepSpeed shards optimizer states, and
+    gradients, and weights."""
+    offload_optimizer: bool = False
+    """zero1, zero2, zero3: keep master weights and optimizer states in the machine's memory and step on its CPU."""
+    max_skipped_steps: int = Field(10, ge=0)
+    """zero1, zero2, zero3: steps without a finite gradient, which DeepSpeed skips, before the run stops."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile each block; auto: on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward instead of keeping its activations."""
     log_every: int = Field(10, ge=1)
@@ -225,6 +236,15 @@ class TrainConfig(Section):
     def _rules(self) -> Self:
         if isinstance(self.devices, int) and self.devices < 1:
             raise ValueError(f"devices is {self.devices}; allowed: 1 or more, or auto")
+        if self.strategy == "single" and (self.num_nodes > 1 or self.devices not in ("auto", 1)):
+            raise ValueError(
+                f"strategy is single, but devices is {self.devices} and num_nodes is {self.num_nodes}; allowed for "
+                "several: auto, ddp, zero1, zero2, zero3"
+            )
+        if self.strategy.startswith("zero") and self.precision == "fp32":
+            raise ValueError(f"strategy {self.strategy} trains in bf16, but precision is fp32; allowed: auto, bf16")
+        if self.offload_optimizer and not self.strategy.startswith("zero"):
+            raise ValueError(f"offload_optimizer needs strategy zero1, zero2 or zero3; strategy is {self.strategy}")
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         return self

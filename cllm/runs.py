@@ -7,7 +7,7 @@ runs/NAME/
   summary.json         design, parameters, KV bytes: what the comparison needs of the config
   evaluation/SET.json  what evaluate.py measured
   tensorboard/         events with the same tags as metrics.jsonl
-  checkpoints/         step-00000500.ckpt ...
+  checkpoints/         step-00000500.ckpt ...; a folder under ZeRO, with model.safetensors in it
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from cllm import cli
 from cllm.config import Config
@@ -31,6 +32,10 @@ from cllm.model.sizes import build_decoder
 
 _CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
 _PREFIX = "model."
+WEIGHTS_FILE = "model.safetensors"
+"""In a checkpoint folder: the decoder's whole weights in fp32."""
+TIED = "tied"
+"""Metadata of that file: JSON, the further names of tensors that have several, {name: name in the file}."""
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -121,7 +126,15 @@ class RunFolder:
 
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The decoder's tensors in a training checkpoint, on the CPU. Nothing is unpickled but tensors and plain data."""
+    """The decoder's tensors in a training checkpoint, a file or ZeRO's folder, on the CPU.
+
+    Nothing is unpickled but tensors and plain data; of a folder only the safetensors are read.
+
+    Raises:
+        UserError: for what is missing or not readable.
+    """
+    if checkpoint.is_dir():
+        return _read_whole_weights(checkpoint / WEIGHTS_FILE)
     try:
         data = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         state = data["state_dict"]
@@ -132,11 +145,21 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix(_PREFIX): tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
 
 
+def _read_whole_weights(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(file, framework="pt", device="cpu") as stored:
+            weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
+            tied = json.loads((stored.metadata() or {}).get(TIED, "{}"))
+        return weights | {name: weights[other] for name, other in tied.items()}
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"{file}: not readable: {error}") from None
+
+
 def load_run(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[Decoder, Config, int]:
     """The trained decoder of a run, its config and the step it was saved at.
 
     Args:
-        path: a run folder (its newest checkpoint) or one of its checkpoint files.
+        path: a run folder (its newest checkpoint) or one of its checkpoints.
         device: where the weights go.
 
     Raises:

@@ -30,7 +30,8 @@ def build(*files: Path, settings: tuple[str, ...] = ()):
 
 
 def test_every_config_file_is_covered_by_a_test_here() -> None:
-    covered = {*MODELS, *PLANS, QUICK, *(CONFIGS / "data").glob("*.yaml"), *(CONFIGS / "quickstart").glob("*.yaml")}
+    folders = ("data", "quickstart", "bench")
+    covered = {*MODELS, *PLANS, QUICK, *(file for folder in folders for file in (CONFIGS / folder).glob("*.yaml"))}
     assert set(CONFIGS.rglob("*.yaml")) == covered
 
 
@@ -56,6 +57,12 @@ def test_the_quickstart_loads_with_every_plan_at_equal_size(plan: Path) -> None:
     _, baseline = build(QUICK, settings=settings)
     _, decoder = build(QUICK, plan, settings=settings)
     assert count_parameters(decoder) == pytest.approx(count_parameters(baseline), rel=0.005)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("374m", 374), ("1364m", 1364)])
+def test_benchmark_shapes_have_the_size_in_their_name(name: str, millions: int) -> None:
+    _, decoder = build(CONFIGS / "bench" / f"{name}.yaml")
+    assert count_parameters(decoder) / 1e6 == pytest.approx(millions, abs=1)
 
 
 @pytest.mark.parametrize("name", ["stdlib", "fineweb_edu", "slimpajama"])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cllm.config import ModelConfig, Rope
-from cllm.kernels.attention import Mask, attention
+from cllm.kernels.attention import Documents, Mask, attention, document_boundaries
 from cllm.kernels.retention import gated_retention
 from cllm.kv.plan import KVPlan, Latent, Own, Retention
 from cllm.kv.sources import Slot, make_owner, make_read
@@ -35,8 +35,14 @@ class Context:
     document_ids: Tensor | None = None
     """(B, T) integers, or None: one document a row."""
     backend: str = "auto"
+    documents: Documents | None = None
+    """The boundaries of `document_ids`, made here for kernels on a GPU, so that no compiled block has to."""
     _rope: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[int | None, bool], Mask] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.document_ids is not None and self.documents is None and self.document_ids.is_cuda:
+            self.documents = document_boundaries(self.document_ids)
 
     def rope(self, dim: int) -> tuple[Tensor, Tensor]:
         """cos and sin (B or 1, T, 1, dim), made once for each dim."""
@@ -44,10 +50,17 @@ class Context:
             self._rope[dim] = rope_table(self.rope_config, dim, self.positions)
         return self._rope[dim]
 
+    def prepare(self, plan: KVPlan, head_dim: int) -> None:
+        """Make every table and mask that the layers of `plan` will ask for, outside of what is compiled."""
+        for i, layer in enumerate(plan.layers):
+            source = plan.source(i)
+            self.rope(source.qk_rope_head_dim if isinstance(source, Latent) else head_dim)
+            self.mask(layer.window, plan.reads_above(i))
+
     def mask(self, window: int | None, exclude_self: bool) -> Mask:
         """The mask of a kind of layer, made once for each kind."""
         if (window, exclude_self) not in self._masks:
-            self._masks[window, exclude_self] = Mask(window, exclude_self, self.document_ids)
+            self._masks[window, exclude_self] = Mask(window, exclude_self, self.document_ids, self.documents)
         return self._masks[window, exclude_self]
 
 

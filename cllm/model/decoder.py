@@ -57,6 +57,14 @@ class Decoder(nn.Module):
             elif isinstance(module, FusedRead | RMSNorm):
                 module.reset_parameters()
 
+    def compile_blocks(self) -> None:
+        """Compile each block by itself with torch.compile; layers that do the same share the compiled code."""
+        # Kinds of layer, times a few: with and without gradient, training and validation shapes.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(self.blocks))
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        self.norm.compile(dynamic=False)
+
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
         """Logits (B, T, vocab_size) for `input_ids` (B, T); see `hidden` for the rest."""
         return self.head(self.hidden(input_ids, positions, document_ids))
@@ -85,6 +93,7 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         context = Context(self.config.rope, positions, document_ids, self.backend)
+        context.prepare(self.plan, self.config.resolved_head_dim)
         x, layer = self.embed(input_ids), 0
         slots: Slots = {}
         while layer < len(self.blocks):

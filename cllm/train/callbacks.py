@@ -19,6 +19,7 @@ from cllm.errors import UserError
 from cllm.runs import RunFolder
 from cllm.train.metrics import MetricsLog
 from cllm.train.module import TrainingModule
+from cllm.train.strategy import check_skipped, engine_of, gradient_norm
 from cllm.train.throughput import Clock, peak_flops
 
 log = logging.getLogger(__name__)
@@ -47,11 +48,13 @@ class Metrics(Callback):
         kv_bytes_per_token: float,
         bytes_per_token: dict[str, float],
         hyperparameters: dict[str, Any],
+        max_skipped_steps: int = 0,
     ):
         self.folder, self.steps, self.log_every = folder, steps, log_every
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.kv_bytes_per_token, self.bytes_per_token = kv_bytes_per_token, bytes_per_token
         self.hyperparameters = hyperparameters
+        self.max_skipped_steps = max_skipped_steps
         self.clock = Clock()
         self.since = start_step  # the step of the last row
         self.writer: MetricsLog | None = None
@@ -82,6 +85,9 @@ class Metrics(Callback):
         step = trainer.global_step
         if not step_is_complete(trainer):
             return
+        engine = engine_of(trainer)
+        if engine is not None:
+            check_skipped(engine, self.max_skipped_steps, step)
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
         if step % self.log_every == 0 or step == self.steps:
@@ -101,12 +107,16 @@ class Metrics(Callback):
             "memory/peak_gib": _peak_memory(module.device),
             "kv/bytes_per_token": self.kv_bytes_per_token,
         }
+        engine = engine_of(trainer)
+        if engine is not None:
+            values["train/gradient_norm"] = gradient_norm(engine)
+            values["train/skipped_steps"] = check_skipped(engine, self.max_skipped_steps, step)
         peak = peak_flops(module.device)
         if peak is not None:
             values["throughput/mfu"] = rate * self.flops_per_token / (peak * trainer.world_size)
         self._write(step, values)
         self._show(step, loss, rate)
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) and engine is None:  # with an engine, such a step was skipped and counted
             saved = [str(path) for _, path in self.folder.checkpoints()]
             raise UserError(
                 f"train/loss is {loss} at step {step}; the newest checkpoint is {saved[-1] if saved else 'none'}; "
@@ -188,12 +198,15 @@ class Checkpoints(Callback):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Save now, unless this step is saved already."""
+        """Save now, unless this step is saved already. All processes call it; the first names what they wrote."""
         path = self.folder.checkpoint_path(trainer.global_step)
-        if path.exists():
+        if trainer.strategy.broadcast(path.exists()):
             return
         partial = path.with_suffix(".partial")
         self.clock.pause()
+        if trainer.is_global_zero and partial.is_dir():
+            shutil.rmtree(partial)  # of a run that was killed while it saved
+        trainer.strategy.barrier()
         trainer.save_checkpoint(partial, weights_only=False)
         if trainer.is_global_zero:
             os.replace(partial, path)

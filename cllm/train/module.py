@@ -13,6 +13,7 @@ from cllm.config import Config
 from cllm.model.decoder import Decoder
 from cllm.model.loss import IGNORE
 from cllm.train.optim import learning_rate_factor, make_optimizer
+from cllm.train.strategy import ZeroStrategy
 
 
 class TrainingModule(lightning.LightningModule):
@@ -78,6 +79,8 @@ class TrainingModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Clip by norm and keep the norm for the log."""
+        """Clip by norm and keep the norm for the log. DeepSpeed does both itself, and calls this every micro-batch."""
+        if isinstance(self.trainer.strategy, ZeroStrategy):
+            return
         limit = self.config.optim.grad_clip
         self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit or float("inf"))

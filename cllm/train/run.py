@@ -26,6 +26,7 @@ from cllm.runs import RunFolder, write_atomic
 from cllm.train.callbacks import Checkpoints, Metrics, StopWhenDone
 from cllm.train.environment import environment
 from cllm.train.module import TrainingModule
+from cllm.train.strategy import check_shards, cluster_plugins, family, make_strategy, zero_stage
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ def summarise(config: Config, model: Decoder) -> dict[str, Any]:
     }
 
 
-_FREE_TO_CHANGE = {"steps", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "devices"}
+_FREE_TO_CHANGE = {"steps", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints"}
+_FREE_TO_CHANGE |= {"devices", "num_nodes", "max_skipped_steps"}
 
 
 def check_resumable(config: Config, folder: RunFolder) -> None:
@@ -73,6 +75,8 @@ def check_resumable(config: Config, folder: RunFolder) -> None:
         for key in old[section] | new[section]:
             free = {"train": _FREE_TO_CHANGE, "data": {"num_workers", "validation", "validation_sequences"}}
             if key in free.get(section, set()) or old[section].get(key) == new[section].get(key):
+                continue
+            if key == "strategy" and family(old[section][key]) == family(new[section][key]):
                 continue
             raise UserError(
                 f"{section}.{key} is {new[section].get(key)!r}, but the run in {folder.path} was started with "
@@ -120,7 +124,7 @@ def _accelerator(config: Config) -> str:
 def _devices(config: Config, accelerator: str) -> int:
     available = torch.cuda.device_count() if accelerator == "gpu" else 1
     if config.train.devices == "auto":
-        return available
+        return 1 if config.train.strategy == "single" else available
     if accelerator == "gpu" and config.train.devices > available:
         raise UserError(f"train.devices is {config.train.devices}; this machine has {available}")
     return config.train.devices
@@ -131,12 +135,14 @@ def make_trainer(config: Config, folder: RunFolder, metrics: Metrics) -> Trainer
     train = config.train
     accelerator = _accelerator(config)
     devices = _devices(config, accelerator)
-    if train.global_batch % (train.micro_batch * devices):
+    processes = devices * train.num_nodes
+    if train.global_batch % (train.micro_batch * processes):
         raise UserError(
             f"train.global_batch {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch} x "
-            f"{devices} devices"
+            f"{processes} devices"
         )
-    accumulate = train.global_batch // (train.micro_batch * devices)
+    accumulate = train.global_batch // (train.micro_batch * processes)
+    zero = zero_stage(train) is not None
     bf16 = train.precision == "bf16" or (train.precision == "auto" and accelerator == "gpu")
     checkpoints = Checkpoints(
         folder, every=train.checkpoint_every, keep=train.keep_checkpoints, steps=train.steps, clock=metrics.clock
@@ -144,11 +150,15 @@ def make_trainer(config: Config, folder: RunFolder, metrics: Metrics) -> Trainer
     return Trainer(
         accelerator=accelerator,
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        num_nodes=train.num_nodes,
+        strategy=make_strategy(train, accelerator=accelerator, devices=devices, accumulate=accumulate),
+        plugins=cluster_plugins(),
         precision="bf16-mixed" if bf16 else "32-true",
         max_steps=train.steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
+        gradient_clip_val=config.optim.grad_clip if zero else None,  # DeepSpeed clips; otherwise the module does
+        inference_mode=not zero,  # ZeRO-3 gathers weights in validation too, and inference tensors cannot be trained on
         val_check_interval=train.validate_every * accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=-1,  # the untrained model's score is the first row of every curve
@@ -168,7 +178,12 @@ def _quieten() -> None:
         logging.getLogger(name).propagate = False
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in ("does not have many workers", "isinstance.*LeafSpec", "Our suggested max number of worker"):
+    for message in (
+        "does not have many workers",
+        "isinstance.*LeafSpec",
+        "Our suggested max number of worker",
+        "Since DeepSpeed handles gradient clipping internally",
+    ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 
@@ -218,8 +233,11 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
         kv_bytes_per_token=summary["kv_bytes_per_token"]["resident"],
         bytes_per_token=data.bytes_per_token,
         hyperparameters=hyperparameters(config, summary),
+        max_skipped_steps=config.train.max_skipped_steps,
     )
     trainer = make_trainer(config, folder, metrics)
+    if checkpoint is not None and zero_stage(config.train) is not None:
+        check_shards(checkpoint, trainer.world_size)
     if trainer.is_global_zero:
         if checkpoint is None and folder.path.exists():
             shutil.rmtree(folder.path)

@@ -1,0 +1,221 @@
+"""How a run is spread over devices: one device, DDP, or DeepSpeed's ZeRO, each from `train.strategy`.
+
+Lightning's DeepSpeed strategy is used as it is but for three things, each of which a test holds:
+
+- Lightning divides the loss by the number of accumulation rounds and so does DeepSpeed; `ZeroStrategy.backward` lets
+  one of them do it. AdamW hides the mistake, clipping and the logged norm do not.
+- the module is on its device before the optimizer is made, so that the optimizer is AdamW's fused kernel.
+- a checkpoint also holds the whole fp32 weights as safetensors, so that nothing but resuming ever reads its pickles.
+
+bf16 under ZeRO is not autocast: DeepSpeed keeps bf16 weights in the module and fp32 master weights, made from the
+unrounded ones, in its optimizer. Norms, RoPE, fusion and the loss widen to fp32 in their own forward.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cllm.config import TrainConfig
+from cllm.errors import UserError
+from cllm.runs import TIED, WEIGHTS_FILE
+
+_BUCKET = 200_000_000
+"""Elements that DeepSpeed reduces or gathers at once."""
+
+
+def zero_stage(train: TrainConfig) -> int | None:
+    """1, 2 or 3, or None where DeepSpeed has no part."""
+    return int(train.strategy.removeprefix("zero")) if train.strategy.startswith("zero") else None
+
+
+def family(strategy: str) -> str:
+    """Strategies of one family write checkpoints that all of them can go on from."""
+    return strategy if strategy.startswith("zero") else "whole"
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """DeepSpeed's ZeRO with the client's AdamW; nothing of DeepSpeed's is compiled for it."""
+
+    def __init__(self, stage: int, *, micro_batch: int, accumulate: int, processes: int, offload_optimizer: bool):
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            contiguous_gradients=True,
+            overlap_comm=processes > 1,
+            allgather_bucket_size=_BUCKET,
+            reduce_bucket_size=_BUCKET,
+            zero_allow_untested_optimizer=True,
+            logging_batch_size_per_gpu=micro_batch,
+        )
+        assert isinstance(self.config, dict)
+        # torch's own AdamW has a fused CPU kernel; DeepSpeed's would have to be compiled on the machine.
+        self.config["zero_force_ds_cpu_optimizer"] = False
+        if accumulate > 1:  # the default, bf16, loses small micro-batch gradients in the sum
+            self.config["data_types"] = {"grad_accum_dtype": "fp32"}
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Lightning has divided the loss by the accumulation rounds; DeepSpeed is told not to do it again."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def _initialize_deepspeed_train(self, model: nn.Module) -> None:
+        model.to(self.root_device)
+        assert isinstance(self.config, dict)
+        elements = sum(p.numel() for p in model.parameters())
+        for key in ("allgather_bucket_size", "reduce_bucket_size"):  # reducing allocates whole buckets
+            self.config["zero_optimization"][key] = min(_BUCKET, elements)
+        super()._initialize_deepspeed_train(model)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """DeepSpeed's own files, for resuming, and the whole weights beside them. All processes call it."""
+        filepath = self.broadcast(filepath)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        assert self.lightning_module is not None
+        decoder = self.lightning_module.model
+        assert isinstance(decoder, nn.Module)
+        save_whole_weights(decoder, Path(filepath) / WEIGHTS_FILE, write=self.is_global_zero)
+
+
+def save_whole_weights(model: nn.Module, path: Path, *, write: bool = True) -> None:
+    """Write a model's fp32 master weights to one safetensors file; tied weights once, their other names as metadata.
+
+    Collective: every process gathers every parameter, one at a time, and the one with `write` keeps and writes them.
+
+    Raises:
+        RuntimeError: where a trained parameter has no master weight: the model is not DeepSpeed's.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    whole: dict[str, Tensor] = {}
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            tied[name] = first[id(parameter)]
+            continue
+        first[id(parameter)] = name
+        with torch.no_grad():
+            full = safe_get_full_fp32_param(parameter)
+        if full is None:
+            raise RuntimeError(f"{name}: DeepSpeed has no fp32 weight for it")
+        if write:
+            whole[name] = full.detach().to("cpu", torch.float32).contiguous()
+        del full
+    if write:
+        save_file(whole, path, metadata={"format": "pt", TIED: json.dumps(tied)})
+
+
+def check_zero(train: TrainConfig, accelerator: str) -> None:
+    """Refuse ZeRO where it cannot run.
+
+    Raises:
+        UserError: without a CUDA device, in fp32, or where DeepSpeed cannot be imported.
+    """
+    if accelerator != "gpu" or not torch.cuda.is_available():
+        raise UserError(
+            f"train.strategy is {train.strategy}, but the run is on a CPU: Lightning runs DeepSpeed on CUDA devices "
+            "only; allowed here: auto, single, ddp"
+        )
+    if train.precision == "fp32":
+        raise UserError(
+            f"train.strategy is {train.strategy}, but train.precision is fp32: ZeRO keeps bf16 weights beside fp32 "
+            "master weights; set train.precision to bf16 or train.strategy to auto, single or ddp"
+        )
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"train.strategy is {train.strategy}, but DeepSpeed cannot be imported ({error}): DS_BUILD_OPS=0 pip install "
+            "'deepspeed>=0.19,<0.20'; allowed without it: auto, single, ddp"
+        ) from None
+
+
+def make_strategy(train: TrainConfig, *, accelerator: str, devices: int, accumulate: int) -> Strategy | str:
+    """Lightning's strategy for a config.
+
+    Args:
+        train: the config's section.
+        accelerator: `gpu` or `cpu`.
+        devices: processes on this machine; there are `train.num_nodes` such machines.
+        accumulate: micro-batches of one process in an optimizer step.
+
+    Raises:
+        UserError: names `train.strategy`, what is in its way and what is allowed.
+    """
+    processes = devices * train.num_nodes
+    stage = zero_stage(train)
+    if stage is not None:
+        check_zero(train, accelerator)
+        return ZeroStrategy(
+            stage,
+            micro_batch=train.micro_batch,
+            accumulate=accumulate,
+            processes=processes,
+            offload_optimizer=train.offload_optimizer,
+        )
+    if train.strategy == "single" and processes > 1:
+        raise UserError(
+            f"train.strategy is single, but train.devices x train.num_nodes is {processes}; allowed: auto, ddp, zero1, "
+            "zero2, zero3"
+        )
+    if train.strategy == "ddp" or processes > 1:
+        return DDPStrategy(gradient_as_bucket_view=True)
+    return "auto"
+
+
+def cluster_plugins() -> list[Any]:
+    """Under srun, SLURM's process numbers without Lightning's own requeueing, which can save in mid-step."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+
+
+# ---- what DeepSpeed's engine knows and Lightning does not ------------------------------------------------------------
+
+
+def engine_of(trainer: Trainer) -> Any | None:
+    """DeepSpeed's engine, or None under other strategies."""
+    return trainer.strategy.deepspeed_engine if isinstance(trainer.strategy, ZeroStrategy) else None
+
+
+def gradient_norm(engine: Any) -> float:
+    """Norm of the last step's gradient over all parameters and devices, before clipping; inf for a skipped step."""
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else float(norm)
+
+
+def check_skipped(engine: Any, limit: int, step: int) -> int:
+    """How many steps of the run had a gradient that was not finite, and were left out by DeepSpeed without a word.
+
+    Raises:
+        UserError: when they are more than `limit` (`train.max_skipped_steps`).
+    """
+    skipped = int(engine.skipped_steps)
+    if skipped > limit:
+        raise UserError(
+            f"{skipped} steps up to step {step} had a gradient that was not finite and were skipped; "
+            f"train.max_skipped_steps is {limit}: lower optim.lr or look at the data"
+        )
+    return skipped
+
+
+def check_shards(checkpoint: Path, processes: int) -> None:
+    """Refuse to resume a ZeRO checkpoint with another number of processes than wrote it.
+
+    Raises:
+        UserError: says how many processes wrote it, or that it is not whole.
+    """
+    written = len(list(checkpoint.glob("checkpoint/*zero_pp_rank_*_optim_states.pt")))
+    if not written:
+        raise UserError(f"{checkpoint}: not a checkpoint of a ZeRO run: it has no optimizer states")
+    if written != processes:
+        raise UserError(
+            f"{checkpoint}: written by {written} processes, and ZeRO's shards fit no other number; train.devices x "
+            f"train.num_nodes is {processes}"
+        )

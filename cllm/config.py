@@ -206,6 +206,8 @@ class TrainConfig(Section):
     """Seed of weights and data order."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: autocast with fp32 weights; auto: bf16 on a GPU, fp32 on a CPU."""
+    fp32_residual: bool = False
+    """With bf16, keep the residual stream in fp32; costs a few percent of speed."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: a GPU if there is one."""
     devices: int | Literal["auto"] = "auto"

@@ -70,6 +70,7 @@ def design(name: str, config: Config) -> Contender:
         model = build_decoder(config.model, backend=config.attention.backend)
     model.init_weights()
     model.gradient_checkpointing = config.train.gradient_checkpointing
+    model.fp32_residual = config.train.fp32_residual
     if config.train.compile:
         model.compile_blocks()
     flops = training_flops_per_token(model, config.data.seq_len)

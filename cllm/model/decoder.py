@@ -32,6 +32,8 @@ class Decoder(nn.Module):
         assert config.vocab_size is not None, "set model.vocab_size before building the model"
         self.config, self.plan, self.backend = config, config.plan(), backend
         self.gradient_checkpointing = False
+        self.fp32_residual = False
+        """Under autocast, keep the residual stream in fp32 and not in autocast's dtype."""
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         d_ff = d_ff or config.resolved_d_ff
         self.blocks = nn.ModuleList(Block(config, self.plan, i, d_ff) for i in range(config.n_layers))
@@ -95,6 +97,8 @@ class Decoder(nn.Module):
         context = Context(self.config.rope, positions, document_ids, self.backend)
         context.prepare(self.plan, self.config.resolved_head_dim)
         x, layer = self.embed(input_ids), 0
+        if not self.fp32_residual and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         slots: Slots = {}
         while layer < len(self.blocks):
             last = self._spans.get(layer)

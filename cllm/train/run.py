@@ -176,13 +176,18 @@ def _quieten() -> None:
     """Leave out what Lightning and torch say to those who build a Trainer, not to those who run one."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).propagate = False
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.rank_zero",
+        "lightning.pytorch.strategies.deepspeed",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         "does not have many workers",
         "isinstance.*LeafSpec",
         "Our suggested max number of worker",
         "Since DeepSpeed handles gradient clipping internally",
+        "When saving the DeepSpeed Stage 3 checkpoint",
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
 
@@ -221,6 +226,9 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
     model = build_decoder(config.model, backend=config.attention.backend)
     model.init_weights()
     model.gradient_checkpointing = config.train.gradient_checkpointing
+    model.fp32_residual = config.train.fp32_residual
+    if should_compile(config):
+        model.compile_blocks()
     module = TrainingModule(model, config, data.validation_names)
     summary = summarise(config, model)
     metrics = Metrics(
@@ -246,6 +254,13 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
         log.info("resuming from %s", checkpoint)
     trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     return folder
+
+
+def should_compile(config: Config) -> bool:
+    """Whether blocks are compiled; `auto` is yes on a GPU, unless ZeRO-3 gathers weights in the midst of each block."""
+    if config.train.compile != "auto":
+        return config.train.compile
+    return torch.cuda.is_available() and config.train.accelerator != "cpu" and config.train.strategy != "zero3"
 
 
 def hyperparameters(config: Config, summary: dict[str, Any]) -> dict[str, Any]:

@@ -1,18 +1,21 @@
 """How a run is spread over devices: one device, DDP, or DeepSpeed's ZeRO, each from `train.strategy`.
 
-Lightning's DeepSpeed strategy is used as it is but for three things, each of which a test holds:
+Lightning's DeepSpeed strategy is used as it is but for four things, each of which a test holds:
 
 - Lightning divides the loss by the number of accumulation rounds and so does DeepSpeed; `ZeroStrategy.backward` lets
   one of them do it. AdamW hides the mistake, clipping and the logged norm do not.
-- the module is on its device before the optimizer is made, so that the optimizer is AdamW's fused kernel.
-- a checkpoint also holds the whole fp32 weights as safetensors, so that nothing but resuming ever reads its pickles.
+- DeepSpeed rounds the weights to bf16 and makes its fp32 master weights from those; they get the unrounded ones back.
+- The module is on its device before the optimizer is made, so that the optimizer is AdamW's fused kernel.
+- A checkpoint also holds the whole fp32 weights as safetensors, so that nothing but resuming ever reads its pickles.
 
-bf16 under ZeRO is not autocast: DeepSpeed keeps bf16 weights in the module and fp32 master weights, made from the
-unrounded ones, in its optimizer. Norms, RoPE, fusion and the loss widen to fp32 in their own forward.
+bf16 under ZeRO is not autocast: DeepSpeed keeps bf16 weights in the module and fp32 master weights in its optimizer.
+Norms, RoPE, fusion and the loss widen to fp32 in their own forward.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -67,12 +70,16 @@ class ZeroStrategy(DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def _initialize_deepspeed_train(self, model: nn.Module) -> None:
+        drawn = {name: p.detach() for name, p in model.named_parameters()}  # stay on the CPU when the model moves
         model.to(self.root_device)
         assert isinstance(self.config, dict)
         elements = sum(p.numel() for p in model.parameters())
         for key in ("allgather_bucket_size", "reduce_bucket_size"):  # reducing allocates whole buckets
             self.config["zero_optimization"][key] = min(_BUCKET, elements)
-        super()._initialize_deepspeed_train(model)
+        with contextlib.redirect_stdout(io.StringIO()):  # pages of memory reports
+            super()._initialize_deepspeed_train(model)
+        for name, parameter in model.named_parameters():
+            _set_master_weight(parameter, drawn[name], self.global_rank)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """DeepSpeed's own files, for resuming, and the whole weights beside them. All processes call it."""
@@ -82,6 +89,22 @@ class ZeroStrategy(DeepSpeedStrategy):
         decoder = self.lightning_module.model
         assert isinstance(decoder, nn.Module)
         save_whole_weights(decoder, Path(filepath) / WEIGHTS_FILE, write=self.is_global_zero)
+
+
+def _set_master_weight(parameter: nn.Parameter, value: Tensor, rank: int) -> None:
+    """Give one process's share of a parameter's fp32 master weight its share of `value`."""
+    from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if not hasattr(parameter, "ds_id"):
+        safe_set_full_fp32_param(parameter, value)
+        return
+    # ZeRO-3 pads each parameter to a multiple of the processes, which setting the whole does not expect.
+    share = safe_get_local_fp32_param(parameter)
+    start = min(rank * share.numel(), value.numel())
+    mine = value.flatten()[start : start + share.numel()].to(share.device)
+    share = share.flatten().clone()
+    share[: mine.numel()] = mine
+    safe_set_local_fp32_param(parameter, share)
 
 
 def save_whole_weights(model: nn.Module, path: Path, *, write: bool = True) -> None:
@@ -133,8 +156,8 @@ def check_zero(train: TrainConfig, accelerator: str) -> None:
         import deepspeed  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"train.strategy is {train.strategy}, but DeepSpeed cannot be imported ({error}): DS_BUILD_OPS=0 pip install "
-            "'deepspeed>=0.19,<0.20'; allowed without it: auto, single, ddp"
+            f"train.strategy is {train.strategy}, but DeepSpeed cannot be imported ({error}): DS_BUILD_OPS=0 pip "
+            "install 'deepspeed>=0.19,<0.20'; allowed without it: auto, single, ddp"
         ) from None
 
 

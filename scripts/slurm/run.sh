@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# What both job scripts do, inside a SLURM allocation: train, stop in good time, and go on in a next turn.
+#   CLLM_PYTHON  the interpreter (default: .venv/bin/python in the project's root, or python)
+# Five minutes before the job's time is up SLURM sends USR1 here (--signal=B:USR1@300). train.py then gets SIGTERM, saves
+# after the step under way and ends; the job is put back into the queue and goes on from that checkpoint.
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?run this through sbatch}"
+python=${CLLM_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+nodes=${SLURM_JOB_NUM_NODES:?run this through sbatch}
+devices=${SLURM_NTASKS_PER_NODE:?set --ntasks-per-node to the GPUs of a node}
+
+time_is_up=
+step=
+# shellcheck disable=SC2329  # the trap below calls it
+on_usr1() {
+    time_is_up=1
+    if [ -n "$step" ]; then kill -TERM "$step" || true; fi # srun hands the signal to every process
+}
+trap on_usr1 USR1
+
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$python" train.py \
+    --train.devices "$devices" --train.num_nodes "$nodes" --resume auto "$@" &
+step=$!
+interrupted=$((128 + $(kill -l USR1)))
+status=$interrupted
+while [ "$status" -eq "$interrupted" ]; do # USR1 ends a wait, not the training
+    status=0
+    wait "$step" || status=$?
+done
+
+if [ -n "$time_is_up" ] && [ "$status" -eq 0 ]; then
+    scontrol requeue "${SLURM_JOB_ID:?}"
+fi
+exit "$status"

@@ -77,6 +77,21 @@ def design(name: str, config: Config) -> Contender:
     return Contender(name, model, model.loss, make_optimizer(model, config.optim), flops)
 
 
+def with_documents(plain: Contender, batch: int, seq_len: int, mean: int) -> Contender:
+    """The same model on packed documents of random lengths, attention inside documents, positions restarting."""
+    draw = torch.Generator("cuda").manual_seed(1)
+    begins = torch.rand(batch, seq_len, device="cuda", generator=draw) < 1 / mean
+    begins[:, 0] = True
+    ids = begins.long().cumsum(1) - 1
+    place = torch.arange(seq_len, device="cuda").expand(batch, -1)
+    positions = place - torch.where(begins, place, 0).cummax(1).values
+
+    def loss(tokens: Tensor, labels: Tensor) -> Tensor:
+        return plain.loss(tokens, labels, positions, ids)  # type: ignore[call-arg]
+
+    return Contender(f"{plain.name}, documents", plain.model, loss, plain.optimizer, plain.flops_per_token)
+
+
 def _hf_llama(config: Config) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -245,6 +260,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.config_parser(Config, __doc__ or "")
     parser.add_argument("--designs", nargs="+", default=["mha"], metavar="NAME", help="files of configs/kv/")
     parser.add_argument("--peers", action="store_true", help="also litgpt compiled and Hugging Face + Liger")
+    parser.add_argument(
+        "--documents", type=int, metavar="TOKENS", help="also the first design on packed documents of this mean length"
+    )
     parser.add_argument("--rounds", type=int, default=4, help="turns of each contender (default 4)")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a turn (default 6)")
     parser.add_argument("--warmup", type=int, default=4, help="steps before the first turn (default 4)")
@@ -264,6 +282,8 @@ def main(argv: list[str] | None = None) -> None:
         flops = contenders[0].flops_per_token
         contenders += [litgpt_compiled(first, flops), hf_liger(first, flops)]
     seq_len, batch = first.data.seq_len, first.train.micro_batch
+    if arguments.documents:
+        contenders.insert(1, with_documents(contenders[0], batch, seq_len, arguments.documents))
     draw = torch.Generator("cuda").manual_seed(0)
     vocab = first.model.vocab_size or 0
     batches = [

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What both job scripts do, inside a SLURM allocation: train, stop in good time, and go on in a next turn.
 #   CLLM_PYTHON  the interpreter (default: .venv/bin/python in the project's root, or python)
-# Five minutes before the job's time is up SLURM sends USR1 here (--signal=B:USR1@300). train.py then gets SIGTERM, saves
-# after the step under way and ends; the job is put back into the queue and goes on from that checkpoint.
+# Five minutes before the job's time is up SLURM sends USR1 here (--signal=B:USR1@300). train.py then gets SIGTERM,
+# saves after the step under way and ends; the job is put back into the queue and goes on from that checkpoint.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?run this through sbatch}"
 python=${CLLM_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}

@@ -1,0 +1,244 @@
+"""The same run on one device, under DDP and under ZeRO-1, 2 and 3, on one GPU and, where there are two, on two.
+
+    python -m pytest tests/gpu/test_strategies.py -q
+
+The command line is run as a user runs it, a handful of runs at a time; the first test to need a run starts them all.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from cllm import cli
+from cllm.data.prepare.build import prepare
+from cllm.data.prepare.recipe import Recipe
+from cllm.runs import RunFolder, load_run, read_weights
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, HALF = 20, 10
+AT_ONCE = 5
+TEXT = "the plan says where keys and values come from and every layer reads what an owner wrote before it"
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"),
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed, which is not installed"),
+]
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+ONE: dict[str, list[str]] = {
+    "single": ["--train.strategy", "single"],
+    "ddp": ["--train.strategy", "ddp"],
+    "zero1": ["--train.strategy", "zero1"],
+    "zero2": ["--train.strategy", "zero2"],
+    "zero3": ["--train.strategy", "zero3"],
+    "zero1-offload": ["--train.strategy", "zero1", "--train.offload_optimizer", "true"],
+    "zero1-one-micro-batch": ["--train.strategy", "zero1", "--train.micro_batch", "8"],
+    "zero3-recompute": ["--train.strategy", "zero3", "--train.gradient_checkpointing", "true"],
+}
+TWO: dict[str, list[str]] = {
+    f"{name}-x2": ["--train.strategy", name, "--train.devices", "2"] for name in ("ddp", "zero1", "zero2", "zero3")
+}
+RESUMED = ("ddp", "zero1", "zero2", "zero3", "zero1-x2", "zero3-x2")
+CASES = ONE | (TWO if torch.cuda.device_count() > 1 else {})
+EVERY_CASE = [*ONE, *(pytest.param(name, marks=two_gpus) for name in TWO)]
+EVERY_RESUMED = [pytest.param(name, marks=two_gpus) if name in TWO else name for name in RESUMED]
+
+
+@dataclass
+class Run:
+    """A finished command and its folder."""
+
+    done: subprocess.CompletedProcess[str]
+    folder: RunFolder
+
+    def rows(self, tag: str) -> list[float]:
+        assert self.done.returncode == 0, f"{self.done.args}\n{self.done.stderr[-4000:]}"
+        return [row[tag] for row in self.folder.metrics() if tag in row]
+
+
+def command(*arguments: str, port: int) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    environment = {**os.environ, "PYTHONPATH": path, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "2"}
+    for name in ("MASTER_ADDR", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
+        environment.pop(name, None)
+    line = [sys.executable, *arguments]
+    try:
+        return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    except subprocess.TimeoutExpired as error:
+        said = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else str(error.stderr)
+        return subprocess.CompletedProcess(line, 124, "", f"{said}\ntimed out")
+
+
+def prepared(folder: Path) -> Path:
+    draw = random.Random(0)
+    (folder / "text").mkdir()
+    for n in range(600):
+        line = " ".join(draw.choices(TEXT.split(), k=draw.randint(20, 200)))
+        (folder / "text" / f"{n}.txt").write_text(line, encoding="utf-8")
+    recipe = {
+        "name": "tiny",
+        "out": str(folder / "prepared"),
+        "source": {"kind": "files", "paths": [str(folder / "text")]},
+        "tokenizer": {"train": {"vocab_size": 280}},
+        "validation": {"fraction": 0.05},
+        "workers": 1,
+    }
+    prepare(cli.validate(Recipe, recipe))
+    return folder / "prepared"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Every case by its name, and `NAME-resumed`: the case begun again from its checkpoint at half the steps."""
+    folder = tmp_path_factory.mktemp("strategies")
+    base: dict[str, Any] = {
+        "runs_dir": str(folder / "runs"),
+        "model": {"d_model": 256, "n_layers": 4, "n_heads": 4, "max_seq_len": 128, "tie_embeddings": True},
+        "attention": {"backend": "sdpa"},
+        "data": {"path": str(prepared(folder)), "seq_len": 128, "num_workers": 0, "validation_sequences": 16},
+        "optim": {"lr": 3e-3, "min_lr": 3e-4, "warmup_steps": 4, "grad_clip": 0.5},
+        "train": {"steps": STEPS, "global_batch": 8, "micro_batch": 2, "log_every": 1, "precision": "bf16"},
+    }
+    base["model"]["kv"] = {"preset": "fusedkv"}
+    base["train"] |= {"validate_every": HALF, "checkpoint_every": HALF, "devices": 1, "compile": False}
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(base), encoding="utf-8")
+
+    def start(job: tuple[int, str, str, list[str]]) -> Run:
+        port, name, resume, settings = job
+        target = RunFolder(folder / "runs" / name)
+        arguments = ["train.py", "--config", str(file), "--name", name, *settings]
+        return Run(command(*arguments, *(["--resume", resume] if resume else []), port=port), target)
+
+    found: dict[str, Run] = {}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        jobs = [(29700 + n, name, "", settings) for n, (name, settings) in enumerate(CASES.items())]
+        found |= dict(zip(CASES, pool.map(start, jobs), strict=True))
+        again = []
+        for n, name in enumerate(name for name in RESUMED if name in CASES and found[name].done.returncode == 0):
+            copy = RunFolder(folder / "runs" / f"{name}-resumed")
+            shutil.copytree(found[name].folder.path, copy.path)
+            last = copy.checkpoint_path(STEPS)
+            shutil.rmtree(last) if last.is_dir() else last.unlink()
+            again.append((29800 + n, f"{name}-resumed", "auto", CASES[name]))
+        found |= dict(zip((job[1] for job in again), pool.map(start, again), strict=True))
+    return found
+
+
+def test_final_losses(runs: dict[str, Run], capsys: pytest.CaptureFixture[str]) -> None:
+    """The table; what must hold is in the tests below."""
+    head = f"{'run':28} {'train/loss':>10} {'val/loss':>10} {'norm':>8} {'peak GiB':>9} {'status':>7}"
+    lines = [f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}", head]
+    for name, run in runs.items():
+        values = [f"{'-':>10}", f"{'-':>10}", f"{'-':>8}", f"{'-':>9}"]
+        if run.done.returncode == 0:
+            loss, score = run.rows("train/loss")[-1], run.rows("val/loss")[-1]
+            norm, memory = run.rows("train/gradient_norm")[-1], run.rows("memory/peak_gib")[-1]
+            values = [f"{loss:10.4f}", f"{score:10.4f}", f"{norm:8.4f}", f"{memory:9.3f}"]
+        lines.append(f"{name:28} {' '.join(values)} {run.done.returncode:7}")
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
+    for name, run in runs.items():
+        assert run.done.returncode == 0, f"{name}: {run.done.stderr[-4000:]}"
+
+
+@pytest.mark.parametrize("name", EVERY_CASE)
+def test_every_strategy_takes_the_steps_of_one_device(runs: dict[str, Run], name: str) -> None:
+    one, other = runs["single"], runs[name]
+    losses = other.rows("train/loss")
+    assert len(losses) == STEPS, "one row an optimizer step, whatever the number of micro-batches"
+    assert losses == pytest.approx(one.rows("train/loss"), abs=0.03)
+    assert losses[-1] < losses[0] - 1, "it learns"
+    assert other.rows("val/loss") == pytest.approx(one.rows("val/loss"), abs=0.03)
+    norms = one.rows("train/gradient_norm")
+    assert max(norms) > 0.5, "clipping has something to do"
+    assert other.rows("train/gradient_norm")[:5] == pytest.approx(norms[:5], rel=0.05)
+    assert other.rows("train/lr") == one.rows("train/lr")
+    assert set(other.rows("train/skipped_steps")) == ({0} if name.startswith("zero") else set())
+
+
+@pytest.mark.parametrize("name", EVERY_RESUMED)
+def test_a_run_stopped_and_resumed_agrees_with_the_uninterrupted_one(runs: dict[str, Run], name: str) -> None:
+    whole, resumed = runs[name], runs[f"{name}-resumed"]
+    assert resumed.rows("train/loss")[:HALF] == whole.rows("train/loss")[:HALF]
+    assert resumed.rows("train/lr") == whole.rows("train/lr")
+    # The first step has the same weights. Atomics in backward kernels then add in any order.
+    assert resumed.rows("train/loss")[HALF] == pytest.approx(whole.rows("train/loss")[HALF], rel=1e-4)
+    assert resumed.rows("train/loss") == pytest.approx(whole.rows("train/loss"), abs=0.01)
+    assert resumed.rows("val/loss")[-1] == pytest.approx(whole.rows("val/loss")[-1], abs=0.01)
+
+
+@pytest.mark.parametrize("name", EVERY_CASE)
+def test_weights_are_whole_fp32_and_score_as_in_training(runs: dict[str, Run], name: str) -> None:
+    run = runs[name]
+    wanted = run.rows("val/loss")[-1]
+    checkpoint = run.folder.checkpoints()[-1][1]
+    assert checkpoint.is_dir() == name.startswith("zero")
+    weights = read_weights(checkpoint)
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    assert any(bool((tensor != tensor.bfloat16()).any()) for tensor in weights.values()), "not rounded to bf16"
+    model, _, step = load_run(run.folder.path, device="cuda")
+    assert step == STEPS
+    assert torch.equal(model.head.weight, model.embed.weight)
+    from cllm.data.packing import ValidationDataset
+    from cllm.data.store import TokenStore
+
+    config = run.folder.config()
+    dataset = ValidationDataset(TokenStore(config.data.path, "validation"), 128, limit=16)
+    batch = [dataset[n] for n in range(len(dataset))]
+    ids, labels = (torch.stack([torch.as_tensor(b[key]) for b in batch]).cuda() for key in ("input_ids", "labels"))
+    with torch.no_grad():
+        assert model.loss(ids, labels).item() == pytest.approx(wanted, abs=0.02)
+
+
+def test_evaluate_reads_a_zero_run(runs: dict[str, Run]) -> None:
+    both = [runs["single"].folder, runs["zero3"].folder]
+    done = command("evaluate.py", *(a for f in both for a in ("--run", str(f.path))), port=29900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    records = [json.loads(next(f.evaluation_folder.glob("*.json")).read_text()) for f in both]
+    assert records[1]["loss"] == pytest.approx(records[0]["loss"], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--optim.lr", "1e30", "--train.max_skipped_steps", "2"], "train.max_skipped_steps is 2"),
+        (["--train.precision", "fp32"], "trains in bf16"),
+    ],
+)
+def test_what_cannot_go_on_ends_with_one_line(
+    runs: dict[str, Run], tmp_path: Path, settings: list[str], message: str
+) -> None:
+    config = runs["zero2"].folder.config_file
+    arguments = ["train.py", "--config", str(config), "--name", "bad", "--runs_dir", str(tmp_path), *settings]
+    done = command(*arguments, port=29901)
+    assert done.returncode == 2, done.stderr[-4000:]
+    assert message in done.stderr
+
+
+def test_shards_of_two_processes_are_refused_by_one(runs: dict[str, Run], tmp_path: Path) -> None:
+    """Written by hand: the refusal comes before DeepSpeed reads anything."""
+    source = runs["zero1"].folder
+    copy = RunFolder(tmp_path / source.name)
+    shutil.copytree(source.path, copy.path)
+    last = copy.checkpoints()[-1][1]
+    shard = next((last / "checkpoint").glob("*zero_pp_rank_0_*_optim_states.pt"))
+    shutil.copy(shard, shard.with_name(shard.name.replace("rank_0_", "rank_1_", 1)))
+    arguments = ["--config", str(copy.config_file), "--runs_dir", str(tmp_path), "--train.steps", str(STEPS + 1)]
+    done = command("train.py", *arguments, "--resume", "auto", port=29902)
+    assert done.returncode == 2, done.stderr[-4000:]
+    assert "written by 2 processes" in done.stderr

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
 from cllm.errors import UserError
+from cllm.kv.describe import plan_figure
 from cllm.runs import RunFolder
 from cllm.train.metrics import MetricsLog
 from cllm.train.module import TrainingModule
@@ -66,7 +67,9 @@ class Metrics(Callback):
             return
         start = self.since
         self.writer = MetricsLog(self.folder, start_step=start, tokens_per_step=self.tokens_per_step)
-        self.writer.start(self.hyperparameters, self.folder.config_file.read_text(encoding="utf-8"))
+        assert isinstance(pl_module, TrainingModule)
+        picture = plan_figure(pl_module.model.plan, self.folder.name)
+        self.writer.start(self.hyperparameters, self.folder.config_file.read_text(encoding="utf-8"), picture)
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.steps, initial=start, unit="step", dynamic_ncols=True, desc=self.folder.name)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from cllm.config import Config
-from cllm.kv.accounting import kv_bytes, mha_twin
+from cllm.kv.accounting import kv_bytes, mha_twin, slot_elements
 from cllm.kv.describe import plan_drawing, plan_table
-from cllm.kv.plan import Latent, Own
+from cllm.kv.plan import Fuse, Latent, Own
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import (
     build_decoder,
@@ -20,44 +20,66 @@ from cllm.model.sizes import (
 GIB = 2**30
 
 
-def activation_bytes(model: Decoder, config: Config) -> float:
-    """Bytes that the forward pass of one micro-batch keeps for the backward; an estimate, from what autograd saves.
+def _compute_bytes(config: Config) -> int:
+    """Bytes of a number in the forward pass; `auto` is told for a GPU, where it means bf16."""
+    on_cpu = config.train.accelerator == "cpu"
+    return 4 if config.train.precision == "fp32" or (config.train.precision == "auto" and on_cpu) else 2
 
-    A block keeps its input and the inputs of its norms (fp32), queries, keys, values, attention's output, and three
-    tensors of width d_ff. With gradient checkpointing it keeps its input alone, and one block's rest at a time. The
-    logits are held in the compute dtype and twice in fp32 (values and gradient).
+
+def block_activation_bytes(model: Decoder, config: Config, layer: int) -> int:
+    """Bytes a token that one compiled block keeps for its backward.
+
+    The stream before and in the midst of the block, both norms' outputs and, for owners with a norm of their own, its
+    output; what attention keeps: queries, its output, and the keys and values that the layer made itself, by projecting
+    or by fusing; and three tensors of width d_ff.
     """
-    c = config.model
-    wide, narrow = 4, 2 if config.train.precision != "fp32" and config.train.accelerator != "cpu" else 4
-    tokens = config.train.micro_batch * config.data.seq_len
-    per_block = []
-    for i, block in enumerate(model.blocks):
-        source = model.plan.source(i)
-        if isinstance(source, Latent):
-            heads = c.n_heads * (2 * source.qk_nope_head_dim + 2 * source.qk_rope_head_dim + 2 * source.v_head_dim)
-        else:
-            kv = source.n_kv_heads if isinstance(source, Own) else c.n_heads
-            owned = 2 * kv if model.plan.layers[i].own is not None or len(model.plan.reads(i)) > 1 else 0
-            heads = (2 * c.n_heads + owned) * c.resolved_head_dim
-        d_ff = next(m.out_features for n, m in block.named_modules() if n == "mlp.gate_proj")
-        per_block.append(3 * c.d_model * wide + (2 * c.d_model + heads + 4 * d_ff) * narrow)
-    blocks = sum(per_block)
-    if config.train.gradient_checkpointing:
-        blocks = c.d_model * wide * c.n_layers + max(per_block)
-    assert c.vocab_size is not None
-    return tokens * (blocks + c.vocab_size * (narrow + 2 * wide))
+    c, plan = config.model, model.plan
+    narrow = _compute_bytes(config)
+    wide = 4 if config.train.fp32_residual else narrow
+    source, own = plan.source(layer), plan.layers[layer].own
+    d_ff = next(m.out_features for name, m in model.blocks[layer].named_modules() if name == "mlp.gate_proj")
+    if isinstance(source, Latent):
+        key = source.qk_nope_head_dim + source.qk_rope_head_dim
+        kept = 2 * c.n_heads * (key + source.v_head_dim) + (source.kv_lora_rank if own else 0)
+    elif isinstance(source, Own):
+        made = (own is not None) + any(isinstance(read, Fuse) for read in (plan.keys(layer), plan.values(layer)))
+        kept = 2 * c.resolved_head_dim * (c.n_heads + made * source.n_kv_heads)
+        kept += c.d_model if isinstance(own, Own) and own.kv_norm else 0
+    else:
+        kept = 6 * c.n_heads * c.resolved_head_dim
+    return 2 * c.d_model * wide + (2 * c.d_model + kept + 3 * d_ff) * narrow
 
 
 def memory_estimate(model: Decoder, config: Config) -> dict[str, float]:
-    """GiB of training on one device: fp32 weights, gradients and AdamW's two moments, activations, and the sum."""
-    parameters = count_parameters(model)
+    """GiB at the peak of a training step on one device.
+
+    The peak is the start of the backward: fp32 weights and AdamW's two moments, the bf16 copies of weights that
+    autocast keeps, all activations of a micro-batch, the loss's chunk of logits and the head's gradient; and gradients,
+    where accumulation keeps them from one micro-batch to the next. With gradient checkpointing blocks keep their input
+    alone, slots stay as long as a reader is to come, and one block is whole at a time.
+    """
+    c, train = config.model, config.train
+    assert c.vocab_size is not None
+    parameters, tokens = count_parameters(model), train.micro_batch * config.data.seq_len
+    narrow = _compute_bytes(config)
+    blocks = [block_activation_bytes(model, config, i) for i in range(c.n_layers)]
+    if train.gradient_checkpointing:
+        slots = sum(sum(slot_elements(model.plan, j, c.resolved_head_dim)) for j in model.plan.owners)
+        per_token = c.n_layers * c.d_model * (4 if train.fp32_residual else narrow) + slots * narrow + max(blocks)
+    else:
+        per_token = sum(blocks)
+    loss = 3 * tokens * c.d_model * narrow + c.vocab_size * c.d_model * (4 + narrow) + 2**29
+    accumulates = train.global_batch > train.micro_batch
+    copies = 2 * parameters if narrow == 2 and not train.gradient_checkpointing else 0
     parts = {
-        "weights": 4 * parameters / GIB,
-        "gradients": 4 * parameters / GIB,
-        "optimizer": 8 * parameters / GIB,
-        "activations": activation_bytes(model, config) / GIB,
+        "weights": 4 * parameters,
+        "optimizer": 8 * parameters,
+        "gradients": 4 * parameters if accumulates else 0,
+        "activations": tokens * per_token + loss + copies,
     }
-    return parts | {"total": sum(parts.values())}
+    if not accumulates:  # the end of the backward has all gradients and no activations
+        parts["activations"] = max(parts["activations"], 4 * parameters)
+    return {name: size / GIB for name, size in (parts | {"total": sum(parts.values())}).items()}
 
 
 def _size(count: float) -> str:
@@ -95,6 +117,6 @@ def dry_run(config: Config) -> str:
         f"tokens, {training * tokens:.3g} FLOPs",
         "memory       "
         + ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
-        + f" GiB on one device (estimate, micro-batch {config.train.micro_batch})",
+        + f" GiB at the peak on one GPU (estimate, micro-batch {config.train.micro_batch})",
     ]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ import math
 import time
 from typing import Any
 
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -47,12 +48,13 @@ class MetricsLog:
             str(folder.tensorboard_folder), purge_step=start_step + 1 if start_step else None, flush_secs=10
         )
 
-    def start(self, hyperparameters: dict[str, Any], config_text: str) -> None:
-        """Write what stays the same over the run: layout, hyperparameters, the config as text."""
+    def start(self, hyperparameters: dict[str, Any], config_text: str, plan: Figure) -> None:
+        """Write what stays the same over the run: layout, hyperparameters, the config as text, the plan's picture."""
         self.board.add_custom_scalars(LAYOUT)
         flat = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hyperparameters.items()}
         for summary in hparams(flat, {_FINAL: math.nan}):
             self.board._get_file_writer().add_summary(summary)
+        self.board.add_figure("kv/plan", plan, 0)
         self.board.add_text("config", f"```yaml\n{config_text}\n```", 0)
 
     def write(self, step: int, values: dict[str, float]) -> None:

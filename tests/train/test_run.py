@@ -59,6 +59,7 @@ def test_a_run_learns_and_writes_what_its_folder_promises(tiny: Tiny) -> None:
     assert {"train/loss", "val/loss", "val/ppl", "val/bits_per_byte", "throughput/tokens_per_s"} <= tags
     assert {"memory/peak_gib", "kv/bytes_per_token", "hp/val_ppl", "tokens"} <= tags
     assert [e.step for e in events.Scalars("val/loss")] == [0, 20, 30]
+    assert "kv/plan" in events.Tags()["images"]
     model, config, step = load_run(folder.path)
     assert step == 30
     assert config == folder.config()

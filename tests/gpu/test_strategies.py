@@ -161,9 +161,9 @@ def test_every_strategy_takes_the_steps_of_one_device(runs: dict[str, Run], name
     one, other = runs["single"], runs[name]
     losses = other.rows("train/loss")
     assert len(losses) == STEPS, "one row an optimizer step, whatever the number of micro-batches"
-    assert losses == pytest.approx(one.rows("train/loss"), abs=0.03)
+    assert losses == pytest.approx(one.rows("train/loss"), abs=0.05)
     assert losses[-1] < losses[0] - 1, "it learns"
-    assert other.rows("val/loss") == pytest.approx(one.rows("val/loss"), abs=0.03)
+    assert other.rows("val/loss") == pytest.approx(one.rows("val/loss"), abs=0.05)
     norms = one.rows("train/gradient_norm")
     assert max(norms) > 0.5, "clipping has something to do"
     assert other.rows("train/gradient_norm")[:5] == pytest.approx(norms[:5], rel=0.05)

@@ -315,7 +315,7 @@ theirs.DeepSpeedStrategy.setup_environment = DDPStrategy.setup_environment
 theirs.argparse = types.SimpleNamespace(Namespace=lambda **_: argparse.Namespace())
 strategy.check_zero = lambda *_: None
 import train
-train.main()
+sys.exit(train.main())
 """
 
 

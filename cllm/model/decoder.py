@@ -64,14 +64,12 @@ class Decoder(nn.Module):
 
         The compiler tunes its elementwise kernels (coordinate descent), which a training run pays back in a minute.
         """
-        import torch._inductor.config as inductor
-
-        inductor.coordinate_descent_tuning = True
         # Kinds of layer, times a few: with and without gradient, training and validation shapes.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(self.blocks))
+        options = {"coordinate_descent_tuning": True}
         for block in self.blocks:
-            block.compile(dynamic=False)
-        self.norm.compile(dynamic=False)
+            block.compile(dynamic=False, options=options)
+        self.norm.compile(dynamic=False, options=options)
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
         """Logits (B, T, vocab_size) for `input_ids` (B, T); see `hidden` for the rest."""

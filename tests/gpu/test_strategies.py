@@ -110,7 +110,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         "model": {"d_model": 256, "n_layers": 4, "n_heads": 4, "max_seq_len": 128, "tie_embeddings": True},
         "attention": {"backend": "sdpa"},
         "data": {"path": str(prepared(folder)), "seq_len": 128, "num_workers": 0, "validation_sequences": 16},
-        "optim": {"lr": 3e-3, "min_lr": 3e-4, "warmup_steps": 4, "grad_clip": 0.5},
+        "optim": {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 4, "grad_clip": 0.5},
         "train": {"steps": STEPS, "global_batch": 8, "micro_batch": 2, "log_every": 1, "precision": "bf16"},
     }
     base["model"]["kv"] = {"preset": "fusedkv"}
@@ -161,9 +161,9 @@ def test_every_strategy_takes_the_steps_of_one_device(runs: dict[str, Run], name
     one, other = runs["single"], runs[name]
     losses = other.rows("train/loss")
     assert len(losses) == STEPS, "one row an optimizer step, whatever the number of micro-batches"
-    assert losses == pytest.approx(one.rows("train/loss"), abs=0.05)
+    assert losses == pytest.approx(one.rows("train/loss"), abs=0.03)
     assert losses[-1] < losses[0] - 1, "it learns"
-    assert other.rows("val/loss") == pytest.approx(one.rows("val/loss"), abs=0.05)
+    assert other.rows("val/loss") == pytest.approx(one.rows("val/loss"), abs=0.03)
     norms = one.rows("train/gradient_norm")
     assert max(norms) > 0.5, "clipping has something to do"
     assert other.rows("train/gradient_norm")[:5] == pytest.approx(norms[:5], rel=0.05)

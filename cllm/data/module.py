@@ -13,8 +13,21 @@ from cllm.data.packing import PackedDataset, ValidationDataset
 from cllm.data.sampler import StepBatchSampler
 from cllm.data.store import TokenStore
 from cllm.errors import DataError, UserError
+from cllm.kernels.backends.mask import max_documents
 
 TRAIN, VALIDATION = "train", "validation"
+
+
+def check_documents(document_ids: torch.Tensor) -> None:
+    """Raise `UserError` if `document_ids` (B, T), counted from 0 in each row, hold more than `max_documents(B, T)`."""
+    room = max_documents(*document_ids.shape)
+    found = int((document_ids[:, -1] + 1).sum())
+    if found > room:
+        batch, length = document_ids.shape
+        raise UserError(
+            f"data.document_mask: a micro-batch of {batch} x {length} tokens has {found} documents, and kernels have room "
+            f"for {room}; lower train.micro_batch, join short texts into longer documents, or turn the mask off"
+        )
 
 
 class DataModule(LightningDataModule):
@@ -95,6 +108,13 @@ class DataModule(LightningDataModule):
             )
             for store in self.validation_stores.values()
         ]
+
+    def on_before_batch_transfer(self, batch: dict[str, torch.Tensor], dataloader_idx: int) -> dict[str, torch.Tensor]:
+        """Refuse, here on the host, a batch with more documents than attention kernels on a GPU are given room for."""
+        trainer = self.trainer
+        if "document_ids" in batch and trainer is not None and trainer.strategy.root_device.type == "cuda":
+            check_documents(batch["document_ids"])
+        return batch
 
     @property
     def _loading(self) -> dict[str, Any]:

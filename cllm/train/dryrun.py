@@ -56,7 +56,7 @@ def memory_estimate(model: Decoder, config: Config) -> dict[str, float]:
     The peak is the start of the backward: fp32 weights and AdamW's two moments, the bf16 copies of weights that
     autocast keeps, all activations of a micro-batch, the loss's chunk of logits and the head's gradient; and gradients,
     where accumulation keeps them from one micro-batch to the next. With gradient checkpointing blocks keep their input
-    alone, slots stay as long as a reader is to come, and one block is whole at a time.
+    alone, slots that other layers read stay as well, and one block is whole at a time.
     """
     c, train = config.model, config.train
     assert c.vocab_size is not None
@@ -64,7 +64,8 @@ def memory_estimate(model: Decoder, config: Config) -> dict[str, float]:
     narrow = _compute_bytes(config)
     blocks = [block_activation_bytes(model, config, i) for i in range(c.n_layers)]
     if train.gradient_checkpointing:
-        slots = sum(sum(slot_elements(model.plan, j, c.resolved_head_dim)) for j in model.plan.owners)
+        shared = {j for i in range(c.n_layers) for j in model.plan.reads_others(i)}
+        slots = sum(sum(slot_elements(model.plan, j, c.resolved_head_dim)) for j in shared)
         per_token = c.n_layers * c.d_model * (4 if train.fp32_residual else narrow) + slots * narrow + max(blocks)
     else:
         per_token = sum(blocks)

@@ -10,7 +10,7 @@ import lightning
 import pytest
 import torch
 
-from cllm.data.module import DataModule
+from cllm.data.module import DataModule, check_documents
 from cllm.errors import DataError, UserError
 
 
@@ -134,3 +134,10 @@ def test_folder_without_validation_split(tmp_path, run, recipe, documents):
     _, out = run(recipe([tmp_path / "a.txt"]))
     with pytest.raises(DataError, match="has no validation split, only train"):
         make(out)
+
+
+def test_more_documents_than_kernels_have_room_for_are_refused_on_the_host():
+    fits = torch.arange(128).expand(2, -1)  # 256 documents
+    check_documents(fits)
+    with pytest.raises(UserError, match=r"data\.document_mask: .* 384 documents, and kernels have room for 256"):
+        check_documents(torch.arange(128).expand(3, -1))

@@ -25,8 +25,8 @@ def check_documents(document_ids: torch.Tensor) -> None:
     if found > room:
         batch, length = document_ids.shape
         raise UserError(
-            f"data.document_mask: a micro-batch of {batch} x {length} tokens has {found} documents, and kernels have room "
-            f"for {room}; lower train.micro_batch, join short texts into longer documents, or turn the mask off"
+            f"data.document_mask: a micro-batch of {batch} x {length} tokens has {found} documents, and kernels have "
+            f"room for {room}; lower train.micro_batch, join short texts into longer documents, or turn the mask off"
         )
 
 

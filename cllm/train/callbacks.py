@@ -146,9 +146,6 @@ class Metrics(Callback):
             self._say(f"step {trainer.global_step}: " + "  ".join(f"{tag} {v:.4f}" for tag, v in values.items()))
         self.clock.resume()
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.clock.pause()
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.close()
 
@@ -222,11 +219,12 @@ class Checkpoints(Callback):
 class StopWhenDone(Callback):
     """Ends the run after its last step, with one more validation, and on SIGTERM or SIGINT after the step under way.
 
-    On a signal the run is saved first; `--resume auto` goes on from there. A second SIGINT interrupts at once.
+    On a signal the run is saved first; `--resume auto` goes on from there. A second SIGINT interrupts at once. Several
+    processes agree on stopping every `agree_every` steps, since agreeing makes the host wait for the device.
     """
 
-    def __init__(self, checkpoints: Checkpoints, steps: int):
-        self.checkpoints, self.steps = checkpoints, steps
+    def __init__(self, checkpoints: Checkpoints, steps: int, agree_every: int):
+        self.checkpoints, self.steps, self.agree_every = checkpoints, steps, agree_every
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -244,10 +242,13 @@ class StopWhenDone(Callback):
     ) -> None:
         if not step_is_complete(trainer):
             return
-        if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+        stop = self.received is not None
+        if trainer.world_size > 1:
+            agree = trainer.global_step % self.agree_every == 0
+            stop = agree and trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop:
             self.checkpoints.save(trainer)
-            trainer.should_stop = True
-        elif trainer.global_step >= self.steps:
+        if stop or trainer.global_step >= self.steps:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

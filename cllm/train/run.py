@@ -162,7 +162,7 @@ def make_trainer(config: Config, folder: RunFolder, metrics: Metrics) -> Trainer
         val_check_interval=train.validate_every * accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=-1,  # the untrained model's score is the first row of every curve
-        callbacks=[metrics, checkpoints, StopWhenDone(checkpoints, train.steps)],
+        callbacks=[metrics, checkpoints, StopWhenDone(checkpoints, train.steps, train.log_every)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -34,9 +34,12 @@ class Clock:
         self._pause_begin = time.perf_counter()
 
     def resume(self) -> None:
+        now = time.perf_counter()
         if self._pause_begin is not None:
-            self._paused += time.perf_counter() - self._pause_begin
+            self._paused += now - self._pause_begin
             self._pause_begin = None
+        if self._wait_begin is not None:  # validation and saving lie between two batches, and are no wait for data
+            self._wait_begin = now
 
     def waiting(self) -> None:
         """The device has nothing to do until the next batch arrives."""

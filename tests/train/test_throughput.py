@@ -1,0 +1,30 @@
+"""The clock of a run."""
+
+from __future__ import annotations
+
+import pytest
+
+from cllm.train import throughput
+from cllm.train.throughput import Clock
+
+
+def test_time_of_validation_is_neither_training_nor_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    clock = Clock()
+
+    def pass_(seconds: float) -> None:
+        now[0] += seconds
+
+    pass_(5)  # a step
+    clock.waiting()
+    clock.pause()
+    pass_(100)  # validation
+    clock.resume()
+    pass_(2)  # the loader is late
+    clock.working()
+    pass_(3)  # a step
+    assert clock.read() == (10, 2)
+    clock.start()
+    pass_(4)
+    assert clock.read() == (4, 0)

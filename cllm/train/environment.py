@@ -13,7 +13,7 @@ import torch
 
 import cllm
 
-_PACKAGES = ("torch", "lightning", "transformers", "datasets", "tokenizers", "numpy", "deepspeed", "triton")
+_PACKAGES = ("lightning", "transformers", "datasets", "tokenizers", "numpy", "deepspeed", "triton")
 
 
 def _git(*words: str) -> str | None:
@@ -28,6 +28,7 @@ def _git(*words: str) -> str | None:
 def environment() -> dict[str, str]:
     """Name: value, for `env.txt` and for reports."""
     found = {"cllm": cllm.__version__, "python": platform.python_version(), "platform": platform.platform()}
+    found["torch"] = str(torch.__version__)  # with the build, which the package's metadata leaves out
     for package in _PACKAGES:
         try:
             found[package] = version(package)

@@ -60,7 +60,6 @@ class Metrics(Callback):
         self.since = start_step  # the step of the last row
         self.writer: MetricsLog | None = None
         self.bar: tqdm | None = None
-        self.last_validation: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or not trainer.is_global_zero or self.writer is not None:
@@ -140,7 +139,6 @@ class Metrics(Callback):
             values[f"{prefix}/loss"] = loss
             values[f"{prefix}/ppl"] = math.exp(min(loss, 700))
             values[f"{prefix}/bits_per_byte"] = loss / math.log(2) / self.bytes_per_token[name]
-        self.last_validation = values
         self._write(trainer.global_step, values)
         if trainer.is_global_zero:
             self._say(f"step {trainer.global_step}: " + "  ".join(f"{tag} {v:.4f}" for tag, v in values.items()))

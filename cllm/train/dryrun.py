@@ -37,7 +37,6 @@ def block_activation_bytes(model: Decoder, config: Config, layer: int) -> int:
     narrow = _compute_bytes(config)
     wide = 4 if config.train.fp32_residual else narrow
     source, own = plan.source(layer), plan.layers[layer].own
-    d_ff = next(m.out_features for name, m in model.blocks[layer].named_modules() if name == "mlp.gate_proj")
     if isinstance(source, Latent):
         key = source.qk_nope_head_dim + source.qk_rope_head_dim
         kept = 2 * c.n_heads * (key + source.v_head_dim) + (source.kv_lora_rank if own else 0)
@@ -47,7 +46,7 @@ def block_activation_bytes(model: Decoder, config: Config, layer: int) -> int:
         kept += c.d_model if isinstance(own, Own) and own.kv_norm else 0
     else:
         kept = 6 * c.n_heads * c.resolved_head_dim
-    return 2 * c.d_model * wide + (2 * c.d_model + kept + 3 * d_ff) * narrow
+    return 2 * c.d_model * wide + (2 * c.d_model + kept + 3 * model_d_ff(c)) * narrow
 
 
 def memory_estimate(model: Decoder, config: Config) -> dict[str, float]:

@@ -67,8 +67,8 @@ class TrainingModule(lightning.LightningModule):
         """For each validation set, nats summed over scored tokens and their number, over all devices."""
         scores = {}
         for n, name in enumerate(self.validation_names):
-            total = self._scores[n].to(self.device if self.device.type != "mps" else "cpu")
-            nats, scored = self.trainer.strategy.reduce(total, reduce_op="sum").tolist()
+            total = self.trainer.strategy.reduce(self._scores[n].to(self.device), reduce_op="sum")
+            nats, scored = total.tolist()
             scores[name] = (nats, int(scored))
         return scores
 

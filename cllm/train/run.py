@@ -260,7 +260,7 @@ def should_compile(config: Config) -> bool:
     """Whether blocks are compiled; `auto` is yes on a GPU, unless ZeRO-3 gathers weights in the midst of each block."""
     if config.train.compile != "auto":
         return config.train.compile
-    return torch.cuda.is_available() and config.train.accelerator != "cpu" and config.train.strategy != "zero3"
+    return _accelerator(config) == "gpu" and config.train.strategy != "zero3"
 
 
 def hyperparameters(config: Config, summary: dict[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,21 @@ def gated_retention(
     return out.view(batch, length, *out.shape[2:])
 
 
+def gated_retention_from(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gated retention that goes on from `state` (B, H, D, E) fp32: the output (B, T, H, E) and the state after it."""
+    if q.shape[1] == 1:  # the recurrence itself
+        q1, k1, v1 = (t[:, 0].float() for t in (q, k, v))  # B, H, .
+        after = state * log_decay[:, 0].float().exp()[..., None, None] + k1[..., None] * v1[..., None, :]
+        return (scale * torch.einsum("bhd,bhde->bhe", q1, after))[:, None].to(v.dtype), after
+    kernel = _fla_kernel() if q.is_cuda else None
+    if kernel is None:
+        return _chunked(q, k, v, log_decay, state, scale=scale)
+    out, after = kernel(q, k, v, g=log_decay, scale=scale, initial_state=state, output_final_state=True)
+    return out, after
+
+
 def gated_retention_reference(
     q: Tensor,
     k: Tensor,
@@ -71,14 +86,28 @@ def gated_retention_reference(
     chunk: int = 128,
 ) -> Tensor:
     """The same in plain torch, fp32 inside: quadratic within chunks, one state carried between them."""
+    state = q.new_zeros(q.shape[0], q.shape[2], k.shape[-1], v.shape[-1], dtype=torch.float32)
+    return _chunked(q, k, v, log_decay, state, scale=scale, document_ids=document_ids, chunk=chunk)[0]
+
+
+def _chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    *,
+    scale: float,
+    document_ids: Tensor | None = None,
+    chunk: int = 128,
+) -> tuple[Tensor, Tensor]:
     if torch.is_autocast_enabled(q.device.type):
         with torch.autocast(q.device.type, enabled=False):
-            return gated_retention_reference(q, k, v, log_decay, scale=scale, document_ids=document_ids, chunk=chunk)
+            return _chunked(q, k, v, log_decay, state, scale=scale, document_ids=document_ids, chunk=chunk)
     dtype = v.dtype
-    batch, length, heads, _ = q.shape
+    batch, length = q.shape[:2]
     q, k, v, log_decay = (t.float().transpose(1, 2) for t in (q, k, v, log_decay))  # B, H, T, .
     ids = torch.zeros(batch, length, dtype=torch.long, device=q.device) if document_ids is None else document_ids
-    state = q.new_zeros(batch, heads, k.shape[-1], v.shape[-1])
     state_id = ids[:, 0]  # the document that the state belongs to
     outputs = []
     for start in range(0, length, chunk):
@@ -97,4 +126,4 @@ def gated_retention_reference(
         survives = (last == state_id)[:, None, None, None]
         state = state * total[..., -1:, None].exp() * survives + (kc * weight[..., None]).transpose(-1, -2) @ vc
         state_id = last
-    return (torch.cat(outputs, dim=2) * scale).transpose(1, 2).to(dtype)
+    return (torch.cat(outputs, dim=2) * scale).transpose(1, 2).to(dtype), state

@@ -7,10 +7,14 @@ to, and a fusing layer reads several: FusedKV stores half of mha's cache and rea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from cllm.config import ModelConfig
 from cllm.kv.plan import KVPlan, Latent, Own, Retention
 from cllm.kv.presets import MHA
+
+Storage = Literal["model", "fp8"]
+"""What slots are stored in: the dtype the model computes in, or e4m3 with a bf16 factor for every token and head."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,37 +45,62 @@ def slot_elements(plan: KVPlan, owner: int, head_dim: int) -> tuple[int, int]:
     return 0, 0
 
 
-def kv_bytes(config: ModelConfig, *, context: int | None = None, bytes_per_element: int = 2) -> KVBytes:
+def slot_bytes(
+    config: ModelConfig, owner: int, *, bytes_per_element: int = 2, storage: Storage = "model"
+) -> tuple[int, int]:
+    """Bytes that one token adds to the two tensors of a slot; under fp8 with a bf16 factor for each vector."""
+    plan, head_dim = config.plan(), config.resolved_head_dim
+    k, v = slot_elements(plan, owner, head_dim)
+    if storage == "model":
+        return k * bytes_per_element, v * bytes_per_element
+    source = plan.layers[owner].own
+    vectors = source.n_kv_heads if isinstance(source, Own) else 1 if isinstance(source, Latent) else 0
+    return k + 2 * vectors, v + 2 * vectors
+
+
+def state_bytes(config: ModelConfig) -> int:
+    """Bytes of one recurrent state, always fp32."""
+    return 4 * config.n_heads * config.resolved_head_dim**2
+
+
+def kv_bytes(
+    config: ModelConfig, *, context: int | None = None, bytes_per_element: int = 2, storage: Storage = "model"
+) -> KVBytes:
     """The cost of `config`'s plan at `context` tokens (default: `max_seq_len`), in bf16 unless told otherwise.
 
     A layer reads the whole of the tensors it attends to, as far as its window goes; keys and values that two fused
     sources contribute count once for each source. A recurrent state is read and written whole for every token.
     """
-    plan, head_dim = config.plan(), config.resolved_head_dim
+    plan = config.plan()
     context = context or config.max_seq_len
+    slots = {j: slot_bytes(config, j, bytes_per_element=bytes_per_element, storage=storage) for j in plan.owners}
     resident = written = read = 0.0
     for owner in plan.owners:
-        elements = sum(slot_elements(plan, owner, head_dim))
-        resident += elements * min(plan.layers[owner].window or context, context)
-        written += elements
         if isinstance(plan.layers[owner].own, Retention):
-            state = config.n_heads * head_dim * head_dim
-            resident, written = resident + state, written + state
+            resident, written = resident + state_bytes(config), written + state_bytes(config)
+            continue
+        resident += sum(slots[owner]) * min(plan.layers[owner].window or context, context)
+        written += sum(slots[owner])
     for i, layer in enumerate(plan.layers):
         seen = min(layer.window or context, context)
         source = plan.source(i)
         if isinstance(source, Retention):
-            read += config.n_heads * head_dim * head_dim
+            read += state_bytes(config)
         elif isinstance(source, Latent):
-            read += sum(slot_elements(plan, plan.keys(i).layers[0], head_dim)) * seen
+            read += sum(slots[plan.keys(i).layers[0]]) * seen
         else:
-            keys = sum(slot_elements(plan, j, head_dim)[0] for j in plan.keys(i).layers)
-            values = sum(slot_elements(plan, j, head_dim)[1] for j in plan.values(i).layers)
+            keys = sum(slots[j][0] for j in plan.keys(i).layers)
+            values = sum(slots[j][1] for j in plan.values(i).layers)
             read += (keys + values) * seen
-    scale = bytes_per_element
-    return KVBytes(
-        context=context, resident=resident * scale / context, written=written * scale, read=read * scale / context
-    )
+    return KVBytes(context=context, resident=resident / context, written=written, read=read / context)
+
+
+def cache_bytes(
+    config: ModelConfig, *, context: int, batch: int = 1, bytes_per_element: int = 2, storage: Storage = "model"
+) -> int:
+    """What `KVCache.nbytes()` is after `context` tokens, or with `max_len=context`."""
+    found = kv_bytes(config, context=context, bytes_per_element=bytes_per_element, storage=storage)
+    return round(found.resident * context) * batch
 
 
 def mha_twin(config: ModelConfig) -> ModelConfig:

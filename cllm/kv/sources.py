@@ -9,13 +9,14 @@ Shapes: B batch, T tokens, G KV heads, D channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cllm.config import ModelConfig
+from cllm.kernels.decode import Stored
 from cllm.kv.plan import Fuse, Latent, Own, Read, Share, Source
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope
@@ -25,11 +26,27 @@ class Slot(NamedTuple):
     """What one owner caches.
 
     Of an `Own` layer: keys after RoPE and values, (B, T, G, D) each. Of a `Latent` layer: the normalised latent
-    (B, T, kv_lora_rank) and the rotated RoPE key (B, T, qk_rope_head_dim).
+    (B, T, kv_lora_rank) and the rotated RoPE key (B, T, qk_rope_head_dim). Caches that store fp8 numbers keep a factor
+    for each token and head beside them, (B, T, G) or (B, T).
     """
 
     k: Tensor
     v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Slot:
+        """`change` of every tensor."""
+        return Slot(*(None if t is None else change(t) for t in self))  # type: ignore[arg-type]
+
+    def join(self, later: Slot) -> Slot:
+        """This slot's tokens, then those of `later`, which is stored in the same way."""
+        return Slot(*(None if t is None else _join(t, n) for t, n in zip(self, later, strict=True)))  # type: ignore[arg-type]
+
+
+def _join(earlier: Tensor, later: Tensor | None) -> Tensor:
+    assert later is not None
+    return torch.cat((earlier, later), dim=1)
 
 
 class RopeTables(Protocol):
@@ -104,6 +121,18 @@ class SharedRead(nn.Module):
     def forward(self, slots: Sequence[Slot]) -> Tensor:
         return getattr(slots[self.place], self.part)
 
+    def queries(self, q: Tensor) -> list[Tensor]:
+        """Queries (B, H, D) for each tensor of `stored`: all as they are."""
+        return [q]
+
+    def stored(self, slots: Sequence[Slot]) -> list[Stored]:
+        """The tensors that this read is made of, as they lie in the cache."""
+        return [_stored(slots[self.place], self.part)]
+
+    def combine(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Attention's output (B, H, D) from the outputs over each tensor of `stored`."""
+        return outputs[0]
+
 
 class FusedRead(nn.Module):
     """K = Σ_j a_j ⊙ K_j over owners (FusedKV, arXiv 2512.03870, eq. 3-5), computed in fp32.
@@ -145,6 +174,32 @@ class FusedRead(nn.Module):
         total = sum(w * part.float() for w, part in zip(self.channel_weights(), parts, strict=True))
         assert isinstance(total, Tensor)
         return total.to(parts[0].dtype)
+
+    def queries(self, q: Tensor) -> list[Tensor]:
+        """Queries (B, H, D) for each tensor of `stored`, so that no fused key is ever made: q·Σ a_j ⊙ k_j =
+        Σ (a_j ⊙ q)·k_j."""
+        return [(q.float() * weight).to(q.dtype) for weight in self._head_weights(q.shape[1])]
+
+    def stored(self, slots: Sequence[Slot]) -> list[Stored]:
+        """The tensors that this read is made of, as they lie in the cache."""
+        return [_stored(slots[place], self.part) for place in self.places]
+
+    def combine(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Attention's output (B, H, D): Σ_t p_t Σ_j b_j ⊙ v_tj = Σ_j b_j ⊙ Σ_t p_t v_tj."""
+        weights = self._head_weights(outputs[0].shape[1])
+        total = sum(weight * out.float() for weight, out in zip(weights, outputs, strict=True))
+        assert isinstance(total, Tensor)
+        return total.to(outputs[0].dtype)
+
+    def _head_weights(self, n_heads: int) -> Tensor:
+        """(sources, 1 or H, 1 or D): a query head has the weights of its KV head."""
+        weights = self.channel_weights()
+        heads = weights.shape[1]
+        return weights if heads == 1 else weights.repeat_interleave(n_heads // heads, dim=1)
+
+
+def _stored(slot: Slot, part: Literal["k", "v"]) -> Stored:
+    return Stored(slot.k, slot.k_scale) if part == "k" else Stored(slot.v, slot.v_scale)
 
 
 def make_read(

@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, H query heads, G KV heads, D channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from cllm.config import ModelConfig, Rope
 from cllm.kernels.attention import Documents, Mask, attention, document_boundaries
-from cllm.kernels.retention import gated_retention
+from cllm.kernels.decode import Stored, Visible, decode_attention
+from cllm.kernels.retention import gated_retention, gated_retention_from
 from cllm.kv.plan import KVPlan, Latent, Own, Retention
 from cllm.kv.sources import Slot, make_owner, make_read
+from cllm.kv.stores import SlotStore, StateStore, Step, Store
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope, rope_table
 
@@ -33,16 +35,36 @@ class Context:
     positions: Tensor
     """(B or 1, T) integers."""
     document_ids: Tensor | None = None
-    """(B, T) integers, or None: one document a row."""
+    """(B, S) integers, of all tokens that may be seen, or None: one document a row."""
     backend: str = "auto"
     documents: Documents | None = None
     """The boundaries of `document_ids`, made here for kernels on a GPU, so that no compiled block has to."""
+    cached: Cached | None = None
+    """Where slots' tokens stand; None where every slot holds the tokens of this pass and no others."""
+    step: Step | None = None
+    """What this pass does to the cache, if there is one."""
+    is_text: Tensor | None = None
+    """(B, T) booleans, False for padding; None: there is none."""
+    tail: Context | None = None
+    """Of the last token, if it alone goes on after this layer's slot is written."""
     _rope: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _masks: dict[tuple[int | None, bool], Mask] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, bool, int], Mask] = field(default_factory=dict)
+    _visible: dict[tuple[int | None, bool, int], Visible] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.document_ids is not None and self.documents is None and self.document_ids.is_cuda:
-            self.documents = document_boundaries(self.document_ids)
+        ids = self.document_ids
+        if ids is not None and self.documents is None and ids.is_cuda and ids.shape[1] == self.length:
+            self.documents = document_boundaries(ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens of this pass, T."""
+        return self.positions.shape[1]
+
+    @property
+    def decodes(self) -> bool:
+        """Whether there is one query a sequence and slots stand before it, which calls for other kernels."""
+        return self.cached is not None and self.length == 1
 
     def rope(self, dim: int) -> tuple[Tensor, Tensor]:
         """cos and sin (B or 1, T, 1, dim), made once for each dim."""
@@ -50,18 +72,55 @@ class Context:
             self._rope[dim] = rope_table(self.rope_config, dim, self.positions)
         return self._rope[dim]
 
-    def prepare(self, plan: KVPlan, head_dim: int) -> None:
-        """Make every table and mask that the layers of `plan` will ask for, outside of what is compiled."""
+    def prepare(self, plan: KVPlan, head_dim: int, sizes: Mapping[int, int] | None = None) -> None:
+        """Make every table and mask that the layers of `plan` will ask for, outside of what is compiled.
+
+        `sizes` are the tokens in the slot of each owner as readers will see it; the tokens of this pass by default.
+        """
         for i, layer in enumerate(plan.layers):
             source = plan.source(i)
             self.rope(source.qk_rope_head_dim if isinstance(source, Latent) else head_dim)
-            self.mask(layer.window, plan.reads_above(i))
+            size = self.length if sizes is None else min((sizes[j] for j in plan.reads(i) if j in sizes), default=0)
+            if size and self.decodes:
+                self.visible(layer.window, plan.reads_above(i), size)
+            elif size:
+                self.mask(layer.window, plan.reads_above(i), size)
 
-    def mask(self, window: int | None, exclude_self: bool) -> Mask:
-        """The mask of a kind of layer, made once for each kind."""
-        if (window, exclude_self) not in self._masks:
-            self._masks[window, exclude_self] = Mask(window, exclude_self, self.document_ids, self.documents)
-        return self._masks[window, exclude_self]
+    def mask(self, window: int | None, exclude_self: bool, size: int) -> Mask:
+        """The mask of a kind of layer over slots of `size` tokens, made once for each kind."""
+        key = (window, exclude_self, size)
+        if key not in self._masks:
+            ids = None if self.document_ids is None else self.document_ids[:, -size:]
+            self._masks[key] = Mask(window, exclude_self, ids, self.documents if size == self.length else None)
+        return self._masks[key]
+
+    def visible(self, window: int | None, exclude_self: bool, size: int) -> Visible:
+        """What the one query of a kind of layer sees of slots with `size` places, made once for each kind."""
+        key = (window, exclude_self, size)
+        if key not in self._visible:
+            assert self.cached is not None
+            column, first = self.cached.places(size)
+            self._visible[key] = Visible(column, first, window, exclude_self)
+        return self._visible[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """Where the slots' tokens stand. A token's column is its place in the padded sequence."""
+
+    column: Tensor
+    """(1,) int64: column of the first token of this pass, on the device."""
+    starts: Tensor | None
+    """(B,) int64: columns of padding before each sequence."""
+    total: int | None
+    """Columns up to and with this pass, where slots hold tokens in order; None where they are rings."""
+
+    def places(self, size: int) -> tuple[Tensor, Tensor | None]:
+        """The last token's place (1,) in slots of `size` tokens and the first place (B,) that each sequence sees."""
+        if self.total is None:
+            return self.column, self.starts
+        first = None if self.starts is None else self.starts - (self.total - size)
+        return torch.full_like(self.column, size - 1), first
 
 
 class _Mixer(nn.Module):
@@ -73,15 +132,28 @@ class _Mixer(nn.Module):
         self.owner = make_owner(config, plan.layers[layer].own)
         self.places = {j: place for place, j in enumerate((*plan.reads_others(layer), layer))}
         """Where the slot of each layer stands in what `write` returns: those of other layers, then the own one."""
+        self.read_places = [self.places[j] for j in plan.reads(layer)]
 
     def write(
-        self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context
+        self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context, store: Store | None
     ) -> tuple[Slot | None, Sequence[Slot]]:
-        """This layer's own slot, if it owns one, and `slots` with it at the end."""
+        """This layer's own slot as readers see it, if it owns one, and `slots` with it at the end."""
         if self.owner is None:
             return None, slots
         slot = self.owner(residual, normed, context.rope)
+        if store is not None:
+            assert isinstance(store, SlotStore)
+            assert context.step is not None
+            slot = store.extend(slot, context.step)
         return slot, (*slots, slot)
+
+    def common(self, slots: Sequence[Slot]) -> tuple[Sequence[Slot], int]:
+        """`slots` cut to the tokens that all of them hold, and how many those are."""
+        read = [slots[place] for place in self.read_places]
+        size = min(slot.k.shape[1] for slot in read)
+        if all(slot.k.shape[1] == size for slot in read):
+            return slots, size
+        return [slot.map(lambda t: t[:, t.shape[1] - size :]) for slot in slots], size
 
 
 class Attention(_Mixer):
@@ -99,14 +171,27 @@ class Attention(_Mixer):
         self.values = make_read(plan.values(layer), "v", self.places, source.n_kv_heads, self.head_dim)
         self.o_proj = nn.Linear(width, config.d_model, bias=False)
 
-    def forward(self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context):
-        """(B, T, d_model) and the layer's own slot or None."""
-        own, slots = self.write(residual, normed, slots, context)
+    def forward(
+        self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context, store: Store | None = None
+    ):
+        """(B, T, d_model), of the last token alone if there is a tail, and the layer's own slot or None."""
+        own, slots = self.write(residual, normed, slots, context, store)
+        context, normed = ending(context, normed)
+        slots, size = self.common(slots)
         q = self.q_proj(normed).unflatten(-1, (-1, self.head_dim))  # B, T, H, D
         if self.q_norm is not None:
             q = self.q_norm(q)
         q = apply_rope(q, context.rope(self.head_dim))
-        mask = context.mask(self.window, self.exclude_self)
+        if context.decodes:
+            outs = decode_attention(
+                self.keys.queries(q[:, 0]),
+                self.keys.stored(slots),
+                self.values.stored(slots),
+                context.visible(self.window, self.exclude_self, size),
+                scale=self.head_dim**-0.5,
+            )
+            return self.o_proj(self.values.combine(outs).flatten(-2)[:, None]), own
+        mask = context.mask(self.window, self.exclude_self, size)
         out = attention(q, self.keys(slots), self.values(slots), mask, backend=context.backend)
         return self.o_proj(out.flatten(-2)), own
 
@@ -130,18 +215,39 @@ class LatentAttention(_Mixer):
         self.kv_up_proj = nn.Linear(latent.kv_lora_rank, kv_width, bias=False)
         self.o_proj = nn.Linear(config.n_heads * latent.v_head_dim, config.d_model, bias=False)
 
-    def forward(self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context):
-        """(B, T, d_model) and the layer's own slot or None."""
-        own, slots = self.write(residual, normed, slots, context)
+    def forward(
+        self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context, store: Store | None = None
+    ):
+        """(B, T, d_model), of the last token alone if there is a tail, and the layer's own slot or None."""
+        own, slots = self.write(residual, normed, slots, context, store)
+        context, normed = ending(context, normed)
+        slots, size = self.common(slots)
         nope, rope, value = self.latent.qk_nope_head_dim, self.latent.qk_rope_head_dim, self.latent.v_head_dim
         x = normed if self.q_down_proj is None or self.q_norm is None else self.q_norm(self.q_down_proj(normed))
         q_nope, q_rope = self.q_proj(x).unflatten(-1, (self.n_heads, -1)).split((nope, rope), dim=-1)
-        q = torch.cat((q_nope, apply_rope(q_rope, context.rope(rope))), dim=-1)  # B, T, H, nope + rope
-        c, k_rope = slots[self.place]
-        k_nope, v = self.kv_up_proj(c).unflatten(-1, (self.n_heads, -1)).split((nope, value), dim=-1)
-        k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, self.n_heads, -1)), dim=-1)
-        out = attention(q, k, v, context.mask(self.window, self.exclude_self), backend=context.backend)
+        q_rope = apply_rope(q_rope, context.rope(rope))  # B, T, H, rope
+        slot = slots[self.place]
+        if context.decodes:
+            visible = context.visible(self.window, self.exclude_self, size)
+            out = self._absorbed(q_nope[:, 0], q_rope[:, 0], slot, visible)[:, None]
+        else:
+            k_nope, v = self.kv_up_proj(slot.k).unflatten(-1, (self.n_heads, -1)).split((nope, value), dim=-1)
+            k = torch.cat((k_nope, slot.v[:, :, None].expand(-1, -1, self.n_heads, -1)), dim=-1)
+            mask = context.mask(self.window, self.exclude_self, size)
+            out = attention(torch.cat((q_nope, q_rope), dim=-1), k, v, mask, backend=context.backend)
         return self.o_proj(out.flatten(-2)), own
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, slot: Slot, visible: Visible) -> Tensor:
+        """(B, H, v_head_dim) for one query a sequence, the latent never expanded (section 2.1.2): the up-projection of
+        keys moves to the query, q·(U c) = (Uᵀ q)·c, and that of values to the output, Σ p (W c) = W Σ p c."""
+        weight = self.kv_up_proj.weight.to(q_nope.dtype).unflatten(0, (self.n_heads, -1))  # H, nope + value, rank
+        up_k, up_v = weight.split((self.latent.qk_nope_head_dim, self.latent.v_head_dim), dim=1)
+        latent = Stored(slot.k[:, :, None], None if slot.k_scale is None else slot.k_scale[:, :, None])
+        key = Stored(slot.v[:, :, None], None if slot.v_scale is None else slot.v_scale[:, :, None])
+        q_latent = torch.einsum("bhn,hnr->bhr", q_nope, up_k)
+        scale = (q_nope.shape[-1] + q_rope.shape[-1]) ** -0.5
+        (out,) = decode_attention([q_latent, q_rope], [latent, key], [latent], visible, scale=scale)
+        return torch.einsum("bhr,hvr->bhv", out, up_v)
 
 
 class GatedRetention(_Mixer):
@@ -159,23 +265,33 @@ class GatedRetention(_Mixer):
         self.head_norm = RMSNorm(self.head_dim, eps=config.norm_eps, elementwise_affine=False)
         self.o_proj = nn.Linear(width, config.d_model, bias=False)
 
-    def forward(self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context):
-        """(B, T, d_model) and None: a recurrent state is no slot."""
+    def forward(
+        self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context, store: Store | None = None
+    ):
+        """(B, T, d_model), of the last token alone if there is a tail, and None: a recurrent state is no slot."""
         q, k, v, gate = (
             proj(normed).unflatten(-1, (-1, self.head_dim))
             for proj in (self.q_proj, self.k_proj, self.v_proj, self.gate_proj)
         )
         table = context.rope(self.head_dim)
         log_decay = F.logsigmoid(self.decay_proj(normed).float()) / 16  # B, T, H
-        out = gated_retention(
-            apply_rope(q, table),
-            apply_rope(k, table),
-            v,
-            log_decay,
-            scale=self.head_dim**-0.5,
-            document_ids=context.document_ids,
-        )
-        return self.o_proj((F.silu(gate) * self.head_norm(out)).flatten(-2)), None
+        q, k = apply_rope(q, table), apply_rope(k, table)
+        scale = self.head_dim**-0.5
+        if store is None:
+            out = gated_retention(q, k, v, log_decay, scale=scale, document_ids=context.document_ids)
+        else:
+            assert isinstance(store, StateStore)
+            if context.is_text is not None:  # padding adds nothing to the state
+                k = k * context.is_text[:, :, None, None]
+            out, state = gated_retention_from(store.state, q, k, v, log_decay, scale=scale)
+            store.put(state)
+        out = self.o_proj((F.silu(gate) * self.head_norm(out)).flatten(-2))
+        return ending(context, out)[1], None
+
+
+def ending(context: Context, x: Tensor) -> tuple[Context, Tensor]:
+    """What goes on after this layer's slot is written: `context` and `x` (B, T, ...), or those of the last token."""
+    return (context, x) if context.tail is None else (context.tail, x[:, -1:])
 
 
 def make_mixer(config: ModelConfig, plan: KVPlan, layer: int) -> _Mixer:

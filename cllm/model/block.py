@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from cllm.config import ModelConfig
 from cllm.kv.plan import KVPlan
 from cllm.kv.sources import Slot
+from cllm.kv.stores import Store
 from cllm.model.attention import Context, make_mixer
 from cllm.model.mlp import SwiGLU
 from cllm.model.norm import RMSNorm
@@ -22,16 +23,24 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = SwiGLU(config.d_model, d_ff)
 
-    def forward(self, x: Tensor, context: Context, *read: Tensor) -> tuple[Tensor, Slot | None]:
+    def forward(
+        self, x: Tensor, context: Context, *read: Tensor | None, store: Store | None = None
+    ) -> tuple[Tensor, Slot | None]:
         """The stream after this layer, and the layer's own slot or None.
 
         Args:
             x: (B, T, d_model).
             context: what all layers of this pass share.
-            read: the slots of `plan.reads_others(layer)` as a flat list k, v, k, v, ...; tensors, not containers, so
+            read: the slots of `plan.reads_others(layer)`, their fields in one flat list; tensors, not containers, so
                 that gradient checkpointing treats them as inputs.
+            store: what a cache keeps of this layer, which takes the layer's own slot of these tokens.
+
+        Returns:
+            The stream (B, T, d_model), or (B, 1, d_model) where `context.tail` says that only the last token goes on;
+            and the own slot as later layers read it.
         """
-        slots = [Slot(*read[n : n + 2]) for n in range(0, len(read), 2)]
-        mixed, own = self.attention(x, self.attention_norm(x), slots, context)
-        x = x + mixed
+        width = len(Slot._fields)
+        slots = [Slot(*read[n : n + width]) for n in range(0, len(read), width)]  # type: ignore[arg-type]
+        mixed, own = self.attention(x, self.attention_norm(x), slots, context, store)
+        x = (x if context.tail is None else x[:, -1:]) + mixed
         return x + self.mlp(self.mlp_norm(x)), own

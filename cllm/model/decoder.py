@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cllm.config import ModelConfig
+from cllm.errors import UserError
+from cllm.kernels.attention import document_boundaries
 from cllm.kv.sources import FusedRead, Slot, slot_widths
-from cllm.model.attention import Context
+from cllm.kv.stores import SlotStore, Step
+from cllm.model.attention import Cached, Context
 from cllm.model.block import Block
 from cllm.model.loss import Head
 from cllm.model.norm import RMSNorm
+
+if TYPE_CHECKING:
+    from cllm.kv.cache import KVCache
 
 Slots = dict[int, Slot]
 
@@ -41,6 +48,7 @@ class Decoder(nn.Module):
         self.head = Head(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
+        self._decode_blocks: tuple[Any, ...] = ()
         self._last_reader = {j: self.plan.last_reader(j) for j in self.plan.owners}
         self._spans = dict(self.plan.cyclic_spans())
 
@@ -59,6 +67,11 @@ class Decoder(nn.Module):
             elif isinstance(module, FusedRead | RMSNorm):
                 module.reset_parameters()
 
+    def compile_decoding(self) -> None:
+        """Compile what a pass of one token over a static cache runs; other passes stay as they are."""
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(self.blocks))
+        self._decode_blocks = tuple(torch.compile(block, dynamic=False) for block in self.blocks)
+
     def compile_blocks(self) -> None:
         """Compile each block by itself with torch.compile; layers that do the same share the compiled code.
 
@@ -71,9 +84,20 @@ class Decoder(nn.Module):
             block.compile(dynamic=False, options=options)
         self.norm.compile(dynamic=False, options=options)
 
-    def forward(self, input_ids: Tensor, positions: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
-        """Logits (B, T, vocab_size) for `input_ids` (B, T); see `hidden` for the rest."""
-        return self.head(self.hidden(input_ids, positions, document_ids))
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        starts: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits (B, T, vocab_size), or (B, 1, vocab_size) for `last_only`; see `hidden` for the rest."""
+        return self.head(
+            self.hidden(input_ids, positions, document_ids, cache=cache, starts=starts, last_only=last_only)
+        )
 
     def loss(
         self,
@@ -87,19 +111,39 @@ class Decoder(nn.Module):
         """Next-token cross-entropy in nats, logits a chunk at a time; see `model/loss.py` for `labels` (B, T)."""
         return self.head(self.hidden(input_ids, positions, document_ids), labels, reduction=reduction)
 
-    def hidden(self, input_ids: Tensor, positions: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        starts: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
         """The normalised hidden states (B, T, d_model) that the head reads.
 
         Args:
             input_ids: (B, T) integers.
-            positions: (B or 1, T) integers for RoPE; 0 to T-1 by default.
+            positions: (B or 1, T) integers for RoPE; by default they count from 0 at the first token that is no
+                padding, tokens in the cache included.
             document_ids: (B, T) integers, ascending; tokens see only their own document. Positions are not derived
                 from it: pass positions that restart where documents should not know of each other.
+            cache: tokens that stand before these; these are added to it.
+            starts: (B,) int64, tokens of padding before each sequence; of a cache's first pass, which remembers them.
+            last_only: compute what the last token needs and no more: above the last layer that owns a slot, it goes on
+                alone. The result is exact, and (B, 1, d_model).
+
+        Raises:
+            UserError: for documents together with padding or a cache, and for a cache that does not fit.
         """
-        if positions is None:
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        context = Context(self.config.rope, positions, document_ids, self.backend)
-        context.prepare(self.plan, self.config.resolved_head_dim)
+        if document_ids is not None and (cache is not None or starts is not None):
+            raise UserError("document_ids (packed documents) go neither with a cache nor with padding")
+        step = None
+        if cache is not None:
+            step, starts = cache.begin(self.plan, input_ids, starts, self._dtype()), cache.starts
+        context = self._context(input_ids, positions, document_ids, starts, step, cache)
+        top = max(self.plan.owners) if last_only and input_ids.shape[1] > 1 else None
         x, layer = self.embed(input_ids), 0
         if not self.fp32_residual and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -107,46 +151,129 @@ class Decoder(nn.Module):
         while layer < len(self.blocks):
             last = self._spans.get(layer)
             if last is None:
-                x, slots = self._layer(layer, x, slots, context)
+                if layer == top:
+                    context.tail = self._tail(context)
+                x, slots = self._layer(layer, x, slots, context, cache)
             else:
-                x, slots = self._iterate(layer, last, x, slots, context)
+                x, slots = self._iterate(layer, last, x, slots, context, cache)
                 layer = last
+            if top is not None and layer >= top and x.shape[1] > 1:  # it was in a span
+                x, context.tail = x[:, -1:], self._tail(context)
+            if context.tail is not None:
+                context = context.tail
             slots = {j: slot for j, slot in slots.items() if self._last_reader[j] > layer}
             layer += 1
+        if cache is not None and step is not None:
+            cache.finish(step)
         return self.norm(x)
 
-    def _layer(self, i: int, x: Tensor, slots: Slots, context: Context) -> tuple[Tensor, Slots]:
-        block = self.blocks[i]
+    def prefill(
+        self, input_ids: Tensor, cache: KVCache, *, starts: Tensor | None = None, chunk: int | None = None
+    ) -> Tensor:
+        """Fill `cache` with a prompt and return the hidden state of its last token, (B, 1, d_model).
+
+        Layers above the last owner compute nothing but that token. With `chunk`, the prompt goes through that many
+        tokens at a time, which bounds the memory of activations; the result is the same.
+        """
+        parts = input_ids.split(chunk or input_ids.shape[1], dim=1)
+        for part in parts[:-1]:
+            self.hidden(part, cache=cache, starts=starts, last_only=True)
+        return self.hidden(parts[-1], cache=cache, starts=starts, last_only=True)
+
+    def _dtype(self) -> torch.dtype:
+        """Of the residual stream's products: what slots are made in."""
+        device = self.embed.weight.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.embed.weight.dtype
+
+    def _context(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None,
+        document_ids: Tensor | None,
+        starts: Tensor | None,
+        step: Step | None,
+        cache: KVCache | None,
+    ) -> Context:
+        length, device = input_ids.shape[1], input_ids.device
+        past = 0 if step is None else step.past
+        columns, documents = torch.arange(length, device=device), None
+        if step is not None:
+            columns = columns + step.column
+        if positions is None:
+            positions = columns[None] if starts is None else (columns - starts[:, None]).clamp(min=0)
+        if starts is not None and (length > 1 or cache is None):  # padding is a document of its own
+            document_ids = (torch.arange(past + length, device=device) >= starts[:, None]).long()
+            if document_ids.is_cuda and past == 0:
+                documents = document_boundaries(document_ids, 2 * len(document_ids))
+        cached = sizes = None
+        if step is not None and cache is not None:
+            rings = cache.is_static and length == 1
+            cached = Cached(step.column, starts, None if rings else past + length)
+            sizes = {
+                j: store.size if rings else store.kept(past) + length
+                for j, store in cache.stores.items()
+                if isinstance(store, SlotStore)
+            }
+        is_text = None if starts is None else columns >= starts[:, None]
+        context = Context(self.config.rope, positions, document_ids, self.backend, documents, cached, step, is_text)
+        context.prepare(self.plan, self.config.resolved_head_dim, sizes)
+        return context
+
+    def _tail(self, context: Context) -> Context:
+        """What the last token alone goes on with."""
+        if context.cached is None:
+            ids = context.document_ids
+            starts = None if ids is None else (ids != ids[:, -1:]).sum(1)
+            cached = Cached(context.positions.new_zeros(1), starts, context.length)
+        else:
+            cached = context.cached
+        return Context(self.config.rope, context.positions[:, -1:], None, self.backend, cached=cached)
+
+    def _layer(self, i: int, x: Tensor, slots: Slots, context: Context, cache: KVCache | None) -> tuple[Tensor, Slots]:
+        block: Any = self.blocks[i]
         read = [tensor for j in self.plan.reads_others(i) for tensor in slots[j]]
-        if self.gradient_checkpointing and torch.is_grad_enabled():
+        if cache is not None:
+            if self._decode_blocks and context.length == 1 and cache.is_static and context.step is not None:
+                block = self._decode_blocks[i]
+            x, own = block(x, context, *read, store=cache.stores.get(i))
+        elif self.gradient_checkpointing and torch.is_grad_enabled():
             x, own = checkpoint(block, x, context, *read, use_reentrant=False)
         else:
             x, own = block(x, context, *read)
         return x, slots if own is None else {**slots, i: own}
 
-    def _iterate(self, first: int, last: int, x: Tensor, slots: Slots, context: Context) -> tuple[Tensor, Slots]:
+    def _iterate(
+        self, first: int, last: int, x: Tensor, slots: Slots, context: Context, cache: KVCache | None
+    ) -> tuple[Tensor, Slots]:
         """Layers `first` to `last`, some of which read slots from above (LCKV, arXiv 2405.10637, section 2.3).
 
         Every pass starts from the same `x`. Slots from above are those of the pass before, zeros in the first; the
-        diagonal is masked, so after n passes the first n tokens are exact. Only the last `backward` passes have
-        gradients.
+        diagonal is masked, so after n passes the first n tokens are exact, and with a cache there are no more passes
+        than tokens. Only the last `backward` passes have gradients.
         """
         iterations = self.plan.iterations
         assert iterations is not None
+        passes = iterations.forward + iterations.backward
+        if cache is not None:
+            passes = min(passes, context.length)
         from_above = {j for i in range(first, last + 1) for j in self.plan.reads(i) if j > i}
-        carried = {j: self._empty_slot(j, x) for j in from_above}
+        carried = {j: self._empty_slot(j, x, context, cache) for j in from_above}
         out, after = x, slots
-        for turn in range(iterations.forward + iterations.backward):
-            with torch.no_grad() if turn < iterations.forward else contextlib.nullcontext():
+        for turn in range(passes):
+            with torch.no_grad() if turn < passes - iterations.backward else contextlib.nullcontext():
                 out, after = x, {**slots, **carried}
                 for i in range(first, last + 1):
-                    out, after = self._layer(i, out, after, context)
+                    out, after = self._layer(i, out, after, context, cache)
             carried = {j: after[j] for j in from_above}
         return out, after
 
-    def _empty_slot(self, owner: int, x: Tensor) -> Slot:
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+    def _empty_slot(self, owner: int, x: Tensor, context: Context, cache: KVCache | None) -> Slot:
+        """Zeros for the new tokens of `owner`, after those that the cache holds."""
         widths = slot_widths(self.plan.layers[owner].own, self.config.resolved_head_dim)
-        return Slot(*(x.new_zeros((*x.shape[:2], *width), dtype=dtype) for width in widths))
+        empty = Slot(*(x.new_zeros((*x.shape[:2], *width), dtype=self._dtype()) for width in widths))
+        if cache is None:
+            return empty
+        store = cache.stores[owner]
+        assert isinstance(store, SlotStore)
+        assert context.step is not None
+        return store.extend(empty, context.step)

@@ -1,0 +1,308 @@
+"""How the Triton kernels of `triton_decode` are launched: what they support, tiles, splits, and the call itself.
+
+Shapes: B batch, S entries, H query heads, G KV heads, D and E channels of a key and value part.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cllm.kernels import triton_decode
+
+FLOAT8 = torch.float8_e4m3fn
+MAX_WIDTH = 640
+"""Most channels of all key parts together, and of all value parts: queries and accumulators live in registers."""
+MAX_WIDTH_FP32 = 256
+"""The same for fp32 data or queries, whose products take three passes and more registers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiles:
+    """How one call is divided."""
+
+    block_n: int
+    """Columns of a tile, a power of two, at least 16."""
+    splits: int
+    """Programs that share the columns of one sequence and KV head."""
+    num_warps: int
+    num_stages: int
+    """Tiles in shared memory: one in use, the others on their way."""
+    elementwise: bool = False
+    """Multiply and add in fp32 instead of tensor-core products; for one query head a KV head only."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Channels [start, start + width) of one part, held in tiles of `block` channels."""
+
+    part: int
+    start: int
+    width: int
+    block: int
+
+
+def _power(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _chunks(parts: Sequence[Tensor]) -> list[_Chunk]:
+    """Every part as it is if its width is a power of two, else as its largest power of two and the rest, 576 = 512 + 64:
+    half of a tile of 1024 would be padding. A matrix product takes 16 channels at least."""
+    found = []
+    for part, tensor in enumerate(parts):
+        width = tensor.shape[-1]
+        head = width if width < 16 or width == _power(width) else _power(width) // 2
+        for start, size in ((0, head), (head, width - head)):
+            if size:
+                found.append(_Chunk(part, start, size, max(16, _power(size))))
+    return found
+
+
+def unsupported(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], scales: Sequence[Tensor | None]
+) -> str | None:
+    """Why the kernels do not compute this call, or None."""
+    device = queries[0].device
+    if triton_decode.MISSING is not None:
+        return f"triton cannot be imported: {triton_decode.MISSING}"
+    if device.type == "cpu" and not triton_decode.INTERPRETED:
+        return "the tensors are on the CPU"
+    if device.type not in ("cuda", "cpu"):
+        return f"the tensors are on {device.type}"
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    stored = [*keys, *values]
+    if capability < (8, 0):
+        return "needs compute capability 8.0 or newer"
+    if capability < (8, 9) and any(t.dtype == FLOAT8 for t in stored):
+        return "float8 needs compute capability 8.9 or newer"
+    known = (torch.bfloat16, torch.float16, torch.float32)
+    for tensor in (*queries, *(t for t in stored if t.dtype != FLOAT8), *(t for t in scales if t is not None)):
+        if tensor.dtype not in known:
+            return f"has {str(tensor.dtype).removeprefix('torch.')}"
+    if any(t.stride(-1) != 1 for t in (*queries, *stored)):
+        return "the channels of a tensor are not contiguous"
+    most = MAX_WIDTH_FP32 if any(t.dtype == torch.float32 for t in (*queries, *stored)) else MAX_WIDTH
+    for what, parts in (("keys", keys), ("values", values)):
+        if (width := sum(chunk.block for chunk in _chunks(parts))) > most:
+            return f"{what} of {width} channels in all parts; at most {most}"
+    limits = _limits(device)
+    if (needed := tiles_for(queries, keys, values, None)[1]) > limits.shared:
+        return f"needs {needed} bytes of shared memory; the device has {limits.shared}"
+    return None
+
+
+def _row(keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[int, int]:
+    """Channels and bytes of a token and KV head, of tensors that are both keys and values once."""
+    own = [v for v in values if not any(v.is_set_to(k) for k in keys)]
+    widths = [(t.shape[-1], t.element_size()) for t in (*keys, *own)]
+    return sum(width for width, _ in widths), sum(width * size for width, size in widths)
+
+
+def _block_h(heads: int) -> int:
+    """Query heads of one program, of `heads` that read one KV head: at least a matrix product's 16, at most 64."""
+    return min(64, max(16, _power(heads)))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a device has; by default what an H100 or H200 has."""
+
+    processors: int = 132
+    """Multiprocessors."""
+    shared: int = 227 * 1024
+    """Bytes of shared memory that the programs of one multiprocessor can use."""
+
+
+@functools.cache
+def _limits(device: torch.device) -> Limits:
+    if device.type != "cuda":
+        return Limits()
+    found = torch.cuda.get_device_properties(device)
+    return Limits(found.multi_processor_count, found.shared_memory_per_block_optin)
+
+
+@functools.cache
+def choose_tiles(
+    *, groups: int, heads: int, row: tuple[int, int], columns: int, widths: tuple[int, int], limits: Limits
+) -> tuple[Tiles, int]:
+    """Tiles and splits by rule, and the bytes of shared memory that a program needs; nothing is tried at run time.
+
+    - A tile of about 16384 numbers, 32 KiB in bf16, in two buffers: three such programs fit a multiprocessor and keep
+      some 100 KiB on their way, three times what bandwidth times latency asks for (4.8 TB/s x 0.8 µs = 29 KiB on each
+      multiprocessor of an H200).
+    - Outputs of more than 16 x 256 numbers need the registers of 8 warps.
+    - The fewest splits that fill whole waves of programs to 90 %, so that all finish together; never more than tiles.
+
+    Args:
+        groups: programs of one split: sequences x KV heads x blocks of query heads.
+        heads: query heads of one KV head.
+        row: stored channels and bytes of one token and KV head.
+        columns: most columns that a token can see.
+        widths: channels of all key parts, and of all value parts.
+        limits: of the device.
+    """
+    channels, size = row
+    block_h, stages = _block_h(heads), 3
+
+    def shared(block_n: int) -> int:
+        """Tiles in flight, queries, and a little for reductions. Products of 64 rows keep one tile more."""
+        return (stages - (block_h < 64)) * block_n * size + block_h * widths[0] * 2 + 4096
+
+    block_n = max(16, min(2 ** round(math.log2(min(16384 / channels, 32768 / size))), 64, _power(columns)))
+    while block_n > 16 and shared(block_n) > limits.shared:
+        block_n //= 2
+    slots = limits.processors * max(1, min(3, limits.shared // shared(block_n)))
+    most = max(1, min(-(-columns // block_n), 2 * slots // groups, 256))
+
+    def filled(splits: int) -> float:
+        waves = groups * splits / slots
+        return waves / math.ceil(waves)
+
+    splits = next((n for n in range(1, most + 1) if filled(n) >= 0.9), max(range(1, most + 1), key=filled))
+    warps = 8 if widths[1] * block_h > 16 * 256 else 4
+    return Tiles(block_n=block_n, splits=splits, num_warps=warps, num_stages=stages), shared(block_n)
+
+
+def tiles_for(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], window: int | None
+) -> tuple[Tiles, int]:
+    """`choose_tiles` for the arguments of `run`."""
+    batch, n_heads = queries[0].shape[:2]
+    length, groups = keys[0].shape[1:3]
+    heads = n_heads // groups
+    return choose_tiles(
+        groups=batch * groups * -(-heads // _block_h(heads)),
+        heads=heads,
+        row=_row(keys, values),
+        columns=min(length, window or length),
+        widths=(sum(k.shape[-1] for k in keys), sum(v.shape[-1] for v in values)),
+        limits=_limits(queries[0].device),
+    )
+
+
+def run(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    key_scales: Sequence[Tensor | None],
+    values: Sequence[Tensor],
+    value_scales: Sequence[Tensor | None],
+    column: Tensor,
+    first: Tensor | None,
+    window: int | None,
+    exclude_self: bool,
+    scale: float,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """What `cllm.kernels.decode.decode_attention` documents, for calls that `unsupported` answers with None.
+
+    Args:
+        tiles: how to divide the call; `tiles_for` by default.
+
+    Returns:
+        (B, H, sum of E): the value parts side by side.
+    """
+    tiles = tiles or tiles_for(queries, keys, values, window)[0]
+    batch, n_heads = queries[0].shape[:2]
+    length, groups = keys[0].shape[1:3]
+    heads = n_heads // groups
+    if tiles.elementwise and heads > 1:
+        raise ValueError(f"elementwise tiles are for one query head a KV head, not {heads}")
+    width = sum(v.shape[-1] for v in values)
+    key_chunks, value_chunks = _chunks(keys), _chunks(values)
+    out = queries[0].new_empty((batch, n_heads, width))
+    partial = torch.empty((batch, n_heads, tiles.splits, width), dtype=torch.float32, device=out.device)
+    log_sums = torch.empty((batch, n_heads, tiles.splits), dtype=torch.float32, device=out.device)
+    starts = [sum(v.shape[-1] for v in values[: chunk.part]) + chunk.start for chunk in value_chunks]
+    common: dict[str, Any] = {
+        "G": groups,
+        "WIDTHS": tuple(chunk.width for chunk in key_chunks),
+        "BLOCKS": tuple(chunk.block for chunk in key_chunks),
+        "K_SCALED": tuple(key_scales[chunk.part] is not None for chunk in key_chunks),
+        "OUT_WIDTHS": tuple(chunk.width for chunk in value_chunks),
+        "OUT_BLOCKS": tuple(chunk.block for chunk in value_chunks),
+        "OUT_STARTS": tuple(starts),
+        "OUT_WIDTH": width,
+        "V_FROM": _key_chunk_of(value_chunks, values, value_scales, key_chunks, keys, key_scales),
+        "V_SCALED": tuple(value_scales[chunk.part] is not None for chunk in value_chunks),
+        "EXCLUDE_SELF": exclude_self,
+        "BLOCK_N": tiles.block_n,
+        "STAGES": tiles.num_stages,
+        "num_warps": tiles.num_warps,
+    }
+    arguments = (
+        tuple((_channels(queries, chunk), queries[chunk.part].stride()[:2]) for chunk in key_chunks),
+        tuple(_stored(chunk, keys, key_scales) for chunk in key_chunks),
+        tuple(_stored(chunk, values, value_scales) for chunk in value_chunks),
+        column,
+        first,
+        partial,
+        log_sums,
+        length,
+        min(length, window or length),
+        scale * math.log2(math.e),
+    )
+    if tiles.elementwise:
+        triton_decode.split_elementwise[(batch * groups, tiles.splits)](*arguments, **common)
+    else:
+        block_h = _block_h(heads)
+        k_types = tuple(_product_type(queries[c.part], keys[c.part], queries[c.part].dtype) for c in key_chunks)
+        v_types = tuple(_product_type(queries[0], values[c.part], torch.bfloat16) for c in value_chunks)
+        triton_decode.split_dot[(batch * groups * -(-heads // block_h), tiles.splits)](
+            *arguments,
+            **common,
+            HEADS=heads,
+            BLOCK_H=block_h,
+            K_TYPES=k_types,
+            V_TYPES=v_types,
+        )
+    block = min(128, max(16, _power(width)))
+    every = _power(tiles.splits)
+    triton_decode.merge[(batch * n_heads, -(-width // block))](
+        partial, log_sums, out, SPLITS=tiles.splits, OUT_WIDTH=width, ALL=every, CHUNK=min(every, 32), BLOCK=block
+    )
+    return out
+
+
+def _channels(parts: Sequence[Tensor], chunk: _Chunk) -> Tensor:
+    return parts[chunk.part][..., chunk.start :]
+
+
+def _stored(chunk: _Chunk, parts: Sequence[Tensor], scales: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """A chunk as the kernels take it: pointer and strides, of the data and of its scales, or of anything instead."""
+    data, scale = _channels(parts, chunk), scales[chunk.part]
+    scale = data if scale is None else scale  # a tuple cannot hold None
+    return (data, data.stride()[:3], scale, scale.stride()[:3])
+
+
+def _key_chunk_of(value_chunks, values, value_scales, key_chunks, keys, key_scales) -> tuple[int, ...]:
+    """For each value chunk the key chunk that it is, or -1: what is both is loaded once."""
+
+    def same(v: int, k: int) -> bool:
+        a, b = value_scales[v], key_scales[k]
+        return values[v].is_set_to(keys[k]) and (a.is_set_to(b) if a is not None and b is not None else a is b)
+
+    found = []
+    for value in value_chunks:
+        matches = (
+            i for i, key in enumerate(key_chunks) if same(value.part, key.part) and (value.start == key.start)
+        )
+        found.append(next(matches, -1))
+    return tuple(found)
+
+
+def _product_type(query: Tensor, stored: Tensor, float8: torch.dtype) -> Any:
+    """In which type a matrix product is taken: the wider of the two; for float8 data `float8` or fp32.
+
+    For values that is bf16: probabilities times scales can leave the range of fp16.
+    """
+    if stored.dtype == FLOAT8:
+        return triton_decode.TYPES[torch.float32 if query.dtype == torch.float32 else float8]
+    return triton_decode.TYPES[torch.promote_types(query.dtype, stored.dtype)]

@@ -1,0 +1,291 @@
+# mypy: disable-error-code="import-not-found,import-untyped"
+"""Split-KV flash decoding in Triton: the kernels that `cllm.kernels.split_decode` launches.
+
+Two kernels. The first gives every (sequence, KV head, block of query heads) to several programs, the *splits*; each
+walks an equal share of the columns that the new token sees and leaves a partial output and the log-sum-exp of its
+scores. The second merges the splits. Programs walk columns, not entries: column c is stored at entry c mod S, so
+that only what is visible is read, whatever the window, the padding and the turn of the ring.
+
+Tiles have power-of-two widths. A head dimension that is none is cut in two *chunks*, 576 = 512 + 64: scores add over
+chunks as they add over key parts, and every chunk of a value part is an output of its own.
+
+Shapes: B batch, S entries, H query heads, G KV heads, D and E channels of a key and value part. N tile of columns.
+"""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    MISSING = None
+    TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    jit = triton.jit
+except ImportError as error:
+    MISSING = str(error)
+    TYPES = {}
+
+    def jit(function):
+        """The kernels below stay plain functions that nobody calls."""
+        return function
+
+
+@jit
+def _share(column, first, b, window, EXCLUDE_SELF: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The columns [begin, stop) of this program: its split's share of those that row b sees."""
+    end = tl.load(column).to(tl.int32) + (0 if EXCLUDE_SELF else 1)
+    low = tl.maximum(tl.load(column).to(tl.int32) - window + 1, 0)
+    if first is not None:
+        low = tl.maximum(low, tl.load(first + b).to(tl.int32))
+    tiles = tl.cdiv(tl.maximum(end - low, 0), BLOCK_N)
+    share = tl.cdiv(tiles, tl.num_programs(1)) * BLOCK_N
+    begin = low + tl.program_id(1) * share
+    return begin, tl.minimum(begin + share, end)
+
+
+@jit
+def _entries(start, stop, S, BLOCK_N: tl.constexpr):
+    """Entries (N,) int64 of the columns from `start` on, and which of them lie before `stop`."""
+    offset = tl.arange(0, BLOCK_N)
+    entry = start % S + offset
+    entry = tl.where(entry >= S, entry - S, entry)
+    return entry.to(tl.int64), start + offset < stop
+
+
+@jit
+def _tile(chunk, b, g, entry, seen, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows (N, BLOCK) of a chunk, zero where nothing is seen. Offsets are int64: caches pass 2^31 elements."""
+    data, strides, _, _ = chunk
+    channel = tl.arange(0, BLOCK)
+    mask = seen[:, None]
+    if WIDTH < BLOCK:
+        mask = mask & (channel < WIDTH)[None, :]
+    base = data + b.to(tl.int64) * strides[0] + g.to(tl.int64) * strides[2]
+    return tl.load(base + entry[:, None] * strides[1] + channel[None, :], mask=mask, other=0.0)
+
+
+@jit
+def _scaled(x, chunk, b, g, entry, seen, SCALED: tl.constexpr):
+    """x (..., N) times the chunk's scale of each token, if it has one."""
+    if SCALED:
+        _, _, scale, strides = chunk
+        at = scale + b.to(tl.int64) * strides[0] + g.to(tl.int64) * strides[2] + entry * strides[1]
+        x = x * tl.load(at, mask=seen, other=0.0).to(tl.float32)
+    return x
+
+
+@jit
+def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+
+
+@jit
+def split_dot(
+    queries,
+    keys,
+    values,
+    column,
+    first,
+    partial,
+    log_sums,
+    S,
+    window,
+    log2_scale,
+    G: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    K_SCALED: tl.constexpr,
+    K_TYPES: tl.constexpr,
+    OUT_WIDTHS: tl.constexpr,
+    OUT_BLOCKS: tl.constexpr,
+    OUT_STARTS: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    V_TYPES: tl.constexpr,
+    V_FROM: tl.constexpr,
+    V_SCALED: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A split for a block of the HEADS query heads of one KV head, by matrix products.
+
+    Tuples have one item for each chunk: of `queries` pointer and strides (B, H); of `keys` and `values` pointer, strides
+    (B, S, G), and the same of its scales, which are not read unless K_SCALED or V_SCALED says so. V_FROM is the key chunk that a value chunk is, or -1.
+    `partial` is (B, H, splits, OUT_WIDTH) fp32, `log_sums` (B, H, splits) fp32, to base 2.
+    """
+    H_BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    pid = tl.program_id(0)
+    b, g = pid // (H_BLOCKS * G), pid // H_BLOCKS % G
+    in_group = pid % H_BLOCKS * BLOCK_H + tl.arange(0, BLOCK_H)
+    head, is_head = g * HEADS + in_group, in_group < HEADS
+    begin, stop = _share(column, first, b, window, EXCLUDE_SELF, BLOCK_N)
+
+    rows = ()
+    for i in tl.static_range(len(queries)):
+        query, strides = queries[i]
+        channel = tl.arange(0, BLOCKS[i])
+        at = query + b.to(tl.int64) * strides[0] + head[:, None] * strides[1] + channel[None, :]
+        row = tl.load(at, mask=is_head[:, None] & (channel < WIDTHS[i])[None, :], other=0.0)
+        rows = rows + (row.to(K_TYPES[i]),)
+    sums = ()
+    for i in tl.static_range(len(OUT_BLOCKS)):
+        sums = sums + (_zeros(BLOCK_H, OUT_BLOCKS[i]),)
+    largest = tl.full((BLOCK_H,), -1e30, dtype=tl.float32)
+    total = tl.zeros((BLOCK_H,), dtype=tl.float32)
+
+    for start in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
+        entry, seen = _entries(start, stop, S, BLOCK_N)
+        scores = tl.zeros((BLOCK_H, BLOCK_N), dtype=tl.float32)
+        tiles = ()
+        for i in tl.static_range(len(keys)):
+            tile = _tile(keys[i], b, g, entry, seen, WIDTHS[i], BLOCKS[i])
+            tiles = tiles + (tile,)
+            part = tl.dot(rows[i], tl.trans(tile.to(K_TYPES[i])), input_precision="tf32x3")
+            scores += _scaled(part, keys[i], b, g, entry, seen, K_SCALED[i])
+        scores = tl.where(seen[None, :], scores * log2_scale, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - larger[:, None])
+        shrink = tl.exp2(largest - larger)
+        total = total * shrink + tl.sum(weights, axis=1)
+        largest = larger
+        added = ()
+        for i in tl.static_range(len(OUT_BLOCKS)):
+            if V_FROM[i] >= 0:
+                tile = tiles[V_FROM[i]]
+            else:
+                tile = _tile(values[i], b, g, entry, seen, OUT_WIDTHS[i], OUT_BLOCKS[i])
+            scaled = _scaled(weights, values[i], b, g, entry, seen, V_SCALED[i])
+            part = sums[i] * shrink[:, None]
+            added = added + (
+                tl.dot(scaled.to(V_TYPES[i]), tile.to(V_TYPES[i]), acc=part, input_precision="tf32x3"),
+            )
+        sums = added
+
+    row = (b * G * HEADS + head).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(log_sums + row, tl.where(total == 0, float("-inf"), largest + tl.log2(total)), mask=is_head)
+    for i in tl.static_range(len(OUT_BLOCKS)):
+        channel = tl.arange(0, OUT_BLOCKS[i])
+        at = partial + row[:, None] * OUT_WIDTH + OUT_STARTS[i] + channel[None, :]
+        mask = (is_head & (begin < stop))[:, None] & (channel < OUT_WIDTHS[i])[None, :]
+        tl.store(at, sums[i] / total[:, None], mask=mask)
+
+
+@jit
+def split_elementwise(
+    queries,
+    keys,
+    values,
+    column,
+    first,
+    partial,
+    log_sums,
+    S,
+    window,
+    log2_scale,
+    G: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    K_SCALED: tl.constexpr,
+    OUT_WIDTHS: tl.constexpr,
+    OUT_BLOCKS: tl.constexpr,
+    OUT_STARTS: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    V_FROM: tl.constexpr,
+    V_SCALED: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A split for the one query head of a KV head, in fp32 without matrix products; arguments as `split_dot`'s.
+
+    Every row of the tile keeps a softmax of its own, merged after the last tile: no reduction over rows in the loop.
+    """
+    pid = tl.program_id(0)
+    b, g = pid // G, pid % G
+    begin, stop = _share(column, first, b, window, EXCLUDE_SELF, BLOCK_N)
+
+    rows = ()
+    for i in tl.static_range(len(queries)):
+        query, strides = queries[i]
+        channel = tl.arange(0, BLOCKS[i])
+        at = query + b.to(tl.int64) * strides[0] + g * strides[1] + channel
+        rows = rows + (tl.load(at, mask=channel < WIDTHS[i], other=0.0).to(tl.float32),)
+    sums = ()
+    for i in tl.static_range(len(OUT_BLOCKS)):
+        sums = sums + (_zeros(BLOCK_N, OUT_BLOCKS[i]),)
+    largest = tl.full((BLOCK_N,), -1e30, dtype=tl.float32)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+
+    for start in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
+        entry, seen = _entries(start, stop, S, BLOCK_N)
+        scores = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        tiles = ()
+        for i in tl.static_range(len(keys)):
+            tile = _tile(keys[i], b, g, entry, seen, WIDTHS[i], BLOCKS[i])
+            tiles = tiles + (tile,)
+            part = tl.sum(rows[i][None, :] * tile.to(tl.float32), axis=1)
+            scores += _scaled(part, keys[i], b, g, entry, seen, K_SCALED[i])
+        scores = tl.where(seen, scores * log2_scale, float("-inf"))
+        larger = tl.maximum(largest, scores)
+        weights = tl.exp2(scores - larger)
+        shrink = tl.exp2(largest - larger)
+        total = total * shrink + weights
+        largest = larger
+        added = ()
+        for i in tl.static_range(len(OUT_BLOCKS)):
+            if V_FROM[i] >= 0:
+                tile = tiles[V_FROM[i]]
+            else:
+                tile = _tile(values[i], b, g, entry, seen, OUT_WIDTHS[i], OUT_BLOCKS[i])
+            scaled = _scaled(weights, values[i], b, g, entry, seen, V_SCALED[i])
+            added = added + (sums[i] * shrink[:, None] + scaled[:, None] * tile.to(tl.float32),)
+        sums = added
+
+    top = tl.max(largest, axis=0)
+    weights = tl.exp2(largest - top)
+    whole = tl.sum(total * weights, axis=0)
+    row = pid.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(log_sums + row, tl.where(whole == 0, float("-inf"), top + tl.log2(whole)))
+    for i in tl.static_range(len(OUT_BLOCKS)):
+        channel = tl.arange(0, OUT_BLOCKS[i])
+        mask = (channel < OUT_WIDTHS[i]) & (begin < stop)
+        part = tl.sum(sums[i] * weights[:, None], axis=0) / whole
+        tl.store(partial + row * OUT_WIDTH + OUT_STARTS[i] + channel, part, mask=mask)
+
+
+@jit
+def merge(
+    partial,
+    log_sums,
+    out,
+    SPLITS: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    ALL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[row] = Σ_s 2^l_s partial[row, s] / Σ_s 2^l_s; 0 where every split is empty. `partial` of a split that is
+    empty was never written."""
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, ALL)
+    every = tl.load(log_sums + row * SPLITS + index, mask=index < SPLITS, other=float("-inf"))
+    top = tl.maximum(tl.max(every, axis=0), -1e30)
+    total = tl.sum(tl.exp2(every - top), axis=0)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    summed = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, SPLITS, CHUNK):
+        split = start + tl.arange(0, CHUNK)
+        log_sum = tl.load(log_sums + row * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
+        mask = (log_sum != float("-inf"))[:, None] & (channel < OUT_WIDTH)[None, :]
+        at = partial + (row * SPLITS + split)[:, None] * OUT_WIDTH + channel[None, :]
+        summed += tl.sum(tl.exp2(log_sum - top)[:, None] * tl.load(at, mask=mask, other=0.0), axis=0)
+    summed = summed / tl.where(total == 0, 1.0, total)
+    tl.store(out + row * OUT_WIDTH + channel, summed.to(out.dtype.element_ty), mask=channel < OUT_WIDTH)
+
+
+INTERPRETED = MISSING is None and not isinstance(merge, triton.JITFunction)
+"""TRITON_INTERPRET=1 was set: the kernels run on a CPU, one element at a time."""

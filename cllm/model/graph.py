@@ -1,0 +1,87 @@
+"""One decoding step as a CUDA graph: all kernels of a pass of one token, launched by one call.
+
+A step of a small model takes less time on the device than its launches take on the host. Over a static cache nothing in
+a step depends on how many tokens there are but values on the device, so the launches can be recorded once and replayed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cllm.errors import UserError
+from cllm.kv.cache import KVCache
+from cllm.model.decoder import Decoder
+
+_WARM_UP = 2
+
+
+class StepGraph:
+    """A recorded step of `decoder` over `cache`, which must be static and hold tokens (a prefilled cache).
+
+        graph = StepGraph(decoder, cache)
+        logits = graph(tokens)       # (B, V), overwritten by the next call
+
+    Raises:
+        UserError: for a cache that grows, is empty, or is not on a GPU.
+    """
+
+    def __init__(self, decoder: Decoder, cache: KVCache):
+        if not cache.is_static:
+            raise UserError("a CUDA graph needs a static cache: KVCache(config, max_len=...)")
+        if cache.batch is None or cache.column is None or not cache.column.is_cuda:
+            raise UserError("a CUDA graph needs a cache on a GPU with tokens in it: run a prefill first")
+        self.decoder, self.cache = decoder, cache
+        self.addresses = _addresses(cache)
+        self.ids = torch.zeros(cache.batch, 1, dtype=torch.long, device=cache.column.device)
+        seen, kept = cache.seen, {j: {n: t.clone() for n, t in s.tensors().items()} for j, s in _states(cache)}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), torch.inference_mode():
+            for _ in range(_WARM_UP):  # compiles, and lets kernels choose
+                self._rewind(seen)
+                self._step()
+        torch.cuda.current_stream().wait_stream(side)
+        self._rewind(seen)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph), torch.inference_mode():
+            self.logits = self._step()
+        self._rewind(seen)
+        for owner, store in _states(cache):  # a slot's entry is written anew, a state has moved on
+            for name, tensor in store.tensors().items():
+                tensor.copy_(kept[owner][name])
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits (B, V) after `tokens` (B,) int64. Raises `UserError` when the cache is full."""
+        cache = self.cache
+        assert cache.max_len is not None
+        if cache.seen >= cache.max_len:
+            raise UserError(
+                f"cache: {cache.seen} tokens stored and 1 to come, but it was made for max_len {cache.max_len}"
+            )
+        self.ids.copy_(tokens.view(-1, 1))
+        self.graph.replay()
+        cache.seen += 1
+        return self.logits
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the cache's tensors are still those that were recorded; another batch has others."""
+        return _addresses(self.cache) == self.addresses
+
+    def _step(self) -> Tensor:
+        return self.decoder(self.ids, cache=self.cache)[:, 0]
+
+    def _rewind(self, seen: int) -> None:
+        assert self.cache.column is not None
+        self.cache.seen = seen
+        self.cache.column.fill_(seen)
+
+
+def _states(cache: KVCache):
+    return [(j, store) for j, store in cache.stores.items() if "state" in store.tensors()]
+
+
+def _addresses(cache: KVCache) -> tuple[int, ...]:
+    tensors = [t for store in cache.stores.values() for t in store.tensors().values()]
+    return tuple(t.data_ptr() for t in (*tensors, cache.column, cache.starts) if t is not None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cllm.config import Config
-from cllm.kv.accounting import kv_bytes, mha_twin, slot_elements
+from cllm.kv.accounting import cache_bytes, kv_bytes, mha_twin, slot_elements
 from cllm.kv.describe import plan_drawing, plan_table
 from cllm.kv.plan import Fuse, Latent, Own
 from cllm.model.decoder import Decoder
@@ -110,8 +110,9 @@ def dry_run(config: Config) -> str:
         f"parameters   {total:,} ({inner:,} without embeddings)",
         f"KV cache     {own.resident:,.0f} bytes a token resident, {own.written:,.0f} written, {own.read:,.0f} read "
         f"(bf16, context {context:,})",
-        f"against mha  {resident:.4g}x resident, {read:.4g}x read; {_size(own.resident * context)} at "
-        f"{context:,} tokens",
+        f"against mha  {resident:.4g}x resident, {read:.4g}x read",
+        f"a sequence   of {context:,} tokens leaves {cache_bytes(c, context=context):,} bytes in the cache "
+        f"({_size(cache_bytes(c, context=context))})",
         f"FLOPs        {forward:.4g} a token forward, {training:.4g} training (sequences of {seq_len:,})",
         f"run          {config.train.steps:,} steps of {config.train.global_batch * seq_len:,} tokens = {tokens:,} "
         f"tokens, {training * tokens:.3g} FLOPs",

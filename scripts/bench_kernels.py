@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Time the pieces of a training step on one GPU, forward and backward, each beside its rivals and its bound.
+"""Time the pieces of a step on one GPU, each beside its rivals and its bound: of training, forward and backward, and of
+decoding.
 
     python scripts/bench_kernels.py                          everything
     python scripts/bench_kernels.py attention fusion --out kernels.json
@@ -7,6 +8,7 @@
 attention  every backend that is installed, causal and with documents
 fusion     one fusing layer: plain, fused keys and values materialised, doubled head dimension
 mlp norm   SwiGLU and RMSNorm: compiled by torch and by libraries, where they are installed
+decode     one new token over cached slots; with --sweep also other tiles than the rule's, to see what it misses
 Bounds are bytes over the copy rate measured in the same run, or FLOPs over the matmul rate.
 """
 
@@ -16,7 +18,8 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cllm.errors import UserError, one_line
+from cllm.kernels import split_decode
 from cllm.kernels.attention import BACKENDS, attention
 from cllm.kernels.backends.mask import Mask, document_boundaries
+from cllm.kernels.decode import Stored, Visible, decode_attention
 from cllm.runs import write_atomic
 from cllm.train.environment import environment
 
@@ -94,7 +99,7 @@ class Table:
 
 def rates() -> tuple[float, float]:
     """(copy bytes/s counting reads and writes, bf16 matmul FLOP/s) of this GPU, measured."""
-    a = torch.empty(2**30, device="cuda", dtype=torch.uint8)
+    a = torch.empty(2**32, device="cuda", dtype=torch.uint8)
     b = torch.empty_like(a)
     copy = 2 * a.numel() / time_ms(lambda: b.copy_(a)) * 1000
     x = rand(8192, 8192, grad=False)
@@ -215,12 +220,146 @@ def bench_norm(table: Table, copy: float) -> None:
             table.add("norm", case, "quack", quack, x, y, bound=bound)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decode:
+    """One decode call. The ring has `s` entries, of which `live` are filled."""
+
+    name: str
+    b: int = 4
+    h: int = 16
+    g: int = 16
+    s: int = 32768
+    live: int = 32768
+    d: tuple[int, ...] = (128,)
+    e: tuple[int, ...] = (128,)
+    latent: bool = False
+    """The value is the first key part."""
+    float8: bool = False
+
+    def stored(self, width: int) -> Stored:
+        if not self.float8:
+            return Stored(rand(self.b, self.s, self.g, width, grad=False))
+        data = torch.empty((self.b, self.s, self.g, width), device="cuda", dtype=torch.float8_e4m3fn)
+        for row in data:
+            row.copy_(torch.randn(row.shape, device="cuda", dtype=BF16) * 100)
+        return Stored(data, torch.full((self.b, self.s, self.g), 0.01, device="cuda", dtype=BF16))
+
+    def bytes(self) -> int:
+        """Stored bytes of what is seen, each once."""
+        width = sum(self.d) + (0 if self.latent else sum(self.e))
+        parts = len(self.d) + (0 if self.latent else len(self.e))
+        return self.b * self.live * self.g * (width + 2 * parts if self.float8 else 2 * width)
+
+
+DECODES = (
+    Decode(name="4 x 16 heads"),
+    Decode(name="16 x 4 heads, 16 queries", b=16, g=4),
+    Decode(name="fused, 4 x 16 heads", d=(128, 128), e=(128, 128)),
+    Decode(name="fused, 16 x 4 heads, 16 queries", b=16, g=4, d=(128, 128), e=(128, 128)),
+    Decode(name="latent, 8 x 16 queries", b=8, g=1, d=(512, 64), e=(512,), latent=True),
+    Decode(name="latent, 8 x 128 queries", b=8, h=128, g=1, d=(512, 64), e=(512,), latent=True),
+    Decode(name="float8, 4 x 16 heads", float8=True),
+    Decode(name="float8, 16 x 4 heads, 16 queries", b=16, g=4, float8=True),
+    Decode(name="1 x 16 heads, 1024 tokens", b=1, s=1024, live=1024),
+    Decode(name="1 x 16 heads, 1024 of 131072", b=1, s=131072, live=1024),
+    Decode(name="1 x 4 heads, 16 queries, 1024 tokens", b=1, g=4, s=1024, live=1024),
+)
+
+
+def replayed_ms(calls: Sequence[Callable[[], Any]], repeat: int = 10) -> float:
+    """Median ms of one of `calls`, replayed one after another as a CUDA graph."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return time_ms(graph.replay, repeat) / len(calls)
+
+
+def bench_decode(table: Table, copy: float, sweep: bool = False, only: str = "") -> None:
+    for case in (c for c in DECODES if only in c.name):
+        bound = case.bytes() / copy * 1000
+        visible = Visible(torch.tensor([case.live - 1], device="cuda"), None, None, False)
+        queries = [rand(case.b, case.h, d, grad=False) for d in case.d]
+        scale = sum(case.d) ** -0.5
+        sets = []
+        # Several, so that nothing is left in the L2 cache by the call before.
+        for _ in range(max(1, min(2**29 // case.bytes(), 2**34 * case.live // (case.s * case.bytes())))):
+            keys = [case.stored(d) for d in case.d]
+            sets.append((keys, keys[:1] if case.latent else [case.stored(e) for e in case.e]))
+
+        def ours(keys, values, tiles=None, queries=queries, visible=visible, scale=scale):
+            if tiles is None:
+                return decode_attention(queries, keys, values, visible, scale=scale, kernel="triton")
+            (k, k_scales), (v, v_scales) = (([x.data for x in p], [x.scale for x in p]) for p in (keys, values))
+            rule = (visible.column, visible.first, visible.window, visible.exclude_self)
+            return split_decode.run(queries, k, k_scales, v, v_scales, *rule, scale, tiles)
+
+        def time(name: str, function, sets=sets, case=case, bound=bound) -> float:
+            try:
+                ms = replayed_ms([functools.partial(function, *pair) for pair in sets])
+            except Exception as error:
+                torch.cuda.synchronize()
+                print(f"decode    {case.name:<38}{name:<38} failed: {' '.join(str(error).split())[:90]}")
+                return float("inf")
+            table.rows.append({"what": "decode", "case": case.name, "name": name, "ms": ms, "bound_ms": bound})
+            rate = f"{case.bytes() / ms / 1e6:6.0f} GB/s {100 * bound / ms:5.1f} % of copy"
+            print(f"decode    {case.name:<38}{name:<38}{ms:9.4f} ms {rate}", flush=True)
+            return ms
+
+        key_data, value_data = ([x.data for x in part] for part in sets[0])
+        rule = split_decode.tiles_for(queries, key_data, value_data, None)[0]
+        time(f"triton, {_tiles(rule)}", ours)
+        if case.h == case.g:
+            element = replace(rule, elementwise=True)
+            time(f"triton, {_tiles(element)}", functools.partial(ours, tiles=element))
+        if not case.float8 and not case.latent:
+            joined = [tuple(torch.cat([x.data[:, : case.live] for x in part], -1) for part in pair) for pair in sets]
+
+            def stock(k, v, case=case, queries=queries, scale=scale):
+                q, k, v = torch.cat(queries, -1)[:, :, None], k.transpose(1, 2), v.transpose(1, 2)
+                return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=case.h != case.g)
+
+            time("torch" if len(case.d) == 1 else "torch, doubled head dimension", stock, sets=joined)
+            del joined
+        if sweep:
+            found = {}
+            for tiles in _neighbours(rule, case.h == case.g):
+                found[tiles] = time(_tiles(tiles), functools.partial(ours, tiles=tiles))
+            best = sorted(found, key=lambda tiles: found[tiles])[:3]
+            for tiles in best:
+                print(f"best      {case.name:<38}{_tiles(tiles):<38}{found[tiles]:9.4f} ms", flush=True)
+        del sets
+        torch.cuda.empty_cache()
+
+
+def _tiles(tiles: split_decode.Tiles) -> str:
+    form = " elementwise" if tiles.elementwise else ""
+    return f"N{tiles.block_n} splits{tiles.splits} warps{tiles.num_warps} stages{tiles.num_stages}{form}"
+
+
+def _neighbours(rule: split_decode.Tiles, elementwise: bool) -> list[split_decode.Tiles]:
+    """Half, same and double of what the rule says, in every combination, and in both forms."""
+    return [
+        split_decode.Tiles(block_n=n, splits=splits, num_warps=warps, num_stages=stages, elementwise=form)
+        for n in sorted({max(16, rule.block_n // 2), rule.block_n, 2 * rule.block_n})
+        for warps in sorted({max(2, rule.num_warps // 2), rule.num_warps})
+        for stages in (2, 3, 4)
+        for form in ((False, True) if elementwise else (False,))
+        for splits in sorted({max(1, rule.splits // 2), rule.splits, 2 * rule.splits})
+    ]
+
+
 @one_line
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ["attention", "fusion", "mlp", "norm"]
+    kinds = ["attention", "fusion", "mlp", "norm", "decode"]
     parser.add_argument("what", nargs="*", help=f"of {', '.join(kinds)}; default all")
     parser.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
+    parser.add_argument("--sweep", action="store_true", help="decode: try other tiles too; minutes")
+    parser.add_argument("--only", metavar="TEXT", default="", help="decode: cases whose name contains TEXT")
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.what) - set(kinds):
         raise UserError(f"bench_kernels: unknown {', '.join(unknown)}; allowed: {', '.join(kinds)}")
@@ -231,8 +370,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{torch.cuda.get_device_name()}: copy {copy / 1e12:.2f} TB/s, matmul {flops / 1e12:.0f} TFLOP/s")
     table = Table()
     for what in arguments.what or kinds:
-        bench = {"attention": bench_attention, "fusion": bench_fusion, "mlp": bench_mlp, "norm": bench_norm}[what]
-        bench(table, copy if what in ("fusion", "norm") else flops)
+        if what == "decode":
+            bench_decode(table, copy, arguments.sweep, arguments.only)
+        else:
+            bench = {"attention": bench_attention, "fusion": bench_fusion, "mlp": bench_mlp, "norm": bench_norm}[what]
+            bench(table, copy if what in ("fusion", "norm") else flops)
         torch.cuda.empty_cache()
     if arguments.out:
         found = {"environment": environment(), "copy_bytes_per_s": copy, "matmul_flops": flops, "rows": table.rows}

@@ -128,9 +128,10 @@ def _decode_attention(
 ) -> Tensor:
     """(B, H, sum of E_p): one tensor, because results of an operator must not share memory."""
     if _runs_triton(kernel, queries, keys, values, [*key_scales, *value_scales]):
-        return split_decode.run(
-            queries, keys, key_scales, values, value_scales, column, first, window, exclude_self, scale
-        )
+        with torch.cuda.device_of(queries[0]):
+            return split_decode.run(
+                queries, keys, key_scales, values, value_scales, column, first, window, exclude_self, scale
+            )
     parts = decode_attention_reference(
         queries,
         [Stored(*pair) for pair in zip(keys, key_scales, strict=True)],
@@ -187,10 +188,8 @@ def decode_attention_reference(
     seen = (stored >= 0) & (stored < column if visible.exclude_self else stored <= column)
     if visible.window is not None:
         seen = seen & (stored > column - visible.window)
-    if visible.first is None:
-        seen = seen.expand(batch, -1)
-    else:
-        seen = seen & (stored >= visible.first[:, None])  # B, S
+    first = 0 if visible.first is None else visible.first[:, None]
+    seen = (seen & (stored >= first)).expand(batch, -1)  # B, S
 
     def read(part: Stored) -> Tensor:
         data = part.data.to(dtype) if part.scale is None else part.data.to(dtype) * part.scale.to(dtype)[..., None]
@@ -203,6 +202,7 @@ def decode_attention_reference(
         )
         assert isinstance(scores, Tensor)
         hidden = ~seen[:, None, None, :]
-        weights = (scores * scale).masked_fill(hidden, torch.finfo(dtype).min).softmax(-1).masked_fill(hidden, 0)
+        # Where a row sees nothing all weights are equal, but what they weigh is 0.
+        weights = (scores * scale).masked_fill(hidden, torch.finfo(dtype).min).softmax(-1)
         results = [torch.einsum("bgns,bsge->bgne", weights, read(v)) for v in values]
     return [result.reshape(batch, n_heads, -1).to(queries[0].dtype) for result in results]

@@ -54,8 +54,10 @@ def _power(n: int) -> int:
 
 
 def _chunks(parts: Sequence[Tensor]) -> list[_Chunk]:
-    """Every part as it is if its width is a power of two, else as its largest power of two and the rest, 576 = 512 + 64:
-    half of a tile of 1024 would be padding. A matrix product takes 16 channels at least."""
+    """Every part as it is if its width is a power of two, else as its largest power of two and the rest.
+
+    576 = 512 + 64: in a tile of 1024 almost half would be padding. A matrix product takes 16 channels at least.
+    """
     found = []
     for part, tensor in enumerate(parts):
         width = tensor.shape[-1]
@@ -125,7 +127,7 @@ class Limits:
 def _limits(device: torch.device) -> Limits:
     if device.type != "cuda":
         return Limits()
-    found = torch.cuda.get_device_properties(device)
+    found: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the second number
     return Limits(found.multi_processor_count, found.shared_memory_per_block_optin)
 
 
@@ -291,9 +293,7 @@ def _key_chunk_of(value_chunks, values, value_scales, key_chunks, keys, key_scal
 
     found = []
     for value in value_chunks:
-        matches = (
-            i for i, key in enumerate(key_chunks) if same(value.part, key.part) and (value.start == key.start)
-        )
+        matches = (i for i, key in enumerate(key_chunks) if same(value.part, key.part) and (value.start == key.start))
         found.append(next(matches, -1))
     return tuple(found)
 

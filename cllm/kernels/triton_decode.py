@@ -1,4 +1,5 @@
-# mypy: disable-error-code="import-not-found,import-untyped"
+# mypy: disable-error-code="import-not-found,import-untyped,assignment"
+# ruff: noqa: RUF005 - the kernels' language adds tuples and does not unpack them
 """Split-KV flash decoding in Triton: the kernels that `cllm.kernels.split_decode` launches.
 
 Two kernels. The first gives every (sequence, KV head, block of query heads) to several programs, the *splits*; each
@@ -113,8 +114,9 @@ def split_dot(
 ):
     """A split for a block of the HEADS query heads of one KV head, by matrix products.
 
-    Tuples have one item for each chunk: of `queries` pointer and strides (B, H); of `keys` and `values` pointer, strides
-    (B, S, G), and the same of its scales, which are not read unless K_SCALED or V_SCALED says so. V_FROM is the key chunk that a value chunk is, or -1.
+    Tuples have one item for each chunk: of `queries` pointer and strides (B, H); of `keys` and `values` pointer and
+    strides (B, S, G), and the same of its scales, which are not read unless K_SCALED or V_SCALED says so. V_FROM is
+    the key chunk that a value chunk is, or -1.
     `partial` is (B, H, splits, OUT_WIDTH) fp32, `log_sums` (B, H, splits) fp32, to base 2.
     """
     H_BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
@@ -160,9 +162,7 @@ def split_dot(
                 tile = _tile(values[i], b, g, entry, seen, OUT_WIDTHS[i], OUT_BLOCKS[i])
             scaled = _scaled(weights, values[i], b, g, entry, seen, V_SCALED[i])
             part = sums[i] * shrink[:, None]
-            added = added + (
-                tl.dot(scaled.to(V_TYPES[i]), tile.to(V_TYPES[i]), acc=part, input_precision="tf32x3"),
-            )
+            added = added + (tl.dot(scaled.to(V_TYPES[i]), tile.to(V_TYPES[i]), acc=part, input_precision="tf32x3"),)
         sums = added
 
     row = (b * G * HEADS + head).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)

@@ -1,0 +1,295 @@
+"""Attention of one new token over a ring of cached entries, against the definition over the whole history.
+
+The definition never looks at the ring: it keeps every column that was ever stored, picks those that the new token sees
+and takes a softmax in fp64. Entries that were never written hold NaN, so that a kernel which lets one in is seen.
+
+Run as a program, this file does the same with the Triton kernels, interpreted on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from cllm.errors import UserError
+from cllm.kernels import decode as module
+from cllm.kernels import split_decode
+from cllm.kernels.decode import Stored, Visible, decode_attention
+from cllm.kernels.split_decode import Limits, Tiles, choose_tiles
+
+ROOT = Path(__file__).resolve().parents[2]
+B, SCALE = 3, 0.3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. `alias`: the first value part is the first key part."""
+
+    d: tuple[int, ...] = (16,)
+    e: tuple[int, ...] = (16,)
+    h: int = 4
+    g: int = 2
+    s: int = 40
+    column: int = 29
+    first: tuple[int, ...] | None = None
+    window: int | None = None
+    exclude_self: bool = False
+    alias: bool = False
+    float8: bool = False
+
+    def __str__(self) -> str:
+        default = Case()
+        changed = (f"{name}{value}" for name, value in vars(self).items() if value != getattr(default, name))
+        return "-".join(changed).replace(" ", "") or "plain"
+
+
+CASES = [
+    Case(),
+    Case(g=4),
+    Case(h=20, g=1),
+    Case(d=(8,), e=(5,)),
+    Case(d=(24,), e=(80,)),
+    Case(column=0),
+    Case(column=39),
+    Case(column=40),
+    Case(column=101),
+    Case(column=101, exclude_self=True),
+    Case(column=101, window=7),
+    Case(column=83, window=7, exclude_self=True),
+    Case(column=101, window=40),
+    Case(column=101, first=(0, 90, 64)),
+    Case(first=(0, 5, 29)),
+    Case(first=(29, 30, -4), exclude_self=True),
+    Case(first=(20, 26, 3), window=7, exclude_self=True),
+    Case(column=0, exclude_self=True),
+    Case(window=1, exclude_self=True),
+    Case(s=1, column=6),
+    Case(s=1, column=6, exclude_self=True),
+    Case(d=(16, 16), e=(16, 16)),
+    Case(d=(16, 16), e=(16, 16), g=4, column=101),
+    Case(d=(16, 8, 24), e=(8, 16, 24), column=55),
+    Case(d=(32, 16), e=(32,), g=1, alias=True),
+    Case(d=(48, 16), e=(48,), g=1, alias=True, column=55, first=(0, 54, 60)),
+    Case(float8=True, column=55),
+    Case(d=(16, 16), e=(16, 16), g=4, float8=True),
+    Case(d=(32, 16), e=(32,), h=17, g=1, alias=True, float8=True),
+]
+
+
+def quantized(x: torch.Tensor) -> Stored:
+    scale = x.abs().amax(-1) / 448
+    return Stored((x / scale[..., None]).to(torch.float8_e4m3fn), scale)
+
+
+def call(case: Case, dtype: torch.dtype):
+    """Arguments of `decode_attention`, and what it has to return by the definition."""
+    generator = torch.Generator().manual_seed(0)
+
+    def history(width: int) -> tuple[Stored, torch.Tensor]:
+        """The ring, and the numbers (B, columns, G, width) that were stored in it."""
+        every = torch.randn(B, case.column + 1, case.g, width, generator=generator).to(dtype)
+        stored = quantized(every.float()) if case.float8 else Stored(every)
+        ring = []
+        for tensor in (stored.data, stored.scale):
+            if tensor is None:
+                ring.append(None)
+                continue
+            target = torch.full((B, case.s, *tensor.shape[2:]), float("nan")).to(tensor.dtype)
+            for c in range(case.column + 1):
+                target[:, c % case.s] = tensor[:, c]
+            ring.append(target)
+        exact = stored.data.double() if stored.scale is None else stored.data.double() * stored.scale[..., None]
+        return Stored(*ring), exact
+
+    queries = [torch.randn(B, case.h, d, generator=generator).to(dtype) for d in case.d]
+    keys = [history(d) for d in case.d]
+    values = [keys[0], *(history(e) for e in case.e[1:])] if case.alias else [history(e) for e in case.e]
+    first = None if case.first is None else torch.tensor(case.first)
+    visible = Visible(torch.tensor([case.column]), first, case.window, case.exclude_self)
+    wanted = [torch.zeros(B, case.h, e, dtype=torch.float64) for e in case.e]
+    for b in range(B):
+        oldest = max(0, case.column - case.s + 1, case.column + 1 - (case.window or case.s))
+        oldest = max(oldest, case.first[b] if case.first else 0)
+        seen = slice(oldest, case.column + (not case.exclude_self))
+        for h in range(case.h):
+            g = h // (case.h // case.g)
+            pairs = zip(queries, keys, strict=True)
+            scores = SCALE * sum(exact[b, seen, g] @ q[b, h].double() for q, (_, exact) in pairs)
+            assert isinstance(scores, torch.Tensor)
+            for result, (_, exact) in zip(wanted, values, strict=True):
+                result[b, h] = scores.softmax(0) @ exact[b, seen, g]
+    return (queries, [k for k, _ in keys], [v for v, _ in values], visible), wanted
+
+
+def assert_close(found, wanted, dtype: torch.dtype) -> None:
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]
+    for ours, exact in zip(found, wanted, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), exact, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_is_the_definition(case, dtype):
+    arguments, wanted = call(case, dtype)
+    assert_close(decode_attention(*arguments, scale=SCALE, kernel="reference"), wanted, dtype)
+
+
+def test_strided_caches():
+    """Slots may be slices of a larger cache."""
+    (queries, [key], [value], visible), wanted = call(Case(), torch.float32)
+    both = torch.stack((key.data, value.data), dim=2).flatten(2, 3)  # B, S, 2G, D
+    arguments = (queries, [Stored(both[:, :, :2])], [Stored(both[:, :, 2:])], visible)
+    assert_close(decode_attention(*arguments, scale=SCALE), wanted, torch.float32)
+
+
+def test_autocast_changes_nothing():
+    arguments, wanted = call(Case(), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = decode_attention(*arguments, scale=SCALE)
+    assert_close(found, wanted, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "case", [Case(first=(0, 5, 29)), Case(d=(32, 16), e=(32,), g=1, alias=True, float8=True)], ids=str
+)
+def test_one_graph_whatever_the_column(case):
+    """A compiled step calls it without a break, and another column compiles nothing anew."""
+    torch._dynamo.reset()
+
+    def step(queries, keys, values, visible):
+        return [x + 1 for x in decode_attention(queries, keys, values, visible, scale=SCALE)]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    queries, keys, values, visible = call(case, torch.float32)[0]
+    compiled(queries, keys, values, visible)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        visible.column.sub_(11)
+        found = compiled(queries, keys, values, visible)
+    for ours, wanted in zip(found, step(queries, keys, values, visible), strict=True):
+        assert torch.equal(ours, wanted)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("case", [Case(first=(0, 5, 29)), Case(d=(32, 16), e=(32,), g=1, alias=True)], ids=str)
+def test_operator_is_registered_as_torch_wants(case):
+    queries, keys, values, visible = call(case, torch.float32)[0]
+    parts = ([x.data for x in keys], [x.scale for x in keys], [x.data for x in values], [x.scale for x in values])
+    rule = (visible.column, visible.first, visible.window, visible.exclude_self)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(
+        torch.ops.cllm.decode_attention.default, (queries, *parts, *rule, SCALE, "auto"), test_utils=checks
+    )
+
+
+def test_choice_is_told_once(caplog):
+    module._told.cache_clear()
+    arguments, _ = call(Case(), torch.float32)
+    with caplog.at_level(logging.INFO, logger="cllm.kernels.decode"):
+        for _ in range(3):
+            decode_attention(*arguments, scale=SCALE)
+    assert len(caplog.records) == 1
+    assert "plain torch, because triton cannot: " in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize(("kernel", "message"), [("flash", "allowed: auto, triton, reference"), ("triton", "cannot: ")])
+def test_a_kernel_that_cannot_is_refused(kernel, message):
+    arguments, _ = call(Case(), torch.float32)
+    with pytest.raises(UserError, match=message):
+        decode_attention(*arguments, scale=SCALE, kernel=kernel)
+
+
+def test_parts_and_heads_must_fit():
+    queries, keys, values, visible = call(Case(), torch.float32)[0]
+    with pytest.raises(ValueError, match="2 queries for 1 key parts"):
+        decode_attention(queries * 2, keys, values, visible, scale=SCALE)
+    with pytest.raises(ValueError, match="3 query heads are no multiple of 2"):
+        decode_attention([queries[0][:, :3]], keys, values, visible, scale=SCALE)
+
+
+def test_head_dimensions_are_cut_into_powers_of_two():
+    def cut(width: int):
+        return [(c.start, c.width, c.block) for c in split_decode._chunks([torch.empty(width)])]
+
+    assert cut(128) == [(0, 128, 128)]
+    assert cut(576) == [(0, 512, 512), (512, 64, 64)]
+    assert cut(192) == [(0, 128, 128), (128, 64, 64)]
+    assert cut(80) == [(0, 64, 64), (64, 16, 16)]
+    assert cut(112) == [(0, 64, 64), (64, 48, 64)]
+    assert cut(8) == [(0, 8, 16)]
+
+
+@pytest.mark.parametrize("groups", [1, 16, 64, 100, 300, 1024])
+@pytest.mark.parametrize("columns", [1, 1024, 32768])
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_tiles_fit_and_fill_the_device(groups, columns, width):
+    limits = Limits()
+    tiles, shared = choose_tiles(
+        groups=groups, heads=1, row=(2 * width, 4 * width), columns=columns, widths=(width, width), limits=limits
+    )
+    assert shared <= limits.shared
+    assert tiles.splits <= -(-columns // tiles.block_n)
+    programs = groups * tiles.splits
+    per_processor = -(-programs // limits.processors)
+    balance = programs / (limits.processors * per_processor)
+    assert balance > 0.65 or tiles.splits in (-(-columns // tiles.block_n), 256)
+
+
+def interpreted() -> None:
+    """Every case, with splits that are empty, whole and in part, in both forms of the kernel."""
+    assert split_decode.triton_decode.INTERPRETED
+    for case in CASES:
+        if len(case.d) == 3:
+            continue  # more than two parts: shown by the two, with chunks
+        for dtype in (torch.float32, torch.float16):
+            if case.float8 and dtype == torch.float16:
+                continue  # takes its second product in bf16, which the interpreter multiplies as integers
+            (queries, keys, values, visible), wanted = call(case, dtype)
+            for elementwise in (False, True) if case.h == case.g else (False,):
+                for splits in (1, 3) if dtype == torch.float32 else (3,):
+                    tiles = Tiles(block_n=16, splits=splits, num_warps=4, num_stages=2, elementwise=elementwise)
+                    out = split_decode.run(
+                        queries,
+                        [k.data for k in keys],
+                        [k.scale for k in keys],
+                        [v.data for v in values],
+                        [v.scale for v in values],
+                        visible.column,
+                        visible.first,
+                        visible.window,
+                        visible.exclude_self,
+                        SCALE,
+                        tiles,
+                    )
+                    try:
+                        assert_close(out.split(list(case.e), dim=-1), wanted, dtype)
+                    except AssertionError as error:
+                        raise AssertionError(f"{case}, {dtype}, {tiles}") from error
+    arguments, wanted = call(Case(column=55), torch.float32)
+    assert_close(decode_attention(*arguments, scale=SCALE, kernel="triton"), wanted, torch.float32)
+
+
+def test_triton_kernels_interpreted_are_the_definition():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    version = importlib.metadata.version("triton")
+    if tuple(int(x) for x in version.split(".")[:2]) < (3, 7):
+        pytest.skip(f"the interpreter of triton {version} cannot loop with numpy 2.4 or newer; needs triton 3.7")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    interpreted()

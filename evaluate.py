@@ -1,9 +1,11 @@
-"""Measure perplexity and bits per byte of trained models.
+"""Measure perplexity and bits per byte of trained models, and what compressing their caches costs.
 
     python evaluate.py --run runs/NAME [--run ...] [--data FOLDER_OR_TEXT_FILE ...] [--window N] [--stride N]
+    python evaluate.py --run runs/NAME --posthoc xkv:group=4,ratio=4 [--posthoc ...] [--prefix N]
 
 A run is a run folder (its newest checkpoint), one checkpoint file, or a Hugging Face checkpoint folder. Without --data
-a run is scored on its own validation sets. docs/evaluation.md says what exactly is measured.
+a run is scored on its own validation sets. docs/evaluation.md says what exactly is measured, docs/posthoc.md what
+--posthoc does.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 import torch
 
 from cllm.errors import UserError, one_line
+from cllm.evaluate import posthoc
 from cllm.evaluate.perplexity import Settings, measure, open_sets, save, table
 from cllm.evaluate.subjects import load_subject
 
@@ -42,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
     add("--name", metavar="SET", help="name of the set in file names and tags (default: from the data's path)")
     add("--out", metavar="DIR", type=Path, help="folder for SET.json (default: evaluation/ in the run's folder, or in "
         "the Hugging Face checkpoint's folder)")  # fmt: skip
+    add("--posthoc", action="append", default=[], metavar="SPEC", help="compress the cache of a prefix and score what "
+        "follows, e.g. xkv:group=4,ratio=4 or none; repeat it")  # fmt: skip
+    add("--prefix", type=int, metavar="N", help="tokens of each window to compress (default: half the window)")
     return parser
 
 
@@ -56,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--out {options.out}: takes the results of one run, and there are {len(options.run)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
+    if options.prefix is not None and not options.posthoc:
+        raise UserError(f"--prefix {options.prefix}: needs --posthoc, which says how to compress it")
     device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
     settings = Settings(
         split=options.split, window=options.window, stride=options.stride, batch=options.batch,
@@ -66,12 +74,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in options.run:
             subject = load_subject(path, device)
             for text in open_sets(subject, options.data, split=settings.split, name=options.name):
+                if options.posthoc:
+                    found = posthoc.measure(subject, text, settings, options.posthoc, device, prefix=options.prefix)
+                    paths += [posthoc.save(subject, record, options.out) for record in found]
+                    records += found
+                    continue
                 record = measure(subject, text, settings, device)
                 paths.append(save(subject, record, options.out))
                 records.append(record)
     finally:
         if records:
-            print(table(records), *(f"written: {path}" for path in paths), sep="\n")
+            print(
+                posthoc.table(records) if options.posthoc else table(records),
+                *(f"written: {path}" for path in paths),
+                sep="\n",
+            )
     return 0
 
 

@@ -1,8 +1,9 @@
 """Everything a YAML file may say: types, defaults, ranges, rules between fields, and what each means.
 
-The tree is `Config` = name, model, attention, data, optim, train. A docstring under a field is its `--help`. Rules that
-need a second field are validators here, so that a config that loads is a config that can be built; rules that need the
-disk (a tokenizer's size, a checkpoint) are checked where the disk is read.
+The tree is `Config` = name, init, uptrain, model, attention, data, optim, train. A docstring under a field is its
+`--help`. Rules that need a second field are validators here, so that a config that loads is a config that can be built;
+rules that need the disk (a tokenizer's size, a checkpoint) are checked where the disk is read. One thing is read here:
+with `init.from`, the shape of the model to start from, where `model` does not say it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pydantic import Field, model_validator
 from cllm.kv.plan import KVPlan
 from cllm.kv.presets import MHA, KVConfig
 from cllm.kv.spec import Section, Shape
+from cllm.uptrain.settings import InitFrom, Uptrain
 
 
 class RopeScaling(Section):
@@ -206,6 +208,9 @@ class TrainConfig(Section):
     """Seed of weights and data order."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: autocast with fp32 weights; auto: bf16 on a GPU, fp32 on a CPU."""
+    fp8: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
+    """Products of the blocks' linear layers in fp8 by torchao, one scale a tensor (fastest), a row, or a row with the
+    weights' gradients in bf16 (most exact); needs a GPU of compute capability 8.9; null: none."""
     fp32_residual: bool = False
     """With bf16, keep the residual stream in fp32; costs a few percent of speed."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -227,10 +232,10 @@ class TrainConfig(Section):
     """Recompute each block in the backward instead of keeping its activations."""
     log_every: int = Field(10, ge=1)
     """Steps between rows of metrics."""
-    validate_every: int = Field(250, ge=1)
-    """Steps between validations; the end is always validated, and so is the start."""
-    checkpoint_every: int = Field(500, ge=1)
-    """Steps between checkpoints; the end always writes one."""
+    validate_every: int | None = Field(250, ge=1)
+    """Steps between validations; the end is always validated, and so is the start; null: none at all."""
+    checkpoint_every: int | None = Field(500, ge=1)
+    """Steps between checkpoints; the end always writes one; null: none at all, but for a run that is told to stop."""
     keep_checkpoints: int = Field(2, ge=1)
     """Checkpoints to keep, newest first."""
 
@@ -245,6 +250,13 @@ class TrainConfig(Section):
             )
         if self.strategy.startswith("zero") and self.precision == "fp32":
             raise ValueError(f"strategy {self.strategy} trains in bf16, but precision is fp32; allowed: auto, bf16")
+        if self.fp8 and self.precision == "fp32":
+            raise ValueError(f"fp8 {self.fp8} needs bf16 around it, but precision is fp32; allowed: auto, bf16")
+        if self.fp8 and self.strategy == "zero3":
+            raise ValueError(
+                f"fp8 {self.fp8} keeps every weight that zero3 has gathered until the backward; allowed strategies: "
+                "auto, single, ddp, zero1, zero2"
+            )
         if self.offload_optimizer and not self.strategy.startswith("zero"):
             raise ValueError(f"offload_optimizer needs strategy zero1, zero2 or zero3; strategy is {self.strategy}")
         if self.global_batch % self.micro_batch:
@@ -259,8 +271,12 @@ class Config(Section):
     """Name of the run; its folder is runs_dir/name."""
     runs_dir: str = "runs"
     """Where run folders go."""
+    init: InitFrom = Field(default_factory=InitFrom)
+    """Another model's weights to start from."""
+    uptrain: Uptrain = Field(default_factory=Uptrain)
+    """How a model that starts from another learns from it."""
     model: ModelConfig
-    """The decoder."""
+    """The decoder; with `init.from`, what is left out is that model's."""
     attention: AttentionConfig = Field(default_factory=AttentionConfig)
     """The attention kernel."""
     data: DataConfig = Field(default_factory=DataConfig)
@@ -270,8 +286,18 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     """How long, how wide, how often."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not data.get("init"):
+            return data
+        from cllm.uptrain.teacher import complete  # torch, which a config that starts from nothing does not need
+
+        return complete(data)
+
     @model_validator(mode="after")
     def _rules(self) -> Self:
+        self.uptrain.check(self.init, strategy=self.train.strategy, fp8=self.train.fp8)
         if self.data.seq_len > self.model.max_seq_len:
             raise ValueError(f"data.seq_len {self.data.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}")
         return self

@@ -6,11 +6,13 @@
 All contenders live on one GPU and take turns, round after round, so that clocks and heat are the same for all. Each
 does the same work: bf16 autocast over fp32 weights, forward, backward, clipping at norm 1, fused AdamW. A step's time
 is read from device events. Prints a table (median, spread over rounds, tokens a second, MFU, peak memory, against the
-first contender) and writes JSON with versions, commit and clocks.
+first contender) and writes JSON with versions, commit and clocks. --fp8 adds the first design with fp8 products, which
+is other arithmetic and so a table of its own; its MFU, too, counts against the bf16 peak.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import statistics
@@ -33,6 +35,7 @@ from cllm.errors import UserError, one_line
 from cllm.model.sizes import build_decoder, count_parameters, training_flops_per_token
 from cllm.runs import write_atomic
 from cllm.train.environment import environment
+from cllm.train.float8 import check_float8, convert_blocks
 from cllm.train.optim import make_optimizer
 from cllm.train.throughput import peak_flops
 
@@ -62,6 +65,13 @@ class Contender:
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
+    def drop(self) -> None:
+        """Give the memory back."""
+        self.model, self.loss = nn.Module(), lambda ids, labels: ids
+        self.optimizer = torch.optim.SGD([torch.zeros(1)])
+        gc.collect()
+        torch.cuda.empty_cache()
+
 
 def design(name: str, config: Config) -> Contender:
     """This project's model with a plan, as train.py would build it."""
@@ -71,6 +81,8 @@ def design(name: str, config: Config) -> Contender:
     model.init_weights()
     model.gradient_checkpointing = config.train.gradient_checkpointing
     model.fp32_residual = config.train.fp32_residual
+    if config.train.fp8 is not None:
+        convert_blocks(model, config.train.fp8)
     if config.train.compile:
         model.compile_blocks()
     flops = training_flops_per_token(model, config.data.seq_len)
@@ -222,11 +234,25 @@ def profile(contender: Contender, batches: list[tuple[Tensor, Tensor]]) -> dict[
     return totals
 
 
-def report(contenders: list[Contender], tokens: int) -> list[dict[str, Any]]:
-    """Rows of the table."""
+def warm_up(contender: Contender, batches: list[tuple[Tensor, Tensor]], steps: int) -> bool:
+    """Untimed steps; False, with its memory given back, for a contender that does not fit beside the others."""
+    try:
+        for n in range(steps):
+            contender.step(*batches[n % len(batches)])
+        torch.cuda.synchronize()
+    except torch.OutOfMemoryError:
+        print(f"out of memory: {contender.name}", file=sys.stderr, flush=True)
+        contender.drop()
+        return False
+    print(f"warm: {contender.name}", file=sys.stderr, flush=True)
+    return True
+
+
+def rows_of(contenders: list[Contender], first: Contender, tokens: int) -> list[dict[str, Any]]:
+    """Rows of a table, times against those of `first`."""
     peak = peak_flops(torch.device("cuda"))
     rows = []
-    base = statistics.median(t for r in contenders[0].rounds for t in r)
+    base = statistics.median(t for r in first.rounds for t in r)
     for c in contenders:
         medians = [statistics.median(r) for r in c.rounds]
         ms = statistics.median(t for r in c.rounds for t in r)
@@ -243,6 +269,11 @@ def report(contenders: list[Contender], tokens: int) -> list[dict[str, Any]]:
                 "loss": c.last_loss,
             }
         )
+    return rows
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """The table."""
     print(f"{'contender':<24}{'M params':>9}{'ms':>9}{'spread':>15}{'tokens/s':>11}{'MFU':>7}{'GiB':>7}{'time':>7}")
     for row in rows:
         medians = row["round_medians_ms"]
@@ -252,7 +283,6 @@ def report(contenders: list[Contender], tokens: int) -> list[dict[str, Any]]:
             f"{f'{min(medians):.1f}..{max(medians):.1f}':>15}{row['tokens_per_s']:>11,.0f}{mfu:>7}"
             f"{row['peak_gib']:>7.1f}{row['time_vs_first']:>7.3f}"
         )
-    return rows
 
 
 @one_line
@@ -262,6 +292,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--peers", action="store_true", help="also litgpt compiled and Hugging Face + Liger")
     parser.add_argument(
         "--documents", type=int, metavar="TOKENS", help="also the first design on packed documents of this mean length"
+    )
+    parser.add_argument(
+        "--fp8",
+        nargs="?",
+        const="tensorwise",
+        metavar="SCALES",
+        help="also the first design with train.fp8 set to this (tensorwise)",
     )
     parser.add_argument("--rounds", type=int, default=4, help="turns of each contender (default 4)")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a turn (default 6)")
@@ -276,6 +313,13 @@ def main(argv: list[str] | None = None) -> None:
         name: cli.load(Config, [*files, ROOT / "configs" / "kv" / f"{name}.yaml"], overrides)
         for name in arguments.designs
     }
+    narrow: dict[str, Config] = {}
+    if arguments.fp8:
+        name = arguments.designs[0]
+        plan = ROOT / "configs" / "kv" / f"{name}.yaml"
+        narrow[f"{name}, fp8"] = cli.load(Config, [*files, plan], [*overrides, "--train.fp8", arguments.fp8])
+    for config in (*configs.values(), *narrow.values()):
+        check_float8(config, "gpu")
     contenders = [design(name, config) for name, config in configs.items()]
     first = next(iter(configs.values()))
     if arguments.peers:
@@ -284,33 +328,45 @@ def main(argv: list[str] | None = None) -> None:
     seq_len, batch = first.data.seq_len, first.train.micro_batch
     if arguments.documents:
         contenders.insert(1, with_documents(contenders[0], batch, seq_len, arguments.documents))
+    in_fp8 = [design(name, config) for name, config in narrow.items()]
+    everyone = contenders + in_fp8
     draw = torch.Generator("cuda").manual_seed(0)
     vocab = first.model.vocab_size or 0
     batches = [
         (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
         for ids in (torch.randint(vocab, (batch, seq_len + 1), device="cuda", generator=draw) for _ in range(4))
     ]
-    for contender in contenders:
-        for n in range(arguments.warmup):
-            contender.step(*batches[n % len(batches)])
-        torch.cuda.synchronize()
-        print(f"warm: {contender.name}", file=sys.stderr, flush=True)
+    dropped = [c for c in everyone if not warm_up(c, batches, arguments.warmup)]
+    contenders, in_fp8 = ([c for c in group if c not in dropped] for group in (contenders, in_fp8))
+    everyone = contenders + in_fp8
+    if not contenders:
+        raise UserError("no contender fits in the GPU's memory; try fewer --designs or a smaller --train.micro_batch")
+    found: dict[str, Any] = {"environment": environment(), "tokens_per_step": batch * seq_len}
+    found["configs"] = {name: config.as_yaml_data() for name, config in (configs | narrow).items()}
+    found["out_of_memory"] = [c.name for c in dropped]
     before = clocks()
-    for _ in range(arguments.rounds):
-        for contender in contenders:
+    for turn in range(arguments.rounds):
+        for contender in everyone:
             measure(contender, batches, arguments.steps)
-    after = clocks()
-    found: dict[str, Any] = {"environment": environment(), "clocks": [before, after]}
-    found["tokens_per_step"] = batch * seq_len
-    found["configs"] = {name: config.as_yaml_data() for name, config in configs.items()}
+        found["clocks"] = [before, clocks()]
+        found["rows"] = rows_of(contenders, contenders[0], batch * seq_len)
+        found["rows_fp8"] = rows_of(in_fp8, contenders[0], batch * seq_len)
+        if arguments.out:  # after every turn: what is measured stays if the rest is cut off
+            write_atomic(Path(arguments.out), json.dumps(found, indent=2) + "\n")
+        print(f"turn {turn + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
     if arguments.profile:
         found["profile_ms"] = {}
-        for contender in contenders:
+        for contender in everyone:
             print(contender.name)
             found["profile_ms"][contender.name] = profile(contender, batches)
-    found["rows"] = report(contenders, batch * seq_len)
-    if arguments.out:
-        write_atomic(Path(arguments.out), json.dumps(found, indent=2) + "\n")
+        if arguments.out:
+            write_atomic(Path(arguments.out), json.dumps(found, indent=2) + "\n")
+    print_rows(found["rows"])
+    if in_fp8:
+        print("\nfp8 products, MFU against the bf16 peak:")
+        print_rows(found["rows_fp8"])
+    for contender in dropped:
+        print(f"{contender.name}: out of memory beside the others; run it with fewer of them")
 
 
 if __name__ == "__main__":

@@ -8,25 +8,30 @@ never required at import.
 from __future__ import annotations
 
 import importlib
-import importlib.abc
 import pkgutil
 import sys
 from pathlib import Path
+from typing import Any
 
 OPTIONAL = {"deepspeed", "fla", "flash_attn", "flash_attn_interface", "liger_kernel", "peft", "lm_eval", "torchao"}
 
 
-class Absent(importlib.abc.MetaPathFinder):
-    """Makes packages look as if they were not installed."""
+class Absent:
+    """A finder that makes packages look as if they were not installed, also to those who only ask whether they are."""
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        if name.partition(".")[0] in OPTIONAL:
-            raise ModuleNotFoundError(f"No module named {name!r} (made absent)", name=name)
+    def __init__(self, finder: Any):
+        self.finder = finder
+
+    def find_spec(self, name: str, *args: Any) -> Any:
+        return None if name.partition(".")[0] in OPTIONAL else self.finder.find_spec(name, *args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.finder, name)
 
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    sys.meta_path.insert(0, Absent())
+    sys.meta_path[:] = [Absent(finder) for finder in sys.meta_path]
     import cllm
 
     names = [module.name for module in pkgutil.walk_packages(cllm.__path__, "cllm.")]

@@ -114,7 +114,8 @@ def csv_text(comparison: Comparison) -> str:
     return out.getvalue()
 
 
-def _bytes(n: float, _: object = None) -> str:
+def byte_label(n: float, _: object = None) -> str:
+    """`1.5 KiB`: three digits and a unit."""
     for scale, unit in ((2**20, "MiB"), (2**10, "KiB")):
         if n >= scale:
             return f"{n / scale:.3g} {unit}"
@@ -158,7 +159,7 @@ def figure(comparison: Comparison) -> Figure:
     axes.set_xlim(min(caches) / 1.6, max(caches) * 1.6)
     axes.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5) if max(caches) < 4 * min(caches) else (1.0,)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(_bytes))
+    axes.xaxis.set_major_formatter(FuncFormatter(byte_label))
     axes.margins(y=0.12)
     axes.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
     figure.draw_without_rendering()  # fixes limits and layout, which the labels are placed by

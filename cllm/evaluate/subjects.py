@@ -138,7 +138,7 @@ class HuggingFaceSubject(Subject):
         config = self._model.config.get_text_config()
         self.name, self.path, self.folder, self.checkpoint = path.resolve().name, path, path, path.name
         self.step, self.default_sets = None, {}
-        self.design = str(config.model_type)
+        self.design = str(getattr(config, "design", config.model_type))
         self.context = getattr(config, "max_position_embeddings", None)
         self.window = min(self.context or _DEFAULT_WINDOW, _DEFAULT_WINDOW)
         self.precision = "bf16" if device.type == "cuda" else "fp32"
@@ -168,6 +168,8 @@ def _from_pretrained(auto: Any, path: Path, **options: Any) -> Any:
     # Whatever goes wrong in reading somebody's checkpoint is, to the user, one fault told in one line.
     try:
         return auto.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **options)
+    except UserError:
+        raise
     except Exception as error:
         hint = ""
         if options.get("use_safetensors") and not any(path.glob("*.safetensors")):

@@ -10,6 +10,7 @@ where that library is missing, the plain chunked form below.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,25 @@ def _fla_kernel() -> Callable[..., Any] | None:
     return chunk_simple_gla
 
 
+@functools.cache
+def _backward_fault(device: torch.device) -> str | None:
+    """Why the library's backward kernel cannot be used on `device`, or None."""
+    import triton  # type: ignore[import-not-found,unused-ignore]
+
+    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    if hopper and (3, 4, 0) <= version < (3, 7, 1) and importlib.util.find_spec("tilelang") is None:
+        reason = f"triton {triton.__version__} miscompiles its backward on Hopper; 3.7.1 or tilelang would do"
+        log.warning("gated retention: training with the slower torch form, because %s", reason)
+        return reason
+    return None
+
+
+def _kernel_for(x: Tensor, *, grad: bool) -> Callable[..., Any] | None:
+    kernel = _fla_kernel() if x.is_cuda else None
+    return None if kernel is not None and grad and _backward_fault(x.device) else kernel
+
+
 def gated_retention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float, document_ids: Tensor | None = None
 ) -> Tensor:
@@ -45,7 +65,8 @@ def gated_retention(
     Returns:
         (B, T, H, E) in the dtype of `v`.
     """
-    kernel = _fla_kernel() if q.is_cuda else None
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, log_decay))
+    kernel = _kernel_for(q, grad=grad)
     if kernel is None:
         return gated_retention_reference(q, k, v, log_decay, scale=scale, document_ids=document_ids)
     if document_ids is None:
@@ -68,7 +89,7 @@ def gated_retention_from(
         q1, k1, v1 = (t[:, 0].float() for t in (q, k, v))  # B, H, .
         after = state * log_decay[:, 0].float().exp()[..., None, None] + k1[..., None] * v1[..., None, :]
         return (scale * torch.einsum("bhd,bhde->bhe", q1, after))[:, None].to(v.dtype), after
-    kernel = _fla_kernel() if q.is_cuda else None
+    kernel = _kernel_for(q, grad=False)
     if kernel is None:
         return _chunked(q, k, v, log_decay, state, scale=scale)
     out, after = kernel(q, k, v, g=log_decay, scale=scale, initial_state=state, output_final_state=True)

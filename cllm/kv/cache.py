@@ -81,7 +81,7 @@ class KVCache(Cache):
         if batch != self.batch:
             raise UserError(f"cache: holds {self.batch} sequences and was handed {batch}")
         if self.seen == 0:
-            self.starts = starts
+            self.starts = None if starts is None else starts.clone()
         assert self.column is not None
         return Step(length, 0 if self.is_static and length == 1 else self.seen, self.column)
 
@@ -173,12 +173,13 @@ class KVCache(Cache):
         self._count(0)
 
     def crop(self, max_length: int) -> None:
-        """Keep the first `max_length` tokens; a negative number drops that many.
+        """Keep the first `max_length` tokens; a negative number drops that many, and 0 none, as in transformers.
 
         Raises:
             UserError: where what is left needs something that a window or a recurrent state has forgotten.
         """
-        length = max(self.seen + max_length, 0) if max_length < 0 else max_length
+        max_length = int(max_length)  # assisted decoding counts with tensors
+        length = max(self.seen + max_length, 0) if max_length <= 0 else max_length
         if length >= self.seen:
             return
         for store in self.stores.values():
@@ -203,7 +204,9 @@ class KVCache(Cache):
             return
         for store in self.stores.values():
             store.replace(change)
-        self.starts = None if self.starts is None else change(self.starts)
+        if self.starts is not None:
+            starts = change(self.starts)
+            self.starts = self.starts.copy_(starts) if batch == self.batch else starts
         self.batch = batch
 
     def _count(self, seen: int) -> None:

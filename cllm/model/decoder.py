@@ -48,7 +48,8 @@ class Decoder(nn.Module):
         self.head = Head(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        self._decode_blocks: tuple[Any, ...] = ()
+        self._compiled: tuple[Any, ...] = ()
+        """Blocks and the last norm for decoding; in a tuple, so that they are no second name for the weights."""
         self._last_reader = {j: self.plan.last_reader(j) for j in self.plan.owners}
         self._spans = dict(self.plan.cyclic_spans())
 
@@ -68,9 +69,14 @@ class Decoder(nn.Module):
                 module.reset_parameters()
 
     def compile_decoding(self) -> None:
-        """Compile what a pass of one token over a static cache runs; other passes stay as they are."""
+        """Compile what a pass of one token over a static cache runs; other passes stay as they are.
+
+        With coordinate descent the compiler also writes products with one row, a batch of one sequence, as reductions
+        that read weights at the memory bound, where a matrix kernel would not.
+        """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(self.blocks))
-        self._decode_blocks = tuple(torch.compile(block, dynamic=False) for block in self.blocks)
+        options: dict[str, Any] = {"coordinate_descent_tuning": True}
+        self._compiled = tuple(torch.compile(m, dynamic=False, options=options) for m in (*self.blocks, self.norm))
 
     def compile_blocks(self) -> None:
         """Compile each block by itself with torch.compile; layers that do the same share the compiled code.
@@ -163,9 +169,10 @@ class Decoder(nn.Module):
                 context = context.tail
             slots = {j: slot for j, slot in slots.items() if self._last_reader[j] > layer}
             layer += 1
-        if cache is not None and step is not None:
-            cache.finish(step)
-        return self.norm(x)
+        if cache is None or step is None:
+            return self.norm(x)
+        cache.finish(step)
+        return self._compiled[-1](x) if self._decodes_compiled(cache, context) else self.norm(x)
 
     def prefill(
         self, input_ids: Tensor, cache: KVCache, *, starts: Tensor | None = None, chunk: int | None = None
@@ -233,14 +240,17 @@ class Decoder(nn.Module):
         block: Any = self.blocks[i]
         read = [tensor for j in self.plan.reads_others(i) for tensor in slots[j]]
         if cache is not None:
-            if self._decode_blocks and context.length == 1 and cache.is_static and context.step is not None:
-                block = self._decode_blocks[i]
+            if self._decodes_compiled(cache, context):
+                block = self._compiled[i]
             x, own = block(x, context, *read, store=cache.stores.get(i))
         elif self.gradient_checkpointing and torch.is_grad_enabled():
             x, own = checkpoint(block, x, context, *read, use_reentrant=False)
         else:
             x, own = block(x, context, *read)
         return x, slots if own is None else {**slots, i: own}
+
+    def _decodes_compiled(self, cache: KVCache, context: Context) -> bool:
+        return bool(self._compiled) and context.length == 1 and cache.is_static and context.step is not None
 
     def _iterate(
         self, first: int, last: int, x: Tensor, slots: Slots, context: Context, cache: KVCache | None

@@ -26,6 +26,7 @@ class StepGraph:
         UserError: for a cache that grows, is empty, or is not on a GPU.
     """
 
+    @torch.inference_mode()
     def __init__(self, decoder: Decoder, cache: KVCache):
         if not cache.is_static:
             raise UserError("a CUDA graph needs a static cache: KVCache(config, max_len=...)")
@@ -37,20 +38,21 @@ class StepGraph:
         seen, kept = cache.seen, {j: {n: t.clone() for n, t in s.tensors().items()} for j, s in _states(cache)}
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), torch.inference_mode():
+        with torch.cuda.stream(side):
             for _ in range(_WARM_UP):  # compiles, and lets kernels choose
                 self._rewind(seen)
                 self._step()
         torch.cuda.current_stream().wait_stream(side)
         self._rewind(seen)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph), torch.inference_mode():
+        with torch.cuda.graph(self.graph):
             self.logits = self._step()
         self._rewind(seen)
         for owner, store in _states(cache):  # a slot's entry is written anew, a state has moved on
             for name, tensor in store.tensors().items():
                 tensor.copy_(kept[owner][name])
 
+    @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) after `tokens` (B,) int64. Raises `UserError` when the cache is full."""
         cache = self.cache

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from tqdm import tqdm
 
 from cllm.errors import UserError
@@ -75,10 +76,16 @@ class Metrics(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        self.clock.start()
+        self.clock.start(pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.clock.working()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self.clock.parts.mark("forward")
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.parts.mark("backward")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -99,7 +106,8 @@ class Metrics(Callback):
     def _log_training(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         loss = float(trainer.strategy.reduce(module.take_training_loss().to(module.device), reduce_op="mean"))
         seconds, waited = self.clock.read()
-        rate = (step - self.since) * self.tokens_per_step / max(seconds, 1e-9)
+        steps = step - self.since
+        rate = steps * self.tokens_per_step / max(seconds, 1e-9)
         values = {
             "train/loss": loss,
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
@@ -109,6 +117,7 @@ class Metrics(Callback):
             "memory/peak_gib": _peak_memory(module.device),
             "kv/bytes_per_token": self.kv_bytes_per_token,
         }
+        values |= {f"time/{part}_ms": ms / steps for part, ms in self.clock.parts.read().items()}
         engine = engine_of(trainer)
         if engine is not None:
             values["train/gradient_norm"] = gradient_norm(engine)
@@ -183,16 +192,19 @@ def _peak_memory(device: torch.device) -> float:
 
 
 class Checkpoints(Callback):
-    """Saves every `every` steps and at the end, under a temporary name first, and keeps the newest `keep`."""
+    """Saves every `every` steps and at the end, under a temporary name first, and keeps the newest `keep`.
 
-    def __init__(self, folder: RunFolder, *, every: int, keep: int, steps: int, clock: Clock):
+    `every` None: only when `save` is called.
+    """
+
+    def __init__(self, folder: RunFolder, *, every: int | None, keep: int, steps: int, clock: Clock):
         self.folder, self.every, self.keep, self.steps, self.clock = folder, every, keep, steps, clock
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step_is_complete(trainer) and (step % self.every == 0 or step == self.steps):
+        if self.every is not None and step_is_complete(trainer) and (step % self.every == 0 or step == self.steps):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:

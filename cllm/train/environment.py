@@ -13,7 +13,7 @@ import torch
 
 import cllm
 
-_PACKAGES = ("lightning", "transformers", "datasets", "tokenizers", "numpy", "deepspeed", "triton")
+_PACKAGES = ("lightning", "transformers", "datasets", "tokenizers", "numpy", "deepspeed", "torchao", "triton")
 
 
 def _git(*words: str) -> str | None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from cllm.config import Config
 from cllm.data.manifest import Manifest
@@ -25,8 +27,12 @@ from cllm.model.sizes import build_decoder, count_parameters, training_flops_per
 from cllm.runs import RunFolder, write_atomic
 from cllm.train.callbacks import Checkpoints, Metrics, StopWhenDone
 from cllm.train.environment import environment
+from cllm.train.float8 import check_float8, convert_blocks
 from cllm.train.module import TrainingModule
 from cllm.train.strategy import check_shards, cluster_plugins, family, make_strategy, zero_stage
+from cllm.uptrain.decoder import TracedDecoder
+from cllm.uptrain.module import Recovery, UptrainingModule
+from cllm.uptrain.start import calibration_batches, make_student, open_teacher
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +77,7 @@ _FREE_TO_CHANGE |= {"devices", "num_nodes", "max_skipped_steps"}
 def check_resumable(config: Config, folder: RunFolder) -> None:
     """Refuse to resume a run whose saved config differs in anything that would make it another run."""
     old, new = folder.config().as_yaml_data(), config.as_yaml_data()
-    for section in ("model", "data", "optim", "train"):
+    for section in ("init", "uptrain", "model", "data", "optim", "train"):
         for key in old[section] | new[section]:
             free = {"train": _FREE_TO_CHANGE, "data": {"num_workers", "validation", "validation_sequences"}}
             if key in free.get(section, set()) or old[section].get(key) == new[section].get(key):
@@ -130,8 +136,8 @@ def _devices(config: Config, accelerator: str) -> int:
     return config.train.devices
 
 
-def make_trainer(config: Config, folder: RunFolder, metrics: Metrics) -> Trainer:
-    """Lightning's Trainer for a config, with this project's callbacks and nothing of Lightning's own."""
+def make_trainer(config: Config, folder: RunFolder, metrics: Metrics, *more: Callback) -> Trainer:
+    """Lightning's Trainer for a config, with this project's callbacks, and `more`, and nothing of Lightning's own."""
     train = config.train
     accelerator = _accelerator(config)
     devices = _devices(config, accelerator)
@@ -147,7 +153,7 @@ def make_trainer(config: Config, folder: RunFolder, metrics: Metrics) -> Trainer
     checkpoints = Checkpoints(
         folder, every=train.checkpoint_every, keep=train.keep_checkpoints, steps=train.steps, clock=metrics.clock
     )
-    return Trainer(
+    trainer = Trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=train.num_nodes,
@@ -159,10 +165,11 @@ def make_trainer(config: Config, folder: RunFolder, metrics: Metrics) -> Trainer
         accumulate_grad_batches=accumulate,
         gradient_clip_val=config.optim.grad_clip if zero else None,  # DeepSpeed clips; otherwise the module does
         inference_mode=not zero,  # ZeRO-3 gathers weights in validation too, and inference tensors cannot be trained on
-        val_check_interval=train.validate_every * accumulate,
+        val_check_interval=(train.validate_every or train.steps) * accumulate,
+        limit_val_batches=None if train.validate_every else 0,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=-1,  # the untrained model's score is the first row of every curve
-        callbacks=[metrics, checkpoints, StopWhenDone(checkpoints, train.steps, train.log_every)],
+        callbacks=[metrics, *more, checkpoints, StopWhenDone(checkpoints, train.steps, train.log_every)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -170,6 +177,10 @@ def make_trainer(config: Config, folder: RunFolder, metrics: Metrics) -> Trainer
         use_distributed_sampler=False,
         default_root_dir=str(folder.path),
     )
+    # Before each micro-batch Lightning asks the first process whether it had a SIGTERM, and every host waits for its
+    # device to hear the answer. `StopWhenDone` has taken that signal over.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def _quieten() -> None:
@@ -210,6 +221,7 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
     if start_step >= config.train.steps:
         log.info("%s is finished: %s is its last step", folder.path, checkpoint)
         return folder
+    check_float8(config, _accelerator(config))
     lightning.seed_everything(config.train.seed, verbose=False)
     data = DataModule(
         config.data.path,
@@ -223,13 +235,9 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
         validation_sequences=config.data.validation_sequences,
         vocab_size=config.model.vocab_size,
     )
-    model = build_decoder(config.model, backend=config.attention.backend)
-    model.init_weights()
-    model.gradient_checkpointing = config.train.gradient_checkpointing
-    model.fp32_residual = config.train.fp32_residual
-    if should_compile(config):
-        model.compile_blocks()
-    module = TrainingModule(model, config, data.validation_names)
+    module = make_module(config, data, resumed=checkpoint is not None)
+    with torch.device("meta"):
+        model = build_decoder(config.model)  # what is counted: the decoder alone, without what training adds to it
     summary = summarise(config, model)
     metrics = Metrics(
         folder,
@@ -243,7 +251,8 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
         hyperparameters=hyperparameters(config, summary),
         max_skipped_steps=config.train.max_skipped_steps,
     )
-    trainer = make_trainer(config, folder, metrics)
+    more = [Recovery(metrics)] if isinstance(module, UptrainingModule) else []
+    trainer = make_trainer(config, folder, metrics, *more)
     if checkpoint is not None and zero_stage(config.train) is not None:
         check_shards(checkpoint, trainer.world_size)
     if trainer.is_global_zero:
@@ -254,6 +263,35 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
         log.info("resuming from %s", checkpoint)
     trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     return folder
+
+
+def make_module(config: Config, data: DataModule, *, resumed: bool) -> TrainingModule:
+    """The decoder and how it learns: from weights drawn here, or from those of another model (`init.from`).
+
+    `resumed` says that a checkpoint will replace the weights.
+    """
+    teacher = None if config.init.path is None else open_teacher(config)
+    if teacher is None:
+        model = build_decoder(config.model, backend=config.attention.backend)
+        model.init_weights()
+    else:
+        gpu = _accelerator(config) == "gpu"
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+        batches = partial(calibration_batches, config, data)
+        model = make_student(config, teacher, batches, device=device, resumed=resumed)
+    model.gradient_checkpointing = config.train.gradient_checkpointing
+    model.fp32_residual = config.train.fp32_residual
+    if config.train.fp8 is not None:
+        convert_blocks(model, config.train.fp8)
+    if should_compile(config):
+        model.compile_blocks()
+    if teacher is None:
+        return TrainingModule(model, config, data.validation_names)
+    teacher.decoder.fp32_residual = config.train.fp32_residual
+    if should_compile(config):
+        teacher.decoder.compile_blocks()
+    assert isinstance(model, TracedDecoder)
+    return UptrainingModule(model, teacher, config, data.validation_names)
 
 
 def should_compile(config: Config) -> bool:
@@ -267,7 +305,7 @@ def hyperparameters(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
     """The flat table that TensorBoard's HPARAMS tab shows."""
     flat = {"design": summary["design"], "parameters": summary["parameters"]}
     flat |= {"kv_resident_vs_mha": summary["kv_vs_mha"]["resident"], "kv_read_vs_mha": summary["kv_vs_mha"]["read"]}
-    for section in ("model", "data", "optim", "train"):
+    for section in ("init", "uptrain", "model", "data", "optim", "train"):
         for key, value in config.as_yaml_data()[section].items():
             if isinstance(value, int | float | str | bool):
                 flat[f"{section}.{key}"] = value

@@ -31,8 +31,11 @@ from cllm.config import TrainConfig
 from cllm.errors import UserError
 from cllm.runs import TIED, WEIGHTS_FILE
 
-_BUCKET = 200_000_000
-"""Elements that DeepSpeed reduces or gathers at once."""
+_GATHER_BUCKET = 200_000_000
+"""Elements that DeepSpeed gathers at once, after the step."""
+_REDUCE_BUCKET = 50_000_000
+"""Elements that DeepSpeed reduces at once. A bucket travels while the backward fills the next, and the last one has
+nothing left to hide behind: 100 MB of bf16 are enough for full bandwidth and little to wait for. Two are allocated."""
 
 
 def zero_stage(train: TrainConfig) -> int | None:
@@ -54,8 +57,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             offload_optimizer=offload_optimizer,
             contiguous_gradients=True,
             overlap_comm=processes > 1,
-            allgather_bucket_size=_BUCKET,
-            reduce_bucket_size=_BUCKET,
+            allgather_bucket_size=_GATHER_BUCKET,
+            reduce_bucket_size=_REDUCE_BUCKET,
             zero_allow_untested_optimizer=True,
             logging_batch_size_per_gpu=micro_batch,
         )
@@ -75,7 +78,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         elements = sum(p.numel() for p in model.parameters())
         for key in ("allgather_bucket_size", "reduce_bucket_size"):  # reducing allocates whole buckets
-            self.config["zero_optimization"][key] = min(_BUCKET, elements)
+            zero = self.config["zero_optimization"]
+            zero[key] = min(zero[key], elements)
         with contextlib.redirect_stdout(io.StringIO()):  # pages of memory reports
             super()._initialize_deepspeed_train(model)
         for name, parameter in model.named_parameters():
@@ -190,6 +194,9 @@ def make_strategy(train: TrainConfig, *, accelerator: str, devices: int, accumul
             "zero2, zero3"
         )
     if train.strategy == "ddp" or processes > 1:
+        # Dynamo would cut each compiled block again where DDP's buckets end, so that these travel in its midst. Blocks
+        # are short enough to wait for, and the cuts cost fusions.
+        torch._dynamo.config.optimize_ddp = False
         return DDPStrategy(gradient_as_bucket_view=True)
     return "auto"
 

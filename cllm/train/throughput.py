@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from cllm.train.breakdown import Breakdown
+
 # Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets (without sparsity). First match wins.
 _PEAKS = (("B200", 2250e12), ("H200", 989e12), ("H100", 989e12), ("A100", 312e12), ("RTX 4090", 165e12))
 
@@ -19,16 +21,21 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Clock:
-    """Seconds of training, with validation and checkpoints left out, and how many of them waited for data."""
+    """Seconds of training, with validation and checkpoints left out, and how many of them waited for data.
+
+    `parts` cuts the same seconds into the parts of a step.
+    """
 
     def __init__(self) -> None:
+        self.parts = Breakdown()
         self.start()
 
-    def start(self) -> None:
-        """Begin a new interval."""
+    def start(self, device: torch.device | None = None) -> None:
+        """Begin a new interval, on `device` if given."""
         self._begin, self._paused, self._waited = time.perf_counter(), 0.0, 0.0
         self._pause_begin: float | None = None
         self._wait_begin: float | None = None
+        self.parts.start(device or self.parts.device)
 
     def pause(self) -> None:
         self._pause_begin = time.perf_counter()
@@ -40,12 +47,15 @@ class Clock:
             self._pause_begin = None
         if self._wait_begin is not None:  # validation and saving lie between two batches, and are no wait for data
             self._wait_begin = now
+        self.parts.mark(None)
 
     def waiting(self) -> None:
         """The device has nothing to do until the next batch arrives."""
+        self.parts.mark("optimizer")
         self._wait_begin = time.perf_counter()
 
     def working(self) -> None:
+        self.parts.mark("data_wait")
         if self._wait_begin is not None:
             self._waited += time.perf_counter() - self._wait_begin
             self._wait_begin = None

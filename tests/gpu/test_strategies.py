@@ -27,6 +27,7 @@ from cllm import cli
 from cllm.data.prepare.build import prepare
 from cllm.data.prepare.recipe import Recipe
 from cllm.runs import RunFolder, load_run, read_weights
+from cllm.train.breakdown import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, HALF = 20, 10
@@ -169,6 +170,17 @@ def test_every_strategy_takes_the_steps_of_one_device(runs: dict[str, Run], name
     assert other.rows("train/gradient_norm")[:5] == pytest.approx(norms[:5], rel=0.05)
     assert other.rows("train/lr") == one.rows("train/lr")
     assert set(other.rows("train/skipped_steps")) == ({0} if name.startswith("zero") else set())
+
+
+@pytest.mark.parametrize("name", EVERY_CASE)
+def test_parts_of_a_step_are_device_time_within_the_step(runs: dict[str, Run], name: str) -> None:
+    run = runs[name]
+    rates = run.rows("throughput/tokens_per_s")
+    parts = [run.rows(f"time/{part}_ms") for part in PARTS]
+    assert len(rates) == STEPS
+    for rate, *times in zip(rates, *parts, strict=True):
+        assert all(ms > 0 for ms in times)
+        assert sum(times) <= 1000 * 8 * 128 / rate + 0.01, "events are read to half a microsecond each"
 
 
 @pytest.mark.parametrize("name", EVERY_RESUMED)

@@ -145,6 +145,13 @@ def test_sigterm_saves_and_stops_and_the_run_goes_on_from_there(tiny: Tiny, tmp_
     assert folder.checkpoints()[-1][0] == step + 2
 
 
+def test_a_run_may_go_without_validation_and_checkpoints(tiny: Tiny) -> None:
+    folder = train(tiny("--train.steps", "3", "--train.validate_every", "null", "--train.checkpoint_every", "null"))
+    assert [row["step"] for row in folder.metrics() if "train/loss" in row] == [1, 2, 3]
+    assert not any("val/loss" in row for row in folder.metrics())
+    assert folder.checkpoints() == []
+
+
 def test_a_checkpoint_that_could_not_be_finished_is_not_taken_for_one(tiny: Tiny) -> None:
     folder = train(tiny())
     partial = folder.checkpoint_path(12).with_suffix(".partial")

@@ -31,6 +31,7 @@ from cllm.errors import UserError
 from cllm.kv.plan import Fuse
 from cllm.kv.sources import FusedRead, Slot
 from cllm.model.loss import Head, next_token_loss
+from cllm.model.mlp import SwiGLU
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import Rope, apply_rope, rope_table
 from cllm.model.sizes import build_decoder
@@ -38,7 +39,7 @@ from cllm.runs import RunFolder, load_run, read_weights
 from cllm.train import strategy
 from cllm.train.callbacks import Checkpoints
 from cllm.train.optim import parameter_groups
-from cllm.train.run import check_resumable, train, with_vocabulary
+from cllm.train.run import check_resumable, make_trainer, train, with_vocabulary
 from cllm.train.strategy import ZeroStrategy, check_shards, check_skipped, gradient_norm, make_strategy
 from cllm.train.throughput import Clock
 
@@ -183,6 +184,40 @@ def test_the_gradient_norm_is_the_engines() -> None:
     assert gradient_norm(SimpleNamespace(get_global_grad_norm=lambda: torch.tensor(1.5))) == 1.5
     assert gradient_norm(SimpleNamespace(get_global_grad_norm=lambda: float("inf"))) == float("inf")
     assert gradient_norm(SimpleNamespace(get_global_grad_norm=lambda: None)) != 0
+
+
+def test_a_compiled_block_stays_whole_under_ddp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left alone, Dynamo cuts it where DDP's buckets end: here after each of three layers, all above 1 MiB."""
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    make(strategy="ddp")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        block = SwiGLU(600, 600)
+        block.compile(backend=count)
+        torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(block))(torch.randn(2, 600)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+        torch._dynamo.reset()
+    assert len(graphs) == 1
+
+
+def test_no_process_asks_another_before_each_micro_batch(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning broadcasts whether there was a SIGTERM, and waits for the device to have the answer."""
+    config = with_vocabulary(tiny())
+    metrics: Any = SimpleNamespace(clock=Clock())
+    epoch_loop = make_trainer(config, RunFolder(Path(config.runs_dir)), metrics).fit_loop.epoch_loop
+    asked = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_, **__: asked.append(True))
+    type(epoch_loop)._broadcast_sigterm_tensor(epoch_loop)
+    assert asked, "this is the method that asks"
+    epoch_loop._broadcast_sigterm_tensor()
+    assert len(asked) == 1
 
 
 # ---- checkpoints that are folders -----------------------------------------------------------------------------------

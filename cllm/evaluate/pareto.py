@@ -1,0 +1,218 @@
+"""Trained designs and post-hoc compression in one table and one figure: perplexity against bytes of cache.
+
+A point is a run with a spec, as `posthoc.measure` records it; the run as it was trained is one too. A point is on the
+front if no other has at most its bytes and at most its perplexity, and less of one of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cllm.errors import UserError, nearest
+from cllm.evaluate.labels import place_labels
+from cllm.evaluate.report import byte_label
+from cllm.runs import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TRAINED = "as trained"
+_EVENTS = ".posthoc"
+_LINEAR = 1.0  # percent up to which the axis of increases is linear
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One run, compressed in one way or not at all."""
+
+    run: str
+    design: str
+    spec: str
+    """`as trained`: not compressed."""
+    bytes_per_token: float
+    """Bytes held for each token of the prefix."""
+    ratio_to_own: float
+    """Against the run's own cache."""
+    ratio_to_mha: float
+    """Against full attention with a KV head for every query head."""
+    perplexity: float
+    increase_percent: float
+    """Of the perplexity, over the baseline's."""
+    compression_share_of_prefill: float | None
+    """Seconds of compression to seconds of prefill."""
+    front: bool
+
+
+def expand(templates: Iterable[str], groups: Sequence[int], ratios: Sequence[float]) -> list[str]:
+    """Every spec that `templates` with `{group}` and `{ratio}` stand for, each once, in order.
+
+    Raises `UserError` for another name in braces.
+    """
+    specs: dict[str, None] = {}
+    for template in templates:
+        for group, ratio in itertools.product(groups, ratios):
+            try:
+                specs[template.format(group=group, ratio=f"{ratio:g}")] = None
+            except (KeyError, IndexError, ValueError):
+                raise UserError(f'--spec "{template}": allowed in braces: {{group}} and {{ratio}}') from None
+    return list(specs)
+
+
+def points(records: Sequence[dict[str, Any]], *, baseline: str | None = None) -> list[Point]:
+    """The points of `records`, most bytes first, each run also as it was trained.
+
+    The baseline is the uncompressed run called `baseline`, by default the one with the most bytes. Raises `UserError`
+    for records of several sets, windows or prefixes, and for a baseline that is not there.
+    """
+    for key in ("set", "data", "prefix", "window", "max_tokens"):
+        if len(seen := {str(record[key]) for record in records}) > 1:
+            raise UserError(f"measurements differ in {key}: {', '.join(sorted(seen))}; measure all alike")
+    runs = {record["run"]: record for record in records}
+    if baseline is not None and baseline not in runs:
+        raise UserError(f"--baseline {baseline}: not among the runs; {nearest(baseline, runs)}")
+    base = runs[baseline] if baseline else max(runs.values(), key=lambda record: record["own_bytes_per_token"])
+    exact = base["uncompressed_perplexity"]
+    raw = [
+        (record, TRAINED, record["own_bytes_per_token"], record["uncompressed_perplexity"]) for record in runs.values()
+    ]
+    raw += [(r, r["spec"], r["bytes_per_token"], r["perplexity"]) for r in records if r["method"] != "none"]
+    found = [
+        Point(
+            run=record["run"],
+            design=record["design"],
+            spec=spec,
+            bytes_per_token=n_bytes,
+            ratio_to_own=record["own_bytes_per_token"] / n_bytes,
+            ratio_to_mha=record["mha_bytes_per_token"] / n_bytes,
+            perplexity=perplexity,
+            increase_percent=100 * (perplexity / exact - 1),
+            compression_share_of_prefill=None if spec == TRAINED else record["compression_share_of_prefill"],
+            front=not any(
+                other <= n_bytes and worse <= perplexity and (other, worse) != (n_bytes, perplexity)
+                for _, _, other, worse in raw
+            ),
+        )
+        for record, spec, n_bytes, perplexity in raw
+    ]
+    return sorted(found, key=lambda point: (-point.bytes_per_token, point.perplexity))
+
+
+def markdown(found: Sequence[Point], refused: Sequence[str] = ()) -> str:
+    """The table, columns aligned, and what could not be measured."""
+    head = ("", "run", "design", "compression", "bytes/token", "own / x", "mha / x", "perplexity", "increase", "time")
+    rows = [
+        (
+            "*" if point.front else "",
+            point.run,
+            point.design,
+            point.spec,
+            f"{point.bytes_per_token:,.0f}",
+            f"{point.ratio_to_own:.2f}",
+            f"{point.ratio_to_mha:.2f}",
+            f"{point.perplexity:.3f}" if point.perplexity < 1e4 else f"{point.perplexity:.3g}",
+            f"{point.increase_percent:+.2f} %",
+            "–" if point.compression_share_of_prefill is None else f"{100 * point.compression_share_of_prefill:.0f} %",
+        )
+        for point in found
+    ]
+    widths = [max(3, *map(len, column)) for column in zip(head, *rows, strict=True)]
+    rule = ["-" * width if i < 4 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    lines = [
+        "| "
+        + " | ".join(
+            cell.ljust(width) if i < 4 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
+        for row in (head, rule, *rows)
+    ]
+    notes = [
+        "`*`: no other point has at most as many bytes and at most the perplexity. Bytes a token of the prefix, as "
+        "held; own and mha: the run's own cache and that of full attention, relative to it. Time: of compressing, "
+        "relative to the prefill."
+    ]
+    notes += [f"- not measured: {line}" for line in refused]
+    return "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n"
+
+
+def csv_text(found: Sequence[Point]) -> str:
+    """The points with full precision."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [field.name for field in dataclasses.fields(Point)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(point) for point in found)
+    return out.getvalue()
+
+
+def figure(found: Sequence[Point]) -> Figure:
+    """Increase of perplexity against bytes a token, runs in colours, and the front as a line."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    figure = Figure(figsize=(9, 6), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_title("Perplexity against bytes of cache: down and left is better", loc="left", fontsize=11)
+    axes.set_xlabel("bytes a token (log scale)")
+    axes.set_ylabel("increase of perplexity, % (logarithmic beyond 1)")
+    for i, run in enumerate(dict.fromkeys(point.run for point in found)):
+        for trained, marker, size in ((True, "D", 8), (False, "o", 5.5)):
+            some = [p for p in found if p.run == run and (p.spec == TRAINED) == trained]
+            axes.plot(
+                [p.bytes_per_token for p in some], [p.increase_percent for p in some], marker, markersize=size,
+                color=f"C{i % 10}", zorder=3, label=f"{run}, {'as trained' if trained else 'compressed'}",
+            )  # fmt: skip
+    front = [point for point in found if point.front]
+    axes.plot(
+        [p.bytes_per_token for p in front], [p.increase_percent for p in front], color="0.5", linewidth=1, zorder=2
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("symlog", linthresh=_LINEAR)
+    sizes = [point.bytes_per_token for point in found]
+    axes.set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)
+    axes.xaxis.set_major_locator(LogLocator(base=2))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(byte_label))
+    axes.margins(y=0.12)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
+    figure.draw_without_rendering()
+    named = list({id(p): p for p in (*front, *(p for p in found if p.spec == TRAINED))}.values())
+    names = [p.run if p.spec == TRAINED else p.spec for p in named]
+    place_labels(axes, [(p.bytes_per_token, p.increase_percent) for p in named], names, size=7)
+    return figure
+
+
+def write(found: Sequence[Point], folder: Path, refused: Sequence[str] = ()) -> list[Path]:
+    """Write `posthoc.csv`, `.md` and `.png`, and the table and figure as TensorBoard events, into `folder`.
+
+    Earlier files of the same names and earlier events are replaced. Returns the files' paths. Raises `UserError` where
+    the folder cannot be written.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    files = [folder / f"posthoc.{suffix}" for suffix in ("csv", "md", "png")]
+    drawing, text = figure(found), markdown(found, refused)
+    try:
+        write_atomic(files[0], csv_text(found))
+        write_atomic(files[1], text)
+        partial = folder / f".posthoc.partial-{os.getpid()}.png"
+        drawing.savefig(partial)
+        partial.replace(files[2])
+        for old in folder.glob(f"events.out.tfevents.*{_EVENTS}"):
+            old.unlink()
+        with SummaryWriter(str(folder), filename_suffix=_EVENTS) as writer:
+            writer.add_figure("posthoc", drawing, close=False)
+            writer.add_text("posthoc", text)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error}") from None
+    return files

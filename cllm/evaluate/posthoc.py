@@ -1,0 +1,281 @@
+"""Perplexity of text after a compressed prefix: what a compressed cache costs in quality, in bytes and in time.
+
+Ordinary perplexity does not see a compressed cache, because a prefill attends to exact keys and values. Here every
+window of W tokens is cut in two: the first s fill a cache, the cache is compressed, and the rest is read
+teacher-forced from it. Scored are the W - s tokens after each token that was read so; the same text from the cache as
+it was is the reference. Windows do not overlap: what a method learns from, the prefixes of the first batch, is not
+scored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from cllm.errors import UserError
+from cllm.evaluate.perplexity import Settings, perplexity
+from cllm.evaluate.subjects import Subject
+from cllm.evaluate.texts import TextSet
+from cllm.evaluate.windows import Stream
+from cllm.posthoc.code import Compressor
+from cllm.posthoc.compress import mean_errors
+from cllm.posthoc.engine import Engine, engine_of
+from cllm.posthoc.methods import parse
+from cllm.runs import write_atomic
+from cllm.train.environment import environment
+
+
+@dataclass
+class _Tally:
+    """Sums over the windows, for one method."""
+
+    nll: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    nbytes: int = 0
+    end_nbytes: int = 0
+    errors: list[dict[int, dict[str, float]]] = field(default_factory=list)
+
+
+@dataclass
+class _Reference:
+    """Sums over the windows, for the cache as it was."""
+
+    tally: _Tally = field(default_factory=_Tally)
+    windows: int = 0
+    sequences: int = 0
+    seconds: float = 0.0
+    mha_nbytes: int = 0
+
+
+def resolve(subject: Subject, settings: Settings, prefix: int | None, device: torch.device) -> tuple[int, int, int]:
+    """(window, prefix, batch). Raises `UserError` for a value outside its range."""
+    if settings.stride is not None:
+        raise UserError(f"--stride is {settings.stride}; with --posthoc windows do not overlap: leave it out")
+    window, _, batch = settings.resolve(subject, device)
+    prefix = window // 2 if prefix is None else prefix
+    if not 1 <= prefix < window:
+        raise UserError(f"--prefix is {prefix}; allowed: 1 to {window - 1}, less than the window")
+    return window, prefix, batch
+
+
+def engine_for(subject: Subject) -> Engine:
+    """What runs the subject's model with a cache."""
+    return engine_of(subject._model)  # type: ignore[attr-defined] # both kinds of subject have one
+
+
+def pieces(subject: Subject, stream: Stream, window: int) -> Iterator[np.ndarray]:
+    """The tokens (window + 1,) of every window; those that cross documents are left out where documents are masked."""
+    for start in range(0, len(stream) - window, window + 1):
+        if subject.document_mask and len(set(stream.documents(start, start + window + 1)[0])) > 1:
+            continue
+        yield stream.read(start, start + window + 1)
+
+
+def _batches(pieces: Iterator[np.ndarray], size: int) -> Iterator[Tensor]:
+    held: list[np.ndarray] = []
+    for piece in pieces:
+        held.append(piece)
+        if len(held) == size:
+            yield torch.from_numpy(np.stack(held))
+            held = []
+    if held:
+        yield torch.from_numpy(np.stack(held))
+
+
+def measure(
+    subject: Subject,
+    text: TextSet,
+    settings: Settings,
+    specs: Sequence[str],
+    device: torch.device,
+    *,
+    prefix: int | None = None,
+) -> list[dict[str, Any]]:
+    """A record for each of `specs`, described in docs/posthoc.md.
+
+    Raises `UserError` where settings do not fit the subject or the text, a spec is wrong, or a loss is not finite.
+    """
+    window, prefix, batch = resolve(subject, settings, prefix, device)
+    methods = [parse(spec) for spec in specs]
+    engine = engine_for(subject)
+    stream = Stream(text.source, start_id=subject.start_id, limit=settings.max_tokens)
+    tallies, reference = [_Tally() for _ in specs], _Reference()
+    total = len(stream) // (window + 1)
+    with tqdm(total=total, desc=f"{subject.name} on {text.name}", unit="window", disable=None) as progress:
+        for n, tokens in enumerate(_batches(pieces(subject, stream, window), batch)):
+            tokens = tokens.to(device)
+            try:
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16"):
+                    if n == 0:
+                        for method in methods:
+                            method.prepare(engine, tokens[:, :prefix])
+                    _score(engine, methods, tokens, prefix, tallies, reference)
+            except torch.OutOfMemoryError:
+                raise UserError(f"out of GPU memory with {batch} windows of {window} tokens; lower --batch") from None
+            progress.update(len(tokens))
+    if not reference.sequences:
+        inside = " inside of one document" if subject.document_mask else ""
+        raise UserError(f"{text.path}: too short: it has no {window + 1} tokens{inside}; lower --window")
+    for spec, tally in zip(("no compression", *specs), (reference.tally, *tallies), strict=True):
+        if not math.isfinite(tally.nll):
+            raise UserError(f"{subject.path}: {spec}: its loss on {text.path} is {tally.nll}")
+    shared = {
+        "run": subject.name, "kind": subject.kind, "checkpoint": subject.checkpoint, "step": subject.step,
+        "design": subject.design, "set": text.name, "data": str(text.path), "split": text.split,
+        "window": window, "prefix": prefix, "batch": batch, "max_tokens": settings.max_tokens,
+        "windows": reference.sequences, "precision": subject.precision,
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
+        "versions": {name: text for name, text in environment().items() if name != "command"},
+    }  # fmt: skip
+    return [
+        shared | _figures(spec, method, tally, reference, prefix)
+        for spec, method, tally in zip(specs, methods, tallies, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def _score(
+    engine: Engine, methods: Sequence[Compressor], tokens: Tensor, prefix: int, tallies: list[_Tally], ref: _Reference
+) -> None:
+    """Fill a cache with `tokens[:, :prefix]`, and read the rest from it compressed by each method, then as it was."""
+    began = _now(tokens)
+    cache = engine.new_cache()
+    with contextlib.ExitStack() as stack:
+        for method in methods:
+            stack.enter_context(method.watch(engine))
+        engine.hidden(tokens[:, :prefix], cache)
+    ref.seconds += _now(tokens) - began
+    slots = list(engine.filled(cache).slots.values())
+    element = slots[0].k.element_size() if slots else 0  # without slots, there is nothing to compress
+    ref.mha_nbytes += engine.mha_nbytes(tokens=prefix, batch=len(tokens), element=element)
+    ref.windows, ref.sequences = ref.windows + 1, ref.sequences + len(tokens)
+    for method, tally in zip(methods, tallies, strict=True):
+        compressed = engine.compress(cache, method)
+        tally.seconds += compressed.outcome.seconds
+        tally.errors.append(compressed.outcome.errors)
+        _read(engine, compressed, tokens, prefix, tally, chunk=method.recompress)
+    _read(engine, cache, tokens, prefix, ref.tally, chunk=None)
+
+
+def _read(engine: Engine, cache: Any, tokens: Tensor, prefix: int, tally: _Tally, *, chunk: int | None) -> None:
+    """Add the loss of what follows the prefix, read from `cache`, which it grows."""
+    tally.nbytes += engine.nbytes(cache)
+    inputs, targets = tokens[:, prefix:-1], tokens[:, prefix + 1 :]
+    size = chunk or inputs.shape[1]
+    for part, wanted in zip(inputs.split(size, dim=1), targets.split(size, dim=1), strict=True):
+        for row, target in zip(engine.logits(part, cache), wanted, strict=True):
+            tally.nll += F.cross_entropy(row.float(), target, reduction="sum").double().item()
+    tally.tokens += targets.numel()
+    tally.end_nbytes += engine.nbytes(cache)
+
+
+def _now(tensor: Tensor) -> float:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
+
+
+def _figures(spec: str, method: Compressor, tally: _Tally, reference: _Reference, prefix: int) -> dict[str, Any]:
+    """What a method's record adds to what all of a measurement share."""
+    own, loss, exact = reference.tally, tally.nll / tally.tokens, reference.tally.nll / reference.tally.tokens
+    per_token = 1 / (reference.sequences * prefix)
+    return {
+        "spec": spec,
+        "method": method.name,
+        "tokens_scored": tally.tokens,
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "uncompressed_loss": exact,
+        "uncompressed_perplexity": perplexity(exact),
+        "increase_percent": 100 * math.expm1(min(loss - exact, 700)),
+        "bytes_per_token": tally.nbytes * per_token,
+        "own_bytes_per_token": own.nbytes * per_token,
+        "mha_bytes_per_token": reference.mha_nbytes * per_token,
+        "ratio_to_own": own.nbytes / tally.nbytes,
+        "ratio_to_mha": reference.mha_nbytes / tally.nbytes,
+        "end_ratio_to_own": own.end_nbytes / tally.end_nbytes,
+        "weight_bytes": method.weight_bytes(),
+        "prefill_seconds": reference.seconds,
+        "compression_seconds": tally.seconds,
+        "compression_share_of_prefill": tally.seconds / reference.seconds,
+        "errors": mean_errors(tally.errors),
+    }
+
+
+def result_path(
+    folder: Path, set_name: str, spec: str, *, prefix: int, window: int, max_tokens: int | None, checkpoint: str | None
+) -> Path:
+    """Where the record of a point goes. `checkpoint` is a name for one that is not its run's newest."""
+    slug = re.sub(r"[^A-Za-z0-9._=+-]+", "-", spec)
+    limit = f"-n{max_tokens}" if max_tokens else ""
+    return folder / "posthoc" / set_name / f"{slug}-p{prefix}-w{window}{limit}{checkpoint or ''}.json"
+
+
+def save(subject: Subject, record: dict[str, Any], out: Path | None = None) -> Path:
+    """Write a record below `out` (default: the subject's evaluation/). Raises `UserError` where it cannot be."""
+    path = result_path(
+        out or subject.folder / "evaluation",
+        record["set"],
+        record["spec"],
+        prefix=record["prefix"],
+        window=record["window"],
+        max_tokens=record["max_tokens"],
+        checkpoint=None if subject.latest else f"-{Path(record['checkpoint']).stem}",
+    )
+    try:
+        write_atomic(path, json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from None
+    return path
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """A line for each record, columns aligned."""
+    head = (
+        "run",
+        "method",
+        "set",
+        "prefix/window",
+        "tokens",
+        "perplexity",
+        "increase",
+        "own/x",
+        "mha/x",
+        "time",
+        "error",
+    )
+    rows = [head] + [
+        (
+            record["run"],
+            record["spec"],
+            record["set"],
+            f"{record['prefix']}/{record['window']}",
+            f"{record['tokens_scored']:,}",
+            f"{record['perplexity']:.4g}" if record["perplexity"] >= 1e5 else f"{record['perplexity']:.3f}",
+            f"{record['increase_percent']:+.2f} %",
+            f"{record['ratio_to_own']:.2f}",
+            f"{record['ratio_to_mha']:.2f}",
+            f"{100 * record['compression_share_of_prefill']:.0f} %",
+            f"{max(e for slot in record['errors'].values() for e in slot.values()):.3f}" if record["errors"] else "-",
+        )
+        for record in records
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    align = (str.ljust, str.ljust, str.ljust, *[str.rjust] * 8)
+    lines = ("  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,270 @@
+"""`config.json` of a Hugging Face folder as a `ModelConfig`, or a refusal that names the key.
+
+transformers' config classes fill in defaults and read both ways in which RoPE is written (`rope_parameters`, and the
+older `rope_theta` with `rope_scaling`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from cllm.config import ModelConfig
+from cllm.errors import UserError, nearest
+from cllm.hub.families.table import FAMILIES, REFUSED, Family, Weight, weights
+
+CONFIG_FILE = "config.json"
+
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "is_causal": (True, None),
+    "quantization_config": (None,),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+}
+"""Keys with one meaning in every family, and their values that the decoder can compute."""
+
+_LATENT_NORM_EPS = 1e-6
+"""Epsilon of the norms of DeepSeek's latents, which `rms_norm_eps` does not set."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Import:
+    """What a checkpoint folder holds."""
+
+    folder: Path
+    family: str
+    """Its `model_type`."""
+    config: ModelConfig
+    weights: tuple[Weight, ...]
+    """Every tensor of the decoder and where it comes from; with tied embeddings all but the head."""
+    token_ids: dict[str, int | list[int] | None]
+    """`bos_token_id`, `eos_token_id` and `pad_token_id`."""
+
+
+def read_family(folder: str | Path) -> Import:
+    """What the checkpoint in `folder` is, from its `config.json` alone.
+
+    The plan is a preset (mha, gqa, mqa, mla) where all layers are alike and spelled out where windows differ. MLA is
+    read where every MLP is dense (DeepSeek-V2, arXiv 2405.04434).
+
+    Raises:
+        UserError: naming the file, the key, its value and what is allowed, for a family that is not known, and for
+            what the decoder cannot compute exactly: experts, other activations, biases on outputs and MLPs, dropout,
+            caps on logits, quantised weights, other kinds of RoPE, a RoPE on part of the channels, a softmax scale
+            other than head_dim^-0.5.
+    """
+    folder = Path(folder)
+    file = folder / CONFIG_FILE
+    raw = _read(file)
+    name = raw.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        if str(name) in REFUSED:
+            raise UserError(f"{file}: model_type is {name}, which this decoder cannot compute: {REFUSED[str(name)]}")
+        raise UserError(f"{file}: model_type is {name!r}; {nearest(str(name), FAMILIES)}")
+    family = FAMILIES[name]
+    for key, allowed in _ALLOWED.items():
+        _require(file, raw, key, allowed)
+    _check_rope_type(file, raw)
+    hf = _hf_config(file, name, raw)
+    rope = {"theta": _number(file, hf.rope_parameters, "rope_theta"), "scaling": _scaling(file, hf)}
+    options = _latent_options(file, raw, hf) if family.latent else _options(file, raw, hf, family)
+    config = _model_config(file, hf, {"rope": rope, **options})
+    interleaved = family.latent and not (family.interleave_key and not hf.rope_interleave)
+    token_ids = {f"{kind}_token_id": getattr(hf, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    table = tuple(weights(config, interleaved=interleaved))
+    return Import(folder=folder, family=name, config=config, weights=table, token_ids=token_ids)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing, so {file.parent} is no Hugging Face checkpoint folder") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: holds a {type(raw).__name__}, not an object")
+    return raw
+
+
+def _require(file: Path, values: Any, key: str, allowed: tuple[Any, ...], why: str = "") -> None:
+    """Refuse a `key` whose value is not among `allowed`; `values` is a mapping that may lack it, or an object."""
+    found = values.get(key, allowed[0]) if isinstance(values, dict) else getattr(values, key)
+    if found not in allowed:
+        words = ["null" if value is None else json.dumps(value) for value in allowed]
+        raise UserError(f"{file}: {key} is {json.dumps(found)}; allowed: {' or '.join(words)}{why and f' ({why})'}")
+
+
+def _check_rope_type(file: Path, raw: dict[str, Any]) -> None:
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    given = raw.get(key) or {}
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise UserError(f"{file}: {key} is {json.dumps(given)}; allowed: one set of parameters for all layers")
+    kind = given.get("rope_type", given.get("type", "default"))
+    known = ("default", "linear", "llama3", "yarn")
+    if kind not in known:
+        raise UserError(f"{file}: {key}: rope_type is {json.dumps(kind)}; allowed: {', '.join(known)}")
+    for where, values in ((CONFIG_FILE, raw), (key, given)):
+        if values.get("partial_rotary_factor", 1) not in (1, None):
+            part = values["partial_rotary_factor"]
+            raise UserError(f"{file}: {where}: partial_rotary_factor is {part}; allowed: 1 (RoPE on all channels)")
+
+
+def _hf_config(file: Path, name: str, raw: dict[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    try:
+        # A copy: the classes take apart what they are given.
+        return CONFIG_MAPPING[name].from_dict(json.loads(json.dumps(raw)))
+    except Exception as error:  # each version of transformers raises its own kinds
+        raise UserError(f"{file}: not a valid {name} config: {error}") from None
+
+
+def _model_config(file: Path, hf: Any, options: dict[str, Any]) -> ModelConfig:
+    try:
+        return ModelConfig.model_validate(
+            {
+                "vocab_size": hf.vocab_size,
+                "d_model": hf.hidden_size,
+                "d_ff": hf.intermediate_size,
+                "n_layers": hf.num_hidden_layers,
+                "n_heads": hf.num_attention_heads,
+                "max_seq_len": hf.max_position_embeddings,
+                "norm_eps": hf.rms_norm_eps,
+                "tie_embeddings": hf.tie_word_embeddings,
+                "init": {"std": hf.initializer_range},
+                **options,
+            }
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the decoder's config"
+        raise UserError(f"{file}: {key}: {first['msg']}") from None
+
+
+def _number(file: Path, given: dict[str, Any], key: str, default: float | None = None) -> float:
+    """A RoPE parameter; `default` for one that is left out, null or 0."""
+    value = given.get(key) or default
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise UserError(f"{file}: rope_parameters: {key} is {json.dumps(given.get(key))}; allowed: a positive number")
+    return float(value)
+
+
+def _scaling(file: Path, hf: Any) -> dict[str, Any] | None:
+    given = hf.rope_parameters
+    kind = given["rope_type"]
+    if kind == "default":
+        return None
+
+    if kind == "linear":
+        return {"type": kind, "factor": _number(file, given, "factor")}
+    original = given.get("original_max_position_embeddings")
+    if kind == "llama3":
+        factors = {key: _number(file, given, key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
+        return {"type": kind, "original_max_seq_len": original, **factors}
+    _require(file, given, "truncate", (True,), "the ramp of yarn starts and ends on whole channels")
+    factor = _number(file, given, "factor")
+    return {
+        "type": kind,
+        "original_max_seq_len": original,
+        "factor": factor,
+        "beta_fast": _number(file, given, "beta_fast", 32.0),
+        "beta_slow": _number(file, given, "beta_slow", 1.0),
+        "attention_factor": _attention_factor(file, given, factor),
+    }
+
+
+def _attention_factor(file: Path, given: dict[str, Any], factor: float) -> float | None:
+    """yarn's factor on cos and sin; null: the decoder's default, which is transformers'."""
+    if given.get("attention_factor") is not None:
+        return _number(file, given, "attention_factor")
+    upper, lower = given.get("mscale"), given.get("mscale_all_dim")
+    if bool(upper) != bool(lower):
+        raise UserError(
+            f"{file}: rope_parameters: mscale is {json.dumps(upper)} and mscale_all_dim {json.dumps(lower)}; allowed: "
+            "both or neither (what one alone means differs between implementations)"
+        )
+    return _mscale(factor, upper) / _mscale(factor, lower) if upper and lower else None
+
+
+def _mscale(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _options(file: Path, raw: dict[str, Any], hf: Any, family: Family) -> dict[str, Any]:
+    """Fields of a model whose layers own keys and values."""
+    heads = hf.num_attention_heads
+    return {
+        "head_dim": getattr(hf, "head_dim", None) or hf.hidden_size // heads,
+        "qk_norm": family.qk_norm,
+        "q_bias": family.qkv_bias,
+        "kv_bias": family.qkv_bias,
+        "kv": _kv(heads, hf.num_key_value_heads, _windows(file, raw, hf, family)),
+    }
+
+
+def _kv(heads: int, kv_heads: int, windows: list[int | None]) -> dict[str, Any]:
+    """What `model.kv` says: a preset where windows are equal, else an entry for every run of equal layers."""
+    if len(set(windows)) > 1:
+        runs = [[i for i, _ in run] for _, run in itertools.groupby(enumerate(windows), key=lambda pair: pair[1])]
+        entry = {"own": {"n_kv_heads": kv_heads}}
+        return {"layers": [{"layers": f"{run[0]}-{run[-1]}", "window": windows[run[0]], **entry} for run in runs]}
+    if kv_heads == heads:
+        return {"preset": "mha", "window": windows[0]}
+    return {"preset": "mqa" if kv_heads == 1 else "gqa", "n_kv_heads": kv_heads, "window": windows[0]}
+
+
+def _windows(file: Path, raw: dict[str, Any], hf: Any, family: Family) -> list[int | None]:
+    """The sliding window of every layer, as the family's model in transformers has it."""
+    window = getattr(hf, "sliding_window", None)
+    if family.windows == "none":
+        _require(file, raw, "sliding_window", (None,), f"{hf.model_type} has no sliding window")
+    sliding = window is not None and family.windows == "same"
+    kinds = ["sliding_attention" if sliding else "full_attention"] * hf.num_hidden_layers
+    if family.windows == "any":
+        kinds = hf.layer_types
+    elif raw.get("layer_types") not in (None, kinds):
+        raise UserError(f"{file}: layer_types is {raw['layer_types']}; in a {hf.model_type} all are {kinds[0]}")
+    for i, kind in enumerate(kinds):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UserError(f"{file}: layer_types[{i}] is {kind}; allowed: full_attention, sliding_attention")
+        if kind == "sliding_attention" and window is None:
+            raise UserError(
+                f"{file}: layer_types[{i}] is {kind}, but there is no window: set sliding_window (and "
+                "use_sliding_window)"
+            )
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _latent_options(file: Path, raw: dict[str, Any], hf: Any) -> dict[str, Any]:
+    """Fields of a DeepSeek model whose MLPs are all dense."""
+    layers = hf.num_hidden_layers
+    if (hf.first_k_dense_replace or 0) < layers:
+        raise UserError(
+            f"{file}: first_k_dense_replace is {hf.first_k_dense_replace} of {layers} layers; the others are mixtures "
+            f"of experts; allowed: {layers} or more"
+        )
+    _require(file, hf, "num_key_value_heads", (hf.num_attention_heads,), "a latent serves all heads")
+    _require(file, hf, "rms_norm_eps", (_LATENT_NORM_EPS,), "the latents' norms have it, and the decoder has one")
+    scaling = hf.rope_parameters
+    all_channels = scaling.get("mscale_all_dim") or 0
+    if scaling["rope_type"] != "default" and all_channels and _mscale(scaling["factor"], all_channels) != 1:
+        raise UserError(
+            f"{file}: rope_parameters: mscale_all_dim is {all_channels}; allowed: 0 or null (it scales the softmax, "
+            "and the decoder's scale is head_dim^-0.5)"
+        )
+    _windows(file, raw, hf, FAMILIES[hf.model_type])
+    sizes = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    return {"head_dim": hf.qk_nope_head_dim, "kv": {"preset": "mla", **{size: getattr(hf, size) for size in sizes}}}

@@ -1,0 +1,150 @@
+"""Which families there are, and what their checkpoints call the decoder's tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cllm.config import ModelConfig
+from cllm.kv.plan import Latent, Own, Share
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """What sets a `model_type` apart from the others."""
+
+    architecture: str
+    """The model class that `config.json` names."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections."""
+    qk_norm: bool = False
+    """Norms on each head's queries and keys."""
+    windows: Literal["none", "same", "any"] = "none"
+    """Sliding windows: on no layer, on all layers or none, or on any (`layer_types`)."""
+    latent: bool = False
+    """Multi-head latent attention, its RoPE channels interleaved."""
+    interleave_key: bool = False
+    """`rope_interleave` in config.json may say that they are not."""
+
+
+FAMILIES = {
+    "llama": Family(architecture="LlamaForCausalLM"),
+    "mistral": Family(architecture="MistralForCausalLM", windows="same"),
+    "qwen2": Family(architecture="Qwen2ForCausalLM", windows="any", qkv_bias=True),
+    "qwen3": Family(architecture="Qwen3ForCausalLM", windows="any", qk_norm=True),
+    "deepseek_v2": Family(architecture="DeepseekV2ForCausalLM", latent=True),
+    "deepseek_v3": Family(architecture="DeepseekV3ForCausalLM", latent=True, interleave_key=True),
+}
+"""By `model_type`, in the order in which an export looks for one that fits."""
+
+_GEMMA = "its MLP is gated by GELU, its embeddings are scaled by sqrt(hidden_size), its norms multiply by 1 + weight"
+_EXPERTS = "it is a mixture of experts"
+REFUSED = {
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA + ", it has norms after attention and MLP and caps its logits",
+    "gemma3": _GEMMA + ", it has norms after attention and MLP and a second RoPE base",
+    "gemma3_text": _GEMMA + ", it has norms after attention and MLP and a second RoPE base",
+    "mixtral": _EXPERTS,
+    "qwen2_moe": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+}
+"""Well-known families that the decoder cannot compute, and why."""
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interleaved:
+    """Rows of a projection whose RoPE channels are pairs (2j, 2j+1), as in DeepSeek's checkpoints.
+
+    The rows are `groups` equal groups, the first `plain` of each without position. A call puts the others in this
+    decoder's order, pairs (j, j + d/2). Queries and keys are put in the same order, so scores stay what they were.
+    """
+
+    groups: int
+    plain: int
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """`tensor` (rows, ...) with its rows in the other order, the same shape and dtype."""
+        rows = tensor.unflatten(0, (self.groups, -1))
+        plain, turned = rows[:, : self.plain], rows[:, self.plain :]
+        return torch.cat((plain, turned[:, 0::2], turned[:, 1::2]), dim=1).flatten(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weight:
+    """One tensor: its name in the decoder's state dict and in the checkpoint."""
+
+    target: str
+    source: str
+    order: Interleaved | None = None
+    """None: the tensor as it is."""
+
+
+def weights(config: ModelConfig, *, interleaved: bool = False) -> list[Weight]:
+    """Every tensor of the decoder of `config`, whose layers each own what they read, and its name in a checkpoint.
+
+    With tied embeddings there is no entry for the head. `interleaved`: see `Interleaved`; only latents have it.
+    """
+    table = [Weight(target="embed.weight", source=EMBED), Weight(target="norm.weight", source="model.norm.weight")]
+    if not config.tie_embeddings:
+        table.append(Weight(target="head.weight", source=HEAD))
+    plan = config.plan()
+    for i in range(config.n_layers):
+        assert plan.keys(i) == plan.values(i) == Share(i), f"layer {i} reads {plan.keys(i)} and {plan.values(i)}"
+        source = plan.source(i)
+        if isinstance(source, Latent):
+            attention = _latent(config, source, interleaved)
+        else:
+            assert isinstance(source, Own), f"layer {i} owns {source}"
+            attention = _keys_values(config)
+        table += [
+            Weight(target=f"blocks.{i}.{weight.target}", source=f"model.layers.{i}.{weight.source}", order=weight.order)
+            for weight in (*attention, *_REST)
+        ]
+    return table
+
+
+_REST = (
+    Weight(target="attention_norm.weight", source="input_layernorm.weight"),
+    Weight(target="mlp_norm.weight", source="post_attention_layernorm.weight"),
+    *(Weight(target=f"mlp.{part}_proj.weight", source=f"mlp.{part}_proj.weight") for part in ("gate", "up", "down")),
+)
+
+
+def _keys_values(config: ModelConfig) -> list[Weight]:
+    parts = ["q_proj.weight", "owner.k_proj.weight", "owner.v_proj.weight", "o_proj.weight"]
+    if config.q_bias:
+        parts.append("q_proj.bias")
+    if config.kv_bias:
+        parts += ["owner.k_proj.bias", "owner.v_proj.bias"]
+    if config.qk_norm:
+        parts += ["q_norm.weight", "owner.k_norm.weight"]
+    return [Weight(target=f"attention.{p}", source=f"self_attn.{p.removeprefix('owner.')}") for p in parts]
+
+
+def _latent(config: ModelConfig, latent: Latent, interleaved: bool) -> list[Weight]:
+    names = {
+        "owner.down_proj": "kv_a_proj_with_mqa",
+        "owner.norm": "kv_a_layernorm",
+        "kv_up_proj": "kv_b_proj",
+        "o_proj": "o_proj",
+        "q_proj": "q_proj",
+    }
+    if latent.q_lora_rank is not None:
+        names |= {"q_down_proj": "q_a_proj", "q_norm": "q_a_layernorm", "q_proj": "q_b_proj"}
+    orders = {
+        "owner.down_proj": Interleaved(groups=1, plain=latent.kv_lora_rank),
+        "q_proj": Interleaved(groups=config.n_heads, plain=latent.qk_nope_head_dim),
+    }
+    return [
+        Weight(
+            target=f"attention.{ours}.weight",
+            source=f"self_attn.{theirs}.weight",
+            order=orders.get(ours) if interleaved else None,
+        )
+        for ours, theirs in names.items()
+    ]

@@ -1,0 +1,136 @@
+"""What transformers' `attention_mask` and `position_ids` mean to a decoder: padding, positions, documents.
+
+A decoder is told where each sequence starts, and counts positions from there. Padding on the right needs nothing, since
+no token sees what comes after it, but a cache would keep it; a hole between tokens is nothing a decoder knows. All of
+this is looked at where several tokens come in at once. A decode step of one token is not looked at: reading its mask
+would make every step wait for the device, and it can only go on from what the prompt began.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cllm.errors import UserError
+
+
+class Inputs(NamedTuple):
+    """What `Decoder.hidden` takes beside the tokens."""
+
+    positions: Tensor | None = None
+    """(B or 1, T) int64; None: counted from the first token that is no padding."""
+    document_ids: Tensor | None = None
+    """(B, T) int64; None: one document a sequence."""
+    starts: Tensor | None = None
+    """(B,) int64, padding tokens before each sequence; None: none."""
+
+
+def read_inputs(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    *,
+    past: int | None = None,
+    known: Tensor | None = None,
+) -> Inputs:
+    """`attention_mask` and `position_ids` as a decoder's inputs.
+
+    Args:
+        input_ids: (B, T).
+        attention_mask: (B, past + T), zeros for padding, or None.
+        position_ids: (B or 1, T). With padding or a cache they have to be what those imply. Without, wherever they do
+            not count on by one a new document begins, as in packed batches.
+        past: tokens in the cache; None: there is no cache.
+        known: (B,) padding that the cache was begun with.
+
+    Raises:
+        UserError: for padding on the right that a cache would keep, holes, sequences without a token, masks of another
+            shape, and positions that contradict the padding.
+    """
+    batch, length = input_ids.shape
+    _check_shapes(batch, length, attention_mask, position_ids, past or 0)
+    if past and length == 1:
+        return Inputs()
+    starts = None if attention_mask is None else _padding(attention_mask, cached=past is not None)
+    if past:
+        if attention_mask is not None:
+            _check_same_padding(starts, known)
+        starts = known
+    if position_ids is None:
+        return Inputs(starts=None if past else starts)
+    if past is None and starts is None:
+        return _packed(position_ids.expand(batch, -1))
+    _check_positions(position_ids, length, past or 0, starts)
+    return Inputs(starts=None if past else starts)
+
+
+def _check_shapes(batch: int, length: int, mask: Tensor | None, positions: Tensor | None, past: int) -> None:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise UserError(
+            f"attention_mask is {found}; allowed: (batch, tokens), zeros for padding (the layers' own masks come from "
+            "the KV plan)"
+        )
+    if mask is not None and mask.shape != (batch, past + length):
+        cached = f" after {past} in the cache" if past else ""
+        raise UserError(
+            f"attention_mask is {tuple(mask.shape)}; for {batch} x {length} tokens{cached} it has to be "
+            f"{(batch, past + length)}"
+        )
+    if positions is not None and (positions.ndim != 2 or positions.shape not in ((batch, length), (1, length))):
+        raise UserError(f"position_ids are {tuple(positions.shape)}; allowed: {(batch, length)} or {(1, length)}")
+
+
+def _padding(mask: Tensor, *, cached: bool) -> Tensor | None:
+    """(B,) zeros before each sequence, None where there are none anywhere."""
+    real = mask != 0
+    before = (real.cumsum(1) == 0).sum(1)
+    after = (real.flip(1).cumsum(1) == 0).sum(1)
+    rows = torch.stack((before, after, real.sum(1)), dim=1).tolist()  # the one wait for the device
+    for row, (left, right, count) in enumerate(rows):
+        if count == 0:
+            raise UserError(f"attention_mask: sequence {row} is all padding; leave it out")
+        if left + count + right != mask.shape[1]:
+            raise UserError(
+                f"attention_mask: sequence {row} has a hole: padding between its tokens; allowed: zeros before or after"
+            )
+        if right and cached:
+            raise UserError(
+                f"attention_mask: sequence {row} has {right} padding tokens at its end, which a cache would keep; pad "
+                'on the left (tokenizer.padding_side = "left"), or set use_cache=False'
+            )
+    return before if any(left for left, _, _ in rows) else None
+
+
+def _check_same_padding(starts: Tensor | None, known: Tensor | None) -> None:
+    if starts is None and known is None:
+        return
+    found, expected = (0 if t is None else t.tolist() for t in (starts, known))
+    if found != expected:
+        raise UserError(
+            f"attention_mask: pads {found} tokens on the left, but the cache was begun with {expected}; go on with the "
+            "mask of the first call and ones after it"
+        )
+
+
+def _check_positions(position_ids: Tensor, length: int, past: int, starts: Tensor | None) -> None:
+    columns = torch.arange(past, past + length, device=position_ids.device)
+    implied = columns[None] if starts is None else columns - starts[:, None]
+    found, implied = torch.broadcast_tensors(position_ids, implied)
+    wrong = ((found != implied) & (implied >= 0)).nonzero()  # positions of padding do not matter
+    if len(wrong):
+        row, token = wrong[0].tolist()
+        raise UserError(
+            f"position_ids: token {token} of sequence {row} is at {found[row, token]}, but attention_mask and the "
+            f"cache put it at {implied[row, token]}; leave position_ids out (packed documents need use_cache=False)"
+        )
+
+
+def _packed(positions: Tensor) -> Inputs:
+    breaks = positions[:, 1:] != positions[:, :-1] + 1
+    if not breaks.any():
+        return Inputs(positions=positions)
+    first = breaks.new_zeros((len(positions), 1))
+    return Inputs(positions=positions, document_ids=torch.cat((first, breaks), dim=1).cumsum(1))

@@ -1,0 +1,234 @@
+"""What stands in the place of a cached tensor, and the base of all methods.
+
+Shapes: B batch, n compressed tokens, width what one token has in one tensor of a slot: (G, D) for G KV heads of D
+channels, or (R,) for a latent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor
+
+from cllm.errors import UserError
+from cllm.kv.sources import Slot
+from cllm.kv.spec import Section
+from cllm.model.rope import apply_rope
+
+if TYPE_CHECKING:
+    from cllm.posthoc.engine import Engine
+
+Change = Callable[[Tensor], Tensor]
+
+
+class Held:
+    """A dataclass of tensors, and of others like it. Tensors are batch first; several may hold the same one."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors held, shared ones as often as they are referred to."""
+        for value in self._fields().values():
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, Held):
+                yield from value.tensors()
+
+    def map(self, change: Change) -> Self:
+        """`change` of every tensor. A `change` that remembers its results keeps shared tensors shared."""
+        return dataclasses.replace(self, **{name: _changed(value, change) for name, value in self._fields().items()})  # type: ignore[type-var]
+
+    def _fields(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+def _changed(value: Any, change: Change) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    return value.map(change) if isinstance(value, Held) else value
+
+
+def held_bytes(tensors: Iterator[Tensor] | Sequence[Tensor]) -> int:
+    """Bytes of `tensors`, each one once however often it comes."""
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+def remember(change: Change) -> Change:
+    """`change`, applied once to each tensor: what was shared before is shared after."""
+    done: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def once(tensor: Tensor) -> Tensor:
+        if id(tensor) not in done:
+            done[id(tensor)] = (tensor, change(tensor))  # the original is kept so that its id stays taken
+        return done[id(tensor)][1]
+
+    return once
+
+
+class Code(Held, ABC):
+    """One tensor (B, n, *width) of one slot, as it is stored."""
+
+    @abstractmethod
+    def decode(self) -> Tensor:
+        """(B, n, *width), in the dtype that the cache had."""
+
+
+@dataclass(frozen=True)
+class Exact(Code):
+    """The tensor itself."""
+
+    data: Tensor
+
+    def decode(self) -> Tensor:
+        return self.data
+
+
+@dataclass(frozen=True)
+class Rotation(Held):
+    """RoPE of the compressed keys of a slot: what turns them back, and forward again on reading."""
+
+    table: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """From positions (B or 1, n) to cos and signed sin as `rope_table` gives them."""
+    first: int
+    """Column of the first token."""
+    length: int
+    starts: Tensor | None
+    """(B,) columns of padding; positions count from the first token that is none."""
+
+    def undo(self, k: Tensor) -> Tensor:
+        """Keys (B, n, G, D) as they were before RoPE, in fp32: turned by the negative angles."""
+        cos, sin = self._tables(k.device)
+        square = cos.square() + sin.square()  # not 1 under YaRN, which scales cos and sin
+        return apply_rope(k.float(), (cos / square, -sin / square))
+
+    def redo(self, k: Tensor) -> Tensor:
+        """Keys (B, n, G, D) after RoPE, in the dtype of `k`."""
+        return apply_rope(k, self._tables(k.device))
+
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        columns = torch.arange(self.first, self.first + self.length, device=device)[None]
+        return self.table(columns if self.starts is None else (columns - self.starts[:, None]).clamp(min=0))
+
+
+@dataclass(frozen=True)
+class Prefix(Held):
+    """The compressed tokens of one slot."""
+
+    k: Code
+    v: Code
+    rotation: Rotation | None
+    """Of `k`, where it holds keys before RoPE."""
+
+    def read(self) -> Slot:
+        """The slot as attention reads it: (B, n, *width) each."""
+        k = self.k.decode()
+        return Slot(k if self.rotation is None else self.rotation.redo(k), self.v.decode())
+
+    def storage(self) -> list[Tensor]:
+        """What is stored for the slot. A rotation's `starts` are the cache's own."""
+        return [*self.k.tensors(), *self.v.tensors()]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The keys or the values of all slots to compress."""
+
+    kind: Literal["k", "v"]
+    slots: tuple[int, ...]
+    """The slots' owners, ascending."""
+    data: tuple[Tensor, ...]
+    """(B, n, *width) each; keys before RoPE where the method asks for them."""
+    dtype: torch.dtype
+    """Of the cache, and of what `Code.decode` returns."""
+    text: Tensor | None = None
+    """(B, n) booleans, False for padding; None: there is none."""
+
+    def groups(self, size: int) -> list[list[int]]:
+        """Places of `slots` in contiguous groups of `size`, the last maybe shorter.
+
+        Raises `UserError` for a group that mixes shapes.
+        """
+        places = list(range(len(self.slots)))
+        groups = [places[i : i + size] for i in range(0, len(places), size)]
+        for group in groups:
+            shapes = {tuple(self.data[i].shape[2:]): self.slots[i] for i in reversed(group)}
+            if len(shapes) > 1:
+                told = ", ".join(f"slot {slot} has {shape} a token" for shape, slot in sorted(shapes.items()))
+                raise UserError(f"group={size}: a group mixes shapes: {told}; allowed: groups of slots of one shape")
+        return groups
+
+    def flat(self, place: int, *, padding: Literal["zero", "repeat"] = "zero") -> Tensor:
+        """(B, n, C) fp32: the tensor at `place`, a row a token.
+
+        Padding must not weigh in: it becomes 0, for sums, or the first token that is none, for extremes.
+        """
+        rows = self.data[place].flatten(2).float()
+        if self.text is None:
+            return rows
+        if padding == "zero":
+            return rows * self.text[..., None]
+        first = self.text.int().argmax(dim=1)[:, None, None].expand(-1, 1, rows.shape[-1])
+        return torch.where(self.text[..., None], rows, rows.gather(1, first))
+
+
+class Compressor(Section):
+    """A method with its options; a subclass is one method, its fields what a spec string may say."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    name: ClassVar[str]
+    keys_before_rope: ClassVar[bool] = False
+    """Whether `encode` is handed keys as they were before RoPE."""
+
+    recompress: int | None = Field(None, ge=1)
+    """Compress again, with the tokens since, whenever so many tokens have come; null: those stay exact."""
+
+    @abstractmethod
+    def encode(self, keys: Part, values: Part | None) -> tuple[list[Code | None], list[Code | None]]:
+        """What to store of every slot, in order; None keeps a tensor as it is.
+
+        Args:
+            keys: of the slots, or their latents.
+            values: of the same slots; None for latents, whose RoPE keys stay as they are.
+
+        Raises:
+            UserError: for options that do not fit these tensors.
+        """
+
+    def prepare(self, engine: Engine, ids: Tensor) -> None:
+        """Learn what the method wants to know of a model from `ids` (B, T), tokens that are not scored."""
+
+    def watch(self, engine: Engine) -> AbstractContextManager[None]:
+        """A context in which the passes that fill the cache must run, where a method has to see them."""
+        return contextlib.nullcontext()
+
+    def follows(self) -> dict[int, int]:
+        """Slots that are dropped, each with the slot that is read instead."""
+        return {}
+
+    def weight_bytes(self) -> int:
+        """Bytes of what the method holds beside the model's weights, for all caches together."""
+        return 0
+
+
+class Nothing(Compressor):
+    """Stores every tensor as it is: what any method is measured against."""
+
+    name: ClassVar[str] = "none"
+
+    def encode(self, keys: Part, values: Part | None) -> tuple[list[Code | None], list[Code | None]]:
+        return [None] * len(keys.slots), [None] * len(keys.slots)
+
+
+class TensorCoder(ABC):
+    """A method that codes one tensor by itself, so that it may be put on top of another's factors."""
+
+    @abstractmethod
+    def code(self, rows: Tensor, kind: Literal["k", "v"], dtype: torch.dtype) -> Code:
+        """Store `rows` (B, n, C) fp32; decodes to (B, n, C) in `dtype`."""

@@ -1,0 +1,128 @@
+"""From a filled cache to a compressed one: what both kinds of cache have in common.
+
+Only slots with full attention are compressed. A windowed slot forgets its tokens by itself and a recurrent state has
+none, so both stay as they are. Of a latent slot (MLA) the latent is compressed and the RoPE key stays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cllm.errors import UserError
+from cllm.kv.sources import Slot
+from cllm.posthoc.code import Code, Compressor, Exact, Part, Prefix, Rotation
+
+
+@dataclass(frozen=True)
+class Filled:
+    """The slots of a filled cache that can be compressed."""
+
+    slots: Mapping[int, Slot]
+    """(B, n, G, D) each, keys after RoPE; of a latent slot (B, n, R) and the RoPE key."""
+    latent: frozenset[int]
+    """The latent ones."""
+    first: int
+    """Column of the first token."""
+    starts: Tensor | None
+    """(B,) int64: columns of padding before each sequence."""
+    table: Callable[[int, Tensor], tuple[Tensor, Tensor]]
+    """RoPE's cos and signed sin for a head dimension and positions (B or 1, n)."""
+
+    def rotation(self, slot: int) -> Rotation:
+        """Of the keys of `slot`."""
+        k = self.slots[slot].k
+        dim = k.shape[-1]
+        return Rotation(lambda positions: self.table(dim, positions), self.first, k.shape[1], self.starts)
+
+    def text(self, length: int) -> Tensor | None:
+        """(B, n) booleans, False for padding; None: there is none."""
+        if self.starts is None:
+            return None
+        columns = torch.arange(self.first, self.first + length, device=self.starts.device)
+        return columns >= self.starts[:, None]
+
+    def parts(self, *, before_rope: bool) -> list[tuple[Part, Part | None]]:
+        """Keys and values of the slots of a kind, keys and values first, then latents."""
+        found: list[tuple[Part, Part | None]] = []
+        for latent in (False, True):
+            slots = tuple(j for j in sorted(self.slots) if (j in self.latent) == latent)
+            if not slots:
+                continue
+            k, v = tuple(self.slots[j].k for j in slots), tuple(self.slots[j].v for j in slots)
+            if before_rope and not latent:
+                k = tuple(self.rotation(j).undo(t) for j, t in zip(slots, k, strict=True))
+            text, dtype = self.text(k[0].shape[1]), self.slots[slots[0]].k.dtype
+            keys = Part("k", slots, k, dtype, text)
+            found.append((keys, None if latent else Part("v", slots, v, dtype, text)))
+        return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a compression did."""
+
+    prefixes: dict[int, Prefix]
+    seconds: float
+    """Of the compression alone; errors are measured after."""
+    errors: dict[int, dict[str, float]] = field(default_factory=dict)
+    """For each slot ||X' - X|| / ||X|| (Frobenius) of keys (`k`, as the method stores them, before or after RoPE: the
+    rotation changes no norm) and values (`v`), padding left out."""
+
+
+@torch.no_grad()
+def encode(method: Compressor, filled: Filled, *, measure: bool = True) -> Outcome:
+    """Compress the slots of a cache. Raises `UserError` where there are none, or as `method.encode` does."""
+    if not filled.slots:
+        raise UserError(f"{method.name}: nothing to compress: all slots have a window or are recurrent states")
+    began = _now(filled)
+    prefixes: dict[int, Prefix] = {}
+    followed = method.follows()
+    for keys, values in filled.parts(before_rope=method.keys_before_rope):
+        with torch.autocast(keys.data[0].device.type, enabled=False):  # factors are made in the precision they say
+            k_codes, v_codes = method.encode(keys, values)
+        for slot, k, v in zip(keys.slots, k_codes, v_codes, strict=True):
+            if slot in followed:
+                continue
+            rotated = k is not None and method.keys_before_rope and slot not in filled.latent
+            exact = filled.slots[slot]
+            prefixes[slot] = Prefix(
+                _stored(k, exact.k), _stored(v, exact.v), filled.rotation(slot) if rotated else None
+            )
+    seconds = _now(filled) - began
+    errors: dict[int, dict[str, float]] = {}
+    if measure:
+        for slot, exact in filled.slots.items():
+            read = prefixes[followed.get(slot, slot)].read()
+            text = filled.text(exact.k.shape[1])
+            errors[slot] = {"k": relative_error(read.k, exact.k, text), "v": relative_error(read.v, exact.v, text)}
+    return Outcome(prefixes, seconds, errors)
+
+
+def _stored(code: Code | None, exact: Tensor) -> Code:
+    return Exact(exact.clone()) if code is None else code
+
+
+def _now(filled: Filled) -> float:
+    device = next(iter(filled.slots.values())).k.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def relative_error(found: Tensor, exact: Tensor, text: Tensor | None = None) -> float:
+    """||found - exact|| / ||exact|| (Frobenius) of (B, n, ...), tokens where `text` is False left out."""
+    found, exact = found.flatten(2).double(), exact.flatten(2).double()
+    if text is not None:
+        found, exact = found * text[..., None], exact * text[..., None]
+    return ((found - exact).norm() / exact.norm().clamp(min=1e-300)).item()
+
+
+def mean_errors(errors: Sequence[dict[int, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """The mean over several compressions: {slot: {"k": ..., "v": ...}} with names for JSON."""
+    slots = sorted(errors[0]) if errors else []
+    return {str(j): {part: sum(e[j][part] for e in errors) / len(errors) for part in ("k", "v")} for j in slots}

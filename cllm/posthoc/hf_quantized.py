@@ -1,0 +1,102 @@
+"""transformers' own quantised cache, filled and counted like the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+from transformers.cache_utils import Cache, QuantizedCache
+
+from cllm.errors import UserError
+from cllm.posthoc.code import Code, Compressor, Part
+from cllm.posthoc.compress import Outcome, relative_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
+
+
+class HFQuantized(Compressor):
+    """transformers' `QuantizedCache`, for transformers models: groups of numbers with a scale and a zero, and the last
+    tokens exact until there are `residual` of them, when all tokens are quantised again."""
+
+    name: ClassVar[str] = "hf_quantized"
+
+    backend: Literal["quanto", "hqq"] = "quanto"
+    """The library that quantises: quanto (2 or 4 bits) or hqq (1, 2, 3, 4 or 8)."""
+    bits: Literal[1, 2, 3, 4, 8] = 4
+    """Bits of a code."""
+    group: int = Field(64, ge=1)
+    """Numbers that share a scale."""
+    residual: int = Field(128, ge=1)
+    """Exact tokens before all are quantised."""
+
+    def encode(self, keys: Part, values: Part | None) -> tuple[list[Code | None], list[Code | None]]:
+        raise UserError(f"{self.name}: serves transformers models only; for cllm models: kivi")
+
+    def compress_dynamic(self, cache: Cache, model: PreTrainedModel) -> _Filled:
+        """`cache` quantised. Raises `UserError` where the library is missing or refuses."""
+        if self.recompress is not None:
+            raise UserError(f"{self.name}: recompress={self.recompress}: {self.name} has residual instead")
+        try:
+            quantized = _Filled(
+                self.backend, model.config, nbits=self.bits, q_group_size=self.group, residual_length=self.residual,
+                axis_key=0, axis_value=0,
+            )  # fmt: skip
+        except ImportError:
+            raise UserError(
+                f"{self.name}: backend={self.backend} is not installed: pip install {_PACKAGES[self.backend]}"
+            ) from None
+        except ValueError as error:
+            raise UserError(f"{self.name}: {error}") from None
+        quantized.fill(cache)
+        return quantized
+
+
+class _Filled(QuantizedCache):
+    """A quantised cache that says what it holds."""
+
+    outcome: Outcome
+
+    def fill(self, cache: Cache) -> None:
+        """Take the tokens of `cache`."""
+        seconds, errors = 0.0, {}
+        filled: list[Any] = cache.layers
+        for i, layer in enumerate(filled):
+            began = time.perf_counter()
+            self.update(layer.keys, layer.values, i)
+            if layer.keys.is_cuda:
+                _ = layer.keys.sum().item()  # waits for the device
+            seconds += time.perf_counter() - began
+            stored: Any = self.layers[i]
+            read = stored._dequantize(stored._quantized_keys), stored._dequantize(stored._quantized_values)
+            pairs = zip("kv", read, (layer.keys, layer.values), strict=True)
+            errors[i] = {part: relative_error(*(t.transpose(1, 2) for t in (a, b))) for part, a, b in pairs}
+        self.outcome = Outcome({}, seconds, errors)
+
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, zeros and the exact tokens."""
+        total = 0
+        for layer in self.layers:
+            held: Any = layer
+            parts = (held._quantized_keys, held._quantized_values, held.keys, held.values)
+            total += sum({t.data_ptr(): t.nbytes for t in _plain(parts)}.values())
+        return total
+
+
+def _plain(value: Any) -> Iterator[Tensor]:
+    """The plain tensors inside of containers and of tensor subclasses."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _plain(item)
+    elif hasattr(value, "__tensor_flatten__"):
+        for name in value.__tensor_flatten__()[0]:
+            yield from _plain(getattr(value, name))
+    elif isinstance(value, Tensor):
+        yield value

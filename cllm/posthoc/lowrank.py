@@ -1,0 +1,141 @@
+"""Low-rank factors of cached tensors: X ≈ A B, A a basis over tokens, B what a layer makes of it.
+
+X (B, n, C) stacks the rows of a group of layers side by side, C = layers · width. By Eckart and Young the best rank-r
+X' is U_r Σ_r V_rᵀ, with ||X - X'||² = Σ_{i>r} σ_i². Stored are A = X V_r (B, n, r), which all layers of the group
+share, and each layer's rows of V_r as B (B, width, r). As A is made from X, X' is a projection of X whatever the
+accuracy of V_r, and full rank loses nothing but rounding.
+
+    exact    SVD in fp64
+    gram     eigenvectors of XᵀX (C, C), or of XXᵀ (n, n) where that is smaller, in fp64
+    random   subspace iteration from a random start (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4) in fp32
+
+Shapes: B batch, n tokens, C channels, r rank, G KV heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cllm.posthoc.code import Code, Rotation
+
+Algorithm = Literal["exact", "gram", "random"]
+
+_OVERSAMPLE = 16
+_ITERATIONS = 3
+
+
+def right_vectors(x: Tensor, algorithm: Algorithm, rank: int | None) -> tuple[Tensor, Tensor | None]:
+    """Leading right singular vectors of `x` (B, n, C) fp32, and its singular values where the algorithm has them all.
+
+    Returns:
+        (B, C, r) fp32, orthonormal, for r = `rank`, or min(n, C) for None; and (B, min(n, C)) fp64, or None for
+        `random`.
+    """
+    full = min(x.shape[1:])
+    rank = full if rank is None else rank
+    if algorithm == "random":
+        return _subspace(x, rank), None
+    if algorithm == "exact":
+        _, values, vt = torch.linalg.svd(x.double(), full_matrices=False)
+        return vt[:, :rank].mT.float().contiguous(), values
+    wide = x.double()
+    if x.shape[1] >= x.shape[2]:
+        squares, vectors = torch.linalg.eigh(wide.mT @ wide)
+        return vectors.flip(-1)[..., :rank].float().contiguous(), squares.flip(-1).clamp(min=0).sqrt()
+    squares, vectors = torch.linalg.eigh(wide @ wide.mT)
+    right = wide.mT @ vectors.flip(-1)[..., :rank]
+    return torch.linalg.qr(right).Q.float(), squares.flip(-1).clamp(min=0).sqrt()
+
+
+def _subspace(x: Tensor, rank: int) -> Tensor:
+    """(B, C, rank). The random start is the same in every call, so results repeat."""
+    size = min(rank + _OVERSAMPLE, *x.shape[1:])
+    start = torch.randn(x.shape[2], size, generator=torch.Generator().manual_seed(0))
+    q = torch.linalg.qr(start.to(x.device).expand(len(x), -1, -1)).Q
+    for _ in range(_ITERATIONS):
+        q = torch.linalg.qr(x.mT @ (x @ q)).Q
+    small = x @ q  # B, n, size
+    _, vectors = torch.linalg.eigh((small.mT @ small).double())  # the best `rank` directions inside of q
+    return q @ vectors.flip(-1)[..., :rank].float()
+
+
+def energy_rank(values: Tensor, energy: float) -> int:
+    """The smallest rank that keeps `energy` of Σσ² in every row of `values` (B, m), descending."""
+    kept = values.square().cumsum(-1) / values.square().sum(-1, keepdim=True).clamp(min=1e-300)
+    return int((kept < energy - 1e-12).sum(-1).max()) + 1
+
+
+def factor_numbers(tokens: int, layers: int, width: int, rank: int) -> int:
+    """Numbers that the factors of a group hold: tokens · rank for A and layers · width · rank for B."""
+    return (tokens + layers * width) * rank
+
+
+def ranks_for_ratio(
+    ratio: float, tokens: int, keys: list[tuple[int, int]], values: list[tuple[int, int]], *, keys_to_values: float
+) -> tuple[list[int], list[int]] | None:
+    """Ranks of the groups, (layers, width) each, at which all factors hold 1 / `ratio` of the numbers of the tensors.
+
+    A full group of keys gets rank x and one of values `keys_to_values` · x; a shorter group gets a share for its
+    layers. A rank that its group does not have, min(tokens, layers · width), is cut, and the others grow instead.
+    None where `ratio` is so high that some group would get rank 0.
+    """
+    groups = [(n, w, 1.0) for n, w in keys] + [(n, w, keys_to_values) for n, w in values]
+    budget = sum(tokens * n * w for n, w, _ in groups) / ratio
+    longest = max(n for n, _, _ in groups)
+
+    def ranks(x: float) -> list[int]:
+        return [min(math.floor(x * weight * n / longest + 1e-9), tokens, n * w) for n, w, weight in groups]
+
+    def cost(x: float) -> int:
+        return sum(factor_numbers(tokens, n, w, r) for (n, w, _), r in zip(groups, ranks(x), strict=True))
+
+    low, high = 0.0, float(longest * max(w * n for n, w, _ in groups))
+    for _ in range(64):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
+    found = ranks(low)
+    return None if min(found) < 1 else (found[: len(keys)], found[len(keys) :])
+
+
+@dataclass(frozen=True)
+class LowRank(Code):
+    """One layer's rows of A Bᵀ."""
+
+    a: Code
+    """(B, n, r): shared by the layers of a group."""
+    b: Tensor
+    """(B, width, r)."""
+    width: tuple[int, ...]
+
+    def decode(self) -> Tensor:
+        return reconstruct(self.a.decode(), self.b).unflatten(-1, self.width)
+
+
+def reconstruct(a: Tensor, b: Tensor) -> Tensor:
+    """A Bᵀ: (B, n, C) from `a` (B, n, r) and `b` (B, C, r)."""
+    return a @ b.mT
+
+
+def reconstruct_keys(a: Tensor, b: Tensor, rotation: Rotation, *, n_kv_heads: int) -> Tensor:
+    """Keys after RoPE (B, n, G, D) from the factors of keys before it, `a` (B, n, r) and `b` (B, G · D, r)."""
+    return rotation.redo(reconstruct(a, b).unflatten(-1, (n_kv_heads, -1)))
+
+
+def weighted_values(weights: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Σ_t p_t v_t as (P A) Bᵀ, so that no value is ever rebuilt.
+
+    Args:
+        weights: (B, H, T, n), each query's weights; query head h reads KV head h // (H / G).
+        a: (B, n, r).
+        b: (B, G, D, r): each KV head's rows of B.
+
+    Returns:
+        (B, H, T, D).
+    """
+    heads = b.repeat_interleave(weights.shape[1] // b.shape[1], dim=1)  # B, H, D, r
+    return (weights @ a[:, None]) @ heads.mT

@@ -1,0 +1,130 @@
+"""xKV (arXiv 2503.18893): one SVD for the keys, and one for the values, of several layers at once."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+import torch
+from pydantic import Field, PrivateAttr, model_validator
+
+from cllm.errors import UserError
+from cllm.posthoc.code import Code, Compressor, Exact, Part, TensorCoder
+from cllm.posthoc.lowrank import Algorithm, LowRank, energy_rank, ranks_for_ratio, right_vectors
+
+
+class XKV(Compressor):
+    """Cross-layer SVD (xKV): for a group of G layers, keys before RoPE and values each,
+
+        [X_1, ..., X_G] ≈ A [B_1, ..., B_G],    A (n, r) shared over the group, B_l (r, width) of each layer
+
+    with the r leading singular vectors. Ranks are those of a group: xKV-4 at 8x of Llama-3.1-8B is
+    `xkv:group=4,rank_k=384,rank_v=576`. Exactly one of ranks, `ratio` and `energy` chooses them.
+    """
+
+    name: ClassVar[str] = "xkv"
+    keys_before_rope: ClassVar[bool] = True
+
+    group: int = Field(4, ge=1)
+    """Slots that share a basis, neighbours; the last group may be short."""
+    group_k: int | None = Field(None, ge=1)
+    """For keys and latents, where it differs."""
+    group_v: int | None = Field(None, ge=1)
+    """For values, where it differs."""
+    rank_k: int | None = Field(None, ge=1)
+    """Rank of a group's keys, or latents."""
+    rank_v: int | None = Field(None, ge=1)
+    """Rank of a group's values."""
+    ratio: float | None = Field(None, ge=1)
+    """Numbers of the tensors to numbers of their factors, at this length; ranks of keys and values are 1 : 1.5, as
+    in the paper. 1 keeps every tensor as it is."""
+    energy: float | None = Field(None, gt=0, le=1)
+    """The share of Σσ² that every group keeps, in every sequence."""
+    svd: Algorithm = "gram"
+    """`exact`, `gram` or `random`, from slow to fast; see `lowrank.py`."""
+
+    _factors: TensorCoder | None = PrivateAttr(None)
+    """Codes A, which has nearly all the numbers."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        ranks = self.rank_k is not None or self.rank_v is not None
+        if ranks + (self.ratio is not None) + (self.energy is not None) != 1:
+            raise ValueError("give exactly one of ranks (rank_k, rank_v), ratio and energy")
+        if self.energy is not None and self.svd == "random":
+            raise ValueError("energy needs all singular values, which svd=random has not; allowed: exact, gram")
+        return self
+
+    def on_factors(self, coder: TensorCoder) -> Self:
+        """The same, its factors A stored by `coder`."""
+        changed = self.model_copy()
+        changed._factors = coder
+        return changed
+
+    def encode(self, keys: Part, values: Part | None) -> tuple[list[Code | None], list[Code | None]]:
+        groups_k = keys.groups(self.group_k or self.group)
+        groups_v = values.groups(self.group_v or self.group) if values else []
+        if self.ratio == 1 and self._factors is None:
+            return [None] * len(keys.slots), [None] * len(keys.slots)
+        ranks_k, ranks_v = self._ranks(keys, groups_k, values, groups_v)
+        codes_v: list[Code | None] = [None] * len(keys.slots)
+        if values is not None:
+            codes_v = self._code(values, groups_v, ranks_v)
+        return self._code(keys, groups_k, ranks_k), codes_v
+
+    def _ranks(
+        self, keys: Part, groups_k: list[list[int]], values: Part | None, groups_v: list[list[int]]
+    ) -> tuple[list[int | None], list[int | None]]:
+        """The rank of each group; None: as many as `energy` needs."""
+        if self.energy is not None:
+            return [None] * len(groups_k), [None] * len(groups_v)
+        sizes_k, sizes_v = _sizes(keys, groups_k), _sizes(values, groups_v) if values else []
+        tokens = keys.data[0].shape[1]
+        if self.ratio is not None:
+            found = ranks_for_ratio(self.ratio, tokens, sizes_k, sizes_v, keys_to_values=1.5)
+            if found is None:
+                raise UserError(
+                    f"{self.name}: ratio={self.ratio:g}: at {tokens} tokens the bases of {max(n for n, _ in sizes_k)} "
+                    "slots alone exceed it, even at rank 1; allowed: a lower ratio, smaller groups, or more tokens"
+                )
+            return list(found[0]), list(found[1])
+        if self.rank_k is None or (self.rank_v is None and values is not None):
+            raise UserError(f"{self.name}: give rank_k and rank_v, one is missing")
+        for option, rank, sizes in (("rank_k", self.rank_k, sizes_k), ("rank_v", self.rank_v, sizes_v)):
+            for layers, width in sizes:
+                if rank is not None and rank > min(tokens, layers * width):
+                    raise UserError(
+                        f"{self.name}: {option}={rank}: {layers} slots of {width} channels have {tokens} tokens; "
+                        f"allowed: 1 to {min(tokens, layers * width)}"
+                    )
+        return [self.rank_k] * len(groups_k), [self.rank_v] * len(groups_v)
+
+    def _code(self, part: Part, groups: list[list[int]], ranks: list[int | None]) -> list[Code | None]:
+        codes: list[Code | None] = [None] * len(part.slots)
+        for group, rank in zip(groups, ranks, strict=True):
+            x = torch.cat([part.flat(i) for i in group], dim=-1)  # B, n, layers · width
+            vectors, spectrum = right_vectors(x, self.svd, rank)
+            if rank is None:
+                assert spectrum is not None
+                assert self.energy is not None
+                vectors = vectors[..., : energy_rank(spectrum, self.energy)]
+            rows = x @ vectors  # B, n, r
+            # Columns of A differ in size by orders of magnitude, as the keys' channels do: coded like keys.
+            a = Exact(rows.to(part.dtype)) if self._factors is None else self._factors.code(rows, "k", part.dtype)
+            width = tuple(part.data[group[0]].shape[2:])
+            for i, b in zip(group, vectors.chunk(len(group), dim=1), strict=True):
+                codes[i] = LowRank(a, b.to(part.dtype, copy=True).contiguous(), width)
+        return codes
+
+
+class SVD(XKV):
+    """The same for each layer by itself: `xkv` with groups of one."""
+
+    name: ClassVar[str] = "svd"
+
+    group: int = Field(1, ge=1, le=1)
+    """1."""
+
+
+def _sizes(part: Part, groups: list[list[int]]) -> list[tuple[int, int]]:
+    """(layers, width) of each group."""
+    return [(len(group), part.data[group[0]].flatten(2).shape[2]) for group in groups]

@@ -1,0 +1,58 @@
+"""What the teacher's layers see and say on a calibration text, a batch at a time; nothing is kept between batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cllm.kv.sources import OwnKV, RopeTables
+from cllm.model.attention import Context
+from cllm.uptrain.decoder import TracedDecoder, block_of
+
+Batches = Sequence[dict[str, Tensor]]
+"""Of `input_ids` (B, T) int64 and, with document masks, `positions` and `document_ids` (B, T)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """One batch inside the teacher."""
+
+    teacher: TracedDecoder
+    streams: list[Tensor]
+    """The stream as it enters each layer, (B, T, d_model)."""
+    rope: RopeTables
+
+    def normed(self, i: int) -> Tensor:
+        """(B T, d_model): what the projections of layer `i` see, by the layer's norm."""
+        return block_of(self.teacher, i).attention_norm(self.streams[i]).flatten(0, 1)
+
+    def slot(self, i: int, owner: OwnKV, *, rotated: bool = True) -> tuple[Tensor, Tensor]:
+        """Keys and values as heads (G, D, B T) that `owner` makes of what layer `i` sees, after or before RoPE."""
+        residual = self.streams[i]
+        slot = owner(residual, block_of(self.teacher, i).attention_norm(residual), self.rope if rotated else unrotated)
+        k, v = (t.flatten(0, 1).permute(1, 2, 0) for t in slot[:2])
+        return k, v
+
+
+def unrotated(dim: int) -> tuple[Tensor, Tensor]:
+    """RoPE tables that turn nothing."""
+    return torch.ones(()), torch.zeros(())
+
+
+@torch.no_grad()
+def observe(teacher: TracedDecoder, batches: Batches) -> Iterator[Observed]:
+    """Run the teacher over each batch, on its device."""
+    device = teacher.embed.weight.device
+    for batch in batches:
+        ids, positions, documents = (
+            None if (t := batch.get(name)) is None else t.to(device)
+            for name in ("input_ids", "positions", "document_ids")
+        )
+        assert ids is not None
+        with teacher.listen() as heard:
+            teacher.hidden(ids, positions, documents)
+        at = torch.arange(ids.shape[1], device=device)[None] if positions is None else positions
+        yield Observed(teacher, heard[:-1], Context(teacher.config.rope, at).rope)

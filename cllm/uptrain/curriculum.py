@@ -1,0 +1,118 @@
+"""From own keys and values to shared ones: a layer that owns nothing reads (1 - λ) own + λ shared, λ from 0 to 1.
+
+The layer's own projections are the teacher's, frozen; they are no part of the student, and compute nothing once λ is 1.
+Evaluation reads what the plan says at any time, so that val/loss is that of the model that will be used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cllm.config import ModelConfig
+from cllm.errors import UserError
+from cllm.kv.plan import Fuse, KVPlan, Own, Read
+from cllm.kv.sources import FusedRead, OwnKV, SharedRead, Slot
+from cllm.kv.stores import Store
+from cllm.model.attention import Attention, Context
+from cllm.model.decoder import Decoder
+
+OWN = "curriculum_own"
+"""Name of the module with a layer's own projections."""
+
+
+class BlendingShared(SharedRead):
+    """`SharedRead`, mixed with the slot after the last that the plan names, if there is one."""
+
+    share: Tensor
+    """(1,) fp32: λ."""
+
+    def __init__(self, read: SharedRead, n_slots: int):
+        super().__init__(read.place, read.part)
+        self.n_slots = n_slots
+        self.register_buffer("share", torch.zeros(1), persistent=False)
+
+    def forward(self, slots: Sequence[Slot]) -> Tensor:
+        return _mix(super().forward(slots), slots, self)
+
+
+class BlendingFused(FusedRead):
+    """The same of `FusedRead`."""
+
+    share: Tensor
+
+    def __init__(self, config: ModelConfig, read: Fuse, fused: FusedRead, n_kv_heads: int, n_slots: int):
+        super().__init__(read, fused.places, fused.part, n_kv_heads, config.resolved_head_dim)
+        self.n_slots = n_slots
+        self.register_buffer("share", torch.zeros(1), persistent=False)
+
+    def forward(self, slots: Sequence[Slot]) -> Tensor:
+        return _mix(super().forward(slots), slots, self)
+
+
+def _mix(shared: Tensor, slots: Sequence[Slot], read: BlendingShared | BlendingFused) -> Tensor:
+    if len(slots) == read.n_slots:
+        return shared
+    return torch.lerp(getattr(slots[-1], read.part).float(), shared.float(), read.share).to(shared.dtype)
+
+
+class BlendingAttention(Attention):
+    """Attention of a layer that owns nothing, with keys and values of its own mixed in while it trains."""
+
+    curriculum_own: OwnKV
+
+    def __init__(self, config: ModelConfig, plan: KVPlan, layer: int, own: OwnKV):
+        super().__init__(config, plan, layer)
+        source, n_slots = plan.source(layer), len(plan.reads_others(layer))
+        assert isinstance(source, Own)
+
+        def blending(read: Read, made: SharedRead | FusedRead) -> BlendingShared | BlendingFused:
+            if isinstance(read, Fuse) and isinstance(made, FusedRead):
+                return BlendingFused(config, read, made, source.n_kv_heads, n_slots)
+            assert isinstance(made, SharedRead)
+            return BlendingShared(made, n_slots)
+
+        self.keys = blending(plan.keys(layer), self.keys)
+        self.values = blending(plan.values(layer), self.values)
+        self.curriculum_own = own.train().requires_grad_(False)
+        self.over = False
+        """Whether λ has reached 1."""
+
+    def write(
+        self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context, store: Store | None
+    ) -> tuple[Slot | None, Sequence[Slot]]:
+        own, read = super().write(residual, normed, slots, context, store)
+        if self.over or not self.training:
+            return own, read
+        return own, (*read, self.curriculum_own(residual, normed, context.rope))
+
+
+def add_curriculum(model: Decoder, owners: Mapping[int, OwnKV]) -> None:
+    """Let the layers of `model` that own nothing blend, before its weights are set; `owners` are their own projections.
+
+    Raises:
+        UserError: when every layer owns, and for layers that read latents or recurrent states.
+    """
+    plan = model.plan
+    layers = [i for i in range(len(plan)) if plan.layers[i].own is None]
+    if not layers or not all(isinstance(plan.source(i), Own) for i in layers):
+        raise UserError(
+            "uptrain.curriculum_steps: no layer of model.kv moves from keys and values of its own to those of others; "
+            "allowed: 0"
+        )
+    for i in layers:
+        model.blocks[i].attention = BlendingAttention(model.config, plan, i, owners[i])
+
+
+def set_progress(model: Decoder, step: int, steps: int) -> float:
+    """Set λ for optimizer step `step` (from 0) of a curriculum of `steps`, and return it."""
+    progress = min(step / steps, 1.0)
+    for block in model.blocks:
+        if isinstance(block.attention, BlendingAttention):
+            for read in (block.attention.keys, block.attention.values):
+                assert isinstance(read, BlendingShared | BlendingFused)
+                read.share.fill_(progress)
+            block.attention.over = progress == 1.0
+    return progress

@@ -1,0 +1,152 @@
+"""A student's projections from a teacher's, no text needed: copied, or averaged over the layers that read them.
+
+The *group* of an owner is every layer that reads its keys (or values), fusing layers included. `copy` keeps the owner's
+own projection; `mean` averages those of the group's teacher layers (MLKV, arXiv 2406.09297; SwiftKV, arXiv 2410.03960);
+after turning each layer onto the owner (heads.py) the same average is `aligned`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import nn
+
+from cllm.errors import UserError
+from cllm.kv.plan import KVPlan, Latent, Own, Retention
+from cllm.kv.sources import FusedRead, OwnKV
+from cllm.model.attention import Attention
+from cllm.model.decoder import Decoder
+from cllm.uptrain.decoder import attention_of, block_of, owner_of
+from cllm.uptrain.heads import heads_of, set_heads
+
+Part = Literal["k", "v"]
+
+
+def check_plans(student: KVPlan, teacher: KVPlan) -> None:
+    """Refuse pairs of plans between which nothing is defined.
+
+    Raises:
+        UserError: naming the layer, where the teacher's does not own and read K/V of its own, where the student's has a
+            recurrent state, or more KV heads than the teacher's, or a number that does not divide theirs.
+    """
+    for i, layer in enumerate(teacher.layers):
+        if not isinstance(layer.own, Own) or teacher.reads(i) != (i,):
+            raise UserError(
+                f"init.from: layer {i} of the model to start from does not read keys and values of its own; allowed "
+                "for a plan other than its own: models in which every layer does (mha, gqa, mqa)"
+            )
+    for i in range(len(student)):
+        own, source = teacher.layers[i].own, student.source(i)
+        assert isinstance(own, Own)
+        if isinstance(source, Retention):
+            raise UserError(f"model.kv: layer {i} has a recurrent state, which cannot be made from keys and values")
+        if isinstance(source, Own) and own.n_kv_heads % source.n_kv_heads:
+            raise UserError(
+                f"model.kv: layer {i} reads {source.n_kv_heads} KV heads, but the model that init.from names has "
+                f"{own.n_kv_heads}; set n_kv_heads to that, or to a number that divides it"
+            )
+        owned = student.layers[i].own
+        if isinstance(owned, Own) and own.kv_norm and not owned.kv_norm:
+            raise UserError(
+                f"model.kv: layer {i} has no kv_norm, but that of the model that init.from names has; set kv_norm: true"
+            )
+
+
+def readers(plan: KVPlan, owner: int, part: Part) -> list[int]:
+    """The layers that read the keys (`k`) or values (`v`) of `owner`."""
+    read = plan.keys if part == "k" else plan.values
+    return [i for i in range(len(plan)) if owner in read(i).layers]
+
+
+def anchors(plan: KVPlan, i: int) -> tuple[int, int]:
+    """The owners whose keys and whose values layer `i` is turned onto: of fused ones the last for keys and the first
+    for values, the point at which fusion starts."""
+    return plan.keys(i).layers[-1], plan.values(i).layers[0]
+
+
+@torch.no_grad()
+def copy_rest(student: Decoder, teacher: Decoder) -> None:
+    """Copy all that is not K/V: embedding, head, norms, MLPs, and queries and outputs of layers without latents."""
+    student.embed.load_state_dict(teacher.embed.state_dict())
+    student.norm.load_state_dict(teacher.norm.state_dict())
+    student.head.load_state_dict(teacher.head.state_dict())
+    for i in range(len(student.plan)):
+        mine, theirs = block_of(student, i), block_of(teacher, i)
+        for name in ("attention_norm", "mlp_norm", "mlp"):
+            getattr(mine, name).load_state_dict(getattr(theirs, name).state_dict())
+        if isinstance(mine.attention, Attention):
+            attention = attention_of(teacher, i)
+            _load(mine.attention.q_proj, attention.q_proj)
+            _load(mine.attention.q_norm, attention.q_norm)
+            _load(mine.attention.o_proj, attention.o_proj)
+            for read in (mine.attention.keys, mine.attention.values):
+                if isinstance(read, FusedRead):
+                    read.reset_parameters()
+
+
+def _load(mine: nn.Module | None, theirs: nn.Module | None) -> None:
+    if mine is not None and theirs is not None:
+        mine.load_state_dict(theirs.state_dict())
+
+
+@torch.no_grad()
+def teacher_owners(student: KVPlan, teacher: Decoder) -> dict[int, OwnKV]:
+    """For every layer of the student that reads keys and values, a copy of the teacher's projections of that layer.
+
+    Where the student has fewer KV heads, each is the mean of a run of the teacher's (GQA, arXiv 2305.13245).
+    """
+    found: dict[int, OwnKV] = {}
+    for i in range(len(student)):
+        source = student.source(i)
+        if isinstance(source, Latent):
+            continue
+        assert isinstance(source, Own)
+        theirs = owner_of(teacher, i)
+        owner = copy.deepcopy(theirs).requires_grad_(False)
+        for name in ("k_proj", "v_proj"):
+            linear: nn.Linear = getattr(theirs, name)
+            pooled = heads_of(linear, theirs.head_dim).unflatten(0, (source.n_kv_heads, -1)).mean(1)
+            fewer = nn.Linear(
+                linear.in_features,
+                pooled.shape[0] * pooled.shape[1],
+                bias=linear.bias is not None,
+                device=pooled.device,
+            )
+            set_heads(fewer, pooled)
+            setattr(owner, name, fewer.requires_grad_(False))
+        found[i] = owner
+    return found
+
+
+@torch.no_grad()
+def copy_owners(student: Decoder, teacher: Decoder, owners: Mapping[int, OwnKV]) -> None:
+    """Every owner projects what the teacher's layer does; a kv_norm that the teacher has not is the layer's norm."""
+    for j in student.plan.owners:
+        mine = block_of(student, j).attention.owner
+        if not isinstance(mine, OwnKV):
+            continue
+        mine.k_proj.load_state_dict(owners[j].k_proj.state_dict())
+        mine.v_proj.load_state_dict(owners[j].v_proj.state_dict())
+        _load(mine.k_norm, owners[j].k_norm)
+        _load(mine.norm, owners[j].norm or block_of(teacher, j).attention_norm)
+
+
+@torch.no_grad()
+def average_owners(student: Decoder, owners: Mapping[int, OwnKV]) -> None:
+    """Every owner projects the mean of what the teacher's layers of its group do; gains of key norms likewise."""
+    for j in student.plan.owners:
+        mine = block_of(student, j).attention.owner
+        if not isinstance(mine, OwnKV):
+            continue
+        for part, name in (("k", "k_proj"), ("v", "v_proj")):
+            group: list[nn.Linear] = [getattr(owners[i], name) for i in readers(student.plan, j, part)]  # type: ignore[arg-type]
+            if group:
+                set_heads(getattr(mine, name), torch.stack([heads_of(m, mine.head_dim) for m in group]).mean(0))
+        if mine.k_norm is not None:
+            norms = [owners[i].k_norm for i in readers(student.plan, j, "k")]
+            gains: list[torch.Tensor] = [norm.weight for norm in norms if norm is not None]
+            if gains:
+                mine.k_norm.weight.copy_(torch.stack(gains).mean(0))

@@ -1,0 +1,103 @@
+"""Shared projections by ridge regression: what one owner projects, onto what all layers that share it would have.
+
+Only sums of products are kept, in fp64. The regression is pulled a little towards where it starts, so that what the
+text does not say stays as it was, and the squared error on the text is never more than at the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cllm.kv.plan import Share
+from cllm.kv.sources import OwnKV
+from cllm.model.decoder import Decoder
+from cllm.uptrain.calibrate import Batches, Observed, observe
+from cllm.uptrain.decoder import TracedDecoder, owner_of
+from cllm.uptrain.heads import heads_of, set_heads
+from cllm.uptrain.project import Part, readers
+
+_PARTS: tuple[tuple[Part, str], ...] = (("k", "keys"), ("v", "values"))
+
+
+def solve(a: Tensor, b: Tensor, start: Tensor, ridge: float) -> Tensor:
+    """x with the least ½ xᵀ a x - bᵀ x + ½ ridge m |x - start|², where m is the mean of a's diagonal.
+
+    Args:
+        a: (..., n, n) fp64, symmetric.
+        b: (..., n, k) fp64.
+        start: (..., n, k) fp64.
+        ridge: at least 0; a tiny one is always added, so that directions the text has not seen stay at the start.
+    """
+    mean = a.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30)
+    penalty = max(ridge, 1e-12) * mean * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    return torch.linalg.solve(a + penalty, b + penalty @ start)
+
+
+@torch.no_grad()
+def fit_shared(
+    student: Decoder, teacher: TracedDecoder, owners: Mapping[int, OwnKV], batches: Batches, *, ridge: float
+) -> dict[str, float]:
+    """Regress the projections of shared owners onto the mean of what their group's teacher layers make of the text.
+
+    The squared error to the mean differs from that to every layer of the group by a constant, so this is the best one
+    projection for all of them. Targets are before RoPE, which turns both sides alike. With norms on keys the target is
+    the mean normalised key before its gain, of which the projection then has only the direction. `owners` are the
+    teacher's projections of each layer, turned; the student's projections are where the pull goes to.
+
+    Returns:
+        Mean squared error over the group relative to its mean square, as `layer 5 keys before` and `... after`.
+    """
+    groups = shared_groups(student)
+    inputs: dict[int, Tensor] = {}
+    targets: dict[tuple[int, Part], Tensor] = {}
+    squares: dict[tuple[int, Part], Tensor] = {}
+    for seen in observe(teacher, batches) if groups else ():
+        slots = {i: _made(seen, i, owners[i]) for i in {i for group in groups.values() for i in group}}
+        xs = {j: _inputs(seen, student, j) for j in {j for j, _ in groups}}
+        for j, x in xs.items():
+            inputs[j] = inputs.get(j, 0) + x.T @ x
+        for (j, part), group in groups.items():
+            ys = [slots[i][part] for i in group]
+            targets[j, part] = targets.get((j, part), 0) + (torch.stack(ys).mean(0) @ xs[j]).T
+            squares[j, part] = squares.get((j, part), 0) + torch.stack([y.square().sum() for y in ys]).mean()
+    errors: dict[str, float] = {}
+    for (j, part), target in targets.items():
+        owner = owner_of(student, j)
+        linear = owner.k_proj if part == "k" else owner.v_proj
+        start = heads_of(linear, owner.head_dim).flatten(0, 1).double().T
+        found = solve(inputs[j], target, start, ridge)
+        for when, weight in (("before", start), ("after", found)):
+            error = squares[j, part] - 2 * (weight * target).sum() + (weight * (inputs[j] @ weight)).sum()
+            errors[f"layer {j} {dict(_PARTS)[part]} {when}"] = float(error / squares[j, part].clamp(min=1e-30))
+        set_heads(linear, found.T.unflatten(0, (-1, owner.head_dim)).to(linear.weight.dtype))
+    return errors
+
+
+def shared_groups(student: Decoder) -> dict[tuple[int, Part], list[int]]:
+    """For every owner whose keys or values another layer shares as they are, the layers that do, itself included."""
+    plan = student.plan
+    groups: dict[tuple[int, Part], list[int]] = {}
+    for j in plan.owners:
+        for part, _ in _PARTS:
+            read = plan.keys if part == "k" else plan.values
+            group = [i for i in readers(plan, j, part) if isinstance(read(i), Share)]
+            if any(i != j for i in group):
+                groups[j, part] = group
+    return groups
+
+
+def _inputs(seen: Observed, student: Decoder, j: int) -> Tensor:
+    """(N, d_model) fp64: what the projections of owner `j` see, and a column of ones for a bias."""
+    owner = owner_of(student, j)
+    x = seen.normed(j) if owner.norm is None else owner.norm(seen.streams[j]).flatten(0, 1)
+    return x.double() if owner.k_proj.bias is None else torch.cat((x, x.new_ones(len(x), 1)), dim=1).double()
+
+
+def _made(seen: Observed, i: int, owner: OwnKV) -> dict[Part, Tensor]:
+    """(G D, N) fp64 keys and values of a teacher's layer before RoPE, keys without the gain of their norm."""
+    k, v = seen.slot(i, owner, rotated=False)
+    k = k if owner.k_norm is None else k / owner.k_norm.weight[:, None]
+    return {"k": k.double().flatten(0, 1), "v": v.double().flatten(0, 1)}

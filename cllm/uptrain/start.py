@@ -1,0 +1,83 @@
+"""From a config with `init.from` to a student ready to train."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch.utils.data import default_collate
+
+from cllm.config import Config
+from cllm.data.module import DataModule
+from cllm.errors import UserError
+from cllm.uptrain.calibrate import Batches
+from cllm.uptrain.curriculum import BlendingAttention, add_curriculum
+from cllm.uptrain.decoder import TracedDecoder, build_traced
+from cllm.uptrain.init import initialise
+from cllm.uptrain.project import check_plans, teacher_owners
+from cllm.uptrain.teacher import Teacher, check_student, load_teacher
+from cllm.uptrain.trainable import make_trainable
+
+log = logging.getLogger(__name__)
+
+
+def open_teacher(config: Config) -> Teacher:
+    """The model of `init.from`.
+
+    Raises:
+        UserError: as `load_teacher` does, where the student's shape is not the teacher's, and for the run's own folder.
+    """
+    assert config.init.path is not None
+    own = (Path(config.runs_dir) / config.name).resolve()
+    if own in (Path(config.init.path).resolve(), *Path(config.init.path).resolve().parents):
+        raise UserError(f"init.from is {config.init.path}, which is the folder of this run; choose another --name")
+    teacher = load_teacher(config.init.path, backend=config.attention.backend)
+    check_student(config.model, teacher.config, path=teacher.path, rope_pairs=config.init.rope_pairs)
+    return teacher
+
+
+def calibration_batches(config: Config, data: DataModule) -> Batches:
+    """The first `init.calibration_sequences` training sequences, in batches of `train.micro_batch`."""
+    n, size = config.init.calibration_sequences, config.train.micro_batch
+    rows = [data.train_dataset[i] for i in range(n)]
+    return [default_collate(rows[start : start + size]) for start in range(0, n, size)]
+
+
+def make_student(
+    config: Config, teacher: Teacher, batches: Callable[[], Batches], *, device: torch.device, resumed: bool
+) -> TracedDecoder:
+    """The student with its first weights, on the CPU, what is not trained frozen.
+
+    Args:
+        config: with `init.from`.
+        teacher: of that path; on the CPU before and after.
+        batches: makes the calibration text, where it is needed.
+        device: to calibrate on.
+        resumed: the weights will come from a checkpoint, so none are made.
+
+    Raises:
+        UserError: for a plan, a method and a way of training that do not go together.
+    """
+    uptrain = config.uptrain
+    student = build_traced(config.model, backend=config.attention.backend, routed=uptrain.random_sources > 0)
+    if uptrain.curriculum_steps:
+        check_plans(student.plan, teacher.decoder.plan)
+        add_curriculum(student, teacher_owners(student.plan, teacher.decoder))
+    if not resumed:
+        teacher.decoder.to(device)
+        student.to(device)
+        found = initialise(student, teacher.decoder, config.init, batches() if config.init.reads_text else ())
+        for i, block in enumerate(student.blocks):
+            if isinstance(block.attention, BlendingAttention):
+                block.attention.curriculum_own.load_state_dict(found.owners[i].state_dict())
+        for what, error in found.errors.items():
+            rank_zero_only(log.info)("init.method %s: %s: %.4f", config.init.method, what, error)
+        teacher.decoder.to("cpu")
+        student.to("cpu")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    make_trainable(student, config)
+    return student

@@ -1,0 +1,76 @@
+"""What is trained: everything, the K/V side, or low-rank updates that are merged when weights are saved."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cllm.config import Config
+from cllm.kv.sources import FusedRead
+from cllm.model.decoder import Decoder
+from cllm.uptrain.decoder import block_of
+from cllm.uptrain.settings import Lora
+
+_QUERIES = ("q_proj", "q_norm", "q_down_proj", "kv_up_proj")
+LORA_A, LORA_B = "lora_a", "lora_b"
+
+
+class LoraLinear(nn.Linear):
+    """y = (W + alpha / rank B A) x + bias with W and bias frozen (LoRA, arXiv 2106.09685); B starts at 0."""
+
+    lora_a: nn.Parameter
+    """(rank, in_features)."""
+    lora_b: nn.Parameter
+    """(out_features, rank)."""
+    scale: float
+
+    @classmethod
+    def of(cls, linear: nn.Linear, lora: Lora, generator: torch.Generator) -> LoraLinear:
+        """`linear` with an update; its parameters stay the same objects under the same names."""
+        rank = lora.rank
+        made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        made.weight, made.bias = linear.weight, linear.bias
+        bound = math.sqrt(1 / linear.in_features)
+        drawn = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
+        made.lora_a = nn.Parameter(drawn.to(linear.weight.device))
+        made.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
+        made.scale = lora.alpha / rank
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
+
+    def merged(self) -> Tensor:
+        """W + alpha / rank B A."""
+        return self.weight + self.scale * self.lora_b @ self.lora_a
+
+
+def make_trainable(model: Decoder, config: Config) -> None:
+    """Freeze what `uptrain.trainable` leaves out; for `lora` also put updates on the blocks' linear layers.
+
+    Fusion weights are trained in every case: they are what the teacher has none of.
+    """
+    kind = config.uptrain.trainable
+    if kind == "all":
+        return
+    model.requires_grad_(False)
+    for i in range(len(model.blocks)):
+        attention = block_of(model, i).attention
+        for name, part in attention.named_children():
+            if isinstance(part, FusedRead) or (kind == "kv" and (name == "owner" or name in _QUERIES)):
+                part.requires_grad_(True)
+    if kind == "lora":
+        generator = torch.Generator().manual_seed(config.train.seed)
+        for block in model.blocks:
+            for name, linear in list(block.named_modules()):
+                if type(linear) is nn.Linear:
+                    parent, _, leaf = name.rpartition(".")
+                    setattr(block.get_submodule(parent), leaf, LoraLinear.of(linear, config.uptrain.lora, generator))
+
+
+def lora_layers(model: Decoder) -> dict[str, LoraLinear]:
+    """Every updated layer by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear)}

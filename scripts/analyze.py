@@ -1,0 +1,89 @@
+"""How alike the cached keys and values of a model's layers are: heat maps and JSON.
+
+    python scripts/analyze.py runs/NAME [--data PATH] [--sequences 4] [--length N] [--group 1 2 4 8] [--energy 0.95]
+
+docs/posthoc.md says what is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cllm.errors import UserError, one_line
+from cllm.evaluate import posthoc
+from cllm.evaluate.perplexity import Settings, open_sets
+from cllm.evaluate.subjects import load_subject
+from cllm.evaluate.windows import Stream
+from cllm.posthoc.analysis import analyze, collect, figure
+from cllm.runs import write_atomic
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run, .ckpt or Hugging Face folder")
+    add("--data", metavar="PATH", help="prepared folder or text file (default: the run's first validation set)")
+    add("--sequences", type=int, default=4, metavar="N", help="sequences to cache (default: %(default)s)")
+    add("--length", type=int, metavar="N", help="tokens of each (default: the training length)")
+    add("--group", type=int, nargs="+", default=[1, 2, 4, 8], help="group sizes for ranks (default: 1 2 4 8)")
+    add("--energy", type=float, default=0.95, help="share of energy that the ranks keep (default: %(default)s)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    add("--out", type=Path, metavar="DIR", help="where the files go (default: evaluation/ in the run's folder)")
+    return parser
+
+
+@one_line
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+    options = parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    if options.sequences < 1 or min(options.group) < 1:
+        raise UserError(f"--sequences {options.sequences}, --group {min(options.group)}: allowed: 1 or more")
+    if not 0 < options.energy <= 1:
+        raise UserError(f"--energy is {options.energy}; allowed: above 0, up to 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
+    device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
+    subject = load_subject(options.run, device)
+    length, _, _ = Settings(window=options.length).resolve(subject, device)
+    text = next(iter(open_sets(subject, [options.data] if options.data else [])))
+    stream = Stream(text.source, start_id=subject.start_id)
+    pieces = itertools.islice(posthoc.pieces(subject, stream, length), options.sequences)
+    batches = [torch.from_numpy(piece[None, :-1]).to(device) for piece in pieces]
+    if not batches:
+        raise UserError(f"{text.path}: too short for a sequence of {length} tokens; lower --length")
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16"):
+        slots = collect(posthoc.engine_for(subject), batches)
+    kinds = {kind: analyze(x, groups=options.group, energy=options.energy) for kind, x in slots.items()}
+    folder = options.out or subject.folder / "evaluation"
+    files = [folder / f"analysis-{text.name}.{suffix}" for suffix in ("json", "png")]
+    record = {"run": subject.name, "checkpoint": subject.checkpoint, "set": text.name, "data": str(text.path),
+              "sequences": len(batches), "length": length, "kinds": kinds}  # fmt: skip
+    try:
+        write_atomic(files[0], json.dumps(record, indent=1) + "\n")
+        partial = folder / f".analysis.partial-{os.getpid()}.png"
+        figure(kinds).savefig(partial)
+        partial.replace(files[1])
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error}") from None
+    for file in files:
+        print(f"written: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

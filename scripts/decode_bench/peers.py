@@ -1,0 +1,134 @@
+"""Hugging Face's Llama of the same shape, decoding over a cache as full as ours.
+
+StaticCache with the forward compiled in mode `reduce-overhead`, which replays CUDA graphs, and DynamicCache with the
+forward as it is, which copies the cache at every token. Both caches hold drawn numbers, `context` - 1 tokens of them,
+and are rewound before every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._dynamo.utils
+from torch import Tensor, nn
+
+from cllm.config import ModelConfig
+from cllm.kv.plan import KVPlan, LayerPlan, Own
+from cllm.model.sizes import model_d_ff
+from decode_bench.designs import Design, Point
+from decode_bench.measure import BF16, bytes_read, peak_bytes, reset_peak, step_row, time_calls, wait, weight_bytes
+
+KINDS = ("static", "dynamic")
+"""The caches; a StaticCache's forward is compiled."""
+WARM_UP = 5
+"""Calls that compile, record the graph and replay it once."""
+
+
+def llama_heads(config: ModelConfig) -> int | None:
+    """KV heads of the Llama that `config` is: every layer reads its own keys and values with full attention; else
+    None."""
+    own = config.plan().layers[0].own
+    if not isinstance(own, Own) or KVPlan.of([LayerPlan(own=own)] * config.n_layers) != config.plan():
+        return None
+    other = own.kv_norm or config.qk_norm or config.q_bias or config.kv_bias or config.rope.scaling is not None
+    return None if other else own.n_kv_heads
+
+
+def build_llama(config: ModelConfig, n_kv_heads: int, context: int, device: torch.device) -> nn.Module:
+    """LlamaForCausalLM of the shape of `config` in bf16, weights drawn."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    assert config.vocab_size is not None
+    shape = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.d_model,
+        intermediate_size=model_d_ff(config),
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=n_kv_heads,
+        head_dim=config.resolved_head_dim,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta},
+        tie_word_embeddings=config.tie_embeddings,
+        max_position_embeddings=max(context, config.max_seq_len),
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(shape, dtype=BF16, attn_implementation="sdpa")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _static(model: Any, point: Point, device: torch.device) -> tuple[Any, Callable[[], None]]:
+    """A StaticCache of `context` places and what makes it hold one token less."""
+    from transformers import StaticCache
+
+    shape = model.config
+    cache: Any = StaticCache(config=shape, max_cache_len=point.context)
+    cache.early_initialization(point.batch, shape.num_key_value_heads, shape.head_dim, BF16, device)
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+
+    def rewind() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(point.context - 1)
+
+    return cache, rewind
+
+
+def _dynamic(model: Any, point: Point, device: torch.device) -> tuple[Any, Callable[[], None]]:
+    """A DynamicCache and what makes it hold `context` - 1 tokens."""
+    from transformers import DynamicCache
+
+    shape = model.config
+    cache: Any = DynamicCache(config=shape)
+    size = (point.batch, shape.num_key_value_heads, point.context - 1, shape.head_dim)
+    for i in range(shape.num_hidden_layers):
+        cache.update(*(torch.randn(size, dtype=BF16, device=device) for _ in range(2)), i)
+
+    def rewind() -> None:
+        for layer in cache.layers:
+            layer.keys, layer.values = (t[:, :, : point.context - 1] for t in (layer.keys, layer.values))
+
+    return cache, rewind
+
+
+@torch.no_grad()
+def measure_peer(
+    design: Design, point: Point, kind: str, repeat: int, device: torch.device, *, compiled: bool
+) -> dict[str, Any]:
+    """A decoding step of the Llama that `design` is, timed as ours are; `kind` is one of `KINDS`.
+
+    Raises:
+        RuntimeError: where a step did not leave the cache with `context` tokens.
+    """
+    n_kv_heads = llama_heads(design.model)
+    assert n_kv_heads is not None
+    model: Any = build_llama(design.model, n_kv_heads, point.context, device)
+    cache, rewind = (_static if kind == "static" else _dynamic)(model, point, device)
+    forward = torch.compile(model.forward, mode="reduce-overhead", dynamic=False) if compiled else model.forward
+    ids = torch.randint(model.config.vocab_size, (point.batch, 1), device=device)
+
+    def step() -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+    skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    for _ in range(WARM_UP):
+        rewind()
+        step()
+    if (length := int(cache.get_seq_length())) != point.context:
+        raise RuntimeError(f"after a step the cache holds {length} tokens, and not {point.context}")
+    wait(device)
+    reset_peak(device)
+    times = time_calls(step, rewind, repeat, device)
+    row = step_row(times, point.batch, peak_bytes(device))
+    kv_read = 2 * 2 * model.config.num_hidden_layers * n_kv_heads * model.config.head_dim
+    read = bytes_read(model, model.get_input_embeddings(), model.get_output_embeddings(), kv_read, point)
+    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    row |= {"weight_bytes": weight_bytes(model), "cache_bytes": held, "bytes_read": read, "compiled": compiled}
+    if compiled:
+        row["cudagraph_skips"] = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] - skips
+    return row

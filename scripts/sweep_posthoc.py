@@ -1,0 +1,127 @@
+"""Compress the caches of several runs in many ways, and draw perplexity against bytes.
+
+    python scripts/sweep_posthoc.py runs/* [--spec "xkv:group={group},ratio={ratio}" ...] [--group 2 4] [--ratio 2 4 8]
+
+Every run is measured as it was trained and with each spec, as `evaluate.py --posthoc` does; what was measured before is
+not measured again. docs/posthoc.md tells the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cllm.errors import UserError, one_line
+from cllm.evaluate import pareto, posthoc
+from cllm.evaluate.perplexity import Settings, open_sets
+from cllm.evaluate.subjects import Subject, load_subject
+from cllm.evaluate.texts import TextSet
+from cllm.posthoc.methods import parse
+
+SPECS = (
+    "xkv:group={group},ratio={ratio}",
+    "svd:ratio={ratio}",
+    "minicache",
+    "kivi:bits=4,group=32,residual=32",
+    "kivi:bits=2,group=32,residual=32",
+    "xquant:bits=2,group=32,residual=32",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run folders, checkpoints or Hugging Face folders")
+    add("--spec", action="append", default=[], help="what to measure, {group} and {ratio} filled in; repeat it "
+        f"(default: {' '.join(SPECS)})")  # fmt: skip
+    add("--group", type=int, nargs="+", default=[2, 4], help="values of {group} (default: 2 4)")
+    add("--ratio", type=float, nargs="+", default=[2.0, 4.0, 8.0], help="values of {ratio} (default: 2 4 8)")
+    add("--data", metavar="PATH", help="prepared folder or text file (default: each run's first validation set)")
+    add("--window", type=int, metavar="N", help="tokens of a window (default: the training length)")
+    add("--prefix", type=int, metavar="N", help="tokens of it to compress (default: half)")
+    add("--batch", type=int, metavar="N", help="windows computed together")
+    add("--max-tokens", type=int, metavar="N", help="only the first N tokens of the set")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    add("--baseline", metavar="NAME", help="run that increases are relative to (default: the one with most bytes)")
+    add("--out", type=Path, metavar="DIR", help="where the table and figure go (default: posthoc/ beside the runs)")
+    return parser
+
+
+def _measured(subject: Subject, text: TextSet, settings: Settings, spec: str, prefix: int, window: int) -> Any:
+    """The record of an earlier measurement of the same checkpoint on the same data, or None."""
+    path = posthoc.result_path(
+        subject.folder / "evaluation",
+        text.name,
+        spec,
+        prefix=prefix,
+        window=window,
+        max_tokens=settings.max_tokens,
+        checkpoint=None if subject.latest else f"-{Path(subject.checkpoint).stem}",
+    )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    same = (record["checkpoint"], record["step"], record["data"], record["precision"]) == (
+        subject.checkpoint,
+        subject.step,
+        str(text.path),
+        subject.precision,
+    )
+    return record if same else None
+
+
+@one_line
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+    options = parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    specs = pareto.expand(options.spec or SPECS, options.group, options.ratio)
+    for spec in specs:
+        parse(spec)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
+    device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
+    settings = Settings(window=options.window, batch=options.batch, max_tokens=options.max_tokens)
+    records, refused = [], []
+    for path in options.runs:
+        subject = load_subject(path, device)
+        window, prefix, _ = posthoc.resolve(subject, settings, options.prefix, device)
+        text = next(iter(open_sets(subject, [options.data] if options.data else [])))
+        for spec in ("none", *specs):
+            record = _measured(subject, text, settings, spec, prefix, window)
+            if record is None:
+                try:
+                    (record,) = posthoc.measure(subject, text, settings, [spec], device, prefix=prefix)
+                except UserError as error:
+                    if spec == "none":  # then nothing can be measured
+                        raise
+                    refused.append(f"{subject.name}, {spec}: {error}")
+                    continue
+                posthoc.save(subject, record)
+            records.append(record)
+    found = pareto.points(records, baseline=options.baseline)
+    print(pareto.markdown(found, refused), end="")
+    beside = Path(os.path.commonpath([Path(path).resolve().parent for path in options.runs]))
+    for file in pareto.write(found, options.out or Path(os.path.relpath(beside)) / "posthoc", refused):
+        print(f"written: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

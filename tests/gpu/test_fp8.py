@@ -1,0 +1,134 @@
+"""fp8 products on a GPU that has them: through compiled blocks, under autocast and ZeRO.
+
+python -m pytest tests/gpu/test_fp8.py -q
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from cllm import cli
+from cllm.config import Config
+from cllm.model.sizes import build_decoder
+from cllm.runs import RunFolder, load_run
+from cllm.train.float8 import convert_blocks
+from cllm.train.run import train
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"),
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9),
+        reason="needs a GPU of compute capability 8.9 or higher",
+    ),
+    pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao, which is not installed"),
+]
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
+STEPS = 20
+TEXT = ("the", "plan", "says", "where", "keys", "and", "values", "come", "from", "for", "every", "layer", "of", "it")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config of four fusedkv layers of width 256 that trains on made-up text."""
+    from cllm.data.prepare.build import prepare
+    from cllm.data.prepare.recipe import Recipe
+
+    folder = tmp_path_factory.mktemp("fp8")
+    (folder / "text").mkdir()
+    for n in range(400):
+        text = " ".join(TEXT[(n * 7 + i * i) % len(TEXT)] for i in range(20 + n % 150))
+        (folder / "text" / f"{n}.txt").write_text(text, encoding="utf-8")
+    recipe = {
+        "name": "tiny",
+        "out": str(folder / "prepared"),
+        "source": {"kind": "files", "paths": [str(folder / "text")]},
+        "tokenizer": {"train": {"vocab_size": 280}},
+        "validation": {"fraction": 0.05},
+        "workers": 1,
+    }
+    prepare(cli.validate(Recipe, recipe))
+    config: dict[str, Any] = {
+        "runs_dir": str(folder / "runs"),
+        "model": {"d_model": 256, "n_layers": 4, "n_heads": 4, "max_seq_len": 128, "kv": {"preset": "fusedkv"}},
+        "attention": {"backend": "sdpa"},
+        "data": {"path": str(folder / "prepared"), "seq_len": 128, "num_workers": 0, "validation_sequences": 16},
+        "optim": {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 4},
+        "train": {"steps": STEPS, "global_batch": 8, "micro_batch": 4, "log_every": 1, "devices": 1},
+    }
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return file
+
+
+def losses(base: Path, name: str, *settings: str, tag: str = "train/loss") -> list[float]:
+    folder = train(cli.load(Config, [base], ["--name", name, *settings]))
+    return [row[tag] for row in folder.metrics() if tag in row]
+
+
+@pytest.fixture(scope="module")
+def plain(base: Path) -> list[float]:
+    """Losses of the bf16 run."""
+    return losses(base, "plain", "--train.compile", "false")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_converted_layer_multiplies_in_fp8(base: Path, recipe: str) -> None:
+    """Three products a layer; with the weights' gradients in bf16, two."""
+    config = cli.load(Config, [base], ["--model.vocab_size", "320"])
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = build_decoder(config.model, backend="sdpa")
+    model.init_weights()
+    ids = torch.randint(320, (2, 128), device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        exact = model.loss(ids, ids)
+    converted = convert_blocks(model, recipe)
+    assert converted == 2 * 7 + 2 * 5
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model.loss(ids, ids)
+        loss.backward()
+    counts = {event.key: event.count for event in trace.key_averages()}
+    assert counts["aten::_scaled_mm"] == converted * (2 if recipe == "rowwise_with_gw_hp" else 3)
+    assert loss.item() == pytest.approx(exact.item(), rel=2e-3)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_compiled_runs_learn_as_in_bf16_and_leave_plain_checkpoints(
+    base: Path, plain: list[float], recipe: str
+) -> None:
+    found = losses(base, recipe, "--train.fp8", recipe, "--train.compile", "true")
+    assert found != plain
+    assert found == pytest.approx(plain, abs=0.05)
+    runs = Path(cli.load(Config, [base]).runs_dir)
+    ours, theirs = (load_run(runs / name)[0].state_dict() for name in (recipe, "plain"))
+    assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
+
+
+def test_gradient_checkpointing_runs(base: Path, plain: list[float]) -> None:
+    found = losses(base, "again", "--train.fp8", "tensorwise", "--train.gradient_checkpointing", "true")
+    assert found == pytest.approx(plain, abs=0.05)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed, which is not installed")
+@pytest.mark.parametrize("strategy", ["zero1", "zero2"])
+def test_zero_keeps_bf16_weights_and_multiplies_in_fp8(base: Path, plain: list[float], strategy: str) -> None:
+    """A process of its own: DeepSpeed keeps what it set up for as long as its process lives."""
+    settings = ["--name", strategy, "--train.strategy", strategy, "--train.fp8", "tensorwise"]
+    command = [sys.executable, "train.py", "--config", str(base), *settings]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "fp8: 24 of 24 linear layers" in done.stderr
+    folder = RunFolder(Path(cli.load(Config, [base]).runs_dir) / strategy)
+    found = [row["train/loss"] for row in folder.metrics() if "train/loss" in row]
+    assert found == pytest.approx(plain, abs=0.05)

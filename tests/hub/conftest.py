@@ -1,0 +1,87 @@
+"""Tiny transformers models of every design, and runs with random weights to export."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cllm.config import Config, ModelConfig
+from cllm.data.prepare.build import prepare
+from cllm.data.prepare.recipe import Recipe
+from cllm.hub.export import as_pretrained
+from cllm.hub.model import CLLMForCausalLM
+from cllm.model.decoder import Decoder
+from cllm.runs import RunFolder
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def hub_model(tiny_config, random_model) -> Callable[..., CLLMForCausalLM]:
+    """`hub_model({"preset": "cla"}, n_layers=4)`: a model whose every weight matters, in evaluation mode."""
+
+    def build(kv: dict[str, Any] | None = None, *, config: ModelConfig | None = None, **model: Any) -> CLLMForCausalLM:
+        decoder = random_model(config or tiny_config(kv=kv or {"preset": "fusedkv", "n_kv_heads": 2}, **model))
+        return as_pretrained(decoder).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """A prepared folder of a few sentences, with a tokenizer of 300 tokens."""
+    folder = tmp_path_factory.mktemp("prepared")
+    texts = [f"the {word} number {i} is naïve, 日本 and {i * i}" for i in range(40) for word in ("first", "second")]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    recipe = {
+        "name": "small",
+        "out": str(folder / "small"),
+        "source": {"kind": "files", "paths": [str(folder / "corpus.jsonl")]},
+        "tokenizer": {"train": {"vocab_size": 300}},
+        "validation": {"fraction": 0.3},
+        "workers": 1,
+    }
+    return prepare(Recipe.model_validate(recipe)).folder
+
+
+@pytest.fixture
+def make_run(tmp_path, prepared, random_model) -> Callable[..., tuple[RunFolder, Decoder]]:
+    """`make_run(tie_embeddings=True)`: a run of random weights with checkpoints at the steps 10 and 20."""
+
+    def build(**model: Any) -> tuple[RunFolder, Decoder]:
+        tiny = {"vocab_size": 320, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 24, "max_seq_len": 64}
+        config = Config.model_validate(
+            {
+                "name": "a",
+                "runs_dir": str(tmp_path / "runs"),
+                "model": {**tiny, "kv": {"preset": "fusedkv", "n_storage": 1, "sources": [0]}, **model},
+                "data": {"path": str(prepared), "seq_len": 16},
+            }
+        )
+        run = RunFolder(tmp_path / "runs" / "a")
+        run.write_config(config)
+        run.checkpoint_folder.mkdir()
+        for step in (10, 20):
+            decoder = random_model(config.model, seed=step)
+            state = {f"model.{key}": tensor for key, tensor in decoder.state_dict().items()}
+            torch.save({"state_dict": state}, run.checkpoint_path(step))
+        return run, decoder
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def convert() -> Callable[..., int]:
+    """scripts/convert.py's `main`, taking words and returning the exit status."""
+    spec = importlib.util.spec_from_file_location("convert_script", REPO / "scripts" / "convert.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *words: module.main([str(word) for word in words])

@@ -1,0 +1,195 @@
+"""scripts/convert.py export: what the folder holds, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cllm.data.manifest import Manifest
+from cllm.evaluate.subjects import load_subject
+from cllm.hub import export as export_module
+from cllm.runs import TIED, WEIGHTS_FILE, load_run
+
+
+def _refused(capsys, status: int) -> str:
+    """The one line on stderr."""
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_a_run_as_a_folder(convert, make_run, tmp_path, prepared, capsys) -> None:
+    run, decoder = make_run()
+    out = tmp_path / "out"
+    assert convert("export", run.path, out) == 0
+    names = {file.name for file in out.iterdir()}
+    assert names == {
+        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    }
+    stored, held = load_file(out / "model.safetensors"), decoder.state_dict()
+    assert stored.keys() == {f"model.{name}" for name in held}
+    assert all(torch.equal(stored[f"model.{name}"], tensor) for name, tensor in held.items())
+    eos = Manifest.read(prepared).eos_id
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert (generation["eos_token_id"], generation["pad_token_id"]) == (eos, eos)
+    written, told, how = capsys.readouterr().out.splitlines()
+    assert written.startswith(f"written: {out}: config.json, ")
+    parameters = sum(tensor.numel() for tensor in held.values())
+    nbytes = (out / "model.safetensors").stat().st_size
+    assert told == f"step 20, {parameters:,} parameters in fp32, {nbytes:,} bytes of weights"
+    assert how.endswith(f'AutoModelForCausalLM.from_pretrained("{out}")')
+    assert [p.name for p in tmp_path.glob(".*")] == []
+
+
+def test_the_folder_loads_generates_and_is_evaluated(convert, make_run, tmp_path) -> None:
+    run, decoder = make_run()
+    assert convert("export", run.path, tmp_path / "out") == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([tokenizer("the first number").input_ids])
+    with torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, decoder(ids))
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] <= ids.shape[1] + 4
+    subject = load_subject(tmp_path / "out", torch.device("cpu"))
+    assert (subject.kind, subject.design, subject.context) == ("huggingface", "fusedkv", 64)
+    with torch.no_grad():
+        assert torch.equal(subject.logits(ids, None, None, 2), decoder(ids)[:, -2:])
+
+
+def test_another_checkpoint_in_bf16_in_several_files(convert, make_run, tmp_path, random_model) -> None:
+    run, _ = make_run()
+    out = tmp_path / "out"
+    options = ("--checkpoint", 10, "--dtype", "bf16", "--max-shard-size", "5KB", "--no-tokenizer")
+    assert convert("export", run.path, out, *options) == 0
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    assert not (out / "tokenizer.json").exists()
+    held = random_model(run.config().model, seed=10).state_dict()
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.dtype == torch.bfloat16
+    for name, tensor in loaded.model.state_dict().items():
+        fused = name.endswith(("keys.weight", "values.weight"))
+        assert torch.equal(tensor, held[name] if fused else held[name].bfloat16()), name
+    assert any(name.endswith("keys.weight") for name in held)
+
+
+def test_tied_embeddings_are_one_tensor(convert, make_run, tmp_path, capsys) -> None:
+    run, decoder = make_run(tie_embeddings=True)
+    assert convert("export", run.path, tmp_path / "out") == 0
+    assert f"{sum(p.numel() for p in decoder.parameters()):,} parameters" in capsys.readouterr().out
+    assert "model.head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.model.head.weight, decoder.embed.weight)
+
+
+def test_a_width_that_match_params_found(convert, make_run, tmp_path) -> None:
+    from cllm.model.sizes import build_decoder
+
+    run, _ = make_run()
+    config = run.config()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"match_params": True})})
+    run.write_config(config)
+    torch.manual_seed(0)
+    decoder = build_decoder(config.model)
+    decoder.init_weights()
+    state = {f"model.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    torch.save({"state_dict": state}, run.checkpoint_path(30))
+    assert convert("export", run.path, tmp_path / "out") == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.intermediate_size > 24
+    ids = torch.arange(1, 7)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids, use_cache=False).logits, decoder(ids))
+
+
+def test_a_checkpoint_folder_of_zero(convert, make_run, tmp_path) -> None:
+    run, decoder = make_run(tie_embeddings=True)
+    folder = run.checkpoint_path(30)
+    folder.mkdir()
+    tensors = {name: tensor.contiguous() for name, tensor in decoder.state_dict().items() if name != "head.weight"}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={TIED: json.dumps({"head.weight": "embed.weight"})})
+    assert convert("export", run.path, tmp_path / "out") == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = load_run(folder)[0].state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.model.state_dict().items())
+
+
+def test_force_replaces_checkpoint_folders_only(convert, make_run, tmp_path, capsys) -> None:
+    run, _ = make_run()
+    out = tmp_path / "out"
+    assert convert("export", run.path, out, "--checkpoint", 10) == 0
+    capsys.readouterr()
+    assert f"{out}: exists; give another name, or --force" in _refused(capsys, convert("export", run.path, out))
+    (out / "stale.txt").write_text("x")
+    assert convert("export", run.path, out, "--force") == 0
+    assert not (out / "stale.txt").exists()
+    capsys.readouterr()
+    for folder in (run.path, tmp_path):
+        message = _refused(capsys, convert("export", run.path, folder, "--force"))
+        assert "--force replaces checkpoint folders only" in message
+    assert run.config_file.exists()
+
+
+def test_a_failure_leaves_nothing_behind_and_what_was_there_alone(convert, make_run, tmp_path, monkeypatch) -> None:
+    run, _ = make_run()
+    out = tmp_path / "out"
+    assert convert("export", run.path, out, "--checkpoint", 10) == 0
+    before = (out / "model.safetensors").read_bytes()
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_module.shutil, "copy", full_disk)
+    assert convert("export", run.path, out, "--force") == 2
+    assert convert("export", run.path, tmp_path / "new") == 2
+    assert (out / "model.safetensors").read_bytes() == before
+    assert not (tmp_path / "new").exists()
+    assert [p.name for p in tmp_path.glob(".*")] == []
+
+
+def test_what_is_refused(convert, make_run, tmp_path, prepared, capsys) -> None:
+    run, _ = make_run()
+    out = tmp_path / "out"
+    assert "not a run folder" in _refused(capsys, convert("export", tmp_path / "none", out, "--no-tokenizer"))
+    message = _refused(capsys, convert("export", run.path, out, "--checkpoint", 15))
+    assert "--checkpoint is 15" in message
+    assert "has: 10, 20" in message
+    assert "--max-shard-size is huge" in _refused(capsys, convert("export", run.path, out, "--max-shard-size", "huge"))
+    config = run.config()
+    run.write_config(
+        config.model_copy(update={"data": config.data.model_copy(update={"path": str(tmp_path / "gone")})})
+    )
+    message = _refused(capsys, convert("export", run.path, out))
+    assert "gone: no such folder of prepared data" in message
+    assert "--no-tokenizer" in message
+    assert not out.exists()
+
+
+def test_a_tokenizer_that_is_not_the_one_of_the_tokens_is_refused(
+    convert, make_run, tmp_path, prepared, capsys
+) -> None:
+    run, _ = make_run()
+    other = tmp_path / "data"
+    (other / "tokenizer").mkdir(parents=True)
+    for file in (prepared / "tokenizer").iterdir():
+        (other / "tokenizer" / file.name).write_bytes(file.read_bytes())
+    (other / "manifest.json").write_bytes((prepared / "manifest.json").read_bytes())
+    config = run.config()
+    run.write_config(config.model_copy(update={"data": config.data.model_copy(update={"path": str(other)})}))
+    assert convert("export", run.path, tmp_path / "fine") == 0
+    capsys.readouterr()
+    changed = json.loads((other / "tokenizer" / "tokenizer.json").read_text())
+    changed["model"]["merges"] = changed["model"]["merges"][:-1]
+    (other / "tokenizer" / "tokenizer.json").write_text(json.dumps(changed))
+    message = _refused(capsys, convert("export", run.path, tmp_path / "out"))
+    assert "is not the tokenizer that made the tokens" in message
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(convert, make_run, tmp_path, capsys) -> None:
+    run, _ = make_run(vocab_size=64)
+    message = _refused(capsys, convert("export", run.path, tmp_path / "out"))
+    assert "its tokenizer has 300 tokens, the model 64 rows" in message

@@ -1,0 +1,155 @@
+"""`generate` gives what a loop gives that computes everything again for every token."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from cllm.errors import UserError
+from cllm.hub.model import CLLMForCausalLM
+from cllm.kv.cache import KVCache
+from cllm.kv.presets import preset_names
+
+IDS = torch.tensor([[5, 9, 1, 30, 7], [4, 4, 8, 21, 3]])
+MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+NEW = 5
+
+
+def _again(model: CLLMForCausalLM, ids: torch.Tensor, mask: torch.Tensor, new: int = NEW) -> torch.Tensor:
+    """Greedy decoding without a cache."""
+    with torch.no_grad():
+        for _ in range(new):
+            logits = model(ids, attention_mask=mask, use_cache=False).logits
+            ids = torch.cat((ids, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+            mask = torch.cat((mask, torch.ones_like(ids[:, :1])), dim=1)
+    return ids
+
+
+def _greedy(model: CLLMForCausalLM, ids: torch.Tensor = IDS, **options) -> torch.Tensor:
+    return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False, **options})
+
+
+@pytest.fixture(scope="module")
+def of_preset(hub_model, preset_config):
+    """A model of a preset; cyclic ones iterate until every token is exact, as decoding is by itself."""
+
+    def build(name: str) -> CLLMForCausalLM:
+        config = preset_config(name)
+        if getattr(config.kv, "iterations", None) is not None:
+            iterations = config.kv.iterations.model_copy(update={"forward": len(IDS[0]) + NEW})
+            config = config.model_copy(update={"kv": config.kv.model_copy(update={"iterations": iterations})})
+        return hub_model(config=config)
+
+    return build
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_greedy_batches_with_left_padding(name, of_preset) -> None:
+    model = of_preset(name)
+    expected = _again(model, IDS, MASK)
+    assert torch.equal(_greedy(model, attention_mask=MASK), expected)
+    assert torch.equal(_greedy(model, attention_mask=MASK, cache_implementation="static"), expected)
+    assert torch.equal(_greedy(model, IDS[:1, 2:])[0], expected[0, 2:])
+
+
+def test_recurrent_states(hub_model) -> None:
+    model = hub_model({"preset": "yoco", "lower": "retention", "n_kv_heads": 2})
+    assert torch.equal(_greedy(model, attention_mask=MASK), _again(model, IDS, MASK))
+
+
+def test_generate_makes_the_cache_that_was_asked_for(hub_model) -> None:
+    model = hub_model()
+    growing = _greedy(model, return_dict_in_generate=True).past_key_values
+    assert isinstance(growing, KVCache)
+    assert (growing.max_len, growing.get_seq_length()) == (None, 9)
+    static = _greedy(model, return_dict_in_generate=True, cache_implementation="static").past_key_values
+    assert (static.max_len, static.get_seq_length()) == (9, 9)
+    fp8 = KVCache(model.config.model_config, storage="fp8")
+    assert _greedy(model, return_dict_in_generate=True, past_key_values=fp8).past_key_values is fp8
+    assert fp8.nbytes() < growing.nbytes() / 2
+
+
+def test_the_prompt_skips_the_layers_above_the_last_owner(hub_model) -> None:
+    model = hub_model()  # fusedkv: layers 0 to 3 own
+    seen = []
+    model.model.blocks[7].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    _greedy(model)
+    assert seen == [1] * NEW
+
+
+@pytest.mark.parametrize("name", ["fusedkv", "trailing"])
+def test_beams_are_those_without_a_cache(name, of_preset) -> None:
+    model = of_preset(name)
+    beams = [_greedy(model, attention_mask=MASK, num_beams=3, use_cache=use) for use in (True, False)]
+    assert torch.equal(*beams)
+
+
+def test_sampling_draws_the_same_with_and_without_a_cache(hub_model) -> None:
+    model = hub_model()
+    drawn = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        drawn.append(
+            model.generate(IDS, max_new_tokens=NEW, do_sample=True, num_return_sequences=2, use_cache=use_cache)
+        )
+    assert drawn[0].shape == (4, 10)
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("name", ["fusedkv", "cla", "mla"])
+def test_assisted_decoding(name, of_preset, hub_model) -> None:
+    """A draft that is always right, one that is often wrong, and one looked up in the prompt."""
+    model = of_preset(name)
+    prompt = IDS[:1].repeat(1, 3)
+    expected = _greedy(model, prompt, max_new_tokens=20)
+    for draft in (copy.deepcopy(model), hub_model({"preset": "mha"}, n_layers=2)):
+        assert torch.equal(_greedy(model, prompt, max_new_tokens=20, assistant_model=draft), expected)
+    assert torch.equal(_greedy(model, prompt, max_new_tokens=20, prompt_lookup_num_tokens=3), expected)
+
+
+def test_assisted_decoding_is_refused_where_tokens_cannot_be_taken_back(of_preset, hub_model) -> None:
+    with pytest.raises(UserError, match="a slot with a window of 3 has forgotten"):
+        _greedy(of_preset("yoco"), IDS[:1], prompt_lookup_num_tokens=2)
+    with pytest.raises(ValueError, match="stateful"):
+        _greedy(hub_model({"preset": "yoco", "lower": "retention"}), IDS[:1], prompt_lookup_num_tokens=2)
+
+
+def test_a_conversation_goes_on_from_its_cache(hub_model) -> None:
+    model = hub_model()
+    first = _greedy(model, attention_mask=MASK, return_dict_in_generate=True)
+    ids = torch.cat((first.sequences, torch.tensor([[3, 1], [2, 2]])), dim=1)
+    mask = torch.cat((MASK, torch.ones(2, NEW + 2, dtype=torch.long)), dim=1)
+    after = _greedy(model, ids, attention_mask=mask, past_key_values=first.past_key_values)
+    assert torch.equal(after, _again(model, ids, mask))
+
+
+def test_a_prompt_in_chunks(hub_model) -> None:
+    model = hub_model()
+    assert torch.equal(_greedy(model, IDS[:1], prefill_chunk_size=2), _greedy(model, IDS[:1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"past_key_values": DynamicCache()}, "past_key_values is a DynamicCache"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation is offloaded; allowed: dynamic, static"),
+        ({"cache_implementation": "quantized"}, "cache_implementation is quantized"),
+        ({"cache_implementation": "paged"}, "continuous batching"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions is not supported"),
+        ({"attention_mask": MASK.flip(1)}, "has 2 padding tokens at its end, which a cache would keep"),
+        ({"max_new_tokens": 60}, "a prompt of 5 tokens and up to 60 new ones .* allowed: max_new_tokens up to 59"),
+    ],
+)
+def test_what_is_refused(options, message, hub_model) -> None:
+    with pytest.raises(UserError, match=message):
+        _greedy(hub_model(n_layers=2), **options)
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_any_work(hub_model) -> None:
+    model = hub_model(n_layers=2)
+    model.model.embed.register_forward_pre_hook(lambda *_: pytest.fail("computed something"))
+    with pytest.raises(UserError, match=r"the prompt has 65 tokens, but the model's context .* is 64"):
+        _greedy(model, torch.ones(1, 65, dtype=torch.long))

@@ -1,0 +1,277 @@
+"""Compressed caches: a model reads on from them, they hold what they say, and they follow the batch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicCache
+
+from cllm.errors import UserError
+from cllm.hub.export import as_pretrained
+from cllm.kv.cache import KVCache
+from cllm.posthoc.cache import CompressedSlot, compress_cache
+from cllm.posthoc.engine import engine_of
+from cllm.posthoc.hf import compress_dynamic, layer_tensors
+from cllm.posthoc.methods import parse
+
+PREFIX, LENGTH, PADDING = 20, 28, [0, 3]
+FULL = "xkv:group=2,energy=1.0"
+DESIGNS = ["mha", "gqa", "cla", "yoco", "yoco with retention", "fusedkv", "fusedkv_lite", "mla", "lckv", "trailing"]
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "deepseek_v2", "deepseek_v3"]
+
+
+def real_bytes(tensors):
+    """Of the memory behind `tensors`, so that a slice of something larger shows."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
+
+
+def stored(cache):
+    if isinstance(cache, KVCache):
+        return [tensor for store in cache.stores.values() for tensor in store.tensors().values()]
+    return [tensor for layer in cache.layers for tensor in layer_tensors(layer)]
+
+
+def read_on(engine, cache, ids, parts):
+    return torch.cat([engine.logits(part, cache) for part in ids.split(parts, dim=1)], dim=1)
+
+
+@pytest.fixture
+def design(preset_config, random_model):
+    """A model of a preset, cyclic plans with as many passes as there are tokens."""
+
+    def build(name):
+        config = preset_config(name)
+        if config.plan().iterations is not None:
+            iterations = config.kv.iterations.model_copy(update={"forward": LENGTH - 1, "backward": 1})
+            config = config.model_copy(update={"kv": config.kv.model_copy(update={"iterations": iterations})})
+        return random_model(config).eval().requires_grad_(False)
+
+    return build
+
+
+# ---- cllm models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+def test_full_rank_reproduces_the_logits(name, design, tokens):
+    model, ids = design(name), tokens(2, LENGTH)
+    engine = engine_of(model)
+    for parts in ([8], [1] * 8, [5, 1, 2]):
+        cache = engine.new_cache()
+        engine.hidden(ids[:, :PREFIX], cache)
+        compressed = engine.compress(cache, parse(FULL))
+        assert any(isinstance(store, CompressedSlot) for store in compressed.stores.values())
+        found = read_on(engine, compressed, ids[:, PREFIX:], parts)
+        torch.testing.assert_close(found, model(ids)[:, PREFIX:], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            read_on(engine, cache, ids[:, PREFIX:], parts), model(ids)[:, PREFIX:], atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", ["mha", "fusedkv", "mla", "yoco"])
+def test_left_padding(name, design, tokens):
+    model, ids, starts = design(name), tokens(2, LENGTH), torch.tensor(PADDING)
+    cache = KVCache(model.config)
+    model(ids[:, :PREFIX], cache=cache, starts=starts)
+    compressed = compress_cache(cache, parse(FULL))
+    found = model(ids[:, PREFIX:], cache=compressed)
+    for row, start in enumerate(PADDING):
+        alone = model(ids[row : row + 1, start:])[0, PREFIX - start :]
+        torch.testing.assert_close(found[row], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"max_len": 32}, {"max_len": 32, "storage": "fp8"}, {"storage": "fp8"}])
+def test_static_and_fp8_caches_are_compressed_as_attention_reads_them(options, decoder, tokens):
+    model, ids = decoder(), tokens(2, LENGTH)
+    cache = KVCache(model.config, **options)
+    model(ids[:, :PREFIX], cache=cache)
+    compressed = compress_cache(cache, parse(FULL))
+    assert max(max(e.values()) for e in compressed.outcome.errors.values()) < 1e-5
+    expected = model(ids[:, PREFIX:], cache=cache)
+    tolerance = 1e-4 if "storage" not in options else 1e-3
+    torch.testing.assert_close(model(ids[:, PREFIX:], cache=compressed), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_windows_states_and_rope_keys_are_left_alone(design, tokens, filled):
+    engine, cache = filled(design("yoco"), tokens(2, PREFIX))
+    compressed = engine.compress(cache, parse("xkv:rank_k=1,rank_v=1"))
+    kinds = [isinstance(store, CompressedSlot) for store in compressed.stores.values()]
+    windows = [layer.window for layer in engine.model.plan.layers if layer.own is not None]
+    assert kinds == [window is None for window in windows]
+    engine, cache = filled(design("mla"), tokens(2, PREFIX))
+    compressed = engine.compress(cache, parse("xkv:rank_k=1,rank_v=1"))
+    for slot, error in compressed.outcome.errors.items():
+        assert error["v"] == 0 < error["k"]
+        assert torch.equal(compressed.stores[slot].prefix.read().v, cache.stores[slot].slot.v)
+
+
+def test_the_cache_follows_the_batch(decoder, tokens):
+    model, ids, starts = decoder(), tokens(3, LENGTH), torch.tensor([0, 3, 5])
+    cache = KVCache(model.config)
+    model(ids[:, :PREFIX], cache=cache, starts=starts)
+    compressed = compress_cache(cache, parse("xkv:group=4,rank_k=9,rank_v=9"))
+    order = torch.tensor([2, 0, 0, 1])
+    expected = model(ids[:, PREFIX:], cache=copy.deepcopy(compressed))
+    before = compressed.nbytes()
+    compressed.reorder_cache(order)
+    assert compressed.nbytes() == before // 3 * 4 == real_bytes(stored(compressed))  # bases are still shared
+    torch.testing.assert_close(model(ids[order, PREFIX:], cache=compressed), expected[order], atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_since_can_be_dropped_and_compressed_ones_not(decoder, tokens, filled):
+    engine, cache = filled(decoder(), tokens(2, PREFIX))
+    compressed = engine.compress(cache, parse(FULL))
+    ids = tokens(2, 8, seed=1)
+    expected = read_on(engine, copy.deepcopy(compressed), ids, [8])
+    engine.logits(ids[:, :5].flip(1), compressed)
+    compressed.crop(PREFIX)
+    torch.testing.assert_close(read_on(engine, compressed, ids, [8]), expected)
+    with pytest.raises(UserError, match="cannot go back from 28 to 19 tokens: the first 20 are compressed"):
+        compressed.crop(PREFIX - 1)
+
+
+def test_recompression_every_n_tokens(decoder, tokens, filled):
+    engine, cache = filled(decoder(), tokens(2, PREFIX))
+    compressed = engine.compress(cache, parse("xkv:energy=1.0,recompress=4"))
+    ids = tokens(2, 11, seed=1)
+    expected = engine.logits(ids, copy.deepcopy(cache))
+    sizes = []
+    found = []
+    for i in range(11):
+        found.append(engine.logits(ids[:, i : i + 1], compressed))
+        sizes.append(compressed.exact_tokens)
+    assert sizes == [1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3]
+    assert compressed.stores[0].compressed == PREFIX + 8
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["none", "xkv:group=4,rank_k=9,rank_v=5", "svd:ratio=1.5"])
+def test_bytes_are_those_of_the_memory_held(spec, decoder, tokens, filled):
+    engine, cache = filled(decoder(), tokens(2, PREFIX))
+    compressed = engine.compress(cache, parse(spec))
+    for _ in range(2):
+        assert compressed.nbytes() == real_bytes(stored(compressed))
+        engine.logits(tokens(2, 3), compressed)
+
+
+def test_bytes_of_xkv(decoder, tokens, filled):
+    engine, cache = filled(decoder(n_layers=5), tokens(2, PREFIX))
+    compressed = engine.compress(cache, parse("xkv:group=4,rank_k=9,rank_v=5"))
+    # two groups, of 4 slots and of 1, of 4 heads of 8 channels, in fp32; both A and every layer's B
+    assert compressed.nbytes() == 2 * 4 * (9 + 5) * (2 * PREFIX + 5 * 32)
+    assert cache.nbytes() == 2 * 4 * 5 * 2 * 32 * PREFIX
+
+
+def test_bf16_caches_are_stored_in_bf16(decoder, tokens, filled):
+    engine, cache = filled(decoder().bfloat16(), tokens(2, PREFIX))
+    compressed = engine.compress(cache, parse("xkv:group=4,rank_k=20,rank_v=20"))
+    assert {tensor.dtype for tensor in stored(compressed)} == {torch.bfloat16}
+    assert compressed.nbytes() == 2 * 2 * (20 + 20) * (2 * PREFIX + 8 * 32)
+    assert 1e-4 < max(max(error.values()) for error in compressed.outcome.errors.values()) < 0.01
+    assert engine.logits(tokens(2, 3), compressed).dtype == torch.bfloat16
+
+
+def test_generation_goes_on_from_a_compressed_cache(decoder, tokens):
+    small = decoder()
+    model = as_pretrained(small)
+    ids = tokens(1, PREFIX)
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)
+    cache = KVCache(small.config)
+    small(ids[:, :-1], cache=cache)
+    found = model.generate(ids, past_key_values=compress_cache(cache, parse(FULL)), max_new_tokens=6, do_sample=False)
+    assert torch.equal(found, expected)
+
+
+# ---- transformers models --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_rank_reproduces_the_logits_of_transformers_models(family, llama, tokens):
+    model, ids = llama(family), tokens(2, LENGTH)
+    engine = engine_of(model)
+    expected = model(ids).logits[:, PREFIX:]
+    for parts in ([8], [5, 1, 2]):
+        cache = engine.new_cache()
+        engine.hidden(ids[:, :PREFIX], cache)
+        before = engine.nbytes(cache)
+        compressed = engine.compress(cache, parse(FULL))
+        assert compressed.nbytes() == real_bytes(stored(compressed))
+        found = read_on(engine, compressed, ids[:, PREFIX:], parts)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert engine.nbytes(cache) == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_compressed_of_transformers_models(family, llama, tokens, filled):
+    engine, cache = filled(llama(family), tokens(2, PREFIX))
+    compressed = engine.compress(cache, parse("xkv:group=2,rank_k=3,rank_v=3"))
+    latent = family.startswith("deepseek")
+    for error in compressed.outcome.errors.values():
+        assert error["k"] > 0.01
+        assert (error["v"] == 0) == latent  # the RoPE key
+    if latent:
+        assert compressed.nbytes() == 2 * 4 * (3 * (2 * PREFIX + 4 * 16) + 4 * PREFIX * 8)
+
+
+def test_left_padding_of_transformers_models(llama, tokens):
+    model, ids = llama(), tokens(2, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    options = {"attention_mask": mask[:, :PREFIX], "position_ids": positions[:, :PREFIX]}
+    model(ids[:, :PREFIX], past_key_values=cache, **options)
+    compressed = compress_dynamic(cache, parse(FULL), model, starts=torch.tensor([0, 5]))
+    rest = {"attention_mask": mask, "position_ids": positions[:, PREFIX:]}
+    found = model(ids[:, PREFIX:], past_key_values=compressed, **rest).logits
+    alone = model(ids[1:, 5:]).logits[0, PREFIX - 5 :]
+    torch.testing.assert_close(found[1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_transformers_generate_and_reorder(llama, tokens):
+    model, ids = llama("qwen3"), tokens(2, PREFIX)
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)
+    engine = engine_of(model)
+    cache = engine.new_cache()
+    engine.hidden(ids[:, :-1], cache)
+    compressed = engine.compress(cache, parse(FULL))
+    found = model.generate(ids, past_key_values=compressed, max_new_tokens=6, do_sample=False)
+    assert torch.equal(found, expected)
+    compressed = engine.compress(cache, parse("xkv:group=4,rank_k=9,rank_v=9"))
+    one = engine.logits(ids[:, -1:], copy.deepcopy(compressed))
+    compressed.reorder_cache(torch.tensor([1, 0, 1]))
+    assert compressed.nbytes() == real_bytes(stored(compressed))
+    found = engine.logits(ids[[1, 0, 1], -1:], compressed)
+    torch.testing.assert_close(found, one[[1, 0, 1]], atol=1e-5, rtol=1e-5)
+
+
+def test_transformers_recompression_and_crop(llama, tokens, filled):
+    engine, cache = filled(llama(), tokens(2, PREFIX))
+    compressed = engine.compress(cache, parse("xkv:energy=1.0,recompress=4"))
+    ids = tokens(2, 6, seed=1)
+    expected = engine.logits(ids, copy.deepcopy(cache))
+    found = read_on(engine, compressed, ids, [1] * 6)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert compressed.layers[0].compressed == PREFIX + 4
+    compressed.crop(-2)
+    assert compressed.get_seq_length() == PREFIX + 4
+    with pytest.raises(UserError, match="cannot drop 1 tokens: the first 24 of 24 are compressed; allowed: up to 0"):
+        compressed.crop(-1)
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_compressed_is_refused(decoder, llama, tokens):
+    with pytest.raises(UserError, match="xkv: the cache is empty"):
+        compress_cache(KVCache(decoder().config), parse(FULL))
+    with pytest.raises(UserError, match="allowed: a DynamicCache, filled"):
+        compress_dynamic(DynamicCache(), parse(FULL), llama())
+    layers = [{"layers": "0-7", "own": {}, "window": 4}]
+    model = decoder(kv={"layers": layers})
+    cache = KVCache(model.config)
+    model(tokens(1, 9), cache=cache)
+    with pytest.raises(UserError, match="nothing to compress: all slots have a window or are recurrent states"):
+        compress_cache(cache, parse(FULL))

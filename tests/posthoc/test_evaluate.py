@@ -1,0 +1,162 @@
+"""evaluate.py --posthoc: the score sees the compression, and what is told is what is held."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cllm.data.store import TokenStore
+from cllm.evaluate.posthoc import _Reference, _score, _Tally, result_path
+from cllm.posthoc.engine import engine_of
+from cllm.posthoc.methods import parse
+
+
+def _record(run, spec, *, prefix=24, window=48, name="validation"):
+    path = result_path(
+        run.path / "evaluation", name, spec, prefix=prefix, window=window, max_tokens=None, checkpoint=None
+    )
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def scored(evaluate, run):
+    """Records of a run by spec."""
+
+    def score(*specs, kv=None, data=None):
+        made, model = run(kv=kv, data=data)
+        words = [word for spec in specs for word in ("--posthoc", spec)]
+        assert evaluate("--run", made.path, "--device", "cpu", *words) == 0
+        return {spec: _record(made, spec) for spec in specs}, made, model
+
+    return score
+
+
+def test_the_score_sees_the_compression(scored, capsys):
+    full_rank = "xkv:group=4,rank_k=24,rank_v=24"
+    specs = ("none", "xkv:group=4,ratio=1", full_rank, "xkv:energy=1.0,recompress=8", "xkv:rank_k=1,rank_v=1")
+    records, _, _ = scored(*specs)
+    none, one, full, again, ruined = records.values()
+    assert none["loss"] == none["uncompressed_loss"] == one["loss"]
+    assert none["errors"]["0"] == {"k": 0.0, "v": 0.0}
+    assert full["loss"] == pytest.approx(none["loss"], abs=1e-4)
+    assert again["loss"] == pytest.approx(none["loss"], abs=1e-4)
+    assert again["end_ratio_to_own"] != full["end_ratio_to_own"]
+    assert abs(ruined["increase_percent"]) > 1
+    head, first, *_ = capsys.readouterr().out.splitlines()
+    assert head.split()[:4] == ["run", "method", "set", "prefix/window"]
+    assert first.split()[:4] == ["a", "none", "validation", "24/48"]
+
+
+def test_rank_one_ruins_the_score_of_text_that_the_model_expects(decoder, tokens):
+    """Text drawn from the model itself, which a random model predicts far better than any other."""
+    model, ids = decoder(), tokens(2, 24)
+    model.head.weight.mul_(6)  # expect something
+    draw = torch.Generator().manual_seed(0)
+    while ids.shape[1] < 49:
+        ids = torch.cat((ids, torch.multinomial(model(ids)[:, -1].softmax(-1), 1, generator=draw)), dim=1)
+    specs = ["none", "xkv:group=4,rank_k=24,rank_v=24", "xkv:group=4,rank_k=1,rank_v=1"]
+    tallies, reference = [_Tally() for _ in specs], _Reference()
+    _score(engine_of(model), [parse(spec) for spec in specs], ids, 24, tallies, reference)
+    none, full, ruined = (tally.nll / tally.tokens for tally in tallies)
+    assert none == reference.tally.nll / reference.tally.tokens
+    assert full == pytest.approx(none, abs=1e-4)
+    assert ruined > 2 * none
+
+
+def test_the_reference_is_the_loss_of_a_plain_forward_after_the_prefix(scored, prepared):
+    records, _, model = scored("none")
+    store = TokenStore(prepared(300), "validation")
+    eos = store.manifest.eos_id
+    stream = torch.cat((torch.tensor([eos]), torch.from_numpy(store.read(0, len(store)))))
+    nll, count = 0.0, 0
+    for start in range(0, len(stream) - 48, 49):
+        window = stream[start : start + 49]
+        logits = model(window[None, :-1])[0, 24:]
+        nll += F.cross_entropy(logits, window[25:], reduction="sum").item()
+        count += 24
+    assert records["none"]["tokens_scored"] == count
+    assert records["none"]["loss"] == pytest.approx(nll / count, abs=1e-5)
+
+
+def test_bytes_are_those_of_the_caches(scored):
+    records, _, _ = scored("none", "xkv:group=4,rank_k=3,rank_v=5", kv={"preset": "cla"})
+    none, xkv = records.values()
+    # cla of 4 layers owns 2 slots of 2 heads of 8 channels, mha 4, in fp32
+    assert none["own_bytes_per_token"] == none["bytes_per_token"] == 2 * 2 * 16 * 4
+    assert none["mha_bytes_per_token"] == 4 * 2 * 16 * 4
+    factors = (24 + 2 * 16) * (3 + 5) * 4
+    assert xkv["bytes_per_token"] == pytest.approx(factors / 24)
+    assert xkv["ratio_to_own"] == pytest.approx(2 * 2 * 16 * 4 * 24 / factors)
+    assert xkv["ratio_to_mha"] == 2 * xkv["ratio_to_own"]
+    exact = 2 * 2 * 16 * 24 * 4  # the 24 tokens read after the prefix
+    assert xkv["end_ratio_to_own"] == pytest.approx(2 * exact / (factors + exact))
+    assert set(xkv["errors"]) == {"0", "2"}
+
+
+def test_hugging_face_folders(evaluate, tmp_path, prepared, texts):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=320, num_key_value_heads=2, max_position_embeddings=64, **sizes)
+    folder, text = tmp_path / "llama", tmp_path / "text.txt"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for file in (prepared(300) / "tokenizer").iterdir():
+        shutil.copy(file, folder / file.name)
+    text.write_text(" ".join(texts), encoding="utf-8")
+    specs = ["none", "xkv:energy=1.0", "kivi:bits=8,group=8,residual=0", "kvsharer:threshold=-1.0"]
+    words = [word for spec in specs for word in ("--posthoc", spec)]
+    assert evaluate("--run", folder, "--data", text, "--device", "cpu", "--window", 48, *words) == 0
+    path = folder / "evaluation" / "posthoc" / "text"
+    none, xkv, kivi, shared = (json.loads(next(path.glob(f"{spec[:3]}*")).read_text()) for spec in specs)
+    assert none["loss"] == none["uncompressed_loss"]
+    assert xkv["loss"] == pytest.approx(none["loss"], abs=1e-4)
+    assert 0 < abs(kivi["loss"] - none["loss"]) < 0.01
+    assert none["own_bytes_per_token"] == 4 * 2 * 2 * 4 * 4
+    assert none["ratio_to_mha"] == 2
+    assert shared["ratio_to_own"] == pytest.approx(4 / 3)
+
+
+def test_windows_stay_inside_documents_where_documents_are_masked(evaluate, run, capsys):
+    made, _ = run("masked", data={"document_mask": True})
+    assert evaluate("--run", made.path, "--device", "cpu", "--posthoc", "none", "--window", 8, "--prefix", 4) == 0
+    record = _record(made, "none", prefix=4, window=8)
+    assert 0 < record["windows"] < record["tokens_scored"]
+    assert evaluate("--run", made.path, "--device", "cpu", "--posthoc", "none", "--window", 64) == 2
+    assert "it has no 65 tokens inside of one document; lower --window" in capsys.readouterr().err
+
+
+def test_a_run_without_full_attention_is_refused(evaluate, run, capsys):
+    made, _ = run(kv={"layers": [{"layers": "0-3", "own": {}, "window": 8}]})
+    assert evaluate("--run", made.path, "--device", "cpu", "--posthoc", "none") == 2
+    assert "nothing to compress: all slots have a window" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prefix", 4], "--prefix 4: needs --posthoc"),
+        (["--posthoc", "none", "--prefix", 48], "--prefix is 48; allowed: 1 to 47"),
+        (["--posthoc", "none", "--stride", 8], "--stride is 8; with --posthoc windows do not overlap"),
+        (["--posthoc", "xvk:group=4"], 'unknown method "xvk"; did you mean "xkv"?'),
+        (["--posthoc", "xkv:gruop=4"], 'unknown option "gruop" of xkv; allowed: energy, group, group_k'),
+        (["--posthoc", "xkv:group=0,ratio=2"], "group: Input should be greater than or equal to 1 got 0"),
+        (["--posthoc", "xkv:group=2"], "give exactly one of ranks (rank_k, rank_v), ratio and energy"),
+        (["--posthoc", "xkv:ratio=2,svd=random,energy=0.9"], "give exactly one of"),
+        (["--posthoc", "xkv:energy=0.9,svd=random"], "energy needs all singular values"),
+        (["--posthoc", "xkv:rank_k=25,rank_v=3"], "rank_k=25: 4 slots of 16 channels have 24 tokens; allowed: 1 to 24"),
+        (["--posthoc", "xkv:rank_k=3"], "give rank_k and rank_v, one is missing"),
+        (["--posthoc", "xkv:group=4,ratio=20"], "at 24 tokens the bases of 4 slots alone exceed it"),
+        (["--posthoc", "none+none"], "allowed with +: xkv or svd"),
+    ],
+)
+def test_bad_input_is_told_in_a_line(evaluate, run, capsys, words, message):
+    made, _ = run()
+    assert evaluate("--run", made.path, "--device", "cpu", *words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

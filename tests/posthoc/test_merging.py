@@ -1,0 +1,267 @@
+"""MiniCache, CommonKV and KVSharer: their equations, and what they keep."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cllm.errors import UserError
+from cllm.posthoc.cache import FollowingSlot
+from cllm.posthoc.commonkv import factored
+from cllm.posthoc.engine import engine_of
+from cllm.posthoc.methods import parse
+from cllm.posthoc.minicache import slerp
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def turned(x, angle):
+    """`x` (..., 2 or more) turned by `angle` in the plane of its first two channels."""
+    cos, sin = math.cos(angle), math.sin(angle)
+    a, b = x[..., 0], x[..., 1]
+    return torch.cat((torch.stack((cos * a - sin * b, sin * a + cos * b), dim=-1), x[..., 2:]), dim=-1)
+
+
+# ---- MiniCache ------------------------------------------------------------------------------------------------------
+
+
+def test_slerp_goes_along_the_great_circle():
+    one, other = torch.tensor([1.0, 0, 0]), turned(torch.tensor([1.0, 0, 0]), 0.8)
+    for t in (0.0, 0.25, 0.6, 1.0):
+        direction, angle = slerp(one, other, t)
+        torch.testing.assert_close(direction, turned(one, 0.8 * t))
+        assert angle.item() == pytest.approx(0.8)
+    same, angle = slerp(one, one, 0.3)
+    assert torch.equal(same, one)
+    assert angle == 0
+
+
+def planted(far=3):
+    """Two slots of 12 tokens in a plane, 0.1 to 0.2 rad apart, and one pair, `far`, 2 rad apart."""
+    x = F.normalize(torch.cat((noise(1, 12, 1, 2), torch.zeros(1, 12, 1, 2)), dim=-1), dim=-1)
+    angles = torch.linspace(0.1, 0.2, 12)
+    angles[far] = 2.0
+    y = torch.stack([turned(x[:, t], angle.item()) for t, angle in enumerate(angles)], dim=1)
+    return 2 * x, 3 * y
+
+
+@pytest.mark.parametrize(("name", "kept"), [("minicache", [3]), ("minicache_xkv", [0])])
+def test_retention_both_ways_on_a_planted_outlier(name, kept, part):
+    """The paper keeps the pair that differs most; the variant of xKV's repository the ones that differ least."""
+    x, y = planted()
+    (lower, upper), _ = parse(f"{name}:gamma=0.004,t=0.5,start=0").encode(part("k", [x, y]), part("v", [x, y]))
+    assert lower.index.tolist() == [kept]
+    assert upper.index is lower.index
+    assert upper.direction is lower.direction
+    for code, exact in ((lower, x), (upper, y)):
+        error = (code.decode() - exact).norm(dim=-1).flatten() / exact.norm(dim=-1).flatten()
+        assert error[kept].max() < 1e-6
+        others = [t for t in range(12) if t not in kept]
+        assert error[others].min() > 0.04
+        torch.testing.assert_close(code.decode().norm(dim=-1), exact.norm(dim=-1))  # lengths are kept
+    outlier = (lower.decode() - x).norm(dim=-1).flatten()[3] / 2
+    assert outlier < 1e-6 if name == "minicache" else outlier > 0.9
+
+
+def test_merging_starts_in_the_middle(part):
+    data = [noise(1, 10, 2, 4, seed=i) for i in range(7)]
+    codes, _ = parse("minicache").encode(part("k", data), part("v", data))
+    assert [code is None for code in codes] == [True, True, True, False, False, False, False]
+    codes, _ = parse("minicache:start=4").encode(part("k", data), part("v", data))
+    assert [code is None for code in codes] == [True, True, True, True, False, False, True]
+    with pytest.raises(UserError, match="no two neighbours of one shape from slot 1 on, of 2; allowed: start up to 0"):
+        parse("minicache").encode(part("k", data[:2]), None)
+
+
+def test_rope_does_not_matter_to_merging(decoder, tokens, filled):
+    """Both of a pair are turned alike, so merging before and after RoPE is the same."""
+    engine, cache = filled(decoder(n_layers=2), tokens(1, 12))
+    method = parse("minicache:gamma=0.0,start=0")
+    found = engine.compress(cache, method).stores[0].prefix.read().k
+    held = engine.filled(cache)
+    ((keys, values),) = held.parts(before_rope=True)
+    before = held.rotation(0).redo(method.encode(keys, values)[0][0].decode())
+    torch.testing.assert_close(found, before, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_kept_of_a_batch_and_padding(part):
+    x, y = planted()
+    a, b = planted(far=7)
+    plain = torch.cat((x, a)), torch.cat((y, b))
+    padded = [torch.cat((noise(2, 3, 1, 4), t), dim=1) for t in plain]
+    text = (torch.arange(15) >= 3).expand(2, -1)
+    (lower, _), _ = parse("minicache:start=0").encode(part("k", padded, text), part("v", padded, text))
+    assert lower.index.tolist() == [[6], [10]]
+
+
+def test_bytes_of_minicache(decoder, tokens, filled):
+    engine, cache = filled(decoder(n_layers=4), tokens(2, 20))
+    compressed = engine.compress(cache, parse("minicache:gamma=0.1"))
+    codes = [compressed.stores[2].prefix.k, compressed.stores[2].prefix.v]
+    kept = sum(code.index.shape[1] for code in codes)
+    exact, merged = 2 * 2 * 20 * 32 * 4, 2 * 20 * 32 * 4
+    lengths, rows = 2 * 2 * 20 * 4 * 4, kept * (2 * 8 * 4 + 4)
+    assert kept > 0
+    assert compressed.nbytes() == 2 * (exact + merged + lengths + rows)
+
+
+# ---- CommonKV -------------------------------------------------------------------------------------------------------
+
+
+def fill(model, ids, spec, calibration=None):
+    engine, method = engine_of(model), parse(spec)
+    method.prepare(engine, ids if calibration is None else calibration)
+    cache = engine.new_cache()
+    with method.watch(engine):
+        for part in ids.split(7, dim=1):
+            engine.hidden(part, cache)
+    return engine, cache, method
+
+
+def test_factors_of_stacked_projections():
+    layers = [(noise(6, 20, seed=i), noise(6, 20, seed=10 + i)) for i in range(2)]
+    left, shared = factored(layers, None)
+    for m, pair in zip(left, layers, strict=True):
+        torch.testing.assert_close(m @ shared, torch.cat(pair), atol=1e-5, rtol=1e-4)
+    left, shared = factored(layers, 9)
+    stacked = torch.cat([w for pair in layers for w in pair]).double()
+    error = (torch.cat(left).double() @ shared.double() - stacked).square().sum()
+    assert error.item() == pytest.approx(torch.linalg.svdvals(stacked)[9:].square().sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"kv": {"preset": "gqa", "n_kv_heads": 1}}, {"kv_bias": True}])
+def test_commonkv_without_merging_loses_nothing(options, decoder, tokens):
+    model, ids = decoder(**options), tokens(2, 28)
+    engine, cache, method = fill(model, ids[:, :20], "commonkv:merge=0.0")
+    compressed = engine.compress(cache, method)
+    torch.testing.assert_close(engine.logits(ids[:, 20:], compressed), model(ids)[:, 20:], atol=1e-4, rtol=1e-4)
+    assert method.weight_bytes() > 0
+
+
+def test_commonkv_on_a_transformers_model(llama, tokens):
+    model, ids = llama("qwen2"), tokens(2, 28)
+    engine, cache, method = fill(model, ids[:, :20], "commonkv:group=2,merge=0.0")
+    compressed = engine.compress(cache, method)
+    torch.testing.assert_close(engine.logits(ids[:, 20:], compressed), model(ids).logits[:, 20:], atol=1e-4, rtol=1e-4)
+
+
+def test_merged_latents_are_stored_once_and_others_kept(decoder, tokens):
+    model, ids = decoder(n_layers=4), tokens(2, 24)
+    engine, cache, method = fill(model, ids, "commonkv:merge=0.5,sink=2,recent=6,weights=equal")
+    compressed = engine.compress(cache, method)
+    codes = [compressed.stores[slot].prefix.k for slot in range(4)]
+    index = codes[0].latents.index
+    assert all(code.latents.merged is codes[0].latents.merged for code in codes)
+    assert index.shape == (2, 8)  # half of 24 - 2 - 6
+    assert index.min() >= 2
+    assert index.max() < 18
+    held = engine.filled(cache)
+    ((keys, _),) = held.parts(before_rope=True)
+    for row in range(2):
+        kept = [t for t in range(24) if t not in index[row].tolist()]
+        for slot in range(4):
+            found, exact = codes[slot].decode()[row], keys.data[slot][row]
+            torch.testing.assert_close(found[kept], exact[kept], atol=1e-4, rtol=1e-4)
+            assert (found[index[row].long()] - exact[index[row].long()]).norm() > 0.1
+    # d_model 24 is the latents' width: 8 shared ones, 16 for each of 4 slots, in fp32, and the index
+    assert compressed.nbytes() == 2 * (4 * 24 * (8 + 4 * 16) + 4 * 8)
+
+
+def test_merged_latents_are_means_weighed_by_sensitivity(decoder, tokens):
+    model, ids = decoder(n_layers=4), tokens(1, 10)
+    model.head.weight.mul_(6)
+    draw = torch.Generator().manual_seed(0)
+    while ids.shape[1] < 20:  # text that the model expects
+        ids = torch.cat((ids, torch.multinomial(model(ids)[:, -1].softmax(-1), 1, generator=draw)), dim=1)
+    engine, cache, method = fill(model, ids, "commonkv:merge=1.0,sink=0,recent=0")
+    weights = method._shares([0, 1, 2, 3])
+    assert sum(weights) == pytest.approx(1)
+    assert max(weights) > 2 * min(weights)
+    merged = engine.compress(cache, method).stores[0].prefix.k.latents.merged
+    _, shared = method._factored((0, 1, 2, 3))
+    latents = [F.linear(torch.cat(method._inputs[slot], dim=1), shared) for slot in range(4)]
+    expected = sum(w * z for w, z in zip(weights, latents, strict=True))
+    torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_commonkv_refuses_what_it_cannot_do(decoder, tokens, filled):
+    engine, cache = filled(decoder(), tokens(1, 20))
+    method = parse("commonkv")
+    with pytest.raises(UserError, match="has not seen the cache being filled"):
+        engine.compress(cache, method)
+    with (
+        pytest.raises(UserError, match="slot 0: its keys are normalised"),
+        method.watch(engine_of(decoder(qk_norm=True))),
+    ):
+        pass
+    mla = {"preset": "mla", "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    with pytest.raises(UserError, match="slot 0 is a latent"), method.watch(engine_of(decoder(kv=mla))):
+        pass
+    engine, cache, method = fill(decoder(), tokens(1, 20), "commonkv:rank=25")
+    with pytest.raises(UserError, match="rank=25; allowed for 4 slots: 1 to 24"):
+        engine.compress(cache, method)
+    method._sensitivity = None
+    method.rank = None
+    with pytest.raises(UserError, match=r"not calibrated: call prepare\(engine, ids\) first, or weights=equal"):
+        engine.compress(cache, method)
+
+
+# ---- KVSharer -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["cllm", "transformers"])
+def test_a_dropped_slot_is_read_from_another_and_costs_nothing(kind, decoder, llama, tokens):
+    model, ids = decoder(n_layers=4) if kind == "cllm" else llama(), tokens(2, 28)
+    engine, cache, method = fill(model, ids[:, :20], "kvsharer:share=1,threshold=0.0")
+    ((upper, lower),) = method.follows().items()
+    assert lower < upper
+    compressed = engine.compress(cache, method)
+    assert compressed.nbytes() == engine.nbytes(cache) * 3 // 4
+    errors = compressed.outcome.errors
+    assert [slot for slot, error in errors.items() if error["k"] > 0] == [upper]
+    engine.logits(ids[:, 20:24], compressed)
+    assert compressed.nbytes() * 4 == engine.nbytes(cache) // 20 * 24 * 3  # tokens to come are dropped too
+    if kind == "cllm":
+        assert isinstance(compressed.stores[upper], FollowingSlot)
+        assert torch.equal(compressed.stores[upper].last(24, 24).k, compressed.stores[lower].last(24, 24).k)
+
+
+def test_a_sharing_model_is_one_whose_slot_is_replaced(decoder, tokens):
+    """Calibration runs the model with slot 2 reading slot 0: as if layer 2 had layer 0's keys and values."""
+    model, ids = decoder(n_layers=3), tokens(1, 16)
+    shared = engine_of(model).logits(ids, engine_of(model).new_cache({2: 0}))
+    share = {"layers": [{"layers": "0-1", "own": {}}, {"layers": "2", "keys": {"share": 0}, "values": {"share": 0}}]}
+    twin = decoder(kv=share, n_layers=3)
+    twin.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(shared, twin(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_dissimilar_pairs_are_tried_first_and_the_threshold_holds(decoder, tokens):
+    model, ids = decoder(n_layers=4), tokens(2, 20)
+    model.blocks[3].attention.owner.v_proj.weight.mul_(50)  # slot 3 is far from all others
+    model.blocks[3].attention.o_proj.weight.mul_(0)  # and does not matter
+    engine = engine_of(model)
+    for threshold in (-1.0, 0.9):  # with -1, the first pair tried is taken
+        method = parse(f"kvsharer:threshold={threshold}")
+        method.prepare(engine, ids)
+        assert list(method.follows()) == [3]
+    with pytest.raises(UserError, match=r"only \d of share=4 slots can be dropped with threshold=0.9"):
+        parse("kvsharer:share=4,threshold=0.9").prepare(engine, ids)
+    with pytest.raises(UserError, match="not calibrated"):
+        parse("kvsharer").follows()
+
+
+def test_a_shared_cache_follows_the_batch(decoder, tokens):
+    ids = tokens(2, 28)
+    engine, cache, method = fill(decoder(n_layers=4), ids[:, :20], "kvsharer:threshold=0.0")
+    compressed = engine.compress(cache, method)
+    expected = engine.logits(ids[:, 20:], copy.deepcopy(compressed))
+    compressed.reorder_cache(torch.tensor([1, 0, 1]))
+    found = engine.logits(ids[[1, 0, 1], 20:], compressed)
+    torch.testing.assert_close(found, expected[[1, 0, 1]], atol=1e-5, rtol=1e-5)

@@ -1,0 +1,144 @@
+"""Quantisers against their closed form, and the bytes of their codes."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+
+import pytest
+import torch
+
+from cllm.errors import UserError
+from cllm.posthoc.engine import engine_of
+from cllm.posthoc.lowrank import LowRank
+from cllm.posthoc.methods import parse
+from cllm.posthoc.packing import pack, unpack
+from cllm.posthoc.quantize import bits_per_number
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("count", [1, 7, 16])
+def test_codes_are_packed_without_a_spare_bit(bits, count):
+    codes = torch.randint(2**bits, (3, count), generator=torch.Generator().manual_seed(0))
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (3, -(-count * bits // 8))
+    assert torch.equal(unpack(packed, bits, count), codes.to(torch.uint8))
+
+
+def closed_form(x, bits):
+    """A group (..., m) quantised and back."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    scale = (high - low) / (2**bits - 1)
+    return ((x - low) / scale).round() * scale + low
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_kivi_is_its_closed_form(bits, part):
+    k, v = noise(2, 29, 2, 8), noise(2, 29, 2, 8, seed=1)
+    method = parse(f"kivi:bits={bits},group=8,residual=4")
+    (found_k,), (found_v,) = method.encode(part("k", [k]), part("v", [v]))
+    assert torch.equal(found_k.decode()[:, 24:], k[:, 24:])  # 25 may be quantised, 24 are three groups
+    assert torch.equal(found_v.decode()[:, 24:], v[:, 24:])
+    for group in range(3):  # of 8 tokens, for each channel
+        tokens = slice(8 * group, 8 * group + 8)
+        expected = closed_form(k[:, tokens].flatten(2).mT, bits).mT
+        torch.testing.assert_close(found_k.decode()[:, tokens].flatten(2), expected, atol=1e-5, rtol=1e-5)
+    expected = closed_form(v[:, :24], bits)  # a head's 8 channels, for each token
+    torch.testing.assert_close(found_v.decode()[:, :24], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_bytes_of_kivi(decoder, tokens, filled):
+    engine, cache = filled(decoder(n_layers=3), tokens(2, 40))
+    compressed = engine.compress(cache, parse("kivi:bits=2,group=8,residual=8"))
+    per_tensor = 32 * 32 * 2 // 8 + 2 * 4 * 32 * 32 // 8 + 4 * 8 * 32  # codes, scale and zero, exact tokens
+    assert compressed.nbytes() == 2 * 3 * 2 * per_tensor
+
+
+def test_padding_does_not_widen_a_group(part):
+    k = noise(2, 16, 1, 8)
+    padded = torch.cat((1e3 * torch.ones(2, 8, 1, 8), k), dim=1)
+    text = (torch.arange(24) >= 8).expand(2, -1)
+    method = parse("kivi:bits=4,group=12,residual=0")  # the first group has 4 tokens of text
+    found = method._code_part(part("k", [padded], text))[0].decode()[:, 8:]
+    assert (found - k).abs().max() < (k.max() - k.min()) / 15
+
+
+def test_xquant_shares_codes_of_pairs_and_keeps_scales(part):
+    data = [noise(2, 32, 2, 8, seed=i) for i in range(5)]
+    codes, _ = parse("xquant:bits=2,group=8,residual=0,eta=0.1").encode(part("k", data), part("v", data))
+    shared = [a.packed is b.packed for a, b in itertools.pairwise(codes)]
+    assert shared == [True, False, True, False]
+    # A shared slot: the pair's codes, drawn in endpoints of its own.
+    lower, upper = (x.flatten(2).unflatten(1, (-1, 8)) for x in data[:2])  # B, groups, 8, C
+    low, high = lower.amin(2, keepdim=True), lower.amax(2, keepdim=True)
+    q = ((lower - low) / ((high - low) / 3)).round()
+    for x, code in ((lower, codes[0]), (upper, codes[1])):
+        low, high = x.amin(2, keepdim=True), x.amax(2, keepdim=True)
+        scale = (high - low) / 3
+        expected = q * (1 - 0.2) * scale + low + 0.1 * 3 * scale
+        torch.testing.assert_close(code.decode().flatten(2).unflatten(1, (-1, 8)), expected, atol=1e-5, rtol=1e-5)
+    late, _ = parse("xquant:group=8,residual=0,share_k=2").encode(part("k", data), part("v", data))
+    assert [a.packed is b.packed for a, b in itertools.pairwise(late)] == [False, False, True, False]
+
+
+def test_xquant_is_below_1_4_bits_with_its_scales(part):
+    data = [noise(1, 256, 2, 64, seed=i).bfloat16() for i in range(4)]
+    for method, codes_alone, whole in (("kivi", 2.0, 2.25), ("xquant", 1.0, 1.25)):
+        for found in parse(f"{method}:bits=2,group=128,residual=0").encode(part("k", data), part("v", data)):
+            assert bits_per_number(found, scales=False) == codes_alone
+            assert bits_per_number(found) == whole
+
+
+def test_a_quantiser_on_top_of_factors(part, decoder, tokens, filled):
+    data = [noise(2, 64, 2, 8, seed=i) for i in range(4)]
+    keys, values = part("k", data), part("v", data)
+    plain, _ = parse("xkv:group=4,rank_k=16,rank_v=16").encode(keys, values)
+    coded, _ = parse("xkv:group=4,rank_k=16,rank_v=16+kivi:bits=8,group=32,residual=0").encode(keys, values)
+    assert all(isinstance(code, LowRank) and code.a is coded[0].a for code in coded)
+    assert coded[0].a.packed.dtype == torch.uint8
+    assert torch.equal(coded[1].b, plain[1].b)
+    a = plain[0].a.decode().unflatten(1, (2, 32))
+    expected = closed_form(a.transpose(2, 3), 8).transpose(2, 3).flatten(1, 2)
+    torch.testing.assert_close(coded[0].a.decode(), expected, atol=1e-5, rtol=1e-5)
+    engine, cache = filled(decoder(n_layers=2), tokens(1, 40))
+    small = engine.compress(cache, parse("svd:rank_k=8,rank_v=8+kivi:bits=4,group=40,residual=0"))
+    assert small.nbytes() == 4 * (40 * 8 // 2 + 2 * 4 * 8 + 4 * 32 * 8)
+
+
+def test_bad_options_are_refused(part, decoder, tokens, filled, llama):
+    keys = part("k", [noise(1, 20, 1, 12)])
+    with pytest.raises(UserError, match="nothing of 20 tokens is left to quantise with group=32, residual=128"):
+        parse("kivi").encode(keys, None)
+    with pytest.raises(UserError, match="group=8 does not divide the 12 channels of a token"):
+        parse("kivi:group=8,residual=0").encode(keys, part("v", keys.data))
+    with pytest.raises(UserError, match="bits: Input should be 1, 2, 4 or 8 got 3"):
+        parse("kivi:bits=3")
+    engine, cache = filled(decoder(), tokens(1, 20))
+    with pytest.raises(UserError, match="serves transformers models only; for cllm models: kivi"):
+        engine.compress(cache, parse("hf_quantized"))
+
+
+@pytest.mark.parametrize(("backend", "package"), [("quanto", "optimum.quanto"), ("hqq", "hqq")])
+def test_transformers_quantised_cache(backend, package, llama, tokens, filled):
+    try:
+        present = importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        present = False
+    model, ids = llama(), tokens(2, 40)
+    engine, cache = filled(model, ids[:, :32])
+    method = parse(f"hf_quantized:backend={backend},bits=4,group=32,residual=4")
+    if not present:
+        with pytest.raises(UserError, match=f"backend={backend} is not installed: pip install"):
+            engine.compress(cache, method)
+        return
+    exact = engine_of(model).nbytes(cache)
+    quantized = engine.compress(cache, method)
+    assert 0 < max(quantized.outcome.errors[0].values()) < 0.2
+    assert exact / 8 <= quantized.nbytes() < exact / 2
+    logits, expected = engine.logits(ids[:, 32:], quantized), engine.logits(ids[:, 32:], cache)
+    assert 0 < (logits - expected).norm() / expected.norm() < 0.3

@@ -1,0 +1,109 @@
+"""scripts/sweep_posthoc.py: one table and one figure of trained designs and their compressed caches."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cllm.errors import UserError
+from cllm.evaluate.pareto import TRAINED, expand, markdown, points
+
+SPECS = ["--spec", "xkv:group={group},ratio={ratio}", "--spec", "minicache:start=0", "--group", 2, 4, "--ratio", 1.5]
+
+
+def record(run, spec, n_bytes, perplexity, *, own=100.0, exact=10.0, **more):
+    shared = {"design": run, "set": "s", "data": "d", "prefix": 8, "window": 16, "max_tokens": None}
+    return {
+        "run": run, "spec": spec, "method": spec.partition(":")[0], "bytes_per_token": n_bytes,
+        "perplexity": perplexity, "own_bytes_per_token": own, "mha_bytes_per_token": 200.0,
+        "uncompressed_perplexity": exact,
+        "compression_share_of_prefill": 0.5, **shared, **more,
+    }  # fmt: skip
+
+
+def test_templates_are_filled_in_once():
+    assert expand(["a:g={group},r={ratio}", "b:r={ratio}", "c"], [2, 4], [2.0, 1.5]) == [
+        "a:g=2,r=2", "a:g=2,r=1.5", "a:g=4,r=2", "a:g=4,r=1.5", "b:r=2", "b:r=1.5", "c",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"allowed in braces: \{group\} and \{ratio\}"):
+        expand(["xkv:{rank}"], [1], [1.0])
+
+
+def test_the_front_has_what_nothing_beats():
+    found = points(
+        [
+            record("mha", "none", 100.0, 10.0),
+            record("mha", "xkv:a", 50.0, 11.0),
+            record("mha", "svd:a", 50.0, 12.0),  # as many bytes and worse
+            record("mha", "xkv:b", 25.0, 20.0),
+            record("half", "none", 50.0, 10.5, own=50.0, exact=10.5),
+            record("half", "xkv:a", 25.0, 19.0, own=50.0, exact=10.5),
+        ]
+    )
+    assert [(p.run, p.spec, p.front) for p in found] == [
+        ("mha", TRAINED, True),
+        ("half", TRAINED, True),
+        ("mha", "xkv:a", False),
+        ("mha", "svd:a", False),
+        ("half", "xkv:a", True),
+        ("mha", "xkv:b", False),
+    ]
+    assert [round(p.increase_percent) for p in found] == [0, 5, 10, 20, 90, 100]
+    assert [(p.ratio_to_own, p.ratio_to_mha) for p in found[1:3]] == [(1, 4), (2, 4)]
+    half = points(
+        [record("mha", "none", 100.0, 10.0), record("b", "none", 50.0, 5.0, own=50.0, exact=5.0)], baseline="b"
+    )
+    assert [p.increase_percent for p in half] == [100, 0]
+    assert markdown(found, ["x: too short"]).rstrip().endswith("- not measured: x: too short")
+
+
+def test_unequal_measurements_are_refused():
+    with pytest.raises(UserError, match="measurements differ in prefix: 4, 8; measure all alike"):
+        points([record("a", "none", 1.0, 1.0), record("b", "none", 1.0, 1.0, prefix=4)])
+    with pytest.raises(UserError, match="--baseline c: not among the runs"):
+        points([record("a", "none", 1.0, 1.0)], baseline="c")
+
+
+def test_a_sweep_is_written_and_resumed(sweep, run, tmp_path, capsys, monkeypatch):
+    runs = [run("mha")[0], run("cla", kv={"preset": "cla"})[0]]
+    words = [*(made.path for made in runs), "--device", "cpu", *SPECS]
+    assert sweep(*words) == 0
+    printed = capsys.readouterr().out
+    assert "not measured: cla, minicache" not in printed
+    folder = tmp_path / "runs" / "posthoc"
+    rows = list(csv.DictReader((folder / "posthoc.csv").open()))
+    assert {(row["run"], row["spec"]) for row in rows} == {
+        (made.name, spec)
+        for made in runs
+        for spec in (TRAINED, "xkv:group=2,ratio=1.5", "xkv:group=4,ratio=1.5", "minicache:start=0")
+    }
+    assert (folder / "posthoc.png").stat().st_size > 10_000
+    events = EventAccumulator(str(folder)).Reload()
+    assert events.Tags()["images"] == ["posthoc"]
+    assert "posthoc/text_summary" in events.Tags()["tensors"]
+
+    from cllm.evaluate import posthoc
+
+    def fail(*_, **__):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(posthoc, "measure", fail)
+    assert sweep(*words) == 0
+    path = next((runs[0].evaluation_folder / "posthoc" / "validation").glob("minicache*"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "step": 3}))
+    with pytest.raises(AssertionError, match="measured again"):
+        sweep(*words)
+
+
+def test_a_spec_that_does_not_fit_a_run_is_told_and_the_others_go_on(sweep, run, capsys):
+    made, _ = run("cla", kv={"preset": "cla"})
+    words = ["--device", "cpu", "--spec", "minicache", "--spec", "svd:rank_k=2,rank_v=2"]
+    assert sweep(made.path, *words) == 0
+    out = capsys.readouterr().out
+    assert "not measured: cla, minicache: minicache: no two neighbours of one shape from slot 1 on, of 2" in out
+    assert "svd:rank_k=2,rank_v=2" in out
+    assert sweep(made.path, "--spec", "svd:rank=2") == 2
+    assert 'unknown option "rank" of svd' in capsys.readouterr().err

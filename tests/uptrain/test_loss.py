@@ -1,0 +1,85 @@
+"""The chunked distillation loss against the definition, from whole logits in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cllm.model.loss import IGNORE
+from cllm.uptrain import loss as module
+from cllm.uptrain.loss import distillation_loss, hidden_difference
+
+
+def example(n: int = 37, vocab: int = 50):
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(n, 12, generator=draw), torch.randn(vocab, 12, generator=draw)
+    teacher_hidden, teacher_weight = torch.randn(n, 16, generator=draw), torch.randn(vocab, 16, generator=draw)
+    labels = torch.randint(0, vocab, (n,), generator=draw)
+    labels[::5] = IGNORE
+    return hidden.requires_grad_(), weight.requires_grad_(), teacher_hidden, teacher_weight, labels
+
+
+def by_definition(hidden, weight, teacher_hidden, teacher_weight, labels, *, temperature, kl, next_token):
+    scored = labels != IGNORE
+    logits, theirs = (hidden @ weight.T)[scored].double(), (teacher_hidden @ teacher_weight.T)[scored].double()
+    divergence = F.kl_div(
+        (logits / temperature).log_softmax(-1),
+        (theirs / temperature).log_softmax(-1),
+        log_target=True,
+        reduction="batchmean",
+    )
+    return kl * temperature**2 * divergence + next_token * F.cross_entropy(logits, labels[scored])
+
+
+@pytest.mark.parametrize("rows", [1, 8, 1000])
+@pytest.mark.parametrize(("temperature", "kl", "next_token"), [(2.0, 1.0, 0.5), (1.0, 0.3, 0.0), (3.0, 0.0, 1.0)])
+def test_loss_and_gradients_are_those_of_whole_logits(monkeypatch, rows, temperature, kl, next_token) -> None:
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * 50 * rows)
+    arguments, weights = example(), {"temperature": temperature, "kl": kl, "next_token": next_token}
+    found = distillation_loss(*arguments, **weights)
+    expected = by_definition(*arguments, **weights)
+    torch.testing.assert_close(found.loss.double(), expected, rtol=1e-5, atol=1e-6)
+    mine = torch.autograd.grad(2 * found.loss, arguments[:2])  # twice: the backward scales what it is handed
+    theirs = torch.autograd.grad(2 * expected, arguments[:2])
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_parts_are_told_without_their_weights() -> None:
+    arguments = example()
+    found = distillation_loss(*arguments, temperature=2.0, kl=0.25, next_token=0.5)
+    torch.testing.assert_close(found.loss, 0.25 * found.kl + 0.5 * found.next_token)
+    alone = by_definition(*arguments, temperature=2.0, kl=1.0, next_token=0.0)
+    torch.testing.assert_close(found.kl.double(), alone, rtol=1e-5, atol=1e-6)
+    assert not found.kl.requires_grad
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same() -> None:
+    hidden, weight, *rest = example()
+    options = {"temperature": 2.0, "kl": 1.0, "next_token": 1.0}
+    whole = torch.autograd.grad(distillation_loss(hidden, weight, *rest, **options).loss, hidden)[0]
+    frozen = distillation_loss(hidden, weight.detach(), *rest, **options).loss
+    assert torch.equal(torch.autograd.grad(frozen, hidden)[0], whole)
+
+
+def test_a_model_does_not_diverge_from_itself() -> None:
+    hidden, weight, _, _, labels = example()
+    found = distillation_loss(hidden, weight, hidden, weight, labels, temperature=2.0, kl=1.0, next_token=0.0)
+    assert found.kl == 0
+    assert torch.autograd.grad(found.loss, hidden)[0].abs().max() == 0
+
+
+def test_one_chunk_of_logits_is_all_that_is_held(monkeypatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * 50 * 8)
+    seen = []
+    real = torch.Tensor.log_softmax
+    monkeypatch.setattr(torch.Tensor, "log_softmax", lambda x, *a, **k: seen.append(len(x)) or real(x, *a, **k))
+    distillation_loss(*example(), temperature=2.0, kl=1.0, next_token=1.0)
+    assert max(seen) == 8
+
+
+def test_the_difference_of_hidden_states_is_relative_to_the_teachers() -> None:
+    teacher = [torch.full((3, 4), 100.0), torch.full((3, 4), 2.0)]
+    student = [teacher[0] * 1.1, teacher[1] * 1.3]
+    assert float(hidden_difference(student, teacher)) == pytest.approx((0.01 + 0.09) / 2, rel=1e-4)

@@ -1,0 +1,116 @@
+"""Plans from similarity: the layers that are alike share, within the goal, and what is written loads back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cllm import cli
+from cllm.config import Config
+from cllm.errors import UserError
+from cllm.kv.accounting import kv_bytes
+from cllm.kv.explicit import Explicit
+from cllm.kv.plan import Share
+from cllm.train.run import train
+from cllm.uptrain.decoder import owner_of
+from cllm.uptrain.heads import heads_of, set_heads
+from cllm.uptrain.search import closeness, fusion_plan, plan_entries, share_plan, similarity, with_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def alike(tiny_config, make_teacher):
+    """Six layers that see the same; 4 projects what 1 does, but for a little, and 3 nearly what 0 does."""
+    teacher = make_teacher(tiny_config(n_layers=6))
+    for block in teacher.blocks:
+        block.attention.o_proj.weight.zero_()
+        block.mlp.down_proj.weight.zero_()
+        block.attention_norm.weight.copy_(teacher.blocks[0].attention_norm.weight)
+    for own, other, noise in ((4, 1, 0.01), (3, 0, 0.05)):
+        for name in ("k_proj", "v_proj"):
+            weight = getattr(owner_of(teacher, other), name).weight
+            getattr(owner_of(teacher, own), name).weight.copy_(weight + noise * torch.randn_like(weight))
+    return teacher
+
+
+@pytest.mark.parametrize("measure", ["cosine", "cka"])
+def test_similarity_is_symmetric_at_most_one_and_finds_the_pair(alike, text, measure: str) -> None:
+    found = similarity(alike, text, measure)
+    torch.testing.assert_close(found, found.T)
+    torch.testing.assert_close(found.diagonal(), torch.ones(6, dtype=torch.float64))
+    assert float(found[4, 1]) > 0.99
+    others = found - torch.eye(6)
+    others[4, 1] = others[1, 4] = others[3, 0] = others[0, 3] = -1
+    assert float(others.max()) < float(found[3, 0])
+
+
+def test_cka_does_not_see_the_order_of_heads(alike, text) -> None:
+    for name in ("k_proj", "v_proj"):
+        linear = getattr(owner_of(alike, 4), name)
+        set_heads(linear, heads_of(linear, 8)[[2, 0, 3, 1]])
+    assert float(similarity(alike, text, "cka")[4, 1]) > 0.99
+    assert float(similarity(alike, text, "cosine")[4, 1]) < 0.9
+
+
+def test_the_layers_most_alike_share_first(alike, text) -> None:
+    assert [share_plan(alike, text, owners=5).keys(i) for i in (3, 4)] == [Share(3), Share(1)]
+    assert [share_plan(alike, text, owners=4).keys(i) for i in (3, 4)] == [Share(0), Share(1)]
+    assert len(share_plan(alike, text, owners=1).owners) == 1
+    apart = share_plan(alike, text, owners=5, dissimilar_first=True)
+    assert apart.keys(4) != Share(1)
+
+
+def test_a_budget_of_bytes_is_kept_and_not_undercut_needlessly(alike, text) -> None:
+    whole = kv_bytes(alike.config).resident
+    plan = share_plan(alike, text, max_bytes=0.7 * whole)
+    assert kv_bytes(with_plan(alike.config, plan)).resident <= 0.7 * whole
+    assert len(plan.owners) == 4
+
+
+def test_a_threshold_on_hidden_states_stops_sharing(alike, text, tiny_config, make_teacher) -> None:
+    assert closeness(alike, alike.plan, text) == pytest.approx(1, abs=1e-6)
+    teacher = make_teacher(tiny_config(n_layers=4))
+    with pytest.raises(UserError, match="no pair of layers is left"):
+        share_plan(teacher, text, owners=1, threshold=0.999)
+
+
+def test_fusion_reads_the_layers_that_it_is_made_of(alike, text, new_student) -> None:
+    for name in ("k_proj", "v_proj"):
+        a, b = (getattr(owner_of(alike, j), name).weight for j in (1, 2))
+        getattr(owner_of(alike, 5), name).weight.copy_(0.6 * a + 0.7 * b)
+    plan = new_student(alike, {"preset": "fusedkv", "n_storage": 4}).plan
+    found = fusion_plan(alike, plan, text, ridge=0.0)
+    assert found.keys(5).layers == found.values(5).layers == (1, 2)
+    assert found.owners == plan.owners
+
+
+def test_every_plan_is_written_as_what_loads_back(reference, preset_config) -> None:
+    for name in [*reference.PRESETS, *reference.VARIANTS]:
+        config = preset_config(name)
+        entries = yaml.safe_load(yaml.safe_dump(plan_entries(config.plan())))
+        iterations = config.plan().iterations
+        data = {"layers": entries}
+        if iterations:
+            data["iterations"] = {"forward": iterations.forward, "backward": iterations.backward}
+        assert Explicit.model_validate(data).expand(config.shape) == config.plan(), name
+
+
+def test_the_command_writes_a_plan_that_trains(tiny, tmp_path: Path) -> None:
+    run = train(tiny("--train.steps", "1"))
+    base, out = tmp_path / "base.yaml", tmp_path / "plan.yaml"
+    data = tiny().as_yaml_data()
+    del data["model"]
+    base.write_text(yaml.safe_dump(data | {"name": "student"}))
+    settings = ["--config", str(base), "--init.from", str(run.path)]
+    command = [sys.executable, "-m", "cllm.uptrain.search", *settings, "--owners", "2", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    config = cli.load(Config, [base, out], ["--init.from", str(run.path)])
+    assert len(config.model.plan().owners) == 2
+    train(config)

@@ -1,0 +1,146 @@
+"""What `init.from` may name, and what the student's config takes from it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cllm import cli
+from cllm.config import Config
+from cllm.errors import UserError
+from cllm.hub.config import CLLMConfig
+from cllm.hub.model import CLLMForCausalLM
+from cllm.runs import load_run
+from cllm.train.run import train
+from cllm.uptrain.teacher import load_teacher, teacher_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    """A Llama folder made with transformers alone."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=320,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+        )
+    ).save_pretrained(folder)
+    return folder
+
+
+def config_from(folder: Path, *settings: str) -> Config:
+    file = folder / "student.yaml"
+    file.write_text(yaml.safe_dump({"model": {"kv": {"preset": "fusedkv", "n_kv_heads": 2}}, "data": {"seq_len": 32}}))
+    return cli.load(Config, [file], ["--init.from", str(folder), *settings])
+
+
+def test_a_llama_folder_gives_its_logits_and_its_shape(llama: Path) -> None:
+    ids = torch.randint(0, 320, (2, 16))
+    expected = LlamaForCausalLM.from_pretrained(llama).eval()(ids).logits
+    torch.testing.assert_close(load_teacher(llama).decoder(ids), expected, atol=1e-4, rtol=1e-4)
+    model = config_from(llama).model
+    assert (model.d_model, model.n_layers, model.n_heads, model.d_ff, model.vocab_size) == (32, 4, 4, 64, 320)
+    assert model.kv.preset == "fusedkv"
+
+
+def test_an_exported_folder_and_a_run_give_the_weights_they_hold(tiny, tmp_path: Path) -> None:
+    config = tiny("--train.steps", "2", "--model.match_params", "true", "--model.kv.preset", "cla")
+    run = train(config)
+    decoder, saved, _ = load_run(run.path)
+    model = CLLMForCausalLM(CLLMConfig(model=saved.model))
+    model.model.load_state_dict(decoder.state_dict())
+    model.save_pretrained(tmp_path / "export")
+    ids = torch.randint(0, 320, (1, 16))
+    for path in (run.path, run.checkpoints()[-1][1], tmp_path / "export"):
+        assert torch.equal(load_teacher(path).decoder(ids), decoder(ids)), path
+        assert not teacher_config(path).match_params
+        assert teacher_config(path).d_ff == decoder.blocks[0].mlp.up_proj.out_features
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--model.d_model", "64"], "model.d_model is 64, but the model that init.from names, .*, needs 32"),
+        (["--model.rope.theta", "5e5"], "model.rope is"),
+        (["--model.vocab_size", "512"], "model.vocab_size is 512"),
+        (["--model.match_params", "true"], "model.match_params is True"),
+        (["--model.max_seq_len", "128"], "model.max_seq_len is 128"),
+    ],
+)
+def test_a_student_of_another_shape_is_refused(llama: Path, prepared: Path, tmp_path, settings, message) -> None:
+    settings = [*settings, "--data.path", str(prepared), "--train.accelerator", "cpu", "--runs_dir", str(tmp_path)]
+    with pytest.raises(UserError, match=message):
+        train(config_from(llama, *settings))
+
+
+def test_high_frequencies_are_kept_by_another_theta(llama: Path) -> None:
+    latent = "{preset: mla, qk_rope_head_dim: 4}"
+    assert config_from(llama, "--model.kv", latent).model.rope.theta == 10000.0 ** (4 / 8)
+    assert config_from(llama, "--model.kv", latent, "--init.rope_pairs", "uniform").model.rope.theta == 10000.0
+
+
+def test_a_resolved_config_is_read_without_its_teacher(llama: Path, tmp_path: Path) -> None:
+    data = config_from(llama).as_yaml_data()
+    data["init"]["from"] = str(tmp_path / "gone")
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(data))
+    assert cli.load(Config, [file]).model.d_model == 32
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "no such run, checkpoint or Hugging Face folder"),
+        ({}, "neither a run .* nor a Hugging Face folder"),
+        ({"config.json": "{}"}, "it has no config.json with a model_type"),
+        ({"config.json": '{"model_type": "mixtral"}'}, "mixtral"),
+        ({"config.yaml": "model: 3"}, "model"),
+    ],
+)
+def test_folders_that_hold_no_model_are_refused(tmp_path: Path, files, message: str) -> None:
+    folder = tmp_path / "folder"
+    if files is not None:
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_teacher(folder)
+
+
+def test_damaged_weights_are_refused(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((llama / "config.json").read_text())
+    with pytest.raises(UserError, match="holds no weights"):
+        load_teacher(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 64)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        load_teacher(tmp_path)
+    changed = json.loads((llama / "config.json").read_text()) | {"num_hidden_layers": 5}
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    (tmp_path / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"layers\.4"):
+        load_teacher(tmp_path)
+
+
+def test_the_command_line_answers_a_bad_folder_with_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "student.yaml"
+    file.write_text("model: {kv: {preset: cla}}")
+    command = [sys.executable, "train.py", "--config", str(file), "--init.from", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert "init.from" in done.stderr

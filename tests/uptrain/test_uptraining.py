@@ -1,0 +1,277 @@
+"""Runs that start from another model: what they say, what moves, how they resume, what they refuse."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cllm import cli
+from cllm.config import Config
+from cllm.data.module import DataModule
+from cllm.errors import UserError
+from cllm.runs import RunFolder, load_run, read_weights
+from cllm.train.run import train
+from cllm.uptrain.module import draw_route
+
+ROOT = Path(__file__).resolve().parents[2]
+LOSS = ("--uptrain.loss.kl", "1.0", "--uptrain.loss.hidden", "1.0")
+Student = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def teacher(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in which every layer owns."""
+    folder = tmp_path_factory.mktemp("teacher")
+    data = {
+        "name": "teacher",
+        "runs_dir": str(folder),
+        "model": {"d_model": 32, "n_layers": 4, "n_heads": 2, "max_seq_len": 32, "init": {"std": 0.2}},
+        "data": {"path": str(prepared), "seq_len": 32, "num_workers": 0, "validation_sequences": 6},
+        "optim": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 2},
+        "train": {"steps": 30, "global_batch": 4, "micro_batch": 4, "accelerator": "cpu", "log_every": 10},
+    }
+    return train(cli.validate(Config, data)).path
+
+
+@pytest.fixture
+def student(tiny: Callable[..., Config], teacher: Path, tmp_path: Path) -> Student:
+    """`student("fusedkv", "--init.method", "fit")`: a config of a run that starts from `teacher`."""
+    data = tiny().as_yaml_data()
+    del data["model"]
+    file = tmp_path / "student.yaml"
+    file.write_text(yaml.safe_dump(data | {"name": "student"}), encoding="utf-8")
+    start = ["--init.from", str(teacher), "--init.calibration_sequences", "4"]
+    return lambda preset, *more: cli.load(Config, [file], [*start, "--model.kv.preset", preset, *more])
+
+
+def rows(folder: RunFolder, tag: str) -> dict[int, float]:
+    return {row["step"]: row[tag] for row in folder.metrics() if tag in row}
+
+
+def final(folder: RunFolder) -> dict[str, torch.Tensor]:
+    return read_weights(folder.checkpoints()[-1][1])
+
+
+def test_with_the_plan_unchanged_the_student_is_the_teacher(student: Student, teacher: Path) -> None:
+    folder = train(
+        student("mha", *LOSS, "--uptrain.loss.hidden_layers", "all", "--optim.lr", "1e-12", "--optim.min_lr", "0.0")
+    )
+    assert rows(folder, "val/loss")[0] == rows(folder, "val/teacher_loss")[0]
+    assert rows(folder, "train/kl")[1] == 0
+    assert rows(folder, "train/hidden")[1] == 0
+    assert not rows(folder, "val/recovery"), "there is no gap to recover"
+    ids = torch.randint(0, 320, (2, 32))
+    model, theirs = load_run(folder.path)[0], load_run(teacher)[0]
+    torch.testing.assert_close(model(ids), theirs(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_tells_the_line_to_reach_its_start_and_its_recovery(student: Student, teacher: Path) -> None:
+    folder = train(student("fusedkv", *LOSS, "--train.steps", "20", "--train.validate_every", "10"))
+    reached, start, now = (rows(folder, f"val/{name}") for name in ("teacher_loss", "start_loss", "loss"))
+    assert set(reached) == set(now) == {0, 10, 20}
+    assert len(set(reached.values())) == 1
+    assert reached[0] == pytest.approx(list(rows(RunFolder(teacher), "val/loss").values())[-1], abs=1e-6)
+    assert set(start.values()) == {now[0]}
+    recovery = rows(folder, "val/recovery")
+    assert recovery[0] == 0
+    assert recovery[20] == pytest.approx(100 * (start[0] - now[20]) / (start[0] - reached[0]))
+    assert now[20] < now[0]
+    events = EventAccumulator(str(folder.tensorboard_folder))
+    events.Reload()
+    assert {"val/teacher_loss", "val/recovery", "train/kl", "train/hidden", "train/objective"} <= set(
+        events.Tags()["scalars"]
+    )
+    parts = (rows(folder, f"train/{name}") for name in ("objective", "kl", "hidden", "loss"))
+    for objective, kl, hidden, loss in zip(*(part.values() for part in parts), strict=True):
+        assert objective == pytest.approx(kl + hidden + loss, rel=1e-5)
+    assert folder.summary()["kv_vs_mha"]["resident"] == 0.5
+
+
+def test_fit_starts_below_copy_and_copy_below_a_random_start(student: Student) -> None:
+    losses = {
+        method: rows(
+            train(student("fusedkv", "--init.method", method, "--train.steps", "1", "--name", method)), "val/loss"
+        )[0]
+        for method in ("copy", "fit")
+    }
+    assert losses["fit"] < losses["copy"] < math.log(320)
+
+
+KV = {"q_proj", "k_proj", "v_proj", "keys", "values", "q_norm", "k_norm"}
+
+
+@pytest.mark.parametrize("trainable", ["kv", "lora"])
+@pytest.mark.parametrize("preset", ["fusedkv", "cla"])
+def test_what_is_frozen_does_not_move_and_what_is_not_does(student: Student, preset: str, trainable: str) -> None:
+    settings = [*LOSS, "--uptrain.trainable", trainable, "--optim.weight_decay", "0.5"]
+    folder = train(student(preset, *settings, "--train.checkpoint_every", "2", "--train.keep_checkpoints", "9"))
+    first, last = read_weights(folder.checkpoints()[0][1]), final(folder)
+    linears = KV | {"o_proj", "gate_proj", "up_proj", "down_proj"}
+    for name, before in first.items():
+        part = name.split(".")[-2]
+        owner_norm = ".owner.norm." in name
+        if trainable == "kv":
+            moves = part in KV or owner_norm
+        else:
+            moves = part in linears and "norm" not in part and name != "head.weight"
+        assert torch.equal(before, last[name]) != moves, name
+
+
+def test_lora_checkpoints_hold_the_merged_weights(student: Student) -> None:
+    folder = train(student("fusedkv", *LOSS, "--uptrain.trainable", "lora", "--uptrain.lora.rank", "2"))
+    model, config, _ = load_run(folder.path)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    data = DataModule(config.data.path, seq_len=32, micro_batch=2, global_batch=4, validation_sequences=6)
+    nats = scored = 0.0
+    for batch in data.val_dataloader()[0]:
+        nats += model.loss(batch["input_ids"], batch["labels"], reduction="sum").item()
+        scored += int((batch["labels"] != -100).sum())
+    assert nats / scored == pytest.approx(rows(folder, "val/loss")[8], rel=1e-5)
+
+
+WAYS = {
+    "distilled": ["fusedkv", *LOSS, "--uptrain.trainable", "kv"],
+    "all layers": ["cla", *LOSS, "--uptrain.loss.hidden_layers", "all"],
+    "lora": ["fusedkv", *LOSS, "--uptrain.trainable", "lora"],
+    "curriculum": ["fusedkv", *LOSS, "--uptrain.curriculum_steps", "6"],
+    "random sources": ["mha", "--uptrain.random_sources", "0.5"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_stopped_and_resumed_ends_with_the_same_weights(student: Student, way: str) -> None:
+    whole = train(student(*WAYS[way], "--name", "whole"))
+    halves = train(student(*WAYS[way], "--name", "halves"))
+    for step, path in halves.checkpoints():
+        if step > 4:
+            path.unlink()
+    resumed = train(student(*WAYS[way], "--name", "halves"), resume="auto")
+    for name, tensor in final(whole).items():
+        assert torch.equal(tensor, final(resumed)[name]), name
+    for tag in ("train/loss", "train/objective", "val/loss", "val/recovery", "val/teacher_loss"):
+        assert rows(resumed, tag) == rows(whole, tag), tag
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_recomputing_blocks_changes_nothing(student: Student, way: str) -> None:
+    settings = [*WAYS[way], "--train.steps", "3"]
+    plain = train(student(*settings, "--name", "plain"))
+    again = train(student(*settings, "--name", "again", "--train.gradient_checkpointing", "true"))
+    assert rows(plain, "train/objective") == rows(again, "train/objective")
+    for name, tensor in final(plain).items():
+        assert torch.equal(tensor, final(again)[name]), name
+
+
+def test_a_curriculum_begins_at_the_teacher_and_ends_at_the_plan(student: Student) -> None:
+    still = ["--optim.lr", "1e-12", "--optim.min_lr", "0.0", *LOSS, "--uptrain.loss.hidden_layers", "all"]
+    folder = train(student("fusedkv", *still, "--uptrain.curriculum_steps", "5", "--name", "curriculum"))
+    plain = train(student("fusedkv", *still, "--name", "plain"))
+    away, without = rows(folder, "train/kl"), rows(plain, "train/kl")
+    assert away[1] < 1e-10, "with λ = 0 the student computes what the teacher does"
+    assert 0 < away[2] < away[4] < without[4]
+    for step in (6, 7, 8):  # λ = 1 from the sixth step, which is step 5 counted from 0
+        assert away[step] == without[step]
+    assert rows(folder, "val/loss")[0] == rows(plain, "val/loss")[0], "evaluation reads what the plan says"
+    assert not any("curriculum" in name for name in final(folder))
+
+
+def test_a_curriculum_goes_with_turned_heads(student: Student) -> None:
+    settings = ["--init.method", "fit", "--init.align", "turn", "--uptrain.curriculum_steps", "5", *LOSS]
+    folder = train(student("fusedkv", *settings, "--optim.lr", "1e-12", "--optim.min_lr", "0.0", "--train.steps", "1"))
+    assert rows(folder, "train/kl")[1] < 1e-9
+
+
+def test_random_sources_train_a_model_that_bears_sharing(student: Student, tmp_path: Path) -> None:
+    settings = ["--train.steps", "40", "--train.validate_every", "40", "--train.checkpoint_every", "40"]
+    routed = train(student("mha", "--name", "routed", "--uptrain.random_sources", "0.5", *settings))
+    plain = train(student("mha", "--name", "plain", *settings))
+    losses = {}
+    for run in (routed, plain):
+        shared = student(
+            "fusedkv_lite", "--init.from", str(run.path), "--name", f"{run.name}-lite", "--train.steps", "1"
+        )
+        losses[run.name] = rows(train(shared), "val/loss")[0]
+    assert losses["routed"] < losses["plain"]
+
+
+def test_routes_are_drawn_anew_each_step_and_lead_to_owners_below() -> None:
+    routes = [draw_route(12, 0.5, 0, step) for step in range(200)]
+    assert routes == [draw_route(12, 0.5, 0, step) for step in range(200)]
+    assert len({tuple(route) for route in routes}) > 150
+    for route in routes:
+        assert all(t == i or (t < i and route[t] == t) for i, t in enumerate(route))
+    shared = sum(t != i for route in routes for i, t in enumerate(route) if i)
+    assert shared / (200 * 11) == pytest.approx(0.5, abs=0.05)
+
+
+def test_two_cpu_processes_take_the_same_steps_as_one(student: Student, tmp_path: Path) -> None:
+    # Frozen parameters, and owners whose slot nobody reads in a step: both are what DDP stumbles on.
+    settings = [*LOSS, "--uptrain.trainable", "kv", "--uptrain.random_sources", "0.5", "--train.steps", "3"]
+    config = student("mha", *settings, "--name", "one")
+    one = train(config)
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump(config.as_yaml_data()), encoding="utf-8")
+    command = [sys.executable, "train.py", "--config", str(file), "--name", "two", "--train.devices", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    two = RunFolder(one.path.parent / "two")
+    for tag in ("train/objective", "val/loss", "val/teacher_loss"):
+        assert rows(two, tag) == pytest.approx(rows(one, tag), rel=1e-4), tag
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["fusedkv", "--model.kv.n_kv_heads", "1", "--init.method", "svd"], "init.method is svd"),
+        (["mha", "--uptrain.curriculum_steps", "4"], "uptrain.curriculum_steps: no layer"),
+        (["fusedkv", "--uptrain.random_sources", "0.5"], "uptrain.random_sources: layer 2"),
+        (["fusedkv", "--init.method", "ridge"], "no layer of model.kv shares"),
+        (["yoco", "--model.kv.lower", "retention"], "layer 0 has a recurrent state"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(student: Student, settings, message) -> None:
+    config = student(*settings)
+    with pytest.raises(UserError, match=message):
+        train(config)
+    assert not (Path(config.runs_dir) / config.name).exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--uptrain.curriculum_steps", "4", "--uptrain.random_sources", "0.5"], "allowed: one of them"),
+        (
+            ["--uptrain.trainable", "kv", "--train.strategy", "zero2"],
+            "uptrain.trainable is kv, but train.strategy zero2",
+        ),
+        (["--uptrain.curriculum_steps", "4", "--init.method", "fit"], "init.align is map"),
+        (["--init.method", "fit", "--init.calibration_sequences", "0"], "calibration_sequences is 0"),
+        (["--uptrain.loss.next_token", "0.0"], "are all 0"),
+        (
+            ["--init.from", "null", "--model.d_model", "32", "--model.n_layers", "4", "--model.n_heads", "2", *LOSS],
+            "is null",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(student: Student, settings, message) -> None:
+    with pytest.raises(UserError, match=message):
+        student("fusedkv", *settings)
+
+
+def test_a_run_does_not_start_from_itself_and_a_teacher_that_shares_keeps_its_plan(student: Student) -> None:
+    folder = train(student("cla", "--train.steps", "1"))
+    with pytest.raises(UserError, match="is the folder of this run"):
+        train(student("cla", "--init.from", str(folder.path)), overwrite=True)
+    assert folder.checkpoints()
+    with pytest.raises(UserError, match="layer 1 of the model to start from does not read keys and values of its own"):
+        train(student("fusedkv", "--init.from", str(folder.path), "--name", "other"))
+    on = train(student("cla", "--init.from", str(folder.path), "--name", "further", "--train.steps", "1"))
+    assert rows(on, "val/loss")[0] == rows(folder, "val/loss")[1]

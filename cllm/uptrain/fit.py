@@ -10,6 +10,9 @@ every pair of keys, a matrix for every head of values. So
 Weights are closed-form for a given turn, the turn for given weights; they alternate, the turn keeping lengths, and a
 last step frees lengths (`map`): m = Σ conj(F) K / Σ |F|², N = Σ V Hᵀ (Σ H Hᵀ)⁻¹. Each step lowers the error. Only sums
 of products are kept, in fp64: about G D² numbers a layer for each pair of sources.
+
+Least squares shortens what it cannot explain. Keys that the teacher normalises (`qk_norm`) have a length that scores
+rely on and queries cannot make up for, so weights that fuse such keys are scaled to give it back.
 """
 
 from __future__ import annotations
@@ -85,6 +88,11 @@ class ReadSums:
         if align == "map":
             turn = self._free(weight, turn, ridge)
         return Fitted(weight, turn, self._error(weight, turn))
+
+    def at_length(self, fitted: Fitted) -> Fitted:
+        """`fitted` with weights scaled until what is read has the mean square of the layer's own."""
+        weight = fitted.weight * (self.own / self._read_read(fitted.weight).sum().clamp(min=1e-30)).sqrt()
+        return Fitted(weight, fitted.turn, self._error(weight, fitted.turn))
 
     def _weights(self, start: Tensor, turn: Tensor, ridge: float) -> Tensor:
         """The best weights under a turn that keeps lengths."""
@@ -173,11 +181,12 @@ def fit_readers(
     errors: dict[str, float] = {}
     for i in layers:
         attention = attention_of(student, i)
-        keys_align: Align = align if attention.q_norm is None else "none"
+        normed = attention.q_norm is not None
+        keys_align: Align = "none" if normed else align
         tried = [
             (
                 turn,
-                _fit(attention.keys, sums[i, n, "k"], turn.pairs, ridge, keys_align),
+                _fit(attention.keys, sums[i, n, "k"], turn.pairs, ridge, keys_align, normed=normed),
                 _fit(attention.values, sums[i, n, "v"], turn.maps, ridge, align),
             )
             for n, turn in enumerate(starts[i])
@@ -191,10 +200,13 @@ def fit_readers(
     return chosen, errors
 
 
-def _fit(read: SharedRead | FusedRead, sums: ReadSums, turn: Tensor, ridge: float, align: Align) -> Fitted:
+def _fit(
+    read: SharedRead | FusedRead, sums: ReadSums, turn: Tensor, ridge: float, align: Align, *, normed: bool = False
+) -> Fitted:
     fused, device = isinstance(read, FusedRead), sums.cross.device
     weight = read.weight.detach().to(device) if isinstance(read, FusedRead) else torch.ones(1, 1, 1, device=device)
-    return sums.fit(weight, turn.to(device), ridge, learn=fused, align=align)
+    fitted = sums.fit(weight, turn.to(device), ridge, learn=fused, align=align)
+    return sums.at_length(fitted) if fused and normed else fitted
 
 
 def _n_heads(owner: OwnKV) -> int:

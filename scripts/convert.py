@@ -1,6 +1,8 @@
 """Convert between runs and checkpoint folders.
 
     python scripts/convert.py export runs/NAME OUT      a run as a Hugging Face folder
+    python scripts/convert.py import LLAMA OUT          a Llama, Qwen, Mistral or DeepSeek folder as one of this package
+    python scripts/convert.py plain OUT LLAMA           such a folder in the format of Llama, Qwen or Mistral
 
 docs/huggingface.md tells the rest.
 """
@@ -49,7 +51,63 @@ def export(options: argparse.Namespace) -> None:
     print(f'load it: import cllm; AutoModelForCausalLM.from_pretrained("{made.folder}")')
 
 
-COMMANDS = (add_export,)
+def add_import(commands: argparse._SubParsersAction) -> None:
+    """`import SOURCE OUT`: another family's checkpoint as a folder of this package."""
+    parser = commands.add_parser("import", help="read another family's checkpoint", allow_abbrev=False)
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="folder with config.json and safetensors")
+    add("out", type=Path, metavar="OUT", help="folder to make")
+    add("--dtype", choices=("fp32", "bf16"), help="of the weights (default: as they are)")
+    add("--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
+    add("--allow-pickle", action="store_true", help="read pytorch_model.bin too; nothing but tensors is unpickled")
+    add("--force", action="store_true", help="replace OUT if it is a checkpoint folder")
+    parser.set_defaults(command=import_)
+
+
+def import_(options: argparse.Namespace) -> None:
+    """Write the folder and tell what is in it."""
+    from cllm.hub.exchange import import_folder
+
+    made = import_folder(
+        options.source,
+        options.out,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        allow_pickle=options.allow_pickle,
+        force=options.force,
+    )
+    print(f"written: {made.folder}: {', '.join(made.files)}")
+    print(f"{made.parameters:,} parameters, {made.nbytes:,} bytes of weights")
+
+
+def add_plain(commands: argparse._SubParsersAction) -> None:
+    """`plain SOURCE OUT`: a folder of this package in another family's format."""
+    parser = commands.add_parser("plain", help="write a folder in another family's format", allow_abbrev=False)
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="folder that import or export made")
+    add("out", type=Path, metavar="OUT", help="folder to make")
+    add("--family", choices=("llama", "mistral", "qwen2", "qwen3"), help="default: the first that fits")
+    add("--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
+    add("--force", action="store_true", help="replace OUT if it is a checkpoint folder")
+    parser.set_defaults(command=plain)
+
+
+def plain(options: argparse.Namespace) -> None:
+    """Write the folder and tell what is in it."""
+    from cllm.hub.exchange import export_folder
+
+    made, family = export_folder(
+        options.source,
+        options.out,
+        family=options.family,
+        max_shard_size=options.max_shard_size,
+        force=options.force,
+    )
+    print(f"written as {family}: {made.folder}: {', '.join(made.files)}")
+    print(f"{made.parameters:,} parameters, {made.nbytes:,} bytes of weights")
+
+
+COMMANDS = (add_export, add_import, add_plain)
 """One function for every command: it adds the command's parser, and sets `command` to what runs it."""
 
 

@@ -32,6 +32,10 @@ def commands() -> list[str]:
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+
+
 def test_readme_commands_run_in_order(tmp_path: Path) -> None:
     for name in COPIED:
         source = ROOT / name
@@ -55,8 +59,15 @@ def test_readme_commands_run_in_order(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         ran.append(words[1])
-    assert ran.count("train.py") == 4
-    assert {"data/prepare.py", "evaluate.py", "scripts/compare.py"} <= set(ran)
+    for block in python_blocks():
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+        assert "KVCache(growing" in done.stdout
+        ran.append("python")
+    assert ran.count("train.py") == 5
+    assert {"data/prepare.py", "evaluate.py", "scripts/compare.py", "scripts/convert.py", "python"} <= set(ran)
     assert (tmp_path / "runs" / "comparison" / "comparison.png").exists()
 
 

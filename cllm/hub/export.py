@@ -35,7 +35,8 @@ class Exported:
     """What was written."""
 
     folder: Path
-    step: int
+    step: int | None
+    """Of the checkpoint; None where there is none."""
     parameters: int
     """Tied ones once."""
     nbytes: int
@@ -69,7 +70,7 @@ def export_run(
         UserError: for a run, checkpoint or tokenizer that cannot be read, and for an `out` that is in the way.
     """
     run, out = Path(run), Path(out)
-    _check_out(out, force)
+    check_out(out, force)
     manifest = _manifest(run) if tokenizer else None
     decoder, config, found_step = load_run(_checkpoint(run, step))
     rows = config.model.vocab_size or 0
@@ -86,11 +87,11 @@ def export_run(
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        _save(model, partial, max_shard_size)
+        save(model, partial, max_shard_size)
         if manifest is not None:
             for file in sorted((manifest.folder / TOKENIZER).iterdir()):
                 shutil.copy(file, partial / file.name)
-        _put(partial, out)
+        put(partial, out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error}") from None
     finally:
@@ -162,7 +163,8 @@ def _to_bf16(decoder: Decoder) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def _save(model: CLLMForCausalLM, folder: Path, max_shard_size: str) -> None:
+def save(model: CLLMForCausalLM, folder: Path, max_shard_size: str) -> None:
+    """Write config.json and weights. Raises `UserError` for a size that is none."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -174,7 +176,8 @@ def _save(model: CLLMForCausalLM, folder: Path, max_shard_size: str) -> None:
             logging.enable_progress_bar()
 
 
-def _check_out(out: Path, force: bool) -> None:
+def check_out(out: Path, force: bool) -> None:
+    """Raises `UserError` where `out` exists and may not be replaced."""
     if not out.exists():
         return
     if not force:
@@ -189,7 +192,7 @@ def _check_out(out: Path, force: bool) -> None:
         )
 
 
-def _put(partial: Path, out: Path) -> None:
+def put(partial: Path, out: Path) -> None:
     """`partial` becomes `out`, and what was there is gone once it has."""
     old = out.with_name(f".{out.name}.replaced-{os.getpid()}")
     if out.exists():

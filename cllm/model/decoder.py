@@ -79,16 +79,12 @@ class Decoder(nn.Module):
         self._compiled = tuple(torch.compile(m, dynamic=False, options=options) for m in (*self.blocks, self.norm))
 
     def compile_blocks(self) -> None:
-        """Compile each block by itself with torch.compile; layers that do the same share the compiled code.
-
-        The compiler tunes its elementwise kernels (coordinate descent), which a training run pays back in a minute.
-        """
+        """Compile each block by itself with torch.compile; layers that do the same share the compiled code."""
         # Kinds of layer, times a few: with and without gradient, training and validation shapes.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(self.blocks))
-        options = {"coordinate_descent_tuning": True}
         for block in self.blocks:
-            block.compile(dynamic=False, options=options)
-        self.norm.compile(dynamic=False, options=options)
+            block.compile(dynamic=False)
+        self.norm.compile(dynamic=False)
 
     def forward(
         self,

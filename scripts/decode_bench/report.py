@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 GIB = 2**30
 Row = dict[str, Any]
@@ -149,7 +150,10 @@ def _figure(rows: list[Row], draw: Any, label: str) -> Figure:
         axes.set(xscale="log", yscale="log", xlabel="context, tokens", title=f"batch {batch}")
         contexts = sorted({r["context"] for r in rows if r["batch"] == batch})
         axes.set_xticks(contexts, [_short(c) for c in contexts])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(label)
     handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}

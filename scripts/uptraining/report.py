@@ -1,0 +1,81 @@
+"""Rows as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; columns of numbers to the right."""
+    text = [[_cell(value) for value in row] for row in rows]
+    numeric = [all(not isinstance(row[i], str) for row in rows) for i in range(len(heads))]
+    lines = [heads, ["---:" if right else "---" for right in numeric], *text]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """All tables that `rows` fill."""
+    kinds: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        kinds[row["kind"]].append(row)
+    parts = []
+    for row in kinds["base"]:
+        parts.append(
+            f"Base model: {row['parameters']:,} parameters, {row['tokens']:,} tokens ({row['unique_tokens']:,} "
+            f"different ones), validation loss {row['loss']:.4f}, perplexity {row['ppl']:.2f}, "
+            f"{row['seconds']:.0f} s.\n"
+        )
+    for row in kinds["import"]:
+        parts.append(
+            f"Import: logits differ by at most {row['largest_difference']:.2g} in fp32, best token the same in "
+            f"{row['same_best_token']} of {row['tokens']}.\n"
+        )
+    if kinds["start"]:
+        parts.append("Before training:\n\n" + _starts(kinds["start"], next(iter(kinds["base"]), None)))
+    if kinds["run"]:
+        parts.append("After training:\n\n" + _runs(kinds["run"]))
+    if kinds["step_time"]:
+        parts.append("Step times:\n\n" + _step_times(kinds["step_time"]))
+    return "\n".join(parts)
+
+
+def _starts(rows: Sequence[Row], base: Row | None) -> str:
+    by_method: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        by_method[row["plan"], row["method"]].append(row)
+    found = []
+    for (plan, method), group in by_method.items():
+        losses = [row["loss"] for row in group]
+        above = None if base is None else 100 * (statistics.mean(losses) / base["loss"] - 1)
+        ppl = statistics.mean(row["ppl"] for row in group)
+        found.append([plan, method, len(group), min(losses), max(losses), ppl, above, group[0]["seconds"]])
+    heads = ["plan", "method", "seeds", "lowest loss", "highest loss", "perplexity", "% above the teacher", "seconds"]
+    return table(heads, found)
+
+
+def _runs(rows: Sequence[Row]) -> str:
+    keys = ["plan", "method", "loss_kind", "trainable", "percent", "lr", "seed", "start_loss", "loss", "ppl"]
+    keys += ["above_teacher_percent", "recovery_percent", "kv_bytes_per_token", "kv_vs_teacher", "seconds"]
+    heads = ["plan", "method", "loss", "trained", "% of tokens", "lr", "seed", "start", "val loss", "perplexity"]
+    heads += ["% above the teacher", "recovery %", "cache bytes a token", "of the teacher's", "seconds"]
+    ordered = sorted(rows, key=lambda row: tuple(row[key] for key in keys[:7]))
+    return table(heads, [[row[key] for key in keys] for row in ordered])
+
+
+def _step_times(rows: Sequence[Row]) -> str:
+    keys = ("plan", "trainable", "way", "compiled", "tokens", "steps", "ms", "spread_ms", "against_plain")
+    heads = ["plan", "trained", "step", "compiled", "tokens", "steps", "ms", "10-90 % spread, ms", "of the plain step"]
+    return table(heads, [[row[key] for key in keys] for row in rows])

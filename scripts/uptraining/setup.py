@@ -1,0 +1,235 @@
+"""What is made and measured: the size of the base model, the plans, and the list of students."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cllm.errors import UserError
+from cllm.runs import write_atomic
+
+TEXT_METHODS = ("ridge", "fit", "svd")
+"""Methods that read a calibration text, so that its seed matters."""
+DISTILLED = {"kl": 1.0, "temperature": 2.0, "hidden": 1.0, "next_token": 1.0}
+LOSSES: dict[str, dict[str, float]] = {"distilled": DISTILLED, "plain": {}}
+"""`uptrain.loss` by name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """The base model, how it is pretrained, and how its students are trained."""
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    d_ff: int
+    vocab_size: int
+    """Of the tokenizer, trained on the corpus."""
+    seq_len: int
+    tokens: int
+    """Pretraining tokens."""
+    batch: int
+    """Sequences of a pretraining step."""
+    lr: float
+    """Peak rate of pretraining; cosine to a tenth of it."""
+    uptrain_batch: int
+    """Sequences of a student's step."""
+    validation_sequences: int
+    calibration_sequences: int
+    corpus_bytes: int | None = None
+    """Read no more of the corpus."""
+
+    @property
+    def steps(self) -> int:
+        return max(self.tokens // (self.batch * self.seq_len), 1)
+
+    def uptrain_steps(self, percent: float) -> int:
+        """Steps that read `percent` of the pretraining tokens."""
+        return max(round(self.tokens * percent / 100 / (self.uptrain_batch * self.seq_len)), 1)
+
+
+FULL = Size(
+    d_model=768,
+    n_layers=12,
+    n_heads=12,
+    d_ff=2048,
+    vocab_size=16384,
+    seq_len=1024,
+    tokens=150_000_000,
+    batch=64,
+    lr=1e-3,
+    uptrain_batch=16,
+    validation_sequences=256,
+    calibration_sequences=64,
+)
+TINY = Size(
+    d_model=32,
+    n_layers=4,
+    n_heads=2,
+    d_ff=64,
+    vocab_size=300,
+    seq_len=32,
+    tokens=25_600,
+    batch=8,
+    lr=1e-2,
+    uptrain_batch=4,
+    validation_sequences=8,
+    calibration_sequences=4,
+    corpus_bytes=1_000_000,
+)
+
+
+def plans(size: Size) -> dict[str, dict[str, Any]]:
+    """`model.kv` of every plan; each but the first leaves half of the cache or less.
+
+    The latent of mla is as wide as half of a layer's keys and values, its rotated channels included.
+    """
+    head_dim = size.d_model // size.n_heads
+    rope_dim = head_dim // 2
+    return {
+        "mha": {"preset": "mha"},
+        "fusedkv": {"preset": "fusedkv"},
+        "fusedkv_lite": {"preset": "fusedkv_lite"},
+        "cla": {"preset": "cla", "factor": 2},
+        "yoco": {"preset": "yoco", "window": size.seq_len // 4},
+        "mla": {
+            "preset": "mla",
+            "kv_lora_rank": size.d_model - rope_dim,
+            "qk_nope_head_dim": head_dim,
+            "qk_rope_head_dim": rope_dim,
+            "v_head_dim": head_dim,
+        },
+    }
+
+
+METHODS = {
+    "fusedkv": ("copy", "mean", "aligned", "fit"),
+    "fusedkv_lite": ("copy", "mean", "aligned", "ridge", "fit"),
+    "cla": ("copy", "mean", "aligned", "ridge", "fit"),
+    "yoco": ("copy", "mean", "aligned", "ridge", "fit"),
+    "mla": ("svd",),
+}
+"""Methods whose start is measured, by plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A student before training."""
+
+    plan: str
+    method: str
+    seed: int
+    """Of the calibration text."""
+
+    @property
+    def name(self) -> str:
+        return f"start-{self.plan}-{self.method}-seed{self.seed}"
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """One uptraining run."""
+
+    plan: str
+    method: str
+    loss: str
+    trainable: str
+    percent: float
+    """Of the pretraining tokens."""
+    lr: float
+    seed: int = 0
+    """Of the calibration text and of the order of the training text."""
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{self.plan}-{self.method}-{self.loss}-{self.trainable}-{self.percent:g}pct-lr{self.lr:g}-seed{self.seed}"
+        )
+
+
+def starts(seeds: int) -> list[Start]:
+    """Every plan and method; those that read a text with `seeds` of them."""
+    return [
+        Start(plan, method, seed)
+        for plan, methods in METHODS.items()
+        for method in methods
+        for seed in range(seeds if method in TEXT_METHODS else 1)
+    ]
+
+
+def students(lr: dict[str, float], seeds: int, percents: list[float]) -> list[Student]:
+    """The uptraining runs, the ones that answer most first.
+
+    The mha one is the base model trained on with the same tokens: what uptraining gives without any sharing. Each
+    percentage is a run of its own, with a learning rate that falls to its end: a run to 5 % is no good one at 1 %.
+    """
+    most = max(percents)
+    chosen: list[tuple[str, str, str, str, list[float]]] = [
+        *((plan, "fit", "distilled", "all", [most]) for plan in ("fusedkv", "fusedkv_lite", "cla")),
+        ("mha", "copy", "plain", "all", [most]),
+        ("fusedkv", "fit", "plain", "all", [most]),
+        ("fusedkv", "fit", "distilled", "kv", [most]),
+        *(("fusedkv", method, "distilled", "all", [most]) for method in ("copy", "mean", "aligned")),
+        ("mla", "svd", "distilled", "all", [most]),
+        ("yoco", "fit", "distilled", "all", [most]),
+        ("fusedkv_lite", "copy", "distilled", "all", [most]),
+        *(("cla", method, "distilled", "all", [most]) for method in ("copy", "aligned")),
+        ("fusedkv", "fit", "distilled", "all", percents),
+        ("fusedkv", "fit", "plain", "all", percents),
+        ("fusedkv", "fit", "distilled", "kv", percents),
+        *(("fusedkv", method, "distilled", "all", percents) for method in ("copy", "mean", "aligned")),
+        *((plan, "fit", "distilled", "all", percents) for plan in ("fusedkv_lite", "cla", "yoco")),
+        ("mla", "svd", "distilled", "all", percents),
+    ]
+    listed = (
+        Student(plan, method, loss, trainable, percent, lr[trainable], seed)
+        for seed in range(seeds)
+        for plan, method, loss, trainable, shares in chosen
+        for percent in sorted(shares, reverse=True)
+    )
+    return list(dict.fromkeys(listed))
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Where things are."""
+
+    out: Path
+
+    @property
+    def tokens(self) -> Path:
+        return self.out / "tokens"
+
+    @property
+    def base(self) -> Path:
+        """The checkpoint folder of Hugging Face's."""
+        return self.out / "base"
+
+    @property
+    def runs(self) -> Path:
+        return self.out / "runs"
+
+    def result(self, name: str) -> Path:
+        return self.out / "results" / f"{name}.json"
+
+
+def claim(folders: Folders, size: Size) -> None:
+    """Write what `out` is made for.
+
+    Raises:
+        UserError: when it holds the results of another size.
+    """
+    file, wanted = folders.out / "size.json", asdict(size)
+    if not file.exists():
+        write_atomic(file, json.dumps(wanted, indent=2) + "\n")
+        return
+    found = json.loads(file.read_text(encoding="utf-8"))
+    differing = sorted(key for key in wanted if found.get(key) != wanted[key])
+    if differing:
+        key = differing[0]
+        raise UserError(
+            f"--out {folders.out}: made with {key} {found.get(key)}, and this command says {wanted[key]}; choose "
+            "another --out or the same settings"
+        )

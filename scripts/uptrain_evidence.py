@@ -178,7 +178,7 @@ class Experiment:
         if runner.failed:
             raise UserError("; ".join(runner.failed))
         if left:
-            self.unfinished.append(f"students ({left} of {len(listed)})")
+            self.unfinished.append(f"students ({left} of {len(wanted)})")
 
     def table(self) -> str:
         rows = read_rows(self.folders)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -75,8 +75,8 @@ def pretrain(
 
     A plain loop: bf16 autocast on a GPU, one micro-batch a step, fused AdamW, cosine to a tenth of the peak.
     """
-    model = llama(size, manifest)
-    model.to(device=device)
+    with device:
+        model = llama(size, manifest)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -88,13 +88,13 @@ def pretrain(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, before = state["step"], state["seconds"]
-    forward = torch.compile(model) if compiled else model
 
-    def loss_of(batch: dict[str, Tensor]) -> Tensor:
+    def loss_of(ids: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = forward(input_ids=batch["input_ids"]).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORE)
+            logits = model(input_ids=ids).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE)
 
+    training_loss = torch.compile(loss_of) if compiled else loss_of
     text = PackedDataset(TokenStore(folders.tokens, "train"), size.seq_len)
     order = range(step * size.batch, size.steps * size.batch)
     workers = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
@@ -103,7 +103,7 @@ def pretrain(
     for batch in batches:
         for group in optimizer.param_groups:
             group["lr"] = size.lr * learning_rate_factor(step, size.steps, schedule)
-        loss = loss_of({name: t.to(device, non_blocking=True) for name, t in batch.items()})
+        loss = training_loss(*(batch[name].to(device, non_blocking=True) for name in ("input_ids", "labels")))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -126,7 +126,7 @@ def pretrain(
     with torch.no_grad():
         for batch in DataLoader(validation, size.uptrain_batch):
             count = int((batch["labels"] != IGNORE).sum())
-            nats += loss_of({name: t.to(device) for name, t in batch.items()}).item() * count
+            nats += loss_of(batch["input_ids"].to(device), batch["labels"].to(device)).item() * count
             scored += count
     partial = folders.base.with_name("base.partial")
     model.save_pretrained(partial)
@@ -157,8 +157,8 @@ def check_import(folders: Folders, size: Size, device: torch.device) -> dict[str
     Raises:
         UserError: where logits differ by more than `LOGITS_CLOSE`, or the best token anywhere.
     """
-    theirs = LlamaForCausalLM.from_pretrained(folders.base, dtype=torch.float32, local_files_only=True)
-    theirs.eval().to(device=device)
+    theirs: nn.Module = LlamaForCausalLM.from_pretrained(folders.base, dtype=torch.float32, local_files_only=True)
+    theirs.to(device).eval()
     ours = load_teacher(folders.base).decoder.to(device)
     text = ValidationDataset(TokenStore(folders.tokens, "validation"), size.seq_len, limit=4)
     difference, same, tokens = 0.0, 0, 0

@@ -1,0 +1,316 @@
+# mypy: disable-error-code="import-not-found,import-untyped,assignment"
+# ruff: noqa: RUF005 - the kernels' language adds tuples and does not unpack them
+"""Decoding over low-rank factors in Triton: the kernels that `cllm.kernels.lowrank_decode` launches.
+
+    rebuilt_scores   keys made tile by tile from their factors, turned by RoPE in registers, times the queries
+    plain_scores     the queries times keys that are stored as they are: the exact tail, outliers, landmarks
+    weigh            softmax over a stretch of scores, times rows of A or exact values
+    finish           rows of A to values, and all stretches together
+
+Scores go through memory, (B, H, n) fp32 to base 2, a fiftieth of what the factors take: a program that rebuilds keys
+has one KV head and no registers left, one that reads A has all query heads, for A is theirs together.
+
+Rotate-half pairs channel j with channel j + D/2, so a program rebuilds both halves of a head, in two accumulators.
+
+Shapes: B batch, S compressed tokens, n tokens of a stretch, H query heads, G KV heads, D channels of a head, r rank.
+N tile of tokens.
+"""
+
+from __future__ import annotations
+
+from cllm.kernels.triton_decode import jit, tl  # type: ignore[attr-defined]
+
+
+@jit
+def _emit(scores, strides, value, b, head, is_head, token, seen, N, ADD: tl.constexpr):
+    """Write (N, heads) scores, -inf where nothing is seen; with ADD, to those of key parts before."""
+    at = scores + b * strides[0] + head[None, :] * strides[1] + token[:, None]
+    mask = is_head[None, :] & (token < N)[:, None]
+    if ADD:
+        value += tl.load(at, mask=mask, other=0.0)
+    tl.store(at, tl.where(seen[:, None], value, float("-inf")), mask=mask)
+
+
+@jit
+def _query(query, strides, b, head, is_head, channel, is_channel):
+    """Queries (heads, channels), 0 where there is none."""
+    at = query + b * strides[0] + head[:, None] * strides[1] + channel[None, :]
+    return tl.load(at, mask=is_head[:, None] & is_channel[None, :], other=0.0)
+
+
+@jit
+def rebuilt_scores(
+    query,
+    a,
+    b,
+    cos,
+    sin,
+    index,
+    first,
+    scores,
+    q_strides,
+    a_strides,
+    b_strides,
+    table_stride,
+    score_strides,
+    N,
+    S,
+    rank,
+    log2_scale,
+    G: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """Scores of a tile of tokens for the query heads of PACK KV heads.
+
+    `a` is (B, S, r) and `b` (B, G · D, r), ranks contiguous; `cos` and `sin` are (positions, D / 2) fp32; `index`
+    (B, G, n) says which tokens (PACK is 1 then), or None: all. Programs of one tile are neighbours, so that they find
+    its rows of A in the L2 cache.
+    """
+    pack, row_of_batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    token = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if index is not None:
+        at = index + (row_of_batch * G + pack) * N + token
+        column = tl.load(at, mask=token < N, other=S).to(tl.int32)
+    else:
+        column = token
+    inside = column < S
+    low = 0
+    if first is not None:
+        low = tl.load(first + row_of_batch).to(tl.int32)
+    channel = tl.arange(0, HALF)
+    is_channel = channel < DIM // 2
+
+    rows = a + row_of_batch * a_strides[0] + column.to(tl.int64)[:, None] * a_strides[1]
+    weights = b + row_of_batch * b_strides[0]
+    lower = ()
+    upper = ()
+    for _ in tl.static_range(PACK):
+        lower = lower + (tl.zeros((BLOCK_N, HALF), dtype=tl.float32),)
+        upper = upper + (tl.zeros((BLOCK_N, HALF), dtype=tl.float32),)
+    for start in tl.range(0, rank, BLOCK_R, num_stages=STAGES):
+        r = start + tl.arange(0, BLOCK_R)
+        tile = tl.load(rows + r[None, :], mask=inside[:, None] & (r < rank)[None, :], other=0.0)
+        mask = is_channel[:, None] & (r < rank)[None, :]
+        more_lower = ()
+        more_upper = ()
+        for i in tl.static_range(PACK):
+            at = weights + ((pack * PACK + i) * DIM + channel)[:, None] * b_strides[1] + r[None, :]
+            part = tl.load(at, mask=mask, other=0.0)
+            more_lower = more_lower + (tl.dot(tile, tl.trans(part), acc=lower[i], input_precision="tf32x3"),)
+            part = tl.load(at + DIM // 2 * b_strides[1], mask=mask, other=0.0)
+            more_upper = more_upper + (tl.dot(tile, tl.trans(part), acc=upper[i], input_precision="tf32x3"),)
+        lower = more_lower
+        upper = more_upper
+
+    position = tl.maximum(tl.where(inside, column, 0) - low, 0)
+    at = position[:, None] * table_stride + channel[None, :]
+    c = tl.load(cos + at, mask=is_channel[None, :], other=0.0)
+    s = tl.load(sin + at, mask=is_channel[None, :], other=0.0)
+    in_group = tl.arange(0, BLOCK_H)
+    is_head = in_group < HEADS
+    for i in tl.static_range(PACK):
+        head = (pack * PACK + i) * HEADS + in_group
+        q_lower = _query(query, q_strides, row_of_batch, head, is_head, channel, is_channel)
+        q_upper = _query(query + DIM // 2, q_strides, row_of_batch, head, is_head, channel, is_channel)
+        turned = (lower[i] * c - upper[i] * s).to(q_lower.dtype)
+        value = tl.dot(turned, tl.trans(q_lower), input_precision="tf32x3")
+        turned = (upper[i] * c + lower[i] * s).to(q_lower.dtype)
+        value = tl.dot(turned, tl.trans(q_upper), acc=value, input_precision="tf32x3")
+        seen = inside & (column >= low)
+        _emit(scores, score_strides, value * log2_scale, row_of_batch, head, is_head, token, seen, N, ADD)
+
+
+@jit
+def plain_scores(
+    query,
+    keys,
+    index,
+    column,
+    first,
+    scores,
+    q_strides,
+    k_strides,
+    score_strides,
+    N,
+    offset,
+    stop,
+    log2_scale,
+    G: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPAN: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """Scores of `keys` (B, n, G, D) for the query heads of one KV head.
+
+    Entry j stands for the columns offset + j · SPAN to offset + j · SPAN + SPAN - 1, or for `index[b, g, j]`. It is
+    seen if one of them is `first` or later, lies before `stop`, and does not lie behind `column`.
+    """
+    g, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    token = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if index is not None:
+        oldest = tl.load(index + (b * G + g) * N + token, mask=token < N, other=stop).to(tl.int32)
+    else:
+        oldest = offset + token * SPAN
+    seen = (token < N) & (oldest < stop)
+    if first is not None:
+        seen = seen & (oldest + SPAN - 1 >= tl.load(first + b).to(tl.int32))
+    if column is not None:
+        seen = seen & (oldest <= tl.load(column).to(tl.int32) - (1 if EXCLUDE_SELF else 0))
+    channel = tl.arange(0, BLOCK_D)
+    is_channel = channel < DIM
+    in_group = tl.arange(0, BLOCK_H)
+    head, is_head = g * HEADS + in_group, in_group < HEADS
+    at = keys + b * k_strides[0] + token.to(tl.int64)[:, None] * k_strides[1] + g * k_strides[2] + channel[None, :]
+    tile = tl.load(at, mask=seen[:, None] & is_channel[None, :], other=0.0)
+    q = _query(query, q_strides, b, head, is_head, channel, is_channel)
+    value = tl.dot(tile.to(q.dtype), tl.trans(q), input_precision="tf32x3")
+    _emit(scores, score_strides, value * log2_scale, b, head, is_head, token, seen, N, ADD)
+
+
+@jit
+def weigh(
+    scores,
+    values,
+    index,
+    partial,
+    log_sums,
+    score_strides,
+    v_strides,
+    N,
+    first_split,
+    all_splits,
+    G: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Σ_t p_t v_t over a split of the tokens, for a block of the HEADS query heads of one of G heads of `values`.
+
+    `values` is (B, tokens, G, WIDTH) by its strides, rows `index[b, g, t]` of it or, for None, rows t. Written are
+    `partial` (B, H, all_splits, WIDTH) fp32 and `log_sums` (B, H, all_splits) fp32 to base 2, this launch's splits
+    from `first_split` on.
+    """
+    H_BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    pid = tl.program_id(2)
+    b, g = (pid // (H_BLOCKS * G)).to(tl.int64), pid // H_BLOCKS % G
+    in_group = pid % H_BLOCKS * BLOCK_H + tl.arange(0, BLOCK_H)
+    head, is_head = g * HEADS + in_group, in_group < HEADS
+    channel = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    is_channel = channel < WIDTH
+    share = tl.cdiv(tl.cdiv(N, BLOCK_N), tl.num_programs(0)) * BLOCK_N
+    begin = tl.program_id(0) * share
+    stop = tl.minimum(begin + share, N)
+
+    source = scores + b * score_strides[0] + head[:, None] * score_strides[1]
+    base = values + b * v_strides[0] + g * v_strides[2]
+    sums = tl.zeros((BLOCK_H, BLOCK_W), dtype=tl.float32)
+    largest = tl.full((BLOCK_H,), -1e30, dtype=tl.float32)
+    total = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    for start in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
+        token = start + tl.arange(0, BLOCK_N)
+        inside = token < stop
+        score = tl.load(source + token[None, :], mask=is_head[:, None] & inside[None, :], other=float("-inf"))
+        seen = tl.max(score, axis=0) > float("-inf")  # what is not seen may hold anything
+        row = token
+        if index is not None:
+            row = tl.load(index + (b * G + g) * N + token, mask=inside, other=0)
+        at = base + row.to(tl.int64)[:, None] * v_strides[1] + channel[None, :]
+        tile = tl.load(at, mask=seen[:, None] & is_channel[None, :], other=0.0)
+        larger = tl.maximum(largest, tl.max(score, axis=1))
+        weights = tl.exp2(score - larger[:, None])
+        shrink = tl.exp2(largest - larger)
+        total = total * shrink + tl.sum(weights, axis=1)
+        largest = larger
+        sums = tl.dot(weights.to(tile.dtype), tile, acc=sums * shrink[:, None], input_precision="tf32x3")
+
+    at = (b * G * HEADS + head) * all_splits + first_split + tl.program_id(0)
+    if tl.program_id(1) == 0:
+        tl.store(log_sums + at, tl.where(total == 0, float("-inf"), largest + tl.log2(total)), mask=is_head)
+    mask = (is_head & (total > 0))[:, None] & is_channel[None, :]
+    tl.store(partial + at[:, None] * WIDTH + channel[None, :], sums / total[:, None], mask=mask)
+
+
+@jit
+def _merged(
+    partial,
+    log_sums,
+    row,
+    top,
+    channel,
+    SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Σ_s 2^(l_s - top) partial[row, s] (BLOCK,). `partial` of a split that is empty was never written."""
+    summed = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, SPLITS, CHUNK):
+        split = start + tl.arange(0, CHUNK)
+        log_sum = tl.load(log_sums + row * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
+        mask = (log_sum != float("-inf"))[:, None] & (channel < WIDTH)[None, :]
+        at = partial + (row * SPLITS + split)[:, None] * WIDTH + channel[None, :]
+        summed += tl.sum(tl.exp2(log_sum - top)[:, None] * tl.load(at, mask=mask, other=0.0), axis=0)
+    return summed
+
+
+@jit
+def finish(
+    partial,
+    log_sums,
+    b,
+    tail,
+    tail_log_sums,
+    out,
+    b_strides,
+    out_strides,
+    G: tl.constexpr,
+    HEADS: tl.constexpr,
+    RANK: tl.constexpr,
+    DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ALL: tl.constexpr,
+    TAIL_SPLITS: tl.constexpr,
+    TAIL_ALL: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A query head's output: B times the merged splits over A, plus those over exact values; 0 where all are empty.
+
+    `partial` is (B, H, SPLITS, RANK), `tail` (B, H, TAIL_SPLITS, D), `b` (B, G · D, RANK), `out` (B, H, D).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    batch, head = row // (G * HEADS), row % (G * HEADS)
+    index = tl.arange(0, ALL)
+    low = tl.load(log_sums + row * SPLITS + index, mask=index < SPLITS, other=float("-inf"))
+    index = tl.arange(0, TAIL_ALL)
+    exact = tl.load(tail_log_sums + row * TAIL_SPLITS + index, mask=index < TAIL_SPLITS, other=float("-inf"))
+    top = tl.maximum(tl.maximum(tl.max(low, axis=0), tl.max(exact, axis=0)), -1e30)
+    total = tl.sum(tl.exp2(low - top), axis=0) + tl.sum(tl.exp2(exact - top), axis=0)
+
+    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    summed = _merged(tail, tail_log_sums, row, top, channel, TAIL_SPLITS, min(TAIL_ALL, 16), DIM, BLOCK_D)
+    rows = b + batch * b_strides[0] + (head // HEADS * DIM + channel)[:, None] * b_strides[1]
+    for start in range(0, RANK, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        mixed = _merged(partial, log_sums, row, top, r, SPLITS, min(ALL, 16), RANK, BLOCK_R)
+        tile = tl.load(rows + r[None, :], mask=(channel < DIM)[:, None] & (r < RANK)[None, :], other=0.0)
+        summed += tl.sum(tile.to(tl.float32) * mixed[None, :], axis=1)
+    summed = summed / tl.where(total == 0, 1.0, total)
+    at = out + batch * out_strides[0] + head * out_strides[1] + channel
+    tl.store(at, summed.to(out.dtype.element_ty), mask=channel < DIM)

@@ -25,6 +25,7 @@ try:
     TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     jit = triton.jit
 except ImportError as error:
+    triton = tl = None
     MISSING = str(error)
     TYPES = {}
 

@@ -18,7 +18,10 @@ N tile of tokens.
 
 from __future__ import annotations
 
-from cllm.kernels.triton_decode import jit, tl  # type: ignore[attr-defined]
+from cllm.kernels.triton_decode import MISSING, jit
+
+if MISSING is None:
+    import triton.language as tl
 
 
 @jit
@@ -53,6 +56,7 @@ def rebuilt_scores(
     b_strides,
     table_stride,
     score_strides,
+    i_strides,
     N,
     S,
     rank,
@@ -77,7 +81,7 @@ def rebuilt_scores(
     pack, row_of_batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     token = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if index is not None:
-        at = index + (row_of_batch * G + pack) * N + token
+        at = index + row_of_batch * i_strides[0] + pack * i_strides[1] + token
         column = tl.load(at, mask=token < N, other=S).to(tl.int32)
     else:
         column = token
@@ -139,6 +143,7 @@ def plain_scores(
     q_strides,
     k_strides,
     score_strides,
+    i_strides,
     N,
     offset,
     stop,
@@ -161,7 +166,7 @@ def plain_scores(
     g, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     token = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if index is not None:
-        oldest = tl.load(index + (b * G + g) * N + token, mask=token < N, other=stop).to(tl.int32)
+        oldest = tl.load(index + b * i_strides[0] + g * i_strides[1] + token, mask=token < N, other=stop).to(tl.int32)
     else:
         oldest = offset + token * SPAN
     seen = (token < N) & (oldest < stop)
@@ -190,8 +195,7 @@ def weigh(
     score_strides,
     v_strides,
     N,
-    first_split,
-    all_splits,
+    i_strides,
     G: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -203,8 +207,7 @@ def weigh(
     """Σ_t p_t v_t over a split of the tokens, for a block of the HEADS query heads of one of G heads of `values`.
 
     `values` is (B, tokens, G, WIDTH) by its strides, rows `index[b, g, t]` of it or, for None, rows t. Written are
-    `partial` (B, H, all_splits, WIDTH) fp32 and `log_sums` (B, H, all_splits) fp32 to base 2, this launch's splits
-    from `first_split` on.
+    `partial` (B, H, splits, WIDTH) fp32 and `log_sums` (B, H, splits) fp32 to base 2.
     """
     H_BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
     pid = tl.program_id(2)
@@ -229,7 +232,7 @@ def weigh(
         seen = tl.max(score, axis=0) > float("-inf")  # what is not seen may hold anything
         row = token
         if index is not None:
-            row = tl.load(index + (b * G + g) * N + token, mask=inside, other=0)
+            row = tl.load(index + b * i_strides[0] + g * i_strides[1] + token, mask=inside, other=0)
         at = base + row.to(tl.int64)[:, None] * v_strides[1] + channel[None, :]
         tile = tl.load(at, mask=seen[:, None] & is_channel[None, :], other=0.0)
         larger = tl.maximum(largest, tl.max(score, axis=1))
@@ -239,7 +242,7 @@ def weigh(
         largest = larger
         sums = tl.dot(weights.to(tile.dtype), tile, acc=sums * shrink[:, None], input_precision="tf32x3")
 
-    at = (b * G * HEADS + head) * all_splits + first_split + tl.program_id(0)
+    at = (b * G * HEADS + head) * tl.num_programs(0) + tl.program_id(0)
     if tl.program_id(1) == 0:
         tl.store(log_sums + at, tl.where(total == 0, float("-inf"), largest + tl.log2(total)), mask=is_head)
     mask = (is_head & (total > 0))[:, None] & is_channel[None, :]
@@ -287,6 +290,7 @@ def finish(
     ALL: tl.constexpr,
     TAIL_SPLITS: tl.constexpr,
     TAIL_ALL: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -304,11 +308,11 @@ def finish(
     total = tl.sum(tl.exp2(low - top), axis=0) + tl.sum(tl.exp2(exact - top), axis=0)
 
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    summed = _merged(tail, tail_log_sums, row, top, channel, TAIL_SPLITS, min(TAIL_ALL, 16), DIM, BLOCK_D)
+    summed = _merged(tail, tail_log_sums, row, top, channel, TAIL_SPLITS, CHUNK, DIM, BLOCK_D)
     rows = b + batch * b_strides[0] + (head // HEADS * DIM + channel)[:, None] * b_strides[1]
     for start in range(0, RANK, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
-        mixed = _merged(partial, log_sums, row, top, r, SPLITS, min(ALL, 16), RANK, BLOCK_R)
+        mixed = _merged(partial, log_sums, row, top, r, SPLITS, CHUNK, RANK, BLOCK_R)
         tile = tl.load(rows + r[None, :], mask=(channel < DIM)[:, None] & (r < RANK)[None, :], other=0.0)
         summed += tl.sum(tile.to(tl.float32) * mixed[None, :], axis=1)
     summed = summed / tl.where(total == 0, 1.0, total)

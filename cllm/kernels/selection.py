@@ -1,0 +1,49 @@
+"""Which compressed tokens a decoding step reads: landmarks, as in ShadowKV (arXiv 2410.21465, section 4).
+
+The mean key of every chunk of tokens, its landmark, is scored, and the best chunks of each KV head are read, besides
+those few whose landmark says little of them, the outliers.
+
+Shapes: B batch, S compressed tokens, H query heads, G KV heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is stored of the compressed keys of a slot to choose from them, all of it after RoPE."""
+
+    landmarks: Tensor
+    """(B, ⌈S / chunk⌉, G, D): the mean key of each chunk."""
+    outliers: Tensor
+    """(B, G, m) int64: chunks that are read in every step."""
+    outlier_keys: Tensor
+    """(B, m · chunk, G, D): their keys as they are. Their values come from the factors."""
+    chunk: int
+    """Tokens of a chunk."""
+    budget: int
+    """Tokens, a multiple of `chunk`, that a step chooses besides, for each KV head."""
+
+
+def chosen_tokens(marks: Tensor, selection: Selection) -> Tensor:
+    """Tokens (B, G, n) int64 that a step reads: the outliers' first, then those of the chunks whose landmarks get the
+    largest probability from any query head of the KV head.
+
+    n does not depend on the scores, and nothing waits for the device. The last chunk may be short: what it lacks is
+    numbers from S on, which are no tokens.
+
+    Args:
+        marks: (B, H, chunks) scores of the landmarks, -inf for chunks of padding.
+        selection: what they were made from.
+    """
+    outliers = selection.outliers
+    weights = marks.softmax(-1).unflatten(1, (outliers.shape[1], -1)).amax(2)  # B, G, chunks
+    weights = weights.scatter(-1, outliers, -1.0)
+    count = min(selection.budget // selection.chunk, weights.shape[-1] - outliers.shape[-1])
+    chunks = torch.cat((outliers, weights.topk(count, sorted=False).indices), -1)
+    return (chunks[..., None] * selection.chunk + torch.arange(selection.chunk, device=marks.device)).flatten(-2)

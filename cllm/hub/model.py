@@ -125,6 +125,7 @@ class CLLMForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
+        early_exit: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -142,6 +143,8 @@ class CLLMForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: return a cache; by default what the config says, except in training and with labels.
             logits_to_keep: logits of the last so many places, or of the places in a (n,) tensor; 0: of all. None: of
                 all, except with labels in training: the loss needs no logits.
+            early_exit: above the last layer that owns a slot, compute the last token only, exactly. None: where no
+                other logits are wanted, as `generate` says of its prompts (logits_to_keep=1, no labels).
             num_items_in_batch: the loss is the sum over scored tokens divided by this; None: their mean.
             inputs_embeds, output_attentions, output_hidden_states: not supported.
 
@@ -167,6 +170,10 @@ class CLLMForCausalLM(PreTrainedModel, GenerationMixin):
         )
         self._check_context((past or 0) + input_ids.shape[1], inputs.positions)
         last_only = labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 1
+        if early_exit and not last_only:
+            wanted = "labels" if labels is not None else f"logits_to_keep {logits_to_keep}"
+            raise UserError(f"early_exit computes the last logits only, but {wanted} wants more; allowed: 1, no labels")
+        last_only = last_only and early_exit is not False
         hidden = self.model.hidden(input_ids, *inputs[:2], cache=cache, starts=inputs.starts, last_only=last_only)
         loss = None if labels is None else self._loss(hidden, labels, num_items_in_batch)
         logits = None

@@ -35,7 +35,7 @@ def _fla_kernel() -> Callable[..., Any] | None:
 @functools.cache
 def _backward_fault(device: torch.device) -> str | None:
     """Why the library's backward kernel cannot be used on `device`, or None."""
-    import triton  # type: ignore[import-not-found,unused-ignore]
+    import triton
 
     version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
     hopper = torch.cuda.get_device_capability(device)[0] == 9

@@ -96,6 +96,15 @@ def test_a_prompt_whose_last_logits_are_wanted_skips_the_layers_above_the_last_o
     assert seen[4:] == [1, 1, 1, 1]
 
 
+def test_early_exit_is_refused_where_prompt_logits_are_wanted(hub_model) -> None:
+    model, ids = hub_model({"preset": "fusedkv"}), torch.arange(12)[None]
+    for inputs, wanted in (({"labels": ids}, "labels"), ({}, "logits_to_keep None"), ({"logits_to_keep": 2}, "2")):
+        with pytest.raises(UserError, match=f"early_exit computes the last logits only, but .*{wanted} wants more"):
+            model(ids, early_exit=True, **inputs)
+    exact = model(ids, early_exit=False, logits_to_keep=1).logits
+    torch.testing.assert_close(model(ids, early_exit=True, logits_to_keep=1).logits, exact, atol=1e-5, rtol=1e-5)
+
+
 def test_a_cache_is_returned_outside_of_training(hub_model) -> None:
     model = hub_model()
     assert isinstance(model(IDS).past_key_values, KVCache)

@@ -166,7 +166,7 @@ class KVCache(Cache):
             return
         if self.is_static:
             for store in self.stores.values():
-                store.replace(torch.zeros_like)
+                store.reset()
         else:
             self.stores, self.batch = {}, None
         self.starts = None

@@ -70,6 +70,10 @@ class Store(ABC):
     def replace(self, change: Callable[[Tensor], Tensor]) -> None:
         """Put `change(tensor)` in the place of every tensor."""
 
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget all tokens; what a slot's places hold then is never read."""
+
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
@@ -78,8 +82,8 @@ class Store(ABC):
 class SlotStore(Store):
     """A slot: two tensors (B, n, ...), and their factors (B, n, ...) where they are stored in fp8."""
 
-    fixed = False
-    """Whether the tensors have places for tokens to come, which a pass of one token fills in a ring."""
+    pending: Slot | None = None
+    """What the pass under way has made."""
 
     def __init__(
         self,
@@ -106,7 +110,7 @@ class SlotStore(Store):
         """The slot as readers of this pass see it: stored tokens, then `new` ones (B, T, ...).
 
         For T > 1 new tokens are as exact as they come and tokens are in order; for T = 1 all are as stored, and a
-        `fixed` store returns its whole ring.
+        `FixedSlot` returns its whole ring.
         """
 
     @abstractmethod
@@ -144,6 +148,9 @@ class SlotStore(Store):
             from_fp8(stored.v, stored.v_scale, self.dtype),
         )
 
+    def reset(self) -> None:
+        self.pending = None
+
     def can_crop(self, length: int, past: int) -> None:
         """Raises `UserError` if a token that the next query sees has left the window."""
         needed = length if self.window is None else min(length, self.window - 1)
@@ -156,8 +163,6 @@ class SlotStore(Store):
 
 class GrowingSlot(SlotStore):
     """As many places as tokens; every pass copies into larger tensors."""
-
-    pending: Slot | None = None
 
     def extend(self, new: Slot, step: Step) -> Slot:
         packed = self.pack(new)
@@ -187,9 +192,6 @@ class FixedSlot(SlotStore):
 
     A pass of one token writes at a place that only the device knows, so that a CUDA graph of it can be replayed.
     """
-
-    fixed = True
-    pending: Slot | None = None
 
     def extend(self, new: Slot, step: Step) -> Slot:
         if step.length == 1:
@@ -255,6 +257,10 @@ class StateStore(Store):
 
     def tensors(self) -> dict[str, Tensor]:
         return {"state": self.state}
+
+    def reset(self) -> None:
+        self.state.zero_()
+        self.pending = None
 
     def put(self, state: Tensor) -> None:
         """The state after this pass."""

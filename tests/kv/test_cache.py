@@ -180,8 +180,9 @@ def test_a_reset_cache_starts_anew(name, kind, design):
     assert_same(run(model, cache, ids, [5, 1, 6]), model(ids), [0, 0])
 
 
-def test_compiled_decoding_gives_the_same_logits(design):
-    model, ids = design("fusedkv"), tokens(2)
+@pytest.mark.parametrize("name", ["fusedkv", "yoco with retention"])
+def test_compiled_decoding_gives_the_same_logits(name, design):
+    model, ids = design(name), tokens(2)
     expected = model(ids)
     model.compile_decoding()
     found = run(model, KVCache(model.config, max_len=LENGTH), ids, [8, 1, 1, 1, 1])

@@ -16,6 +16,8 @@ from cllm.model.sizes import (
     model_d_ff,
     training_flops_per_token,
 )
+from cllm.uptrain.teacher import teacher_config
+from cllm.uptrain.trainable import make_trainable
 
 GIB = 2**30
 
@@ -49,17 +51,19 @@ def block_activation_bytes(model: Decoder, config: Config, layer: int) -> int:
     return 2 * c.d_model * wide + (2 * c.d_model + kept + 3 * model_d_ff(c)) * narrow
 
 
-def memory_estimate(model: Decoder, config: Config) -> dict[str, float]:
-    """GiB at the peak of a training step on one device.
+def memory_estimate(model: Decoder, config: Config, *, teacher: int = 0) -> dict[str, float]:
+    """GiB at the peak of a training step on one device, of a model of which what is not trained is frozen.
 
     The peak is the start of the backward: fp32 weights and AdamW's two moments, the bf16 copies of weights that
     autocast keeps, all activations of a micro-batch, the loss's chunk of logits and the head's gradient; and gradients,
     where accumulation keeps them from one micro-batch to the next. With gradient checkpointing blocks keep their input
-    alone, slots that other layers read stay as well, and one block is whole at a time.
+    alone, slots that other layers read stay as well, and one block is whole at a time. `teacher` counts the parameters
+    of a model that computes along; it keeps nothing but them.
     """
     c, train = config.model, config.train
     assert c.vocab_size is not None
     parameters, tokens = count_parameters(model), train.micro_batch * config.data.seq_len
+    trained = _trained(model)
     narrow = _compute_bytes(config)
     blocks = [block_activation_bytes(model, config, i) for i in range(c.n_layers)]
     if train.gradient_checkpointing:
@@ -68,18 +72,33 @@ def memory_estimate(model: Decoder, config: Config) -> dict[str, float]:
         per_token = c.n_layers * c.d_model * (4 if train.fp32_residual else narrow) + slots * narrow + max(blocks)
     else:
         per_token = sum(blocks)
-    loss = 3 * tokens * c.d_model * narrow + c.vocab_size * c.d_model * (4 + narrow) + 2**29
+    head_grad = c.vocab_size * c.d_model * (4 + narrow) if model.head.weight.requires_grad else 0
+    loss = 3 * tokens * c.d_model * narrow + head_grad + 2**29
     accumulates = train.global_batch > train.micro_batch
     copies = 2 * parameters if narrow == 2 and not train.gradient_checkpointing else 0
     parts = {
         "weights": 4 * parameters,
-        "optimizer": 8 * parameters,
-        "gradients": 4 * parameters if accumulates else 0,
+        "optimizer": 8 * trained,
+        "gradients": 4 * trained if accumulates else 0,
         "activations": tokens * per_token + loss + copies,
     }
     if not accumulates:  # the end of the backward has all gradients and no activations
-        parts["activations"] = max(parts["activations"], 4 * parameters)
+        parts["activations"] = max(parts["activations"], 4 * trained)
+    if teacher:
+        parts["teacher"] = narrow * teacher
     return {name: size / GIB for name, size in (parts | {"total": sum(parts.values())}).items()}
+
+
+def _trained(model: Decoder) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _teacher_parameters(config: Config) -> int:
+    """Of the model that `init.from` names, where it computes along in every step; 0 without."""
+    if config.init.path is None or not config.uptrain.needs_teacher:
+        return 0
+    with torch.device("meta"):
+        return count_parameters(build_decoder(teacher_config(config.init.path)))
 
 
 def _size(count: float) -> str:
@@ -96,7 +115,11 @@ def dry_run(config: Config) -> str:
     total, inner = count_parameters(model), count_parameters(model, embeddings=False)
     context, seq_len = own.context, config.data.seq_len
     forward, training = forward_flops_per_token(model, seq_len), training_flops_per_token(model, seq_len)
-    memory = memory_estimate(model, config)
+    teacher = _teacher_parameters(config)
+    make_trainable(model, config)
+    memory = memory_estimate(model, config, teacher=teacher)
+    uptraining = [f"trained      {_trained(model):,} (uptrain.trainable {config.uptrain.trainable})"]
+    uptraining += [f"teacher      {teacher:,} parameters, a forward pass in every step"] * (teacher > 0)
     tokens = config.train.steps * config.train.global_batch * seq_len
     d_ff = model_d_ff(c)
     matched = f" ({c.resolved_d_ff} before match_params)" if d_ff != c.resolved_d_ff else ""
@@ -108,6 +131,7 @@ def dry_run(config: Config) -> str:
         f"model        {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} heads of {c.resolved_head_dim}, "
         f"d_ff {d_ff}{matched}, vocabulary {c.vocab_size:,}",
         f"parameters   {total:,} ({inner:,} without embeddings)",
+        *(uptraining if config.init.path else ()),
         f"KV cache     {own.resident:,.0f} bytes a token resident, {own.written:,.0f} written, {own.read:,.0f} read "
         f"(bf16, context {context:,})",
         f"against mha  {resident:.4g}x resident, {read:.4g}x read",

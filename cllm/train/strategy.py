@@ -1,12 +1,14 @@
 """How a run is spread over devices: one device, DDP, or DeepSpeed's ZeRO, each from `train.strategy`.
 
-Lightning's DeepSpeed strategy is used as it is but for four things, each of which a test holds:
+Lightning's DeepSpeed strategy is used as it is but for five things, each of which a test holds:
 
 - Lightning divides the loss by the number of accumulation rounds and so does DeepSpeed; `ZeroStrategy.backward` lets
   one of them do it. AdamW hides the mistake, clipping and the logged norm do not.
 - DeepSpeed rounds the weights to bf16 and makes its fp32 master weights from those; they get the unrounded ones back.
 - The module is on its device before the optimizer is made, so that the optimizer is AdamW's fused kernel.
 - A checkpoint also holds the whole fp32 weights as safetensors, so that nothing but resuming ever reads its pickles.
+- Weights that are not trained have no fp32 master: the first process keeps their fp32 originals in the machine's
+  memory, so that a checkpoint holds them bit by bit. Resuming takes them from the checkpoint's safetensors.
 
 bf16 under ZeRO is not autocast: DeepSpeed keeps bf16 weights in the module and fp32 master weights in its optimizer.
 Norms, RoPE, fusion and the loss widen to fp32 in their own forward.
@@ -17,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +27,16 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cllm.config import TrainConfig
 from cllm.errors import UserError
-from cllm.runs import TIED, WEIGHTS_FILE
+from cllm.runs import TIED, WEIGHTS_FILE, read_weights
 
+APART_FILE = "resume.safetensors"
+"""In a checkpoint folder: tensors that resuming needs and the decoder does not."""
 _GATHER_BUCKET = 200_000_000
 """Elements that DeepSpeed gathers at once, after the step."""
 _REDUCE_BUCKET = 50_000_000
@@ -65,6 +71,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         # torch's own AdamW has a fused CPU kernel; DeepSpeed's would have to be compiled on the machine.
         self.config["zero_force_ds_cpu_optimizer"] = False
+        self._frozen: dict[str, Tensor] = {}
+        """On the first process, fp32 originals of the decoder's weights that are not trained, on the CPU."""
+        self.set_apart: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Tensor]]] = lambda w: (w, {})
+        """From the weights of the model that is trained to those of the decoder, and what resuming needs besides."""
         if accumulate > 1:  # the default, bf16, loses small micro-batch gradients in the sum
             self.config["data_types"] = {"grad_accum_dtype": "fp32"}
 
@@ -83,16 +93,73 @@ class ZeroStrategy(DeepSpeedStrategy):
         with contextlib.redirect_stdout(io.StringIO()):  # pages of memory reports
             super()._initialize_deepspeed_train(model)
         for name, parameter in model.named_parameters():
-            _set_master_weight(parameter, drawn[name], self.global_rank)
+            if parameter.requires_grad:
+                _set_master_weight(parameter, drawn[name], self.global_rank)
+        if self.is_global_zero:
+            named = self._decoder.named_parameters(prefix="model")
+            self._frozen = {name.removeprefix("model."): drawn[name] for name, p in named if not p.requires_grad}
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """DeepSpeed's own files, for resuming, and the whole weights beside them. All processes call it."""
-        filepath = self.broadcast(filepath)
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+    @property
+    def _decoder(self) -> nn.Module:
         assert self.lightning_module is not None
         decoder = self.lightning_module.model
         assert isinstance(decoder, nn.Module)
-        save_whole_weights(decoder, Path(filepath) / WEIGHTS_FILE, write=self.is_global_zero)
+        return decoder
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """DeepSpeed's own files, for resuming, and the whole weights beside them. All processes call it.
+
+        What `set_apart` takes out is in a file of its own.
+        """
+        filepath = self.broadcast(filepath)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        whole, tied = whole_weights(self._decoder, self._frozen, keep=self.is_global_zero)
+        if self.is_global_zero:
+            weights, apart = self.set_apart(whole)
+            save_file(weights, Path(filepath) / WEIGHTS_FILE, metadata={"format": "pt", TIED: json.dumps(tied)})
+            if apart:
+                save_file(apart, Path(filepath) / APART_FILE)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """DeepSpeed's own files, and the weights that are not trained from beside them. All processes call it.
+
+        Raises:
+            UserError: where these are missing or not readable.
+        """
+        state = super().load_checkpoint(checkpoint_path, weights_only)
+        frozen = {name: p for name, p in self._decoder.named_parameters() if not p.requires_grad}
+        if not frozen:
+            return state
+        stored, apart = read_weights(Path(checkpoint_path)), Path(checkpoint_path) / APART_FILE
+        if apart.exists():
+            stored |= _read_tensors(apart)
+        missing = sorted(frozen.keys() - stored.keys())
+        if missing:
+            raise UserError(f"{checkpoint_path}: not a checkpoint of this run: no tensor {missing[0]} in it")
+        for name, parameter in frozen.items():
+            _set_frozen_weight(parameter, stored[name])
+        if self.is_global_zero:
+            self._frozen = {name: stored[name] for name in frozen}
+        return state
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: not readable: {error}") from None
+
+
+@torch.no_grad()
+def _set_frozen_weight(parameter: nn.Parameter, value: Tensor) -> None:
+    """Overwrite a weight that is not trained, in the precision that the engine keeps it in."""
+    if not hasattr(parameter, "ds_id"):
+        parameter.copy_(value)
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.copy_(value)
 
 
 def _set_master_weight(parameter: nn.Parameter, value: Tensor, rank: int) -> None:
@@ -111,10 +178,13 @@ def _set_master_weight(parameter: nn.Parameter, value: Tensor, rank: int) -> Non
     safe_set_local_fp32_param(parameter, share)
 
 
-def save_whole_weights(model: nn.Module, path: Path, *, write: bool = True) -> None:
-    """Write a model's fp32 master weights to one safetensors file; tied weights once, their other names as metadata.
+def whole_weights(
+    model: nn.Module, frozen: dict[str, Tensor], *, keep: bool = True
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A model's fp32 weights on the CPU by name, and the further names of tied ones, {name: first name}.
 
-    Collective: every process gathers every parameter, one at a time, and the one with `write` keeps and writes them.
+    Collective: every process gathers every trained parameter's master weight, one at a time, and the one with `keep`
+    keeps them and adds `frozen`, those that are not trained.
 
     Raises:
         RuntimeError: where a trained parameter has no master weight: the model is not DeepSpeed's.
@@ -129,15 +199,18 @@ def save_whole_weights(model: nn.Module, path: Path, *, write: bool = True) -> N
             tied[name] = first[id(parameter)]
             continue
         first[id(parameter)] = name
+        if not parameter.requires_grad:
+            if keep:
+                whole[name] = frozen[name].contiguous()
+            continue
         with torch.no_grad():
             full = safe_get_full_fp32_param(parameter)
         if full is None:
             raise RuntimeError(f"{name}: DeepSpeed has no fp32 weight for it")
-        if write:
+        if keep:
             whole[name] = full.detach().to("cpu", torch.float32).contiguous()
         del full
-    if write:
-        save_file(whole, path, metadata={"format": "pt", TIED: json.dumps(tied)})
+    return whole, tied
 
 
 def check_zero(train: TrainConfig, accelerator: str) -> None:

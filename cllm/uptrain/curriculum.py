@@ -55,7 +55,7 @@ class BlendingFused(FusedRead):
 def _mix(shared: Tensor, slots: Sequence[Slot], read: BlendingShared | BlendingFused) -> Tensor:
     if len(slots) == read.n_slots:
         return shared
-    return torch.lerp(getattr(slots[-1], read.part).float(), shared.float(), read.share).to(shared.dtype)
+    return torch.lerp(getattr(slots[-1], read.part).float(), shared.float(), read.share.float()).to(shared.dtype)
 
 
 class BlendingAttention(Attention):

@@ -51,6 +51,12 @@ class TracedDecoder(Decoder):
         finally:
             self._heard = None
 
+    def compile_blocks(self) -> None:
+        """As `Decoder` does, and what the head does with logits."""
+        super().compile_blocks()
+        assert isinstance(self.head, DistilledHead)
+        self.head.compiled = True
+
     def _layer(self, i: int, x: Tensor, slots: Slots, context: Context, cache: KVCache | None) -> tuple[Tensor, Slots]:
         if self._heard is not None and i == 0:
             self._heard.append(x)

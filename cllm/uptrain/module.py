@@ -17,6 +17,7 @@ from cllm.config import Config
 from cllm.model.loss import IGNORE
 from cllm.train.callbacks import Metrics, step_is_complete
 from cllm.train.module import TrainingModule
+from cllm.train.strategy import ZeroStrategy
 from cllm.uptrain.curriculum import OWN, set_progress
 from cllm.uptrain.decoder import TracedDecoder
 from cllm.uptrain.loss import Distilled, Target, hidden_difference
@@ -127,17 +128,35 @@ class UptrainingModule(TrainingModule):
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ZeroStrategy):
+            strategy.set_apart = self.set_apart
+
+    def set_apart(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The student's weights, low-rank updates merged, and what else `weights`, of all that is here, has in it."""
+        student = {name: tensor for name, tensor in weights.items() if not _is_extra(name)}
+        extra = {name: tensor for name, tensor in weights.items() if _is_extra(name)}
+        for name, layer in lora_layers(self.model).items():
+            extra[f"{name}.weight"] = weights[f"{name}.weight"]
+            a, b = (weights[f"{name}.{part}"] for part in (LORA_A, LORA_B))
+            student[f"{name}.weight"] = layer.merge(weights[f"{name}.weight"], a, b).detach()
+        return student, extra
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[_REFERENCE] = dict(self.reference)
+        if isinstance(self.trainer.strategy, ZeroStrategy):  # it has files of its own for weights
+            return
         state = checkpoint["state_dict"]
-        for name, layer in lora_layers(self.model).items():
-            state[f"{_EXTRA}{name}.weight"] = state[f"{_MODEL}{name}.weight"]
-            state[f"{_MODEL}{name}.weight"] = layer.merged().detach()
-        for name in [name for name in state if name.startswith(_MODEL) and _is_extra(name)]:
-            state[_EXTRA + name.removeprefix(_MODEL)] = state.pop(name)
+        student, extra = self.set_apart({name.removeprefix(_MODEL): tensor for name, tensor in state.items()})
+        state.clear()
+        state.update({_MODEL + name: tensor for name, tensor in student.items()})
+        state.update({_EXTRA + name: tensor for name, tensor in extra.items()})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.reference = dict(checkpoint[_REFERENCE])
+        if isinstance(self.trainer.strategy, ZeroStrategy):
+            return
         state = checkpoint["state_dict"]
         for name in [name for name in state if name.startswith(_EXTRA)]:
             state[_MODEL + name.removeprefix(_EXTRA)] = state.pop(name)

@@ -114,14 +114,5 @@ class Uptrain(Section):
             )
         if self.curriculum_steps and self.random_sources:
             raise ValueError("uptrain: curriculum_steps and random_sources are both set; allowed: one of them")
-        for key, value, plain in (
-            ("trainable", self.trainable, "all"),
-            ("curriculum_steps", self.curriculum_steps, 0),
-        ):
-            if strategy.startswith("zero") and value != plain:
-                raise ValueError(
-                    f"uptrain.{key} is {value}, but train.strategy {strategy} saves no weights that are not trained; "
-                    f"allowed: {plain}, or strategy single or ddp"
-                )
         if fp8 and self.trainable == "lora":
             raise ValueError(f"train.fp8 is {fp8}, but uptrain.trainable is lora; allowed with fp8: all, kv")

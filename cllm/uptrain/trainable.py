@@ -43,9 +43,9 @@ class LoraLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
 
-    def merged(self) -> Tensor:
-        """W + alpha / rank B A."""
-        return self.weight + self.scale * self.lora_b @ self.lora_a
+    def merge(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """W + alpha / rank B A of whole weights; the layer's own may be sharded."""
+        return weight + self.scale * b @ a
 
 
 def make_trainable(model: Decoder, config: Config) -> None:

@@ -186,9 +186,9 @@ def test_the_gradient_norm_is_the_engines() -> None:
     assert gradient_norm(SimpleNamespace(get_global_grad_norm=lambda: None)) != 0
 
 
-def test_a_compiled_block_stays_whole_under_ddp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(optimize_ddp=True)
+def test_a_compiled_block_stays_whole_under_ddp(tmp_path: Path) -> None:
     """Left alone, Dynamo cuts it where DDP's buckets end: here after each of three layers, all above 1 MiB."""
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     graphs = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:

@@ -15,27 +15,7 @@ import pytest
 from cllm.train.environment import environment
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = [
-    "the",
-    "plan",
-    "says",
-    "where",
-    "keys",
-    "and",
-    "values",
-    "come",
-    "from",
-    "and",
-    "every",
-    "layer",
-    "reads",
-    "what",
-    "an",
-    "owner",
-    "wrote",
-    "before",
-    "it",
-]
+WORDS = "the plan says where keys and values come from and every layer reads what an owner wrote"
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +32,7 @@ def script() -> ModuleType:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw = random.Random(0)
-    texts = (" ".join(draw.choices(WORDS, k=draw.randint(20, 200))) for _ in range(600))
+    texts = (" ".join(draw.choices(WORDS.split(), k=draw.randint(20, 200))) for _ in range(600))
     file = tmp_path_factory.mktemp("corpus") / "text.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return file

@@ -46,6 +46,30 @@ def test_loss_and_gradients_are_those_of_whole_logits(monkeypatch, rows, tempera
         torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kl", [0.0, 0.7])
+def test_compiled_or_not_it_is_the_same_loss(monkeypatch, kl: float) -> None:
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * 50 * 20)
+    arguments, options = example(), {"temperature": 2.0, "kl": kl, "next_token": 0.5}
+    torch._dynamo.reset()
+    found = [distillation_loss(*arguments, **options, compiled=compiled) for compiled in (False, True)]
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain)
+    for plain, compiled in zip(*(torch.autograd.grad(one.loss, arguments[:2]) for one in found), strict=True):
+        torch.testing.assert_close(compiled, plain)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_divergence_of_almost_equal_models_is_not_rounding(compiled: bool) -> None:
+    """It goes with the square of the difference, below what rounding does to Σ p log(p/q), and is never negative."""
+    hidden, weight, _, _, labels = (t.detach() for t in example(vocab=5000))
+    for apart in (1e-3, 1e-4, 0.0):
+        teacher = hidden + apart * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+        arguments = (hidden, weight, teacher, weight, labels)
+        expected = by_definition(*(t.double() for t in arguments[:4]), labels, temperature=2.0, kl=1.0, next_token=0.0)
+        found = distillation_loss(*arguments, temperature=2.0, kl=1.0, next_token=0.5, compiled=compiled).kl
+        assert found.item() == pytest.approx(expected.item(), rel=0.02, abs=1e-11)
+
+
 def test_parts_are_told_without_their_weights() -> None:
     arguments = example()
     found = distillation_loss(*arguments, temperature=2.0, kl=0.25, next_token=0.5)

@@ -18,8 +18,11 @@ from cllm.config import Config
 from cllm.data.module import DataModule
 from cllm.errors import UserError
 from cllm.runs import RunFolder, load_run, read_weights
-from cllm.train.run import train
+from cllm.train.dryrun import GIB, dry_run, memory_estimate
+from cllm.train.run import train, with_vocabulary
+from cllm.uptrain.decoder import build_traced
 from cllm.uptrain.module import draw_route
+from cllm.uptrain.trainable import make_trainable
 
 ROOT = Path(__file__).resolve().parents[2]
 LOSS = ("--uptrain.loss.kl", "1.0", "--uptrain.loss.hidden", "1.0")
@@ -248,10 +251,6 @@ def test_what_does_not_go_together_is_refused(student: Student, settings, messag
     ("settings", "message"),
     [
         (["--uptrain.curriculum_steps", "4", "--uptrain.random_sources", "0.5"], "allowed: one of them"),
-        (
-            ["--uptrain.trainable", "kv", "--train.strategy", "zero2"],
-            "uptrain.trainable is kv, but train.strategy zero2",
-        ),
         (["--uptrain.curriculum_steps", "4", "--init.method", "fit"], "init.align is map"),
         (["--init.method", "fit", "--init.calibration_sequences", "0"], "calibration_sequences is 0"),
         (["--uptrain.loss.next_token", "0.0"], "are all 0"),
@@ -264,6 +263,27 @@ def test_what_does_not_go_together_is_refused(student: Student, settings, messag
 def test_settings_that_contradict_each_other_are_refused(student: Student, settings, message) -> None:
     with pytest.raises(UserError, match=message):
         student("fusedkv", *settings)
+
+
+def test_a_dry_run_counts_what_is_trained_and_the_teacher(student: Student, teacher: Path) -> None:
+    theirs = sum(p.numel() for p in load_run(teacher)[0].parameters())
+    found = {}
+    for trainable in ("all", "kv", "lora"):
+        config = with_vocabulary(student("fusedkv", *LOSS, "--uptrain.trainable", trainable))
+        model = build_traced(config.model)
+        whole = sum(p.numel() for p in model.parameters())
+        make_trainable(model, config)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        report = dry_run(config)
+        assert f"trained      {trained:,} (uptrain.trainable {trainable})" in report
+        assert f"teacher      {theirs:,} parameters" in report
+        assert f"parameters   {whole:,} (" in report
+        memory = memory_estimate(model, config, teacher=theirs)
+        assert memory["optimizer"] == 8 * trained / GIB
+        assert memory["teacher"] == 4 * theirs / GIB, "fp32 on a CPU"
+        found[trainable] = memory["total"]
+    assert found["kv"] < found["all"]
+    assert "teacher" not in dry_run(with_vocabulary(student("fusedkv")))
 
 
 def test_a_run_does_not_start_from_itself_and_a_teacher_that_shares_keeps_its_plan(student: Student) -> None:

@@ -53,7 +53,8 @@ def choose_rebuild(*, dim: int, groups: int, size: int, gathered: bool, limits: 
     Rebuilding is a matrix product of S x r by r x G · D, so its tile is that of one: 128 tokens by 256 channels in 8
     warps, two KV heads of 128, which halves how often A is read from the L2 cache. Tokens chosen by each KV head for
     itself are no common tile: then a program has one, and 64 tokens, so that 2048 of them fill the device. Numbers of
-    4 bytes take half the tile, for their products take three passes. Fewer stages where shared memory is small.
+    4 bytes take half the tile, for their products take three passes. Fewer stages where shared memory is small. The
+    two accumulators take at most half of the registers: turning and scoring need the rest.
 
     Args:
         dim: channels of a head.
@@ -66,8 +67,8 @@ def choose_rebuild(*, dim: int, groups: int, size: int, gathered: bool, limits: 
     pack = 1
     while not gathered and not wide and groups % (2 * pack) == 0 and 2 * pack * half <= 128:
         pack *= 2
-    block_n = 64 if gathered or wide else 128
-    warps = 8 if block_n * pack * half >= 128 * 128 else 4
+    block_n = 64 if gathered or wide or half > 64 else 128
+    warps = 8 if block_n * pack * half >= 128 * 64 else 4
     stages, block_r = 3, 32 if wide else 64
     while True:
         found = Rebuild(block_n=block_n, block_r=block_r, pack=pack, num_warps=warps, num_stages=stages)
@@ -191,7 +192,7 @@ class _Call:
         )  # fmt: skip
 
 
-def _strides(index: Tensor | None) -> tuple[int, int]:
+def _strides(index: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if index is None else index.stride()[:2]
 
 

@@ -81,8 +81,8 @@ def rebuilt_scores(
     pack, row_of_batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     token = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if index is not None:
-        at = index + row_of_batch * i_strides[0] + pack * i_strides[1] + token
-        column = tl.load(at, mask=token < N, other=S).to(tl.int32)
+        chosen = index + row_of_batch * i_strides[0] + pack * i_strides[1] + token
+        column = tl.load(chosen, mask=token < N, other=S).to(tl.int32)
     else:
         column = token
     inside = column < S

@@ -9,8 +9,9 @@ Shapes: B batch, T tokens, H query heads, G KV heads, D channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -183,10 +184,11 @@ class Attention(_Mixer):
             q = self.q_norm(q)
         q = apply_rope(q, context.rope(self.head_dim))
         if context.decodes:
-            outs = decode_attention(
+            keys, values = self.keys.stored(slots), self.values.stored(slots)
+            outs = way_to_attend(keys, values)(
                 self.keys.queries(q[:, 0]),
-                self.keys.stored(slots),
-                self.values.stored(slots),
+                keys,
+                values,
                 context.visible(self.window, self.exclude_self, size),
                 scale=self.head_dim**-0.5,
             )
@@ -292,6 +294,34 @@ class GatedRetention(_Mixer):
 def ending(context: Context, x: Tensor) -> tuple[Context, Tensor]:
     """What goes on after this layer's slot is written: `context` and `x` (B, T, ...), or those of the last token."""
     return (context, x) if context.tail is None else (context.tail, x[:, -1:])
+
+
+class Attends(Protocol):
+    """What may stand in a slot in the place of a tensor, in a pass of one token: data that is read in a way of its own.
+    It has the tensor's `shape`, gives what it is indexed by as a tensor, and takes over attention."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __getitem__(self, key: Any) -> Tensor: ...
+
+    def attend(
+        self,
+        queries: Sequence[Tensor],
+        keys: Sequence[Stored],
+        values: Sequence[Stored],
+        visible: Visible,
+        *,
+        scale: float,
+    ) -> list[Tensor]:
+        """As `decode_attention`, of parts some of which are like this one."""
+        ...
+
+
+def way_to_attend(keys: Sequence[Stored], values: Sequence[Stored]) -> Callable[..., list[Tensor]]:
+    """`decode_attention`, or the way that the first part which is no tensor brings."""
+    own: list[Any] = [part.data for part in (*keys, *values) if not isinstance(part.data, Tensor)]
+    return own[0].attend if own else decode_attention
 
 
 def make_mixer(config: ModelConfig, plan: KVPlan, layer: int) -> _Mixer:

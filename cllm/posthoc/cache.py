@@ -7,49 +7,79 @@ decoder.hidden(input_ids, cache=compressed)     # goes on; new tokens are exact,
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cllm.errors import UserError
+from cllm.kernels.lowrank_decode import Table
 from cllm.kv.cache import KVCache
-from cllm.kv.plan import Latent
+from cllm.kv.plan import KVPlan, Latent
 from cllm.kv.sources import Slot
-from cllm.kv.stores import GrowingSlot, SlotStore, StateStore, Step, Store
+from cllm.kv.stores import FixedSlot, GrowingSlot, SlotStore, StateStore, Step, Store
 from cllm.model.rope import rope_table
 from cllm.posthoc.code import Compressor, Prefix, held_bytes, remember
 from cllm.posthoc.compress import Filled, Outcome, encode
+from cllm.posthoc.deferred import Deferred
+
+
+@dataclass(frozen=True, slots=True)
+class TurningStep(Step):
+    """A pass of one token over compressed slots."""
+
+    table: Table
+    """RoPE of the compressed columns, made in every such pass for all slots together: kept, it would be a cache too."""
 
 
 class CompressedSlot(SlotStore):
-    """A compressed prefix, then tokens as they come. What readers see of the prefix is made anew in every pass."""
+    """A compressed prefix, then tokens as they come, in a slot that grows or has places for `room` of them.
+
+    A pass of one token reads the prefix as it is stored where it is made of factors; for all others it is made anew in
+    every pass.
+    """
 
     window, fp8 = None, False
 
-    def __init__(self, prefix: Prefix):
+    def __init__(self, prefix: Prefix, room: int | None = None):
         read = prefix.read()
         self.dtype = read.k.dtype
         self.prefix, self.compressed = prefix, read.k.shape[1]
-        self.slot = Slot(read.k[:, :0].clone(), read.v[:, :0].clone())  # the tokens since
-        self.pending: Slot | None = None
+        kind: type[SlotStore] = GrowingSlot if room is None else FixedSlot
+        widths = (tuple(read.k.shape[2:]), tuple(read.v.shape[2:]))
+        self.tail = kind(widths, len(read.k), room or 0, window=None, dtype=self.dtype, fp8=False, device=read.k.device)
+        self.fixed = room is not None
+        factors = (prefix.k.factors(), prefix.v.factors())
+        self.defers = prefix.rotation is not None and None not in factors
+        """Whether a pass of one token reads the prefix as it is stored."""
         self.seen: Slot | None = None
 
     def extend(self, new: Slot, step: Step) -> Slot:
-        self.pending = self.slot.join(self.pack(new))
-        self.seen = self.prefix.read().join(self.pending)
+        since = self.tail.extend(new, self._since(step))
+        if isinstance(step, TurningStep) and self.defers:
+            k, v = (
+                Deferred(self.prefix, part, getattr(since, part), step.table, self.compressed) for part in ("k", "v")
+            )
+            self.seen = Slot(k, v)  # type: ignore[arg-type]
+        else:
+            self.seen = self.prefix.read().join(since)
         return self.seen
 
     def commit(self, step: Step) -> None:
-        if self.pending is not None:
-            self.slot, self.pending, self.seen = self.pending, None, None
+        self.tail.commit(self._since(step))
+        self.seen = None
+
+    def _since(self, step: Step) -> Step:
+        """`step` as the tokens that are not compressed see it."""
+        return Step(step.length, max(step.past - self.compressed, 0), step.column - self.compressed)
 
     def last(self, n: int, past: int) -> Slot:
-        whole = self.prefix.read().join(self.slot)
-        return whole.map(lambda t: t[:, t.shape[1] - n :])
+        since = past - self.compressed
+        return self.prefix.read().join(self.tail.last(since, since)).map(lambda t: t[:, t.shape[1] - n :])
 
     @property
     def size(self) -> int:
-        return self.compressed + self.slot.k.shape[1]
+        return self.compressed + self.tail.size
 
     def crop(self, length: int, past: int) -> None:
         if length < self.compressed:
@@ -57,17 +87,18 @@ class CompressedSlot(SlotStore):
                 f"cache: cannot go back from {past} to {length} tokens: the first {self.compressed} are compressed; "
                 f"allowed: {self.compressed} or more"
             )
-        self.slot = self.slot.map(lambda t: t[:, : length - self.compressed].clone())
+        self.tail.crop(length - self.compressed, past - self.compressed)
 
     def tensors(self) -> dict[str, Tensor]:
         stored = {f"prefix.{i}": tensor for i, tensor in enumerate(self.prefix.storage())}
-        return {**stored, "k": self.slot.k, "v": self.slot.v}
+        return {**stored, **self.tail.tensors()}
 
     def nbytes(self) -> int:
         return held_bytes(list(self.tensors().values()))
 
     def replace(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.prefix, self.slot = self.prefix.map(change), self.slot.map(change)
+        self.prefix = self.prefix.map(change)
+        self.tail.replace(change)
 
 
 class FollowingSlot(SlotStore):
@@ -109,20 +140,22 @@ class CompressedKVCache(KVCache):
     outcome: Outcome
     """Of the last compression."""
 
-    def __init__(self, cache: KVCache, method: Compressor, *, measure: bool = True):
-        super().__init__(cache.config)
+    def __init__(self, cache: KVCache, method: Compressor, *, measure: bool = True, room: int | None = None):
+        super().__init__(cache.config, max_len=None if room is None else cache.seen + room)
         assert cache.column is not None
-        self.method, self.measure = method, measure
+        self.method, self.measure, self.room = method, measure, room
         self.batch, self.seen, self.column = cache.batch, cache.seen, cache.column.clone()
         self.starts = None if cache.starts is None else cache.starts.clone()
         self._compress(cache)
 
     def _compress(self, cache: KVCache) -> None:
         self.outcome = encode(self.method, filled(cache), measure=self.measure)
+        self.compressed = cache.seen
+        self._check_selection()
         stores: dict[int, Store] = {
-            owner: CompressedSlot(self.outcome.prefixes[owner])
+            owner: CompressedSlot(self.outcome.prefixes[owner], self.room)
             if owner in self.outcome.prefixes
-            else _copy(store, cache.seen)
+            else _copy(store, cache.seen, self.max_len)
             for owner, store in cache.stores.items()
             if owner not in self.method.follows()
         }
@@ -132,10 +165,28 @@ class CompressedKVCache(KVCache):
             stores[owner] = FollowingSlot(followed)
         self.stores = {owner: stores[owner] for owner in cache.stores}
 
+    def _check_selection(self) -> None:
+        chosen = {owner for owner, prefix in self.outcome.prefixes.items() if prefix.landmarks is not None}
+        for layer in range(len(self.plan)):
+            sources = self.plan.keys(layer).layers
+            if len(sources) > 1 and chosen & set(sources):
+                raise UserError(
+                    f"{self.method.name}: select: the keys of layer {layer} are made of the slots {list(sources)}; "
+                    "allowed: plans whose layers read the keys of one slot"
+                )
+
     @property
     def exact_tokens(self) -> int:
         """Tokens since the last compression."""
-        return next(s.slot.k.shape[1] for s in self.stores.values() if isinstance(s, CompressedSlot))
+        return self.seen - self.compressed
+
+    def begin(self, plan: KVPlan, ids: Tensor, starts: Tensor | None, dtype: torch.dtype) -> Step:
+        step = super().begin(plan, ids, starts, dtype)
+        if step.length > 1:
+            return step
+        positions = torch.arange(self.compressed, device=ids.device)
+        cos, sin = rope_table(self.config.rope, self.config.resolved_head_dim, positions)  # S, 1, 2, D / 2
+        return TurningStep(step.length, step.past, step.column, (cos[:, 0, 0], sin[:, 0, 1]))
 
     def finish(self, step: Step) -> None:
         super().finish(step)
@@ -154,18 +205,29 @@ class CompressedKVCache(KVCache):
         super()._rearrange(remember(change), batch)
 
 
-def compress_cache(cache: KVCache, method: Compressor, *, measure: bool = True) -> CompressedKVCache:
+def compress_cache(
+    cache: KVCache, method: Compressor, *, measure: bool = True, room: int | None = None
+) -> CompressedKVCache:
     """`cache` compressed by `method`, growing from there; `cache` itself is not changed.
 
     Keys must have been rotated by the positions that a decoder gives by default. With `measure`, reconstruction errors
-    are in `outcome.errors`.
+    are in `outcome.errors`. With `room`, there are places for so many more tokens and the result is a static cache,
+    whose passes of one token a CUDA graph can hold (`StepGraph`).
 
     Raises:
-        UserError: for a cache without tokens or without slots to compress, and as the method does.
+        UserError: for a cache without tokens or without slots to compress, for a `room` below 1 or together with
+            `recompress`, and as the method does.
     """
     if cache.seen == 0:
         raise UserError(f"{method.name}: the cache is empty; fill it with a prompt first")
-    return CompressedKVCache(cache, method, measure=measure)
+    if room is not None and room < 1:
+        raise UserError(f"room of a compressed cache is {room}; allowed: 1 or more, or None to let it grow")
+    if room is not None and method.recompress is not None:
+        raise UserError(
+            f"{method.name}: recompress={method.recompress} makes a cache anew, which a fixed room of {room} tokens "
+            "cannot; allowed: one of the two"
+        )
+    return CompressedKVCache(cache, method, measure=measure, room=room)
 
 
 def filled(cache: KVCache) -> Filled:
@@ -183,18 +245,30 @@ def filled(cache: KVCache) -> Filled:
     return Filled(slots, frozenset(latent), 0, cache.starts, table)
 
 
-def _copy(store: Store, seen: int) -> Store:
-    """The tokens of a windowed slot in a growing store, or a recurrent state."""
+def _copy(store: Store, seen: int, max_len: int | None) -> Store:
+    """The tokens of a windowed slot in a growing store or, for a static cache, in a ring; or a recurrent state."""
     if isinstance(store, StateStore):
         batch, *shape = store.state.shape
         state = StateStore(tuple(shape), batch, device=store.state.device)  # type: ignore[arg-type]
         state.state.copy_(store.state)
         return state
     assert isinstance(store, SlotStore)
-    slot = store.last(store.kept(seen), seen).map(torch.clone)
+    kept = store.kept(seen)
+    slot = store.last(kept, seen).map(torch.clone)
     widths = (tuple(slot.k.shape[2:]), tuple(slot.v.shape[2:]))
-    copy = GrowingSlot(
-        widths, len(slot.k), 0, window=store.window, dtype=store.dtype, fp8=store.fp8, device=slot.k.device
+    kind: type[SlotStore] = GrowingSlot if max_len is None else FixedSlot
+    copy = kind(
+        widths,
+        len(slot.k),
+        0 if max_len is None else min(store.window or max_len, max_len),
+        window=store.window,
+        dtype=store.dtype,
+        fp8=store.fp8,
+        device=slot.k.device,
     )
-    copy.slot = slot
+    if isinstance(copy, FixedSlot):
+        copy.pending = slot
+        copy.commit(Step(kept, seen - kept, torch.zeros(1, dtype=torch.long, device=slot.k.device)))
+    else:
+        copy.slot = slot
     return copy

@@ -25,6 +25,7 @@ from cllm.model.rope import apply_rope
 
 if TYPE_CHECKING:
     from cllm.posthoc.engine import Engine
+    from cllm.posthoc.landmarks import Landmarks
 
 Change = Callable[[Tensor], Tensor]
 
@@ -78,6 +79,10 @@ class Code(Held, ABC):
     def decode(self) -> Tensor:
         """(B, n, *width), in the dtype that the cache had."""
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """A (B, n, r) and B (B, width, r) of which A Bᵀ is what `decode` returns; None where there are no such."""
+        return None
+
 
 @dataclass(frozen=True)
 class Exact(Code):
@@ -124,6 +129,8 @@ class Prefix(Held):
     v: Code
     rotation: Rotation | None
     """Of `k`, where it holds keys before RoPE."""
+    landmarks: Landmarks | None = None
+    """Of the keys, where decoding chooses from them."""
 
     def read(self) -> Slot:
         """The slot as attention reads it: (B, n, *width) each."""
@@ -132,7 +139,8 @@ class Prefix(Held):
 
     def storage(self) -> list[Tensor]:
         """What is stored for the slot. A rotation's `starts` are the cache's own."""
-        return [*self.k.tensors(), *self.v.tensors()]
+        beside = [] if self.landmarks is None else self.landmarks.tensors()
+        return [*self.k.tensors(), *self.v.tensors(), *beside]
 
 
 @dataclass(frozen=True)
@@ -200,6 +208,11 @@ class Compressor(Section):
         Raises:
             UserError: for options that do not fit these tensors.
         """
+
+    def landmarks(self, k: Tensor, text: Tensor | None) -> Landmarks | None:
+        """What decoding chooses tokens by, of exact keys `k` (B, n, G, D) after RoPE, padding where `text` (B, n) is
+        False; None: it reads them all."""
+        return None
 
     def prepare(self, engine: Engine, ids: Tensor) -> None:
         """Learn what the method wants to know of a model from `ids` (B, T), tokens that are not scored."""

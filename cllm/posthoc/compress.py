@@ -91,7 +91,10 @@ def encode(method: Compressor, filled: Filled, *, measure: bool = True) -> Outco
             rotated = k is not None and method.keys_before_rope and slot not in filled.latent
             exact = filled.slots[slot]
             prefixes[slot] = Prefix(
-                _stored(k, exact.k), _stored(v, exact.v), filled.rotation(slot) if rotated else None
+                _stored(k, exact.k),
+                _stored(v, exact.v),
+                filled.rotation(slot) if rotated else None,
+                method.landmarks(exact.k, filled.text(exact.k.shape[1])) if rotated else None,
             )
     seconds = _now(filled) - began
     errors: dict[int, dict[str, float]] = {}

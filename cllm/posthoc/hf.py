@@ -123,6 +123,10 @@ class CompressedDynamicCache(Cache):
 
     def _compress(self, cache: Cache) -> None:
         self.outcome = encode(self.method, filled(cache, self.model, self.starts), measure=self.measure)
+        if any(prefix.landmarks is not None for prefix in self.outcome.prefixes.values()):
+            raise UserError(
+                f"{self.method.name}: select: transformers' attention reads all tokens; allowed: caches of cllm models"
+            )
         follows = self.method.follows()
         layers: list[Any] = []
         for i, layer in enumerate(cache.layers):

@@ -7,7 +7,11 @@ accuracy of V_r, and full rank loses nothing but rounding.
 
     exact    SVD in fp64
     gram     eigenvectors of XᵀX (C, C), or of XXᵀ (n, n) where that is smaller, in fp64
-    random   subspace iteration from a random start (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4) in fp32
+    random   subspace iteration from a random start (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4) in fp32,
+             or its products with X in TF32 or bf16; what makes directions orthogonal stays in fp32
+    power    the same, made orthogonal by Cholesky factors in fp64 (CholeskyQR2, Yamamoto et al., 2015), spare
+             directions found by inverse iteration: no QR and no eigensolver, which take a GPU longer than all products.
+             A basis of the subspace, not sorted by singular value
 
 Shapes: B batch, n tokens, C channels, r rank, G KV heads, D channels of a head.
 """
@@ -23,23 +27,31 @@ from torch import Tensor
 
 from cllm.posthoc.code import Code, Rotation
 
-Algorithm = Literal["exact", "gram", "random"]
+Algorithm = Literal["exact", "gram", "random", "power"]
+Products = Literal["fp32", "tf32", "bf16"]
 
 _OVERSAMPLE = 16
 _ITERATIONS = 3
+_INVERSE_ITERATIONS = 6
 
 
-def right_vectors(x: Tensor, algorithm: Algorithm, rank: int | None) -> tuple[Tensor, Tensor | None]:
+def right_vectors(
+    x: Tensor, algorithm: Algorithm, rank: int | None, products: Products = "fp32"
+) -> tuple[Tensor, Tensor | None]:
     """Leading right singular vectors of `x` (B, n, C) fp32, and its singular values where the algorithm has them all.
+
+    `products` are those of `random` and `power`.
 
     Returns:
         (B, C, r) fp32, orthonormal, for r = `rank`, or min(n, C) for None; and (B, min(n, C)) fp64, or None for
-        `random`.
+        `random` and `power`.
     """
     full = min(x.shape[1:])
     rank = full if rank is None else rank
     if algorithm == "random":
-        return _subspace(x, rank), None
+        return _subspace(x, rank, products), None
+    if algorithm == "power":
+        return _power(x, rank, products), None
     if algorithm == "exact":
         _, values, vt = torch.linalg.svd(x.double(), full_matrices=False)
         return vt[:, :rank].mT.float().contiguous(), values
@@ -52,16 +64,83 @@ def right_vectors(x: Tensor, algorithm: Algorithm, rank: int | None) -> tuple[Te
     return torch.linalg.qr(right).Q.float(), squares.flip(-1).clamp(min=0).sqrt()
 
 
-def _subspace(x: Tensor, rank: int) -> Tensor:
+def multiply(x: Tensor, y: Tensor, products: Products) -> Tensor:
+    """x y in fp32, of operands (B, n, C) and (B, C, r) in fp32 or narrower; inputs rounded as `products` says."""
+    if products == "bf16":
+        return (x.bfloat16() @ y.bfloat16()).float()
+    if products == "fp32":
+        return x @ y
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        return x @ y
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _subspace(x: Tensor, rank: int, products: Products) -> Tensor:
     """(B, C, rank). The random start is the same in every call, so results repeat."""
+    x = x.bfloat16() if products == "bf16" else x
     size = min(rank + _OVERSAMPLE, *x.shape[1:])
     start = torch.randn(x.shape[2], size, generator=torch.Generator().manual_seed(0))
     q = torch.linalg.qr(start.to(x.device).expand(len(x), -1, -1)).Q
     for _ in range(_ITERATIONS):
-        q = torch.linalg.qr(x.mT @ (x @ q)).Q
-    small = x @ q  # B, n, size
+        q = torch.linalg.qr(multiply(x.mT, multiply(x, q, products), products)).Q
+    small = multiply(x, q, products)  # B, n, size
     _, vectors = torch.linalg.eigh((small.mT @ small).double())  # the best `rank` directions inside of q
     return q @ vectors.flip(-1)[..., :rank].float()
+
+
+def _power(x: Tensor, rank: int, products: Products) -> Tensor:
+    """(B, C, rank)."""
+    size = min(rank + _OVERSAMPLE, *x.shape[1:])
+    x = x.bfloat16() if products == "bf16" else x
+    q = _drawn(len(x), x.shape[2], size, x.device).float()
+    for _ in range(_ITERATIONS):
+        q = _orthonormal(multiply(x.mT, multiply(x, q, products), products)).float()
+    return (q.double() @ _largest(multiply(x, q, products), rank)).float().contiguous()
+
+
+def _largest(small: Tensor, rank: int) -> Tensor:
+    """The directions (B, m, rank) fp64 in which `small` (B, n, m) is not least: inverse iteration finds the m - rank
+    least ones, where an eigensolver would look for all m."""
+    wide = small.double()
+    gram = wide.mT @ wide
+    size = gram.shape[1]
+    if size == rank:
+        return torch.eye(size, dtype=torch.float64, device=gram.device).expand_as(gram)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    gram = gram / diagonal.sum(-1)[:, None, None].clamp(min=1e-300)
+    gram.diagonal(dim1=1, dim2=2).add_(1e-13)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(gram).L)
+    inverse = inverse @ inverse
+    inverse = inverse @ inverse  # four steps of the iteration in one product
+    drawn = _drawn(len(gram), size, size, gram.device)
+    least = drawn[:, :, rank:]
+    for _ in range(_INVERSE_ITERATIONS):
+        least = _orthonormal(inverse @ least)
+    kept = drawn[:, :, :rank]
+    return _orthonormal(kept - least @ (least.mT @ kept))
+
+
+def _drawn(batch: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """(B, rows, columns) fp64, the same in every call."""
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(rows, columns, generator=draw).to(device).double().expand(batch, -1, -1)
+
+
+def _orthonormal(y: Tensor) -> Tensor:
+    """An orthonormal basis (B, m, r) fp64 of the columns of `y` (B, m, r): Q = Y L⁻ᵀ with L Lᵀ = Yᵀ Y, twice.
+
+    Directions that `y` does not have, where X has fewer than r, may come out shorter than 1; X has nothing in them.
+    """
+    q = y.double()
+    q = q / q.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    for _ in range(2):
+        gram = q.mT @ q
+        gram.diagonal(dim1=1, dim2=2).add_(1e-14)
+        q = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, q.mT, upper=False).mT
+    return q
 
 
 def energy_rank(values: Tensor, energy: float) -> int:
@@ -114,6 +193,9 @@ class LowRank(Code):
 
     def decode(self) -> Tensor:
         return reconstruct(self.a.decode(), self.b).unflatten(-1, self.width)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.a.decode(), self.b
 
 
 def reconstruct(a: Tensor, b: Tensor) -> Tensor:

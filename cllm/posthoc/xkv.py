@@ -6,10 +6,20 @@ from typing import ClassVar, Self
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
+from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.posthoc.code import Code, Compressor, Exact, Part, TensorCoder
-from cllm.posthoc.lowrank import Algorithm, LowRank, energy_rank, ranks_for_ratio, right_vectors
+from cllm.posthoc.landmarks import Landmarks, make_landmarks
+from cllm.posthoc.lowrank import (
+    Algorithm,
+    LowRank,
+    Products,
+    energy_rank,
+    multiply,
+    ranks_for_ratio,
+    right_vectors,
+)
 
 
 class XKV(Compressor):
@@ -40,7 +50,16 @@ class XKV(Compressor):
     energy: float | None = Field(None, gt=0, le=1)
     """The share of Σσ² that every group keeps, in every sequence."""
     svd: Algorithm = "gram"
-    """`exact`, `gram` or `random`, from slow to fast; see `lowrank.py`."""
+    """`exact`, `gram`, `random` or `power`, from slow to fast; see `lowrank.py`."""
+    products: Products = "fp32"
+    """`fp32`, `tf32` or `bf16`: what products with the cached tensors are rounded to, in `svd=random` and
+    `svd=power` and for A."""
+    select: int | None = Field(None, ge=1)
+    """Compressed tokens that a pass of one token reads, for each KV head, by `landmarks.py`; null: all."""
+    chunk: int = Field(8, ge=1)
+    """Tokens that are chosen together, by their mean key."""
+    outliers: int = Field(48, ge=0)
+    """Chunks of each KV head that are always read, their keys kept exact."""
 
     _factors: TensorCoder | None = PrivateAttr(None)
     """Codes A, which has nearly all the numbers."""
@@ -50,8 +69,19 @@ class XKV(Compressor):
         ranks = self.rank_k is not None or self.rank_v is not None
         if ranks + (self.ratio is not None) + (self.energy is not None) != 1:
             raise ValueError("give exactly one of ranks (rank_k, rank_v), ratio and energy")
-        if self.energy is not None and self.svd == "random":
-            raise ValueError("energy needs all singular values, which svd=random has not; allowed: exact, gram")
+        fast = self.svd in ("random", "power")
+        if self.energy is not None and fast:
+            raise ValueError(f"energy needs all singular values, which svd={self.svd} has not; allowed: exact, gram")
+        if self.products != "fp32" and not fast:
+            raise ValueError(
+                f"products={self.products} goes with svd=random and svd=power; svd={self.svd} is made in fp64"
+            )
+        if self.select is None and (alone := sorted({"chunk", "outliers"} & self.model_fields_set)):
+            raise ValueError(f"{alone[0]} goes with select, which is not given")
+        if self.select is not None and self.select % self.chunk:
+            raise ValueError(f"select={self.select} is no multiple of chunk={self.chunk}")
+        if self.select is not None and self.ratio == 1:
+            raise ValueError("select chooses from factors, which ratio=1 has not")
         return self
 
     def on_factors(self, coder: TensorCoder) -> Self:
@@ -61,6 +91,8 @@ class XKV(Compressor):
         return changed
 
     def encode(self, keys: Part, values: Part | None) -> tuple[list[Code | None], list[Code | None]]:
+        if self.select is not None and values is None:
+            raise UserError(f"{self.name}: select={self.select}: the slots are latents; allowed: keys and values")
         groups_k = keys.groups(self.group_k or self.group)
         groups_v = values.groups(self.group_v or self.group) if values else []
         if self.ratio == 1 and self._factors is None:
@@ -70,6 +102,11 @@ class XKV(Compressor):
         if values is not None:
             codes_v = self._code(values, groups_v, ranks_v)
         return self._code(keys, groups_k, ranks_k), codes_v
+
+    def landmarks(self, k: Tensor, text: Tensor | None) -> Landmarks | None:
+        if self.select is None:
+            return None
+        return make_landmarks(k, text, chunk=self.chunk, budget=self.select, outliers=self.outliers)
 
     def _ranks(
         self, keys: Part, groups_k: list[list[int]], values: Part | None, groups_v: list[list[int]]
@@ -102,12 +139,12 @@ class XKV(Compressor):
         codes: list[Code | None] = [None] * len(part.slots)
         for group, rank in zip(groups, ranks, strict=True):
             x = torch.cat([part.flat(i) for i in group], dim=-1)  # B, n, layers · width
-            vectors, spectrum = right_vectors(x, self.svd, rank)
+            vectors, spectrum = right_vectors(x, self.svd, rank, self.products)
             if rank is None:
                 assert spectrum is not None
                 assert self.energy is not None
                 vectors = vectors[..., : energy_rank(spectrum, self.energy)]
-            rows = x @ vectors  # B, n, r
+            rows = multiply(x, vectors, self.products)  # B, n, r
             # Columns of A differ in size by orders of magnitude, as the keys' channels do: coded like keys.
             a = Exact(rows.to(part.dtype)) if self._factors is None else self._factors.code(rows, "k", part.dtype)
             width = tuple(part.data[group[0]].shape[2:])

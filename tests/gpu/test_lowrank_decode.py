@@ -1,0 +1,226 @@
+"""The Triton kernels over low-rank factors against plain torch on a GPU, at real shapes.
+
+Places of the tail that are not filled hold NaN. fp32 takes products of fp32 precision, so that there a single token of
+thousands that is lost, or counted twice, shows: the first and the last visible one of the factors and of the tail carry
+values as large as all others together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from cllm.config import ModelConfig, Rope
+from cllm.kernels import split_lowrank, triton_decode
+from cllm.kernels.decode import Visible
+from cllm.kernels.lowrank_decode import Factored, lowrank_decode, lowrank_decode_reference
+from cllm.kernels.split_lowrank import Rebuild
+from cllm.kv.cache import KVCache
+from cllm.model.graph import StepGraph
+from cllm.model.rope import rope_table
+from cllm.model.sizes import build_decoder
+from cllm.posthoc.cache import compress_cache
+from cllm.posthoc.landmarks import make_landmarks
+from cllm.posthoc.methods import parse
+
+pytestmark = pytest.mark.skipif(triton_decode.MISSING is not None, reason=f"no triton: {triton_decode.MISSING}")
+B = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; `filled` of `t` places of the tail hold tokens."""
+
+    s: int = 3000
+    t: int = 200
+    filled: int = 150
+    d: int = 128
+    h: int = 32
+    g: int = 8
+    rank_k: int = 384
+    rank_v: int = 576
+    parts: int = 1
+    first: tuple[int, ...] | None = None
+    exclude_self: bool = False
+    budget: int | None = None
+
+    def __str__(self) -> str:
+        default = Case()
+        changed = (f"{name}{value}" for name, value in vars(self).items() if value != getattr(default, name))
+        return "-".join(changed).replace(" ", "") or "plain"
+
+
+CASES = [
+    Case(),
+    Case(rank_k=383, rank_v=517),
+    Case(rank_k=16, rank_v=24),
+    Case(rank_k=1024, rank_v=1024),
+    Case(h=8, g=8),
+    Case(h=32, g=1),
+    Case(h=14, g=2, d=64),
+    Case(h=12, g=3, d=96),
+    Case(d=80, h=16, g=16),
+    Case(d=64, g=32, h=32),
+    Case(parts=2),
+    Case(s=17, t=1, filled=1),
+    Case(s=8192, first=(0, 8190)),
+    Case(first=(10, 2999), exclude_self=True),
+    Case(filled=1, exclude_self=True),
+    Case(budget=512),
+    Case(budget=512, first=(0, 2000), rank_k=383, rank_v=517),
+    Case(budget=512, h=8, g=8, d=64),
+    Case(budget=4096, first=(7, 0)),
+]
+
+
+def call(case: Case, device, dtype):
+    """Arguments of `lowrank_decode`, its selection among them."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, generator=generator).to(dtype)
+
+    column = case.s + case.filled - 1
+    first = torch.tensor(case.first or (0,) * B, device=device)
+    count = column + 1 - first - int(case.exclude_self)  # B: tokens that each row sees
+
+    def part(rank: int, heavy: bool) -> Factored:
+        a, tail = randn(B, case.s, rank), randn(B, case.t, case.g, case.d)
+        b = randn(B, case.g * case.d, rank) / rank**0.5
+        if heavy:
+            for row in range(B):
+                edges = [int(first[row]), case.s - 1] if first[row] < case.s else []
+                a[row, edges] *= count[row].to(dtype)
+                late = case.filled - 1 - int(case.exclude_self)
+                if late >= 0:
+                    tail[row, [0, late]] *= count[row].to(dtype)
+        tail[:, case.filled :] = torch.nan
+        return Factored(a, b, tail)
+
+    queries = [randn(B, case.h, case.d) for _ in range(case.parts)]
+    keys = [part(case.rank_k, False) for _ in range(case.parts)]
+    values = [part(case.rank_v, True) for _ in range(case.parts)]
+    cos, sin = rope_table(Rope(), case.d, torch.arange(case.s, device=device))
+    visible = Visible(
+        torch.tensor([column], device=device), None if case.first is None else first, None, case.exclude_self
+    )
+    selection = None
+    if case.budget is not None:
+        text = None if case.first is None else torch.arange(case.s, device=device) >= first[:, None]
+        k = randn(B, case.s, case.g, case.d)
+        selection = make_landmarks(k, text, chunk=8, budget=case.budget, outliers=12)
+    return queries, keys, values, (cos[:, 0, 0], sin[:, 0, 1]), visible, selection
+
+
+def exact(arguments, scale: float):
+    """By plain torch in fp32, of the same numbers."""
+    queries, keys, values, table, visible, selection = arguments
+    queries = [q.float() for q in queries]
+    return lowrank_decode_reference(queries, keys, values, table, visible, scale=scale, selection=selection)
+
+
+def assert_close(found, wanted, dtype) -> None:
+    """Half precision rounds keys, probabilities and the result, fp32 products are three of TF32."""
+    for ours, expected in zip(found, wanted, strict=True):
+        assert ours.dtype == dtype
+        assert ours.isfinite().all()
+        relative = 2e-5 if dtype == torch.float32 else 2**-5 if dtype == torch.bfloat16 else 2**-8
+        error, largest = (ours.float() - expected.float()).abs().max(), expected.float().abs().max()
+        assert error <= relative * largest + 1e-6, f"error {error:.2e}, largest {largest:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_token_counts_once(gpu, case, dtype):
+    *arguments, selection = call(case, gpu, dtype)
+    scale = case.d**-0.5
+    found = lowrank_decode(*arguments, scale=scale, selection=selection, kernel="triton")
+    assert_close(found, exact((*arguments, selection), scale), dtype)
+
+
+@pytest.mark.parametrize("block_n", [64, 128])
+@pytest.mark.parametrize("block_r", [32, 64])
+@pytest.mark.parametrize("pack", [1, 2])
+@pytest.mark.parametrize("num_warps", [4, 8])
+def test_any_tiles(gpu, block_n, block_r, pack, num_warps):
+    case = Case(first=(0, 1234))
+    arguments = call(case, gpu, torch.bfloat16)
+    rebuild = Rebuild(block_n=block_n, block_r=block_r, pack=pack, num_warps=num_warps, num_stages=2)
+    queries, keys, values, table, visible, selection = arguments
+    found = split_lowrank.run(queries, keys, values, table, visible, 0.09, selection, rebuild)
+    assert_close([found], exact(arguments, 0.09), torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", [Case(), Case(budget=512, first=(0, 2000))], ids=str)
+def test_graph_replay_while_the_tail_fills(gpu, case):
+    """One capture serves every column, and what is stored between replays is seen and chosen by."""
+    queries, keys, values, table, visible, selection = arguments = call(case, gpu, torch.bfloat16)
+    scale = case.d**-0.5
+
+    def attend():
+        return lowrank_decode(queries, keys, values, table, visible, scale=scale, selection=selection, kernel="triton")
+
+    attend()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attend()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = attend()
+    for filled in (1, 2, 65, 199, 200):
+        visible.column.fill_(case.s + filled - 1)
+        for part in (*keys, *values):
+            part.tail[:, :filled].normal_()
+        queries[0].normal_()
+        graph.replay()
+        assert_close(found, exact(arguments, scale), torch.bfloat16)
+
+
+def test_factors_of_more_than_2_31_elements(gpu):
+    """The last rows of a batch of 5 GiB against the last sequence alone."""
+    case_rank, tokens, dim = 576, 1_300_000, 128
+    if torch.cuda.mem_get_info(gpu)[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free memory")
+    a = torch.empty((3, tokens, case_rank), device=gpu, dtype=torch.bfloat16)
+    a[2].normal_()
+    b = torch.randn(3, dim, case_rank, device=gpu).bfloat16() / 24
+    tail, q = torch.randn(3, 1, 1, dim, device=gpu).bfloat16(), torch.randn(3, 4, dim, device=gpu).bfloat16()
+    a[:2].zero_()
+    cos, sin = rope_table(Rope(), dim, torch.arange(tokens, device=gpu))
+    visible = Visible(torch.tensor([tokens], device=gpu), None, None, False)
+
+    def attend(rows: slice) -> torch.Tensor:
+        part = Factored(a[rows], b[rows], tail[rows])
+        table = (cos[:, 0, 0], sin[:, 0, 1])
+        return lowrank_decode([q[rows]], [part], [part], table, visible, scale=0.09, kernel="triton")[0]
+
+    torch.testing.assert_close(attend(slice(0, 3))[2:], attend(slice(2, 3)), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("spec", ["xkv:group=4,energy=1.0", "xkv:group=4,energy=1.0,select=64,outliers=2"])
+@pytest.mark.parametrize("preset", ["mha", "cla", "fusedkv_lite"])
+def test_replayed_steps_over_a_compressed_cache(gpu, preset, spec, compiled):
+    """A recorded step of a decoder gives the logits of the same cache, growing and read by plain torch."""
+    prompt, length = 100, 120
+    options = {"vocab_size": 512, "d_model": 512, "n_layers": 8, "n_heads": 8, "d_ff": 1024, "max_seq_len": 512}
+    torch.manual_seed(0)
+    model = build_decoder(ModelConfig(**options, kv={"preset": preset})).to(gpu).requires_grad_(False).eval()
+    model.init_weights()
+    ids = torch.randint(512, (2, length), device=gpu, generator=torch.Generator(gpu).manual_seed(1))
+    cache = KVCache(model.config)
+    with torch.no_grad():
+        model.prefill(ids[:, :prompt], cache, starts=torch.tensor([0, 16], device=gpu))
+        growing = compress_cache(cache, parse(spec))
+        expected = torch.stack([model(ids[:, i : i + 1], cache=growing)[:, 0] for i in range(prompt, length)], 1)
+        if compiled:
+            model.compile_decoding()
+        step = StepGraph(model, compress_cache(cache, parse(spec), room=length - prompt))
+        found = torch.stack([step(ids[:, i]).clone() for i in range(prompt, length)], 1)
+    assert (found - expected).norm() / expected.norm() < 1e-4
+    assert step.is_valid

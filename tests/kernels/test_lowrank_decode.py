@@ -1,0 +1,337 @@
+"""Attention of one new token over low-rank factors and an exact tail, against the definition.
+
+The definition multiplies the factors out, turns keys with a rotation written here, and takes a softmax in fp64 over
+what each head sees. Places of the tail that are not filled yet hold NaN, so that a kernel which lets one in is seen.
+
+Run as a program, this file does the same with the Triton kernels, interpreted on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cllm.config import Rope
+from cllm.errors import UserError
+from cllm.kernels import lowrank_decode as module
+from cllm.kernels import split_lowrank
+from cllm.kernels.decode import Visible
+from cllm.kernels.lowrank_decode import Factored, lowrank_decode
+from cllm.kernels.selection import Selection
+from cllm.kernels.split_decode import Limits
+from cllm.kernels.split_lowrank import Rebuild, choose_rebuild
+from cllm.model.rope import rope_table
+
+ROOT = Path(__file__).resolve().parents[2]
+B, SCALE = 2, 0.3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. `parts`: of keys and of values. `column`: of the new token, `s` + `t` - 1 by default."""
+
+    s: int = 75
+    t: int = 5
+    d: int = 16
+    h: int = 4
+    g: int = 2
+    rank: int = 11
+    parts: tuple[int, int] = (1, 1)
+    first: tuple[int, ...] | None = None
+    column: int | None = None
+    exclude_self: bool = False
+    budget: int | None = None
+    outliers: int = 2
+
+    def __str__(self) -> str:
+        default = Case()
+        changed = (f"{name}{value}" for name, value in vars(self).items() if value != getattr(default, name))
+        return "-".join(changed).replace(" ", "") or "plain"
+
+
+CHUNK = 4
+CASES = [
+    Case(),
+    Case(g=4),
+    Case(h=20, g=1),
+    Case(h=40, g=1),
+    Case(d=24, g=4),
+    Case(rank=75, d=64),
+    Case(rank=70, s=140, t=70),
+    Case(t=1),
+    Case(t=12, column=78),
+    Case(first=(0, 33)),
+    Case(first=(70, 77)),
+    Case(exclude_self=True, t=1),
+    Case(parts=(2, 2), first=(5, 0)),
+    Case(budget=20),
+    Case(budget=20, g=4, first=(0, 33)),
+    Case(budget=20, h=20, g=1, outliers=0),
+    Case(budget=20, first=(70, 12), t=12, column=78),
+    Case(budget=4, outliers=6),
+]
+
+
+def rotated(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Keys (n, G, D) turned by positions (n,): channel j and j + D/2 are a complex number."""
+    half = x.shape[-1] // 2
+    angles = positions.double()[:, None, None] * 10000.0 ** (-torch.arange(half).double() / half)
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+def table(case: Case, dtype: torch.dtype):
+    """RoPE's table as the decoder makes it, or for fp64 one that is more exact."""
+    if dtype == torch.float64:
+        half = case.d // 2
+        angles = torch.arange(case.s).double()[:, None] * 10000.0 ** (-torch.arange(half).double() / half)
+        return angles.cos(), angles.sin()
+    cos, sin = rope_table(Rope(), case.d, torch.arange(case.s))
+    return cos[:, 0, 0], sin[:, 0, 1]
+
+
+def call(case: Case, dtype: torch.dtype):
+    """Arguments of `lowrank_decode`, and what it has to return by the definition."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    column = case.s + case.t - 1 if case.column is None else case.column
+    last = column - int(case.exclude_self)
+
+    def part() -> Factored:
+        b = randn(B, case.g * case.d, case.rank) / case.rank**0.5
+        tail = randn(B, case.t, case.g, case.d)
+        tail[:, column + 1 - case.s :] = torch.nan
+        return Factored(randn(B, case.s, case.rank), b.to(dtype), tail)
+
+    queries = [randn(B, case.h, case.d) for _ in range(case.parts[0])]
+    keys, values = ([part() for _ in range(n)] for n in case.parts)
+    first = torch.tensor(case.first or (0,) * B)
+
+    def full(part: Factored, b: int) -> torch.Tensor:
+        made = (part.a[b].double() @ part.b[b].double().T).unflatten(-1, (case.g, case.d))
+        return made
+
+    every_key = [
+        [
+            torch.cat((rotated(full(k, b), (torch.arange(case.s) - first[b]).clamp(min=0)), k.tail[b].double()))
+            for b in range(B)
+        ]
+        for k in keys
+    ]
+    every_value = [[torch.cat((full(v, b), v.tail[b].double())) for b in range(B)] for v in values]
+    selection = None
+    if case.budget is not None:
+        selection = select(case, torch.stack(every_key[0])[:, : case.s], first, dtype)
+        size = CHUNK * selection.outliers.shape[-1]
+        for b in range(B):  # the definition's outliers are as exact as those that are stored
+            for g in range(case.g):
+                tokens = (selection.outliers[b, g][:, None] * CHUNK + torch.arange(CHUNK)).flatten()
+                for i in range(size):
+                    if tokens[i] < case.s:
+                        every_key[0][b][tokens[i], g] = selection.outlier_keys[b, i, g].double()
+    wanted = [torch.zeros(B, case.h, case.d, dtype=torch.float64) for _ in values]
+    for b in range(B):
+        for h in range(case.h):
+            g = h // (case.h // case.g)
+            seen = torch.arange(int(first[b]), last + 1)
+            if selection is not None:
+                tokens = read_by_hand(case, selection, queries[0].double(), first, b, g)
+                seen = torch.cat((tokens, torch.arange(max(case.s, int(first[b])), last + 1)))
+            if not len(seen):
+                continue
+            scores = SCALE * sum(k[b][seen, g] @ q[b, h].double() for q, k in zip(queries, every_key, strict=True))
+            for result, v in zip(wanted, every_value, strict=True):
+                result[b, h] = scores.softmax(0) @ v[b][seen, g]
+    visible = Visible(torch.tensor([column]), None if case.first is None else first, None, case.exclude_self)
+    return (queries, keys, values, table(case, dtype), visible), selection, wanted
+
+
+def select(case: Case, keys: torch.Tensor, first: torch.Tensor, dtype: torch.dtype) -> Selection:
+    """Landmarks of `keys` (B, S, G, D); outliers drawn, and keys of outliers that are not what the factors give."""
+    generator = torch.Generator().manual_seed(1)
+    chunks = -(-case.s // CHUNK)
+    marks = torch.zeros(B, chunks, case.g, case.d)
+    for b in range(B):
+        for c in range(chunks):
+            tokens = torch.arange(c * CHUNK, min((c + 1) * CHUNK, case.s))
+            tokens = tokens[tokens >= first[b]]
+            if len(tokens):
+                marks[b, c] = keys[b, tokens].mean(0)
+    outliers = torch.rand(B, case.g, chunks, generator=generator).argsort(-1)[..., : case.outliers]
+    exact = torch.randn(B, case.outliers * CHUNK, case.g, case.d, generator=generator)
+    return Selection(marks.to(dtype), outliers, exact.to(dtype), CHUNK, case.budget or 0)
+
+
+def read_by_hand(case: Case, selection: Selection, q: torch.Tensor, first, b: int, g: int) -> torch.Tensor:
+    """Compressed tokens that KV head g of sequence b reads."""
+    heads = range(g * case.h // case.g, (g + 1) * case.h // case.g)
+    marks = selection.landmarks[b, :, g].double()
+    real = [c for c in range(len(marks)) if (c + 1) * CHUNK > first[b]]
+    shares = torch.stack([(SCALE * marks[real] @ q[b, h]).softmax(0) for h in heads]).amax(0)
+    outliers = set(selection.outliers[b, g].tolist())
+    ranked = [real[i] for i in shares.argsort(descending=True).tolist() if real[i] not in outliers]
+    chosen = sorted(outliers | set(ranked[: selection.budget // CHUNK]))
+    tokens = torch.tensor([c * CHUNK + i for c in chosen for i in range(CHUNK)])
+    return tokens[(tokens >= first[b]) & (tokens < case.s)]
+
+
+def assert_close(found, wanted, dtype: torch.dtype) -> None:
+    tolerance = {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}[dtype]
+    for ours, exact in zip(found, wanted, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), exact, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_is_the_definition(case, dtype):
+    arguments, selection, wanted = call(case, dtype)
+    found = lowrank_decode(*arguments, scale=SCALE, selection=selection, kernel="reference")
+    assert_close(found, wanted, dtype)
+
+
+@pytest.mark.parametrize("budget", [72, 76, 400])
+@pytest.mark.parametrize("outliers", [0, 2])
+def test_a_budget_of_all_tokens_reads_all(budget, outliers):
+    case = Case(first=(0, 33), outliers=outliers)
+    (queries, keys, values, tables, visible), _, wanted = call(case, torch.float64)
+    made = (keys[0].a @ keys[0].b.mT).unflatten(-1, (case.g, case.d))
+    first = torch.tensor(case.first)
+    exact = torch.stack([rotated(made[b], (torch.arange(case.s) - first[b]).clamp(min=0)) for b in range(B)])
+    selection = select(replace(case, budget=budget), exact, first, torch.float64)
+    tokens = (selection.outliers[..., None] * CHUNK + torch.arange(CHUNK)).flatten(-2).clamp(max=case.s - 1)
+    index = tokens.mT[..., None].expand(-1, -1, -1, case.d)
+    selection = replace(selection, outlier_keys=exact.gather(1, index))
+    found = lowrank_decode(queries, keys, values, tables, visible, scale=SCALE, selection=selection)
+    chunks = -(-case.s // CHUNK)
+    if budget // CHUNK + outliers >= chunks:
+        assert_close(found, wanted, torch.float64)
+    else:
+        with pytest.raises(AssertionError, match="not close"):
+            assert_close(found, wanted, torch.float64)
+
+
+def test_autocast_changes_nothing():
+    arguments, _, wanted = call(Case(), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = lowrank_decode(*arguments, scale=SCALE)
+    assert_close(found, wanted, torch.float32)
+
+
+SELECTING = [Case(t=12, column=78, first=(0, 33)), Case(t=12, column=78, budget=20)]
+
+
+@pytest.mark.parametrize("case", SELECTING, ids=str)
+def test_one_graph_whatever_the_column(case):
+    """A compiled step calls it without a break, and another column compiles nothing anew."""
+    torch._dynamo.reset()
+    (queries, keys, values, tables, visible), selection, _ = call(case, torch.float32)
+    for part in (*keys, *values):
+        part.tail.nan_to_num_()
+
+    def step(queries, keys, values, tables, visible, selection):
+        found = lowrank_decode(queries, keys, values, tables, visible, scale=SCALE, selection=selection)
+        return [x + 1 for x in found]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled(queries, keys, values, tables, visible, selection)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        visible.column.add_(6)
+        found = compiled(queries, keys, values, tables, visible, selection)
+    for ours, wanted in zip(found, step(queries, keys, values, tables, visible, selection), strict=True):
+        assert torch.equal(ours, wanted)
+    torch._dynamo.reset()
+
+
+def test_choice_is_told_once(caplog):
+    module._told.cache_clear()
+    arguments, _, _ = call(Case(), torch.float32)
+    with caplog.at_level(logging.INFO, logger="cllm.kernels.lowrank_decode"):
+        for _ in range(3):
+            lowrank_decode(*arguments, scale=SCALE)
+    assert len(caplog.records) == 1
+    assert "plain torch, because triton cannot: " in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize(("kernel", "message"), [("flash", "allowed: auto, triton, reference"), ("triton", "cannot: ")])
+def test_a_kernel_that_cannot_is_refused(kernel, message):
+    arguments, _, _ = call(Case(), torch.float32)
+    with pytest.raises(UserError, match=message):
+        lowrank_decode(*arguments, scale=SCALE, kernel=kernel)
+
+
+def test_what_does_not_fit_is_refused():
+    (queries, keys, values, tables, visible), selection, _ = call(Case(budget=20), torch.float32)
+    rest = (tables, visible)
+    with pytest.raises(ValueError, match="2 queries for 1 key parts"):
+        lowrank_decode(queries * 2, keys, values, *rest, scale=SCALE)
+    with pytest.raises(ValueError, match="3 query heads are no multiple of 2"):
+        lowrank_decode([queries[0][:, :3]], keys, values, *rest, scale=SCALE)
+    with pytest.raises(ValueError, match="a window of 7; allowed: none"):
+        lowrank_decode(queries, keys, values, tables, replace(visible, window=7), scale=SCALE)
+    with pytest.raises(ValueError, match="a selection for 2 key parts"):
+        lowrank_decode(queries * 2, keys * 2, values, *rest, scale=SCALE, selection=selection)
+
+
+@pytest.mark.parametrize("shared", [227 * 1024, 163 * 1024, 99 * 1024])
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("dim", "groups"), [(64, 8), (80, 7), (96, 12), (128, 8), (128, 1), (256, 2)])
+def test_tiles_fit_a_multiprocessor(shared, gathered, size, dim, groups):
+    limits = Limits(shared=shared)
+    rebuild = choose_rebuild(dim=dim, groups=groups, size=size, gathered=gathered, limits=limits)
+    half = 1 << (dim // 2 - 1).bit_length()
+    assert rebuild.shared(half, size) <= shared
+    assert groups % rebuild.pack == 0
+    assert rebuild.pack == 1 or not gathered
+    accumulators = 2 * rebuild.block_n * rebuild.pack * half
+    assert accumulators <= 128 * 32 * rebuild.num_warps  # half of the registers
+
+
+def interpreted() -> None:
+    """Every case with the Triton kernels, with one KV head a program and with two."""
+    assert split_lowrank.triton_decode.INTERPRETED
+    for case in CASES:
+        for dtype in (torch.float32, torch.float16):
+            arguments, selection, wanted = call(case, dtype)
+            queries, keys, values, tables, visible = arguments
+            for pack in (1, 2) if case.budget is None and case.g % 2 == 0 else (1,):
+                rebuild = Rebuild(block_n=32, block_r=16, pack=pack, num_warps=4, num_stages=2)
+                found = split_lowrank.run(queries, keys, values, tables, visible, SCALE, selection, rebuild)
+                try:
+                    assert found.isfinite().all()
+                    assert_close(found.split(case.d, dim=-1), wanted, dtype)
+                except AssertionError as error:
+                    raise AssertionError(f"{case}, {dtype}, pack {pack}") from error
+        arguments, selection, wanted = call(case, torch.float32)
+        found = lowrank_decode(*arguments, scale=SCALE, selection=selection, kernel="triton")
+        assert_close(found, wanted, torch.float32)
+
+
+def test_triton_kernels_interpreted_are_the_definition():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    version = importlib.metadata.version("triton")
+    if tuple(int(x) for x in version.split(".")[:2]) < (3, 7):
+        pytest.skip(f"the interpreter of triton {version} cannot loop with numpy 2.4 or newer; needs triton 3.7")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    interpreted()

@@ -1,0 +1,295 @@
+"""Passes of one token over compressed caches: read as they are stored, the same logits as from keys and values made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cllm.errors import UserError
+from cllm.kernels.selection import chosen_tokens
+from cllm.kv.cache import KVCache
+from cllm.posthoc import deferred
+from cllm.posthoc.cache import CompressedSlot, compress_cache
+from cllm.posthoc.code import Prefix
+from cllm.posthoc.hf import compress_dynamic
+from cllm.posthoc.landmarks import make_landmarks
+from cllm.posthoc.methods import parse
+
+PREFIX, LENGTH = 21, 28
+DESIGNS = ["mha", "gqa", "cla", "yoco", "fusedkv", "fusedkv_lite", "lckv", "trailing"]
+LOSSY = "xkv:group=2,rank_k=5,rank_v=7"
+
+
+def compressed(model, ids, spec, *, starts=None, storage="model", **options):
+    """`ids[:, :PREFIX]` in a cache that is compressed."""
+    cache = KVCache(model.config, storage=storage)
+    model(ids[:, :PREFIX], cache=cache, starts=starts)
+    return compress_cache(cache, parse(spec), **options)
+
+
+def steps(model, cache, ids):
+    """Logits of the tokens from `PREFIX` on, one at a time."""
+    return torch.cat([model(token, cache=cache) for token in ids[:, PREFIX:].split(1, dim=1)], dim=1)
+
+
+def making(cache):
+    """`cache`, which makes keys and values in every pass."""
+    slots = [store for store in cache.stores.values() if isinstance(store, CompressedSlot)]
+    assert all(slot.defers for slot in slots)
+    for slot in slots:
+        slot.defers = False
+    return cache
+
+
+@pytest.fixture
+def design(preset_config, random_model):
+    def build(name):
+        config = preset_config(name)
+        if config.plan().iterations is not None:
+            iterations = config.kv.iterations.model_copy(update={"forward": LENGTH - 1, "backward": 1})
+            config = config.model_copy(update={"kv": config.kv.model_copy(update={"iterations": iterations})})
+        return random_model(config).eval().requires_grad_(False)
+
+    return build
+
+
+@pytest.fixture
+def nothing_is_made(monkeypatch):
+    """`Prefix.read` fails from here on."""
+
+    def refuse():
+        monkeypatch.setattr(Prefix, "read", lambda self: pytest.fail("the prefix was made"))
+
+    return refuse
+
+
+# ---- all tokens -----------------------------------------------------------------------------------------------------
+
+
+CODED = LOSSY + "+kivi:bits=4,residual=0,group=7"
+CASES = [*((name, LOSSY) for name in DESIGNS), ("mha", CODED), ("fusedkv", CODED)]
+
+
+@pytest.mark.parametrize("starts", [None, [0, 5]])
+@pytest.mark.parametrize(("name", "spec"), CASES)
+def test_same_logits_as_from_keys_and_values(name, spec, starts, design, tokens, nothing_is_made):
+    model, ids = design(name), tokens(2, LENGTH)
+    starts = None if starts is None else torch.tensor(starts)
+    expected = steps(model, making(compressed(model, ids, spec, starts=starts)), ids)
+    cache = compressed(model, ids, spec, starts=starts)
+    nothing_is_made()
+    torch.testing.assert_close(steps(model, cache, ids), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_windowed_reader_is_served_from_made_keys(random_model, tokens, tiny_config):
+    layers = [{"layers": 0, "own": {}}, {"layers": "1-3", "keys": {"share": 0}, "values": {"share": 0}, "window": 6}]
+    model = random_model(tiny_config(n_layers=4, kv={"layers": layers})).eval().requires_grad_(False)
+    ids = tokens(2, LENGTH)
+    expected = steps(model, making(compressed(model, ids, "svd:rank_k=5,rank_v=7")), ids)
+    found = steps(model, compressed(model, ids, "svd:rank_k=5,rank_v=7"), ids)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_passes_of_any_length_follow_each_other(decoder, tokens):
+    model, ids = decoder(), tokens(2, LENGTH)
+    cache = compressed(model, ids, "xkv:energy=1.0")
+    found = torch.cat([model(part, cache=cache) for part in ids[:, PREFIX:].split([1, 3, 1, 2], dim=1)], dim=1)
+    torch.testing.assert_close(found, model(ids)[:, PREFIX:], atol=1e-4, rtol=1e-4)
+
+
+# ---- a static cache -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [LOSSY, LOSSY + ",select=8,chunk=4,outliers=1", "kivi:group=4,residual=0"])
+@pytest.mark.parametrize("name", ["mha", "yoco with retention", "yoco", "trailing"])
+def test_room_changes_no_logits_and_no_address(name, spec, design, tokens):
+    model, ids, starts = design(name), tokens(2, LENGTH), torch.tensor([0, 5])
+    expected = steps(model, compressed(model, ids, spec, starts=starts), ids)
+    cache = compressed(model, ids, spec, starts=starts, room=LENGTH - PREFIX)
+    assert cache.is_static
+
+    def addresses():
+        return [t.data_ptr() for store in cache.stores.values() for t in store.tensors().values()]
+
+    before, nbytes = addresses(), cache.nbytes()
+    torch.testing.assert_close(steps(model, cache, ids), expected, atol=1e-5, rtol=1e-5)
+    assert (addresses(), cache.nbytes(), cache.exact_tokens) == (before, nbytes, LENGTH - PREFIX)
+    with pytest.raises(UserError, match="28 tokens stored and 1 to come, but it was made for max_len 28"):
+        model(ids[:, :1], cache=cache)
+
+
+def test_longer_passes_and_crops_of_a_static_cache(decoder, tokens):
+    model, ids = decoder(), tokens(2, LENGTH)
+    cache = compressed(model, ids, "xkv:energy=1.0", room=LENGTH - PREFIX)
+    expected = model(ids)[:, PREFIX:]
+    for parts in ([3, 4], [1, 2, 4], [2, 1, 3, 1]):
+        found = torch.cat([model(part, cache=cache) for part in ids[:, PREFIX:].split(parts, dim=1)], dim=1)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        cache.crop(PREFIX)
+
+
+def test_a_static_cache_follows_the_batch(decoder, tokens):
+    model, ids, starts = decoder(), tokens(3, LENGTH), torch.tensor([0, 3, 5])
+    spec, order = LOSSY + ",select=8,chunk=4,outliers=1", torch.tensor([2, 0, 0])
+    expected = steps(model, compressed(model, ids, spec, starts=starts), ids)
+    cache = compressed(model, ids, spec, starts=starts, room=LENGTH - PREFIX)
+    cache.reorder_cache(order)
+    torch.testing.assert_close(steps(model, cache, ids[order]), expected[order], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [LOSSY, LOSSY + ",select=8,chunk=4,outliers=1"])
+def test_a_step_compiles_whole_and_once(spec, decoder, tokens):
+    """What a compiled decoder needs of a cache: no break in a block, and nothing anew in later steps."""
+    model, ids = decoder(), tokens(2, LENGTH)
+    expected = steps(model, compressed(model, ids, spec, room=LENGTH - PREFIX), ids)
+    torch._dynamo.reset()
+    model._compiled = tuple(
+        torch.compile(m, dynamic=False, fullgraph=True, backend="eager") for m in (*model.blocks, model.norm)
+    )
+    cache = compressed(model, ids, spec, room=LENGTH - PREFIX)
+    tokens_in = ids[:, PREFIX:].split(1, dim=1)
+    with torch._dynamo.config.patch(recompile_limit=64):
+        found = [model(token, cache=cache) for token in tokens_in[:2]]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found += [model(token, cache=cache) for token in tokens_in[2:]]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
+
+
+# ---- chosen tokens --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("starts", [None, [0, 5]])
+@pytest.mark.parametrize("name", ["mha", "gqa", "cla", "fusedkv_lite"])
+def test_a_budget_of_all_tokens_equals_all(name, starts, design, tokens):
+    """At full rank, where exact keys of outliers are the ones that are made."""
+    model, ids = design(name), tokens(2, LENGTH)
+    starts = None if starts is None else torch.tensor(starts)
+    expected = steps(model, compressed(model, ids, "xkv:group=2,energy=1.0", starts=starts), ids)
+    for select, outliers in ((24, 0), (16, 2), (400, 48)):
+        spec = f"xkv:group=2,energy=1.0,select={select},chunk=4,outliers={outliers}"
+        found = steps(model, compressed(model, ids, spec, starts=starts), ids)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    few = steps(model, compressed(model, ids, "xkv:group=2,energy=1.0,select=4,chunk=4,outliers=0", starts=starts), ids)
+    assert (few - expected).abs().max() > 1e-2
+
+
+def test_only_passes_of_one_token_choose(decoder, tokens):
+    model, ids = decoder(), tokens(2, LENGTH)
+    whole = model(ids[:, PREFIX:], cache=compressed(model, ids, LOSSY))
+    chosen = model(ids[:, PREFIX:], cache=compressed(model, ids, LOSSY + ",select=4,chunk=4,outliers=0"))
+    assert torch.equal(whole, chosen)
+
+
+def test_padding_takes_no_part(decoder, tokens):
+    """Padding of whole chunks: what is chosen is what the sequence alone would choose."""
+    model, ids, spec = decoder(), tokens(2, LENGTH), "xkv:energy=1.0,select=4,chunk=4,outliers=1"
+    found = steps(model, compressed(model, ids, spec, starts=torch.tensor([0, 8])), ids)
+    cache = KVCache(model.config)
+    model(ids[1:, 8:PREFIX], cache=cache)
+    alone = steps(model, compress_cache(cache, parse(spec)), ids[1:])
+    torch.testing.assert_close(found[1:], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_landmarks_find_a_needle():
+    """Keys that a query is after, among thousands that it is not; the budget reads 1 of 64 chunks."""
+    draw = torch.Generator().manual_seed(0)
+    k, q = torch.randn(2, 512, 2, 16, generator=draw), torch.randn(2, 4, 16, generator=draw)
+    places = [[37, 5], [0, 63]]  # of a sequence and a KV head
+    for b, row in enumerate(places):
+        for g, chunk in enumerate(row):
+            k[b, chunk * 8 : chunk * 8 + 8, g] += 2 * q[b, 2 * g + 1]  # the second query head of two is after it
+    marks = make_landmarks(k, None, chunk=8, budget=8, outliers=0)
+    scores = torch.einsum("bghd,bcgd->bghc", q.unflatten(1, (2, 2)), marks.landmarks).flatten(1, 2)
+    found = chosen_tokens(scores, marks)
+    for b, row in enumerate(places):
+        for g, chunk in enumerate(row):
+            assert sorted(found[b, g].tolist()) == list(range(chunk * 8, chunk * 8 + 8))
+
+
+def test_outliers_are_chunks_unlike_their_landmark_and_stay_exact():
+    draw = torch.Generator().manual_seed(0)
+    k = torch.ones(1, 40, 2, 16) + 0.1 * torch.randn(1, 40, 2, 16, generator=draw)
+    k[0, 13, 0] *= -1  # chunk 3 of head 0
+    k[0, 38, 1] *= -1  # chunk 9 of head 1
+    text = torch.arange(40)[None] >= 5
+    k[0, 2, :] *= -1  # padding
+    marks = make_landmarks(k, text, chunk=4, budget=4, outliers=1)
+    assert marks.outliers.tolist() == [[[3], [9]]]
+    assert torch.equal(marks.outlier_keys[0, :, 0], k[0, 12:16, 0])
+    assert torch.equal(marks.outlier_keys[0, :, 1], k[0, 36:40, 1])
+    torch.testing.assert_close(marks.landmarks[0, 1], k[0, 5:8].mean(0))  # token 4 is padding
+    assert not marks.landmarks[0, 0].any()
+
+
+def test_bytes_of_what_is_stored_beside(decoder, tokens):
+    model, ids = decoder(), tokens(2, LENGTH)
+    plain, chosen = (compressed(model, ids, LOSSY + more) for more in ("", ",select=8,chunk=4,outliers=2"))
+    groups, dim, slots = 4, 8, len(plain.stores)
+    chunks = -(-PREFIX // 4)
+    numbers = (chunks + 2 * 4) * groups * dim
+    assert chosen.nbytes() - plain.nbytes() == slots * 2 * (4 * numbers + 8 * groups * 2)
+    roomy = compressed(model, ids, LOSSY, room=10)
+    assert roomy.nbytes() - plain.nbytes() == slots * 2 * 2 * 4 * 10 * groups * dim
+    tensors = [t for store in chosen.stores.values() for t in store.tensors().values()]
+    assert chosen.nbytes() == sum({t.data_ptr(): t.nbytes for t in tensors if t.numel()}.values())
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("ratio=2,chunk=4", "chunk goes with select"),
+        ("ratio=2,outliers=4", "outliers goes with select"),
+        ("ratio=2,select=20", "select=20 is no multiple of chunk=8"),
+        ("ratio=1,select=16", "ratio=1 has not"),
+        ("ratio=2,select=0", "select: .* greater than or equal to 1"),
+        ("ratio=2,select=1.5", "select: "),
+        ("ratio=2,selects=16", 'unknown option "selects"'),
+    ],
+)
+def test_options_that_do_not_fit(options, message):
+    for name in ("xkv", "svd"):
+        with pytest.raises(UserError, match=message):
+            parse(f"{name}:{options}")
+
+
+def test_caches_that_cannot_choose(design, tokens, llama):
+    spec = "xkv:group=2,rank_k=5,rank_v=7,select=8"
+    with pytest.raises(UserError, match=r"select: the keys of layer \d are made of the slots \[0, 3\]; allowed: plans"):
+        compressed(design("fusedkv"), tokens(2, LENGTH), spec)
+    with pytest.raises(UserError, match="select=8: the slots are latents; allowed: keys and values"):
+        compressed(design("mla"), tokens(2, LENGTH), spec)
+    from transformers.cache_utils import DynamicCache
+
+    model = llama()
+    cache = DynamicCache(config=model.config)
+    model(tokens(1, PREFIX), past_key_values=cache)
+    with pytest.raises(UserError, match="select: transformers' attention reads all tokens"):
+        compress_dynamic(cache, parse(spec), model)
+
+
+def test_room_that_cannot_be(decoder, tokens):
+    model, ids = decoder(), tokens(1, LENGTH)
+    with pytest.raises(UserError, match="room of a compressed cache is 0; allowed: 1 or more"):
+        compressed(model, ids, LOSSY, room=0)
+    with pytest.raises(UserError, match="recompress=4 makes a cache anew"):
+        compressed(model, ids, LOSSY + ",recompress=4", room=8)
+
+
+def test_the_kernel_is_what_decodes(decoder, tokens, monkeypatch):
+    """One call for each layer and step."""
+    model, ids, calls = decoder(), tokens(2, LENGTH), []
+
+    def count(*arguments, **options):
+        calls.append(options["selection"] is not None)
+        return kernel(*arguments, **options)
+
+    kernel = deferred.lowrank_decode
+    monkeypatch.setattr(deferred, "lowrank_decode", count)
+    for spec, chooses in ((LOSSY, False), (LOSSY + ",select=8", True)):
+        calls.clear()
+        steps(model, compressed(model, ids, spec), ids)
+        assert calls == [chooses] * (LENGTH - PREFIX) * len(model.blocks)

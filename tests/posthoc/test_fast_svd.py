@@ -1,0 +1,73 @@
+"""The fast ways to a basis: errors against the exact one, with products in less than fp32 too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cllm.errors import UserError
+from cllm.posthoc.lowrank import right_vectors
+from cllm.posthoc.methods import parse
+
+
+def decaying(tokens: int, channels: int, power: float) -> torch.Tensor:
+    """Two matrices with singular values 1, 2^-power, 3^-power, ..."""
+    draw = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(2, n, n, generator=draw)).Q for n in (tokens, channels))
+    size = min(tokens, channels)
+    values = torch.arange(1, size + 1) ** -power
+    return left[:, :, :size] * values @ right[:, :size]
+
+
+def loss(x: torch.Tensor, v: torch.Tensor) -> float:
+    """||X - X V Vᵀ||."""
+    return (x.double() - x.double() @ v.double() @ v.double().mT).norm().item()
+
+
+@pytest.mark.parametrize("products", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("algorithm", ["random", "power"])
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("shape", [(300, 96), (60, 96)])
+def test_errors_are_near_the_least(algorithm, products, power, shape):
+    x = decaying(*shape, power)
+    for rank in (8, 24):
+        v, spectrum = right_vectors(x, algorithm, rank, products)
+        least = loss(x, right_vectors(x, "exact", rank)[0])
+        rounding = (x - x.bfloat16()).norm().item() if products == "bf16" else 0
+        assert loss(x, v) < 1.01 * least + rounding, "a hundredth more, and what rounding X itself would lose"
+        assert spectrum is None
+        torch.testing.assert_close(v.mT @ v, torch.eye(rank).expand(2, -1, -1), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("algorithm", ["random", "power"])
+def test_fewer_directions_than_asked_for(algorithm):
+    """Of rank 5, and one sequence of nothing: no number is lost, none is NaN."""
+    x = torch.randn(2, 40, 5, generator=torch.Generator().manual_seed(0)) @ torch.randn(2, 5, 24)
+    x[1] = 0
+    v, _ = right_vectors(x, algorithm, 9)
+    assert v.isfinite().all()
+    assert loss(x, v) < 1e-5 * x.norm()
+
+
+def test_the_same_in_every_call():
+    x = decaying(80, 48, 1.0)
+    assert torch.equal(right_vectors(x, "power", 9, "bf16")[0], right_vectors(x, "power", 9, "bf16")[0])
+
+
+def test_precision_of_other_products_is_left_as_it_was():
+    before = torch.get_float32_matmul_precision()
+    right_vectors(decaying(80, 48, 1.0), "power", 9, "tf32")
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("energy=0.9,svd=power", "which svd=power has not; allowed: exact, gram"),
+        ("ratio=2,products=bf16", "products=bf16 goes with svd=random and svd=power; svd=gram is made in fp64"),
+        ("ratio=2,svd=power,products=fp8", "products: .*'fp32', 'tf32' or 'bf16'"),
+    ],
+)
+def test_options_that_do_not_fit(options, message):
+    with pytest.raises(UserError, match=message):
+        parse(f"xkv:{options}")

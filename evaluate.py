@@ -48,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
     add("--posthoc", action="append", default=[], metavar="SPEC", help="compress the cache of a prefix and score what "
         "follows, e.g. xkv:group=4,ratio=4 or none; repeat it")  # fmt: skip
     add("--prefix", type=int, metavar="N", help="tokens of each window to compress (default: half the window)")
+    add("--generate", type=int, default=0, metavar="N", help="with --posthoc: also continue each prefix greedily by N "
+        "tokens, and compare them with those after the prefix kept exact (default: 0)")  # fmt: skip
     return parser
 
 
@@ -64,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
     if options.prefix is not None and not options.posthoc:
         raise UserError(f"--prefix {options.prefix}: needs --posthoc, which says how to compress it")
+    if options.generate and not options.posthoc:
+        raise UserError(f"--generate {options.generate}: needs --posthoc, whose caches are compared")
     device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
     settings = Settings(
         split=options.split, window=options.window, stride=options.stride, batch=options.batch,
@@ -75,7 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             subject = load_subject(path, device)
             for text in open_sets(subject, options.data, split=settings.split, name=options.name):
                 if options.posthoc:
-                    found = posthoc.measure(subject, text, settings, options.posthoc, device, prefix=options.prefix)
+                    found = posthoc.measure(
+                        subject,
+                        text,
+                        settings,
+                        options.posthoc,
+                        device,
+                        prefix=options.prefix,
+                        generate=options.generate,
+                    )
                     paths += [posthoc.save(subject, record, options.out) for record in found]
                     records += found
                     continue

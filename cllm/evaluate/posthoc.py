@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cllm.errors import UserError
+from cllm.evaluate.generation import Agreement, greedy
 from cllm.evaluate.perplexity import Settings, perplexity
 from cllm.evaluate.subjects import Subject
 from cllm.evaluate.texts import TextSet
@@ -49,6 +50,7 @@ class _Tally:
     nbytes: int = 0
     end_nbytes: int = 0
     errors: list[dict[int, dict[str, float]]] = field(default_factory=list)
+    written: Agreement = field(default_factory=Agreement)
 
 
 @dataclass
@@ -105,12 +107,19 @@ def measure(
     device: torch.device,
     *,
     prefix: int | None = None,
+    generate: int = 0,
 ) -> list[dict[str, Any]]:
     """A record for each of `specs`, described in docs/posthoc.md.
 
-    Raises `UserError` where settings do not fit the subject or the text, a spec is wrong, or a loss is not finite.
+    With `generate`, prefixes are also continued by so many tokens, greedily.
+
+    Raises:
+        UserError: where settings do not fit the subject or the text, a spec is wrong, or a loss is not finite.
     """
     window, prefix, batch = resolve(subject, settings, prefix, device)
+    room = (subject.context or prefix + generate + 1) - prefix
+    if not 0 <= generate <= room:
+        raise UserError(f"--generate is {generate}; allowed after a prefix of {prefix} tokens: 0 to {room}")
     methods = [parse(spec) for spec in specs]
     engine = engine_for(subject)
     stream = Stream(text.source, start_id=subject.start_id, limit=settings.max_tokens)
@@ -124,7 +133,7 @@ def measure(
                     if n == 0:
                         for method in methods:
                             method.prepare(engine, tokens[:, :prefix])
-                    _score(engine, methods, tokens, prefix, tallies, reference)
+                    _score(engine, methods, tokens, prefix, tallies, reference, generate)
             except torch.OutOfMemoryError:
                 raise UserError(f"out of GPU memory with {batch} windows of {window} tokens; lower --batch") from None
             progress.update(len(tokens))
@@ -150,7 +159,13 @@ def measure(
 
 @torch.inference_mode()
 def _score(
-    engine: Engine, methods: Sequence[Compressor], tokens: Tensor, prefix: int, tallies: list[_Tally], ref: _Reference
+    engine: Engine,
+    methods: Sequence[Compressor],
+    tokens: Tensor,
+    prefix: int,
+    tallies: list[_Tally],
+    ref: _Reference,
+    generate: int = 0,
 ) -> None:
     """Fill a cache with `tokens[:, :prefix]`, and read the rest from it compressed by each method, then as it was."""
     began = _now(tokens)
@@ -168,7 +183,15 @@ def _score(
         compressed = engine.compress(cache, method)
         tally.seconds += compressed.outcome.seconds
         tally.errors.append(compressed.outcome.errors)
-        _read(engine, compressed, tokens, prefix, tally, chunk=method.recompress)
+        _read(engine, compressed, tokens, prefix, tally, chunk=1 if method.chooses else method.recompress)
+    if generate:
+        first = tokens[:, prefix : prefix + 1]
+        found = [greedy(engine, engine.compress(cache, m, measure=False), first, generate) for m in methods]
+        again = engine.new_cache()
+        engine.hidden(tokens[:, :prefix], again)
+        exact = greedy(engine, again, first, generate)
+        for tally, continuation in zip(tallies, found, strict=True):
+            tally.written.add(continuation, exact)
     _read(engine, cache, tokens, prefix, ref.tally, chunk=None)
 
 
@@ -214,6 +237,7 @@ def _figures(spec: str, method: Compressor, tally: _Tally, reference: _Reference
         "compression_seconds": tally.seconds,
         "compression_share_of_prefill": tally.seconds / reference.seconds,
         "errors": mean_errors(tally.errors),
+        **tally.written.figures(),
     }
 
 
@@ -258,6 +282,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         "mha/x",
         "time",
         "error",
+        "written",
     )
     rows = [head] + [
         (
@@ -272,10 +297,11 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             f"{record['ratio_to_mha']:.2f}",
             f"{100 * record['compression_share_of_prefill']:.0f} %",
             f"{max(e for slot in record['errors'].values() for e in slot.values()):.3f}" if record["errors"] else "-",
+            f"{record['generated_same_percent']:.0f} %" if "generated_tokens" in record else "-",
         )
         for record in records
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    align = (str.ljust, str.ljust, str.ljust, *[str.rjust] * 8)
+    align = (str.ljust, str.ljust, str.ljust, *[str.rjust] * 9)
     lines = ("  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)

@@ -214,6 +214,11 @@ class Compressor(Section):
         False; None: it reads them all."""
         return None
 
+    @property
+    def chooses(self) -> bool:
+        """Whether passes of one token read less of a compressed slot than longer ones do: only they show its cost."""
+        return False
+
     def prepare(self, engine: Engine, ids: Tensor) -> None:
         """Learn what the method wants to know of a model from `ids` (B, T), tokens that are not scored."""
 

@@ -103,6 +103,10 @@ class XKV(Compressor):
             codes_v = self._code(values, groups_v, ranks_v)
         return self._code(keys, groups_k, ranks_k), codes_v
 
+    @property
+    def chooses(self) -> bool:
+        return self.select is not None
+
     def landmarks(self, k: Tensor, text: Tensor | None) -> Landmarks | None:
         if self.select is None:
             return None

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from cllm.data.store import TokenStore
 from cllm.evaluate.posthoc import _Reference, _score, _Tally, result_path
+from cllm.kv.cache import KVCache
+from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.methods import parse
 
@@ -65,6 +67,51 @@ def test_rank_one_ruins_the_score_of_text_that_the_model_expects(decoder, tokens
     assert none == reference.tally.nll / reference.tally.tokens
     assert full == pytest.approx(none, abs=1e-4)
     assert ruined > 2 * none
+
+
+def test_the_score_sees_which_tokens_are_chosen(scored):
+    """Passes of several tokens read all of a slot, so that a score of such passes would be that of all tokens."""
+    full = "xkv:group=4,rank_k=24,rank_v=24"
+    specs = (full, f"{full},select=24,chunk=4,outliers=0", f"{full},select=4,chunk=4,outliers=0")
+    records, _, _ = scored(*specs)
+    every, enough, few = (record["loss"] for record in records.values())
+    assert enough == pytest.approx(every, abs=1e-4)
+    assert abs(few - every) > 1e-3
+
+
+def test_continuations_are_compared_with_those_after_an_exact_prefix(decoder, tokens):
+    model, ids, n = decoder(), tokens(2, 49), 10
+    specs = ["none", "xkv:group=4,rank_k=24,rank_v=24", "xkv:group=4,rank_k=1,rank_v=1"]
+    tallies, reference = [_Tally() for _ in specs], _Reference()
+    _score(engine_of(model), [parse(spec) for spec in specs], ids, 24, tallies, reference, generate=n)
+    none, full, ruined = (tally.written.figures() for tally in tallies)
+    wanted = {"generated_tokens": 2 * n, "generated_same_percent": 100, "generated_same_until": n}
+    assert none == full == wanted
+    texts = []
+    for compressed in (False, True):
+        cache = KVCache(model.config)
+        model(ids[:, :24], cache=cache)
+        cache = compress_cache(cache, parse(specs[2])) if compressed else cache
+        text = ids[:, 24:25]
+        for _ in range(n):
+            text = torch.cat((text, model(text[:, -1:], cache=cache).argmax(-1)), dim=1)
+        texts.append(text[:, 1:].tolist())
+    pairs = [list(zip(*rows, strict=True)) for rows in zip(*texts, strict=True)]
+    until = [next((i for i, (a, b) in enumerate(row) if a != b), n) for row in pairs]
+    assert ruined["generated_same_percent"] == 100 * sum(a == b for row in pairs for a, b in row) / (2 * n) < 100
+    assert ruined["generated_same_until"] == sum(until) / 2
+
+
+def test_generation_from_the_command_line(evaluate, run, capsys):
+    made, _ = run()
+    words = ["--run", made.path, "--device", "cpu", "--posthoc", "none", "--generate", 6]
+    assert evaluate(*words) == 0
+    record = _record(made, "none")
+    assert record["generated_tokens"] == 6 * record["windows"]
+    assert record["generated_same_percent"] == 100
+    assert capsys.readouterr().out.splitlines()[1].split()[-2:] == ["100", "%"]
+    assert evaluate(*words[:-1], 41) == 2
+    assert "--generate is 41; allowed after a prefix of 24 tokens: 0 to 40" in capsys.readouterr().err
 
 
 def test_the_reference_is_the_loss_of_a_plain_forward_after_the_prefix(scored, prepared):
@@ -140,6 +187,7 @@ def test_a_run_without_full_attention_is_refused(evaluate, run, capsys):
     ("words", "message"),
     [
         (["--prefix", 4], "--prefix 4: needs --posthoc"),
+        (["--generate", 4], "--generate 4: needs --posthoc"),
         (["--posthoc", "none", "--prefix", 48], "--prefix is 48; allowed: 1 to 47"),
         (["--posthoc", "none", "--stride", 8], "--stride is 8; with --posthoc windows do not overlap"),
         (["--posthoc", "xvk:group=4"], 'unknown method "xvk"; did you mean "xkv"?'),

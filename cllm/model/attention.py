@@ -242,14 +242,30 @@ class LatentAttention(_Mixer):
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, slot: Slot, visible: Visible) -> Tensor:
         """(B, H, v_head_dim) for one query a sequence, the latent never expanded (section 2.1.2): the up-projection of
         keys moves to the query, q·(U c) = (Uᵀ q)·c, and that of values to the output, Σ p (W c) = W Σ p c."""
-        weight = self.kv_up_proj.weight.to(q_nope.dtype).unflatten(0, (self.n_heads, -1))  # H, nope + value, rank
-        up_k, up_v = weight.split((self.latent.qk_nope_head_dim, self.latent.v_head_dim), dim=1)
+        weight, bias = _as_matrix(self.kv_up_proj, self.latent.kv_lora_rank, q_nope)
+        parts = (self.latent.qk_nope_head_dim, self.latent.v_head_dim)
+        up_k, up_v = weight.unflatten(0, (self.n_heads, -1)).split(parts, dim=1)  # H, nope or value, rank
         latent = Stored(slot.k[:, :, None], None if slot.k_scale is None else slot.k_scale[:, :, None])
         key = Stored(slot.v[:, :, None], None if slot.v_scale is None else slot.v_scale[:, :, None])
         q_latent = torch.einsum("bhn,hnr->bhr", q_nope, up_k)
         scale = (q_nope.shape[-1] + q_rope.shape[-1]) ** -0.5
         (out,) = decode_attention([q_latent, q_rope], [latent, key], [latent], visible, scale=scale)
-        return torch.einsum("bhr,hvr->bhv", out, up_v)
+        out = torch.einsum("bhr,hvr->bhv", out, up_v)
+        # What is added to keys adds the same to every score; what is added to values is weighed by weights of sum 1.
+        return out if bias is None else out + bias.unflatten(0, (self.n_heads, -1)).split(parts, dim=1)[1]
+
+
+def _as_matrix(module: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The weight (out, width) of an affine module in the dtype of `like`, and its bias (out,) if it may have one.
+
+    A module in the place of a plain layer, such as one with an adapter, has no tensor that says what it computes, so it
+    is applied to the unit vectors and to 0.
+    """
+    if type(module) is nn.Linear and module.bias is None:
+        return module.weight.to(like.dtype), None
+    unit = torch.eye(width + 1, width, dtype=like.dtype, device=like.device)  # the last row is 0
+    rows, bias = module(unit).to(like.dtype).split((width, 1))
+    return (rows - bias).T, bias[0]
 
 
 class GatedRetention(_Mixer):

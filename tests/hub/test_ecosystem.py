@@ -113,6 +113,33 @@ def test_lora_trains_its_own_weights_only(folder, tmp_path) -> None:
         torch.testing.assert_close(merged(ids, use_cache=False).logits, adapted)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_adapters_on_up_projections_of_latents_are_seen_by_decoding(bias, hub_model, preset_config) -> None:
+    """Decoding absorbs the up-projections, and has to absorb what an adapter adds to them."""
+    peft = pytest.importorskip("peft")
+    ids = torch.randint(32, (2, 8), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=2, lora_bias=bias, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(hub_model(config=preset_config("mla")), config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B.default.bias"):
+            torch.nn.init.normal_(parameter)
+    assert any("kv_up_proj.lora_A" in name for name, _ in model.named_parameters())
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        cache = model(input_ids=ids[:, :5]).past_key_values
+        decoded = [model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(5, 8)]
+        torch.testing.assert_close(torch.cat(decoded, 1), whole[:, 5:])
+        last = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+        torch.testing.assert_close(last, whole[:, -1:])
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(input_ids=ids, use_cache=False, **options)
+    for kind in ("dynamic", "static"):
+        assert torch.equal(model.generate(input_ids=ids, cache_implementation=kind, **options), expected)
+
+
 def test_the_evaluation_harness(folder, tokenizer) -> None:
     """Its log-likelihoods are those of the model's logits, and it generates what `generate` does."""
     pytest.importorskip("lm_eval")

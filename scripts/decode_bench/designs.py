@@ -71,31 +71,38 @@ def parse_points(words: Sequence[str], where: str) -> tuple[Point, ...]:
     return tuple(sorted(points, key=lambda p: (p.context * p.batch, p)))
 
 
-def parse_design(word: str, files: Sequence[str], overrides: Sequence[str], points: tuple[Point, ...]) -> Design:
-    """One word of --designs on top of the config that `files` and `overrides` spell.
+def parse_plan(word: str) -> tuple[Path, dict[str, str]]:
+    """`NAME[:KEY=VALUE,...]` as a file of configs/kv/ and settings of `model.kv`.
 
     Raises:
-        UserError: for a word of another form, a name that is no file of configs/kv/, a storage or a setting that does
-            not exist.
+        UserError: for a word of another form, or a name that is no file of configs/kv/.
     """
-    label, at, own_points = word.partition("@")
-    name, colon, text = label.partition(":")
+    name, colon, text = word.partition(":")
     known = sorted(file.stem for file in PLANS.glob("*.yaml"))
     if name not in known:
         raise UserError(f"--designs {word}: configs/kv/ has no {name}.yaml; {nearest(name, known)}")
-    storage: Any = "model"
-    settings: list[str] = []
+    settings: dict[str, str] = {}
     for part in re.split(r",(?![^\[]*\])", text) if colon else []:  # a comma inside brackets belongs to a list
         key, equals, value = part.partition("=")
         if not key or not equals:
             raise UserError(f"--designs {word}: {part!r} is not of the form KEY=VALUE")
-        if key == "storage":
-            storage = value
-        else:
-            settings += [f"--model.kv.{key}", value]
+        settings[key] = value
+    return PLANS / f"{name}.yaml", settings
+
+
+def parse_design(word: str, files: Sequence[str], overrides: Sequence[str], points: tuple[Point, ...]) -> Design:
+    """One word of --designs on top of the config that `files` and `overrides` spell.
+
+    Raises:
+        UserError: as `parse_plan`, and for a storage or a setting that does not exist.
+    """
+    label, at, own_points = word.partition("@")
+    file, settings = parse_plan(label)
+    storage: Any = settings.pop("storage", "model")
     if storage not in get_args(Storage):
         raise UserError(f"--designs {word}: storage is {storage}; allowed: {', '.join(get_args(Storage))}")
-    config = cli.load(Config, [*files, PLANS / f"{name}.yaml"], [*overrides, *settings])
+    words = [word for key, value in settings.items() for word in (f"--model.kv.{key}", value)]
+    config = cli.load(Config, [*files, file], [*overrides, *words])
     if config.model.vocab_size is None:
         raise UserError("model.vocab_size is null, and random tokens are drawn from it; allowed here: a number")
     if at:

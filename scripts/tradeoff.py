@@ -1,0 +1,118 @@
+#!/usr/bin/env python
+"""Train designs, compress the caches of the trained models as well, and put both into one table and one figure.
+
+    python scripts/tradeoff.py --config configs/tradeoff.yaml --data.path data/prepared/NAME --out runs/tradeoff
+    python scripts/tradeoff.py ... --designs mha gqa:n_kv_heads=4 fusedkv --ratio 2 4 --minutes 9
+
+A design is NAME[:KEY=VALUE,...]: a file of configs/kv/ and settings of `model.kv` on top of it. Each is trained by
+train.py and measured as it was trained and with every --spec, as scripts/sweep_posthoc.py does. Run it again and it
+goes on: finished runs are kept, a broken one is resumed, what was measured is not measured again. Settings such as
+--train.steps 500 go to every run. docs/posthoc.md tells how to read the table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import sweep_posthoc
+from decode_bench.designs import parse_plan
+
+from cllm import cli
+from cllm.config import Config
+from cllm.errors import UserError, one_line
+from cllm.posthoc.methods import parse
+from cllm.runs import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+DESIGNS = ("mha", "fusedkv", "fusedkv_lite", "cla", "yoco", "gqa")
+_GRACE = 60.0  # seconds that a run has to save after it was asked to stop
+
+
+def run_name(design: str) -> str:
+    """`gqa:n_kv_heads=4` as a run's name, gqa-n_kv_heads-4."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", design)
+
+
+def is_finished(folder: RunFolder) -> bool:
+    """Whether the run has a checkpoint of its last step."""
+    return folder.config_file.exists() and folder.config().train.steps in dict(folder.checkpoints())
+
+
+def train(words: list[str], seconds: float) -> None:
+    """train.py in a process of its own; after `seconds` it is asked to save and stop.
+
+    Raises:
+        UserError: when it fails.
+    """
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words, "--resume", "auto"], cwd=ROOT)
+    try:
+        status = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(_GRACE)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+    if status:
+        raise UserError(f"train.py {' '.join(words)} ended with status {status}; its output is above")
+
+
+@one_line
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns its exit status: 3 where time ran out."""
+    parser = cli.config_parser(Config, __doc__ or "")
+    add = parser.add_argument
+    add("--designs", nargs="+", default=list(DESIGNS), metavar="DESIGN", help=f"default: {' '.join(DESIGNS)}")
+    add("--out", type=Path, default=Path("runs/tradeoff"), metavar="DIR", help="for runs, table, figure and events "
+        "(default: %(default)s)")  # fmt: skip
+    add("--minutes", type=float, default=1e6, metavar="M", help="stop training after so many; the same command goes on")
+    add("--spec", action="append", default=[], help="as in scripts/sweep_posthoc.py")
+    add("--group", type=int, nargs="+", default=[4], help="values of {group} (default: 4)")
+    add("--ratio", type=float, nargs="+", default=[2.0, 4.0, 8.0], help="values of {ratio} (default: 2 4 8)")
+    add("--prefix", type=int, metavar="N", help="tokens of a window to compress (default: half of the training length)")
+    add("--batch", type=int, metavar="N", help="windows computed together")
+    add("--max-tokens", type=int, metavar="N", help="score only the first N tokens of the validation set")
+    options, overrides = parser.parse_known_args(argv)
+    deadline = time.monotonic() + 60 * options.minutes
+    for spec in options.spec:
+        parse(spec.format(group=options.group[0], ratio=options.ratio[0]))
+    files = [str(Path(file).resolve()) for file in options.config or ["configs/tradeoff.yaml"]]
+    out = options.out.resolve()
+    lines: dict[str, list[str]] = {}
+    for design in options.designs:
+        plan, settings = parse_plan(design)
+        own = {"name": run_name(design), "runs_dir": out} | {f"model.kv.{key}": text for key, text in settings.items()}
+        added = [*overrides, *(word for key, text in own.items() for word in (f"--{key}", str(text)))]
+        cli.load(Config, [*files, plan], added)  # told before the first run starts
+        lines[run_name(design)] = [*(word for file in (*files, plan) for word in ("--config", str(file))), *added]
+    for name, words in lines.items():
+        if is_finished(RunFolder(out / name)):
+            continue
+        left = deadline - time.monotonic()
+        if left > 0:
+            print(f"== {name}", file=sys.stderr, flush=True)
+            train(words, left)
+        if not is_finished(RunFolder(out / name)):
+            print(f"time is up: {name} is not finished; the same command goes on", file=sys.stderr)
+            return 3
+    sweep = [str(out / name) for name in lines] + ["--out", str(out / "posthoc")]
+    for option in ("prefix", "batch", "max_tokens"):
+        if (value := getattr(options, option)) is not None:
+            sweep += [f"--{option.replace('_', '-')}", str(value)]
+    sweep += [word for spec in options.spec for word in ("--spec", spec)]
+    sweep += ["--group", *map(str, options.group), "--ratio", *map(str, options.ratio)]
+    return sweep_posthoc.main(sweep)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""`scripts/tradeoff.py`: designs trained and compressed, one table; goes on where it was stopped."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from cllm.runs import RunFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tradeoff", ROOT / "scripts" / "tradeoff.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tradeoff(script, tmp_path, prepared, monkeypatch):
+    """Runs it on a tiny model in `tmp_path / "out"` and gives its exit status."""
+    settings = {
+        "model": {"d_model": 32, "n_layers": 4, "n_heads": 2, "max_seq_len": 64},
+        "data": {"path": str(prepared(300)), "seq_len": 64, "num_workers": 0, "validation_sequences": 4},
+        "train": {"steps": 4, "micro_batch": 2, "global_batch": 2, "accelerator": "cpu", "checkpoint_every": 2},
+    }
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return lambda *words: script.main(["--config", str(file), "--out", str(tmp_path / "out"), *map(str, words)])
+
+
+def test_trained_and_compressed_in_one_table(tradeoff, tmp_path, capfd):
+    words = ["--designs", "mha", "gqa:n_kv_heads=1", "--spec", "xkv:group=2,ratio={ratio}", "--ratio", 2]
+    assert tradeoff(*words) == 0
+    with (tmp_path / "out" / "posthoc" / "posthoc.csv").open() as file:
+        points = {(row["run"], row["spec"]): row for row in csv.DictReader(file)}
+    spec = "xkv:group=2,ratio=2"
+    assert set(points) == {(run, s) for run in ("mha", "gqa-n_kv_heads-1") for s in ("as trained", spec)}
+    assert float(points["gqa-n_kv_heads-1", "as trained"]["ratio_to_mha"]) == 2
+    assert float(points["mha", spec]["ratio_to_own"]) == pytest.approx(2, rel=0.1)
+    capfd.readouterr()
+
+    checkpoint = tmp_path / "out" / "gqa-n_kv_heads-1" / "checkpoints" / "step-00000004.ckpt"
+    checkpoint.unlink()
+    assert tradeoff(*words) == 0, "and again"
+    told = capfd.readouterr().err
+    assert "== gqa-n_kv_heads-1" in told, "resumed from step 2"
+    assert "== mha" not in told
+    assert checkpoint.exists()
+
+
+def test_out_of_time_it_stops_and_goes_on_with_the_same_command(tradeoff, tmp_path, capfd):
+    assert tradeoff("--designs", "mha", "--minutes", 0) == 3
+    assert "time is up: mha is not finished; the same command goes on" in capfd.readouterr().err
+    long = ["--designs", "mha", "--train.steps", 10**6, "--train.checkpoint_every", 10**6]
+    assert tradeoff(*long, "--minutes", 0.25) == 3
+    ((step, _),) = RunFolder(tmp_path / "out" / "mha").checkpoints()
+    assert 0 < step < 10**6, "it saved when it was asked to stop"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--designs", "mah"], "--designs mah: configs/kv/ has no mah.yaml"),
+        (["--designs", "gqa:n_kv_heads"], "'n_kv_heads' is not of the form KEY=VALUE"),
+        (["--designs", "gqa:n_kv_head=1"], "n_kv_head"),
+        (["--spec", "xkw:ratio={ratio}"], 'unknown method "xkw"'),
+        (["--train.stepz", 4], "stepz"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(tradeoff, tmp_path, capfd, words, message):
+    assert tradeoff(*words) == 2
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -157,7 +157,7 @@ class SlotStore(Store):
         if needed > self.kept(past) - (past - length):
             raise UserError(
                 f"cache: cannot go back from {past} to {length} tokens: a slot with a window of {self.window} has "
-                "forgotten tokens that the next one sees; crop by at most one token, or before the window is full"
+                "forgotten tokens that the next one sees; crop once and by one token, or before the window is full"
             )
 
 
@@ -192,6 +192,16 @@ class FixedSlot(SlotStore):
 
     A pass of one token writes at a place that only the device knows, so that a CUDA graph of it can be replayed.
     """
+
+    most = 0
+    """The most tokens that were stored when some were cropped: the places of later ones hold no older ones any more."""
+
+    def kept(self, past: int) -> int:
+        return past - max(max(self.most, past) - self.size, 0)
+
+    def reset(self) -> None:
+        super().reset()
+        self.most = 0
 
     def extend(self, new: Slot, step: Step) -> Slot:
         if step.length == 1:
@@ -230,6 +240,7 @@ class FixedSlot(SlotStore):
 
     def crop(self, length: int, past: int) -> None:
         self.can_crop(length, past)
+        self.most = max(self.most, past)
 
     def replace(self, change: Callable[[Tensor], Tensor]) -> None:
         """In place where the size stays, so that what has the tensors' addresses stays right."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.kv.cache import KVCache
+from cllm.kv.stores import SlotStore
 from cllm.model.decoder import Decoder
 
 _WARM_UP = 2
@@ -51,6 +52,9 @@ class StepGraph:
         for owner, store in _states(cache):  # a slot's entry is written anew, a state has moved on
             for name, tensor in store.tensors().items():
                 tensor.copy_(kept[owner][name])
+        for store in cache.stores.values():
+            if isinstance(store, SlotStore):  # but in a ring it stood for an older token
+                store.crop(seen, seen + 1)
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:

@@ -171,6 +171,29 @@ def test_cropped_tokens_are_forgotten(name, kind, design):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["yoco", "trailing"])
+def test_a_window_goes_back_once(name, kind, design):
+    """What was cropped had taken the place of an older token, which a second crop would need."""
+    model, ids = design(name), tokens(2)
+    cache = KVCache(model.config, max_len=KINDS[kind])
+    run(model, cache, ids[:, :8], [7, 1])
+    cache.crop(7)
+    with pytest.raises(UserError, match="cannot go back from 7 to 6 tokens: a slot with a window of 3"):
+        cache.crop(6)
+    expected = model(ids)
+    for parts in ([1, 1, 3], [2, 1, 2], [5]):  # a pass of several tokens reads the ring in order
+        assert_same(run(model, cache, ids[:, 7:], parts), expected, [0, 0], begin=7)
+        cache.reset()
+        run(model, cache, ids[:, :8], [8])
+        cache.crop(7)
+    cache.reset()
+    run(model, cache, ids[:, :3], [3])
+    cache.crop(2)  # the window was not full before
+    cache.crop(1)
+    assert_same(run(model, cache, ids[:, 1:], [2, *[1] * 9]), expected, [0, 0], begin=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["mha", "yoco", "mla", "yoco with retention"])
 def test_a_reset_cache_starts_anew(name, kind, design):
     model, ids = design(name), tokens(2)

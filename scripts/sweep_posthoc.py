@@ -31,7 +31,11 @@ from cllm.posthoc.methods import parse
 SPECS = (
     "xkv:group={group},ratio={ratio}",
     "svd:ratio={ratio}",
+    "xkv:group={group},ratio={ratio}+kivi:bits=4,group=32,residual=0",
     "minicache",
+    "minicache_xkv",
+    "commonkv:group={group}",
+    "kvsharer",
     "kivi:bits=4,group=32,residual=32",
     "kivi:bits=2,group=32,residual=32",
     "xquant:bits=2,group=32,residual=32",
@@ -54,13 +58,16 @@ def parser() -> argparse.ArgumentParser:
     add("--prefix", type=int, metavar="N", help="tokens of it to compress (default: half)")
     add("--batch", type=int, metavar="N", help="windows computed together")
     add("--max-tokens", type=int, metavar="N", help="only the first N tokens of the set")
+    add("--again", action="store_true", help="measure again what is on disk, as after a change of code")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--baseline", metavar="NAME", help="run that increases are relative to (default: the one with most bytes)")
     add("--out", type=Path, metavar="DIR", help="where the table and figure go (default: posthoc/ beside the runs)")
     return parser
 
 
-def _measured(subject: Subject, text: TextSet, settings: Settings, spec: str, prefix: int, window: int) -> Any:
+def _measured(
+    subject: Subject, text: TextSet, settings: Settings, spec: str, prefix: int, window: int, batch: int
+) -> Any:
     """The record of an earlier measurement of the same checkpoint on the same data, or None."""
     path = posthoc.result_path(
         subject.folder / "evaluation",
@@ -77,13 +84,9 @@ def _measured(subject: Subject, text: TextSet, settings: Settings, spec: str, pr
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    same = (record["checkpoint"], record["step"], record["data"], record["precision"]) == (
-        subject.checkpoint,
-        subject.step,
-        str(text.path),
-        subject.precision,
-    )
-    return record if same else None
+    wanted = {"checkpoint": subject.checkpoint, "step": subject.step, "data": str(text.path), "batch": batch}
+    wanted |= {"precision": subject.precision, **posthoc.fingerprints(subject, text)}
+    return record if all(record.get(key) == value for key, value in wanted.items()) else None
 
 
 @one_line
@@ -101,10 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     records, refused = [], []
     for path in options.runs:
         subject = load_subject(path, device)
-        window, prefix, _ = posthoc.resolve(subject, settings, options.prefix, device)
+        window, prefix, batch = posthoc.resolve(subject, settings, options.prefix, device)
         text = next(iter(open_sets(subject, [options.data] if options.data else [])))
         for spec in ("none", *specs):
-            record = _measured(subject, text, settings, spec, prefix, window)
+            record = None if options.again else _measured(subject, text, settings, spec, prefix, window, batch)
             if record is None:
                 try:
                     (record,) = posthoc.measure(subject, text, settings, [spec], device, prefix=prefix)

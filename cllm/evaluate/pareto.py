@@ -69,13 +69,23 @@ def expand(templates: Iterable[str], groups: Sequence[int], ratios: Sequence[flo
 def points(records: Sequence[dict[str, Any]], *, baseline: str | None = None) -> list[Point]:
     """The points of `records`, most bytes first, each run also as it was trained.
 
-    The baseline is the uncompressed run called `baseline`, by default the one with the most bytes. Raises `UserError`
-    for records of several sets, windows or prefixes, and for a baseline that is not there.
+    The baseline is the uncompressed run called `baseline`, by default the one with the most bytes.
+
+    Raises:
+        UserError: for records of several sets, windows, prefixes or texts, for two runs of one name, and for a baseline
+            that is not there.
     """
-    for key in ("set", "data", "prefix", "window", "max_tokens"):
+    for key in ("set", "data", "prefix", "window", "max_tokens", "tokens_scored"):
         if len(seen := {str(record[key]) for record in records}) > 1:
-            raise UserError(f"measurements differ in {key}: {', '.join(sorted(seen))}; measure all alike")
+            hint = ""
+            if key == "tokens_scored":
+                hint = " (another tokenizer, or windows left out that cross documents, make other texts)"
+            raise UserError(f"measurements differ in {key}: {', '.join(sorted(seen))}; measure all alike{hint}")
     runs = {record["run"]: record for record in records}
+    for record in records:
+        one, other = (f"{r['path']}, {r['checkpoint']}" for r in (record, runs[record["run"]]))
+        if one != other:
+            raise UserError(f'two runs are called "{record["run"]}": {one}, and {other}; sweep them apart')
     if baseline is not None and baseline not in runs:
         raise UserError(f"--baseline {baseline}: not among the runs; {nearest(baseline, runs)}")
     base = runs[baseline] if baseline else max(runs.values(), key=lambda record: record["own_bytes_per_token"])

@@ -10,6 +10,7 @@ scored.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import platform
@@ -46,7 +47,8 @@ class _Tally:
 
     nll: float = 0.0
     tokens: int = 0
-    seconds: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    """Of compressing, a batch each."""
     nbytes: int = 0
     end_nbytes: int = 0
     errors: list[dict[int, dict[str, float]]] = field(default_factory=list)
@@ -58,9 +60,9 @@ class _Reference:
     """Sums over the windows, for the cache as it was."""
 
     tally: _Tally = field(default_factory=_Tally)
-    windows: int = 0
     sequences: int = 0
-    seconds: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    """Of prefilling, a batch each."""
     mha_nbytes: int = 0
 
 
@@ -144,10 +146,11 @@ def measure(
         if not math.isfinite(tally.nll):
             raise UserError(f"{subject.path}: {spec}: its loss on {text.path} is {tally.nll}")
     shared = {
-        "run": subject.name, "kind": subject.kind, "checkpoint": subject.checkpoint, "step": subject.step,
+        "run": subject.name, "path": str(subject.folder.resolve()), "kind": subject.kind,
+        "checkpoint": subject.checkpoint, "step": subject.step, **fingerprints(subject, text),
         "design": subject.design, "set": text.name, "data": str(text.path), "split": text.split,
         "window": window, "prefix": prefix, "batch": batch, "max_tokens": settings.max_tokens,
-        "windows": reference.sequences, "precision": subject.precision,
+        "windows": reference.sequences, "generate": generate, "precision": subject.precision,
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
         "versions": {name: text for name, text in environment().items() if name != "command"},
     }  # fmt: skip
@@ -170,18 +173,21 @@ def _score(
     """Fill a cache with `tokens[:, :prefix]`, and read the rest from it compressed by each method, then as it was."""
     began = _now(tokens)
     cache = engine.new_cache()
-    with contextlib.ExitStack() as stack:
-        for method in methods:
-            stack.enter_context(method.watch(engine))
-        engine.hidden(tokens[:, :prefix], cache)
-    ref.seconds += _now(tokens) - began
+    engine.hidden(tokens[:, :prefix], cache)
+    ref.seconds.append(_now(tokens) - began)
+    if watching := [method for method in methods if type(method).watch is not Compressor.watch]:
+        cache = engine.new_cache()  # filled again, so that what they do is not in the time of a prefill
+        with contextlib.ExitStack() as stack:
+            for method in watching:
+                stack.enter_context(method.watch(engine))
+            engine.hidden(tokens[:, :prefix], cache)
     slots = list(engine.filled(cache).slots.values())
     element = slots[0].k.element_size() if slots else 0  # without slots, there is nothing to compress
     ref.mha_nbytes += engine.mha_nbytes(tokens=prefix, batch=len(tokens), element=element)
-    ref.windows, ref.sequences = ref.windows + 1, ref.sequences + len(tokens)
+    ref.sequences += len(tokens)
     for method, tally in zip(methods, tallies, strict=True):
         compressed = engine.compress(cache, method)
-        tally.seconds += compressed.outcome.seconds
+        tally.seconds.append(compressed.outcome.seconds)
         tally.errors.append(compressed.outcome.errors)
         _read(engine, compressed, tokens, prefix, tally, chunk=1 if method.chooses else method.recompress)
     if generate:
@@ -213,6 +219,11 @@ def _now(tensor: Tensor) -> float:
     return time.perf_counter()
 
 
+def _warm(seconds: list[float]) -> float:
+    """The sum without the first batch, in which libraries are loaded and kernels compiled, where there are others."""
+    return sum(seconds[1:] or seconds)
+
+
 def _figures(spec: str, method: Compressor, tally: _Tally, reference: _Reference, prefix: int) -> dict[str, Any]:
     """What a method's record adds to what all of a measurement share."""
     own, loss, exact = reference.tally, tally.nll / tally.tokens, reference.tally.nll / reference.tally.tokens
@@ -233,20 +244,41 @@ def _figures(spec: str, method: Compressor, tally: _Tally, reference: _Reference
         "ratio_to_mha": reference.mha_nbytes / tally.nbytes,
         "end_ratio_to_own": own.end_nbytes / tally.end_nbytes,
         "weight_bytes": method.weight_bytes(),
-        "prefill_seconds": reference.seconds,
-        "compression_seconds": tally.seconds,
-        "compression_share_of_prefill": tally.seconds / reference.seconds,
+        "prefill_seconds": (prefill := _warm(reference.seconds)),
+        "compression_seconds": (compression := _warm(tally.seconds)),
+        "compression_share_of_prefill": compression / prefill,
         "errors": mean_errors(tally.errors),
         **tally.written.figures(),
     }
 
 
+def fingerprints(subject: Subject, text: TextSet) -> dict[str, str]:
+    """What tells the weights and the data of a record from others of the same names: sizes and times of their files."""
+    weights = subject.folder / "checkpoints" / subject.checkpoint if subject.kind == "run" else subject.path
+    return {"weights": _stamp(weights), "data_files": _stamp(text.path)}
+
+
+def _stamp(path: Path) -> str:
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    told = [f"{file.name} {(stat := file.stat()).st_size} {stat.st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+
+
 def result_path(
-    folder: Path, set_name: str, spec: str, *, prefix: int, window: int, max_tokens: int | None, checkpoint: str | None
+    folder: Path,
+    set_name: str,
+    spec: str,
+    *,
+    prefix: int,
+    window: int,
+    max_tokens: int | None,
+    checkpoint: str | None,
+    generate: int = 0,
 ) -> Path:
     """Where the record of a point goes. `checkpoint` is a name for one that is not its run's newest."""
     slug = re.sub(r"[^A-Za-z0-9._=+-]+", "-", spec)
     limit = f"-n{max_tokens}" if max_tokens else ""
+    limit += f"-g{generate}" if generate else ""
     return folder / "posthoc" / set_name / f"{slug}-p{prefix}-w{window}{limit}{checkpoint or ''}.json"
 
 
@@ -260,6 +292,7 @@ def save(subject: Subject, record: dict[str, Any], out: Path | None = None) -> P
         window=record["window"],
         max_tokens=record["max_tokens"],
         checkpoint=None if subject.latest else f"-{Path(record['checkpoint']).stem}",
+        generate=record["generate"],
     )
     try:
         write_atomic(path, json.dumps(record, indent=2) + "\n")

@@ -10,17 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from cllm.data.store import TokenStore
-from cllm.evaluate.posthoc import _Reference, _score, _Tally, result_path
+from cllm.evaluate.posthoc import _Reference, _score, _Tally, _warm, result_path
 from cllm.kv.cache import KVCache
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.methods import parse
 
 
-def _record(run, spec, *, prefix=24, window=48, name="validation"):
-    path = result_path(
-        run.path / "evaluation", name, spec, prefix=prefix, window=window, max_tokens=None, checkpoint=None
-    )
+def _record(run, spec, *, prefix=24, window=48, generate=0):
+    places = {"prefix": prefix, "window": window, "max_tokens": None, "checkpoint": None, "generate": generate}
+    path = result_path(run.path / "evaluation", "validation", spec, **places)
     return json.loads(path.read_text())
 
 
@@ -106,12 +105,28 @@ def test_generation_from_the_command_line(evaluate, run, capsys):
     made, _ = run()
     words = ["--run", made.path, "--device", "cpu", "--posthoc", "none", "--generate", 6]
     assert evaluate(*words) == 0
-    record = _record(made, "none")
+    record = _record(made, "none", generate=6)
     assert record["generated_tokens"] == 6 * record["windows"]
     assert record["generated_same_percent"] == 100
     assert capsys.readouterr().out.splitlines()[1].split()[-2:] == ["100", "%"]
     assert evaluate(*words[:-1], 41) == 2
     assert "--generate is 41; allowed after a prefix of 24 tokens: 0 to 40" in capsys.readouterr().err
+
+
+def test_times_leave_out_the_first_batch_and_what_a_method_watches(decoder, tokens):
+    """CommonKV sees projections in a prefill of its own, which is not the one that is timed."""
+    model, prefills = decoder(qk_norm=False), []
+    engine = engine_of(model)
+    plain = engine.hidden
+    engine.hidden = lambda ids, cache: prefills.append(ids.shape[1]) or plain(ids, cache)
+    tally, reference = _Tally(), _Reference()
+    methods = [parse("commonkv:group=2,recent=0,weights=equal")]
+    for _ in range(2):
+        _score(engine, methods, tokens(2, 49), 24, [tally], reference)
+    assert prefills.count(24) == 2 * 4, "a timed one, one that is seen, and twice the 24 tokens that are scored"
+    assert (len(tally.seconds), len(reference.seconds)) == (2, 2)
+    assert _warm([5.0, 1.0, 2.0]) == 3
+    assert _warm([5.0]) == 5
 
 
 def test_the_reference_is_the_loss_of_a_plain_forward_after_the_prefix(scored, prepared):

@@ -15,7 +15,8 @@ SPECS = ["--spec", "xkv:group={group},ratio={ratio}", "--spec", "minicache:start
 
 
 def record(run, spec, n_bytes, perplexity, *, own=100.0, exact=10.0, **more):
-    shared = {"design": run, "set": "s", "data": "d", "prefix": 8, "window": 16, "max_tokens": None}
+    shared = {"design": run, "set": "s", "data": "d", "prefix": 8, "window": 16, "max_tokens": None,
+              "tokens_scored": 80, "path": f"/runs/{run}", "checkpoint": "step-00000002.ckpt"}  # fmt: skip
     return {
         "run": run, "spec": spec, "method": spec.partition(":")[0], "bytes_per_token": n_bytes,
         "perplexity": perplexity, "own_bytes_per_token": own, "mha_bytes_per_token": 200.0,
@@ -63,6 +64,11 @@ def test_the_front_has_what_nothing_beats():
 def test_unequal_measurements_are_refused():
     with pytest.raises(UserError, match="measurements differ in prefix: 4, 8; measure all alike"):
         points([record("a", "none", 1.0, 1.0), record("b", "none", 1.0, 1.0, prefix=4)])
+    with pytest.raises(UserError, match=r"measurements differ in tokens_scored: 40, 80; measure all alike \(another"):
+        points([record("a", "none", 1.0, 1.0), record("b", "none", 1.0, 1.0, tokens_scored=40)])
+    for other in ({"path": "/other/a"}, {"checkpoint": "step-00000001.ckpt"}):
+        with pytest.raises(UserError, match='two runs are called "a": /'):
+            points([record("a", "none", 1.0, 1.0), record("a", "xkv:a", 1.0, 1.0, **other)])
     with pytest.raises(UserError, match="--baseline c: not among the runs"):
         points([record("a", "none", 1.0, 1.0)], baseline="c")
 
@@ -92,8 +98,19 @@ def test_a_sweep_is_written_and_resumed(sweep, run, tmp_path, capsys, monkeypatc
 
     monkeypatch.setattr(posthoc, "measure", fail)
     assert sweep(*words) == 0
+    with pytest.raises(AssertionError, match="measured again"):
+        sweep(*words, "--again")
+    with pytest.raises(AssertionError, match="measured again"):
+        sweep(*words, "--batch", 1)
     path = next((runs[0].evaluation_folder / "posthoc" / "validation").glob("minicache*"))
-    path.write_text(json.dumps({**json.loads(path.read_text()), "step": 3}))
+    text = path.read_text()
+    path.write_text(json.dumps({**json.loads(text), "step": 3}))
+    with pytest.raises(AssertionError, match="measured again"):
+        sweep(*words)
+    path.write_text(text)
+    assert sweep(*words) == 0
+    (_, checkpoint), *_ = runs[0].checkpoints()
+    checkpoint.write_bytes(checkpoint.read_bytes())  # saved anew: other weights may be under the same name
     with pytest.raises(AssertionError, match="measured again"):
         sweep(*words)
 

@@ -43,7 +43,8 @@ def read_inputs(
         position_ids: (B or 1, T). With padding or a cache they have to be what those imply. Without, wherever they do
             not count on by one a new document begins, as in packed batches.
         past: tokens in the cache; None: there is no cache.
-        known: (B,) padding that the cache was begun with.
+        known: (B,) padding that the cache was begun with, or that it was told to expect of the whole prompt, of which
+            these tokens may be a part.
 
     Raises:
         UserError: for padding on the right that a cache would keep, holes, sequences without a token, masks of another
@@ -53,10 +54,10 @@ def read_inputs(
     _check_shapes(batch, length, attention_mask, position_ids, past or 0)
     if past and length == 1:
         return Inputs()
-    starts = None if attention_mask is None else _padding(attention_mask, cached=past is not None)
-    if past:
+    starts = None if attention_mask is None else padding_of(attention_mask, cached=past is not None, known=known)
+    if past or known is not None:
         if attention_mask is not None:
-            _check_same_padding(starts, known)
+            _check_same_padding(starts, known, (past or 0) + length)
         starts = known
     if position_ids is None:
         return Inputs(starts=None if past else starts)
@@ -83,13 +84,20 @@ def _check_shapes(batch: int, length: int, mask: Tensor | None, positions: Tenso
         raise UserError(f"position_ids are {tuple(positions.shape)}; allowed: {(batch, length)} or {(1, length)}")
 
 
-def _padding(mask: Tensor, *, cached: bool) -> Tensor | None:
-    """(B,) zeros before each sequence, None where there are none anywhere."""
+def padding_of(mask: Tensor, *, cached: bool, known: Tensor | None = None) -> Tensor | None:
+    """(B,) zeros before each sequence of `mask` (B, S), None where there are none anywhere.
+
+    Raises `UserError` for holes, for a sequence without a token, unless `known` padding says that it begins later, and,
+    where it would be `cached`, for padding on the right.
+    """
     real = mask != 0
+    expected = mask.new_zeros(len(mask), dtype=torch.long) if known is None else known
     before = (real.cumsum(1) == 0).sum(1)
     after = (real.flip(1).cumsum(1) == 0).sum(1)
-    rows = torch.stack((before, after, real.sum(1)), dim=1).tolist()  # the one wait for the device
-    for row, (left, right, count) in enumerate(rows):
+    rows = torch.stack((before, after, real.sum(1), expected), dim=1).tolist()  # the one wait for the device
+    for row, (left, right, count, start) in enumerate(rows):
+        if count == 0 and start >= left:
+            continue
         if count == 0:
             raise UserError(f"attention_mask: sequence {row} is all padding; leave it out")
         if left + count + right != mask.shape[1]:
@@ -101,13 +109,14 @@ def _padding(mask: Tensor, *, cached: bool) -> Tensor | None:
                 f"attention_mask: sequence {row} has {right} padding tokens at its end, which a cache would keep; pad "
                 'on the left (tokenizer.padding_side = "left"), or set use_cache=False'
             )
-    return before if any(left for left, _, _ in rows) else None
+    return before if any(left for left, *_ in rows) else None
 
 
-def _check_same_padding(starts: Tensor | None, known: Tensor | None) -> None:
+def _check_same_padding(starts: Tensor | None, known: Tensor | None, columns: int) -> None:
     if starts is None and known is None:
         return
-    found, expected = (0 if t is None else t.tolist() for t in (starts, known))
+    found = 0 if starts is None else starts.tolist()
+    expected = 0 if known is None else known.clamp(max=columns).tolist()
     if found != expected:
         raise UserError(
             f"attention_mask: pads {found} tokens on the left, but the cache was begun with {expected}; go on with the "

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cllm.errors import UserError
 from cllm.hub.config import CLLMConfig
-from cllm.hub.inputs import read_inputs
+from cllm.hub.inputs import padding_of, read_inputs
 from cllm.kv.cache import KVCache
 from cllm.kv.plan import Retention
 from cllm.model.decoder import Decoder
@@ -244,6 +244,17 @@ class CLLMForCausalLM(PreTrainedModel, GenerationMixin):
             reserved = getattr(generation_config, "max_cache_len", None) or 0
             max_len = max(max_cache_length, reserved) if kind == "static" else None
             model_kwargs["past_key_values"] = KVCache(self.model.config, max_len=max_len)
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """`generate` calls this for the prompt, and cuts its mask with it into chunks, the first of which may hold
+        nothing but the padding of a sequence."""
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        if generation_config.prefill_chunk_size is not None and cache is not None and cache.seen == 0:
+            cache.starts = None if mask is None else padding_of(mask, cached=True)
+        base: Any = super()
+        return base._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _check_windows(self, length: int) -> None:
         """Assisted decoding takes tokens back."""

@@ -51,7 +51,7 @@ class KVCache(Cache):
         """Tokens stored, padding included."""
         self.batch: int | None = None
         self.starts: Tensor | None = None
-        """(B,) int64: columns of padding before each sequence; None: none."""
+        """(B,) int64: columns of padding before each sequence; None: none. Set by the first pass."""
         self.column: Tensor | None = None
         """(1,) int64: `seen`, on the device."""
 
@@ -184,6 +184,8 @@ class KVCache(Cache):
             return
         for store in self.stores.values():
             store.crop(length, self.seen)
+        if length == 0:
+            self.starts = None
         self._count(length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

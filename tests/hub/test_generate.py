@@ -126,9 +126,19 @@ def test_a_conversation_goes_on_from_its_cache(hub_model) -> None:
     assert torch.equal(after, _again(model, ids, mask))
 
 
-def test_a_prompt_in_chunks(hub_model) -> None:
-    model = hub_model()
-    assert torch.equal(_greedy(model, IDS[:1], prefill_chunk_size=2), _greedy(model, IDS[:1]))
+@pytest.mark.parametrize("name", ["fusedkv", "mla", "trailing", "yoco with retention"])
+def test_a_prompt_in_chunks(name, of_preset) -> None:
+    """Of the padded sequence the first chunks hold only padding, or padding and a token."""
+    model = of_preset(name)
+    mask = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]])
+    expected = _greedy(model, attention_mask=mask)
+    for size, kind in ((1, "dynamic"), (2, "dynamic"), (2, "static"), (3, "dynamic"), (4, "static"), (9, "dynamic")):
+        found = _greedy(model, attention_mask=mask, prefill_chunk_size=size, cache_implementation=kind)
+        assert torch.equal(found, expected), (size, kind)
+    with pytest.raises(UserError, match="sequence 0 is all padding"):
+        _greedy(model, attention_mask=mask * torch.tensor([[0], [1]]), prefill_chunk_size=2)
+    with pytest.raises(UserError, match="sequence 0 has 2 padding tokens at its end"):
+        _greedy(model, attention_mask=MASK.flip(1), prefill_chunk_size=2)
 
 
 @pytest.mark.parametrize(

@@ -143,8 +143,9 @@ class CLLMForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: return a cache; by default what the config says, except in training and with labels.
             logits_to_keep: logits of the last so many places, or of the places in a (n,) tensor; 0: of all. None: of
                 all, except with labels in training: the loss needs no logits.
-            early_exit: above the last layer that owns a slot, compute the last token only, exactly. None: where no
-                other logits are wanted, as `generate` says of its prompts (logits_to_keep=1, no labels).
+            early_exit: above the last layer that owns a slot, compute the last token only, exactly, but without
+                gradients. None: where neither those nor other logits are wanted, as `generate` says of its prompts
+                (logits_to_keep=1, no labels).
             num_items_in_batch: the loss is the sum over scored tokens divided by this; None: their mean.
             inputs_embeds, output_attentions, output_hidden_states: not supported.
 
@@ -173,7 +174,10 @@ class CLLMForCausalLM(PreTrainedModel, GenerationMixin):
         if early_exit and not last_only:
             wanted = "labels" if labels is not None else f"logits_to_keep {logits_to_keep}"
             raise UserError(f"early_exit computes the last logits only, but {wanted} wants more; allowed: 1, no labels")
-        last_only = last_only and early_exit is not False
+        learns = last_only and early_exit is not False and self._learns()
+        if early_exit and learns:
+            raise UserError("early_exit computes no gradients; use torch.no_grad(), or leave it out")
+        last_only = last_only and early_exit is not False and not learns
         hidden = self.model.hidden(input_ids, *inputs[:2], cache=cache, starts=inputs.starts, last_only=last_only)
         loss = None if labels is None else self._loss(hidden, labels, num_items_in_batch)
         logits = None
@@ -187,6 +191,9 @@ class CLLMForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
+
+    def _learns(self) -> bool:
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
 
     def _replays(self, cache: KVCache, input_ids: Tensor) -> bool:
         """Whether this is a step that a CUDA graph can make: one token over a static cache, without gradients."""

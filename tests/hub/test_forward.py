@@ -101,8 +101,25 @@ def test_early_exit_is_refused_where_prompt_logits_are_wanted(hub_model) -> None
     for inputs, wanted in (({"labels": ids}, "labels"), ({}, "logits_to_keep None"), ({"logits_to_keep": 2}, "2")):
         with pytest.raises(UserError, match=f"early_exit computes the last logits only, but .*{wanted} wants more"):
             model(ids, early_exit=True, **inputs)
-    exact = model(ids, early_exit=False, logits_to_keep=1).logits
-    torch.testing.assert_close(model(ids, early_exit=True, logits_to_keep=1).logits, exact, atol=1e-5, rtol=1e-5)
+    exact = _logits(model, ids, early_exit=False, logits_to_keep=1)
+    torch.testing.assert_close(_logits(model, ids, early_exit=True, logits_to_keep=1), exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mha", "fusedkv", "mla"])
+def test_the_last_logits_have_gradients(name, hub_model, preset_config) -> None:
+    """Early exit has none, so it is for others to take."""
+    model = hub_model(config=preset_config(name)).train()
+    model(IDS).logits[:, -1:].sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    for use_cache in (False, True):
+        model.zero_grad()
+        model(IDS, logits_to_keep=1, use_cache=use_cache).logits.sum().backward()
+        for n, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[n], msg=n)
+    with pytest.raises(UserError, match="early_exit computes no gradients"):
+        model(IDS, logits_to_keep=1, early_exit=True)
+    model.requires_grad_(False)
+    model(IDS, logits_to_keep=1, early_exit=True)
 
 
 def test_a_cache_is_returned_outside_of_training(hub_model) -> None:

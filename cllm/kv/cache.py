@@ -61,6 +61,7 @@ class KVCache(Cache):
     def is_static(self) -> bool:
         return self.max_len is not None
 
+    @torch.inference_mode(False)  # a cache filled in inference mode can go on outside of it
     def begin(self, plan: KVPlan, ids: Tensor, starts: Tensor | None, dtype: torch.dtype) -> Step:
         """Check and prepare for a pass over `ids` (B, T) of a model with `plan`, which computes in `dtype`.
 
@@ -201,6 +202,7 @@ class KVCache(Cache):
         if self.batch is not None:
             self._rearrange(lambda t: t.repeat_interleave(repeats, dim=0), self.batch * repeats)
 
+    @torch.inference_mode(False)
     def _rearrange(self, change: Callable[[Tensor], Tensor], batch: int) -> None:
         if self.batch is None:
             return

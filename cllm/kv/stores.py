@@ -2,7 +2,8 @@
 
 A forward pass hands a store the slot of its new tokens (`extend`) and gets back what readers attend to; the tokens
 count as stored when the pass is over (`commit`). Until then a pass may extend again with better values, as cyclic plans
-do. A windowed slot keeps the last `window` tokens and no more.
+do. A windowed slot keeps the last `window` tokens and no more. What is stored has no gradients: those of a pass go to
+its own tokens and not to earlier ones.
 
 Shapes: B batch, T new tokens, S tokens that readers see, G KV heads, D channels of a head.
 """
@@ -177,7 +178,7 @@ class GrowingSlot(SlotStore):
     def commit(self, step: Step) -> None:
         if self.pending is None:
             return
-        slot, self.pending = self.pending, None
+        slot, self.pending = self.pending.map(Tensor.detach), None
         surplus = 0 if self.window is None else slot.k.shape[1] - self.window
         self.slot = slot.map(lambda t: t[:, surplus:].clone()) if surplus > 0 else slot
 
@@ -209,14 +210,14 @@ class FixedSlot(SlotStore):
             for stored, tensor in zip(self.slot, self.pack(new), strict=True):
                 if stored is not None:
                     assert tensor is not None
-                    _rows(stored).index_copy_(1, place, _rows(tensor))
+                    _rows(stored).index_copy_(1, place, _rows(tensor.detach()))
             return self.slot
         self.pending = self.pack(new)
         if step.past == 0:
             return new
         if step.past + step.length > self.size:  # a ring about to wrap: what falls out is still seen by some
             return self.unpack(self.last(self.kept(step.past), step.past)).join(new)
-        if self.fp8:
+        if self.fp8 or new.k.requires_grad:
             return self.unpack(self.slot.map(lambda t: t[:, : step.past])).join(new)
         self.commit(step)
         return self.slot.map(lambda t: t[:, : step.past + step.length])
@@ -236,7 +237,7 @@ class FixedSlot(SlotStore):
         for stored, tensor in zip(self.slot, pending, strict=True):
             if stored is not None:
                 assert tensor is not None
-                _rows(stored).index_copy_(1, places, _rows(tensor)[:, -n:])
+                _rows(stored).index_copy_(1, places, _rows(tensor.detach())[:, -n:])
 
     def crop(self, length: int, past: int) -> None:
         self.can_crop(length, past)
@@ -278,9 +279,11 @@ class StateStore(Store):
         self.pending = state
 
     def commit(self, step: Step) -> None:
-        if self.pending is not None:
+        if self.pending is not None and self.pending.requires_grad:  # the pass still needs the state that it began with
+            self.state = self.pending.detach()
+        elif self.pending is not None:
             self.state.copy_(self.pending)
-            self.pending = None
+        self.pending = None
 
     def crop(self, length: int, past: int) -> None:
         if length < past:

@@ -212,6 +212,59 @@ def test_compiled_decoding_gives_the_same_logits(name, design):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["mha", "fusedkv", "trailing", "mla", "lckv", "yoco with retention"])
+def test_what_is_stored_has_no_gradients_and_the_pass_has_its_own(name, kind, exact_config, random_model):
+    model, ids = random_model(exact_config(name)), tokens(2)
+    found = {}
+    for cached in (False, True):
+        cache = KVCache(model.config, max_len=KINDS[kind]) if cached else None
+        model.zero_grad()
+        model(ids, cache=cache).sum().backward()
+        found[cached] = {n: p.grad.clone() for n, p in model.named_parameters()}
+    for parameter, gradient in found[False].items():
+        torch.testing.assert_close(found[True][parameter], gradient, msg=parameter, atol=1e-4, rtol=1e-4)
+    assert not any(t.requires_grad for store in cache.stores.values() for t in store.tensors().values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["fusedkv", "trailing"])
+def test_gradients_of_a_pass_go_to_its_own_tokens(name, kind, exact_config, random_model):
+    """Those of the same tokens in a growing cache and in a static one, whatever came before with gradients or without."""
+    model, ids = random_model(exact_config(name)), tokens(2)
+    found = []
+    for before in (torch.no_grad(), torch.enable_grad()):
+        cache = KVCache(model.config, max_len=KINDS[kind])
+        with before:
+            model(ids[:, :5], cache=cache)
+            model(ids[:, 5:6], cache=cache)
+        model.zero_grad()
+        model(ids[:, 6:], cache=cache).sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        assert a.any()
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["fusedkv", "trailing", "mla", "yoco with retention"])
+def test_a_cache_filled_in_inference_mode_goes_on_outside_of_it(name, kind, exact_config, random_model):
+    model, ids = random_model(exact_config(name)).eval(), tokens(3)
+    starts, order = torch.tensor(PADDING), torch.tensor([0, 1, 1])
+    with torch.no_grad():
+        expected = alone(model, ids, PADDING)
+    cache = KVCache(model.config, max_len=KINDS[kind])
+    with torch.inference_mode():
+        run(model, cache, ids[:, :6], [5, 1], starts)
+        cache.batch_select_indices(torch.tensor([0, 1]))
+        cache.batch_select_indices(order)
+    with torch.no_grad():
+        found = run(model, cache, ids[order, 6:9], [1, 2])
+        cache.reorder_cache(torch.tensor([0, 1, 2]))
+    found = torch.cat((found, run(model, cache, ids[order, 9:], [1, 2])), dim=1).detach()
+    assert_same(found, expected[order], [PADDING[i] for i in order], begin=6)
+
+
 # ---- bytes ----------------------------------------------------------------------------------------------------------
 
 # Numbers (not bytes) that one sequence of 12 tokens leaves in the cache of 8 layers with heads of 8 channels: counted

@@ -25,6 +25,10 @@ from cllm.kv.sources import slot_widths
 from cllm.kv.stores import FixedSlot, GrowingSlot, SlotStore, StateStore, Step, Store
 
 
+_SLOTS_DEPEND_ON = ("d_model", "n_heads", "resolved_head_dim", "rope", "norm_eps", "qk_norm", "q_bias", "kv_bias")
+"""What two models have in common, beside the KV plan, if one can go on from the other's slots."""
+
+
 class KVCache(Cache):
     """What a decoder keeps of the tokens it has seen."""
 
@@ -61,6 +65,16 @@ class KVCache(Cache):
     def is_static(self) -> bool:
         return self.max_len is not None
 
+    def check(self, config: ModelConfig) -> None:
+        """Raises `UserError` for the config of a model whose slots are not those of the one that the cache is for."""
+        if config is self.config:
+            return
+        for key in _SLOTS_DEPEND_ON:
+            mine, other = getattr(self.config, key), getattr(config, key)
+            if mine != other:
+                name = key.removeprefix("resolved_")
+                raise UserError(f"the cache was made for another model: its {name} is {mine}, the model's {other}")
+
     @torch.inference_mode(False)  # a cache filled in inference mode can go on outside of it
     def begin(self, plan: KVPlan, ids: Tensor, starts: Tensor | None, dtype: torch.dtype) -> Step:
         """Check and prepare for a pass over `ids` (B, T) of a model with `plan`, which computes in `dtype`.
@@ -76,8 +90,8 @@ class KVCache(Cache):
             raise UserError(
                 f"cache: {self.seen} tokens stored and {length} to come, but it was made for max_len {self.max_len}"
             )
-        if self.batch is None:
-            self.batch = batch
+        if self.batch is None or (self.seen == 0 and batch != self.batch):
+            self.batch, self.stores = batch, {}
             self._allocate(batch, ids.device, dtype)
         if batch != self.batch:
             raise UserError(f"cache: holds {self.batch} sequences and was handed {batch}")
@@ -162,7 +176,7 @@ class KVCache(Cache):
         raise UserError("a KVCache serves cllm models only; other models need a cache of their own")
 
     def reset(self) -> None:
-        """Forget all tokens and keep the memory."""
+        """Forget all tokens. A static cache keeps its memory for the next batch of as many sequences."""
         if self.batch is None:
             return
         if self.is_static:

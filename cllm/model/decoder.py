@@ -39,6 +39,8 @@ class Decoder(nn.Module):
         assert config.vocab_size is not None, "set model.vocab_size before building the model"
         self.config, self.plan, self.backend = config, config.plan(), backend
         self.gradient_checkpointing = False
+        self.recompute_fusion = False
+        """Make fused keys and values again for the gradient and keep none of them."""
         self.fp32_residual = False
         """Under autocast, keep the residual stream in fp32 and not in autocast's dtype."""
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
@@ -143,6 +145,7 @@ class Decoder(nn.Module):
             raise UserError("document_ids (packed documents) go neither with a cache nor with padding")
         step = None
         if cache is not None:
+            cache.check(self.config)
             step, starts = cache.begin(self.plan, input_ids, starts, self._dtype()), cache.starts
         context = self._context(input_ids, positions, document_ids, starts, step, cache)
         top = max(self.plan.owners) if last_only and input_ids.shape[1] > 1 else None
@@ -219,6 +222,7 @@ class Decoder(nn.Module):
             }
         is_text = None if starts is None else columns >= starts[:, None]
         context = Context(self.config.rope, positions, document_ids, self.backend, documents, cached, step, is_text)
+        context.recompute_fusion = self.recompute_fusion
         context.prepare(self.plan, self.config.resolved_head_dim, sizes)
         return context
 

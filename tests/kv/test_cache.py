@@ -201,6 +201,8 @@ def test_a_reset_cache_starts_anew(name, kind, design):
     run(model, cache, tokens(2, seed=5), [LENGTH], torch.tensor([2, 0]))
     cache.reset()
     assert_same(run(model, cache, ids, [5, 1, 6]), model(ids), [0, 0])
+    cache.reset()  # and so may another batch
+    assert_same(run(model, cache, ids[:1], [5, 1, 6]), model(ids[:1]), [0])
 
 
 @pytest.mark.parametrize("name", ["fusedkv", "yoco with retention"])
@@ -230,7 +232,7 @@ def test_what_is_stored_has_no_gradients_and_the_pass_has_its_own(name, kind, ex
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["fusedkv", "trailing"])
 def test_gradients_of_a_pass_go_to_its_own_tokens(name, kind, exact_config, random_model):
-    """Those of the same tokens in a growing cache and in a static one, whatever came before with gradients or without."""
+    """Whether those before were computed with gradients or without."""
     model, ids = random_model(exact_config(name)), tokens(2)
     found = []
     for before in (torch.no_grad(), torch.enable_grad()):
@@ -367,10 +369,15 @@ def test_decoding_from_fp8_stays_near(name, kind, design):
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 
-def test_bad_use_is_refused(design, tiny_config):
+def test_bad_use_is_refused(design, tiny_config, random_model):
     model, other, ids = design("mha"), design("gqa"), tokens(2)
     with pytest.raises(UserError, match="made for another model"):
         other(ids, cache=KVCache(model.config))
+    for key, value in (("head_dim", 16), ("d_model", 48), ("rope", {"theta": 500.0})):
+        with pytest.raises(UserError, match=f"made for another model: its {key} is .*, the model's .*"):
+            random_model(tiny_config(kv={"preset": "mha"}, **{key: value}))(ids, cache=KVCache(model.config))
+    longer = model.config.model_copy(update={"max_seq_len": 128, "d_ff": 99})  # nothing that slots depend on
+    model(ids, cache=KVCache(longer))
     with pytest.raises(UserError, match=r"8 tokens stored and 4 to come, but it was made for max_len 10"):
         run(model, KVCache(model.config, max_len=10), ids, [8, 4])
     cache = KVCache(model.config)

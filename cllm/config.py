@@ -212,7 +212,7 @@ class TrainConfig(Section):
     """Products of the blocks' linear layers in fp8 by torchao, one scale a tensor (fastest), a row, or a row with the
     weights' gradients in bf16 (most exact); needs a GPU of compute capability 8.9; null: none."""
     fp32_residual: bool = False
-    """With bf16, keep the residual stream in fp32; costs a few percent of speed."""
+    """With bf16 under auto, single and ddp, keep the residual stream in fp32; costs a few percent of speed."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: a GPU if there is one."""
     devices: int | Literal["auto"] = "auto"
@@ -225,7 +225,7 @@ class TrainConfig(Section):
     offload_optimizer: bool = False
     """zero1, zero2, zero3: keep master weights and optimizer states in the machine's memory and step on its CPU."""
     max_skipped_steps: int = Field(10, ge=0)
-    """zero1, zero2, zero3: steps without a finite gradient, which DeepSpeed skips, before the run stops."""
+    """Steps without a finite gradient, which are skipped, before the run stops."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile each block; auto: on a GPU."""
     gradient_checkpointing: bool = False
@@ -259,6 +259,11 @@ class TrainConfig(Section):
             )
         if self.offload_optimizer and not self.strategy.startswith("zero"):
             raise ValueError(f"offload_optimizer needs strategy zero1, zero2 or zero3; strategy is {self.strategy}")
+        if self.fp32_residual and self.strategy.startswith("zero"):
+            raise ValueError(
+                f"fp32_residual is true, but {self.strategy} keeps weights and the residual stream in bf16; allowed "
+                "strategies: auto, single, ddp"
+            )
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         return self

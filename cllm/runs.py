@@ -85,6 +85,10 @@ class RunFolder:
         found = [(m, p) for p in self.checkpoint_folder.glob("step-*.ckpt") if (m := _CHECKPOINT.fullmatch(p.name))]
         return sorted((int(match[1]), path) for match, path in found)
 
+    def newest_checkpoint(self) -> Path | None:
+        """The path of the newest checkpoint, or None where there is none."""
+        return self.checkpoints()[-1][1] if self.checkpoints() else None
+
     @staticmethod
     def step_of(checkpoint: Path) -> int:
         """The step in a checkpoint's name. Raises `UserError` for another name."""

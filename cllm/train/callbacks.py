@@ -21,10 +21,13 @@ from cllm.kv.describe import plan_figure
 from cllm.runs import RunFolder
 from cllm.train.metrics import MetricsLog
 from cllm.train.module import TrainingModule
-from cllm.train.strategy import check_skipped, engine_of, gradient_norm
+from cllm.train.strategy import engine_of, gradient_norm, weights_are_finite
 from cllm.train.throughput import Clock, peak_flops
 
 log = logging.getLogger(__name__)
+
+_SKIPPED = "skipped_steps"
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def step_is_complete(trainer: Trainer) -> bool:
@@ -58,6 +61,7 @@ class Metrics(Callback):
         self.hyperparameters = hyperparameters
         self.max_skipped_steps = max_skipped_steps
         self.clock = Clock()
+        self.rate = 0.0  # the learning rate of the step under way
         self.since = start_step  # the step of the last row
         self.writer: MetricsLog | None = None
         self.bar: tqdm | None = None
@@ -80,6 +84,7 @@ class Metrics(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.clock.working()
+        self.rate = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self.clock.parts.mark("forward")
@@ -96,7 +101,7 @@ class Metrics(Callback):
             return
         engine = engine_of(trainer)
         if engine is not None:
-            check_skipped(engine, self.max_skipped_steps, step)
+            self._check_skipped(engine.skipped_steps, step)
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
         if step % self.log_every == 0 or step == self.steps:
@@ -104,13 +109,14 @@ class Metrics(Callback):
             self._log_training(trainer, pl_module, step)
 
     def _log_training(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
-        loss = float(trainer.strategy.reduce(module.take_training_loss().to(module.device), reduce_op="mean"))
+        total, count = trainer.strategy.reduce(module.take_training_loss(), reduce_op="sum").tolist()
+        loss = total / max(count, 1)
         seconds, waited = self.clock.read()
         steps = step - self.since
         rate = steps * self.tokens_per_step / max(seconds, 1e-9)
         values = {
             "train/loss": loss,
-            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/lr": self.rate,
             "train/gradient_norm": float(module.gradient_norm),
             "throughput/tokens_per_s": rate,
             "throughput/data_wait": waited / max(seconds, 1e-9),
@@ -121,20 +127,32 @@ class Metrics(Callback):
         engine = engine_of(trainer)
         if engine is not None:
             values["train/gradient_norm"] = gradient_norm(engine)
-            values["train/skipped_steps"] = check_skipped(engine, self.max_skipped_steps, step)
+        skipped = int(module.skipped_steps if engine is None else engine.skipped_steps)
+        values["train/skipped_steps"] = skipped
         peak = peak_flops(module.device)
         if peak is not None:
             values["throughput/mfu"] = rate * self.flops_per_token / (peak * trainer.world_size)
         self._write(step, values)
         self._show(step, loss, rate)
-        if not math.isfinite(loss) and engine is None:  # with an engine, such a step was skipped and counted
-            saved = [str(path) for _, path in self.folder.checkpoints()]
-            raise UserError(
-                f"train/loss is {loss} at step {step}; the newest checkpoint is {saved[-1] if saved else 'none'}; "
-                "lower optim.lr or look at the data"
-            )
+        self._check_skipped(skipped, step)
         self.since = step
         self.clock.start()
+
+    def _check_skipped(self, skipped: int, step: int) -> None:
+        if skipped > self.max_skipped_steps:
+            raise UserError(
+                f"{skipped} steps up to step {step} had a gradient that was not finite and were skipped; "
+                f"train.max_skipped_steps is {self.max_skipped_steps}; the newest checkpoint is "
+                f"{self.folder.newest_checkpoint() or 'none'}; lower optim.lr or look at the data"
+            )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        checkpoint[_SKIPPED] = int(pl_module.skipped_steps)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        pl_module.skipped_steps = checkpoint.get(_SKIPPED, 0)  # runs from before they were counted have none
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.clock.pause()
@@ -194,7 +212,7 @@ def _peak_memory(device: torch.device) -> float:
 class Checkpoints(Callback):
     """Saves every `every` steps and at the end, under a temporary name first, and keeps the newest `keep`.
 
-    `every` None: only when `save` is called.
+    `every` None: only when `save` is called. Weights that are not finite are never saved.
     """
 
     def __init__(self, folder: RunFolder, *, every: int | None, keep: int, steps: int, clock: Clock):
@@ -207,11 +225,30 @@ class Checkpoints(Callback):
         if self.every is not None and step_is_complete(trainer) and (step % self.every == 0 or step == self.steps):
             self.save(trainer)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Count the micro-batches so far as if the devices had always been as many as now.
+
+        Lightning ends a step, and validates, where that count is a multiple of a step's micro-batches on one device.
+        """
+        batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for span in ("total", "current"):  # saved before the end of the batch, which Lightning makes up for
+            progress[span] |= dict.fromkeys(("ready", "started", "processed"), batches) | {"completed": batches - 1}
+
     def save(self, trainer: Trainer) -> None:
-        """Save now, unless this step is saved already. All processes call it; the first names what they wrote."""
+        """Save now, unless this step is saved already. All processes call it; the first names what they wrote.
+
+        Raises:
+            UserError: when a weight is not finite.
+        """
         path = self.folder.checkpoint_path(trainer.global_step)
         if trainer.strategy.broadcast(path.exists()):
             return
+        if not trainer.strategy.reduce_boolean_decision(weights_are_finite(trainer.lightning_module), all=True):
+            raise UserError(
+                f"weights are not finite after step {trainer.global_step} and were not saved; the newest checkpoint is "
+                f"{self.folder.newest_checkpoint() or 'none'}; lower optim.lr or look at the data"
+            )
         partial = path.with_suffix(".partial")
         self.clock.pause()
         if trainer.is_global_zero and partial.is_dir():
@@ -227,22 +264,27 @@ class Checkpoints(Callback):
 
 
 class StopWhenDone(Callback):
-    """Ends the run after its last step, with one more validation, and on SIGTERM or SIGINT after the step under way.
+    """Ends the run after its last step, with one more validation, and on a signal after the step under way, without.
 
-    On a signal the run is saved first; `--resume auto` goes on from there. A second SIGINT interrupts at once. Several
-    processes agree on stopping every `agree_every` steps, since agreeing makes the host wait for the device.
+    The signals are SIGTERM, SIGINT and SIGUSR1, which is the one that srun hands on to its tasks and lives. The run is
+    saved first; `--resume auto` goes on from there. A second SIGINT interrupts at once. Several processes agree on
+    stopping every `agree_every` steps, since agreeing makes the host wait for the device.
     """
 
     def __init__(self, checkpoints: Checkpoints, steps: int, agree_every: int):
         self.checkpoints, self.steps, self.agree_every = checkpoints, steps, agree_every
         self.received: int | None = None
         self._before: dict[int, Any] = {}
+        self._process = os.getpid()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._handle)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Before the loaders' processes fork: what they inherit keeps them alive until the step under way has ended.
+        if not self._before:
+            self._before = {number: signal.signal(number, self._handle) for number in _STOPPING}
 
     def _handle(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:
+            return
         self.received = number
         tqdm.write(f"{signal.Signals(number).name}: saving after this step, then stopping", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -256,12 +298,21 @@ class StopWhenDone(Callback):
         if trainer.world_size > 1:
             agree = trainer.global_step % self.agree_every == 0
             stop = agree and trainer.strategy.reduce_boolean_decision(stop, all=False)
+        done = trainer.global_step >= self.steps
         if stop:
             self.checkpoints.save(trainer)
-        if stop or trainer.global_step >= self.steps:
+            trainer.fit_loop.epoch_loop._skip_next_val = not done  # who sends a signal does not wait for a validation
+        if stop or done:
             trainer.should_stop = True
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

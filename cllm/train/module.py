@@ -28,10 +28,13 @@ class TrainingModule(lightning.LightningModule):
         self.model, self.config = model, config
         self.validation_names = validation_names
         self.loss_sum: Tensor | float = 0.0
-        """Sum of micro-batch losses since a callback last took it."""
-        self.loss_count = 0
+        """Nats of scored tokens, or micro-batch losses where all tokens are scored, since a callback last took them."""
+        self.loss_count: Tensor | int = 0
+        """How many."""
         self.gradient_norm: Tensor | float = 0.0
         """Norm of the last step's gradient, before clipping."""
+        self.skipped_steps: Tensor | int = 0
+        """Steps of the run whose gradient was not finite, so that they changed nothing. DeepSpeed counts its own."""
         self._scores: dict[int, Tensor] = {}
 
     def loss(self, batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:
@@ -44,16 +47,23 @@ class TrainingModule(lightning.LightningModule):
         )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.loss(batch)
+        """With document masks, nats over the tokens of a micro-batch, scored or not.
+
+        Micro-batches differ in how many labels count; divided by what is the same for all, every scored token of a step
+        weighs the same, whatever the number of micro-batches and devices.
+        """
+        labels = batch["labels"]
+        masked = "document_ids" in batch
+        loss = self.loss(batch, "sum" if masked else "mean")
         self.loss_sum = self.loss_sum + loss.detach()
-        self.loss_count += 1
-        return loss
+        self.loss_count = self.loss_count + ((labels != IGNORE).sum() if masked else 1)
+        return loss / labels.numel() if masked else loss
 
     def take_training_loss(self) -> Tensor:
-        """Mean loss of the micro-batches since the last call."""
-        mean = torch.as_tensor(self.loss_sum) / max(self.loss_count, 1)
+        """(2,) fp32 on the module's device: the sum of losses since the last call, and what to divide it by."""
+        taken = torch.stack([torch.as_tensor(part, device=self.device) for part in (self.loss_sum, self.loss_count)])
         self.loss_sum, self.loss_count = 0.0, 0
-        return mean
+        return taken
 
     def on_validation_epoch_start(self) -> None:
         self._scores = {n: torch.zeros(2, dtype=torch.float64) for n in range(len(self.validation_names))}
@@ -79,8 +89,14 @@ class TrainingModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Clip by norm and keep the norm for the log. DeepSpeed does both itself, and calls this every micro-batch."""
+        """Clip by norm, keep the norm for the log, and leave the step out where the norm is not finite.
+
+        DeepSpeed does all of it itself, and calls this every micro-batch.
+        """
         if isinstance(self.trainer.strategy, ZeroStrategy):
             return
         limit = self.config.optim.grad_clip
         self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit or float("inf"))
+        skip = 1.0 - self.gradient_norm.isfinite().float()
+        optimizer.found_inf = skip  # read by AdamW's fused kernel, on the device: weights and moments stay as they are
+        self.skipped_steps = self.skipped_steps + skip

@@ -38,11 +38,10 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; the fused kernel where all parameters are on a GPU."""
-    fused = all(p.is_cuda for p in model.parameters())
+    """AdamW over `parameter_groups`. Its fused kernel, and no other form of it, can leave out a step on the device."""
     groups = parameter_groups(model, config)
     beta1, beta2 = config.betas
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=fused or None)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
 
 
 def learning_rate_factor(step: int, steps: int, config: OptimConfig) -> float:

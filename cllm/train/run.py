@@ -29,7 +29,7 @@ from cllm.train.callbacks import Checkpoints, Metrics, StopWhenDone
 from cllm.train.environment import environment
 from cllm.train.float8 import check_float8, convert_blocks
 from cllm.train.module import TrainingModule
-from cllm.train.strategy import check_shards, cluster_plugins, family, make_strategy, zero_stage
+from cllm.train.strategy import check_launch, check_shards, cluster_plugins, family, make_strategy, zero_stage
 from cllm.uptrain.decoder import TracedDecoder
 from cllm.uptrain.module import Recovery, UptrainingModule
 from cllm.uptrain.start import calibration_batches, make_student, open_teacher
@@ -94,21 +94,30 @@ def open_folder(config: Config, resume: str | None, overwrite: bool) -> tuple[Ru
     """The run's folder and the checkpoint to go on from, or None to start afresh. Nothing is written here.
 
     Raises:
-        UserError: when the folder holds a run and neither resuming nor overwriting was asked for, when the checkpoint
-            does not exist, or when the saved run is another one.
+        UserError: when the folder holds a run and neither resuming nor overwriting was asked for, or both; when the
+            checkpoint does not exist; when the saved run is another one, or finished without a checkpoint.
     """
     folder = RunFolder(Path(config.runs_dir) / config.name)
+    if resume is not None and overwrite:
+        raise UserError(f"--resume {resume} goes on with a run and --overwrite replaces it; give one of them")
+    # Other processes of this run start when the first has made the folder already.
+    held = getattr(rank_zero_only, "rank", 0) == 0 and folder.config_file.exists()
     if resume is None:
-        # Other processes of this run start when the first has made the folder already.
-        if getattr(rank_zero_only, "rank", 0) == 0 and folder.config_file.exists() and not overwrite:
+        if held and not overwrite:
             raise UserError(
                 f"{folder.path} holds a run already; go on with --resume auto, replace it with --overwrite, or choose "
                 "another --name"
             )
         return folder, None
     if resume == "auto":
-        checkpoints = folder.checkpoints()
-        checkpoint = checkpoints[-1][1] if checkpoints else None
+        checkpoint = folder.newest_checkpoint()
+        if checkpoint is None and held:  # of a run that ended before its first one: it starts afresh
+            check_resumable(config, folder)
+            if max((row["step"] for row in folder.metrics()), default=0) >= folder.config().train.steps:
+                raise UserError(
+                    f"{folder.path} holds a finished run without checkpoints, so that --resume auto would train it "
+                    "anew; replace it with --overwrite, or choose another --name"
+                )
     else:
         checkpoint = Path(resume)
         if not checkpoint.exists():
@@ -177,8 +186,9 @@ def make_trainer(config: Config, folder: RunFolder, metrics: Metrics, *more: Cal
         use_distributed_sampler=False,
         default_root_dir=str(folder.path),
     )
-    # Before each micro-batch Lightning asks the first process whether it had a SIGTERM, and every host waits for its
-    # device to hear the answer. `StopWhenDone` has taken that signal over.
+    # `StopWhenDone` has the signals. Lightning's handler of SIGTERM would end a run in mid-step; and before each
+    # micro-batch it asks the first process whether it had one, and every host waits for its device to hear the answer.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer
 
@@ -216,6 +226,7 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
     """
     _quieten()
     config = with_vocabulary(config)
+    check_launch(_devices(config, _accelerator(config)), config.train.num_nodes)
     folder, checkpoint = open_folder(config, resume, overwrite)
     start_step = folder.step_of(checkpoint) if checkpoint else 0
     if start_step >= config.train.steps:

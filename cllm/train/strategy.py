@@ -19,13 +19,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -275,8 +276,32 @@ def make_strategy(train: TrainConfig, *, accelerator: str, devices: int, accumul
 
 
 def cluster_plugins() -> list[Any]:
-    """Under srun, SLURM's process numbers without Lightning's own requeueing, which can save in mid-step."""
-    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    """Under srun, SLURM's process numbers without Lightning's own requeueing, which can save in mid-step.
+
+    torchrun has numbers of its own, also inside a SLURM allocation.
+    """
+    srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    return [SLURMEnvironment(auto_requeue=False)] if srun else []
+
+
+def check_launch(devices: int, num_nodes: int) -> None:
+    """Refuse a number of processes, started by torchrun or SLURM, that the config does not ask for.
+
+    Raises:
+        UserError: names `train.devices`, `train.num_nodes` and what was started.
+    """
+    if TorchElasticEnvironment.detect():
+        launcher, variable = "torchrun", "WORLD_SIZE"
+    elif SLURMEnvironment.detect():
+        launcher, variable = "SLURM", "SLURM_NTASKS"
+    else:
+        return
+    started = int(os.environ[variable])
+    if started != devices * num_nodes:
+        raise UserError(
+            f"train.devices is {devices} and train.num_nodes {num_nodes}, but {launcher} has started {started} "
+            f"processes ({variable}); allowed: as many as train.devices x train.num_nodes"
+        )
 
 
 # ---- what DeepSpeed's engine knows and Lightning does not ------------------------------------------------------------
@@ -293,19 +318,10 @@ def gradient_norm(engine: Any) -> float:
     return float("nan") if norm is None else float(norm)
 
 
-def check_skipped(engine: Any, limit: int, step: int) -> int:
-    """How many steps of the run had a gradient that was not finite, and were left out by DeepSpeed without a word.
-
-    Raises:
-        UserError: when they are more than `limit` (`train.max_skipped_steps`).
-    """
-    skipped = int(engine.skipped_steps)
-    if skipped > limit:
-        raise UserError(
-            f"{skipped} steps up to step {step} had a gradient that was not finite and were skipped; "
-            f"train.max_skipped_steps is {limit}: lower optim.lr or look at the data"
-        )
-    return skipped
+def weights_are_finite(model: nn.Module) -> bool:
+    """Whether all weights are finite; under ZeRO-3, this process's share of them. Waits for the device."""
+    shares = [getattr(p, "ds_tensor", p).detach() for p in model.parameters()]
+    return bool(torch.stack([share.isfinite().all() for share in shares]).all())
 
 
 def check_shards(checkpoint: Path, processes: int) -> None:

@@ -28,13 +28,15 @@ class Clock:
 
     def __init__(self) -> None:
         self.parts = Breakdown()
+        self._wait_begin: float | None = None
         self.start()
 
     def start(self, device: torch.device | None = None) -> None:
         """Begin a new interval, on `device` if given."""
         self._begin, self._paused, self._waited = time.perf_counter(), 0.0, 0.0
         self._pause_begin: float | None = None
-        self._wait_begin: float | None = None
+        if self._wait_begin is not None:  # a row ends between two batches: the wait goes on in the next
+            self._wait_begin = self._begin
         self.parts.start(device or self.parts.device)
 
     def pause(self) -> None:

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What both job scripts do, inside a SLURM allocation: train, stop in good time, and go on in a next turn.
 #   CLLM_PYTHON  the interpreter (default: .venv/bin/python in the project's root, or python)
-# Five minutes before the job's time is up SLURM sends USR1 here (--signal=B:USR1@300). train.py then gets SIGTERM,
-# saves after the step under way and ends; the job is put back into the queue and goes on from that checkpoint.
+# Five minutes before the job's time is up SLURM sends USR1 here (--signal=B:USR1@300). train.py gets it too, saves
+# after the step under way (with several processes: at the next log step) and ends; the job is put back into the queue
+# and goes on from that checkpoint.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?run this through sbatch}"
 python=${CLLM_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
@@ -14,19 +15,19 @@ step=
 # shellcheck disable=SC2329  # the trap below calls it
 on_usr1() {
     time_is_up=1
-    if [ -n "$step" ]; then kill -TERM "$step" || true; fi # srun hands the signal to every process
+    # srun hands USR1 on to every process; at TERM it would kill them.
+    if [ -n "$step" ]; then kill -USR1 "$step" || true; fi
 }
 trap on_usr1 USR1
 
 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$python" train.py \
     --train.devices "$devices" --train.num_nodes "$nodes" --resume auto "$@" &
 step=$!
-interrupted=$((128 + $(kill -l USR1)))
-status=$interrupted
-while [ "$status" -eq "$interrupted" ]; do # USR1 ends a wait, not the training
-    status=0
-    wait "$step" || status=$?
+while kill -0 "$step" 2>/dev/null; do # USR1 ends a wait, not the training
+    wait "$step" || true
 done
+status=0
+wait "$step" || status=$?
 
 if [ -n "$time_is_up" ] && [ "$status" -eq 0 ]; then
     scontrol requeue "${SLURM_JOB_ID:?}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from cllm.errors import UserError
 from cllm.kv.sources import FusedRead
 from cllm.model.sizes import build_decoder
 from cllm.runs import RunFolder, load_run, read_weights
+from cllm.train.module import TrainingModule
 from cllm.train.optim import learning_rate_factor, parameter_groups
 from cllm.train.run import train
 
@@ -93,6 +95,14 @@ def test_batches_and_so_losses_do_not_depend_on_workers_or_accumulation(tiny: Ti
     assert losses(whole) == pytest.approx(losses(alone), rel=1e-5)
 
 
+def test_with_document_masks_too_a_step_does_not_depend_on_the_micro_batch(tiny: Tiny) -> None:
+    """Micro-batches have different numbers of scored tokens, and each scored token weighs the same."""
+    settings = ["--data.document_mask", "true", "--train.steps", "4", "--optim.grad_clip", "null"]
+    small, large = (train(tiny("--name", f"of{n}", "--train.micro_batch", n, *settings)) for n in ("1", "4"))
+    for tag in ("train/loss", "train/gradient_norm"):
+        assert losses(small, tag) == pytest.approx(losses(large, tag), rel=1e-5), tag
+
+
 def test_gradient_checkpointing_and_bf16_run(tiny: Tiny) -> None:
     plain = train(tiny("--name", "plain", "--train.steps", "3"))
     again = train(tiny("--name", "again", "--train.steps", "3", "--train.gradient_checkpointing", "true"))
@@ -122,13 +132,20 @@ def test_two_cpu_processes_take_the_same_steps_as_one(tiny: Tiny, tmp_path: Path
     assert losses(two, "val/loss") == pytest.approx(losses(one, "val/loss"), rel=1e-4)
 
 
-def test_sigterm_saves_and_stops_and_the_run_goes_on_from_there(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(tiny: Tiny, tmp_path: Path, number: int) -> None:
+    """The loaders' processes get those that SLURM and a terminal send to whole groups, and live on."""
     config = tiny("--train.steps", "100000", "--train.checkpoint_every", "100000", "--train.validate_every", "100000")
+    config.data.num_workers = 1
     file = tmp_path / "long.yaml"
     file.write_text(yaml.safe_dump(config.as_yaml_data()), encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(
-        [sys.executable, "train.py", "--config", str(file)], cwd=ROOT, stderr=subprocess.PIPE, env=environment
+        [sys.executable, "train.py", "--config", str(file)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
     )
     folder = RunFolder(Path(config.runs_dir) / config.name)
     deadline = time.monotonic() + 120
@@ -136,13 +153,37 @@ def test_sigterm_saves_and_stops_and_the_run_goes_on_from_there(tiny: Tiny, tmp_
         assert running.poll() is None, running.stderr and running.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    running.send_signal(signal.SIGTERM)
-    assert running.wait(timeout=120) == 0
+    (os.kill if number == signal.SIGTERM else os.killpg)(running.pid, number)
+    assert running.wait(timeout=120) == 0, running.stderr and running.stderr.read().decode()
     (step, _), *more = folder.checkpoints()
     assert not more
+    assert list(losses(folder, "val/loss")) == [0], "who is told to stop does not validate first"
     config.train.steps = step + 2
     train(config, resume="auto")
     assert folder.checkpoints()[-1][0] == step + 2
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_devices(tiny: Tiny, tmp_path: Path, before: int, after: int) -> None:
+    """4 sequences a step, one at a time: 2 micro-batches on each of two devices, 4 on one."""
+    settings = ["--train.micro_batch", "1", "--train.validate_every", "2", "--optim.schedule", "constant"]
+    whole = train(tiny("--name", "whole", "--train.steps", "6", *settings))
+    config = tiny("--name", "moved", *settings)
+    file = tmp_path / "moved.yaml"
+    file.write_text(yaml.safe_dump(config.as_yaml_data()), encoding="utf-8")
+    for devices, steps, more in ((before, "3", ()), (after, "6", ("--resume", "auto"))):
+        command = [sys.executable, "train.py", "--config", str(file), "--train.steps", steps, *more]
+        command += ["--train.devices", str(devices)]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+    moved = RunFolder(whole.path.parent / "moved")
+    assert losses(moved) == pytest.approx(losses(whole), rel=1e-4)
+    validation = losses(moved, "val/loss")
+    assert sorted(validation) == [0, 2, 3, 4, 6], "the first run's end is validated too"
+    wanted = losses(whole, "val/loss")
+    assert {step: validation[step] for step in wanted} == pytest.approx(wanted, rel=1e-4)
 
 
 def test_a_run_may_go_without_validation_and_checkpoints(tiny: Tiny) -> None:
@@ -178,6 +219,23 @@ def test_a_folder_that_holds_another_run_is_refused_and_left_alone(
     assert folder.metrics_file.read_bytes() == before
 
 
+def test_resuming_never_deletes_a_finished_run_without_checkpoints(tiny: Tiny) -> None:
+    settings = ["--train.steps", "2", "--train.checkpoint_every", "null"]
+    folder = train(tiny(*settings))
+    before = folder.metrics_file.read_bytes()
+    with pytest.raises(UserError, match="holds a finished run without checkpoints"):
+        train(tiny(*settings), resume="auto")
+    with pytest.raises(UserError, match=r"optim\.lr is 0\.02, but the run"):
+        train(tiny(*settings, "--optim.lr", "2e-2"), resume="auto")
+    with pytest.raises(UserError, match="--resume auto goes on with a run and --overwrite replaces it"):
+        train(tiny(*settings), resume="auto", overwrite=True)
+    assert folder.metrics_file.read_bytes() == before
+    lines = before.splitlines(keepends=True)
+    folder.metrics_file.write_bytes(b"".join(line for line in lines if b'"step": 2' not in line))
+    train(tiny(*settings), resume="auto")  # as if it had died in its second step
+    assert sorted(losses(folder)) == [1, 2]
+
+
 def test_overwrite_replaces_a_run(tiny: Tiny) -> None:
     train(tiny("--train.steps", "4"))
     folder = train(tiny("--train.steps", "2"), overwrite=True)
@@ -200,8 +258,54 @@ def test_mistakes_are_refused_before_a_folder_appears(tiny: Tiny, settings: list
     assert not (Path(config.runs_dir) / config.name).exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny: Tiny) -> None:
-    with pytest.raises(UserError, match="train/loss is nan at step"):
+# ---- gradients that are not finite ----------------------------------------------------------------------------------
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Makes one number of one gradient NaN in these steps (from 1), in the first of their micro-batches."""
+    micro_batches = itertools.count()
+    first = {2 * (step - 1) for step in steps}
+
+    def after_backward(self: TrainingModule) -> None:
+        if next(micro_batches) in first:
+            self.model.blocks[0].mlp.down_proj.weight.grad[0, 0] = torch.nan
+
+    monkeypatch.setattr(TrainingModule, "on_after_backward", after_backward)
+
+
+@pytest.mark.parametrize("clip", ["1.0", "null"])
+def test_a_step_without_a_finite_gradient_changes_nothing(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    settings = ["--optim.grad_clip", clip, "--train.keep_checkpoints", "9", "--train.checkpoint_every", "1"]
+    poison(monkeypatch, {4})
+    folder = train(tiny("--train.steps", "5", "--train.max_skipped_steps", "1", *settings))
+    assert losses(folder, "train/skipped_steps") == {1: 0, 2: 0, 3: 0, 4: 1, 5: 1}
+    assert losses(folder, "train/gradient_norm")[4] is None
+    saved = [torch.load(path, weights_only=True) for _, path in folder.checkpoints()]
+    before, after, last = saved[2:]
+    for name, tensor in after["state_dict"].items():
+        assert torch.equal(tensor, before["state_dict"][name]), name
+        assert last["state_dict"][name].isfinite().all()
+        assert not torch.equal(tensor, last["state_dict"][name]), "and the next step goes on"
+    states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (before, after)]
+    for n, state in states[1].items():
+        assert all(torch.equal(tensor, states[0][n][name]) for name, tensor in state.items())
+
+
+def test_too_many_skipped_steps_stop_the_run_and_are_counted_over_a_resume(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {2, 3})
+    settings = ["--train.max_skipped_steps", "2", "--train.log_every", "2"]
+    train(tiny("--train.steps", "4", *settings))
+    poison(monkeypatch, {1})
+    with pytest.raises(UserError, match=r"3 steps up to step 6 .*max_skipped_steps is 2; the newest .*step-00000004"):
+        train(tiny("--train.steps", "8", *settings), resume="auto")
+
+
+def test_a_run_that_diverges_is_stopped(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"11 steps up to step \d+ had a gradient that was not finite"):
         train(tiny("--optim.lr", "1e30", "--optim.grad_clip", "null", "--train.steps", "50"))
 
 
@@ -250,6 +354,12 @@ def test_learning_rates_follow_their_schedule(tiny: Tiny) -> None:
     assert rate(99) == pytest.approx(0.1 + 0.9 * 11 / 21, abs=1e-6)
     optim.schedule = "constant"
     assert rate(110) == 1
+
+
+def test_the_logged_learning_rate_is_the_one_of_the_step(tiny: Tiny) -> None:
+    config = tiny("--train.steps", "6")
+    rates = losses(train(config), "train/lr")
+    assert rates == {n: pytest.approx(config.optim.lr * learning_rate_factor(n - 1, 6, config.optim)) for n in rates}
 
 
 def test_metrics_rows_are_json_without_nan(tiny: Tiny) -> None:

@@ -40,7 +40,7 @@ from cllm.train import strategy
 from cllm.train.callbacks import Checkpoints
 from cllm.train.optim import parameter_groups
 from cllm.train.run import check_resumable, make_trainer, train, with_vocabulary
-from cllm.train.strategy import ZeroStrategy, check_shards, check_skipped, gradient_norm, make_strategy
+from cllm.train.strategy import ZeroStrategy, check_launch, check_shards, cluster_plugins, gradient_norm, make_strategy
 from cllm.train.throughput import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,6 +92,7 @@ def test_zero_without_deepspeed_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
     [
         (["--train.strategy", "zero2", "--train.precision", "fp32"], "zero2 trains in bf16, but precision is fp32"),
         (["--train.strategy", "single", "--train.devices", "2"], "strategy is single, but devices is 2"),
+        (["--train.strategy", "zero1", "--train.fp32_residual", "true"], "fp32_residual is true, but zero1 keeps"),
         (["--train.offload_optimizer", "true"], "offload_optimizer needs strategy zero1, zero2 or zero3"),
         (["--train.strategy", "zero4"], "train.strategy"),
     ],
@@ -171,13 +172,6 @@ def test_the_loss_is_divided_by_the_accumulation_rounds_once(monkeypatch: pytest
     monkeypatch.setattr(DeepSpeedStrategy, "backward", lambda self, loss, optimizer, **kwargs: seen.update(kwargs))
     ZeroStrategy.backward(object.__new__(ZeroStrategy), torch.zeros(()), None)
     assert seen == {"scale_wrt_gas": False}
-
-
-def test_skipped_steps_are_counted_and_too_many_stop_the_run() -> None:
-    engine = SimpleNamespace(skipped_steps=3)
-    assert check_skipped(engine, 3, 100) == 3
-    with pytest.raises(UserError, match=r"3 steps up to step 100 .* train\.max_skipped_steps is 2"):
-        check_skipped(engine, 2, 100)
 
 
 def test_the_gradient_norm_is_the_engines() -> None:
@@ -287,13 +281,19 @@ def test_a_folder_gets_its_name_when_it_is_whole_and_old_ones_go(tmp_path: Path)
         seen.append(path)
         (path / "checkpoint").mkdir(parents=True)
 
-    plan = SimpleNamespace(broadcast=lambda x: x, barrier=lambda: None)
+    plan = SimpleNamespace(broadcast=lambda x: x, barrier=lambda: None, reduce_boolean_decision=lambda x, all: x)
     trainer: Any = SimpleNamespace(strategy=plan, is_global_zero=True, save_checkpoint=save_checkpoint, global_step=1)
+    trainer.lightning_module = torch.nn.Linear(2, 2)
     (folder.checkpoint_path(1).with_suffix(".partial") / "checkpoint").mkdir(parents=True)
     for trainer.global_step in (1, 2, 3):
         callback.save(trainer)
         callback.save(trainer)  # a step is saved once
     assert len(seen) == 3
+    assert [step for step, _ in folder.checkpoints()] == [2, 3]
+    trainer.lightning_module.weight.data[1, 1] = torch.inf
+    trainer.global_step = 4
+    with pytest.raises(UserError, match=r"weights are not finite after step 4 .* newest checkpoint is .*step-00000003"):
+        callback.save(trainer)
     assert [step for step, _ in folder.checkpoints()] == [2, 3]
     assert not list(folder.checkpoint_folder.glob("*.partial"))
 
@@ -308,9 +308,15 @@ def test_job_scripts_parse(script: Path) -> None:
         subprocess.run(["shellcheck", str(script)], check=True)
 
 
-def test_a_job_whose_time_is_up_saves_and_is_put_back_into_the_queue(tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", [0, 2, 138])  # 138: of a process that USR1 has ended
+def test_a_job_whose_time_is_up_saves_and_is_put_back_into_the_queue(tmp_path: Path, status: int) -> None:
     fakes = {
-        "srun": 'echo "srun $*"\ntrap "echo saved; exit 0" TERM\ntouch ready\nwhile :; do sleep 0.05; done',
+        # As srun does: USR1 goes to the tasks, TERM ends them.
+        "srun": """echo "srun $*"
+trap "echo killed; exit 143" TERM
+trap "echo saved; exit $CODE" USR1
+touch ready
+while :; do sleep 0.05; done""",
         "scontrol": 'echo "scontrol $*"',
     }
     for name, body in fakes.items():
@@ -322,6 +328,7 @@ def test_a_job_whose_time_is_up_saves_and_is_put_back_into_the_queue(tmp_path: P
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_NTASKS_PER_NODE": "8",
         "SLURM_JOB_ID": "7",
+        "CODE": str(status),
     }
     command = ["bash", str(ROOT / "scripts" / "slurm" / "run.sh"), "--config", "a b.yaml"]
     job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -332,9 +339,42 @@ def test_a_job_whose_time_is_up_saves_and_is_put_back_into_the_queue(tmp_path: P
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)
     out, _ = job.communicate(timeout=60)
-    assert job.returncode == 0
+    assert job.returncode == status
     assert "train.py --train.devices 8 --train.num_nodes 2 --resume auto --config a b.yaml" in out
-    assert out.splitlines()[-2:] == ["saved", "scontrol requeue 7"]
+    assert out.splitlines()[1:] == ["saved", *["scontrol requeue 7"] * (status == 0)]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2"},
+            r"train\.devices is 1 .* torchrun has started 2 .*WORLD_SIZE",
+        ),
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "job"}, r"train\.devices is 1 .* SLURM has started 4 .*SLURM_NTASKS"),
+    ],
+)
+def test_a_launcher_that_starts_another_number_of_processes_is_refused(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = tiny("--train.devices", "1")
+    with pytest.raises(UserError, match=message):
+        train(config)
+    assert not (Path(config.runs_dir) / config.name).exists()
+    check_launch(int(variables.get("WORLD_SIZE", "2")), int(variables.get("SLURM_NTASKS", "2")) // 2)
+
+
+def test_torchrun_inside_a_slurm_allocation_is_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "job"}.items():
+        monkeypatch.setenv(name, value)
+    (plugin,) = cluster_plugins()
+    assert not plugin.auto_requeue
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert cluster_plugins() == []
+    check_launch(4, 2)
 
 
 # ---- DeepSpeed itself, on the CPU -----------------------------------------------------------------------------------

@@ -28,3 +28,20 @@ def test_time_of_validation_is_neither_training_nor_waiting(monkeypatch: pytest.
     clock.start()
     pass_(4)
     assert clock.read() == (4, 0)
+
+
+def test_a_wait_after_a_row_counts_in_the_next_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one step of 1 s, each followed by writing the row for 2 s and waiting 3 s for data."""
+    now = [0.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    clock = Clock()
+    rows = []
+    for _ in range(3):
+        clock.working()
+        now[0] += 1
+        clock.waiting()
+        rows.append(clock.read())
+        now[0] += 2
+        clock.start()
+        now[0] += 3
+    assert rows == [(1, 0), (4, 3), (4, 3)]

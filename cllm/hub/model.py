@@ -163,12 +163,14 @@ class CLLMForCausalLM(PreTrainedModel, GenerationMixin):
             raise UserError(f"input_ids are {None if input_ids is None else tuple(input_ids.shape)}; allowed: (B, T)")
         cache = self._cache(past_key_values, use_cache, scored=labels is not None)
         past = None if cache is None else cache.get_seq_length()
-        if cache is not None and past and labels is None and self._replays(cache, input_ids):
-            self._check_context(past + 1, None)
-            return self._output(None, self._replay(cache, input_ids), cache, return_dict)
+        if cache is not None and past and cache.batch != len(input_ids):
+            raise UserError(f"past_key_values holds {cache.batch} sequences and input_ids {len(input_ids)}")
         inputs = read_inputs(
             input_ids, attention_mask, position_ids, past=past, known=None if cache is None else cache.starts
         )
+        if cache is not None and past and labels is None and self._replays(cache, input_ids):
+            self._check_context(past + 1, None)
+            return self._output(None, self._replay(cache, input_ids), cache, return_dict)
         self._check_context((past or 0) + input_ids.shape[1], inputs.positions)
         last_only = labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 1
         if early_exit and not last_only:
@@ -228,6 +230,13 @@ class CLLMForCausalLM(PreTrainedModel, GenerationMixin):
         return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
 
     # ---- generation --------------------------------------------------------------------------------------------------
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. A graph recorded on the way, which keeps its cache alive, is gone afterwards."""
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self._graph = None
 
     def _prepare_cache_for_generation(
         self,

@@ -24,7 +24,6 @@ from cllm.kv.plan import KVPlan, Retention
 from cllm.kv.sources import slot_widths
 from cllm.kv.stores import FixedSlot, GrowingSlot, SlotStore, StateStore, Step, Store
 
-
 _SLOTS_DEPEND_ON = ("d_model", "n_heads", "resolved_head_dim", "rope", "norm_eps", "qk_norm", "q_bias", "kv_bias")
 """What two models have in common, beside the KV plan, if one can go on from the other's slots."""
 

@@ -34,7 +34,7 @@ class StepGraph:
         if cache.batch is None or cache.column is None or not cache.column.is_cuda:
             raise UserError("a CUDA graph needs a cache on a GPU with tokens in it: run a prefill first")
         self.decoder, self.cache = decoder, cache
-        self.addresses = _addresses(cache)
+        self.addresses = self._addresses()
         self.ids = torch.zeros(cache.batch, 1, dtype=torch.long, device=cache.column.device)
         seen, kept = cache.seen, {j: {n: t.clone() for n, t in s.tensors().items()} for j, s in _states(cache)}
         side = torch.cuda.Stream()
@@ -58,9 +58,11 @@ class StepGraph:
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits (B, V) after `tokens` (B,) int64. Raises `UserError` when the cache is full."""
+        """Logits (B, V) after `tokens` (B,) int64. Raises `UserError` when the cache is full or of another batch."""
         cache = self.cache
         assert cache.max_len is not None
+        if len(tokens) != len(self.ids):
+            raise UserError(f"cache: holds {len(self.ids)} sequences and was handed {len(tokens)}")
         if cache.seen >= cache.max_len:
             raise UserError(
                 f"cache: {cache.seen} tokens stored and 1 to come, but it was made for max_len {cache.max_len}"
@@ -72,8 +74,15 @@ class StepGraph:
 
     @property
     def is_valid(self) -> bool:
-        """Whether the cache's tensors are still those that were recorded; another batch has others."""
-        return _addresses(self.cache) == self.addresses
+        """Whether tensors are still those that were recorded: another batch has another cache, a model that was moved,
+        converted or given another vocabulary other weights."""
+        return self._addresses() == self.addresses
+
+    def _addresses(self) -> tuple[int, ...]:
+        """Of all that is cached and, because this is asked at every step, of few of the weights."""
+        cached = [t for store in self.cache.stores.values() for t in store.tensors().values()]
+        weights = (self.decoder.embed.weight, self.decoder.norm.weight, self.decoder.head.weight)
+        return tuple(t.data_ptr() for t in (*cached, self.cache.column, self.cache.starts, *weights) if t is not None)
 
     def _step(self) -> Tensor:
         return self.decoder(self.ids, cache=self.cache)[:, 0]
@@ -86,8 +95,3 @@ class StepGraph:
 
 def _states(cache: KVCache):
     return [(j, store) for j, store in cache.stores.items() if "state" in store.tensors()]
-
-
-def _addresses(cache: KVCache) -> tuple[int, ...]:
-    tensors = [t for store in cache.stores.values() for t in store.tensors().values()]
-    return tuple(t.data_ptr() for t in (*tensors, cache.column, cache.starts) if t is not None)

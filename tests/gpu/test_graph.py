@@ -9,6 +9,7 @@ import torch
 
 from cllm.config import ModelConfig
 from cllm.errors import UserError
+from cllm.hub import model as hub_model
 from cllm.hub.export import as_pretrained
 from cllm.kv.cache import KVCache
 from cllm.kv.sources import FusedRead
@@ -69,12 +70,22 @@ def test_replayed_steps_give_the_logits_of_a_full_forward(
         found += [step(ids[:, i]).clone() for i in range(PROMPT, LENGTH)]
     error = (torch.stack(found, 1).float() - expected).norm() / expected.norm()
     assert error < (2e-2 if storage == "model" else 4e-2), "bf16, and fp8's sixteenths"
-    with pytest.raises(UserError, match=f"all {LENGTH} places"):
+    with pytest.raises(UserError, match=f"{LENGTH} tokens stored and 1 to come, but it was made for max_len {LENGTH}"):
         step(ids[:, 0])
 
 
 @pytest.mark.parametrize("name", DESIGNS)
-def test_generate_over_a_static_cache_replays_a_graph(gpu: torch.device, name: str) -> None:
+def test_generate_over_a_static_cache_replays_a_graph(
+    gpu: torch.device, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[int] = []
+
+    class Counted(StepGraph):
+        def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+            recorded.append(cache.seen)
+            super().__init__(decoder, cache)
+
+    monkeypatch.setattr(hub_model, "StepGraph", Counted)
     model = as_pretrained(build(DESIGNS[name], gpu).float()).eval()
     ids = torch.randint(512, (2, 30), device=gpu, generator=torch.Generator(gpu).manual_seed(1))
     mask = torch.ones_like(ids)
@@ -82,10 +93,28 @@ def test_generate_over_a_static_cache_replays_a_graph(gpu: torch.device, name: s
     options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 40, "pad_token_id": 0, "do_sample": False}
     growing = model.generate(ids, **options)
     static = model.generate(ids, cache_implementation="static", **options)
-    assert model._graph is not None
+    assert recorded == [30], "one graph, recorded after the prompt"
+    assert model._graph is None, "it would keep the cache alive"
     assert static.tolist() == growing.tolist()
     beams = model.generate(ids, num_beams=3, **options)
     assert model.generate(ids, num_beams=3, cache_implementation="static", **options).tolist() == beams.tolist()
+
+
+def test_a_graph_knows_what_it_was_recorded_for(gpu: torch.device) -> None:
+    model = build(DESIGNS["yoco"], gpu)
+    ids = torch.randint(512, (3, 70), device=gpu)
+    cache = KVCache(model.config, max_len=80)
+    with torch.no_grad():
+        model.prefill(ids, cache)
+        step = StepGraph(model, cache)
+        with pytest.raises(UserError, match="holds 3 sequences and was handed 1"):
+            step(ids[:1, 0])
+        with pytest.raises(UserError, match="cannot go back from 70 to 69"):  # recording wrote over the oldest token
+            cache.crop(69)
+        step(ids[:, 0])
+        assert step.is_valid
+        model.to(torch.float16)
+        assert not step.is_valid
 
 
 def test_what_a_graph_cannot_record_is_refused(gpu: torch.device) -> None:

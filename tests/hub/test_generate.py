@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 from cllm.errors import UserError
+from cllm.hub import model as model_module
 from cllm.hub.model import CLLMForCausalLM
 from cllm.kv.cache import KVCache
 from cllm.kv.presets import preset_names
+from cllm.model.graph import StepGraph
 
 IDS = torch.tensor([[5, 9, 1, 30, 7], [4, 4, 8, 21, 3]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -139,6 +143,45 @@ def test_a_prompt_in_chunks(name, of_preset) -> None:
         _greedy(model, attention_mask=mask * torch.tensor([[0], [1]]), prefill_chunk_size=2)
     with pytest.raises(UserError, match="sequence 0 has 2 padding tokens at its end"):
         _greedy(model, attention_mask=MASK.flip(1), prefill_chunk_size=2)
+
+
+class _EagerGraph(StepGraph):
+    """A stand-in for a recorded step, with the checks of one."""
+
+    def __init__(self, decoder, cache) -> None:
+        self.decoder, self.cache, self.addresses = decoder, cache, ()
+        self.ids, self.graph = torch.zeros(cache.batch, 1, dtype=torch.long), self
+        self.addresses = self._addresses()
+
+    def replay(self) -> None:
+        self.logits = self.decoder(self.ids, cache=self.cache)[:, 0]
+        self.cache.seen -= 1  # what a graph does not count
+
+
+def test_steps_that_a_graph_replays(hub_model, monkeypatch) -> None:
+    monkeypatch.setattr(model_module, "StepGraph", _EagerGraph)
+    monkeypatch.setattr(CLLMForCausalLM, "_replays", lambda _, cache, ids: cache.is_static and ids.shape[1] == 1)
+    model = hub_model()
+    static = _greedy(model, attention_mask=MASK, cache_implementation="static", return_dict_in_generate=True)
+    assert torch.equal(static.sequences, _greedy(model, attention_mask=MASK))
+    cache = weakref.ref(static.past_key_values)
+    del static
+    gc.collect()
+    assert cache() is None, "nothing keeps a cache alive that nobody asks for"
+
+    cache = KVCache(model.config.model_config, max_len=20)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache)
+        with pytest.raises(UserError, match="past_key_values holds 2 sequences and input_ids 1"):
+            model(IDS[:1, :1], past_key_values=cache)
+        with pytest.raises(UserError, match=r"attention_mask is \(2, 3\); for 2 x 1 tokens after 5 in the cache"):
+            model(IDS[:, :1], attention_mask=torch.ones(2, 3), past_key_values=cache)
+        model(IDS[:, :1], attention_mask=torch.ones(2, 6), past_key_values=cache)
+        assert model._graph.is_valid
+        with pytest.raises(UserError, match="holds 2 sequences and was handed 1"):
+            model._graph(IDS[:1, 0])
+        model.double()
+        assert not model._graph.is_valid
 
 
 @pytest.mark.parametrize(

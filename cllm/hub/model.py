@@ -233,8 +233,9 @@ class CLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. A graph recorded on the way, which keeps its cache alive, is gone afterwards."""
+        base: Any = super()
         try:
-            return super().generate(*args, **kwargs)
+            return base.generate(*args, **kwargs)
         finally:
             self._graph = None
 

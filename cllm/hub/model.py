@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.generation import GenerationMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cllm.errors import UserError
 from cllm.hub.config import CLLMConfig
-from cllm.hub.inputs import padding_of, read_inputs
+from cllm.hub.generation import CLLMGenerationMixin, own_cache
+from cllm.hub.inputs import read_inputs
 from cllm.kv.cache import KVCache
 from cllm.kv.plan import Retention
 from cllm.model.decoder import Decoder
@@ -30,7 +30,7 @@ from cllm.model.loss import IGNORE, Head
 from cllm.model.sizes import build_decoder
 
 
-class CLLMForCausalLM(PreTrainedModel, GenerationMixin):
+class CLLMForCausalLM(PreTrainedModel, CLLMGenerationMixin):
     """`CLLMForCausalLM(config)` draws new weights; `from_pretrained(folder)` loads them.
 
     `model` is the `Decoder`, so tensors are called `model.blocks.0...` and layers that own nothing have no K/V weights.
@@ -50,7 +50,6 @@ class CLLMForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: CLLMConfig):
         super().__init__(config)
         self.model: Decoder = build_decoder(config.model_config)
-        self._graph: StepGraph | None = None
         self._is_stateful = any(isinstance(layer.own, Retention) for layer in self.model.plan.layers)
         self.post_init()
 
@@ -210,7 +209,7 @@ class CLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _cache(self, given: Any, use_cache: bool | None, *, scored: bool) -> KVCache | None:
         if given is not None:
-            return _own_cache(given)
+            return own_cache(given)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and not scored
         return KVCache(self.model.config) if use_cache else None
@@ -229,94 +228,11 @@ class CLLMForCausalLM(PreTrainedModel, GenerationMixin):
         total = self.model.head(hidden, shifted, reduction="sum")
         return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
 
-    # ---- generation --------------------------------------------------------------------------------------------------
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. A graph recorded on the way, which keeps its cache alive, is gone afterwards."""
-        base: Any = super()
-        try:
-            return base.generate(*args, **kwargs)
-        finally:
-            self._graph = None
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> Any:
-        """`generate` calls this to make its cache; `cache_implementation` is None, `dynamic` or `static`."""
-        kind, given = generation_config.cache_implementation, model_kwargs.get("past_key_values")
-        if generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant:
-            self._check_windows(max_cache_length)
-        if given is not None:
-            if kind is not None:
-                raise UserError(f"cache_implementation is {kind} and past_key_values is given; allowed: one of the two")
-            _own_cache(given)
-        elif generation_config.use_cache is not False:
-            if kind not in (None, "dynamic", "static"):
-                raise UserError(f"cache_implementation is {kind}; allowed: dynamic, static")
-            reserved = getattr(generation_config, "max_cache_len", None) or 0
-            max_len = max(max_cache_length, reserved) if kind == "static" else None
-            model_kwargs["past_key_values"] = KVCache(self.model.config, max_len=max_len)
-
-    def _prefill(
-        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """`generate` calls this for the prompt, and cuts its mask with it into chunks, the first of which may hold
-        nothing but the padding of a sequence."""
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        if generation_config.prefill_chunk_size is not None and cache is not None and cache.seen == 0:
-            cache.starts = None if mask is None else padding_of(mask, cached=True)
-        base: Any = super()
-        return base._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-
-    def _check_windows(self, length: int) -> None:
-        """Assisted decoding takes tokens back."""
-        windows = [layer.window for layer in self.model.plan.layers if layer.own is not None and layer.window]
-        if windows and min(windows) < length:
-            raise UserError(
-                f"assisted decoding of {length} tokens: it takes tokens back, and a slot with a window of "
-                f"{min(windows)} has forgotten what stood before them"
-            )
-
-    def _validate_generated_length(
-        self, generation_config: Any, input_ids_length: int, has_default_max_length: bool
-    ) -> None:
-        """`generate` calls this before it computes anything."""
-        context, longest = self.config.max_position_embeddings, generation_config.max_length
-        if input_ids_length > context:
-            raise UserError(
-                f"the prompt has {input_ids_length} tokens, but the model's context (model.max_seq_len) is {context}"
-            )
-        if longest > context:
-            raise UserError(
-                f"a prompt of {input_ids_length} tokens and up to {longest - input_ids_length} new ones do not fit the "
-                f"model's context (model.max_seq_len), {context}; allowed: max_new_tokens up to "
-                f"{context - input_ids_length}"
-            )
-        base: Any = super()
-        base._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: continuous batching keeps pages of every layer's keys and values, where owners alone have them."""
-        raise UserError(
-            "continuous batching (generate_batch, cache_implementation paged) is not supported; use generate"
-        )
-
 
 def _refuse(asked: dict[str, Any]) -> None:
     for name, value in asked.items():
         if value is not None and value is not False:
             raise UserError(f"{name} is not supported by cllm models; leave it out")
-
-
-def _own_cache(given: Any) -> KVCache:
-    if not isinstance(given, KVCache):
-        raise UserError(f"past_key_values is a {type(given).__name__}; allowed: cllm.kv.cache.KVCache")
-    return given
 
 
 def _keep(hidden: Tensor, places: int | Tensor | None) -> Tensor:

@@ -179,12 +179,35 @@ class Decoder(nn.Module):
         """Fill `cache` with a prompt and return the hidden state of its last token, (B, 1, d_model).
 
         Layers above the last owner compute nothing but that token. With `chunk`, the prompt goes through that many
-        tokens at a time, which bounds the memory of activations; the result is the same.
+        tokens at a time, which bounds the memory of activations; the result is the same. Raises `UserError` for a chunk
+        that would change it, see `check_chunk`.
         """
+        if chunk is not None:
+            self.check_chunk(chunk, input_ids.shape[1])
         parts = input_ids.split(chunk or input_ids.shape[1], dim=1)
         for part in parts[:-1]:
             self.hidden(part, cache=cache, starts=starts, last_only=True)
         return self.hidden(parts[-1], cache=cache, starts=starts, last_only=True)
+
+    def check_chunk(self, chunk: int, length: int) -> None:
+        """Raises `UserError` for a prompt of `length` tokens that goes through `chunk` at a time where that is no size,
+        or another result: layers that read from above take a few passes over a whole prompt, and then as many over
+        every part of it."""
+        if chunk < 1:
+            raise UserError(f"chunk of a prompt is {chunk}; allowed: 1 or more")
+        passes = self.passes
+        if chunk < length and passes is not None and passes < length:
+            first, last = next(iter(self._spans.items()))
+            raise UserError(
+                f"chunk of a prompt is {chunk}: layers {first} to {last} read from above and take {passes} passes over "
+                f"a whole prompt, which its parts do not add up to; allowed: none, or prompts of up to {passes} tokens"
+            )
+
+    @property
+    def passes(self) -> int | None:
+        """How often cyclic layers are computed for a sequence; None: there are none."""
+        iterations = self.plan.iterations
+        return iterations.forward + iterations.backward if self._spans and iterations is not None else None
 
     def _dtype(self) -> torch.dtype:
         """Of the residual stream's products: what slots are made in."""
@@ -261,9 +284,9 @@ class Decoder(nn.Module):
         diagonal is masked, so after n passes the first n tokens are exact, and with a cache there are no more passes
         than tokens. Only the last `backward` passes have gradients.
         """
-        iterations = self.plan.iterations
+        iterations, passes = self.plan.iterations, self.passes
         assert iterations is not None
-        passes = iterations.forward + iterations.backward
+        assert passes is not None
         if cache is not None:
             passes = min(passes, context.length)
         from_above = {j for i in range(first, last + 1) for j in self.plan.reads(i) if j > i}

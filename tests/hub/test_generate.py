@@ -114,7 +114,24 @@ def test_assisted_decoding(name, of_preset, hub_model) -> None:
     assert torch.equal(_greedy(model, prompt, max_new_tokens=20, prompt_lookup_num_tokens=3), expected)
 
 
+@pytest.mark.parametrize("new", [47, 48, 49])
+def test_what_is_looked_up_in_the_prompt_stays_inside_the_context(new, hub_model) -> None:
+    model = hub_model()  # of 64 tokens
+    prompt = IDS[:1].repeat(1, 3)
+    seen = []
+    model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs["input_ids"].shape[1]), with_kwargs=True)
+    expected = _greedy(model, prompt, max_new_tokens=new)
+    exact = KVCache(model.config.model_config, max_len=14 + new)
+    for options in ({}, {"past_key_values": exact}):
+        seen.clear()
+        found = _greedy(model, prompt, max_new_tokens=new, prompt_lookup_num_tokens=6, **options)
+        assert torch.equal(found, expected)
+        assert max(seen[1:]) > 1, "nothing was proposed"
+
+
 def test_assisted_decoding_is_refused_where_tokens_cannot_be_taken_back(of_preset, hub_model) -> None:
+    with pytest.raises(UserError, match="assisted decoding: layers that read from above"):
+        _greedy(of_preset("lckv"), IDS[:1], prompt_lookup_num_tokens=2)
     with pytest.raises(UserError, match="a slot with a window of 3 has forgotten"):
         _greedy(of_preset("yoco"), IDS[:1], prompt_lookup_num_tokens=2)
     with pytest.raises(ValueError, match="stateful"):
@@ -128,6 +145,31 @@ def test_a_conversation_goes_on_from_its_cache(hub_model) -> None:
     mask = torch.cat((MASK, torch.ones(2, NEW + 2, dtype=torch.long)), dim=1)
     after = _greedy(model, ids, attention_mask=mask, past_key_values=first.past_key_values)
     assert torch.equal(after, _again(model, ids, mask))
+
+
+def test_a_given_cache_has_to_fit(hub_model) -> None:
+    model = hub_model(n_layers=2)
+    used = _greedy(model, return_dict_in_generate=True).past_key_values
+    model.model.embed.register_forward_pre_hook(lambda *_: pytest.fail("computed something"))
+    with pytest.raises(UserError, match=r"has places for 8 tokens \(max_len\), but .* need 9"):
+        _greedy(model, past_key_values=KVCache(model.config.model_config, max_len=8))
+    for mask in ({}, {"attention_mask": MASK}):
+        with pytest.raises(UserError, match="past_key_values holds 9 tokens and the prompt has 5"):
+            _greedy(model, past_key_values=used, **mask)
+
+
+def test_cyclic_layers_take_a_prompt_whole(of_preset, hub_model, preset_config) -> None:
+    """Or as short a one as their passes make exact."""
+    exact = of_preset("lckv")
+    assert torch.equal(_greedy(exact, prefill_chunk_size=2), _greedy(exact))
+    model = hub_model(config=preset_config("lckv"))  # 4 passes
+    with pytest.raises(UserError, match=r"chunk of a prompt is 2: layers 1 to 6 .* take 4 passes .* up to 4 tokens"):
+        _greedy(model, prefill_chunk_size=2)
+    with pytest.raises(UserError, match="chunk of a prompt is 4: layers"):
+        model.model.prefill(IDS, KVCache(model.model.config), chunk=4)
+    assert torch.equal(_greedy(model, prefill_chunk_size=5), _greedy(model))
+    with pytest.raises(UserError, match="chunk of a prompt is 0; allowed: 1 or more"):
+        hub_model(n_layers=2).model.prefill(IDS, KVCache(model.model.config), chunk=0)
 
 
 @pytest.mark.parametrize("name", ["fusedkv", "mla", "trailing", "yoco with retention"])

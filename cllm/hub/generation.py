@@ -1,0 +1,141 @@
+"""What `generate` asks of a model: its cache, its prompt, and refusals before anything is computed.
+
+transformers calls most of these methods by their names; they are where a cache of owners differs from one of layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.generation import GenerationMode
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
+
+from cllm.errors import UserError
+from cllm.hub.inputs import padding_of
+from cllm.kv.cache import KVCache
+from cllm.model.decoder import Decoder
+from cllm.model.graph import StepGraph
+
+
+class CLLMGenerationMixin(GenerationMixin):
+    """`generate` over a `KVCache`."""
+
+    config: Any
+    model: Decoder
+    _graph: StepGraph | None = None
+    """A step over the static cache in use, recorded by the model's forward pass."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. A graph recorded on the way, which keeps its cache alive, is gone afterwards."""
+        base: Any = super()
+        try:
+            return base.generate(*args, **kwargs)
+        finally:
+            self._graph = None
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        """`generate` calls this to make its cache; `cache_implementation` is None, `dynamic` or `static`."""
+        kind, given = generation_config.cache_implementation, model_kwargs.get("past_key_values")
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and self.model.passes is not None:
+            raise UserError(
+                "assisted decoding: layers that read from above are iterated over several new tokens, which is not "
+                "what one token at a time gives; allowed: plans in which no layer does"
+            )
+        if generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant:
+            self._check_windows(max_cache_length)
+        if given is not None:
+            if kind is not None:
+                raise UserError(f"cache_implementation is {kind} and past_key_values is given; allowed: one of the two")
+            most = own_cache(given).max_len
+            if most is not None and most < max_cache_length:
+                raise UserError(
+                    f"past_key_values has places for {most} tokens (max_len), but the prompt and max_new_tokens need "
+                    f"{max_cache_length}"
+                )
+        elif generation_config.use_cache is not False:
+            if kind not in (None, "dynamic", "static"):
+                raise UserError(f"cache_implementation is {kind}; allowed: dynamic, static")
+            reserved = getattr(generation_config, "max_cache_len", None) or 0
+            max_len = max(max_cache_length, reserved) if kind == "static" else None
+            model_kwargs["past_key_values"] = KVCache(self.model.config, max_len=max_len)
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """`generate` calls this for the prompt, and cuts its mask with it into chunks, the first of which may hold
+        nothing but the padding of a sequence."""
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        chunk, length = generation_config.prefill_chunk_size, input_ids.shape[1]
+        columns = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        past = 0 if cache is None or columns != length else cache.seen  # else input_ids are the new tokens alone
+        if past >= length:
+            raise UserError(
+                f"past_key_values holds {past} tokens and the prompt has {length}; a prompt begins with the tokens "
+                "that are in the cache and has more (for another prompt, reset() the cache)"
+            )
+        if chunk is not None and cache is not None:
+            self.model.check_chunk(chunk, length - past)
+            if cache.seen == 0:
+                cache.starts = None if mask is None else padding_of(mask, cached=True)
+        base: Any = super()
+        return base._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """`generate` calls this for assisted decoding. Of all that propose tokens, the look-up in the prompt alone does
+        not stop where they could no longer be accepted, and they might not fit the context."""
+        base: Any = super()
+        generator = base._get_candidate_generator(generation_config, *args, **kwargs)
+        if isinstance(generator, PromptLookupCandidateGenerator):
+            bounded: Any = generator
+            propose, most = generator.get_candidates, generation_config.max_length - 1
+            bounded.get_candidates = lambda ids, **given: (propose(ids, **given)[0][:, :most], None)
+        return generator
+
+    def _check_windows(self, length: int) -> None:
+        """Assisted decoding takes tokens back."""
+        windows = [layer.window for layer in self.model.plan.layers if layer.own is not None and layer.window]
+        if windows and min(windows) < length:
+            raise UserError(
+                f"assisted decoding of {length} tokens: it takes tokens back, and a slot with a window of "
+                f"{min(windows)} has forgotten what stood before them"
+            )
+
+    def _validate_generated_length(
+        self, generation_config: Any, input_ids_length: int, has_default_max_length: bool
+    ) -> None:
+        """`generate` calls this before it computes anything."""
+        context, longest = self.config.max_position_embeddings, generation_config.max_length
+        if input_ids_length > context:
+            raise UserError(
+                f"the prompt has {input_ids_length} tokens, but the model's context (model.max_seq_len) is {context}"
+            )
+        if longest > context:
+            raise UserError(
+                f"a prompt of {input_ids_length} tokens and up to {longest - input_ids_length} new ones do not fit the "
+                f"model's context (model.max_seq_len), {context}; allowed: max_new_tokens up to "
+                f"{context - input_ids_length}"
+            )
+        base: Any = super()
+        base._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching keeps pages of every layer's keys and values, where owners alone have them."""
+        raise UserError(
+            "continuous batching (generate_batch, cache_implementation paged) is not supported; use generate"
+        )
+
+
+def own_cache(given: Any) -> KVCache:
+    """`given`. Raises `UserError` for a cache of another kind."""
+    if not isinstance(given, KVCache):
+        raise UserError(f"past_key_values is a {type(given).__name__}; allowed: cllm.kv.cache.KVCache")
+    return given

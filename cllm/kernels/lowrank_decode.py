@@ -157,15 +157,17 @@ def _runs_triton(kernel: str, queries, keys, values, selection: Selection | None
         raise UserError(f'lowrank_decode: kernel is "{kernel}"; allowed: auto, triton, reference')
     reason = split_lowrank.unsupported(queries, keys, values, selection)
     if kernel == "auto":
-        _told("triton" if reason is None else f"plain torch, because triton cannot: {reason}")
+        slow = reason is not None and queries[0].is_cuda
+        _told("triton" if reason is None else f"plain torch, because triton cannot: {reason}", slow)
     elif reason is not None:
         raise UserError(f'lowrank_decode: kernel is "triton", which cannot: {reason}; allowed: auto, reference')
     return reason is None
 
 
 @functools.cache
-def _told(choice: str) -> None:
-    log.info("decoding over low-rank factors: %s", choice)
+def _told(choice: str, slow: bool) -> None:
+    """Once for each choice: one that makes a GPU `slow` as a warning."""
+    log.log(logging.WARNING if slow else logging.INFO, "decoding over low-rank factors: %s", choice)
 
 
 def lowrank_decode_reference(

@@ -6,6 +6,7 @@ decoder.hidden(input_ids, cache=compressed)     # goes on; new tokens are exact,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,7 +53,10 @@ class CompressedSlot(SlotStore):
         factors = (prefix.k.factors(), prefix.v.factors())
         self.defers = prefix.rotation is not None and None not in factors
         """Whether a pass of one token reads the prefix as it is stored."""
+        self.followed = False
+        """Whether another slot is this one again."""
         self.seen: Slot | None = None
+        """What readers of the pass under way got, where the slot is followed: the others' is free after their layer."""
 
     def extend(self, new: Slot, step: Step) -> Slot:
         since = self.tail.extend(new, self._since(step))
@@ -60,10 +64,12 @@ class CompressedSlot(SlotStore):
             k, v = (
                 Deferred(self.prefix, part, getattr(since, part), step.table, self.compressed) for part in ("k", "v")
             )
-            self.seen = Slot(k, v)  # type: ignore[arg-type]
+            seen = Slot(k, v)  # type: ignore[arg-type]
         else:
-            self.seen = self.prefix.read().join(since)
-        return self.seen
+            seen = self.prefix.read().join(since)
+        if self.followed:
+            self.seen = seen
+        return seen
 
     def commit(self, step: Step) -> None:
         self.tail.commit(self._since(step))
@@ -108,6 +114,8 @@ class FollowingSlot(SlotStore):
 
     def __init__(self, source: CompressedSlot | GrowingSlot):
         self.source, self.dtype = source, source.dtype
+        if isinstance(source, CompressedSlot):
+            source.followed = True
 
     def extend(self, new: Slot, step: Step) -> Slot:
         seen = self.source.seen if isinstance(self.source, CompressedSlot) else self.source.pending
@@ -143,18 +151,18 @@ class CompressedKVCache(KVCache):
     def __init__(self, cache: KVCache, method: Compressor, *, measure: bool = True, room: int | None = None):
         super().__init__(cache.config, max_len=None if room is None else cache.seen + room)
         assert cache.column is not None
-        self.method, self.measure, self.room = method, measure, room
+        self.method, self.measure, self.room = method.released(), measure, room
         self.batch, self.seen, self.column = cache.batch, cache.seen, cache.column.clone()
         self.starts = None if cache.starts is None else cache.starts.clone()
-        self._compress(cache)
+        self._compress(cache, method)
 
-    def _compress(self, cache: KVCache) -> None:
-        self.outcome = encode(self.method, filled(cache), measure=self.measure)
+    def _compress(self, cache: KVCache, method: Compressor) -> None:
+        prefixes, self.outcome = encode(method, filled(cache), measure=self.measure)
         self.compressed = cache.seen
-        self._check_selection()
+        self._check_selection(prefixes)
         stores: dict[int, Store] = {
-            owner: CompressedSlot(self.outcome.prefixes[owner], self.room)
-            if owner in self.outcome.prefixes
+            owner: CompressedSlot(prefixes[owner], self.room)
+            if owner in prefixes
             else _copy(store, cache.seen, self.max_len)
             for owner, store in cache.stores.items()
             if owner not in self.method.follows()
@@ -165,8 +173,8 @@ class CompressedKVCache(KVCache):
             stores[owner] = FollowingSlot(followed)
         self.stores = {owner: stores[owner] for owner in cache.stores}
 
-    def _check_selection(self) -> None:
-        chosen = {owner for owner, prefix in self.outcome.prefixes.items() if prefix.landmarks is not None}
+    def _check_selection(self, prefixes: dict[int, Prefix]) -> None:
+        chosen = {owner for owner, prefix in prefixes.items() if prefix.landmarks is not None}
         for layer in range(len(self.plan)):
             sources = self.plan.keys(layer).layers
             if len(sources) > 1 and chosen & set(sources):
@@ -191,7 +199,7 @@ class CompressedKVCache(KVCache):
     def finish(self, step: Step) -> None:
         super().finish(step)
         if self.method.recompress is not None and self.exact_tokens >= self.method.recompress:
-            self._compress(self)
+            self._compress(self, self.method)
 
     def nbytes(self) -> int:
         """Bytes of all that is stored, shared tensors once."""
@@ -238,10 +246,7 @@ def filled(cache: KVCache) -> Filled:
             slots[owner] = store.unpack(store.last(store.kept(seen), seen))
             if isinstance(cache.plan.layers[owner].own, Latent):
                 latent.add(owner)
-
-    def table(dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return rope_table(cache.config.rope, dim, positions)
-
+    table = functools.partial(rope_table, cache.config.rope)
     return Filled(slots, frozenset(latent), 0, cache.starts, table)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
 from cllm.errors import UserError
@@ -194,8 +194,17 @@ class Compressor(Section):
     keys_before_rope: ClassVar[bool] = False
     """Whether `encode` is handed keys as they were before RoPE."""
 
+    once: ClassVar[str | None] = None
+    """Why the method cannot compress again; None: it can."""
+
     recompress: int | None = Field(None, ge=1)
     """Compress again, with the tokens since, whenever so many tokens have come; null: those stay exact."""
+
+    @model_validator(mode="after")
+    def _again(self) -> Self:
+        if self.recompress is not None and self.once is not None:
+            raise ValueError(f"recompress={self.recompress}: {self.once}; allowed: leave it out")
+        return self
 
     @abstractmethod
     def encode(self, keys: Part, values: Part | None) -> tuple[list[Code | None], list[Code | None]]:
@@ -225,6 +234,19 @@ class Compressor(Section):
     def watch(self, engine: Engine) -> AbstractContextManager[None]:
         """A context in which the passes that fill the cache must run, where a method has to see them."""
         return contextlib.nullcontext()
+
+    def release(self) -> None:
+        """Free what `watch` has seen. The cache that was watched cannot be compressed after; compressed ones go on."""
+
+    def released(self) -> Self:
+        """A copy that holds nothing of what `watch` has seen, for a compressed cache to keep."""
+        copy = self.model_copy()
+        copy.release()
+        return copy
+
+    def facts(self) -> dict[str, Any]:
+        """What `prepare` has learned or chosen, for a record: values are JSON's."""
+        return {}
 
     def follows(self) -> dict[int, int]:
         """Slots that are dropped, each with the slot that is read instead."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,7 @@ class CommonKV(Compressor):
 
     name: ClassVar[str] = "commonkv"
     keys_before_rope: ClassVar[bool] = True
+    once: ClassVar[str | None] = "latents are made of what projections are given, which a compressed cache has not"
 
     group: int = Field(4, ge=2)
     """Slots that share projections, neighbours; the last group may be short."""
@@ -129,6 +130,8 @@ class CommonKV(Compressor):
 
     @torch.no_grad()
     def prepare(self, engine: Engine, ids: Tensor) -> None:
+        for slot in self._slots(engine):
+            engine.projections(slot)  # raises where there are none to factor
         if self.weights == "equal":
             return
         half = ids.shape[1] // 2
@@ -161,6 +164,14 @@ class CommonKV(Compressor):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def release(self) -> None:
+        self._inputs = {}
+
+    def facts(self) -> dict[str, Any]:
+        if self._sensitivity is None:
+            return {}
+        return {"sensitivity": {str(slot): loss for slot, loss in self._sensitivity.items()}}
 
     @staticmethod
     def _slots(engine: Engine) -> list[int]:
@@ -199,8 +210,8 @@ class CommonKV(Compressor):
         seen = self._inputs.get(slot, [])
         if sum(x.shape[1] for x in seen) != tokens:
             raise UserError(
-                f"{self.name}: has not seen the cache being filled: fill it inside of `with method.watch(engine)`, "
-                "and do not recompress"
+                f"{self.name}: has not seen the cache being filled: fill it inside of `with method.watch(engine)`, and "
+                "compress it before the next one and before release()"
             )
         return torch.cat(seen, dim=1).float()
 

@@ -6,6 +6,7 @@ none, so both stay as they are. Of a latent slot (MLA) the latent is compressed 
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,13 +32,13 @@ class Filled:
     starts: Tensor | None
     """(B,) int64: columns of padding before each sequence."""
     table: Callable[[int, Tensor], tuple[Tensor, Tensor]]
-    """RoPE's cos and signed sin for a head dimension and positions (B or 1, n)."""
+    """RoPE's cos and signed sin for a head dimension and positions (B or 1, n). Compressed slots keep it, so it must
+    hold nothing of the cache."""
 
     def rotation(self, slot: int) -> Rotation:
         """Of the keys of `slot`."""
         k = self.slots[slot].k
-        dim = k.shape[-1]
-        return Rotation(lambda positions: self.table(dim, positions), self.first, k.shape[1], self.starts)
+        return Rotation(functools.partial(self.table, k.shape[-1]), self.first, k.shape[1], self.starts)
 
     def text(self, length: int) -> Tensor | None:
         """(B, n) booleans, False for padding; None: there is none."""
@@ -64,9 +65,8 @@ class Filled:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a compression did."""
+    """What a compression cost."""
 
-    prefixes: dict[int, Prefix]
     seconds: float
     """Of the compression alone; errors are measured after."""
     errors: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -75,8 +75,11 @@ class Outcome:
 
 
 @torch.no_grad()
-def encode(method: Compressor, filled: Filled, *, measure: bool = True) -> Outcome:
-    """Compress the slots of a cache. Raises `UserError` where there are none, or as `method.encode` does."""
+def encode(method: Compressor, filled: Filled, *, measure: bool = True) -> tuple[dict[int, Prefix], Outcome]:
+    """The slots of a cache compressed, those that the method drops left out; and what that cost.
+
+    Raises `UserError` where there are no slots, or as `method.encode` does.
+    """
     if not filled.slots:
         raise UserError(f"{method.name}: nothing to compress: all slots have a window or are recurrent states")
     began = _now(filled)
@@ -103,7 +106,7 @@ def encode(method: Compressor, filled: Filled, *, measure: bool = True) -> Outco
             read = prefixes[followed.get(slot, slot)].read()
             text = filled.text(exact.k.shape[1])
             errors[slot] = {"k": relative_error(read.k, exact.k, text), "v": relative_error(read.v, exact.v, text)}
-    return Outcome(prefixes, seconds, errors)
+    return prefixes, Outcome(seconds, errors)
 
 
 def _stored(code: Code | None, exact: Tensor) -> Code:

@@ -152,10 +152,15 @@ class TransformersEngine(Engine):
         return config.num_hidden_layers * config.num_attention_heads * width * tokens * batch * element
 
     def projections(self, slot: int) -> tuple[nn.Linear, nn.Linear]:
-        layers: Any = self.model.base_model.layers
-        attention = layers[slot].self_attn
-        if not hasattr(attention, "k_proj"):
+        layers: Any = getattr(self.model.base_model, "layers", None)
+        attention = None if layers is None else getattr(layers[slot], "self_attn", None)
+        if getattr(attention, "kv_a_proj_with_mqa", None) is not None:
             raise UserError(f"slot {slot} is a latent; allowed: slots of keys and values")
+        if attention is None or not (hasattr(attention, "k_proj") and hasattr(attention, "v_proj")):
+            raise UserError(
+                f"{type(self.model).__name__}: slot {slot} has no projections of its own for keys and values; allowed: "
+                "models with layers.N.self_attn.k_proj and v_proj, as Llama's"
+            )
         _check_plain(slot, getattr(attention, "k_norm", None))
         return attention.k_proj, attention.v_proj
 

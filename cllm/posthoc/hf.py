@@ -39,13 +39,18 @@ class CompressedLayer(DynamicLayer):
         self.prefix, self.compressed = prefix, read.k.shape[1]
         self.lazy_initialization(_laid_out(read.k), _laid_out(read.v))
         self.keys, self.values = _laid_out(read.k[:, :0]).clone(), _laid_out(read.v[:, :0]).clone()
+        self.followed = False
+        """Whether another layer reads this one."""
         self.seen: tuple[Tensor, Tensor] | None = None
+        """What attention got in the pass under way, where the layer is followed: the others' is free after it."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The prefix as attention reads it, made anew, then the tokens since, then these."""
         super().update(key_states, value_states)
-        self.seen = self.read()
-        return self.seen
+        read = self.read()
+        if self.followed:
+            self.seen = read
+        return read
 
     def read(self) -> tuple[Tensor, Tensor]:
         """(B, G, n, D) keys and values of all tokens."""
@@ -86,6 +91,8 @@ class FollowingLayer(DynamicLayer):
         super().__init__()
         self.source: Any = source
         self.is_initialized = True
+        if isinstance(source, CompressedLayer):
+            source.followed = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The keys and values of the layer that is followed."""
@@ -118,12 +125,12 @@ class CompressedDynamicCache(Cache):
         self, cache: Cache, method: Compressor, model: PreTrainedModel, starts: Tensor | None, *, measure: bool = True
     ):
         super().__init__(layers=[])
-        self.method, self.model, self.starts, self.measure = method, model, starts, measure
-        self._compress(cache)
+        self.method, self.model, self.starts, self.measure = method.released(), model, starts, measure
+        self._compress(cache, method)
 
-    def _compress(self, cache: Cache) -> None:
-        self.outcome = encode(self.method, filled(cache, self.model, self.starts), measure=self.measure)
-        if any(prefix.landmarks is not None for prefix in self.outcome.prefixes.values()):
+    def _compress(self, cache: Cache, method: Compressor) -> None:
+        prefixes, self.outcome = encode(method, filled(cache, self.model, self.starts), measure=self.measure)
+        if any(prefix.landmarks is not None for prefix in prefixes.values()):
             raise UserError(
                 f"{self.method.name}: select: transformers' attention reads all tokens; allowed: caches of cllm models"
             )
@@ -132,8 +139,8 @@ class CompressedDynamicCache(Cache):
         for i, layer in enumerate(cache.layers):
             if i in follows:
                 layers.append(FollowingLayer(layers[follows[i]]))
-            elif i in self.outcome.prefixes:
-                layers.append(CompressedLayer(self.outcome.prefixes[i]))
+            elif i in prefixes:
+                layers.append(CompressedLayer(prefixes[i]))
             else:
                 layers.append(layer if cache is self else _copy(layer))
         self.layers = layers
@@ -149,7 +156,7 @@ class CompressedDynamicCache(Cache):
                 if isinstance(layer, CompressedLayer):
                     layer.seen = None
             if self.method.recompress is not None and since >= self.method.recompress:
-                self._compress(self)
+                self._compress(self, self.method)
         return result
 
     def nbytes(self) -> int:
@@ -216,14 +223,13 @@ def filled(cache: Cache, model: PreTrainedModel, starts: Tensor | None) -> Fille
         slots[i] = Slot(k.transpose(1, 2), v.transpose(1, 2))
         if getattr(config, "kv_lora_rank", None) == k.shape[-1] and k.shape[1] == 1:
             latent.add(i)
-    return Filled(slots, frozenset(latent), 0, starts, _table(model))
+    return Filled(slots, frozenset(latent), 0, starts, _table(getattr(model.base_model, "rotary_emb", None)))
 
 
-def _table(model: PreTrainedModel) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
-    """The model's own cos and sin as `rope_table` lays them out."""
+def _table(rotary: Any) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
+    """cos and sin of a model's own `rotary_emb` as `rope_table` lays them out."""
 
     def table(dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        rotary = getattr(model.base_model, "rotary_emb", None)
         if rotary is None or getattr(rotary, "rope_type", None) not in _ROPE_TYPES:
             seen = "none" if rotary is None else getattr(rotary, "rope_type", "unknown")
             raise UserError(f"rope type is {seen}; allowed: {', '.join(_ROPE_TYPES)}: keys are rotated back")

@@ -18,13 +18,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
+_AXIS = {"quanto": 0, "hqq": 1}
+"""With which the numbers of a group follow each other in memory; the other axis of hqq mixes sequences and heads."""
 
 
 class HFQuantized(Compressor):
-    """transformers' `QuantizedCache`, for transformers models: groups of numbers with a scale and a zero, and the last
-    tokens exact until there are `residual` of them, when all tokens are quantised again."""
+    """transformers' `QuantizedCache`, for transformers models: groups of numbers that follow each other in a token, with
+    a scale and a zero, and the last tokens exact until there are `residual` of them, when all are quantised again.
+
+        Q = round(X / s + z)    X' = s (Q - z)    s = (max X - min X) / (2^b - 1)    z = -min X / s
+
+    hqq moves z from there to where a norm of X - X' that forgives outliers is least (half-quadratic quantisation).
+    """
 
     name: ClassVar[str] = "hf_quantized"
+    once: ClassVar[str | None] = "hf_quantized has residual instead"
 
     backend: Literal["quanto", "hqq"] = "quanto"
     """The library that quantises: quanto (2 or 4 bits) or hqq (1, 2, 3, 4 or 8)."""
@@ -40,12 +48,10 @@ class HFQuantized(Compressor):
 
     def compress_dynamic(self, cache: Cache, model: PreTrainedModel) -> _Filled:
         """`cache` quantised. Raises `UserError` where the library is missing or refuses."""
-        if self.recompress is not None:
-            raise UserError(f"{self.name}: recompress={self.recompress}: {self.name} has residual instead")
         try:
             quantized = _Filled(
                 self.backend, model.config, nbits=self.bits, q_group_size=self.group, residual_length=self.residual,
-                axis_key=0, axis_value=0,
+                axis_key=_AXIS[self.backend], axis_value=_AXIS[self.backend],
             )  # fmt: skip
         except ImportError:
             raise UserError(
@@ -76,7 +82,7 @@ class _Filled(QuantizedCache):
             read = stored._dequantize(stored._quantized_keys), stored._dequantize(stored._quantized_values)
             pairs = zip("kv", read, (layer.keys, layer.values), strict=True)
             errors[i] = {part: relative_error(*(t.transpose(1, 2) for t in (a, b))) for part, a, b in pairs}
-        self.outcome = Outcome({}, seconds, errors)
+        self.outcome = Outcome(seconds, errors)
 
     def nbytes(self) -> int:
         """Bytes of codes, scales, zeros and the exact tokens."""

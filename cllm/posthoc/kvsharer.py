@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,9 @@ class KVSharer(Compressor):
             )
         log.info("%s: %s", self.name, ", ".join(f"slot {i} reads slot {j}" for i, j in sorted(found.items())))
         self._map = found
+
+    def facts(self) -> dict[str, Any]:
+        return {} if self._map is None else {"reads": {str(slot): source for slot, source in sorted(self._map.items())}}
 
     def follows(self) -> dict[int, int]:
         if self._map is None:

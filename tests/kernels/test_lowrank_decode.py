@@ -16,6 +16,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -263,6 +264,16 @@ def test_choice_is_told_once(caplog):
             lowrank_decode(*arguments, scale=SCALE)
     assert len(caplog.records) == 1
     assert "plain torch, because triton cannot: " in caplog.records[0].getMessage()
+    assert caplog.records[0].levelno == logging.INFO
+
+
+def test_what_a_gpu_cannot_is_a_warning_once(caplog, monkeypatch):
+    module._told.cache_clear()
+    monkeypatch.setattr(split_lowrank, "unsupported", lambda *arguments: "has heads of 3 channels")
+    for _ in range(2):
+        assert not module._runs_triton("auto", [SimpleNamespace(is_cuda=True)], [], [], None)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "triton cannot: has heads of 3 channels" in caplog.text
 
 
 @pytest.mark.parametrize(("kernel", "message"), [("flash", "allowed: auto, triton, reference"), ("triton", "cannot: ")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -181,6 +182,7 @@ def test_merged_latents_are_means_weighed_by_sensitivity(decoder, tokens):
         ids = torch.cat((ids, torch.multinomial(model(ids)[:, -1].softmax(-1), 1, generator=draw)), dim=1)
     engine, cache, method = fill(model, ids, "commonkv:merge=1.0,sink=0,recent=0")
     weights = method._shares([0, 1, 2, 3])
+    assert list(method.facts()["sensitivity"]) == ["0", "1", "2", "3"]
     assert sum(weights) == pytest.approx(1)
     assert max(weights) > 2 * min(weights)
     merged = engine.compress(cache, method).stores[0].prefix.k.latents.merged
@@ -206,10 +208,29 @@ def test_commonkv_refuses_what_it_cannot_do(decoder, tokens, filled):
     engine, cache, method = fill(decoder(), tokens(1, 20), "commonkv:rank=25")
     with pytest.raises(UserError, match="rank=25; allowed for 4 slots: 1 to 24"):
         engine.compress(cache, method)
+    method.release()
+    with pytest.raises(UserError, match=r"compress it before the next one and before release\(\)"):
+        engine.compress(cache, method)
+    engine, cache, method = fill(decoder(), tokens(1, 20), "commonkv")
     method._sensitivity = None
-    method.rank = None
     with pytest.raises(UserError, match=r"not calibrated: call prepare\(engine, ids\) first, or weights=equal"):
         engine.compress(cache, method)
+
+
+def test_models_without_projections_of_their_own_are_refused(tokens):
+    import transformers
+
+    tiny = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(**tiny, bos_token_id=0, eos_token_id=0)).eval()
+    for spec in ("commonkv", "commonkv:weights=equal"):
+        with pytest.raises(UserError, match="GPT2LMHeadModel: slot 0 has no projections of its own for keys and"):
+            parse(spec).prepare(engine_of(gpt), tokens(1, 20))
+
+
+@pytest.mark.parametrize("name", ["commonkv", "hf_quantized"])
+def test_methods_that_cannot_compress_again_say_so_at_once(name):
+    with pytest.raises(UserError, match=f'--posthoc "{name}:recompress=4": recompress=4: .*; allowed: leave it out'):
+        parse(f"{name}:recompress=4")
 
 
 # ---- KVSharer -------------------------------------------------------------------------------------------------------
@@ -249,8 +270,10 @@ def test_dissimilar_pairs_are_tried_first_and_the_threshold_holds(decoder, token
     engine = engine_of(model)
     for threshold in (-1.0, 0.9):  # with -1, the first pair tried is taken
         method = parse(f"kvsharer:threshold={threshold}")
+        assert method.facts() == {}
         method.prepare(engine, ids)
         assert list(method.follows()) == [3]
+        assert json.loads(json.dumps(method.facts())) == {"reads": {"3": method.follows()[3]}}
     with pytest.raises(UserError, match=r"only \d of share=4 slots can be dropped with threshold=0.9"):
         parse("kvsharer:share=4,threshold=0.9").prepare(engine, ids)
     with pytest.raises(UserError, match="not calibrated"):

@@ -1,0 +1,111 @@
+"""What is alive beside what a compressed cache says that it holds: nothing."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from cllm.posthoc import hf
+from cllm.posthoc.cache import CompressedSlot
+from cllm.posthoc.engine import engine_of
+from cllm.posthoc.methods import parse
+
+PREFIX = 40
+SPECS = [
+    "none",
+    "xkv:group=4,ratio=2",
+    "xkv:group=4,ratio=2+kivi:bits=4,group=20,residual=0",
+    "svd:ratio=2",
+    "svd:ratio=2,recompress=4",
+    "minicache",
+    "kivi:bits=2,group=8,residual=4,recompress=6",
+    "kvsharer:threshold=-1",
+    "commonkv:recent=4",
+]
+
+
+@pytest.fixture
+def new_bytes():
+    """Of all tensors that Python holds and did not when called first."""
+
+    def count():
+        gc.collect()
+        held = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+
+    def start():
+        gc.collect()
+        gc.freeze()  # what there is now is looked at no more
+        return count
+
+    yield start
+    gc.unfreeze()
+
+
+def fill_and_compress(engine, method, ids):
+    """The cache that was full is out of scope after."""
+    cache = engine.new_cache()
+    with method.watch(engine):
+        engine.hidden(ids, cache)
+    return engine.compress(cache, method)
+
+
+@pytest.mark.parametrize("kind", ["cllm", "transformers"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_nothing_but_the_compressed_cache_stays_alive(spec, kind, decoder, llama, tokens, new_bytes):
+    model, ids = decoder() if kind == "cllm" else llama(), tokens(2, PREFIX + 8)
+    engine, method = engine_of(model), parse(spec)
+    method.prepare(engine, ids[:, :PREFIX])
+    fill_and_compress(engine, method, ids[:, :PREFIX])  # factors of weights are the method's, and stay
+    method.release()
+    count = new_bytes()
+    compressed = fill_and_compress(engine, method, ids[:, :PREFIX])
+    method.release()
+    column = 8 if kind == "cllm" else 0
+    assert count() == compressed.nbytes() + column
+    compressed.reorder_cache(torch.tensor([1, 0]))
+    assert count() == compressed.nbytes() + column
+    for token in ids[:, PREFIX:].split(1, dim=1):
+        engine.hidden(token, compressed)
+    del token
+    assert count() == compressed.nbytes() + column
+
+
+def test_a_compressed_cache_holds_no_inputs_of_projections(decoder, tokens):
+    """Even while the method does, which may compress the cache again."""
+    engine, method = engine_of(decoder()), parse("commonkv:recent=4,weights=equal")
+    cache = engine.new_cache()
+    with method.watch(engine):
+        engine.hidden(tokens(2, PREFIX), cache)
+    once, again = (engine.compress(cache, method) for _ in range(2))
+    assert once.nbytes() == again.nbytes()
+    assert method._inputs
+    assert not once.method._inputs
+    with method.watch(engine):
+        assert not any(method._inputs.values())
+
+
+def test_only_followed_layers_keep_what_they_made(decoder, llama, tokens, monkeypatch):
+    """Until a pass ends; the others' keys and values are free after their layer."""
+    ids = tokens(2, PREFIX + 4)
+    for model, kind, extend in ((decoder(), CompressedSlot, "extend"), (llama(), hf.CompressedLayer, "update")):
+        engine, method, kept = engine_of(model), parse("kvsharer:threshold=-1"), []
+        method.prepare(engine, ids[:, :PREFIX])
+        original = getattr(kind, extend)
+
+        def watched(self, *args, original=original, kept=kept, **kwargs):
+            result = original(self, *args, **kwargs)
+            kept.append(self.seen is not None)
+            return result
+
+        monkeypatch.setattr(kind, extend, watched)
+        for spec, expected in (("kvsharer:threshold=-1", 1), ("minicache", 0)):
+            chosen = method if spec.startswith("kvsharer") else parse(spec)
+            compressed = fill_and_compress(engine, chosen, ids[:, :PREFIX])
+            kept.clear()
+            engine.hidden(ids[:, PREFIX:], compressed)
+            assert sum(kept) == expected
+            stores = compressed.stores.values() if hasattr(compressed, "stores") else compressed.layers
+            assert all(getattr(store, "seen", None) is None for store in stores)

@@ -230,6 +230,8 @@ class TrainConfig(Section):
     """torch.compile each block; auto: on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward instead of keeping its activations."""
+    recompute_fusion: bool = False
+    """Of layers that fuse, make the fused keys and values again in the backward instead of keeping them."""
     log_every: int = Field(10, ge=1)
     """Steps between rows of metrics."""
     validate_every: int | None = Field(250, ge=1)
@@ -256,6 +258,10 @@ class TrainConfig(Section):
             raise ValueError(
                 f"fp8 {self.fp8} keeps every weight that zero3 has gathered until the backward; allowed strategies: "
                 "auto, single, ddp, zero1, zero2"
+            )
+        if self.recompute_fusion and self.gradient_checkpointing:
+            raise ValueError(
+                "recompute_fusion is true, and so is gradient_checkpointing, which recomputes all; allowed: one of them"
             )
         if self.offload_optimizer and not self.strategy.startswith("zero"):
             raise ValueError(f"offload_optimizer needs strategy zero1, zero2 or zero3; strategy is {self.strategy}")

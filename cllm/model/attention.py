@@ -16,13 +16,14 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cllm.config import ModelConfig, Rope
 from cllm.kernels.attention import Documents, Mask, attention, document_boundaries
 from cllm.kernels.decode import Stored, Visible, decode_attention
 from cllm.kernels.retention import gated_retention, gated_retention_from
 from cllm.kv.plan import KVPlan, Latent, Own, Retention
-from cllm.kv.sources import Slot, make_owner, make_read
+from cllm.kv.sources import FusedRead, Slot, make_owner, make_read
 from cllm.kv.stores import SlotStore, StateStore, Step, Store
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope, rope_table
@@ -48,6 +49,8 @@ class Context:
     """(B, T) booleans, False for padding; None: there is none."""
     tail: Context | None = None
     """Of the last token, if it alone goes on after this layer's slot is written."""
+    recompute_fusion: bool = False
+    """Whether fused keys and values are made again for the gradient and not kept."""
     _rope: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[int | None, bool, int], Mask] = field(default_factory=dict)
     _visible: dict[tuple[int | None, bool, int], Visible] = field(default_factory=dict)
@@ -171,6 +174,7 @@ class Attention(_Mixer):
         self.keys = make_read(plan.keys(layer), "k", self.places, source.n_kv_heads, self.head_dim)
         self.values = make_read(plan.values(layer), "v", self.places, source.n_kv_heads, self.head_dim)
         self.o_proj = nn.Linear(width, config.d_model, bias=False)
+        self.fuses = isinstance(self.keys, FusedRead) or isinstance(self.values, FusedRead)
 
     def forward(
         self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context, store: Store | None = None
@@ -194,8 +198,32 @@ class Attention(_Mixer):
             )
             return self.o_proj(self.values.combine(outs).flatten(-2)[:, None]), own
         mask = context.mask(self.window, self.exclude_self, size)
-        out = attention(q, self.keys(slots), self.values(slots), mask, backend=context.backend)
+        if self.fuses and context.recompute_fusion and torch.is_grad_enabled():
+            out = checkpoint(self._read, q, slots, mask, context.backend, use_reentrant=False, context_fn=_keep_kernels)
+        else:
+            out = self._read(q, slots, mask, context.backend)
         return self.o_proj(out.flatten(-2)), own
+
+    def _read(self, q: Tensor, slots: Sequence[Slot], mask: Mask, backend: str) -> Tensor:
+        """Attention's output (B, T, H, D) over all that this layer reads."""
+        return attention(q, self.keys(slots), self.values(slots), mask, backend=backend)
+
+
+_aten = torch.ops.aten
+_ELEMENTWISE = frozenset(
+    {_aten.mul.Tensor, _aten.add.Tensor, _aten.cat.default, _aten.clone.default, _aten._to_copy.default}
+)
+"""What a fusion is made of: cheap to do again, where attention, which reads its result, is not."""
+
+
+def _keep_kernels() -> Any:
+    """Of a region that is run again for its gradients, run element-wise operations and keep what all others gave."""
+
+    def policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        again = operation in _ELEMENTWISE or getattr(operation, "is_view", False)  # a kept view would keep all of it
+        return CheckpointPolicy.PREFER_RECOMPUTE if again else CheckpointPolicy.MUST_SAVE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 class LatentAttention(_Mixer):

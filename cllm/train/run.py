@@ -71,7 +71,7 @@ def summarise(config: Config, model: Decoder) -> dict[str, Any]:
 
 
 _FREE_TO_CHANGE = {"steps", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints"}
-_FREE_TO_CHANGE |= {"devices", "num_nodes", "max_skipped_steps"}
+_FREE_TO_CHANGE |= {"devices", "num_nodes", "max_skipped_steps", "gradient_checkpointing", "recompute_fusion"}
 
 
 def check_resumable(config: Config, folder: RunFolder) -> None:
@@ -291,6 +291,7 @@ def make_module(config: Config, data: DataModule, *, resumed: bool) -> TrainingM
         batches = partial(calibration_batches, config, data)
         model = make_student(config, teacher, batches, device=device, resumed=resumed)
     model.gradient_checkpointing = config.train.gradient_checkpointing
+    model.recompute_fusion = config.train.recompute_fusion
     model.fp32_residual = config.train.fp32_residual
     if config.train.fp8 is not None:
         convert_blocks(model, config.train.fp8)

@@ -1,5 +1,7 @@
 """Gradients survive: through checkpointing, through iteration, through autocast, to every parameter of every preset."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,78 @@ def test_checkpointing_changes_no_gradient(name, preset_config, random_model):
     assert torch.equal(loss, loss_again)
     for key, gradient in gradients.items():
         torch.testing.assert_close(gradients_again[key], gradient, atol=1e-7, rtol=1e-6, msg=key)
+
+
+FUSING = ["fusedkv", "fusedkv_lite_learnable", "explicit"]
+
+
+@pytest.fixture
+def fusing(preset_config, tiny_config, random_model):
+    """A model whose layers fuse keys, values or both; weights are drawn."""
+
+    def build(name):
+        if name != "explicit":
+            return random_model(preset_config(name, qk_norm=True))
+        layers = [{"layers": "0-1", "own": {}}, {"layers": "2-3", "keys": {"fuse": [0, 1]}, "values": {"share": 0}}]
+        return random_model(tiny_config(n_layers=4, kv={"layers": layers}))
+
+    return build
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", FUSING)
+def test_fused_keys_and_values_made_again_change_no_gradient_and_are_not_kept(name, autocast, fusing, monkeypatch):
+    model, kept = fusing(name), []
+    plain = FusedRead.forward
+
+    def watched(self, slots):
+        made = plain(self, slots)
+        kept.append(weakref.ref(made.untyped_storage()))
+        return made
+
+    monkeypatch.setattr(FusedRead, "forward", watched)
+    found = []
+    for model.recompute_fusion in (False, True):
+        kept.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            ids = torch.randint(32, (2, 17), generator=torch.Generator().manual_seed(0))
+            loss = model.loss(ids[:, :-1], ids[:, 1:])
+        assert kept
+        assert all((ref() is None) == model.recompute_fusion for ref in kept)
+        model.zero_grad()
+        loss.backward()
+        found.append((loss.detach(), {key: p.grad for key, p in model.named_parameters()}))
+    (loss, gradients), (loss_again, gradients_again) = found
+    assert torch.equal(loss, loss_again)
+    for key, gradient in gradients.items():
+        assert torch.equal(gradients_again[key], gradient), key
+
+
+def test_compiled_blocks_keep_less_where_fusion_is_made_again(fusing):
+    model, found = fusing("fusedkv"), []
+    ids = torch.randint(32, (2, 17), generator=torch.Generator().manual_seed(0))
+    for model.recompute_fusion in (False, True):
+        torch._dynamo.reset()
+        for block in model.blocks:
+            block.compile(dynamic=False, fullgraph=True, backend="aot_eager_decomp_partition")
+        nbytes = 0
+
+        def count(tensor):
+            nonlocal nbytes
+            nbytes += tensor.nbytes
+            return tensor
+
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        found.append((nbytes, [p.grad for p in model.parameters()]))
+    torch._dynamo.reset()
+    (before, gradients), (after, gradients_again) = found
+    one = 4 * 2 * 16 * model.config.n_heads * model.config.resolved_head_dim  # fp32 (2, 16, G, D)
+    assert before - after == 4 * 2 * one, "keys and values of the four layers that fuse"
+    for gradient, again in zip(gradients, gradients_again, strict=True):
+        torch.testing.assert_close(again, gradient, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -21,11 +21,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cllm.config import Config
 from cllm.errors import UserError
 from cllm.kv.sources import FusedRead
+from cllm.model import attention
 from cllm.model.sizes import build_decoder
 from cllm.runs import RunFolder, load_run, read_weights
 from cllm.train.module import TrainingModule
 from cllm.train.optim import learning_rate_factor, parameter_groups
-from cllm.train.run import train
+from cllm.train.run import check_resumable, train, with_vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 Tiny = Callable[..., Config]
@@ -110,6 +111,20 @@ def test_gradient_checkpointing_and_bf16_run(tiny: Tiny) -> None:
     narrow = train(tiny("--name", "narrow", "--train.steps", "3", "--train.precision", "bf16"))
     assert losses(narrow) == pytest.approx(losses(plain), rel=2e-2)
     assert all(t.dtype == torch.float32 for t in final_weights(narrow).values()), "weights stay fp32"
+
+
+def test_fused_keys_and_values_may_be_made_again(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same steps, so that a run may begin to do so where it goes on."""
+    regions = []
+    contexts = attention._keep_kernels
+    monkeypatch.setattr(attention, "_keep_kernels", lambda: regions.append(1) or contexts())
+    settings = ["--model.kv.preset", "fusedkv", "--train.steps", "3"]
+    plain = train(tiny(*settings, "--name", "plain"))
+    assert not regions
+    settings += ["--train.recompute_fusion", "true"]
+    assert losses(plain) == losses(train(tiny(*settings, "--name", "again")))
+    assert len(regions) == 3 * 2 * 2, "steps, micro-batches, layers that fuse"
+    check_resumable(with_vocabulary(tiny(*settings, "--name", "plain")), plain)
 
 
 def test_document_masks_and_several_validation_sets(tiny: Tiny, prepared: Path) -> None:

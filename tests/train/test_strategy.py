@@ -94,6 +94,7 @@ def test_zero_without_deepspeed_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
         (["--train.strategy", "single", "--train.devices", "2"], "strategy is single, but devices is 2"),
         (["--train.strategy", "zero1", "--train.fp32_residual", "true"], "fp32_residual is true, but zero1 keeps"),
         (["--train.offload_optimizer", "true"], "offload_optimizer needs strategy zero1, zero2 or zero3"),
+        (["--train.recompute_fusion", "true", "--train.gradient_checkpointing", "true"], "which recomputes all"),
         (["--train.strategy", "zero4"], "train.strategy"),
     ],
 )

@@ -10,12 +10,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from cllm.errors import UserError
-from cllm.hub.export import Dtype, Exported, as_pretrained, check_out, put, save
+from cllm.hub.export import Dtype, Exported, as_pretrained, check_out, put, quiet, save
 from cllm.hub.families import export_family, load_weights, read_family
 from cllm.hub.model import CLLMForCausalLM
 from cllm.model.sizes import build_decoder, count_parameters
@@ -90,13 +91,14 @@ def export_folder(
         What was written, and the family.
 
     Raises:
-        UserError: where a layer reads another one's keys and values, or the family lacks something else of the model.
+        UserError: where a layer reads another one's keys and values, or the family lacks something else of the model,
+            and for a folder that cannot be loaded.
     """
     source, out = Path(source), Path(out)
     check_out(out, force)
     if not (source / "config.json").exists():
         raise UserError(f"{source}: has no config.json; `convert.py export` makes such a folder of a run")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True)
+    model = _loaded(source)
     if not isinstance(model, CLLMForCausalLM):
         raise UserError(f"{source}: is a {model.config.model_type} checkpoint already")
     ids = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -111,6 +113,17 @@ def export_folder(
         )
         _copy_companions(source, partial)
     return _told(model, out), taken
+
+
+def _loaded(source: Path) -> Any:
+    # Whatever goes wrong in reading a folder is, to the user, one fault told in one line.
+    try:
+        with quiet():
+            return AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True)
+    except UserError as error:
+        raise error if str(source) in str(error) else UserError(f"{source}: {error}") from None
+    except Exception as error:
+        raise UserError(f"{source}: cannot be loaded: {type(error).__name__}: {error}") from None
 
 
 def _generation_config(source: Path, model: CLLMForCausalLM) -> GenerationConfig:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -165,12 +167,20 @@ def _to_bf16(decoder: Decoder) -> None:
 
 def save(model: CLLMForCausalLM, folder: Path, max_shard_size: str) -> None:
     """Write config.json and weights. Raises `UserError` for a size that is none."""
+    try:
+        with quiet():
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise UserError(f"--max-shard-size is {max_shard_size}: {error}") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-    except ValueError as error:
-        raise UserError(f"--max-shard-size is {max_shard_size}: {error}") from None
+        yield
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -62,11 +64,12 @@ class CLLMForCausalLM(PreTrainedModel, CLLMGenerationMixin):
         """As in transformers, but weights that are not exactly the model's are an error and not a warning.
 
         Raises:
-            UserError: naming tensors that are missing, that the model has not, or that have another shape.
+            UserError: naming tensors that are missing, that the model has not, or that have another shape, and weight
+                files that are broken.
         """
         if kwargs.pop("ignore_mismatched_sizes", False):
             raise UserError("ignore_mismatched_sizes is True; allowed: False, every tensor has to fit")
-        with _without_load_report():
+        with _without_load_report(), _naming_broken_files(pretrained_model_name_or_path):
             found: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
@@ -257,6 +260,26 @@ def _without_load_report() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(keep)
+
+
+@contextlib.contextmanager
+def _naming_broken_files(folder: Any) -> Iterator[None]:
+    """safetensors says what is wrong with a file, but not with which."""
+    try:
+        yield
+    except SafetensorError as error:
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            if fault := _fault(file):
+                raise UserError(f"{file}: cannot be read: {fault}") from None
+        raise UserError(f"{folder}: weights cannot be read: {error}") from None
+
+
+def _fault(file: Path) -> str | None:
+    try:
+        with safe_open(file, framework="pt"):
+            return None
+    except (OSError, SafetensorError) as error:
+        return str(error)
 
 
 def _check_loaded(model: CLLMForCausalLM, info: dict[str, Any], path: Any) -> None:

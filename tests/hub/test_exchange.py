@@ -1,5 +1,6 @@
 """scripts/convert.py import and plain: other families' folders in, and out again."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 import cllm  # noqa: F401 - registers the classes
 from cllm.errors import UserError
 from cllm.hub.exchange import export_folder, import_folder
+from cllm.hub.export import as_pretrained
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,7 +53,7 @@ def tensors(folder):
     return found
 
 
-def convert(*arguments):
+def run_convert(*arguments):
     return subprocess.run(
         [sys.executable, ROOT / "scripts" / "convert.py", *map(str, arguments)], capture_output=True, text=True
     )
@@ -61,7 +63,7 @@ def convert(*arguments):
 def test_a_llama_comes_in_and_goes_out_bit_for_bit(llama, tmp_path, tied):
     folder, original = llama(tie_word_embeddings=tied)
     inside, outside = tmp_path / "inside", tmp_path / "outside"
-    done = convert("import", folder, inside)
+    done = run_convert("import", folder, inside)
     assert done.returncode == 0, done.stderr
     assert "parameters" in done.stdout
     ids = torch.randint(40, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -74,7 +76,7 @@ def test_a_llama_comes_in_and_goes_out_bit_for_bit(llama, tmp_path, tied):
     assert ours.config.eos_token_id == 7
     assert (inside / "tokenizer_config.json").exists()
 
-    done = convert("plain", inside, outside)
+    done = run_convert("plain", inside, outside)
     assert done.returncode == 0, done.stderr
     assert "written as llama" in done.stdout
     before, after = tensors(folder), tensors(outside)
@@ -88,7 +90,7 @@ def test_a_llama_comes_in_and_goes_out_bit_for_bit(llama, tmp_path, tied):
 
 def test_what_cannot_be_converted_leaves_nothing_behind(llama, tmp_path):
     folder, _ = llama()
-    done = convert("import", folder / "nowhere", tmp_path / "a")
+    done = run_convert("import", folder / "nowhere", tmp_path / "a")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "config.json: missing" in done.stderr
@@ -101,9 +103,40 @@ def test_what_cannot_be_converted_leaves_nothing_behind(llama, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "llama"]
 
 
-def test_plain_refuses_what_the_family_has_not(llama, tmp_path, tiny_config, random_model):
-    from cllm.hub.export import as_pretrained
+def _cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
 
+
+BROKEN = {
+    "a shard is missing": ("model-00002*", lambda f: f.unlink(), r"model-00002-of-\d+\.safetensors"),
+    "a shard is cut": ("model-00002*", _cut, r"model-00002-of-\d+\.safetensors: cannot be read: "),
+    "no weights": ("model*", lambda f: f.unlink(), "no file named model.safetensors"),
+    "no JSON": ("config.json", lambda f: f.write_text("{"), r"config\.json"),
+    "a list": ("config.json", lambda f: f.write_text("[]"), "broken: cannot be loaded"),
+    "no such plan": (
+        "config.json",
+        lambda f: f.write_text(f.read_text().replace('"preset": "gqa"', '"preset": "gqq"')),
+        r"broken: config\.json: model\.kv\.preset: unknown preset",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_plain_tells_what_is_broken_in_a_line(name, tmp_path, tiny_config, random_model, convert, capfd):
+    files, damage, message = BROKEN[name]
+    model = as_pretrained(random_model(tiny_config(kv={"preset": "gqa", "n_kv_heads": 2}, n_layers=2)))
+    model.save_pretrained(tmp_path / "broken", max_shard_size="20KB")
+    for file in (tmp_path / "broken").glob(files):
+        damage(file)
+    capfd.readouterr()
+    assert convert("plain", tmp_path / "broken", tmp_path / "out") == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1, error
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_plain_refuses_what_the_family_has_not(llama, tmp_path, tiny_config, random_model):
     as_pretrained(random_model(tiny_config(kv={"preset": "fusedkv"}))).save_pretrained(tmp_path / "fused")
     with pytest.raises(UserError, match="layer 4"):
         export_folder(tmp_path / "fused", tmp_path / "out")

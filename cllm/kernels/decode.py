@@ -80,8 +80,8 @@ def decode_attention(
         values: the parts of the values.
         visible: which entries are seen.
         scale: factor on the scores.
-        kernel: `auto` takes Triton on a GPU and plain torch for what Triton cannot, and logs once which and why; or one
-            of the two by name.
+        kernel: `auto` takes Triton on a GPU and plain torch for what Triton cannot, and tells once which and why, as a
+            warning where that makes a GPU slow; or one of the two by name.
 
     Returns:
         For each value part (B, H, E_p) in the queries' dtype, 0 where a row sees nothing. Results of several parts are
@@ -160,15 +160,16 @@ def _runs_triton(
         raise UserError(f'decode_attention: kernel is "{kernel}"; allowed: auto, triton, reference')
     reason = split_decode.unsupported(queries, keys, values, scales)
     if kernel == "auto":
-        _told("triton" if reason is None else f"plain torch, because triton cannot: {reason}")
+        slow = reason is not None and queries[0].is_cuda
+        _told("triton" if reason is None else f"plain torch, because triton cannot: {reason}", slow)
     elif reason is not None:
         raise UserError(f'decode_attention: kernel is "triton", which cannot: {reason}; allowed: auto, reference')
     return reason is None
 
 
 @functools.cache
-def _told(choice: str) -> None:
-    log.info("decode attention: %s", choice)
+def _told(choice: str, slow: bool) -> None:
+    log.log(logging.WARNING if slow else logging.INFO, "decode attention: %s%s", choice, " (slow)" if slow else "")
 
 
 def decode_attention_reference(

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,6 +200,17 @@ def test_choice_is_told_once(caplog):
             decode_attention(*arguments, scale=SCALE)
     assert len(caplog.records) == 1
     assert "plain torch, because triton cannot: " in caplog.records[0].getMessage()
+    assert caplog.records[0].levelno == logging.INFO
+
+
+def test_plain_torch_on_a_gpu_is_a_warning(caplog, monkeypatch):
+    monkeypatch.setattr(module.split_decode, "unsupported", lambda *_: "too wide")
+    module._told.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="cllm.kernels.decode"):
+        for _ in range(2):
+            assert not module._runs_triton("auto", [SimpleNamespace(is_cuda=True)], [], [], [])
+    (record,) = caplog.records
+    assert record.getMessage() == "decode attention: plain torch, because triton cannot: too wide (slow)"
 
 
 @pytest.mark.parametrize(("kernel", "message"), [("flash", "allowed: auto, triton, reference"), ("triton", "cannot: ")])

@@ -149,13 +149,16 @@ def test_the_evaluation_harness(folder, tokenizer) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=2, device="cpu")
     assert harness.max_length == 64
+    of_folder = HFLM(pretrained=str(folder), batch_size=2, device="cpu", dtype="float32")  # as its command line does
+    assert (of_folder.max_length, type(of_folder.model)) == (64, CLLMForCausalLM)
 
-    def ask(kind: str, arguments: list[tuple]) -> list:
+    def ask(kind: str, arguments: list[tuple], harness: HFLM = harness) -> list:
         requests = [Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(arguments)]
         return getattr(harness, kind)(requests)
 
     pairs = [("the first number", " 1 is naïve"), ("the", " second"), (TEXTS[1], " and 16")]
     found = ask("loglikelihood", pairs)
+    assert ask("loglikelihood", pairs, of_folder) == found
     for (context, continuation), (total, greedy) in zip(pairs, found, strict=True):
         start, ids = len(tokenizer(context).input_ids), tokenizer(context + continuation).input_ids
         with torch.no_grad():

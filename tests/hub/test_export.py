@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -11,7 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cllm.data.manifest import Manifest
 from cllm.evaluate.subjects import load_subject
 from cllm.hub import export as export_module
+from cllm.model.sizes import build_decoder
 from cllm.runs import TIED, WEIGHTS_FILE, load_run
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 def _refused(capsys, status: int) -> str:
@@ -61,6 +68,39 @@ def test_the_folder_loads_generates_and_is_evaluated(convert, make_run, tmp_path
         assert torch.equal(subject.logits(ids, None, None, 2), decoder(ids)[:, -2:])
 
 
+@pytest.mark.parametrize("strategy", ["single", "ddp"])
+def test_a_run_that_was_trained(strategy, convert, prepared, tmp_path) -> None:
+    """Two processes under ddp. The folder computes what the run does."""
+    config = {
+        "name": "a",
+        "runs_dir": str(tmp_path / "runs"),
+        "model": {"d_model": 16, "n_layers": 4, "n_heads": 2, "max_seq_len": 32, "kv": {"preset": "fusedkv"}},
+        "data": {"path": str(prepared), "seq_len": 16, "num_workers": 0, "validation_sequences": 2},
+        "train": {
+            **{"steps": 2, "global_batch": 4, "micro_batch": 2, "checkpoint_every": 2, "accelerator": "cpu"},
+            **{"strategy": strategy, "devices": 1 if strategy == "single" else 2},
+        },
+    }
+    (tmp_path / "a.yaml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+    done = subprocess.run(
+        [sys.executable, REPO / "train.py", "--config", tmp_path / "a.yaml"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert convert("export", tmp_path / "runs" / "a", tmp_path / "out") == 0
+    decoder, found, step = load_run(tmp_path / "runs" / "a")
+    assert (step, found.train.strategy) == (2, strategy)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, decoder(ids))
+    new = build_decoder(found.model)  # the fusion's weights were trained, too
+    new.init_weights()
+    trained, untrained = (dict(m.named_parameters()) for m in (model.model, new))
+    fused = [name for name in trained if name.endswith("attention.keys.weight")]
+    assert fused
+    assert all(not torch.equal(trained[name], untrained[name]) for name in fused)
+
+
 def test_another_checkpoint_in_bf16_in_several_files(convert, make_run, tmp_path, random_model) -> None:
     run, _ = make_run()
     out = tmp_path / "out"
@@ -87,8 +127,6 @@ def test_tied_embeddings_are_one_tensor(convert, make_run, tmp_path, capsys) -> 
 
 
 def test_a_width_that_match_params_found(convert, make_run, tmp_path) -> None:
-    from cllm.model.sizes import build_decoder
-
     run, _ = make_run()
     config = run.config()
     config = config.model_copy(update={"model": config.model.model_copy(update={"match_params": True})})

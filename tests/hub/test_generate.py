@@ -54,8 +54,8 @@ def of_preset(hub_model, preset_config):
 def test_greedy_batches_with_left_padding(name, of_preset) -> None:
     model = of_preset(name)
     expected = _again(model, IDS, MASK)
-    assert torch.equal(_greedy(model, attention_mask=MASK), expected)
-    assert torch.equal(_greedy(model, attention_mask=MASK, cache_implementation="static"), expected)
+    for options in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
+        assert torch.equal(_greedy(model, attention_mask=MASK, **options), expected), options
     assert torch.equal(_greedy(model, IDS[:1, 2:])[0], expected[0, 2:])
 
 

@@ -281,12 +281,24 @@ NUMBERS = {
     "fusedkv": 4 * 2 * 16 * 12,
     "fusedkv_lite": 4 * 2 * 16 * 12,
     "trailing": 2 * (2 * 16 * 3 + 2 * 16 * 12),
-    "lckv": None,
+    "afm": 5 * 2 * 16 * 12,
+    "lckv": 3 * 2 * 16 * 12,
+    "fusedkv_lite_learnable": 4 * 2 * 16 * 12,
+    "fusedkv_lite_reversed": 4 * 2 * 16 * 12,
+    "pizza_bottom": 4 * 2 * 16 * 12,  # owners 0 1 2 3
+    "pizza_middle": 4 * 2 * 16 * 12,  # 0 1 2 5
+    "pizza_top": 4 * 2 * 16 * 12,  # 0 1 2 7
+    "sandwich_bottom": 4 * 2 * 16 * 12,  # 0 1 2 7
+    "sandwich_middle": 4 * 2 * 16 * 12,  # 0 1 4 7
+    "sandwich_top": 4 * 2 * 16 * 12,  # 0 1 6 7
+    "lasagna_bottom": 4 * 2 * 16 * 12,  # 0 2 4 6
+    "lasagna_middle": 4 * 2 * 16 * 12,  # 0 2 4 6
+    "lasagna_top": 4 * 2 * 16 * 12,  # 0 3 5 7
 }
 
 
 @pytest.mark.parametrize("kind", ["growing", "static"])
-@pytest.mark.parametrize("name", [name for name, numbers in NUMBERS.items() if numbers])
+@pytest.mark.parametrize("name", preset_names())
 def test_bytes_of_the_cache(name, kind, design):
     model = design(name)
     cache = KVCache(model.config, max_len=None if kind == "growing" else LENGTH)

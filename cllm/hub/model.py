@@ -226,9 +226,14 @@ class CLLMForCausalLM(PreTrainedModel, CLLMGenerationMixin):
 
     def _loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        total = self.model.head(hidden, shifted, reduction="mean" if num_items is None else "sum")
+        if total.ndim:
+            raise UserError(
+                "model.head has an adapter, but computes the loss itself; leave it out of the adapter's modules, or "
+                "train it whole (modules_to_save)"
+            )
         if num_items is None:
-            return self.model.head(hidden, shifted)
-        total = self.model.head(hidden, shifted, reduction="sum")
+            return total
         return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
 
 

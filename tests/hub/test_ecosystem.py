@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from cllm.errors import UserError
 from cllm.hub.model import CLLMForCausalLM
 
 TEXTS = ["the first number 1 is naïve", "the second number 2 is 日本 and 4", "the first number 3 is naïve and 9"]
@@ -138,6 +139,22 @@ def test_adapters_on_up_projections_of_latents_are_seen_by_decoding(bias, hub_mo
     expected = model.generate(input_ids=ids, use_cache=False, **options)
     for kind in ("dynamic", "static"):
         assert torch.equal(model.generate(input_ids=ids, cache_implementation=kind, **options), expected)
+
+
+def test_adapters_that_do_not_fit_are_refused(hub_model) -> None:
+    peft = pytest.importorskip("peft")
+    ids = torch.arange(1, 9)[None]
+    lora = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    whole = peft.get_peft_model(hub_model(n_layers=2), peft.LoraConfig(**lora, modules_to_save=["head"]))
+    assert whole(input_ids=ids, labels=ids).loss.ndim == 0
+    for config, message in (
+        (peft.LoraConfig(**{**lora, "target_modules": ["head"]}), "model.head has an adapter"),
+        (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "past_key_values is a DynamicCache"),
+        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "inputs_embeds is not supported"),
+    ):
+        model = peft.get_peft_model(hub_model(n_layers=2), config)
+        with pytest.raises(UserError, match=message):
+            model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids))
 
 
 def test_the_evaluation_harness(folder, tokenizer) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
 from cllm.config import Config
@@ -16,10 +18,13 @@ from cllm.model.sizes import (
     model_d_ff,
     training_flops_per_token,
 )
+from cllm.train.strategy import REDUCE_BUCKET, processes_of, zero_stage
 from cllm.uptrain.teacher import teacher_config
 from cllm.uptrain.trainable import make_trainable
 
 GIB = 2**30
+ZERO3_LIVE = 1_000_000_000
+"""Parameters that DeepSpeed's ZeRO-3 leaves gathered at most (`stage3_max_live_parameters`)."""
 
 
 def _compute_bytes(config: Config) -> int:
@@ -52,13 +57,14 @@ def block_activation_bytes(model: Decoder, config: Config, layer: int) -> int:
 
 
 def memory_estimate(model: Decoder, config: Config, *, teacher: int = 0) -> dict[str, float]:
-    """GiB at the peak of a training step on one device, of a model of which what is not trained is frozen.
+    """GiB at the peak of a training step on each device, of a model of which what is not trained is frozen.
 
-    The peak is the start of the backward: fp32 weights and AdamW's two moments, the bf16 copies of weights that
-    autocast keeps, all activations of a micro-batch, the loss's chunk of logits and the head's gradient; and gradients,
-    where accumulation keeps them from one micro-batch to the next. With gradient checkpointing blocks keep their input
-    alone, slots that other layers read stay as well, and one block is whole at a time. `teacher` counts the parameters
-    of a model that computes along; it keeps nothing but them.
+    The peak is the start of the backward: weights and optimizer states as the strategy holds them, the bf16 copies of
+    weights that autocast keeps, all activations of a micro-batch, the loss's chunk of logits and the head's gradient;
+    and gradients, where accumulation keeps them from one micro-batch to the next. Layers of a cycle keep activations of
+    every pass that has a gradient. With gradient checkpointing blocks keep their input alone, slots that other layers
+    read stay as well, and one block is whole at a time. `teacher` counts the parameters of a model that computes along;
+    it keeps nothing but them.
     """
     c, train = config.model, config.train
     assert c.vocab_size is not None
@@ -66,27 +72,55 @@ def memory_estimate(model: Decoder, config: Config, *, teacher: int = 0) -> dict
     trained = _trained(model)
     narrow = _compute_bytes(config)
     blocks = [block_activation_bytes(model, config, i) for i in range(c.n_layers)]
+    passes = _kept_passes(model)
     if train.gradient_checkpointing:
         shared = {j for i in range(c.n_layers) for j in model.plan.reads_others(i)}
-        slots = sum(sum(slot_elements(model.plan, j, c.resolved_head_dim)) for j in shared)
-        per_token = c.n_layers * c.d_model * (4 if train.fp32_residual else narrow) + slots * narrow + max(blocks)
+        slots = sum(passes[j] * sum(slot_elements(model.plan, j, c.resolved_head_dim)) for j in shared)
+        per_token = sum(passes) * c.d_model * (4 if train.fp32_residual else narrow) + slots * narrow + max(blocks)
     else:
-        per_token = sum(blocks)
+        per_token = sum(map(operator.mul, passes, blocks))
     head_grad = c.vocab_size * c.d_model * (4 + narrow) if model.head.weight.requires_grad else 0
     loss = 3 * tokens * c.d_model * narrow + head_grad + 2**29
-    accumulates = train.global_batch > train.micro_batch
-    copies = 2 * parameters if narrow == 2 and not train.gradient_checkpointing else 0
-    parts = {
-        "weights": 4 * parameters,
-        "optimizer": 8 * trained,
-        "gradients": 4 * trained if accumulates else 0,
-        "activations": tokens * per_token + loss + copies,
-    }
-    if not accumulates:  # the end of the backward has all gradients and no activations
-        parts["activations"] = max(parts["activations"], 4 * trained)
+    autocast = narrow == 2 and zero_stage(train) is None
+    copies = 2 * parameters if autocast and not train.gradient_checkpointing else 0
+    parts = state_bytes(config, parameters, trained)
+    # Where gradients do not outlive a step, the end of the backward has all of them and no activations.
+    gradients = 0.0 if parts["gradients"] else 4.0 * trained
+    parts["activations"] = max(tokens * per_token + loss + copies, gradients)
     if teacher:
         parts["teacher"] = narrow * teacher
     return {name: size / GIB for name, size in (parts | {"total": sum(parts.values())}).items()}
+
+
+def state_bytes(config: Config, parameters: int, trained: int) -> dict[str, float]:
+    """Bytes on each device of what outlives a micro-batch: `weights`, `optimizer`, `gradients`, ZeRO's `buffers`.
+
+    DDP's buckets are its gradients. ZeRO: docs/distributed.md has the bytes a parameter.
+    """
+    train, stage = config.train, zero_stage(config.train)
+    devices = processes_of(train)
+    accumulates = train.global_batch > train.micro_batch * devices
+    if stage is None:
+        kept = accumulates or train.strategy == "ddp" or devices > 1
+        return {"weights": 4 * parameters, "optimizer": 8 * trained, "gradients": 4 * trained if kept else 0}
+    narrow = {1: 2 + 4 * accumulates, 2: (4 if accumulates else 2) / devices}
+    buckets = (2 if devices > 1 else 1) * min(REDUCE_BUCKET, parameters)
+    live = min(ZERO3_LIVE, parameters) if stage == 3 else 0
+    return {
+        "weights": 2 * parameters / (devices if stage == 3 else 1),
+        "optimizer": 0 if train.offload_optimizer else 12 * trained / devices,
+        "gradients": narrow[min(stage, 2)] * trained,
+        "buffers": 2 * (buckets + live),
+    }
+
+
+def _kept_passes(model: Decoder) -> list[int]:
+    """How often each layer's activations are kept for the backward: once, in a cycle for each pass with gradients."""
+    times, iterations = [1] * len(model.plan), model.plan.iterations
+    for first, last in model.plan.cyclic_spans():
+        assert iterations is not None
+        times[first : last + 1] = [iterations.backward] * (last + 1 - first)
+    return times
 
 
 def _trained(model: Decoder) -> int:
@@ -118,6 +152,9 @@ def dry_run(config: Config) -> str:
     teacher = _teacher_parameters(config)
     make_trainable(model, config)
     memory = memory_estimate(model, config, teacher=teacher)
+    devices = processes_of(config.train)
+    where = "one GPU" if devices == 1 else f"each of {devices} GPUs"
+    where += f" under {config.train.strategy}" if config.train.strategy not in ("auto", "single") else ""
     uptraining = [f"trained      {_trained(model):,} (uptrain.trainable {config.uptrain.trainable})"]
     uptraining += [f"teacher      {teacher:,} parameters, a forward pass in every step"] * (teacher > 0)
     tokens = config.train.steps * config.train.global_batch * seq_len
@@ -142,6 +179,6 @@ def dry_run(config: Config) -> str:
         f"tokens, {training * tokens:.3g} FLOPs",
         "memory       "
         + ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
-        + f" GiB at the peak on one GPU (estimate, micro-batch {config.train.micro_batch})",
+        + f" GiB at the peak on {where} (estimate, micro-batch {config.train.micro_batch})",
     ]
     return "\n".join(lines)

@@ -40,7 +40,7 @@ APART_FILE = "resume.safetensors"
 """In a checkpoint folder: tensors that resuming needs and the decoder does not."""
 _GATHER_BUCKET = 200_000_000
 """Elements that DeepSpeed gathers at once, after the step."""
-_REDUCE_BUCKET = 50_000_000
+REDUCE_BUCKET = 50_000_000
 """Elements that DeepSpeed reduces at once. A bucket travels while the backward fills the next, and the last one has
 nothing left to hide behind: 100 MB of bf16 are enough for full bandwidth and little to wait for. Two are allocated."""
 
@@ -48,6 +48,12 @@ nothing left to hide behind: 100 MB of bf16 are enough for full bandwidth and li
 def zero_stage(train: TrainConfig) -> int | None:
     """1, 2 or 3, or None where DeepSpeed has no part."""
     return int(train.strategy.removeprefix("zero")) if train.strategy.startswith("zero") else None
+
+
+def processes_of(train: TrainConfig) -> int:
+    """Devices of all machines, for a run on GPUs; `auto` are those of this machine, or one where it has none."""
+    here = 1 if train.strategy == "single" else max(torch.cuda.device_count(), 1)
+    return (here if train.devices == "auto" else train.devices) * train.num_nodes
 
 
 def family(strategy: str) -> str:
@@ -65,7 +71,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             contiguous_gradients=True,
             overlap_comm=processes > 1,
             allgather_bucket_size=_GATHER_BUCKET,
-            reduce_bucket_size=_REDUCE_BUCKET,
+            reduce_bucket_size=REDUCE_BUCKET,
             zero_allow_untested_optimizer=True,
             logging_batch_size_per_gpu=micro_batch,
         )

@@ -1,0 +1,124 @@
+"""The memory of a step, told without training: against measured peaks, against the strategy's shares, by passes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cllm import cli
+from cllm.config import Config
+from cllm.kv.plan import Iterations, KVPlan
+from cllm.model.sizes import build_decoder, count_parameters
+from cllm.train.dryrun import GIB, block_activation_bytes, dry_run, memory_estimate
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+RESULTS = sorted((ROOT / "docs" / "results").glob("*-train-*-h200.json"))
+
+
+def measured() -> list[tuple[str, dict[str, Any], float]]:
+    """(file and design, config, GiB) of what `bench_train.py` has measured in bf16 without accumulation."""
+    found = []
+    for file in RESULTS:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        rows = {row["name"]: row["peak_gib"] for row in result["rows"]}
+        found += [
+            (f"{file.stem[11:]}-{name}", result["configs"][name], rows[name])
+            for name in rows
+            if name in result["configs"]
+        ]
+    return found
+
+
+MEASURED = measured()
+
+
+def test_the_measured_designs_are_those_of_the_log() -> None:
+    names = " ".join(name for name, _, _ in MEASURED)
+    for part in ("332m", "650m", "4b", "cla1b", "374m-h200-mha", "374m-h200-yoco"):
+        assert part in names
+    assert sum("train-374m-h200" in name for name, _, _ in MEASURED) == 5
+
+
+@pytest.mark.parametrize(("config", "gib"), [row[1:] for row in MEASURED], ids=[row[0] for row in MEASURED])
+def test_the_estimate_is_within_a_tenth_of_what_was_measured(config: dict[str, Any], gib: float) -> None:
+    given = {key: value for key, value in config.items() if key not in ("init", "uptrain")}
+    given["train"] |= {"global_batch": given["train"]["micro_batch"], "devices": 1, "accelerator": "gpu"}
+    config_ = cli.validate(Config, given)
+    with torch.device("meta"):
+        model = build_decoder(config_.model)
+    assert memory_estimate(model, config_)["total"] == pytest.approx(gib, rel=0.1)
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "model").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_header_of_a_config_says_what_its_dry_run_says(file: Path) -> None:
+    told = re.search(r"about (\d+) GiB", file.read_text(encoding="utf-8"))
+    assert told is not None
+    report = dry_run(cli.load(Config, [file], ["--train.devices", "1", "--train.accelerator", "gpu"]))
+    total = re.search(r"total ([\d.]+) GiB at the peak on one GPU", report)
+    assert total is not None
+    assert float(total[1]) == pytest.approx(float(told[1]), abs=0.6)
+
+
+# On each of N devices, bytes a parameter without and with accumulation: the table of docs/distributed.md
+SHARES = {
+    "ddp": lambda n: (16, 16),
+    "zero1": lambda n: (4 + 12 / n, 8 + 12 / n),
+    "zero2": lambda n: (2 + 14 / n, 2 + 16 / n),
+    "zero3": lambda n: (16 / n, 18 / n),
+}
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("strategy", SHARES)
+def test_states_are_shared_as_the_strategy_shares_them(strategy: str, devices: int) -> None:
+    def estimate(*settings: str) -> tuple[dict[str, float], int]:
+        base = ["--train.strategy", strategy, "--train.devices", str(devices), "--train.accelerator", "gpu"]
+        config = cli.load(Config, [CONFIGS / "model" / "332m.yaml"], [*base, *settings])
+        with torch.device("meta"):
+            model = build_decoder(config.model)
+        return memory_estimate(model, config), count_parameters(model)
+
+    for accumulate, wanted in zip((1, 2), SHARES[strategy](devices), strict=True):
+        found, parameters = estimate("--train.global_batch", str(4 * devices * accumulate))
+        states = sum(found[part] for part in ("weights", "optimizer", "gradients"))
+        assert states == pytest.approx(wanted * parameters / GIB)
+        assert sum(v for k, v in found.items() if k != "total") == pytest.approx(found["total"])
+    if strategy != "ddp":
+        assert estimate("--train.offload_optimizer", "true")[0]["optimizer"] == 0
+
+
+def test_a_cycle_keeps_activations_of_every_pass_with_gradients() -> None:
+    """Counted in the backward's graph of a small model, each storage once, parameters left out."""
+    files = [CONFIGS / "model" / "332m.yaml", CONFIGS / "kv" / "lckv.yaml"]
+    small = ["--model.d_model", "64", "--model.n_heads", "2", "--model.d_ff", "192", "--model.vocab_size", "64"]
+    config = cli.load(Config, files, [*small, "--train.precision", "fp32", "--train.accelerator", "cpu"])
+    model = build_decoder(config.model)
+    model.init_weights()
+    own = {p.data_ptr() for p in model.parameters()}
+    ids = torch.randint(64, (1, 64))
+    kept, told = [], []
+    for backward in (1, 2, 3):
+        model.plan = KVPlan.of(model.plan.layers, Iterations(forward=1, backward=backward))
+        seen: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, seen: dict[int, int] = seen) -> torch.Tensor:
+            if tensor.data_ptr() not in own:
+                seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hidden = model.hidden(ids)
+        kept.append(sum(seen.values()))
+        assert hidden.requires_grad
+        told.append(memory_estimate(model, config)["activations"])
+    assert kept[2] - kept[1] == pytest.approx(kept[1] - kept[0], rel=0.05), "a pass is a pass"
+    assert told[2] - told[1] == pytest.approx(told[1] - told[0])
+    tokens = config.train.micro_batch * config.data.seq_len
+    once = tokens * sum(block_activation_bytes(model, config, i) for i in range(len(model.plan))) / GIB
+    assert (told[1] - told[0]) / once == pytest.approx((kept[1] - kept[0]) / kept[0], rel=0.1)

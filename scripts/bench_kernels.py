@@ -35,7 +35,7 @@ from cllm.kernels.attention import BACKENDS, attention
 from cllm.kernels.backends.mask import Mask, document_boundaries
 from cllm.kernels.decode import Stored, Visible, decode_attention
 from cllm.runs import write_atomic
-from cllm.train.environment import environment
+from cllm.train.environment import clocks, environment
 
 BF16 = torch.bfloat16
 
@@ -366,6 +366,7 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise UserError("scripts/bench_kernels.py times a GPU, and torch sees none here")
     torch.manual_seed(0)
+    before = clocks()
     copy, flops = rates()
     print(f"{torch.cuda.get_device_name()}: copy {copy / 1e12:.2f} TB/s, matmul {flops / 1e12:.0f} TFLOP/s")
     table = Table()
@@ -378,6 +379,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.cuda.empty_cache()
     if arguments.out:
         found = {"environment": environment(), "copy_bytes_per_s": copy, "matmul_flops": flops, "rows": table.rows}
+        found["clocks"] = [before, clocks()]
         write_atomic(Path(arguments.out), json.dumps(found, indent=2) + "\n")
 
 

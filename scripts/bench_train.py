@@ -6,8 +6,9 @@
 All contenders live on one GPU and take turns, round after round, so that clocks and heat are the same for all. Each
 does the same work: bf16 autocast over fp32 weights, forward, backward, clipping at norm 1, fused AdamW. A step's time
 is read from device events. Prints a table (median, spread over rounds, tokens a second, MFU, peak memory, against the
-first contender) and writes JSON with versions, commit and clocks. --fp8 adds the first design with fp8 products, which
-is other arithmetic and so a table of its own; its MFU, too, counts against the bf16 peak.
+first contender) and writes JSON with versions, commit, clocks, and the kernels that were chosen. --fp8 adds the first
+design with fp8 products, which is other arithmetic and so a table of its own, MFU against the bf16 peak as elsewhere.
+--train.accelerator cpu runs it on a CPU, to try it out; its times there mean nothing.
 """
 
 from __future__ import annotations
@@ -15,32 +16,32 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import logging
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench_peers import Loss, check_peers, hf_liger, litgpt_compiled
 
 from cllm import cli
 from cllm.config import Config
 from cllm.errors import UserError, one_line
 from cllm.model.sizes import build_decoder, count_parameters, training_flops_per_token
 from cllm.runs import write_atomic
-from cllm.train.environment import environment
+from cllm.train.environment import clocks, environment
 from cllm.train.float8 import check_float8, convert_blocks
 from cllm.train.optim import make_optimizer
 from cllm.train.throughput import peak_flops
 
 ROOT = Path(__file__).resolve().parents[1]
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -53,11 +54,12 @@ class Contender:
     optimizer: torch.optim.Optimizer
     flops_per_token: float
     rounds: list[list[float]] = field(default_factory=list)
-    peak_gib: float = 0.0
+    peak_gib: float | None = None
+    """On a GPU."""
     last_loss: float = float("nan")
 
     def step(self, ids: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(ids.device.type, torch.bfloat16):
             loss = self.loss(ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -73,10 +75,22 @@ class Contender:
         torch.cuda.empty_cache()
 
 
+class Choices(logging.Handler):
+    """Prints and keeps the lines in which this project tells what it chose: attention backends, the loss, and why."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+        print(self.lines[-1], file=sys.stderr, flush=True)
+
+
 def design(name: str, config: Config) -> Contender:
     """This project's model with a plan, as train.py would build it."""
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(_device(config)):
         model = build_decoder(config.model, backend=config.attention.backend)
     model.init_weights()
     model.gradient_checkpointing = config.train.gradient_checkpointing
@@ -89,13 +103,13 @@ def design(name: str, config: Config) -> Contender:
     return Contender(name, model, model.loss, make_optimizer(model, config.optim), flops)
 
 
-def with_documents(plain: Contender, batch: int, seq_len: int, mean: int) -> Contender:
+def with_documents(plain: Contender, batch: int, seq_len: int, mean: int, device: str) -> Contender:
     """The same model on packed documents of random lengths, attention inside documents, positions restarting."""
-    draw = torch.Generator("cuda").manual_seed(1)
-    begins = torch.rand(batch, seq_len, device="cuda", generator=draw) < 1 / mean
+    draw = torch.Generator(device).manual_seed(1)
+    begins = torch.rand(batch, seq_len, device=device, generator=draw) < 1 / mean
     begins[:, 0] = True
     ids = begins.long().cumsum(1) - 1
-    place = torch.arange(seq_len, device="cuda").expand(batch, -1)
+    place = torch.arange(seq_len, device=device).expand(batch, -1)
     positions = place - torch.where(begins, place, 0).cummax(1).values
 
     def loss(tokens: Tensor, labels: Tensor) -> Tensor:
@@ -104,101 +118,34 @@ def with_documents(plain: Contender, batch: int, seq_len: int, mean: int) -> Con
     return Contender(f"{plain.name}, documents", plain.model, loss, plain.optimizer, plain.flops_per_token)
 
 
-def _hf_llama(config: Config) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    c = config.model
-    shape = LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.d_model,
-        intermediate_size=c.resolved_d_ff,
-        num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_heads,
-        head_dim=c.resolved_head_dim,
-        max_position_embeddings=c.max_seq_len,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        return LlamaForCausalLM(shape).train()
-
-
-def hf_liger(config: Config, flops: float) -> Contender:
-    """Hugging Face's Llama with Liger's kernels."""
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-    apply_liger_kernel_to_llama()
-    model = _hf_llama(config)
-
-    def loss(ids: Tensor, labels: Tensor) -> Tensor:
-        return model(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False).loss
-
-    return Contender("HF Llama + Liger", model, loss, _adamw(model), flops)
-
-
-def litgpt_compiled(config: Config, flops: float) -> Contender:
-    """litgpt's GPT, compiled whole together with its loss."""
-    from litgpt import GPT
-    from litgpt.config import Config as GPTConfig
-
-    c = config.model
-    shape = GPTConfig(
-        block_size=c.max_seq_len,
-        vocab_size=c.vocab_size,
-        padded_vocab_size=c.vocab_size,
-        n_layer=c.n_layers,
-        n_head=c.n_heads,
-        n_embd=c.d_model,
-        head_size=c.resolved_head_dim,
-        n_query_groups=c.n_heads,
-        rotary_percentage=1.0,
-        parallel_residual=False,
-        bias=False,
-        norm_class_name="RMSNorm",
-        mlp_class_name="LLaMAMLP",
-        intermediate_size=c.resolved_d_ff,
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = GPT(shape).train()
-
-    def loss(ids: Tensor, labels: Tensor) -> Tensor:
-        logits = model(ids)
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-
-    return Contender("litgpt compiled", model, torch.compile(loss), _adamw(model), flops)
-
-
-def _adamw(model: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
-
-def clocks() -> str:
-    """Clocks, temperature and power of the GPU as nvidia-smi tells them."""
-    fields = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
+def peer(name: str, model: nn.Module, loss: Loss, flops: float) -> Contender:
+    """Another trainer, with the same optimizer."""
+    adamw = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    return Contender(name, model, loss, adamw, flops)
 
 
 def measure(contender: Contender, batches: list[tuple[Tensor, Tensor]], steps: int) -> None:
     """One round: `steps` timed steps."""
+    gpu = batches[0][0].is_cuda
+    if not gpu:
+        marks = [time.perf_counter()]
+        for n in range(steps):
+            contender.last_loss = float(contender.step(*batches[n % len(batches)]))
+            marks.append(time.perf_counter())
+        contender.rounds.append([1000 * (b - a) for a, b in itertools.pairwise(marks)])
+        return
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    marks[0].record()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events[0].record()
     loss = None
     for n in range(steps):
         loss = contender.step(*batches[n % len(batches)])
-        marks[n + 1].record()
+        events[n + 1].record()
     torch.cuda.synchronize()
     assert loss is not None
     contender.last_loss = float(loss)
-    contender.rounds.append([a.elapsed_time(b) for a, b in itertools.pairwise(marks)])
+    contender.rounds.append([a.elapsed_time(b) for a, b in itertools.pairwise(events)])
     own = 12 * count_parameters(contender.model)  # weights and two moments, part of what was there before
     contender.peak_gib = (torch.cuda.max_memory_allocated() - before + own) / 2**30
 
@@ -239,7 +186,8 @@ def warm_up(contender: Contender, batches: list[tuple[Tensor, Tensor]], steps: i
     try:
         for n in range(steps):
             contender.step(*batches[n % len(batches)])
-        torch.cuda.synchronize()
+        if batches[0][0].is_cuda:
+            torch.cuda.synchronize()
     except torch.OutOfMemoryError:
         print(f"out of memory: {contender.name}", file=sys.stderr, flush=True)
         contender.drop()
@@ -250,7 +198,7 @@ def warm_up(contender: Contender, batches: list[tuple[Tensor, Tensor]], steps: i
 
 def rows_of(contenders: list[Contender], first: Contender, tokens: int) -> list[dict[str, Any]]:
     """Rows of a table, times against those of `first`."""
-    peak = peak_flops(torch.device("cuda"))
+    peak = peak_flops(next(first.model.parameters()).device)
     rows = []
     base = statistics.median(t for r in first.rounds for t in r)
     for c in contenders:
@@ -281,8 +229,35 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         print(
             f"{row['name']:<24}{row['parameters'] / 1e6:>9.1f}{row['ms']:>9.2f}"
             f"{f'{min(medians):.1f}..{max(medians):.1f}':>15}{row['tokens_per_s']:>11,.0f}{mfu:>7}"
-            f"{row['peak_gib']:>7.1f}{row['time_vs_first']:>7.3f}"
+            f"{'-' if row['peak_gib'] is None else format(row['peak_gib'], '.1f'):>7}{row['time_vs_first']:>7.3f}"
         )
+
+
+def _device(config: Config) -> str:
+    return "cpu" if config.train.accelerator == "cpu" else "cuda"
+
+
+def check(config: Config) -> None:
+    """Refuse settings that this script would leave out of account.
+
+    Raises:
+        UserError: names the key, the value and what is allowed.
+    """
+    train = config.train
+    if _device(config) == "cuda" and not torch.cuda.is_available():
+        raise UserError("scripts/bench_train.py times a GPU, and torch sees none here")
+    if train.precision == "fp32":
+        raise UserError("train.precision is fp32, and bench_train.py times bf16 autocast; allowed: auto, bf16")
+    if train.strategy not in ("auto", "single"):
+        raise UserError(
+            f"train.strategy is {train.strategy}, and bench_train.py times one device; allowed: auto, single; "
+            "scripts/bench_scaling.py compares strategies"
+        )
+    if config.data.document_mask:
+        raise UserError(
+            "data.document_mask is true, and bench_train.py draws its tokens; allowed: false; see --documents"
+        )
+    check_float8(config, "cpu" if _device(config) == "cpu" else "gpu")
 
 
 @one_line
@@ -306,8 +281,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--profile", action="store_true", help="print where the kernel time of each contender goes")
     parser.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
     arguments, overrides = parser.parse_known_args(argv)
-    if not torch.cuda.is_available():
-        raise UserError("scripts/bench_train.py times a GPU, and torch sees none here")
     files = arguments.config or ["configs/bench/374m.yaml"]
     configs = {
         name: cli.load(Config, [*files, ROOT / "configs" / "kv" / f"{name}.yaml"], overrides)
@@ -318,29 +291,42 @@ def main(argv: list[str] | None = None) -> None:
         name = arguments.designs[0]
         plan = ROOT / "configs" / "kv" / f"{name}.yaml"
         narrow[f"{name}, fp8"] = cli.load(Config, [*files, plan], [*overrides, "--train.fp8", arguments.fp8])
-    for config in (*configs.values(), *narrow.values()):
-        check_float8(config, "gpu")
-    contenders = [design(name, config) for name, config in configs.items()]
     first = next(iter(configs.values()))
+    device = _device(first)
+    for config in (*configs.values(), *narrow.values()):
+        check(config)
+    if arguments.peers:
+        check_peers(first)
+    choices = Choices()
+    ours = logging.getLogger("cllm")
+    ours.handlers, ours.propagate = [choices], False
+    ours.setLevel(logging.INFO)
+    contenders = [design(name, config) for name, config in configs.items()]
     if arguments.peers:
         flops = contenders[0].flops_per_token
-        contenders += [litgpt_compiled(first, flops), hf_liger(first, flops)]
+        contenders += [peer(*build(first), flops) for build in (litgpt_compiled, hf_liger)]
     seq_len, batch = first.data.seq_len, first.train.micro_batch
     if arguments.documents:
-        contenders.insert(1, with_documents(contenders[0], batch, seq_len, arguments.documents))
+        contenders.insert(1, with_documents(contenders[0], batch, seq_len, arguments.documents, device))
     in_fp8 = [design(name, config) for name, config in narrow.items()]
     everyone = contenders + in_fp8
-    draw = torch.Generator("cuda").manual_seed(0)
+    draw = torch.Generator(device).manual_seed(0)
     vocab = first.model.vocab_size or 0
     batches = [
         (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
-        for ids in (torch.randint(vocab, (batch, seq_len + 1), device="cuda", generator=draw) for _ in range(4))
+        for ids in (torch.randint(vocab, (batch, seq_len + 1), device=device, generator=draw) for _ in range(4))
     ]
-    dropped = [c for c in everyone if not warm_up(c, batches, arguments.warmup)]
+    dropped: list[Contender] = []
+    for contender in everyone:
+        if not warm_up(contender, batches, arguments.warmup):
+            dropped.append(contender)
+        if contenders[0] in dropped:
+            raise UserError(
+                f"{contenders[0].name}, which the others are compared with, does not fit in memory beside them; give "
+                "fewer --designs or a smaller --train.micro_batch"
+            )
     contenders, in_fp8 = ([c for c in group if c not in dropped] for group in (contenders, in_fp8))
     everyone = contenders + in_fp8
-    if not contenders:
-        raise UserError("no contender fits in the GPU's memory; try fewer --designs or a smaller --train.micro_batch")
     found: dict[str, Any] = {"environment": environment(), "tokens_per_step": batch * seq_len}
     found["configs"] = {name: config.as_yaml_data() for name, config in (configs | narrow).items()}
     found["out_of_memory"] = [c.name for c in dropped]
@@ -349,6 +335,7 @@ def main(argv: list[str] | None = None) -> None:
         for contender in everyone:
             measure(contender, batches, arguments.steps)
         found["clocks"] = [before, clocks()]
+        found["chosen"] = choices.lines
         found["rows"] = rows_of(contenders, contenders[0], batch * seq_len)
         found["rows_fp8"] = rows_of(in_fp8, contenders[0], batch * seq_len)
         if arguments.out:  # after every turn: what is measured stays if the rest is cut off

@@ -13,7 +13,10 @@ import torch
 
 import cllm
 
-_PACKAGES = ("lightning", "transformers", "datasets", "tokenizers", "numpy", "deepspeed", "torchao", "triton")
+_PACKAGES = (
+    *("lightning", "transformers", "datasets", "tokenizers", "numpy", "deepspeed", "torchao", "triton"),
+    *("flash-attn-4", "flash-attn-3", "flash-attn", "flash-linear-attention", "liger-kernel", "litgpt"),
+)
 
 
 def _git(*words: str) -> str | None:
@@ -23,6 +26,16 @@ def _git(*words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def clocks() -> str:
+    """Clocks, temperature and power of the GPUs as nvidia-smi tells them."""
+    fields = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
 
 
 def environment() -> dict[str, str]:

@@ -1,0 +1,119 @@
+"""`scripts/bench_train.py` on a CPU, where its times mean nothing, and what it and `bench_kernels.py` refuse."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+
+from cllm.kernels import attention
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = {
+    "model": {"vocab_size": 300, "d_model": 32, "n_layers": 4, "n_heads": 2, "max_seq_len": 32},
+    "data": {"seq_len": 32},
+    "train": {"micro_batch": 2, "global_batch": 2, "accelerator": "cpu", "compile": False},
+}
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """With nothing told yet, and the logger given back."""
+    for remembered in (attention._told, attention._remembered):
+        remembered.cache_clear()
+    logger = logging.getLogger("cllm")
+    before = (logger.handlers, logger.propagate, logger.level)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    yield import_module("bench_train")
+    logger.handlers, logger.propagate, logger.level = before
+
+
+@pytest.fixture
+def bench(script: ModuleType, tmp_path: Path) -> Callable[..., int]:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(TINY), encoding="utf-8")
+    short = ["--rounds", "2", "--steps", "2", "--warmup", "1", "--out", str(tmp_path / "out.json")]
+    return lambda *arguments: script.main(["--config", str(file), *short, *arguments])
+
+
+def test_designs_take_turns_and_the_numbers_say_what_was_run(
+    bench: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--designs", "mha", "fusedkv", "--documents", "8") in (0, None)
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in found["rows"]] == ["mha", "mha, documents", "fusedkv"]
+    for row in found["rows"]:
+        assert len(row["round_medians_ms"]) == 2
+        assert row["tokens_per_s"] == pytest.approx(64 / row["ms"] * 1000)
+        assert row["loss"] == pytest.approx(5.7, abs=0.5)
+        assert row["peak_gib"] is None
+    assert found["rows"][0]["time_vs_first"] == 1
+    assert found["configs"]["fusedkv"]["model"]["kv"]["preset"] == "fusedkv"
+    assert any("attention.backend auto chose sdpa" in line for line in found["chosen"])
+    assert any("documents" in line for line in found["chosen"])
+    assert "attention.backend auto chose" in capsys.readouterr().err, "told as it runs, too"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.precision", "fp32"], "train.precision is fp32, and bench_train.py times bf16"),
+        (["--train.strategy", "ddp"], "train.strategy is ddp, and bench_train.py times one device"),
+        (["--data.document_mask", "true"], "data.document_mask is true"),
+        (["--peers", "--model.tie_embeddings", "true"], "model.tie_embeddings of the first design is True"),
+        (["--peers", "--model.qk_norm", "true"], "model.qk_norm of the first design is True"),
+        (["--peers", "--model.rope.theta", "1e6"], "model.rope.theta of the first design is 1000000.0"),
+        (["--peers", "--designs", "gqa"], "model.kv.preset of the first design is gqa"),
+        (["--peers", "--train.gradient_checkpointing", "true"], "train.gradient_checkpointing of the first design"),
+    ],
+)
+def test_what_would_be_left_out_of_account_is_refused(
+    bench: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert bench(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lacking", ["mha", "mha, documents", "cla"])
+def test_a_contender_that_does_not_fit_is_named_and_the_first_one_is_never_replaced(
+    bench: Callable[..., int],
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    lacking: str,
+) -> None:
+    step = script.Contender.step
+
+    def full(self: object, *batch: torch.Tensor) -> torch.Tensor:
+        if self.name == lacking:  # type: ignore[attr-defined]
+            raise torch.OutOfMemoryError
+        return step(self, *batch)
+
+    monkeypatch.setattr(script.Contender, "step", full)
+    status = bench("--designs", "mha", "cla", "--documents", "8")
+    if lacking == "mha":
+        assert status == 2
+        assert "mha, which the others are compared with, does not fit" in capsys.readouterr().err
+        return
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert found["out_of_memory"] == [lacking]
+    assert [row["name"] for row in found["rows"]] == [n for n in ("mha", "mha, documents", "cla") if n != lacking]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")
+def test_the_kernels_are_timed_on_a_gpu_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    script = import_module("bench_kernels")
+    assert script.main(["attention"]) == 2
+    assert "times a GPU, and torch sees none" in capsys.readouterr().err
+    assert script.main(["nosuch"]) == 2

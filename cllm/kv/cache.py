@@ -196,6 +196,8 @@ class KVCache(Cache):
         length = max(self.seen + max_length, 0) if max_length <= 0 else max_length
         if length >= self.seen:
             return
+        for store in self.stores.values():  # all or none
+            store.can_crop(length, self.seen)
         for store in self.stores.values():
             store.crop(length, self.seen)
         if length == 0:

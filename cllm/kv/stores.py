@@ -64,8 +64,12 @@ class Store(ABC):
         """The pass is over: what `extend` was given last is stored."""
 
     @abstractmethod
+    def can_crop(self, length: int, past: int) -> None:
+        """Raises `UserError` where what comes after the first `length` of `past` tokens cannot be forgotten."""
+
+    @abstractmethod
     def crop(self, length: int, past: int) -> None:
-        """Keep the first `length` of `past` tokens. Raises `UserError` where the rest cannot be forgotten."""
+        """Keep the first `length` of `past` tokens. Raises `UserError` as `can_crop` does."""
 
     @abstractmethod
     def replace(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -285,9 +289,12 @@ class StateStore(Store):
             self.state.copy_(self.pending)
         self.pending = None
 
-    def crop(self, length: int, past: int) -> None:
+    def can_crop(self, length: int, past: int) -> None:
         if length < past:
             raise UserError(f"cache: cannot go back from {past} to {length} tokens: a recurrent state forgets nothing")
+
+    def crop(self, length: int, past: int) -> None:
+        self.can_crop(length, past)
 
     def replace(self, change: Callable[[Tensor], Tensor]) -> None:
         changed = change(self.state)

@@ -171,6 +171,18 @@ def test_cropped_tokens_are_forgotten(name, kind, design):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_crop_that_is_refused_changes_nothing(kind, tiny_config, random_model):
+    """Though the slots before the one that refuses could have gone back."""
+    layers = [{"layers": "0-3", "own": {}}, {"layers": "4-7", "own": {}, "window": 3}]
+    model, ids = random_model(tiny_config(kv={"layers": layers})).requires_grad_(False), tokens(2)
+    cache = KVCache(model.config, max_len=KINDS[kind])
+    run(model, cache, ids[:, :8], [8])
+    with pytest.raises(UserError, match="cannot go back from 8 to 5 tokens"):
+        cache.crop(5)
+    assert_same(run(model, cache, ids[:, 8:], [1, 3]), model(ids), [0, 0], begin=8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["yoco", "trailing"])
 def test_a_window_goes_back_once(name, kind, design):
     """What was cropped had taken the place of an older token, which a second crop would need."""

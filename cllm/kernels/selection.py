@@ -1,7 +1,7 @@
 """Which compressed tokens a decoding step reads: landmarks, as in ShadowKV (arXiv 2410.21465, section 4).
 
 The mean key of every chunk of tokens, its landmark, is scored, and the best chunks of each KV head are read, besides
-those few whose landmark says little of them, the outliers.
+those few that are always read: those whose landmark says little of them, the outliers, and the last ones.
 
 Shapes: B batch, S compressed tokens, H query heads, G KV heads, D channels of a head.
 """
@@ -21,7 +21,7 @@ class Selection:
     landmarks: Tensor
     """(B, ⌈S / chunk⌉, G, D): the mean key of each chunk."""
     outliers: Tensor
-    """(B, G, m) int64: chunks that are read in every step."""
+    """(B, G, m) int64: chunks that are read in every step, the last ones among them."""
     outlier_keys: Tensor
     """(B, m · chunk, G, D): their keys as they are. Their values come from the factors."""
     chunk: int

@@ -240,14 +240,19 @@ def compress_cache(
 
 def filled(cache: KVCache) -> Filled:
     """The slots of `cache` that can be compressed, as attention reads them."""
-    slots, latent, seen = {}, set(), cache.seen
+    slots, latent, seen, total, beside = {}, set(), cache.seen, 0, 0
     for owner, store in cache.stores.items():
-        if isinstance(store, SlotStore) and cache.plan.layers[owner].window is None:
-            slots[owner] = store.unpack(store.last(store.kept(seen), seen))
-            if isinstance(cache.plan.layers[owner].own, Latent):
-                latent.add(owner)
+        held = store.last(store.kept(seen), seen) if isinstance(store, SlotStore) else None
+        nbytes = store.nbytes() if held is None else sum(t.nbytes for t in held if t is not None)
+        total += nbytes  # of tokens, where a static cache counts places
+        if held is None or not isinstance(store, SlotStore) or store.window is not None:
+            beside += nbytes
+            continue
+        slots[owner] = store.unpack(held)
+        if isinstance(cache.plan.layers[owner].own, Latent):
+            latent.add(owner)
     table = functools.partial(rope_table, cache.config.rope)
-    return Filled(slots, frozenset(latent), 0, cache.starts, table)
+    return Filled(slots, frozenset(latent), 0, cache.starts, total, beside, table)
 
 
 def _copy(store: Store, seen: int, max_len: int | None) -> Store:

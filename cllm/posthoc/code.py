@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from cllm.errors import UserError
@@ -156,6 +156,11 @@ class Part:
     """Of the cache, and of what `Code.decode` returns."""
     text: Tensor | None = None
     """(B, n) booleans, False for padding; None: there is none."""
+    whole: float | None = None
+    """Numbers of `dtype` that a sequence has in the whole cache, as far as these slots answer for it, values with
+    keys; None: those of the slots."""
+    stays: float = 0.0
+    """Those of them that no method changes: windows, states, the RoPE keys of latents."""
 
     def groups(self, size: int) -> list[list[int]]:
         """Places of `slots` in contiguous groups of `size`, the last maybe shorter.
@@ -172,11 +177,12 @@ class Part:
         return groups
 
     def flat(self, place: int, *, padding: Literal["zero", "repeat"] = "zero") -> Tensor:
-        """(B, n, C) fp32: the tensor at `place`, a row a token.
+        """(B, n, C) fp32: the tensor at `place`, a row a token, without padding."""
+        return self.without_padding(self.data[place].flatten(2).float(), padding)
 
-        Padding must not weigh in: it becomes 0, for sums, or the first token that is none, for extremes.
-        """
-        rows = self.data[place].flatten(2).float()
+    def without_padding(self, rows: Tensor, padding: Literal["zero", "repeat"]) -> Tensor:
+        """`rows` (B, n, C), in which padding must not weigh: it becomes 0, for sums, or the first token that is none,
+        for extremes."""
         if self.text is None:
             return rows
         if padding == "zero":
@@ -267,8 +273,27 @@ class Nothing(Compressor):
 
 
 class TensorCoder(ABC):
-    """A method that codes one tensor by itself, so that it may be put on top of another's factors."""
+    """A method that codes one tensor by itself, so that it may be put on top of what another stores."""
+
+    of_slots: ClassVar[frozenset[str]]
+    """Options that say something of slots or of time, and nothing of one tensor."""
 
     @abstractmethod
-    def code(self, rows: Tensor, kind: Literal["k", "v"], dtype: torch.dtype) -> Code:
-        """Store `rows` (B, n, C) fp32; decodes to (B, n, C) in `dtype`."""
+    def code(self, rows: Tensor, kind: Literal["k", "v"], dtype: torch.dtype, width: tuple[int, ...]) -> Code:
+        """Store `rows` (B, n, C) fp32; decodes to (B, n, *width) in `dtype`."""
+
+    @abstractmethod
+    def coded(self, rows: int) -> int:
+        """How many of so many rows are coded; the last ones may stay exact."""
+
+
+class Codable(Compressor):
+    """A method what it stores of which a `TensorCoder` may code: `xkv:ratio=2+kivi:bits=4`."""
+
+    _coder: TensorCoder | None = PrivateAttr(None)
+
+    def coded_by(self, coder: TensorCoder) -> Self:
+        """The same, what it stores coded by `coder`. Raises `ValueError` where there is nothing to code."""
+        changed = self.model_copy()
+        changed._coder = coder
+        return changed

@@ -31,6 +31,10 @@ class Filled:
     """Column of the first token."""
     starts: Tensor | None
     """(B,) int64: columns of padding before each sequence."""
+    total: int
+    """Bytes of the whole cache, slots that are not here and states included."""
+    beside: int
+    """Bytes of those."""
     table: Callable[[int, Tensor], tuple[Tensor, Tensor]]
     """RoPE's cos and signed sin for a head dimension and positions (B or 1, n). Compressed slots keep it, so it must
     hold nothing of the cache."""
@@ -50,6 +54,8 @@ class Filled:
     def parts(self, *, before_rope: bool) -> list[tuple[Part, Part | None]]:
         """Keys and values of the slots of a kind, keys and values first, then latents."""
         found: list[tuple[Part, Part | None]] = []
+        numbers = {j: slot.k.numel() + (0 if j in self.latent else slot.v.numel()) for j, slot in self.slots.items()}
+        stays = self.beside + sum(self.slots[j].v.nbytes for j in self.latent)
         for latent in (False, True):
             slots = tuple(j for j in sorted(self.slots) if (j in self.latent) == latent)
             if not slots:
@@ -58,7 +64,8 @@ class Filled:
             if before_rope and not latent:
                 k = tuple(self.rotation(j).undo(t) for j, t in zip(slots, k, strict=True))
             text, dtype = self.text(k[0].shape[1]), self.slots[slots[0]].k.dtype
-            keys = Part("k", slots, k, dtype, text)
+            share = sum(numbers[j] for j in slots) / sum(numbers.values()) / dtype.itemsize / len(k[0])
+            keys = Part("k", slots, k, dtype, text, self.total * share, stays * share)
             found.append((keys, None if latent else Part("v", slots, v, dtype, text)))
         return found
 

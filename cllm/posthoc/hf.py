@@ -207,12 +207,13 @@ def compress_dynamic(
 def filled(cache: Cache, model: PreTrainedModel, starts: Tensor | None) -> Filled:
     """The layers of `cache` that can be compressed. In a layer of MLA, `keys` hold the latent (B, 1, n, R)."""
     config = model.config.get_text_config()
-    slots, latent = {}, set()
+    slots, latent, beside = {}, set(), 0
     k: Any
     v: Any
     for i, layer in enumerate(cache.layers):
         stored: Any = layer.source if isinstance(layer, FollowingLayer) else layer
         if isinstance(stored, DynamicSlidingWindowLayer):
+            beside += sum(t.nbytes for t in layer_tensors(stored))
             continue
         if isinstance(stored, CompressedLayer):
             k, v = stored.read()
@@ -223,7 +224,9 @@ def filled(cache: Cache, model: PreTrainedModel, starts: Tensor | None) -> Fille
         slots[i] = Slot(k.transpose(1, 2), v.transpose(1, 2))
         if getattr(config, "kv_lora_rank", None) == k.shape[-1] and k.shape[1] == 1:
             latent.add(i)
-    return Filled(slots, frozenset(latent), 0, starts, _table(getattr(model.base_model, "rotary_emb", None)))
+    total = beside + sum(slot.k.nbytes + slot.v.nbytes for slot in slots.values())
+    table = _table(getattr(model.base_model, "rotary_emb", None))
+    return Filled(slots, frozenset(latent), 0, starts, total, beside, table)
 
 
 def _table(rotary: Any) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:

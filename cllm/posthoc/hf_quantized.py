@@ -23,8 +23,8 @@ _AXIS = {"quanto": 0, "hqq": 1}
 
 
 class HFQuantized(Compressor):
-    """transformers' `QuantizedCache`, for transformers models: groups of numbers that follow each other in a token, with
-    a scale and a zero, and the last tokens exact until there are `residual` of them, when all are quantised again.
+    """transformers' `QuantizedCache`, for transformers models: groups of neighbouring numbers of a token, with a scale
+    and a zero, and the last tokens exact until there are `residual` of them, when all are quantised again.
 
         Q = round(X / s + z)    X' = s (Q - z)    s = (max X - min X) / (2^b - 1)    z = -min X / s
 

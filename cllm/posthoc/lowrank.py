@@ -154,21 +154,20 @@ def factor_numbers(tokens: int, layers: int, width: int, rank: int) -> int:
     return (tokens + layers * width) * rank
 
 
-def ranks_for_ratio(
-    ratio: float, tokens: int, keys: list[tuple[int, int]], values: list[tuple[int, int]], *, keys_to_values: float
+def ranks_for_budget(
+    budget: float, tokens: int, keys: list[tuple[int, int]], values: list[tuple[int, int]], *, keys_to_values: float
 ) -> tuple[list[int], list[int]] | None:
-    """Ranks of the groups, (layers, width) each, at which all factors hold 1 / `ratio` of the numbers of the tensors.
+    """Ranks of the groups, (layers, width) each, at which all factors hold `budget` numbers.
 
     A full group of keys gets rank x and one of values `keys_to_values` · x; a shorter group gets a share for its
-    layers. A rank that its group does not have, min(tokens, layers · width), is cut, and the others grow instead.
-    None where `ratio` is so high that some group would get rank 0.
+    layers, and no group less than rank 1. A rank that its group does not have, min(tokens, layers · width), is cut,
+    and the others grow instead. None where rank 1 everywhere holds more than `budget`.
     """
     groups = [(n, w, 1.0) for n, w in keys] + [(n, w, keys_to_values) for n, w in values]
-    budget = sum(tokens * n * w for n, w, _ in groups) / ratio
     longest = max(n for n, _, _ in groups)
 
     def ranks(x: float) -> list[int]:
-        return [min(math.floor(x * weight * n / longest + 1e-9), tokens, n * w) for n, w, weight in groups]
+        return [max(1, min(math.floor(x * weight * n / longest + 1e-9), tokens, n * w)) for n, w, weight in groups]
 
     def cost(x: float) -> int:
         return sum(factor_numbers(tokens, n, w, r) for (n, w, _), r in zip(groups, ranks(x), strict=True))
@@ -178,7 +177,7 @@ def ranks_for_ratio(
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) <= budget else (low, middle)
     found = ranks(low)
-    return None if min(found) < 1 else (found[: len(keys)], found[len(keys) :])
+    return (found[: len(keys)], found[len(keys) :]) if cost(low) <= budget else None
 
 
 @dataclass(frozen=True)

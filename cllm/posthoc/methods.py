@@ -1,6 +1,6 @@
 """The methods by name, and the spec strings that choose one: `xkv:group=4,ratio=4`, `xkv:group=4,ratio=2+kivi:bits=4`.
 
-A spec is a name, then `:` and options, then perhaps `+` and a quantiser for the factors. Values are YAML.
+A spec is a name, then `:` and options, then perhaps `+` and a quantiser for what is stored. Values are YAML.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from cllm.cli import parse_yaml
 from cllm.errors import UserError, nearest
-from cllm.posthoc.code import Compressor, Nothing, TensorCoder
+from cllm.posthoc.code import Codable, Compressor, Nothing, TensorCoder
 from cllm.posthoc.commonkv import CommonKV
 from cllm.posthoc.hf_quantized import HFQuantized
 from cllm.posthoc.kvsharer import KVSharer
@@ -30,15 +30,26 @@ def parse(spec: str) -> Compressor:
 
     Raises:
         UserError: naming `spec`, for an unknown method or option (and the allowed ones), a value of the wrong type or
-            out of range, and a second method that is no quantiser or has no factors to code.
+            out of range, and a second method that is no quantiser, has an option that is none of one tensor, or has
+            nothing to code.
     """
     first, *more = (_one(text, spec) for text in spec.split("+"))
     if not more:
         return first
-    if len(more) > 1 or not isinstance(first, XKV) or not isinstance(more[0], TensorCoder):
-        coders = ", ".join(name for name, method in METHODS.items() if issubclass(method, TensorCoder))
-        raise UserError(f'--posthoc "{spec}": allowed with +: xkv or svd, then one of {coders}')
-    return first.on_factors(more[0])
+    coder = more[0]
+    if len(more) > 1 or not isinstance(first, Codable) or not isinstance(coder, TensorCoder):
+        firsts, coders = (
+            " or ".join(name for name, method in METHODS.items() if issubclass(method, kind))
+            for kind in (Codable, TensorCoder)
+        )
+        raise UserError(f'--posthoc "{spec}": allowed with +: {firsts}, then {coders}')
+    if wrong := sorted(coder.model_fields_set & coder.of_slots):
+        allowed = ", ".join(sorted(set(type(coder).model_fields) - coder.of_slots))
+        raise UserError(f'--posthoc "{spec}": {wrong[0]} is no option of {coder.name} after +; allowed: {allowed}')
+    try:
+        return first.coded_by(coder)
+    except ValueError as error:
+        raise UserError(f'--posthoc "{spec}": {error}') from None
 
 
 def _one(text: str, spec: str) -> Compressor:

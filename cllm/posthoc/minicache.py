@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from cllm.errors import UserError
-from cllm.posthoc.code import Code, Compressor, Part
+from cllm.posthoc.code import Codable, Code, Exact, Part
 
 
 @dataclass(frozen=True)
 class Merged(Code):
     """One of two slots: shared directions times its own lengths, and rows that were not merged."""
 
-    direction: Tensor
-    """(B, n, G, D): shared by the pair."""
+    direction: Code
+    """(B, n, G · D): shared by the pair."""
     length: Tensor
     """(B, n, G)."""
     index: Tensor
     """int32 (B, m): places, among n · G, of the rows kept; n · G where a sequence has fewer. Shared by the pair."""
-    rows: Tensor
+    rows: Code
     """(B, m, D)."""
     width: tuple[int, ...]
 
     def decode(self) -> Tensor:
-        merged = (self.direction * self.length[..., None]).flatten(1, 2)
+        direction, kept = self.direction.decode().unflatten(2, (self.length.shape[2], -1)), self.rows.decode()
+        merged = (direction * self.length[..., None]).flatten(1, 2)
         merged = torch.cat((merged, merged[:, :1]), dim=1)  # a last row takes what only fills `rows` up
-        places = self.index.long()[..., None].expand_as(self.rows)
-        rows = merged.scatter(1, places, self.rows)[:, :-1]
+        places = self.index.long()[..., None].expand_as(kept)
+        rows = merged.scatter(1, places, kept)[:, :-1]
         return rows.unflatten(1, self.length.shape[1:]).flatten(2).unflatten(-1, self.width)
 
 
@@ -52,14 +53,15 @@ def slerp(one: Tensor, other: Tensor, t: float) -> tuple[Tensor, Tensor]:
     return first[..., None] * one + second[..., None] * other, angle
 
 
-class MiniCache(Compressor):
+class MiniCache(Codable):
     """MiniCache: from the middle layer up, pairs of layers (l - 1, l) keep one direction for both,
 
         x'_l = ‖x_l‖ e,    x'_{l-1} = ‖x_{l-1}‖ e,    e from spherical interpolation of the two directions (eq. 2, 3)
 
     for every head of every token, and pairs that are far apart are kept unmerged: those with an angle
     Ω > Ω_max - γ (Ω_max - Ω_min), the extremes taken over a sequence. RoPE turns both of a pair alike, so keys are
-    merged as they are stored.
+    merged as they are stored. A quantiser after + codes directions, and the slots that are not merged, as it does keys
+    and values; kept rows as values, where they are enough for it.
     """
 
     name: ClassVar[str] = "minicache"
@@ -89,6 +91,10 @@ class MiniCache(Compressor):
                 f"{self.name}: no two neighbours of one shape from slot {start} on, of {len(part.slots)}; allowed: "
                 f"start up to {max(len(part.slots) - 2, 0)}"
             )
+        if self._coder is not None:
+            for i in (i for i, code in enumerate(codes) if code is None):
+                width = tuple(part.data[i].shape[2:])
+                codes[i] = self._coder.code(part.flat(i, padding="repeat"), part.kind, part.dtype, width)
         return codes
 
     def _pair(self, part: Part, place: int) -> tuple[Merged, Merged]:
@@ -106,16 +112,24 @@ class MiniCache(Compressor):
         high = angle.masked_fill(~text, -math.inf).amax(1, keepdim=True)
         kept = self._kept(angle, low, high) & text
         count, size = int(kept.sum(1).max()), angle.shape[1]
-        places = torch.arange(size, device=angle.device).expand(batch, -1).masked_fill(~kept, size)
-        index = places.sort(dim=1).values[:, :count]
-        shared = direction.to(part.dtype), index.to(torch.int32).contiguous()
+        index = torch.arange(size, device=angle.device).expand(batch, -1).masked_fill(~kept, size)
+        index = index.sort(dim=1).values[:, :count]
+        places = index.to(torch.int32).contiguous()
+        directions = self._stored(part.without_padding(direction.flatten(2), "repeat"), part.kind, part.dtype)
 
         def merged(x: Tensor, length: Tensor) -> Merged:
             take = index.clamp(max=size - 1)[..., None].expand(-1, -1, width[-1])
-            rows = x.flatten(1, 2).gather(1, take).to(part.dtype)
-            return Merged(shared[0], length.to(part.dtype), shared[1], rows, width)
+            rows = x.flatten(1, 2).gather(1, take)
+            few = self._coder is None or not self._coder.coded(count)
+            rest = Exact(rows.to(part.dtype)) if few else self._stored(rows, "v", part.dtype)
+            return Merged(directions, length.to(part.dtype), places, rest, width)
 
         return merged(pair[0], lengths[0]), merged(pair[1], lengths[1])
+
+    def _stored(self, rows: Tensor, kind: Literal["k", "v"], dtype: torch.dtype) -> Code:
+        if self._coder is None:
+            return Exact(rows.to(dtype, copy=True))
+        return self._coder.code(rows, kind, dtype, (rows.shape[2],))
 
 
 class MiniCacheXKV(MiniCache):

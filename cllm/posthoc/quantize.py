@@ -72,6 +72,7 @@ class KIVI(Compressor, TensorCoder):
     """KIVI: keys quantised per channel, values per token, the last tokens kept exact."""
 
     name: ClassVar[str] = "kivi"
+    of_slots: ClassVar[frozenset[str]] = frozenset({"recompress"})
 
     bits: Bits = 2
     """Bits of a code."""
@@ -85,12 +86,15 @@ class KIVI(Compressor, TensorCoder):
 
     def _code_part(self, part: Part) -> list[Code | None]:
         return [
-            self._code(part.flat(i, padding="repeat"), part.kind, part.dtype, tuple(part.data[i].shape[2:]))
+            self.code(part.flat(i, padding="repeat"), part.kind, part.dtype, tuple(part.data[i].shape[2:]))
             for i in range(len(part.slots))
         ]
 
-    def code(self, rows: Tensor, kind: Literal["k", "v"], dtype: torch.dtype) -> Code:
-        return self._code(rows, kind, dtype, (rows.shape[2],))
+    def code(self, rows: Tensor, kind: Literal["k", "v"], dtype: torch.dtype, width: tuple[int, ...]) -> Code:
+        return self._code(rows, kind, dtype, width)
+
+    def coded(self, rows: int) -> int:
+        return max(rows - self.residual, 0) // self.group * self.group
 
     def _code(
         self,
@@ -102,7 +106,7 @@ class KIVI(Compressor, TensorCoder):
     ) -> Quantized:
         """Codes of `rows` (B, n, C); with `codes_of`, scale and zero alone, beside the codes of another."""
         tokens, channels = rows.shape[1:]
-        count = max(tokens - self.residual, 0) // self.group * self.group
+        count = self.coded(tokens)
         if not count:
             raise UserError(
                 f"{self.name}: nothing of {tokens} tokens is left to quantise with group={self.group}, "
@@ -129,6 +133,7 @@ class XQuant(KIVI):
     """
 
     name: ClassVar[str] = "xquant"
+    of_slots: ClassVar[frozenset[str]] = frozenset({"recompress", "share_k", "share_v"})
 
     eta: float = Field(0.05, ge=0, le=0.5)
     """η: how far the two endpoints are drawn in, as a share of max - min."""

@@ -5,24 +5,24 @@ from __future__ import annotations
 from typing import ClassVar, Self
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from cllm.errors import UserError
-from cllm.posthoc.code import Code, Compressor, Exact, Part, TensorCoder
-from cllm.posthoc.landmarks import Landmarks, make_landmarks
+from cllm.posthoc.code import Codable, Code, Exact, Part, TensorCoder
+from cllm.posthoc.landmarks import Landmarks, landmark_bytes, make_landmarks
 from cllm.posthoc.lowrank import (
     Algorithm,
     LowRank,
     Products,
     energy_rank,
     multiply,
-    ranks_for_ratio,
+    ranks_for_budget,
     right_vectors,
 )
 
 
-class XKV(Compressor):
+class XKV(Codable):
     """Cross-layer SVD (xKV): for a group of G layers, keys before RoPE and values each,
 
         [X_1, ..., X_G] ≈ A [B_1, ..., B_G],    A (n, r) shared over the group, B_l (r, width) of each layer
@@ -45,8 +45,9 @@ class XKV(Compressor):
     rank_v: int | None = Field(None, ge=1)
     """Rank of a group's values."""
     ratio: float | None = Field(None, ge=1)
-    """Numbers of the tensors to numbers of their factors, at this length; ranks of keys and values are 1 : 1.5, as
-    in the paper. 1 keeps every tensor as it is."""
+    """Bytes of the whole cache to those held after, at this length and before a quantiser after +: windows, states,
+    RoPE keys of latents and landmarks count, and factors make up for them. Ranks of keys and values are 1 : 1.5, as in
+    the paper. 1 keeps every tensor as it is."""
     energy: float | None = Field(None, gt=0, le=1)
     """The share of Σσ² that every group keeps, in every sequence."""
     svd: Algorithm = "gram"
@@ -58,11 +59,11 @@ class XKV(Compressor):
     """Compressed tokens that a pass of one token reads, for each KV head, by `landmarks.py`; null: all."""
     chunk: int = Field(8, ge=1)
     """Tokens that are chosen together, by their mean key."""
-    outliers: int = Field(48, ge=0)
-    """Chunks of each KV head that are always read, their keys kept exact."""
-
-    _factors: TensorCoder | None = PrivateAttr(None)
-    """Codes A, which has nearly all the numbers."""
+    outliers: int | None = Field(None, ge=0)
+    """Chunks of each KV head that are always read, their keys kept exact; null: 24 for every 1024 of `select`, as in
+    ShadowKV."""
+    local: int = Field(4, ge=0)
+    """Last full chunks, which are always read like outliers, and with them what is left of a chunk after."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -76,26 +77,30 @@ class XKV(Compressor):
             raise ValueError(
                 f"products={self.products} goes with svd=random and svd=power; svd={self.svd} is made in fp64"
             )
-        if self.select is None and (alone := sorted({"chunk", "outliers"} & self.model_fields_set)):
+        if self.select is None and (alone := sorted({"chunk", "outliers", "local"} & self.model_fields_set)):
             raise ValueError(f"{alone[0]} goes with select, which is not given")
         if self.select is not None and self.select % self.chunk:
             raise ValueError(f"select={self.select} is no multiple of chunk={self.chunk}")
         if self.select is not None and self.ratio == 1:
             raise ValueError("select chooses from factors, which ratio=1 has not")
+        if self.select is not None and self.recompress is not None:
+            raise ValueError(
+                f"recompress={self.recompress}: select={self.select} keeps exact keys, which are gone when tokens are "
+                "compressed again; allowed: one of the two"
+            )
         return self
 
-    def on_factors(self, coder: TensorCoder) -> Self:
-        """The same, its factors A stored by `coder`."""
-        changed = self.model_copy()
-        changed._factors = coder
-        return changed
+    def coded_by(self, coder: TensorCoder) -> Self:
+        if self.ratio == 1:
+            raise ValueError("ratio=1 keeps every tensor as it is and has no factors to code; allowed: above 1")
+        return super().coded_by(coder)
 
     def encode(self, keys: Part, values: Part | None) -> tuple[list[Code | None], list[Code | None]]:
         if self.select is not None and values is None:
             raise UserError(f"{self.name}: select={self.select}: the slots are latents; allowed: keys and values")
         groups_k = keys.groups(self.group_k or self.group)
         groups_v = values.groups(self.group_v or self.group) if values else []
-        if self.ratio == 1 and self._factors is None:
+        if self.ratio == 1:
             return [None] * len(keys.slots), [None] * len(keys.slots)
         ranks_k, ranks_v = self._ranks(keys, groups_k, values, groups_v)
         codes_v: list[Code | None] = [None] * len(keys.slots)
@@ -110,7 +115,12 @@ class XKV(Compressor):
     def landmarks(self, k: Tensor, text: Tensor | None) -> Landmarks | None:
         if self.select is None:
             return None
-        return make_landmarks(k, text, chunk=self.chunk, budget=self.select, outliers=self.outliers)
+        return make_landmarks(k, text, budget=self.select, **self._chunks(self.select))
+
+    def _chunks(self, select: int) -> dict[str, int]:
+        """How chunks are made, and how many of them are always read."""
+        outliers = 24 * select // 1024 if self.outliers is None else self.outliers
+        return {"chunk": self.chunk, "outliers": outliers, "local": self.local}
 
     def _ranks(
         self, keys: Part, groups_k: list[list[int]], values: Part | None, groups_v: list[list[int]]
@@ -121,13 +131,7 @@ class XKV(Compressor):
         sizes_k, sizes_v = _sizes(keys, groups_k), _sizes(values, groups_v) if values else []
         tokens = keys.data[0].shape[1]
         if self.ratio is not None:
-            found = ranks_for_ratio(self.ratio, tokens, sizes_k, sizes_v, keys_to_values=1.5)
-            if found is None:
-                raise UserError(
-                    f"{self.name}: ratio={self.ratio:g}: at {tokens} tokens the bases of {max(n for n, _ in sizes_k)} "
-                    "slots alone exceed it, even at rank 1; allowed: a lower ratio, smaller groups, or more tokens"
-                )
-            return list(found[0]), list(found[1])
+            return self._ranks_for_ratio(self.ratio, keys, sizes_k, sizes_v)
         if self.rank_k is None or (self.rank_v is None and values is not None):
             raise UserError(f"{self.name}: give rank_k and rank_v, one is missing")
         for option, rank, sizes in (("rank_k", self.rank_k, sizes_k), ("rank_v", self.rank_v, sizes_v)):
@@ -138,6 +142,28 @@ class XKV(Compressor):
                         f"allowed: 1 to {min(tokens, layers * width)}"
                     )
         return [self.rank_k] * len(groups_k), [self.rank_v] * len(groups_v)
+
+    def _ranks_for_ratio(
+        self, ratio: float, keys: Part, sizes_k: list[tuple[int, int]], sizes_v: list[tuple[int, int]]
+    ) -> tuple[list[int | None], list[int | None]]:
+        tokens = keys.data[0].shape[1]
+        whole = keys.whole or sum(tokens * n * w for n, w in (*sizes_k, *sizes_v))
+        stays = keys.stays
+        if self.select is not None:
+            size, chunks = keys.dtype.itemsize, self._chunks(self.select)
+            stays += sum(landmark_bytes(k.shape, size, **chunks) for k in keys.data) / size
+        if stays * ratio >= whole:
+            raise UserError(
+                f"{self.name}: ratio={ratio:g}: at {tokens} tokens {stays / whole:.0%} of the cache stay as they are "
+                f"(windows, states, RoPE keys of latents) or are landmarks; allowed: below {whole / stays:.2f}"
+            )
+        found = ranks_for_budget(whole / ratio - stays, tokens, sizes_k, sizes_v, keys_to_values=1.5)
+        if found is None:
+            raise UserError(
+                f"{self.name}: ratio={ratio:g}: at {tokens} tokens the bases of {max(n for n, _ in sizes_k)} slots "
+                "alone exceed it, even at rank 1; allowed: a lower ratio, smaller groups, or more tokens"
+            )
+        return list(found[0]), list(found[1])
 
     def _code(self, part: Part, groups: list[list[int]], ranks: list[int | None]) -> list[Code | None]:
         codes: list[Code | None] = [None] * len(part.slots)
@@ -150,7 +176,9 @@ class XKV(Compressor):
                 vectors = vectors[..., : energy_rank(spectrum, self.energy)]
             rows = multiply(x, vectors, self.products)  # B, n, r
             # Columns of A differ in size by orders of magnitude, as the keys' channels do: coded like keys.
-            a = Exact(rows.to(part.dtype)) if self._factors is None else self._factors.code(rows, "k", part.dtype)
+            a: Code = Exact(rows.to(part.dtype))
+            if self._coder is not None:
+                a = self._coder.code(rows, "k", part.dtype, (rows.shape[2],))
             width = tuple(part.data[group[0]].shape[2:])
             for i, b in zip(group, vectors.chunk(len(group), dim=1), strict=True):
                 codes[i] = LowRank(a, b.to(part.dtype, copy=True).contiguous(), width)

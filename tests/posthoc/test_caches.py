@@ -261,6 +261,65 @@ def test_transformers_recompression_and_crop(llama, tokens, filled):
         compressed.crop(-1)
 
 
+# ---- ratios ---------------------------------------------------------------------------------------------------------
+
+WIDE = {"kv_lora_rank": 48, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+WINDOWS = {"layers": [{"layers": "0-1", "own": {}, "window": 8}, {"layers": "2-7", "own": {}}]}
+CHOOSING = ",select=16,outliers=1,local=1"
+
+
+@pytest.mark.parametrize(
+    ("kv", "ratio", "more", "storage"),
+    [
+        ({"preset": "mha"}, 3.0, "", "model"),
+        ({"preset": "mha"}, 2.0, CHOOSING, "model"),
+        ({"preset": "mha"}, 1.5, "", "fp8"),
+        (WINDOWS, 3.0, "", "model"),
+        (WINDOWS, 2.0, CHOOSING, "model"),
+        ({"preset": "mla", **WIDE}, 1.5, "", "model"),
+        ({"preset": "mla", **WIDE}, 3.0, "", "model"),
+    ],
+)
+def test_a_ratio_is_that_of_the_whole_cache(kv, ratio, more, storage, decoder, tokens):
+    """What stays as it is counts, so the rest is compressed more; places of a static cache without tokens do not."""
+    model, ids = decoder(kv=kv), tokens(2, 160)
+    growing, static = (KVCache(model.config, storage=storage, max_len=size) for size in (None, 200))
+    for cache in (growing, static):
+        model(ids, cache=cache)
+        compressed = compress_cache(cache, parse(f"xkv:group=4,ratio={ratio}{more}"))
+        assert ratio <= growing.nbytes() / compressed.nbytes() < 1.06 * ratio
+
+
+def test_a_ratio_of_transformers_caches(llama, tokens):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "sliding_window": 16}
+    gemma = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads)).eval().requires_grad_(False)
+    for model, ratio in ((gemma, 2.5), (llama("deepseek_v2"), 1.5), (llama("llama"), 3.0)):
+        engine = engine_of(model)
+        cache = engine.new_cache()
+        engine.hidden(tokens(2, 120), cache)
+        compressed = engine.compress(cache, parse(f"xkv:group=2,ratio={ratio}"))
+        assert ratio <= engine.nbytes(cache) / compressed.nbytes() < 1.1 * ratio
+
+
+def test_a_ratio_that_what_stays_exceeds_is_refused(decoder, tokens):
+    def full(kv):
+        model = decoder(kv=kv)
+        cache = KVCache(model.config)
+        model(tokens(2, 24), cache=cache)
+        return cache
+
+    message = r"ratio=20: at 24 tokens 10% of the cache stay as they are \(windows, .* allowed: below 10\.00"
+    with pytest.raises(UserError, match=message):  # 2 windows of 8 tokens beside 6 slots of 24
+        compress_cache(full(WINDOWS), parse("xkv:ratio=20"))
+    with pytest.raises(UserError, match=r"ratio=3: at 24 tokens .* or are landmarks; allowed: below"):
+        compress_cache(full({"preset": "mha"}), parse("xkv:ratio=3,select=8,chunk=1"))
+    with pytest.raises(UserError, match="ratio=60: at 24 tokens the bases of 4 slots alone exceed it, even at rank 1"):
+        compress_cache(full({"preset": "mha"}), parse("xkv:ratio=60"))
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 

@@ -100,7 +100,7 @@ def test_passes_of_any_length_follow_each_other(decoder, tokens):
 # ---- a static cache -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", [LOSSY, LOSSY + ",select=8,chunk=4,outliers=1", "kivi:group=4,residual=0"])
+@pytest.mark.parametrize("spec", [LOSSY, LOSSY + ",select=8,chunk=4,outliers=1,local=0", "kivi:group=4,residual=0"])
 @pytest.mark.parametrize("name", ["mha", "yoco with retention", "yoco", "trailing"])
 def test_room_changes_no_logits_and_no_address(name, spec, design, tokens):
     model, ids, starts = design(name), tokens(2, LENGTH), torch.tensor([0, 5])
@@ -130,14 +130,14 @@ def test_longer_passes_and_crops_of_a_static_cache(decoder, tokens):
 
 def test_a_static_cache_follows_the_batch(decoder, tokens):
     model, ids, starts = decoder(), tokens(3, LENGTH), torch.tensor([0, 3, 5])
-    spec, order = LOSSY + ",select=8,chunk=4,outliers=1", torch.tensor([2, 0, 0])
+    spec, order = LOSSY + ",select=8,chunk=4,outliers=1,local=0", torch.tensor([2, 0, 0])
     expected = steps(model, compressed(model, ids, spec, starts=starts), ids)
     cache = compressed(model, ids, spec, starts=starts, room=LENGTH - PREFIX)
     cache.reorder_cache(order)
     torch.testing.assert_close(steps(model, cache, ids[order]), expected[order], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("spec", [LOSSY, LOSSY + ",select=8,chunk=4,outliers=1"])
+@pytest.mark.parametrize("spec", [LOSSY, LOSSY + ",select=8,chunk=4,outliers=1,local=0"])
 def test_a_step_compiles_whole_and_once(spec, decoder, tokens):
     """What a compiled decoder needs of a cache: no break in a block, and nothing anew in later steps."""
     model, ids = decoder(), tokens(2, LENGTH)
@@ -167,23 +167,24 @@ def test_a_budget_of_all_tokens_equals_all(name, starts, design, tokens):
     starts = None if starts is None else torch.tensor(starts)
     expected = steps(model, compressed(model, ids, "xkv:group=2,energy=1.0", starts=starts), ids)
     for select, outliers in ((24, 0), (16, 2), (400, 48)):
-        spec = f"xkv:group=2,energy=1.0,select={select},chunk=4,outliers={outliers}"
+        spec = f"xkv:group=2,energy=1.0,select={select},chunk=4,outliers={outliers},local=0"
         found = steps(model, compressed(model, ids, spec, starts=starts), ids)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    few = steps(model, compressed(model, ids, "xkv:group=2,energy=1.0,select=4,chunk=4,outliers=0", starts=starts), ids)
+    spec = "xkv:group=2,energy=1.0,select=4,chunk=4,outliers=0,local=0"
+    few = steps(model, compressed(model, ids, spec, starts=starts), ids)
     assert (few - expected).abs().max() > 1e-2
 
 
 def test_only_passes_of_one_token_choose(decoder, tokens):
     model, ids = decoder(), tokens(2, LENGTH)
     whole = model(ids[:, PREFIX:], cache=compressed(model, ids, LOSSY))
-    chosen = model(ids[:, PREFIX:], cache=compressed(model, ids, LOSSY + ",select=4,chunk=4,outliers=0"))
+    chosen = model(ids[:, PREFIX:], cache=compressed(model, ids, LOSSY + ",select=4,chunk=4,outliers=0,local=0"))
     assert torch.equal(whole, chosen)
 
 
 def test_padding_takes_no_part(decoder, tokens):
     """Padding of whole chunks: what is chosen is what the sequence alone would choose."""
-    model, ids, spec = decoder(), tokens(2, LENGTH), "xkv:energy=1.0,select=4,chunk=4,outliers=1"
+    model, ids, spec = decoder(), tokens(2, LENGTH), "xkv:energy=1.0,select=4,chunk=4,outliers=1,local=0"
     found = steps(model, compressed(model, ids, spec, starts=torch.tensor([0, 8])), ids)
     cache = KVCache(model.config)
     model(ids[1:, 8:PREFIX], cache=cache)
@@ -199,7 +200,7 @@ def test_landmarks_find_a_needle():
     for b, row in enumerate(places):
         for g, chunk in enumerate(row):
             k[b, chunk * 8 : chunk * 8 + 8, g] += 2 * q[b, 2 * g + 1]  # the second query head of two is after it
-    marks = make_landmarks(k, None, chunk=8, budget=8, outliers=0)
+    marks = make_landmarks(k, None, chunk=8, budget=8, outliers=0, local=0)
     scores = torch.einsum("bghd,bcgd->bghc", q.unflatten(1, (2, 2)), marks.landmarks).flatten(1, 2)
     found = chosen_tokens(scores, marks)
     for b, row in enumerate(places):
@@ -214,7 +215,7 @@ def test_outliers_are_chunks_unlike_their_landmark_and_stay_exact():
     k[0, 38, 1] *= -1  # chunk 9 of head 1
     text = torch.arange(40)[None] >= 5
     k[0, 2, :] *= -1  # padding
-    marks = make_landmarks(k, text, chunk=4, budget=4, outliers=1)
+    marks = make_landmarks(k, text, chunk=4, budget=4, outliers=1, local=0)
     assert marks.outliers.tolist() == [[[3], [9]]]
     assert torch.equal(marks.outlier_keys[0, :, 0], k[0, 12:16, 0])
     assert torch.equal(marks.outlier_keys[0, :, 1], k[0, 36:40, 1])
@@ -222,13 +223,37 @@ def test_outliers_are_chunks_unlike_their_landmark_and_stay_exact():
     assert not marks.landmarks[0, 0].any()
 
 
+def test_the_last_chunks_are_always_read_and_exact():
+    draw = torch.Generator().manual_seed(0)
+    k = torch.ones(1, 38, 2, 16) + 0.1 * torch.randn(1, 38, 2, 16, generator=draw)  # 9 chunks of 4, and 2 tokens
+    k[0, 13] *= -1  # chunk 3
+    marks = make_landmarks(k, None, chunk=4, budget=8, outliers=1, local=2)
+    for head in range(2):
+        assert set(marks.outliers[0, head].tolist()) == {3, 7, 8, 9}
+        places = (marks.outliers[0, head][:, None] * 4 + torch.arange(4)).flatten()
+        kept = marks.outlier_keys[0, :, head]
+        assert torch.equal(kept[places < 38], k[0, places[places < 38], head])
+    scores = torch.zeros(1, 4, 10)
+    scores[:, :, :2] = 5.0
+    assert set(chosen_tokens(scores, marks)[0, 0].tolist()) == {*range(8), *range(12, 16), *range(28, 40)}
+    assert make_landmarks(k, None, chunk=4, budget=8, outliers=99, local=2).outliers.shape[-1] == 10
+
+
+@pytest.mark.parametrize(("options", "outliers"), [("select=2048", 48), ("select=512", 12), ("select=8,outliers=3", 3)])
+def test_outliers_by_the_rule_of_shadowkv(options, outliers):
+    k = torch.randn(1, 1024, 1, 4, generator=torch.Generator().manual_seed(0))
+    assert parse(f"xkv:ratio=2,{options}").landmarks(k, None).outliers.shape[-1] == outliers + 4
+
+
 def test_bytes_of_what_is_stored_beside(decoder, tokens):
     model, ids = decoder(), tokens(2, LENGTH)
-    plain, chosen = (compressed(model, ids, LOSSY + more) for more in ("", ",select=8,chunk=4,outliers=2"))
+    options = ",select=8,chunk=4,outliers=2,local="
+    plain, chosen, near = (compressed(model, ids, LOSSY + more) for more in ("", options + "0", options + "1"))
     groups, dim, slots = 4, 8, len(plain.stores)
     chunks = -(-PREFIX // 4)
-    numbers = (chunks + 2 * 4) * groups * dim
-    assert chosen.nbytes() - plain.nbytes() == slots * 2 * (4 * numbers + 8 * groups * 2)
+    for cache, read in ((chosen, 2), (near, 2 + 1 + 1)):  # outliers, the last full chunk, the token after it
+        numbers = (chunks + read * 4) * groups * dim
+        assert cache.nbytes() - plain.nbytes() == slots * 2 * (4 * numbers + 8 * groups * read)
     roomy = compressed(model, ids, LOSSY, room=10)
     assert roomy.nbytes() - plain.nbytes() == slots * 2 * 2 * 4 * 10 * groups * dim
     tensors = [t for store in chosen.stores.values() for t in store.tensors().values()]
@@ -243,6 +268,8 @@ def test_bytes_of_what_is_stored_beside(decoder, tokens):
     [
         ("ratio=2,chunk=4", "chunk goes with select"),
         ("ratio=2,outliers=4", "outliers goes with select"),
+        ("ratio=2,local=4", "local goes with select"),
+        ("ratio=2,select=16,recompress=8", "recompress=8: select=16 keeps exact keys, .*; allowed: one of the two"),
         ("ratio=2,select=20", "select=20 is no multiple of chunk=8"),
         ("ratio=1,select=16", "ratio=1 has not"),
         ("ratio=2,select=0", "select: .* greater than or equal to 1"),

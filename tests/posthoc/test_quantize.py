@@ -108,6 +108,69 @@ def test_a_quantiser_on_top_of_factors(part, decoder, tokens, filled):
     assert small.nbytes() == 4 * (40 * 8 // 2 + 2 * 4 * 8 + 4 * 32 * 8)
 
 
+def test_a_quantiser_on_top_of_merged_slots(part):
+    """Directions, kept rows and the slots below the middle are coded."""
+    data = [noise(2, 64, 2, 16, seed=i) for i in range(4)]
+    merged, rest = "minicache:gamma=0.3", "group=16,residual=0"
+    plain, fine, coarse = (
+        parse(merged + coder).encode(part("k", data), part("v", data))[0]
+        for coder in ("", f"+kivi:bits=8,{rest}", f"+kivi:bits=4,{rest}")
+    )
+    assert coarse[2].direction is coarse[3].direction
+    assert torch.equal(coarse[2].index, plain[2].index)
+    kept = plain[2].index.shape[1]
+    whole = kept // 16 * 16  # rows that are coded
+    tensor = 64 * 32 // 2 + 4 * 2 * 64 * 32 // 16  # codes, scale and zero
+    rows = whole * 16 // 2 + 4 * 2 * whole + 4 * 16 * (kept - whole)
+    expected = 3 * tensor + 2 * 4 * 64 * 2 + 2 * rows + 4 * kept  # two slots and directions, lengths, rows, places
+    held = {id(t): t.nbytes for code in coarse for t in code.tensors()}
+    assert sum(held.values()) == 2 * expected
+    for i in range(4):
+        exact = data[i] if plain[i] is None else plain[i].decode()
+        errors = [((codes[i].decode() - exact).norm() / exact.norm()).item() for codes in (fine, coarse)]
+        assert 0 < errors[0] < 0.01
+        assert 5 * errors[0] < errors[1] < 0.2
+
+
+def test_minicache_with_4_bits_is_near_the_ratio_of_its_paper(part):
+    """5.02x."""
+    data = [noise(1, 512, 2, 128, seed=i).bfloat16() for i in range(8)]
+    codes, _ = parse("minicache:gamma=0.0+kivi:bits=4,group=128,residual=0").encode(part("k", data), part("v", data))
+    held = {id(t): t.nbytes for code in codes for t in code.tensors()}
+    assert 4.8 < sum(t.nbytes for t in data) / sum(held.values()) < 5.1
+
+
+def test_padding_does_not_widen_a_group_of_directions(part):
+    data = [noise(1, 24, 1, 8, seed=i) / 10 + 3 for i in range(2)]
+    padded = [torch.cat((-torch.ones(1, 8, 1, 8), t), dim=1) for t in data]
+    text = (torch.arange(32) >= 8)[None]
+    exact, found = (
+        parse("minicache:start=0,gamma=0.0" + coder).encode(part("k", padded, text), None)[0][0].decode()[:, 8:]
+        for coder in ("", "+kivi:bits=4,group=32,residual=0")
+    )
+    assert (found - exact).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "xkv:ratio=2+kivi:bits=4,recompress=8",
+            "recompress is no option of kivi after .; allowed: bits, group",
+        ),
+        ("xkv:ratio=2+xquant:share_k=3", "share_k is no option of xquant after .; allowed: bits, eta, group, residual"),
+        ("minicache+xquant:share_v=3", "share_v is no option of xquant"),
+        ("xkv:ratio=1+kivi:bits=8", "ratio=1 keeps every tensor as it is and has no factors to code; allowed: above 1"),
+        ("kivi+kivi", "allowed with .: xkv or svd or minicache or minicache_xkv, then kivi or xquant"),
+        ("xkv:ratio=2+svd:ratio=2", "allowed with"),
+        ("xkv:ratio=2+kivi+kivi", "allowed with"),
+    ],
+)
+def test_quantisers_that_do_not_fit(spec, message):
+    with pytest.raises(UserError, match=message):
+        parse(spec)
+
+
 def test_bad_options_are_refused(part, decoder, tokens, filled, llama):
     keys = part("k", [noise(1, 20, 1, 12)])
     with pytest.raises(UserError, match="nothing of 20 tokens is left to quantise with group=32, residual=128"):

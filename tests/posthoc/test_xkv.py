@@ -12,7 +12,7 @@ from cllm.posthoc.code import Rotation
 from cllm.posthoc.lowrank import (
     energy_rank,
     factor_numbers,
-    ranks_for_ratio,
+    ranks_for_budget,
     reconstruct,
     reconstruct_keys,
     right_vectors,
@@ -181,18 +181,35 @@ def test_the_papers_ratios():
     assert ratio(32, 1024, 4, 384, 576, tokens=4096) == pytest.approx(4.27, abs=0.005)
 
 
+def ranks_for_ratio(ratio, tokens, sizes):
+    """Of keys and values in groups of the same (layers, width)."""
+    whole = sum(2 * tokens * n * w for n, w in sizes)
+    return ranks_for_budget(whole / ratio, tokens, sizes, sizes, keys_to_values=1.5)
+
+
 def test_a_ratio_gives_the_papers_ranks_at_the_papers_length():
-    keys = values = [(4, 1024)] * 8
-    found_k, found_v = ranks_for_ratio(8.03, 65536, keys, values, keys_to_values=1.5)
+    found_k, found_v = ranks_for_ratio(8.03, 65536, [(4, 1024)] * 8)
     assert set(found_k) <= {383, 384}
     assert set(found_v) <= {575, 576}
+
+
+def test_a_short_last_group_gets_rank_1_at_least():
+    """9 slots in groups of 8: an eighth of a full group's rank is below 1."""
+    sizes = [(8, 256), (1, 256)]
+    found = ranks_for_ratio(8, 64, sizes)
+    assert found[0][1] == found[1][1] == 1 < found[0][0]
+    numbers = sum(factor_numbers(64, n, w, r) for ranks in found for (n, w), r in zip(sizes, ranks, strict=True))
+    assert numbers <= 2 * 64 * 9 * 256 / 8
+    least = sum(2 * factor_numbers(64, n, w, 1) for n, w in sizes)
+    assert ranks_for_budget(least, 64, sizes, sizes, keys_to_values=1.5) == ([1, 1], [1, 1])
+    assert ranks_for_budget(least - 1, 64, sizes, sizes, keys_to_values=1.5) is None
 
 
 @pytest.mark.parametrize("ratio", [1.3, 2.0, 4.0])
 @pytest.mark.parametrize("sizes", [[(4, 16)] * 2, [(4, 16), (1, 16)], [(1, 16)] * 3])
 def test_a_ratio_is_kept_and_nearly_used_up(ratio, sizes):
     tokens = 200
-    ranks = ranks_for_ratio(ratio, tokens, sizes, sizes, keys_to_values=1.5)
+    ranks = ranks_for_ratio(ratio, tokens, sizes)
     pairs = list(zip((*ranks[0], *ranks[1]), sizes * 2, strict=True))
     numbers = sum(factor_numbers(tokens, n, w, r) for r, (n, w) in pairs)
     budget = sum(2 * tokens * n * w for n, w in sizes) / ratio

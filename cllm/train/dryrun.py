@@ -38,7 +38,7 @@ def block_activation_bytes(model: Decoder, config: Config, layer: int) -> int:
 
     The stream before and in the midst of the block, both norms' outputs and, for owners with a norm of their own, its
     output; what attention keeps: queries, its output, and the keys and values that the layer made itself, by projecting
-    or by fusing; and three tensors of width d_ff.
+    or, unless that is recomputed, by fusing; and three tensors of width d_ff.
     """
     c, plan = config.model, model.plan
     narrow = _compute_bytes(config)
@@ -48,7 +48,8 @@ def block_activation_bytes(model: Decoder, config: Config, layer: int) -> int:
         key = source.qk_nope_head_dim + source.qk_rope_head_dim
         kept = 2 * c.n_heads * (key + source.v_head_dim) + (source.kv_lora_rank if own else 0)
     elif isinstance(source, Own):
-        made = (own is not None) + any(isinstance(read, Fuse) for read in (plan.keys(layer), plan.values(layer)))
+        fuses = any(isinstance(read, Fuse) for read in (plan.keys(layer), plan.values(layer)))
+        made = (own is not None) + (fuses and not config.train.recompute_fusion)
         kept = 2 * c.resolved_head_dim * (c.n_heads + made * source.n_kv_heads)
         kept += c.d_model if isinstance(own, Own) and own.kv_norm else 0
     else:

@@ -93,6 +93,18 @@ def test_states_are_shared_as_the_strategy_shares_them(strategy: str, devices: i
         assert estimate("--train.offload_optimizer", "true")[0]["optimizer"] == 0
 
 
+def test_fusion_made_again_is_not_kept() -> None:
+    files = [CONFIGS / "model" / "332m.yaml", CONFIGS / "kv" / "fusedkv.yaml"]
+    found = []
+    for again in ("false", "true"):
+        config = cli.load(Config, files, ["--train.recompute_fusion", again, "--train.accelerator", "gpu"])
+        with torch.device("meta"):
+            found.append(memory_estimate(build_decoder(config.model), config)["activations"])
+    bf16_keys_and_values_of_8_layers = 2 * 2 * 1024 * 8
+    tokens = config.train.micro_batch * config.data.seq_len
+    assert found[0] - found[1] == pytest.approx(tokens * bf16_keys_and_values_of_8_layers / GIB)
+
+
 def test_a_cycle_keeps_activations_of_every_pass_with_gradients() -> None:
     """Counted in the backward's graph of a small model, each storage once, parameters left out."""
     files = [CONFIGS / "model" / "332m.yaml", CONFIGS / "kv" / "lckv.yaml"]

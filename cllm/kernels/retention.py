@@ -60,7 +60,8 @@ def gated_retention(
         q, k: (B, T, H, D). v: (B, T, H, E).
         log_decay: (B, T, H) fp32, ln γ, at most 0.
         scale: factor on the output.
-        document_ids: (B, T) integers, ascending; the state is cleared where the document changes.
+        document_ids: (B, T) integers, ascending; the state is cleared where the document changes. The library lays out
+            its chunks on the host, so that with documents each call waits for the device.
 
     Returns:
         (B, T, H, E) in the dtype of `v`.

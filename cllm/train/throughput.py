@@ -8,8 +8,18 @@ import torch
 
 from cllm.train.breakdown import Breakdown
 
-# Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets (without sparsity). First match wins.
-_PEAKS = (("B200", 2250e12), ("H200", 989e12), ("H100", 989e12), ("A100", 312e12), ("RTX 4090", 165e12))
+# Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets (without sparsity). First match wins: the cards
+# of a kind that have another peak than its SXM module come before it.
+_PEAKS = (
+    ("B200", 2250e12),
+    ("H200 NVL", 835e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("RTX 4090", 165e12),
+)
 
 
 def peak_flops(device: torch.device) -> float | None:

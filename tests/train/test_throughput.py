@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from cllm.train import throughput
-from cllm.train.throughput import Clock
+from cllm.train.throughput import Clock, peak_flops
 
 
 def test_time_of_validation_is_neither_training_nor_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,3 +46,25 @@ def test_a_wait_after_a_row_counts_in_the_next_row(monkeypatch: pytest.MonkeyPat
         clock.start()
         now[0] += 3
     assert rows == [(1, 0), (4, 3), (4, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA B200", 2250),
+        ("Another", None),
+    ],
+)
+def test_peaks_are_those_of_the_card_and_not_of_its_family(
+    monkeypatch: pytest.MonkeyPatch, name: str, tera: int | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0)) == (None if tera is None else tera * 1e12)
+    assert peak_flops(torch.device("cpu")) is None

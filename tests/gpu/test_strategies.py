@@ -169,7 +169,7 @@ def test_every_strategy_takes_the_steps_of_one_device(runs: dict[str, Run], name
     assert max(norms) > 0.5, "clipping has something to do"
     assert other.rows("train/gradient_norm")[:5] == pytest.approx(norms[:5], rel=0.05)
     assert other.rows("train/lr") == one.rows("train/lr")
-    assert set(other.rows("train/skipped_steps")) == ({0} if name.startswith("zero") else set())
+    assert set(other.rows("train/skipped_steps")) == {0}
 
 
 @pytest.mark.parametrize("name", EVERY_CASE)

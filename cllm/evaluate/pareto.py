@@ -48,6 +48,8 @@ class Point:
     """Of the perplexity, over the baseline's."""
     compression_share_of_prefill: float | None
     """Seconds of compression to seconds of prefill."""
+    weight_bytes: int
+    """Of what the method holds beside the model's weights, for all caches together."""
     front: bool
 
 
@@ -105,6 +107,7 @@ def points(records: Sequence[dict[str, Any]], *, baseline: str | None = None) ->
             perplexity=perplexity,
             increase_percent=100 * (perplexity / exact - 1),
             compression_share_of_prefill=None if spec == TRAINED else record["compression_share_of_prefill"],
+            weight_bytes=0 if spec == TRAINED else record["weight_bytes"],
             front=not any(
                 other <= n_bytes and worse <= perplexity and (other, worse) != (n_bytes, perplexity)
                 for _, _, other, worse in raw
@@ -148,6 +151,11 @@ def markdown(found: Sequence[Point], refused: Sequence[str] = ()) -> str:
         "`*`: no other point has at most as many bytes and at most the perplexity. Bytes a token of the prefix, as "
         "held; own and mha: the run's own cache and that of full attention, relative to it. Time: of compressing, "
         "relative to the prefill."
+    ]
+    notes += [
+        f"- {p.run}, {p.spec}: and {p.weight_bytes:,} bytes of weights, for all caches together"
+        for p in found
+        if p.weight_bytes
     ]
     notes += [f"- not measured: {line}" for line in refused]
     return "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n"

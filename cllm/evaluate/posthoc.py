@@ -187,9 +187,9 @@ def _score(
     ref.sequences += len(tokens)
     for method, tally in zip(methods, tallies, strict=True):
         compressed = engine.compress(cache, method)
-        tally.seconds.append(compressed.outcome.seconds)
         tally.errors.append(compressed.outcome.errors)
         _read(engine, compressed, tokens, prefix, tally, chunk=1 if method.chooses else method.recompress)
+        tally.seconds.append(compressed.seconds)  # those on the way included
     if generate:
         first = tokens[:, prefix : prefix + 1]
         found = [greedy(engine, engine.compress(cache, m, measure=False), first, generate) for m in methods]
@@ -198,6 +198,8 @@ def _score(
         exact = greedy(engine, again, first, generate)
         for tally, continuation in zip(tallies, found, strict=True):
             tally.written.add(continuation, exact)
+    for method in watching:
+        method.release()
     _read(engine, cache, tokens, prefix, ref.tally, chunk=None)
 
 
@@ -244,6 +246,7 @@ def _figures(spec: str, method: Compressor, tally: _Tally, reference: _Reference
         "ratio_to_mha": reference.mha_nbytes / tally.nbytes,
         "end_ratio_to_own": own.end_nbytes / tally.end_nbytes,
         "weight_bytes": method.weight_bytes(),
+        "facts": method.facts(),
         "prefill_seconds": (prefill := _warm(reference.seconds)),
         "compression_seconds": (compression := _warm(tally.seconds)),
         "compression_share_of_prefill": compression / prefill,

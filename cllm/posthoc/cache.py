@@ -147,6 +147,8 @@ class CompressedKVCache(KVCache):
 
     outcome: Outcome
     """Of the last compression."""
+    seconds = 0.0
+    """Of all compressions so far."""
 
     def __init__(self, cache: KVCache, method: Compressor, *, measure: bool = True, room: int | None = None):
         super().__init__(cache.config, max_len=None if room is None else cache.seen + room)
@@ -158,6 +160,7 @@ class CompressedKVCache(KVCache):
 
     def _compress(self, cache: KVCache, method: Compressor) -> None:
         prefixes, self.outcome = encode(method, filled(cache), measure=self.measure)
+        self.seconds += self.outcome.seconds
         self.compressed = cache.seen
         self._check_selection(prefixes)
         stores: dict[int, Store] = {

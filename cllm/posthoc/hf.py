@@ -120,6 +120,8 @@ class CompressedDynamicCache(Cache):
 
     outcome: Outcome
     """Of the last compression."""
+    seconds = 0.0
+    """Of all compressions so far."""
 
     def __init__(
         self, cache: Cache, method: Compressor, model: PreTrainedModel, starts: Tensor | None, *, measure: bool = True
@@ -130,6 +132,7 @@ class CompressedDynamicCache(Cache):
 
     def _compress(self, cache: Cache, method: Compressor) -> None:
         prefixes, self.outcome = encode(method, filled(cache, self.model, self.starts), measure=self.measure)
+        self.seconds += self.outcome.seconds
         if any(prefix.landmarks is not None for prefix in prefixes.values()):
             raise UserError(
                 f"{self.method.name}: select: transformers' attention reads all tokens; allowed: caches of cllm models"

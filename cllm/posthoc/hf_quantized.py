@@ -82,7 +82,7 @@ class _Filled(QuantizedCache):
             read = stored._dequantize(stored._quantized_keys), stored._dequantize(stored._quantized_values)
             pairs = zip("kv", read, (layer.keys, layer.values), strict=True)
             errors[i] = {part: relative_error(*(t.transpose(1, 2) for t in (a, b))) for part, a, b in pairs}
-        self.outcome = Outcome(seconds, errors)
+        self.seconds, self.outcome = seconds, Outcome(seconds, errors)
 
     def nbytes(self) -> int:
         """Bytes of codes, scales, zeros and the exact tokens."""

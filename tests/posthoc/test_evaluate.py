@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from cllm.data.store import TokenStore
 from cllm.evaluate.posthoc import _Reference, _score, _Tally, _warm, result_path
 from cllm.kv.cache import KVCache
+from cllm.posthoc import compress
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.methods import parse
@@ -46,6 +47,7 @@ def test_the_score_sees_the_compression(scored, capsys):
     assert full["loss"] == pytest.approx(none["loss"], abs=1e-4)
     assert again["loss"] == pytest.approx(none["loss"], abs=1e-4)
     assert again["end_ratio_to_own"] != full["end_ratio_to_own"]
+    assert {r["facts"] == {} for r in records.values()} == {True}
     assert abs(ruined["increase_percent"]) > 1
     head, first, *_ = capsys.readouterr().out.splitlines()
     assert head.split()[:4] == ["run", "method", "set", "prefix/window"]
@@ -111,6 +113,22 @@ def test_generation_from_the_command_line(evaluate, run, capsys):
     assert capsys.readouterr().out.splitlines()[1].split()[-2:] == ["100", "%"]
     assert evaluate(*words[:-1], 41) == 2
     assert "--generate is 41; allowed after a prefix of 24 tokens: 0 to 40" in capsys.readouterr().err
+
+
+def test_time_is_that_of_every_compression(decoder, tokens, monkeypatch):
+    model, clock = decoder(), iter(range(10**6))
+    monkeypatch.setattr(compress, "_now", lambda filled: next(clock))
+    ids, tallies = tokens(2, 49), [_Tally(), _Tally()]
+    methods = [parse(spec) for spec in ("xkv:group=4,rank_k=9,rank_v=9", "xkv:group=4,rank_k=9,rank_v=9,recompress=8")]
+    _score(engine_of(model), methods, ids, 24, tallies, _Reference())
+    assert [tally.seconds for tally in tallies] == [[1], [1 + 24 // 8]]
+
+
+def test_what_a_method_chose_is_in_the_record(scored):
+    records, _, _ = scored("kvsharer:threshold=-1.0,share=1")
+    (record,) = records.values()
+    ((slot, source),) = record["facts"]["reads"].items()
+    assert int(slot) > source >= 0
 
 
 def test_times_leave_out_the_first_batch_and_what_a_method_watches(decoder, tokens):

@@ -21,7 +21,7 @@ def record(run, spec, n_bytes, perplexity, *, own=100.0, exact=10.0, **more):
         "run": run, "spec": spec, "method": spec.partition(":")[0], "bytes_per_token": n_bytes,
         "perplexity": perplexity, "own_bytes_per_token": own, "mha_bytes_per_token": 200.0,
         "uncompressed_perplexity": exact,
-        "compression_share_of_prefill": 0.5, **shared, **more,
+        "compression_share_of_prefill": 0.5, "weight_bytes": 0, **shared, **more,
     }  # fmt: skip
 
 
@@ -58,6 +58,8 @@ def test_the_front_has_what_nothing_beats():
         [record("mha", "none", 100.0, 10.0), record("b", "none", 50.0, 5.0, own=50.0, exact=5.0)], baseline="b"
     )
     assert [p.increase_percent for p in half] == [100, 0]
+    heavy = markdown(points([record("mha", "none", 100.0, 10.0), record("mha", "c", 50.0, 11.0, weight_bytes=2048)]))
+    assert heavy.rstrip().endswith("- mha, c: and 2,048 bytes of weights, for all caches together")
     assert markdown(found, ["x: too short"]).rstrip().endswith("- not measured: x: too short")
 
 

@@ -40,6 +40,36 @@ def test_errors_are_near_the_least(algorithm, products, power, shape):
 
 
 @pytest.mark.parametrize("algorithm", ["random", "power"])
+@pytest.mark.parametrize("power", [0.25, 0.5])
+def test_slow_spectra_and_high_ranks(algorithm, power):
+    """Three eighths of all directions, with little between the last ones kept and the first ones dropped."""
+    x = decaying(600, 256, power)[:1]
+    for rank in (48, 96):
+        least = loss(x, right_vectors(x, "exact", rank)[0])
+        assert loss(x, right_vectors(x, algorithm, rank)[0]) < 1.01 * least
+
+
+@pytest.mark.parametrize("algorithm", ["random", "power"])
+def test_a_spike_hides_nothing_from_fp32(algorithm):
+    x = decaying(400, 128, 0.5)[:1]
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    s[:, 0] *= 1000
+    x = u * s[:, None] @ vt
+    least = loss(x, right_vectors(x, "exact", 24)[0])
+    assert loss(x, right_vectors(x, algorithm, 24)[0]) < 1.01 * least
+    assert 1.1 * least < loss(x, right_vectors(x, algorithm, 24, "bf16")[0]) < 2 * least  # as the docs say
+
+
+@pytest.mark.parametrize("algorithm", ["random", "power"])
+def test_the_shift_lets_nothing_small_grow(algorithm):
+    """Half of the directions are nothing: a shift too large would make them the largest."""
+    x = decaying(300, 96, 0.1)[:1, :, :48] @ torch.eye(48, 96)
+    for rank in (12, 36):
+        least = loss(x, right_vectors(x, "exact", rank)[0])
+        assert loss(x, right_vectors(x, algorithm, rank)[0]) < 1.02 * least
+
+
+@pytest.mark.parametrize("algorithm", ["random", "power"])
 def test_fewer_directions_than_asked_for(algorithm):
     """Of rank 5, and one sequence of nothing: no number is lost, none is NaN."""
     x = torch.randn(2, 40, 5, generator=torch.Generator().manual_seed(0)) @ torch.randn(2, 5, 24)

@@ -159,9 +159,10 @@ class XKV(Codable):
             )
         found = ranks_for_budget(whole / ratio - stays, tokens, sizes_k, sizes_v, keys_to_values=1.5)
         if found is None:
+            beside = f"and the {stays / whole:.0%} of the cache that stay" if stays else "alone"
             raise UserError(
                 f"{self.name}: ratio={ratio:g}: at {tokens} tokens the bases of {max(n for n, _ in sizes_k)} slots "
-                "alone exceed it, even at rank 1; allowed: a lower ratio, smaller groups, or more tokens"
+                f"{beside} exceed it, even at rank 1; allowed: a lower ratio, smaller groups, or more tokens"
             )
         return list(found[0]), list(found[1])
 

@@ -316,6 +316,8 @@ def test_a_ratio_that_what_stays_exceeds_is_refused(decoder, tokens):
         compress_cache(full(WINDOWS), parse("xkv:ratio=20"))
     with pytest.raises(UserError, match=r"ratio=3: at 24 tokens .* or are landmarks; allowed: below"):
         compress_cache(full({"preset": "mha"}), parse("xkv:ratio=3,select=8,chunk=1"))
+    with pytest.raises(UserError, match="the bases of 4 slots and the 10% of the cache that stay exceed it"):
+        compress_cache(full(WINDOWS), parse("xkv:ratio=9.5"))
     with pytest.raises(UserError, match="ratio=60: at 24 tokens the bases of 4 slots alone exceed it, even at rank 1"):
         compress_cache(full({"preset": "mha"}), parse("xkv:ratio=60"))
 

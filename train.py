@@ -43,7 +43,11 @@ def main(argv: list[str] | None = None) -> None:
         print(dry_run(with_vocabulary(config)))
         return
     folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
-    print(f"run finished: {folder.path}  (tensorboard --logdir {config.runs_dir})")
+    step = max((step for step, _ in folder.checkpoints()), default=config.train.steps)
+    if step < config.train.steps:
+        print(f"run stopped at step {step} of {config.train.steps}: {folder.path}  (--resume auto goes on)")
+    else:
+        print(f"run finished: {folder.path}  (tensorboard --logdir {config.runs_dir})")
 
 
 if __name__ == "__main__":

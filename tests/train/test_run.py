@@ -158,6 +158,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(tiny: Tiny, tmp
     running = subprocess.Popen(
         [sys.executable, "train.py", "--config", str(file)],
         cwd=ROOT,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment,
         start_new_session=True,
@@ -172,6 +173,8 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(tiny: Tiny, tmp
     assert running.wait(timeout=120) == 0, running.stderr and running.stderr.read().decode()
     (step, _), *more = folder.checkpoints()
     assert not more
+    assert running.stdout is not None
+    assert f"run stopped at step {step} of 100000: " in running.stdout.read().decode()
     assert list(losses(folder, "val/loss")) == [0], "who is told to stop does not validate first"
     config.train.steps = step + 2
     train(config, resume="auto")

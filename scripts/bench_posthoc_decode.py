@@ -151,7 +151,7 @@ def bench_decode(o: argparse.Namespace, device: torch.device, flops: float, copy
     selections = []
     for i in every:
         k = layers.made(i)[0][:, : o.tokens]
-        selections.append(make_landmarks(k, None, chunk=o.chunk, budget=o.select, outliers=o.outliers))
+        selections.append(make_landmarks(k, None, chunk=o.chunk, budget=o.select, outliers=o.outliers, local=o.local))
         del k
         free(device)
     outliers = selections[0].outlier_keys.shape[1]
@@ -250,7 +250,8 @@ def main(argv: list[str] | None = None) -> int:
         "d-ff": (14336, "width of the MLP"), "group": (4, "layers of a group"),
         "groups": (3, "groups that take turns"), "rank-k": (384, "rank of a group's keys"),
         "rank-v": (576, "rank of its values"), "select": (2048, "tokens chosen"), "chunk": (8, "tokens of a chunk"),
-        "outliers": (48, "chunks always read"), "prompt": (32768, "tokens whose compression is timed"),
+        "outliers": (48, "chunks always read for what is in them"), "local": (4, "last chunks, always read"),
+        "prompt": (32768, "tokens whose compression is timed"),
     }  # fmt: skip
     for name, (default, told) in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{told} (default {default})")
@@ -264,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("scripts/bench_posthoc_decode.py times a GPU, and torch sees none here; --device cpu tries it")
     for name in sizes:
-        if (value := getattr(o, name.replace("-", "_"))) < (0 if name == "outliers" else 1):
+        if (value := getattr(o, name.replace("-", "_"))) < (0 if name in ("outliers", "local") else 1):
             raise UserError(f"--{name} is {value}; allowed: 1 or more")
     torch.manual_seed(0)
     copy, flops = copy_bandwidth(device, 2**32 if device.type == "cuda" else 2**22), matmul_rate(device)

@@ -1,0 +1,49 @@
+"""`scripts/bench_posthoc_decode.py` at sizes for a CPU: everything is timed, bounded, printed and written."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = {
+    "tokens": 128, "tail": 4, "heads": 4, "kv-heads": 2, "dim": 16, "d-ff": 32, "group": 2, "groups": 1, "rank-k": 12,
+    "rank-v": 20, "select": 32, "outliers": 2, "local": 1, "prompt": 96,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_posthoc_decode", ROOT / "scripts" / "bench_posthoc_decode.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *words: module.main(["--device", "cpu", *map(str, words)])
+
+
+def test_everything_is_timed_and_written(bench, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    sizes = [word for name, value in SIZES.items() for word in (f"--{name}", value)]
+    assert bench(*sizes, "--errors", "--out", out) == 0
+    found = json.loads(out.read_text())
+    assert found["settings"]["rank_k"] == 12
+    assert {"torch", "commit"} <= set(found["environment"])
+    decode = {row["name"]: row for row in found["rows"] if row["what"] == "decode"}
+    assert list(decode) == ["uncompressed", "all keys rebuilt", "32 tokens chosen"]
+    assert decode["all keys rebuilt"]["relative_error"] < 0.05, "bf16 beside the same keys and values made"
+    compress = [row for row in found["rows"] if row["what"] == "compress"]
+    assert compress[0]["name"].startswith("prefill of 2 layers")
+    assert len({row["name"] for row in compress[1:]}) == 7
+    assert all(row["share_of_prefill"] > 0 and 0 < row["largest_error"] < 1 for row in compress[1:])
+    read = 2 * (128 * (12 + 20) + 32 * (12 + 20) + 2 * 4 * 32)  # A, both Bs and the tail, 2 bytes each
+    assert decode["all keys rebuilt"]["read_bound_ms"] == pytest.approx(1000 * read / found["copy_bytes_per_s"])
+    assert "32 tokens chosen" in capsys.readouterr().out
+
+
+def test_bad_sizes(bench, capsys):
+    assert bench("--tokens", 0) == 2
+    assert "--tokens is 0; allowed: 1 or more" in capsys.readouterr().err

@@ -82,6 +82,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         """On the first process, fp32 originals of the decoder's weights that are not trained, on the CPU."""
         self.set_apart: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Tensor]]] = lambda w: (w, {})
         """From the weights of the model that is trained to those of the decoder, and what resuming needs besides."""
+        self.sets_apart = False
+        """Whether there is something that resuming needs besides."""
         if accumulate > 1:  # the default, bf16, loses small micro-batch gradients in the sum
             self.config["data_types"] = {"grad_accum_dtype": "fp32"}
 
@@ -137,9 +139,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         frozen = {name: p for name, p in self._decoder.named_parameters() if not p.requires_grad}
         if not frozen:
             return state
-        stored, apart = read_weights(Path(checkpoint_path)), Path(checkpoint_path) / APART_FILE
-        if apart.exists():
-            stored |= _read_tensors(apart)
+        stored = read_weights(Path(checkpoint_path))
+        if self.sets_apart:  # without the file, merged weights would pass for the frozen ones, and be merged again
+            stored |= _read_tensors(Path(checkpoint_path) / APART_FILE)
         missing = sorted(frozen.keys() - stored.keys())
         if missing:
             raise UserError(f"{checkpoint_path}: not a checkpoint of this run: no tensor {missing[0]} in it")

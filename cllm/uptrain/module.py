@@ -44,6 +44,12 @@ class UptrainingModule(TrainingModule):
         self._teacher_score = torch.zeros(2, dtype=torch.float64)
         self._sums: dict[str, Tensor] = {}
         self._count = 0
+        self._release_teacher()
+
+    def _release_teacher(self) -> None:
+        """Let the teacher go where no step and no validation will ask it."""
+        if not self.config.uptrain.needs_teacher and (self.reference or not self.config.train.validate_every):
+            self._teacher = ()
 
     def on_fit_start(self) -> None:
         if self._teacher:
@@ -116,8 +122,7 @@ class UptrainingModule(TrainingModule):
             self.reference = {"teacher": nats / max(scored, 1)}
             if self.trainer.global_step == 0:
                 self.reference["start"] = loss
-            if not self.config.uptrain.needs_teacher:
-                self._teacher = ()
+            self._release_teacher()
         teacher, start = self.reference["teacher"], self.reference.get("start")
         values = {"val/teacher_loss": teacher}
         if start is not None:
@@ -132,6 +137,7 @@ class UptrainingModule(TrainingModule):
         strategy = self.trainer.strategy
         if isinstance(strategy, ZeroStrategy):
             strategy.set_apart = self.set_apart
+            strategy.sets_apart = any(_is_extra(name) for name, _ in self.model.named_parameters())
 
     def set_apart(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The student's weights, low-rank updates merged, and what else `weights`, of all that is here, has in it."""
@@ -155,6 +161,7 @@ class UptrainingModule(TrainingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.reference = dict(checkpoint[_REFERENCE])
+        self._release_teacher()
         if isinstance(self.trainer.strategy, ZeroStrategy):
             return
         state = checkpoint["state_dict"]

@@ -103,10 +103,21 @@ class Uptrain(Section):
         """Whether the teacher computes along in every step."""
         return self.loss.kl > 0 or self.loss.hidden > 0
 
-    def check(self, init: InitFrom, *, strategy: str, fp8: str | None) -> None:
+    def check(self, init: InitFrom, *, steps: int, fp8: str | None) -> None:
         """Raises `ValueError` for settings that do not go together, or with the rest of the config."""
         if init.path is None and self != Uptrain():
             raise ValueError("uptrain: is set, but init.from is null; it names the model to start from")
+        if init.path is None and init != InitFrom():
+            key = next(key for key, value in InitFrom() if getattr(init, key) != value)
+            raise ValueError(
+                f"init.{key} is {getattr(init, key)!r}, but init.from is null, so that weights would be drawn; name the "
+                f"model to start from, or leave init.{key} out"
+            )
+        if self.curriculum_steps > steps:
+            raise ValueError(
+                f"uptrain.curriculum_steps is {self.curriculum_steps}, but train.steps is {steps}, so that training "
+                f"would end before the student reads what the plan says; allowed: up to {steps}"
+            )
         if self.curriculum_steps and init.method in ("ridge", "fit") and init.align == "map":
             raise ValueError(
                 f"uptrain.curriculum_steps is {self.curriculum_steps}, but init.align is map, which own keys and "

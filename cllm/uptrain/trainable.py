@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cllm.config import Config
 from cllm.kv.sources import FusedRead
 from cllm.model.decoder import Decoder
+from cllm.uptrain.curriculum import OWN
 from cllm.uptrain.decoder import block_of
 from cllm.uptrain.settings import Lora
 
@@ -66,7 +67,7 @@ def make_trainable(model: Decoder, config: Config) -> None:
         generator = torch.Generator().manual_seed(config.train.seed)
         for block in model.blocks:
             for name, linear in list(block.named_modules()):
-                if type(linear) is nn.Linear:
+                if type(linear) is nn.Linear and OWN not in name.split("."):  # those of a curriculum are not kept
                     parent, _, leaf = name.rpartition(".")
                     setattr(block.get_submodule(parent), leaf, LoraLinear.of(linear, config.uptrain.lora, generator))
 

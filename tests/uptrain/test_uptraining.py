@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +22,14 @@ from cllm.runs import RunFolder, load_run, read_weights
 from cllm.train.dryrun import GIB, dry_run, memory_estimate
 from cllm.train.run import train, with_vocabulary
 from cllm.uptrain.decoder import build_traced
-from cllm.uptrain.module import draw_route
+from cllm.uptrain.module import UptrainingModule, draw_route
 from cllm.uptrain.trainable import make_trainable
 
 ROOT = Path(__file__).resolve().parents[2]
 LOSS = ("--uptrain.loss.kl", "1.0", "--uptrain.loss.hidden", "1.0")
+NOTHING = ("--init.from", "null", "--init.calibration_sequences", "32", "--model.d_model", "32")
+NOTHING += ("--model.n_layers", "4", "--model.n_heads", "2")
+"""A model that starts from nothing."""
 Student = Callable[..., Config]
 
 
@@ -140,6 +144,32 @@ def test_lora_checkpoints_hold_the_merged_weights(student: Student) -> None:
     assert nats / scored == pytest.approx(rows(folder, "val/loss")[8], rel=1e-5)
 
 
+def test_a_curriculum_with_lora_leaves_a_checkpoint_that_loads(student: Student) -> None:
+    settings = ["--uptrain.trainable", "lora", "--uptrain.lora.rank", "2", "--uptrain.curriculum_steps", "4"]
+    folder = train(student("fusedkv", *LOSS, *settings))
+    assert load_run(folder.path)[0].state_dict().keys() == final(folder).keys()
+
+
+@pytest.mark.parametrize("validating", [True, False])
+def test_a_teacher_that_nothing_asks_is_let_go(student: Student, monkeypatch, validating: bool) -> None:
+    held: list[int] = []
+    step = UptrainingModule.training_step
+
+    def counted(self: UptrainingModule, *batch: Any) -> torch.Tensor:
+        held.append(len(self._teacher))
+        return step(self, *batch)
+
+    monkeypatch.setattr(UptrainingModule, "training_step", counted)
+    folder = train(student("fusedkv", *([] if validating else ["--train.validate_every", "null"])))
+    if validating:
+        folder.checkpoints()[-1][1].unlink()
+        train(student("fusedkv"), resume="auto")
+        assert list(rows(folder, "val/recovery")) == [0, 4, 8]
+    assert set(held) == {0}
+    train(student("fusedkv", *LOSS, "--name", "distilled", "--train.steps", "1", "--train.validate_every", "null"))
+    assert held[-1] == 1
+
+
 WAYS = {
     "distilled": ["fusedkv", *LOSS, "--uptrain.trainable", "kv"],
     "all layers": ["cla", *LOSS, "--uptrain.loss.hidden_layers", "all"],
@@ -165,7 +195,7 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_weights(student: Student, 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_recomputing_blocks_changes_nothing(student: Student, way: str) -> None:
-    settings = [*WAYS[way], "--train.steps", "3"]
+    settings = [*WAYS[way], "--train.steps", "6" if way == "curriculum" else "3"]
     plain = train(student(*settings, "--name", "plain"))
     again = train(student(*settings, "--name", "again", "--train.gradient_checkpointing", "true"))
     assert rows(plain, "train/objective") == rows(again, "train/objective")
@@ -187,7 +217,7 @@ def test_a_curriculum_begins_at_the_teacher_and_ends_at_the_plan(student: Studen
 
 
 def test_a_curriculum_goes_with_turned_heads(student: Student) -> None:
-    settings = ["--init.method", "fit", "--init.align", "turn", "--uptrain.curriculum_steps", "5", *LOSS]
+    settings = ["--init.method", "fit", "--init.align", "turn", "--uptrain.curriculum_steps", "1", *LOSS]
     folder = train(student("fusedkv", *settings, "--optim.lr", "1e-12", "--optim.min_lr", "0.0", "--train.steps", "1"))
     assert rows(folder, "train/kl")[1] < 1e-9
 
@@ -254,10 +284,9 @@ def test_what_does_not_go_together_is_refused(student: Student, settings, messag
         (["--uptrain.curriculum_steps", "4", "--init.method", "fit"], "init.align is map"),
         (["--init.method", "fit", "--init.calibration_sequences", "0"], "calibration_sequences is 0"),
         (["--uptrain.loss.next_token", "0.0"], "are all 0"),
-        (
-            ["--init.from", "null", "--model.d_model", "32", "--model.n_layers", "4", "--model.n_heads", "2", *LOSS],
-            "is null",
-        ),
+        (["--uptrain.curriculum_steps", "9"], "curriculum_steps is 9, but train.steps is 8"),
+        ([*NOTHING, "--init.method", "fit"], "init.method is 'fit', but init.from is null"),
+        ([*NOTHING, *LOSS], "uptrain: is set, but init.from is null"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(student: Student, settings, message) -> None:

@@ -93,6 +93,7 @@ def test_resuming_without_the_frozen_weights_is_refused(
     config = student("--name", "z", "--train.strategy", "zero1", "--train.devices", "1", *WAYS["lora"])
     folder = zero.on_cpu(config, tmp_path / "on_cpu.py")
     shutil.rmtree(folder.checkpoints()[-1][1])
-    (folder.checkpoints()[-1][1] / "resume.safetensors").write_bytes(b"cut off")
-    with pytest.raises(AssertionError, match=r"resume\.safetensors: not readable"):
-        zero.on_cpu(config, tmp_path / "on_cpu.py", "--resume", "auto")
+    for damage in (lambda file: file.write_bytes(b"cut off"), Path.unlink):
+        damage(folder.checkpoints()[-1][1] / "resume.safetensors")
+        with pytest.raises(AssertionError, match=r"resume\.safetensors: not readable"):
+            zero.on_cpu(config, tmp_path / "on_cpu.py", "--resume", "auto")

@@ -37,6 +37,9 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
 YARN_ALL = {"factor": 2.0, "original_max_position_embeddings": 128, "beta_fast": 3.0, "beta_slow": 2.0}
 MLA = {"num_key_value_heads": H, "kv_lora_rank": RANK, "q_lora_rank": None, "qk_nope_head_dim": NOPE}
 MLA |= {"qk_rope_head_dim": ROPE, "v_head_dim": VALUE, "first_k_dense_replace": L}
+V2_LITE = {"factor": 40.0, "original_max_position_embeddings": 64, "mscale": 0.707, "mscale_all_dim": 0.707}
+V2_LITE = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, **V2_LITE}}
+"""As DeepSeek-V2-Lite has it: the softmax scale times 1.26 squared."""
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 # name: (model_type, options of its config class)
@@ -66,6 +69,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v2": ("deepseek_v2", MLA),
     "deepseek_v2, query rank": ("deepseek_v2", {**MLA, "q_lora_rank": 14, "tie_word_embeddings": True}),
+    "deepseek_v2, its own yarn": ("deepseek_v2", {**MLA, **V2_LITE}),
+    "deepseek_v2, query rank and yarn": ("deepseek_v2", {**MLA, **V2_LITE, "q_lora_rank": 14}),
     "deepseek_v3, query rank": ("deepseek_v3", {**MLA, "q_lora_rank": 14}),
     "deepseek_v3, rotate-half": ("deepseek_v3", {**MLA, "rope_interleave": False}),
     "deepseek_v3, yarn": ("deepseek_v3", {**MLA, "rope_parameters": scaled("yarn", **YARN)["rope_parameters"]}),
@@ -485,8 +490,16 @@ def rope_parameters(kind: str, **options) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
-        ("mistral", {"model_type": "llamma"}, r'model_type is \'llamma\'; did you mean "llama"'),
-        ("mistral", {"model_type": "t5"}, "model_type is 't5'; .*allowed: deepseek_v2, deepseek_v3, llama, mistral"),
+        ("mistral", {"model_type": "llamma"}, "model_type is 'llamma'; allowed: deepseek_v2, .*, qwen3$"),
+        ("mistral", {"model_type": "t5"}, "model_type is 't5'; allowed: deepseek_v2, deepseek_v3, llama, mistral"),
+        *(
+            ("mistral", {"model_type": name}, f"model_type is {name}, .*mixture of experts")
+            for name in ("llama4", "deepseek_v32", "qwen3_next", "gpt_oss")
+        ),
+        *(
+            ("mistral", {"model_type": name}, f"model_type is {name}, .*inputs of their own for every layer")
+            for name in ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text")
+        ),
         ("mistral", {"model_type": ...}, "model_type is None"),
         ("mistral", {"model_type": "gemma2"}, "model_type is gemma2, .*GELU"),
         ("mistral", {"model_type": "mixtral"}, "model_type is mixtral, .*mixture of experts"),
@@ -520,11 +533,6 @@ def rope_parameters(kind: str, **options) -> dict[str, Any]:
         ("deepseek_v2", {"first_k_dense_replace": ...}, "first_k_dense_replace is 0 of 3 layers; .*experts"),
         ("deepseek_v2", {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05; allowed: 1e-06"),
         ("deepseek_v2", {"num_key_value_heads": 2}, "num_key_value_heads is 2; allowed: 4"),
-        (
-            "deepseek_v2",
-            rope_parameters("yarn", **YARN, mscale=0.707, mscale_all_dim=0.707),
-            "mscale_all_dim is 0.707; allowed: 0 or null",
-        ),
         ("llama, tied", rope_parameters("linear", factor="4"), 'factor is "4"; allowed: a positive number'),
         ("llama, tied", {"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta is null"),
         ("mistral", {"model_type": ["llama"]}, "model_type is \\['llama'\\]"),
@@ -631,7 +639,7 @@ def test_pickles_are_read_only_where_allowed_and_run_nothing(saved, monkeypatch)
     monkeypatch.chdir(folder)
     weights_file(folder).unlink()
     torch.save(hf_model("llama, multi-head").state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"weights are pickled .*allow_pickle"):
+    with pytest.raises(UserError, match=r"weights are pickled .*convert\.py import .* OUT --allow-pickle"):
         load_family(folder)
     compare(decoder(folder, allow_pickle=True), hf_model("llama, multi-head"))
     torch.save({"model.norm.weight": Hostile()}, folder / "pytorch_model.bin")

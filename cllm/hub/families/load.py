@@ -77,6 +77,8 @@ def load_weights(found: Import, dtype: torch.dtype | None = None, *, allow_pickl
 def _converted(tensor: Tensor, weight: Weight, dtype: torch.dtype | None) -> Tensor:
     if weight.order is not None:
         tensor = weight.order(tensor)
+    if weight.scale != 1:
+        tensor = (tensor.double() * weight.scale).to(dtype or tensor.dtype)
     return tensor.to(dtype or tensor.dtype).contiguous()
 
 
@@ -153,7 +155,10 @@ def _files(folder: Path, allow_pickle: bool) -> tuple[list[Path], dict[str, str]
         if index.exists():
             return _shards(index)
     if any(folder.glob("*.bin")) and not allow_pickle:
-        raise UserError(f"{folder}: its weights are pickled (.bin); allowed: safetensors, or set allow_pickle")
+        raise UserError(
+            f"{folder}: its weights are pickled (.bin); allowed: safetensors, which `python scripts/convert.py import "
+            f"{folder} OUT --allow-pickle` makes of them"
+        )
     raise UserError(f"{folder}: holds no weights: neither {' nor '.join(f'{n} or {n}{_INDEX}' for n in names)}")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cllm.config import ModelConfig
-from cllm.errors import UserError, nearest
+from cllm.errors import UserError
 from cllm.hub.families.table import FAMILIES, REFUSED, Family, Weight, weights
 
 CONFIG_FILE = "config.json"
@@ -57,13 +57,13 @@ def read_family(folder: str | Path) -> Import:
     """What the checkpoint in `folder` is, from its `config.json` alone.
 
     The plan is a preset (mha, gqa, mqa, mla) where all layers are alike and spelled out where windows differ. MLA is
-    read where every MLP is dense (DeepSeek-V2, arXiv 2405.04434).
+    read where every MLP is dense (DeepSeek-V2, arXiv 2405.04434); a softmax scale other than head_dim^-0.5, which its
+    yarn has, becomes a factor on the query projections.
 
     Raises:
         UserError: naming the file, the key, its value and what is allowed, for a family that is not known, and for
             what the decoder cannot compute exactly: experts, other activations, biases on outputs and MLPs, dropout,
-            caps on logits, quantised weights, other kinds of RoPE, a RoPE on part of the channels, a softmax scale
-            other than head_dim^-0.5.
+            caps on logits, quantised weights, other kinds of RoPE, a RoPE on part of the channels.
     """
     folder = Path(folder)
     file = folder / CONFIG_FILE
@@ -72,7 +72,8 @@ def read_family(folder: str | Path) -> Import:
     if not isinstance(name, str) or name not in FAMILIES:
         if str(name) in REFUSED:
             raise UserError(f"{file}: model_type is {name}, which this decoder cannot compute: {REFUSED[str(name)]}")
-        raise UserError(f"{file}: model_type is {name!r}; {nearest(str(name), FAMILIES)}")
+        # No guess at what was meant: the nearest name is often that of an older family, not of a word misspelt.
+        raise UserError(f"{file}: model_type is {name!r}; allowed: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[name]
     for key, allowed in _ALLOWED.items():
         _require(file, raw, key, allowed)
@@ -83,7 +84,9 @@ def read_family(folder: str | Path) -> Import:
     config = _model_config(file, hf, {"rope": rope, **options})
     interleaved = family.latent and not (family.interleave_key and not hf.rope_interleave)
     token_ids = {f"{kind}_token_id": getattr(hf, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-    table = tuple(weights(config, interleaved=interleaved))
+    table = tuple(
+        weights(config, interleaved=interleaved, query_scale=_query_scale(file, hf) if family.latent else 1.0)
+    )
     return Import(folder=folder, family=name, config=config, weights=table, token_ids=token_ids)
 
 
@@ -203,6 +206,14 @@ def _mscale(factor: float, scale: float) -> float:
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
+def _query_scale(file: Path, hf: Any) -> float:
+    """What a DeepSeek model multiplies the softmax scale by: mscale_all_dim's factor, squared, with yarn and others."""
+    given = hf.rope_parameters
+    if given["rope_type"] == "default" or not given.get("mscale_all_dim"):
+        return 1.0
+    return _mscale(_number(file, given, "factor"), _number(file, given, "mscale_all_dim")) ** 2
+
+
 def _options(file: Path, raw: dict[str, Any], hf: Any, family: Family) -> dict[str, Any]:
     """Fields of a model whose layers own keys and values."""
     heads = hf.num_attention_heads
@@ -258,13 +269,6 @@ def _latent_options(file: Path, raw: dict[str, Any], hf: Any) -> dict[str, Any]:
         )
     _require(file, hf, "num_key_value_heads", (hf.num_attention_heads,), "a latent serves all heads")
     _require(file, hf, "rms_norm_eps", (_LATENT_NORM_EPS,), "the latents' norms have it, and the decoder has one")
-    scaling = hf.rope_parameters
-    all_channels = scaling.get("mscale_all_dim") or 0
-    if scaling["rope_type"] != "default" and all_channels and _mscale(scaling["factor"], all_channels) != 1:
-        raise UserError(
-            f"{file}: rope_parameters: mscale_all_dim is {all_channels}; allowed: 0 or null (it scales the softmax, "
-            "and the decoder's scale is head_dim^-0.5)"
-        )
     _windows(file, raw, hf, FAMILIES[hf.model_type])
     sizes = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     return {"head_dim": hf.qk_nope_head_dim, "kv": {"preset": "mla", **{size: getattr(hf, size) for size in sizes}}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -41,15 +41,20 @@ FAMILIES = {
 """By `model_type`, in the order in which an export looks for one that fits."""
 
 _GEMMA = "its MLP is gated by GELU, its embeddings are scaled by sqrt(hidden_size), its norms multiply by 1 + weight"
+_GEMMA_N = "it has inputs of their own for every layer, a second kind of RoPE, norms after attention and MLP"
 _EXPERTS = "it is a mixture of experts"
 REFUSED = {
     "gemma": _GEMMA,
     "gemma2": _GEMMA + ", it has norms after attention and MLP and caps its logits",
     "gemma3": _GEMMA + ", it has norms after attention and MLP and a second RoPE base",
     "gemma3_text": _GEMMA + ", it has norms after attention and MLP and a second RoPE base",
-    "mixtral": _EXPERTS,
-    "qwen2_moe": _EXPERTS,
-    "qwen3_moe": _EXPERTS,
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), _GEMMA_N + ", several streams (AltUp), capped logits"),
+    **dict.fromkeys(("gemma4", "gemma4_text"), _GEMMA_N + ", capped logits, and an MLP gated by GELU"),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), _EXPERTS),
+    **dict.fromkeys(("llama4", "llama4_text"), _EXPERTS + ", and some of its layers have no RoPE"),
+    "deepseek_v32": _EXPERTS + ", and its attention chooses tokens by an indexer",
+    "qwen3_next": _EXPERTS + ", and most of its layers have a recurrent state (gated delta rule)",
+    "gpt_oss": _EXPERTS + ", and its attention has sinks",
 }
 """Well-known families that the decoder cannot compute, and why."""
 
@@ -81,13 +86,16 @@ class Weight:
     target: str
     source: str
     order: Interleaved | None = None
-    """None: the tensor as it is."""
+    """None: the rows as they are."""
+    scale: float = 1.0
+    """Multiplies it."""
 
 
-def weights(config: ModelConfig, *, interleaved: bool = False) -> list[Weight]:
+def weights(config: ModelConfig, *, interleaved: bool = False, query_scale: float = 1.0) -> list[Weight]:
     """Every tensor of the decoder of `config`, whose layers each own what they read, and its name in a checkpoint.
 
-    With tied embeddings there is no entry for the head. `interleaved`: see `Interleaved`; only latents have it.
+    With tied embeddings there is no entry for the head. `interleaved`: see `Interleaved`; only latents have
+    it, and `query_scale`, a factor on scores.
     """
     table = [Weight(target="embed.weight", source=EMBED), Weight(target="norm.weight", source="model.norm.weight")]
     if not config.tie_embeddings:
@@ -97,12 +105,12 @@ def weights(config: ModelConfig, *, interleaved: bool = False) -> list[Weight]:
         assert plan.keys(i) == plan.values(i) == Share(i), f"layer {i} reads {plan.keys(i)} and {plan.values(i)}"
         source = plan.source(i)
         if isinstance(source, Latent):
-            attention = _latent(config, source, interleaved)
+            attention = _latent(config, source, interleaved, query_scale)
         else:
             assert isinstance(source, Own), f"layer {i} owns {source}"
             attention = _keys_values(config)
         table += [
-            Weight(target=f"blocks.{i}.{weight.target}", source=f"model.layers.{i}.{weight.source}", order=weight.order)
+            replace(weight, target=f"blocks.{i}.{weight.target}", source=f"model.layers.{i}.{weight.source}")
             for weight in (*attention, *_REST)
         ]
     return table
@@ -126,7 +134,7 @@ def _keys_values(config: ModelConfig) -> list[Weight]:
     return [Weight(target=f"attention.{p}", source=f"self_attn.{p.removeprefix('owner.')}") for p in parts]
 
 
-def _latent(config: ModelConfig, latent: Latent, interleaved: bool) -> list[Weight]:
+def _latent(config: ModelConfig, latent: Latent, interleaved: bool, query_scale: float) -> list[Weight]:
     names = {
         "owner.down_proj": "kv_a_proj_with_mqa",
         "owner.norm": "kv_a_layernorm",
@@ -145,6 +153,7 @@ def _latent(config: ModelConfig, latent: Latent, interleaved: bool) -> list[Weig
             target=f"attention.{ours}.weight",
             source=f"self_attn.{theirs}.weight",
             order=orders.get(ours) if interleaved else None,
+            scale=query_scale if ours == "q_proj" else 1.0,
         )
         for ours, theirs in names.items()
     ]

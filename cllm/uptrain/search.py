@@ -30,6 +30,7 @@ from cllm.errors import UserError, one_line
 from cllm.kv.accounting import kv_bytes
 from cllm.kv.explicit import Explicit
 from cllm.kv.plan import Fuse, KVPlan, Latent, LayerPlan, Own, Read, Retention, Share
+from cllm.runs import write_atomic
 from cllm.uptrain.calibrate import Batches, observe
 from cllm.uptrain.decoder import TracedDecoder, build_traced, owner_of
 from cllm.uptrain.init import initialise
@@ -37,6 +38,8 @@ from cllm.uptrain.ridge import solve
 from cllm.uptrain.settings import InitFrom
 
 Measure = Literal["cosine", "cka"]
+_SHARING = ("owners", "max_bytes", "measure", "dissimilar_first", "threshold")
+"""Arguments that `--fusion` has no use for."""
 _CKA_TOKENS = 512
 """Tokens of a batch that CKA compares: its cost grows with their square."""
 
@@ -86,12 +89,19 @@ def share_plan(
             fall short are passed over.
 
     Raises:
-        UserError: without a goal, or where no pair is left and the goal is not reached.
+        UserError: without a goal, for one that the teacher meets as it is, or where no pair is left and the goal is not
+            reached.
     """
     if (owners is None) == (max_bytes is None):
         raise UserError("a plan needs one goal: --owners or --max-bytes")
     plan, config = teacher.plan, teacher.config
     check_owning(plan)
+    if owners is not None and not 1 <= owners < len(plan):
+        raise UserError(f"--owners is {owners}; allowed: 1 to {len(plan) - 1}, fewer than the layers of init.from")
+    if max_bytes is not None and max_bytes >= kv_bytes(config).resident:
+        raise UserError(
+            f"--max-bytes is {max_bytes:g}; allowed: less than {kv_bytes(config).resident:g}, the cache of init.from"
+        )
     alike = similarity(teacher, batches, measure)
     pairs = sorted(
         ((i, j) for i in range(len(plan)) for j in range(i) if plan.layers[i] == _moved(plan, i, j)),
@@ -262,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--owners", type=int, help="layers that keep keys and values of their own")
     add("--max-bytes", type=float, help="resident cache bytes a token in bf16, at the model's context, to stay within")
     add("--fusion", action="store_true", help="choose the sources of the config's fusing layers instead")
-    add("--measure", choices=("cosine", "cka"), default="cosine", help="of similarity (default: %(default)s)")
+    add("--measure", choices=("cosine", "cka"), help="of similarity (default: cosine)")
     add("--dissimilar-first", action="store_true", help="share the layers least alike first (KVSharer)")
     add("--threshold", type=float, help="least cosine of final hidden states to the teacher's; default: none")
     add("--out", type=Path, metavar="FILE", help="write the plan there; default: standard output")
@@ -274,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.out is None:
         print(text, end="")
     else:
-        arguments.out.write_text(text, encoding="utf-8")
+        write_atomic(arguments.out, text)
         print(f"written: {arguments.out}", file=sys.stderr)
 
 
@@ -284,6 +294,11 @@ def _search(config: Config, arguments: argparse.Namespace) -> list[dict[str, Any
 
     if config.init.path is None:
         raise UserError("init.from is null; it names the model whose layers are compared")
+    if not config.init.calibration_sequences:
+        raise UserError("init.calibration_sequences is 0, but layers are compared on a text; allowed: 1 or more")
+    ignored = [name for name in _SHARING if arguments.fusion and getattr(arguments, name) not in (None, False)]
+    if ignored:
+        raise UserError(f"--fusion chooses sources and no owners; leave out --{ignored[0].replace('_', '-')}")
     teacher = open_teacher(config).decoder
     if torch.cuda.is_available() and config.train.accelerator != "cpu":
         teacher.cuda()
@@ -306,7 +321,7 @@ def _search(config: Config, arguments: argparse.Namespace) -> list[dict[str, Any
             batches,
             owners=arguments.owners,
             max_bytes=arguments.max_bytes,
-            measure=arguments.measure,
+            measure=arguments.measure or "cosine",
             dissimilar_first=arguments.dissimilar_first,
             threshold=arguments.threshold,
         )

@@ -110,8 +110,8 @@ class Uptrain(Section):
         if init.path is None and init != InitFrom():
             key = next(key for key, value in InitFrom() if getattr(init, key) != value)
             raise ValueError(
-                f"init.{key} is {getattr(init, key)!r}, but init.from is null, so that weights would be drawn; name the "
-                f"model to start from, or leave init.{key} out"
+                f"init.{key} is {getattr(init, key)!r}, but init.from is null, so that weights would be drawn; name "
+                f"the model to start from, or leave init.{key} out"
             )
         if self.curriculum_steps > steps:
             raise ValueError(

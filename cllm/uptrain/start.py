@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch.utils.data import default_collate
 
 from cllm.config import Config
+from cllm.data.manifest import Manifest, tokenizer_sha256
 from cllm.data.module import DataModule
-from cllm.errors import UserError
+from cllm.data.prepare import tokenizer
+from cllm.errors import DataError, UserError
 from cllm.uptrain.calibrate import Batches
 from cllm.uptrain.curriculum import BlendingAttention, add_curriculum
 from cllm.uptrain.decoder import TracedDecoder, build_traced
@@ -28,7 +31,7 @@ def open_teacher(config: Config) -> Teacher:
     """The model of `init.from`.
 
     Raises:
-        UserError: as `load_teacher` does, where the student's shape is not the teacher's, and for the run's own folder.
+        UserError: as `load_teacher` and `check_student` do, for another tokenizer's data, and for the run's own folder.
     """
     assert config.init.path is not None
     own = (Path(config.runs_dir) / config.name).resolve()
@@ -36,12 +39,42 @@ def open_teacher(config: Config) -> Teacher:
         raise UserError(f"init.from is {config.init.path}, which is the folder of this run; choose another --name")
     teacher = load_teacher(config.init.path, backend=config.attention.backend)
     check_student(config.model, teacher.config, path=teacher.path, rope_pairs=config.init.rope_pairs)
+    check_tokenizer(teacher.path, Manifest.read(config.data.path))
     return teacher
 
 
+def check_tokenizer(folder: Path, data: Manifest) -> None:
+    """Refuse `data` that was not prepared with the tokenizer in `folder`, where that has one."""
+    if not (folder / "tokenizer.json").exists() or _has_tokenizer(folder, data.tokenizer_sha256):
+        return
+    raise UserError(
+        f"data.path is {data.folder}, which was not prepared with the tokenizer of init.from, {folder}/tokenizer.json; "
+        f"prepare it with --tokenizer.train null --tokenizer.load {folder}"
+    )
+
+
+def _has_tokenizer(folder: Path, sha256: str) -> bool:
+    try:
+        if tokenizer_sha256(folder) == sha256:
+            return True
+        with TemporaryDirectory() as saved:  # as it is saved beside prepared data: transformers may write it otherwise
+            tokenizer.load(str(folder), Path(saved))
+            return tokenizer_sha256(Path(saved)) == sha256
+    except (DataError, ValueError, KeyError):
+        return False
+
+
 def calibration_batches(config: Config, data: DataModule) -> Batches:
-    """The first `init.calibration_sequences` training sequences, in batches of `train.micro_batch`."""
-    n, size = config.init.calibration_sequences, config.train.micro_batch
+    """The first `init.calibration_sequences` training sequences, in batches of `train.micro_batch`.
+
+    Raises `UserError` where the data has fewer.
+    """
+    n, size, there = config.init.calibration_sequences, config.train.micro_batch, len(data.train_dataset)
+    if n > there:
+        raise UserError(
+            f"init.calibration_sequences is {n}, but {config.data.path} holds {there} sequences of data.seq_len "
+            f"{config.data.seq_len}; allowed: up to {there}"
+        )
     rows = [data.train_dataset[i] for i in range(n)]
     return [default_collate(rows[start : start + size]) for start in range(0, n, size)]
 

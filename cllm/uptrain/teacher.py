@@ -94,7 +94,11 @@ def load_teacher(path: str | Path, *, backend: str = "auto") -> Teacher:
     elif kind == "export":
         from cllm.hub.model import CLLMForCausalLM
 
-        state = CLLMForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).model.state_dict()
+        try:
+            model = CLLMForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        except OSError as error:  # transformers' answer to a folder without weights
+            raise UserError(f"init.from {path}: its weights cannot be read: {error}") from None
+        state = model.model.state_dict()
     else:
         from cllm.hub.families import load_family
 
@@ -143,7 +147,7 @@ def complete(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_student(student: ModelConfig, teacher: ModelConfig, *, path: Path, rope_pairs: str) -> None:
-    """Refuse a student whose shape is not the teacher's.
+    """Refuse a student whose shape is not the teacher's, or whose plan drops its windows unsaid.
 
     Raises:
         UserError: naming the key, both values and the teacher.
@@ -165,3 +169,17 @@ def check_student(student: ModelConfig, teacher: ModelConfig, *, path: Path, rop
         raise UserError(
             f"model.max_seq_len is {student.max_seq_len}; {path} was made for {teacher.max_seq_len} and no more"
         )
+    _check_windows(student, teacher, path)
+
+
+def _check_windows(student: ModelConfig, teacher: ModelConfig, path: Path) -> None:
+    """Refuse a student whose plan says nothing of windows, where the teacher has some that its context exceeds."""
+    if any(layer.window is not None for layer in student.plan().layers):
+        return
+    for i, layer in enumerate(teacher.plan().layers):
+        if layer.window is not None and layer.window < student.max_seq_len:
+            raise UserError(
+                f"model.kv has no sliding window, but layer {i} of the model that init.from names, {path}, has one of "
+                f"{layer.window} tokens; write the plan as model.kv.layers with `window: {layer.window}`, or set "
+                f"model.max_seq_len to {layer.window} or less"
+            )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +17,7 @@ from cllm.kv.plan import Share
 from cllm.train.run import train
 from cllm.uptrain.decoder import owner_of
 from cllm.uptrain.heads import heads_of, set_heads
-from cllm.uptrain.search import closeness, fusion_plan, plan_entries, share_plan, similarity, with_plan
-
-ROOT = Path(__file__).resolve().parents[2]
+from cllm.uptrain.search import closeness, fusion_plan, main, plan_entries, share_plan, similarity, with_plan
 
 
 @pytest.fixture
@@ -101,16 +97,25 @@ def test_every_plan_is_written_as_what_loads_back(reference, preset_config) -> N
         assert Explicit.model_validate(data).expand(config.shape) == config.plan(), name
 
 
-def test_the_command_writes_a_plan_that_trains(tiny, tmp_path: Path) -> None:
+def test_the_command_writes_a_plan_that_trains_and_refuses_what_it_would_ignore(tiny, tmp_path: Path, capsys) -> None:
     run = train(tiny("--train.steps", "1"))
-    base, out = tmp_path / "base.yaml", tmp_path / "plan.yaml"
+    base, out = tmp_path / "base.yaml", tmp_path / "made" / "plan.yaml"
     data = tiny().as_yaml_data()
     del data["model"]
     base.write_text(yaml.safe_dump(data | {"name": "student"}))
     settings = ["--config", str(base), "--init.from", str(run.path)]
-    command = [sys.executable, "-m", "cllm.uptrain.search", *settings, "--owners", "2", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert main([*settings, "--owners", "2", "--out", str(out)]) == 0
     config = cli.load(Config, [base, out], ["--init.from", str(run.path)])
     assert len(config.model.plan().owners) == 2
     train(config)
+    for arguments, message in (
+        (["--owners", "99"], "--owners is 99; allowed: 1 to 3"),
+        (["--owners", "0"], "--owners is 0; allowed: 1 to 3"),
+        (["--max-bytes", "1e9"], "--max-bytes is 1e+09; allowed: less than 512"),
+        (["--owners", "2", "--init.calibration_sequences", "0"], "init.calibration_sequences is 0"),
+        (["--owners", "2", "--init.calibration_sequences", "9999"], "init.calibration_sequences is 9999, but"),
+        (["--owners", "2", "--fusion", "--model.kv.preset", "fusedkv"], "leave out --owners"),
+        (["--measure", "cosine", "--fusion", "--model.kv.preset", "fusedkv"], "leave out --measure"),
+    ):
+        assert main([*settings, *arguments]) == 2
+        assert message in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,18 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from cllm import cli
 from cllm.config import Config
+from cllm.data.manifest import Manifest
 from cllm.errors import UserError
 from cllm.hub.config import CLLMConfig
 from cllm.hub.model import CLLMForCausalLM
 from cllm.runs import load_run
 from cllm.train.run import train
-from cllm.uptrain.teacher import load_teacher, teacher_config
+from cllm.uptrain.start import check_tokenizer
+from cllm.uptrain.teacher import check_student, load_teacher, teacher_config
 
 ROOT = Path(__file__).resolve().parents[2]
+SIZES = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64}
+SIZES |= {"num_hidden_layers": 4, "num_attention_heads": 4}
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +36,7 @@ def llama(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=320,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
+            **SIZES,
             num_key_value_heads=2,
             max_position_embeddings=64,
             tie_word_embeddings=False,
@@ -71,6 +72,9 @@ def test_an_exported_folder_and_a_run_give_the_weights_they_hold(tiny, tmp_path:
         assert torch.equal(load_teacher(path).decoder(ids), decoder(ids)), path
         assert not teacher_config(path).match_params
         assert teacher_config(path).d_ff == decoder.blocks[0].mlp.up_proj.out_features
+    (tmp_path / "export" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"init.from .*export: its weights cannot be read: .*model\.safetensors"):
+        load_teacher(tmp_path / "export")
 
 
 @pytest.mark.parametrize(
@@ -135,6 +139,39 @@ def test_damaged_weights_are_refused(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match=r"layers\.4"):
         load_teacher(tmp_path)
+
+
+def test_windows_are_not_dropped_unsaid(prepared: Path, tmp_path: Path) -> None:
+    options = {"num_key_value_heads": 2, "max_position_embeddings": 64, "sliding_window": 20, "head_dim": 8}
+    MistralForCausalLM(MistralConfig(**SIZES, **options)).save_pretrained(tmp_path)
+    teacher = teacher_config(tmp_path)
+    layers = [{"layers": "0-1", "own": {"n_kv_heads": 2}, "window": 20}]
+    layers += [{"layers": "2-3", "keys": {"share": 1}, "values": {"share": 1}, "window": 20}]
+    data = ["--data.path", str(prepared), "--train.accelerator", "cpu", "--runs_dir", str(tmp_path / "runs")]
+    with pytest.raises(UserError, match=r"model.kv has no sliding window, but layer 0 .* has one of 20 tokens"):
+        train(config_from(tmp_path, *data))
+    said = config_from(tmp_path, "--model.kv", yaml.safe_dump({"layers": layers}, default_flow_style=True))
+    short = config_from(tmp_path, "--model.max_seq_len", "20", "--data.seq_len", "20")
+    for config in (said, short):
+        check_student(config.model, teacher, path=tmp_path, rope_pairs="high")
+
+
+def test_data_of_another_tokenizer_is_refused(llama: Path, prepared: Path, tmp_path: Path) -> None:
+    folder, data = tmp_path / "llama", Manifest.load(prepared)
+    shutil.copytree(llama, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(prepared / "tokenizer" / name, folder)
+    file = folder / "tokenizer.json"
+    same = json.loads(file.read_text())
+    merges = [" ".join(pair) for pair in same["model"]["merges"]]  # as older programs write them
+    file.write_text(json.dumps(same | {"model": same["model"] | {"merges": merges}}))
+    check_tokenizer(folder, data)
+    file.write_text(json.dumps(same | {"model": same["model"] | {"merges": merges[1:]}}))
+    settings = ["--data.path", str(prepared), "--train.accelerator", "cpu", "--runs_dir", str(tmp_path / "runs")]
+    for text in (file.read_text(), "{}"):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"not prepared with the tokenizer of init.from"):
+            train(config_from(folder, *settings))
 
 
 def test_the_command_line_answers_a_bad_folder_with_one_line(tmp_path: Path) -> None:

@@ -10,22 +10,25 @@ Steps, in this order, each of which skips what is done, so that the same command
     starts    students before training: every plan, method and calibration seed
     steps     times of a distilled and of a plain step
     students  uptraining by train.py: plans, methods, losses, what is trained, shares of the pretraining tokens
-    table     rows.json and table.md in OUT; every command ends with it
+    table     rows.json and table.md in OUT; every result is followed by it
 
-docs/uptraining.md says what was found. --tiny does all of it on a CPU in a minute or two.
+Of the last three what answers most comes first, as `agenda` in uptraining/setup.py lists it. One that fails is written
+down and stops no other. docs/uptraining.md says what was found. --tiny does all of it on a CPU in a minute or two.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import json
+import itertools
 import logging
 import re
+import signal
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,15 +36,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from uptraining import report
-from uptraining.base import check_import, make_tokens, pretrain, write_result
-from uptraining.setup import FULL, TINY, Folders, Size, Student, claim, starts, students
+from uptraining.base import check_import, make_tokens, pretrain
+from uptraining.setup import (
+    FULL,
+    SMALL,
+    TINY,
+    Deadline,
+    Folders,
+    Item,
+    Size,
+    Start,
+    StepTime,
+    Student,
+    agenda,
+    claim,
+)
 from uptraining.steptime import measure_steps
-from uptraining.students import Runner, measure_start, read_rows
+from uptraining.students import Runner, measure_start
 
 from cllm.data.manifest import Manifest
 from cllm.errors import UserError, one_line
-from cllm.runs import write_atomic
-from cllm.train.environment import environment
 from cllm.uptrain.teacher import load_teacher
 
 STEPS = ("tokens", "base", "import", "starts", "steps", "students", "table")
@@ -57,7 +71,11 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="DIR", help="where everything goes")
     add("--corpus", nargs="+", default=[], metavar="FILE", help="text or JSON lines to train on, folders, globs")
     add("--validation", nargs="+", default=[], metavar="FILE", help="held out (default: 2 %% of the corpus)")
-    add("--tiny", action="store_true", help="a model of a few thousand parameters")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--tiny", action="store_true", help="a model of a few thousand parameters")
+    sizes.add_argument("--small", action="store_true", help="2 million parameters, for two CPU cores")
+    add("--base-seed", type=int, metavar="N", help="another base model (default: 0); needs an --out of its own")
+    add("--results", type=Path, metavar="DIR", help="write rows.json and table.md there too, after every result")
     add("--tokens", type=int, metavar="N", help=f"pretraining tokens (default: {FULL.tokens:,})")
     add("--vocab-size", type=int, metavar="N", help=f"of the tokenizer (default: {FULL.vocab_size:,})")
     add("--seeds", type=int, default=3, metavar="N", help="calibration texts of starts (default: %(default)s)")
@@ -69,15 +87,17 @@ def parser() -> argparse.ArgumentParser:
     add("--only", default="", metavar="REGEX", help="starts and students whose name it matches from its beginning")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--no-compile", action="store_true", help="run blocks as they are; short runs do not earn compiling back")
+    add("--compile-steps", action=argparse.BooleanOptionalAction, help="time compiled steps (default: on a GPU)")
     add("--parallel", type=int, default=1, metavar="N", help="students trained at once, each in a process of its own")
-    add("--minutes", type=float, default=1e6, metavar="M", help="start nothing that may take longer than is left")
+    add("--minutes", type=float, default=1e5, metavar="M",
+        help="start nothing that may take longer than is left; students under way are saved then")  # fmt: skip
     return parser
 
 
 def size_of(options: argparse.Namespace) -> Size:
     """The size that the arguments say."""
-    size = TINY if options.tiny else FULL
-    said = {"tokens": options.tokens, "vocab_size": options.vocab_size}
+    size = TINY if options.tiny else SMALL if options.small else FULL
+    said = {"tokens": options.tokens, "vocab_size": options.vocab_size, "base_seed": options.base_seed}
     return dataclasses.replace(size, **{key: value for key, value in said.items() if value is not None})
 
 
@@ -85,27 +105,36 @@ class Experiment:
     """The steps, in one folder."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.size, self.folders = options, size_of(options), Folders(options.out)
+        self.options, self.size = options, size_of(options)
+        self.folders = Folders(options.out, options.results)
         if options.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
         self.device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
-        self.compiled = self.device.type == "cuda" and not options.no_compile
-        self.deadline = time.time() + 60 * options.minutes
+        gpu = self.device.type == "cuda"
+        self.compiled = gpu and not options.no_compile
+        self.agenda = agenda(
+            {"all": options.lr, "kv": options.kv_lr},
+            seeds=options.seeds,
+            train_seeds=options.train_seeds,
+            percents=options.percents,
+            compile_steps=gpu if options.compile_steps is None else options.compile_steps,
+        )
+        self.deadline = Deadline(60 * options.minutes)
         self.unfinished: list[str] = []
         claim(self.folders, self.size)
 
-    def _wanted(self, name: str) -> bool:
-        return bool(re.match(self.options.only, name)) and not self.folders.result(name).exists()
+    def stop(self, number: int, frame: Any) -> None:
+        """Handle SIGTERM: what is under way is saved, and nothing more begun."""
+        self.deadline.at = 0.0
 
-    def _late(self, step: str) -> bool:
-        late = time.time() > self.deadline
-        if late:
+    def _wanted(self, item: Item) -> bool:
+        return bool(re.match(self.options.only, item.name)) and not self.folders.result(item.name).exists()
+
+    def _late(self, step: str, needs: float = 0.0) -> bool:
+        late = self.deadline.left < needs
+        if late and step not in self.unfinished:
             self.unfinished.append(step)
         return late
-
-    def _needs_base(self) -> None:
-        if not self.folders.result("base").exists():
-            raise UserError(f"--out {self.folders.out}: holds no base model yet; run the steps tokens and base first")
 
     def tokens(self) -> None:
         if not self.folders.tokens.exists() and not self.options.corpus:
@@ -124,48 +153,55 @@ class Experiment:
         if row is None:
             self.unfinished.append("base")
         else:
-            write_result(self.folders, "base", row)
+            report.write_result(self.folders, "base", row)
+
+    def _needs_base(self) -> None:
+        if not self.folders.result("base").exists():
+            raise UserError(f"--out {self.folders.out}: holds no base model yet; run the steps tokens and base first")
 
     def imported(self) -> None:
         if not self.folders.result("import").exists():
             self._needs_base()
-            write_result(self.folders, "import", check_import(self.folders, self.size, self.device))
+            report.write_result(self.folders, "import", check_import(self.folders, self.size, self.device))
 
-    def starts(self) -> None:
-        wanted = [start for start in starts(self.options.seeds) if self._wanted(start.name)]
-        if not wanted:
-            return
-        self._needs_base()
-        teacher = load_teacher(self.folders.base)
+    def starts(self, wanted: Sequence[Start]) -> None:
+        """Measure students before training, all with one teacher."""
+        teacher, longest = load_teacher(self.folders.base), 0.0
         for start in wanted:
-            if self._late("starts"):
+            if self._late("starts", longest):
                 return
-            row = measure_start(self.folders, self.size, start, teacher, self.device)
-            write_result(self.folders, start.name, row)
-            print(f"{start.name}: loss {row['loss']:.4f}, {row['seconds']:.1f} s", flush=True)
+            with self._recording(start.name):
+                row = measure_start(self.folders, self.size, start, teacher, self.device)
+                longest = max(longest, row["took"])
+                report.write_result(self.folders, start.name, row)
+                print(f"{start.name}: loss {row['loss']:.4f}, {row['seconds']:.1f} s", flush=True)
 
-    def step_times(self) -> None:
-        names = {kind: f"steps-{kind}{'' if self.compiled else '-eager'}" for kind in ("all", "kv")}
-        for trainable, name in names.items():
-            if self.folders.result(f"{name}-0").exists() or self._late("steps"):
-                continue
-            self._needs_base()
-            student = Student("fusedkv", "copy", "distilled", trainable, 1.0, self.options.lr)
-            steps = 20 if self.device.type == "cuda" else 2
-            rows = measure_steps(
-                self.folders, self.size, student, device=self.device, compiled=self.compiled, steps=steps
-            )
-            for i, row in reversed(list(enumerate(rows))):
-                write_result(self.folders, f"{name}-{i}", row)
+    def step_times(self, wanted: Sequence[StepTime]) -> None:
+        """Time steps, alone on the device."""
+        gpu = self.device.type == "cuda"
+        for item in wanted:
+            if self._late("steps", _COMPILING if gpu and item.compiled else 0.0):
+                return
+            student = Student("fusedkv", "copy", "distilled", item.trainable, 1.0, self.options.lr)
+            steps = 20 if gpu else 2
+            with self._recording(item.name):
+                first, *rows = measure_steps(
+                    self.folders, self.size, student, device=self.device, compiled=item.compiled, steps=steps
+                )
+                for i, row in enumerate(rows, 1):
+                    report.write_result(self.folders, f"{item.name}-{i}", row)
+                report.write_result(self.folders, item.name, first)  # last: with it, nothing is measured again
             torch._dynamo.reset()
 
-    def students(self) -> None:
-        rates = {"all": self.options.lr, "kv": self.options.kv_lr}
-        listed = students(rates, self.options.train_seeds, self.options.percents)
-        wanted = [student for student in listed if self._wanted(student.name)]
-        if not wanted or self._late("students"):
-            return
-        self._needs_base()
+    @contextlib.contextmanager
+    def _recording(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever goes wrong with one is written down, and the others go on
+            report.write_failure(self.folders, name, f"{type(error).__name__}: {error}")
+
+    def students(self, wanted: Sequence[Student]) -> None:
+        """Train students, those last that failed before."""
         runner = Runner(
             self.folders,
             self.size,
@@ -174,43 +210,51 @@ class Experiment:
             parallel=self.options.parallel,
             deadline=self.deadline,
         )
-        left = runner.run(wanted)
-        if runner.failed:
-            raise UserError("; ".join(runner.failed))
+        left = runner.run(sorted(wanted, key=lambda student: report.has_failed(self.folders, student.name)))
         if left:
             self.unfinished.append(f"students ({left} of {len(wanted)})")
 
-    def table(self) -> str:
-        rows = read_rows(self.folders)
-        found = {"size": dataclasses.asdict(self.size), "environment": environment(), "rows": rows}
-        write_atomic(self.folders.out / "rows.json", json.dumps(found, indent=1) + "\n")
-        text = report.markdown(rows)
-        write_atomic(self.folders.out / "table.md", text)
-        return text
-
     def run(self, steps: Sequence[str]) -> None:
-        do = {"tokens": self.tokens, "base": self.base, "import": self.imported, "starts": self.starts}
-        do |= {"steps": self.step_times, "students": self.students}
-        for name, step in do.items():
+        """Do `steps`, until time is up."""
+        for name, step in {"tokens": self.tokens, "base": self.base, "import": self.imported}.items():
             if ("all" in steps or name in steps) and not self.unfinished:
                 step()
+        do: dict[type[Item], tuple[str, Callable[[Any], None]]] = {
+            Start: ("starts", self.starts),
+            StepTime: ("steps", self.step_times),
+            Student: ("students", self.students),
+        }
+        items = [item for item in self.agenda if "all" in steps or do[type(item)][0] in steps]
+        for kind, group in itertools.groupby(filter(self._wanted, items), type):
+            name, measure = do[kind]
+            if self.unfinished or self._late(name):
+                return
+            self._needs_base()
+            measure(list(group))
+
+
+_COMPILING = 150
+"""Seconds that timing compiled steps takes about."""
 
 
 @one_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit status: 3 where time ran out."""
+    """Run the command line; returns its exit status: 3 where time ran out, else 1 where something failed."""
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     experiment = Experiment(options)
+    before = signal.signal(signal.SIGTERM, experiment.stop)
     try:
         experiment.run(options.step)
     finally:
-        text = experiment.table()
+        signal.signal(signal.SIGTERM, before)
+        text = report.publish(experiment.folders)
     print(text, end="")
     if experiment.unfinished:
         print(f"time is up: {', '.join(experiment.unfinished)} not finished; the same command goes on", file=sys.stderr)
         return 3
-    return 0
+    rows = report.read_rows(experiment.folders)
+    return int(any(row["kind"] == "failed" or not row.get("equal", True) for row in rows))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -23,12 +22,10 @@ from cllm.data.packing import PackedDataset, ValidationDataset
 from cllm.data.prepare.build import prepare
 from cllm.data.prepare.recipe import Recipe
 from cllm.data.store import TokenStore
-from cllm.errors import UserError
 from cllm.model.loss import IGNORE
-from cllm.runs import write_atomic
 from cllm.train.optim import learning_rate_factor
 from cllm.uptrain.teacher import load_teacher
-from uptraining.setup import Folders, Size
+from uptraining.setup import Deadline, Folders, Size
 
 LOGITS_CLOSE = 1e-4
 """Largest difference of fp32 logits that an import may have."""
@@ -49,8 +46,8 @@ def make_tokens(folders: Folders, size: Size, corpus: list[str], validation: lis
 
 
 def llama(size: Size, manifest: Manifest) -> LlamaForCausalLM:
-    """Of Hugging Face's own, weights drawn with seed 0."""
-    torch.manual_seed(0)
+    """Of Hugging Face's own, weights drawn with `base_seed`."""
+    torch.manual_seed(size.base_seed)
     config = LlamaConfig(
         hidden_size=size.d_model,
         intermediate_size=size.d_ff,
@@ -69,7 +66,7 @@ def llama(size: Size, manifest: Manifest) -> LlamaForCausalLM:
 
 
 def pretrain(
-    folders: Folders, size: Size, manifest: Manifest, *, device: torch.device, compiled: bool, deadline: float
+    folders: Folders, size: Size, manifest: Manifest, *, device: torch.device, compiled: bool, deadline: Deadline
 ) -> dict[str, Any] | None:
     """Pretrain and save the base model; its row, or None when time ran out first and the next call goes on.
 
@@ -95,7 +92,7 @@ def pretrain(
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE)
 
     training_loss = torch.compile(loss_of) if compiled else loss_of
-    text = PackedDataset(TokenStore(folders.tokens, "train"), size.seq_len)
+    text = PackedDataset(TokenStore(folders.tokens, "train"), size.seq_len, seed=size.base_seed)
     order = range(step * size.batch, size.steps * size.batch)
     workers = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
     batches = DataLoader(text, size.batch, sampler=order, num_workers=workers, pin_memory=device.type == "cuda")
@@ -112,7 +109,7 @@ def pretrain(
         if step % 100 == 0 or step == size.steps:
             seconds = before + time.perf_counter() - begin
             print(f"pretraining: step {step} of {size.steps}, loss {loss.item():.4f}, {seconds:.0f} s", flush=True)
-        if step % 10 == 0 and time.time() > deadline and step < size.steps:
+        if step % 10 == 0 and deadline.left < 0 and step < size.steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
             _save(state | {"seconds": before + time.perf_counter() - begin}, saved)
             return None
@@ -154,8 +151,7 @@ def _save(state: dict[str, Any], file: Path) -> None:
 def check_import(folders: Folders, size: Size, device: torch.device) -> dict[str, Any]:
     """This project's model against Hugging Face's on validation text, in fp32.
 
-    Raises:
-        UserError: where logits differ by more than `LOGITS_CLOSE`, or the best token anywhere.
+    A best token counts as the same where theirs scores it, within `LOGITS_CLOSE`, as high as its own best one.
     """
     theirs: nn.Module = LlamaForCausalLM.from_pretrained(folders.base, dtype=torch.float32, local_files_only=True)
     theirs.to(device).eval()
@@ -166,16 +162,8 @@ def check_import(folders: Folders, size: Size, device: torch.device) -> dict[str
         ids = text[i]["input_ids"][None].to(device)
         a, b = theirs(input_ids=ids).logits, ours(ids)
         difference = max(difference, (a - b).abs().max().item())
-        same += int((a.argmax(-1) == b.argmax(-1)).sum())
+        chosen = a.gather(-1, b.argmax(-1, keepdim=True))
+        same += int((chosen[..., 0] >= a.amax(-1) - LOGITS_CLOSE).sum())
         tokens += ids.numel()
-    if difference > LOGITS_CLOSE or same < tokens:
-        raise UserError(
-            f"{folders.base}: logits of the imported model differ by {difference:.2g} (allowed: {LOGITS_CLOSE:g}), and "
-            f"{tokens - same} of {tokens} best tokens differ"
-        )
-    return {"kind": "import", "largest_difference": difference, "tokens": tokens, "same_best_token": same}
-
-
-def write_result(folders: Folders, name: str, row: dict[str, Any]) -> None:
-    """Keep a row, so that the same command does not make it again."""
-    write_atomic(folders.result(name), json.dumps({"name": name, **row}, indent=2) + "\n")
+    found = {"kind": "import", "largest_difference": difference, "tokens": tokens, "same_best_token": same}
+    return found | {"equal": difference <= LOGITS_CLOSE and same == tokens}

@@ -1,13 +1,62 @@
-"""Rows as Markdown."""
+"""Results: kept one by one, and all of them as rows.json and table.md."""
 
 from __future__ import annotations
 
+import functools
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from cllm.runs import write_atomic
+from cllm.train.environment import environment
+from uptraining.setup import Folders
+
 Row = dict[str, Any]
+
+
+def write_result(folders: Folders, name: str, row: Row) -> None:
+    """Keep a row, so that no command makes it again, and write what there is now: a command may be killed anywhere."""
+    write_atomic(folders.result(name), json.dumps({"name": name, **row}, indent=2) + "\n")
+    folders.result(_failed(name)).unlink(missing_ok=True)
+    publish(folders)
+
+
+def write_failure(folders: Folders, name: str, why: str) -> None:
+    """Keep that `name` failed; the next command tries it again."""
+    print(f"{name}: failed: {why}", flush=True)
+    row = {"kind": "failed", "name": name, "error": " ".join(why.split())[:500]}
+    write_atomic(folders.result(_failed(name)), json.dumps(row, indent=2) + "\n")
+    publish(folders)
+
+
+def has_failed(folders: Folders, name: str) -> bool:
+    """Whether it failed when it was last tried."""
+    return folders.result(_failed(name)).exists()
+
+
+def _failed(name: str) -> str:
+    return f"failed-{name}"
+
+
+def read_rows(folders: Folders) -> list[Row]:
+    """Every row there is, by name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folders.result("x").parent.glob("*.json"))]
+
+
+def publish(folders: Folders) -> str:
+    """Write rows.json and table.md of every result so far, and return the latter."""
+    rows, size = read_rows(folders), json.loads(folders.size.read_text(encoding="utf-8"))
+    text = markdown(rows)
+    found = json.dumps({"size": size, "environment": _environment(), "rows": rows}, indent=1) + "\n"
+    for folder in filter(None, (folders.out, folders.copies)):
+        write_atomic(folder / "rows.json", found)
+        write_atomic(folder / "table.md", text)
+    return text
+
+
+_environment = functools.cache(environment)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -41,7 +90,7 @@ def markdown(rows: Sequence[Row]) -> str:
     for row in kinds["import"]:
         parts.append(
             f"Import: logits differ by at most {row['largest_difference']:.2g} in fp32, best token the same in "
-            f"{row['same_best_token']} of {row['tokens']}.\n"
+            f"{row['same_best_token']} of {row['tokens']}{'' if row['equal'] else ': NOT the same model'}.\n"
         )
     if kinds["start"]:
         parts.append("Before training:\n\n" + _starts(kinds["start"], next(iter(kinds["base"]), None)))
@@ -49,6 +98,8 @@ def markdown(rows: Sequence[Row]) -> str:
         parts.append("After training:\n\n" + _runs(kinds["run"]))
     if kinds["step_time"]:
         parts.append("Step times:\n\n" + _step_times(kinds["step_time"]))
+    if kinds["failed"]:
+        parts.append("Failed:\n\n" + "".join(f"- {row['name']}: {row['error']}\n" for row in kinds["failed"]))
     return "\n".join(parts)
 
 

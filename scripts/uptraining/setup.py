@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ class Size:
     calibration_sequences: int
     corpus_bytes: int | None = None
     """Read no more of the corpus."""
+    base_seed: int = 0
+    """Of the base model's first weights and of the order in which it reads the text."""
 
     @property
     def steps(self) -> int:
@@ -57,12 +60,27 @@ FULL = Size(
     d_ff=2048,
     vocab_size=16384,
     seq_len=1024,
-    tokens=150_000_000,
+    tokens=60_000_000,
     batch=64,
     lr=1e-3,
     uptrain_batch=16,
     validation_sequences=256,
     calibration_sequences=64,
+)
+SMALL = Size(
+    d_model=128,
+    n_layers=8,
+    n_heads=4,
+    d_ff=352,
+    vocab_size=2048,
+    seq_len=256,
+    tokens=1_000_000,
+    batch=16,
+    lr=3e-3,
+    uptrain_batch=8,
+    validation_sequences=64,
+    calibration_sequences=32,
+    corpus_bytes=8_000_000,
 )
 TINY = Size(
     d_model=32,
@@ -129,6 +147,18 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
+class StepTime:
+    """Steps of one student, timed."""
+
+    trainable: str
+    compiled: bool
+
+    @property
+    def name(self) -> str:
+        return f"steps-{self.trainable}-{'compiled' if self.compiled else 'eager'}"
+
+
+@dataclass(frozen=True, slots=True)
 class Student:
     """One uptraining run."""
 
@@ -149,17 +179,43 @@ class Student:
         )
 
 
-def starts(seeds: int) -> list[Start]:
-    """Every plan and method; those that read a text with `seeds` of them."""
+Item = Start | StepTime | Student
+
+
+def agenda(
+    lr: dict[str, float], *, seeds: int, train_seeds: int, percents: list[float], compile_steps: bool
+) -> list[Item]:
+    """All that is measured, what answers most first: time may run out anywhere.
+
+    Args:
+        lr: peak rate by what is trained.
+        seeds: calibration texts of starts that read one.
+        train_seeds: seeds of runs.
+        percents: of the pretraining tokens; most runs read the largest first.
+        compile_steps: time compiled steps.
+    """
+    runs = _students(lr, train_seeds, percents)
+    listed: list[Item] = [
+        *_starts(dict.fromkeys(("fusedkv", "fusedkv_lite", "cla"), ("copy", "mean", "fit")), seeds),
+        *runs[:6],
+        *(StepTime(trainable, compile_steps) for trainable in ("all", "kv")),
+        *(run for run in runs if run.name.startswith("fusedkv-fit-distilled-all-") and run.seed == 0),
+        *_starts(METHODS, seeds),
+        *runs,
+    ]
+    return list(dict.fromkeys(listed))
+
+
+def _starts(methods: dict[str, tuple[str, ...]], seeds: int) -> list[Start]:
     return [
         Start(plan, method, seed)
-        for plan, methods in METHODS.items()
-        for method in methods
+        for plan in methods
+        for method in methods[plan]
         for seed in range(seeds if method in TEXT_METHODS else 1)
     ]
 
 
-def students(lr: dict[str, float], seeds: int, percents: list[float]) -> list[Student]:
+def _students(lr: dict[str, float], seeds: int, percents: list[float]) -> list[Student]:
     """The uptraining runs, the ones that answer most first.
 
     The mha one is the base model trained on with the same tokens: what uptraining gives without any sharing. Each
@@ -192,11 +248,30 @@ def students(lr: dict[str, float], seeds: int, percents: list[float]) -> list[St
     return list(dict.fromkeys(listed))
 
 
+@dataclass(slots=True)
+class Deadline:
+    """When a command has to end; a signal moves it to now."""
+
+    seconds: float
+    """What the command was given."""
+    at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.at = time.time() + self.seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.at - time.time()
+
+
 @dataclass(frozen=True, slots=True)
 class Folders:
     """Where things are."""
 
     out: Path
+    copies: Path | None = None
+    """Where rows.json and table.md go too, after every result."""
 
     @property
     def tokens(self) -> Path:
@@ -211,6 +286,11 @@ class Folders:
     def runs(self) -> Path:
         return self.out / "runs"
 
+    @property
+    def size(self) -> Path:
+        """What the folder is made for."""
+        return self.out / "size.json"
+
     def result(self, name: str) -> Path:
         return self.out / "results" / f"{name}.json"
 
@@ -221,7 +301,7 @@ def claim(folders: Folders, size: Size) -> None:
     Raises:
         UserError: when it holds the results of another size.
     """
-    file, wanted = folders.out / "size.json", asdict(size)
+    file, wanted = folders.size, asdict(size)
     if not file.exists():
         write_atomic(file, json.dumps(wanted, indent=2) + "\n")
         return

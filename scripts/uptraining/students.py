@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -20,17 +19,15 @@ import yaml
 from cllm import cli
 from cllm.config import Config
 from cllm.data.module import DataModule
-from cllm.errors import UserError
 from cllm.kv.accounting import kv_bytes
 from cllm.kv.presets import MHA
 from cllm.model.decoder import Decoder
 from cllm.model.loss import IGNORE
-from cllm.runs import RunFolder
-from cllm.train.run import train
+from cllm.runs import RunFolder, write_atomic
 from cllm.uptrain.start import calibration_batches, make_student
 from cllm.uptrain.teacher import Teacher
-from uptraining.base import write_result
-from uptraining.setup import LOSSES, Folders, Size, Start, Student, plans
+from uptraining.report import has_failed, read_rows, write_failure, write_result
+from uptraining.setup import LOSSES, Deadline, Folders, Size, Start, Student, plans
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def student_data(
     folders: Folders, size: Size, student: Start | Student, *, device: torch.device, compiled: bool
 ) -> dict[str, Any]:
-    """A config of `train.py`, as plain data. Its seed is the student's + 1: the base model read the text with 0."""
+    """A config of `train.py`, as plain data. Its seed is not the one with which the base model read the text."""
     data: dict[str, Any] = {
         "name": student.name,
         "runs_dir": str(folders.runs),
@@ -57,7 +54,7 @@ def student_data(
         "train": {
             "global_batch": size.uptrain_batch,
             "micro_batch": size.uptrain_batch,
-            "seed": student.seed + 1,
+            "seed": size.base_seed + student.seed + 1,
             "accelerator": "gpu" if device.type == "cuda" else "cpu",
             "devices": 1,
             "compile": compiled,
@@ -111,19 +108,17 @@ def measure_start(folders: Folders, size: Size, start: Start, teacher: Teacher, 
     return {"kind": "start", "plan": start.plan, "method": start.method, "seed": start.seed, "loss": loss} | {
         "ppl": math.exp(loss),
         "seconds": made,
+        "took": time.perf_counter() - begin,
     }
 
 
 def run_row(folders: Folders, student: Student, seconds: float) -> dict[str, Any]:
     """The row of a finished run, from its folder."""
     folder = RunFolder(folders.runs / student.name)
-    metrics = [row for row in folder.metrics() if "val/loss" in row]
     scores = {k: v for row in folder.metrics() for k, v in row.items() if k.startswith("val/")}
     summary, config = folder.summary(), folder.config()
     own, base = kv_bytes(config.model), kv_bytes(config.model.model_copy(update={"kv": MHA()}))
     loss, teacher = scores["val/loss"], scores["val/teacher_loss"]
-    if metrics[-1]["step"] != summary["steps"]:
-        raise UserError(f"{folder.metrics_file}: no validation at step {summary['steps']}, the last")
     return {
         "kind": "run",
         "plan": student.plan,
@@ -148,76 +143,81 @@ def run_row(folders: Folders, student: Student, seconds: float) -> dict[str, Any
 
 
 class Runner:
-    """Trains students, several at a time, until a deadline; what has a result is skipped."""
+    """Trains students, each in a process of its own, several at a time, until a deadline."""
 
     def __init__(
-        self, folders: Folders, size: Size, *, device: torch.device, compiled: bool, parallel: int, deadline: float
+        self, folders: Folders, size: Size, *, device: torch.device, compiled: bool, parallel: int, deadline: Deadline
     ):
         self.folders, self.size, self.device, self.compiled = folders, size, device, compiled
         self.parallel, self.deadline = parallel, deadline
-        self.failed: list[str] = []
-        """What ended with an error, and where its output is."""
-        self._longest: dict[float, float] = {}
         self._lock = Lock()
 
     def run(self, students: list[Student]) -> int:
-        """Train those that have no result; how many are left for another call."""
-        waiting = [s for s in students if not self.folders.result(s.name).exists()]
-        if self.parallel == 1:  # in this process and thread: the trainer handles signals
-            for student in waiting:
-                self._one(student)
-        else:
-            with ThreadPoolExecutor(self.parallel) as pool:
-                list(pool.map(self._one, waiting))
-        return sum(not self.folders.result(s.name).exists() for s in students)
+        """Train those that have no result; how many are left for another command. One that fails stops no other."""
+        with ThreadPoolExecutor(self.parallel) as pool:
+            list(pool.map(self._one, students))
+        return sum(not self.folders.result(s.name).exists() and not has_failed(self.folders, s.name) for s in students)
 
     def _one(self, student: Student) -> None:
-        begin = time.time()
-        longest = max((t for p, t in self._longest.items() if p <= student.percent), default=0.0)
-        if begin + longest > self.deadline or self.failed:
+        # One that takes over half of what a command is given is begun nevertheless: the next one goes on with it.
+        if self.deadline.left < min(self._longest(student.percent), self.deadline.seconds / 2):
             return
-        data = student_data(self.folders, self.size, student, device=self.device, compiled=self.compiled)
-        if self.parallel == 1:
-            train(cli.validate(Config, data), overwrite=True)
-            torch._dynamo.reset()
-        elif not self._elsewhere(student, data):
-            return
-        seconds = time.time() - begin
+        folder, steps = RunFolder(self.folders.runs / student.name), self.size.uptrain_steps(student.percent)
+        spent = self.folders.out / "seconds" / f"{student.name}.txt"
+        before, begin = float(spent.read_text()) if spent.exists() else 0.0, time.time()
+        log = self.folders.out / "logs" / f"{student.name}.log"
+        status = 0 if is_finished(folder, steps) else self._train(student, log)
+        seconds = before + time.time() - begin
+        write_atomic(spent, f"{seconds:.1f}\n")
         with self._lock:
-            self._longest[student.percent] = max(seconds, self._longest.get(student.percent, 0.0))
+            if status:
+                last = (log.read_text(encoding="utf-8", errors="replace").split("\n") or [""])[-2:]
+                write_failure(self.folders, student.name, f"exit status {status}, {' '.join(last)} ({log})")
+            if status or not is_finished(folder, steps):
+                return
             row = run_row(self.folders, student, seconds)
             write_result(self.folders, student.name, row)
-        shutil.rmtree(self.folders.runs / student.name / "checkpoints", ignore_errors=True)
+        shutil.rmtree(folder.checkpoint_folder, ignore_errors=True)
         print(
             f"{student.name}: loss {row['start_loss']:.4f} -> {row['loss']:.4f} (teacher {row['teacher_loss']:.4f}, "
             f"{row['above_teacher_percent']:+.2f} %), {seconds:.0f} s",
             flush=True,
         )
 
-    def _elsewhere(self, student: Student, data: dict[str, Any]) -> bool:
-        """Train in a process of its own; whether it finished in time."""
-        file, log = (self.folders.out / part / f"{student.name}{end}" for part, end in _FILES)
-        for path in (file, log):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    def _longest(self, percent: float) -> float:
+        """Seconds of the longest run so far, in this command or another, to `percent` or less."""
+        with self._lock:
+            rows = [row for row in read_rows(self.folders) if row["kind"] == "run"]
+        return max((row["seconds"] for row in rows if row["percent"] <= percent), default=0.0)
+
+    def _train(self, student: Student, log: Path) -> int:
+        """Train by train.py, going on where a command before stopped; its exit status, 0 where time ran out."""
+        data = student_data(self.folders, self.size, student, device=self.device, compiled=self.compiled)
+        file = self.folders.out / "configs" / f"{student.name}.yaml"
+        write_atomic(file, yaml.safe_dump(data, sort_keys=False))
+        log.parent.mkdir(parents=True, exist_ok=True)
         threads = str(max((os.cpu_count() or 1) // self.parallel, 1))
         environment = {"OMP_NUM_THREADS": threads, **os.environ}
-        command = [sys.executable, str(ROOT / "train.py"), "--config", str(file), "--overwrite"]
+        command = [sys.executable, str(ROOT / "train.py"), "--config", str(file), "--resume", "auto"]
         with log.open("w", encoding="utf-8") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+            while process.poll() is None and self.deadline.left > 0:
+                time.sleep(0.1)
+            if process.poll() is not None:
+                return process.returncode
+            process.terminate()  # it saves, and then ends
             try:
-                done = subprocess.run(
-                    command, stdout=output, stderr=output, env=environment, timeout=max(self.deadline - time.time(), 1)
-                )
+                process.wait(_SAVING)
             except subprocess.TimeoutExpired:
-                return False
-        if done.returncode:
-            self.failed.append(f"{student.name}: exit status {done.returncode}; see {log}")
-        return not done.returncode
+                process.kill()
+                process.wait()
+        return 0
 
 
-_FILES = (("configs", ".yaml"), ("logs", ".log"))
+_SAVING = 45
+"""Seconds that a student has for its checkpoint when time is up."""
 
 
-def read_rows(folders: Folders) -> list[dict[str, Any]]:
-    """Every row there is, by name."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folders.result("x").parent.glob("*.json"))]
+def is_finished(folder: RunFolder, steps: int) -> bool:
+    """Whether a run has reached its last step and was validated there."""
+    return folder.metrics_file.exists() and any(row["step"] == steps and "val/loss" in row for row in folder.metrics())

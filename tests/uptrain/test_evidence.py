@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from cllm.train.environment import environment
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from uptraining import base, report, setup, students  # noqa: E402
+from uptraining.setup import Student, agenda  # noqa: E402
+
 WORDS = "the plan says where keys and values come from and every layer reads what an owner wrote"
 
 
@@ -40,7 +48,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(corpus: Path, out: Path, *more: str) -> list[str]:
     said = ["--tiny", "--tokens", "51200", "--corpus", str(corpus), "--out", str(out), "--device", "cpu"]
-    return [*said, "--percents", "5", "--seeds", "2", *more]
+    return [*said, "--percents", "5", "--seeds", "2", "--parallel", "2", *more]
 
 
 def rows(out: Path, kind: str) -> list[dict[str, Any]]:
@@ -50,8 +58,8 @@ def rows(out: Path, kind: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def whole(script: ModuleType, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("evidence") / "out"
-    only = "start-|fusedkv-fit-distilled-all|fusedkv-fit-plain|mha"
-    assert script.main(["all", *command(corpus, out, "--only", only)]) == 0
+    only = "start-|steps-|fusedkv-fit-distilled-all|fusedkv-fit-plain|mha"
+    assert script.main(["all", *command(corpus, out, "--only", only, "--results", str(out / "copies"))]) == 0
     return out
 
 
@@ -69,6 +77,8 @@ def test_every_step_leaves_its_rows(whole: Path) -> None:
     text = (whole / "table.md").read_text()
     assert "| fusedkv | fit | distilled | all | 5 |" in text
     assert json.loads((whole / "rows.json").read_text())["environment"].keys() == environment().keys()
+    for name in ("rows.json", "table.md"):
+        assert (whole / "copies" / name).read_text() == (whole / name).read_text()
 
 
 def test_a_run_starts_from_what_starts_measured_and_reads_its_share_of_tokens(whole: Path) -> None:
@@ -92,6 +102,103 @@ def test_a_second_command_makes_nothing_again(script: ModuleType, corpus: Path, 
     assert {path: path.stat().st_mtime_ns for path in (whole / "results").iterdir()} == before
 
 
+def test_what_answers_most_comes_first() -> None:
+    said = {"seeds": 1, "train_seeds": 2, "percents": [1.0, 2.0, 5.0], "compile_steps": True}
+    listed = agenda({"all": 5e-4, "kv": 1e-3}, **said)
+    names = [item.name.split("-lr")[0] for item in listed]
+    assert names[:3] == [f"start-fusedkv-{method}-seed0" for method in ("copy", "mean", "fit")]
+    assert names[9:12] == [f"{plan}-fit-distilled-all-5pct" for plan in ("fusedkv", "fusedkv_lite", "cla")]
+    assert names[15:19] == ["steps-all-compiled", "steps-kv-compiled"] + [
+        f"fusedkv-fit-distilled-all-{percent}pct" for percent in (2, 1)
+    ]
+    assert len(listed) == len(set(listed))
+    assert {item.seed for item in listed if isinstance(item, Student)} == {0, 1}
+
+
+def test_what_fails_is_written_down_and_stops_nothing_else(
+    script: ModuleType, corpus: Path, whole: Path, tmp_path: Path, monkeypatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for file in (out / "results").glob("*"):
+        if file.stem not in ("base", "import"):
+            file.unlink()
+    shutil.rmtree(out / "runs")
+    arguments = ["starts", "students", *command(corpus, out, "--only", "(start-)?fusedkv(_lite)?-copy-")]
+    plans = setup.plans
+    broken = {"fusedkv": {"preset": "fusedkv", "n_kv_heads": 3}}
+    with monkeypatch.context() as patch:
+        patch.setattr(students, "plans", lambda size: plans(size) | broken)
+        assert script.main([*arguments, "--lr", "1e-3"]) == 1
+    failed = {row["name"]: row["error"] for row in rows(out, "failed")}
+    assert failed.keys() == {"start-fusedkv-copy-seed0", "fusedkv-copy-distilled-all-5pct-lr0.001-seed0"}
+    assert all("n_kv_heads" in error for error in failed.values())
+    assert "- start-fusedkv-copy-seed0: " in (out / "table.md").read_text()
+    for kind in ("start", "run"):
+        assert [row["plan"] for row in rows(out, kind)] == ["fusedkv_lite"]
+    assert script.main([*arguments, "--lr", "1e-3"]) == 0, "tried again"
+    assert not rows(out, "failed")
+    assert len(rows(out, "run")) == 2
+
+
+def test_an_import_that_differs_leaves_its_row(
+    script: ModuleType, corpus: Path, whole: Path, tmp_path: Path, monkeypatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / "results" / "import.json").unlink()
+    monkeypatch.setattr(base, "LOGITS_CLOSE", -1.0)
+    assert script.main(["import", *command(corpus, out)]) == 1
+    (row,) = rows(out, "import")
+    assert not row["equal"]
+    assert "NOT the same model" in (out / "table.md").read_text()
+
+
+TRAIN = """
+import pathlib, signal, sys, time
+run = pathlib.Path(sys.argv[2]).parents[1] / "runs" / pathlib.Path(sys.argv[2]).stem
+run.mkdir(parents=True, exist_ok=True)
+assert sys.argv[3:] == ["--resume", "auto"]
+if (run / "saved").exists():
+    (run / "metrics.jsonl").write_text('{"step": 20, "tokens": 1, "time": 1.0, "val/loss": 1.0}\\n')
+    sys.exit()
+def save(*_):
+    (run / "saved").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+time.sleep(60)
+"""
+
+
+def test_students_are_saved_when_time_is_up_and_gone_on_with(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "train.py").write_text(TRAIN)
+    monkeypatch.setattr(students, "ROOT", tmp_path)
+    monkeypatch.setattr(students, "run_row", lambda _, student, seconds: {
+        "kind": "run", "percent": student.percent, "seconds": seconds, "start_loss": 2.0, "loss": 1.0,
+        "teacher_loss": 1.0, "above_teacher_percent": 0.0})  # fmt: skip
+    monkeypatch.setattr(report, "markdown", str)
+    size, folders = dataclasses.replace(setup.TINY, tokens=51200), setup.Folders(tmp_path / "out")
+    setup.claim(folders, size)
+    student = Student("fusedkv", "copy", "plain", "all", 5.0, 1e-3)
+    options = {"device": torch.device("cpu"), "compiled": False, "parallel": 1}
+
+    def run(seconds: float) -> int:
+        return students.Runner(folders, size, deadline=setup.Deadline(seconds), **options).run([student])
+
+    assert run(1.5) == 1
+    assert (folders.runs / student.name / "saved").exists()
+    assert run(30) == 0
+    (row,) = report.read_rows(folders)
+    assert row["seconds"] > 1.5, "both commands' time"
+    report.write_result(folders, "longer", row | {"seconds": 20.0})
+    folders.result(student.name).unlink()
+    assert run(30) == 0
+    folders.result(student.name).unlink()
+    deadline = setup.Deadline(100)
+    deadline.at -= 90
+    assert students.Runner(folders, size, deadline=deadline, **options).run([student]) == 1, "20 s do not fit into 10"
+
+
 def test_pretraining_goes_on_where_time_ran_out(
     script: ModuleType, corpus: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,17 +210,10 @@ def test_pretraining_goes_on_where_time_ran_out(
     assert rows(tmp_path / "out", "base")[0]["loss"] == rows(whole, "base")[0]["loss"]
 
 
-def test_a_process_of_its_own_trains_the_same_student(script: ModuleType, corpus: Path, whole: Path) -> None:
-    only = ["--only", "fusedkv-fit-distilled-all"]
-    kept = whole / "results" / "fusedkv-fit-distilled-all-5pct-lr0.0005-seed0.json"
-    before = json.loads(kept.read_text())
-    kept.unlink()
-    assert script.main(["students", *command(corpus, whole, "--parallel", "2", *only)]) == 0
-    assert json.loads(kept.read_text())["loss"] == pytest.approx(before["loss"], abs=1e-5)
-
-
 def test_a_folder_of_another_size_is_refused(script: ModuleType, corpus: Path, whole: Path, capsys) -> None:
     assert script.main(["all", *command(corpus, whole), "--tokens", "60000"]) == 2
     assert "made with tokens 51200, and this command says 60000" in capsys.readouterr().err
+    assert script.main(["all", *command(corpus, whole), "--base-seed", "1"]) == 2
+    assert "made with base_seed 0, and this command says 1" in capsys.readouterr().err
     assert script.main(["starts", *command(corpus, whole.parent / "empty")]) == 2
     assert "holds no base model yet" in capsys.readouterr().err

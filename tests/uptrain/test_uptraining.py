@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from cllm import cli
 from cllm.config import Config
@@ -21,6 +23,7 @@ from cllm.errors import UserError
 from cllm.runs import RunFolder, load_run, read_weights
 from cllm.train.dryrun import GIB, dry_run, memory_estimate
 from cllm.train.run import train, with_vocabulary
+from cllm.uptrain import loss as losses
 from cllm.uptrain.decoder import build_traced
 from cllm.uptrain.module import UptrainingModule, draw_route
 from cllm.uptrain.trainable import make_trainable
@@ -201,6 +204,24 @@ def test_recomputing_blocks_changes_nothing(student: Student, way: str) -> None:
     assert rows(plain, "train/objective") == rows(again, "train/objective")
     for name, tensor in final(plain).items():
         assert torch.equal(tensor, final(again)[name]), name
+
+
+@pytest.mark.parametrize("way", ["all layers", "lora", "curriculum", "random sources"])
+def test_compiled_blocks_take_the_same_steps(student: Student, monkeypatch, way: str) -> None:
+    settings = [*WAYS[way], "--train.gradient_checkpointing", "true" if way == "all layers" else "false"]
+    plain = train(student(*settings, "--name", "plain"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    count = CompileCounterWithBackend("aot_eager")
+    compile_module, compile_function = torch.nn.Module.compile, torch.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend=count))
+    monkeypatch.setattr(losses, "_compiled", lambda: compile_function(losses.compare_logits, backend="aot_eager"))
+    fast = train(student(*settings, "--name", "fast", "--train.compile", "true"))
+    assert count.frame_count
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for tag in ("train/objective", "val/loss", "val/teacher_loss"):
+        assert rows(fast, tag) == pytest.approx(rows(plain, tag), rel=1e-4), tag
+    torch._dynamo.reset()
 
 
 def test_a_curriculum_begins_at_the_teacher_and_ends_at_the_plan(student: Student) -> None:

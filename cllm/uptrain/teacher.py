@@ -135,11 +135,19 @@ def student_model(teacher: ModelConfig, kv: Any, *, rope_pairs: str) -> dict[str
 def complete(data: dict[str, Any]) -> dict[str, Any]:
     """A config's plain data with `model` filled in from the teacher, where `init.from` is set and `model` lacks shape.
 
-    A `model` that has one, as in the config.yaml of a run, is left as it is, and nothing is read.
+    A `model` that has one, as in the config.yaml of a run, is left as it is, and nothing is read. Raises `UserError`
+    where neither says a shape.
     """
     init, model = data.get("init") or {}, data.get("model") or {}
     path = init.get("from") if isinstance(init, dict) else None
-    if not isinstance(path, str) or not isinstance(model, dict) or all(key in model for key in _REQUIRED):
+    if not isinstance(model, dict) or all(key in model for key in _REQUIRED):
+        return data
+    if path is None and init:
+        raise UserError(
+            f"init.from is null, but init: is set and model.{next(key for key in _REQUIRED if key not in model)} is "
+            "missing; name the model to start from (--init.from PATH)"
+        )
+    if not isinstance(path, str):
         return data
     teacher = teacher_config(path)
     kv = model.get("kv", teacher.model_dump(mode="json")["kv"])

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from cllm import cli
 from cllm.config import Config
+from cllm.errors import UserError
 from cllm.kv.accounting import kv_bytes
 from cllm.uptrain.decoder import build_traced
 from cllm.uptrain.project import check_plans
@@ -48,6 +49,11 @@ RESIDENT = {"fusedkv": 1 / 2, "fusedkv_lite": 1 / 2, "cla2": 1 / 2, "mla": 576 /
 def test_both_families_have_every_plan() -> None:
     plans = {*RESIDENT, "yoco"}
     assert {path.stem for path in FILES} == {f"{family}_to_{plan}" for family in FAMILIES for plan in plans}
+
+
+def test_a_file_alone_asks_for_the_model_to_start_from() -> None:
+    with pytest.raises(UserError, match=r"init.from is null, but init: is set and model.d_model is missing"):
+        cli.load(Config, FILES[:1])
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)

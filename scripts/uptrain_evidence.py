@@ -13,7 +13,7 @@ Steps, in this order, each of which skips what is done, so that the same command
     table     rows.json and table.md in OUT; every result is followed by it
 
 Of the last three what answers most comes first, as `agenda` in uptraining/setup.py lists it. One that fails is written
-down and stops no other. docs/uptraining.md says what was found. --tiny does all of it on a CPU in a minute or two.
+down and stops no other. docs/uptraining.md says what was found. --tiny does all of it on a CPU in some minutes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train designs, compress the caches of the trained models as well, and put both into one table and one figure.
 
-    python scripts/tradeoff.py --config configs/tradeoff.yaml --data.path data/prepared/NAME --out runs/tradeoff
+    python scripts/tradeoff.py --config configs/tradeoff/98m.yaml --data.path data/prepared/NAME --out runs/tradeoff
     python scripts/tradeoff.py ... --designs mha gqa:n_kv_heads=4 fusedkv --ratio 2 4 --minutes 9
 
 A design is NAME[:KEY=VALUE,...]: a file of configs/kv/ and settings of `model.kv` on top of it. Each is trained by
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * options.minutes
     for spec in options.spec:
         parse(spec.format(group=options.group[0], ratio=options.ratio[0]))
-    files = [str(Path(file).resolve()) for file in options.config or ["configs/tradeoff.yaml"]]
+    files = [str(Path(file).resolve()) for file in options.config or ["configs/tradeoff/98m.yaml"]]
     out = options.out.resolve()
     lines: dict[str, list[str]] = {}
     for design in options.designs:

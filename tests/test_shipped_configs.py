@@ -30,7 +30,7 @@ def build(*files: Path, settings: tuple[str, ...] = ()):
 
 
 def test_every_config_file_is_covered_by_a_test_here() -> None:
-    folders = ("data", "quickstart", "bench", "uptrain")
+    folders = ("data", "quickstart", "bench", "uptrain", "tradeoff")
     covered = {*MODELS, *PLANS, QUICK, *(file for folder in folders for file in (CONFIGS / folder).glob("*.yaml"))}
     assert set(CONFIGS.rglob("*.yaml")) == covered
 
@@ -49,6 +49,15 @@ def test_every_model_loads_and_builds_with_every_plan(model: Path) -> None:
         config, decoder = build(model, plan)
         assert count_parameters(decoder) > 0
         assert config.model.n_layers == len(decoder.plan)
+
+
+@pytest.mark.parametrize("name", ["mha", "fusedkv", "fusedkv_lite", "cla", "yoco", "gqa"])
+@pytest.mark.parametrize("file", sorted((CONFIGS / "tradeoff").glob("*.yaml")), ids=lambda path: path.stem)
+def test_designs_of_a_tradeoff_are_of_equal_size(file: Path, name: str) -> None:
+    settings = ("--model.vocab_size", "4096")
+    _, baseline = build(file, settings=settings)
+    _, decoder = build(file, CONFIGS / "kv" / f"{name}.yaml", settings=settings)
+    assert count_parameters(decoder) == pytest.approx(count_parameters(baseline), rel=0.005)
 
 
 @pytest.mark.parametrize("plan", sorted((CONFIGS / "quickstart").glob("*.yaml")), ids=lambda path: path.stem)

@@ -171,8 +171,8 @@ class Runner:
         write_atomic(spent, f"{seconds:.1f}\n")
         with self._lock:
             if status:
-                last = (log.read_text(encoding="utf-8", errors="replace").split("\n") or [""])[-2:]
-                write_failure(self.folders, student.name, f"exit status {status}, {' '.join(last)} ({log})")
+                last = "".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:])
+                write_failure(self.folders, student.name, f"exit status {status}: {last} ({log})")
             if status or not is_finished(folder, steps):
                 return
             row = run_row(self.folders, student, seconds)

@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         print(dry_run(with_vocabulary(config)))
         return
     folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
-    step = max((step for step, _ in folder.checkpoints()), default=config.train.steps)
-    if step < config.train.steps:
+    if max((row["step"] for row in folder.metrics()), default=0) < config.train.steps:
+        step, _ = folder.checkpoints()[-1]
         print(f"run stopped at step {step} of {config.train.steps}: {folder.path}  (--resume auto goes on)")
     else:
         print(f"run finished: {folder.path}  (tensorboard --logdir {config.runs_dir})")

@@ -1,0 +1,144 @@
+"""Without a GPU: every Triton kernel compiles, as its launcher launches it, to machine code for real GPUs.
+
+A process of its own tells Triton of a device that is not there, and stops each launch after compiling. What the code
+computes, the interpreter's tests say; here it is that the compiler takes it, that it fits, and what registers spill.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICES = {80: (108, 163 * 1024), 90: (132, 227 * 1024)}
+"""Multiprocessors, and bytes of shared memory of one program at most: A100; H100 and H200."""
+SPILLED = {80: 128, 90: 0}
+"""Bytes a thread at most: an A100 keeps operands of matrix products in registers, and has too few to rebuild keys."""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("capability", DEVICES)
+def test_kernels_compile_and_fit(capability: int) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, __file__, str(capability)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    names = {"split_dot", "merge", "rebuilt_scores", "plain_scores", "weigh", "finish"}
+    assert {made["name"] for made in found} - {"split_elementwise"} == names
+    for made in found:
+        assert made["shared"] <= DEVICES[capability][1], made
+        assert made["spilled"] <= (32 if made["coded"] else SPILLED[capability]), made
+
+
+def spilled_bytes(ptx: str, capability: int) -> int:
+    """Of one kernel, as the assembler tells."""
+    import triton
+
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
+    told = subprocess.run(
+        [assembler, "-v", f"-arch={arch}", "-o", os.devnull, "/dev/stdin"], input=ptx, capture_output=True, text=True
+    )
+    assert told.returncode == 0, told.stderr
+    return max(int(n) for n in re.findall(r"(\d+) bytes spill stores", told.stderr))
+
+
+def compile_everything(capability: int) -> None:
+    """Prints a line of JSON for every kernel that the calls below launch."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from cllm.kernels import split_decode, split_lowrank
+
+    class Device:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: Any = None) -> int:
+            return 0
+
+    driver.set_active(Device())
+    run: Any = JITFunction.run
+
+    def compile_only(self: JITFunction, *arguments: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *arguments, warmup=True, **options)
+        coded = any(isinstance(a, torch.Tensor) and a.dtype == torch.float8_e4m3fn for a in flat(arguments))
+        made = {"name": self.__name__, "shared": kernel.metadata.shared, "coded": coded}
+        print(json.dumps(made | {"spilled": spilled_bytes(kernel.asm["ptx"], capability)}))
+        return kernel
+
+    JITFunction.run = compile_only
+    for module in (split_decode, split_lowrank):
+        module._limits = lambda device: split_decode.Limits(*DEVICES[capability])  # type: ignore[attr-defined]
+    decode(fp8=capability >= 89)
+    decode_factors()
+
+
+def flat(arguments: Iterable[Any]) -> Iterator[Any]:
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from flat(argument)
+        else:
+            yield argument
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).bfloat16()
+
+
+def decode(*, fp8: bool) -> None:
+    """Shared, grouped, fused and latent slots, in bf16 and, where the device has numbers of it, in fp8."""
+    from cllm.kernels import split_decode
+
+    column = torch.tensor([900])
+    for heads, groups, parts in ((16, 16, 1), (32, 8, 1), (16, 16, 2), (16, 4, 2)):
+        slots = [drawn(1, 1024, groups, 128) for _ in range(parts)]
+        queries, none = [drawn(1, heads, 128)] * parts, [None] * parts
+        split_decode.run(queries, slots, none, slots, none, column, None, None, False, 0.1)
+        if not fp8:
+            continue
+        coded, scales = [slot.to(torch.float8_e4m3fn) for slot in slots], [drawn(1, 1024, groups)] * parts
+        split_decode.run(queries, coded, scales, coded, scales, column, None, None, False, 0.1)
+    latent, rope = drawn(1, 1024, 1, 512), drawn(1, 1024, 1, 64)
+    queries = [drawn(1, 16, 512), drawn(1, 16, 64)]
+    split_decode.run(queries, [latent, rope], [None] * 2, [latent], [None], column, None, None, False, 0.1)
+
+
+def decode_factors() -> None:
+    """xKV-4 at 8x of an 8B model's layer: all tokens, with padding, and chosen ones."""
+    from cllm.kernels import split_lowrank
+    from cllm.kernels.decode import Visible
+    from cllm.kernels.lowrank_decode import Factored
+    from cllm.posthoc.landmarks import make_landmarks
+
+    tokens, tail, groups, heads, dim = 4096, 64, 8, 32, 128
+
+    def part(rank: int) -> Factored:
+        return Factored(drawn(1, tokens, rank), drawn(1, groups * dim, rank), drawn(1, tail, groups, dim))
+
+    table = (torch.randn(tokens, dim // 2), torch.randn(tokens, dim // 2))
+    landmarks = make_landmarks(drawn(1, tokens, groups, dim), None, chunk=8, budget=512, outliers=12)
+    for first, selection in ((None, None), (torch.tensor([3]), None), (None, landmarks)):
+        visible = Visible(torch.tensor([tokens + 10]), first, None, False)
+        split_lowrank.run([drawn(1, heads, dim)], [part(384)], [part(576)], table, visible, 0.1, selection)
+
+
+if __name__ == "__main__":
+    compile_everything(int(sys.argv[1]))

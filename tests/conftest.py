@@ -18,8 +18,8 @@ from cllm.model.decoder import Decoder
 torch.set_num_threads(1)
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"cllm_tests_{name}", Path(__file__).with_name(f"{name}.py"))
+def _load(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"cllm_tests_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -29,9 +29,15 @@ def _load(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def load_file() -> Callable[[Path], ModuleType]:
+    """A Python file outside of any package, a script or another test, as a module."""
+    return _load
+
+
+@pytest.fixture(scope="session")
 def reference() -> ModuleType:
     """The papers' tables and equations, see `reference.py`."""
-    return _load("reference")
+    return _load(Path(__file__).with_name("reference.py"))
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,6 @@ class CompressedSlot(SlotStore):
         kind: type[SlotStore] = GrowingSlot if room is None else FixedSlot
         widths = (tuple(read.k.shape[2:]), tuple(read.v.shape[2:]))
         self.tail = kind(widths, len(read.k), room or 0, window=None, dtype=self.dtype, fp8=False, device=read.k.device)
-        self.fixed = room is not None
         factors = (prefix.k.factors(), prefix.v.factors())
         self.defers = prefix.rotation is not None and None not in factors
         """Whether a pass of one token reads the prefix as it is stored."""

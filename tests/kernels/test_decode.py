@@ -8,14 +8,8 @@ Run as a program, this file does the same with the Triton kernels, interpreted o
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import logging
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +21,6 @@ from cllm.kernels import split_decode
 from cllm.kernels.decode import Stored, Visible, decode_attention
 from cllm.kernels.split_decode import Limits, Tiles, choose_tiles
 
-ROOT = Path(__file__).resolve().parents[2]
 B, SCALE = 3, 0.3
 
 
@@ -290,16 +283,8 @@ def interpreted() -> None:
     assert_close(decode_attention(*arguments, scale=SCALE, kernel="triton"), wanted, torch.float32)
 
 
-def test_triton_kernels_interpreted_are_the_definition():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    version = importlib.metadata.version("triton")
-    if tuple(int(x) for x in version.split(".")[:2]) < (3, 7):
-        pytest.skip(f"the interpreter of triton {version} cannot loop with numpy 2.4 or newer; needs triton 3.7")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+def test_triton_kernels_interpreted_are_the_definition(run_interpreted):
+    run_interpreted(__file__)
 
 
 if __name__ == "__main__":

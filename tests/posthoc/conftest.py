@@ -57,6 +57,20 @@ def decoder(tiny_config, random_model):
     return build
 
 
+@pytest.fixture
+def design(preset_config, random_model):
+    """`design("lckv")`: a model of a preset, cyclic plans with as many passes as 28 tokens take."""
+
+    def build(name):
+        config = preset_config(name)
+        if config.plan().iterations is not None:
+            iterations = config.kv.iterations.model_copy(update={"forward": 27, "backward": 1})
+            config = config.model_copy(update={"kv": config.kv.model_copy(update={"iterations": iterations})})
+        return random_model(config).eval().requires_grad_(False)
+
+    return build
+
+
 @pytest.fixture(scope="session")
 def llama():
     """`llama("qwen3")`: a tiny random transformers model of a family."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -16,12 +15,8 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("bench_posthoc_decode", ROOT / "scripts" / "bench_posthoc_decode.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def bench(load_file):
+    module = load_file(ROOT / "scripts" / "bench_posthoc_decode.py")
     return lambda *words: module.main(["--device", "cpu", *map(str, words)])
 
 

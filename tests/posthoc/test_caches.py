@@ -37,20 +37,6 @@ def read_on(engine, cache, ids, parts):
     return torch.cat([engine.logits(part, cache) for part in ids.split(parts, dim=1)], dim=1)
 
 
-@pytest.fixture
-def design(preset_config, random_model):
-    """A model of a preset, cyclic plans with as many passes as there are tokens."""
-
-    def build(name):
-        config = preset_config(name)
-        if config.plan().iterations is not None:
-            iterations = config.kv.iterations.model_copy(update={"forward": LENGTH - 1, "backward": 1})
-            config = config.model_copy(update={"kv": config.kv.model_copy(update={"iterations": iterations})})
-        return random_model(config).eval().requires_grad_(False)
-
-    return build
-
-
 # ---- cllm models ----------------------------------------------------------------------------------------------------
 
 

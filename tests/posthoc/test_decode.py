@@ -42,18 +42,6 @@ def making(cache):
 
 
 @pytest.fixture
-def design(preset_config, random_model):
-    def build(name):
-        config = preset_config(name)
-        if config.plan().iterations is not None:
-            iterations = config.kv.iterations.model_copy(update={"forward": LENGTH - 1, "backward": 1})
-            config = config.model_copy(update={"kv": config.kv.model_copy(update={"iterations": iterations})})
-        return random_model(config).eval().requires_grad_(False)
-
-    return build
-
-
-@pytest.fixture
 def nothing_is_made(monkeypatch):
     """`Prefix.read` fails from here on."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,13 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tradeoff", ROOT / "scripts" / "tradeoff.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_file: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_file(ROOT / "scripts" / "tradeoff.py")
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import random
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,14 +27,8 @@ WORDS = "the plan says where keys and values come from and every layer reads wha
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("uptrain_evidence", ROOT / "scripts" / "uptrain_evidence.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def script(load_file: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_file(ROOT / "scripts" / "uptrain_evidence.py")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -31,14 +30,8 @@ WAYS = {
 
 
 @pytest.fixture(scope="module")
-def zero() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cllm_tests_strategy", FOLDER / "train" / "test_strategy.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def zero(load_file: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_file(FOLDER / "train" / "test_strategy.py")
 
 
 @pytest.fixture

@@ -1,0 +1,33 @@
+"""Triton kernels without a GPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def run_interpreted() -> Callable[[str], None]:
+    """`run_interpreted(__file__)`: that file as a program of its own, in which kernels run on the CPU."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    version = importlib.metadata.version("triton")
+    if tuple(int(x) for x in version.split(".")[:2]) < (3, 7):
+        pytest.skip(f"the interpreter of triton {version} cannot loop with numpy 2.4 or newer; needs triton 3.7")
+
+    def run(file: str) -> None:
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-W", "ignore", file]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    return run

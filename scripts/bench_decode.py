@@ -10,7 +10,8 @@ it must read, weights once and every slot as often as layers read it, over the b
 run. Times to first token are those of a prefill in chunks with early exit, and of one without. --capacity finds the
 longest context and the largest batch that fit, and runs them. Steps of all designs come first, then times to first
 token, capacity and peers; a contender that fails is a row that says so. Prints tables, and writes JSON after every
-measurement and two plots at the end. On a CPU (--device cpu) everything runs, and the times mean nothing.
+measurement and two plots at the end; --merge makes tables and plots of several such files. On a CPU (--device cpu)
+everything runs, and the times mean nothing.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from decode_bench.measure import (
     measure_point,
     wait,
 )
+from decode_bench.merge import merged
 
 from cllm import cli
 from cllm.config import Config
@@ -59,7 +61,7 @@ class Record:
     """What was found so far, in a file after every measurement, and whether there is time for more."""
 
     def __init__(self, found: dict[str, Any], out: Path | None, device: torch.device, limit: float):
-        self.found = found | {"rows": [], "capacity": [], "not_measured": [], "stopped": None}
+        self.found = {"rows": [], "capacity": [], "not_measured": [], "stopped": None} | found
         self.rows: list[Row] = self.found["rows"]
         self.capacity: list[Row] = self.found["capacity"]
         self.out, self.device, self.limit = out, device, limit
@@ -240,10 +242,21 @@ def main(argv: list[str] | None = None) -> int:
     add("--copy-gib", type=float, default=4.0, metavar="GIB", help="size of the copy for the bandwidth (default 4)")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="where to measure (default cuda)")
     add("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="start no new measurement after that")
+    add(
+        "--merge",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: tables and plots of these files together",
+    )
     add("--out", type=Path, metavar="FILE", help="write the numbers as JSON, and plots beside it")
     add("--plots", type=Path, metavar="DIR", help="write the plots there too")
     arguments, overrides = parser.parse_known_args(argv)
     device = torch.device(arguments.device)
+    if arguments.merge:
+        record = Record(merged(arguments.merge), arguments.out, torch.device("cpu"), math.inf)
+        record.write()
+        return tell(record, arguments.out, arguments.plots)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("scripts/bench_decode.py times a GPU, and torch sees none here; --device cpu tries it out")
     files = arguments.config or [str(ROOT / "configs" / "bench" / "1364m.yaml")]

@@ -3,24 +3,24 @@
 
     python scripts/bench_train.py --config configs/bench/374m.yaml --designs mha fusedkv --peers --out bench.json
 
-All contenders live on one GPU and take turns, round after round, so that clocks and heat are the same for all. Each
-does the same work: bf16 autocast over fp32 weights, forward, backward, clipping at norm 1, fused AdamW. A step's time
-is read from device events. Prints a table (median, spread over rounds, tokens a second, MFU, peak memory, against the
-first contender) and writes JSON with versions, commit, clocks, and the kernels that were chosen. --fp8 adds the first
-design with fp8 products, which is other arithmetic and so a table of its own, MFU against the bf16 peak as elsewhere.
---train.accelerator cpu runs it on a CPU, to try it out; its times there mean nothing.
+All contenders live on one GPU and take turns, round after round, so that clocks and heat are the same for all. Where
+its memory does not hold them together, --swap keeps those that wait in the machine's. Each does the same work: bf16
+autocast over fp32 weights, forward, backward, clipping at norm 1, fused AdamW; with --accumulate, several micro-batches
+a step. A step's time is read from device events. Prints a table (median, spread over rounds, tokens a second, MFU, peak
+memory, against the first contender) and writes JSON with versions, commit, clocks, and the kernels that were chosen.
+--fp8 adds the first design with fp8 products, which is other arithmetic and so a table of its own, MFU against the bf16
+peak as elsewhere. --train.accelerator cpu runs it on a CPU, to try it out; its times there mean nothing.
 """
 
 from __future__ import annotations
 
-import gc
+import dataclasses
 import itertools
 import json
 import logging
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench_contender import Batches, Contender, at_work
 from bench_peers import Loss, check_peers, hf_liger, litgpt_compiled
 
 from cllm import cli
@@ -42,37 +43,6 @@ from cllm.train.optim import make_optimizer
 from cllm.train.throughput import peak_flops
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclass
-class Contender:
-    """A model, its loss, and the times of its steps in ms, a list for each round."""
-
-    name: str
-    model: nn.Module
-    loss: Loss
-    optimizer: torch.optim.Optimizer
-    flops_per_token: float
-    rounds: list[list[float]] = field(default_factory=list)
-    peak_gib: float | None = None
-    """On a GPU."""
-    last_loss: float = float("nan")
-
-    def step(self, ids: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(ids.device.type, torch.bfloat16):
-            loss = self.loss(ids, labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    def drop(self) -> None:
-        """Give the memory back."""
-        self.model, self.loss = nn.Module(), lambda ids, labels: ids
-        self.optimizer = torch.optim.SGD([torch.zeros(1)])
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 class Choices(logging.Handler):
@@ -115,7 +85,7 @@ def with_documents(plain: Contender, batch: int, seq_len: int, mean: int, device
     def loss(tokens: Tensor, labels: Tensor) -> Tensor:
         return plain.loss(tokens, labels, positions, ids)  # type: ignore[call-arg]
 
-    return Contender(f"{plain.name}, documents", plain.model, loss, plain.optimizer, plain.flops_per_token)
+    return dataclasses.replace(plain, name=f"{plain.name}, documents", loss=loss, rounds=[])
 
 
 def peer(name: str, model: nn.Module, loss: Loss, flops: float) -> Contender:
@@ -124,13 +94,20 @@ def peer(name: str, model: nn.Module, loss: Loss, flops: float) -> Contender:
     return Contender(name, model, loss, adamw, flops)
 
 
-def measure(contender: Contender, batches: list[tuple[Tensor, Tensor]], steps: int) -> None:
+def waiting(contender: Contender, swap: bool) -> Contender:
+    """The same, out of the way of the next one where they do not fit together."""
+    if swap:
+        contender.leave()
+    return contender
+
+
+def measure(contender: Contender, batches: Batches, steps: int) -> None:
     """One round: `steps` timed steps."""
-    gpu = batches[0][0].is_cuda
+    gpu = batches[0][0][0].is_cuda
     if not gpu:
         marks = [time.perf_counter()]
         for n in range(steps):
-            contender.last_loss = float(contender.step(*batches[n % len(batches)]))
+            contender.last_loss = float(contender.step(batches[n % len(batches)]))
             marks.append(time.perf_counter())
         contender.rounds.append([1000 * (b - a) for a, b in itertools.pairwise(marks)])
         return
@@ -140,7 +117,7 @@ def measure(contender: Contender, batches: list[tuple[Tensor, Tensor]], steps: i
     events[0].record()
     loss = None
     for n in range(steps):
-        loss = contender.step(*batches[n % len(batches)])
+        loss = contender.step(batches[n % len(batches)])
         events[n + 1].record()
     torch.cuda.synchronize()
     assert loss is not None
@@ -150,13 +127,13 @@ def measure(contender: Contender, batches: list[tuple[Tensor, Tensor]], steps: i
     contender.peak_gib = (torch.cuda.max_memory_allocated() - before + own) / 2**30
 
 
-def profile(contender: Contender, batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+def profile(contender: Contender, batches: Batches) -> dict[str, float]:
     """Kernel ms of one step by kind, and the ten longest kernels."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
     with record(activities=[ProfilerActivity.CUDA]) as trace:
-        contender.step(*batches[0])
+        contender.step(batches[0])
         torch.cuda.synchronize()
     kinds = {
         "matmul": ("gemm", "nvjet", "cutlass_80", "sm90_xmma", "splitk", "cublas"),
@@ -181,24 +158,23 @@ def profile(contender: Contender, batches: list[tuple[Tensor, Tensor]]) -> dict[
     return totals
 
 
-def warm_up(contender: Contender, batches: list[tuple[Tensor, Tensor]], steps: int) -> bool:
+def warm_up(contender: Contender, batches: Batches, steps: int) -> bool:
     """Untimed steps; False, with its memory given back, for a contender that does not fit beside the others."""
     try:
         for n in range(steps):
-            contender.step(*batches[n % len(batches)])
-        if batches[0][0].is_cuda:
+            contender.step(batches[n % len(batches)])
+        if batches[0][0][0].is_cuda:
             torch.cuda.synchronize()
     except torch.OutOfMemoryError:
         print(f"out of memory: {contender.name}", file=sys.stderr, flush=True)
         contender.drop()
         return False
-    print(f"warm: {contender.name}", file=sys.stderr, flush=True)
     return True
 
 
-def rows_of(contenders: list[Contender], first: Contender, tokens: int) -> list[dict[str, Any]]:
+def rows_of(contenders: list[Contender], first: Contender, tokens: int, device: str) -> list[dict[str, Any]]:
     """Rows of a table, times against those of `first`."""
-    peak = peak_flops(next(first.model.parameters()).device)
+    peak = peak_flops(torch.device(device))
     rows = []
     base = statistics.median(t for r in first.rounds for t in r)
     for c in contenders:
@@ -275,6 +251,8 @@ def main(argv: list[str] | None = None) -> None:
         metavar="SCALES",
         help="also the first design with train.fp8 set to this (tensorwise)",
     )
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a step (default 1)")
+    parser.add_argument("--swap", action="store_true", help="contenders that wait do so in the machine's memory")
     parser.add_argument("--rounds", type=int, default=4, help="turns of each contender (default 4)")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a turn (default 6)")
     parser.add_argument("--warmup", type=int, default=4, help="steps before the first turn (default 4)")
@@ -295,31 +273,44 @@ def main(argv: list[str] | None = None) -> None:
     device = _device(first)
     for config in (*configs.values(), *narrow.values()):
         check(config)
+    if arguments.accumulate < 1:
+        raise UserError(f"--accumulate is {arguments.accumulate}; allowed: 1 or more")
+    if arguments.swap and device == "cpu":
+        raise UserError("--swap moves contenders out of a GPU's memory, and train.accelerator is cpu")
     if arguments.peers:
         check_peers(first)
     choices = Choices()
     ours = logging.getLogger("cllm")
     ours.handlers, ours.propagate = [choices], False
     ours.setLevel(logging.INFO)
-    contenders = [design(name, config) for name, config in configs.items()]
+    swap = arguments.swap
+    contenders = [waiting(design(name, config), swap) for name, config in configs.items()]
     if arguments.peers:
         flops = contenders[0].flops_per_token
-        contenders += [peer(*build(first), flops) for build in (litgpt_compiled, hf_liger)]
+        contenders += [waiting(peer(*build(first), flops), swap) for build in (litgpt_compiled, hf_liger)]
     seq_len, batch = first.data.seq_len, first.train.micro_batch
+    tokens = arguments.accumulate * batch * seq_len
     if arguments.documents:
         contenders.insert(1, with_documents(contenders[0], batch, seq_len, arguments.documents, device))
-    in_fp8 = [design(name, config) for name, config in narrow.items()]
+    in_fp8 = [waiting(design(name, config), swap) for name, config in narrow.items()]
     everyone = contenders + in_fp8
     draw = torch.Generator(device).manual_seed(0)
     vocab = first.model.vocab_size or 0
     batches = [
-        (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
-        for ids in (torch.randint(vocab, (batch, seq_len + 1), device=device, generator=draw) for _ in range(4))
+        [
+            (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+            for ids in torch.randint(
+                vocab, (arguments.accumulate, batch, seq_len + 1), device=device, generator=draw
+            ).unbind()
+        ]
+        for _ in range(4)
     ]
     dropped: list[Contender] = []
     for contender in everyone:
-        if not warm_up(contender, batches, arguments.warmup):
-            dropped.append(contender)
+        with at_work(contender, swap):
+            if not warm_up(contender, batches, arguments.warmup):
+                dropped.append(contender)
+        print(f"warm: {contender.name}", file=sys.stderr, flush=True)
         if contenders[0] in dropped:
             raise UserError(
                 f"{contenders[0].name}, which the others are compared with, does not fit in memory beside them; give "
@@ -327,17 +318,21 @@ def main(argv: list[str] | None = None) -> None:
             )
     contenders, in_fp8 = ([c for c in group if c not in dropped] for group in (contenders, in_fp8))
     everyone = contenders + in_fp8
-    found: dict[str, Any] = {"environment": environment(), "tokens_per_step": batch * seq_len}
+    found: dict[str, Any] = {"environment": environment(), "tokens_per_step": tokens}
+    found["settings"] = {"micro_batches": arguments.accumulate, "swap": swap}
     found["configs"] = {name: config.as_yaml_data() for name, config in (configs | narrow).items()}
     found["out_of_memory"] = [c.name for c in dropped]
     before = clocks()
     for turn in range(arguments.rounds):
         for contender in everyone:
-            measure(contender, batches, arguments.steps)
+            with at_work(contender, swap):
+                if swap:
+                    warm_up(contender, batches, 1)
+                measure(contender, batches, arguments.steps)
         found["clocks"] = [before, clocks()]
         found["chosen"] = choices.lines
-        found["rows"] = rows_of(contenders, contenders[0], batch * seq_len)
-        found["rows_fp8"] = rows_of(in_fp8, contenders[0], batch * seq_len)
+        found["rows"] = rows_of(contenders, contenders[0], tokens, device)
+        found["rows_fp8"] = rows_of(in_fp8, contenders[0], tokens, device)
         if arguments.out:  # after every turn: what is measured stays if the rest is cut off
             write_atomic(Path(arguments.out), json.dumps(found, indent=2) + "\n")
         print(f"turn {turn + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
@@ -345,7 +340,8 @@ def main(argv: list[str] | None = None) -> None:
         found["profile_ms"] = {}
         for contender in everyone:
             print(contender.name)
-            found["profile_ms"][contender.name] = profile(contender, batches)
+            with at_work(contender, swap):
+                found["profile_ms"][contender.name] = profile(contender, batches)
         if arguments.out:
             write_atomic(Path(arguments.out), json.dumps(found, indent=2) + "\n")
     print_rows(found["rows"])

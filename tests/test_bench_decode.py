@@ -122,6 +122,39 @@ def test_everything_is_measured_printed_written_and_drawn(
             assert (folder / name).read_bytes()[:4] == PNG
 
 
+def test_files_of_several_runs_become_one_table_and_one_figure(
+    bench: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One has the baseline and a design with it, the other a third and the second again."""
+    a, b, both = (tmp_path / name for name in ("a.json", "b.json", "both.json"))
+    common = ("--points", "16x1", "--no-ttft", "--capacity", "0.001", "--capacity-context", "32")
+    assert bench("--designs", "cla", "fusedkv", *common, "--out", str(b)) == 0
+    assert bench("--designs", "mha", "cla", *common, "--out", str(a)) == 0
+    capsys.readouterr()
+    assert bench("--merge", str(a), str(b), "--out", str(both)) == 0
+    found, first, second = read(both), read(a), read(b)
+    assert [row["design"] for row in found["rows"]] == ["mha", "cla", "fusedkv"]
+    assert [row["design"] for row in found["capacity"]] == ["mha", "cla", "fusedkv"]
+    assert found["rows"][1]["step_ms"] == first["rows"][1]["step_ms"], "what comes again is taken once"
+    fused = found["rows"][2]
+    assert fused["bound_ms"] == second["rows"][1]["bound_ms"], "beside its own copy"
+    assert second["rows"][1]["step_vs_baseline"] is None
+    assert fused["step_vs_baseline"] == pytest.approx(fused["step_ms"] / found["rows"][0]["step_ms"])
+    assert found["capacity"][2]["batch_vs_baseline"] > 1.9
+    assert found["copies"] == {"a.json": first["copy_bytes_per_s"], "b.json": second["copy_bytes_per_s"]}
+    assert set(found["configs"]) == {"mha", "cla", "fusedkv"}
+    assert both.with_name("both-memory.png").read_bytes().startswith(PNG)
+    assert "fusedkv" in capsys.readouterr().out
+
+    second["settings"]["repeat"] = 99
+    b.write_text(json.dumps(second), encoding="utf-8")
+    assert bench("--merge", str(a), str(b)) == 2
+    assert "settings is" in capsys.readouterr().err
+    b.write_text("[]", encoding="utf-8")
+    assert bench("--merge", str(a), str(b)) == 2
+    assert "b.json: not a file that bench_decode.py --out wrote" in capsys.readouterr().err
+
+
 def test_a_contender_that_fails_is_a_row_and_the_others_go_on(
     script: SimpleNamespace,
     bench: Callable[..., int],

@@ -61,9 +61,40 @@ def test_designs_take_turns_and_the_numbers_say_what_was_run(
     assert "attention.backend auto chose" in capsys.readouterr().err, "told as it runs, too"
 
 
+def test_micro_batches_add_up_to_one_step_of_their_mean_gradient(script: ModuleType) -> None:
+    """Plain descent, so that the weights show the gradient."""
+    torch.manual_seed(0)
+    model = torch.nn.Embedding(7, 7)
+    before = model.weight.detach().clone()
+    ids = torch.randint(7, (3, 2, 5))
+
+    def loss(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), labels.flatten())
+
+    contender = script.Contender("a", model, loss, torch.optim.SGD(model.parameters(), lr=0.1), 1.0)
+    contender.step([(part, part) for part in ids])
+    after = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.copy_(before)
+    (gradient,) = torch.autograd.grad(loss(ids.flatten(0, 1), ids.flatten(0, 1)), [model.weight])
+    assert torch.allclose(after, before - 0.1 * gradient, atol=1e-6)
+    assert not torch.equal(after, before)
+
+
+def test_tokens_of_a_step_are_those_of_all_its_micro_batches(bench: Callable[..., int], tmp_path: Path) -> None:
+    assert bench("--accumulate", "3") in (0, None)
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert found["tokens_per_step"] == 3 * 64
+    assert found["settings"] == {"micro_batches": 3, "swap": False}
+    (row,) = found["rows"]
+    assert row["tokens_per_s"] == pytest.approx(192 / row["ms"] * 1000)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--accumulate", "0"], "--accumulate is 0; allowed: 1 or more"),
+        (["--swap"], "--swap moves contenders out of a GPU's memory"),
         (["--train.precision", "fp32"], "train.precision is fp32, and bench_train.py times bf16"),
         (["--train.strategy", "ddp"], "train.strategy is ddp, and bench_train.py times one device"),
         (["--data.document_mask", "true"], "data.document_mask is true"),
@@ -92,10 +123,10 @@ def test_a_contender_that_does_not_fit_is_named_and_the_first_one_is_never_repla
 ) -> None:
     step = script.Contender.step
 
-    def full(self: object, *batch: torch.Tensor) -> torch.Tensor:
+    def full(self: object, batch: object) -> torch.Tensor:
         if self.name == lacking:  # type: ignore[attr-defined]
             raise torch.OutOfMemoryError
-        return step(self, *batch)
+        return step(self, batch)
 
     monkeypatch.setattr(script.Contender, "step", full)
     status = bench("--designs", "mha", "cla", "--documents", "8")

@@ -18,7 +18,7 @@ Of the last two, ||X - X'|| in fp32 is within 1 % of the least where σ_i falls 
 (1.2 % at i^-1/10), down to what fp32 resolves, 1e-6 of ||X||. bf16 resolves 1e-3: of a spectrum below one value that is
 1000 times the next it loses 40 to 50 %.
 
-Shapes: B batch, n tokens, C channels, r rank, G KV heads, D channels of a head.
+Shapes: B batch, n tokens, C channels, r rank.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cllm.posthoc.code import Code, Rotation
+from cllm.posthoc.code import Code
 
 Algorithm = Literal["exact", "gram", "random", "power"]
 Products = Literal["fp32", "tf32", "bf16"]
@@ -221,32 +221,7 @@ class LowRank(Code):
     width: tuple[int, ...]
 
     def decode(self) -> Tensor:
-        return reconstruct(self.a.decode(), self.b).unflatten(-1, self.width)
+        return (self.a.decode() @ self.b.mT).unflatten(-1, self.width)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.a.decode(), self.b
-
-
-def reconstruct(a: Tensor, b: Tensor) -> Tensor:
-    """A Bᵀ: (B, n, C) from `a` (B, n, r) and `b` (B, C, r)."""
-    return a @ b.mT
-
-
-def reconstruct_keys(a: Tensor, b: Tensor, rotation: Rotation, *, n_kv_heads: int) -> Tensor:
-    """Keys after RoPE (B, n, G, D) from the factors of keys before it, `a` (B, n, r) and `b` (B, G · D, r)."""
-    return rotation.redo(reconstruct(a, b).unflatten(-1, (n_kv_heads, -1)))
-
-
-def weighted_values(weights: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Σ_t p_t v_t as (P A) Bᵀ, so that no value is ever rebuilt.
-
-    Args:
-        weights: (B, H, T, n), each query's weights; query head h reads KV head h // (H / G).
-        a: (B, n, r).
-        b: (B, G, D, r): each KV head's rows of B.
-
-    Returns:
-        (B, H, T, D).
-    """
-    heads = b.repeat_interleave(weights.shape[1] // b.shape[1], dim=1)  # B, H, D, r
-    return (weights @ a[:, None]) @ heads.mT

@@ -13,10 +13,7 @@ from cllm.posthoc.lowrank import (
     energy_rank,
     factor_numbers,
     ranks_for_budget,
-    reconstruct,
-    reconstruct_keys,
     right_vectors,
-    weighted_values,
 )
 from cllm.posthoc.methods import parse
 
@@ -128,15 +125,6 @@ def test_padding_does_not_weigh_in(part):
         torch.testing.assert_close(b.decode()[:, 7:], a.decode(), atol=1e-5, rtol=1e-4)
 
 
-def test_values_are_weighed_without_being_rebuilt():
-    draw = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 30, 5, generator=draw), torch.randn(2, 16, 5, generator=draw)
-    weights = torch.randn(2, 4, 3, 30, generator=draw).softmax(-1)
-    values = reconstruct(a, b).unflatten(-1, (2, 8)).repeat_interleave(2, dim=2)
-    expected = torch.einsum("bhtn,bnhd->bhtd", weights, values)
-    torch.testing.assert_close(weighted_values(weights, a, b.unflatten(1, (2, 8))), expected, atol=1e-5, rtol=1e-5)
-
-
 # ---- RoPE -----------------------------------------------------------------------------------------------------------
 
 
@@ -150,9 +138,6 @@ def test_keys_are_rotated_back_to_what_they_were(scaling, tiny_config):
     rotation = Rotation(lambda p: rope_table(rope, 8, p), 0, 20, starts)
     torch.testing.assert_close(rotation.undo(rotated), k, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(rotation.redo(k), rotated)
-    a, b = torch.randn(2, 20, 3), torch.randn(2, 16, 3)
-    rebuilt = rotation.redo((a @ b.mT).unflatten(-1, (2, 8)))
-    torch.testing.assert_close(reconstruct_keys(a, b, rotation, n_kv_heads=2), rebuilt)
 
 
 def test_keys_are_compressed_before_rope(decoder, tokens, filled):

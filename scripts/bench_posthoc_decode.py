@@ -7,7 +7,7 @@ r"""Time decoding on an xKV-compressed cache, and the compression, on one GPU at
 decode      ms that the attention of one layer takes for one new token a sequence: over the uncompressed cache, over
             factors with all keys rebuilt, and with `--select` tokens chosen. Several groups of layers take turns, so
             that nothing of one is left in the L2 cache by the layer before.
-compress    a group of layers, random weights: prefill of `--prompt` tokens, and the compression of what it cached.
+compress    a decoder of `--layers`, random weights: prefill of `--prompt` tokens, and the compression of its cache.
 
 Bounds are the products' FLOPs over the rate of a bf16 matrix product, and the bytes that must be read over the rate of
 a copy, both measured in the same run; the larger one counts. With --device cpu and small sizes everything runs, and the
@@ -188,9 +188,9 @@ def neighbours(rule: Rebuild) -> list[Rebuild]:
 
 
 def bench_compress(o: argparse.Namespace, device: torch.device, flops: float, record: Record) -> None:
-    """Prefill of `o.group` layers and compression of their cache, both as in a decoder."""
+    """Prefill of `o.layers` layers and compression of their cache, both as in a decoder."""
     config = ModelConfig(
-        vocab_size=256, d_model=o.heads * o.dim, n_layers=o.group, n_heads=o.heads, head_dim=o.dim, d_ff=o.d_ff,
+        vocab_size=256, d_model=o.heads * o.dim, n_layers=o.layers, n_heads=o.heads, head_dim=o.dim, d_ff=o.d_ff,
         max_seq_len=o.prompt, kv={"preset": "gqa", "n_kv_heads": o.kv_heads},
     )  # type: ignore[arg-type]  # fmt: skip
     torch.manual_seed(0)
@@ -210,9 +210,9 @@ def bench_compress(o: argparse.Namespace, device: torch.device, flops: float, re
         times.append(1000 * (time.perf_counter() - begin))
     prefill = sorted(times)[1]
     weights = sum(p.numel() for block in model.blocks for p in block.parameters())
-    products = 2 * weights * o.prompt + 2 * o.group * o.prompt**2 * o.heads * o.dim
+    products = 2 * weights * o.prompt + 2 * o.layers * o.prompt**2 * o.heads * o.dim
     bound = 1000 * products / flops
-    record.add({"what": "compress", "name": f"prefill of {o.group} layers, measured (blocks not compiled)",
+    record.add({"what": "compress", "name": f"prefill of {o.layers} layers, measured (blocks not compiled)",
                 "ms": prefill, "arithmetic_bound_ms": bound, "times_bound": prefill / bound})  # fmt: skip
     for svd in SVDS:
         method = parse(f"xkv:group={o.group},rank_k={o.rank_k},rank_v={o.rank_v},{svd}")
@@ -247,7 +247,8 @@ def main(argv: list[str] | None = None) -> int:
     sizes = {
         "tokens": (65536, "compressed tokens"), "tail": (64, "tokens since"), "batch": (1, "sequences"),
         "heads": (32, "query heads"), "kv-heads": (8, "KV heads"), "dim": (128, "channels of a head"),
-        "d-ff": (14336, "width of the MLP"), "group": (4, "layers of a group"),
+        "d-ff": (14336, "width of the MLP"), "layers": (32, "layers whose prefill and compression are timed"),
+        "group": (4, "layers of a group"),
         "groups": (3, "groups that take turns"), "rank-k": (384, "rank of a group's keys"),
         "rank-v": (576, "rank of its values"), "select": (2048, "tokens chosen"), "chunk": (8, "tokens of a chunk"),
         "outliers": (48, "chunks always read for what is in them"), "local": (4, "last chunks, always read"),

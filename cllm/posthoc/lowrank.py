@@ -24,6 +24,7 @@ Shapes: B batch, n tokens, C channels, r rank.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +38,7 @@ Products = Literal["fp32", "tf32", "bf16"]
 
 _OVERSAMPLE = 16
 _ITERATIONS = 4
-_INVERSE_ITERATIONS = 24
+_POWERS = 8
 _ROUNDING = {"fp32": 2**-24, "tf32": 2**-11, "bf16": 2**-8}
 """The relative error of a number in a product."""
 _DIAGONAL = 1e-13
@@ -90,8 +91,7 @@ def _subspace(x: Tensor, rank: int, products: Products) -> Tensor:
     """(B, C, rank). The random start is the same in every call, so results repeat."""
     x = x.bfloat16() if products == "bf16" else x
     size = min(rank + _OVERSAMPLE, *x.shape[1:])
-    start = torch.randn(x.shape[2], size, generator=torch.Generator().manual_seed(0))
-    q = torch.linalg.qr(start.to(x.device).expand(len(x), -1, -1)).Q
+    q = torch.linalg.qr(_drawn(len(x), x.shape[2], size, x.device).float()).Q
     shift = q.new_zeros(len(x), 1, 1)
     for _ in range(_ITERATIONS):
         y = multiply(x.mT, multiply(x, q, products), products) - shift * q
@@ -102,15 +102,32 @@ def _subspace(x: Tensor, rank: int, products: Products) -> Tensor:
 
 
 def _power(x: Tensor, rank: int, products: Products) -> Tensor:
-    """(B, C, rank)."""
-    size = min(rank + _OVERSAMPLE, *x.shape[1:])
-    x = x.bfloat16() if products == "bf16" else x
-    q = _orthonormal(_drawn(len(x), x.shape[2], size, x.device)).float()
-    shift = q.new_zeros(len(x), 1, 1)
-    for _ in range(_ITERATIONS):
-        y = multiply(x.mT, multiply(x, q, products), products) - shift * q
-        q, shift = _orthonormal(y).float(), _grown(shift, y, products)
-    return (q.double() @ _largest(multiply(x, q, products), rank)).float().contiguous()
+    """(B, C, rank). No spare directions: finding the best ones among more costs a GPU more than iterating on."""
+    apply = _squared(x, products)
+    q = _drawn(len(x), x.shape[2], min(rank, *x.shape[1:]), x.device)
+    for _ in range(_POWERS):
+        q = _orthonormal(apply(q), 1)
+    return _orthonormal(q, 1).float().contiguous()
+
+
+def _squared(x: Tensor, products: Products) -> Callable[[Tensor], Tensor]:
+    """Q to XᵀX Q in fp64. XᵀX is made once where that is less work and products are narrow: squares in fp32 resolve no
+    more of X than those do."""
+    if products == "fp32" or x.shape[1] < x.shape[2]:
+        narrow = x.bfloat16() if products == "bf16" else x
+        return lambda q: multiply(narrow.mT, multiply(narrow, q.float(), products), products).double()
+    square = _gram(x, products).double()
+    return lambda q: square @ q
+
+
+def _gram(x: Tensor, products: Products) -> Tensor:
+    """XᵀX (B, C, C) in fp32, of `x` rounded as `products` says."""
+    if products != "bf16":
+        return multiply(x.mT, x, products)
+    narrow = x.bfloat16()
+    if narrow.is_cuda:
+        return torch.bmm(narrow.mT, narrow, out_dtype=torch.float32)
+    return narrow.float().mT @ narrow.float()
 
 
 def _grown(shift: Tensor, y: Tensor, products: Products) -> Tensor:
@@ -138,35 +155,21 @@ def _inverse_gram(y: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cholesky_inverse(torch.linalg.cholesky_ex(gram).L), total
 
 
-def _largest(small: Tensor, rank: int) -> Tensor:
-    """The directions (B, m, rank) fp64 in which `small` (B, n, m) is not least: inverse iteration finds the m - rank
-    least ones, where an eigensolver would look for all m."""
-    size = small.shape[2]
-    if size == rank:
-        return torch.eye(size, dtype=torch.float64, device=small.device).expand(len(small), -1, -1)
-    inverse, _ = _inverse_gram(small)
-    drawn = _drawn(len(small), size, size, small.device)
-    least = drawn[:, :, rank:]
-    for _ in range(_INVERSE_ITERATIONS):
-        least = _orthonormal(inverse @ least)
-    kept = drawn[:, :, :rank]
-    return _orthonormal(kept - least @ (least.mT @ kept))
-
-
 def _drawn(batch: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """(B, rows, columns) fp64, the same in every call."""
-    draw = torch.Generator().manual_seed(0)
-    return torch.randn(rows, columns, generator=draw).to(device).double().expand(batch, -1, -1)
+    """(B, rows, columns) fp64, the same in every call on a kind of device."""
+    draw = torch.Generator(device).manual_seed(0)
+    return torch.randn(rows, columns, generator=draw, device=device).double().expand(batch, -1, -1)
 
 
-def _orthonormal(y: Tensor) -> Tensor:
-    """An orthonormal basis (B, m, r) fp64 of the columns of `y` (B, m, r): Q = Y L⁻ᵀ with L Lᵀ = Yᵀ Y, twice.
+def _orthonormal(y: Tensor, passes: int) -> Tensor:
+    """A basis (B, m, r) fp64 of the columns of `y` (B, m, r), Q = Y L⁻ᵀ with L Lᵀ = Yᵀ Y: orthonormal after two passes,
+    and after one as far as the square of Y's condition allows.
 
     Directions that `y` does not have, where X has fewer than r, may come out shorter than 1; X has nothing in them.
     """
     q = y.double()
     q = q / q.norm(dim=1, keepdim=True).clamp(min=1e-300)
-    for _ in range(2):
+    for _ in range(passes):
         gram = q.mT @ q
         gram.diagonal(dim1=1, dim2=2).add_(1e-14)
         q = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, q.mT, upper=False).mT

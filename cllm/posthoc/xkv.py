@@ -20,6 +20,7 @@ from cllm.posthoc.lowrank import (
     ranks_for_budget,
     right_vectors,
 )
+from cllm.posthoc.streams import streams
 
 
 class XKV(Codable):
@@ -103,10 +104,15 @@ class XKV(Codable):
         if self.ratio == 1:
             return [None] * len(keys.slots), [None] * len(keys.slots)
         ranks_k, ranks_v = self._ranks(keys, groups_k, values, groups_v)
+        codes_k: list[Code | None] = [None] * len(keys.slots)
         codes_v: list[Code | None] = [None] * len(keys.slots)
+        jobs = [(keys, group, rank, codes_k) for group, rank in zip(groups_k, ranks_k, strict=True)]
         if values is not None:
-            codes_v = self._code(values, groups_v, ranks_v)
-        return self._code(keys, groups_k, ranks_k), codes_v
+            jobs += [(values, group, rank, codes_v) for group, rank in zip(groups_v, ranks_v, strict=True)]
+        for job, stream in zip(jobs, streams(len(jobs), keys.data[0].device), strict=True):
+            with stream:
+                self._code(*job)
+        return codes_k, codes_v
 
     @property
     def chooses(self) -> bool:
@@ -166,24 +172,22 @@ class XKV(Codable):
             )
         return list(found[0]), list(found[1])
 
-    def _code(self, part: Part, groups: list[list[int]], ranks: list[int | None]) -> list[Code | None]:
-        codes: list[Code | None] = [None] * len(part.slots)
-        for group, rank in zip(groups, ranks, strict=True):
-            x = torch.cat([part.flat(i) for i in group], dim=-1)  # B, n, layers · width
-            vectors, spectrum = right_vectors(x, self.svd, rank, self.products)
-            if rank is None:
-                assert spectrum is not None
-                assert self.energy is not None
-                vectors = vectors[..., : energy_rank(spectrum, self.energy)]
-            rows = multiply(x, vectors, self.products)  # B, n, r
-            # Columns of A differ in size by orders of magnitude, as the keys' channels do: coded like keys.
-            a: Code = Exact(rows.to(part.dtype))
-            if self._coder is not None:
-                a = self._coder.code(rows, "k", part.dtype, (rows.shape[2],))
-            width = tuple(part.data[group[0]].shape[2:])
-            for i, b in zip(group, vectors.chunk(len(group), dim=1), strict=True):
-                codes[i] = LowRank(a, b.to(part.dtype, copy=True).contiguous(), width)
-        return codes
+    def _code(self, part: Part, group: list[int], rank: int | None, codes: list[Code | None]) -> None:
+        """Write the codes of the slots of `group` into `codes`."""
+        x = torch.cat([part.flat(i) for i in group], dim=-1)  # B, n, layers · width
+        vectors, spectrum = right_vectors(x, self.svd, rank, self.products)
+        if rank is None:
+            assert spectrum is not None
+            assert self.energy is not None
+            vectors = vectors[..., : energy_rank(spectrum, self.energy)]
+        rows = multiply(x, vectors, self.products)  # B, n, r
+        # Columns of A differ in size by orders of magnitude, as the keys' channels do: coded like keys.
+        a: Code = Exact(rows.to(part.dtype))
+        if self._coder is not None:
+            a = self._coder.code(rows, "k", part.dtype, (rows.shape[2],))
+        width = tuple(part.data[group[0]].shape[2:])
+        for i, b in zip(group, vectors.chunk(len(group), dim=1), strict=True):
+            codes[i] = LowRank(a, b.to(part.dtype, copy=True).contiguous(), width)
 
 
 class SVD(XKV):

@@ -140,8 +140,11 @@ def bench_decode(o: argparse.Namespace, device: torch.device, flops: float, copy
     rebuilt = 2 * o.tokens * (o.rank_k * width + o.heads * (o.dim + o.rank_v))
     read = o.tokens * (o.rank_k + o.rank_v) + small
     add("all keys rebuilt", [lambda i=i: layers.attend(i) for i in every], rebuilt, read, relative_error=error)
-    if o.sweep:
+    if o.sweep is not None:
+        begin = time.monotonic()
         for rebuild in neighbours(choose(o, device)):
+            if time.monotonic() - begin > o.sweep:
+                break
             try:
                 calls = [lambda i=i, r=rebuild: tiled(layers, i, r) for i in every]
                 add(f"  {rebuild}".replace("Rebuild", ""), calls, rebuilt, read)
@@ -176,13 +179,14 @@ def tiled(layers: Layers, i: int, rebuild: Rebuild) -> Tensor:
 
 
 def neighbours(rule: Rebuild) -> list[Rebuild]:
-    """Tiles that a device of 227 KiB of shared memory a multiprocessor could take, the rule's left out."""
+    """Tiles that a device of 227 KiB of shared memory a multiprocessor could take, those like the rule's first, its own
+    left out."""
     found = [
         Rebuild(block_n=n, block_r=r, pack=pack, num_warps=warps, num_stages=stages)
-        for n, pack in ((64, 1), (64, 2), (128, 1), (128, 2), (256, 1))
-        for r in (32, 64, 128)
-        for warps in (4, 8)
-        for stages in (2, 3, 4)
+        for n, pack in ((128, 2), (64, 2), (128, 1), (256, 1), (64, 1))
+        for warps in (8, 4)
+        for r in (64, 32, 128)
+        for stages in (3, 4, 2)
     ]
     return [tiles for tiles in found if tiles != rule and tiles.shared(64, 2) <= 219 * 1024]
 
@@ -258,7 +262,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{told} (default {default})")
     parser.add_argument("--only", choices=["decode", "compress"], help="one of the two")
     parser.add_argument("--errors", action="store_true", help="also measure what compression loses")
-    parser.add_argument("--sweep", action="store_true", help="also other tiles for rebuilding keys; minutes")
+    parser.add_argument("--sweep", nargs="?", const=float("inf"), type=float, metavar="SECONDS",
+                        help="also other tiles for rebuilding keys; minutes, or no more than that")  # fmt: skip
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where to measure (default cuda)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
     o = parser.parse_args(argv)

@@ -384,6 +384,23 @@ def test_a_size_that_did_not_fit_is_not_tried_again(
     assert [tried["point"] for tried in result["tried"]] == ["32x6", "32x4", "32x5"]
 
 
+def test_a_budget_within_a_page_of_what_is_allocated_is_met(
+    script: SimpleNamespace, design: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page is ten times 64 tokens of 512 bytes: the last ten sizes below 1000 pages all need the last one."""
+    page = 10 * 64 * 512
+    found = search(script, design("mha"), 1000 * page - 1000, {})
+
+    def run(point, eager):
+        return {"used_bytes": found.weights + -(-found.cache(point.context, point.batch) // page) * page}
+
+    monkeypatch.setattr(found, "_run", run)
+    result = found.context()
+    assert [tried["used_bytes"] > found.budget for tried in result["tried"][:2]] == [True, True]
+    assert 9970 * 64 < result["context"] <= 9990 * 64
+    assert result["used_bytes"] <= found.budget
+
+
 def test_overhead_is_what_a_peak_leaves_of_weights_and_cache(script: SimpleNamespace) -> None:
     rows = [
         {"batch": 1, "peak_bytes": 115, "weight_bytes": 100, "cache_bytes": 10},

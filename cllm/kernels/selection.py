@@ -30,6 +30,11 @@ class Selection:
     """Tokens, a multiple of `chunk`, that a step chooses besides, for each KV head."""
 
 
+def chosen_chunks(selection: Selection) -> int:
+    """How many chunks are chosen for each KV head, besides those that are always read."""
+    return min(selection.budget // selection.chunk, selection.landmarks.shape[1] - selection.outliers.shape[2])
+
+
 def chosen_tokens(marks: Tensor, selection: Selection) -> Tensor:
     """Tokens (B, G, n) int64 that a step reads: the outliers' first, then those of the chunks whose landmarks get the
     largest probability from any query head of the KV head.
@@ -42,8 +47,9 @@ def chosen_tokens(marks: Tensor, selection: Selection) -> Tensor:
         selection: what they were made from.
     """
     outliers = selection.outliers
-    weights = marks.softmax(-1).unflatten(1, (outliers.shape[1], -1)).amax(2)  # B, G, chunks
-    weights = weights.scatter(-1, outliers, -1.0)
-    count = min(selection.budget // selection.chunk, weights.shape[-1] - outliers.shape[-1])
-    chunks = torch.cat((outliers, weights.topk(count, sorted=False).indices), -1)
+    # Logarithms, in which no chunk is too unlikely to differ from another; a row of padding alone has none.
+    weights = marks.log_softmax(-1).nan_to_num(-torch.inf).unflatten(1, (outliers.shape[1], -1)).amax(2)
+    weights = weights.clamp(min=torch.finfo(marks.dtype).min).scatter(-1, outliers, -torch.inf)  # B, G, chunks
+    best = weights.topk(chosen_chunks(selection), sorted=False).indices.sort(-1).values
+    chunks = torch.cat((outliers, best), -1)
     return (chunks[..., None] * selection.chunk + torch.arange(selection.chunk, device=marks.device)).flatten(-2)

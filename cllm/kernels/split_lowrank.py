@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cllm.kernels import triton_decode, triton_lowrank
 from cllm.kernels.decode import Visible
-from cllm.kernels.selection import Selection, chosen_tokens
+from cllm.kernels.selection import Selection, chosen_chunks, chosen_tokens
 from cllm.kernels.split_decode import Limits, _limits, _power
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MAX_DIM = 256
 MAX_HEADS = 64
 """Query heads of one KV head."""
+_MOST_CHUNKS = 2**15
+"""What one program chooses from; more go through plain torch."""
 _LOG2 = math.log2(math.e)
 
 
@@ -246,6 +248,17 @@ def run(
 
 def _choose(call: _Call, q: Tensor, selection: Selection) -> Tensor:
     """Tokens (B, G, n) int64 that this step reads."""
-    marks = call.scores(selection.landmarks.shape[1])
-    call.plain(q, selection.landmarks, marks, span=selection.chunk, factor=1.0)
-    return chosen_tokens(marks, selection)
+    chunks, outliers, span = selection.landmarks.shape[1], selection.outliers, selection.chunk
+    marks = call.scores(chunks)
+    call.plain(q, selection.landmarks, marks, span=span, factor=1.0)
+    block, count = _power(chunks), chosen_chunks(selection)
+    if block > _MOST_CHUNKS or count == 0:
+        return chosen_tokens(marks, selection)
+    always = outliers.shape[2]
+    out = torch.empty((call.batch, call.groups, (always + count) * span), dtype=torch.int64, device=call.device)
+    triton_lowrank.choose[(call.groups, call.batch)](
+        marks, outliers, out, marks.stride()[:2], outliers.stride()[:2], out.stride()[:2], chunks,
+        HEADS=call.heads, OUTLIERS=always, COUNT=count, SPAN=span, BLOCK=block, BLOCK_M=_power(max(always, 1)),
+        num_warps=min(32, max(4, block // 512)),
+    )  # fmt: skip
+    return out

@@ -4,6 +4,7 @@
 
     rebuilt_scores   keys made tile by tile from their factors, turned by RoPE in registers, times the queries
     plain_scores     the queries times keys that are stored as they are: the exact tail, outliers, landmarks
+    choose           the chunks whose landmarks score best
     weigh            softmax over a stretch of scores, times rows of A or exact values
     finish           rows of A to values, and all stretches together
 
@@ -183,6 +184,61 @@ def plain_scores(
     q = _query(query, q_strides, b, head, is_head, channel, is_channel)
     value = tl.dot(tile.to(q.dtype), tl.trans(q), input_precision="tf32x3")
     _emit(scores, score_strides, value * log2_scale, b, head, is_head, token, seen, N, ADD)
+
+
+@jit
+def choose(
+    marks,
+    outliers,
+    out,
+    m_strides,
+    o_strides,
+    out_strides,
+    CHUNKS,
+    HEADS: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    COUNT: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Tokens of one KV head's chunks: those of the outliers, and of the COUNT others of largest probability from any of
+    its query heads, in ascending order; of equal ones the first.
+
+    `marks` (B, H, CHUNKS) fp32, `outliers` (B, G, OUTLIERS) and `out` (B, G, (OUTLIERS + COUNT) · SPAN) int64. A
+    logarithm of a probability is never positive, so that its magnitude as an integer orders it, and the COUNT-th one is
+    found bit by bit.
+    """
+    group, b = tl.program_id(0), tl.program_id(1)
+    chunk = tl.arange(0, BLOCK)
+    is_chunk = chunk < CHUNKS
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for h in range(HEADS):
+        at = marks + b * m_strides[0] + (group * HEADS + h) * m_strides[1] + chunk
+        mark = tl.load(at, mask=is_chunk, other=float("-inf"))
+        most = tl.maximum(tl.max(mark, 0), -1e30)
+        total = tl.maximum(tl.sum(tl.exp(mark - most), 0), 1e-30)
+        best = tl.maximum(best, mark - (most + tl.log(total)))
+    magnitude = tl.minimum(best, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    order = tl.where(is_chunk, 0x7FFFFFFF - magnitude, -1)
+    always = outliers + b * o_strides[0] + group * o_strides[1]
+    for m in range(OUTLIERS):
+        order = tl.where(chunk == tl.load(always + m), -1, order)
+    least = 0
+    for bit in range(31):
+        tried = least | (1 << (30 - bit))
+        least = tl.where(tl.sum((order >= tried).to(tl.int32), 0) >= COUNT, tried, least)
+    above, equal = (order > least).to(tl.int32), (order == least).to(tl.int32)
+    room = COUNT - tl.sum(above, 0)
+    taken = above | (equal & (tl.cumsum(equal, 0) <= room).to(tl.int32))
+    place = OUTLIERS + tl.cumsum(taken, 0) - 1
+    to = out + b * out_strides[0] + group * out_strides[1]
+    for j in range(SPAN):
+        tl.store(to + place * SPAN + j, (chunk * SPAN + j).to(tl.int64), mask=taken > 0)
+    m = tl.arange(0, BLOCK_M)
+    first = tl.load(always + m, mask=m < OUTLIERS, other=0)
+    for j in range(SPAN):
+        tl.store(to + m * SPAN + j, first * SPAN + j, mask=m < OUTLIERS)
 
 
 @jit

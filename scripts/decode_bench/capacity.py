@@ -3,7 +3,9 @@
     weights + cache + what one decoding step needs on top <= budget
 
 Weights and cache are known to the byte. What a step needs is measured at smaller points and taken to grow with the
-batch; the run at the size found measures it again, and the size is corrected until the two agree.
+batch; the run at the size found measures it again, and the size is corrected until the two agree. An allocator hands
+out whole pages, a tensor at a time, so that a size a little smaller may need as much: where that was still too much,
+more is taken off, a thousandth of the budget and then twice as much each time.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ ALIGN = 64
 """Contexts are whole multiples of this many tokens."""
 LONGEST = 2**30
 """A cache that still fits at this many tokens does not grow with the context."""
-TRIES = 4
+TRIES = 8
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
@@ -80,6 +82,7 @@ class Search:
         tried: list[dict[str, Any]] = []
         best: dict[str, Any] | None = None
         too_many = limit + 1
+        margin, failed = 0, False
 
         def fits(n: int) -> bool:
             point = point_of(n)
@@ -94,8 +97,12 @@ class Search:
                 break
             row = self._run(point, eager)
             tried.append({"point": str(point), "used_bytes": row["used_bytes"]})
-            self.measured = {point.batch: row["used_bytes"] - self.weights - self.cache(point.context, point.batch)}
-            if row["used_bytes"] > self.budget:
+            excess = row["used_bytes"] - self.budget
+            margin = max(2 * margin, excess, self.budget // 1000) if failed and excess > 0 else 0
+            failed = excess > 0
+            extra = row["used_bytes"] - self.weights - self.cache(point.context, point.batch)
+            self.measured = {point.batch: extra + margin}
+            if failed:
                 too_many = n
             else:
                 best = {"context": point.context, "batch": point.batch, **row}

@@ -63,7 +63,7 @@ FULL = Size(
     tokens=60_000_000,
     batch=64,
     lr=1e-3,
-    uptrain_batch=16,
+    uptrain_batch=8,
     validation_sequences=256,
     calibration_sequences=64,
 )

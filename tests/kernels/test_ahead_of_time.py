@@ -36,7 +36,7 @@ def test_kernels_compile_and_fit(capability: int) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    names = {"split_dot", "merge", "rebuilt_scores", "plain_scores", "weigh", "finish"}
+    names = {"split_dot", "merge", "rebuilt_scores", "plain_scores", "choose", "weigh", "finish"}
     assert {made["name"] for made in found} - {"split_elementwise"} == names
     for made in found:
         assert made["shared"] <= DEVICES[capability][1], made

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
-    "tokens": 128, "tail": 4, "heads": 4, "kv-heads": 2, "dim": 16, "d-ff": 32, "layers": 2, "group": 2, "groups": 1, "rank-k": 12,
-    "rank-v": 20, "select": 32, "outliers": 2, "local": 1, "prompt": 96,
+    "tokens": 128, "tail": 4, "heads": 4, "kv-heads": 2, "dim": 16, "d-ff": 32, "layers": 2, "group": 2, "groups": 1,
+    "rank-k": 12, "rank-v": 20, "select": 32, "outliers": 2, "local": 1, "prompt": 96,
 }  # fmt: skip
 
 

@@ -10,9 +10,9 @@ accuracy of V_r, and full rank loses nothing but rounding.
     random   subspace iteration from a random start (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4), shifted
              as in dashSVD (arXiv 2404.09276), in fp32, or its products with X in TF32 or bf16; what makes directions
              orthogonal stays in fp32
-    power    the same, made orthogonal by Cholesky factors in fp64 (CholeskyQR2, Yamamoto et al., 2015), spare
-             directions found by inverse iteration: no QR and no eigensolver, which take a GPU longer than all products.
-             A basis of the subspace, not sorted by singular value
+    power    plain iteration with XᵀX, which is made once where products are narrow, orthonormal by Cholesky factors in
+             fp64 (CholeskyQR, Yamamoto et al., 2015): no QR, no eigensolver and no spare directions, each of which
+             takes a GPU longer than two more iterations. A basis of the subspace, not sorted by singular value
 
 Of the last two, ||X - X'|| in fp32 is within 1 % of the least where σ_i falls like i^-1/4 or faster, r up to 3/8 of C
 (1.2 % at i^-1/10), down to what fp32 resolves, 1e-6 of ||X||. bf16 resolves 1e-3: of a spectrum below one value that is

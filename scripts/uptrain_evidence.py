@@ -82,8 +82,8 @@ def parser() -> argparse.ArgumentParser:
     add("--train-seeds", type=int, default=1, metavar="N", help="seeds of runs (default: %(default)s)")
     add("--percents", type=float, nargs="+", default=[1.0, 2.0, 5.0], metavar="P",
         help="shares of the pretraining tokens (default: 1 2 5)")  # fmt: skip
-    add("--lr", type=float, default=5e-4, help="peak rate of students (default: %(default)s)")
-    add("--kv-lr", type=float, default=1e-3, help="the same where only K/V are trained (default: %(default)s)")
+    add("--lr", type=float, help=f"peak rate of students (default: {FULL.uptrain_lr:g})")
+    add("--kv-lr", type=float, help=f"the same where only K/V are trained (default: {FULL.uptrain_kv_lr:g})")
     add("--only", default="", metavar="REGEX", help="starts and students whose name it matches from its beginning")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--no-compile", action="store_true", help="run blocks as they are; short runs do not earn compiling back")
@@ -112,8 +112,11 @@ class Experiment:
         self.device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
         gpu = self.device.type == "cuda"
         self.compiled = gpu and not options.no_compile
+        said = {"all": options.lr, "kv": options.kv_lr}
+        usual = {"all": self.size.uptrain_lr, "kv": self.size.uptrain_kv_lr}
+        self.rates = {what: usual[what] if rate is None else rate for what, rate in said.items()}
         self.agenda = agenda(
-            {"all": options.lr, "kv": options.kv_lr},
+            self.rates,
             seeds=options.seeds,
             train_seeds=options.train_seeds,
             percents=options.percents,
@@ -182,7 +185,7 @@ class Experiment:
         for item in wanted:
             if self._late("steps", _COMPILING if gpu and item.compiled else 0.0):
                 return
-            student = Student("fusedkv", "copy", "distilled", item.trainable, 1.0, self.options.lr)
+            student = Student("fusedkv", "copy", "distilled", item.trainable, 1.0, self.rates["all"])
             steps = 20 if gpu else 2
             with self._recording(item.name):
                 first, *rows = measure_steps(

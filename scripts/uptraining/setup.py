@@ -37,6 +37,10 @@ class Size:
     """Peak rate of pretraining; cosine to a tenth of it."""
     uptrain_batch: int
     """Sequences of a student's step."""
+    uptrain_lr: float
+    """Peak rate of students. Far above the rate at which pretraining ended it undoes more than a few steps repair."""
+    uptrain_kv_lr: float
+    """The same where only K/V are trained."""
     validation_sequences: int
     calibration_sequences: int
     corpus_bytes: int | None = None
@@ -63,7 +67,9 @@ FULL = Size(
     tokens=60_000_000,
     batch=64,
     lr=1e-3,
-    uptrain_batch=8,
+    uptrain_batch=16,
+    uptrain_lr=1.5e-4,
+    uptrain_kv_lr=3e-4,
     validation_sequences=256,
     calibration_sequences=64,
 )
@@ -78,6 +84,8 @@ SMALL = Size(
     batch=16,
     lr=3e-3,
     uptrain_batch=8,
+    uptrain_lr=5e-4,
+    uptrain_kv_lr=1e-3,
     validation_sequences=64,
     calibration_sequences=32,
     corpus_bytes=8_000_000,
@@ -93,6 +101,8 @@ TINY = Size(
     batch=8,
     lr=1e-2,
     uptrain_batch=4,
+    uptrain_lr=5e-4,
+    uptrain_kv_lr=1e-3,
     validation_sequences=8,
     calibration_sequences=4,
     corpus_bytes=1_000_000,

@@ -165,7 +165,7 @@ class _Call:
         )  # fmt: skip
 
     def weighed(self, scores, values, index, *, shared: bool) -> tuple[Tensor, Tensor]:
-        """Partial sums and log-sum-exps over splits; `shared`: `values` (B, n, 1, W) are those of all KV heads."""
+        """Σ p v (B, H, W) fp32 and its log-sum-exp (B, H); `shared`: `values` (B, n, 1, W) are those of all heads."""
         tokens, width = scores.shape[2], values.shape[3]
         common = shared and index is None
         groups, heads = (1, self.groups * self.heads) if common else (self.groups, self.heads)
@@ -182,15 +182,21 @@ class _Call:
             scores, values, index, partial, log_sums, scores.stride()[:2], strides, tokens, _strides(index),
             G=groups, HEADS=heads, WIDTH=width, BLOCK_H=block_h, BLOCK_N=64, BLOCK_W=block_w, STAGES=3,
         )  # fmt: skip
-        return partial, log_sums
+        merged = torch.empty((*shape[:2], width), dtype=torch.float32, device=self.device)
+        merged_log_sum = torch.empty(shape[:2], dtype=torch.float32, device=self.device)
+        if splits == 1:
+            return partial[:, :, 0], log_sums[:, :, 0]
+        triton_lowrank.merge[(shape[0] * shape[1], -(-width // 32))](
+            partial, log_sums, merged, merged_log_sum, SPLITS=splits, ALL=_power(splits), WIDTH=width, BLOCK_W=32
+        )
+        return merged, merged_log_sum
 
     def finished(self, early: tuple[Tensor, Tensor], late: tuple[Tensor, Tensor], b: Tensor, out: Tensor) -> None:
-        splits, tail_splits = early[0].shape[2], late[0].shape[2]
-        block_d = min(64, max(16, _power(self.dim)))
-        triton_lowrank.finish[(out.shape[0] * out.shape[1], -(-self.dim // block_d))](
+        """Write what `weighed` found of the factors and of the tail, both contiguous, into `out` (B, H, D)."""
+        triton_lowrank.finish[(out.shape[0] * out.shape[1], -(-self.dim // 16))](
             *early, b, *late, out, b.stride()[:2], out.stride()[:2],
-            G=self.groups, HEADS=self.heads, RANK=b.shape[2], DIM=self.dim, SPLITS=splits, ALL=_power(splits),
-            TAIL_SPLITS=tail_splits, TAIL_ALL=_power(tail_splits), CHUNK=16, BLOCK_R=64, BLOCK_D=block_d,
+            G=self.groups, HEADS=self.heads, RANK=b.shape[2], DIM=self.dim, BLOCK_R=min(256, _power(b.shape[2])),
+            BLOCK_D=16,
         )  # fmt: skip
 
 
@@ -259,6 +265,6 @@ def _choose(call: _Call, q: Tensor, selection: Selection) -> Tensor:
     triton_lowrank.choose[(call.groups, call.batch)](
         marks, outliers, out, marks.stride()[:2], outliers.stride()[:2], out.stride()[:2], chunks,
         HEADS=call.heads, OUTLIERS=always, COUNT=count, SPAN=span, BLOCK=block, BLOCK_M=_power(max(always, 1)),
-        num_warps=min(32, max(4, block // 512)),
+        num_warps=min(16, max(4, block // 1024)),
     )  # fmt: skip
     return out

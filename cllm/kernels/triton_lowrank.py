@@ -6,6 +6,7 @@
     plain_scores     the queries times keys that are stored as they are: the exact tail, outliers, landmarks
     choose           the chunks whose landmarks score best
     weigh            softmax over a stretch of scores, times rows of A or exact values
+    merge            the splits of a stretch together
     finish           rows of A to values, and all stretches together
 
 Scores go through memory, (B, H, n) fp32 to base 2, a fiftieth of what the factors take: a program that rebuilds keys
@@ -205,9 +206,11 @@ def choose(
     """Tokens of one KV head's chunks: those of the outliers, and of the COUNT others of largest probability from any of
     its query heads, in ascending order; of equal ones the first.
 
-    `marks` (B, H, CHUNKS) fp32, `outliers` (B, G, OUTLIERS) and `out` (B, G, (OUTLIERS + COUNT) · SPAN) int64. A
-    logarithm of a probability is never positive, so that its magnitude as an integer orders it, and the COUNT-th one is
-    found bit by bit.
+    `marks` (B, H, CHUNKS) fp32, `outliers` (B, G, OUTLIERS) and `out` (B, G, (OUTLIERS + COUNT) · SPAN) int64. The row
+    of `marks` of the first query head is written over: outliers are struck out there, by their numbers.
+
+    A logarithm of a probability is never positive, so that its magnitude as an integer orders it, and the COUNT-th one
+    is found two bits at a time, the three numbers of chunks that are as large added up in one word.
     """
     group, b = tl.program_id(0), tl.program_id(1)
     chunk = tl.arange(0, BLOCK)
@@ -222,12 +225,27 @@ def choose(
     magnitude = tl.minimum(best, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     order = tl.where(is_chunk, 0x7FFFFFFF - magnitude, -1)
     always = outliers + b * o_strides[0] + group * o_strides[1]
-    for m in range(OUTLIERS):
-        order = tl.where(chunk == tl.load(always + m), -1, order)
-    least = 0
-    for bit in range(31):
-        tried = least | (1 << (30 - bit))
-        least = tl.where(tl.sum((order >= tried).to(tl.int32), 0) >= COUNT, tried, least)
+    m = tl.arange(0, BLOCK_M)
+    first = tl.load(always + m, mask=m < OUTLIERS, other=0)
+    row = marks + b * m_strides[0] + group * HEADS * m_strides[1]
+    tl.debug_barrier()
+    tl.store(row + chunk, order.to(tl.float32, bitcast=True), mask=is_chunk)
+    tl.debug_barrier()
+    none = tl.full((BLOCK_M,), -1, tl.int32)
+    tl.store(row + first, none.to(tl.float32, bitcast=True), mask=m < OUTLIERS)
+    tl.debug_barrier()
+    order = tl.load(row + chunk, mask=is_chunk, other=0.0, volatile=True).to(tl.int32, bitcast=True)
+    order = tl.where(is_chunk, order, -1)
+    least = tl.where(tl.sum((order >= 1 << 30).to(tl.int32), 0) >= COUNT, 1 << 30, 0)
+    for step in range(15):
+        bit = 28 - 2 * step
+        one, two, three = least | (1 << bit), least | (2 << bit), least | (3 << bit)
+        counts = (order >= one).to(tl.int64)
+        counts += ((order >= two).to(tl.int64) << 20) + ((order >= three).to(tl.int64) << 40)
+        found = tl.sum(counts, 0)
+        least = tl.where((found & 0xFFFFF) >= COUNT, one, least)
+        least = tl.where(((found >> 20) & 0xFFFFF) >= COUNT, two, least)
+        least = tl.where((found >> 40) >= COUNT, three, least)
     above, equal = (order > least).to(tl.int32), (order == least).to(tl.int32)
     room = COUNT - tl.sum(above, 0)
     taken = above | (equal & (tl.cumsum(equal, 0) <= room).to(tl.int32))
@@ -235,8 +253,6 @@ def choose(
     to = out + b * out_strides[0] + group * out_strides[1]
     for j in range(SPAN):
         tl.store(to + place * SPAN + j, (chunk * SPAN + j).to(tl.int64), mask=taken > 0)
-    m = tl.arange(0, BLOCK_M)
-    first = tl.load(always + m, mask=m < OUTLIERS, other=0)
     for j in range(SPAN):
         tl.store(to + m * SPAN + j, first * SPAN + j, mask=m < OUTLIERS)
 
@@ -306,35 +322,32 @@ def weigh(
 
 
 @jit
-def _merged(
-    partial,
-    log_sums,
-    row,
-    top,
-    channel,
-    SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Σ_s 2^(l_s - top) partial[row, s] (BLOCK,). `partial` of a split that is empty was never written."""
-    summed = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, SPLITS, CHUNK):
-        split = start + tl.arange(0, CHUNK)
-        log_sum = tl.load(log_sums + row * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
-        mask = (log_sum != float("-inf"))[:, None] & (channel < WIDTH)[None, :]
-        at = partial + (row * SPLITS + split)[:, None] * WIDTH + channel[None, :]
-        summed += tl.sum(tl.exp2(log_sum - top)[:, None] * tl.load(at, mask=mask, other=0.0), axis=0)
-    return summed
+def merge(partial, log_sums, merged, merged_log_sum, SPLITS: tl.constexpr, ALL: tl.constexpr, WIDTH: tl.constexpr,
+          BLOCK_W: tl.constexpr):  # fmt: skip
+    """The splits of one query head's stretch together: `partial` (B, H, SPLITS, WIDTH) to `merged` (B, H, WIDTH), both
+    fp32, and `log_sums` (B, H, SPLITS) to `merged_log_sum` (B, H). Of a split that is empty nothing was written."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, ALL)
+    channel = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    log_sum = tl.load(log_sums + row * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
+    top = tl.maximum(tl.max(log_sum, axis=0), -1e30)
+    share = tl.exp2(log_sum - top)
+    total = tl.sum(share, axis=0)
+    at = partial + (row * SPLITS + split)[:, None] * WIDTH + channel[None, :]
+    mask = (log_sum != float("-inf"))[:, None] & (channel < WIDTH)[None, :]
+    summed = tl.sum(share[:, None] * tl.load(at, mask=mask, other=0.0), axis=0)
+    tl.store(merged + row * WIDTH + channel, summed / tl.where(total == 0, 1.0, total), mask=channel < WIDTH)
+    if tl.program_id(1) == 0:
+        tl.store(merged_log_sum + row, tl.where(total == 0, float("-inf"), top + tl.log2(total)))
 
 
 @jit
 def finish(
-    partial,
-    log_sums,
+    mixed,
+    log_sum,
     b,
     tail,
-    tail_log_sums,
+    tail_log_sum,
     out,
     b_strides,
     out_strides,
@@ -342,35 +355,31 @@ def finish(
     HEADS: tl.constexpr,
     RANK: tl.constexpr,
     DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    ALL: tl.constexpr,
-    TAIL_SPLITS: tl.constexpr,
-    TAIL_ALL: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A query head's output: B times the merged splits over A, plus those over exact values; 0 where all are empty.
+    """A query head's output: B times the rows of A that were mixed, and the exact values that were; 0 where both
+    stretches are empty.
 
-    `partial` is (B, H, SPLITS, RANK), `tail` (B, H, TAIL_SPLITS, D), `b` (B, G · D, RANK), `out` (B, H, D).
+    `mixed` is (B, H, RANK), `tail` (B, H, D), their log-sum-exps (B, H), `b` (B, G · D, RANK), `out` (B, H, D).
     """
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // (G * HEADS), row % (G * HEADS)
-    index = tl.arange(0, ALL)
-    low = tl.load(log_sums + row * SPLITS + index, mask=index < SPLITS, other=float("-inf"))
-    index = tl.arange(0, TAIL_ALL)
-    exact = tl.load(tail_log_sums + row * TAIL_SPLITS + index, mask=index < TAIL_SPLITS, other=float("-inf"))
-    top = tl.maximum(tl.maximum(tl.max(low, axis=0), tl.max(exact, axis=0)), -1e30)
-    total = tl.sum(tl.exp2(low - top), axis=0) + tl.sum(tl.exp2(exact - top), axis=0)
+    low, exact = tl.load(log_sum + row), tl.load(tail_log_sum + row)
+    top = tl.maximum(tl.maximum(low, exact), -1e30)
+    low, exact = tl.exp2(low - top), tl.exp2(exact - top)
 
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    summed = _merged(tail, tail_log_sums, row, top, channel, TAIL_SPLITS, CHUNK, DIM, BLOCK_D)
+    is_channel = channel < DIM
     rows = b + batch * b_strides[0] + (head // HEADS * DIM + channel)[:, None] * b_strides[1]
+    summed = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for start in range(0, RANK, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
-        mixed = _merged(partial, log_sums, row, top, r, SPLITS, CHUNK, RANK, BLOCK_R)
-        tile = tl.load(rows + r[None, :], mask=(channel < DIM)[:, None] & (r < RANK)[None, :], other=0.0)
-        summed += tl.sum(tile.to(tl.float32) * mixed[None, :], axis=1)
-    summed = summed / tl.where(total == 0, 1.0, total)
+        tile = tl.load(rows + r[None, :], mask=is_channel[:, None] & (r < RANK)[None, :], other=0.0)
+        weight = tl.load(mixed + row * RANK + r, mask=r < RANK, other=0.0)
+        summed += tl.sum(tile.to(tl.float32) * weight[None, :], axis=1)
+    beside = tl.load(tail + row * DIM + channel, mask=is_channel, other=0.0)
+    summed = tl.where(low > 0, low * summed, 0.0) + tl.where(exact > 0, exact * beside, 0.0)  # what is empty may be NaN
+    total = low + exact
     at = out + batch * out_strides[0] + head * out_strides[1] + channel
-    tl.store(at, summed.to(out.dtype.element_ty), mask=channel < DIM)
+    tl.store(at, (summed / tl.where(total == 0, 1.0, total)).to(out.dtype.element_ty), mask=is_channel)

@@ -176,9 +176,11 @@ class Part:
                 raise UserError(f"group={size}: a group mixes shapes: {told}; allowed: groups of slots of one shape")
         return groups
 
-    def flat(self, place: int, *, padding: Literal["zero", "repeat"] = "zero") -> Tensor:
-        """(B, n, C) fp32: the tensor at `place`, a row a token, without padding."""
-        return self.without_padding(self.data[place].flatten(2).float(), padding)
+    def flat(
+        self, place: int, *, padding: Literal["zero", "repeat"] = "zero", dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """(B, n, C) in `dtype`: the tensor at `place`, a row a token, without padding."""
+        return self.without_padding(self.data[place].flatten(2).to(dtype), padding)
 
     def without_padding(self, rows: Tensor, padding: Literal["zero", "repeat"]) -> Tensor:
         """`rows` (B, n, C), in which padding must not weigh: it becomes 0, for sums, or the first token that is none,

@@ -47,9 +47,9 @@ _DIAGONAL = 1e-13
 def right_vectors(
     x: Tensor, algorithm: Algorithm, rank: int | None, products: Products = "fp32"
 ) -> tuple[Tensor, Tensor | None]:
-    """Leading right singular vectors of `x` (B, n, C) fp32, and its singular values where the algorithm has them all.
+    """Leading right singular vectors of `x` (B, n, C), and its singular values where the algorithm has them all.
 
-    `products` are those of `random` and `power`.
+    `x` is fp32, or bf16 for `products` in it, which are those of `random` and `power`.
 
     Returns:
         (B, C, r) fp32, orthonormal, for r = `rank`, or min(n, C) for None; and (B, min(n, C)) fp64, or None for

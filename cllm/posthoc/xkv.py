@@ -174,7 +174,9 @@ class XKV(Codable):
 
     def _code(self, part: Part, group: list[int], rank: int | None, codes: list[Code | None]) -> None:
         """Write the codes of the slots of `group` into `codes`."""
-        x = torch.cat([part.flat(i) for i in group], dim=-1)  # B, n, layers · width
+        # Products in bf16 read half of the bytes, values as they are cached.
+        dtype = torch.bfloat16 if self.products == "bf16" else torch.float32
+        x = torch.cat([part.flat(i, dtype=dtype) for i in group], dim=-1)  # B, n, layers · width
         vectors, spectrum = right_vectors(x, self.svd, rank, self.products)
         if rank is None:
             assert spectrum is not None

@@ -32,6 +32,7 @@ from cllm.train.module import TrainingModule
 from cllm.train.strategy import check_launch, check_shards, cluster_plugins, family, make_strategy, zero_stage
 from cllm.uptrain.decoder import TracedDecoder
 from cllm.uptrain.module import Recovery, UptrainingModule
+from cllm.uptrain.sources import with_best_sources, with_saved_sources
 from cllm.uptrain.start import calibration_batches, make_student, open_teacher
 
 log = logging.getLogger(__name__)
@@ -145,6 +146,13 @@ def _devices(config: Config, accelerator: str) -> int:
     return config.train.devices
 
 
+def _device(config: Config) -> torch.device:
+    """Of this process."""
+    if _accelerator(config) == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def make_trainer(config: Config, folder: RunFolder, metrics: Metrics, *more: Callback) -> Trainer:
     """Lightning's Trainer for a config, with this project's callbacks, and `more`, and nothing of Lightning's own."""
     train = config.train
@@ -227,7 +235,8 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
     _quieten()
     config = with_vocabulary(config)
     check_launch(_devices(config, _accelerator(config)), config.train.num_nodes)
-    folder, checkpoint = open_folder(config, resume, overwrite)
+    chosen = None if resume is None else with_saved_sources(config, RunFolder(Path(config.runs_dir) / config.name))
+    folder, checkpoint = open_folder(chosen or config, resume, overwrite)
     start_step = folder.step_of(checkpoint) if checkpoint else 0
     if start_step >= config.train.steps:
         log.info("%s is finished: %s is its last step", folder.path, checkpoint)
@@ -246,6 +255,9 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
         validation_sequences=config.data.validation_sequences,
         vocab_size=config.model.vocab_size,
     )
+    if config.init.sources == "best":
+        processes = _devices(config, _accelerator(config)) * config.train.num_nodes
+        config = chosen or with_best_sources(config, data, _device(config), processes=processes)
     module = make_module(config, data, resumed=checkpoint is not None)
     with torch.device("meta"):
         model = build_decoder(config.model)  # what is counted: the decoder alone, without what training adds to it
@@ -286,10 +298,8 @@ def make_module(config: Config, data: DataModule, *, resumed: bool) -> TrainingM
         model = build_decoder(config.model, backend=config.attention.backend)
         model.init_weights()
     else:
-        gpu = _accelerator(config) == "gpu"
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
         batches = partial(calibration_batches, config, data)
-        model = make_student(config, teacher, batches, device=device, resumed=resumed)
+        model = make_student(config, teacher, batches, device=_device(config), resumed=resumed)
     model.gradient_checkpointing = config.train.gradient_checkpointing
     model.recompute_fusion = config.train.recompute_fusion
     model.fp32_residual = config.train.fp32_residual

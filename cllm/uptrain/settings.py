@@ -31,6 +31,9 @@ class InitFrom(_From):
     matched (`heads`), their channels turned too (`turn`), and with ridge and fit also scaled and mixed (`map`)."""
     calibration_sequences: int = Field(32, ge=0)
     """With ridge, fit and svd: training sequences of data.seq_len tokens. 0: svd by the weights alone."""
+    sources: Literal["plan", "best"] = "plan"
+    """With fit, which layers a fusing layer reads: those that the plan names, or as many others, chosen on the
+    calibration text for the least squared error; the run's config.yaml then names them."""
     ridge: float = Field(1e-4, ge=0)
     """With ridge and fit: pull towards the start, relative to the mean square of what is fitted on."""
     rope_pairs: KeepPairs = "high"
@@ -50,6 +53,10 @@ class InitFrom(_From):
     def _rules(self) -> Self:
         if self.method in ("ridge", "fit") and not self.calibration_sequences:
             raise ValueError(f"method is {self.method}, but calibration_sequences is 0; allowed with it: 1 or more")
+        if self.sources == "best" and self.method != "fit":
+            raise ValueError(
+                f"sources is best, but method is {self.method}, which fits no sources; allowed with it: fit"
+            )
         return self
 
 

@@ -86,6 +86,45 @@ def test_fusion_reads_the_layers_that_it_is_made_of(alike, text, new_student) ->
     assert found.owners == plan.owners
 
 
+def test_a_run_chooses_its_sources_as_the_search_does_and_keeps_them(tiny, tmp_path: Path, capsys, caplog) -> None:
+    """`best` is the search and `fit` in one command; a resumed run reads what its first command chose."""
+    base = train(tiny("--model.n_layers", "6", "--train.steps", "20", "--optim.lr", "1e-2"))
+    file = tmp_path / "student.yaml"
+    data = tiny("--model.n_layers", "6", "--model.kv.preset", "fusedkv", "--model.kv.n_storage", "4").as_yaml_data()
+    data |= {"model": {"kv": data["model"]["kv"]}, "name": "student"}
+    file.write_text(yaml.safe_dump(data))
+
+    def student(*words: str) -> Config:
+        return cli.load(Config, [file], ["--init.from", str(base.path), "--init.method", "fit", *words])
+
+    assert main(["--config", str(file), "--init.from", str(base.path), "--fusion"]) == 0
+    wanted = Explicit.model_validate(yaml.safe_load(capsys.readouterr().out)["model"]["kv"])
+    best = ("--init.sources", "best", "--train.checkpoint_every", "1")
+    folder = train(student(*best, "--train.steps", "2"))
+    saved = folder.config()
+    assert saved.model.kv == wanted
+    assert saved.model.plan() != student().model.plan(), "something was chosen"
+    assert saved.init.sources == "best"
+    with caplog.at_level("INFO", logger="cllm"):
+        train(student(*best, "--train.steps", "3"), resume="auto")
+    assert "resuming from" in caplog.text
+    assert "reads" not in caplog.text, "nothing is chosen anew"
+    assert folder.config().model.kv == wanted
+    with pytest.raises(UserError, match=r"model\.kv is"):
+        train(student(*best, "--train.steps", "4", "--model.kv.n_storage", "3"), resume="auto")
+
+
+def test_best_sources_need_fusion_fit_and_one_process(tiny, tmp_path: Path) -> None:
+    base = train(tiny("--train.steps", "1"))
+    start = ("--init.from", str(base.path), "--name", "student", "--train.steps", "1", "--init.sources", "best")
+    with pytest.raises(UserError, match="sources is best, but method is copy"):
+        tiny(*start)
+    with pytest.raises(UserError, match=r"model\.kv fuses nothing; allowed with it: plan"):
+        train(tiny(*start, "--init.method", "fit", "--model.kv.preset", "cla"))
+    with pytest.raises(UserError, match="there are 2 processes, which might choose differently"):
+        train(tiny(*start, "--init.method", "fit", "--model.kv.preset", "fusedkv", "--train.devices", "2"))
+
+
 def test_every_plan_is_written_as_what_loads_back(reference, preset_config) -> None:
     for name in [*reference.PRESETS, *reference.VARIANTS]:
         config = preset_config(name)

@@ -12,7 +12,8 @@
 Scores go through memory, (B, H, n) fp32 to base 2, a fiftieth of what the factors take: a program that rebuilds keys
 has one KV head and no registers left, one that reads A has all query heads, for A is theirs together.
 
-Rotate-half pairs channel j with channel j + D/2, so a program rebuilds both halves of a head, in two accumulators.
+Rotate-half pairs channel j with channel j + D/2. A program rebuilds both halves of a head in one product, eight channels
+of the one beside the same eight of the other: so each thread has both of a pair, and splitting moves nothing.
 
 Shapes: B batch, S compressed tokens, n tokens of a stretch, H query heads, G KV heads, D channels of a head, r rank.
 N tile of tokens.
@@ -95,26 +96,23 @@ def rebuilt_scores(
     is_channel = channel < DIM // 2
 
     rows = a + row_of_batch * a_strides[0] + column.to(tl.int64)[:, None] * a_strides[1]
-    weights = b + row_of_batch * b_strides[0]
-    lower = ()
-    upper = ()
+    n = tl.arange(0, 2 * HALF)
+    paired = n // 16 * 8 + n % 8
+    paired_row = paired + n // 8 % 2 * (DIM // 2)
+    weights = b + row_of_batch * b_strides[0] + paired_row[:, None] * b_strides[1]
+    keys = ()
     for _ in tl.static_range(PACK):
-        lower = lower + (tl.zeros((BLOCK_N, HALF), dtype=tl.float32),)
-        upper = upper + (tl.zeros((BLOCK_N, HALF), dtype=tl.float32),)
+        keys = keys + (tl.zeros((BLOCK_N, 2 * HALF), dtype=tl.float32),)
     for start in tl.range(0, rank, BLOCK_R, num_stages=STAGES):
         r = start + tl.arange(0, BLOCK_R)
         tile = tl.load(rows + r[None, :], mask=inside[:, None] & (r < rank)[None, :], other=0.0)
-        mask = is_channel[:, None] & (r < rank)[None, :]
-        more_lower = ()
-        more_upper = ()
+        mask = (paired < DIM // 2)[:, None] & (r < rank)[None, :]
+        more = ()
         for i in tl.static_range(PACK):
-            at = weights + ((pack * PACK + i) * DIM + channel)[:, None] * b_strides[1] + r[None, :]
+            at = weights + (pack * PACK + i) * DIM * b_strides[1] + r[None, :]
             part = tl.load(at, mask=mask, other=0.0)
-            more_lower = more_lower + (tl.dot(tile, tl.trans(part), acc=lower[i], input_precision="tf32x3"),)
-            part = tl.load(at + DIM // 2 * b_strides[1], mask=mask, other=0.0)
-            more_upper = more_upper + (tl.dot(tile, tl.trans(part), acc=upper[i], input_precision="tf32x3"),)
-        lower = more_lower
-        upper = more_upper
+            more = more + (tl.dot(tile, tl.trans(part), acc=keys[i], input_precision="tf32x3"),)
+        keys = more
 
     position = tl.maximum(tl.where(inside, column, 0) - low, 0)
     at = position[:, None] * table_stride + channel[None, :]
@@ -126,9 +124,12 @@ def rebuilt_scores(
         head = (pack * PACK + i) * HEADS + in_group
         q_lower = _query(query, q_strides, row_of_batch, head, is_head, channel, is_channel)
         q_upper = _query(query + DIM // 2, q_strides, row_of_batch, head, is_head, channel, is_channel)
-        turned = (lower[i] * c - upper[i] * s).to(q_lower.dtype)
+        pairs = tl.permute(tl.reshape(keys[i], (BLOCK_N, HALF // 8, 2, 8)), (0, 1, 3, 2))
+        lower, upper = tl.split(pairs)
+        lower, upper = tl.reshape(lower, (BLOCK_N, HALF)), tl.reshape(upper, (BLOCK_N, HALF))
+        turned = (lower * c - upper * s).to(q_lower.dtype)
         value = tl.dot(turned, tl.trans(q_lower), input_precision="tf32x3")
-        turned = (upper[i] * c + lower[i] * s).to(q_lower.dtype)
+        turned = (upper * c + lower * s).to(q_lower.dtype)
         value = tl.dot(turned, tl.trans(q_upper), acc=value, input_precision="tf32x3")
         seen = inside & (column >= low)
         _emit(scores, score_strides, value * log2_scale, row_of_batch, head, is_head, token, seen, N, ADD)

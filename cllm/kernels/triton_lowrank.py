@@ -12,8 +12,8 @@
 Scores go through memory, (B, H, n) fp32 to base 2, a fiftieth of what the factors take: a program that rebuilds keys
 has one KV head and no registers left, one that reads A has all query heads, for A is theirs together.
 
-Rotate-half pairs channel j with channel j + D/2. A program rebuilds both halves of a head in one product, eight channels
-of the one beside the same eight of the other: so each thread has both of a pair, and splitting moves nothing.
+Rotate-half pairs channel j with channel j + D/2. A program rebuilds both halves of a head in one product, eight
+channels of the one beside the same eight of the other: so each thread has both of a pair, and splitting moves nothing.
 
 Shapes: B batch, S compressed tokens, n tokens of a stretch, H query heads, G KV heads, D channels of a head, r rank.
 N tile of tokens.

@@ -11,8 +11,8 @@ from typing import Any
 from cllm.errors import UserError
 from cllm.runs import write_atomic
 
-TEXT_METHODS = ("ridge", "fit", "svd")
-"""Methods that read a calibration text, so that its seed matters."""
+TEXT_METHODS = ("ridge", "fit", "best", "svd")
+"""Methods that read a calibration text, so that its seed matters; `best` is `fit` with sources of its own choice."""
 DISTILLED = {"kl": 1.0, "temperature": 2.0, "hidden": 1.0, "next_token": 1.0}
 LOSSES: dict[str, dict[str, float]] = {"distilled": DISTILLED, "plain": {}}
 """`uptrain.loss` by name."""
@@ -133,7 +133,7 @@ def plans(size: Size) -> dict[str, dict[str, Any]]:
 
 
 METHODS = {
-    "fusedkv": ("copy", "mean", "aligned", "fit"),
+    "fusedkv": ("copy", "mean", "aligned", "fit", "best"),
     "fusedkv_lite": ("copy", "mean", "aligned", "ridge", "fit"),
     "cla": ("copy", "mean", "aligned", "ridge", "fit"),
     "yoco": ("copy", "mean", "aligned", "ridge", "fit"),
@@ -234,6 +234,7 @@ def _students(lr: dict[str, float], seeds: int, percents: list[float]) -> list[S
     most = max(percents)
     chosen: list[tuple[str, str, str, str, list[float]]] = [
         *((plan, "fit", "distilled", "all", [most]) for plan in ("fusedkv", "fusedkv_lite", "cla")),
+        ("fusedkv", "best", "distilled", "all", [most]),
         ("mha", "copy", "plain", "all", [most]),
         ("fusedkv", "fit", "plain", "all", [most]),
         ("fusedkv", "fit", "distilled", "kv", [most]),
@@ -243,6 +244,7 @@ def _students(lr: dict[str, float], seeds: int, percents: list[float]) -> list[S
         ("fusedkv_lite", "copy", "distilled", "all", [most]),
         *(("cla", method, "distilled", "all", [most]) for method in ("copy", "aligned")),
         ("fusedkv", "fit", "distilled", "all", percents),
+        ("fusedkv", "best", "distilled", "all", percents),
         ("fusedkv", "fit", "plain", "all", percents),
         ("fusedkv", "fit", "distilled", "kv", percents),
         *(("fusedkv", method, "distilled", "all", percents) for method in ("copy", "mean", "aligned")),

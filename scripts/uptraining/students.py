@@ -24,6 +24,7 @@ from cllm.kv.presets import MHA
 from cllm.model.decoder import Decoder
 from cllm.model.loss import IGNORE
 from cllm.runs import RunFolder, write_atomic
+from cllm.uptrain.sources import with_best_sources
 from cllm.uptrain.start import calibration_batches, make_student
 from cllm.uptrain.teacher import Teacher
 from uptraining.report import has_failed, read_rows, write_failure, write_result
@@ -41,7 +42,8 @@ def student_data(
         "runs_dir": str(folders.runs),
         "init": {
             "from": str(folders.base),
-            "method": student.method,
+            "method": "fit" if student.method == "best" else student.method,
+            "sources": "best" if student.method == "best" else "plan",
             "calibration_sequences": size.calibration_sequences,
         },
         "model": {"kv": plans(size)[student.plan]},
@@ -102,6 +104,8 @@ def measure_start(folders: Folders, size: Size, start: Start, teacher: Teacher, 
     begin = time.perf_counter()
     config = cli.validate(Config, student_data(folders, size, start, device=device, compiled=False))
     data = data_module(config)
+    if config.init.sources == "best":
+        config = with_best_sources(config, data, device, processes=1)
     student = make_student(config, teacher, lambda: calibration_batches(config, data), device=device, resumed=False)
     made = time.perf_counter() - begin
     loss = validation_loss(student.to(device).eval(), data, device)

@@ -112,12 +112,26 @@ def _power(x: Tensor, rank: int, products: Products) -> Tensor:
 
 def _squared(x: Tensor, products: Products) -> Callable[[Tensor], Tensor]:
     """Q to XᵀX Q in fp64. XᵀX is made once where that is less work and products are narrow: squares in fp32 resolve no
-    more of X than those do."""
+    more of X than those do. Its products are three of TF32, of high parts and what they leave, which is about fp32."""
     if products == "fp32" or x.shape[1] < x.shape[2]:
         narrow = x.bfloat16() if products == "bf16" else x
         return lambda q: multiply(narrow.mT, multiply(narrow, q.float(), products), products).double()
-    square = _gram(x, products).double()
-    return lambda q: square @ q
+    square = _gram(x, products)
+    high = _tf32(square)
+    low = square - high
+
+    def apply(q: Tensor) -> Tensor:
+        q = q.float()
+        first = _tf32(q)
+        rest = multiply(high, q - first, "tf32") + multiply(low, first, "tf32")
+        return (multiply(high, first, "tf32") + rest).double()
+
+    return apply
+
+
+def _tf32(x: Tensor) -> Tensor:
+    """`x` in fp32 with the 10 bits of a TF32 number's fraction, the others cut off."""
+    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 def _gram(x: Tensor, products: Products) -> Tensor:

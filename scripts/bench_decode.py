@@ -9,9 +9,9 @@ design after a check that its greedy decoding gives the logits of a full forward
 it must read, weights once and every slot as often as layers read it, over the bandwidth of a copy measured in the same
 run. Times to first token are those of a prefill in chunks with early exit, and of one without. --capacity finds the
 longest context and the largest batch that fit, and runs them. Steps of all designs come first, then times to first
-token, capacity and peers; a contender that fails is a row that says so. Prints tables, and writes JSON after every
-measurement and two plots at the end; --merge makes tables and plots of several such files. On a CPU (--device cpu)
-everything runs, and the times mean nothing.
+token, capacity, peers and, with --generate, tokens by `generate` of transformers; a contender that fails is a row that
+says so. Prints tables, and writes JSON after every measurement and two plots at the end; --merge makes tables and plots
+of several such files. On a CPU (--device cpu) everything runs, and the times mean nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench_train import clocks
 from decode_bench import capacity as fitting
-from decode_bench import peers, report
+from decode_bench import generating, peers, report
 from decode_bench.designs import Design, Point, parse_design, parse_point, parse_points
 from decode_bench.measure import (
     build,
@@ -61,9 +61,10 @@ class Record:
     """What was found so far, in a file after every measurement, and whether there is time for more."""
 
     def __init__(self, found: dict[str, Any], out: Path | None, device: torch.device, limit: float):
-        self.found = {"rows": [], "capacity": [], "not_measured": [], "stopped": None} | found
+        self.found = {"rows": [], "capacity": [], "generated": [], "not_measured": [], "stopped": None} | found
         self.rows: list[Row] = self.found["rows"]
         self.capacity: list[Row] = self.found["capacity"]
+        self.generated: list[Row] = self.found["generated"]
         self.out, self.device, self.limit = out, device, limit
         self.begin = time.monotonic()
 
@@ -219,6 +220,30 @@ def bench_peers(
             free(device)
 
 
+def bench_generate(
+    record: Record, designs: list[Design], device: torch.device, compiled: bool, new: int, points: set[Point] | None
+) -> None:
+    """`new` tokens by `generate` over a static cache, at every point of every design; with `points`, which may be
+    empty for all, by Hugging Face's Llama as well."""
+    for design in designs:
+        for point in design.points:
+            llama = points is not None and peers.llama_heads(design.model) is not None and design.storage == "model"
+            for peer in (False, True) if llama and (not points or point in points) else (False,):
+                name = f"HF generate ({design.label})" if peer else f"generate ({design.label})"
+                row = new_row(name, design, point, peer_of=design.label)
+                record.generated.append(row)
+
+                def tokens(design=design, point=point, peer=peer) -> Row:
+                    if peer:
+                        model = generating.llama(design, point, device)
+                    else:
+                        model = generating.own_model(design, point, device, compiled=compiled)
+                    return generating.measure_generate(model, point, new, device)
+
+                record.measure(f"{name} {point}", row, tokens)
+                free(device)
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -239,6 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--capacity", type=float, metavar="GIB", help="also the longest context and largest batch that fit this")
     add("--capacity-context", type=positive, default=32768, metavar="TOKENS", help="context of that batch")
     add("--peers", nargs="*", metavar="CONTEXTxBATCH", help="also Hugging Face's Llama, at all points or at these")
+    add("--generate", type=positive, metavar="N", help="also N tokens by transformers' generate, static cache")
     add("--copy-gib", type=float, default=4.0, metavar="GIB", help="size of the copy for the bandwidth (default 4)")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="where to measure (default cuda)")
     add("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="start no new measurement after that")
@@ -266,6 +292,8 @@ def main(argv: list[str] | None = None) -> int:
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise UserError(f"--designs names {', '.join(sorted(twice))} twice; allowed: once, with all points after one @")
     budget = check_capacity(arguments.capacity, device)
+    if arguments.generate is not None:
+        check_generate(arguments.generate, designs)
     peer_points = {parse_point(word, "--peers") for word in arguments.peers or []}
     before = clocks()
     found: dict[str, Any] = {"environment": environment(), "device": arguments.device, "clocks": [before]}
@@ -282,9 +310,22 @@ def main(argv: list[str] | None = None) -> int:
         bench_capacity(record, designs, device, compiled, budget, arguments.capacity_context, arguments.repeat)
     if arguments.peers is not None:
         bench_peers(record, designs, device, compiled, arguments.repeat, peer_points)
+    if arguments.generate is not None:
+        wanted = None if arguments.peers is None else peer_points
+        bench_generate(record, designs, device, compiled, arguments.generate, wanted)
     record.found["clocks"].append(clocks())
     record.write()
     return tell(record, arguments.out, arguments.plots)
+
+
+def check_generate(new: int, designs: list[Design]) -> None:
+    """Raises `UserError` for too few tokens to settle, and for more than a context has."""
+    shortest = min(point.context for design in designs for point in design.points)
+    if not generating.SETTLED < new < shortest:
+        raise UserError(
+            f"--generate is {new}; allowed: {generating.SETTLED + 1} to {shortest - 1}, fewer than the shortest "
+            "context of --points"
+        )
 
 
 def check_capacity(gib: float | None, device: torch.device) -> int | None:
@@ -309,12 +350,18 @@ def tell(record: Record, out: Path | None, plots: Path | None) -> int:
     print("\n" + report.table(record.rows))
     if record.capacity:
         print("\n" + report.capacity_table(record.capacity))
+    if record.generated:
+        print("\n" + report.generated_table(record.generated))
     if record.found["stopped"] is not None:
         print(f"\nstopped by {record.found['stopped']}; not measured: {', '.join(record.found['not_measured'])}")
     folders = [folder for folder in (out and out.parent, plots) if folder is not None]
     for file in report.write_plots(record.rows, out.stem if out else "decode", folders):
         print(f"written: {file}")
-    rows = [*record.rows, *(part for row in record.capacity for part in (row["context"], row["batch"]))]
+    rows = [
+        *record.rows,
+        *record.generated,
+        *(part for row in record.capacity for part in (row["context"], row["batch"])),
+    ]
     return int(any(row.get(key) is not None for row in rows for key, _ in report.FAILURES))
 
 

@@ -122,6 +122,25 @@ def test_everything_is_measured_printed_written_and_drawn(
             assert (folder / name).read_bytes()[:4] == PNG
 
 
+def test_generate_is_timed_as_users_call_it(bench: Callable[..., int], tmp_path: Path, capsys) -> None:
+    """At a context beyond the config's, for designs and the peer of those that are a Llama."""
+    out = tmp_path / "out.json"
+    common = ("--points", "80x2", "--no-ttft", "--generate", "12", "--out", str(out))
+    assert bench("--designs", "mha", "fusedkv", *common, "--peers") == 0
+    found = {row["design"]: row for row in read(out)["generated"]}
+    assert list(found) == ["generate (mha)", "HF generate (mha)", "generate (fusedkv)"]
+    for row in found.values():
+        low, high = row["generate_ms_range"]
+        assert 0 < low <= row["generate_ms"] <= high
+        assert row["generate_tokens_per_s"] == pytest.approx(2000 / row["generate_ms"])
+        assert row["generate_settled_after_ms"] > low
+    assert found["HF generate (mha)"]["peer_of"] == "mha"
+    assert "generate (fusedkv)" in capsys.readouterr().out
+    for few in ("8", "80"):
+        assert bench("--designs", "mha", "--points", "80x2", "--generate", few) == 2
+        assert f"--generate is {few}; allowed: 9 to 79" in capsys.readouterr().err
+
+
 def test_files_of_several_runs_become_one_table_and_one_figure(
     bench: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

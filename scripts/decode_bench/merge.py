@@ -27,7 +27,15 @@ def merged(files: Sequence[Path]) -> dict[str, Any]:
         if not isinstance(part, dict) or not {"rows", "capacity", "copy_bytes_per_s", "settings"} <= part.keys():
             raise UserError(f"--merge {file}: not a file that bench_decode.py --out wrote")
         if not found:
-            found = part | {"rows": [], "capacity": [], "configs": {}, "not_measured": [], "clocks": [], "copies": {}}
+            found = part | {
+                "rows": [],
+                "capacity": [],
+                "generated": [],
+                "configs": {},
+                "not_measured": [],
+                "clocks": [],
+                "copies": {},
+            }
         for key in ("device", "settings"):
             if part[key] != found[key]:
                 raise UserError(f"--merge {file}: {key} is {part[key]}, and {found[key]} in {files[0]}; allowed: equal")
@@ -42,6 +50,7 @@ def merged(files: Sequence[Path]) -> dict[str, Any]:
         found["stopped"] = found["stopped"] or part["stopped"]
         _add(found["rows"], part["rows"], ("design", "context", "batch"))
         _add(found["capacity"], part["capacity"], ("design", "budget_bytes", "batch_context"))
+        _add(found["generated"], part.get("generated", []), ("design", "context", "batch"))
     return found
 
 

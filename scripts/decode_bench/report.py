@@ -106,6 +106,23 @@ def capacity_table(capacity: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def generated_table(rows: list[Row]) -> str:
+    """What `generate` did, a line for each contender and point; then what failed."""
+    wide = _width(rows)
+    lines = [
+        f"{'generate()':<{wide}}{'point':>12}{'ms a token':>11}{'spread':>18}{'tokens/s':>10}{'settled after ms':>18}"
+    ]
+    for row in rows:
+        low, high = row.get("generate_ms_range") or (None, None)
+        spread = "-" if low is None else f"{low:.2f}..{high:.2f}"
+        lines.append(
+            f"{row['design']:<{wide}}{point_name(row):>12}{_of(row, 'generate_ms', '.3f'):>11}{spread:>18}"
+            f"{_of(row, 'generate_tokens_per_s', ',.0f'):>10}{_of(row, 'generate_settled_after_ms', ',.0f'):>18}"
+        )
+    lines += [f"{row['design']} {point_name(row)} failed: {row['error']}" for row in rows if row.get("error")]
+    return "\n".join(lines)
+
+
 def _width(rows: list[Row]) -> int:
     return max((len(row["design"]) for row in rows), default=0) + 1
 

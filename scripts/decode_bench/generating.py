@@ -1,0 +1,85 @@
+"""`generate` of transformers over a static cache, as a user calls it: this project's models and Hugging Face's Llama.
+
+What a step of the library costs is on top of what a step of the model costs: token choice, stopping criteria, masks. A
+token's time is the clock's between two of them, the device waited for each time; the first steps, which compile, record
+graphs and replay them once, are told apart.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from cllm.hub.export import as_pretrained
+from decode_bench.designs import Design, Point
+from decode_bench.measure import build, wait
+from decode_bench.peers import build_llama, llama_heads
+
+SETTLED = 8
+"""Tokens after which nothing compiles any more."""
+
+
+class _Clock(StoppingCriteria):
+    """Never stops, and keeps the time after each token."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        wait(self.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def own_model(design: Design, point: Point, device: torch.device, *, compiled: bool) -> nn.Module:
+    """The design's model as transformers sees it, in bf16, with weights drawn."""
+    most = max(point.context, design.model.max_seq_len)
+    model = design.model.model_copy(update={"max_seq_len": most})
+    decoder = build(design.config.model_copy(update={"model": model}), device)
+    if compiled:
+        decoder.compile_decoding()
+    return as_pretrained(decoder).eval()
+
+
+def llama(design: Design, point: Point, device: torch.device) -> nn.Module:
+    """Hugging Face's Llama of the same shape, which transformers compiles by itself where it thinks it should."""
+    heads = llama_heads(design.model)
+    assert heads is not None
+    return build_llama(design.model, heads, point.context, device)
+
+
+def measure_generate(model: Any, point: Point, new: int, device: torch.device) -> dict[str, Any]:
+    """Greedy decoding of `new` tokens that end at `point.context`, after a drawn prompt, for `point.batch` sequences.
+
+    There must be more than `SETTLED` of them.
+    """
+    clock = _Clock(device)
+    ids = torch.randint(model.config.vocab_size, (point.batch, point.context - new), device=device)
+    wait(device)
+    begin = time.perf_counter()
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        cache_implementation="static",
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    assert out.shape == (point.batch, point.context)
+    gaps = [1000 * (b - a) for a, b in zip(clock.times, clock.times[1:], strict=False)]
+    settled = gaps[SETTLED - 1 :]
+    ms = statistics.median(settled)
+    return {
+        "generate_ms": ms,
+        "generate_ms_range": [min(settled), max(settled)],
+        "generate_tokens_per_s": 1000 * point.batch / ms,
+        "generate_settled_after_ms": 1000 * (clock.times[SETTLED - 1] - begin),
+    }

@@ -182,10 +182,10 @@ class _Call:
             scores, values, index, partial, log_sums, scores.stride()[:2], strides, tokens, _strides(index),
             G=groups, HEADS=heads, WIDTH=width, BLOCK_H=block_h, BLOCK_N=64, BLOCK_W=block_w, STAGES=3,
         )  # fmt: skip
-        merged = torch.empty((*shape[:2], width), dtype=torch.float32, device=self.device)
-        merged_log_sum = torch.empty(shape[:2], dtype=torch.float32, device=self.device)
         if splits == 1:
             return partial[:, :, 0], log_sums[:, :, 0]
+        merged = torch.empty((*shape[:2], width), dtype=torch.float32, device=self.device)
+        merged_log_sum = torch.empty(shape[:2], dtype=torch.float32, device=self.device)
         triton_lowrank.merge[(shape[0] * shape[1], -(-width // 32))](
             partial, log_sums, merged, merged_log_sum, SPLITS=splits, ALL=_power(splits), WIDTH=width, BLOCK_W=32
         )

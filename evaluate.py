@@ -16,17 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from cllm.errors import UserError, one_line
-from cllm.evaluate import posthoc
-from cllm.evaluate.perplexity import Settings, measure, open_sets, save, table
-from cllm.evaluate.subjects import load_subject
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
-    default = Settings()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -35,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", nargs="+", action="extend", default=[], metavar="PATH",
         help="prepared folders or text files (.txt .md: one document; .jsonl: the `text` of each line); "
         "default: the run's own validation sets")  # fmt: skip
-    add("--split", default=default.split, help="split of prepared folders (default: %(default)s)")
+    add("--split", default="validation", help="split of prepared folders (default: %(default)s)")
     add("--window", type=int, metavar="N", help="tokens of context fed at once (default: the training length, at most "
         "2048 for Hugging Face models)")  # fmt: skip
     add("--stride", type=int, metavar="N", help="tokens each window scores (default: half the window)")
@@ -62,12 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("nothing to evaluate: give --run runs/NAME")
     if options.out and len(options.run) > 1:
         raise UserError(f"--out {options.out}: takes the results of one run, and there are {len(options.run)}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
     if options.prefix is not None and not options.posthoc:
         raise UserError(f"--prefix {options.prefix}: needs --posthoc, which says how to compress it")
     if options.generate and not options.posthoc:
         raise UserError(f"--generate {options.generate}: needs --posthoc, whose caches are compared")
+    # Imported late: --help and mistakes in arguments answer without loading torch.
+    import torch
+
+    from cllm.evaluate import posthoc
+    from cllm.evaluate.perplexity import Settings, measure, open_sets, save, table
+    from cllm.evaluate.subjects import load_subject
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
     device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
     settings = Settings(
         split=options.split, window=options.window, stride=options.stride, batch=options.batch,

@@ -16,17 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cllm.errors import UserError, one_line
-from cllm.evaluate import posthoc
-from cllm.evaluate.perplexity import Settings, open_sets
-from cllm.evaluate.subjects import load_subject
-from cllm.evaluate.windows import Stream
-from cllm.posthoc.analysis import analyze, collect, figure
-from cllm.runs import write_atomic
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,6 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--sequences {options.sequences}, --group {min(options.group)}: allowed: 1 or more")
     if not 0 < options.energy <= 1:
         raise UserError(f"--energy is {options.energy}; allowed: above 0, up to 1")
+    # Imported late: --help and mistakes in arguments answer without loading torch.
+    import torch
+
+    from cllm.evaluate import posthoc
+    from cllm.evaluate.perplexity import Settings, open_sets
+    from cllm.evaluate.subjects import load_subject
+    from cllm.evaluate.windows import Stream
+    from cllm.posthoc.analysis import analyze, collect, figure
+    from cllm.runs import write_atomic
+
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
     device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")

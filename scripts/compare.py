@@ -17,8 +17,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cllm.errors import one_line
-from cllm.evaluate.comparison import compare, find_runs
-from cllm.evaluate.report import default_folder, terminal, write
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
+    # Imported late: --help and mistakes in arguments answer without loading torch and plots.
+    from cllm.evaluate.comparison import compare, find_runs
+    from cllm.evaluate.report import default_folder, terminal, write
+
     runs = find_runs(options.runs)
     comparison = compare(runs, baseline=options.baseline, set_name=options.set_name)
     print(terminal(comparison))

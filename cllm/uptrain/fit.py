@@ -72,6 +72,10 @@ class ReadSums:
     def __add__(self, more: ReadSums) -> ReadSums:
         return ReadSums(self.part, self.sources + more.sources, self.cross + more.cross, self.own + more.own)
 
+    def cpu(self) -> ReadSums:
+        """The same on the CPU, which solves and decomposes matrices of a head's size sooner than a GPU is asked to."""
+        return ReadSums(self.part, self.sources.cpu(), self.cross.cpu(), self.own.cpu())
+
     def fit(self, start: Tensor, turn: Tensor, ridge: float, *, learn: bool, align: Align) -> Fitted:
         """Weights from `start`, which stay unless `learn`, and the turn from `turn`, which `align` may let move."""
         weight, turn = start.double(), turn.to(self.cross.dtype)
@@ -177,6 +181,7 @@ def fit_readers(
                 values = ReadSums.of("v", [slots[j][1] for j in plan.values(i).layers], v[turn.order])
                 sums[i, n, "k"] = sums[i, n, "k"] + keys if (i, n, "k") in sums else keys
                 sums[i, n, "v"] = sums[i, n, "v"] + values if (i, n, "v") in sums else values
+    sums = {read: summed.cpu() for read, summed in sums.items()}
     chosen: dict[int, Turn] = {}
     errors: dict[str, float] = {}
     for i in layers:
@@ -192,7 +197,7 @@ def fit_readers(
             for n, turn in enumerate(starts[i])
         ]
         turn, of_keys, of_values = min(tried, key=lambda found: found[1].error + found[2].error)
-        chosen[i] = Turn(turn.order, of_keys.turn.cpu(), of_values.turn.cpu())
+        chosen[i] = Turn(turn.order, of_keys.turn, of_values.turn)
         for read, fitted, what in ((attention.keys, of_keys, "keys"), (attention.values, of_values, "values")):
             errors[f"layer {i} {what}"] = fitted.error
             if isinstance(read, FusedRead):

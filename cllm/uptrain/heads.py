@@ -90,18 +90,21 @@ class Grams:
 
     def turn(self, *, full: bool, turn_keys: bool) -> Turn:
         """The turn that brings the second layer closest to the first without changing lengths, or without `full` the
-        order alone. Heads are matched by the sum of cosines of keys and values, each as large as the turn makes it."""
-        k = self.keys.abs().sum(-1) if full and turn_keys else self.keys.real.sum(-1)
-        v = torch.linalg.svdvals(self.values).sum(-1) if full else self.values.diagonal(dim1=-2, dim2=-1).sum(-1)
-        scale = self.norms.clamp(min=1e-30).sqrt()
+        order alone. Heads are matched by the sum of cosines of keys and values, each as large as the turn makes it.
+
+        All of it on the CPU, which decomposes matrices of a head's size sooner than a GPU is asked to."""
+        keys, values, norms = (t.cpu() for t in (self.keys, self.values, self.norms))
+        k = keys.abs().sum(-1) if full and turn_keys else keys.real.sum(-1)
+        v = torch.linalg.svdvals(values).sum(-1) if full else values.diagonal(dim1=-2, dim2=-1).sum(-1)
+        scale = norms.clamp(min=1e-30).sqrt()
         score = k / (scale[0][:, None] * scale[1]) + v / (scale[2][:, None] * scale[3])
         order = assign(score)
-        turn = Turn.none(len(order), self.values.shape[-1], order)
+        turn = Turn.none(len(order), values.shape[-1], order)
         if not full:
             return turn
         rows = torch.arange(len(order))
-        pairs = unit(self.keys[rows, order]) if turn_keys else turn.pairs
-        return Turn(order, pairs.cpu(), procrustes(self.values[rows, order]).cpu())
+        pairs = unit(keys[rows, order]) if turn_keys else turn.pairs
+        return Turn(order, pairs, procrustes(values[rows, order]))
 
 
 def unit(products: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from cllm.config import ModelConfig, Rope
 from cllm.kernels import split_lowrank, triton_decode
 from cllm.kernels.decode import Visible
 from cllm.kernels.lowrank_decode import Factored, lowrank_decode, lowrank_decode_reference
+from cllm.kernels.selection import chosen_tokens
 from cllm.kernels.split_lowrank import Rebuild
 from cllm.kv.cache import KVCache
 from cllm.model.graph import StepGraph
@@ -138,6 +139,34 @@ def test_every_token_counts_once(gpu, case, dtype):
     scale = case.d**-0.5
     found = lowrank_decode(*arguments, scale=scale, selection=selection, kernel="triton")
     assert_close(found, exact((*arguments, selection), scale), dtype)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(budget=512),
+        Case(budget=512, first=(0, 2000)),
+        Case(budget=64, s=100, h=8, g=8),
+        Case(budget=2048, s=65536),
+        Case(budget=4096, s=200_000, h=8, g=8),
+    ],
+    ids=str,
+)
+def test_the_kernel_chooses_the_chunks_that_torch_does(gpu, case):
+    """Of the same scores. A logarithm rounds differently, so that the last one or two may be another."""
+    queries, keys, _, _, visible, selection = call(case, gpu, torch.bfloat16)
+    assert selection is not None
+    launch = split_lowrank._Call(queries, case.g, visible, case.d**-0.5)
+    marks = launch.scores(selection.landmarks.shape[1])
+    launch.plain(queries[0], selection.landmarks, marks, span=selection.chunk, factor=1.0)
+    wanted = chosen_tokens(marks, selection)
+    found = split_lowrank._choose(launch, queries[0], selection)
+    assert found.shape == wanted.shape
+    always = selection.outliers.shape[2] * selection.chunk
+    assert torch.equal(found[..., :always], wanted[..., :always])
+    for ours, theirs in zip(found.flatten(0, 1).tolist(), wanted.flatten(0, 1).tolist(), strict=True):
+        assert len(set(ours)) == len(ours), "each once"
+        assert len(set(ours) - set(theirs)) <= 2 * selection.chunk
 
 
 @pytest.mark.parametrize("block_n", [64, 128])

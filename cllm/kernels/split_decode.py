@@ -277,7 +277,7 @@ def run(
     block = min(128, max(16, _power(width)))
     every = _power(tiles.splits)
     triton_decode.merge[(batch * n_heads, -(-width // block))](
-        partial, log_sums, out, SPLITS=tiles.splits, OUT_WIDTH=width, ALL=every, CHUNK=min(every, 32), BLOCK=block
+        partial, log_sums, out, None, SPLITS=tiles.splits, OUT_WIDTH=width, ALL=every, CHUNK=min(every, 32), BLOCK=block
     )
     return out
 

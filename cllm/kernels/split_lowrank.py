@@ -186,8 +186,9 @@ class _Call:
             return partial[:, :, 0], log_sums[:, :, 0]
         merged = torch.empty((*shape[:2], width), dtype=torch.float32, device=self.device)
         merged_log_sum = torch.empty(shape[:2], dtype=torch.float32, device=self.device)
-        triton_lowrank.merge[(shape[0] * shape[1], -(-width // 32))](
-            partial, log_sums, merged, merged_log_sum, SPLITS=splits, ALL=_power(splits), WIDTH=width, BLOCK_W=32
+        every = _power(splits)
+        triton_decode.merge[(shape[0] * shape[1], -(-width // 32))](
+            partial, log_sums, merged, merged_log_sum, SPLITS=splits, OUT_WIDTH=width, ALL=every, CHUNK=every, BLOCK=32
         )
         return merged, merged_log_sum
 

@@ -263,6 +263,7 @@ def merge(
     partial,
     log_sums,
     out,
+    log_sum_out,
     SPLITS: tl.constexpr,
     OUT_WIDTH: tl.constexpr,
     ALL: tl.constexpr,
@@ -270,7 +271,7 @@ def merge(
     BLOCK: tl.constexpr,
 ):
     """out[row] = Σ_s 2^l_s partial[row, s] / Σ_s 2^l_s; 0 where every split is empty. `partial` of a split that is
-    empty was never written."""
+    empty was never written. log_sum_out[row] = log2 Σ_s 2^l_s, unless it is None."""
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, ALL)
     every = tl.load(log_sums + row * SPLITS + index, mask=index < SPLITS, other=float("-inf"))
@@ -286,6 +287,9 @@ def merge(
         summed += tl.sum(tl.exp2(log_sum - top)[:, None] * tl.load(at, mask=mask, other=0.0), axis=0)
     summed = summed / tl.where(total == 0, 1.0, total)
     tl.store(out + row * OUT_WIDTH + channel, summed.to(out.dtype.element_ty), mask=channel < OUT_WIDTH)
+    if log_sum_out is not None:
+        whole = tl.where(total == 0, float("-inf"), top + tl.log2(total))
+        tl.store(log_sum_out + row, whole, mask=tl.program_id(1) == 0)
 
 
 INTERPRETED = MISSING is None and not isinstance(merge, triton.JITFunction)

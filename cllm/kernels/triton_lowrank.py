@@ -6,8 +6,7 @@
     plain_scores     the queries times keys that are stored as they are: the exact tail, outliers, landmarks
     choose           the chunks whose landmarks score best
     weigh            softmax over a stretch of scores, times rows of A or exact values
-    merge            the splits of a stretch together
-    finish           rows of A to values, and all stretches together
+    finish           rows of A to values, and both stretches together, after `triton_decode.merge` of each one's splits
 
 Scores go through memory, (B, H, n) fp32 to base 2, a fiftieth of what the factors take: a program that rebuilds keys
 has one KV head and no registers left, one that reads A has all query heads, for A is theirs together.
@@ -320,26 +319,6 @@ def weigh(
         tl.store(log_sums + at, tl.where(total == 0, float("-inf"), largest + tl.log2(total)), mask=is_head)
     mask = (is_head & (total > 0))[:, None] & is_channel[None, :]
     tl.store(partial + at[:, None] * WIDTH + channel[None, :], sums / total[:, None], mask=mask)
-
-
-@jit
-def merge(partial, log_sums, merged, merged_log_sum, SPLITS: tl.constexpr, ALL: tl.constexpr, WIDTH: tl.constexpr,
-          BLOCK_W: tl.constexpr):  # fmt: skip
-    """The splits of one query head's stretch together: `partial` (B, H, SPLITS, WIDTH) to `merged` (B, H, WIDTH), both
-    fp32, and `log_sums` (B, H, SPLITS) to `merged_log_sum` (B, H). Of a split that is empty nothing was written."""
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, ALL)
-    channel = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    log_sum = tl.load(log_sums + row * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
-    top = tl.maximum(tl.max(log_sum, axis=0), -1e30)
-    share = tl.exp2(log_sum - top)
-    total = tl.sum(share, axis=0)
-    at = partial + (row * SPLITS + split)[:, None] * WIDTH + channel[None, :]
-    mask = (log_sum != float("-inf"))[:, None] & (channel < WIDTH)[None, :]
-    summed = tl.sum(share[:, None] * tl.load(at, mask=mask, other=0.0), axis=0)
-    tl.store(merged + row * WIDTH + channel, summed / tl.where(total == 0, 1.0, total), mask=channel < WIDTH)
-    if tl.program_id(1) == 0:
-        tl.store(merged_log_sum + row, tl.where(total == 0, float("-inf"), top + tl.log2(total)))
 
 
 @jit

@@ -106,8 +106,8 @@ def _power(x: Tensor, rank: int, products: Products) -> Tensor:
     apply = _squared(x, products)
     q = _drawn(len(x), x.shape[2], min(rank, *x.shape[1:]), x.device)
     for _ in range(_POWERS):
-        q = _orthonormal(apply(q), 1)
-    return _orthonormal(q, 1).float().contiguous()
+        q = _orthonormal(apply(q))
+    return _orthonormal(q).float().contiguous()
 
 
 def _squared(x: Tensor, products: Products) -> Callable[[Tensor], Tensor]:
@@ -175,19 +175,17 @@ def _drawn(batch: int, rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.randn(rows, columns, generator=draw, device=device).double().expand(batch, -1, -1)
 
 
-def _orthonormal(y: Tensor, passes: int) -> Tensor:
-    """A basis (B, m, r) fp64 of the columns of `y` (B, m, r), Q = Y L⁻ᵀ with L Lᵀ = Yᵀ Y: orthonormal after two passes,
-    and after one as far as the square of Y's condition allows.
+def _orthonormal(y: Tensor) -> Tensor:
+    """A basis (B, m, r) fp64 of the columns of `y` (B, m, r), Q = Y L⁻ᵀ with L Lᵀ = Yᵀ Y: orthonormal as far as the
+    square of Y's condition allows, and if done twice.
 
     Directions that `y` does not have, where X has fewer than r, may come out shorter than 1; X has nothing in them.
     """
     q = y.double()
     q = q / q.norm(dim=1, keepdim=True).clamp(min=1e-300)
-    for _ in range(passes):
-        gram = q.mT @ q
-        gram.diagonal(dim1=1, dim2=2).add_(1e-14)
-        q = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, q.mT, upper=False).mT
-    return q
+    gram = q.mT @ q
+    gram.diagonal(dim1=1, dim2=2).add_(1e-14)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, q.mT, upper=False).mT
 
 
 def energy_rank(values: Tensor, energy: float) -> int:

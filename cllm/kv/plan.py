@@ -151,6 +151,10 @@ class KVPlan:
         """The owners other than itself whose slots layer `i` reads."""
         return tuple(j for j in self.reads(i) if j != i)
 
+    def fuses(self, i: int) -> bool:
+        """Whether the keys or the values that layer `i` reads are fused."""
+        return isinstance(self.keys(i), Fuse) or isinstance(self.values(i), Fuse)
+
     def source(self, i: int) -> Source:
         """What kind of slot layer `i` reads. All slots that one layer reads are of one kind."""
         own = self.layers[self.keys(i).layers[0]].own

@@ -9,7 +9,7 @@ import torch
 from cllm.config import Config
 from cllm.kv.accounting import cache_bytes, kv_bytes, mha_twin, slot_elements
 from cllm.kv.describe import plan_drawing, plan_table
-from cllm.kv.plan import Fuse, Latent, Own
+from cllm.kv.plan import Latent, Own
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import (
     build_decoder,
@@ -48,8 +48,7 @@ def block_activation_bytes(model: Decoder, config: Config, layer: int) -> int:
         key = source.qk_nope_head_dim + source.qk_rope_head_dim
         kept = 2 * c.n_heads * (key + source.v_head_dim) + (source.kv_lora_rank if own else 0)
     elif isinstance(source, Own):
-        fuses = any(isinstance(read, Fuse) for read in (plan.keys(layer), plan.values(layer)))
-        made = (own is not None) + (fuses and not config.train.recompute_fusion)
+        made = (own is not None) + (plan.fuses(layer) and not config.train.recompute_fusion)
         kept = 2 * c.resolved_head_dim * (c.n_heads + made * source.n_kv_heads)
         kept += c.d_model if isinstance(own, Own) and own.kv_norm else 0
     else:

@@ -32,8 +32,9 @@ from cllm.train.module import TrainingModule
 from cllm.train.strategy import check_launch, check_shards, cluster_plugins, family, make_strategy, zero_stage
 from cllm.uptrain.decoder import TracedDecoder
 from cllm.uptrain.module import Recovery, UptrainingModule
-from cllm.uptrain.sources import with_best_sources, with_saved_sources
+from cllm.uptrain.sources import check_best_sources, with_best_sources, with_saved_sources
 from cllm.uptrain.start import calibration_batches, make_student, open_teacher
+from cllm.uptrain.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -236,7 +237,9 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
     config = with_vocabulary(config)
     check_launch(_devices(config, _accelerator(config)), config.train.num_nodes)
     chosen = None if resume is None else with_saved_sources(config, RunFolder(Path(config.runs_dir) / config.name))
-    folder, checkpoint = open_folder(chosen or config, resume, overwrite)
+    choose = config.init.sources == "best" and chosen is None
+    config = chosen or config
+    folder, checkpoint = open_folder(config, resume, overwrite)
     start_step = folder.step_of(checkpoint) if checkpoint else 0
     if start_step >= config.train.steps:
         log.info("%s is finished: %s is its last step", folder.path, checkpoint)
@@ -255,10 +258,13 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
         validation_sequences=config.data.validation_sequences,
         vocab_size=config.model.vocab_size,
     )
-    if config.init.sources == "best":
-        processes = _devices(config, _accelerator(config)) * config.train.num_nodes
-        config = chosen or with_best_sources(config, data, _device(config), processes=processes)
-    module = make_module(config, data, resumed=checkpoint is not None)
+    if choose:
+        check_best_sources(config, processes=_devices(config, _accelerator(config)) * config.train.num_nodes)
+    teacher = None if config.init.path is None else open_teacher(config)
+    if choose:
+        assert teacher is not None
+        config = with_best_sources(config, teacher, data, _device(config))
+    module = make_module(config, data, teacher, resumed=checkpoint is not None)
     with torch.device("meta"):
         model = build_decoder(config.model)  # what is counted: the decoder alone, without what training adds to it
     summary = summarise(config, model)
@@ -288,12 +294,11 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
     return folder
 
 
-def make_module(config: Config, data: DataModule, *, resumed: bool) -> TrainingModule:
-    """The decoder and how it learns: from weights drawn here, or from those of another model (`init.from`).
+def make_module(config: Config, data: DataModule, teacher: Teacher | None, *, resumed: bool) -> TrainingModule:
+    """The decoder and how it learns: from weights drawn here, or from those of another model, the one of `init.from`.
 
     `resumed` says that a checkpoint will replace the weights.
     """
-    teacher = None if config.init.path is None else open_teacher(config)
     if teacher is None:
         model = build_decoder(config.model, backend=config.attention.backend)
         model.init_weights()

@@ -181,8 +181,7 @@ def fusion_plan(teacher: TracedDecoder, plan: KVPlan, batches: Batches, *, ridge
         UserError: for a plan that fuses nothing, or a teacher in which a layer does not own.
     """
     check_owning(teacher.plan)
-    fused = [i for i in range(len(plan)) if isinstance(plan.keys(i), Fuse) or isinstance(plan.values(i), Fuse)]
-    if not fused:
+    if not any(plan.fuses(i) for i in range(len(plan))):
         raise UserError("model.kv fuses nothing; give --owners or --max-bytes for a plan that shares")
     n = len(plan)
     sums: list[Tensor | float] = [0.0, 0.0]

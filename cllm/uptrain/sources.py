@@ -14,28 +14,32 @@ from cllm.errors import UserError
 from cllm.kv.plan import Fuse, KVPlan, Read
 from cllm.runs import RunFolder
 from cllm.uptrain.search import fusion_plan, with_plan
-from cllm.uptrain.start import calibration_batches, open_teacher
+from cllm.uptrain.start import calibration_batches
+from cllm.uptrain.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
 
-def with_best_sources(config: Config, data: DataModule, device: torch.device, *, processes: int) -> Config:
-    """`config` with its plan written out, the sources of its fused reads chosen on the calibration text.
-
-    Raises:
-        UserError: for a plan that fuses nothing, a teacher in which a layer does not own, and several processes, which
-            might not choose the same.
-    """
+def check_best_sources(config: Config, *, processes: int) -> None:
+    """Raises `UserError` for a plan that fuses nothing, and for several processes, which might not choose the same."""
     plan = config.model.plan()
-    if not any(isinstance(read, Fuse) for i in range(len(plan)) for read in (plan.keys(i), plan.values(i))):
+    if not any(plan.fuses(i) for i in range(len(plan))):
         raise UserError("init.sources is best, but model.kv fuses nothing; allowed with it: plan")
     if processes > 1:
         raise UserError(
             f"init.sources is best, and there are {processes} processes, which might choose differently; choose first: "
             "python -m cllm.uptrain.search --fusion --out plan.yaml, and give plan.yaml as one more --config"
         )
-    teacher = open_teacher(config).decoder.to(device)
-    chosen = fusion_plan(teacher, plan, calibration_batches(config, data), ridge=config.init.ridge)
+
+
+def with_best_sources(config: Config, teacher: Teacher, data: DataModule, device: torch.device) -> Config:
+    """`config` with its plan written out, the sources of its fused reads chosen on the calibration text.
+
+    `teacher` goes to `device` and stays there. Raises `UserError` for one in which a layer does not own.
+    """
+    plan = config.model.plan()
+    batches = calibration_batches(config, data)
+    chosen = fusion_plan(teacher.decoder.to(device), plan, batches, ridge=config.init.ridge)
     for i in range(len(plan)):
         if (before := _sources(plan, i)) != (after := _sources(chosen, i)):
             rank_zero_only(log.info)("init.sources best: layer %d reads %s in place of %s", i, after, before)

@@ -15,6 +15,7 @@ from cllm.config import Config
 from cllm.train.optim import make_optimizer
 from cllm.train.run import make_module
 from cllm.uptrain.module import UptrainingModule
+from cllm.uptrain.start import open_teacher
 from uptraining.setup import DISTILLED, Folders, Size, Student
 from uptraining.students import data_module, student_data
 
@@ -42,7 +43,9 @@ def measure_steps(
         for name, loss in WAYS.items()
     }
     text = data_module(configs["distilled"])
-    module = make_module(configs["distilled"], text, resumed=False).to(device).train()
+    module = (
+        make_module(configs["distilled"], text, open_teacher(configs["distilled"]), resumed=False).to(device).train()
+    )
     assert isinstance(module, UptrainingModule)
     module.on_fit_start()
     optimizer = make_optimizer(module.model, configs["distilled"].optim)

@@ -105,7 +105,7 @@ def measure_start(folders: Folders, size: Size, start: Start, teacher: Teacher, 
     config = cli.validate(Config, student_data(folders, size, start, device=device, compiled=False))
     data = data_module(config)
     if config.init.sources == "best":
-        config = with_best_sources(config, data, device, processes=1)
+        config = with_best_sources(config, teacher, data, device)
     student = make_student(config, teacher, lambda: calibration_batches(config, data), device=device, resumed=False)
     made = time.perf_counter() - begin
     loss = validation_loss(student.to(device).eval(), data, device)

@@ -16,6 +16,7 @@ of several such files. On a CPU (--device cpu) everything runs, and the times me
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -202,7 +203,7 @@ def bench_peers(
     record: Record, designs: list[Design], device: torch.device, compiled: bool, repeat: int, points: set[Point]
 ) -> None:
     """Hugging Face's Llama for every design that is one, at its points, or those of them that are in `points`."""
-    llamas = [d for d in designs if peers.llama_heads(d.model) is not None and d.storage == "model"]
+    llamas = [d for d in designs if peers.has_llama(d)]
     cases = itertools.product(llamas, [(kind, compiled and kind == "static") for kind in peers.KINDS])
     for design, (kind, graphs) in cases:
         for point in design.points:
@@ -227,18 +228,16 @@ def bench_generate(
     empty for all, by Hugging Face's Llama as well."""
     for design in designs:
         for point in design.points:
-            llama = points is not None and peers.llama_heads(design.model) is not None and design.storage == "model"
-            for peer in (False, True) if llama and (not points or point in points) else (False,):
-                name = f"HF generate ({design.label})" if peer else f"generate ({design.label})"
+            made = {"generate": functools.partial(generating.own_model, compiled=compiled)}
+            if points is not None and peers.has_llama(design) and (not points or point in points):
+                made["HF generate"] = peers.llama
+            for what, make in made.items():
+                name = f"{what} ({design.label})"
                 row = new_row(name, design, point, peer_of=design.label)
                 record.generated.append(row)
 
-                def tokens(design=design, point=point, peer=peer) -> Row:
-                    if peer:
-                        model = generating.llama(design, point, device)
-                    else:
-                        model = generating.own_model(design, point, device, compiled=compiled)
-                    return generating.measure_generate(model, point, new, device)
+                def tokens(design=design, point=point, make=make) -> Row:
+                    return generating.measure_generate(make(design, point, device), point, new, device)
 
                 record.measure(f"{name} {point}", row, tokens)
                 free(device)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_contender import Loss
 from torch import Tensor, nn
 
 from cllm.config import Config
 from cllm.errors import UserError
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 Built = tuple[str, nn.Module, Loss]
 """Name, model on the GPU, and the loss of (ids, labels), (B, T) each."""
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench_contender import Batches, Contender, at_work
-from bench_peers import Loss, check_peers, hf_liger, litgpt_compiled
+from bench_contender import Batches, Contender, Loss, at_work
+from bench_peers import check_peers, hf_liger, litgpt_compiled
 
 from cllm import cli
 from cllm.config import Config
@@ -83,7 +83,7 @@ def with_documents(plain: Contender, batch: int, seq_len: int, mean: int, device
     positions = place - torch.where(begins, place, 0).cummax(1).values
 
     def loss(tokens: Tensor, labels: Tensor) -> Tensor:
-        return plain.loss(tokens, labels, positions, ids)  # type: ignore[call-arg]
+        return plain.loss(tokens, labels, positions, ids)
 
     return dataclasses.replace(plain, name=f"{plain.name}, documents", loss=loss, rounds=[])
 

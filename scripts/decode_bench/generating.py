@@ -7,6 +7,7 @@ graphs and replay them once, are told apart.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from typing import Any
@@ -18,7 +19,6 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from cllm.hub.export import as_pretrained
 from decode_bench.designs import Design, Point
 from decode_bench.measure import build, wait
-from decode_bench.peers import build_llama, llama_heads
 
 SETTLED = 8
 """Tokens after which nothing compiles any more."""
@@ -47,13 +47,6 @@ def own_model(design: Design, point: Point, device: torch.device, *, compiled: b
     return as_pretrained(decoder).eval()
 
 
-def llama(design: Design, point: Point, device: torch.device) -> nn.Module:
-    """Hugging Face's Llama of the same shape, which transformers compiles by itself where it thinks it should."""
-    heads = llama_heads(design.model)
-    assert heads is not None
-    return build_llama(design.model, heads, point.context, device)
-
-
 def measure_generate(model: Any, point: Point, new: int, device: torch.device) -> dict[str, Any]:
     """Greedy decoding of `new` tokens that end at `point.context`, after a drawn prompt, for `point.batch` sequences.
 
@@ -74,7 +67,7 @@ def measure_generate(model: Any, point: Point, new: int, device: torch.device) -
         stopping_criteria=StoppingCriteriaList([clock]),
     )
     assert out.shape == (point.batch, point.context)
-    gaps = [1000 * (b - a) for a, b in zip(clock.times, clock.times[1:], strict=False)]
+    gaps = [1000 * (b - a) for a, b in itertools.pairwise(clock.times)]
     settled = gaps[SETTLED - 1 :]
     ms = statistics.median(settled)
     return {

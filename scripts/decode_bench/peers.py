@@ -36,6 +36,18 @@ def llama_heads(config: ModelConfig) -> int | None:
     return None if other else own.n_kv_heads
 
 
+def has_llama(design: Design) -> bool:
+    """Whether there is a Llama to compare with: the design is one, with slots in bf16."""
+    return llama_heads(design.model) is not None and design.storage == "model"
+
+
+def llama(design: Design, point: Point, device: torch.device) -> nn.Module:
+    """The Llama that `design` is, with room for the context of `point`."""
+    heads = llama_heads(design.model)
+    assert heads is not None
+    return build_llama(design.model, heads, point.context, device)
+
+
 def build_llama(config: ModelConfig, n_kv_heads: int, context: int, device: torch.device) -> nn.Module:
     """LlamaForCausalLM of the shape of `config` in bf16, weights drawn."""
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -104,9 +116,7 @@ def measure_peer(
     Raises:
         RuntimeError: where a step did not leave the cache with `context` tokens.
     """
-    n_kv_heads = llama_heads(design.model)
-    assert n_kv_heads is not None
-    model: Any = build_llama(design.model, n_kv_heads, point.context, device)
+    model: Any = llama(design, point, device)
     cache, rewind = (_static if kind == "static" else _dynamic)(model, point, device)
     forward = torch.compile(model.forward, mode="reduce-overhead", dynamic=False) if compiled else model.forward
     ids = torch.randint(model.config.vocab_size, (point.batch, 1), device=device)
@@ -125,7 +135,7 @@ def measure_peer(
     reset_peak(device)
     times = time_calls(step, rewind, repeat, device)
     row = step_row(times, point.batch, peak_bytes(device))
-    kv_read = 2 * 2 * model.config.num_hidden_layers * n_kv_heads * model.config.head_dim
+    kv_read = 2 * 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim
     read = bytes_read(model, model.get_input_embeddings(), model.get_output_embeddings(), kv_read, point)
     held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
     row |= {"weight_bytes": weight_bytes(model), "cache_bytes": held, "bytes_read": read, "compiled": compiled}

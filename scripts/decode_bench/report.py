@@ -62,10 +62,8 @@ def table(rows: list[Row]) -> str:
         f"{'cache GiB':>11}{'peak GiB':>11}{'resident':>10}{'read':>9}{'TTFT ms':>10}{'x base':>7}{'no exit':>10}"
     ]
     for row in rows:
-        low, high = row.get("step_ms_range") or (None, None)
-        spread = "-" if low is None else f"{low:.2f}..{high:.2f}"
         lines.append(
-            f"{row['design']:<{wide}}{point_name(row):>12}{_of(row, 'step_ms', '.3f'):>9}{spread:>16}"
+            f"{row['design']:<{wide}}{point_name(row):>12}{_of(row, 'step_ms', '.3f'):>9}{_spread(row, 'step_ms'):>16}"
             f"{_of(row, 'tokens_per_s', ',.0f'):>10}{_of(row, 'step_vs_bound', '.2f'):>8}"
             f"{_of(row, 'step_vs_baseline', '.2f'):>7}{_of(row, 'cache_bytes', '.4g', GIB):>11}"
             f"{_of(row, 'peak_bytes', '.4g', GIB):>11}{_of(row, 'kv_resident_per_token', ',.0f'):>10}"
@@ -113,10 +111,9 @@ def generated_table(rows: list[Row]) -> str:
         f"{'generate()':<{wide}}{'point':>12}{'ms a token':>11}{'spread':>18}{'tokens/s':>10}{'settled after ms':>18}"
     ]
     for row in rows:
-        low, high = row.get("generate_ms_range") or (None, None)
-        spread = "-" if low is None else f"{low:.2f}..{high:.2f}"
         lines.append(
-            f"{row['design']:<{wide}}{point_name(row):>12}{_of(row, 'generate_ms', '.3f'):>11}{spread:>18}"
+            f"{row['design']:<{wide}}{point_name(row):>12}{_of(row, 'generate_ms', '.3f'):>11}"
+            f"{_spread(row, 'generate_ms'):>18}"
             f"{_of(row, 'generate_tokens_per_s', ',.0f'):>10}{_of(row, 'generate_settled_after_ms', ',.0f'):>18}"
         )
     lines += [f"{row['design']} {point_name(row)} failed: {row['error']}" for row in rows if row.get("error")]
@@ -129,6 +126,11 @@ def _width(rows: list[Row]) -> int:
 
 def point_name(row: Row) -> str:
     return f"{row['context']}x{row['batch']}"
+
+
+def _spread(row: Row, key: str) -> str:
+    low, high = row.get(f"{key}_range") or (None, None)
+    return "-" if low is None else f"{low:.2f}..{high:.2f}"
 
 
 def _of(row: Row, key: str, form: str, unit: int = 1) -> str:

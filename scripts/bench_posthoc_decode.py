@@ -218,7 +218,7 @@ def bench_compress(o: argparse.Namespace, device: torch.device, flops: float, re
     bound = 1000 * products / flops
     record.add({"what": "compress", "name": f"prefill of {o.layers} layers, measured (blocks not compiled)",
                 "ms": prefill, "arithmetic_bound_ms": bound, "times_bound": prefill / bound})  # fmt: skip
-    for svd in SVDS:
+    for svd in o.svd or SVDS:
         method = parse(f"xkv:group={o.group},rank_k={o.rank_k},rank_v={o.rank_v},{svd}")
         seconds = []
         for _ in range(1 if "gram" in svd else 3):
@@ -261,6 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, (default, told) in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{told} (default {default})")
     parser.add_argument("--only", choices=["decode", "compress"], help="one of the two")
+    parser.add_argument("--svd", nargs="+", choices=SVDS, metavar="SVD", help=f"only these: {' '.join(SVDS)}")
     parser.add_argument("--errors", action="store_true", help="also measure what compression loses")
     parser.add_argument("--sweep", nargs="?", const=float("inf"), type=float, metavar="SECONDS",
                         help="also other tiles for rebuilding keys; minutes, or no more than that")  # fmt: skip

@@ -84,6 +84,8 @@ def parser() -> argparse.ArgumentParser:
         help="shares of the pretraining tokens (default: 1 2 5)")  # fmt: skip
     add("--lr", type=float, help=f"peak rate of students (default: {FULL.uptrain_lr:g})")
     add("--kv-lr", type=float, help=f"the same where only K/V are trained (default: {FULL.uptrain_kv_lr:g})")
+    add("--batch", type=int, metavar="N", help="sequences of a student's step (default: "
+        f"{FULL.uptrain_batch}); needs an --out of its own")  # fmt: skip
     add("--only", default="", metavar="REGEX", help="starts and students whose name it matches from its beginning")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--no-compile", action="store_true", help="run blocks as they are; short runs do not earn compiling back")
@@ -98,6 +100,7 @@ def size_of(options: argparse.Namespace) -> Size:
     """The size that the arguments say."""
     size = TINY if options.tiny else SMALL if options.small else FULL
     said = {"tokens": options.tokens, "vocab_size": options.vocab_size, "base_seed": options.base_seed}
+    said |= {"uptrain_batch": options.batch}
     return dataclasses.replace(size, **{key: value for key, value in said.items() if value is not None})
 
 

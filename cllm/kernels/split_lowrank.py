@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 MAX_DIM = 256
 MAX_HEADS = 64
 """Query heads of one KV head."""
+_QUERIES = 2**14
+"""Bytes of shared memory for queries, and for what changes its layout."""
 _MOST_CHUNKS = 2**15
 """What one program chooses from; more go through plain torch."""
 _LOG2 = math.log2(math.e)
@@ -74,7 +77,7 @@ def choose_rebuild(*, dim: int, groups: int, size: int, gathered: bool, limits: 
     stages, block_r = 3, 32 if wide else 64
     while True:
         found = Rebuild(block_n=block_n, block_r=block_r, pack=pack, num_warps=warps, num_stages=stages)
-        if found.shared(half, size) <= limits.shared - 8192 or stages == 1:
+        if found.shared(half, size) <= limits.shared - _QUERIES or stages == 1:
             return found
         stages -= 1
 
@@ -120,7 +123,7 @@ def unsupported(
     rebuild = choose_rebuild(
         dim=dim, groups=keys[0].tail.shape[2], size=size, gathered=selection is not None, limits=limits
     )
-    if (needed := rebuild.shared(max(16, _power(dim // 2)), size)) > limits.shared - 8192:
+    if (needed := rebuild.shared(max(16, _power(dim // 2)), size)) > limits.shared - _QUERIES:
         return f"needs {needed} bytes of shared memory; the device has {limits.shared}"
     return None
 
@@ -142,15 +145,17 @@ class _Call:
         return torch.empty(shape, dtype=torch.float32, device=self.device)[..., :tokens]
 
     def rebuilt(self, q, part, table, index, scores, rebuild: Rebuild, *, add: bool) -> None:
-        tokens, (cos, sin) = scores.shape[2], table
+        tokens, rank, (cos, sin) = scores.shape[2], part.a.shape[2], table
+        half = max(16, _power(self.dim // 2))
         grid = (self.groups // rebuild.pack, -(-tokens // rebuild.block_n), self.batch)
         triton_lowrank.rebuilt_scores[grid](
             q, part.a, part.b, cos, sin, index, self.visible.first, scores,
             q.stride()[:2], part.a.stride()[:2], part.b.stride()[:2], cos.stride(0), scores.stride()[:2],
-            _strides(index), tokens, part.a.shape[1], part.a.shape[2], self.scale * _LOG2,
-            G=self.groups, HEADS=self.heads, DIM=self.dim, HALF=max(16, _power(self.dim // 2)), PACK=rebuild.pack,
-            BLOCK_H=self.block_h, BLOCK_N=rebuild.block_n, BLOCK_R=rebuild.block_r, STAGES=rebuild.num_stages, ADD=add,
-            num_warps=rebuild.num_warps,
+            _strides(index), tokens, part.a.shape[1], rank, self.scale * _LOG2,
+            G=self.groups, HEADS=self.heads, DIM=self.dim, HALF=half, PACK=rebuild.pack, BLOCK_H=self.block_h,
+            BLOCK_N=rebuild.block_n, BLOCK_R=rebuild.block_r, STAGES=rebuild.num_stages,
+            WHOLE=rank % rebuild.block_r == 0 and 2 * half == self.dim,
+            LONG=part.a.shape[1] * part.a.stride(1) >= 2**31, ADD=add, num_warps=rebuild.num_warps,
         )  # fmt: skip
 
     def plain(self, q, keys, scores, *, index=None, tail_from=None, stop=2**30, span=1, factor=_LOG2, add=False):
@@ -201,6 +206,31 @@ class _Call:
         )  # fmt: skip
 
 
+@contextmanager
+def _branch(device: torch.device, number: int) -> Iterator[Callable[[], None]]:
+    """What is launched inside needs nothing of what is launched after it, until the function that it yields is called.
+
+    In a CUDA graph that is being captured it becomes a branch, which runs beside the rest: these kernels are so short
+    that each leaves most of a GPU idle. Otherwise it runs in its turn, for events cost the host more than they save.
+    """
+    if device.type != "cuda":
+        yield lambda: None
+        return
+    side = _side(device, number)  # made before anything is captured
+    if not torch.cuda.is_current_stream_capturing():
+        yield lambda: None
+        return
+    main = torch.cuda.current_stream(device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        yield lambda: main.wait_stream(side)
+
+
+@functools.cache
+def _side(device: torch.device, number: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 def _strides(index: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if index is None else index.stride()[:2]
 
@@ -233,23 +263,28 @@ def run(
         limits=call.limits,
     )
     index, rest_index, outliers = None, None, 0
+    with _branch(call.device, 0) as tail_is_done:
+        tail_scores = call.scores(keys[0].tail.shape[1])
+        for i, (q, part) in enumerate(zip(queries, keys, strict=True)):
+            call.plain(q, part.tail, tail_scores, tail_from=compressed, add=i > 0)
+        late = [call.weighed(tail_scores, part.tail, None, shared=False) for part in values]
     if selection is not None:
         index, outliers = _choose(call, queries[0], selection), selection.outlier_keys.shape[1]
         rest_index = index[..., outliers:]
     scores = call.scores(compressed if index is None else index.shape[2])
     rest = scores[..., outliers:]
+    with _branch(call.device, 1) as outliers_are_done:
+        if selection is not None and outliers:
+            call.plain(queries[0], selection.outlier_keys, scores[..., :outliers], index=index, stop=compressed)
     if rest.shape[2]:
         for i, (q, part) in enumerate(zip(queries, keys, strict=True)):
             call.rebuilt(q, part, table, rest_index, rest, rebuild, add=i > 0)
-    if selection is not None and outliers:
-        call.plain(queries[0], selection.outlier_keys, scores[..., :outliers], index=index, stop=compressed)
-    tail_scores = call.scores(keys[0].tail.shape[1])
-    for i, (q, part) in enumerate(zip(queries, keys, strict=True)):
-        call.plain(q, part.tail, tail_scores, tail_from=compressed, add=i > 0)
+    outliers_are_done()
+    early = [call.weighed(scores, part.a[:, :, None], index, shared=True) for part in values]
+    tail_is_done()
     out = queries[0].new_empty((*queries[0].shape[:2], len(values) * call.dim))
-    for part, target in zip(values, out.split(call.dim, dim=-1), strict=True):
-        early = call.weighed(scores, part.a[:, :, None], index, shared=True)
-        call.finished(early, call.weighed(tail_scores, part.tail, None, shared=False), part.b, target)
+    for i, target in enumerate(out.split(call.dim, dim=-1)):
+        call.finished(early[i], late[i], values[i].b, target)
     return out
 
 

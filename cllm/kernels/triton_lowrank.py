@@ -72,13 +72,17 @@ def rebuilt_scores(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
+    WHOLE: tl.constexpr,
+    LONG: tl.constexpr,
     ADD: tl.constexpr,
 ):
     """Scores of a tile of tokens for the query heads of PACK KV heads.
 
     `a` is (B, S, r) and `b` (B, G · D, r), ranks contiguous; `cos` and `sin` are (positions, D / 2) fp32; `index`
     (B, G, n) says which tokens (PACK is 1 then), or None: all. Programs of one tile are neighbours, so that they find
-    its rows of A in the L2 cache.
+    its rows of A in the L2 cache. WHOLE: no rank and no channel is padding. LONG: a row of A needs 64 bits.
+
+    Queries, cosines and sines are loaded before the product: after it each would have to be waited for.
     """
     pack, row_of_batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     token = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -93,43 +97,55 @@ def rebuilt_scores(
         low = tl.load(first + row_of_batch).to(tl.int32)
     channel = tl.arange(0, HALF)
     is_channel = channel < DIM // 2
+    in_group = tl.arange(0, BLOCK_H)
+    is_head = in_group < HEADS
+    queries = ()
+    for i in tl.static_range(PACK):
+        head = (pack * PACK + i) * HEADS + in_group
+        for half in tl.static_range(2):
+            q = _query(query + half * (DIM // 2), q_strides, row_of_batch, head, is_head, channel, is_channel)
+            queries = queries + (q,)
+    position = tl.maximum(tl.where(inside, column, 0) - low, 0)
+    turn = position[:, None] * table_stride + channel[None, :]
+    c = tl.load(cos + turn, mask=is_channel[None, :], other=0.0)
+    s = tl.load(sin + turn, mask=is_channel[None, :], other=0.0)
 
-    rows = a + row_of_batch * a_strides[0] + column.to(tl.int64)[:, None] * a_strides[1]
+    row = tl.minimum(column, S - 1)  # offsets of 32 bits: pointers would take twice the registers
+    if LONG:
+        row = row.to(tl.int64)
     n = tl.arange(0, 2 * HALF)
     paired = n // 16 * 8 + n % 8
     paired_row = paired + n // 8 % 2 * (DIM // 2)
-    weights = b + row_of_batch * b_strides[0] + paired_row[:, None] * b_strides[1]
+    rows, weights = row[:, None] * a_strides[1], paired_row[:, None] * b_strides[1]
+    a_row, b_row = a + row_of_batch * a_strides[0], b + row_of_batch * b_strides[0]
     keys = ()
     for _ in tl.static_range(PACK):
         keys = keys + (tl.zeros((BLOCK_N, 2 * HALF), dtype=tl.float32),)
     for start in tl.range(0, rank, BLOCK_R, num_stages=STAGES):
         r = start + tl.arange(0, BLOCK_R)
-        tile = tl.load(rows + r[None, :], mask=inside[:, None] & (r < rank)[None, :], other=0.0)
-        mask = (paired < DIM // 2)[:, None] & (r < rank)[None, :]
+        if WHOLE:
+            tile = tl.load(a_row + (rows + r[None, :]))
+        else:
+            tile = tl.load(a_row + (rows + r[None, :]), mask=(r < rank)[None, :], other=0.0)
         more = ()
         for i in tl.static_range(PACK):
-            at = weights + (pack * PACK + i) * DIM * b_strides[1] + r[None, :]
-            part = tl.load(at, mask=mask, other=0.0)
+            at = b_row + (pack * PACK + i) * DIM * b_strides[1] + (weights + r[None, :])
+            if WHOLE:
+                part = tl.load(at)
+            else:
+                part = tl.load(at, mask=(paired < DIM // 2)[:, None] & (r < rank)[None, :], other=0.0)
             more = more + (tl.dot(tile, tl.trans(part), acc=keys[i], input_precision="tf32x3"),)
         keys = more
 
-    position = tl.maximum(tl.where(inside, column, 0) - low, 0)
-    at = position[:, None] * table_stride + channel[None, :]
-    c = tl.load(cos + at, mask=is_channel[None, :], other=0.0)
-    s = tl.load(sin + at, mask=is_channel[None, :], other=0.0)
-    in_group = tl.arange(0, BLOCK_H)
-    is_head = in_group < HEADS
     for i in tl.static_range(PACK):
-        head = (pack * PACK + i) * HEADS + in_group
-        q_lower = _query(query, q_strides, row_of_batch, head, is_head, channel, is_channel)
-        q_upper = _query(query + DIM // 2, q_strides, row_of_batch, head, is_head, channel, is_channel)
         pairs = tl.permute(tl.reshape(keys[i], (BLOCK_N, HALF // 8, 2, 8)), (0, 1, 3, 2))
         lower, upper = tl.split(pairs)
         lower, upper = tl.reshape(lower, (BLOCK_N, HALF)), tl.reshape(upper, (BLOCK_N, HALF))
-        turned = (lower * c - upper * s).to(q_lower.dtype)
-        value = tl.dot(turned, tl.trans(q_lower), input_precision="tf32x3")
-        turned = (upper * c + lower * s).to(q_lower.dtype)
-        value = tl.dot(turned, tl.trans(q_upper), acc=value, input_precision="tf32x3")
+        turned = (lower * c - upper * s).to(query.dtype.element_ty)
+        value = tl.dot(turned, tl.trans(queries[2 * i]), input_precision="tf32x3")
+        turned = (upper * c + lower * s).to(query.dtype.element_ty)
+        value = tl.dot(turned, tl.trans(queries[2 * i + 1]), acc=value, input_precision="tf32x3")
+        head = (pack * PACK + i) * HEADS + in_group
         seen = inside & (column >= low)
         _emit(scores, score_strides, value * log2_scale, row_of_batch, head, is_head, token, seen, N, ADD)
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -42,6 +43,8 @@ _POWERS = 8
 _ROUNDING = {"fp32": 2**-24, "tf32": 2**-11, "bf16": 2**-8}
 """The relative error of a number in a product."""
 _DIAGONAL = 1e-13
+_PRECISION = Lock()
+"""Groups are factored by several threads, and how precise products in fp32 are is a setting of the process."""
 
 
 def right_vectors(
@@ -74,17 +77,18 @@ def right_vectors(
 
 
 def multiply(x: Tensor, y: Tensor, products: Products) -> Tensor:
-    """x y in fp32, of operands (B, n, C) and (B, C, r) in fp32 or narrower; inputs rounded as `products` says."""
+    """x y in fp32, of operands (B, n, C) and (B, C, r) in fp32 or narrower; inputs rounded as `products` says.
+
+    In fp32 whatever precision the process has set; that setting is left as it was."""
     if products == "bf16":
         return (x.bfloat16() @ y.bfloat16()).float()
-    if products == "fp32":
-        return x @ y
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        return x @ y
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with _PRECISION:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if products == "tf32" else "highest")
+        try:
+            return x @ y
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def _subspace(x: Tensor, rank: int, products: Products) -> Tensor:
@@ -97,8 +101,8 @@ def _subspace(x: Tensor, rank: int, products: Products) -> Tensor:
         y = multiply(x.mT, multiply(x, q, products), products) - shift * q
         q, shift = torch.linalg.qr(y).Q, _grown(shift, y, products)
     small = multiply(x, q, products)  # B, n, size
-    _, vectors = torch.linalg.eigh((small.mT @ small).double())  # the best `rank` directions inside of q
-    return q @ vectors.flip(-1)[..., :rank].float()
+    _, vectors = torch.linalg.eigh(multiply(small.mT, small, "fp32").double())  # the best directions inside of q
+    return multiply(q, vectors.flip(-1)[..., :rank].float(), "fp32")
 
 
 def _power(x: Tensor, rank: int, products: Products) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -20,7 +21,7 @@ from cllm.posthoc.lowrank import (
     ranks_for_budget,
     right_vectors,
 )
-from cllm.posthoc.streams import streams
+from cllm.posthoc.streams import side_by_side
 
 
 class XKV(Codable):
@@ -109,9 +110,7 @@ class XKV(Codable):
         jobs = [(keys, group, rank, codes_k) for group, rank in zip(groups_k, ranks_k, strict=True)]
         if values is not None:
             jobs += [(values, group, rank, codes_v) for group, rank in zip(groups_v, ranks_v, strict=True)]
-        for job, stream in zip(jobs, streams(len(jobs), keys.data[0].device), strict=True):
-            with stream:
-                self._code(*job)
+        side_by_side([partial(self._code, *job) for job in jobs], keys.data[0].device)
         return codes_k, codes_v
 
     @property

@@ -84,12 +84,26 @@ def memory_estimate(model: Decoder, config: Config, *, teacher: int = 0) -> dict
     autocast = narrow == 2 and zero_stage(train) is None
     copies = 2 * parameters if autocast and not train.gradient_checkpointing else 0
     parts = state_bytes(config, parameters, trained)
-    # Where gradients do not outlive a step, the end of the backward has all of them and no activations.
-    gradients = 0.0 if parts["gradients"] else 4.0 * trained
-    parts["activations"] = max(tokens * per_token + loss + copies, gradients)
+    parts["activations"] = max(tokens * per_token + loss + copies, _after_backward(config, trained, parts["gradients"]))
     if teacher:
         parts["teacher"] = narrow * teacher
     return {name: size / GIB for name, size in (parts | {"total": sum(parts.values())}).items()}
+
+
+def _after_backward(config: Config, trained: int, kept: float) -> float:
+    """Bytes beside `kept` ones of gradients when the backward is over and no activation is left.
+
+    Where gradients do not outlive a step all of them are there now. ZeRO-1 and 2 lay a device's share out flat once
+    more, and where it is bf16, without accumulation, make it fp32.
+    """
+    stage, devices = zero_stage(config.train), processes_of(config.train)
+    if stage is None:
+        return 0.0 if kept else 4.0 * trained
+    if stage == 3 or config.train.offload_optimizer:
+        return 0.0
+    if config.train.global_batch > config.train.micro_batch * devices:
+        return 4.0 * trained / devices  # kept ones are fp32 already
+    return max(8.0 * trained / devices - kept, 0.0)
 
 
 def state_bytes(config: Config, parameters: int, trained: int) -> dict[str, float]:

@@ -131,6 +131,7 @@ def run_row(folders: Folders, student: Student, seconds: float) -> dict[str, Any
         "trainable": student.trainable,
         "percent": student.percent,
         "lr": student.lr,
+        "batch": config.train.global_batch,
         "seed": student.seed,
         "tokens": summary["steps"] * summary["tokens_per_step"],
         "parameters": summary["parameters"],

@@ -55,6 +55,31 @@ def test_the_estimate_is_within_a_tenth_of_what_was_measured(config: dict[str, A
     assert memory_estimate(model, config_)["total"] == pytest.approx(gib, rel=0.1)
 
 
+SCALED = [
+    (result, row)
+    for file in sorted((ROOT / "docs" / "results").glob("*-scaling-*.json"))
+    for result in [json.loads(file.read_text(encoding="utf-8"))]
+    for row in result["rows"]
+]
+
+
+@pytest.mark.parametrize(
+    ("result", "row"),
+    SCALED,
+    ids=[f"{row['strategy']}-x{row['devices']}-{i}" for i, (_, row) in enumerate(SCALED)],
+)
+def test_the_estimate_of_a_strategy_is_within_a_tenth_too(result: dict[str, Any], row: dict[str, Any]) -> None:
+    given = {key: value for key, value in result["config"].items() if key not in ("init", "uptrain", "data")}
+    given["data"] = {"path": "none", "seq_len": result["config"]["data"]["seq_len"]}
+    batch = given["train"]["micro_batch"] * row["devices"] * result["accumulate"]
+    given["train"] |= {"strategy": row["strategy"], "devices": row["devices"], "global_batch": batch}
+    given["train"]["accelerator"] = "gpu"
+    config = cli.validate(Config, given)
+    with torch.device("meta"):
+        model = build_decoder(config.model)
+    assert memory_estimate(model, config)["total"] == pytest.approx(row["peak_gib"], rel=0.1)
+
+
 @pytest.mark.parametrize("file", sorted((CONFIGS / "model").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_header_of_a_config_says_what_its_dry_run_says(file: Path) -> None:
     told = re.search(r"about (\d+) GiB", file.read_text(encoding="utf-8"))

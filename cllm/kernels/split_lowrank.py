@@ -28,6 +28,8 @@ MAX_HEADS = 64
 """Query heads of one KV head."""
 _QUERIES = 2**14
 """Bytes of shared memory for queries, and for what changes its layout."""
+_ADDS_ANGLES = 200 * 1024
+"""Bytes of shared memory from which on operands of products are kept there, which leaves registers to add angles in."""
 _MOST_CHUNKS = 2**15
 """What one program chooses from; more go through plain torch."""
 _LOG2 = math.log2(math.e)
@@ -146,7 +148,7 @@ class _Call:
 
     def rebuilt(self, q, part, table, index, scores, rebuild: Rebuild, *, add: bool) -> None:
         tokens, rank, (cos, sin) = scores.shape[2], part.a.shape[2], table
-        half = max(16, _power(self.dim // 2))
+        half, size = max(16, _power(self.dim // 2)), part.a.element_size()
         grid = (self.groups // rebuild.pack, -(-tokens // rebuild.block_n), self.batch)
         triton_lowrank.rebuilt_scores[grid](
             q, part.a, part.b, cos, sin, index, self.visible.first, scores,
@@ -155,7 +157,9 @@ class _Call:
             G=self.groups, HEADS=self.heads, DIM=self.dim, HALF=half, PACK=rebuild.pack, BLOCK_H=self.block_h,
             BLOCK_N=rebuild.block_n, BLOCK_R=rebuild.block_r, STAGES=rebuild.num_stages,
             WHOLE=rank % rebuild.block_r == 0 and 2 * half == self.dim,
-            LONG=part.a.shape[1] * part.a.stride(1) >= 2**31, ADD=add, num_warps=rebuild.num_warps,
+            LONG=part.a.shape[1] * part.a.stride(1) >= 2**31,
+            ADDED=index is None and size == 2 and self.limits.shared >= _ADDS_ANGLES, ADD=add,
+            num_warps=rebuild.num_warps,
         )  # fmt: skip
 
     def plain(self, q, keys, scores, *, index=None, tail_from=None, stop=2**30, span=1, factor=_LOG2, add=False):

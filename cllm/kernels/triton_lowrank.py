@@ -44,6 +44,31 @@ def _query(query, strides, b, head, is_head, channel, is_channel):
 
 
 @jit
+def _turns(cos, sin, stride, position, channel, is_channel):
+    """Cosines and sines (N, channels) of positions (N,)."""
+    at = position[:, None] * stride + channel[None, :]
+    c = tl.load(cos + at, mask=is_channel[None, :], other=0.0)
+    s = tl.load(sin + at, mask=is_channel[None, :], other=0.0)
+    return c, s
+
+
+@jit
+def _added_turns(cos, sin, stride, base, offset, channel, is_channel):
+    """Those of `base` + offsets (N,), by the sums of angles: from the first rows of the table, which every program reads,
+    and one row more, instead of N rows that few others read. Row 0 has the factor that cosines and sines may have.
+
+    The table's angles are rounded to fp32, at position 2^16 to 2^-9 for a frequency near 1, so that the two differ
+    as keys in 16 bits do.
+    """
+    first_c = tl.load(cos + base * stride + channel, mask=is_channel, other=0.0)
+    first_s = tl.load(sin + base * stride + channel, mask=is_channel, other=0.0)
+    factor = tl.load(cos + channel, mask=is_channel, other=1.0)
+    first_c, first_s = (first_c / factor)[None, :], (first_s / factor)[None, :]
+    c, s = _turns(cos, sin, stride, offset, channel, is_channel)
+    return c * first_c - s * first_s, s * first_c + c * first_s
+
+
+@jit
 def rebuilt_scores(
     query,
     a,
@@ -74,6 +99,7 @@ def rebuilt_scores(
     STAGES: tl.constexpr,
     WHOLE: tl.constexpr,
     LONG: tl.constexpr,
+    ADDED: tl.constexpr,
     ADD: tl.constexpr,
 ):
     """Scores of a tile of tokens for the query heads of PACK KV heads.
@@ -81,8 +107,10 @@ def rebuilt_scores(
     `a` is (B, S, r) and `b` (B, G · D, r), ranks contiguous; `cos` and `sin` are (positions, D / 2) fp32; `index`
     (B, G, n) says which tokens (PACK is 1 then), or None: all. Programs of one tile are neighbours, so that they find
     its rows of A in the L2 cache. WHOLE: no rank and no channel is padding. LONG: a row of A needs 64 bits.
+    ADDED: neighbours in a tile are neighbours in the text, and keys have 16 bits, see `_added_turns`.
 
-    Queries, cosines and sines are loaded before the product: after it each would have to be waited for.
+    Queries, and cosines and sines that nobody else reads, are loaded before the product: after it each would have to be
+    waited for.
     """
     pack, row_of_batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     token = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -106,9 +134,8 @@ def rebuilt_scores(
             q = _query(query + half * (DIM // 2), q_strides, row_of_batch, head, is_head, channel, is_channel)
             queries = queries + (q,)
     position = tl.maximum(tl.where(inside, column, 0) - low, 0)
-    turn = position[:, None] * table_stride + channel[None, :]
-    c = tl.load(cos + turn, mask=is_channel[None, :], other=0.0)
-    s = tl.load(sin + turn, mask=is_channel[None, :], other=0.0)
+    if not ADDED:
+        c, s = _turns(cos, sin, table_stride, position, channel, is_channel)
 
     row = tl.minimum(column, S - 1)  # offsets of 32 bits: pointers would take twice the registers
     if LONG:
@@ -137,6 +164,9 @@ def rebuilt_scores(
             more = more + (tl.dot(tile, tl.trans(part), acc=keys[i], input_precision="tf32x3"),)
         keys = more
 
+    if ADDED:
+        base = tl.maximum(tl.program_id(1) * BLOCK_N - low, 0)
+        c, s = _added_turns(cos, sin, table_stride, base, tl.maximum(position - base, 0), channel, is_channel)
     for i in tl.static_range(PACK):
         pairs = tl.permute(tl.reshape(keys[i], (BLOCK_N, HALF // 8, 2, 8)), (0, 1, 3, 2))
         lower, upper = tl.split(pairs)

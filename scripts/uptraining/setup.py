@@ -67,9 +67,9 @@ FULL = Size(
     tokens=60_000_000,
     batch=64,
     lr=1e-3,
-    uptrain_batch=16,
+    uptrain_batch=4,
     uptrain_lr=1.5e-4,
-    uptrain_kv_lr=3e-4,
+    uptrain_kv_lr=5e-4,
     validation_sequences=256,
     calibration_sequences=64,
 )

@@ -45,6 +45,8 @@ class Case:
     exclude_self: bool = False
     budget: int | None = None
     outliers: int = 2
+    factor: float = 1.0
+    """On cosines and sines, as yarn has it."""
 
     def __str__(self) -> str:
         default = Case()
@@ -65,6 +67,7 @@ CASES = [
     Case(t=12, column=78),
     Case(first=(0, 33)),
     Case(first=(70, 77)),
+    Case(factor=1.3, first=(0, 33)),
     Case(s=40, t=12, first=(43, 0)),
     Case(exclude_self=True, t=1),
     Case(parts=(2, 2), first=(5, 0)),
@@ -89,9 +92,9 @@ def table(case: Case, dtype: torch.dtype):
     if dtype == torch.float64:
         half = case.d // 2
         angles = torch.arange(case.s).double()[:, None] * 10000.0 ** (-torch.arange(half).double() / half)
-        return angles.cos(), angles.sin()
+        return angles.cos() * case.factor, angles.sin() * case.factor
     cos, sin = rope_table(Rope(), case.d, torch.arange(case.s))
-    return cos[:, 0, 0], sin[:, 0, 1]
+    return cos[:, 0, 0] * case.factor, sin[:, 0, 1] * case.factor
 
 
 def call(case: Case, dtype: torch.dtype):
@@ -118,9 +121,12 @@ def call(case: Case, dtype: torch.dtype):
         made = (part.a[b].double() @ part.b[b].double().T).unflatten(-1, (case.g, case.d))
         return made
 
+    def turned(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return rotated(keys, positions) * case.factor
+
     every_key = [
         [
-            torch.cat((rotated(full(k, b), (torch.arange(case.s) - first[b]).clamp(min=0)), k.tail[b].double()))
+            torch.cat((turned(full(k, b), (torch.arange(case.s) - first[b]).clamp(min=0)), k.tail[b].double()))
             for b in range(B)
         ]
         for k in keys

@@ -84,11 +84,12 @@ def choose_rebuild(*, dim: int, groups: int, size: int, gathered: bool, limits: 
         stages -= 1
 
 
-def choose_splits(*, programs: int, tokens: int, block_n: int, limits: Limits) -> int:
-    """Programs that share the tokens of a stretch: two for each multiprocessor, no more than tiles, a power of two for
-    a short stretch, which grows by a token each step and should not be compiled anew each time."""
+def choose_splits(*, programs: int, tokens: int, block_n: int, gathered: bool, limits: Limits) -> int:
+    """Programs that share the tokens of a stretch: two for each multiprocessor, or four where rows are gathered, for
+    that is mostly waiting; no more than tiles; a power of two for a short stretch, which grows by a token each step and
+    should not be compiled anew each time."""
     tiles = -(-tokens // block_n)
-    wanted = max(1, min(tiles, 2 * limits.processors // programs, 128))
+    wanted = max(1, min(tiles, (4 if gathered else 2) * limits.processors // programs, 128))
     return wanted if tiles >= 64 else 1 << (wanted.bit_length() - 1)
 
 
@@ -182,7 +183,9 @@ class _Call:
         if values.element_size() > 2:
             block_w = min(block_w, 64)
         chunks, blocks = -(-width // block_w), self.batch * groups * -(-heads // block_h)
-        splits = choose_splits(programs=chunks * blocks, tokens=tokens, block_n=64, limits=self.limits)
+        splits = choose_splits(
+            programs=chunks * blocks, tokens=tokens, block_n=64, gathered=index is not None, limits=self.limits
+        )
         shape = (self.batch, self.groups * self.heads, splits)
         partial = torch.empty((*shape, width), dtype=torch.float32, device=self.device)
         log_sums = torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -305,6 +308,6 @@ def _choose(call: _Call, q: Tensor, selection: Selection) -> Tensor:
     triton_lowrank.choose[(call.groups, call.batch)](
         marks, outliers, out, marks.stride()[:2], outliers.stride()[:2], out.stride()[:2], chunks,
         HEADS=call.heads, OUTLIERS=always, COUNT=count, SPAN=span, BLOCK=block, BLOCK_M=_power(max(always, 1)),
-        num_warps=min(16, max(4, block // 1024)),
+        TOGETHER=min(_power(call.heads), max(1, _MOST_CHUNKS // block)), num_warps=min(16, max(4, block // 512)),
     )  # fmt: skip
     return out

@@ -54,7 +54,7 @@ def _turns(cos, sin, stride, position, channel, is_channel):
 
 @jit
 def _added_turns(cos, sin, stride, base, offset, channel, is_channel):
-    """Those of `base` + offsets (N,), by the sums of angles: from the first rows of the table, which every program reads,
+    """Those of `base` + offsets (N,), by sums of angles: from the first rows of the table, which every program reads,
     and one row more, instead of N rows that few others read. Row 0 has the factor that cosines and sines may have.
 
     The table's angles are rounded to fp32, at position 2^16 to 2^-9 for a frequency near 1, so that the two differ
@@ -248,6 +248,7 @@ def choose(
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
     """Tokens of one KV head's chunks: those of the outliers, and of the COUNT others of largest probability from any of
     its query heads, in ascending order; of equal ones the first.
@@ -256,18 +257,21 @@ def choose(
     of `marks` of the first query head is written over: outliers are struck out there, by their numbers.
 
     A logarithm of a probability is never positive, so that its magnitude as an integer orders it, and the COUNT-th one
-    is found two bits at a time, the three numbers of chunks that are as large added up in one word.
+    is found two bits at a time, the three numbers of chunks that are as large added up in one word. What takes time is
+    waiting, for memory and for the other warps in sums over all chunks: so TOGETHER heads are read at once, and both
+    running sums, of larger ones and of equal ones, are halves of one word.
     """
     group, b = tl.program_id(0), tl.program_id(1)
     chunk = tl.arange(0, BLOCK)
     is_chunk = chunk < CHUNKS
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for h in range(HEADS):
-        at = marks + b * m_strides[0] + (group * HEADS + h) * m_strides[1] + chunk
-        mark = tl.load(at, mask=is_chunk, other=float("-inf"))
-        most = tl.maximum(tl.max(mark, 0), -1e30)
-        total = tl.maximum(tl.sum(tl.exp(mark - most), 0), 1e-30)
-        best = tl.maximum(best, mark - (most + tl.log(total)))
+    for start in range(0, HEADS, TOGETHER):
+        head = start + tl.arange(0, TOGETHER)
+        at = marks + b * m_strides[0] + (group * HEADS + head)[:, None] * m_strides[1] + chunk[None, :]
+        mark = tl.load(at, mask=(head < HEADS)[:, None] & is_chunk[None, :], other=float("-inf"))
+        most = tl.maximum(tl.max(mark, 1), -1e30)
+        total = tl.maximum(tl.sum(tl.exp(mark - most[:, None]), 1), 1e-30)
+        best = tl.maximum(best, tl.max(mark - (most + tl.log(total))[:, None], 0))
     magnitude = tl.minimum(best, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     order = tl.where(is_chunk, 0x7FFFFFFF - magnitude, -1)
     always = outliers + b * o_strides[0] + group * o_strides[1]
@@ -292,13 +296,15 @@ def choose(
         least = tl.where((found & 0xFFFFF) >= COUNT, one, least)
         least = tl.where(((found >> 20) & 0xFFFFF) >= COUNT, two, least)
         least = tl.where((found >> 40) >= COUNT, three, least)
-    above, equal = (order > least).to(tl.int32), (order == least).to(tl.int32)
-    room = COUNT - tl.sum(above, 0)
-    taken = above | (equal & (tl.cumsum(equal, 0) <= room).to(tl.int32))
-    place = OUTLIERS + tl.cumsum(taken, 0) - 1
+    larger, equal = order > least, order == least
+    sums = tl.cumsum(larger.to(tl.uint32) + (equal.to(tl.uint32) << 16), 0)
+    so_far, equal_so_far = (sums & 0xFFFF).to(tl.int32), (sums >> 16).to(tl.int32)
+    room = COUNT - tl.max(so_far, 0)
+    taken = larger | (equal & (equal_so_far <= room))
+    place = OUTLIERS + so_far + tl.minimum(equal_so_far, room) - 1
     to = out + b * out_strides[0] + group * out_strides[1]
     for j in range(SPAN):
-        tl.store(to + place * SPAN + j, (chunk * SPAN + j).to(tl.int64), mask=taken > 0)
+        tl.store(to + place * SPAN + j, (chunk * SPAN + j).to(tl.int64), mask=taken)
     for j in range(SPAN):
         tl.store(to + m * SPAN + j, first * SPAN + j, mask=m < OUTLIERS)
 

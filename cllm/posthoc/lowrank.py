@@ -39,7 +39,7 @@ Products = Literal["fp32", "tf32", "bf16"]
 
 _OVERSAMPLE = 16
 _ITERATIONS = 4
-_POWERS = 7
+_POWERS = 8
 _ROUNDING = {"fp32": 2**-24, "tf32": 2**-11, "bf16": 2**-8}
 """The relative error of a number in a product."""
 _DIAGONAL = 1e-13

@@ -8,6 +8,7 @@ import torch
 from cllm.posthoc.code import Part
 from cllm.posthoc.lowrank import right_vectors
 from cllm.posthoc.methods import parse
+from cllm.posthoc.streams import side_by_side
 
 LAYERS, GROUP, TOKENS = 12, 2, 700
 
@@ -32,6 +33,24 @@ def test_groups_side_by_side_are_what_each_is_alone(gpu: torch.device, spec: str
                 assert found is not None
                 assert expected is not None
                 torch.testing.assert_close(found.decode(), expected.decode(), atol=2e-2, rtol=2e-2)
+
+
+def test_what_one_job_raises_is_raised_after_the_others(gpu: torch.device) -> None:
+    made: list[torch.Tensor] = []
+
+    def work() -> None:
+        assert not torch.is_grad_enabled()
+        made.append(torch.linalg.cholesky_ex(torch.eye(64, device=gpu)).L.sum())
+
+    def fail() -> None:
+        raise ValueError("no")
+
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="no"):
+            side_by_side([fail, *[work] * 20], gpu)
+        made.clear()
+        side_by_side([work] * 20, gpu)
+    assert torch.stack(made).tolist() == [64.0] * 20
 
 
 @pytest.mark.parametrize("products", ["fp32", "tf32", "bf16"])

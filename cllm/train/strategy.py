@@ -101,6 +101,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             zero[key] = min(zero[key], elements)
         with contextlib.redirect_stdout(io.StringIO()):  # pages of memory reports
             super()._initialize_deepspeed_train(model)
+        _check_norms_only(self.optimizers[0])
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 _set_master_weight(parameter, drawn[name], self.global_rank)
@@ -150,6 +151,18 @@ class ZeroStrategy(DeepSpeedStrategy):
         if self.is_global_zero:
             self._frozen = {name: stored[name] for name in frozen}
         return state
+
+
+def _check_norms_only(optimizer: Any) -> None:
+    """Spare DeepSpeed's optimizer of ZeRO-1 and 2 a pass through every gradient, one by one, for what is not finite.
+
+    The norm, which is made right after, tells the same, and the step is skipped by it too. ZeRO-1 with accumulation,
+    ZeRO-3 and offloading have other optimizers or other ways, and are left alone.
+    """
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.compute_grad_norm and not optimizer.cpu_offload:
+        optimizer.check_overflow = lambda partition_gradients=True: None
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -243,7 +256,7 @@ def check_zero(train: TrainConfig, accelerator: str) -> None:
     except ImportError as error:
         raise UserError(
             f"train.strategy is {train.strategy}, but DeepSpeed cannot be imported ({error}): DS_BUILD_OPS=0 pip "
-            "install 'deepspeed>=0.19,<0.20'; allowed without it: auto, single, ddp"
+            "install 'deepspeed>=0.19.8,<0.20'; allowed without it: auto, single, ddp"
         ) from None
 
 

@@ -396,15 +396,19 @@ sys.exit(train.main())
 
 
 def on_cpu(config: Config, script: Path, *arguments: str) -> RunFolder:
+    done = train_on_cpu(config, script, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return RunFolder(Path(config.runs_dir) / config.name)
+
+
+def train_on_cpu(config: Config, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     file = script.with_name(f"{config.name}.yaml")
     file.write_text(yaml.safe_dump(config.as_yaml_data()), encoding="utf-8")
     script.write_text(ON_CPU, encoding="utf-8")
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), "--config", str(file), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return RunFolder(Path(config.runs_dir) / config.name)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def rows(folder: RunFolder, tag: str) -> list[tuple[int, float]]:
@@ -441,6 +445,23 @@ def test_zero_takes_the_steps_of_one_device_and_resumes_exactly(tiny: Tiny, tmp_
     assert rows(resumed, "train/lr") == last
     for tag, tensor in read_weights(resumed.checkpoints()[-1][1]).items():
         assert torch.equal(tensor, whole[tag]), tag
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("name", "micro_batches"), [("zero1", 1), ("zero1", 2), ("zero2", 1), ("zero2", 2), ("zero3", 2)]
+)
+def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run(
+    tiny: Tiny, tmp_path: Path, name: str, micro_batches: int
+) -> None:
+    """DeepSpeed has other optimizers for ZeRO-1 with and without accumulation."""
+    settings = ["--train.precision", "bf16", "--optim.lr", "1e30", "--optim.warmup_steps", "0"]
+    settings += ["--train.max_skipped_steps", "2", "--train.global_batch", "4"]
+    settings += ["--train.micro_batch", str(4 // micro_batches)]
+    config = tiny("--name", name, "--train.strategy", name, *settings)
+    done = train_on_cpu(config, tmp_path / "on_cpu.py")
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "train.max_skipped_steps is 2" in done.stderr
 
 
 @needs_deepspeed

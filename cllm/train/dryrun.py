@@ -94,7 +94,7 @@ def _after_backward(config: Config, trained: int, kept: float) -> float:
     """Bytes beside `kept` ones of gradients when the backward is over and no activation is left.
 
     Where gradients do not outlive a step all of them are there now. ZeRO-1 and 2 lay a device's share out flat once
-    more, and where it is bf16, without accumulation, make it fp32.
+    more, and where it is bf16, without accumulation, make it fp32; ZeRO-1 with accumulation sums it up flat.
     """
     stage, devices = zero_stage(config.train), processes_of(config.train)
     if stage is None:
@@ -102,7 +102,7 @@ def _after_backward(config: Config, trained: int, kept: float) -> float:
     if stage == 3 or config.train.offload_optimizer:
         return 0.0
     if config.train.global_batch > config.train.micro_batch * devices:
-        return 4.0 * trained / devices  # kept ones are fp32 already
+        return 4.0 * trained / devices if stage == 2 else 0.0
     return max(8.0 * trained / devices - kept, 0.0)
 
 

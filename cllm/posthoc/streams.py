@@ -8,14 +8,15 @@ thread that launches: torch's operators do not hold Python's lock.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
 Job = Callable[[], None]
 
 _MOST = 8
-_pools: dict[torch.device, list[torch.cuda.Stream]] = {}
+_lanes: dict[torch.device, list[tuple[torch.cuda.Stream, ThreadPoolExecutor]]] = {}
+"""Streams, each with the thread that launches on it, always the same: libraries keep a workspace for every pair."""
 
 
 def side_by_side(jobs: Sequence[Job], device: torch.device) -> None:
@@ -28,12 +29,12 @@ def side_by_side(jobs: Sequence[Job], device: torch.device) -> None:
         for job in jobs:
             job()
         return
-    pool = _pools.setdefault(device, [])
-    if not pool:  # torch loads its linear algebra at the first use, which several threads at once must not be
+    lanes = _lanes.setdefault(device, [])
+    if not lanes:  # torch loads its linear algebra at the first use, which several threads at once must not be
         torch.linalg.cholesky_ex(torch.eye(1, device=device))
-    while len(pool) < min(len(jobs), _MOST):
-        pool.append(torch.cuda.Stream(device))
-    used, current = pool[: len(jobs)], torch.cuda.current_stream(device)
+    while len(lanes) < min(len(jobs), _MOST):
+        lanes.append((torch.cuda.Stream(device), ThreadPoolExecutor(1, "cllm-compress")))
+    used, current = lanes[: len(jobs)], torch.cuda.current_stream(device)
     gradients = torch.is_grad_enabled()
 
     def launch(stream: torch.cuda.Stream, mine: Sequence[Job]) -> None:
@@ -41,11 +42,11 @@ def side_by_side(jobs: Sequence[Job], device: torch.device) -> None:
             for job in mine:
                 job()
 
-    for stream in used:
+    for stream, _ in used:
         stream.wait_stream(current)
-    try:
-        with ThreadPoolExecutor(len(used)) as threads:
-            list(threads.map(launch, used, [jobs[i :: len(used)] for i in range(len(used))]))
-    finally:
-        for stream in used:
-            current.wait_stream(stream)
+    under_way = [thread.submit(launch, stream, jobs[i :: len(used)]) for i, (stream, thread) in enumerate(used)]
+    wait(under_way)
+    for stream, _ in used:
+        current.wait_stream(stream)
+    for one in under_way:
+        one.result()

@@ -99,8 +99,12 @@ def parser() -> argparse.ArgumentParser:
 def size_of(options: argparse.Namespace) -> Size:
     """The size that the arguments say."""
     size = TINY if options.tiny else SMALL if options.small else FULL
-    said = {"tokens": options.tokens, "vocab_size": options.vocab_size, "base_seed": options.base_seed}
-    said |= {"uptrain_batch": options.batch}
+    said = {
+        "tokens": options.tokens,
+        "vocab_size": options.vocab_size,
+        "base_seed": options.base_seed,
+        "uptrain_batch": options.batch,
+    }
     return dataclasses.replace(size, **{key: value for key, value in said.items() if value is not None})
 
 

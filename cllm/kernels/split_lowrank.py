@@ -53,6 +53,11 @@ class Rebuild:
         return self.num_stages * (self.block_n + 2 * self.pack * half) * self.block_r * size
 
 
+def _half(dim: int) -> int:
+    """Channels of a tile that holds half of a head: a power of two, and what a matrix product takes at least."""
+    return max(16, _power(dim // 2))
+
+
 @functools.cache
 def choose_rebuild(*, dim: int, groups: int, size: int, gathered: bool, limits: Limits) -> Rebuild:
     """Tiles by rule; nothing is tried at run time.
@@ -70,7 +75,7 @@ def choose_rebuild(*, dim: int, groups: int, size: int, gathered: bool, limits: 
         gathered: whether each KV head has tokens of its own.
         limits: of the device.
     """
-    half, wide = max(16, _power(dim // 2)), size > 2
+    half, wide = _half(dim), size > 2
     pack = 1
     while not gathered and not wide and groups % (2 * pack) == 0 and 2 * pack * half <= 128:
         pack *= 2
@@ -126,7 +131,7 @@ def unsupported(
     rebuild = choose_rebuild(
         dim=dim, groups=keys[0].tail.shape[2], size=size, gathered=selection is not None, limits=limits
     )
-    if (needed := rebuild.shared(max(16, _power(dim // 2)), size)) > limits.shared - _QUERIES:
+    if (needed := rebuild.shared(_half(dim), size)) > limits.shared - _QUERIES:
         return f"needs {needed} bytes of shared memory; the device has {limits.shared}"
     return None
 
@@ -149,7 +154,7 @@ class _Call:
 
     def rebuilt(self, q, part, table, index, scores, rebuild: Rebuild, *, add: bool) -> None:
         tokens, rank, (cos, sin) = scores.shape[2], part.a.shape[2], table
-        half, size = max(16, _power(self.dim // 2)), part.a.element_size()
+        half, size = _half(self.dim), part.a.element_size()
         grid = (self.groups // rebuild.pack, -(-tokens // rebuild.block_n), self.batch)
         triton_lowrank.rebuilt_scores[grid](
             q, part.a, part.b, cos, sin, index, self.visible.first, scores,
@@ -220,11 +225,8 @@ def _branch(device: torch.device, number: int) -> Iterator[Callable[[], None]]:
     In a CUDA graph that is being captured it becomes a branch, which runs beside the rest: these kernels are so short
     that each leaves most of a GPU idle. Otherwise it runs in its turn, for events cost the host more than they save.
     """
-    if device.type != "cuda":
-        yield lambda: None
-        return
-    side = _side(device, number)  # made before anything is captured
-    if not torch.cuda.is_current_stream_capturing():
+    side = _side(device, number) if device.type == "cuda" else None  # made before anything is captured
+    if side is None or not torch.cuda.is_current_stream_capturing():
         yield lambda: None
         return
     main = torch.cuda.current_stream(device)

@@ -101,9 +101,14 @@ def _after_backward(config: Config, trained: int, kept: float) -> float:
         return 0.0 if kept else 4.0 * trained
     if stage == 3 or config.train.offload_optimizer:
         return 0.0
-    if config.train.global_batch > config.train.micro_batch * devices:
+    if _accumulates(config):
         return 4.0 * trained / devices if stage == 2 else 0.0
     return max(8.0 * trained / devices - kept, 0.0)
+
+
+def _accumulates(config: Config) -> bool:
+    """Whether a step has several micro-batches."""
+    return config.train.global_batch > config.train.micro_batch * processes_of(config.train)
 
 
 def state_bytes(config: Config, parameters: int, trained: int) -> dict[str, float]:
@@ -113,7 +118,7 @@ def state_bytes(config: Config, parameters: int, trained: int) -> dict[str, floa
     """
     train, stage = config.train, zero_stage(config.train)
     devices = processes_of(train)
-    accumulates = train.global_batch > train.micro_batch * devices
+    accumulates = _accumulates(config)
     if stage is None:
         kept = accumulates or train.strategy == "ddp" or devices > 1
         return {"weights": 4 * parameters, "optimizer": 8 * trained, "gradients": 4 * trained if kept else 0}

@@ -121,8 +121,7 @@ def _runs(rows: Sequence[Row]) -> str:
     keys = ["plan", "method", "loss_kind", "trainable", "percent", "lr", "batch", "seed", "start_loss", "loss", "ppl"]
     keys += ["above_teacher_percent", "recovery_percent", "kv_bytes_per_token", "kv_vs_teacher", "seconds"]
     heads = ["plan", "method", "loss", "trained", "% of tokens", "lr", "sequences a step", "seed", "start", "val loss"]
-    heads += ["perplexity"]
-    heads += ["% above the teacher", "recovery %", "cache bytes a token", "of the teacher's", "seconds"]
+    heads += ["perplexity", "% above the teacher", "recovery %", "cache bytes a token", "of the teacher's", "seconds"]
     ordered = sorted(rows, key=lambda row: tuple(row[key] for key in keys[:8]))
     return table(heads, [[row[key] for key in keys] for row in ordered])
 

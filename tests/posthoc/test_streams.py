@@ -30,7 +30,7 @@ class Stream:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> threading.local:
-    """The current stream of each thread; the main one's has the name `main`."""
+    """The current `stream` of each thread; that of the one that calls is `main`, too."""
     current = threading.local()
     current.stream = current.main = Stream()
     Stream.waits = []

@@ -147,6 +147,30 @@ def test_times_leave_out_the_first_batch_and_what_a_method_watches(decoder, toke
     assert _warm([5.0]) == 5
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "xkv:ratio=1.5,svd=power",
+        "svd:ratio=1.2+kivi:bits=4,group=8,residual=0",
+        "minicache",
+        "minicache_xkv+kivi:bits=4,group=8,residual=0",
+        "commonkv:group=2,recent=4,weights=equal",
+        "commonkv:group=2,recent=4,weights=equal,rank=16",
+        "kivi:bits=4,group=8,residual=8",
+        "xquant:bits=2,group=8,residual=8",
+        "kvsharer:threshold=-1.0,share=1",
+    ],
+)
+def test_every_method_under_autocast(spec, decoder, tokens):
+    """As evaluate.py scores on a GPU: caches in bf16, weights in fp32."""
+    model = decoder(qk_norm=False)
+    engine, method, (tally, reference) = engine_of(model), parse(spec), (_Tally(), _Reference())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        method.prepare(engine, tokens(2, 32))
+        _score(engine, [method], tokens(2, 49), 32, [tally], reference)
+    assert tally.nll == pytest.approx(reference.tally.nll, rel=0.1)
+
+
 def test_the_reference_is_the_loss_of_a_plain_forward_after_the_prefix(scored, prepared):
     records, _, model = scored("none")
     store = TokenStore(prepared(300), "validation")

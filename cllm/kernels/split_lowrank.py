@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cllm.kernels import triton_decode, triton_lowrank
+from cllm.kernels import resident_lowrank, triton_decode, triton_lowrank
 from cllm.kernels.decode import Visible
 from cllm.kernels.selection import Selection, chosen_chunks, chosen_tokens
 from cllm.kernels.split_decode import Limits, _limits, _power
@@ -152,7 +152,20 @@ class _Call:
         shape = (self.batch, self.groups * self.heads, room)
         return torch.empty(shape, dtype=torch.float32, device=self.device)[..., :tokens]
 
-    def rebuilt(self, q, part, table, index, scores, rebuild: Rebuild, *, add: bool) -> None:
+    def rebuilt(self, q, part, table, index, scores, rebuild: Rebuild | None, *, add: bool) -> None:
+        """Scores of rebuilt keys; by rule where `rebuild` is None."""
+        how = None
+        if rebuild is None and index is None:
+            how = resident_lowrank.resident(q, part.a, part.b, self.groups, self.limits)
+        if how is not None:
+            resident_lowrank.launch(
+                how, q, part.a, part.b, table, self.visible.first, scores, self.groups, self.scale * _LOG2, self.limits,
+                add=add,
+            )  # fmt: skip
+            return
+        rebuild = rebuild or choose_rebuild(
+            dim=self.dim, groups=self.groups, size=part.a.element_size(), gathered=index is not None, limits=self.limits
+        )
         tokens, rank, (cos, sin) = scores.shape[2], part.a.shape[2], table
         half, size = _half(self.dim), part.a.element_size()
         grid = (self.groups // rebuild.pack, -(-tokens // rebuild.block_n), self.batch)
@@ -184,9 +197,7 @@ class _Call:
         tokens, width = scores.shape[2], values.shape[3]
         common = shared and index is None
         groups, heads = (1, self.groups * self.heads) if common else (self.groups, self.heads)
-        block_h, block_w = min(32, max(16, _power(heads))), min(256, max(16, _power(width)))
-        if values.element_size() > 2:
-            block_w = min(block_w, 64)
+        block_h, block_w = min(32, max(16, _power(heads))), _width_of_tile(width, values.element_size())
         chunks, blocks = -(-width // block_w), self.batch * groups * -(-heads // block_h)
         splits = choose_splits(
             programs=chunks * blocks, tokens=tokens, block_n=64, gathered=index is not None, limits=self.limits
@@ -216,6 +227,10 @@ class _Call:
             G=self.groups, HEADS=self.heads, RANK=b.shape[2], DIM=self.dim, BLOCK_R=min(256, _power(b.shape[2])),
             BLOCK_D=16,
         )  # fmt: skip
+
+
+def _width_of_tile(width: int, size: int) -> int:
+    return min(256 if size <= 2 else 64, max(16, _power(width)))
 
 
 @contextmanager
@@ -257,20 +272,13 @@ def run(
     """What `cllm.kernels.lowrank_decode.lowrank_decode` documents, for calls that `unsupported` answers with None.
 
     Args:
-        rebuild: how to rebuild keys; `choose_rebuild`'s by default.
+        rebuild: tiles to rebuild keys in; by default as `resident_lowrank` and `choose_rebuild` say.
 
     Returns:
         (B, H, parts · D): the value parts side by side.
     """
     compressed, groups = keys[0].a.shape[1], keys[0].tail.shape[2]
     call = _Call(queries, groups, visible, scale)
-    rebuild = rebuild or choose_rebuild(
-        dim=call.dim,
-        groups=groups,
-        size=keys[0].a.element_size(),
-        gathered=selection is not None,
-        limits=call.limits,
-    )
     index, rest_index, outliers = None, None, 0
     with _branch(call.device, 0) as tail_is_done:
         tail_scores = call.scores(keys[0].tail.shape[1])

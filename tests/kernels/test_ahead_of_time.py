@@ -37,10 +37,13 @@ def test_kernels_compile_and_fit(capability: int) -> None:
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     names = {"split_dot", "merge", "rebuilt_scores", "plain_scores", "choose", "weigh", "finish"}
+    if capability == 90:
+        names.add("resident_scores")
     assert {made["name"] for made in found} - {"split_elementwise"} == names
     for made in found:
         assert made["shared"] <= DEVICES[capability][1], made
-        assert made["spilled"] <= (32 if made["coded"] else SPILLED[capability]), made
+        resident = 16 if made["name"] == "resident_scores" else 0  # in fp16, where scores are added to
+        assert made["spilled"] <= (32 if made["coded"] else SPILLED[capability] + resident), made
 
 
 def spilled_bytes(ptx: str, capability: int) -> int:
@@ -62,7 +65,7 @@ def compile_everything(capability: int) -> None:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from cllm.kernels import split_decode, split_lowrank
+    from cllm.kernels import resident_lowrank, split_decode, split_lowrank
 
     class Device:
         def get_current_target(self) -> GPUTarget:
@@ -89,6 +92,9 @@ def compile_everything(capability: int) -> None:
         module._limits = lambda device: split_decode.Limits(*DEVICES[capability])  # type: ignore[attr-defined]
     decode(fp8=capability >= 89)
     decode_factors()
+    resident_lowrank._is_hopper = lambda device: capability == 90  # type: ignore[assignment]
+    if capability == 90:
+        decode_resident_factors()
 
 
 def flat(arguments: Iterable[Any]) -> Iterator[Any]:
@@ -138,6 +144,28 @@ def decode_factors() -> None:
     for first, selection in ((None, None), (torch.tensor([3]), None), (None, landmarks)):
         visible = Visible(torch.tensor([tokens + 10]), first, None, False)
         split_lowrank.run([drawn(1, heads, dim)], [part(384)], [part(576)], table, visible, 0.1, selection)
+
+
+def decode_resident_factors() -> None:
+    """The same, rebuilt by programs that keep B; and other heads, ranks and KV heads of a program."""
+    from cllm.kernels import split_lowrank
+    from cllm.kernels.decode import Visible
+    from cllm.kernels.lowrank_decode import Factored
+
+    tokens = 17_000
+    for heads, groups, dim, rank, first, dtype in (
+        (32, 8, 128, 384, None, torch.bfloat16),
+        (32, 8, 128, 384, torch.tensor([3]), torch.float16),
+        (32, 4, 128, 768, None, torch.bfloat16),
+        (3, 3, 64, 40, None, torch.bfloat16),
+    ):
+        table = (torch.randn(tokens, dim // 2), torch.randn(tokens, dim // 2))
+        a, b, tail = drawn(1, tokens, rank), drawn(1, groups * dim, rank), drawn(1, 64, groups, dim)
+        part = Factored(a.to(dtype), b.to(dtype), tail.to(dtype))
+        call = split_lowrank._Call([drawn(1, heads, dim).to(dtype)], groups, Visible(tail, first, None, False), 0.1)
+        call.rebuilt(
+            drawn(1, heads, dim).to(dtype), part, table, None, call.scores(tokens), None, add=first is not None
+        )
 
 
 if __name__ == "__main__":

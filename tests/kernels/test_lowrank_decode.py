@@ -20,7 +20,9 @@ from cllm.errors import UserError
 from cllm.kernels import lowrank_decode as module
 from cllm.kernels import split_lowrank
 from cllm.kernels.decode import Visible
+from cllm.kernels.gluon_lowrank import TILE
 from cllm.kernels.lowrank_decode import Factored, lowrank_decode
+from cllm.kernels.resident_lowrank import choose_resident, slots
 from cllm.kernels.selection import Selection
 from cllm.kernels.split_decode import Limits
 from cllm.kernels.split_lowrank import Rebuild, choose_rebuild
@@ -309,6 +311,33 @@ def test_tiles_fit_a_multiprocessor(shared, gathered, size, dim, groups):
     assert rebuild.pack == 1 or not gathered
     accumulators = 2 * rebuild.block_n * rebuild.pack * half
     assert accumulators <= 128 * 32 * rebuild.num_warps  # half of the registers
+
+
+@pytest.mark.parametrize(("dim", "heads", "rank"), [(128, 4, 384), (128, 1, 768), (64, 16, 1024), (128, 8, 40)])
+@pytest.mark.parametrize("groups", [1, 3, 8])
+@pytest.mark.parametrize("batch", [1, 3, 200])
+def test_programs_that_keep_b_fit_and_have_two_tiles_each(dim, heads, rank, groups, batch):
+    limits = Limits(processors=132, shared=227 * 1024)
+    shape = {"dim": dim, "heads": heads, "rank": rank, "groups": groups, "batch": batch, "limits": limits}
+    how = choose_resident(tokens=100_000, **shape)
+    assert how is not None
+    assert how.shared(dim=dim, heads=heads, rank=rank) <= limits.shared
+    assert groups % how.pack == 0
+    programs = slots(batch=batch, packs=groups // how.pack, limits=limits)
+    assert programs == 1 or programs * batch * (groups // how.pack) <= limits.processors
+    fewest = programs * 2 * TILE
+    assert choose_resident(tokens=fewest, **shape) == how
+    assert choose_resident(tokens=fewest - 1, **shape) in (None, replace(how, pack=1, stages=16))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"dim": 96}, {"dim": 256}, {"rank": 383}, {"heads": 32}, {"rank": 1024}, {"limits": Limits(132, 99 * 1024)}],
+)
+def test_what_programs_cannot_keep(changed):
+    shape = {"dim": 128, "heads": 4, "rank": 384, "groups": 8, "batch": 1, "limits": Limits(132, 227 * 1024)}
+    assert choose_resident(tokens=65536, **shape) is not None
+    assert choose_resident(tokens=65536, **(shape | changed)) is None
 
 
 def interpreted() -> None:

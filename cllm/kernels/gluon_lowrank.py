@@ -1,0 +1,254 @@
+# mypy: disable-error-code="import-not-found,import-untyped,assignment"
+# ruff: noqa: RUF005 - the kernels' language adds tuples and does not unpack them
+"""Scores of keys rebuilt from low-rank factors, for Hopper GPUs, in Gluon (Triton's layer for layouts, TMA and wgmma).
+
+What `triton_lowrank.rebuilt_scores` computes, where tokens are all of a sequence and numbers have 16 bits; faster for
+what a compiler's pipeline does not do:
+
+    B stays       a program keeps the rows of B of its KV heads in shared memory, for all its tiles of tokens: only A is
+                  read again, once for every `PACK` heads, and not B for every tile
+    three roles   one warp loads tiles of A (TMA), two warpgroups take every other tile each: while one turns its keys
+                  and scores them, the tensor cores work for the other
+    turns         RoPE of position t0 + δ is RoPE of δ, 0 to 63 and the same in every tile, kept in registers, and of
+                  -t0 on the queries, which stay exact to about 16 bits: sums of two bf16 numbers, one column each
+
+Shapes: B batch, S compressed tokens, H query heads, G KV heads, D channels of a head, r rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+MISSING: str | None = None
+"""Why there is no Gluon here, or None."""
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_init,
+        warpgroup_mma_wait,
+    )
+
+    jit = gluon.jit
+except ImportError as error:  # an older Triton, or none
+    MISSING = " ".join(str(error).split())
+
+    def jit(fn: Any) -> Any:
+        """`fn` as it is: never called."""
+        return fn
+
+
+TILE = 64
+"""Tokens of a tile: the rows of one product of a warpgroup. The 64 of the kernels, who see no names of Python's."""
+RANKS = 32
+"""Ranks of a tile: their 32."""
+
+
+@jit
+def _load(
+    a_desc, b_desc, tiles_of_a, rows_of_b, full, empty, b_full, a_row, b_row, first_tile, n_tiles, step,
+    CHUNKS: gl.constexpr, PACK: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The rows of B once, lower halves of all heads and then upper ones, and tiles of A as room comes free."""
+    mbarrier.expect(b_full, CHUNKS * 2 * PACK * HALF * 32 * 2)
+    for k in gl.static_range(CHUNKS):
+        for part in gl.static_range(2 * PACK):
+            to = rows_of_b.index(k).slice(part * HALF, HALF, dim=0)
+            row = b_row + (part % PACK) * 2 * HALF + (part // PACK) * HALF
+            tma.async_copy_global_to_shared(b_desc, [row, k * 32], b_full, to)
+    under_way = 0
+    for i in range(n_tiles):
+        row = a_row + (first_tile + i * step) * 64
+        for k in gl.static_range(CHUNKS):
+            stage = under_way % STAGES
+            mbarrier.wait(empty.index(stage), (under_way // STAGES + 1) & 1)
+            mbarrier.expect(full.index(stage), 64 * 32 * 2)
+            tma.async_copy_global_to_shared(a_desc, [row, k * 32], full.index(stage), tiles_of_a.index(stage))
+            under_way += 1
+
+
+@jit
+def _halves(x, HALF: gl.constexpr, PACK: gl.constexpr, LAYOUT: gl.constexpr):
+    """(64, 2 · PACK · HALF) as lower and upper halves of PACK heads, (64, HALF) each; no thread needs another's."""
+    lower, upper = gl.split(gl.permute(gl.reshape(x, [64, 2, PACK * HALF]), [0, 2, 1]))
+    if PACK == 1:
+        lower = gl.convert_layout(lower, LAYOUT, assert_trivial=True)
+        return lower, gl.convert_layout(upper, LAYOUT, assert_trivial=True)
+    else:
+        lower_0, lower_1 = gl.split(gl.permute(gl.reshape(lower, [64, 2, HALF]), [0, 2, 1]))
+        upper_0, upper_1 = gl.split(gl.permute(gl.reshape(upper, [64, 2, HALF]), [0, 2, 1]))
+        lower_0 = gl.convert_layout(lower_0, LAYOUT, assert_trivial=True)
+        upper_0 = gl.convert_layout(upper_0, LAYOUT, assert_trivial=True)
+        lower_1 = gl.convert_layout(lower_1, LAYOUT, assert_trivial=True)
+        upper_1 = gl.convert_layout(upper_1, LAYOUT, assert_trivial=True)
+        return lower_0, upper_0, lower_1, upper_1
+
+
+@jit
+def _write(
+    marks, scores, score_strides, first_head, begin, low, tokens, log2_scale,
+    HEADS: gl.constexpr, ROOM: gl.constexpr, ADD: gl.constexpr,
+):  # fmt: skip
+    """Scores of a tile for the query heads of one KV head, from both columns (64, 2 · ROOM) of each."""
+    high, rest = gl.split(gl.reshape(marks, [64, ROOM, 2]))
+    value = (high + rest) * log2_scale
+    PLACE: gl.constexpr = value.type.layout
+    head = gl.arange(0, ROOM, layout=gl.SliceLayout(0, PLACE))[None, :]
+    token = begin + gl.arange(0, 64, layout=gl.SliceLayout(1, PLACE))[:, None]
+    at = scores + (first_head + head) * score_strides[1] + token
+    there = (head < HEADS) & (token < tokens)
+    if ADD:
+        value += gl.load(at, mask=there, other=0.0)
+    gl.store(at, gl.where(token >= low, value, float("-inf")), mask=there)
+
+
+@jit
+def _score(
+    query, cos, sin, low, scores, tiles_of_a, rows_of_b, turned_queries, full, empty, b_full, order, q_strides,
+    table_stride, score_strides, head_0, first_tile, n_tiles, step, tokens, log2_scale,
+    TURN: gl.constexpr, CHUNKS: gl.constexpr, PACK: gl.constexpr, HALF: gl.constexpr, HEADS: gl.constexpr,
+    ROOM: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr,
+):  # fmt: skip
+    """Every other tile, from the `TURN`-th on. `query` and `scores` begin with the sequence at hand."""
+    dtype: gl.constexpr = query.dtype.element_ty
+    WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * PACK * HALF, 16])
+    KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    MARKS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * ROOM, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, MARKS, 2)
+    QUERY: gl.constexpr = gl.BlockedLayout([1, HALF // 32], [1, 32], [4, 1], [1, 0])
+
+    # RoPE of 0 to 63, two numbers of 16 bits in one register; table rows have whatever factor cosines and sines have.
+    token = gl.arange(0, 64, layout=gl.SliceLayout(1, KEYS))
+    channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, KEYS))
+    at = token[:, None] * table_stride + channel[None, :]
+    near = gl.load(cos + at).to(gl.float16).to(gl.uint16, bitcast=True).to(gl.uint32)
+    near = near | (gl.load(sin + at).to(gl.float16).to(gl.uint16, bitcast=True).to(gl.uint32) << 16)
+
+    q_head = gl.arange(0, ROOM, layout=gl.SliceLayout(1, QUERY))
+    q_channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, QUERY))
+    is_head = (q_head < HEADS)[:, None]
+    factor = gl.load(cos + q_channel)
+    lower_q = ()
+    upper_q = ()
+    for g in gl.static_range(PACK):
+        at = query + (head_0 + g * HEADS + q_head)[:, None] * q_strides[1] + q_channel[None, :]
+        lower_q = lower_q + (gl.load(at, mask=is_head, other=0.0).to(gl.float32),)
+        upper_q = upper_q + (gl.load(at + HALF, mask=is_head, other=0.0).to(gl.float32),)
+
+    mbarrier.wait(b_full, 0)
+    for i in range(TURN, n_tiles, 2):
+        begin = (first_tile + i * step) * 64
+        base = begin - low
+        row = gl.where(base < 0, -base, base) * table_stride + q_channel
+        far_cos, far_sin = gl.load(cos + row), gl.load(sin + row)
+
+        # The other's products first: so tiles of A are waited for in their order, and a parity tells one use of a stage
+        # from the next.
+        mbarrier.wait(order.index(TURN), (i // 2 + 1 - TURN) & 1)
+        stage, phase = i * CHUNKS % STAGES, i * CHUNKS // STAGES & 1
+        keys = warpgroup_mma_init(gl.zeros([64, 2 * PACK * HALF], gl.float32, layout=WIDE))
+        for k in range(CHUNKS):
+            mbarrier.wait(full.index(stage), phase)
+            rows = rows_of_b.index(k).permute((1, 0))
+            keys = warpgroup_mma(tiles_of_a.index(stage), rows, keys, use_acc=k > 0, is_async=True)
+            keys = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(keys,)))
+            mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1, pred=k > 0)
+            stage += 1
+            phase = gl.where(stage == STAGES, phase ^ 1, phase)
+            stage = gl.where(stage == STAGES, 0, stage)
+        mbarrier.arrive(order.index(1 - TURN), count=1)
+
+        far_cos = (far_cos / factor)[None, :]
+        far_sin = (gl.where(base < 0, -far_sin, far_sin) / factor)[None, :]
+        for g in gl.static_range(PACK):
+            for half in gl.static_range(2):
+                if half == 0:
+                    q = lower_q[g] * far_cos + upper_q[g] * far_sin
+                else:
+                    q = upper_q[g] * far_cos - lower_q[g] * far_sin
+                high = q.to(dtype)
+                rest = (q - high.to(gl.float32)).to(dtype)
+                pair = gl.reshape(gl.permute(gl.join(high, rest), [0, 2, 1]), [2 * ROOM, HALF])
+                turned_queries.index(2 * g + half).store(pair)
+        fence_async_shared()
+
+        keys = warpgroup_mma_wait(0, deps=(keys,))
+        mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
+        c = (near & 0xFFFF).to(gl.uint16).to(gl.float16, bitcast=True).to(gl.float32)
+        s = (near >> 16).to(gl.uint16).to(gl.float16, bitcast=True).to(gl.float32)
+        halves = _halves(keys, HALF, PACK, KEYS)
+        for g in gl.static_range(PACK):
+            lower, upper = halves[2 * g], halves[2 * g + 1]
+            turned = gl.convert_layout((lower * c - upper * s).to(dtype), OPERAND)
+            marks = gl.zeros([64, 2 * ROOM], gl.float32, layout=MARKS)
+            marks = warpgroup_mma(turned, turned_queries.index(2 * g).permute((1, 0)), marks)
+            turned = gl.convert_layout((upper * c + lower * s).to(dtype), OPERAND)
+            marks = warpgroup_mma(turned, turned_queries.index(2 * g + 1).permute((1, 0)), marks)
+            _write(marks, scores, score_strides, head_0 + g * HEADS, begin, low, tokens, log2_scale, HEADS, ROOM, ADD)
+
+
+@jit
+def resident_scores(
+    query, a_desc, b_desc, cos, sin, first, scores, q_strides, table_stride, score_strides, tokens, log2_scale,
+    G: gl.constexpr, HEADS: gl.constexpr, ROOM: gl.constexpr, HALF: gl.constexpr, PACK: gl.constexpr,
+    CHUNKS: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr,
+):  # fmt: skip
+    """Scores (B, H, S) fp32 of all tokens, to base 2; -inf before `first` (B,), or None.
+
+    `a_desc` is of A (B · S, r) in blocks of 64 rows by 32 ranks, `b_desc` of B (B · G · D, r) in D / 2 rows by 32. A
+    program has PACK KV heads of one sequence, and of its tiles every so many-th. ROOM is HEADS, and a power of two from
+    4 on.
+    """
+    packs: gl.constexpr = G // PACK
+    pack, sequence = gl.program_id(0) % packs, gl.program_id(1)
+    first_tile, step = gl.program_id(0) // packs, gl.num_programs(0) // packs
+    n_tiles = (gl.cdiv(tokens, 64) - first_tile + step - 1) // step
+    low = 0
+    if first is not None:
+        low = gl.load(first + sequence).to(gl.int32)
+    query += sequence.to(gl.int64) * q_strides[0]
+    scores += sequence.to(gl.int64) * score_strides[0]
+
+    queries: gl.constexpr = gl.NVMMASharedLayout(2 * HALF if HALF < 64 else 128, 16)
+    tiles_of_a = gl.allocate_shared_memory(a_desc.dtype, [STAGES, 64, 32], a_desc.layout)
+    rows_of_b = gl.allocate_shared_memory(b_desc.dtype, [CHUNKS, 2 * PACK * HALF, 32], b_desc.layout)
+    turned_0 = gl.allocate_shared_memory(a_desc.dtype, [2 * PACK, 2 * ROOM, HALF], queries)
+    turned_1 = gl.allocate_shared_memory(a_desc.dtype, [2 * PACK, 2 * ROOM, HALF], queries)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    b_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1)
+    for turn in gl.static_range(2):
+        mbarrier.init(order.index(turn), count=1)
+    mbarrier.init(b_full, count=1)
+    fence_async_shared()
+
+    a_row, b_row = sequence * tokens, (sequence * G + pack * PACK) * 2 * HALF
+    head_0 = pack * PACK * HEADS
+    gl.warp_specialize(
+        [
+            (_score, (
+                query, cos, sin, low, scores, tiles_of_a, rows_of_b, turned_0, full, empty, b_full, order, q_strides,
+                table_stride, score_strides, head_0, first_tile, n_tiles, step, tokens, log2_scale,
+                0, CHUNKS, PACK, HALF, HEADS, ROOM, STAGES, ADD,
+            )),
+            (_score, (
+                query, cos, sin, low, scores, tiles_of_a, rows_of_b, turned_1, full, empty, b_full, order, q_strides,
+                table_stride, score_strides, head_0, first_tile, n_tiles, step, tokens, log2_scale,
+                1, CHUNKS, PACK, HALF, HEADS, ROOM, STAGES, ADD,
+            )),
+            (_load, (
+                a_desc, b_desc, tiles_of_a, rows_of_b, full, empty, b_full, a_row, b_row, first_tile, n_tiles, step,
+                CHUNKS, PACK, HALF, STAGES,
+            )),
+        ],
+        [4, 1],
+        [232, 24],
+    )  # fmt: skip

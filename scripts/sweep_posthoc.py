@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def _measured(
 
 @one_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit status."""
+    """Run the command line; returns its exit status: 1 where a measurement failed that should not."""
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     specs = pareto.expand(options.spec or SPECS, options.group, options.ratio)
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
     device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
     settings = Settings(window=options.window, batch=options.batch, max_tokens=options.max_tokens)
-    records, refused = [], []
+    records, refused, failed = [], [], 0
     for path in options.runs:
         subject = load_subject(path, device)
         window, prefix, batch = posthoc.resolve(subject, settings, options.prefix, device)
@@ -116,6 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         raise
                     refused.append(f"{subject.name}, {spec}: {error}")
                     continue
+                except Exception as error:
+                    if spec == "none":
+                        raise
+                    traceback.print_exc()
+                    failed += 1
+                    refused.append(f"{subject.name}, {spec}: failed: {' '.join(str(error).split())}")
+                    continue
                 posthoc.save(subject, record)
             records.append(record)
     found = pareto.points(records, baseline=options.baseline)
@@ -123,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     beside = Path(os.path.commonpath([Path(path).resolve().parent for path in options.runs]))
     for file in pareto.write(found, options.out or Path(os.path.relpath(beside)) / "posthoc", refused):
         print(f"written: {file}")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

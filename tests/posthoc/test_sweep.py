@@ -9,6 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cllm.errors import UserError
+from cllm.evaluate import posthoc
 from cllm.evaluate.pareto import TRAINED, expand, markdown, points
 
 SPECS = ["--spec", "xkv:group={group},ratio={ratio}", "--spec", "minicache:start=0", "--group", 2, 4, "--ratio", 1.5]
@@ -93,8 +94,6 @@ def test_a_sweep_is_written_and_resumed(sweep, run, tmp_path, capsys, monkeypatc
     assert events.Tags()["images"] == ["posthoc"]
     assert "posthoc/text_summary" in events.Tags()["tensors"]
 
-    from cllm.evaluate import posthoc
-
     def fail(*_, **__):
         raise AssertionError("measured again")
 
@@ -107,8 +106,8 @@ def test_a_sweep_is_written_and_resumed(sweep, run, tmp_path, capsys, monkeypatc
     path = next((runs[0].evaluation_folder / "posthoc" / "validation").glob("minicache*"))
     text = path.read_text()
     path.write_text(json.dumps({**json.loads(text), "step": 3}))
-    with pytest.raises(AssertionError, match="measured again"):
-        sweep(*words)
+    assert sweep(*words) == 1
+    assert "mha, minicache:start=0: failed: measured again" in capsys.readouterr().out
     path.write_text(text)
     assert sweep(*words) == 0
     (_, checkpoint), *_ = runs[0].checkpoints()
@@ -126,3 +125,20 @@ def test_a_spec_that_does_not_fit_a_run_is_told_and_the_others_go_on(sweep, run,
     assert "svd:rank_k=2,rank_v=2" in out
     assert sweep(made.path, "--spec", "svd:rank=2") == 2
     assert 'unknown option "rank" of svd' in capsys.readouterr().err
+
+
+def test_a_spec_that_fails_loses_no_other(sweep, run, capsys, monkeypatch):
+    made, _ = run("mha")
+    measure = posthoc.measure
+
+    def fragile(subject, text, settings, specs, *rest, **options):
+        if specs == ["minicache"]:
+            raise RuntimeError("out of\nmemory")
+        return measure(subject, text, settings, specs, *rest, **options)
+
+    monkeypatch.setattr(posthoc, "measure", fragile)
+    assert sweep(made.path, "--device", "cpu", "--spec", "minicache", "--spec", "svd:rank_k=2,rank_v=2") == 1
+    told = capsys.readouterr()
+    assert "not measured: mha, minicache: failed: out of memory" in told.out
+    assert "| svd:rank_k=2,rank_v=2 |" in told.out.replace("`", "")
+    assert "Traceback" in told.err

@@ -50,6 +50,10 @@ def build(kv: dict[str, Any], device: torch.device) -> Decoder:
     return model.eval()
 
 
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected).norm() / expected.norm()).item()
+
+
 @pytest.mark.parametrize("storage", ["model", "fp8"])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
@@ -57,19 +61,20 @@ def build(kv: dict[str, Any], device: torch.device) -> Decoder:
 def test_replayed_steps_give_the_logits_of_a_full_forward(
     gpu: torch.device, name: str, batch: int, compiled: bool, storage: Any
 ) -> None:
-    model = build(DESIGNS[name], gpu)
+    """As far from fp32 as a forward in bf16: 1 % for most designs, 2.5 % for retention; fp8 rounds to sixteenths."""
+    model, exact = build(DESIGNS[name], gpu), build(DESIGNS[name], gpu).float()
     ids = torch.randint(512, (batch, LENGTH), device=gpu, generator=torch.Generator(gpu).manual_seed(1))
     starts = torch.tensor([0, 7, 20], device=gpu)[:batch]
     with torch.no_grad():
-        expected = model(ids, starts=starts)[:, PROMPT - 1 :].float()
+        expected = exact(ids, starts=starts)[:, PROMPT - 1 :]
+        noise = distance(model(ids, starts=starts)[:, PROMPT - 1 :], expected)
         if compiled:
             model.compile_decoding()
         cache = KVCache(model.config, max_len=LENGTH, storage=storage)
         found = [model.head(model.prefill(ids[:, :PROMPT], cache, starts=starts))[:, 0]]
         step = StepGraph(model, cache)
         found += [step(ids[:, i]).clone() for i in range(PROMPT, LENGTH)]
-    error = (torch.stack(found, 1).float() - expected).norm() / expected.norm()
-    assert error < (2e-2 if storage == "model" else 4e-2), "bf16, and fp8's sixteenths"
+    assert distance(torch.stack(found, 1), expected) < (1.25 * noise if storage == "model" else 4e-2)
     with pytest.raises(UserError, match=f"{LENGTH} tokens stored and 1 to come, but it was made for max_len {LENGTH}"):
         step(ids[:, 0])
 

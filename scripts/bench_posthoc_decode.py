@@ -2,7 +2,7 @@
 r"""Time decoding on an xKV-compressed cache, and the compression, on one GPU at the shape of an 8B model.
 
     python scripts/bench_posthoc_decode.py --out posthoc_decode.json
-    python scripts/bench_posthoc_decode.py --sweep           # other tiles than the rule's, for rebuilding keys
+    python scripts/bench_posthoc_decode.py --sweep           # Triton's kernel for rebuilding keys, in many tiles
 
 decode      ms that the attention of one layer takes for one new token a sequence: over the uncompressed cache, over
             factors with all keys rebuilt, and with `--select` tokens chosen. Several groups of layers take turns, so
@@ -179,8 +179,7 @@ def tiled(layers: Layers, i: int, rebuild: Rebuild) -> Tensor:
 
 
 def neighbours(rule: Rebuild) -> list[Rebuild]:
-    """Tiles that a device of 227 KiB of shared memory a multiprocessor could take, those like the rule's first, its own
-    left out."""
+    """Tiles that a device of 227 KiB of shared memory a multiprocessor could take, the rule's first and those like it."""
     found = [
         Rebuild(block_n=n, block_r=r, pack=pack, num_warps=warps, num_stages=stages)
         for n, pack in ((128, 2), (64, 2), (128, 1), (256, 1), (64, 1))
@@ -188,7 +187,7 @@ def neighbours(rule: Rebuild) -> list[Rebuild]:
         for r in (64, 32, 128)
         for stages in (3, 4, 2)
     ]
-    return [tiles for tiles in found if tiles != rule and tiles.shared(64, 2) <= 219 * 1024]
+    return [rule, *(tiles for tiles in found if tiles != rule and tiles.shared(64, 2) <= 219 * 1024)]
 
 
 def bench_compress(o: argparse.Namespace, device: torch.device, flops: float, record: Record) -> None:
@@ -264,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--svd", nargs="+", choices=SVDS, metavar="SVD", help=f"only these: {' '.join(SVDS)}")
     parser.add_argument("--errors", action="store_true", help="also measure what compression loses")
     parser.add_argument("--sweep", nargs="?", const=float("inf"), type=float, metavar="SECONDS",
-                        help="also other tiles for rebuilding keys; minutes, or no more than that")  # fmt: skip
+                        help="also Triton's kernel for rebuilding keys, in many tiles; minutes, or no more")  # fmt: skip
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where to measure (default cuda)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
     o = parser.parse_args(argv)

@@ -28,8 +28,6 @@ MAX_HEADS = 64
 """Query heads of one KV head."""
 _QUERIES = 2**14
 """Bytes of shared memory for queries, and for what changes its layout."""
-_ADDS_ANGLES = 200 * 1024
-"""Bytes of shared memory from which on operands of products are kept there, which leaves registers to add angles in."""
 _MOST_CHUNKS = 2**15
 """What one program chooses from; more go through plain torch."""
 _LOG2 = math.log2(math.e)
@@ -167,7 +165,7 @@ class _Call:
             dim=self.dim, groups=self.groups, size=part.a.element_size(), gathered=index is not None, limits=self.limits
         )
         tokens, rank, (cos, sin) = scores.shape[2], part.a.shape[2], table
-        half, size = _half(self.dim), part.a.element_size()
+        half = _half(self.dim)
         grid = (self.groups // rebuild.pack, -(-tokens // rebuild.block_n), self.batch)
         triton_lowrank.rebuilt_scores[grid](
             q, part.a, part.b, cos, sin, index, self.visible.first, scores,
@@ -177,8 +175,7 @@ class _Call:
             BLOCK_N=rebuild.block_n, BLOCK_R=rebuild.block_r, STAGES=rebuild.num_stages,
             WHOLE=rank % rebuild.block_r == 0 and 2 * half == self.dim,
             LONG=part.a.shape[1] * part.a.stride(1) >= 2**31,
-            ADDED=index is None and size == 2 and self.limits.shared >= _ADDS_ANGLES, ADD=add,
-            num_warps=rebuild.num_warps,
+            ADD=add, num_warps=rebuild.num_warps,
         )  # fmt: skip
 
     def plain(self, q, keys, scores, *, index=None, tail_from=None, stop=2**30, span=1, factor=_LOG2, add=False):
@@ -197,7 +194,9 @@ class _Call:
         tokens, width = scores.shape[2], values.shape[3]
         common = shared and index is None
         groups, heads = (1, self.groups * self.heads) if common else (self.groups, self.heads)
-        block_h, block_w = min(32, max(16, _power(heads))), _width_of_tile(width, values.element_size())
+        block_h, block_w = min(32, max(16, _power(heads))), min(256, max(16, _power(width)))
+        if values.element_size() > 2:
+            block_w = min(block_w, 64)
         chunks, blocks = -(-width // block_w), self.batch * groups * -(-heads // block_h)
         splits = choose_splits(
             programs=chunks * blocks, tokens=tokens, block_n=64, gathered=index is not None, limits=self.limits
@@ -227,10 +226,6 @@ class _Call:
             G=self.groups, HEADS=self.heads, RANK=b.shape[2], DIM=self.dim, BLOCK_R=min(256, _power(b.shape[2])),
             BLOCK_D=16,
         )  # fmt: skip
-
-
-def _width_of_tile(width: int, size: int) -> int:
-    return min(256 if size <= 2 else 64, max(16, _power(width)))
 
 
 @contextmanager

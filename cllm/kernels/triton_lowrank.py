@@ -53,22 +53,6 @@ def _turns(cos, sin, stride, position, channel, is_channel):
 
 
 @jit
-def _added_turns(cos, sin, stride, base, offset, channel, is_channel):
-    """Those of `base` + offsets (N,), by sums of angles: from the first rows of the table, which every program reads,
-    and one row more, instead of N rows that few others read. Row 0 has the factor that cosines and sines may have.
-
-    The table's angles are rounded to fp32, so that the two differ: a key at position 2^16 by 4e-4 of its length on
-    average, in proportion elsewhere, where rounding it to bf16 takes 17e-4.
-    """
-    first_c = tl.load(cos + base * stride + channel, mask=is_channel, other=0.0)
-    first_s = tl.load(sin + base * stride + channel, mask=is_channel, other=0.0)
-    factor = tl.load(cos + channel, mask=is_channel, other=1.0)
-    first_c, first_s = (first_c / factor)[None, :], (first_s / factor)[None, :]
-    c, s = _turns(cos, sin, stride, offset, channel, is_channel)
-    return c * first_c - s * first_s, s * first_c + c * first_s
-
-
-@jit
 def rebuilt_scores(
     query,
     a,
@@ -99,7 +83,6 @@ def rebuilt_scores(
     STAGES: tl.constexpr,
     WHOLE: tl.constexpr,
     LONG: tl.constexpr,
-    ADDED: tl.constexpr,
     ADD: tl.constexpr,
 ):
     """Scores of a tile of tokens for the query heads of PACK KV heads.
@@ -107,10 +90,9 @@ def rebuilt_scores(
     `a` is (B, S, r) and `b` (B, G · D, r), ranks contiguous; `cos` and `sin` are (positions, D / 2) fp32; `index`
     (B, G, n) says which tokens (PACK is 1 then), or None: all. Programs of one tile are neighbours, so that they find
     its rows of A in the L2 cache. WHOLE: no rank and no channel is padding. LONG: a row of A needs 64 bits.
-    ADDED: neighbours in a tile are neighbours in the text, and keys have 16 bits, see `_added_turns`.
 
-    Queries, and cosines and sines that nobody else reads, are loaded before the product: after it each would have to be
-    waited for.
+    Queries are loaded before the product, and so are cosines and sines of chosen tokens, whose tiles leave registers
+    for them: after it each would have to be waited for.
     """
     pack, row_of_batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     token = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -134,7 +116,7 @@ def rebuilt_scores(
             q = _query(query + half * (DIM // 2), q_strides, row_of_batch, head, is_head, channel, is_channel)
             queries = queries + (q,)
     position = tl.maximum(tl.where(inside, column, 0) - low, 0)
-    if not ADDED:
+    if index is not None:
         c, s = _turns(cos, sin, table_stride, position, channel, is_channel)
 
     row = tl.minimum(column, S - 1)  # offsets of 32 bits: pointers would take twice the registers
@@ -164,9 +146,8 @@ def rebuilt_scores(
             more = more + (tl.dot(tile, tl.trans(part), acc=keys[i], input_precision="tf32x3"),)
         keys = more
 
-    if ADDED:
-        base = tl.maximum(tl.program_id(1) * BLOCK_N - low, 0)
-        c, s = _added_turns(cos, sin, table_stride, base, tl.maximum(position - base, 0), channel, is_channel)
+    if index is None:
+        c, s = _turns(cos, sin, table_stride, position, channel, is_channel)
     for i in tl.static_range(PACK):
         pairs = tl.permute(tl.reshape(keys[i], (BLOCK_N, HALF // 8, 2, 8)), (0, 1, 3, 2))
         lower, upper = tl.split(pairs)

@@ -179,7 +179,7 @@ def tiled(layers: Layers, i: int, rebuild: Rebuild) -> Tensor:
 
 
 def neighbours(rule: Rebuild) -> list[Rebuild]:
-    """Tiles that a device of 227 KiB of shared memory a multiprocessor could take, the rule's first and those like it."""
+    """Tiles that a device of 227 KiB of shared memory a multiprocessor could take; the rule's, then those like it."""
     found = [
         Rebuild(block_n=n, block_r=r, pack=pack, num_warps=warps, num_stages=stages)
         for n, pack in ((128, 2), (64, 2), (128, 1), (256, 1), (64, 1))
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--svd", nargs="+", choices=SVDS, metavar="SVD", help=f"only these: {' '.join(SVDS)}")
     parser.add_argument("--errors", action="store_true", help="also measure what compression loses")
     parser.add_argument("--sweep", nargs="?", const=float("inf"), type=float, metavar="SECONDS",
-                        help="also Triton's kernel for rebuilding keys, in many tiles; minutes, or no more")  # fmt: skip
+                        help="also Triton's kernel for rebuilding keys, in many tiles; minutes, or less")  # fmt: skip
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where to measure (default cuda)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
     o = parser.parse_args(argv)

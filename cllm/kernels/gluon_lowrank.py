@@ -19,9 +19,12 @@ from __future__ import annotations
 
 from typing import Any
 
+KNOWN = ("3.6", "3.7")
+"""Versions of Triton whose Gluon, which may still change from one to the next, is that of this file."""
 MISSING: str | None = None
-"""Why there is no Gluon here, or None."""
+"""Why there is no such Gluon here, or None."""
 try:
+    import triton
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (
@@ -34,6 +37,8 @@ try:
     )
 
     jit = gluon.jit
+    if ".".join(triton.__version__.split(".")[:2]) not in KNOWN:
+        MISSING = f"Gluon of triton {triton.__version__}; known are those of {' and '.join(KNOWN)}"
 except ImportError as error:  # an older Triton, or none
     MISSING = " ".join(str(error).split())
 

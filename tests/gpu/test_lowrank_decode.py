@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cllm.config import ModelConfig, Rope
-from cllm.kernels import split_lowrank, triton_decode
+from cllm.kernels import resident_lowrank, split_lowrank, triton_decode
 from cllm.kernels.decode import Visible
 from cllm.kernels.lowrank_decode import Factored, lowrank_decode, lowrank_decode_reference
 from cllm.kernels.selection import chosen_tokens
@@ -180,6 +180,55 @@ def test_any_tiles(gpu, block_n, block_r, pack, num_warps):
     queries, keys, values, table, visible, selection = arguments
     found = split_lowrank.run(queries, keys, values, table, visible, 0.09, selection, rebuild)
     assert_close([found], exact(arguments, 0.09), torch.bfloat16)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(s=70_001),
+        Case(s=20_000, first=(0, 12_345)),
+        Case(s=30_000, first=(65, 29_999)),
+        Case(s=20_000, h=8, g=8),
+        Case(s=20_000, g=2),
+        Case(s=20_000, d=64),
+        Case(s=20_000, rank_k=40),
+        Case(s=20_000, rank_k=328),
+        Case(s=20_000, rank_k=768),
+        Case(s=33_333, h=28, g=4, rank_k=256),
+        Case(s=20_000, h=8, g=1),
+    ],
+    ids=str,
+)
+def test_programs_that_keep_b_score_as_fp32_does(gpu, case, dtype, add):
+    """Every score, on a table with a factor, as close as Triton's kernel is."""
+    queries, (keys,), _, (cos, sin), visible, _ = call(case, gpu, dtype)
+    table = (1.3 * cos, 1.3 * sin)
+    launch = split_lowrank._Call(queries, case.g, visible, case.d**-0.5)
+    if resident_lowrank.resident(queries[0], keys.a, keys.b, case.g, launch.limits) is None:
+        pytest.skip("needs a Hopper GPU")
+    rule = split_lowrank.choose_rebuild(dim=case.d, groups=case.g, size=2, gathered=False, limits=launch.limits)
+    errors = []
+    for rebuild in (None, rule):
+        scores = launch.scores(case.s).fill_(1.0 if add else torch.nan)
+        launch.rebuilt(queries[0], keys, table, None, scores, rebuild, add=add)
+        wanted = torch.empty_like(scores)
+        low = torch.zeros(B, 1, dtype=torch.long, device=gpu) if visible.first is None else visible.first[:, None]
+        places = torch.arange(case.s, device=gpu)
+        for row in range(B):
+            k = (keys.a[row].float() @ keys.b[row].float().mT).unflatten(-1, (case.g, case.d))
+            c, s = (t[(places - low[row]).clamp(min=0)][:, None] for t in table)
+            lower, upper = k.chunk(2, dim=-1)
+            k = torch.cat((lower * c - upper * s, upper * c + lower * s), dim=-1)
+            grouped = queries[0][row].float().unflatten(0, (case.g, -1))
+            wanted[row] = (
+                torch.einsum("gnd,tgd->gnt", grouped, k).flatten(0, 1) * launch.scale * split_lowrank._LOG2 + add
+            )
+        hidden = (places < low)[:, None].expand_as(scores)
+        assert (scores[hidden] == -torch.inf).all()
+        errors.append((scores - wanted)[~hidden].abs().max().item())
+    assert errors[0] < 1.5 * errors[1]
 
 
 @pytest.mark.parametrize("case", [Case(), Case(budget=512, first=(0, 2000))], ids=str)

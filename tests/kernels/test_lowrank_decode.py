@@ -18,11 +18,11 @@ import torch
 from cllm.config import Rope
 from cllm.errors import UserError
 from cllm.kernels import lowrank_decode as module
-from cllm.kernels import split_lowrank
+from cllm.kernels import resident_lowrank, split_lowrank
 from cllm.kernels.decode import Visible
 from cllm.kernels.gluon_lowrank import TILE
 from cllm.kernels.lowrank_decode import Factored, lowrank_decode
-from cllm.kernels.resident_lowrank import choose_resident, slots
+from cllm.kernels.resident_lowrank import choose_resident, resident, slots
 from cllm.kernels.selection import Selection
 from cllm.kernels.split_decode import Limits
 from cllm.kernels.split_lowrank import Rebuild, choose_rebuild
@@ -338,6 +338,25 @@ def test_what_programs_cannot_keep(changed):
     shape = {"dim": 128, "heads": 4, "rank": 384, "groups": 8, "batch": 1, "limits": Limits(132, 227 * 1024)}
     assert choose_resident(tokens=65536, **shape) is not None
     assert choose_resident(tokens=65536, **(shape | changed)) is None
+
+
+def test_who_keeps_b(monkeypatch):
+    """Hopper, 16 bits, rows that TMA can address; everything else is left to Triton's compiler."""
+    limits, a, b = Limits(), torch.zeros(1, 20_000, 96).bfloat16(), torch.zeros(1, 512, 96).bfloat16()
+    q = torch.zeros(1, 8, 128).bfloat16()
+    assert resident(q, a, b, 4, limits) is None, "the tensors are on the CPU"
+    monkeypatch.setattr(resident_lowrank, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(resident_lowrank.gluon_lowrank, "MISSING", None)
+    assert resident(q, a, b, 4, limits) == choose_resident(
+        dim=128, groups=4, heads=2, rank=96, tokens=20_000, batch=1, limits=limits
+    )
+    assert resident(q.float(), a, b, 4, limits) is None
+    assert resident(q, a.float(), b.float(), 4, limits) is None
+    assert resident(q, a[..., :88], b[..., :88], 4, limits) is None, "rows that are not side by side"
+    shifted = torch.zeros(1 + a.numel()).bfloat16()[1:].view_as(a)
+    assert resident(q, shifted, b, 4, limits) is None, "an address that is no multiple of 16 bytes"
+    monkeypatch.setattr(resident_lowrank.gluon_lowrank, "MISSING", "Gluon of triton 9.9")
+    assert resident(q, a, b, 4, limits) is None
 
 
 def interpreted() -> None:

@@ -63,6 +63,23 @@ def build_decoder(config: ModelConfig, *, backend: str = "auto") -> Decoder:
     return Decoder(config, d_ff=model_d_ff(config), backend=backend)
 
 
+def drawn_decoder(config: ModelConfig, *, backend: str = "auto") -> Decoder:
+    """The decoder of a config, its weights drawn from torch's global generator, on the default device.
+
+    Layers are not given the start of torch's own first, which would be drawn over and takes a CPU three times as long.
+    """
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):  # torch's start draws numbers there, too
+        model = build_decoder(config, backend=backend)
+    made: dict[nn.Parameter, nn.Parameter] = {}  # what is tied stays tied
+    for module in model.modules():
+        for name, bare in module.named_parameters(recurse=False, remove_duplicate=False):
+            if bare not in made:
+                made[bare] = nn.Parameter(torch.empty(bare.shape, dtype=bare.dtype), bare.requires_grad)
+            setattr(module, name, made[bare])
+    model.init_weights()
+    return model
+
+
 def layer_flops_per_token(model: Decoder, seq_len: int) -> list[float]:
     """Forward FLOPs of one token in one pass through each layer, averaged over a causal sequence of `seq_len`.
 

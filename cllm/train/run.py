@@ -23,7 +23,7 @@ from cllm.errors import UserError
 from cllm.kv.accounting import kv_bytes, mha_twin
 from cllm.kv.describe import plan_figure, plan_table
 from cllm.model.decoder import Decoder
-from cllm.model.sizes import build_decoder, count_parameters, training_flops_per_token
+from cllm.model.sizes import build_decoder, count_parameters, drawn_decoder, training_flops_per_token
 from cllm.runs import RunFolder, write_atomic
 from cllm.train.callbacks import Checkpoints, Metrics, StopWhenDone
 from cllm.train.environment import environment
@@ -300,8 +300,7 @@ def make_module(config: Config, data: DataModule, teacher: Teacher | None, *, re
     `resumed` says that a checkpoint will replace the weights.
     """
     if teacher is None:
-        model = build_decoder(config.model, backend=config.attention.backend)
-        model.init_weights()
+        model = drawn_decoder(config.model, backend=config.attention.backend)
     else:
         batches = partial(calibration_batches, config, data)
         model = make_student(config, teacher, batches, device=_device(config), resumed=resumed)

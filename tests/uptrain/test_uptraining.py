@@ -244,16 +244,17 @@ def test_a_curriculum_goes_with_turned_heads(student: Student) -> None:
 
 
 def test_random_sources_train_a_model_that_bears_sharing(student: Student, tmp_path: Path) -> None:
+    """What sharing costs it is less than half of what it costs one trained without: six seeds of six agreed."""
     settings = ["--train.steps", "40", "--train.validate_every", "40", "--train.checkpoint_every", "40"]
     routed = train(student("mha", "--name", "routed", "--uptrain.random_sources", "0.5", *settings))
     plain = train(student("mha", "--name", "plain", *settings))
-    losses = {}
+    costs = {}
     for run in (routed, plain):
         shared = student(
             "fusedkv_lite", "--init.from", str(run.path), "--name", f"{run.name}-lite", "--train.steps", "1"
         )
-        losses[run.name] = rows(train(shared), "val/loss")[0]
-    assert losses["routed"] < losses["plain"]
+        costs[run.name] = rows(train(shared), "val/loss")[0] - rows(run, "val/loss")[40]
+    assert costs["routed"] < costs["plain"] / 2
 
 
 def test_routes_are_drawn_anew_each_step_and_lead_to_owners_below() -> None:

@@ -77,20 +77,19 @@ def _load(
 
 
 @jit
-def _halves(x, HALF: gl.constexpr, PACK: gl.constexpr, LAYOUT: gl.constexpr):
-    """(64, 2 · PACK · HALF) as lower and upper halves of PACK heads, (64, HALF) each; no thread needs another's."""
-    lower, upper = gl.split(gl.permute(gl.reshape(x, [64, 2, PACK * HALF]), [0, 2, 1]))
+def _split(x, WIDTH: gl.constexpr):
+    """(64, 2 · WIDTH) as two (64, WIDTH), side by side in `x`; no thread needs another's."""
+    return gl.split(gl.permute(gl.reshape(x, [64, 2, WIDTH]), [0, 2, 1]))
+
+
+@jit
+def _halves(x, HALF: gl.constexpr, PACK: gl.constexpr):
+    """(64, 2 · PACK · HALF) as (64, HALF) each, the lower halves of PACK heads and then the upper ones."""
+    lower, upper = _split(x, PACK * HALF)
     if PACK == 1:
-        lower = gl.convert_layout(lower, LAYOUT, assert_trivial=True)
-        return lower, gl.convert_layout(upper, LAYOUT, assert_trivial=True)
+        return lower, upper
     else:
-        lower_0, lower_1 = gl.split(gl.permute(gl.reshape(lower, [64, 2, HALF]), [0, 2, 1]))
-        upper_0, upper_1 = gl.split(gl.permute(gl.reshape(upper, [64, 2, HALF]), [0, 2, 1]))
-        lower_0 = gl.convert_layout(lower_0, LAYOUT, assert_trivial=True)
-        upper_0 = gl.convert_layout(upper_0, LAYOUT, assert_trivial=True)
-        lower_1 = gl.convert_layout(lower_1, LAYOUT, assert_trivial=True)
-        upper_1 = gl.convert_layout(upper_1, LAYOUT, assert_trivial=True)
-        return lower_0, upper_0, lower_1, upper_1
+        return _split(lower, HALF) + _split(upper, HALF)
 
 
 @jit
@@ -113,10 +112,10 @@ def _write(
 
 @jit
 def _score(
-    query, cos, sin, low, scores, tiles_of_a, rows_of_b, turned_queries, full, empty, b_full, order, q_strides,
-    table_stride, score_strides, head_0, first_tile, n_tiles, step, tokens, log2_scale,
-    TURN: gl.constexpr, CHUNKS: gl.constexpr, PACK: gl.constexpr, HALF: gl.constexpr, HEADS: gl.constexpr,
-    ROOM: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr,
+    turned_queries, TURN: gl.constexpr, CHUNKS: gl.constexpr, PACK: gl.constexpr, HALF: gl.constexpr,
+    HEADS: gl.constexpr, ROOM: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr,
+    query, cos, sin, low, scores, tiles_of_a, rows_of_b, full, empty, b_full, order, q_strides, table_stride,
+    score_strides, head_0, first_tile, n_tiles, step, tokens, log2_scale,
 ):  # fmt: skip
     """Every other tile, from the `TURN`-th on. `query` and `scores` begin with the sequence at hand."""
     dtype: gl.constexpr = query.dtype.element_ty
@@ -185,9 +184,10 @@ def _score(
         mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
         c = (near & 0xFFFF).to(gl.uint16).to(gl.float16, bitcast=True).to(gl.float32)
         s = (near >> 16).to(gl.uint16).to(gl.float16, bitcast=True).to(gl.float32)
-        halves = _halves(keys, HALF, PACK, KEYS)
+        halves = _halves(keys, HALF, PACK)
         for g in gl.static_range(PACK):
-            lower, upper = halves[2 * g], halves[2 * g + 1]
+            lower = gl.convert_layout(halves[g], KEYS, assert_trivial=True)
+            upper = gl.convert_layout(halves[PACK + g], KEYS, assert_trivial=True)
             turned = gl.convert_layout((lower * c - upper * s).to(dtype), OPERAND)
             marks = gl.zeros([64, 2 * ROOM], gl.float32, layout=MARKS)
             marks = warpgroup_mma(turned, turned_queries.index(2 * g).permute((1, 0)), marks)
@@ -218,7 +218,7 @@ def resident_scores(
     query += sequence.to(gl.int64) * q_strides[0]
     scores += sequence.to(gl.int64) * score_strides[0]
 
-    queries: gl.constexpr = gl.NVMMASharedLayout(2 * HALF if HALF < 64 else 128, 16)
+    queries: gl.constexpr = gl.NVMMASharedLayout(2 * HALF, 16)
     tiles_of_a = gl.allocate_shared_memory(a_desc.dtype, [STAGES, 64, 32], a_desc.layout)
     rows_of_b = gl.allocate_shared_memory(b_desc.dtype, [CHUNKS, 2 * PACK * HALF, 32], b_desc.layout)
     turned_0 = gl.allocate_shared_memory(a_desc.dtype, [2 * PACK, 2 * ROOM, HALF], queries)
@@ -237,18 +237,14 @@ def resident_scores(
 
     a_row, b_row = sequence * tokens, (sequence * G + pack * PACK) * 2 * HALF
     head_0 = pack * PACK * HEADS
+    work = (
+        query, cos, sin, low, scores, tiles_of_a, rows_of_b, full, empty, b_full, order, q_strides, table_stride,
+        score_strides, head_0, first_tile, n_tiles, step, tokens, log2_scale,
+    )  # fmt: skip
     gl.warp_specialize(
         [
-            (_score, (
-                query, cos, sin, low, scores, tiles_of_a, rows_of_b, turned_0, full, empty, b_full, order, q_strides,
-                table_stride, score_strides, head_0, first_tile, n_tiles, step, tokens, log2_scale,
-                0, CHUNKS, PACK, HALF, HEADS, ROOM, STAGES, ADD,
-            )),
-            (_score, (
-                query, cos, sin, low, scores, tiles_of_a, rows_of_b, turned_1, full, empty, b_full, order, q_strides,
-                table_stride, score_strides, head_0, first_tile, n_tiles, step, tokens, log2_scale,
-                1, CHUNKS, PACK, HALF, HEADS, ROOM, STAGES, ADD,
-            )),
+            (_score, (turned_0, 0, CHUNKS, PACK, HALF, HEADS, ROOM, STAGES, ADD) + work),
+            (_score, (turned_1, 1, CHUNKS, PACK, HALF, HEADS, ROOM, STAGES, ADD) + work),
             (_load, (
                 a_desc, b_desc, tiles_of_a, rows_of_b, full, empty, b_full, a_row, b_row, first_tile, n_tiles, step,
                 CHUNKS, PACK, HALF, STAGES,

@@ -35,7 +35,7 @@ from bench_peers import check_peers, hf_liger, litgpt_compiled
 from cllm import cli
 from cllm.config import Config
 from cllm.errors import UserError, one_line
-from cllm.model.sizes import build_decoder, count_parameters, training_flops_per_token
+from cllm.model.sizes import count_parameters, drawn_decoder, training_flops_per_token
 from cllm.runs import write_atomic
 from cllm.train.environment import clocks, environment
 from cllm.train.float8 import check_float8, convert_blocks
@@ -61,8 +61,7 @@ def design(name: str, config: Config) -> Contender:
     """This project's model with a plan, as train.py would build it."""
     torch.manual_seed(0)
     with torch.device(_device(config)):
-        model = build_decoder(config.model, backend=config.attention.backend)
-    model.init_weights()
+        model = drawn_decoder(config.model, backend=config.attention.backend)
     model.gradient_checkpointing = config.train.gradient_checkpointing
     model.fp32_residual = config.train.fp32_residual
     if config.train.fp8 is not None:

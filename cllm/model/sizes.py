@@ -70,12 +70,10 @@ def drawn_decoder(config: ModelConfig, *, backend: str = "auto") -> Decoder:
     """
     with torch.device("meta"), torch.random.fork_rng(devices=[]):  # torch's start draws numbers there, too
         model = build_decoder(config, backend=backend)
-    made: dict[nn.Parameter, nn.Parameter] = {}  # what is tied stays tied
-    for module in model.modules():
-        for name, bare in module.named_parameters(recurse=False, remove_duplicate=False):
-            if bare not in made:
-                made[bare] = nn.Parameter(torch.empty(bare.shape, dtype=bare.dtype), bare.requires_grad)
-            setattr(module, name, made[bare])
+    weights = {name: torch.empty(bare.shape, dtype=bare.dtype) for name, bare in model.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+    if config.tie_embeddings:
+        model.head.weight = model.embed.weight
     model.init_weights()
     return model
 

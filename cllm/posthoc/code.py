@@ -133,9 +133,11 @@ class Prefix(Held):
     """Of the keys, where decoding chooses from them."""
 
     def read(self) -> Slot:
-        """The slot as attention reads it: (B, n, *width) each."""
-        k = self.k.decode()
-        return Slot(k if self.rotation is None else self.rotation.redo(k), self.v.decode())
+        """The slot as attention reads it: (B, n, *width) each, made in the precision of what is stored, under autocast
+        too."""
+        with torch.autocast(next(self.k.tensors()).device.type, enabled=False):
+            k = self.k.decode()
+            return Slot(k if self.rotation is None else self.rotation.redo(k), self.v.decode())
 
     def storage(self) -> list[Tensor]:
         """What is stored for the slot. A rotation's `starts` are the cache's own."""

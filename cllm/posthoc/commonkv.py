@@ -61,9 +61,8 @@ class Projected(Code):
 
     def decode(self) -> Tensor:
         index, held = self.latents.index.long(), self.latents
-        with torch.autocast(index.device.type, enabled=False):  # a pass that reads may run under it
-            merged = self.weight.project(held.merged, self.kind)
-            rest = self.rest if held.own is None else self.weight.project(held.own, self.kind)
+        merged = self.weight.project(held.merged, self.kind)
+        rest = self.rest if held.own is None else self.weight.project(held.own, self.kind)
         assert rest is not None
         out = merged.new_zeros((len(merged), held.length, merged.shape[2]))
         out = out.scatter(1, index[..., None].expand_as(merged), merged)

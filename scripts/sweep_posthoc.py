@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
     device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
     settings = Settings(window=options.window, batch=options.batch, max_tokens=options.max_tokens)
-    records, refused, failed = [], [], 0
+    records, refused, status = [], [], 0
     for path in options.runs:
         subject = load_subject(path, device)
         window, prefix, batch = posthoc.resolve(subject, settings, options.prefix, device)
@@ -112,17 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if record is None:
                 try:
                     (record,) = posthoc.measure(subject, text, settings, [spec], device, prefix=prefix)
-                except UserError as error:
+                except Exception as error:
                     if spec == "none":  # then nothing can be measured
                         raise
-                    refused.append(f"{subject.name}, {spec}: {error}")
-                    continue
-                except Exception as error:
-                    if spec == "none":
-                        raise
-                    traceback.print_exc()
-                    failed += 1
-                    refused.append(f"{subject.name}, {spec}: failed: {' '.join(str(error).split())}")
+                    why = str(error)
+                    if not isinstance(error, UserError):
+                        traceback.print_exc()
+                        status, why = 1, f"failed: {' '.join(why.split())}"
+                    refused.append(f"{subject.name}, {spec}: {why}")
                     continue
                 posthoc.save(subject, record)
             records.append(record)
@@ -131,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     beside = Path(os.path.commonpath([Path(path).resolve().parent for path in options.runs]))
     for file in pareto.write(found, options.out or Path(os.path.relpath(beside)) / "posthoc", refused):
         print(f"written: {file}")
-    return 1 if failed else 0
+    return status
 
 
 if __name__ == "__main__":

@@ -152,10 +152,8 @@ class _Call:
 
     def rebuilt(self, q, part, table, index, scores, rebuild: Rebuild | None, *, add: bool) -> None:
         """Scores of rebuilt keys; by rule where `rebuild` is None."""
-        how = None
-        if rebuild is None and index is None:
-            how = resident_lowrank.resident(q, part.a, part.b, self.groups, self.limits)
-        if how is not None:
+        by_rule = rebuild is None and index is None
+        if by_rule and (how := resident_lowrank.resident(q, part.a, part.b, self.groups, self.limits)) is not None:
             resident_lowrank.launch(
                 how, q, part.a, part.b, table, self.visible.first, scores, self.groups, self.scale * _LOG2, self.limits,
                 add=add,

@@ -15,7 +15,7 @@ import torch
 from cllm.config import ModelConfig, Rope
 from cllm.kernels import resident_lowrank, split_lowrank, triton_decode
 from cllm.kernels.decode import Visible
-from cllm.kernels.lowrank_decode import Factored, lowrank_decode, lowrank_decode_reference
+from cllm.kernels.lowrank_decode import Factored, _keys, lowrank_decode, lowrank_decode_reference
 from cllm.kernels.selection import chosen_tokens
 from cllm.kernels.split_lowrank import Rebuild
 from cllm.kv.cache import KVCache
@@ -209,23 +209,16 @@ def test_programs_that_keep_b_score_as_fp32_does(gpu, case, dtype, add):
     if resident_lowrank.resident(queries[0], keys.a, keys.b, case.g, launch.limits) is None:
         pytest.skip("needs a Hopper GPU")
     rule = split_lowrank.choose_rebuild(dim=case.d, groups=case.g, size=2, gathered=False, limits=launch.limits)
+    low = torch.zeros(B, 1, dtype=torch.long, device=gpu) if visible.first is None else visible.first[:, None]
+    places = torch.arange(case.s, device=gpu)
+    k = _keys(keys, table, places[None, None], low[..., None], None, torch.float32)
+    grouped = queries[0].float().unflatten(1, (case.g, -1))
+    wanted = torch.einsum("bgnd,bgtd->bgnt", grouped, k).flatten(1, 2) * launch.scale * split_lowrank._LOG2 + add
+    hidden = (places < low)[:, None].expand_as(wanted)
     errors = []
     for rebuild in (None, rule):
         scores = launch.scores(case.s).fill_(1.0 if add else torch.nan)
         launch.rebuilt(queries[0], keys, table, None, scores, rebuild, add=add)
-        wanted = torch.empty_like(scores)
-        low = torch.zeros(B, 1, dtype=torch.long, device=gpu) if visible.first is None else visible.first[:, None]
-        places = torch.arange(case.s, device=gpu)
-        for row in range(B):
-            k = (keys.a[row].float() @ keys.b[row].float().mT).unflatten(-1, (case.g, case.d))
-            c, s = (t[(places - low[row]).clamp(min=0)][:, None] for t in table)
-            lower, upper = k.chunk(2, dim=-1)
-            k = torch.cat((lower * c - upper * s, upper * c + lower * s), dim=-1)
-            grouped = queries[0][row].float().unflatten(0, (case.g, -1))
-            wanted[row] = (
-                torch.einsum("gnd,tgd->gnt", grouped, k).flatten(0, 1) * launch.scale * split_lowrank._LOG2 + add
-            )
-        hidden = (places < low)[:, None].expand_as(scores)
         assert (scores[hidden] == -torch.inf).all()
         errors.append((scores - wanted)[~hidden].abs().max().item())
     assert errors[0] < 1.5 * errors[1]

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 KNOWN = ("3.6", "3.7")
 """Versions of Triton whose Gluon, which may still change from one to the next, is that of this file."""
 MISSING: str | None = None
@@ -35,6 +37,7 @@ try:
         warpgroup_mma_init,
         warpgroup_mma_wait,
     )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     jit = gluon.jit
     if ".".join(triton.__version__.split(".")[:2]) not in KNOWN:
@@ -51,6 +54,12 @@ TILE = 64
 """Tokens of a tile: the rows of one product of a warpgroup. The 64 of the kernels, who see no names of Python's."""
 RANKS = 32
 """Ranks of a tile: their 32."""
+
+
+def described(factor: Tensor, rows: int) -> Any:
+    """A factor (B, n, r), contiguous, of 16 bits, as TMA reads it: (B · n, r) in tiles of `rows` by RANKS."""
+    layout = gl.NVMMASharedLayout(2 * RANKS, 16)
+    return TensorDescriptor.from_tensor(factor.view(-1, factor.shape[-1]), [rows, RANKS], layout)
 
 
 @jit

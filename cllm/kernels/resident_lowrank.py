@@ -108,17 +108,11 @@ def launch(
     add: bool,
 ) -> None:
     """Write `scores` (B, H, S) fp32, or with `add` add to them. `table` is cos and sin (positions, D / 2) fp32."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     batch, n_heads, dim = query.shape
     tokens, rank, heads = a.shape[1], a.shape[2], n_heads // groups
-    layout = NVMMASharedLayout(2 * RANKS, 16)
     packs = groups // how.pack
     gluon_lowrank.resident_scores[(packs * slots(batch=batch, packs=packs, limits=limits), batch)](
-        query,
-        TensorDescriptor.from_tensor(a.view(-1, rank), [TILE, RANKS], layout),
-        TensorDescriptor.from_tensor(b.view(-1, rank), [dim // 2, RANKS], layout),
+        query, gluon_lowrank.described(a, TILE), gluon_lowrank.described(b, dim // 2),
         *table, first, scores, query.stride()[:2], table[0].stride(0), scores.stride()[:2], tokens, log2_scale,
         G=groups, HEADS=heads, ROOM=_room(heads), HALF=dim // 2, PACK=how.pack, CHUNKS=-(-rank // RANKS),
         STAGES=how.stages, ADD=add, num_warps=4, maxnreg=_REGISTERS,

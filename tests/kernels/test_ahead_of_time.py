@@ -92,8 +92,8 @@ def compile_everything(capability: int) -> None:
         module._limits = lambda device: split_decode.Limits(*DEVICES[capability])  # type: ignore[attr-defined]
     decode(fp8=capability >= 89)
     decode_factors()
-    resident_lowrank._is_hopper = lambda device: capability == 90  # type: ignore[assignment]
     if capability == 90:
+        resident_lowrank._is_hopper = lambda device: True  # type: ignore[assignment]
         decode_resident_factors()
 
 
@@ -161,11 +161,9 @@ def decode_resident_factors() -> None:
     ):
         table = (torch.randn(tokens, dim // 2), torch.randn(tokens, dim // 2))
         a, b, tail = drawn(1, tokens, rank), drawn(1, groups * dim, rank), drawn(1, 64, groups, dim)
-        part = Factored(a.to(dtype), b.to(dtype), tail.to(dtype))
-        call = split_lowrank._Call([drawn(1, heads, dim).to(dtype)], groups, Visible(tail, first, None, False), 0.1)
-        call.rebuilt(
-            drawn(1, heads, dim).to(dtype), part, table, None, call.scores(tokens), None, add=first is not None
-        )
+        part, query = Factored(a.to(dtype), b.to(dtype), tail.to(dtype)), drawn(1, heads, dim).to(dtype)
+        call = split_lowrank._Call([query], groups, Visible(tail, first, None, False), 0.1)
+        call.rebuilt(query, part, table, None, call.scores(tokens), None, add=first is not None)
 
 
 if __name__ == "__main__":

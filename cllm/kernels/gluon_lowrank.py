@@ -134,17 +134,18 @@ def _score(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MARKS, 2)
     QUERY: gl.constexpr = gl.BlockedLayout([1, HALF // 32], [1, 32], [4, 1], [1, 0])
 
-    # RoPE of 0 to 63, two numbers of 16 bits in one register; table rows have whatever factor cosines and sines have.
+    # RoPE of 0 to 63, two numbers of 16 bits in one register. Whatever factor a table has stays with the queries, which
+    # are exact: in 16 bits it would be off by as much in all scores.
     token = gl.arange(0, 64, layout=gl.SliceLayout(1, KEYS))
     channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, KEYS))
     at = token[:, None] * table_stride + channel[None, :]
-    near = gl.load(cos + at).to(gl.float16).to(gl.uint16, bitcast=True).to(gl.uint32)
-    near = near | (gl.load(sin + at).to(gl.float16).to(gl.uint16, bitcast=True).to(gl.uint32) << 16)
+    factor = gl.load(cos)
+    near = (gl.load(cos + at) / factor).to(gl.float16).to(gl.uint16, bitcast=True).to(gl.uint32)
+    near = near | ((gl.load(sin + at) / factor).to(gl.float16).to(gl.uint16, bitcast=True).to(gl.uint32) << 16)
 
     q_head = gl.arange(0, ROOM, layout=gl.SliceLayout(1, QUERY))
     q_channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, QUERY))
     is_head = (q_head < HEADS)[:, None]
-    factor = gl.load(cos + q_channel)
     lower_q = ()
     upper_q = ()
     for g in gl.static_range(PACK):
@@ -175,8 +176,8 @@ def _score(
             stage = gl.where(stage == STAGES, 0, stage)
         mbarrier.arrive(order.index(1 - TURN), count=1)
 
-        far_cos = (far_cos / factor)[None, :]
-        far_sin = (gl.where(base < 0, -far_sin, far_sin) / factor)[None, :]
+        far_cos = far_cos[None, :]
+        far_sin = gl.where(base < 0, -far_sin, far_sin)[None, :]
         for g in gl.static_range(PACK):
             for half in gl.static_range(2):
                 if half == 0:

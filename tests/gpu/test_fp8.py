@@ -33,6 +33,10 @@ pytestmark = [
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 STEPS = 20
+LR = 3e-4
+"""At 1e-3 losses fall to 0.35 so steeply that runs part by up to 0.08 by rounding alone."""
+PARTING = 0.03
+"""Of losses in bf16 and in fp8, which fall from 5.9 to 1.3 (emulated on a CPU: 0.013 at most, six runs)."""
 TEXT = ("the", "plan", "says", "where", "keys", "and", "values", "come", "from", "for", "every", "layer", "of", "it")
 
 
@@ -61,7 +65,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"d_model": 256, "n_layers": 4, "n_heads": 4, "max_seq_len": 128, "kv": {"preset": "fusedkv"}},
         "attention": {"backend": "sdpa"},
         "data": {"path": str(folder / "prepared"), "seq_len": 128, "num_workers": 0, "validation_sequences": 16},
-        "optim": {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 4},
+        "optim": {"lr": LR, "min_lr": 1e-4, "warmup_steps": 4},
         "train": {"steps": STEPS, "global_batch": 8, "micro_batch": 4, "log_every": 1, "devices": 1},
     }
     file = folder / "config.yaml"
@@ -109,7 +113,7 @@ def test_compiled_runs_learn_as_in_bf16_and_leave_plain_checkpoints(
 ) -> None:
     found = losses(base, recipe, "--train.fp8", recipe, "--train.compile", "true")
     assert found != plain
-    assert found == pytest.approx(plain, abs=0.05)
+    assert found == pytest.approx(plain, abs=PARTING)
     runs = Path(cli.load(Config, [base]).runs_dir)
     ours, theirs = (load_run(runs / name)[0].state_dict() for name in (recipe, "plain"))
     assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
@@ -117,7 +121,7 @@ def test_compiled_runs_learn_as_in_bf16_and_leave_plain_checkpoints(
 
 def test_gradient_checkpointing_runs(base: Path, plain: list[float]) -> None:
     found = losses(base, "again", "--train.fp8", "tensorwise", "--train.gradient_checkpointing", "true")
-    assert found == pytest.approx(plain, abs=0.05)
+    assert found == pytest.approx(plain, abs=PARTING)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed, which is not installed")
@@ -131,4 +135,4 @@ def test_zero_keeps_bf16_weights_and_multiplies_in_fp8(base: Path, plain: list[f
     assert "fp8: 24 of 24 linear layers" in done.stderr
     folder = RunFolder(Path(cli.load(Config, [base]).runs_dir) / strategy)
     found = [row["train/loss"] for row in folder.metrics() if "train/loss" in row]
-    assert found == pytest.approx(plain, abs=0.05)
+    assert found == pytest.approx(plain, abs=PARTING)

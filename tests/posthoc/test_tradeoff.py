@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -54,12 +56,29 @@ def test_trained_and_compressed_in_one_table(tradeoff, tmp_path, capfd):
     assert checkpoint.exists()
 
 
-def test_out_of_time_it_stops_and_goes_on_with_the_same_command(tradeoff, tmp_path, capfd):
+def test_out_of_time_it_stops_and_goes_on_with_the_same_command(script, tradeoff, tmp_path, capfd, monkeypatch):
+    folder = RunFolder(tmp_path / "out" / "mha")
+
+    class Impatient(subprocess.Popen):
+        """Time is up as soon as the run has logged a step."""
+
+        waits = 0
+
+        def wait(self, timeout=None):
+            self.waits += 1
+            if self.waits > 1:
+                return super().wait(timeout)
+            while not (folder.metrics_file.exists() and any("train/loss" in row for row in folder.metrics())):
+                assert self.poll() is None, "it was to go on"
+                time.sleep(0.05)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
     assert tradeoff("--designs", "mha", "--minutes", 0) == 3
     assert "time is up: mha is not finished; the same command goes on" in capfd.readouterr().err
     long = ["--designs", "mha", "--train.steps", 10**6, "--train.checkpoint_every", 10**6]
-    assert tradeoff(*long, "--minutes", 0.25) == 3
-    ((step, _),) = RunFolder(tmp_path / "out" / "mha").checkpoints()
+    monkeypatch.setattr(script.subprocess, "Popen", Impatient)
+    assert tradeoff(*long, "--minutes", 60) == 3
+    ((step, _),) = folder.checkpoints()
     assert 0 < step < 10**6, "it saved when it was asked to stop"
 
 

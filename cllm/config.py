@@ -211,6 +211,10 @@ class TrainConfig(Section):
     fp8: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
     """Products of the blocks' linear layers in fp8 by torchao, one scale a tensor (fastest), a row, or a row with the
     weights' gradients in bf16 (most exact); needs a GPU of compute capability 8.9; null: none."""
+    swiglu: Literal["auto", "torch", "quack"] = "auto"
+    """What computes feed-forward layers: products of torch and an activation between them, or quack-kernels, with the
+    activation in the products' epilogues: faster, with fewer activations kept; not with fp8, zero3 or fp32. auto: quack
+    where it is installed, on Hopper GPUs."""
     fp32_residual: bool = False
     """With bf16 under auto, single and ddp, keep the residual stream in fp32; costs a few percent of speed."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -259,6 +263,12 @@ class TrainConfig(Section):
                 f"fp8 {self.fp8} keeps every weight that zero3 has gathered until the backward; allowed strategies: "
                 "auto, single, ddp, zero1, zero2"
             )
+        if self.swiglu == "quack":
+            for key, value in (("precision", "fp32"), ("strategy", "zero3")):
+                if getattr(self, key) == value:
+                    raise ValueError(f"swiglu is quack, but {key} is {value}; allowed with it: auto, torch")
+            if self.fp8:
+                raise ValueError(f"swiglu is quack, but fp8 is {self.fp8}; allowed with it: auto, torch")
         if self.recompute_fusion and self.gradient_checkpointing:
             raise ValueError(
                 "recompute_fusion is true, and so is gradient_checkpointing, which recomputes all; allowed: one of them"

@@ -40,6 +40,7 @@ from cllm.runs import write_atomic
 from cllm.train.environment import clocks, environment
 from cllm.train.float8 import check_float8, convert_blocks
 from cllm.train.optim import make_optimizer
+from cllm.train.swiglu import fuse_swiglu
 from cllm.train.throughput import peak_flops
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +67,7 @@ def design(name: str, config: Config) -> Contender:
     model.fp32_residual = config.train.fp32_residual
     if config.train.fp8 is not None:
         convert_blocks(model, config.train.fp8)
+    fuse_swiglu(model, config, torch.device(_device(config)))
     if config.train.compile:
         model.compile_blocks()
     flops = training_flops_per_token(model, config.data.seq_len)

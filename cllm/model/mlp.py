@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cllm.kernels.swiglu import swiglu
 
 
 class SwiGLU(nn.Module):
@@ -14,6 +17,12 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
         self.up_proj = nn.Linear(d_model, d_ff, bias=False)
         self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+        self.fused = False
+        """Whether passes with a backward compute the activation within the products (`cllm.kernels.swiglu`)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused and torch.is_grad_enabled():
+            device = x.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            return swiglu(x.to(dtype), self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

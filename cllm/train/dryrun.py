@@ -19,6 +19,7 @@ from cllm.model.sizes import (
     training_flops_per_token,
 )
 from cllm.train.strategy import REDUCE_BUCKET, processes_of, zero_stage
+from cllm.train.swiglu import will_fuse
 from cllm.uptrain.teacher import teacher_config
 from cllm.uptrain.trainable import make_trainable
 
@@ -38,7 +39,7 @@ def block_activation_bytes(model: Decoder, config: Config, layer: int) -> int:
 
     The stream before and in the midst of the block, both norms' outputs and, for owners with a norm of their own, its
     output; what attention keeps: queries, its output, and the keys and values that the layer made itself, by projecting
-    or, unless that is recomputed, by fusing; and three tensors of width d_ff.
+    or, unless that is recomputed, by fusing; and three tensors of width d_ff, or two where SwiGLU is fused.
     """
     c, plan = config.model, model.plan
     narrow = _compute_bytes(config)
@@ -53,7 +54,8 @@ def block_activation_bytes(model: Decoder, config: Config, layer: int) -> int:
         kept += c.d_model if isinstance(own, Own) and own.kv_norm else 0
     else:
         kept = 6 * c.n_heads * c.resolved_head_dim
-    return 2 * c.d_model * wide + (2 * c.d_model + kept + 3 * model_d_ff(c)) * narrow
+    hidden = (2 if will_fuse(model, config) else 3) * model_d_ff(c)
+    return 2 * c.d_model * wide + (2 * c.d_model + kept + hidden) * narrow
 
 
 def memory_estimate(model: Decoder, config: Config, *, teacher: int = 0) -> dict[str, float]:

@@ -30,6 +30,7 @@ from cllm.train.environment import environment
 from cllm.train.float8 import check_float8, convert_blocks
 from cllm.train.module import TrainingModule
 from cllm.train.strategy import check_launch, check_shards, cluster_plugins, family, make_strategy, zero_stage
+from cllm.train.swiglu import fuse_swiglu
 from cllm.uptrain.decoder import TracedDecoder
 from cllm.uptrain.module import Recovery, UptrainingModule
 from cllm.uptrain.sources import check_best_sources, with_best_sources, with_saved_sources
@@ -309,6 +310,7 @@ def make_module(config: Config, data: DataModule, teacher: Teacher | None, *, re
     model.fp32_residual = config.train.fp32_residual
     if config.train.fp8 is not None:
         convert_blocks(model, config.train.fp8)
+    fuse_swiglu(model, config, _device(config))
     if should_compile(config):
         model.compile_blocks()
     if teacher is None:

@@ -37,34 +37,17 @@ LR = 3e-4
 """At 1e-3 losses fall to 0.35 so steeply that runs part by up to 0.08 by rounding alone."""
 PARTING = 0.03
 """Of losses in bf16 and in fp8, which fall from 5.9 to 1.3 (emulated on a CPU: 0.013 at most, six runs)."""
-TEXT = ("the", "plan", "says", "where", "keys", "and", "values", "come", "from", "for", "every", "layer", "of", "it")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(made_up_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config of four fusedkv layers of width 256 that trains on made-up text."""
-    from cllm.data.prepare.build import prepare
-    from cllm.data.prepare.recipe import Recipe
-
     folder = tmp_path_factory.mktemp("fp8")
-    (folder / "text").mkdir()
-    for n in range(400):
-        text = " ".join(TEXT[(n * 7 + i * i) % len(TEXT)] for i in range(20 + n % 150))
-        (folder / "text" / f"{n}.txt").write_text(text, encoding="utf-8")
-    recipe = {
-        "name": "tiny",
-        "out": str(folder / "prepared"),
-        "source": {"kind": "files", "paths": [str(folder / "text")]},
-        "tokenizer": {"train": {"vocab_size": 280}},
-        "validation": {"fraction": 0.05},
-        "workers": 1,
-    }
-    prepare(cli.validate(Recipe, recipe))
     config: dict[str, Any] = {
         "runs_dir": str(folder / "runs"),
         "model": {"d_model": 256, "n_layers": 4, "n_heads": 4, "max_seq_len": 128, "kv": {"preset": "fusedkv"}},
         "attention": {"backend": "sdpa"},
-        "data": {"path": str(folder / "prepared"), "seq_len": 128, "num_workers": 0, "validation_sequences": 16},
+        "data": {"path": str(made_up_text), "seq_len": 128, "num_workers": 0, "validation_sequences": 16},
         "optim": {"lr": LR, "min_lr": 1e-4, "warmup_steps": 4},
         "train": {"steps": STEPS, "global_batch": 8, "micro_batch": 4, "log_every": 1, "devices": 1},
     }

@@ -49,7 +49,10 @@ def estimate(written: dict[str, Any], micro_batches: int = 1, *, devices: int, *
     """GiB at the peak, by the config that a file of results has, with so many micro-batches a step on so many GPUs."""
     given = {key: value for key, value in written.items() if key not in ("init", "uptrain")}
     batch = written["train"]["micro_batch"] * devices * micro_batches
-    given["train"] = written["train"] | {"devices": devices, "global_batch": batch, "accelerator": "gpu"} | train
+    older = {"swiglu": "torch"}  # what there was before there was a choice
+    given["train"] = (
+        older | written["train"] | {"devices": devices, "global_batch": batch, "accelerator": "gpu"} | train
+    )
     config = cli.validate(Config, given)
     with torch.device("meta"):
         model = build_decoder(config.model)
@@ -83,7 +86,8 @@ def test_the_estimate_of_a_strategy_is_within_a_tenth_too(result: dict[str, Any]
 def test_the_header_of_a_config_says_what_its_dry_run_says(file: Path) -> None:
     told = re.search(r"about (\d+) GiB", file.read_text(encoding="utf-8"))
     assert told is not None
-    report = dry_run(cli.load(Config, [file], ["--train.devices", "1", "--train.accelerator", "gpu"]))
+    settings = ["--train.devices", "1", "--train.accelerator", "gpu", "--train.swiglu", "torch"]
+    report = dry_run(cli.load(Config, [file], settings))
     total = re.search(r"total ([\d.]+) GiB at the peak on one GPU", report)
     assert total is not None
     assert float(total[1]) == pytest.approx(float(told[1]), abs=0.6)

@@ -22,6 +22,9 @@ class Block(nn.Module):
         self.attention = make_mixer(config, plan, layer)
         self.mlp_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = SwiGLU(config.d_model, d_ff)
+        self.shares = any(layer in plan.reads_others(i) for i in range(len(plan)))
+        """Whether other layers read the own slot. Handed on for nobody, it would get gradients of zeros in the backward
+        of a compiled block, which are written, read and added."""
 
     def forward(
         self, x: Tensor, context: Context, *read: Tensor | None, store: Store | None = None
@@ -37,10 +40,10 @@ class Block(nn.Module):
 
         Returns:
             The stream (B, T, d_model), or (B, 1, d_model) where `context.tail` says that only the last token goes on;
-            and the own slot as later layers read it.
+            and the own slot as other layers read it, or None where none does.
         """
         width = len(Slot._fields)
         slots = [Slot(*read[n : n + width]) for n in range(0, len(read), width)]  # type: ignore[arg-type]
         mixed, own = self.attention(x, self.attention_norm(x), slots, context, store)
         x = (x if context.tail is None else x[:, -1:]) + mixed
-        return x + self.mlp(self.mlp_norm(x)), own
+        return self.mlp(self.mlp_norm(x), x), own if self.shares else None

@@ -16,13 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cllm.kernels import cross_entropy
+
 log = logging.getLogger(__name__)
 
 IGNORE = -100
 """Label of a position that is not scored."""
 
 _CHUNK_BYTES = 2**29
-"""Size of one chunk's logits in fp32."""
+"""Size of one chunk's logits, in fp32 where they are made fp32."""
+_InPlace = Callable[[Tensor, Tensor, int], Tensor]
+"""See `cllm.kernels.cross_entropy.in_place`."""
 
 
 def next_token_loss(logits: Tensor, labels: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -58,8 +62,10 @@ class Head(nn.Linear):
         return linear_cross_entropy(flat, weight, targets, reduction)
 
 
-def _chunks(hidden: Tensor, labels: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-    rows = max(_CHUNK_BYTES // (4 * weight.shape[0]), 1)
+def _chunks(hidden: Tensor, labels: Tensor, weight: Tensor, number: int = 4) -> list[tuple[Tensor, Tensor]]:
+    """Rows whose logits, of `number` bytes each, fill a chunk."""
+    rows = max(_CHUNK_BYTES // (number * weight.shape[0]), 1)
+    rows -= rows % 8 if rows > 8 else 0
     return list(zip(hidden.split(rows), labels.split(rows), strict=True))
 
 
@@ -68,14 +74,25 @@ def _divisor(labels: Tensor, reduction: str) -> Tensor:
 
 
 @functools.cache
-def _liger() -> Callable[..., Any] | None:
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-    except ImportError as error:
-        log.info("loss: liger-kernel is not installed (%s); using the chunked torch form", error)
+def _kernel(device: torch.device, vocabulary: int, dtype: torch.dtype) -> _InPlace | None:
+    """What computes a chunk on a GPU; None for liger-kernel, which makes its chunks itself."""
+    if (reason := cross_entropy.missing(device, vocabulary, dtype)) is None:
+        log.info("loss: quack-kernels' cross-entropy on chunks of logits")
+        return cross_entropy.in_place
+    if (without := _liger()) is None:
+        log.info("loss: liger-kernel's fused linear cross-entropy; not quack (%s)", reason)
         return None
-    log.info("loss: liger-kernel's fused linear cross-entropy")
-    return LigerFusedLinearCrossEntropyFunction.apply
+    log.info("loss: the chunked torch form; not quack (%s), not liger-kernel (%s)", reason, without)
+    return cross_entropy.by_torch
+
+
+def _liger() -> str | None:
+    """Why liger-kernel cannot be used, or None."""
+    try:
+        import liger_kernel.ops.fused_linear_cross_entropy  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
@@ -88,20 +105,25 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, reducti
         reduction: `mean` over scored positions or `sum`.
 
     Returns:
-        A scalar in fp32. Softmax and the sums over chunks are in fp32. On a GPU with liger-kernel installed that
-        library's kernel computes it, elsewhere torch.
+        A scalar in fp32. Softmax and the sums over chunks are in fp32. On a GPU quack-kernels or liger-kernel computes
+        it where they are installed, elsewhere torch.
     """
-    kernel = _liger() if hidden.is_cuda else None
-    if kernel is None:
-        return _ChunkedCrossEntropy.apply(hidden, weight, labels, _divisor(labels, reduction))
-    return _liger_loss(kernel, hidden, weight, labels, reduction)
+    if hidden.is_cuda:
+        return _by_kernels(hidden, weight, labels, reduction)
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, _divisor(labels, reduction), cross_entropy.by_torch)
 
 
 @torch.compiler.disable
-def _liger_loss(kernel: Callable[..., Any], hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
+def _by_kernels(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    kernel = _kernel(hidden.device, weight.shape[0], hidden.dtype)
+    if kernel is not None:
+        return _ChunkedCrossEntropy.apply(hidden, weight, labels, _divisor(labels, reduction), kernel)
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
     # Arguments by position, as autograd functions want them: bias, class weights, ignore index, z-loss, smoothing,
     # reduction, soft cap, return z-loss, dtype of the weight gradient's sum.
-    found = kernel(hidden, weight, labels, None, None, IGNORE, 0.0, 0.0, reduction, None, False, torch.float32)
+    fused = LigerFusedLinearCrossEntropyFunction.apply
+    found = fused(hidden, weight, labels, None, None, IGNORE, 0.0, 0.0, reduction, None, False, torch.float32)
     return found[0] if isinstance(found, tuple) else found
 
 
@@ -109,28 +131,36 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Computes gradients with the loss, chunk by chunk, and only scales them in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, divisor: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, divisor: Tensor, kernel: _InPlace) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         hidden_grad = torch.empty_like(hidden)
         weight_grad = torch.zeros_like(weight, dtype=torch.float32)
-        start = 0
-        for part, targets in _chunks(hidden, labels, weight):
-            logits = (part @ weight.T).float()
-            scored = targets != IGNORE
-            index = targets.clamp(min=0)[:, None]
-            log_sum = logits.logsumexp(dim=-1)
-            picked = logits.gather(-1, index)[:, 0]
-            total += ((log_sum - picked) * scored).sum()
-            gradient = (logits - log_sum[:, None]).exp_()
-            gradient.scatter_add_(-1, index, gradient.new_full(index.shape, -1.0))
-            gradient = (gradient * (scored / divisor)[:, None]).to(hidden.dtype)
-            hidden_grad[start : start + len(part)] = gradient @ weight
-            weight_grad += gradient.T @ part
+        start, number = 0, 4 if kernel is cross_entropy.by_torch else hidden.element_size()
+        for part, targets in _chunks(hidden, labels, weight, number):
+            logits = part @ weight.T
+            total += kernel(logits, targets, IGNORE).sum()
+            torch.mm(logits, weight, out=hidden_grad[start : start + len(part)])
+            _add_product(weight_grad, logits.T, part)
             start += len(part)
-        ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype))
+        ctx.save_for_backward(hidden_grad, weight_grad, divisor)
         return total / divisor
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * grads[0].to(hidden_grad.dtype), weight_grad * grads[0].to(weight_grad.dtype), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, weight_grad, divisor = ctx.saved_tensors
+        scale = grads[0] / divisor
+        return (
+            (hidden_grad * scale).to(hidden_grad.dtype),
+            (weight_grad * scale).to(hidden_grad.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b in fp32, of factors of less: in one product on a GPU."""
+    if total.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b

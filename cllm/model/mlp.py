@@ -10,7 +10,7 @@ from cllm.kernels.swiglu import swiglu
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): (B, T, d_model) to (B, T, d_model)."""
+    """residual + down(silu(gate(x)) * up(x))."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
@@ -20,9 +20,13 @@ class SwiGLU(nn.Module):
         self.fused = False
         """Whether passes with a backward compute the activation within the products (`cllm.kernels.swiglu`)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """(B, T, d_model) for `x` and `residual` of that shape."""
         if self.fused and torch.is_grad_enabled():
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-            return swiglu(x.to(dtype), self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            factors = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+            if residual.dtype == dtype:
+                return swiglu(x.to(dtype), *factors, residual)
+            return residual + swiglu(x.to(dtype), *factors)
+        return residual + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

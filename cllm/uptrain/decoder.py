@@ -85,7 +85,8 @@ class TracedDecoder(Decoder):
                     "in which every layer owns and all are alike (mha, gqa, mqa)"
                 )
         for i, block in enumerate(self.blocks):
-            block.attention = RoutedAttention(self.config, self.plan, i)
+            assert isinstance(block, Block)
+            block.attention, block.shares = RoutedAttention(self.config, self.plan, i), True
         self._last_reader = dict.fromkeys(self.plan.owners, len(layers))  # any layer above may be a slot's last
 
 

@@ -68,7 +68,7 @@ def test_a_compiled_layer_under_autocast(gpu: torch.device) -> None:
             layer.zero_grad()
             with torch.autocast("cuda", torch.bfloat16):
                 before = torch.cuda.memory_allocated()
-                out = run(x)
+                out = run(x, x)
                 kept.append(torch.cuda.memory_allocated() - before)
             out.float().square().sum().backward()
         outputs.append([out.detach().float(), *(p.grad.clone() for p in layer.parameters())])

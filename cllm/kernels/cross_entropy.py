@@ -1,0 +1,44 @@
+"""Cross-entropy of logits and its gradient, which takes their place: quack-kernels on Hopper GPUs, torch elsewhere.
+
+Shapes: N tokens, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from cllm.kernels.quack import missing as missing_quack
+from cllm.kernels.quack import quack
+
+
+@functools.cache
+def missing(device: torch.device, vocabulary: int, dtype: torch.dtype) -> str | None:
+    """Why quack's kernel cannot be used, or None. The first call for a vocabulary compiles and tries it."""
+
+    def trial() -> None:
+        in_place(torch.zeros(8, vocabulary, device=device, dtype=dtype), torch.zeros(8, device=device).long(), -100)
+
+    return missing_quack(device, "cross_entropy", ["cross_entropy_fwd_out"], trial)
+
+
+def in_place(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
+    """Nats (N,) fp32 of every row, 0 for the label `ignore`; `logits` (N, V), contiguous, become the gradient of their
+    sum, softmax - one-hot. One kernel, which reads them once and computes in fp32."""
+    nats = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    quack("cross_entropy").cross_entropy_fwd_out(logits, labels, None, nats, None, logits, None, ignore)
+    return nats
+
+
+def by_torch(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
+    """`in_place` by torch, with fp32 copies of `logits`."""
+    wide, scored = logits.float(), labels != ignore
+    index = labels.where(scored, 0)[:, None]
+    log_sum = wide.logsumexp(dim=-1)
+    nats = (log_sum - wide.gather(-1, index)[:, 0]) * scored
+    gradient = (wide - log_sum[:, None]).exp_()
+    gradient.scatter_add_(-1, index, gradient.new_full(index.shape, -1.0))
+    logits.copy_(gradient * scored[:, None])
+    return nats

@@ -62,7 +62,8 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, residual: Tensor |
     Returns:
         (..., d) in the dtype of `x`.
     """
-    w_in = torch.stack((gate, up), dim=1).flatten(0, 1).to(x.dtype)
+    # Cast first: gradients are then cast from the halves of one tensor to tensors of their own, in one pass.
+    w_in = torch.stack((gate.to(x.dtype), up.to(x.dtype)), dim=1).flatten(0, 1)
     added = None if residual is None else residual.flatten(0, -2)
     out, _ = _forward(x.flatten(0, -2), w_in, down.to(x.dtype), added)
     return out.unflatten(0, x.shape[:-1])

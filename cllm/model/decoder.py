@@ -26,7 +26,8 @@ from cllm.model.loss import Head
 from cllm.model.norm import RMSNorm
 
 if TYPE_CHECKING:
-    from cllm.kv.cache import KVCache
+    from cllm.kernels.add_product import ADD_PRODUCTS
+from cllm.kv.cache import KVCache
 
 Slots = dict[int, Slot]
 
@@ -84,8 +85,9 @@ class Decoder(nn.Module):
         """Compile each block by itself with torch.compile; layers that do the same share the compiled code."""
         # Kinds of layer, times a few: with and without gradient, training and validation shapes.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(self.blocks))
+        options: dict[str, Any] = {"post_grad_custom_pre_pass": ADD_PRODUCTS}
         for block in self.blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, options=options)
         self.norm.compile(dynamic=False)
 
     def forward(

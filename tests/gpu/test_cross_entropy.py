@@ -20,7 +20,7 @@ def test_nats_and_gradient_are_those_of_fp32(gpu: torch.device, vocabulary: int,
     logits = (3 * torch.randn(300, vocabulary, device=gpu, generator=draw)).to(dtype)
     labels = torch.randint(vocabulary, (300,), device=gpu, generator=draw)
     labels[[0, 7, 299]] = IGNORE
-    leaf = logits.float().requires_grad_()
+    leaf = logits.float().clone().requires_grad_()
     wanted = F.cross_entropy(leaf, labels, ignore_index=IGNORE, reduction="none")
     wanted.sum().backward()
     nats = cross_entropy.in_place(logits, labels, IGNORE)

@@ -13,7 +13,7 @@ def test_nats_and_gradient_are_those_of_torch(dtype):
     logits = (3 * torch.randn(20, 50, generator=draw)).to(dtype)
     labels = torch.randint(50, (20,), generator=draw)
     labels[[3, 4, 19]] = -100
-    leaf = logits.float().requires_grad_()
+    leaf = logits.float().clone().requires_grad_()
     wanted = F.cross_entropy(leaf, labels, ignore_index=-100, reduction="none")
     wanted.sum().backward()
     nats = cross_entropy.by_torch(logits, labels, -100)

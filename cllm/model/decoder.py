@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cllm.config import ModelConfig
 from cllm.errors import UserError
+from cllm.kernels.add_product import ADD_PRODUCTS
 from cllm.kernels.attention import document_boundaries
 from cllm.kv.sources import FusedRead, Slot, slot_widths
 from cllm.kv.stores import SlotStore, Step
@@ -26,8 +27,7 @@ from cllm.model.loss import Head
 from cllm.model.norm import RMSNorm
 
 if TYPE_CHECKING:
-    from cllm.kernels.add_product import ADD_PRODUCTS
-from cllm.kv.cache import KVCache
+    from cllm.kv.cache import KVCache
 
 Slots = dict[int, Slot]
 

@@ -31,7 +31,6 @@ from cllm.errors import UserError
 from cllm.kv.plan import Fuse
 from cllm.kv.sources import FusedRead, Slot
 from cllm.model.loss import Head, next_token_loss
-from cllm.model.mlp import SwiGLU
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import Rope, apply_rope, rope_table
 from cllm.model.sizes import build_decoder
@@ -193,7 +192,7 @@ def test_a_compiled_block_stays_whole_under_ddp(tmp_path: Path) -> None:
     make(strategy="ddp")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        block = SwiGLU(600, 600)
+        block = torch.nn.Sequential(*(torch.nn.Linear(600, 600) for _ in range(3)))
         block.compile(backend=count)
         torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(block))(torch.randn(2, 600)).sum().backward()
     finally:

@@ -181,6 +181,19 @@ def test_the_gradient_norm_is_the_engines() -> None:
 
 
 @torch._dynamo.config.patch(optimize_ddp=True)
+class ThreeLayers(torch.nn.Module):
+    """1.4 MB of weights each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(600, 600) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 def test_a_compiled_block_stays_whole_under_ddp(tmp_path: Path) -> None:
     """Left alone, Dynamo cuts it where DDP's buckets end: here after each of three layers, all above 1 MiB."""
     graphs = []
@@ -192,7 +205,7 @@ def test_a_compiled_block_stays_whole_under_ddp(tmp_path: Path) -> None:
     make(strategy="ddp")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        block = torch.nn.Sequential(*(torch.nn.Linear(600, 600) for _ in range(3)))
+        block = ThreeLayers()
         block.compile(backend=count)
         torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(block))(torch.randn(2, 600)).sum().backward()
     finally:

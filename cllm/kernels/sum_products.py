@@ -1,8 +1,8 @@
 """Sums of matrix products, each added in the epilogue of the next.
 
 The gradient of a normalised input is such a sum: q, k and v have a part of it each, gate and up too. torch's compiler
-writes all products out and lets the kernel behind them read and add them. Where its tensor cores bound a product, adding
-to what stands there costs nothing (one H200, 374 M: products of one kind took 30.4 ms a step before a fifth of them did
+writes all products out and lets the kernel behind them read and add them. Where tensor cores are the bound, adding to
+what stands there costs nothing (one H200, 374 M: products of one kind took 30.4 ms a step before a fifth of them did
 so, and after), and this kernel reads one tensor for all of them. A sum with anything else is left to the compiler:
 torch's `addmm` copies what it must not overwrite, which costs what it saves.
 

@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +213,11 @@ def test_compiled_blocks_take_the_same_steps(student: Student, monkeypatch, way:
     torch._dynamo.utils.counters.clear()
     count = CompileCounterWithBackend("aot_eager")
     compile_module, compile_function = torch.nn.Module.compile, torch.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend=count))
+
+    def compile_by_count(module: torch.nn.Module, *, dynamic: bool, options: object = None) -> None:
+        compile_module(module, dynamic=dynamic, backend=count)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_by_count)
     monkeypatch.setattr(losses, "_compiled", lambda: compile_function(losses.compare_logits, backend="aot_eager"))
     fast = train(student(*settings, "--name", "fast", "--train.compile", "true"))
     assert count.frame_count

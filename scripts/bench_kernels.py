@@ -8,6 +8,7 @@ decoding.
 attention  every backend that is installed, causal and with documents
 fusion     one fusing layer: plain, fused keys and values materialised, doubled head dimension
 mlp norm   SwiGLU and RMSNorm: compiled by torch and by libraries, where they are installed
+loss       the head and the cross-entropy of its logits, by every kernel that is installed
 decode     one new token over cached slots; with --sweep also other tiles than the rule's, to see what it misses
 Bounds are bytes over the copy rate measured in the same run, or FLOPs over the matmul rate.
 """
@@ -30,10 +31,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cllm.errors import UserError, one_line
-from cllm.kernels import split_decode
+from cllm.kernels import cross_entropy, split_decode
 from cllm.kernels.attention import BACKENDS, attention
 from cllm.kernels.backends.mask import Mask, document_boundaries
 from cllm.kernels.decode import Stored, Visible, decode_attention
+from cllm.kernels.swiglu import missing as missing_swiglu
+from cllm.kernels.swiglu import swiglu as fused_swiglu
+from cllm.model.loss import by_chunks, by_liger
 from cllm.runs import write_atomic
 from cllm.train.environment import clocks, environment
 
@@ -177,17 +181,28 @@ def bench_mlp(table: Table, flops: float) -> None:
         case = f"{tokens} tokens, {d} to {ff}"
         table.add("mlp", case, "compiled", torch.compile(swiglu), x, gate, up, down, bound=bound)
         table.add("mlp", case, "compiled, joint", torch.compile(joint), x, gate, up, down, bound=bound)
-        try:
-            from quack.mlp import mlp_func
-        except Exception as error:
-            print(f"quack cannot be used: {' '.join(str(error).split())[:300]}")
-            continue
-        for tuned in (False, True):
+        if reason := missing_swiglu(x.device):
+            print(f"quack-kernels cannot be used: {reason}")
+        else:
+            table.add("mlp", case, "epilogues", fused_swiglu, x, gate, up, down, bound=bound)
 
-            def gemm_epilogues(x, gate, up, down, tuned=tuned, mlp_func=mlp_func):
-                return mlp_func(x, torch.cat((gate, up)), down, "swiglu", tuned=tuned, concat_layout=True)
 
-            table.add("mlp", case, f"quack tuned={tuned}", gemm_epilogues, x, gate, up, down, bound=bound)
+def bench_loss(table: Table, flops: float) -> None:
+    for tokens, d, vocabulary in ((65536, 1024, 32_000), (32768, 2048, 32_000), (16384, 1024, 128_256)):
+        hidden, weight = rand(tokens, d), rand(vocabulary, d)
+        weight.data *= d**-0.5
+        labels = torch.randint(vocabulary, (tokens,), device="cuda")
+        forms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "liger": lambda h, w, labels=labels: by_liger(h, w, labels, "mean"),
+            "torch": lambda h, w, labels=labels: by_chunks(h, w, labels, "mean", cross_entropy.by_torch),
+        }
+        if reason := cross_entropy.missing(hidden.device, vocabulary, BF16):
+            print(f"quack-kernels cannot be used: {reason}")
+        else:
+            forms["quack"] = lambda h, w, labels=labels: by_chunks(h, w, labels, "mean", cross_entropy.in_place)
+        for name, form in forms.items():
+            case = f"{tokens} tokens, {d} to {vocabulary}"
+            table.add("loss", case, name, form, hidden, weight, bound=6 * tokens * d * vocabulary / flops * 1000)
 
 
 def bench_norm(table: Table, copy: float) -> None:
@@ -355,7 +370,9 @@ def _neighbours(rule: split_decode.Tiles, elementwise: bool) -> list[split_decod
 @one_line
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ["attention", "fusion", "mlp", "norm", "decode"]
+    benches = {"attention": bench_attention, "fusion": bench_fusion, "mlp": bench_mlp, "norm": bench_norm}
+    benches["loss"] = bench_loss
+    kinds = [*benches, "decode"]
     parser.add_argument("what", nargs="*", help=f"of {', '.join(kinds)}; default all")
     parser.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
     parser.add_argument("--sweep", action="store_true", help="decode: try other tiles too; minutes")
@@ -374,8 +391,7 @@ def main(argv: list[str] | None = None) -> None:
         if what == "decode":
             bench_decode(table, copy, arguments.sweep, arguments.only)
         else:
-            bench = {"attention": bench_attention, "fusion": bench_fusion, "mlp": bench_mlp, "norm": bench_norm}[what]
-            bench(table, copy if what in ("fusion", "norm") else flops)
+            benches[what](table, copy if what in ("fusion", "norm") else flops)
         torch.cuda.empty_cache()
     if arguments.out:
         found = {"environment": environment(), "copy_bytes_per_s": copy, "matmul_flops": flops, "rows": table.rows}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,8 @@ def missing(device: torch.device, module: str, names: list[str], trial: Callable
         trial()
         torch.cuda.synchronize(device)
     except Exception as error:  # a compiler that does not fit raises anything
-        return f"{NAME} {found.version if found else ''} does not run: {type(error).__name__}: {str(error)[:200]!r}"
+        told = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+        return f"{NAME} {found.version if found else ''} does not run: {type(error).__name__}: {told[:200]}"
     return None
 
 

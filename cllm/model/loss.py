@@ -25,7 +25,7 @@ IGNORE = -100
 
 _CHUNK_BYTES = 2**29
 """Size of one chunk's logits, in fp32 where they are made fp32."""
-_InPlace = Callable[[Tensor, Tensor, int], Tensor]
+InPlace = Callable[[Tensor, Tensor, int], Tensor]
 """See `cllm.kernels.cross_entropy.in_place`."""
 
 
@@ -74,7 +74,7 @@ def _divisor(labels: Tensor, reduction: str) -> Tensor:
 
 
 @functools.cache
-def _kernel(device: torch.device, vocabulary: int, dtype: torch.dtype) -> _InPlace | None:
+def _kernel(device: torch.device, vocabulary: int, dtype: torch.dtype) -> InPlace | None:
     """What computes a chunk on a GPU; None for liger-kernel, which makes its chunks itself."""
     if (reason := cross_entropy.missing(device, vocabulary, dtype)) is None:
         log.info("loss: quack-kernels' cross-entropy on chunks of logits")
@@ -110,14 +110,24 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, reducti
     """
     if hidden.is_cuda:
         return _by_kernels(hidden, weight, labels, reduction)
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, _divisor(labels, reduction), cross_entropy.by_torch)
+    return by_chunks(hidden, weight, labels, reduction, cross_entropy.by_torch)
 
 
 @torch.compiler.disable
 def _by_kernels(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
     kernel = _kernel(hidden.device, weight.shape[0], hidden.dtype)
-    if kernel is not None:
-        return _ChunkedCrossEntropy.apply(hidden, weight, labels, _divisor(labels, reduction), kernel)
+    if kernel is None:
+        return by_liger(hidden, weight, labels, reduction)
+    return by_chunks(hidden, weight, labels, reduction, kernel)
+
+
+def by_chunks(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str, kernel: InPlace) -> Tensor:
+    """`linear_cross_entropy` with `kernel` for each chunk of logits."""
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, _divisor(labels, reduction), kernel)
+
+
+def by_liger(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    """`linear_cross_entropy` by liger-kernel, which must be installed."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     # Arguments by position, as autograd functions want them: bias, class weights, ignore index, z-loss, smoothing,
@@ -131,7 +141,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Computes gradients with the loss, chunk by chunk, and only scales them in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, divisor: Tensor, kernel: _InPlace) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, divisor: Tensor, kernel: InPlace) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         hidden_grad = torch.empty_like(hidden)
         weight_grad = torch.zeros_like(weight, dtype=torch.float32)

@@ -16,6 +16,7 @@ import cllm
 _PACKAGES = (
     *("lightning", "transformers", "datasets", "tokenizers", "numpy", "deepspeed", "torchao", "triton"),
     *("flash-attn-4", "flash-attn-3", "flash-attn", "flash-linear-attention", "liger-kernel", "litgpt"),
+    *("quack-kernels", "nvidia-cutlass-dsl"),
 )
 
 

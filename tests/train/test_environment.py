@@ -8,7 +8,10 @@ import pytest
 
 from cllm.train import environment
 
-KERNELS = ("flash-attn-4", "flash-linear-attention", "liger-kernel", "litgpt", "torchao", "deepspeed", "triton")
+KERNELS = (
+    *("flash-attn-4", "flash-linear-attention", "quack-kernels", "liger-kernel", "litgpt", "torchao", "deepspeed"),
+    "triton",
+)
 
 
 def test_versions_of_kernel_libraries_and_peers_are_recorded_where_installed(monkeypatch: pytest.MonkeyPatch) -> None:

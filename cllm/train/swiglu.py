@@ -39,7 +39,8 @@ def will_fuse(model: Decoder, config: Config) -> bool:
     """Whether a run of `config` will, as far as this machine can tell: without a GPU `auto` does not."""
     if config.train.swiglu != "auto":
         return config.train.swiglu == "quack"
-    return torch.cuda.is_available() and _obstacle(model, config, torch.device("cuda")) is None
+    on_gpu = torch.cuda.is_available() and config.train.accelerator != "cpu"
+    return on_gpu and _obstacle(model, config, torch.device("cuda")) is None
 
 
 def _obstacle(model: Decoder, config: Config, device: torch.device) -> str | None:

@@ -171,3 +171,19 @@ def test_gradient_of_a_shared_slot_agrees_with_finite_differences(name, preset_c
         weight -= 2e-3 * direction
         down = loss()
     assert float(slope) == pytest.approx(float((up - down) / 2e-3), rel=5e-2)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_block_hands_on_its_slot_only_where_another_layer_reads_it(name, preset_config, random_model):
+    """A compiled block would fill gradients of zeros for it, and add them."""
+    model = random_model(preset_config(name))
+    handed = {}
+
+    def keep(block: torch.nn.Module, _: object, found: tuple[torch.Tensor, object]) -> None:
+        handed[block] = found[1] is not None
+
+    for block in model.blocks:
+        block.register_forward_hook(keep)
+    model(torch.randint(32, (1, 8), generator=torch.Generator().manual_seed(0)))
+    read = {j for i in range(len(model.plan)) for j in model.plan.reads_others(i)}
+    assert [handed[block] for block in model.blocks] == [i in read for i in range(len(model.blocks))]

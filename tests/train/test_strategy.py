@@ -180,7 +180,6 @@ def test_the_gradient_norm_is_the_engines() -> None:
     assert gradient_norm(SimpleNamespace(get_global_grad_norm=lambda: None)) != 0
 
 
-@torch._dynamo.config.patch(optimize_ddp=True)
 class ThreeLayers(torch.nn.Module):
     """1.4 MB of weights each."""
 
@@ -194,6 +193,7 @@ class ThreeLayers(torch.nn.Module):
         return x
 
 
+@torch._dynamo.config.patch(optimize_ddp=True)
 def test_a_compiled_block_stays_whole_under_ddp(tmp_path: Path) -> None:
     """Left alone, Dynamo cuts it where DDP's buckets end: here after each of three layers, all above 1 MiB."""
     graphs = []

@@ -38,9 +38,9 @@ from cllm.errors import UserError, one_line
 from cllm.model.sizes import count_parameters, drawn_decoder, training_flops_per_token
 from cllm.runs import write_atomic
 from cllm.train.environment import clocks, environment
-from cllm.train.float8 import check_float8, convert_blocks
+from cllm.train.equip import equip
+from cllm.train.float8 import check_float8
 from cllm.train.optim import make_optimizer
-from cllm.train.swiglu import fuse_swiglu
 from cllm.train.throughput import peak_flops
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,15 +61,10 @@ class Choices(logging.Handler):
 def design(name: str, config: Config) -> Contender:
     """This project's model with a plan, as train.py would build it."""
     torch.manual_seed(0)
-    with torch.device(_device(config)):
+    device = torch.device(_device(config))
+    with device:
         model = drawn_decoder(config.model, backend=config.attention.backend)
-    model.gradient_checkpointing = config.train.gradient_checkpointing
-    model.fp32_residual = config.train.fp32_residual
-    if config.train.fp8 is not None:
-        convert_blocks(model, config.train.fp8)
-    fuse_swiglu(model, config, torch.device(_device(config)))
-    if config.train.compile:
-        model.compile_blocks()
+    equip(model, config, device, compiled=bool(config.train.compile))
     flops = training_flops_per_token(model, config.data.seq_len)
     return Contender(name, model, model.loss, make_optimizer(model, config.optim), flops)
 

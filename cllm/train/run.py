@@ -27,10 +27,10 @@ from cllm.model.sizes import build_decoder, count_parameters, drawn_decoder, tra
 from cllm.runs import RunFolder, write_atomic
 from cllm.train.callbacks import Checkpoints, Metrics, StopWhenDone
 from cllm.train.environment import environment
-from cllm.train.float8 import check_float8, convert_blocks
+from cllm.train.equip import equip
+from cllm.train.float8 import check_float8
 from cllm.train.module import TrainingModule
 from cllm.train.strategy import check_launch, check_shards, cluster_plugins, family, make_strategy, zero_stage
-from cllm.train.swiglu import fuse_swiglu
 from cllm.uptrain.decoder import TracedDecoder
 from cllm.uptrain.module import Recovery, UptrainingModule
 from cllm.uptrain.sources import check_best_sources, with_best_sources, with_saved_sources
@@ -305,14 +305,7 @@ def make_module(config: Config, data: DataModule, teacher: Teacher | None, *, re
     else:
         batches = partial(calibration_batches, config, data)
         model = make_student(config, teacher, batches, device=_device(config), resumed=resumed)
-    model.gradient_checkpointing = config.train.gradient_checkpointing
-    model.recompute_fusion = config.train.recompute_fusion
-    model.fp32_residual = config.train.fp32_residual
-    if config.train.fp8 is not None:
-        convert_blocks(model, config.train.fp8)
-    fuse_swiglu(model, config, _device(config))
-    if should_compile(config):
-        model.compile_blocks()
+    equip(model, config, _device(config), compiled=should_compile(config))
     if teacher is None:
         return TrainingModule(model, config, data.validation_names)
     teacher.decoder.fp32_residual = config.train.fp32_residual

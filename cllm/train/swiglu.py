@@ -12,6 +12,7 @@ from cllm.config import Config
 from cllm.errors import UserError
 from cllm.kernels import swiglu
 from cllm.model.decoder import Decoder
+from cllm.model.mlp import SwiGLU
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,8 @@ def fuse_swiglu(model: Decoder, config: Config, device: torch.device) -> bool:
     reason = _obstacle(model, config, device)
     if reason is not None and wanted == "quack":
         raise UserError(f"train.swiglu is quack, which cannot be: {reason}; allowed here: auto, torch")
-    for block in model.blocks:
-        block.mlp.fused = reason is None  # type: ignore[union-attr]
+    for layer in _layers(model):
+        layer.fused = reason is None
     rank_zero_only(log.info)("swiglu: %s", "quack" if reason is None else f"torch; not quack ({reason})")
     return reason is None
 
@@ -43,6 +44,10 @@ def will_fuse(model: Decoder, config: Config) -> bool:
     return on_gpu and _obstacle(model, config, torch.device("cuda")) is None
 
 
+def _layers(model: Decoder) -> list[SwiGLU]:
+    return [module for module in model.blocks.modules() if isinstance(module, SwiGLU)]
+
+
 def _obstacle(model: Decoder, config: Config, device: torch.device) -> str | None:
     """Why not, or None."""
     train = config.train
@@ -52,8 +57,8 @@ def _obstacle(model: Decoder, config: Config, device: torch.device) -> str | Non
         return f"fp8 is {train.fp8}"
     if train.strategy == "zero3":
         return "zero3 would keep every weight that it has gathered until the backward"
-    for block in model.blocks:
-        for name, linear in block.mlp.named_children():  # type: ignore[union-attr]
+    for layer in _layers(model):
+        for name, linear in layer.named_children():
             if type(linear) is not nn.Linear:
                 return f"{name} is a {type(linear).__name__}"
             if reason := swiglu.unsupported(linear.in_features, linear.out_features):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +32,32 @@ def _load(file: Path) -> ModuleType:
 def load_file() -> Callable[[Path], ModuleType]:
     """A Python file outside of any package, a script or another test, as a module."""
     return _load
+
+
+@pytest.fixture(scope="session")
+def prepare_texts() -> Callable[..., Path]:
+    """`prepare_texts(folder, texts, 0.1)` prepares texts, a tenth of them for validation, and gives the folder made.
+
+    Its tokenizer has 280 tokens.
+    """
+    from cllm.data.prepare.build import prepare
+    from cllm.data.prepare.recipe import Recipe
+
+    def build(folder: Path, texts: Iterable[str], validation: float) -> Path:
+        (folder / "text").mkdir()
+        for n, text in enumerate(texts):
+            (folder / "text" / f"{n}.txt").write_text(text, encoding="utf-8")
+        recipe = {
+            "name": "tiny",
+            "out": str(folder / "prepared"),
+            "source": {"kind": "files", "paths": [str(folder / "text")]},
+            "tokenizer": {"train": {"vocab_size": 280}},
+            "validation": {"fraction": validation},
+            "workers": 1,
+        }
+        return prepare(Recipe.model_validate(recipe)).folder
+
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,6 @@ import pytest
 import torch
 import yaml
 
-from cllm import cli
-from cllm.data.prepare.build import prepare
-from cllm.data.prepare.recipe import Recipe
 from cllm.runs import RunFolder, load_run, read_weights
 from cllm.train.breakdown import PARTS
 
@@ -84,33 +82,18 @@ def command(*arguments: str, port: int) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(line, 124, "", f"{said}\ntimed out")
 
 
-def prepared(folder: Path) -> Path:
-    draw = random.Random(0)
-    (folder / "text").mkdir()
-    for n in range(600):
-        line = " ".join(draw.choices(TEXT.split(), k=draw.randint(20, 200)))
-        (folder / "text" / f"{n}.txt").write_text(line, encoding="utf-8")
-    recipe = {
-        "name": "tiny",
-        "out": str(folder / "prepared"),
-        "source": {"kind": "files", "paths": [str(folder / "text")]},
-        "tokenizer": {"train": {"vocab_size": 280}},
-        "validation": {"fraction": 0.05},
-        "workers": 1,
-    }
-    prepare(cli.validate(Recipe, recipe))
-    return folder / "prepared"
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+def runs(prepare_texts: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """Every case by its name, and `NAME-resumed`: the case begun again from its checkpoint at half the steps."""
     folder = tmp_path_factory.mktemp("strategies")
+    draw = random.Random(0)
+    texts = (" ".join(draw.choices(TEXT.split(), k=draw.randint(20, 200))) for _ in range(600))
+    prepared = prepare_texts(folder, texts, 0.05)
     base: dict[str, Any] = {
         "runs_dir": str(folder / "runs"),
         "model": {"d_model": 256, "n_layers": 4, "n_heads": 4, "max_seq_len": 128, "tie_embeddings": True},
         "attention": {"backend": "sdpa"},
-        "data": {"path": str(prepared(folder)), "seq_len": 128, "num_workers": 0, "validation_sequences": 16},
+        "data": {"path": str(prepared), "seq_len": 128, "num_workers": 0, "validation_sequences": 16},
         "optim": {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 4, "grad_clip": 0.5},
         "train": {"steps": STEPS, "global_batch": 8, "micro_batch": 2, "log_every": 1, "precision": "bf16"},
     }

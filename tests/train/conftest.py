@@ -12,31 +12,16 @@ import yaml
 
 from cllm import cli
 from cllm.config import Config
-from cllm.data.prepare.build import prepare
-from cllm.data.prepare.recipe import Recipe
 
 TEXT = "the plan says where keys and values come from and every layer reads what an owner wrote before it"
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(prepare_texts: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder with both splits."""
-    folder = tmp_path_factory.mktemp("corpus")
     draw = random.Random(0)
-    lines = [" ".join(draw.choices(TEXT.split(), k=draw.randint(5, 60))) for _ in range(400)]
-    (folder / "text").mkdir()
-    for n, line in enumerate(lines):
-        (folder / "text" / f"{n}.txt").write_text(line, encoding="utf-8")
-    recipe = {
-        "name": "tiny",
-        "out": str(folder / "prepared"),
-        "source": {"kind": "files", "paths": [str(folder / "text")]},
-        "tokenizer": {"train": {"vocab_size": 280}},
-        "validation": {"fraction": 0.1},
-        "workers": 1,
-    }
-    prepare(cli.validate(Recipe, recipe))
-    return folder / "prepared"
+    texts = (" ".join(draw.choices(TEXT.split(), k=draw.randint(5, 60))) for _ in range(400))
+    return prepare_texts(tmp_path_factory.mktemp("corpus"), texts, 0.1)
 
 
 @pytest.fixture

@@ -370,8 +370,13 @@ def _neighbours(rule: split_decode.Tiles, elementwise: bool) -> list[split_decod
 @one_line
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    benches = {"attention": bench_attention, "fusion": bench_fusion, "mlp": bench_mlp, "norm": bench_norm}
-    benches["loss"] = bench_loss
+    benches = {
+        "attention": bench_attention,
+        "fusion": bench_fusion,
+        "mlp": bench_mlp,
+        "norm": bench_norm,
+        "loss": bench_loss,
+    }
     kinds = [*benches, "decode"]
     parser.add_argument("what", nargs="*", help=f"of {', '.join(kinds)}; default all")
     parser.add_argument("--out", metavar="FILE", help="write the numbers as JSON")

@@ -40,5 +40,5 @@ def by_torch(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
     nats = (log_sum - wide.gather(-1, index)[:, 0]) * scored
     gradient = (wide - log_sum[:, None]).exp_()
     gradient.scatter_add_(-1, index, gradient.new_full(index.shape, -1.0))
-    logits.copy_(gradient * scored[:, None])
+    logits.copy_(gradient.mul_(scored[:, None]))
     return nats

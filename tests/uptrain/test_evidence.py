@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,7 @@ from cllm.train.environment import environment
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from uptraining import base, report, setup, students  # noqa: E402
+from uptraining import base, report, setup, steptime, students  # noqa: E402
 from uptraining.setup import Student, agenda  # noqa: E402
 
 WORDS = "the plan says where keys and values come from and every layer reads what an owner wrote"
@@ -65,14 +66,60 @@ def test_every_step_leaves_its_rows(whole: Path) -> None:
     starts = {(row["plan"], row["method"], row["seed"]) for row in rows(whole, "start")}
     assert {("fusedkv", "fit", 0), ("fusedkv", "fit", 1), ("fusedkv", "copy", 0), ("mla", "svd", 1)} <= starts
     assert ("fusedkv", "copy", 1) not in starts, "copy reads no text"
-    times = {(row["trainable"], row["way"]): row["against_plain"] for row in rows(whole, "step_time")}
-    assert times["all", "plain"] == times["kv", "plain"] == 1
-    assert times["all", "distilled"] > 1
+    times = {(row["trainable"], row["way"]): row for row in rows(whole, "step_time")}
+    assert times.keys() == {(trained, way) for trained in ("all", "kv") for way in steptime.WAYS}
+    for (trained, _), row in times.items():
+        assert row["against_plain"] == pytest.approx(row["ms"] / times[trained, "plain"]["ms"])
     text = (whole / "table.md").read_text()
     assert "| fusedkv | fit | distilled | all | 5 |" in text
     assert json.loads((whole / "rows.json").read_text())["environment"].keys() == environment().keys()
     for name in ("rows.json", "table.md"):
         assert (whole / "copies" / name).read_text() == (whole / name).read_text()
+
+
+def test_each_way_of_a_step_has_its_own_loss_and_stands_beside_the_plain_one(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in each step, counted; and the arithmetic, on times that are given."""
+    parts, forwards = {}, Counter()
+    way = iter(list(steptime.WAYS) * (steptime._TURNS + 1))
+    times = {
+        "plain": [10.0, 12.0],
+        "kl": [21.0, 23.0],
+        "distilled": [32.0, 34.0],
+        "distilled, all layers": [43.0, 45.0],
+    }
+
+    def timed(module: Any, optimizer: Any, batch: Any, device: Any, steps: int) -> list[float]:
+        name = next(way)
+        if steps != 2:  # the steps before timing
+            hooks = [
+                model.register_forward_pre_hook(lambda *_, who=who: forwards.update([(name, who)]))
+                for who, model in (("student", module.model.blocks[0]), ("teacher", module._teacher[0].blocks[0]))
+            ]
+            parts[name] = set(module.objective(batch))
+            for hook in hooks:
+                hook.remove()
+            return [1000.0]
+        return times[name]
+
+    monkeypatch.setattr(steptime, "timed", timed)
+    size, folders = dataclasses.replace(setup.TINY, tokens=51200), setup.Folders(whole)
+    student = Student("fusedkv", "copy", "plain", "all", 5.0, 1e-3)
+    found = steptime.measure_steps(folders, size, student, device=torch.device("cpu"), compiled=False, steps=2)
+    assert [(row["ms"], row["against_plain"]) for row in found] == [(11, 1), (22, 2), (33, 3), (44, 4)]
+    assert {row["steps"] for row in found} == {2 * steptime._TURNS}
+    told = {"objective", "next_token"}
+    both = told | {"kl"}
+    assert parts == {
+        "plain": told,
+        "kl": both,
+        "distilled": both | {"hidden"},
+        "distilled, all layers": both | {"hidden"},
+    }
+    reads = {(name, who): 1 for name in steptime.WAYS for who in ("student", "teacher")}
+    del reads["plain", "teacher"]
+    assert forwards == reads
 
 
 def test_a_run_starts_from_what_starts_measured_and_reads_its_share_of_tokens(whole: Path) -> None:
@@ -160,6 +207,7 @@ def save(*_):
     (run / "saved").touch()
     sys.exit()
 signal.signal(signal.SIGTERM, save)
+(run / "waits").touch()
 time.sleep(60)
 """
 
@@ -176,21 +224,32 @@ def test_students_are_saved_when_time_is_up_and_gone_on_with(tmp_path: Path, mon
     student = Student("fusedkv", "copy", "plain", "all", 5.0, 1e-3)
     options = {"device": torch.device("cpu"), "compiled": False, "parallel": 1}
 
-    def run(seconds: float) -> int:
-        return students.Runner(folders, size, deadline=setup.Deadline(seconds), **options).run([student])
+    run_folder, spent = folders.runs / student.name, folders.out / "seconds" / f"{student.name}.txt"
 
-    assert run(1.5) == 1
-    assert (folders.runs / student.name / "saved").exists()
-    assert run(30) == 0
+    class OnceItWaits(setup.Deadline):
+        """Time is up as soon as the student can be told so."""
+
+        @property
+        def left(self) -> float:
+            return 0.0 if (run_folder / "waits").exists() else self.seconds
+
+    def run(deadline: setup.Deadline) -> int:
+        return students.Runner(folders, size, deadline=deadline, **options).run([student])
+
+    assert run(OnceItWaits(60)) == 1
+    assert (run_folder / "saved").exists()
+    assert float(spent.read_text()) > 0
+    spent.write_text("100.0\n")
+    assert run(setup.Deadline(60)) == 0
     (row,) = report.read_rows(folders)
-    assert row["seconds"] > 1.5, "both commands' time"
+    assert row["seconds"] > 100, "both commands' time"
     report.write_result(folders, "longer", row | {"seconds": 20.0})
     folders.result(student.name).unlink()
-    assert run(30) == 0
+    assert run(setup.Deadline(60)) == 0
     folders.result(student.name).unlink()
     deadline = setup.Deadline(100)
     deadline.at -= 90
-    assert students.Runner(folders, size, deadline=deadline, **options).run([student]) == 1, "20 s do not fit into 10"
+    assert run(deadline) == 1, "20 s do not fit into 10"
 
 
 def test_pretraining_goes_on_where_time_ran_out(

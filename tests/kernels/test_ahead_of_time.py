@@ -6,6 +6,7 @@ computes, the interpreter's tests say; here it is that the compiler takes it, th
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -22,13 +23,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = {80: (108, 163 * 1024), 90: (132, 227 * 1024)}
 """Multiprocessors, and bytes of shared memory of one program at most: A100; H100 and H200."""
-SPILLED = {80: 128, 90: 0}
-"""Bytes a thread at most: an A100 keeps operands of matrix products in registers, and has too few to rebuild keys."""
+SPILLED = {"3.6": {80: 144, 90: 0}, "3.7": {80: 128, 90: 0}}
+"""Bytes a thread at most, by Triton's version: an A100 keeps operands of matrix products in registers, and has too few
+to rebuild keys."""
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @pytest.mark.parametrize("capability", DEVICES)
 def test_kernels_compile_and_fit(capability: int) -> None:
+    version = ".".join(importlib.metadata.version("triton").split(".")[:2])
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
@@ -43,7 +46,7 @@ def test_kernels_compile_and_fit(capability: int) -> None:
     for made in found:
         assert made["shared"] <= DEVICES[capability][1], made
         resident = 16 if made["name"] == "resident_scores" else 0  # in fp16, where scores are added to
-        assert made["spilled"] <= (32 if made["coded"] else SPILLED[capability] + resident), made
+        assert made["spilled"] <= (32 if made["coded"] else SPILLED[version][capability] + resident), made
 
 
 def spilled_bytes(ptx: str, capability: int) -> int:

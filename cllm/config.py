@@ -245,6 +245,10 @@ class TrainConfig(Section):
     keep_checkpoints: int = Field(2, ge=1)
     """Checkpoints to keep, newest first."""
 
+    def in_bf16(self, *, gpu: bool) -> bool:
+        """Whether the run computes in bf16, on a GPU or without."""
+        return self.precision == "bf16" or (self.precision == "auto" and gpu)
+
     @model_validator(mode="after")
     def _rules(self) -> Self:
         if isinstance(self.devices, int) and self.devices < 1:

@@ -165,6 +165,11 @@ class KVPlan:
     def owners(self) -> tuple[int, ...]:
         return tuple(i for i, layer in enumerate(self.layers) if layer.own is not None)
 
+    @property
+    def shared(self) -> frozenset[int]:
+        """The owners whose slots other layers read."""
+        return frozenset(j for i in range(len(self)) for j in self.reads_others(i))
+
     def last_reader(self, owner: int) -> int:
         """The highest layer that reads the slot of `owner`; above it the slot is no longer needed."""
         return max((i for i in range(len(self)) if owner in self.reads(i)), default=owner)

@@ -22,7 +22,7 @@ class Block(nn.Module):
         self.attention = make_mixer(config, plan, layer)
         self.mlp_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = SwiGLU(config.d_model, d_ff)
-        self.shares = any(layer in plan.reads_others(i) for i in range(len(plan)))
+        self.shares = layer in plan.shared
         """Whether other layers read the own slot. Handed on for nobody, it would get gradients of zeros in the backward
         of a compiled block, which are written, read and added."""
 

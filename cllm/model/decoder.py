@@ -25,6 +25,7 @@ from cllm.model.attention import Cached, Context
 from cllm.model.block import Block
 from cllm.model.loss import Head
 from cllm.model.norm import RMSNorm
+from cllm.model.precision import product_dtype
 
 if TYPE_CHECKING:
     from cllm.kv.cache import KVCache
@@ -152,8 +153,8 @@ class Decoder(nn.Module):
         context = self._context(input_ids, positions, document_ids, starts, step, cache)
         top = max(self.plan.owners) if last_only and input_ids.shape[1] > 1 else None
         x, layer = self.embed(input_ids), 0
-        if not self.fp32_residual and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if not self.fp32_residual:
+            x = x.to(product_dtype(x))
         slots: Slots = {}
         while layer < len(self.blocks):
             last = self._spans.get(layer)
@@ -213,8 +214,7 @@ class Decoder(nn.Module):
 
     def _dtype(self) -> torch.dtype:
         """Of the residual stream's products: what slots are made in."""
-        device = self.embed.weight.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.embed.weight.dtype
+        return product_dtype(self.embed.weight)
 
     def _context(
         self,

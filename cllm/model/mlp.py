@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cllm.kernels.swiglu import swiglu
+from cllm.model.precision import product_dtype
 
 
 class SwiGLU(nn.Module):
@@ -23,8 +24,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """(B, T, d_model) for `x` and `residual` of that shape."""
         if self.fused and torch.is_grad_enabled():
-            device = x.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            dtype = product_dtype(x)
             factors = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
             if residual.dtype == dtype:
                 return swiglu(x.to(dtype), *factors, residual)

@@ -30,8 +30,7 @@ ZERO3_LIVE = 1_000_000_000
 
 def _compute_bytes(config: Config) -> int:
     """Bytes of a number in the forward pass; `auto` is told for a GPU, where it means bf16."""
-    on_cpu = config.train.accelerator == "cpu"
-    return 4 if config.train.precision == "fp32" or (config.train.precision == "auto" and on_cpu) else 2
+    return 2 if config.train.in_bf16(gpu=config.train.accelerator != "cpu") else 4
 
 
 def block_activation_bytes(model: Decoder, config: Config, layer: int) -> int:
@@ -76,8 +75,7 @@ def memory_estimate(model: Decoder, config: Config, *, teacher: int = 0) -> dict
     blocks = [block_activation_bytes(model, config, i) for i in range(c.n_layers)]
     passes = _kept_passes(model)
     if train.gradient_checkpointing:
-        shared = {j for i in range(c.n_layers) for j in model.plan.reads_others(i)}
-        slots = sum(passes[j] * sum(slot_elements(model.plan, j, c.resolved_head_dim)) for j in shared)
+        slots = sum(passes[j] * sum(slot_elements(model.plan, j, c.resolved_head_dim)) for j in model.plan.shared)
         per_token = sum(passes) * c.d_model * (4 if train.fp32_residual else narrow) + slots * narrow + max(blocks)
     else:
         per_token = sum(map(operator.mul, passes, blocks))

@@ -168,7 +168,7 @@ def make_trainer(config: Config, folder: RunFolder, metrics: Metrics, *more: Cal
         )
     accumulate = train.global_batch // (train.micro_batch * processes)
     zero = zero_stage(train) is not None
-    bf16 = train.precision == "bf16" or (train.precision == "auto" and accelerator == "gpu")
+    bf16 = train.in_bf16(gpu=accelerator == "gpu")
     checkpoints = Checkpoints(
         folder, every=train.checkpoint_every, keep=train.keep_checkpoints, steps=train.steps, clock=metrics.clock
     )

@@ -51,7 +51,7 @@ def _layers(model: Decoder) -> list[SwiGLU]:
 def _obstacle(model: Decoder, config: Config, device: torch.device) -> str | None:
     """Why not, or None."""
     train = config.train
-    if train.precision == "fp32" or (train.precision == "auto" and device.type == "cpu"):
+    if not train.in_bf16(gpu=device.type != "cpu"):
         return "precision is fp32"
     if train.fp8 is not None:
         return f"fp8 is {train.fp8}"

@@ -124,6 +124,11 @@ def test_last_reader_is_the_highest_layer_that_needs_the_slot():
     assert [plan.last_reader(j) for j in (0, 1, 2)] == [3, 4, 3]
 
 
+def test_shared_owners_are_those_that_another_layer_reads():
+    assert KVPlan.of([OWN, OWN, OWN, read(2, 0), OWN]).shared == {0, 2}
+    assert KVPlan.of([read(1), OWN], Iterations()).shared == {1}
+
+
 def test_last_reader_of_a_slot_that_only_lower_layers_read():
     layers = [read(1), LayerPlan(own=Own(n_kv_heads=2), keys=Share(2), values=Share(2)), OWN]
     assert KVPlan.of(layers, Iterations()).last_reader(1) == 0

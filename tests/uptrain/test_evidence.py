@@ -92,7 +92,7 @@ def test_each_way_of_a_step_has_its_own_loss_and_stands_beside_the_plain_one(
 
     def timed(module: Any, optimizer: Any, batch: Any, device: Any, steps: int) -> list[float]:
         name = next(way)
-        if steps != 2:  # the steps before timing
+        if steps == steptime._WARMUP:
             hooks = [
                 model.register_forward_pre_hook(lambda *_, who=who: forwards.update([(name, who)]))
                 for who, model in (("student", module.model.blocks[0]), ("teacher", module._teacher[0].blocks[0]))
@@ -109,13 +109,13 @@ def test_each_way_of_a_step_has_its_own_loss_and_stands_beside_the_plain_one(
     found = steptime.measure_steps(folders, size, student, device=torch.device("cpu"), compiled=False, steps=2)
     assert [(row["ms"], row["against_plain"]) for row in found] == [(11, 1), (22, 2), (33, 3), (44, 4)]
     assert {row["steps"] for row in found} == {2 * steptime._TURNS}
-    told = {"objective", "next_token"}
-    both = told | {"kl"}
+    plain = {"objective", "next_token"}
+    distilled = plain | {"kl", "hidden"}
     assert parts == {
-        "plain": told,
-        "kl": both,
-        "distilled": both | {"hidden"},
-        "distilled, all layers": both | {"hidden"},
+        "plain": plain,
+        "kl": plain | {"kl"},
+        "distilled": distilled,
+        "distilled, all layers": distilled,
     }
     reads = {(name, who): 1 for name in steptime.WAYS for who in ("student", "teacher")}
     del reads["plain", "teacher"]

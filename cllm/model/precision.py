@@ -1,0 +1,12 @@
+"""In which dtype products are computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def product_dtype(factor: Tensor) -> torch.dtype:
+    """Of products with `factor`: autocast's where it is on, otherwise the dtype of `factor`."""
+    device = factor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else factor.dtype

@@ -36,8 +36,8 @@ def missing(device: torch.device) -> str | None:
     def trial() -> None:
         shapes = ((8, 8), (32, 8), (8, 16))
         x, w_in, w_down = (torch.zeros(shape, device=device, dtype=torch.bfloat16) for shape in shapes)
-        out, pre = _forward(x, w_in, w_down, x)
-        _activation_backward(out, w_down, pre)
+        pre, _ = _hidden(x, w_in)
+        _activation_backward(x, w_down, pre)
 
     return missing_quack(device, "gemm_interface", ["gemm_gated", "gemm_dgated"], trial)
 
@@ -64,31 +64,32 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, residual: Tensor |
     """
     # Cast first: gradients are then cast from the halves of one tensor to tensors of their own, in one pass.
     w_in = torch.stack((gate.to(x.dtype), up.to(x.dtype)), dim=1).flatten(0, 1)
-    added = None if residual is None else residual.flatten(0, -2)
-    out, _ = _forward(x.flatten(0, -2), w_in, down.to(x.dtype), added)
-    return out.unflatten(0, x.shape[:-1])
+    return _SwiGLU.apply(x, w_in, down.to(x.dtype), residual)
 
 
-@torch.library.custom_op("cllm::swiglu_forward", mutates_args=(), device_types="cuda")
-def _forward(x: Tensor, w_in: Tensor, w_down: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out (N, d) and pre (N, 2 F) of x (N, d), w_in (2 F, d), w_down (d, F), residual (N, d)."""
+@torch.library.custom_op("cllm::swiglu_hidden", mutates_args=(), device_types="cuda")
+def _hidden(x: Tensor, w_in: Tensor) -> tuple[Tensor, Tensor]:
+    """pre (N, 2 F) and h (N, F) of x (N, d), w_in (2 F, d)."""
     pre, h = quack("gemm_interface").gemm_gated(x, w_in.t(), activation="swiglu", **_how("gated"))
-    return _down(h, w_down, residual), pre
+    return pre, h
 
 
-def _down(h: Tensor, w_down: Tensor, residual: Tensor | None) -> Tensor:
-    return h @ w_down.t() if residual is None else torch.addmm(residual, h, w_down.t())
-
-
-@_forward.register_kernel("cpu")
-def _(x: Tensor, w_in: Tensor, w_down: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+@_hidden.register_kernel("cpu")
+def _(x: Tensor, w_in: Tensor) -> tuple[Tensor, Tensor]:
     pre = x @ w_in.t()
-    return _down(F.silu(pre[:, ::2]) * pre[:, 1::2], w_down, residual), pre
+    return pre, F.silu(pre[:, ::2]) * pre[:, 1::2]
 
 
-@_forward.register_fake
-def _(x: Tensor, w_in: Tensor, w_down: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty((len(x), len(w_in)))
+@_hidden.register_fake
+def _(x: Tensor, w_in: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty((len(x), len(w_in))), x.new_empty((len(x), len(w_in) // 2))
+
+
+@torch.library.custom_op("cllm::add_product", mutates_args=("total",))
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (..., n) += a (N, k) b (k, n) in the product's epilogue."""
+    total = total.view(len(a), -1)
+    torch.addmm(total, a, b, out=total)
 
 
 @torch.library.custom_op("cllm::swiglu_backward", mutates_args=(), device_types="cuda")
@@ -111,25 +112,33 @@ def _(d_out: Tensor, w_down: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
     return pre.new_empty(pre.shape), pre.new_empty((len(pre), pre.shape[1] // 2))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], output[1])
-    ctx.set_materialize_grads(False)
+class _SwiGLU(torch.autograd.Function):
+    """out (N, d) of x (N, d), w_in (2 F, d), w_down (d, F), residual (N, d) or None."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w_in: Tensor, w_down: Tensor, residual: Tensor | None) -> Tensor:
+        flat = x.flatten(0, -2)
+        pre, h = _hidden(flat, w_in)
+        ctx.save_for_backward(flat, w_in, w_down, pre)
+        if residual is None:
+            return (h @ w_down.t()).view(x.shape)
+        # Compiled, this is no copy: the kernel that computes the residual writes it here, where the product is added.
+        out = residual.clone(memory_format=torch.contiguous_format)
+        _add_product(out, h, w_down.t())
+        return out
 
-def _backward(ctx: Any, d_out: Tensor, _d_pre: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, w_in, w_down, pre = ctx.saved_tensors
-    d_out = d_out.contiguous()
-    d_pre, h = _activation_backward(d_out, w_down, pre)
-    wanted = ctx.needs_input_grad
-    return (
-        d_pre @ w_in if wanted[0] else None,
-        d_pre.t() @ x if wanted[1] else None,
-        d_out.t() @ h if wanted[2] else None,
-        d_out if wanted[3] else None,
-    )
-
-
-_forward.register_autograd(_backward, setup_context=_save)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, w_in, w_down, pre = ctx.saved_tensors
+        d_out = grads[0].flatten(0, -2).contiguous()
+        d_pre, h = _activation_backward(d_out, w_down, pre)
+        wanted = ctx.needs_input_grad
+        return (
+            (d_pre @ w_in).view(grads[0].shape) if wanted[0] else None,
+            d_pre.t() @ x if wanted[1] else None,
+            d_out.t() @ h if wanted[2] else None,
+            grads[0] if wanted[3] else None,
+        )
 
 
 @functools.cache

@@ -42,13 +42,33 @@ def test_frozen_factors_get_no_gradient_and_the_others_theirs(frozen):
 def test_operators_keep_torchs_rules():
     """Shapes for the compiler, aliases and gradients are as they are told."""
     gate, up, down = (w.detach() for w in weights(8, 16, torch.float32))
-    w_in = torch.stack((gate, up), 1).flatten(0, 1).requires_grad_()
-    x, added = (torch.randn(4, 8, requires_grad=True) for _ in range(2))
-    down.requires_grad_()
-    for residual in (None, added):
-        torch.library.opcheck(torch.ops.cllm.swiglu_forward.default, (x, w_in, down, residual))
-    out, pre = (t.detach() for t in torch.ops.cllm.swiglu_forward(x, w_in, down, None))
-    torch.library.opcheck(torch.ops.cllm.swiglu_backward.default, (out, down.detach(), pre))
+    w_in = torch.stack((gate, up), 1).flatten(0, 1)
+    x, total = torch.randn(4, 8), torch.randn(2, 2, 8)
+    torch.library.opcheck(torch.ops.cllm.swiglu_hidden.default, (x, w_in))
+    pre, h = torch.ops.cllm.swiglu_hidden(x, w_in)
+    torch.library.opcheck(torch.ops.cllm.add_product.default, (total, h, down.t()))
+    torch.library.opcheck(torch.ops.cllm.swiglu_backward.default, (x, down, pre))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_residual_that_others_read_stays_as_it_was(compiled):
+    layer = SwiGLU(8, 16)
+    layer.fused = True
+
+    def twice(x, added):
+        added = added + 1
+        out = layer(x, added)
+        return out, added * 2, added
+
+    run = torch.compile(twice, fullgraph=True, backend="aot_eager") if compiled else twice
+    x, added = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    before = added.clone()
+    out, twofold, kept = run(x, added)
+    assert added.equal(before)
+    assert kept.equal(before + 1)
+    assert twofold.equal((before + 1) * 2)
+    layer.fused = False
+    torch.testing.assert_close(out, layer(x, before + 1))
 
 
 @pytest.mark.parametrize("wide_residual", [False, True])

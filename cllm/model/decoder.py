@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.kernels.attention import document_boundaries
+from cllm.kernels.fp8_casts import FP8_CASTS
 from cllm.kernels.sum_products import SUM_PRODUCTS
 from cllm.kv.sources import FusedRead, Slot, slot_widths
 from cllm.kv.stores import SlotStore, Step
@@ -86,7 +87,7 @@ class Decoder(nn.Module):
         """Compile each block by itself with torch.compile; layers that do the same share the compiled code."""
         # Kinds of layer, times a few: with and without gradient, training and validation shapes.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(self.blocks))
-        options: dict[str, Any] = {"post_grad_custom_pre_pass": SUM_PRODUCTS}
+        options: dict[str, Any] = {"post_grad_custom_pre_pass": SUM_PRODUCTS, "post_grad_custom_post_pass": FP8_CASTS}
         for block in self.blocks:
             block.compile(dynamic=False, options=options)
         self.norm.compile(dynamic=False)

@@ -8,6 +8,7 @@ they are without it, names included. The head, the embedding and fusion weights 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 
 import torch
@@ -84,5 +85,24 @@ def convert_blocks(model: Decoder, recipe: str, *, emulate: bool = False) -> int
         )
     config = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
     convert_to_float8_training(model.blocks, module_filter_fn=lambda module, _: fits(module), config=config)
+    plain, rows = _kinds()
+    for module in model.blocks.modules():
+        if type(module) is plain:
+            module.__class__ = rows
     rank_zero_only(log.info)("fp8: %d of %d linear layers of the blocks, %s scales", converted, len(linears), recipe)
     return converted
+
+
+@functools.cache
+def _kinds() -> tuple[type, type]:
+    """torchao's linear layer, and ours."""
+    from torchao.float8.float8_linear import Float8Linear
+
+    class Float8Rows(Float8Linear):
+        """Hands torchao (N, in_features): what its backward casts is then, to the compiler, what its forward cast, and
+        the scales of inputs are kept; of (B, T, in_features) it would look for the largest values again."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    return Float8Linear, Float8Rows

@@ -17,6 +17,7 @@ import yaml
 
 from cllm import cli
 from cllm.config import Config
+from cllm.kernels.fp8_casts import FP8_CASTS
 from cllm.model.sizes import build_decoder
 from cllm.runs import RunFolder, load_run
 from cllm.train.float8 import convert_blocks
@@ -37,6 +38,30 @@ LR = 3e-4
 """At 1e-3 losses fall to 0.35 so steeply that runs part by up to 0.08 by rounding alone."""
 PARTING = 0.03
 """Of losses in bf16 and in fp8, which fall from 5.9 to 1.3 (emulated on a CPU: 0.013 at most, six runs)."""
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_compiled_casts_saturate_without_a_clamp(dtype: torch.dtype, transposed: bool) -> None:
+    """Bit for bit, over and at the ends of the range, infinities and NaN included."""
+
+    def cast(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = x.clamp(min=-torch.finfo(dtype).max, max=torch.finfo(dtype).max).to(dtype)
+        return rows, rows.t().contiguous() if transposed else rows
+
+    m = torch.finfo(dtype).max
+    ends = [0.0, m, m * (1 + 2**-23), m * 1.03, m * 1.04, m * 1.2, 2 * m, 1e30, 1e-9, torch.inf, torch.nan]
+    torch.manual_seed(0)
+    x = torch.randn(128, 192, device="cuda") * torch.logspace(-8, 8, 192, base=2.0, device="cuda") * m / 512
+    x[:, : len(ends)] = torch.tensor(ends, device="cuda")
+    x[1::2].neg_()
+    torch._dynamo.reset()
+    code = torch.compile(cast, fullgraph=True, options={"post_grad_custom_post_pass": FP8_CASTS})
+    for found, wanted in zip(code(x), cast(x), strict=True):
+        bits, real = (tensor.view(torch.uint8) for tensor in (found, wanted))
+        nan = wanted.float().isnan()
+        assert torch.equal(found.float().isnan(), nan)
+        assert torch.equal(bits[~nan], real[~nan])
 
 
 @pytest.fixture(scope="module")

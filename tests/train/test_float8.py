@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from cllm.config import Config
 from cllm.errors import UserError
@@ -137,6 +138,34 @@ def test_only_linear_layers_of_blocks_with_fitting_dimensions_are_converted(tiny
     assert type(model.head).__name__ == "Head"
     with pytest.raises(UserError, match=r"none of the model's 24 linear layers has dimensions"):
         convert_blocks(build(fused(tiny, "--model.d_model", "24", "--model.head_dim", "12")), "tensorwise")
+
+
+class Largest(CustomGraphPass):
+    """How many largest values each compiled graph looks for."""
+
+    def __init__(self) -> None:
+        self.found: list[int] = []
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.found.append(sum(node.target is torch.ops.aten.max.default for node in graph.nodes))
+
+    def uuid(self) -> None:
+        return None
+
+
+@needs_torchao
+def test_a_compiled_backward_looks_for_the_largest_gradients_alone(tiny: Tiny) -> None:
+    """Seven layers read four inputs; the scales of these and of the weights are kept."""
+    model, largest = build(tiny("--model.vocab_size", "320")), Largest()
+    convert_blocks(model, "tensorwise", emulate=True)
+    torch._dynamo.reset()
+    block = model.blocks[0]
+    block.compile(dynamic=False, options={"post_grad_custom_post_pass": largest})
+    ids = torch.randint(320, (2, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(ids, ids)
+    loss.backward()
+    assert largest.found == [7 + 4, 7]
 
 
 @needs_torchao

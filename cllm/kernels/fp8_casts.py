@@ -1,0 +1,79 @@
+"""Casts to fp8 in compiled code, less what torch's compiler would do in vain.
+
+- A clamp to the dtype's range in front of a cast, which saturates by itself once it is compiled: torchao clamps for
+  torch's uncompiled casts, which do not before 2.12. Its two comparisons that let NaN pass cost more than the cast.
+- A transposed copy that several products read: the compiler writes one for each.
+
+    block.compile(options={"post_grad_custom_post_pass": FP8_CASTS})
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+from torch._inductor import inductor_prims
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+aten, prims = torch.ops.aten, torch.ops.prims
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class Fp8Casts(CustomGraphPass):
+    """Rewrites a compiled graph as the module says. Values stay what they are, NaN and infinities included."""
+
+    def __init__(self, devices: Sequence[str] = ("cuda",)):
+        self.devices = tuple(devices)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for node in list(graph.nodes):
+            if not self._is_fp8(node):
+                continue
+            if node.target is prims.convert_element_type.default:
+                _drop_clamp(graph, node)
+            elif node.target is aten.clone.default and _readers(node) > 1:
+                _write_once(graph, node)
+
+    def uuid(self) -> object:
+        """The compiler's cache knows code that this pass has changed by this."""
+        return get_hash_for_files((__file__,), str(self.devices))
+
+    def _is_fp8(self, node: fx.Node) -> bool:
+        value = node.meta.get("val")
+        return isinstance(value, torch.Tensor) and value.dtype in _FP8 and value.device.type in self.devices
+
+
+def _drop_clamp(graph: fx.Graph, cast: fx.Node) -> None:
+    """cast(clamp_max(clamp_min(x, -m), m)) becomes cast(x), m the largest number of the cast's dtype."""
+    largest = torch.finfo(cast.meta["val"].dtype).max
+    x, clamps = cast.args[0], []
+    for target, bound in ((aten.clamp_max.default, largest), (aten.clamp_min.default, -largest)):
+        if not isinstance(x, fx.Node) or x.target is not target or x.args[1] != bound:
+            return
+        clamps.append(x)
+        x = x.args[0]
+    cast.args = (x, *cast.args[1:])
+    for clamp in clamps:
+        if not clamp.users:
+            graph.erase_node(clamp)
+
+
+def _readers(copy: fx.Node) -> int:
+    """How many nodes read a copy, by itself or transposed."""
+    views = [user for user in copy.users if user.target is aten.permute.default]
+    return len(copy.users) - len(views) + sum(len(view.users) for view in views)
+
+
+def _write_once(graph: fx.Graph, copy: fx.Node) -> None:
+    """Makes the compiler give the copy a memory of its own there and then."""
+    with graph.inserting_after(copy):
+        written = graph.call_function(inductor_prims.force_stride_order, (copy, list(copy.meta["val"].stride())))
+    written.meta["val"] = copy.meta["val"]
+    copy.replace_all_uses_with(written, delete_user_cb=functools.partial(operator.is_not, written))
+
+
+FP8_CASTS = Fp8Casts()
+"""The same for all blocks: what they compile to is shared where nothing differs, their options included."""

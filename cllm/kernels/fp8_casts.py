@@ -51,7 +51,7 @@ def _drop_clamp(graph: fx.Graph, cast: fx.Node) -> None:
     largest = torch.finfo(cast.meta["val"].dtype).max
     x, clamps = cast.args[0], []
     for target, bound in ((aten.clamp_max.default, largest), (aten.clamp_min.default, -largest)):
-        if not isinstance(x, fx.Node) or x.target is not target or x.args[1] != bound:
+        if not isinstance(x, fx.Node) or x.target is not target or x.args[1:] != (bound,):
             return
         clamps.append(x)
         x = x.args[0]

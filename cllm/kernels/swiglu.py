@@ -113,7 +113,7 @@ def _(d_out: Tensor, w_down: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """out (N, d) of x (N, d), w_in (2 F, d), w_down (d, F), residual (N, d) or None."""
+    """out (..., d) of x (..., d), w_in (2 F, d), w_down (d, F), residual (..., d) or None."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_in: Tensor, w_down: Tensor, residual: Tensor | None) -> Tensor:

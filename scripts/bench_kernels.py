@@ -82,10 +82,21 @@ def forward_backward(function: Callable[..., Any], *inputs: Tensor) -> Callable[
 
 
 class Table:
-    """Rows as they come, printed and kept."""
+    """Rows as they come, printed and, with `out`, written: what is cut off loses the row it was at."""
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, found: dict[str, Any], out: Path | None):
+        self.found, self.out = found, out
+        self.rows: list[dict[str, Any]] = found.setdefault("rows", [])
+        self.write()
+
+    def keep(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.write()
+
+    def write(self) -> None:
+        if self.out is not None:
+            self.found["clocks"] = [*self.found["clocks"][:1], clocks()]
+            write_atomic(self.out, json.dumps(self.found, indent=2) + "\n")
 
     def add(
         self, what: str, case: str, name: str, function: Callable[..., Any], *inputs: Tensor, bound: float | None = None
@@ -96,7 +107,7 @@ class Table:
         except Exception as error:
             print(f"{what:<10}{case:<34}{name:<26} failed: {' '.join(str(error).split())[:90]}")
             return
-        self.rows.append({"what": what, "case": case, "name": name, "ms": ms, "bound_ms": bound})
+        self.keep({"what": what, "case": case, "name": name, "ms": ms, "bound_ms": bound})
         share = f"{ms / bound:6.2f}x bound" if bound else ""
         print(f"{what:<10}{case:<34}{name:<26}{ms:9.3f} ms {share}", flush=True)
 
@@ -319,7 +330,7 @@ def bench_decode(table: Table, copy: float, sweep: bool = False, only: str = "")
                 torch.cuda.synchronize()
                 print(f"decode    {case.name:<38}{name:<38} failed: {' '.join(str(error).split())[:90]}")
                 return float("inf")
-            table.rows.append({"what": "decode", "case": case.name, "name": name, "ms": ms, "bound_ms": bound})
+            table.keep({"what": "decode", "case": case.name, "name": name, "ms": ms, "bound_ms": bound})
             rate = f"{case.bytes() / ms / 1e6:6.0f} GB/s {100 * bound / ms:5.1f} % of copy"
             print(f"decode    {case.name:<38}{name:<38}{ms:9.4f} ms {rate}", flush=True)
             return ms
@@ -379,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     kinds = [*benches, "decode"]
     parser.add_argument("what", nargs="*", help=f"of {', '.join(kinds)}; default all")
-    parser.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
+    parser.add_argument("--out", metavar="FILE", help="write the numbers as JSON, after every row")
     parser.add_argument("--sweep", action="store_true", help="decode: try other tiles too; minutes")
     parser.add_argument("--only", metavar="TEXT", default="", help="decode: cases whose name contains TEXT")
     arguments = parser.parse_args(argv)
@@ -391,17 +402,14 @@ def main(argv: list[str] | None = None) -> None:
     before = clocks()
     copy, flops = rates()
     print(f"{torch.cuda.get_device_name()}: copy {copy / 1e12:.2f} TB/s, matmul {flops / 1e12:.0f} TFLOP/s")
-    table = Table()
+    found = {"environment": environment(), "copy_bytes_per_s": copy, "matmul_flops": flops, "clocks": [before]}
+    table = Table(found, Path(arguments.out) if arguments.out else None)
     for what in arguments.what or kinds:
         if what == "decode":
             bench_decode(table, copy, arguments.sweep, arguments.only)
         else:
             benches[what](table, copy if what in ("fusion", "norm") else flops)
         torch.cuda.empty_cache()
-    if arguments.out:
-        found = {"environment": environment(), "copy_bytes_per_s": copy, "matmul_flops": flops, "rows": table.rows}
-        found["clocks"] = [before, clocks()]
-        write_atomic(Path(arguments.out), json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -137,6 +138,36 @@ def test_a_contender_that_does_not_fit_is_named_and_the_first_one_is_never_repla
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert found["out_of_memory"] == [lacking]
     assert [row["name"] for row in found["rows"]] == [n for n in ("mha", "mha, documents", "cla") if n != lacking]
+
+
+def test_rows_of_kernels_are_written_as_they_come(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    script = import_module("bench_kernels")
+    out, times = tmp_path / "out.json", iter([1.5, RuntimeError("no such kernel"), 2.5, KeyboardInterrupt()])
+
+    def time_ms(run: object) -> float:
+        ms = next(times)
+        if isinstance(ms, BaseException):
+            raise ms
+        return ms
+
+    monkeypatch.setattr(script, "time_ms", time_ms)
+    monkeypatch.setattr(script, "clocks", lambda: "during")
+    table = script.Table({"matmul_flops": 1.0, "clocks": ["before"]}, out)
+    assert json.loads(out.read_text(encoding="utf-8"))["rows"] == []
+    add = functools.partial(table.add, "mlp", "a case", bound=1.0)
+    x = torch.ones(2, requires_grad=True)
+    for name in ("first", "failing", "second"):
+        add(name, torch.square, x)
+    with pytest.raises(KeyboardInterrupt):
+        add("cut off", torch.square, x)
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert [(row["name"], row["ms"]) for row in found["rows"]] == [("first", 1.5), ("second", 2.5)]
+    assert (found["matmul_flops"], found["clocks"]) == (1.0, ["before", "during"])
+    assert "failed: no such kernel" in capsys.readouterr().out
+    script.Table({}, None).keep({"name": "not written"})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")

@@ -99,8 +99,8 @@ def _kinds() -> tuple[type, type]:
     from torchao.float8.float8_linear import Float8Linear
 
     class Float8Rows(Float8Linear):
-        """Hands torchao (N, in_features): what its backward casts is then, to the compiler, what its forward cast, and
-        the scales of inputs are kept; of (B, T, in_features) it would look for the largest values again."""
+        """Hands torchao (N, in_features). Its backward flattens its input and casts it again: of (B, T, in_features)
+        the compiler would not see that the forward has cast the same, and look for the largest value a second time."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])

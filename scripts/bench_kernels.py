@@ -85,12 +85,11 @@ class Table:
     """Rows as they come, printed and, with `out`, written: what is cut off loses the row it was at."""
 
     def __init__(self, found: dict[str, Any], out: Path | None):
-        self.found, self.out = found, out
-        self.rows: list[dict[str, Any]] = found.setdefault("rows", [])
+        self.found, self.out = found | {"rows": []}, out
         self.write()
 
     def keep(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
+        self.found["rows"].append(row)
         self.write()
 
     def write(self) -> None:

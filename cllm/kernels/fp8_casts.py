@@ -9,24 +9,18 @@
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Sequence
-
 import torch
 from torch import fx
 from torch._inductor import inductor_prims
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from cllm.kernels.graph_pass import GraphPass
 
 aten, prims = torch.ops.aten, torch.ops.prims
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-class Fp8Casts(CustomGraphPass):
+class Fp8Casts(GraphPass):
     """Rewrites a compiled graph as the module says. Values stay what they are, NaN and infinities included."""
-
-    def __init__(self, devices: Sequence[str] = ("cuda",)):
-        self.devices = tuple(devices)
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in list(graph.nodes):
@@ -36,10 +30,6 @@ class Fp8Casts(CustomGraphPass):
                 _drop_clamp(graph, node)
             elif node.target is aten.clone.default and _readers(node) > 1:
                 _write_once(graph, node)
-
-    def uuid(self) -> object:
-        """The compiler's cache knows code that this pass has changed by this."""
-        return get_hash_for_files((__file__,), str(self.devices))
 
     def _is_fp8(self, node: fx.Node) -> bool:
         value = node.meta.get("val")
@@ -72,7 +62,7 @@ def _write_once(graph: fx.Graph, copy: fx.Node) -> None:
     with graph.inserting_after(copy):
         written = graph.call_function(inductor_prims.force_stride_order, (copy, list(copy.meta["val"].stride())))
     written.meta["val"] = copy.meta["val"]
-    copy.replace_all_uses_with(written, delete_user_cb=functools.partial(operator.is_not, written))
+    copy.replace_all_uses_with(written, delete_user_cb=lambda user: user is not written)
 
 
 FP8_CASTS = Fp8Casts()

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from cllm.kernels.graph_pass import GraphPass
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
@@ -36,12 +37,9 @@ def _(a: list[Tensor], b: list[Tensor]) -> Tensor:
     return a[0].new_empty((a[0].shape[0], b[0].shape[1]))
 
 
-class SumProducts(CustomGraphPass):
+class SumProducts(GraphPass):
     """In a compiled graph, makes every sum of nothing but 16-bit products, which nothing else reads, one
     `sum_products`."""
-
-    def __init__(self, devices: Sequence[str] = ("cuda",)):
-        self.devices = tuple(devices)
 
     def __call__(self, graph: fx.Graph) -> None:
         done: set[fx.Node] = set()
@@ -54,10 +52,6 @@ class SumProducts(CustomGraphPass):
                 done.update(inner)
                 _merge(graph, node, products)
         graph.eliminate_dead_code()
-
-    def uuid(self) -> object:
-        """The compiler's cache knows code that this pass has changed by this."""
-        return get_hash_for_files((__file__,), str(self.devices))
 
     def _alike(self, products: Sequence[fx.Node]) -> bool:
         values = [node.meta["val"] for node in products]

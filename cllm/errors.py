@@ -12,6 +12,11 @@ import functools
 import sys
 from collections.abc import Callable, Iterable
 
+EXIT_MISTAKE = 2
+"""Exit status of a command that was given something it cannot use; its one line on stderr says what."""
+EXIT_STOPPED = 3
+"""Exit status of a command that was stopped (by a signal, or its time limit) and saved what it needs to go on."""
+
 
 class UserError(ValueError):
     """A mistake of the user's, told in one line."""
@@ -43,6 +48,6 @@ def one_line(command: Callable[..., int | None]) -> Callable[..., int]:
             return command(*args, **kwargs) or 0
         except UserError as error:
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
-            return 2
+            return EXIT_MISTAKE
 
     return run

@@ -13,7 +13,6 @@ runs/NAME/
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from cllm import cli
 from cllm.config import Config
 from cllm.errors import UserError
+from cllm.files import write_atomic
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import build_decoder
 
@@ -36,14 +36,6 @@ WEIGHTS_FILE = "model.safetensors"
 """In a checkpoint folder: the decoder's whole weights in fp32."""
 TIED = "tied"
 """Metadata of that file: JSON, the further names of tensors that have several, {name: name in the file}."""
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that readers, and a crash, see the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 @dataclass(frozen=True, slots=True)

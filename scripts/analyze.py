@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from cllm.evaluate.perplexity import Settings, open_sets
     from cllm.evaluate.subjects import load_subject
     from cllm.evaluate.windows import Stream
+    from cllm.files import write_atomic
     from cllm.posthoc.analysis import analyze, collect, figure
-    from cllm.runs import write_atomic
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")

@@ -50,8 +50,8 @@ from decode_bench.merge import merged
 from cllm import cli
 from cllm.config import Config
 from cllm.errors import UserError, one_line
+from cllm.files import write_atomic
 from cllm.model.decoder import Decoder
-from cllm.runs import write_atomic
 from cllm.train.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]

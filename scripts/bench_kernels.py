@@ -31,6 +31,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cllm.errors import UserError, one_line
+from cllm.files import write_atomic
 from cllm.kernels import cross_entropy, split_decode
 from cllm.kernels.attention import BACKENDS, attention
 from cllm.kernels.backends.mask import Mask, document_boundaries
@@ -38,7 +39,6 @@ from cllm.kernels.decode import Stored, Visible, decode_attention
 from cllm.kernels.swiglu import missing as missing_swiglu
 from cllm.kernels.swiglu import swiglu as fused_swiglu
 from cllm.model.loss import by_chunks, by_liger
-from cllm.runs import write_atomic
 from cllm.train.environment import clocks, environment
 
 BF16 = torch.bfloat16

@@ -35,6 +35,7 @@ from decode_bench.measure import copy_bandwidth, free, time_calls, wait
 
 from cllm.config import ModelConfig, Rope
 from cllm.errors import UserError, one_line
+from cllm.files import write_atomic
 from cllm.kernels import split_lowrank
 from cllm.kernels.decode import Stored, Visible, decode_attention
 from cllm.kernels.lowrank_decode import Factored, lowrank_decode
@@ -45,7 +46,6 @@ from cllm.model.sizes import drawn_decoder
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.landmarks import make_landmarks
 from cllm.posthoc.methods import parse
-from cllm.runs import write_atomic
 from cllm.train.environment import environment
 
 BF16 = torch.bfloat16

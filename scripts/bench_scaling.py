@@ -38,7 +38,8 @@ from cllm.config import Config
 from cllm.data.manifest import MANIFEST, TOKENIZER, Counts, Manifest, tokenizer_sha256
 from cllm.data.prepare.shards import ShardWriter
 from cllm.errors import UserError, one_line
-from cllm.runs import RunFolder, write_atomic
+from cllm.files import write_atomic
+from cllm.runs import RunFolder
 from cllm.train.breakdown import PARTS
 from cllm.train.environment import environment
 

@@ -35,8 +35,8 @@ from bench_peers import check_peers, hf_liger, litgpt_compiled
 from cllm import cli
 from cllm.config import Config
 from cllm.errors import UserError, one_line
+from cllm.files import write_atomic
 from cllm.model.sizes import count_parameters, drawn_decoder, training_flops_per_token
-from cllm.runs import write_atomic
 from cllm.train.environment import clocks, environment
 from cllm.train.equip import equip
 from cllm.train.float8 import check_float8

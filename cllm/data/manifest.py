@@ -168,6 +168,10 @@ class Manifest(_Record):
 
         return AutoTokenizer.from_pretrained(str(self.folder / TOKENIZER))
 
+    def digest(self) -> str:
+        """A hex SHA-256 of the whole record: equal for two folders that hold the same tokens of the same tokenizer."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
     def verify(self) -> None:
         """Read every shard and compare its hash. Raises `DataError` naming the first file that differs."""
         for split in self.splits.values():

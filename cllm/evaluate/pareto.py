@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cllm.errors import UserError, nearest
 from cllm.evaluate.labels import place_labels
 from cllm.evaluate.report import byte_label
-from cllm.runs import write_atomic
+from cllm.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

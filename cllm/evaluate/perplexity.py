@@ -29,7 +29,7 @@ from cllm.errors import UserError
 from cllm.evaluate.subjects import Subject
 from cllm.evaluate.texts import TextSet, TokenBytes, open_prepared, open_text
 from cllm.evaluate.windows import Stream, Window, batches, windows
-from cllm.runs import write_atomic
+from cllm.files import write_atomic
 from cllm.train.environment import environment
 
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -33,11 +33,11 @@ from cllm.evaluate.perplexity import Settings, perplexity
 from cllm.evaluate.subjects import Subject
 from cllm.evaluate.texts import TextSet
 from cllm.evaluate.windows import Stream
+from cllm.files import write_atomic
 from cllm.posthoc.code import Compressor
 from cllm.posthoc.compress import mean_errors
 from cllm.posthoc.engine import Engine, engine_of
 from cllm.posthoc.methods import parse
-from cllm.runs import write_atomic
 from cllm.train.environment import environment
 
 

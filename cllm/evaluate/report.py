@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from cllm.errors import UserError
 from cllm.evaluate.comparison import EVALUATED, TRAINING, Comparison, Row
 from cllm.evaluate.labels import place_labels
-from cllm.runs import RunFolder, write_atomic
+from cllm.files import write_atomic
+from cllm.runs import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from cllm.runs import RunFolder, write_atomic
+from cllm.files import write_atomic
+from cllm.runs import RunFolder
 
 LAYOUT = {
     "Compare runs": {

@@ -20,11 +20,12 @@ from cllm.config import Config
 from cllm.data.manifest import Manifest
 from cllm.data.module import DataModule
 from cllm.errors import UserError
+from cllm.files import write_atomic
 from cllm.kv.accounting import kv_bytes, mha_twin
 from cllm.kv.describe import plan_figure, plan_table
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import build_decoder, count_parameters, drawn_decoder, training_flops_per_token
-from cllm.runs import RunFolder, write_atomic
+from cllm.runs import RunFolder
 from cllm.train.callbacks import Checkpoints, Metrics, StopWhenDone
 from cllm.train.environment import environment
 from cllm.train.equip import equip

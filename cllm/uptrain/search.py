@@ -27,10 +27,10 @@ from torch import Tensor
 from cllm import cli
 from cllm.config import Config, ModelConfig
 from cllm.errors import UserError, one_line
+from cllm.files import write_atomic
 from cllm.kv.accounting import kv_bytes
 from cllm.kv.explicit import Explicit
 from cllm.kv.plan import Fuse, KVPlan, Latent, LayerPlan, Own, Read, Retention, Share
-from cllm.runs import write_atomic
 from cllm.uptrain.calibrate import Batches, observe
 from cllm.uptrain.decoder import TracedDecoder, build_traced, owner_of
 from cllm.uptrain.init import initialise

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from cllm.runs import write_atomic
+from cllm.files import write_atomic
 from cllm.train.environment import environment
 from uptraining.setup import Folders
 

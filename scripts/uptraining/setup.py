@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cllm.errors import UserError
-from cllm.runs import write_atomic
+from cllm.files import write_atomic
 
 TEXT_METHODS = ("ridge", "fit", "best", "svd")
 """Methods that read a calibration text, so that its seed matters; `best` is `fit` with sources of its own choice."""

@@ -19,11 +19,12 @@ import yaml
 from cllm import cli
 from cllm.config import Config
 from cllm.data.module import DataModule
+from cllm.files import write_atomic
 from cllm.kv.accounting import kv_bytes
 from cllm.kv.presets import MHA
 from cllm.model.decoder import Decoder
 from cllm.model.loss import IGNORE
-from cllm.runs import RunFolder, write_atomic
+from cllm.runs import RunFolder
 from cllm.uptrain.sources import with_best_sources
 from cllm.uptrain.start import calibration_batches, make_student
 from cllm.uptrain.teacher import Teacher

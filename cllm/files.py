@@ -1,0 +1,207 @@
+"""Files and folders that survive a crash, and folders that only cllm may delete.
+
+Writing: to a temporary name beside the target, synced to the disk, then renamed. A reader, or a crash, sees the old
+content or the new, never a part.
+
+Deleting: a folder that cllm makes holds a small file, `.cllm`, that says what the folder is. Only such a folder is ever
+removed or replaced; any other is refused with one line, whatever its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cllm.errors import UserError
+
+MARK = ".cllm"
+"""The file that marks a folder as made by cllm: JSON, {"kind": "run"}."""
+
+
+def sync_folder(folder: Path) -> None:
+    """Write a folder's entries (names, not content) to the disk, so that a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(file: Path) -> None:
+    """Write a file's content to the disk."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Write every file and folder under `folder` to the disk. Symbolic links are not followed."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            if not (path := Path(parent, name)).is_symlink():
+                sync_file(path)
+        sync_folder(Path(parent))
+
+
+def partial_path(path: Path) -> Path:
+    """The temporary name beside `path` that this process writes to. It names host and process, see `leftovers`."""
+    return path.with_name(f".{path.name}.partial-{_host()}-{os.getpid()}")
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file, as UTF-8 if `content` is a string. Its folder is made where it is missing.
+
+    Raises:
+        OSError: when it cannot be written. The old content is then still there, and the temporary file is not.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def mark(folder: Path, kind: str) -> None:
+    """Mark a folder as made by cllm, as a `kind` such as `run` or `export`. The folder is made where it is missing."""
+    write_atomic(folder / MARK, json.dumps({"kind": kind}) + "\n")
+
+
+def marked_as(folder: Path) -> str | None:
+    """The kind that a folder is marked as, or None where it has no mark of ours (or is a symbolic link)."""
+    if folder.is_symlink():
+        return None
+    try:
+        content = json.loads((folder / MARK).read_bytes())
+    except (OSError, ValueError):
+        return None
+    kind = content.get("kind") if isinstance(content, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether `folder` is a folder with nothing in it, and no symbolic link."""
+    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+
+
+def check_replaceable(folder: Path, kind: str) -> None:
+    """Refuse to replace or delete what is at `folder` unless it is missing, empty, or marked as a `kind`.
+
+    Raises:
+        UserError: naming the path and what it is.
+    """
+    if not os.path.lexists(folder) or is_empty(folder):
+        return
+    if folder.is_symlink():
+        raise UserError(f"{folder}: is a symbolic link; cllm replaces only folders that it made; choose another name")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file, not a folder; choose another name")
+    found = marked_as(folder)
+    if found != kind:
+        what = f"has no file {MARK}" if found is None else f"was made as {found!r}, not as {kind!r}"
+        raise UserError(f"{folder}: is left alone: it {what}, and cllm deletes only what it made; choose another name")
+
+
+def remove(folder: Path, kind: str) -> None:
+    """Delete a folder that is marked as a `kind`, or is empty; nothing happens where there is none.
+
+    The mark goes last, so that an interrupted deletion can be finished by calling this again.
+
+    Raises:
+        UserError: when the folder is not marked so; it is then untouched.
+    """
+    check_replaceable(folder, kind)
+    if not folder.exists():
+        return
+    for path in folder.iterdir():
+        if path.name != MARK:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    shutil.rmtree(folder)
+
+
+def replace(partial: Path, folder: Path, kind: str) -> None:
+    """Rename `partial` to `folder`, in place of a folder marked as a `kind` if there is one.
+
+    A crash in between leaves the old folder or the new one whole under its name or under `.NAME.old-HOST-PID`.
+
+    Raises:
+        UserError: when what is there was not made by cllm as a `kind`; both are then untouched.
+    """
+    check_replaceable(folder, kind)
+    sync_tree(partial)
+    old = None
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old-{_host()}-{os.getpid()}")
+        folder.rename(old)
+    partial.rename(folder)
+    sync_folder(folder.parent)
+    if old is not None:
+        remove(old, kind)
+
+
+@contextmanager
+def new_folder(folder: Path, kind: str) -> Iterator[Path]:
+    """A marked folder beside `folder` to write into, which becomes `folder` when the block ends without an exception.
+
+    After an exception nothing is left of it. Folders that killed processes of this machine left are removed first.
+
+    Raises:
+        UserError: when what is at `folder` was not made by cllm as a `kind`. Nothing was written then.
+    """
+    check_replaceable(folder, kind)
+    remove_leftovers(folder, kind)
+    partial = partial_path(folder)
+    try:
+        mark(partial, kind)
+        yield partial
+        replace(partial, folder, kind)
+    except BaseException:
+        if marked_as(partial) == kind:
+            remove(partial, kind)
+        raise
+
+
+def remove_leftovers(folder: Path, kind: str) -> None:
+    """Delete partial and old versions of `folder` that processes of this machine left when they were killed.
+
+    An old version whose successor never got its name back is renamed to `folder` instead.
+    """
+    if not folder.parent.is_dir():
+        return
+    name = re.compile(rf"\.{re.escape(folder.name)}\.(partial|old)-{re.escape(_host())}-(\d+)")
+    for path in sorted(folder.parent.iterdir()):
+        match = name.fullmatch(path.name)
+        if match is None or marked_as(path) != kind or _is_alive(int(match[2])):
+            continue
+        if match[1] == "old" and not os.path.lexists(folder):
+            path.rename(folder)
+        else:
+            remove(path, kind)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", socket.gethostname())[:64] or "localhost"
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return pid != os.getpid()

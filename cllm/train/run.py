@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -224,13 +225,16 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 
-def train(config: Config, *, resume: str | None = None, overwrite: bool = False) -> RunFolder:
+def train(
+    config: Config, *, resume: str | None = None, overwrite: bool = False, callbacks: Sequence[Callback] = ()
+) -> RunFolder:
     """Train as `config` says and return the run's folder.
 
     Args:
         config: one run.
         resume: None starts afresh, `auto` goes on from the newest checkpoint if there is one, a path from that one.
         overwrite: replace a finished or broken run of the same name.
+        callbacks: further callbacks of Lightning's, called after this project's metrics and before its checkpoints.
 
     Raises:
         UserError: for whatever a user can mend, before anything is written where that is possible.
@@ -283,7 +287,7 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
         max_skipped_steps=config.train.max_skipped_steps,
     )
     more = [Recovery(metrics)] if isinstance(module, UptrainingModule) else []
-    trainer = make_trainer(config, folder, metrics, *more)
+    trainer = make_trainer(config, folder, metrics, *more, *callbacks)
     if checkpoint is not None and zero_stage(config.train) is not None:
         check_shards(checkpoint, trainer.world_size)
     if trainer.is_global_zero:

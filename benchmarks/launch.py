@@ -1,0 +1,68 @@
+"""Starting one training run on given GPUs, and ending it with all of its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from cllm.config import Config
+from cllm.files import write_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Launched:
+    """A run's first process, which starts those of the other devices itself."""
+
+    process: subprocess.Popen[bytes]
+    gpus: list[int]
+    log_file: Path
+    deadline: float
+
+    def poll(self, *, end: bool = False) -> int | None:
+        """The exit status, or None while the run goes on; 124 for a run that took too long or is ended by `end`."""
+        status = self.process.poll()
+        if status is None and (end or time.monotonic() > self.deadline):
+            status = 124
+        if status is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # the other devices' processes, if the first one failed
+            self.process.wait()
+        return status
+
+    def tail(self, lines: int = 15) -> str:
+        """The end of the run's output."""
+        return "\n".join(self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(config: Config, gpus: list[int], profiled: int, timeout: float) -> Launched:
+    """Start the run of `config` on the GPUs with these numbers, its last `profiled` steps profiled."""
+    runs = Path(config.runs_dir)
+    file, log_file = runs / f"{config.name}.yaml", runs / f"{config.name}.log"
+    write_atomic(file, yaml.safe_dump(config.as_yaml_data(), sort_keys=False))
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    environment = os.environ | {"PYTHONPATH": path, "MASTER_PORT": str(free_port())}
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "benchmarks" / "worker.py"), str(file), str(profiled)],
+            cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    return Launched(process, gpus, log_file, time.monotonic() + timeout)

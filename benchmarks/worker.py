@@ -1,0 +1,29 @@
+"""Train the run of a case as train.py does, with a profile of its last steps: python -m benchmarks.worker CONFIG N."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.kernels import KernelProfile
+from cllm import cli
+from cllm.config import Config
+from cllm.errors import one_line
+from cllm.train.run import train
+
+
+@one_line
+def main(file: str, profiled: str) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    config = cli.load(Config, [file])
+    steps = int(profiled)
+    folder = Path(config.runs_dir) / config.name
+    callbacks = [KernelProfile(folder, first=config.train.steps - steps, steps=steps)] if steps else []
+    train(config, overwrite=True, callbacks=callbacks)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,149 @@
+"""`python -m benchmarks.scaling` on CPU processes: the same path as on GPUs, but for ZeRO and profiles."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks import scaling
+from benchmarks.cases import Cases, cases_of
+from benchmarks.kernels import merged, read_profiles, shares
+from cllm import cli
+from cllm.config import Config
+from cllm.runs import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "model": {"vocab_size": 300, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 64},
+    "data": {"seq_len": 64, "num_workers": 0},
+    "train": {"micro_batch": 2, "global_batch": 4, "accelerator": "cpu"},
+}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(TINY), encoding="utf-8")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return file
+
+
+@pytest.fixture
+def bench(tiny: Path, tmp_path: Path) -> Callable[..., int]:
+    """Runs it on a tiny model in `tmp_path / "work"` and gives its exit status."""
+    return lambda *words: scaling.main(["--config", str(tiny), "--work", str(tmp_path / "work"), *words])
+
+
+def test_runs_are_compared_and_a_failed_one_does_not_stop_the_others(
+    bench: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """zero1 fails on a CPU; each device takes a micro-batch of 2 sequences of 64 in a step."""
+    out = tmp_path / "out.json"
+    words = ["--runs", "single:1", "zero1:1", "ddp:2", "--steps", "6", "--log-every", "2", "--skip-rows", "1"]
+    status = bench(*words, "--profile", "2", "--out", str(out))
+    printed = capsys.readouterr()
+    assert status == 1, printed.err
+    assert "runs-2-zero1-x1 failed, status 2" in printed.err
+    assert "CUDA devices only" in printed.err, "the tail of its log"
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert [(row["strategy"], row["devices"]) for row in found["rows"]] == [("single", 1), ("ddp", 2)]
+    assert list(found["failed"]) == ["runs-2-zero1-x1"]
+    assert found["environment"]["torch"]
+    for row in found["rows"]:
+        folder = RunFolder(tmp_path / "work" / row["name"])
+        metrics = list(folder.metrics())
+        assert [line["tokens"] for line in metrics] == [n * 128 * row["devices"] for n in (2, 4, 6, 8)]
+        assert row["rows"] == 2, "the first row, and the profiled steps', are left out"
+        rates = [line["throughput/tokens_per_s"] for line in metrics[1:3]]
+        assert row["tokens_per_s"] == pytest.approx(sum(rates) / 2)
+        assert row["loss"] == pytest.approx(math.log(300), abs=0.1), "nothing to learn from drawn tokens"
+        assert folder.checkpoints() == []
+    ratio = found["rows"][1]["tokens_per_s"] / found["rows"][0]["tokens_per_s"]
+    (line,) = (line for line in printed.out.splitlines() if line.startswith("ddp"))
+    assert f"{ratio:.3f}" in line.split()
+    assert f"{ratio / 2:.3f}" in line.split()
+
+
+def test_equal_steps_give_equal_losses(tiny: Path, tmp_path: Path, prepare_texts: Callable[..., Path]) -> None:
+    """Four sequences a step on one, two and four processes: losses differ by rounding alone."""
+    text = prepare_texts(tmp_path, (f"the plan says where keys and values come from, {n}" for n in range(200)), 0.05)
+    file = tmp_path / "cases.yaml"
+    group = {"name": "same", "config": [str(tiny)], "runs": ["single:1", "ddp:2:1", "ddp:4:1"], "data": "text"}
+    group |= {"steps": 4, "log_every": 1}
+    file.write_text(yaml.safe_dump({"groups": [group]}), encoding="utf-8")
+    out = tmp_path / "out.json"
+    words = ["--cases", str(file), "--text", str(text), "--work", str(tmp_path / "work"), "--out", str(out)]
+    assert scaling.main([*words, "--profile", "0"]) == 0
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["devices"] for row in rows] == [1, 2, 4]
+    first = list(rows[0]["losses"].values())
+    assert len(first) == 4
+    for row in rows[1:]:
+        assert list(row["losses"].values()) == pytest.approx(first, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--runs", "single"], "runs: single: not of the form STRATEGY:DEVICES"),
+        (["--runs", "single:1", "zero4:2"], "train.strategy"),
+        (["--steps", "10"], "10 steps with a row every 5 give no more rows than the 2 that are left out"),
+        (["--train.nosuch", "1"], "train.nosuch: unknown key"),
+        (["--model.vocab_size", "null"], "model.vocab_size is null"),
+    ],
+)
+def test_mistakes_are_reported_before_the_first_run(
+    bench: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert bench(*arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+def test_shipped_cases_can_be_loaded() -> None:
+    groups = cli.validate(Cases, cli.read_yaml(ROOT / "benchmarks" / "node.yaml")).groups
+    cases = cases_of(groups, 8)
+    assert len(cases) == sum(len(group.runs) for group in groups)
+    assert max(case.devices for case in cases_of(groups, 4)) == 4
+    for case in cases:
+        config = scaling.load_case(case, [], runs_dir=Path("runs"), data=Path("data"), profiled=2)
+        assert isinstance(config, Config)
+        per_step = config.train.micro_batch * case.devices
+        assert config.train.global_batch % per_step == 0
+        if case.group.micro_batches is None:
+            assert config.train.global_batch == 16
+
+
+def test_communication_behind_other_kernels_is_not_exposed() -> None:
+    """Two steps in 20 us: computation 0 to 8 and 6 to 12, NCCL 10 to 16 and 14 to 18, idle 18 to 19, a copy 19 to 20."""
+    kernels = [
+        ("gemm", (0.0, 8.0)),
+        ("gemm", (6.0, 12.0)),
+        ("ncclDevKernel_AllReduce", (10.0, 16.0)),
+        ("ncclDevKernel_AllGather", (14.0, 18.0)),
+        ("copy", (19.0, 20.0)),
+    ]
+    found = shares(kernels, 2)
+    assert {part: ms * 2000 for part, ms in found.items()} == pytest.approx(
+        {"step": 20, "computation": 13, "communication": 8, "exposed": 6, "idle": 1}
+    )
+    assert merged([(3, 4), (0, 1), (1, 2)]) == [(0, 2), (3, 4)]
+
+
+def test_straggling_is_the_spread_of_computation(tmp_path: Path) -> None:
+    assert read_profiles(tmp_path) is None
+    for rank, (computed, waited) in enumerate([(8.0, 3.0), (10.0, 1.0), (9.0, 2.0)]):
+        parts = {"step": 11.0, "computation": computed, "communication": waited, "exposed": 0.0, "idle": 0.0}
+        (tmp_path / f"kernels-{rank}.json").write_text(json.dumps(parts), encoding="utf-8")
+    found = read_profiles(tmp_path)
+    assert found is not None
+    assert (found["straggling"], found["communication_range"], found["processes"]) == (2.0, [1.0, 3.0], 3)

@@ -24,7 +24,7 @@ class Group(Section):
     name: str = Field(pattern=r"[a-z0-9-]+")
     config: list[str] = Field(min_length=1)
     """YAML files, relative to the project's root."""
-    settings: list[str] = []
+    settings: tuple[str, ...] = ()
     """Words as on the command line of train.py."""
     runs: list[str] = Field(min_length=1)
     """STRATEGY:DEVICES, or STRATEGY:DEVICES:MICRO_BATCH where a run differs from the config in that."""
@@ -64,9 +64,7 @@ def parse_case(group: Group, place: int, word: str) -> Case:
     """`zero1:2` as a `Case`. Raises `UserError`; the config checks whether the strategy exists."""
     match = re.fullmatch(r"([a-z0-9]+):([1-9][0-9]*)(?::([1-9][0-9]*))?", word)
     if match is None:
-        raise UserError(
-            f"runs: {word}: not of the form STRATEGY:DEVICES or STRATEGY:DEVICES:MICRO_BATCH, as in zero1:2"
-        )
+        raise UserError(f"runs: {word}: not of the form STRATEGY:DEVICES[:MICRO_BATCH], as in zero1:2")
     return Case(group, place, match[1], int(match[2]), int(match[3]) if match[3] else None)
 
 

@@ -41,8 +41,8 @@ def overlap(a: Sequence[Span], b: Sequence[Span]) -> float:
 def shares(kernels: Iterable[tuple[str, Span]], steps: int) -> dict[str, float]:
     """Milliseconds of a step from (name, span) of every kernel of `steps` steps.
 
-    `communication` is the time in which a kernel of NCCL runs, waiting for slower processes included; `exposed` the part
-    of it in which no other kernel runs; `computation` the time in which another kernel runs; `idle` the rest.
+    `communication` is the time in which a kernel of NCCL runs, waiting for slower processes included; `exposed` the
+    part of it in which no other kernel runs; `computation` the time in which another kernel runs; `idle` the rest.
     """
     listed = list(kernels)
     if not listed:

@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
                 log_every=options.log_every,
                 skip_rows=options.skip_rows,
                 micro_batches=options.accumulate,
-            )  # fmt: skip
+            )
         ]
     devices = torch.cuda.device_count() or 8  # without a GPU, processes on the CPU
     jobs = plan_jobs(groups, overrides, options, devices)

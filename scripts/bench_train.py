@@ -223,7 +223,7 @@ def check(config: Config) -> None:
     if train.strategy not in ("auto", "single"):
         raise UserError(
             f"train.strategy is {train.strategy}, and bench_train.py times one device; allowed: auto, single; "
-            "scripts/bench_scaling.py compares strategies"
+            "benchmarks/scaling.py compares strategies"
         )
     if config.data.document_mask:
         raise UserError(

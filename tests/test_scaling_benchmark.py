@@ -124,7 +124,7 @@ def test_shipped_cases_can_be_loaded() -> None:
 
 
 def test_communication_behind_other_kernels_is_not_exposed() -> None:
-    """Two steps in 20 us: computation 0 to 8 and 6 to 12, NCCL 10 to 16 and 14 to 18, idle 18 to 19, a copy 19 to 20."""
+    """Two steps, 20 us: computation 0 to 8 and 6 to 12, NCCL 10 to 16 and 14 to 18, idle 18 to 19, a copy 19 to 20."""
     kernels = [
         ("gemm", (0.0, 8.0)),
         ("gemm", (6.0, 12.0)),

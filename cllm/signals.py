@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -83,8 +84,12 @@ def stoppable(
 def leave_terminal() -> None:
     """Send standard output and errors that go to a terminal to /dev/null: writing to a closed one is an error."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            if stream.isatty():
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream.fileno())
-                os.close(nowhere)
+        try:
+            descriptor = stream.fileno()
+            terminal = stat.S_ISCHR(os.fstat(descriptor).st_mode)  # one that has closed is no `isatty` any more
+        except (OSError, ValueError, AttributeError):
+            continue  # no file is behind it
+        if terminal:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

@@ -169,7 +169,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(tiny: Tiny, tmp
         assert running.poll() is None, running.stderr and running.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    (os.kill if number == signal.SIGTERM else os.killpg)(running.pid, number)
+    os.killpg(running.pid, number)
     assert running.wait(timeout=120) == EXIT_STOPPED, running.stderr and running.stderr.read().decode()
     (step, _), *more = folder.checkpoints()
     assert not more

@@ -23,6 +23,8 @@ from cllm.lock import locked
 
 MARK = ".cllm"
 """The file that marks a folder as made by cllm: JSON, {"kind": "run"}."""
+RESULTS = "results"
+"""The kind of folders for tables and figures."""
 DELETING = ".cllm-deleting"
 """The mark's name once the folder's deletion has begun."""
 
@@ -82,6 +84,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 def mark(folder: Path, kind: str) -> None:
     """Mark a folder as made by cllm, as a `kind` such as `run` or `export`. The folder is made where it is missing."""
     write_atomic(folder / MARK, json.dumps({"kind": kind}) + "\n")
+
+
+def mark_new(folder: Path, kind: str) -> None:
+    """Mark a folder where it is missing or empty; one with anything in it stays as it is, marked or not."""
+    if not os.path.lexists(folder) or is_empty(folder):
+        mark(folder, kind)
 
 
 def marked_as(folder: Path) -> str | None:
@@ -145,6 +153,13 @@ def remove(folder: Path, kind: str) -> None:
         if path.name != DELETING:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     shutil.rmtree(folder)
+
+
+def remove_files(folder: Path, kind: str, pattern: str) -> None:
+    """Delete the files in a folder that match a glob pattern, if the folder is marked as a `kind`; else nothing."""
+    if marked_as(folder) == kind:
+        for file in folder.glob(pattern):
+            file.unlink()
 
 
 def replace(partial: Path, folder: Path, kind: str) -> None:

@@ -13,15 +13,12 @@ gives the median. Settings such as --train.fp8 tensorwise go to every run.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import os
 import re
-import signal
 import statistics
-import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,13 +30,14 @@ from tokenizers.models import WordLevel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cllm import cli
+from cllm import cli, processes
 from cllm.config import Config
 from cllm.data.manifest import MANIFEST, TOKENIZER, Counts, Manifest, tokenizer_sha256
 from cllm.data.prepare.shards import ShardWriter
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
 from cllm.runs import RunFolder
+from cllm.signals import stoppable
 from cllm.train.breakdown import PARTS
 from cllm.train.environment import environment
 
@@ -117,17 +115,11 @@ def settings(case: Case, config: Config, work: Path, steps: int, log_every: int,
 
 def run(arguments: list[str], log_file: Path, timeout: float) -> int:
     """train.py with its output in a file; its exit status, 124 after `timeout` seconds. Leaves no process behind."""
+    late = time.monotonic() + timeout
     with log_file.open("w", encoding="utf-8") as log:
-        command = [sys.executable, str(ROOT / "train.py"), *arguments]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-        try:
-            return process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return 124
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the other devices' processes, if the first one failed
-            process.wait()
+        command = [sys.executable, ROOT / "train.py", *arguments]
+        status = processes.run(command, seconds=timeout, grace=10, cwd=ROOT, stdout=log, stderr=log)
+    return 124 if status and time.monotonic() > late else status
 
 
 def summarise(case: Case, rows: list[dict[str, Any]], skip: int) -> dict[str, Any]:
@@ -173,6 +165,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 @one_line
+@stoppable()
 def main(argv: list[str] | None = None) -> int:
     parser = cli.config_parser(Config, __doc__ or "")
     parser.add_argument("--runs", nargs="+", default=["single:1", "ddp:2"], metavar="STRATEGY:DEVICES")

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cllm.errors import UserError, one_line
+from cllm.signals import stoppable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, metavar="N", help="only the first N tokens of each set")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--name", metavar="SET", help="name of the set in file names and tags (default: from the data's path)")
-    add("--out", metavar="DIR", type=Path, help="folder for SET.json (default: evaluation/ in the run's folder, or in "
-        "the Hugging Face checkpoint's folder)")  # fmt: skip
+    add("--out", metavar="DIR", type=Path, help="folder for SET.json (default: evaluation/ in the run's folder; "
+        "runs/evaluation/NAME-HASH for a Hugging Face folder)")  # fmt: skip
     add("--posthoc", action="append", default=[], metavar="SPEC", help="compress the cache of a prefix and score what "
         "follows, e.g. xkv:group=4,ratio=4 or none; repeat it")  # fmt: skip
     add("--prefix", type=int, metavar="N", help="tokens of each window to compress (default: half the window)")
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 @one_line
+@stoppable()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     options = parser().parse_args(arguments)
@@ -78,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for path in options.run:
             subject = load_subject(path, device)
+            print(f"results of {path} go to {options.out or subject.results}", file=sys.stderr, flush=True)
             for text in open_sets(subject, options.data, split=settings.split, name=options.name):
                 if options.posthoc:
                     found = posthoc.measure(

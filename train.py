@@ -10,17 +10,21 @@ python train.py --config runs/cla/config.yaml --resume auto
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 
 import yaml
 
 from cllm import cli
 from cllm.config import Config
-from cllm.errors import UserError, one_line
+from cllm.errors import EXIT_STOPPED, UserError, one_line
+from cllm.signals import stoppable
 
 
 @one_line
-def main(argv: list[str] | None = None) -> None:
+@stoppable("--resume auto goes on from the newest checkpoint, or starts again where there is none", signal.SIGUSR1)
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns its exit status: 3 for a run that was stopped and can be resumed."""
     parser = cli.config_parser(Config, __doc__ or "")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, its size and its cost; train nothing")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML")
@@ -32,22 +36,24 @@ def main(argv: list[str] | None = None) -> None:
     config = cli.load(Config, arguments.config, overrides)
     if arguments.print_config:
         print(yaml.safe_dump(config.as_yaml_data(), sort_keys=False), end="")
-        return
+        return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # Imported late: --help and config mistakes answer without loading torch's training stack.
-    from cllm.train.run import train, with_vocabulary
+    from cllm.train.run import is_first_process, train, with_vocabulary
 
     if arguments.dry_run:
         from cllm.train.dryrun import dry_run
 
         print(dry_run(with_vocabulary(config)))
-        return
+        return 0
     folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
     if max((row["step"] for row in folder.metrics()), default=0) < config.train.steps:
         step, _ = folder.checkpoints()[-1]
         print(f"run stopped at step {step} of {config.train.steps}: {folder.path}  (--resume auto goes on)")
-    else:
-        print(f"run finished: {folder.path}  (tensorboard --logdir {config.runs_dir})")
+        # Launchers end all other processes as soon as one has a status that is not 0.
+        return EXIT_STOPPED if is_first_process() else 0
+    print(f"run finished: {folder.path}  (tensorboard --logdir {config.runs_dir})")
+    return 0
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from cllm.data.prepare.shards import ShardWriter
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
 from cllm.runs import RunFolder
+from cllm.signals import stoppable
 from cllm.train.environment import environment
 
 EOS, DOCUMENT = 0, 2048
@@ -167,6 +168,7 @@ def run_all(jobs: list[Job], options: Any, devices: int, report: Any) -> tuple[l
 
 
 @one_line
+@stoppable()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status: 1 where a run failed."""
     parser = cli.config_parser(Config, __doc__ or "")

@@ -19,9 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cllm.errors import UserError
+from cllm.lock import locked
 
 MARK = ".cllm"
 """The file that marks a folder as made by cllm: JSON, {"kind": "run"}."""
+RESULTS = "results"
+"""The kind of folders for tables and figures."""
+DELETING = ".cllm-deleting"
+"""The mark's name once the folder's deletion has begun."""
 
 
 def sync_folder(folder: Path) -> None:
@@ -52,7 +57,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """The temporary name beside `path` that this process writes to. It names host and process, see `leftovers`."""
+    """The temporary name beside `path` that this process writes to. It names machine and process."""
     return path.with_name(f".{path.name}.partial-{_host()}-{os.getpid()}")
 
 
@@ -81,12 +86,27 @@ def mark(folder: Path, kind: str) -> None:
     write_atomic(folder / MARK, json.dumps({"kind": kind}) + "\n")
 
 
+def mark_new(folder: Path, kind: str) -> None:
+    """Mark a folder where it is missing or empty; one with anything in it stays as it is, marked or not."""
+    if not os.path.lexists(folder) or is_empty(folder):
+        mark(folder, kind)
+
+
 def marked_as(folder: Path) -> str | None:
     """The kind that a folder is marked as, or None where it has no mark of ours (or is a symbolic link)."""
-    if folder.is_symlink():
+    return _kind(folder / MARK) or _kind(folder / DELETING)
+
+
+def is_being_deleted(folder: Path) -> bool:
+    """Whether `remove` has begun with a folder and was interrupted: parts of it are gone."""
+    return _kind(folder / MARK) is None and _kind(folder / DELETING) is not None
+
+
+def _kind(file: Path) -> str | None:
+    if file.parent.is_symlink():
         return None
     try:
-        content = json.loads((folder / MARK).read_bytes())
+        content = json.loads(file.read_bytes())
     except (OSError, ValueError):
         return None
     kind = content.get("kind") if isinstance(content, dict) else None
@@ -119,7 +139,7 @@ def check_replaceable(folder: Path, kind: str) -> None:
 def remove(folder: Path, kind: str) -> None:
     """Delete a folder that is marked as a `kind`, or is empty; nothing happens where there is none.
 
-    The mark goes last, so that an interrupted deletion can be finished by calling this again.
+    The mark goes last, so that an interrupted deletion can be finished by calling this again (`is_being_deleted`).
 
     Raises:
         UserError: when the folder is not marked so; it is then untouched.
@@ -127,10 +147,19 @@ def remove(folder: Path, kind: str) -> None:
     check_replaceable(folder, kind)
     if not folder.exists():
         return
+    if (folder / MARK).exists():
+        (folder / MARK).replace(folder / DELETING)
     for path in folder.iterdir():
-        if path.name != MARK:
+        if path.name != DELETING:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     shutil.rmtree(folder)
+
+
+def remove_files(folder: Path, kind: str, pattern: str) -> None:
+    """Delete the files in a folder that match a glob pattern, if the folder is marked as a `kind`; else nothing."""
+    if marked_as(folder) == kind:
+        for file in folder.glob(pattern):
+            file.unlink()
 
 
 def replace(partial: Path, folder: Path, kind: str) -> None:
@@ -147,47 +176,57 @@ def replace(partial: Path, folder: Path, kind: str) -> None:
     if folder.exists():
         old = folder.with_name(f".{folder.name}.old-{_host()}-{os.getpid()}")
         folder.rename(old)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except BaseException:
+        if old is not None:
+            old.rename(folder)
+        raise
     sync_folder(folder.parent)
     if old is not None:
         remove(old, kind)
 
 
 @contextmanager
-def new_folder(folder: Path, kind: str) -> Iterator[Path]:
+def new_folder(folder: Path, kind: str, *, force: bool = True) -> Iterator[Path]:
     """A marked folder beside `folder` to write into, which becomes `folder` when the block ends without an exception.
 
-    After an exception nothing is left of it. Folders that killed processes of this machine left are removed first.
+    `folder` is locked meanwhile. After an exception nothing is left of the new one. What killed processes left is
+    removed first. `force` False: a `folder` that is there already, and not empty, is refused.
 
     Raises:
-        UserError: when what is at `folder` was not made by cllm as a `kind`. Nothing was written then.
+        UserError: when what is at `folder` was not made by cllm as a `kind`, or another process is writing to it.
+            Nothing was written then.
     """
-    check_replaceable(folder, kind)
-    remove_leftovers(folder, kind)
-    partial = partial_path(folder)
-    try:
-        mark(partial, kind)
-        yield partial
-        replace(partial, folder, kind)
-    except BaseException:
-        if marked_as(partial) == kind:
-            remove(partial, kind)
-        raise
+    with locked(folder):
+        remove_leftovers(folder, kind)
+        if not force and os.path.lexists(folder) and not is_empty(folder):
+            raise UserError(f"{folder}: exists; give another name, or --force to replace it")
+        check_replaceable(folder, kind)
+        partial = partial_path(folder)
+        try:
+            mark(partial, kind)
+            yield partial
+            replace(partial, folder, kind)
+        except BaseException:
+            if marked_as(partial) == kind or is_empty(partial):
+                remove(partial, kind)
+            raise
 
 
 def remove_leftovers(folder: Path, kind: str) -> None:
-    """Delete partial and old versions of `folder` that processes of this machine left when they were killed.
+    """Delete partial and old versions of `folder` that killed processes left. The caller has `folder` locked.
 
-    An old version whose successor never got its name back is renamed to `folder` instead.
+    An old version whose successor never got its name is renamed to `folder` instead.
     """
     if not folder.parent.is_dir():
         return
-    name = re.compile(rf"\.{re.escape(folder.name)}\.(partial|old)-{re.escape(_host())}-(\d+)")
-    for path in sorted(folder.parent.iterdir()):
+    name = re.compile(rf"\.{re.escape(folder.name)}\.(partial|old)-[A-Za-z0-9.-]+-\d+")
+    for path in sorted(folder.parent.iterdir()):  # old before partial
         match = name.fullmatch(path.name)
-        if match is None or marked_as(path) != kind or _is_alive(int(match[2])):
+        if match is None or not (marked_as(path) == kind or is_empty(path)):
             continue
-        if match[1] == "old" and not os.path.lexists(folder):
+        if match[1] == "old" and not os.path.lexists(folder) and not is_being_deleted(path):
             path.rename(folder)
         else:
             remove(path, kind)
@@ -195,13 +234,3 @@ def remove_leftovers(folder: Path, kind: str) -> None:
 
 def _host() -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", socket.gethostname())[:64] or "localhost"
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return pid != os.getpid()

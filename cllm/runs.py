@@ -1,6 +1,7 @@
 """A run on disk: its folder, its metrics, its checkpoints, and the trained model in it.
 
 runs/NAME/
+  .cllm                marks the folder as a run: only such a folder is ever deleted
   config.yaml          the resolved config; reusable as --config
   env.txt              versions, git commit, hardware
   metrics.jsonl        one row a log step: step, tokens, time, and tag: value
@@ -13,6 +14,7 @@ runs/NAME/
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,10 +28,12 @@ from safetensors import SafetensorError, safe_open
 from cllm import cli
 from cllm.config import Config
 from cllm.errors import UserError
-from cllm.files import write_atomic
+from cllm.files import MARK, is_being_deleted, is_empty, marked_as, write_atomic
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import build_decoder
 
+RUN = "run"
+"""The kind that a run's folder is marked as, see `cllm/files.py`."""
 _CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
 _PREFIX = "model."
 WEIGHTS_FILE = "model.safetensors"
@@ -119,6 +123,47 @@ class RunFolder:
             except json.JSONDecodeError:
                 if number < len(lines):
                     raise UserError(f"{self.metrics_file} line {number}: not valid JSON") from None
+
+
+def check_run_folder(folder: RunFolder) -> bool:
+    """Whether there is a run in `folder`; False where it is missing or empty, or a run was begun or deleted by halves.
+
+    Folders from before runs were marked count as runs by their config and metrics.
+
+    Raises:
+        UserError: when the folder holds something else, or a run without its config.yaml.
+    """
+    path = folder.path
+    if not os.path.lexists(path) or is_empty(path):
+        return False
+    if not path.is_dir():
+        raise UserError(f"{path}: is not a folder; choose another --name")
+    marked = marked_as(path.resolve()) == RUN
+    if marked and is_being_deleted(path.resolve()):
+        return False
+    if folder.config_file.exists():
+        if not marked:
+            if not (folder.summary_file.exists() or folder.metrics_file.exists()):
+                raise UserError(
+                    f"{path}: exists and is not a run of cllm: of a run's files it has only config.yaml; choose "
+                    "another --name"
+                )
+            try:
+                folder.config()
+            except UserError as error:
+                raise UserError(f"{path}: exists and is not a run of cllm ({error}); choose another --name") from None
+        return True
+    if folder.checkpoints() or folder.metrics_file.exists():
+        raise UserError(
+            f"{path}: holds {'checkpoints' if folder.checkpoints() else 'metrics'} but no config.yaml, without which "
+            "the run cannot go on, and it is not deleted either; put config.yaml back, or choose another --name"
+        )
+    if not marked:
+        raise UserError(
+            f"{path}: exists and is not a run: it has neither the mark of one ({MARK}) nor a config.yaml; choose "
+            "another --name"
+        )
+    return False
 
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -19,11 +19,13 @@ from cllm.data.prepare.build import prepare
 from cllm.data.prepare.recipe import Recipe
 from cllm.data.prepare.report import summary
 from cllm.errors import UserError, one_line
+from cllm.signals import stoppable
 
 
 @one_line
+@stoppable("the same command goes on from the last finished shard")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit status."""
+    """Run the command line; returns its exit status: 3 where it was stopped."""
     parser = config_parser(Recipe, str(__doc__))
     parser.add_argument("--force", action="store_true", help="replace a prepared folder of a different recipe")
     options, overrides = parser.parse_known_args(arguments)
@@ -32,11 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"no recipe: give --config data/recipes/NAME.yaml (there are {', '.join(shipped)})")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("cllm").setLevel(logging.INFO)
-    try:
-        print(summary(prepare(load(Recipe, options.config, overrides), force=options.force)))
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last finished shard", file=sys.stderr)
-        return 130
+    print(summary(prepare(load(Recipe, options.config, overrides), force=options.force)))
     return 0
 
 

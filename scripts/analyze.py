@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cllm.errors import UserError, one_line
+from cllm.signals import stoppable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,11 +35,13 @@ def parser() -> argparse.ArgumentParser:
     add("--group", type=int, nargs="+", default=[1, 2, 4, 8], help="group sizes for ranks (default: 1 2 4 8)")
     add("--energy", type=float, default=0.95, help="share of energy that the ranks keep (default: %(default)s)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
-    add("--out", type=Path, metavar="DIR", help="where the files go (default: evaluation/ in the run's folder)")
+    add("--out", type=Path, metavar="DIR", help="where the files go (default: evaluation/ in the run's folder, "
+        "runs/evaluation/ for a Hugging Face folder)")  # fmt: skip
     return parser
 
 
 @one_line
+@stoppable()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     options = parser().parse_args(arguments)
@@ -61,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
     device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
     subject = load_subject(options.run, device)
+    print(f"results go to {options.out or subject.results}", file=sys.stderr, flush=True)
     length, _, _ = Settings(window=options.length).resolve(subject, device)
     text = next(iter(open_sets(subject, [options.data] if options.data else [])))
     stream = Stream(text.source, start_id=subject.start_id)
@@ -71,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16"):
         slots = collect(posthoc.engine_for(subject), batches)
     kinds = {kind: analyze(x, groups=options.group, energy=options.energy) for kind, x in slots.items()}
-    folder = options.out or subject.folder / "evaluation"
+    folder = options.out or subject.results
     files = [folder / f"analysis-{text.name}.{suffix}" for suffix in ("json", "png")]
     record = {"run": subject.name, "checkpoint": subject.checkpoint, "set": text.name, "data": str(text.path),
               "sequences": len(batches), "length": length, "kinds": kinds}  # fmt: skip

@@ -17,6 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cllm.errors import one_line
+from cllm.lock import locked
+from cllm.signals import stoppable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,24 +30,30 @@ def parser() -> argparse.ArgumentParser:
     add("runs", nargs="*", metavar="RUN", help="run folders; folders that are none are skipped")
     add("--baseline", metavar="NAME", help="run to compare with (default: the one with the largest resident cache)")
     add("--set", dest="set_name", metavar="SET", help="set to compare on (default: each run's main validation set)")
-    add("--out", type=Path, metavar="DIR", help="where the files go (default: comparison/ beside the runs)")
+    add("--out", type=Path, metavar="DIR", help="where the files go (default: comparison/ beside the runs, "
+        "runs/comparison where they lie in different folders)")  # fmt: skip
     return parser
 
 
 @one_line
+@stoppable()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     # Imported late: --help and mistakes in arguments answer without loading torch and plots.
     from cllm.evaluate.comparison import compare, find_runs
-    from cllm.evaluate.report import default_folder, terminal, write
+    from cllm.evaluate.places import beside
+    from cllm.evaluate.report import terminal, write
 
     runs = find_runs(options.runs)
     comparison = compare(runs, baseline=options.baseline, set_name=options.set_name)
     print(terminal(comparison))
-    for path in write(comparison, options.out or default_folder(runs)):
-        print(f"written: {path}")
+    folder = options.out or beside([run.path for run in runs], "comparison")
+    print(f"table and figure go to {folder}", file=sys.stderr, flush=True)
+    with locked(folder):
+        for path in write(comparison, folder):
+            print(f"written: {path}")
     return 0
 
 

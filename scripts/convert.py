@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cllm.errors import one_line
+from cllm.signals import stoppable
 
 
 def add_export(commands: argparse._SubParsersAction) -> None:
@@ -29,7 +30,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: %(default)s)")
     add("--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
     add("--no-tokenizer", action="store_true", help="leave the tokenizer of the run's data out")
-    add("--force", action="store_true", help="replace OUT if it is a checkpoint folder")
+    add("--force", action="store_true", help="replace OUT if this command made it")
     parser.set_defaults(command=export)
 
 
@@ -60,7 +61,7 @@ def add_import(commands: argparse._SubParsersAction) -> None:
     add("--dtype", choices=("fp32", "bf16"), help="of the weights (default: as they are)")
     add("--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
     add("--allow-pickle", action="store_true", help="read pytorch_model.bin too; nothing but tensors is unpickled")
-    add("--force", action="store_true", help="replace OUT if it is a checkpoint folder")
+    add("--force", action="store_true", help="replace OUT if this command made it")
     parser.set_defaults(command=import_)
 
 
@@ -88,7 +89,7 @@ def add_plain(commands: argparse._SubParsersAction) -> None:
     add("out", type=Path, metavar="OUT", help="folder to make")
     add("--family", choices=("llama", "mistral", "qwen2", "qwen3"), help="default: the first that fits")
     add("--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
-    add("--force", action="store_true", help="replace OUT if it is a checkpoint folder")
+    add("--force", action="store_true", help="replace OUT if this command made it")
     parser.set_defaults(command=plain)
 
 
@@ -123,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 @one_line
+@stoppable()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     options = parser().parse_args(arguments)

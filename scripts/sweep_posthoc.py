@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,9 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cllm.errors import UserError, one_line
 from cllm.evaluate import pareto, posthoc
 from cllm.evaluate.perplexity import Settings, open_sets
+from cllm.evaluate.places import beside, run_of
 from cllm.evaluate.subjects import Subject, load_subject
 from cllm.evaluate.texts import TextSet
+from cllm.lock import locked
 from cllm.posthoc.methods import parse
+from cllm.signals import stoppable
 
 SPECS = (
     "xkv:group={group},ratio={ratio}",
@@ -62,7 +64,8 @@ def parser() -> argparse.ArgumentParser:
     add("--again", action="store_true", help="measure again what is on disk, as after a change of code")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--baseline", metavar="NAME", help="run that increases are relative to (default: the one with most bytes)")
-    add("--out", type=Path, metavar="DIR", help="where the table and figure go (default: posthoc/ beside the runs)")
+    add("--out", type=Path, metavar="DIR", help="where the table and figure go (default: posthoc/ beside the runs, "
+        "runs/posthoc where they lie in different folders or are no runs)")  # fmt: skip
     return parser
 
 
@@ -71,7 +74,7 @@ def _measured(
 ) -> Any:
     """The record of an earlier measurement of the same checkpoint on the same data, or None."""
     path = posthoc.result_path(
-        subject.folder / "evaluation",
+        subject.results,
         text.name,
         spec,
         prefix=prefix,
@@ -91,8 +94,9 @@ def _measured(
 
 
 @one_line
+@stoppable("the same command goes on: what was measured is kept")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit status: 1 where a measurement failed that should not."""
+    """Run the command line; returns its exit status: 1 where a measurement failed that should not, 3 when stopped."""
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     specs = pareto.expand(options.spec or SPECS, options.group, options.ratio)
@@ -102,6 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
     device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
     settings = Settings(window=options.window, batch=options.batch, max_tokens=options.max_tokens)
+    out = options.out or beside([run_of(path) for path in options.runs], "posthoc")
+    with locked(out):  # its table is of this sweep alone
+        print(f"table and figure go to {out}", file=sys.stderr, flush=True)
+        return sweep(options, specs, settings, device, out)
+
+
+def sweep(options: argparse.Namespace, specs: list[str], settings: Settings, device: torch.device, out: Path) -> int:
+    """Measure every run with every spec, and write the table; returns the exit status."""
     records, refused, status = [], [], 0
     for path in options.runs:
         subject = load_subject(path, device)
@@ -125,8 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             records.append(record)
     found = pareto.points(records, baseline=options.baseline)
     print(pareto.markdown(found, refused), end="")
-    beside = Path(os.path.commonpath([Path(path).resolve().parent for path in options.runs]))
-    for file in pareto.write(found, options.out or Path(os.path.relpath(beside)) / "posthoc", refused):
+    for file in pareto.write(found, out, refused):
         print(f"written: {file}")
     return status
 

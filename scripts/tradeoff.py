@@ -12,11 +12,8 @@ goes on: finished runs are kept, a broken one is resumed, what was measured is n
 
 from __future__ import annotations
 
-import contextlib
-import os
+import argparse
 import re
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,15 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sweep_posthoc
 from decode_bench.designs import parse_plan
 
-from cllm import cli
+from cllm import cli, processes
 from cllm.config import Config
-from cllm.errors import UserError, one_line
+from cllm.errors import EXIT_STOPPED, UserError, one_line
+from cllm.lock import locked
 from cllm.posthoc.methods import parse
 from cllm.runs import RunFolder
+from cllm.signals import stoppable
 
 ROOT = Path(__file__).resolve().parents[1]
 DESIGNS = ("mha", "fusedkv", "fusedkv_lite", "cla", "yoco", "gqa")
-_GRACE = 60.0  # seconds that a run has to save after it was asked to stop
 
 
 def run_name(design: str) -> str:
@@ -49,27 +47,21 @@ def is_finished(folder: RunFolder) -> bool:
 
 
 def train(words: list[str], seconds: float) -> None:
-    """train.py in a process of its own; after `seconds` it is asked to save and stop.
+    """Train in a process of its own; after `seconds`, and on a signal to this one, it saves and stops.
 
     Raises:
         UserError: when it fails.
     """
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words, "--resume", "auto"], cwd=ROOT)
-    try:
-        status = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)
-        status = process.wait(_GRACE)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
-    if status:
+    command = [sys.executable, ROOT / "train.py", *words, "--resume", "auto"]
+    status = processes.run(command, seconds=seconds, cwd=ROOT)
+    if status not in (0, EXIT_STOPPED):
         raise UserError(f"train.py {' '.join(words)} ended with status {status}; its output is above")
 
 
 @one_line
+@stoppable("the same command goes on")
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns its exit status: 3 where time ran out."""
+    """Run the command line; returns its exit status: 3 where time ran out or a signal stopped it."""
     parser = cli.config_parser(Config, __doc__ or "")
     add = parser.add_argument
     add("--designs", nargs="+", default=list(DESIGNS), metavar="DESIGN", help=f"default: {' '.join(DESIGNS)}")
@@ -95,6 +87,13 @@ def main(argv: list[str] | None = None) -> int:
         added = [*overrides, *(word for key, text in own.items() for word in (f"--{key}", str(text)))]
         cli.load(Config, [*files, plan], added)  # told before the first run starts
         lines[run_name(design)] = [*(word for file in (*files, plan) for word in ("--config", str(file))), *added]
+    with locked(out):
+        return train_and_sweep(options, lines, out, deadline)
+
+
+def train_and_sweep(options: argparse.Namespace, lines: dict[str, list[str]], out: Path, deadline: float) -> int:
+    """Train the runs of `lines`, then measure all of them; returns the exit status."""
+    print(f"runs, table and figure go to {out}", file=sys.stderr, flush=True)
     for name, words in lines.items():
         if is_finished(RunFolder(out / name)):
             continue
@@ -103,8 +102,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"== {name}", file=sys.stderr, flush=True)
             train(words, left)
         if not is_finished(RunFolder(out / name)):
-            print(f"time is up: {name} is not finished; the same command goes on", file=sys.stderr)
-            return 3
+            print(f"stopped: {name} is not finished; the same command goes on", file=sys.stderr)
+            return EXIT_STOPPED
     sweep = [str(out / name) for name in lines] + ["--out", str(out / "posthoc")]
     for option in ("prefix", "batch", "max_tokens"):
         if (value := getattr(options, option)) is not None:

@@ -55,7 +55,9 @@ from uptraining.steptime import measure_steps
 from uptraining.students import Runner, measure_start
 
 from cllm.data.manifest import Manifest
-from cllm.errors import UserError, one_line
+from cllm.errors import EXIT_STOPPED, UserError, one_line
+from cllm.lock import locked
+from cllm.signals import STOPPING, stoppable
 from cllm.uptrain.teacher import load_teacher
 
 STEPS = ("tokens", "base", "import", "starts", "steps", "students", "table")
@@ -134,8 +136,9 @@ class Experiment:
         claim(self.folders, self.size)
 
     def stop(self, number: int, frame: Any) -> None:
-        """Handle SIGTERM: what is under way is saved, and nothing more begun."""
+        """Handle a signal: what is under way is saved, and nothing more begun. A second Ctrl-C interrupts at once."""
         self.deadline.at = 0.0
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _wanted(self, item: Item) -> bool:
         return bool(re.match(self.options.only, item.name)) and not self.folders.result(item.name).exists()
@@ -248,21 +251,25 @@ _COMPILING = 150
 
 
 @one_line
+@stoppable("the same command goes on")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status: 3 where time ran out, else 1 where something failed."""
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
-    experiment = Experiment(options)
-    before = signal.signal(signal.SIGTERM, experiment.stop)
-    try:
-        experiment.run(options.step)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        text = report.publish(experiment.folders)
+    with locked(options.out):
+        experiment = Experiment(options)
+        numbers = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, experiment.stop) for number in numbers}
+        try:
+            experiment.run(options.step)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            text = report.publish(experiment.folders)
     print(text, end="")
     if experiment.unfinished:
         print(f"time is up: {', '.join(experiment.unfinished)} not finished; the same command goes on", file=sys.stderr)
-        return 3
+        return EXIT_STOPPED
     rows = report.read_rows(experiment.folders)
     return int(any(row["kind"] == "failed" or not row.get("equal", True) for row in rows))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import torch
@@ -28,6 +29,14 @@ def check_documents(document_ids: torch.Tensor) -> None:
             f"data.document_mask: a micro-batch of {batch} x {length} tokens has {found} documents, and kernels have "
             f"room for {room}; lower train.micro_batch, join short texts into longer documents, or turn the mask off"
         )
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """Leave SIGTERM to the main process: a scheduler sends it to all, and the step under way needs its batches.
+
+    Workers end with the main process by themselves.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class DataModule(LightningDataModule):
@@ -120,7 +129,7 @@ class DataModule(LightningDataModule):
     def _loading(self) -> dict[str, Any]:
         settings: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
         if self.num_workers:
-            settings |= {"persistent_workers": True, "prefetch_factor": 4}
+            settings |= {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": _outlive_sigterm}
         return settings
 
     def _check_vocabulary(self, vocab_size: int | None) -> None:

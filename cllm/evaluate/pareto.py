@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cllm.errors import UserError, nearest
 from cllm.evaluate.labels import place_labels
 from cllm.evaluate.report import byte_label
-from cllm.files import write_atomic
+from cllm.files import RESULTS, mark_new, remove_files, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -221,13 +221,13 @@ def write(found: Sequence[Point], folder: Path, refused: Sequence[str] = ()) -> 
     files = [folder / f"posthoc.{suffix}" for suffix in ("csv", "md", "png")]
     drawing, text = figure(found), markdown(found, refused)
     try:
+        mark_new(folder, RESULTS)
         write_atomic(files[0], csv_text(found))
         write_atomic(files[1], text)
         partial = folder / f".posthoc.partial-{os.getpid()}.png"
         drawing.savefig(partial)
         partial.replace(files[2])
-        for old in folder.glob(f"events.out.tfevents.*{_EVENTS}"):
-            old.unlink()
+        remove_files(folder, RESULTS, f"events.out.tfevents.*{_EVENTS}")
         with SummaryWriter(str(folder), filename_suffix=_EVENTS) as writer:
             writer.add_figure("posthoc", drawing, close=False)
             writer.add_text("posthoc", text)

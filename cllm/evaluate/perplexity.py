@@ -210,13 +210,13 @@ def perplexity(loss: float) -> float:
 
 
 def save(subject: Subject, record: dict[str, Any], out: Path | None = None) -> Path:
-    """Write a record as JSON into `out` (default: the subject's evaluation/), and a run's as TensorBoard events.
+    """Write a record as JSON into `out` (default: `subject.results`), and a run's as TensorBoard events.
 
     The file is SET.json, or SET-CHECKPOINT.json for a checkpoint that is not its run's newest: that one is not what the
     run is compared by. Returns its path. Raises `UserError` where it cannot be written.
     """
     name = record["set"] if subject.latest else f"{record['set']}-{Path(record['checkpoint']).stem}"
-    path = (out or subject.folder / "evaluation") / f"{name}.json"
+    path = (out or subject.results) / f"{name}.json"
     try:
         write_atomic(path, json.dumps(record, indent=2) + "\n")
         if subject.tensorboard is not None and subject.step is not None:

@@ -286,9 +286,9 @@ def result_path(
 
 
 def save(subject: Subject, record: dict[str, Any], out: Path | None = None) -> Path:
-    """Write a record below `out` (default: the subject's evaluation/). Raises `UserError` where it cannot be."""
+    """Write a record below `out` (default: `subject.results`). Raises `UserError` where it cannot be."""
     path = result_path(
-        out or subject.folder / "evaluation",
+        out or subject.results,
         record["set"],
         record["spec"],
         prefix=record["prefix"],

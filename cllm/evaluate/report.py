@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cllm.errors import UserError
 from cllm.evaluate.comparison import EVALUATED, TRAINING, Comparison, Row
 from cllm.evaluate.labels import place_labels
-from cllm.files import write_atomic
-from cllm.runs import RunFolder
+from cllm.files import RESULTS, mark_new, remove_files, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -169,12 +168,6 @@ def figure(comparison: Comparison) -> Figure:
     return figure
 
 
-def default_folder(runs: list[RunFolder]) -> Path:
-    """`comparison` in the folder that the runs have in common."""
-    parents = [run.path.resolve().parent for run in runs]
-    return Path(os.path.relpath(os.path.commonpath(parents))) / "comparison"
-
-
 def write(comparison: Comparison, folder: Path) -> list[Path]:
     """Write `comparison.csv`, `.md` and `.png`, and the table and figure as TensorBoard events, into `folder`.
 
@@ -186,13 +179,13 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     files = [folder / f"comparison.{suffix}" for suffix in ("csv", "md", "png")]
     drawing, text = figure(comparison), markdown(comparison)
     try:
+        mark_new(folder, RESULTS)
         write_atomic(files[0], csv_text(comparison))
         write_atomic(files[1], text)
         partial = folder / f".comparison.partial-{os.getpid()}.png"
         drawing.savefig(partial)
         partial.replace(files[2])
-        for old in folder.glob(f"events.out.tfevents.*{_EVENTS}"):
-            old.unlink()
+        remove_files(folder, RESULTS, f"events.out.tfevents.*{_EVENTS}")
         with SummaryWriter(str(folder), filename_suffix=_EVENTS) as writer:
             writer.add_figure("comparison", drawing, close=False)
             writer.add_text("comparison", text)

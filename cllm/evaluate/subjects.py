@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cllm.data.manifest import Manifest, tokenizer_sha256
 from cllm.errors import UserError
+from cllm.evaluate.places import results_of_checkpoint
 from cllm.runs import RunFolder, load_run
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ class Subject(ABC):
     path: Path
     """As the user gave it."""
     folder: Path
-    """The run's or checkpoint's folder: its evaluation/ takes the results."""
+    """The run's or checkpoint's folder."""
+    results: Path
+    """Where what is measured of it goes where no other folder is named."""
     checkpoint: str
     """The weights' file or folder."""
     step: int | None
@@ -83,7 +86,7 @@ class RunSubject(Subject):
         self._model, config, step = load_run(path, device=device)
         run = RunFolder(path.parent.parent if path.suffix == ".ckpt" else path)
         self._data = Path(config.data.path)
-        self.name, self.path, self.folder = run.name, path, run.path
+        self.name, self.path, self.folder, self.results = run.name, path, run.path, run.evaluation_folder
         self.step = step if step >= 0 else None
         newest = [checkpoint.name for _, checkpoint in run.checkpoints()[-1:]]
         self.checkpoint = path.name if path.suffix == ".ckpt" else newest[0]
@@ -137,6 +140,7 @@ class HuggingFaceSubject(Subject):
         self._keeps_last = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         config = self._model.config.get_text_config()
         self.name, self.path, self.folder, self.checkpoint = path.resolve().name, path, path, path.name
+        self.results = results_of_checkpoint(path)
         self.step, self.default_sets = None, {}
         self.design = str(getattr(config, "design", config.model_type))
         self.context = getattr(config, "max_position_embeddings", None)

@@ -5,10 +5,7 @@ Folders appear under their name when they are whole, and bring the tokenizer and
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from cllm.errors import UserError
-from cllm.hub.export import Dtype, Exported, as_pretrained, check_out, put, quiet, save
+from cllm.files import MARK
+from cllm.hub.export import Dtype, Exported, as_pretrained, check_out, new_checkpoint, quiet, save
 from cllm.hub.families import export_family, load_weights, read_family
 from cllm.hub.model import CLLMForCausalLM
 from cllm.model.sizes import build_decoder, count_parameters
@@ -46,7 +44,7 @@ def import_folder(
         dtype: of the weights; None: as they are.
         max_shard_size: largest weight file.
         allow_pickle: also read `pytorch_model.bin`.
-        force: replace `out`, which must be a checkpoint folder itself.
+        force: replace `out`, which must have been made by this package.
 
     Raises:
         UserError: for what `read_family` and `load_weights` refuse, and for an `out` that is in the way.
@@ -64,7 +62,7 @@ def import_folder(
     for name, value in found.token_ids.items():
         setattr(model.config, name, value)
     model.generation_config = _generation_config(source, model)
-    with _made(out) as partial:
+    with new_checkpoint(out, force) as partial:
         save(model, partial, max_shard_size)
         _copy_companions(source, partial)
     return _told(model, out)
@@ -85,7 +83,7 @@ def export_folder(
         out: the folder to make.
         family: `llama`, `mistral`, `qwen2` or `qwen3`; None: the first of them that fits.
         max_shard_size: largest weight file.
-        force: replace `out`, which must be a checkpoint folder itself.
+        force: replace `out`, which must have been made by this package.
 
     Returns:
         What was written, and the family.
@@ -102,7 +100,7 @@ def export_folder(
     if not isinstance(model, CLLMForCausalLM):
         raise UserError(f"{source}: is a {model.config.model_type} checkpoint already")
     ids = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    with _made(out) as partial:
+    with new_checkpoint(out, force) as partial:
         taken = export_family(
             model.model.config,
             model.model.state_dict(),
@@ -138,25 +136,11 @@ def _copy_companions(source: Path, folder: Path) -> None:
             shutil.copy(source / name, folder / name)
 
 
-@contextmanager
-def _made(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` if all goes well and vanishes otherwise."""
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        put(partial, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _told(model: CLLMForCausalLM, out: Path) -> Exported:
     return Exported(
         folder=out,
         step=None,
         parameters=count_parameters(model.model),
         nbytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
-        files=tuple(sorted(file.name for file in out.iterdir())),
+        files=tuple(sorted(file.name for file in out.iterdir() if file.name != MARK)),
     )

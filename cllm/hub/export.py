@@ -6,8 +6,6 @@ dtype is asked for; fusion weights stay fp32 even then.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from transformers.utils import logging
 
 from cllm.data.manifest import TOKENIZER, Manifest, tokenizer_sha256
 from cllm.errors import UserError
+from cllm.files import MARK, check_replaceable, new_folder
 from cllm.hub.config import CLLMConfig
 from cllm.hub.model import CLLMForCausalLM
 from cllm.kv.sources import FusedRead
@@ -66,7 +65,7 @@ def export_run(
         dtype: of the weights. fp32 is what checkpoints hold.
         max_shard_size: largest weight file, as `5GB` or `300MB`.
         tokenizer: copy the tokenizer of the run's data; without it generate knows no EOS.
-        force: replace `out`, which must be a checkpoint folder itself.
+        force: replace `out`, which must have been made by this package.
 
     Raises:
         UserError: for a run, checkpoint or tokenizer that cannot be read, and for an `out` that is in the way.
@@ -86,24 +85,17 @@ def export_run(
         _set_special_tokens(model, manifest)
     if dtype == "bf16":
         _to_bf16(decoder)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with new_checkpoint(out, force) as partial:
         save(model, partial, max_shard_size)
         if manifest is not None:
             for file in sorted((manifest.folder / TOKENIZER).iterdir()):
                 shutil.copy(file, partial / file.name)
-        put(partial, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Exported(
         folder=out,
         step=found_step,
         parameters=count_parameters(decoder),
         nbytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
-        files=tuple(sorted(file.name for file in out.iterdir())),
+        files=tuple(sorted(file.name for file in out.iterdir() if file.name != MARK)),
     )
 
 
@@ -186,26 +178,26 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+KIND = "export"
+"""The kind that checkpoint folders of this package are marked as, see `cllm/files.py`."""
+
+
 def check_out(out: Path, force: bool) -> None:
     """Raises `UserError` where `out` exists and may not be replaced."""
-    if not out.exists():
-        return
-    if not force:
+    if out.exists() and not force:
         raise UserError(f"{out}: exists; give another name, or --force to replace it")
+    check_replaceable(out, KIND)
+
+
+@contextmanager
+def new_checkpoint(out: Path, force: bool) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` if all goes well and vanishes otherwise.
+
+    Raises:
+        UserError: as `check_out`, while another process writes to `out`, and where it cannot be written.
+    """
     try:
-        replaceable = "model_type" in json.loads((out / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        replaceable = False
-    if not replaceable:
-        raise UserError(
-            f"{out}: --force replaces checkpoint folders only, and this has no config.json with a model_type"
-        )
-
-
-def put(partial: Path, out: Path) -> None:
-    """`partial` becomes `out`, and what was there is gone once it has."""
-    old = out.with_name(f".{out.name}.replaced-{os.getpid()}")
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+        with new_folder(out, KIND, force=force) as partial:
+            yield partial
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error}") from None

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from cllm.errors import UserError
 from cllm.kv.describe import plan_figure
 from cllm.runs import RunFolder
+from cllm.signals import leave_terminal
 from cllm.train.metrics import MetricsLog
 from cllm.train.module import TrainingModule
 from cllm.train.strategy import engine_of, gradient_norm, weights_are_finite
@@ -27,7 +28,7 @@ from cllm.train.throughput import Clock, peak_flops
 log = logging.getLogger(__name__)
 
 _SKIPPED = "skipped_steps"
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def step_is_complete(trainer: Trainer) -> bool:
@@ -266,9 +267,10 @@ class Checkpoints(Callback):
 class StopWhenDone(Callback):
     """Ends the run after its last step, with one more validation, and on a signal after the step under way, without.
 
-    The signals are SIGTERM, SIGINT and SIGUSR1, which is the one that srun hands on to its tasks and lives. The run is
-    saved first; `--resume auto` goes on from there. A second SIGINT interrupts at once. Several processes agree on
-    stopping every `agree_every` steps, since agreeing makes the host wait for the device.
+    The signals are SIGTERM, SIGINT, SIGHUP (a terminal that closes) and SIGUSR1, which is the one that srun hands on to
+    its tasks and lives. SIGHUP stays ignored where it was, as under nohup. The run is saved first; `--resume auto` goes
+    on from there. A second SIGINT interrupts at once. Several processes agree on stopping every `agree_every` steps,
+    since agreeing makes the host wait for the device.
     """
 
     def __init__(self, checkpoints: Checkpoints, steps: int, agree_every: int):
@@ -280,12 +282,15 @@ class StopWhenDone(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Before the loaders' processes fork: what they inherit keeps them alive until the step under way has ended.
         if not self._before:
-            self._before = {number: signal.signal(number, self._handle) for number in _STOPPING}
+            numbers = (n for n in _STOPPING if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN)
+            self._before = {number: signal.signal(number, self._handle) for number in numbers}
 
     def _handle(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:
             return
         self.received = number
+        if number == signal.SIGHUP:
+            leave_terminal()
         tqdm.write(f"{signal.Signals(number).name}: saving after this step, then stopping", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

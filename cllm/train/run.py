@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from cllm.config import Config
 from cllm.data.manifest import Manifest
 from cllm.data.module import DataModule
 from cllm.errors import UserError
-from cllm.files import write_atomic
+from cllm.files import check_replaceable, mark, remove, write_atomic
 from cllm.kv.accounting import kv_bytes, mha_twin
 from cllm.kv.describe import plan_figure, plan_table
+from cllm.lock import locked
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import build_decoder, count_parameters, drawn_decoder, training_flops_per_token
-from cllm.runs import RunFolder
+from cllm.runs import RUN, RunFolder, check_run_folder
 from cllm.train.callbacks import Checkpoints, Metrics, StopWhenDone
 from cllm.train.environment import environment
 from cllm.train.equip import equip
@@ -99,39 +100,49 @@ def open_folder(config: Config, resume: str | None, overwrite: bool) -> tuple[Ru
     """The run's folder and the checkpoint to go on from, or None to start afresh. Nothing is written here.
 
     Raises:
-        UserError: when the folder holds a run and neither resuming nor overwriting was asked for, or both; when the
-            checkpoint does not exist; when the saved run is another one, or finished without a checkpoint.
+        UserError: when the folder holds a run and neither resuming nor overwriting was asked for, or both; when it
+            holds something else; when the checkpoint does not exist; when the saved run is another one, or finished
+            without a checkpoint.
     """
     folder = RunFolder(Path(config.runs_dir) / config.name)
     if resume is not None and overwrite:
         raise UserError(f"--resume {resume} goes on with a run and --overwrite replaces it; give one of them")
     # Other processes of this run start when the first has made the folder already.
-    held = getattr(rank_zero_only, "rank", 0) == 0 and folder.config_file.exists()
+    if not is_first_process():
+        return folder, _checkpoint_to_resume(folder, resume)
+    has_run = check_run_folder(folder)
     if resume is None:
-        if held and not overwrite:
+        if has_run and not overwrite:
             raise UserError(
                 f"{folder.path} holds a run already; go on with --resume auto, replace it with --overwrite, or choose "
                 "another --name"
             )
+        check_replaceable(folder.path, RUN)
         return folder, None
-    if resume == "auto":
-        checkpoint = folder.newest_checkpoint()
-        if checkpoint is None and held:  # of a run that ended before its first one: it starts afresh
-            check_resumable(config, folder)
-            if max((row["step"] for row in folder.metrics()), default=0) >= folder.config().train.steps:
-                raise UserError(
-                    f"{folder.path} holds a finished run without checkpoints, so that --resume auto would train it "
-                    "anew; replace it with --overwrite, or choose another --name"
-                )
-    else:
-        checkpoint = Path(resume)
-        if not checkpoint.exists():
-            raise UserError(f"--resume {resume}: no such checkpoint")
-        if checkpoint.resolve().parent != folder.checkpoint_folder.resolve():
-            raise UserError(f"--resume {resume}: not a checkpoint of {folder.path}")
+    checkpoint = _checkpoint_to_resume(folder, resume)
     if checkpoint is not None:
         check_resumable(config, folder)
-    return folder, checkpoint
+        return folder, checkpoint
+    if has_run:  # it ended before its first checkpoint, and starts afresh
+        check_resumable(config, folder)
+        if max((row["step"] for row in folder.metrics()), default=0) >= folder.config().train.steps:
+            raise UserError(
+                f"{folder.path} holds a finished run without checkpoints, so that --resume auto would train it "
+                "anew; replace it with --overwrite, or choose another --name"
+            )
+    check_replaceable(folder.path, RUN)
+    return folder, None
+
+
+def _checkpoint_to_resume(folder: RunFolder, resume: str | None) -> Path | None:
+    if resume is None or resume == "auto":
+        return folder.newest_checkpoint() if resume else None
+    checkpoint = Path(resume)
+    if not checkpoint.exists():
+        raise UserError(f"--resume {resume}: no such checkpoint")
+    if checkpoint.resolve().parent != folder.checkpoint_folder.resolve():
+        raise UserError(f"--resume {resume}: not a checkpoint of {folder.path}")
+    return checkpoint
 
 
 def _accelerator(config: Config) -> str:
@@ -225,10 +236,15 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 
+def is_first_process() -> bool:
+    """Whether this is the process of a run that writes: the only one, or the first of the first machine."""
+    return getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
+
+
 def train(
     config: Config, *, resume: str | None = None, overwrite: bool = False, callbacks: Sequence[Callback] = ()
 ) -> RunFolder:
-    """Train as `config` says and return the run's folder.
+    """Train as `config` says and return the run's folder, which is locked meanwhile.
 
     Args:
         config: one run.
@@ -237,11 +253,17 @@ def train(
         callbacks: further callbacks of Lightning's, called after this project's metrics and before its checkpoints.
 
     Raises:
-        UserError: for whatever a user can mend, before anything is written where that is possible.
+        UserError: for whatever a user can mend, before anything is written where that is possible; among it a run that
+            another process is training.
     """
     _quieten()
     config = with_vocabulary(config)
     check_launch(_devices(config, _accelerator(config)), config.train.num_nodes)
+    with locked(Path(config.runs_dir) / config.name) if is_first_process() else nullcontext():
+        return _train(config, resume, overwrite, callbacks)
+
+
+def _train(config: Config, resume: str | None, overwrite: bool, callbacks: Sequence[Callback]) -> RunFolder:
     chosen = None if resume is None else with_saved_sources(config, RunFolder(Path(config.runs_dir) / config.name))
     choose = config.init.sources == "best" and chosen is None
     config = chosen or config
@@ -291,12 +313,16 @@ def train(
     if checkpoint is not None and zero_stage(config.train) is not None:
         check_shards(checkpoint, trainer.world_size)
     if trainer.is_global_zero:
-        if checkpoint is None and folder.path.exists():
-            shutil.rmtree(folder.path)
+        if checkpoint is None:
+            remove(folder.path, RUN)
+        mark(folder.path, RUN)  # a run from before there were marks gets one when it goes on
         _write_start(config, folder, model, summary)
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
-    trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+    except SystemExit as error:  # what Lightning makes of a KeyboardInterrupt, a second Ctrl-C
+        raise (error.__context__ if isinstance(error.__context__, KeyboardInterrupt) else error) from None
     return folder
 
 

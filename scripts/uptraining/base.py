@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from cllm.data.packing import PackedDataset, ValidationDataset
 from cllm.data.prepare.build import prepare
 from cllm.data.prepare.recipe import Recipe
 from cllm.data.store import TokenStore
+from cllm.files import new_folder
 from cllm.model.loss import IGNORE
 from cllm.train.optim import learning_rate_factor
 from cllm.uptrain.teacher import load_teacher
@@ -125,10 +125,8 @@ def pretrain(
             count = int((batch["labels"] != IGNORE).sum())
             nats += loss_of(batch["input_ids"].to(device), batch["labels"].to(device)).item() * count
             scored += count
-    partial = folders.base.with_name("base.partial")
-    model.save_pretrained(partial)
-    shutil.rmtree(folders.base, ignore_errors=True)
-    partial.replace(folders.base)
+    with new_folder(folders.base, "checkpoint") as partial:
+        model.save_pretrained(partial)
     saved.unlink(missing_ok=True)
     return {
         "kind": "base",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +16,16 @@ from typing import Any
 import torch
 import yaml
 
-from cllm import cli
+from cllm import cli, processes
 from cllm.config import Config
 from cllm.data.module import DataModule
-from cllm.files import write_atomic
+from cllm.errors import EXIT_STOPPED
+from cllm.files import check_replaceable, write_atomic
 from cllm.kv.accounting import kv_bytes
 from cllm.kv.presets import MHA
 from cllm.model.decoder import Decoder
 from cllm.model.loss import IGNORE
-from cllm.runs import RunFolder
+from cllm.runs import RUN, RunFolder
 from cllm.uptrain.sources import with_best_sources
 from cllm.uptrain.start import calibration_batches, make_student
 from cllm.uptrain.teacher import Teacher
@@ -183,6 +184,7 @@ class Runner:
                 return
             row = run_row(self.folders, student, seconds)
             write_result(self.folders, student.name, row)
+        check_replaceable(folder.path, RUN)
         shutil.rmtree(folder.checkpoint_folder, ignore_errors=True)
         print(
             f"{student.name}: loss {row['start_loss']:.4f} -> {row['loss']:.4f} (teacher {row['teacher_loss']:.4f}, "
@@ -206,17 +208,14 @@ class Runner:
         environment = {"OMP_NUM_THREADS": threads, **os.environ}
         command = [sys.executable, str(ROOT / "train.py"), "--config", str(file), "--resume", "auto"]
         with log.open("w", encoding="utf-8") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-            while process.poll() is None and self.deadline.left > 0:
+            process = processes.start(command, stdout=output, stderr=output, env=environment)
+            while not processes.has_ended(process) and self.deadline.left > 0:
                 time.sleep(0.1)
-            if process.poll() is not None:
-                return process.returncode
-            process.terminate()  # it saves, and then ends
-            try:
-                process.wait(_SAVING)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            if processes.has_ended(process):
+                status = processes.reap(process)
+                return 0 if status == EXIT_STOPPED else status
+            processes.send(process, signal.SIGTERM)  # it saves, and then ends
+            processes.reap(process, _SAVING)
         return 0
 
 

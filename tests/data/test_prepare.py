@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,9 @@ from cllm.data.manifest import Manifest
 from cllm.data.prepare import build, encode
 from cllm.data.prepare.corpus import held_out
 from cllm.data.store import TokenStore
-from cllm.errors import DataError
+from cllm.errors import EXIT_STOPPED, DataError
+from cllm.files import MARK
+from cllm.lock import locked
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -211,7 +216,7 @@ def test_stopped_run_goes_on_to_the_same_bytes(tmp_path, run, recipe, documents,
 
 def test_another_recipe_starts_clean(tmp_path, run, recipe, documents, monkeypatch, caplog):
     spec = recipe([write_jsonl(tmp_path / "a.jsonl", documents(200))], shard_tokens=1000)
-    monkeypatch.setattr(build, "_swap", lambda *_: (_ for _ in ()).throw(Stop))
+    monkeypatch.setattr(build, "replace", lambda *_: (_ for _ in ()).throw(Stop))
     with pytest.raises(Stop):
         run(spec)
     monkeypatch.undo()
@@ -259,13 +264,75 @@ def _alive(group: int) -> bool:
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path, run, recipe, capsys):
-    partial = tmp_path / "out.partial"
-    partial.mkdir()
     spec = recipe([write_jsonl(tmp_path / "a.jsonl", ["one"])])
-    with build._locked(partial):
+    with locked(tmp_path / "out"):
         assert run(spec)[0] == 2
-    assert "another process is preparing it" in capsys.readouterr().err
+        assert f"{tmp_path / 'out'}: is in use by process {os.getpid()} on " in capsys.readouterr().err
     assert run(spec)[0] == 0
+    with locked(tmp_path / "out"):
+        assert run(spec)[0] == 0, "a finished folder is only read"
+
+
+@pytest.mark.parametrize("name", ["out", "out.partial", "out.old"])
+def test_folders_that_preparing_did_not_make_are_never_emptied(tmp_path, run, recipe, capsys, name):
+    """Neither by their name, nor for a manifest.json and progress.json in them."""
+    spec = recipe([write_jsonl(tmp_path / "a.jsonl", ["one", "two"])])
+    run(spec, "--out", tmp_path / "theirs")
+    theirs = (tmp_path / "theirs").rename(tmp_path / name)
+    (theirs / MARK).unlink()
+    (theirs / "thesis.tex").write_text("years of work")
+    (theirs / "progress.json").write_text('{"key": "x"}')
+    before = content(theirs)
+    capsys.readouterr()
+    status = run(spec, "--force", "--min_chars", 1)[0]
+    assert content(theirs) == before
+    if name == "out.old":
+        assert status == 0
+    else:
+        assert status == 2
+        assert f"error: {theirs}: is left alone: it has no file {MARK}" in capsys.readouterr().err
+
+
+def test_what_killed_processes_left_goes_with_the_next_preparation(tmp_path, run, recipe):
+    spec = recipe([write_jsonl(tmp_path / "a.jsonl", ["one"])])
+    run(spec)
+    shutil.copytree(tmp_path / "out", tmp_path / ".out.old-somewhere-7")
+    assert run(spec, "--force")[0] == 0
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_one_line_and_status_3_and_the_same_command_goes_on(
+    tmp_path, run, recipe, documents, monkeypatch, capsys, caplog, number
+):
+    spec = recipe([write_jsonl(tmp_path / "a.jsonl", documents(1000))], shard_tokens=2500)
+    monkeypatch.setattr(encode, "_BATCH_DOCUMENTS", 50)
+    write_batch, batches = build._write_batch, iter(range(99))
+
+    def interrupted(batch, writers):
+        if next(batches) == 9:
+            os.kill(os.getpid(), number)
+        write_batch(batch, writers)
+
+    monkeypatch.setattr(build, "_write_batch", interrupted)
+    status, out = run(spec)
+    assert status == EXIT_STOPPED
+    line = f"stopped by {signal.Signals(number).name}; the same command goes on from the last finished shard"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    assert not out.exists()
+    assert run(spec)[0] == 0
+    assert "resuming" in caplog.text
+
+
+def test_a_signal_to_an_entire_group_is_not_taken_for_a_killed_worker(tmp_path, run, recipe, monkeypatch, capsys):
+    def killed(pending):
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(encode, "_finish", killed)
+    monkeypatch.setattr(encode, "_SIGNAL_SECONDS", 60)
+    assert run(recipe([write_jsonl(tmp_path / "a.jsonl", ["one"])]), "--workers", 2)[0] == EXIT_STOPPED
+    assert "stopped by SIGTERM" in capsys.readouterr().err
 
 
 def test_hub_source_streams(tmp_path, run, recipe, monkeypatch, capsys):

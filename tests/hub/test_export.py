@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cllm.data.manifest import Manifest
 from cllm.evaluate.subjects import load_subject
+from cllm.files import MARK
 from cllm.hub import export as export_module
 from cllm.model.sizes import build_decoder
 from cllm.runs import TIED, WEIGHTS_FILE, load_run
@@ -36,7 +38,7 @@ def test_a_run_as_a_folder(convert, make_run, tmp_path, prepared, capsys) -> Non
     assert convert("export", run.path, out) == 0
     names = {file.name for file in out.iterdir()}
     assert names == {
-        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+        *(MARK, "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     }
     stored, held = load_file(out / "model.safetensors"), decoder.state_dict()
     assert stored.keys() == {f"model.{name}" for name in held}
@@ -156,7 +158,7 @@ def test_a_checkpoint_folder_of_zero(convert, make_run, tmp_path) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.model.state_dict().items())
 
 
-def test_force_replaces_checkpoint_folders_only(convert, make_run, tmp_path, capsys) -> None:
+def test_force_replaces_what_an_export_made(convert, make_run, tmp_path, capsys) -> None:
     run, _ = make_run()
     out = tmp_path / "out"
     assert convert("export", run.path, out, "--checkpoint", 10) == 0
@@ -168,8 +170,51 @@ def test_force_replaces_checkpoint_folders_only(convert, make_run, tmp_path, cap
     capsys.readouterr()
     for folder in (run.path, tmp_path):
         message = _refused(capsys, convert("export", run.path, folder, "--force"))
-        assert "--force replaces checkpoint folders only" in message
+        assert f"{folder}: is left alone" in message
     assert run.config_file.exists()
+    (out / MARK).unlink()
+    before = sorted(path.name for path in out.iterdir())
+    message = _refused(capsys, convert("export", run.path, out, "--force"))
+    assert f"{out}: is left alone: it has no file {MARK}" in message, "somebody's checkpoint"
+    assert sorted(path.name for path in out.iterdir()) == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_two_exports_to_one_folder_do_not_replace_each_other(
+    convert, make_run, tmp_path, capsys, monkeypatch, force
+) -> None:
+    """The second comes while the first writes, and again just when the first has ended."""
+    run, _ = make_run()
+    out, save, statuses = tmp_path / "out", export_module.save, []
+
+    def save_slowly(*arguments: object) -> None:
+        if not statuses:
+            statuses.append(0)
+            statuses.append(convert("export", run.path, out, *(["--force"] if force else []), "--checkpoint", 10))
+        save(*arguments)
+
+    monkeypatch.setattr(export_module, "save", save_slowly)
+    assert convert("export", run.path, out) == 0
+    told = capsys.readouterr()
+    assert statuses == [0, 2]
+    assert f"error: {out}: is in use by process {os.getpid()} on " in told.err
+    assert "step 20, " in told.out
+    weights = (out / "model.safetensors").read_bytes()
+    monkeypatch.setattr(export_module, "check_out", lambda *_: None)  # it looked before the first one had ended
+    assert f"{out}: exists" in _refused(capsys, convert("export", run.path, out, "--checkpoint", 10))
+    assert (out / "model.safetensors").read_bytes() == weights
+
+
+def test_what_a_killed_export_left_goes_with_the_next(convert, make_run, tmp_path, monkeypatch) -> None:
+    run, _ = make_run()
+    if (pid := os.fork()) == 0:
+        monkeypatch.setattr(export_module, "save", lambda *_: os._exit(9))
+        convert("export", run.path, tmp_path / "out")
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert any(path.name.startswith(".out.partial-") for path in tmp_path.iterdir())
+    assert convert("export", run.path, tmp_path / "out") == 0
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
 
 
 def test_a_failure_leaves_nothing_behind_and_what_was_there_alone(convert, make_run, tmp_path, monkeypatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
-import subprocess
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,8 @@ from types import ModuleType
 import pytest
 import yaml
 
+from cllm.errors import EXIT_STOPPED
+from cllm.lock import locked
 from cllm.runs import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,30 +60,39 @@ def test_trained_and_compressed_in_one_table(tradeoff, tmp_path, capfd):
     assert checkpoint.exists()
 
 
-def test_out_of_time_it_stops_and_goes_on_with_the_same_command(script, tradeoff, tmp_path, capfd, monkeypatch):
+def test_out_of_time_it_says_so_and_the_same_command_goes_on(tradeoff, capfd):
+    assert tradeoff("--designs", "mha", "--minutes", 0) == EXIT_STOPPED
+    assert "stopped: mha is not finished; the same command goes on" in capfd.readouterr().err
+
+
+def test_a_signal_goes_on_to_train_py_which_saves(tradeoff, tmp_path, capfd):
     folder = RunFolder(tmp_path / "out" / "mha")
 
-    class Impatient(subprocess.Popen):
-        """Time is up as soon as the run has logged a step."""
+    def stop():
+        deadline = time.monotonic() + 300
+        while not any("train/loss" in row for row in folder.metrics()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-        waits = 0
-
-        def wait(self, timeout=None):
-            self.waits += 1
-            if self.waits > 1:
-                return super().wait(timeout)
-            while not (folder.metrics_file.exists() and any("train/loss" in row for row in folder.metrics())):
-                assert self.poll() is None, "it was to go on"
-                time.sleep(0.05)
-            raise subprocess.TimeoutExpired(self.args, timeout)
-
-    assert tradeoff("--designs", "mha", "--minutes", 0) == 3
-    assert "time is up: mha is not finished; the same command goes on" in capfd.readouterr().err
-    long = ["--designs", "mha", "--train.steps", 10**6, "--train.checkpoint_every", 10**6]
-    monkeypatch.setattr(script.subprocess, "Popen", Impatient)
-    assert tradeoff(*long, "--minutes", 60) == 3
+    thread = threading.Thread(target=stop)
+    thread.start()
+    long = ["--train.steps", 10**6, "--train.checkpoint_every", 10**6, "--train.validate_every", "null"]
+    assert tradeoff("--designs", "mha", "gqa", *long) == EXIT_STOPPED
+    thread.join()
     ((step, _),) = folder.checkpoints()
     assert 0 < step < 10**6, "it saved when it was asked to stop"
+    error = capfd.readouterr().err
+    assert error.splitlines()[-1] == "stopped by SIGTERM; the same command goes on"
+    assert "== gqa" not in error
+    with locked(folder.path):  # and nobody trains it any more
+        pass
+
+
+def test_two_commands_do_not_write_one_folder(tradeoff, tmp_path, capfd):
+    with locked(tmp_path / "out"):
+        assert tradeoff("--designs", "mha") == 2
+    assert f"error: {tmp_path / 'out'}: is in use by process {os.getpid()} on " in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

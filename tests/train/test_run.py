@@ -19,7 +19,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cllm.config import Config
-from cllm.errors import UserError
+from cllm.errors import EXIT_STOPPED, UserError
 from cllm.kv.sources import FusedRead
 from cllm.model import attention
 from cllm.model.sizes import build_decoder
@@ -147,9 +147,9 @@ def test_two_cpu_processes_take_the_same_steps_as_one(tiny: Tiny, tmp_path: Path
     assert losses(two, "val/loss") == pytest.approx(losses(one, "val/loss"), rel=1e-4)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(tiny: Tiny, tmp_path: Path, number: int) -> None:
-    """The loaders' processes get those that SLURM and a terminal send to whole groups, and live on."""
+    """The loaders' processes get those that SLURM and a terminal send to all of a group, and live on."""
     config = tiny("--train.steps", "100000", "--train.checkpoint_every", "100000", "--train.validate_every", "100000")
     config.data.num_workers = 1
     file = tmp_path / "long.yaml"
@@ -169,8 +169,8 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(tiny: Tiny, tmp
         assert running.poll() is None, running.stderr and running.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    (os.kill if number == signal.SIGTERM else os.killpg)(running.pid, number)
-    assert running.wait(timeout=120) == 0, running.stderr and running.stderr.read().decode()
+    os.killpg(running.pid, number)
+    assert running.wait(timeout=120) == EXIT_STOPPED, running.stderr and running.stderr.read().decode()
     (step, _), *more = folder.checkpoints()
     assert not more
     assert running.stdout is not None

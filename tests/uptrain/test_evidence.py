@@ -207,6 +207,7 @@ def save(*_):
     (run / "saved").touch()
     sys.exit()
 signal.signal(signal.SIGTERM, save)
+(run / ".cllm").write_text('{"kind": "run"}')
 (run / "waits").touch()
 time.sleep(60)
 """

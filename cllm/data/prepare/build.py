@@ -1,15 +1,15 @@
 """From a recipe to a prepared folder.
 
-Everything is written to OUT.partial, which becomes OUT by one rename when its manifest is there. `progress.json` in
-OUT.partial records a consistent cut each time a shard is finished: so many documents of the corpus, so many bytes of
-each file. A later run of the same recipe over the same source cuts the files back to it and goes on, which gives the
-bytes that an undisturbed run would have given.
+Everything is written to OUT.partial, which becomes OUT by one rename when its manifest is there. Both carry the mark of
+prepared data (`cllm/files.py`); a folder without it is never emptied or replaced. `progress.json` in OUT.partial
+records a consistent cut each time a shard is finished: so many documents of the corpus, so many bytes of each file. A
+later run of the same recipe over the same source cuts the files back to it and goes on, which gives the bytes that an
+undisturbed run would have given.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -31,10 +31,14 @@ from cllm.data.prepare.encode import Encoded, encode
 from cllm.data.prepare.recipe import Recipe
 from cllm.data.prepare.shards import Progress, ShardWriter
 from cllm.errors import DataError, UserError
+from cllm.files import MARK, check_replaceable, is_empty, mark, remove, remove_leftovers, replace
+from cllm.lock import locked
 
 log = logging.getLogger(__name__)
 
 STATE = "progress.json"
+KIND = "data"
+"""The kind that prepared folders, finished or not, are marked as."""
 
 
 class State(BaseModel):
@@ -64,19 +68,23 @@ def prepare(recipe: Recipe, *, force: bool = False) -> Manifest:
     unless it holds finished shards that a rerun can use. `force` replaces a finished folder.
     """
     folder = recipe.folder
-    finished = _finished(folder, recipe, force)
-    if finished:
-        log.info("%s: already prepared from this recipe (--force prepares it again)", folder)
+    if finished := _finished(folder, recipe, force):  # it may lie where nothing can be written any more
         return finished
-    corpus = Corpus(recipe)
-    partial = partial_folder(folder)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        with _locked(partial), _removed_on_error(partial):
-            _fill(partial, recipe, corpus)
-            _swap(partial, folder)
-    except OSError as error:
-        raise DataError(f"{partial}: cannot be written: {error}") from None
+    with locked(folder):
+        remove_leftovers(folder, KIND)
+        if finished := _finished(folder, recipe, force):  # by a process that had the lock until now
+            return finished
+        partial = partial_folder(folder)
+        check_replaceable(partial, KIND)
+        corpus = Corpus(recipe)
+        try:
+            mark(partial, KIND)
+            with _removed_on_error(partial):
+                _fill(partial, recipe, corpus)
+                (partial / STATE).unlink()
+                replace(partial, folder, KIND)
+        except OSError as error:
+            raise DataError(f"{partial}: cannot be written: {error}") from None
     return Manifest.load(folder)
 
 
@@ -85,10 +93,11 @@ def _finished(folder: Path, recipe: Recipe, force: bool) -> Manifest | None:
     if not folder.exists():
         return None
     if not (folder / MANIFEST).exists():
-        if folder.is_dir() and not any(folder.iterdir()):
+        if is_empty(folder):
             return None
         raise DataError(f"{folder}: exists and is not a prepared folder; name another with --out")
     if force:
+        check_replaceable(folder, KIND)
         return None
     manifest = Manifest.load(folder)
     if manifest.recipe != recipe.content():
@@ -101,20 +110,8 @@ def _finished(folder: Path, recipe: Recipe, force: bool) -> Manifest | None:
     with contextlib.suppress(DataError):
         if Corpus(recipe).fingerprint_sha256() != manifest.source_sha256:
             log.warning("%s: the source has changed since it was prepared; --force prepares it again", folder)
+    log.info("%s: already prepared from this recipe (--force prepares it again)", folder)
     return manifest
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second process out of `folder`; the lock goes with the process, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise DataError(f"{folder}: another process is preparing it") from None
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -125,7 +122,7 @@ def _removed_on_error(partial: Path) -> Iterator[None]:
     except UserError:
         state = _read_state(partial)
         if state is None or not any(progress.shards for progress in state.splits.values()):
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial, KIND)
         else:
             log.info("%s: keeps the finished shards for the next run", partial)
         raise
@@ -164,7 +161,7 @@ def _fill(partial: Path, recipe: Recipe, corpus: Corpus) -> None:
 
 def _resume(partial: Path, key: str) -> State | None:
     """The state a stopped run left, its files cut back to it; None where there is nothing to go on from."""
-    if not any(partial.iterdir()):
+    if os.listdir(partial) == [MARK]:
         return None
     state = _read_state(partial)
     if state is None or state.key != key:
@@ -201,7 +198,7 @@ def _start(partial: Path, key: str, recipe: Recipe, corpus: Corpus) -> State:
 
 def _remove(folder: Path, but: set[str]) -> None:
     for path in folder.iterdir():
-        if path.name not in but:
+        if path.name not in (*but, MARK):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -266,14 +263,3 @@ def _no_documents(recipe: Recipe, corpus: Corpus) -> DataError:
         f"{recipe.name}: source.kind {recipe.source.kind} holds no documents to keep "
         f"({counts.empty_documents} empty, {counts.short_documents} shorter than min_chars)"
     )
-
-
-def _swap(partial: Path, folder: Path) -> None:
-    """Put the finished folder in place of whatever was there."""
-    (partial / STATE).unlink()
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

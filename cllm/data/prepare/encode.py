@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,6 +22,7 @@ from cllm.errors import DataError
 
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 1024
+_SIGNAL_SECONDS = 0.5
 _BATCHES_PER_WORKER = 3  # in flight: enough to keep a worker busy while the main process writes
 
 
@@ -77,6 +79,7 @@ def encode(documents: Iterable[Document], saved: Saved, workers: int) -> Generat
         while pending:
             yield _finish(pending)
     except BrokenProcessPool:
+        time.sleep(_SIGNAL_SECONDS)  # where a signal to the entire group was the cause, this process ends by it here
         raise DataError("a tokenising process was killed, perhaps for memory; try fewer `workers`") from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,0 +1,37 @@
+"""Where results go when no --out is given: into a run, beside runs, or to runs/; never into a folder of the user's."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+RUNS = Path("runs")
+"""The default folder of runs, in the working directory."""
+
+
+def run_of(path: str | Path) -> Path | None:
+    """The run's folder of a run or one of its checkpoints; None for a Hugging Face folder."""
+    path = Path(path)
+    folder = path.parent.parent if path.suffix == ".ckpt" else path
+    return folder if (folder / "config.yaml").exists() else None
+
+
+def beside(runs: Sequence[Path | None], name: str) -> Path:
+    """Folder for what was measured of several runs: `name` beside them, or `runs/name`.
+
+    The latter where the runs lie in different folders, or something is no run (None).
+    """
+    parents = {None if run is None else run.resolve().parent for run in runs}
+    parent = parents.pop() if len(parents) == 1 else None
+    return (RUNS if parent is None else Path(os.path.relpath(parent))) / name
+
+
+def results_of_checkpoint(folder: Path) -> Path:
+    """Folder for what was measured of a Hugging Face folder: `runs/evaluation/NAME-HASH`.
+
+    The hash is of the folder's path, since many such folders have the same name.
+    """
+    path = folder.resolve()
+    return RUNS / "evaluation" / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"

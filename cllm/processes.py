@@ -1,0 +1,130 @@
+"""Commands that start other commands, and pass signals on to them.
+
+A child runs in a session of its own: a Ctrl-C at the terminal reaches it once, through its parent, and not twice. It
+gets SIGTERM when its parent is killed. Signals go only to a process that this one has not reaped, whose id can belong
+to nobody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cllm.signals import STOPPING, Interrupted, leave_terminal
+
+GRACE = 300.0
+"""Seconds that a run has to save after its time is up."""
+_POLL = 0.05
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def start(command: Sequence[str | Path], **options: Any) -> subprocess.Popen:
+    """Start a child in a session of its own, which gets SIGTERM when the thread that started it ends.
+
+    Args:
+        options: as for `subprocess.Popen`.
+    """
+    parent = os.getpid()
+
+    def end_with_parent() -> None:
+        if _libc is not None:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:
+                os._exit(128 + signal.SIGTERM)
+
+    return subprocess.Popen(
+        [str(word) for word in command], start_new_session=True, preexec_fn=end_with_parent, **options
+    )
+
+
+def has_ended(process: subprocess.Popen) -> bool:
+    """Whether a child of `start` has ended. It is not reaped, so that its id stays its own."""
+    if process.returncode is not None:
+        return True
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def send(process: subprocess.Popen, number: int) -> None:
+    """Send a signal to a child of `start`, if it has not been reaped."""
+    if process.returncode is None:
+        os.kill(process.pid, number)
+
+
+def reap(process: subprocess.Popen, grace: float = 0.0) -> int:
+    """Wait `grace` seconds for a child of `start`, kill what is left of its session's group, and give its status."""
+    if process.returncode is None:
+        deadline = time.monotonic() + grace
+        while not has_ended(process) and time.monotonic() < deadline:
+            time.sleep(_POLL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
+def run(command: Sequence[str | Path], *, seconds: float | None = None, grace: float = GRACE, **options: Any) -> int:
+    """Run a child to its end and return its exit status, -N where signal N killed it. Leaves no process behind.
+
+    SIGINT, SIGTERM and SIGHUP that this process gets meanwhile are passed on. The child ends when it likes: a run saves
+    first.
+
+    Args:
+        seconds: after so many the child gets SIGTERM; None: never.
+        grace: seconds after that until it is killed.
+        options: as for `subprocess.Popen`.
+
+    Raises:
+        Interrupted: when the child has ended, if there was such a signal.
+    """
+    with _received() as received:
+        process = start(command, **options)
+        late = None if seconds is None else time.monotonic() + seconds
+        killed, passed_on = None, 0
+        try:
+            while not has_ended(process):
+                while passed_on < len(received):
+                    send(process, received[passed_on])
+                    passed_on += 1
+                if late is not None and time.monotonic() > late:
+                    send(process, signal.SIGTERM)
+                    late, killed = None, time.monotonic() + grace
+                if killed is not None and time.monotonic() > killed:
+                    break
+                time.sleep(_POLL)
+        finally:
+            status = reap(process)
+    if received:
+        raise Interrupted(received[0])
+    return status
+
+
+@contextlib.contextmanager
+def _received() -> Iterator[list[int]]:
+    """Signals this process gets while the block runs, in a list; those that are ignored, as under nohup, stay so.
+
+    Outside of the main thread, which alone may handle signals, the list stays empty.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: Any) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
+        received.append(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [n for n in STOPPING if main and signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, receive) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -4,6 +4,7 @@ runs/NAME/
   config.yaml          the resolved config; reusable as --config
   env.txt              versions, git commit, hardware
   metrics.jsonl        one row a log step: step, tokens, time, and tag: value
+  companions/          of a run that starts from a checkpoint (init.from): its tokenizer, templates, generation config
   summary.json         design, parameters, KV bytes: what the comparison needs of the config
   evaluation/SET.json  what evaluate.py measured
   tensorboard/         events with the same tags as metrics.jsonl
@@ -28,6 +29,7 @@ from cllm.config import Config
 from cllm.errors import UserError
 from cllm.files import write_atomic
 from cllm.model.decoder import Decoder
+from cllm.model.misfit import misfit
 from cllm.model.sizes import build_decoder
 
 _CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
@@ -173,8 +175,8 @@ def load_run(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[D
     config = folder.config()
     with torch.device("meta"):
         model = build_decoder(config.model, backend=config.attention.backend)
-    try:
-        model.load_state_dict(read_weights(checkpoint), assign=True)
-    except RuntimeError as error:
-        raise UserError(f"{checkpoint}: does not fit {folder.config_file}: {error}") from None
+    weights = read_weights(checkpoint)
+    if fault := misfit(weights, model.state_dict()):
+        raise UserError(f"{checkpoint}: does not fit {folder.config_file}: {fault}")
+    model.load_state_dict(weights, assign=True)
     return model.to(device).eval(), config, step

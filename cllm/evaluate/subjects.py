@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
-import sys
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +14,7 @@ from torch import Tensor
 from cllm.data.manifest import Manifest, tokenizer_sha256
 from cllm.errors import UserError
 from cllm.runs import RunFolder, load_run
+from cllm.trust import load_tokenizer, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,15 +124,9 @@ class HuggingFaceSubject(Subject):
     latest = True
 
     def __init__(self, path: Path, device: torch.device):
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
+        from cllm.hub.loading import load_model
 
-        if not sys.stderr.isatty():
-            logging.disable_progress_bar()
-        self._model = _from_pretrained(
-            AutoModelForCausalLM, path, use_safetensors=True, dtype="auto" if device.type == "cuda" else torch.float32
-        )
-        self._model.to(device).eval()
+        self._model = load_model(path, dtype="auto" if device.type == "cuda" else torch.float32).to(device)
         self._keeps_last = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         config = self._model.config.get_text_config()
         self.name, self.path, self.folder, self.checkpoint = path.resolve().name, path, path, path.name
@@ -145,9 +138,7 @@ class HuggingFaceSubject(Subject):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        from transformers import AutoTokenizer
-
-        return _from_pretrained(AutoTokenizer, self.path)
+        return load_tokenizer(self.path)
 
     @property
     def tokenizer_sha256(self) -> str | None:
@@ -162,19 +153,6 @@ class HuggingFaceSubject(Subject):
         assert (positions, document_ids) == (None, None), "Hugging Face models are fed a plain stream"
         options = {"logits_to_keep": last} if self._keeps_last else {}
         return self._model(input_ids=input_ids, use_cache=False, **options).logits[:, -last:]
-
-
-def _from_pretrained(auto: Any, path: Path, **options: Any) -> Any:
-    # Whatever goes wrong in reading somebody's checkpoint is, to the user, one fault told in one line.
-    try:
-        return auto.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **options)
-    except UserError:
-        raise
-    except Exception as error:
-        hint = ""
-        if options.get("use_safetensors") and not any(path.glob("*.safetensors")):
-            hint = " (the folder has no .safetensors weights; other formats are not read)"
-        raise UserError(f"{path}: cannot be loaded{hint}: {type(error).__name__}: {error}") from None
 
 
 def load_subject(path: str | Path, device: torch.device) -> Subject:
@@ -197,7 +175,6 @@ def load_subject(path: str | Path, device: torch.device) -> Subject:
 
 
 def _is_huggingface(path: Path) -> bool:
-    try:
-        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    """Raises `UserError` for a config.json that cannot be read."""
+    file = path / "config.json"
+    return file.exists() and "model_type" in read_object(file)

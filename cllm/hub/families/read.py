@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.hub.families.table import FAMILIES, REFUSED, Family, Weight, weights
+from cllm.trust import check_model_folder, read_object
 
 CONFIG_FILE = "config.json"
 
@@ -68,6 +69,7 @@ def read_family(folder: str | Path) -> Import:
     folder = Path(folder)
     file = folder / CONFIG_FILE
     raw = _read(file)
+    check_model_folder(folder)
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         if str(name) in REFUSED:
@@ -91,15 +93,9 @@ def read_family(folder: str | Path) -> Import:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: missing, so {file.parent} is no Hugging Face checkpoint folder") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{file}: holds a {type(raw).__name__}, not an object")
-    return raw
+    if not file.exists():
+        raise UserError(f"{file}: missing, so {file.parent} is no Hugging Face checkpoint folder")
+    return read_object(file)
 
 
 def _require(file: Path, values: Any, key: str, allowed: tuple[Any, ...], why: str = "") -> None:

@@ -27,10 +27,11 @@ from safetensors import SafetensorError, safe_open
 from cllm import cli
 from cllm.config import Config
 from cllm.errors import UserError
-from cllm.files import write_atomic
+from cllm.files import inside, write_atomic
 from cllm.model.decoder import Decoder
 from cllm.model.misfit import misfit
 from cllm.model.sizes import build_decoder
+from cllm.trust import read_object
 
 _CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
 _PREFIX = "model."
@@ -74,6 +75,15 @@ class RunFolder:
     def checkpoint_folder(self) -> Path:
         return self.path / "checkpoints"
 
+    def check_links(self) -> None:
+        """Refuse a run whose folders are links to somewhere else: what is written or deleted in them is not the run's.
+
+        Raises:
+            UserError: naming the link.
+        """
+        for folder in (self.checkpoint_folder, self.tensorboard_folder, self.evaluation_folder):
+            inside(self.path, folder.name, written_in=self.path, to_write=True)
+
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, path) of every checkpoint, oldest first."""
         found = [(m, p) for p in self.checkpoint_folder.glob("step-*.ckpt") if (m := _CHECKPOINT.fullmatch(p.name))]
@@ -104,23 +114,24 @@ class RunFolder:
         write_atomic(self.config_file, yaml.safe_dump(config.as_yaml_data(), sort_keys=False))
 
     def summary(self) -> dict[str, Any]:
-        """What `summary.json` holds."""
-        try:
-            return json.loads(self.summary_file.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"{self.summary_file}: cannot be read: {error}") from None
+        """What `summary.json` holds. Raises `UserError` where it is no JSON object."""
+        return read_object(self.summary_file)
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Rows of `metrics.jsonl`; a last line cut off by a crash is left out."""
         if not self.metrics_file.exists():
             return
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+        lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
         for number, line in enumerate(lines, start=1):
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 if number < len(lines):
                     raise UserError(f"{self.metrics_file} line {number}: not valid JSON") from None
+                return
+            if not isinstance(row, dict):
+                raise UserError(f"{self.metrics_file} line {number}: a {type(row).__name__}; allowed: a JSON object")
+            yield row
 
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

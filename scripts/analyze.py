@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16"):
         slots = collect(posthoc.engine_for(subject), batches)
     kinds = {kind: analyze(x, groups=options.group, energy=options.energy) for kind, x in slots.items()}
-    folder = options.out or subject.folder / "evaluation"
+    folder = subject.results(options.out)
     files = [folder / f"analysis-{text.name}.{suffix}" for suffix in ("json", "png")]
     record = {"run": subject.name, "checkpoint": subject.checkpoint, "set": text.name, "data": str(text.path),
               "sequences": len(batches), "length": length, "kinds": kinds}  # fmt: skip

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
 @one_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit status."""
+    """Run the command line; returns its exit status: 1 where a run's files cannot be read and it was left out."""
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     # Imported late: --help and mistakes in arguments answer without loading torch and plots.
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(terminal(comparison))
     for path in write(comparison, options.out or default_folder(runs)):
         print(f"written: {path}")
-    return 0
+    return 1 if comparison.left_out else 0
 
 
 if __name__ == "__main__":

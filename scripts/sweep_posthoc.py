@@ -9,7 +9,6 @@ not measured again. docs/posthoc.md tells the rest.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -24,10 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cllm.errors import UserError, one_line
 from cllm.evaluate import pareto, posthoc
+from cllm.evaluate.left_out import LeftOut
 from cllm.evaluate.perplexity import Settings, open_sets
 from cllm.evaluate.subjects import Subject, load_subject
 from cllm.evaluate.texts import TextSet
 from cllm.posthoc.methods import parse
+from cllm.trust import read_object
 
 SPECS = (
     "xkv:group={group},ratio={ratio}",
@@ -71,7 +72,7 @@ def _measured(
 ) -> Any:
     """The record of an earlier measurement of the same checkpoint on the same data, or None."""
     path = posthoc.result_path(
-        subject.folder / "evaluation",
+        subject.results(),
         text.name,
         spec,
         prefix=prefix,
@@ -79,12 +80,9 @@ def _measured(
         max_tokens=settings.max_tokens,
         checkpoint=None if subject.latest else f"-{Path(subject.checkpoint).stem}",
     )
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    record = read_object(path)
     wanted = {"checkpoint": subject.checkpoint, "step": subject.step, "data": str(text.path), "batch": batch}
     wanted |= {"precision": subject.precision, **posthoc.fingerprints(subject, text)}
     return record if all(record.get(key) == value for key, value in wanted.items()) else None
@@ -92,7 +90,7 @@ def _measured(
 
 @one_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit status: 1 where a measurement failed that should not."""
+    """Run the command line; returns its exit status: 1 where a measurement failed, or a run was left out."""
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     specs = pareto.expand(options.spec or SPECS, options.group, options.ratio)
@@ -103,26 +101,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
     settings = Settings(window=options.window, batch=options.batch, max_tokens=options.max_tokens)
     records, refused, status = [], [], 0
+    left_out = LeftOut(len(options.runs))
     for path in options.runs:
-        subject = load_subject(path, device)
-        window, prefix, batch = posthoc.resolve(subject, settings, options.prefix, device)
-        text = next(iter(open_sets(subject, [options.data] if options.data else [])))
-        for spec in ("none", *specs):
-            record = None if options.again else _measured(subject, text, settings, spec, prefix, window, batch)
-            if record is None:
-                try:
-                    (record,) = posthoc.measure(subject, text, settings, [spec], device, prefix=prefix)
-                except Exception as error:
-                    if spec == "none":  # then nothing can be measured
-                        raise
-                    why = str(error)
-                    if not isinstance(error, UserError):
-                        traceback.print_exc()
-                        status, why = 1, f"failed: {' '.join(why.split())}"
-                    refused.append(f"{subject.name}, {spec}: {why}")
-                    continue
-                posthoc.save(subject, record)
-            records.append(record)
+        with left_out.unless_usable(path):
+            subject = load_subject(path, device)
+            window, prefix, batch = posthoc.resolve(subject, settings, options.prefix, device)
+            text = next(iter(open_sets(subject, [options.data] if options.data else [])))
+            for spec in ("none", *specs):
+                record = None if options.again else _measured(subject, text, settings, spec, prefix, window, batch)
+                if record is None:
+                    try:
+                        (record,) = posthoc.measure(subject, text, settings, [spec], device, prefix=prefix)
+                    except Exception as error:
+                        if spec == "none":  # then nothing can be measured
+                            raise
+                        why = str(error)
+                        if not isinstance(error, UserError):
+                            traceback.print_exc()
+                            status, why = 1, f"failed: {' '.join(why.split())}"
+                        refused.append(f"{subject.name}, {spec}: {why}")
+                        continue
+                    posthoc.save(subject, record)
+                records.append(record)
+    status = max(status, left_out.status())
     found = pareto.points(records, baseline=options.baseline)
     print(pareto.markdown(found, refused), end="")
     beside = Path(os.path.commonpath([Path(path).resolve().parent for path in options.runs]))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cllm.data.manifest import Manifest, tokenizer_sha256
 from cllm.errors import UserError
+from cllm.files import inside
 from cllm.runs import RunFolder, load_run
 from cllm.trust import load_tokenizer, read_object
 
@@ -52,6 +53,13 @@ class Subject(ABC):
     """Where results also go as TensorBoard events."""
     default_sets: dict[str, Path]
     """Sets to evaluate where none is named: name, prepared folder."""
+
+    def results(self, out: Path | None = None) -> Path:
+        """The folder that results go to: `out`, or evaluation/ in the run's or checkpoint's folder.
+
+        Raises `UserError` where evaluation/ is a link that leaves the folder.
+        """
+        return out or inside(self.folder, "evaluation", written_in=self.folder, to_write=True)
 
     @property
     @abstractmethod

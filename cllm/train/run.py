@@ -103,6 +103,7 @@ def open_folder(config: Config, resume: str | None, overwrite: bool) -> tuple[Ru
             checkpoint does not exist; when the saved run is another one, or finished without a checkpoint.
     """
     folder = RunFolder(Path(config.runs_dir) / config.name)
+    folder.check_links()
     if resume is not None and overwrite:
         raise UserError(f"--resume {resume} goes on with a run and --overwrite replaces it; give one of them")
     # Other processes of this run start when the first has made the folder already.

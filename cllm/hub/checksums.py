@@ -10,7 +10,7 @@ from cllm.errors import UserError
 from cllm.files import inside, shorten, write_atomic
 from cllm.trust import read_object
 
-CHECKSUMS = "checksums.json"
+CHECKSUMS = "weights.sha256.json"
 """`{"model.safetensors": {"bytes": 123, "sha256": "..."}}`, an entry for each weight file."""
 _HINT = f"where the weights were changed on purpose, delete {CHECKSUMS}"
 

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cllm.errors import UserError
+from cllm.files import shorten
 from cllm.hub.checksums import check_checksums
 from cllm.hub.export import quiet
 from cllm.model.misfit import describe
@@ -61,7 +62,7 @@ def load_exported(folder: Path, *, dtype: torch.dtype | str) -> CLLMForCausalLM:
 
     config = _checked(folder)
     if config.get("model_type") != "cllm":
-        raise UserError(f"{folder}: is a {config.get('model_type')} checkpoint already")
+        raise UserError(f"{folder}: is a {shorten(str(config.get('model_type')))} checkpoint already")
     return _from_pretrained(CLLMForCausalLM, folder, dtype=dtype).eval()
 
 

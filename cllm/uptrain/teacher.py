@@ -68,7 +68,10 @@ def teacher_config(path: str | Path) -> ModelConfig:
         from cllm.hub.config import CLLMConfig
 
         check_model_folder(path)
-        config = CLLMConfig.from_dict(read_object(path / "config.json")).model_config
+        try:
+            config = CLLMConfig.from_dict(read_object(path / "config.json")).model_config
+        except UserError as error:
+            raise UserError(f"init.from {path}: {error}") from None
     else:
         from cllm.hub.families import read_family
 

@@ -1,5 +1,6 @@
 """Damaged checkpoint folders: evaluation, uptraining and `plain` answer with one short line, or compute the same."""
 
+import ast
 import json
 import shutil
 import struct
@@ -45,6 +46,13 @@ def _rename_all(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"module.{name}"] = tensors.pop(name)
 
 
+def _elsewhere(folder: Path) -> None:
+    """The only shard lies beside the folder, and the index says so."""
+    (folder / WEIGHTS).rename(folder.parent / "shard.safetensors")
+    names = dict.fromkeys(load_file(folder.parent / "shard.safetensors"), "../shard.safetensors")
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
 def _last(tensors: dict[str, torch.Tensor]) -> str:
     return next(name for name in sorted(tensors, reverse=True) if "norm" in name)
 
@@ -74,6 +82,7 @@ DAMAGES = {
     "a width that is a text": _config(hidden_size="wide"),
     "a width that is null": _config(hidden_size=None),
     "no heads": _config(num_attention_heads=0),
+    "a shard outside of the folder": _elsewhere,
     "code": _config(model_type="evil", auto_map={"AutoConfig": "e.E", "AutoModelForCausalLM": "e.E"}),
 }
 
@@ -120,6 +129,34 @@ def test_tensors_that_the_model_has_not_are_said(chat_llama, caplog) -> None:
     _tensors(lambda t: t.update(more=torch.ones(2)))(chat_llama)
     load_subject(chat_llama, torch.device("cpu"))
     assert "tensors are left out: not in the model: more" in caplog.text
+
+
+def test_a_folder_of_links_as_in_the_hugging_face_cache_is_loaded(chat_llama, tmp_path) -> None:
+    """A link is the choice of whoever made the folder; a name in a file's content is not."""
+    snapshot = tmp_path / "cache" / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "cache" / "blobs").mkdir()
+    for file in chat_llama.iterdir():
+        if file.is_file():
+            shutil.copy(file, tmp_path / "cache" / "blobs" / file.name)
+            (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    subject, ids = load_subject(snapshot, torch.device("cpu")), torch.arange(8)[None]
+    with torch.no_grad():
+        expected = load_subject(chat_llama, torch.device("cpu")).logits(ids, None, None, 8)
+        assert torch.equal(subject.logits(ids, None, None, 8), expected)
+    assert subject.tokenizer.eos_token_id == 0
+
+
+def test_the_auto_classes_of_transformers_are_used_in_a_few_places() -> None:
+    """They offer to run code. `trust.py` and `loading.py` refuse it, the others do not load folders."""
+    root = Path(__file__).resolve().parents[2]
+    found = set()
+    for file in [*(root / "cllm").rglob("*.py"), *(root / "scripts").rglob("*.py"), *(root / "data").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Name) and node.id.startswith(("AutoTokenizer", "AutoConfig", "AutoModel")):
+                found.add(file.relative_to(root).as_posix())
+    registering, benchmark = {"cllm/hub/config.py", "cllm/hub/model.py"}, {"scripts/decode_bench/peers.py"}
+    assert found == {"cllm/trust.py", "cllm/hub/loading.py"} | registering | benchmark
 
 
 # ---- checksums -------------------------------------------------------------------------------------------------------

@@ -14,10 +14,15 @@ from cllm.trust import check_model_folder, load_tokenizer, read_object, weight_m
 def nobody_is_asked(monkeypatch):
     """transformers asks "run the custom code? [y/N]" with `input`."""
 
+    asked = []
+
     def ask(prompt: str = "") -> str:
-        raise AssertionError(f"asked: {prompt}")
+        asked.append(prompt)
+        return "n"
 
     monkeypatch.setattr(builtins, "input", ask)
+    yield
+    assert not asked
 
 
 @pytest.fixture

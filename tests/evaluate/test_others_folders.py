@@ -190,8 +190,11 @@ def code_in_the_data(make_run, prepared, tmp_path, monkeypatch) -> RunFolder:
     """A run whose data's tokenizer asks for Python code beside it, which leaves a trace when it is run."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
 
+    asked = []
+
     def ask(prompt: str = "") -> str:
-        raise AssertionError(f"asked: {prompt}")
+        asked.append(prompt)
+        return "n"
 
     monkeypatch.setattr(builtins, "input", ask)
     run, _ = make_run()
@@ -206,6 +209,7 @@ def code_in_the_data(make_run, prepared, tmp_path, monkeypatch) -> RunFolder:
         config.model_copy(update={"data": config.data.model_copy(update={"path": str(tmp_path / "data")})})
     )
     yield run
+    assert not asked
     assert not (tmp_path / "trace").exists()
 
 

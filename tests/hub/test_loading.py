@@ -47,10 +47,14 @@ def _rename_all(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _elsewhere(folder: Path) -> None:
-    """The only shard lies beside the folder, and the index says so."""
-    (folder / WEIGHTS).rename(folder.parent / "shard.safetensors")
-    names = dict.fromkeys(load_file(folder.parent / "shard.safetensors"), "../shard.safetensors")
-    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    """One of two shards lies beside the folder, and the index says so."""
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    places = {name: "../b.safetensors" if "norm" in name else "a.safetensors" for name in tensors}
+    for place in ("a.safetensors", "../b.safetensors"):
+        part = {name: tensor for name, tensor in tensors.items() if places[name] == place}
+        save_file(part, folder / place, metadata={"format": "pt"})
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 def _last(tensors: dict[str, torch.Tensor]) -> str:
@@ -122,6 +126,13 @@ def test_a_damaged_folder_of_ours_is_one_short_line(chat_llama, tmp_path, name: 
 def test_every_name_of_a_renamed_checkpoint_is_counted(chat_llama) -> None:
     _tensors(_rename_all)(chat_llama)
     with pytest.raises(UserError, match=r"missing: lm_head\.weight, model\.embed_tokens\.weight and 19 more; not in"):
+        load_subject(chat_llama, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("vocab_size", 10**12), ("hidden_size", 10**9)])
+def test_sizes_that_the_files_cannot_hold_are_refused_before_anything_is_built(chat_llama, key, value) -> None:
+    _config(**{key: value})(chat_llama)
+    with pytest.raises(UserError, match=rf"config\.json: .*{key} {value}.*: the weight files are too small for it"):
         load_subject(chat_llama, torch.device("cpu"))
 
 

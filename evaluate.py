@@ -38,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, metavar="N", help="only the first N tokens of each set")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--name", metavar="SET", help="name of the set in file names and tags (default: from the data's path)")
-    add("--out", metavar="DIR", type=Path, help="folder for SET.json (default: evaluation/ in the run's folder; "
-        "runs/evaluation/NAME-HASH for a Hugging Face folder)")  # fmt: skip
+    add("--out", metavar="DIR", type=Path, help="folder for SET.json; nothing is written elsewhere then (default: "
+        "evaluation/ in the run's folder; runs/evaluation/NAME-HASH for a Hugging Face folder)")  # fmt: skip
     add("--posthoc", action="append", default=[], metavar="SPEC", help="compress the cache of a prefix and score what "
         "follows, e.g. xkv:group=4,ratio=4 or none; repeat it")  # fmt: skip
     add("--prefix", type=int, metavar="N", help="tokens of each window to compress (default: half the window)")
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 @one_line
 @stoppable()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit status."""
+    """Run the command line; returns its exit status: 1 where one of several runs was left out."""
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     if not options.run:
@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     from cllm.evaluate import posthoc
+    from cllm.evaluate.left_out import LeftOut
     from cllm.evaluate.perplexity import Settings, measure, open_sets, save, table
     from cllm.evaluate.subjects import load_subject
 
@@ -77,27 +78,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         max_tokens=options.max_tokens,
     )  # fmt: skip
     records, paths = [], []
+    left_out = LeftOut(len(options.run))
     try:
         for path in options.run:
-            subject = load_subject(path, device)
-            print(f"results of {path} go to {options.out or subject.results}", file=sys.stderr, flush=True)
-            for text in open_sets(subject, options.data, split=settings.split, name=options.name):
-                if options.posthoc:
-                    found = posthoc.measure(
-                        subject,
-                        text,
-                        settings,
-                        options.posthoc,
-                        device,
-                        prefix=options.prefix,
-                        generate=options.generate,
-                    )
-                    paths += [posthoc.save(subject, record, options.out) for record in found]
-                    records += found
-                    continue
-                record = measure(subject, text, settings, device)
-                paths.append(save(subject, record, options.out))
-                records.append(record)
+            with left_out.unless_usable(path):
+                subject = load_subject(path, device)
+                print(f"results of {path} go to {subject.results(options.out)}", file=sys.stderr, flush=True)
+                for text in open_sets(subject, options.data, split=settings.split, name=options.name):
+                    if options.posthoc:
+                        found = posthoc.measure(
+                            subject,
+                            text,
+                            settings,
+                            options.posthoc,
+                            device,
+                            prefix=options.prefix,
+                            generate=options.generate,
+                        )
+                        paths += [posthoc.save(subject, record, options.out) for record in found]
+                        records += found
+                        continue
+                    record = measure(subject, text, settings, device)
+                    paths.append(save(subject, record, options.out))
+                    records.append(record)
     finally:
         if records:
             print(
@@ -105,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 *(f"written: {path}" for path in paths),
                 sep="\n",
             )
-    return 0
+    return left_out.status()
 
 
 if __name__ == "__main__":

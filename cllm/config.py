@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cllm.kv.plan import KVPlan
 from cllm.kv.presets import MHA, KVConfig
@@ -160,6 +160,14 @@ class DataConfig(Section):
     """Loader processes; the batches do not depend on it."""
     validation_sequences: int | None = Field(None, ge=1)
     """Sequences of each validation set during training; null: all. evaluate.py always reads all."""
+
+    @field_validator("validation")
+    @classmethod
+    def _names(cls, sets: dict[str, str]) -> dict[str, str]:
+        for name in sets:
+            if not name or name.startswith(".") or not name.isprintable() or {"/", "\\"} & set(name):
+                raise ValueError(f"names a set {name!r}; it names files: no slash, and no dot at the beginning")
+        return sets
 
 
 class OptimConfig(Section):

@@ -3,6 +3,9 @@
 Writing: to a temporary name beside the target, synced to the disk, then renamed. A reader, or a crash, sees the old
 content or the new, never a part.
 
+Reading names from files: `inside` joins a folder and a name that a file's content gives, and refuses names that leave
+the folder.
+
 Deleting: a folder that cllm makes holds a small file, `.cllm`, that says what the folder is. Only such a folder is ever
 removed or replaced; any other is refused with one line, whatever its name.
 """
@@ -27,6 +30,37 @@ RESULTS = "results"
 """The kind of folders for tables and figures."""
 DELETING = ".cllm-deleting"
 """The mark's name once the folder's deletion has begun."""
+
+
+def inside(folder: Path, name: str, *, written_in: Path | str, to_write: bool = False) -> Path:
+    """`folder / name` for a relative name that comes from a file's content or a command line.
+
+    A symbolic link at the very end may be read, wherever it points: the person who made the folder put it there, and
+    the folders of the Hugging Face cache consist of such links. A link is refused where it is a folder on the way and
+    leaves, and, with `to_write`, also at the end.
+
+    Args:
+        folder: any folder; it may itself be reached through links.
+        name: relative, with `/` between its parts.
+        written_in: the file, key or option that gives the name, for the message.
+        to_write: whether something will be written to, or below, that path.
+
+    Raises:
+        UserError: for a name that is empty, absolute, has `..` in it, or leads outside `folder` through a link.
+    """
+    parts = name.split("/") if isinstance(name, str) else [""]
+    if any(part in ("", ".", "..") or "\0" in part or "\\" in part for part in parts):
+        raise UserError(f"{written_in}: names {shorten(repr(name))}; allowed: names of files in {folder}")
+    path = folder.joinpath(*parts)
+    checked = path if to_write else path.parent
+    if checked != folder and not checked.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{checked}: leads out of {folder} through a symbolic link; cllm does not follow it")
+    return path
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """`text`, or its beginning and an ellipsis where it is longer than `limit` characters."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def sync_folder(folder: Path) -> None:

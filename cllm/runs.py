@@ -5,6 +5,7 @@ runs/NAME/
   config.yaml          the resolved config; reusable as --config
   env.txt              versions, git commit, hardware
   metrics.jsonl        one row a log step: step, tokens, time, and tag: value
+  companions/          of a run that starts from a checkpoint (init.from): its tokenizer, templates, generation config
   summary.json         design, parameters, KV bytes: what the comparison needs of the config
   evaluation/SET.json  what evaluate.py measured
   tensorboard/         events with the same tags as metrics.jsonl
@@ -28,9 +29,11 @@ from safetensors import SafetensorError, safe_open
 from cllm import cli
 from cllm.config import Config
 from cllm.errors import UserError
-from cllm.files import MARK, is_being_deleted, is_empty, marked_as, write_atomic
+from cllm.files import MARK, inside, is_being_deleted, is_empty, marked_as, write_atomic
 from cllm.model.decoder import Decoder
+from cllm.model.misfit import misfit
 from cllm.model.sizes import build_decoder
+from cllm.trust import read_object
 
 RUN = "run"
 """The kind that a run's folder is marked as, see `cllm/files.py`."""
@@ -76,6 +79,15 @@ class RunFolder:
     def checkpoint_folder(self) -> Path:
         return self.path / "checkpoints"
 
+    def check_links(self) -> None:
+        """Refuse a run whose folders are links to somewhere else: what is written or deleted in them is not the run's.
+
+        Raises:
+            UserError: naming the link.
+        """
+        for folder in (self.checkpoint_folder, self.tensorboard_folder, self.evaluation_folder):
+            inside(self.path, folder.name, written_in=self.path, to_write=True)
+
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, path) of every checkpoint, oldest first."""
         found = [(m, p) for p in self.checkpoint_folder.glob("step-*.ckpt") if (m := _CHECKPOINT.fullmatch(p.name))]
@@ -106,23 +118,24 @@ class RunFolder:
         write_atomic(self.config_file, yaml.safe_dump(config.as_yaml_data(), sort_keys=False))
 
     def summary(self) -> dict[str, Any]:
-        """What `summary.json` holds."""
-        try:
-            return json.loads(self.summary_file.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"{self.summary_file}: cannot be read: {error}") from None
+        """What `summary.json` holds. Raises `UserError` where it is no JSON object."""
+        return read_object(self.summary_file)
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Rows of `metrics.jsonl`; a last line cut off by a crash is left out."""
         if not self.metrics_file.exists():
             return
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+        lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
         for number, line in enumerate(lines, start=1):
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 if number < len(lines):
                     raise UserError(f"{self.metrics_file} line {number}: not valid JSON") from None
+                return
+            if not isinstance(row, dict):
+                raise UserError(f"{self.metrics_file} line {number}: a {type(row).__name__}; allowed: a JSON object")
+            yield row
 
 
 def check_run_folder(folder: RunFolder) -> bool:
@@ -218,8 +231,8 @@ def load_run(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[D
     config = folder.config()
     with torch.device("meta"):
         model = build_decoder(config.model, backend=config.attention.backend)
-    try:
-        model.load_state_dict(read_weights(checkpoint), assign=True)
-    except RuntimeError as error:
-        raise UserError(f"{checkpoint}: does not fit {folder.config_file}: {error}") from None
+    weights = read_weights(checkpoint)
+    if fault := misfit(weights, model.state_dict()):
+        raise UserError(f"{checkpoint}: does not fit {folder.config_file}: {fault}")
+    model.load_state_dict(weights, assign=True)
     return model.to(device).eval(), config, step

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
     device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
     subject = load_subject(options.run, device)
-    print(f"results go to {options.out or subject.results}", file=sys.stderr, flush=True)
+    print(f"results go to {subject.results(options.out)}", file=sys.stderr, flush=True)
     length, _, _ = Settings(window=options.length).resolve(subject, device)
     text = next(iter(open_sets(subject, [options.data] if options.data else [])))
     stream = Stream(text.source, start_id=subject.start_id)
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16"):
         slots = collect(posthoc.engine_for(subject), batches)
     kinds = {kind: analyze(x, groups=options.group, energy=options.energy) for kind, x in slots.items()}
-    folder = options.out or subject.results
+    folder = subject.results(options.out)
     files = [folder / f"analysis-{text.name}.{suffix}" for suffix in ("json", "png")]
     record = {"run": subject.name, "checkpoint": subject.checkpoint, "set": text.name, "data": str(text.path),
               "sequences": len(batches), "length": length, "kinds": kinds}  # fmt: skip

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 @one_line
 @stoppable()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit status."""
+    """Run the command line; returns its exit status: 1 where a run's files cannot be read and it was left out."""
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     # Imported late: --help and mistakes in arguments answer without loading torch and plots.
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with locked(folder):
         for path in write(comparison, folder):
             print(f"written: {path}")
-    return 0
+    return 1 if comparison.left_out else 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ not measured again. docs/posthoc.md tells the rest.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import traceback
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cllm.errors import UserError, one_line
 from cllm.evaluate import pareto, posthoc
+from cllm.evaluate.left_out import LeftOut
 from cllm.evaluate.perplexity import Settings, open_sets
 from cllm.evaluate.places import beside, run_of
 from cllm.evaluate.subjects import Subject, load_subject
@@ -30,6 +30,7 @@ from cllm.evaluate.texts import TextSet
 from cllm.lock import locked
 from cllm.posthoc.methods import parse
 from cllm.signals import stoppable
+from cllm.trust import read_object
 
 SPECS = (
     "xkv:group={group},ratio={ratio}",
@@ -74,7 +75,7 @@ def _measured(
 ) -> Any:
     """The record of an earlier measurement of the same checkpoint on the same data, or None."""
     path = posthoc.result_path(
-        subject.results,
+        subject.results(),
         text.name,
         spec,
         prefix=prefix,
@@ -82,12 +83,9 @@ def _measured(
         max_tokens=settings.max_tokens,
         checkpoint=None if subject.latest else f"-{Path(subject.checkpoint).stem}",
     )
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    record = read_object(path)
     wanted = {"checkpoint": subject.checkpoint, "step": subject.step, "data": str(text.path), "batch": batch}
     wanted |= {"precision": subject.precision, **posthoc.fingerprints(subject, text)}
     return record if all(record.get(key) == value for key, value in wanted.items()) else None
@@ -96,7 +94,10 @@ def _measured(
 @one_line
 @stoppable("the same command goes on: what was measured is kept")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit status: 1 where a measurement failed that should not, 3 when stopped."""
+    """Run the command line; returns its exit status.
+
+    1 where a measurement failed that should not, or a run was left out; 3 when stopped.
+    """
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     specs = pareto.expand(options.spec or SPECS, options.group, options.ratio)
@@ -115,26 +116,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def sweep(options: argparse.Namespace, specs: list[str], settings: Settings, device: torch.device, out: Path) -> int:
     """Measure every run with every spec, and write the table; returns the exit status."""
     records, refused, status = [], [], 0
+    left_out = LeftOut(len(options.runs))
     for path in options.runs:
-        subject = load_subject(path, device)
-        window, prefix, batch = posthoc.resolve(subject, settings, options.prefix, device)
-        text = next(iter(open_sets(subject, [options.data] if options.data else [])))
-        for spec in ("none", *specs):
-            record = None if options.again else _measured(subject, text, settings, spec, prefix, window, batch)
-            if record is None:
-                try:
-                    (record,) = posthoc.measure(subject, text, settings, [spec], device, prefix=prefix)
-                except Exception as error:
-                    if spec == "none":  # then nothing can be measured
-                        raise
-                    why = str(error)
-                    if not isinstance(error, UserError):
-                        traceback.print_exc()
-                        status, why = 1, f"failed: {' '.join(why.split())}"
-                    refused.append(f"{subject.name}, {spec}: {why}")
-                    continue
-                posthoc.save(subject, record)
-            records.append(record)
+        with left_out.unless_usable(path):
+            subject = load_subject(path, device)
+            window, prefix, batch = posthoc.resolve(subject, settings, options.prefix, device)
+            text = next(iter(open_sets(subject, [options.data] if options.data else [])))
+            for spec in ("none", *specs):
+                record = None if options.again else _measured(subject, text, settings, spec, prefix, window, batch)
+                if record is None:
+                    try:
+                        (record,) = posthoc.measure(subject, text, settings, [spec], device, prefix=prefix)
+                    except Exception as error:
+                        if spec == "none":  # then nothing can be measured
+                            raise
+                        why = str(error)
+                        if not isinstance(error, UserError):
+                            traceback.print_exc()
+                            status, why = 1, f"failed: {' '.join(why.split())}"
+                        refused.append(f"{subject.name}, {spec}: {why}")
+                        continue
+                    posthoc.save(subject, record)
+                records.append(record)
+    status = max(status, left_out.status())
     found = pareto.points(records, baseline=options.baseline)
     print(pareto.markdown(found, refused), end="")
     for file in pareto.write(found, out, refused):

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cllm.errors import DataError
+from cllm.trust import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -163,10 +164,8 @@ class Manifest(_Record):
         return totals.bytes / totals.tokens
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer the tokens were made with, as Hugging Face loads it."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(str(self.folder / TOKENIZER))
+        """The tokenizer the tokens were made with, as Hugging Face loads it. Raises `UserError` as `load_tokenizer`."""
+        return load_tokenizer(self.folder / TOKENIZER)
 
     def digest(self) -> str:
         """A hex SHA-256 of the whole record: equal for two folders that hold the same tokens of the same tokenizer."""

@@ -7,7 +7,6 @@ training. Nothing here knows a design by name: what a run caches is read from it
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -18,8 +17,11 @@ from typing import Any
 from cllm.config import Config
 from cllm.data.manifest import Manifest
 from cllm.errors import DataError, UserError, nearest
-from cllm.evaluate.perplexity import perplexity
+from cllm.evaluate.left_out import LeftOut
+from cllm.evaluate.perplexity import perplexity, set_label
+from cllm.files import inside, shorten
 from cllm.runs import RunFolder
+from cllm.trust import read_object
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,8 @@ class Comparison:
     set_name: str | None
     """The set asked for; None: the main validation set of each run."""
     warnings: list[str]
+    left_out: list[str] = dataclasses.field(default_factory=list)
+    """Paths of runs whose files cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,20 +103,33 @@ def compare(runs: Sequence[RunFolder], *, baseline: str | None = None, set_name:
     """The comparison of `runs` on a set (default: each run's main validation set).
 
     The baseline is the run called `baseline`, by default the one with the largest resident cache, then the largest
-    read. Raises `UserError` for a file that cannot be read, two runs of one name, and a baseline that is not there.
+    read. Of several runs, one whose files cannot be read is named on stderr and left out.
+
+    Raises:
+        UserError: where no run can be read, for two runs of one name, and for a baseline that is not there.
     """
+    if set_name is not None and ("/" in set_name or set_name != set_name.strip("./")):
+        raise UserError(f"--set {set_name}: is not the name of a validation set")
     names = [run.name for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two runs are called {twice[0]}; a comparison needs a name for each")
     if baseline is not None and baseline not in names:
         raise UserError(f"--baseline {baseline}: not among the runs; {nearest(baseline, names)}")
-    read = [_read(run, set_name) for run in runs]
+    read, left_out = [], LeftOut(len(runs))
+    for run in runs:
+        with left_out.unless_usable(run.path):
+            read.append(_read(run, set_name))
+    left_out.status()
+    if baseline is not None and baseline not in [run.row.run for run in read]:
+        raise UserError(f"--baseline {baseline}: cannot be read")
     rows = sorted((run.row for run in read), key=lambda row: (-row.kv_resident, -row.kv_read, row.run))
     base = next(row for row in rows if baseline in (None, row.run))
     if base.perplexity is not None:
         rows = [dataclasses.replace(row, perplexity_vs_baseline=_percent(row, base)) for row in rows]
     base = next(row for row in rows if row.run == base.run)
-    return Comparison(rows=rows, baseline=base, set_name=set_name, warnings=_warnings(read, base))
+    return Comparison(
+        rows=rows, baseline=base, set_name=set_name, warnings=_warnings(read, base), left_out=left_out.names
+    )
 
 
 def _percent(row: Row, base: Row) -> float | None:
@@ -126,58 +143,76 @@ def _read(run: RunFolder, set_name: str | None) -> _Run:
     main = next(iter(config.data.validation), "validation")
     evaluation = _evaluation(run, set_name or main)
     prefix = "val" if set_name in (None, main) else f"val-{set_name}"
-    try:
-        row = Row(
-            run=run.name,
-            design=summary["design"],
-            parameters=summary["parameters"],
-            kv_resident=summary["kv_bytes_per_token"]["resident"],
-            kv_resident_vs_mha=summary["kv_vs_mha"]["resident"],
-            kv_read=summary["kv_bytes_per_token"]["read"],
-            kv_read_vs_mha=summary["kv_vs_mha"]["read"],
-            tokens=metrics[-1]["tokens"] if metrics else 0,
-            tokens_per_s=statistics.median(_values(metrics, "throughput/tokens_per_s") or [0]) or None,
-            **(_from_evaluation(evaluation) if evaluation else _from_training(metrics, prefix)),
-        )
-    except KeyError as error:
-        raise UserError(f"{run.path}: summary.json, metrics.jsonl or evaluation lacks {error}") from None
+    last = metrics[-1] if metrics else {"tokens": 0, "step": 0}
+    file = run.summary_file
+    row = Row(
+        run=run.name,
+        design=str(summary.get("design")),
+        parameters=_number(file, summary, "parameters"),
+        kv_resident=_number(file, summary, "kv_bytes_per_token", "resident"),
+        kv_resident_vs_mha=_number(file, summary, "kv_vs_mha", "resident"),
+        kv_read=_number(file, summary, "kv_bytes_per_token", "read"),
+        kv_read_vs_mha=_number(file, summary, "kv_vs_mha", "read"),
+        tokens=_number(run.metrics_file, last, "tokens"),
+        tokens_per_s=statistics.median(_values(run, metrics, "throughput/tokens_per_s") or [0]) or None,
+        **(_from_evaluation(evaluation) if evaluation else _from_training(run, metrics, prefix)),
+    )
     return _Run(
         row=row,
         config=config,
-        last_step=metrics[-1]["step"] if metrics else 0,
+        last_step=_number(run.metrics_file, last, "step"),
         tokenizer=evaluation["tokenizer_sha256"] if evaluation else _tokenizer(config),
         evaluation=evaluation,
     )
 
 
-def _values(metrics: list[dict[str, Any]], tag: str) -> list[float]:
-    return [row[tag] for row in metrics if row.get(tag) is not None]
+def _number(file: Path, content: dict[str, Any], *keys: str) -> Any:
+    """The number under `keys`, one inside of the other. Raises `UserError` for anything else."""
+    value: Any = content
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        what = "null or missing" if value is None else shorten(repr(value))
+        raise UserError(f"{file}: {'.'.join(keys)} is {what}; allowed: a number")
+    return value
+
+
+def _values(run: RunFolder, metrics: list[dict[str, Any]], tag: str) -> list[float]:
+    return [_number(run.metrics_file, row, tag) for row in metrics if row.get(tag) is not None]
+
+
+_FIGURES = ("loss", "perplexity", "bits_per_byte", "tokens_scored", "window", "stride")
+_WORDS = ("data", "precision", "tokenizer_sha256")
+"""Of an evaluation's record, what a comparison reads beside `step`."""
 
 
 def _evaluation(run: RunFolder, set_name: str) -> dict[str, Any] | None:
-    path = run.evaluation_folder / f"{set_name}.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = inside(run.path, f"{run.evaluation_folder.name}/{set_label(set_name)}.json", written_in=run.path)
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    record = read_object(path)
+    for key in (*_FIGURES, *(["step"] if record.get("step") is not None else [])):
+        _number(path, record, key)
+    for key in _WORDS:
+        if not isinstance(record.get(key), str | None) or key not in record:
+            raise UserError(f"{path}: {key} is {shorten(repr(record.get(key)))}; allowed: a text")
+    return record
 
 
 def _from_evaluation(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: record[key] for key in ("loss", "perplexity", "bits_per_byte", "step")} | {"source": EVALUATED}
+    return {key: record.get(key) for key in ("loss", "perplexity", "bits_per_byte", "step")} | {"source": EVALUATED}
 
 
-def _from_training(metrics: list[dict[str, Any]], prefix: str) -> dict[str, Any]:
+def _from_training(run: RunFolder, metrics: list[dict[str, Any]], prefix: str) -> dict[str, Any]:
     last = next((row for row in reversed(metrics) if row.get(f"{prefix}/loss") is not None), None)
     if last is None:
         return {}
-    loss = last[f"{prefix}/loss"]
+    loss = _number(run.metrics_file, last, f"{prefix}/loss")
     return {
         "loss": loss,
         "perplexity": perplexity(loss),
         "bits_per_byte": last.get(f"{prefix}/bits_per_byte"),
-        "step": last["step"],
+        "step": _number(run.metrics_file, last, "step"),
         "source": TRAINING,
     }
 

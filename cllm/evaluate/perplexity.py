@@ -29,7 +29,7 @@ from cllm.errors import UserError
 from cllm.evaluate.subjects import Subject
 from cllm.evaluate.texts import TextSet, TokenBytes, open_prepared, open_text
 from cllm.evaluate.windows import Stream, Window, batches, windows
-from cllm.files import write_atomic
+from cllm.files import inside, write_atomic
 from cllm.train.environment import environment
 
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -137,7 +137,7 @@ def open_sets(
         raise UserError(f"--name {name}: names one set, and there are {len(named)}: {', '.join(n for n, _ in named)}")
     if split != "validation":
         named = [(f"{label}-{split}" if (path / MANIFEST).exists() else label, path) for label, path in named]
-    named = [(name or re.sub(r"[^A-Za-z0-9._-]+", "-", label).lstrip("._-") or "set", path) for label, path in named]
+    named = [(name or set_label(label), path) for label, path in named]
     for label, _ in named:
         if not _SET_NAME.fullmatch(label):
             raise UserError(f"--name {label}: allowed: letters, digits, `.`, `_` and `-`, a letter or digit first")
@@ -148,6 +148,11 @@ def open_sets(
             yield open_prepared(label, path, split, subject.tokenizer_sha256, subject.name)
         else:
             yield open_text(label, path, subject.tokenizer)
+
+
+def set_label(name: str) -> str:
+    """The name of a validation set, a folder or a file as a part of file names: other characters become `-`."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-") or "set"
 
 
 def measure(subject: Subject, text: TextSet, settings: Settings, device: torch.device) -> dict[str, Any]:
@@ -212,15 +217,20 @@ def perplexity(loss: float) -> float:
 def save(subject: Subject, record: dict[str, Any], out: Path | None = None) -> Path:
     """Write a record as JSON into `out` (default: `subject.results`), and a run's as TensorBoard events.
 
+    With `out`, nothing is written in the run, and there are no events.
+
     The file is SET.json, or SET-CHECKPOINT.json for a checkpoint that is not its run's newest: that one is not what the
     run is compared by. Returns its path. Raises `UserError` where it cannot be written.
     """
     name = record["set"] if subject.latest else f"{record['set']}-{Path(record['checkpoint']).stem}"
-    path = (out or subject.results) / f"{name}.json"
+    path = subject.results(out) / f"{name}.json"
+    events = None if out is not None or subject.step is None else subject.tensorboard
+    if events is not None:
+        inside(events.parent, events.name, written_in=events, to_write=True)
     try:
         write_atomic(path, json.dumps(record, indent=2) + "\n")
-        if subject.tensorboard is not None and subject.step is not None:
-            _log(subject.tensorboard, record)
+        if events is not None:
+            _log(events, record)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}") from None
     return path

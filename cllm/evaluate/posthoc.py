@@ -288,7 +288,7 @@ def result_path(
 def save(subject: Subject, record: dict[str, Any], out: Path | None = None) -> Path:
     """Write a record below `out` (default: `subject.results`). Raises `UserError` where it cannot be."""
     path = result_path(
-        out or subject.results,
+        subject.results(out),
         record["set"],
         record["spec"],
         prefix=record["prefix"],

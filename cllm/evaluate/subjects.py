@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
-import sys
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,7 +14,9 @@ from torch import Tensor
 from cllm.data.manifest import Manifest, tokenizer_sha256
 from cllm.errors import UserError
 from cllm.evaluate.places import results_of_checkpoint
+from cllm.files import inside
 from cllm.runs import RunFolder, load_run
+from cllm.trust import load_tokenizer, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,8 +34,8 @@ class Subject(ABC):
     """As the user gave it."""
     folder: Path
     """The run's or checkpoint's folder."""
-    results: Path
-    """Where what is measured of it goes where no other folder is named."""
+    default_results: Path
+    """Where results go when no other folder is given."""
     checkpoint: str
     """The weights' file or folder."""
     step: int | None
@@ -56,6 +56,13 @@ class Subject(ABC):
     """Where results also go as TensorBoard events."""
     default_sets: dict[str, Path]
     """Sets to evaluate where none is named: name, prepared folder."""
+
+    def results(self, out: Path | None = None) -> Path:
+        """The folder that results go to: `out`, or evaluation/ in a run's folder, runs/evaluation/NAME for others.
+
+        Raises `UserError` where a run's evaluation/ is a link that leaves the run.
+        """
+        return out or self.default_results
 
     @property
     @abstractmethod
@@ -86,7 +93,7 @@ class RunSubject(Subject):
         self._model, config, step = load_run(path, device=device)
         run = RunFolder(path.parent.parent if path.suffix == ".ckpt" else path)
         self._data = Path(config.data.path)
-        self.name, self.path, self.folder, self.results = run.name, path, run.path, run.evaluation_folder
+        self.name, self.path, self.folder = run.name, path, run.path
         self.step = step if step >= 0 else None
         newest = [checkpoint.name for _, checkpoint in run.checkpoints()[-1:]]
         self.checkpoint = path.name if path.suffix == ".ckpt" else newest[0]
@@ -99,6 +106,9 @@ class RunSubject(Subject):
         self.tensorboard = run.tensorboard_folder
         self.default_sets = {name: Path(folder) for name, folder in config.data.validation.items()}
         self.default_sets = self.default_sets or {"validation": self._data}
+
+    def results(self, out: Path | None = None) -> Path:
+        return out or inside(self.folder, "evaluation", written_in=self.folder, to_write=True)
 
     @cached_property
     def _manifest(self) -> Manifest:
@@ -128,19 +138,13 @@ class HuggingFaceSubject(Subject):
     latest = True
 
     def __init__(self, path: Path, device: torch.device):
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
+        from cllm.hub.loading import load_model
 
-        if not sys.stderr.isatty():
-            logging.disable_progress_bar()
-        self._model = _from_pretrained(
-            AutoModelForCausalLM, path, use_safetensors=True, dtype="auto" if device.type == "cuda" else torch.float32
-        )
-        self._model.to(device).eval()
+        self._model = load_model(path, dtype="auto" if device.type == "cuda" else torch.float32).to(device)
         self._keeps_last = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         config = self._model.config.get_text_config()
         self.name, self.path, self.folder, self.checkpoint = path.resolve().name, path, path, path.name
-        self.results = results_of_checkpoint(path)
+        self.default_results = results_of_checkpoint(path)
         self.step, self.default_sets = None, {}
         self.design = str(getattr(config, "design", config.model_type))
         self.context = getattr(config, "max_position_embeddings", None)
@@ -149,9 +153,7 @@ class HuggingFaceSubject(Subject):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        from transformers import AutoTokenizer
-
-        return _from_pretrained(AutoTokenizer, self.path)
+        return load_tokenizer(self.path)
 
     @property
     def tokenizer_sha256(self) -> str | None:
@@ -166,19 +168,6 @@ class HuggingFaceSubject(Subject):
         assert (positions, document_ids) == (None, None), "Hugging Face models are fed a plain stream"
         options = {"logits_to_keep": last} if self._keeps_last else {}
         return self._model(input_ids=input_ids, use_cache=False, **options).logits[:, -last:]
-
-
-def _from_pretrained(auto: Any, path: Path, **options: Any) -> Any:
-    # Whatever goes wrong in reading somebody's checkpoint is, to the user, one fault told in one line.
-    try:
-        return auto.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **options)
-    except UserError:
-        raise
-    except Exception as error:
-        hint = ""
-        if options.get("use_safetensors") and not any(path.glob("*.safetensors")):
-            hint = " (the folder has no .safetensors weights; other formats are not read)"
-        raise UserError(f"{path}: cannot be loaded{hint}: {type(error).__name__}: {error}") from None
 
 
 def load_subject(path: str | Path, device: torch.device) -> Subject:
@@ -201,7 +190,6 @@ def load_subject(path: str | Path, device: torch.device) -> Subject:
 
 
 def _is_huggingface(path: Path) -> bool:
-    try:
-        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    """Raises `UserError` for a config.json that cannot be read."""
+    file = path / "config.json"
+    return file.exists() and "model_type" in read_object(file)

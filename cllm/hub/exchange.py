@@ -1,29 +1,25 @@
 """From another family's checkpoint folder to a folder of this package, and back to the family's own format.
 
-Folders appear under their name when they are whole, and bring the tokenizer and the generation config along.
+Folders appear under their name when they are whole, and bring their companions along: tokenizer, chat templates,
+generation config, licence.
 """
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
 
 from cllm.errors import UserError
 from cllm.files import MARK
-from cllm.hub.export import Dtype, Exported, as_pretrained, check_out, new_checkpoint, quiet, save
+from cllm.hub.checksums import write_checksums
+from cllm.hub.companions import GENERATION, copy_companions, generation_values, write_object
+from cllm.hub.export import Dtype, Exported, as_pretrained, check_out, new_checkpoint, save
 from cllm.hub.families import export_family, load_weights, read_family
+from cllm.hub.loading import load_exported
 from cllm.hub.model import CLLMForCausalLM
 from cllm.model.sizes import build_decoder, count_parameters
 
-_COMPANIONS = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
-)
-"""Files that go along with the weights as they are."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -61,10 +57,12 @@ def import_folder(
     model = as_pretrained(decoder)
     for name, value in found.token_ids.items():
         setattr(model.config, name, value)
-    model.generation_config = _generation_config(source, model)
+    generation = generation_values(source, found.config.vocab_size or 0, found.token_ids)
     with new_checkpoint(out, force) as partial:
         save(model, partial, max_shard_size)
-        _copy_companions(source, partial)
+        copy_companions(source, partial, generation=False)
+        write_object(partial / GENERATION, generation or {})
+        write_checksums(partial)
     return _told(model, out)
 
 
@@ -96,9 +94,7 @@ def export_folder(
     check_out(out, force)
     if not (source / "config.json").exists():
         raise UserError(f"{source}: has no config.json; `convert.py export` makes such a folder of a run")
-    model = _loaded(source)
-    if not isinstance(model, CLLMForCausalLM):
-        raise UserError(f"{source}: is a {model.config.model_type} checkpoint already")
+    model = load_exported(source, dtype="auto")
     ids = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with new_checkpoint(out, force) as partial:
         taken = export_family(
@@ -109,31 +105,9 @@ def export_folder(
             token_ids=ids,
             max_shard_size=max_shard_size,
         )
-        _copy_companions(source, partial)
+        copy_companions(source, partial)
+        write_checksums(partial)
     return _told(model, out), taken
-
-
-def _loaded(source: Path) -> Any:
-    # Whatever goes wrong in reading a folder is, to the user, one fault told in one line.
-    try:
-        with quiet():
-            return AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True)
-    except UserError as error:
-        raise error if str(source) in str(error) else UserError(f"{source}: {error}") from None
-    except Exception as error:
-        raise UserError(f"{source}: cannot be loaded: {type(error).__name__}: {error}") from None
-
-
-def _generation_config(source: Path, model: CLLMForCausalLM) -> GenerationConfig:
-    if (source / "generation_config.json").exists():
-        return GenerationConfig.from_pretrained(str(source), local_files_only=True)
-    return GenerationConfig.from_model_config(model.config)
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    for name in _COMPANIONS:
-        if (source / name).exists() and not (folder / name).exists():
-            shutil.copy(source / name, folder / name)
 
 
 def _told(model: CLLMForCausalLM, out: Path) -> Exported:

@@ -1,4 +1,7 @@
-"""From a run to a checkpoint folder: config.json, safetensors, generation_config.json and the tokenizer.
+"""From a run to a checkpoint folder: config.json, safetensors, their checksums, and companions.
+
+The companions (tokenizer, chat templates, generation config) are those of the checkpoint that the run started from,
+where it did; otherwise the tokenizer is that of the run's data.
 
 The folder appears under its name when it is whole. Weights are those of the checkpoint, bit for bit, unless another
 dtype is asked for; fusion weights stay fp32 even then.
@@ -6,20 +9,20 @@ dtype is asked for; fusion weights stay fp32 even then.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import GenerationConfig
 from transformers.utils import logging
 
 from cllm.data.manifest import TOKENIZER, Manifest, tokenizer_sha256
 from cllm.errors import UserError
 from cllm.files import MARK, check_replaceable, new_folder
+from cllm.hub import companions
+from cllm.hub.checksums import write_checksums
 from cllm.hub.config import CLLMConfig
 from cllm.hub.model import CLLMForCausalLM
 from cllm.kv.sources import FusedRead
@@ -27,6 +30,10 @@ from cllm.model.block import Block
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import count_parameters
 from cllm.runs import RunFolder, load_run
+from cllm.trust import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Dtype = Literal["fp32", "bf16"]
 
@@ -64,7 +71,7 @@ def export_run(
         step: of the checkpoint; None: the newest.
         dtype: of the weights. fp32 is what checkpoints hold.
         max_shard_size: largest weight file, as `5GB` or `300MB`.
-        tokenizer: copy the tokenizer of the run's data; without it generate knows no EOS.
+        tokenizer: copy the tokenizer: that of the checkpoint the run started from, or of its data.
         force: replace `out`, which must have been made by this package.
 
     Raises:
@@ -72,24 +79,32 @@ def export_run(
     """
     run, out = Path(run), Path(out)
     check_out(out, force)
-    manifest = _manifest(run) if tokenizer else None
+    kept = run / companions.FOLDER
+    manifest = _manifest(run) if tokenizer and not companions.has_tokenizer(kept) else None
     decoder, config, found_step = load_run(_checkpoint(run, step))
     rows = config.model.vocab_size or 0
+    generation = companions.generation_values(kept, rows) or {}
     if manifest is not None and manifest.vocab_size > rows:
         raise UserError(
             f"{manifest.folder}: its tokenizer has {manifest.vocab_size} tokens, the model {rows} rows: it is not the "
             "one that the run was trained with"
         )
     model = as_pretrained(decoder)
-    if manifest is not None:
-        _set_special_tokens(model, manifest)
+    if tokenizer:
+        eos_id = None if manifest is None else manifest.eos_id
+        generation = _with_token_ids(generation, _tokenizer(kept if manifest is None else manifest), eos_id)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, name, generation.get(name))
     if dtype == "bf16":
         _to_bf16(decoder)
     with new_checkpoint(out, force) as partial:
         save(model, partial, max_shard_size)
+        if kept.is_dir():
+            companions.copy_companions(kept, partial, generation=False, tokenizer=tokenizer)
         if manifest is not None:
-            for file in sorted((manifest.folder / TOKENIZER).iterdir()):
-                shutil.copy(file, partial / file.name)
+            companions.copy_companions(manifest.folder / TOKENIZER, partial, generation=False)
+        companions.write_object(partial / companions.GENERATION, generation)
+        write_checksums(partial)
     return Exported(
         folder=out,
         step=found_step,
@@ -139,15 +154,23 @@ def _manifest(run: Path) -> Manifest:
     return manifest
 
 
-def _set_special_tokens(model: CLLMForCausalLM, manifest: Manifest) -> None:
-    tokenizer = manifest.tokenizer()
-    model.config.bos_token_id = tokenizer.bos_token_id
-    model.config.eos_token_id = manifest.eos_id
-    model.config.pad_token_id = tokenizer.pad_token_id
-    pad = manifest.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=manifest.eos_id, pad_token_id=pad
-    )
+def _tokenizer(source: Manifest | Path) -> PreTrainedTokenizerBase:
+    try:
+        return source.tokenizer() if isinstance(source, Manifest) else load_tokenizer(source)
+    except UserError as error:
+        raise UserError(f"{error}; give --no-tokenizer to export without one") from None
+
+
+def _with_token_ids(
+    generation: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos_id: int | None
+) -> dict[str, Any]:
+    """`generation` with the tokenizer's ids where it says none; EOS is the padding where the tokenizer has none."""
+    if generation.get("eos_token_id") is not None:
+        return generation
+    eos_id = tokenizer.eos_token_id if eos_id is None else eos_id
+    pad = eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos_id, "pad_token_id": pad}
+    return {name: i for name, i in ids.items() if i is not None} | generation
 
 
 def _to_bf16(decoder: Decoder) -> None:

@@ -69,7 +69,7 @@ class CLLMForCausalLM(PreTrainedModel, CLLMGenerationMixin):
         """
         if kwargs.pop("ignore_mismatched_sizes", False):
             raise UserError("ignore_mismatched_sizes is True; allowed: False, every tensor has to fit")
-        with _without_load_report(), _naming_broken_files(pretrained_model_name_or_path):
+        with without_load_report(), _naming_broken_files(pretrained_model_name_or_path):
             found: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
@@ -253,7 +253,7 @@ def _keep(hidden: Tensor, places: int | Tensor | None) -> Tensor:
 
 
 @contextlib.contextmanager
-def _without_load_report() -> Iterator[None]:
+def without_load_report() -> Iterator[None]:
     """transformers prints a table of the tensors that do not fit; the error that follows says it in a line."""
 
     def keep(record: logging.LogRecord) -> bool:

@@ -22,6 +22,7 @@ from cllm.data.manifest import Manifest
 from cllm.data.module import DataModule
 from cllm.errors import UserError
 from cllm.files import check_replaceable, mark, remove, write_atomic
+from cllm.hub.companions import keep_companions
 from cllm.kv.accounting import kv_bytes, mha_twin
 from cllm.kv.describe import plan_figure, plan_table
 from cllm.lock import locked
@@ -105,6 +106,7 @@ def open_folder(config: Config, resume: str | None, overwrite: bool) -> tuple[Ru
             without a checkpoint.
     """
     folder = RunFolder(Path(config.runs_dir) / config.name)
+    folder.check_links()
     if resume is not None and overwrite:
         raise UserError(f"--resume {resume} goes on with a run and --overwrite replaces it; give one of them")
     # Other processes of this run start when the first has made the folder already.
@@ -370,4 +372,6 @@ def _write_start(config: Config, folder: RunFolder, model: Decoder, summary: dic
     write_atomic(folder.summary_file, json.dumps(summary, indent=2) + "\n")
     write_atomic(folder.path / "env.txt", "".join(f"{k}: {v}\n" for k, v in environment().items()))
     write_atomic(folder.path / "plan.txt", plan_table(model.plan) + "\n")
+    if config.init.path is not None:
+        keep_companions(Path(config.init.path), folder.path, config.model.vocab_size or 0)
     plan_figure(model.plan, f"{config.name}: {summary['design']}").savefig(folder.path / "plan.png", dpi=110)

@@ -6,7 +6,6 @@ of the families that `cllm/hub/families` reads.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.kv.plan import Latent
 from cllm.model.sizes import model_d_ff
+from cllm.trust import check_model_folder, read_object
 from cllm.uptrain.decoder import TracedDecoder, build_traced
 
 _REQUIRED = ("d_model", "n_layers", "n_heads")
@@ -42,13 +42,13 @@ def _kind(path: Path) -> str:
         raise UserError(f"init.from {path}: no such run, checkpoint or Hugging Face folder")
     if path.suffix == ".ckpt" or (path / "config.yaml").exists():
         return "run"
-    try:
-        model_type = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
+    file = path / "config.json"
+    model_type = read_object(file).get("model_type") if file.exists() else None
+    if model_type is None:
         raise UserError(
             f"init.from {path}: neither a run (it has no config.yaml), nor a checkpoint (.ckpt), nor a Hugging Face "
             "folder (it has no config.json with a model_type)"
-        ) from None
+        )
     return "export" if model_type == "cllm" else "family"
 
 
@@ -67,7 +67,11 @@ def teacher_config(path: str | Path) -> ModelConfig:
     elif kind == "export":
         from cllm.hub.config import CLLMConfig
 
-        config = CLLMConfig.from_pretrained(path).model_config
+        check_model_folder(path)
+        try:
+            config = CLLMConfig.from_dict(read_object(path / "config.json")).model_config
+        except UserError as error:
+            raise UserError(f"init.from {path}: {error}") from None
     else:
         from cllm.hub.families import read_family
 
@@ -92,13 +96,12 @@ def load_teacher(path: str | Path, *, backend: str = "auto") -> Teacher:
 
         state = load_run(path)[0].state_dict()
     elif kind == "export":
-        from cllm.hub.model import CLLMForCausalLM
+        from cllm.hub.loading import load_exported
 
         try:
-            model = CLLMForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-        except OSError as error:  # transformers' answer to a folder without weights
+            state = load_exported(path, dtype=torch.float32).model.state_dict()
+        except UserError as error:
             raise UserError(f"init.from {path}: its weights cannot be read: {error}") from None
-        state = model.model.state_dict()
     else:
         from cllm.hub.families import load_family
 

@@ -228,7 +228,7 @@ def test_what_is_refused(synthetic, compare, tmp_path, capsys) -> None:
     shutil.copytree(run, tmp_path / "again" / "full")
     assert "two runs are called full" in refused(run, tmp_path / "again" / "full")
     (run / "summary.json").write_text('{"design": "x"}')
-    assert "lacks 'parameters'" in refused(run)
+    assert "summary.json: parameters is null or missing; allowed: a number" in refused(run)
     (run / "summary.json").write_text("{")
     assert "summary.json: cannot be read" in refused(run)
 

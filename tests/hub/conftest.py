@@ -85,3 +85,29 @@ def convert() -> Callable[..., int]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return lambda *words: module.main([str(word) for word in words])
+
+
+@pytest.fixture
+def chat_llama(tmp_path, prepared) -> Path:
+    """A tiny Llama folder with the tokenizer of `prepared`, two chat templates, and a generation config of its own.
+
+    Beside them lie a licence, a model card, Python code, and pickled weights.
+    """
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    folder = tmp_path / "chat-llama"
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, eos_token_id=0)).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(prepared / "tokenizer")
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "TOOLS"}
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps(CHAT))
+    for name in ("LICENSE.txt", "README.md", "modeling.py", "pytorch_model.bin", "training_args.pt", "notes.pkl"):
+        (folder / name).write_text(name)
+    return folder
+
+
+CHAT = {"eos_token_id": [1, 0], "pad_token_id": 0, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
+"""The generation config of `chat_llama`."""

@@ -112,7 +112,7 @@ BROKEN = {
     "a shard is cut": ("model-00002*", _cut, r"model-00002-of-\d+\.safetensors: cannot be read: "),
     "no weights": ("model*", lambda f: f.unlink(), "no file named model.safetensors"),
     "no JSON": ("config.json", lambda f: f.write_text("{"), r"config\.json"),
-    "a list": ("config.json", lambda f: f.write_text("[]"), "broken: cannot be loaded"),
+    "a list": ("config.json", lambda f: f.write_text("[]"), r"config\.json: holds a list"),
     "no such plan": (
         "config.json",
         lambda f: f.write_text(f.read_text().replace('"preset": "gqa"', '"preset": "gqq"')),

@@ -38,7 +38,15 @@ def test_a_run_as_a_folder(convert, make_run, tmp_path, prepared, capsys) -> Non
     assert convert("export", run.path, out) == 0
     names = {file.name for file in out.iterdir()}
     assert names == {
-        *(MARK, "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+        *(
+            MARK,
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ),
+        "weights.sha256.json",
     }
     stored, held = load_file(out / "model.safetensors"), decoder.state_dict()
     assert stored.keys() == {f"model.{name}" for name in held}

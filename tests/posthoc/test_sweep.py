@@ -142,3 +142,15 @@ def test_a_spec_that_fails_loses_no_other(sweep, run, capsys, monkeypatch):
     assert "not measured: mha, minicache: failed: out of memory" in told.out
     assert "| svd:rank_k=2,rank_v=2 |" in told.out.replace("`", "")
     assert "Traceback" in told.err
+
+
+def test_a_broken_run_is_left_out(sweep, run, tmp_path, capsys):
+    good, broken = run("mha")[0], tmp_path / "broken"
+    broken.mkdir()
+    words = ["--device", "cpu", "--spec", "svd:rank_k=2,rank_v=2", "--out", tmp_path / "out"]
+    assert sweep(broken, good.path, *words) == 1
+    told = capsys.readouterr()
+    assert f"left out: {broken}: neither a run" in told.err
+    assert "| mha |" in told.out
+    assert sweep(broken, broken, *words) == 2
+    assert "none of the 2 runs can be used" in capsys.readouterr().err

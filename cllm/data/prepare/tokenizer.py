@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cllm.data.manifest import tokenizer_sha256
 from cllm.data.prepare.recipe import TrainTokenizer
-from cllm.errors import DataError
+from cllm.errors import DataError, UserError
+from cllm.trust import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +64,10 @@ def train(texts: Iterable[str], spec: TrainTokenizer, folder: Path) -> None:
 
 def load(name: str, folder: Path) -> None:
     """Save the Hugging Face tokenizer `name` (or a folder that holds one) in `folder`. Raises `DataError`."""
-    from transformers import AutoTokenizer
-
-    # Whatever goes wrong in finding or parsing a tokenizer is, to the user, one fault told in one line.
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        raise DataError(f"tokenizer.load {name}: cannot be loaded: {type(error).__name__}: {error}") from None
+        tokenizer = load_tokenizer(name)
+    except UserError as error:
+        raise DataError(f"tokenizer.load {name}: {error}") from None
     if not tokenizer.is_fast:
         raise DataError(f"tokenizer.load {name}: has no tokenizer.json form (a `fast` tokenizer), which is needed")
     if tokenizer.eos_token_id is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from cllm.errors import UserError
 from cllm.hub.families.read import Import, read_family
 from cllm.hub.families.table import EMBED, HEAD, Weight
 from cllm.model.sizes import build_decoder
+from cllm.trust import weight_map
 
 WEIGHTS_FILE = "model.safetensors"
 _PICKLE_FILE = "pytorch_model.bin"
@@ -163,15 +163,8 @@ def _files(folder: Path, allow_pickle: bool) -> tuple[list[Path], dict[str, str]
 
 
 def _shards(file: Path) -> tuple[list[Path], dict[str, str]]:
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(index.values()))
-        foreign = [shard for shard in shards if Path(shard).name != shard]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a readable index of shards: {error!r}") from None
-    if foreign:
-        raise UserError(f"{file}: names the shard {foreign[0]!r}; allowed: files of the same folder")
-    return [file.parent / shard for shard in shards], index
+    index = weight_map(file)
+    return [file.parent / shard for shard in sorted(set(index.values()))], index
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------

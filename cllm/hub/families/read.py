@@ -17,7 +17,9 @@ from pydantic import ValidationError
 
 from cllm.config import ModelConfig
 from cllm.errors import UserError
+from cllm.files import shorten
 from cllm.hub.families.table import FAMILIES, REFUSED, Family, Weight, weights
+from cllm.trust import check_model_folder, read_object, reason
 
 CONFIG_FILE = "config.json"
 
@@ -68,12 +70,13 @@ def read_family(folder: str | Path) -> Import:
     folder = Path(folder)
     file = folder / CONFIG_FILE
     raw = _read(file)
+    check_model_folder(folder)
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         if str(name) in REFUSED:
             raise UserError(f"{file}: model_type is {name}, which this decoder cannot compute: {REFUSED[str(name)]}")
         # No guess at what was meant: the nearest name is often that of an older family, not of a word misspelt.
-        raise UserError(f"{file}: model_type is {name!r}; allowed: {', '.join(sorted(FAMILIES))}")
+        raise UserError(f"{file}: model_type is {shorten(repr(name))}; allowed: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[name]
     for key, allowed in _ALLOWED.items():
         _require(file, raw, key, allowed)
@@ -91,15 +94,9 @@ def read_family(folder: str | Path) -> Import:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: missing, so {file.parent} is no Hugging Face checkpoint folder") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{file}: holds a {type(raw).__name__}, not an object")
-    return raw
+    if not file.exists():
+        raise UserError(f"{file}: missing, so {file.parent} is no Hugging Face checkpoint folder")
+    return read_object(file)
 
 
 def _require(file: Path, values: Any, key: str, allowed: tuple[Any, ...], why: str = "") -> None:
@@ -107,18 +104,20 @@ def _require(file: Path, values: Any, key: str, allowed: tuple[Any, ...], why: s
     found = values.get(key, allowed[0]) if isinstance(values, dict) else getattr(values, key)
     if found not in allowed:
         words = ["null" if value is None else json.dumps(value) for value in allowed]
-        raise UserError(f"{file}: {key} is {json.dumps(found)}; allowed: {' or '.join(words)}{why and f' ({why})'}")
+        raise UserError(
+            f"{file}: {key} is {shorten(json.dumps(found))}; allowed: {' or '.join(words)}{why and f' ({why})'}"
+        )
 
 
 def _check_rope_type(file: Path, raw: dict[str, Any]) -> None:
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     given = raw.get(key) or {}
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-        raise UserError(f"{file}: {key} is {json.dumps(given)}; allowed: one set of parameters for all layers")
+        raise UserError(f"{file}: {key} is {shorten(json.dumps(given))}; allowed: one set of parameters for all layers")
     kind = given.get("rope_type", given.get("type", "default"))
     known = ("default", "linear", "llama3", "yarn")
     if kind not in known:
-        raise UserError(f"{file}: {key}: rope_type is {json.dumps(kind)}; allowed: {', '.join(known)}")
+        raise UserError(f"{file}: {key}: rope_type is {shorten(json.dumps(kind))}; allowed: {', '.join(known)}")
     for where, values in ((CONFIG_FILE, raw), (key, given)):
         if values.get("partial_rotary_factor", 1) not in (1, None):
             part = values["partial_rotary_factor"]
@@ -132,7 +131,7 @@ def _hf_config(file: Path, name: str, raw: dict[str, Any]) -> Any:
         # A copy: the classes take apart what they are given.
         return CONFIG_MAPPING[name].from_dict(json.loads(json.dumps(raw)))
     except Exception as error:  # each version of transformers raises its own kinds
-        raise UserError(f"{file}: not a valid {name} config: {error}") from None
+        raise UserError(f"{file}: not a valid {name} config: {reason(error)}") from None
 
 
 def _model_config(file: Path, hf: Any, options: dict[str, Any]) -> ModelConfig:
@@ -247,7 +246,9 @@ def _windows(file: Path, raw: dict[str, Any], hf: Any, family: Family) -> list[i
     if family.windows == "any":
         kinds = hf.layer_types
     elif raw.get("layer_types") not in (None, kinds):
-        raise UserError(f"{file}: layer_types is {raw['layer_types']}; in a {hf.model_type} all are {kinds[0]}")
+        raise UserError(
+            f"{file}: layer_types is {shorten(json.dumps(raw['layer_types']))}; in a {hf.model_type} all are {kinds[0]}"
+        )
     for i, kind in enumerate(kinds):
         if kind not in ("full_attention", "sliding_attention"):
             raise UserError(f"{file}: layer_types[{i}] is {kind}; allowed: full_attention, sliding_attention")

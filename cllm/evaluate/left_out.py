@@ -1,0 +1,43 @@
+"""A command over several runs goes on without those that are broken, and says which they are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cllm.errors import UserError
+from cllm.files import shorten
+
+_LENGTH = 600
+
+
+class LeftOut:
+    """`with left_out.unless_usable(run): ...` around the work on each of `total` runs.
+
+    A `UserError` in the block is printed on stderr, and the command goes on; of a single run it is raised.
+    """
+
+    def __init__(self, total: int):
+        self._total = total
+        self.names: list[str] = []
+        """Of the runs that were left out."""
+
+    @contextmanager
+    def unless_usable(self, run: str | Path) -> Iterator[None]:
+        """Leave `run` out if the block raises a `UserError`."""
+        try:
+            yield
+        except UserError as error:
+            if self._total == 1:
+                raise
+            self.names.append(str(run))
+            text = shorten(" ".join(str(error).split()), _LENGTH)
+            print(f"left out: {text}" if str(run) in text else f"left out: {run}: {text}", file=sys.stderr)
+
+    def status(self) -> int:
+        """The exit status: 0, or 1 where a run was left out. Raises `UserError` where none is left."""
+        if self.names and len(self.names) == self._total:
+            raise UserError(f"none of the {self._total} runs can be used")
+        return 1 if self.names else 0

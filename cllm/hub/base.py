@@ -30,7 +30,7 @@ from cllm.kv.cache import KVCache
 from cllm.kv.plan import Retention
 from cllm.model.block import Block
 from cllm.model.decoder import Decoder, recompute
-from cllm.model.sizes import build_decoder
+from cllm.model.sizes import model_d_ff
 
 
 class CLLMLayer(Block, GradientCheckpointingLayer):
@@ -45,8 +45,6 @@ class CLLMPreTrainedModel(PreTrainedModel):
     config_class = CLLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = ["attention.keys.weight", "attention.values.weight"]  # noqa: RUF012
-    """Fusion weights, whatever the model's dtype."""
     _no_split_modules = ["Decoder"]  # noqa: RUF012
     """Layers read each other's slots, so all of them are on one device."""
     _supports_context_parallel = False
@@ -55,12 +53,17 @@ class CLLMPreTrainedModel(PreTrainedModel):
 
     def _own_decoder(self) -> Decoder:
         """A decoder as the config says, whose weights `initialize_weights` draws."""
-        decoder = build_decoder(self.config.model_config)
+        config = self.config.model_config
+        decoder = Decoder(config, d_ff=model_d_ff(config))
         decoder._awaits_weights = True  # type: ignore[assignment]
         return decoder
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Decoder):
+            fused = {f"attention.{name}.weight" for name in ("keys", "values")}
+            names = [name for name, _ in value.named_parameters()]
+            kept = {f for f in fused if any(name.endswith(f) for name in names)}
+            self._keep_in_fp32_modules_strict = kept  # whatever the model's dtype
             self._is_stateful = any(isinstance(layer.own, Retention) for layer in value.plan.layers)
             for block in value.blocks:
                 if type(block) is Block:
@@ -154,14 +157,26 @@ class CLLMPreTrainedModel(PreTrainedModel):
         return KVCache(self.model.config) if use_cache else None
 
     def _inputs(
-        self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: KVCache | None,
+        *,
+        goes_on: bool,
     ) -> Inputs:
-        """See `read_inputs`, for `tokens` (B, T)."""
+        """See `read_inputs`, for `tokens` (B, T). A cache that nobody asked for is closed by padding on the right."""
         past = None if cache is None else cache.get_seq_length()
         if cache is not None and past and cache.batch != len(tokens):
             raise UserError(f"past_key_values holds {cache.batch} sequences and input_ids {len(tokens)}")
         known = None if cache is None else cache.starts
-        return read_inputs(tokens, attention_mask, position_ids, past=past, known=known)
+        inputs = read_inputs(tokens, attention_mask, position_ids, past=past, known=known, goes_on=goes_on)
+        if cache is not None and inputs.after:
+            cache.closed = (
+                f"past_key_values: keeps {inputs.after} padding tokens at the end of a sequence, so that no tokens can "
+                'follow; pad on the left (tokenizer.padding_side = "left")'
+            )
+        return inputs
 
     def _check_context(self, tokens: int, positions: Tensor | None) -> None:
         context = self.config.max_position_embeddings
@@ -257,7 +272,8 @@ class CLLMModel(CLLMPreTrainedModel):
         refuse({"output_attentions": attentions, **kwargs})
         tokens = self._tokens(input_ids, inputs_embeds)
         cache = self._cache(past_key_values, use_cache)
-        inputs = self._inputs(tokens, attention_mask, position_ids, cache)
+        asked = past_key_values is not None or bool(use_cache)
+        inputs = self._inputs(tokens, attention_mask, position_ids, cache, goes_on=asked)
         self._check_context((0 if cache is None else cache.get_seq_length()) + tokens.shape[1], inputs.positions)
         hidden, states = self._hidden(input_ids, inputs_embeds, inputs, cache, wanted)
         output = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, hidden_states=states)
@@ -278,7 +294,8 @@ def _unless_cached(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checkpoint_unless_cached(function: Callable[..., Any], block: Any, *inputs: Any) -> Any:
-    return block(*inputs) if block.keywords.get("store") is not None else function(block, *inputs)
+    writes = isinstance(block, functools.partial) and block.keywords.get("store") is not None
+    return block(*inputs) if writes else function(block, *inputs)
 
 
 @contextlib.contextmanager

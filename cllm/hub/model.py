@@ -120,7 +120,8 @@ class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
         scored = shift_labels is not None
         cache = self._cache(past_key_values, use_cache, scored=scored)
         past = 0 if cache is None else cache.get_seq_length()
-        inputs = self._inputs(tokens, attention_mask, position_ids, cache)
+        asked = past_key_values is not None or bool(use_cache)
+        inputs = self._inputs(tokens, attention_mask, position_ids, cache, goes_on=asked)
         plain = input_ids is not None and not scored and not wanted
         if cache is not None and past and plain and self._replays(cache, tokens):
             self._check_context(past + 1, None)

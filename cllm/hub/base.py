@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -226,6 +225,7 @@ class CLLMModel(CLLMPreTrainedModel):
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^model\.head\."]  # noqa: RUF012 - of checkpoints with a head
+    _keys_to_ignore_on_save = ["model.head.weight"]  # noqa: RUF012 - where the decoder is that of a model with one
 
     def __init__(self, config: CLLMConfig, decoder: Decoder | None = None):
         super().__init__(config)

@@ -48,9 +48,10 @@ class CLLMGenerationMixin(GenerationMixin):
         kind, given = generation_config.cache_implementation, model_kwargs.get("past_key_values")
         embeds, context = model_kwargs.get("inputs_embeds"), self.config.max_position_embeddings
         if embeds is not None and max_cache_length >= context:  # a length that was not known before
+            new = max_cache_length + 1 - embeds.shape[1]
             raise UserError(
-                f"inputs_embeds of {embeds.shape[1]} tokens and up to {max_cache_length + 1 - embeds.shape[1]} new ones "
-                f"do not fit the model's context (model.max_seq_len), {context}"
+                f"inputs_embeds of {embeds.shape[1]} tokens and up to {new} new ones do not fit the model's context "
+                f"(model.max_seq_len), {context}"
             )
         if embeds is not None and generation_config.prefill_chunk_size is not None:
             raise UserError(

@@ -137,9 +137,7 @@ def _check_same_padding(starts: Tensor | None, known: Tensor | None, columns: in
         )
 
 
-def _check_positions(
-    position_ids: Tensor, length: int, past: int, starts: Tensor | None, mask: Tensor | None
-) -> None:
+def _check_positions(position_ids: Tensor, length: int, past: int, starts: Tensor | None, mask: Tensor | None) -> None:
     columns = torch.arange(past, past + length, device=position_ids.device)
     implied = columns[None] if starts is None else columns - starts[:, None]
     found, implied = torch.broadcast_tensors(position_ids, implied)

@@ -21,7 +21,7 @@ from cllm.hub.config import CLLMConfig
 from cllm.hub.generation import CLLMGenerationMixin
 from cllm.kv.cache import KVCache
 from cllm.model.graph import StepGraph
-from cllm.model.loss import IGNORE, Head
+from cllm.model.loss import IGNORE, Head, head_loss
 
 
 class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
@@ -159,6 +159,8 @@ class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
 
     def _replays(self, cache: KVCache, input_ids: Tensor) -> bool:
         """Whether this is a step that a CUDA graph can make: one token over a static cache, without gradients."""
+        if hasattr(self.model.embed, "token_adapter"):  # its weight is another tensor in every step
+            return False
         return cache.is_static and input_ids.shape[1] == 1 and input_ids.is_cuda and not torch.is_grad_enabled()
 
     def _replay(self, cache: KVCache, input_ids: Tensor) -> Tensor:
@@ -169,7 +171,11 @@ class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
         return graph(input_ids[:, 0])[:, None].clone()  # the next step writes over what the graph returns
 
     def _loss(self, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
-        total = self.model.head(hidden, targets, reduction="mean" if num_items is None else "sum")
+        head, reduction = self.model.head, "mean" if num_items is None else "sum"
+        if _is_weight(head):
+            total = head_loss(hidden, head.weight, targets, reduction)
+        else:
+            total = head(hidden, targets, reduction=reduction)
         if total.ndim:
             raise UserError(
                 "model.head has an adapter, but computes the loss itself; leave it out of the adapter's modules, or "
@@ -178,6 +184,14 @@ class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
         if num_items is None:
             return total
         return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+
+
+def _is_weight(head: Any) -> bool:
+    """Whether `head` is a linear layer that has no loss and all of which is in its `weight`: PEFT puts some there, for
+    trained tokens (`token_adapter`) and for tied heads that are trained whole (`modules_to_save`)."""
+    inner = getattr(head, "modules_to_save", None)
+    candidates = [head] if inner is None else list(inner.values())
+    return hasattr(head, "token_adapter") or any(type(module) is nn.Linear for module in candidates)
 
 
 def _keep(hidden: Tensor, places: int | Tensor | None) -> Tensor:

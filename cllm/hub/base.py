@@ -27,6 +27,7 @@ from cllm.hub.generation import own_cache
 from cllm.hub.inputs import Inputs, read_inputs
 from cllm.kv.cache import KVCache
 from cllm.kv.plan import Retention
+from cllm.model.attention import Context
 from cllm.model.block import Block
 from cllm.model.decoder import Decoder, recompute
 from cllm.model.sizes import model_d_ff
@@ -193,7 +194,7 @@ class CLLMPreTrainedModel(PreTrainedModel):
         wanted: bool | list[int] | None,
         *,
         last_only: bool = False,
-    ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
+    ) -> tuple[Tensor, Any]:
         """The last hidden states and, where `wanted`, those before every layer and the last ones.
 
         `wanted` may be a list of numbers from 0 to n_layers, negative ones from the end; the others are None.
@@ -289,13 +290,13 @@ def refuse(asked: dict[str, Any]) -> None:
 
 
 def _unless_cached(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, a form of `torch.utils.checkpoint`, but not for passes that write to a cache: they would twice."""
+    """`function`, a form of `torch.utils.checkpoint`, but not over a cache: a pass would write to it twice, and later
+    ones change what it read."""
     return functools.partial(_checkpoint_unless_cached, function)
 
 
-def _checkpoint_unless_cached(function: Callable[..., Any], block: Any, *inputs: Any) -> Any:
-    writes = isinstance(block, functools.partial) and block.keywords.get("store") is not None
-    return block(*inputs) if writes else function(block, *inputs)
+def _checkpoint_unless_cached(function: Callable[..., Any], block: Any, x: Tensor, context: Context, *read: Any) -> Any:
+    return function(block, x, context, *read) if context.cached is None else block(x, context, *read)
 
 
 @contextlib.contextmanager

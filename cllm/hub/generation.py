@@ -83,7 +83,7 @@ class CLLMGenerationMixin(GenerationMixin):
 
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
-    ) -> Tensor:
+    ) -> Any:
         """`generate` calls this where no mask is given, and takes pad tokens for padding. Here only those before a
         sequence are, and those after it in a batch; others are text, as are all tokens after those in a cache."""
         base: Any = super()

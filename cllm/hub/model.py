@@ -47,7 +47,8 @@ class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
     def base_model(self) -> CLLMModel:
         """The decoder without its head, as transformers and other libraries call it."""
         if not self._base or self._base[0].model is not self.model:
-            self._base = (CLLMModel(self.config, self.model),)
+            config: Any = self.config
+            self._base = (CLLMModel(config, self.model),)
         return self._base[0]
 
     def set_decoder(self, decoder: CLLMModel) -> None:
@@ -147,7 +148,7 @@ class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
         loss: Tensor | None,
         logits: Tensor | None,
         cache: KVCache | None,
-        states: tuple[Tensor | None, ...] | None,
+        states: Any,
         return_dict: bool | None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=states)

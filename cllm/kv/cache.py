@@ -12,6 +12,7 @@ for beams and crops it for assisted decoding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,12 +145,12 @@ class KVCache(Cache):
     """transformers shall not compile the model because of this cache."""
 
     @property
-    def layers(self) -> list[CachedLayer]:
+    def layers(self) -> list[Any]:
         """For every layer of the plan, the keys and values that it reads; see `CachedLayer`."""
         return [CachedLayer(self, i) for i in range(len(self.plan))]
 
     @layers.setter
-    def layers(self, value: list[object]) -> None:
+    def layers(self, value: list[Any]) -> None:
         """transformers' constructor sets an empty list; stores are what is kept."""
 
     @property

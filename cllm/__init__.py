@@ -1,6 +1,7 @@
 """cllm: decoder language models whose layers declare where their keys and values come from.
 
-After `import cllm`, transformers' `AutoConfig` and `AutoModelForCausalLM` know the checkpoints of this package.
+After `import cllm`, transformers' `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know the checkpoints of this
+package, and PEFT knows which of their modules adapters change where none are named.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_AUTO = "transformers.models.auto.configuration_auto"
-_ENTRY = "cllm.hub.config"
-"""Makes the entry in transformers' table of models when it is imported."""
+_ENTRIES = {
+    "transformers.models.auto.configuration_auto": "cllm.hub.config",
+    "peft.utils.constants": "cllm.hub.peft",
+}
+"""Modules with tables of models, and ours that make an entry there when they are imported."""
 
 
-class _AfterAuto(importlib.abc.MetaPathFinder):
-    """Imports `_ENTRY` as soon as somebody imports `_AUTO`: doing so from here would cost every command seconds."""
+class _AfterTables(importlib.abc.MetaPathFinder):
+    """Imports ours as soon as somebody imports a table: doing so from here would cost every command seconds."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _AUTO:
+        entry = _ENTRIES.get(name)
+        if entry is None:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next((s for finder in others if (s := finder.find_spec(name, path, target)) is not None), None)
@@ -34,13 +38,14 @@ class _AfterAuto(importlib.abc.MetaPathFinder):
 
         def run_then_ours(module: ModuleType) -> None:
             run(module)
-            importlib.import_module(_ENTRY)
+            importlib.import_module(entry)
 
         loader.exec_module = run_then_ours  # type: ignore[method-assign]
         return spec
 
 
-if _AUTO in sys.modules:
-    importlib.import_module(_ENTRY)
-else:
-    sys.meta_path.insert(0, _AfterAuto())
+for _table, _entry in _ENTRIES.items():
+    if _table in sys.modules:
+        importlib.import_module(_entry)
+if not sys.modules.keys() >= _ENTRIES.keys():
+    sys.meta_path.insert(0, _AfterTables())

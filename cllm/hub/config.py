@@ -8,7 +8,8 @@ stored, cannot be set to something else, and a file in which they contradict the
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
@@ -72,7 +73,8 @@ class CLLMConfig(PretrainedConfig):
         bos_token_id, eos_token_id, pad_token_id: of the tokenizer, or None.
         use_cache: whether a forward pass that is not for training returns a cache.
 
-    `vocab_size` and `max_position_embeddings` may be set, and set the section; the other names may not.
+    `vocab_size`, `max_position_embeddings` and `tie_word_embeddings` may be set, and set the section; the other names
+    may not.
 
     Raises:
         UserError: for a section that is no valid model, without vocab_size, or that another key contradicts; the
@@ -82,6 +84,8 @@ class CLLMConfig(PretrainedConfig):
     model_type = "cllm"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     has_no_defaults_at_init: ClassVar[bool] = True
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Names of code to run from the checkpoint's folder, which libraries look up: none, and none is ever written."""
 
     model: dict[str, Any] | None = None
     use_cache: bool = True
@@ -97,7 +101,7 @@ class CLLMConfig(PretrainedConfig):
     num_key_value_heads = _View("kv", _kv_heads)
     head_dim = _View("head_dim", _head_dim)
     max_position_embeddings = _View("max_seq_len", writable=True)
-    tie_word_embeddings = _View("tie_embeddings")
+    tie_word_embeddings = _View("tie_embeddings", writable=True)
     initializer_range = _View("init.std", lambda model: model["init"]["std"])
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationMixin
 from transformers.generation import GenerationMode
@@ -45,6 +46,18 @@ class CLLMGenerationMixin(GenerationMixin):
     ) -> Any:
         """`generate` calls this to make its cache; `cache_implementation` is None, `dynamic` or `static`."""
         kind, given = generation_config.cache_implementation, model_kwargs.get("past_key_values")
+        embeds, context = model_kwargs.get("inputs_embeds"), self.config.max_position_embeddings
+        if embeds is not None and max_cache_length >= context:  # a length that was not known before
+            new = max_cache_length + 1 - embeds.shape[1]
+            raise UserError(
+                f"inputs_embeds of {embeds.shape[1]} tokens and up to {new} new ones do not fit the model's context "
+                f"(model.max_seq_len), {context}"
+            )
+        if embeds is not None and generation_config.prefill_chunk_size is not None:
+            raise UserError(
+                f"prefill_chunk_size is {generation_config.prefill_chunk_size} and the prompt is inputs_embeds; "
+                "allowed: chunks of input_ids"
+            )
         if generation_mode == GenerationMode.ASSISTED_GENERATION and self.model.passes is not None:
             raise UserError(
                 "assisted decoding: layers that read from above are iterated over several new tokens, which is not "
@@ -68,13 +81,32 @@ class CLLMGenerationMixin(GenerationMixin):
             max_len = max(max_cache_length, reserved) if kind == "static" else None
             model_kwargs["past_key_values"] = KVCache(self.model.config, max_len=max_len)
 
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> Any:
+        """`generate` calls this where no mask is given, and takes pad tokens for padding. Here only those before a
+        sequence are, and those after it in a batch; others are text, as are all tokens after those in a cache."""
+        base: Any = super()
+        mask = base._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, KVCache) and cache.seen:
+            starts = mask.new_zeros(len(mask)) if cache.starts is None else cache.starts.to(mask.device)
+            if len(starts) == len(mask):
+                return (torch.arange(mask.shape[1], device=mask.device) >= starts[:, None]).to(mask.dtype)
+        before = mask.cumsum(1) == 0
+        if len(mask) == 1:
+            return mask.new_ones(mask.shape) if before.all() else (~before).to(mask.dtype)
+        after = mask.flip(1).cumsum(1).flip(1) == 0
+        return (~(before | after)).to(mask.dtype)
+
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """`generate` calls this for the prompt, and cuts its mask with it into chunks, the first of which may hold
         nothing but the padding of a sequence."""
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        chunk, length = generation_config.prefill_chunk_size, input_ids.shape[1]
+        embeds, chunk = model_kwargs.get("inputs_embeds"), generation_config.prefill_chunk_size
+        length = input_ids.shape[1] if embeds is None else embeds.shape[1]
         columns = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
         past = 0 if cache is None or columns != length else cache.seen  # else input_ids are the new tokens alone
         if past >= length:

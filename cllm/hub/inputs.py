@@ -25,6 +25,8 @@ class Inputs(NamedTuple):
     """(B, T) int64; None: one document a sequence."""
     starts: Tensor | None = None
     """(B,) int64, padding tokens before each sequence; None: none."""
+    after: int = 0
+    """The most padding tokens after any sequence."""
 
 
 def read_inputs(
@@ -34,6 +36,7 @@ def read_inputs(
     *,
     past: int | None = None,
     known: Tensor | None = None,
+    goes_on: bool = True,
 ) -> Inputs:
     """`attention_mask` and `position_ids` as a decoder's inputs.
 
@@ -45,6 +48,8 @@ def read_inputs(
         past: tokens in the cache; None: there is no cache.
         known: (B,) padding that the cache was begun with, or that it was told to expect of the whole prompt, of which
             these tokens may be a part.
+        goes_on: whether the cache was asked for, so that more tokens have to follow; if not, padding may come after
+            a sequence.
 
     Raises:
         UserError: for padding on the right that a cache would keep, holes, sequences without a token, masks of another
@@ -54,17 +59,19 @@ def read_inputs(
     _check_shapes(batch, length, attention_mask, position_ids, past or 0)
     if past and length == 1:
         return Inputs()
-    starts = None if attention_mask is None else padding_of(attention_mask, cached=past is not None, known=known)
+    starts, after = None, 0
+    if attention_mask is not None:
+        starts, after = _padding(attention_mask, cached=past is not None and goes_on, known=known)
     if past or known is not None:
         if attention_mask is not None:
             _check_same_padding(starts, known, (past or 0) + length)
         starts = known
     if position_ids is None:
-        return Inputs(starts=None if past else starts)
+        return Inputs(starts=None if past else starts, after=after)
     if past is None and starts is None:
         return _packed(position_ids.expand(batch, -1))
-    _check_positions(position_ids, length, past or 0, starts)
-    return Inputs(starts=None if past else starts)
+    _check_positions(position_ids, length, past or 0, starts, attention_mask)
+    return Inputs(starts=None if past else starts, after=after)
 
 
 def _check_shapes(batch: int, length: int, mask: Tensor | None, positions: Tensor | None, past: int) -> None:
@@ -90,6 +97,11 @@ def padding_of(mask: Tensor, *, cached: bool, known: Tensor | None = None) -> Te
     Raises `UserError` for holes, for a sequence without a token, unless `known` padding says that it begins later, and,
     where it would be `cached`, for padding on the right.
     """
+    return _padding(mask, cached=cached, known=known)[0]
+
+
+def _padding(mask: Tensor, *, cached: bool, known: Tensor | None) -> tuple[Tensor | None, int]:
+    """As `padding_of`, and the most zeros after any sequence."""
     real = mask != 0
     expected = mask.new_zeros(len(mask), dtype=torch.long) if known is None else known
     before = (real.cumsum(1) == 0).sum(1)
@@ -109,7 +121,8 @@ def padding_of(mask: Tensor, *, cached: bool, known: Tensor | None = None) -> Te
                 f"attention_mask: sequence {row} has {right} padding tokens at its end, which a cache would keep; pad "
                 'on the left (tokenizer.padding_side = "left"), or set use_cache=False'
             )
-    return before if any(left for left, *_ in rows) else None
+    most = max((right for _, right, count, _ in rows if count), default=0)
+    return before if any(left for left, *_ in rows) else None, most
 
 
 def _check_same_padding(starts: Tensor | None, known: Tensor | None, columns: int) -> None:
@@ -124,11 +137,14 @@ def _check_same_padding(starts: Tensor | None, known: Tensor | None, columns: in
         )
 
 
-def _check_positions(position_ids: Tensor, length: int, past: int, starts: Tensor | None) -> None:
+def _check_positions(position_ids: Tensor, length: int, past: int, starts: Tensor | None, mask: Tensor | None) -> None:
     columns = torch.arange(past, past + length, device=position_ids.device)
     implied = columns[None] if starts is None else columns - starts[:, None]
     found, implied = torch.broadcast_tensors(position_ids, implied)
-    wrong = ((found != implied) & (implied >= 0)).nonzero()  # positions of padding do not matter
+    wrong = found != implied
+    if mask is not None:  # positions of padding do not matter
+        wrong = wrong & (mask[:, past:] != 0)
+    wrong = wrong.nonzero()
     if len(wrong):
         row, token = wrong[0].tolist()
         raise UserError(

@@ -94,7 +94,7 @@ def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
 
 def _from_pretrained(auto: Any, folder: Path, **options: Any) -> Any:
     # Whatever goes wrong in reading somebody's checkpoint is, to the user, one fault in one line.
-    from cllm.hub.model import without_load_report
+    from cllm.hub.base import without_load_report
 
     try:
         with quiet(), without_load_report():

@@ -6,90 +6,54 @@ an error here, never ignored.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cllm.errors import UserError
+from cllm.hub.base import CLLMModel, CLLMPreTrainedModel, refuse
 from cllm.hub.config import CLLMConfig
-from cllm.hub.generation import CLLMGenerationMixin, own_cache
-from cllm.hub.inputs import read_inputs
+from cllm.hub.generation import CLLMGenerationMixin
 from cllm.kv.cache import KVCache
-from cllm.kv.plan import Retention
-from cllm.model.decoder import Decoder
 from cllm.model.graph import StepGraph
-from cllm.model.loss import IGNORE, Head
-from cllm.model.sizes import build_decoder
+from cllm.model.loss import IGNORE, Head, head_loss
 
 
-class CLLMForCausalLM(PreTrainedModel, CLLMGenerationMixin):
+class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
     """`CLLMForCausalLM(config)` draws new weights; `from_pretrained(folder)` loads them.
 
     `model` is the `Decoder`, so tensors are called `model.blocks.0...` and layers that own nothing have no K/V weights.
+    `base_model` is a `CLLMModel` of the same decoder, which computes hidden states as transformers' base models do.
     """
 
-    config_class = CLLMConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012 - transformers copies it
-    _keep_in_fp32_modules_strict = ["attention.keys.weight", "attention.values.weight"]  # noqa: RUF012
-    """Fusion weights, whatever the model's dtype."""
-    _no_split_modules = ["Decoder"]  # noqa: RUF012
-    """Layers read each other's slots, so all of them are on one device."""
-    _supports_context_parallel = False
+    _base: tuple[CLLMModel, ...] = ()
+    """The base model; in a tuple, so that it is no second name for the weights."""
 
     def __init__(self, config: CLLMConfig):
         super().__init__(config)
-        self.model: Decoder = build_decoder(config.model_config)
-        self._is_stateful = any(isinstance(layer.own, Retention) for layer in self.model.plan.layers)
+        self.model = self._own_decoder()
         self.post_init()
 
     # ---- weights -----------------------------------------------------------------------------------------------------
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
-    ) -> Any:
-        """As in transformers, but weights that are not exactly the model's are an error and not a warning.
+    @property
+    def base_model(self) -> CLLMModel:
+        """The decoder without its head, as transformers and other libraries call it."""
+        if not self._base or self._base[0].model is not self.model:
+            config: Any = self.config
+            self._base = (CLLMModel(config, self.model),)
+        return self._base[0]
 
-        Raises:
-            UserError: naming tensors that are missing, that the model has not, or that have another shape, and weight
-                files that are broken.
-        """
-        if kwargs.pop("ignore_mismatched_sizes", False):
-            raise UserError("ignore_mismatched_sizes is True; allowed: False, every tensor has to fit")
-        with without_load_report(), _naming_broken_files(pretrained_model_name_or_path):
-            found: Any = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-        model, info = found
-        _check_loaded(model, info, pretrained_model_name_or_path)
-        return (model, info) if output_loading_info else model
-
-    def initialize_weights(self) -> None:
-        """Draw new weights as the config's `init` says, unless weights were loaded."""
-        if not any(getattr(parameter, "_is_hf_initialized", False) for parameter in self.parameters()):
-            self.model.init_weights()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.model.embed
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Put another embedding (vocab_size, d_model) in the place of the decoder's."""
-        assert isinstance(value, nn.Embedding)
-        self.model.embed = value
-        self.model.config = self.model.config.model_copy(update={"vocab_size": value.num_embeddings})
+    def set_decoder(self, decoder: CLLMModel) -> None:
+        """Put the decoder of another base model in the place of this model's."""
+        self.model = decoder.model
 
     def get_output_embeddings(self) -> Head:
         return self.model.head
@@ -99,21 +63,6 @@ class CLLMForCausalLM(PreTrainedModel, CLLMGenerationMixin):
         head = Head(new_embeddings.in_features, new_embeddings.out_features, bias=False, device="meta")
         head.weight = new_embeddings.weight
         self.model.head = head
-
-    def _set_gradient_checkpointing(
-        self,
-        enable: bool = True,
-        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
-        every_n_layers: int = 1,
-    ) -> None:
-        options = dict(getattr(gradient_checkpointing_func, "keywords", {}))
-        plain = getattr(gradient_checkpointing_func, "func", gradient_checkpointing_func) is checkpoint
-        if enable and (not plain or every_n_layers != 1 or options not in ({}, {"use_reentrant": False})):
-            raise UserError(
-                f"gradient checkpointing with {options or 'an option'}: every block is recomputed, and nothing can be "
-                'chosen; allowed: gradient_checkpointing_kwargs {"use_reentrant": False}, or none'
-            )
-        self.model.gradient_checkpointing = enable
 
     # ---- one forward pass --------------------------------------------------------------------------------------------
 
@@ -130,7 +79,7 @@ class CLLMForCausalLM(PreTrainedModel, CLLMGenerationMixin):
         early_exit: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
@@ -149,50 +98,60 @@ class CLLMForCausalLM(PreTrainedModel, CLLMGenerationMixin):
                 gradients. None: where neither those nor other logits are wanted, as `generate` says of its prompts
                 (logits_to_keep=1, no labels).
             num_items_in_batch: the loss is the sum over scored tokens divided by this; None: their mean.
-            inputs_embeds, output_attentions, output_hidden_states: not supported.
+            shift_labels: by keyword, (B, T) int64 in place of `labels`: a token is scored against the label at its own
+                place. It is not in the signature, where `Trainer` would take it for labels that every batch has.
+            inputs_embeds: (B, T, d_model), what the first layer reads, in place of `input_ids`.
+            output_hidden_states: return the input of every layer and what the head reads; or a list of which of these.
+            output_attentions: not supported.
 
         Returns:
-            `loss` (fp32 scalar, nats), `logits` (B, n, vocab_size), `past_key_values`, each only where there is one.
+            `loss` (fp32 scalar, nats), `logits` (B, n, vocab_size), `past_key_values`, `hidden_states` (n_layers + 1
+            tensors (B, T, d_model)), each only where there is one.
 
         Raises:
             UserError: for what is not supported, more tokens than the model's context, and what `read_inputs` refuses.
         """
-        hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        asked = {"inputs_embeds": inputs_embeds, "output_attentions": attentions, "output_hidden_states": hidden_states}
-        _refuse({**asked, **kwargs})
-        if input_ids is None or input_ids.ndim != 2:
-            raise UserError(f"input_ids are {None if input_ids is None else tuple(input_ids.shape)}; allowed: (B, T)")
-        cache = self._cache(past_key_values, use_cache, scored=labels is not None)
-        past = None if cache is None else cache.get_seq_length()
-        if cache is not None and past and cache.batch != len(input_ids):
-            raise UserError(f"past_key_values holds {cache.batch} sequences and input_ids {len(input_ids)}")
-        inputs = read_inputs(
-            input_ids, attention_mask, position_ids, past=past, known=None if cache is None else cache.starts
-        )
-        if cache is not None and past and labels is None and self._replays(cache, input_ids):
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        refuse({"output_attentions": attentions, **kwargs})
+        tokens = self._tokens(input_ids, inputs_embeds)
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        scored = shift_labels is not None
+        cache = self._cache(past_key_values, use_cache, scored=scored)
+        past = 0 if cache is None else cache.get_seq_length()
+        asked = past_key_values is not None or bool(use_cache)
+        inputs = self._inputs(tokens, attention_mask, position_ids, cache, goes_on=asked)
+        plain = input_ids is not None and not scored and not wanted
+        if cache is not None and past and plain and self._replays(cache, tokens):
             self._check_context(past + 1, None)
-            return self._output(None, self._replay(cache, input_ids), cache, return_dict)
-        self._check_context((past or 0) + input_ids.shape[1], inputs.positions)
-        last_only = labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 1
+            return self._output(None, self._replay(cache, tokens), cache, None, return_dict)
+        self._check_context(past + tokens.shape[1], inputs.positions)
+        last_only = not scored and not wanted and isinstance(logits_to_keep, int) and logits_to_keep == 1
         if early_exit and not last_only:
-            wanted = "labels" if labels is not None else f"logits_to_keep {logits_to_keep}"
-            raise UserError(f"early_exit computes the last logits only, but {wanted} wants more; allowed: 1, no labels")
+            more = "labels" if scored else "output_hidden_states" if wanted else f"logits_to_keep {logits_to_keep}"
+            raise UserError(f"early_exit computes the last logits only, but {more} wants more; allowed: 1, no labels")
         learns = last_only and early_exit is not False and self._learns()
         if early_exit and learns:
             raise UserError("early_exit computes no gradients; use torch.no_grad(), or leave it out")
         last_only = last_only and early_exit is not False and not learns
-        hidden = self.model.hidden(input_ids, *inputs[:2], cache=cache, starts=inputs.starts, last_only=last_only)
-        loss = None if labels is None else self._loss(hidden, labels, num_items_in_batch)
+        hidden, states = self._hidden(input_ids, inputs_embeds, inputs, cache, wanted, last_only=last_only)
+        loss = None if shift_labels is None else self._loss(hidden, shift_labels, num_items_in_batch)
         logits = None
-        if labels is None or not self.training or logits_to_keep is not None:
+        if not scored or not self.training or logits_to_keep is not None:
             logits = self.model.head(_keep(hidden, logits_to_keep))
-        return self._output(loss, logits, cache, return_dict)
+        return self._output(loss, logits, cache, states, return_dict)
 
     def _output(
-        self, loss: Tensor | None, logits: Tensor | None, cache: KVCache | None, return_dict: bool | None
+        self,
+        loss: Tensor | None,
+        logits: Tensor | None,
+        cache: KVCache | None,
+        states: Any,
+        return_dict: bool | None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=states)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
@@ -201,6 +160,8 @@ class CLLMForCausalLM(PreTrainedModel, CLLMGenerationMixin):
 
     def _replays(self, cache: KVCache, input_ids: Tensor) -> bool:
         """Whether this is a step that a CUDA graph can make: one token over a static cache, without gradients."""
+        if hasattr(self.model.embed, "token_adapter"):  # its weight is another tensor in every step
+            return False
         return cache.is_static and input_ids.shape[1] == 1 and input_ids.is_cuda and not torch.is_grad_enabled()
 
     def _replay(self, cache: KVCache, input_ids: Tensor) -> Tensor:
@@ -210,23 +171,12 @@ class CLLMForCausalLM(PreTrainedModel, CLLMGenerationMixin):
             graph = self._graph = StepGraph(self.model, cache)
         return graph(input_ids[:, 0])[:, None].clone()  # the next step writes over what the graph returns
 
-    def _cache(self, given: Any, use_cache: bool | None, *, scored: bool) -> KVCache | None:
-        if given is not None:
-            return own_cache(given)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and not scored
-        return KVCache(self.model.config) if use_cache else None
-
-    def _check_context(self, tokens: int, positions: Tensor | None) -> None:
-        context = self.config.max_position_embeddings
-        if tokens > context and positions is not None:  # packed documents may be more tokens than any one of them
-            tokens = int(positions.max()) + 1
-        if tokens > context:
-            raise UserError(f"{tokens} tokens, but the model's context (model.max_seq_len) is {context}")
-
-    def _loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        total = self.model.head(hidden, shifted, reduction="mean" if num_items is None else "sum")
+    def _loss(self, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+        head, reduction = self.model.head, "mean" if num_items is None else "sum"
+        if _is_weight(head):
+            total = head_loss(hidden, head.weight, targets, reduction)
+        else:
+            total = head(hidden, targets, reduction=reduction)
         if total.ndim:
             raise UserError(
                 "model.head has an adapter, but computes the loss itself; leave it out of the adapter's modules, or "
@@ -237,10 +187,12 @@ class CLLMForCausalLM(PreTrainedModel, CLLMGenerationMixin):
         return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
 
 
-def _refuse(asked: dict[str, Any]) -> None:
-    for name, value in asked.items():
-        if value is not None and value is not False:
-            raise UserError(f"{name} is not supported by cllm models; leave it out")
+def _is_weight(head: Any) -> bool:
+    """Whether `head` is a linear layer that has no loss and all of which is in its `weight`: PEFT puts some there, for
+    trained tokens (`token_adapter`) and for tied heads that are trained whole (`modules_to_save`)."""
+    inner = getattr(head, "modules_to_save", None)
+    candidates = [head] if inner is None else list(inner.values())
+    return hasattr(head, "token_adapter") or any(type(module) is nn.Linear for module in candidates)
 
 
 def _keep(hidden: Tensor, places: int | Tensor | None) -> Tensor:
@@ -252,59 +204,6 @@ def _keep(hidden: Tensor, places: int | Tensor | None) -> Tensor:
     return hidden[:, places] if isinstance(places, Tensor) else hidden[:, -(places or 0) :]
 
 
-@contextlib.contextmanager
-def without_load_report() -> Iterator[None]:
-    """transformers prints a table of the tensors that do not fit; the error that follows says it in a line."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)
-
-
-@contextlib.contextmanager
-def _naming_broken_files(folder: Any) -> Iterator[None]:
-    """safetensors says what is wrong with a file, but not with which."""
-    try:
-        yield
-    except SafetensorError as error:
-        for file in sorted(Path(folder).glob("*.safetensors")):
-            if fault := _fault(file):
-                raise UserError(f"{file}: cannot be read: {fault}") from None
-        raise UserError(f"{folder}: weights cannot be read: {error}") from None
-
-
-def _fault(file: Path) -> str | None:
-    try:
-        with safe_open(file, framework="pt"):
-            return None
-    except (OSError, SafetensorError) as error:
-        return str(error)
-
-
-def _check_loaded(model: CLLMForCausalLM, info: dict[str, Any], path: Any) -> None:
-    def named(names: Any) -> str:
-        first, *more = sorted(names)
-        return f"{first}{f' and {len(more)} more' if more else ''}"
-
-    wrong = []
-    if info["missing_keys"]:
-        wrong.append(f"missing: {named(info['missing_keys'])}")
-    if info["unexpected_keys"]:
-        wrong.append(f"not in the model: {named(info['unexpected_keys'])}")
-    if info["mismatched_keys"]:
-        wrong.append(
-            "of another shape: " + named(f"{n} is {tuple(a)}, not {tuple(b)}" for n, a, b in info["mismatched_keys"])
-        )
-    if model.config.tie_word_embeddings and model.model.head.weight is not model.model.embed.weight:
-        wrong.append("model.tie_embeddings is true, but model.head.weight differs from model.embed.weight")
-    if wrong:
-        raise UserError(f"{path}: the weights are not those of the model in config.json: {'; '.join(wrong)}")
-
-
 AutoModelForCausalLM.register(CLLMConfig, CLLMForCausalLM)
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[CLLMConfig.model_type] = CLLMForCausalLM.__name__
+"""By this table `Trainer` knows that labels are shifted when it smooths them itself."""

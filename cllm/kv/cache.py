@@ -12,6 +12,7 @@ for beams and crops it for assisted decoding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from cllm.kv.accounting import Storage
 from cllm.kv.plan import KVPlan, Retention
 from cllm.kv.sources import slot_widths
 from cllm.kv.stores import FixedSlot, GrowingSlot, SlotStore, StateStore, Step, Store
+from cllm.kv.views import CachedLayer
 
 _SLOTS_DEPEND_ON = ("d_model", "n_heads", "resolved_head_dim", "rope", "norm_eps", "qk_norm", "q_bias", "kv_bias")
 """What two models have in common, beside the KV plan, if one can go on from the other's slots."""
@@ -57,6 +59,8 @@ class KVCache(Cache):
         """(B,) int64: columns of padding before each sequence; None: none. Set by the first pass."""
         self.column: Tensor | None = None
         """(1,) int64: `seen`, on the device."""
+        self.closed: str | None = None
+        """Why no more tokens can be added; None: they can."""
 
     # ---- one forward pass -------------------------------------------------------------------------------------------
 
@@ -83,6 +87,8 @@ class KVCache(Cache):
                 for.
         """
         batch, length = ids.shape
+        if self.closed is not None and self.seen:
+            raise UserError(self.closed)
         if plan != self.plan:
             raise UserError("the cache was made for another model: its KV plan is not the model's")
         if self.max_len is not None and self.seen + length > self.max_len:
@@ -139,8 +145,27 @@ class KVCache(Cache):
     """transformers shall not compile the model because of this cache."""
 
     @property
+    def layers(self) -> list[Any]:
+        """For every layer of the plan, the keys and values that it reads; see `CachedLayer`."""
+        return [CachedLayer(self, i) for i in range(len(self.plan))]
+
+    @layers.setter
+    def layers(self, value: list[Any]) -> None:
+        """transformers' constructor sets an empty list; stores are what is kept."""
+
+    @property
     def is_initialized(self) -> bool:
         return self.batch is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether any number of tokens can be taken back."""
+        return all(isinstance(store, SlotStore) and store.window is None for store in self.stores.values())
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences, or -1 before the first pass."""
+        return -1 if self.batch is None else self.batch
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -183,7 +208,7 @@ class KVCache(Cache):
                 store.reset()
         else:
             self.stores, self.batch = {}, None
-        self.starts = None
+        self.starts = self.closed = None
         self._count(0)
 
     def crop(self, max_length: int) -> None:
@@ -201,7 +226,7 @@ class KVCache(Cache):
         for store in self.stores.values():
             store.crop(length, self.seen)
         if length == 0:
-            self.starts = None
+            self.starts = self.closed = None
         self._count(length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

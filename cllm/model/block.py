@@ -16,6 +16,9 @@ from cllm.model.norm import RMSNorm
 class Block(nn.Module):
     """Layer `layer` of a plan."""
 
+    recomputes = False
+    """Whether the block checkpoints itself, as transformers' layers do, so that the decoder must not do it, too."""
+
     def __init__(self, config: ModelConfig, plan: KVPlan, layer: int, d_ff: int):
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, eps=config.norm_eps)

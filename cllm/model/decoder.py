@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 Slots = dict[int, Slot]
 
 
+def recompute(function: Any, *inputs: Any) -> Any:
+    """`function(*inputs)`, which is computed again in the backward and keeps no activations."""
+    return checkpoint(function, *inputs, use_reentrant=False)
+
+
 class Decoder(nn.Module):
     """A pre-norm decoder. `config.vocab_size` must be set; `d_ff` overrides the config's (see `model/sizes.py`)."""
 
@@ -121,18 +126,20 @@ class Decoder(nn.Module):
 
     def hidden(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         *,
         cache: KVCache | None = None,
         starts: Tensor | None = None,
         last_only: bool = False,
+        inputs_embeds: Tensor | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
         """The normalised hidden states (B, T, d_model) that the head reads.
 
         Args:
-            input_ids: (B, T) integers.
+            input_ids: (B, T) integers; None with `inputs_embeds`.
             positions: (B or 1, T) integers for RoPE; by default they count from 0 at the first token that is no
                 padding, tokens in the cache included.
             document_ids: (B, T) integers, ascending; tokens see only their own document. Positions are not derived
@@ -141,6 +148,9 @@ class Decoder(nn.Module):
             starts: (B,) int64, tokens of padding before each sequence; of a cache's first pass, which remembers them.
             last_only: compute what the last token needs and no more: above the last layer that owns a slot, it goes on
                 alone. The result is exact, and (B, 1, d_model).
+            inputs_embeds: (B, T, d_model), what the first layer reads in place of the embeddings of `input_ids`.
+            states: a list to which the input of every layer is appended, n_layers tensors (B, T, d_model); of layers
+                that are computed several times, the last input.
 
         Raises:
             UserError: for documents together with padding or a cache, and for a cache that does not fit.
@@ -148,12 +158,14 @@ class Decoder(nn.Module):
         if document_ids is not None and (cache is not None or starts is not None):
             raise UserError("document_ids (packed documents) go neither with a cache nor with padding")
         step = None
+        tokens = input_ids if inputs_embeds is None else inputs_embeds[..., 0]  # for their number and device
+        assert tokens is not None
         if cache is not None:
             cache.check(self.config)
-            step, starts = cache.begin(self.plan, input_ids, starts, self._dtype()), cache.starts
-        context = self._context(input_ids, positions, document_ids, starts, step, cache)
-        top = max(self.plan.owners) if last_only and input_ids.shape[1] > 1 else None
-        x, layer = self.embed(input_ids), 0
+            step, starts = cache.begin(self.plan, tokens, starts, self._dtype()), cache.starts
+        context = self._context(tokens, positions, document_ids, starts, step, cache)
+        top = max(self.plan.owners) if last_only and tokens.shape[1] > 1 else None
+        x, layer = self.embed(input_ids) if inputs_embeds is None else inputs_embeds, 0
         if not self.fp32_residual:
             x = x.to(product_dtype(x))
         slots: Slots = {}
@@ -162,9 +174,11 @@ class Decoder(nn.Module):
             if last is None:
                 if layer == top:
                     context.tail = self._tail(context)
+                if states is not None:
+                    states.append(x)
                 x, slots = self._layer(layer, x, slots, context, cache)
             else:
-                x, slots = self._iterate(layer, last, x, slots, context, cache)
+                x, slots = self._iterate(layer, last, x, slots, context, cache, states)
                 layer = last
             if top is not None and layer >= top and x.shape[1] > 1:  # it was in a span
                 x, context.tail = x[:, -1:], self._tail(context)
@@ -269,8 +283,8 @@ class Decoder(nn.Module):
             if self._decodes_compiled(cache, context):
                 block = self._compiled[i]
             x, own = block(x, context, *read, store=cache.stores.get(i))
-        elif self.gradient_checkpointing and torch.is_grad_enabled():
-            x, own = checkpoint(block, x, context, *read, use_reentrant=False)
+        elif self.gradient_checkpointing and torch.is_grad_enabled() and not block.recomputes:
+            x, own = recompute(block, x, context, *read)
         else:
             x, own = block(x, context, *read)
         return x, slots if own is None else {**slots, i: own}
@@ -279,7 +293,14 @@ class Decoder(nn.Module):
         return bool(self._compiled) and context.length == 1 and cache.is_static and context.step is not None
 
     def _iterate(
-        self, first: int, last: int, x: Tensor, slots: Slots, context: Context, cache: KVCache | None
+        self,
+        first: int,
+        last: int,
+        x: Tensor,
+        slots: Slots,
+        context: Context,
+        cache: KVCache | None,
+        states: list[Tensor] | None = None,
     ) -> tuple[Tensor, Slots]:
         """Layers `first` to `last`, some of which read slots from above (LCKV, arXiv 2405.10637, section 2.3).
 
@@ -299,6 +320,8 @@ class Decoder(nn.Module):
             with torch.no_grad() if turn < passes - iterations.backward else contextlib.nullcontext():
                 out, after = x, {**slots, **carried}
                 for i in range(first, last + 1):
+                    if states is not None and turn == passes - 1:
+                        states.append(out)
                     out, after = self._layer(i, out, after, context, cache)
             carried = {j: after[j] for j in from_above}
         return out, after

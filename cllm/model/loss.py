@@ -51,15 +51,20 @@ class Head(nn.Linear):
         """Logits (B, T, V) for `hidden` (B, T, d_model); with `labels` (B, T), the loss as in `next_token_loss`."""
         if labels is None:
             return super().forward(hidden)
-        flat, targets, weight = hidden.flatten(0, -2), labels.flatten(), self.weight
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            flat, weight = flat.to(dtype), weight.to(dtype)
-        if not torch.is_grad_enabled() or reduction == "none":
-            nats = [next_token_loss(part @ weight.T, t, reduction="none") for part, t in _chunks(flat, targets, weight)]
-            total = torch.cat(nats).view(labels.shape)
-            return total if reduction == "none" else total.sum() / _divisor(targets, reduction)
-        return linear_cross_entropy(flat, weight, targets, reduction)
+        return head_loss(hidden, self.weight, labels, reduction)
+
+
+def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """`next_token_loss` of `hidden` (B, T, d_model) against `labels` (B, T), by a head's `weight` (V, d_model)."""
+    flat, targets = hidden.flatten(0, -2), labels.flatten()
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        flat, weight = flat.to(dtype), weight.to(dtype)
+    if not torch.is_grad_enabled() or reduction == "none":
+        nats = [next_token_loss(part @ weight.T, t, reduction="none") for part, t in _chunks(flat, targets, weight)]
+        total = torch.cat(nats).view(labels.shape)
+        return total if reduction == "none" else total.sum() / _divisor(targets, reduction)
+    return linear_cross_entropy(flat, weight, targets, reduction)
 
 
 def _chunks(hidden: Tensor, labels: Tensor, weight: Tensor, number: int = 4) -> list[tuple[Tensor, Tensor]]:

@@ -165,7 +165,7 @@ def closeness(teacher: TracedDecoder, plan: KVPlan, batches: Batches) -> float:
         inputs = [
             None if (t := batch.get(n)) is None else t.to(device) for n in ("input_ids", "positions", "document_ids")
         ]
-        close = F.cosine_similarity(student.hidden(*inputs).float(), teacher.hidden(*inputs).float(), dim=-1)  # type: ignore[arg-type]
+        close = F.cosine_similarity(student.hidden(*inputs).float(), teacher.hidden(*inputs).float(), dim=-1)
         total, count = total + float(close.sum()), count + close.numel()
     return total / count
 

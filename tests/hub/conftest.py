@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from cllm.config import Config, ModelConfig
 from cllm.data.prepare.build import prepare
 from cllm.data.prepare.recipe import Recipe
 from cllm.hub.export import as_pretrained
+from cllm.hub.families.write import export_family
 from cllm.hub.model import CLLMForCausalLM
 from cllm.model.decoder import Decoder
 from cllm.runs import RunFolder
@@ -29,6 +31,19 @@ def hub_model(tiny_config, random_model) -> Callable[..., CLLMForCausalLM]:
     def build(kv: dict[str, Any] | None = None, *, config: ModelConfig | None = None, **model: Any) -> CLLMForCausalLM:
         decoder = random_model(config or tiny_config(kv=kv or {"preset": "fusedkv", "n_kv_heads": 2}, **model))
         return as_pretrained(decoder).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def llama_twin(hub_model, tmp_path_factory) -> Callable[..., tuple[CLLMForCausalLM, LlamaForCausalLM]]:
+    """`llama_twin(vocab_size=8)`: a model of ours with the mha plan, and transformers' Llama with the same weights."""
+
+    def build(**model: Any) -> tuple[CLLMForCausalLM, LlamaForCausalLM]:
+        ours = hub_model({"preset": "mha"}, **{"n_layers": 2, **model})
+        folder = tmp_path_factory.mktemp("llama") / "twin"
+        export_family(ours.model.config, ours.model.state_dict(), folder, "llama")
+        return ours, LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
     return build
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from transformers import AutoConfig
 from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.hub.config import CLLMConfig
+from cllm.hub.model import CLLMForCausalLM
 from cllm.model.sizes import build_decoder, count_parameters, model_d_ff
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,10 +61,33 @@ def test_a_widened_mlp_is_stored_as_the_width_that_is_built(tmp_path) -> None:
 def test_what_may_be_set_sets_the_section(folder) -> None:
     config = AutoConfig.from_pretrained(folder, max_position_embeddings=128)
     assert config.model_config.max_seq_len == config.max_position_embeddings == 128
+    config.tie_word_embeddings = True
+    assert config.model_config.tie_embeddings is True
+    model = CLLMForCausalLM(config)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert not AutoConfig.from_pretrained(folder).tie_word_embeddings
     with pytest.raises(UserError, match=r"hidden_size is 25, but model\.d_model makes it 24"):
         config.hidden_size = 25
     with pytest.raises(UserError, match=r"model\.vocab_size: .*greater than or equal to 2, got 1"):
         config.vocab_size = 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_a_copied_config_is_another_one(copied, folder) -> None:
+    config = AutoConfig.from_pretrained(folder)
+    other = copied(config)
+    assert other.to_dict() == config.to_dict()
+    other.vocab_size, other.tie_word_embeddings = 40, True
+    other.model["d_ff"] = 8
+    assert (config.vocab_size, config.tie_word_embeddings, config.intermediate_size) == (32, False, 32)
+
+
+def test_no_folder_names_code_to_run(folder) -> None:
+    """Libraries look `auto_map` up; it is empty and never written."""
+    config = AutoConfig.from_pretrained(folder)
+    assert not config.auto_map
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+    assert "auto_map" not in config.to_dict()
 
 
 @pytest.mark.parametrize(

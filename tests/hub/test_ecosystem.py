@@ -79,6 +79,25 @@ def test_trainer_learns_saves_and_goes_on(folder, tokenizer, tmp_path) -> None:
     assert again.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-3")).global_step == 4
 
 
+@pytest.mark.parametrize("name", ["fusedkv", "yoco", "lckv"])
+def test_smoothed_labels_are_those_of_the_next_token(name, hub_model, preset_config, tmp_path) -> None:
+    """Trainer smooths labels itself, and shifts them for models that it knows by their name."""
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    model = hub_model(config=preset_config(name))
+    ids = torch.randint(32, (4, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    arguments = {"report_to": [], "use_cpu": True, "disable_tqdm": True}
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    for smoothing in (0.0, 0.1):
+        options = TrainingArguments(str(tmp_path), label_smoothing_factor=smoothing, **arguments)
+        found = Trainer(model=model, args=options, eval_dataset=rows).evaluate()["eval_loss"]
+        expected = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=smoothing)
+        assert found == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_lora_trains_its_own_weights_only(folder, tmp_path) -> None:
     peft = pytest.importorskip("peft")
     base = AutoModelForCausalLM.from_pretrained(folder)
@@ -150,7 +169,6 @@ def test_adapters_that_do_not_fit_are_refused(hub_model) -> None:
     for config, message in (
         (peft.LoraConfig(**{**lora, "target_modules": ["head"]}), "model.head has an adapter"),
         (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "past_key_values is a DynamicCache"),
-        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "inputs_embeds is not supported"),
     ):
         model = peft.get_peft_model(hub_model(n_layers=2), config)
         with pytest.raises(UserError, match=message):

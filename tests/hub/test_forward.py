@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cllm.errors import UserError
 from cllm.kv.cache import KVCache
@@ -30,6 +32,8 @@ def test_the_loss_shifts_labels_and_skips_ignored_ones(hub_model) -> None:
     logits = _logits(model, IDS, use_cache=False)
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     torch.testing.assert_close(model(IDS, labels=labels).loss, expected)
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(model(IDS, labels=IDS.flip(1), shift_labels=shifted).loss, expected)
     summed = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
     for count in (7, torch.tensor(7)):
         torch.testing.assert_close(model(IDS, labels=labels, num_items_in_batch=count).loss, summed / 7)
@@ -72,8 +76,34 @@ def test_gradient_checkpointing_recomputes_blocks_and_changes_no_gradient(hub_mo
     model.gradient_checkpointing_disable()
     model(IDS, labels=IDS)
     assert len(calls) == 8
-    with pytest.raises(UserError, match="use_reentrant"):
+    with pytest.raises(UserError, match="use_reentrant true loses the gradients of slots"):
         model.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_layers_recompute_themselves_as_those_of_transformers(hub_model) -> None:
+    """Every other layer, by the function that was given, but not where a cache is written to."""
+    model = hub_model(n_layers=4).train()
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert layers == list(model.model.blocks)
+    model(IDS, labels=IDS).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    calls = []
+
+    def recompute(function, *inputs):
+        calls.append(1)
+        return checkpoint(function, *inputs, use_reentrant=False)
+
+    model._set_gradient_checkpointing(True, recompute, every_n_layers=2)
+    assert [layer.gradient_checkpointing for layer in layers] == [True, False, True, False]
+    model(IDS, labels=IDS).loss.backward()
+    assert len(calls) == 2
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+    cache = model(IDS, use_cache=True).past_key_values
+    assert (len(calls), cache.get_seq_length()) == (2, 7)
+    model.eval()(IDS, labels=IDS).loss.backward()
+    assert len(calls) == 2
 
 
 def test_logits_to_keep(hub_model) -> None:
@@ -146,6 +176,22 @@ def test_left_padding_changes_nothing(name, use_cache, hub_model, preset_config)
     torch.testing.assert_close(padded[1:], _logits(model, IDS[1:], use_cache=False))
 
 
+def test_right_padding_closes_a_cache_that_nobody_asked_for(llama_twin) -> None:
+    """The logits are right; the error comes when the cache is to go on."""
+    ours, llama = llama_twin()
+    mask = torch.ones_like(IDS)
+    mask[0, 4:] = 0
+    with torch.no_grad():
+        output = ours(IDS, attention_mask=mask)
+        expected = llama(IDS, attention_mask=mask).logits
+        torch.testing.assert_close(output.logits[mask > 0], expected[mask > 0], atol=1e-5, rtol=1e-5)
+        cache = output.past_key_values
+        with pytest.raises(UserError, match="keeps 3 padding tokens at the end of a sequence"):
+            ours(IDS[:, :1], past_key_values=cache)
+        cache.reset()
+        assert ours(IDS, past_key_values=cache).past_key_values is cache
+
+
 @pytest.mark.parametrize("name", ACYCLIC)
 def test_right_padding_changes_nothing_without_a_cache(name, hub_model, preset_config) -> None:
     model = hub_model(config=preset_config(name))
@@ -172,6 +218,15 @@ def test_positions_that_agree_with_the_padding_are_fine(hub_model) -> None:
         assert torch.equal(with_positions, _logits(model, IDS, attention_mask=mask, use_cache=use_cache))
 
 
+def test_positions_of_padding_do_not_matter(hub_model) -> None:
+    """transformers counts on through padding on the right, and starts at 1 or 0 in that on the left."""
+    model = hub_model()
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    padded = _logits(model, IDS, attention_mask=mask, position_ids=positions, use_cache=False)
+    torch.testing.assert_close(padded[:1, 2:5], _logits(model, IDS[:1, 2:5], use_cache=False))
+
+
 def test_positions_that_restart_begin_a_document(hub_model) -> None:
     model = hub_model()
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
@@ -194,7 +249,10 @@ def _mask(*zeros: int) -> torch.Tensor:
     [
         ({"attention_mask": _mask(2)}, "sequence 0 has a hole"),
         ({"attention_mask": _mask(0, 2)}, "sequence 0 has a hole"),
-        ({"attention_mask": _mask(5, 6)}, "sequence 0 has 2 padding tokens at its end, which a cache would keep"),
+        (
+            {"attention_mask": _mask(5, 6), "use_cache": True},
+            "sequence 0 has 2 padding tokens at its end, which a cache would keep",
+        ),
         ({"attention_mask": _mask(*range(7))}, "sequence 0 is all padding"),
         ({"attention_mask": torch.ones(2, 6)}, r"attention_mask is \(2, 6\); .* has to be \(2, 7\)"),
         ({"attention_mask": torch.ones(2, 1, 7, 7)}, r"attention_mask is \(2, 1, 7, 7\); allowed: \(batch, tokens\)"),
@@ -207,7 +265,7 @@ def _mask(*zeros: int) -> torch.Tensor:
         ({"position_ids": torch.arange(6)[None]}, r"position_ids are \(1, 6\)"),
         ({"past_key_values": DynamicCache()}, "past_key_values is a DynamicCache; allowed: cllm.kv.cache.KVCache"),
         ({"output_attentions": True}, "output_attentions is not supported"),
-        ({"output_hidden_states": True}, "output_hidden_states is not supported"),
+        ({"inputs_embeds": torch.ones(2, 7, 24)}, "input_ids and inputs_embeds are both given"),
         ({"cache_position": torch.arange(7)}, "cache_position is not supported"),
         ({"logits_to_keep": torch.ones(2, 7)}, r"logits_to_keep is \(2, 7\)"),
     ],
@@ -218,9 +276,9 @@ def test_inputs_that_are_refused(inputs, message, hub_model) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_embeddings_instead_of_tokens_are_refused(hub_model) -> None:
-    with pytest.raises(UserError, match="inputs_embeds is not supported"):
-        hub_model(n_layers=2)(inputs_embeds=torch.ones(1, 3, 24))
+def test_neither_tokens_nor_embeddings_are_refused(hub_model) -> None:
+    with pytest.raises(UserError, match=r"inputs_embeds are \(1, 3, 8\); allowed: \(B, T, 24\)"):
+        hub_model(n_layers=2)(inputs_embeds=torch.ones(1, 3, 8))
     with pytest.raises(UserError, match="input_ids are None"):
         hub_model(n_layers=2)()
 

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from cllm.errors import UserError
 from cllm.hub import model as model_module
+from cllm.hub.config import CLLMConfig
 from cllm.hub.model import CLLMForCausalLM
 from cllm.kv.cache import KVCache
 from cllm.kv.presets import preset_names
@@ -136,6 +137,85 @@ def test_assisted_decoding_is_refused_where_tokens_cannot_be_taken_back(of_prese
         _greedy(of_preset("yoco"), IDS[:1], prompt_lookup_num_tokens=2)
     with pytest.raises(ValueError, match="stateful"):
         _greedy(hub_model({"preset": "yoco", "lower": "retention"}), IDS[:1], prompt_lookup_num_tokens=2)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_pad_token_may_be_text(seed, hub_model) -> None:
+    """In what an assistant has proposed, and inside of a prompt without a mask."""
+    torch.manual_seed(seed)
+    small = {"vocab_size": 6, "n_layers": 2, "d_model": 16, "n_heads": 2}
+    model, draft = (hub_model({"preset": kind}, **small) for kind in ("mha", "cla"))
+    for one in (model, draft):
+        torch.nn.init.normal_(one.model.head.weight)
+        one.generation_config.update(pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    prompt = torch.randint(2, 6, (1, 4))
+    options = {"max_new_tokens": 16, "eos_token_id": -1}
+    expected = _again(model, prompt, torch.ones_like(prompt), 16)
+    assert torch.equal(_greedy(model, prompt, assistant_model=draft, **options), expected)
+    prompt[0, 2:] = 0
+    expected = _again(model, prompt, torch.ones_like(prompt), 16)
+    assert (expected == 0).any()
+    for more in ({}, {"assistant_model": draft}):
+        assert torch.equal(_greedy(model, prompt, **more, **options), expected)
+
+
+def test_pad_tokens_around_a_sequence_are_padding(hub_model) -> None:
+    """Without a mask: those before it, and in a batch those after it; in a batch of none but one, these are text."""
+    model = hub_model(n_layers=2)
+    model.generation_config.update(pad_token_id=0, eos_token_id=1)
+    ids = torch.tensor([[0, 0, 5, 0, 9], [0, 3, 0, 0, 7]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
+    first = _greedy(model, ids, return_dict_in_generate=True)
+    assert torch.equal(first.sequences, _greedy(model, ids, attention_mask=mask))
+    longer = torch.cat((first.sequences, torch.zeros(2, 1, dtype=torch.long)), dim=1)  # the cache knows the padding
+    expected = _greedy(model, longer, attention_mask=torch.cat((mask, torch.ones(2, NEW + 1, dtype=torch.long)), 1))
+    assert torch.equal(_greedy(model, longer, past_key_values=first.past_key_values), expected)
+    with pytest.raises(UserError, match="sequence 1 has 2 padding tokens at its end"):
+        _greedy(model, torch.tensor([[5, 9, 1], [4, 0, 0]]))
+
+
+def test_several_stop_tokens(hub_model) -> None:
+    model = hub_model()
+    free = _greedy(model, IDS[:1], max_new_tokens=12, eos_token_id=-1)[0, 5:].tolist()
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = [31, free[4]]
+    stopped = _greedy(model, IDS[:1], max_new_tokens=12)[0, 5:].tolist()
+    assert stopped == free[: free.index(free[4]) + 1]
+    assert CLLMConfig(model=model.config.model, eos_token_id=[2, 3]).eos_token_id == [2, 3]
+
+
+@pytest.mark.parametrize("name", ["fusedkv", "yoco", "lckv", "mla"])
+def test_embeddings_as_a_prompt(name, of_preset) -> None:
+    model = of_preset(name)
+    prompt = model.get_input_embeddings()(IDS)
+    expected = _greedy(model, attention_mask=MASK)[:, 5:]
+    for options in ({}, {"cache_implementation": "static"}):
+        assert torch.equal(_greedy(model, None, inputs_embeds=prompt, attention_mask=MASK, **options), expected)
+    first = _greedy(model, None, inputs_embeds=prompt, attention_mask=MASK, return_dict_in_generate=True)
+    longer = torch.cat((prompt, model.get_input_embeddings()(first.sequences)), dim=1)
+    mask = torch.cat((MASK, torch.ones(2, NEW, dtype=torch.long)), dim=1)
+    again = _greedy(model, None, inputs_embeds=longer, attention_mask=mask, past_key_values=first.past_key_values)
+    assert torch.equal(again, _again(model, torch.cat((IDS, first.sequences), dim=1), mask)[:, 5 + NEW :])
+
+
+def test_embeddings_as_a_prompt_are_refused_before_any_work(hub_model) -> None:
+    model = hub_model(n_layers=2)
+    prompt = model.get_input_embeddings()(torch.ones(1, 60, dtype=torch.long))
+    model.model.blocks[0].register_forward_pre_hook(lambda *_: pytest.fail("computed something"))
+    with pytest.raises(
+        UserError, match=r"inputs_embeds of 60 tokens and up to 5 new ones .* \(model.max_seq_len\), 64"
+    ):
+        _greedy(model, None, inputs_embeds=prompt)
+    with pytest.raises(UserError, match="prefill_chunk_size is 2 and the prompt is inputs_embeds"):
+        _greedy(model, None, inputs_embeds=prompt[:, :9], prefill_chunk_size=2)
+
+
+def test_hidden_states_of_every_step(llama_twin) -> None:
+    options = {"output_hidden_states": True, "return_dict_in_generate": True}
+    ours, llama = (_greedy(model, **options, pad_token_id=0).hidden_states for model in llama_twin())
+    assert len(ours) == len(llama) == NEW
+    for step, expected in zip(ours, llama, strict=True):
+        torch.testing.assert_close(step, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_conversation_goes_on_from_its_cache(hub_model) -> None:

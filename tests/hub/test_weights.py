@@ -119,6 +119,48 @@ def test_new_weights_are_those_of_a_new_decoder(tiny_config) -> None:
     assert _same(model.model, decoder)
 
 
+def _post_init(model: CLLMForCausalLM) -> None:
+    model.post_init()
+
+
+def _resize(model: CLLMForCausalLM) -> None:
+    model.resize_token_embeddings(40, mean_resizing=False)
+    model.post_init()
+
+
+@pytest.mark.parametrize("change", [_post_init, CLLMForCausalLM.init_weights, _resize])
+@pytest.mark.parametrize("start", ["config", "folder", "decoder"])
+def test_weights_are_drawn_once(start, change, hub_model, tmp_path) -> None:
+    """Whoever initialises a second time, as transformers does, keeps them, whether trained or loaded."""
+    model = hub_model()
+    if start == "folder":
+        model.save_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    elif start == "config":
+        model = CLLMForCausalLM(model.config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    change(model)
+    for name, parameter in model.named_parameters():
+        assert (parameter[: shapes[name][0]] == 0.5).all(), name
+
+
+def test_weights_of_the_meta_device_are_drawn_when_they_have_memory(tiny_config) -> None:
+    config = CLLMConfig(model=tiny_config())
+    with torch.device("meta"):
+        model = CLLMForCausalLM(config)
+    assert model.base_model.layers[0].mlp.up_proj.weight.is_meta
+    model.to_empty(device="cpu")
+    torch.manual_seed(5)
+    model.init_weights()
+    decoder = build_decoder(config.model_config)
+    torch.manual_seed(5)
+    decoder.init_weights()
+    assert _same(model.model, decoder)
+
+
 def test_a_missing_an_extra_and_a_misshapen_tensor_are_errors(hub_model, tmp_path) -> None:
     hub_model().save_pretrained(tmp_path)
 

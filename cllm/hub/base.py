@@ -1,0 +1,359 @@
+"""The part that the transformers classes share, and the base model: a decoder without its head.
+
+`CLLMModel` is what transformers calls a base model. `AutoModel.from_pretrained` loads one, and
+`CLLMForCausalLM.base_model` is one around the same decoder, so that both have the same weights under the same names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+from cllm.errors import UserError
+from cllm.hub.config import CLLMConfig
+from cllm.hub.generation import own_cache
+from cllm.hub.inputs import Inputs, read_inputs
+from cllm.kv.cache import KVCache
+from cllm.kv.plan import Retention
+from cllm.model.attention import Context
+from cllm.model.block import Block
+from cllm.model.decoder import Decoder, recompute
+from cllm.model.sizes import model_d_ff
+
+
+class CLLMLayer(Block, GradientCheckpointingLayer):
+    """A block as transformers knows layers: it recomputes itself where its `gradient_checkpointing` is set."""
+
+    recomputes = True
+
+
+class CLLMPreTrainedModel(PreTrainedModel):
+    """Weights, embeddings and inputs of a `Decoder`, called `model`: tensors are named `model.blocks.0...`."""
+
+    config_class = CLLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Decoder"]  # noqa: RUF012
+    """Layers read each other's slots, so all of them are on one device."""
+    _supports_context_parallel = False
+
+    model: Decoder
+
+    def _own_decoder(self) -> Decoder:
+        """A decoder as the config says, whose weights `initialize_weights` draws."""
+        config = self.config.model_config
+        decoder = Decoder(config, d_ff=model_d_ff(config))
+        decoder._awaits_weights = True  # type: ignore[assignment]
+        return decoder
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Decoder):
+            fused = {f"attention.{name}.weight" for name in ("keys", "values")}
+            names = [name for name, _ in value.named_parameters()]
+            kept = {f for f in fused if any(name.endswith(f) for name in names)}
+            self._keep_in_fp32_modules_strict = kept  # whatever the model's dtype
+            self._is_stateful = any(isinstance(layer.own, Retention) for layer in value.plan.layers)
+            for block in value.blocks:
+                if type(block) is Block:
+                    block.__class__ = CLLMLayer
+                    block.gradient_checkpointing = value.gradient_checkpointing  # type: ignore[assignment]
+                    block._gradient_checkpointing_func = _unless_cached(recompute)  # type: ignore[assignment]
+        super().__setattr__(name, value)
+
+    # ---- weights -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As in transformers, but weights that are not exactly the model's are an error and not a warning.
+
+        Raises:
+            UserError: naming tensors that are missing, that the model has not, or that have another shape, and weight
+                files that are broken.
+        """
+        if kwargs.pop("ignore_mismatched_sizes", False):
+            raise UserError("ignore_mismatched_sizes is True; allowed: False, every tensor has to fit")
+        with without_load_report(), _naming_broken_files(pretrained_model_name_or_path):
+            found: Any = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        model, info = found
+        _check_loaded(model, info, pretrained_model_name_or_path)
+        return (model, info) if output_loading_info else model
+
+    def initialize_weights(self) -> None:
+        """Draw new weights as the config's `init` says: once, of a decoder that this model built, unless loaded."""
+        if self.model.embed.weight.is_meta or not getattr(self.model, "_awaits_weights", False):
+            return
+        if not any(getattr(parameter, "_is_hf_initialized", False) for parameter in self.parameters()):
+            self.model.init_weights()
+        self.model._awaits_weights = False  # type: ignore[assignment]
+        for module in self.modules():
+            module._is_hf_initialized = True  # type: ignore[assignment]
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embed
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put another embedding (vocab_size, d_model) in the place of the decoder's."""
+        assert isinstance(value, nn.Embedding)
+        self.model.embed = value
+        self.model.config = self.model.config.model_copy(update={"vocab_size": value.num_embeddings})
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        function, options = gradient_checkpointing_func, dict(getattr(gradient_checkpointing_func, "keywords", {}))
+        if enable and options.get("use_reentrant"):
+            raise UserError(
+                "gradient checkpointing with use_reentrant true loses the gradients of slots that other layers read; "
+                'allowed: gradient_checkpointing_kwargs {"use_reentrant": False}, or none'
+            )
+        if options in ({}, {"use_reentrant": False}) and getattr(function, "func", function) is checkpoint:
+            function = recompute
+        elif isinstance(function, functools.partial):
+            function = functools.partial(function, use_reentrant=False)
+        self.model.gradient_checkpointing = enable
+        for i, block in enumerate(self.model.blocks):
+            block.gradient_checkpointing = enable and i % every_n_layers == 0  # type: ignore[assignment]
+            block._gradient_checkpointing_func = _unless_cached(function)  # type: ignore[assignment]
+
+    # ---- one forward pass --------------------------------------------------------------------------------------------
+
+    def _tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(B, T), a place for every token. Raises `UserError` unless one of the two is given, in its shape."""
+        if input_ids is not None and inputs_embeds is not None:
+            raise UserError("input_ids and inputs_embeds are both given; allowed: one of the two")
+        if inputs_embeds is not None:
+            if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
+                found, width = tuple(inputs_embeds.shape), self.config.hidden_size
+                raise UserError(f"inputs_embeds are {found}; allowed: (B, T, {width})")
+            return inputs_embeds[..., 0]
+        if input_ids is None or input_ids.ndim != 2:
+            raise UserError(f"input_ids are {None if input_ids is None else tuple(input_ids.shape)}; allowed: (B, T)")
+        return input_ids
+
+    def _cache(self, given: Any, use_cache: bool | None, *, scored: bool = False) -> KVCache | None:
+        if given is not None:
+            return own_cache(given)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.model.training and not scored
+        return KVCache(self.model.config) if use_cache else None
+
+    def _inputs(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: KVCache | None,
+        *,
+        goes_on: bool,
+    ) -> Inputs:
+        """See `read_inputs`, for `tokens` (B, T). A cache that nobody asked for is closed by padding on the right."""
+        past = None if cache is None else cache.get_seq_length()
+        if cache is not None and past and cache.batch != len(tokens):
+            raise UserError(f"past_key_values holds {cache.batch} sequences and input_ids {len(tokens)}")
+        known = None if cache is None else cache.starts
+        inputs = read_inputs(tokens, attention_mask, position_ids, past=past, known=known, goes_on=goes_on)
+        if cache is not None and inputs.after:
+            cache.closed = (
+                f"past_key_values: keeps {inputs.after} padding tokens at the end of a sequence, so that no tokens can "
+                'follow; pad on the left (tokenizer.padding_side = "left")'
+            )
+        return inputs
+
+    def _check_context(self, tokens: int, positions: Tensor | None) -> None:
+        context = self.config.max_position_embeddings
+        if tokens > context and positions is not None:  # packed documents may be more tokens than any one of them
+            tokens = int(positions.max()) + 1
+        if tokens > context:
+            raise UserError(f"{tokens} tokens, but the model's context (model.max_seq_len) is {context}")
+
+    def _hidden(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        inputs: Inputs,
+        cache: KVCache | None,
+        wanted: bool | list[int] | None,
+        *,
+        last_only: bool = False,
+    ) -> tuple[Tensor, Any]:
+        """The last hidden states and, where `wanted`, those before every layer and the last ones.
+
+        `wanted` may be a list of numbers from 0 to n_layers, negative ones from the end; the others are None.
+        """
+        states: list[Tensor] | None = [] if wanted is not None and wanted is not False else None
+        hidden = self.model.hidden(
+            input_ids,
+            *inputs[:2],
+            cache=cache,
+            starts=inputs.starts,
+            last_only=last_only,
+            inputs_embeds=inputs_embeds,
+            states=states,
+        )
+        if states is None:
+            return hidden, None
+        states.append(hidden)
+        if wanted is True:
+            return hidden, tuple(states)
+        assert isinstance(wanted, list | tuple)
+        kept = {i % len(states) for i in wanted}
+        return hidden, tuple(state if i in kept else None for i, state in enumerate(states))
+
+
+class CLLMModel(CLLMPreTrainedModel):
+    """The base model: hidden states in place of logits.
+
+    `CLLMModel(config)` draws new weights, and has no head; with `decoder`, it is a view of that decoder.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^model\.head\."]  # noqa: RUF012 - of checkpoints with a head
+    _keys_to_ignore_on_save = ["model.head.weight"]  # noqa: RUF012 - where the decoder is that of a model with one
+
+    def __init__(self, config: CLLMConfig, decoder: Decoder | None = None):
+        super().__init__(config)
+        if decoder is None:
+            decoder = self._own_decoder()
+            decoder.head = None  # type: ignore[assignment]
+        self.model = decoder
+        self.post_init()
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's blocks."""
+        return self.model.blocks
+
+    def get_output_embeddings(self) -> None:
+        """None: the base model has no head."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """The normalised hidden states that the head reads, `last_hidden_state` (B, T, d_model).
+
+        Arguments mean what they mean to `CLLMForCausalLM`. A cache is returned where that returns one.
+
+        Raises:
+            UserError: for what is not supported, more tokens than the model's context, and what `read_inputs` refuses.
+        """
+        attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        refuse({"output_attentions": attentions, **kwargs})
+        tokens = self._tokens(input_ids, inputs_embeds)
+        cache = self._cache(past_key_values, use_cache)
+        asked = past_key_values is not None or bool(use_cache)
+        inputs = self._inputs(tokens, attention_mask, position_ids, cache, goes_on=asked)
+        self._check_context((0 if cache is None else cache.get_seq_length()) + tokens.shape[1], inputs.positions)
+        hidden, states = self._hidden(input_ids, inputs_embeds, inputs, cache, wanted)
+        output = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, hidden_states=states)
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+
+def refuse(asked: dict[str, Any]) -> None:
+    """Raise `UserError` for the first of `asked` that is neither None nor False."""
+    for name, value in asked.items():
+        if value is not None and value is not False:
+            raise UserError(f"{name} is not supported by cllm models; leave it out")
+
+
+def _unless_cached(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, a form of `torch.utils.checkpoint`, but not over a cache: a pass would write to it twice, and later
+    ones change what it read."""
+    return functools.partial(_checkpoint_unless_cached, function)
+
+
+def _checkpoint_unless_cached(function: Callable[..., Any], block: Any, x: Tensor, context: Context, *read: Any) -> Any:
+    return function(block, x, context, *read) if context.cached is None else block(x, context, *read)
+
+
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """transformers prints a table of the tensors that do not fit; the error that follows says it in a line."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+@contextlib.contextmanager
+def _naming_broken_files(folder: Any) -> Iterator[None]:
+    """safetensors says what is wrong with a file, but not with which."""
+    try:
+        yield
+    except SafetensorError as error:
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            if fault := _fault(file):
+                raise UserError(f"{file}: cannot be read: {fault}") from None
+        raise UserError(f"{folder}: weights cannot be read: {error}") from None
+
+
+def _fault(file: Path) -> str | None:
+    try:
+        with safe_open(file, framework="pt"):
+            return None
+    except (OSError, SafetensorError) as error:
+        return str(error)
+
+
+def _check_loaded(model: CLLMPreTrainedModel, info: dict[str, Any], path: Any) -> None:
+    def named(names: Any) -> str:
+        first, *more = sorted(names)
+        return f"{first}{f' and {len(more)} more' if more else ''}"
+
+    wrong = []
+    if info["missing_keys"]:
+        wrong.append(f"missing: {named(info['missing_keys'])}")
+    if info["unexpected_keys"]:
+        wrong.append(f"not in the model: {named(info['unexpected_keys'])}")
+    if info["mismatched_keys"]:
+        wrong.append(
+            "of another shape: " + named(f"{n} is {tuple(a)}, not {tuple(b)}" for n, a, b in info["mismatched_keys"])
+        )
+    head: nn.Module | None = model.model.head
+    if head is not None and model.config.tie_word_embeddings and head.weight is not model.model.embed.weight:
+        wrong.append("model.tie_embeddings is true, but model.head.weight differs from model.embed.weight")
+    if wrong:
+        raise UserError(f"{path}: the weights are not those of the model in config.json: {'; '.join(wrong)}")
+
+
+AutoModel.register(CLLMConfig, CLLMModel)
+MODEL_MAPPING_NAMES[CLLMConfig.model_type] = CLLMModel.__name__

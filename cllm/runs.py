@@ -28,7 +28,7 @@ from cllm.config import Config
 from cllm.errors import UserError
 from cllm.files import write_atomic
 from cllm.model.decoder import Decoder
-from cllm.model.sizes import build_decoder
+from cllm.model.sizes import meta_decoder
 
 _CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
 _PREFIX = "model."
@@ -171,8 +171,7 @@ def load_run(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[D
             raise UserError(f"{folder.checkpoint_folder}: holds no checkpoint yet")
         step, checkpoint = folder.checkpoints()[-1]
     config = folder.config()
-    with torch.device("meta"):
-        model = build_decoder(config.model, backend=config.attention.backend)
+    model = meta_decoder(config.model, backend=config.attention.backend)
     try:
         model.load_state_dict(read_weights(checkpoint), assign=True)
     except RuntimeError as error:

@@ -29,7 +29,7 @@ from cllm.kv.plan import Retention
 from cllm.model.decoder import Decoder
 from cllm.model.graph import StepGraph
 from cllm.model.loss import IGNORE, Head
-from cllm.model.sizes import build_decoder
+from cllm.model.sizes import model_d_ff
 
 
 class CLLMForCausalLM(PreTrainedModel, CLLMGenerationMixin):
@@ -51,7 +51,7 @@ class CLLMForCausalLM(PreTrainedModel, CLLMGenerationMixin):
 
     def __init__(self, config: CLLMConfig):
         super().__init__(config)
-        self.model: Decoder = build_decoder(config.model_config)
+        self.model: Decoder = Decoder(config.model_config, d_ff=model_d_ff(config.model_config))  # post_init draws
         self._is_stateful = any(isinstance(layer.own, Retention) for layer in self.model.plan.layers)
         self.post_init()
 

@@ -108,7 +108,7 @@ def test_narrower_window_than_the_slot_keeps_is_fine():
 
 
 def test_an_owner_reads_itself_unless_told_otherwise():
-    plan = KVPlan.of([OWN, LayerPlan(own=Own(n_kv_heads=2), keys=Share(0))])
+    plan = KVPlan.of([OWN, LayerPlan(own=Own(n_kv_heads=2), keys=Share(0)), read(1)])
     assert (plan.keys(0), plan.values(0)) == (Share(0), Share(0))
     assert (plan.keys(1), plan.values(1)) == (Share(0), Share(1))
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cllm.model import sizes
-from cllm.model.sizes import build_decoder, drawn_decoder
+from cllm.model.decoder import Decoder
+from cllm.model.sizes import build_decoder, model_d_ff
 
 
 @pytest.mark.parametrize(
@@ -24,13 +25,13 @@ from cllm.model.sizes import build_decoder, drawn_decoder
 def test_all_weights_are_drawn_and_what_is_tied_stays_tied(name, more, preset_config, monkeypatch):
     """What `init_weights` gives a decoder that torch has begun, whatever is in memory before."""
     config = preset_config(name, **more)
-    wanted = build_decoder(config)
+    wanted = Decoder(config, d_ff=model_d_ff(config))
     torch.manual_seed(3)
     wanted.init_weights()
     empty = torch.empty
     monkeypatch.setattr(sizes.torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
     torch.manual_seed(3)
-    found = drawn_decoder(config)
+    found = build_decoder(config)
     assert list(found.state_dict()) == list(wanted.state_dict())
     for key, value in wanted.state_dict().items():
         assert torch.equal(found.state_dict()[key], value), key

@@ -338,8 +338,8 @@ class Config(Section):
     def _rules(self) -> Self:
         if self.optim.warmup(self.train.steps) > self.train.steps:
             raise ValueError(
-                f"optim.warmup_steps {self.optim.warmup_steps} exceeds train.steps {self.train.steps}: the run would end "
-                "in its warm-up"
+                f"optim.warmup_steps {self.optim.warmup_steps} exceeds train.steps {self.train.steps}: the run would "
+                "end in its warm-up"
             )
         self.uptrain.check(self.init, steps=self.train.steps, fp8=self.train.fp8)
         if self.data.seq_len > self.model.max_seq_len:

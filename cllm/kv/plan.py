@@ -188,7 +188,7 @@ class KVPlan:
     def last_readers(self) -> dict[int, int]:
         """For every owner, the highest layer that reads its slot; above it the slot is no longer needed."""
         keys, values = self.readers("keys"), self.readers("values")
-        return {j: max(*keys[j], *values[j]) for j in self.owners}
+        return {j: max([*keys[j], *values[j]], default=j) for j in self.owners}
 
     def last_reader(self, owner: int) -> int:
         """The highest layer that reads the slot of `owner`."""

@@ -72,6 +72,10 @@ def _from_targets(targets: Sequence[int], own: Own, iterations: Iterations | Non
 
 def _half(shape: Shape, given: int | None, key: str) -> int:
     """`given`, or half of the layers; refused unless at least one layer is left on either side."""
+    if shape.n_layers < 2:
+        raise PlanError(
+            f"model.n_layers is {shape.n_layers}; allowed with this plan, which splits the layers: 2 or more"
+        )
     count = shape.n_layers // 2 if given is None else given
     if not 1 <= count < shape.n_layers:
         raise PlanError(f"model.kv.{key} is {count}; allowed: 1 to {shape.n_layers - 1} for {shape.n_layers} layers")

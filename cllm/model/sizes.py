@@ -10,7 +10,7 @@ import functools
 import os
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cllm.config import ModelConfig
 from cllm.errors import UserError
@@ -94,12 +94,17 @@ def build_decoder(config: ModelConfig, *, backend: str = "auto") -> Decoder:
     """
     model = meta_decoder(config, backend=backend)
     _check_memory(model)
-    weights = {name: torch.empty(bare.shape, dtype=bare.dtype) for name, bare in model.state_dict().items()}
+    weights = {name: _memory_for(bare) for name, bare in model.state_dict().items()}
     model.load_state_dict(weights, assign=True)
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
     model.init_weights()
     return model
+
+
+def _memory_for(bare: Tensor) -> Tensor:
+    """An uninitialised tensor like `bare`, on the default device."""
+    return torch.empty(bare.shape, dtype=bare.dtype)
 
 
 def _check_memory(model: Decoder) -> None:

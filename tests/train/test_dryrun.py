@@ -190,7 +190,7 @@ def test_data_that_are_no_prepared_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_prepared_data_are_counted(tmp_path: Path, prepare_texts: Callable[..., Path]) -> None:
-    folder = prepare_texts(tmp_path, ["a text of a few words", "another one"] * 10, 0.2)
+    folder = prepare_texts(tmp_path, [f"text number {n}" for n in range(20)], 0.4)
     text = report("--data.path", str(folder), "--data.validation", f"{{held_out: {folder}}}")
     train = Manifest.load(folder).split("train")
     line = f"{folder}: {train.tokens:,} tokens in {train.documents:,} documents; validation sets: held_out"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, Phase, event, example, given, settings
 from hypothesis import strategies as st
 
 from cllm.cli import validate
@@ -39,6 +39,7 @@ PROPERTY = settings(
     database=None,
     deadline=None,
     print_blob=True,
+    phases=(Phase.explicit, Phase.generate, Phase.shrink),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
@@ -47,6 +48,19 @@ class File(Section):
     """A config file with nothing but a model."""
 
     model: ModelConfig
+
+
+def model(layers: list[dict[str, Any]], iterations: dict[str, int] | None = None) -> dict[str, Any]:
+    """A `model` section with entries of `model.kv.layers`, as YAML would give it."""
+    shape = {"vocab_size": VOCABULARY, "d_model": 16, "n_layers": len(layers), "n_heads": 4, "head_dim": 4, "d_ff": 12}
+    return {**shape, "max_seq_len": 16, "kv": {"layers": layers, "iterations": iterations}}
+
+
+def cycle(backward: int, **layer: Any) -> dict[str, Any]:
+    """Layers 1 and 2 read values that only layers below their owner read."""
+    share = {"keys": {"share": 0}, "values": {"share": 3}, **layer}
+    layers = [{"own": {}}, share, share, {"own": {}, "values": {"share": 0}}]
+    return model([{"layers": i, **entry} for i, entry in enumerate(layers)], {"forward": 1, "backward": backward})
 
 
 # ---- plans that may be wrong ----------------------------------------------------------------------------------------
@@ -76,7 +90,7 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
     n = draw(st.integers(1, 6))
     cyclic = draw(st.booleans())
     heads = draw(st.sampled_from([1, 2, 4]))
-    windows = draw(st.sampled_from([[None], [None], [3], [4], [None, 2, 3, 5], [1, 2]]))
+    windows = draw(st.sampled_from([[None], [None], [3], [4], [None, 2, 3, 5], [None, None, None, 1, 2]]))
     kinds = draw(st.sampled_from([["own"], ["own"], ["own"], ["own", "own", "latent", "retention"], ["latent"]]))
     latent = draw(st.sampled_from(LATENTS))
     owned = [draw(st.sampled_from(kinds)) if draw(st.integers(0, 9)) < 5 else None for _ in range(n)]
@@ -94,7 +108,7 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
             }
         elif kind is not None:
             entry[kind] = dict(latent) if kind == "latent" else {}
-        reads_slots = kind is None or (kind == "own" and draw(st.integers(0, 3)) == 0)
+        reads_slots = kind is None or (kind == "own" and draw(st.integers(0, 3)) < 1 + 2 * cyclic)
         if reads_slots and of_kind["latent"] and (not of_kind["own"] or draw(st.booleans())) and kind is None:
             whole = {"share": draw(st.sampled_from(of_kind["latent"]))}
             entry |= {"keys": whole, "values": whole}
@@ -108,14 +122,11 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
         if kind != "retention" and (window := draw(st.sampled_from(windows))) is not None:
             entry["window"] = window
         layers.append(entry)
-    kv: dict[str, Any] = {"layers": layers}
+    iterations = None
     if cyclic or draw(st.integers(0, 9)) == 0:
-        kv["iterations"] = {"forward": draw(st.integers(0, 3)), "backward": draw(st.integers(1, 3))}
-    return {
-        "vocab_size": VOCABULARY, "d_model": 16, "n_layers": n, "n_heads": 4, "head_dim": 4, "d_ff": 12,
-        "max_seq_len": 16, "kv": kv, "qk_norm": draw(st.booleans()), "q_bias": draw(st.booleans()),
-        "kv_bias": draw(st.booleans()), "tie_embeddings": draw(st.booleans()),
-    }  # fmt: skip
+        iterations = {"forward": draw(st.integers(0, 3)), "backward": draw(st.sampled_from([1, 1, 2, 3]))}
+    options = {key: draw(st.booleans()) for key in ("qk_norm", "q_bias", "kv_bias", "tie_embeddings")}
+    return model(layers, iterations) | options
 
 
 # ---- what holds for each --------------------------------------------------------------------------------------------
@@ -182,7 +193,15 @@ def check_refusal(section: dict[str, Any], error: UserError, random_model) -> No
         )
 
 
+EVEN = [1] * LENGTH
+
+
 @PROPERTY
+@example(section=cycle(1), sizes=EVEN, chunk=2)
+@example(section=cycle(2), sizes=EVEN, chunk=2)
+@example(section=cycle(2, window=2), sizes=EVEN, chunk=2)
+@example(section=cycle(2, window=3), sizes=EVEN, chunk=2)
+@example(section=model([{"layers": 0, "own": {}, "window": 1}, {"layers": 1, "own": {}}]), sizes=EVEN, chunk=2)
 @given(section=models(), sizes=st.lists(st.integers(1, 3), min_size=LENGTH, max_size=LENGTH), chunk=st.integers(1, 4))
 def test_accepted_plans_compute_cache_export_and_train_alike(section, sizes, chunk, random_model, tmp_path_factory):
     try:

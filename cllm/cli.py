@@ -4,9 +4,9 @@
 says wins over every file. A mapping that names `preset` or `layers` replaces the one it lands on instead of merging
 into it, so that `kv: {preset: mha}` over `kv: {preset: cla, factor: 3}` leaves no stray `factor`.
 
-Values are YAML, read by one parser for files and command line alike, with floats such as `1e-3` understood. Types are
-strict: `"2"` is not an integer. A mistake is a `UserError` that names the key, the file it came from, the value seen
-and what is allowed.
+Values are YAML, read by one parser for files and command line alike (`cllm/yaml_text.py`). Types are strict: `"2"` is
+not an integer. A mistake is a `UserError` that names the key, the file it came from, the value seen and what is
+allowed.
 """
 
 from __future__ import annotations
@@ -15,69 +15,22 @@ import argparse
 import re
 import types
 import typing
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
-from cllm.errors import UserError, nearest
+from cllm.errors import UserError, nearest, same_word
+from cllm.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
 
 Schema = TypeVar("Schema", bound=BaseModel)
+Origin = dict[tuple[str, ...], str]
+"""The file, or the command line, that gave each key and section."""
 
 COMMAND_LINE = "command line"
 _SELECTORS = ("preset", "layers")
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe loader in which `1e-3` is a float, as in YAML 1.2 (PyYAML says string), and duplicate keys are errors."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is no scalar", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The value that YAML `text` spells. Raises `UserError` naming `where` and the line."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty file is an empty mapping."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    data = parse_yaml(text, str(path))
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: a config file holds a mapping of keys, this one holds a {type(data).__name__}")
-    return data
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -117,6 +70,8 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
             text = words.pop(0)
         value = parse_yaml(text, f"{COMMAND_LINE}: --{key}")
         *sections, leaf = key.split(".")
+        if len(sections) > MAX_DEPTH:
+            raise UserError(f"{COMMAND_LINE}: --{key[:40]}...: is nested more than {MAX_DEPTH} levels deep")
         node = tree
         for depth, section in enumerate(sections):
             node = node.setdefault(section, {})
@@ -173,31 +128,72 @@ def _locate(schema: type[BaseModel], location: tuple[Any, ...]) -> tuple[tuple[s
     return tuple(path), beside
 
 
-def _describe(error: Any, schema: type[BaseModel], origin: dict[tuple[str, ...], str]) -> str:
+def _unknown_key(location: tuple[str, ...], beside: list[str], schema: type[BaseModel]) -> str:
+    """`unknown key;` and the key that is meant: one beside it, or the same word in another section."""
+    key, word = ".".join(location), location[-1]
+    keys = schema_keys(schema)
+    if same_word(word, beside) is None and key not in keys:  # the key may be that of another preset
+        path = [part for part in location if not part.isdigit()]
+
+        def in_common(other: str) -> int:
+            return next((n for n, (a, b) in enumerate(zip(path, other.split("."), strict=False)) if a != b), 0)
+
+        if elsewhere := same_word(word, sorted(keys, key=in_common, reverse=True)):
+            return f'unknown key; did you mean "{elsewhere}"?'
+    return f"unknown key; {nearest(word, beside)}"
+
+
+def _origin(location: tuple[str, ...], origin: Origin) -> str:
+    """Where the key at `location` was given, or the section that it is in."""
+    return next((origin[location[:n]] for n in range(len(location), 0, -1) if location[:n] in origin), "")
+
+
+def _origins(section: tuple[str, ...], message: str, origin: Origin) -> tuple[str, str]:
+    """Where the keys of `section` that a message names were given: (the one place, or ""; else a list of them, or "").
+
+    A rule between fields has no key of its own, and its fields may come from several files.
+    """
+    words = set(re.findall(r"[A-Za-z_]\w*", message))
+    sections = {path[:n] for path in origin for n in range(len(path))}
+    given = {path: place for path, place in origin.items() if path not in sections and path[: len(section)] == section}
+    named = {path: place for path, place in given.items() if path[-1] in words}
+    if message.startswith("layer ") and not any("kv" in path for path in named):
+        named |= {path: place for path, place in given.items() if path[-2:-1] == ("kv",) and path[-1] in _SELECTORS}
+    places = set(named.values())
+    if len(places) > 1:
+        return "", ", ".join(f"{'.'.join(path[len(section) :])} from {place}" for path, place in named.items())
+    return (places.pop() if places else _origin(section, origin)), ""
+
+
+def _describe(error: Any, schema: type[BaseModel], origin: Origin) -> str:
     """One pydantic error as `file: key: what is wrong, what is allowed`."""
     location, beside = _locate(schema, error["loc"])
-    where = next((origin[location[:n]] for n in range(len(location), 0, -1) if location[:n] in origin), "")
-    key = ".".join(location)
+    where, key, after = _origin(location, origin), ".".join(location), ""
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        elsewhere = [k for k in schema_keys(schema) if len(location) == 1 and k.endswith(f".{key}")]
-        message = f"unknown key; {nearest(key, elsewhere) if elsewhere else nearest(location[-1], beside)}"
+        message = _unknown_key(location, beside, schema)
     elif error["type"] == "union_tag_invalid":
         expected = [tag.strip("'") for tag in error["ctx"]["expected_tags"].split(", ")]
         key += ".preset"
         message = f'unknown preset "{error["ctx"]["tag"]}"; {nearest(error["ctx"]["tag"], expected)}'
     elif error["type"] == "union_tag_not_found":
-        message = f"is a mapping with preset or layers, got {error['input']!r}"
+        message = f"is a mapping with preset or layers, got {_shown(error['input'])}"
     elif error["type"] == "missing":
         message = "is required and missing"
-    elif "ctx" not in error or "error" not in error["ctx"]:
-        seen = error["input"]
-        if not isinstance(seen, (dict, BaseModel)):
-            message = f"{message[0].lower()}{message[1:]}, got {seen!r}"
-    return ": ".join(part for part in (where, key, message) if part)
+    elif "ctx" in error and "error" in error["ctx"]:
+        where, places = _origins(location, message, origin)
+        after = f" ({places})" if places else ""
+    elif not isinstance(error["input"], (dict, BaseModel)):
+        message = f"{message[0].lower()}{message[1:]}, got {_shown(error['input'])}"
+    return ": ".join(part for part in (where, key, message) if part) + after
 
 
-def validate(schema: type[Schema], data: dict[str, Any], origin: dict[tuple[str, ...], str] | None = None) -> Schema:
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def validate(schema: type[Schema], data: dict[str, Any], origin: Origin | None = None) -> Schema:
     """`data` as an instance of `schema`, or a `UserError` for the first thing wrong (and how many more there are)."""
     try:
         return schema.model_validate(data)
@@ -209,15 +205,26 @@ def validate(schema: type[Schema], data: dict[str, Any], origin: dict[tuple[str,
         raise UserError(_describe(errors[0], schema, origin or {}) + more) from None
 
 
+def _implied(data: dict[str, Any]) -> Origin:
+    """The origin of keys of the model that no file gives, where `init.from` does."""
+    init = data.get("init")
+    path = init.get("from") if isinstance(init, dict) else None
+    return (
+        {("model", key): f"init.from {path}" for key in ("d_model", "n_layers", "n_heads", "head_dim")} if path else {}
+    )
+
+
 def load(schema: type[Schema], files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Schema:
     """The config that YAML `files` and command-line `overrides` spell together."""
     data: dict[str, Any] = {}
-    origin: dict[tuple[str, ...], str] = {}
+    origin: Origin = {}
     layers = [(str(path), read_yaml(path)) for path in files] + [(COMMAND_LINE, parse_overrides(overrides))]
     for name, layer in layers:
         data = merge(data, layer)
         origin |= dict.fromkeys(_paths(layer), name)
-    return validate(schema, data, origin)
+    still = set(_paths(data))  # a plan that was replaced has left its keys in `origin`
+    origin = {path: name for path, name in origin.items() if path in still}
+    return validate(schema, data, _implied(data) | origin)
 
 
 def keys_help(schema: type[BaseModel]) -> str:

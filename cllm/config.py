@@ -12,9 +12,17 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cllm.kv.plan import KVPlan
+from cllm.kv.plan import MAX_LAYERS, KVPlan
 from cllm.kv.presets import MHA, KVConfig
-from cllm.kv.spec import Section, Shape
+from cllm.kv.spec import (
+    MAX_COUNT,
+    MAX_HEADS,
+    MAX_SEED,
+    MAX_TOKENS,
+    MAX_WIDTH,
+    Section,
+    Shape,
+)
 from cllm.uptrain.settings import InitFrom, Uptrain
 
 
@@ -25,7 +33,7 @@ class RopeScaling(Section):
     """`linear` (position interpolation), `llama3` (Llama 3.1), `yarn` (arXiv 2309.00071)."""
     factor: float = Field(gt=0)
     """How much longer the context becomes."""
-    original_max_seq_len: int | None = Field(None, ge=1)
+    original_max_seq_len: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """Context before scaling, in tokens; required by llama3 and yarn."""
     low_freq_factor: float = Field(1.0, gt=0)
     """llama3: wavelengths longer than original / this are stretched in full."""
@@ -70,19 +78,19 @@ class Init(Section):
 class ModelConfig(Section):
     """The decoder."""
 
-    vocab_size: int | None = Field(None, ge=2)
+    vocab_size: int | None = Field(None, ge=2, le=MAX_TOKENS)
     """Rows of the embedding; null: the tokenizer's size, rounded up to a multiple of 64."""
-    d_model: int = Field(ge=2)
+    d_model: int = Field(ge=2, le=MAX_WIDTH)
     """Width of the residual stream."""
-    n_layers: int = Field(ge=1)
+    n_layers: int = Field(ge=1, le=MAX_LAYERS)
     """Decoder layers."""
-    n_heads: int = Field(ge=1)
+    n_heads: int = Field(ge=1, le=MAX_HEADS)
     """Query heads."""
-    head_dim: int | None = Field(None, ge=2, multiple_of=2)
+    head_dim: int | None = Field(None, ge=2, le=MAX_WIDTH, multiple_of=2)
     """Channels of a head; null: d_model / n_heads."""
-    d_ff: int | None = Field(None, ge=1)
+    d_ff: int | None = Field(None, ge=1, le=MAX_WIDTH)
     """Width of the SwiGLU hidden layer; null: 8/3 d_model, rounded up to a multiple of 64."""
-    max_seq_len: int = Field(2048, ge=1)
+    max_seq_len: int = Field(2048, ge=1, le=MAX_TOKENS)
     """Longest context in tokens."""
     rope: Rope = Field(default_factory=Rope)
     """Rotary position embedding."""
@@ -152,13 +160,13 @@ class DataConfig(Section):
     """Folder to train on."""
     validation: dict[str, str] = Field(default_factory=dict)
     """Validation sets, name: folder, the first is the main one; empty: the validation split of `path`."""
-    seq_len: int = Field(512, ge=2)
+    seq_len: int = Field(512, ge=2, le=MAX_TOKENS)
     """Tokens of a training sequence."""
     document_mask: bool = False
     """Attention stays inside documents and positions restart at each."""
-    num_workers: int = Field(2, ge=0)
+    num_workers: int = Field(2, ge=0, le=MAX_COUNT)
     """Loader processes; the batches do not depend on it."""
-    validation_sequences: int | None = Field(None, ge=1)
+    validation_sequences: int | None = Field(None, ge=1, le=MAX_COUNT)
     """Sequences of each validation set during training; null: all. evaluate.py always reads all."""
 
     @field_validator("validation")
@@ -179,8 +187,8 @@ class OptimConfig(Section):
     """Learning rate at the end."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """After warm-up: cosine, linear, warm-up-stable-decay, or constant."""
-    warmup_steps: int = Field(100, ge=0)
-    """Steps of linear warm-up from 0."""
+    warmup_steps: int | None = Field(None, ge=0, le=MAX_COUNT)
+    """Steps of linear warm-up from 0; null: 100, or a tenth of a run of fewer than 1000 steps."""
     decay_fraction: float = Field(0.2, gt=0, le=1)
     """wsd: share of all steps in which the rate falls linearly to min_lr."""
     betas: list[float] = Field(default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2)
@@ -194,6 +202,10 @@ class OptimConfig(Section):
     grad_clip: float | None = Field(1.0, gt=0)
     """Largest norm of the gradient; null: no clipping."""
 
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a run of `steps`."""
+        return min(100, steps // 10) if self.warmup_steps is None else self.warmup_steps
+
     @model_validator(mode="after")
     def _rules(self) -> Self:
         if self.min_lr > self.lr:
@@ -206,13 +218,13 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """The run."""
 
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(1000, ge=1, le=MAX_COUNT)
     """Optimizer steps."""
-    global_batch: int = Field(32, ge=1)
+    global_batch: int = Field(32, ge=1, le=MAX_COUNT)
     """Sequences of one optimizer step, over all devices."""
-    micro_batch: int = Field(8, ge=1)
+    micro_batch: int = Field(8, ge=1, le=MAX_COUNT)
     """Sequences that one device computes at once; the rest is gradient accumulation."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     """Seed of weights and data order."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: autocast with fp32 weights; auto: bf16 on a GPU, fp32 on a CPU."""
@@ -229,14 +241,14 @@ class TrainConfig(Section):
     """auto: a GPU if there is one."""
     devices: int | Literal["auto"] = "auto"
     """Devices of this machine to use; auto: all GPUs, or the one CPU."""
-    num_nodes: int = Field(1, ge=1)
+    num_nodes: int = Field(1, ge=1, le=MAX_COUNT)
     """Machines, each with `devices` devices; start one process a device with torchrun or srun (docs/distributed.md)."""
     strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"] = "auto"
     """auto: single for one device, ddp for several; zero1, zero2, zero3: DeepSpeed shards optimizer states, and
     gradients, and weights."""
     offload_optimizer: bool = False
     """zero1, zero2, zero3: keep master weights and optimizer states in the machine's memory and step on its CPU."""
-    max_skipped_steps: int = Field(10, ge=0)
+    max_skipped_steps: int = Field(10, ge=0, le=MAX_COUNT)
     """Steps without a finite gradient, which are skipped, before the run stops."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile each block; auto: on a GPU."""
@@ -244,13 +256,13 @@ class TrainConfig(Section):
     """Recompute each block in the backward instead of keeping its activations."""
     recompute_fusion: bool = False
     """Of layers that fuse, make the fused keys and values again in the backward instead of keeping them."""
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(10, ge=1, le=MAX_COUNT)
     """Steps between rows of metrics."""
-    validate_every: int | None = Field(250, ge=1)
+    validate_every: int | None = Field(250, ge=1, le=MAX_COUNT)
     """Steps between validations; the end is always validated, and so is the start; null: none at all."""
-    checkpoint_every: int | None = Field(500, ge=1)
+    checkpoint_every: int | None = Field(500, ge=1, le=MAX_COUNT)
     """Steps between checkpoints; the end always writes one; null: none at all, but for a run that is told to stop."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, le=MAX_COUNT)
     """Checkpoints to keep, newest first."""
 
     def in_bf16(self, *, gpu: bool) -> bool:
@@ -261,6 +273,8 @@ class TrainConfig(Section):
     def _rules(self) -> Self:
         if isinstance(self.devices, int) and self.devices < 1:
             raise ValueError(f"devices is {self.devices}; allowed: 1 or more, or auto")
+        if isinstance(self.devices, int) and self.devices > MAX_COUNT:
+            raise ValueError(f"devices is {self.devices}; allowed: up to {MAX_COUNT}, or auto")
         if self.strategy == "single" and (self.num_nodes > 1 or self.devices not in ("auto", 1)):
             raise ValueError(
                 f"strategy is single, but devices is {self.devices} and num_nodes is {self.num_nodes}; allowed for "
@@ -300,7 +314,7 @@ class TrainConfig(Section):
 class Config(Section):
     """One training run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field("run", max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; its folder is runs_dir/name."""
     runs_dir: str = "runs"
     """Where run folders go."""
@@ -330,6 +344,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
+        if self.optim.warmup(self.train.steps) > self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps {self.optim.warmup_steps} exceeds train.steps {self.train.steps}: the run would "
+                "end in its warm-up"
+            )
         self.uptrain.check(self.init, steps=self.train.steps, fp8=self.train.fp8)
         if self.data.seq_len > self.model.max_seq_len:
             raise ValueError(f"data.seq_len {self.data.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}")

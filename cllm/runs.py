@@ -32,7 +32,7 @@ from cllm.errors import UserError
 from cllm.files import MARK, inside, is_being_deleted, is_empty, marked_as, write_atomic
 from cllm.model.decoder import Decoder
 from cllm.model.misfit import misfit
-from cllm.model.sizes import build_decoder
+from cllm.model.sizes import meta_decoder
 from cllm.trust import read_object
 
 RUN = "run"
@@ -229,8 +229,7 @@ def load_run(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[D
             raise UserError(f"{folder.checkpoint_folder}: holds no checkpoint yet")
         step, checkpoint = folder.checkpoints()[-1]
     config = folder.config()
-    with torch.device("meta"):
-        model = build_decoder(config.model, backend=config.attention.backend)
+    model = meta_decoder(config.model, backend=config.attention.backend)
     weights = read_weights(checkpoint)
     if fault := misfit(weights, model.state_dict()):
         raise UserError(f"{checkpoint}: does not fit {folder.config_file}: {fault}")

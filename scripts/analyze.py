@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
     subject = load_subject(options.run, device)
     print(f"results go to {subject.results(options.out)}", file=sys.stderr, flush=True)
-    length, _, _ = Settings(window=options.length).resolve(subject, device)
+    length, _, _ = Settings(window=options.length).resolve(subject, device, window_option="--length")
     text = next(iter(open_sets(subject, [options.data] if options.data else [])))
     stream = Stream(text.source, start_id=subject.start_id)
     pieces = itertools.islice(posthoc.pieces(subject, stream, length), options.sequences)

@@ -42,7 +42,7 @@ from cllm.kernels.lowrank_decode import Factored, lowrank_decode
 from cllm.kernels.split_lowrank import Rebuild, choose_rebuild
 from cllm.kv.cache import KVCache
 from cllm.model.rope import apply_rope, rope_table
-from cllm.model.sizes import drawn_decoder
+from cllm.model.sizes import build_decoder
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.landmarks import make_landmarks
 from cllm.posthoc.methods import parse
@@ -198,7 +198,7 @@ def bench_compress(o: argparse.Namespace, device: torch.device, flops: float, re
     )  # type: ignore[arg-type]  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
-        model = drawn_decoder(config)
+        model = build_decoder(config)
     model.to(BF16).eval().requires_grad_(False)
     ids = torch.randint(256, (1, o.prompt), device=device)
     times: list[float] = []

@@ -36,7 +36,7 @@ from cllm import cli
 from cllm.config import Config
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
-from cllm.model.sizes import count_parameters, drawn_decoder, training_flops_per_token
+from cllm.model.sizes import build_decoder, count_parameters, training_flops_per_token
 from cllm.train.environment import clocks, environment
 from cllm.train.equip import equip
 from cllm.train.float8 import check_float8
@@ -63,7 +63,7 @@ def design(name: str, config: Config) -> Contender:
     torch.manual_seed(0)
     device = torch.device(_device(config))
     with device:
-        model = drawn_decoder(config.model, backend=config.attention.backend)
+        model = build_decoder(config.model, backend=config.attention.backend)
     equip(model, config, device, compiled=bool(config.train.compile))
     flops = training_flops_per_token(model, config.data.seq_len)
     return Contender(name, model, model.loss, make_optimizer(model, config.optim), flops)

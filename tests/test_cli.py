@@ -1,5 +1,7 @@
 """From files and command lines to a config, and what a mistake is told."""
 
+import json
+
 import pytest
 
 from cllm.cli import config_parser, load, merge, parse_overrides, parse_yaml, read_yaml
@@ -241,6 +243,78 @@ def test_plan_that_is_no_mapping_is_refused(write):
 def test_all_mistakes_are_counted(write):
     message = refusal([write("a.yaml", BASE)], ["--train.steps", "0", "--train.log_every", "0"])
     assert message.endswith("got 0 (and 1 more)")
+
+
+@pytest.mark.parametrize(
+    ("setting", "meant"),
+    [
+        ("--optim.learning_rate", "lr"),
+        ("--train.batch_size", "global_batch"),
+        ("--train.global-batch", "global_batch"),
+        ("--optim.seed", "train.seed"),
+        ("--train.learning_rate", "optim.lr"),
+        ("--hidden_size", "model.d_model"),
+        ("--model.N_Layers", "n_layers"),
+        ("--Model.n_layers", "model"),
+    ],
+)
+def test_key_by_another_name_or_in_another_section_is_suggested(setting, meant, write):
+    message = refusal([write("a.yaml", BASE)], [setting, "1"])
+    assert message == f"command line: {setting[2:].split('.')[0] if meant == 'model' else setting[2:]}: " + (
+        f'unknown key; did you mean "{meant}"?'
+    )
+
+
+def test_preset_in_capitals_is_suggested(write):
+    message = refusal([write("a.yaml", BASE)], ["--model.kv.preset", "MHA"])
+    assert message == 'command line: model.kv.preset: unknown preset "MHA"; did you mean "mha"?'
+
+
+def test_rule_between_keys_names_the_place_of_each(write):
+    a, b = write("a.yaml", BASE), write("b.yaml", "model: {kv: {preset: gqa, n_kv_heads: 3}}")
+    rule = "model: layer 0: n_heads 4 is not a multiple of n_kv_heads 3"
+    assert refusal([a, b]) == f"{rule} (n_heads from {a}, kv.n_kv_heads from {b})"
+    assert refusal([a, b], ["--model.n_heads", "8"]) == (
+        f"{rule.replace('4', '8')} (n_heads from command line, kv.n_kv_heads from {b})"
+    )
+    both = write("both.yaml", BASE + "  kv: {preset: gqa, n_kv_heads: 3}")
+    assert refusal([both], ["--train.steps", "5"]) == f"{both}: {rule}"
+
+
+def test_rule_between_sections_names_the_place_of_each(write):
+    a = write("a.yaml", BASE)
+    assert refusal([a], ["--data.seq_len", "2000"]) == (
+        f"data.seq_len 2000 exceeds model.max_seq_len 1024 (model.max_seq_len from {a}, data.seq_len from command line)"
+    )
+
+
+def test_plan_is_of_the_file_that_replaced_it(write):
+    a = write("a.yaml", BASE + "  kv: {preset: gqa, n_kv_heads: 2}")
+    b = write("b.yaml", "model: {kv: {layers: [{layers: 0-7, own: {}}, {layers: 7, own: {}}]}}")
+    assert refusal([a, b]) == f"{b}: model: layer 7: described twice in model.kv.layers"
+
+
+def test_shape_that_another_model_gives_is_said_to_be_its(tmp_path):
+    """`model.kv.n_kv_heads` of a file, and query heads of the checkpoint that `init.from` names."""
+    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32}
+    llama |= {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(llama), encoding="utf-8")
+    kv = ["--model.kv.preset", "fusedkv", "--model.kv.n_kv_heads", "8"]
+    message = refusal([], ["--init.from", str(tmp_path), *kv])
+    assert message == (
+        "layer 0: n_heads 4 is not a multiple of n_kv_heads 8 (model.n_heads from init.from "
+        f"{tmp_path}, model.kv.n_kv_heads from command line)"
+    )
+
+
+def test_long_values_are_cut(write):
+    message = refusal([write("a.yaml", BASE)], ["--train.steps", "x" * 10_000])
+    assert len(message) < 300
+
+
+def test_keys_in_very_many_sections_are_refused(write):
+    message = refusal([write("a.yaml", BASE)], ["--" + "a." * 5000 + "b", "1"])
+    assert message.endswith("is nested more than 32 levels deep")
 
 
 # ---- help ----------------------------------------------------------------------------------------------------------

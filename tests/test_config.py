@@ -1,7 +1,11 @@
 """Rules between fields, defaults, and configs that load back as they were."""
 
+import math
+
 import pytest
 import yaml
+from annotated_types import Le
+from pydantic.fields import FieldInfo
 
 from cllm.cli import parse_yaml, schema_keys, validate
 from cllm.config import Config, ModelConfig
@@ -89,6 +93,42 @@ REFUSED = {
 }
 
 
+REFUSED |= {
+    "warm-up beyond the run": (
+        {"optim": {"warmup_steps": 21}, "train": {"steps": 20}},
+        "optim.warmup_steps 21 exceeds train.steps 20",
+    ),
+    "a billion layers": (
+        {"model": {**MODEL, "n_layers": 10**9}},
+        "model.n_layers: input should be less than or equal to 4096, got 1000000000",
+    ),
+    "an absurd width": (
+        {"model": {**MODEL, "d_model": 10**12}},
+        "model.d_model: input should be less than or equal to",
+    ),
+    "ten billion layers in a range": (
+        {"model": {**MODEL, "kv": {"layers": [{"layers": "0-9999999999", "own": {}}]}}},
+        "model: layers: '0-9999999999' is out of range; allowed: layers 0 to 4095",
+    ),
+    "a range of very many digits": (
+        {"model": {**MODEL, "kv": {"layers": [{"layers": "0-" + "9" * 10_000, "own": {}}]}}},
+        "model: layers: '0-99999",
+    ),
+    "digits that are no ASCII": (
+        {"model": {**MODEL, "kv": {"layers": [{"layers": "0-²", "own": {}}]}}},
+        "model: layers: '0-²' is not a range",
+    ),
+    "a seed that numpy does not take": (
+        {"train": {"seed": 2**32}},
+        "train.seed: input should be less than or equal to 4294967295, got 4294967296",
+    ),
+    "a plan that splits one layer": (
+        {"model": {**MODEL, "n_layers": 1, "kv": {"preset": "fusedkv"}}},
+        "model: model.n_layers is 1; allowed with this plan, which splits the layers: 2 or more",
+    ),
+}
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
     sections, message = REFUSED[case]
@@ -136,6 +176,46 @@ def test_defaults_follow_from_the_model():
 
 def test_head_dim_frees_d_model_from_the_heads():
     assert ModelConfig(d_model=50, n_layers=2, n_heads=4, head_dim=8).resolved_head_dim == 8
+
+
+def bounded(key: str, field: FieldInfo) -> bool:
+    """Whether a field of whole numbers has a largest; lists of layers are checked against the plan's."""
+    annotation = str(field.annotation)
+    if "int" not in annotation or "list[int]" in annotation or key.endswith(".share"):
+        return True
+    return any(isinstance(limit, Le) for limit in field.metadata) or key == "train.devices"
+
+
+def test_every_whole_number_has_an_upper_bound():
+    assert [key for key, field in schema_keys(Config).items() if not bounded(key, field)] == []
+    with pytest.raises(UserError, match="train: devices is 10000000000; allowed: up to 1000000000, or auto"):
+        config(train={"devices": 10**10})
+
+
+FLOATS = [key for key, field in schema_keys(Config).items() if "float" in str(field.annotation)]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("key", FLOATS)
+def test_no_number_is_infinite(key, value):
+    data: dict = {"model": dict(MODEL)}
+    *sections, leaf = key.split(".")
+    node = data
+    for section in sections:
+        node = node.setdefault(section, {})
+    node[leaf] = [0.9, value] if key == "optim.betas" else value
+    if ".scaling." in key:
+        node |= {"type": "yarn", "factor": 2.0, "original_max_seq_len": 64, leaf: value}
+    with pytest.raises(UserError) as error:
+        validate(Config, data)
+    assert str(error.value).startswith(key)
+    assert str(error.value).endswith(f"got {value}")
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (20, 2), (999, 99), (1000, 100), (100_000, 100)])
+def test_warmup_by_default(steps, warmup):
+    assert config(train={"steps": steps}).optim.warmup(steps) == warmup
+    assert config(train={"steps": steps}, optim={"warmup_steps": 1}).optim.warmup(steps) == 1
 
 
 def test_every_field_has_a_description():

@@ -44,6 +44,31 @@ def test_nearest_names_a_close_word_alone():
     assert nearest("fusedkv_light", ["mha", "fusedkv_lite", "fusedkv"]) == 'did you mean "fusedkv_lite"?'
 
 
+KEYS = ["decay_fraction", "eps", "lr", "min_lr", "warmup_steps", "weight_decay"]
+
+
+@pytest.mark.parametrize(
+    ("word", "allowed", "meant"),
+    [
+        ("MHA", ["mha", "mla", "yoco"], "mha"),
+        ("FusedKV-Lite", ["fusedkv", "fusedkv_lite"], "fusedkv_lite"),
+        ("learning_rate", KEYS, "lr"),
+        ("Learning-Rate", KEYS, "lr"),
+        ("wd", KEYS, "weight_decay"),
+        ("ws", KEYS, "warmup_steps"),
+        ("min_learning_rate", KEYS, "min_lr"),
+        ("batch_size", ["global_batch", "micro_batch"], "global_batch"),
+        ("hidden_size", ["d_ff", "d_model", "head_dim"], "d_model"),
+        ("num_hidden_layers", ["n_heads", "n_layers"], "n_layers"),
+        ("num_layers", ["n_heads", "n_layers"], "n_layers"),
+        ("seq_length", ["path", "seq_len"], "seq_len"),
+        ("epochs", ["log_every", "steps"], "steps"),
+    ],
+)
+def test_nearest_knows_case_abbreviations_and_the_words_of_other_projects(word, allowed, meant):
+    assert nearest(word, allowed) == f'did you mean "{meant}"?'
+
+
 def test_nearest_lists_everything_where_nothing_is_close():
     assert nearest("zzz", ["mha", "gqa", "lizard"]).endswith("allowed: gqa, lizard, mha")
 

@@ -51,15 +51,20 @@ class Settings:
     max_tokens: int | None = None
     """Only the first so many tokens of the set; None: all."""
 
-    def resolve(self, subject: Subject, device: torch.device) -> tuple[int, int, int]:
-        """(window, stride, batch). Raises `UserError` for a value outside its range."""
+    def resolve(
+        self, subject: Subject, device: torch.device, *, window_option: str = "--window"
+    ) -> tuple[int, int, int]:
+        """(window, stride, batch). Raises `UserError` for a value outside its range, which names the option given."""
         for name in ("window", "stride", "batch", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {value}; allowed: 1 or more")
+                option = window_option if name == "window" else f"--{name.replace('_', '-')}"
+                raise UserError(f"{option} is {value}; allowed: 1 or more")
         window = self.window or subject.window
         if subject.context is not None and window > subject.context:
-            raise UserError(f"--window is {window}; allowed: up to the context of {subject.name}, {subject.context}")
+            raise UserError(
+                f"{window_option} is {window}; allowed: up to the context of {subject.name}, {subject.context}"
+            )
         stride = self.stride or max(window // 2, 1)
         if stride > window:
             raise UserError(f"--stride is {stride}; allowed: up to the window, {window}: a longer one skips tokens")

@@ -72,6 +72,8 @@ def resolve(subject: Subject, settings: Settings, prefix: int | None, device: to
         raise UserError(f"--stride is {settings.stride}; with --posthoc windows do not overlap: leave it out")
     window, _, batch = settings.resolve(subject, device)
     prefix = window // 2 if prefix is None else prefix
+    if window < 2:
+        raise UserError(f"--window is {window}; allowed with --posthoc: 2 or more, a prefix and a token to score")
     if not 1 <= prefix < window:
         raise UserError(f"--prefix is {prefix}; allowed: 1 to {window - 1}, less than the window")
     return window, prefix, batch

@@ -18,7 +18,7 @@ from cllm.hub.export import Dtype, Exported, as_pretrained, check_out, new_check
 from cllm.hub.families import export_family, load_weights, read_family
 from cllm.hub.loading import load_exported
 from cllm.hub.model import CLLMForCausalLM
-from cllm.model.sizes import build_decoder, count_parameters
+from cllm.model.sizes import count_parameters, meta_decoder
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -49,8 +49,7 @@ def import_folder(
     check_out(out, force)
     found = read_family(source)
     weights = load_weights(found, None if dtype is None else _DTYPES[dtype], allow_pickle=allow_pickle)
-    with torch.device("meta"):
-        decoder = build_decoder(found.config)
+    decoder = meta_decoder(found.config)
     decoder.load_state_dict(weights, assign=True)
     if found.config.tie_embeddings:
         decoder.head.weight = decoder.embed.weight

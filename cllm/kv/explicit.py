@@ -25,14 +25,15 @@ from cllm.kv.plan import (
     Retention,
     Share,
     layer_range,
+    ranges,
 )
-from cllm.kv.spec import IterationsConfig, Section, Shape
+from cllm.kv.spec import MAX_HEADS, MAX_TOKENS, MAX_WIDTH, IterationsConfig, Section, Shape
 
 
 class OwnConfig(Section):
     """The layer projects its own keys and values."""
 
-    n_kv_heads: int | None = Field(None, ge=1)
+    n_kv_heads: int | None = Field(None, ge=1, le=MAX_HEADS)
     """KV heads; null: as many as query heads."""
     kv_norm: bool = False
     """An RMSNorm of their own for K and V."""
@@ -41,15 +42,15 @@ class OwnConfig(Section):
 class LatentConfig(Section):
     """The layer owns a low-rank latent (MLA)."""
 
-    kv_lora_rank: int = Field(ge=1)
+    kv_lora_rank: int = Field(ge=1, le=MAX_WIDTH)
     """Width of the cached latent."""
-    q_lora_rank: int | None = Field(None, ge=1)
+    q_lora_rank: int | None = Field(None, ge=1, le=MAX_WIDTH)
     """Rank of the query projection; null: full rank."""
-    qk_nope_head_dim: int = Field(ge=1)
+    qk_nope_head_dim: int = Field(ge=1, le=MAX_WIDTH)
     """Channels of a query head without position."""
-    qk_rope_head_dim: int = Field(ge=2, multiple_of=2)
+    qk_rope_head_dim: int = Field(ge=2, le=MAX_WIDTH, multiple_of=2)
     """Channels of the decoupled RoPE key."""
-    v_head_dim: int = Field(ge=1)
+    v_head_dim: int = Field(ge=1, le=MAX_WIDTH)
     """Channels of a value head."""
 
 
@@ -98,7 +99,7 @@ class LayerConfig(Section):
     """Where the keys come from; an owner may leave it out."""
     values: ReadConfig | None = None
     """Where the values come from; an owner may leave it out."""
-    window: int | None = Field(None, ge=1)
+    window: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """Sliding window in tokens; null: full attention."""
 
     def plan(self, index: int, shape: Shape) -> LayerPlan:
@@ -142,6 +143,6 @@ class Explicit(Section):
                 found[i] = entry.plan(i, shape)
         missing = [i for i in range(shape.n_layers) if i not in found]
         if missing:
-            raise PlanError(f"layer {missing[0]}: not described in model.kv.layers (missing: {missing})")
+            raise PlanError(f"layer {missing[0]}: not described in model.kv.layers (missing: [{ranges(missing)}])")
         iterations = self.iterations.plan() if self.iterations else None
         return KVPlan.of([found[i] for i in range(shape.n_layers)], iterations)

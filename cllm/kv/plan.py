@@ -14,6 +14,7 @@ Plans hold no weights and no tensors. Layers count from 0 everywhere.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +23,10 @@ from cllm.errors import PlanError
 
 Granularity = Literal["scalar", "channel"]
 FusionInit = Literal["lite", "randn", "mean"]
+Half = Literal["keys", "values"]
+
+MAX_LAYERS = 4096
+"""Layers that a model may have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,12 +114,13 @@ class KVPlan:
 
     @classmethod
     def of(cls, layers: Iterable[LayerPlan], iterations: Iterations | None = None) -> KVPlan:
-        """Fill in what `layers` left out and check the whole.
+        """Fill in what `layers` left out and check the plan.
 
         Raises:
-            PlanError: naming the layer, for a source that owns nothing or is out of range, a slot that nobody reads,
-                fused slots of different shapes, keys and values with different numbers of heads, a latent slot read in
-                part, a windowed slot read through a wider mask, a source above the layer without `iterations`.
+            PlanError: naming the layer, for a source that owns nothing or is out of range, keys or values that no layer
+                reads or that no gradient reaches, fused slots of different shapes, keys and values with different
+                numbers of heads, a latent slot read in part, a windowed slot read through a wider mask, a window
+                through which queries have no effect, a source above the layer without `iterations`.
         """
         filled = [
             LayerPlan(own=p.own, keys=p.keys or Share(i), values=p.values or Share(i), window=p.window)
@@ -124,6 +130,7 @@ class KVPlan:
         for i in range(len(filled)):
             plan._check_layer(i)
         plan._check_iterations()
+        plan._check_halves()
         return plan
 
     def __len__(self) -> int:
@@ -170,9 +177,22 @@ class KVPlan:
         """The owners whose slots other layers read."""
         return frozenset(j for i in range(len(self)) for j in self.reads_others(i))
 
+    def readers(self, half: Half) -> dict[int, list[int]]:
+        """For every owner, the layers that read its `keys` or its `values`, in ascending order."""
+        found: dict[int, list[int]] = {j: [] for j in self.owners}
+        for i in range(len(self)):
+            for j in (self.keys(i) if half == "keys" else self.values(i)).layers:
+                found[j].append(i)
+        return found
+
+    def last_readers(self) -> dict[int, int]:
+        """For every owner, the highest layer that reads its slot; above it the slot is no longer needed."""
+        keys, values = self.readers("keys"), self.readers("values")
+        return {j: max([*keys[j], *values[j]], default=j) for j in self.owners}
+
     def last_reader(self, owner: int) -> int:
-        """The highest layer that reads the slot of `owner`; above it the slot is no longer needed."""
-        return max((i for i in range(len(self)) if owner in self.reads(i)), default=owner)
+        """The highest layer that reads the slot of `owner`."""
+        return self.last_readers()[owner]
 
     def reads_above(self, i: int) -> bool:
         """Whether layer `i` reads a slot of a layer above, so that a token cannot see its own key and value."""
@@ -208,8 +228,6 @@ class KVPlan:
             raise PlanError(
                 f"layer {i}: keeps a recurrent state and reads layer {self.reads(i)[0]}; it can do only one"
             )
-        if layer.own is not None and not any(i in self.reads(j) for j in range(len(self))):
-            raise PlanError(f"layer {i}: owns a slot that no layer reads; let a layer read it, or let it own nothing")
         key_heads, value_heads = (self._kv_heads(read.layers[0]) for read in (self.keys(i), self.values(i)))
         if key_heads != value_heads:
             raise PlanError(
@@ -282,17 +300,79 @@ class KVPlan:
                 if isinstance(self.layers[i].own, Retention):
                     raise PlanError(f"layer {i}: a recurrent state inside the cyclic layers {first} to {last}")
 
+    def _check_halves(self) -> None:
+        """Every projection of every layer must have a gradient.
+
+        A slot's keys and values are projected apart, so each needs a reader. In a cycle, a layer below the owner reads
+        what the pass before has computed, so that with a single gradient pass it gives the owner none. In the first of
+        all passes it reads zeros. Softmax over one key is 1 whatever the query.
+        """
+        iterations = self.iterations or Iterations()
+        for i, layer in enumerate(self.layers):
+            above = self.reads_above(i)
+            if above and iterations.forward + iterations.backward < 2:
+                raise PlanError(
+                    f"layer {i}: reads layer {max(self.reads(i))} above it, of which a single pass knows nothing: "
+                    f"kv.iterations is forward {iterations.forward}, backward {iterations.backward}; allowed: 2 or "
+                    "more in sum"
+                )
+            if layer.window is not None and layer.window < 2 + above:
+                seen = "a query sees one token at most" + (" beside itself" if above else "")
+                raise PlanError(
+                    f"layer {i}: window is {layer.window}, with which {seen}, so that its queries and keys have no "
+                    f"effect; allowed: {2 + above} or more, or null for full attention"
+                )
+        keys, values = self.readers("keys"), self.readers("values")
+        for j in self.owners:
+            if not keys[j] and not values[j]:
+                raise PlanError(
+                    f"layer {j}: owns a slot that no layer reads; let a layer read it, or let it own nothing"
+                )
+            for half, readers in (("keys", keys[j]), ("values", values[j])):
+                if not readers:
+                    raise PlanError(
+                        f"layer {j}: its {half} are read by no layer; leave `{half}` out of layer {j}, which then "
+                        "reads its own, or let another layer read them"
+                    )
+                if iterations.backward == 1 and readers[-1] < j:
+                    raise PlanError(
+                        f"layer {j}: its {half} are read only by layers below it ({ranges(readers)}), and with "
+                        "kv.iterations.backward 1 these pass no gradient back; set kv.iterations.backward to 2 or "
+                        f"more, or let layer {j} or one above it read them"
+                    )
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """Ascending layers in few characters: `0-3, 7`."""
+    runs: list[list[int]] = []
+    for i in layers:
+        if runs and i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
 
 def layer_range(text: str | int | Sequence[int]) -> list[int]:
-    """`"0-11"`, `3` or `[0, 2, 4]` as a list of layers. Raises `PlanError` for anything else."""
+    """`"0-11"`, `3` or `[0, 2, 4]` as a list of layers.
+
+    Raises `PlanError` for anything else, and for layers beyond `MAX_LAYERS`, before a list of them is made.
+    """
     if isinstance(text, int):
         return [text]
-    if isinstance(text, str):
-        first, dash, last = text.partition("-")
-        if not first.strip().isdigit() or (dash and not last.strip().isdigit()):
-            raise PlanError(f'layers: {text!r} is not a range; write "0-11", 3 or [0, 2, 4]')
-        low, high = int(first), int(last) if dash else int(first)
-        if high < low:
-            raise PlanError(f"layers: {text!r} ends before it begins")
-        return list(range(low, high + 1))
-    return list(text)
+    if not isinstance(text, str):
+        return list(text)
+    found = re.fullmatch(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?", text, flags=re.ASCII)
+    if found is None:
+        raise PlanError(f'layers: {_shortened(text)!r} is not a range; write "0-11", 3 or [0, 2, 4]')
+    digits = [group.lstrip("0") or "0" for group in found.groups(default=found[1])]
+    if any(len(number) > len(str(MAX_LAYERS)) or int(number) >= MAX_LAYERS for number in digits):
+        raise PlanError(f"layers: {_shortened(text)!r} is out of range; allowed: layers 0 to {MAX_LAYERS - 1}")
+    low, high = map(int, digits)
+    if high < low:
+        raise PlanError(f"layers: {text!r} ends before it begins")
+    return list(range(low, high + 1))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -15,6 +15,7 @@ from pydantic import Discriminator, Field, Tag, create_model
 from cllm.errors import PlanError
 from cllm.kv.explicit import Explicit
 from cllm.kv.plan import (
+    MAX_LAYERS,
     Fuse,
     FusionInit,
     Granularity,
@@ -27,7 +28,7 @@ from cllm.kv.plan import (
     Retention,
     Share,
 )
-from cllm.kv.spec import IterationsConfig, Section, Shape
+from cllm.kv.spec import MAX_HEADS, MAX_TOKENS, MAX_WIDTH, IterationsConfig, Section, Shape
 
 
 class Preset(Section):
@@ -35,7 +36,7 @@ class Preset(Section):
 
     preset: str
     """Name of the design."""
-    n_kv_heads: int | None = Field(None, ge=1)
+    n_kv_heads: int | None = Field(None, ge=1, le=MAX_HEADS)
     """KV heads of every owner; null: as many as query heads."""
     kv_norm: bool = False
     """Owners normalise the input of their K and V projections with an RMSNorm of their own."""
@@ -71,6 +72,10 @@ def _from_targets(targets: Sequence[int], own: Own, iterations: Iterations | Non
 
 def _half(shape: Shape, given: int | None, key: str) -> int:
     """`given`, or half of the layers; refused unless at least one layer is left on either side."""
+    if shape.n_layers < 2:
+        raise PlanError(
+            f"model.n_layers is {shape.n_layers}; allowed with this plan, which splits the layers: 2 or more"
+        )
     count = shape.n_layers // 2 if given is None else given
     if not 1 <= count < shape.n_layers:
         raise PlanError(f"model.kv.{key} is {count}; allowed: 1 to {shape.n_layers - 1} for {shape.n_layers} layers")
@@ -85,9 +90,9 @@ class MHA(Preset):
     """Multi-head attention: every layer owns, as many KV heads as query heads."""
 
     preset: Literal["mha"] = "mha"
-    window: int | None = Field(None, ge=1)
+    window: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """Sliding window in tokens, the query's own included (Mistral); null: full causal attention."""
-    full_every: int | None = Field(None, ge=1)
+    full_every: int | None = Field(None, ge=1, le=MAX_LAYERS)
     """With a window: every n-th layer keeps full attention (Gemma: 6)."""
 
     def windows(self, n_layers: int) -> list[int | None]:
@@ -130,17 +135,17 @@ class MLA(Preset):
     """Not used: a latent has no heads."""
     kv_norm: Literal[False] = False
     """Not used: the latent has a norm of its own."""
-    kv_lora_rank: int | None = Field(None, ge=1)
+    kv_lora_rank: int | None = Field(None, ge=1, le=MAX_WIDTH)
     """Width of the cached latent; null: 4 head_dim (DeepSeek-V2: 512 at head_dim 128)."""
-    q_lora_rank: int | None = Field(None, ge=1)
+    q_lora_rank: int | None = Field(None, ge=1, le=MAX_WIDTH)
     """Rank of the query projection; null: full rank (DeepSeek-V2-Lite)."""
-    qk_nope_head_dim: int | None = Field(None, ge=1)
+    qk_nope_head_dim: int | None = Field(None, ge=1, le=MAX_WIDTH)
     """Channels of a query head without position; null: head_dim."""
-    qk_rope_head_dim: int | None = Field(None, ge=2)
+    qk_rope_head_dim: int | None = Field(None, ge=2, le=MAX_WIDTH)
     """Channels of the decoupled RoPE key that all heads share; null: half of head_dim."""
-    v_head_dim: int | None = Field(None, ge=1)
+    v_head_dim: int | None = Field(None, ge=1, le=MAX_WIDTH)
     """Channels of a value head; null: head_dim."""
-    factor: int = Field(1, ge=1)
+    factor: int = Field(1, ge=1, le=MAX_LAYERS)
     """Layers that read one latent; 1: every layer owns its own."""
 
     def expand(self, shape: Shape) -> KVPlan:
@@ -190,15 +195,15 @@ class CLA(Preset):
     """
 
     preset: Literal["cla"] = "cla"
-    factor: int = Field(2, ge=2)
+    factor: int = Field(2, ge=2, le=MAX_LAYERS)
     """Layers that read one slot. Where it does not divide the number of layers, layer 0 stays alone."""
     kv_norm: bool = True
     """The paper gives queries and K/V separate norms (section 3.1.1)."""
     keep_ends: bool = False
     """The first and the last layer share with nobody."""
-    dense_front: int = Field(0, ge=0)
+    dense_front: int = Field(0, ge=0, le=MAX_LAYERS)
     """That many layers at the bottom each own and share with nobody."""
-    dense_back: int = Field(0, ge=0)
+    dense_back: int = Field(0, ge=0, le=MAX_LAYERS)
     """That many layers at the top each own and share with nobody."""
 
     def expand(self, shape: Shape) -> KVPlan:
@@ -222,13 +227,13 @@ class YOCO(Preset):
     preset: Literal["yoco"] = "yoco"
     lower: Literal["window", "retention"] = "window"
     """The lower half: sliding-window attention or gated retention."""
-    window: int = Field(1024, ge=1)
+    window: int = Field(1024, ge=1, le=MAX_TOKENS)
     """Sliding window of the lower half in tokens (the paper's 3B: 1024)."""
-    n_lower: int | None = Field(None, ge=1)
+    n_lower: int | None = Field(None, ge=1, le=MAX_LAYERS)
     """Layers of the lower half; null: half of them."""
     kv_norm: bool = True
     """The one full slot has a norm of its own, as in the authors' code."""
-    lower_kv_heads: int | None = Field(None, ge=1)
+    lower_kv_heads: int | None = Field(None, ge=1, le=MAX_HEADS)
     """KV heads of the lower half; null: as many as query heads."""
 
     def expand(self, shape: Shape) -> KVPlan:
@@ -243,7 +248,7 @@ class YOCO(Preset):
 class _Storage(Preset):
     """Lower layers store; the layers above them read `sources`."""
 
-    n_storage: int | None = Field(None, ge=1)
+    n_storage: int | None = Field(None, ge=1, le=MAX_LAYERS)
     """Storage layers, from the bottom; null: half of the layers."""
     sources: list[int] | None = Field(None, min_length=1)
     """Layers whose slots the upper layers read; null: the first and the last storage layer."""
@@ -317,7 +322,7 @@ class Trailing(MHA):
     """The last `n_shared` layers read the last owner of their mask kind (Gemma 3n: 15 of 35 layers, every 5th full)."""
 
     preset: Literal["trailing"] = "trailing"  # type: ignore[assignment]
-    n_shared: int | None = Field(None, ge=1)
+    n_shared: int | None = Field(None, ge=1, le=MAX_LAYERS)
     """Layers at the top that own nothing; null: half of them."""
 
     def shared(self, shape: Shape) -> int:
@@ -342,7 +347,7 @@ class AFM(Trailing):
     """Apple's on-device model (arXiv 2507.13575): depth split 5:3, the upper block reads the lower one's last layer."""
 
     preset: Literal["afm"] = "afm"  # type: ignore[assignment]
-    n_shared: int | None = Field(None, ge=1)
+    n_shared: int | None = Field(None, ge=1, le=MAX_LAYERS)
     """Layers at the top that own nothing; null: three eighths of them."""
 
     def shared(self, shape: Shape) -> int:
@@ -362,7 +367,7 @@ class _Study(Preset):
 
     partition: ClassVar[Literal["pizza", "sandwich", "lasagna"]]
     target: ClassVar[Literal["bottom", "middle", "top"]]
-    n_owners: int | None = Field(None, ge=1)
+    n_owners: int | None = Field(None, ge=1, le=MAX_LAYERS)
     """Layers that own (l in the paper); null: half of them."""
     iterations: IterationsConfig = Field(default_factory=IterationsConfig)
     """Passes over the cyclic layers; not used where the target is at the bottom."""
@@ -417,7 +422,7 @@ class LCKV(_Study):
 
     partition, target = "sandwich", "top"
     preset: Literal["lckv"] = "lckv"
-    warmup: int = Field(2, ge=0)
+    warmup: int = Field(2, ge=0, le=MAX_LAYERS)
     """Layers with attention of their own, half of them below the condensed ones, half above."""
     n_owners: None = None
     """Not used: the plan has warmup + 1 owners."""

@@ -8,6 +8,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cllm.kv.plan import Iterations
 
+# Bounds that no research needs to exceed, and with which no config can exhaust the process that reads it.
+MAX_HEADS = 2**16
+MAX_WIDTH = 2**20
+"""Channels: of the stream, a head, a hidden layer, a latent."""
+MAX_TOKENS = 2**31 - 1
+"""Tokens of a context, a window, a vocabulary."""
+MAX_COUNT = 10**9
+"""Steps, sequences, processes."""
+MAX_PASSES = 65536
+MAX_SEED = 2**32 - 1
+"""Of numpy's generator."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
@@ -19,17 +31,18 @@ class Shape:
 
 
 class Section(BaseModel):
-    """A part of a config: unknown keys are errors, types are strict, a docstring under a field is its description."""
+    """A part of a config: unknown keys are errors, types are strict, numbers finite; a docstring under a field is its
+    description."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class IterationsConfig(Section):
     """Passes over cyclic layers."""
 
-    forward: int = Field(7, ge=0)
+    forward: int = Field(7, ge=0, le=MAX_PASSES)
     """Passes without gradient (LCKV's m)."""
-    backward: int = Field(2, ge=1)
+    backward: int = Field(2, ge=1, le=MAX_PASSES)
     """Passes with gradient (LCKV's b)."""
 
     def plan(self) -> Iterations:

@@ -20,7 +20,7 @@ from cllm.errors import UserError
 from cllm.kernels.attention import document_boundaries
 from cllm.kernels.fp8_casts import FP8_CASTS
 from cllm.kernels.sum_products import SUM_PRODUCTS
-from cllm.kv.sources import FusedRead, Slot, slot_widths
+from cllm.kv.sources import Slot, slot_widths
 from cllm.kv.stores import SlotStore, Step
 from cllm.model.attention import Cached, Context
 from cllm.model.block import Block
@@ -39,8 +39,39 @@ def recompute(function: Any, *inputs: Any) -> Any:
     return checkpoint(function, *inputs, use_reentrant=False)
 
 
+def _check_can_be_drawn(name: str, module: nn.Module) -> None:
+    """Raises `TypeError` for a module with parameters of its own that `Decoder.init_weights` could not draw."""
+    if isinstance(module, nn.Linear | nn.Embedding) or not dict(module.named_parameters(recurse=False)):
+        return
+    if not callable(getattr(module, "reset_parameters", None)):
+        raise TypeError(
+            f"{name} ({type(module).__name__}) has parameters and no reset_parameters(), with which init_weights would "
+            "draw them"
+        )
+
+
+def _reset(name: str, module: nn.Module) -> None:
+    """Call `reset_parameters` of a module with parameters of its own, and check that it has filled them all."""
+    _check_can_be_drawn(name, module)
+    own = dict(module.named_parameters(recurse=False))
+    if not own:
+        return
+    with torch.no_grad():
+        for parameter in own.values():
+            parameter.fill_(torch.nan)
+    reset: Any = module.reset_parameters
+    reset()
+    for key, parameter in own.items():
+        if not parameter.is_meta and bool(parameter.isnan().any()):
+            raise TypeError(f"{name}.reset_parameters() ({type(module).__name__}) does not draw {key}")
+
+
 class Decoder(nn.Module):
-    """A pre-norm decoder. `config.vocab_size` must be set; `d_ff` overrides the config's (see `model/sizes.py`)."""
+    """A pre-norm decoder. `config.vocab_size` must be set; `d_ff` overrides the config's.
+
+    The constructor leaves weights to `init_weights`, or to those that are loaded: `model/sizes.py` has `build_decoder`,
+    which gives a decoder ready to use, and `meta_decoder`, which gives one to be counted or loaded into.
+    """
 
     def __init__(self, config: ModelConfig, *, d_ff: int | None = None, backend: str = "auto"):
         super().__init__()
@@ -60,11 +91,19 @@ class Decoder(nn.Module):
             self.head.weight = self.embed.weight
         self._compiled: tuple[Any, ...] = ()
         """Blocks and the last norm for decoding; in a tuple, so that they are no second name for the weights."""
-        self._last_reader = {j: self.plan.last_reader(j) for j in self.plan.owners}
+        self._last_reader = self.plan.last_readers()
         self._spans = dict(self.plan.cyclic_spans())
+        for name, module in self.named_modules():
+            _check_can_be_drawn(name, module)
 
     def init_weights(self) -> None:
-        """Draw all weights from torch's global generator as `config.init` says; norms become 1, biases 0."""
+        """Draw all weights from torch's global generator as `config.init` says; norms become 1, biases 0.
+
+        A module of another kind that has parameters of its own draws them in its method `reset_parameters()`.
+
+        Raises:
+            TypeError: for a module that has such parameters and no `reset_parameters`, or leaves one of them out.
+        """
         init = self.config.init
         residual_std = init.std / math.sqrt(2 * self.config.n_layers) if init.scale_residual else init.std
         for name, module in self.named_modules():
@@ -75,8 +114,8 @@ class Decoder(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=init.std)
-            elif isinstance(module, FusedRead | RMSNorm):
-                module.reset_parameters()
+            else:
+                _reset(name, module)
 
     def compile_decoding(self) -> None:
         """Compile what a pass of one token over a static cache runs; other passes stay as they are.

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import operator
-
-import torch
+from pathlib import Path
 
 from cllm.config import Config
+from cllm.data.manifest import Manifest
+from cllm.data.module import TRAIN, VALIDATION
+from cllm.errors import DataError, UserError
 from cllm.kv.accounting import cache_bytes, kv_bytes, mha_twin, slot_elements
 from cllm.kv.describe import plan_drawing, plan_table
 from cllm.kv.plan import Latent, Own
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import (
-    build_decoder,
     count_parameters,
     forward_flops_per_token,
+    meta_decoder,
     model_d_ff,
     training_flops_per_token,
 )
@@ -150,18 +152,41 @@ def _teacher_parameters(config: Config) -> int:
     """Of the model that `init.from` names, where it computes along in every step; 0 without."""
     if config.init.path is None or not config.uptrain.needs_teacher:
         return 0
-    with torch.device("meta"):
-        return count_parameters(build_decoder(teacher_config(config.init.path)))
+    return count_parameters(meta_decoder(teacher_config(config.init.path)))
 
 
 def _size(count: float) -> str:
     return f"{count / GIB:.3g} GiB" if count >= GIB / 10 else f"{count / 2**20:.3g} MiB"
 
 
+def data_line(config: Config) -> str:
+    """The data that a run would read. Training data may still have to be prepared; anything else that is amiss is an
+    error here as it would be in training.
+
+    Raises:
+        UserError: for data that cannot be read, and for validation sets that do not exist.
+    """
+    data, there = config.data, Path(config.data.path).exists()
+    line = f"{data.path}: not prepared yet"
+    if there:
+        train = Manifest.read(data.path).split(TRAIN)
+        line = f"{data.path}: {train.tokens:,} tokens in {train.documents:,} documents"
+    for name, folder in data.validation.items():
+        try:
+            Manifest.read(folder).split(VALIDATION)
+        except DataError as error:
+            raise UserError(f"data.validation.{name}: {error}") from None
+    sets = f"; validation sets: {', '.join(data.validation)}" if data.validation else ""
+    return f"data         data.path {line}{sets}"
+
+
 def dry_run(config: Config) -> str:
-    """The report of `train.py --dry-run`. `config.model.vocab_size` must be set."""
-    with torch.device("meta"):
-        model = build_decoder(config.model)
+    """The report of `train.py --dry-run`. `config.model.vocab_size` must be set.
+
+    Raises `UserError` for data that a run could not read, see `data_line`.
+    """
+    data = data_line(config)
+    model = meta_decoder(config.model)
     c = config.model
     own, twin = kv_bytes(c), kv_bytes(mha_twin(c))
     resident, read = own.relative_to(twin)
@@ -196,6 +221,7 @@ def dry_run(config: Config) -> str:
         f"FLOPs        {forward:.4g} a token forward, {training:.4g} training (sequences of {seq_len:,})",
         f"run          {config.train.steps:,} steps of {config.train.global_batch * seq_len:,} tokens = {tokens:,} "
         f"tokens, {training * tokens:.3g} FLOPs",
+        data,
         "memory       "
         + ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
         + f" GiB at the peak on {where} (estimate, micro-batch {config.train.micro_batch})",

@@ -51,11 +51,12 @@ def learning_rate_factor(step: int, steps: int, config: OptimConfig) -> float:
     `wsd` stays at 1 and falls linearly over the last `decay_fraction` of all steps; `constant` stays.
     """
     floor = config.min_lr / config.lr
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
+    warmup = config.warmup(steps)
+    if step < warmup:
+        return (step + 1) / warmup
     if config.schedule == "constant":
         return 1.0
-    begin = config.warmup_steps
+    begin = warmup
     if config.schedule == "wsd":
         begin = max(begin, round(steps * (1 - config.decay_fraction)))
     done = min(max((step - begin) / max(steps - 1 - begin, 1), 0.0), 1.0)

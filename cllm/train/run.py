@@ -27,7 +27,7 @@ from cllm.kv.accounting import kv_bytes, mha_twin
 from cllm.kv.describe import plan_figure, plan_table
 from cllm.lock import locked
 from cllm.model.decoder import Decoder
-from cllm.model.sizes import build_decoder, count_parameters, drawn_decoder, training_flops_per_token
+from cllm.model.sizes import build_decoder, count_parameters, meta_decoder, training_flops_per_token
 from cllm.runs import RUN, RunFolder, check_run_folder
 from cllm.train.callbacks import Checkpoints, Metrics, StopWhenDone
 from cllm.train.environment import environment
@@ -295,8 +295,7 @@ def _train(config: Config, resume: str | None, overwrite: bool, callbacks: Seque
         assert teacher is not None
         config = with_best_sources(config, teacher, data, _device(config))
     module = make_module(config, data, teacher, resumed=checkpoint is not None)
-    with torch.device("meta"):
-        model = build_decoder(config.model)  # what is counted: the decoder alone, without what training adds to it
+    model = meta_decoder(config.model)  # what is counted: the decoder alone, without what training adds to it
     summary = summarise(config, model)
     metrics = Metrics(
         folder,
@@ -334,7 +333,7 @@ def make_module(config: Config, data: DataModule, teacher: Teacher | None, *, re
     `resumed` says that a checkpoint will replace the weights.
     """
     if teacher is None:
-        model = drawn_decoder(config.model, backend=config.attention.backend)
+        model = build_decoder(config.model, backend=config.attention.backend)
     else:
         batches = partial(calibration_batches, config, data)
         model = make_student(config, teacher, batches, device=_device(config), resumed=resumed)

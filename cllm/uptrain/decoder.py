@@ -130,5 +130,5 @@ def owner_of(model: Decoder, i: int) -> OwnKV:
 
 
 def build_traced(config: ModelConfig, *, backend: str = "auto", routed: bool = False) -> TracedDecoder:
-    """As `build_decoder`; arguments as of `TracedDecoder`."""
+    """The decoder of a config, to be loaded into; arguments as of `TracedDecoder`."""
     return TracedDecoder(config, d_ff=model_d_ff(config), backend=backend, routed=routed)

@@ -16,7 +16,7 @@ from torch import nn
 
 from cllm.errors import UserError
 from cllm.kv.plan import KVPlan, Latent, Own, Retention
-from cllm.kv.sources import FusedRead, OwnKV
+from cllm.kv.sources import OwnKV, SharedRead
 from cllm.model.attention import Attention
 from cllm.model.decoder import Decoder
 from cllm.uptrain.decoder import attention_of, block_of, owner_of
@@ -83,7 +83,7 @@ def copy_rest(student: Decoder, teacher: Decoder) -> None:
             _load(mine.attention.q_norm, attention.q_norm)
             _load(mine.attention.o_proj, attention.o_proj)
             for read in (mine.attention.keys, mine.attention.values):
-                if isinstance(read, FusedRead):
+                if not isinstance(read, SharedRead):
                     read.reset_parameters()
 
 

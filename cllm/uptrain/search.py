@@ -96,6 +96,8 @@ def share_plan(
         raise UserError("a plan needs one goal: --owners or --max-bytes")
     plan, config = teacher.plan, teacher.config
     check_owning(plan)
+    if len(plan) < 2:
+        raise UserError(f"init.from has {len(plan)} layer; allowed: 2 or more, of which one reads what another owns")
     if owners is not None and not 1 <= owners < len(plan):
         raise UserError(f"--owners is {owners}; allowed: 1 to {len(plan) - 1}, fewer than the layers of init.from")
     if max_bytes is not None and max_bytes >= kv_bytes(config).resident:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, create_model, model_validator
 
-from cllm.kv.spec import Section
+from cllm.kv.spec import MAX_COUNT, MAX_WIDTH, Section
 
 Method = Literal["copy", "mean", "aligned", "ridge", "fit", "svd"]
 Align = Literal["none", "heads", "turn", "map"]
@@ -29,7 +29,7 @@ class InitFrom(_From):
     align: Align = "map"
     """With aligned, ridge and fit, how layers that own nothing are brought to what they read: not at all, KV heads
     matched (`heads`), their channels turned too (`turn`), and with ridge and fit also scaled and mixed (`map`)."""
-    calibration_sequences: int = Field(32, ge=0)
+    calibration_sequences: int = Field(32, ge=0, le=MAX_COUNT)
     """With ridge, fit and svd: training sequences of data.seq_len tokens. 0: svd by the weights alone."""
     sources: Literal["plan", "best"] = "plan"
     """With fit, which layers a fusing layer reads: those that the plan names, or as many others, chosen on the
@@ -84,7 +84,7 @@ class Losses(Section):
 class Lora(Section):
     """Low-rank updates (arXiv 2106.09685) of the blocks' linear layers: W + alpha / rank B A."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, le=MAX_WIDTH)
     """Rank of the update."""
     alpha: float = Field(32.0, gt=0)
     """Its scale, times the rank."""
@@ -100,7 +100,7 @@ class Uptrain(Section):
     blocks' linear layers, and fusion weights."""
     lora: Lora = Field(default_factory=Lora)
     """With trainable lora."""
-    curriculum_steps: int = Field(0, ge=0)
+    curriculum_steps: int = Field(0, ge=0, le=MAX_COUNT)
     """Steps in which layers without K/V move from the teacher's keys and values to those they read; 0: at once."""
     random_sources: float = Field(0.0, ge=0, lt=1)
     """Chance that a layer reads a lower layer's slot instead of its own, drawn anew each step; every layer must own."""

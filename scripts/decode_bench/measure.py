@@ -26,7 +26,7 @@ from cllm.kv.sources import FusedRead
 from cllm.kv.stores import FP8, StateStore
 from cllm.model.decoder import Decoder
 from cllm.model.graph import StepGraph
-from cllm.model.sizes import drawn_decoder
+from cllm.model.sizes import build_decoder
 from decode_bench.designs import Design, Point
 
 BF16 = torch.bfloat16
@@ -104,7 +104,7 @@ def build(config: Config, device: torch.device) -> Decoder:
     fused read matters."""
     torch.manual_seed(0)
     with torch.device(device):
-        decoder = drawn_decoder(config.model, backend=config.attention.backend)
+        decoder = build_decoder(config.model, backend=config.attention.backend)
     decoder.to(BF16).eval().requires_grad_(False)
     for module in decoder.modules():
         if isinstance(module, FusedRead):

@@ -49,7 +49,7 @@ def test_every_field_reaches_the_plan():
         - layers: 4
           keys: {fuse: [3], granularity: scalar, per_head: true, init: randn}
           values: {share: 3}
-        - {layers: 5, own: {n_kv_heads: 2}, keys: {share: 3}}
+        - {layers: 5, own: {n_kv_heads: 2}, keys: {fuse: [3, 5]}}
         """,
         6,
         {"forward": 1, "backward": 3},
@@ -60,7 +60,7 @@ def test_every_field_reaches_the_plan():
     assert [layer.window for layer in plan.layers] == [8, None, None, None, None, None]
     assert plan.keys(4) == Fuse((3,), granularity="scalar", per_head=True, init="randn")
     assert plan.values(4) == Share(3)
-    assert (plan.keys(5), plan.values(5)) == (Share(3), Share(5))
+    assert (plan.keys(5), plan.values(5)) == (Fuse((3, 5)), Share(5))
     assert plan.iterations == Iterations(forward=1, backward=3)
 
 

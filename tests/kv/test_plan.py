@@ -82,6 +82,75 @@ REFUSED = {
 }
 
 
+REFUSED |= {
+    "keys that no layer reads": (
+        [OWN, LayerPlan(own=Own(n_kv_heads=2), keys=Share(0))],
+        "layer 1: its keys are read by no layer; leave `keys` out of layer 1, which then reads its own, or let another",
+    ),
+    "values that no layer reads": (
+        [OWN, LayerPlan(own=Own(n_kv_heads=2), values=Share(0))],
+        "layer 1: its values are read by no layer; leave `values` out of layer 1",
+    ),
+    "keys that no layer reads, values that another reads": (
+        [OWN, LayerPlan(own=Own(n_kv_heads=2), keys=Share(0), values=Share(0)), read(0, 1)],
+        "layer 1: its keys are read by no layer",
+    ),
+    "values that no layer reads, keys that another fuses": (
+        [OWN, LayerPlan(own=Own(n_kv_heads=2), keys=Share(0), values=Share(0)), fuse((0, 1), (0,))],
+        "layer 1: its values are read by no layer",
+    ),
+    "a window of the token itself": (
+        [LayerPlan(own=Own(n_kv_heads=2), window=1)],
+        "layer 0: window is 1, with which a query sees one token at most, so that its queries and keys have no effect; "
+        "allowed: 2 or more, or null",
+    ),
+}
+ONCE = Iterations(forward=1, backward=1)
+REFUSED_IN_A_CYCLE = {
+    "an owner that layers below alone read": (
+        [read(1), LayerPlan(own=Own(n_kv_heads=2), keys=Share(2), values=Share(2)), OWN],
+        "layer 1: its keys are read only by layers below it (0), and with kv.iterations.backward 1 these pass no "
+        "gradient back; set kv.iterations.backward to 2 or more, or let layer 1 or one above it read them",
+    ),
+    "an owner that does not read its own values": (
+        [OWN, read(0, 3), read(0, 3), LayerPlan(own=Own(n_kv_heads=2), values=Share(0))],
+        "layer 3: its values are read only by layers below it (1-2), and with",
+    ),
+    "a latent that layers below alone read": (
+        [read(1), LayerPlan(own=LATENT, keys=Share(2), values=Share(2)), latent()],
+        "layer 1: its keys are read only by layers below it (0), and with",
+    ),
+    "a window of the token itself and the one before": (
+        [read(1, window=2), OWN],
+        "layer 0: window is 2, with which a query sees one token at most beside itself, so that its queries and keys "
+        "have no effect; allowed: 3 or more, or null",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_IN_A_CYCLE)
+def test_refused_in_a_cycle(case):
+    layers, message = REFUSED_IN_A_CYCLE[case]
+    with pytest.raises(PlanError) as error:
+        KVPlan.of(layers, ONCE)
+    assert str(error.value).startswith(message)
+
+
+def test_a_second_pass_with_gradient_reaches_owners_that_layers_below_alone_read():
+    layers = [read(1), LayerPlan(own=Own(n_kv_heads=2), keys=Share(2), values=Share(2)), OWN]
+    assert KVPlan.of(layers, Iterations(forward=0, backward=2)).owners == (1, 2)
+
+
+def test_an_owner_that_a_layer_above_the_cycle_reads_needs_one_pass_with_gradient():
+    layers = [OWN, read(0, 2), LayerPlan(own=Own(n_kv_heads=2), values=Share(0)), read(0, 2)]
+    assert KVPlan.of(layers, ONCE).owners == (0, 2)
+
+
+def test_a_single_pass_over_a_cycle_is_refused():
+    with pytest.raises(PlanError, match=r"layer 0: reads layer 1 above it, of which a single pass knows nothing"):
+        KVPlan.of([read(1), OWN], Iterations(forward=0, backward=1))
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
     layers, message = REFUSED[case]
@@ -108,7 +177,7 @@ def test_narrower_window_than_the_slot_keeps_is_fine():
 
 
 def test_an_owner_reads_itself_unless_told_otherwise():
-    plan = KVPlan.of([OWN, LayerPlan(own=Own(n_kv_heads=2), keys=Share(0))])
+    plan = KVPlan.of([OWN, LayerPlan(own=Own(n_kv_heads=2), keys=Share(0)), read(1)])
     assert (plan.keys(0), plan.values(0)) == (Share(0), Share(0))
     assert (plan.keys(1), plan.values(1)) == (Share(0), Share(1))
 

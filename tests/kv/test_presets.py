@@ -39,6 +39,16 @@ def rows(plan: KVPlan) -> list[str]:
     return found
 
 
+@pytest.mark.parametrize("n_layers", [4, 5, 8, 13, 24, 60])
+@pytest.mark.parametrize("backward", [1, 2])
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_accepted_at_any_depth(name, backward, n_layers):
+    kv = {"preset": name}
+    if name.startswith(("pizza", "sandwich", "lasagna", "lckv")):
+        kv["iterations"] = {"forward": 7, "backward": backward}
+    assert len(ModelConfig(d_model=32, n_heads=4, n_layers=n_layers, kv=kv).plan()) == n_layers
+
+
 def test_every_preset_has_a_table(reference):
     assert sorted(reference.PRESETS) == preset_names()
 

@@ -39,16 +39,16 @@ def test_as_many_passes_as_tokens_are_exact(name, reference, tiny_config, random
 
 @pytest.mark.parametrize("name", CYCLIC)
 def test_n_passes_are_exact_for_the_first_n_tokens_and_better_the_more(name, reference, tiny_config, random_model):
-    expected = sequential(reference, iterated(tiny_config, random_model, name, 0, 1), name)
+    expected = sequential(reference, iterated(tiny_config, random_model, name, 1, 1), name)
     errors = []
-    for passes in range(1, T + 1):
+    for passes in range(2, T + 1):
         model = iterated(tiny_config, random_model, name, passes - 1, 1)
         with torch.no_grad():
             off = (model(IDS)[0].double() - expected).abs().amax(dim=-1)
         assert off[:passes].max() < 1e-4, f"{passes} passes"
         errors.append(float(off.norm()))
     assert errors[0] > 1e-2
-    assert all(later <= earlier for earlier, later in itertools.pairwise(errors[1:])), errors
+    assert all(later <= earlier for earlier, later in itertools.pairwise(errors)), errors
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 
 from cllm import cli
 from cllm.config import Config
+from cllm.data.manifest import Manifest
+from cllm.errors import UserError
 from cllm.kv.plan import Iterations, KVPlan
 from cllm.model.sizes import build_decoder, count_parameters
 from cllm.train.dryrun import GIB, block_activation_bytes, dry_run, memory_estimate
@@ -162,3 +165,33 @@ def test_a_cycle_keeps_activations_of_every_pass_with_gradients() -> None:
     tokens = config.train.micro_batch * config.data.seq_len
     once = tokens * sum(block_activation_bytes(model, config, i) for i in range(len(model.plan))) / GIB
     assert (told[1] - told[0]) / once == pytest.approx((kept[1] - kept[0]) / kept[0], rel=0.1)
+
+
+def report(*settings: str) -> str:
+    return dry_run(cli.load(Config, [CONFIGS / "quickstart.yaml"], ["--model.vocab_size", "512", *settings]))
+
+
+def test_data_to_be_prepared_are_said_to_be_missing(tmp_path: Path) -> None:
+    lines = report("--data.path", str(tmp_path / "nosuch")).splitlines()
+    assert f"data         data.path {tmp_path / 'nosuch'}: not prepared yet" in lines
+
+
+def test_validation_sets_that_do_not_exist_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"data\.validation\.web: .*nosuch: no such folder of prepared data; make it with"
+    ):
+        report("--data.validation", f"{{web: {tmp_path / 'nosuch'}}}")
+
+
+def test_data_that_are_no_prepared_folder_are_refused(tmp_path: Path) -> None:
+    for setting in ("--data.path", "--data.validation.web"):
+        with pytest.raises(UserError, match=r"manifest\.json: missing, so .* is not a prepared folder"):
+            report(setting, str(tmp_path))
+
+
+def test_prepared_data_are_counted(tmp_path: Path, prepare_texts: Callable[..., Path]) -> None:
+    folder = prepare_texts(tmp_path, [f"text number {n}" for n in range(20)], 0.4)
+    text = report("--data.path", str(folder), "--data.validation", f"{{held_out: {folder}}}")
+    train = Manifest.load(folder).split("train")
+    line = f"{folder}: {train.tokens:,} tokens in {train.documents:,} documents; validation sets: held_out"
+    assert f"data         data.path {line}" in text.splitlines()

@@ -15,7 +15,7 @@ from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.hub.families.read import Import, read_family
 from cllm.hub.families.table import EMBED, HEAD, Weight
-from cllm.model.sizes import build_decoder
+from cllm.model.sizes import meta_decoder
 from cllm.trust import weight_map
 
 WEIGHTS_FILE = "model.safetensors"
@@ -174,8 +174,7 @@ def _check(
     found: Import, files: list[Path], index: dict[str, str] | None, wanted: dict[str, Weight]
 ) -> dict[str, Path]:
     """Hold the files' headers against the decoder; the file of each tensor."""
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in build_decoder(found.config).state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in meta_decoder(found.config).state_dict().items()}
     spare_head = {HEAD} if found.config.tie_embeddings else set()
     shape_of = {source: shapes[weight.target] for source, weight in wanted.items()}
     shape_of |= dict.fromkeys(spare_head, shapes["head.weight"])

@@ -15,7 +15,7 @@ from cllm.errors import UserError, nearest
 from cllm.hub.families.read import CONFIG_FILE
 from cllm.hub.families.table import FAMILIES, Family, weights
 from cllm.kv.plan import Fuse, KVPlan, Own
-from cllm.model.sizes import build_decoder, model_d_ff
+from cllm.model.sizes import meta_decoder, model_d_ff
 
 _WRITABLE = tuple(name for name, family in FAMILIES.items() if not family.latent)
 
@@ -127,8 +127,7 @@ def _misfit(name: str, config: ModelConfig, plan: KVPlan) -> str | None:
 
 
 def _check_tensors(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in build_decoder(config).state_dict().items()}
+    expected = {name: tensor.shape for name, tensor in meta_decoder(config).state_dict().items()}
     if config.tie_embeddings:
         expected.pop("head.weight")
         head = tensors.get("head.weight")

@@ -36,7 +36,7 @@ class TurningStep(Step):
 
 
 class CompressedSlot(SlotStore):
-    """A compressed prefix; and its exact sinks with the tokens since, in a slot that grows or has places for `room` more.
+    """A compressed prefix; and its exact sinks, then tokens as they come, in a slot that grows or has `room` for more.
 
     A pass of one token reads the prefix as it is stored where it is made of factors; for all others it is made anew in
     every pass.

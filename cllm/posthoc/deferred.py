@@ -4,8 +4,8 @@ In such a pass a slot's `k` and `v` are `Deferred`: they stand where tensors wou
 leaves the reading to them. Whoever needs the numbers, as a layer that cuts slots to a common length does, gets them by
 indexing.
 
-Shapes: B batch, S compressed tokens, T exact ones (sinks, then tokens since), H query heads, G KV heads, D channels of a
-head.
+Shapes: B batch, S compressed tokens, T exact ones (sinks, then tokens since), H query heads, G KV heads, D channels of
+a head.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Attention sinks: the first tokens of every sequence, which get much attention whatever they say (StreamingLLM,
-arXiv 2309.17453). Their keys and values are few and unlike all others, so a code that is fitted to all tokens loses them.
+arXiv 2309.17453). Their keys and values are few and unlike all others: a code that is fitted to all tokens loses them.
 
 The first tokens of a prefix are therefore stored exactly, and a method gets the others. The sinks are stored in one
 tensor with the tokens after the prefix, before them. Attention does not depend on the order of its tokens, so a kernel

@@ -148,13 +148,14 @@ class XKV(Codable):
             raise UserError(f"{self.name}: give rank_k and rank_v, one is missing")
         for option, rank, sizes in (("rank_k", self.rank_k, sizes_k), ("rank_v", self.rank_v, sizes_v)):
             for layers, width in sizes:
-                if rank is not None and rank > min(tokens, layers * width):
-                    beside = f" beside the {keys.tokens - tokens} sinks" if keys.tokens > tokens else ""
+                if rank is not None and rank > min(keys.tokens, layers * width):
                     raise UserError(
-                        f"{self.name}: {option}={rank}: {layers} slots of {width} channels have {tokens} tokens"
-                        f"{beside}; allowed: 1 to {min(tokens, layers * width)}"
+                        f"{self.name}: {option}={rank}: {layers} slots of {width} channels have {keys.tokens} tokens; "
+                        f"allowed: 1 to {min(keys.tokens, layers * width)}"
                     )
-        return [self.rank_k] * len(groups_k), [self.rank_v] * len(groups_v)
+        # Tokens without sinks have no higher rank than there are of them.
+        ranks = [None if rank is None else min(rank, tokens) for rank in (self.rank_k, self.rank_v)]
+        return [ranks[0]] * len(groups_k), [ranks[1]] * len(groups_v)
 
     def _ranks_for_ratio(
         self, ratio: float, keys: Part, sizes_k: list[tuple[int, int]], sizes_v: list[tuple[int, int]]

@@ -73,7 +73,7 @@ def test_rank_one_ruins_the_score_of_text_that_the_model_expects(decoder, tokens
 def test_the_score_sees_which_tokens_are_chosen(scored):
     """Passes of several tokens read all of a slot, so that a score of such passes would be that of all tokens."""
     full = "xkv:group=4,rank_k=24,rank_v=24"
-    specs = (full, f"{full},select=24,chunk=4,outliers=0", f"{full},select=4,chunk=4,outliers=0")
+    specs = (full, *(f"{full},select={n},chunk=4,outliers=0,local=1" for n in (24, 4)))
     records, _, _ = scored(*specs)
     every, enough, few = (record["loss"] for record in records.values())
     assert enough == pytest.approx(every, abs=1e-4)

@@ -110,7 +110,7 @@ def encode(
     followed, sinks = method.follows(), filled.sinks(method.sinks)
     if not sinks.rest:
         method.check_all_sinks(sinks.length)
-        log.info("%s: stored as they are: %d tokens, of which sinks=%d", method.name, sinks.length, method.sinks)
+        log.info("%s: all %d tokens are sinks and stored as they are", method.name, sinks.length)
     for keys, values in filled.parts(before_rope=method.keys_before_rope, sinks=sinks):
         k_codes: Sequence[Code | None] = [None] * len(keys.slots)
         v_codes: Sequence[Code | None] = k_codes

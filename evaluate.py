@@ -41,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
     add("--out", metavar="DIR", type=Path, help="folder for SET.json; nothing is written elsewhere then (default: "
         "evaluation/ in the run's folder; runs/evaluation/NAME-HASH for a Hugging Face folder)")  # fmt: skip
     add("--posthoc", action="append", default=[], metavar="SPEC", help="compress the cache of a prefix and score what "
-        "follows, e.g. xkv:group=4,ratio=4 or none; repeat it")  # fmt: skip
+        "follows, e.g. xkv:group=4,ratio=4 or none; repeat it. The first 4 tokens stay exact (in the spec: sinks=N)"
+    )  # fmt: skip
     add("--prefix", type=int, metavar="N", help="tokens of each window to compress (default: half the window)")
     add("--generate", type=int, default=0, metavar="N", help="with --posthoc: also continue each prefix greedily by N "
         "tokens, and compare them with those after the prefix kept exact (default: 0)")  # fmt: skip

@@ -53,7 +53,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folders, checkpoints or Hugging Face folders")
-    add("--spec", action="append", default=[], help="what to measure, {group} and {ratio} filled in; repeat it "
+    add("--spec", action="append", default=[], help="what to measure, {group} and {ratio} filled in; repeat it; the "
+        "first 4 tokens stay exact, others with sinks=N in the spec "
         f"(default: {' '.join(SPECS)})")  # fmt: skip
     add("--group", type=int, nargs="+", default=[2, 4], help="values of {group} (default: 2 4)")
     add("--ratio", type=float, nargs="+", default=[2.0, 4.0, 8.0], help="values of {ratio} (default: 2 4 8)")
@@ -87,7 +88,7 @@ def _measured(
         return None
     record = read_object(path)
     wanted = {"checkpoint": subject.checkpoint, "step": subject.step, "data": str(text.path), "batch": batch}
-    wanted |= {"precision": subject.precision, **posthoc.fingerprints(subject, text)}
+    wanted |= {"precision": subject.precision, "sinks": parse(spec).sinks, **posthoc.fingerprints(subject, text)}
     return record if all(record.get(key) == value for key, value in wanted.items()) else None
 
 

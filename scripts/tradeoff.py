@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", type=Path, default=Path("runs/tradeoff"), metavar="DIR", help="for runs, table, figure and events "
         "(default: %(default)s)")  # fmt: skip
     add("--minutes", type=float, default=1e6, metavar="M", help="stop training after so many; the same command goes on")
-    add("--spec", action="append", default=[], help="as in scripts/sweep_posthoc.py")
+    add("--spec", action="append", default=[], help="as in scripts/sweep_posthoc.py, sinks=N included")
     add("--group", type=int, nargs="+", default=[4], help="values of {group} (default: 4)")
     add("--ratio", type=float, nargs="+", default=[2.0, 4.0, 8.0], help="values of {ratio} (default: 2 4 8)")
     add("--prefix", type=int, metavar="N", help="tokens of a window to compress (default: half of the training length)")

@@ -235,6 +235,7 @@ def _figures(spec: str, method: Compressor, tally: _Tally, reference: _Reference
     return {
         "spec": spec,
         "method": method.name,
+        "sinks": method.sinks,
         "tokens_scored": tally.tokens,
         "loss": loss,
         "perplexity": perplexity(loss),

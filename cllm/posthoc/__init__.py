@@ -2,6 +2,8 @@
 
     compress.py   from a filled cache to a compressed one: which slots, which tokens, RoPE undone; what it cost
     code.py       what stands in a tensor's place (`Code`), and the base of all methods (`Compressor`)
+    sinks.py      the first tokens, which every method stores exactly
+    held.py       dataclasses of tensors, counted and rearranged together
     cache.py      compressed slots inside a `KVCache`
     hf.py         compressed layers inside a transformers cache
     engine.py     cllm's and transformers' models behind one face

@@ -20,9 +20,10 @@ from cllm.kv.plan import KVPlan, Latent
 from cllm.kv.sources import Slot
 from cllm.kv.stores import FixedSlot, GrowingSlot, SlotStore, StateStore, Step, Store
 from cllm.model.rope import rope_table
-from cllm.posthoc.code import Compressor, Prefix, held_bytes, remember
+from cllm.posthoc.code import Compressor, Prefix
 from cllm.posthoc.compress import Filled, Outcome, encode
 from cllm.posthoc.deferred import Deferred
+from cllm.posthoc.held import held_bytes, remember
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,12 @@ class TurningStep(Step):
     """A pass of one token over compressed slots."""
 
     table: Table
-    """RoPE of the compressed columns, made in every such pass for all slots together: kept, it would be a cache too."""
+    """RoPE of the compressed tokens without sinks, made in every such pass for all slots together: kept, it would be a
+    cache too."""
 
 
 class CompressedSlot(SlotStore):
-    """A compressed prefix, then tokens as they come, in a slot that grows or has places for `room` of them.
+    """A compressed prefix; and its exact sinks, then tokens as they come, in a slot that grows or has `room` for more.
 
     A pass of one token reads the prefix as it is stored where it is made of factors; for all others it is made anew in
     every pass.
@@ -42,13 +44,13 @@ class CompressedSlot(SlotStore):
 
     window, fp8 = None, False
 
-    def __init__(self, prefix: Prefix, room: int | None = None):
-        read = prefix.read()
-        self.dtype = read.k.dtype
-        self.prefix, self.compressed = prefix, read.k.shape[1]
-        kind: type[SlotStore] = GrowingSlot if room is None else FixedSlot
-        widths = (tuple(read.k.shape[2:]), tuple(read.v.shape[2:]))
-        self.tail = kind(widths, len(read.k), room or 0, window=None, dtype=self.dtype, fp8=False, device=read.k.device)
+    def __init__(self, prefix: Prefix, sinks: Slot, room: int | None = None):
+        self.prefix, self.dtype = prefix, sinks.k.dtype
+        self.compressed = prefix.sinks.length
+        """Tokens of the prefix, sinks included."""
+        size = None if room is None else prefix.sinks.count + room
+        self.tail = _exact_slot(sinks, prefix.sinks.count, size, window=None, dtype=self.dtype, fp8=False)
+        """The sinks and the tokens since: as kernels count them, those from column S - s on (`sinks.py`)."""
         factors = (prefix.k.factors(), prefix.v.factors())
         self.defers = prefix.rotation is not None and None not in factors
         """Whether a pass of one token reads the prefix as it is stored."""
@@ -60,12 +62,10 @@ class CompressedSlot(SlotStore):
     def extend(self, new: Slot, step: Step) -> Slot:
         since = self.tail.extend(new, self._since(step))
         if isinstance(step, TurningStep) and self.defers:
-            k, v = (
-                Deferred(self.prefix, part, getattr(since, part), step.table, self.compressed) for part in ("k", "v")
-            )
+            k, v = (Deferred(self.prefix, part, since, step.table) for part in ("k", "v"))
             seen = Slot(k, v)  # type: ignore[arg-type]
         else:
-            seen = self.prefix.read().join(since)
+            seen = self.prefix.join(since)
         if self.followed:
             self.seen = seen
         return seen
@@ -76,15 +76,16 @@ class CompressedSlot(SlotStore):
 
     def _since(self, step: Step) -> Step:
         """`step` as the tokens that are not compressed see it."""
-        return Step(step.length, max(step.past - self.compressed, 0), step.column - self.compressed)
+        rest = self.prefix.sinks.rest
+        return Step(step.length, max(step.past - rest, 0), step.column - rest)
 
     def last(self, n: int, past: int) -> Slot:
-        since = past - self.compressed
-        return self.prefix.read().join(self.tail.last(since, since)).map(lambda t: t[:, t.shape[1] - n :])
+        since = past - self.prefix.sinks.rest
+        return self.prefix.join(self.tail.last(since, since)).map(lambda t: t[:, t.shape[1] - n :])
 
     @property
     def size(self) -> int:
-        return self.compressed + self.tail.size
+        return self.prefix.sinks.rest + self.tail.size
 
     def crop(self, length: int, past: int) -> None:
         if length < self.compressed:
@@ -92,7 +93,8 @@ class CompressedSlot(SlotStore):
                 f"cache: cannot go back from {past} to {length} tokens: the first {self.compressed} are compressed; "
                 f"allowed: {self.compressed} or more"
             )
-        self.tail.crop(length - self.compressed, past - self.compressed)
+        rest = self.prefix.sinks.rest
+        self.tail.crop(length - rest, past - rest)
 
     def tensors(self) -> dict[str, Tensor]:
         stored = {f"prefix.{i}": tensor for i, tensor in enumerate(self.prefix.storage())}
@@ -160,10 +162,10 @@ class CompressedKVCache(KVCache):
     def _compress(self, cache: KVCache, method: Compressor) -> None:
         prefixes, self.outcome = encode(method, filled(cache), measure=self.measure)
         self.seconds += self.outcome.seconds
-        self.compressed = cache.seen
-        self._check_selection(prefixes)
+        self.compressed, self.sinks = cache.seen, min(method.sinks, cache.seen)
+        self._check_selection({owner: prefix for owner, (prefix, _) in prefixes.items()})
         stores: dict[int, Store] = {
-            owner: CompressedSlot(prefixes[owner], self.room)
+            owner: CompressedSlot(*prefixes[owner], self.room)
             if owner in prefixes
             else _copy(store, cache.seen, self.max_len)
             for owner, store in cache.stores.items()
@@ -194,7 +196,7 @@ class CompressedKVCache(KVCache):
         step = super().begin(plan, ids, starts, dtype)
         if step.length > 1:
             return step
-        positions = torch.arange(self.compressed, device=ids.device)
+        positions = torch.arange(self.sinks, self.compressed, device=ids.device)
         cos, sin = rope_table(self.config.rope, self.config.resolved_head_dim, positions)  # S, 1, 2, D / 2
         return TurningStep(step.length, step.past, step.column, (cos[:, 0, 0], sin[:, 0, 1]))
 
@@ -265,22 +267,22 @@ def _copy(store: Store, seen: int, max_len: int | None) -> Store:
         state.state.copy_(store.state)
         return state
     assert isinstance(store, SlotStore)
-    kept = store.kept(seen)
-    slot = store.last(kept, seen).map(torch.clone)
-    widths = (tuple(slot.k.shape[2:]), tuple(slot.v.shape[2:]))
-    kind: type[SlotStore] = GrowingSlot if max_len is None else FixedSlot
-    copy = kind(
-        widths,
-        len(slot.k),
-        0 if max_len is None else min(store.window or max_len, max_len),
-        window=store.window,
-        dtype=store.dtype,
-        fp8=store.fp8,
-        device=slot.k.device,
-    )
-    if isinstance(copy, FixedSlot):
-        copy.pending = slot
-        copy.commit(Step(kept, seen - kept, torch.zeros(1, dtype=torch.long, device=slot.k.device)))
-    else:
-        copy.slot = slot
-    return copy
+    slot = store.last(store.kept(seen), seen).map(torch.clone)
+    size = None if max_len is None else min(store.window or max_len, max_len)
+    return _exact_slot(slot, seen, size, window=store.window, dtype=store.dtype, fp8=store.fp8)
+
+
+def _exact_slot(
+    slot: Slot, past: int, size: int | None, *, window: int | None, dtype: torch.dtype, fp8: bool
+) -> GrowingSlot | FixedSlot:
+    """A store that holds `slot`, the last of `past` tokens: one that grows, or one of `size` places."""
+    widths, device = (tuple(slot.k.shape[2:]), tuple(slot.v.shape[2:])), slot.k.device
+    if size is None:
+        growing = GrowingSlot(widths, len(slot.k), 0, window=window, dtype=dtype, fp8=fp8, device=device)
+        growing.slot = slot
+        return growing
+    fixed = FixedSlot(widths, len(slot.k), size, window=window, dtype=dtype, fp8=fp8, device=device)
+    kept = slot.k.shape[1]
+    fixed.pending = slot
+    fixed.commit(Step(kept, past - kept, torch.zeros(1, dtype=torch.long, device=device)))
+    return fixed

@@ -7,9 +7,8 @@ channels, or (R,) for a latent.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -22,54 +21,12 @@ from cllm.errors import UserError
 from cllm.kv.sources import Slot
 from cllm.kv.spec import Section
 from cllm.model.rope import apply_rope
+from cllm.posthoc.held import Held
+from cllm.posthoc.sinks import Sinks
 
 if TYPE_CHECKING:
     from cllm.posthoc.engine import Engine
     from cllm.posthoc.landmarks import Landmarks
-
-Change = Callable[[Tensor], Tensor]
-
-
-class Held:
-    """A dataclass of tensors, and of others like it. Tensors are batch first; several may hold the same one."""
-
-    def tensors(self) -> Iterator[Tensor]:
-        """All tensors held, shared ones as often as they are referred to."""
-        for value in self._fields().values():
-            if isinstance(value, Tensor):
-                yield value
-            elif isinstance(value, Held):
-                yield from value.tensors()
-
-    def map(self, change: Change) -> Self:
-        """`change` of every tensor. A `change` that remembers its results keeps shared tensors shared."""
-        return dataclasses.replace(self, **{name: _changed(value, change) for name, value in self._fields().items()})  # type: ignore[type-var]
-
-    def _fields(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
-
-
-def _changed(value: Any, change: Change) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    return value.map(change) if isinstance(value, Held) else value
-
-
-def held_bytes(tensors: Iterator[Tensor] | Sequence[Tensor]) -> int:
-    """Bytes of `tensors`, each one once however often it comes."""
-    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
-
-
-def remember(change: Change) -> Change:
-    """`change`, applied once to each tensor: what was shared before is shared after."""
-    done: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def once(tensor: Tensor) -> Tensor:
-        if id(tensor) not in done:
-            done[id(tensor)] = (tensor, change(tensor))  # the original is kept so that its id stays taken
-        return done[id(tensor)][1]
-
-    return once
 
 
 class Code(Held, ABC):
@@ -101,7 +58,7 @@ class Rotation(Held):
     table: Callable[[Tensor], tuple[Tensor, Tensor]]
     """From positions (B or 1, n) to cos and signed sin as `rope_table` gives them."""
     first: int
-    """Column of the first token."""
+    """Column of the first compressed token of a sequence without padding: sinks are before it."""
     length: int
     starts: Tensor | None
     """(B,) columns of padding; positions count from the first token that is none."""
@@ -127,20 +84,26 @@ class Prefix(Held):
 
     k: Code
     v: Code
+    sinks: Sinks
+    """Tokens that are not here, but before those that come after the prefix."""
     rotation: Rotation | None
     """Of `k`, where it holds keys before RoPE."""
     landmarks: Landmarks | None = None
     """Of the keys, where decoding chooses from them."""
 
     def read(self) -> Slot:
-        """The slot as attention reads it: (B, n, *width) each, made in the precision of what is stored, under autocast
-        too."""
+        """The compressed tokens as attention reads them: (B, n, *width) each, made in the precision of what is stored,
+        under autocast too."""
         with torch.autocast(next(self.k.tensors()).device.type, enabled=False):
             k = self.k.decode()
             return Slot(k if self.rotation is None else self.rotation.redo(k), self.v.decode())
 
+    def join(self, since: Slot) -> Slot:
+        """All tokens in order, of `since`: the exact ones (B, s + T, *width), sinks first."""
+        return self.sinks.join(self.read(), since)
+
     def storage(self) -> list[Tensor]:
-        """What is stored for the slot. A rotation's `starts` are the cache's own."""
+        """What is stored for the compressed tokens. The `starts` of sinks are the cache's own."""
         beside = [] if self.landmarks is None else self.landmarks.tensors()
         return [*self.k.tensors(), *self.v.tensors(), *beside]
 
@@ -162,7 +125,14 @@ class Part:
     """Numbers of `dtype` that a sequence has in the whole cache, as far as these slots answer for it, values with
     keys; None: those of the slots."""
     stays: float = 0.0
-    """Those of them that no method changes: windows, states, the RoPE keys of latents."""
+    """Those of them that no method changes: windows, states, the RoPE keys of latents, sinks."""
+    sinks: Sinks | None = None
+    """Tokens that are not here, because they are stored exactly; None: there are none."""
+
+    @property
+    def tokens(self) -> int:
+        """Of the prefix, sinks included."""
+        return self.data[0].shape[1] if self.sinks is None else self.sinks.length
 
     def groups(self, size: int) -> list[list[int]]:
         """Places of `slots` in contiguous groups of `size`, the last maybe shorter.
@@ -207,11 +177,19 @@ class Compressor(Section):
     once: ClassVar[str | None] = None
     """Why the method cannot compress again; None: it can."""
 
+    no_sinks: ClassVar[str | None] = None
+    """Why the method keeps no sinks; None: it does."""
+
     recompress: int | None = Field(None, ge=1)
     """Compress again, with the tokens since, whenever so many tokens have come; null: those stay exact."""
+    sinks: int = Field(4, ge=0)
+    """First tokens of every sequence that are stored exactly and take no part in what is fitted to the others. A prefix
+    of no more tokens is stored as it is."""
 
     @model_validator(mode="after")
     def _again(self) -> Self:
+        if self.sinks and self.no_sinks is not None:
+            raise ValueError(f"sinks={self.sinks}: {self.no_sinks}; allowed: leave it out")
         if self.recompress is not None and self.once is not None:
             raise ValueError(f"recompress={self.recompress}: {self.once}; allowed: leave it out")
         return self
@@ -221,12 +199,15 @@ class Compressor(Section):
         """What to store of every slot, in order; None keeps a tensor as it is.
 
         Args:
-            keys: of the slots, or their latents.
+            keys: of the slots, or their latents, without sinks.
             values: of the same slots; None for latents, whose RoPE keys stay as they are.
 
         Raises:
             UserError: for options that do not fit these tensors.
         """
+
+    def check_all_sinks(self, tokens: int) -> None:
+        """Raises `UserError` where the method cannot serve a prefix of `tokens` tokens, all of which are sinks."""
 
     def landmarks(self, k: Tensor, text: Tensor | None) -> Landmarks | None:
         """What decoding chooses tokens by, of exact keys `k` (B, n, G, D) after RoPE, padding where `text` (B, n) is
@@ -271,6 +252,10 @@ class Nothing(Compressor):
     """Stores every tensor as it is: what any method is measured against."""
 
     name: ClassVar[str] = "none"
+    no_sinks: ClassVar[str | None] = "every token is stored exactly"
+
+    sinks: int = Field(0, ge=0)
+    """0."""
 
     def encode(self, keys: Part, values: Part | None) -> tuple[list[Code | None], list[Code | None]]:
         return [None] * len(keys.slots), [None] * len(keys.slots)

@@ -14,7 +14,8 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from cllm.errors import UserError
-from cllm.posthoc.code import Code, Compressor, Exact, Held, Part
+from cllm.posthoc.code import Code, Compressor, Exact, Part
+from cllm.posthoc.held import Held
 
 if TYPE_CHECKING:
     from cllm.posthoc.engine import Engine
@@ -102,7 +103,7 @@ class CommonKV(Compressor):
 
         z = Σ_l w_l z_l,    w_l from how much the loss grows when keys of layer l are noise
 
-    measured by the cosine of the first and the last layer's latents. The first and the last tokens are never merged.
+    measured by the cosine of the first and the last layer's latents. Sinks and the last tokens are never merged.
     The share of tokens that is merged is the same in every group; the paper's allocation over groups is not here.
     """
 
@@ -113,11 +114,9 @@ class CommonKV(Compressor):
     group: int = Field(4, ge=2)
     """Slots that share projections, neighbours; the last group may be short."""
     merge: float = Field(0.6, ge=0, le=1)
-    """The share of tokens, between `sink` and `recent`, that are merged."""
+    """The share of tokens, between `sinks` and `recent`, that are merged."""
     rank: int | None = Field(None, ge=1)
     """Width of the latents; null: as wide as loses nothing."""
-    sink: int = Field(4, ge=0)
-    """First tokens that are not merged."""
     recent: int = Field(128, ge=0)
     """Last tokens that are not merged."""
     weights: Literal["sensitivity", "equal"] = "sensitivity"
@@ -142,7 +141,7 @@ class CommonKV(Compressor):
         slots = list(engine.filled(cache).slots)
 
         def loss(slot: int) -> float:
-            changed = engine.compress(cache, _Noise(slot=slot), measure=False)
+            changed = engine.compress(cache, _Noise(slot=slot, sinks=self.sinks), measure=False)
             logits = engine.logits(ids[:, half:-1], changed).float()
             return F.cross_entropy(logits.flatten(0, 1), ids[:, half + 1 :].flatten()).item()
 
@@ -187,7 +186,7 @@ class CommonKV(Compressor):
             raise UserError(f"{self.name}: a slot is a latent; allowed: slots of keys and values")
         codes: tuple[list[Code | None], list[Code | None]] = ([None] * len(keys.slots), [None] * len(keys.slots))
         for group in keys.groups(self.group):
-            inputs = [self._seen(keys.slots[i], keys.data[i].shape[1]) for i in group]
+            inputs = [self._seen(keys.slots[i], keys) for i in group]
             weights, shared = self._factored(tuple(keys.slots[i] for i in group))
             latents = [F.linear(x, shared) for x in inputs]
             stored = self._merged(latents, keys, group)
@@ -206,14 +205,16 @@ class CommonKV(Compressor):
         factors = [weight.matrix for weights, _ in self._factors.values() for weight in weights]
         return sum(t.nbytes for t in (*factors, *(shared for _, shared in self._factors.values())))
 
-    def _seen(self, slot: int, tokens: int) -> Tensor:
+    def _seen(self, slot: int, keys: Part) -> Tensor:
+        """What the projections of `slot` were given (B, n, d_model), sinks left out as in `keys`."""
         seen = self._inputs.get(slot, [])
-        if sum(x.shape[1] for x in seen) != tokens:
+        if sum(x.shape[1] for x in seen) != keys.tokens:
             raise UserError(
                 f"{self.name}: has not seen the cache being filled: fill it inside of `with method.watch(engine)`, and "
                 "compress it before the next one and before release()"
             )
-        return torch.cat(seen, dim=1).float()
+        inputs = torch.cat(seen, dim=1)
+        return (inputs if keys.sinks is None else keys.sinks.without(inputs)).float()
 
     def _factored(self, slots: tuple[int, ...]) -> tuple[list[Weight], Tensor]:
         if slots not in self._factors:
@@ -237,11 +238,11 @@ class CommonKV(Compressor):
     def _merged(self, latents: list[Tensor], part: Part, group: list[int]) -> list[Latents]:
         """What each slot of a group stores, of latents (B, n, r)."""
         tokens, rank = latents[0].shape[1:]
-        count = math.floor(self.merge * max(tokens - self.sink - self.recent, 0)) if len(group) > 1 else 0
+        count = math.floor(self.merge * max(tokens - self.recent, 0)) if len(group) > 1 else 0
         alike = F.cosine_similarity(latents[0], latents[-1], dim=-1)
         if part.text is not None:
             alike = alike.masked_fill(~part.text, 2.0)  # padding, that nobody reads, is merged first
-        alike[:, : self.sink] = alike[:, tokens - self.recent :] = -math.inf
+        alike[:, max(tokens - self.recent, 0) :] = -math.inf
         index = alike.topk(count, dim=1).indices.sort(dim=1).values
         shares = self._shares([part.slots[i] for i in group])
         mean = sum(w * z for w, z in zip(shares, latents, strict=True))

@@ -7,6 +7,7 @@ none, so both stay as they are. Of a latent slot (MLA) the latent is compressed 
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from torch import Tensor
 from cllm.errors import UserError
 from cllm.kv.sources import Slot
 from cllm.posthoc.code import Code, Compressor, Exact, Part, Prefix, Rotation
+from cllm.posthoc.sinks import Sinks
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,34 +43,43 @@ class Filled:
     """RoPE's cos and signed sin for a head dimension and positions (B or 1, n). Compressed slots keep it, so it must
     hold nothing of the cache."""
 
-    def rotation(self, slot: int) -> Rotation:
-        """Of the keys of `slot`."""
-        k = self.slots[slot].k
-        return Rotation(functools.partial(self.table, k.shape[-1]), self.first, k.shape[1], self.starts)
+    def sinks(self, count: int) -> Sinks:
+        """The first `count` tokens of every sequence, or all there are."""
+        length = next(iter(self.slots.values())).k.shape[1]
+        return Sinks(min(count, length), length, self.starts)
+
+    def rotation(self, slot: int, sinks: Sinks | None = None) -> Rotation:
+        """Of the keys of `slot`, without `sinks`."""
+        k, count = self.slots[slot].k, 0 if sinks is None else sinks.count
+        table = functools.partial(self.table, k.shape[-1])
+        return Rotation(table, self.first + count, k.shape[1] - count, self.starts)
 
     def text(self, length: int) -> Tensor | None:
-        """(B, n) booleans, False for padding; None: there is none."""
+        """(B, n) booleans, False for padding; None: there is none. Sinks may be left out: they come after padding."""
         if self.starts is None:
             return None
         columns = torch.arange(self.first, self.first + length, device=self.starts.device)
         return columns >= self.starts[:, None]
 
-    def parts(self, *, before_rope: bool) -> list[tuple[Part, Part | None]]:
-        """Keys and values of the slots of a kind, keys and values first, then latents."""
+    def parts(self, *, before_rope: bool, sinks: Sinks | None = None) -> list[tuple[Part, Part | None]]:
+        """Keys and values of the slots of a kind, without `sinks`: keys and values first, then latents."""
         found: list[tuple[Part, Part | None]] = []
         numbers = {j: slot.k.numel() + (0 if j in self.latent else slot.v.numel()) for j, slot in self.slots.items()}
         stays = self.beside + sum(self.slots[j].v.nbytes for j in self.latent)
+        sinks = self.sinks(0) if sinks is None else sinks
+        for j, slot in self.slots.items():
+            stays += numbers[j] * slot.k.itemsize * sinks.count / sinks.length
         for latent in (False, True):
             slots = tuple(j for j in sorted(self.slots) if (j in self.latent) == latent)
             if not slots:
                 continue
-            k, v = tuple(self.slots[j].k for j in slots), tuple(self.slots[j].v for j in slots)
+            k, v = (tuple(sinks.without(getattr(self.slots[j], part)) for j in slots) for part in ("k", "v"))
             if before_rope and not latent:
-                k = tuple(self.rotation(j).undo(t) for j, t in zip(slots, k, strict=True))
-            text, dtype = self.text(k[0].shape[1]), self.slots[slots[0]].k.dtype
+                k = tuple(self.rotation(j, sinks).undo(t) for j, t in zip(slots, k, strict=True))
+            text, dtype = self.text(sinks.rest), self.slots[slots[0]].k.dtype
             share = sum(numbers[j] for j in slots) / sum(numbers.values()) / dtype.itemsize / len(k[0])
-            keys = Part("k", slots, k, dtype, text, self.total * share, stays * share)
-            found.append((keys, None if latent else Part("v", slots, v, dtype, text)))
+            keys = Part("k", slots, k, dtype, text, self.total * share, stays * share, sinks)
+            found.append((keys, None if latent else Part("v", slots, v, dtype, text, sinks=sinks)))
         return found
 
 
@@ -78,40 +91,51 @@ class Outcome:
     """Of the compression alone; errors are measured after."""
     errors: dict[int, dict[str, float]] = field(default_factory=dict)
     """For each slot ||X' - X|| / ||X|| (Frobenius) of keys (`k`, as the method stores them, before or after RoPE: the
-    rotation changes no norm) and values (`v`), padding left out."""
+    rotation changes no norm) and values (`v`), sinks and padding left out."""
 
 
 @torch.no_grad()
-def encode(method: Compressor, filled: Filled, *, measure: bool = True) -> tuple[dict[int, Prefix], Outcome]:
-    """The slots of a cache compressed, those that the method drops left out; and what that cost.
+def encode(
+    method: Compressor, filled: Filled, *, measure: bool = True
+) -> tuple[dict[int, tuple[Prefix, Slot]], Outcome]:
+    """The slots of a cache compressed, each with its exact sinks (B, s, ...), those that the method drops left out; and
+    what that cost.
 
     Raises `UserError` where there are no slots, or as `method.encode` does.
     """
     if not filled.slots:
         raise UserError(f"{method.name}: nothing to compress: all slots have a window or are recurrent states")
     began = _now(filled)
-    prefixes: dict[int, Prefix] = {}
-    followed = method.follows()
-    for keys, values in filled.parts(before_rope=method.keys_before_rope):
-        with torch.autocast(keys.data[0].device.type, enabled=False):  # factors are made in the precision they say
-            k_codes, v_codes = method.encode(keys, values)
+    prefixes: dict[int, tuple[Prefix, Slot]] = {}
+    followed, sinks = method.follows(), filled.sinks(method.sinks)
+    if not sinks.rest:
+        method.check_all_sinks(sinks.length)
+        log.info("%s: all %d tokens are sinks and stored as they are", method.name, sinks.length)
+    for keys, values in filled.parts(before_rope=method.keys_before_rope, sinks=sinks):
+        k_codes: Sequence[Code | None] = [None] * len(keys.slots)
+        v_codes: Sequence[Code | None] = k_codes
+        if sinks.rest:
+            with torch.autocast(keys.data[0].device.type, enabled=False):  # factors are made in the precision they say
+                k_codes, v_codes = method.encode(keys, values)
         for slot, k, v in zip(keys.slots, k_codes, v_codes, strict=True):
             if slot in followed:
                 continue
             rotated = k is not None and method.keys_before_rope and slot not in filled.latent
-            exact = filled.slots[slot]
-            prefixes[slot] = Prefix(
+            exact = filled.slots[slot].map(sinks.without)
+            prefix = Prefix(
                 _stored(k, exact.k),
                 _stored(v, exact.v),
-                filled.rotation(slot) if rotated else None,
-                method.landmarks(exact.k, filled.text(exact.k.shape[1])) if rotated else None,
+                sinks,
+                filled.rotation(slot, sinks) if rotated else None,
+                method.landmarks(exact.k, filled.text(sinks.rest)) if rotated else None,
             )
+            prefixes[slot] = prefix, filled.slots[slot].map(sinks.of)
     seconds = _now(filled) - began
     errors: dict[int, dict[str, float]] = {}
     if measure:
-        for slot, exact in filled.slots.items():
-            read = prefixes[followed.get(slot, slot)].read()
-            text = filled.text(exact.k.shape[1])
+        text = filled.text(sinks.rest)
+        for slot, cached in filled.slots.items():
+            read, exact = prefixes[followed.get(slot, slot)][0].read(), cached.map(sinks.without)
             errors[slot] = {"k": relative_error(read.k, exact.k, text), "v": relative_error(read.v, exact.v, text)}
     return prefixes, Outcome(seconds, errors)
 

@@ -4,7 +4,8 @@ In such a pass a slot's `k` and `v` are `Deferred`: they stand where tensors wou
 leaves the reading to them. Whoever needs the numbers, as a layer that cuts slots to a common length does, gets them by
 indexing.
 
-Shapes: B batch, S compressed tokens, T tokens since, H query heads, G KV heads, D channels of a head.
+Shapes: B batch, S compressed tokens, T exact ones (sinks, then tokens since), H query heads, G KV heads, D channels of
+a head.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from cllm.kernels.decode import Stored, Visible, decode_attention
 from cllm.kernels.lowrank_decode import Factored, Table, lowrank_decode
+from cllm.kv.sources import Slot
 from cllm.posthoc.code import Prefix
 
 
@@ -27,25 +29,23 @@ class Deferred:
 
     prefix: Prefix
     part: Literal["k", "v"]
-    since: Tensor
-    """(B, T, G, D)."""
+    since: Slot
+    """(B, T, G, D) each, sinks first."""
     table: Table
-    """RoPE of the compressed positions."""
-    compressed: int
-    """S."""
+    """RoPE of the S compressed positions."""
 
     @property
     def shape(self) -> torch.Size:
         """That of the tensor."""
-        batch, since, *width = self.since.shape
-        return torch.Size((batch, self.compressed + since, *width))
+        batch, since, *width = getattr(self.since, self.part).shape
+        return torch.Size((batch, self.prefix.sinks.rest + since, *width))
 
     def __getitem__(self, key: Any) -> Tensor:
         return self.tensor()[key]
 
     def tensor(self) -> Tensor:
-        """Made in full, in the cache's dtype."""
-        return torch.cat((getattr(self.prefix.read(), self.part), self.since), dim=1)
+        """Made in full, in the cache's dtype, tokens in the order of their columns."""
+        return getattr(self.prefix.join(self.since), self.part)
 
     def attend(
         self,
@@ -78,4 +78,4 @@ class Deferred:
         factors = getattr(self.prefix, self.part).factors()
         assert factors is not None, "a slot is deferred where it has factors"
         a, b = factors
-        return Factored(a, b, self.since)
+        return Factored(a, b, getattr(self.since, self.part))

@@ -17,8 +17,9 @@ from cllm.kv.stores import GrowingSlot
 from cllm.model.decoder import Decoder
 from cllm.posthoc import cache as own
 from cllm.posthoc import hf
-from cllm.posthoc.code import Compressor, held_bytes
+from cllm.posthoc.code import Compressor
 from cllm.posthoc.compress import Filled
+from cllm.posthoc.held import held_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,8 +17,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from cllm.errors import UserError
 from cllm.kv.sources import Slot
-from cllm.posthoc.code import Change, Compressor, Prefix, held_bytes, remember
+from cllm.posthoc.code import Compressor, Prefix
 from cllm.posthoc.compress import Filled, Outcome, encode
+from cllm.posthoc.held import Change, held_bytes, remember
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,17 +29,18 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class CompressedLayer(DynamicLayer):
-    """A compressed prefix; `keys` and `values` are the tokens since."""
+    """A compressed prefix; `keys` and `values` are its sinks and the tokens since."""
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self, prefix: Prefix):
+    def __init__(self, prefix: Prefix, sinks: Slot):
         super().__init__()
-        read = prefix.read()
-        self.prefix, self.compressed = prefix, read.k.shape[1]
-        self.lazy_initialization(_laid_out(read.k), _laid_out(read.v))
-        self.keys, self.values = _laid_out(read.k[:, :0]).clone(), _laid_out(read.v[:, :0]).clone()
+        self.prefix = prefix
+        self.compressed = prefix.sinks.length
+        """Tokens of the prefix, sinks included."""
+        self.lazy_initialization(sinks.k, sinks.v)
+        self.keys, self.values = _laid_out(sinks.k).contiguous(), _laid_out(sinks.v).contiguous()
         self.followed = False
         """Whether another layer reads this one."""
         self.seen: tuple[Tensor, Tensor] | None = None
@@ -54,22 +56,26 @@ class CompressedLayer(DynamicLayer):
 
     def read(self) -> tuple[Tensor, Tensor]:
         """(B, G, n, D) keys and values of all tokens."""
-        read = self.prefix.read()
-        k, v = _laid_out(read.k), _laid_out(read.v)
-        return torch.cat((k, self.keys), dim=-2), torch.cat((v, self.values), dim=-2)
+        read = self.prefix.join(Slot(_laid_out(self.keys), _laid_out(self.values)))
+        return _laid_out(read.k), _laid_out(read.v)
 
     def get_seq_length(self) -> int:
-        return self.compressed + self.keys.shape[-2]
+        return self.compressed + self.since
+
+    @property
+    def since(self) -> int:
+        """Tokens after the prefix."""
+        return self.keys.shape[-2] - self.prefix.sinks.count
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens. Raises `UserError` where they are not all exact ones."""
         drop = -tokens_to_remove if tokens_to_remove <= 0 else max(self.get_seq_length() - tokens_to_remove, 0)
-        left = self.keys.shape[-2] - drop
-        if left < 0:
+        if drop > self.since:
             raise UserError(
                 f"cache: cannot drop {drop} tokens: the first {self.compressed} of {self.get_seq_length()} are "
-                f"compressed; allowed: up to {self.keys.shape[-2]}"
+                f"compressed; allowed: up to {self.since}"
             )
+        left = self.keys.shape[-2] - drop
         self.keys, self.values = self.keys[..., :left, :].clone(), self.values[..., :left, :].clone()
 
     def rearrange(self, change: Change) -> None:
@@ -133,7 +139,7 @@ class CompressedDynamicCache(Cache):
     def _compress(self, cache: Cache, method: Compressor) -> None:
         prefixes, self.outcome = encode(method, filled(cache, self.model, self.starts), measure=self.measure)
         self.seconds += self.outcome.seconds
-        if any(prefix.landmarks is not None for prefix in prefixes.values()):
+        if any(prefix.landmarks is not None for prefix, _ in prefixes.values()):
             raise UserError(
                 f"{self.method.name}: select: transformers' attention reads all tokens; allowed: caches of cllm models"
             )
@@ -143,7 +149,7 @@ class CompressedDynamicCache(Cache):
             if i in follows:
                 layers.append(FollowingLayer(layers[follows[i]]))
             elif i in prefixes:
-                layers.append(CompressedLayer(prefixes[i]))
+                layers.append(CompressedLayer(*prefixes[i]))
             else:
                 layers.append(layer if cache is self else _copy(layer))
         self.layers = layers
@@ -154,7 +160,7 @@ class CompressedDynamicCache(Cache):
         """As in transformers; after the last layer, everything is compressed again where the method says so."""
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx == len(self.layers) - 1:
-            since = next(layer.keys.shape[-2] for layer in self.layers if isinstance(layer, CompressedLayer))
+            since = next(layer.since for layer in self.layers if isinstance(layer, CompressedLayer))
             for layer in self.layers:
                 if isinstance(layer, CompressedLayer):
                     layer.seen = None

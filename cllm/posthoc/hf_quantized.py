@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 from transformers.cache_utils import Cache, QuantizedCache
@@ -47,7 +48,9 @@ class HFQuantized(Compressor):
         raise UserError(f"{self.name}: serves transformers models only; for cllm models: kivi")
 
     def compress_dynamic(self, cache: Cache, model: PreTrainedModel) -> _Filled:
-        """`cache` quantised. Raises `UserError` where the library is missing or refuses."""
+        """`cache` quantised. Raises `UserError` where the library is missing or refuses, or all tokens are sinks."""
+        if (tokens := cache.get_seq_length()) <= self.sinks:
+            raise UserError(f"{self.name}: sinks={self.sinks} of {tokens} tokens; allowed: 0 to {tokens - 1}")
         try:
             quantized = _Filled(
                 self.backend, model.config, nbits=self.bits, q_group_size=self.group, residual_length=self.residual,
@@ -59,37 +62,55 @@ class HFQuantized(Compressor):
             ) from None
         except ValueError as error:
             raise UserError(f"{self.name}: {error}") from None
-        quantized.fill(cache)
+        quantized.fill(cache, self.sinks)
         return quantized
 
 
 class _Filled(QuantizedCache):
-    """A quantised cache that says what it holds."""
+    """A quantised cache that says what it holds, with exact sinks before it."""
 
     outcome: Outcome
+    sinks: list[tuple[Tensor, Tensor]]
+    """(B, G, s, D) keys and values of each layer."""
 
-    def fill(self, cache: Cache) -> None:
-        """Take the tokens of `cache`."""
-        seconds, errors = 0.0, {}
+    def fill(self, cache: Cache, sinks: int) -> None:
+        """Take the tokens of `cache`, the first `sinks` exactly."""
+        seconds, errors, self.sinks = 0.0, {}, []
         filled: list[Any] = cache.layers
         for i, layer in enumerate(filled):
             began = time.perf_counter()
-            self.update(layer.keys, layer.values, i)
+            exact = layer.keys[:, :, sinks:], layer.values[:, :, sinks:]
+            self.sinks.append((layer.keys[:, :, :sinks].clone(), layer.values[:, :, :sinks].clone()))
+            self.update(*exact, i)
+            stored: Any = self.layers[i]
+            stored.cumulative_length += sinks
             if layer.keys.is_cuda:
                 _ = layer.keys.sum().item()  # waits for the device
             seconds += time.perf_counter() - began
-            stored: Any = self.layers[i]
             read = stored._dequantize(stored._quantized_keys), stored._dequantize(stored._quantized_values)
-            pairs = zip("kv", read, (layer.keys, layer.values), strict=True)
+            pairs = zip("kv", read, exact, strict=True)
             errors[i] = {part: relative_error(*(t.transpose(1, 2) for t in (a, b))) for part, a, b in pairs}
         self.seconds, self.outcome = seconds, Outcome(seconds, errors)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As in transformers, sinks first."""
+        later = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        k, v = (torch.cat(pair, dim=-2) for pair in zip(self.sinks[layer_idx], later, strict=True))
+        return k, v
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence b becomes what sequence beam_idx[b] was: (B,) int64."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self.sinks = [(k.index_select(0, beam_idx), v.index_select(0, beam_idx)) for k, v in self.sinks]
 
     def nbytes(self) -> int:
         """Bytes of codes, scales, zeros and the exact tokens."""
         total = 0
-        for layer in self.layers:
+        for layer, sinks in zip(self.layers, self.sinks, strict=True):
             held: Any = layer
-            parts = (held._quantized_keys, held._quantized_values, held.keys, held.values)
+            parts = (held._quantized_keys, held._quantized_values, held.keys, held.values, *sinks)
             total += sum({t.data_ptr(): t.nbytes for t in _plain(parts)}.values())
         return total
 

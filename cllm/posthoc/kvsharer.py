@@ -29,7 +29,10 @@ class KVSharer(Compressor):
     """
 
     name: ClassVar[str] = "kvsharer"
+    no_sinks: ClassVar[str | None] = "slots are dropped or stored exactly, and no token is approximated"
 
+    sinks: int = Field(0, ge=0)
+    """0."""
     share: int = Field(1, ge=1)
     """Slots to drop."""
     threshold: float = Field(0.5, ge=-1, le=1)

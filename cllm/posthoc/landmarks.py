@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllm.kernels.selection import Selection
-from cllm.posthoc.code import Held
+from cllm.posthoc.held import Held
 
 
 @dataclass(frozen=True)

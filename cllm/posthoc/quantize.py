@@ -72,7 +72,7 @@ class KIVI(Compressor, TensorCoder):
     """KIVI: keys quantised per channel, values per token, the last tokens kept exact."""
 
     name: ClassVar[str] = "kivi"
-    of_slots: ClassVar[frozenset[str]] = frozenset({"recompress"})
+    of_slots: ClassVar[frozenset[str]] = frozenset({"recompress", "sinks"})
 
     bits: Bits = 2
     """Bits of a code."""
@@ -133,7 +133,7 @@ class XQuant(KIVI):
     """
 
     name: ClassVar[str] = "xquant"
-    of_slots: ClassVar[frozenset[str]] = frozenset({"recompress", "share_k", "share_v"})
+    of_slots: ClassVar[frozenset[str]] = frozenset({"recompress", "sinks", "share_k", "share_v"})
 
     eta: float = Field(0.05, ge=0, le=0.5)
     """η: how far the two endpoints are drawn in, as a share of max - min."""

@@ -48,8 +48,8 @@ class XKV(Codable):
     """Rank of a group's values."""
     ratio: float | None = Field(None, ge=1)
     """Bytes of the whole cache to those held after, at this length and before a quantiser after +: windows, states,
-    RoPE keys of latents and landmarks count, and factors make up for them. Ranks of keys and values are 1 : 1.5, as in
-    the paper. 1 keeps every tensor as it is."""
+    RoPE keys of latents, sinks and landmarks count, and factors make up for them. Ranks of keys and values are 1 : 1.5,
+    as in the paper. 1 keeps every tensor as it is."""
     energy: float | None = Field(None, gt=0, le=1)
     """The share of Σσ² that every group keeps, in every sequence."""
     svd: Algorithm = "gram"
@@ -113,6 +113,13 @@ class XKV(Codable):
         side_by_side([partial(self._code, *job) for job in jobs], keys.data[0].device)
         return codes_k, codes_v
 
+    def check_all_sinks(self, tokens: int) -> None:
+        if self.ratio is not None and self.ratio > 1:
+            raise UserError(
+                f"{self.name}: ratio={self.ratio:g}: at {tokens} tokens sinks={self.sinks} leave nothing to compress; "
+                f"allowed: ratio=1, fewer sinks, or more tokens"
+            )
+
     @property
     def chooses(self) -> bool:
         return self.select is not None
@@ -141,12 +148,14 @@ class XKV(Codable):
             raise UserError(f"{self.name}: give rank_k and rank_v, one is missing")
         for option, rank, sizes in (("rank_k", self.rank_k, sizes_k), ("rank_v", self.rank_v, sizes_v)):
             for layers, width in sizes:
-                if rank is not None and rank > min(tokens, layers * width):
+                if rank is not None and rank > min(keys.tokens, layers * width):
                     raise UserError(
-                        f"{self.name}: {option}={rank}: {layers} slots of {width} channels have {tokens} tokens; "
-                        f"allowed: 1 to {min(tokens, layers * width)}"
+                        f"{self.name}: {option}={rank}: {layers} slots of {width} channels have {keys.tokens} tokens; "
+                        f"allowed: 1 to {min(keys.tokens, layers * width)}"
                     )
-        return [self.rank_k] * len(groups_k), [self.rank_v] * len(groups_v)
+        # Tokens without sinks have no higher rank than there are of them.
+        ranks = [None if rank is None else min(rank, tokens) for rank in (self.rank_k, self.rank_v)]
+        return [ranks[0]] * len(groups_k), [ranks[1]] * len(groups_v)
 
     def _ranks_for_ratio(
         self, ratio: float, keys: Part, sizes_k: list[tuple[int, int]], sizes_v: list[tuple[int, int]]
@@ -159,15 +168,16 @@ class XKV(Codable):
             stays += sum(landmark_bytes(k.shape, size, **chunks) for k in keys.data) / size
         if stays * ratio >= whole:
             raise UserError(
-                f"{self.name}: ratio={ratio:g}: at {tokens} tokens {stays / whole:.0%} of the cache stay as they are "
-                f"(windows, states, RoPE keys of latents) or are landmarks; allowed: below {whole / stays:.2f}"
+                f"{self.name}: ratio={ratio:g}: at {keys.tokens} tokens {stays / whole:.0%} of the cache stay as they "
+                "are (windows, states, RoPE keys of latents, sinks) or are landmarks; allowed: below "
+                f"{whole / stays:.2f}"
             )
         found = ranks_for_budget(whole / ratio - stays, tokens, sizes_k, sizes_v, keys_to_values=1.5)
         if found is None:
             beside = f"and the {stays / whole:.0%} of the cache that stay" if stays else "alone"
             raise UserError(
-                f"{self.name}: ratio={ratio:g}: at {tokens} tokens the bases of {max(n for n, _ in sizes_k)} slots "
-                f"{beside} exceed it, even at rank 1; allowed: a lower ratio, smaller groups, or more tokens"
+                f"{self.name}: ratio={ratio:g}: at {keys.tokens} tokens the bases of {max(n for n, _ in sizes_k)} "
+                f"slots {beside} exceed it, even at rank 1; allowed: a lower ratio, smaller groups, or more tokens"
             )
         return list(found[0]), list(found[1])
 

@@ -90,7 +90,7 @@ def test_windows_states_and_rope_keys_are_left_alone(design, tokens, filled):
     compressed = engine.compress(cache, parse("xkv:rank_k=1,rank_v=1"))
     for slot, error in compressed.outcome.errors.items():
         assert error["v"] == 0 < error["k"]
-        assert torch.equal(compressed.stores[slot].prefix.read().v, cache.stores[slot].slot.v)
+        assert torch.equal(compressed.stores[slot].last(PREFIX, PREFIX).v, cache.stores[slot].slot.v)
 
 
 def test_the_cache_follows_the_batch(decoder, tokens):
@@ -142,19 +142,20 @@ def test_bytes_are_those_of_the_memory_held(spec, decoder, tokens, filled):
         engine.logits(tokens(2, 3), compressed)
 
 
-def test_bytes_of_xkv(decoder, tokens, filled):
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_bytes_of_xkv(sinks, decoder, tokens, filled):
     engine, cache = filled(decoder(n_layers=5), tokens(2, PREFIX))
-    compressed = engine.compress(cache, parse("xkv:group=4,rank_k=9,rank_v=5"))
-    # two groups, of 4 slots and of 1, of 4 heads of 8 channels, in fp32; both A and every layer's B
-    assert compressed.nbytes() == 2 * 4 * (9 + 5) * (2 * PREFIX + 5 * 32)
+    compressed = engine.compress(cache, parse(f"xkv:group=4,rank_k=9,rank_v=5,sinks={sinks}"))
+    # two groups, of 4 slots and of 1, of 4 heads of 8 channels, in fp32; both A and every layer's B; and exact sinks
+    assert compressed.nbytes() == 2 * 4 * ((9 + 5) * (2 * (PREFIX - sinks) + 5 * 32) + 5 * 2 * 32 * sinks)
     assert cache.nbytes() == 2 * 4 * 5 * 2 * 32 * PREFIX
 
 
 def test_bf16_caches_are_stored_in_bf16(decoder, tokens, filled):
     engine, cache = filled(decoder().bfloat16(), tokens(2, PREFIX))
-    compressed = engine.compress(cache, parse("xkv:group=4,rank_k=20,rank_v=20"))
+    compressed = engine.compress(cache, parse("xkv:group=4,rank_k=16,rank_v=16"))
     assert {tensor.dtype for tensor in stored(compressed)} == {torch.bfloat16}
-    assert compressed.nbytes() == 2 * 2 * (20 + 20) * (2 * PREFIX + 8 * 32)
+    assert compressed.nbytes() == 2 * 2 * ((16 + 16) * (2 * (PREFIX - 4) + 8 * 32) + 8 * 2 * 32 * 4)
     assert 1e-4 < max(max(error.values()) for error in compressed.outcome.errors.values()) < 0.01
     assert engine.logits(tokens(2, 3), compressed).dtype == torch.bfloat16
 
@@ -198,7 +199,8 @@ def test_what_is_compressed_of_transformers_models(family, llama, tokens, filled
         assert error["k"] > 0.01
         assert (error["v"] == 0) == latent  # the RoPE key
     if latent:
-        assert compressed.nbytes() == 2 * 4 * (3 * (2 * PREFIX + 4 * 16) + 4 * PREFIX * 8)
+        sinks, rest = 4, PREFIX - 4
+        assert compressed.nbytes() == 2 * 4 * (3 * (2 * rest + 4 * 16) + 4 * (sinks * 16 + PREFIX * 8))
 
 
 def test_left_padding_of_transformers_models(llama, tokens):
@@ -299,13 +301,15 @@ def test_a_ratio_that_what_stays_exceeds_is_refused(decoder, tokens):
 
     message = r"ratio=20: at 24 tokens 10% of the cache stay as they are \(windows, .* allowed: below 10\.00"
     with pytest.raises(UserError, match=message):  # 2 windows of 8 tokens beside 6 slots of 24
+        compress_cache(full(WINDOWS), parse("xkv:ratio=20,sinks=0"))
+    with pytest.raises(UserError, match=r"at 24 tokens 25% of the cache stay .* sinks\) .* allowed: below 4\.00"):
         compress_cache(full(WINDOWS), parse("xkv:ratio=20"))
     with pytest.raises(UserError, match=r"ratio=3: at 24 tokens .* or are landmarks; allowed: below"):
-        compress_cache(full({"preset": "mha"}), parse("xkv:ratio=3,select=8,chunk=1"))
+        compress_cache(full({"preset": "mha"}), parse("xkv:ratio=3,select=8,chunk=1,sinks=0"))
     with pytest.raises(UserError, match="the bases of 4 slots and the 10% of the cache that stay exceed it"):
-        compress_cache(full(WINDOWS), parse("xkv:ratio=9.5"))
+        compress_cache(full(WINDOWS), parse("xkv:ratio=9.5,sinks=0"))
     with pytest.raises(UserError, match="ratio=60: at 24 tokens the bases of 4 slots alone exceed it, even at rank 1"):
-        compress_cache(full({"preset": "mha"}), parse("xkv:ratio=60"))
+        compress_cache(full({"preset": "mha"}), parse("xkv:ratio=60,sinks=0"))
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

@@ -237,8 +237,8 @@ def test_bytes_of_what_is_stored_beside(decoder, tokens):
     model, ids = decoder(), tokens(2, LENGTH)
     options = ",select=8,chunk=4,outliers=2,local="
     plain, chosen, near = (compressed(model, ids, LOSSY + more) for more in ("", options + "0", options + "1"))
-    groups, dim, slots = 4, 8, len(plain.stores)
-    chunks = -(-PREFIX // 4)
+    groups, dim, slots, sinks = 4, 8, len(plain.stores), 4
+    chunks = -(-(PREFIX - sinks) // 4)
     for cache, read in ((chosen, 2), (near, 2 + 1 + 1)):  # outliers, the last full chunk, the token after it
         numbers = (chunks + read * 4) * groups * dim
         assert cache.nbytes() - plain.nbytes() == slots * 2 * (4 * numbers + 8 * groups * read)

@@ -73,7 +73,7 @@ def test_rank_one_ruins_the_score_of_text_that_the_model_expects(decoder, tokens
 def test_the_score_sees_which_tokens_are_chosen(scored):
     """Passes of several tokens read all of a slot, so that a score of such passes would be that of all tokens."""
     full = "xkv:group=4,rank_k=24,rank_v=24"
-    specs = (full, f"{full},select=24,chunk=4,outliers=0", f"{full},select=4,chunk=4,outliers=0")
+    specs = (full, *(f"{full},select={n},chunk=4,outliers=0,local=1" for n in (24, 4)))
     records, _, _ = scored(*specs)
     every, enough, few = (record["loss"] for record in records.values())
     assert enough == pytest.approx(every, abs=1e-4)
@@ -187,12 +187,12 @@ def test_the_reference_is_the_loss_of_a_plain_forward_after_the_prefix(scored, p
 
 
 def test_bytes_are_those_of_the_caches(scored):
-    records, _, _ = scored("none", "xkv:group=4,rank_k=3,rank_v=5", kv={"preset": "cla"})
+    records, _, _ = scored("none", "xkv:group=4,rank_k=3,rank_v=5,sinks=2", kv={"preset": "cla"})
     none, xkv = records.values()
     # cla of 4 layers owns 2 slots of 2 heads of 8 channels, mha 4, in fp32
     assert none["own_bytes_per_token"] == none["bytes_per_token"] == 2 * 2 * 16 * 4
     assert none["mha_bytes_per_token"] == 4 * 2 * 16 * 4
-    factors = (24 + 2 * 16) * (3 + 5) * 4
+    factors = (22 + 2 * 16) * (3 + 5) * 4 + 2 * 2 * 16 * 2 * 4  # and 2 sinks
     assert xkv["bytes_per_token"] == pytest.approx(factors / 24)
     assert xkv["ratio_to_own"] == pytest.approx(2 * 2 * 16 * 4 * 24 / factors)
     assert xkv["ratio_to_mha"] == 2 * xkv["ratio_to_own"]
@@ -255,7 +255,13 @@ def test_a_run_without_full_attention_is_refused(evaluate, run, capsys):
         (["--posthoc", "xkv:energy=0.9,svd=random"], "energy needs all singular values"),
         (["--posthoc", "xkv:rank_k=25,rank_v=3"], "rank_k=25: 4 slots of 16 channels have 24 tokens; allowed: 1 to 24"),
         (["--posthoc", "xkv:rank_k=3"], "give rank_k and rank_v, one is missing"),
-        (["--posthoc", "xkv:group=4,ratio=20"], "at 24 tokens the bases of 4 slots alone exceed it"),
+        (["--posthoc", "xkv:group=4,ratio=20,sinks=0"], "at 24 tokens the bases of 4 slots alone exceed it"),
+        (["--posthoc", "xkv:ratio=2,sinks=-1"], "sinks: Input should be greater than or equal to 0 got -1"),
+        (["--posthoc", "none:sinks=4"], "sinks=4: every token is stored exactly; allowed: leave it out"),
+        (
+            ["--posthoc", "xkv:ratio=2+kivi:sinks=4"],
+            "sinks is no option of kivi after +; allowed: bits, group, residual",
+        ),
         (["--posthoc", "none+none"], "allowed with +: xkv or svd"),
     ],
 )

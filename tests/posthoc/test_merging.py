@@ -83,7 +83,7 @@ def test_merging_starts_in_the_middle(part):
 def test_rope_does_not_matter_to_merging(decoder, tokens, filled):
     """Both of a pair are turned alike, so merging before and after RoPE is the same."""
     engine, cache = filled(decoder(n_layers=2), tokens(1, 12))
-    method = parse("minicache:gamma=0.0,start=0")
+    method = parse("minicache:gamma=0.0,start=0,sinks=0")
     found = engine.compress(cache, method).stores[0].prefix.read().k
     held = engine.filled(cache)
     ((keys, values),) = held.parts(before_rope=True)
@@ -106,10 +106,10 @@ def test_bytes_of_minicache(decoder, tokens, filled):
     compressed = engine.compress(cache, parse("minicache:gamma=0.1"))
     codes = [compressed.stores[2].prefix.k, compressed.stores[2].prefix.v]
     kept = sum(code.index.shape[1] for code in codes)
-    exact, merged = 2 * 2 * 20 * 32 * 4, 2 * 20 * 32 * 4
-    lengths, rows = 2 * 2 * 20 * 4 * 4, kept * (2 * 8 * 4 + 4)
+    exact, merged, sinks = 2 * 2 * 20 * 32 * 4, 2 * 16 * 32 * 4, 2 * 2 * 4 * 32 * 4
+    lengths, rows = 2 * 2 * 16 * 4 * 4, kept * (2 * 8 * 4 + 4)
     assert kept > 0
-    assert compressed.nbytes() == 2 * (exact + merged + lengths + rows)
+    assert compressed.nbytes() == 2 * (exact + merged + sinks + lengths + rows)
 
 
 # ---- CommonKV -------------------------------------------------------------------------------------------------------
@@ -154,24 +154,23 @@ def test_commonkv_on_a_transformers_model(llama, tokens):
 
 def test_merged_latents_are_stored_once_and_others_kept(decoder, tokens):
     model, ids = decoder(n_layers=4), tokens(2, 24)
-    engine, cache, method = fill(model, ids, "commonkv:merge=0.5,sink=2,recent=6,weights=equal")
+    engine, cache, method = fill(model, ids, "commonkv:merge=0.5,sinks=2,recent=6,weights=equal")
     compressed = engine.compress(cache, method)
     codes = [compressed.stores[slot].prefix.k for slot in range(4)]
     index = codes[0].latents.index
     assert all(code.latents.merged is codes[0].latents.merged for code in codes)
     assert index.shape == (2, 8)  # half of 24 - 2 - 6
-    assert index.min() >= 2
-    assert index.max() < 18
+    assert index.max() < 16  # the sinks are not among the tokens that are counted here
     held = engine.filled(cache)
-    ((keys, _),) = held.parts(before_rope=True)
+    ((keys, _),) = held.parts(before_rope=True, sinks=held.sinks(2))
     for row in range(2):
-        kept = [t for t in range(24) if t not in index[row].tolist()]
+        kept = [t for t in range(22) if t not in index[row].tolist()]
         for slot in range(4):
             found, exact = codes[slot].decode()[row], keys.data[slot][row]
             torch.testing.assert_close(found[kept], exact[kept], atol=1e-4, rtol=1e-4)
             assert (found[index[row].long()] - exact[index[row].long()]).norm() > 0.1
-    # d_model 24 is the latents' width: 8 shared ones, 16 for each of 4 slots, in fp32, and the index
-    assert compressed.nbytes() == 2 * (4 * 24 * (8 + 4 * 16) + 4 * 8)
+    # d_model 24 is the latents' width: 8 shared ones, 14 for each of 4 slots, in fp32, the index, and two sinks
+    assert compressed.nbytes() == 2 * (4 * 24 * (8 + 4 * 14) + 4 * 8 + 4 * 2 * 2 * 32 * 4)
 
 
 def test_merged_latents_are_means_weighed_by_sensitivity(decoder, tokens):
@@ -180,7 +179,7 @@ def test_merged_latents_are_means_weighed_by_sensitivity(decoder, tokens):
     draw = torch.Generator().manual_seed(0)
     while ids.shape[1] < 20:  # text that the model expects
         ids = torch.cat((ids, torch.multinomial(model(ids)[:, -1].softmax(-1), 1, generator=draw)), dim=1)
-    engine, cache, method = fill(model, ids, "commonkv:merge=1.0,sink=0,recent=0")
+    engine, cache, method = fill(model, ids, "commonkv:merge=1.0,sinks=0,recent=0")
     weights = method._shares([0, 1, 2, 3])
     assert list(method.facts()["sensitivity"]) == ["0", "1", "2", "3"]
     assert sum(weights) == pytest.approx(1)

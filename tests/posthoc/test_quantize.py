@@ -50,10 +50,12 @@ def test_kivi_is_its_closed_form(bits, part):
     torch.testing.assert_close(found_v.decode()[:, :24], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_bytes_of_kivi(decoder, tokens, filled):
+@pytest.mark.parametrize(("sinks", "coded"), [(0, 32), (4, 24)])
+def test_bytes_of_kivi(sinks, coded, decoder, tokens, filled):
     engine, cache = filled(decoder(n_layers=3), tokens(2, 40))
-    compressed = engine.compress(cache, parse("kivi:bits=2,group=8,residual=8"))
-    per_tensor = 32 * 32 * 2 // 8 + 2 * 4 * 32 * 32 // 8 + 4 * 8 * 32  # codes, scale and zero, exact tokens
+    compressed = engine.compress(cache, parse(f"kivi:bits=2,group=8,residual=8,sinks={sinks}"))
+    # codes, scale and zero, exact tokens
+    per_tensor = coded * 32 * 2 // 8 + 2 * 4 * coded * 32 // 8 + 4 * (40 - coded) * 32
     assert compressed.nbytes() == 2 * 3 * 2 * per_tensor
 
 
@@ -104,7 +106,7 @@ def test_a_quantiser_on_top_of_factors(part, decoder, tokens, filled):
     expected = closed_form(a.transpose(2, 3), 8).transpose(2, 3).flatten(1, 2)
     torch.testing.assert_close(coded[0].a.decode(), expected, atol=1e-5, rtol=1e-5)
     engine, cache = filled(decoder(n_layers=2), tokens(1, 40))
-    small = engine.compress(cache, parse("svd:rank_k=8,rank_v=8+kivi:bits=4,group=40,residual=0"))
+    small = engine.compress(cache, parse("svd:rank_k=8,rank_v=8,sinks=0+kivi:bits=4,group=40,residual=0"))
     assert small.nbytes() == 4 * (40 * 8 // 2 + 2 * 4 * 8 + 4 * 32 * 8)
 
 
@@ -188,13 +190,17 @@ def test_bad_options_are_refused(part, decoder, tokens, filled, llama):
 @pytest.mark.parametrize(("bits", "most"), [(2, 0.6), (4, 0.15)])
 def test_transformers_quantised_cache(backend, package, bits, most, llama, tokens, filled):
     pytest.importorskip(package)
-    model, ids = llama(), tokens(2, 40)
-    engine, cache = filled(model, ids[:, :32])
+    model, ids = llama(), tokens(2, 44)
+    engine, cache = filled(model, ids[:, :36])
     quantized = engine.compress(cache, parse(f"hf_quantized:backend={backend},bits={bits},group=16,residual=4"))
+    assert quantized.get_seq_length() == 36
     errors = [error for slot in quantized.outcome.errors.values() for error in slot.values()]
     assert most / 6 < min(errors) <= max(errors) < most
-    assert quantized.nbytes() == engine.nbytes(cache) * (bits + 2 * 32 / 16) / 32  # codes, scale and zero in fp32
-    logits, expected = engine.logits(ids[:, 32:], quantized), engine.logits(ids[:, 32:], cache)
+    number = (4 * 32 + 32 * (bits + 2 * 32 / 16)) / 36  # bits: 4 sinks in fp32; codes, scale and zero in fp32
+    assert quantized.nbytes() == engine.nbytes(cache) * number / 32
+    expected = engine.logits(ids[:, 36:], cache)
+    logits = torch.cat([engine.logits(part, quantized) for part in ids[:, 36:].split([1, 5, 2], dim=1)], dim=1)
+    assert quantized.get_seq_length() == 44
     assert 0 < (logits - expected).norm() / expected.norm() < 5 * most
 
 

@@ -105,9 +105,10 @@ def test_a_sweep_is_written_and_resumed(sweep, run, tmp_path, capsys, monkeypatc
         sweep(*words, "--batch", 1)
     path = next((runs[0].evaluation_folder / "posthoc" / "validation").glob("minicache*"))
     text = path.read_text()
-    path.write_text(json.dumps({**json.loads(text), "step": 3}))
-    assert sweep(*words) == 1
-    assert "mha, minicache:start=0: failed: measured again" in capsys.readouterr().out
+    for change in ({"step": 3}, {"sinks": 0}):  # of another step, or before sinks were kept
+        path.write_text(json.dumps({**json.loads(text), **change}))
+        assert sweep(*words) == 1
+        assert "mha, minicache:start=0: failed: measured again" in capsys.readouterr().out
     path.write_text(text)
     assert sweep(*words) == 0
     (_, checkpoint), *_ = runs[0].checkpoints()

@@ -19,6 +19,8 @@ from tokenizers import Tokenizer
 from cllm.errors import DataError, UserError
 
 TOKENIZER_FILE = "tokenizer.json"
+VOCABULARY_FILES = (TOKENIZER_FILE, "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""A folder without any of these has no tokenizer."""
 _PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 """Parts of `tokenizer.json` that decide the tokens of a text."""
 

@@ -83,7 +83,7 @@ def check_resumable(config: Config, folder: RunFolder) -> None:
     old, new = folder.config().as_yaml_data(), config.as_yaml_data()
     for section in ("init", "uptrain", "model", "data", "optim", "train"):
         for key in old[section] | new[section]:
-            free = {"train": _FREE_TO_CHANGE, "data": {"num_workers", "validation", "validation_sequences"}}
+            free = {"train": _FREE_TO_CHANGE, "data": {"num_workers", "validation", "validation_sequences", "verify"}}
             if key in free.get(section, set()) or old[section].get(key) == new[section].get(key):
                 continue
             if key == "strategy" and family(old[section][key]) == family(new[section][key]):
@@ -259,6 +259,7 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
         num_workers=config.data.num_workers,
         validation_sequences=config.data.validation_sequences,
         vocab_size=config.model.vocab_size,
+        verify=config.data.verify,
     )
     if choose:
         check_best_sources(config, processes=_devices(config, _accelerator(config)) * config.train.num_nodes)

@@ -58,6 +58,20 @@ def check(manifest: Manifest, split: str, verify: Verify) -> None:
         _check_documents(manifest, shards[place], draw)
 
 
+def verify_folder(folder: str | Path) -> Manifest:
+    """Read every file of a prepared folder and compare its hash.
+
+    Raises:
+        DataError: naming the first file that is damaged or missing.
+    """
+    manifest = Manifest.load(folder)
+    if manifest.checksums is not None:
+        _read_checksums(manifest, manifest.checksums)
+    for split in manifest.splits:
+        check(manifest, split, "full")
+    return manifest
+
+
 def write_checksums(manifest: Manifest, folder: Path) -> Checksums:
     """Compare every file in `folder` with its hash in `manifest`, and write the checksums of their blocks beside them.
 
@@ -94,7 +108,7 @@ def _read_back(path: Path, expected: File) -> list[int]:
 def _check_blocks(manifest: Manifest, checksums: Checksums, split: str) -> None:
     """Compare blocks of a split with their checksums: all of them, or a random sample that is another each time."""
     size, files = checksums.block_bytes, manifest.files(split)
-    sums = _read_checksums(manifest, checksums, _count(manifest.files(), size))
+    sums = _read_checksums(manifest, checksums)
     offset = sum(_count(manifest.files(name), size) for name in manifest.splits if name < split)
     starts = np.cumsum([0, *(_count([file], size) for file in files)])
     total, n_bytes = int(starts[-1]), sum(file.n_bytes for file in files)
@@ -125,8 +139,9 @@ def _count(files: list[File], block_bytes: int) -> int:
     return sum(-(-file.n_bytes // block_bytes) for file in files)
 
 
-def _read_checksums(manifest: Manifest, checksums: Checksums, n: int) -> np.ndarray:
-    """uint32 (n,)."""
+def _read_checksums(manifest: Manifest, checksums: Checksums) -> np.ndarray:
+    """uint32 (blocks of all files,)."""
+    n = _count(manifest.files(), checksums.block_bytes)
     path = manifest.folder / checksums.file
     try:
         raw = path.read_bytes()

@@ -17,6 +17,7 @@ from cllm.errors import DataError
 
 OPEN_FILES = 32
 """Files that a process keeps open, all stores together."""
+_ROWS = 1024  # of an index, read at once
 
 
 class TokenStore:
@@ -121,15 +122,35 @@ class TokenStore:
     def _ends(self, place: int, low: int, high: int) -> list[int]:
         """Ends of documents in (low, high] of a shard, each one past an EOS."""
         shard = self._shards[place]
-        rows = _Ends(self, shard)
-        first, last = bisect_right(rows, low), bisect_right(rows, high)
-        ends = rows.read(first, max(first, last))
+        first = self._first_after(shard, low)
+        pieces = [np.empty(0, dtype=np.int64)]
+        while first < shard.documents and not (pieces[-1] > high).any():
+            pieces.append(self._rows(shard, first, first + _ROWS))
+            first += _ROWS
+        ends = np.concatenate(pieces)
+        ends = ends[: np.searchsorted(ends, high, side="right")]
         expected = low + 1 + np.flatnonzero(self._tokens(shard, low, high) == self.eos_id)
         if not np.array_equal(ends, expected) and place not in self._verified:
             # Either file may be damaged. Or all is well, and the tokenizer made EOS out of a text.
             self._compare_hashes(shard)
             self._verified.add(place)
         return ends.tolist()
+
+    def _first_after(self, shard: Shard, token: int) -> int:
+        """The first document of a shard that ends after `token`, by bisection: the index may be larger than memory."""
+        low, high = 0, shard.documents
+        while high - low > _ROWS:
+            middle = (low + high) // 2
+            if self._rows(shard, middle, middle + 1)[0] > token:
+                high = middle
+            else:
+                low = middle + 1
+        return low + int(np.searchsorted(self._rows(shard, low, high), token, side="right"))
+
+    def _rows(self, shard: Shard, first: int, last: int) -> np.ndarray:
+        """Where documents [first, last) of a shard end, in tokens: int64, fewer where the shard has no more."""
+        raw = self._bytes(shard.index, shard.documents, first, min(last, shard.documents), INDEX_ROW)
+        return np.frombuffer(raw, dtype=INDEX_DTYPE)[::2]
 
     def _compare_hashes(self, shard: Shard) -> None:
         for name, expected in ((shard.index, shard.index_sha256), (shard.file, shard.sha256)):
@@ -147,7 +168,7 @@ class TokenStore:
 
     def _bytes(self, name: str, n: int, start: int, stop: int, size: int) -> bytes:
         """Elements [start, stop) of a file that has `n`, of `size` bytes each."""
-        return _files.read(self._key, self.folder / name, start * size, stop * size, n * size)
+        return _files.read(self._key, self.folder, name, start * size, stop * size, n * size)
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """(shard, low, high) for each shard that [start, stop) touches, in tokens of the split."""
@@ -169,47 +190,29 @@ def _reopen(folder: Path, split: str, limit: int, whose: str) -> TokenStore:
     return TokenStore(folder, split, verify="none", vocab_size=limit, whose=whose)
 
 
-class _Ends:
-    """Where the documents of a shard end, in tokens: a sequence for `bisect`, which reads a few rows of the file."""
-
-    def __init__(self, store: TokenStore, shard: Shard):
-        self._store, self._shard = store, shard
-
-    def __len__(self) -> int:
-        return self._shard.documents
-
-    def __getitem__(self, row: int) -> int:
-        return int(self.read(row, row + 1)[0])
-
-    def read(self, first: int, last: int) -> np.ndarray:
-        """Ends of documents [first, last), int64."""
-        raw = self._store._bytes(self._shard.index, self._shard.documents, first, last, INDEX_ROW)
-        return np.frombuffer(raw, dtype=INDEX_DTYPE).reshape(-1, 2)[:, 0]
-
-
 class _OpenFiles:
     """The files that were read last, open. Descriptors and not maps: a file cut short under a run is an error here."""
 
     def __init__(self, limit: int):
         self._limit = limit
-        self._open: OrderedDict[tuple[int, Path], _File] = OrderedDict()
+        self._open: OrderedDict[tuple[int, str], _File] = OrderedDict()
 
-    def read(self, store: int, path: Path, start: int, stop: int, size: int) -> bytes:
-        """Bytes [start, stop) of a file of `size` bytes. `store` keeps apart files that had one name in turn.
+    def read(self, store: int, folder: Path, name: str, start: int, stop: int, size: int) -> bytes:
+        """Bytes [start, stop) of a file of `size` bytes. `store` keeps apart files that had one path in turn.
 
         Raises:
             DataError: when the file cannot be read, or has another size by now.
         """
         try:
-            file = self._open.pop((store, path), None) or _File(path, size)
-            self._open[store, path] = file
+            file = self._open.pop((store, name), None) or _File(folder / name, size)
+            self._open[store, name] = file
             while len(self._open) > self._limit:
                 self._open.popitem(last=False)
             raw = file.read(start, stop - start)
         except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error}") from None
+            raise DataError(f"{folder / name}: cannot be read: {error}") from None
         if len(raw) != stop - start:
-            raise DataError(f"{path}: damaged: it ends at byte {start + len(raw)}, before byte {stop}")
+            raise DataError(f"{folder / name}: damaged: it ends at byte {start + len(raw)}, before byte {stop}")
         return raw
 
 

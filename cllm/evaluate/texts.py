@@ -104,7 +104,7 @@ def open_prepared(name: str, path: Path, split: str, subject: Subject, digest: s
     if not subject.tokenizes(store.manifest):
         raise UserError(
             f"{path}: was prepared with another tokenizer than that of {subject.name}, so its tokens mean nothing to "
-            "the model; give --data a text file (.txt .md .jsonl) instead: text is tokenised with the model's own tokenizer"
+            "the model; give --data a text file (.txt .md .jsonl) instead: that is tokenised with the model's own one"
         )
     totals = store.manifest.split(split)
     if totals.tokens == 0:

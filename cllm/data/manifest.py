@@ -44,7 +44,7 @@ def sha256_of(path: Path) -> str:
 
 def plain_name(name: str) -> str:
     """`name` if it names a file inside a folder and nothing elsewhere. Raises `ValueError` for any other."""
-    if not name or name in (".", "..") or any(character in name for character in "/\\\0"):
+    if not isinstance(name, str) or not name or name in (".", "..") or any(character in name for character in "/\\\0"):
         raise ValueError(f"{name!r} is not the plain name of a file in this folder")
     return name
 

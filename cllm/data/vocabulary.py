@@ -54,7 +54,7 @@ def tokenizer_sha256(folder: Path) -> str:
 
 def backend_sha256(tokenizer: Tokenizer) -> str:
     """The hash that `tokenizer_sha256` gives once the tokenizer is saved."""
-    return _sha256(tokenizer.to_str())
+    return _sha256(_text_of(tokenizer))
 
 
 def _sha256(text: str | bytes) -> str:
@@ -64,6 +64,14 @@ def _sha256(text: str | bytes) -> str:
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not the JSON of a tokenizer: {type(error).__name__}: {error}") from None
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _text_of(tokenizer: Tokenizer) -> str:
+    """The JSON of a tokenizer. Raises `UserError` where it has parts written in Python, which have none."""
+    try:
+        return tokenizer.to_str()
+    except Exception as error:  # `tokenizers` raises nothing more specific
+        raise UserError(f"a tokenizer that cannot be written as {TOKENIZER_FILE} cannot be compared: {error}") from None
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -113,7 +121,7 @@ def same_tokenizer(first: Tokenizer, second: Tokenizer) -> bool:
     The models (vocabulary, merges, scores) and the added tokens have to be equal. Normalisers and pre-tokenizers may be
     written differently if a set of probing texts in many scripts comes out the same.
     """
-    a, b = (json.loads(tokenizer.to_str()) for tokenizer in (first, second))
+    a, b = (json.loads(_text_of(tokenizer)) for tokenizer in (first, second))
     if all(a[part] == b[part] for part in _PARTS):
         return True
     if _model(a) != _model(b) or _ordinary_added(a) != _ordinary_added(b):

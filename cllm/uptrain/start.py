@@ -73,7 +73,7 @@ def _check_tokenizer_of_run(run: RunFolder, data: Manifest) -> None:
     folder, recorded = run.config().data.path, run.data_digests()
     try:
         own = Manifest.read(folder)
-        own.check_unchanged(recorded and recorded.train, run.path)
+        own.check_unchanged(None if recorded is None else recorded.train, run.path)
         same = own.same_tokenizer(data)
     except DataError as error:
         rank_zero_only(log.warning)(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import PreTokenizer
 
 from cllm.data.manifest import Manifest
 from cllm.data.module import DataModule
@@ -144,6 +145,14 @@ def test_folders_without_a_usable_tokenizer(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="not the JSON of a tokenizer"):
         tokenizer_sha256(tmp_path)
+
+
+def test_a_tokenizer_with_parts_in_python_cannot_be_compared(content):
+    tokenizer = of(content)
+    tokenizer.pre_tokenizer = PreTokenizer.custom(object())
+    for compare in (lambda: same_tokenizer(of(content), tokenizer), lambda: backend_sha256(tokenizer)):
+        with pytest.raises(UserError, match=r"cannot be written as tokenizer\.json cannot be compared: "):
+            compare()
 
 
 def test_ids_in_and_out_of_range():

@@ -168,6 +168,8 @@ class DataConfig(Section):
     """Loader processes; the batches do not depend on it."""
     validation_sequences: int | None = Field(None, ge=1, le=MAX_COUNT)
     """Sequences of each validation set during training; null: all. evaluate.py always reads all."""
+    verify: Literal["sample", "full", "none"] = "sample"
+    """How much is read at the start to look for damage: sample: 64 MiB of each split; full: all; none: file sizes."""
 
     @field_validator("validation")
     @classmethod

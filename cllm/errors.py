@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+
+_IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker process.*^[\w.]*Error: (.*)", re.DOTALL | re.MULTILINE)
 
 EXIT_MISTAKE = 2
 """Exit status of a command that was given something it cannot use; its one line on stderr says what."""
@@ -136,6 +139,12 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     return f'nearest: "{plain[ranked[0]]}"; allowed: {", ".join(allowed)}' if ranked else "none is allowed here"
 
 
+def _message(error: UserError) -> str:
+    """The error's message; of one in a data loader's process, without the traceback that torch puts around it."""
+    match = _IN_WORKER.match(str(error))
+    return str(error) if match is None else match[1]
+
+
 def one_line(command: Callable[..., int | None]) -> Callable[..., int]:
     """Make a command's main function print a `UserError` as one line on stderr and return 2."""
 
@@ -144,7 +153,7 @@ def one_line(command: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return command(*args, **kwargs) or 0
         except UserError as error:
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            print("error: " + " ".join(_message(error).split()), file=sys.stderr)
             return EXIT_MISTAKE
 
     return run

@@ -1,6 +1,7 @@
 """Prepare a corpus for training: text in, shards of tokens out.
 
     python data/prepare.py --config data/recipes/stdlib.yaml [--out DIR] [--force] [--section.key VALUE ...]
+    python data/prepare.py --verify data/prepared/stdlib
 
 The recipes in data/recipes/ are examples of what can be said; docs/data.md tells the rest.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cllm.cli import config_parser, load
+from cllm.data.integrity import verify_folder
 from cllm.data.prepare.build import prepare
 from cllm.data.prepare.recipe import Recipe
 from cllm.data.prepare.report import summary
@@ -28,7 +30,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status: 3 where it was stopped."""
     parser = config_parser(Recipe, str(__doc__))
     parser.add_argument("--force", action="store_true", help="replace a prepared folder of a different recipe")
+    parser.add_argument(
+        "--verify",
+        action="append",
+        metavar="DIR",
+        default=[],
+        help="read a prepared folder again and compare all hashes",
+    )
     options, overrides = parser.parse_known_args(arguments)
+    if options.verify:
+        if options.config or overrides or options.force:
+            raise UserError(
+                "--verify reads what is there and prepares nothing: give it without a recipe and its settings"
+            )
+        for folder in options.verify:
+            manifest = verify_folder(folder)
+            print(summary(manifest), f"verified: {len(manifest.files())} files as they were written", sep="\n")
+        return 0
     if not options.config:
         shipped = sorted(path.name for path in (Path(__file__).parent / "recipes").glob("*.yaml"))
         raise UserError(f"no recipe: give --config data/recipes/NAME.yaml (there are {', '.join(shipped)})")

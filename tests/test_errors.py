@@ -1,6 +1,7 @@
 """One line for a mistake of the user's, a traceback for a bug."""
 
 import pytest
+import torch
 
 from cllm.errors import DataError, PlanError, UserError, nearest, one_line
 
@@ -15,6 +16,23 @@ def test_a_user_error_is_one_line_on_stderr_and_status_2(error, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "error: layer 3: reads layer 9, which is not there\n"
+
+
+class _Refused(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> int:
+        raise DataError("a.bin: holds token 9, but the model has tokens 0 to 7")
+
+
+def test_a_user_error_of_a_data_loaders_process_is_one_line_too(capsys):
+    @one_line
+    def command():
+        next(iter(torch.utils.data.DataLoader(_Refused(), num_workers=1)))
+
+    assert command() == 2
+    assert capsys.readouterr().err == "error: a.bin: holds token 9, but the model has tokens 0 to 7\n"
 
 
 def test_a_bug_keeps_its_traceback():

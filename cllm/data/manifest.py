@@ -1,23 +1,27 @@
-"""What a prepared folder holds.
+"""The record of a prepared folder.
 
 `manifest.json` is written last, so a folder that has one is complete. `Manifest.load` checks what costs nothing
-(versions, file sizes, the tokenizer's hash); `Manifest.verify` reads every byte and compares the hashes.
+(versions, totals, file sizes, the tokenizer's hash); `cllm/data/integrity.py` reads the files themselves.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cllm.data.vocabulary import TOKENIZER_FILE, backend_sha256, read_tokenizer, same_tokenizer, tokenizer_sha256
 from cllm.errors import DataError
+from cllm.files import write_atomic
 from cllm.trust import load_tokenizer
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 FORMAT_VERSION = 1
@@ -28,26 +32,26 @@ INDEX_DTYPE = np.dtype("<i8")
 INDEX_ROW = 2 * INDEX_DTYPE.itemsize
 
 
+def partial_folder(folder: Path) -> Path:
+    """Where a prepared folder is built, beside the place it will be renamed to."""
+    return folder.with_name(folder.name + ".partial")
+
+
 def sha256_of(path: Path) -> str:
     """The hex SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tokenizer_sha256(folder: Path) -> str:
-    """The hash that says two prepared folders speak the same tokens.
-
-    It covers what decides the tokens of a text, and neither the layout of `tokenizer.json` nor the parts that a data
-    set does not use, which programs rewrite when they save it again.
-    """
-    content = json.loads((folder / "tokenizer.json").read_bytes())
-    parts = [content[part] for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def plain_name(name: str) -> str:
+    """`name` if it names a file inside a folder and nothing elsewhere. Raises `ValueError` for any other."""
+    if not isinstance(name, str) or not name or name in (".", "..") or any(character in name for character in "/\\\0"):
+        raise ValueError(f"{name!r} is not the plain name of a file in this folder")
+    return name
 
 
-def partial_folder(folder: Path) -> Path:
-    """Where a prepared folder is built, beside the place it will be renamed to."""
-    return folder.with_name(folder.name + ".partial")
+FileName = Annotated[str, AfterValidator(plain_name)]
+Count = Annotated[int, Field(ge=0)]
 
 
 class _Record(BaseModel):
@@ -57,11 +61,11 @@ class _Record(BaseModel):
 class Shard(_Record):
     """One token file and its document index; whole documents only, each ending in EOS."""
 
-    file: str
-    index: str
-    tokens: int
-    documents: int
-    bytes: int
+    file: FileName
+    index: FileName
+    tokens: Count
+    documents: Count
+    bytes: Count
     sha256: str
     index_sha256: str
 
@@ -69,22 +73,49 @@ class Shard(_Record):
 class Split(_Record):
     """Totals over a split's shards. `bytes` counts the UTF-8 bytes of the text, `tokens` includes every EOS."""
 
-    tokens: int
-    documents: int
-    bytes: int
+    tokens: Count
+    documents: Count
+    bytes: Count
     shards: list[Shard]
+
+    @model_validator(mode="after")
+    def _totals(self) -> Self:
+        for name in ("tokens", "documents", "bytes"):
+            found = sum(getattr(shard, name) for shard in self.shards)
+            if found != getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}, but its shards have {found} together")
+        return self
+
+
+class File(NamedTuple):
+    """A token file or an index, as the manifest has it."""
+
+    name: str
+    n_bytes: int
+    sha256: str
+
+
+class Checksums(_Record):
+    """Where the CRC-32 of every block of every shard is kept, so that a sample of the data can be checked."""
+
+    file: FileName
+    """uint32, little-endian: for each split by name, for each shard, of the token file and then of its index."""
+    block_bytes: Annotated[int, Field(gt=0)]
+    """The last block of a file may be shorter."""
+    sha256: str
+    """Of the file of checksums."""
 
 
 class Counts(_Record):
     """What happened to documents on their way in."""
 
-    invalid_utf8_documents: int = 0
+    invalid_utf8_documents: Count = 0
     """Kept documents that held bytes which are not UTF-8."""
-    replaced_sequences: int = 0
+    replaced_sequences: Count = 0
     """How many such byte sequences became U+FFFD."""
-    empty_documents: int = 0
+    empty_documents: Count = 0
     """Left out: nothing but white space."""
-    short_documents: int = 0
+    short_documents: Count = 0
     """Left out: fewer characters than `min_chars`."""
 
 
@@ -94,8 +125,8 @@ class Manifest(_Record):
     format_version: Literal[1] = 1
     name: str
     dtype: Literal["uint16", "uint32"]
-    vocab_size: int
-    eos_id: int
+    vocab_size: Annotated[int, Field(gt=0, le=2**32)]
+    eos_id: Count
     tokenizer_sha256: str
     splits: dict[str, Split]
     counts: Counts
@@ -103,16 +134,24 @@ class Manifest(_Record):
     source_sha256: str
     """Over the names and sizes of the source's files, or the name and revision of a hub data set."""
     versions: dict[str, str]
+    checksums: Checksums | None = None
+    """None in folders that were prepared before there were any, and in those that are made without `prepare`."""
     folder: Path = Field(default=Path(), exclude=True)
+
+    @model_validator(mode="after")
+    def _ids(self) -> Self:
+        if self.eos_id >= self.vocab_size:
+            raise ValueError(f"eos_id is {self.eos_id}, but the ids of vocab_size {self.vocab_size} are smaller")
+        if self.vocab_size - 1 > np.iinfo(self.dtype).max:
+            raise ValueError(f"dtype is {self.dtype}, which is too small for the ids of vocab_size {self.vocab_size}")
+        return self
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
         """The manifest of a prepared folder. Raises `DataError` naming the file that is missing or damaged."""
         manifest = cls.read(folder)
-        for split in manifest.splits.values():
-            for shard in split.shards:
-                manifest._check_size(shard.file, shard.tokens * manifest.token_dtype.itemsize)
-                manifest._check_size(shard.index, shard.documents * INDEX_ROW)
+        for file in manifest.files():
+            manifest._check_file(file)
         manifest._check_tokenizer()
         return manifest
 
@@ -122,30 +161,42 @@ class Manifest(_Record):
         folder = Path(folder)
         path = folder / MANIFEST
         command = f"`python data/prepare.py --config RECIPE.yaml --out {folder}`"
-        if not folder.exists() and partial_folder(folder).exists():
-            raise DataError(f"{folder}: is only half prepared; give the same command again to finish it: {command}")
-        if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder of prepared data; make it with {command}")
         try:
+            if not folder.exists() and partial_folder(folder).exists():
+                raise DataError(f"{folder}: is only half prepared; give the same command again to finish it: {command}")
+            if not folder.is_dir():
+                raise DataError(f"{folder}: no such folder of prepared data; make it with {command}")
             record = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise DataError(f"{path}: missing, so {folder} is not a prepared folder; make one with {command}") from None
-        except (OSError, ValueError) as error:
+        except DataError:
+            raise
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{path}: cannot be read: {error}") from None
-        version = record.get("format_version") if isinstance(record, dict) else None
+        if not isinstance(record, dict):
+            raise DataError(f"{path}: holds a {type(record).__name__}, not an object with a format_version")
+        version = record.get("format_version")
         if version != FORMAT_VERSION:
-            raise DataError(f"{path}: format_version is {version!r}, not {FORMAT_VERSION}; prepare it again")
+            raise DataError(f"{path}: format_version is {repr(version)[:40]}, not {FORMAT_VERSION}; prepare it again")
         try:
             return cls.model_validate({**record, "folder": folder})
         except ValidationError as error:
             first = error.errors()[0]
-            raise DataError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            where = ".".join(map(str, first["loc"])) or "the record"
+            raise DataError(f"{path}: {where[:200]}: {first['msg'].removeprefix('Value error, ')}") from None
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json`, whole or not at all."""
-        temporary = folder / (MANIFEST + ".tmp")
-        temporary.write_text(json.dumps(self.model_dump(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.replace(folder / MANIFEST)
+        write_atomic(folder / MANIFEST, json.dumps(self.model_dump(), indent=2, sort_keys=True) + "\n")
+
+    def files(self, split: str | None = None) -> list[File]:
+        """Every token file and index, of one split or of all, in the order of `Checksums.file`."""
+        found: list[File] = []
+        for name in sorted(self.splits) if split is None else [split]:
+            for shard in self.split(name).shards:
+                found.append(File(shard.file, shard.tokens * self.token_dtype.itemsize, shard.sha256))
+                found.append(File(shard.index, shard.documents * INDEX_ROW, shard.index_sha256))
+        return found
 
     @property
     def token_dtype(self) -> np.dtype:
@@ -168,35 +219,105 @@ class Manifest(_Record):
         return load_tokenizer(self.folder / TOKENIZER)
 
     def digest(self) -> str:
-        """A hex SHA-256 of the whole record: equal for two folders that hold the same tokens of the same tokenizer."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        """A hex SHA-256 of the tokens and the tokenizer: equal for two folders just when they train alike.
 
-    def verify(self) -> None:
-        """Read every shard and compare its hash. Raises `DataError` naming the first file that differs."""
-        for split in self.splits.values():
-            for shard in split.shards:
-                for file, expected in ((shard.file, shard.sha256), (shard.index, shard.index_sha256)):
-                    found = sha256_of(self.folder / file)
-                    if found != expected:
-                        raise DataError(f"{self.folder / file}: damaged: expected sha256 {expected}, found {found}")
+        It covers the hashes of shards and of the tokenizer, and neither names, recipe, versions nor checksums.
+        """
+        splits = {
+            name: [[shard.tokens, shard.documents, shard.bytes, shard.sha256, shard.index_sha256] for shard in s.shards]
+            for name, s in self.splits.items()
+        }
+        parts = [self.dtype, self.vocab_size, self.eos_id, self.tokenizer_sha256, splits]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _check_size(self, file: str, expected: int) -> None:
-        path = self.folder / file
+    def check_unchanged(self, recorded: str | None, run: Path) -> None:
+        """Refuse a folder whose content is not what a run was started with.
+
+        Args:
+            recorded: `digest()` of the folder as the run recorded it; None for runs that recorded none.
+            run: the run's folder, for the message.
+
+        Raises:
+            DataError: when the digests differ.
+        """
+        if recorded is not None and recorded != self.digest():
+            raise DataError(
+                f"{self.folder}: holds other tokens, or another tokenizer, than when the run in {run} was started; "
+                "bring the folder back as it was, or prepare the new data under another name"
+            )
+
+    def same_tokenizer(self, other: Manifest) -> bool:
+        """Whether two folders were prepared with the same tokenizer; see `vocabulary.same_tokenizer`.
+
+        Raises:
+            DataError: when a tokenizer has to be read and cannot be.
+        """
+        if self.tokenizer_sha256 == other.tokenizer_sha256:
+            return True
+        return same_tokenizer(read_tokenizer(self.folder / TOKENIZER), read_tokenizer(other.folder / TOKENIZER))
+
+    def is_tokenized_by(self, tokenizer: Tokenizer) -> bool:
+        """Whether `tokenizer` makes the tokens of this folder, and knows its EOS by the same id.
+
+        Raises:
+            DataError: when the folder's own tokenizer has to be read and cannot be.
+        """
+        if backend_sha256(tokenizer) == self.tokenizer_sha256:
+            return True
+        own = read_tokenizer(self.folder / TOKENIZER)
+        return same_tokenizer(own, tokenizer) and own.id_to_token(self.eos_id) == tokenizer.id_to_token(self.eos_id)
+
+    def verify(self, split: str | None = None) -> None:
+        """Read every shard, of one split or of all, and compare its hash.
+
+        Raises:
+            DataError: naming the first file that differs or cannot be read.
+        """
+        for file in self.files(split):
+            path = self.folder / file.name
+            try:
+                found = sha256_of(path)
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read: {error}") from None
+            if found != file.sha256:
+                raise DataError(f"{path}: damaged: expected sha256 {file.sha256}, found {found}")
+
+    def _check_file(self, file: File) -> None:
+        path, expected = self.folder / file.name, file.n_bytes
+        self._check_inside(path, f"the entry {file.name!r} of {MANIFEST}")
         try:
-            found = path.stat().st_size
+            found = path.stat()
         except OSError:
             raise DataError(f"{path}: missing; the manifest expects {expected} bytes") from None
-        if found != expected:
-            raise DataError(f"{path}: damaged: expected {expected} bytes, found {found}")
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(f"{path}: is not a file; the manifest expects one of {expected} bytes")
+        if found.st_size != expected:
+            raise DataError(f"{path}: damaged: expected {expected} bytes, found {found.st_size}")
+
+    def _check_inside(self, path: Path, what: str) -> None:
+        """Refuse a symbolic link that leaves the folder."""
+        try:
+            if path.is_symlink() and not path.resolve().is_relative_to(self.folder.resolve()):
+                raise DataError(f"{path}: {what} is a symbolic link that leaves the folder, to {path.resolve()}")
+        except (OSError, RuntimeError) as error:  # a link to itself
+            raise DataError(f"{path}: {what} cannot be followed: {error}") from None
 
     def _check_tokenizer(self) -> None:
-        path = self.folder / TOKENIZER / "tokenizer.json"
+        folder = self.folder / TOKENIZER
+        path = folder / TOKENIZER_FILE
+        self._check_inside(folder, "the tokenizer's folder")
         try:
-            found = tokenizer_sha256(path.parent)
-        except OSError:
+            for file in sorted(folder.iterdir()):
+                self._check_inside(file, "a file of the tokenizer")
+            found = tokenizer_sha256(folder)
+        except FileNotFoundError:
             raise DataError(f"{path}: missing; it came with the data, prepare the folder again") from None
-        except (ValueError, KeyError) as error:
-            raise DataError(f"{path}: damaged: {error!r}") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error}") from None
+        except DataError:
+            raise
+        except ValueError as error:
+            raise DataError(f"{path}: damaged: {error}") from None
         if found != self.tokenizer_sha256:
             raise DataError(
                 f"{path}: is not the tokenizer that made these tokens: sha256 is {found}, "

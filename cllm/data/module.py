@@ -9,6 +9,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from cllm.data.integrity import Verify
 from cllm.data.manifest import Manifest
 from cllm.data.packing import PackedDataset, ValidationDataset
 from cllm.data.sampler import StepBatchSampler
@@ -45,6 +46,7 @@ class DataModule(LightningDataModule):
     `validation` maps a name to a prepared folder; empty, it is {"validation": train_folder}. Every folder must have
     been prepared with the tokenizer of the first. Batches are dicts of int64 (B, T) tensors, as `packing.window`
     describes. `validation_sequences` limits each validation set. `vocab_size` is the model's, checked if given.
+    `verify` says how much is read to look for damage.
 
     The Trainer is to be made with `use_distributed_sampler=False` and `accumulate_grad_batches` =
     global_batch / (micro_batch x devices). The training loader has no end and starts at the trainer's `global_step`.
@@ -66,23 +68,30 @@ class DataModule(LightningDataModule):
         num_workers: int = 0,
         validation_sequences: int | None = None,
         vocab_size: int | None = None,
+        verify: Verify = "sample",
     ):
         super().__init__()
         self.seq_len, self.document_mask = seq_len, document_mask
         self.micro_batch, self.global_batch = micro_batch, global_batch
         self.num_workers, self.validation_sequences = num_workers, validation_sequences
-        train = TokenStore(train_folder, TRAIN)
+        limits: dict[str, Any] = {"verify": verify, "vocab_size": vocab_size, "whose": "the model (model.vocab_size)"}
+        train = TokenStore(train_folder, TRAIN, **limits)
         self.manifest: Manifest = train.manifest
         """The training folder's."""
         self.train_dataset = PackedDataset(train, seq_len, seed=seed, document_mask=document_mask)
         folders = validation or {VALIDATION: train_folder}
-        self.validation_stores = {name: TokenStore(folder, VALIDATION) for name, folder in folders.items()}
+        self.validation_stores = {name: TokenStore(folder, VALIDATION, **limits) for name, folder in folders.items()}
         self._check_vocabulary(vocab_size)
 
     @property
     def validation_names(self) -> list[str]:
         """The validation sets, in the order of `val_dataloader`."""
         return list(self.validation_stores)
+
+    @property
+    def validation_digests(self) -> dict[str, str]:
+        """`Manifest.digest()` of each validation set's folder, in the order of `validation_names`."""
+        return {name: store.manifest.digest() for name, store in self.validation_stores.items()}
 
     @property
     def bytes_per_token(self) -> dict[str, float]:
@@ -136,7 +145,7 @@ class DataModule(LightningDataModule):
         manifest = self.manifest
         for name, store in self.validation_stores.items():
             other = store.manifest
-            if (other.tokenizer_sha256, other.eos_id) != (manifest.tokenizer_sha256, manifest.eos_id):
+            if other.eos_id != manifest.eos_id or not other.same_tokenizer(manifest):
                 raise DataError(
                     f"{other.folder}: validation set {name!r} was made with another tokenizer than {manifest.folder}; "
                     f"prepare it with --tokenizer.train null --tokenizer.load {manifest.folder}/tokenizer"

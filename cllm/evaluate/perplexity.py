@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cllm.data.manifest import MANIFEST
+from cllm.data.vocabulary import check_ids
 from cllm.errors import UserError
 from cllm.evaluate.subjects import Subject
 from cllm.evaluate.texts import TextSet, TokenBytes, open_prepared, open_text
@@ -150,9 +151,9 @@ def open_sets(
             raise UserError(f"--data: two sets would be called {label}; evaluate them one by one with --name")
     for label, path in named:
         if not data or (path / MANIFEST).exists():
-            yield open_prepared(label, path, split, subject.tokenizer_sha256, subject.name)
+            yield open_prepared(label, path, split, subject, None if data else subject.digests.get(path))
         else:
-            yield open_text(label, path, subject.tokenizer)
+            yield open_text(label, path, subject)
 
 
 def set_label(name: str) -> str:
@@ -173,7 +174,9 @@ def measure(subject: Subject, text: TextSet, settings: Settings, device: torch.d
         for scored in score(subject, stream, window=window, stride=stride, batch=batch, device=device):
             nll += scored.nll[scored.counted].sum(dtype=torch.float64).item()
             tokens += int(scored.counted.sum())
-            n_bytes += int(token_bytes.lengths[scored.targets[scored.counted].numpy()].sum())
+            targets = scored.targets[scored.counted].numpy()
+            check_ids(targets, len(token_bytes.lengths), str(text.path), f"the tokenizer of {subject.name}")
+            n_bytes += int(token_bytes.lengths[targets].sum())
             progress.update(scored.nll.numel())
     seconds = time.perf_counter() - started
     complete = tokens == len(text.source)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cllm.data.manifest import Manifest, tokenizer_sha256
+from cllm.data.manifest import Manifest
+from cllm.data.vocabulary import backend_of, backend_sha256
 from cllm.errors import UserError
 from cllm.evaluate.places import results_of_checkpoint
 from cllm.files import inside
@@ -56,6 +57,10 @@ class Subject(ABC):
     """Where results also go as TensorBoard events."""
     default_sets: dict[str, Path]
     """Sets to evaluate where none is named: name, prepared folder."""
+    digests: dict[Path, str]
+    """`Manifest.digest()` of these folders when the model was trained, where that was recorded."""
+    vocab_size: int
+    """Token ids that the model's embedding has."""
 
     def results(self, out: Path | None = None) -> Path:
         """The folder that results go to: `out`, or evaluation/ in a run's folder, runs/evaluation/NAME for others.
@@ -72,7 +77,11 @@ class Subject(ABC):
     @property
     @abstractmethod
     def tokenizer_sha256(self) -> str | None:
-        """The hash that prepared folders know the tokenizer by; None where it has no tokenizer.json."""
+        """The hash that records name the tokenizer by; None where it has no tokenizer.json form."""
+
+    @abstractmethod
+    def tokenizes(self, data: Manifest) -> bool:
+        """Whether the tokens of a prepared folder are those of the model's tokenizer. Raises `UserError`."""
 
     @property
     @abstractmethod
@@ -106,6 +115,11 @@ class RunSubject(Subject):
         self.tensorboard = run.tensorboard_folder
         self.default_sets = {name: Path(folder) for name, folder in config.data.validation.items()}
         self.default_sets = self.default_sets or {"validation": self._data}
+        recorded = run.data_digests()
+        self._digest = None if recorded is None else recorded.train
+        validation = {} if recorded is None else recorded.validation
+        self.digests = {path: validation[name] for name, path in self.default_sets.items() if name in validation}
+        self.vocab_size = self._model.embed.num_embeddings
 
     def results(self, out: Path | None = None) -> Path:
         return out or inside(self.folder, "evaluation", written_in=self.folder, to_write=True)
@@ -113,7 +127,9 @@ class RunSubject(Subject):
     @cached_property
     def _manifest(self) -> Manifest:
         """Of the folder the run was trained on: its tokenizer is the run's."""
-        return Manifest.read(self._data)
+        manifest = Manifest.read(self._data)
+        manifest.check_unchanged(self._digest, self.folder)
+        return manifest
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -122,6 +138,9 @@ class RunSubject(Subject):
     @property
     def tokenizer_sha256(self) -> str:
         return self._manifest.tokenizer_sha256
+
+    def tokenizes(self, data: Manifest) -> bool:
+        return self._manifest.same_tokenizer(data)
 
     @property
     def start_id(self) -> int | None:
@@ -145,7 +164,8 @@ class HuggingFaceSubject(Subject):
         config = self._model.config.get_text_config()
         self.name, self.path, self.folder, self.checkpoint = path.resolve().name, path, path, path.name
         self.default_results = results_of_checkpoint(path)
-        self.step, self.default_sets = None, {}
+        self.step, self.default_sets, self.digests = None, {}, {}
+        self.vocab_size = self._model.get_input_embeddings().weight.shape[0]
         self.design = str(getattr(config, "design", config.model_type))
         self.context = getattr(config, "max_position_embeddings", None)
         self.window = min(self.context or _DEFAULT_WINDOW, _DEFAULT_WINDOW)
@@ -157,7 +177,13 @@ class HuggingFaceSubject(Subject):
 
     @property
     def tokenizer_sha256(self) -> str | None:
-        return tokenizer_sha256(self.path) if (self.path / "tokenizer.json").exists() else None
+        try:
+            return backend_sha256(backend_of(self.tokenizer, self.path))
+        except UserError:
+            return None  # a tokenizer that is not of `tokenizers` can score text all the same
+
+    def tokenizes(self, data: Manifest) -> bool:
+        return data.is_tokenized_by(backend_of(self.tokenizer, self.path))
 
     @property
     def start_id(self) -> int | None:

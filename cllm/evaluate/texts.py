@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from cllm.data.manifest import MANIFEST
-from cllm.data.prepare.formats import read_file
+from cllm.data.prepare.formats import TEXT, Text, kind_of, read_file
 from cllm.data.store import TokenStore
+from cllm.data.vocabulary import check_ids
 from cllm.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from cllm.evaluate.subjects import Subject
+
 log = logging.getLogger(__name__)
 
 TEXT_FIELD = "text"
+_MOST_REPLACED = 0.3  # share of a text's characters that may stand for invalid bytes: more is no text, or no UTF-8
 _ENCODE_TOGETHER = 256  # documents handed to the tokenizer at a time
 
 
@@ -85,13 +89,22 @@ class TextSet:
     """Invalid byte sequences that became U+FFFD on the way in."""
 
 
-def open_prepared(name: str, path: Path, split: str, tokenizer_sha256: str | None, subject: str) -> TextSet:
-    """A split of a prepared folder. Raises `UserError` where its tokens are not those of the model `subject`."""
-    store = TokenStore(path, split)
-    if store.manifest.tokenizer_sha256 != tokenizer_sha256:
+def open_prepared(name: str, path: Path, split: str, subject: Subject, digest: str | None = None) -> TextSet:
+    """A split of a prepared folder, to be scored by the model `subject`.
+
+    Args:
+        digest: `Manifest.digest()` that the folder has to have; None: any.
+
+    Raises:
+        UserError: when the folder is missing or damaged, or its tokens are not those of the model.
+    """
+    _check_start(subject)
+    store = TokenStore(path, split, vocab_size=subject.vocab_size, whose=f"the embedding of {subject.name}")
+    store.manifest.check_unchanged(digest, subject.folder)
+    if not subject.tokenizes(store.manifest):
         raise UserError(
-            f"{path}: was prepared with another tokenizer than that of {subject}, so its tokens mean nothing to the "
-            "model; give --data a text file (.txt .md .jsonl) instead: text is tokenised with the model's own tokenizer"
+            f"{path}: was prepared with another tokenizer than that of {subject.name}, so its tokens mean nothing to "
+            "the model; give --data a text file (.txt .md .jsonl) instead: that is tokenised with the model's own one"
         )
     totals = store.manifest.split(split)
     if totals.tokens == 0:
@@ -99,11 +112,33 @@ def open_prepared(name: str, path: Path, split: str, tokenizer_sha256: str | Non
     return TextSet(name=name, path=path, split=split, source=store, n_documents=totals.documents, n_bytes=totals.bytes)
 
 
-def open_text(name: str, path: Path, tokenizer: PreTrainedTokenizerBase) -> TextSet:
+def _check_start(subject: Subject) -> None:
+    """Refuse a model whose embedding lacks the token that texts are to start with."""
+    start = np.array([] if subject.start_id is None else [subject.start_id], dtype=np.int64)
+    check_ids(start, subject.vocab_size, f"{subject.path}: its BOS or EOS", "its embedding")
+
+
+def _check_is_text(path: Path, documents: list[Text]) -> None:
+    """Refuse a file that holds something else: with a zero byte, or for the most part no UTF-8."""
+    for document in documents:
+        if "\0" in document.text and kind_of(path) in TEXT:
+            raise UserError(f"{path}: is no text file: it has a byte 0 at character {document.text.index(chr(0))}")
+        if document.replaced > _MOST_REPLACED * len(document.text):
+            raise UserError(
+                f"{path}: is no text in UTF-8: {document.replaced} of a document's {len(document.text)} characters are "
+                "invalid bytes; convert it to UTF-8 first"
+            )
+
+
+def open_text(name: str, path: Path, subject: Subject) -> TextSet:
     """A text file as one document, or each line of a .jsonl file as one; empty documents are left out.
 
-    Raises `UserError` for a file that is missing, unreadable or holds no text, and for a tokenizer without EOS.
+    Raises:
+        UserError: for a file that is missing, unreadable, no text or empty, a tokenizer without EOS, and tokens that
+            the model's embedding does not have.
     """
+    tokenizer = subject.tokenizer
+    _check_start(subject)
     if not path.is_file():
         what = f"has no {MANIFEST}, so it is no prepared folder" if path.is_dir() else "no such file or folder"
         raise UserError(f"{path}: {what}; --data takes a prepared folder or a text file")
@@ -112,15 +147,18 @@ def open_text(name: str, path: Path, tokenizer: PreTrainedTokenizerBase) -> Text
     documents = [document for document in read_file(path, TEXT_FIELD) if document.text.strip()]
     if not documents:
         raise UserError(f"{path}: holds no text")
+    _check_is_text(path, documents)
     replaced = sum(document.replaced for document in documents)
     if replaced:
         log.warning("%s: %d byte sequences are not UTF-8 and were replaced by U+FFFD", path, replaced)
     texts = [document.text for document in documents]
+    source = TextTokens(texts, tokenizer)
+    check_ids(source.read(0, len(source)), subject.vocab_size, str(path), f"the embedding of {subject.name}")
     return TextSet(
         name=name,
         path=path,
         split=None,
-        source=TextTokens(texts, tokenizer),
+        source=source,
         n_documents=len(texts),
         n_bytes=sum(len(text.encode()) for text in texts),
         replaced=replaced,

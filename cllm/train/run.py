@@ -28,7 +28,7 @@ from cllm.kv.describe import plan_figure, plan_table
 from cllm.lock import locked
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import build_decoder, count_parameters, meta_decoder, training_flops_per_token
-from cllm.runs import RUN, RunFolder, check_run_folder
+from cllm.runs import RUN, DataDigests, RunFolder, check_run_folder
 from cllm.train.callbacks import Checkpoints, Metrics, StopWhenDone
 from cllm.train.environment import environment
 from cllm.train.equip import equip
@@ -86,7 +86,7 @@ def check_resumable(config: Config, folder: RunFolder) -> None:
     old, new = folder.config().as_yaml_data(), config.as_yaml_data()
     for section in ("init", "uptrain", "model", "data", "optim", "train"):
         for key in old[section] | new[section]:
-            free = {"train": _FREE_TO_CHANGE, "data": {"num_workers", "validation", "validation_sequences"}}
+            free = {"train": _FREE_TO_CHANGE, "data": {"num_workers", "validation", "validation_sequences", "verify"}}
             if key in free.get(section, set()) or old[section].get(key) == new[section].get(key):
                 continue
             if key == "strategy" and family(old[section][key]) == family(new[section][key]):
@@ -287,6 +287,7 @@ def _train(config: Config, resume: str | None, overwrite: bool, callbacks: Seque
         num_workers=config.data.num_workers,
         validation_sequences=config.data.validation_sequences,
         vocab_size=config.model.vocab_size,
+        verify=config.data.verify,
     )
     if choose:
         check_best_sources(config, processes=_devices(config, _accelerator(config)) * config.train.num_nodes)
@@ -318,6 +319,7 @@ def _train(config: Config, resume: str | None, overwrite: bool, callbacks: Seque
             remove(folder.path, RUN)
         mark(folder.path, RUN)  # a run from before there were marks gets one when it goes on
         _write_start(config, folder, model, summary)
+        folder.write_data_digests(DataDigests(train=data.manifest.digest(), validation=data.validation_digests))
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
     try:

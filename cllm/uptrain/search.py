@@ -312,6 +312,7 @@ def _search(config: Config, arguments: argparse.Namespace) -> list[dict[str, Any
         seed=config.train.seed,
         document_mask=config.data.document_mask,
         vocab_size=config.model.vocab_size,
+        verify=config.data.verify,
     )
     batches = calibration_batches(config, data)
     if arguments.fusion:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch.utils.data import default_collate
 
 from cllm.config import Config
-from cllm.data.manifest import Manifest, tokenizer_sha256
+from cllm.data.manifest import Manifest
 from cllm.data.module import DataModule
-from cllm.data.prepare import tokenizer
+from cllm.data.vocabulary import VOCABULARY_FILES, load_tokenizer
 from cllm.errors import DataError, UserError
+from cllm.runs import RunFolder
 from cllm.uptrain.calibrate import Batches
 from cllm.uptrain.curriculum import BlendingAttention, add_curriculum
 from cllm.uptrain.decoder import TracedDecoder, build_traced
@@ -43,25 +43,48 @@ def open_teacher(config: Config) -> Teacher:
     return teacher
 
 
-def check_tokenizer(folder: Path, data: Manifest) -> None:
-    """Refuse `data` that was not prepared with the tokenizer in `folder`, where that has one."""
-    if not (folder / "tokenizer.json").exists() or _has_tokenizer(folder, data.tokenizer_sha256):
+def check_tokenizer(path: Path, data: Manifest) -> None:
+    """Refuse `data` that was not prepared with the tokenizer of the model in `path`, where that is known.
+
+    A Hugging Face folder has its tokenizer; a run has that of the folder it was trained on.
+
+    Raises:
+        UserError: naming both.
+    """
+    run = path.parent.parent if path.suffix == ".ckpt" else path
+    if RunFolder(run).config_file.exists():
+        _check_tokenizer_of_run(RunFolder(run), data)
         return
+    if not any((path / name).exists() for name in VOCABULARY_FILES):
+        return
+    why = ""
+    try:
+        if data.is_tokenized_by(load_tokenizer(path)):
+            return
+    except UserError as error:
+        why = f" ({error})"
     raise UserError(
-        f"data.path is {data.folder}, which was not prepared with the tokenizer of init.from, {folder}/tokenizer.json; "
-        f"prepare it with --tokenizer.train null --tokenizer.load {folder}"
+        f"data.path is {data.folder}, which was not prepared with the tokenizer of init.from, {path}{why}; "
+        f"prepare it with --tokenizer.train null --tokenizer.load {path}"
     )
 
 
-def _has_tokenizer(folder: Path, sha256: str) -> bool:
+def _check_tokenizer_of_run(run: RunFolder, data: Manifest) -> None:
+    folder, recorded = run.config().data.path, run.data_digests()
     try:
-        if tokenizer_sha256(folder) == sha256:
-            return True
-        with TemporaryDirectory() as saved:  # as it is saved beside prepared data: transformers may write it otherwise
-            tokenizer.load(str(folder), Path(saved))
-            return tokenizer_sha256(Path(saved)) == sha256
-    except (DataError, ValueError, KeyError):
-        return False
+        own = Manifest.read(folder)
+        own.check_unchanged(None if recorded is None else recorded.train, run.path)
+        same = own.same_tokenizer(data)
+    except DataError as error:
+        rank_zero_only(log.warning)(
+            "init.from %s: its tokenizer is not compared with that of the data: %s", run.path, error
+        )
+        return
+    if not same:
+        raise UserError(
+            f"data.path is {data.folder}, which was not prepared with the tokenizer of init.from, that of {folder}; "
+            f"prepare it with --tokenizer.train null --tokenizer.load {folder}/tokenizer"
+        )
 
 
 def calibration_batches(config: Config, data: DataModule) -> Batches:

@@ -51,6 +51,46 @@ def test_json_lines(tmp_path, suffix):
     assert texts_of(path) == TEXTS
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_byte_order_marks_are_no_text(tmp_path, suffix):
+    bom = b"\xef\xbb\xbf"
+    for name, raw, expected in (
+        ("a.jsonl", bom + jsonl(TEXTS), TEXTS),
+        ("b.jsonl", bom + b"\n" + jsonl(TEXTS), TEXTS),
+        ("c.jsonl", jsonl(TEXTS) + bom + jsonl(TEXTS), TEXTS + TEXTS),  # files joined end to end
+        ("d.txt", bom + TEXTS[1].encode(), [TEXTS[1]]),
+        ("e.txt", bom, [""]),
+        ("f.jsonl", jsonl(["\ufeffkept inside of JSON"]), ["\ufeffkept inside of JSON"]),
+    ):
+        path = tmp_path / f"{name}{suffix}"
+        path.write_bytes(COMPRESS[suffix](raw))
+        assert [(found.text, found.replaced) for found in read_file(path, "text")] == [(text, 0) for text in expected]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        '{"_data_files": [{"filename": "../secret.arrow"}]}',
+        '{"_data_files": [{"filename": "/etc/secret.arrow"}]}',
+        '{"_data_files": [{"filename": 3}]}',
+        '{"_data_files": ["a.arrow"]}',
+        '{"_data_files": 3}',
+        "[]",
+        "{",
+        "[" * 100_000,
+    ],
+)
+def test_a_saved_data_set_lists_files_of_its_own(tmp_path, state):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "secret.arrow").touch()
+    (tmp_path / "set" / "state.json").write_text(state)
+    with pytest.raises(
+        DataError, match=r"state\.json: not a list of files as datasets\.save_to_disk writes it: "
+    ) as caught:
+        open_files([str(tmp_path / "set")], "text", "source.paths")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("suffix", [s for s in COMPRESS if s])
 def test_file_cut_short_is_an_error(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"

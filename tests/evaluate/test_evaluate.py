@@ -152,6 +152,107 @@ def test_a_hugging_face_folder_scores_prepared_data_of_its_own_tokenizer(evaluat
     assert not (folder / "evaluation").exists()
 
 
+def test_a_tokenizer_that_transformers_rewrites_is_the_folders_own(evaluate, llama, tmp_path, caplog) -> None:
+    """The class named in tokenizer_config.json has rules of its own, which are in no file until it is saved."""
+    from cllm.data.prepare.build import prepare
+    from cllm.data.prepare.recipe import Recipe
+    from cllm.data.vocabulary import tokenizer_sha256
+
+    folder, _ = llama
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}))
+    (tmp_path / "t.txt").write_text("alpha beta 1234 naïve 日本\n\n don't", encoding="utf-8")
+    recipe = {
+        "name": "t",
+        "out": str(tmp_path / "data"),
+        "source": {"kind": "files", "paths": [str(tmp_path / "t.txt")]},
+        "tokenizer": {"load": str(folder)},
+        "validation": {"fraction": 1.0},
+        "workers": 1,
+    }
+    data = prepare(Recipe.model_validate(recipe))
+    assert data.tokenizer_sha256 != tokenizer_sha256(folder)
+    assert evaluate("--run", folder, "--data", data.folder, tmp_path / "t.txt", "--out", tmp_path / "out") == 0
+    text, prepared = (json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("t", "data"))
+    assert text["nll"] == prepared["nll"]
+    assert text["tokenizer_sha256"] == prepared["tokenizer_sha256"] == data.tokenizer_sha256
+
+
+def test_tokens_that_the_embedding_lacks_are_refused(evaluate, llama, make_run, prepared, tmp_path, capsys) -> None:
+    folder, _ = llama
+    data = shutil.copytree(prepared(300), tmp_path / "data")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    flags = {**content["added_tokens"][0], "special": False}
+    content["added_tokens"] += [{**flags, "id": i, "content": f"word{i}"} for i in range(300, 330)]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "in.txt").write_text("alpha word319", encoding="utf-8")
+    (tmp_path / "beyond.txt").write_text("alpha word320", encoding="utf-8")
+    assert evaluate("--run", folder, "--data", tmp_path / "in.txt") == 0
+    said = "holds token 320, but the embedding of llama has tokens 0 to 319"
+    for more in ([], ["--posthoc", "none", "--prefix", "2", "--window", "4"]):
+        capsys.readouterr()
+        message = _refused(capsys, evaluate("--run", folder, "--data", tmp_path / "beyond.txt", *more))
+        assert f"beyond.txt: {said}" in message
+    # Prepared data whose manifest and tokens say more than the run's embedding has.
+    run, _ = make_run()
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(manifest | {"vocab_size": 400, "checksums": None}))
+    shard = manifest["splits"]["validation"]["shards"][1]["file"]
+    raw = bytearray((data / shard).read_bytes())
+    raw[:2] = (310).to_bytes(2, "little")
+    (data / shard).write_bytes(raw)
+    message = _refused(capsys, evaluate("--run", run.path, "--data", data))
+    assert f"{shard}: holds token 310, but the embedding of a has tokens 0 to 299" in message
+
+
+def test_data_prepared_anew_is_refused(evaluate, make_run, prepared, tmp_path, capsys) -> None:
+    from cllm.data.manifest import Manifest
+    from cllm.runs import DataDigests
+
+    (tmp_path / "t.txt").write_text("alpha", encoding="utf-8")
+    other = shutil.copytree(prepared(300), tmp_path / "other")
+    run, _ = make_run(data={"validation": {"mine": str(other)}})
+    digest = Manifest.load(other).digest()
+    run.write_data_digests(DataDigests(train=digest, validation={"mine": digest}))
+    assert evaluate("--run", run.path, "--max-tokens", 20) == 0
+    shutil.rmtree(other)
+    shutil.copytree(prepared(257), other)  # another tokenizer
+    capsys.readouterr()
+    said = f"{other}: holds other tokens, or another tokenizer, than when the run in {run.path} was started"
+    assert said in _refused(capsys, evaluate("--run", run.path))
+    shutil.rmtree(other)
+    record = json.loads((shutil.copytree(prepared(300), other) / "manifest.json").read_text())
+    shards = record["splits"]["validation"]["shards"]
+    for key in ("tokens", "documents", "bytes"):
+        record["splits"]["validation"][key] -= shards[-1][key]
+    shards.pop()  # the same tokenizer, fewer tokens
+    (other / "manifest.json").write_text(json.dumps(record | {"checksums": None}))
+    assert said in _refused(capsys, evaluate("--run", run.path))
+    assert evaluate("--run", run.path, "--data", other) == 0, "asked for by name, it is as good as any"
+    # The tokenizer of a run lies in its training data.
+    run.write_data_digests(DataDigests(train="0", validation={}))
+    capsys.readouterr()
+    message = _refused(capsys, evaluate("--run", run.path, "--data", tmp_path / "t.txt"))
+    assert f"{prepared(300)}: holds other tokens, or another tokenizer" in message
+
+
+def test_files_that_are_no_text_are_refused(evaluate, make_run, tmp_path, capsys) -> None:
+    run, _ = make_run()
+    for name, raw, said in (
+        ("zip.txt", b"PK\x03\x04\x14\x00\x08 some text after it", "is no text file: it has a byte 0 at character 5"),
+        ("utf16.md", "alpha beta".encode("utf-16"), "is no text file: it has a byte 0"),
+        ("noise.txt", bytes(range(1, 256)) * 8, "is no text in UTF-8: "),
+        ("cp1251.txt", "Русский текст".encode("cp1251"), "is no text in UTF-8: "),
+    ):
+        (tmp_path / name).write_bytes(raw)
+        for more in ([], ["--posthoc", "none"]):
+            message = _refused(capsys, evaluate("--run", run.path, "--data", tmp_path / name, *more))
+            assert f"{tmp_path / name}: {said}" in message
+    (tmp_path / "t.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "alpha \\u0000 beta"}\n')
+    assert evaluate("--run", run.path, "--data", tmp_path / "t.jsonl") == 0
+    assert _record(run.path, "t")["bytes"] == len("alpha \0 beta")
+
+
 def test_hugging_face_folders_that_are_refused(evaluate, llama, prepared, tmp_path, capsys) -> None:
     folder, _ = llama
     prepared(257)

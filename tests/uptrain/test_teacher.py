@@ -16,10 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from cllm import cli
 from cllm.config import Config
 from cllm.data.manifest import Manifest
+from cllm.data.vocabulary import tokenizer_sha256
 from cllm.errors import UserError
 from cllm.hub.config import CLLMConfig
 from cllm.hub.model import CLLMForCausalLM
-from cllm.runs import load_run
+from cllm.runs import RunFolder, load_run
 from cllm.train.run import train
 from cllm.uptrain.start import check_tokenizer
 from cllm.uptrain.teacher import check_student, load_teacher, teacher_config
@@ -172,6 +173,41 @@ def test_data_of_another_tokenizer_is_refused(llama: Path, prepared: Path, tmp_p
         file.write_text(text)
         with pytest.raises(UserError, match=r"not prepared with the tokenizer of init.from"):
             train(config_from(folder, *settings))
+
+
+def test_what_transformers_makes_of_a_folder_is_its_tokenizer(llama: Path, prepared: Path, tmp_path: Path) -> None:
+    """The same answer as evaluation gives: the class named in tokenizer_config.json has rules of its own."""
+    from transformers import AutoTokenizer
+
+    folder, data = tmp_path / "llama", shutil.copytree(prepared, tmp_path / "data")
+    shutil.copytree(llama, folder)
+    shutil.copy(prepared / "tokenizer" / "tokenizer.json", folder)
+    record = json.loads((prepared / "tokenizer" / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(record | {"tokenizer_class": "Qwen2Tokenizer"}))
+    shutil.rmtree(data / "tokenizer")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(data / "tokenizer")
+    manifest = Manifest.read(data).model_copy(update={"tokenizer_sha256": tokenizer_sha256(data / "tokenizer")})
+    check_tokenizer(folder, manifest)
+    with pytest.raises(UserError, match=r"not prepared with the tokenizer of init.from"):
+        check_tokenizer(folder, Manifest.read(prepared))
+
+
+def test_a_run_brings_the_tokenizer_of_its_data(tiny, prepared: Path, tmp_path: Path, caplog) -> None:
+    own, other = (shutil.copytree(prepared, tmp_path / name) for name in ("own", "other"))
+    run = RunFolder(tmp_path / "run")
+    run.write_config(tiny("--data.path", str(own)))
+    file = other / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"normalizer": {"type": "NFC"}}))
+    manifest = Manifest.read(other)
+    check_tokenizer(run.path, manifest)
+    manifest.tokenizer_sha256 = tokenizer_sha256(other / "tokenizer")
+    for path in (run.path, run.checkpoint_path(3)):
+        with pytest.raises(UserError, match=rf"not prepared with the tokenizer of init.from, that of {own}"):
+            check_tokenizer(path, manifest)
+    shutil.rmtree(own)
+    check_tokenizer(run.path, manifest)
+    assert "its tokenizer is not compared with that of the data" in caplog.text
 
 
 def test_the_command_line_answers_a_bad_folder_with_one_line(tmp_path: Path) -> None:

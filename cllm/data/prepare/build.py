@@ -24,7 +24,8 @@ from platform import python_version
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
-from cllm.data.manifest import MANIFEST, TOKENIZER, Manifest, Split, partial_folder
+from cllm.data.integrity import Damaged, write_checksums
+from cllm.data.manifest import MANIFEST, TOKENIZER, Count, Manifest, Split, partial_folder
 from cllm.data.prepare import tokenizer
 from cllm.data.prepare.corpus import TRAIN, VALIDATION, Corpus, after
 from cllm.data.prepare.encode import Encoded, encode
@@ -48,7 +49,7 @@ class State(BaseModel):
 
     key: str
     """Hash of all that decides the output: recipe, source and versions."""
-    documents: int = 0
+    documents: Count = 0
     """Kept documents of the corpus that are written, all splits together."""
     splits: dict[str, Progress] = {}
 
@@ -144,19 +145,25 @@ def _fill(partial: Path, recipe: Recipe, corpus: Corpus) -> None:
     key = hashlib.sha256(json.dumps([recipe.sha256(), fingerprint, versions]).encode()).hexdigest()
     state = _resume(partial, key) or _start(partial, key, recipe, corpus)
     saved = tokenizer.inspect(partial / TOKENIZER)
-    splits = _write_shards(partial, recipe, corpus, saved, state)
-    Manifest(
-        name=recipe.name,
-        dtype=saved.dtype,
-        vocab_size=saved.vocab_size,
-        eos_id=saved.eos_id,
-        tokenizer_sha256=saved.sha256,
-        splits=splits,
-        counts=corpus.counts,
-        recipe=recipe.content(),
-        source_sha256=fingerprint,
-        versions=versions,
-    ).save(partial)
+    try:
+        splits = _write_shards(partial, recipe, corpus, saved, state)
+        manifest = Manifest(
+            name=recipe.name,
+            dtype=saved.dtype,
+            vocab_size=saved.vocab_size,
+            eos_id=saved.eos_id,
+            tokenizer_sha256=saved.sha256,
+            splits=splits,
+            counts=corpus.counts,
+            recipe=recipe.content(),
+            source_sha256=fingerprint,
+            versions=versions,
+        )
+        manifest.checksums = write_checksums(manifest, partial)
+    except Damaged:
+        (partial / STATE).unlink(missing_ok=True)  # nothing here is of use to a rerun
+        raise
+    manifest.save(partial)
 
 
 def _resume(partial: Path, key: str) -> State | None:
@@ -172,6 +179,12 @@ def _resume(partial: Path, key: str) -> State | None:
     for split, progress in state.splits.items():
         kept |= {name for shard in progress.shards for name in (shard.file, shard.index)}
         kept |= {f"{split}-{len(progress.shards):05d}{suffix}" for suffix in (".bin", ".idx") if progress.documents}
+    written = sum(
+        progress.documents + sum(shard.documents for shard in progress.shards) for progress in state.splits.values()
+    )
+    if written != state.documents or any((partial / name).is_symlink() for name in kept):
+        log.info("starting clean: %s: %s does not fit the files beside it", partial, STATE)
+        return None
     _remove(partial, but=kept)
     n_shards = sum(len(progress.shards) for progress in state.splits.values())
     log.info("resuming %s: %d documents, %d finished shards", partial, state.documents, n_shards)
@@ -199,7 +212,7 @@ def _start(partial: Path, key: str, recipe: Recipe, corpus: Corpus) -> State:
 def _remove(folder: Path, but: set[str]) -> None:
     for path in folder.iterdir():
         if path.name not in (*but, MARK):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _write_shards(

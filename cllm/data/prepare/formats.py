@@ -28,6 +28,7 @@ SUPPORTED = (
 )
 _TABLE_ROWS = 1024  # rows of a table held in memory at a time
 _READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
+_BOM = b"\xef\xbb\xbf"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -42,7 +43,8 @@ class Text(NamedTuple):
 
 
 def decode(raw: bytes) -> tuple[str, int]:
-    """UTF-8 bytes as text, and how many invalid sequences were replaced by U+FFFD."""
+    """UTF-8 bytes as text, less a byte order mark, and how many invalid sequences were replaced by U+FFFD."""
+    raw = raw.removeprefix(_BOM)
     try:
         return raw.decode("utf-8"), 0
     except UnicodeDecodeError:
@@ -125,7 +127,7 @@ def _read_lines(path: Path, text_field: str) -> Iterator[Text]:
         size = path.stat().st_size or 1
         with path.open("rb") as raw, _open(path, raw) as file:
             for number, line in enumerate(file, start=1):
-                if line.isspace():
+                if not line.removeprefix(_BOM).strip():
                     continue
                 text, replaced = _parse_line(line, f"{path}:{number}", text_field)
                 yield Text(text, replaced, min(raw.tell() / size, 1.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import IO
@@ -9,7 +10,8 @@ from typing import IO
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from cllm.data.manifest import INDEX_DTYPE, INDEX_ROW, Shard, Split, sha256_of
+from cllm.data.integrity import Damaged
+from cllm.data.manifest import INDEX_DTYPE, INDEX_ROW, Count, Shard, Split
 
 
 class Progress(BaseModel):
@@ -18,9 +20,51 @@ class Progress(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     shards: list[Shard] = []
-    tokens: int = 0
-    documents: int = 0
-    bytes: int = 0
+    tokens: Count = 0
+    documents: Count = 0
+    bytes: Count = 0
+    sha256: str | None = None
+    """Of the open shard's tokens that are on disk; None where none are, and in what older versions wrote."""
+    index_sha256: str | None = None
+
+
+class _HashedFile:
+    """A file that grows at its end, and the hash of all that was written to it."""
+
+    def __init__(self, path: Path, size: int, sha256: str | None):
+        """Open a file, cut back to `size` bytes, whose hash is to be `sha256` where that is known. Raises `Damaged`."""
+        self._path = path
+        self._sha256 = hashlib.sha256()
+        # Not through a symbolic link, which may lead to a file that is not ours.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        self._file: IO[bytes] = os.fdopen(descriptor, "r+b")
+        left = size
+        while left and (piece := self._file.read(min(left, 1 << 20))):
+            self._sha256.update(piece)
+            left -= len(piece)
+        if left or (sha256 is not None and self.sha256 != sha256):
+            raise Damaged(f"{path}: damaged since the preparation was stopped; the same command starts clean")
+        self._file.seek(size)
+        self._file.truncate(size)
+
+    @property
+    def name(self) -> str:
+        return self._path.name
+
+    @property
+    def sha256(self) -> str:
+        return self._sha256.hexdigest()
+
+    def write(self, array: np.ndarray) -> None:
+        self._file.write(array.data)
+        self._sha256.update(array.data)
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class ShardWriter:
@@ -43,17 +87,18 @@ class ShardWriter:
             progress = self.progress
         self._files = self._files or self._open()
         tokens_file, index_file = self._files
-        tokens_file.write(tokens.astype(self._dtype, copy=False).data)
+        tokens_file.write(np.ascontiguousarray(tokens, dtype=self._dtype))
         progress.tokens += len(tokens)
         progress.documents += 1
         progress.bytes += n_bytes
-        index_file.write(np.array([progress.tokens, progress.bytes], dtype=INDEX_DTYPE).data)
+        index_file.write(np.array([progress.tokens, progress.bytes], dtype=INDEX_DTYPE))
 
     def sync(self) -> Progress:
         """Put everything written so far on disk, and say how much that is."""
-        for file in self._files or ():
-            file.flush()
-            os.fsync(file.fileno())
+        if self._files is not None:
+            for file in self._files:
+                file.sync()
+            self.progress.sha256, self.progress.index_sha256 = (file.sha256 for file in self._files)
         return self.progress
 
     def close_shard(self) -> None:
@@ -61,19 +106,20 @@ class ShardWriter:
         if self._files is None:
             return
         self.sync()
-        for file in self._files:
-            file.close()
-        self._files = None
-        open_shard, (tokens_path, index_path) = self.progress, self._paths()
+        tokens_file, index_file = self._files
+        open_shard = self.progress
         shard = Shard(
-            file=tokens_path.name,
-            index=index_path.name,
+            file=tokens_file.name,
+            index=index_file.name,
             tokens=open_shard.tokens,
             documents=open_shard.documents,
             bytes=open_shard.bytes,
-            sha256=sha256_of(tokens_path),
-            index_sha256=sha256_of(index_path),
+            sha256=tokens_file.sha256,
+            index_sha256=index_file.sha256,
         )
+        for file in self._files:
+            file.close()
+        self._files = None
         self.progress = Progress(shards=[*open_shard.shards, shard])
 
     def finish(self) -> Split:
@@ -87,15 +133,8 @@ class ShardWriter:
             shards=shards,
         )
 
-    def _paths(self) -> tuple[Path, Path]:
-        stem = f"{self.split}-{len(self.progress.shards):05d}"
-        return self.folder / f"{stem}.bin", self.folder / f"{stem}.idx"
-
-    def _open(self) -> tuple[IO[bytes], IO[bytes]]:
+    def _open(self) -> tuple[_HashedFile, _HashedFile]:
         """Open the next shard, or the one a stopped run left behind, cut back to what was safe."""
-        tokens_path, index_path = self._paths()
-        sizes = (self.progress.tokens * self._dtype.itemsize, self.progress.documents * INDEX_ROW)
-        for path, size in zip((tokens_path, index_path), sizes, strict=True):
-            with path.open("ab") as file:
-                file.truncate(size)
-        return tokens_path.open("ab"), index_path.open("ab")
+        progress, stem = self.progress, self.folder / f"{self.split}-{len(self.progress.shards):05d}"
+        tokens = _HashedFile(stem.with_suffix(".bin"), progress.tokens * self._dtype.itemsize, progress.sha256)
+        return tokens, _HashedFile(stem.with_suffix(".idx"), progress.documents * INDEX_ROW, progress.index_sha256)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from cllm.data.manifest import plain_name
 from cllm.data.prepare import formats, recipe
 from cllm.data.prepare.formats import read_file
 from cllm.errors import DataError
@@ -136,7 +137,7 @@ def _files_in(folder: Path) -> list[Path]:
         splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
         raise DataError(f"{folder}: holds several splits ({', '.join(splits)}); name the folder of one")
     if state.exists():
-        return [folder / file["filename"] for file in json.loads(state.read_bytes())["_data_files"]]
+        return [folder / name for name in _saved_files(state)]
     files = [
         path
         for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix())
@@ -150,6 +151,14 @@ def _files_in(folder: Path) -> list[Path]:
             raise DataError(f"{folder}: no supported file among {left_out}; {formats.SUPPORTED}")
         log.info("%s: left out files of other types: %s", folder, left_out)
     return supported
+
+
+def _saved_files(state: Path) -> list[str]:
+    """The files that `state.json` of `datasets.save_to_disk` lists. Raises `DataError` for names outside the folder."""
+    try:
+        return [plain_name(file["filename"]) for file in json.loads(state.read_bytes())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{state}: not a list of files as datasets.save_to_disk writes it: {error}") from None
 
 
 def fingerprint_sha256(sources: list[Source]) -> str:

@@ -84,8 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in options.run:
             with left_out.unless_usable(path):
                 subject = load_subject(path, device)
-                print(f"results of {path} go to {subject.results(options.out)}", file=sys.stderr, flush=True)
+                announced = options.out is not None or subject.kind == "run"
                 for text in open_sets(subject, options.data, split=settings.split, name=options.name):
+                    if not announced:
+                        if options.posthoc:
+                            posthoc.resolve(subject, settings, options.prefix, device)
+                        settings.resolve(subject, device)  # a mistake is all that is said
+                        print(f"results of {path} go to {subject.results()}", file=sys.stderr, flush=True)
+                        announced = True
                     if options.posthoc:
                         found = posthoc.measure(
                             subject,

@@ -2,8 +2,9 @@
 # What both job scripts do, inside a SLURM allocation: train, stop in good time, and go on in a next turn.
 #   CLLM_PYTHON  the interpreter (default: .venv/bin/python in the project's root, or python)
 # Five minutes before the job's time is up SLURM sends USR1 here (--signal=B:USR1@300). train.py gets it too, saves
-# after the step under way (with several processes: at the next log step) and ends; the job is put back into the queue
-# and goes on from that checkpoint.
+# after the step under way (with several processes: at the next log step) and ends with status 3; the job is put back
+# into the queue and goes on from that checkpoint. This script ends with status 3 too, 0 for a run that is finished, and
+# another one for a run that failed.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?run this through sbatch}"
 python=${CLLM_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
@@ -20,7 +21,17 @@ on_usr1() {
 }
 trap on_usr1 USR1
 
-srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$python" train.py \
+# srun ends all tasks as soon as one has a status that is not 0. A task that was stopped leaves a file in place of its
+# status, so that the others may end by themselves.
+stopped=$PWD/.slurm-${SLURM_JOB_ID:?}.stopped
+rm -f "$stopped"
+# shellcheck disable=SC2016  # each task expands it
+task='trap : USR1 TERM  # these are for train.py
+status=0
+"$@" || status=$?
+if [ "$status" -eq 3 ]; then touch "$0"; exit 0; fi
+exit "$status"'
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c "$task" "$stopped" "$python" train.py \
     --train.devices "$devices" --train.num_nodes "$nodes" --resume auto "$@" &
 step=$!
 while kill -0 "$step" 2>/dev/null; do # USR1 ends a wait, not the training
@@ -29,7 +40,9 @@ done
 status=0
 wait "$step" || status=$?
 
-if [ -n "$time_is_up" ] && [ "$status" -eq 0 ]; then
+if [ "$status" -eq 0 ] && [ -e "$stopped" ]; then status=3; fi
+rm -f "$stopped"
+if [ -n "$time_is_up" ] && [ "$status" -eq 3 ]; then
     scontrol requeue "${SLURM_JOB_ID:?}"
 fi
 exit "$status"

@@ -18,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cllm.evaluate.comparison import Comparison, Row, find_runs
 from cllm.evaluate.comparison import compare as compare_runs
 from cllm.evaluate.report import figure, markdown_table
+from cllm.files import MARK
+from cllm.lock import locked
 
 MHA = 98304
 
@@ -209,7 +211,8 @@ def test_the_command_writes_a_table_a_csv_a_figure_and_events(synthetic, compare
     events = EventAccumulator(str(folder)).Reload()
     assert len(events.Images("comparison")) == 1
     assert len(events.Tensors("comparison/text_summary")) == 1
-    assert sorted(path.suffix for path in folder.iterdir()) == [".comparison", ".csv", ".md", ".png"]
+    found = sorted(path.suffix for path in folder.iterdir() if path.name != MARK)
+    assert found == [".comparison", ".csv", ".md", ".png"]
     assert compare(*paths, "--out", tmp_path / "elsewhere") == 0
     assert (tmp_path / "elsewhere" / "comparison.csv").exists()
 
@@ -272,3 +275,38 @@ def test_the_table_is_aligned() -> None:
     assert len({len(line) for line in lines}) == 1
     assert "baseline" in lines[2]
     assert "1.23e+05" in lines[3]
+
+
+def test_runs_in_different_folders_leave_nothing_in_the_folder_above_them(
+    synthetic, compare, tmp_path, capsys, monkeypatch
+) -> None:
+    one, other = synthetic("full", evaluated=2.0), synthetic("half", 0.5, evaluated=2.02)
+    (tmp_path / "others").mkdir()
+    other = other.rename(tmp_path / "others" / "half")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    before = sorted(path for path in tmp_path.rglob("*") if not path.is_relative_to(tmp_path / "work"))
+    assert compare(one, other) == 0
+    assert "table and figure go to runs/comparison\n" in capsys.readouterr().err
+    assert (tmp_path / "work" / "runs" / "comparison" / "comparison.csv").exists()
+    assert sorted(path for path in tmp_path.rglob("*") if not path.is_relative_to(tmp_path / "work")) == before
+
+
+def test_in_a_folder_of_others_nothing_is_deleted(synthetic, compare, tmp_path) -> None:
+    runs, out = [synthetic("full", evaluated=2.0)], tmp_path / "notes"
+    out.mkdir()
+    theirs = out / "events.out.tfevents.1.comparison"
+    theirs.write_text("not ours")
+    for _ in range(2):
+        assert compare(*runs, "--out", out) == 0
+    assert theirs.read_text() == "not ours"
+    assert not (out / MARK).exists()
+
+
+def test_two_comparisons_do_not_write_one_folder(synthetic, compare, tmp_path, capsys) -> None:
+    runs, out = [synthetic("full", evaluated=2.0)], tmp_path / "out"
+    with locked(out):
+        assert compare(*runs, "--out", out) == 2
+        assert f"{out}: is in use by process" in capsys.readouterr().err
+        assert not out.exists()
+    assert compare(*runs, "--out", out) == 0

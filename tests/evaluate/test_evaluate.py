@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cllm.evaluate import perplexity as perplexity_module
+from cllm.evaluate.places import results_of_checkpoint
 from cllm.runs import RunFolder
 
 
@@ -125,14 +129,22 @@ def test_invalid_utf8_is_replaced_counted_and_told(evaluate, make_run, tmp_path,
     assert "bad.txt: 3 byte sequences are not UTF-8" in caplog.text
 
 
-def test_a_hugging_face_folder_gives_the_loss_of_the_model_itself(evaluate, llama, tmp_path) -> None:
+def test_a_hugging_face_folder_gives_the_loss_of_the_model_itself(
+    evaluate, llama, tmp_path, monkeypatch, capsys
+) -> None:
     from transformers import AutoTokenizer
 
+    monkeypatch.chdir(tmp_path)
     folder, model = llama
+    before = sorted(folder.rglob("*"))
     text = "alpha beta naïve 日本"
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
     assert evaluate("--run", folder, "--data", tmp_path / "t.txt") == 0
-    record = _record(folder, "t")
+    results = results_of_checkpoint(folder)
+    assert results.parent == Path("runs/evaluation")
+    assert f"results of {folder} go to {results}" in capsys.readouterr().err
+    record = json.loads((results / "t.json").read_text())
+    assert sorted(folder.rglob("*")) == before, "nothing is written into somebody's checkpoint"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text).input_ids, tokenizer.eos_token_id]])
     assert ids.shape[1] <= 64
@@ -142,7 +154,7 @@ def test_a_hugging_face_folder_gives_the_loss_of_the_model_itself(evaluate, llam
     assert record["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
     assert (record["kind"], record["design"], record["step"]) == ("huggingface", "llama", None)
     assert (record["window"], record["stride"]) == (64, 32)
-    assert not list(folder.rglob("events.*"))
+    assert not list(Path("runs").rglob("events.*"))
 
 
 def test_a_hugging_face_folder_scores_prepared_data_of_its_own_tokenizer(evaluate, llama, prepared, tmp_path) -> None:
@@ -326,3 +338,23 @@ def test_what_was_measured_before_a_mistake_is_told(evaluate, make_run, tmp_path
     assert "validation" in captured.out
     assert "no such run" in captured.err
     assert RunFolder(run.path).evaluation_folder.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_in_one_line_and_what_was_measured_is_shown(
+    evaluate, make_run, capsys, monkeypatch, number
+) -> None:
+    (first, _), (second, _) = make_run("a"), make_run("b")
+    measure = perplexity_module.measure
+
+    def interrupted(subject, *rest):
+        if subject.name == "b":
+            os.kill(os.getpid(), number)
+        return measure(subject, *rest)
+
+    monkeypatch.setattr(perplexity_module, "measure", interrupted)
+    assert evaluate("--run", first.path, "--run", second.path, "--max-tokens", 20) == 128 + number
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == f"interrupted by {signal.Signals(number).name}"
+    assert "Traceback" not in err
+    assert [line.split()[0] for line in out.splitlines()] == ["run", "a", "written:"]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from cllm.data.store import TokenStore
+from cllm.evaluate.places import results_of_checkpoint
 from cllm.evaluate.posthoc import _Reference, _score, _Tally, _warm, result_path
 from cllm.kv.cache import KVCache
 from cllm.posthoc import compress
@@ -201,12 +202,13 @@ def test_bytes_are_those_of_the_caches(scored):
     assert set(xkv["errors"]) == {"0", "2"}
 
 
-def test_hugging_face_folders(evaluate, tmp_path, prepared, texts):
+def test_hugging_face_folders(evaluate, tmp_path, prepared, texts, monkeypatch):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=320, num_key_value_heads=2, max_position_embeddings=64, **sizes)
+    monkeypatch.chdir(tmp_path)
     folder, text = tmp_path / "llama", tmp_path / "text.txt"
     LlamaForCausalLM(config).save_pretrained(folder)
     for file in (prepared(300) / "tokenizer").iterdir():
@@ -215,7 +217,7 @@ def test_hugging_face_folders(evaluate, tmp_path, prepared, texts):
     specs = ["none", "xkv:energy=1.0", "kivi:bits=8,group=8,residual=0", "kvsharer:threshold=-1.0"]
     words = [word for spec in specs for word in ("--posthoc", spec)]
     assert evaluate("--run", folder, "--data", text, "--device", "cpu", "--window", 48, *words) == 0
-    path = folder / "evaluation" / "posthoc" / "text"
+    path = results_of_checkpoint(folder) / "posthoc" / "text"
     none, xkv, kivi, shared = (json.loads(next(path.glob(f"{spec[:3]}*")).read_text()) for spec in specs)
     assert none["loss"] == none["uncompressed_loss"]
     assert xkv["loss"] == pytest.approx(none["loss"], abs=1e-4)

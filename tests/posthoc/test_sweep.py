@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cllm.errors import UserError
+from cllm.errors import EXIT_STOPPED, UserError
 from cllm.evaluate import posthoc
 from cllm.evaluate.pareto import TRAINED, expand, markdown, points
+from cllm.evaluate.places import beside, results_of_checkpoint, run_of
 
 SPECS = ["--spec", "xkv:group={group},ratio={ratio}", "--spec", "minicache:start=0", "--group", 2, 4, "--ratio", 1.5]
 
@@ -155,3 +159,61 @@ def test_a_broken_run_is_left_out(sweep, run, tmp_path, capsys):
     assert "| mha |" in told.out
     assert sweep(broken, broken, *words) == 2
     assert "none of the 2 runs can be used" in capsys.readouterr().err
+
+
+def test_two_sweeps_do_not_write_one_table(sweep, run, tmp_path, capsys, monkeypatch):
+    """The second starts while the first measures: the table would hold the rows of the one that ended last."""
+    made, _ = run("mha")
+    words = [made.path, "--device", "cpu", "--out", tmp_path / "out", "--spec"]
+    measure, statuses = posthoc.measure, []
+
+    def meanwhile(*arguments, **options):
+        if not statuses:
+            statuses.append(sweep(*words, "kivi:bits=8,group=8,residual=0"))
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(posthoc, "measure", meanwhile)
+    assert sweep(*words, "minicache:start=0") == 0
+    assert statuses == [2]
+    assert f"error: {tmp_path / 'out'}: is in use by process {os.getpid()} on " in capsys.readouterr().err
+    rows = list(csv.DictReader((tmp_path / "out" / "posthoc.csv").open()))
+    assert {row["spec"] for row in rows} == {TRAINED, "minicache:start=0"}
+
+
+def test_a_sweep_that_a_signal_stops_keeps_what_it_measured(sweep, run, tmp_path, capsys, monkeypatch):
+    made, _ = run("mha")
+    measure = posthoc.measure
+
+    def stopped(subject, text, settings, specs, *rest, **options):
+        if specs == ["minicache:start=0"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(subject, text, settings, specs, *rest, **options)
+
+    monkeypatch.setattr(posthoc, "measure", stopped)
+    words = [made.path, "--device", "cpu", "--spec", "minicache:start=0"]
+    assert sweep(*words) == EXIT_STOPPED
+    line = "stopped by SIGTERM; the same command goes on: what was measured is kept"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    assert len(list((made.evaluation_folder / "posthoc" / "validation").glob("none*"))) == 1
+    monkeypatch.setattr(posthoc, "measure", measure)
+    assert sweep(*words) == 0
+
+
+def test_the_table_goes_beside_the_runs_or_to_runs(tmp_path, monkeypatch):
+    """Never into a folder that only happens to hold a checkpoint, or to be above two runs."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/a", "runs/b", "far/c"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").touch()
+    (tmp_path / "llama").mkdir()
+    where = {
+        ("runs/a",): "runs/posthoc",
+        ("far/c",): "far/posthoc",
+        ("runs/a", "runs/b/checkpoints/step-00000001.ckpt"): "runs/posthoc",
+        ("runs/a", "far/c"): "runs/posthoc",
+        ("llama",): "runs/posthoc",
+        ("far/c", "llama"): "runs/posthoc",
+    }
+    assert {paths: str(beside([run_of(path) for path in paths], "posthoc")) for paths in where} == where
+    assert results_of_checkpoint(tmp_path / "llama") == results_of_checkpoint(Path("llama"))
+    assert results_of_checkpoint(tmp_path / "a" / "llama") != results_of_checkpoint(tmp_path / "b" / "llama")

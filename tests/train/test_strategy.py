@@ -321,14 +321,32 @@ def test_job_scripts_parse(script: Path) -> None:
         subprocess.run(["shellcheck", str(script)], check=True)
 
 
-@pytest.mark.parametrize("status", [0, 2, 138])  # 138: of a process that USR1 has ended
-def test_a_job_whose_time_is_up_saves_and_is_put_back_into_the_queue(tmp_path: Path, status: int) -> None:
+@pytest.mark.parametrize(
+    ("code", "status", "number"),
+    [
+        (3, 3, signal.SIGUSR1),
+        (0, 0, signal.SIGUSR1),  # it had just finished
+        (2, 2, signal.SIGUSR1),
+        (138, 138, signal.SIGUSR1),  # of a process that USR1 has ended
+        (3, 3, None),  # somebody else stopped the run
+    ],
+)
+def test_a_job_whose_time_is_up_saves_and_is_put_back_into_the_queue(
+    tmp_path: Path, code: int, status: int, number: int | None
+) -> None:
     fakes = {
-        # As srun does: USR1 goes to the tasks, TERM ends them.
-        "srun": """echo "srun $*"
-trap "echo killed; exit 143" TERM
-trap "echo saved; exit $CODE" USR1
+        # As srun does: USR1 goes to every process of a task, TERM ends them.
+        "srun": """while [[ $1 == --* ]]; do shift; done
+set -m
+"$@" &
+trap 'kill -USR1 -- -$!' USR1
+trap 'kill -KILL -- -$!; exit 143' TERM
+until [ -z "$(jobs -r)" ]; do wait $!; done
+wait $!""",
+        "train": """echo "$*"
+trap 'echo saved; exit $CODE' USR1
 touch ready
+if [ -n "$ALONE" ]; then exit "$CODE"; fi
 while :; do sleep 0.05; done""",
         "scontrol": 'echo "scontrol $*"',
     }
@@ -337,24 +355,28 @@ while :; do sleep 0.05; done""",
         (tmp_path / name).chmod(0o755)
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "CLLM_PYTHON": str(tmp_path / "train"),
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_NTASKS_PER_NODE": "8",
         "SLURM_JOB_ID": "7",
-        "CODE": str(status),
+        "CODE": str(code),
+        "ALONE": "" if number else "1",
     }
     command = ["bash", str(ROOT / "scripts" / "slurm" / "run.sh"), "--config", "a b.yaml"]
     job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / "ready").exists():
-        assert job.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    job.send_signal(signal.SIGUSR1)
+    if number:
+        job.send_signal(number)
     out, _ = job.communicate(timeout=60)
     assert job.returncode == status
-    assert "train.py --train.devices 8 --train.num_nodes 2 --resume auto --config a b.yaml" in out
-    assert out.splitlines()[1:] == ["saved", *["scontrol requeue 7"] * (status == 0)]
+    first, *rest = out.splitlines()
+    assert first == "train.py --train.devices 8 --train.num_nodes 2 --resume auto --config a b.yaml"
+    assert rest == ["saved"] * bool(number) + ["scontrol requeue 7"] * (status == 3 and bool(number))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ready", "scontrol", "srun", "train"]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     parser = config_parser(Recipe, str(__doc__))
     parser.add_argument("--force", action="store_true", help="replace a prepared folder of a different recipe")
-    options, overrides = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_settings(arguments)
     if not options.config:
         shipped = sorted(path.name for path in (Path(__file__).parent / "recipes").glob("*.yaml"))
         raise UserError(f"no recipe: give --config data/recipes/NAME.yaml (there are {', '.join(shipped)})")

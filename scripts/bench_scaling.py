@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/scaling"), metavar="DIR", help="for runs, logs, tokens")
     parser.add_argument("--timeout", type=float, default=900, metavar="S", help="seconds a run may take (default 900)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
-    arguments, overrides = parser.parse_known_args(argv)
+    arguments, overrides = parser.parse_settings(argv)
     files = arguments.config or ["configs/bench/374m.yaml"]
     work = arguments.work.resolve()
     if -(-arguments.steps // arguments.log_every) <= arguments.skip_rows:

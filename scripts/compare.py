@@ -8,7 +8,6 @@ docs/evaluation.md tells the rest.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -16,25 +15,35 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cllm.arguments import Parser, path, path_text
 from cllm.errors import one_line
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="run folders; folders that are none are skipped")
-    add("--baseline", metavar="NAME", help="run to compare with (default: the one with the largest resident cache)")
-    add("--set", dest="set_name", metavar="SET", help="set to compare on (default: each run's main validation set)")
-    add("--out", type=Path, metavar="DIR", help="where the files go (default: comparison/ beside the runs)")
+    add("runs", type=path_text, nargs="*", metavar="RUN", help="run folders; folders that are none are skipped")
+    add(
+        "--baseline",
+        type=path_text,
+        metavar="NAME",
+        help="run to compare with (default: the one with the largest resident cache)",
+    )
+    add(
+        "--set",
+        type=path_text,
+        dest="set_name",
+        metavar="SET",
+        help="set to compare on (default: each run's main validation set)",
+    )
+    add("--out", type=path, metavar="DIR", help="where the files go (default: comparison/ beside the runs)")
     return parser
 
 
 @one_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit status."""
+    """Run the command line; returns its exit status: 1 where a run could not be read and was left out."""
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     # Imported late: --help and mistakes in arguments answer without loading torch and plots.
@@ -46,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(terminal(comparison))
     for path in write(comparison, options.out or default_folder(runs)):
         print(f"written: {path}")
-    return 0
+    for line in comparison.left_out:
+        print(f"error: left out: {' '.join(line.split())}", file=sys.stderr)
+    return 1 if comparison.left_out else 0
 
 
 if __name__ == "__main__":

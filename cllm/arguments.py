@@ -108,12 +108,12 @@ def number(*, above: float, up_to: float | None = None) -> Callable[[str], float
     return convert
 
 
-def path(text: str) -> Path:
-    """The `type` of an option that takes a path, as a `Path`; see `path_text`."""
-    return Path(path_text(text))
+def as_path(text: str) -> Path:
+    """The `type` of an option that takes a path, as a `Path`; see `as_text`."""
+    return Path(as_text(text))
 
 
-def path_text(text: str) -> str:
+def as_text(text: str) -> str:
     """The `type` of an option that takes a path or a name: any text but an empty one."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; allowed: a path")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cllm.arguments import Parser, number, path, path_text, whole_number
+from cllm.arguments import Parser, as_path, as_text, number, whole_number
 from cllm.errors import UserError, one_line
 
 
@@ -26,10 +26,10 @@ def parser() -> Parser:
     parser = Parser(description=__doc__, usage_hint="python scripts/analyze.py runs/NAME")
     count = whole_number(1)
     add = parser.add_argument
-    add("run", type=path_text, metavar="RUN", help="run, .ckpt or Hugging Face folder")
+    add("run", type=as_text, metavar="RUN", help="run, .ckpt or Hugging Face folder")
     add(
         "--data",
-        type=path_text,
+        type=as_text,
         metavar="PATH",
         help="prepared folder or text file (default: the run's first validation set)",
     )
@@ -43,7 +43,7 @@ def parser() -> Parser:
         help="share of energy that the ranks keep (default: %(default)s)",
     )
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
-    add("--out", type=path, metavar="DIR", help="where the files go (default: evaluation/ in the run's folder)")
+    add("--out", type=as_path, metavar="DIR", help="where the files go (default: evaluation/ in the run's folder)")
     return parser
 
 

@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_kernels import replayed_ms
 from decode_bench.measure import copy_bandwidth, free, time_calls, wait
 
-from cllm.config import ModelConfig, Rope
 from cllm.arguments import Parser
+from cllm.config import ModelConfig, Rope
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
 from cllm.kernels import split_lowrank

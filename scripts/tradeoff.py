@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from decode_bench.designs import parse_plan
 
 from cllm import cli
+from cllm.arguments import as_path, number, whole_number
 from cllm.config import Config
-from cllm.arguments import number, path, whole_number
 from cllm.errors import UserError, one_line
 from cllm.runs import RunFolder
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.config_parser(Config, __doc__ or "")
     add, count = parser.add_argument, whole_number(1)
     add("--designs", nargs="+", default=list(DESIGNS), metavar="DESIGN", help=f"default: {' '.join(DESIGNS)}")
-    add("--out", type=path, default=Path("runs/tradeoff"), metavar="DIR", help="for runs, table, figure and events "
+    add("--out", type=as_path, default=Path("runs/tradeoff"), metavar="DIR", help="for runs, table, figure and events "
         "(default: %(default)s)")  # fmt: skip
     add(
         "--minutes",
@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     # Imported late: --help and mistakes in arguments answer without loading torch.
     import sweep_posthoc
+
     from cllm.evaluate.pareto import expand
     from cllm.posthoc.methods import parse
 

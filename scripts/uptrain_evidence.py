@@ -54,8 +54,8 @@ from uptraining.setup import (
 from uptraining.steptime import measure_steps
 from uptraining.students import Runner, measure_start
 
-from cllm.data.manifest import Manifest
 from cllm.arguments import Parser
+from cllm.data.manifest import Manifest
 from cllm.errors import UserError, one_line
 from cllm.uptrain.teacher import load_teacher
 

@@ -35,20 +35,20 @@ def parser() -> Parser:
         help="prepared folders or text files (.txt .md: one document; .jsonl: the `text` of each line); "
         "default: the run's own validation sets")  # fmt: skip
     add("--split", type=as_text, default="validation", help="split of prepared folders (default: %(default)s)")
-    add("--window", type=count, metavar="N", help="tokens of context fed at once (default: the training length, at most "
-        "2048 for Hugging Face models)")  # fmt: skip
+    add("--window", type=count, metavar="N", help="tokens of context fed at once (default: the training length, at "
+        "most 2048 for Hugging Face models)")  # fmt: skip
     add("--stride", type=count, metavar="N", help="tokens each window scores (default: half the window)")
     add("--batch", type=count, metavar="N", help="windows computed together; changes speed alone")
     add("--max-tokens", type=count, metavar="N", help="only the first N tokens of each set")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--name", metavar="SET", help="name of the set in file names and tags (default: from the data's path)")
-    add("--out", metavar="DIR", type=as_path, help="folder for SET.json (default: evaluation/ in the run's folder, or in "
-        "the Hugging Face checkpoint's folder)")  # fmt: skip
+    add("--out", metavar="DIR", type=as_path, help="folder for SET.json (default: evaluation/ in the run's folder, or "
+        "in the Hugging Face checkpoint's folder)")  # fmt: skip
     add("--posthoc", action="append", default=[], metavar="SPEC", help="compress the cache of a prefix and score what "
         "follows, e.g. xkv:group=4,ratio=4 or none; repeat it")  # fmt: skip
     add("--prefix", type=count, metavar="N", help="tokens of each window to compress (default: half the window)")
-    add("--generate", type=whole_number(0), default=0, metavar="N", help="with --posthoc: also continue each prefix greedily by N "
-        "tokens, and compare them with those after the prefix kept exact (default: 0)")  # fmt: skip
+    add("--generate", type=whole_number(0), default=0, metavar="N", help="with --posthoc: also continue each prefix greedily "
+        "by N tokens, and compare them with those after the prefix kept exact (default: 0)")  # fmt: skip
     return parser
 
 

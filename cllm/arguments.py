@@ -64,8 +64,12 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"is {value!r}; {hint}")
 
     def long_options(self) -> list[str]:
-        """Every option that begins with `--`, and what subcommands there are do not count."""
-        return sorted(o for action in self._actions for o in action.option_strings if o.startswith("--"))
+        """Every option that begins with `--`, those of subcommands included."""
+        found = {o for action in self._actions for o in action.option_strings if o.startswith("--")}
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found |= {o for parser in action.choices.values() for o in parser.long_options()}
+        return sorted(found)
 
 
 def _likeness(one: str, other: str) -> float:

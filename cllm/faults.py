@@ -1,8 +1,8 @@
 """Faults of the machine and its user that are no bug of the program, each as one line.
 
-A full disk, a missing permission, a folder where a file belongs, exhausted memory: the program meets these as exceptions
-of Python, torch and Rust libraries. `explain` turns such an exception into a line for `cllm.errors.one_line`. Every
-other exception is a bug, and keeps its traceback.
+A full disk, a missing permission, a folder where a file belongs, exhausted memory: the program meets these as
+exceptions of Python, torch and Rust libraries. `explain` turns such an exception into a line for
+`cllm.errors.one_line`. Every other exception is a bug, and keeps its traceback.
 """
 
 from __future__ import annotations

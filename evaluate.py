@@ -47,8 +47,8 @@ def parser() -> Parser:
     add("--posthoc", action="append", default=[], metavar="SPEC", help="compress the cache of a prefix and score what "
         "follows, e.g. xkv:group=4,ratio=4 or none; repeat it")  # fmt: skip
     add("--prefix", type=count, metavar="N", help="tokens of each window to compress (default: half the window)")
-    add("--generate", type=whole_number(0), default=0, metavar="N", help="with --posthoc: also continue each prefix greedily "
-        "by N tokens, and compare them with those after the prefix kept exact (default: 0)")  # fmt: skip
+    add("--generate", type=whole_number(0), default=0, metavar="N", help="with --posthoc: also continue each prefix "
+        "greedily by N tokens, and compare them with those after the prefix kept exact (default: 0)")  # fmt: skip
     return parser
 
 

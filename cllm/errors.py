@@ -59,13 +59,18 @@ def one_line(command: Callable[..., int | None]) -> Callable[..., int]:
     @functools.wraps(command)
     def run(*args, **kwargs) -> int:
         try:
-            status = command(*args, **kwargs) or 0
+            try:
+                status = command(*args, **kwargs) or 0
+            except SystemExit:  # of --help
+                sys.stdout.flush()
+                raise
             sys.stdout.flush()  # a reader that has gone is noticed here, not at the interpreter's exit
             return status
         except UserError as error:
             return _say(faults.from_worker(error) or str(error))
         except KeyboardInterrupt as error:
-            return _say(str(error) or "interrupted", EXIT_INTERRUPTED)
+            print(str(error) or "interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
         except Exception as error:
             if faults.is_broken_pipe(error):
                 faults.silence_output()
@@ -78,10 +83,10 @@ def one_line(command: Callable[..., int | None]) -> Callable[..., int]:
     return run
 
 
-def _say(message: str, status: int = EXIT_MISTAKE) -> int:
+def _say(message: str) -> int:
     """Print `message` as one line on stderr. The middle of a very long one is left out: its ends say most."""
     line = " ".join(message.split())
     if len(line) > LONGEST_LINE:
         line = f"{line[: LONGEST_LINE - 300]} [...] {line[-293:]}"
     print(f"error: {line}", file=sys.stderr)
-    return status
+    return EXIT_MISTAKE

@@ -28,6 +28,7 @@ _RUST = re.compile(r"\(os error (\d+)\)")
 _WORKER = re.compile(r"^Caught \w+ in [^\n]*\nOriginal Traceback ", re.DOTALL)
 _WORKER_ERRNO = re.compile(r"\[Errno (\d+)\] [^\n:]*(?:: '([^\n]*?)')?\s*$")
 _CPU_MEMORY = re.compile(r"DefaultCPUAllocator: (?:can't allocate|not enough) memory(?:: you tried to allocate (\d+))?")
+_GPU_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _SHARED_MEMORY = "insufficient shared memory"
 _LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:exited unexpectedly|is killed by signal)")
 
@@ -43,11 +44,8 @@ def explain(error: BaseException) -> str | None:
         return "out of shared memory in a data loader process; enlarge /dev/shm, or set data.num_workers 0"
     if isinstance(error, RuntimeError) and (match := _LOST_WORKER.match(text)):
         return f"{match[0]}: the machine ended a data loader process, mostly for memory; lower data.num_workers"
-    # Rust's libraries (safetensors, tokenizers) have exceptions of their own for errors of files.
-    if type(error).__module__.split(".")[0] in ("builtins", "safetensors", "safetensors_rust") and (
-        match := _RUST.search(text)
-    ):
-        return _sentence(None, int(match[1]))
+    if (number := _rust_errno(error)) is not None:
+        return _sentence(None, number)
     # torch's archive writer fails a second time after a failed write, and hides the first.
     inner = error.__cause__ or error.__context__
     while inner is not None:
@@ -62,7 +60,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and _CPU_MEMORY.search(str(error)) is not None
+    text = str(error)
+    return isinstance(error, RuntimeError) and (any(t in text for t in _GPU_MEMORY) or bool(_CPU_MEMORY.search(text)))
 
 
 def from_worker(error: BaseException) -> str | None:
@@ -91,13 +90,28 @@ def silence_output() -> None:
 
 @contextlib.contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Give an `OSError` of the block that names no file, such as that of a write, the name `what`."""
+    """Give an error of files in the block that names none, such as that of a write, the name `what`.
+
+    Raises:
+        OSError: also in place of the errors of files that Rust's libraries raise as exceptions of their own.
+    """
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = what
         raise
+    except Exception as error:
+        if (number := _rust_errno(error)) is not None:
+            raise OSError(number, os.strerror(number), what) from error
+        raise
+
+
+def _rust_errno(error: BaseException) -> int | None:
+    """The number of an error of files that a Rust library (safetensors, tokenizers) raised, else None."""
+    named = type(error) is Exception or type(error).__module__.startswith("safetensors")
+    match = _RUST.search(str(error)) if named else None
+    return int(match[1]) if match else None
 
 
 def _explain_os_error(error: OSError) -> str | None:

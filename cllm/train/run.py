@@ -29,6 +29,7 @@ from cllm.runs import RunFolder
 from cllm.train.callbacks import Checkpoints, Metrics, StopWhenDone
 from cllm.train.environment import environment
 from cllm.train.equip import equip
+from cllm.train.faults import explained
 from cllm.train.float8 import check_float8
 from cllm.train.module import TrainingModule
 from cllm.train.strategy import check_launch, check_shards, cluster_plugins, family, make_strategy, zero_stage
@@ -286,13 +287,14 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
     trainer = make_trainer(config, folder, metrics, *more)
     if checkpoint is not None and zero_stage(config.train) is not None:
         check_shards(checkpoint, trainer.world_size)
-    if trainer.is_global_zero:
-        if checkpoint is None and folder.path.exists():
-            shutil.rmtree(folder.path)
-        _write_start(config, folder, model, summary)
-    if checkpoint is not None:
-        log.info("resuming from %s", checkpoint)
-    trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+    with explained(config, folder):
+        if trainer.is_global_zero:
+            if checkpoint is None and folder.path.exists():
+                shutil.rmtree(folder.path)
+            _write_start(config, folder, model, summary)
+        if checkpoint is not None:
+            log.info("resuming from %s", checkpoint)
+        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     return folder
 
 

@@ -292,7 +292,7 @@ class TrainConfig(Section):
 class Config(Section):
     """One training run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field("run", max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; its folder is runs_dir/name."""
     runs_dir: str = "runs"
     """Where run folders go."""

@@ -102,39 +102,23 @@ class RunFolder:
         write_atomic(self.config_file, yaml.safe_dump(config.as_yaml_data(), sort_keys=False))
 
     def summary(self) -> dict[str, Any]:
-        """The content of `summary.json`. Raises `UserError` where it is not a JSON object."""
+        """What `summary.json` holds."""
         try:
-            summary = json.loads(self.summary_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            return json.loads(self.summary_file.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"{self.summary_file}: cannot be read: {error}") from None
-        if not isinstance(summary, dict):
-            raise UserError(f"{self.summary_file}: holds a {type(summary).__name__}; a JSON object is needed")
-        return summary
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """Rows of `metrics.jsonl`, each with `step`; a last line cut off by a crash is left out.
-
-        Raises:
-            UserError: for a file that cannot be read, and a line that is not a row of metrics.
-        """
+        """Rows of `metrics.jsonl`; a last line cut off by a crash is left out."""
         if not self.metrics_file.exists():
             return
-        try:
-            lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.metrics_file}: cannot be read: {error}") from None
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, start=1):
-            where = f"{self.metrics_file} line {number}"
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
+                yield json.loads(line)
+            except json.JSONDecodeError:
                 if number < len(lines):
-                    raise UserError(f"{where}: not valid JSON") from None
-                return
-            step = row.get("step") if isinstance(row, dict) else None
-            if not isinstance(step, int) or isinstance(step, bool):
-                raise UserError(f"{where}: not a row of metrics: a JSON object with an integer `step` is needed")
-            yield row
+                    raise UserError(f"{self.metrics_file} line {number}: not valid JSON") from None
 
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

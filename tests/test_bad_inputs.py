@@ -100,7 +100,8 @@ def world(
     recipe = folder / "recipe.yaml"
     source = {"kind": "files", "paths": [str(folder / "text")]}
     tokenizer = {"train": {"vocab_size": 270}}
-    content = {"name": "other", "source": source, "tokenizer": tokenizer, "validation": {"fraction": 0.2}, "workers": 1}
+    content = {"name": "other", "out": "out", "source": source, "tokenizer": tokenizer, "workers": 1}
+    content["validation"] = {"fraction": 0.2}
     recipe.write_text(yaml.safe_dump(content))
     assert commands("prepare")(["--config", str(recipe), "--out", str(folder / "other")]) == 0
     found = {"data": data, "config": config, "recipe": recipe, "run": run, "export": export, "other": folder / "other"}
@@ -137,9 +138,12 @@ def prepare_files(entry: dict[str, Any], folder: Path, fill_in: Callable[[str], 
         (folder / path).write_bytes(bytes([byte]) * (folder / path).stat().st_size)
     for path, target in entry.get("link", {}).items():
         (folder / path).symlink_to(fill_in(target))
-    for path, changes in entry.get("json", {}).items():  # top-level keys of a JSON or YAML mapping; null removes
+    for path, changes in entry.get("json", {}).items():  # top-level keys of a JSON or YAML mapping
         content = yaml.safe_load((folder / path).read_text(encoding="utf-8")) | changes
-        content = {key: value for key, value in content.items() if value is not None}
+        (folder / path).write_text(json.dumps(content), encoding="utf-8")
+    for path, keys in entry.get("drop", {}).items():
+        content = yaml.safe_load((folder / path).read_text(encoding="utf-8"))
+        content = {key: value for key, value in content.items() if key not in keys}
         (folder / path).write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -164,7 +168,13 @@ def test_bad_input(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    places = {**world, "tmp": tmp_path, "long": "a" * 300, "deep": "[" * 100_000, **{f"my_{name}": tmp_path / f"my_{name}" for name in world}}
+    places = {
+        **world,
+        "tmp": tmp_path,
+        "long": "a" * 300,
+        "deep": "[" * 100_000,
+        **{f"my_{name}": tmp_path / f"my_{name}" for name in world},
+    }
 
     def fill_in(text: str) -> str:
         for name, value in places.items():
@@ -183,7 +193,8 @@ def test_bad_input(
 
     lines = capsys.readouterr().err.splitlines()
     assert status == entry.get("status", 2), lines
-    errors = [line for line in lines if line.startswith("error: ")]
+    begins = "left out: " if status == 1 else "error: "
+    errors = [line for line in lines if line.startswith(begins)]
     assert lines[-1:] == errors, lines
     line = errors[0].replace(str(tmp_path), "T").replace(str(world["config"].parent), "W")
     assert len(line) <= LONGEST, f"{len(line)} characters: {line}"

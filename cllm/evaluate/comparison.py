@@ -25,11 +25,6 @@ from cllm.runs import RunFolder
 log = logging.getLogger(__name__)
 
 EVALUATED, TRAINING = "evaluate", "training"
-_COMPARED = (
-    *("loss", "perplexity", "bits_per_byte", "step", "tokenizer_sha256", "data", "tokens_scored", "window", "stride"),
-    "precision",
-)
-"""Keys of an evaluation's record that a comparison reads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +65,6 @@ class Comparison:
     set_name: str | None
     """The set asked for; None: the main validation set of each run."""
     warnings: list[str]
-    left_out: list[str] = dataclasses.field(default_factory=list)
-    """For each run that could not be read, why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,27 +100,15 @@ def compare(runs: Sequence[RunFolder], *, baseline: str | None = None, set_name:
     """The comparison of `runs` on a set (default: each run's main validation set).
 
     The baseline is the run called `baseline`, by default the one with the largest resident cache, then the largest
-    read. A run that cannot be read is left out, and the comparison says so.
-
-    Raises:
-        UserError: for two runs of one name, a baseline that is missing or cannot be read, a set that no run has a loss
-            on, and where no run can be read.
+    read. Raises `UserError` for a file that cannot be read, two runs of one name, a baseline that is not there, and
+    a set that no run has a loss on.
     """
     names = [run.name for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two runs are called {twice[0]}; a comparison needs a name for each")
     if baseline is not None and baseline not in names:
         raise UserError(f"--baseline {baseline}: not among the runs; {nearest(baseline, names)}")
-    read, left_out = [], []
-    for run in runs:
-        try:
-            read.append(_read(run, set_name))
-        except UserError as error:
-            if baseline == run.name or len(runs) == 1:
-                raise
-            left_out.append(str(error))
-    if not read:
-        raise UserError(f"none of the {len(runs)} runs can be read; the first: {left_out[0]}")
+    read = [_read(run, set_name) for run in runs]
     if set_name is not None and all(run.row.loss is None for run in read):
         known = sorted({name for run in runs for name in _sets(run)})
         raise UserError(f"--set {set_name}: no run has a loss on it; {nearest(set_name, known)}")
@@ -136,7 +117,15 @@ def compare(runs: Sequence[RunFolder], *, baseline: str | None = None, set_name:
     if base.perplexity is not None:
         rows = [dataclasses.replace(row, perplexity_vs_baseline=_percent(row, base)) for row in rows]
     base = next(row for row in rows if row.run == base.run)
-    return Comparison(rows=rows, baseline=base, set_name=set_name, warnings=_warnings(read, base), left_out=left_out)
+    return Comparison(rows=rows, baseline=base, set_name=set_name, warnings=_warnings(read, base))
+
+
+def _sets(run: RunFolder) -> set[str]:
+    """Names of the sets that a run was evaluated or validated on, as far as its files can be read."""
+    names = {path.stem for path in run.evaluation_folder.glob("*.json")}
+    with contextlib.suppress(UserError):
+        names |= set(run.config().data.validation or ["validation"])
+    return names
 
 
 def _percent(row: Row, base: Row) -> float | None:
@@ -150,23 +139,21 @@ def _read(run: RunFolder, set_name: str | None) -> _Run:
     main = next(iter(config.data.validation), "validation")
     evaluation = _evaluation(run, set_name or main)
     prefix = "val" if set_name in (None, main) else f"val-{set_name}"
-    file = run.summary_file
-    row = Row(
-        run=run.name,
-        design=str(summary.get("design", "")),
-        parameters=int(_number(summary, file, "parameters")),
-        kv_resident=_number(summary, file, "kv_bytes_per_token", "resident"),
-        kv_resident_vs_mha=_number(summary, file, "kv_vs_mha", "resident"),
-        kv_read=_number(summary, file, "kv_bytes_per_token", "read"),
-        kv_read_vs_mha=_number(summary, file, "kv_vs_mha", "read"),
-        tokens=int(_number(metrics[-1], run.metrics_file, "tokens")) if metrics else 0,
-        tokens_per_s=statistics.median(_values(metrics, run.metrics_file, "throughput/tokens_per_s") or [0]) or None,
-        **(
-            _from_evaluation(evaluation, run.evaluation_folder / f"{set_name or main}.json")
-            if evaluation
-            else _from_training(metrics, run.metrics_file, prefix)
-        ),
-    )
+    try:
+        row = Row(
+            run=run.name,
+            design=summary["design"],
+            parameters=summary["parameters"],
+            kv_resident=summary["kv_bytes_per_token"]["resident"],
+            kv_resident_vs_mha=summary["kv_vs_mha"]["resident"],
+            kv_read=summary["kv_bytes_per_token"]["read"],
+            kv_read_vs_mha=summary["kv_vs_mha"]["read"],
+            tokens=metrics[-1]["tokens"] if metrics else 0,
+            tokens_per_s=statistics.median(_values(metrics, "throughput/tokens_per_s") or [0]) or None,
+            **(_from_evaluation(evaluation) if evaluation else _from_training(metrics, prefix)),
+        )
+    except KeyError as error:
+        raise UserError(f"{run.path}: summary.json, metrics.jsonl or evaluation lacks {error}") from None
     return _Run(
         row=row,
         config=config,
@@ -176,63 +163,33 @@ def _read(run: RunFolder, set_name: str | None) -> _Run:
     )
 
 
-def _number(record: dict[str, Any], file: Path, *keys: str) -> float:
-    """The number under `keys` of a record read from `file`. Raises `UserError` where there is none."""
-    value: Any = record
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    if value is None:
-        raise UserError(f"{file}: lacks {'.'.join(keys)}")
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise UserError(f"{file}: {'.'.join(keys)} is {_short(value)}; allowed: a number")
-    return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def _values(metrics: list[dict[str, Any]], file: Path, tag: str) -> list[float]:
-    return [_number(row, file, tag) for row in metrics if row.get(tag) is not None]
-
-
-def _sets(run: RunFolder) -> set[str]:
-    """Names of the sets that a run was evaluated or validated on, as far as they can be read."""
-    names = {path.stem for path in run.evaluation_folder.glob("*.json")}
-    with contextlib.suppress(UserError):
-        names |= set(run.config().data.validation or ["validation"])
-    return names
+def _values(metrics: list[dict[str, Any]], tag: str) -> list[float]:
+    return [row[tag] for row in metrics if row.get(tag) is not None]
 
 
 def _evaluation(run: RunFolder, set_name: str) -> dict[str, Any] | None:
     path = run.evaluation_folder / f"{set_name}.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(record, dict) or (missing := [key for key in _COMPARED if key not in record]):
-        lacks = f"it lacks {missing[0]}" if isinstance(record, dict) else f"it holds {type(record).__name__}"
-        raise UserError(f"{path}: not a result of evaluate.py: {lacks}; delete it and evaluate again")
-    return record
 
 
-def _from_evaluation(record: dict[str, Any], file: Path) -> dict[str, Any]:
-    found = {key: _number(record, file, key) for key in ("loss", "perplexity", "bits_per_byte")}
-    return found | {"step": record["step"], "source": EVALUATED}
+def _from_evaluation(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: record[key] for key in ("loss", "perplexity", "bits_per_byte", "step")} | {"source": EVALUATED}
 
 
-def _from_training(metrics: list[dict[str, Any]], file: Path, prefix: str) -> dict[str, Any]:
+def _from_training(metrics: list[dict[str, Any]], prefix: str) -> dict[str, Any]:
     last = next((row for row in reversed(metrics) if row.get(f"{prefix}/loss") is not None), None)
     if last is None:
         return {}
-    loss, bits = _number(last, file, f"{prefix}/loss"), f"{prefix}/bits_per_byte"
+    loss = last[f"{prefix}/loss"]
     return {
         "loss": loss,
         "perplexity": perplexity(loss),
-        "bits_per_byte": None if last.get(bits) is None else _number(last, file, bits),
+        "bits_per_byte": last.get(f"{prefix}/bits_per_byte"),
         "step": last["step"],
         "source": TRAINING,
     }

@@ -1,8 +1,12 @@
 """One line for a mistake of the user's, a traceback for a bug."""
 
+import errno
+import os
+import sys
+
 import pytest
 
-from cllm.errors import DataError, PlanError, UserError, nearest, one_line
+from cllm.errors import LONGEST_LINE, DataError, PlanError, UserError, nearest, one_line
 
 
 @pytest.mark.parametrize("error", [UserError, PlanError, DataError])
@@ -15,6 +19,66 @@ def test_a_user_error_is_one_line_on_stderr_and_status_2(error, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "error: layer 3: reads layer 9, which is not there\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: cannot be written: No space left on device"),
+        (MemoryError("Unable to allocate 2 TiB"), "out of memory: Unable to allocate 2 TiB"),
+    ],
+)
+def test_a_fault_of_the_machine_is_one_line_too(error, line, capsys):
+    @one_line
+    def command():
+        raise error
+
+    assert command() == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(("said", "line"), [((), "interrupted"), (("stopped; run it again",), "stopped; run it again")])
+def test_ctrl_c_is_one_line_and_status_130(said, line, capsys):
+    @one_line
+    def command():
+        raise KeyboardInterrupt(*said)
+
+    assert command() == 130
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_output_that_nobody_reads_ends_a_command_quietly(monkeypatch, capsys):
+    @one_line
+    def command():
+        print("a table")
+
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert command() == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_a_broken_pipe_to_something_else_is_no_quiet_end():
+    @one_line
+    def command():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        command()
+
+
+def test_a_line_of_many_characters_loses_its_middle(capsys):
+    @one_line
+    def command():
+        raise UserError("first " + "x" * 20_000 + " last")
+
+    assert command() == 2
+    line = capsys.readouterr().err
+    assert len(line) <= LONGEST_LINE + len("error: \n")
+    assert line.startswith("error: first xxx")
+    assert line.endswith("xxx last\n")
 
 
 def test_a_bug_keeps_its_traceback():

@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
             message += f"; for example: {self.usage_hint}" if self.usage_hint else "; --help describes every argument"
         raise UserError(message)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's. Raises `UserError` for an unknown option, with the nearest one."""
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
@@ -96,16 +96,20 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
     return convert
 
 
-def number(*, above: float, up_to: float | None = None) -> Callable[[str], float]:
-    """The `type` of an option that takes a finite number larger than `above`, and at most `up_to`."""
-    allowed = f"above {above:g}" + ("" if up_to is None else f", up to {up_to:g}")
+def number(
+    *, above: float | None = None, least: float | None = None, up_to: float | None = None
+) -> Callable[[str], float]:
+    """The `type` of an option that takes a finite number larger than `above`, at least `least`, and at most `up_to`."""
+    bounds = (("above", above), ("at least", least), ("up to", up_to))
+    allowed = ", ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
 
     def convert(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"is {text!r}; allowed: a number {allowed}") from None
-        if not above < value < float("inf") or (up_to is not None and value > up_to):
+        fits = (above is None or value > above) and (least is None or value >= least)
+        if not fits or not value < float("inf") or (up_to is not None and value > up_to):
             raise argparse.ArgumentTypeError(f"is {text}; allowed: {allowed}")
         return value
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import io
 import sys
 from collections.abc import Callable, Iterable
 
@@ -58,6 +59,8 @@ def one_line(command: Callable[..., int | None]) -> Callable[..., int]:
 
     @functools.wraps(command)
     def run(*args, **kwargs) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
         try:
             try:
                 status = command(*args, **kwargs) or 0

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         "(default: %(default)s)")  # fmt: skip
     add(
         "--minutes",
-        type=number(above=0),
+        type=number(least=0),
         default=1e6,
         metavar="M",
         help="stop training after so many; the same command goes on",

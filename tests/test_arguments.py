@@ -90,6 +90,13 @@ def test_numbers_refused(text):
         number(above=0, up_to=2.5)(text)
 
 
+def test_a_least_number_is_allowed_itself():
+    assert number(least=0)("0") == 0
+    for text in ("-0.1", "nan", "inf"):
+        with pytest.raises(argparse.ArgumentTypeError, match="at least 0"):
+            number(least=0)(text)
+
+
 def test_an_infinite_number_is_refused_without_a_bound():
     with pytest.raises(argparse.ArgumentTypeError, match="is inf; allowed: above 0"):
         number(above=0)("inf")

@@ -1,6 +1,7 @@
 """One line for a mistake of the user's, a traceback for a bug."""
 
 import errno
+import io
 import os
 import sys
 
@@ -58,6 +59,17 @@ def test_output_that_nobody_reads_ends_a_command_quietly(monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdout", output)
         assert command() == 141
     assert capsys.readouterr().err == ""
+
+
+def test_a_path_that_the_terminal_cannot_show_is_printed_all_the_same(monkeypatch):
+    @one_line
+    def command():
+        print("written: caf\udce9 × ∞")
+
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="latin-1"))
+    assert command() == 0
+    assert raw.getvalue() == b"written: caf\\udce9 \xd7 \\u221e\n"
 
 
 def test_a_broken_pipe_to_something_else_is_no_quiet_end():

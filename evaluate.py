@@ -13,28 +13,21 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from cllm.arguments import Parser, as_path, as_text, whole_number
+from cllm.arguments import Parser, whole_number
 from cllm.errors import UserError, one_line
 
 
 def parser() -> Parser:
     """The command line's arguments."""
-    parser = Parser(description=__doc__)
-    count = whole_number(1)
+    parser, count = Parser(description=__doc__), whole_number(1)
     add = parser.add_argument
-    add(
-        "--run",
-        type=as_text,
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="run, .ckpt or Hugging Face folder; repeat it",
-    )
-    add("--data", type=as_text, nargs="+", action="extend", default=[], metavar="PATH",
+    add("--run", action="append", default=[], metavar="PATH", help="run, .ckpt or Hugging Face folder; repeat it")
+    add("--data", nargs="+", action="extend", default=[], metavar="PATH",
         help="prepared folders or text files (.txt .md: one document; .jsonl: the `text` of each line); "
         "default: the run's own validation sets")  # fmt: skip
-    add("--split", type=as_text, default="validation", help="split of prepared folders (default: %(default)s)")
+    add("--split", default="validation", help="split of prepared folders (default: %(default)s)")
     add("--window", type=count, metavar="N", help="tokens of context fed at once (default: the training length, at "
         "most 2048 for Hugging Face models)")  # fmt: skip
     add("--stride", type=count, metavar="N", help="tokens each window scores (default: half the window)")
@@ -42,8 +35,8 @@ def parser() -> Parser:
     add("--max-tokens", type=count, metavar="N", help="only the first N tokens of each set")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--name", metavar="SET", help="name of the set in file names and tags (default: from the data's path)")
-    add("--out", metavar="DIR", type=as_path, help="folder for SET.json (default: evaluation/ in the run's folder, or "
-        "in the Hugging Face checkpoint's folder)")  # fmt: skip
+    add("--out", metavar="DIR", type=Path, help="folder for SET.json (default: evaluation/ in the run's folder, or in "
+        "the Hugging Face checkpoint's folder)")  # fmt: skip
     add("--posthoc", action="append", default=[], metavar="SPEC", help="compress the cache of a prefix and score what "
         "follows, e.g. xkv:group=4,ratio=4 or none; repeat it")  # fmt: skip
     add("--prefix", type=count, metavar="N", help="tokens of each window to compress (default: half the window)")

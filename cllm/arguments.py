@@ -15,6 +15,8 @@ from cllm.errors import UserError, nearest
 class Parser(argparse.ArgumentParser):
     """argparse's parser, with mistakes as `UserError`, help that keeps its line breaks, and no abbreviated options.
 
+    Texts and paths may not be empty.
+
     `usage_hint` is a short command that works; it follows the line for missing arguments.
     """
 
@@ -56,6 +58,14 @@ class Parser(argparse.ArgumentParser):
             if close and not difflib.get_close_matches(name[2:], settings, n=1, cutoff=_likeness(name, close[0])):
                 raise UserError(f'{name}: unknown option; did you mean "{close[0]}"?')
         return options, rest
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if action.type in (None, Path) and arg_string != action.default:
+            if not arg_string.strip():
+                raise argparse.ArgumentError(action, "is empty")
+            if "\0" in arg_string:
+                raise argparse.ArgumentError(action, f"is {arg_string!r}; allowed: text without NUL characters")
+        return super()._get_value(action, arg_string)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -114,17 +124,3 @@ def number(
         return value
 
     return convert
-
-
-def as_path(text: str) -> Path:
-    """The `type` of an option that takes a path, as a `Path`; see `as_text`."""
-    return Path(as_text(text))
-
-
-def as_text(text: str) -> str:
-    """The `type` of an option that takes a path or a name: any text but an empty one."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty; allowed: a path")
-    if "\0" in text:
-        raise argparse.ArgumentTypeError(f"is {text!r}; allowed: a path, without a NUL character")
-    return text

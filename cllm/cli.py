@@ -23,7 +23,7 @@ import yaml
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
-from cllm.arguments import Parser, as_text
+from cllm.arguments import Parser
 from cllm.errors import UserError, nearest
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -259,7 +259,6 @@ def config_parser(schema: type[BaseModel], description: str) -> ConfigParser:
     parser.add_argument("-h", "--help", action=_Help, schema=schema, help="show this help and every setting")
     parser.add_argument(
         "--config",
-        type=as_text,
         action="append",
         default=[],
         metavar="FILE",

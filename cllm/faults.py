@@ -14,6 +14,7 @@ import re
 import select
 import sys
 from collections.abc import Iterator
+from typing import TypeGuard
 
 _WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 """Errors that only writing meets."""
@@ -49,7 +50,7 @@ def explain(error: BaseException) -> str | None:
     # torch's archive writer fails a second time after a failed write, and hides the first.
     inner = error.__cause__ or error.__context__
     while inner is not None:
-        if isinstance(inner, OSError) and inner.errno in _WRITING:
+        if is_write_error(inner):
             return _explain_os_error(inner)
         inner = inner.__cause__ or inner.__context__
     return None
@@ -62,6 +63,11 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and (any(t in text for t in _GPU_MEMORY) or bool(_CPU_MEMORY.search(text)))
+
+
+def is_write_error(error: BaseException) -> TypeGuard[OSError]:
+    """Whether a file system refused to store more: full, over quota, read-only, or a file too large."""
+    return isinstance(error, OSError) and error.errno in _WRITING
 
 
 def from_worker(error: BaseException) -> str | None:

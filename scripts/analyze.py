@@ -17,33 +17,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cllm.arguments import Parser, as_path, as_text, number, whole_number
+from cllm.arguments import Parser, number, whole_number
 from cllm.errors import UserError, one_line
 
 
 def parser() -> Parser:
     """The command line's arguments."""
     parser = Parser(description=__doc__, usage_hint="python scripts/analyze.py runs/NAME")
-    count = whole_number(1)
+    count, share = whole_number(1), number(above=0, up_to=1)
     add = parser.add_argument
-    add("run", type=as_text, metavar="RUN", help="run, .ckpt or Hugging Face folder")
-    add(
-        "--data",
-        type=as_text,
-        metavar="PATH",
-        help="prepared folder or text file (default: the run's first validation set)",
-    )
+    add("run", metavar="RUN", help="run, .ckpt or Hugging Face folder")
+    add("--data", metavar="PATH", help="prepared folder or text file (default: the run's first validation set)")
     add("--sequences", type=count, default=4, metavar="N", help="sequences to cache (default: %(default)s)")
     add("--length", type=count, metavar="N", help="tokens of each (default: the training length)")
     add("--group", type=count, nargs="+", default=[1, 2, 4, 8], help="group sizes for ranks (default: 1 2 4 8)")
-    add(
-        "--energy",
-        type=number(above=0, up_to=1),
-        default=0.95,
-        help="share of energy that the ranks keep (default: %(default)s)",
-    )
+    add("--energy", type=share, default=0.95, help="share of energy that the ranks keep (default: %(default)s)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
-    add("--out", type=as_path, metavar="DIR", help="where the files go (default: evaluation/ in the run's folder)")
+    add("--out", type=Path, metavar="DIR", help="where the files go (default: evaluation/ in the run's folder)")
     return parser
 
 

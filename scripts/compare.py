@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cllm.arguments import Parser, as_path, as_text
+from cllm.arguments import Parser
 from cllm.errors import one_line
 
 
@@ -23,21 +23,10 @@ def parser() -> Parser:
     """The command line's arguments."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("runs", type=as_text, nargs="*", metavar="RUN", help="run folders; folders that are none are skipped")
-    add(
-        "--baseline",
-        type=as_text,
-        metavar="NAME",
-        help="run to compare with (default: the one with the largest resident cache)",
-    )
-    add(
-        "--set",
-        type=as_text,
-        dest="set_name",
-        metavar="SET",
-        help="set to compare on (default: each run's main validation set)",
-    )
-    add("--out", type=as_path, metavar="DIR", help="where the files go (default: comparison/ beside the runs)")
+    add("runs", nargs="*", metavar="RUN", help="run folders; folders that are none are skipped")
+    add("--baseline", metavar="NAME", help="run to compare with (default: the one with the largest resident cache)")
+    add("--set", dest="set_name", metavar="SET", help="set to compare on (default: each run's main validation set)")
+    add("--out", type=Path, metavar="DIR", help="where the files go (default: comparison/ beside the runs)")
     return parser
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cllm.arguments import Parser, as_path, whole_number
+from cllm.arguments import Parser, whole_number
 from cllm.errors import one_line
 
 
@@ -24,8 +24,8 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     """`export RUN OUT`: a run as a folder that transformers loads."""
     parser = commands.add_parser("export", help="write a run as a Hugging Face folder")
     add = parser.add_argument
-    add("run", type=as_path, metavar="RUN", help="run folder")
-    add("out", type=as_path, metavar="OUT", help="folder to make")
+    add("run", type=Path, metavar="RUN", help="run folder")
+    add("out", type=Path, metavar="OUT", help="folder to make")
     add("--checkpoint", type=whole_number(0), metavar="STEP", help="step of the checkpoint (default: the newest)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: %(default)s)")
     add("--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
@@ -56,8 +56,8 @@ def add_import(commands: argparse._SubParsersAction) -> None:
     """`import SOURCE OUT`: another family's checkpoint as a folder of this package."""
     parser = commands.add_parser("import", help="read another family's checkpoint")
     add = parser.add_argument
-    add("source", type=as_path, metavar="SOURCE", help="folder with config.json and safetensors")
-    add("out", type=as_path, metavar="OUT", help="folder to make")
+    add("source", type=Path, metavar="SOURCE", help="folder with config.json and safetensors")
+    add("out", type=Path, metavar="OUT", help="folder to make")
     add("--dtype", choices=("fp32", "bf16"), help="of the weights (default: as they are)")
     add("--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
     add("--allow-pickle", action="store_true", help="read pytorch_model.bin too; nothing but tensors is unpickled")
@@ -85,8 +85,8 @@ def add_plain(commands: argparse._SubParsersAction) -> None:
     """`plain SOURCE OUT`: a folder of this package in another family's format."""
     parser = commands.add_parser("plain", help="write a folder in another family's format")
     add = parser.add_argument
-    add("source", type=as_path, metavar="SOURCE", help="folder that import or export made")
-    add("out", type=as_path, metavar="OUT", help="folder to make")
+    add("source", type=Path, metavar="SOURCE", help="folder that import or export made")
+    add("out", type=Path, metavar="OUT", help="folder to make")
     add("--family", choices=("llama", "mistral", "qwen2", "qwen3"), help="default: the first that fits")
     add("--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
     add("--force", action="store_true", help="replace OUT if it is a checkpoint folder")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cllm.arguments import Parser, as_path, as_text, number, whole_number
+from cllm.arguments import Parser, number, whole_number
 from cllm.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -44,19 +44,13 @@ SPECS = (
 def parser() -> Parser:
     """The command line's arguments."""
     parser = Parser(description=__doc__, usage_hint="python scripts/sweep_posthoc.py runs/*")
-    count = whole_number(1)
-    add = parser.add_argument
-    add("runs", type=as_text, nargs="+", metavar="RUN", help="run folders, checkpoints or Hugging Face folders")
+    add, count, ratio = parser.add_argument, whole_number(1), number(above=0)
+    add("runs", nargs="+", metavar="RUN", help="run folders, checkpoints or Hugging Face folders")
     add("--spec", action="append", default=[], help="what to measure, {group} and {ratio} filled in; repeat it "
         f"(default: {' '.join(SPECS)})")  # fmt: skip
     add("--group", type=count, nargs="+", default=[2, 4], help="values of {group} (default: 2 4)")
-    add("--ratio", type=number(above=0), nargs="+", default=[2.0, 4.0, 8.0], help="values of {ratio} (default: 2 4 8)")
-    add(
-        "--data",
-        type=as_text,
-        metavar="PATH",
-        help="prepared folder or text file (default: each run's first validation set)",
-    )
+    add("--ratio", type=ratio, nargs="+", default=[2.0, 4.0, 8.0], help="values of {ratio} (default: 2 4 8)")
+    add("--data", metavar="PATH", help="prepared folder or text file (default: each run's first validation set)")
     add("--window", type=count, metavar="N", help="tokens of a window (default: the training length)")
     add("--prefix", type=count, metavar="N", help="tokens of it to compress (default: half)")
     add("--batch", type=count, metavar="N", help="windows computed together")
@@ -64,7 +58,7 @@ def parser() -> Parser:
     add("--again", action="store_true", help="measure again what is on disk, as after a change of code")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--baseline", metavar="NAME", help="run that increases are relative to (default: the one with most bytes)")
-    add("--out", type=as_path, metavar="DIR", help="where the table and figure go (default: posthoc/ beside the runs)")
+    add("--out", type=Path, metavar="DIR", help="where the table and figure go (default: posthoc/ beside the runs)")
     return parser
 
 

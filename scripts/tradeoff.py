@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from decode_bench.designs import parse_plan
 
 from cllm import cli
-from cllm.arguments import as_path, number, whole_number
+from cllm.arguments import number, whole_number
 from cllm.config import Config
 from cllm.errors import UserError, one_line
 from cllm.runs import RunFolder
@@ -70,20 +70,15 @@ def train(words: list[str], seconds: float) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status: 3 where time ran out."""
     parser = cli.config_parser(Config, __doc__ or "")
-    add, count = parser.add_argument, whole_number(1)
+    add, count, ratio = parser.add_argument, whole_number(1), number(above=0)
     add("--designs", nargs="+", default=list(DESIGNS), metavar="DESIGN", help=f"default: {' '.join(DESIGNS)}")
-    add("--out", type=as_path, default=Path("runs/tradeoff"), metavar="DIR", help="for runs, table, figure and events "
+    add("--out", type=Path, default=Path("runs/tradeoff"), metavar="DIR", help="for runs, table, figure and events "
         "(default: %(default)s)")  # fmt: skip
-    add(
-        "--minutes",
-        type=number(least=0),
-        default=1e6,
-        metavar="M",
-        help="stop training after so many; the same command goes on",
-    )
+    add("--minutes", type=number(least=0), default=1e6, metavar="M",
+        help="stop training after so many; the same command goes on")  # fmt: skip
     add("--spec", action="append", default=[], help="as in scripts/sweep_posthoc.py")
     add("--group", type=count, nargs="+", default=[4], help="values of {group} (default: 4)")
-    add("--ratio", type=number(above=0), nargs="+", default=[2.0, 4.0, 8.0], help="values of {ratio} (default: 2 4 8)")
+    add("--ratio", type=ratio, nargs="+", default=[2.0, 4.0, 8.0], help="values of {ratio} (default: 2 4 8)")
     add(
         "--prefix",
         type=count,

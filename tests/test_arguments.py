@@ -1,10 +1,11 @@
 """Mistakes in arguments, and the types of options."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 
-from cllm.arguments import Parser, as_path, as_text, number, whole_number
+from cllm.arguments import Parser, number, whole_number
 from cllm.errors import UserError
 
 
@@ -103,7 +104,11 @@ def test_an_infinite_number_is_refused_without_a_bound():
 
 
 @pytest.mark.parametrize("text", ["", "  ", "a\0b"])
-def test_paths_refused(text):
-    for convert in (as_path, as_text):
-        with pytest.raises(argparse.ArgumentTypeError):
-            convert(text)
+def test_empty_texts_and_paths_are_refused_but_for_a_default(text):
+    parser = Parser()
+    parser.add_argument("--only", default="")
+    parser.add_argument("--out", type=Path)
+    assert vars(parser.parse_args(["--out", "a"])) == {"only": "", "out": Path("a")}
+    assert refusal(parser, "--out", text).startswith("--out is ")
+    if text:
+        assert refusal(parser, "--only", text).startswith("--only is ")

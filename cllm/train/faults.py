@@ -3,37 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 from cllm import faults
 from cllm.config import Config
 from cllm.errors import UserError
 from cllm.runs import RunFolder
 
+Options = ParamSpec("Options")
+Result = TypeVar("Result")
 
-@contextlib.contextmanager
-def explained(config: Config, folder: RunFolder) -> Iterator[None]:
-    """Turn exhausted memory and errors of the file system into a `UserError`; other exceptions pass through.
 
-    Raises:
-        UserError: naming the settings that need less memory, or the file; and the newest checkpoint.
+def explained(train: Callable[Concatenate[Config, Options], Result]) -> Callable[Concatenate[Config, Options], Result]:
+    """Make a function that trains as a config says turn exhausted memory and errors of files into a `UserError`.
+
+    Its message names the settings that need less memory, or the file, and the newest checkpoint. Other exceptions pass
+    through.
     """
-    try:
-        with faults.naming(str(folder.path)), _quiet_threads():
-            yield
-    except UserError:
-        raise
-    except Exception as error:
-        if faults.is_out_of_memory(error):
-            line = _out_of_memory(config, faults.explain(error) or "out of memory")
-        elif (found := faults.explain(error)) is not None:
-            line = found
-        else:
+
+    @functools.wraps(train)
+    def run(config: Config, *args: Options.args, **kwargs: Options.kwargs) -> Result:
+        try:
+            with _quiet_threads():
+                return train(config, *args, **kwargs)
+        except UserError:
             raise
-        newest = folder.newest_checkpoint()
-        goes_on = f"the newest checkpoint is {newest}; --resume auto goes on from it" if newest else "no checkpoint yet"
-        raise UserError(f"{line}; {goes_on}") from error
+        except Exception as error:
+            folder = RunFolder(Path(config.runs_dir) / config.name)
+            if faults.is_write_error(error) and error.filename is None:
+                error.filename = str(folder.path)
+            line = faults.explain(error)
+            if line is None:
+                raise
+            if faults.is_out_of_memory(error):
+                line = _with_remedies(line, config)
+            newest = folder.newest_checkpoint()
+            remains = (
+                f"the newest checkpoint is {newest}; --resume auto goes on from it" if newest else "no checkpoint yet"
+            )
+            raise UserError(f"{line}; {remains}") from error
+
+    return run
 
 
 @contextlib.contextmanager
@@ -52,7 +66,7 @@ def _quiet_threads() -> Iterator[None]:
         threading.excepthook = before
 
 
-def _out_of_memory(config: Config, line: str) -> str:
+def _with_remedies(line: str, config: Config) -> str:
     train = config.train
     smaller = [
         (f"a smaller train.micro_batch than {train.micro_batch}", train.micro_batch > 1),

@@ -225,6 +225,7 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 
+@explained
 def train(config: Config, *, resume: str | None = None, overwrite: bool = False) -> RunFolder:
     """Train as `config` says and return the run's folder.
 
@@ -287,14 +288,13 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
     trainer = make_trainer(config, folder, metrics, *more)
     if checkpoint is not None and zero_stage(config.train) is not None:
         check_shards(checkpoint, trainer.world_size)
-    with explained(config, folder):
-        if trainer.is_global_zero:
-            if checkpoint is None and folder.path.exists():
-                shutil.rmtree(folder.path)
-            _write_start(config, folder, model, summary)
-        if checkpoint is not None:
-            log.info("resuming from %s", checkpoint)
-        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+    if trainer.is_global_zero:
+        if checkpoint is None and folder.path.exists():
+            shutil.rmtree(folder.path)
+        _write_start(config, folder, model, summary)
+    if checkpoint is not None:
+        log.info("resuming from %s", checkpoint)
+    trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     return folder
 
 

@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
         return options, rest
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        if action.type in (None, Path) and arg_string != action.default:
+        if action.type in (None, Path) and action.nargs != argparse.PARSER and arg_string != action.default:
             if not arg_string.strip():
                 raise argparse.ArgumentError(action, "is empty")
             if "\0" in arg_string:

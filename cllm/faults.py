@@ -41,6 +41,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return _explain_os_error(error)
     text = str(error)
+    if isinstance(error, ValueError) and text.startswith("embedded null "):
+        return "a path holds a NUL character, which no file system allows"
     if isinstance(error, RuntimeError) and _SHARED_MEMORY in text:
         return "out of shared memory in a data loader process; enlarge /dev/shm, or set data.num_workers 0"
     if isinstance(error, RuntimeError) and (match := _LOST_WORKER.match(text)):

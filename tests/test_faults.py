@@ -53,6 +53,12 @@ def test_other_exceptions_are_left_to_their_traceback(error):
     assert faults.explain(error) is None
 
 
+def test_a_path_that_cannot_be_one_is_no_bug():
+    with pytest.raises(ValueError, match="embedded null") as error:
+        Path("a\0b").mkdir()
+    assert faults.explain(error.value) == "a path holds a NUL character, which no file system allows"
+
+
 def test_a_failed_write_behind_a_second_failure_is_found():
     second = RuntimeError("unexpected pos 64 vs 0")  # torch's writer of archives raises it over the first
     second.__context__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.ckpt")

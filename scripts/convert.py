@@ -10,6 +10,7 @@ docs/huggingface.md tells the rest.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,14 @@ from cllm.arguments import Parser, whole_number
 from cllm.errors import one_line
 
 
+def size(text: str) -> str:
+    """The `type` of an option that takes a file size: `5GB`, `300MB`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?[KMGT]?i?B", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"is {text or 'empty'}; allowed: a size such as 5GB or 300MB")
+    return text
+
+
 def add_export(commands: argparse._SubParsersAction) -> None:
     """`export RUN OUT`: a run as a folder that transformers loads."""
     parser = commands.add_parser("export", help="write a run as a Hugging Face folder")
@@ -28,7 +37,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     add("out", type=Path, metavar="OUT", help="folder to make")
     add("--checkpoint", type=whole_number(0), metavar="STEP", help="step of the checkpoint (default: the newest)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: %(default)s)")
-    add("--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
+    add("--max-shard-size", type=size, metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
     add("--no-tokenizer", action="store_true", help="leave the tokenizer of the run's data out")
     add("--force", action="store_true", help="replace OUT if it is a checkpoint folder")
     parser.set_defaults(command=export)
@@ -59,7 +68,7 @@ def add_import(commands: argparse._SubParsersAction) -> None:
     add("source", type=Path, metavar="SOURCE", help="folder with config.json and safetensors")
     add("out", type=Path, metavar="OUT", help="folder to make")
     add("--dtype", choices=("fp32", "bf16"), help="of the weights (default: as they are)")
-    add("--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
+    add("--max-shard-size", type=size, metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
     add("--allow-pickle", action="store_true", help="read pytorch_model.bin too; nothing but tensors is unpickled")
     add("--force", action="store_true", help="replace OUT if it is a checkpoint folder")
     parser.set_defaults(command=import_)
@@ -88,7 +97,7 @@ def add_plain(commands: argparse._SubParsersAction) -> None:
     add("source", type=Path, metavar="SOURCE", help="folder that import or export made")
     add("out", type=Path, metavar="OUT", help="folder to make")
     add("--family", choices=("llama", "mistral", "qwen2", "qwen3"), help="default: the first that fits")
-    add("--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
+    add("--max-shard-size", type=size, metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
     add("--force", action="store_true", help="replace OUT if it is a checkpoint folder")
     parser.set_defaults(command=plain)
 

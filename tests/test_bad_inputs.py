@@ -37,7 +37,7 @@ COMMANDS = {
     "bench_posthoc_decode": "scripts/bench_posthoc_decode.py",
 }
 """For each file of `bad_inputs`, the command that its entries are for."""
-LONGEST = 400
+LONGEST = 450
 """Characters of a line, the entry's own folder counted as one."""
 TEXT = "the plan says where keys and values come from and every layer reads what an owner wrote before it"
 

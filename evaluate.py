@@ -10,32 +10,30 @@ a run is scored on its own validation sets. docs/evaluation.md says what exactly
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cllm.arguments import Parser, whole_number
 from cllm.errors import UserError, one_line
 from cllm.signals import stoppable
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser, count = Parser(description=__doc__), whole_number(1)
     add = parser.add_argument
     add("--run", action="append", default=[], metavar="PATH", help="run, .ckpt or Hugging Face folder; repeat it")
     add("--data", nargs="+", action="extend", default=[], metavar="PATH",
         help="prepared folders or text files (.txt .md: one document; .jsonl: the `text` of each line); "
         "default: the run's own validation sets")  # fmt: skip
     add("--split", default="validation", help="split of prepared folders (default: %(default)s)")
-    add("--window", type=int, metavar="N", help="tokens of context fed at once (default: the training length, at most "
-        "2048 for Hugging Face models)")  # fmt: skip
-    add("--stride", type=int, metavar="N", help="tokens each window scores (default: half the window)")
-    add("--batch", type=int, metavar="N", help="windows computed together; changes speed alone")
-    add("--max-tokens", type=int, metavar="N", help="only the first N tokens of each set")
+    add("--window", type=count, metavar="N", help="tokens of context fed at once (default: the training length, at "
+        "most 2048 for Hugging Face models)")  # fmt: skip
+    add("--stride", type=count, metavar="N", help="tokens each window scores (default: half the window)")
+    add("--batch", type=count, metavar="N", help="windows computed together; changes speed alone")
+    add("--max-tokens", type=count, metavar="N", help="only the first N tokens of each set")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--name", metavar="SET", help="name of the set in file names and tags (default: from the data's path)")
     add("--out", metavar="DIR", type=Path, help="folder for SET.json; nothing is written elsewhere then (default: "
@@ -43,9 +41,9 @@ def parser() -> argparse.ArgumentParser:
     add("--posthoc", action="append", default=[], metavar="SPEC", help="compress the cache of a prefix and score what "
         "follows, e.g. xkv:group=4,ratio=4 or none; repeat it. The first 4 tokens stay exact (in the spec: sinks=N)"
     )  # fmt: skip
-    add("--prefix", type=int, metavar="N", help="tokens of each window to compress (default: half the window)")
-    add("--generate", type=int, default=0, metavar="N", help="with --posthoc: also continue each prefix greedily by N "
-        "tokens, and compare them with those after the prefix kept exact (default: 0)")  # fmt: skip
+    add("--prefix", type=count, metavar="N", help="tokens of each window to compress (default: half the window)")
+    add("--generate", type=whole_number(0), default=0, metavar="N", help="with --posthoc: also continue each prefix "
+        "greedily by N tokens, and compare them with those after the prefix kept exact (default: 0)")  # fmt: skip
     return parser
 
 

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML")
     parser.add_argument("--resume", metavar="auto|FILE", help="go on from the newest checkpoint, or from this one")
     parser.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
-    arguments, overrides = parser.parse_known_args(argv)
+    arguments, overrides = parser.parse_settings(argv)
     if not arguments.config:
         raise UserError("give at least one --config FILE; configs/quickstart.yaml is a good first one")
     config = cli.load(Config, arguments.config, overrides)

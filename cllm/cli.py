@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
+from cllm.arguments import Parser
 from cllm.errors import UserError, nearest, same_word
 from cllm.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
 
@@ -237,6 +238,18 @@ def keys_help(schema: type[BaseModel]) -> str:
     return "settings, the same in YAML and on the command line:\n" + "\n".join(lines)
 
 
+class ConfigParser(Parser):
+    """A parser of options beside the settings of a schema."""
+
+    def __init__(self, schema: type[BaseModel], description: str):
+        super().__init__(description=description, add_help=False)
+        self.schema = schema
+
+    def parse_settings(self, words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+        """The options, and the remaining words, which spell settings. Raises `UserError` for a misspelt option."""
+        return self.parse_beside(words, list(schema_keys(self.schema)))
+
+
 class _Help(argparse.Action):
     def __init__(self, option_strings: Sequence[str], dest: str, *, schema: type[BaseModel], help: str):
         super().__init__(option_strings, dest, nargs=0, help=help)
@@ -247,16 +260,15 @@ class _Help(argparse.Action):
         parser.exit()
 
 
-def config_parser(schema: type[BaseModel], description: str) -> argparse.ArgumentParser:
+def config_parser(schema: type[BaseModel], description: str) -> ConfigParser:
     """An argument parser with `--config` (repeatable) and a `--help` that lists every setting of `schema`."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
-    )
+    parser = ConfigParser(schema, description)
     parser.add_argument("-h", "--help", action=_Help, schema=schema, help="show this help and every setting")
     parser.add_argument(
-        "--config", action="append", default=[], metavar="FILE", help="a YAML file; repeat it, later files win"
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a YAML file; repeat it, later files win",
     )
     return parser

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=[],
         help="read a prepared folder again and compare all hashes",
     )
-    options, overrides = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_settings(arguments)
     if options.verify:
         if options.config or overrides or options.force:
             raise UserError(

@@ -7,7 +7,6 @@ docs/posthoc.md says what is drawn.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import logging
@@ -18,22 +17,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cllm.arguments import Parser, number, whole_number
 from cllm.errors import UserError, one_line
 from cllm.signals import stoppable
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, usage_hint="python scripts/analyze.py runs/NAME")
+    count, share = whole_number(1), number(above=0, up_to=1)
     add = parser.add_argument
     add("run", metavar="RUN", help="run, .ckpt or Hugging Face folder")
     add("--data", metavar="PATH", help="prepared folder or text file (default: the run's first validation set)")
-    add("--sequences", type=int, default=4, metavar="N", help="sequences to cache (default: %(default)s)")
-    add("--length", type=int, metavar="N", help="tokens of each (default: the training length)")
-    add("--group", type=int, nargs="+", default=[1, 2, 4, 8], help="group sizes for ranks (default: 1 2 4 8)")
-    add("--energy", type=float, default=0.95, help="share of energy that the ranks keep (default: %(default)s)")
+    add("--sequences", type=count, default=4, metavar="N", help="sequences to cache (default: %(default)s)")
+    add("--length", type=count, metavar="N", help="tokens of each (default: the training length)")
+    add("--group", type=count, nargs="+", default=[1, 2, 4, 8], help="group sizes for ranks (default: 1 2 4 8)")
+    add("--energy", type=share, default=0.95, help="share of energy that the ranks keep (default: %(default)s)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--out", type=Path, metavar="DIR", help="where the files go (default: evaluation/ in the run's folder, "
         "runs/evaluation/ for a Hugging Face folder)")  # fmt: skip
@@ -46,10 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
-    if options.sequences < 1 or min(options.group) < 1:
-        raise UserError(f"--sequences {options.sequences}, --group {min(options.group)}: allowed: 1 or more")
-    if not 0 < options.energy <= 1:
-        raise UserError(f"--energy is {options.energy}; allowed: above 0, up to 1")
     # Imported late: --help and mistakes in arguments answer without loading torch.
     import torch
 

@@ -276,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add("--out", type=Path, metavar="FILE", help="write the numbers as JSON, and plots beside it")
     add("--plots", type=Path, metavar="DIR", help="write the plots there too")
-    arguments, overrides = parser.parse_known_args(argv)
+    arguments, overrides = parser.parse_settings(argv)
     device = torch.device(arguments.device)
     if arguments.merge:
         record = Record(merged(arguments.merge), arguments.out, torch.device("cpu"), math.inf)

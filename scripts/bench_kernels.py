@@ -15,7 +15,6 @@ Bounds are bytes over the copy rate measured in the same run, or FLOPs over the 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import sys
@@ -30,6 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cllm.arguments import Parser
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
 from cllm.kernels import cross_entropy, split_decode
@@ -379,7 +379,7 @@ def _neighbours(rule: split_decode.Tiles, elementwise: bool) -> list[split_decod
 
 @one_line
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     benches = {
         "attention": bench_attention,
         "fusion": bench_fusion,

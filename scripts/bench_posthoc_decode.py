@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_kernels import replayed_ms
 from decode_bench.measure import copy_bandwidth, free, time_calls, wait
 
+from cllm.arguments import Parser
 from cllm.config import ModelConfig, Rope
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
@@ -245,7 +246,7 @@ class Record:
 
 @one_line
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     sizes = {
         "tokens": (65536, "compressed tokens"), "tail": (64, "tokens since"), "batch": (1, "sequences"),
         "heads": (32, "query heads"), "kv-heads": (8, "KV heads"), "dim": (128, "channels of a head"),

@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, default=4, help="steps before the first turn (default 4)")
     parser.add_argument("--profile", action="store_true", help="print where the kernel time of each contender goes")
     parser.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
-    arguments, overrides = parser.parse_known_args(argv)
+    arguments, overrides = parser.parse_settings(argv)
     files = arguments.config or ["configs/bench/374m.yaml"]
     configs = {
         name: cli.load(Config, [*files, ROOT / "configs" / "kv" / f"{name}.yaml"], overrides)

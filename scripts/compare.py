@@ -8,7 +8,6 @@ docs/evaluation.md tells the rest.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -16,16 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cllm.arguments import Parser
 from cllm.errors import one_line
 from cllm.lock import locked
 from cllm.signals import stoppable
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="run folders; folders that are none are skipped")
     add("--baseline", metavar="NAME", help="run to compare with (default: the one with the largest resident cache)")

@@ -10,25 +10,35 @@ docs/huggingface.md tells the rest.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cllm.arguments import Parser, whole_number
 from cllm.errors import one_line
 from cllm.signals import stoppable
 
 
+def size(text: str) -> str:
+    """The `type` of an option that takes a file size: `5GB`, `300MB`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?[KMGT]?i?B", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"is {text or 'empty'}; allowed: a size such as 5GB or 300MB")
+    return text
+
+
 def add_export(commands: argparse._SubParsersAction) -> None:
     """`export RUN OUT`: a run as a folder that transformers loads."""
-    parser = commands.add_parser("export", help="write a run as a Hugging Face folder", allow_abbrev=False)
+    parser = commands.add_parser("export", help="write a run as a Hugging Face folder")
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder")
     add("out", type=Path, metavar="OUT", help="folder to make")
-    add("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
+    add("--checkpoint", type=whole_number(0), metavar="STEP", help="step of the checkpoint (default: the newest)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: %(default)s)")
-    add("--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
+    add("--max-shard-size", type=size, metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
     add("--no-tokenizer", action="store_true", help="leave the tokenizer of the run's data out")
     add("--force", action="store_true", help="replace OUT if this command made it")
     parser.set_defaults(command=export)
@@ -54,12 +64,12 @@ def export(options: argparse.Namespace) -> None:
 
 def add_import(commands: argparse._SubParsersAction) -> None:
     """`import SOURCE OUT`: another family's checkpoint as a folder of this package."""
-    parser = commands.add_parser("import", help="read another family's checkpoint", allow_abbrev=False)
+    parser = commands.add_parser("import", help="read another family's checkpoint")
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="folder with config.json and safetensors")
     add("out", type=Path, metavar="OUT", help="folder to make")
     add("--dtype", choices=("fp32", "bf16"), help="of the weights (default: as they are)")
-    add("--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
+    add("--max-shard-size", type=size, metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
     add("--allow-pickle", action="store_true", help="read pytorch_model.bin too; nothing but tensors is unpickled")
     add("--force", action="store_true", help="replace OUT if this command made it")
     parser.set_defaults(command=import_)
@@ -83,12 +93,12 @@ def import_(options: argparse.Namespace) -> None:
 
 def add_plain(commands: argparse._SubParsersAction) -> None:
     """`plain SOURCE OUT`: a folder of this package in another family's format."""
-    parser = commands.add_parser("plain", help="write a folder in another family's format", allow_abbrev=False)
+    parser = commands.add_parser("plain", help="write a folder in another family's format")
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="folder that import or export made")
     add("out", type=Path, metavar="OUT", help="folder to make")
     add("--family", choices=("llama", "mistral", "qwen2", "qwen3"), help="default: the first that fits")
-    add("--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
+    add("--max-shard-size", type=size, metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
     add("--force", action="store_true", help="replace OUT if this command made it")
     parser.set_defaults(command=plain)
 
@@ -112,11 +122,9 @@ COMMANDS = (add_export, add_import, add_plain)
 """One function for every command: it adds the command's parser, and sets `command` to what runs it."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, usage_hint="python scripts/convert.py export runs/NAME OUT")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in COMMANDS:
         add(commands)

@@ -14,23 +14,23 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cllm.arguments import Parser, number, whole_number
 from cllm.errors import UserError, one_line
-from cllm.evaluate import pareto, posthoc
-from cllm.evaluate.left_out import LeftOut
-from cllm.evaluate.perplexity import Settings, open_sets
 from cllm.evaluate.places import beside, run_of
-from cllm.evaluate.subjects import Subject, load_subject
-from cllm.evaluate.texts import TextSet
 from cllm.lock import locked
-from cllm.posthoc.methods import parse
 from cllm.signals import stoppable
 from cllm.trust import read_object
+
+if TYPE_CHECKING:
+    import torch
+
+    from cllm.evaluate.perplexity import Settings
+    from cllm.evaluate.subjects import Subject
+    from cllm.evaluate.texts import TextSet
 
 SPECS = (
     "xkv:group={group},ratio={ratio}",
@@ -46,23 +46,21 @@ SPECS = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
+    parser = Parser(description=__doc__, usage_hint="python scripts/sweep_posthoc.py runs/*")
+    add, count, ratio = parser.add_argument, whole_number(1), number(above=0)
     add("runs", nargs="+", metavar="RUN", help="run folders, checkpoints or Hugging Face folders")
     add("--spec", action="append", default=[], help="what to measure, {group} and {ratio} filled in; repeat it; the "
         "first 4 tokens stay exact, others with sinks=N in the spec "
         f"(default: {' '.join(SPECS)})")  # fmt: skip
-    add("--group", type=int, nargs="+", default=[2, 4], help="values of {group} (default: 2 4)")
-    add("--ratio", type=float, nargs="+", default=[2.0, 4.0, 8.0], help="values of {ratio} (default: 2 4 8)")
+    add("--group", type=count, nargs="+", default=[2, 4], help="values of {group} (default: 2 4)")
+    add("--ratio", type=ratio, nargs="+", default=[2.0, 4.0, 8.0], help="values of {ratio} (default: 2 4 8)")
     add("--data", metavar="PATH", help="prepared folder or text file (default: each run's first validation set)")
-    add("--window", type=int, metavar="N", help="tokens of a window (default: the training length)")
-    add("--prefix", type=int, metavar="N", help="tokens of it to compress (default: half)")
-    add("--batch", type=int, metavar="N", help="windows computed together")
-    add("--max-tokens", type=int, metavar="N", help="only the first N tokens of the set")
+    add("--window", type=count, metavar="N", help="tokens of a window (default: the training length)")
+    add("--prefix", type=count, metavar="N", help="tokens of it to compress (default: half)")
+    add("--batch", type=count, metavar="N", help="windows computed together")
+    add("--max-tokens", type=count, metavar="N", help="only the first N tokens of the set")
     add("--again", action="store_true", help="measure again what is on disk, as after a change of code")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--baseline", metavar="NAME", help="run that increases are relative to (default: the one with most bytes)")
@@ -75,6 +73,9 @@ def _measured(
     subject: Subject, text: TextSet, settings: Settings, spec: str, prefix: int, window: int, batch: int
 ) -> Any:
     """The record of an earlier measurement of the same checkpoint on the same data, or None."""
+    from cllm.evaluate import posthoc
+    from cllm.posthoc.methods import parse
+
     path = posthoc.result_path(
         subject.results(),
         text.name,
@@ -101,6 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
+    # Imported late: --help and mistakes in arguments answer without loading torch.
+    import torch
+
+    from cllm.evaluate import pareto
+    from cllm.evaluate.perplexity import Settings
+    from cllm.posthoc.methods import parse
+
     specs = pareto.expand(options.spec or SPECS, options.group, options.ratio)
     for spec in specs:
         parse(spec)
@@ -116,6 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def sweep(options: argparse.Namespace, specs: list[str], settings: Settings, device: torch.device, out: Path) -> int:
     """Measure every run with every spec, and write the table; returns the exit status."""
+    from cllm.evaluate import pareto, posthoc
+    from cllm.evaluate.left_out import LeftOut
+    from cllm.evaluate.perplexity import open_sets
+    from cllm.evaluate.subjects import load_subject
+
     records, refused, status = [], [], 0
     left_out = LeftOut(len(options.runs))
     for path in options.runs:

@@ -21,14 +21,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sweep_posthoc
 from decode_bench.designs import parse_plan
 
 from cllm import cli, processes
+from cllm.arguments import number, whole_number
 from cllm.config import Config
 from cllm.errors import EXIT_STOPPED, UserError, one_line
 from cllm.lock import locked
-from cllm.posthoc.methods import parse
 from cllm.runs import RunFolder
 from cllm.signals import stoppable
 
@@ -63,22 +62,36 @@ def train(words: list[str], seconds: float) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status: 3 where time ran out or a signal stopped it."""
     parser = cli.config_parser(Config, __doc__ or "")
-    add = parser.add_argument
+    add, count, ratio = parser.add_argument, whole_number(1), number(above=0)
     add("--designs", nargs="+", default=list(DESIGNS), metavar="DESIGN", help=f"default: {' '.join(DESIGNS)}")
     add("--out", type=Path, default=Path("runs/tradeoff"), metavar="DIR", help="for runs, table, figure and events "
         "(default: %(default)s)")  # fmt: skip
-    add("--minutes", type=float, default=1e6, metavar="M", help="stop training after so many; the same command goes on")
+    add("--minutes", type=number(least=0), default=1e6, metavar="M",
+        help="stop training after so many; the same command goes on")  # fmt: skip
     add("--spec", action="append", default=[], help="as in scripts/sweep_posthoc.py, sinks=N included")
-    add("--group", type=int, nargs="+", default=[4], help="values of {group} (default: 4)")
-    add("--ratio", type=float, nargs="+", default=[2.0, 4.0, 8.0], help="values of {ratio} (default: 2 4 8)")
-    add("--prefix", type=int, metavar="N", help="tokens of a window to compress (default: half of the training length)")
-    add("--batch", type=int, metavar="N", help="windows computed together")
-    add("--max-tokens", type=int, metavar="N", help="score only the first N tokens of the validation set")
-    options, overrides = parser.parse_known_args(argv)
+    add("--group", type=count, nargs="+", default=[4], help="values of {group} (default: 4)")
+    add("--ratio", type=ratio, nargs="+", default=[2.0, 4.0, 8.0], help="values of {ratio} (default: 2 4 8)")
+    add(
+        "--prefix",
+        type=count,
+        metavar="N",
+        help="tokens of a window to compress (default: half of the training length)",
+    )
+    add("--batch", type=count, metavar="N", help="windows computed together")
+    add("--max-tokens", type=count, metavar="N", help="score only the first N tokens of the validation set")
+    options, overrides = parser.parse_settings(argv)
+    if not options.config:
+        raise UserError(
+            "--config: missing; for example --config configs/tradeoff/98m.yaml --data.path data/prepared/NAME"
+        )
+    # Imported late: --help and mistakes in arguments answer without loading torch.
+    from cllm.evaluate.pareto import expand
+    from cllm.posthoc.methods import parse
+
     deadline = time.monotonic() + 60 * options.minutes
-    for spec in options.spec:
-        parse(spec.format(group=options.group[0], ratio=options.ratio[0]))
-    files = [str(Path(file).resolve()) for file in options.config or ["configs/tradeoff/98m.yaml"]]
+    for spec in expand(options.spec, options.group, options.ratio):
+        parse(spec)
+    files = [str(Path(file).resolve()) for file in options.config]
     out = options.out.resolve()
     lines: dict[str, list[str]] = {}
     for design in options.designs:
@@ -104,6 +117,8 @@ def train_and_sweep(options: argparse.Namespace, lines: dict[str, list[str]], ou
         if not is_finished(RunFolder(out / name)):
             print(f"stopped: {name} is not finished; the same command goes on", file=sys.stderr)
             return EXIT_STOPPED
+    import sweep_posthoc  # late, as above
+
     sweep = [str(out / name) for name in lines] + ["--out", str(out / "posthoc")]
     for option in ("prefix", "batch", "max_tokens"):
         if (value := getattr(options, option)) is not None:

@@ -54,6 +54,7 @@ from uptraining.setup import (
 from uptraining.steptime import measure_steps
 from uptraining.students import Runner, measure_start
 
+from cllm.arguments import Parser
 from cllm.data.manifest import Manifest
 from cllm.errors import EXIT_STOPPED, UserError, one_line
 from cllm.lock import locked
@@ -63,11 +64,9 @@ from cllm.uptrain.teacher import load_teacher
 STEPS = ("tokens", "base", "import", "starts", "steps", "students", "table")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("step", nargs="+", choices=("all", *STEPS), metavar="STEP", help="all, or some of the steps above")
     add("--out", type=Path, required=True, metavar="DIR", help="where everything goes")

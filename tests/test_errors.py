@@ -1,9 +1,14 @@
 """One line for a mistake of the user's, a traceback for a bug."""
 
+import errno
+import io
+import os
+import sys
+
 import pytest
 import torch
 
-from cllm.errors import DataError, PlanError, UserError, nearest, one_line
+from cllm.errors import LONGEST_LINE, DataError, PlanError, UserError, nearest, one_line
 
 
 @pytest.mark.parametrize("error", [UserError, PlanError, DataError])
@@ -33,6 +38,77 @@ def test_a_user_error_of_a_data_loaders_process_is_one_line_too(capsys):
 
     assert command() == 2
     assert capsys.readouterr().err == "error: a.bin: holds token 9, but the model has tokens 0 to 7\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: cannot be written: No space left on device"),
+        (MemoryError("Unable to allocate 2 TiB"), "out of memory: Unable to allocate 2 TiB"),
+    ],
+)
+def test_a_fault_of_the_machine_is_one_line_too(error, line, capsys):
+    @one_line
+    def command():
+        raise error
+
+    assert command() == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(("said", "line"), [((), "interrupted"), (("stopped; run it again",), "stopped; run it again")])
+def test_ctrl_c_is_one_line_and_status_130(said, line, capsys):
+    @one_line
+    def command():
+        raise KeyboardInterrupt(*said)
+
+    assert command() == 130
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_output_that_nobody_reads_ends_a_command_quietly(monkeypatch, capsys):
+    @one_line
+    def command():
+        print("a table")
+
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert command() == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_a_path_that_the_terminal_cannot_show_is_printed_all_the_same(monkeypatch):
+    @one_line
+    def command():
+        print("written: caf\udce9 × ∞")
+
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="latin-1"))
+    assert command() == 0
+    assert raw.getvalue() == b"written: caf\\udce9 \xd7 \\u221e\n"
+
+
+def test_a_broken_pipe_to_something_else_is_no_quiet_end():
+    @one_line
+    def command():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        command()
+
+
+def test_a_line_of_many_characters_loses_its_middle(capsys):
+    @one_line
+    def command():
+        raise UserError("first " + "x" * 20_000 + " last")
+
+    assert command() == 2
+    line = capsys.readouterr().err
+    assert len(line) <= LONGEST_LINE + len("error: \n")
+    assert line.startswith("error: first xxx")
+    assert line.endswith("xxx last\n")
 
 
 def test_a_bug_keeps_its_traceback():

@@ -6,6 +6,7 @@ training. Nothing here knows a design by name: what a run caches is read from it
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import statistics
@@ -106,7 +107,8 @@ def compare(runs: Sequence[RunFolder], *, baseline: str | None = None, set_name:
     read. Of several runs, one whose files cannot be read is named on stderr and left out.
 
     Raises:
-        UserError: where no run can be read, for two runs of one name, and for a baseline that is not there.
+        UserError: where no run can be read, for two runs of one name, for a baseline that is not there, and for a set
+            that no run has a loss on.
     """
     if set_name is not None and ("/" in set_name or set_name != set_name.strip("./")):
         raise UserError(f"--set {set_name}: is not the name of a validation set")
@@ -120,6 +122,9 @@ def compare(runs: Sequence[RunFolder], *, baseline: str | None = None, set_name:
         with left_out.unless_usable(run.path):
             read.append(_read(run, set_name))
     left_out.status()
+    if set_name is not None and all(run.row.loss is None for run in read):
+        known = sorted({name for run in runs for name in _sets(run)})
+        raise UserError(f"--set {set_name}: no run has a loss on it; {nearest(set_name, known)}")
     if baseline is not None and baseline not in [run.row.run for run in read]:
         raise UserError(f"--baseline {baseline}: cannot be read")
     rows = sorted((run.row for run in read), key=lambda row: (-row.kv_resident, -row.kv_read, row.run))
@@ -130,6 +135,14 @@ def compare(runs: Sequence[RunFolder], *, baseline: str | None = None, set_name:
     return Comparison(
         rows=rows, baseline=base, set_name=set_name, warnings=_warnings(read, base), left_out=left_out.names
     )
+
+
+def _sets(run: RunFolder) -> set[str]:
+    """Names of the sets that a run was evaluated or validated on, as far as its files can be read."""
+    names = {path.stem for path in run.evaluation_folder.glob("*.json")}
+    with contextlib.suppress(UserError):
+        names |= set(run.config().data.validation or ["validation"])
+    return names
 
 
 def _percent(row: Row, base: Row) -> float | None:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from cllm.data.manifest import TOKENIZER, Manifest, tokenizer_sha256
 from cllm.errors import UserError
+from cllm.faults import naming
 from cllm.files import MARK, check_replaceable, new_folder
 from cllm.hub import companions
 from cllm.hub.checksums import write_checksums
@@ -183,7 +184,7 @@ def _to_bf16(decoder: Decoder) -> None:
 def save(model: CLLMForCausalLM, folder: Path, max_shard_size: str) -> None:
     """Write config.json and weights. Raises `UserError` for a size that is none."""
     try:
-        with quiet():
+        with quiet(), naming(str(folder)):
             model.save_pretrained(folder, max_shard_size=max_shard_size)
     except ValueError as error:
         raise UserError(f"--max-shard-size is {max_shard_size}: {error}") from None

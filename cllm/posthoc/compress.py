@@ -65,7 +65,7 @@ class Filled:
         """Keys and values of the slots of a kind, without `sinks`: keys and values first, then latents."""
         found: list[tuple[Part, Part | None]] = []
         numbers = {j: slot.k.numel() + (0 if j in self.latent else slot.v.numel()) for j, slot in self.slots.items()}
-        stays = self.beside + sum(self.slots[j].v.nbytes for j in self.latent)
+        stays: float = self.beside + sum(self.slots[j].v.nbytes for j in self.latent)
         sinks = self.sinks(0) if sinks is None else sinks
         for j, slot in self.slots.items():
             stays += numbers[j] * slot.k.itemsize * sinks.count / sinks.length

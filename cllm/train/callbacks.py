@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -9,6 +10,8 @@ import resource
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -255,13 +258,25 @@ class Checkpoints(Callback):
         if trainer.is_global_zero and partial.is_dir():
             shutil.rmtree(partial)  # of a run that was killed while it saved
         trainer.strategy.barrier()
-        trainer.save_checkpoint(partial, weights_only=False)
+        with self._removed_on_error(partial, trainer):
+            trainer.save_checkpoint(partial, weights_only=False)
         if trainer.is_global_zero:
             os.replace(partial, path)
             for _, old in self.folder.checkpoints()[: -self.keep]:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
         trainer.strategy.barrier()
         self.clock.resume()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _removed_on_error(partial: Path, trainer: Trainer) -> Iterator[None]:
+        """After a failed write, as on a full disk, remove what was written of it."""
+        try:
+            yield
+        except BaseException:
+            if trainer.is_global_zero:
+                shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
+            raise
 
 
 class StopWhenDone(Callback):

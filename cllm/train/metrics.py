@@ -71,5 +71,7 @@ class MetricsLog:
         self._file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
-        self._file.close()
-        self.board.close()
+        try:
+            self._file.close()
+        finally:
+            self.board.close()

@@ -32,6 +32,7 @@ from cllm.runs import RUN, DataDigests, RunFolder, check_run_folder
 from cllm.train.callbacks import Checkpoints, Metrics, StopWhenDone
 from cllm.train.environment import environment
 from cllm.train.equip import equip
+from cllm.train.faults import explained
 from cllm.train.float8 import check_float8
 from cllm.train.module import TrainingModule
 from cllm.train.strategy import check_launch, check_shards, cluster_plugins, family, make_strategy, zero_stage
@@ -243,6 +244,7 @@ def is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
 
 
+@explained
 def train(
     config: Config, *, resume: str | None = None, overwrite: bool = False, callbacks: Sequence[Callback] = ()
 ) -> RunFolder:

@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--dissimilar-first", action="store_true", help="share the layers least alike first (KVSharer)")
     add("--threshold", type=float, help="least cosine of final hidden states to the teacher's; default: none")
     add("--out", type=Path, metavar="FILE", help="write the plan there; default: standard output")
-    arguments, overrides = parser.parse_known_args(argv)
+    arguments, overrides = parser.parse_settings(argv)
     config = cli.load(Config, arguments.config, overrides)
     text = yaml.safe_dump(
         {"model": {"kv": {"layers": _search(config, arguments)}}}, sort_keys=False, default_flow_style=None

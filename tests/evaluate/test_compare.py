@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cllm.errors import UserError
 from cllm.evaluate.comparison import Comparison, Row, find_runs
 from cllm.evaluate.comparison import compare as compare_runs
 from cllm.evaluate.report import figure, markdown_table
@@ -130,7 +131,14 @@ def test_an_evaluation_is_preferred_and_mixing_is_told(synthetic) -> None:
 def test_another_set_is_read_from_its_own_tags(synthetic) -> None:
     comparison = _compared(synthetic("a", evaluated=2.1), set_name="other")
     assert (comparison.rows[0].loss, comparison.rows[0].source) == (3.0, "training")
-    assert _compared(synthetic("b", evaluated=2.1), set_name="nothing").rows[0].loss is None
+
+
+def test_a_set_that_no_run_has_is_refused_and_the_known_ones_are_named(synthetic) -> None:
+    paths = [synthetic("a", evaluated=2.1, data={"validation": {"code": "x", "other": "y"}}), synthetic("b")]
+    with pytest.raises(UserError, match=r'--set oter: no run has a loss on it; did you mean "other"\?'):
+        _compared(*paths, set_name="oter")
+    with pytest.raises(UserError, match=r"--set zzz: .*; allowed: code, other, validation"):
+        _compared(*paths, set_name="zzz")
 
 
 def test_the_main_set_is_the_first_that_the_config_names(synthetic) -> None:

@@ -139,7 +139,7 @@ def _parse_line(line: bytes, where: str, text_field: str) -> tuple[str, int]:
     decoded, replaced = decode(line)
     try:
         record = json.loads(decoded)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not a line of JSON: {error}") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: holds a {type(record).__name__}, not an object with a `{text_field}` field")

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from cllm.data.manifest import tokenizer_sha256
 from cllm.data.prepare.recipe import TrainTokenizer
 from cllm.errors import DataError, UserError
+from cllm.faults import naming
 from cllm.trust import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,9 @@ def train(texts: Iterable[str], spec: TrainTokenizer, folder: Path) -> None:
     if (found := tokenizer.get_vocab_size()) < spec.vocab_size:
         log.warning("tokenizer: the text yields only %d tokens of the %d asked for", found, spec.vocab_size)
     folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    file = folder / "tokenizer.json"
+    with naming(str(file)):
+        tokenizer.save(str(file))
     # What AutoTokenizer reads beside tokenizer.json; written here because importing transformers takes seconds.
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,0 +1,155 @@
+"""Faults of the machine and its user that are no bug of the program, each as one line.
+
+A full disk, a missing permission, a folder where a file belongs, exhausted memory: the program meets these as
+exceptions of Python, torch and Rust libraries. `explain` turns such an exception into a line for
+`cllm.errors.one_line`. Every other exception is a bug, and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import select
+import sys
+from collections.abc import Iterator
+from typing import TypeGuard
+
+_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+"""Errors that only writing meets."""
+_OF_FILES = _WRITING | {
+    *(errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.ENODEV, errno.ENOLCK),
+}
+"""Errors of a file system, also where the exception does not name a file."""
+_HINTS = {errno.EMFILE: "raise the limit with `ulimit -n`", errno.ENFILE: "the machine has too many files open"}
+
+_RUST = re.compile(r"\(os error (\d+)\)")
+_WORKER = re.compile(r"^Caught \w+ in [^\n]*\nOriginal Traceback ", re.DOTALL)
+_WORKER_ERRNO = re.compile(r"\[Errno (\d+)\] [^\n:]*(?:: '([^\n]*?)')?\s*$")
+_CPU_MEMORY = re.compile(r"DefaultCPUAllocator: (?:can't allocate|not enough) memory(?:: you tried to allocate (\d+))?")
+_GPU_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_SHARED_MEMORY = "insufficient shared memory"
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:exited unexpectedly|is killed by signal)")
+
+
+def explain(error: BaseException) -> str | None:
+    """The line that says what is wrong with the machine or its files, or None where `error` may be a bug."""
+    if is_out_of_memory(error):
+        return f"out of memory: {_first_line(error) or 'the machine has no more'}"
+    if isinstance(error, OSError):
+        return _explain_os_error(error)
+    text = str(error)
+    if isinstance(error, ValueError) and text.startswith("embedded null "):
+        return "a path holds a NUL character, which no file system allows"
+    if isinstance(error, RuntimeError) and _SHARED_MEMORY in text:
+        return "out of shared memory in a data loader process; enlarge /dev/shm, or set data.num_workers 0"
+    if isinstance(error, RuntimeError) and (match := _LOST_WORKER.match(text)):
+        return f"{match[0]}: the machine ended a data loader process, mostly for memory; lower data.num_workers"
+    if (number := _rust_errno(error)) is not None:
+        return _sentence(None, number)
+    # torch's archive writer fails a second time after a failed write, and hides the first.
+    inner = error.__cause__ or error.__context__
+    while inner is not None:
+        if is_write_error(inner):
+            return _explain_os_error(inner)
+        inner = inner.__cause__ or inner.__context__
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or the host; it is Python's, NumPy's or torch's exception that says so."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (any(t in text for t in _GPU_MEMORY) or bool(_CPU_MEMORY.search(text)))
+
+
+def is_write_error(error: BaseException) -> TypeGuard[OSError]:
+    """Whether a file system refused to store more: full, over quota, read-only, or a file too large."""
+    return isinstance(error, OSError) and error.errno in _WRITING
+
+
+def from_worker(error: BaseException) -> str | None:
+    """The message of an exception that a data loader process raised and torch wrapped into a traceback, else None."""
+    text = str(error)
+    if not _WORKER.match(text):
+        return None
+    name = f"{type(error).__name__}: "
+    last = re.split(rf"^(?:[\w.]+\.)?{re.escape(name)}", text, flags=re.MULTILINE)[-1]
+    return last.strip()
+
+
+def is_broken_pipe(error: BaseException) -> bool:
+    """Whether `error` comes from writing to a standard stream whose reader has gone, as in `command | head`."""
+    return isinstance(error, BrokenPipeError) and any(_reader_has_gone(stream) for stream in (sys.stdout, sys.stderr))
+
+
+def silence_output() -> None:
+    """Send what is still to be printed nowhere, so that Python's exit does not complain of a broken pipe."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if _reader_has_gone(stream):
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Give an error of files in the block that names none, such as that of a write, the name `what`.
+
+    Raises:
+        OSError: also in place of the errors of files that Rust's libraries raise as exceptions of their own.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = what
+        raise
+    except Exception as error:
+        if (number := _rust_errno(error)) is not None:
+            raise OSError(number, os.strerror(number), what) from error
+        raise
+
+
+def _rust_errno(error: BaseException) -> int | None:
+    """The number of an error of files that a Rust library (safetensors, tokenizers) raised, else None."""
+    named = type(error) is Exception or type(error).__module__.startswith("safetensors")
+    match = _RUST.search(str(error)) if named else None
+    return int(match[1]) if match else None
+
+
+def _explain_os_error(error: OSError) -> str | None:
+    number, file = error.errno, error.filename2 or error.filename
+    if number is None and (text := from_worker(error)) is not None and (match := _WORKER_ERRNO.search(text)):
+        number, file = int(match[1]), match[2]
+    file = os.fsdecode(file) if isinstance(file, str | bytes | os.PathLike) else None
+    if number is None or (file is None and number not in _OF_FILES):
+        return None
+    return _sentence(file, number)
+
+
+def _sentence(file: str | None, number: int) -> str:
+    why = os.strerror(number) + (f" ({_HINTS[number]})" if number in _HINTS else "")
+    verb = "written" if number in _WRITING else "used"
+    return f"{file or 'a file'}: cannot be {verb}: {why}"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    if match := _CPU_MEMORY.search(text):
+        return f"{int(match[1]):,} bytes were asked for at once" if match[1] else ""
+    # torch's text goes on with advice about its allocator.
+    return text.splitlines()[0].split(". Of the allocated memory")[0][:200] if text else ""
+
+
+def _reader_has_gone(stream: object) -> bool:
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # type: ignore[attr-defined] # what has none raises, and is no pipe
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):
+        return False

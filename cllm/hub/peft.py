@@ -5,7 +5,7 @@ Imported after PEFT's own tables (see `cllm/__init__.py`). Modules have the name
 
 from __future__ import annotations
 
-import importlib
+import sys
 from typing import Any
 
 _NAMES = {
@@ -24,8 +24,9 @@ def register(tables: Any, model_type: str = "cllm") -> None:
         targets = table.get(_LIKE) if name.endswith("_MODULES_MAPPING") and isinstance(table, dict) else None
         if isinstance(targets, list):
             table.setdefault(model_type, [_NAMES.get(target, target) for target in targets])
-    embeddings = tables.EMBEDDING_LAYER_NAMES
+    embeddings: list[str] = getattr(tables, "EMBEDDING_LAYER_NAMES", [])
     embeddings.extend(_NAMES[name] for name in ("embed_tokens", "lm_head") if _NAMES[name] not in embeddings)
 
 
-register(importlib.import_module("peft.utils.constants"))
+if (_tables := sys.modules.get("peft.utils.constants")) is not None:  # PEFT is optional
+    register(_tables)

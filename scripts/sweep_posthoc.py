@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cllm.arguments import Parser, number, whole_number
-from cllm.errors import UserError, one_line
+from cllm.errors import UserError, nearest, one_line
 from cllm.evaluate.places import beside, run_of
 from cllm.lock import locked
 from cllm.signals import stoppable
@@ -116,6 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
     device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
     settings = Settings(window=options.window, batch=options.batch, max_tokens=options.max_tokens)
+    names = [Path(run_of(path) or path).resolve().name for path in options.runs]
+    if options.baseline is not None and options.baseline not in names:
+        raise UserError(f"--baseline {options.baseline}: not among the runs; {nearest(options.baseline, names)}")
     out = options.out or beside([run_of(path) for path in options.runs], "posthoc")
     with locked(out):  # its table is of this sweep alone
         print(f"table and figure go to {out}", file=sys.stderr, flush=True)

@@ -68,7 +68,7 @@ class Filled:
         stays: float = self.beside + sum(self.slots[j].v.nbytes for j in self.latent)
         sinks = self.sinks(0) if sinks is None else sinks
         for j, slot in self.slots.items():
-            stays += numbers[j] * slot.k.itemsize * sinks.count / sinks.length
+            stays += numbers[j] // sinks.length * sinks.count * slot.k.itemsize
         for latent in (False, True):
             slots = tuple(j for j in sorted(self.slots) if (j in self.latent) == latent)
             if not slots:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cllm.arguments import Parser, number, whole_number
-from cllm.errors import UserError, one_line
+from cllm.errors import UserError, nearest, one_line
 
 if TYPE_CHECKING:
     from cllm.evaluate.perplexity import Settings
@@ -60,6 +60,11 @@ def parser() -> Parser:
     add("--baseline", metavar="NAME", help="run that increases are relative to (default: the one with most bytes)")
     add("--out", type=Path, metavar="DIR", help="where the table and figure go (default: posthoc/ beside the runs)")
     return parser
+
+
+def _run_name(path: Path) -> str:
+    """How the table calls the run, checkpoint or folder at `path`."""
+    return (path.resolve().parents[1] if path.suffix == ".ckpt" else path.resolve()).name
 
 
 def _measured(
@@ -106,6 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parse(spec)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
+    names = [_run_name(Path(path)) for path in options.runs]
+    if options.baseline is not None and options.baseline not in names:
+        raise UserError(f"--baseline {options.baseline}: not among the runs; {nearest(options.baseline, names)}")
     device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
     settings = Settings(window=options.window, batch=options.batch, max_tokens=options.max_tokens)
     records, refused, status = [], [], 0

@@ -50,12 +50,8 @@ def explain(error: BaseException) -> str | None:
     if (number := _rust_errno(error)) is not None:
         return _sentence(None, number)
     # torch's archive writer fails a second time after a failed write, and hides the first.
-    inner = error.__cause__ or error.__context__
-    while inner is not None:
-        if is_write_error(inner):
-            return _explain_os_error(inner)
-        inner = inner.__cause__ or inner.__context__
-    return None
+    hidden = next((found for found in _chain(error) if is_write_error(found)), None)
+    return None if hidden is None else _explain_os_error(hidden)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -105,14 +101,21 @@ def naming(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = what
-        raise
     except Exception as error:
         if (number := _rust_errno(error)) is not None:
             raise OSError(number, os.strerror(number), what) from error
+        for found in _chain(error):
+            if isinstance(found, OSError) and found.errno is not None and found.filename is None:
+                found.filename = what
         raise
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """`error`, and the exceptions that it was raised over."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
 
 
 def _rust_errno(error: BaseException) -> int | None:

@@ -206,8 +206,8 @@ def check_run_folder(folder: RunFolder) -> bool:
         )
     if not marked:
         raise UserError(
-            f"{path}: {'is a symbolic link to what' if path.is_symlink() else 'exists and'} is not a run: it has neither "
-            f"the mark of one ({MARK}) nor a config.yaml; choose another --name"
+            f"{path}: {'is a symbolic link to what' if path.is_symlink() else 'exists and'} is not a run: it has "
+            f"neither the mark of one ({MARK}) nor a config.yaml; choose another --name"
         )
     return False
 

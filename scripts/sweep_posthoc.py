@@ -69,6 +69,11 @@ def parser() -> Parser:
     return parser
 
 
+def _run_name(path: Path) -> str:
+    """How the table calls the run, checkpoint or folder at `path`."""
+    return (path.resolve().parents[1] if path.suffix == ".ckpt" else path.resolve()).name
+
+
 def _measured(
     subject: Subject, text: TextSet, settings: Settings, spec: str, prefix: int, window: int, batch: int
 ) -> Any:
@@ -114,11 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parse(spec)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
-    device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
-    settings = Settings(window=options.window, batch=options.batch, max_tokens=options.max_tokens)
-    names = [Path(run_of(path) or path).resolve().name for path in options.runs]
+    names = [_run_name(Path(path)) for path in options.runs]
     if options.baseline is not None and options.baseline not in names:
         raise UserError(f"--baseline {options.baseline}: not among the runs; {nearest(options.baseline, names)}")
+    device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
+    settings = Settings(window=options.window, batch=options.batch, max_tokens=options.max_tokens)
     out = options.out or beside([run_of(path) for path in options.runs], "posthoc")
     with locked(out):  # its table is of this sweep alone
         print(f"table and figure go to {out}", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ runs/NAME/
   env.txt              versions, git commit, hardware
   metrics.jsonl        one row a log step: step, tokens, time, and tag: value
   summary.json         design, parameters, KV bytes: what the comparison needs of the config
+  data.json            digests of the manifests of the training and validation data
   evaluation/SET.json  what evaluate.py measured
   tensorboard/         events with the same tags as metrics.jsonl
   checkpoints/         step-00000500.ckpt ...; a folder under ZeRO, with model.safetensors in it
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ TIED = "tied"
 
 
 @dataclass(frozen=True, slots=True)
+class DataDigests:
+    """`Manifest.digest()` of the data that a run uses."""
+
+    train: str
+    """Of the training folder."""
+    validation: dict[str, str]
+    """Of each validation set's folder by the set's name, the main set first."""
+
+
+@dataclass(frozen=True, slots=True)
 class RunFolder:
     """Paths inside a run's folder, and reading what is there."""
 
@@ -59,6 +70,10 @@ class RunFolder:
     @property
     def summary_file(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def data_file(self) -> Path:
+        return self.path / "data.json"
 
     @property
     def evaluation_folder(self) -> Path:
@@ -107,6 +122,24 @@ class RunFolder:
             return json.loads(self.summary_file.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"{self.summary_file}: cannot be read: {error}") from None
+
+    def data_digests(self) -> DataDigests | None:
+        """Digests of the data that the run was trained and validated on; None for runs that did not record them.
+
+        Raises:
+            UserError: when `data.json` cannot be read.
+        """
+        try:
+            record = json.loads(self.data_file.read_bytes())
+            return DataDigests(train=str(record["train"]), validation=dict(record["validation"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.data_file}: cannot be read: {error!r}") from None
+
+    def write_data_digests(self, digests: DataDigests) -> None:
+        """Write `data.json`."""
+        write_atomic(self.data_file, json.dumps(asdict(digests), indent=2) + "\n")
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Rows of `metrics.jsonl`; a last line cut off by a crash is left out."""

@@ -76,6 +76,11 @@ class DataModule(LightningDataModule):
         return list(self.validation_stores)
 
     @property
+    def validation_digests(self) -> dict[str, str]:
+        """`Manifest.digest()` of each validation set's folder, in the order of `validation_names`."""
+        return {name: store.manifest.digest() for name, store in self.validation_stores.items()}
+
+    @property
     def bytes_per_token(self) -> dict[str, float]:
         """UTF-8 bytes a token of each validation set: bits per byte = loss in nats / ln 2 / bytes per token."""
         return {name: store.manifest.bytes_per_token(VALIDATION) for name, store in self.validation_stores.items()}

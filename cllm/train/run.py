@@ -25,7 +25,7 @@ from cllm.kv.accounting import kv_bytes, mha_twin
 from cllm.kv.describe import plan_figure, plan_table
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import build_decoder, count_parameters, drawn_decoder, training_flops_per_token
-from cllm.runs import RunFolder
+from cllm.runs import DataDigests, RunFolder
 from cllm.train.callbacks import Checkpoints, Metrics, StopWhenDone
 from cllm.train.environment import environment
 from cllm.train.equip import equip
@@ -290,6 +290,7 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
         if checkpoint is None and folder.path.exists():
             shutil.rmtree(folder.path)
         _write_start(config, folder, model, summary)
+        folder.write_data_digests(DataDigests(train=data.manifest.digest(), validation=data.validation_digests))
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
     trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)

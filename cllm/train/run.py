@@ -14,7 +14,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 
 from cllm.config import Config
 from cllm.data.manifest import Manifest
@@ -25,15 +25,24 @@ from cllm.kv.accounting import kv_bytes, mha_twin
 from cllm.kv.describe import plan_figure, plan_table
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import build_decoder, count_parameters, drawn_decoder, training_flops_per_token
-from cllm.runs import DataDigests, RunFolder
-from cllm.train.callbacks import Checkpoints, Metrics, StopWhenDone
+from cllm.runs import RunFolder
+from cllm.train.callbacks import CheckpointFiles, Checkpoints, Metrics, StopWhenDone
 from cllm.train.environment import environment
 from cllm.train.equip import equip
 from cllm.train.float8 import check_float8
 from cllm.train.module import TrainingModule
-from cllm.train.strategy import check_launch, check_shards, cluster_plugins, family, make_strategy, zero_stage
+from cllm.train.resume import (
+    check_intact,
+    check_resumable,
+    lacks_validation,
+    newest_intact,
+    prepare_folder,
+    record_data,
+    validate_first,
+)
+from cllm.train.strategy import check_launch, check_shards, cluster_plugins, make_strategy, zero_stage
 from cllm.uptrain.decoder import TracedDecoder
-from cllm.uptrain.module import Recovery, UptrainingModule
+from cllm.uptrain.module import UptrainingModule
 from cllm.uptrain.sources import check_best_sources, with_best_sources, with_saved_sources
 from cllm.uptrain.start import calibration_batches, make_student, open_teacher
 from cllm.uptrain.teacher import Teacher
@@ -74,32 +83,12 @@ def summarise(config: Config, model: Decoder) -> dict[str, Any]:
     }
 
 
-_FREE_TO_CHANGE = {"steps", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints"}
-_FREE_TO_CHANGE |= {"devices", "num_nodes", "max_skipped_steps", "gradient_checkpointing", "recompute_fusion"}
-
-
-def check_resumable(config: Config, folder: RunFolder) -> None:
-    """Refuse to resume a run whose saved config differs in anything that would make it another run."""
-    old, new = folder.config().as_yaml_data(), config.as_yaml_data()
-    for section in ("init", "uptrain", "model", "data", "optim", "train"):
-        for key in old[section] | new[section]:
-            free = {"train": _FREE_TO_CHANGE, "data": {"num_workers", "validation", "validation_sequences"}}
-            if key in free.get(section, set()) or old[section].get(key) == new[section].get(key):
-                continue
-            if key == "strategy" and family(old[section][key]) == family(new[section][key]):
-                continue
-            raise UserError(
-                f"{section}.{key} is {new[section].get(key)!r}, but the run in {folder.path} was started with "
-                f"{old[section].get(key)!r}; resume with its own config.yaml or choose another --name"
-            )
-
-
 def open_folder(config: Config, resume: str | None, overwrite: bool) -> tuple[RunFolder, Path | None]:
     """The run's folder and the checkpoint to go on from, or None to start afresh. Nothing is written here.
 
     Raises:
         UserError: when the folder holds a run and neither resuming nor overwriting was asked for, or both; when the
-            checkpoint does not exist; when the saved run is another one, or finished without a checkpoint.
+            checkpoint does not exist or is damaged; when the saved run is another one, or finished without a checkpoint.
     """
     folder = RunFolder(Path(config.runs_dir) / config.name)
     if resume is not None and overwrite:
@@ -114,10 +103,10 @@ def open_folder(config: Config, resume: str | None, overwrite: bool) -> tuple[Ru
             )
         return folder, None
     if resume == "auto":
-        checkpoint = folder.newest_checkpoint()
+        checkpoint = newest_intact(config, folder)
         if checkpoint is None and held:  # of a run that ended before its first one: it starts afresh
             check_resumable(config, folder)
-            if max((row["step"] for row in folder.metrics()), default=0) >= folder.config().train.steps:
+            if folder.last_step() >= folder.config().train.steps:
                 raise UserError(
                     f"{folder.path} holds a finished run without checkpoints, so that --resume auto would train it "
                     "anew; replace it with --overwrite, or choose another --name"
@@ -128,8 +117,8 @@ def open_folder(config: Config, resume: str | None, overwrite: bool) -> tuple[Ru
             raise UserError(f"--resume {resume}: no such checkpoint")
         if checkpoint.resolve().parent != folder.checkpoint_folder.resolve():
             raise UserError(f"--resume {resume}: not a checkpoint of {folder.path}")
-    if checkpoint is not None:
         check_resumable(config, folder)
+        check_intact(config, folder, checkpoint)
     return folder, checkpoint
 
 
@@ -156,8 +145,8 @@ def _device(config: Config) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def make_trainer(config: Config, folder: RunFolder, metrics: Metrics, *more: Callback) -> Trainer:
-    """Lightning's Trainer for a config, with this project's callbacks, and `more`, and nothing of Lightning's own."""
+def make_trainer(config: Config, folder: RunFolder, metrics: Metrics) -> Trainer:
+    """Lightning's Trainer for a config, with this project's callbacks and nothing of Lightning's own."""
     train = config.train
     accelerator = _accelerator(config)
     devices = _devices(config, accelerator)
@@ -171,14 +160,19 @@ def make_trainer(config: Config, folder: RunFolder, metrics: Metrics, *more: Cal
     zero = zero_stage(train) is not None
     bf16 = train.in_bf16(gpu=accelerator == "gpu")
     checkpoints = Checkpoints(
-        folder, every=train.checkpoint_every, keep=train.keep_checkpoints, steps=train.steps, clock=metrics.clock
+        folder,
+        every=train.checkpoint_every,
+        keep=train.keep_checkpoints,
+        steps=train.steps,
+        clock=metrics.clock,
+        sync_rows=metrics.sync,
     )
     trainer = Trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=train.num_nodes,
         strategy=make_strategy(train, accelerator=accelerator, devices=devices, accumulate=accumulate),
-        plugins=cluster_plugins(),
+        plugins=cluster_plugins() + ([] if zero else [CheckpointFiles()]),
         precision="bf16-mixed" if bf16 else "32-true",
         max_steps=train.steps,
         max_epochs=-1,
@@ -189,7 +183,7 @@ def make_trainer(config: Config, folder: RunFolder, metrics: Metrics, *more: Cal
         limit_val_batches=None if train.validate_every else 0,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=-1,  # the untrained model's score is the first row of every curve
-        callbacks=[metrics, *more, checkpoints, StopWhenDone(checkpoints, train.steps, train.log_every)],
+        callbacks=[metrics, checkpoints, StopWhenDone(checkpoints, train.steps, train.log_every)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -243,7 +237,8 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
     config = chosen or config
     folder, checkpoint = open_folder(config, resume, overwrite)
     start_step = folder.step_of(checkpoint) if checkpoint else 0
-    if start_step >= config.train.steps:
+    validate = checkpoint is not None and lacks_validation(config, folder, start_step)
+    if start_step > config.train.steps or (start_step == config.train.steps and not validate):
         log.info("%s is finished: %s is its last step", folder.path, checkpoint)
         return folder
     check_float8(config, _accelerator(config))
@@ -282,17 +277,19 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
         hyperparameters=hyperparameters(config, summary),
         max_skipped_steps=config.train.max_skipped_steps,
     )
-    more = [Recovery(metrics)] if isinstance(module, UptrainingModule) else []
-    trainer = make_trainer(config, folder, metrics, *more)
+    trainer = make_trainer(config, folder, metrics)
     if checkpoint is not None and zero_stage(config.train) is not None:
         check_shards(checkpoint, trainer.world_size)
     if trainer.is_global_zero:
         if checkpoint is None and folder.path.exists():
             shutil.rmtree(folder.path)
         _write_start(config, folder, model, summary)
-        folder.write_data_digests(DataDigests(train=data.manifest.digest(), validation=data.validation_digests))
+        record_data(folder, data)
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
+        if trainer.is_global_zero:
+            prepare_folder(folder, start_step)
+        validate_first(trainer, validate)
     trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     return folder
 

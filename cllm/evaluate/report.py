@@ -51,6 +51,14 @@ def _count(n: float) -> str:
     return f"{n:.0f}"
 
 
+def _source(row: Row) -> str:
+    """`training`, or `training, step 250 of 500` where the run has trained on since."""
+    if row.source is None:
+        return _DASH
+    older = row.step is not None and row.step < row.last_step
+    return f"{row.source}, step {row.step} of {row.last_step}" if older else row.source
+
+
 _COLUMNS = (
     _Column("run", lambda row: row.run, left=True),
     _Column("design", lambda row: row.design, left=True),
@@ -65,7 +73,7 @@ _COLUMNS = (
     _Column("difference", lambda row: _signed(row.perplexity_vs_baseline)),
     _Column("bits/byte", lambda row: _number(row.bits_per_byte, ".4f")),
     _Column("tokens/s", lambda row: _number(row.tokens_per_s, ",.0f")),
-    _Column("from", lambda row: row.source or _DASH, left=True),
+    _Column("from", _source, left=True),
 )
 
 

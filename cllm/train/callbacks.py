@@ -223,8 +223,8 @@ def _peak_memory(device: torch.device) -> float:
 class Checkpoints(Callback):
     """Saves every `every` steps and at the end, under a temporary name first, and keeps the newest `keep`.
 
-    `every` None: only when `save` is called. Weights that are not finite are never saved. A checkpoint gets its name when
-    it and all rows of metrics up to its step (`sync_rows`) are on the disk; only then are older ones deleted.
+    `every` None: only when `save` is called. Weights that are not finite are never saved. A checkpoint gets its name
+    when it and all rows of metrics up to its step (`sync_rows`) are on the disk; only then are older ones deleted.
     """
 
     def __init__(

@@ -92,14 +92,11 @@ def _check_data(config: Config, saved: Config, folder: RunFolder) -> None:
         )
     recorded = folder.data_digests()
     if recorded is None:
-        log.info(
-            "%s: has no record of its data, from before there was one; whether they are the same is not known",
-            folder.path,
-        )
+        rank_zero_only(log.info)("%s has no record of its data: whether they have changed is not known", folder.path)
         if old[main] != new[main]:
             raise UserError(
-                f"data.validation.{main} is {new[main]!r}, but the run in {folder.path} was started with {old[main]!r}; "
-                "resume with its own config.yaml or choose another --name"
+                f"data.validation.{main} is {new[main]!r}, but the run in {folder.path} was started with "
+                f"{old[main]!r}; resume with its own config.yaml or choose another --name"
             )
         return
     if config.data.path == saved.data.path:

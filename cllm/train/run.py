@@ -87,8 +87,8 @@ def open_folder(config: Config, resume: str | None, overwrite: bool) -> tuple[Ru
     """The run's folder and the checkpoint to go on from, or None to start afresh. Nothing is written here.
 
     Raises:
-        UserError: when the folder holds a run and neither resuming nor overwriting was asked for, or both; when the
-            checkpoint does not exist or is damaged; when the saved run is another one, or finished without a checkpoint.
+        UserError: when the folder holds a run and neither resuming nor overwriting was asked for, or both; when no
+            checkpoint is intact; when the saved run is another one, or finished without a checkpoint.
     """
     folder = RunFolder(Path(config.runs_dir) / config.name)
     if resume is not None and overwrite:

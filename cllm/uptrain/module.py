@@ -91,7 +91,7 @@ class UptrainingModule(TrainingModule):
         return parts
 
     def training_metrics(self) -> dict[str, float]:
-        """Means of the objective and its parts since the last call; next-token cross-entropy is `train/loss` already."""
+        """Means of the objective and its parts since the last call, without next-token cross-entropy: `train/loss`."""
         means = {
             f"train/{name}": torch.as_tensor(total, device=self.device) / max(self._count, 1)
             for name, total in self._sums.items()
@@ -116,7 +116,7 @@ class UptrainingModule(TrainingModule):
         self._teacher_score = self._teacher_score + torch.stack((nats, (batch["labels"] != IGNORE).sum()))
 
     def validation_metrics(self) -> dict[str, float]:
-        """The teacher's loss, the loss at the start, and the recovery; a run's first validation measures the teacher."""
+        """The teacher's loss, the student's at the start, and recovery. The first validation measures the teacher."""
         nats, scored = self.validation_scores()[self.validation_names[0]]
         loss = nats / max(scored, 1)
         if not self.reference:

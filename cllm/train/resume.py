@@ -152,11 +152,12 @@ def _shapes(config: Config) -> Decoder:
         return build_decoder(config.model)
 
 
-def prepare_folder(folder: RunFolder, start_step: int) -> None:
-    """Leave no checkpoint of later steps than `start_step`, whose rows are dropped, and nothing half saved."""
+def prepare_folder(folder: RunFolder, start_step: int, *, keep: int) -> None:
+    """Leave the newest `keep` checkpoints up to `start_step`, as later rows are dropped too, and no partial files."""
     folder.remove_unfinished_checkpoints()
     for path in folder.set_aside_checkpoints(after=start_step):
         log.info("%s: of a later step, set aside until the run saves that step again", path)
+    folder.keep_checkpoints(keep, start_step)
 
 
 # ---- the validation that was missed ----------------------------------------------------------------------------------

@@ -288,7 +288,7 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
         if trainer.is_global_zero:
-            prepare_folder(folder, start_step)
+            prepare_folder(folder, start_step, keep=config.train.keep_checkpoints)
         validate_first(trainer, validate)
     trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     return folder

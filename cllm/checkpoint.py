@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -23,31 +22,14 @@ from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.files import sync_file, write_atomic
+from cllm.runs import TIED, WEIGHTS_FILE, is_named, step_of
 
 CHECKSUMS_FILE = "checksums.json"
 """In a checkpoint folder: {file: {"size": bytes, "sha256": hex}}."""
-WEIGHTS_FILE = "model.safetensors"
-"""In a checkpoint folder: all weights of the decoder in fp32."""
-TIED = "tied"
-"""Metadata of that file: JSON, the further names of tensors that have several, {name: name in the file}."""
-_NAME = re.compile(r"step-(\d+)\.ckpt")
 _PREFIX = "model."
 _CHUNK = 1 << 22
 # What zipfile raises for archives whose records or directory are damaged.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, ValueError, EOFError, OverflowError)
-
-
-def is_named(path: Path) -> bool:
-    """Whether a path has the name of a checkpoint."""
-    return _NAME.fullmatch(path.name) is not None
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name. Raises `UserError` for another name."""
-    match = _NAME.fullmatch(checkpoint.name)
-    if match is None:
-        raise UserError(f"{checkpoint}: not the name of a checkpoint, step-NNNNNNNN.ckpt")
-    return int(match[1])
 
 
 def save_file(state: Mapping[str, Any], file: Path) -> None:

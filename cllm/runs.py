@@ -15,36 +15,49 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from cllm import cli
-from cllm.checkpoint import (
-    TIED,
-    WEIGHTS_FILE,
-    check_fits,
-    check_resumable_file,
-    is_named,
-    read_weights,
-    step_of,
-)
 from cllm.config import Config
 from cllm.errors import UserError
 from cllm.files import write_atomic
-from cllm.model.decoder import Decoder
-from cllm.model.sizes import build_decoder
 from cllm.rows import Row, read_rows, rows_backwards, rows_of_step
+
+if TYPE_CHECKING:
+    import torch
+
+    from cllm.model.decoder import Decoder
+
+# torch and the model are imported where weights are read: comparing runs needs neither.
 
 log = logging.getLogger(__name__)
 
-__all__ = ["TIED", "WEIGHTS_FILE", "DataDigests", "RunFolder", "load_run", "read_weights"]
+WEIGHTS_FILE = "model.safetensors"
+"""In a checkpoint folder: all weights of the decoder in fp32."""
+TIED = "tied"
+"""Metadata of that file: JSON, the further names of tensors that have several, {name: name in the file}."""
+_CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
 _ASIDE, _DELETED, _PARTIAL = ".ckpt.set-aside", ".ckpt.deleted", ".partial"
+
+
+def is_named(path: Path) -> bool:
+    """Whether a path has the name of a checkpoint."""
+    return _CHECKPOINT.fullmatch(path.name) is not None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name. Raises `UserError` for another name."""
+    match = _CHECKPOINT.fullmatch(checkpoint.name)
+    if match is None:
+        raise UserError(f"{checkpoint}: not the name of a checkpoint, step-NNNNNNNN.ckpt")
+    return int(match[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +132,8 @@ class RunFolder:
         Raises:
             UserError: for a checkpoint that is damaged, foreign, or of another model.
         """
+        from cllm.checkpoint import check_fits, check_resumable_file
+
         weights = check_resumable_file(checkpoint) if to_resume else read_weights(checkpoint)
         check_fits(weights, model.state_dict(), checkpoint, self.config_file)
         return weights
@@ -229,6 +244,13 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The decoder's tensors in a training checkpoint, see `cllm.checkpoint.read_weights`."""
+    from cllm import checkpoint as files
+
+    return files.read_weights(checkpoint)
+
+
 def load_run(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[Decoder, Config, int]:
     """The trained decoder of a run, its config and the step it was saved at.
 
@@ -240,6 +262,10 @@ def load_run(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[D
         UserError: for a folder that is no run or has no intact checkpoint, and for a checkpoint that is damaged or does
             not fit the run's config.
     """
+    import torch
+
+    from cllm.model.sizes import build_decoder
+
     path = Path(path)
     one = path.suffix == ".ckpt"
     folder = RunFolder(path.parent.parent if one else path)

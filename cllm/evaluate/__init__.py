@@ -8,6 +8,7 @@
     report.py      that table as CSV, Markdown, a figure and TensorBoard events     (scripts/compare.py is its)
     posthoc.py     perplexity after a compressed prefix, and what the compression costs   (evaluate.py --posthoc)
     pareto.py      such measurements of several runs in one table and figure       (scripts/sweep_posthoc.py is its)
+    units.py       a loss as a perplexity
     labels.py      names beside the points of a figure, none over another
 
 Nothing is imported here.

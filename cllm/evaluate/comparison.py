@@ -20,7 +20,7 @@ import numpy as np
 from cllm.config import Config
 from cllm.data.manifest import Manifest
 from cllm.errors import DataError, UserError, nearest
-from cllm.evaluate.perplexity import perplexity
+from cllm.evaluate.units import perplexity
 from cllm.rows import Row as MetricsRow
 from cllm.runs import RunFolder
 

@@ -28,6 +28,7 @@ from cllm.data.manifest import MANIFEST
 from cllm.errors import UserError
 from cllm.evaluate.subjects import Subject
 from cllm.evaluate.texts import TextSet, TokenBytes, open_prepared, open_text
+from cllm.evaluate.units import perplexity
 from cllm.evaluate.windows import Stream, Window, batches, windows
 from cllm.files import write_atomic
 from cllm.train.environment import environment
@@ -202,11 +203,6 @@ def measure(subject: Subject, text: TextSet, settings: Settings, device: torch.d
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
         "versions": {name: text for name, text in environment().items() if name != "command"},
     }
-
-
-def perplexity(loss: float) -> float:
-    """e^loss for a loss in nats; infinity where that is beyond a float."""
-    return math.exp(loss) if loss < 709 else math.inf
 
 
 def save(subject: Subject, record: dict[str, Any], out: Path | None = None) -> Path:

@@ -165,7 +165,7 @@ def make_trainer(config: Config, folder: RunFolder, metrics: Metrics) -> Trainer
         keep=train.keep_checkpoints,
         steps=train.steps,
         clock=metrics.clock,
-        sync_rows=metrics.sync,
+        sync_rows=lambda: metrics.sync(),
     )
     trainer = Trainer(
         accelerator=accelerator,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cllm.errors import UserError
 from cllm.evaluate.comparison import EVALUATED, TRAINING, Comparison, Row
+from cllm.evaluate.events import write_events
 from cllm.evaluate.labels import place_labels
 from cllm.files import write_atomic
 from cllm.runs import RunFolder
@@ -189,8 +190,6 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     Earlier files of the same names, and earlier comparisons' events, are replaced. Returns the three files' paths.
     Raises `UserError` where the folder cannot be written.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     files = [folder / f"comparison.{suffix}" for suffix in ("csv", "md", "png")]
     drawing, text = figure(comparison), markdown(comparison)
     try:
@@ -201,9 +200,7 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
         partial.replace(files[2])
         for old in folder.glob(f"events.out.tfevents.*{_EVENTS}"):
             old.unlink()
-        with SummaryWriter(str(folder), filename_suffix=_EVENTS) as writer:
-            writer.add_figure("comparison", drawing, close=False)
-            writer.add_text("comparison", text)
+        write_events(folder, "comparison", files[2].read_bytes(), text, suffix=_EVENTS)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error}") from None
     return files

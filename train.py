@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         print(dry_run(with_vocabulary(config)))
         return 0
     folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
-    if max((row["step"] for row in folder.metrics()), default=0) < config.train.steps:
+    if folder.last_step() < config.train.steps:
         step, _ = folder.checkpoints()[-1]
         print(f"run stopped at step {step} of {config.train.steps}: {folder.path}  (--resume auto goes on)")
         # Launchers end all other processes as soon as one has a status that is not 0.

@@ -10,40 +10,60 @@ runs/NAME/
   data.json            digests of the manifests of the training and validation data
   evaluation/SET.json  what evaluate.py measured
   tensorboard/         events with the same tags as metrics.jsonl
-  checkpoints/         step-00000500.ckpt ...; a folder under ZeRO, with model.safetensors in it
+  checkpoints/         step-00000500.ckpt ...; a folder under ZeRO, with model.safetensors and checksums.json in it
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from safetensors import SafetensorError, safe_open
 
 from cllm import cli
 from cllm.config import Config
 from cllm.errors import UserError
 from cllm.files import MARK, inside, is_being_deleted, is_empty, marked_as, write_atomic
-from cllm.model.decoder import Decoder
-from cllm.model.misfit import misfit
-from cllm.model.sizes import meta_decoder
+from cllm.rows import Row, read_rows, rows_backwards, rows_of_step
 from cllm.trust import read_object
+
+if TYPE_CHECKING:
+    import torch
+
+    from cllm.model.decoder import Decoder
+
+# torch and the model are imported where weights are read: comparing runs needs neither.
+
+log = logging.getLogger(__name__)
 
 RUN = "run"
 """The kind that a run's folder is marked as, see `cllm/files.py`."""
-_CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
-_PREFIX = "model."
 WEIGHTS_FILE = "model.safetensors"
-"""In a checkpoint folder: the decoder's whole weights in fp32."""
+"""In a checkpoint folder: all weights of the decoder in fp32."""
 TIED = "tied"
 """Metadata of that file: JSON, the further names of tensors that have several, {name: name in the file}."""
+_CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
+_ASIDE, _DELETED, _PARTIAL = ".ckpt.set-aside", ".ckpt.deleted", ".partial"
+
+
+def is_named(path: Path) -> bool:
+    """Whether a path has the name of a checkpoint."""
+    return _CHECKPOINT.fullmatch(path.name) is not None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name. Raises `UserError` for another name."""
+    match = _CHECKPOINT.fullmatch(checkpoint.name)
+    if match is None:
+        raise UserError(f"{checkpoint}: not the name of a checkpoint, step-NNNNNNNN.ckpt")
+    return int(match[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,23 +125,85 @@ class RunFolder:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, path) of every checkpoint, oldest first."""
-        found = [(m, p) for p in self.checkpoint_folder.glob("step-*.ckpt") if (m := _CHECKPOINT.fullmatch(p.name))]
-        return sorted((int(match[1]), path) for match, path in found)
+        return sorted((step_of(path), path) for path in self.checkpoint_folder.glob("step-*.ckpt") if is_named(path))
 
     def newest_checkpoint(self) -> Path | None:
         """The path of the newest checkpoint, or None where there is none."""
         return self.checkpoints()[-1][1] if self.checkpoints() else None
 
-    @staticmethod
-    def step_of(checkpoint: Path) -> int:
-        """The step in a checkpoint's name. Raises `UserError` for another name."""
-        match = _CHECKPOINT.fullmatch(checkpoint.name)
-        if match is None:
-            raise UserError(f"{checkpoint}: not the name of a checkpoint, step-NNNNNNNN.ckpt")
-        return int(match[1])
+    step_of = staticmethod(step_of)
 
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoint_folder / f"step-{step:08d}.ckpt"
+
+    def read_checkpoint(self, checkpoint: Path, model: Decoder, *, to_resume: bool = False) -> dict[str, torch.Tensor]:
+        """The decoder's weights in one checkpoint, verified.
+
+        Args:
+            checkpoint: one of `checkpoints`.
+            model: of the run's config; only names and shapes of its tensors are used.
+            to_resume: verify also what evaluation does not read, such as optimizer states.
+
+        Raises:
+            UserError: for a checkpoint that is damaged, foreign, or of another model.
+        """
+        from cllm.checkpoint import check_fits, check_resumable_file
+
+        weights = check_resumable_file(checkpoint) if to_resume else read_weights(checkpoint)
+        check_fits(weights, model.state_dict(), checkpoint, self.config_file)
+        return weights
+
+    def newest_intact(
+        self, model: Decoder, *, to_resume: bool = False
+    ) -> tuple[int, Path, dict[str, torch.Tensor], list[str]]:
+        """The newest checkpoint that `read_checkpoint` accepts.
+
+        Returns:
+            Its step, its path, its weights, and for each newer checkpoint the line that says what is wrong with it.
+
+        Raises:
+            UserError: where there is no checkpoint, or none of them is intact.
+        """
+        damaged: list[str] = []
+        for step, checkpoint in reversed(self.checkpoints()):
+            try:
+                return step, checkpoint, self.read_checkpoint(checkpoint, model, to_resume=to_resume), damaged
+            except UserError as error:
+                damaged.append(str(error))
+        if not damaged:
+            raise UserError(f"{self.checkpoint_folder}: holds no checkpoint yet")
+        raise UserError(f"{self.checkpoint_folder}: no checkpoint is intact: {'; '.join(damaged)}")
+
+    def set_aside_checkpoints(self, after: int) -> list[Path]:
+        """Rename the checkpoints of later steps than `after`.
+
+        A run that goes on from step `after` drops later rows; later checkpoints must not be gone on from either. They
+        are deleted when the run saves their step again. Returns their new paths.
+        """
+        aside = []
+        for step, path in self.checkpoints():
+            if step > after:
+                aside.append(path.with_suffix(_ASIDE))
+                _delete(aside[-1])
+                path.rename(aside[-1])
+        return aside
+
+    def remove_unfinished_checkpoints(self) -> None:
+        """Delete what a process left that was killed while it saved or deleted a checkpoint."""
+        for suffix in (_PARTIAL, _DELETED):
+            for path in self.checkpoint_folder.glob(f"step-*{suffix}"):
+                _delete(path)
+
+    def keep_checkpoints(self, newest: int, step: int) -> None:
+        """Delete all but the `newest` newest checkpoints, and those set aside up to `step`."""
+        old = [path for _, path in self.checkpoints()[:-newest]]
+        for path in self.checkpoint_folder.glob(f"*{_ASIDE}"):
+            if step_of(path.with_suffix("")) <= step:
+                old.append(path)
+        for path in old:
+            gone = path.with_name(path.name.split(".")[0] + _DELETED)  # a folder half deleted is no checkpoint
+            path.rename(gone)
+            _delete(gone)
 
     def config(self) -> Config:
         """The run's config. Raises `UserError` where the folder is no run."""
@@ -154,21 +236,24 @@ class RunFolder:
         """Write `data.json`."""
         write_atomic(self.data_file, json.dumps(asdict(digests), indent=2) + "\n")
 
-    def metrics(self) -> Iterator[dict[str, Any]]:
-        """Rows of `metrics.jsonl`; a last line cut off by a crash is left out."""
-        if not self.metrics_file.exists():
-            return
-        lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                if number < len(lines):
-                    raise UserError(f"{self.metrics_file} line {number}: not valid JSON") from None
-                return
-            if not isinstance(row, dict):
-                raise UserError(f"{self.metrics_file} line {number}: a {type(row).__name__}; allowed: a JSON object")
-            yield row
+    def metrics(self) -> Iterator[Row]:
+        """Rows of `metrics.jsonl`, read as a stream; a last line cut off by a crash is left out."""
+        return read_rows(self.metrics_file)
+
+    def last_step(self) -> int:
+        """The step of the last row; 0 where there is none."""
+        return next((row["step"] for _, row in rows_backwards(self.metrics_file)), 0)
+
+    def is_validated_at(self, step: int) -> bool:
+        """Whether there is a row with the validation loss after `step`."""
+        return any("val/loss" in row for row in rows_of_step(self.metrics_file, step))
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_run_folder(folder: RunFolder) -> bool:
@@ -213,58 +298,37 @@ def check_run_folder(folder: RunFolder) -> bool:
 
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The decoder's tensors in a training checkpoint, a file or ZeRO's folder, on the CPU.
+    """The decoder's tensors in a training checkpoint, see `cllm.checkpoint.read_weights`."""
+    from cllm import checkpoint as files
 
-    Nothing is unpickled but tensors and plain data; of a folder only the safetensors are read.
-
-    Raises:
-        UserError: for what is missing or not readable.
-    """
-    if checkpoint.is_dir():
-        return _read_whole_weights(checkpoint / WEIGHTS_FILE)
-    try:
-        data = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        state = data["state_dict"]
-    except FileNotFoundError:
-        raise UserError(f"{checkpoint}: no such checkpoint") from None
-    except Exception as error:
-        raise UserError(f"{checkpoint}: not a readable checkpoint: {error}") from None
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
-
-
-def _read_whole_weights(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(file, framework="pt", device="cpu") as stored:
-            weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
-            tied = json.loads((stored.metadata() or {}).get(TIED, "{}"))
-        return weights | {name: weights[other] for name, other in tied.items()}
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{file}: not readable: {error}") from None
+    return files.read_weights(checkpoint)
 
 
 def load_run(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[Decoder, Config, int]:
     """The trained decoder of a run, its config and the step it was saved at.
 
     Args:
-        path: a run folder (its newest checkpoint) or one of its checkpoints.
+        path: a run folder (its newest intact checkpoint; damaged newer ones are logged) or one of its checkpoints.
         device: where the weights go.
 
     Raises:
-        UserError: for a folder that is no run, has no checkpoint, or whose weights do not fit its config.
+        UserError: for a folder that is no run or has no intact checkpoint, and for a checkpoint that is damaged or does
+            not fit the run's config.
     """
+
+    from cllm.model.sizes import meta_decoder
+
     path = Path(path)
-    if path.suffix == ".ckpt":
-        folder, step, checkpoint = RunFolder(path.parent.parent), RunFolder.step_of(path), path
-    else:
-        folder = RunFolder(path)
-        folder.config()
-        if not folder.checkpoints():
-            raise UserError(f"{folder.checkpoint_folder}: holds no checkpoint yet")
-        step, checkpoint = folder.checkpoints()[-1]
+    one = path.suffix == ".ckpt"
+    folder = RunFolder(path.parent.parent if one else path)
+    step = folder.step_of(path) if one else 0
     config = folder.config()
     model = meta_decoder(config.model, backend=config.attention.backend)
-    weights = read_weights(checkpoint)
-    if fault := misfit(weights, model.state_dict()):
-        raise UserError(f"{checkpoint}: does not fit {folder.config_file}: {fault}")
+    if one:
+        weights = folder.read_checkpoint(path, model)
+    else:
+        step, checkpoint, weights, damaged = folder.newest_intact(model)
+        for line in damaged:
+            log.warning("%s; falling back to %s", line, checkpoint.name)
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval(), config, step

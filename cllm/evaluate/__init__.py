@@ -6,8 +6,10 @@
     perplexity.py  the measurement: a subject on a set, and the record of it        (evaluate.py is its command line)
     comparison.py  run folders as rows of one table, and what makes the rows unequal
     report.py      that table as CSV, Markdown, a figure and TensorBoard events     (scripts/compare.py is its)
+    events.py      a picture and a text as TensorBoard events, without torch
     posthoc.py     perplexity after a compressed prefix, and what the compression costs   (evaluate.py --posthoc)
     pareto.py      such measurements of several runs in one table and figure       (scripts/sweep_posthoc.py is its)
+    units.py       a loss as a perplexity
     labels.py      names beside the points of a figure, none over another
 
 Nothing is imported here.

@@ -9,18 +9,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import statistics
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cllm.config import Config
 from cllm.data.manifest import Manifest
 from cllm.errors import DataError, UserError, nearest
 from cllm.evaluate.left_out import LeftOut
-from cllm.evaluate.perplexity import perplexity, set_label
+from cllm.evaluate.units import perplexity, set_label
 from cllm.files import inside, shorten
+from cllm.rows import Row as MetricsRow
 from cllm.runs import RunFolder
 from cllm.trust import read_object
 
@@ -56,6 +59,10 @@ class Row:
     """`evaluate`: measured by evaluate.py; `training`: the last validation of the training."""
     step: int | None = None
     """Optimizer step of the loss."""
+    last_step: int = 0
+    """Optimizer step of the newest row of metrics."""
+    steps: int = 0
+    """Optimizer steps that the run was to take."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +84,6 @@ class _Run:
 
     row: Row
     config: Config
-    last_step: int
     tokenizer: str | None
     evaluation: dict[str, Any] | None
 
@@ -152,11 +158,11 @@ def _percent(row: Row, base: Row) -> float | None:
 
 
 def _read(run: RunFolder, set_name: str | None) -> _Run:
-    config, summary, metrics = run.config(), run.summary(), list(run.metrics())
+    config, summary = run.config(), run.summary()
     main = next(iter(config.data.validation), "validation")
     evaluation = _evaluation(run, set_name or main)
     prefix = "val" if set_name in (None, main) else f"val-{set_name}"
-    last = metrics[-1] if metrics else {"tokens": 0, "step": 0}
+    metrics = _metrics(run, prefix)
     file = run.summary_file
     row = Row(
         run=run.name,
@@ -166,14 +172,15 @@ def _read(run: RunFolder, set_name: str | None) -> _Run:
         kv_resident_vs_mha=_number(file, summary, "kv_vs_mha", "resident"),
         kv_read=_number(file, summary, "kv_bytes_per_token", "read"),
         kv_read_vs_mha=_number(file, summary, "kv_vs_mha", "read"),
-        tokens=_number(run.metrics_file, last, "tokens"),
-        tokens_per_s=statistics.median(_values(run, metrics, "throughput/tokens_per_s") or [0]) or None,
-        **(_from_evaluation(evaluation) if evaluation else _from_training(run, metrics, prefix)),
+        tokens=metrics.tokens,
+        tokens_per_s=metrics.tokens_per_s,
+        last_step=metrics.step,
+        steps=_number(file, summary, "steps"),
+        **(_from_evaluation(evaluation) if evaluation else _from_training(run, metrics.validated, prefix)),
     )
     return _Run(
         row=row,
         config=config,
-        last_step=_number(run.metrics_file, last, "step"),
         tokenizer=evaluation["tokenizer_sha256"] if evaluation else _tokenizer(config),
         evaluation=evaluation,
     )
@@ -190,13 +197,35 @@ def _number(file: Path, content: dict[str, Any], *keys: str) -> Any:
     return value
 
 
-def _values(run: RunFolder, metrics: list[dict[str, Any]], tag: str) -> list[float]:
-    return [_number(run.metrics_file, row, tag) for row in metrics if row.get(tag) is not None]
-
-
 _FIGURES = ("loss", "perplexity", "bits_per_byte", "tokens_scored", "window", "stride")
 _WORDS = ("data", "precision", "tokenizer_sha256")
 """Of an evaluation's record, what a comparison reads beside `step`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Metrics:
+    """What a table needs of `metrics.jsonl`."""
+
+    step: int
+    tokens: int
+    tokens_per_s: float | None
+    validated: MetricsRow | None
+    """The newest row with a loss on the set."""
+
+
+def _metrics(run: RunFolder, prefix: str) -> _Metrics:
+    """One pass over the rows, of which only rates are kept, as 8 bytes each."""
+    newest: MetricsRow = {"step": 0, "tokens": 0}
+    validated, rates = None, array("d")
+    for row in run.metrics():
+        newest = row
+        if row.get(f"{prefix}/loss") is not None:
+            validated = row
+        if row.get("throughput/tokens_per_s") is not None:
+            rates.append(_number(run.metrics_file, row, "throughput/tokens_per_s"))
+    median = float(np.median(rates)) if rates else None
+    tokens = _number(run.metrics_file, newest, "tokens")
+    return _Metrics(step=newest["step"], tokens=tokens, tokens_per_s=median or None, validated=validated)
 
 
 def _evaluation(run: RunFolder, set_name: str) -> dict[str, Any] | None:
@@ -216,8 +245,7 @@ def _from_evaluation(record: dict[str, Any]) -> dict[str, Any]:
     return {key: record.get(key) for key in ("loss", "perplexity", "bits_per_byte", "step")} | {"source": EVALUATED}
 
 
-def _from_training(run: RunFolder, metrics: list[dict[str, Any]], prefix: str) -> dict[str, Any]:
-    last = next((row for row in reversed(metrics) if row.get(f"{prefix}/loss") is not None), None)
+def _from_training(run: RunFolder, last: MetricsRow | None, prefix: str) -> dict[str, Any]:
     if last is None:
         return {}
     loss = _number(run.metrics_file, last, f"{prefix}/loss")
@@ -271,8 +299,13 @@ def _warnings(runs: list[_Run], baseline: Row) -> list[str]:
     for run in runs:
         if run.row.loss is None:
             found.append(f"{run.row.run}: has no loss on this set")
-        elif run.evaluation and run.row.step is not None and run.row.step < run.last_step:
-            found.append(f"{run.row.run}: was evaluated at step {run.row.step} and trained to {run.last_step} since")
+        elif run.row.step is not None and run.row.step < run.row.last_step:
+            measured = "was evaluated" if run.evaluation else "was last validated"
+            found.append(f"{run.row.run}: {measured} at step {run.row.step} and trained to {run.row.last_step} since")
+        if run.row.last_step < run.row.steps:
+            found.append(
+                f"{run.row.run}: is not finished: its last row is of step {run.row.last_step} of {run.row.steps}"
+            )
     if baseline.perplexity is None:
         found.append(f"the baseline {baseline.run} has no loss: no differences are shown")
     return found

@@ -29,6 +29,7 @@ from cllm.data.vocabulary import check_ids
 from cllm.errors import UserError
 from cllm.evaluate.subjects import Subject
 from cllm.evaluate.texts import TextSet, TokenBytes, open_prepared, open_text
+from cllm.evaluate.units import perplexity, set_label
 from cllm.evaluate.windows import Stream, Window, batches, windows
 from cllm.files import inside, write_atomic
 from cllm.train.environment import environment
@@ -156,11 +157,6 @@ def open_sets(
             yield open_text(label, path, subject)
 
 
-def set_label(name: str) -> str:
-    """The name of a validation set, a folder or a file as a part of file names: other characters become `-`."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-") or "set"
-
-
 def measure(subject: Subject, text: TextSet, settings: Settings, device: torch.device) -> dict[str, Any]:
     """Score a set: the record that `SET.json` holds, described in docs/evaluation.md.
 
@@ -215,11 +211,6 @@ def measure(subject: Subject, text: TextSet, settings: Settings, device: torch.d
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
         "versions": {name: text for name, text in environment().items() if name != "command"},
     }
-
-
-def perplexity(loss: float) -> float:
-    """e^loss for a loss in nats; infinity where that is beyond a float."""
-    return math.exp(loss) if loss < 709 else math.inf
 
 
 def save(subject: Subject, record: dict[str, Any], out: Path | None = None) -> Path:

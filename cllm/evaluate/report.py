@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cllm.errors import UserError
 from cllm.evaluate.comparison import EVALUATED, TRAINING, Comparison, Row
+from cllm.evaluate.events import write_events
 from cllm.evaluate.labels import place_labels
 from cllm.files import RESULTS, mark_new, remove_files, write_atomic
 
@@ -50,6 +51,14 @@ def _count(n: float) -> str:
     return f"{n:.0f}"
 
 
+def _source(row: Row) -> str:
+    """`training`, or `training, step 250 of 500` where the run has trained on since."""
+    if row.source is None:
+        return _DASH
+    older = row.step is not None and row.step < row.last_step
+    return f"{row.source}, step {row.step} of {row.last_step}" if older else row.source
+
+
 _COLUMNS = (
     _Column("run", lambda row: row.run, left=True),
     _Column("design", lambda row: row.design, left=True),
@@ -64,7 +73,7 @@ _COLUMNS = (
     _Column("difference", lambda row: _signed(row.perplexity_vs_baseline)),
     _Column("bits/byte", lambda row: _number(row.bits_per_byte, ".4f")),
     _Column("tokens/s", lambda row: _number(row.tokens_per_s, ",.0f")),
-    _Column("from", lambda row: row.source or _DASH, left=True),
+    _Column("from", _source, left=True),
 )
 
 
@@ -174,8 +183,6 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     Earlier files of the same names, and earlier comparisons' events, are replaced. Returns the three files' paths.
     Raises `UserError` where the folder cannot be written.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     files = [folder / f"comparison.{suffix}" for suffix in ("csv", "md", "png")]
     drawing, text = figure(comparison), markdown(comparison)
     try:
@@ -186,9 +193,7 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
         drawing.savefig(partial)
         partial.replace(files[2])
         remove_files(folder, RESULTS, f"events.out.tfevents.*{_EVENTS}")
-        with SummaryWriter(str(folder), filename_suffix=_EVENTS) as writer:
-            writer.add_figure("comparison", drawing, close=False)
-            writer.add_text("comparison", text)
+        write_events(folder, "comparison", files[2].read_bytes(), text, suffix=_EVENTS)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error}") from None
     return files

@@ -104,9 +104,9 @@ class RunSubject(Subject):
         self._data = Path(config.data.path)
         self.name, self.path, self.folder = run.name, path, run.path
         self.step = step if step >= 0 else None
+        self.checkpoint = path.name if path.suffix == ".ckpt" else run.checkpoint_path(step).name
         newest = [checkpoint.name for _, checkpoint in run.checkpoints()[-1:]]
-        self.checkpoint = path.name if path.suffix == ".ckpt" else newest[0]
-        self.latest = newest == [self.checkpoint]
+        self.latest = path.suffix != ".ckpt" or newest == [self.checkpoint]
         self.design = run.summary().get("design", "") if run.summary_file.exists() else ""
         self.design = self.design or getattr(config.model.kv, "preset", "layers")
         self.context, self.window = config.model.max_seq_len, config.data.seq_len

@@ -10,16 +10,19 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from tqdm import tqdm
 
+from cllm.checkpoint import save_file, write_checksums
 from cllm.errors import UserError
+from cllm.files import sync_folder, sync_tree
 from cllm.kv.describe import plan_figure
 from cllm.runs import RunFolder
 from cllm.signals import leave_terminal
@@ -136,7 +139,7 @@ class Metrics(Callback):
         peak = peak_flops(module.device)
         if peak is not None:
             values["throughput/mfu"] = rate * self.flops_per_token / (peak * trainer.world_size)
-        self._write(step, values)
+        self._write(step, values | module.training_metrics())
         self._show(step, loss, rate)
         self._check_skipped(skipped, step)
         self.since = step
@@ -170,7 +173,8 @@ class Metrics(Callback):
             values[f"{prefix}/loss"] = loss
             values[f"{prefix}/ppl"] = math.exp(min(loss, 700))
             values[f"{prefix}/bits_per_byte"] = loss / math.log(2) / self.bytes_per_token[name]
-        self._write(trainer.global_step, values)
+        self._write(trainer.global_step, values | pl_module.validation_metrics())
+        self.sync()
         if trainer.is_global_zero:
             self._say(f"step {trainer.global_step}: " + "  ".join(f"{tag} {v:.4f}" for tag, v in values.items()))
         self.clock.resume()
@@ -188,6 +192,11 @@ class Metrics(Callback):
         if self.writer is not None:
             self.writer.close()
             self.writer = None
+
+    def sync(self) -> None:
+        """Write the rows so far to the disk."""
+        if self.writer is not None:
+            self.writer.sync()
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self.writer is not None:
@@ -216,11 +225,23 @@ def _peak_memory(device: torch.device) -> float:
 class Checkpoints(Callback):
     """Saves every `every` steps and at the end, under a temporary name first, and keeps the newest `keep`.
 
-    `every` None: only when `save` is called. Weights that are not finite are never saved.
+    `every` None: only when `save` is called. Weights that are not finite are never saved. A checkpoint gets its name
+    when it and all rows of metrics up to its step (`sync_rows`) are on the disk; only then are older ones deleted.
     """
 
-    def __init__(self, folder: RunFolder, *, every: int | None, keep: int, steps: int, clock: Clock):
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        every: int | None,
+        keep: int,
+        steps: int,
+        clock: Clock,
+        sync_rows: Callable[[], None] = lambda: None,
+    ):
         self.folder, self.every, self.keep, self.steps, self.clock = folder, every, keep, steps, clock
+        self.sync_rows = sync_rows
+        self._saved: int | None = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -246,7 +267,7 @@ class Checkpoints(Callback):
             UserError: when a weight is not finite.
         """
         path = self.folder.checkpoint_path(trainer.global_step)
-        if trainer.strategy.broadcast(path.exists()):
+        if self._saved == trainer.global_step:
             return
         if not trainer.strategy.reduce_boolean_decision(weights_are_finite(trainer.lightning_module), all=True):
             raise UserError(
@@ -260,11 +281,20 @@ class Checkpoints(Callback):
         trainer.strategy.barrier()
         with self._removed_on_error(partial, trainer):
             trainer.save_checkpoint(partial, weights_only=False)
+            self.sync_rows()
+            if partial.is_dir():
+                sync_tree(partial)  # each process what it has written
+                trainer.strategy.barrier()
         if trainer.is_global_zero:
-            os.replace(partial, path)
-            for _, old in self.folder.checkpoints()[: -self.keep]:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            if partial.is_dir():
+                write_checksums(partial)
+            if path.is_dir():
+                self.folder.set_aside_checkpoints(after=trainer.global_step - 1)
+            partial.rename(path)
+            sync_folder(path.parent)
+            self.folder.keep_checkpoints(self.keep, trainer.global_step)
         trainer.strategy.barrier()
+        self._saved = trainer.global_step
         self.clock.resume()
 
     @staticmethod
@@ -277,6 +307,23 @@ class Checkpoints(Callback):
             if trainer.is_global_zero:
                 shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
             raise
+
+
+class CheckpointFiles(CheckpointIO):
+    """How Lightning reads and writes checkpoints of one file: without a copy in memory or in another folder."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
 
 
 class StopWhenDone(Callback):

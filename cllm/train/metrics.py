@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from typing import Any
 
@@ -14,7 +15,8 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from cllm.files import write_atomic
+from cllm.files import sync_tree, write_atomic
+from cllm.rows import drop_rows_after, rows_of_step
 from cllm.runs import RunFolder
 
 LAYOUT = {
@@ -31,23 +33,29 @@ LAYOUT = {
     },
 }
 _FINAL = "hp/val_ppl"
+_COMMON = ("step", "tokens", "time")
 
 
 class MetricsLog:
     """Appends rows; made on the process that writes, only there.
 
     On a resumed run, rows after `start_step` are dropped from both files first: they came from steps that a crash lost
-    and that will be done again.
+    and that will be done again. Rows of `start_step` itself are kept; a crash may have lost some of their events, which
+    are therefore written again.
     """
 
     def __init__(self, folder: RunFolder, *, start_step: int, tokens_per_step: int):
         self.tokens_per_step = tokens_per_step
-        kept = [row for row in folder.metrics() if row["step"] <= start_step] if start_step else []
-        write_atomic(folder.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+        self._events = folder.tensorboard_folder
+        if start_step and folder.metrics_file.exists():
+            drop_rows_after(folder.metrics_file, start_step)
+        else:
+            write_atomic(folder.metrics_file, "")
         self._file = folder.metrics_file.open("a", encoding="utf-8", buffering=1)
-        self.board = SummaryWriter(
-            str(folder.tensorboard_folder), purge_step=start_step + 1 if start_step else None, flush_secs=10
-        )
+        self.board = SummaryWriter(str(self._events), purge_step=start_step or None, flush_secs=10)
+        for row in rows_of_step(folder.metrics_file, start_step):
+            values = {tag: math.nan if value is None else value for tag, value in row.items() if tag not in _COMMON}
+            self._add_events(start_step, values, row["time"])
 
     def start(self, hyperparameters: dict[str, Any], config_text: str, plan: Figure) -> None:
         """Write what stays the same over the run: layout, hyperparameters, the config as text, the plan's picture."""
@@ -60,15 +68,24 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One row after optimizer step `step`. Values that are not finite become null in the file."""
-        tokens = step * self.tokens_per_step
-        row: dict[str, Any] = {"step": step, "tokens": tokens, "time": time.time()}
-        for tag, value in values.items():
-            row[tag] = value if math.isfinite(value) else None
-            self.board.add_scalar(tag, value, step)
-        self.board.add_scalar("tokens", tokens, step)
-        if "val/ppl" in values:
-            self.board.add_scalar(_FINAL, values["val/ppl"], step)
+        row: dict[str, Any] = {"step": step, "tokens": step * self.tokens_per_step, "time": time.time()}
+        self._add_events(step, values, row["time"])
+        row |= {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         self._file.write(json.dumps(row) + "\n")
+
+    def _add_events(self, step: int, values: dict[str, float], seconds: float) -> None:
+        for tag, value in values.items():
+            self.board.add_scalar(tag, value, step, seconds)
+        self.board.add_scalar("tokens", step * self.tokens_per_step, step, seconds)
+        if "val/ppl" in values:
+            self.board.add_scalar(_FINAL, values["val/ppl"], step, seconds)
+
+    def sync(self) -> None:
+        """Write all rows and events so far to the disk. A checkpoint gets its name only after that."""
+        self.board.flush()
+        sync_tree(self._events)
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         try:

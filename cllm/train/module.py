@@ -7,13 +7,14 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from cllm.config import Config
 from cllm.model.decoder import Decoder
 from cllm.model.loss import IGNORE
-from cllm.train.optim import learning_rate_factor, make_optimizer
+from cllm.train.optim import Schedule, make_optimizer
 from cllm.train.strategy import ZeroStrategy
+
+_UNLOGGED = "unlogged"
 
 
 class TrainingModule(lightning.LightningModule):
@@ -84,9 +85,44 @@ class TrainingModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.model, self.config.optim)
-        steps = self.config.train.steps
-        schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, self.config.optim))
+        schedule = Schedule(optimizer, self.config.train.steps, self.config.optim)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ---- checkpoints: what has been summed since the last row of metrics ---------------------------------------------
+
+    def unlogged_sums(self) -> dict[str, Tensor | float]:
+        """This process's sums since the last row of metrics, by name."""
+        return {"loss_sum": self.loss_sum, "loss_count": self.loss_count}
+
+    def set_unlogged_sums(self, sums: dict[str, float]) -> None:
+        """Go on from sums that `unlogged_sums` gave before."""
+        self.loss_sum, self.loss_count = sums.get("loss_sum", 0.0), int(sums.get("loss_count", 0))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the sums of all processes, {name: [value of each process]}. All processes call it."""
+        sums = self.unlogged_sums()
+        mine = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in sums.values()])
+        every = self.trainer.strategy.all_gather(mine).reshape(-1, len(sums))  # (processes, sums)
+        checkpoint[_UNLOGGED] = dict(zip(sums, every.T.tolist(), strict=True))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take this process's sums, or where there are other numbers of processes, all of them on the first."""
+        rank, processes = self.trainer.global_rank, self.trainer.world_size
+        sums = {}
+        for name, values in checkpoint.get(_UNLOGGED, {}).items():  # earlier checkpoints have none
+            first = sum(values) if rank == 0 else 0.0
+            sums[name] = values[rank] if len(values) == processes else first
+        self.set_unlogged_sums(sums)
+
+    # ---- more metrics, for the rows that `Metrics` writes ------------------------------------------------------------
+
+    def training_metrics(self) -> dict[str, float]:
+        """Values of a training row besides those that every run has. All processes call it."""
+        return {}
+
+    def validation_metrics(self) -> dict[str, float]:
+        """Values of a validation row besides the scores of the sets. All processes call it."""
+        return {}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Clip by norm, keep the norm for the log, and leave the step out where the norm is not finite.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from cllm.config import OptimConfig
 from cllm.kv.sources import FusedRead
@@ -42,6 +43,21 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     groups = parameter_groups(model, config)
     beta1, beta2 = config.betas
     return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+
+
+class Schedule(LambdaLR):
+    """`learning_rate_factor` over a run of `steps`, also after a state is loaded that was saved for another length."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: int, config: OptimConfig):
+        super().__init__(optimizer, lambda step: learning_rate_factor(step, steps, config))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the step from the state, and the rate of the next step from this schedule and not from the state."""
+        super().load_state_dict(state_dict)
+        factors = [factor(self.last_epoch) for factor in self.lr_lambdas]
+        self._last_lr = [base * factor for base, factor in zip(self.base_lrs, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
 
 
 def learning_rate_factor(step: int, steps: int, config: OptimConfig) -> float:

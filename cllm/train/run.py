@@ -28,16 +28,25 @@ from cllm.kv.describe import plan_figure, plan_table
 from cllm.lock import locked
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import build_decoder, count_parameters, meta_decoder, training_flops_per_token
-from cllm.runs import RUN, DataDigests, RunFolder, check_run_folder
-from cllm.train.callbacks import Checkpoints, Metrics, StopWhenDone
+from cllm.runs import RUN, RunFolder, check_run_folder
+from cllm.train.callbacks import CheckpointFiles, Checkpoints, Metrics, StopWhenDone
 from cllm.train.environment import environment
 from cllm.train.equip import equip
 from cllm.train.faults import explained
 from cllm.train.float8 import check_float8
 from cllm.train.module import TrainingModule
-from cllm.train.strategy import check_launch, check_shards, cluster_plugins, family, make_strategy, zero_stage
+from cllm.train.resume import (
+    check_intact,
+    check_resumable,
+    lacks_validation,
+    newest_intact,
+    prepare_folder,
+    record_data,
+    validate_first,
+)
+from cllm.train.strategy import check_launch, check_shards, cluster_plugins, make_strategy, zero_stage
 from cllm.uptrain.decoder import TracedDecoder
-from cllm.uptrain.module import Recovery, UptrainingModule
+from cllm.uptrain.module import UptrainingModule
 from cllm.uptrain.sources import check_best_sources, with_best_sources, with_saved_sources
 from cllm.uptrain.start import calibration_batches, make_student, open_teacher
 from cllm.uptrain.teacher import Teacher
@@ -78,33 +87,13 @@ def summarise(config: Config, model: Decoder) -> dict[str, Any]:
     }
 
 
-_FREE_TO_CHANGE = {"steps", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints"}
-_FREE_TO_CHANGE |= {"devices", "num_nodes", "max_skipped_steps", "gradient_checkpointing", "recompute_fusion"}
-
-
-def check_resumable(config: Config, folder: RunFolder) -> None:
-    """Refuse to resume a run whose saved config differs in anything that would make it another run."""
-    old, new = folder.config().as_yaml_data(), config.as_yaml_data()
-    for section in ("init", "uptrain", "model", "data", "optim", "train"):
-        for key in old[section] | new[section]:
-            free = {"train": _FREE_TO_CHANGE, "data": {"num_workers", "validation", "validation_sequences", "verify"}}
-            if key in free.get(section, set()) or old[section].get(key) == new[section].get(key):
-                continue
-            if key == "strategy" and family(old[section][key]) == family(new[section][key]):
-                continue
-            raise UserError(
-                f"{section}.{key} is {new[section].get(key)!r}, but the run in {folder.path} was started with "
-                f"{old[section].get(key)!r}; resume with its own config.yaml or choose another --name"
-            )
-
-
 def open_folder(config: Config, resume: str | None, overwrite: bool) -> tuple[RunFolder, Path | None]:
     """The run's folder and the checkpoint to go on from, or None to start afresh. Nothing is written here.
 
     Raises:
         UserError: when the folder holds a run and neither resuming nor overwriting was asked for, or both; when it
-            holds something else; when the checkpoint does not exist; when the saved run is another one, or finished
-            without a checkpoint.
+            holds something else; when no checkpoint is intact; when the saved run is another one, or finished without
+            a checkpoint.
     """
     folder = RunFolder(Path(config.runs_dir) / config.name)
     folder.check_links()
@@ -112,7 +101,7 @@ def open_folder(config: Config, resume: str | None, overwrite: bool) -> tuple[Ru
         raise UserError(f"--resume {resume} goes on with a run and --overwrite replaces it; give one of them")
     # Other processes of this run start when the first has made the folder already.
     if not is_first_process():
-        return folder, _checkpoint_to_resume(folder, resume)
+        return folder, _checkpoint_to_resume(config, folder, resume)
     has_run = check_run_folder(folder)
     if resume is None:
         if has_run and not overwrite:
@@ -122,29 +111,32 @@ def open_folder(config: Config, resume: str | None, overwrite: bool) -> tuple[Ru
             )
         check_replaceable(folder.path, RUN)
         return folder, None
-    checkpoint = _checkpoint_to_resume(folder, resume)
+    checkpoint = _checkpoint_to_resume(config, folder, resume)
     if checkpoint is not None:
-        check_resumable(config, folder)
         return folder, checkpoint
     if has_run:  # it ended before its first checkpoint, and starts afresh
         check_resumable(config, folder)
-        if max((row["step"] for row in folder.metrics()), default=0) >= folder.config().train.steps:
+        if folder.last_step() >= folder.config().train.steps:
             raise UserError(
                 f"{folder.path} holds a finished run without checkpoints, so that --resume auto would train it "
-                "anew; replace it with --overwrite, or choose another --name"
+                "again; replace it with --overwrite, or choose another --name"
             )
     check_replaceable(folder.path, RUN)
     return folder, None
 
 
-def _checkpoint_to_resume(folder: RunFolder, resume: str | None) -> Path | None:
-    if resume is None or resume == "auto":
-        return folder.newest_checkpoint() if resume else None
+def _checkpoint_to_resume(config: Config, folder: RunFolder, resume: str | None) -> Path | None:
+    if resume is None:
+        return None
+    if resume == "auto":
+        return newest_intact(config, folder)
     checkpoint = Path(resume)
     if not checkpoint.exists():
         raise UserError(f"--resume {resume}: no such checkpoint")
     if checkpoint.resolve().parent != folder.checkpoint_folder.resolve():
         raise UserError(f"--resume {resume}: not a checkpoint of {folder.path}")
+    check_resumable(config, folder)
+    check_intact(config, folder, checkpoint)
     return checkpoint
 
 
@@ -172,7 +164,7 @@ def _device(config: Config) -> torch.device:
 
 
 def make_trainer(config: Config, folder: RunFolder, metrics: Metrics, *more: Callback) -> Trainer:
-    """Lightning's Trainer for a config, with this project's callbacks, and `more`, and nothing of Lightning's own."""
+    """Lightning's Trainer for a config, with this project's callbacks and nothing of Lightning's own."""
     train = config.train
     accelerator = _accelerator(config)
     devices = _devices(config, accelerator)
@@ -186,14 +178,19 @@ def make_trainer(config: Config, folder: RunFolder, metrics: Metrics, *more: Cal
     zero = zero_stage(train) is not None
     bf16 = train.in_bf16(gpu=accelerator == "gpu")
     checkpoints = Checkpoints(
-        folder, every=train.checkpoint_every, keep=train.keep_checkpoints, steps=train.steps, clock=metrics.clock
+        folder,
+        every=train.checkpoint_every,
+        keep=train.keep_checkpoints,
+        steps=train.steps,
+        clock=metrics.clock,
+        sync_rows=lambda: metrics.sync(),
     )
     trainer = Trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=train.num_nodes,
         strategy=make_strategy(train, accelerator=accelerator, devices=devices, accumulate=accumulate),
-        plugins=cluster_plugins(),
+        plugins=cluster_plugins() + ([] if zero else [CheckpointFiles()]),
         precision="bf16-mixed" if bf16 else "32-true",
         max_steps=train.steps,
         max_epochs=-1,
@@ -273,7 +270,8 @@ def _train(config: Config, resume: str | None, overwrite: bool, callbacks: Seque
     config = chosen or config
     folder, checkpoint = open_folder(config, resume, overwrite)
     start_step = folder.step_of(checkpoint) if checkpoint else 0
-    if start_step >= config.train.steps:
+    validate = checkpoint is not None and lacks_validation(config, folder, start_step)
+    if start_step > config.train.steps or (start_step == config.train.steps and not validate):
         log.info("%s is finished: %s is its last step", folder.path, checkpoint)
         return folder
     check_float8(config, _accelerator(config))
@@ -312,8 +310,7 @@ def _train(config: Config, resume: str | None, overwrite: bool, callbacks: Seque
         hyperparameters=hyperparameters(config, summary),
         max_skipped_steps=config.train.max_skipped_steps,
     )
-    more = [Recovery(metrics)] if isinstance(module, UptrainingModule) else []
-    trainer = make_trainer(config, folder, metrics, *more, *callbacks)
+    trainer = make_trainer(config, folder, metrics, *callbacks)
     if checkpoint is not None and zero_stage(config.train) is not None:
         check_shards(checkpoint, trainer.world_size)
     if trainer.is_global_zero:
@@ -321,9 +318,12 @@ def _train(config: Config, resume: str | None, overwrite: bool, callbacks: Seque
             remove(folder.path, RUN)
         mark(folder.path, RUN)  # a run from before there were marks gets one when it goes on
         _write_start(config, folder, model, summary)
-        folder.write_data_digests(DataDigests(train=data.manifest.digest(), validation=data.validation_digests))
+        record_data(folder, data)
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
+        if trainer.is_global_zero:
+            prepare_folder(folder, start_step, keep=config.train.keep_checkpoints)
+        validate_first(trainer, validate)
     try:
         trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     except SystemExit as error:  # what Lightning makes of a KeyboardInterrupt, a second Ctrl-C

@@ -10,12 +10,10 @@ import random
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from cllm.config import Config
 from cllm.model.loss import IGNORE
-from cllm.train.callbacks import Metrics, step_is_complete
 from cllm.train.module import TrainingModule
 from cllm.train.strategy import ZeroStrategy
 from cllm.uptrain.curriculum import OWN, set_progress
@@ -25,6 +23,7 @@ from cllm.uptrain.teacher import Teacher
 from cllm.uptrain.trainable import LORA_A, LORA_B, lora_layers
 
 _MODEL, _EXTRA, _REFERENCE = "model.", "uptrain.", "uptrain_reference"
+_PARTS, _PART = "parts_count", "part."
 
 
 class UptrainingModule(TrainingModule):
@@ -42,7 +41,7 @@ class UptrainingModule(TrainingModule):
         self.reference: dict[str, float] = {}
         """`teacher` and `start`: validation losses of the teacher and of the student before its first step."""
         self._teacher_score = torch.zeros(2, dtype=torch.float64)
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor | float] = {}
         self._count = 0
         self._release_teacher()
 
@@ -66,7 +65,7 @@ class UptrainingModule(TrainingModule):
             set_progress(self.model, step, uptrain.curriculum_steps)
         parts = self.objective(batch)
         for name, value in parts.items():
-            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach()
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
         self._count += 1
         self.loss_sum = self.loss_sum + parts["next_token"].detach()
         self.loss_count += 1
@@ -91,11 +90,15 @@ class UptrainingModule(TrainingModule):
             parts["objective"] = parts["objective"] + weights.hidden * parts["hidden"]
         return parts
 
-    def take_parts(self) -> dict[str, Tensor]:
-        """Means of the parts since the last call."""
-        means = {name: total / max(self._count, 1) for name, total in self._sums.items()}
+    def training_metrics(self) -> dict[str, float]:
+        """Means of the objective and its parts since the last call, without next-token cross-entropy: `train/loss`."""
+        means = {
+            f"train/{name}": torch.as_tensor(total, device=self.device) / max(self._count, 1)
+            for name, total in self._sums.items()
+            if name != "next_token"
+        }
         self._sums, self._count = {}, 0
-        return means
+        return {tag: float(self.trainer.strategy.reduce(mean, reduce_op="mean")) for tag, mean in means.items()}
 
     # ---- validation --------------------------------------------------------------------------------------------------
 
@@ -112,8 +115,8 @@ class UptrainingModule(TrainingModule):
         nats = self._teacher[0].loss(*inputs, reduction="none").double().sum()
         self._teacher_score = self._teacher_score + torch.stack((nats, (batch["labels"] != IGNORE).sum()))
 
-    def recovery(self) -> dict[str, float]:
-        """What a validation says besides its own scores; the first one of a run measures the teacher too."""
+    def validation_metrics(self) -> dict[str, float]:
+        """The teacher's loss, the student's at the start, and recovery. The first validation measures the teacher."""
         nats, scored = self.validation_scores()[self.validation_names[0]]
         loss = nats / max(scored, 1)
         if not self.reference:
@@ -149,7 +152,17 @@ class UptrainingModule(TrainingModule):
             student[f"{name}.weight"] = layer.merge(weights[f"{name}.weight"], a, b).detach()
         return student, extra
 
+    def unlogged_sums(self) -> dict[str, Tensor | float]:
+        parts = {_PART + name: total for name, total in self._sums.items()}
+        return super().unlogged_sums() | {_PARTS: self._count} | parts
+
+    def set_unlogged_sums(self, sums: dict[str, float]) -> None:
+        super().set_unlogged_sums(sums)
+        self._count = int(sums.get(_PARTS, 0))
+        self._sums = {name.removeprefix(_PART): total for name, total in sums.items() if name.startswith(_PART)}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint[_REFERENCE] = dict(self.reference)
         if isinstance(self.trainer.strategy, ZeroStrategy):  # it has files of its own for weights
             return
@@ -160,6 +173,7 @@ class UptrainingModule(TrainingModule):
         state.update({_EXTRA + name: tensor for name, tensor in extra.items()})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.reference = dict(checkpoint[_REFERENCE])
         self._release_teacher()
         if isinstance(self.trainer.strategy, ZeroStrategy):
@@ -200,34 +214,3 @@ def draw_route(n_layers: int, chance: float, seed: int, step: int) -> list[int]:
             route.append(i)
             owners.append(i)
     return route
-
-
-class Recovery(Callback):
-    """Adds rows to the metrics: the parts of the objective, and the teacher's loss as a line to reach."""
-
-    def __init__(self, metrics: Metrics):
-        self.metrics = metrics
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        if not step_is_complete(trainer) or (step % self.metrics.log_every and step != self.metrics.steps):
-            return
-        assert isinstance(pl_module, UptrainingModule)
-        self._write(
-            step,
-            {
-                f"train/{name}": float(trainer.strategy.reduce(value, reduce_op="mean"))
-                for name, value in pl_module.take_parts().items()
-                if name != "next_token"
-            },
-        )
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, UptrainingModule)
-        self._write(trainer.global_step, pl_module.recovery())
-
-    def _write(self, step: int, values: dict[str, float]) -> None:
-        if self.metrics.writer is not None:
-            self.metrics.writer.write(step, values)

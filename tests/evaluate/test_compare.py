@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,10 @@ from cllm.evaluate.comparison import compare as compare_runs
 from cllm.evaluate.report import figure, markdown_table
 from cllm.files import MARK
 from cllm.lock import locked
+from cllm.runs import RunFolder
 
 MHA = 98304
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -318,3 +323,58 @@ def test_two_comparisons_do_not_write_one_folder(synthetic, compare, tmp_path, c
         assert f"{out}: is in use by process" in capsys.readouterr().err
         assert not out.exists()
     assert compare(*runs, "--out", out) == 0
+
+
+# ---- steps that differ -----------------------------------------------------------------------------------------------
+
+
+def _append(path: Path, **row: Any) -> None:
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def test_an_older_validation_is_never_shown_without_its_step(synthetic) -> None:
+    """As after a kill in a validation: the run has trained on since the loss that the table shows."""
+    stopped, other = synthetic("stopped", loss=2.2), synthetic("other", 0.5, loss=2.3)
+    _append(stopped, step=120, tokens=120_000, time=4.0)
+    comparison = _compared(stopped, other)
+    row = comparison.rows[0]
+    assert (row.loss, row.step, row.last_step, row.tokens) == (2.2, 100, 120, 120_000)
+    assert "stopped: was last validated at step 100 and trained to 120 since" in comparison.warnings
+    assert "training, step 100 of 120" in markdown_table(comparison)
+    assert "| training " in markdown_table(comparison)
+
+
+def test_a_run_that_is_not_finished_is_named(synthetic) -> None:
+    path = synthetic("a")
+    summary = json.loads((path / "summary.json").read_text())
+    (path / "summary.json").write_text(json.dumps(summary | {"steps": 300}))
+    assert _compared(path, synthetic("b", 0.5)).warnings == ["a: is not finished: its last row is of step 100 of 300"]
+
+
+def test_comparing_reads_metrics_as_a_stream(synthetic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than the newest row and the newest validation are kept of a million rows."""
+    alive: list[weakref.ref] = []
+    most = 0
+
+    class Tracked(dict):
+        pass
+
+    def stream(self: RunFolder) -> Any:
+        nonlocal most
+        for step in range(1, 500):
+            row = Tracked({"step": step, "tokens": step, "time": 0.0, "throughput/tokens_per_s": float(step)})
+            alive.append(weakref.ref(row))
+            most = max(most, sum(ref() is not None for ref in alive))
+            yield row
+
+    monkeypatch.setattr(RunFolder, "metrics", stream)
+    assert _compared(synthetic("a")).rows[0].tokens_per_s == 250
+    assert most <= 3
+
+
+def test_comparing_does_without_torch(synthetic, tmp_path: Path) -> None:
+    code = "import sys, runpy; compare = runpy.run_path('scripts/compare.py')['main']; "
+    code += "sys.exit(compare(sys.argv[1:]) or 'torch' in sys.modules)"
+    command = [sys.executable, "-c", code, str(synthetic("a")), "--out", str(tmp_path / "out")]
+    assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 0

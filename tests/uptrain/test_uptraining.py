@@ -195,6 +195,19 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_weights(student: Student, 
         assert rows(resumed, tag) == rows(whole, tag), tag
 
 
+def test_what_was_summed_since_the_last_row_survives_a_resume(student: Student) -> None:
+    """Checkpoints after 2 and 4 steps lie between rows after 3 and 6."""
+    settings = [*LOSS, "--train.steps", "6", "--train.log_every", "3", "--train.validate_every", "2"]
+    settings += ["--train.checkpoint_every", "2", "--train.keep_checkpoints", "9"]
+    whole = train(student("fusedkv", *settings, "--name", "whole"))
+    again = train(student("fusedkv", *settings, "--name", "again"))
+    for step in (4, 2):
+        train(student("fusedkv", *settings, "--name", "again"), resume=str(again.checkpoint_path(step)))
+        for tag in ("train/objective", "train/kl", "train/hidden", "train/loss", "val/loss", "val/recovery"):
+            assert rows(again, tag) == rows(whole, tag), (step, tag)
+            assert len(rows(again, tag)) == (2 if tag.startswith("train") else 4)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_recomputing_blocks_changes_nothing(student: Student, way: str) -> None:
     settings = [*WAYS[way], "--train.steps", "6" if way == "curriculum" else "3"]

@@ -1,0 +1,184 @@
+"""Going on with a run: what may have changed since, from which checkpoint, and what has to be made up first."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Trainer
+
+from cllm.config import Config
+from cllm.data.manifest import Manifest
+from cllm.data.module import VALIDATION, DataModule
+from cllm.errors import UserError
+from cllm.model.decoder import Decoder
+from cllm.model.sizes import meta_decoder
+from cllm.runs import DataDigests, RunFolder
+from cllm.train.strategy import family
+
+log = logging.getLogger(__name__)
+
+CHANGEABLE = {
+    "name": "the folder is found by it",
+    "runs_dir": "the folder is found by it",
+    "attention.backend": "logged: losses may differ in their last bits from there on",
+    "data.num_workers": "freely",
+    "data.verify": "freely",
+    "data.validation": "the main set, and the data of every set that stays, must be the same; others may come and go",
+    "train.steps": "the learning rate is that of the new length from the next step on",
+    "train.devices": "not under ZeRO",
+    "train.num_nodes": "not under ZeRO",
+    "train.strategy": "among auto, single and ddp",
+    "train.max_skipped_steps": "freely",
+    "train.gradient_checkpointing": "freely",
+    "train.recompute_fusion": "freely",
+    "train.log_every": "freely",
+    "train.validate_every": "freely",
+    "train.checkpoint_every": "freely",
+    "train.keep_checkpoints": "freely",
+}
+"""The settings that may change when a run goes on, and how; the table of docs/training.md. All others may not."""
+
+
+# ---- what may have changed -------------------------------------------------------------------------------------------
+
+
+def check_resumable(config: Config, folder: RunFolder) -> None:
+    """Refuse to go on with a run whose config or data differ in anything that would make it another run.
+
+    Raises:
+        UserError: naming the key, its value and the one that the run was started with.
+    """
+    saved = folder.config()
+    old, new = _settings(saved), _settings(config)
+    _check_data(config, saved, folder)
+    for key in old | new:
+        before, after = old.get(key), new.get(key)
+        if before == after:
+            continue
+        if key == "attention.backend":
+            rank_zero_only(log.info)("attention.backend is %s; the run was started with %s", after, before)
+        if key not in CHANGEABLE or (key == "train.strategy" and family(str(before)) != family(str(after))):
+            raise UserError(
+                f"{key} is {after!r}, but the run in {folder.path} was started with {before!r}; resume with its own "
+                "config.yaml or choose another --name"
+            )
+
+
+def _settings(config: Config) -> dict[str, object]:
+    """Every setting by its dotted name, two levels deep: what is below belongs together."""
+    settings: dict[str, object] = {}
+    for section, content in config.as_yaml_data().items():
+        if isinstance(content, dict):
+            settings |= {f"{section}.{key}": value for key, value in content.items()}
+        else:
+            settings[section] = content
+    return settings
+
+
+def _validation(config: Config) -> dict[str, str]:
+    """Validation sets, name: folder, the main one first."""
+    return config.data.validation or {VALIDATION: config.data.path}
+
+
+def _check_data(config: Config, saved: Config, folder: RunFolder) -> None:
+    old, new = _validation(saved), _validation(config)
+    main, new_main = next(iter(old)), next(iter(new))
+    if main != new_main:
+        raise UserError(
+            f"data.validation: the main set, the first, is {new_main!r}, but the run in {folder.path} was started with "
+            f"{main!r}; name that first, or choose another --name"
+        )
+    recorded = folder.data_digests()
+    if recorded is None:
+        rank_zero_only(log.info)("%s has no record of its data: whether they have changed is not known", folder.path)
+        if old[main] != new[main]:
+            raise UserError(
+                f"data.validation.{main} is {new[main]!r}, but the run in {folder.path} was started with "
+                f"{old[main]!r}; resume with its own config.yaml or choose another --name"
+            )
+        return
+    if config.data.path == saved.data.path:
+        _check_digest("data.path", config.data.path, recorded.train, folder)
+    for name, path in new.items():
+        if name in recorded.validation:
+            _check_digest(f"data.validation.{name}", path, recorded.validation[name], folder)
+
+
+def _check_digest(key: str, path: str, recorded: str, folder: RunFolder) -> None:
+    found = Manifest.read(path).digest()
+    if found != recorded:
+        raise UserError(
+            f"{key}: {path} holds other data than the run in {folder.path} was started with (its manifest's digest is "
+            f"{found[:12]}, recorded is {recorded[:12]}); prepare it as it was, or choose another --name"
+        )
+
+
+def record_data(folder: RunFolder, data: DataModule) -> None:
+    """Write the digests of a run's data. Those of validation sets that were left out since are kept."""
+    earlier = folder.data_digests()
+    validation = data.validation_digests | (earlier.validation if earlier else {})
+    folder.write_data_digests(DataDigests(train=data.manifest.digest(), validation=validation))
+
+
+# ---- the checkpoint to go on from ------------------------------------------------------------------------------------
+
+
+def newest_intact(config: Config, folder: RunFolder) -> Path | None:
+    """The newest intact checkpoint of a run that `config` may go on with; None where there is none at all.
+
+    Newer ones that are damaged are logged.
+
+    Raises:
+        UserError: as `check_resumable`, and when there are checkpoints but all are damaged.
+    """
+    if not folder.checkpoints():
+        return None
+    check_resumable(config, folder)
+    _, checkpoint, _, damaged = folder.newest_intact(_shapes(config), to_resume=True)
+    for line in damaged:
+        rank_zero_only(log.warning)("%s; falling back to %s", line, checkpoint.name)
+    return checkpoint
+
+
+def check_intact(config: Config, folder: RunFolder, checkpoint: Path) -> None:
+    """Refuse a checkpoint that is damaged or not of this run. Raises `UserError`."""
+    folder.read_checkpoint(checkpoint, _shapes(config), to_resume=True)
+
+
+def _shapes(config: Config) -> Decoder:
+    return meta_decoder(config.model)
+
+
+def prepare_folder(folder: RunFolder, start_step: int, *, keep: int) -> None:
+    """Leave the newest `keep` checkpoints up to `start_step`, as later rows are dropped too, and no partial files."""
+    folder.remove_unfinished_checkpoints()
+    for path in folder.set_aside_checkpoints(after=start_step):
+        log.info("%s: of a later step, set aside until the run saves that step again", path)
+    folder.keep_checkpoints(keep, start_step)
+
+
+# ---- the validation that was missed ----------------------------------------------------------------------------------
+
+
+def lacks_validation(config: Config, folder: RunFolder, step: int) -> bool:
+    """Whether a validation was due after `step`, and a signal or a crash came before its row was written."""
+    every, steps = config.train.validate_every, config.train.steps
+    due = every is not None and (step % every == 0 or step == steps)
+    return due and not folder.is_validated_at(step)
+
+
+def validate_first(trainer: Trainer, missed: bool) -> None:
+    """Let a trainer that resumes validate before it trains, if `missed` says so on the first process.
+
+    Lightning does so at a run's start only, and leaves it out when the state of its validation loop was restored.
+    """
+    check = trainer._run_sanity_check
+
+    def run() -> None:
+        if trainer.strategy.broadcast(missed):
+            trainer.fit_loop.epoch_loop.val_loop.restarting = False
+            check()
+
+    trainer._run_sanity_check = run  # type: ignore[method-assign]

@@ -33,9 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cllm import cli, processes
 from cllm.config import Config
 from cllm.data.manifest import MANIFEST, TOKENIZER, Counts, Manifest, tokenizer_sha256
+from cllm.data.prepare.build import KIND
 from cllm.data.prepare.shards import ShardWriter
 from cllm.errors import UserError, one_line
-from cllm.files import write_atomic
+from cllm.files import check_replaceable, mark, write_atomic
 from cllm.runs import RunFolder
 from cllm.signals import stoppable
 from cllm.train.breakdown import PARTS
@@ -70,7 +71,9 @@ def parse_case(place: int, word: str) -> Case:
 
 def write_random_tokens(folder: Path, vocab_size: int, tokens: int) -> None:
     """A prepared folder of uniformly drawn tokens in documents of 2048, and a tokenizer that knows none of them."""
-    (folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
+    check_replaceable(folder, KIND)
+    mark(folder, KIND)
+    (folder / TOKENIZER).mkdir(exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     Tokenizer(WordLevel({"<eos>": EOS}, unk_token="<eos>")).save(str(folder / TOKENIZER / "tokenizer.json"))
     draw = np.random.default_rng(0)

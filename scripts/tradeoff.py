@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,7 +31,9 @@ from cllm import cli
 from cllm.arguments import number, whole_number
 from cllm.config import Config
 from cllm.errors import UserError, one_line
-from cllm.runs import RunFolder
+
+if TYPE_CHECKING:
+    from cllm.runs import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 DESIGNS = ("mha", "fusedkv", "fusedkv_lite", "cla", "yoco", "gqa")
@@ -97,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from cllm.evaluate.pareto import expand
     from cllm.posthoc.methods import parse
+    from cllm.runs import RunFolder
 
     deadline = time.monotonic() + 60 * options.minutes
     for spec in expand(options.spec, options.group, options.ratio):

@@ -88,7 +88,7 @@ def _verify_archive(file: Path) -> None:
                     while stream.read(_CHUNK):
                         pass
     except _ZIP_ERRORS as error:
-        raise UserError(f"{file}: damaged, or not a checkpoint: {record}{_first_line(error)}") from None
+        raise UserError(f"{file}: damaged, or not a readable checkpoint: {record}{_first_line(error)}") from None
 
 
 def _verify_folder(folder: Path, files: Iterable[str] | None) -> None:

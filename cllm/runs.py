@@ -172,7 +172,9 @@ class RunFolder:
                 damaged.append(str(error))
         if not damaged:
             raise UserError(f"{self.checkpoint_folder}: holds no checkpoint yet")
-        raise UserError(f"{self.checkpoint_folder}: no checkpoint is intact: {'; '.join(damaged)}")
+        others = ", ".join(path.name for _, path in self.checkpoints()[-2::-1][:3])
+        more = f"; nor are older ones, such as {others}" if others else ""
+        raise UserError(f"{self.checkpoint_folder}: no checkpoint is intact: {damaged[0]}{more}")
 
     def set_aside_checkpoints(self, after: int) -> list[Path]:
         """Rename the checkpoints of later steps than `after`.

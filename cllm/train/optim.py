@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cllm.config import OptimConfig
+from cllm.config import Config, OptimConfig
+from cllm.errors import UserError
 from cllm.kv.sources import FusedRead
 
 
@@ -42,6 +43,16 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     groups = parameter_groups(model, config)
     beta1, beta2 = config.betas
     return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+
+
+def check_warmup(config: Config) -> None:
+    """Refuse a run that would end in its warm-up. Not a rule of the schema: folders of such runs can be read."""
+    optim, steps = config.optim, config.train.steps
+    if optim.warmup(steps) > steps:
+        raise UserError(
+            f"optim.warmup_steps is {optim.warmup_steps}, but train.steps is {steps}, so that the run would end in its "
+            f"warm-up; allowed: up to {steps}, or null"
+        )
 
 
 def learning_rate_factor(step: int, steps: int, config: OptimConfig) -> float:

@@ -31,6 +31,7 @@ from cllm.train.environment import environment
 from cllm.train.equip import equip
 from cllm.train.float8 import check_float8
 from cllm.train.module import TrainingModule
+from cllm.train.optim import check_warmup
 from cllm.train.strategy import check_launch, check_shards, cluster_plugins, family, make_strategy, zero_stage
 from cllm.uptrain.decoder import TracedDecoder
 from cllm.uptrain.module import Recovery, UptrainingModule
@@ -242,6 +243,8 @@ def train(config: Config, *, resume: str | None = None, overwrite: bool = False)
     choose = config.init.sources == "best" and chosen is None
     config = chosen or config
     folder, checkpoint = open_folder(config, resume, overwrite)
+    if checkpoint is None:
+        check_warmup(config)
     start_step = folder.step_of(checkpoint) if checkpoint else 0
     if start_step >= config.train.steps:
         log.info("%s is finished: %s is its last step", folder.path, checkpoint)

@@ -314,7 +314,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "text": (lambda file: file.write_text("hello"), "damaged, or not a readable checkpoint"),
     "foreign": (foreign, "it has no "),
-    "another model": (another_model, r"embed\.weight has shape \[3, 3\], the model \[320, 32\]"),
+    "another model": (another_model, r"embed\.weight is \[3, 3\], not \[320, 32\]"),
     "another step": (another_step, "holds step 2, its name says 4"),
 }
 

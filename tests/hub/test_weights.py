@@ -20,6 +20,7 @@ from cllm.hub.model import CLLMForCausalLM
 from cllm.kv.presets import preset_names
 from cllm.kv.sources import FusedRead
 from cllm.model.decoder import Decoder
+from cllm.model.sizes import build_decoder
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.arange(1, 13).view(2, 6)

@@ -129,7 +129,7 @@ class CommonKV(Compressor):
 
     @torch.no_grad()
     def prepare(self, engine: Engine, ids: Tensor) -> None:
-        for slot in self._slots(engine):
+        for slot in engine.slots():
             engine.projections(slot)  # raises where there are none to factor
         if self.weights == "equal":
             return
@@ -151,7 +151,7 @@ class CommonKV(Compressor):
     @contextmanager
     def watch(self, engine: Engine) -> Iterator[None]:
         """Sees what projections are given while the cache is filled: latents are made of it."""
-        cache_slots, handles = self._slots(engine), []
+        cache_slots, handles = engine.slots(), []
         self._inputs = {slot: [] for slot in cache_slots}
         for slot in cache_slots:
             k, v = engine.projections(slot)
@@ -171,15 +171,6 @@ class CommonKV(Compressor):
         if self._sensitivity is None:
             return {}
         return {"sensitivity": {str(slot): loss for slot, loss in self._sensitivity.items()}}
-
-    @staticmethod
-    def _slots(engine: Engine) -> list[int]:
-        device = engine.head.weight.device
-        assert isinstance(device, torch.device)
-        cache = engine.new_cache()
-        with torch.no_grad():
-            engine.hidden(torch.zeros(1, 1, dtype=torch.long, device=device), cache)
-        return list(engine.filled(cache).slots)
 
     def encode(self, keys: Part, values: Part | None) -> tuple[list[Code | None], list[Code | None]]:
         if values is None:

@@ -30,6 +30,7 @@ class Engine(ABC):
 
     head: nn.Module
     """From hidden states to logits."""
+    _slots: list[int] | None = None
 
     @abstractmethod
     def new_cache(self, follows: dict[int, int] | None = None) -> Any:
@@ -58,6 +59,16 @@ class Engine(ABC):
     @abstractmethod
     def projections(self, slot: int) -> tuple[nn.Linear, nn.Linear]:
         """The key and value projections of a slot's owner. Raises `UserError` where keys are more than projected."""
+
+    @torch.no_grad()
+    def slots(self) -> list[int]:
+        """The slots that can be compressed. The first call runs a pass of one token."""
+        if self._slots is None:
+            device, cache = self.head.weight.device, self.new_cache()
+            assert isinstance(device, torch.device)
+            self.hidden(torch.zeros(1, 1, dtype=torch.long, device=device), cache)
+            self._slots = list(self.filled(cache).slots)
+        return self._slots
 
     def logits(self, ids: Tensor, cache: Any) -> Tensor:
         """(B, T, vocabulary)."""

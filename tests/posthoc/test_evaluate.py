@@ -132,6 +132,21 @@ def test_what_a_method_chose_is_in_the_record(scored):
     assert int(slot) > source >= 0
 
 
+def test_methods_that_watch_do_not_see_each_other(decoder, tokens):
+    """Two of them in one measurement score what each scores alone."""
+    engine, specs = (
+        engine_of(decoder(qk_norm=False)),
+        [f"commonkv:recent=4,merge={m},weights=equal" for m in (0.2, 0.6)],
+    )
+
+    def losses(specs):
+        tallies = [_Tally() for _ in specs]
+        _score(engine, [parse(spec) for spec in specs], tokens(2, 49), 32, tallies, _Reference())
+        return [tally.nll for tally in tallies]
+
+    assert losses(specs) == [losses([spec])[0] for spec in specs]
+
+
 def test_times_leave_out_the_first_batch_and_what_a_method_watches(decoder, tokens):
     """CommonKV sees projections in a prefill of its own, which is not the one that is timed."""
     model, prefills = decoder(qk_norm=False), []

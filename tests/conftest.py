@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +17,12 @@ from cllm.config import ModelConfig
 from cllm.model.decoder import Decoder
 
 torch.set_num_threads(1)
+
+# As a terminal starts commands. A job in the background ignores SIGINT and nohup ignores SIGHUP; what is ignored here is
+# ignored in every process that a test starts.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 def _load(file: Path) -> ModuleType:

@@ -80,6 +80,20 @@ def locked(folder: Path) -> Iterator[None]:
                     parent.rmdir()  # succeeds only where nothing was written
 
 
+def discard_dead(folder: Path) -> None:
+    """Delete the lock file that a killed process of this machine left beside `folder`. Does nothing else, nor fails."""
+    file = lock_file(folder)
+    with contextlib.suppress(OSError):
+        descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            record = _read(descriptor)
+            ours = record is not None and record.get("boot") == _here()["boot"]
+            if ours and _flock(descriptor) and _is_at(descriptor, file):
+                file.unlink()
+        finally:
+            os.close(descriptor)
+
+
 def _make_parents(folder: Path) -> list[Path]:
     """Make a folder; gives those that were missing, innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -18,7 +18,7 @@ from cllm.model.decoder import Decoder
 
 torch.set_num_threads(1)
 
-# As a terminal starts commands. A job in the background ignores SIGINT and nohup ignores SIGHUP; what is ignored here is
+# As a terminal starts commands. A background job ignores SIGINT, nohup ignores SIGHUP; what is ignored here is also
 # ignored in every process that a test starts.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) == signal.SIG_IGN:

@@ -189,3 +189,18 @@ def test_where_no_lock_can_be_written_one_line_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be locked"), locked(tmp_path / "a"):
         pass
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_lock_that_a_killed_process_left_is_discarded_and_a_living_one_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    with owner(folder) as process:
+        lock.discard_dead(folder)
+        assert lock_file(folder).exists(), "of a living process"
+        process.kill()
+        process.wait()
+        lock.discard_dead(folder)
+        assert not lock_file(folder).exists()
+    lock.discard_dead(folder)
+    kept = foreign(folder)
+    lock.discard_dead(folder)
+    assert kept.exists(), "of another machine"

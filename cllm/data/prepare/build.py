@@ -33,7 +33,7 @@ from cllm.data.prepare.recipe import Recipe
 from cllm.data.prepare.shards import Progress, ShardWriter
 from cllm.errors import DataError, UserError
 from cllm.files import MARK, check_replaceable, is_empty, mark, remove, remove_leftovers, replace
-from cllm.lock import locked
+from cllm.lock import discard_dead, locked
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ def prepare(recipe: Recipe, *, force: bool = False) -> Manifest:
     """
     folder = recipe.folder
     if finished := _finished(folder, recipe, force):  # it may lie where nothing can be written any more
+        discard_dead(folder)
         return finished
     with locked(folder):
         remove_leftovers(folder, KIND)

@@ -24,7 +24,7 @@ class Group(Section):
     name: str = Field(pattern=r"[a-z0-9-]+")
     config: list[str] = Field(min_length=1)
     """YAML files, relative to the project's root."""
-    settings: tuple[str, ...] = ()
+    settings: list[str] = Field(default_factory=list)
     """Words as on the command line of train.py."""
     runs: list[str] = Field(min_length=1)
     """STRATEGY:DEVICES, or STRATEGY:DEVICES:MICRO_BATCH where a run differs from the config in that."""

@@ -35,6 +35,8 @@ def read_rows(file: Path) -> Iterator[Row]:
             if broken is not None:
                 raise _not_a_row(file, f"line {broken}")
             if (row := _parse(line)) is None:
+                if not _may_be_cut(line):
+                    raise _not_a_row(file, f"line {number}")
                 broken = number
             else:
                 yield row
@@ -50,7 +52,7 @@ def rows_backwards(file: Path) -> Iterator[tuple[int, Row]]:
         for n, (end, line) in enumerate(_lines_backwards(stream)):
             if (row := _parse(line)) is not None:
                 yield end, row
-            elif n > 0:
+            elif n > 0 or not _may_be_cut(line):
                 raise _not_a_row(file, f"the line that ends at byte {end}")
 
 
@@ -93,11 +95,20 @@ def _parse(line: bytes) -> Row | None:
         return None
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None
     return row
+
+
+def _may_be_cut(line: bytes) -> bool:
+    """Whether a line that is no row may be the part of one that a crash left."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return not line.endswith(b"\n")
 
 
 def _not_a_row(file: Path, where: str) -> UserError:

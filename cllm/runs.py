@@ -30,7 +30,7 @@ import yaml
 from cllm import cli
 from cllm.config import Config
 from cllm.errors import UserError
-from cllm.files import MARK, inside, is_being_deleted, is_empty, marked_as, shorten, write_atomic
+from cllm.files import MARK, inside, is_being_deleted, is_empty, marked_as, write_atomic
 from cllm.rows import Row, read_rows, rows_backwards, rows_of_step
 from cllm.trust import read_object
 
@@ -173,8 +173,8 @@ class RunFolder:
         if not damaged:
             raise UserError(f"{self.checkpoint_folder}: holds no checkpoint yet")
         others = ", ".join(path.name for _, path in self.checkpoints()[-2::-1][:3])
-        more = f"; nor are older ones, such as {others}" if others else ""
-        raise UserError(f"{self.checkpoint_folder}: no checkpoint is intact: {shorten(damaged[0], 300)}{more}")
+        more = f"; nor is {others}" if others else ""
+        raise UserError(f"{self.checkpoint_folder}: no checkpoint is intact: {damaged[0]}{more}")
 
     def set_aside_checkpoints(self, after: int) -> list[Path]:
         """Rename the checkpoints of later steps than `after`.
@@ -293,7 +293,7 @@ def check_run_folder(folder: RunFolder) -> bool:
         )
     if not marked:
         raise UserError(
-            f"{path}: {'is a symbolic link to what' if path.is_symlink() else 'exists and'} is not a run: it has "
+            f"{path}: exists and is not a run: {'it is a symbolic link, and ' if path.is_symlink() else ''}it has "
             f"neither the mark of one ({MARK}) nor a config.yaml; choose another --name"
         )
     return False

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from cllm import trust
 from cllm.errors import DataError, UserError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -98,13 +99,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         UserError: when there is no tokenizer, or none that the `tokenizers` library can run.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers passes on whatever went wrong in somebody's files
-        raise UserError(f"{folder}: its tokenizer cannot be loaded: {type(error).__name__}: {error}") from None
-    return backend_of(tokenizer, folder)
+    return backend_of(trust.load_tokenizer(folder), folder)
 
 
 def backend_of(tokenizer: Any, folder: Path) -> Tokenizer:

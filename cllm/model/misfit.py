@@ -51,5 +51,5 @@ def describe(
 
 def _listed(names: list[str]) -> str:
     more = len(names) - _NAMED
-    shown = ", ".join(shorten(name, 60 if more > 0 else 100) for name in names[:_NAMED])
+    shown = ", ".join(shorten(name, 56 if more > 0 else 100) for name in names[:_NAMED])
     return shown + (f" and {more} more" if more > 0 else "")

@@ -14,7 +14,7 @@ from cllm.data.manifest import Manifest
 from cllm.data.module import DataModule
 from cllm.data.prepare import build
 from cllm.data.store import TokenStore
-from cllm.errors import DataError
+from cllm.errors import EXIT_STOPPED, DataError
 
 FILES = ("train-00000.bin", "train-00001.idx", "train-00002.bin", "validation-00000.bin", "validation-00000.idx")
 
@@ -212,7 +212,7 @@ def test_damage_to_a_stopped_preparation_is_found(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(build, "_write_batch", stop)
-    assert run(spec)[0] == 130
+    assert run(spec)[0] == EXIT_STOPPED
     monkeypatch.setattr(build, "_write_batch", write_batch)
     state = json.loads((tmp_path / "out.partial" / "progress.json").read_text())
     split = state["splits"]["validation"]

@@ -166,7 +166,11 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path, run, recipe, cap
         (["", "  "], [], "(2 empty, 0 shorter than min_chars)"),
         (["one"], ["--source.text_field", "body"], "a.jsonl:1: has no field `body`"),
         (["one"], ["--validation.fraction", "0.001"], "the validation split is empty"),
-        (["one"], ["--tokenizer", "{train: null, load: tests}"], "tokenizer.load tests: cannot be loaded: "),
+        (
+            ["one"],
+            ["--tokenizer", "{train: null, load: tests}"],
+            "tokenizer.load: tests: its tokenizer cannot be loaded: ",
+        ),
     ],
 )
 def test_refusals_leave_nothing_behind(tmp_path, run, recipe, capsys, monkeypatch, corpus, words, said):

@@ -38,7 +38,7 @@ def _write_metrics(run: RunFolder, *rows: object) -> None:
 
 def _summary(run: RunFolder) -> dict:
     both = {"resident": 1.0, "read": 1.0}
-    summary = {"design": "cla", "parameters": 5, "kv_bytes_per_token": both, "kv_vs_mha": both}
+    summary = {"design": "cla", "parameters": 5, "steps": 20, "kv_bytes_per_token": both, "kv_vs_mha": both}
     run.summary_file.write_text(json.dumps(summary))
     _write_metrics(run, {"step": 1, "tokens": 10, "val/loss": 2.0})
     return summary
@@ -123,7 +123,8 @@ def test_an_evaluation_goes_on_without_a_broken_run(evaluate, make_run, capsys) 
     captured = capsys.readouterr()
     assert "good" in captured.out
     assert "broken" not in captured.out
-    assert f"left out: {broken.checkpoint_path(20)}: not a readable checkpoint" in captured.err
+    line = f"left out: {broken.checkpoint_folder}: no checkpoint is intact: {broken.checkpoint_path(20)}: damaged"
+    assert line in captured.err
     assert good.evaluation_folder.exists()
     assert evaluate("--run", broken.path, "--run", broken.path) == 2
     assert "none of the 2 runs can be used" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cllm.data.manifest import Manifest
 from cllm.evaluate.subjects import load_subject
 from cllm.files import MARK
+from cllm.hub import companions
 from cllm.hub import export as export_module
 from cllm.model.sizes import build_decoder
 from cllm.runs import TIED, WEIGHTS_FILE, load_run
@@ -234,7 +235,7 @@ def test_a_failure_leaves_nothing_behind_and_what_was_there_alone(convert, make_
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_module.shutil, "copy", full_disk)
+    monkeypatch.setattr(companions.shutil, "copy", full_disk)
     assert convert("export", run.path, out, "--force") == 2
     assert convert("export", run.path, tmp_path / "new") == 2
     assert (out / "model.safetensors").read_bytes() == before

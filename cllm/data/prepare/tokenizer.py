@@ -70,7 +70,7 @@ def load(name: str, folder: Path) -> None:
     try:
         tokenizer = load_tokenizer(name)
     except UserError as error:
-        raise DataError(f"tokenizer.load {name}: {error}") from None
+        raise DataError(f"tokenizer.load: {error}") from None
     if not tokenizer.is_fast:
         raise DataError(f"tokenizer.load {name}: has no tokenizer.json form (a `fast` tokenizer), which is needed")
     if tokenizer.eos_token_id is None:

@@ -64,7 +64,9 @@ def commands(load_file: Callable[[Path], ModuleType]) -> Callable[[str], Callabl
 
     def get(name: str) -> Callable[..., int]:
         if name not in loaded:
-            loaded[name] = load_file(ROOT / COMMANDS[name])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.syspath_prepend(str(ROOT / "scripts"))  # as for a script that Python starts
+                loaded[name] = load_file(ROOT / COMMANDS[name])
         return loaded[name].main
 
     return get

@@ -169,7 +169,7 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path, run, recipe, cap
         (
             ["one"],
             ["--tokenizer", "{train: null, load: tests}"],
-            "tokenizer.load: tests: its tokenizer cannot be loaded: ",
+            "tokenizer.load: tests: its tokenizer cannot be ",
         ),
     ],
 )

@@ -48,7 +48,7 @@ def rows(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def events(folder: RunFolder) -> dict[str, list[tuple[int, float]]]:
-    """The points by tag. Files are read in the order they were made in: of one process and second, 10 sorts before 9."""
+    """The points by tag. Files are read in the order they were made in: by name, 10 would come before 9."""
     files = sorted(
         folder.tensorboard_folder.iterdir(), key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)]
     )

@@ -92,6 +92,7 @@ def load_case(case: Case, overrides: list[str], *, runs_dir: Path, data: Path, p
         "train.devices": case.devices,
         "train.micro_batch": micro_batch,
         "train.steps": group.steps + profiled,
+        "optim.warmup_steps": min(base.optim.warmup(group.steps), group.steps),
         "train.log_every": group.log_every,
         "train.validate_every": "null",
         "train.checkpoint_every": "null",

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cllm.errors import UserError
+from cllm.faults import naming
 from cllm.files import sync_file, write_atomic
 from cllm.model.misfit import misfit
 from cllm.runs import TIED, WEIGHTS_FILE, is_named, step_of
@@ -37,14 +38,15 @@ def save_file(state: Mapping[str, Any], file: Path) -> None:
     """Write a checkpoint straight to `file`, tensor by tensor, and through to the disk.
 
     Raises:
-        UserError: where it cannot be written, as on a full disk. Nothing is left of it then.
+        OSError: where it cannot be written, as on a full disk; it names the file. Nothing is left of it then.
     """
     try:
-        torch.save(state, file)
+        with naming(str(file)), file.open("wb") as stream:  # torch's own writer would hide why a write failed
+            torch.save(state, stream)
         sync_file(file)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a full disk
+    except BaseException:
         file.unlink(missing_ok=True)
-        raise UserError(f"{file}: the checkpoint cannot be written: {_first_line(error)}") from None
+        raise
 
 
 def write_checksums(folder: Path) -> None:
@@ -88,7 +90,7 @@ def _verify_archive(file: Path) -> None:
                     while stream.read(_CHUNK):
                         pass
     except _ZIP_ERRORS as error:
-        raise UserError(f"{file}: damaged, or not a checkpoint: {record}{_first_line(error)}") from None
+        raise UserError(f"{file}: damaged, or not a readable checkpoint: {record}{_first_line(error)}") from None
 
 
 def _verify_folder(folder: Path, files: Iterable[str] | None) -> None:

@@ -346,11 +346,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
-        if self.optim.warmup(self.train.steps) > self.train.steps:
-            raise ValueError(
-                f"optim.warmup_steps {self.optim.warmup_steps} exceeds train.steps {self.train.steps}: the run would "
-                "end in its warm-up"
-            )
         self.uptrain.check(self.init, steps=self.train.steps, fp8=self.train.fp8)
         if self.data.seq_len > self.model.max_seq_len:
             raise ValueError(f"data.seq_len {self.data.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}")

@@ -53,10 +53,12 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         UserError: when another process owns it, naming its machine, its pid and since when; when the lock cannot be
-            written. Nothing waits for the other process to end.
+            written; when `folder` is a file. Nothing waits for the other process to end.
     """
     file = lock_file(folder)
     try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: cannot be written: it is not a folder; name another")
         made, descriptor = _acquire(file, folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be locked: {file}: {error.strerror or error}") from None

@@ -30,7 +30,7 @@ import yaml
 from cllm import cli
 from cllm.config import Config
 from cllm.errors import UserError
-from cllm.files import MARK, inside, is_being_deleted, is_empty, marked_as, write_atomic
+from cllm.files import MARK, inside, is_being_deleted, is_empty, marked_as, shorten, write_atomic
 from cllm.rows import Row, read_rows, rows_backwards, rows_of_step
 from cllm.trust import read_object
 
@@ -172,7 +172,9 @@ class RunFolder:
                 damaged.append(str(error))
         if not damaged:
             raise UserError(f"{self.checkpoint_folder}: holds no checkpoint yet")
-        raise UserError(f"{self.checkpoint_folder}: no checkpoint is intact: {'; '.join(damaged)}")
+        others = ", ".join(path.name for _, path in self.checkpoints()[-2::-1][:3])
+        more = f"; nor are older ones, such as {others}" if others else ""
+        raise UserError(f"{self.checkpoint_folder}: no checkpoint is intact: {shorten(damaged[0], 300)}{more}")
 
     def set_aside_checkpoints(self, after: int) -> list[Path]:
         """Rename the checkpoints of later steps than `after`.

@@ -94,10 +94,6 @@ REFUSED = {
 
 
 REFUSED |= {
-    "warm-up beyond the run": (
-        {"optim": {"warmup_steps": 21}, "train": {"steps": 20}},
-        "optim.warmup_steps 21 exceeds train.steps 20",
-    ),
     "a billion layers": (
         {"model": {**MODEL, "n_layers": 10**9}},
         "model.n_layers: input should be less than or equal to 4096, got 1000000000",

@@ -20,6 +20,7 @@ from cllm.model.sizes import (
     model_d_ff,
     training_flops_per_token,
 )
+from cllm.train.optim import check_warmup
 from cllm.train.strategy import REDUCE_BUCKET, processes_of, zero_stage
 from cllm.train.swiglu import will_fuse
 from cllm.uptrain.teacher import teacher_config
@@ -183,8 +184,9 @@ def data_line(config: Config) -> str:
 def dry_run(config: Config) -> str:
     """The report of `train.py --dry-run`. `config.model.vocab_size` must be set.
 
-    Raises `UserError` for data that a run could not read, see `data_line`.
+    Raises `UserError` for a warm-up longer than the run, and for data that a run could not read, see `data_line`.
     """
+    check_warmup(config)
     data = data_line(config)
     model = meta_decoder(config.model)
     c = config.model

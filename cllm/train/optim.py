@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from cllm.config import OptimConfig
+from cllm.config import Config, OptimConfig
+from cllm.errors import UserError
 from cllm.kv.sources import FusedRead
 
 
@@ -58,6 +59,16 @@ class Schedule(LambdaLR):
         self._last_lr = [base * factor for base, factor in zip(self.base_lrs, factors, strict=True)]
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
+
+
+def check_warmup(config: Config) -> None:
+    """Refuse a run that would end in its warm-up. Not a rule of the schema: folders of such runs can be read."""
+    optim, steps = config.optim, config.train.steps
+    if optim.warmup(steps) > steps:
+        raise UserError(
+            f"optim.warmup_steps is {optim.warmup_steps}, but train.steps is {steps}, so that the run would end in its "
+            f"warm-up; allowed: up to {steps}, or null"
+        )
 
 
 def learning_rate_factor(step: int, steps: int, config: OptimConfig) -> float:

@@ -35,6 +35,7 @@ from cllm.train.equip import equip
 from cllm.train.faults import explained
 from cllm.train.float8 import check_float8
 from cllm.train.module import TrainingModule
+from cllm.train.optim import check_warmup
 from cllm.train.resume import (
     check_intact,
     check_resumable,
@@ -269,6 +270,8 @@ def _train(config: Config, resume: str | None, overwrite: bool, callbacks: Seque
     choose = config.init.sources == "best" and chosen is None
     config = chosen or config
     folder, checkpoint = open_folder(config, resume, overwrite)
+    if checkpoint is None:
+        check_warmup(config)
     start_step = folder.step_of(checkpoint) if checkpoint else 0
     validate = checkpoint is not None and lacks_validation(config, folder, start_step)
     if start_step > config.train.steps or (start_step == config.train.steps and not validate):

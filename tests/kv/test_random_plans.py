@@ -141,9 +141,17 @@ def gradients(model: Decoder) -> dict[str, torch.Tensor | None]:
 
 
 def without_gradient(found: dict[str, torch.Tensor | None]) -> list[str]:
-    """The parameters whose gradient is missing, not finite, or zero but for rounding."""
-    norms = {name: 0.0 if g is None else float(g.abs().max()) for name, g in found.items()}
-    return [name for name, norm in norms.items() if not 1e-12 < norm < float("inf")]
+    """The parameters whose gradient is missing, not finite, or in one row (an output channel, a fused source) zero but
+    for rounding. Not every row of the embedding is an input."""
+
+    def least(name: str, gradient: torch.Tensor | None) -> float:
+        if gradient is None or not gradient.isfinite().all():
+            return 0.0
+        rows = gradient.flatten(1) if gradient.ndim > 1 else gradient[:, None]
+        most = rows.abs().amax(dim=1)
+        return float(most.max() if name == "embed.weight" else most.min())
+
+    return [name for name, gradient in found.items() if least(name, gradient) < 1e-12]
 
 
 def exact(config: ModelConfig) -> ModelConfig:

@@ -32,7 +32,7 @@ def tiny(prepared: Path, tmp_path: Path) -> Callable[..., Config]:
         "runs_dir": str(tmp_path / "runs"),
         "model": {"d_model": 32, "n_layers": 4, "n_heads": 2, "max_seq_len": 32},
         "data": {"path": str(prepared), "seq_len": 32, "num_workers": 0, "validation_sequences": 6},
-        "optim": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 2},
+        "optim": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 1},
         "train": {
             "steps": 8,
             "global_batch": 4,

@@ -189,6 +189,15 @@ def test_data_that_are_no_prepared_folder_are_refused(tmp_path: Path) -> None:
             report(setting, str(tmp_path))
 
 
+def test_a_warmup_longer_than_the_run_is_refused() -> None:
+    settings = ["--optim.warmup_steps", "21", "--train.steps"]
+    with pytest.raises(
+        UserError, match=r"optim\.warmup_steps is 21, but train\.steps is 20, .*; allowed: up to 20, or null"
+    ):
+        report(*settings, "20")
+    assert "21 steps of" in report(*settings, "21")
+
+
 def test_prepared_data_are_counted(tmp_path: Path, prepare_texts: Callable[..., Path]) -> None:
     folder = prepare_texts(tmp_path, [f"text number {n}" for n in range(20)], 0.4)
     text = report("--data.path", str(folder), "--data.validation", f"{{held_out: {folder}}}")

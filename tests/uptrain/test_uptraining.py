@@ -44,7 +44,7 @@ def teacher(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "runs_dir": str(folder),
         "model": {"d_model": 32, "n_layers": 4, "n_heads": 2, "max_seq_len": 32, "init": {"std": 0.2}},
         "data": {"path": str(prepared), "seq_len": 32, "num_workers": 0, "validation_sequences": 6},
-        "optim": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 2},
+        "optim": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 1},
         "train": {"steps": 30, "global_batch": 4, "micro_batch": 4, "accelerator": "cpu", "log_every": 10},
     }
     return train(cli.validate(Config, data)).path

@@ -3,10 +3,10 @@
     python -m tests.chaos                         # 200 disturbances of all commands, about ten minutes on two cores
     python -m tests.chaos --disturbances 30 --only train --seed 7
 
-A moment is either an operation on a file of the working folder (the k-th open, rename, removal ...), at which the process
-sends itself the signal, or a time. Each command starts in a fork of this process, which has imported everything, so that
-a trial costs what the command computes and no more. Equal means: prepared data, exports and tables byte by byte; of a run
-every row of metrics but times, every weight and every number of the optimizer's state.
+A moment is either an operation on a file of the working folder (the k-th open, rename, removal ...), at which the
+process sends itself the signal, or a time. Each command starts in a fork of this process, which has imported everything,
+so that a trial costs what the command computes and no more. Equal means: prepared data, exports and tables byte by byte;
+of a run every row of metrics but times, every weight and every number of the optimizer's state.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "os.listdir"}
-TIMED = ("time", "throughput/", "memory/", "seconds", "compression_seconds")
+TIMED = ("time", "throughput/", "memory/", "seconds", "compression_seconds", "compression_share_of_prefill")
 LIMIT = 120.0
 """Seconds after which a command counts as hung."""
 
@@ -66,8 +66,10 @@ class Outcome:
     faults: list[str] = field(default_factory=list)
 
 
-def run(job: Job, work: Path, number: int | None = None, event: int | None = None, after: float | None = None) -> Attempt:
-    """Run a job's command in a fork, with signal `number` at its `event`-th file operation or `after` so many seconds."""
+def run(
+    job: Job, work: Path, number: int | None = None, event: int | None = None, after: float | None = None
+) -> Attempt:
+    """Run a job's command in a fork, with signal `number` at its `event`-th file operation or `after` seconds."""
     log_file, count_file = work / "log.txt", work / "events.txt"
     begin = time.monotonic()
     sys.stdout.flush()
@@ -161,7 +163,9 @@ def disturb(job: Job, work: Path, draw: random.Random, wanted: int) -> Outcome:
                 outcome.disturbances += 1
         last = run(job, work)
         if last.status != 0:
-            outcome.faults.append(f"{job.name} trial {outcome.trials}: {said}: then status {last.status}\n{last.log[-2000:]}")
+            outcome.faults.append(
+                f"{job.name} trial {outcome.trials}: {said}: then status {last.status}\n{last.log[-2000:]}"
+            )
             continue
         if (found := job.result()) != expected:
             outcome.faults.append(f"{job.name} trial {outcome.trials}: {said}: {difference(expected, found)}")
@@ -260,7 +264,25 @@ def write_base(folder: Path) -> Path:
     from data import prepare as prepare_command
 
     draw = random.Random(0)
-    words = "the plan says where keys and values come from and every layer reads what an owner wrote".split()
+    words = [
+        "the",
+        "plan",
+        "says",
+        "where",
+        "keys",
+        "and",
+        "values",
+        "come",
+        "from",
+        "and",
+        "every",
+        "layer",
+        "reads",
+        "what",
+        "an",
+        "owner",
+        "wrote",
+    ]
     (folder / "text").mkdir(parents=True)
     for n in range(60):
         text = f"{n} " + " ".join(draw.choices(words, k=draw.randint(30, 120)))
@@ -299,8 +321,9 @@ def jobs_of(base: Path, config: Path, place: Path) -> list[Job]:
 
     out = {name: place / name / "out" for name in ("prepare", "train", "evaluate", "export", "sweep")}
     done = base / "runs" / "base"
+    recipe = str(base / "recipe.yaml")
     return [
-        Job("prepare", lambda: prepare_command.main(["--config", str(base / "recipe.yaml"), "--out", str(out["prepare"])]),
+        Job("prepare", lambda: prepare_command.main(["--config", recipe, "--out", str(out["prepare"])]),
             lambda: tree(out["prepare"]), out["prepare"]),
         Job("train", lambda: train.main(["--config", str(config), "--resume", "auto", "--name", "out",
             "--runs_dir", str(out["train"].parent)]), lambda: run_of(out["train"]), out["train"]),

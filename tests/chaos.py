@@ -353,6 +353,8 @@ def main(words: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     work = options.work.resolve()
+    if work.exists() and any(work.iterdir()):
+        parser.error(f"--work {work}: is not empty")
     config = write_base(work / "base")
     chosen = [job for job in jobs_of(work / "base", config, work / "out") if job.name in options.only]
     total = sum(SHARES[job.name] for job in chosen)

@@ -217,7 +217,7 @@ class RunFolder:
         write_atomic(self.config_file, yaml.safe_dump(config.as_yaml_data(), sort_keys=False))
 
     def summary(self) -> dict[str, Any]:
-        """What `summary.json` holds. Raises `UserError` where it is no JSON object."""
+        """The content of `summary.json`. Raises `UserError` where it is no JSON object."""
         return read_object(self.summary_file)
 
     def data_digests(self) -> DataDigests | None:

@@ -43,9 +43,9 @@ class Job:
     name: str
     command: Callable[[], int]
     result: Callable[[], Any]
-    """What it leaves, in a form that can be compared."""
+    """The output in a form that can be compared."""
     output: Path
-    """The folder that it writes, made anew for every trial."""
+    """The folder that it writes; each trial starts with a new one."""
 
 
 @dataclass

@@ -103,7 +103,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def backend_of(tokenizer: Any, folder: Path) -> Tokenizer:
-    """What tokenises inside of a transformers tokenizer. Raises `UserError` where it is not of `tokenizers`."""
+    """The `tokenizers` object inside a transformers tokenizer. Raises `UserError` where it is not of `tokenizers`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise UserError(f"{folder}: its tokenizer has no {TOKENIZER_FILE} form (a `fast` tokenizer), which is needed")

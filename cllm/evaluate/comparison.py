@@ -204,7 +204,7 @@ _WORDS = ("data", "precision", "tokenizer_sha256")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Metrics:
-    """What a table needs of `metrics.jsonl`."""
+    """The values of `metrics.jsonl` that a table shows."""
 
     step: int
     tokens: int

@@ -85,7 +85,7 @@ def has_tokenizer(folder: Path) -> bool:
 def generation_values(
     folder: Path, vocab_size: int, token_ids: dict[str, int | list[int] | None] | None = None
 ) -> dict[str, Any] | None:
-    """What `generation_config.json` in `folder` says, as far as the model can follow it.
+    """Settings of `generation_config.json` in `folder` that the model can follow.
 
     Values are kept as they are. Left out, with a warning, are token ids beyond the embedding and caches that the model
     does not have.

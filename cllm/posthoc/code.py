@@ -103,7 +103,7 @@ class Prefix(Held):
         return self.sinks.join(self.read(), since)
 
     def storage(self) -> list[Tensor]:
-        """What is stored for the compressed tokens. The `starts` of sinks are the cache's own."""
+        """The stored form of the compressed tokens. The `starts` of sinks are the cache's own."""
         beside = [] if self.landmarks is None else self.landmarks.tensors()
         return [*self.k.tensors(), *self.v.tensors(), *beside]
 

@@ -197,7 +197,7 @@ class CommonKV(Compressor):
         return sum(t.nbytes for t in (*factors, *(shared for _, shared in self._factors.values())))
 
     def _seen(self, slot: int, keys: Part) -> Tensor:
-        """What the projections of `slot` were given (B, n, d_model), sinks left out as in `keys`."""
+        """Inputs of the projections of `slot` (B, n, d_model), sinks left out as in `keys`."""
         seen = self._inputs.get(slot, [])
         if sum(x.shape[1] for x in seen) != keys.tokens:
             raise UserError(

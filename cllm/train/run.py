@@ -37,6 +37,7 @@ from cllm.train.float8 import check_float8
 from cllm.train.module import TrainingModule
 from cllm.train.optim import check_warmup
 from cllm.train.ranks import RankWatch
+from cllm.train.reshard import shards
 from cllm.train.resume import (
     check_intact,
     check_resumable,
@@ -46,7 +47,7 @@ from cllm.train.resume import (
     record_data,
     validate_first,
 )
-from cllm.train.strategy import check_launch, check_shards, cluster_plugins, make_strategy, zero_stage
+from cllm.train.strategy import check_launch, cluster_plugins, make_strategy, zero_stage
 from cllm.uptrain.decoder import TracedDecoder
 from cllm.uptrain.module import UptrainingModule
 from cllm.uptrain.sources import check_best_sources, with_best_sources, with_saved_sources
@@ -317,7 +318,7 @@ def _train(config: Config, resume: str | None, overwrite: bool, callbacks: Seque
     watch = RankWatch(lambda: what_remains(folder))
     trainer = make_trainer(config, folder, metrics, *callbacks, watch)
     if checkpoint is not None and zero_stage(config.train) is not None:
-        check_shards(checkpoint, trainer.world_size)
+        shards(checkpoint)
     if trainer.is_global_zero:
         if checkpoint is None:
             remove(folder.path, RUN)

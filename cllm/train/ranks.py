@@ -16,6 +16,7 @@ A rank that is alive but makes no progress is not noticed here: torch's timeout 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import selectors
@@ -31,6 +32,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cllm.errors import EXIT_MISTAKE, UserError
+
+log = logging.getLogger(__name__)
 
 GRACE = 3.0
 """Seconds that the main thread has, after a rank was lost, to end by an error of its own."""
@@ -65,7 +68,6 @@ class RankWatch(Callback):
         """Set when a rank was lost."""
         self._over = threading.Event()
         """Set when this process has ended training, well or not."""
-        self._lock = threading.Lock()
         self._peers: dict[socket.socket, str] = {}
         """Open connections, and the name of the rank at the other end."""
 
@@ -74,18 +76,15 @@ class RankWatch(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.world_size == 1 or self._peers:
             return
-        if trainer.global_rank == 0:
-            server = socket.create_server(("", 0), family=_family(), backlog=trainer.world_size)
-            token = secrets.token_hex(16)
-            trainer.strategy.broadcast((server.getsockname()[1], token))
-            self._accept(server, token, trainer.world_size - 1)
-        else:
-            port, token = trainer.strategy.broadcast(None)
-            connection = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=_CONNECT)
-            self._add(connection, "rank 0")
-            self._send(connection, f"hello {token} {trainer.global_rank} {socket.gethostname()}")
+        try:
+            self._connect(trainer)
+        except OSError as error:
+            self._end("bye")
+            self._peers.clear()
+            log.warning("rank %d is not watched, nor does it watch others: %s", trainer.global_rank, error)
+            return
         _dismiss_observer()
-        threading.Thread(target=self._watch, args=(trainer.global_rank,), name="rank watch", daemon=True).start()
+        threading.Thread(target=self._watch, name="rank watch", daemon=True).start()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not is_lost_connection(exception):  # which is an effect of a lost rank, not its cause
@@ -111,6 +110,20 @@ class RankWatch(Callback):
             self._over.set()
 
     # ---- connections ------------------------------------------------------------------------------------------------
+
+    def _connect(self, trainer: Trainer) -> None:
+        """Connect rank 0 with every other one. Collective."""
+        if trainer.global_rank == 0:
+            server = socket.create_server(("", 0), family=_family(), backlog=trainer.world_size)
+            token = secrets.token_hex(16)
+            trainer.strategy.broadcast((server.getsockname()[1], token))
+            self._accept(server, token, trainer.world_size - 1)
+        else:
+            address: Any = trainer.strategy.broadcast(None)
+            port, token = address
+            connection = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=_CONNECT)
+            self._add(connection, "rank 0")
+            self._send(connection, f"hello {token} {trainer.global_rank} {socket.gethostname()}")
 
     def _accept(self, server: socket.socket, token: str, ranks: int) -> None:
         """Wait for all other ranks; whoever else connects is turned away."""
@@ -148,7 +161,7 @@ class RankWatch(Callback):
 
     # ---- the thread -------------------------------------------------------------------------------------------------
 
-    def _watch(self, rank: int) -> None:
+    def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
             for connection in self._peers:
                 selector.register(connection, selectors.EVENT_READ)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from lightning.pytorch import Callback
 from cllm.config import Config
 from cllm.errors import UserError
 from cllm.runs import RunFolder
-from cllm.train.ranks import is_lost_connection
+from cllm.train.ranks import RankWatch, is_lost_connection
 from cllm.train.run import train
 
 Tiny = Callable[..., Config]
@@ -228,3 +229,15 @@ def test_errors_of_collectives_are_told_from_others() -> None:
     assert is_lost_connection(torch.distributed.DistBackendError("NCCL error"))
     assert not is_lost_connection(RuntimeError("a bug"))
     assert not is_lost_connection(UserError("gloo"))
+
+
+def test_a_rank_that_cannot_be_reached_is_not_watched_and_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    strategy = SimpleNamespace(broadcast=lambda _: (port, "token"))
+    trainer: Any = SimpleNamespace(world_size=2, global_rank=1, strategy=strategy)
+    RankWatch(lambda: "").setup(trainer, Any, "fit")
+    assert caplog.messages == ["rank 1 is not watched, nor does it watch others: [Errno 111] Connection refused"]

@@ -95,6 +95,49 @@ def kv_bytes(
     return KVBytes(context=context, resident=resident / context, written=written, read=read / context)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cut:
+    """Bytes for each token that cross between layer `after` and the next, in one direction of a training pass."""
+
+    after: int
+    """The last layer below the cut."""
+    residual: int
+    """The residual stream, upwards."""
+    up: int
+    """Keys and values of owners below that layers above the cut read."""
+    down: int
+    """Keys and values of owners above that layers below read, in every iteration of a cyclic plan."""
+    cyclic: bool
+    """Whether the cut is inside layers that are computed together, by iteration."""
+
+    @property
+    def total(self) -> int:
+        return self.residual + self.up + self.down
+
+
+def cuts(config: ModelConfig, *, bytes_per_element: int = 2) -> list[Cut]:
+    """Every place where a pipeline could cut the model, lowest first.
+
+    A slot crosses a cut once, however many layers on the other side read it, and only the tensors that one of them
+    reads: keys without values where values come from elsewhere. The backward carries gradients of the same sizes the
+    other way.
+    """
+    plan = config.plan()
+    slots = {j: slot_bytes(config, j, bytes_per_element=bytes_per_element) for j in plan.owners}
+    readers = (plan.readers("keys"), plan.readers("values"))
+    found = []
+    for after in range(len(plan) - 1):
+        up = down = 0
+        for j in plan.owners:
+            for half, reads in enumerate(readers):
+                up += slots[j][half] * (j <= after and any(i > after for i in reads[j]))
+                down += slots[j][half] * (j > after and any(i <= after for i in reads[j]))
+        cyclic = any(first <= after < last for first, last in plan.cyclic_spans())
+        residual = config.d_model * bytes_per_element
+        found.append(Cut(after=after, residual=residual, up=up, down=down, cyclic=cyclic))
+    return found
+
+
 def cache_bytes(
     config: ModelConfig, *, context: int, batch: int = 1, bytes_per_element: int = 2, storage: Storage = "model"
 ) -> int:

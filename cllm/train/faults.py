@@ -41,13 +41,15 @@ def explained(train: Callable[Concatenate[Config, Options], Result]) -> Callable
                 raise
             if faults.is_out_of_memory(error):
                 line = _with_remedies(line, config)
-            newest = folder.newest_checkpoint()
-            remains = (
-                f"the newest checkpoint is {newest}; --resume auto goes on from it" if newest else "no checkpoint yet"
-            )
-            raise UserError(f"{line}; {remains}") from error
+            raise UserError(f"{line}; {what_remains(folder)}") from error
 
     return run
+
+
+def what_remains(folder: RunFolder) -> str:
+    """The end of an error's line: the newest checkpoint of a run that was cut short, or that there is none yet."""
+    newest = folder.newest_checkpoint()
+    return f"the newest checkpoint is {newest}; --resume auto goes on from it" if newest else "no checkpoint yet"
 
 
 @contextlib.contextmanager

@@ -32,10 +32,12 @@ from cllm.runs import RUN, RunFolder, check_run_folder
 from cllm.train.callbacks import CheckpointFiles, Checkpoints, Metrics, StopWhenDone
 from cllm.train.environment import environment
 from cllm.train.equip import equip
-from cllm.train.faults import explained
+from cllm.train.faults import explained, what_remains
 from cllm.train.float8 import check_float8
 from cllm.train.module import TrainingModule
 from cllm.train.optim import check_warmup
+from cllm.train.ranks import RankWatch
+from cllm.train.reshard import shards
 from cllm.train.resume import (
     check_intact,
     check_resumable,
@@ -45,7 +47,7 @@ from cllm.train.resume import (
     record_data,
     validate_first,
 )
-from cllm.train.strategy import check_launch, check_shards, cluster_plugins, make_strategy, zero_stage
+from cllm.train.strategy import check_launch, cluster_plugins, make_strategy, zero_stage
 from cllm.uptrain.decoder import TracedDecoder
 from cllm.uptrain.module import UptrainingModule
 from cllm.uptrain.sources import check_best_sources, with_best_sources, with_saved_sources
@@ -313,9 +315,10 @@ def _train(config: Config, resume: str | None, overwrite: bool, callbacks: Seque
         hyperparameters=hyperparameters(config, summary),
         max_skipped_steps=config.train.max_skipped_steps,
     )
-    trainer = make_trainer(config, folder, metrics, *callbacks)
+    watch = RankWatch(lambda: what_remains(folder))
+    trainer = make_trainer(config, folder, metrics, *callbacks, watch)
     if checkpoint is not None and zero_stage(config.train) is not None:
-        check_shards(checkpoint, trainer.world_size)
+        shards(checkpoint)
     if trainer.is_global_zero:
         if checkpoint is None:
             remove(folder.path, RUN)
@@ -328,7 +331,8 @@ def _train(config: Config, resume: str | None, overwrite: bool, callbacks: Seque
             prepare_folder(folder, start_step, keep=config.train.keep_checkpoints)
         validate_first(trainer, validate)
     try:
-        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+        with watch.explained():
+            trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     except SystemExit as error:  # what Lightning makes of a KeyboardInterrupt, a second Ctrl-C
         raise (error.__context__ if isinstance(error.__context__, KeyboardInterrupt) else error) from None
     return folder

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from cllm.config import TrainConfig
 from cllm.errors import UserError
 from cllm.runs import TIED, WEIGHTS_FILE, read_weights
+from cllm.train.reshard import load_resharded, set_fp32, set_weight, shards
 
 APART_FILE = "resume.safetensors"
 """In a checkpoint folder: tensors that resuming needs and the decoder does not."""
@@ -104,7 +105,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         _check_norms_only(self.optimizers[0])
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                _set_master_weight(parameter, drawn[name], self.global_rank)
+                set_fp32(parameter, drawn[name], self.global_rank)
         if self.is_global_zero:
             named = self._decoder.named_parameters(prefix="model")
             self._frozen = {name.removeprefix("model."): drawn[name] for name, p in named if not p.requires_grad}
@@ -133,21 +134,29 @@ class ZeroStrategy(DeepSpeedStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """DeepSpeed's own files, and the weights that are not trained from beside them. All processes call it.
 
+        Shards of another number of processes are put together, with all weights from beside them.
+
         Raises:
             UserError: where these are missing or not readable.
         """
-        state = super().load_checkpoint(checkpoint_path, weights_only)
+        checkpoint = Path(checkpoint_path)
+        resharded = len(shards(checkpoint)) != self.world_size
+        state = None if resharded else super().load_checkpoint(checkpoint_path, weights_only)
         frozen = {name: p for name, p in self._decoder.named_parameters() if not p.requires_grad}
-        if not frozen:
+        if state is not None and not frozen:
             return state
-        stored = read_weights(Path(checkpoint_path))
+        stored = read_weights(checkpoint)
         if self.sets_apart:  # without the file, merged weights would pass for the frozen ones, and be merged again
-            stored |= _read_tensors(Path(checkpoint_path) / APART_FILE)
+            stored |= _read_tensors(checkpoint / APART_FILE)
         missing = sorted(frozen.keys() - stored.keys())
         if missing:
             raise UserError(f"{checkpoint_path}: not a checkpoint of this run: no tensor {missing[0]} in it")
-        for name, parameter in frozen.items():
-            _set_frozen_weight(parameter, stored[name])
+        if state is None:
+            weights = {f"model.{name}": tensor for name, tensor in stored.items()}
+            state = load_resharded(self.deepspeed_engine, checkpoint, weights, self.global_rank)
+        else:
+            for name, parameter in frozen.items():
+                set_weight(parameter, stored[name])
         if self.is_global_zero:
             self._frozen = {name: stored[name] for name in frozen}
         return state
@@ -170,34 +179,6 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: not readable: {error}") from None
-
-
-@torch.no_grad()
-def _set_frozen_weight(parameter: nn.Parameter, value: Tensor) -> None:
-    """Overwrite a weight that is not trained, in the precision that the engine keeps it in."""
-    if not hasattr(parameter, "ds_id"):
-        parameter.copy_(value)
-        return
-    from deepspeed import zero
-
-    with zero.GatheredParameters([parameter], modifier_rank=0):
-        parameter.copy_(value)
-
-
-def _set_master_weight(parameter: nn.Parameter, value: Tensor, rank: int) -> None:
-    """Give one process's share of a parameter's fp32 master weight its share of `value`."""
-    from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
-
-    if not hasattr(parameter, "ds_id"):
-        safe_set_full_fp32_param(parameter, value)
-        return
-    # ZeRO-3 pads each parameter to a multiple of the processes, which setting the whole does not expect.
-    share = safe_get_local_fp32_param(parameter)
-    start = min(rank * share.numel(), value.numel())
-    mine = value.flatten()[start : start + share.numel()].to(share.device)
-    share = share.flatten().clone()
-    share[: mine.numel()] = mine
-    safe_set_local_fp32_param(parameter, share)
 
 
 def whole_weights(
@@ -343,19 +324,3 @@ def weights_are_finite(model: nn.Module) -> bool:
     """Whether all weights are finite; under ZeRO-3, this process's share of them. Waits for the device."""
     shares = [getattr(p, "ds_tensor", p).detach() for p in model.parameters()]
     return bool(torch.stack([share.isfinite().all() for share in shares]).all())
-
-
-def check_shards(checkpoint: Path, processes: int) -> None:
-    """Refuse to resume a ZeRO checkpoint with another number of processes than wrote it.
-
-    Raises:
-        UserError: says how many processes wrote it, or that it is not whole.
-    """
-    written = len(list(checkpoint.glob("checkpoint/*zero_pp_rank_*_optim_states.pt")))
-    if not written:
-        raise UserError(f"{checkpoint}: not a checkpoint of a ZeRO run: it has no optimizer states")
-    if written != processes:
-        raise UserError(
-            f"{checkpoint}: written by {written} processes, and ZeRO's shards fit no other number; train.devices x "
-            f"train.num_nodes is {processes}"
-        )

@@ -38,8 +38,9 @@ from cllm.runs import RunFolder, load_run, read_weights
 from cllm.train import strategy
 from cllm.train.callbacks import Checkpoints
 from cllm.train.optim import parameter_groups
+from cllm.train.reshard import shards
 from cllm.train.run import check_resumable, make_trainer, train, with_vocabulary
-from cllm.train.strategy import ZeroStrategy, check_launch, check_shards, cluster_plugins, gradient_norm, make_strategy
+from cllm.train.strategy import ZeroStrategy, check_launch, cluster_plugins, gradient_norm, make_strategy
 from cllm.train.throughput import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -265,22 +266,13 @@ def test_weights_come_from_safetensors_and_no_pickle_is_read(tiny: Tiny, tied: s
     for name, tensor in before.state_dict().items():
         assert torch.equal(tensor, after.state_dict()[name]), name
     with pytest.raises(UserError, match="no optimizer states"):
-        check_shards(checkpoint, 1)
+        shards(checkpoint)
     (checkpoint / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(UserError, match=r"model\.safetensors: not readable"):
         read_weights(checkpoint)
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model\.safetensors: not readable"):
         read_weights(checkpoint)
-
-
-def test_shards_fit_the_number_of_processes_that_wrote_them(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint").mkdir()
-    for rank in range(2):
-        (tmp_path / "checkpoint" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
-    check_shards(tmp_path, 2)
-    with pytest.raises(UserError, match="written by 2 processes"):
-        check_shards(tmp_path, 1)
 
 
 def test_a_folder_gets_its_name_when_it_is_whole_and_old_ones_go(tmp_path: Path) -> None:
@@ -479,6 +471,33 @@ def test_zero_takes_the_steps_of_one_device_and_resumes_exactly(tiny: Tiny, tmp_
     assert rows(resumed, "train/lr") == last
     for tag, tensor in read_weights(resumed.checkpoints()[-1][1]).items():
         assert torch.equal(tensor, whole[tag]), tag
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_zero_goes_on_with_another_number_of_processes(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    """From 4 to 2 to 1. Steps of 1, 2 and 4 micro-batches have two optimizers of DeepSpeed's under ZeRO-1."""
+    settings = ["--model.kv.preset", "fusedkv", "--model.tie_embeddings", "true", "--train.precision", "bf16"]
+    settings += ["--train.micro_batch", "1", "--train.checkpoint_every", "2", "--train.keep_checkpoints", "9"]
+    settings += ["--train.strategy", name, "--train.steps", "6"]
+    script = tmp_path / "on_cpu.py"
+    wanted = on_cpu(tiny("--name", "four", "--train.devices", "4", *settings), script)
+    shutil.copytree(wanted.path, wanted.path.with_name("fewer"))
+    for devices, saved, ends in ((2, 2, 4), (1, 4, 6)):
+        config = tiny("--name", "fewer", "--train.devices", str(devices), *settings)
+        folder = RunFolder(Path(config.runs_dir) / config.name)
+        for step, path in folder.checkpoints():
+            if step > saved:
+                shutil.rmtree(path)
+        on_cpu(config, script, "--resume", "auto")
+        assert len(shards(folder.checkpoint_path(ends))) == devices
+    for tag, bound in (("train/loss", 1e-4), ("train/gradient_norm", 2e-3), ("train/lr", 0), ("val/loss", 1e-4)):
+        assert [step for step, _ in rows(folder, tag)] == [step for step, _ in rows(wanted, tag)]
+        values = [value for _, value in rows(wanted, tag)]
+        assert [value for _, value in rows(folder, tag)] == pytest.approx(values, rel=bound), tag
+    before = read_weights(wanted.checkpoints()[-1][1])
+    for tag, tensor in read_weights(folder.checkpoints()[-1][1]).items():
+        torch.testing.assert_close(tensor, before[tag], rtol=0, atol=2e-3, msg=tag)
 
 
 @needs_deepspeed

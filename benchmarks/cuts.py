@@ -1,0 +1,142 @@
+#!/usr/bin/env python
+"""Print by arithmetic what a model would cost on more GPUs and longer contexts. Nothing is trained.
+
+    python -m benchmarks.cuts --config configs/model/4b.yaml --gpus 64 --data.seq_len 32768
+
+The first table has the bytes that a pipeline cut carries for each plan: the residual stream and the keys and values
+that cross it. The second has memory and traffic of each GPU for data, tensor and context parallelism. Both are
+explained in docs/distributed.md.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cllm import cli
+from cllm.config import Config, ModelConfig
+from cllm.errors import UserError, one_line
+from cllm.kv.accounting import Cut, cuts, kv_bytes
+from cllm.kv.presets import preset_names
+from cllm.model.sizes import count_parameters, meta_decoder, training_flops_per_token
+
+WEIGHT, MASTER_AND_MOMENTS = 2, 12
+"""Bytes of a bf16 weight or gradient, and of an fp32 weight with AdamW's two moments."""
+SPLIT = 8
+"""GPUs of one machine, over which layers or tokens are split."""
+PEAK, MFU = 989e12, 0.45
+"""FLOP/s of an H100 or H200 in bf16, and the share of it that is assumed."""
+NVLINK, NETWORK = 450e9, 50e9
+"""Nominal bytes a second that a GPU sends within a machine, and between machines with 400 Gbit/s for each GPU."""
+
+
+def best_and_worst(found: list[Cut]) -> tuple[Cut, Cut] | None:
+    """The cheapest and the dearest cut outside of cyclic layers; of equal ones that nearest to the middle.
+
+    None where every cut is inside.
+    """
+    middle = (len(found) - 1) / 2
+    usable = sorted((cut for cut in found if not cut.cyclic), key=lambda cut: abs(cut.after - middle))
+    return (min(usable, key=lambda c: c.total), max(usable, key=lambda c: c.total)) if usable else None
+
+
+def cut_table(model: ModelConfig, tokens: int) -> list[str]:
+    """A line for each preset: KiB a token of the middle, the best and the worst cut, and MiB of the middle one."""
+    lines = [f"{'preset':<24}{'middle cut':>11}{'best':>14}{'worst':>14}{'mean':>8}{'MiB in the middle':>19}"]
+    for name in preset_names():
+        found = cuts(ModelConfig.model_validate(model.model_dump() | {"kv": {"preset": name}}))
+        middle, ends = found[(len(found) - 1) // 2], best_and_worst(found)
+        if ends is None or middle.cyclic:
+            lines.append(f"{name:<24} cyclic: layers on both sides of the middle are computed together")
+            continue
+        places = [f"{cut.total / 1024:.2f} ({cut.after})" for cut in ends]
+        mean = statistics.mean(cut.total for cut in found if not cut.cyclic) / 1024
+        lines.append(
+            f"{name:<24}{middle.total / 1024:>11.2f}{places[0]:>14}{places[1]:>14}{mean:>8.2f}"
+            f"{middle.total * tokens / 2**20:>19,.0f}"
+        )
+    return lines
+
+
+def traffic(parameters: int, gpus: int, micro_batches: int) -> dict[str, tuple[float, float]]:
+    """By way of data parallelism: GiB of weights, gradients and optimizer on a GPU, and GiB that it sends in a step.
+
+    Gradients are of bf16 with one micro-batch and fp32 with several. A ring sends (N - 1) / N of what is gathered or
+    reduced.
+    """
+    gib, part = parameters / 2**30, (gpus - 1) / gpus
+    gradient = WEIGHT if micro_batches == 1 else 2 * WEIGHT
+    once = (WEIGHT + WEIGHT) * gib * part  # reduce gradients, gather weights
+    sharded = (WEIGHT + gradient + MASTER_AND_MOMENTS) * gib / gpus
+    return {
+        "zero1": ((WEIGHT + gradient) * gib + MASTER_AND_MOMENTS * gib / gpus, once),
+        "zero2": (
+            WEIGHT * gib + (gradient + MASTER_AND_MOMENTS) * gib / gpus,
+            once + WEIGHT * gib * part * (micro_batches - 1),
+        ),
+        "zero3, FSDP2": (sharded, micro_batches * 3 * WEIGHT * gib * part),
+    }
+
+
+def parallel_table(config: Config, gpus: int) -> list[str]:
+    """Memory and traffic of data parallelism over all GPUs, and traffic of tensor and context parallelism over 8."""
+    model, tokens = config.model, config.data.seq_len
+    parameters = count_parameters(meta_decoder(model))
+    micro_batches = config.train.global_batch // (config.train.micro_batch * gpus)
+    if micro_batches * config.train.micro_batch * gpus != config.train.global_batch:
+        raise UserError(
+            f"train.global_batch {config.train.global_batch} is not a multiple of train.micro_batch "
+            f"{config.train.micro_batch} x {gpus} GPUs"
+        )
+    lines = [f"{parameters / 1e6:,.0f} M parameters, {gpus} GPUs, {micro_batches} micro-batch(es) a step on each"]
+    lines += [f"{'':<30}{'GiB a GPU':>10}{'GiB sent':>10}{'seconds':>9}"]
+    for name, (memory, sent) in traffic(parameters, gpus, micro_batches).items():
+        lines.append(f"{name + ', a step':<30}{memory:>10.1f}{sent:>10.1f}{sent * 2**30 / NETWORK:>9.2f}")
+    for name, sent in split_traffic(model, config.train.micro_batch * tokens).items():
+        lines.append(f"{f'{name} over {SPLIT}, a micro-batch':<40}{sent:>10.1f}{sent * 2**30 / NVLINK:>9.2f}")
+    flops = training_flops_per_token(meta_decoder(model), tokens) * config.train.micro_batch * tokens
+    lines.append(
+        f"computing a micro-batch takes {flops / PEAK / MFU:.2f} s on one GPU, "
+        f"{flops / PEAK / MFU / SPLIT:.2f} s on {SPLIT}"
+    )
+    return lines
+
+
+def split_traffic(model: ModelConfig, tokens: int) -> dict[str, float]:
+    """GiB that each of `SPLIT` GPUs sends for a micro-batch whose layers or whose tokens they share.
+
+    Tensor parallelism all-reduces the residual stream twice in a layer's forward and twice in its backward, which sends
+    2 (N - 1) / N of it. Context parallelism gathers the keys and values of every owner once in the forward, however
+    many layers read them, and reduces their gradients in the backward, (N - 1) / N each.
+    """
+    part = (SPLIT - 1) / SPLIT / 2**30
+    return {
+        "tensor parallel": 4 * model.n_layers * tokens * model.d_model * WEIGHT * 2 * part,
+        "context parallel": 2 * kv_bytes(model).written * tokens * part,
+    }
+
+
+@one_line
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+    parser = cli.config_parser(Config, __doc__ or "")
+    parser.add_argument("--gpus", type=int, default=64, help="GPUs of all machines (default 64)")
+    arguments, overrides = parser.parse_settings(argv)
+    if not arguments.config:
+        raise UserError("give at least one --config FILE; configs/model/4b.yaml is a good one")
+    if arguments.gpus < 8:
+        raise UserError(f"--gpus is {arguments.gpus}; allowed: 8 or more")
+    config = cli.load(Config, arguments.config, overrides)
+    tokens = config.train.micro_batch * config.data.seq_len
+    print(f"KiB a token that a cut carries in bf16 (after which layer); MiB for a micro-batch of {tokens:,} tokens")
+    print("\n".join(cut_table(config.model, tokens)))
+    print()
+    print("\n".join(parallel_table(config, arguments.gpus)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

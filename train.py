@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         print(dry_run(with_vocabulary(config)))
         return 0
     folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
-    if folder.last_step() < config.train.steps:
-        step, _ = folder.checkpoints()[-1]
+    step = max((step for step, _ in folder.checkpoints()), default=folder.last_step())  # rows may have been lost
+    if step < config.train.steps and folder.last_step() < config.train.steps:
         print(f"run stopped at step {step} of {config.train.steps}: {folder.path}  (--resume auto goes on)")
         # Launchers end all other processes as soon as one has a status that is not 0.
         return EXIT_STOPPED if is_first_process() else 0

@@ -20,6 +20,7 @@ from cllm.kv.spec import (
     MAX_SEED,
     MAX_TOKENS,
     MAX_WIDTH,
+    MAX_WORKERS,
     Section,
     Shape,
 )
@@ -164,7 +165,7 @@ class DataConfig(Section):
     """Tokens of a training sequence."""
     document_mask: bool = False
     """Attention stays inside documents and positions restart at each."""
-    num_workers: int = Field(2, ge=0, le=MAX_COUNT)
+    num_workers: int = Field(2, ge=0, le=MAX_WORKERS)
     """Loader processes; the batches do not depend on it."""
     validation_sequences: int | None = Field(None, ge=1, le=MAX_COUNT)
     """Sequences of each validation set during training; null: all. evaluate.py always reads all."""

@@ -16,6 +16,8 @@ MAX_TOKENS = 2**31 - 1
 """Tokens of a context, a window, a vocabulary."""
 MAX_COUNT = 10**9
 """Steps, sequences, processes."""
+MAX_WORKERS = 1024
+"""Loader processes of one training process: each takes hundreds of MiB, and a machine that runs out kills others."""
 MAX_PASSES = 65536
 MAX_SEED = 2**32 - 1
 """Of numpy's generator."""

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from cllm.errors import UserError
 from cllm.files import sync_tree, write_atomic
 from cllm.rows import drop_rows_after, rows_of_step
 from cllm.runs import RunFolder
@@ -55,6 +56,11 @@ class MetricsLog:
         self.board = SummaryWriter(str(self._events), purge_step=start_step or None, flush_secs=10)
         for row in rows_of_step(folder.metrics_file, start_step):
             values = {tag: math.nan if value is None else value for tag, value in row.items() if tag not in _COMMON}
+            if not all(isinstance(value, int | float) for value in (row.get("time"), *values.values())):
+                raise UserError(
+                    f"{folder.metrics_file}: a row of step {start_step} is not one that a run writes: `time` and all "
+                    "values must be numbers"
+                )
             self._add_events(start_step, values, row["time"])
 
     def start(self, hyperparameters: dict[str, Any], config_text: str, plan: Figure) -> None:

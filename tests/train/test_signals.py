@@ -155,6 +155,14 @@ def test_a_signal_before_the_first_step_loses_nothing(
     assert not Path(config.runs_dir).exists(), "its lock is given back"
 
 
+def test_a_finished_run_that_lost_its_rows_is_finished(tiny: Tiny, command: Callable[..., int]) -> None:
+    """A job that is requeued on status 3 would be requeued for ever."""
+    config = tiny(*STEPS, "--train.checkpoint_every", "6")
+    assert command(config) == 0
+    (Path(config.runs_dir) / config.name / "metrics.jsonl").unlink()
+    assert command(config, "--resume", "auto") == 0
+
+
 def test_only_the_first_process_of_a_run_has_the_status(
     tiny: Tiny, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

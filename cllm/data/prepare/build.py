@@ -201,6 +201,11 @@ def _start(partial: Path, key: str, recipe: Recipe, corpus: Corpus) -> State:
         # A tokenizer of nothing would be reported as such; the true fault is the empty corpus.
         if next(corpus.documents(), None) is None:
             raise _no_documents(recipe, corpus)
+        if recipe.validation.fraction == 1:
+            raise DataError(
+                f"{recipe.name}: validation.fraction 1 leaves no document to train a tokenizer on; give one with "
+                "--tokenizer.train null --tokenizer.load FOLDER"
+            )
         tokenizer.train(corpus.sample(choice.train.sample_bytes), choice.train, partial / TOKENIZER)
     else:
         assert choice.load is not None

@@ -26,6 +26,8 @@ from cllm.lock import locked
 
 MARK = ".cllm"
 """The file that marks a folder as made by cllm: JSON, {"kind": "run"}."""
+_UNFINISHED_MARK = f".{MARK}.partial-*"
+"""Left by a process that was killed while it marked a folder, before it wrote anything else there."""
 RESULTS = "results"
 """The kind of folders for tables and figures."""
 DELETING = ".cllm-deleting"
@@ -118,6 +120,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 def mark(folder: Path, kind: str) -> None:
     """Mark a folder as made by cllm, as a `kind` such as `run` or `export`. The folder is made where it is missing."""
     write_atomic(folder / MARK, json.dumps({"kind": kind}) + "\n")
+    for path in folder.glob(_UNFINISHED_MARK):
+        path.unlink(missing_ok=True)
 
 
 def mark_new(folder: Path, kind: str) -> None:
@@ -148,8 +152,10 @@ def _kind(file: Path) -> str | None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether `folder` is a folder with nothing in it, and no symbolic link."""
-    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+    """Whether `folder` is a folder, no symbolic link, with nothing in it but marks that were never finished."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    return all(path.match(_UNFINISHED_MARK) for path in folder.iterdir())
 
 
 def check_replaceable(folder: Path, kind: str) -> None:

@@ -58,7 +58,7 @@ def locked(folder: Path) -> Iterator[None]:
     file = lock_file(folder)
     try:
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder}: cannot be written: it is not a folder; name another")
+            raise UserError(f"{folder}: cannot be written: it is a file, not a folder; choose another name")
         made, descriptor = _acquire(file, folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be locked: {file}: {error.strerror or error}") from None

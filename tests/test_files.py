@@ -291,3 +291,13 @@ def test_leftovers_of_any_process_go_and_lookalikes_stay(tmp_path: Path) -> None
     kept = {*others, ".out.partial-host-3", ".out.partial-host-4", "out"}
     assert {path.name for path in tmp_path.iterdir()} == kept
     remove_leftovers(tmp_path / "missing" / "out", "run")
+
+
+def test_a_folder_whose_marking_was_interrupted_counts_as_empty(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / f".{MARK}.partial-host-12").write_text("{", encoding="utf-8")
+    assert is_empty(folder)
+    check_replaceable(folder, "export")
+    mark(folder, "export")
+    assert [path.name for path in folder.iterdir()] == [MARK]

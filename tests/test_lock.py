@@ -26,9 +26,14 @@ import os, sys, time
 from pathlib import Path
 from cllm.lock import locked
 with locked(Path(sys.argv[1])):
-    if "fork" in sys.argv and os.fork() == 0:
-        os.closerange(0, 3)  # like the loaders' processes of a run
-        time.sleep(600)
+    read, write = os.pipe()
+    if "fork" in sys.argv:
+        if os.fork() == 0:
+            os.write(write, b".")  # now this process has closed the lock, as forked children do
+            os.close(write)
+            os.closerange(0, 3)  # like the loaders' processes of a run
+            time.sleep(600)
+        os.read(read, 1)
     print(os.getpid(), flush=True)
     time.sleep(600)
 """

@@ -87,7 +87,7 @@ FOREIGN = {
     without_config: "holds checkpoints but no config.yaml",
     without_config_and_checkpoints: "holds metrics but no config.yaml",
     of_another_kind: "exists and is not a run",
-    a_file: "is not a folder",
+    a_file: "it is a file, not a folder",
     a_link: "exists and is not a run",
 }
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +14,8 @@ import yaml
 
 from cllm.config import Config
 from cllm.files import write_atomic
+from cllm.processes import has_ended, reap
+from cllm.processes import start as start_process
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,14 +31,12 @@ class Launched:
 
     def poll(self, *, end: bool = False) -> int | None:
         """The exit status, or None while the run goes on; 124 for a run that took too long or is ended by `end`."""
-        status = self.process.poll()
-        if status is None and (end or time.monotonic() > self.deadline):
-            status = 124
-        if status is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # the other devices' processes, if the first one failed
-            self.process.wait()
-        return status
+        if has_ended(self.process):
+            return reap(self.process)  # with the other devices' processes, if the first one failed
+        if not end and time.monotonic() <= self.deadline:
+            return None
+        reap(self.process)
+        return 124
 
     def tail(self, lines: int = 15) -> str:
         """The end of the run's output."""
@@ -61,8 +59,8 @@ def start(config: Config, gpus: list[int], profiled: int, timeout: float) -> Lau
     environment = os.environ | {"PYTHONPATH": path, "MASTER_PORT": str(free_port())}
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     with log_file.open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "benchmarks" / "worker.py"), str(file), str(profiled)],
-            cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True,
+        process = start_process(
+            [sys.executable, ROOT / "benchmarks" / "worker.py", file, str(profiled)],
+            cwd=ROOT, env=environment, stdout=log, stderr=log,
         )  # fmt: skip
     return Launched(process, gpus, log_file, time.monotonic() + timeout)

@@ -45,7 +45,7 @@ def summarise(case: Case, config: Config, folder: RunFolder) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Speeds, each against a run of one GPU, or the first run where there is none of one."""
+    """Speeds, each relative to a run on one GPU, or to the first run if no run used one GPU."""
     base = next((row for row in rows if row["devices"] == 1), rows[0])
     head = f"{'strategy':<9}{'GPUs':>5}{'tokens/s':>11}{'spread':>20}{'ratio':>7}{'a GPU':>7}{'MFU':>7}{'GiB':>6}"
     head += "".join(f"{part.replace('_', ' '):>12}" for part in PARTS)

@@ -67,16 +67,16 @@ def shorten(text: str, limit: int = 80) -> str:
 
 def sync_folder(folder: Path) -> None:
     """Write a folder's entries (names, not content) to the disk, so that a rename in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _sync(folder)
 
 
 def sync_file(file: Path) -> None:
     """Write a file's content to the disk."""
-    descriptor = os.open(file, os.O_RDONLY)
+    _sync(file)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -177,7 +177,7 @@ def check_replaceable(folder: Path, kind: str) -> None:
 
 
 def remove(folder: Path, kind: str) -> None:
-    """Delete a folder that is marked as a `kind`, or is empty; nothing happens where there is none.
+    """Delete a folder that is marked as a `kind` or is empty. A missing folder is no error.
 
     The mark goes last, so that an interrupted deletion can be finished by calling this again (`is_being_deleted`).
 

@@ -243,7 +243,7 @@ class RunFolder:
         return read_rows(self.metrics_file)
 
     def last_step(self) -> int:
-        """The step of the last row; 0 where there is none."""
+        """The step of the last row; 0 for a run without rows."""
         return next((row["step"] for _, row in rows_backwards(self.metrics_file)), 0)
 
     def is_validated_at(self, step: int) -> bool:

@@ -127,7 +127,7 @@ class Part:
     stays: float = 0.0
     """Those of them that no method changes: windows, states, the RoPE keys of latents, sinks."""
     sinks: Sinks | None = None
-    """Tokens that are not here, because they are stored exactly; None: there are none."""
+    """Tokens that are left out here because they are stored exactly; None if no token is."""
 
     @property
     def tokens(self) -> int:

@@ -55,7 +55,7 @@ class Filled:
         return Rotation(table, self.first + count, k.shape[1] - count, self.starts)
 
     def text(self, length: int) -> Tensor | None:
-        """(B, n) booleans, False for padding; None: there is none. Sinks may be left out: they come after padding."""
+        """(B, n) booleans, False for padding; None without padding. Sinks may be left out: they come after padding."""
         if self.starts is None:
             return None
         columns = torch.arange(self.first, self.first + length, device=self.starts.device)

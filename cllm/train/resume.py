@@ -126,7 +126,7 @@ def record_data(folder: RunFolder, data: DataModule) -> None:
 
 
 def newest_intact(config: Config, folder: RunFolder) -> Path | None:
-    """The newest intact checkpoint of a run that `config` may go on with; None where there is none at all.
+    """The newest intact checkpoint of a run that `config` may go on with; None for a run without checkpoints.
 
     Newer ones that are damaged are logged.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,23 @@ torch.set_num_threads(1)
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+# No test cuts the power. On a busy disk a sync takes half a second, and the suite makes 14,000 of them. Tests of the
+# order of syncs and renames record the calls.
+os.fsync = os.fstat  # type: ignore[assignment]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """No test leaves a handler to the next."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    yield
+    now = {number: signal.getsignal(number) for number in _SIGNALS}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert now == before, "whoever had the signals has them again"
 
 
 def _load(file: Path) -> ModuleType:

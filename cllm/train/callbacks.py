@@ -341,11 +341,23 @@ class StopWhenDone(Callback):
         self._before: dict[int, Any] = {}
         self._process = os.getpid()
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Before the loaders' processes fork: what they inherit keeps them alive until the step under way has ended.
-        if not self._before:
-            numbers = (n for n in _STOPPING if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN)
-            self._before = {number: signal.signal(number, self._handle) for number in numbers}
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Handle the signals inside, and give them back to whoever had them, however it ends.
+
+        It begins before the loaders' processes fork: the handlers that they inherit keep them alive until the step
+        under way has ended.
+        """
+        try:
+            for number in _STOPPING:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.getsignal(number)
+                    signal.signal(number, self._handle)
+            yield
+        finally:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            self._before = {}
 
     def _handle(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:
@@ -371,15 +383,3 @@ class StopWhenDone(Callback):
             trainer.fit_loop.epoch_loop._skip_next_val = not done  # who sends a signal does not wait for a validation
         if stop or done:
             trainer.should_stop = True
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.restore()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.restore()
-
-    def restore(self) -> None:
-        """Give the signals back to whoever had them."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}

@@ -317,6 +317,7 @@ def _train(config: Config, resume: str | None, overwrite: bool, callbacks: Seque
     )
     watch = RankWatch(lambda: what_remains(folder))
     trainer = make_trainer(config, folder, metrics, *callbacks, watch)
+    stop = next(callback for callback in trainer.callbacks if isinstance(callback, StopWhenDone))  # type: ignore[attr-defined]
     if checkpoint is not None and zero_stage(config.train) is not None:
         shards(checkpoint)
     if trainer.is_global_zero:
@@ -331,7 +332,7 @@ def _train(config: Config, resume: str | None, overwrite: bool, callbacks: Seque
             prepare_folder(folder, start_step, keep=config.train.keep_checkpoints)
         validate_first(trainer, validate)
     try:
-        with watch.explained():
+        with watch.explained(), stop.watching():
             trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     except SystemExit as error:  # what Lightning makes of a KeyboardInterrupt, a second Ctrl-C
         raise (error.__context__ if isinstance(error.__context__, KeyboardInterrupt) else error) from None

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,18 +22,6 @@ from cllm.train.module import TrainingModule
 
 Tiny = Callable[..., Config]
 STEPS = ("--train.steps", "6", "--train.checkpoint_every", "null", "--train.validate_every", "null")
-
-
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """A test that fails leaves no handler to the next."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    now = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    assert now == before, "whoever had the signals has them again"
 
 
 @pytest.fixture

@@ -15,17 +15,18 @@ import sys
 
 import yaml
 
-from cllm import cli
 from cllm.config import Config
+from cllm.config.load import config_parser
 from cllm.errors import EXIT_STOPPED, UserError, one_line
 from cllm.signals import stoppable
+from cllm.uptrain.complete import load_config
 
 
 @one_line
 @stoppable("--resume auto goes on from the newest checkpoint, or starts again where there is none", signal.SIGUSR1)
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status: 3 for a run that was stopped and can be resumed."""
-    parser = cli.config_parser(Config, __doc__ or "")
+    parser = config_parser(Config, __doc__ or "")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, its size and its cost; train nothing")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML")
     parser.add_argument("--resume", metavar="auto|FILE", help="go on from the newest checkpoint, or from this one")
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments, overrides = parser.parse_settings(argv)
     if not arguments.config:
         raise UserError("give at least one --config FILE; configs/quickstart.yaml is a good first one")
-    config = cli.load(Config, arguments.config, overrides)
+    config = load_config(arguments.config, overrides)
     if arguments.print_config:
         print(yaml.safe_dump(config.as_yaml_data(), sort_keys=False), end="")
         return 0

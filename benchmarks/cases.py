@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from cllm import cli
 from cllm.config import Config
 from cllm.errors import UserError
-from cllm.kv.spec import Section
+from cllm.section import Section
+from cllm.uptrain.complete import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,7 +82,7 @@ def load_case(case: Case, overrides: list[str], *, runs_dir: Path, data: Path, p
     """
     group = case.group
     files = [ROOT / file for file in group.config]
-    base = cli.load(Config, files, [*group.settings, *overrides])
+    base = load_config(files, [*group.settings, *overrides])
     micro_batch = case.micro_batch or base.train.micro_batch
     values: dict[str, Any] = {
         "name": case.name,
@@ -100,4 +100,4 @@ def load_case(case: Case, overrides: list[str], *, runs_dir: Path, data: Path, p
     if group.micro_batches is not None:
         values["train.global_batch"] = micro_batch * case.devices * group.micro_batches
     words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-    return cli.load(Config, files, [*group.settings, *overrides, *words])
+    return load_config(files, [*group.settings, *overrides, *words])

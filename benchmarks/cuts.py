@@ -16,12 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cllm import cli
+from cllm.cache.accounting import Cut, cuts, kv_bytes
 from cllm.config import Config, ModelConfig
+from cllm.config.load import config_parser
 from cllm.errors import UserError, one_line
-from cllm.kv.accounting import Cut, cuts, kv_bytes
-from cllm.kv.presets import preset_names
 from cllm.model.sizes import count_parameters, meta_decoder, training_flops_per_token
+from cllm.plan.presets import preset_names
+from cllm.uptrain.complete import load_config
 
 WEIGHT, MASTER_AND_MOMENTS = 2, 12
 """Bytes of a bf16 weight or gradient, and of an fp32 weight with AdamW's two moments."""
@@ -122,14 +123,14 @@ def split_traffic(model: ModelConfig, tokens: int) -> dict[str, float]:
 @one_line
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
-    parser = cli.config_parser(Config, __doc__ or "")
+    parser = config_parser(Config, __doc__ or "")
     parser.add_argument("--gpus", type=int, default=64, help="GPUs of all machines (default 64)")
     arguments, overrides = parser.parse_settings(argv)
     if not arguments.config:
         raise UserError("give at least one --config FILE; configs/model/4b.yaml is a good one")
     if arguments.gpus < 8:
         raise UserError(f"--gpus is {arguments.gpus}; allowed: 8 or more")
-    config = cli.load(Config, arguments.config, overrides)
+    config = load_config(arguments.config, overrides)
     tokens = config.train.micro_batch * config.data.seq_len
     print(f"KiB a token that a cut carries in bf16 (after which layer); MiB for a micro-batch of {tokens:,} tokens")
     print("\n".join(cut_table(config.model, tokens)))

@@ -32,15 +32,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.cases import Case, Cases, Group, cases_of, load_case
 from benchmarks.launch import Launched, start
 from benchmarks.table import loss_table, summarise, table
-from cllm import cli
 from cllm.config import Config
+from cllm.config.load import config_parser, read_yaml, validate
 from cllm.data.manifest import MANIFEST, TOKENIZER, Counts, Manifest, tokenizer_sha256
 from cllm.data.prepare.shards import ShardWriter
+from cllm.environment import environment
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
 from cllm.runs import RunFolder
 from cllm.signals import stoppable
-from cllm.train.environment import environment
+from cllm.uptrain.complete import load_config
 
 EOS, DOCUMENT = 0, 2048
 
@@ -112,7 +113,7 @@ def plan_jobs(groups: list[Group], overrides: list[str], options: Any, devices: 
                 f"{group.name}: {group.steps} steps with a row every {group.log_every} give no more rows than the "
                 f"{group.skip_rows} that are left out; raise --steps"
             )
-        base = cli.load(Config, group.config, [*group.settings, *overrides])
+        base = load_config(group.config, [*group.settings, *overrides])
         if base.model.vocab_size is None:
             raise UserError(f"{group.name}: model.vocab_size is null, and tokens are drawn from it; allowed: a number")
         if group.data == "text" and options.text is None:
@@ -171,7 +172,7 @@ def run_all(jobs: list[Job], options: Any, devices: int, report: Any) -> tuple[l
 @stoppable()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status: 1 where a run failed."""
-    parser = cli.config_parser(Config, __doc__ or "")
+    parser = config_parser(Config, __doc__ or "")
     add = parser.add_argument
     add("--cases", type=Path, metavar="FILE", help="groups of runs, as in benchmarks/node.yaml; in place of --runs")
     add("--only", nargs="+", metavar="GROUP", help="of --cases, only these groups")
@@ -190,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", type=Path, metavar="FILE", help="write the numbers as JSON, after every run")
     options, overrides = parser.parse_known_args(argv)
     if options.cases:
-        groups = cli.validate(Cases, cli.read_yaml(options.cases)).groups
+        groups = validate(Cases, read_yaml(options.cases)).groups
         groups = [group for group in groups if not options.only or group.name in options.only]
     else:
         files = options.config or ["configs/bench/374m.yaml"]
@@ -211,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"no run to make: none of the cases fits on {devices} GPUs, or --text is missing")
     options.work.mkdir(parents=True, exist_ok=True)
     write_data(jobs, options.profile)
-    configs = {group.name: cli.load(Config, group.config, [*group.settings, *overrides]) for group in groups}
+    configs = {group.name: load_config(group.config, [*group.settings, *overrides]) for group in groups}
     record: dict[str, Any] = {"environment": environment(), "settings": overrides}
     record["groups"] = [group.model_dump() for group in groups]
     record["configs"] = {name: config.as_yaml_data() for name, config in configs.items()}

@@ -9,16 +9,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.kernels import KernelProfile
-from cllm import cli
-from cllm.config import Config
 from cllm.errors import one_line
 from cllm.train.run import train
+from cllm.uptrain.complete import load_config
 
 
 @one_line
 def main(file: str, profiled: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    config = cli.load(Config, [file])
+    config = load_config([file])
     steps = int(profiled)
     folder = Path(config.runs_dir) / config.name
     callbacks = [KernelProfile(folder, first=config.train.steps - steps, steps=steps)] if steps else []

@@ -15,11 +15,20 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
+_PARTS = ("transformers.modeling_layers", "cllm.hub.base")
+"""Without tables, but what our model is made of: whichever of them is what imports a table comes first."""
 _ENTRIES = {
     "transformers.models.auto.configuration_auto": "cllm.hub.config",
+    "transformers.models.auto.modeling_auto": "cllm.hub.model",
+    **dict.fromkeys(_PARTS, "cllm.hub.model"),
     "peft.utils.constants": "cllm.hub.peft",
 }
 """Modules with tables of models, and ours that make an entry there when they are imported."""
+
+
+def _is_loading(name: str) -> bool:
+    """Whether a module is in the midst of being imported."""
+    return getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False)
 
 
 class _AfterTables(importlib.abc.MetaPathFinder):
@@ -38,7 +47,8 @@ class _AfterTables(importlib.abc.MetaPathFinder):
 
         def run_then_ours(module: ModuleType) -> None:
             run(module)
-            importlib.import_module(entry)
+            if not any(map(_is_loading, set(_PARTS) - {name})):
+                importlib.import_module(entry)
 
         loader.exec_module = run_then_ours  # type: ignore[method-assign]
         return spec

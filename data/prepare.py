@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cllm.cli import config_parser, load
+from cllm.config.load import config_parser, load_settings
 from cllm.data.integrity import verify_folder
 from cllm.data.prepare.build import prepare
 from cllm.data.prepare.recipe import Recipe
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"no recipe: give --config data/recipes/NAME.yaml (there are {', '.join(shipped)})")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("cllm").setLevel(logging.INFO)
-    print(summary(prepare(load(Recipe, options.config, overrides), force=options.force)))
+    print(summary(prepare(load_settings(Recipe, options.config, overrides), force=options.force)))
     return 0
 
 

@@ -47,12 +47,12 @@ from decode_bench.measure import (
 )
 from decode_bench.merge import merged
 
-from cllm import cli
 from cllm.config import Config
+from cllm.config.load import config_parser
+from cllm.environment import environment
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
 from cllm.model.decoder import Decoder
-from cllm.train.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
@@ -252,7 +252,7 @@ def positive(text: str) -> int:
 
 @one_line
 def main(argv: list[str] | None = None) -> int:
-    parser = cli.config_parser(Config, __doc__ or "")
+    parser = config_parser(Config, __doc__ or "")
     add = parser.add_argument
     add("--designs", nargs="+", default=["mha"], metavar="NAME[:KEY=VALUE,...][@POINT,...]", help="plans to measure")
     add("--points", nargs="+", default=["1024x1", "32768x1"], metavar="CONTEXTxBATCH", help="where to measure them")

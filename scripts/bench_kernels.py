@@ -30,6 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cllm.arguments import Parser
+from cllm.environment import clocks, environment
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
 from cllm.kernels import cross_entropy, split_decode
@@ -39,7 +40,6 @@ from cllm.kernels.decode import Stored, Visible, decode_attention
 from cllm.kernels.swiglu import missing as missing_swiglu
 from cllm.kernels.swiglu import swiglu as fused_swiglu
 from cllm.model.loss import by_chunks, by_liger
-from cllm.train.environment import clocks, environment
 
 BF16 = torch.bfloat16
 
@@ -136,8 +136,9 @@ def bench_attention(table: Table, flops: float) -> None:
 
 
 def bench_fusion(table: Table, copy: float) -> None:
-    from cllm.kv.plan import Fuse
-    from cllm.kv.sources import FusedRead, Slot
+    from cllm.cache.slot import Slot
+    from cllm.model.sources import FusedRead
+    from cllm.plan.plan import Fuse
 
     batch, length, heads = 8, 4096, 16
     for dim, kv in ((128, 16), (64, 16), (128, 4)):

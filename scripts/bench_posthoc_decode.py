@@ -34,20 +34,21 @@ from bench_kernels import replayed_ms
 from decode_bench.measure import copy_bandwidth, free, time_calls, wait
 
 from cllm.arguments import Parser
+from cllm.cache.cache import KVCache
 from cllm.config import ModelConfig, Rope
+from cllm.environment import environment
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
 from cllm.kernels import split_lowrank
 from cllm.kernels.decode import Stored, Visible, decode_attention
-from cllm.kernels.lowrank_decode import Factored, lowrank_decode
+from cllm.kernels.lowrank_decode import lowrank_decode
+from cllm.kernels.selection import Factored
 from cllm.kernels.split_lowrank import Rebuild, choose_rebuild
-from cllm.kv.cache import KVCache
 from cllm.model.rope import apply_rope, rope_table
 from cllm.model.sizes import build_decoder
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.landmarks import make_landmarks
 from cllm.posthoc.methods import parse
-from cllm.train.environment import environment
 
 BF16 = torch.bfloat16
 SVDS = [

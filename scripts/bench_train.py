@@ -32,16 +32,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_contender import Batches, Contender, Loss, at_work
 from bench_peers import check_peers, hf_liger, litgpt_compiled
 
-from cllm import cli
 from cllm.config import Config
+from cllm.config.load import config_parser
+from cllm.environment import clocks, environment
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
 from cllm.model.sizes import build_decoder, count_parameters, training_flops_per_token
-from cllm.train.environment import clocks, environment
 from cllm.train.equip import equip
 from cllm.train.float8 import check_float8
 from cllm.train.optim import make_optimizer
 from cllm.train.throughput import peak_flops
+from cllm.uptrain.complete import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -234,7 +235,7 @@ def check(config: Config) -> None:
 
 @one_line
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.config_parser(Config, __doc__ or "")
+    parser = config_parser(Config, __doc__ or "")
     parser.add_argument("--designs", nargs="+", default=["mha"], metavar="NAME", help="files of configs/kv/")
     parser.add_argument("--peers", action="store_true", help="also litgpt compiled and Hugging Face + Liger")
     parser.add_argument(
@@ -257,14 +258,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments, overrides = parser.parse_settings(argv)
     files = arguments.config or ["configs/bench/374m.yaml"]
     configs = {
-        name: cli.load(Config, [*files, ROOT / "configs" / "kv" / f"{name}.yaml"], overrides)
-        for name in arguments.designs
+        name: load_config([*files, ROOT / "configs" / "kv" / f"{name}.yaml"], overrides) for name in arguments.designs
     }
     narrow: dict[str, Config] = {}
     if arguments.fp8:
         name = arguments.designs[0]
         plan = ROOT / "configs" / "kv" / f"{name}.yaml"
-        narrow[f"{name}, fp8"] = cli.load(Config, [*files, plan], [*overrides, "--train.fp8", arguments.fp8])
+        narrow[f"{name}, fp8"] = load_config([*files, plan], [*overrides, "--train.fp8", arguments.fp8])
     first = next(iter(configs.values()))
     device = _device(first)
     for config in (*configs.values(), *narrow.values()):

@@ -23,13 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from decode_bench.designs import parse_plan
 
-from cllm import cli, processes
+from cllm import processes
 from cllm.arguments import number, whole_number
 from cllm.config import Config
+from cllm.config.load import config_parser
 from cllm.errors import EXIT_STOPPED, UserError, one_line
 from cllm.lock import locked
 from cllm.runs import RunFolder
 from cllm.signals import stoppable
+from cllm.uptrain.complete import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DESIGNS = ("mha", "fusedkv", "fusedkv_lite", "cla", "yoco", "gqa")
@@ -61,7 +63,7 @@ def train(words: list[str], seconds: float) -> None:
 @stoppable("the same command goes on")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status: 3 where time ran out or a signal stopped it."""
-    parser = cli.config_parser(Config, __doc__ or "")
+    parser = config_parser(Config, __doc__ or "")
     add, count, ratio = parser.add_argument, whole_number(1), number(above=0)
     add("--designs", nargs="+", default=list(DESIGNS), metavar="DESIGN", help=f"default: {' '.join(DESIGNS)}")
     add("--out", type=Path, default=Path("runs/tradeoff"), metavar="DIR", help="for runs, table, figure and events "
@@ -98,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         plan, settings = parse_plan(design)
         own = {"name": run_name(design), "runs_dir": out} | {f"model.kv.{key}": text for key, text in settings.items()}
         added = [*overrides, *(word for key, text in own.items() for word in (f"--{key}", str(text)))]
-        cli.load(Config, [*files, plan], added)  # told before the first run starts
+        load_config([*files, plan], added)  # told before the first run starts
         lines[run_name(design)] = [*(word for file in (*files, plan) for word in ("--config", str(file))), *added]
     with locked(out):
         return train_and_sweep(options, lines, out, deadline)

@@ -15,9 +15,9 @@ import pytest
 import torch
 import yaml
 
-from cllm.kv.accounting import cache_bytes
-from cllm.kv.cache import KVCache
-from cllm.kv.stores import FP8
+from cllm.cache.accounting import cache_bytes
+from cllm.cache.cache import KVCache
+from cllm.cache.stores import FP8
 from cllm.model.sizes import count_parameters
 
 ROOT = Path(__file__).resolve().parents[1]

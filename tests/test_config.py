@@ -7,10 +7,10 @@ import yaml
 from annotated_types import Le
 from pydantic.fields import FieldInfo
 
-from cllm.cli import parse_yaml, schema_keys, validate
 from cllm.config import Config, ModelConfig
+from cllm.config.load import parse_yaml, schema_keys, validate
 from cllm.errors import UserError
-from cllm.kv.presets import preset_names
+from cllm.plan.presets import preset_names
 
 MODEL = {"d_model": 64, "n_layers": 8, "n_heads": 4}
 

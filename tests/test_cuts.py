@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import cuts as command
+from cllm.cache.accounting import cuts
 from cllm.config import ModelConfig
-from cllm.kv.accounting import cuts
 
 ROOT = Path(__file__).resolve().parents[1]
 K = V = 4 * 8 * 2

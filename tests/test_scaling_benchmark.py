@@ -13,8 +13,8 @@ import yaml
 from benchmarks import scaling
 from benchmarks.cases import Cases, cases_of
 from benchmarks.kernels import merged, read_profiles, shares
-from cllm import cli
 from cllm.config import Config
+from cllm.config.load import read_yaml, validate
 from cllm.runs import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,7 +110,7 @@ def test_mistakes_are_reported_before_the_first_run(
 
 
 def test_shipped_cases_can_be_loaded() -> None:
-    groups = cli.validate(Cases, cli.read_yaml(ROOT / "benchmarks" / "node.yaml")).groups
+    groups = validate(Cases, read_yaml(ROOT / "benchmarks" / "node.yaml")).groups
     cases = cases_of(groups, 8)
     assert len(cases) == sum(len(group.runs) for group in groups)
     assert max(case.devices for case in cases_of(groups, 4)) == 4

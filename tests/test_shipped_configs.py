@@ -8,13 +8,13 @@ import pytest
 import torch
 import yaml
 
-from cllm import cli
-from cllm.config import Config
+from cllm.cache.accounting import kv_bytes, mha_twin
+from cllm.config.load import load_settings, read_yaml
 from cllm.data.prepare.recipe import Recipe
-from cllm.kv.accounting import kv_bytes, mha_twin
-from cllm.kv.presets import preset_names
 from cllm.model.sizes import build_decoder, count_parameters
+from cllm.plan.presets import preset_names
 from cllm.train.dryrun import dry_run
+from cllm.uptrain.complete import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -24,7 +24,7 @@ QUICK = CONFIGS / "quickstart.yaml"
 
 
 def build(*files: Path, settings: tuple[str, ...] = ()):
-    config = cli.load(Config, files, settings)
+    config = load_config(files, settings)
     with torch.device("meta"):
         return config, build_decoder(config.model)
 
@@ -36,15 +36,15 @@ def test_every_config_file_is_covered_by_a_test_here() -> None:
 
 
 def test_every_preset_has_a_file() -> None:
-    named = {cli.read_yaml(file)["model"]["kv"].get("preset") for file in PLANS}
+    named = {read_yaml(file)["model"]["kv"].get("preset") for file in PLANS}
     assert named - {None} == set(preset_names())
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
 def test_every_model_loads_and_builds_with_every_plan(model: Path) -> None:
-    n_layers = cli.read_yaml(model)["model"]["n_layers"]
+    n_layers = read_yaml(model)["model"]["n_layers"]
     for plan in PLANS:
-        if "n_layers" in cli.read_yaml(plan)["model"] and n_layers != 24:
+        if "n_layers" in read_yaml(plan)["model"] and n_layers != 24:
             continue  # an explicit plan is for its own depth
         config, decoder = build(model, plan)
         assert count_parameters(decoder) > 0
@@ -76,14 +76,14 @@ def test_benchmark_shapes_have_the_size_in_their_name(name: str, millions: int) 
 
 @pytest.mark.parametrize("name", ["stdlib", "fineweb_edu", "slimpajama"])
 def test_every_data_config_loads_and_names_what_its_recipe_makes(name: str) -> None:
-    config = cli.load(Config, [QUICK, CONFIGS / "data" / f"{name}.yaml"])
-    assert cli.load(Recipe, [ROOT / "data" / "recipes" / f"{name}.yaml"]).name == name
+    config = load_config([QUICK, CONFIGS / "data" / f"{name}.yaml"])
+    assert load_settings(Recipe, [ROOT / "data" / "recipes" / f"{name}.yaml"]).name == name
     assert config.data.path == f"data/prepared/{name}"
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "data" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_loads(recipe: Path) -> None:
-    cli.load(Recipe, [recipe])
+    load_settings(Recipe, [recipe])
 
 
 def test_every_yaml_in_the_project_is_yaml() -> None:
@@ -165,7 +165,7 @@ def test_cache_bytes_equal_a_hand_count(name: str) -> None:
 
 
 def test_the_dry_run_says_what_a_reader_wants_to_know() -> None:
-    config = cli.load(Config, [CONFIGS / "model" / "332m.yaml", CONFIGS / "kv" / "fusedkv.yaml"])
+    config = load_config([CONFIGS / "model" / "332m.yaml", CONFIGS / "kv" / "fusedkv.yaml"])
     report = dry_run(config)
     assert "0.5x resident, 1.5x read" in report
     assert "315,133,952" in report

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from cllm.data.order import shuffled
 from cllm.data.store import TokenStore
 from cllm.errors import DataError
-from cllm.model.loss import IGNORE
+from cllm.kernels.cross_entropy import IGNORE
 
 
 def window(store: TokenStore, start: int, seq_len: int, document_mask: bool) -> dict[str, Tensor]:

@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 from cllm.data.manifest import MANIFEST
 from cllm.data.vocabulary import check_ids
+from cllm.environment import environment
 from cllm.errors import UserError
 from cllm.evaluate.subjects import Subject
 from cllm.evaluate.texts import TextSet, TokenBytes, open_prepared, open_text
 from cllm.evaluate.units import perplexity, set_label
 from cllm.evaluate.windows import Stream, Window, batches, windows
 from cllm.files import inside, write_atomic
-from cllm.train.environment import environment
 
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # fed at once by default: enough to be fast, few enough for any vocabulary

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from cllm.environment import environment
 from cllm.errors import UserError
 from cllm.evaluate.generation import Agreement, greedy
 from cllm.evaluate.perplexity import Settings, perplexity
@@ -38,7 +39,6 @@ from cllm.posthoc.code import Compressor
 from cllm.posthoc.compress import mean_errors
 from cllm.posthoc.engine import Engine, engine_of
 from cllm.posthoc.methods import parse
-from cllm.train.environment import environment
 
 
 @dataclass

@@ -21,16 +21,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
+from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.hub.config import CLLMConfig
 from cllm.hub.generation import own_cache
 from cllm.hub.inputs import Inputs, read_inputs
-from cllm.kv.cache import KVCache
-from cllm.kv.plan import Retention
 from cllm.model.attention import Context
 from cllm.model.block import Block
 from cllm.model.decoder import Decoder, recompute
 from cllm.model.sizes import model_d_ff
+from cllm.plan.plan import Retention
 
 
 class CLLMLayer(Block, GradientCheckpointingLayer):

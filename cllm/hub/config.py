@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 
-from cllm import cli
 from cllm.config import ModelConfig
+from cllm.config.load import validate
 from cllm.errors import UserError
-from cllm.kv.plan import Own
-from cllm.kv.spec import Section
+from cllm.plan.plan import Own
+from cllm.section import Section
 
 
 class _File(Section):
@@ -105,9 +105,6 @@ class CLLMConfig(PretrainedConfig):
     initializer_range = _View("init.std", lambda model: model["init"]["std"])
 
     def __post_init__(self, **kwargs: Any) -> None:
-        importlib.import_module(
-            "cllm.hub.model"
-        )  # registers itself; importing it earlier would cost every command time
         self.model = _resolved(self.model)
         views = {name: kwargs.pop(name) for name in _VIEWS if name in kwargs}  # a file must not contradict itself
         super().__post_init__(**kwargs)
@@ -144,7 +141,7 @@ def _validated(model: Any) -> ModelConfig:
     if model is None:
         raise UserError("config.json: model: is required and missing; it holds what a YAML file has under model:")
     try:
-        return cli.validate(_File, {"model": model}).model
+        return validate(_File, {"model": model}).model
     except UserError as error:
         raise UserError(f"config.json: {error}") from None
 

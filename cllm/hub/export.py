@@ -26,10 +26,10 @@ from cllm.hub import companions
 from cllm.hub.checksums import write_checksums
 from cllm.hub.config import CLLMConfig
 from cllm.hub.model import CLLMForCausalLM
-from cllm.kv.sources import FusedRead
 from cllm.model.block import Block
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import count_parameters
+from cllm.model.sources import FusedRead
 from cllm.runs import RunFolder, load_run
 from cllm.trust import load_tokenizer
 

@@ -13,9 +13,9 @@ from transformers import GenerationMixin
 from transformers.generation import GenerationMode
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
+from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.hub.inputs import padding_of
-from cllm.kv.cache import KVCache
 from cllm.model.decoder import Decoder
 from cllm.model.graph import StepGraph
 
@@ -169,5 +169,5 @@ class CLLMGenerationMixin(GenerationMixin):
 def own_cache(given: Any) -> KVCache:
     """`given`. Raises `UserError` for a cache of another kind."""
     if not isinstance(given, KVCache):
-        raise UserError(f"past_key_values is a {type(given).__name__}; allowed: cllm.kv.cache.KVCache")
+        raise UserError(f"past_key_values is a {type(given).__name__}; allowed: cllm.cache.cache.KVCache")
     return given

@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.hub.base import CLLMModel, CLLMPreTrainedModel, refuse
 from cllm.hub.config import CLLMConfig
 from cllm.hub.generation import CLLMGenerationMixin
-from cllm.kv.cache import KVCache
+from cllm.kernels.cross_entropy import IGNORE
 from cllm.model.graph import StepGraph
-from cllm.model.loss import IGNORE, Head, head_loss
+from cllm.model.loss import Head, head_loss
 
 
 class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):

@@ -13,6 +13,9 @@ from torch import Tensor
 from cllm.kernels.quack import missing as missing_quack
 from cllm.kernels.quack import quack
 
+IGNORE = -100
+"""Label of a position that is not scored."""
+
 
 @functools.cache
 def missing(device: torch.device, vocabulary: int, dtype: torch.dtype) -> str | None:

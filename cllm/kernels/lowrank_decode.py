@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from torch import Tensor
 from cllm.errors import UserError
 from cllm.kernels import split_lowrank
 from cllm.kernels.decode import Kernel, Visible
-from cllm.kernels.selection import Selection, chosen_tokens
+from cllm.kernels.selection import Factored, Selection, chosen_tokens
 
 __all__ = ["Factored", "Selection", "lowrank_decode", "lowrank_decode_reference"]
 
@@ -33,18 +32,6 @@ log = logging.getLogger(__name__)
 Table = tuple[Tensor, Tensor]
 """cos and sin (positions, D / 2) fp32 for at least S positions, both positive turns: of `rope_table` the first row of
 cos and the second of sin."""
-
-
-@dataclass(frozen=True)
-class Factored:
-    """The keys before RoPE, or the values, of one slot; and the tokens since."""
-
-    a: Tensor
-    """(B, S, r), ranks contiguous."""
-    b: Tensor
-    """(B, G · D, r), ranks contiguous."""
-    tail: Tensor
-    """(B, T, G, D): tokens S, S + 1, ... as they are, keys after RoPE; places not filled yet may hold anything."""
 
 
 def lowrank_decode(

@@ -15,6 +15,18 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Factored:
+    """The keys before RoPE, or the values, of one slot; and the tokens since."""
+
+    a: Tensor
+    """(B, S, r), ranks contiguous."""
+    b: Tensor
+    """(B, G · D, r), ranks contiguous."""
+    tail: Tensor
+    """(B, T, G, D): tokens S, S + 1, ... as they are, keys after RoPE; places not filled yet may hold anything."""
+
+
+@dataclass(frozen=True)
 class Selection:
     """What is stored of the compressed keys of a slot to choose from them, all of it after RoPE."""
 

@@ -10,18 +10,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cllm.kernels import resident_lowrank, triton_decode, triton_lowrank
 from cllm.kernels.decode import Visible
-from cllm.kernels.selection import Selection, chosen_chunks, chosen_tokens
+from cllm.kernels.selection import Factored, Selection, chosen_chunks, chosen_tokens
 from cllm.kernels.split_decode import Limits, _limits, _power
-
-if TYPE_CHECKING:
-    from cllm.kernels.lowrank_decode import Factored
 
 MAX_DIM = 256
 MAX_HEADS = 64

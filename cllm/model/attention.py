@@ -18,15 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from cllm.cache.slot import Slot
+from cllm.cache.stores import SlotStore, StateStore, Step, Store
 from cllm.config import ModelConfig, Rope
 from cllm.kernels.attention import Documents, Mask, attention, document_boundaries
 from cllm.kernels.decode import Stored, Visible, decode_attention
 from cllm.kernels.retention import gated_retention, gated_retention_from
-from cllm.kv.plan import KVPlan, Latent, Own, Retention
-from cllm.kv.sources import FusedRead, Slot, make_owner, make_read
-from cllm.kv.stores import SlotStore, StateStore, Step, Store
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope, rope_table
+from cllm.model.sources import FusedRead, make_owner, make_read
+from cllm.plan.plan import KVPlan, Latent, Own, Retention
 
 
 @dataclass(slots=True)

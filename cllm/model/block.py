@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from cllm.cache.slot import Slot
+from cllm.cache.stores import Store
 from cllm.config import ModelConfig
-from cllm.kv.plan import KVPlan
-from cllm.kv.sources import Slot
-from cllm.kv.stores import Store
 from cllm.model.attention import Context, make_mixer
 from cllm.model.mlp import SwiGLU
 from cllm.model.norm import RMSNorm
+from cllm.plan.plan import KVPlan
 
 
 class Block(nn.Module):

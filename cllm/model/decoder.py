@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cllm.cache.slot import Slot, slot_widths
+from cllm.cache.stores import SlotStore, Step
 from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.kernels.attention import document_boundaries
 from cllm.kernels.fp8_casts import FP8_CASTS
 from cllm.kernels.sum_products import SUM_PRODUCTS
-from cllm.kv.sources import Slot, slot_widths
-from cllm.kv.stores import SlotStore, Step
 from cllm.model.attention import Cached, Context
 from cllm.model.block import Block
 from cllm.model.loss import Head
@@ -29,7 +29,7 @@ from cllm.model.norm import RMSNorm
 from cllm.model.precision import product_dtype
 
 if TYPE_CHECKING:
-    from cllm.kv.cache import KVCache
+    from cllm.cache.cache import KVCache
 
 Slots = dict[int, Slot]
 

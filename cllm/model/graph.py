@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cllm.cache.cache import KVCache
+from cllm.cache.stores import SlotStore
 from cllm.errors import UserError
-from cllm.kv.cache import KVCache
-from cllm.kv.stores import SlotStore
 from cllm.model.decoder import Decoder
 
 _WARM_UP = 2

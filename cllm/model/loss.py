@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cllm.kernels import cross_entropy
+from cllm.kernels.cross_entropy import IGNORE
 
 log = logging.getLogger(__name__)
 
-IGNORE = -100
-"""Label of a position that is not scored."""
 
 _CHUNK_BYTES = 2**29
 """Size of one chunk's logits, in fp32 where they are made fp32."""

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from cllm.config import ModelConfig
 from cllm.errors import UserError
-from cllm.kv.plan import Latent, Own
-from cllm.kv.presets import MHA
 from cllm.model.decoder import Decoder
+from cllm.plan.plan import Latent, Own
+from cllm.plan.presets import MHA
 
 
 def count_parameters(model: nn.Module, *, embeddings: bool = True) -> int:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cllm.cache.cache import KVCache
+from cllm.cache.slot import Slot
+from cllm.cache.stores import FixedSlot, GrowingSlot, SlotStore, StateStore, Step, Store
 from cllm.errors import UserError
 from cllm.kernels.lowrank_decode import Table
-from cllm.kv.cache import KVCache
-from cllm.kv.plan import KVPlan, Latent
-from cllm.kv.sources import Slot
-from cllm.kv.stores import FixedSlot, GrowingSlot, SlotStore, StateStore, Step, Store
 from cllm.model.rope import rope_table
+from cllm.plan.plan import KVPlan, Latent
 from cllm.posthoc.code import Compressor, Prefix
 from cllm.posthoc.compress import Filled, Outcome, encode
 from cllm.posthoc.deferred import Deferred

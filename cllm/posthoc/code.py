@@ -17,12 +17,12 @@ import torch
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from torch import Tensor
 
+from cllm.cache.slot import Slot
 from cllm.errors import UserError
-from cllm.kv.sources import Slot
-from cllm.kv.spec import Section
 from cllm.model.rope import apply_rope
 from cllm.posthoc.held import Held
 from cllm.posthoc.sinks import Sinks
+from cllm.section import Section
 
 if TYPE_CHECKING:
     from cllm.posthoc.engine import Engine

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from cllm.cache.slot import Slot
 from cllm.errors import UserError
-from cllm.kv.sources import Slot
 from cllm.posthoc.code import Code, Compressor, Exact, Part, Prefix, Rotation
 from cllm.posthoc.sinks import Sinks
 

@@ -17,9 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cllm.cache.slot import Slot
 from cllm.kernels.decode import Stored, Visible, decode_attention
-from cllm.kernels.lowrank_decode import Factored, Table, lowrank_decode
-from cllm.kv.sources import Slot
+from cllm.kernels.lowrank_decode import Table, lowrank_decode
+from cllm.kernels.selection import Factored
 from cllm.posthoc.code import Prefix
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from cllm.cache.accounting import cache_bytes, mha_twin
+from cllm.cache.cache import KVCache
+from cllm.cache.stores import GrowingSlot
 from cllm.errors import UserError
-from cllm.kv.accounting import cache_bytes, mha_twin
-from cllm.kv.cache import KVCache
-from cllm.kv.plan import Own
-from cllm.kv.stores import GrowingSlot
 from cllm.model.decoder import Decoder
+from cllm.plan.plan import Own
 from cllm.posthoc import cache as own
 from cllm.posthoc import hf
 from cllm.posthoc.code import Compressor

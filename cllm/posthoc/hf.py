@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from cllm.cache.slot import Slot
 from cllm.errors import UserError
-from cllm.kv.sources import Slot
 from cllm.posthoc.code import Compressor, Prefix
 from cllm.posthoc.compress import Filled, Outcome, encode
 from cllm.posthoc.held import Change, held_bytes, remember

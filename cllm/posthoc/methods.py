@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cllm.cli import parse_yaml
+from cllm.config.load import parse_yaml
 from cllm.errors import UserError, nearest
 from cllm.posthoc.code import Codable, Compressor, Nothing, TensorCoder
 from cllm.posthoc.commonkv import CommonKV

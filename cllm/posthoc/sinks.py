@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cllm.kv.sources import Slot
+from cllm.cache.slot import Slot
 from cllm.posthoc.held import Held
 
 

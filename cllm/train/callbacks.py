@@ -20,11 +20,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from cllm.checkpoint import save_file, write_checksums
 from cllm.errors import UserError
 from cllm.files import sync_folder, sync_tree
-from cllm.kv.describe import plan_figure
+from cllm.plan.describe import plan_figure
 from cllm.runs import RunFolder
+from cllm.runs.checkpoint import save_file, write_checksums
 from cllm.signals import leave_terminal
 from cllm.train.metrics import MetricsLog
 from cllm.train.module import TrainingModule
@@ -338,7 +338,7 @@ class StopWhenDone(Callback):
     def __init__(self, checkpoints: Checkpoints, steps: int, agree_every: int):
         self.checkpoints, self.steps, self.agree_every = checkpoints, steps, agree_every
         self.received: int | None = None
-        self._before: dict[int, Any] = {}
+        self._before: dict[signal.Signals, Any] = {}
         self._process = os.getpid()
 
     @contextlib.contextmanager

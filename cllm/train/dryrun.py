@@ -5,13 +5,11 @@ from __future__ import annotations
 import operator
 from pathlib import Path
 
+from cllm.cache.accounting import cache_bytes, kv_bytes, mha_twin, slot_elements
 from cllm.config import Config
 from cllm.data.manifest import Manifest
 from cllm.data.module import TRAIN, VALIDATION
 from cllm.errors import DataError, UserError
-from cllm.kv.accounting import cache_bytes, kv_bytes, mha_twin, slot_elements
-from cllm.kv.describe import plan_drawing, plan_table
-from cllm.kv.plan import Latent, Own
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import (
     count_parameters,
@@ -20,6 +18,8 @@ from cllm.model.sizes import (
     model_d_ff,
     training_flops_per_token,
 )
+from cllm.plan.describe import plan_drawing, plan_table
+from cllm.plan.plan import Latent, Own
 from cllm.train.optim import check_warmup
 from cllm.train.strategy import REDUCE_BUCKET, processes_of, zero_stage
 from cllm.train.swiglu import will_fuse

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cllm.config import Config
+from cllm.kernels.cross_entropy import IGNORE
 from cllm.model.decoder import Decoder
-from cllm.model.loss import IGNORE
 from cllm.train.optim import Schedule, make_optimizer
 from cllm.train.strategy import ZeroStrategy
 

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cllm.config import Config, OptimConfig
 from cllm.errors import UserError
-from cllm.kv.sources import FusedRead
+from cllm.model.sources import FusedRead
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:

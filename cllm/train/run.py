@@ -17,20 +17,20 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, Trainer
 
+from cllm.cache.accounting import kv_bytes, mha_twin
 from cllm.config import Config
 from cllm.data.manifest import Manifest
 from cllm.data.module import DataModule
+from cllm.environment import environment
 from cllm.errors import UserError
 from cllm.files import check_replaceable, mark, remove, write_atomic
 from cllm.hub.companions import keep_companions
-from cllm.kv.accounting import kv_bytes, mha_twin
-from cllm.kv.describe import plan_figure, plan_table
 from cllm.lock import locked
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import build_decoder, count_parameters, meta_decoder, training_flops_per_token
+from cllm.plan.describe import plan_figure, plan_table
 from cllm.runs import RUN, RunFolder, check_run_folder
 from cllm.train.callbacks import CheckpointFiles, Checkpoints, Metrics, StopWhenDone
-from cllm.train.environment import environment
 from cllm.train.equip import equip
 from cllm.train.faults import explained, what_remains
 from cllm.train.float8 import check_float8
@@ -48,8 +48,8 @@ from cllm.train.resume import (
     validate_first,
 )
 from cllm.train.strategy import check_launch, cluster_plugins, make_strategy, zero_stage
+from cllm.train.uptraining import UptrainingModule
 from cllm.uptrain.decoder import TracedDecoder
-from cllm.uptrain.module import UptrainingModule
 from cllm.uptrain.sources import check_best_sources, with_best_sources, with_saved_sources
 from cllm.uptrain.start import calibration_batches, make_student, open_teacher
 from cllm.uptrain.teacher import Teacher
@@ -72,7 +72,7 @@ def design_name(config: Config) -> str:
 
 
 def summarise(config: Config, model: Decoder) -> dict[str, Any]:
-    """What comparisons need to know of a run beside its metrics; see `cllm/runs.py`."""
+    """What comparisons need to know of a run beside its metrics; see `cllm/runs/folder.py`."""
     own, twin = kv_bytes(config.model), kv_bytes(mha_twin(config.model))
     resident, read = own.relative_to(twin)
     return {

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from cllm.config import TrainConfig
 from cllm.errors import UserError
-from cllm.runs import TIED, WEIGHTS_FILE, read_weights
+from cllm.runs.checkpoint import read_weights
+from cllm.runs.names import TIED, WEIGHTS_FILE
 from cllm.train.reshard import load_resharded, set_fp32, set_weight, shards
 
 APART_FILE = "resume.safetensors"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cllm.kv.sources import OwnKV, RopeTables
 from cllm.model.attention import Context
+from cllm.model.sources import OwnKV, RopeTables
 from cllm.uptrain.decoder import TracedDecoder, block_of
 
 Batches = Sequence[dict[str, Tensor]]

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from cllm.cache.slot import Slot
+from cllm.cache.stores import Store
 from cllm.config import ModelConfig
 from cllm.errors import UserError
-from cllm.kv.plan import Fuse, KVPlan, Own, Read
-from cllm.kv.sources import FusedRead, OwnKV, SharedRead, Slot
-from cllm.kv.stores import Store
 from cllm.model.attention import Attention, Context
 from cllm.model.decoder import Decoder
+from cllm.model.sources import FusedRead, OwnKV, SharedRead
+from cllm.plan.plan import Fuse, KVPlan, Own, Read
 
 OWN = "curriculum_own"
 """Name of the module with a layer's own projections."""

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from cllm.cache.cache import KVCache
+from cllm.cache.slot import Slot
+from cllm.cache.stores import Store
 from cllm.config import ModelConfig
 from cllm.errors import UserError
-from cllm.kv.cache import KVCache
-from cllm.kv.plan import LayerPlan, Own
-from cllm.kv.sources import OwnKV, Slot
-from cllm.kv.stores import Store
 from cllm.model.attention import Attention, Context
 from cllm.model.block import Block
 from cllm.model.decoder import Decoder, Slots
 from cllm.model.sizes import model_d_ff
+from cllm.model.sources import OwnKV
+from cllm.plan.plan import LayerPlan, Own
 from cllm.uptrain.loss import DistilledHead
 
 

@@ -23,15 +23,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cllm.kv.plan import KVPlan
-from cllm.kv.sources import FusedRead, OwnKV, SharedRead
+from cllm.config.uptraining import Align
 from cllm.model.decoder import Decoder
+from cllm.model.sources import FusedRead, OwnKV, SharedRead
+from cllm.plan.plan import KVPlan
 from cllm.uptrain.calibrate import Batches, observe
 from cllm.uptrain.decoder import TracedDecoder, attention_of, owner_of
 from cllm.uptrain.heads import Grams, Turn, procrustes, to_pairs, unit
 from cllm.uptrain.project import Part, anchors
 from cllm.uptrain.ridge import solve
-from cllm.uptrain.settings import Align
 
 _ROUNDS = 20
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cllm.kv.sources import OwnKV
 from cllm.model.attention import Attention
+from cllm.model.sources import OwnKV
 from cllm.uptrain.assign import assign
 
 

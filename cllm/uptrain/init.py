@@ -19,17 +19,17 @@ from dataclasses import dataclass, field
 
 import torch
 
+from cllm.config.uptraining import InitFrom
 from cllm.errors import UserError
-from cllm.kv.plan import KVPlan, Latent
-from cllm.kv.sources import OwnKV
 from cllm.model.decoder import Decoder
+from cllm.model.sources import OwnKV
+from cllm.plan.plan import KVPlan, Latent
 from cllm.uptrain.calibrate import Batches
 from cllm.uptrain.decoder import TracedDecoder, attention_of
 from cllm.uptrain.fit import fit_readers, text_grams
 from cllm.uptrain.heads import Grams, Turn, heads_of, turn_owner, turn_reader
 from cllm.uptrain.project import anchors, average_owners, check_plans, copy_owners, copy_rest, teacher_owners
 from cllm.uptrain.ridge import fit_shared, shared_groups
-from cllm.uptrain.settings import InitFrom
 from cllm.uptrain.svd import check_latents, make_latents
 
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cllm.model.loss import IGNORE, Head
+from cllm.kernels.cross_entropy import IGNORE
+from cllm.model.loss import Head
 
 _CHUNK_BYTES = 2**28
 """Size of one chunk's logits in fp32; about seven tensors of that size exist at once, compiled less than two."""

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from cllm.errors import UserError
-from cllm.kv.plan import KVPlan, Latent, Own, Retention
-from cllm.kv.sources import OwnKV, SharedRead
 from cllm.model.attention import Attention
 from cllm.model.decoder import Decoder
+from cllm.model.sources import OwnKV, SharedRead
+from cllm.plan.plan import KVPlan, Latent, Own, Retention
 from cllm.uptrain.decoder import attention_of, block_of, owner_of
 from cllm.uptrain.heads import heads_of, set_heads
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cllm.kv.plan import Share
-from cllm.kv.sources import OwnKV
 from cllm.model.decoder import Decoder
+from cllm.model.sources import OwnKV
+from cllm.plan.plan import Share
 from cllm.uptrain.calibrate import Batches, Observed, observe
 from cllm.uptrain.decoder import TracedDecoder, owner_of
 from cllm.uptrain.heads import heads_of, set_heads

@@ -24,18 +24,19 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from cllm import cli
+from cllm.cache.accounting import kv_bytes
 from cllm.config import Config, ModelConfig
+from cllm.config.load import config_parser
+from cllm.config.uptraining import InitFrom
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
-from cllm.kv.accounting import kv_bytes
-from cllm.kv.explicit import Explicit
-from cllm.kv.plan import Fuse, KVPlan, Latent, LayerPlan, Own, Read, Retention, Share
+from cllm.plan.explicit import Explicit
+from cllm.plan.plan import Fuse, KVPlan, Latent, LayerPlan, Own, Read, Retention, Share
 from cllm.uptrain.calibrate import Batches, observe
+from cllm.uptrain.complete import load_config
 from cllm.uptrain.decoder import TracedDecoder, build_traced, owner_of
 from cllm.uptrain.init import initialise
 from cllm.uptrain.ridge import solve
-from cllm.uptrain.settings import InitFrom
 
 Measure = Literal["cosine", "cka"]
 _SHARING = ("owners", "max_bytes", "measure", "dissimilar_first", "threshold")
@@ -268,7 +269,7 @@ def _read_entry(read: Read) -> dict[str, Any]:
 @one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see the module."""
-    parser = cli.config_parser(Config, __doc__ or "")
+    parser = config_parser(Config, __doc__ or "")
     add = parser.add_argument
     add("--owners", type=int, help="layers that keep keys and values of their own")
     add("--max-bytes", type=float, help="resident cache bytes a token in bf16, at the model's context, to stay within")
@@ -278,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--threshold", type=float, help="least cosine of final hidden states to the teacher's; default: none")
     add("--out", type=Path, metavar="FILE", help="write the plan there; default: standard output")
     arguments, overrides = parser.parse_settings(argv)
-    config = cli.load(Config, arguments.config, overrides)
+    config = load_config(arguments.config, overrides)
     text = yaml.safe_dump(
         {"model": {"kv": {"layers": _search(config, arguments)}}}, sort_keys=False, default_flow_style=None
     )

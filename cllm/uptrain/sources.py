@@ -11,7 +11,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from cllm.config import Config
 from cllm.data.module import DataModule
 from cllm.errors import UserError
-from cllm.kv.plan import Fuse, KVPlan, Read
+from cllm.plan.plan import Fuse, KVPlan, Read
 from cllm.runs import RunFolder
 from cllm.uptrain.search import fusion_plan, with_plan
 from cllm.uptrain.start import calibration_batches

@@ -27,15 +27,15 @@ import math
 import torch
 from torch import Tensor
 
+from cllm.config.uptraining import KeepPairs
 from cllm.errors import UserError
-from cllm.kv.plan import Latent
-from cllm.kv.sources import OwnKV, OwnLatent
 from cllm.model.attention import Attention, LatentAttention
 from cllm.model.decoder import Decoder
+from cllm.model.sources import OwnKV, OwnLatent
+from cllm.plan.plan import Latent
 from cllm.uptrain.calibrate import Batches, observe
 from cllm.uptrain.decoder import TracedDecoder, attention_of, block_of
 from cllm.uptrain.heads import heads_of, to_channels, to_pairs
-from cllm.uptrain.settings import KeepPairs
 
 
 def kept_pairs(head_dim: int, rope_dim: int, keep: KeepPairs) -> list[int]:

@@ -14,12 +14,11 @@ import torch
 
 from cllm.config import ModelConfig
 from cllm.errors import UserError
-from cllm.kv.plan import Latent
 from cllm.model.sizes import model_d_ff
+from cllm.plan.plan import Latent
 from cllm.trust import check_model_folder, read_object
 from cllm.uptrain.decoder import TracedDecoder, build_traced
 
-_REQUIRED = ("d_model", "n_layers", "n_heads")
 _STUDENTS_OWN = {"kv", "max_seq_len", "init"}
 """Keys of `model` that a student may set as it likes."""
 
@@ -133,28 +132,6 @@ def student_model(teacher: ModelConfig, kv: Any, *, rope_pairs: str) -> dict[str
             )
         data["rope"]["theta"] = teacher.rope.theta ** (dims.pop() / teacher.resolved_head_dim)
     return data
-
-
-def complete(data: dict[str, Any]) -> dict[str, Any]:
-    """A config's plain data with `model` filled in from the teacher, where `init.from` is set and `model` lacks shape.
-
-    A `model` that has one, as in the config.yaml of a run, is left as it is, and nothing is read. Raises `UserError`
-    where neither says a shape.
-    """
-    init, model = data.get("init") or {}, data.get("model") or {}
-    path = init.get("from") if isinstance(init, dict) else None
-    if not isinstance(model, dict) or all(key in model for key in _REQUIRED):
-        return data
-    if path is None and init:
-        raise UserError(
-            f"init.from is null, but init: is set and model.{next(key for key in _REQUIRED if key not in model)} is "
-            "missing; name the model to start from (--init.from PATH)"
-        )
-    if not isinstance(path, str):
-        return data
-    teacher = teacher_config(path)
-    kv = model.get("kv", teacher.model_dump(mode="json")["kv"])
-    return {**data, "model": {**student_model(teacher, kv, rope_pairs=init.get("rope_pairs", "high")), **model}}
 
 
 def check_student(student: ModelConfig, teacher: ModelConfig, *, path: Path, rope_pairs: str) -> None:

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cllm.config import Config
-from cllm.kv.sources import FusedRead
+from cllm.config.uptraining import Lora
 from cllm.model.decoder import Decoder
+from cllm.model.sources import FusedRead
 from cllm.uptrain.curriculum import OWN
 from cllm.uptrain.decoder import block_of
-from cllm.uptrain.settings import Lora
 
 _QUERIES = ("q_proj", "q_norm", "q_down_proj", "kv_up_proj")
 LORA_A, LORA_B = "lora_a", "lora_b"

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from cllm.kv.accounting import cache_bytes
-from cllm.kv.cache import KVCache
+from cllm.cache.accounting import cache_bytes
+from cllm.cache.cache import KVCache
 from cllm.model.decoder import Decoder
 from decode_bench.designs import Design, Point
 from decode_bench.measure import fill, free, measure_step, weight_bytes

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from cllm import cli
+from cllm.cache.accounting import Storage, mha_twin
 from cllm.config import Config, ModelConfig
 from cllm.errors import UserError, nearest
-from cllm.kv.accounting import Storage, mha_twin
+from cllm.uptrain.complete import load_config
 
 PLANS = Path(__file__).resolve().parents[2] / "configs" / "kv"
 SHORTEST = 16
@@ -102,7 +102,7 @@ def parse_design(word: str, files: Sequence[str], overrides: Sequence[str], poin
     if storage not in get_args(Storage):
         raise UserError(f"--designs {word}: storage is {storage}; allowed: {', '.join(get_args(Storage))}")
     words = [word for key, value in settings.items() for word in (f"--model.kv.{key}", value)]
-    config = cli.load(Config, [*files, file], [*overrides, *words])
+    config = load_config([*files, file], [*overrides, *words])
     if config.model.vocab_size is None:
         raise UserError("model.vocab_size is null, and random tokens are drawn from it; allowed here: a number")
     if at:

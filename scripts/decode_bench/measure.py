@@ -19,14 +19,14 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cllm.cache.accounting import cache_bytes, kv_bytes
+from cllm.cache.cache import KVCache
+from cllm.cache.stores import FP8, StateStore
 from cllm.config import Config
-from cllm.kv.accounting import cache_bytes, kv_bytes
-from cllm.kv.cache import KVCache
-from cllm.kv.sources import FusedRead
-from cllm.kv.stores import FP8, StateStore
 from cllm.model.decoder import Decoder
 from cllm.model.graph import StepGraph
 from cllm.model.sizes import build_decoder
+from cllm.model.sources import FusedRead
 from decode_bench.designs import Design, Point
 
 BF16 = torch.bfloat16

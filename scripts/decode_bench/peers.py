@@ -15,8 +15,8 @@ import torch._dynamo.utils
 from torch import Tensor, nn
 
 from cllm.config import ModelConfig
-from cllm.kv.plan import KVPlan, LayerPlan, Own
 from cllm.model.sizes import model_d_ff
+from cllm.plan.plan import KVPlan, LayerPlan, Own
 from decode_bench.designs import Design, Point
 from decode_bench.measure import BF16, bytes_read, peak_bytes, reset_peak, step_row, time_calls, wait, weight_bytes
 

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cllm import cli
 from cllm.config import OptimConfig
+from cllm.config.load import validate
 from cllm.data.manifest import Manifest
 from cllm.data.packing import PackedDataset, ValidationDataset
 from cllm.data.prepare.build import prepare
 from cllm.data.prepare.recipe import Recipe
 from cllm.data.store import TokenStore
 from cllm.files import new_folder
-from cllm.model.loss import IGNORE
+from cllm.kernels.cross_entropy import IGNORE
 from cllm.train.optim import learning_rate_factor
 from cllm.uptrain.teacher import load_teacher
 from uptraining.setup import Deadline, Folders, Size
@@ -42,7 +42,7 @@ def make_tokens(folders: Folders, size: Size, corpus: list[str], validation: lis
     }
     if size.corpus_bytes is not None:
         recipe |= {"max_bytes": size.corpus_bytes, "workers": 1}
-    return prepare(cli.validate(Recipe, recipe))
+    return prepare(validate(Recipe, recipe))
 
 
 def llama(size: Size, manifest: Manifest) -> LlamaForCausalLM:

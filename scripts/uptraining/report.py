@@ -9,8 +9,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from cllm.environment import environment
 from cllm.files import write_atomic
-from cllm.train.environment import environment
 from uptraining.setup import Folders
 
 Row = dict[str, Any]

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cllm import cli
 from cllm.config import Config
+from cllm.config.load import validate
 from cllm.train.optim import make_optimizer
 from cllm.train.run import make_module
-from cllm.uptrain.module import UptrainingModule
+from cllm.train.uptraining import UptrainingModule
+from cllm.uptrain.complete import complete
 from cllm.uptrain.start import open_teacher
 from uptraining.setup import DISTILLED, Folders, Size, Student
 from uptraining.students import data_module, student_data
@@ -39,7 +40,7 @@ def measure_steps(
     """
     data = student_data(folders, size, student, device=device, compiled=compiled)
     configs = {
-        name: cli.validate(Config, data | {"uptrain": {"loss": loss, "trainable": student.trainable}})
+        name: validate(Config, complete(data)[0] | {"uptrain": {"loss": loss, "trainable": student.trainable}})
         for name, loss in WAYS.items()
     }
     text = data_module(configs["distilled"])

@@ -16,16 +16,18 @@ from typing import Any
 import torch
 import yaml
 
-from cllm import cli, processes
+from cllm import processes
+from cllm.cache.accounting import kv_bytes
 from cllm.config import Config
+from cllm.config.load import validate
 from cllm.data.module import DataModule
 from cllm.errors import EXIT_STOPPED
 from cllm.files import check_replaceable, write_atomic
-from cllm.kv.accounting import kv_bytes
-from cllm.kv.presets import MHA
+from cllm.kernels.cross_entropy import IGNORE
 from cllm.model.decoder import Decoder
-from cllm.model.loss import IGNORE
+from cllm.plan.presets import MHA
 from cllm.runs import RUN, RunFolder
+from cllm.uptrain.complete import complete
 from cllm.uptrain.sources import with_best_sources
 from cllm.uptrain.start import calibration_batches, make_student
 from cllm.uptrain.teacher import Teacher
@@ -104,7 +106,7 @@ def validation_loss(model: Decoder, data: DataModule, device: torch.device) -> f
 def measure_start(folders: Folders, size: Size, start: Start, teacher: Teacher, device: torch.device) -> dict[str, Any]:
     """The row of a student that was not trained."""
     begin = time.perf_counter()
-    config = cli.validate(Config, student_data(folders, size, start, device=device, compiled=False))
+    config = validate(Config, complete(student_data(folders, size, start, device=device, compiled=False))[0])
     data = data_module(config)
     if config.init.sources == "best":
         config = with_best_sources(config, teacher, data, device)

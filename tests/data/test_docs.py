@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cllm import cli
+from cllm.config.load import load_settings
 from cllm.data.manifest import Counts, Manifest, Shard, Split
 from cllm.data.prepare.corpus import Corpus
 from cllm.data.prepare.recipe import Recipe
@@ -16,7 +16,7 @@ from cllm.data.prepare.report import summary
 
 REPO = Path(__file__).resolve().parents[2]
 DOC = (REPO / "docs" / "data.md").read_text(encoding="utf-8")
-RECIPES = {path.name: cli.load(Recipe, [path]) for path in sorted((REPO / "data" / "recipes").glob("*.yaml"))}
+RECIPES = {path.name: load_settings(Recipe, [path]) for path in sorted((REPO / "data" / "recipes").glob("*.yaml"))}
 
 FINGERPRINT = "2ea955e22fe5e373154164964940d32c581e96ca0a0264d54e83db5d112e5cd5"
 """Of the names and sizes of the files that the page's numbers were printed for."""

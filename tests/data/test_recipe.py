@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cllm.cli import load
+from cllm.config.load import load_settings
 from cllm.data.prepare.recipe import Recipe
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "data" / "recipes").glob("*.yaml"))
@@ -12,15 +12,18 @@ RECIPES = sorted((Path(__file__).resolve().parents[2] / "data" / "recipes").glob
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(path):
-    recipe = load(Recipe, [path])
+    recipe = load_settings(Recipe, [path])
     assert recipe.name == path.stem
     assert recipe.folder == Path("data/prepared") / path.stem
 
 
 def test_output_does_not_depend_on_where_and_how_fast():
     path = RECIPES[0]
-    assert load(Recipe, [path]).sha256() == load(Recipe, [path], ["--workers", "7", "--out", "elsewhere"]).sha256()
-    assert load(Recipe, [path]).sha256() != load(Recipe, [path], ["--seed", "1"]).sha256()
+    assert (
+        load_settings(Recipe, [path]).sha256()
+        == load_settings(Recipe, [path], ["--workers", "7", "--out", "elsewhere"]).sha256()
+    )
+    assert load_settings(Recipe, [path]).sha256() != load_settings(Recipe, [path], ["--seed", "1"]).sha256()
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from cllm import cli
 from cllm.config import Config
+from cllm.config.load import validate
 from cllm.errors import UserError
 from cllm.evaluate.comparison import compare as compare_runs
 from cllm.evaluate.comparison import find_runs
@@ -95,7 +95,7 @@ def test_a_validation_set_is_not_called_after_a_path(make_run, name) -> None:
     data = run.config().as_yaml_data()
     data["data"]["validation"] = {name: "data/prepared/x"}
     with pytest.raises(UserError, match=r"data(\.validation)?: .*names a set"):
-        cli.validate(Config, data)
+        validate(Config, data)
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/b", ".."])

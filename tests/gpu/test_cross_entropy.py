@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from cllm.kernels import cross_entropy
+from cllm.kernels.cross_entropy import IGNORE
 from cllm.model import loss
-from cllm.model.loss import IGNORE, Head, linear_cross_entropy
+from cllm.model.loss import Head, linear_cross_entropy
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -15,13 +15,12 @@ import pytest
 import torch
 import yaml
 
-from cllm import cli
-from cllm.config import Config
 from cllm.kernels.fp8_casts import FP8_CASTS
 from cllm.model.sizes import build_decoder
 from cllm.runs import RunFolder, load_run
 from cllm.train.float8 import convert_blocks
 from cllm.train.run import train
+from cllm.uptrain.complete import load_config
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"),
@@ -82,7 +81,7 @@ def base(made_up_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(base: Path, name: str, *settings: str, tag: str = "train/loss") -> list[float]:
-    folder = train(cli.load(Config, [base], ["--name", name, *settings]))
+    folder = train(load_config([base], ["--name", name, *settings]))
     return [row[tag] for row in folder.metrics() if tag in row]
 
 
@@ -95,7 +94,7 @@ def plain(base: Path) -> list[float]:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_converted_layer_multiplies_in_fp8(base: Path, recipe: str) -> None:
     """Three products a layer; with the weights' gradients in bf16, two."""
-    config = cli.load(Config, [base], ["--model.vocab_size", "320"])
+    config = load_config([base], ["--model.vocab_size", "320"])
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = build_decoder(config.model, backend="sdpa")
@@ -122,7 +121,7 @@ def test_compiled_runs_learn_as_in_bf16_and_leave_plain_checkpoints(
     found = losses(base, recipe, "--train.fp8", recipe, "--train.compile", "true")
     assert found != plain
     assert found == pytest.approx(plain, abs=PARTING)
-    runs = Path(cli.load(Config, [base]).runs_dir)
+    runs = Path(load_config([base]).runs_dir)
     ours, theirs = (load_run(runs / name)[0].state_dict() for name in (recipe, "plain"))
     assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
 
@@ -141,6 +140,6 @@ def test_zero_keeps_bf16_weights_and_multiplies_in_fp8(base: Path, plain: list[f
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "fp8: 24 of 24 linear layers" in done.stderr
-    folder = RunFolder(Path(cli.load(Config, [base]).runs_dir) / strategy)
+    folder = RunFolder(Path(load_config([base]).runs_dir) / strategy)
     found = [row["train/loss"] for row in folder.metrics() if "train/loss" in row]
     assert found == pytest.approx(plain, abs=PARTING)

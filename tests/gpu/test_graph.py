@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from cllm.cache.cache import KVCache
 from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.hub import model as hub_model
 from cllm.hub.export import as_pretrained
-from cllm.kv.cache import KVCache
-from cllm.kv.sources import FusedRead
 from cllm.model.decoder import Decoder
 from cllm.model.graph import StepGraph
 from cllm.model.sizes import build_decoder
+from cllm.model.sources import FusedRead
 
 PROMPT, LENGTH = 100, 130
 DESIGNS: dict[str, dict[str, Any]] = {

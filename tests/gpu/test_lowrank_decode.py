@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from cllm.cache.cache import KVCache
 from cllm.config import ModelConfig, Rope
 from cllm.kernels import resident_lowrank, split_lowrank, triton_decode
 from cllm.kernels.decode import Visible
-from cllm.kernels.lowrank_decode import Factored, _keys, lowrank_decode, lowrank_decode_reference
-from cllm.kernels.selection import chosen_tokens
+from cllm.kernels.lowrank_decode import _keys, lowrank_decode, lowrank_decode_reference
+from cllm.kernels.selection import Factored, chosen_tokens
 from cllm.kernels.split_lowrank import Rebuild
-from cllm.kv.cache import KVCache
 from cllm.model.graph import StepGraph
 from cllm.model.rope import rope_table
 from cllm.model.sizes import build_decoder

@@ -24,7 +24,8 @@ import pytest
 import torch
 import yaml
 
-from cllm.runs import RunFolder, load_run, read_weights
+from cllm.runs import RunFolder, load_run
+from cllm.runs.checkpoint import read_weights
 from cllm.train.breakdown import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]

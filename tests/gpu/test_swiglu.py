@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from cllm import cli
-from cllm.config import Config, ModelConfig
+from cllm.config import ModelConfig
 from cllm.kernels.swiglu import missing, swiglu
 from cllm.model.mlp import SwiGLU
 from cllm.model.sizes import build_decoder
 from cllm.train.run import train
+from cllm.uptrain.complete import load_config
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,7 @@ def test_auto_takes_them_and_a_run_learns_as_without(made_up_text: Path, tmp_pat
     for how in ("torch", "auto"):
         caplog.clear()
         with caplog.at_level("INFO", "cllm"):
-            folder = train(cli.load(Config, [file], ["--name", how, "--train.swiglu", how]))
+            folder = train(load_config([file], ["--name", how, "--train.swiglu", how]))
         assert ("swiglu: quack" in caplog.text) == (how == "auto")
         losses.append([row["train/loss"] for row in folder.metrics() if "train/loss" in row])
     assert losses[1] != losses[0]

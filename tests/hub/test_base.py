@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.hub.base import CLLMModel
 from cllm.hub.config import CLLMConfig
 from cllm.hub.model import CLLMForCausalLM
-from cllm.kv.cache import KVCache
-from cllm.kv.presets import preset_names
+from cllm.plan.presets import preset_names
 
 IDS = torch.tensor([[5, 9, 1, 30, 7, 2, 11], [4, 4, 8, 21, 3, 17, 6]])
 LEFT = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])

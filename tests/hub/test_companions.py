@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
-from cllm import cli
 from cllm.config import Config
+from cllm.config.load import validate
 from cllm.errors import UserError
 from cllm.hub.companions import FOLDER, companions, generation_values, keep_companions
 from cllm.hub.exchange import export_folder, import_folder
 from cllm.hub.export import export_run
 from cllm.train.run import train
+from cllm.uptrain.complete import complete
 
 CHAT = {"eos_token_id": [1, 0], "pad_token_id": 0, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
 COMPANIONS = [
@@ -59,7 +60,7 @@ def test_an_uptrained_run_keeps_the_companions_of_its_source(chat_llama, prepare
         "train": {"steps": 1, "global_batch": 2, "micro_batch": 2, "accelerator": "cpu", "validate_every": None},
         "model": {"kv": {"preset": "cla"}},
     }
-    run = train(cli.validate(Config, {**data, "name": "first", "init": {"from": str(chat_llama)}}))
+    run = train(validate(Config, complete({**data, "name": "first", "init": {"from": str(chat_llama)}})[0]))
     keep_companions(run.path, tmp_path / "second", 320)
     assert names(tmp_path / "second" / FOLDER) == COMPANIONS
     chat_llama.rename(tmp_path / "gone")

@@ -19,7 +19,8 @@ from cllm.files import MARK
 from cllm.hub import companions
 from cllm.hub import export as export_module
 from cllm.model.sizes import build_decoder
-from cllm.runs import TIED, WEIGHTS_FILE, load_run
+from cllm.runs import load_run
+from cllm.runs.names import TIED, WEIGHTS_FILE
 
 REPO = Path(__file__).resolve().parents[2]
 

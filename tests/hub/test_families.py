@@ -20,9 +20,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from cllm.config import ModelConfig, RopeScaling
 from cllm.errors import UserError
 from cllm.hub.families import FAMILIES, export_family, load, load_family, read_family
-from cllm.kv.plan import KVPlan, Latent, LayerPlan, Own
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import build_decoder, count_parameters
+from cllm.plan.plan import KVPlan, Latent, LayerPlan, Own
 
 V, D, F, L, H, G, T = 48, 40, 56, 3, 4, 2, 24
 RANK, NOPE, ROPE, VALUE = 20, 6, 8, 10

@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from cllm.cache.cache import KVCache
 from cllm.errors import UserError
-from cllm.kv.cache import KVCache
 from cllm.model import decoder as decoder_module
 
 IDS = torch.tensor([[5, 9, 1, 30, 7, 2, 11], [4, 4, 8, 21, 3, 17, 6]])
@@ -263,7 +263,7 @@ def _mask(*zeros: int) -> torch.Tensor:
             "token 1 of sequence 0 is at 1, .* put it at 0",
         ),
         ({"position_ids": torch.arange(6)[None]}, r"position_ids are \(1, 6\)"),
-        ({"past_key_values": DynamicCache()}, "past_key_values is a DynamicCache; allowed: cllm.kv.cache.KVCache"),
+        ({"past_key_values": DynamicCache()}, "past_key_values is a DynamicCache; allowed: cllm.cache.cache.KVCache"),
         ({"output_attentions": True}, "output_attentions is not supported"),
         ({"inputs_embeds": torch.ones(2, 7, 24)}, "input_ids and inputs_embeds are both given"),
         ({"cache_position": torch.arange(7)}, "cache_position is not supported"),

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.hub import model as model_module
 from cllm.hub.config import CLLMConfig
 from cllm.hub.model import CLLMForCausalLM
-from cllm.kv.cache import KVCache
-from cllm.kv.presets import preset_names
 from cllm.model.graph import StepGraph
+from cllm.plan.presets import preset_names
 
 IDS = torch.tensor([[5, 9, 1, 30, 7], [4, 4, 8, 21, 3]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])

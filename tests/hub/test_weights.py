@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from cllm.errors import UserError
 from cllm.hub.config import CLLMConfig
 from cllm.hub.model import CLLMForCausalLM
-from cllm.kv.presets import preset_names
-from cllm.kv.sources import FusedRead
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import build_decoder
+from cllm.model.sources import FusedRead
+from cllm.plan.presets import preset_names
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.arange(1, 13).view(2, 6)

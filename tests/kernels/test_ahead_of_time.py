@@ -134,7 +134,7 @@ def decode_factors() -> None:
     """xKV-4 at 8x of an 8B model's layer: all tokens, with padding, and chosen ones."""
     from cllm.kernels import split_lowrank
     from cllm.kernels.decode import Visible
-    from cllm.kernels.lowrank_decode import Factored
+    from cllm.kernels.selection import Factored
     from cllm.posthoc.landmarks import make_landmarks
 
     tokens, tail, groups, heads, dim = 4096, 64, 8, 32, 128
@@ -153,7 +153,7 @@ def decode_resident_factors() -> None:
     """The same, rebuilt by programs that keep B; and other heads, ranks and KV heads of a program."""
     from cllm.kernels import split_lowrank
     from cllm.kernels.decode import Visible
-    from cllm.kernels.lowrank_decode import Factored
+    from cllm.kernels.selection import Factored
 
     tokens = 17_000
     for heads, groups, dim, rank, first, dtype in (

@@ -21,9 +21,9 @@ from cllm.kernels import lowrank_decode as module
 from cllm.kernels import resident_lowrank, split_lowrank
 from cllm.kernels.decode import Visible
 from cllm.kernels.gluon_lowrank import TILE
-from cllm.kernels.lowrank_decode import Factored, lowrank_decode
+from cllm.kernels.lowrank_decode import lowrank_decode
 from cllm.kernels.resident_lowrank import choose_resident, resident, slots
-from cllm.kernels.selection import Selection
+from cllm.kernels.selection import Factored, Selection
 from cllm.kernels.split_decode import Limits
 from cllm.kernels.split_lowrank import Rebuild, choose_rebuild
 from cllm.model.rope import rope_table

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cllm.kv.presets import preset_names
+from cllm.plan.presets import preset_names
 
 LENGTHS = [[5, 1, 7], [2, 9, 2]]
 

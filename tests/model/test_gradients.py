@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cllm.kv.presets import preset_names
-from cllm.kv.sources import FusedRead
 from cllm.model.decoder import Decoder
+from cllm.model.sources import FusedRead
+from cllm.plan.presets import preset_names
 
 NAMES = [*preset_names(), "yoco with retention"]
 

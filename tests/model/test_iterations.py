@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from cllm.kv.presets import preset_names
+from cllm.plan.presets import preset_names
 
 CYCLIC = ["lckv", "lasagna_middle", "lasagna_top", "pizza_middle", "pizza_top", "sandwich_middle", "sandwich_top"]
 T = 8

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cllm.kernels.cross_entropy import IGNORE
 from cllm.model import loss as module
-from cllm.model.loss import IGNORE, Head, next_token_loss
+from cllm.model.loss import Head, next_token_loss
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cllm.kv.presets import preset_names
+from cllm.plan.presets import preset_names
 
 IDS = [5, 17, 3, 17, 30, 8]
 

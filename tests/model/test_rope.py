@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cllm.config import Rope
-from cllm.kv.presets import preset_names
 from cllm.model.rope import apply_rope, rope_frequencies, rope_table
+from cllm.plan.presets import preset_names
 
 SCALINGS = {
     "none": None,

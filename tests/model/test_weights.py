@@ -9,12 +9,12 @@ from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.hub.config import CLLMConfig
 from cllm.hub.model import CLLMForCausalLM
-from cllm.kv.plan import Fuse
-from cllm.kv.presets import preset_names
-from cllm.kv.sources import FusedRead, make_read
 from cllm.model import attention, sizes
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import build_decoder, count_parameters, meta_decoder, model_d_ff
+from cllm.model.sources import FusedRead, make_read
+from cllm.plan.plan import Fuse
+from cllm.plan.presets import preset_names
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
+from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.hub.export import as_pretrained
-from cllm.kv.cache import KVCache
 from cllm.posthoc.cache import CompressedSlot, compress_cache
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.hf import compress_dynamic, layer_tensors

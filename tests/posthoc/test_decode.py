@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.kernels.selection import chosen_tokens
-from cllm.kv.cache import KVCache
 from cllm.posthoc import deferred
 from cllm.posthoc.cache import CompressedSlot, compress_cache
 from cllm.posthoc.code import Prefix

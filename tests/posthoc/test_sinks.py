@@ -7,11 +7,11 @@ import functools
 import pytest
 import torch
 
+from cllm.cache.cache import KVCache
+from cllm.cache.slot import Slot
 from cllm.config import Rope
 from cllm.errors import UserError
 from cllm.kernels.decode import Stored, Visible
-from cllm.kv.cache import KVCache
-from cllm.kv.sources import Slot
 from cllm.model.rope import rope_table
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.code import Rotation

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cllm import cli
 from cllm.config import Config
+from cllm.uptrain.complete import load_config
 
 TEXT = "the plan says where keys and values come from and every layer reads what an owner wrote before it"
 
@@ -45,4 +45,4 @@ def tiny(prepared: Path, tmp_path: Path) -> Callable[..., Config]:
     }
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(base), encoding="utf-8")
-    return lambda *overrides: cli.load(Config, [file], overrides)
+    return lambda *overrides: load_config([file], overrides)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cllm import cli
-from cllm.config import Config
+from cllm.config.load import read_yaml
 from cllm.model.sizes import build_decoder
+from cllm.uptrain.complete import load_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHAPE = {"vocab_size": 64, "d_model": 32, "n_heads": 4, "d_ff": 64, "max_seq_len": 48, "qk_norm": "true"}
@@ -19,7 +19,7 @@ BATCH, LENGTH = 2, 48
 
 def plans() -> list[Path]:
     """Without those that spell out the layers of another depth."""
-    return [f for f in sorted((CONFIGS / "kv").glob("*.yaml")) if "n_layers" not in cli.read_yaml(f)["model"]]
+    return [f for f in sorted((CONFIGS / "kv").glob("*.yaml")) if "n_layers" not in read_yaml(f)["model"]]
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def step(model: torch.nn.Module, documents: bool, seed: int) -> None:
 def test_blocks_are_whole_and_compiled_once(plan: Path, documents: bool, checkpointing: bool) -> None:
     settings = [word for key, value in SHAPE.items() for word in (f"--model.{key}", str(value))]
     files = [CONFIGS / "bench" / "374m.yaml", plan]
-    config = cli.load(Config, files, [*settings, "--model.n_layers", "6", "--data.seq_len", str(LENGTH)])
+    config = load_config(files, [*settings, "--model.n_layers", "6", "--data.seq_len", str(LENGTH)])
     model = build_decoder(config.model)
     model.init_weights()
     model.gradient_checkpointing = checkpointing

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from cllm import cli
 from cllm.config import Config
+from cllm.config.load import validate
 from cllm.data.manifest import Manifest
 from cllm.errors import UserError
-from cllm.kv.plan import Iterations, KVPlan
 from cllm.model.sizes import build_decoder, count_parameters
+from cllm.plan.plan import Iterations, KVPlan
 from cllm.train.dryrun import GIB, block_activation_bytes, dry_run, memory_estimate
+from cllm.uptrain.complete import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -56,7 +57,7 @@ def estimate(written: dict[str, Any], micro_batches: int = 1, *, devices: int, *
     given["train"] = (
         older | written["train"] | {"devices": devices, "global_batch": batch, "accelerator": "gpu"} | train
     )
-    config = cli.validate(Config, given)
+    config = validate(Config, given)
     with torch.device("meta"):
         model = build_decoder(config.model)
     return memory_estimate(model, config)["total"]
@@ -90,7 +91,7 @@ def test_the_header_of_a_config_says_what_its_dry_run_says(file: Path) -> None:
     told = re.search(r"about (\d+) GiB", file.read_text(encoding="utf-8"))
     assert told is not None
     settings = ["--train.devices", "1", "--train.accelerator", "gpu", "--train.swiglu", "torch"]
-    report = dry_run(cli.load(Config, [file], settings))
+    report = dry_run(load_config([file], settings))
     total = re.search(r"total ([\d.]+) GiB at the peak on one GPU", report)
     assert total is not None
     assert float(total[1]) == pytest.approx(float(told[1]), abs=0.6)
@@ -110,7 +111,7 @@ SHARES = {
 def test_states_are_shared_as_the_strategy_shares_them(strategy: str, devices: int) -> None:
     def estimate(*settings: str) -> tuple[dict[str, float], int]:
         base = ["--train.strategy", strategy, "--train.devices", str(devices), "--train.accelerator", "gpu"]
-        config = cli.load(Config, [CONFIGS / "model" / "332m.yaml"], [*base, *settings])
+        config = load_config([CONFIGS / "model" / "332m.yaml"], [*base, *settings])
         with torch.device("meta"):
             model = build_decoder(config.model)
         return memory_estimate(model, config), count_parameters(model)
@@ -128,7 +129,7 @@ def test_fusion_made_again_is_not_kept() -> None:
     files = [CONFIGS / "model" / "332m.yaml", CONFIGS / "kv" / "fusedkv.yaml"]
     found = []
     for again in ("false", "true"):
-        config = cli.load(Config, files, ["--train.recompute_fusion", again, "--train.accelerator", "gpu"])
+        config = load_config(files, ["--train.recompute_fusion", again, "--train.accelerator", "gpu"])
         with torch.device("meta"):
             found.append(memory_estimate(build_decoder(config.model), config)["activations"])
     bf16_keys_and_values_of_8_layers = 2 * 2 * 1024 * 8
@@ -140,7 +141,7 @@ def test_a_cycle_keeps_activations_of_every_pass_with_gradients() -> None:
     """Counted in the backward's graph of a small model, each storage once, parameters left out."""
     files = [CONFIGS / "model" / "332m.yaml", CONFIGS / "kv" / "lckv.yaml"]
     small = ["--model.d_model", "64", "--model.n_heads", "2", "--model.d_ff", "192", "--model.vocab_size", "64"]
-    config = cli.load(Config, files, [*small, "--train.precision", "fp32", "--train.accelerator", "cpu"])
+    config = load_config(files, [*small, "--train.precision", "fp32", "--train.accelerator", "cpu"])
     model = build_decoder(config.model)
     model.init_weights()
     own = {p.data_ptr() for p in model.parameters()}
@@ -168,7 +169,7 @@ def test_a_cycle_keeps_activations_of_every_pass_with_gradients() -> None:
 
 
 def report(*settings: str) -> str:
-    return dry_run(cli.load(Config, [CONFIGS / "quickstart.yaml"], ["--model.vocab_size", "512", *settings]))
+    return dry_run(load_config([CONFIGS / "quickstart.yaml"], ["--model.vocab_size", "512", *settings]))
 
 
 def test_data_to_be_prepared_are_said_to_be_missing(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from cllm.train import environment
+from cllm import environment
 
 KERNELS = (
     *("flash-attn-4", "flash-linear-attention", "quack-kernels", "liger-kernel", "litgpt", "torchao", "deepspeed"),

@@ -22,11 +22,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cllm import files
-from cllm.checkpoint import read_weights, verify, write_checksums
 from cllm.config import Config
 from cllm.data.manifest import Manifest
 from cllm.errors import UserError
 from cllm.runs import RunFolder, load_run
+from cllm.runs.checkpoint import read_weights, verify, write_checksums
 from cllm.train import callbacks
 from cllm.train.metrics import MetricsLog
 from cllm.train.optim import learning_rate_factor

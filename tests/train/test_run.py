@@ -20,10 +20,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cllm.config import Config
 from cllm.errors import EXIT_STOPPED, UserError
-from cllm.kv.sources import FusedRead
 from cllm.model import attention
 from cllm.model.sizes import build_decoder
-from cllm.runs import RunFolder, load_run, read_weights
+from cllm.model.sources import FusedRead
+from cllm.runs import RunFolder, load_run
+from cllm.runs.checkpoint import read_weights
 from cllm.train.module import TrainingModule
 from cllm.train.optim import learning_rate_factor, parameter_groups
 from cllm.train.run import check_resumable, train, with_vocabulary

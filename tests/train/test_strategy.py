@@ -26,15 +26,17 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from safetensors.torch import save_file
 
+from cllm.cache.slot import Slot
 from cllm.config import Config, TrainConfig
 from cllm.errors import UserError
-from cllm.kv.plan import Fuse
-from cllm.kv.sources import FusedRead, Slot
 from cllm.model.loss import Head, next_token_loss
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import Rope, apply_rope, rope_table
 from cllm.model.sizes import build_decoder
-from cllm.runs import RunFolder, load_run, read_weights
+from cllm.model.sources import FusedRead
+from cllm.plan.plan import Fuse
+from cllm.runs import RunFolder, load_run
+from cllm.runs.checkpoint import read_weights
 from cllm.train import strategy
 from cllm.train.callbacks import Checkpoints
 from cllm.train.optim import parameter_groups

@@ -9,10 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
-from cllm import cli
-from cllm.config import Config
+from cllm.cache.accounting import kv_bytes
 from cllm.errors import UserError
-from cllm.kv.accounting import kv_bytes
+from cllm.uptrain.complete import load_config
 from cllm.uptrain.decoder import build_traced
 from cllm.uptrain.project import check_plans
 from cllm.uptrain.svd import check_latents
@@ -53,14 +52,14 @@ def test_both_families_have_every_plan() -> None:
 
 def test_a_file_alone_asks_for_the_model_to_start_from() -> None:
     with pytest.raises(UserError, match=r"init.from is null, but init: is set and model.d_model is missing"):
-        cli.load(Config, FILES[:1])
+        load_config(FILES[:1])
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 def test_a_file_fits_its_family_and_says_how_much_is_trained(file: Path, tmp_path: Path) -> None:
     family, plan = file.stem.split("_to_")
     FAMILIES[family].save_pretrained(tmp_path)
-    config = cli.load(Config, [file], ["--init.from", str(tmp_path)])
+    config = load_config([file], ["--init.from", str(tmp_path)])
     with torch.device("meta"):
         student, teacher = build_traced(config.model), build_traced(teacher_config(tmp_path))
         make_trainable(student, config)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from cllm.train.environment import environment
+from cllm.environment import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cllm.config.uptraining import InitFrom
 from cllm.errors import UserError
-from cllm.kv.sources import FusedRead
+from cllm.model.sources import FusedRead
 from cllm.uptrain.calibrate import observe
 from cllm.uptrain.decoder import attention_of, block_of, owner_of
 from cllm.uptrain.fit import ReadSums, fit_readers
@@ -14,7 +15,6 @@ from cllm.uptrain.heads import heads_of, set_heads
 from cllm.uptrain.init import initialise
 from cllm.uptrain.project import copy_owners, copy_rest, teacher_owners
 from cllm.uptrain.ridge import fit_shared, solve
-from cllm.uptrain.settings import InitFrom
 
 
 @pytest.mark.parametrize("per_head", [False, True])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cllm.config.uptraining import InitFrom
 from cllm.uptrain.decoder import attention_of, owner_of
 from cllm.uptrain.heads import Grams, Turn, heads_of, turn_owner, turn_reader
 from cllm.uptrain.init import initialise
-from cllm.uptrain.settings import InitFrom
 
 SHAPES = [{}, {"kv": {"preset": "gqa", "n_kv_heads": 2}}, {"q_bias": True, "kv_bias": True}]
 

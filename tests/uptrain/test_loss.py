@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cllm.model.loss import IGNORE
+from cllm.kernels.cross_entropy import IGNORE
 from cllm.uptrain import loss as module
 from cllm.uptrain.loss import distillation_loss, hidden_difference
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import yaml
 
-from cllm import cli
+from cllm.cache.accounting import kv_bytes
 from cllm.config import Config
 from cllm.errors import UserError
-from cllm.kv.accounting import kv_bytes
-from cllm.kv.explicit import Explicit
-from cllm.kv.plan import Share
+from cllm.plan.explicit import Explicit
+from cllm.plan.plan import Share
 from cllm.train.run import train
+from cllm.uptrain.complete import load_config
 from cllm.uptrain.decoder import owner_of
 from cllm.uptrain.heads import heads_of, set_heads
 from cllm.uptrain.search import closeness, fusion_plan, main, plan_entries, share_plan, similarity, with_plan
@@ -95,7 +95,7 @@ def test_a_run_chooses_its_sources_as_the_search_does_and_keeps_them(tiny, tmp_p
     file.write_text(yaml.safe_dump(data))
 
     def student(*words: str) -> Config:
-        return cli.load(Config, [file], ["--init.from", str(base.path), "--init.method", "fit", *words])
+        return load_config([file], ["--init.from", str(base.path), "--init.method", "fit", *words])
 
     assert main(["--config", str(file), "--init.from", str(base.path), "--fusion"]) == 0
     wanted = Explicit.model_validate(yaml.safe_load(capsys.readouterr().out)["model"]["kv"])
@@ -145,7 +145,7 @@ def test_the_command_writes_a_plan_that_trains_and_refuses_what_it_would_ignore(
     base.write_text(yaml.safe_dump(data | {"name": "student"}))
     settings = ["--config", str(base), "--init.from", str(run.path)]
     assert main([*settings, "--owners", "2", "--out", str(out)]) == 0
-    config = cli.load(Config, [base, out], ["--init.from", str(run.path)])
+    config = load_config([base, out], ["--init.from", str(run.path)])
     assert len(config.model.plan().owners) == 2
     train(config)
     for arguments, message in (

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cllm.config.uptraining import InitFrom
 from cllm.errors import UserError
 from cllm.uptrain.decoder import owner_of
 from cllm.uptrain.heads import heads_of, set_heads, to_channels, to_pairs
 from cllm.uptrain.init import initialise
-from cllm.uptrain.settings import InitFrom
 from cllm.uptrain.svd import kept_pairs
 
 

@@ -13,7 +13,6 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from cllm import cli
 from cllm.config import Config
 from cllm.data.manifest import Manifest
 from cllm.data.vocabulary import tokenizer_sha256
@@ -22,6 +21,7 @@ from cllm.hub.config import CLLMConfig
 from cllm.hub.model import CLLMForCausalLM
 from cllm.runs import RunFolder, load_run
 from cllm.train.run import train
+from cllm.uptrain.complete import load_config
 from cllm.uptrain.start import check_tokenizer
 from cllm.uptrain.teacher import check_student, load_teacher, teacher_config
 
@@ -49,7 +49,7 @@ def llama(tmp_path_factory) -> Path:
 def config_from(folder: Path, *settings: str) -> Config:
     file = folder / "student.yaml"
     file.write_text(yaml.safe_dump({"model": {"kv": {"preset": "fusedkv", "n_kv_heads": 2}}, "data": {"seq_len": 32}}))
-    return cli.load(Config, [file], ["--init.from", str(folder), *settings])
+    return load_config([file], ["--init.from", str(folder), *settings])
 
 
 def test_a_llama_folder_gives_its_logits_and_its_shape(llama: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_resolved_config_is_read_without_its_teacher(llama: Path, tmp_path: Pa
     data["init"]["from"] = str(tmp_path / "gone")
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(data))
-    assert cli.load(Config, [file]).model.d_model == 32
+    assert load_config([file]).model.d_model == 32
 
 
 @pytest.mark.parametrize(

@@ -15,16 +15,18 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from cllm import cli
 from cllm.config import Config
+from cllm.config.load import validate
 from cllm.data.module import DataModule
 from cllm.errors import UserError
-from cllm.runs import RunFolder, load_run, read_weights
+from cllm.runs import RunFolder, load_run
+from cllm.runs.checkpoint import read_weights
 from cllm.train.dryrun import GIB, dry_run, memory_estimate
 from cllm.train.run import train, with_vocabulary
+from cllm.train.uptraining import UptrainingModule, draw_route
 from cllm.uptrain import loss as losses
+from cllm.uptrain.complete import load_config
 from cllm.uptrain.decoder import build_traced
-from cllm.uptrain.module import UptrainingModule, draw_route
 from cllm.uptrain.trainable import make_trainable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +49,7 @@ def teacher(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "optim": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 1},
         "train": {"steps": 30, "global_batch": 4, "micro_batch": 4, "accelerator": "cpu", "log_every": 10},
     }
-    return train(cli.validate(Config, data)).path
+    return train(validate(Config, data)).path
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def student(tiny: Callable[..., Config], teacher: Path, tmp_path: Path) -> Stude
     file = tmp_path / "student.yaml"
     file.write_text(yaml.safe_dump(data | {"name": "student"}), encoding="utf-8")
     start = ["--init.from", str(teacher), "--init.calibration_sequences", "4"]
-    return lambda preset, *more: cli.load(Config, [file], [*start, "--model.kv.preset", preset, *more])
+    return lambda preset, *more: load_config([file], [*start, "--model.kv.preset", preset, *more])
 
 
 def rows(folder: RunFolder, tag: str) -> dict[int, float]:

@@ -12,10 +12,11 @@ import pytest
 import torch
 import yaml
 
-from cllm import cli
 from cllm.config import Config
-from cllm.runs import RunFolder, load_run, read_weights
+from cllm.runs import RunFolder, load_run
+from cllm.runs.checkpoint import read_weights
 from cllm.train.run import train
+from cllm.uptrain.complete import load_config
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None or torch.cuda.is_available(), reason="needs DeepSpeed, and no GPU"
@@ -42,7 +43,7 @@ def student(tiny: Callable[..., Config], tmp_path: Path) -> Callable[..., Config
     file = tmp_path / "student.yaml"
     file.write_text(yaml.safe_dump(data), encoding="utf-8")
     settings = ["--init.from", str(teacher), "--model.kv.preset", "fusedkv", "--uptrain.loss.kl", "1.0"]
-    return lambda *more: cli.load(Config, [file], [*settings, *more])
+    return lambda *more: load_config([file], [*settings, *more])
 
 
 def losses(folder: RunFolder, tag: str) -> list[float]:

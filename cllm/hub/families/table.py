@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cllm.config import ModelConfig
-from cllm.kv.plan import Latent, Own, Share
+from cllm.plan.plan import Latent, Own, Share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,8 +14,8 @@ from cllm.config import ModelConfig, RopeScaling
 from cllm.errors import UserError, nearest
 from cllm.hub.families.read import CONFIG_FILE
 from cllm.hub.families.table import FAMILIES, Family, weights
-from cllm.kv.plan import Fuse, KVPlan, Own
 from cllm.model.sizes import meta_decoder, model_d_ff
+from cllm.plan.plan import Fuse, KVPlan, Own
 
 _WRITABLE = tuple(name for name, family in FAMILIES.items() if not family.latent)
 

@@ -1,0 +1,10 @@
+"""The KV cache of a decoder: one store per owner.
+
+slot.py        `Slot`, the tensors that one owner caches
+stores.py      stores: growing, static, rings for windows, fp8, recurrent states
+cache.py       `KVCache`, a transformers `Cache`
+views.py       the layers of a cache as transformers sees them
+accounting.py  bytes resident, written and read per token
+
+Imports the plan, the config and kernels.
+"""

@@ -1,0 +1,151 @@
+"""What a plan costs at inference, counted from the plan: bytes resident, written and read.
+
+The three differ. Sharing lowers what is *resident* and *written*, but every layer still *reads* the slots it attends
+to, and a fusing layer reads several: FusedKV stores half of mha's cache and reads one and a half times as much.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cllm.config import ModelConfig
+from cllm.plan.plan import KVPlan, Latent, Own, Retention
+from cllm.plan.presets import MHA
+
+Storage = Literal["model", "fp8"]
+"""What slots are stored in: the dtype the model computes in, or e4m3 with a bf16 factor for every token and head."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVBytes:
+    """Bytes of one sequence's cache, each divided by the tokens of its context."""
+
+    context: int
+    """Tokens of the context that the figures are for."""
+    resident: float
+    """Bytes held for each token of the context; windows and recurrent states are spread over it."""
+    written: float
+    """Bytes that one new token adds."""
+    read: float
+    """Bytes read for each token of the context when one token is decoded."""
+
+    def relative_to(self, other: KVBytes) -> tuple[float, float]:
+        """(resident, read) as a share of `other`."""
+        return self.resident / other.resident, self.read / other.read
+
+
+def slot_elements(plan: KVPlan, owner: int, head_dim: int) -> tuple[int, int]:
+    """Numbers that one token adds to the two tensors of a slot."""
+    source = plan.layers[owner].own
+    if isinstance(source, Own):
+        return source.n_kv_heads * head_dim, source.n_kv_heads * head_dim
+    if isinstance(source, Latent):
+        return source.kv_lora_rank, source.qk_rope_head_dim
+    return 0, 0
+
+
+def slot_bytes(
+    config: ModelConfig, owner: int, *, bytes_per_element: int = 2, storage: Storage = "model"
+) -> tuple[int, int]:
+    """Bytes that one token adds to the two tensors of a slot; under fp8 with a bf16 factor for each vector."""
+    plan, head_dim = config.plan(), config.resolved_head_dim
+    k, v = slot_elements(plan, owner, head_dim)
+    if storage == "model":
+        return k * bytes_per_element, v * bytes_per_element
+    source = plan.layers[owner].own
+    vectors = source.n_kv_heads if isinstance(source, Own) else 1 if isinstance(source, Latent) else 0
+    return k + 2 * vectors, v + 2 * vectors
+
+
+def state_bytes(config: ModelConfig) -> int:
+    """Bytes of one recurrent state, always fp32."""
+    return 4 * config.n_heads * config.resolved_head_dim**2
+
+
+def kv_bytes(
+    config: ModelConfig, *, context: int | None = None, bytes_per_element: int = 2, storage: Storage = "model"
+) -> KVBytes:
+    """The cost of `config`'s plan at `context` tokens (default: `max_seq_len`), in bf16 unless told otherwise.
+
+    A layer reads the whole of the tensors it attends to, as far as its window goes; keys and values that two fused
+    sources contribute count once for each source. A recurrent state is read and written whole for every token.
+    """
+    plan = config.plan()
+    context = context or config.max_seq_len
+    slots = {j: slot_bytes(config, j, bytes_per_element=bytes_per_element, storage=storage) for j in plan.owners}
+    resident = written = read = 0.0
+    for owner in plan.owners:
+        if isinstance(plan.layers[owner].own, Retention):
+            resident, written = resident + state_bytes(config), written + state_bytes(config)
+            continue
+        resident += sum(slots[owner]) * min(plan.layers[owner].window or context, context)
+        written += sum(slots[owner])
+    for i, layer in enumerate(plan.layers):
+        seen = min(layer.window or context, context)
+        source = plan.source(i)
+        if isinstance(source, Retention):
+            read += state_bytes(config)
+        elif isinstance(source, Latent):
+            read += sum(slots[plan.keys(i).layers[0]]) * seen
+        else:
+            keys = sum(slots[j][0] for j in plan.keys(i).layers)
+            values = sum(slots[j][1] for j in plan.values(i).layers)
+            read += (keys + values) * seen
+    return KVBytes(context=context, resident=resident / context, written=written, read=read / context)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cut:
+    """Bytes for each token that cross between layer `after` and the next, in one direction of a training pass."""
+
+    after: int
+    """The last layer below the cut."""
+    residual: int
+    """The residual stream, upwards."""
+    up: int
+    """Keys and values of owners below that layers above the cut read."""
+    down: int
+    """Keys and values of owners above that layers below read, in every iteration of a cyclic plan."""
+    cyclic: bool
+    """Whether the cut is inside layers that are computed together, by iteration."""
+
+    @property
+    def total(self) -> int:
+        return self.residual + self.up + self.down
+
+
+def cuts(config: ModelConfig, *, bytes_per_element: int = 2) -> list[Cut]:
+    """Every place where a pipeline could cut the model, lowest first.
+
+    A slot crosses a cut once, however many layers on the other side read it, and only the tensors that one of them
+    reads: keys without values where values come from elsewhere. The backward carries gradients of the same sizes the
+    other way.
+    """
+    plan = config.plan()
+    slots = {j: slot_bytes(config, j, bytes_per_element=bytes_per_element) for j in plan.owners}
+    readers = (plan.readers("keys"), plan.readers("values"))
+    found = []
+    for after in range(len(plan) - 1):
+        up = down = 0
+        for j in plan.owners:
+            for half, reads in enumerate(readers):
+                up += slots[j][half] * (j <= after and any(i > after for i in reads[j]))
+                down += slots[j][half] * (j > after and any(i <= after for i in reads[j]))
+        cyclic = any(first <= after < last for first, last in plan.cyclic_spans())
+        residual = config.d_model * bytes_per_element
+        found.append(Cut(after=after, residual=residual, up=up, down=down, cyclic=cyclic))
+    return found
+
+
+def cache_bytes(
+    config: ModelConfig, *, context: int, batch: int = 1, bytes_per_element: int = 2, storage: Storage = "model"
+) -> int:
+    """What `KVCache.nbytes()` is after `context` tokens, or with `max_len=context`."""
+    found = kv_bytes(config, context=context, bytes_per_element=bytes_per_element, storage=storage)
+    return round(found.resident * context) * batch
+
+
+def mha_twin(config: ModelConfig) -> ModelConfig:
+    """The same model with the mha plan: what caches are compared with."""
+    return config.model_copy(update={"kv": MHA(), "match_params": False})

@@ -1,0 +1,50 @@
+"""A slot: the tensors that one owner caches for a stretch of tokens.
+
+Shapes: B batch, T tokens, G KV heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cllm.plan.plan import Latent, Own, Source
+
+
+class Slot(NamedTuple):
+    """What one owner caches.
+
+    Of an `Own` layer: keys after RoPE and values, (B, T, G, D) each. Of a `Latent` layer: the normalised latent
+    (B, T, kv_lora_rank) and the rotated RoPE key (B, T, qk_rope_head_dim). Caches that store fp8 numbers keep a factor
+    for each token and head beside them, (B, T, G) or (B, T).
+    """
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Slot:
+        """`change` of every tensor."""
+        return Slot(*(None if t is None else change(t) for t in self))  # type: ignore[arg-type]
+
+    def join(self, later: Slot) -> Slot:
+        """This slot's tokens, then those of `later`, which is stored in the same way."""
+        return Slot(*(None if t is None else _join(t, n) for t, n in zip(self, later, strict=True)))  # type: ignore[arg-type]
+
+
+def _join(earlier: Tensor, later: Tensor | None) -> Tensor:
+    assert later is not None
+    return torch.cat((earlier, later), dim=1)
+
+
+def slot_widths(source: Source | None, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a slot's two tensors for one token: ((G, D), (G, D)) or ((kv_lora_rank,), (qk_rope_head_dim,))."""
+    if isinstance(source, Own):
+        return (source.n_kv_heads, head_dim), (source.n_kv_heads, head_dim)
+    if isinstance(source, Latent):
+        return (source.kv_lora_rank,), (source.qk_rope_head_dim,)
+    raise TypeError(f"{type(source).__name__} has no slot")

@@ -1,0 +1,304 @@
+"""What a cache keeps of one owner: a slot that grows, a slot of fixed size, a recurrent state.
+
+A forward pass hands a store the slot of its new tokens (`extend`) and gets back what readers attend to; the tokens
+count as stored when the pass is over (`commit`). Until then a pass may extend again with better values, as cyclic plans
+do. A windowed slot keeps the last `window` tokens and no more. What is stored has no gradients: those of a pass go to
+its own tokens and not to earlier ones.
+
+Shapes: B batch, T new tokens, S tokens that readers see, G KV heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cllm.cache.slot import Slot
+from cllm.errors import UserError
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+SCALE = torch.bfloat16
+"""What the factor of a token and head is stored in, beside fp8 numbers."""
+
+
+def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` (..., D) as e4m3 numbers with one bf16 factor for each vector of D: amax / 448.
+
+    The error is at most 1/16 of a number, for numbers larger than 2^-14 of the largest in their vector.
+    """
+    scale = (x.abs().amax(dim=-1).float() / FP8_MAX).clamp(min=1e-30).to(SCALE)
+    return (x.float() / scale.float()[..., None]).to(FP8), scale
+
+
+def from_fp8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers that `to_fp8` stored, (..., D) in `dtype`."""
+    return (x.float() * scale.float()[..., None]).to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one forward pass does to a cache."""
+
+    length: int
+    """New tokens, T."""
+    past: int
+    """Tokens stored before; 0 where `column` has to do."""
+    column: Tensor
+    """(1,) int64: the number of tokens stored before, on the device."""
+
+
+class Store(ABC):
+    """What a cache keeps of one owner."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is stored, by name; batch first."""
+
+    @abstractmethod
+    def commit(self, step: Step) -> None:
+        """The pass is over: what `extend` was given last is stored."""
+
+    @abstractmethod
+    def can_crop(self, length: int, past: int) -> None:
+        """Raises `UserError` where what comes after the first `length` of `past` tokens cannot be forgotten."""
+
+    @abstractmethod
+    def crop(self, length: int, past: int) -> None:
+        """Keep the first `length` of `past` tokens. Raises `UserError` as `can_crop` does."""
+
+    @abstractmethod
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put `change(tensor)` in the place of every tensor."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget all tokens; what a slot's places hold then is never read."""
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+class SlotStore(Store):
+    """A slot: two tensors (B, n, ...), and their factors (B, n, ...) where they are stored in fp8."""
+
+    pending: Slot | None = None
+    """What the pass under way has made."""
+
+    def __init__(
+        self,
+        widths: tuple[tuple[int, ...], tuple[int, ...]],
+        batch: int,
+        size: int,
+        *,
+        window: int | None,
+        dtype: torch.dtype,
+        fp8: bool,
+        device: torch.device,
+    ):
+        self.window, self.dtype, self.fp8 = window, dtype, fp8
+
+        def empty(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+            return torch.zeros((batch, size, *shape), dtype=kind, device=device)
+
+        k, v = (empty(width, FP8 if fp8 else dtype) for width in widths)
+        scales = (empty(width[:-1], SCALE) for width in widths) if fp8 else (None, None)
+        self.slot = Slot(k, v, *scales)
+
+    @abstractmethod
+    def extend(self, new: Slot, step: Step) -> Slot:
+        """The slot as readers of this pass see it: stored tokens, then `new` ones (B, T, ...).
+
+        For T > 1 new tokens are as exact as they come and tokens are in order; for T = 1 all are as stored, and a
+        `FixedSlot` returns its whole ring.
+        """
+
+    @abstractmethod
+    def last(self, n: int, past: int) -> Slot:
+        """The last `n` of `past` stored tokens, in order."""
+
+    @property
+    def size(self) -> int:
+        """Places for tokens."""
+        return self.slot.k.shape[1]
+
+    def kept(self, past: int) -> int:
+        """How many of `past` tokens are still stored."""
+        return min(past, self.size)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: t for name, t in zip(Slot._fields, self.slot, strict=True) if t is not None}
+
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.slot = self.slot.map(change)
+
+    def pack(self, new: Slot) -> Slot:
+        """`new` as it is stored."""
+        if not self.fp8:
+            return Slot(new.k.to(self.dtype), new.v.to(self.dtype))
+        (k, k_scale), (v, v_scale) = to_fp8(new.k), to_fp8(new.v)
+        return Slot(k, v, k_scale, v_scale)
+
+    def unpack(self, stored: Slot) -> Slot:
+        """`stored` as attention over several tokens reads it."""
+        if stored.k_scale is None or stored.v_scale is None:
+            return stored
+        return Slot(
+            from_fp8(stored.k, stored.k_scale, self.dtype),
+            from_fp8(stored.v, stored.v_scale, self.dtype),
+        )
+
+    def reset(self) -> None:
+        self.pending = None
+
+    def can_crop(self, length: int, past: int) -> None:
+        """Raises `UserError` if a token that the next query sees has left the window."""
+        needed = length if self.window is None else min(length, self.window - 1)
+        if needed > self.kept(past) - (past - length):
+            raise UserError(
+                f"cache: cannot go back from {past} to {length} tokens: a slot with a window of {self.window} has "
+                "forgotten tokens that the next one sees; crop once and by one token, or before the window is full"
+            )
+
+
+class GrowingSlot(SlotStore):
+    """As many places as tokens; every pass copies into larger tensors."""
+
+    def extend(self, new: Slot, step: Step) -> Slot:
+        packed = self.pack(new)
+        self.pending = self.slot.join(packed)
+        if step.length == 1 or not self.fp8:
+            return self.pending
+        return self.unpack(self.slot).join(new) if step.past else new
+
+    def last(self, n: int, past: int) -> Slot:
+        return self.slot.map(lambda t: t[:, t.shape[1] - n :])
+
+    def commit(self, step: Step) -> None:
+        if self.pending is None:
+            return
+        slot, self.pending = self.pending.map(Tensor.detach), None
+        surplus = 0 if self.window is None else slot.k.shape[1] - self.window
+        self.slot = slot.map(lambda t: t[:, surplus:].clone()) if surplus > 0 else slot
+
+    def crop(self, length: int, past: int) -> None:
+        self.can_crop(length, past)
+        keep = self.kept(past) - (past - length)
+        self.slot = self.slot.map(lambda t: t[:, :keep].clone())
+
+
+class FixedSlot(SlotStore):
+    """A fixed number of places, a ring where the slot has a window: token c is at place c mod size.
+
+    A pass of one token writes at a place that only the device knows, so that a CUDA graph of it can be replayed.
+    """
+
+    most = 0
+    """The most tokens that were stored when some were cropped: the places of later ones hold no older ones any more."""
+
+    def kept(self, past: int) -> int:
+        return past - max(max(self.most, past) - self.size, 0)
+
+    def reset(self) -> None:
+        super().reset()
+        self.most = 0
+
+    def extend(self, new: Slot, step: Step) -> Slot:
+        if step.length == 1:
+            place = step.column % self.size
+            for stored, tensor in zip(self.slot, self.pack(new), strict=True):
+                if stored is not None:
+                    assert tensor is not None
+                    _rows(stored).index_copy_(1, place, _rows(tensor.detach()))
+            return self.slot
+        self.pending = self.pack(new)
+        if step.past == 0:
+            return new
+        if step.past + step.length > self.size:  # a ring about to wrap: what falls out is still seen by some
+            return self.unpack(self.last(self.kept(step.past), step.past)).join(new)
+        if self.fp8 or new.k.requires_grad:
+            return self.unpack(self.slot.map(lambda t: t[:, : step.past])).join(new)
+        self.commit(step)
+        return self.slot.map(lambda t: t[:, : step.past + step.length])
+
+    def last(self, n: int, past: int) -> Slot:
+        if past <= self.size:
+            return self.slot.map(lambda t: t[:, past - n : past])
+        places = torch.arange(past - n, past, device=self.slot.k.device) % self.size
+        return self.slot.map(lambda t: _rows(t).index_select(1, places).view(t.dtype))
+
+    def commit(self, step: Step) -> None:
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        end, n = step.past + step.length, min(step.length, self.size)
+        places = torch.arange(end - n, end, device=self.slot.k.device) % self.size
+        for stored, tensor in zip(self.slot, pending, strict=True):
+            if stored is not None:
+                assert tensor is not None
+                _rows(stored).index_copy_(1, places, _rows(tensor.detach())[:, -n:])
+
+    def crop(self, length: int, past: int) -> None:
+        self.can_crop(length, past)
+        self.most = max(self.most, past)
+
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        """In place where the size stays, so that what has the tensors' addresses stays right."""
+        changed = self.slot.map(change)
+        if changed.k.shape == self.slot.k.shape:
+            for stored, tensor in zip(self.slot, changed, strict=True):
+                if stored is not None:
+                    assert tensor is not None
+                    stored.copy_(tensor)
+        else:
+            self.slot = changed
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Tensors of a type that has no indexed copy, as bytes."""
+    return t.view(torch.uint8) if t.dtype == FP8 else t
+
+
+class StateStore(Store):
+    """A recurrent state (B, H, D, D) in fp32: the sum that it is of all tokens would drown in bf16."""
+
+    def __init__(self, shape: tuple[int, int, int], batch: int, *, device: torch.device):
+        self.state = torch.zeros((batch, *shape), dtype=torch.float32, device=device)
+        self.pending: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"state": self.state}
+
+    def reset(self) -> None:
+        self.state.zero_()
+        self.pending = None
+
+    def put(self, state: Tensor) -> None:
+        """The state after this pass."""
+        self.pending = state
+
+    def commit(self, step: Step) -> None:
+        if self.pending is not None and self.pending.requires_grad:  # the pass still needs the state that it began with
+            self.state = self.pending.detach()
+        elif self.pending is not None:
+            self.state.copy_(self.pending)
+        self.pending = None
+
+    def can_crop(self, length: int, past: int) -> None:
+        if length < past:
+            raise UserError(f"cache: cannot go back from {past} to {length} tokens: a recurrent state forgets nothing")
+
+    def crop(self, length: int, past: int) -> None:
+        self.can_crop(length, past)
+
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        changed = change(self.state)
+        if changed.shape == self.state.shape:
+            self.state.copy_(changed)
+        else:
+            self.state = changed

@@ -1,0 +1,285 @@
+"""From a command line and YAML files to one validated config.
+
+`--config A.yaml --config B.yaml --model.n_layers 12`: mappings merge key by key, later wins, and what the command line
+says wins over every file. A mapping that names `preset` or `layers` replaces the one it lands on instead of merging
+into it, so that `kv: {preset: mha}` over `kv: {preset: cla, factor: 3}` leaves no stray `factor`.
+
+Values are YAML, read by one parser for files and command line alike (`cllm/yaml_text.py`). Types are strict: `"2"` is
+not an integer. A mistake is a `UserError` that names the key, the file it came from, the value seen and what is
+allowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, Tag, ValidationError
+from pydantic.fields import FieldInfo
+
+from cllm.arguments import Parser
+from cllm.errors import UserError, nearest, same_word
+from cllm.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
+
+Schema = TypeVar("Schema", bound=BaseModel)
+Origin = dict[tuple[str, ...], str]
+"""The file, or the command line, that gave each key and section."""
+
+COMMAND_LINE = "command line"
+_SELECTORS = ("preset", "layers")
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, mapping by mapping; neither is changed."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        replace = isinstance(value, dict) and any(selector in value for selector in _SELECTORS)
+        if isinstance(value, dict) and isinstance(below, dict) and not replace:
+            merged[key] = merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _paths(data: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+    for key, value in data.items():
+        found.append((*prefix, str(key)))
+        if isinstance(value, dict):
+            found += _paths(value, (*prefix, str(key)))
+    return found
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """`--a.b 1 --c=x` as `{"a": {"b": 1}, "c": "x"}`."""
+    tree: dict[str, Any] = {}
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"{COMMAND_LINE}: unexpected argument {word!r}; settings look like --section.key VALUE")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise UserError(f"{COMMAND_LINE}: --{key} needs a value")
+            text = words.pop(0)
+        value = parse_yaml(text, f"{COMMAND_LINE}: --{key}")
+        *sections, leaf = key.split(".")
+        if len(sections) > MAX_DEPTH:
+            raise UserError(f"{COMMAND_LINE}: --{key[:40]}...: is nested more than {MAX_DEPTH} levels deep")
+        node = tree
+        for depth, section in enumerate(sections):
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{COMMAND_LINE}: --{key}: {'.'.join(sections[: depth + 1])} was given a value already")
+        node[leaf] = value
+    return tree
+
+
+def _sections(annotation: Any, tag: str | None = None) -> list[tuple[str | None, type[BaseModel]]]:
+    """The models inside an annotation such as `Foo`, `Foo | None` or a tagged union, each with its tag."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [(tag, annotation)]
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation, *metadata = typing.get_args(annotation)
+        return _sections(annotation, next((m.tag for m in metadata if isinstance(m, Tag)), tag))
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return [section for part in typing.get_args(annotation) for section in _sections(part, tag)]
+    return []
+
+
+def schema_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """Every dotted key of a schema with its pydantic field, sections after their own keys."""
+    keys: dict[str, FieldInfo] = {}
+    for name, field in schema.model_fields.items():
+        sections = _sections(field.annotation)
+        if not sections:
+            keys.setdefault(prefix + name, field)
+        for _, section in sections:
+            for key, inner in schema_keys(section, f"{prefix}{name}.").items():
+                keys.setdefault(key, inner)
+    return keys
+
+
+def _locate(schema: type[BaseModel], location: tuple[Any, ...]) -> tuple[tuple[str, ...], list[str]]:
+    """A pydantic location in the user's words, without union tags, and the keys allowed beside its last part."""
+    path: list[str] = []
+    here: list[tuple[str | None, type[BaseModel]]] = [(None, schema)]
+    beside: list[str] = []
+    annotation: Any = None
+    for part in location:
+        if tagged := [section for section in here if section[0] is not None and section[0] == part]:
+            here = [(None, tagged[0][1])]
+            continue
+        if isinstance(part, str) and not here and typing.get_origin(annotation) in (types.UnionType, typing.Union):
+            continue  # which of several plain types was tried
+        path.append(str(part))
+        if isinstance(part, int):
+            continue
+        beside = [name for _, model in here for name in model.model_fields]
+        fields = [model.model_fields[part] for _, model in here if part in model.model_fields]
+        here = [section for field in fields for section in _sections(field.annotation)]
+        annotation = fields[0].annotation if fields else None
+    return tuple(path), beside
+
+
+def _unknown_key(location: tuple[str, ...], beside: list[str], schema: type[BaseModel]) -> str:
+    """`unknown key;` and the key that is meant: one beside it, or the same word in another section."""
+    key, word = ".".join(location), location[-1]
+    keys = schema_keys(schema)
+    if same_word(word, beside) is None and key not in keys:  # the key may be that of another preset
+        path = [part for part in location if not part.isdigit()]
+
+        def in_common(other: str) -> int:
+            return next((n for n, (a, b) in enumerate(zip(path, other.split("."), strict=False)) if a != b), 0)
+
+        if elsewhere := same_word(word, sorted(keys, key=in_common, reverse=True)):
+            return f'unknown key; did you mean "{elsewhere}"?'
+    return f"unknown key; {nearest(word, beside)}"
+
+
+def _origin(location: tuple[str, ...], origin: Origin) -> str:
+    """Where the key at `location` was given, or the section that it is in."""
+    return next((origin[location[:n]] for n in range(len(location), 0, -1) if location[:n] in origin), "")
+
+
+def _origins(section: tuple[str, ...], message: str, origin: Origin) -> tuple[str, str]:
+    """Where the keys of `section` that a message names were given: (the one place, or ""; else a list of them, or "").
+
+    A rule between fields has no key of its own, and its fields may come from several files.
+    """
+    words = set(re.findall(r"[A-Za-z_]\w*", message))
+    sections = {path[:n] for path in origin for n in range(len(path))}
+    given = {path: place for path, place in origin.items() if path not in sections and path[: len(section)] == section}
+    named = {path: place for path, place in given.items() if path[-1] in words}
+    if message.startswith("layer ") and not any("kv" in path for path in named):
+        named |= {path: place for path, place in given.items() if path[-2:-1] == ("kv",) and path[-1] in _SELECTORS}
+    places = set(named.values())
+    if len(places) > 1:
+        return "", ", ".join(f"{'.'.join(path[len(section) :])} from {place}" for path, place in named.items())
+    return (places.pop() if places else _origin(section, origin)), ""
+
+
+def _describe(error: Any, schema: type[BaseModel], origin: Origin) -> str:
+    """One pydantic error as `file: key: what is wrong, what is allowed`."""
+    location, beside = _locate(schema, error["loc"])
+    where, key, after = _origin(location, origin), ".".join(location), ""
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        message = _unknown_key(location, beside, schema)
+    elif error["type"] == "union_tag_invalid":
+        expected = [tag.strip("'") for tag in error["ctx"]["expected_tags"].split(", ")]
+        key += ".preset"
+        message = f'unknown preset "{error["ctx"]["tag"]}"; {nearest(error["ctx"]["tag"], expected)}'
+    elif error["type"] == "union_tag_not_found":
+        message = f"is a mapping with preset or layers, got {_shown(error['input'])}"
+    elif error["type"] == "missing":
+        message = "is required and missing"
+    elif "ctx" in error and "error" in error["ctx"]:
+        where, places = _origins(location, message, origin)
+        after = f" ({places})" if places else ""
+    elif not isinstance(error["input"], (dict, BaseModel)):
+        message = f"{message[0].lower()}{message[1:]}, got {_shown(error['input'])}"
+    return ": ".join(part for part in (where, key, message) if part) + after
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def validate(schema: type[Schema], data: dict[str, Any], origin: Origin | None = None) -> Schema:
+    """`data` as an instance of `schema`, or a `UserError` for the first thing wrong (and how many more there are)."""
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        errors = error.errors()
+        # An unknown key is usually a misspelt one, and explains the "missing" ones: tell it first.
+        errors.sort(key=lambda e: e["type"] != "extra_forbidden")
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise UserError(_describe(errors[0], schema, origin or {}) + more) from None
+
+
+def load_settings(
+    schema: type[Schema],
+    files: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    *,
+    complete: Callable[[dict[str, Any]], tuple[dict[str, Any], Origin]] | None = None,
+) -> Schema:
+    """The config that YAML `files` and command-line `overrides` spell together.
+
+    Args:
+        schema: what the settings are checked against.
+        files: later ones win.
+        overrides: words such as `--train.steps 10`; they win over every file.
+        complete: fills in settings that follow from others, before the check: from the merged settings to the completed
+            ones, and a name, for messages, of the place that each added key comes from.
+
+    Raises:
+        UserError: for the first mistake, with its key, the file, the value seen and what is allowed.
+    """
+    data: dict[str, Any] = {}
+    origin: Origin = {}
+    layers = [(str(path), read_yaml(path)) for path in files] + [(COMMAND_LINE, parse_overrides(overrides))]
+    for name, layer in layers:
+        data = merge(data, layer)
+        origin |= dict.fromkeys(_paths(layer), name)
+    still = set(_paths(data))  # a plan that was replaced has left its keys in `origin`
+    origin = {path: name for path, name in origin.items() if path in still}
+    if complete is not None:
+        data, added = complete(data)
+        origin = added | origin
+    return validate(schema, data, origin)
+
+
+def keys_help(schema: type[BaseModel]) -> str:
+    """Every key with its default and its meaning, for `--help`."""
+    lines = []
+    for key, field in schema_keys(schema).items():
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"  --{key}  (default: {default})\n      {meaning}")
+    return "settings, the same in YAML and on the command line:\n" + "\n".join(lines)
+
+
+class ConfigParser(Parser):
+    """A parser of options beside the settings of a schema."""
+
+    def __init__(self, schema: type[BaseModel], description: str):
+        super().__init__(description=description, add_help=False)
+        self.schema = schema
+
+    def parse_settings(self, words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+        """The options, and the remaining words, which spell settings. Raises `UserError` for a misspelt option."""
+        return self.parse_beside(words, list(schema_keys(self.schema)))
+
+
+class _Help(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, *, schema: type[BaseModel], help: str):
+        super().__init__(option_strings, dest, nargs=0, help=help)
+        self.schema = schema
+
+    def __call__(self, parser, *_):
+        print(parser.format_help() + "\n" + keys_help(self.schema))
+        parser.exit()
+
+
+def config_parser(schema: type[BaseModel], description: str) -> ConfigParser:
+    """An argument parser with `--config` (repeatable) and a `--help` that lists every setting of `schema`."""
+    parser = ConfigParser(schema, description)
+    parser.add_argument("-h", "--help", action=_Help, schema=schema, help="show this help and every setting")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a YAML file; repeat it, later files win",
+    )
+    return parser

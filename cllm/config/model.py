@@ -1,0 +1,132 @@
+"""The decoder, as YAML says it under `model:`."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from cllm.plan.plan import MAX_LAYERS, KVPlan
+from cllm.plan.presets import MHA, KVConfig
+from cllm.plan.shape import Shape
+from cllm.section import MAX_HEADS, MAX_TOKENS, MAX_WIDTH, Section
+
+
+class RopeScaling(Section):
+    """Stretching RoPE to contexts longer than the model was trained on."""
+
+    type: Literal["linear", "llama3", "yarn"]
+    """`linear` (position interpolation), `llama3` (Llama 3.1), `yarn` (arXiv 2309.00071)."""
+    factor: float = Field(gt=0)
+    """How much longer the context becomes."""
+    original_max_seq_len: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    """Context before scaling, in tokens; required by llama3 and yarn."""
+    low_freq_factor: float = Field(1.0, gt=0)
+    """llama3: wavelengths longer than original / this are stretched in full."""
+    high_freq_factor: float = Field(4.0, gt=0)
+    """llama3: wavelengths shorter than original / this are left alone."""
+    beta_fast: float = Field(32.0, gt=0)
+    """yarn: rotations within the original context above which a channel is left alone."""
+    beta_slow: float = Field(1.0, gt=0)
+    """yarn: rotations within the original context below which a channel is stretched in full."""
+    attention_factor: float | None = Field(None, gt=0)
+    """yarn: factor on cos and sin; null: 0.1 ln(factor) + 1."""
+
+    @model_validator(mode="after")
+    def _needs_original(self) -> Self:
+        if self.type != "linear" and self.original_max_seq_len is None:
+            raise ValueError(f"rope scaling {self.type} needs original_max_seq_len, the context before scaling")
+        if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor is {self.high_freq_factor}; it must exceed low_freq_factor {self.low_freq_factor}"
+            )
+        return self
+
+
+class Rope(Section):
+    """Rotary position embedding, rotate-half layout: channel j turns with channel j + d/2."""
+
+    theta: float = Field(10000.0, gt=0)
+    """Base of the wavelengths."""
+    scaling: RopeScaling | None = None
+    """Scaling to a longer context; null: none."""
+
+
+class Init(Section):
+    """Initial weights: normal with mean 0."""
+
+    std: float = Field(0.02, gt=0)
+    """Standard deviation of embeddings and projections."""
+    scale_residual: bool = True
+    """Divide the deviation of projections that write to the residual stream by sqrt(2 n_layers) (GPT-2)."""
+
+
+class ModelConfig(Section):
+    """The decoder."""
+
+    vocab_size: int | None = Field(None, ge=2, le=MAX_TOKENS)
+    """Rows of the embedding; null: the tokenizer's size, rounded up to a multiple of 64."""
+    d_model: int = Field(ge=2, le=MAX_WIDTH)
+    """Width of the residual stream."""
+    n_layers: int = Field(ge=1, le=MAX_LAYERS)
+    """Decoder layers."""
+    n_heads: int = Field(ge=1, le=MAX_HEADS)
+    """Query heads."""
+    head_dim: int | None = Field(None, ge=2, le=MAX_WIDTH, multiple_of=2)
+    """Channels of a head; null: d_model / n_heads."""
+    d_ff: int | None = Field(None, ge=1, le=MAX_WIDTH)
+    """Width of the SwiGLU hidden layer; null: 8/3 d_model, rounded up to a multiple of 64."""
+    max_seq_len: int = Field(2048, ge=1, le=MAX_TOKENS)
+    """Longest context in tokens."""
+    rope: Rope = Field(default_factory=Rope)
+    """Rotary position embedding."""
+    norm_eps: float = Field(1e-5, gt=0)
+    """Epsilon of every RMSNorm."""
+    qk_norm: bool = False
+    """RMSNorm on each head's queries and keys before RoPE (Qwen3)."""
+    q_bias: bool = False
+    """Bias on query projections (Qwen2)."""
+    kv_bias: bool = False
+    """Bias on key and value projections (Qwen2)."""
+    tie_embeddings: bool = False
+    """The output head is the embedding."""
+    init: Init = Field(default_factory=Init)
+    """Initial weights."""
+    match_params: bool = False
+    """Widen d_ff until the model has as many parameters as its mha twin, within 0.5 %: sharing removes projections."""
+    kv: KVConfig = Field(default_factory=MHA)
+    """The KV plan: a preset by name, or `layers`."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.head_dim is None:
+            if self.d_model % self.n_heads:
+                raise ValueError(
+                    f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}; set head_dim or change either"
+                )
+            if self.d_model // self.n_heads % 2:
+                raise ValueError(
+                    f"d_model {self.d_model} / n_heads {self.n_heads} gives an odd head_dim; RoPE rotates channel pairs"
+                )
+        for i, layer in enumerate(self.plan().layers):
+            n_kv = getattr(layer.own, "n_kv_heads", None)
+            if n_kv is not None and self.n_heads % n_kv:
+                raise ValueError(f"layer {i}: n_heads {self.n_heads} is not a multiple of n_kv_heads {n_kv}")
+        return self
+
+    @property
+    def resolved_head_dim(self) -> int:
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def resolved_d_ff(self) -> int:
+        """`d_ff` as given, or its default; before `match_params`."""
+        return self.d_ff or (8 * self.d_model // 3 + 63) // 64 * 64
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(n_layers=self.n_layers, n_heads=self.n_heads, head_dim=self.resolved_head_dim)
+
+    def plan(self) -> KVPlan:
+        """The KV plan, expanded and checked."""
+        return self.kv.expand(self.shape)

@@ -1,0 +1,136 @@
+"""What a YAML file may say of uptraining: `init:`, where weights come from, and `uptrain:`, how they are trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import Field, create_model, model_validator
+
+from cllm.section import MAX_COUNT, MAX_WIDTH, Section
+
+Method = Literal["copy", "mean", "aligned", "ridge", "fit", "svd"]
+Align = Literal["none", "heads", "turn", "map"]
+KeepPairs = Literal["high", "uniform"]
+
+if TYPE_CHECKING:
+    _From = Section
+else:  # `from` is a keyword of Python's and cannot be written as a field of a class
+    _FROM = "A run folder, one of its checkpoints, or a Hugging Face folder to start from; null: draw the weights."
+    _From = create_model("_From", __base__=Section, **{"from": (str | None, Field(None, description=_FROM))})
+
+
+class InitFrom(_From):
+    """Where the first weights come from."""
+
+    method: Method = "copy"
+    """K/V of a plan other than the teacher's: `copy`, `mean` and `aligned` projections; on a calibration text, `ridge`
+    regression of shared projections, or `fit` of fusion weights and of how layers read what they share; `svd` for
+    latents."""
+    align: Align = "map"
+    """With aligned, ridge and fit, how layers that own nothing are brought to what they read: not at all, KV heads
+    matched (`heads`), their channels turned too (`turn`), and with ridge and fit also scaled and mixed (`map`)."""
+    calibration_sequences: int = Field(32, ge=0, le=MAX_COUNT)
+    """With ridge, fit and svd: training sequences of data.seq_len tokens. 0: svd by the weights alone."""
+    sources: Literal["plan", "best"] = "plan"
+    """With fit, which layers a fusing layer reads: those that the plan names, or as many others, chosen on the
+    calibration text for the least squared error; the run's config.yaml then names them."""
+    ridge: float = Field(1e-4, ge=0)
+    """With ridge and fit: pull towards the start, relative to the mean square of what is fitted on."""
+    rope_pairs: KeepPairs = "high"
+    """With svd: the pairs that keep their position: of highest frequency, or evenly spaced."""
+
+    @property
+    def path(self) -> str | None:
+        """`from`."""
+        return getattr(self, "from")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the method uses a calibration text."""
+        return self.method in ("ridge", "fit", "svd")
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.method in ("ridge", "fit") and not self.calibration_sequences:
+            raise ValueError(f"method is {self.method}, but calibration_sequences is 0; allowed with it: 1 or more")
+        if self.sources == "best" and self.method != "fit":
+            raise ValueError(
+                f"sources is best, but method is {self.method}, which fits no sources; allowed with it: fit"
+            )
+        return self
+
+
+class Losses(Section):
+    """What a step minimises: a weighted sum of three losses, each a mean over scored tokens."""
+
+    kl: float = Field(0.0, ge=0)
+    """Weight of KL(teacher || student) on logits at `temperature`, times its square."""
+    temperature: float = Field(2.0, gt=0)
+    """Temperature of that divergence."""
+    hidden: float = Field(0.0, ge=0)
+    """Weight of the squared difference of hidden states from the teacher's, relative to their mean square."""
+    hidden_layers: Literal["last", "all"] = "last"
+    """Hidden states compared: what the head reads, or the output of every layer too."""
+    next_token: float = Field(1.0, ge=0)
+    """Weight of next-token cross-entropy."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.kl == self.hidden == self.next_token == 0:
+            raise ValueError("kl, hidden and next_token are all 0; at least one must be more")
+        return self
+
+
+class Lora(Section):
+    """Low-rank updates (arXiv 2106.09685) of the blocks' linear layers: W + alpha / rank B A."""
+
+    rank: int = Field(16, ge=1, le=MAX_WIDTH)
+    """Rank of the update."""
+    alpha: float = Field(32.0, gt=0)
+    """Its scale, times the rank."""
+
+
+class Uptrain(Section):
+    """How a model that did not start at random is trained."""
+
+    loss: Losses = Field(default_factory=Losses)
+    """What is minimised; a weight on kl or hidden keeps the teacher in memory."""
+    trainable: Literal["all", "kv", "lora"] = "all"
+    """`all`; `kv`: query, key and value projections, their norms, and fusion weights; `lora`: low-rank updates of the
+    blocks' linear layers, and fusion weights."""
+    lora: Lora = Field(default_factory=Lora)
+    """With trainable lora."""
+    curriculum_steps: int = Field(0, ge=0, le=MAX_COUNT)
+    """Steps in which layers without K/V move from the teacher's keys and values to those they read; 0: at once."""
+    random_sources: float = Field(0.0, ge=0, lt=1)
+    """Chance that a layer reads a lower layer's slot instead of its own, drawn anew each step; every layer must own."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher computes along in every step."""
+        return self.loss.kl > 0 or self.loss.hidden > 0
+
+    def check(self, init: InitFrom, *, steps: int, fp8: str | None) -> None:
+        """Raises `ValueError` for settings that do not go together, or with the rest of the config."""
+        if init.path is None and self != Uptrain():
+            raise ValueError("uptrain: is set, but init.from is null; it names the model to start from")
+        if init.path is None and init != InitFrom():
+            key = next(key for key, value in InitFrom() if getattr(init, key) != value)
+            raise ValueError(
+                f"init.{key} is {getattr(init, key)!r}, but init.from is null, so that weights would be drawn; name "
+                f"the model to start from, or leave init.{key} out"
+            )
+        if self.curriculum_steps > steps:
+            raise ValueError(
+                f"uptrain.curriculum_steps is {self.curriculum_steps}, but train.steps is {steps}, so that training "
+                f"would end before the student reads what the plan says; allowed: up to {steps}"
+            )
+        if self.curriculum_steps and init.method in ("ridge", "fit") and init.align == "map":
+            raise ValueError(
+                f"uptrain.curriculum_steps is {self.curriculum_steps}, but init.align is map, which own keys and "
+                "values cannot follow; allowed with it: none, heads, turn"
+            )
+        if self.curriculum_steps and self.random_sources:
+            raise ValueError("uptrain: curriculum_steps and random_sources are both set; allowed: one of them")
+        if fp8 and self.trainable == "lora":
+            raise ValueError(f"train.fp8 is {fp8}, but uptrain.trainable is lora; allowed with fp8: all, kv")

@@ -1,0 +1,180 @@
+"""Where keys and values come from, as modules: what owners write and what readers read.
+
+A `Slot` is what one owner caches for a stretch of tokens. `OwnKV` and `OwnLatent` write slots; `SharedRead` and
+`FusedRead` turn one or more slots into the keys or the values of a layer. Keys are stored after RoPE, so reading them
+never needs positions.
+
+Shapes: B batch, T tokens, G KV heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cllm.cache.slot import Slot
+from cllm.config import ModelConfig
+from cllm.kernels.decode import Stored
+from cllm.model.norm import RMSNorm
+from cllm.model.rope import apply_rope
+from cllm.plan.plan import Fuse, Latent, Own, Read, Share, Source
+
+
+class RopeTables(Protocol):
+    """cos and sin for a head dimension."""
+
+    def __call__(self, dim: int) -> tuple[Tensor, Tensor]: ...
+
+
+class OwnKV(nn.Module):
+    """Projects a layer's own keys and values."""
+
+    def __init__(self, config: ModelConfig, own: Own):
+        super().__init__()
+        self.head_dim = config.resolved_head_dim
+        width = own.n_kv_heads * self.head_dim
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps) if own.kv_norm else None
+        self.k_proj = nn.Linear(config.d_model, width, bias=config.kv_bias)
+        self.v_proj = nn.Linear(config.d_model, width, bias=config.kv_bias)
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+
+    def forward(self, residual: Tensor, normed: Tensor, rope: RopeTables) -> Slot:
+        """The slot for `residual` (B, T, d_model), the stream as it enters the layer, and `normed`, its norm."""
+        x = normed if self.norm is None else self.norm(residual)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # B, T, G, D
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        return Slot(apply_rope(k, rope(self.head_dim)), v)
+
+
+class OwnLatent(nn.Module):
+    """Projects a layer's own latent and its RoPE key: DeepSeek-V2 (arXiv 2405.04434), eq. 9 and 15."""
+
+    def __init__(self, config: ModelConfig, latent: Latent):
+        super().__init__()
+        self.rank, self.rope_dim = latent.kv_lora_rank, latent.qk_rope_head_dim
+        self.down_proj = nn.Linear(config.d_model, self.rank + self.rope_dim, bias=False)
+        self.norm = RMSNorm(self.rank, eps=config.norm_eps)
+
+    def forward(self, residual: Tensor, normed: Tensor, rope: RopeTables) -> Slot:
+        """The slot for `normed` (B, T, d_model)."""
+        latent, key = self.down_proj(normed).split((self.rank, self.rope_dim), dim=-1)
+        key = apply_rope(key[:, :, None], rope(self.rope_dim))[:, :, 0]  # one head for all
+        return Slot(self.norm(latent), key)
+
+
+def make_owner(config: ModelConfig, source: Source | None) -> nn.Module | None:
+    """The module that writes a layer's slot, or None for a layer that owns none."""
+    if isinstance(source, Own):
+        return OwnKV(config, source)
+    if isinstance(source, Latent):
+        return OwnLatent(config, source)
+    return None
+
+
+class SharedRead(nn.Module):
+    """K = K_j: one owner's keys or values as they are."""
+
+    def __init__(self, place: int, part: Literal["k", "v"]):
+        super().__init__()
+        self.place, self.part = place, part
+
+    def forward(self, slots: Sequence[Slot]) -> Tensor:
+        return getattr(slots[self.place], self.part)
+
+    def queries(self, q: Tensor) -> list[Tensor]:
+        """Queries (B, H, D) for each tensor of `stored`: all as they are."""
+        return [q]
+
+    def stored(self, slots: Sequence[Slot]) -> list[Stored]:
+        """The tensors that this read is made of, as they lie in the cache."""
+        return [_stored(slots[self.place], self.part)]
+
+    def combine(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Attention's output (B, H, D) from the outputs over each tensor of `stored`."""
+        return outputs[0]
+
+
+class FusedRead(nn.Module):
+    """K = Σ_j a_j ⊙ K_j over owners (FusedKV, arXiv 2512.03870, eq. 3-5), computed in fp32.
+
+    Weights depend on the layer and the channel, never on data; the optimizer gives the parameters of this class no
+    weight decay and a learning rate of their own. For keys, both channels of a rotated pair (j, j + D/2) have one
+    weight: otherwise scores would depend on absolute positions (eq. 7 and 8). Values have no such tie.
+
+    `weight` is (sources, 1 or G, n): n is 1 for `scalar`, else D/2 for keys, one a pair, and D for values.
+    """
+
+    def __init__(self, read: Fuse, places: Sequence[int], part: Literal["k", "v"], n_kv_heads: int, head_dim: int):
+        super().__init__()
+        self.places, self.part, self.init = tuple(places), part, read.init
+        self.tied_pairs = part == "k" and read.granularity == "channel"
+        channels = 1 if read.granularity == "scalar" else head_dim // 2 if self.tied_pairs else head_dim
+        shape = (len(read.layers), n_kv_heads if read.per_head else 1, channels)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """`lite`: all keys from the last source, all values from the first; `mean`: 1/sources; `randn`: N(0, 1)."""
+        with torch.no_grad():
+            if self.init == "randn":
+                self.weight.normal_()
+            elif self.init == "mean":
+                self.weight.fill_(1 / len(self.places))
+            else:
+                self.weight.zero_()
+                self.weight[-1 if self.part == "k" else 0] = 1.0
+
+    def channel_weights(self) -> Tensor:
+        """(sources, 1 or G, 1 or D) fp32: the weights as they multiply channels."""
+        weight = self.weight.float()
+        return torch.cat((weight, weight), dim=-1) if self.tied_pairs else weight
+
+    def forward(self, slots: Sequence[Slot]) -> Tensor:
+        """(B, T, G, D) in the slots' dtype."""
+        parts = [getattr(slots[place], self.part) for place in self.places]
+        total = sum(w * part.float() for w, part in zip(self.channel_weights(), parts, strict=True))
+        assert isinstance(total, Tensor)
+        return total.to(parts[0].dtype)
+
+    def queries(self, q: Tensor) -> list[Tensor]:
+        """Queries (B, H, D) for each tensor of `stored`, so that no fused key is ever made: q·Σ a_j ⊙ k_j =
+        Σ (a_j ⊙ q)·k_j."""
+        return [(q.float() * weight).to(q.dtype) for weight in self._head_weights(q.shape[1])]
+
+    def stored(self, slots: Sequence[Slot]) -> list[Stored]:
+        """The tensors that this read is made of, as they lie in the cache."""
+        return [_stored(slots[place], self.part) for place in self.places]
+
+    def combine(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Attention's output (B, H, D): Σ_t p_t Σ_j b_j ⊙ v_tj = Σ_j b_j ⊙ Σ_t p_t v_tj."""
+        weights = self._head_weights(outputs[0].shape[1])
+        total = sum(weight * out.float() for weight, out in zip(weights, outputs, strict=True))
+        assert isinstance(total, Tensor)
+        return total.to(outputs[0].dtype)
+
+    def _head_weights(self, n_heads: int) -> Tensor:
+        """(sources, 1 or H, 1 or D): a query head has the weights of its KV head."""
+        weights = self.channel_weights()
+        heads = weights.shape[1]
+        return weights if heads == 1 else weights.repeat_interleave(n_heads // heads, dim=1)
+
+
+def _stored(slot: Slot, part: Literal["k", "v"]) -> Stored:
+    return Stored(slot.k, slot.k_scale) if part == "k" else Stored(slot.v, slot.v_scale)
+
+
+def make_read(
+    read: Read, part: Literal["k", "v"], places: dict[int, int], n_kv_heads: int, head_dim: int
+) -> SharedRead | FusedRead:
+    """The module that reads the keys (`k`) or values (`v`) of a layer.
+
+    `places` says where each owner's slot stands in the sequence that the layer is handed. Modules know places and not
+    layers, so that layers that do the same are the same code and compile once.
+    """
+    if isinstance(read, Share):
+        return SharedRead(places[read.layer], part)
+    return FusedRead(read, [places[j] for j in read.layers], part, n_kv_heads, head_dim)

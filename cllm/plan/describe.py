@@ -1,0 +1,117 @@
+"""A plan for human eyes: a table, a drawing in characters, and a figure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cllm.plan.plan import KVPlan, Latent, Own, Read, Share
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def _source_text(plan: KVPlan, i: int) -> str:
+    own = plan.layers[i].own
+    if own is None:
+        return "-"
+    if isinstance(own, Own):
+        heads = f"{own.n_kv_heads} KV head{'s' if own.n_kv_heads > 1 else ''}"
+        return heads + (", own norm" if own.kv_norm else "")
+    if isinstance(own, Latent):
+        return f"latent {own.kv_lora_rank} + {own.qk_rope_head_dim}"
+    return "recurrent state"
+
+
+def _read_text(read: Read, i: int) -> str:
+    if isinstance(read, Share):
+        return "own" if read.layer == i else str(read.layer)
+    return "fuse " + " + ".join(map(str, read.layers))
+
+
+def plan_rows(plan: KVPlan) -> list[tuple[str, str, str, str, str]]:
+    """(layers, owns, keys from, values from, sees); neighbours that differ in nothing else share a row."""
+    rows: list[tuple[list[int], tuple[str, str, str, str]]] = []
+    for i, layer in enumerate(plan.layers):
+        sees = "all" if layer.window is None else f"last {layer.window}"
+        if plan.reads_above(i):
+            sees += " but itself"
+        row = (_source_text(plan, i), _read_text(plan.keys(i), i), _read_text(plan.values(i), i), sees)
+        if rows and rows[-1][1] == row:
+            rows[-1][0].append(i)
+        else:
+            rows.append(([i], row))
+    return [(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}", *row) for run, row in rows]
+
+
+def plan_table(plan: KVPlan) -> str:
+    """The plan as aligned text."""
+    rows = [("layer", "owns", "keys", "values", "sees"), *plan_rows(plan)]
+    widths = [max(len(row[c]) for row in rows) for c in range(5)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if plan.iterations and plan.cyclic_spans():
+        spans = ", ".join(f"{first}-{last}" for first, last in plan.cyclic_spans())
+        lines.append(
+            f"layers {spans} read from above: {plan.iterations.forward} passes without and "
+            f"{plan.iterations.backward} with gradient"
+        )
+    return "\n".join(lines)
+
+
+def plan_drawing(plan: KVPlan) -> str:
+    """A row for each layer, a column for each owner, and in it what the layer reads of the owner's slot."""
+    owners, width = plan.owners, len(str(len(plan) - 1))
+    digits = len(str(owners[-1]))
+    lines = [" " * (width + 7) + " ".join(str(j).rjust(digits)[row] for j in owners) for row in range(digits)]
+    for i in range(len(plan)):
+        cells = []
+        for j in owners:
+            k, v = j in plan.keys(i).layers, j in plan.values(i).layers
+            if i == j:
+                cells.append("O" if k and v else "o")
+            else:
+                cells.append("B" if k and v else "K" if k else "V" if v else ".")
+        lines.append(f"layer {str(i).rjust(width)} " + " ".join(cells))
+    lines.append(
+        "O owns and reads, o owns only, B reads keys and values, K keys, V values; columns are the cached slots"
+    )
+    return "\n".join(lines)
+
+
+def plan_figure(plan: KVPlan, title: str) -> Figure:
+    """The plan as a picture: layers upwards, an arrow from each slot to the layers that read it."""
+    from matplotlib.figure import Figure
+
+    n = len(plan)
+    figure = Figure(figsize=(5, max(2.5, 0.32 * n + 1)), layout="constrained")
+    axes = figure.subplots()
+    for i in range(n):
+        own = plan.layers[i].own
+        color = "tab:blue" if isinstance(own, Own) else "white" if own is None else "tab:green"
+        axes.barh(i, 1.6, left=-0.8, height=0.7, color=color, edgecolor="black", alpha=0.85)
+        label = f"{i}" if own is None else f"{i}  {_source_text(plan, i)}"
+        axes.text(0, i, label, ha="center", va="center", fontsize=8, color="black" if own is None else "white")
+    for part, side, color in (("keys", -1, "tab:orange"), ("values", 1, "tab:purple")):
+        for i in range(n):
+            for j in getattr(plan, part)(i).layers:
+                if j == i:
+                    continue
+                axes.annotate(
+                    "",
+                    xy=(side * 0.8, i),
+                    xytext=(side * 0.8, j),
+                    arrowprops={
+                        "arrowstyle": "->",
+                        "color": color,
+                        "alpha": 0.7,
+                        "connectionstyle": f"arc3,rad={0.5 * side}",
+                    },
+                )
+        axes.plot([], [], color=color, label=part)
+    reach = 1 + 0.25 * max((abs(i - j) for i in range(n) for j in plan.reads(i)), default=0)
+    axes.set_xlim(-reach, reach)
+    axes.set_ylim(-0.8, n - 0.2)
+    axes.set_ylabel("layer")
+    axes.set_xticks([])
+    axes.set_title(title)
+    axes.legend(loc="upper right", fontsize=8)
+    return figure

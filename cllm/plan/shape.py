@@ -1,0 +1,31 @@
+"""Settings that presets and explicit plans share: the model's shape, and the passes over cyclic layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from cllm.plan.plan import Iterations
+from cllm.section import MAX_PASSES, Section
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """What a preset may know of the model."""
+
+    n_layers: int
+    n_heads: int
+    head_dim: int
+
+
+class IterationsConfig(Section):
+    """Passes over cyclic layers."""
+
+    forward: int = Field(7, ge=0, le=MAX_PASSES)
+    """Passes without gradient (LCKV's m)."""
+    backward: int = Field(2, ge=1, le=MAX_PASSES)
+    """Passes with gradient (LCKV's b)."""
+
+    def plan(self) -> Iterations:
+        return Iterations(forward=self.forward, backward=self.backward)

@@ -1,0 +1,311 @@
+"""A run on disk: its folder, its metrics, its checkpoints, and the trained model in it.
+
+runs/NAME/
+  .cllm                marks the folder as a run: only such a folder is ever deleted
+  config.yaml          the resolved config; reusable as --config
+  env.txt              versions, git commit, hardware
+  metrics.jsonl        one row a log step: step, tokens, time, and tag: value
+  companions/          of a run that starts from a checkpoint (init.from): its tokenizer, templates, generation config
+  summary.json         design, parameters, KV bytes: what the comparison needs of the config
+  data.json            digests of the manifests of the training and validation data
+  evaluation/SET.json  what evaluate.py measured
+  tensorboard/         events with the same tags as metrics.jsonl
+  checkpoints/         step-00000500.ckpt ...; a folder under ZeRO, with model.safetensors and checksums.json in it
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from cllm.config import Config
+from cllm.config.load import load_settings
+from cllm.errors import UserError
+from cllm.files import MARK, inside, is_being_deleted, is_empty, marked_as, write_atomic
+from cllm.rows import Row, read_rows, rows_backwards, rows_of_step
+from cllm.runs.names import is_named, step_of
+from cllm.trust import read_object
+
+if TYPE_CHECKING:
+    import torch
+
+    from cllm.model.decoder import Decoder
+
+# torch and the model are imported where weights are read: comparing runs needs neither.
+
+log = logging.getLogger(__name__)
+
+RUN = "run"
+"""The kind that a run's folder is marked as, see `cllm/files.py`."""
+_ASIDE, _DELETED, _PARTIAL = ".ckpt.set-aside", ".ckpt.deleted", ".partial"
+
+
+@dataclass(frozen=True, slots=True)
+class DataDigests:
+    """`Manifest.digest()` of the data that a run uses."""
+
+    train: str
+    """Of the training folder."""
+    validation: dict[str, str]
+    """Of each validation set's folder by the set's name, the main set first."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths inside a run's folder, and reading what is there."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def data_file(self) -> Path:
+        return self.path / "data.json"
+
+    @property
+    def evaluation_folder(self) -> Path:
+        return self.path / "evaluation"
+
+    @property
+    def tensorboard_folder(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.path / "checkpoints"
+
+    def check_links(self) -> None:
+        """Refuse a run whose folders are links to somewhere else: what is written or deleted in them is not the run's.
+
+        Raises:
+            UserError: naming the link.
+        """
+        for folder in (self.checkpoint_folder, self.tensorboard_folder, self.evaluation_folder):
+            inside(self.path, folder.name, written_in=self.path, to_write=True)
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, path) of every checkpoint, oldest first."""
+        return sorted((step_of(path), path) for path in self.checkpoint_folder.glob("step-*.ckpt") if is_named(path))
+
+    def newest_checkpoint(self) -> Path | None:
+        """The path of the newest checkpoint, or None where there is none."""
+        return self.checkpoints()[-1][1] if self.checkpoints() else None
+
+    step_of = staticmethod(step_of)
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.checkpoint_folder / f"step-{step:08d}.ckpt"
+
+    def read_checkpoint(self, checkpoint: Path, model: Decoder, *, to_resume: bool = False) -> dict[str, torch.Tensor]:
+        """The decoder's weights in one checkpoint, verified.
+
+        Args:
+            checkpoint: one of `checkpoints`.
+            model: of the run's config; only names and shapes of its tensors are used.
+            to_resume: verify also what evaluation does not read, such as optimizer states.
+
+        Raises:
+            UserError: for a checkpoint that is damaged, foreign, or of another model.
+        """
+        from cllm.runs.checkpoint import check_fits, check_resumable_file, read_weights
+
+        weights = check_resumable_file(checkpoint) if to_resume else read_weights(checkpoint)
+        check_fits(weights, model.state_dict(), checkpoint, self.config_file)
+        return weights
+
+    def newest_intact(
+        self, model: Decoder, *, to_resume: bool = False
+    ) -> tuple[int, Path, dict[str, torch.Tensor], list[str]]:
+        """The newest checkpoint that `read_checkpoint` accepts.
+
+        Returns:
+            Its step, its path, its weights, and for each newer checkpoint the line that says what is wrong with it.
+
+        Raises:
+            UserError: where there is no checkpoint, or none of them is intact.
+        """
+        damaged: list[str] = []
+        for step, checkpoint in reversed(self.checkpoints()):
+            try:
+                return step, checkpoint, self.read_checkpoint(checkpoint, model, to_resume=to_resume), damaged
+            except UserError as error:
+                damaged.append(str(error))
+        if not damaged:
+            raise UserError(f"{self.checkpoint_folder}: holds no checkpoint yet")
+        others = ", ".join(path.name for _, path in self.checkpoints()[-2::-1][:3])
+        more = f"; nor is {others}" if others else ""
+        raise UserError(f"{self.checkpoint_folder}: no checkpoint is intact: {damaged[0]}{more}")
+
+    def set_aside_checkpoints(self, after: int) -> list[Path]:
+        """Rename the checkpoints of later steps than `after`.
+
+        A run that goes on from step `after` drops later rows; later checkpoints must not be gone on from either. They
+        are deleted when the run saves their step again. Returns their new paths.
+        """
+        aside = []
+        for step, path in self.checkpoints():
+            if step > after:
+                aside.append(path.with_suffix(_ASIDE))
+                _delete(aside[-1])
+                path.rename(aside[-1])
+        return aside
+
+    def remove_unfinished_checkpoints(self) -> None:
+        """Delete what a process left that was killed while it saved or deleted a checkpoint."""
+        for suffix in (_PARTIAL, _DELETED):
+            for path in self.checkpoint_folder.glob(f"step-*{suffix}"):
+                _delete(path)
+
+    def keep_checkpoints(self, newest: int, step: int) -> None:
+        """Delete all but the `newest` newest checkpoints, and those set aside up to `step`."""
+        old = [path for _, path in self.checkpoints()[:-newest]]
+        for path in self.checkpoint_folder.glob(f"*{_ASIDE}"):
+            if step_of(path.with_suffix("")) <= step:
+                old.append(path)
+        for path in old:
+            gone = path.with_name(path.name.split(".")[0] + _DELETED)  # a folder half deleted is no checkpoint
+            path.rename(gone)
+            _delete(gone)
+
+    def config(self) -> Config:
+        """The run's config. Raises `UserError` where the folder is no run."""
+        if not self.config_file.exists():
+            raise UserError(f"{self.path}: not a run folder: it has no config.yaml")
+        return load_settings(Config, [self.config_file])
+
+    def write_config(self, config: Config) -> None:
+        write_atomic(self.config_file, yaml.safe_dump(config.as_yaml_data(), sort_keys=False))
+
+    def summary(self) -> dict[str, Any]:
+        """The content of `summary.json`. Raises `UserError` where it is no JSON object."""
+        return read_object(self.summary_file)
+
+    def data_digests(self) -> DataDigests | None:
+        """Digests of the data that the run was trained and validated on; None for runs that did not record them.
+
+        Raises:
+            UserError: when `data.json` cannot be read.
+        """
+        try:
+            record = json.loads(self.data_file.read_bytes())
+            return DataDigests(train=str(record["train"]), validation=dict(record["validation"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.data_file}: cannot be read: {error!r}") from None
+
+    def write_data_digests(self, digests: DataDigests) -> None:
+        """Write `data.json`."""
+        write_atomic(self.data_file, json.dumps(asdict(digests), indent=2) + "\n")
+
+    def metrics(self) -> Iterator[Row]:
+        """Rows of `metrics.jsonl`, read as a stream; a last line cut off by a crash is left out."""
+        return read_rows(self.metrics_file)
+
+    def last_step(self) -> int:
+        """The step of the last row; 0 for a run without rows."""
+        return next((row["step"] for _, row in rows_backwards(self.metrics_file)), 0)
+
+    def is_validated_at(self, step: int) -> bool:
+        """Whether there is a row with the validation loss after `step`."""
+        return any("val/loss" in row for row in rows_of_step(self.metrics_file, step))
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_run_folder(folder: RunFolder) -> bool:
+    """Whether there is a run in `folder`; False where it is missing or empty, or a run was begun or deleted by halves.
+
+    Folders from before runs were marked count as runs by their config and metrics.
+
+    Raises:
+        UserError: when the folder holds something else, or a run without its config.yaml.
+    """
+    path = folder.path
+    if not os.path.lexists(path) or is_empty(path):
+        return False
+    if not path.is_dir():
+        raise UserError(f"{path}: is not a folder; choose another --name")
+    marked = marked_as(path.resolve()) == RUN
+    if marked and is_being_deleted(path.resolve()):
+        return False
+    if folder.config_file.exists():
+        if not marked:
+            if not (folder.summary_file.exists() or folder.metrics_file.exists()):
+                raise UserError(
+                    f"{path}: exists and is not a run of cllm: of a run's files it has only config.yaml; choose "
+                    "another --name"
+                )
+            try:
+                folder.config()
+            except UserError as error:
+                raise UserError(f"{path}: exists and is not a run of cllm ({error}); choose another --name") from None
+        return True
+    if folder.checkpoints() or folder.metrics_file.exists():
+        raise UserError(
+            f"{path}: holds {'checkpoints' if folder.checkpoints() else 'metrics'} but no config.yaml, without which "
+            "the run cannot go on, and it is not deleted either; put config.yaml back, or choose another --name"
+        )
+    if not marked:
+        raise UserError(
+            f"{path}: exists and is not a run: {'it is a symbolic link, and ' if path.is_symlink() else ''}it has "
+            f"neither the mark of one ({MARK}) nor a config.yaml; choose another --name"
+        )
+    return False
+
+
+def load_run(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[Decoder, Config, int]:
+    """The trained decoder of a run, its config and the step it was saved at.
+
+    Args:
+        path: a run folder (its newest intact checkpoint; damaged newer ones are logged) or one of its checkpoints.
+        device: where the weights go.
+
+    Raises:
+        UserError: for a folder that is no run or has no intact checkpoint, and for a checkpoint that is damaged or does
+            not fit the run's config.
+    """
+
+    from cllm.model.sizes import meta_decoder
+
+    path = Path(path)
+    one = path.suffix == ".ckpt"
+    folder = RunFolder(path.parent.parent if one else path)
+    step = folder.step_of(path) if one else 0
+    config = folder.config()
+    model = meta_decoder(config.model, backend=config.attention.backend)
+    if one:
+        weights = folder.read_checkpoint(path, model)
+    else:
+        step, checkpoint, weights, damaged = folder.newest_intact(model)
+        for line in damaged:
+            log.warning("%s; falling back to %s", line, checkpoint.name)
+    model.load_state_dict(weights, assign=True)
+    return model.to(device).eval(), config, step

@@ -1,0 +1,216 @@
+"""The training step of uptraining, what it adds to the metrics, and what of it a checkpoint holds.
+
+Under `model.` a checkpoint holds the student and nothing else, low-rank updates merged, so that whatever reads a run
+reads these too. What resuming needs besides is under `uptrain.`.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cllm.config import Config
+from cllm.kernels.cross_entropy import IGNORE
+from cllm.train.module import TrainingModule
+from cllm.train.strategy import ZeroStrategy
+from cllm.uptrain.curriculum import OWN, set_progress
+from cllm.uptrain.decoder import TracedDecoder
+from cllm.uptrain.loss import Distilled, Target, hidden_difference
+from cllm.uptrain.teacher import Teacher
+from cllm.uptrain.trainable import LORA_A, LORA_B, lora_layers
+
+_MODEL, _EXTRA, _REFERENCE = "model.", "uptrain.", "uptrain_reference"
+_PARTS, _PART = "parts_count", "part."
+
+
+class UptrainingModule(TrainingModule):
+    """A student, its teacher, and how the one learns from the other.
+
+    `train/loss` stays next-token cross-entropy, as in every other run; what is minimised is `train/objective`.
+    """
+
+    model: TracedDecoder
+
+    def __init__(self, model: TracedDecoder, teacher: Teacher, config: Config, validation_names: list[str]):
+        super().__init__(model, config, validation_names)
+        # In a tuple it is no submodule: neither trained, nor sharded, nor saved.
+        self._teacher: tuple[TracedDecoder, ...] = (teacher.decoder,)
+        self.reference: dict[str, float] = {}
+        """`teacher` and `start`: validation losses of the teacher and of the student before its first step."""
+        self._teacher_score = torch.zeros(2, dtype=torch.float64)
+        self._sums: dict[str, Tensor | float] = {}
+        self._count = 0
+        self._release_teacher()
+
+    def _release_teacher(self) -> None:
+        """Let the teacher go where no step and no validation will ask it."""
+        if not self.config.uptrain.needs_teacher and (self.reference or not self.config.train.validate_every):
+            self._teacher = ()
+
+    def on_fit_start(self) -> None:
+        if self._teacher:
+            bf16 = self.device.type == "cuda" and self.config.train.precision != "fp32"
+            self._teacher[0].to(device=self.device, dtype=torch.bfloat16 if bf16 else torch.float32)
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        uptrain, step = self.config.uptrain, self.global_step
+        if uptrain.random_sources:
+            self.model.route = draw_route(len(self.model.blocks), uptrain.random_sources, self.config.train.seed, step)
+        if uptrain.curriculum_steps:
+            set_progress(self.model, step, uptrain.curriculum_steps)
+        parts = self.objective(batch)
+        for name, value in parts.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+        self._count += 1
+        self.loss_sum = self.loss_sum + parts["next_token"].detach()
+        self.loss_count += 1
+        return parts["objective"]
+
+    def objective(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`objective`, which is minimised, and its parts without their weights: `next_token`, `kl`, `hidden`."""
+        weights = self.config.uptrain.loss
+        if not self.config.uptrain.needs_teacher:
+            loss = self.loss(batch)
+            return {"objective": weights.next_token * loss, "next_token": loss}
+        inputs = (batch["input_ids"], batch.get("positions"), batch.get("document_ids"))
+        teacher, all_layers = self._teacher[0], weights.hidden > 0 and weights.hidden_layers == "all"
+        with torch.no_grad():
+            theirs = hidden_states(teacher, inputs, all_layers)
+        mine = hidden_states(self.model, inputs, all_layers)
+        target = Target(theirs[-1], teacher.head.weight, weights.temperature, weights.kl, weights.next_token)
+        distilled = Distilled(*self.model.head(mine[-1], batch["labels"], target=target))
+        parts = {"objective": distilled.loss, "next_token": distilled.next_token, "kl": distilled.kl}
+        if weights.hidden:
+            parts["hidden"] = hidden_difference(mine, theirs)
+            parts["objective"] = parts["objective"] + weights.hidden * parts["hidden"]
+        return parts
+
+    def training_metrics(self) -> dict[str, float]:
+        """Means of the objective and its parts since the last call, without next-token cross-entropy: `train/loss`."""
+        means = {
+            f"train/{name}": torch.as_tensor(total, device=self.device) / max(self._count, 1)
+            for name, total in self._sums.items()
+            if name != "next_token"
+        }
+        self._sums, self._count = {}, 0
+        return {tag: float(self.trainer.strategy.reduce(mean, reduce_op="mean")) for tag, mean in means.items()}
+
+    # ---- validation --------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self.model.route = None
+        self._teacher_score = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(batch, batch_idx, dataloader_idx)
+        if self.reference or dataloader_idx:
+            return
+        inputs = (batch["input_ids"], batch["labels"], batch.get("positions"), batch.get("document_ids"))
+        nats = self._teacher[0].loss(*inputs, reduction="none").double().sum()
+        self._teacher_score = self._teacher_score + torch.stack((nats, (batch["labels"] != IGNORE).sum()))
+
+    def validation_metrics(self) -> dict[str, float]:
+        """The teacher's loss, the student's at the start, and recovery. The first validation measures the teacher."""
+        nats, scored = self.validation_scores()[self.validation_names[0]]
+        loss = nats / max(scored, 1)
+        if not self.reference:
+            total = self.trainer.strategy.reduce(self._teacher_score, reduce_op="sum")
+            nats, scored = total.tolist()
+            self.reference = {"teacher": nats / max(scored, 1)}
+            if self.trainer.global_step == 0:
+                self.reference["start"] = loss
+            self._release_teacher()
+        teacher, start = self.reference["teacher"], self.reference.get("start")
+        values = {"val/teacher_loss": teacher}
+        if start is not None:
+            values["val/start_loss"] = start
+            if start > teacher:
+                values["val/recovery"] = 100 * (start - loss) / (start - teacher)
+        return values
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ZeroStrategy):
+            strategy.set_apart = self.set_apart
+            strategy.sets_apart = any(_is_extra(name) for name, _ in self.model.named_parameters())
+
+    def set_apart(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The student's weights, low-rank updates merged, and what else `weights`, of all that is here, has in it."""
+        student = {name: tensor for name, tensor in weights.items() if not _is_extra(name)}
+        extra = {name: tensor for name, tensor in weights.items() if _is_extra(name)}
+        for name, layer in lora_layers(self.model).items():
+            extra[f"{name}.weight"] = weights[f"{name}.weight"]
+            a, b = (weights[f"{name}.{part}"] for part in (LORA_A, LORA_B))
+            student[f"{name}.weight"] = layer.merge(weights[f"{name}.weight"], a, b).detach()
+        return student, extra
+
+    def unlogged_sums(self) -> dict[str, Tensor | float]:
+        parts = {_PART + name: total for name, total in self._sums.items()}
+        return super().unlogged_sums() | {_PARTS: self._count} | parts
+
+    def set_unlogged_sums(self, sums: dict[str, float]) -> None:
+        super().set_unlogged_sums(sums)
+        self._count = int(sums.get(_PARTS, 0))
+        self._sums = {name.removeprefix(_PART): total for name, total in sums.items() if name.startswith(_PART)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_REFERENCE] = dict(self.reference)
+        if isinstance(self.trainer.strategy, ZeroStrategy):  # it has files of its own for weights
+            return
+        state = checkpoint["state_dict"]
+        student, extra = self.set_apart({name.removeprefix(_MODEL): tensor for name, tensor in state.items()})
+        state.clear()
+        state.update({_MODEL + name: tensor for name, tensor in student.items()})
+        state.update({_EXTRA + name: tensor for name, tensor in extra.items()})
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.reference = dict(checkpoint[_REFERENCE])
+        self._release_teacher()
+        if isinstance(self.trainer.strategy, ZeroStrategy):
+            return
+        state = checkpoint["state_dict"]
+        for name in [name for name in state if name.startswith(_EXTRA)]:
+            state[_MODEL + name.removeprefix(_EXTRA)] = state.pop(name)
+
+
+def _is_extra(name: str) -> bool:
+    """Whether a tensor is of the training and not of the student."""
+    return any(part in (LORA_A, LORA_B, OWN) for part in name.split("."))
+
+
+def hidden_states(
+    model: TracedDecoder, inputs: tuple[Tensor, Tensor | None, Tensor | None], all_layers: bool
+) -> list[Tensor]:
+    """What the head reads, last, after the output of every layer if asked for; (B, T, d_model) each."""
+    if not all_layers:
+        return [model.hidden(*inputs)]
+    with model.listen() as heard:
+        last = model.hidden(*inputs)
+    return [*heard[1:], last]
+
+
+def draw_route(n_layers: int, chance: float, seed: int, step: int) -> list[int]:
+    """For every layer the layer that it reads in optimizer step `step`, the same on every device and after a resume.
+
+    Each layer but the lowest reads, with `chance`, one of the layers below that read themselves, all equally likely
+    (after Stochastic KV Routing, arXiv 2604.22782).
+    """
+    draw = random.Random(f"{seed} {step}")
+    route, owners = [0], [0]
+    for i in range(1, n_layers):
+        if draw.random() < chance:
+            route.append(draw.choice(owners))
+        else:
+            route.append(i)
+            owners.append(i)
+    return route

@@ -1,0 +1,241 @@
+"""Random plans: those accepted compute, cache, count, export and train alike; others are refused in one line.
+
+The suite runs 50 examples, always the same. For more, and others every time:
+
+    CLLM_PLANS=2000 python -m pytest tests/kv/test_random_plans.py
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, Phase, event, example, given, settings
+from hypothesis import strategies as st
+
+from cllm.cache.accounting import cache_bytes
+from cllm.cache.cache import KVCache
+from cllm.config import ModelConfig
+from cllm.config.load import validate
+from cllm.errors import UserError
+from cllm.hub.export import as_pretrained
+from cllm.hub.model import CLLMForCausalLM
+from cllm.model.decoder import Decoder
+from cllm.plan.plan import KVPlan
+from cllm.section import Section
+
+LENGTH, BATCH, VOCABULARY = 7, 2, 32
+LATENTS = [
+    {"kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3},
+    {"kv_lora_rank": 5, "qk_nope_head_dim": 2, "qk_rope_head_dim": 4, "v_head_dim": 4, "q_lora_rank": 7},
+]
+GIVEN = os.environ.get("CLLM_PLANS")
+PROPERTY = settings(
+    max_examples=int(GIVEN or 50),
+    derandomize=GIVEN is None,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    phases=(Phase.explicit, Phase.generate, Phase.shrink),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+class File(Section):
+    """A config file with nothing but a model."""
+
+    model: ModelConfig
+
+
+def model(layers: list[dict[str, Any]], iterations: dict[str, int] | None = None) -> dict[str, Any]:
+    """A `model` section with entries of `model.kv.layers`, as YAML would give it."""
+    shape = {"vocab_size": VOCABULARY, "d_model": 16, "n_layers": len(layers), "n_heads": 4, "head_dim": 4, "d_ff": 12}
+    return {**shape, "max_seq_len": 16, "kv": {"layers": layers, "iterations": iterations}}
+
+
+def cycle(backward: int, **layer: Any) -> dict[str, Any]:
+    """Layers 1 and 2 read values that only layers below their owner read."""
+    share = {"keys": {"share": 0}, "values": {"share": 3}, **layer}
+    layers = [{"own": {}}, share, share, {"own": {}, "values": {"share": 0}}]
+    return model([{"layers": i, **entry} for i, entry in enumerate(layers)], {"forward": 1, "backward": backward})
+
+
+# ---- plans that may be wrong ----------------------------------------------------------------------------------------
+
+
+@st.composite
+def reads(draw: st.DrawFn, layer: int, owners: list[int], cyclic: bool) -> dict[str, Any]:
+    """`share` or `fuse` of owners, mostly of such as the layer may read."""
+    near = [j for j in owners if cyclic or j <= layer] or owners
+    pool = st.sampled_from(near if draw(st.integers(0, 19)) else owners)
+    if draw(st.booleans()):
+        return {"share": draw(pool)}
+    read: dict[str, Any] = {"fuse": draw(st.lists(pool, min_size=1, max_size=3, unique=True))}
+    for key, values in (
+        ("granularity", ["scalar", "channel"]),
+        ("per_head", [False, True]),
+        ("init", ["lite", "mean"]),
+    ):
+        if draw(st.booleans()):
+            read[key] = draw(st.sampled_from(values))
+    return read
+
+
+@st.composite
+def models(draw: st.DrawFn) -> dict[str, Any]:
+    """A `model` section with a plan spelled out, as YAML would give it; about two in three are accepted."""
+    n = draw(st.integers(1, 6))
+    cyclic = draw(st.booleans())
+    heads = draw(st.sampled_from([1, 2, 4]))
+    windows = draw(st.sampled_from([[None], [None], [3], [4], [None, 2, 3, 5], [None, None, None, 1, 2]]))
+    kinds = draw(st.sampled_from([["own"], ["own"], ["own"], ["own", "own", "latent", "retention"], ["latent"]]))
+    latent = draw(st.sampled_from(LATENTS))
+    owned = [draw(st.sampled_from(kinds)) if draw(st.integers(0, 9)) < 5 else None for _ in range(n)]
+    if not cyclic or not any(owned):
+        owned[-1 if cyclic else 0] = draw(st.sampled_from(kinds[:3]))
+    of_kind = {kind: [i for i, own in enumerate(owned) if own == kind] for kind in ("own", "latent", "retention")}
+    layers: list[dict[str, Any]] = []
+    for i, kind in enumerate(owned):
+        entry: dict[str, Any] = {"layers": i}
+        if kind == "own":
+            odd = draw(st.integers(0, 19)) == 0
+            entry["own"] = {
+                "n_kv_heads": draw(st.sampled_from([1, 2, 4])) if odd else heads,
+                "kv_norm": draw(st.booleans()),
+            }
+        elif kind is not None:
+            entry[kind] = dict(latent) if kind == "latent" else {}
+        reads_slots = kind is None or (kind == "own" and draw(st.integers(0, 3)) < 1 + 2 * cyclic)
+        if reads_slots and of_kind["latent"] and (not of_kind["own"] or draw(st.booleans())) and kind is None:
+            whole = {"share": draw(st.sampled_from(of_kind["latent"]))}
+            entry |= {"keys": whole, "values": whole}
+        elif reads_slots and of_kind["own"]:
+            halves = (
+                ["keys", "values"]
+                if kind is None or draw(st.booleans())
+                else [draw(st.sampled_from(["keys", "values"]))]
+            )
+            entry |= {half: draw(reads(i, of_kind["own"], cyclic)) for half in halves}
+        if kind != "retention" and (window := draw(st.sampled_from(windows))) is not None:
+            entry["window"] = window
+        layers.append(entry)
+    iterations = None
+    if cyclic or draw(st.integers(0, 9)) == 0:
+        iterations = {"forward": draw(st.integers(0, 3)), "backward": draw(st.sampled_from([1, 1, 2, 3]))}
+    options = {key: draw(st.booleans()) for key in ("qk_norm", "q_bias", "kv_bias", "tie_embeddings")}
+    return model(layers, iterations) | options
+
+
+# ---- what holds for each --------------------------------------------------------------------------------------------
+
+
+def gradients(model: Decoder) -> dict[str, torch.Tensor | None]:
+    """Of every parameter, for the next-token loss on tokens that include the whole vocabulary, in fp64."""
+    ids = torch.randperm(BATCH * 16, generator=torch.Generator().manual_seed(1)).view(BATCH, 16)
+    model.double().zero_grad()
+    F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def without_gradient(found: dict[str, torch.Tensor | None]) -> list[str]:
+    """The parameters whose gradient is missing, not finite, or in one row (an output channel, a fused source) zero but
+    for rounding. Not every row of the embedding is an input."""
+
+    def least(name: str, gradient: torch.Tensor | None) -> float:
+        if gradient is None or not gradient.isfinite().all():
+            return 0.0
+        rows = gradient.flatten(1) if gradient.ndim > 1 else gradient[:, None]
+        most = rows.abs().amax(dim=1)
+        return float(most.max() if name == "embed.weight" else most.min())
+
+    return [name for name, gradient in found.items() if least(name, gradient) < 1e-12]
+
+
+def exact(config: ModelConfig) -> ModelConfig:
+    """The same plan with passes enough to be exact over `LENGTH` tokens, if it is cyclic."""
+    if not config.plan().cyclic_spans():
+        return config
+    enough = config.kv.iterations.model_copy(update={"forward": LENGTH})  # type: ignore[union-attr]
+    return config.model_copy(update={"kv": config.kv.model_copy(update={"iterations": enough})})
+
+
+def check_cache(
+    model: Decoder, ids: torch.Tensor, full: torch.Tensor, parts: list[int], chunk: int, max_len: int | None
+):
+    """Chunks and single tokens through a cache give the logits of a full forward, and so does a prompt whose upper
+    layers compute the last token alone; the cache has the bytes that were predicted."""
+    config = model.config
+    cache = KVCache(config, max_len=max_len)
+    logits = torch.cat([model(part, cache=cache) for part in ids.split(parts, dim=1)], dim=1)
+    torch.testing.assert_close(logits, full, atol=1e-4, rtol=1e-4)
+    assert cache.nbytes() == cache_bytes(config, context=LENGTH, batch=BATCH, bytes_per_element=4)
+    for size in (None, chunk):
+        cache = KVCache(config, max_len=max_len)
+        last = model.head(model.prefill(ids[:, :5], cache, chunk=size))
+        torch.testing.assert_close(last, full[:, 4:5], atol=1e-4, rtol=1e-4)
+        rest = torch.cat([model(ids[:, t : t + 1], cache=cache) for t in (5, 6)], dim=1)
+        torch.testing.assert_close(rest, full[:, 5:], atol=1e-4, rtol=1e-4)
+        assert cache.nbytes() == cache_bytes(config, context=LENGTH, batch=BATCH, bytes_per_element=4)
+    fp8 = KVCache(config, max_len=max_len, storage="fp8")
+    model(ids, cache=fp8)
+    assert fp8.nbytes() == cache_bytes(config, context=LENGTH, batch=BATCH, bytes_per_element=4, storage="fp8")
+
+
+def check_refusal(section: dict[str, Any], error: UserError, random_model) -> None:
+    """One line; and where halves are refused, a model that was built all the same has a parameter without gradient."""
+    assert "\n" not in str(error)
+    assert str(error).startswith("model: "), error
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KVPlan, "_check_halves", lambda self: None)
+        try:
+            config = validate(File, {"model": section}).model
+        except UserError:
+            event("refused for another reason")
+            return
+        event("refused because a parameter would have no gradient")
+        assert without_gradient(gradients(random_model(config))), (
+            f"refused, but every parameter has a gradient: {error}"
+        )
+
+
+EVEN = [1] * LENGTH
+
+
+@PROPERTY
+@example(section=cycle(1), sizes=EVEN, chunk=2)
+@example(section=cycle(2), sizes=EVEN, chunk=2)
+@example(section=cycle(2, window=2), sizes=EVEN, chunk=2)
+@example(section=cycle(2, window=3), sizes=EVEN, chunk=2)
+@example(section=model([{"layers": 0, "own": {}, "window": 1}, {"layers": 1, "own": {}}]), sizes=EVEN, chunk=2)
+@given(section=models(), sizes=st.lists(st.integers(1, 3), min_size=LENGTH, max_size=LENGTH), chunk=st.integers(1, 4))
+def test_accepted_plans_compute_cache_export_and_train_alike(section, sizes, chunk, random_model, tmp_path_factory):
+    try:
+        config = validate(File, {"model": section}).model
+    except UserError as error:
+        check_refusal(section, error, random_model)
+        return
+    plan = config.plan()
+    event("accepted" + (", cyclic" if plan.cyclic_spans() else ""))
+    assert without_gradient(gradients(random_model(config))) == []
+
+    model = random_model(exact(config)).eval().requires_grad_(False)
+    ids = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    full = model(ids)
+    torch.testing.assert_close(model(ids, last_only=True), full[:, -1:], atol=1e-4, rtol=1e-4)
+    parts = [size for i, size in enumerate(sizes) if sum(sizes[: i + 1]) <= LENGTH]
+    parts += [1] * (LENGTH - sum(parts))
+    check_cache(model, ids, full, parts, chunk, None)
+    unequal = [i for i in range(len(plan)) if len({plan.layers[j].window for j in plan.reads(i)}) > 1]
+    if unequal:
+        with pytest.raises(UserError, match="static"):
+            KVCache(model.config, max_len=LENGTH)
+    else:
+        check_cache(model, ids, full, parts, chunk, LENGTH)
+
+    folder = tmp_path_factory.mktemp("exported")
+    as_pretrained(model).save_pretrained(folder)
+    loaded = CLLMForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded(ids).logits, full)

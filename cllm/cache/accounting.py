@@ -1,4 +1,4 @@
-"""What a plan costs at inference, counted from the plan: bytes resident, written and read.
+"""Bytes of the KV cache, counted from the plan: resident, written and read per token.
 
 The three differ. Sharing lowers what is *resident* and *written*, but every layer still *reads* the slots it attends
 to, and a fusing layer reads several: FusedKV stores half of mha's cache and reads one and a half times as much.
@@ -15,21 +15,21 @@ from cllm.plan.kinds import Source
 from cllm.plan.presets import MHA
 
 Storage = Literal["model", "fp8"]
-"""What slots are stored in: the dtype the model computes in, or e4m3 with a bf16 factor for every token and head."""
+"""Format of stored slots: the model's dtype, or e4m3 with a bf16 factor for every token and head."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVBytes:
-    """Bytes of one sequence's cache, each divided by the tokens of its context."""
+    """Bytes of one sequence's cache, per token of its context."""
 
     context: int
-    """Tokens of the context that the figures are for."""
+    """Tokens of the context."""
     resident: float
-    """Bytes held for each token of the context; windows and recurrent states are spread over it."""
+    """Bytes stored per token of the context; windows and recurrent states are averaged over it."""
     written: float
     """Bytes that one new token adds."""
     read: float
-    """Bytes read for each token of the context when one token is decoded."""
+    """Bytes read per token of the context when one token is decoded."""
 
     def relative_to(self, other: KVBytes) -> tuple[float, float]:
         """(resident, read) as a share of `other`."""
@@ -57,10 +57,10 @@ def state_bytes(config: ModelConfig, source: Source) -> int:
 def kv_bytes(
     config: ModelConfig, *, context: int | None = None, bytes_per_element: int = 2, storage: Storage = "model"
 ) -> KVBytes:
-    """The cost of `config`'s plan at `context` tokens (default: `max_seq_len`), in bf16 unless told otherwise.
+    """Bytes of `config`'s plan at `context` tokens (default: `max_seq_len`), by default in bf16.
 
-    A layer reads the whole of the tensors it attends to, as far as its window goes; keys and values that two fused
-    sources contribute count once for each source. A recurrent state is read and written whole for every token.
+    A layer reads all tokens in its window; a fused read counts once for each source. A recurrent state is read and
+    written entirely for every token.
     """
     plan = config.plan()
     context = context or config.max_seq_len
@@ -129,11 +129,11 @@ def cuts(config: ModelConfig, *, bytes_per_element: int = 2) -> list[Cut]:
 def cache_bytes(
     config: ModelConfig, *, context: int, batch: int = 1, bytes_per_element: int = 2, storage: Storage = "model"
 ) -> int:
-    """What `KVCache.nbytes()` is after `context` tokens, or with `max_len=context`."""
+    """`KVCache.nbytes()` after `context` tokens, or with `max_len=context`."""
     found = kv_bytes(config, context=context, bytes_per_element=bytes_per_element, storage=storage)
     return round(found.resident * context) * batch
 
 
 def mha_twin(config: ModelConfig) -> ModelConfig:
-    """The same model with the mha plan: what caches are compared with."""
+    """The same model with the mha plan, with which caches are compared."""
     return config.model_copy(update={"kv": MHA(), "match_params": False})

@@ -1,12 +1,12 @@
-"""The cache of a decoder: the slots of owners, as the KV plan says, and nothing else.
+"""The KV cache of a decoder: one store for each owner of the KV plan, and nothing else.
 
     cache = KVCache(config.model)                      # grows with every token
     cache = KVCache(config.model, max_len=32768)       # allocated once, at the first pass
     hidden = decoder.hidden(input_ids, cache=cache)    # appends the new tokens
 
-A token has a *column*, its place in the padded sequence, and every sequence of a batch is at the same column; `starts`
-says how many columns of padding stand before each. It is a transformers `Cache`, so `generate` carries it, reorders it
-for beams and crops it for assisted decoding.
+A token's *column* is its index in the padded sequence; all sequences of a batch are at the same column, and `starts` is
+the number of padding columns before each. `KVCache` is a transformers `Cache`: `generate` passes it on, reorders it for
+beams and crops it for assisted decoding.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from cllm.errors import UserError
 from cllm.plan.plan import KVPlan
 
 _SLOTS_DEPEND_ON = ("d_model", "n_heads", "resolved_head_dim", "rope", "norm_eps", "qk_norm", "q_bias", "kv_bias")
-"""What two models have in common, beside the KV plan, if one can go on from the other's slots."""
+"""Config fields, besides the plan, that must be equal for one model to reuse another's cache."""
 
 
 class KVCache(Cache):
-    """What a decoder keeps of the tokens it has seen."""
+    """The cached slots and states of one batch."""
 
     def __init__(self, config: ModelConfig, *, max_len: int | None = None, storage: Storage = "model"):
         """
         Args:
-            config: of the decoder.
-            max_len: places for tokens, allocated at once (static); None: grows with every pass.
-            storage: `model`: in the dtype that the model computes in; `fp8`: e4m3 with a bf16 factor for every token
-                and head, each number off by at most a sixteenth of itself.
+            config: the decoder's.
+            max_len: tokens to allocate memory for at once (static); None: grow with every pass.
+            storage: `model`: the model's dtype; `fp8`: e4m3 with a bf16 factor for every token and head, a relative
+                error of at most 1/16.
 
         Raises:
             UserError: for a max_len below 1, and for a static cache of a plan in which one layer reads slots that keep
@@ -59,16 +59,16 @@ class KVCache(Cache):
         self.column: Tensor | None = None
         """(1,) int64: `seen`, on the device."""
         self.closed: str | None = None
-        """Why no more tokens can be added; None: they can."""
+        """The reason why no more tokens can be added, if there is one."""
 
-    # ---- one forward pass -------------------------------------------------------------------------------------------
+    # ---- one forward pass --------------------------------------------------------------------------------------------
 
     @property
     def is_static(self) -> bool:
         return self.max_len is not None
 
     def check(self, config: ModelConfig) -> None:
-        """Raises `UserError` for the config of a model whose slots are not those of the one that the cache is for."""
+        """Raise `UserError` for the config of a model whose slots differ from those of this cache's model."""
         if config is self.config:
             return
         for key in _SLOTS_DEPEND_ON:
@@ -79,11 +79,10 @@ class KVCache(Cache):
 
     @torch.inference_mode(False)  # a cache filled in inference mode can go on outside of it
     def begin(self, plan: KVPlan, ids: Tensor, starts: Tensor | None, dtype: torch.dtype) -> Step:
-        """Check and prepare for a pass over `ids` (B, T) of a model with `plan`, which computes in `dtype`.
+        """Begin a pass over `ids` (B, T) of a model with `plan`, which computes in `dtype`.
 
         Raises:
-            UserError: for a model that the cache was not made for, another batch, or more tokens than there is room
-                for.
+            UserError: for another model's plan, another batch size, or more tokens than there is room for.
         """
         batch, length = ids.shape
         if self.closed is not None and self.seen:
@@ -105,7 +104,7 @@ class KVCache(Cache):
         return Step(length, 0 if self.is_static and length == 1 else self.seen, self.column)
 
     def finish(self, step: Step) -> None:
-        """Count the tokens of a pass as stored."""
+        """End a pass: its tokens are stored."""
         assert self.column is not None
         for store in self.stores.values():
             store.commit(step)
@@ -126,10 +125,10 @@ class KVCache(Cache):
             widths = source.widths(head_dim)
             self.stores[owner] = kind(widths, batch, size, window=layer.window, dtype=dtype, fp8=fp8, device=device)
 
-    # ---- what people ask --------------------------------------------------------------------------------------------
+    # ---- for people --------------------------------------------------------------------------------------------------
 
     def nbytes(self) -> int:
-        """Bytes of all that is stored; of a static cache, of all places. `accounting.cache_bytes` predicts it."""
+        """Bytes of all stored tensors, of a static cache its entire memory. `accounting.cache_bytes` predicts it."""
         return sum(store.nbytes() for store in self.stores.values())
 
     def __repr__(self) -> str:
@@ -139,19 +138,19 @@ class KVCache(Cache):
     def __len__(self) -> int:
         return len(self.plan)
 
-    # ---- what transformers asks -------------------------------------------------------------------------------------
+    # ---- for transformers --------------------------------------------------------------------------------------------
 
     is_compileable = False
-    """transformers shall not compile the model because of this cache."""
+    """Keeps transformers from compiling the model because of this cache."""
 
     @property
     def layers(self) -> list[Any]:
-        """For every layer of the plan, the keys and values that it reads; see `CachedLayer`."""
+        """The keys and values that each layer of the plan reads, see `CachedLayer`."""
         return [CachedLayer(self, i) for i in range(len(self.plan))]
 
     @layers.setter
     def layers(self, value: list[Any]) -> None:
-        """transformers' constructor sets an empty list; stores are what is kept."""
+        """Ignored: transformers' constructor sets an empty list, and stores are kept instead."""
 
     @property
     def is_initialized(self) -> bool:
@@ -159,7 +158,7 @@ class KVCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether any number of tokens can be taken back."""
+        """Whether any number of the last tokens can be dropped."""
         return all(isinstance(store, SlotStore) and store.window is None for store in self.stores.values())
 
     @property
@@ -192,15 +191,15 @@ class KVCache(Cache):
         return self.max_cache_len
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """(keys, offset) of a full mask; layers make their own."""
+        """(keys, offset) of a full mask, which is not used: layers make their own."""
         return self.seen + query_length, 0
 
     def update(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        """Refused: slots are not laid out as other models' layers expect."""
+        """Raise `UserError`: other models' layers expect another layout."""
         raise UserError("a KVCache serves cllm models only; other models need a cache of their own")
 
     def reset(self) -> None:
-        """Forget all tokens. A static cache keeps its memory for the next batch of as many sequences."""
+        """Drop all tokens. A static cache keeps its memory for the next batch of the same size."""
         if self.batch is None:
             return
         if self.is_static:
@@ -215,7 +214,8 @@ class KVCache(Cache):
         """Keep the first `max_length` tokens; a negative number drops that many, and 0 none, as in transformers.
 
         Raises:
-            UserError: where what is left needs something that a window or a recurrent state has forgotten.
+            UserError: if the next token needs tokens that a window or a recurrent state has dropped; nothing is cropped
+                then.
         """
         max_length = int(max_length)  # assisted decoding counts with tensors
         length = max(self.seen + max_length, 0) if max_length <= 0 else max_length
@@ -230,7 +230,7 @@ class KVCache(Cache):
         self._count(length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence b becomes what sequence beam_idx[b] was: (B,) int64."""
+        """Replace sequence b by sequence beam_idx[b]; (B,) int64."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -238,7 +238,7 @@ class KVCache(Cache):
         self._rearrange(lambda t: t.index_select(0, indices.to(t.device)), len(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each sequence `repeats` times, side by side."""
+        """Repeat each sequence `repeats` times, copies adjacent."""
         if self.batch is not None:
             self._rearrange(lambda t: t.repeat_interleave(repeats, dim=0), self.batch * repeats)
 
@@ -260,12 +260,12 @@ class KVCache(Cache):
 
 
 def _check_rings(plan: KVPlan, max_len: int) -> None:
-    """A pass of one token reads rings as they lie, so those that one layer reads must turn alike."""
+    """A pass of one token reads entire rings, so the rings that one layer reads must have the same size."""
     for i in range(len(plan)):
         kept = {j: min(plan.layers[j].window or max_len, max_len) for j in plan.reads(i)}
         if len(set(kept.values())) > 1:
-            told = ", ".join(f"layer {j} keeps {n}" for j, n in kept.items())
+            sizes = ", ".join(f"layer {j} keeps {n}" for j, n in kept.items())
             raise UserError(
-                f"layer {i} reads slots that keep different numbers of tokens ({told}), which a static cache "
+                f"layer {i} reads slots that keep different numbers of tokens ({sizes}), which a static cache "
                 "(max_len) cannot; use a growing one"
             )

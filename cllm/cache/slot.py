@@ -13,11 +13,11 @@ from torch import Tensor
 
 
 class Slot(NamedTuple):
-    """What one owner caches.
+    """The cached tensors of one owner.
 
-    Of an `Own` layer: keys after RoPE and values, (B, T, G, D) each. Of a `Latent` layer: the normalised latent
-    (B, T, kv_lora_rank) and the rotated RoPE key (B, T, qk_rope_head_dim). Caches that store fp8 numbers keep a factor
-    for each token and head beside them, (B, T, G) or (B, T).
+    For a plain slot: keys after RoPE and values, (B, T, G, D) each. For a latent: the normalised latent
+    (B, T, kv_lora_rank) and the rotated RoPE key (B, T, qk_rope_head_dim). A fp8 cache adds one factor for each token
+    and head, (B, T, G) or (B, T).
     """
 
     k: Tensor
@@ -26,11 +26,11 @@ class Slot(NamedTuple):
     v_scale: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Slot:
-        """`change` of every tensor."""
+        """A slot with `change` applied to every tensor."""
         return Slot(*(None if t is None else change(t) for t in self))  # type: ignore[arg-type]
 
     def join(self, later: Slot) -> Slot:
-        """This slot's tokens, then those of `later`, which is stored in the same way."""
+        """This slot's tokens followed by those of `later`, which must be stored in the same format."""
         return Slot(*(None if t is None else _join(t, n) for t, n in zip(self, later, strict=True)))  # type: ignore[arg-type]
 
 

@@ -1,9 +1,8 @@
-"""What a cache keeps of one owner: a slot that grows, a slot of fixed size, a recurrent state.
+"""Stores, one for each owner of a cache: a slot that grows, a slot of fixed size, a recurrent state.
 
-A forward pass hands a store the slot of its new tokens (`extend`) and gets back what readers attend to; the tokens
-count as stored when the pass is over (`commit`). Until then a pass may extend again with better values, as cyclic plans
-do. A windowed slot keeps the last `window` tokens and no more. What is stored has no gradients: those of a pass go to
-its own tokens and not to earlier ones.
+In a forward pass `extend` takes the slot of the new tokens and returns the slot that readers attend to. The new tokens
+are stored when the pass ends (`commit`); until then a cyclic plan may extend again with better values. A windowed slot
+keeps the last `window` tokens. Stored tensors carry no gradient: a pass has gradients for its own tokens only.
 
 Shapes: B batch, T new tokens, S tokens that readers see, G KV heads, D channels of a head.
 """
@@ -23,49 +22,49 @@ from cllm.errors import UserError
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SCALE = torch.bfloat16
-"""What the factor of a token and head is stored in, beside fp8 numbers."""
+"""Dtype of the factor for each token and head of a fp8 slot."""
 
 
 def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`x` (..., D) as e4m3 numbers with one bf16 factor for each vector of D: amax / 448.
+    """`x` (..., D) in e4m3, with one bf16 factor for each vector of D: amax / 448.
 
-    The error is at most 1/16 of a number, for numbers larger than 2^-14 of the largest in their vector.
+    The relative error is at most 1/16 for numbers larger than 2^-14 of their vector's amax.
     """
     scale = (x.abs().amax(dim=-1).float() / FP8_MAX).clamp(min=1e-30).to(SCALE)
     return (x.float() / scale.float()[..., None]).to(FP8), scale
 
 
 def from_fp8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers that `to_fp8` stored, (..., D) in `dtype`."""
+    """The inverse of `to_fp8`: (..., D) in `dtype`."""
     return (x.float() * scale.float()[..., None]).to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one forward pass does to a cache."""
+    """One forward pass over a cache."""
 
     length: int
     """New tokens, T."""
     past: int
-    """Tokens stored before; 0 where `column` has to do."""
+    """Tokens already stored; 0 when unknown on the host, then use `column`."""
     column: Tensor
-    """(1,) int64: the number of tokens stored before, on the device."""
+    """(1,) int64: the number of tokens already stored, on the device."""
 
 
 class Store(ABC):
-    """What a cache keeps of one owner."""
+    """The cached tensors of one owner."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """All that is stored, by name; batch first."""
+        """All stored tensors by name, batch first."""
 
     @abstractmethod
     def commit(self, step: Step) -> None:
-        """The pass is over: what `extend` was given last is stored."""
+        """End a pass: store the tokens last given to `extend`."""
 
     @abstractmethod
     def can_crop(self, length: int, past: int) -> None:
-        """Raises `UserError` where what comes after the first `length` of `past` tokens cannot be forgotten."""
+        """Raise `UserError` if the tokens after the first `length` of `past` cannot be dropped."""
 
     @abstractmethod
     def crop(self, length: int, past: int) -> None:
@@ -73,11 +72,11 @@ class Store(ABC):
 
     @abstractmethod
     def replace(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Put `change(tensor)` in the place of every tensor."""
+        """Replace every tensor by `change(tensor)`."""
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget all tokens; what a slot's places hold then is never read."""
+        """Drop all tokens; a slot may keep its memory, whose content is then never read."""
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -85,10 +84,10 @@ class Store(ABC):
 
 
 class SlotStore(Store):
-    """A slot: two tensors (B, n, ...), and their factors (B, n, ...) where they are stored in fp8."""
+    """A slot: two tensors (B, n, ...), and for fp8 their factors (B, n, ...)."""
 
     pending: Slot | None = None
-    """What the pass under way has made."""
+    """The new tokens of the current pass."""
 
     def __init__(
         self,
@@ -112,10 +111,10 @@ class SlotStore(Store):
 
     @abstractmethod
     def extend(self, new: Slot, step: Step) -> Slot:
-        """The slot as readers of this pass see it: stored tokens, then `new` ones (B, T, ...).
+        """The slot that readers of this pass attend to: stored tokens, then the `new` ones (B, T, ...).
 
-        For T > 1 new tokens are as exact as they come and tokens are in order; for T = 1 all are as stored, and a
-        `FixedSlot` returns its whole ring.
+        For T > 1 tokens are in order and the new ones are not rounded. For T = 1 all are in the stored format, and a
+        `FixedSlot` returns its entire ring.
         """
 
     @abstractmethod
@@ -124,11 +123,11 @@ class SlotStore(Store):
 
     @property
     def size(self) -> int:
-        """Places for tokens."""
+        """Number of tokens that the tensors have room for."""
         return self.slot.k.shape[1]
 
     def kept(self, past: int) -> int:
-        """How many of `past` tokens are still stored."""
+        """The number of `past` tokens that are still stored."""
         return min(past, self.size)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -138,14 +137,14 @@ class SlotStore(Store):
         self.slot = self.slot.map(change)
 
     def pack(self, new: Slot) -> Slot:
-        """`new` as it is stored."""
+        """`new` in the stored format."""
         if not self.fp8:
             return Slot(new.k.to(self.dtype), new.v.to(self.dtype))
         (k, k_scale), (v, v_scale) = to_fp8(new.k), to_fp8(new.v)
         return Slot(k, v, k_scale, v_scale)
 
     def unpack(self, stored: Slot) -> Slot:
-        """`stored` as attention over several tokens reads it."""
+        """`stored` in the model's dtype, for attention with several queries."""
         if stored.k_scale is None or stored.v_scale is None:
             return stored
         return Slot(
@@ -167,7 +166,7 @@ class SlotStore(Store):
 
 
 class GrowingSlot(SlotStore):
-    """As many places as tokens; every pass copies into larger tensors."""
+    """Tensors as long as the tokens; every pass copies them into larger ones."""
 
     def extend(self, new: Slot, step: Step) -> Slot:
         packed = self.pack(new)
@@ -193,13 +192,13 @@ class GrowingSlot(SlotStore):
 
 
 class FixedSlot(SlotStore):
-    """A fixed number of places, a ring where the slot has a window: token c is at place c mod size.
+    """Tensors of a fixed size; with a window they are a ring: token c is at index c mod size.
 
-    A pass of one token writes at a place that only the device knows, so that a CUDA graph of it can be replayed.
+    A pass of one token writes at an index that only the device knows, so that a CUDA graph of it can be replayed.
     """
 
     most = 0
-    """The most tokens that were stored when some were cropped: the places of later ones hold no older ones any more."""
+    """Highest count reached before a crop. Ring positions after it were overwritten and hold no older tokens."""
 
     def kept(self, past: int) -> int:
         return past - max(max(self.most, past) - self.size, 0)
@@ -219,7 +218,7 @@ class FixedSlot(SlotStore):
         self.pending = self.pack(new)
         if step.past == 0:
             return new
-        if step.past + step.length > self.size:  # a ring about to wrap: what falls out is still seen by some
+        if step.past + step.length > self.size:  # the ring wraps, but some queries still see the overwritten tokens
             return self.unpack(self.last(self.kept(step.past), step.past)).join(new)
         if self.fp8 or new.k.requires_grad:
             return self.unpack(self.slot.map(lambda t: t[:, : step.past])).join(new)
@@ -248,7 +247,7 @@ class FixedSlot(SlotStore):
         self.most = max(self.most, past)
 
     def replace(self, change: Callable[[Tensor], Tensor]) -> None:
-        """In place where the size stays, so that what has the tensors' addresses stays right."""
+        """Replace in place if shapes are unchanged, so that CUDA graphs keep valid addresses."""
         changed = self.slot.map(change)
         if changed.k.shape == self.slot.k.shape:
             for stored, tensor in zip(self.slot, changed, strict=True):
@@ -260,12 +259,12 @@ class FixedSlot(SlotStore):
 
 
 def _rows(t: Tensor) -> Tensor:
-    """Tensors of a type that has no indexed copy, as bytes."""
+    """fp8 tensors as bytes: torch has no indexed copy for fp8."""
     return t.view(torch.uint8) if t.dtype == FP8 else t
 
 
 class StateStore(Store):
-    """A recurrent state (B, H, D, D) in fp32: the sum that it is of all tokens would drown in bf16."""
+    """A recurrent state (B, H, D, D), in fp32: as a sum over all tokens it would lose them in bf16."""
 
     def __init__(self, shape: tuple[int, int, int], batch: int, *, device: torch.device):
         self.state = torch.zeros((batch, *shape), dtype=torch.float32, device=device)
@@ -279,11 +278,11 @@ class StateStore(Store):
         self.pending = None
 
     def put(self, state: Tensor) -> None:
-        """The state after this pass."""
+        """Set the state after this pass."""
         self.pending = state
 
     def commit(self, step: Step) -> None:
-        if self.pending is not None and self.pending.requires_grad:  # the pass still needs the state that it began with
+        if self.pending is not None and self.pending.requires_grad:  # the backward still needs the old state
             self.state = self.pending.detach()
         elif self.pending is not None:
             self.state.copy_(self.pending)

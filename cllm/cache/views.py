@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 from torch import Tensor
 
-from cllm.cache.stores import SlotStore
+from cllm.cache.stores import SlotStore, Store
 from cllm.errors import UserError
+from cllm.plan.plan import KVPlan
 
-if TYPE_CHECKING:
-    from cllm.cache.cache import KVCache
+
+class Readable(Protocol):
+    """The parts of a cache that its views read."""
+
+    plan: KVPlan
+    stores: dict[int, Store]
+    seen: int
+
+    @property
+    def is_initialized(self) -> bool: ...
 
 
 class CachedLayer:
-    """The keys and values that layer `layer` reads from a cache; for reading, not for writing."""
+    """Read-only view of the keys and values that layer `layer` reads from a cache."""
 
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, cache: KVCache, layer: int):
+    def __init__(self, cache: Readable, layer: int):
         self.cache, self.layer = cache, layer
 
     @property
     def keys(self) -> Tensor | None:
-        """(B, KV heads, tokens, head_dim), after RoPE; of a window, the last tokens. None: the cache is empty.
+        """(B, KV heads, tokens, head_dim), after RoPE; with a window, the last tokens. None if the cache is empty.
 
-        Raises `UserError` for a layer that fuses slots, whose keys are stored nowhere, and for latents and states.
+        Raises:
+            UserError: for a layer that fuses slots, whose keys are stored nowhere, and for latents and states.
         """
         return self._read("keys")
 

@@ -130,7 +130,7 @@ def bench_attention(table: Table, flops: float) -> None:
             share = 0.5 if kind == "causal" else 0.125
             bound = 3.5 * 4 * batch * heads * length**2 * dim * share / flops * 1000
             for name in BACKENDS:
-                if BACKENDS[name].available() is None:
+                if BACKENDS[name].unavailable() is None:
                     run = functools.partial(attention, mask=mask, backend=name)
                     table.add("attention", f"{kind}, {heads}/{kv} heads of {dim}", name, run, q, k, v, bound=bound)
 

@@ -18,7 +18,7 @@ class Block(nn.Module):
     """Layer `layer` of a plan."""
 
     checkpoints_itself = False
-    """Whether the block does its own gradient checkpointing, as layers of transformers do; the decoder then does none."""
+    """Whether the block does its own gradient checkpointing, like a transformers layer; the decoder then does none."""
 
     def __init__(self, config: ModelConfig, plan: KVPlan, layer: int, d_ff: int):
         super().__init__()

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cllm.config import Rope
 from cllm.errors import UserError
-from cllm.kernels import lowrank_decode as module
 from cllm.kernels import resident_lowrank, split_lowrank
+from cllm.kernels.choice import log_once
 from cllm.kernels.decode import Visible
 from cllm.kernels.gluon_lowrank import TILE
 from cllm.kernels.lowrank_decode import lowrank_decode
@@ -258,24 +257,15 @@ def test_one_graph_whatever_the_column(case):
     torch._dynamo.reset()
 
 
-def test_choice_is_told_once(caplog):
-    module._told.cache_clear()
+def test_the_choice_is_logged_once(caplog):
+    log_once.cache_clear()
     arguments, _, _ = call(Case(), torch.float32)
-    with caplog.at_level(logging.INFO, logger="cllm.kernels.lowrank_decode"):
+    with caplog.at_level(logging.INFO, logger="cllm.kernels.choice"):
         for _ in range(3):
             lowrank_decode(*arguments, scale=SCALE)
     assert len(caplog.records) == 1
     assert "plain torch, because triton cannot: " in caplog.records[0].getMessage()
     assert caplog.records[0].levelno == logging.INFO
-
-
-def test_what_a_gpu_cannot_is_a_warning_once(caplog, monkeypatch):
-    module._told.cache_clear()
-    monkeypatch.setattr(split_lowrank, "unsupported", lambda *arguments: "has heads of 3 channels")
-    for _ in range(2):
-        assert not module._runs_triton("auto", [SimpleNamespace(is_cuda=True)], [], [], None)
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "triton cannot: has heads of 3 channels" in caplog.text
 
 
 @pytest.mark.parametrize(("kernel", "message"), [("flash", "allowed: auto, triton, reference"), ("triton", "cannot: ")])

@@ -46,8 +46,8 @@ def _check_can_initialise(name: str, module: nn.Module) -> None:
         return
     if not callable(getattr(module, "reset_parameters", None)):
         raise TypeError(
-            f"{name} ({type(module).__name__}) has parameters and no reset_parameters(), with which init_weights would "
-            "draw them"
+            f"{name} ({type(module).__name__}) has parameters but no reset_parameters(), which init_weights needs to "
+            "initialise them"
         )
 
 
@@ -64,7 +64,7 @@ def _reset(name: str, module: nn.Module) -> None:
     reset()
     for key, parameter in own.items():
         if not parameter.is_meta and bool(parameter.isnan().any()):
-            raise TypeError(f"{name}.reset_parameters() ({type(module).__name__}) does not draw {key}")
+            raise TypeError(f"{name}.reset_parameters() ({type(module).__name__}) does not initialise {key}")
 
 
 class Decoder(nn.Module):
@@ -198,7 +198,7 @@ class Decoder(nn.Module):
                 size or too few free tokens.
         """
         if document_ids is not None and (cache is not None or starts is not None):
-            raise UserError("document_ids (packed documents) go neither with a cache nor with padding")
+            raise UserError("document_ids (packed documents) cannot be combined with a cache or with padding")
         step = None
         tokens = input_ids if inputs_embeds is None else inputs_embeds[..., 0]  # only for shape and device
         assert tokens is not None
@@ -263,7 +263,8 @@ class Decoder(nn.Module):
             first, last = next(iter(self._spans.items()))
             raise UserError(
                 f"chunk of a prompt is {chunk}: layers {first} to {last} read from above and take {passes} passes over "
-                f"a whole prompt, which its parts do not add up to; allowed: none, or prompts of up to {passes} tokens"
+                f"the entire prompt, and its parts would give another result; allowed: None, or prompts of up to {passes} "
+                "tokens"
             )
 
     @property

@@ -103,7 +103,7 @@ def test_the_choice_is_logged_once_with_every_reason(machine, caplog):
             choose("auto", hopper(documents=True))
     assert [record.getMessage() for record in caplog.records] == [
         "attention.backend auto chose varlen for causal + documents, D 128, bfloat16 on sm_90; rejected: "
-        "flash4 (is not installed), cudnn (has neither windows nor documents), flash3 (is not installed), "
+        "flash4 (is not installed), cudnn (supports neither windows nor documents), flash3 (is not installed), "
         "flash2 (is not installed)"
     ]
     caplog.clear()

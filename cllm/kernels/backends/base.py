@@ -94,9 +94,9 @@ class Backend(ABC):
 class FlashBackend(Backend):
     """Base of FlashAttention-like kernels: half precision, causal with a window, dense or varlen.
 
-    They have no `exclude_self`. With it and a window of w, query t sees keys t - w + 1 to t - 1; without it, query t - 1
-    sees the same keys in a window of w - 1. So queries are shifted one position to the left, and outputs are shifted
-    back. The first output of each document belongs to a query that sees nothing, and becomes zero.
+    They have no `exclude_self`. With it and a window of w, query t sees keys t - w + 1 to t - 1; without it, query
+    t - 1 sees the same keys in a window of w - 1. So queries are shifted one position to the left, and outputs are
+    shifted back. The first output of each document belongs to a query that sees nothing, and becomes zero.
     """
 
     min_capability: tuple[int, int] = (8, 0)
@@ -115,7 +115,7 @@ class FlashBackend(Backend):
         if case.head_dim % 8 or case.value_dim % 8:
             return "needs head dims that are multiples of 8"
         if max(case.head_dim, case.value_dim) > self.max_head_dim:
-            return f"has head dims up to {self.max_head_dim}"
+            return f"supports head dims up to {self.max_head_dim}"
         if self.same_head_dims and case.value_dim > case.head_dim:
             return "needs value heads no wider than key heads"
         if case.documents and case.lengths != "T = S":

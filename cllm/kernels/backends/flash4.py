@@ -171,9 +171,9 @@ class Flash4(FlashBackend):
             if case.capability[0] not in (10, 11, 12):
                 return "runs on sm_90, sm_100, sm_110 and sm_120"
             if max(dims) > 128 and dims not in ((192, 128), (256, 256)):
-                return "has head dims up to 128, (192, 128) and (256, 256) there"
+                return "supports head dims up to 128, (192, 128) and (256, 256) there"
             if case.capability[0] == 12 and max(dims) > 128:
-                return "has head dims up to 128 there"
+                return "supports head dims up to 128 there"
         return None
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:

@@ -64,7 +64,7 @@ class Cudnn(Backend):
         if case.capability is None:
             return "needs a CUDA device"
         if case.documents or case.window:
-            return "has neither windows nor documents"
+            return "supports neither windows nor documents"
         if case.lengths != "T = S":
             return "needs as many queries as keys, and more than one"
         return _refusal(case) if torch.cuda.is_available() else None
@@ -99,4 +99,4 @@ def _refusal(case: Case) -> str | None:
         warnings.simplefilter("always")
         can_use_cudnn_attention(params, debug=True)
     reasons = [str(warning.message).split(" (Triggered")[0] for warning in caught]
-    return " ".join(" ".join(reasons).split()) or "torch refuses it"
+    return " ".join(" ".join(reasons).split()) or "torch does not support it"

@@ -37,8 +37,8 @@ from cllm.kernels import cross_entropy, split_decode
 from cllm.kernels.attention import BACKENDS, attention
 from cllm.kernels.backends.mask import Mask, document_boundaries
 from cllm.kernels.decode import Stored, Visible, decode_attention
-from cllm.kernels.swiglu import missing as missing_swiglu
 from cllm.kernels.swiglu import swiglu as fused_swiglu
+from cllm.kernels.swiglu import unavailable as swiglu_unavailable
 from cllm.model.loss import by_chunks, by_liger
 
 BF16 = torch.bfloat16
@@ -130,7 +130,7 @@ def bench_attention(table: Table, flops: float) -> None:
             share = 0.5 if kind == "causal" else 0.125
             bound = 3.5 * 4 * batch * heads * length**2 * dim * share / flops * 1000
             for name in BACKENDS:
-                if BACKENDS[name].available() is None:
+                if BACKENDS[name].unavailable() is None:
                     run = functools.partial(attention, mask=mask, backend=name)
                     table.add("attention", f"{kind}, {heads}/{kv} heads of {dim}", name, run, q, k, v, bound=bound)
 
@@ -192,7 +192,7 @@ def bench_mlp(table: Table, flops: float) -> None:
         case = f"{tokens} tokens, {d} to {ff}"
         table.add("mlp", case, "compiled", torch.compile(swiglu), x, gate, up, down, bound=bound)
         table.add("mlp", case, "compiled, joint", torch.compile(joint), x, gate, up, down, bound=bound)
-        if reason := missing_swiglu(x.device):
+        if reason := swiglu_unavailable(x.device):
             print(f"quack-kernels cannot be used: {reason}")
         else:
             table.add("mlp", case, "epilogues", fused_swiglu, x, gate, up, down, bound=bound)
@@ -207,10 +207,10 @@ def bench_loss(table: Table, flops: float) -> None:
             "liger": lambda h, w, labels=labels: by_liger(h, w, labels, "mean"),
             "torch": lambda h, w, labels=labels: by_chunks(h, w, labels, "mean", cross_entropy.by_torch),
         }
-        if reason := cross_entropy.missing(hidden.device, vocabulary, BF16):
+        if reason := cross_entropy.unavailable(hidden.device, vocabulary, BF16):
             print(f"quack-kernels cannot be used: {reason}")
         else:
-            forms["quack"] = lambda h, w, labels=labels: by_chunks(h, w, labels, "mean", cross_entropy.in_place)
+            forms["quack"] = lambda h, w, labels=labels: by_chunks(h, w, labels, "mean", cross_entropy.by_quack)
         for name, form in forms.items():
             case = f"{tokens} tokens, {d} to {vocabulary}"
             table.add("loss", case, name, form, hidden, weight, bound=6 * tokens * d * vocabulary / flops * 1000)

@@ -171,7 +171,7 @@ def bench_decode(o: argparse.Namespace, device: torch.device, flops: float, copy
 
 
 def choose(o: argparse.Namespace, device: torch.device) -> Rebuild:
-    limits = split_lowrank._limits(device)
+    limits = split_lowrank.device_limits(device)
     return choose_rebuild(dim=o.dim, groups=o.kv_heads, size=2, gathered=False, limits=limits)
 
 

@@ -16,11 +16,12 @@ Imports the plan and the section base; never torch.
 
 from cllm.config.model import Init, ModelConfig, Rope, RopeScaling
 from cllm.config.run import Config
-from cllm.config.training import AttentionConfig, DataConfig, OptimConfig, TrainConfig
+from cllm.config.training import AttentionConfig, BackendName, DataConfig, OptimConfig, TrainConfig
 from cllm.config.uptraining import InitFrom, Uptrain
 
 __all__ = [
     "AttentionConfig",
+    "BackendName",
     "Config",
     "DataConfig",
     "Init",

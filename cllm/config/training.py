@@ -8,11 +8,14 @@ from pydantic import Field, field_validator, model_validator
 
 from cllm.section import MAX_COUNT, MAX_SEED, MAX_TOKENS, MAX_WORKERS, Section
 
+BackendName = Literal["flash4", "cudnn", "flash3", "flash2", "varlen", "flex", "sdpa"]
+"""The kernels of `cllm.kernels.backends`, fastest first."""
+
 
 class AttentionConfig(Section):
     """Which kernel computes attention."""
 
-    backend: Literal["auto", "flash4", "cudnn", "flash3", "flash2", "varlen", "flex", "sdpa"] = "auto"
+    backend: Literal["auto", BackendName] = "auto"
     """`auto`: the fastest that supports the case, logged once with the reasons; or one by name."""
 
 

@@ -26,8 +26,8 @@ from cllm.errors import UserError
 from cllm.hub.config import CLLMConfig
 from cllm.hub.generation import own_cache
 from cllm.hub.inputs import Inputs, read_inputs
-from cllm.model.attention import Context
 from cllm.model.block import Block
+from cllm.model.context import Context
 from cllm.model.decoder import Decoder, recompute
 from cllm.model.sizes import model_d_ff
 from cllm.model.sources import Reader
@@ -36,7 +36,7 @@ from cllm.model.sources import Reader
 class CLLMLayer(Block, GradientCheckpointingLayer):
     """A block as transformers knows layers: it recomputes itself where its `gradient_checkpointing` is set."""
 
-    recomputes = True
+    checkpoints_itself = True
 
 
 class CLLMPreTrainedModel(PreTrainedModel):
@@ -295,7 +295,7 @@ def _unless_cached(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checkpoint_unless_cached(function: Callable[..., Any], block: Any, x: Tensor, context: Context, *read: Any) -> Any:
-    return function(block, x, context, *read) if context.cached is None else block(x, context, *read)
+    return function(block, x, context, *read) if context.cache_layout is None else block(x, context, *read)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,24 @@
+"""Kernels: attention, decoding over a cache, retention, SwiGLU, cross-entropy, and passes over compiled graphs.
+
+attention.py         causal attention of a sequence, by the fastest backend that supports it
+backends/            the kernels that compute it
+decode.py            attention of one new token over cached slots
+split_decode.py      launches the Triton kernels of decode.py
+triton_decode.py     split-KV flash decoding in Triton
+lowrank_decode.py    attention of one new token over tokens stored as low-rank factors
+split_lowrank.py     launches the Triton kernels of lowrank_decode.py
+triton_lowrank.py    scores, choice of chunks and weighted sums in Triton
+resident_lowrank.py  launches the kernel of gluon_lowrank.py
+gluon_lowrank.py     scores of rebuilt keys in Gluon, for Hopper GPUs
+selection.py         `Factored` and `Selection`: low-rank factors, and which compressed tokens a step reads
+choice.py            Triton or plain torch, logged once
+retention.py         gated retention
+swiglu.py            SwiGLU with the activation in the products' epilogues
+cross_entropy.py     cross-entropy and its gradient in place
+quack.py             checks and loads quack-kernels
+graph_pass.py        base of the passes over compiled graphs
+fp8_casts.py         removes redundant work around casts to fp8
+sum_products.py      fuses sums of matrix products
+
+Imports errors, and the config for the names of backends.
+"""

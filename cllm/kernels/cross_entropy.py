@@ -1,4 +1,4 @@
-"""Cross-entropy of logits and its gradient, which takes their place: quack-kernels on Hopper GPUs, torch elsewhere.
+"""Cross-entropy of logits and its gradient, which overwrites them: quack-kernels on Hopper GPUs, torch elsewhere.
 
 Shapes: N tokens, V tokens of the vocabulary.
 """
@@ -10,33 +10,35 @@ import functools
 import torch
 from torch import Tensor
 
-from cllm.kernels.quack import missing as missing_quack
-from cllm.kernels.quack import quack
+from cllm.kernels import quack
 
 IGNORE = -100
 """Label of a position that is not scored."""
 
 
 @functools.cache
-def missing(device: torch.device, vocabulary: int, dtype: torch.dtype) -> str | None:
-    """Why quack's kernel cannot be used, or None. The first call for a vocabulary compiles and tries it."""
+def unavailable(device: torch.device, vocabulary: int, dtype: torch.dtype) -> str | None:
+    """The reason why quack's kernel cannot be used, or None. The first call for a vocabulary compiles and runs it."""
 
     def trial() -> None:
-        in_place(torch.zeros(8, vocabulary, device=device, dtype=dtype), torch.zeros(8, device=device).long(), -100)
+        by_quack(torch.zeros(8, vocabulary, device=device, dtype=dtype), torch.zeros(8, device=device).long(), -100)
 
-    return missing_quack(device, "cross_entropy", ["cross_entropy_fwd_out"], trial)
+    return quack.unavailable(device, "cross_entropy", ["cross_entropy_fwd_out"], trial)
 
 
-def in_place(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
-    """Nats (N,) fp32 of every row, 0 for the label `ignore`; `logits` (N, V), contiguous, become the gradient of their
-    sum, softmax - one-hot. One kernel, which reads them once and computes in fp32."""
+def by_quack(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
+    """Cross-entropy (N,) fp32 in nats of each row, 0 for the label `ignore`.
+
+    `logits` (N, V), contiguous, are overwritten by the gradient of the sum, softmax - one-hot. One kernel reads them
+    once and computes in fp32.
+    """
     nats = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    quack("cross_entropy").cross_entropy_fwd_out(logits, labels, None, nats, None, logits, None, ignore)
+    quack.load_module("cross_entropy").cross_entropy_fwd_out(logits, labels, None, nats, None, logits, None, ignore)
     return nats
 
 
 def by_torch(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
-    """`in_place` by torch, with fp32 copies of `logits`."""
+    """`by_quack` in plain torch, with fp32 copies of `logits`."""
     wide, scored = logits.float(), labels != ignore
     index = labels.where(scored, 0)[:, None]
     log_sum = wide.logsumexp(dim=-1)

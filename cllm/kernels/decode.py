@@ -1,34 +1,30 @@
-"""Attention of one new token a sequence over cached slots, for every kind of slot, behind one function.
+"""Attention of one new token of each sequence over cached slots, for every kind of slot.
 
     scores = scale Σ_p q_p k_p        result_p = softmax(scores) v_p
 
-A slot may come in several parts. Plain and grouped attention have one of each. Fused keys (FusedKV, arXiv 2512.03870)
-are two parts whose queries carry the weights, (a ⊙ q) k_1 + (b ⊙ q) k_n, and fused values two results that the caller
-weighs, so that nothing is materialised. A latent (MLA, arXiv 2405.04434, section 2.1.2) with its up-projections
-absorbed is one KV head whose key parts are the latent and the RoPE key, and whose value is the latent again.
+Keys and values may have several parts:
+
+- Plain and grouped attention have one key part and one value part.
+- Fused keys (FusedKV, arXiv 2512.03870) are two parts. Their queries carry the weights: (a ⊙ q) k_1 + (b ⊙ q) k_n.
+  Fused values are two results, which the caller weights. So no fused tensor is ever computed.
+- A latent (MLA, arXiv 2405.04434, section 2.1.2) with absorbed up-projections is one KV head. Its key parts are the
+  latent and the RoPE key, and its value part is the latent.
 
 Shapes: B batch, S entries, H query heads, G KV heads (H a multiple of G), D and E channels of a key and value part.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cllm.errors import UserError
 from cllm.kernels import split_decode
+from cllm.kernels.choice import Kernel, uses_triton
 
 __all__ = ["Kernel", "Stored", "Visible", "decode_attention", "decode_attention_reference"]
-
-log = logging.getLogger(__name__)
-
-Kernel = Literal["auto", "triton", "reference"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +34,23 @@ class Stored:
     data: Tensor
     """(B, S, G, D), channels contiguous; bf16, fp16, fp32 or float8_e4m3fn."""
     scale: Tensor | None = None
-    """(B, S, G) bf16 or fp32 factor of each token and head, for float8 data."""
+    """(B, S, G) bf16 or fp32, one factor for each token and head of float8 data."""
 
 
 @dataclass(frozen=True, slots=True)
 class Visible:
     """Which of the S entries the new token sees.
 
-    The entries are a ring: entry j holds column c_j = column - ((column - j) mod S), the newest one that falls on j; it
-    is empty while c_j < 0. The token sees the columns from `first` on, of these the last `window`, up to its own.
+    The entries are a ring: entry j holds column c_j = column - ((column - j) mod S), the newest column that maps to j,
+    and is empty while c_j < 0. The token sees the last `window` of the columns from `first` up to its own.
     """
 
     column: Tensor
-    """(1,) int64, on the device: the column of the new token, whose own entry is already stored."""
+    """(1,) int64, on the device: the column of the new token, whose entry is already stored."""
     first: Tensor | None
     """(B,) int64: the first column that each row sees (left padding); None: 0."""
     window: int | None
-    """Columns that the token sees, its own included; None: all that are stored."""
+    """Number of columns that the token sees, its own included; None: all stored columns."""
     exclude_self: bool
     """The token does not see its own column."""
 
@@ -70,9 +66,9 @@ def decode_attention(
 ) -> list[Tensor]:
     """Attention of one new token of each sequence; no gradients.
 
-    Query head h reads KV head h // (H / G). Sums are fp32 (fp64 for fp64 queries). On a GPU a tensor that is a key part
-    and a value part is read once, only visible entries are read, and nothing waits for the device, so that a CUDA graph
-    may capture the call and replay it while `visible.column` grows. To torch.compile it is one opaque operator.
+    Query head h reads KV head h // (H / G). Sums are fp32 (fp64 for fp64 queries). On a GPU only visible entries are
+    read, and a tensor that is both a key part and a value part is read once. There is no device sync, so that a CUDA
+    graph may capture the call and replay it while `visible.column` grows. For torch.compile it is one opaque operator.
 
     Args:
         queries: (B, H, D_p) for each key part.
@@ -80,8 +76,8 @@ def decode_attention(
         values: the parts of the values.
         visible: which entries are seen.
         scale: factor on the scores.
-        kernel: `auto` takes Triton on a GPU and plain torch for what Triton cannot, and tells once which and why, as a
-            warning where that makes a GPU slow; or one of the two by name.
+        kernel: `auto`: Triton on a GPU if it supports the call, otherwise plain torch; the choice and its reason are
+            logged once, as a warning for plain torch on a GPU. Or one of the two by name.
 
     Returns:
         For each value part (B, H, E_p) in the queries' dtype, 0 where a row sees nothing. Results of several parts are
@@ -89,7 +85,7 @@ def decode_attention(
 
     Raises:
         UserError: for a kernel that does not exist or does not compute this call.
-        ValueError: for another number of queries than of key parts, or H no multiple of G.
+        ValueError: if there are not as many queries as key parts, or H is no multiple of G.
     """
     n_heads, groups = queries[0].shape[1], keys[0].data.shape[2]
     if len(queries) != len(keys):
@@ -127,7 +123,11 @@ def _decode_attention(
     kernel: str,
 ) -> Tensor:
     """(B, H, sum of E_p): one tensor, because results of an operator must not share memory."""
-    if _runs_triton(kernel, queries, keys, values, [*key_scales, *value_scales]):
+
+    def unsupported() -> str | None:
+        return split_decode.unsupported(queries, keys, values, [*key_scales, *value_scales])
+
+    if uses_triton("decode_attention", kernel, unsupported, on_gpu=queries[0].is_cuda):
         with torch.cuda.device_of(queries[0]):
             return split_decode.run(
                 queries, keys, key_scales, values, value_scales, column, first, window, exclude_self, scale
@@ -147,31 +147,6 @@ def _(queries, keys, key_scales, values, value_scales, column, first, window, ex
     return queries[0].new_empty((*queries[0].shape[:2], sum(v.shape[-1] for v in values)))
 
 
-def _runs_triton(
-    kernel: str,
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    scales: Sequence[Tensor | None],
-) -> bool:
-    if kernel == "reference":
-        return False
-    if kernel not in ("auto", "triton"):
-        raise UserError(f'decode_attention: kernel is "{kernel}"; allowed: auto, triton, reference')
-    reason = split_decode.unsupported(queries, keys, values, scales)
-    if kernel == "auto":
-        slow = reason is not None and queries[0].is_cuda
-        _told("triton" if reason is None else f"plain torch, because triton cannot: {reason}", slow)
-    elif reason is not None:
-        raise UserError(f'decode_attention: kernel is "triton", which cannot: {reason}; allowed: auto, reference')
-    return reason is None
-
-
-@functools.cache
-def _told(choice: str, slow: bool) -> None:
-    log.log(logging.WARNING if slow else logging.INFO, "decode attention: %s%s", choice, " (slow)" if slow else "")
-
-
 def decode_attention_reference(
     queries: Sequence[Tensor],
     keys: Sequence[Stored],
@@ -180,7 +155,7 @@ def decode_attention_reference(
     *,
     scale: float,
 ) -> list[Tensor]:
-    """`decode_attention` in plain torch: every entry is read, in fp32 or, for fp64 queries, in fp64."""
+    """`decode_attention` in plain torch, which reads every entry, in fp32 or, for fp64 queries, in fp64."""
     batch, n_heads = queries[0].shape[:2]
     length, groups = keys[0].data.shape[1:3]
     dtype = torch.float64 if queries[0].dtype == torch.float64 else torch.float32
@@ -194,7 +169,7 @@ def decode_attention_reference(
 
     def read(part: Stored) -> Tensor:
         data = part.data.to(dtype) if part.scale is None else part.data.to(dtype) * part.scale.to(dtype)[..., None]
-        return data.masked_fill(~seen[:, :, None, None], 0)  # an entry never written may hold anything
+        return data.masked_fill(~seen[:, :, None, None], 0)  # entries that were never written are undefined
 
     with torch.autocast(column.device.type, enabled=False):
         scores = sum(
@@ -203,7 +178,7 @@ def decode_attention_reference(
         )
         assert isinstance(scores, Tensor)
         hidden = ~seen[:, None, None, :]
-        # Where a row sees nothing all weights are equal, but what they weigh is 0.
+        # If a row sees nothing, all weights are equal, but all values are 0.
         weights = (scores * scale).masked_fill(hidden, torch.finfo(dtype).min).softmax(-1)
         results = [torch.einsum("bgns,bsge->bgne", weights, read(v)) for v in values]
     return [result.reshape(batch, n_heads, -1).to(queries[0].dtype) for result in results]

@@ -1,8 +1,8 @@
-"""Casts to fp8 in compiled code, less what torch's compiler would do in vain.
+"""Graph pass that removes redundant work around casts to fp8 in compiled code.
 
-- A clamp to the dtype's range in front of a cast, which saturates by itself once it is compiled: torchao clamps for
-  torch's uncompiled casts, which do not before 2.12. Its two comparisons that let NaN pass cost more than the cast.
-- A transposed copy that several products read: the compiler writes one for each.
+- A clamp to the dtype's range before a cast. torchao adds it because uncompiled casts do not saturate before torch
+  2.12; compiled casts do. Its two comparisons, which let NaN pass, cost more than the cast.
+- Copies of a transposed tensor. If several products read it, the compiler writes one copy for each of them.
 
     block.compile(options={"post_grad_custom_post_pass": FP8_CASTS})
 """
@@ -20,7 +20,7 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Fp8Casts(GraphPass):
-    """Rewrites a compiled graph as the module says. Values stay what they are, NaN and infinities included."""
+    """The pass described in the module. It changes no value, NaN and infinities included."""
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in list(graph.nodes):
@@ -29,7 +29,7 @@ class Fp8Casts(GraphPass):
             if node.target is prims.convert_element_type.default:
                 _drop_clamp(graph, node)
             elif node.target is aten.clone.default and _readers(node) > 1:
-                _write_once(graph, node)
+                _write_one_copy(graph, node)
 
     def _is_fp8(self, node: fx.Node) -> bool:
         value = node.meta.get("val")
@@ -37,7 +37,7 @@ class Fp8Casts(GraphPass):
 
 
 def _drop_clamp(graph: fx.Graph, cast: fx.Node) -> None:
-    """cast(clamp_max(clamp_min(x, -m), m)) becomes cast(x), m the largest number of the cast's dtype."""
+    """Replace cast(clamp_max(clamp_min(x, -m), m)) by cast(x), for m the largest number of the cast's dtype."""
     largest = torch.finfo(cast.meta["val"].dtype).max
     x, clamps = cast.args[0], []
     for target, bound in ((aten.clamp_max.default, largest), (aten.clamp_min.default, -largest)):
@@ -52,13 +52,13 @@ def _drop_clamp(graph: fx.Graph, cast: fx.Node) -> None:
 
 
 def _readers(copy: fx.Node) -> int:
-    """How many nodes read a copy, by itself or transposed."""
+    """How many nodes read a copy, directly or transposed."""
     views = [user for user in copy.users if user.target is aten.permute.default]
     return len(copy.users) - len(views) + sum(len(view.users) for view in views)
 
 
-def _write_once(graph: fx.Graph, copy: fx.Node) -> None:
-    """Makes the compiler give the copy a memory of its own there and then."""
+def _write_one_copy(graph: fx.Graph, copy: fx.Node) -> None:
+    """Make the compiler write the copy to memory here, for all readers."""
     with graph.inserting_after(copy):
         written = graph.call_function(inductor_prims.force_stride_order, (copy, list(copy.meta["val"].stride())))
     written.meta["val"] = copy.meta["val"]
@@ -66,4 +66,4 @@ def _write_once(graph: fx.Graph, copy: fx.Node) -> None:
 
 
 FP8_CASTS = Fp8Casts()
-"""The same for all blocks: what they compile to is shared where nothing differs, their options included."""
+"""One instance for all blocks: blocks share compiled code only if their compiler options are equal."""

@@ -2,15 +2,15 @@
 # ruff: noqa: RUF005 - the kernels' language adds tuples and does not unpack them
 """Scores of keys rebuilt from low-rank factors, for Hopper GPUs, in Gluon (Triton's layer for layouts, TMA and wgmma).
 
-What `triton_lowrank.rebuilt_scores` computes, where tokens are all of a sequence and numbers have 16 bits; faster for
-what a compiler's pipeline does not do:
+Computes `triton_lowrank.rebuilt_scores` for all tokens of a sequence and numbers of 16 bits. It is faster, because:
 
-    B stays       a program keeps the rows of B of its KV heads in shared memory, for all its tiles of tokens: only A is
-                  read again, once for every `PACK` heads, and not B for every tile
-    three roles   one warp loads tiles of A (TMA), two warpgroups take every other tile each: while one turns its keys
-                  and scores them, the tensor cores work for the other
-    turns         RoPE of position t0 + δ is RoPE of δ, 0 to 63 and the same in every tile, kept in registers, and of
-                  -t0 on the queries, which stay exact to about 16 bits: sums of two bf16 numbers, one column each
+    resident B    a program keeps the rows of B of its KV heads in shared memory, for all its tiles of tokens. It reads
+                  only A again, once for every `PACK` heads, instead of B for every tile.
+    three roles   one warp loads tiles of A (TMA), and two warpgroups alternate between tiles: while one applies RoPE to
+                  its keys and scores them, the tensor cores work for the other.
+    split RoPE    RoPE of position t0 + δ is RoPE of δ on the keys and of -t0 on the queries. δ is 0 to 63 in every
+                  tile, so that its cosines and sines stay in registers. The rotated queries are exact to about 16 bits:
+                  sums of two bf16 numbers, one column each.
 
 Shapes: B batch, S compressed tokens, H query heads, G KV heads, D channels of a head, r rank.
 """
@@ -21,10 +21,10 @@ from typing import Any
 
 from torch import Tensor
 
-KNOWN = ("3.6", "3.7")
-"""Versions of Triton whose Gluon, which may still change from one to the next, is that of this file."""
+SUPPORTED_VERSIONS = ("3.6", "3.7")
+"""Versions of Triton whose Gluon these kernels are written for. Gluon may still change between versions."""
 MISSING: str | None = None
-"""Why there is no such Gluon here, or None."""
+"""The reason why Gluon cannot be used, or None."""
 try:
     import triton
     from triton.experimental import gluon
@@ -40,24 +40,24 @@ try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     jit = gluon.jit
-    if ".".join(triton.__version__.split(".")[:2]) not in KNOWN:
-        MISSING = f"Gluon of triton {triton.__version__}; known are those of {' and '.join(KNOWN)}"
-except ImportError as error:  # an older Triton, or none
+    if ".".join(triton.__version__.split(".")[:2]) not in SUPPORTED_VERSIONS:
+        MISSING = f"Gluon of triton {triton.__version__}; supported are those of {' and '.join(SUPPORTED_VERSIONS)}"
+except ImportError as error:  # no Triton, or an older one
     MISSING = " ".join(str(error).split())
 
     def jit(fn: Any) -> Any:
-        """`fn` as it is: never called."""
+        """Without Gluon the kernels below are plain functions, and never called."""
         return fn
 
 
 TILE = 64
-"""Tokens of a tile: the rows of one product of a warpgroup. The 64 of the kernels, who see no names of Python's."""
+"""Tokens of a tile: the rows of one product of a warpgroup. Written as 64 in the kernels, which cannot read globals."""
 RANKS = 32
-"""Ranks of a tile: their 32."""
+"""Ranks of a tile. Written as 32 in the kernels."""
 
 
-def described(factor: Tensor, rows: int) -> Any:
-    """A factor (B, n, r), contiguous, of 16 bits, as TMA reads it: (B · n, r) in tiles of `rows` by RANKS."""
+def tma_descriptor(factor: Tensor, rows: int) -> Any:
+    """The TMA descriptor of a contiguous factor (B, n, r) of 16 bits: (B · n, r) in tiles of `rows` by RANKS."""
     layout = gl.NVMMASharedLayout(2 * RANKS, 16)
     return TensorDescriptor.from_tensor(factor.view(-1, factor.shape[-1]), [rows, RANKS], layout)
 
@@ -67,33 +67,33 @@ def _load(
     a_desc, b_desc, tiles_of_a, rows_of_b, full, empty, b_full, a_row, b_row, first_tile, n_tiles, step,
     CHUNKS: gl.constexpr, PACK: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The rows of B once, lower halves of all heads and then upper ones, and tiles of A as room comes free."""
+    """Load the rows of B once, lower halves of all heads before upper halves; then tiles of A as stages become free."""
     mbarrier.expect(b_full, CHUNKS * 2 * PACK * HALF * 32 * 2)
     for k in gl.static_range(CHUNKS):
         for part in gl.static_range(2 * PACK):
             to = rows_of_b.index(k).slice(part * HALF, HALF, dim=0)
             row = b_row + (part % PACK) * 2 * HALF + (part // PACK) * HALF
             tma.async_copy_global_to_shared(b_desc, [row, k * 32], b_full, to)
-    under_way = 0
+    in_flight = 0
     for i in range(n_tiles):
         row = a_row + (first_tile + i * step) * 64
         for k in gl.static_range(CHUNKS):
-            stage = under_way % STAGES
-            mbarrier.wait(empty.index(stage), (under_way // STAGES + 1) & 1)
+            stage = in_flight % STAGES
+            mbarrier.wait(empty.index(stage), (in_flight // STAGES + 1) & 1)
             mbarrier.expect(full.index(stage), 64 * 32 * 2)
             tma.async_copy_global_to_shared(a_desc, [row, k * 32], full.index(stage), tiles_of_a.index(stage))
-            under_way += 1
+            in_flight += 1
 
 
 @jit
 def _split(x, WIDTH: gl.constexpr):
-    """(64, 2 · WIDTH) as two (64, WIDTH), side by side in `x`; no thread needs another's."""
+    """`x` (64, 2 · WIDTH) as its left and right (64, WIDTH), without exchange between threads."""
     return gl.split(gl.permute(gl.reshape(x, [64, 2, WIDTH]), [0, 2, 1]))
 
 
 @jit
 def _halves(x, HALF: gl.constexpr, PACK: gl.constexpr):
-    """(64, 2 · PACK · HALF) as (64, HALF) each, the lower halves of PACK heads and then the upper ones."""
+    """`x` (64, 2 · PACK · HALF) as tensors (64, HALF): the lower halves of PACK heads, then the upper halves."""
     lower, upper = _split(x, PACK * HALF)
     if PACK == 1:
         return lower, upper
@@ -103,39 +103,39 @@ def _halves(x, HALF: gl.constexpr, PACK: gl.constexpr):
 
 @jit
 def _write(
-    marks, scores, score_strides, first_head, begin, low, tokens, log2_scale,
+    products, scores, score_strides, first_head, begin, low, tokens, log2_scale,
     HEADS: gl.constexpr, ROOM: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile for the query heads of one KV head, from both columns (64, 2 · ROOM) of each."""
-    high, rest = gl.split(gl.reshape(marks, [64, ROOM, 2]))
+    """Write the scores of a tile for the query heads of one KV head: the sum of each head's columns (64, 2 · ROOM)."""
+    high, rest = gl.split(gl.reshape(products, [64, ROOM, 2]))
     value = (high + rest) * log2_scale
-    PLACE: gl.constexpr = value.type.layout
-    head = gl.arange(0, ROOM, layout=gl.SliceLayout(0, PLACE))[None, :]
-    token = begin + gl.arange(0, 64, layout=gl.SliceLayout(1, PLACE))[:, None]
+    LAYOUT: gl.constexpr = value.type.layout
+    head = gl.arange(0, ROOM, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    token = begin + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))[:, None]
     at = scores + (first_head + head) * score_strides[1] + token
-    there = (head < HEADS) & (token < tokens)
+    is_score = (head < HEADS) & (token < tokens)
     if ADD:
-        value += gl.load(at, mask=there, other=0.0)
-    gl.store(at, gl.where(token >= low, value, float("-inf")), mask=there)
+        value += gl.load(at, mask=is_score, other=0.0)
+    gl.store(at, gl.where(token >= low, value, float("-inf")), mask=is_score)
 
 
 @jit
 def _score(
-    turned_queries, TURN: gl.constexpr, CHUNKS: gl.constexpr, PACK: gl.constexpr, HALF: gl.constexpr,
+    rotated_queries, GROUP: gl.constexpr, CHUNKS: gl.constexpr, PACK: gl.constexpr, HALF: gl.constexpr,
     HEADS: gl.constexpr, ROOM: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr,
     query, cos, sin, low, scores, tiles_of_a, rows_of_b, full, empty, b_full, order, q_strides, table_stride,
     score_strides, head_0, first_tile, n_tiles, step, tokens, log2_scale,
 ):  # fmt: skip
-    """Every other tile, from the `TURN`-th on. `query` and `scores` begin with the sequence at hand."""
+    """Score every other tile, from number `GROUP` on (0 or 1). `query` and `scores` point to this sequence."""
     dtype: gl.constexpr = query.dtype.element_ty
     WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * PACK * HALF, 16])
     KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    MARKS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * ROOM, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, MARKS, 2)
+    PRODUCTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * ROOM, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCTS, 2)
     QUERY: gl.constexpr = gl.BlockedLayout([1, HALF // 32], [1, 32], [4, 1], [1, 0])
 
-    # RoPE of 0 to 63, two numbers of 16 bits in one register. Whatever factor a table has stays with the queries, which
-    # are exact: in 16 bits it would be off by as much in all scores.
+    # RoPE of positions 0 to 63, with cos and sin as two numbers of 16 bits in one register. The table's factor is
+    # applied to the queries, which are exact: rounded to 16 bits, it would change all scores by the same ratio.
     token = gl.arange(0, 64, layout=gl.SliceLayout(1, KEYS))
     channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, KEYS))
     at = token[:, None] * table_stride + channel[None, :]
@@ -154,15 +154,15 @@ def _score(
         upper_q = upper_q + (gl.load(at + HALF, mask=is_head, other=0.0).to(gl.float32),)
 
     mbarrier.wait(b_full, 0)
-    for i in range(TURN, n_tiles, 2):
+    for i in range(GROUP, n_tiles, 2):
         begin = (first_tile + i * step) * 64
         base = begin - low
         row = gl.where(base < 0, -base, base) * table_stride + q_channel
         far_cos, far_sin = gl.load(cos + row), gl.load(sin + row)
 
-        # The other's products first: so tiles of A are waited for in their order, and a parity tells one use of a stage
-        # from the next.
-        mbarrier.wait(order.index(TURN), (i // 2 + 1 - TURN) & 1)
+        # Wait for the other warpgroup's products: so tiles of A are consumed in order, and the parity of a barrier
+        # distinguishes one use of a stage from the next.
+        mbarrier.wait(order.index(GROUP), (i // 2 + 1 - GROUP) & 1)
         stage, phase = i * CHUNKS % STAGES, i * CHUNKS // STAGES & 1
         keys = warpgroup_mma_init(gl.zeros([64, 2 * PACK * HALF], gl.float32, layout=WIDE))
         for k in range(CHUNKS):
@@ -174,7 +174,7 @@ def _score(
             stage += 1
             phase = gl.where(stage == STAGES, phase ^ 1, phase)
             stage = gl.where(stage == STAGES, 0, stage)
-        mbarrier.arrive(order.index(1 - TURN), count=1)
+        mbarrier.arrive(order.index(1 - GROUP), count=1)
 
         far_cos = far_cos[None, :]
         far_sin = gl.where(base < 0, -far_sin, far_sin)[None, :]
@@ -187,7 +187,7 @@ def _score(
                 high = q.to(dtype)
                 rest = (q - high.to(gl.float32)).to(dtype)
                 pair = gl.reshape(gl.permute(gl.join(high, rest), [0, 2, 1]), [2 * ROOM, HALF])
-                turned_queries.index(2 * g + half).store(pair)
+                rotated_queries.index(2 * g + half).store(pair)
         fence_async_shared()
 
         keys = warpgroup_mma_wait(0, deps=(keys,))
@@ -198,12 +198,14 @@ def _score(
         for g in gl.static_range(PACK):
             lower = gl.convert_layout(halves[g], KEYS, assert_trivial=True)
             upper = gl.convert_layout(halves[PACK + g], KEYS, assert_trivial=True)
-            turned = gl.convert_layout((lower * c - upper * s).to(dtype), OPERAND)
-            marks = gl.zeros([64, 2 * ROOM], gl.float32, layout=MARKS)
-            marks = warpgroup_mma(turned, turned_queries.index(2 * g).permute((1, 0)), marks)
-            turned = gl.convert_layout((upper * c + lower * s).to(dtype), OPERAND)
-            marks = warpgroup_mma(turned, turned_queries.index(2 * g + 1).permute((1, 0)), marks)
-            _write(marks, scores, score_strides, head_0 + g * HEADS, begin, low, tokens, log2_scale, HEADS, ROOM, ADD)
+            rotated = gl.convert_layout((lower * c - upper * s).to(dtype), OPERAND)
+            products = gl.zeros([64, 2 * ROOM], gl.float32, layout=PRODUCTS)
+            products = warpgroup_mma(rotated, rotated_queries.index(2 * g).permute((1, 0)), products)
+            rotated = gl.convert_layout((upper * c + lower * s).to(dtype), OPERAND)
+            products = warpgroup_mma(rotated, rotated_queries.index(2 * g + 1).permute((1, 0)), products)
+            _write(
+                products, scores, score_strides, head_0 + g * HEADS, begin, low, tokens, log2_scale, HEADS, ROOM, ADD
+            )
 
 
 @jit
@@ -214,9 +216,9 @@ def resident_scores(
 ):  # fmt: skip
     """Scores (B, H, S) fp32 of all tokens, to base 2; -inf before `first` (B,), or None.
 
-    `a_desc` is of A (B · S, r) in blocks of 64 rows by 32 ranks, `b_desc` of B (B · G · D, r) in D / 2 rows by 32. A
-    program has PACK KV heads of one sequence, and of its tiles every so many-th. ROOM is HEADS, and a power of two from
-    4 on.
+    `a_desc` describes A (B · S, r) in blocks of 64 rows by 32 ranks, `b_desc` B (B · G · D, r) in D / 2 rows by 32. A
+    program has PACK KV heads of one sequence and every n-th tile, for n programs per pack. ROOM is HEADS, padded to a
+    power of two that is at least 4.
     """
     packs: gl.constexpr = G // PACK
     pack, sequence = gl.program_id(0) % packs, gl.program_id(1)
@@ -231,8 +233,8 @@ def resident_scores(
     queries: gl.constexpr = gl.NVMMASharedLayout(2 * HALF, 16)
     tiles_of_a = gl.allocate_shared_memory(a_desc.dtype, [STAGES, 64, 32], a_desc.layout)
     rows_of_b = gl.allocate_shared_memory(b_desc.dtype, [CHUNKS, 2 * PACK * HALF, 32], b_desc.layout)
-    turned_0 = gl.allocate_shared_memory(a_desc.dtype, [2 * PACK, 2 * ROOM, HALF], queries)
-    turned_1 = gl.allocate_shared_memory(a_desc.dtype, [2 * PACK, 2 * ROOM, HALF], queries)
+    rotated_0 = gl.allocate_shared_memory(a_desc.dtype, [2 * PACK, 2 * ROOM, HALF], queries)
+    rotated_1 = gl.allocate_shared_memory(a_desc.dtype, [2 * PACK, 2 * ROOM, HALF], queries)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -240,8 +242,8 @@ def resident_scores(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=1)
-    for turn in gl.static_range(2):
-        mbarrier.init(order.index(turn), count=1)
+    for group in gl.static_range(2):
+        mbarrier.init(order.index(group), count=1)
     mbarrier.init(b_full, count=1)
     fence_async_shared()
 
@@ -253,8 +255,8 @@ def resident_scores(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_score, (turned_0, 0, CHUNKS, PACK, HALF, HEADS, ROOM, STAGES, ADD) + work),
-            (_score, (turned_1, 1, CHUNKS, PACK, HALF, HEADS, ROOM, STAGES, ADD) + work),
+            (_score, (rotated_0, 0, CHUNKS, PACK, HALF, HEADS, ROOM, STAGES, ADD) + work),
+            (_score, (rotated_1, 1, CHUNKS, PACK, HALF, HEADS, ROOM, STAGES, ADD) + work),
             (_load, (
                 a_desc, b_desc, tiles_of_a, rows_of_b, full, empty, b_full, a_row, b_row, first_tile, n_tiles, step,
                 CHUNKS, PACK, HALF, STAGES,

@@ -1,4 +1,4 @@
-"""What passes over the graphs that torch's compiler makes of a block have in common."""
+"""Base of the passes that change the compiled graph of a block."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 
 class GraphPass(CustomGraphPass):
-    """Changes graphs, in place, where their tensors are on some kinds of device; a subclass says how in `__call__`."""
+    """Changes a graph in place, for tensors on the given kinds of device. Subclasses implement `__call__`."""
 
     def __init__(self, devices: Sequence[str] = ("cuda",)):
         self.devices = tuple(devices)
 
     def uuid(self) -> object:
-        """The compiler's cache knows code that the pass has changed by this: by the file of its class, and devices."""
+        """Key of the pass in the compiler's cache: the file of its class, and its devices."""
         return get_hash_for_files((inspect.getfile(type(self)),), str(self.devices))

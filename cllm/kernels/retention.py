@@ -1,10 +1,11 @@
-"""Gated retention (YOCO, arXiv 2405.05254, eq. 5-7): linear attention with one data-dependent decay a head.
+"""Gated retention (YOCO, arXiv 2405.05254, eq. 5-7): linear attention with one data-dependent decay for each head.
 
     S_t = γ_t S_{t-1} + k_tᵀ v_t          o_t = scale q_t S_t
 
-Shapes: B batch, T tokens, H heads, D channels of queries and keys, E channels of values. On a GPU the
-flash-linear-attention library's chunked kernel computes it (`simple_gla`, which has this recurrence); elsewhere, and
-where that library is missing, the plain chunked form below.
+On a GPU the chunked kernel `simple_gla` of the flash-linear-attention library computes it. On other devices, and
+without that library, it is the chunked form in plain torch below.
+
+Shapes: B batch, T tokens, H heads, D channels of queries and keys, E channels of values.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _fla_kernel() -> Callable[..., Any] | None:
 
 @functools.cache
 def _backward_fault(device: torch.device) -> str | None:
-    """Why the library's backward kernel cannot be used on `device`, or None."""
+    """The reason why the library's backward kernel cannot be used on `device`, or None."""
     import triton
 
     version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
@@ -54,14 +55,14 @@ def _kernel_for(x: Tensor, *, grad: bool) -> Callable[..., Any] | None:
 def gated_retention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float, document_ids: Tensor | None = None
 ) -> Tensor:
-    """Gated retention over whole sequences.
+    """Gated retention over sequences that start from an empty state.
 
     Args:
         q, k: (B, T, H, D). v: (B, T, H, E).
         log_decay: (B, T, H) fp32, ln γ, at most 0.
         scale: factor on the output.
-        document_ids: (B, T) integers, ascending; the state is cleared where the document changes. The library lays out
-            its chunks on the host, so that with documents each call waits for the device.
+        document_ids: (B, T) integers, ascending; the state is cleared when the document changes. The library needs the
+            boundaries on the host, so that with documents each call is a device sync.
 
     Returns:
         (B, T, H, E) in the dtype of `v`.
@@ -85,16 +86,15 @@ def gated_retention(
 def gated_retention_from(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gated retention that goes on from `state` (B, H, D, E) fp32: the output (B, T, H, E) and the state after it."""
+    """Gated retention from `state` (B, H, D, E) fp32: the output (B, T, H, E) and the new state."""
     if q.shape[1] == 1:  # the recurrence itself
         q1, k1, v1 = (t[:, 0].float() for t in (q, k, v))  # B, H, .
-        after = state * log_decay[:, 0].float().exp()[..., None, None] + k1[..., None] * v1[..., None, :]
-        return (scale * torch.einsum("bhd,bhde->bhe", q1, after))[:, None].to(v.dtype), after
+        new_state = state * log_decay[:, 0].float().exp()[..., None, None] + k1[..., None] * v1[..., None, :]
+        return (scale * torch.einsum("bhd,bhde->bhe", q1, new_state))[:, None].to(v.dtype), new_state
     kernel = _kernel_for(q, grad=False)
     if kernel is None:
         return _chunked(q, k, v, log_decay, state, scale=scale)
-    out, after = kernel(q, k, v, g=log_decay, scale=scale, initial_state=state, output_final_state=True)
-    return out, after
+    return kernel(q, k, v, g=log_decay, scale=scale, initial_state=state, output_final_state=True)
 
 
 def gated_retention_reference(
@@ -107,7 +107,7 @@ def gated_retention_reference(
     document_ids: Tensor | None = None,
     chunk: int = 128,
 ) -> Tensor:
-    """The same in plain torch, fp32 inside: quadratic within chunks, one state carried between them."""
+    """`gated_retention` in plain torch, computed in fp32: quadratic within chunks, one state between chunks."""
     state = q.new_zeros(q.shape[0], q.shape[2], k.shape[-1], v.shape[-1], dtype=torch.float32)
     return _chunked(q, k, v, log_decay, state, scale=scale, document_ids=document_ids, chunk=chunk)[0]
 
@@ -130,7 +130,7 @@ def _chunked(
     batch, length = q.shape[:2]
     q, k, v, log_decay = (t.float().transpose(1, 2) for t in (q, k, v, log_decay))  # B, H, T, .
     ids = torch.zeros(batch, length, dtype=torch.long, device=q.device) if document_ids is None else document_ids
-    state_id = ids[:, 0]  # the document that the state belongs to
+    state_id = ids[:, 0]  # the document of the state
     outputs = []
     for start in range(0, length, chunk):
         part = slice(start, start + chunk)

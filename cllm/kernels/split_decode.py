@@ -1,4 +1,4 @@
-"""How the Triton kernels of `triton_decode` are launched: what they support, tiles, splits, and the call itself.
+"""Launches the Triton kernels of `triton_decode`: supported calls, tiles, splits, and the launch.
 
 Shapes: B batch, S entries, H query heads, G KV heads, D and E channels of a key and value part.
 """
@@ -18,14 +18,14 @@ from cllm.kernels import triton_decode
 
 FLOAT8 = torch.float8_e4m3fn
 MAX_WIDTH = 640
-"""Most channels of all key parts together, and of all value parts: queries and accumulators live in registers."""
+"""Maximum channels of all key parts together, and of all value parts: queries and accumulators are in registers."""
 MAX_WIDTH_FP32 = 256
-"""The same for fp32 data or queries, whose products take three passes and more registers."""
+"""Maximum for fp32 data or queries, whose products take three passes and more registers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
-    """How one call is divided."""
+    """How one call is divided among programs."""
 
     block_n: int
     """Columns of a tile, a power of two, at least 16."""
@@ -33,14 +33,14 @@ class Tiles:
     """Programs that share the columns of one sequence and KV head."""
     num_warps: int
     num_stages: int
-    """Tiles in shared memory: one in use, the others on their way."""
+    """Tiles in shared memory: one in use, the others being loaded."""
     elementwise: bool = False
-    """Multiply and add in fp32 instead of tensor-core products; for one query head a KV head only."""
+    """Multiply and add in fp32 instead of tensor-core products; only for one query head for each KV head."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Channels [start, start + width) of one part, held in tiles of `block` channels."""
+    """Channels [start, start + width) of one part, in tiles of `block` channels."""
 
     part: int
     start: int
@@ -48,30 +48,30 @@ class _Chunk:
     block: int
 
 
-def _power(n: int) -> int:
-    """The least power of two that is not below n."""
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 def _chunks(parts: Sequence[Tensor]) -> list[_Chunk]:
-    """Every part as it is if its width is a power of two, else as its largest power of two and the rest.
+    """Every part as one chunk if its width is a power of two; otherwise the largest power of two below, and the rest.
 
-    576 = 512 + 64: in a tile of 1024 almost half would be padding. A matrix product takes 16 channels at least.
+    576 = 512 + 64: almost half of a tile of 1024 would be padding. A matrix product needs at least 16 channels.
     """
-    found = []
+    chunks = []
     for part, tensor in enumerate(parts):
         width = tensor.shape[-1]
-        head = width if width < 16 or width == _power(width) else _power(width) // 2
+        head = width if width < 16 or width == next_power_of_2(width) else next_power_of_2(width) // 2
         for start, size in ((0, head), (head, width - head)):
             if size:
-                found.append(_Chunk(part, start, size, max(16, _power(size))))
-    return found
+                chunks.append(_Chunk(part, start, size, max(16, next_power_of_2(size))))
+    return chunks
 
 
 def unsupported(
     queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], scales: Sequence[Tensor | None]
 ) -> str | None:
-    """Why the kernels do not compute this call, or None."""
+    """The reason why the kernels do not support this call, or None."""
     device = queries[0].device
     if triton_decode.MISSING is not None:
         return f"triton cannot be imported: {triton_decode.MISSING}"
@@ -88,83 +88,84 @@ def unsupported(
     known = (torch.bfloat16, torch.float16, torch.float32)
     for tensor in (*queries, *(t for t in stored if t.dtype != FLOAT8), *(t for t in scales if t is not None)):
         if tensor.dtype not in known:
-            return f"has {str(tensor.dtype).removeprefix('torch.')}"
+            return f"does not compute {str(tensor.dtype).removeprefix('torch.')}"
     if any(t.stride(-1) != 1 for t in (*queries, *stored)):
         return "the channels of a tensor are not contiguous"
     most = MAX_WIDTH_FP32 if any(t.dtype == torch.float32 for t in (*queries, *stored)) else MAX_WIDTH
     for what, parts in (("keys", keys), ("values", values)):
         if (width := sum(chunk.block for chunk in _chunks(parts))) > most:
             return f"{what} of {width} channels in all parts; at most {most}"
-    limits = _limits(device)
+    limits = device_limits(device)
     if (needed := tiles_for(queries, keys, values, None)[1]) > limits.shared:
         return f"needs {needed} bytes of shared memory; the device has {limits.shared}"
     return None
 
 
-def _row(keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[int, int]:
-    """Channels and bytes of a token and KV head, of tensors that are both keys and values once."""
-    own = [v for v in values if not any(v.is_set_to(k) for k in keys)]
-    widths = [(t.shape[-1], t.element_size()) for t in (*keys, *own)]
+def _token_size(keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[int, int]:
+    """Channels and bytes of one token and KV head. Tensors that are both keys and values count once."""
+    only_values = [v for v in values if not any(v.is_set_to(k) for k in keys)]
+    widths = [(t.shape[-1], t.element_size()) for t in (*keys, *only_values)]
     return sum(width for width, _ in widths), sum(width * size for width, size in widths)
 
 
 def _block_h(heads: int) -> int:
-    """Query heads of one program, of `heads` that read one KV head: at least a matrix product's 16, at most 64."""
-    return min(64, max(16, _power(heads)))
+    """Query heads of one program, for `heads` that read one KV head: at least 16, for matrix products, at most 64."""
+    return min(64, max(16, next_power_of_2(heads)))
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a device has; by default what an H100 or H200 has."""
+    """Resources of a device. The defaults are those of an H100 or H200."""
 
     processors: int = 132
     """Multiprocessors."""
     shared: int = 227 * 1024
-    """Bytes of shared memory that the programs of one multiprocessor can use."""
+    """Bytes of shared memory for the programs of one multiprocessor."""
 
 
 @functools.cache
-def _limits(device: torch.device) -> Limits:
+def device_limits(device: torch.device) -> Limits:
     if device.type != "cuda":
         return Limits()
-    found: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the second number
-    return Limits(found.multi_processor_count, found.shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)  # the second is missing in torch's type stubs
+    return Limits(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
 @functools.cache
 def choose_tiles(
     *, groups: int, heads: int, row: tuple[int, int], columns: int, widths: tuple[int, int], limits: Limits
 ) -> tuple[Tiles, int]:
-    """Tiles and splits by rule, and the bytes of shared memory that a program needs; nothing is tried at run time.
+    """Tiles and splits by rule, without autotuning, and the bytes of shared memory that a program needs.
 
-    - A tile of about 16384 numbers, 32 KiB in bf16, in two buffers, and programs enough to keep some 96 KiB on their
-      way in each multiprocessor, three times what bandwidth times latency asks for (4.8 TB/s x 0.8 µs = 29 KiB on
-      each of an H200). Where one query head reads a KV head and programs are plenty, tiles twice as long lose less to
-      merging (238 µs against 244 for 4 sequences x 16 heads x 32k).
-    - fp8 with one query head a KV head goes without matrix products, which take longer to convert than to multiply
-      (181 µs against 275 for the same shape).
+    - A tile has about 16384 numbers, 32 KiB in bf16, in two buffers. There are enough programs to keep about 96 KiB in
+      flight in each multiprocessor: three times bandwidth times latency (4.8 TB/s x 0.8 µs = 29 KiB for each one of an
+      H200). With one query head for each KV head and many programs, tiles are twice as long, which makes merging
+      cheaper (238 µs instead of 244 for 4 sequences x 16 heads x 32k).
+    - fp8 with one query head for each KV head does not use matrix products: converting their operands takes longer
+      than multiplying (181 µs instead of 275 for the same shape).
     - Outputs of more than 16 x 256 numbers need the registers of 8 warps.
-    - The fewest splits that fill whole waves of programs to 90 %, so that all finish together; never more than tiles.
+    - The smallest number of splits that fills waves of programs to 90 %, so that all programs finish together; at most
+      as many as tiles.
 
     Args:
-        groups: programs of one split: sequences x KV heads x blocks of query heads.
+        groups: programs for each split: sequences x KV heads x blocks of query heads.
         heads: query heads of one KV head.
         row: stored channels and bytes of one token and KV head.
-        columns: most columns that a token can see.
+        columns: maximum number of columns that a token can see.
         widths: channels of all key parts, and of all value parts.
-        limits: of the device.
+        limits: resources of the device.
     """
     channels, size = row
     block_h, stages = _block_h(heads), 3
 
     def shared(block_n: int) -> int:
-        """Tiles in flight, queries, and a little for reductions. Products of 64 rows keep one tile more."""
+        """Bytes of tiles in flight, queries, and reductions. Products of 64 rows need one more tile."""
         return (stages - (block_h < 64)) * block_n * size + block_h * widths[0] * 2 + 4096
 
     long = 2 if heads == 1 and channels <= 256 and size >= 2 * channels and groups >= 64 and columns >= 16384 else 1
     numbers = 16384 * long
     block_n = 2 ** round(math.log2(min(numbers / channels, 2 * numbers / size)))
-    block_n = max(16, min(block_n, 64 * long, _power(columns)))
+    block_n = max(16, min(block_n, 64 * long, next_power_of_2(columns)))
     while block_n > 16 and shared(block_n) > limits.shared:
         block_n //= 2
     wanted = round(98304 / (block_n * size))
@@ -177,8 +178,8 @@ def choose_tiles(
 
     splits = next((n for n in range(1, most + 1) if filled(n) >= 0.9), max(range(1, most + 1), key=filled))
     warps = 8 if widths[1] * block_h > 16 * 256 else 4
-    plain = heads == 1 and size < 2 * channels
-    tiles = Tiles(block_n=block_n, splits=splits, num_warps=warps, num_stages=stages, elementwise=plain)
+    elementwise = heads == 1 and size < 2 * channels
+    tiles = Tiles(block_n=block_n, splits=splits, num_warps=warps, num_stages=stages, elementwise=elementwise)
     return tiles, shared(block_n)
 
 
@@ -192,10 +193,10 @@ def tiles_for(
     return choose_tiles(
         groups=batch * groups * -(-heads // _block_h(heads)),
         heads=heads,
-        row=_row(keys, values),
+        row=_token_size(keys, values),
         columns=min(length, window or length),
         widths=(sum(k.shape[-1] for k in keys), sum(v.shape[-1] for v in values)),
-        limits=_limits(queries[0].device),
+        limits=device_limits(queries[0].device),
     )
 
 
@@ -212,10 +213,10 @@ def run(
     scale: float,
     tiles: Tiles | None = None,
 ) -> Tensor:
-    """What `cllm.kernels.decode.decode_attention` documents, for calls that `unsupported` answers with None.
+    """Compute `cllm.kernels.decode.decode_attention` for a call that is supported (see `unsupported`).
 
     Args:
-        tiles: how to divide the call; `tiles_for` by default.
+        tiles: by default those of `tiles_for`.
 
     Returns:
         (B, H, sum of E): the value parts side by side.
@@ -232,7 +233,7 @@ def run(
     partial = torch.empty((batch, n_heads, tiles.splits, width), dtype=torch.float32, device=out.device)
     log_sums = torch.empty((batch, n_heads, tiles.splits), dtype=torch.float32, device=out.device)
     starts = [sum(v.shape[-1] for v in values[: chunk.part]) + chunk.start for chunk in value_chunks]
-    common: dict[str, Any] = {
+    constants: dict[str, Any] = {
         "G": groups,
         "WIDTHS": tuple(chunk.width for chunk in key_chunks),
         "BLOCKS": tuple(chunk.block for chunk in key_chunks),
@@ -261,21 +262,21 @@ def run(
         scale * math.log2(math.e),
     )
     if tiles.elementwise:
-        triton_decode.split_elementwise[(batch * groups, tiles.splits)](*arguments, **common)
+        triton_decode.split_elementwise[(batch * groups, tiles.splits)](*arguments, **constants)
     else:
         block_h = _block_h(heads)
         k_types = tuple(_product_type(queries[c.part], keys[c.part], queries[c.part].dtype) for c in key_chunks)
         v_types = tuple(_product_type(queries[0], values[c.part], torch.bfloat16) for c in value_chunks)
         triton_decode.split_dot[(batch * groups * -(-heads // block_h), tiles.splits)](
             *arguments,
-            **common,
+            **constants,
             HEADS=heads,
             BLOCK_H=block_h,
             K_TYPES=k_types,
             V_TYPES=v_types,
         )
-    block = min(128, max(16, _power(width)))
-    every = _power(tiles.splits)
+    block = min(128, max(16, next_power_of_2(width)))
+    every = next_power_of_2(tiles.splits)
     triton_decode.merge[(batch * n_heads, -(-width // block))](
         partial, log_sums, out, None, SPLITS=tiles.splits, OUT_WIDTH=width, ALL=every, CHUNK=min(every, 32), BLOCK=block
     )
@@ -287,30 +288,30 @@ def _channels(parts: Sequence[Tensor], chunk: _Chunk) -> Tensor:
 
 
 def _stored(chunk: _Chunk, parts: Sequence[Tensor], scales: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """A chunk as the kernels take it: pointer and strides, of the data and of its scales, or of anything instead."""
+    """A chunk as an argument of the kernels: pointer and strides of the data and of its scales."""
     data, scale = _channels(parts, chunk), scales[chunk.part]
-    scale = data if scale is None else scale  # a tuple cannot hold None
+    scale = data if scale is None else scale  # a tuple cannot hold None; without scales the kernel does not read it
     return (data, data.stride()[:3], scale, scale.stride()[:3])
 
 
 def _key_chunk_of(value_chunks, values, value_scales, key_chunks, keys, key_scales) -> tuple[int, ...]:
-    """For each value chunk the key chunk that it is, or -1: what is both is loaded once."""
+    """For each value chunk, the index of the key chunk with the same data, or -1. Such a chunk is loaded once."""
 
     def same(v: int, k: int) -> bool:
         a, b = value_scales[v], key_scales[k]
         return values[v].is_set_to(keys[k]) and (a.is_set_to(b) if a is not None and b is not None else a is b)
 
-    found = []
+    indices = []
     for value in value_chunks:
         matches = (i for i, key in enumerate(key_chunks) if same(value.part, key.part) and (value.start == key.start))
-        found.append(next(matches, -1))
-    return tuple(found)
+        indices.append(next(matches, -1))
+    return tuple(indices)
 
 
 def _product_type(query: Tensor, stored: Tensor, float8: torch.dtype) -> Any:
-    """In which type a matrix product is taken: the wider of the two; for float8 data `float8` or fp32.
+    """The type of a matrix product: the wider of the two; for float8 data it is `float8`, or fp32 for fp32 queries.
 
-    For values that is bf16: probabilities times scales can leave the range of fp16.
+    For values `float8` is bf16, because probabilities times scales can leave the range of fp16.
     """
     if stored.dtype == FLOAT8:
         return triton_decode.TYPES[torch.float32 if query.dtype == torch.float32 else float8]

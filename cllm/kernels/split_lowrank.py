@@ -1,6 +1,6 @@
-"""How the Triton kernels of `triton_lowrank` are launched: what they support, tiles, splits, and the call itself.
+"""Launches the Triton kernels of `triton_lowrank`: supported calls, tiles, splits, and the launches.
 
-Shapes: B batch, S compressed tokens, n tokens of a stretch, H query heads, G KV heads, D channels of a head, r rank.
+Shapes: B batch, S compressed tokens, n tokens that are scored, H query heads, G KV heads, D channels of a head, r rank.
 """
 
 from __future__ import annotations
@@ -17,57 +17,57 @@ from torch import Tensor
 from cllm.kernels import resident_lowrank, triton_decode, triton_lowrank
 from cllm.kernels.decode import Visible
 from cllm.kernels.selection import Factored, Selection, chosen_chunks, chosen_tokens
-from cllm.kernels.split_decode import Limits, _limits, _power
+from cllm.kernels.split_decode import Limits, device_limits, next_power_of_2
 
 MAX_DIM = 256
 MAX_HEADS = 64
 """Query heads of one KV head."""
 _QUERIES = 2**14
-"""Bytes of shared memory for queries, and for what changes its layout."""
+"""Bytes of shared memory for queries and for changes of layout."""
 _MOST_CHUNKS = 2**15
-"""What one program chooses from; more go through plain torch."""
+"""Maximum number of chunks from which the kernel chooses; for more, plain torch chooses."""
 _LOG2 = math.log2(math.e)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rebuild:
-    """How keys are rebuilt."""
+    """Tiles of the kernel that rebuilds keys."""
 
     block_n: int
     """Tokens of a tile."""
     block_r: int
     """Ranks of a tile."""
     pack: int
-    """KV heads of one program: the tile of A is loaded once for them."""
+    """KV heads of one program: the tile of A is loaded once for all of them."""
     num_warps: int
     num_stages: int
 
     def shared(self, half: int, size: int) -> int:
-        """Bytes of shared memory of tiles under way, `half` channels and `size` bytes a number."""
+        """Bytes of shared memory of tiles in flight, for `half` channels of `size` bytes."""
         return self.num_stages * (self.block_n + 2 * self.pack * half) * self.block_r * size
 
 
 def _half(dim: int) -> int:
-    """Channels of a tile that holds half of a head: a power of two, and what a matrix product takes at least."""
-    return max(16, _power(dim // 2))
+    """Channels of a tile with half of a head: a power of two, at least 16 for a matrix product."""
+    return max(16, next_power_of_2(dim // 2))
 
 
 @functools.cache
 def choose_rebuild(*, dim: int, groups: int, size: int, gathered: bool, limits: Limits) -> Rebuild:
-    """Tiles by rule; nothing is tried at run time.
+    """Tiles by rule, without autotuning.
 
-    Rebuilding is a matrix product of S x r by r x G · D, so its tile is that of one: 128 tokens by 256 channels in 8
-    warps, two KV heads of 128, which halves how often A is read from the L2 cache. Tokens chosen by each KV head for
-    itself are no common tile: then a program has one, and 64 tokens, so that 2048 of them fill the device. Numbers of
-    4 bytes take half the tile, for their products take three passes. Fewer stages where shared memory is small. The
-    two accumulators take at most half of the registers: turning and scoring need the rest.
+    Rebuilding is a matrix product of S x r by r x G · D, so its tile is 128 tokens by 256 channels in 8 warps. That is
+    two KV heads of 128, which halves the reads of A from the L2 cache. With chosen tokens, KV heads have different
+    tokens and share no tile. Then a program has one KV head and 64 tokens, so that 2048 tokens fill the device. Numbers
+    of 4 bytes get half the tile, because their products take three passes. Small shared memory gets fewer stages. The
+    two accumulators take at most half of the registers; RoPE and scoring need the rest.
 
     Args:
         dim: channels of a head.
         groups: KV heads.
         size: bytes of a number.
-        gathered: whether each KV head has tokens of its own.
-        limits: of the device.
+        gathered: whether each KV head reads different tokens.
+        limits: resources of the device.
     """
     half, wide = _half(dim), size > 2
     pack = 1
@@ -77,16 +77,17 @@ def choose_rebuild(*, dim: int, groups: int, size: int, gathered: bool, limits: 
     warps = 8 if block_n * pack * half >= 128 * 64 else 4
     stages, block_r = 3, 32 if wide else 64
     while True:
-        found = Rebuild(block_n=block_n, block_r=block_r, pack=pack, num_warps=warps, num_stages=stages)
-        if found.shared(half, size) <= limits.shared - _QUERIES or stages == 1:
-            return found
+        rebuild = Rebuild(block_n=block_n, block_r=block_r, pack=pack, num_warps=warps, num_stages=stages)
+        if rebuild.shared(half, size) <= limits.shared - _QUERIES or stages == 1:
+            return rebuild
         stages -= 1
 
 
 def choose_splits(*, programs: int, tokens: int, block_n: int, gathered: bool, limits: Limits) -> int:
-    """Programs that share the tokens of a stretch: two for each multiprocessor, or four where rows are gathered, for
-    that is mostly waiting; no more than tiles; a power of two for a short stretch, which grows by a token each step and
-    should not be compiled anew each time."""
+    """Number of programs that share `tokens`: two for each multiprocessor, or four if rows are gathered, because these
+    mostly wait for memory; at most the number of tiles. For few tokens it is a power of two: their number grows by one
+    in each step, and each number of splits is compiled separately.
+    """
     tiles = -(-tokens // block_n)
     wanted = max(1, min(tiles, (4 if gathered else 2) * limits.processors // programs, 128))
     return wanted if tiles >= 64 else 1 << (wanted.bit_length() - 1)
@@ -95,7 +96,7 @@ def choose_splits(*, programs: int, tokens: int, block_n: int, gathered: bool, l
 def unsupported(
     queries: Sequence[Tensor], keys: Sequence[Factored], values: Sequence[Factored], selection: Selection | None
 ) -> str | None:
-    """Why the kernels do not compute this call, or None."""
+    """The reason why the kernels do not support this call, or None."""
     device = queries[0].device
     if triton_decode.MISSING is not None:
         return f"triton cannot be imported: {triton_decode.MISSING}"
@@ -110,18 +111,18 @@ def unsupported(
         tensors += [selection.landmarks, selection.outlier_keys]
     for tensor in tensors:
         if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            return f"has {str(tensor.dtype).removeprefix('torch.')}"
+            return f"does not compute {str(tensor.dtype).removeprefix('torch.')}"
         if tensor.stride(-1) != 1:
             return "the channels of a tensor are not contiguous"
     for part in (*keys, *values):
         if part.a.dtype != part.b.dtype:
-            return "factors of two dtypes"
+            return "the factors have different dtypes"
     heads, dim = queries[0].shape[1] // keys[0].tail.shape[2], queries[0].shape[2]
     if dim % 2 or dim > MAX_DIM:
-        return f"has heads of {dim} channels; at most {MAX_DIM}, and an even number"
+        return f"heads of {dim} channels; supported: even numbers up to {MAX_DIM}"
     if heads > MAX_HEADS:
-        return f"has {heads} query heads a KV head; at most {MAX_HEADS}"
-    limits, size = _limits(device), keys[0].a.element_size()
+        return f"{heads} query heads for each KV head; at most {MAX_HEADS}"
+    limits, size = device_limits(device), keys[0].a.element_size()
     rebuild = choose_rebuild(
         dim=dim, groups=keys[0].tail.shape[2], size=size, gathered=selection is not None, limits=limits
     )
@@ -131,28 +132,30 @@ def unsupported(
 
 
 class _Call:
-    """The launches of one call; what they have in common are the queries' heads and which columns are seen."""
+    """The launches of one call, which share the queries' heads and the visible columns."""
 
     def __init__(self, queries: Sequence[Tensor], groups: int, visible: Visible, scale: float):
         self.batch, n_heads, self.dim = queries[0].shape
         self.groups, self.heads = groups, n_heads // groups
         self.visible, self.scale, self.device = visible, scale, queries[0].device
-        self.limits = _limits(self.device)
-        self.block_h = max(16, _power(self.heads))
+        self.limits = device_limits(self.device)
+        self.block_h = max(16, next_power_of_2(self.heads))
 
-    def scores(self, tokens: int) -> Tensor:
-        """Room for (B, H, n), rows aligned so that loads are wide."""
-        room = -(-tokens // 16) * 16
-        shape = (self.batch, self.groups * self.heads, room)
+    def empty_scores(self, tokens: int) -> Tensor:
+        """An uninitialised tensor (B, H, n) fp32. Rows are aligned, so that loads are wide."""
+        padded = -(-tokens // 16) * 16
+        shape = (self.batch, self.groups * self.heads, padded)
         return torch.empty(shape, dtype=torch.float32, device=self.device)[..., :tokens]
 
-    def rebuilt(self, q, part, table, index, scores, rebuild: Rebuild | None, *, add: bool) -> None:
-        """Scores of rebuilt keys; by rule where `rebuild` is None."""
-        by_rule = rebuild is None and index is None
-        if by_rule and (how := resident_lowrank.resident(q, part.a, part.b, self.groups, self.limits)) is not None:
+    def score_rebuilt(self, q, part, table, index, scores, rebuild: Rebuild | None, *, add: bool) -> None:
+        """Write the scores of rebuilt keys, or add to them with `add`. None for `rebuild`: tiles by rule."""
+        resident = None
+        if rebuild is None and index is None:
+            resident = resident_lowrank.resident_tiles(q, part.a, part.b, self.groups, self.limits)
+        if resident is not None:
             resident_lowrank.launch(
-                how, q, part.a, part.b, table, self.visible.first, scores, self.groups, self.scale * _LOG2, self.limits,
-                add=add,
+                resident, q, part.a, part.b, table, self.visible.first, scores, self.groups, self.scale * _LOG2,
+                self.limits, add=add,
             )  # fmt: skip
             return
         rebuild = rebuild or choose_rebuild(
@@ -167,28 +170,28 @@ class _Call:
             _strides(index), tokens, part.a.shape[1], rank, self.scale * _LOG2,
             G=self.groups, HEADS=self.heads, DIM=self.dim, HALF=half, PACK=rebuild.pack, BLOCK_H=self.block_h,
             BLOCK_N=rebuild.block_n, BLOCK_R=rebuild.block_r, STAGES=rebuild.num_stages,
-            WHOLE=rank % rebuild.block_r == 0 and 2 * half == self.dim,
+            UNPADDED=rank % rebuild.block_r == 0 and 2 * half == self.dim,
             LONG=part.a.shape[1] * part.a.stride(1) >= 2**31,
             ADD=add, num_warps=rebuild.num_warps,
         )  # fmt: skip
 
-    def plain(self, q, keys, scores, *, index=None, tail_from=None, stop=2**30, span=1, factor=_LOG2, add=False):
-        """Scores of stored keys (B, n, G, D); `tail_from` is the column of the first, for keys that a ring holds."""
+    def score_stored(self, q, keys, scores, *, index=None, tail_from=None, stop=2**30, span=1, factor=_LOG2, add=False):
+        """Write the scores of stored keys (B, n, G, D). For keys of the tail, `tail_from` is the first one's column."""
         tokens, tail = keys.shape[1], tail_from is not None
         triton_lowrank.plain_scores[(self.groups, -(-tokens // 64), self.batch)](
             q, keys, index, self.visible.column if tail else None, self.visible.first, scores,
             q.stride()[:2], keys.stride()[:3], scores.stride()[:2],
             _strides(index), tokens, tail_from or 0, stop, self.scale * factor,
-            G=self.groups, HEADS=self.heads, DIM=self.dim, BLOCK_D=max(16, _power(self.dim)), BLOCK_H=self.block_h,
-            BLOCK_N=64, SPAN=span, EXCLUDE_SELF=self.visible.exclude_self, ADD=add,
+            G=self.groups, HEADS=self.heads, DIM=self.dim, BLOCK_D=max(16, next_power_of_2(self.dim)),
+            BLOCK_H=self.block_h, BLOCK_N=64, SPAN=span, EXCLUDE_SELF=self.visible.exclude_self, ADD=add,
         )  # fmt: skip
 
-    def weighed(self, scores, values, index, *, shared: bool) -> tuple[Tensor, Tensor]:
-        """Σ p v (B, H, W) fp32 and its log-sum-exp (B, H); `shared`: `values` (B, n, 1, W) are those of all heads."""
+    def weighted_sum(self, scores, values, index, *, shared: bool) -> tuple[Tensor, Tensor]:
+        """Σ p v (B, H, W) fp32 and the log-sum-exp (B, H). `shared`: all heads have the same `values` (B, n, 1, W)."""
         tokens, width = scores.shape[2], values.shape[3]
-        common = shared and index is None
-        groups, heads = (1, self.groups * self.heads) if common else (self.groups, self.heads)
-        block_h, block_w = min(32, max(16, _power(heads))), min(256, max(16, _power(width)))
+        one_group = shared and index is None
+        groups, heads = (1, self.groups * self.heads) if one_group else (self.groups, self.heads)
+        block_h, block_w = min(32, max(16, next_power_of_2(heads))), min(256, max(16, next_power_of_2(width)))
         if values.element_size() > 2:
             block_w = min(block_w, 64)
         chunks, blocks = -(-width // block_w), self.batch * groups * -(-heads // block_h)
@@ -207,29 +210,32 @@ class _Call:
             return partial[:, :, 0], log_sums[:, :, 0]
         merged = torch.empty((*shape[:2], width), dtype=torch.float32, device=self.device)
         merged_log_sum = torch.empty(shape[:2], dtype=torch.float32, device=self.device)
-        every = _power(splits)
+        every = next_power_of_2(splits)
         triton_decode.merge[(shape[0] * shape[1], -(-width // 32))](
             partial, log_sums, merged, merged_log_sum, SPLITS=splits, OUT_WIDTH=width, ALL=every, CHUNK=every, BLOCK=32
         )
         return merged, merged_log_sum
 
-    def finished(self, early: tuple[Tensor, Tensor], late: tuple[Tensor, Tensor], b: Tensor, out: Tensor) -> None:
-        """Write what `weighed` found of the factors and of the tail, both contiguous, into `out` (B, H, D)."""
+    def write_output(
+        self, compressed: tuple[Tensor, Tensor], tail: tuple[Tensor, Tensor], b: Tensor, out: Tensor
+    ) -> None:
+        """Write `out` (B, H, D) from the results of `weighted_sum`, contiguous, for the factors and for the tail."""
         triton_lowrank.finish[(out.shape[0] * out.shape[1], -(-self.dim // 16))](
-            *early, b, *late, out, b.stride()[:2], out.stride()[:2],
-            G=self.groups, HEADS=self.heads, RANK=b.shape[2], DIM=self.dim, BLOCK_R=min(256, _power(b.shape[2])),
-            BLOCK_D=16,
+            *compressed, b, *tail, out, b.stride()[:2], out.stride()[:2],
+            G=self.groups, HEADS=self.heads, RANK=b.shape[2], DIM=self.dim,
+            BLOCK_R=min(256, next_power_of_2(b.shape[2])), BLOCK_D=16,
         )  # fmt: skip
 
 
 @contextmanager
-def _branch(device: torch.device, number: int) -> Iterator[Callable[[], None]]:
-    """What is launched inside needs nothing of what is launched after it, until the function that it yields is called.
+def _parallel_branch(device: torch.device, number: int) -> Iterator[Callable[[], None]]:
+    """Kernels launched in this context may run in parallel with kernels launched after it, until the yielded function
+    is called to join them.
 
-    In a CUDA graph that is being captured it becomes a branch, which runs beside the rest: these kernels are so short
-    that each leaves most of a GPU idle. Otherwise it runs in its turn, for events cost the host more than they save.
+    While a CUDA graph is captured, they become a branch of the graph: these kernels are so short that each leaves most
+    of a GPU idle. Otherwise all kernels run in order, because events would cost the host more time than they save.
     """
-    side = _side(device, number) if device.type == "cuda" else None  # made before anything is captured
+    side = _side_stream(device, number) if device.type == "cuda" else None  # created before a capture begins
     if side is None or not torch.cuda.is_current_stream_capturing():
         yield lambda: None
         return
@@ -240,7 +246,7 @@ def _branch(device: torch.device, number: int) -> Iterator[Callable[[], None]]:
 
 
 @functools.cache
-def _side(device: torch.device, number: int) -> torch.cuda.Stream:
+def _side_stream(device: torch.device, number: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
@@ -258,10 +264,10 @@ def run(
     selection: Selection | None,
     rebuild: Rebuild | None = None,
 ) -> Tensor:
-    """What `cllm.kernels.lowrank_decode.lowrank_decode` documents, for calls that `unsupported` answers with None.
+    """Compute `cllm.kernels.lowrank_decode.lowrank_decode` for a call that is supported (see `unsupported`).
 
     Args:
-        rebuild: tiles to rebuild keys in; by default as `resident_lowrank` and `choose_rebuild` say.
+        rebuild: tiles to rebuild keys; by default those of `resident_lowrank` or `choose_rebuild`.
 
     Returns:
         (B, H, parts · D): the value parts side by side.
@@ -269,44 +275,45 @@ def run(
     compressed, groups = keys[0].a.shape[1], keys[0].tail.shape[2]
     call = _Call(queries, groups, visible, scale)
     index, rest_index, outliers = None, None, 0
-    with _branch(call.device, 0) as tail_is_done:
-        tail_scores = call.scores(keys[0].tail.shape[1])
+    with _parallel_branch(call.device, 0) as join_tail:
+        tail_scores = call.empty_scores(keys[0].tail.shape[1])
         for i, (q, part) in enumerate(zip(queries, keys, strict=True)):
-            call.plain(q, part.tail, tail_scores, tail_from=compressed, add=i > 0)
-        late = [call.weighed(tail_scores, part.tail, None, shared=False) for part in values]
+            call.score_stored(q, part.tail, tail_scores, tail_from=compressed, add=i > 0)
+        tails = [call.weighted_sum(tail_scores, part.tail, None, shared=False) for part in values]
     if selection is not None:
         index, outliers = _choose(call, queries[0], selection), selection.outlier_keys.shape[1]
         rest_index = index[..., outliers:]
-    scores = call.scores(compressed if index is None else index.shape[2])
+    scores = call.empty_scores(compressed if index is None else index.shape[2])
     rest = scores[..., outliers:]
-    with _branch(call.device, 1) as outliers_are_done:
+    with _parallel_branch(call.device, 1) as join_outliers:
         if selection is not None and outliers:
-            call.plain(queries[0], selection.outlier_keys, scores[..., :outliers], index=index, stop=compressed)
+            call.score_stored(queries[0], selection.outlier_keys, scores[..., :outliers], index=index, stop=compressed)
     if rest.shape[2]:
         for i, (q, part) in enumerate(zip(queries, keys, strict=True)):
-            call.rebuilt(q, part, table, rest_index, rest, rebuild, add=i > 0)
-    outliers_are_done()
-    early = [call.weighed(scores, part.a[:, :, None], index, shared=True) for part in values]
-    tail_is_done()
+            call.score_rebuilt(q, part, table, rest_index, rest, rebuild, add=i > 0)
+    join_outliers()
+    sums = [call.weighted_sum(scores, part.a[:, :, None], index, shared=True) for part in values]
+    join_tail()
     out = queries[0].new_empty((*queries[0].shape[:2], len(values) * call.dim))
     for i, target in enumerate(out.split(call.dim, dim=-1)):
-        call.finished(early[i], late[i], values[i].b, target)
+        call.write_output(sums[i], tails[i], values[i].b, target)
     return out
 
 
 def _choose(call: _Call, q: Tensor, selection: Selection) -> Tensor:
     """Tokens (B, G, n) int64 that this step reads."""
     chunks, outliers, span = selection.landmarks.shape[1], selection.outliers, selection.chunk
-    marks = call.scores(chunks)
-    call.plain(q, selection.landmarks, marks, span=span, factor=1.0)
-    block, count = _power(chunks), chosen_chunks(selection)
+    landmark_scores = call.empty_scores(chunks)
+    call.score_stored(q, selection.landmarks, landmark_scores, span=span, factor=1.0)
+    block, count = next_power_of_2(chunks), chosen_chunks(selection)
     if block > _MOST_CHUNKS or count == 0:
-        return chosen_tokens(marks, selection)
+        return chosen_tokens(landmark_scores, selection)
     always = outliers.shape[2]
     out = torch.empty((call.batch, call.groups, (always + count) * span), dtype=torch.int64, device=call.device)
     triton_lowrank.choose[(call.groups, call.batch)](
-        marks, outliers, out, marks.stride()[:2], outliers.stride()[:2], out.stride()[:2], chunks,
-        HEADS=call.heads, OUTLIERS=always, COUNT=count, SPAN=span, BLOCK=block, BLOCK_M=_power(max(always, 1)),
-        TOGETHER=min(_power(call.heads), max(1, _MOST_CHUNKS // block)), num_warps=min(16, max(4, block // 512)),
+        landmark_scores, outliers, out, landmark_scores.stride()[:2], outliers.stride()[:2], out.stride()[:2], chunks,
+        HEADS=call.heads, OUTLIERS=always, COUNT=count, SPAN=span, BLOCK=block, BLOCK_M=next_power_of_2(max(always, 1)),
+        TOGETHER=min(next_power_of_2(call.heads), max(1, _MOST_CHUNKS // block)),
+        num_warps=min(16, max(4, block // 512)),
     )  # fmt: skip
     return out

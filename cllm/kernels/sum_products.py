@@ -1,10 +1,10 @@
-"""Sums of matrix products, each added in the epilogue of the next.
+"""Graph pass that fuses sums of matrix products: each product is added to the sum in its epilogue.
 
-The gradient of a normalised input is such a sum: q, k and v have a part of it each, gate and up too. torch's compiler
-writes all products out and lets the kernel behind them read and add them. Where tensor cores are the bound, adding to
-what stands there costs nothing (one H200, 374 M: products of one kind took 30.4 ms a step before a fifth of them did
-so, and after), and this kernel reads one tensor for all of them. A sum with anything else is left to the compiler:
-torch's `addmm` copies what it must not overwrite, which costs what it saves.
+The gradient of a normalised input is such a sum, with one product each for q, k and v, or for gate and up. torch's
+compiler writes each product to memory, and the kernel after them reads and adds them. With this pass, that kernel reads
+one tensor. Adding in the epilogue costs nothing if the tensor cores are the limit: on one H200 with the 374 M model,
+products of one kind took 30.4 ms a step both before and after a fifth of them were changed. Sums with any other term
+are left to the compiler, because torch's `addmm` copies a tensor that it must not overwrite, which costs as much.
 
     block.compile(options={"post_grad_custom_pre_pass": SUM_PRODUCTS})
 """
@@ -38,8 +38,7 @@ def _(a: list[Tensor], b: list[Tensor]) -> Tensor:
 
 
 class SumProducts(GraphPass):
-    """In a compiled graph, makes every sum of nothing but 16-bit products, which nothing else reads, one
-    `sum_products`."""
+    """Replaces every sum of 16-bit products by one `sum_products`, if nothing else reads the products or sums."""
 
     def __call__(self, graph: fx.Graph) -> None:
         done: set[fx.Node] = set()
@@ -48,12 +47,12 @@ class SumProducts(GraphPass):
                 continue
             inner: list[fx.Node] = [node]
             products: list[fx.Node] = []
-            if all(_collect(part, inner, products) for part in node.args) and self._alike(products):
+            if all(_collect(part, inner, products) for part in node.args) and self._compatible(products):
                 done.update(inner)
                 _merge(graph, node, products)
         graph.eliminate_dead_code()
 
-    def _alike(self, products: Sequence[fx.Node]) -> bool:
+    def _compatible(self, products: Sequence[fx.Node]) -> bool:
         values = [node.meta["val"] for node in products]
         kinds = {(value.device.type, value.dtype, value.shape) for value in values}
         return len(kinds) == 1 and values[0].device.type in self.devices and values[0].dtype in _HALF
@@ -70,7 +69,7 @@ def _is_sum(node: object) -> bool:
 
 
 def _collect(node: object, sums: list[fx.Node], products: list[fx.Node]) -> bool:
-    """Whether `node` is made of sums and products alone, which nothing else reads; adds them to the lists."""
+    """Whether `node` consists only of sums and products that nothing else reads. Appends them to the lists."""
     while isinstance(node, fx.Node) and node.op == "call_function" and len(node.users) == 1:
         if node.target is aten.mm.default:
             products.append(node)
@@ -89,11 +88,11 @@ def _merge(graph: fx.Graph, total: fx.Node, products: Sequence[fx.Node]) -> None
     with graph.inserting_before(total):
         merged = graph.call_function(torch.ops.cllm.sum_products.default, (factors[0], factors[1]))
         merged.meta["val"] = products[0].meta["val"].new_empty(products[0].meta["val"].shape)
-        found = graph.call_function(aten.view.default, (merged, list(total.meta["val"].shape)))
-        found.meta = total.meta
-    total.replace_all_uses_with(found)
+        viewed = graph.call_function(aten.view.default, (merged, list(total.meta["val"].shape)))
+        viewed.meta = total.meta
+    total.replace_all_uses_with(viewed)
     graph.erase_node(total)
 
 
 SUM_PRODUCTS = SumProducts()
-"""The same for all blocks: what they compile to is shared where nothing differs, their options included."""
+"""One instance for all blocks: blocks share compiled code only if their compiler options are equal."""

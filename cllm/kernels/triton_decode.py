@@ -2,15 +2,15 @@
 # ruff: noqa: RUF005 - the kernels' language adds tuples and does not unpack them
 """Split-KV flash decoding in Triton: the kernels that `cllm.kernels.split_decode` launches.
 
-Two kernels. The first gives every (sequence, KV head, block of query heads) to several programs, the *splits*; each
-walks an equal share of the columns that the new token sees and leaves a partial output and the log-sum-exp of its
-scores. The second merges the splits. Programs walk columns, not entries: column c is stored at entry c mod S, so
-that only what is visible is read, whatever the window, the padding and the turn of the ring.
+There are two kernels. The first runs several programs, the *splits*, for every (sequence, KV head, block of query
+heads). Each split loops over an equal share of the columns that the new token sees, and writes a partial output and the
+log-sum-exp of its scores. The second kernel merges the splits. Programs loop over columns, and column c is entry
+c mod S. So only visible entries are read, with any window, any padding and any state of the ring.
 
-Tiles have power-of-two widths. A head dimension that is none is cut in two *chunks*, 576 = 512 + 64: scores add over
-chunks as they add over key parts, and every chunk of a value part is an output of its own.
+Tiles have power-of-two widths. Other head dimensions are cut into two *chunks*, 576 = 512 + 64. Scores are added over
+chunks as over key parts, and every chunk of a value part is a separate output.
 
-Shapes: B batch, S entries, H query heads, G KV heads, D and E channels of a key and value part. N tile of columns.
+Shapes: B batch, S entries, H query heads, G KV heads, D and E channels of a key and value part, N columns of a tile.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ except ImportError as error:
     TYPES = {}
 
     def jit(function):
-        """The kernels below stay plain functions that nobody calls."""
+        """Without Triton the kernels below are plain functions, and never called."""
         return function
 
 
 @jit
 def _share(column, first, b, window, EXCLUDE_SELF: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The columns [begin, stop) of this program: its split's share of those that row b sees."""
+    """The columns [begin, stop) of this program: its share of the columns that row b sees."""
     end = tl.load(column).to(tl.int32) + (0 if EXCLUDE_SELF else 1)
     low = tl.maximum(tl.load(column).to(tl.int32) - window + 1, 0)
     if first is not None:
@@ -49,7 +49,7 @@ def _share(column, first, b, window, EXCLUDE_SELF: tl.constexpr, BLOCK_N: tl.con
 
 @jit
 def _entries(start, stop, S, BLOCK_N: tl.constexpr):
-    """Entries (N,) int64 of the columns from `start` on, and which of them lie before `stop`."""
+    """Entries (N,) int64 of the columns from `start` on, and whether each column is before `stop`."""
     offset = tl.arange(0, BLOCK_N)
     entry = start % S + offset
     entry = tl.where(entry >= S, entry - S, entry)
@@ -58,7 +58,7 @@ def _entries(start, stop, S, BLOCK_N: tl.constexpr):
 
 @jit
 def _tile(chunk, b, g, entry, seen, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows (N, BLOCK) of a chunk, zero where nothing is seen. Offsets are int64: caches pass 2^31 elements."""
+    """Rows (N, BLOCK) of a chunk, zero for entries not seen. Offsets are int64: caches can exceed 2^31 elements."""
     data, strides, _, _ = chunk
     channel = tl.arange(0, BLOCK)
     mask = seen[:, None]
@@ -113,11 +113,11 @@ def split_dot(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A split for a block of the HEADS query heads of one KV head, by matrix products.
+    """One split for a block of the HEADS query heads of one KV head, with matrix products.
 
-    Tuples have one item for each chunk: of `queries` pointer and strides (B, H); of `keys` and `values` pointer and
-    strides (B, S, G), and the same of its scales, which are not read unless K_SCALED or V_SCALED says so. V_FROM is
-    the key chunk that a value chunk is, or -1.
+    Tuples have one item for each chunk. An item of `queries` is a pointer and strides (B, H). An item of `keys` or
+    `values` is a pointer and strides (B, S, G), and the same for its scales, which are read only with K_SCALED or
+    V_SCALED. V_FROM is the index of the key chunk with the same data as a value chunk, or -1.
     `partial` is (B, H, splits, OUT_WIDTH) fp32, `log_sums` (B, H, splits) fp32, to base 2.
     """
     H_BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
@@ -201,9 +201,10 @@ def split_elementwise(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A split for the one query head of a KV head, in fp32 without matrix products; arguments as `split_dot`'s.
+    """One split for the only query head of a KV head, in fp32 without matrix products; arguments as for `split_dot`.
 
-    Every row of the tile keeps a softmax of its own, merged after the last tile: no reduction over rows in the loop.
+    Every row of the tile has a separate softmax. They are merged after the last tile, so that the loop needs no
+    reduction over rows.
     """
     pid = tl.program_id(0)
     b, g = pid // G, pid % G
@@ -248,13 +249,13 @@ def split_elementwise(
 
     top = tl.max(largest, axis=0)
     weights = tl.exp2(largest - top)
-    whole = tl.sum(total * weights, axis=0)
+    total_sum = tl.sum(total * weights, axis=0)
     row = pid.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(log_sums + row, tl.where(whole == 0, float("-inf"), top + tl.log2(whole)))
+    tl.store(log_sums + row, tl.where(total_sum == 0, float("-inf"), top + tl.log2(total_sum)))
     for i in tl.static_range(len(OUT_BLOCKS)):
         channel = tl.arange(0, OUT_BLOCKS[i])
         mask = (channel < OUT_WIDTHS[i]) & (begin < stop)
-        part = tl.sum(sums[i] * weights[:, None], axis=0) / whole
+        part = tl.sum(sums[i] * weights[:, None], axis=0) / total_sum
         tl.store(partial + row * OUT_WIDTH + OUT_STARTS[i] + channel, part, mask=mask)
 
 
@@ -270,8 +271,8 @@ def merge(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[row] = Σ_s 2^l_s partial[row, s] / Σ_s 2^l_s; 0 where every split is empty. `partial` of a split that is
-    empty was never written. log_sum_out[row] = log2 Σ_s 2^l_s, unless it is None."""
+    """out[row] = Σ_s 2^l_s partial[row, s] / Σ_s 2^l_s, or 0 if every split is empty. `partial` of an empty split is
+    uninitialised. log_sum_out[row] = log2 Σ_s 2^l_s, unless it is None."""
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, ALL)
     every = tl.load(log_sums + row * SPLITS + index, mask=index < SPLITS, other=float("-inf"))
@@ -288,9 +289,9 @@ def merge(
     summed = summed / tl.where(total == 0, 1.0, total)
     tl.store(out + row * OUT_WIDTH + channel, summed.to(out.dtype.element_ty), mask=channel < OUT_WIDTH)
     if log_sum_out is not None:
-        whole = tl.where(total == 0, float("-inf"), top + tl.log2(total))
-        tl.store(log_sum_out + row, whole, mask=tl.program_id(1) == 0)
+        log_sum_of_row = tl.where(total == 0, float("-inf"), top + tl.log2(total))
+        tl.store(log_sum_out + row, log_sum_of_row, mask=tl.program_id(1) == 0)
 
 
 INTERPRETED = MISSING is None and not isinstance(merge, triton.JITFunction)
-"""TRITON_INTERPRET=1 was set: the kernels run on a CPU, one element at a time."""
+"""Whether TRITON_INTERPRET=1 is set: then the kernels run on a CPU, in Triton's interpreter."""

@@ -2,20 +2,21 @@
 # ruff: noqa: RUF005 - the kernels' language adds tuples and does not unpack them
 """Decoding over low-rank factors in Triton: the kernels that `cllm.kernels.lowrank_decode` launches.
 
-    rebuilt_scores   keys made tile by tile from their factors, turned by RoPE in registers, times the queries
-    plain_scores     the queries times keys that are stored as they are: the exact tail, outliers, landmarks
-    choose           the chunks whose landmarks score best
-    weigh            softmax over a stretch of scores, times rows of A or exact values
-    finish           rows of A to values, and both stretches together, after `triton_decode.merge` of each one's splits
+    rebuilt_scores   scores of keys that are rebuilt tile by tile from their factors; RoPE is applied in registers
+    plain_scores     scores of uncompressed keys: the exact tail, outliers, landmarks
+    choose           the chunks whose landmarks have the best scores
+    weigh            softmax over scores, times rows of A or exact values
+    finish           rows of A to values, and the sum with the tail's, after `triton_decode.merge` has merged the splits
 
-Scores go through memory, (B, H, n) fp32 to base 2, a fiftieth of what the factors take: a program that rebuilds keys
-has one KV head and no registers left, one that reads A has all query heads, for A is theirs together.
+Scores (B, H, n) fp32, to base 2, are written to memory; they are a fiftieth of the size of the factors. A program that
+rebuilds keys has one KV head and no free registers. A program that reads A has all query heads, which share A.
 
-Rotate-half pairs channel j with channel j + D/2. A program rebuilds both halves of a head in one product, eight
-channels of the one beside the same eight of the other: so each thread has both of a pair, and splitting moves nothing.
+Rotate-half pairs channel j with channel j + D/2. A program rebuilds both halves of a head in one product, in which
+eight channels of one half are next to the same eight of the other. So each thread has both channels of a pair, and
+splitting the halves moves no data.
 
-Shapes: B batch, S compressed tokens, n tokens of a stretch, H query heads, G KV heads, D channels of a head, r rank.
-N tile of tokens.
+Shapes: B batch, S compressed tokens, n tokens that are scored, H query heads, G KV heads, D channels of a head, r rank,
+N tokens of a tile.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if MISSING is None:
 
 @jit
 def _emit(scores, strides, value, b, head, is_head, token, seen, N, ADD: tl.constexpr):
-    """Write (N, heads) scores, -inf where nothing is seen; with ADD, to those of key parts before."""
+    """Write (N, heads) scores, -inf for tokens not seen. With ADD, add to the scores of earlier key parts."""
     at = scores + b * strides[0] + head[None, :] * strides[1] + token[:, None]
     mask = is_head[None, :] & (token < N)[:, None]
     if ADD:
@@ -38,13 +39,13 @@ def _emit(scores, strides, value, b, head, is_head, token, seen, N, ADD: tl.cons
 
 @jit
 def _query(query, strides, b, head, is_head, channel, is_channel):
-    """Queries (heads, channels), 0 where there is none."""
+    """Queries (heads, channels), padded with 0."""
     at = query + b * strides[0] + head[:, None] * strides[1] + channel[None, :]
     return tl.load(at, mask=is_head[:, None] & is_channel[None, :], other=0.0)
 
 
 @jit
-def _turns(cos, sin, stride, position, channel, is_channel):
+def _rotations(cos, sin, stride, position, channel, is_channel):
     """Cosines and sines (N, channels) of positions (N,)."""
     at = position[:, None] * stride + channel[None, :]
     c = tl.load(cos + at, mask=is_channel[None, :], other=0.0)
@@ -81,18 +82,18 @@ def rebuilt_scores(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
-    WHOLE: tl.constexpr,
+    UNPADDED: tl.constexpr,
     LONG: tl.constexpr,
     ADD: tl.constexpr,
 ):
     """Scores of a tile of tokens for the query heads of PACK KV heads.
 
     `a` is (B, S, r) and `b` (B, G · D, r), ranks contiguous; `cos` and `sin` are (positions, D / 2) fp32; `index`
-    (B, G, n) says which tokens (PACK is 1 then), or None: all. Programs of one tile are neighbours, so that they find
-    its rows of A in the L2 cache. WHOLE: no rank and no channel is padding. LONG: a row of A needs 64 bits.
+    (B, G, n) is which tokens (PACK is 1 then), or None: all. Programs of one tile are neighbours, so that its rows of A
+    are in the L2 cache. UNPADDED: no rank and no channel is padding. LONG: offsets of rows of A need 64 bits.
 
-    Queries are loaded before the product, and so are cosines and sines of chosen tokens, whose tiles leave registers
-    for them: after it each would have to be waited for.
+    Queries are loaded before the product, to hide their latency. So are cosines and sines of chosen tokens, whose
+    smaller tiles leave registers for them.
     """
     pack, row_of_batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     token = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -117,7 +118,7 @@ def rebuilt_scores(
             queries = queries + (q,)
     position = tl.maximum(tl.where(inside, column, 0) - low, 0)
     if index is not None:
-        c, s = _turns(cos, sin, table_stride, position, channel, is_channel)
+        c, s = _rotations(cos, sin, table_stride, position, channel, is_channel)
 
     row = tl.minimum(column, S - 1)  # offsets of 32 bits: pointers would take twice the registers
     if LONG:
@@ -132,30 +133,30 @@ def rebuilt_scores(
         keys = keys + (tl.zeros((BLOCK_N, 2 * HALF), dtype=tl.float32),)
     for start in tl.range(0, rank, BLOCK_R, num_stages=STAGES):
         r = start + tl.arange(0, BLOCK_R)
-        if WHOLE:
+        if UNPADDED:
             tile = tl.load(a_row + (rows + r[None, :]))
         else:
             tile = tl.load(a_row + (rows + r[None, :]), mask=(r < rank)[None, :], other=0.0)
-        more = ()
+        next_keys = ()
         for i in tl.static_range(PACK):
             at = b_row + (pack * PACK + i) * DIM * b_strides[1] + (weights + r[None, :])
-            if WHOLE:
+            if UNPADDED:
                 part = tl.load(at)
             else:
                 part = tl.load(at, mask=(paired < DIM // 2)[:, None] & (r < rank)[None, :], other=0.0)
-            more = more + (tl.dot(tile, tl.trans(part), acc=keys[i], input_precision="tf32x3"),)
-        keys = more
+            next_keys = next_keys + (tl.dot(tile, tl.trans(part), acc=keys[i], input_precision="tf32x3"),)
+        keys = next_keys
 
     if index is None:
-        c, s = _turns(cos, sin, table_stride, position, channel, is_channel)
+        c, s = _rotations(cos, sin, table_stride, position, channel, is_channel)
     for i in tl.static_range(PACK):
         pairs = tl.permute(tl.reshape(keys[i], (BLOCK_N, HALF // 8, 2, 8)), (0, 1, 3, 2))
         lower, upper = tl.split(pairs)
         lower, upper = tl.reshape(lower, (BLOCK_N, HALF)), tl.reshape(upper, (BLOCK_N, HALF))
-        turned = (lower * c - upper * s).to(query.dtype.element_ty)
-        value = tl.dot(turned, tl.trans(queries[2 * i]), input_precision="tf32x3")
-        turned = (upper * c + lower * s).to(query.dtype.element_ty)
-        value = tl.dot(turned, tl.trans(queries[2 * i + 1]), acc=value, input_precision="tf32x3")
+        rotated = (lower * c - upper * s).to(query.dtype.element_ty)
+        value = tl.dot(rotated, tl.trans(queries[2 * i]), input_precision="tf32x3")
+        rotated = (upper * c + lower * s).to(query.dtype.element_ty)
+        value = tl.dot(rotated, tl.trans(queries[2 * i + 1]), acc=value, input_precision="tf32x3")
         head = (pack * PACK + i) * HEADS + in_group
         seen = inside & (column >= low)
         _emit(scores, score_strides, value * log2_scale, row_of_batch, head, is_head, token, seen, N, ADD)
@@ -189,8 +190,8 @@ def plain_scores(
 ):
     """Scores of `keys` (B, n, G, D) for the query heads of one KV head.
 
-    Entry j stands for the columns offset + j · SPAN to offset + j · SPAN + SPAN - 1, or for `index[b, g, j]`. It is
-    seen if one of them is `first` or later, lies before `stop`, and does not lie behind `column`.
+    Entry j represents the columns offset + j · SPAN to offset + j · SPAN + SPAN - 1, or `index[b, g, j]`. It is seen if
+    one of them is `first` or later and the first of them is before `stop` and not after `column`.
     """
     g, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     token = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -216,7 +217,7 @@ def plain_scores(
 
 @jit
 def choose(
-    marks,
+    landmark_scores,
     outliers,
     out,
     m_strides,
@@ -231,16 +232,16 @@ def choose(
     BLOCK_M: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    """Tokens of one KV head's chunks: those of the outliers, and of the COUNT others of largest probability from any of
-    its query heads, in ascending order; of equal ones the first.
+    """Tokens of the chunks that one KV head reads: the outliers, then the COUNT other chunks of largest probability
+    from any of its query heads, in ascending order. Among equal chunks, the first are taken.
 
-    `marks` (B, H, CHUNKS) fp32, `outliers` (B, G, OUTLIERS) and `out` (B, G, (OUTLIERS + COUNT) · SPAN) int64. The row
-    of `marks` of the first query head is written over: outliers are struck out there, by their numbers.
+    `landmark_scores` is (B, H, CHUNKS) fp32, `outliers` (B, G, OUTLIERS) int64 and `out` (B, G, (OUTLIERS + COUNT) ·
+    SPAN) int64. The scores of the first query head are overwritten: there, outliers are removed by their indices.
 
-    A logarithm of a probability is never positive, so that its magnitude as an integer orders it, and the COUNT-th one
-    is found two bits at a time, the three numbers of chunks that are as large added up in one word. What takes time is
-    waiting, for memory and for the other warps in sums over all chunks: so TOGETHER heads are read at once, and both
-    running sums, of larger ones and of equal ones, are halves of one word.
+    A log-probability is never positive, so that its bits, read as an integer, have its order. The COUNT-th largest is
+    found two bits at a time; the three counts of each step are summed in one word. Most of the time is waiting, for
+    memory and for other warps in sums over all chunks. So TOGETHER heads are read at once, and the two cumulative sums,
+    of larger and of equal chunks, are halves of one word.
     """
     group, b = tl.program_id(0), tl.program_id(1)
     chunk = tl.arange(0, BLOCK)
@@ -248,17 +249,17 @@ def choose(
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, HEADS, TOGETHER):
         head = start + tl.arange(0, TOGETHER)
-        at = marks + b * m_strides[0] + (group * HEADS + head)[:, None] * m_strides[1] + chunk[None, :]
-        mark = tl.load(at, mask=(head < HEADS)[:, None] & is_chunk[None, :], other=float("-inf"))
-        most = tl.maximum(tl.max(mark, 1), -1e30)
-        total = tl.maximum(tl.sum(tl.exp(mark - most[:, None]), 1), 1e-30)
-        best = tl.maximum(best, tl.max(mark - (most + tl.log(total))[:, None], 0))
+        at = landmark_scores + b * m_strides[0] + (group * HEADS + head)[:, None] * m_strides[1] + chunk[None, :]
+        score = tl.load(at, mask=(head < HEADS)[:, None] & is_chunk[None, :], other=float("-inf"))
+        most = tl.maximum(tl.max(score, 1), -1e30)
+        total = tl.maximum(tl.sum(tl.exp(score - most[:, None]), 1), 1e-30)
+        best = tl.maximum(best, tl.max(score - (most + tl.log(total))[:, None], 0))
     magnitude = tl.minimum(best, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     order = tl.where(is_chunk, 0x7FFFFFFF - magnitude, -1)
     always = outliers + b * o_strides[0] + group * o_strides[1]
     m = tl.arange(0, BLOCK_M)
     first = tl.load(always + m, mask=m < OUTLIERS, other=0)
-    row = marks + b * m_strides[0] + group * HEADS * m_strides[1]
+    row = landmark_scores + b * m_strides[0] + group * HEADS * m_strides[1]
     tl.debug_barrier()
     tl.store(row + chunk, order.to(tl.float32, bitcast=True), mask=is_chunk)
     tl.debug_barrier()
@@ -273,19 +274,19 @@ def choose(
         one, two, three = least | (1 << bit), least | (2 << bit), least | (3 << bit)
         counts = (order >= one).to(tl.int64)
         counts += ((order >= two).to(tl.int64) << 20) + ((order >= three).to(tl.int64) << 40)
-        found = tl.sum(counts, 0)
-        least = tl.where((found & 0xFFFFF) >= COUNT, one, least)
-        least = tl.where(((found >> 20) & 0xFFFFF) >= COUNT, two, least)
-        least = tl.where((found >> 40) >= COUNT, three, least)
+        summed = tl.sum(counts, 0)
+        least = tl.where((summed & 0xFFFFF) >= COUNT, one, least)
+        least = tl.where(((summed >> 20) & 0xFFFFF) >= COUNT, two, least)
+        least = tl.where((summed >> 40) >= COUNT, three, least)
     larger, equal = order > least, order == least
     sums = tl.cumsum(larger.to(tl.uint32) + (equal.to(tl.uint32) << 16), 0)
     so_far, equal_so_far = (sums & 0xFFFF).to(tl.int32), (sums >> 16).to(tl.int32)
     room = COUNT - tl.max(so_far, 0)
     taken = larger | (equal & (equal_so_far <= room))
-    place = OUTLIERS + so_far + tl.minimum(equal_so_far, room) - 1
+    position = OUTLIERS + so_far + tl.minimum(equal_so_far, room) - 1
     to = out + b * out_strides[0] + group * out_strides[1]
     for j in range(SPAN):
-        tl.store(to + place * SPAN + j, (chunk * SPAN + j).to(tl.int64), mask=taken)
+        tl.store(to + position * SPAN + j, (chunk * SPAN + j).to(tl.int64), mask=taken)
     for j in range(SPAN):
         tl.store(to + m * SPAN + j, first * SPAN + j, mask=m < OUTLIERS)
 
@@ -311,8 +312,8 @@ def weigh(
 ):
     """Σ_t p_t v_t over a split of the tokens, for a block of the HEADS query heads of one of G heads of `values`.
 
-    `values` is (B, tokens, G, WIDTH) by its strides, rows `index[b, g, t]` of it or, for None, rows t. Written are
-    `partial` (B, H, splits, WIDTH) fp32 and `log_sums` (B, H, splits) fp32 to base 2.
+    `values` is (B, tokens, G, WIDTH) by its strides. Token t reads row `index[b, g, t]`, or row t if `index` is None.
+    The outputs are `partial` (B, H, splits, WIDTH) fp32 and `log_sums` (B, H, splits) fp32, to base 2.
     """
     H_BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
     pid = tl.program_id(2)
@@ -334,7 +335,7 @@ def weigh(
         token = start + tl.arange(0, BLOCK_N)
         inside = token < stop
         score = tl.load(source + token[None, :], mask=is_head[:, None] & inside[None, :], other=float("-inf"))
-        seen = tl.max(score, axis=0) > float("-inf")  # what is not seen may hold anything
+        seen = tl.max(score, axis=0) > float("-inf")  # values of tokens not seen are undefined
         row = token
         if index is not None:
             row = tl.load(index + b * i_strides[0] + g * i_strides[1] + token, mask=inside, other=0)
@@ -371,8 +372,8 @@ def finish(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A query head's output: B times the rows of A that were mixed, and the exact values that were; 0 where both
-    stretches are empty.
+    """The output of one query head: B times the weighted sum of rows of A, plus the weighted sum of exact values; 0 if
+    nothing was seen.
 
     `mixed` is (B, H, RANK), `tail` (B, H, D), their log-sum-exps (B, H), `b` (B, G · D, RANK), `out` (B, H, D).
     """
@@ -391,8 +392,8 @@ def finish(
         tile = tl.load(rows + r[None, :], mask=is_channel[:, None] & (r < RANK)[None, :], other=0.0)
         weight = tl.load(mixed + row * RANK + r, mask=r < RANK, other=0.0)
         summed += tl.sum(tile.to(tl.float32) * weight[None, :], axis=1)
-    beside = tl.load(tail + row * DIM + channel, mask=is_channel, other=0.0)
-    summed = tl.where(low > 0, low * summed, 0.0) + tl.where(exact > 0, exact * beside, 0.0)  # what is empty may be NaN
+    exact_sum = tl.load(tail + row * DIM + channel, mask=is_channel, other=0.0)
+    summed = tl.where(low > 0, low * summed, 0.0) + tl.where(exact > 0, exact * exact_sum, 0.0)  # empty sums may be NaN
     total = low + exact
     at = out + batch * out_strides[0] + head * out_strides[1] + channel
     tl.store(at, (summed / tl.where(total == 0, 1.0, total)).to(out.dtype.element_ty), mask=is_channel)

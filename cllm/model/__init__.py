@@ -1,0 +1,18 @@
+"""The decoder: modules whose layers are connected as the KV plan says.
+
+decoder.py    `Decoder`: token ids to logits, slots passed from layer to layer
+block.py      one layer: attention and feed-forward
+attention.py  the mixers: softmax attention, latent attention, gated retention
+context.py    the state that all layers of one forward pass share
+sources.py    the modules that write and read slots
+loss.py       output head and cross-entropy in chunks
+mlp.py        SwiGLU feed-forward
+norm.py       RMSNorm
+rope.py       rotary position embedding
+precision.py  the dtype of matrix products
+graph.py      a decoding step as a CUDA graph
+sizes.py      parameter and FLOP counts, and `build_decoder`
+misfit.py     how a checkpoint's tensors differ from a model's
+
+Imports the plan, the config, kernels and the cache.
+"""

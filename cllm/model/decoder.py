@@ -1,14 +1,15 @@
-"""The decoder: token ids to logits, its layers wired as the KV plan says.
+"""The decoder: token ids to logits. The KV plan decides which layer reads which slots.
 
-`Decoder.hidden` is the whole wiring: a dictionary of slots travels up the stack, each block is handed the slots it
-reads, an owner's slot joins the dictionary and leaves it after its last reader. Cyclic runs of layers, which read slots
-from above, are computed several times over, each time with the slots of the time before.
+`Decoder.hidden` runs the layers from the bottom up with a dictionary of slots. Each block gets the slots that it reads.
+An owner's slot is added to the dictionary, and removed after its last reader. Cyclic spans of layers, which read slots
+from above, are computed several times, each time with the slots of the previous pass.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,8 @@ from cllm.errors import UserError
 from cllm.kernels.attention import document_boundaries
 from cllm.kernels.fp8_casts import FP8_CASTS
 from cllm.kernels.sum_products import SUM_PRODUCTS
-from cllm.model.attention import Cached, Context
 from cllm.model.block import Block
+from cllm.model.context import CacheLayout, Context
 from cllm.model.loss import Head
 from cllm.model.norm import RMSNorm
 from cllm.model.precision import product_dtype
@@ -35,24 +36,24 @@ Slots = dict[int, Slot]
 
 
 def recompute(function: Any, *inputs: Any) -> Any:
-    """`function(*inputs)`, which is computed again in the backward and keeps no activations."""
+    """`function(*inputs)` with gradient checkpointing: activations are recomputed in the backward."""
     return checkpoint(function, *inputs, use_reentrant=False)
 
 
-def _check_can_be_drawn(name: str, module: nn.Module) -> None:
-    """Raises `TypeError` for a module with parameters of its own that `Decoder.init_weights` could not draw."""
+def _check_can_initialise(name: str, module: nn.Module) -> None:
+    """Raises `TypeError` for a module with direct parameters that `Decoder.init_weights` cannot initialise."""
     if isinstance(module, nn.Linear | nn.Embedding) or not dict(module.named_parameters(recurse=False)):
         return
     if not callable(getattr(module, "reset_parameters", None)):
         raise TypeError(
-            f"{name} ({type(module).__name__}) has parameters and no reset_parameters(), with which init_weights would "
-            "draw them"
+            f"{name} ({type(module).__name__}) has parameters but no reset_parameters(), which init_weights needs to "
+            "initialise them"
         )
 
 
 def _reset(name: str, module: nn.Module) -> None:
-    """Call `reset_parameters` of a module with parameters of its own, and check that it has filled them all."""
-    _check_can_be_drawn(name, module)
+    """Call `reset_parameters` of a module with direct parameters, and check that it has initialised all of them."""
+    _check_can_initialise(name, module)
     own = dict(module.named_parameters(recurse=False))
     if not own:
         return
@@ -63,14 +64,14 @@ def _reset(name: str, module: nn.Module) -> None:
     reset()
     for key, parameter in own.items():
         if not parameter.is_meta and bool(parameter.isnan().any()):
-            raise TypeError(f"{name}.reset_parameters() ({type(module).__name__}) does not draw {key}")
+            raise TypeError(f"{name}.reset_parameters() ({type(module).__name__}) does not initialise {key}")
 
 
 class Decoder(nn.Module):
     """A pre-norm decoder. `config.vocab_size` must be set; `d_ff` overrides the config's.
 
-    The constructor leaves weights to `init_weights`, or to those that are loaded: `model/sizes.py` has `build_decoder`,
-    which gives a decoder ready to use, and `meta_decoder`, which gives one to be counted or loaded into.
+    The constructor does not initialise the weights: call `init_weights`, or load weights. In `model/sizes.py`,
+    `build_decoder` returns an initialised decoder, and `meta_decoder` one whose parameters are counted or loaded.
     """
 
     def __init__(self, config: ModelConfig, *, d_ff: int | None = None, backend: str = "auto"):
@@ -79,9 +80,9 @@ class Decoder(nn.Module):
         self.config, self.plan, self.backend = config, config.plan(), backend
         self.gradient_checkpointing = False
         self.recompute_fusion = False
-        """Make fused keys and values again for the gradient and keep none of them."""
+        """Recompute fused keys and values in the backward instead of saving them."""
         self.fp32_residual = False
-        """Under autocast, keep the residual stream in fp32 and not in autocast's dtype."""
+        """Under autocast, keep the residual stream in fp32 instead of autocast's dtype."""
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         d_ff = d_ff or config.resolved_d_ff
         self.blocks = nn.ModuleList(Block(config, self.plan, i, d_ff) for i in range(config.n_layers))
@@ -90,19 +91,19 @@ class Decoder(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self._compiled: tuple[Any, ...] = ()
-        """Blocks and the last norm for decoding; in a tuple, so that they are no second name for the weights."""
+        """Compiled blocks and final norm for decoding. The tuple hides them from `state_dict`."""
         self._last_reader = self.plan.last_readers()
         self._spans = dict(self.plan.cyclic_spans())
         for name, module in self.named_modules():
-            _check_can_be_drawn(name, module)
+            _check_can_initialise(name, module)
 
     def init_weights(self) -> None:
         """Draw all weights from torch's global generator as `config.init` says; norms become 1, biases 0.
 
-        A module of another kind that has parameters of its own draws them in its method `reset_parameters()`.
+        Other modules with direct parameters must initialise them in a method `reset_parameters()`.
 
         Raises:
-            TypeError: for a module that has such parameters and no `reset_parameters`, or leaves one of them out.
+            TypeError: for such a module without `reset_parameters`, or whose `reset_parameters` leaves one out.
         """
         init = self.config.init
         residual_std = init.std / math.sqrt(2 * self.config.n_layers) if init.scale_residual else init.std
@@ -118,18 +119,18 @@ class Decoder(nn.Module):
                 _reset(name, module)
 
     def compile_decoding(self) -> None:
-        """Compile what a pass of one token over a static cache runs; other passes stay as they are.
+        """Compile the blocks for passes of one token over a static cache. Other passes stay uncompiled.
 
-        With coordinate descent the compiler also writes products with one row, a batch of one sequence, as reductions
-        that read weights at the memory bound, where a matrix kernel would not.
+        With coordinate descent tuning, the compiler also writes matrix products with one row (a batch of one sequence)
+        as reductions. These read weights at the full memory bandwidth, which a matrix kernel does not reach.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(self.blocks))
         options: dict[str, Any] = {"coordinate_descent_tuning": True}
         self._compiled = tuple(torch.compile(m, dynamic=False, options=options) for m in (*self.blocks, self.norm))
 
     def compile_blocks(self) -> None:
-        """Compile each block by itself with torch.compile; layers that do the same share the compiled code."""
-        # Kinds of layer, times a few: with and without gradient, training and validation shapes.
+        """Compile each block separately with torch.compile. Layers of the same kind share the compiled code."""
+        # A few versions of each kind of layer: with and without gradient, training and validation shapes.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(self.blocks))
         options: dict[str, Any] = {"post_grad_custom_pre_pass": SUM_PRODUCTS, "post_grad_custom_post_pass": FP8_CASTS}
         for block in self.blocks:
@@ -160,7 +161,7 @@ class Decoder(nn.Module):
         *,
         reduction: str = "mean",
     ) -> Tensor:
-        """Next-token cross-entropy in nats, logits a chunk at a time; see `model/loss.py` for `labels` (B, T)."""
+        """Next-token cross-entropy in nats, computed in chunks of logits; see `model/loss.py` for `labels` (B, T)."""
         return self.head(self.hidden(input_ids, positions, document_ids), labels, reduction=reduction)
 
     def hidden(
@@ -179,31 +180,33 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: (B, T) integers; None with `inputs_embeds`.
-            positions: (B or 1, T) integers for RoPE; by default they count from 0 at the first token that is no
-                padding, tokens in the cache included.
+            positions: (B or 1, T) integers for RoPE; by default they count from 0 at the first token after padding,
+                tokens in the cache included.
             document_ids: (B, T) integers, ascending; tokens see only their own document. Positions are not derived
-                from it: pass positions that restart where documents should not know of each other.
-            cache: tokens that stand before these; these are added to it.
-            starts: (B,) int64, tokens of padding before each sequence; of a cache's first pass, which remembers them.
-            last_only: compute what the last token needs and no more: above the last layer that owns a slot, it goes on
-                alone. The result is exact, and (B, 1, d_model).
-            inputs_embeds: (B, T, d_model), what the first layer reads in place of the embeddings of `input_ids`.
-            states: a list to which the input of every layer is appended, n_layers tensors (B, T, d_model); of layers
-                that are computed several times, the last input.
+                from it: pass positions that restart at each document if documents must be independent.
+            cache: the previous tokens. The new tokens are added to it.
+            starts: (B,) int64, tokens of padding before each sequence. Pass them with a cache's first tokens; the cache
+                stores them.
+            last_only: compute only what the last token needs: above the last layer that owns a slot, only that token
+                continues. The result is exact, and (B, 1, d_model).
+            inputs_embeds: (B, T, d_model), input of the first layer instead of the embeddings of `input_ids`.
+            states: a list to which the input of every layer is appended, n_layers tensors (B, T, d_model). For layers
+                that are computed several times, it is the input of the last time.
 
         Raises:
-            UserError: for documents together with padding or a cache, and for a cache that does not fit.
+            UserError: for documents together with padding or a cache, and for a cache of another model, another batch
+                size or too few free tokens.
         """
         if document_ids is not None and (cache is not None or starts is not None):
-            raise UserError("document_ids (packed documents) go neither with a cache nor with padding")
+            raise UserError("document_ids (packed documents) cannot be combined with a cache or with padding")
         step = None
-        tokens = input_ids if inputs_embeds is None else inputs_embeds[..., 0]  # for their number and device
+        tokens = input_ids if inputs_embeds is None else inputs_embeds[..., 0]  # only for shape and device
         assert tokens is not None
         if cache is not None:
             cache.check(self.config)
             step, starts = cache.begin(self.plan, tokens, starts, self._dtype()), cache.starts
         context = self._context(tokens, positions, document_ids, starts, step, cache)
-        top = max(self.plan.owners) if last_only and tokens.shape[1] > 1 else None
+        last_owner = max(self.plan.owners) if last_only and tokens.shape[1] > 1 else None
         x, layer = self.embed(input_ids) if inputs_embeds is None else inputs_embeds, 0
         if not self.fp32_residual:
             x = x.to(product_dtype(x))
@@ -211,18 +214,18 @@ class Decoder(nn.Module):
         while layer < len(self.blocks):
             last = self._spans.get(layer)
             if last is None:
-                if layer == top:
-                    context.tail = self._tail(context)
+                if layer == last_owner:
+                    context = replace(context, last_token=self._last_token(context))
                 if states is not None:
                     states.append(x)
                 x, slots = self._layer(layer, x, slots, context, cache)
             else:
                 x, slots = self._iterate(layer, last, x, slots, context, cache, states)
                 layer = last
-            if top is not None and layer >= top and x.shape[1] > 1:  # it was in a span
-                x, context.tail = x[:, -1:], self._tail(context)
-            if context.tail is not None:
-                context = context.tail
+            if context.last_token is not None:
+                context = context.last_token
+            elif last_owner is not None and layer >= last_owner and x.shape[1] > 1:  # the last owner is in a span
+                x, context = x[:, -1:], self._last_token(context)
             slots = {j: slot for j, slot in slots.items() if self._last_reader[j] > layer}
             layer += 1
         if cache is None or step is None:
@@ -235,9 +238,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Fill `cache` with a prompt and return the hidden state of its last token, (B, 1, d_model).
 
-        Layers above the last owner compute nothing but that token. With `chunk`, the prompt goes through that many
-        tokens at a time, which bounds the memory of activations; the result is the same. Raises `UserError` for a chunk
-        that would change it, see `check_chunk`.
+        Layers above the last owner compute only that token. With `chunk`, the prompt is processed in pieces of that
+        many tokens, which bounds the memory of activations and gives the same result. Raises `UserError` for a chunk
+        that would change the result, see `check_chunk`.
         """
         if chunk is not None:
             self.check_chunk(chunk, input_ids.shape[1])
@@ -247,9 +250,12 @@ class Decoder(nn.Module):
         return self.hidden(parts[-1], cache=cache, starts=starts, last_only=True)
 
     def check_chunk(self, chunk: int, length: int) -> None:
-        """Raises `UserError` for a prompt of `length` tokens that goes through `chunk` at a time where that is no size,
-        or another result: layers that read from above take a few passes over a whole prompt, and then as many over
-        every part of it."""
+        """Check that a prompt of `length` tokens can be processed in pieces of `chunk` tokens.
+
+        Raises:
+            UserError: for a chunk below 1, and for one that would change the result. Layers that read from above take a
+                fixed number of passes over a prompt, and would take as many over each of its pieces.
+        """
         if chunk < 1:
             raise UserError(f"chunk of a prompt is {chunk}; allowed: 1 or more")
         passes = self.passes
@@ -257,17 +263,18 @@ class Decoder(nn.Module):
             first, last = next(iter(self._spans.items()))
             raise UserError(
                 f"chunk of a prompt is {chunk}: layers {first} to {last} read from above and take {passes} passes over "
-                f"a whole prompt, which its parts do not add up to; allowed: none, or prompts of up to {passes} tokens"
+                f"the entire prompt, and its parts would give another result; allowed: None, or prompts of up to "
+                f"{passes} tokens"
             )
 
     @property
     def passes(self) -> int | None:
-        """How often cyclic layers are computed for a sequence; None: there are none."""
+        """How often cyclic layers are computed for a sequence; None without cyclic layers."""
         iterations = self.plan.iterations
         return iterations.forward + iterations.backward if self._spans and iterations is not None else None
 
     def _dtype(self) -> torch.dtype:
-        """Of the residual stream's products: what slots are made in."""
+        """The dtype of matrix products, and so of slots."""
         return product_dtype(self.embed.weight)
 
     def _context(
@@ -286,43 +293,51 @@ class Decoder(nn.Module):
             columns = columns + step.column
         if positions is None:
             positions = columns[None] if starts is None else (columns - starts[:, None]).clamp(min=0)
-        if starts is not None and (length > 1 or cache is None):  # padding is a document of its own
+        if starts is not None and (length > 1 or cache is None):  # padding becomes a separate document
             document_ids = (torch.arange(past + length, device=device) >= starts[:, None]).long()
             if document_ids.is_cuda and past == 0:
                 documents = document_boundaries(document_ids, 2 * len(document_ids))
-        cached = sizes = None
+        layout = sizes = None
         if step is not None and cache is not None:
             rings = cache.is_static and length == 1
-            cached = Cached(step.column, starts, None if rings else past + length)
+            layout = CacheLayout(step.column, starts, None if rings else past + length)
             sizes = {
                 j: store.size if rings else store.kept(past) + length
                 for j, store in cache.stores.items()
                 if isinstance(store, SlotStore)
             }
         is_text = None if starts is None else columns >= starts[:, None]
-        context = Context(self.config.rope, positions, document_ids, self.backend, documents, cached, step, is_text)
-        context.recompute_fusion = self.recompute_fusion
+        context = Context(
+            self.config.rope,
+            positions,
+            document_ids=document_ids,
+            documents=documents,
+            backend=self.backend,
+            recompute_fusion=self.recompute_fusion,
+            cache_layout=layout,
+            step=step,
+            is_text=is_text,
+        )
         context.prepare(self.plan, self.config.resolved_head_dim, sizes)
         return context
 
-    def _tail(self, context: Context) -> Context:
-        """What the last token alone goes on with."""
-        if context.cached is None:
+    def _last_token(self, context: Context) -> Context:
+        """The context in which only the last token of `context` continues."""
+        layout = context.cache_layout
+        if layout is None:
             ids = context.document_ids
             starts = None if ids is None else (ids != ids[:, -1:]).sum(1)
-            cached = Cached(context.positions.new_zeros(1), starts, context.length)
-        else:
-            cached = context.cached
-        return Context(self.config.rope, context.positions[:, -1:], None, self.backend, cached=cached)
+            layout = CacheLayout(context.positions.new_zeros(1), starts, context.length)
+        return Context(self.config.rope, context.positions[:, -1:], backend=self.backend, cache_layout=layout)
 
     def _layer(self, i: int, x: Tensor, slots: Slots, context: Context, cache: KVCache | None) -> tuple[Tensor, Slots]:
         block: Any = self.blocks[i]
-        read = [tensor for j in self.plan.reads_others(i) for tensor in slots[j]]
+        read = [slots[j] for j in self.plan.reads_others(i)]
         if cache is not None:
             if self._decodes_compiled(cache, context):
                 block = self._compiled[i]
             x, own = block(x, context, *read, store=cache.stores.get(i))
-        elif self.gradient_checkpointing and torch.is_grad_enabled() and not block.recomputes:
+        elif self.gradient_checkpointing and torch.is_grad_enabled() and not block.checkpoints_itself:
             x, own = recompute(block, x, context, *read)
         else:
             x, own = block(x, context, *read)
@@ -343,9 +358,9 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Slots]:
         """Layers `first` to `last`, some of which read slots from above (LCKV, arXiv 2405.10637, section 2.3).
 
-        Every pass starts from the same `x`. Slots from above are those of the pass before, zeros in the first; the
-        diagonal is masked, so after n passes the first n tokens are exact, and with a cache there are no more passes
-        than tokens. Only the last `backward` passes have gradients.
+        Every pass starts from the same `x`. Slots from above are those of the previous pass, zeros in the first. The
+        diagonal is masked, so that after n passes the first n tokens are exact; with a cache, there are at most as many
+        passes as tokens. Only the last `backward` passes have gradients.
         """
         iterations, passes = self.plan.iterations, self.passes
         assert iterations is not None
@@ -354,19 +369,19 @@ class Decoder(nn.Module):
             passes = min(passes, context.length)
         from_above = {j for i in range(first, last + 1) for j in self.plan.reads(i) if j > i}
         carried = {j: self._empty_slot(j, x, context, cache) for j in from_above}
-        out, after = x, slots
-        for turn in range(passes):
-            with torch.no_grad() if turn < passes - iterations.backward else contextlib.nullcontext():
-                out, after = x, {**slots, **carried}
+        out, updated = x, slots
+        for n in range(passes):
+            with torch.no_grad() if n < passes - iterations.backward else contextlib.nullcontext():
+                out, updated = x, {**slots, **carried}
                 for i in range(first, last + 1):
-                    if states is not None and turn == passes - 1:
+                    if states is not None and n == passes - 1:
                         states.append(out)
-                    out, after = self._layer(i, out, after, context, cache)
-            carried = {j: after[j] for j in from_above}
-        return out, after
+                    out, updated = self._layer(i, out, updated, context, cache)
+            carried = {j: updated[j] for j in from_above}
+        return out, updated
 
     def _empty_slot(self, owner: int, x: Tensor, context: Context, cache: KVCache | None) -> Slot:
-        """Zeros for the new tokens of `owner`, after those that the cache holds."""
+        """A slot of zeros for the new tokens of `owner`, after its cached tokens."""
         widths = self.plan.owned(owner).widths(self.config.resolved_head_dim)
         empty = Slot(*(x.new_zeros((*x.shape[:2], *width), dtype=self._dtype()) for width in widths))
         if cache is None:

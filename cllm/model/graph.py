@@ -1,7 +1,7 @@
 """One decoding step as a CUDA graph: all kernels of a pass of one token, launched by one call.
 
-A step of a small model takes less time on the device than its launches take on the host. Over a static cache nothing in
-a step depends on how many tokens there are but values on the device, so the launches can be recorded once and replayed.
+The kernels of a small model's step take less time on the device than their launches on the host. With a static cache,
+only values on the device depend on the number of tokens, so that the launches can be captured once and replayed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cllm.cache.cache import KVCache
-from cllm.cache.stores import SlotStore
+from cllm.cache.stores import SlotStore, Store
 from cllm.errors import UserError
 from cllm.model.decoder import Decoder
 
@@ -18,7 +18,7 @@ _WARM_UP = 2
 
 
 class StepGraph:
-    """A recorded step of `decoder` over `cache`, which must be static and hold tokens (a prefilled cache).
+    """A captured step of `decoder` over `cache`, which must be static and prefilled.
 
         graph = StepGraph(decoder, cache)
         logits = graph(tokens)       # (B, V), overwritten by the next call
@@ -40,7 +40,7 @@ class StepGraph:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):  # compiles, and lets kernels choose
+            for _ in range(_WARM_UP):  # compiles, and chooses kernels
                 self._rewind(seen)
                 self._step()
         torch.cuda.current_stream().wait_stream(side)
@@ -49,16 +49,20 @@ class StepGraph:
         with torch.cuda.graph(self.graph):
             self.logits = self._step()
         self._rewind(seen)
-        for owner, store in _states(cache):  # a slot's entry is written anew, a state has moved on
+        for owner, store in _states(cache):  # a replay overwrites the slots' new entries, but states have changed
             for name, tensor in store.tensors().items():
                 tensor.copy_(kept[owner][name])
         for store in cache.stores.values():
-            if isinstance(store, SlotStore):  # but in a ring it stood for an older token
+            if isinstance(store, SlotStore):  # in a ring, the new entry has overwritten an older token
                 store.crop(seen, seen + 1)
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits (B, V) after `tokens` (B,) int64. Raises `UserError` when the cache is full or of another batch."""
+        """Logits (B, V) after `tokens` (B,) int64.
+
+        Raises:
+            UserError: if the cache is full, or for another batch size than the cache's.
+        """
         cache = self.cache
         assert cache.max_len is not None
         if len(tokens) != len(self.ids):
@@ -74,12 +78,12 @@ class StepGraph:
 
     @property
     def is_valid(self) -> bool:
-        """Whether tensors are still those that were recorded: another batch has another cache, a model that was moved,
-        converted or given another vocabulary other weights."""
+        """Whether the captured tensors are still in use. A cache of another batch has other tensors, and so has a model
+        that was moved, converted or given another vocabulary."""
         return self._addresses() == self.addresses
 
     def _addresses(self) -> tuple[int, ...]:
-        """Of all that is cached and, because this is asked at every step, of few of the weights."""
+        """Addresses of all cached tensors and of a few weights: few, because they are checked in every step."""
         cached = [t for store in self.cache.stores.values() for t in store.tensors().values()]
         weights = (self.decoder.embed.weight, self.decoder.norm.weight, self.decoder.head.weight)
         return tuple(t.data_ptr() for t in (*cached, self.cache.column, self.cache.starts, *weights) if t is not None)
@@ -93,5 +97,6 @@ class StepGraph:
         self.cache.column.fill_(seen)
 
 
-def _states(cache: KVCache):
+def _states(cache: KVCache) -> list[tuple[int, Store]]:
+    """Owners with a recurrent state, and their stores."""
     return [(j, store) for j, store in cache.stores.items() if "state" in store.tensors()]

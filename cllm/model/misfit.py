@@ -1,4 +1,4 @@
-"""How the tensors of a checkpoint differ from those of a model, in one short line."""
+"""One short line that describes how the tensors of a checkpoint differ from those of a model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 from cllm.files import shorten
 
 _NAMED = 2
-"""Names in a message for each kind of difference; of the others, the number."""
+"""Names in a message for each kind of difference; the others are counted."""
 
 
 def misfit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """Names that are missing or not the model's, other shapes, and tensors that hold integers; None where all fit."""
+    """Names that are missing or unknown, other shapes, and integer tensors; None if all tensors match."""
     both = [name for name in expected if name in found]
     return describe(
         missing=(name for name in expected if name not in found),
@@ -38,7 +38,7 @@ def describe(
     reshaped: Iterable[str] = (),
     integers: Iterable[str] = (),
 ) -> str | None:
-    """A line of at most about 400 characters: the first names of each kind, and how many more there are."""
+    """A line of at most about 400 characters: the first names of each kind, and the number of others."""
     kinds = (
         ("missing", missing),
         ("not in the model", unknown),

@@ -19,10 +19,10 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(d_model, d_ff, bias=False)
         self.down_proj = nn.Linear(d_ff, d_model, bias=False)
         self.fused = False
-        """Whether passes with a backward compute the activation within the products (`cllm.kernels.swiglu`)."""
+        """Whether passes with a backward compute the activation in the products' epilogues (`cllm.kernels.swiglu`)."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """(B, T, d_model) for `x` and `residual` of that shape."""
+        """The residual stream (B, T, d_model) after this layer, for `x` and `residual` of that shape."""
         if self.fused and torch.is_grad_enabled():
             dtype = product_dtype(x)
             factors = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)

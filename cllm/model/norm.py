@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight over the last dimension; fp32 inside, the dtype of `x` outside.
+    """x / rms(x) * weight over the last dimension, computed in fp32 and returned in the dtype of `x`.
 
-    torch's own layer, told to keep fp32 also when its weight or its input was cast to bf16.
+    Unlike torch's layer, it also computes in fp32 if its weight or its input is bf16.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""In which dtype products are computed."""
+"""The dtype of matrix products."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def product_dtype(factor: Tensor) -> torch.dtype:
-    """Of products with `factor`: autocast's where it is on, otherwise the dtype of `factor`."""
+    """The dtype of products with `factor`: autocast's if it is enabled, otherwise the dtype of `factor`."""
     device = factor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else factor.dtype

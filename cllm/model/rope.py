@@ -1,7 +1,8 @@
-"""Rotary position embedding (arXiv 2104.09864) and its scalings, in fp32 whatever the model's dtype, angles in fp64.
+"""Rotary position embedding (arXiv 2104.09864) and its scalings, in fp32 for any dtype of the model, angles in fp64.
 
-Layout: rotate-half, as in Llama and Qwen checkpoints. Channel j and channel j + d/2 form the pair that turns by
-position * theta^(-2j/d); weights on keys must be equal within such a pair to leave scores relative.
+Layout: rotate-half, as in Llama and Qwen checkpoints. Channel j and channel j + d/2 form a pair, which is rotated by
+position * theta^(-2j/d). Fusion weights of keys must be equal within a pair, so that scores depend only on relative
+positions.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from cllm.config import Rope, RopeScaling
 
 
 def rope_frequencies(rope: Rope, dim: int, device: torch.device | None = None) -> tuple[Tensor, float]:
-    """Angular frequencies (dim / 2,) fp32 in radians a token, and the factor on cos and sin."""
+    """Angular frequencies (dim / 2,) fp32 in radians per token, and the factor on cos and sin."""
     pairs = torch.arange(0, dim, 2, dtype=torch.float32, device=device)
     frequencies = rope.theta ** (-pairs / dim)
     scaling = rope.scaling
@@ -31,7 +32,7 @@ def rope_frequencies(rope: Rope, dim: int, device: torch.device | None = None) -
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling, original: int) -> Tensor:
-    """Llama 3.1: wavelengths beyond the original context are stretched, short ones kept, a linear blend between."""
+    """Llama 3.1: long wavelengths are stretched, short ones kept, with a linear transition between them."""
     turns = original * frequencies / (2 * math.pi)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = keep.clamp(0, 1)
@@ -39,7 +40,7 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling, original: int) -> Tensor:
 
 
 def _yarn(frequencies: Tensor, scaling: RopeScaling, original: int, theta: float, dim: int) -> Tensor:
-    """YaRN (arXiv 2309.00071, eq. 17-20): a ramp over channels, from kept (many turns) to stretched (few turns)."""
+    """YaRN (arXiv 2309.00071, eq. 17-20): a ramp over channels, from unchanged (fast rotation) to stretched (slow)."""
 
     def channel(turns: float) -> float:
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -54,9 +55,9 @@ def _yarn(frequencies: Tensor, scaling: RopeScaling, original: int, theta: float
 def rope_table(rope: Rope, dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and signed sin (..., T, 1, 2, dim / 2) fp32 for integer `positions` (..., T); the 1 broadcasts over heads.
 
-    The sine is negative for the first channel of each pair. Angles are taken to less than half a turn in fp64: their
-    products are off by up to 0.004 at position 70,000 in fp32, and kernels that turn by parts of a position, one after
-    the other, would not agree with those that turn by the whole.
+    The sine is negative for the first channel of each pair. Angles are reduced to at most half a turn in fp64. In fp32
+    they would be off by up to 0.004 at position 70,000, and kernels that rotate by two parts of a position in sequence
+    would not match those that rotate once.
     """
     frequencies, factor = rope_frequencies(rope, dim, positions.device)
     turns = (positions.double()[..., None] * (frequencies.double() / (2 * math.pi)))[..., None, :]  # ..., T, 1, dim/2
@@ -66,10 +67,10 @@ def rope_table(rope: Rope, dim: int, positions: Tensor) -> tuple[Tensor, Tensor]
 
 
 def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """`x` (B, T, H, dim) turned by `table`; computed in fp32, returned in the dtype of `x`.
+    """`x` (B, T, H, dim) rotated by `table`; computed in fp32, returned in the dtype of `x`.
 
-    The partner of each channel is fetched by a flip of the two halves, whose backward is a flip again: compiled, both
-    directions are one pass over the data, where slicing and concatenating would need zero-filled gradients.
+    Flipping the two halves brings each channel to its partner, and the backward of a flip is a flip. So the compiled
+    forward and backward are one pass over the data each; slicing and concatenating would need zero-filled gradients.
     """
     cos, sin = table
     halves = x.float().unflatten(-1, (2, -1))  # B, T, H, 2, dim/2

@@ -63,4 +63,4 @@ def _obstacle(model: Decoder, config: Config, device: torch.device) -> str | Non
                 return f"{name} is a {type(linear).__name__}"
             if reason := swiglu.unsupported(linear.in_features, linear.out_features):
                 return reason
-    return swiglu.missing(device)
+    return swiglu.unavailable(device)

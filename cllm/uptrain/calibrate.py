@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cllm.model.attention import Context
+from cllm.model.context import Context
 from cllm.model.sources import OwnKV, RopeTables
 from cllm.uptrain.decoder import TracedDecoder, block_of
 

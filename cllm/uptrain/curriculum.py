@@ -15,7 +15,8 @@ from cllm.cache.slot import Slot
 from cllm.cache.stores import Store
 from cllm.config import ModelConfig
 from cllm.errors import UserError
-from cllm.model.attention import Attention, Context
+from cllm.model.attention import Attention
+from cllm.model.context import Context
 from cllm.model.decoder import Decoder
 from cllm.model.sources import FusedRead, OwnKV, Reader, SharedRead
 from cllm.plan.kinds import Builders, Fuse, Share

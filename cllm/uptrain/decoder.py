@@ -18,8 +18,9 @@ from cllm.cache.slot import Slot
 from cllm.cache.stores import Store
 from cllm.config import ModelConfig
 from cllm.errors import UserError
-from cllm.model.attention import Attention, Context
+from cllm.model.attention import Attention
 from cllm.model.block import Block
+from cllm.model.context import Context
 from cllm.model.decoder import Decoder, Slots
 from cllm.model.sizes import model_d_ff
 from cllm.model.sources import OwnKV
@@ -70,7 +71,7 @@ class TracedDecoder(Decoder):
         return x, slots
 
     def _routed(self, i: int, source: int, x: Tensor, slots: Slots, context: Context) -> tuple[Tensor, Slots]:
-        read = () if source == i else slots[source]
+        read = () if source == i else (slots[source],)
         if self.gradient_checkpointing and torch.is_grad_enabled():
             x, own = checkpoint(self.blocks[i], x, context, *read, use_reentrant=False)
         else:
@@ -87,7 +88,7 @@ class TracedDecoder(Decoder):
                 )
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            block.attention, block.shares = RoutedAttention(self.config, self.plan, i), True
+            block.attention, block.returns_slot = RoutedAttention(self.config, self.plan, i), True
         self._last_reader = dict.fromkeys(self.plan.owners, len(layers))  # any layer above may be a slot's last
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from cllm.kernels import attention as module
 from cllm.kernels.attention import Mask, attention, choose, document_boundaries
 from cllm.kernels.backends import BACKENDS, Case
+from cllm.kernels.choice import log_once
 
 B = 2
 
@@ -144,14 +144,14 @@ def case_of(shape: Shape, device, dtype=torch.bfloat16) -> Case:
         lengths="T = 1" if shape.t == 1 else "T = S" if shape.t == shape.s else "T < S",
         window=shape.window is not None,
         exclude_self=shape.exclude_self,
-        blind=shape.exclude_self and shape.window == 1,
+        sees_nothing=shape.exclude_self and shape.window == 1,
         documents=shape.documents,
     )
 
 
 def need(name: str, shape: Shape, device, dtype=torch.bfloat16) -> None:
     """Skip with the backend's own reason."""
-    reason = BACKENDS[name].available() or BACKENDS[name].unsupported(case_of(shape, device, dtype))
+    reason = BACKENDS[name].unavailable() or BACKENDS[name].unsupported(case_of(shape, device, dtype))
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
 
@@ -265,11 +265,11 @@ def test_flash4_repeats_itself_bit_by_bit_if_asked(gpu):
             assert torch.equal(a, b)
 
 
-def test_auto_tells_what_it_chose(gpu, caplog):
+def test_auto_logs_its_choice(gpu, caplog):
     """Whatever is installed, what is taken is right, and the log says why (`-s` shows it)."""
-    module._told.cache_clear()
+    log_once.cache_clear()
     for shape in (Shape(), Shape(documents=True), Shape(d=192, e=128), Shape(exclude_self=True), Shape(t=1)):
-        with caplog.at_level(logging.INFO, logger="cllm.kernels.attention"):
+        with caplog.at_level(logging.INFO, logger="cllm.kernels.choice"):
             name = choose("auto", case_of(shape, gpu))
         print(caplog.records[-1].getMessage())
         assert f"auto chose {name} for causal" in caplog.records[-1].getMessage()

@@ -15,7 +15,7 @@ from cllm.model.loss import Head, linear_cross_entropy
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("vocabulary", [280, 32_000, 50_257, 128_256])
 def test_nats_and_gradient_are_those_of_fp32(gpu: torch.device, vocabulary: int, dtype: torch.dtype) -> None:
-    if reason := cross_entropy.missing(gpu, vocabulary, dtype):
+    if reason := cross_entropy.unavailable(gpu, vocabulary, dtype):
         pytest.skip(reason)
     draw = torch.Generator(gpu).manual_seed(0)
     logits = (3 * torch.randn(300, vocabulary, device=gpu, generator=draw)).to(dtype)
@@ -24,7 +24,7 @@ def test_nats_and_gradient_are_those_of_fp32(gpu: torch.device, vocabulary: int,
     leaf = logits.float().clone().requires_grad_()
     wanted = F.cross_entropy(leaf, labels, ignore_index=IGNORE, reduction="none")
     wanted.sum().backward()
-    nats = cross_entropy.in_place(logits, labels, IGNORE)
+    nats = cross_entropy.by_quack(logits, labels, IGNORE)
     torch.testing.assert_close(nats, wanted.detach(), atol=1e-5, rtol=1e-5)
     rounding = 2**-8 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(logits.float(), leaf.grad, atol=1e-7, rtol=rounding)

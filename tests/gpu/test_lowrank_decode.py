@@ -32,7 +32,7 @@ B = 2
 
 @dataclass(frozen=True)
 class Case:
-    """One call; `filled` of `t` places of the tail hold tokens."""
+    """One call; `filled` of `t` tokens of the tail hold tokens."""
 
     s: int = 3000
     t: int = 200
@@ -157,9 +157,9 @@ def test_the_kernel_chooses_the_chunks_that_torch_does(gpu, case):
     queries, *_, visible, selection = call(case, gpu, torch.bfloat16)
     assert selection is not None
     launch = split_lowrank._Call(queries, case.g, visible, case.d**-0.5)
-    marks = launch.scores(selection.landmarks.shape[1])
-    launch.plain(queries[0], selection.landmarks, marks, span=selection.chunk, factor=1.0)
-    wanted = chosen_tokens(marks, selection)
+    landmark_scores = launch.empty_scores(selection.landmarks.shape[1])
+    launch.score_stored(queries[0], selection.landmarks, landmark_scores, span=selection.chunk, factor=1.0)
+    wanted = chosen_tokens(landmark_scores, selection)
     found = split_lowrank._choose(launch, queries[0], selection)
     assert found.shape == wanted.shape
     always = selection.outliers.shape[2] * selection.chunk
@@ -206,19 +206,19 @@ def test_programs_that_keep_b_score_as_fp32_does(gpu, case, dtype, add):
     queries, (keys,), _, (cos, sin), visible, _ = call(case, gpu, dtype)
     table = (1.3 * cos, 1.3 * sin)
     launch = split_lowrank._Call(queries, case.g, visible, case.d**-0.5)
-    if resident_lowrank.resident(queries[0], keys.a, keys.b, case.g, launch.limits) is None:
+    if resident_lowrank.resident_tiles(queries[0], keys.a, keys.b, case.g, launch.limits) is None:
         pytest.skip("needs a Hopper GPU")
     rule = split_lowrank.choose_rebuild(dim=case.d, groups=case.g, size=2, gathered=False, limits=launch.limits)
     low = torch.zeros(B, 1, dtype=torch.long, device=gpu) if visible.first is None else visible.first[:, None]
-    places = torch.arange(case.s, device=gpu)
-    k = _keys(keys, table, places[None, None], low[..., None], None, torch.float32)
+    tokens = torch.arange(case.s, device=gpu)
+    k = _keys(keys, table, tokens[None, None], low[..., None], None, torch.float32)
     grouped = queries[0].float().unflatten(1, (case.g, -1))
     wanted = torch.einsum("bgnd,bgtd->bgnt", grouped, k).flatten(1, 2) * launch.scale * split_lowrank._LOG2 + add
-    hidden = (places < low)[:, None].expand_as(wanted)
+    hidden = (tokens < low)[:, None].expand_as(wanted)
     errors = []
     for rebuild in (None, rule):
-        scores = launch.scores(case.s).fill_(1.0 if add else torch.nan)
-        launch.rebuilt(queries[0], keys, table, None, scores, rebuild, add=add)
+        scores = launch.empty_scores(case.s).fill_(1.0 if add else torch.nan)
+        launch.score_rebuilt(queries[0], keys, table, None, scores, rebuild, add=add)
         assert (scores[hidden] == -torch.inf).all()
         errors.append((scores - wanted)[~hidden].abs().max().item())
     assert errors[0] < 1.5 * errors[1]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import yaml
 
 from cllm.config import ModelConfig
-from cllm.kernels.swiglu import missing, swiglu
+from cllm.kernels.swiglu import swiglu, unavailable
 from cllm.model.mlp import SwiGLU
 from cllm.model.sizes import build_decoder
 from cllm.train.run import train
@@ -24,7 +24,7 @@ from cllm.uptrain.complete import load_config
 @pytest.fixture(autouse=True)
 def kernels(gpu: torch.device) -> None:
     """They are here."""
-    if reason := missing(gpu):
+    if reason := unavailable(gpu):
         pytest.skip(reason)
 
 

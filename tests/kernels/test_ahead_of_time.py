@@ -92,7 +92,7 @@ def compile_everything(capability: int) -> None:
 
     JITFunction.run = compile_only
     for module in (split_decode, split_lowrank):
-        module._limits = lambda device: split_decode.Limits(*DEVICES[capability])  # type: ignore[attr-defined]
+        module.device_limits = lambda device: split_decode.Limits(*DEVICES[capability])  # type: ignore[attr-defined]
     decode(fp8=capability >= 89)
     decode_factors()
     if capability == 90:
@@ -166,7 +166,7 @@ def decode_resident_factors() -> None:
         a, b, tail = drawn(1, tokens, rank), drawn(1, groups * dim, rank), drawn(1, 64, groups, dim)
         part, query = Factored(a.to(dtype), b.to(dtype), tail.to(dtype)), drawn(1, heads, dim).to(dtype)
         call = split_lowrank._Call([query], groups, Visible(tail, first, None, False), 0.1)
-        call.rebuilt(query, part, table, None, call.scores(tokens), None, add=first is not None)
+        call.score_rebuilt(query, part, table, None, call.empty_scores(tokens), None, add=first is not None)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,16 @@ import importlib
 import importlib.util
 import logging
 import sys
+from typing import get_args
 
 import pytest
 import torch
 
-from cllm.config import AttentionConfig
+from cllm.config import AttentionConfig, BackendName
 from cllm.errors import UserError
-from cllm.kernels import attention as module
 from cllm.kernels.attention import Mask, attention, choose
 from cllm.kernels.backends import BACKENDS, Case, base
+from cllm.kernels.choice import log_once
 
 CUDA = torch.device("cuda")
 
@@ -25,9 +26,9 @@ def machine(monkeypatch):
 
     def pretend(*names):
         for name, backend in BACKENDS.items():
-            monkeypatch.setattr(backend, "available", lambda name=name: None if name in names else "is not installed")
+            monkeypatch.setattr(backend, "unavailable", lambda name=name: None if name in names else "is not installed")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # do not ask cuDNN about a card that is not here
-        module._told.cache_clear()
+        log_once.cache_clear()
 
     return pretend
 
@@ -53,7 +54,7 @@ STOCK = ("cudnn", "varlen", "flex", "sdpa")
         (EVERY, hopper(lengths="T < S"), "flash4"),
         (EVERY, hopper(lengths="T = 1"), "sdpa"),
         (EVERY, hopper(lengths="T < S", documents=True), "flex"),
-        (EVERY, hopper(exclude_self=True, window=True, blind=True), "flex"),
+        (EVERY, hopper(exclude_self=True, window=True, sees_nothing=True), "flex"),
         (EVERY, hopper(dtype=torch.float32, documents=True), "flex"),
         (EVERY, hopper(dtype=torch.float64, documents=True), "sdpa"),
         (EVERY, hopper(head_dim=12, value_dim=12, window=True), "sdpa"),
@@ -95,19 +96,19 @@ def test_flash4_knows_its_head_dims(dims, capability, fits):
     assert (BACKENDS["flash4"].unsupported(case) is None) is fits
 
 
-def test_the_choice_is_told_once_with_every_reason(machine, caplog):
+def test_the_choice_is_logged_once_with_every_reason(machine, caplog):
     machine("varlen", "flex", "sdpa")
-    with caplog.at_level(logging.INFO, logger="cllm.kernels.attention"):
+    with caplog.at_level(logging.INFO, logger="cllm.kernels.choice"):
         for _ in range(3):
             choose("auto", hopper(documents=True))
     assert [record.getMessage() for record in caplog.records] == [
         "attention.backend auto chose varlen for causal + documents, D 128, bfloat16 on sm_90; rejected: "
-        "flash4 (is not installed), cudnn (has neither windows nor documents), flash3 (is not installed), "
+        "flash4 (is not installed), cudnn (supports neither windows nor documents), flash3 (is not installed), "
         "flash2 (is not installed)"
     ]
     caplog.clear()
     machine("flash4", "sdpa")
-    with caplog.at_level(logging.INFO, logger="cllm.kernels.attention"):
+    with caplog.at_level(logging.INFO, logger="cllm.kernels.choice"):
         choose("auto", hopper(head_dim=192, heads_per_kv_head=2))
     assert [record.getMessage() for record in caplog.records] == [
         "attention.backend auto chose flash4 for causal, D 192, E 128, 2 query heads a KV head, bfloat16 on sm_90; "
@@ -135,8 +136,9 @@ def test_without_a_gpu_all_but_sdpa_are_refused(name):
         attention(q, k, v, Mask(), backend=name)
 
 
-def test_the_config_allows_what_exists():
-    assert set(AttentionConfig.model_fields["backend"].annotation.__args__) == {"auto", *BACKENDS}
+def test_the_config_names_the_backends_that_exist():
+    assert get_args(BackendName) == tuple(BACKENDS), "and in the same order, fastest first"
+    assert get_args(AttentionConfig.model_fields["backend"].annotation) == ("auto", *BACKENDS)
 
 
 # Packages

@@ -24,4 +24,4 @@ def test_nats_and_gradient_are_those_of_torch(dtype):
 
 
 def test_quack_is_not_for_a_cpu():
-    assert cross_entropy.missing(torch.device("cpu"), 64, torch.float32) == "needs a CUDA device"
+    assert cross_entropy.unavailable(torch.device("cpu"), 64, torch.float32) == "needs a CUDA device"

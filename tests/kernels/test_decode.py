@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cllm.errors import UserError
-from cllm.kernels import decode as module
 from cllm.kernels import split_decode
+from cllm.kernels.choice import log_once, uses_triton
 from cllm.kernels.decode import Stored, Visible, decode_attention
 from cllm.kernels.split_decode import Limits, Tiles, choose_tiles
 
@@ -185,10 +184,10 @@ def test_operator_is_registered_as_torch_wants(case):
     )
 
 
-def test_choice_is_told_once(caplog):
-    module._told.cache_clear()
+def test_the_choice_is_logged_once(caplog):
+    log_once.cache_clear()
     arguments, _ = call(Case(), torch.float32)
-    with caplog.at_level(logging.INFO, logger="cllm.kernels.decode"):
+    with caplog.at_level(logging.INFO, logger="cllm.kernels.choice"):
         for _ in range(3):
             decode_attention(*arguments, scale=SCALE)
     assert len(caplog.records) == 1
@@ -196,14 +195,13 @@ def test_choice_is_told_once(caplog):
     assert caplog.records[0].levelno == logging.INFO
 
 
-def test_plain_torch_on_a_gpu_is_a_warning(caplog, monkeypatch):
-    monkeypatch.setattr(module.split_decode, "unsupported", lambda *_: "too wide")
-    module._told.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="cllm.kernels.decode"):
-        for _ in range(2):
-            assert not module._runs_triton("auto", [SimpleNamespace(is_cuda=True)], [], [], [])
+def test_plain_torch_on_a_gpu_is_a_warning_once(caplog):
+    log_once.cache_clear()
+    for _ in range(2):
+        assert not uses_triton("decode_attention", "auto", lambda: "too wide", on_gpu=True)
     (record,) = caplog.records
-    assert record.getMessage() == "decode attention: plain torch, because triton cannot: too wide (slow)"
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == "decode_attention: plain torch, because triton cannot: too wide (slow)"
 
 
 @pytest.mark.parametrize(("kernel", "message"), [("flash", "allowed: auto, triton, reference"), ("triton", "cannot: ")])

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cllm.config import Rope
 from cllm.errors import UserError
-from cllm.kernels import lowrank_decode as module
 from cllm.kernels import resident_lowrank, split_lowrank
+from cllm.kernels.choice import log_once
 from cllm.kernels.decode import Visible
 from cllm.kernels.gluon_lowrank import TILE
 from cllm.kernels.lowrank_decode import lowrank_decode
-from cllm.kernels.resident_lowrank import choose_resident, resident, slots
+from cllm.kernels.resident_lowrank import choose_resident, programs_per_pack, resident_tiles
 from cllm.kernels.selection import Factored, Selection
 from cllm.kernels.split_decode import Limits
 from cllm.kernels.split_lowrank import Rebuild, choose_rebuild
@@ -258,24 +257,15 @@ def test_one_graph_whatever_the_column(case):
     torch._dynamo.reset()
 
 
-def test_choice_is_told_once(caplog):
-    module._told.cache_clear()
+def test_the_choice_is_logged_once(caplog):
+    log_once.cache_clear()
     arguments, _, _ = call(Case(), torch.float32)
-    with caplog.at_level(logging.INFO, logger="cllm.kernels.lowrank_decode"):
+    with caplog.at_level(logging.INFO, logger="cllm.kernels.choice"):
         for _ in range(3):
             lowrank_decode(*arguments, scale=SCALE)
     assert len(caplog.records) == 1
     assert "plain torch, because triton cannot: " in caplog.records[0].getMessage()
     assert caplog.records[0].levelno == logging.INFO
-
-
-def test_what_a_gpu_cannot_is_a_warning_once(caplog, monkeypatch):
-    module._told.cache_clear()
-    monkeypatch.setattr(split_lowrank, "unsupported", lambda *arguments: "has heads of 3 channels")
-    for _ in range(2):
-        assert not module._runs_triton("auto", [SimpleNamespace(is_cuda=True)], [], [], None)
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "triton cannot: has heads of 3 channels" in caplog.text
 
 
 @pytest.mark.parametrize(("kernel", "message"), [("flash", "allowed: auto, triton, reference"), ("triton", "cannot: ")])
@@ -323,7 +313,7 @@ def test_programs_that_keep_b_fit_and_have_two_tiles_each(dim, heads, rank, grou
     assert how is not None
     assert how.shared(dim=dim, heads=heads, rank=rank) <= limits.shared
     assert groups % how.pack == 0
-    programs = slots(batch=batch, packs=groups // how.pack, limits=limits)
+    programs = programs_per_pack(batch=batch, packs=groups // how.pack, limits=limits)
     assert programs == 1 or programs * batch * (groups // how.pack) <= limits.processors
     fewest = programs * 2 * TILE
     assert choose_resident(tokens=fewest, **shape) == how
@@ -344,19 +334,19 @@ def test_who_keeps_b(monkeypatch):
     """Hopper, 16 bits, rows that TMA can address; everything else is left to Triton's compiler."""
     limits, a, b = Limits(), torch.zeros(1, 20_000, 96).bfloat16(), torch.zeros(1, 512, 96).bfloat16()
     q = torch.zeros(1, 8, 128).bfloat16()
-    assert resident(q, a, b, 4, limits) is None, "the tensors are on the CPU"
+    assert resident_tiles(q, a, b, 4, limits) is None, "the tensors are on the CPU"
     monkeypatch.setattr(resident_lowrank, "_is_hopper", lambda device: True)
     monkeypatch.setattr(resident_lowrank.gluon_lowrank, "MISSING", None)
-    assert resident(q, a, b, 4, limits) == choose_resident(
+    assert resident_tiles(q, a, b, 4, limits) == choose_resident(
         dim=128, groups=4, heads=2, rank=96, tokens=20_000, batch=1, limits=limits
     )
-    assert resident(q.float(), a, b, 4, limits) is None
-    assert resident(q, a.float(), b.float(), 4, limits) is None
-    assert resident(q, a[..., :88], b[..., :88], 4, limits) is None, "rows that are not side by side"
+    assert resident_tiles(q.float(), a, b, 4, limits) is None
+    assert resident_tiles(q, a.float(), b.float(), 4, limits) is None
+    assert resident_tiles(q, a[..., :88], b[..., :88], 4, limits) is None, "rows that are not side by side"
     shifted = torch.zeros(1 + a.numel()).bfloat16()[1:].view_as(a)
-    assert resident(q, shifted, b, 4, limits) is None, "an address that is no multiple of 16 bytes"
+    assert resident_tiles(q, shifted, b, 4, limits) is None, "an address that is no multiple of 16 bytes"
     monkeypatch.setattr(resident_lowrank.gluon_lowrank, "MISSING", "Gluon of triton 9.9")
-    assert resident(q, a, b, 4, limits) is None
+    assert resident_tiles(q, a, b, 4, limits) is None
 
 
 def interpreted() -> None:

@@ -115,4 +115,4 @@ def test_widths(widths, message):
 
 
 def test_there_are_none_on_a_cpu():
-    assert swiglu.missing(torch.device("cpu")) == "needs a CUDA device"
+    assert swiglu.unavailable(torch.device("cpu")) == "needs a CUDA device"

@@ -19,7 +19,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Atten
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
 from cllm.config import ModelConfig, Rope
-from cllm.model.attention import Context
+from cllm.model.context import Context
 from cllm.model.decoder import Decoder
 
 V, D, F, L, H, G = 48, 40, 56, 3, 4, 2

@@ -35,7 +35,7 @@ def test_all_weights_are_drawn_and_what_is_tied_stays_tied(name, more, preset_co
     wanted = Decoder(config, d_ff=model_d_ff(config))
     torch.manual_seed(3)
     wanted.init_weights()
-    monkeypatch.setattr(sizes, "_memory_for", lambda bare: torch.full(bare.shape, torch.nan, dtype=bare.dtype))
+    monkeypatch.setattr(sizes, "_uninitialised", lambda meta: torch.full(meta.shape, torch.nan, dtype=meta.dtype))
     torch.manual_seed(3)
     found = build_decoder(config)
     assert list(found.state_dict()) == list(wanted.state_dict())
@@ -147,14 +147,14 @@ def test_a_new_kind_of_read_is_drawn_by_its_own_method(read_with):
 
 def test_a_module_that_cannot_be_drawn_is_not_built(read_with):
     config = read_with(Scale)
-    message = r"blocks\.4\.attention\.keys\.scale \(Scale\) has parameters and no reset_parameters"
+    message = r"blocks\.4\.attention\.keys\.scale \(Scale\) has parameters but no reset_parameters"
     for build in (build_decoder, meta_decoder, Decoder):
         with pytest.raises(TypeError, match=message):
             build(config)
 
 
 def test_a_module_that_leaves_a_parameter_out_is_not_built(read_with):
-    message = r"blocks\.4\.attention\.keys\.scale\.reset_parameters\(\) \(HalfDrawnScale\) does not draw bias"
+    message = r"blocks\.4\.attention\.keys\.scale\.reset_parameters\(\) \(HalfDrawnScale\) does not initialise bias"
     with pytest.raises(TypeError, match=message):
         build_decoder(read_with(HalfDrawnScale))
 

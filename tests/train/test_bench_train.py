@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from cllm.kernels import attention
+from cllm.kernels import attention, choice
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
@@ -26,9 +26,9 @@ TINY = {
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """With nothing told yet, and the logger given back."""
-    for remembered in (attention._told, attention._remembered):
-        remembered.cache_clear()
+    """With nothing logged yet, and the logger restored afterwards."""
+    for cached in (choice.log_once, attention._choose_cached):
+        cached.cache_clear()
     logger = logging.getLogger("cllm")
     before = (logger.handlers, logger.propagate, logger.level)
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))

@@ -1,4 +1,17 @@
-"""The kernels that can compute attention, fastest first."""
+"""The kernels that can compute attention.
+
+base.py    `Backend`, `Case` (the facts by which one is chosen), and how packages are found and checked
+mask.py    `Mask`, `Documents`: which keys a query sees, as rules, as a matrix and as document boundaries
+flash.py   FlashAttention-2 and FlashAttention-3
+flash4.py  FlashAttention-4
+flex.py    torch's FlexAttention
+sdpa.py    torch's scaled_dot_product_attention, and cuDNN's kernel
+varlen.py  the FlashAttention-2 that is built into torch
+
+A new backend is a subclass of `Backend`, an entry in `BACKENDS`, and a name in `cllm.config.BackendName`.
+
+Imports the config, for the names of backends.
+"""
 
 from cllm.kernels.backends.base import Backend, Case, FlashBackend
 from cllm.kernels.backends.flash import Flash2, Flash3
@@ -11,6 +24,7 @@ from cllm.kernels.backends.varlen import Varlen
 BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (Flash4(), Cudnn(), Flash3(), Flash2(), Varlen(), Flex(), Sdpa())
 }
-"""By name, fastest first: on an H200 FlashAttention-4 beats cuDNN beats FlashAttention-2 (docs/attention.md)."""
+"""By name, fastest first, in the order of `cllm.config.BackendName`: on an H200 FlashAttention-4 is faster than cuDNN,
+and cuDNN faster than FlashAttention-2 (docs/attention.md)."""
 
 __all__ = ["BACKENDS", "Backend", "Case", "Documents", "FlashBackend", "Mask", "document_boundaries", "max_documents"]

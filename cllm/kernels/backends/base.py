@@ -1,4 +1,4 @@
-"""What a backend is, and the static facts by which one is chosen.
+"""The interface of attention backends, the facts by which one is chosen, and checks of installed packages.
 
 Shapes: B batch, T queries, S keys, H query heads, G KV heads, D channels of a query and key head, E channels of a value
 head.
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cllm.config import BackendName
 from cllm.kernels.backends.mask import Mask
 
 Lengths = Literal["T = S", "T < S", "T = 1"]
@@ -30,11 +31,11 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One kind of call. Nothing here changes from batch to batch, so a choice made by it may be compiled in."""
+    """One kind of call. These facts do not change from batch to batch, so that a compiled graph may fix the choice."""
 
     device: torch.device
     capability: tuple[int, int] | None = None
-    """CUDA compute capability; None where there is none."""
+    """CUDA compute capability; None on other devices."""
     dtype: torch.dtype
     head_dim: int
     """D."""
@@ -43,10 +44,10 @@ class Case:
     heads_per_kv_head: int = 1
     """H / G."""
     lengths: Lengths = "T = S"
-    """How many queries there are; "T = 1" where both hold."""
+    """The number of queries; "T = 1" also for a single key."""
     window: bool = False
     exclude_self: bool = False
-    blind: bool = False
+    sees_nothing: bool = False
     """No query sees any key: `exclude_self` with a window of 1."""
     documents: bool = False
     grad: bool = True
@@ -54,7 +55,7 @@ class Case:
 
     @property
     def is_plain(self) -> bool:
-        """Nothing but causal."""
+        """Whether the mask is only causal."""
         return not (self.window or self.exclude_self or self.documents)
 
     def __str__(self) -> str:
@@ -68,22 +69,22 @@ class Case:
 
 
 def heads_per_kv_head(q: Tensor, k: Tensor) -> int:
-    """H / G. Where the compiler has made a size symbolic, this makes the number a constant again."""
+    """H / G. If the compiler has made a size symbolic, this turns the number into a constant."""
     return operator.index(q.shape[2] // k.shape[2])
 
 
 class Backend(ABC):
-    """One way to compute attention. `available` and `unsupported` answer None for yes, or the reason for no."""
+    """One way to compute attention. `unavailable` and `unsupported` return a reason against it, or None."""
 
-    name: str
+    name: BackendName
 
     @abstractmethod
-    def available(self) -> str | None:
-        """Why this backend cannot run here at all, or None. The first call may import packages."""
+    def unavailable(self) -> str | None:
+        """The reason why this backend cannot run on this machine, or None. The first call may import packages."""
 
     @abstractmethod
     def unsupported(self, case: Case) -> str | None:
-        """Why this backend does not compute `case`, or None; from facts alone, whether it is installed or not."""
+        """The reason why this backend does not compute `case`, or None, whether or not it is installed."""
 
     @abstractmethod
     def run(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
@@ -91,16 +92,16 @@ class Backend(ABC):
 
 
 class FlashBackend(Backend):
-    """What FlashAttention-like kernels have in common: half precision, causal with a window, dense or varlen.
+    """Base of FlashAttention-like kernels: half precision, causal with a window, dense or varlen.
 
-    They know no `exclude_self`. Query t sees keys t - w + 1 to t - 1 under a window of w: that is what query t - 1 sees
-    with itself included and a window of w - 1. So queries are moved one place to the left, and outputs one place back;
-    the first output of each document, which belongs to a query that sees nothing, becomes zero.
+    They have no `exclude_self`. With it and a window of w, query t sees keys t - w + 1 to t - 1; without it, query
+    t - 1 sees the same keys in a window of w - 1. So queries are shifted one position to the left, and outputs are
+    shifted back. The first output of each document belongs to a query that sees nothing, and becomes zero.
     """
 
     min_capability: tuple[int, int] = (8, 0)
     same_head_dims = True
-    """The kernel wants E = D: values are padded with zeros."""
+    """The kernel needs E = D, so that values are padded with zeros."""
     max_head_dim = 256
 
     def unsupported(self, case: Case) -> str | None:
@@ -114,12 +115,12 @@ class FlashBackend(Backend):
         if case.head_dim % 8 or case.value_dim % 8:
             return "needs head dims that are multiples of 8"
         if max(case.head_dim, case.value_dim) > self.max_head_dim:
-            return f"has head dims up to {self.max_head_dim}"
+            return f"supports head dims up to {self.max_head_dim}"
         if self.same_head_dims and case.value_dim > case.head_dim:
             return "needs value heads no wider than key heads"
         if case.documents and case.lengths != "T = S":
             return "needs as many queries as keys with documents"
-        if case.blind:
+        if case.sees_nothing:
             return "no query sees a key"
         return None
 
@@ -128,19 +129,19 @@ class FlashBackend(Backend):
         value_dim, documents, window = v.shape[-1], mask.boundaries(), mask.window
         if self.same_head_dims and value_dim < q.shape[-1]:
             v = F.pad(v, (0, q.shape[-1] - value_dim))
-        move = mask.exclude_self and q.shape[1] == k.shape[1]
+        shift = mask.exclude_self and q.shape[1] == k.shape[1]
         if mask.exclude_self:
             window = None if window is None else window - 1
-            if move:
+            if shift:
                 q = q.roll(-1, dims=1)
-            else:  # T < S: without the last key, every query stands one place after the last key it may see
+            else:  # T < S: without the last key, each query is aligned with the key before its own
                 k, v = k[:, :-1], v[:, :-1]
         if documents is None:
             out = self.dense(q, k, v, scale, window)
         else:
             shape, q, k, v = q.shape[:2], q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
             out = self.packed(q, k, v, documents.cu_seqlens, documents.max_len, scale, window).unflatten(0, shape)
-        if move:
+        if shift:
             out = F.pad(out[:, :-1], (0, 0, 0, 0, 1, 0))
             if documents is not None:
                 out = out.masked_fill(documents.starts[..., None, None], 0)
@@ -148,18 +149,20 @@ class FlashBackend(Backend):
 
     @abstractmethod
     def dense(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        """Causal attention, the last query at the last key: (B, T, H, D), (B, S, G, D), (B, S, G, E)."""
+        """Causal attention of (B, T, H, D), (B, S, G, D), (B, S, G, E). The last query is at the last key."""
 
     @abstractmethod
     def packed(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: float, window: int | None
     ) -> Tensor:
-        """Causal attention within documents: (B·T, H, D), (B·T, G, D), (B·T, G, E) and int32 boundaries (N + 1,)."""
+        """Causal attention within documents: (B·T, H, D), (B·T, G, D), (B·T, G, E) and boundaries (N + 1,) int32."""
 
 
 def distribution(*names: str) -> importlib.metadata.Distribution | None:
-    """The first of these distributions that is installed. Unlike `find_spec`, which finds a package `flash_attn` with
-    any of its distributions, metadata tells flash-attn and flash-attn-4 apart."""
+    """The first of these distributions that is installed, or None.
+
+    flash-attn and flash-attn-4 both install a package `flash_attn`; only the metadata distinguishes them.
+    """
     for name in names:
         try:
             return importlib.metadata.distribution(name)
@@ -169,11 +172,11 @@ def distribution(*names: str) -> importlib.metadata.Distribution | None:
 
 
 def load(names: Sequence[str], modules: Sequence[str], wanted: Sequence[str]) -> ModuleType | str:
-    """The module of an installed distribution, or the reason why there is none.
+    """A module of an installed distribution, or the reason why it cannot be used.
 
     Args:
-        names: distributions, any of which will do.
-        modules: modules, the first of which that imports is taken.
+        names: alternative names of the distribution.
+        modules: alternative modules; the first that imports is returned.
         wanted: attributes that the module must have.
     """
     found = distribution(*names)
@@ -197,8 +200,10 @@ def load(names: Sequence[str], modules: Sequence[str], wanted: Sequence[str]) ->
 
 
 def overwritten(found: importlib.metadata.Distribution, module: str) -> str | None:
-    """A reason if the file of `module` is not the one that the distribution installed, by the hash in its RECORD: old
-    flash-attn wheels bring a flash_attn/cute of their own."""
+    """A reason if another package has overwritten the file of `module`, by the hash in the distribution's RECORD.
+
+    Old flash-attn wheels contain another flash_attn/cute.
+    """
     wanted = module.replace(".", "/") + ".py"
     for file in found.files or ():
         if file.as_posix() == wanted and file.hash is not None and file.hash.mode == "sha256":
@@ -212,7 +217,7 @@ def overwritten(found: importlib.metadata.Distribution, module: str) -> str | No
 
 
 def elsewhere(found: importlib.metadata.Distribution, module: ModuleType) -> str | None:
-    """A reason if `module` was imported from a file outside of the distribution that should bring it."""
+    """A reason if `module` was imported from a file that does not belong to the distribution."""
     wanted = module.__name__.replace(".", "/") + ".py"
     for file in found.files or ():
         if file.as_posix() == wanted:

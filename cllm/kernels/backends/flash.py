@@ -21,8 +21,8 @@ class _Package(FlashBackend):
     def __init__(self) -> None:
         self._module: ModuleType | str | None = None
 
-    def available(self) -> str | None:
-        """The package is installed, is not hidden by another, and imports."""
+    def unavailable(self) -> str | None:
+        """See `Backend`. The package must be installed, not hidden by another, and import."""
         if not torch.cuda.is_available():
             return "needs a CUDA device"
         if self._module is None:
@@ -32,7 +32,7 @@ class _Package(FlashBackend):
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """See `FlashBackend`."""
-        assert isinstance(self._module, ModuleType), "choose first"
+        assert isinstance(self._module, ModuleType), "unavailable() imports the package"
         out = self._module.flash_attn_func(
             q,
             k,
@@ -48,7 +48,7 @@ class _Package(FlashBackend):
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: float, window: int | None
     ) -> Tensor:
         """See `FlashBackend`."""
-        assert isinstance(self._module, ModuleType), "choose first"
+        assert isinstance(self._module, ModuleType), "unavailable() imports the package"
         out = self._module.flash_attn_varlen_func(
             q,
             k,

@@ -1,8 +1,8 @@
 """FlashAttention-4 (package flash-attn-4, module flash_attn.cute), registered as operators of torch.
 
-The package compiles its kernels at first use and is opaque to torch.compile. As an operator with a shape function and a
-backward it is one node of a graph, so blocks still compile whole. Its two inner functions are called, not its public
-one, because the public one wraps them in an autograd function of its own.
+The package compiles its kernels at first use and is opaque to torch.compile. An operator with a shape function and a
+backward is one node of the graph, so that blocks compile without graph breaks. The package's two inner functions are
+called, because its public function wraps them in another autograd function.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _loaded: list[ModuleType | str] = []
 
 
 def _load() -> ModuleType | str:
-    """The package's interface, or the reason why there is none; looked for once."""
+    """The package's interface, or the reason why it cannot be used; cached."""
     if not _loaded:
         _loaded.append(load(["flash-attn-4"], ["flash_attn.cute.interface"], ["_flash_attn_fwd", "_flash_attn_bwd"]))
     return _loaded[0]
@@ -32,7 +32,7 @@ def _interface() -> Any:
 
 
 def _rule(window: int) -> dict[str, Any]:
-    """Causal, or with `window` > 0 the query and the window - 1 keys before it."""
+    """Causal; with `window` > 0, only the query's own key and the window - 1 keys before it."""
     if window > 0:
         return {"causal": False, "window_size_left": window - 1, "window_size_right": 0}
     return {"causal": True}
@@ -53,19 +53,19 @@ def _documents(cu_seqlens: Tensor | None, max_len: int) -> dict[str, Any]:
 def flash4_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_len: int, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention; the last query stands at the last key.
+    """Causal attention; the last query is at the last key.
 
     Args:
         q: (B, T, H, D), or (N, H, D) with `cu_seqlens`; half precision.
         k: (B, S, G, D), or (N, G, D).
         v: (B, S, G, E), or (N, G, E).
         cu_seqlens: (documents + 1,) int32, or None.
-        max_len: a bound on the length of a document; not read without `cu_seqlens`.
+        max_len: upper bound of the documents' lengths; ignored without `cu_seqlens`.
         scale: factor on the scores.
-        window: as many keys, the query's own included; 0: all.
+        window: number of keys that a query sees, its own included; 0: all.
 
     Returns:
-        out, (B, T, H, E) or (N, H, E), and the fp32 log-sum-exp of the scores, (B, H, T) or (H, N).
+        The output (B, T, H, E) or (N, H, E), and the log-sum-exp of the scores (B, H, T) or (H, N) fp32.
     """
     documents, rule = _documents(cu_seqlens, max_len), _rule(window)
     result = _interface()._flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True, **rule, **documents)
@@ -97,7 +97,7 @@ def flash4_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `flash4_forward` for q, k and v, in their shapes and dtype.
 
-    The same bits every time if `torch.use_deterministic_algorithms` is on, at some cost.
+    With `torch.use_deterministic_algorithms` they are bit-identical from run to run, and slower.
     """
     d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
     _interface()._flash_attn_bwd(
@@ -149,14 +149,14 @@ flash4_forward.register_autograd(_backward, setup_context=_save)
 
 
 class Flash4(FlashBackend):
-    """FlashAttention-4 on Hopper and Blackwell: the fastest there is for training on an H200 (docs/attention.md)."""
+    """FlashAttention-4 on Hopper and Blackwell: the fastest backend for training on an H200 (docs/attention.md)."""
 
     name = "flash4"
     min_capability = (9, 0)
     same_head_dims = False
 
-    def available(self) -> str | None:
-        """flash-attn-4 is installed, not overwritten by a flash-attn wheel, and imports."""
+    def unavailable(self) -> str | None:
+        """See `Backend`. flash-attn-4 must be installed, not overwritten by a flash-attn wheel, and import."""
         if not torch.cuda.is_available():
             return "needs a CUDA device"
         module = _load()
@@ -171,9 +171,9 @@ class Flash4(FlashBackend):
             if case.capability[0] not in (10, 11, 12):
                 return "runs on sm_90, sm_100, sm_110 and sm_120"
             if max(dims) > 128 and dims not in ((192, 128), (256, 256)):
-                return "has head dims up to 128, (192, 128) and (256, 256) there"
+                return "supports head dims up to 128, (192, 128) and (256, 256) there"
             if case.capability[0] == 12 and max(dims) > 128:
-                return "has head dims up to 128 there"
+                return "supports head dims up to 128 there"
         return None
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""`torch.nn.attention.flex_attention`: masks as small functions, compiled into a Triton kernel of their own."""
+"""`torch.nn.attention.flex_attention`: masks are small functions, compiled into a Triton kernel."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from cllm.kernels.backends.mask import Mask
 
 
 class Flex(Backend):
-    """Takes every mask, and fp32 too; skips blocks of 128 by 128 that no query sees."""
+    """Supports every mask, and fp32. Skips blocks of 128 by 128 in which no query sees a key."""
 
     name = "flex"
 
-    def available(self) -> str | None:
-        """A CUDA device: elsewhere there is no backward, and without the compiler no speed."""
+    def unavailable(self) -> str | None:
+        """See `Backend`. On other devices it has no backward, and without the compiler it is slow."""
         return None if torch.cuda.is_available() else "needs a CUDA device"
 
     def unsupported(self, case: Case) -> str | None:
@@ -39,16 +39,16 @@ class Flex(Backend):
         """See `Backend`."""
         queries, keys, grouped = q.shape[1], k.shape[1], heads_per_kv_head(q, k) > 1
         blocks = block_mask(mask, queries, keys, q.device)
-        inside = torch.compiler.is_compiling() or q.device.type == "cpu"
-        kernel: Any = flex_attention if inside else _compiled()
+        call_directly = torch.compiler.is_compiling() or q.device.type == "cpu"
+        kernel: Any = flex_attention if call_directly else _compiled()
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B, heads, T or S, channels
         return kernel(q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 
 def block_mask(mask: Mask, queries: int, keys: int, device: torch.device) -> BlockMask:
-    """The mask's blocks: for rules without documents made once for a shape; with documents, once for a `Mask`."""
+    """The mask's blocks, cached: for each shape without documents, for each `Mask` with documents."""
     if mask.document_ids is None and not torch.compiler.is_compiling():
-        return _static(mask.window, mask.exclude_self, queries, keys, str(device))
+        return _static_blocks(mask.window, mask.exclude_self, queries, keys, str(device))
     rule = _rule(mask.window, mask.exclude_self, keys - queries, mask.document_ids)
     batch = None if mask.document_ids is None else mask.document_ids.shape[0]
     if torch.compiler.is_compiling():
@@ -59,14 +59,14 @@ def block_mask(mask: Mask, queries: int, keys: int, device: torch.device) -> Blo
 
 
 @functools.lru_cache(maxsize=32)
-def _static(window: int | None, exclude_self: bool, queries: int, keys: int, device: str) -> BlockMask:
+def _static_blocks(window: int | None, exclude_self: bool, queries: int, keys: int, device: str) -> BlockMask:
     rule = _rule(window, exclude_self, keys - queries, None)
-    with torch.inference_mode(False):  # a backward pass may want it later
+    with torch.inference_mode(False):  # a backward may use it later
         return create_block_mask(rule, None, None, queries, keys, device=device)
 
 
 def _rule(window: int | None, exclude_self: bool, offset: int, ids: Tensor | None) -> Callable[..., Tensor]:
-    """What FlexAttention calls a mask_mod: whether query t of row b, at position t + offset, sees key s."""
+    """A mask_mod of FlexAttention: whether query t of row b, at position t + offset, sees key s."""
     nearest = 1 if exclude_self else 0
 
     def sees(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:

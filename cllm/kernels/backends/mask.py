@@ -1,6 +1,6 @@
-"""Which keys a query sees, in the forms that kernels want: rules, a dense matrix, document boundaries.
+"""Which keys a query sees, in the forms that kernels need: rules, a dense matrix, document boundaries.
 
-Shapes: B batch, T queries, S keys. Query t stands at key position S - T + t.
+Shapes: B batch, T queries, S keys. Query t has key position S - T + t.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from torch.nn.attention.flex_attention import BlockMask
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """Where the packed documents of a batch begin and end, in the form of varlen kernels."""
+    """Boundaries of the packed documents of a batch, in the form of varlen kernels."""
 
     starts: Tensor
-    """(B, T) booleans: the first token of each document. A row's first token always starts one."""
+    """(B, T) booleans: the first token of each document. A row's first token always starts a document."""
     cu_seqlens: Tensor
     """(N + 1,) int32: document i of the flattened batch is tokens [cu_seqlens[i], cu_seqlens[i + 1]). N does not depend
-    on the data: B·T fills the places after the last document, which makes documents of no tokens."""
+    on the data: entries after the last document are B·T, which makes empty documents."""
     max_len: int
-    """T, which bounds every document; a Python int, because a kernel must not wait for the device to learn it."""
+    """T, an upper bound of the documents' lengths. The longest length itself would need a device sync."""
 
 
 def max_documents(batch: int, length: int) -> int:
-    """The N of `document_boundaries`: room for a mean document of 64 tokens and for 256 documents at least.
+    """The N of `document_boundaries`: enough for documents of 64 tokens on average, and at least 256.
 
-    More room is not free: varlen kernels pad their fp32 accumulators to a tile (64 or 128 tokens) for each document.
+    A larger N costs memory: varlen kernels pad their fp32 accumulators to a tile (64 or 128 tokens) for each document.
     """
     tokens = batch * length
     return min(tokens, max(256, tokens // 64 + batch))
@@ -37,12 +37,12 @@ def max_documents(batch: int, length: int) -> int:
 def document_boundaries(document_ids: Tensor, limit: int | None = None) -> Documents:
     """Boundaries of the documents in `document_ids` (B, T), integers that ascend in each row.
 
-    The result's shapes depend on B, T and `limit` only, and nothing here waits for the device: call it once a forward
-    pass, outside of compiled code.
+    The result's shapes depend only on B, T and `limit`, and there is no device sync. Call it once in a forward pass,
+    outside of compiled code.
 
     Args:
         document_ids: (B, T) integers.
-        limit: the most documents that the batch may hold; `max_documents(B, T)` by default.
+        limit: maximum number of documents in the batch; `max_documents(B, T)` by default.
 
     Raises:
         RuntimeError: (on a GPU: a device-side assertion) for more than `limit` documents.
@@ -62,35 +62,35 @@ def document_boundaries(document_ids: Tensor, limit: int | None = None) -> Docum
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """Which keys a query sees: never a later one, and of the others those that every rule here admits."""
+    """Which keys a query sees: its own and earlier ones, if every rule here admits them."""
 
     window: int | None = None
-    """Only the last `window` keys, the query's own position included."""
+    """Only the last `window` keys, the query's own included."""
     exclude_self: bool = False
-    """Not the query's own position: it reads a layer above, whose key does not exist yet. A query that sees nothing
+    """Not the query's own key: the query reads a layer above, whose key does not exist yet. A query that sees nothing
     gets zeros."""
     document_ids: Tensor | None = None
     """(B, S) integers, ascending in each row: only keys of the query's own document."""
     documents: Documents | None = None
-    """The boundaries of `document_ids`, if they are at hand; otherwise a kernel that wants them computes them."""
+    """Boundaries of `document_ids`, if already computed."""
     _dense: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
     blocks: dict[tuple[int, int], BlockMask] = field(default_factory=dict, repr=False, compare=False)
-    """The same for FlexAttention, by (T, S)."""
+    """FlexAttention's block masks, cached by (T, S)."""
 
     @property
     def is_plain(self) -> bool:
-        """Nothing but causal."""
+        """Whether the mask is only causal."""
         return self.window is None and not self.exclude_self and self.document_ids is None
 
     def boundaries(self) -> Documents | None:
-        """`documents`, computed if need be; None without documents."""
+        """Boundaries of the documents, computed if `documents` is None; None without documents."""
         if self.document_ids is None or self.documents is not None:
             return self.documents
         return document_boundaries(self.document_ids)
 
     def dense(self, queries: int, keys: int, device: torch.device) -> Tensor:
-        """The mask as booleans, True where a query sees a key: (1 or B, 1, T, S). Built once for each shape."""
-        if torch.compiler.is_compiling():  # the compiler drops what it has seen before; a cache would be a side effect
+        """The mask as booleans (1 or B, 1, T, S), True if a query sees a key. Cached for each shape."""
+        if torch.compiler.is_compiling():  # filling a cache would be a side effect, and the compiler removes duplicates
             return self._build(queries, keys, device)
         if (queries, keys) not in self._dense:
             self._dense[queries, keys] = self._build(queries, keys, device)

@@ -1,4 +1,4 @@
-"""`torch.nn.functional.scaled_dot_product_attention`: torch's own choice of kernel, and cuDNN's kernel alone."""
+"""`torch.nn.functional.scaled_dot_product_attention`: torch's choice of kernel, and cuDNN's kernel."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from cllm.kernels.backends.mask import Mask
 
 
 class Sdpa(Backend):
-    """Runs everywhere. Plain causal attention gets a flash kernel where torch has one; every other mask is a dense
+    """Runs everywhere. Plain causal attention runs torch's flash kernel if there is one; every other mask is a dense
     boolean matrix."""
 
     name = "sdpa"
 
-    def available(self) -> str | None:
-        """Always."""
+    def unavailable(self) -> str | None:
+        """Always None."""
         return None
 
     def unsupported(self, case: Case) -> str | None:
-        """Nothing."""
+        """Always None."""
         return None
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
@@ -37,15 +37,15 @@ class Sdpa(Backend):
             return _call(q, k, v, scale=scale, enable_gqa=group > 1, is_causal=True)
         if mask.is_plain and queries == 1:  # a single query sees every key
             return _call(q, k, v, scale=scale, enable_gqa=group > 1)
-        if group > 1 and q.is_cuda:  # no CUDA kernel takes both a dense mask and fewer KV heads
+        if group > 1 and q.is_cuda:  # no CUDA kernel supports a dense mask with fewer KV heads
             k, v, group = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2), 1
         seen = mask.dense(queries, keys, q.device)
         if not mask.exclude_self:
             return _call(q, k, v, scale=scale, enable_gqa=group > 1, attn_mask=seen)
-        # A document's first token sees nothing: softmax over nothing is NaN, so let it see all and clear the result.
-        blind = ~seen.any(dim=-1, keepdim=True)  # 1 or B, 1, T, 1
-        out = _call(q, k, v, scale=scale, enable_gqa=group > 1, attn_mask=seen | blind)
-        return out.masked_fill(blind.transpose(1, 2), 0)
+        # A document's first token sees nothing, and softmax over nothing is NaN. Let it see all keys; clear the result.
+        sees_nothing = ~seen.any(dim=-1, keepdim=True)  # 1 or B, 1, T, 1
+        out = _call(q, k, v, scale=scale, enable_gqa=group > 1, attn_mask=seen | sees_nothing)
+        return out.masked_fill(sees_nothing.transpose(1, 2), 0)
 
 
 class Cudnn(Backend):
@@ -53,24 +53,24 @@ class Cudnn(Backend):
 
     name = "cudnn"
 
-    def available(self) -> str | None:
-        """A CUDA build of torch with cuDNN and a device."""
+    def unavailable(self) -> str | None:
+        """See `Backend`. Needs a GPU and a torch with cuDNN."""
         if not torch.cuda.is_available():
             return "needs a CUDA device"
         return None if torch.backends.cudnn.is_available() else "torch was built without cuDNN"
 
     def unsupported(self, case: Case) -> str | None:
-        """What torch itself says of the shapes and the device, if it has the device here."""
+        """See `Backend`. On a machine with a GPU, torch is asked about the shapes."""
         if case.capability is None:
             return "needs a CUDA device"
         if case.documents or case.window:
-            return "has neither windows nor documents"
+            return "supports neither windows nor documents"
         if case.lengths != "T = S":
             return "needs as many queries as keys, and more than one"
         return _refusal(case) if torch.cuda.is_available() else None
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-        """See `Backend`. For `exclude_self` queries move one place, as in `FlashBackend`."""
+        """See `Backend`. For `exclude_self` queries are shifted by one position, as in `FlashBackend`."""
         if mask.exclude_self:
             q = q.roll(-1, dims=1)
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -79,14 +79,14 @@ class Cudnn(Backend):
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """torch's function, whose layout is (B, heads, T or S, channels)."""
+    """torch's function, which takes (B, heads, T or S, channels)."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
 
 @functools.cache
 def _refusal(case: Case) -> str | None:
-    """Ask torch with tensors of 128 tokens; its reasons are warnings."""
+    """Ask torch with tensors of 128 tokens. It gives its reasons as warnings."""
 
     def sample(heads: int, channels: int) -> Tensor:
         return torch.empty(1, heads, 128, channels, dtype=case.dtype, device=case.device).requires_grad_(case.grad)
@@ -98,5 +98,5 @@ def _refusal(case: Case) -> str | None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         can_use_cudnn_attention(params, debug=True)
-    said = [str(warning.message).split(" (Triggered")[0] for warning in caught]
-    return " ".join(" ".join(said).split()) or "torch refuses it"
+    reasons = [str(warning.message).split(" (Triggered")[0] for warning in caught]
+    return " ".join(" ".join(reasons).split()) or "torch does not support it"

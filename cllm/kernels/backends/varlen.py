@@ -1,4 +1,4 @@
-"""`torch.nn.attention.varlen`: the FlashAttention-2 that is built into torch, for documents of any length."""
+"""`torch.nn.attention.varlen`: the FlashAttention-2 that is built into torch, for packed documents."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch.nn.attention.varlen import varlen_attn
 
 from cllm.kernels.backends.base import FlashBackend
 
-# Newer releases refuse fewer KV heads unless told; 2.11 takes them and has no such argument.
+# Newer releases accept fewer KV heads only with this argument; 2.11 accepts them and has no such argument.
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 class Varlen(FlashBackend):
-    """Needs nothing but torch. Without documents every row is one document."""
+    """Needs only torch. Without documents, each row is one document."""
 
     name = "varlen"
 
-    def available(self) -> str | None:
-        """A CUDA device."""
+    def unavailable(self) -> str | None:
+        """See `Backend`."""
         return None if torch.cuda.is_available() else "needs a CUDA device"
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
@@ -52,5 +52,5 @@ def _attend(
 ) -> Tensor:
     past = -1 if window is None else window - 1
     out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(past, 0), **_GROUPED)
-    assert isinstance(out, Tensor)  # a tuple only if asked for more
+    assert isinstance(out, Tensor)  # a tuple only with other options
     return out

@@ -1,0 +1,122 @@
+"""The state that all layers of one forward pass share: positions, documents, RoPE tables, masks, the cache's layout.
+
+Shapes: B batch, T tokens of this pass, S tokens in the slots that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
+
+import torch
+from torch import Tensor
+
+from cllm.cache.stores import Step
+from cllm.config import Rope
+from cllm.kernels.attention import Documents, Mask, document_boundaries
+from cllm.kernels.decode import Visible
+from cllm.model.rope import rope_table
+from cllm.plan.plan import KVPlan
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """Where the tokens of cached slots are. A token's column is its index in the padded sequence."""
+
+    column: Tensor
+    """(1,) int64: column of the first token of this pass, on the device."""
+    starts: Tensor | None
+    """(B,) int64: columns of padding before each sequence."""
+    total: int | None
+    """Columns up to the end of this pass, if slots hold tokens in order; None if slots are rings."""
+
+    def visible_range(self, size: int) -> tuple[Tensor, Tensor | None]:
+        """Index (1,) of the last token in slots of `size` tokens, and the first index (B,) that each sequence sees."""
+        if self.total is None:
+            return self.column, self.starts
+        first = None if self.starts is None else self.starts - (self.total - size)
+        return torch.full_like(self.column, size - 1), first
+
+
+@dataclass(slots=True)
+class Context:
+    """The state that all layers of one forward pass share. It computes each table and mask once."""
+
+    rope_config: Rope
+    positions: Tensor
+    """(B or 1, T) integers."""
+    _: KW_ONLY
+    document_ids: Tensor | None = None
+    """(B, S) integers for all tokens that may be seen; None: each row is one document."""
+    documents: Documents | None = None
+    """Boundaries of `document_ids`. On a GPU they are computed here, so that compiled blocks need not compute them."""
+    backend: str = "auto"
+    """Name of the attention backend."""
+    recompute_fusion: bool = False
+    """Recompute fused keys and values in the backward instead of saving them."""
+    cache_layout: CacheLayout | None = None
+    """None: every slot holds the tokens of this pass and no others."""
+    step: Step | None = None
+    """The pass as the cache sees it; None without a cache."""
+    is_text: Tensor | None = None
+    """(B, T) booleans, False for padding; None without padding."""
+    last_token: Context | None = None
+    """Context of the last token, if only that token continues after this layer has written its slot (prefill)."""
+    _rope: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, bool, int], Mask] = field(default_factory=dict)
+    _visible: dict[tuple[int | None, bool, int], Visible] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ids = self.document_ids
+        if ids is not None and self.documents is None and ids.is_cuda and ids.shape[1] == self.length:
+            self.documents = document_boundaries(ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens of this pass, T."""
+        return self.positions.shape[1]
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether each sequence has one query and cached slots before it. Such a pass runs decoding kernels."""
+        return self.cache_layout is not None and self.length == 1
+
+    def after_write(self, x: Tensor) -> tuple[Context, Tensor]:
+        """Context and `x` (B, T, ...) for the rest of a layer: all tokens, or the last one if `last_token` is set."""
+        return (self, x) if self.last_token is None else (self.last_token, x[:, -1:])
+
+    def rope(self, dim: int) -> tuple[Tensor, Tensor]:
+        """cos and signed sin for a head dimension, as `rope_table` returns them."""
+        if dim not in self._rope:
+            self._rope[dim] = rope_table(self.rope_config, dim, self.positions)
+        return self._rope[dim]
+
+    def prepare(self, plan: KVPlan, head_dim: int, sizes: Mapping[int, int] | None = None) -> None:
+        """Compute every table and mask that the layers of `plan` need, outside of compiled code.
+
+        `sizes` are the tokens in the slot of each owner as readers see it; by default T.
+        """
+        for i, layer in enumerate(plan.layers):
+            self.rope(plan.source(i).rope_dim(head_dim))
+            size = self.length if sizes is None else min((sizes[j] for j in plan.reads(i) if j in sizes), default=0)
+            if size and self.is_decoding:
+                self.visible(layer.window, plan.reads_above(i), size)
+            elif size:
+                self.mask(layer.window, plan.reads_above(i), size)
+
+    def mask(self, window: int | None, exclude_self: bool, size: int) -> Mask:
+        """The mask over slots of `size` tokens, for a pass of several tokens."""
+        key = (window, exclude_self, size)
+        if key not in self._masks:
+            ids = None if self.document_ids is None else self.document_ids[:, -size:]
+            self._masks[key] = Mask(window, exclude_self, ids, self.documents if size == self.length else None)
+        return self._masks[key]
+
+    def visible(self, window: int | None, exclude_self: bool, size: int) -> Visible:
+        """The entries that the one query of each sequence sees, in slots of `size` entries."""
+        key = (window, exclude_self, size)
+        if key not in self._visible:
+            assert self.cache_layout is not None
+            column, first = self.cache_layout.visible_range(size)
+            self._visible[key] = Visible(column, first, window, exclude_self)
+        return self._visible[key]

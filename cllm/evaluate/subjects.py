@@ -16,6 +16,8 @@ from cllm.data.vocabulary import backend_of, backend_sha256
 from cllm.errors import UserError
 from cllm.evaluate.places import results_of_checkpoint
 from cllm.files import inside
+from cllm.posthoc.engine import engine_of
+from cllm.posthoc.method import Engine
 from cllm.runs import RunFolder, load_run
 from cllm.trust import load_tokenizer, read_object
 
@@ -92,6 +94,10 @@ class Subject(ABC):
     def logits(self, input_ids: Tensor, positions: Tensor | None, document_ids: Tensor | None, last: int) -> Tensor:
         """Logits (B, last, vocabulary) of the last `last` places of `input_ids` (B, T), int64 on the model's device."""
 
+    @abstractmethod
+    def engine(self) -> Engine:
+        """The model with a cache, for post-hoc compression."""
+
 
 class RunSubject(Subject):
     """A run's newest checkpoint, or the checkpoint file given. Raises `UserError` as `load_run` does."""
@@ -149,6 +155,9 @@ class RunSubject(Subject):
     def logits(self, input_ids: Tensor, positions: Tensor | None, document_ids: Tensor | None, last: int) -> Tensor:
         return self._model.head(self._model.hidden(input_ids, positions, document_ids)[:, -last:])
 
+    def engine(self) -> Engine:
+        return engine_of(self._model)
+
 
 class HuggingFaceSubject(Subject):
     """A folder with config.json, safetensors weights and a tokenizer. No code from the folder is run."""
@@ -194,6 +203,9 @@ class HuggingFaceSubject(Subject):
         assert (positions, document_ids) == (None, None), "Hugging Face models are fed a plain stream"
         options = {"logits_to_keep": last} if self._keeps_last else {}
         return self._model(input_ids=input_ids, use_cache=False, **options).logits[:, -last:]
+
+    def engine(self) -> Engine:
+        return engine_of(self._model)
 
 
 def load_subject(path: str | Path, device: torch.device) -> Subject:

@@ -11,8 +11,8 @@ import torch
 
 from cllm.config import Config
 from cllm.data.manifest import Manifest
-from cllm.posthoc.code import Part
 from cllm.posthoc.engine import engine_of
+from cllm.posthoc.slots import SlotTensors
 from cllm.runs import RunFolder
 
 _path = Path(__file__).resolve().parents[1] / "evaluate" / "conftest.py"
@@ -123,7 +123,7 @@ def part():
     """`part("k", [tensors])`: what a method's `encode` is handed."""
 
     def build(kind, data, text=None):
-        return Part(kind, tuple(range(len(data))), tuple(data), data[0].dtype, text)
+        return SlotTensors(kind, tuple(range(len(data))), tuple(data), data[0].dtype, text)
 
     return build
 

@@ -14,7 +14,7 @@ from cllm.hub.export import as_pretrained
 from cllm.posthoc.cache import CompressedSlot, compress_cache
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.hf import compress_dynamic, layer_tensors
-from cllm.posthoc.methods import parse
+from cllm.posthoc.registry import parse
 
 PREFIX, LENGTH, PADDING = 20, 28, [0, 3]
 FULL = "xkv:group=2,energy=1.0"

@@ -13,7 +13,7 @@ from cllm.posthoc.cache import CompressedSlot, compress_cache
 from cllm.posthoc.code import Prefix
 from cllm.posthoc.hf import compress_dynamic
 from cllm.posthoc.landmarks import make_landmarks
-from cllm.posthoc.methods import parse
+from cllm.posthoc.registry import parse
 
 PREFIX, LENGTH = 21, 28
 DESIGNS = ["mha", "gqa", "cla", "yoco", "fusedkv", "fusedkv_lite", "lckv", "trailing"]

@@ -7,7 +7,7 @@ import torch
 
 from cllm.errors import UserError
 from cllm.posthoc.lowrank import right_vectors
-from cllm.posthoc.methods import parse
+from cllm.posthoc.registry import parse
 
 
 def decaying(tokens: int, channels: int, power: float) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from cllm.posthoc import hf
 from cllm.posthoc.cache import CompressedSlot
 from cllm.posthoc.engine import engine_of
-from cllm.posthoc.methods import parse
+from cllm.posthoc.registry import parse
 
 PREFIX = 40
 SPECS = [
@@ -97,7 +97,7 @@ def test_only_followed_layers_keep_what_they_made(decoder, llama, tokens, monkey
 
         def watched(self, *args, original=original, kept=kept, **kwargs):
             result = original(self, *args, **kwargs)
-            kept.append(self.seen is not None)
+            kept.append(self.in_pass is not None)
             return result
 
         monkeypatch.setattr(kind, extend, watched)
@@ -108,4 +108,4 @@ def test_only_followed_layers_keep_what_they_made(decoder, llama, tokens, monkey
             engine.hidden(ids[:, PREFIX:], compressed)
             assert sum(kept) == expected
             stores = compressed.stores.values() if hasattr(compressed, "stores") else compressed.layers
-            assert all(getattr(store, "seen", None) is None for store in stores)
+            assert all(getattr(store, "in_pass", None) is None for store in stores)

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from cllm.errors import UserError
-from cllm.posthoc.cache import FollowingSlot
-from cllm.posthoc.commonkv import factored
+from cllm.posthoc.cache import SharingSlot
 from cllm.posthoc.engine import engine_of
-from cllm.posthoc.methods import parse
-from cllm.posthoc.minicache import slerp
+from cllm.posthoc.methods.commonkv import factorize
+from cllm.posthoc.methods.minicache import slerp
+from cllm.posthoc.registry import parse
 
 
 def noise(*shape, seed=0):
@@ -85,8 +85,8 @@ def test_rope_does_not_matter_to_merging(decoder, tokens, filled):
     engine, cache = filled(decoder(n_layers=2), tokens(1, 12))
     method = parse("minicache:gamma=0.0,start=0,sinks=0")
     found = engine.compress(cache, method).stores[0].prefix.read().k
-    held = engine.filled(cache)
-    ((keys, values),) = held.parts(before_rope=True)
+    held = engine.compressible(cache)
+    ((keys, values),) = held.tensors(before_rope=True)
     before = held.rotation(0).redo(method.encode(keys, values)[0][0].decode())
     torch.testing.assert_close(found, before, atol=1e-5, rtol=1e-5)
 
@@ -127,10 +127,10 @@ def fill(model, ids, spec, calibration=None):
 
 def test_factors_of_stacked_projections():
     layers = [(noise(6, 20, seed=i), noise(6, 20, seed=10 + i)) for i in range(2)]
-    left, shared = factored(layers, None)
+    left, shared = factorize(layers, None)
     for m, pair in zip(left, layers, strict=True):
         torch.testing.assert_close(m @ shared, torch.cat(pair), atol=1e-5, rtol=1e-4)
-    left, shared = factored(layers, 9)
+    left, shared = factorize(layers, 9)
     stacked = torch.cat([w for pair in layers for w in pair]).double()
     error = (torch.cat(left).double() @ shared.double() - stacked).square().sum()
     assert error.item() == pytest.approx(torch.linalg.svdvals(stacked)[9:].square().sum().item(), rel=1e-4)
@@ -161,8 +161,8 @@ def test_merged_latents_are_stored_once_and_others_kept(decoder, tokens):
     assert all(code.latents.merged is codes[0].latents.merged for code in codes)
     assert index.shape == (2, 8)  # half of 24 - 2 - 6
     assert index.max() < 16  # the sinks are not among the tokens that are counted here
-    held = engine.filled(cache)
-    ((keys, _),) = held.parts(before_rope=True, sinks=held.sinks(2))
+    held = engine.compressible(cache)
+    ((keys, _),) = held.tensors(before_rope=True, sinks=held.sinks(2))
     for row in range(2):
         kept = [t for t in range(22) if t not in index[row].tolist()]
         for slot in range(4):
@@ -239,7 +239,7 @@ def test_methods_that_cannot_compress_again_say_so_at_once(name):
 def test_a_dropped_slot_is_read_from_another_and_costs_nothing(kind, decoder, llama, tokens):
     model, ids = decoder(n_layers=4) if kind == "cllm" else llama(), tokens(2, 28)
     engine, cache, method = fill(model, ids[:, :20], "kvsharer:share=1,threshold=0.0")
-    ((upper, lower),) = method.follows().items()
+    ((upper, lower),) = method.shares().items()
     assert lower < upper
     compressed = engine.compress(cache, method)
     assert compressed.nbytes() == engine.nbytes(cache) * 3 // 4
@@ -248,7 +248,7 @@ def test_a_dropped_slot_is_read_from_another_and_costs_nothing(kind, decoder, ll
     engine.logits(ids[:, 20:24], compressed)
     assert compressed.nbytes() * 4 == engine.nbytes(cache) // 20 * 24 * 3  # tokens to come are dropped too
     if kind == "cllm":
-        assert isinstance(compressed.stores[upper], FollowingSlot)
+        assert isinstance(compressed.stores[upper], SharingSlot)
         assert torch.equal(compressed.stores[upper].last(24, 24).k, compressed.stores[lower].last(24, 24).k)
 
 
@@ -271,12 +271,12 @@ def test_dissimilar_pairs_are_tried_first_and_the_threshold_holds(decoder, token
         method = parse(f"kvsharer:threshold={threshold}")
         assert method.facts() == {}
         method.prepare(engine, ids)
-        assert list(method.follows()) == [3]
-        assert json.loads(json.dumps(method.facts())) == {"reads": {"3": method.follows()[3]}}
+        assert list(method.shares()) == [3]
+        assert json.loads(json.dumps(method.facts())) == {"reads": {"3": method.shares()[3]}}
     with pytest.raises(UserError, match=r"only \d of share=4 slots can be dropped with threshold=0.9"):
         parse("kvsharer:share=4,threshold=0.9").prepare(engine, ids)
     with pytest.raises(UserError, match="not calibrated"):
-        parse("kvsharer").follows()
+        parse("kvsharer").shares()
 
 
 def test_a_shared_cache_follows_the_batch(decoder, tokens):

@@ -15,11 +15,12 @@ from cllm.kernels.decode import Stored, Visible
 from cllm.model.rope import rope_table
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.code import Rotation
-from cllm.posthoc.compress import Filled, encode
+from cllm.posthoc.compress import encode
 from cllm.posthoc.deferred import Deferred
 from cllm.posthoc.engine import engine_of
-from cllm.posthoc.methods import parse
+from cllm.posthoc.registry import parse
 from cllm.posthoc.sinks import Sinks
+from cllm.posthoc.slots import CompressibleSlots
 
 PREFIX, LENGTH, SINKS = 20, 28, 4
 FITTED = [
@@ -77,7 +78,7 @@ def planted(starts, size=20, layers=4, n=48, heads=2, dim=8):
             k[row, start], v[row, start] = size * normal(2, heads * dim)
         slots[layer] = Slot(rotation.redo(k.unflatten(-1, (heads, dim))), v.unflatten(-1, (heads, dim)))
     total = sum(slot.k.nbytes + slot.v.nbytes for slot in slots.values())
-    return Filled(slots, frozenset(), 0, torch.tensor(starts) if any(starts) else None, total, 0, table)
+    return CompressibleSlots(slots, frozenset(), torch.tensor(starts) if any(starts) else None, total, 0, table)
 
 
 def attention(q, slot, text):
@@ -261,4 +262,4 @@ def test_bytes_are_those_of_the_other_tokens_and_of_exact_sinks(spec, kind, deco
 
 
 def held(slot):
-    return slot.tensors().values() if hasattr(slot, "tensors") else slot.held()
+    return slot.tensors().values() if hasattr(slot, "tensors") else slot.stored()

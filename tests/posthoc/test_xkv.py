@@ -11,11 +11,11 @@ from cllm.model.rope import apply_rope, rope_table
 from cllm.posthoc.code import Rotation
 from cllm.posthoc.lowrank import (
     energy_rank,
-    factor_numbers,
+    factor_elements,
     ranks_for_budget,
     right_vectors,
 )
-from cllm.posthoc.methods import parse
+from cllm.posthoc.registry import parse
 
 
 def decaying(tokens, channels, seed=0, batch=2):
@@ -157,7 +157,7 @@ def test_the_papers_ratios():
     """Numbers of the cache to numbers of its factors at 64k: xKV, table 1 and the ranks of its scripts."""
 
     def ratio(layers, width, group, rank_k, rank_v, tokens=65536):
-        factors = layers // group * sum(factor_numbers(tokens, group, width, r) for r in (rank_k, rank_v))
+        factors = layers // group * sum(factor_elements(tokens, group, width, r) for r in (rank_k, rank_v))
         return 2 * layers * tokens * width / factors
 
     assert ratio(32, 1024, 4, 384, 576) == pytest.approx(8.03, abs=0.005)
@@ -183,9 +183,9 @@ def test_a_short_last_group_gets_rank_1_at_least():
     sizes = [(8, 256), (1, 256)]
     found = ranks_for_ratio(8, 64, sizes)
     assert found[0][1] == found[1][1] == 1 < found[0][0]
-    numbers = sum(factor_numbers(64, n, w, r) for ranks in found for (n, w), r in zip(sizes, ranks, strict=True))
+    numbers = sum(factor_elements(64, n, w, r) for ranks in found for (n, w), r in zip(sizes, ranks, strict=True))
     assert numbers <= 2 * 64 * 9 * 256 / 8
-    least = sum(2 * factor_numbers(64, n, w, 1) for n, w in sizes)
+    least = sum(2 * factor_elements(64, n, w, 1) for n, w in sizes)
     assert ranks_for_budget(least, 64, sizes, sizes, keys_to_values=1.5) == ([1, 1], [1, 1])
     assert ranks_for_budget(least - 1, 64, sizes, sizes, keys_to_values=1.5) is None
 
@@ -196,11 +196,11 @@ def test_a_ratio_is_kept_and_nearly_used_up(ratio, sizes):
     tokens = 200
     ranks = ranks_for_ratio(ratio, tokens, sizes)
     pairs = list(zip((*ranks[0], *ranks[1]), sizes * 2, strict=True))
-    numbers = sum(factor_numbers(tokens, n, w, r) for r, (n, w) in pairs)
+    numbers = sum(factor_elements(tokens, n, w, r) for r, (n, w) in pairs)
     budget = sum(2 * tokens * n * w for n, w in sizes) / ratio
     assert numbers <= budget
-    assert numbers + sum(factor_numbers(tokens, n, w, 1) for n, w in sizes * 2) > min(
-        budget, sum(factor_numbers(tokens, n, w, min(tokens, n * w)) for n, w in sizes * 2)
+    assert numbers + sum(factor_elements(tokens, n, w, 1) for n, w in sizes * 2) > min(
+        budget, sum(factor_elements(tokens, n, w, min(tokens, n * w)) for n, w in sizes * 2)
     )
 
 

@@ -295,7 +295,7 @@ def save(subject: Subject, record: dict[str, Any], out: Path | None = None) -> P
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """One line for each record, in aligned columns."""
+    """A line for each record, columns aligned."""
     head = (
         "run",
         "method",

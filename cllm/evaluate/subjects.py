@@ -6,23 +6,23 @@ import inspect
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cllm.data.manifest import Manifest
 from cllm.data.vocabulary import backend_of, backend_sha256
 from cllm.errors import UserError
 from cllm.evaluate.places import results_of_checkpoint
 from cllm.files import inside
-from cllm.posthoc.engine import engine_of
-from cllm.posthoc.method import Engine
 from cllm.runs import RunFolder, load_run
 from cllm.trust import load_tokenizer, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from cllm.posthoc.method import Engine
 
 _DEFAULT_WINDOW = 2048
 
@@ -63,6 +63,12 @@ class Subject(ABC):
     """`Manifest.digest()` of these folders when the model was trained, where that was recorded."""
     vocab_size: int
     """Token ids that the model's embedding has."""
+    _model: Any
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, on its device: a `Decoder`, or a transformers model."""
+        return self._model
 
     def results(self, out: Path | None = None) -> Path:
         """The folder that results go to: `out`, or evaluation/ in a run's folder, runs/evaluation/NAME for others.
@@ -94,9 +100,11 @@ class Subject(ABC):
     def logits(self, input_ids: Tensor, positions: Tensor | None, document_ids: Tensor | None, last: int) -> Tensor:
         """Logits (B, last, vocabulary) of the last `last` places of `input_ids` (B, T), int64 on the model's device."""
 
-    @abstractmethod
     def engine(self) -> Engine:
         """The model with a cache, for post-hoc compression."""
+        from cllm.posthoc.engine import engine_of
+
+        return engine_of(self.model)
 
 
 class RunSubject(Subject):
@@ -155,9 +163,6 @@ class RunSubject(Subject):
     def logits(self, input_ids: Tensor, positions: Tensor | None, document_ids: Tensor | None, last: int) -> Tensor:
         return self._model.head(self._model.hidden(input_ids, positions, document_ids)[:, -last:])
 
-    def engine(self) -> Engine:
-        return engine_of(self._model)
-
 
 class HuggingFaceSubject(Subject):
     """A folder with config.json, safetensors weights and a tokenizer. No code from the folder is run."""
@@ -203,9 +208,6 @@ class HuggingFaceSubject(Subject):
         assert (positions, document_ids) == (None, None), "Hugging Face models are fed a plain stream"
         options = {"logits_to_keep": last} if self._keeps_last else {}
         return self._model(input_ids=input_ids, use_cache=False, **options).logits[:, -last:]
-
-    def engine(self) -> Engine:
-        return engine_of(self._model)
 
 
 def load_subject(path: str | Path, device: torch.device) -> Subject:

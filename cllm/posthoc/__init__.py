@@ -18,7 +18,7 @@
     engine.py        cllm's and transformers' models behind one interface
     analysis.py      similarity of layers: cosine, CKA, spectra
 
-Imports cllm.hub, cllm.model, cllm.cache, cllm.kernels, cllm.config, cllm.plan and the modules below those.
+Imports hub (in engine.py), model, cache, kernels, config, plan, plugins, the section base and errors.
 """
 
 UNCOMPRESSED = "none"

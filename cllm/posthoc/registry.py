@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from cllm.config.load import parse_yaml
 from cllm.errors import UserError, nearest
@@ -94,15 +95,22 @@ def default_sweep() -> list[str]:
 
 
 def describe_methods() -> str:
-    """The list of all methods with their options and defaults, for people."""
-    lines = []
+    """A text that lists all methods with their options and defaults."""
+    lines = ["options of all methods"]
+    lines += [_describe_option(key, field) for key, field in Compressor.model_fields.items()]
     for name, method in methods().items():
-        lines += [f"{name}: {method.summary}"]
-        for key, field in method.model_fields.items():
-            default = "null" if field.default is None else field.default
-            text = f"{key}={default}  {' '.join((field.description or '').split())}"
-            lines += textwrap.wrap(text, 116, initial_indent="    ", subsequent_indent="        ")
+        lines.append(f"{name}: {method.summary}")
+        own = method.model_fields.keys() - Compressor.model_fields.keys()
+        lines += [_describe_option(key, field) for key, field in method.model_fields.items() if key in own]
+        refused = {"sinks": method.no_sinks, "recompress": method.no_recompress}
+        lines += [f"    no {key}: {reason}" for key, reason in refused.items() if reason is not None]
     return "\n".join(lines)
+
+
+def _describe_option(key: str, field: FieldInfo) -> str:
+    default = "null" if field.default is None else field.default
+    text = f"{key}={default}  {' '.join((field.description or '').split())}"
+    return textwrap.fill(text, 116, initial_indent="    ", subsequent_indent="        ")
 
 
 def parse(spec: str) -> Compressor:

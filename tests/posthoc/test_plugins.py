@@ -77,6 +77,8 @@ def test_a_plugin_is_parsed_and_listed_like_any_method() -> None:
     assert "truncate: keys and values in 16 or 8 bits" in text
     assert "    bits=16  Bits of a stored number." in text
     assert "    group=4  Neighbouring slots that share a basis" in text, "of xkv"
+    assert "    no sinks: every token is stored exactly" in text
+    assert text.count("    sinks=4  First tokens of every sequence") == 1
     for spec, message in (
         ("truncate:bits=4", "bits: Input should be 8 or 16 got 4"),
         ("truncate:bit=8", 'unknown option "bit" of truncate; allowed: bits, recompress, sinks'),

@@ -11,5 +11,5 @@
 
 A new file here is found by its `@register`; nothing else has to name it.
 
-Imports the modules of cllm.posthoc other than caches and engines, and each other.
+Imports errors, each other, and posthoc without its caches and engines.
 """

@@ -20,7 +20,7 @@ class Uncompressed(Compressor):
     no_sinks: ClassVar[str | None] = "every token is stored exactly"
 
     sinks: int = Field(0, ge=0)
-    """0."""
+    """No other value is allowed."""
 
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         return [None] * len(keys.slots), [None] * len(keys.slots)

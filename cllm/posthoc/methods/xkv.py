@@ -213,7 +213,7 @@ class SVD(XKV):
     """The same for each layer separately: `xkv` with groups of one."""
 
     group: int = Field(1, ge=1, le=1)
-    """1."""
+    """No other value is allowed."""
 
 
 def _sizes(tensors: SlotTensors, groups: list[list[int]]) -> list[tuple[int, int]]:

@@ -104,7 +104,7 @@ def llama():
 
 @pytest.fixture(scope="session")
 def filled():
-    """`filled(model, ids)`: the model's engine and a cache that holds `ids`."""
+    """`filled(model, ids)`: the model's engine and a cache of `ids`."""
 
     def fill(model, ids, **options):
         engine = engine_of(model)
@@ -119,8 +119,8 @@ def filled():
 
 
 @pytest.fixture(scope="session")
-def part():
-    """`part("k", [tensors])`: what a method's `encode` is handed."""
+def slot_tensors():
+    """`slot_tensors("k", [tensors])`: an argument of a method's `encode`."""
 
     def build(kind, data, text=None):
         return SlotTensors(kind, tuple(range(len(data))), tuple(data), data[0].dtype, text)

@@ -53,10 +53,12 @@ def planted(far=3):
 
 
 @pytest.mark.parametrize(("name", "kept"), [("minicache", [3]), ("minicache_xkv", [0])])
-def test_retention_both_ways_on_a_planted_outlier(name, kept, part):
+def test_retention_both_ways_on_a_planted_outlier(name, kept, slot_tensors):
     """The paper keeps the pair that differs most; the variant of xKV's repository the ones that differ least."""
     x, y = planted()
-    (lower, upper), _ = parse(f"{name}:gamma=0.004,t=0.5,start=0").encode(part("k", [x, y]), part("v", [x, y]))
+    (lower, upper), _ = parse(f"{name}:gamma=0.004,t=0.5,start=0").encode(
+        slot_tensors("k", [x, y]), slot_tensors("v", [x, y])
+    )
     assert lower.index.tolist() == [kept]
     assert upper.index is lower.index
     assert upper.direction is lower.direction
@@ -70,14 +72,14 @@ def test_retention_both_ways_on_a_planted_outlier(name, kept, part):
     assert outlier < 1e-6 if name == "minicache" else outlier > 0.9
 
 
-def test_merging_starts_in_the_middle(part):
+def test_merging_starts_in_the_middle(slot_tensors):
     data = [noise(1, 10, 2, 4, seed=i) for i in range(7)]
-    codes, _ = parse("minicache").encode(part("k", data), part("v", data))
+    codes, _ = parse("minicache").encode(slot_tensors("k", data), slot_tensors("v", data))
     assert [code is None for code in codes] == [True, True, True, False, False, False, False]
-    codes, _ = parse("minicache:start=4").encode(part("k", data), part("v", data))
+    codes, _ = parse("minicache:start=4").encode(slot_tensors("k", data), slot_tensors("v", data))
     assert [code is None for code in codes] == [True, True, True, True, False, False, True]
     with pytest.raises(UserError, match="no two neighbours of one shape from slot 1 on, of 2; allowed: start up to 0"):
-        parse("minicache").encode(part("k", data[:2]), None)
+        parse("minicache").encode(slot_tensors("k", data[:2]), None)
 
 
 def test_rope_does_not_matter_to_merging(decoder, tokens, filled):
@@ -85,19 +87,19 @@ def test_rope_does_not_matter_to_merging(decoder, tokens, filled):
     engine, cache = filled(decoder(n_layers=2), tokens(1, 12))
     method = parse("minicache:gamma=0.0,start=0,sinks=0")
     found = engine.compress(cache, method).stores[0].prefix.read().k
-    held = engine.compressible(cache)
-    ((keys, values),) = held.tensors(before_rope=True)
-    before = held.rotation(0).redo(method.encode(keys, values)[0][0].decode())
+    cached = engine.compressible(cache)
+    ((keys, values),) = cached.tensors(before_rope=True)
+    before = cached.rotation(0).redo(method.encode(keys, values)[0][0].decode())
     torch.testing.assert_close(found, before, atol=1e-5, rtol=1e-5)
 
 
-def test_rows_kept_of_a_batch_and_padding(part):
+def test_rows_kept_of_a_batch_and_padding(slot_tensors):
     x, y = planted()
     a, b = planted(far=7)
     plain = torch.cat((x, a)), torch.cat((y, b))
     padded = [torch.cat((noise(2, 3, 1, 4), t), dim=1) for t in plain]
     text = (torch.arange(15) >= 3).expand(2, -1)
-    (lower, _), _ = parse("minicache:start=0").encode(part("k", padded, text), part("v", padded, text))
+    (lower, _), _ = parse("minicache:start=0").encode(slot_tensors("k", padded, text), slot_tensors("v", padded, text))
     assert lower.index.tolist() == [[6], [10]]
 
 
@@ -120,8 +122,8 @@ def fill(model, ids, spec, calibration=None):
     method.prepare(engine, ids if calibration is None else calibration)
     cache = engine.new_cache()
     with method.watch(engine):
-        for part in ids.split(7, dim=1):
-            engine.hidden(part, cache)
+        for some in ids.split(7, dim=1):
+            engine.hidden(some, cache)
     return engine, cache, method
 
 
@@ -161,8 +163,8 @@ def test_merged_latents_are_stored_once_and_others_kept(decoder, tokens):
     assert all(code.latents.merged is codes[0].latents.merged for code in codes)
     assert index.shape == (2, 8)  # half of 24 - 2 - 6
     assert index.max() < 16  # the sinks are not among the tokens that are counted here
-    held = engine.compressible(cache)
-    ((keys, _),) = held.tensors(before_rope=True, sinks=held.sinks(2))
+    cached = engine.compressible(cache)
+    ((keys, _),) = cached.tensors(before_rope=True, sinks=cached.sinks(2))
     for row in range(2):
         kept = [t for t in range(22) if t not in index[row].tolist()]
         for slot in range(4):
@@ -180,14 +182,18 @@ def test_merged_latents_are_means_weighed_by_sensitivity(decoder, tokens):
     while ids.shape[1] < 20:  # text that the model expects
         ids = torch.cat((ids, torch.multinomial(model(ids)[:, -1].softmax(-1), 1, generator=draw)), dim=1)
     engine, cache, method = fill(model, ids, "commonkv:merge=1.0,sinks=0,recent=0")
-    weights = method._shares([0, 1, 2, 3])
-    assert list(method.facts()["sensitivity"]) == ["0", "1", "2", "3"]
-    assert sum(weights) == pytest.approx(1)
-    assert max(weights) > 2 * min(weights)
+    sensitivity = method.facts()["sensitivity"]
+    assert list(sensitivity) == ["0", "1", "2", "3"]
+    assert max(sensitivity.values()) > 2 * min(sensitivity.values())
     merged = engine.compress(cache, method).stores[0].prefix.k.latents.merged
-    _, shared = method._factored((0, 1, 2, 3))
-    latents = [F.linear(torch.cat(method._inputs[slot], dim=1), shared) for slot in range(4)]
-    expected = sum(w * z for w, z in zip(weights, latents, strict=True))
+    projections, inputs = [engine.projections(slot) for slot in range(4)], []
+    hooks = [k.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for k, _ in projections]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    _, shared = factorize([(k.weight, v.weight) for k, v in projections], None)
+    weights = [loss / sum(sensitivity.values()) for loss in sensitivity.values()]
+    expected = sum(w * F.linear(x, shared) for w, x in zip(weights, inputs, strict=True))
     torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -210,8 +216,9 @@ def test_commonkv_refuses_what_it_cannot_do(decoder, tokens, filled):
     method.release()
     with pytest.raises(UserError, match=r"compress it before the next one and before release\(\)"):
         engine.compress(cache, method)
-    engine, cache, method = fill(decoder(), tokens(1, 20), "commonkv")
-    method._sensitivity = None
+    method = parse("commonkv")
+    with method.watch(engine):
+        engine.hidden(tokens(1, 20), cache := engine.new_cache())
     with pytest.raises(UserError, match=r"not calibrated: call prepare\(engine, ids\) first, or weights=equal"):
         engine.compress(cache, method)
 

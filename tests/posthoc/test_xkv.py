@@ -39,9 +39,11 @@ def squared_error(codes, data):
 
 
 @pytest.mark.parametrize("tokens", [40, 100])
-def test_the_error_of_exact_svd_is_the_discarded_singular_values(part, tokens):
+def test_the_error_of_exact_svd_is_the_discarded_singular_values(slot_tensors, tokens):
     keys, values = slots(4, tokens), slots(4, tokens, seed=1)
-    codes, coded = parse("xkv:group=4,rank_k=10,rank_v=13,svd=exact").encode(part("k", keys), part("v", values))
+    codes, coded = parse("xkv:group=4,rank_k=10,rank_v=13,svd=exact").encode(
+        slot_tensors("k", keys), slot_tensors("v", values)
+    )
     for data, found, rank in ((keys, codes, 10), (values, coded, 13)):
         x = torch.cat([t.flatten(2) for t in data], dim=-1).double()
         discarded = torch.linalg.svdvals(x)[:, rank:].square().sum().item()
@@ -50,25 +52,28 @@ def test_the_error_of_exact_svd_is_the_discarded_singular_values(part, tokens):
 
 @pytest.mark.parametrize("algorithm", ["gram", "random"])
 @pytest.mark.parametrize("tokens", [40, 100, 300])
-def test_fast_paths_are_within_a_percent_of_exact(part, algorithm, tokens):
+def test_fast_paths_are_within_a_percent_of_exact(slot_tensors, algorithm, tokens):
     keys, values = slots(4, tokens), slots(4, tokens, seed=1)
     errors = [
-        squared_error(parse(f"xkv:rank_k=10,rank_v=10,svd={name}").encode(part("k", keys), part("v", values))[0], keys)
+        squared_error(
+            parse(f"xkv:rank_k=10,rank_v=10,svd={name}").encode(slot_tensors("k", keys), slot_tensors("v", values))[0],
+            keys,
+        )
         for name in ("exact", algorithm)
     ]
     assert errors[0] <= errors[1] * (1 + 1e-4)
     assert errors[1] <= errors[0] * 1.01
 
 
-def test_results_repeat(part):
-    keys, values = part("k", slots(4, 60)), part("v", slots(4, 60))
+def test_results_repeat(slot_tensors):
+    keys, values = slot_tensors("k", slots(4, 60)), slot_tensors("v", slots(4, 60))
     for algorithm in ("exact", "gram", "random"):
         once, again = (parse(f"xkv:rank_k=9,rank_v=9,svd={algorithm}").encode(keys, values)[0][1] for _ in range(2))
         assert torch.equal(once.decode(), again.decode())
 
 
-def test_groups_of_one_are_svd(part):
-    keys, values = part("k", slots(3, 30)), part("v", slots(3, 30, seed=1))
+def test_groups_of_one_are_svd(slot_tensors):
+    keys, values = slot_tensors("k", slots(3, 30)), slot_tensors("v", slots(3, 30, seed=1))
     one = parse("xkv:group=1,rank_k=5,rank_v=7").encode(keys, values)
     other = parse("svd:rank_k=5,rank_v=7").encode(keys, values)
     for found, expected in zip(one, other, strict=True):
@@ -77,50 +82,52 @@ def test_groups_of_one_are_svd(part):
         parse("svd:group=2,ratio=2")
 
 
-def test_the_last_group_may_be_short_and_keys_and_values_may_differ(part):
+def test_the_last_group_may_be_short_and_keys_and_values_may_differ(slot_tensors):
     keys, values = slots(5, 80), slots(5, 80, seed=1)
-    codes, coded = parse("xkv:group_k=2,group_v=3,rank_k=6,rank_v=8").encode(part("k", keys), part("v", values))
+    codes, coded = parse("xkv:group_k=2,group_v=3,rank_k=6,rank_v=8").encode(
+        slot_tensors("k", keys), slot_tensors("v", values)
+    )
     for found, groups in ((codes, [0, 0, 1, 1, 2]), (coded, [0, 0, 0, 1, 1])):
         for i, code in enumerate(found):
             assert [code.a is other.a for other in found] == [groups[i] == group for group in groups]
 
 
-def test_grouping_never_hurts_on_planted_shared_subspaces(part):
+def test_grouping_never_hurts_on_planted_shared_subspaces(slot_tensors):
     """Four layers in one subspace of 6 dimensions over tokens: rank 6 for all is as good as rank 6 for each."""
     draw = torch.Generator().manual_seed(0)
     basis = torch.randn(1, 100, 6, generator=draw)
     data = [(basis @ torch.randn(1, 6, 16, generator=draw)).unflatten(-1, (2, 8)) for _ in range(4)]
     noisy = [t + 0.01 * torch.randn(t.shape, generator=draw) for t in data]
-    empty = part("v", [torch.zeros_like(t) for t in data])
-    grouped = parse("xkv:group=4,rank_k=6,rank_v=1").encode(part("k", noisy), empty)[0]
-    single = parse("svd:rank_k=6,rank_v=1").encode(part("k", noisy), empty)[0]
+    empty = slot_tensors("v", [torch.zeros_like(t) for t in data])
+    grouped = parse("xkv:group=4,rank_k=6,rank_v=1").encode(slot_tensors("k", noisy), empty)[0]
+    single = parse("svd:rank_k=6,rank_v=1").encode(slot_tensors("k", noisy), empty)[0]
     assert squared_error(grouped, data) < squared_error(single, data)
     alone, together = (  # equal total rank: 4 · 2 = 1 · 8
-        squared_error(parse(spec).encode(part("k", noisy), empty)[0], noisy)
+        squared_error(parse(spec).encode(slot_tensors("k", noisy), empty)[0], noisy)
         for spec in ("svd:rank_k=2,rank_v=1", "xkv:group=4,rank_k=8,rank_v=1")
     )
     assert together < alone
 
 
-def test_energy_chooses_the_smallest_rank_that_keeps_it(part):
+def test_energy_chooses_the_smallest_rank_that_keeps_it(slot_tensors):
     values = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).double()  # squares 9, 4, 1 of 14
     assert [energy_rank(values, e) for e in (0.5, 9 / 14, 0.65, 13 / 14, 0.95, 1.0)] == [1, 1, 2, 2, 3, 3]
     keys = slots(4, 60)
-    codes = parse("xkv:energy=0.95").encode(part("k", keys), part("v", keys))[0]
+    codes = parse("xkv:energy=0.95").encode(slot_tensors("k", keys), slot_tensors("v", keys))[0]
     total = sum(t.double().square().sum().item() for t in keys)
     assert squared_error(codes, keys) <= 0.05 * total
     rank = codes[0].b.shape[-1]
-    less = parse(f"xkv:rank_k={rank - 1},rank_v=1").encode(part("k", keys), part("v", keys))[0]
+    less = parse(f"xkv:rank_k={rank - 1},rank_v=1").encode(slot_tensors("k", keys), slot_tensors("v", keys))[0]
     assert squared_error(less, keys) > 0.05 * total * 0.999
 
 
-def test_padding_does_not_weigh_in(part):
+def test_padding_does_not_weigh_in(slot_tensors):
     keys = slots(2, 40)
     padded = [torch.cat((1e3 * torch.ones(2, 7, 2, 8), t), dim=1) for t in keys]
     text = (torch.arange(47) >= 7).expand(2, -1)
     method = parse("xkv:rank_k=6,rank_v=6")
-    plain = method.encode(part("k", keys), part("v", keys))[0]
-    found = method.encode(part("k", padded, text), part("v", padded, text))[0]
+    plain = method.encode(slot_tensors("k", keys), slot_tensors("v", keys))[0]
+    found = method.encode(slot_tensors("k", padded, text), slot_tensors("v", padded, text))[0]
     for a, b in zip(plain, found, strict=True):
         torch.testing.assert_close(b.decode()[:, 7:], a.decode(), atol=1e-5, rtol=1e-4)
 
@@ -204,11 +211,13 @@ def test_a_ratio_is_kept_and_nearly_used_up(ratio, sizes):
     )
 
 
-def test_a_group_of_several_shapes_is_refused(part):
+def test_a_group_of_several_shapes_is_refused(slot_tensors):
     data = [torch.randn(1, 20, 2, 8), torch.randn(1, 20, 1, 8)]
     with pytest.raises(UserError, match=r"group=2: a group mixes shapes: slot 1 has \(1, 8\) a token, slot 0 has"):
-        parse("xkv:group=2,ratio=2").encode(part("k", data), part("v", data))
-    assert parse("xkv:group=1,ratio=1.2").encode(part("k", data), part("v", data))[0][1].decode().shape == (1, 20, 1, 8)
+        parse("xkv:group=2,ratio=2").encode(slot_tensors("k", data), slot_tensors("v", data))
+    assert parse("xkv:group=1,ratio=1.2").encode(slot_tensors("k", data), slot_tensors("v", data))[0][
+        1
+    ].decode().shape == (1, 20, 1, 8)
 
 
 def test_right_vectors_are_orthonormal():

@@ -22,8 +22,8 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def turned(x, angle):
-    """`x` (..., 2 or more) turned by `angle` in the plane of its first two channels."""
+def rotated(x, angle):
+    """`x` (..., 2 or more) rotated by `angle` in the plane of its first two channels."""
     cos, sin = math.cos(angle), math.sin(angle)
     a, b = x[..., 0], x[..., 1]
     return torch.cat((torch.stack((cos * a - sin * b, sin * a + cos * b), dim=-1), x[..., 2:]), dim=-1)
@@ -33,10 +33,10 @@ def turned(x, angle):
 
 
 def test_slerp_goes_along_the_great_circle():
-    one, other = torch.tensor([1.0, 0, 0]), turned(torch.tensor([1.0, 0, 0]), 0.8)
+    one, other = torch.tensor([1.0, 0, 0]), rotated(torch.tensor([1.0, 0, 0]), 0.8)
     for t in (0.0, 0.25, 0.6, 1.0):
         direction, angle = slerp(one, other, t)
-        torch.testing.assert_close(direction, turned(one, 0.8 * t))
+        torch.testing.assert_close(direction, rotated(one, 0.8 * t))
         assert angle.item() == pytest.approx(0.8)
     same, angle = slerp(one, one, 0.3)
     assert torch.equal(same, one)
@@ -48,7 +48,7 @@ def planted(far=3):
     x = F.normalize(torch.cat((noise(1, 12, 1, 2), torch.zeros(1, 12, 1, 2)), dim=-1), dim=-1)
     angles = torch.linspace(0.1, 0.2, 12)
     angles[far] = 2.0
-    y = torch.stack([turned(x[:, t], angle.item()) for t, angle in enumerate(angles)], dim=1)
+    y = torch.stack([rotated(x[:, t], angle.item()) for t, angle in enumerate(angles)], dim=1)
     return 2 * x, 3 * y
 
 
@@ -83,7 +83,7 @@ def test_merging_starts_in_the_middle(slot_tensors):
 
 
 def test_rope_does_not_matter_to_merging(decoder, tokens, filled):
-    """Both of a pair are turned alike, so merging before and after RoPE is the same."""
+    """RoPE rotates both of a pair by the same angle, so merging before and after it is the same."""
     engine, cache = filled(decoder(n_layers=2), tokens(1, 12))
     method = parse("minicache:gamma=0.0,start=0,sinks=0")
     found = engine.compress(cache, method).stores[0].prefix.read().k

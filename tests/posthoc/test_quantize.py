@@ -133,12 +133,12 @@ def test_a_quantiser_on_top_of_merged_slots(slot_tensors):
     assert coarse[2].direction is coarse[3].direction
     assert torch.equal(coarse[2].index, plain[2].index)
     kept = plain[2].index.shape[1]
-    whole = kept // 16 * 16  # rows that are coded
+    coded = kept // 16 * 16  # rows
     tensor = 64 * 32 // 2 + 4 * 2 * 64 * 32 // 16  # codes, scale and zero
-    rows = whole * 16 // 2 + 4 * 2 * whole + 4 * 16 * (kept - whole)
+    rows = coded * 16 // 2 + 4 * 2 * coded + 4 * 16 * (kept - coded)
     expected = 3 * tensor + 2 * 4 * 64 * 2 + 2 * rows + 4 * kept  # two slots and directions, lengths, rows, places
-    held = {id(t): t.nbytes for code in coarse for t in code.tensors()}
-    assert sum(held.values()) == 2 * expected
+    nbytes = {id(t): t.nbytes for code in coarse for t in code.tensors()}
+    assert sum(nbytes.values()) == 2 * expected
     for i in range(4):
         exact = data[i] if plain[i] is None else plain[i].decode()
         errors = [((codes[i].decode() - exact).norm() / exact.norm()).item() for codes in (fine, coarse)]
@@ -152,8 +152,8 @@ def test_minicache_with_4_bits_is_near_the_ratio_of_its_paper(slot_tensors):
     codes, _ = parse("minicache:gamma=0.0+kivi:bits=4,group=128,residual=0").encode(
         slot_tensors("k", data), slot_tensors("v", data)
     )
-    held = {id(t): t.nbytes for code in codes for t in code.tensors()}
-    assert 4.8 < sum(t.nbytes for t in data) / sum(held.values()) < 5.1
+    nbytes = {id(t): t.nbytes for code in codes for t in code.tensors()}
+    assert 4.8 < sum(t.nbytes for t in data) / sum(nbytes.values()) < 5.1
 
 
 def test_padding_does_not_widen_a_group_of_directions(slot_tensors):

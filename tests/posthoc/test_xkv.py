@@ -1,4 +1,4 @@
-"""xKV: what its factors are, what they cost, and that a model reads on from them."""
+"""xKV: its factors, their bytes, and decoding from them."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_keys_are_compressed_before_rope(decoder, tokens, filled):
 
 
 def test_the_papers_ratios():
-    """Numbers of the cache to numbers of its factors at 64k: xKV, table 1 and the ranks of its scripts."""
+    """Elements of the cache over elements of its factors at 64k: xKV, table 1 and the ranks of its scripts."""
 
     def ratio(layers, width, group, rank_k, rank_v, tokens=65536):
         factors = layers // group * sum(factor_elements(tokens, group, width, r) for r in (rank_k, rank_v))
@@ -174,9 +174,9 @@ def test_the_papers_ratios():
 
 
 def ranks_for_ratio(ratio, tokens, sizes):
-    """Of keys and values in groups of the same (layers, width)."""
-    whole = sum(2 * tokens * n * w for n, w in sizes)
-    return ranks_for_budget(whole / ratio, tokens, sizes, sizes, keys_to_values=1.5)
+    """Ranks for keys and values in groups of the same (layers, width)."""
+    uncompressed = sum(2 * tokens * n * w for n, w in sizes)
+    return ranks_for_budget(uncompressed / ratio, tokens, sizes, sizes, keys_to_values=1.5)
 
 
 def test_a_ratio_gives_the_papers_ranks_at_the_papers_length():

@@ -41,6 +41,7 @@ def parser() -> Parser:
     add("--posthoc", action="append", default=[], metavar="SPEC", help="compress the cache of a prefix and score what "
         "follows, e.g. xkv:group=4,ratio=4 or none; repeat it. The first 4 tokens stay exact (in the spec: sinks=N)"
     )  # fmt: skip
+    add("--list-posthoc", action="store_true", help="list the methods of --posthoc and their options, and exit")
     add("--prefix", type=count, metavar="N", help="tokens of each window to compress (default: half the window)")
     add("--generate", type=whole_number(0), default=0, metavar="N", help="with --posthoc: also continue each prefix "
         "greedily by N tokens, and compare them with those after the prefix kept exact (default: 0)")  # fmt: skip
@@ -53,6 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status: 1 where one of several runs was left out."""
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
+    if options.list_posthoc:
+        from cllm.posthoc.registry import describe_methods
+
+        print(describe_methods())
+        return 0
     if not options.run:
         raise UserError("nothing to evaluate: give --run runs/NAME")
     if options.out and len(options.run) > 1:

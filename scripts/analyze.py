@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not batches:
         raise UserError(f"{text.path}: too short for a sequence of {length} tokens; lower --length")
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16"):
-        slots = collect(posthoc.engine_for(subject), batches)
+        slots = collect(subject.engine(), batches)
     kinds = {kind: analyze(x, groups=options.group, energy=options.energy) for kind, x in slots.items()}
     folder = subject.results(options.out)
     files = [folder / f"analysis-{text.name}.{suffix}" for suffix in ("json", "png")]

@@ -48,7 +48,7 @@ from cllm.model.rope import apply_rope, rope_table
 from cllm.model.sizes import build_decoder
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.landmarks import make_landmarks
-from cllm.posthoc.methods import parse
+from cllm.posthoc.registry import parse
 
 BF16 = torch.bfloat16
 SVDS = [

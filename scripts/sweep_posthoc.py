@@ -22,6 +22,7 @@ from cllm.arguments import Parser, number, whole_number
 from cllm.errors import UserError, nearest, one_line
 from cllm.evaluate.places import beside, run_of
 from cllm.lock import locked
+from cllm.posthoc import UNCOMPRESSED
 from cllm.signals import stoppable
 from cllm.trust import read_object
 
@@ -32,19 +33,6 @@ if TYPE_CHECKING:
     from cllm.evaluate.subjects import Subject
     from cllm.evaluate.texts import TextSet
 
-SPECS = (
-    "xkv:group={group},ratio={ratio}",
-    "svd:ratio={ratio}",
-    "xkv:group={group},ratio={ratio}+kivi:bits=4,group=32,residual=0",
-    "minicache",
-    "minicache_xkv",
-    "commonkv:group={group}",
-    "kvsharer",
-    "kivi:bits=4,group=32,residual=32",
-    "kivi:bits=2,group=32,residual=32",
-    "xquant:bits=2,group=32,residual=32",
-)
-
 
 def parser() -> Parser:
     """The command line's arguments."""
@@ -53,7 +41,7 @@ def parser() -> Parser:
     add("runs", nargs="+", metavar="RUN", help="run folders, checkpoints or Hugging Face folders")
     add("--spec", action="append", default=[], help="what to measure, {group} and {ratio} filled in; repeat it; the "
         "first 4 tokens stay exact, others with sinks=N in the spec "
-        f"(default: {' '.join(SPECS)})")  # fmt: skip
+        "(default: those that each method proposes; python evaluate.py --list-posthoc shows them)")  # fmt: skip
     add("--group", type=count, nargs="+", default=[2, 4], help="values of {group} (default: 2 4)")
     add("--ratio", type=ratio, nargs="+", default=[2.0, 4.0, 8.0], help="values of {ratio} (default: 2 4 8)")
     add("--data", metavar="PATH", help="prepared folder or text file (default: each run's first validation set)")
@@ -79,17 +67,16 @@ def _measured(
 ) -> Any:
     """The record of an earlier measurement of the same checkpoint on the same data, or None."""
     from cllm.evaluate import posthoc
-    from cllm.posthoc.methods import parse
+    from cllm.posthoc.registry import parse
 
-    path = posthoc.result_path(
-        subject.results(),
-        text.name,
-        spec,
+    path = posthoc.Measurement(
+        set_name=text.name,
+        spec=spec,
         prefix=prefix,
         window=window,
         max_tokens=settings.max_tokens,
-        checkpoint=None if subject.latest else f"-{Path(subject.checkpoint).stem}",
-    )
+        checkpoint=None if subject.latest else subject.checkpoint,
+    ).path(subject.results())
     if not path.exists():
         return None
     record = read_object(path)
@@ -112,9 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from cllm.evaluate import pareto
     from cllm.evaluate.perplexity import Settings
-    from cllm.posthoc.methods import parse
+    from cllm.posthoc.registry import default_sweep, parse
 
-    specs = pareto.expand(options.spec or SPECS, options.group, options.ratio)
+    specs = pareto.expand(options.spec or default_sweep(), options.group, options.ratio)
     for spec in specs:
         parse(spec)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -144,13 +131,13 @@ def sweep(options: argparse.Namespace, specs: list[str], settings: Settings, dev
             subject = load_subject(path, device)
             window, prefix, batch = posthoc.resolve(subject, settings, options.prefix, device)
             text = next(iter(open_sets(subject, [options.data] if options.data else [])))
-            for spec in ("none", *specs):
+            for spec in (UNCOMPRESSED, *specs):
                 record = None if options.again else _measured(subject, text, settings, spec, prefix, window, batch)
                 if record is None:
                     try:
                         (record,) = posthoc.measure(subject, text, settings, [spec], device, prefix=prefix)
                     except Exception as error:
-                        if spec == "none":  # then nothing can be measured
+                        if spec == UNCOMPRESSED:  # then nothing can be measured
                             raise
                         why = str(error)
                         if not isinstance(error, UserError):

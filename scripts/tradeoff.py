@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     # Imported late: --help and mistakes in arguments answer without loading torch.
     from cllm.evaluate.pareto import expand
-    from cllm.posthoc.methods import parse
+    from cllm.posthoc.registry import parse
 
     deadline = time.monotonic() + 60 * options.minutes
     for spec in expand(options.spec, options.group, options.ratio):

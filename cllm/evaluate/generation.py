@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cllm.posthoc.engine import Engine
+from cllm.posthoc.method import Engine
 
 
 def greedy(engine: Engine, cache: Any, first: Tensor, n: int) -> Tensor:

@@ -20,6 +20,7 @@ from cllm.errors import UserError, nearest
 from cllm.evaluate.labels import place_labels
 from cllm.evaluate.report import byte_label
 from cllm.files import RESULTS, mark_new, remove_files, write_atomic
+from cllm.posthoc import UNCOMPRESSED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,7 +96,7 @@ def points(records: Sequence[dict[str, Any]], *, baseline: str | None = None) ->
     raw = [
         (record, TRAINED, record["own_bytes_per_token"], record["uncompressed_perplexity"]) for record in runs.values()
     ]
-    raw += [(r, r["spec"], r["bytes_per_token"], r["perplexity"]) for r in records if r["method"] != "none"]
+    raw += [(r, r["spec"], r["bytes_per_token"], r["perplexity"]) for r in records if r["method"] != UNCOMPRESSED]
     found = [
         Point(
             run=record["run"],

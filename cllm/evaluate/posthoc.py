@@ -1,16 +1,16 @@
 """Perplexity of text after a compressed prefix: what a compressed cache costs in quality, in bytes and in time.
 
-Ordinary perplexity does not see a compressed cache, because a prefill attends to exact keys and values. Here every
-window of W tokens is cut in two: the first s fill a cache, the cache is compressed, and the rest is read
-teacher-forced from it. Scored are the W - s tokens after each token that was read so; the same text from the cache as
-it was is the reference. Windows do not overlap: what a method learns from, the prefixes of the first batch, is not
-scored.
+Ordinary perplexity does not depend on cache compression, because a prefill attends to exact keys and values. Here every
+window of W + 1 tokens is split: the first s tokens fill a cache, the cache is compressed, and the next W - s are fed
+teacher-forced. The score is the loss of the W - s last tokens; the reference is their loss with the uncompressed cache.
+Windows do not overlap, and methods calibrate on the prefixes of the first batch, which are not scored.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import platform
@@ -35,10 +35,9 @@ from cllm.evaluate.subjects import Subject
 from cllm.evaluate.texts import TextSet
 from cllm.evaluate.windows import Stream
 from cllm.files import write_atomic
-from cllm.posthoc.code import Compressor
 from cllm.posthoc.compress import mean_errors
-from cllm.posthoc.engine import Engine, engine_of
-from cllm.posthoc.methods import parse
+from cllm.posthoc.method import Compressor, Engine
+from cllm.posthoc.registry import parse
 
 
 @dataclass
@@ -48,21 +47,23 @@ class _Tally:
     nll: float = 0.0
     tokens: int = 0
     seconds: list[float] = field(default_factory=list)
-    """Of compressing, a batch each."""
+    """Time of compression, per batch."""
     nbytes: int = 0
+    """Of the caches after the prefix."""
     end_nbytes: int = 0
+    """Of the caches at the end of the windows."""
     errors: list[dict[int, dict[str, float]]] = field(default_factory=list)
     written: Agreement = field(default_factory=Agreement)
 
 
 @dataclass
 class _Reference:
-    """Sums over the windows, for the cache as it was."""
+    """Sums over the windows, for the uncompressed cache."""
 
     tally: _Tally = field(default_factory=_Tally)
     sequences: int = 0
     seconds: list[float] = field(default_factory=list)
-    """Of prefilling, a batch each."""
+    """Time of the prefill, per batch."""
     mha_nbytes: int = 0
 
 
@@ -79,13 +80,8 @@ def resolve(subject: Subject, settings: Settings, prefix: int | None, device: to
     return window, prefix, batch
 
 
-def engine_for(subject: Subject) -> Engine:
-    """What runs the subject's model with a cache."""
-    return engine_of(subject._model)  # type: ignore[attr-defined] # both kinds of subject have one
-
-
 def pieces(subject: Subject, stream: Stream, window: int) -> Iterator[np.ndarray]:
-    """The tokens (window + 1,) of every window; those that cross documents are left out where documents are masked."""
+    """The tokens (window + 1,) of every window; with document masks, only of windows within one document."""
     for start in range(0, len(stream) - window, window + 1):
         if subject.document_mask and len(set(stream.documents(start, start + window + 1)[0])) > 1:
             continue
@@ -93,14 +89,8 @@ def pieces(subject: Subject, stream: Stream, window: int) -> Iterator[np.ndarray
 
 
 def _batches(pieces: Iterator[np.ndarray], size: int) -> Iterator[Tensor]:
-    held: list[np.ndarray] = []
-    for piece in pieces:
-        held.append(piece)
-        if len(held) == size:
-            yield torch.from_numpy(np.stack(held))
-            held = []
-    if held:
-        yield torch.from_numpy(np.stack(held))
+    while batch := list(itertools.islice(pieces, size)):
+        yield torch.from_numpy(np.stack(batch))
 
 
 def measure(
@@ -113,19 +103,19 @@ def measure(
     prefix: int | None = None,
     generate: int = 0,
 ) -> list[dict[str, Any]]:
-    """A record for each of `specs`, described in docs/posthoc.md.
+    """One record for each of `specs`, as described in docs/posthoc.md.
 
-    With `generate`, prefixes are also continued by so many tokens, greedily.
+    With `generate`, prefixes are also continued greedily by this many tokens.
 
     Raises:
-        UserError: where settings do not fit the subject or the text, a spec is wrong, or a loss is not finite.
+        UserError: if settings do not fit the subject or the text, a spec is wrong, or a loss is not finite.
     """
     window, prefix, batch = resolve(subject, settings, prefix, device)
     room = (subject.context or prefix + generate + 1) - prefix
     if not 0 <= generate <= room:
         raise UserError(f"--generate is {generate}; allowed after a prefix of {prefix} tokens: 0 to {room}")
     methods = [parse(spec) for spec in specs]
-    engine = engine_for(subject)
+    engine = subject.engine()
     stream = Stream(text.source, start_id=subject.start_id, limit=settings.max_tokens)
     tallies, reference = [_Tally() for _ in specs], _Reference()
     total = len(stream) // (window + 1)
@@ -172,33 +162,33 @@ def _score(
     ref: _Reference,
     generate: int = 0,
 ) -> None:
-    """Fill a cache with `tokens[:, :prefix]`, and read the rest from it compressed by each method, then as it was."""
+    """Score the tokens after the prefix, with the prefix's cache compressed by each method, and uncompressed."""
     began = _now(tokens)
     cache = engine.new_cache()
     engine.hidden(tokens[:, :prefix], cache)
     ref.seconds.append(_now(tokens) - began)
-    if watching := [method for method in methods if type(method).watch is not Compressor.watch]:
-        cache = engine.new_cache()  # filled again, so that what they do is not in the time of a prefill
+    if watching := [method for method in methods if method.watches]:
+        cache = engine.new_cache()  # filled again, because watching would slow the prefill that is timed
         with contextlib.ExitStack() as stack:
             for method in watching:
                 stack.enter_context(method.watch(engine))
             engine.hidden(tokens[:, :prefix], cache)
-    slots = list(engine.filled(cache).slots.values())
+    slots = list(engine.compressible(cache).slots.values())
     element = slots[0].k.element_size() if slots else 0  # without slots, there is nothing to compress
     ref.mha_nbytes += engine.mha_nbytes(tokens=prefix, batch=len(tokens), element=element)
     ref.sequences += len(tokens)
     for method, tally in zip(methods, tallies, strict=True):
         compressed = engine.compress(cache, method)
         tally.errors.append(compressed.outcome.errors)
-        _read(engine, compressed, tokens, prefix, tally, chunk=1 if method.chooses else method.recompress)
-        tally.seconds.append(compressed.seconds)  # those on the way included
+        _read(engine, compressed, tokens, prefix, tally, chunk=1 if method.selects_tokens else method.recompress)
+        tally.seconds.append(compressed.seconds)  # repeated compressions included
     if generate:
         first = tokens[:, prefix : prefix + 1]
-        found = [greedy(engine, engine.compress(cache, m, measure=False), first, generate) for m in methods]
-        again = engine.new_cache()
-        engine.hidden(tokens[:, :prefix], again)
-        exact = greedy(engine, again, first, generate)
-        for tally, continuation in zip(tallies, found, strict=True):
+        texts = [greedy(engine, engine.compress(cache, m, measure=False), first, generate) for m in methods]
+        uncompressed = engine.new_cache()
+        engine.hidden(tokens[:, :prefix], uncompressed)
+        exact = greedy(engine, uncompressed, first, generate)
+        for tally, continuation in zip(tallies, texts, strict=True):
             tally.written.add(continuation, exact)
     for method in watching:
         method.release()
@@ -206,12 +196,12 @@ def _score(
 
 
 def _read(engine: Engine, cache: Any, tokens: Tensor, prefix: int, tally: _Tally, *, chunk: int | None) -> None:
-    """Add the loss of what follows the prefix, read from `cache`, which it grows."""
+    """Add the loss of the tokens after the prefix, given `cache`, to which they are added."""
     tally.nbytes += engine.nbytes(cache)
     inputs, targets = tokens[:, prefix:-1], tokens[:, prefix + 1 :]
     size = chunk or inputs.shape[1]
-    for part, wanted in zip(inputs.split(size, dim=1), targets.split(size, dim=1), strict=True):
-        for row, target in zip(engine.logits(part, cache), wanted, strict=True):
+    for ids, target_ids in zip(inputs.split(size, dim=1), targets.split(size, dim=1), strict=True):
+        for row, target in zip(engine.logits(ids, cache), target_ids, strict=True):
             tally.nll += F.cross_entropy(row.float(), target, reduction="sum").double().item()
     tally.tokens += targets.numel()
     tally.end_nbytes += engine.nbytes(cache)
@@ -224,12 +214,12 @@ def _now(tensor: Tensor) -> float:
 
 
 def _warm(seconds: list[float]) -> float:
-    """The sum without the first batch, in which libraries are loaded and kernels compiled, where there are others."""
+    """The sum without the first batch, in which libraries are loaded and kernels compiled; of one batch, its time."""
     return sum(seconds[1:] or seconds)
 
 
 def _figures(spec: str, method: Compressor, tally: _Tally, reference: _Reference, prefix: int) -> dict[str, Any]:
-    """What a method's record adds to what all of a measurement share."""
+    """The part of a record that differs between the methods of a measurement."""
     own, loss, exact = reference.tally, tally.nll / tally.tokens, reference.tally.nll / reference.tally.tokens
     per_token = 1 / (reference.sequences * prefix)
     return {
@@ -259,47 +249,44 @@ def _figures(spec: str, method: Compressor, tally: _Tally, reference: _Reference
 
 
 def fingerprints(subject: Subject, text: TextSet) -> dict[str, str]:
-    """What tells the weights and the data of a record from others of the same names: sizes and times of their files."""
+    """Hashes of the sizes and times of the weights' and the data's files, which change if the files are replaced."""
     weights = subject.folder / "checkpoints" / subject.checkpoint if subject.kind == "run" else subject.path
     return {"weights": _stamp(weights), "data_files": _stamp(text.path)}
 
 
 def _stamp(path: Path) -> str:
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    told = [f"{file.name} {(stat := file.stat()).st_size} {stat.st_mtime_ns}" for file in files]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+    lines = [f"{file.name} {(stat := file.stat()).st_size} {stat.st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def result_path(
-    folder: Path,
-    set_name: str,
-    spec: str,
-    *,
-    prefix: int,
-    window: int,
-    max_tokens: int | None,
-    checkpoint: str | None,
-    generate: int = 0,
-) -> Path:
-    """Where the record of a point goes. `checkpoint` is a name for one that is not its run's newest."""
-    slug = re.sub(r"[^A-Za-z0-9._=+-]+", "-", spec)
-    limit = f"-n{max_tokens}" if max_tokens else ""
-    limit += f"-g{generate}" if generate else ""
-    return folder / "posthoc" / set_name / f"{slug}-p{prefix}-w{window}{limit}{checkpoint or ''}.json"
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """The settings by which the file of a record is named."""
+
+    set_name: str
+    spec: str
+    prefix: int
+    window: int
+    max_tokens: int | None = None
+    generate: int = 0
+    checkpoint: str | None = None
+    """The checkpoint's file or folder; None for the newest of a run."""
+
+    def path(self, results: Path) -> Path:
+        """The file of the record in a subject's folder of results."""
+        slug = re.sub(r"[^A-Za-z0-9._=+-]+", "-", self.spec)
+        limit = f"-n{self.max_tokens}" if self.max_tokens else ""
+        limit += f"-g{self.generate}" if self.generate else ""
+        limit += "" if self.checkpoint is None else f"-{Path(self.checkpoint).stem}"
+        return results / "posthoc" / self.set_name / f"{slug}-p{self.prefix}-w{self.window}{limit}.json"
 
 
 def save(subject: Subject, record: dict[str, Any], out: Path | None = None) -> Path:
-    """Write a record below `out` (default: `subject.results`). Raises `UserError` where it cannot be."""
-    path = result_path(
-        subject.results(out),
-        record["set"],
-        record["spec"],
-        prefix=record["prefix"],
-        window=record["window"],
-        max_tokens=record["max_tokens"],
-        checkpoint=None if subject.latest else f"-{Path(record['checkpoint']).stem}",
-        generate=record["generate"],
-    )
+    """Write a record below `out` (default: `subject.results`). Raises `UserError` if it cannot be written."""
+    settings = {key: record[key] for key in ("spec", "prefix", "window", "max_tokens", "generate")}
+    checkpoint = None if subject.latest else record["checkpoint"]
+    path = Measurement(set_name=record["set"], checkpoint=checkpoint, **settings).path(subject.results(out))
     try:
         write_atomic(path, json.dumps(record, indent=2) + "\n")
     except OSError as error:

@@ -6,10 +6,10 @@ import inspect
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cllm.data.manifest import Manifest
 from cllm.data.vocabulary import backend_of, backend_sha256
@@ -21,6 +21,8 @@ from cllm.trust import load_tokenizer, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from cllm.posthoc.method import Engine
 
 _DEFAULT_WINDOW = 2048
 
@@ -61,6 +63,12 @@ class Subject(ABC):
     """`Manifest.digest()` of these folders when the model was trained, where that was recorded."""
     vocab_size: int
     """Token ids that the model's embedding has."""
+    _model: Any
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, on its device: a `Decoder`, or a transformers model."""
+        return self._model
 
     def results(self, out: Path | None = None) -> Path:
         """The folder that results go to: `out`, or evaluation/ in a run's folder, runs/evaluation/NAME for others.
@@ -91,6 +99,12 @@ class Subject(ABC):
     @abstractmethod
     def logits(self, input_ids: Tensor, positions: Tensor | None, document_ids: Tensor | None, last: int) -> Tensor:
         """Logits (B, last, vocabulary) of the last `last` places of `input_ids` (B, T), int64 on the model's device."""
+
+    def engine(self) -> Engine:
+        """The model with a cache, for post-hoc compression."""
+        from cllm.posthoc.engine import engine_of
+
+        return engine_of(self.model)
 
 
 class RunSubject(Subject):

@@ -1,17 +1,25 @@
-"""Post-hoc compression: a filled cache of a trained model made smaller, with real storage and no change of weights.
+"""Post-hoc compression: a filled cache of a trained model is made smaller, without a change of weights.
 
-    compress.py   from a filled cache to a compressed one: which slots, which tokens, RoPE undone; what it cost
-    code.py       what stands in a tensor's place (`Code`), and the base of all methods (`Compressor`)
-    sinks.py      the first tokens, which every method stores exactly
-    held.py       dataclasses of tensors, counted and rearranged together
-    cache.py      compressed slots inside a `KVCache`
-    hf.py         compressed layers inside a transformers cache
-    engine.py     cllm's and transformers' models behind one face
-    methods.py    the methods by name, and spec strings such as `xkv:group=4,ratio=4`
-    xkv.py lowrank.py        cross-layer and single-layer SVD          minicache.py    merging of adjacent layers
-    quantize.py packing.py   KIVI, XQuant                              hf_quantized.py transformers' quantised cache
-    commonkv.py              shared latents of several layers          kvsharer.py     layers that read another's slot
-    analysis.py   how alike layers are: cosine, CKA, spectra
+    tensor_tree.py   dataclasses of tensors that are counted and rearranged together
+    sinks.py         the first tokens, which every method stores exactly
+    landmarks.py     summaries of keys, by which a decode step selects tokens
+    code.py          stored forms of a cached tensor (`Code`) and of a slot (`Prefix`)
+    slots.py         the slots that can be compressed, and their tensors as a method gets them
+    method.py        the base class of all methods (`Compressor`), and of a model with its cache (`Engine`)
+    registry.py      the methods by name, and spec strings such as `xkv:group=4,ratio=4`
+    methods/         the methods, one file each
+    lowrank.py       low-rank factors: SVD, and faster iterations
+    quantize.py      packed codes with scales and zeros
+    parallel.py      independent work in parallel on a GPU
+    compress.py      from a filled cache to compressed prefixes, and their errors
+    deferred.py      compressed keys and values that a decode step reads in their stored form
+    cache.py         compressed slots in a `KVCache`
+    hf.py            compressed layers in a transformers cache
+    engine.py        cllm's and transformers' models behind one interface
+    analysis.py      similarity of layers: cosine, CKA, spectra
 
-Nothing is imported here.
+Imports hub (in engine.py), model, cache, kernels, config, plan, plugins, the section base and errors.
 """
+
+UNCOMPRESSED = "none"
+"""The name of the method that compresses nothing."""

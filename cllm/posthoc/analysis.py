@@ -1,12 +1,12 @@
-"""How alike the slots of a model are: what cross-layer compression has to work with (xKV, arXiv 2503.18893, figure 2).
+"""Similarity of the slots of a model, which cross-layer compression depends on (xKV, arXiv 2503.18893, figure 2).
 
-Everything is computed from the caches of some sequences, tokens of all of them stacked: X (N, C) for each slot, of keys
-before RoPE, keys after it, values, and latents.
+Everything is computed from the caches of some sequences, with the tokens of all sequences stacked: X (N, C) for each
+slot, for keys before RoPE, keys after it, values, and latents.
 
     cosine           mean over tokens of x·y / (‖x‖ ‖y‖)
     CKA              ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖), columns centred (Kornblith et al., arXiv 1905.00414, eq. 3 with linear
-                     kernels): alike up to a rotation, which cosine does not see
-    energy rank      singular values that hold a share of Σσ², of groups of neighbours side by side
+                     kernels): similarity up to a rotation, which the cosine does not show
+    energy rank      number of singular values with a given share of Σσ², of groups of neighbouring slots side by side
     effective rank   exp(-Σ p log p), p = σ / Σσ (Roy and Vetterli, 2007)
 """
 
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllm.errors import UserError
-from cllm.posthoc.engine import Engine
 from cllm.posthoc.lowrank import energy_rank
+from cllm.posthoc.method import Engine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,14 +40,14 @@ def cosine(x: Tensor, y: Tensor) -> float:
 
 
 def cka(x: Tensor, y: Tensor) -> float:
-    """Linear CKA of (N, C) and (N, E), in [0, 1]; 0 where one does not vary."""
+    """Linear CKA of (N, C) and (N, E), in [0, 1]; 0 if one is constant."""
     x, y = (t.double() - t.double().mean(0) for t in (x, y))
     norms = (x.mT @ x).norm() * (y.mT @ y).norm()
     return ((y.mT @ x).square().sum() / norms.clamp(min=1e-300)).item()
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of `values` (m,) / their sum: m where all are equal, 1 where one stands alone."""
+    """exp of the entropy of `values` (m,) / their sum: m if all are equal, 1 if only one is not zero."""
     p = values / values.sum()
     return torch.special.entr(p).sum().exp().item()
 
@@ -61,35 +61,33 @@ def spectrum(x: Tensor) -> Tensor:
 def collect(engine: Engine, batches: Iterable[Tensor]) -> dict[str, dict[int, Tensor]]:
     """For each of `KINDS` that the model has, {slot: (N, C) fp32 on the CPU} of the tokens in `batches` (B, T) each.
 
-    Raises `UserError` where no slot has full attention.
+    Raises `UserError` if no slot has full attention.
     """
-    found: dict[str, dict[int, list[Tensor]]] = {}
+    rows: dict[str, dict[int, list[Tensor]]] = {}
     for ids in batches:
         cache = engine.new_cache()
         engine.hidden(ids, cache)
-        held = engine.filled(cache)
+        cached = engine.compressible(cache)
         for before in (True, False):
-            for keys, values in held.parts(before_rope=before):
+            for keys, values in cached.tensors(before_rope=before):
                 kind = "latents" if values is None else "keys_before_rope" if before else "keys"
-                parts = [(kind, keys)] if before or values is not None else []
+                named = [(kind, keys)] if before or values is not None else []
                 if values is not None and before:
-                    parts.append(("values", values))
-                for name, part in parts:
-                    for slot, data in zip(part.slots, part.data, strict=True):
-                        rows = data.flatten(2).flatten(0, 1).float().cpu()
-                        found.setdefault(name, {}).setdefault(slot, []).append(rows)
-    if not found:
+                    named.append(("values", values))
+                for name, tensors in named:
+                    for slot, data in zip(tensors.slots, tensors.data, strict=True):
+                        flat = data.flatten(2).flatten(0, 1).float().cpu()
+                        rows.setdefault(name, {}).setdefault(slot, []).append(flat)
+    if not rows:
         raise UserError("nothing to analyse: every slot has a window or is a recurrent state")
-    return {
-        kind: {slot: torch.cat(found[kind][slot]) for slot in sorted(found[kind])} for kind in KINDS if kind in found
-    }
+    return {kind: {slot: torch.cat(rows[kind][slot]) for slot in sorted(rows[kind])} for kind in KINDS if kind in rows}
 
 
 def analyze(slots: dict[int, Tensor], *, groups: Sequence[int], energy: float) -> dict[str, Any]:
-    """The figures of one kind, ready for JSON; None for the cosine of slots of different widths.
+    """The measurements of one kind as JSON values; the cosine of slots of different widths is None.
 
-    `energy_rank` is {group size: ranks of the groups}; the last group may be short, as in `xkv`, and a group that mixes
-    widths is left out.
+    `energy_rank` is {group size: ranks of the groups}; the last group may be smaller, as in `xkv`, and a group that
+    mixes widths is left out.
     """
     tensors = list(slots.values())
     same = [[x.shape[1] == y.shape[1] for y in tensors] for x in tensors]
@@ -112,13 +110,13 @@ def analyze(slots: dict[int, Tensor], *, groups: Sequence[int], energy: float) -
     }
 
 
-def figure(found: dict[str, dict[str, Any]]) -> Figure:
-    """Heat maps of cosine and CKA, and ranks, a row for each kind of `analyze`'s results."""
+def figure(results: dict[str, dict[str, Any]]) -> Figure:
+    """Heat maps of cosine and CKA, and ranks: one row for each kind in `results` of `analyze`."""
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(13, 3.4 * len(found)), dpi=130, layout="constrained")
-    axes = drawing.subplots(len(found), 4, squeeze=False)
-    for row, (kind, figures) in zip(axes, found.items(), strict=True):
+    drawing = Figure(figsize=(13, 3.4 * len(results)), dpi=130, layout="constrained")
+    axes = drawing.subplots(len(results), 4, squeeze=False)
+    for row, (kind, figures) in zip(axes, results.items(), strict=True):
         slots = figures["slots"]
         for panel, name in zip(row, ("cosine", "cka"), strict=False):
             data = [[float("nan") if x is None else x for x in line] for line in figures[name]]

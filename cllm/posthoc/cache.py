@@ -1,7 +1,7 @@
 """Compressed slots inside a `KVCache`.
 
 compressed = compress_cache(cache, method)      # `cache` is left as it was
-decoder.hidden(input_ids, cache=compressed)     # goes on; new tokens are exact, after the compressed ones
+decoder.hidden(input_ids, cache=compressed)     # later tokens are exact, after the compressed ones
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ from cllm.errors import UserError
 from cllm.kernels.lowrank_decode import Table
 from cllm.model.rope import rope_table
 from cllm.plan.plan import KVPlan
-from cllm.posthoc.code import Compressor, Prefix
-from cllm.posthoc.compress import Filled, Outcome, encode
+from cllm.posthoc.code import Prefix
+from cllm.posthoc.compress import Outcome, encode
 from cllm.posthoc.deferred import Deferred
-from cllm.posthoc.held import held_bytes, remember
+from cllm.posthoc.method import Compressor
+from cllm.posthoc.slots import CompressibleSlots
+from cllm.posthoc.tensor_tree import once_each, total_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class TurningStep(Step):
+class DecodeStep(Step):
     """A pass of one token over compressed slots."""
 
     table: Table
-    """RoPE of the compressed tokens without sinks, made in every such pass for all slots together: kept, it would be a
-    cache too."""
+    """RoPE of the compressed tokens without sinks, for all slots. It is recomputed in each pass and not stored, since
+    storing it would add to the cache's bytes."""
 
 
 class CompressedSlot(SlotStore):
-    """A compressed prefix; and its exact sinks, then tokens as they come, in a slot that grows or has `room` for more.
+    """A compressed prefix, and an exact tail: the sinks, then later tokens, in a slot that grows or has fixed `room`.
 
-    A pass of one token reads the prefix as it is stored where it is made of factors; for all others it is made anew in
-    every pass.
+    A decode step reads a prefix that is stored as factors directly. Otherwise the prefix is reconstructed in every
+    pass.
     """
 
     window, fp8 = None, False
@@ -50,38 +52,38 @@ class CompressedSlot(SlotStore):
         """Tokens of the prefix, sinks included."""
         size = None if room is None else prefix.sinks.count + room
         self.tail = _exact_slot(sinks, prefix.sinks.count, size, window=None, dtype=self.dtype, fp8=False)
-        """The sinks and the tokens since: as kernels count them, those from column S - s on (`sinks.py`)."""
+        """The sinks and the later tokens; for kernels, the tokens from column S - s on (`sinks.py`)."""
         factors = (prefix.k.factors(), prefix.v.factors())
         self.defers = prefix.rotation is not None and None not in factors
-        """Whether a pass of one token reads the prefix as it is stored."""
-        self.followed = False
-        """Whether another slot is this one again."""
-        self.seen: Slot | None = None
-        """What readers of the pass under way got, where the slot is followed: the others' is free after their layer."""
+        """Whether a decode step reads the prefix in its stored form."""
+        self.is_shared = False
+        """Whether another slot returns this one's tokens."""
+        self.in_pass: Slot | None = None
+        """The slot returned in this pass, kept until its end if `is_shared`; otherwise it is freed after its layer."""
 
     def extend(self, new: Slot, step: Step) -> Slot:
-        since = self.tail.extend(new, self._since(step))
-        if isinstance(step, TurningStep) and self.defers:
-            k, v = (Deferred(self.prefix, part, since, step.table) for part in ("k", "v"))
-            seen = Slot(k, v)  # type: ignore[arg-type]
+        exact = self.tail.extend(new, self._tail_step(step))
+        if isinstance(step, DecodeStep) and self.defers:
+            k, v = (Deferred(self.prefix, kind, exact, step.table) for kind in ("k", "v"))
+            slot = Slot(k, v)  # type: ignore[arg-type]  # attention calls `attend` of what is not a tensor
         else:
-            seen = self.prefix.join(since)
-        if self.followed:
-            self.seen = seen
-        return seen
+            slot = self.prefix.join(exact)
+        if self.is_shared:
+            self.in_pass = slot
+        return slot
 
     def commit(self, step: Step) -> None:
-        self.tail.commit(self._since(step))
-        self.seen = None
+        self.tail.commit(self._tail_step(step))
+        self.in_pass = None
 
-    def _since(self, step: Step) -> Step:
-        """`step` as the tokens that are not compressed see it."""
+    def _tail_step(self, step: Step) -> Step:
+        """`step` with the tokens counted as in the tail."""
         rest = self.prefix.sinks.rest
         return Step(step.length, max(step.past - rest, 0), step.column - rest)
 
     def last(self, n: int, past: int) -> Slot:
-        since = past - self.prefix.sinks.rest
-        return self.prefix.join(self.tail.last(since, since)).map(lambda t: t[:, t.shape[1] - n :])
+        exact = past - self.prefix.sinks.rest
+        return self.prefix.join(self.tail.last(exact, exact)).map(lambda t: t[:, t.shape[1] - n :])
 
     @property
     def size(self) -> int:
@@ -101,27 +103,27 @@ class CompressedSlot(SlotStore):
         return {**stored, **self.tail.tensors()}
 
     def nbytes(self) -> int:
-        return held_bytes(list(self.tensors().values()))
+        return total_bytes(list(self.tensors().values()))
 
     def replace(self, change: Callable[[Tensor], Tensor]) -> None:
         self.prefix = self.prefix.map(change)
         self.tail.replace(change)
 
 
-class FollowingSlot(SlotStore):
-    """Nothing: readers get what another slot, earlier in the same pass, gives its own."""
+class SharingSlot(SlotStore):
+    """Stores nothing: readers get the slot of another store, from a layer earlier in the same pass."""
 
     window, fp8 = None, False
 
     def __init__(self, source: CompressedSlot | GrowingSlot):
         self.source, self.dtype = source, source.dtype
         if isinstance(source, CompressedSlot):
-            source.followed = True
+            source.is_shared = True
 
     def extend(self, new: Slot, step: Step) -> Slot:
-        seen = self.source.seen if isinstance(self.source, CompressedSlot) else self.source.pending
-        assert seen is not None, "a slot follows one of a layer below it"
-        return seen
+        slot = self.source.in_pass if isinstance(self.source, CompressedSlot) else self.source.pending
+        assert slot is not None, "a slot shares one of a layer below it"
+        return slot
 
     def commit(self, step: Step) -> None:
         pass
@@ -144,12 +146,12 @@ class FollowingSlot(SlotStore):
 
 
 class CompressedKVCache(KVCache):
-    """A `KVCache` some of whose slots begin with a compressed prefix. Made by `compress_cache`."""
+    """A `KVCache` in which some slots begin with a compressed prefix. `compress_cache` returns one."""
 
     outcome: Outcome
-    """Of the last compression."""
+    """The cost of the last compression."""
     seconds = 0.0
-    """Of all compressions so far."""
+    """Spent on all compressions so far."""
 
     def __init__(self, cache: KVCache, method: Compressor, *, measure: bool = True, room: int | None = None):
         super().__init__(cache.config, max_len=None if room is None else cache.seen + room)
@@ -160,7 +162,7 @@ class CompressedKVCache(KVCache):
         self._compress(cache, method)
 
     def _compress(self, cache: KVCache, method: Compressor) -> None:
-        prefixes, self.outcome = encode(method, filled(cache), measure=self.measure)
+        prefixes, self.outcome = encode(method, compressible_slots(cache), measure=self.measure)
         self.seconds += self.outcome.seconds
         self.compressed, self.sinks = cache.seen, min(method.sinks, cache.seen)
         self._check_selection({owner: prefix for owner, (prefix, _) in prefixes.items()})
@@ -169,19 +171,19 @@ class CompressedKVCache(KVCache):
             if owner in prefixes
             else _copy(store, cache.seen, self.max_len)
             for owner, store in cache.stores.items()
-            if owner not in self.method.follows()
+            if owner not in self.method.shares()
         }
-        for owner, source in self.method.follows().items():
-            followed = stores[source]
-            assert isinstance(followed, CompressedSlot)
-            stores[owner] = FollowingSlot(followed)
+        for owner, source in self.method.shares().items():
+            shared = stores[source]
+            assert isinstance(shared, CompressedSlot)
+            stores[owner] = SharingSlot(shared)
         self.stores = {owner: stores[owner] for owner in cache.stores}
 
     def _check_selection(self, prefixes: dict[int, Prefix]) -> None:
-        chosen = {owner for owner, prefix in prefixes.items() if prefix.landmarks is not None}
+        selecting = {owner for owner, prefix in prefixes.items() if prefix.landmarks is not None}
         for layer in range(len(self.plan)):
             sources = self.plan.keys(layer).layers
-            if len(sources) > 1 and chosen & set(sources):
+            if len(sources) > 1 and selecting & set(sources):
                 raise UserError(
                     f"{self.method.name}: select: the keys of layer {layer} are made of the slots {list(sources)}; "
                     "allowed: plans whose layers read the keys of one slot"
@@ -198,7 +200,7 @@ class CompressedKVCache(KVCache):
             return step
         positions = torch.arange(self.sinks, self.compressed, device=ids.device)
         cos, sin = rope_table(self.config.rope, self.config.resolved_head_dim, positions)  # S, 1, 2, D / 2
-        return TurningStep(step.length, step.past, step.column, (cos[:, 0, 0], sin[:, 0, 1]))
+        return DecodeStep(step.length, step.past, step.column, (cos[:, 0, 0], sin[:, 0, 1]))
 
     def finish(self, step: Step) -> None:
         super().finish(step)
@@ -206,25 +208,28 @@ class CompressedKVCache(KVCache):
             self._compress(self, self.method)
 
     def nbytes(self) -> int:
-        """Bytes of all that is stored, shared tensors once."""
-        return held_bytes([tensor for store in self.stores.values() for tensor in store.tensors().values()])
+        """Bytes of all stored tensors; a shared one counts once."""
+        return total_bytes([tensor for store in self.stores.values() for tensor in store.tensors().values()])
 
     def reset(self) -> None:
-        """Refused: what was compressed cannot be made room again."""
+        """Not supported: raises `UserError`."""
         raise UserError("a compressed cache cannot be reset; make a new one")
 
     def _rearrange(self, change: Callable[[Tensor], Tensor], batch: int) -> None:
-        super()._rearrange(remember(change), batch)
+        super()._rearrange(once_each(change), batch)
 
 
 def compress_cache(
     cache: KVCache, method: Compressor, *, measure: bool = True, room: int | None = None
 ) -> CompressedKVCache:
-    """`cache` compressed by `method`, growing from there; `cache` itself is not changed.
+    """`cache` compressed by `method`, to which later tokens are added exactly. `cache` itself is not changed.
 
-    Keys must have been rotated by the positions that a decoder gives by default. With `measure`, reconstruction errors
-    are in `outcome.errors`. With `room`, there are places for so many more tokens and the result is a static cache,
-    whose passes of one token a CUDA graph can hold (`StepGraph`).
+    Args:
+        cache: filled with keys at the positions that a decoder uses by default.
+        method: for example `parse("xkv:ratio=4")`.
+        measure: compute reconstruction errors, into `outcome.errors`.
+        room: None for a growing cache; or the number of later tokens of a static cache, whose decode steps a CUDA graph
+            can record (`StepGraph`).
 
     Raises:
         UserError: for a cache without tokens or without slots to compress, for a `room` below 1 or together with
@@ -242,25 +247,26 @@ def compress_cache(
     return CompressedKVCache(cache, method, measure=measure, room=room)
 
 
-def filled(cache: KVCache) -> Filled:
+def compressible_slots(cache: KVCache) -> CompressibleSlots:
     """The slots of `cache` that can be compressed, as attention reads them."""
-    slots, latent, seen, total, beside = {}, set(), cache.seen, 0, 0
+    slots, latent, seen, total, incompressible = {}, set(), cache.seen, 0, 0
     for owner, store in cache.stores.items():
-        held = store.last(store.kept(seen), seen) if isinstance(store, SlotStore) else None
-        nbytes = store.nbytes() if held is None else sum(t.nbytes for t in held if t is not None)
-        total += nbytes  # of tokens, where a static cache counts places
-        if held is None or not isinstance(store, SlotStore) or store.window is not None:
-            beside += nbytes
+        packed = store.last(store.kept(seen), seen) if isinstance(store, SlotStore) else None
+        # Bytes of the cached tokens: a static cache's `nbytes()` counts its free room too.
+        nbytes = store.nbytes() if packed is None else sum(t.nbytes for t in packed if t is not None)
+        total += nbytes
+        if packed is None or not isinstance(store, SlotStore) or store.window is not None:
+            incompressible += nbytes
             continue
-        slots[owner] = store.unpack(held)
+        slots[owner] = store.unpack(packed)
         if not cache.plan.owned(owner).is_plain:
             latent.add(owner)
-    table = functools.partial(rope_table, cache.config.rope)
-    return Filled(slots, frozenset(latent), 0, cache.starts, total, beside, table)
+    rope = functools.partial(rope_table, cache.config.rope)
+    return CompressibleSlots(slots, frozenset(latent), cache.starts, total, incompressible, rope)
 
 
 def _copy(store: Store, seen: int, max_len: int | None) -> Store:
-    """The tokens of a windowed slot in a growing store or, for a static cache, in a ring; or a recurrent state."""
+    """A copy of a windowed slot in a growing store or, for a static cache, in a ring; or of a recurrent state."""
     if isinstance(store, StateStore):
         batch, *shape = store.state.shape
         state = StateStore(tuple(shape), batch, device=store.state.device)  # type: ignore[arg-type]
@@ -275,7 +281,7 @@ def _copy(store: Store, seen: int, max_len: int | None) -> Store:
 def _exact_slot(
     slot: Slot, past: int, size: int | None, *, window: int | None, dtype: torch.dtype, fp8: bool
 ) -> GrowingSlot | FixedSlot:
-    """A store that holds `slot`, the last of `past` tokens: one that grows, or one of `size` places."""
+    """A store with the tokens of `slot`, the last of `past` tokens: a growing one, or one for `size` tokens."""
     widths, device = (tuple(slot.k.shape[2:]), tuple(slot.v.shape[2:])), slot.k.device
     if size is None:
         growing = GrowingSlot(widths, len(slot.k), 0, window=window, dtype=dtype, fp8=fp8, device=device)

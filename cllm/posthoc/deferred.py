@@ -1,10 +1,9 @@
-"""Keys and values of a compressed slot that a pass of one token reads without having them made.
+"""Keys and values of a compressed slot that a decode step reads in their stored form.
 
-In such a pass a slot's `k` and `v` are `Deferred`: they stand where tensors would, have their shape, and attention
-leaves the reading to them. Whoever needs the numbers, as a layer that cuts slots to a common length does, gets them by
-indexing.
+In a decode step a slot's `k` and `v` are `Deferred` objects in the place of tensors. They have a tensor's shape, and
+attention calls their `attend`. Indexing one reconstructs the tensor, as for a layer that cuts slots to a common length.
 
-Shapes: B batch, S compressed tokens, T exact ones (sinks, then tokens since), H query heads, G KV heads, D channels of
+Shapes: B batch, S compressed tokens, T exact ones (sinks, then later tokens), H query heads, G KV heads, D channels of
 a head.
 """
 
@@ -29,24 +28,24 @@ class Deferred:
     """The keys or the values (B, S + T, G, D) of a slot whose prefix is stored as factors."""
 
     prefix: Prefix
-    part: Literal["k", "v"]
-    since: Slot
+    kind: Literal["k", "v"]
+    exact: Slot
     """(B, T, G, D) each, sinks first."""
     table: Table
     """RoPE of the S compressed positions."""
 
     @property
     def shape(self) -> torch.Size:
-        """That of the tensor."""
-        batch, since, *width = getattr(self.since, self.part).shape
-        return torch.Size((batch, self.prefix.sinks.rest + since, *width))
+        """The tensor's shape."""
+        batch, exact, *width = getattr(self.exact, self.kind).shape
+        return torch.Size((batch, self.prefix.sinks.rest + exact, *width))
 
     def __getitem__(self, key: Any) -> Tensor:
         return self.tensor()[key]
 
     def tensor(self) -> Tensor:
-        """Made in full, in the cache's dtype, tokens in the order of their columns."""
-        return getattr(self.prefix.join(self.since), self.part)
+        """The reconstructed tensor, in the cache's dtype, tokens in the order of their columns."""
+        return getattr(self.prefix.join(self.exact), self.kind)
 
     def attend(
         self,
@@ -57,12 +56,12 @@ class Deferred:
         *,
         scale: float,
     ) -> list[Tensor]:
-        """What `decode_attention` gives, of parts that are `Deferred`. Where some are tensors, or the layer has a
-        window, all are made."""
+        """`decode_attention` of keys and values, at least one of them `Deferred`. If some are tensors, or the layer has
+        a window, all are read as tensors."""
         parts: list[Any] = [part.data for part in (*keys, *values)]
         if visible.window is not None or not all(isinstance(part, Deferred) for part in parts):
-            made = [Stored(p.data.tensor(), p.scale) if isinstance(p.data, Deferred) else p for p in (*keys, *values)]
-            return decode_attention(queries, made[: len(keys)], made[len(keys) :], visible, scale=scale)
+            full = [Stored(p.data.tensor(), p.scale) if isinstance(p.data, Deferred) else p for p in (*keys, *values)]
+            return decode_attention(queries, full[: len(keys)], full[len(keys) :], visible, scale=scale)
         factored = [part.factored() for part in parts]
         return lowrank_decode(
             queries,
@@ -75,8 +74,8 @@ class Deferred:
         )
 
     def factored(self) -> Factored:
-        """As the kernel takes it."""
-        factors = getattr(self.prefix, self.part).factors()
-        assert factors is not None, "a slot is deferred where it has factors"
+        """The form that the kernel takes."""
+        factors = getattr(self.prefix, self.kind).factors()
+        assert factors is not None, "only slots that are stored as factors are deferred"
         a, b = factors
-        return Factored(a, b, getattr(self.since, self.part))
+        return Factored(a, b, getattr(self.exact, self.kind))

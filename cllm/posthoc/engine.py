@@ -1,8 +1,7 @@
-"""cllm's and transformers' models behind one face: fill a cache, compress it, go on."""
+"""cllm's and transformers' models behind one interface: fill a cache, compress it, continue from it."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,64 +13,14 @@ from cllm.cache.cache import KVCache
 from cllm.cache.stores import GrowingSlot
 from cllm.errors import UserError
 from cllm.model.decoder import Decoder
-from cllm.posthoc import cache as own
 from cllm.posthoc import hf
-from cllm.posthoc.code import Compressor
-from cllm.posthoc.compress import Filled
-from cllm.posthoc.held import held_bytes
+from cllm.posthoc.cache import CompressedKVCache, SharingSlot, compress_cache, compressible_slots
+from cllm.posthoc.method import Compressor, Engine
+from cllm.posthoc.slots import CompressibleSlots
+from cllm.posthoc.tensor_tree import total_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class Engine(ABC):
-    """A model and its kind of cache."""
-
-    head: nn.Module
-    """From hidden states to logits."""
-    _slots: list[int] | None = None
-
-    @abstractmethod
-    def new_cache(self, follows: dict[int, int] | None = None) -> Any:
-        """An empty cache; with `follows`, one in which those slots store nothing and read another's."""
-
-    @abstractmethod
-    def hidden(self, ids: Tensor, cache: Any) -> Tensor:
-        """Final hidden states (B, T, d_model) of `ids` (B, T), which are added to `cache`."""
-
-    @abstractmethod
-    def filled(self, cache: Any) -> Filled:
-        """The slots of `cache` that can be compressed."""
-
-    @abstractmethod
-    def compress(self, cache: Any, method: Compressor, *, measure: bool = True) -> Any:
-        """`cache` compressed; see `compress_cache` and `compress_dynamic`."""
-
-    @abstractmethod
-    def nbytes(self, cache: Any) -> int:
-        """Bytes that `cache` stores."""
-
-    @abstractmethod
-    def mha_nbytes(self, *, tokens: int, batch: int, element: int) -> int:
-        """Bytes of the cache of the same model with full attention and a KV head for every query head."""
-
-    @abstractmethod
-    def projections(self, slot: int) -> tuple[nn.Linear, nn.Linear]:
-        """The key and value projections of a slot's owner. Raises `UserError` where keys are more than projected."""
-
-    @torch.no_grad()
-    def slots(self) -> list[int]:
-        """The slots that can be compressed. The first call runs a pass of one token."""
-        if self._slots is None:
-            device, cache = self.head.weight.device, self.new_cache()
-            assert isinstance(device, torch.device)
-            self.hidden(torch.zeros(1, 1, dtype=torch.long, device=device), cache)
-            self._slots = list(self.filled(cache).slots)
-        return self._slots
-
-    def logits(self, ids: Tensor, cache: Any) -> Tensor:
-        """(B, T, vocabulary)."""
-        return self.head(self.hidden(ids, cache))
 
 
 class DecoderEngine(Engine):
@@ -80,17 +29,17 @@ class DecoderEngine(Engine):
     def __init__(self, model: Decoder):
         self.model, self.head = model, model.head
 
-    def new_cache(self, follows: dict[int, int] | None = None) -> KVCache:
-        return _Following(self.model, follows) if follows else KVCache(self.model.config)
+    def new_cache(self, shares: dict[int, int] | None = None) -> KVCache:
+        return _SharingCache(self.model, shares) if shares else KVCache(self.model.config)
 
     def hidden(self, ids: Tensor, cache: KVCache) -> Tensor:
         return self.model.hidden(ids, cache=cache)
 
-    def filled(self, cache: KVCache) -> Filled:
-        return own.filled(cache)
+    def compressible(self, cache: KVCache) -> CompressibleSlots:
+        return compressible_slots(cache)
 
-    def compress(self, cache: KVCache, method: Compressor, *, measure: bool = True) -> own.CompressedKVCache:
-        return own.compress_cache(cache, method, measure=measure)
+    def compress(self, cache: KVCache, method: Compressor, *, measure: bool = True) -> CompressedKVCache:
+        return compress_cache(cache, method, measure=measure)
 
     def nbytes(self, cache: KVCache) -> int:
         return cache.nbytes()
@@ -101,29 +50,29 @@ class DecoderEngine(Engine):
     def projections(self, slot: int) -> tuple[nn.Linear, nn.Linear]:
         if not self.model.plan.owned(slot).is_plain:
             raise UserError(f"slot {slot} is a latent; allowed: slots of keys and values")
-        attention: Any = self.model.blocks[slot]
-        owner = attention.attention.owner
+        block: Any = self.model.blocks[slot]
+        owner = block.attention.owner
         _check_plain(slot, owner.k_norm)
         return owner.k_proj, owner.v_proj
 
 
-class _Following(KVCache):
+class _SharingCache(KVCache):
     """A growing cache in which some slots store nothing."""
 
-    def __init__(self, model: Decoder, follows: dict[int, int]):
+    def __init__(self, model: Decoder, shares: dict[int, int]):
         super().__init__(model.config)
-        self._follows = follows
+        self._shares = shares
 
     def _allocate(self, batch: int, device: torch.device, dtype: torch.dtype) -> None:
         super()._allocate(batch, device, dtype)
-        for slot, source in self._follows.items():
+        for slot, source in self._shares.items():
             store = self.stores[source]
             assert isinstance(store, GrowingSlot)
-            self.stores[slot] = own.FollowingSlot(store)
+            self.stores[slot] = SharingSlot(store)
 
 
 class TransformersEngine(Engine):
-    """A transformers decoder and `DynamicCache`; sequences without padding."""
+    """A transformers decoder and `DynamicCache`, for sequences without padding."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -131,29 +80,27 @@ class TransformersEngine(Engine):
         assert head is not None
         self.head = head
 
-    def new_cache(self, follows: dict[int, int] | None = None) -> DynamicCache:
+    def new_cache(self, shares: dict[int, int] | None = None) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
-        for slot, source in (follows or {}).items():
-            followed: Any = cache.layers[source]
-            cache.layers[slot] = hf.FollowingLayer(followed)
+        for slot, source in (shares or {}).items():
+            shared: Any = cache.layers[source]
+            cache.layers[slot] = hf.SharingLayer(shared)
         return cache
 
     def hidden(self, ids: Tensor, cache: Any) -> Tensor:
         return self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
 
-    def filled(self, cache: Any) -> Filled:
-        return hf.filled(cache, self.model, None)
+    def compressible(self, cache: Any) -> CompressibleSlots:
+        return hf.compressible_layers(cache, self.model, None)
 
     def compress(self, cache: Any, method: Compressor, *, measure: bool = True) -> Any:
-        special = getattr(method, "compress_dynamic", None)  # transformers' own caches compress as they are filled
-        return (
-            special(cache, self.model) if special else hf.compress_dynamic(cache, method, self.model, measure=measure)
-        )
+        compressed = method.transformers_cache(cache, self.model)
+        return hf.compress_dynamic(cache, method, self.model, measure=measure) if compressed is None else compressed
 
     def nbytes(self, cache: Any) -> int:
         if hasattr(cache, "nbytes"):
             return cache.nbytes()
-        return held_bytes([tensor for layer in cache.layers for tensor in hf.layer_tensors(layer)])
+        return total_bytes([tensor for layer in cache.layers for tensor in hf.layer_tensors(layer)])
 
     def mha_nbytes(self, *, tokens: int, batch: int, element: int) -> int:
         config = self.model.config.get_text_config()
@@ -182,7 +129,7 @@ def _check_plain(slot: int, k_norm: nn.Module | None) -> None:
 
 
 def engine_of(model: nn.Module) -> Engine:
-    """The engine of a decoder, a cllm model of transformers' kind, or any transformers decoder."""
+    """The engine of a cllm decoder, a `CLLMForCausalLM`, or any other transformers decoder."""
     from cllm.hub.model import CLLMForCausalLM
 
     if isinstance(model, Decoder):

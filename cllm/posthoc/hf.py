@@ -1,9 +1,9 @@
 """Compressed layers inside a transformers cache, for decoders whose attention reads a `DynamicCache`.
 
-    compressed = compress_dynamic(cache, method, model)          # `cache` is left as it was
+    compressed = compress_dynamic(cache, method, model)          # `cache` itself is not changed
     model(input_ids, past_key_values=compressed)                 # or model.generate(...)
 
-transformers lays tensors out as (B, G, n, D); here they are (B, n, G, D) as everywhere in cllm.
+transformers' tensors are (B, G, n, D); in the rest of cllm they are (B, n, G, D).
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from cllm.cache.slot import Slot
 from cllm.errors import UserError
-from cllm.posthoc.code import Compressor, Prefix
-from cllm.posthoc.compress import Filled, Outcome, encode
-from cllm.posthoc.held import Change, held_bytes, remember
+from cllm.posthoc.code import Prefix
+from cllm.posthoc.compress import Outcome, encode
+from cllm.posthoc.method import Compressor
+from cllm.posthoc.slots import CompressibleSlots
+from cllm.posthoc.tensor_tree import Change, once_each, total_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Kinds of RoPE whose angles depend on the position alone."""
+"""Kinds of RoPE whose angles depend only on the position."""
 
 
 class CompressedLayer(DynamicLayer):
-    """A compressed prefix; `keys` and `values` are its sinks and the tokens since."""
+    """A compressed prefix; `keys` and `values` are its sinks and the later tokens."""
 
     keys: Tensor
     values: Tensor
@@ -40,71 +42,72 @@ class CompressedLayer(DynamicLayer):
         self.compressed = prefix.sinks.length
         """Tokens of the prefix, sinks included."""
         self.lazy_initialization(sinks.k, sinks.v)
-        self.keys, self.values = _laid_out(sinks.k).contiguous(), _laid_out(sinks.v).contiguous()
-        self.followed = False
-        """Whether another layer reads this one."""
-        self.seen: tuple[Tensor, Tensor] | None = None
-        """What attention got in the pass under way, where the layer is followed: the others' is free after it."""
+        self.keys, self.values = _transposed(sinks.k).contiguous(), _transposed(sinks.v).contiguous()
+        self.is_shared = False
+        """Whether another layer returns this one's tokens."""
+        self.in_pass: tuple[Tensor, Tensor] | None = None
+        """The keys and values returned in this pass, kept until its end if `is_shared`; otherwise freed after the
+        layer."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The prefix as attention reads it, made anew, then the tokens since, then these."""
+        """The reconstructed prefix, then the later tokens, then the new ones."""
         super().update(key_states, value_states)
         read = self.read()
-        if self.followed:
-            self.seen = read
+        if self.is_shared:
+            self.in_pass = read
         return read
 
     def read(self) -> tuple[Tensor, Tensor]:
         """(B, G, n, D) keys and values of all tokens."""
-        read = self.prefix.join(Slot(_laid_out(self.keys), _laid_out(self.values)))
-        return _laid_out(read.k), _laid_out(read.v)
+        read = self.prefix.join(Slot(_transposed(self.keys), _transposed(self.values)))
+        return _transposed(read.k), _transposed(read.v)
 
     def get_seq_length(self) -> int:
-        return self.compressed + self.since
+        return self.compressed + self.later_tokens
 
     @property
-    def since(self) -> int:
-        """Tokens after the prefix."""
+    def later_tokens(self) -> int:
+        """Number of tokens after the prefix."""
         return self.keys.shape[-2] - self.prefix.sinks.count
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last `-tokens_to_remove` tokens. Raises `UserError` where they are not all exact ones."""
+        """Drop the last `-tokens_to_remove` tokens. Raises `UserError` if some of them are compressed."""
         drop = -tokens_to_remove if tokens_to_remove <= 0 else max(self.get_seq_length() - tokens_to_remove, 0)
-        if drop > self.since:
+        if drop > self.later_tokens:
             raise UserError(
                 f"cache: cannot drop {drop} tokens: the first {self.compressed} of {self.get_seq_length()} are "
-                f"compressed; allowed: up to {self.since}"
+                f"compressed; allowed: up to {self.later_tokens}"
             )
         left = self.keys.shape[-2] - drop
         self.keys, self.values = self.keys[..., :left, :].clone(), self.values[..., :left, :].clone()
 
     def rearrange(self, change: Change) -> None:
-        """Put `change(tensor)` in the place of every tensor."""
+        """Replace every tensor by `change(tensor)`."""
         self.prefix, self.keys, self.values = self.prefix.map(change), change(self.keys), change(self.values)
 
     def reset(self) -> None:
         raise UserError("a compressed cache cannot be reset; make a new one")
 
-    def held(self) -> list[Tensor]:
-        """All tensors stored."""
+    def stored(self) -> list[Tensor]:
+        """All stored tensors."""
         return [*self.prefix.storage(), self.keys, self.values]
 
 
-class FollowingLayer(DynamicLayer):
-    """Nothing: attention gets what another layer, earlier in the same pass, gives its own."""
+class SharingLayer(DynamicLayer):
+    """Stores nothing: attention gets the keys and values of another layer, earlier in the same pass."""
 
     def __init__(self, source: DynamicLayer):
         super().__init__()
         self.source: Any = source
         self.is_initialized = True
         if isinstance(source, CompressedLayer):
-            source.followed = True
+            source.is_shared = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The keys and values of the layer that is followed."""
+        """The keys and values of the other layer."""
         if isinstance(self.source, CompressedLayer):
-            assert self.source.seen is not None, "a layer follows one below it"
-            return self.source.seen
+            assert self.source.in_pass is not None, "a layer shares one below it"
+            return self.source.in_pass
         return self.source.keys, self.source.values
 
     def get_seq_length(self) -> int:
@@ -114,20 +117,20 @@ class FollowingLayer(DynamicLayer):
         pass
 
     def rearrange(self, change: Change) -> None:
-        """Nothing to change."""
+        """Do nothing: no tensor is stored."""
 
-    def held(self) -> list[Tensor]:
-        """None."""
+    def stored(self) -> list[Tensor]:
+        """No tensors."""
         return []
 
 
 class CompressedDynamicCache(Cache):
-    """Layers some of which begin with a compressed prefix. Made by `compress_dynamic`."""
+    """A cache in which some layers begin with a compressed prefix. `compress_dynamic` returns one."""
 
     outcome: Outcome
-    """Of the last compression."""
+    """The cost of the last compression."""
     seconds = 0.0
-    """Of all compressions so far."""
+    """Spent on all compressions so far."""
 
     def __init__(
         self, cache: Cache, method: Compressor, model: PreTrainedModel, starts: Tensor | None, *, measure: bool = True
@@ -137,17 +140,19 @@ class CompressedDynamicCache(Cache):
         self._compress(cache, method)
 
     def _compress(self, cache: Cache, method: Compressor) -> None:
-        prefixes, self.outcome = encode(method, filled(cache, self.model, self.starts), measure=self.measure)
+        prefixes, self.outcome = encode(
+            method, compressible_layers(cache, self.model, self.starts), measure=self.measure
+        )
         self.seconds += self.outcome.seconds
         if any(prefix.landmarks is not None for prefix, _ in prefixes.values()):
             raise UserError(
                 f"{self.method.name}: select: transformers' attention reads all tokens; allowed: caches of cllm models"
             )
-        follows = self.method.follows()
+        shares = self.method.shares()
         layers: list[Any] = []
         for i, layer in enumerate(cache.layers):
-            if i in follows:
-                layers.append(FollowingLayer(layers[follows[i]]))
+            if i in shares:
+                layers.append(SharingLayer(layers[shares[i]]))
             elif i in prefixes:
                 layers.append(CompressedLayer(*prefixes[i]))
             else:
@@ -157,20 +162,20 @@ class CompressedDynamicCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """As in transformers; after the last layer, everything is compressed again where the method says so."""
+        """As in transformers; after the last layer, the cache is compressed again if `recompress` tokens have come."""
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx == len(self.layers) - 1:
-            since = next(layer.since for layer in self.layers if isinstance(layer, CompressedLayer))
+            later = next(layer.later_tokens for layer in self.layers if isinstance(layer, CompressedLayer))
             for layer in self.layers:
                 if isinstance(layer, CompressedLayer):
-                    layer.seen = None
-            if self.method.recompress is not None and since >= self.method.recompress:
+                    layer.in_pass = None
+            if self.method.recompress is not None and later >= self.method.recompress:
                 self._compress(self, self.method)
         return result
 
     def nbytes(self) -> int:
-        """Bytes of all that is stored, shared tensors once."""
-        return held_bytes([tensor for layer in self.layers for tensor in layer_tensors(layer)])
+        """Bytes of all stored tensors; a shared one counts once."""
+        return total_bytes([tensor for layer in self.layers for tensor in layer_tensors(layer)])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence b becomes what sequence beam_idx[b] was: (B,) int64."""
@@ -181,18 +186,18 @@ class CompressedDynamicCache(Cache):
         self._rearrange(lambda t: t.index_select(0, indices.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each sequence `repeats` times, side by side."""
+        """Repeat each sequence `repeats` times, copies next to each other."""
         self._rearrange(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def _rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
-        once = remember(change)
-        for layer in self.layers:
-            if isinstance(layer, CompressedLayer | FollowingLayer):
-                layer.rearrange(once)
+        change = once_each(change)
+        layers: list[Any] = self.layers
+        for layer in layers:
+            if isinstance(layer, CompressedLayer | SharingLayer):
+                layer.rearrange(change)
             else:
-                held: Any = layer
-                held.keys, held.values = once(held.keys), once(held.values)
-        self.starts = None if self.starts is None else once(self.starts)
+                layer.keys, layer.values = change(layer.keys), change(layer.values)
+        self.starts = None if self.starts is None else change(self.starts)
 
 
 def compress_dynamic(
@@ -201,11 +206,14 @@ def compress_dynamic(
     """A filled `DynamicCache` of `model`, compressed by `method`; `cache` itself is not changed.
 
     Args:
-        cache: filled by `model`; of attention layers only.
-        starts: (B,) int64, tokens of padding before each sequence; None: none.
+        cache: filled by `model`, with attention layers only.
+        method: for example `parse("xkv:ratio=4")`.
+        model: the model, whose RoPE is undone.
+        starts: (B,) int64, tokens of padding before each sequence; None: no padding.
+        measure: compute reconstruction errors, into `outcome.errors`.
 
     Raises:
-        UserError: for a cache that is empty or has layers of another kind, for a RoPE whose angles change with the
+        UserError: for a cache that is empty or has layers of another kind, for a RoPE whose angles depend on the
             length, and as the method does.
     """
     if not isinstance(cache, DynamicCache) or cache.get_seq_length() == 0:
@@ -213,16 +221,16 @@ def compress_dynamic(
     return CompressedDynamicCache(cache, method, model, starts, measure=measure)
 
 
-def filled(cache: Cache, model: PreTrainedModel, starts: Tensor | None) -> Filled:
-    """The layers of `cache` that can be compressed. In a layer of MLA, `keys` hold the latent (B, 1, n, R)."""
+def compressible_layers(cache: Cache, model: PreTrainedModel, starts: Tensor | None) -> CompressibleSlots:
+    """The layers of `cache` that can be compressed. The `keys` of an MLA layer are the latent (B, 1, n, R)."""
     config = model.config.get_text_config()
-    slots, latent, beside = {}, set(), 0
+    slots, latent, incompressible = {}, set(), 0
     k: Any
     v: Any
     for i, layer in enumerate(cache.layers):
-        stored: Any = layer.source if isinstance(layer, FollowingLayer) else layer
+        stored: Any = layer.source if isinstance(layer, SharingLayer) else layer
         if isinstance(stored, DynamicSlidingWindowLayer):
-            beside += sum(t.nbytes for t in layer_tensors(stored))
+            incompressible += sum(t.nbytes for t in layer_tensors(stored))
             continue
         if isinstance(stored, CompressedLayer):
             k, v = stored.read()
@@ -233,13 +241,13 @@ def filled(cache: Cache, model: PreTrainedModel, starts: Tensor | None) -> Fille
         slots[i] = Slot(k.transpose(1, 2), v.transpose(1, 2))
         if getattr(config, "kv_lora_rank", None) == k.shape[-1] and k.shape[1] == 1:
             latent.add(i)
-    total = beside + sum(slot.k.nbytes + slot.v.nbytes for slot in slots.values())
-    table = _table(getattr(model.base_model, "rotary_emb", None))
-    return Filled(slots, frozenset(latent), 0, starts, total, beside, table)
+    total = incompressible + sum(slot.k.nbytes + slot.v.nbytes for slot in slots.values())
+    rope = _rope(getattr(model.base_model, "rotary_emb", None))
+    return CompressibleSlots(slots, frozenset(latent), starts, total, incompressible, rope)
 
 
-def _table(rotary: Any) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
-    """cos and sin of a model's own `rotary_emb` as `rope_table` lays them out."""
+def _rope(rotary: Any) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
+    """cos and sin of a model's `rotary_emb`, in the layout of `rope_table`."""
 
     def table(dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         if rotary is None or getattr(rotary, "rope_type", None) not in _ROPE_TYPES:
@@ -256,12 +264,12 @@ def _table(rotary: Any) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
 
 def layer_tensors(layer: Any) -> list[Tensor]:
     """All tensors that a layer of a cache stores."""
-    if isinstance(layer, CompressedLayer | FollowingLayer):
-        return layer.held()
+    if isinstance(layer, CompressedLayer | SharingLayer):
+        return layer.stored()
     return [] if layer.keys is None else [layer.keys, layer.values]
 
 
-def _laid_out(t: Tensor) -> Tensor:
+def _transposed(t: Tensor) -> Tensor:
     return t.transpose(1, 2)
 
 

@@ -1,9 +1,9 @@
-"""Landmarks and outliers of keys: what selective reconstruction stores beside a slot's factors (ShadowKV,
-arXiv 2410.21465, section 4; `cllm.kernels.selection` reads it).
+"""Landmarks and outliers of keys, stored besides a slot's factors so that decoding can select tokens (ShadowKV,
+arXiv 2410.21465, section 4). `cllm.kernels.selection` reads them.
 
-The landmark of a chunk is the mean of its keys after RoPE. The outliers of a KV head are the chunks that have a key
-least like their landmark, by cosine: their keys are kept, and every step reads them. So are those of the last chunks,
-which are near to what is asked next.
+The landmark of a chunk is the mean of its keys after RoPE. The outliers of a KV head are the chunks that contain the
+key least like their landmark, by cosine. The keys of outliers are kept exactly, and every step reads them. The last
+chunks are treated the same way, because queries attend most to recent tokens.
 """
 
 from __future__ import annotations
@@ -15,46 +15,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllm.kernels.selection import Selection
-from cllm.posthoc.held import Held
+from cllm.posthoc.tensor_tree import TensorTree
 
 
 @dataclass(frozen=True)
-class Landmarks(Selection, Held):
+class Landmarks(Selection, TensorTree):
     """A `Selection` that a cache stores."""
 
 
 def always_read(tokens: int, *, chunk: int, outliers: int, local: int) -> tuple[int, int]:
-    """Of the chunks of `tokens`: how many are read in every step, and how many of those because they are the last."""
+    """The number of chunks of `tokens` tokens that every step reads, and how many of those are the last ones."""
     chunks = -(-tokens // chunk)
     last = min(local + (tokens % chunk > 0), chunks) if local else 0
     return min(last + outliers, chunks), last
 
 
 def landmark_bytes(shape: torch.Size, size: int, *, chunk: int, outliers: int, local: int) -> int:
-    """Bytes that `make_landmarks` stores for a sequence of keys of `shape` (B, n, G, D), `size` bytes a number."""
+    """Bytes per sequence that `make_landmarks` stores for keys of `shape` (B, n, G, D) of `size` bytes an element."""
     tokens, heads, dim = shape[1:]
     read, _ = always_read(tokens, chunk=chunk, outliers=outliers, local=local)
     return heads * ((-(-tokens // chunk) + read * chunk) * dim * size + 8 * read)
 
 
 def make_landmarks(
-    k: Tensor, text: Tensor | None, *, chunk: int, budget: int, outliers: int, local: int = 4
+    k: Tensor, is_text: Tensor | None, *, chunk: int, budget: int, outliers: int, local: int = 4
 ) -> Landmarks:
-    """Landmarks of exact keys.
+    """Landmarks and outliers of exact keys.
 
     Args:
         k: (B, n, G, D) after RoPE.
-        text: (B, n) booleans, False for padding, which counts in no mean; None: there is none.
+        is_text: (B, n) booleans, False for padding, which counts in no mean; None: no padding.
         chunk: tokens of a chunk; the last one may be short.
-        budget: tokens that a step chooses.
-        outliers: chunks of each KV head to keep; all there are, if they are fewer.
-        local: last full chunks to keep besides, as outliers are, and what is left of a chunk after them.
+        budget: tokens that a step selects.
+        outliers: chunks of each KV head to keep; all of them if there are fewer.
+        local: last full chunks that are kept too, with the rest of a chunk after them.
     """
     batch, tokens = k.shape[:2]
-    text = torch.ones(batch, tokens, dtype=torch.bool, device=k.device) if text is None else text
+    is_text = torch.ones(batch, tokens, dtype=torch.bool, device=k.device) if is_text is None else is_text
     short = -tokens % chunk
     chunks = F.pad(k, (0, 0, 0, 0, 0, short)).unflatten(1, (-1, chunk)).float()  # B, chunks, chunk, G, D
-    real = F.pad(text, (0, short)).unflatten(1, (-1, chunk))[..., None, None]
+    real = F.pad(is_text, (0, short)).unflatten(1, (-1, chunk))[..., None, None]
     means = (chunks * real).sum(2) / real.sum(2).clamp(min=1)
     likeness = F.cosine_similarity(chunks, means[:, :, None], dim=-1).masked_fill(~real[..., 0], torch.inf)
     count, last = always_read(tokens, chunk=chunk, outliers=outliers, local=local)

@@ -1,22 +1,22 @@
-"""Low-rank factors of cached tensors: X ≈ A B, A a basis over tokens, B what a layer makes of it.
+"""Low-rank factors of cached tensors: X ≈ A Bᵀ, with a basis A over tokens and coefficients B per layer.
 
 X (B, n, C) stacks the rows of a group of layers side by side, C = layers · width. By Eckart and Young the best rank-r
 X' is U_r Σ_r V_rᵀ, with ||X - X'||² = Σ_{i>r} σ_i². Stored are A = X V_r (B, n, r), which all layers of the group
-share, and each layer's rows of V_r as B (B, width, r). As A is made from X, X' is a projection of X whatever the
-accuracy of V_r, and full rank loses nothing but rounding.
+share, and each layer's rows of V_r as B (B, width, r). As A is computed from X, X' is a projection of X however
+accurate V_r is, and full rank loses only rounding.
 
     exact    SVD in fp64
     gram     eigenvectors of XᵀX (C, C), or of XXᵀ (n, n) where that is smaller, in fp64
     random   subspace iteration from a random start (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4), shifted
-             as in dashSVD (arXiv 2404.09276), in fp32, or its products with X in TF32 or bf16; what makes directions
-             orthogonal stays in fp32
-    power    plain iteration with XᵀX, which is made once where products are narrow, orthonormal by Cholesky factors in
-             fp64 (CholeskyQR, Yamamoto et al., 2015): no QR, no eigensolver and no spare directions, each of which
-             takes a GPU longer than two more iterations. A basis of the subspace, not sorted by singular value
+             as in dashSVD (arXiv 2404.09276), in fp32; its products with X may be in TF32 or bf16, orthogonalisation
+             is always in fp32
+    power    plain iteration with XᵀX, made orthonormal by Cholesky factors in fp64 (CholeskyQR, Yamamoto et al., 2015).
+             XᵀX is computed once if products are narrow. No QR, no eigensolver and no oversampling: on a GPU each takes
+             longer than two more iterations. The result is a basis of the subspace, not sorted by singular value
 
-Of the last two, ||X - X'|| in fp32 is within 1 % of the least where σ_i falls like i^-1/4 or faster, r up to 3/8 of C
-(1.2 % at i^-1/10), down to what fp32 resolves, 1e-6 of ||X||. bf16 resolves 1e-3: of a spectrum below one value that is
-1000 times the next it loses 40 to 50 %.
+For `random` and `power` in fp32, ||X - X'|| is within 1 % of the minimum if σ_i falls like i^-1/4 or faster and r is up
+to 3/8 of C (1.2 % at i^-1/10), down to the resolution of fp32, 1e-6 of ||X||. bf16 resolves 1e-3: if one singular value
+is 1000 times the next, 40 to 50 % of the spectrum below it is lost.
 
 Shapes: B batch, n tokens, C channels, r rank.
 """
@@ -41,18 +41,18 @@ _OVERSAMPLE = 16
 _ITERATIONS = 4
 _POWERS = 8
 _ROUNDING = {"fp32": 2**-24, "tf32": 2**-11, "bf16": 2**-8}
-"""The relative error of a number in a product."""
+"""The relative rounding error of a number in a product."""
 _DIAGONAL = 1e-13
 _PRECISION = Lock()
-"""Groups are factored by several threads, and how precise products in fp32 are is a setting of the process."""
+"""Groups are factorised by several threads, but the precision of fp32 products is a setting of the process."""
 
 
 def right_vectors(
     x: Tensor, algorithm: Algorithm, rank: int | None, products: Products = "fp32"
 ) -> tuple[Tensor, Tensor | None]:
-    """Leading right singular vectors of `x` (B, n, C), and its singular values where the algorithm has them all.
+    """Leading right singular vectors of `x` (B, n, C), and its singular values if the algorithm computes them all.
 
-    `x` is fp32, or bf16 for `products` in it, which are those of `random` and `power`.
+    `x` is fp32, or bf16 if `products` is; `products` matters to `random` and `power` only.
 
     Returns:
         (B, C, r) fp32, orthonormal, for r = `rank`, or min(n, C) for None; and (B, min(n, C)) fp64, or None for
@@ -77,9 +77,9 @@ def right_vectors(
 
 
 def multiply(x: Tensor, y: Tensor, products: Products) -> Tensor:
-    """x y in fp32, of operands (B, n, C) and (B, C, r) in fp32 or narrower; inputs rounded as `products` says.
+    """x y in fp32, for operands (B, n, C) and (B, C, r) in fp32 or narrower, rounded to `products` first.
 
-    In fp32 whatever precision the process has set; that setting is left as it was."""
+    The precision that the process has set for fp32 products does not matter, and is restored."""
     if products == "bf16":
         return (x.bfloat16() @ y.bfloat16()).float()
     with _PRECISION:
@@ -92,7 +92,7 @@ def multiply(x: Tensor, y: Tensor, products: Products) -> Tensor:
 
 
 def _subspace(x: Tensor, rank: int, products: Products) -> Tensor:
-    """(B, C, rank). The random start is the same in every call, so results repeat."""
+    """(B, C, rank). The random start is the same in every call, so results are reproducible."""
     x = x.bfloat16() if products == "bf16" else x
     size = min(rank + _OVERSAMPLE, *x.shape[1:])
     q = torch.linalg.qr(_drawn(len(x), x.shape[2], size, x.device).float()).Q
@@ -101,12 +101,13 @@ def _subspace(x: Tensor, rank: int, products: Products) -> Tensor:
         y = multiply(x.mT, multiply(x, q, products), products) - shift * q
         q, shift = torch.linalg.qr(y).Q, _grown(shift, y, products)
     small = multiply(x, q, products)  # B, n, size
-    _, vectors = torch.linalg.eigh(multiply(small.mT, small, "fp32").double())  # the best directions inside of q
+    _, vectors = torch.linalg.eigh(multiply(small.mT, small, "fp32").double())  # the best directions within q
     return multiply(q, vectors.flip(-1)[..., :rank].float(), "fp32")
 
 
 def _power(x: Tensor, rank: int, products: Products) -> Tensor:
-    """(B, C, rank). No spare directions: finding the best ones among more costs a GPU more than iterating on."""
+    """(B, C, rank). No oversampling: on a GPU, choosing the best of more directions takes longer than more
+    iterations."""
     apply = _squared(x, products)
     q = _drawn(len(x), x.shape[2], min(rank, *x.shape[1:]), x.device)
     for _ in range(_POWERS):
@@ -115,8 +116,11 @@ def _power(x: Tensor, rank: int, products: Products) -> Tensor:
 
 
 def _squared(x: Tensor, products: Products) -> Callable[[Tensor], Tensor]:
-    """Q to XᵀX Q in fp64. XᵀX is made once where that is less work and products are narrow: squares in fp32 resolve no
-    more of X than those do. Its products are three of TF32, of high parts and what they leave, which is about fp32."""
+    """The function Q -> XᵀX Q in fp64.
+
+    XᵀX is computed once if that is less work and products are narrow, as squares in fp32 resolve no more of X than
+    narrow products do. A product with XᵀX is the sum of three TF32 products of high and low parts, which is about
+    fp32."""
     if products == "fp32" or x.shape[1] < x.shape[2]:
         narrow = x.bfloat16() if products == "bf16" else x
         return lambda q: multiply(narrow.mT, multiply(narrow, q.float(), products), products).double()
@@ -134,12 +138,12 @@ def _squared(x: Tensor, products: Products) -> Callable[[Tensor], Tensor]:
 
 
 def _tf32(x: Tensor) -> Tensor:
-    """`x` in fp32 with the 10 bits of a TF32 number's fraction, the others cut off."""
+    """`x` in fp32, truncated to the 10 fraction bits of TF32."""
     return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 def _gram(x: Tensor, products: Products) -> Tensor:
-    """XᵀX (B, C, C) in fp32, of `x` rounded as `products` says."""
+    """XᵀX (B, C, C) in fp32, of `x` rounded to `products`."""
     if products != "bf16":
         return multiply(x.mT, x, products)
     narrow = x.bfloat16()
@@ -151,9 +155,9 @@ def _gram(x: Tensor, products: Products) -> Tensor:
 def _grown(shift: Tensor, y: Tensor, products: Products) -> Tensor:
     """The next shift α (B, 1, 1) of an iteration with XᵀX - αI, after `y` = (XᵀX - αI) Q.
 
-    α = (σ_min(Y) + α) / 2 is at most half of the least σ² that Q is after, so that nothing below it grows faster
+    α = (σ_min(Y) + α) / 2 is at most half of the smallest σ² that Q is to find, so that nothing below it grows faster
     (dashSVD, arXiv 2404.09276). σ_min is bounded from below, without an eigensolver, by λ_max(G⁻¹) <= ‖G⁻⁸‖^(1/8)
-    with G = YᵀY, less what products round: where large values hide it, α stays.
+    with G = YᵀY, minus the rounding of products: if large singular values hide it, α does not change.
     """
     inverse, total = _inverse_gram(y)
     power = inverse @ inverse
@@ -174,16 +178,16 @@ def _inverse_gram(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _drawn(batch: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """(B, rows, columns) fp64, the same in every call on a kind of device."""
+    """(B, rows, columns) normal numbers in fp64, the same in every call on one type of device."""
     draw = torch.Generator(device).manual_seed(0)
     return torch.randn(rows, columns, generator=draw, device=device).double().expand(batch, -1, -1)
 
 
 def _orthonormal(y: Tensor) -> Tensor:
-    """A basis (B, m, r) fp64 of the columns of `y` (B, m, r), Q = Y L⁻ᵀ with L Lᵀ = Yᵀ Y: orthonormal as far as the
-    square of Y's condition allows, and if done twice.
+    """A basis (B, m, r) fp64 of the columns of `y` (B, m, r), Q = Y L⁻ᵀ with L Lᵀ = Yᵀ Y. It is orthonormal up to an
+    error of the square of Y's condition number, and to rounding if applied twice.
 
-    Directions that `y` does not have, where X has fewer than r, may come out shorter than 1; X has nothing in them.
+    If X has rank below r, directions that `y` lacks may be shorter than 1; X is zero in them.
     """
     q = y.double()
     q = q / q.norm(dim=1, keepdim=True).clamp(min=1e-300)
@@ -198,19 +202,19 @@ def energy_rank(values: Tensor, energy: float) -> int:
     return int((kept < energy - 1e-12).sum(-1).max()) + 1
 
 
-def factor_numbers(tokens: int, layers: int, width: int, rank: int) -> int:
-    """Numbers that the factors of a group hold: tokens · rank for A and layers · width · rank for B."""
+def factor_elements(tokens: int, layers: int, width: int, rank: int) -> int:
+    """Elements of the factors of a group: tokens · rank of A and layers · width · rank of B."""
     return (tokens + layers * width) * rank
 
 
 def ranks_for_budget(
     budget: float, tokens: int, keys: list[tuple[int, int]], values: list[tuple[int, int]], *, keys_to_values: float
 ) -> tuple[list[int], list[int]] | None:
-    """Ranks of the groups, (layers, width) each, at which all factors hold `budget` numbers.
+    """The largest ranks of the groups, (layers, width) each, at which all factors have at most `budget` elements.
 
-    A full group of keys gets rank x and one of values `keys_to_values` · x; a shorter group gets a share for its
-    layers, and no group less than rank 1. A rank that its group does not have, min(tokens, layers · width), is cut,
-    and the others grow instead. None where rank 1 everywhere holds more than `budget`.
+    A full group of keys gets rank x and one of values `keys_to_values` · x; a smaller group gets a rank in proportion
+    to its layers, and every group at least 1. A rank is at most min(tokens, layers · width) of its group; the others
+    then grow instead. None if rank 1 everywhere exceeds `budget`.
     """
     groups = [(n, w, 1.0) for n, w in keys] + [(n, w, keys_to_values) for n, w in values]
     longest = max(n for n, _, _ in groups)
@@ -219,19 +223,19 @@ def ranks_for_budget(
         return [max(1, min(math.floor(x * weight * n / longest + 1e-9), tokens, n * w)) for n, w, weight in groups]
 
     def cost(x: float) -> int:
-        return sum(factor_numbers(tokens, n, w, r) for (n, w, _), r in zip(groups, ranks(x), strict=True))
+        return sum(factor_elements(tokens, n, w, r) for (n, w, _), r in zip(groups, ranks(x), strict=True))
 
     low, high = 0.0, float(longest * max(w * n for n, w, _ in groups))
     for _ in range(64):
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) <= budget else (low, middle)
-    found = ranks(low)
-    return (found[: len(keys)], found[len(keys) :]) if cost(low) <= budget else None
+    best = ranks(low)
+    return (best[: len(keys)], best[len(keys) :]) if cost(low) <= budget else None
 
 
 @dataclass(frozen=True)
 class LowRank(Code):
-    """One layer's rows of A Bᵀ."""
+    """One layer's part of A Bᵀ."""
 
     a: Code
     """(B, n, r): shared by the layers of a group."""

@@ -1,16 +1,17 @@
-"""Attention sinks: the first tokens of every sequence, which get much attention whatever they say (StreamingLLM,
-arXiv 2309.17453). Their keys and values are few and unlike all others: a code that is fitted to all tokens loses them.
+"""Attention sinks: the first tokens of every sequence, which get much attention whatever they are (StreamingLLM,
+arXiv 2309.17453). They are few, and their keys and values are unlike all others, so a code fitted to all tokens
+approximates them badly.
 
-The first tokens of a prefix are therefore stored exactly, and a method gets the others. The sinks are stored in one
-tensor with the tokens after the prefix, before them. Attention does not depend on the order of its tokens, so a kernel
-reads the compressed tokens first, then this exact stretch:
+Therefore the first tokens of a prefix are stored exactly, and a method gets the others. The sinks are stored in one
+tensor with the tokens after the prefix, in front of them. Attention does not depend on the order of its tokens, so a
+kernel reads the compressed tokens first, then this exact stretch:
 
-    column of the cache     0 1 2 3 | 4 5 6 7 8 9 | 10 11      sinks | compressed | since
-    as a kernel reads it    4 5 6 7 8 9 | 0 1 2 3 | 10 11      compressed | sinks | since
+    column of the cache     0 1 2 3 | 4 5 6 7 8 9 | 10 11      sinks | compressed | later
+    as a kernel reads it    4 5 6 7 8 9 | 0 1 2 3 | 10 11      compressed | sinks | later
 
-Tokens since keep their columns. Of a padded sequence the sinks are its first tokens that are no padding.
+Later tokens keep their columns. The sinks of a padded sequence are its first tokens after the padding.
 
-Shapes: B batch, S tokens of the prefix, s sinks, T tokens since.
+Shapes: B batch, S tokens of the prefix, s sinks, T later tokens.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor
 
 from cllm.cache.slot import Slot
-from cllm.posthoc.held import Held
+from cllm.posthoc.tensor_tree import TensorTree
 
 
 @dataclass(frozen=True)
-class Sinks(Held):
+class Sinks(TensorTree):
     """Which tokens of a prefix are sinks."""
 
     count: int
@@ -33,12 +34,12 @@ class Sinks(Held):
     length: int
     """S."""
     starts: Tensor | None
-    """(B,) columns of padding before each sequence; None: there are none. The cache's own tensor. A sequence of fewer
-    tokens than s has all of them among its sinks, with padding before."""
+    """(B,) columns of padding before each sequence, the cache's own tensor; None: no padding. A sequence of fewer than
+    s tokens has all of them among its sinks, after padding."""
 
     @property
     def rest(self) -> int:
-        """Tokens that are no sinks, S - s."""
+        """Number of tokens that are not sinks, S - s."""
         return self.length - self.count
 
     def of(self, x: Tensor) -> Tensor:
@@ -48,25 +49,29 @@ class Sinks(Held):
         return _rows(x, self._first() + torch.arange(self.count, device=x.device))
 
     def without(self, x: Tensor) -> Tensor:
-        """(B, S - s, ...): the other tokens of `x` (B, S, ...), in order; a view where there is no padding."""
+        """(B, S - s, ...): the other tokens of `x` (B, S, ...), in order; a view if there is no padding."""
         if self.starts is None or not self.count:
             return x[:, self.count :]
         columns = torch.arange(self.rest, device=x.device)
         return _rows(x, columns + self.count * (columns >= self._first()))
 
-    def join(self, rest: Slot, since: Slot) -> Slot:
-        """All tokens in the order of their columns, (B, S + T, ...) each, of the compressed ones `rest` (B, S - s, ...)
-        and the exact ones `since` (B, s + T, ...), sinks first."""
+    def join(self, rest: Slot, exact: Slot) -> Slot:
+        """All tokens, (B, S + T, ...) each, in the order of their columns.
+
+        Args:
+            rest: the compressed tokens (B, S - s, ...).
+            exact: the sinks, then the later tokens, (B, s + T, ...).
+        """
         if self.starts is None:
-            sinks, later = since.map(lambda t: t[:, : self.count]), since.map(lambda t: t[:, self.count :])
-            return sinks.join(rest).join(later) if self.count else rest.join(since)
-        joined = rest.join(since)
+            sinks, later = exact.map(lambda t: t[:, : self.count]), exact.map(lambda t: t[:, self.count :])
+            return sinks.join(rest).join(later) if self.count else rest.join(exact)
+        joined = rest.join(exact)
         if not self.count:
             return joined
         columns, first = torch.arange(joined.k.shape[1], device=joined.k.device), self._first()
         moved = torch.where(columns < first + self.count, columns - first + self.rest, columns - self.count)
-        places = torch.where((columns < first) | (columns >= self.length), columns, moved)
-        return joined.map(lambda t: _rows(t, places))
+        indices = torch.where((columns < first) | (columns >= self.length), columns, moved)
+        return joined.map(lambda t: _rows(t, indices))
 
     def _first(self) -> Tensor:
         """(B, 1): the column of the first sink."""
@@ -74,6 +79,6 @@ class Sinks(Held):
         return self.starts[:, None].clamp(max=self.rest)
 
 
-def _rows(x: Tensor, places: Tensor) -> Tensor:
-    """(B, n, ...): the tokens of `x` (B, m, ...) at `places` (B, n)."""
-    return x[torch.arange(len(x), device=x.device)[:, None], places]
+def _rows(x: Tensor, indices: Tensor) -> Tensor:
+    """(B, n, ...): the tokens of `x` (B, m, ...) at `indices` (B, n)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], indices]

@@ -5,23 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cllm.posthoc.code import Part
 from cllm.posthoc.lowrank import right_vectors
-from cllm.posthoc.methods import parse
-from cllm.posthoc.streams import side_by_side
+from cllm.posthoc.parallel import run_in_parallel
+from cllm.posthoc.registry import parse
+from cllm.posthoc.slots import SlotTensors
 
 LAYERS, GROUP, TOKENS = 12, 2, 700
 
 
-def part(kind: str, device: torch.device, layers: range) -> Part:
+def part(kind: str, device: torch.device, layers: range) -> SlotTensors:
     draw = torch.Generator(device).manual_seed(0)
     every = [torch.randn(2, TOKENS, 4, 32, device=device, generator=draw) for _ in range(LAYERS)]
     data = tuple(every[i].cumsum(-1).bfloat16() for i in layers)
-    return Part(kind, tuple(layers), data, torch.bfloat16)  # type: ignore[arg-type]
+    return SlotTensors(kind, tuple(layers), data, torch.bfloat16)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("spec", ["svd=power", "svd=power,products=bf16", "svd=random", "svd=gram"])
-def test_groups_side_by_side_are_what_each_is_alone(gpu: torch.device, spec: str) -> None:
+def test_groups_run_in_parallel_are_what_each_is_alone(gpu: torch.device, spec: str) -> None:
     method = parse(f"xkv:group={GROUP},rank_k=40,rank_v=56,{spec}")
     for _ in range(3):  # memory of one call is used again in the next
         keys, values = method.encode(part("k", gpu, range(LAYERS)), part("v", gpu, range(LAYERS)))
@@ -47,9 +47,9 @@ def test_what_one_job_raises_is_raised_after_the_others(gpu: torch.device) -> No
 
     with torch.no_grad():
         with pytest.raises(ValueError, match="no"):
-            side_by_side([fail, *[work] * 20], gpu)
+            run_in_parallel([fail, *[work] * 20], gpu)
         made.clear()
-        side_by_side([work] * 20, gpu)
+        run_in_parallel([work] * 20, gpu)
     assert torch.stack(made).tolist() == [64.0] * 20
 
 

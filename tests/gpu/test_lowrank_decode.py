@@ -24,7 +24,7 @@ from cllm.model.rope import rope_table
 from cllm.model.sizes import build_decoder
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.landmarks import make_landmarks
-from cllm.posthoc.methods import parse
+from cllm.posthoc.registry import parse
 
 pytestmark = pytest.mark.skipif(triton_decode.MISSING is not None, reason=f"no triton: {triton_decode.MISSING}")
 B = 2

@@ -11,8 +11,8 @@ import torch
 
 from cllm.config import Config
 from cllm.data.manifest import Manifest
-from cllm.posthoc.code import Part
 from cllm.posthoc.engine import engine_of
+from cllm.posthoc.slots import SlotTensors
 from cllm.runs import RunFolder
 
 _path = Path(__file__).resolve().parents[1] / "evaluate" / "conftest.py"
@@ -104,7 +104,7 @@ def llama():
 
 @pytest.fixture(scope="session")
 def filled():
-    """`filled(model, ids)`: the model's engine and a cache that holds `ids`."""
+    """`filled(model, ids)`: the model's engine and a cache of `ids`."""
 
     def fill(model, ids, **options):
         engine = engine_of(model)
@@ -119,11 +119,11 @@ def filled():
 
 
 @pytest.fixture(scope="session")
-def part():
-    """`part("k", [tensors])`: what a method's `encode` is handed."""
+def slot_tensors():
+    """`slot_tensors("k", [tensors])`: an argument of a method's `encode`."""
 
     def build(kind, data, text=None):
-        return Part(kind, tuple(range(len(data))), tuple(data), data[0].dtype, text)
+        return SlotTensors(kind, tuple(range(len(data))), tuple(data), data[0].dtype, text)
 
     return build
 

@@ -1,4 +1,4 @@
-"""The measures of likeness against what they must be, and scripts/analyze.py."""
+"""Measures of similarity against known values, and scripts/analyze.py."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_ranks_of_groups_find_a_shared_subspace():
 
 
 def test_keys_before_and_after_rope(decoder, tokens):
-    """One token again and again: its keys of the first layer are one vector before RoPE, and turn after it."""
+    """One repeated token: its keys in the first layer are equal before RoPE, and differ after it."""
     model = decoder(n_layers=2)
     found = collect(engine_of(model), [torch.full((1, 20), 3), torch.full((1, 20), 3)])
     assert list(found) == ["keys_before_rope", "keys", "values"]

@@ -1,4 +1,4 @@
-"""Compressed caches: a model reads on from them, they hold what they say, and they follow the batch."""
+"""Compressed caches: a model continues from them, their bytes are as reported, and batch operations work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cllm.hub.export import as_pretrained
 from cllm.posthoc.cache import CompressedSlot, compress_cache
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.hf import compress_dynamic, layer_tensors
-from cllm.posthoc.methods import parse
+from cllm.posthoc.registry import parse
 
 PREFIX, LENGTH, PADDING = 20, 28, [0, 3]
 FULL = "xkv:group=2,energy=1.0"
@@ -23,7 +23,7 @@ FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "deepseek_v2", "deepseek_v3"]
 
 
 def real_bytes(tensors):
-    """Of the memory behind `tensors`, so that a slice of something larger shows."""
+    """Bytes of the memory behind `tensors`, so that a view of a larger tensor counts in full."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
 
 
@@ -269,7 +269,7 @@ CHOOSING = ",select=16,outliers=1,local=1"
     ],
 )
 def test_a_ratio_is_that_of_the_whole_cache(kv, ratio, more, storage, decoder, tokens):
-    """What stays as it is counts, so the rest is compressed more; places of a static cache without tokens do not."""
+    """Uncompressed slots count, so the others are compressed more; free room of a static cache does not count."""
     model, ids = decoder(kv=kv), tokens(2, 160)
     growing, static = (KVCache(model.config, storage=storage, max_len=size) for size in (None, 200))
     for cache in (growing, static):
@@ -300,7 +300,7 @@ def test_a_ratio_that_what_stays_exceeds_is_refused(decoder, tokens):
         return cache
 
     message = r"ratio=20: at 24 tokens 10% of the cache stay as they are \(windows, .* allowed: below 10\.00"
-    with pytest.raises(UserError, match=message):  # 2 windows of 8 tokens beside 6 slots of 24
+    with pytest.raises(UserError, match=message):  # 2 windows of 8 tokens besides 6 slots of 24
         compress_cache(full(WINDOWS), parse("xkv:ratio=20,sinks=0"))
     with pytest.raises(UserError, match=r"at 24 tokens 25% of the cache stay .* sinks\) .* allowed: below 4\.00"):
         compress_cache(full(WINDOWS), parse("xkv:ratio=20"))

@@ -1,4 +1,4 @@
-"""Passes of one token over compressed caches: read as they are stored, the same logits as from keys and values made."""
+"""Decode steps over compressed caches: codes are read directly, with the logits of reconstructed keys and values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cllm.posthoc.cache import CompressedSlot, compress_cache
 from cllm.posthoc.code import Prefix
 from cllm.posthoc.hf import compress_dynamic
 from cllm.posthoc.landmarks import make_landmarks
-from cllm.posthoc.methods import parse
+from cllm.posthoc.registry import parse
 
 PREFIX, LENGTH = 21, 28
 DESIGNS = ["mha", "gqa", "cla", "yoco", "fusedkv", "fusedkv_lite", "lckv", "trailing"]
@@ -21,7 +21,7 @@ LOSSY = "xkv:group=2,rank_k=5,rank_v=7"
 
 
 def compressed(model, ids, spec, *, starts=None, storage="model", **options):
-    """`ids[:, :PREFIX]` in a cache that is compressed."""
+    """A compressed cache of `ids[:, :PREFIX]`."""
     cache = KVCache(model.config, storage=storage)
     model(ids[:, :PREFIX], cache=cache, starts=starts)
     return compress_cache(cache, parse(spec), **options)
@@ -33,7 +33,7 @@ def steps(model, cache, ids):
 
 
 def making(cache):
-    """`cache`, which makes keys and values in every pass."""
+    """`cache`, changed to reconstruct keys and values in every pass."""
     slots = [store for store in cache.stores.values() if isinstance(store, CompressedSlot)]
     assert all(slot.defers for slot in slots)
     for slot in slots:
@@ -127,7 +127,7 @@ def test_a_static_cache_follows_the_batch(decoder, tokens):
 
 @pytest.mark.parametrize("spec", [LOSSY, LOSSY + ",select=8,chunk=4,outliers=1,local=0"])
 def test_a_step_compiles_whole_and_once(spec, decoder, tokens):
-    """What a compiled decoder needs of a cache: no break in a block, and nothing anew in later steps."""
+    """A compiled decoder has no graph break in a block and does not recompile in later steps."""
     model, ids = decoder(), tokens(2, LENGTH)
     expected = steps(model, compressed(model, ids, spec, room=LENGTH - PREFIX), ids)
     torch._dynamo.reset()
@@ -150,7 +150,7 @@ def test_a_step_compiles_whole_and_once(spec, decoder, tokens):
 @pytest.mark.parametrize("starts", [None, [0, 5]])
 @pytest.mark.parametrize("name", ["mha", "gqa", "cla", "fusedkv_lite"])
 def test_a_budget_of_all_tokens_equals_all(name, starts, design, tokens):
-    """At full rank, where exact keys of outliers are the ones that are made."""
+    """At full rank, where the exact keys of outliers equal the reconstructed ones."""
     model, ids = design(name), tokens(2, LENGTH)
     starts = None if starts is None else torch.tensor(starts)
     expected = steps(model, compressed(model, ids, "xkv:group=2,energy=1.0", starts=starts), ids)
@@ -165,13 +165,13 @@ def test_a_budget_of_all_tokens_equals_all(name, starts, design, tokens):
 
 def test_only_passes_of_one_token_choose(decoder, tokens):
     model, ids = decoder(), tokens(2, LENGTH)
-    whole = model(ids[:, PREFIX:], cache=compressed(model, ids, LOSSY))
+    every = model(ids[:, PREFIX:], cache=compressed(model, ids, LOSSY))
     chosen = model(ids[:, PREFIX:], cache=compressed(model, ids, LOSSY + ",select=4,chunk=4,outliers=0,local=0"))
-    assert torch.equal(whole, chosen)
+    assert torch.equal(every, chosen)
 
 
 def test_padding_takes_no_part(decoder, tokens):
-    """Padding of whole chunks: what is chosen is what the sequence alone would choose."""
+    """Padding of entire chunks: the same tokens are selected as for the sequence alone."""
     model, ids, spec = decoder(), tokens(2, LENGTH), "xkv:energy=1.0,select=4,chunk=4,outliers=1,local=0"
     found = steps(model, compressed(model, ids, spec, starts=torch.tensor([0, 8])), ids)
     cache = KVCache(model.config)
@@ -181,7 +181,7 @@ def test_padding_takes_no_part(decoder, tokens):
 
 
 def test_landmarks_find_a_needle():
-    """Keys that a query is after, among thousands that it is not; the budget reads 1 of 64 chunks."""
+    """A few keys that the query attends to, among thousands of others; the budget reads 1 of 64 chunks."""
     draw = torch.Generator().manual_seed(0)
     k, q = torch.randn(2, 512, 2, 16, generator=draw), torch.randn(2, 4, 16, generator=draw)
     places = [[37, 5], [0, 63]]  # of a sequence and a KV head

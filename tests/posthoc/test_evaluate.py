@@ -1,4 +1,4 @@
-"""evaluate.py --posthoc: the score sees the compression, and what is told is what is held."""
+"""evaluate.py --posthoc: the score depends on the compression, and reported bytes are those stored."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ import torch.nn.functional as F
 from cllm.cache.cache import KVCache
 from cllm.data.store import TokenStore
 from cllm.evaluate.places import results_of_checkpoint
-from cllm.evaluate.posthoc import _Reference, _score, _Tally, _warm, result_path
+from cllm.evaluate.posthoc import Measurement, _Reference, _score, _Tally, _warm
 from cllm.posthoc import compress
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.engine import engine_of
-from cllm.posthoc.methods import parse
+from cllm.posthoc.registry import parse
 
 
 def _record(run, spec, *, prefix=24, window=48, generate=0):
-    places = {"prefix": prefix, "window": window, "max_tokens": None, "checkpoint": None, "generate": generate}
-    path = result_path(run.path / "evaluation", "validation", spec, **places)
-    return json.loads(path.read_text())
+    point = Measurement(set_name="validation", spec=spec, prefix=prefix, window=window, generate=generate)
+    return json.loads(point.path(run.path / "evaluation").read_text())
 
 
 @pytest.fixture
@@ -279,7 +278,7 @@ def test_a_run_without_full_attention_is_refused(evaluate, run, capsys):
             ["--posthoc", "xkv:ratio=2+kivi:sinks=4"],
             "sinks is no option of kivi after +; allowed: bits, group, residual",
         ),
-        (["--posthoc", "none+none"], "allowed with +: xkv or svd"),
+        (["--posthoc", "none+none"], "allowed with +: minicache or minicache_xkv or svd or xkv, then kivi or xquant"),
     ],
 )
 def test_bad_input_is_told_in_a_line(evaluate, run, capsys, words, message):

@@ -1,4 +1,4 @@
-"""The fast ways to a basis: errors against the exact one, with products in less than fp32 too."""
+"""The fast algorithms for a basis: their errors relative to exact SVD, also with products in less than fp32."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from cllm.errors import UserError
 from cllm.posthoc.lowrank import right_vectors
-from cllm.posthoc.methods import parse
+from cllm.posthoc.registry import parse
 
 
 def decaying(tokens: int, channels: int, power: float) -> torch.Tensor:
@@ -42,7 +42,7 @@ def test_errors_are_near_the_least(algorithm, products, power, shape):
 @pytest.mark.parametrize("algorithm", ["random", "power"])
 @pytest.mark.parametrize("power", [0.25, 0.5])
 def test_slow_spectra_and_high_ranks(algorithm, power):
-    """Three eighths of all directions, with little between the last ones kept and the first ones dropped."""
+    """Rank 3/8 of all directions, with little difference between the last values kept and the first dropped."""
     x = decaying(600, 256, power)[:1]
     for rank in (48, 96):
         least = loss(x, right_vectors(x, "exact", rank)[0])
@@ -62,7 +62,7 @@ def test_a_spike_hides_nothing_from_fp32(algorithm):
 
 @pytest.mark.parametrize("algorithm", ["random", "power"])
 def test_the_shift_lets_nothing_small_grow(algorithm):
-    """Half of the directions are nothing: a shift too large would make them the largest."""
+    """Half of the singular values are 0: too large a shift would make those directions the largest."""
     x = decaying(300, 96, 0.1)[:1, :, :48] @ torch.eye(48, 96)
     for rank in (12, 36):
         least = loss(x, right_vectors(x, "exact", rank)[0])
@@ -71,7 +71,7 @@ def test_the_shift_lets_nothing_small_grow(algorithm):
 
 @pytest.mark.parametrize("algorithm", ["random", "power"])
 def test_fewer_directions_than_asked_for(algorithm):
-    """Of rank 5, and one sequence of nothing: no number is lost, none is NaN."""
+    """A matrix of rank 5, and one of zeros: the result is exact and has no NaN."""
     x = torch.randn(2, 40, 5, generator=torch.Generator().manual_seed(0)) @ torch.randn(2, 5, 24)
     x[1] = 0
     v, _ = right_vectors(x, algorithm, 9)

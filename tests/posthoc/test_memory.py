@@ -1,4 +1,4 @@
-"""What is alive beside what a compressed cache says that it holds: nothing."""
+"""A compressed cache keeps alive only the tensors that it counts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import gc
 import pytest
 import torch
 
+from cllm.errors import UserError
 from cllm.posthoc import hf
 from cllm.posthoc.cache import CompressedSlot
 from cllm.posthoc.engine import engine_of
-from cllm.posthoc.methods import parse
+from cllm.posthoc.registry import parse
 
 PREFIX = 40
 SPECS = [
@@ -28,16 +29,16 @@ SPECS = [
 
 @pytest.fixture
 def new_bytes():
-    """Of all tensors that Python holds and did not when called first."""
+    """The bytes of all tensors that exist now and did not exist at the start."""
 
     def count():
         gc.collect()
-        held = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+        alive = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}.values())
 
     def start():
         gc.collect()
-        gc.freeze()  # what there is now is looked at no more
+        gc.freeze()  # leaves out all objects of now
         return count
 
     yield start
@@ -45,7 +46,7 @@ def new_bytes():
 
 
 def fill_and_compress(engine, method, ids):
-    """The cache that was full is out of scope after."""
+    """The uncompressed cache is out of scope afterwards."""
     cache = engine.new_cache()
     with method.watch(engine):
         engine.hidden(ids, cache)
@@ -74,21 +75,23 @@ def test_nothing_but_the_compressed_cache_stays_alive(spec, kind, decoder, llama
 
 
 def test_a_compressed_cache_holds_no_inputs_of_projections(decoder, tokens):
-    """Even while the method does, which may compress the cache again."""
+    """Even while the method does, with which the watched cache can be compressed again."""
     engine, method = engine_of(decoder()), parse("commonkv:recent=4,weights=equal")
     cache = engine.new_cache()
     with method.watch(engine):
         engine.hidden(tokens(2, PREFIX), cache)
-    once, again = (engine.compress(cache, method) for _ in range(2))
-    assert once.nbytes() == again.nbytes()
-    assert method._inputs
-    assert not once.method._inputs
-    with method.watch(engine):
-        assert not any(method._inputs.values())
+    first, second = (engine.compress(cache, method) for _ in range(2))
+    assert first.nbytes() == second.nbytes()
+    with pytest.raises(UserError, match="has not seen the cache being filled"):
+        engine.compress(cache, first.method)
+    with method.watch(engine):  # forgets the inputs recorded before
+        pass
+    with pytest.raises(UserError, match="has not seen the cache being filled"):
+        engine.compress(cache, method)
 
 
-def test_only_followed_layers_keep_what_they_made(decoder, llama, tokens, monkeypatch):
-    """Until a pass ends; the others' keys and values are free after their layer."""
+def test_only_shared_layers_keep_their_keys_and_values(decoder, llama, tokens, monkeypatch):
+    """Until the pass ends; those of other layers are freed after their layer."""
     ids = tokens(2, PREFIX + 4)
     for model, kind, extend in ((decoder(), CompressedSlot, "extend"), (llama(), hf.CompressedLayer, "update")):
         engine, method, kept = engine_of(model), parse("kvsharer:threshold=-1"), []
@@ -97,7 +100,7 @@ def test_only_followed_layers_keep_what_they_made(decoder, llama, tokens, monkey
 
         def watched(self, *args, original=original, kept=kept, **kwargs):
             result = original(self, *args, **kwargs)
-            kept.append(self.seen is not None)
+            kept.append(self.in_pass is not None)
             return result
 
         monkeypatch.setattr(kind, extend, watched)
@@ -108,4 +111,4 @@ def test_only_followed_layers_keep_what_they_made(decoder, llama, tokens, monkey
             engine.hidden(ids[:, PREFIX:], compressed)
             assert sum(kept) == expected
             stores = compressed.stores.values() if hasattr(compressed, "stores") else compressed.layers
-            assert all(getattr(store, "seen", None) is None for store in stores)
+            assert all(getattr(store, "in_pass", None) is None for store in stores)

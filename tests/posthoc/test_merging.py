@@ -11,19 +11,19 @@ import torch
 import torch.nn.functional as F
 
 from cllm.errors import UserError
-from cllm.posthoc.cache import FollowingSlot
-from cllm.posthoc.commonkv import factored
+from cllm.posthoc.cache import SharingSlot
 from cllm.posthoc.engine import engine_of
-from cllm.posthoc.methods import parse
-from cllm.posthoc.minicache import slerp
+from cllm.posthoc.methods.commonkv import factorize
+from cllm.posthoc.methods.minicache import slerp
+from cllm.posthoc.registry import parse
 
 
 def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def turned(x, angle):
-    """`x` (..., 2 or more) turned by `angle` in the plane of its first two channels."""
+def rotated(x, angle):
+    """`x` (..., 2 or more) rotated by `angle` in the plane of its first two channels."""
     cos, sin = math.cos(angle), math.sin(angle)
     a, b = x[..., 0], x[..., 1]
     return torch.cat((torch.stack((cos * a - sin * b, sin * a + cos * b), dim=-1), x[..., 2:]), dim=-1)
@@ -33,10 +33,10 @@ def turned(x, angle):
 
 
 def test_slerp_goes_along_the_great_circle():
-    one, other = torch.tensor([1.0, 0, 0]), turned(torch.tensor([1.0, 0, 0]), 0.8)
+    one, other = torch.tensor([1.0, 0, 0]), rotated(torch.tensor([1.0, 0, 0]), 0.8)
     for t in (0.0, 0.25, 0.6, 1.0):
         direction, angle = slerp(one, other, t)
-        torch.testing.assert_close(direction, turned(one, 0.8 * t))
+        torch.testing.assert_close(direction, rotated(one, 0.8 * t))
         assert angle.item() == pytest.approx(0.8)
     same, angle = slerp(one, one, 0.3)
     assert torch.equal(same, one)
@@ -48,15 +48,17 @@ def planted(far=3):
     x = F.normalize(torch.cat((noise(1, 12, 1, 2), torch.zeros(1, 12, 1, 2)), dim=-1), dim=-1)
     angles = torch.linspace(0.1, 0.2, 12)
     angles[far] = 2.0
-    y = torch.stack([turned(x[:, t], angle.item()) for t, angle in enumerate(angles)], dim=1)
+    y = torch.stack([rotated(x[:, t], angle.item()) for t, angle in enumerate(angles)], dim=1)
     return 2 * x, 3 * y
 
 
 @pytest.mark.parametrize(("name", "kept"), [("minicache", [3]), ("minicache_xkv", [0])])
-def test_retention_both_ways_on_a_planted_outlier(name, kept, part):
+def test_retention_both_ways_on_a_planted_outlier(name, kept, slot_tensors):
     """The paper keeps the pair that differs most; the variant of xKV's repository the ones that differ least."""
     x, y = planted()
-    (lower, upper), _ = parse(f"{name}:gamma=0.004,t=0.5,start=0").encode(part("k", [x, y]), part("v", [x, y]))
+    (lower, upper), _ = parse(f"{name}:gamma=0.004,t=0.5,start=0").encode(
+        slot_tensors("k", [x, y]), slot_tensors("v", [x, y])
+    )
     assert lower.index.tolist() == [kept]
     assert upper.index is lower.index
     assert upper.direction is lower.direction
@@ -70,34 +72,34 @@ def test_retention_both_ways_on_a_planted_outlier(name, kept, part):
     assert outlier < 1e-6 if name == "minicache" else outlier > 0.9
 
 
-def test_merging_starts_in_the_middle(part):
+def test_merging_starts_in_the_middle(slot_tensors):
     data = [noise(1, 10, 2, 4, seed=i) for i in range(7)]
-    codes, _ = parse("minicache").encode(part("k", data), part("v", data))
+    codes, _ = parse("minicache").encode(slot_tensors("k", data), slot_tensors("v", data))
     assert [code is None for code in codes] == [True, True, True, False, False, False, False]
-    codes, _ = parse("minicache:start=4").encode(part("k", data), part("v", data))
+    codes, _ = parse("minicache:start=4").encode(slot_tensors("k", data), slot_tensors("v", data))
     assert [code is None for code in codes] == [True, True, True, True, False, False, True]
     with pytest.raises(UserError, match="no two neighbours of one shape from slot 1 on, of 2; allowed: start up to 0"):
-        parse("minicache").encode(part("k", data[:2]), None)
+        parse("minicache").encode(slot_tensors("k", data[:2]), None)
 
 
 def test_rope_does_not_matter_to_merging(decoder, tokens, filled):
-    """Both of a pair are turned alike, so merging before and after RoPE is the same."""
+    """RoPE rotates both of a pair by the same angle, so merging before and after it is the same."""
     engine, cache = filled(decoder(n_layers=2), tokens(1, 12))
     method = parse("minicache:gamma=0.0,start=0,sinks=0")
     found = engine.compress(cache, method).stores[0].prefix.read().k
-    held = engine.filled(cache)
-    ((keys, values),) = held.parts(before_rope=True)
-    before = held.rotation(0).redo(method.encode(keys, values)[0][0].decode())
+    cached = engine.compressible(cache)
+    ((keys, values),) = cached.tensors(before_rope=True)
+    before = cached.rotation(0).redo(method.encode(keys, values)[0][0].decode())
     torch.testing.assert_close(found, before, atol=1e-5, rtol=1e-5)
 
 
-def test_rows_kept_of_a_batch_and_padding(part):
+def test_rows_kept_of_a_batch_and_padding(slot_tensors):
     x, y = planted()
     a, b = planted(far=7)
     plain = torch.cat((x, a)), torch.cat((y, b))
     padded = [torch.cat((noise(2, 3, 1, 4), t), dim=1) for t in plain]
     text = (torch.arange(15) >= 3).expand(2, -1)
-    (lower, _), _ = parse("minicache:start=0").encode(part("k", padded, text), part("v", padded, text))
+    (lower, _), _ = parse("minicache:start=0").encode(slot_tensors("k", padded, text), slot_tensors("v", padded, text))
     assert lower.index.tolist() == [[6], [10]]
 
 
@@ -120,17 +122,17 @@ def fill(model, ids, spec, calibration=None):
     method.prepare(engine, ids if calibration is None else calibration)
     cache = engine.new_cache()
     with method.watch(engine):
-        for part in ids.split(7, dim=1):
-            engine.hidden(part, cache)
+        for some in ids.split(7, dim=1):
+            engine.hidden(some, cache)
     return engine, cache, method
 
 
 def test_factors_of_stacked_projections():
     layers = [(noise(6, 20, seed=i), noise(6, 20, seed=10 + i)) for i in range(2)]
-    left, shared = factored(layers, None)
+    left, shared = factorize(layers, None)
     for m, pair in zip(left, layers, strict=True):
         torch.testing.assert_close(m @ shared, torch.cat(pair), atol=1e-5, rtol=1e-4)
-    left, shared = factored(layers, 9)
+    left, shared = factorize(layers, 9)
     stacked = torch.cat([w for pair in layers for w in pair]).double()
     error = (torch.cat(left).double() @ shared.double() - stacked).square().sum()
     assert error.item() == pytest.approx(torch.linalg.svdvals(stacked)[9:].square().sum().item(), rel=1e-4)
@@ -161,8 +163,8 @@ def test_merged_latents_are_stored_once_and_others_kept(decoder, tokens):
     assert all(code.latents.merged is codes[0].latents.merged for code in codes)
     assert index.shape == (2, 8)  # half of 24 - 2 - 6
     assert index.max() < 16  # the sinks are not among the tokens that are counted here
-    held = engine.filled(cache)
-    ((keys, _),) = held.parts(before_rope=True, sinks=held.sinks(2))
+    cached = engine.compressible(cache)
+    ((keys, _),) = cached.tensors(before_rope=True, sinks=cached.sinks(2))
     for row in range(2):
         kept = [t for t in range(22) if t not in index[row].tolist()]
         for slot in range(4):
@@ -180,14 +182,18 @@ def test_merged_latents_are_means_weighed_by_sensitivity(decoder, tokens):
     while ids.shape[1] < 20:  # text that the model expects
         ids = torch.cat((ids, torch.multinomial(model(ids)[:, -1].softmax(-1), 1, generator=draw)), dim=1)
     engine, cache, method = fill(model, ids, "commonkv:merge=1.0,sinks=0,recent=0")
-    weights = method._shares([0, 1, 2, 3])
-    assert list(method.facts()["sensitivity"]) == ["0", "1", "2", "3"]
-    assert sum(weights) == pytest.approx(1)
-    assert max(weights) > 2 * min(weights)
+    sensitivity = method.facts()["sensitivity"]
+    assert list(sensitivity) == ["0", "1", "2", "3"]
+    assert max(sensitivity.values()) > 2 * min(sensitivity.values())
     merged = engine.compress(cache, method).stores[0].prefix.k.latents.merged
-    _, shared = method._factored((0, 1, 2, 3))
-    latents = [F.linear(torch.cat(method._inputs[slot], dim=1), shared) for slot in range(4)]
-    expected = sum(w * z for w, z in zip(weights, latents, strict=True))
+    projections, inputs = [engine.projections(slot) for slot in range(4)], []
+    hooks = [k.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for k, _ in projections]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    _, shared = factorize([(k.weight, v.weight) for k, v in projections], None)
+    weights = [loss / sum(sensitivity.values()) for loss in sensitivity.values()]
+    expected = sum(w * F.linear(x, shared) for w, x in zip(weights, inputs, strict=True))
     torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -210,8 +216,9 @@ def test_commonkv_refuses_what_it_cannot_do(decoder, tokens, filled):
     method.release()
     with pytest.raises(UserError, match=r"compress it before the next one and before release\(\)"):
         engine.compress(cache, method)
-    engine, cache, method = fill(decoder(), tokens(1, 20), "commonkv")
-    method._sensitivity = None
+    method = parse("commonkv")
+    with method.watch(engine):
+        engine.hidden(tokens(1, 20), cache := engine.new_cache())
     with pytest.raises(UserError, match=r"not calibrated: call prepare\(engine, ids\) first, or weights=equal"):
         engine.compress(cache, method)
 
@@ -239,7 +246,7 @@ def test_methods_that_cannot_compress_again_say_so_at_once(name):
 def test_a_dropped_slot_is_read_from_another_and_costs_nothing(kind, decoder, llama, tokens):
     model, ids = decoder(n_layers=4) if kind == "cllm" else llama(), tokens(2, 28)
     engine, cache, method = fill(model, ids[:, :20], "kvsharer:share=1,threshold=0.0")
-    ((upper, lower),) = method.follows().items()
+    ((upper, lower),) = method.shares().items()
     assert lower < upper
     compressed = engine.compress(cache, method)
     assert compressed.nbytes() == engine.nbytes(cache) * 3 // 4
@@ -248,7 +255,7 @@ def test_a_dropped_slot_is_read_from_another_and_costs_nothing(kind, decoder, ll
     engine.logits(ids[:, 20:24], compressed)
     assert compressed.nbytes() * 4 == engine.nbytes(cache) // 20 * 24 * 3  # tokens to come are dropped too
     if kind == "cllm":
-        assert isinstance(compressed.stores[upper], FollowingSlot)
+        assert isinstance(compressed.stores[upper], SharingSlot)
         assert torch.equal(compressed.stores[upper].last(24, 24).k, compressed.stores[lower].last(24, 24).k)
 
 
@@ -271,12 +278,12 @@ def test_dissimilar_pairs_are_tried_first_and_the_threshold_holds(decoder, token
         method = parse(f"kvsharer:threshold={threshold}")
         assert method.facts() == {}
         method.prepare(engine, ids)
-        assert list(method.follows()) == [3]
-        assert json.loads(json.dumps(method.facts())) == {"reads": {"3": method.follows()[3]}}
+        assert list(method.shares()) == [3]
+        assert json.loads(json.dumps(method.facts())) == {"reads": {"3": method.shares()[3]}}
     with pytest.raises(UserError, match=r"only \d of share=4 slots can be dropped with threshold=0.9"):
         parse("kvsharer:share=4,threshold=0.9").prepare(engine, ids)
     with pytest.raises(UserError, match="not calibrated"):
-        parse("kvsharer").follows()
+        parse("kvsharer").shares()
 
 
 def test_a_shared_cache_follows_the_batch(decoder, tokens):

@@ -9,9 +9,8 @@ import torch
 
 from cllm.errors import UserError
 from cllm.posthoc.lowrank import LowRank
-from cllm.posthoc.methods import parse
-from cllm.posthoc.packing import pack, unpack
-from cllm.posthoc.quantize import bits_per_number
+from cllm.posthoc.quantize import Quantized, pack, unpack
+from cllm.posthoc.registry import parse
 
 
 def noise(*shape, seed=0):
@@ -36,10 +35,10 @@ def closed_form(x, bits):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_kivi_is_its_closed_form(bits, part):
+def test_kivi_is_its_closed_form(bits, slot_tensors):
     k, v = noise(2, 29, 2, 8), noise(2, 29, 2, 8, seed=1)
     method = parse(f"kivi:bits={bits},group=8,residual=4")
-    (found_k,), (found_v,) = method.encode(part("k", [k]), part("v", [v]))
+    (found_k,), (found_v,) = method.encode(slot_tensors("k", [k]), slot_tensors("v", [v]))
     assert torch.equal(found_k.decode()[:, 24:], k[:, 24:])  # 25 may be quantised, 24 are three groups
     assert torch.equal(found_v.decode()[:, 24:], v[:, 24:])
     for group in range(3):  # of 8 tokens, for each channel
@@ -59,18 +58,20 @@ def test_bytes_of_kivi(sinks, coded, decoder, tokens, filled):
     assert compressed.nbytes() == 2 * 3 * 2 * per_tensor
 
 
-def test_padding_does_not_widen_a_group(part):
+def test_padding_does_not_widen_a_group(slot_tensors):
     k = noise(2, 16, 1, 8)
     padded = torch.cat((1e3 * torch.ones(2, 8, 1, 8), k), dim=1)
     text = (torch.arange(24) >= 8).expand(2, -1)
     method = parse("kivi:bits=4,group=12,residual=0")  # the first group has 4 tokens of text
-    found = method._code_part(part("k", [padded], text))[0].decode()[:, 8:]
+    found = method.encode(slot_tensors("k", [padded], text), None)[0][0].decode()[:, 8:]
     assert (found - k).abs().max() < (k.max() - k.min()) / 15
 
 
-def test_xquant_shares_codes_of_pairs_and_keeps_scales(part):
+def test_xquant_shares_codes_of_pairs_and_keeps_scales(slot_tensors):
     data = [noise(2, 32, 2, 8, seed=i) for i in range(5)]
-    codes, _ = parse("xquant:bits=2,group=8,residual=0,eta=0.1").encode(part("k", data), part("v", data))
+    codes, _ = parse("xquant:bits=2,group=8,residual=0,eta=0.1").encode(
+        slot_tensors("k", data), slot_tensors("v", data)
+    )
     shared = [a.packed is b.packed for a, b in itertools.pairwise(codes)]
     assert shared == [True, False, True, False]
     # A shared slot: the pair's codes, drawn in endpoints of its own.
@@ -82,21 +83,32 @@ def test_xquant_shares_codes_of_pairs_and_keeps_scales(part):
         scale = (high - low) / 3
         expected = q * (1 - 0.2) * scale + low + 0.1 * 3 * scale
         torch.testing.assert_close(code.decode().flatten(2).unflatten(1, (-1, 8)), expected, atol=1e-5, rtol=1e-5)
-    late, _ = parse("xquant:group=8,residual=0,share_k=2").encode(part("k", data), part("v", data))
+    late, _ = parse("xquant:group=8,residual=0,share_k=2").encode(slot_tensors("k", data), slot_tensors("v", data))
     assert [a.packed is b.packed for a, b in itertools.pairwise(late)] == [False, False, True, False]
 
 
-def test_xquant_is_below_1_4_bits_with_its_scales(part):
+def bits_per_element(codes, *, scales):
+    """Bits of the quantised tokens of `codes` per element, shared codes counted once."""
+    coded = [code for code in codes if isinstance(code, Quantized)]
+    elements = sum(code.scale.numel() * code.size for code in coded)
+    packed = {id(code.packed): code.packed.nbytes for code in coded}
+    extra = sum(code.scale.nbytes + code.zero.nbytes for code in coded) if scales else 0
+    return 8 * (sum(packed.values()) + extra) / elements
+
+
+def test_xquant_is_below_1_4_bits_with_its_scales(slot_tensors):
     data = [noise(1, 256, 2, 64, seed=i).bfloat16() for i in range(4)]
-    for method, codes_alone, whole in (("kivi", 2.0, 2.25), ("xquant", 1.0, 1.25)):
-        for found in parse(f"{method}:bits=2,group=128,residual=0").encode(part("k", data), part("v", data)):
-            assert bits_per_number(found, scales=False) == codes_alone
-            assert bits_per_number(found) == whole
+    for method, codes_alone, with_scales in (("kivi", 2.0, 2.25), ("xquant", 1.0, 1.25)):
+        for codes in parse(f"{method}:bits=2,group=128,residual=0").encode(
+            slot_tensors("k", data), slot_tensors("v", data)
+        ):
+            assert bits_per_element(codes, scales=False) == codes_alone
+            assert bits_per_element(codes, scales=True) == with_scales
 
 
-def test_a_quantiser_on_top_of_factors(part, decoder, tokens, filled):
+def test_a_quantiser_on_top_of_factors(slot_tensors, decoder, tokens, filled):
     data = [noise(2, 64, 2, 8, seed=i) for i in range(4)]
-    keys, values = part("k", data), part("v", data)
+    keys, values = slot_tensors("k", data), slot_tensors("v", data)
     plain, _ = parse("xkv:group=4,rank_k=16,rank_v=16").encode(keys, values)
     coded, _ = parse("xkv:group=4,rank_k=16,rank_v=16+kivi:bits=8,group=32,residual=0").encode(keys, values)
     assert all(isinstance(code, LowRank) and code.a is coded[0].a for code in coded)
@@ -110,23 +122,23 @@ def test_a_quantiser_on_top_of_factors(part, decoder, tokens, filled):
     assert small.nbytes() == 4 * (40 * 8 // 2 + 2 * 4 * 8 + 4 * 32 * 8)
 
 
-def test_a_quantiser_on_top_of_merged_slots(part):
+def test_a_quantiser_on_top_of_merged_slots(slot_tensors):
     """Directions, kept rows and the slots below the middle are coded."""
     data = [noise(2, 64, 2, 16, seed=i) for i in range(4)]
     merged, rest = "minicache:gamma=0.3", "group=16,residual=0"
     plain, fine, coarse = (
-        parse(merged + coder).encode(part("k", data), part("v", data))[0]
+        parse(merged + coder).encode(slot_tensors("k", data), slot_tensors("v", data))[0]
         for coder in ("", f"+kivi:bits=8,{rest}", f"+kivi:bits=4,{rest}")
     )
     assert coarse[2].direction is coarse[3].direction
     assert torch.equal(coarse[2].index, plain[2].index)
     kept = plain[2].index.shape[1]
-    whole = kept // 16 * 16  # rows that are coded
+    coded = kept // 16 * 16  # rows
     tensor = 64 * 32 // 2 + 4 * 2 * 64 * 32 // 16  # codes, scale and zero
-    rows = whole * 16 // 2 + 4 * 2 * whole + 4 * 16 * (kept - whole)
+    rows = coded * 16 // 2 + 4 * 2 * coded + 4 * 16 * (kept - coded)
     expected = 3 * tensor + 2 * 4 * 64 * 2 + 2 * rows + 4 * kept  # two slots and directions, lengths, rows, places
-    held = {id(t): t.nbytes for code in coarse for t in code.tensors()}
-    assert sum(held.values()) == 2 * expected
+    nbytes = {id(t): t.nbytes for code in coarse for t in code.tensors()}
+    assert sum(nbytes.values()) == 2 * expected
     for i in range(4):
         exact = data[i] if plain[i] is None else plain[i].decode()
         errors = [((codes[i].decode() - exact).norm() / exact.norm()).item() for codes in (fine, coarse)]
@@ -134,20 +146,22 @@ def test_a_quantiser_on_top_of_merged_slots(part):
         assert 5 * errors[0] < errors[1] < 0.2
 
 
-def test_minicache_with_4_bits_is_near_the_ratio_of_its_paper(part):
+def test_minicache_with_4_bits_is_near_the_ratio_of_its_paper(slot_tensors):
     """5.02x."""
     data = [noise(1, 512, 2, 128, seed=i).bfloat16() for i in range(8)]
-    codes, _ = parse("minicache:gamma=0.0+kivi:bits=4,group=128,residual=0").encode(part("k", data), part("v", data))
-    held = {id(t): t.nbytes for code in codes for t in code.tensors()}
-    assert 4.8 < sum(t.nbytes for t in data) / sum(held.values()) < 5.1
+    codes, _ = parse("minicache:gamma=0.0+kivi:bits=4,group=128,residual=0").encode(
+        slot_tensors("k", data), slot_tensors("v", data)
+    )
+    nbytes = {id(t): t.nbytes for code in codes for t in code.tensors()}
+    assert 4.8 < sum(t.nbytes for t in data) / sum(nbytes.values()) < 5.1
 
 
-def test_padding_does_not_widen_a_group_of_directions(part):
+def test_padding_does_not_widen_a_group_of_directions(slot_tensors):
     data = [noise(1, 24, 1, 8, seed=i) / 10 + 3 for i in range(2)]
     padded = [torch.cat((-torch.ones(1, 8, 1, 8), t), dim=1) for t in data]
     text = (torch.arange(32) >= 8)[None]
     exact, found = (
-        parse("minicache:start=0,gamma=0.0" + coder).encode(part("k", padded, text), None)[0][0].decode()[:, 8:]
+        parse("minicache:start=0,gamma=0.0" + coder).encode(slot_tensors("k", padded, text), None)[0][0].decode()[:, 8:]
         for coder in ("", "+kivi:bits=4,group=32,residual=0")
     )
     assert (found - exact).abs().max() < 0.1
@@ -163,7 +177,7 @@ def test_padding_does_not_widen_a_group_of_directions(part):
         ("xkv:ratio=2+xquant:share_k=3", "share_k is no option of xquant after .; allowed: bits, eta, group, residual"),
         ("minicache+xquant:share_v=3", "share_v is no option of xquant"),
         ("xkv:ratio=1+kivi:bits=8", "ratio=1 keeps every tensor as it is and has no factors to code; allowed: above 1"),
-        ("kivi+kivi", "allowed with .: xkv or svd or minicache or minicache_xkv, then kivi or xquant"),
+        ("kivi+kivi", "allowed with .: minicache or minicache_xkv or svd or xkv, then kivi or xquant"),
         ("xkv:ratio=2+svd:ratio=2", "allowed with"),
         ("xkv:ratio=2+kivi+kivi", "allowed with"),
     ],
@@ -173,12 +187,12 @@ def test_quantisers_that_do_not_fit(spec, message):
         parse(spec)
 
 
-def test_bad_options_are_refused(part, decoder, tokens, filled, llama):
-    keys = part("k", [noise(1, 20, 1, 12)])
+def test_bad_options_are_refused(slot_tensors, decoder, tokens, filled, llama):
+    keys = slot_tensors("k", [noise(1, 20, 1, 12)])
     with pytest.raises(UserError, match="nothing of 20 tokens is left to quantise with group=32, residual=128"):
         parse("kivi").encode(keys, None)
     with pytest.raises(UserError, match="group=8 does not divide the 12 channels of a token"):
-        parse("kivi:group=8,residual=0").encode(keys, part("v", keys.data))
+        parse("kivi:group=8,residual=0").encode(keys, slot_tensors("v", keys.data))
     with pytest.raises(UserError, match="bits: Input should be 1, 2, 4 or 8 got 3"):
         parse("kivi:bits=3")
     engine, cache = filled(decoder(), tokens(1, 20))

@@ -1,4 +1,4 @@
-"""Sinks: the first tokens of every sequence stay exact, take no part in a fit, and are counted."""
+"""Sinks: the first tokens of every sequence stay exact, are left out of fits, and are counted."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from cllm.kernels.decode import Stored, Visible
 from cllm.model.rope import rope_table
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.code import Rotation
-from cllm.posthoc.compress import Filled, encode
+from cllm.posthoc.compress import encode
 from cllm.posthoc.deferred import Deferred
 from cllm.posthoc.engine import engine_of
-from cllm.posthoc.methods import parse
+from cllm.posthoc.registry import parse
 from cllm.posthoc.sinks import Sinks
+from cllm.posthoc.slots import CompressibleSlots
 
 PREFIX, LENGTH, SINKS = 20, 28, 4
 FITTED = [
@@ -44,8 +45,8 @@ def with_sinks(spec, count):
 @pytest.mark.parametrize("starts", [None, [0, 0], [0, 3], [5, 7], [1, 10]])
 @pytest.mark.parametrize("count", [0, 1, 4, 10])
 def test_sinks_are_the_first_tokens_that_are_no_padding(starts, count):
-    length, since = 10, 3
-    x = torch.arange(2 * (length + since)).view(2, -1, 1)
+    length, later = 10, 3
+    x = torch.arange(2 * (length + later)).view(2, -1, 1)
     sinks = Sinks(count, length, None if starts is None else torch.tensor(starts))
     first, others = sinks.of(x[:, :length]), sinks.without(x[:, :length])
     for row in range(2):
@@ -61,8 +62,8 @@ def test_sinks_are_the_first_tokens_that_are_no_padding(starts, count):
 
 
 def planted(starts, size=20, layers=4, n=48, heads=2, dim=8):
-    """Slots much alike whose tokens fill 3 directions, keys before RoPE, but for the first token of every sequence,
-    which is `size` times as long, elsewhere, and of another direction in every slot."""
+    """Similar slots whose tokens (keys before RoPE) lie in 3 dimensions, except the first of every sequence: it is
+    `size` times as long and has a different direction in every slot."""
     draw, slots = torch.Generator().manual_seed(0), {}
 
     def normal(*shape):
@@ -77,11 +78,11 @@ def planted(starts, size=20, layers=4, n=48, heads=2, dim=8):
             k[row, start], v[row, start] = size * normal(2, heads * dim)
         slots[layer] = Slot(rotation.redo(k.unflatten(-1, (heads, dim))), v.unflatten(-1, (heads, dim)))
     total = sum(slot.k.nbytes + slot.v.nbytes for slot in slots.values())
-    return Filled(slots, frozenset(), 0, torch.tensor(starts) if any(starts) else None, total, 0, table)
+    return CompressibleSlots(slots, frozenset(), torch.tensor(starts) if any(starts) else None, total, 0, table)
 
 
 def attention(q, slot, text):
-    """Of queries (B, n, G, D) over all tokens of `slot` that are `text`."""
+    """Attention of queries (B, n, G, D) over all tokens of `slot` at which `text` is True."""
     scores = torch.einsum("bngd,btgd->bgnt", q, slot.k).masked_fill(~text[:, None, None], -torch.inf)
     return torch.einsum("bgnt,btgd->bngd", scores.softmax(-1), slot.v)
 
@@ -92,7 +93,7 @@ def change(pairs):
 
 
 DROPPED = [(spec, 2) for spec in LOSSY if "bits=2" not in spec]
-"""A sink of a usual length in a direction of its own, which low rank and merging lose, and scales do not."""
+"""A sink of normal length in a separate direction, which low rank and merging lose, and quantisers do not."""
 
 
 @pytest.mark.parametrize("starts", [[0, 0], [0, 9]])
@@ -124,7 +125,7 @@ def test_a_planted_sink_is_kept_and_harms_no_other_token(spec, starts, size):
 
 
 def compressed(model, ids, spec, *, starts=None, prefix=PREFIX, **options):
-    """`ids[:, :prefix]` in a cache that is compressed, and in one that is not."""
+    """A compressed and an uncompressed cache of `ids[:, :prefix]`."""
     cache = KVCache(model.config)
     model(ids[:, :prefix], cache=cache, starts=starts)
     return compress_cache(cache, parse(spec), **options), cache
@@ -165,7 +166,7 @@ def test_a_padded_sequence_is_what_it_is_alone(spec, room, parts, decoder, token
 
 @pytest.mark.parametrize("spec", [*FITTED, "minicache", "xkv:energy=0.5,select=4,chunk=4,outliers=0,local=0"])
 def test_a_sequence_of_fewer_tokens_than_sinks_is_exact(spec, decoder, tokens):
-    """In a batch with a longer one, and as a prefix by itself."""
+    """In a batch with a longer sequence, and alone."""
     model, ids, parts = decoder(), tokens(2, LENGTH), [1, 4, 1, 2]
     wanted = model(ids[1:, PREFIX - 3 :])[:, 3:]
     batch, _ = compressed(model, ids, spec, starts=torch.tensor([0, PREFIX - 3]))
@@ -189,7 +190,7 @@ def test_a_ratio_that_sinks_leave_no_room_for_is_refused(decoder, tokens):
 
 @pytest.mark.parametrize("starts", [None, [0, 5]])
 def test_windowed_readers_of_a_compressed_slot_see_the_right_tokens(starts, random_model, tokens, tiny_config):
-    """Sinks stand with the tokens since: a window, which counts columns, must not find them there."""
+    """Sinks are stored next to later tokens: a window, which counts columns, must not include them there."""
     layers = [{"layers": 0, "own": {}}, {"layers": "1-3", "keys": {"share": 0}, "values": {"share": 0}, "window": 6}]
     model = random_model(tiny_config(n_layers=4, kv={"layers": layers})).eval().requires_grad_(False)
     ids, starts = tokens(2, LENGTH), None if starts is None else torch.tensor(starts)
@@ -213,7 +214,7 @@ def test_sinks_stay_exact_when_all_is_compressed_again(decoder, tokens):
 
 @pytest.mark.parametrize("starts", [None, [0, 9]])
 def test_sinks_are_read_in_a_step_that_chooses_a_chunk(starts):
-    """Where nearly all attention is on the sink, one chunk besides it changes nothing."""
+    """If nearly all attention is on the sink, selecting one more chunk changes nothing."""
     filled, n = planted(starts or [0, 0]), 48
     method = parse("xkv:group=2,rank_k=4,rank_v=4,select=4,chunk=4,outliers=0,local=0")
     prefixes, _ = encode(method, filled)
@@ -245,7 +246,7 @@ SIZES = [
 @pytest.mark.parametrize("kind", ["cllm", "transformers"])
 @pytest.mark.parametrize("spec", SIZES)
 def test_bytes_are_those_of_the_other_tokens_and_of_exact_sinks(spec, kind, decoder, llama, tokens):
-    """A prefix of S tokens with s sinks: what S - s tokens without sinks take, and s tokens as they were."""
+    """S tokens with s sinks take the bytes of S - s tokens without sinks, and of s uncompressed tokens."""
     model, ids = decoder() if kind == "cllm" else llama(), tokens(2, 32)
     engine, sizes = engine_of(model), {}
     for count, length in ((3, 32), (0, 29)):
@@ -253,12 +254,14 @@ def test_bytes_are_those_of_the_other_tokens_and_of_exact_sinks(spec, kind, deco
         with method.watch(engine):
             engine.hidden(ids[:, :length], cache)
         small = engine.compress(cache, method)
-        sizes[count], whole = small.nbytes(), engine.nbytes(cache)
-        stored = [t for slot in (small.stores.values() if kind == "cllm" else small.layers) for t in held(slot)]
+        sizes[count], uncompressed = small.nbytes(), engine.nbytes(cache)
+        stored = [
+            t for slot in (small.stores.values() if kind == "cllm" else small.layers) for t in stored_tensors(slot)
+        ]
         real = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in stored if t.numel()}
         assert small.nbytes() == sum(real.values())
-    assert sizes[3] == sizes[0] + 3 * whole // 29
+    assert sizes[3] == sizes[0] + 3 * uncompressed // 29
 
 
-def held(slot):
-    return slot.tensors().values() if hasattr(slot, "tensors") else slot.held()
+def stored_tensors(slot):
+    return slot.tensors().values() if hasattr(slot, "tensors") else slot.stored()

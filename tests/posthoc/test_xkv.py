@@ -1,4 +1,4 @@
-"""xKV: what its factors are, what they cost, and that a model reads on from them."""
+"""xKV: its factors, their bytes, and decoding from them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from cllm.model.rope import apply_rope, rope_table
 from cllm.posthoc.code import Rotation
 from cllm.posthoc.lowrank import (
     energy_rank,
-    factor_numbers,
+    factor_elements,
     ranks_for_budget,
     right_vectors,
 )
-from cllm.posthoc.methods import parse
+from cllm.posthoc.registry import parse
 
 
 def decaying(tokens, channels, seed=0, batch=2):
@@ -39,9 +39,11 @@ def squared_error(codes, data):
 
 
 @pytest.mark.parametrize("tokens", [40, 100])
-def test_the_error_of_exact_svd_is_the_discarded_singular_values(part, tokens):
+def test_the_error_of_exact_svd_is_the_discarded_singular_values(slot_tensors, tokens):
     keys, values = slots(4, tokens), slots(4, tokens, seed=1)
-    codes, coded = parse("xkv:group=4,rank_k=10,rank_v=13,svd=exact").encode(part("k", keys), part("v", values))
+    codes, coded = parse("xkv:group=4,rank_k=10,rank_v=13,svd=exact").encode(
+        slot_tensors("k", keys), slot_tensors("v", values)
+    )
     for data, found, rank in ((keys, codes, 10), (values, coded, 13)):
         x = torch.cat([t.flatten(2) for t in data], dim=-1).double()
         discarded = torch.linalg.svdvals(x)[:, rank:].square().sum().item()
@@ -50,25 +52,28 @@ def test_the_error_of_exact_svd_is_the_discarded_singular_values(part, tokens):
 
 @pytest.mark.parametrize("algorithm", ["gram", "random"])
 @pytest.mark.parametrize("tokens", [40, 100, 300])
-def test_fast_paths_are_within_a_percent_of_exact(part, algorithm, tokens):
+def test_fast_paths_are_within_a_percent_of_exact(slot_tensors, algorithm, tokens):
     keys, values = slots(4, tokens), slots(4, tokens, seed=1)
     errors = [
-        squared_error(parse(f"xkv:rank_k=10,rank_v=10,svd={name}").encode(part("k", keys), part("v", values))[0], keys)
+        squared_error(
+            parse(f"xkv:rank_k=10,rank_v=10,svd={name}").encode(slot_tensors("k", keys), slot_tensors("v", values))[0],
+            keys,
+        )
         for name in ("exact", algorithm)
     ]
     assert errors[0] <= errors[1] * (1 + 1e-4)
     assert errors[1] <= errors[0] * 1.01
 
 
-def test_results_repeat(part):
-    keys, values = part("k", slots(4, 60)), part("v", slots(4, 60))
+def test_results_repeat(slot_tensors):
+    keys, values = slot_tensors("k", slots(4, 60)), slot_tensors("v", slots(4, 60))
     for algorithm in ("exact", "gram", "random"):
         once, again = (parse(f"xkv:rank_k=9,rank_v=9,svd={algorithm}").encode(keys, values)[0][1] for _ in range(2))
         assert torch.equal(once.decode(), again.decode())
 
 
-def test_groups_of_one_are_svd(part):
-    keys, values = part("k", slots(3, 30)), part("v", slots(3, 30, seed=1))
+def test_groups_of_one_are_svd(slot_tensors):
+    keys, values = slot_tensors("k", slots(3, 30)), slot_tensors("v", slots(3, 30, seed=1))
     one = parse("xkv:group=1,rank_k=5,rank_v=7").encode(keys, values)
     other = parse("svd:rank_k=5,rank_v=7").encode(keys, values)
     for found, expected in zip(one, other, strict=True):
@@ -77,50 +82,52 @@ def test_groups_of_one_are_svd(part):
         parse("svd:group=2,ratio=2")
 
 
-def test_the_last_group_may_be_short_and_keys_and_values_may_differ(part):
+def test_the_last_group_may_be_short_and_keys_and_values_may_differ(slot_tensors):
     keys, values = slots(5, 80), slots(5, 80, seed=1)
-    codes, coded = parse("xkv:group_k=2,group_v=3,rank_k=6,rank_v=8").encode(part("k", keys), part("v", values))
+    codes, coded = parse("xkv:group_k=2,group_v=3,rank_k=6,rank_v=8").encode(
+        slot_tensors("k", keys), slot_tensors("v", values)
+    )
     for found, groups in ((codes, [0, 0, 1, 1, 2]), (coded, [0, 0, 0, 1, 1])):
         for i, code in enumerate(found):
             assert [code.a is other.a for other in found] == [groups[i] == group for group in groups]
 
 
-def test_grouping_never_hurts_on_planted_shared_subspaces(part):
+def test_grouping_never_hurts_on_planted_shared_subspaces(slot_tensors):
     """Four layers in one subspace of 6 dimensions over tokens: rank 6 for all is as good as rank 6 for each."""
     draw = torch.Generator().manual_seed(0)
     basis = torch.randn(1, 100, 6, generator=draw)
     data = [(basis @ torch.randn(1, 6, 16, generator=draw)).unflatten(-1, (2, 8)) for _ in range(4)]
     noisy = [t + 0.01 * torch.randn(t.shape, generator=draw) for t in data]
-    empty = part("v", [torch.zeros_like(t) for t in data])
-    grouped = parse("xkv:group=4,rank_k=6,rank_v=1").encode(part("k", noisy), empty)[0]
-    single = parse("svd:rank_k=6,rank_v=1").encode(part("k", noisy), empty)[0]
+    empty = slot_tensors("v", [torch.zeros_like(t) for t in data])
+    grouped = parse("xkv:group=4,rank_k=6,rank_v=1").encode(slot_tensors("k", noisy), empty)[0]
+    single = parse("svd:rank_k=6,rank_v=1").encode(slot_tensors("k", noisy), empty)[0]
     assert squared_error(grouped, data) < squared_error(single, data)
     alone, together = (  # equal total rank: 4 · 2 = 1 · 8
-        squared_error(parse(spec).encode(part("k", noisy), empty)[0], noisy)
+        squared_error(parse(spec).encode(slot_tensors("k", noisy), empty)[0], noisy)
         for spec in ("svd:rank_k=2,rank_v=1", "xkv:group=4,rank_k=8,rank_v=1")
     )
     assert together < alone
 
 
-def test_energy_chooses_the_smallest_rank_that_keeps_it(part):
+def test_energy_chooses_the_smallest_rank_that_keeps_it(slot_tensors):
     values = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).double()  # squares 9, 4, 1 of 14
     assert [energy_rank(values, e) for e in (0.5, 9 / 14, 0.65, 13 / 14, 0.95, 1.0)] == [1, 1, 2, 2, 3, 3]
     keys = slots(4, 60)
-    codes = parse("xkv:energy=0.95").encode(part("k", keys), part("v", keys))[0]
+    codes = parse("xkv:energy=0.95").encode(slot_tensors("k", keys), slot_tensors("v", keys))[0]
     total = sum(t.double().square().sum().item() for t in keys)
     assert squared_error(codes, keys) <= 0.05 * total
     rank = codes[0].b.shape[-1]
-    less = parse(f"xkv:rank_k={rank - 1},rank_v=1").encode(part("k", keys), part("v", keys))[0]
+    less = parse(f"xkv:rank_k={rank - 1},rank_v=1").encode(slot_tensors("k", keys), slot_tensors("v", keys))[0]
     assert squared_error(less, keys) > 0.05 * total * 0.999
 
 
-def test_padding_does_not_weigh_in(part):
+def test_padding_does_not_weigh_in(slot_tensors):
     keys = slots(2, 40)
     padded = [torch.cat((1e3 * torch.ones(2, 7, 2, 8), t), dim=1) for t in keys]
     text = (torch.arange(47) >= 7).expand(2, -1)
     method = parse("xkv:rank_k=6,rank_v=6")
-    plain = method.encode(part("k", keys), part("v", keys))[0]
-    found = method.encode(part("k", padded, text), part("v", padded, text))[0]
+    plain = method.encode(slot_tensors("k", keys), slot_tensors("v", keys))[0]
+    found = method.encode(slot_tensors("k", padded, text), slot_tensors("v", padded, text))[0]
     for a, b in zip(plain, found, strict=True):
         torch.testing.assert_close(b.decode()[:, 7:], a.decode(), atol=1e-5, rtol=1e-4)
 
@@ -154,10 +161,10 @@ def test_keys_are_compressed_before_rope(decoder, tokens, filled):
 
 
 def test_the_papers_ratios():
-    """Numbers of the cache to numbers of its factors at 64k: xKV, table 1 and the ranks of its scripts."""
+    """Elements of the cache over elements of its factors at 64k: xKV, table 1 and the ranks of its scripts."""
 
     def ratio(layers, width, group, rank_k, rank_v, tokens=65536):
-        factors = layers // group * sum(factor_numbers(tokens, group, width, r) for r in (rank_k, rank_v))
+        factors = layers // group * sum(factor_elements(tokens, group, width, r) for r in (rank_k, rank_v))
         return 2 * layers * tokens * width / factors
 
     assert ratio(32, 1024, 4, 384, 576) == pytest.approx(8.03, abs=0.005)
@@ -167,9 +174,9 @@ def test_the_papers_ratios():
 
 
 def ranks_for_ratio(ratio, tokens, sizes):
-    """Of keys and values in groups of the same (layers, width)."""
-    whole = sum(2 * tokens * n * w for n, w in sizes)
-    return ranks_for_budget(whole / ratio, tokens, sizes, sizes, keys_to_values=1.5)
+    """Ranks for keys and values in groups of the same (layers, width)."""
+    uncompressed = sum(2 * tokens * n * w for n, w in sizes)
+    return ranks_for_budget(uncompressed / ratio, tokens, sizes, sizes, keys_to_values=1.5)
 
 
 def test_a_ratio_gives_the_papers_ranks_at_the_papers_length():
@@ -183,9 +190,9 @@ def test_a_short_last_group_gets_rank_1_at_least():
     sizes = [(8, 256), (1, 256)]
     found = ranks_for_ratio(8, 64, sizes)
     assert found[0][1] == found[1][1] == 1 < found[0][0]
-    numbers = sum(factor_numbers(64, n, w, r) for ranks in found for (n, w), r in zip(sizes, ranks, strict=True))
+    numbers = sum(factor_elements(64, n, w, r) for ranks in found for (n, w), r in zip(sizes, ranks, strict=True))
     assert numbers <= 2 * 64 * 9 * 256 / 8
-    least = sum(2 * factor_numbers(64, n, w, 1) for n, w in sizes)
+    least = sum(2 * factor_elements(64, n, w, 1) for n, w in sizes)
     assert ranks_for_budget(least, 64, sizes, sizes, keys_to_values=1.5) == ([1, 1], [1, 1])
     assert ranks_for_budget(least - 1, 64, sizes, sizes, keys_to_values=1.5) is None
 
@@ -196,19 +203,21 @@ def test_a_ratio_is_kept_and_nearly_used_up(ratio, sizes):
     tokens = 200
     ranks = ranks_for_ratio(ratio, tokens, sizes)
     pairs = list(zip((*ranks[0], *ranks[1]), sizes * 2, strict=True))
-    numbers = sum(factor_numbers(tokens, n, w, r) for r, (n, w) in pairs)
+    numbers = sum(factor_elements(tokens, n, w, r) for r, (n, w) in pairs)
     budget = sum(2 * tokens * n * w for n, w in sizes) / ratio
     assert numbers <= budget
-    assert numbers + sum(factor_numbers(tokens, n, w, 1) for n, w in sizes * 2) > min(
-        budget, sum(factor_numbers(tokens, n, w, min(tokens, n * w)) for n, w in sizes * 2)
+    assert numbers + sum(factor_elements(tokens, n, w, 1) for n, w in sizes * 2) > min(
+        budget, sum(factor_elements(tokens, n, w, min(tokens, n * w)) for n, w in sizes * 2)
     )
 
 
-def test_a_group_of_several_shapes_is_refused(part):
+def test_a_group_of_several_shapes_is_refused(slot_tensors):
     data = [torch.randn(1, 20, 2, 8), torch.randn(1, 20, 1, 8)]
     with pytest.raises(UserError, match=r"group=2: a group mixes shapes: slot 1 has \(1, 8\) a token, slot 0 has"):
-        parse("xkv:group=2,ratio=2").encode(part("k", data), part("v", data))
-    assert parse("xkv:group=1,ratio=1.2").encode(part("k", data), part("v", data))[0][1].decode().shape == (1, 20, 1, 8)
+        parse("xkv:group=2,ratio=2").encode(slot_tensors("k", data), slot_tensors("v", data))
+    assert parse("xkv:group=1,ratio=1.2").encode(slot_tensors("k", data), slot_tensors("v", data))[0][
+        1
+    ].decode().shape == (1, 20, 1, 8)
 
 
 def test_right_vectors_are_orthonormal():

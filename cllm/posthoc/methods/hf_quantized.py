@@ -1,4 +1,4 @@
-"""transformers' own quantised cache, filled and counted like the others."""
+"""transformers' `QuantizedCache`, filled and counted like the other methods."""
 
 from __future__ import annotations
 
@@ -12,47 +12,50 @@ from torch import Tensor
 from transformers.cache_utils import Cache, QuantizedCache
 
 from cllm.errors import UserError
-from cllm.posthoc.code import Code, Compressor, Part
+from cllm.posthoc.code import Codes
 from cllm.posthoc.compress import Outcome, relative_error
+from cllm.posthoc.method import Compressor
+from cllm.posthoc.registry import register
+from cllm.posthoc.slots import SlotTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
 _AXIS = {"quanto": 0, "hqq": 1}
-"""With which the numbers of a group follow each other in memory; the other axis of hqq mixes sequences and heads."""
+"""The axis for which the elements of a group are neighbours in memory; hqq's other one mixes sequences and heads."""
 
 
+@register("hf_quantized", summary="transformers' QuantizedCache, for transformers models; needs optimum-quanto or hqq")
 class HFQuantized(Compressor):
-    """transformers' `QuantizedCache`, for transformers models: groups of neighbouring numbers of a token, with a scale
-    and a zero, and the last tokens exact until there are `residual` of them, when all are quantised again.
+    """transformers' `QuantizedCache`, for transformers models: groups of neighbouring elements of a token share a scale
+    and a zero. The last tokens are exact until there are `residual` of them; then all tokens are quantised again.
 
         Q = round(X / s + z)    X' = s (Q - z)    s = (max X - min X) / (2^b - 1)    z = -min X / s
 
-    hqq moves z from there to where a norm of X - X' that forgives outliers is least (half-quadratic quantisation).
+    hqq then moves z to minimise a norm of X - X' that is robust to outliers (half-quadratic quantisation).
     """
 
-    name: ClassVar[str] = "hf_quantized"
-    once: ClassVar[str | None] = "hf_quantized has residual instead"
+    no_recompress: ClassVar[str | None] = "hf_quantized has residual instead"
 
     backend: Literal["quanto", "hqq"] = "quanto"
     """The library that quantises: quanto (2 or 4 bits) or hqq (1, 2, 3, 4 or 8)."""
     bits: Literal[1, 2, 3, 4, 8] = 4
     """Bits of a code."""
     group: int = Field(64, ge=1)
-    """Numbers that share a scale."""
+    """Elements that share a scale."""
     residual: int = Field(128, ge=1)
-    """Exact tokens before all are quantised."""
+    """Number of exact tokens at which all tokens are quantised."""
 
-    def encode(self, keys: Part, values: Part | None) -> tuple[list[Code | None], list[Code | None]]:
+    def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         raise UserError(f"{self.name}: serves transformers models only; for cllm models: kivi")
 
-    def compress_dynamic(self, cache: Cache, model: PreTrainedModel) -> _Filled:
-        """`cache` quantised. Raises `UserError` where the library is missing or refuses, or all tokens are sinks."""
+    def transformers_cache(self, cache: Cache, model: PreTrainedModel) -> _QuantizedWithSinks:
+        """`cache` quantised. Raises `UserError` if the library is missing or refuses, or all tokens are sinks."""
         if (tokens := cache.get_seq_length()) <= self.sinks:
             raise UserError(f"{self.name}: sinks={self.sinks} of {tokens} tokens; allowed: 0 to {tokens - 1}")
         try:
-            quantized = _Filled(
+            quantized = _QuantizedWithSinks(
                 self.backend, model.config, nbits=self.bits, q_group_size=self.group, residual_length=self.residual,
                 axis_key=_AXIS[self.backend], axis_value=_AXIS[self.backend],
             )  # fmt: skip
@@ -66,18 +69,18 @@ class HFQuantized(Compressor):
         return quantized
 
 
-class _Filled(QuantizedCache):
-    """A quantised cache that says what it holds, with exact sinks before it."""
+class _QuantizedWithSinks(QuantizedCache):
+    """A quantised cache after exact sinks, with a count of its bytes."""
 
     outcome: Outcome
     sinks: list[tuple[Tensor, Tensor]]
     """(B, G, s, D) keys and values of each layer."""
 
     def fill(self, cache: Cache, sinks: int) -> None:
-        """Take the tokens of `cache`, the first `sinks` exactly."""
+        """Copy the tokens of `cache`, the first `sinks` exactly."""
         seconds, errors, self.sinks = 0.0, {}, []
-        filled: list[Any] = cache.layers
-        for i, layer in enumerate(filled):
+        layers: list[Any] = cache.layers
+        for i, layer in enumerate(layers):
             began = time.perf_counter()
             exact = layer.keys[:, :, sinks:], layer.values[:, :, sinks:]
             self.sinks.append((layer.keys[:, :, :sinks].clone(), layer.values[:, :, :sinks].clone()))
@@ -95,7 +98,7 @@ class _Filled(QuantizedCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """As in transformers, sinks first."""
+        """As in transformers, with the sinks in front."""
         later = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         k, v = (torch.cat(pair, dim=-2) for pair in zip(self.sinks[layer_idx], later, strict=True))
         return k, v
@@ -108,15 +111,15 @@ class _Filled(QuantizedCache):
     def nbytes(self) -> int:
         """Bytes of codes, scales, zeros and the exact tokens."""
         total = 0
-        for layer, sinks in zip(self.layers, self.sinks, strict=True):
-            held: Any = layer
-            parts = (held._quantized_keys, held._quantized_values, held.keys, held.values, *sinks)
+        layers: list[Any] = self.layers
+        for layer, sinks in zip(layers, self.sinks, strict=True):
+            parts = (layer._quantized_keys, layer._quantized_values, layer.keys, layer.values, *sinks)
             total += sum({t.data_ptr(): t.nbytes for t in _plain(parts)}.values())
         return total
 
 
 def _plain(value: Any) -> Iterator[Tensor]:
-    """The plain tensors inside of containers and of tensor subclasses."""
+    """The plain tensors in containers and in tensor subclasses."""
     if isinstance(value, dict):
         value = tuple(value.values())
     if isinstance(value, tuple | list):

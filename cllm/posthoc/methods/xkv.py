@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from cllm.errors import UserError
-from cllm.posthoc.code import Codable, Code, Exact, Part, TensorCoder
+from cllm.posthoc.code import Code, Codes, Exact
 from cllm.posthoc.landmarks import Landmarks, landmark_bytes, make_landmarks
 from cllm.posthoc.lowrank import (
     Algorithm,
@@ -21,51 +21,58 @@ from cllm.posthoc.lowrank import (
     ranks_for_budget,
     right_vectors,
 )
-from cllm.posthoc.streams import side_by_side
+from cllm.posthoc.method import Codable, TensorCoder
+from cllm.posthoc.parallel import run_in_parallel
+from cllm.posthoc.registry import register
+from cllm.posthoc.slots import SlotTensors
 
 
+@register(
+    "xkv",
+    summary="for a group of neighbouring slots one basis over tokens, and factors for each slot",
+    sweep=("xkv:group={group},ratio={ratio}", "xkv:group={group},ratio={ratio}+kivi:bits=4,group=32,residual=0"),
+)
 class XKV(Codable):
-    """Cross-layer SVD (xKV): for a group of G layers, keys before RoPE and values each,
+    """Cross-layer SVD (xKV): for a group of G layers, separately for keys before RoPE and for values,
 
         [X_1, ..., X_G] ≈ A [B_1, ..., B_G],    A (n, r) shared over the group, B_l (r, width) of each layer
 
-    with the r leading singular vectors. Ranks are those of a group: xKV-4 at 8x of Llama-3.1-8B is
-    `xkv:group=4,rank_k=384,rank_v=576`. Exactly one of ranks, `ratio` and `energy` chooses them.
+    with the r leading singular vectors. A rank is that of a group: xKV-4 at 8x of Llama-3.1-8B is
+    `xkv:group=4,rank_k=384,rank_v=576`. Exactly one of ranks, `ratio` and `energy` determines the ranks.
     """
 
-    name: ClassVar[str] = "xkv"
     keys_before_rope: ClassVar[bool] = True
 
     group: int = Field(4, ge=1)
-    """Slots that share a basis, neighbours; the last group may be short."""
+    """Neighbouring slots that share a basis; the last group may be smaller."""
     group_k: int | None = Field(None, ge=1)
-    """For keys and latents, where it differs."""
+    """`group` for keys and latents; null: the same."""
     group_v: int | None = Field(None, ge=1)
-    """For values, where it differs."""
+    """`group` for values; null: the same."""
     rank_k: int | None = Field(None, ge=1)
     """Rank of a group's keys, or latents."""
     rank_v: int | None = Field(None, ge=1)
     """Rank of a group's values."""
     ratio: float | None = Field(None, ge=1)
-    """Bytes of the whole cache to those held after, at this length and before a quantiser after +: windows, states,
-    RoPE keys of latents, sinks and landmarks count, and factors make up for them. Ranks of keys and values are 1 : 1.5,
-    as in the paper. 1 keeps every tensor as it is."""
+    """Bytes of the uncompressed cache over bytes of the compressed one, at this length and before a quantiser after +.
+    Windows, states, RoPE keys of latents, sinks and landmarks count, so factors are smaller to make up for them. Ranks
+    of keys and values are 1 : 1.5, as in the paper. 1 stores every tensor as it is."""
     energy: float | None = Field(None, gt=0, le=1)
-    """The share of Σσ² that every group keeps, in every sequence."""
+    """Share of Σσ² that every group keeps, in every sequence."""
     svd: Algorithm = "gram"
     """`exact`, `gram`, `random` or `power`, from slow to fast; see `lowrank.py`."""
     products: Products = "fp32"
-    """`fp32`, `tf32` or `bf16`: what products with the cached tensors are rounded to, in `svd=random` and
-    `svd=power` and for A."""
+    """`fp32`, `tf32` or `bf16`: precision of products with the cached tensors, in `svd=random`, `svd=power` and for
+    A."""
     select: int | None = Field(None, ge=1)
-    """Compressed tokens that a pass of one token reads, for each KV head, by `landmarks.py`; null: all."""
+    """Compressed tokens per KV head that a decode step reads, selected by `landmarks.py`; null: all."""
     chunk: int = Field(8, ge=1)
-    """Tokens that are chosen together, by their mean key."""
+    """Tokens that are selected together, by their mean key."""
     outliers: int | None = Field(None, ge=0)
-    """Chunks of each KV head that are always read, their keys kept exact; null: 24 for every 1024 of `select`, as in
+    """Chunks of each KV head that are always read, with exact keys; null: 24 for every 1024 of `select`, as in
     ShadowKV."""
     local: int = Field(4, ge=0)
-    """Last full chunks, which are always read like outliers, and with them what is left of a chunk after."""
+    """Last full chunks that are always read, like outliers, with the rest of a chunk after them."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -97,7 +104,7 @@ class XKV(Codable):
             raise ValueError("ratio=1 keeps every tensor as it is and has no factors to code; allowed: above 1")
         return super().coded_by(coder)
 
-    def encode(self, keys: Part, values: Part | None) -> tuple[list[Code | None], list[Code | None]]:
+    def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         if self.select is not None and values is None:
             raise UserError(f"{self.name}: select={self.select}: the slots are latents; allowed: keys and values")
         groups_k = keys.groups(self.group_k or self.group)
@@ -105,12 +112,12 @@ class XKV(Codable):
         if self.ratio == 1:
             return [None] * len(keys.slots), [None] * len(keys.slots)
         ranks_k, ranks_v = self._ranks(keys, groups_k, values, groups_v)
-        codes_k: list[Code | None] = [None] * len(keys.slots)
-        codes_v: list[Code | None] = [None] * len(keys.slots)
+        codes_k: Codes = [None] * len(keys.slots)
+        codes_v: Codes = [None] * len(keys.slots)
         jobs = [(keys, group, rank, codes_k) for group, rank in zip(groups_k, ranks_k, strict=True)]
         if values is not None:
             jobs += [(values, group, rank, codes_v) for group, rank in zip(groups_v, ranks_v, strict=True)]
-        side_by_side([partial(self._code, *job) for job in jobs], keys.data[0].device)
+        run_in_parallel([partial(self._code, *job) for job in jobs], keys.data[0].device)
         return codes_k, codes_v
 
     def check_all_sinks(self, tokens: int) -> None:
@@ -121,23 +128,23 @@ class XKV(Codable):
             )
 
     @property
-    def chooses(self) -> bool:
+    def selects_tokens(self) -> bool:
         return self.select is not None
 
-    def landmarks(self, k: Tensor, text: Tensor | None) -> Landmarks | None:
+    def landmarks(self, k: Tensor, is_text: Tensor | None) -> Landmarks | None:
         if self.select is None:
             return None
-        return make_landmarks(k, text, budget=self.select, **self._chunks(self.select))
+        return make_landmarks(k, is_text, budget=self.select, **self._chunks(self.select))
 
     def _chunks(self, select: int) -> dict[str, int]:
-        """How chunks are made, and how many of them are always read."""
+        """The size of chunks, and how many are always read: arguments of `make_landmarks`."""
         outliers = 24 * select // 1024 if self.outliers is None else self.outliers
         return {"chunk": self.chunk, "outliers": outliers, "local": self.local}
 
     def _ranks(
-        self, keys: Part, groups_k: list[list[int]], values: Part | None, groups_v: list[list[int]]
+        self, keys: SlotTensors, groups_k: list[list[int]], values: SlotTensors | None, groups_v: list[list[int]]
     ) -> tuple[list[int | None], list[int | None]]:
-        """The rank of each group; None: as many as `energy` needs."""
+        """The rank of each group; None: as `energy` needs."""
         if self.energy is not None:
             return [None] * len(groups_k), [None] * len(groups_v)
         sizes_k, sizes_v = _sizes(keys, groups_k), _sizes(values, groups_v) if values else []
@@ -158,58 +165,57 @@ class XKV(Codable):
         return [ranks[0]] * len(groups_k), [ranks[1]] * len(groups_v)
 
     def _ranks_for_ratio(
-        self, ratio: float, keys: Part, sizes_k: list[tuple[int, int]], sizes_v: list[tuple[int, int]]
+        self, ratio: float, keys: SlotTensors, sizes_k: list[tuple[int, int]], sizes_v: list[tuple[int, int]]
     ) -> tuple[list[int | None], list[int | None]]:
         tokens = keys.data[0].shape[1]
-        whole = keys.whole or sum(tokens * n * w for n, w in (*sizes_k, *sizes_v))
-        stays = keys.stays
+        uncompressed = keys.uncompressed_elements or sum(tokens * n * w for n, w in (*sizes_k, *sizes_v))
+        fixed = keys.incompressible_elements
         if self.select is not None:
             size, chunks = keys.dtype.itemsize, self._chunks(self.select)
-            stays += sum(landmark_bytes(k.shape, size, **chunks) for k in keys.data) / size
-        if stays * ratio >= whole:
+            fixed += sum(landmark_bytes(k.shape, size, **chunks) for k in keys.data) / size
+        if fixed * ratio >= uncompressed:
             raise UserError(
-                f"{self.name}: ratio={ratio:g}: at {keys.tokens} tokens {stays / whole:.0%} of the cache stay as they "
-                "are (windows, states, RoPE keys of latents, sinks) or are landmarks; allowed: below "
-                f"{whole / stays:.2f}"
+                f"{self.name}: ratio={ratio:g}: at {keys.tokens} tokens {fixed / uncompressed:.0%} of the cache stay "
+                "as they are (windows, states, RoPE keys of latents, sinks) or are landmarks; allowed: below "
+                f"{uncompressed / fixed:.2f}"
             )
-        found = ranks_for_budget(whole / ratio - stays, tokens, sizes_k, sizes_v, keys_to_values=1.5)
-        if found is None:
-            beside = f"and the {stays / whole:.0%} of the cache that stay" if stays else "alone"
+        ranks = ranks_for_budget(uncompressed / ratio - fixed, tokens, sizes_k, sizes_v, keys_to_values=1.5)
+        if ranks is None:
+            others = f"and the {fixed / uncompressed:.0%} of the cache that stay" if fixed else "alone"
             raise UserError(
                 f"{self.name}: ratio={ratio:g}: at {keys.tokens} tokens the bases of {max(n for n, _ in sizes_k)} "
-                f"slots {beside} exceed it, even at rank 1; allowed: a lower ratio, smaller groups, or more tokens"
+                f"slots {others} exceed it, even at rank 1; allowed: a lower ratio, smaller groups, or more tokens"
             )
-        return list(found[0]), list(found[1])
+        return list(ranks[0]), list(ranks[1])
 
-    def _code(self, part: Part, group: list[int], rank: int | None, codes: list[Code | None]) -> None:
+    def _code(self, tensors: SlotTensors, group: list[int], rank: int | None, codes: Codes) -> None:
         """Write the codes of the slots of `group` into `codes`."""
-        # Products in bf16 read half of the bytes, values as they are cached.
+        # Products in bf16 read half of the bytes, and cached values are bf16 already.
         dtype = torch.bfloat16 if self.products == "bf16" else torch.float32
-        x = torch.cat([part.flat(i, dtype=dtype) for i in group], dim=-1)  # B, n, layers · width
+        x = torch.cat([tensors.flat(i, dtype=dtype) for i in group], dim=-1)  # B, n, layers · width
         vectors, spectrum = right_vectors(x, self.svd, rank, self.products)
         if rank is None:
             assert spectrum is not None
             assert self.energy is not None
             vectors = vectors[..., : energy_rank(spectrum, self.energy)]
         rows = multiply(x, vectors, self.products)  # B, n, r
-        # Columns of A differ in size by orders of magnitude, as the keys' channels do: coded like keys.
-        a: Code = Exact(rows.to(part.dtype))
+        # The columns of A differ by orders of magnitude, like channels of keys, so they are coded per column.
+        a: Code = Exact(rows.to(tensors.dtype))
         if self._coder is not None:
-            a = self._coder.code(rows, "k", part.dtype, (rows.shape[2],))
-        width = tuple(part.data[group[0]].shape[2:])
+            a = self._coder.code(rows, "k", tensors.dtype, (rows.shape[2],))
+        width = tuple(tensors.data[group[0]].shape[2:])
         for i, b in zip(group, vectors.chunk(len(group), dim=1), strict=True):
-            codes[i] = LowRank(a, b.to(part.dtype, copy=True).contiguous(), width)
+            codes[i] = LowRank(a, b.to(tensors.dtype, copy=True).contiguous(), width)
 
 
+@register("svd", summary="as xkv, for each slot separately", sweep=("svd:ratio={ratio}",))
 class SVD(XKV):
-    """The same for each layer by itself: `xkv` with groups of one."""
-
-    name: ClassVar[str] = "svd"
+    """The same for each layer separately: `xkv` with groups of one."""
 
     group: int = Field(1, ge=1, le=1)
-    """1."""
+    """No other value is allowed."""
 
 
-def _sizes(part: Part, groups: list[list[int]]) -> list[tuple[int, int]]:
+def _sizes(tensors: SlotTensors, groups: list[list[int]]) -> list[tuple[int, int]]:
     """(layers, width) of each group."""
-    return [(len(group), part.data[group[0]].flatten(2).shape[2]) for group in groups]
+    return [(len(group), tensors.data[group[0]].flatten(2).shape[2]) for group in groups]

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from cllm.posthoc import streams
-from cllm.posthoc.streams import side_by_side
+from cllm.posthoc import parallel
+from cllm.posthoc.parallel import run_in_parallel
 
 GPU = torch.device("cuda:0")
 
@@ -47,7 +47,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> threading.local:
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current.stream)
-    monkeypatch.setattr(streams, "_lanes", {})
+    monkeypatch.setattr(parallel, "_workers", {})
     return current
 
 
@@ -66,7 +66,7 @@ def test_every_stream_has_a_thread_of_its_own_and_keeps_it(here: threading.local
         done: list[tuple[int, Any, str]] = []
         Stream.waits.clear()
         with torch.no_grad():
-            side_by_side(jobs(20, here, done), GPU)
+            run_in_parallel(jobs(20, here, done), GPU)
         assert sorted(i for i, _, _ in done) == list(range(20))
         pairs.append({(stream, thread) for _, stream, thread in done})
         used = {stream for stream, _ in pairs[-1]}
@@ -82,12 +82,12 @@ def test_what_a_job_raises_comes_after_the_others(here: threading.local) -> None
 
     done: list[tuple[int, Any, str]] = []
     with torch.no_grad(), pytest.raises(ValueError, match="no"):
-        side_by_side([fail, *jobs(5, here, done)], GPU)
+        run_in_parallel([fail, *jobs(5, here, done)], GPU)
     assert len(done) == 5
     assert sum(first is here.main for first, _ in Stream.waits) == 6, "and nothing is left unwaited for"
 
 
 def test_on_a_cpu_jobs_are_done_in_turn() -> None:
     done: list[int] = []
-    side_by_side([lambda i=i: done.append(i) for i in range(3)], torch.device("cpu"))  # type: ignore[misc]
+    run_in_parallel([lambda i=i: done.append(i) for i in range(3)], torch.device("cpu"))  # type: ignore[misc]
     assert done == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""CommonKV (arXiv 2508.16134): layers whose projections share a factor, and latents that neighbours share."""
+"""CommonKV (arXiv 2508.16134): layers whose projections share a factor, and latents that neighbouring layers share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +14,16 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from cllm.errors import UserError
-from cllm.posthoc.code import Code, Compressor, Exact, Part
-from cllm.posthoc.held import Held
-
-if TYPE_CHECKING:
-    from cllm.posthoc.engine import Engine
+from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.method import Compressor, Engine
+from cllm.posthoc.registry import register
+from cllm.posthoc.slots import SlotTensors
+from cllm.posthoc.tensor_tree import TensorTree
 
 
 class Weight:
-    """A matrix (2 · width, r) and a bias (2 · width,) or None: a layer's part of the factored projections. It belongs
-    to the method, serves every cache, and is none of a cache's tensors."""
+    """A layer's factor of the projections: a matrix (2 · width, r) and a bias (2 · width,) or None. It belongs to the
+    method, which uses it for all caches, and does not count as a cache's tensor."""
 
     def __init__(self, matrix: Tensor, bias: Tensor | None):
         self.matrix, self.bias = matrix, bias
@@ -36,15 +36,16 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Latents(Held):
-    """What a slot stores of its tokens, for keys and values together."""
+class Latents(TensorTree):
+    """The latents that a slot stores, for keys and values together."""
 
     merged: Tensor
-    """(B, m, r): one latent for all slots of a group, held once."""
+    """(B, m, r): latents of the merged tokens, shared by the slots of a group."""
     index: Tensor
-    """int32 (B, m): which tokens those are, ascending. Held once by a group."""
+    """int32 (B, m): the merged tokens, ascending; shared by the group."""
     own: Tensor | None
-    """(B, n - m, r): the slot's latents of the other tokens; None where keys and values themselves are smaller."""
+    """(B, n - m, r): the slot's latents of the other tokens; None if storing their keys and values takes fewer
+    bytes."""
     length: int
 
 
@@ -54,32 +55,32 @@ class Projected(Code):
 
     latents: Latents
     rest: Tensor | None
-    """(B, n - m, width): the tokens that are not merged, where `latents.own` has none."""
+    """(B, n - m, width): the tokens that are not merged, if `latents.own` is None."""
     weight: Weight
     kind: Literal["k", "v"]
     dtype: torch.dtype
     width: tuple[int, ...]
 
     def decode(self) -> Tensor:
-        index, held = self.latents.index.long(), self.latents
-        merged = self.weight.project(held.merged, self.kind)
-        rest = self.rest if held.own is None else self.weight.project(held.own, self.kind)
+        index, latents = self.latents.index.long(), self.latents
+        merged = self.weight.project(latents.merged, self.kind)
+        rest = self.rest if latents.own is None else self.weight.project(latents.own, self.kind)
         assert rest is not None
-        out = merged.new_zeros((len(merged), held.length, merged.shape[2]))
+        out = merged.new_zeros((len(merged), latents.length, merged.shape[2]))
         out = out.scatter(1, index[..., None].expand_as(merged), merged)
-        others = others_of(index, held.length)
+        others = others_of(index, latents.length)
         out = out.scatter(1, others[..., None].expand_as(rest), rest.float())
         return out.to(self.dtype).unflatten(-1, self.width)
 
 
 def others_of(index: Tensor, length: int) -> Tensor:
-    """(B, length - m): the places below `length` that are not in `index` (B, m), ascending."""
+    """(B, length - m): the indices below `length` that are not in `index` (B, m), ascending."""
     free = torch.ones(len(index), length, dtype=torch.bool, device=index.device).scatter(1, index, False)
     return free.nonzero()[:, 1].view(len(index), -1)
 
 
-def factored(projections: Sequence[tuple[Tensor, Tensor]], rank: int | None) -> tuple[list[Tensor], Tensor]:
-    """Factors of the stacked projections of a group: for layers l, [W_k; W_v]_l ≈ M_l N.
+def factorize(projections: Sequence[tuple[Tensor, Tensor]], rank: int | None) -> tuple[list[Tensor], Tensor]:
+    """Factorise the stacked projections of a group: for layers l, [W_k; W_v]_l ≈ M_l N.
 
         [W_k,1; W_v,1; ...; W_k,G; W_v,G] = U Σ Vᵀ,    M_l = U_l √Σ,    N = √Σ Vᵀ
 
@@ -97,30 +98,36 @@ def factored(projections: Sequence[tuple[Tensor, Tensor]], rank: int | None) -> 
     return list(left.split([sum(len(w) for w in pair) for pair in projections])), (root[:, None] * vt[:rank]).float()
 
 
+@register(
+    "commonkv",
+    summary="latents of jointly factorised projections, merged over a group of slots for tokens where they are alike",
+    sweep=("commonkv:group={group}",),
+)
 class CommonKV(Compressor):
-    """CommonKV: for a group of layers the projections are factored together, so that layers differ in M_l
-    only and cache latents z_l = N h_l (`factored`); the tokens whose latents are most alike share one,
+    """CommonKV: the projections of a group of layers are factorised jointly (`factorize`), so that layers differ only
+    in M_l and cache latents z_l = N h_l. Tokens whose latents are most alike store one latent for the group,
 
-        z = Σ_l w_l z_l,    w_l from how much the loss grows when keys of layer l are noise
+        z = Σ_l w_l z_l,    w_l from how much the loss grows when keys of layer l are replaced by noise
 
-    measured by the cosine of the first and the last layer's latents. Sinks and the last tokens are never merged.
-    The share of tokens that is merged is the same in every group; the paper's allocation over groups is not here.
+    Likeness is the cosine of the first and the last layer's latents. Sinks and the last tokens are never merged. The
+    share of tokens that is merged is the same in every group; the paper's allocation over groups is not implemented.
     """
 
-    name: ClassVar[str] = "commonkv"
     keys_before_rope: ClassVar[bool] = True
-    once: ClassVar[str | None] = "latents are made of what projections are given, which a compressed cache has not"
+    no_recompress: ClassVar[str | None] = (
+        "CommonKV needs the projections' inputs, which a compressed cache no longer holds"
+    )
 
     group: int = Field(4, ge=2)
-    """Slots that share projections, neighbours; the last group may be short."""
+    """Neighbouring slots whose projections are factorised jointly; the last group may be smaller."""
     merge: float = Field(0.6, ge=0, le=1)
-    """The share of tokens, between `sinks` and `recent`, that are merged."""
+    """Share of the tokens between `sinks` and `recent` that are merged."""
     rank: int | None = Field(None, ge=1)
-    """Width of the latents; null: as wide as loses nothing."""
+    """Width of the latents; null: full rank."""
     recent: int = Field(128, ge=0)
     """Last tokens that are not merged."""
     weights: Literal["sensitivity", "equal"] = "sensitivity"
-    """w_l: measured on the calibration tokens, or all alike."""
+    """w_l: measured on the calibration tokens, or all equal."""
 
     _sensitivity: dict[int, float] | None = PrivateAttr(None)
     _inputs: dict[int, list[Tensor]] = PrivateAttr(default_factory=dict)
@@ -130,7 +137,7 @@ class CommonKV(Compressor):
     @torch.no_grad()
     def prepare(self, engine: Engine, ids: Tensor) -> None:
         for slot in engine.slots():
-            engine.projections(slot)  # raises where there are none to factor
+            engine.projections(slot)  # raises if there are none
         if self.weights == "equal":
             return
         half = ids.shape[1] // 2
@@ -138,7 +145,7 @@ class CommonKV(Compressor):
             raise UserError(f"{self.name}: {ids.shape[1]} calibration tokens; allowed: 3 or more")
         cache = engine.new_cache()
         engine.hidden(ids[:, :half], cache)
-        slots = list(engine.filled(cache).slots)
+        slots = list(engine.compressible(cache).slots)
 
         def loss(slot: int) -> float:
             changed = engine.compress(cache, _Noise(slot=slot, sinks=self.sinks), measure=False)
@@ -150,7 +157,7 @@ class CommonKV(Compressor):
 
     @contextmanager
     def watch(self, engine: Engine) -> Iterator[None]:
-        """Sees what projections are given while the cache is filled: latents are made of it."""
+        """Record the inputs of the projections while the cache is filled; latents are computed from them."""
         cache_slots, handles = engine.slots(), []
         self._inputs = {slot: [] for slot in cache_slots}
         for slot in cache_slots:
@@ -172,32 +179,32 @@ class CommonKV(Compressor):
             return {}
         return {"sensitivity": {str(slot): loss for slot, loss in self._sensitivity.items()}}
 
-    def encode(self, keys: Part, values: Part | None) -> tuple[list[Code | None], list[Code | None]]:
+    def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         if values is None:
             raise UserError(f"{self.name}: a slot is a latent; allowed: slots of keys and values")
-        codes: tuple[list[Code | None], list[Code | None]] = ([None] * len(keys.slots), [None] * len(keys.slots))
+        codes: tuple[Codes, Codes] = ([None] * len(keys.slots), [None] * len(keys.slots))
         for group in keys.groups(self.group):
-            inputs = [self._seen(keys.slots[i], keys) for i in group]
+            inputs = [self._recorded(keys.slots[i], keys) for i in group]
             weights, shared = self._factored(tuple(keys.slots[i] for i in group))
             latents = [F.linear(x, shared) for x in inputs]
             stored = self._merged(latents, keys, group)
-            for i, held, weight in zip(group, stored, weights, strict=True):
-                others = others_of(held.index.long(), held.length)
-                for part, found in ((keys, codes[0]), (values, codes[1])):
+            for i, slot_latents, weight in zip(group, stored, weights, strict=True):
+                others = others_of(slot_latents.index.long(), slot_latents.length)
+                for tensors, slot_codes in ((keys, codes[0]), (values, codes[1])):
                     rest = None
-                    if held.own is None:
-                        flat = part.data[i].flatten(2)
-                        rest = flat.gather(1, others[..., None].expand(-1, -1, flat.shape[2])).to(part.dtype)
-                    width = tuple(part.data[i].shape[2:])
-                    found[i] = Projected(held, rest, weight, part.kind, part.dtype, width)
+                    if slot_latents.own is None:
+                        flat = tensors.data[i].flatten(2)
+                        rest = flat.gather(1, others[..., None].expand(-1, -1, flat.shape[2])).to(tensors.dtype)
+                    width = tuple(tensors.data[i].shape[2:])
+                    slot_codes[i] = Projected(slot_latents, rest, weight, tensors.kind, tensors.dtype, width)
         return codes
 
     def weight_bytes(self) -> int:
         factors = [weight.matrix for weights, _ in self._factors.values() for weight in weights]
         return sum(t.nbytes for t in (*factors, *(shared for _, shared in self._factors.values())))
 
-    def _seen(self, slot: int, keys: Part) -> Tensor:
-        """Inputs of the projections of `slot` (B, n, d_model), sinks left out as in `keys`."""
+    def _recorded(self, slot: int, keys: SlotTensors) -> Tensor:
+        """The inputs of the projections of `slot` (B, n, d_model), without sinks, as in `keys`."""
         seen = self._inputs.get(slot, [])
         if sum(x.shape[1] for x in seen) != keys.tokens:
             raise UserError(
@@ -209,12 +216,12 @@ class CommonKV(Compressor):
 
     def _factored(self, slots: tuple[int, ...]) -> tuple[list[Weight], Tensor]:
         if slots not in self._factors:
-            held = [self._weights[slot] for slot in slots]
-            full = min(sum(len(k) + len(v) for k, v, *_ in held), held[0][0].shape[1])
+            projections = [self._weights[slot] for slot in slots]
+            full = min(sum(len(k) + len(v) for k, v, *_ in projections), projections[0][0].shape[1])
             if self.rank is not None and self.rank > full:
                 raise UserError(f"{self.name}: rank={self.rank}; allowed for {len(slots)} slots: 1 to {full}")
-            left, shared = factored([(k, v) for k, v, *_ in held], self.rank or full)
-            biases = [None if kb is None or vb is None else torch.cat((kb, vb)).float() for *_, kb, vb in held]
+            left, shared = factorize([(k, v) for k, v, *_ in projections], self.rank or full)
+            biases = [None if kb is None or vb is None else torch.cat((kb, vb)).float() for *_, kb, vb in projections]
             self._factors[slots] = [Weight(m, b) for m, b in zip(left, biases, strict=True)], shared
         return self._factors[slots]
 
@@ -226,38 +233,38 @@ class CommonKV(Compressor):
         total = sum(self._sensitivity[slot] for slot in slots)
         return [self._sensitivity[slot] / total for slot in slots]
 
-    def _merged(self, latents: list[Tensor], part: Part, group: list[int]) -> list[Latents]:
-        """What each slot of a group stores, of latents (B, n, r)."""
+    def _merged(self, latents: list[Tensor], tensors: SlotTensors, group: list[int]) -> list[Latents]:
+        """The stored latents of each slot of a group, from all its latents (B, n, r)."""
         tokens, rank = latents[0].shape[1:]
         count = math.floor(self.merge * max(tokens - self.recent, 0)) if len(group) > 1 else 0
         alike = F.cosine_similarity(latents[0], latents[-1], dim=-1)
-        if part.text is not None:
-            alike = alike.masked_fill(~part.text, 2.0)  # padding, that nobody reads, is merged first
+        if tensors.is_text is not None:
+            alike = alike.masked_fill(~tensors.is_text, 2.0)  # padding, which is never read, is merged first
         alike[:, max(tokens - self.recent, 0) :] = -math.inf
         index = alike.topk(count, dim=1).indices.sort(dim=1).values
-        shares = self._shares([part.slots[i] for i in group])
+        shares = self._shares([tensors.slots[i] for i in group])
         mean = sum(w * z for w, z in zip(shares, latents, strict=True))
         assert isinstance(mean, Tensor)
 
-        def rows(x: Tensor, places: Tensor) -> Tensor:
-            return x.gather(1, places[..., None].expand(-1, -1, rank)).to(part.dtype)
+        def rows(x: Tensor, indices: Tensor) -> Tensor:
+            return x.gather(1, indices[..., None].expand(-1, -1, rank)).to(tensors.dtype)
 
-        merged, places = rows(mean, index), index.to(torch.int32)
-        keeps_latents = rank < 2 * part.data[group[0]].flatten(2).shape[2]
+        merged, stored_index = rows(mean, index), index.to(torch.int32)
+        keeps_latents = rank < 2 * tensors.data[group[0]].flatten(2).shape[2]
         others = others_of(index, tokens)
-        return [Latents(merged, places, rows(z, others) if keeps_latents else None, tokens) for z in latents]
+        return [Latents(merged, stored_index, rows(z, others) if keeps_latents else None, tokens) for z in latents]
 
 
 class _Noise(Compressor):
-    """Keys of one slot replaced by noise of their size, for measuring what that slot matters."""
+    """Keys of one slot replaced by noise of the same standard deviation, to measure how much the slot matters."""
 
     name: ClassVar[str] = "noise"
 
     slot: int
 
-    def encode(self, keys: Part, values: Part | None) -> tuple[list[Code | None], list[Code | None]]:
+    def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         draw = torch.Generator().manual_seed(0)
-        codes: list[Code | None] = [None] * len(keys.slots)
+        codes: Codes = [None] * len(keys.slots)
         for i, slot in enumerate(keys.slots):
             if slot == self.slot:
                 x = keys.data[i]

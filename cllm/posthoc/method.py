@@ -1,0 +1,204 @@
+"""The base class of all methods, and the models that a method may run, without their caches.
+
+Shapes: B batch, T tokens, n compressed tokens, width the shape of one token in one tensor of a slot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, PrivateAttr, model_validator
+from torch import Tensor, nn
+
+from cllm.posthoc.code import Code, Codes
+from cllm.posthoc.landmarks import Landmarks
+from cllm.posthoc.slots import CompressibleSlots, SlotTensors
+from cllm.section import Section
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
+
+
+class Engine(ABC):
+    """A model and its kind of cache. `engine_of` (engine.py) returns the one for a model."""
+
+    head: nn.Module
+    """From hidden states to logits."""
+    _slots: list[int] | None = None
+
+    @abstractmethod
+    def new_cache(self, shares: dict[int, int] | None = None) -> Any:
+        """An empty cache. In `shares` (as in `Compressor.shares`), slots that store nothing and read another's."""
+
+    @abstractmethod
+    def hidden(self, ids: Tensor, cache: Any) -> Tensor:
+        """Final hidden states (B, T, d_model) of `ids` (B, T), which are added to `cache`."""
+
+    @abstractmethod
+    def compressible(self, cache: Any) -> CompressibleSlots:
+        """The slots of `cache` that can be compressed."""
+
+    @abstractmethod
+    def compress(self, cache: Any, method: Compressor, *, measure: bool = True) -> Any:
+        """`cache` compressed; see `compress_cache` and `compress_dynamic`."""
+
+    @abstractmethod
+    def nbytes(self, cache: Any) -> int:
+        """Bytes that `cache` stores."""
+
+    @abstractmethod
+    def mha_nbytes(self, *, tokens: int, batch: int, element: int) -> int:
+        """Bytes of the cache of the same model with full attention and a KV head for every query head."""
+
+    @abstractmethod
+    def projections(self, slot: int) -> tuple[nn.Linear, nn.Linear]:
+        """The key and value projections of a slot's owner. Raises `UserError` if keys are not just projected."""
+
+    @torch.no_grad()
+    def slots(self) -> list[int]:
+        """The slots that can be compressed. The first call runs a pass of one token."""
+        if self._slots is None:
+            device, cache = self.head.weight.device, self.new_cache()
+            assert isinstance(device, torch.device)
+            self.hidden(torch.zeros(1, 1, dtype=torch.long, device=device), cache)
+            self._slots = list(self.compressible(cache).slots)
+        return self._slots
+
+    def logits(self, ids: Tensor, cache: Any) -> Tensor:
+        """(B, T, vocabulary)."""
+        return self.head(self.hidden(ids, cache))
+
+
+class Compressor(Section):
+    """A method with its options. A subclass is one method, and its fields are the options of a spec string.
+
+    `@register` (registry.py) gives a subclass its name. `encode` is all that a method must define.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    """A line for the list of methods."""
+    sweep: ClassVar[tuple[str, ...]] = ()
+    """Specs that scripts/sweep_posthoc.py measures by default; it fills in `{group}` and `{ratio}`."""
+
+    keys_before_rope: ClassVar[bool] = False
+    """Whether `encode` gets keys before RoPE."""
+    no_recompress: ClassVar[str | None] = None
+    """Why the method cannot compress a cache again; None: it can."""
+    no_sinks: ClassVar[str | None] = None
+    """Why the method keeps no sinks; None: it does."""
+
+    recompress: int | None = Field(None, ge=1)
+    """Compress the cache again, later tokens included, whenever this many have come; null: later tokens stay exact."""
+    sinks: int = Field(4, ge=0)
+    """First tokens of every sequence that are stored exactly and left out of every fit. A prefix of no more tokens is
+    stored as it is."""
+
+    @model_validator(mode="after")
+    def _check_refused_options(self) -> Self:
+        if self.sinks and self.no_sinks is not None:
+            raise ValueError(f"sinks={self.sinks}: {self.no_sinks}; allowed: leave it out")
+        if self.recompress is not None and self.no_recompress is not None:
+            raise ValueError(f"recompress={self.recompress}: {self.no_recompress}; allowed: leave it out")
+        return self
+
+    @abstractmethod
+    def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
+        """The codes of the keys and of the values, one per slot in order; None keeps a tensor as it is.
+
+        Args:
+            keys: of the slots, or their latents, without sinks.
+            values: of the same slots; None for latents, whose RoPE keys are not compressed.
+
+        Raises:
+            UserError: for options that do not fit these tensors.
+        """
+
+    def check_all_sinks(self, tokens: int) -> None:
+        """Raise `UserError` if the method cannot store a prefix of `tokens` tokens, all of which are sinks."""
+
+    def landmarks(self, k: Tensor, is_text: Tensor | None) -> Landmarks | None:
+        """Summaries of the keys, used to select which tokens a decode step reads; None: it reads all.
+
+        Args:
+            k: exact keys (B, n, G, D) after RoPE.
+            is_text: (B, n) booleans, False for padding; None: no padding.
+        """
+        return None
+
+    @property
+    def selects_tokens(self) -> bool:
+        """Whether a decode step reads only some tokens, and longer passes all: only decode steps show the loss."""
+        return False
+
+    def prepare(self, engine: Engine, ids: Tensor) -> None:
+        """Calibrate on `ids` (B, T), tokens that are not scored."""
+
+    def watch(self, engine: Engine) -> AbstractContextManager[None]:
+        """A context for the passes that fill the cache, in which the method may record what it needs of them."""
+        return contextlib.nullcontext()
+
+    @property
+    def watches(self) -> bool:
+        """Whether the method needs `watch`."""
+        return type(self).watch is not Compressor.watch
+
+    def release(self) -> None:
+        """Free what `watch` recorded. The watched cache cannot be compressed afterwards; compressed ones still work."""
+
+    def released(self) -> Self:
+        """A copy without what `watch` recorded, for a compressed cache to keep."""
+        copy = self.model_copy()
+        copy.release()
+        return copy
+
+    def facts(self) -> dict[str, Any]:
+        """Results of `prepare` for the record, as JSON values."""
+        return {}
+
+    def shares(self) -> dict[int, int]:
+        """Slots that are not stored: {slot: the stored slot, of a layer below, that is read instead}."""
+        return {}
+
+    def weight_bytes(self) -> int:
+        """Bytes that the method stores besides the model's weights, once for all caches."""
+        return 0
+
+    def transformers_cache(self, cache: Cache, model: PreTrainedModel) -> Any | None:
+        """For a method that brings a cache class for transformers models: `cache` copied into it; else None.
+
+        The result has `nbytes()`, `outcome` and `seconds` like `CompressedDynamicCache`.
+        """
+        return None
+
+
+class TensorCoder(ABC):
+    """A method that codes each tensor separately, so that it can also code what another method stores."""
+
+    slot_options: ClassVar[frozenset[str]]
+    """Options that concern slots or time, which have no meaning for a single tensor."""
+
+    @abstractmethod
+    def code(self, rows: Tensor, kind: Literal["k", "v"], dtype: torch.dtype, width: tuple[int, ...]) -> Code:
+        """The code of `rows` (B, n, C) fp32; it decodes to (B, n, *width) in `dtype`."""
+
+    @abstractmethod
+    def coded_rows(self, rows: int) -> int:
+        """How many of `rows` rows are coded; the last ones may stay exact."""
+
+
+class Codable(Compressor):
+    """A method whose stored tensors a `TensorCoder` can quantise further: `xkv:ratio=2+kivi:bits=4`."""
+
+    _coder: TensorCoder | None = PrivateAttr(None)
+
+    def coded_by(self, coder: TensorCoder) -> Self:
+        """A copy whose stored tensors are coded by `coder`. Raises `ValueError` if there is nothing to code."""
+        copy = self.model_copy()
+        copy._coder = coder
+        return copy

@@ -1,0 +1,15 @@
+"""Methods, one file each, which registers its classes with `cllm.posthoc.registry.register`.
+
+    none.py          no compression
+    xkv.py           xKV: low-rank factors of groups of layers; `svd`, of single layers
+    minicache.py     MiniCache: directions shared by pairs of layers; `minicache_xkv`, a variant
+    commonkv.py      CommonKV: latents shared by groups of layers
+    kvsharer.py      KVSharer: layers that read another layer's slot
+    kivi.py          KIVI: quantised keys and values
+    xquant.py        XQuant: quantised, with codes shared by pairs of layers
+    hf_quantized.py  transformers' `QuantizedCache`
+
+A new file here is found by its `@register`; nothing else has to name it.
+
+Imports errors, each other, and posthoc without its caches and engines.
+"""

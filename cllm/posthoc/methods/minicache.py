@@ -1,0 +1,156 @@
+"""MiniCache (arXiv 2405.14366): neighbouring layers share directions and keep their own lengths."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cllm.errors import UserError
+from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.method import Codable
+from cllm.posthoc.registry import register
+from cllm.posthoc.slots import SlotTensors
+
+
+@dataclass(frozen=True)
+class Merged(Code):
+    """One slot of a pair: shared directions times the slot's own lengths, and the rows that were not merged."""
+
+    direction: Code
+    """(B, n, G · D): shared by the pair."""
+    length: Tensor
+    """(B, n, G)."""
+    index: Tensor
+    """int32 (B, m): indices, among n · G, of the rows kept, padded with n · G. Shared by the pair."""
+    rows: Code
+    """(B, m, D)."""
+    width: tuple[int, ...]
+
+    def decode(self) -> Tensor:
+        direction, kept = self.direction.decode().unflatten(2, (self.length.shape[2], -1)), self.rows.decode()
+        merged = (direction * self.length[..., None]).flatten(1, 2)
+        merged = torch.cat((merged, merged[:, :1]), dim=1)  # the extra row receives the padding of `index`
+        index = self.index.long()[..., None].expand_as(kept)
+        rows = merged.scatter(1, index, kept)[:, :-1]
+        return rows.unflatten(1, self.length.shape[1:]).flatten(2).unflatten(-1, self.width)
+
+
+def slerp(one: Tensor, other: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """Directions (..., D) between the unit vectors `one` (t = 0) and `other` (t = 1), and the angles Ω (...).
+
+    e = sin((1 - t) Ω) / sin Ω · one + sin(t Ω) / sin Ω · other,    Ω = arccos(one · other)      (MiniCache, eq. 3)
+    """
+    cosine = (one * other).sum(-1).clamp(-1, 1)
+    # arccos is inaccurate near 1; this formula with half angles is not
+    angle = 2 * torch.atan2((one - other).norm(dim=-1), (one + other).norm(dim=-1))
+    sine = angle.sin()
+    near = (sine.abs() < 1e-4) & (cosine > 0)
+    safe = sine.where(~near, torch.ones_like(sine)).clamp(min=1e-6)
+    first = torch.where(near, torch.full_like(sine, 1 - t), ((1 - t) * angle).sin() / safe)
+    second = torch.where(near, torch.full_like(sine, t), (t * angle).sin() / safe)
+    return first[..., None] * one + second[..., None] * other, angle
+
+
+@register(
+    "minicache",
+    summary="from the middle slot up, pairs of slots share directions and keep lengths",
+    sweep=("minicache",),
+)
+class MiniCache(Codable):
+    """MiniCache: from the middle layer up, pairs of layers (l - 1, l) store one direction for both,
+
+        x'_l = ‖x_l‖ e,    x'_{l-1} = ‖x_{l-1}‖ e,    e from spherical interpolation of the two directions (eq. 2, 3)
+
+    for every head of every token. Pairs that are far apart are not merged: those with an angle
+    Ω > Ω_max - γ (Ω_max - Ω_min), the extremes taken over a sequence. RoPE rotates both of a pair by the same angle, so
+    keys are merged after RoPE. A quantiser after + codes directions, and the slots that are not merged, like keys or
+    values; and kept rows like values, if there are enough of them.
+    """
+
+    t: float = Field(0.6, ge=0, le=1)
+    """Position of the shared direction between the lower layer's (0) and the upper layer's (1)."""
+    gamma: float = Field(0.05, ge=0, le=1)
+    """γ: the share of the range of angles in which pairs are not merged."""
+    start: int | None = Field(None, ge=0)
+    """First slot that is merged, counted from 0 among the slots; null: the middle one."""
+
+    def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
+        return self._merge(keys), [None] * len(keys.slots) if values is None else self._merge(values)
+
+    def _kept(self, angle: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Mask of the pairs that are not merged, for `angle` (B, n · G) between `low` and `high` (B, 1)."""
+        return angle > high - self.gamma * (high - low)
+
+    def _merge(self, tensors: SlotTensors) -> Codes:
+        codes: Codes = [None] * len(tensors.slots)
+        start = len(tensors.slots) // 2 if self.start is None else self.start
+        for i in range(start, len(tensors.slots) - 1, 2):
+            if tensors.data[i].shape == tensors.data[i + 1].shape:
+                codes[i], codes[i + 1] = self._pair(tensors, i)
+        if not any(codes):
+            raise UserError(
+                f"{self.name}: no two neighbours of one shape from slot {start} on, of {len(tensors.slots)}; allowed: "
+                f"start up to {max(len(tensors.slots) - 2, 0)}"
+            )
+        if self._coder is not None:
+            for i in (i for i, code in enumerate(codes) if code is None):
+                width = tuple(tensors.data[i].shape[2:])
+                codes[i] = self._coder.code(tensors.flat(i, padding="repeat"), tensors.kind, tensors.dtype, width)
+        return codes
+
+    def _pair(self, tensors: SlotTensors, lower: int) -> tuple[Merged, Merged]:
+        width = tuple(tensors.data[lower].shape[2:])
+        pair = [
+            x.flatten(2).float().unflatten(-1, (-1, width[-1])) for x in tensors.data[lower : lower + 2]
+        ]  # B, n, G, D
+        lengths = [x.norm(dim=-1) for x in pair]
+        units = [x / length.clamp(min=1e-30)[..., None] for x, length in zip(pair, lengths, strict=True)]
+        direction, angle = slerp(units[0], units[1], self.t)
+        heads, batch = angle.shape[2], len(angle)
+        angle = angle.flatten(1)
+        is_text = torch.ones_like(angle, dtype=torch.bool)
+        if tensors.is_text is not None:
+            is_text = tensors.is_text.repeat_interleave(heads, dim=1)
+        low = angle.masked_fill(~is_text, math.inf).amin(1, keepdim=True)
+        high = angle.masked_fill(~is_text, -math.inf).amax(1, keepdim=True)
+        kept = self._kept(angle, low, high) & is_text
+        count, size = int(kept.sum(1).max()), angle.shape[1]
+        index = torch.arange(size, device=angle.device).expand(batch, -1).masked_fill(~kept, size)
+        index = index.sort(dim=1).values[:, :count]
+        stored_index = index.to(torch.int32).contiguous()
+        directions = self._stored(tensors.without_padding(direction.flatten(2), "repeat"), tensors.kind, tensors.dtype)
+
+        def merged(x: Tensor, length: Tensor) -> Merged:
+            take = index.clamp(max=size - 1)[..., None].expand(-1, -1, width[-1])
+            rows = x.flatten(1, 2).gather(1, take)
+            few = self._coder is None or not self._coder.coded_rows(count)
+            rest = Exact(rows.to(tensors.dtype)) if few else self._stored(rows, "v", tensors.dtype)
+            return Merged(directions, length.to(tensors.dtype), stored_index, rest, width)
+
+        return merged(pair[0], lengths[0]), merged(pair[1], lengths[1])
+
+    def _stored(self, rows: Tensor, kind: Literal["k", "v"], dtype: torch.dtype) -> Code:
+        if self._coder is None:
+            return Exact(rows.to(dtype, copy=True))
+        return self._coder.code(rows, kind, dtype, (rows.shape[2],))
+
+
+@register(
+    "minicache_xkv",
+    summary="as xKV's repository runs MiniCache: the most similar pairs stay exact",
+    sweep=("minicache_xkv",),
+)
+class MiniCacheXKV(MiniCache):
+    """The variant that xKV's repository runs as MiniCache: t = 0.5, and the most **similar** pairs are not merged,
+    those with Ω <= Ω_min + γ (Ω_max - Ω_min)."""
+
+    t: float = Field(0.5, ge=0, le=1)
+    """Position of the shared direction between the lower layer's (0) and the upper layer's (1)."""
+
+    def _kept(self, angle: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        return angle <= low + self.gamma * (high - low)

@@ -1,0 +1,136 @@
+"""The slots of a filled cache that can be compressed, and their tensors as a method gets them.
+
+Shapes: B batch, n tokens, width the shape of one token in one tensor of a slot: (G, D) for G KV heads of D channels, or
+(R,) for a latent.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cllm.cache.slot import Slot
+from cllm.errors import UserError
+from cllm.posthoc.code import Rotation
+from cllm.posthoc.sinks import Sinks
+
+
+@dataclass(frozen=True)
+class SlotTensors:
+    """The keys (or latents), or the values, of all slots to compress."""
+
+    kind: Literal["k", "v"]
+    slots: tuple[int, ...]
+    """The slots' owners, ascending."""
+    data: tuple[Tensor, ...]
+    """(B, n, *width) each, without sinks; keys before RoPE if the method asks for them."""
+    dtype: torch.dtype
+    """Of the cache, and of what `Code.decode` returns."""
+    is_text: Tensor | None = None
+    """(B, n) booleans, False for padding; None: no padding."""
+    uncompressed_elements: float | None = None
+    """Elements of `dtype` per sequence of the uncompressed cache, keys and values, that these slots replace; slots that
+    cannot be compressed are shared out in proportion. None: the elements of these slots alone."""
+    incompressible_elements: float = 0.0
+    """How many of those no method compresses: windows, states, RoPE keys of latents, sinks."""
+    sinks: Sinks | None = None
+    """The tokens left out of `data` because they are stored exactly; None: none are."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prefix, sinks included."""
+        return self.data[0].shape[1] if self.sinks is None else self.sinks.length
+
+    def groups(self, size: int) -> list[list[int]]:
+        """Indices into `slots` in contiguous groups of `size`; the last may be shorter.
+
+        Raises `UserError` for a group that mixes shapes.
+        """
+        indices = list(range(len(self.slots)))
+        groups = [indices[i : i + size] for i in range(0, len(indices), size)]
+        for group in groups:
+            shapes = {tuple(self.data[i].shape[2:]): self.slots[i] for i in reversed(group)}
+            if len(shapes) > 1:
+                seen = ", ".join(f"slot {slot} has {shape} a token" for shape, slot in sorted(shapes.items()))
+                raise UserError(f"group={size}: a group mixes shapes: {seen}; allowed: groups of slots of one shape")
+        return groups
+
+    def flat(
+        self, index: int, *, padding: Literal["zero", "repeat"] = "zero", dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """(B, n, C) in `dtype`: tensor `index` with one row per token, padding replaced as by `without_padding`."""
+        return self.without_padding(self.data[index].flatten(2).to(dtype), padding)
+
+    def without_padding(self, rows: Tensor, padding: Literal["zero", "repeat"]) -> Tensor:
+        """`rows` (B, n, C) with padding replaced: by 0, so that it does not count in sums, or by the first real token,
+        so that it does not count in extremes."""
+        if self.is_text is None:
+            return rows
+        if padding == "zero":
+            return rows * self.is_text[..., None]
+        first = self.is_text.int().argmax(dim=1)[:, None, None].expand(-1, 1, rows.shape[-1])
+        return torch.where(self.is_text[..., None], rows, rows.gather(1, first))
+
+
+@dataclass(frozen=True)
+class CompressibleSlots:
+    """The slots of a filled cache that can be compressed, as attention reads them."""
+
+    slots: Mapping[int, Slot]
+    """By owner: keys after RoPE and values (B, n, G, D); the latent (B, n, R) and the RoPE key of a latent slot."""
+    latent: frozenset[int]
+    """Owners whose slots are latent."""
+    starts: Tensor | None
+    """(B,) int64: columns of padding before each sequence; None: no padding."""
+    cache_bytes: int
+    """Bytes of the entire cache, with slots that cannot be compressed, and states."""
+    incompressible_bytes: int
+    """Bytes of the slots that cannot be compressed, and of states."""
+    rope: Callable[[int, Tensor], tuple[Tensor, Tensor]]
+    """From a head dimension and positions (B or 1, n) to cos and signed sin. Compressed slots keep it, so it must hold
+    no tensor of the cache."""
+
+    def sinks(self, count: int) -> Sinks:
+        """The first `count` tokens of every sequence, or all if there are fewer."""
+        length = next(iter(self.slots.values())).k.shape[1]
+        return Sinks(min(count, length), length, self.starts)
+
+    def rotation(self, slot: int, sinks: Sinks | None = None) -> Rotation:
+        """RoPE of the keys of `slot`, without `sinks`."""
+        k, count = self.slots[slot].k, 0 if sinks is None else sinks.count
+        return Rotation(functools.partial(self.rope, k.shape[-1]), count, k.shape[1] - count, self.starts)
+
+    def is_text(self, length: int) -> Tensor | None:
+        """(B, length) booleans, False for padding; None without padding. It is also right for tokens without sinks,
+        because sinks come after the padding."""
+        if self.starts is None:
+            return None
+        return torch.arange(length, device=self.starts.device) >= self.starts[:, None]
+
+    def tensors(self, *, before_rope: bool, sinks: Sinks | None = None) -> list[tuple[SlotTensors, SlotTensors | None]]:
+        """Keys and values of the ordinary slots, then latents (with None for values) of the latent ones; without
+        `sinks`. A kind that has no slots is left out."""
+        tensors: list[tuple[SlotTensors, SlotTensors | None]] = []
+        elements = {j: slot.k.numel() + (0 if j in self.latent else slot.v.numel()) for j, slot in self.slots.items()}
+        incompressible: float = self.incompressible_bytes + sum(self.slots[j].v.nbytes for j in self.latent)
+        sinks = self.sinks(0) if sinks is None else sinks
+        for j, slot in self.slots.items():
+            incompressible += elements[j] // sinks.length * sinks.count * slot.k.itemsize
+        for latent in (False, True):
+            slots = tuple(j for j in sorted(self.slots) if (j in self.latent) == latent)
+            if not slots:
+                continue
+            k, v = (tuple(sinks.without(getattr(self.slots[j], name)) for j in slots) for name in ("k", "v"))
+            if before_rope and not latent:
+                k = tuple(self.rotation(j, sinks).undo(t) for j, t in zip(slots, k, strict=True))
+            is_text, dtype = self.is_text(sinks.rest), self.slots[slots[0]].k.dtype
+            share = sum(elements[j] for j in slots) / sum(elements.values()) / dtype.itemsize / len(k[0])
+            counts = self.cache_bytes * share, incompressible * share
+            keys = SlotTensors("k", slots, k, dtype, is_text, *counts, sinks)
+            tensors.append((keys, None if latent else SlotTensors("v", slots, v, dtype, is_text, sinks=sinks)))
+        return tensors

@@ -1,0 +1,53 @@
+"""Dataclasses of tensors that are counted and rearranged together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self
+
+from torch import Tensor
+
+Change = Callable[[Tensor], Tensor]
+
+
+class TensorTree:
+    """A dataclass whose fields may be tensors and other trees. Tensors are batch first; trees may share tensors."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors of the tree; a shared one as often as it occurs."""
+        for value in self._fields().values():
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, TensorTree):
+                yield from value.tensors()
+
+    def map(self, change: Change) -> Self:
+        """A copy with `change(tensor)` for every tensor. To keep shared tensors shared, pass `once_each(change)`."""
+        return dataclasses.replace(self, **{name: _changed(value, change) for name, value in self._fields().items()})  # type: ignore[type-var]
+
+    def _fields(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+def _changed(value: Any, change: Change) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    return value.map(change) if isinstance(value, TensorTree) else value
+
+
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of `tensors`; a tensor that occurs several times counts once."""
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+def once_each(change: Change) -> Change:
+    """`change` with its results cached per tensor, so that tensors shared before are shared after."""
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def cached(tensor: Tensor) -> Tensor:
+        if id(tensor) not in results:
+            results[id(tensor)] = (tensor, change(tensor))  # keeps the original alive, so that its id stays taken
+        return results[id(tensor)][1]
+
+    return cached

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cllm.files import inside, write_atomic
+from cllm.hub.kind import identify, is_export
+from cllm.runs.folder import RunFolder
 from cllm.trust import read_object
 
 log = logging.getLogger(__name__)
@@ -149,11 +151,9 @@ def keep_companions(source: Path, run: Path, vocab_size: int) -> None:
         UserError: for a companion that cannot be read.
         OSError: where the run cannot be written.
     """
-    if source.suffix == ".ckpt":
-        source = source.parent.parent
-    is_run = (source / "config.yaml").exists()
+    is_run = identify(source).is_run
     if is_run:
-        source = source / FOLDER
+        source = RunFolder.of(source).path / FOLDER
     if not source.is_dir():
         return
     target = inside(run, FOLDER, written_in=run, to_write=True)
@@ -170,6 +170,6 @@ def _token_ids(source: Path) -> dict[str, int | list[int] | None]:
     from cllm.hub.families import read_family
 
     config = read_object(source / "config.json")
-    if config.get("model_type") == "cllm":
+    if is_export(config):
         return {name: config.get(name) for name in _IDS[:3]}
     return read_family(source).token_ids

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from cllm.config import ModelConfig
 from cllm.config.load import validate
 from cllm.errors import UserError
+from cllm.hub.kind import MODEL_TYPE
 from cllm.plan.plan import Own
 from cllm.section import Section
 
@@ -81,7 +82,7 @@ class CLLMConfig(PretrainedConfig):
             message names the key.
     """
 
-    model_type = "cllm"
+    model_type = MODEL_TYPE
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     has_no_defaults_at_init: ClassVar[bool] = True
     auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})

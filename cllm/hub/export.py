@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers.utils import logging
 
+from cllm.config import Config
 from cllm.data.manifest import TOKENIZER, Manifest, tokenizer_sha256
-from cllm.errors import UserError
+from cllm.errors import DataError, UserError
 from cllm.faults import naming
 from cllm.files import MARK, check_replaceable, new_folder
 from cllm.hub import companions
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Dtype = Literal["fp32", "bf16"]
+_HINT = "; give --no-tokenizer to export without one"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +83,7 @@ def export_run(
     run, out = Path(run), Path(out)
     check_out(out, force)
     kept = run / companions.FOLDER
-    manifest = _manifest(run) if tokenizer and not companions.has_tokenizer(kept) else None
+    manifest = _manifest(RunFolder(run)) if tokenizer and not companions.has_tokenizer(kept) else None
     decoder, config, found_step = load_run(_checkpoint(run, step))
     rows = config.model.vocab_size or 0
     generation = companions.generation_values(kept, rows) or {}
@@ -139,27 +141,54 @@ def _checkpoint(run: Path, step: int | None) -> Path:
     return folder.checkpoint_path(step)
 
 
-def _manifest(run: Path) -> Manifest:
-    """Of the folder that the run was trained on. Raises `UserError` where its tokenizer is missing or another."""
-    path = Path(RunFolder(run).config().data.path)
-    hint = "; give --no-tokenizer to export without one"
+def _manifest(run: RunFolder) -> Manifest:
+    """The manifest of the data that the run was trained on.
+
+    Raises:
+        UserError: if the tokenizer in the data's folder is missing, or is not known to be the run's.
+    """
+    config = run.config()
+    path = Path(config.data.path)
     try:
         manifest = Manifest.read(path)
-        found = tokenizer_sha256(path / TOKENIZER)
+        if tokenizer_sha256(path / TOKENIZER) != manifest.tokenizer_sha256:
+            raise UserError(f"{path / TOKENIZER}: is not the tokenizer that made the tokens in {path}")
+        _check_unchanged(run, config, manifest)
     except UserError as error:
-        raise UserError(f"{error}{hint}") from None
+        raise UserError(f"{error}{_HINT}") from None
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path / TOKENIZER}: the run's tokenizer cannot be read: {error}{hint}") from None
-    if found != manifest.tokenizer_sha256:
-        raise UserError(f"{path / TOKENIZER}: is not the tokenizer that made the tokens in {path}{hint}")
+        raise UserError(f"{path / TOKENIZER}: the run's tokenizer cannot be read: {error}{_HINT}") from None
     return manifest
+
+
+def _check_unchanged(run: RunFolder, config: Config, manifest: Manifest) -> None:
+    """Refuse training data whose tokenizer may not be the one that the run was trained with.
+
+    A run records a digest of each folder of its data. If the training data have another one by now, their tokenizer
+    must be that of a validation set that is as it was: all sets of a run have one tokenizer.
+    """
+    recorded = run.data_digests()
+    if recorded is None or recorded.train == manifest.digest():
+        return
+    for name, folder in config.data.validation.items():
+        try:
+            other = Manifest.read(folder)
+        except DataError:
+            continue
+        if other.digest() == recorded.validation.get(name):
+            if other.eos_id == manifest.eos_id and other.same_tokenizer(manifest):
+                return
+            raise UserError(
+                f"{manifest.folder}: its tokenizer is not the one that the run was trained with, that of {other.folder}"
+            )
+    manifest.check_unchanged(recorded.train, run.path)
 
 
 def _tokenizer(source: Manifest | Path) -> PreTrainedTokenizerBase:
     try:
         return source.tokenizer() if isinstance(source, Manifest) else load_tokenizer(source)
     except UserError as error:
-        raise UserError(f"{error}; give --no-tokenizer to export without one") from None
+        raise UserError(f"{error}{_HINT}") from None
 
 
 def _with_token_ids(

@@ -16,6 +16,7 @@ from cllm.errors import UserError
 from cllm.files import shorten
 from cllm.hub.checksums import check_checksums
 from cllm.hub.export import quiet
+from cllm.hub.kind import is_export
 from cllm.model.misfit import describe
 from cllm.trust import check_model_folder, read_object, reason
 
@@ -46,7 +47,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | str) -> Any:
             and weights that are missing or of another shape.
     """
     config = _checked(folder)
-    options = {} if config.get("model_type") == "cllm" else {"ignore_mismatched_sizes": True}
+    options = {} if is_export(config) else {"ignore_mismatched_sizes": True}
     model, info = _from_pretrained(AutoModelForCausalLM, folder, dtype=dtype, output_loading_info=True, **options)
     _check_loaded(folder, info)
     return model.eval()
@@ -61,7 +62,7 @@ def load_exported(folder: Path, *, dtype: torch.dtype | str) -> CLLMForCausalLM:
     from cllm.hub.model import CLLMForCausalLM
 
     config = _checked(folder)
-    if config.get("model_type") != "cllm":
+    if not is_export(config):
         raise UserError(f"{folder}: is a {shorten(str(config.get('model_type')))} checkpoint already")
     return _from_pretrained(CLLMForCausalLM, folder, dtype=dtype).eval()
 

@@ -1,7 +1,7 @@
 """The model that `init.from` names, and what the student's config takes from it.
 
-A path is a run folder of this project or one of its checkpoints, a Hugging Face folder that `cllm/hub` exported, or one
-of the families that `cllm/hub/families` reads.
+It is a run, one of its checkpoints, a folder that cllm exported, or a checkpoint of a family that `cllm/hub/families`
+reads; see `cllm/hub/kind.py`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import torch
 
 from cllm.config import ModelConfig
 from cllm.errors import UserError
+from cllm.hub.open import open_config, open_weights
 from cllm.model.sizes import model_d_ff
 from cllm.plan.plan import Latent
-from cllm.trust import check_model_folder, read_object
 from cllm.uptrain.decoder import TracedDecoder, build_traced
 
+_LABEL = "init.from "
+"""Precedes the path in messages."""
 _STUDENTS_OWN = {"kv", "max_seq_len", "init"}
 """Keys of `model` that a student may set as it likes."""
 
@@ -35,46 +37,13 @@ class Teacher:
         return self.decoder.config
 
 
-def _kind(path: Path) -> str:
-    """`run`, `export` or `family`. Raises `UserError` where `path` is none of them."""
-    if not path.exists():
-        raise UserError(f"init.from {path}: no such run, checkpoint or Hugging Face folder")
-    if path.suffix == ".ckpt" or (path / "config.yaml").exists():
-        return "run"
-    file = path / "config.json"
-    model_type = read_object(file).get("model_type") if file.exists() else None
-    if model_type is None:
-        raise UserError(
-            f"init.from {path}: neither a run (it has no config.yaml), nor a checkpoint (.ckpt), nor a Hugging Face "
-            "folder (it has no config.json with a model_type)"
-        )
-    return "export" if model_type == "cllm" else "family"
-
-
 def teacher_config(path: str | Path) -> ModelConfig:
     """The config of the model in `path`, no weights read: `match_params` replaced by the width it led to.
 
     Raises:
         UserError: for a path that holds no model, or one that the decoder cannot compute.
     """
-    path = Path(path)
-    kind = _kind(path)
-    if kind == "run":
-        from cllm.runs import RunFolder
-
-        config = RunFolder(path.parent.parent if path.suffix == ".ckpt" else path).config().model
-    elif kind == "export":
-        from cllm.hub.config import CLLMConfig
-
-        check_model_folder(path)
-        try:
-            config = CLLMConfig.from_dict(read_object(path / "config.json")).model_config
-        except UserError as error:
-            raise UserError(f"init.from {path}: {error}") from None
-    else:
-        from cllm.hub.families import read_family
-
-        config = read_family(path).config
+    config = open_config(path, label=_LABEL)
     if config.vocab_size is None:
         raise UserError(f"init.from {path}: its config does not say how many tokens the model has")
     return config.model_copy(update={"d_ff": model_d_ff(config), "match_params": False})
@@ -86,29 +55,13 @@ def load_teacher(path: str | Path, *, backend: str = "auto") -> Teacher:
     Raises:
         UserError: as `teacher_config` does, and for weights that are missing, damaged or not the model's.
     """
-    path = Path(path)
-    config, kind = teacher_config(path), _kind(path)
+    config = teacher_config(path)
     with torch.device("meta"):
         decoder = build_traced(config, backend=backend)
-    if kind == "run":
-        from cllm.runs import load_run
-
-        state = load_run(path)[0].state_dict()
-    elif kind == "export":
-        from cllm.hub.loading import load_exported
-
-        try:
-            state = load_exported(path, dtype=torch.float32).model.state_dict()
-        except UserError as error:
-            raise UserError(f"init.from {path}: its weights cannot be read: {error}") from None
-    else:
-        from cllm.hub.families import load_family
-
-        state = load_family(path, torch.float32)[1]
-    decoder.load_state_dict(state, assign=True)
+    decoder.load_state_dict(open_weights(path, label=_LABEL), assign=True)
     if config.tie_embeddings:
         decoder.head.weight = decoder.embed.weight
-    return Teacher(path, decoder.eval().requires_grad_(False))
+    return Teacher(Path(path), decoder.eval().requires_grad_(False))
 
 
 def student_model(teacher: ModelConfig, kv: Any, *, rope_pairs: str) -> dict[str, Any]:

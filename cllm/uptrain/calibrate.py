@@ -52,7 +52,7 @@ def observe(teacher: TracedDecoder, batches: Batches) -> Iterator[Observed]:
             for name in ("input_ids", "positions", "document_ids")
         )
         assert ids is not None
-        with teacher.listen() as heard:
-            teacher.hidden(ids, positions, documents)
+        inputs: list[Tensor] = []
+        teacher.hidden(ids, positions, documents, states=inputs)
         at = torch.arange(ids.shape[1], device=device)[None] if positions is None else positions
-        yield Observed(teacher, heard[:-1], Context(teacher.config.rope, at).rope)
+        yield Observed(teacher, inputs, Context(teacher.config.rope, at).rope)

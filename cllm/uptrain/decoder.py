@@ -103,19 +103,19 @@ def block_of(model: Decoder, i: int) -> Block:
 
 
 def attention_of(model: Decoder, i: int) -> Attention:
-    """The mixer of layer `i`, which reads keys and values."""
+    """The attention of layer `i`, which reads keys and values."""
     attention = block_of(model, i).attention
     assert isinstance(attention, Attention)
     return attention
 
 
 def owner_of(model: Decoder, i: int) -> OwnKV:
-    """The projections of layer `i`, which has some."""
+    """The K/V projections of layer `i`, which owns a slot."""
     owner = block_of(model, i).attention.owner
     assert isinstance(owner, OwnKV)
     return owner
 
 
 def build_traced(config: ModelConfig, *, backend: str = "auto", routed: bool = False) -> TracedDecoder:
-    """The decoder of a config, to be loaded into; arguments as of `TracedDecoder`."""
+    """The decoder of a config, without weights; arguments as in `TracedDecoder`."""
     return TracedDecoder(config, d_ff=model_d_ff(config), backend=backend, routed=routed)

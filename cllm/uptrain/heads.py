@@ -11,8 +11,8 @@ The output of a layer does not change if
 An `Alignment` is one choice of the three. With |u| = 1 and M orthogonal it keeps lengths, and the best alignment with
 another layer is closed-form: the order with the largest sum of similarities (hungarian.py), u = conj(c) / |c| for the
 complex product c = Σ conj(z_other) z, and M = U Vᵀ from the SVD of Σ v_other vᵀ (Procrustes). Without alignment,
-sharing or averaging heads would combine unrelated coordinates. With norms on keys (`qk_norm`) each channel has its own gain,
-which a phase would mix; keys are then only reordered.
+sharing or averaging heads would combine unrelated coordinates. With norms on keys (`qk_norm`) each channel has its own
+gain, which a phase would mix; keys are then only reordered.
 
 Shapes: G KV heads, D channels, P = D / 2 pairs (j, j + P), N rows compared: inputs of a projection, or tokens.
 """

@@ -1,4 +1,4 @@
-"""The model that `init.from` names, and what the student's config takes from it.
+"""The model that `init.from` names, and the student's config that follows from it.
 
 It is a run, one of its checkpoints, a folder that cllm exported, or a checkpoint of a family that `cllm/hub/families`
 reads; see `cllm/hub/kind.py`.
@@ -22,7 +22,7 @@ from cllm.uptrain.decoder import TracedDecoder, build_traced
 _LABEL = "init.from "
 """Precedes the path in messages."""
 _STUDENTS_OWN = {"kv", "max_seq_len", "init"}
-"""Keys of `model` that a student may set as it likes."""
+"""Keys of `model` in which a student may differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Teacher:
 
 
 def teacher_config(path: str | Path) -> ModelConfig:
-    """The config of the model in `path`, no weights read: `match_params` replaced by the width it led to.
+    """The config of the model in `path`, with the width that `match_params` gave it. No weights are read.
 
     Raises:
         UserError: for a path that holds no model, or one that the decoder cannot compute.
@@ -65,13 +65,13 @@ def load_teacher(path: str | Path, *, backend: str = "auto") -> Teacher:
 
 
 def student_model(teacher: ModelConfig, kv: Any, *, rope_pairs: str) -> dict[str, Any]:
-    """The `model` section of a student: the teacher's with the plan `kv`, as plain data.
+    """The `model` section of a student as plain data: the teacher's, with the plan `kv`.
 
-    RoPE keys of latents have R channels instead of D. Their frequencies are theta^(-2j/R): with the teacher's theta
-    every (D/R)-th of the teacher's, evenly spaced. With theta^(R/D) they are the teacher's first, highest ones.
+    RoPE keys of latents have R channels instead of D, with frequencies theta^(-2j/R). With the teacher's theta these
+    are every (D/R)-th of the teacher's frequencies. With theta^(R/D) they are its R/2 highest.
 
     Raises:
-        UserError: where rope_pairs cannot be had: layers whose latents differ in R, or layers with and without latents.
+        UserError: if rope_pairs is high and layers differ in R, or only some of them have latents.
     """
     data = {**teacher.model_dump(mode="json"), "kv": kv}
     plan = ModelConfig.model_validate(data).plan()
@@ -88,7 +88,7 @@ def student_model(teacher: ModelConfig, kv: Any, *, rope_pairs: str) -> dict[str
 
 
 def check_student(student: ModelConfig, teacher: ModelConfig, *, path: Path, rope_pairs: str) -> None:
-    """Refuse a student whose shape is not the teacher's, or whose plan drops its windows unsaid.
+    """Refuse a student whose shape is not the teacher's, or whose plan drops the teacher's windows.
 
     Raises:
         UserError: naming the key, both values and the teacher.
@@ -114,7 +114,7 @@ def check_student(student: ModelConfig, teacher: ModelConfig, *, path: Path, rop
 
 
 def _check_windows(student: ModelConfig, teacher: ModelConfig, path: Path) -> None:
-    """Refuse a student whose plan says nothing of windows, where the teacher has some that its context exceeds."""
+    """Refuse a plan without windows if the teacher has windows shorter than the student's context."""
     if any(layer.window is not None for layer in student.plan().layers):
         return
     for i, layer in enumerate(teacher.plan().layers):

@@ -7,15 +7,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from cllm.runs import RunFolder
+
 RUNS = Path("runs")
 """The default folder of runs, in the working directory."""
 
 
 def run_of(path: str | Path) -> Path | None:
     """The run's folder of a run or one of its checkpoints; None for a Hugging Face folder."""
-    path = Path(path)
-    folder = path.parent.parent if path.suffix == ".ckpt" else path
-    return folder if (folder / "config.yaml").exists() else None
+    run = RunFolder.of(path)
+    return run.path if run.config_file.exists() else None
 
 
 def beside(runs: Sequence[Path | None], name: str) -> Path:

@@ -16,8 +16,9 @@ from cllm.data.vocabulary import backend_of, backend_sha256
 from cllm.errors import UserError
 from cllm.evaluate.places import results_of_checkpoint
 from cllm.files import inside
+from cllm.hub.kind import identify_model
 from cllm.runs import RunFolder, load_run
-from cllm.trust import load_tokenizer, read_object
+from cllm.trust import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,7 +115,7 @@ class RunSubject(Subject):
 
     def __init__(self, path: Path, device: torch.device):
         self._model, config, step = load_run(path, device=device)
-        run = RunFolder(path.parent.parent if path.suffix == ".ckpt" else path)
+        run = RunFolder.of(path)
         self._data = Path(config.data.path)
         self.name, self.path, self.folder = run.name, path, run.path
         self.step = step if step >= 0 else None
@@ -217,19 +218,4 @@ def load_subject(path: str | Path, device: torch.device) -> Subject:
         UserError: where there is nothing, neither a run nor a Hugging Face folder, or one that cannot be loaded.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such run, checkpoint or Hugging Face folder")
-    if path.suffix == ".ckpt" or (path / "config.yaml").exists():
-        return RunSubject(path, device)
-    if _is_huggingface(path):
-        return HuggingFaceSubject(path, device)
-    raise UserError(
-        f"{path}: neither a run (it has no config.yaml), nor a checkpoint (.ckpt), nor a Hugging Face folder (it has "
-        "no config.json with a model_type)"
-    )
-
-
-def _is_huggingface(path: Path) -> bool:
-    """Raises `UserError` for a config.json that cannot be read."""
-    file = path / "config.json"
-    return file.exists() and "model_type" in read_object(file)
+    return RunSubject(path, device) if identify_model(path).is_run else HuggingFaceSubject(path, device)

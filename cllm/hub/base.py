@@ -1,7 +1,7 @@
-"""The part that the transformers classes share, and the base model: a decoder without its head.
+"""The base model, a decoder without its head, and the part that both transformers classes share.
 
-`CLLMModel` is what transformers calls a base model. `AutoModel.from_pretrained` loads one, and
-`CLLMForCausalLM.base_model` is one around the same decoder, so that both have the same weights under the same names.
+`AutoModel.from_pretrained` loads a `CLLMModel`. `CLLMForCausalLM.base_model` is one around the same decoder, so both
+have the same weights under the same names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.hub.config import CLLMConfig
-from cllm.hub.generation import own_cache
+from cllm.hub.generation import check_cache
 from cllm.hub.inputs import Inputs, read_inputs
 from cllm.model.block import Block
 from cllm.model.context import Context
@@ -34,25 +34,25 @@ from cllm.model.sources import Reader
 
 
 class CLLMLayer(Block, GradientCheckpointingLayer):
-    """A block as transformers knows layers: it recomputes itself where its `gradient_checkpointing` is set."""
+    """A block with transformers' gradient checkpointing: it recomputes itself if `gradient_checkpointing` is set."""
 
     checkpoints_itself = True
 
 
 class CLLMPreTrainedModel(PreTrainedModel):
-    """Weights, embeddings and inputs of a `Decoder`, called `model`: tensors are named `model.blocks.0...`."""
+    """Weights, embeddings and inputs of a `Decoder` in the attribute `model`: tensors are named `model.blocks.0...`."""
 
     config_class = CLLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Decoder"]  # noqa: RUF012
-    """Layers read each other's slots, so all of them are on one device."""
+    """Layers read each other's slots, so all must be on one device."""
     _supports_context_parallel = False
 
     model: Decoder
 
-    def _own_decoder(self) -> Decoder:
-        """A decoder as the config says, whose weights `initialize_weights` draws."""
+    def _new_decoder(self) -> Decoder:
+        """The decoder of the config, with weights that `initialize_weights` draws later."""
         config = self.config.model_config
         decoder = Decoder(config, d_ff=model_d_ff(config))
         decoder._awaits_weights = True  # type: ignore[assignment]
@@ -62,7 +62,7 @@ class CLLMPreTrainedModel(PreTrainedModel):
         if isinstance(value, Decoder):
             readers = {name: m for name, m in value.named_modules() if isinstance(m, Reader)}
             kept = {f"{name}.{p}" for name, m in readers.items() for p, _ in m.named_parameters()}
-            self._keep_in_fp32_modules_strict = {name.split(".", 2)[2] for name in kept}  # whatever the model's dtype
+            self._keep_in_fp32_modules_strict = {name.split(".", 2)[2] for name in kept}  # in any dtype of the model
             self._is_stateful = any(value.plan.owned(j).is_state for j in value.plan.owners)
             for block in value.blocks:
                 if type(block) is Block:
@@ -77,24 +77,24 @@ class CLLMPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """As in transformers, but weights that are not exactly the model's are an error and not a warning.
+        """As in transformers, but weights that do not fit the model are an error instead of a warning.
 
         Raises:
-            UserError: naming tensors that are missing, that the model has not, or that have another shape, and weight
-                files that are broken.
+            UserError: naming tensors that are missing, unknown to the model or of another shape, and weight files that
+                cannot be read.
         """
         if kwargs.pop("ignore_mismatched_sizes", False):
             raise UserError("ignore_mismatched_sizes is True; allowed: False, every tensor has to fit")
         with without_load_report(), _naming_broken_files(pretrained_model_name_or_path):
-            found: Any = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-        model, info = found
+        model, info = loaded
         _check_loaded(model, info, pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
 
     def initialize_weights(self) -> None:
-        """Draw new weights as the config's `init` says: once, of a decoder that this model built, unless loaded."""
+        """Draw new weights as `init` of the config says, unless they are drawn or loaded already."""
         if self.model.embed.weight.is_meta or not getattr(self.model, "_awaits_weights", False):
             return
         if not any(getattr(parameter, "_is_hf_initialized", False) for parameter in self.parameters()):
@@ -107,7 +107,7 @@ class CLLMPreTrainedModel(PreTrainedModel):
         return self.model.embed
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Put another embedding (vocab_size, d_model) in the place of the decoder's."""
+        """Replace the decoder's embedding (vocab_size, d_model)."""
         assert isinstance(value, nn.Embedding)
         self.model.embed = value
         self.model.config = self.model.config.model_copy(update={"vocab_size": value.num_embeddings})
@@ -136,7 +136,7 @@ class CLLMPreTrainedModel(PreTrainedModel):
     # ---- one forward pass --------------------------------------------------------------------------------------------
 
     def _tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """(B, T), a place for every token. Raises `UserError` unless one of the two is given, in its shape."""
+        """A tensor (B, T), an element for each token. Raises `UserError` unless one input is given, in its shape."""
         if input_ids is not None and inputs_embeds is not None:
             raise UserError("input_ids and inputs_embeds are both given; allowed: one of the two")
         if inputs_embeds is not None:
@@ -150,7 +150,7 @@ class CLLMPreTrainedModel(PreTrainedModel):
 
     def _cache(self, given: Any, use_cache: bool | None, *, scored: bool = False) -> KVCache | None:
         if given is not None:
-            return own_cache(given)
+            return check_cache(given)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.model.training and not scored
         return KVCache(self.model.config) if use_cache else None
@@ -162,14 +162,14 @@ class CLLMPreTrainedModel(PreTrainedModel):
         position_ids: Tensor | None,
         cache: KVCache | None,
         *,
-        goes_on: bool,
+        more_follow: bool,
     ) -> Inputs:
-        """See `read_inputs`, for `tokens` (B, T). A cache that nobody asked for is closed by padding on the right."""
+        """`read_inputs` for `tokens` (B, T). Padding on the right closes a cache that the caller did not ask for."""
         past = None if cache is None else cache.get_seq_length()
         if cache is not None and past and cache.batch != len(tokens):
             raise UserError(f"past_key_values holds {cache.batch} sequences and input_ids {len(tokens)}")
         known = None if cache is None else cache.starts
-        inputs = read_inputs(tokens, attention_mask, position_ids, past=past, known=known, goes_on=goes_on)
+        inputs = read_inputs(tokens, attention_mask, position_ids, past=past, known=known, more_follow=more_follow)
         if cache is not None and inputs.after:
             cache.closed = (
                 f"past_key_values: keeps {inputs.after} padding tokens at the end of a sequence, so that no tokens can "
@@ -179,7 +179,7 @@ class CLLMPreTrainedModel(PreTrainedModel):
 
     def _check_context(self, tokens: int, positions: Tensor | None) -> None:
         context = self.config.max_position_embeddings
-        if tokens > context and positions is not None:  # packed documents may be more tokens than any one of them
+        if tokens > context and positions is not None:  # packed documents restart their positions
             tokens = int(positions.max()) + 1
         if tokens > context:
             raise UserError(f"{tokens} tokens, but the model's context (model.max_seq_len) is {context}")
@@ -194,9 +194,9 @@ class CLLMPreTrainedModel(PreTrainedModel):
         *,
         last_only: bool = False,
     ) -> tuple[Tensor, Any]:
-        """The last hidden states and, where `wanted`, those before every layer and the last ones.
+        """The last hidden states, and if `wanted` a tuple: the input of every layer, then the last hidden states.
 
-        `wanted` may be a list of numbers from 0 to n_layers, negative ones from the end; the others are None.
+        `wanted` may list indices from 0 to n_layers, negative ones from the end; the other entries are then None.
         """
         states: list[Tensor] | None = [] if wanted is not None and wanted is not False else None
         hidden = self.model.hidden(
@@ -219,18 +219,18 @@ class CLLMPreTrainedModel(PreTrainedModel):
 
 
 class CLLMModel(CLLMPreTrainedModel):
-    """The base model: hidden states in place of logits.
+    """The base model: it returns hidden states instead of logits.
 
-    `CLLMModel(config)` draws new weights, and has no head; with `decoder`, it is a view of that decoder.
+    `CLLMModel(config)` draws new weights and has no head. With `decoder` it is a view of that decoder.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^model\.head\."]  # noqa: RUF012 - of checkpoints with a head
-    _keys_to_ignore_on_save = ["model.head.weight"]  # noqa: RUF012 - where the decoder is that of a model with one
+    _keys_to_ignore_on_load_unexpected = [r"^model\.head\."]  # noqa: RUF012 - in checkpoints with a head
+    _keys_to_ignore_on_save = ["model.head.weight"]  # noqa: RUF012 - if the decoder has one
 
     def __init__(self, config: CLLMConfig, decoder: Decoder | None = None):
         super().__init__(config)
         if decoder is None:
-            decoder = self._own_decoder()
+            decoder = self._new_decoder()
             decoder.head = None  # type: ignore[assignment]
         self.model = decoder
         self.post_init()
@@ -262,10 +262,10 @@ class CLLMModel(CLLMPreTrainedModel):
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """The normalised hidden states that the head reads, `last_hidden_state` (B, T, d_model).
 
-        Arguments mean what they mean to `CLLMForCausalLM`. A cache is returned where that returns one.
+        Arguments and the returned cache are as in `CLLMForCausalLM.forward`.
 
         Raises:
-            UserError: for what is not supported, more tokens than the model's context, and what `read_inputs` refuses.
+            UserError: for unsupported arguments, more tokens than the model's context, and as `read_inputs` does.
         """
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -273,7 +273,7 @@ class CLLMModel(CLLMPreTrainedModel):
         tokens = self._tokens(input_ids, inputs_embeds)
         cache = self._cache(past_key_values, use_cache)
         asked = past_key_values is not None or bool(use_cache)
-        inputs = self._inputs(tokens, attention_mask, position_ids, cache, goes_on=asked)
+        inputs = self._inputs(tokens, attention_mask, position_ids, cache, more_follow=asked)
         self._check_context((0 if cache is None else cache.get_seq_length()) + tokens.shape[1], inputs.positions)
         hidden, states = self._hidden(input_ids, inputs_embeds, inputs, cache, wanted)
         output = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, hidden_states=states)
@@ -289,8 +289,10 @@ def refuse(asked: dict[str, Any]) -> None:
 
 
 def _unless_cached(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, a form of `torch.utils.checkpoint`, but not over a cache: a pass would write to it twice, and later
-    ones change what it read."""
+    """`function`, a form of `torch.utils.checkpoint`, except for passes with a cache.
+
+    Recomputing one of those would write to the cache again, and read what later passes have changed.
+    """
     return functools.partial(_checkpoint_unless_cached, function)
 
 
@@ -300,7 +302,7 @@ def _checkpoint_unless_cached(function: Callable[..., Any], block: Any, x: Tenso
 
 @contextlib.contextmanager
 def without_load_report() -> Iterator[None]:
-    """transformers prints a table of the tensors that do not fit; the error that follows says it in a line."""
+    """Without transformers' table of tensors that do not fit; the error that follows names them."""
 
     def keep(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
@@ -315,7 +317,7 @@ def without_load_report() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _naming_broken_files(folder: Any) -> Iterator[None]:
-    """safetensors says what is wrong with a file, but not with which."""
+    """Name the broken file in errors of safetensors, which do not."""
     try:
         yield
     except SafetensorError as error:

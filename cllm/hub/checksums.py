@@ -1,4 +1,4 @@
-"""SHA-256 of an exported folder's weight files, written at export and compared whenever cllm loads the folder."""
+"""SHA-256 of an exported folder's weight files, written by the export and checked whenever cllm loads the folder."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def write_checksums(folder: Path) -> None:
 
 
 def check_checksums(folder: Path) -> None:
-    """Compare sizes, then hashes, of the weight files in `folder` with its checksums; nothing where it has none.
+    """Compare sizes, then hashes, of the weight files in `folder` with its checksums, if it has any.
 
-    Reads every weight file once, at 1 to 2 GB/s on one core.
+    Each weight file is read once, at 1 to 2 GB/s on one core.
 
     Raises:
         UserError: naming the first file that is missing, additional or different.

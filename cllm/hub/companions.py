@@ -1,8 +1,8 @@
-"""Files that belong to a checkpoint beside its weights and config.json: one list for import, export and uptraining.
+"""Companions: the files of a checkpoint besides weights and config.json that import, export and uptraining copy.
 
-They are the tokenizer, its chat templates, the defaults of `generate`, and the licence. Left out are model cards
-(README.md: they describe another model), processors of images and sound (the decoder takes text), Python code, and
-pickled files. `auto_map`, which asks programs to run code from the folder, is removed from the JSON files.
+They are the tokenizer, its chat templates, the generation config, and the licence. Not copied are model cards
+(README.md describes another model), processors of images and sound (the decoder takes text), Python code, and pickled
+files. `auto_map`, which asks programs to run code from the folder, is removed from JSON files.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cllm.files import inside, write_atomic
+from cllm.hub.kind import identify, is_export
+from cllm.runs.folder import RunFolder
 from cllm.trust import read_object
 
 log = logging.getLogger(__name__)
@@ -27,7 +29,7 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templ
 """Chat templates: the default one, and a folder with one file for each named template, `NAME.jinja`."""
 GENERATION = "generation_config.json"
 _LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
-"""Beginnings of the names of files that have to go along with weights."""
+"""Beginnings of the names of files that must accompany weights."""
 _CODE = "auto_map"
 _CACHES = (None, "dynamic", "static")
 """Values of `cache_implementation` that the model's `generate` takes."""
@@ -35,10 +37,10 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"
 
 
 def companions(folder: Path, *, generation: bool = True, tokenizer: bool = True) -> list[str]:
-    """Names of the companions in `folder`, sorted; those of named templates with their folder, `a/b.jinja`.
+    """Sorted names of the companions in `folder`; named templates include their folder, as in `a/b.jinja`.
 
-    `generation=False` leaves the generation config out, `tokenizer=False` the tokenizer and its templates. Raises
-    `UserError` for a folder of templates that is a link to somewhere else.
+    `generation=False` leaves out the generation config, `tokenizer=False` the tokenizer and its templates. Raises
+    `UserError` for a folder of templates that is a link leaving `folder`.
     """
     names = [*((*TOKENIZER, *TEMPLATES) if tokenizer else ()), *([GENERATION] if generation else ())]
     found = [name for name in names if (folder / name).is_file()]
@@ -56,14 +58,13 @@ def _is_licence(file: Path) -> bool:
 
 
 def copy_companions(source: Path, folder: Path, *, generation: bool = True, tokenizer: bool = True) -> list[str]:
-    """Copy the companions of `source` to `folder`, over those that are there; returns their names.
+    """Copy the companions of `source` to `folder`, overwriting existing ones; returns their names.
 
-    Links are copied as the files that they lead to. JSON files lose `auto_map`, and are copied byte for byte where they
-    have none.
+    Links are followed. `auto_map` is removed from JSON files; those without it are copied byte for byte.
 
     Raises:
         UserError: for a JSON file that cannot be read.
-        OSError: where `folder` cannot be written.
+        OSError: if `folder` cannot be written.
     """
     names = companions(source, generation=generation, tokenizer=tokenizer)
     for name in names:
@@ -85,21 +86,20 @@ def has_tokenizer(folder: Path) -> bool:
 def generation_values(
     folder: Path, vocab_size: int, token_ids: dict[str, int | list[int] | None] | None = None
 ) -> dict[str, Any] | None:
-    """Settings of `generation_config.json` in `folder` that the model can follow.
+    """The settings of `generation_config.json` in `folder` that the model supports.
 
-    Values are kept as they are. Left out, with a warning, are token ids beyond the embedding and caches that the model
-    does not have.
+    Token ids beyond the embedding, and caches that the model does not have, are left out with a warning.
 
     Args:
-        folder: of a checkpoint, or of companions.
+        folder: a checkpoint, or a folder of companions.
         vocab_size: rows of the embedding.
         token_ids: `bos_token_id`, `eos_token_id` and `pad_token_id` of config.json, for a folder without the file.
 
     Returns:
-        The content of the file to write; None where the folder has no such file and `token_ids` is None.
+        The content of the file to write; None if the folder has no such file and `token_ids` is None.
 
     Raises:
-        UserError: naming the file, where it cannot be read.
+        UserError: naming a file that cannot be read.
     """
     file = folder / GENERATION
     if not file.exists():
@@ -134,26 +134,24 @@ def write_object(file: Path, content: dict[str, Any]) -> None:
 # ---- in a run --------------------------------------------------------------------------------------------------------
 
 FOLDER = "companions"
-"""In a run's folder: the companions of the checkpoint that it started from (`init.from`)."""
+"""The folder in a run with the companions of the checkpoint that it started from (`init.from`)."""
 
 
 def keep_companions(source: Path, run: Path, vocab_size: int) -> None:
-    """Copy the companions of what a run starts from into the run, so that its export has them.
+    """Copy the companions of the model that a run starts from into the run, for its export.
 
     Args:
-        source: a checkpoint folder of any kind, a run, or a checkpoint file in a run.
+        source: a checkpoint folder of any kind, a run, or one of its checkpoints.
         run: the folder of the new run.
         vocab_size: rows of its embedding.
 
     Raises:
         UserError: for a companion that cannot be read.
-        OSError: where the run cannot be written.
+        OSError: if the run cannot be written.
     """
-    if source.suffix == ".ckpt":
-        source = source.parent.parent
-    is_run = (source / "config.yaml").exists()
+    is_run = identify(source).is_run
     if is_run:
-        source = source / FOLDER
+        source = RunFolder.of(source).path / FOLDER
     if not source.is_dir():
         return
     target = inside(run, FOLDER, written_in=run, to_write=True)
@@ -170,6 +168,6 @@ def _token_ids(source: Path) -> dict[str, int | list[int] | None]:
     from cllm.hub.families import read_family
 
     config = read_object(source / "config.json")
-    if config.get("model_type") == "cllm":
+    if is_export(config):
         return {name: config.get(name) for name in _IDS[:3]}
     return read_family(source).token_ids

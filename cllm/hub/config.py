@@ -1,8 +1,8 @@
-"""The config of a checkpoint folder: the project's `model:` section, and transformers' names for what it says.
+"""The config of a checkpoint folder: the `model:` section, and transformers' names for its keys.
 
-config.json holds the section as it is under the key `model`. The names that transformers knows (`hidden_size`,
-`num_hidden_layers`, ...) are written beside it for programs that read the file, but they are views: they are never
-stored, cannot be set to something else, and a file in which they contradict the section is refused.
+config.json holds the section unchanged under the key `model`. transformers' names (`hidden_size`, `num_hidden_layers`,
+...) are written next to it for programs that read the file. They are views of the section: most cannot be set, and a
+file in which they contradict the section is refused.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from transformers import AutoConfig, PretrainedConfig
 from cllm.config import ModelConfig
 from cllm.config.load import validate
 from cllm.errors import UserError
+from cllm.hub.kind import MODEL_TYPE
 from cllm.section import Section
 
 
 class _File(Section):
-    """The part of config.json that is the project's; validated as a whole so that messages say `model.d_model`."""
+    """The cllm part of config.json. It includes the key `model`, so messages name `model.d_model`."""
 
     model: ModelConfig
 
 
 class _View:
-    """An attribute under transformers' name that reads the `model` section; `writable` ones also write to it."""
+    """An attribute with transformers' name that reads the `model` section; `writable` ones also write to it."""
 
     def __init__(self, key: str, read: Callable[[dict[str, Any]], Any] | None = None, *, writable: bool = False):
         self.key, self.writable = key, writable
@@ -37,7 +38,7 @@ class _View:
         self.name = name
 
     def __get__(self, config: CLLMConfig | None, owner: type | None = None) -> Any:
-        # Asked of the class, as dataclasses do, it is a plain attribute.
+        # Read from the class, as dataclasses do, it is the view itself.
         return self if config is None else self._read(config.section)
 
     def __set__(self, config: CLLMConfig, value: Any) -> None:
@@ -47,10 +48,10 @@ class _View:
             self.check(config, value)
 
     def check(self, config: CLLMConfig, value: Any) -> None:
-        """Raises `UserError` unless `value` is what the section says."""
-        found = self._read(config.section)
-        if value != found:
-            raise UserError(f"config.json: {self.name} is {value!r}, but model.{self.key} makes it {found!r}")
+        """Raises `UserError` unless `value` equals that of the section."""
+        expected = self._read(config.section)
+        if value != expected:
+            raise UserError(f"config.json: {self.name} is {value!r}, but model.{self.key} makes it {expected!r}")
 
 
 def _head_dim(model: dict[str, Any]) -> int:
@@ -58,7 +59,7 @@ def _head_dim(model: dict[str, Any]) -> int:
 
 
 def _kv_heads(model: dict[str, Any]) -> int:
-    """The most KV heads of any owner; latents and recurrent states serve all query heads."""
+    """The largest number of KV heads of an owner; latents and recurrent states serve all query heads."""
     plan = _validated(model).plan()
     return max(plan.owned(j).kv_heads or model["n_heads"] for j in plan.owners)
 
@@ -67,24 +68,23 @@ class CLLMConfig(PretrainedConfig):
     """`CLLMConfig(model=config.model)`: a decoder as transformers sees it.
 
     Args:
-        model: a `ModelConfig`, or the mapping that YAML has under `model:`. It is kept as plain data with every default
-            written out; where `match_params` widens the MLP, as the width that is built.
+        model: a `ModelConfig`, or the mapping under `model:` in YAML. It is stored as plain data with all defaults, and
+            with the width that `match_params` gives the MLP.
         bos_token_id, eos_token_id, pad_token_id: of the tokenizer, or None.
-        use_cache: whether a forward pass that is not for training returns a cache.
+        use_cache: whether forward passes return a cache, except in training.
 
-    `vocab_size`, `max_position_embeddings` and `tie_word_embeddings` may be set, and set the section; the other names
-    may not.
+    Setting `vocab_size`, `max_position_embeddings` or `tie_word_embeddings` changes the section; other names cannot be
+    set.
 
     Raises:
-        UserError: for a section that is no valid model, without vocab_size, or that another key contradicts; the
-            message names the key.
+        UserError: naming the key, for an invalid section, a missing vocab_size, and a key that contradicts the section.
     """
 
-    model_type = "cllm"
+    model_type = MODEL_TYPE
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     has_no_defaults_at_init: ClassVar[bool] = True
     auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Names of code to run from the checkpoint's folder, which libraries look up: none, and none is ever written."""
+    """Names of code to run from the checkpoint's folder: empty, and never written."""
 
     model: dict[str, Any] | None = None
     use_cache: bool = True
@@ -105,25 +105,25 @@ class CLLMConfig(PretrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.model = _resolved(self.model)
-        views = {name: kwargs.pop(name) for name in _VIEWS if name in kwargs}  # a file must not contradict itself
+        views = {name: kwargs.pop(name) for name in _VIEWS if name in kwargs}
         super().__post_init__(**kwargs)
-        for name, value in views.items():
+        for name, value in views.items():  # a file must not contradict itself
             _VIEWS[name].check(self, value)
 
     @property
     def section(self) -> dict[str, Any]:
-        """What `model` holds, every key of it."""
+        """The `model` section with all its keys."""
         assert self.model is not None
         return self.model
 
     @property
     def model_config(self) -> ModelConfig:
-        """The `model` section, validated. Raises `UserError` where it was edited into something invalid."""
+        """The `model` section, validated. Raises `UserError` if it was edited and is invalid."""
         return _validated(self.section)
 
     @property
     def design(self) -> str:
-        """The preset of the KV plan, or `layers` for a plan that is spelled out."""
+        """The preset of the KV plan, or `layers` for an explicit plan."""
         return getattr(self.model_config.kv, "preset", "layers")
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,10 +146,9 @@ def _validated(model: Any) -> ModelConfig:
 
 
 def _resolved(model: Any) -> dict[str, Any]:
-    """`model` as plain data that needs nothing else to be built from.
+    """`model` as plain data, with all defaults.
 
-    `match_params` becomes the width that it leads to: counting the twin's parameters again, from a width that was
-    widened already, would widen it twice.
+    `match_params` is replaced by the width that it gives; applied again to that width, it would widen it twice.
     """
     config = _validated(model)
     if config.vocab_size is None:

@@ -1,7 +1,7 @@
-"""From another family's checkpoint folder to a folder of this package, and back to the family's own format.
+"""From another family's checkpoint folder to a folder of this package, and back to the family's format.
 
-Folders appear under their name when they are whole, and bring their companions along: tokenizer, chat templates,
-generation config, licence.
+A folder appears under its name once it is complete. Companions are copied: tokenizer, chat templates, generation
+config, licence.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from pathlib import Path
 import torch
 
 from cllm.errors import UserError
-from cllm.files import MARK
 from cllm.hub.checksums import write_checksums
 from cllm.hub.companions import GENERATION, copy_companions, generation_values, write_object
-from cllm.hub.export import Dtype, Exported, as_pretrained, check_out, new_checkpoint, save
+from cllm.hub.export import Dtype, Exported, as_pretrained, check_out, describe_export, new_checkpoint, save
 from cllm.hub.families import export_family, load_weights, read_family
 from cllm.hub.loading import load_exported
-from cllm.hub.model import CLLMForCausalLM
-from cllm.model.sizes import count_parameters, meta_decoder
+from cllm.model.sizes import meta_decoder
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -32,37 +30,37 @@ def import_folder(
     allow_pickle: bool = False,
     force: bool = False,
 ) -> Exported:
-    """Write another family's checkpoint as a folder of this package: a decoder with a plan that can be changed.
+    """Write another family's checkpoint as a folder of this package.
 
     Args:
         source: folder of a Llama, Qwen, Mistral or dense DeepSeek checkpoint; see `families.read_family`.
         out: the folder to make.
-        dtype: of the weights; None: as they are.
+        dtype: of the weights; None: as stored.
         max_shard_size: largest weight file.
         allow_pickle: also read `pytorch_model.bin`.
         force: replace `out`, which must have been made by this package.
 
     Raises:
-        UserError: for what `read_family` and `load_weights` refuse, and for an `out` that is in the way.
+        UserError: as `read_family`, `load_weights` and `check_out` do.
     """
     source, out = Path(source), Path(out)
     check_out(out, force)
-    found = read_family(source)
-    weights = load_weights(found, None if dtype is None else _DTYPES[dtype], allow_pickle=allow_pickle)
-    decoder = meta_decoder(found.config)
+    family = read_family(source)
+    weights = load_weights(family, None if dtype is None else _DTYPES[dtype], allow_pickle=allow_pickle)
+    decoder = meta_decoder(family.config)
     decoder.load_state_dict(weights, assign=True)
-    if found.config.tie_embeddings:
+    if family.config.tie_embeddings:
         decoder.head.weight = decoder.embed.weight
     model = as_pretrained(decoder)
-    for name, value in found.token_ids.items():
+    for name, value in family.token_ids.items():
         setattr(model.config, name, value)
-    generation = generation_values(source, found.config.vocab_size or 0, found.token_ids)
+    generation = generation_values(source, family.config.vocab_size or 0, family.token_ids)
     with new_checkpoint(out, force) as partial:
         save(model, partial, max_shard_size)
         copy_companions(source, partial, generation=False)
         write_object(partial / GENERATION, generation or {})
         write_checksums(partial)
-    return _told(model, out)
+    return describe_export(model.model, out)
 
 
 def export_folder(
@@ -73,7 +71,7 @@ def export_folder(
     max_shard_size: str = "5GB",
     force: bool = False,
 ) -> tuple[Exported, str]:
-    """Write a folder of this package in a family's own format, for programs that know nothing of this package.
+    """Write a folder of this package in a family's format, for programs without cllm.
 
     Args:
         source: a folder that `import_folder` or `export_run` made.
@@ -86,8 +84,8 @@ def export_folder(
         What was written, and the family.
 
     Raises:
-        UserError: where a layer reads another one's keys and values, or the family lacks something else of the model,
-            and for a folder that cannot be loaded.
+        UserError: if a layer reads another layer's keys and values, the family lacks another feature of the model, or
+            the folder cannot be loaded; and as `check_out` does.
     """
     source, out = Path(source), Path(out)
     check_out(out, force)
@@ -96,7 +94,7 @@ def export_folder(
     model = load_exported(source, dtype="auto")
     ids = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with new_checkpoint(out, force) as partial:
-        taken = export_family(
+        chosen = export_family(
             model.model.config,
             model.model.state_dict(),
             partial,
@@ -106,14 +104,4 @@ def export_folder(
         )
         copy_companions(source, partial)
         write_checksums(partial)
-    return _told(model, out), taken
-
-
-def _told(model: CLLMForCausalLM, out: Path) -> Exported:
-    return Exported(
-        folder=out,
-        step=None,
-        parameters=count_parameters(model.model),
-        nbytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
-        files=tuple(sorted(file.name for file in out.iterdir() if file.name != MARK)),
-    )
+    return describe_export(model.model, out), chosen

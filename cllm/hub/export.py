@@ -1,10 +1,10 @@
 """From a run to a checkpoint folder: config.json, safetensors, their checksums, and companions.
 
-The companions (tokenizer, chat templates, generation config) are those of the checkpoint that the run started from,
-where it did; otherwise the tokenizer is that of the run's data.
+The companions (tokenizer, chat templates, generation config) are those of the checkpoint that the run started from. For
+a run that drew its weights, the tokenizer is that of its data.
 
-The folder appears under its name when it is whole. Weights are those of the checkpoint, bit for bit, unless another
-dtype is asked for; fusion weights stay fp32 even then.
+The folder appears under its name once it is complete. Weights equal those of the checkpoint bit for bit, unless another
+dtype is requested; fusion weights are always fp32.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers.utils import logging
 
+from cllm.config import Config
 from cllm.data.manifest import TOKENIZER, Manifest, tokenizer_sha256
-from cllm.errors import UserError
+from cllm.errors import DataError, UserError
 from cllm.faults import naming
 from cllm.files import MARK, check_replaceable, new_folder
 from cllm.hub import companions
@@ -37,17 +38,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Dtype = Literal["fp32", "bf16"]
+_HINT = "; give --no-tokenizer to export without one"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exported:
-    """What was written."""
+    """The content of a folder that was written."""
 
     folder: Path
     step: int | None
-    """Of the checkpoint; None where there is none."""
+    """Of the run's checkpoint; None without a run."""
     parameters: int
-    """Tied ones once."""
+    """Tied ones are counted once."""
     nbytes: int
     """Of the weight files."""
     files: tuple[str, ...]
@@ -72,17 +74,18 @@ def export_run(
         step: of the checkpoint; None: the newest.
         dtype: of the weights. fp32 is what checkpoints hold.
         max_shard_size: largest weight file, as `5GB` or `300MB`.
-        tokenizer: copy the tokenizer: that of the checkpoint the run started from, or of its data.
+        tokenizer: copy the tokenizer of the checkpoint that the run started from, or of its data.
         force: replace `out`, which must have been made by this package.
 
     Raises:
-        UserError: for a run, checkpoint or tokenizer that cannot be read, and for an `out` that is in the way.
+        UserError: for a run, checkpoint or tokenizer that cannot be read, for data whose tokenizer may not be the
+            run's, and as `check_out` does.
     """
     run, out = Path(run), Path(out)
     check_out(out, force)
     kept = run / companions.FOLDER
-    manifest = _manifest(run) if tokenizer and not companions.has_tokenizer(kept) else None
-    decoder, config, found_step = load_run(_checkpoint(run, step))
+    manifest = _manifest(RunFolder(run)) if tokenizer and not companions.has_tokenizer(kept) else None
+    decoder, config, loaded_step = load_run(_checkpoint(run, step))
     rows = config.model.vocab_size or 0
     generation = companions.generation_values(kept, rows) or {}
     if manifest is not None and manifest.vocab_size > rows:
@@ -106,9 +109,14 @@ def export_run(
             companions.copy_companions(manifest.folder / TOKENIZER, partial, generation=False)
         companions.write_object(partial / companions.GENERATION, generation)
         write_checksums(partial)
+    return describe_export(decoder, out, loaded_step)
+
+
+def describe_export(decoder: Decoder, out: Path, step: int | None = None) -> Exported:
+    """The content of `out`, to which `decoder` was written."""
     return Exported(
         folder=out,
-        step=found_step,
+        step=step,
         parameters=count_parameters(decoder),
         nbytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
         files=tuple(sorted(file.name for file in out.iterdir() if file.name != MARK)),
@@ -116,7 +124,7 @@ def export_run(
 
 
 def as_pretrained(decoder: Decoder) -> CLLMForCausalLM:
-    """A transformers model around a decoder, whose tensors it shares."""
+    """A transformers model around `decoder`; it uses the same tensors."""
     block = decoder.blocks[0]
     assert isinstance(block, Block)
     model_config = decoder.config.model_copy(update={"d_ff": block.mlp.up_proj.out_features, "match_params": False})
@@ -139,33 +147,60 @@ def _checkpoint(run: Path, step: int | None) -> Path:
     return folder.checkpoint_path(step)
 
 
-def _manifest(run: Path) -> Manifest:
-    """Of the folder that the run was trained on. Raises `UserError` where its tokenizer is missing or another."""
-    path = Path(RunFolder(run).config().data.path)
-    hint = "; give --no-tokenizer to export without one"
+def _manifest(run: RunFolder) -> Manifest:
+    """The manifest of the data that the run was trained on.
+
+    Raises:
+        UserError: if the tokenizer in the data's folder is missing, or is not known to be the run's.
+    """
+    config = run.config()
+    path = Path(config.data.path)
     try:
         manifest = Manifest.read(path)
-        found = tokenizer_sha256(path / TOKENIZER)
+        if tokenizer_sha256(path / TOKENIZER) != manifest.tokenizer_sha256:
+            raise UserError(f"{path / TOKENIZER}: is not the tokenizer that made the tokens in {path}")
+        _check_unchanged(run, config, manifest)
     except UserError as error:
-        raise UserError(f"{error}{hint}") from None
+        raise UserError(f"{error}{_HINT}") from None
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path / TOKENIZER}: the run's tokenizer cannot be read: {error}{hint}") from None
-    if found != manifest.tokenizer_sha256:
-        raise UserError(f"{path / TOKENIZER}: is not the tokenizer that made the tokens in {path}{hint}")
+        raise UserError(f"{path / TOKENIZER}: the run's tokenizer cannot be read: {error}{_HINT}") from None
     return manifest
+
+
+def _check_unchanged(run: RunFolder, config: Config, manifest: Manifest) -> None:
+    """Refuse training data whose tokenizer may not be the one that the run was trained with.
+
+    A run records a digest of each folder of its data. If the training data have another one by now, their tokenizer
+    must be that of a validation set that is as it was: all sets of a run have one tokenizer.
+    """
+    recorded = run.data_digests()
+    if recorded is None or recorded.train == manifest.digest():
+        return
+    for name, folder in config.data.validation.items():
+        try:
+            other = Manifest.read(folder)
+        except DataError:
+            continue
+        if other.digest() == recorded.validation.get(name):
+            if other.eos_id == manifest.eos_id and other.same_tokenizer(manifest):
+                return
+            raise UserError(
+                f"{manifest.folder}: its tokenizer is not the one that the run was trained with, that of {other.folder}"
+            )
+    manifest.check_unchanged(recorded.train, run.path)
 
 
 def _tokenizer(source: Manifest | Path) -> PreTrainedTokenizerBase:
     try:
         return source.tokenizer() if isinstance(source, Manifest) else load_tokenizer(source)
     except UserError as error:
-        raise UserError(f"{error}; give --no-tokenizer to export without one") from None
+        raise UserError(f"{error}{_HINT}") from None
 
 
 def _with_token_ids(
     generation: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos_id: int | None
 ) -> dict[str, Any]:
-    """`generation` with the tokenizer's ids where it says none; EOS is the padding where the tokenizer has none."""
+    """`generation` with the tokenizer's ids, unless it has an EOS. Without a padding token, EOS is the padding."""
     if generation.get("eos_token_id") is not None:
         return generation
     eos_id = tokenizer.eos_token_id if eos_id is None else eos_id
@@ -182,7 +217,7 @@ def _to_bf16(decoder: Decoder) -> None:
 
 
 def save(model: CLLMForCausalLM, folder: Path, max_shard_size: str) -> None:
-    """Write config.json and weights. Raises `UserError` for a size that is none."""
+    """Write config.json and weights. Raises `UserError` for a `max_shard_size` that is not a size."""
     try:
         with quiet(), naming(str(folder)):
             model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -203,11 +238,11 @@ def quiet() -> Iterator[None]:
 
 
 KIND = "export"
-"""The kind that checkpoint folders of this package are marked as, see `cllm/files.py`."""
+"""The mark of checkpoint folders of this package, see `cllm/files.py`."""
 
 
 def check_out(out: Path, force: bool) -> None:
-    """Raises `UserError` where `out` exists and may not be replaced."""
+    """Raises `UserError` if `out` exists and must not be replaced."""
     if out.exists() and not force:
         raise UserError(f"{out}: exists; give another name, or --force to replace it")
     check_replaceable(out, KIND)
@@ -215,10 +250,10 @@ def check_out(out: Path, force: bool) -> None:
 
 @contextmanager
 def new_checkpoint(out: Path, force: bool) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` if all goes well and vanishes otherwise.
+    """A temporary folder that becomes `out` on success, and is deleted otherwise.
 
     Raises:
-        UserError: as `check_out`, while another process writes to `out`, and where it cannot be written.
+        UserError: as `check_out` does, if another process is writing to `out`, and if it cannot be written.
     """
     try:
         with new_folder(out, KIND, force=force) as partial:

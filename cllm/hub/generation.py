@@ -1,6 +1,6 @@
-"""What `generate` asks of a model: its cache, its prompt, and refusals before anything is computed.
+"""`generate` over a `KVCache`: the cache, the prompt, and refusals before anything is computed.
 
-transformers calls most of these methods by their names; they are where a cache of owners differs from one of layers.
+transformers calls most of these methods by name. They override its defaults for caches with one entry per layer.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class CLLMGenerationMixin(GenerationMixin):
     config: Any
     model: Decoder
     _graph: StepGraph | None = None
-    """A step over the static cache in use, recorded by the model's forward pass."""
+    """The decode step over the current static cache, recorded by the model's forward pass."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. A graph recorded on the way, which keeps its cache alive, is gone afterwards."""
+        """As in transformers. A CUDA graph recorded meanwhile is released, because it keeps its cache alive."""
         base: Any = super()
         try:
             return base.generate(*args, **kwargs)
@@ -44,10 +44,10 @@ class CLLMGenerationMixin(GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        """`generate` calls this to make its cache; `cache_implementation` is None, `dynamic` or `static`."""
+        """`generate` calls this to make its cache. Allowed values of `cache_implementation`: None, dynamic, static."""
         kind, given = generation_config.cache_implementation, model_kwargs.get("past_key_values")
         embeds, context = model_kwargs.get("inputs_embeds"), self.config.max_position_embeddings
-        if embeds is not None and max_cache_length >= context:  # a length that was not known before
+        if embeds is not None and max_cache_length >= context:  # the length of the prompt was unknown until now
             new = max_cache_length + 1 - embeds.shape[1]
             raise UserError(
                 f"inputs_embeds of {embeds.shape[1]} tokens and up to {new} new ones do not fit the model's context "
@@ -68,7 +68,7 @@ class CLLMGenerationMixin(GenerationMixin):
         if given is not None:
             if kind is not None:
                 raise UserError(f"cache_implementation is {kind} and past_key_values is given; allowed: one of the two")
-            most = own_cache(given).max_len
+            most = check_cache(given).max_len
             if most is not None and most < max_cache_length:
                 raise UserError(
                     f"past_key_values has places for {most} tokens (max_len), but the prompt and max_new_tokens need "
@@ -84,8 +84,11 @@ class CLLMGenerationMixin(GenerationMixin):
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
     ) -> Any:
-        """`generate` calls this where no mask is given, and takes pad tokens for padding. Here only those before a
-        sequence are, and those after it in a batch; others are text, as are all tokens after those in a cache."""
+        """`generate` calls this if no mask is given. transformers treats every pad token as padding.
+
+        Here only pad tokens before a sequence are padding, and in a batch also those after it. Others are text, as are
+        all tokens that follow those in a cache.
+        """
         base: Any = super()
         mask = base._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
         cache = model_kwargs.get("past_key_values")
@@ -102,13 +105,15 @@ class CLLMGenerationMixin(GenerationMixin):
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """`generate` calls this for the prompt, and cuts its mask with it into chunks, the first of which may hold
-        nothing but the padding of a sequence."""
+        """`generate` calls this for the prompt, and splits it into chunks together with its mask.
+
+        The first chunk of a sequence may be all padding, so the padding is read from the full mask here.
+        """
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         embeds, chunk = model_kwargs.get("inputs_embeds"), generation_config.prefill_chunk_size
         length = input_ids.shape[1] if embeds is None else embeds.shape[1]
         columns = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
-        past = 0 if cache is None or columns != length else cache.seen  # else input_ids are the new tokens alone
+        past = 0 if cache is None or columns != length else cache.seen  # otherwise input_ids are only the new tokens
         if past >= length:
             raise UserError(
                 f"past_key_values holds {past} tokens and the prompt has {length}; a prompt begins with the tokens "
@@ -122,8 +127,11 @@ class CLLMGenerationMixin(GenerationMixin):
         return base._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """`generate` calls this for assisted decoding. Of all that propose tokens, the look-up in the prompt alone does
-        not stop where they could no longer be accepted, and they might not fit the context."""
+        """`generate` calls this for assisted decoding.
+
+        Prompt look-up is the only candidate generator that may propose tokens beyond the maximum length, which might
+        not fit the context, so it is wrapped here.
+        """
         base: Any = super()
         generator = base._get_candidate_generator(generation_config, *args, **kwargs)
         if isinstance(generator, PromptLookupCandidateGenerator):
@@ -133,7 +141,7 @@ class CLLMGenerationMixin(GenerationMixin):
         return generator
 
     def _check_windows(self, length: int) -> None:
-        """Assisted decoding takes tokens back."""
+        """Refuse windows below `length`: assisted decoding removes tokens, and a ring has overwritten earlier ones."""
         windows = [layer.window for layer in self.model.plan.layers if layer.own is not None and layer.window]
         if windows and min(windows) < length:
             raise UserError(
@@ -160,14 +168,14 @@ class CLLMGenerationMixin(GenerationMixin):
         base._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: continuous batching keeps pages of every layer's keys and values, where owners alone have them."""
+        """Raises `UserError`: continuous batching caches keys and values of every layer, but only owners have them."""
         raise UserError(
             "continuous batching (generate_batch, cache_implementation paged) is not supported; use generate"
         )
 
 
-def own_cache(given: Any) -> KVCache:
-    """`given`. Raises `UserError` for a cache of another kind."""
+def check_cache(given: Any) -> KVCache:
+    """Return `given`. Raises `UserError` for a cache of another class."""
     if not isinstance(given, KVCache):
         raise UserError(f"past_key_values is a {type(given).__name__}; allowed: cllm.cache.cache.KVCache")
     return given

@@ -1,9 +1,8 @@
-"""What transformers' `attention_mask` and `position_ids` mean to a decoder: padding, positions, documents.
+"""transformers' `attention_mask` and `position_ids` as a decoder's padding, positions and documents.
 
-A decoder is told where each sequence starts, and counts positions from there. Padding on the right needs nothing, since
-no token sees what comes after it, but a cache would keep it; a hole between tokens is nothing a decoder knows. All of
-this is looked at where several tokens come in at once. A decode step of one token is not looked at: reading its mask
-would make every step wait for the device, and it can only go on from what the prompt began.
+A decoder takes the start of each sequence, and counts positions from there. Padding on the right needs no mask, since
+no token sees later ones, but a cache would store it. Holes between tokens are refused. These checks run only for inputs
+of several tokens (prefill), because in decoding they would force a device sync at every step.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from cllm.errors import UserError
 
 
 class Inputs(NamedTuple):
-    """What `Decoder.hidden` takes beside the tokens."""
+    """Arguments of `Decoder.hidden` besides the tokens, and padding on the right."""
 
     positions: Tensor | None = None
-    """(B or 1, T) int64; None: counted from the first token that is no padding."""
+    """(B or 1, T) int64; None: counted from the first token that is not padding."""
     document_ids: Tensor | None = None
-    """(B, T) int64; None: one document a sequence."""
+    """(B, T) int64; None: one document in each sequence."""
     starts: Tensor | None = None
-    """(B,) int64, padding tokens before each sequence; None: none."""
+    """(B,) int64, padding tokens before each sequence; None: no padding."""
     after: int = 0
-    """The most padding tokens after any sequence."""
+    """The largest number of padding tokens after a sequence."""
 
 
 def read_inputs(
@@ -36,23 +35,22 @@ def read_inputs(
     *,
     past: int | None = None,
     known: Tensor | None = None,
-    goes_on: bool = True,
+    more_follow: bool = True,
 ) -> Inputs:
     """`attention_mask` and `position_ids` as a decoder's inputs.
 
     Args:
         input_ids: (B, T).
         attention_mask: (B, past + T), zeros for padding, or None.
-        position_ids: (B or 1, T). With padding or a cache they have to be what those imply. Without, wherever they do
-            not count on by one a new document begins, as in packed batches.
-        past: tokens in the cache; None: there is no cache.
-        known: (B,) padding that the cache was begun with, or that it was told to expect of the whole prompt, of which
-            these tokens may be a part.
-        goes_on: whether the cache was asked for, so that more tokens have to follow; if not, padding may come after
-            a sequence.
+        position_ids: (B or 1, T). With padding or a cache they must equal the positions that those imply. Otherwise a
+            new document begins wherever they do not increase by one, as in packed batches.
+        past: tokens in the cache; None: no cache.
+        known: (B,) padding at the start of the cache, or of the full prompt, of which these tokens may be a part.
+        more_follow: whether the caller asked for the cache, so more tokens may follow; otherwise sequences may have
+            padding on the right.
 
     Raises:
-        UserError: for padding on the right that a cache would keep, holes, sequences without a token, masks of another
+        UserError: for padding on the right that a cache would store, holes, sequences without a token, masks of another
             shape, and positions that contradict the padding.
     """
     batch, length = input_ids.shape
@@ -61,7 +59,7 @@ def read_inputs(
         return Inputs()
     starts, after = None, 0
     if attention_mask is not None:
-        starts, after = _padding(attention_mask, cached=past is not None and goes_on, known=known)
+        starts, after = _padding(attention_mask, cached=past is not None and more_follow, known=known)
     if past or known is not None:
         if attention_mask is not None:
             _check_same_padding(starts, known, (past or 0) + length)
@@ -92,21 +90,21 @@ def _check_shapes(batch: int, length: int, mask: Tensor | None, positions: Tenso
 
 
 def padding_of(mask: Tensor, *, cached: bool, known: Tensor | None = None) -> Tensor | None:
-    """(B,) zeros before each sequence of `mask` (B, S), None where there are none anywhere.
+    """(B,) zeros before each sequence of `mask` (B, S); None if no sequence has any.
 
-    Raises `UserError` for holes, for a sequence without a token, unless `known` padding says that it begins later, and,
-    where it would be `cached`, for padding on the right.
+    Raises `UserError` for holes, for padding on the right that would be `cached`, and for a sequence without a token,
+    unless `known` padding shows that it starts later.
     """
     return _padding(mask, cached=cached, known=known)[0]
 
 
 def _padding(mask: Tensor, *, cached: bool, known: Tensor | None) -> tuple[Tensor | None, int]:
-    """As `padding_of`, and the most zeros after any sequence."""
+    """As `padding_of`, and the largest number of zeros after a sequence."""
     real = mask != 0
     expected = mask.new_zeros(len(mask), dtype=torch.long) if known is None else known
     before = (real.cumsum(1) == 0).sum(1)
     after = (real.flip(1).cumsum(1) == 0).sum(1)
-    rows = torch.stack((before, after, real.sum(1), expected), dim=1).tolist()  # the one wait for the device
+    rows = torch.stack((before, after, real.sum(1), expected), dim=1).tolist()  # the only device sync
     for row, (left, right, count, start) in enumerate(rows):
         if count == 0 and start >= left:
             continue

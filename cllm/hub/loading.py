@@ -1,6 +1,6 @@
 """Models in checkpoint folders: loaded with transformers, without code, with every tensor accounted for.
 
-transformers draws weights at random where a checkpoint lacks them, and only warns. Here that is an error.
+transformers draws missing weights at random and only warns. Here missing weights are an error.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from cllm.errors import UserError
 from cllm.files import shorten
 from cllm.hub.checksums import check_checksums
 from cllm.hub.export import quiet
+from cllm.hub.kind import is_export
 from cllm.model.misfit import describe
 from cllm.trust import check_model_folder, read_object, reason
 
@@ -31,7 +32,7 @@ _SIZES = (
 )
 """Keys of config.json whose product is the number of elements of a tensor."""
 _MOST_PER_BYTE = 16
-"""Elements in a byte of weights that no quantisation exceeds."""
+"""Most elements per byte of weights; no quantisation has more."""
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | str) -> Any:
@@ -39,14 +40,14 @@ def load_model(folder: Path, *, dtype: torch.dtype | str) -> Any:
 
     Args:
         folder: with config.json and safetensors.
-        dtype: of the weights; `auto`: as they are.
+        dtype: of the weights; `auto`: as stored.
 
     Raises:
-        UserError: for what `check_model_folder` and `check_checksums` refuse, a model that transformers cannot load,
-            and weights that are missing or of another shape.
+        UserError: as `check_model_folder` and `check_checksums` do, for a model that transformers cannot load, and for
+            weights that are missing or of another shape.
     """
     config = _checked(folder)
-    options = {} if config.get("model_type") == "cllm" else {"ignore_mismatched_sizes": True}
+    options = {} if is_export(config) else {"ignore_mismatched_sizes": True}
     model, info = _from_pretrained(AutoModelForCausalLM, folder, dtype=dtype, output_loading_info=True, **options)
     _check_loaded(folder, info)
     return model.eval()
@@ -61,7 +62,7 @@ def load_exported(folder: Path, *, dtype: torch.dtype | str) -> CLLMForCausalLM:
     from cllm.hub.model import CLLMForCausalLM
 
     config = _checked(folder)
-    if config.get("model_type") != "cllm":
+    if not is_export(config):
         raise UserError(f"{folder}: is a {shorten(str(config.get('model_type')))} checkpoint already")
     return _from_pretrained(CLLMForCausalLM, folder, dtype=dtype).eval()
 
@@ -88,12 +89,14 @@ def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
         for value in values:
             product *= value if isinstance(value, int) and value > 0 else 1
         if product > _MOST_PER_BYTE * nbytes:
-            said = ", ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True) if value is not None)
-            raise UserError(f"{folder / 'config.json'}: {said}: the weight files are too small for it ({nbytes} bytes)")
+            sizes = ", ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True) if value is not None)
+            raise UserError(
+                f"{folder / 'config.json'}: {sizes}: the weight files are too small for it ({nbytes} bytes)"
+            )
 
 
 def _from_pretrained(auto: Any, folder: Path, **options: Any) -> Any:
-    # Whatever goes wrong in reading somebody's checkpoint is, to the user, one fault in one line.
+    # A foreign checkpoint can fail in any way; the user gets one line.
     from cllm.hub.base import without_load_report
 
     try:

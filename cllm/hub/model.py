@@ -1,7 +1,6 @@
-"""A decoder as a transformers model: `from_pretrained`, `generate`, `Trainer`, and all that builds on them.
+"""A decoder as a transformers model, for `from_pretrained`, `generate`, `Trainer`, and libraries that build on them.
 
-The decoder does the work; this class speaks transformers' language to it. What a caller asks for and does not get is
-an error here, never ignored.
+Arguments that the decoder does not support are errors, never ignored.
 """
 
 from __future__ import annotations
@@ -28,39 +27,39 @@ from cllm.model.loss import Head, head_loss
 class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
     """`CLLMForCausalLM(config)` draws new weights; `from_pretrained(folder)` loads them.
 
-    `model` is the `Decoder`, so tensors are called `model.blocks.0...` and layers that own nothing have no K/V weights.
-    `base_model` is a `CLLMModel` of the same decoder, which computes hidden states as transformers' base models do.
+    `model` is the `Decoder`, so tensors are named `model.blocks.0...`, and layers that own nothing have no K/V weights.
+    `base_model` is a `CLLMModel` of the same decoder; it computes hidden states, as transformers' base models do.
     """
 
     accepts_loss_kwargs = True
     _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012 - transformers copies it
     _base: tuple[CLLMModel, ...] = ()
-    """The base model; in a tuple, so that it is no second name for the weights."""
+    """The base model; in a tuple, so it is no submodule that would repeat the weights."""
 
     def __init__(self, config: CLLMConfig):
         super().__init__(config)
-        self.model = self._own_decoder()
+        self.model = self._new_decoder()
         self.post_init()
 
     # ---- weights -----------------------------------------------------------------------------------------------------
 
     @property
     def base_model(self) -> CLLMModel:
-        """The decoder without its head, as transformers and other libraries call it."""
+        """The decoder without its head, under the name that transformers and other libraries use."""
         if not self._base or self._base[0].model is not self.model:
             config: Any = self.config
             self._base = (CLLMModel(config, self.model),)
         return self._base[0]
 
     def set_decoder(self, decoder: CLLMModel) -> None:
-        """Put the decoder of another base model in the place of this model's."""
+        """Replace the decoder by that of another base model."""
         self.model = decoder.model
 
     def get_output_embeddings(self) -> Head:
         return self.model.head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Put a layer's weight (vocab_size, d_model) in the place of the head's."""
+        """Replace the head's weight by that of a layer, (vocab_size, d_model)."""
         head = Head(new_embeddings.in_features, new_embeddings.out_features, bias=False, device="meta")
         head.weight = new_embeddings.weight
         self.model.head = head
@@ -89,28 +88,28 @@ class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
         Args:
             input_ids: (B, T) int64.
             attention_mask: (B, tokens in the cache + T), zeros for padding; see `hub/inputs.py`.
-            position_ids: (B or 1, T); documents of a packed batch begin where they do not count on by one.
+            position_ids: (B or 1, T); in packed batches a document begins wherever they do not increase by one.
             past_key_values: a `KVCache`, to which the tokens are added.
-            labels: (B, T) int64, the input again: a token is scored against the label after it, -100 is not scored.
-            use_cache: return a cache; by default what the config says, except in training and with labels.
-            logits_to_keep: logits of the last so many places, or of the places in a (n,) tensor; 0: of all. None: of
-                all, except with labels in training: the loss needs no logits.
-            early_exit: above the last layer that owns a slot, compute the last token only, exactly, but without
-                gradients. None: where neither those nor other logits are wanted, as `generate` says of its prompts
+            labels: (B, T) int64, equal to the input: a token is scored against the next label; -100 is not scored.
+            use_cache: return a cache; by default as in the config, except in training and with labels.
+            logits_to_keep: the number of last positions with logits, or a (n,) tensor of positions; 0: all. None: all,
+                except with labels in training, since the loss needs no logits.
+            early_exit: above the last layer that owns a slot, compute the last token only: exact, without gradients.
+                None: do so if neither gradients nor other logits are needed, as for the prompts of `generate`
                 (logits_to_keep=1, no labels).
             num_items_in_batch: the loss is the sum over scored tokens divided by this; None: their mean.
-            shift_labels: by keyword, (B, T) int64 in place of `labels`: a token is scored against the label at its own
-                place. It is not in the signature, where `Trainer` would take it for labels that every batch has.
-            inputs_embeds: (B, T, d_model), what the first layer reads, in place of `input_ids`.
-            output_hidden_states: return the input of every layer and what the head reads; or a list of which of these.
+            shift_labels: keyword only, (B, T) int64 instead of `labels`: a token is scored against the label at its own
+                position. It is not in the signature, from which `Trainer` would infer that every batch has it.
+            inputs_embeds: (B, T, d_model), the input of the first layer, instead of `input_ids`.
+            output_hidden_states: return the input of every layer and of the head; or a list of their indices.
             output_attentions: not supported.
 
         Returns:
-            `loss` (fp32 scalar, nats), `logits` (B, n, vocab_size), `past_key_values`, `hidden_states` (n_layers + 1
-            tensors (B, T, d_model)), each only where there is one.
+            `loss` (fp32 scalar, nats), `logits` (B, n, vocab_size), `past_key_values`, and `hidden_states` (n_layers +
+            1 tensors (B, T, d_model)); None for those that were not computed.
 
         Raises:
-            UserError: for what is not supported, more tokens than the model's context, and what `read_inputs` refuses.
+            UserError: for unsupported arguments, more tokens than the model's context, and as `read_inputs` does.
         """
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
@@ -123,20 +122,15 @@ class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
         cache = self._cache(past_key_values, use_cache, scored=scored)
         past = 0 if cache is None else cache.get_seq_length()
         asked = past_key_values is not None or bool(use_cache)
-        inputs = self._inputs(tokens, attention_mask, position_ids, cache, goes_on=asked)
+        inputs = self._inputs(tokens, attention_mask, position_ids, cache, more_follow=asked)
         plain = input_ids is not None and not scored and not wanted
         if cache is not None and past and plain and self._replays(cache, tokens):
             self._check_context(past + 1, None)
             return self._output(None, self._replay(cache, tokens), cache, None, return_dict)
         self._check_context(past + tokens.shape[1], inputs.positions)
-        last_only = not scored and not wanted and isinstance(logits_to_keep, int) and logits_to_keep == 1
-        if early_exit and not last_only:
-            more = "labels" if scored else "output_hidden_states" if wanted else f"logits_to_keep {logits_to_keep}"
-            raise UserError(f"early_exit computes the last logits only, but {more} wants more; allowed: 1, no labels")
-        learns = last_only and early_exit is not False and self._learns()
-        if early_exit and learns:
-            raise UserError("early_exit computes no gradients; use torch.no_grad(), or leave it out")
-        last_only = last_only and early_exit is not False and not learns
+        last_only = self._exits_early(
+            early_exit, logits_to_keep, other="labels" if scored else "output_hidden_states" if wanted else None
+        )
         hidden, states = self._hidden(input_ids, inputs_embeds, inputs, cache, wanted, last_only=last_only)
         loss = None if shift_labels is None else self._loss(hidden, shift_labels, num_items_in_batch)
         logits = None
@@ -156,21 +150,35 @@ class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
-    def _learns(self) -> bool:
-        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+    def _exits_early(self, early_exit: bool | None, logits_to_keep: int | Tensor | None, *, other: str | None) -> bool:
+        """Whether layers above the last owner compute the last token only; `other`: an argument that needs all tokens.
+
+        Raises:
+            UserError: for an `early_exit` that other arguments, or gradients, do not allow.
+        """
+        suffices = other is None and isinstance(logits_to_keep, int) and logits_to_keep == 1
+        if early_exit and not suffices:
+            more = other or f"logits_to_keep {logits_to_keep}"
+            raise UserError(f"early_exit computes the last logits only, but {more} wants more; allowed: 1, no labels")
+        if not suffices or early_exit is False:
+            return False
+        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        if early_exit and learns:
+            raise UserError("early_exit computes no gradients; use torch.no_grad(), or leave it out")
+        return not learns
 
     def _replays(self, cache: KVCache, input_ids: Tensor) -> bool:
-        """Whether this is a step that a CUDA graph can make: one token over a static cache, without gradients."""
-        if hasattr(self.model.embed, "token_adapter"):  # its weight is another tensor in every step
+        """Whether a CUDA graph can compute this step: one token over a static cache, without gradients."""
+        if hasattr(self.model.embed, "token_adapter"):  # its weight is a new tensor in every step
             return False
         return cache.is_static and input_ids.shape[1] == 1 and input_ids.is_cuda and not torch.is_grad_enabled()
 
     def _replay(self, cache: KVCache, input_ids: Tensor) -> Tensor:
-        """Logits (B, 1, vocab_size) of one token, by a graph recorded at the first step over a cache."""
+        """Logits (B, 1, vocab_size) of one token, from a CUDA graph that is recorded at the first step over a cache."""
         graph = self._graph
         if graph is None or graph.cache is not cache or not graph.is_valid:
             graph = self._graph = StepGraph(self.model, cache)
-        return graph(input_ids[:, 0])[:, None].clone()  # the next step writes over what the graph returns
+        return graph(input_ids[:, 0])[:, None].clone()  # the next step overwrites the output of the graph
 
     def _loss(self, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
         head, reduction = self.model.head, "mean" if num_items is None else "sum"
@@ -189,22 +197,24 @@ class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
 
 
 def _is_weight(head: Any) -> bool:
-    """Whether `head` is a linear layer that has no loss and all of which is in its `weight`: PEFT puts some there, for
-    trained tokens (`token_adapter`) and for tied heads that are trained whole (`modules_to_save`)."""
+    """Whether `head` is a linear layer without a loss, fully described by its `weight`.
+
+    PEFT makes such heads for trained tokens (`token_adapter`), and for tied heads that are trained (`modules_to_save`).
+    """
     inner = getattr(head, "modules_to_save", None)
     candidates = [head] if inner is None else list(inner.values())
     return hasattr(head, "token_adapter") or any(type(module) is nn.Linear for module in candidates)
 
 
-def _keep(hidden: Tensor, places: int | Tensor | None) -> Tensor:
-    """(B, n, d_model): the places of `hidden` (B, T, d_model) whose logits are asked for."""
-    if isinstance(places, Tensor) and places.ndim != 1:
+def _keep(hidden: Tensor, positions: int | Tensor | None) -> Tensor:
+    """The positions of `hidden` (B, T, d_model) whose logits are requested, (B, n, d_model)."""
+    if isinstance(positions, Tensor) and positions.ndim != 1:
         raise UserError(
-            f"logits_to_keep is {tuple(places.shape)}; allowed: a number of places, or a (n,) tensor of them"
+            f"logits_to_keep is {tuple(positions.shape)}; allowed: a number of places, or a (n,) tensor of them"
         )
-    return hidden[:, places] if isinstance(places, Tensor) else hidden[:, -(places or 0) :]
+    return hidden[:, positions] if isinstance(positions, Tensor) else hidden[:, -(positions or 0) :]
 
 
 AutoModelForCausalLM.register(CLLMConfig, CLLMForCausalLM)
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[CLLMConfig.model_type] = CLLMForCausalLM.__name__
-"""By this table `Trainer` knows that labels are shifted when it smooths them itself."""
+"""From this table `Trainer` knows that it has to shift labels when it smooths them itself."""

@@ -1,12 +1,14 @@
-"""PEFT's tables of models: which modules an adapter changes where its config names none, and which embed tokens.
+"""PEFT's tables of models: the modules that adapters change by default, and those that embed tokens.
 
-Imported after PEFT's own tables (see `cllm/__init__.py`). Modules have the names of Llama's, but for those in `_NAMES`.
+It is imported after PEFT's tables (see `cllm/__init__.py`). Modules have Llama's names, except those in `_NAMES`.
 """
 
 from __future__ import annotations
 
 import sys
 from typing import Any
+
+from cllm.hub.kind import MODEL_TYPE
 
 _NAMES = {
     "input_layernorm": "attention_norm",
@@ -18,8 +20,8 @@ _NAMES = {
 _LIKE = "llama"
 
 
-def register(tables: Any, model_type: str = "cllm") -> None:
-    """Add `model_type` to every table of `tables`, a module, that knows Llama."""
+def register(tables: Any, model_type: str = MODEL_TYPE) -> None:
+    """Add `model_type` to every table of the module `tables` that has an entry for Llama."""
     for name, table in vars(tables).items():
         targets = table.get(_LIKE) if name.endswith("_MODULES_MAPPING") and isinstance(table, dict) else None
         if isinstance(targets, list):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -92,10 +93,21 @@ class Decoder(nn.Module):
             self.head.weight = self.embed.weight
         self._compiled: tuple[Any, ...] = ()
         """Compiled blocks and final norm for decoding. The tuple hides them from `state_dict`."""
-        self._last_reader = self.plan.last_readers()
+        self.on_layer: Callable[[Tensor], None] | None = None
+        """Called with the residual stream (B, T, d_model) after every layer."""
+        self.hand_slots(None)
         self._spans = dict(self.plan.cyclic_spans())
         for name, module in self.named_modules():
             _check_can_initialise(name, module)
+
+    def hand_slots(self, table: Sequence[Sequence[int]] | None) -> None:
+        """Hand layer i the slots of layers `table[i]`, all of which must return theirs (`Block.returns_slot`).
+
+        None: those of the plan.
+        """
+        self._reads = [self.plan.reads_others(i) for i in range(len(self.plan))] if table is None else table
+        readers = {j: [i for i, reads in enumerate(self._reads) if j in reads] for j in self.plan.owners}
+        self._last_reader = {j: max(layers, default=j) for j, layers in readers.items()}
 
     def init_weights(self) -> None:
         """Draw all weights from torch's global generator as `config.init` says; norms become 1, biases 0.
@@ -332,7 +344,7 @@ class Decoder(nn.Module):
 
     def _layer(self, i: int, x: Tensor, slots: Slots, context: Context, cache: KVCache | None) -> tuple[Tensor, Slots]:
         block: Any = self.blocks[i]
-        read = [slots[j] for j in self.plan.reads_others(i)]
+        read = [slots[j] for j in self._reads[i]]
         if cache is not None:
             if self._decodes_compiled(cache, context):
                 block = self._compiled[i]
@@ -341,6 +353,8 @@ class Decoder(nn.Module):
             x, own = recompute(block, x, context, *read)
         else:
             x, own = block(x, context, *read)
+        if self.on_layer is not None:
+            self.on_layer(x)
         return x, slots if own is None else {**slots, i: own}
 
     def _decodes_compiled(self, cache: KVCache, context: Context) -> bool:

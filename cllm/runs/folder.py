@@ -64,6 +64,12 @@ class RunFolder:
 
     path: Path
 
+    @classmethod
+    def of(cls, path: str | Path) -> RunFolder:
+        """The folder of a run, from its own path or that of one of its checkpoints; it need not exist."""
+        path = Path(path)
+        return cls(path.parent.parent if path.suffix == ".ckpt" else path)
+
     @property
     def name(self) -> str:
         return self.path.resolve().name
@@ -297,7 +303,7 @@ def load_run(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[D
 
     path = Path(path)
     one = path.suffix == ".ckpt"
-    folder = RunFolder(path.parent.parent if one else path)
+    folder = RunFolder.of(path)
     step = folder.step_of(path) if one else 0
     config = folder.config()
     model = meta_decoder(config.model, backend=config.attention.backend)

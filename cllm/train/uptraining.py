@@ -194,9 +194,9 @@ def hidden_states(
     """What the head reads, last, after the output of every layer if asked for; (B, T, d_model) each."""
     if not all_layers:
         return [model.hidden(*inputs)]
-    with model.listen() as heard:
+    with model.record_layers() as outputs:
         last = model.hidden(*inputs)
-    return [*heard[1:], last]
+    return [*outputs, last]
 
 
 def draw_route(n_layers: int, chance: float, seed: int, step: int) -> list[int]:

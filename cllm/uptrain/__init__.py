@@ -1,18 +1,22 @@
-"""Uptraining: a trained model turned into another KV plan and trained a little.
+"""Uptraining: a trained model converted to another KV plan and trained a little.
 
-settings.py    what YAML may say under `init:` and `uptrain:`
 teacher.py     the model that `init.from` names, and the student's config that follows from it
-init.py        the student's first weights, training-free: which step does what
+complete.py    a config whose `model` is completed from that model
+start.py       from a config with `init.from` to a student ready to train
+sources.py     `init.sources: best`: fused reads of the sources that suit them best
+init.py        the student's first weights, without training
 project.py     K/V projections copied or averaged
-heads.py       KV heads of two layers matched, and the layer rewritten so that its function stays
-assign.py      the best matching of two sets, exactly
-calibrate.py   what the teacher's layers see and say on a calibration text
-fit.py         least squares: fusion weights, and shared projections
+heads.py       KV heads of two layers matched, and a layer rewritten so that its function stays
+hungarian.py   the best one-to-one matching of two sets
+calibrate.py   inputs, keys and values of the teacher's layers on calibration text
+ridge.py       shared projections by ridge regression
+fit.py         least squares: fusion weights, and alignments of layers that own nothing
 svd.py         latents for MLA: partial RoPE and a joint SVD
-search.py      plans from measured similarity
-decoder.py     a decoder whose layers can be listened to and read at random
-loss.py        distillation, logits a chunk at a time
-trainable.py   what is trained: all, K/V, or LoRA
+search.py      plans from measured similarity (a command line)
+decoder.py     the decoder of teachers and students: recorded layers, random sources
+loss.py        distillation, a chunk of logits at a time
+trainable.py   what is trained: all weights, the K/V side, or LoRA
 curriculum.py  from own keys and values to shared ones
-module.py      the training step, and what it adds to the metrics
+
+Imports data, the model, runs, hub, and everything below them.
 """

@@ -1,4 +1,4 @@
-"""What the teacher's layers see and say on a calibration text, a batch at a time; nothing is kept between batches."""
+"""Inputs, keys and values of the teacher's layers on calibration text, a batch at a time."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from cllm.model.sources import OwnKV, RopeTables
 from cllm.uptrain.decoder import TracedDecoder, block_of
 
 Batches = Sequence[dict[str, Tensor]]
-"""Of `input_ids` (B, T) int64 and, with document masks, `positions` and `document_ids` (B, T)."""
+"""Each has `input_ids` (B, T) int64 and, with document masks, `positions` and `document_ids` (B, T)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """One batch inside the teacher."""
+    """The teacher's layers on one batch."""
 
     teacher: TracedDecoder
-    streams: list[Tensor]
-    """The stream as it enters each layer, (B, T, d_model)."""
+    inputs: list[Tensor]
+    """The residual stream (B, T, d_model) before each layer."""
     rope: RopeTables
 
     def normed(self, i: int) -> Tensor:
-        """(B T, d_model): what the projections of layer `i` see, by the layer's norm."""
-        return block_of(self.teacher, i).attention_norm(self.streams[i]).flatten(0, 1)
+        """The normalised input of layer `i`, (B T, d_model)."""
+        return block_of(self.teacher, i).attention_norm(self.inputs[i]).flatten(0, 1)
 
     def slot(self, i: int, owner: OwnKV, *, rotated: bool = True) -> tuple[Tensor, Tensor]:
-        """Keys and values as heads (G, D, B T) that `owner` makes of what layer `i` sees, after or before RoPE."""
-        residual = self.streams[i]
+        """Keys and values (G, D, B T) that `owner` projects from the input of layer `i`, after or before RoPE."""
+        residual = self.inputs[i]
         slot = owner(residual, block_of(self.teacher, i).attention_norm(residual), self.rope if rotated else unrotated)
         k, v = (t.flatten(0, 1).permute(1, 2, 0) for t in slot[:2])
         return k, v
 
 
 def unrotated(dim: int) -> tuple[Tensor, Tensor]:
-    """RoPE tables that turn nothing."""
+    """RoPE tables that rotate nothing."""
     return torch.ones(()), torch.zeros(())
 
 
 @torch.no_grad()
 def observe(teacher: TracedDecoder, batches: Batches) -> Iterator[Observed]:
-    """Run the teacher over each batch, on its device."""
+    """Run the teacher over each batch, on its device. Nothing is kept between batches."""
     device = teacher.embed.weight.device
     for batch in batches:
         ids, positions, documents = (
@@ -52,7 +52,7 @@ def observe(teacher: TracedDecoder, batches: Batches) -> Iterator[Observed]:
             for name in ("input_ids", "positions", "document_ids")
         )
         assert ids is not None
-        with teacher.listen() as heard:
-            teacher.hidden(ids, positions, documents)
+        inputs: list[Tensor] = []
+        teacher.hidden(ids, positions, documents, states=inputs)
         at = torch.arange(ids.shape[1], device=device)[None] if positions is None else positions
-        yield Observed(teacher, heard[:-1], Context(teacher.config.rope, at).rope)
+        yield Observed(teacher, inputs, Context(teacher.config.rope, at).rope)

@@ -1,7 +1,7 @@
-"""The settings of a run that starts from another model: what `model` leaves out is that model's.
+"""The settings of a run that starts from another model: keys that `model` lacks are taken from that model.
 
-This is a step of loading a config, not a part of its schema: it reads another folder, and loads torch for it. A config
-that says the model's shape, as every config.yaml of a run does, is left as it is, and neither happens.
+This is a step of loading a config, not a part of its schema, because it reads another folder and imports torch. A
+config with the model's shape, such as every config.yaml of a run, is used as it is, and neither happens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _REQUIRED = ("d_model", "n_layers", "n_heads")
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
-    """The run that YAML `files` and command-line `overrides` spell together, `model` completed from `init.from`.
+    """The config of YAML `files` and command-line `overrides`, `model` completed from `init.from`.
 
     Raises:
         UserError: as `load_settings` does, and for an `init.from` that holds no model.
@@ -37,7 +37,7 @@ def complete(data: dict[str, Any]) -> tuple[dict[str, Any], Origin]:
         The completed data, and the origin of keys of `model` that no file gives.
 
     Raises:
-        UserError: if neither `model` nor `init.from` says a shape, or `init.from` holds no model.
+        UserError: if neither `model` nor `init.from` gives a shape, or `init.from` holds no model.
     """
     init, model = data.get("init") or {}, data.get("model") or {}
     path = init.get("from") if isinstance(init, dict) else None
@@ -58,7 +58,7 @@ def complete(data: dict[str, Any]) -> tuple[dict[str, Any], Origin]:
     teacher = teacher_config(path)
     student = teacher.model_dump(mode="json")
     kv = model.get("kv", student["kv"])
-    # A plan that does not fit the model is left to the check of the settings, which names key and file.
+    # Validation of the settings refuses a plan that does not fit the model, and names key and file.
     with contextlib.suppress(ValidationError):
         student = student_model(teacher, kv, rope_pairs=init.get("rope_pairs", "high"))
     return {**data, "model": {**student, **model}}, origin

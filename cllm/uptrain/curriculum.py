@@ -1,7 +1,7 @@
 """From own keys and values to shared ones: a layer that owns nothing reads (1 - λ) own + λ shared, λ from 0 to 1.
 
-The layer's own projections are the teacher's, frozen; they are no part of the student, and compute nothing once λ is 1.
-Evaluation reads what the plan says at any time, so that val/loss is that of the model that will be used.
+The layer's own projections are the teacher's, frozen. They are not part of the student, and are not computed once λ
+is 1. Evaluation always reads as the plan says, so val/loss is the loss of the final model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cllm.plan.kinds import Builders, Fuse, Share
 from cllm.plan.plan import KVPlan
 
 OWN = "curriculum_own"
-"""Name of the module with a layer's own projections."""
+"""The name of the module with a layer's own projections."""
 
 
 blending_module = Builders("module for a curriculum")
@@ -32,7 +32,7 @@ blending_module = Builders("module for a curriculum")
 
 @blending_module(Share)
 class BlendingShared(SharedRead):
-    """`SharedRead`, mixed with the slot after the last that the plan names, if there is one."""
+    """`SharedRead`, mixed with the layer's own slot if that follows the slots of the plan."""
 
     share: Tensor
     """(1,) fp32: λ."""
@@ -48,7 +48,7 @@ class BlendingShared(SharedRead):
 
 @blending_module(Fuse)
 class BlendingFused(FusedRead):
-    """The same of `FusedRead`."""
+    """`FusedRead`, mixed in the same way."""
 
     share: Tensor
 
@@ -68,7 +68,7 @@ def _mix(shared: Tensor, slots: Sequence[Slot], read: BlendingShared | BlendingF
 
 
 class BlendingAttention(Attention):
-    """Attention of a layer that owns nothing, with keys and values of its own mixed in while it trains."""
+    """Attention of a layer that owns nothing; in training, its own keys and values are mixed in."""
 
     curriculum_own: OwnKV
 
@@ -93,10 +93,14 @@ class BlendingAttention(Attention):
 
 
 def add_curriculum(model: Decoder, owners: Mapping[int, OwnKV]) -> None:
-    """Let the layers of `model` that own nothing blend, before its weights are set; `owners` are their own projections.
+    """Mix own and shared slots in the layers of `model` that own nothing. Call it before weights are set.
+
+    Args:
+        model: the student.
+        owners: each layer's own projections.
 
     Raises:
-        UserError: when every layer owns, and for layers that read latents or recurrent states.
+        UserError: if every layer owns a slot, or a layer that owns nothing reads latents or a recurrent state.
     """
     plan = model.plan
     layers = plan.borrowers

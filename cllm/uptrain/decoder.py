@@ -1,7 +1,7 @@
-"""A decoder for uptraining: its layers can be listened to and read at random, and its head compares with a teacher's.
+"""The decoder of teachers and students: layer outputs can be recorded, slots read at random, and the head distils.
 
-Parameters and their names are those of `Decoder`. What is added happens outside of the blocks, so that compiling and
-recomputing them changes nothing.
+Parameters and their names are those of `Decoder`. Recording happens outside of the blocks, so compiled and recomputed
+blocks stay as they are.
 """
 
 from __future__ import annotations
@@ -9,11 +9,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from cllm.cache.cache import KVCache
 from cllm.cache.slot import Slot
 from cllm.cache.stores import Store
 from cllm.config import ModelConfig
@@ -21,15 +18,15 @@ from cllm.errors import UserError
 from cllm.model.attention import Attention
 from cllm.model.block import Block
 from cllm.model.context import Context
-from cllm.model.decoder import Decoder, Slots
+from cllm.model.decoder import Decoder
 from cllm.model.sizes import model_d_ff
 from cllm.model.sources import OwnKV
-from cllm.plan.plan import LayerPlan
+from cllm.plan.plan import KVPlan, LayerPlan
 from cllm.uptrain.loss import DistilledHead
 
 
 class TracedDecoder(Decoder):
-    """`Decoder` with `listen`; with `routed`, also with `route`."""
+    """`Decoder` with a head for distillation, and `record_layers`; with `routed`, also with `route`."""
 
     def __init__(self, config: ModelConfig, *, d_ff: int | None = None, backend: str = "auto", routed: bool = False):
         """Raises `UserError` for `routed` and a plan in which layers do not all own and read alike."""
@@ -37,59 +34,48 @@ class TracedDecoder(Decoder):
         self.head = DistilledHead(config.d_model, self.embed.num_embeddings, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        self._heard: list[Tensor] | None = None
-        self.route: Sequence[int] | None = None
-        """For every layer the layer whose slot it reads, itself or a lower one; None: each its own."""
+        self._route: Sequence[int] | None = None
         if routed:
-            self._make_routable()
+            _check_routable(self.plan)
+            for i in range(len(self.plan)):
+                block = block_of(self, i)
+                block.attention, block.returns_slot = RoutedAttention(config, self.plan, i), True
+
+    @property
+    def route(self) -> Sequence[int] | None:
+        """For every layer the layer whose slot it reads, itself or a lower one; None: each its own."""
+        return self._route
+
+    @route.setter
+    def route(self, route: Sequence[int] | None) -> None:
+        self._route = route
+        self.hand_slots(None if route is None else [() if source == i else (source,) for i, source in enumerate(route)])
 
     @contextlib.contextmanager
-    def listen(self) -> Iterator[list[Tensor]]:
-        """Collect the stream as it enters the first layer and leaves each: n_layers + 1 tensors (B, T, d_model)."""
-        heard: list[Tensor] = []
-        self._heard = heard
+    def record_layers(self) -> Iterator[list[Tensor]]:
+        """Record the output of every layer, (B, T, d_model), in the list that is yielded."""
+        outputs: list[Tensor] = []
+        self.on_layer = outputs.append
         try:
-            yield heard
+            yield outputs
         finally:
-            self._heard = None
+            self.on_layer = None
 
     def compile_blocks(self) -> None:
-        """As `Decoder` does, and what the head does with logits."""
+        """As `Decoder.compile_blocks`; the distillation loss is compiled too."""
         super().compile_blocks()
         assert isinstance(self.head, DistilledHead)
         self.head.compiled = True
 
-    def _layer(self, i: int, x: Tensor, slots: Slots, context: Context, cache: KVCache | None) -> tuple[Tensor, Slots]:
-        if self._heard is not None and i == 0:
-            self._heard.append(x)
-        if self.route is None:
-            x, slots = super()._layer(i, x, slots, context, cache)
-        else:
-            x, slots = self._routed(i, self.route[i], x, slots, context)
-        if self._heard is not None:
-            self._heard.append(x)
-        return x, slots
 
-    def _routed(self, i: int, source: int, x: Tensor, slots: Slots, context: Context) -> tuple[Tensor, Slots]:
-        read = () if source == i else (slots[source],)
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            x, own = checkpoint(self.blocks[i], x, context, *read, use_reentrant=False)
-        else:
-            x, own = self.blocks[i](x, context, *read)
-        return x, {**slots, i: own}
-
-    def _make_routable(self) -> None:
-        layers = self.plan.layers
-        for i, layer in enumerate(layers):
-            if not self.plan.reads_itself(i) or _kind(layer) != _kind(layers[0]):
-                raise UserError(
-                    f"uptrain.random_sources: layer {i} differs from layer 0, or reads another layer; allowed: plans "
-                    "in which every layer owns and all are alike (mha, gqa, mqa)"
-                )
-        for i, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            block.attention, block.returns_slot = RoutedAttention(self.config, self.plan, i), True
-        self._last_reader = dict.fromkeys(self.plan.owners, len(layers))  # any layer above may be a slot's last
+def _check_routable(plan: KVPlan) -> None:
+    layers = plan.layers
+    for i, layer in enumerate(layers):
+        if not plan.reads_itself(i) or _kind(layer) != _kind(layers[0]):
+            raise UserError(
+                f"uptrain.random_sources: layer {i} differs from layer 0, or reads another layer; allowed: plans "
+                "in which every layer owns and all are alike (mha, gqa, mqa)"
+            )
 
 
 def _kind(layer: LayerPlan) -> tuple[object, int | None]:
@@ -97,7 +83,7 @@ def _kind(layer: LayerPlan) -> tuple[object, int | None]:
 
 
 class RoutedAttention(Attention):
-    """Attention that reads the slot it is handed, where it is handed one, instead of its own."""
+    """Attention that reads the slot that it is handed; its own if it is handed none."""
 
     def write(
         self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context, store: Store | None
@@ -106,7 +92,7 @@ class RoutedAttention(Attention):
         if not slots:
             return own, read
         assert own is not None
-        # The own slot times 0: its projections then get gradients of 0, which DDP waits for, and not none at all.
+        # DDP waits for a gradient of every parameter. The own slot times 0 gives its projections one, of zeros.
         return own, (Slot(slots[0].k + 0 * own.k, slots[0].v + 0 * own.v),)
 
 
@@ -118,19 +104,19 @@ def block_of(model: Decoder, i: int) -> Block:
 
 
 def attention_of(model: Decoder, i: int) -> Attention:
-    """The mixer of layer `i`, which reads keys and values."""
+    """The attention of layer `i`, which reads keys and values."""
     attention = block_of(model, i).attention
     assert isinstance(attention, Attention)
     return attention
 
 
 def owner_of(model: Decoder, i: int) -> OwnKV:
-    """The projections of layer `i`, which has some."""
+    """The K/V projections of layer `i`, which owns a slot."""
     owner = block_of(model, i).attention.owner
     assert isinstance(owner, OwnKV)
     return owner
 
 
 def build_traced(config: ModelConfig, *, backend: str = "auto", routed: bool = False) -> TracedDecoder:
-    """The decoder of a config, to be loaded into; arguments as of `TracedDecoder`."""
+    """The decoder of a config, without weights; arguments as in `TracedDecoder`."""
     return TracedDecoder(config, d_ff=model_d_ff(config), backend=backend, routed=routed)

@@ -1,18 +1,18 @@
-"""Layers fitted to what they read, by least squares on a calibration text; owners stay as they are.
+"""Layers that own nothing fitted to the slots that they read, by least squares on a calibration text.
 
-A layer that owns nothing wants the keys K and values V that it had in the teacher and reads F = Σ_s a_s ⊙ K_s and
-H = Σ_s b_s ⊙ V_s over source slots, one with weight 1 where it shares. Two things are free: the fusion weights, and
-what the layer's own q_proj and o_proj can make of what they read (heads.py): an order of heads, a complex factor m for
-every pair of keys, a matrix for every head of values. So
+Owners do not change. In the teacher the layer had keys K and values V. It now reads F = Σ_s a_s ⊙ K_s and
+H = Σ_s b_s ⊙ V_s over its source slots; a layer that shares has one source, with weight 1. Free are the fusion weights
+and an alignment, which the layer's q_proj and o_proj take on (heads.py): an order of heads, a complex factor m for each
+pair of keys, and a matrix N for each head of values. So
 
     minimise |K - m ⊙ F|² and |V - N H|², over tokens, post-RoPE
 
-Weights are closed-form for a given turn, the turn for given weights; they alternate, the turn keeping lengths, and a
-last step frees lengths (`map`): m = Σ conj(F) K / Σ |F|², N = Σ V Hᵀ (Σ H Hᵀ)⁻¹. Each step lowers the error. Only sums
-of products are kept, in fp64: about G D² numbers a layer for each pair of sources.
+Weights are closed-form for a given alignment, and the alignment for given weights. They alternate, with alignments that
+keep lengths. With `map` a last step frees lengths: m = Σ conj(F) K / Σ |F|², N = Σ V Hᵀ (Σ H Hᵀ)⁻¹. Each step lowers
+the error. Only sums of products are stored, in fp64: about G D² numbers a layer for each pair of sources.
 
-Least squares shortens what it cannot explain. Keys that the teacher normalises (`qk_norm`) have a length that scores
-rely on and queries cannot make up for, so weights that fuse such keys are scaled to give it back.
+The result of least squares is shorter than its target. Scores rely on the length of keys that the teacher normalises
+(`qk_norm`), and queries cannot compensate, so weights that fuse such keys are scaled to restore it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cllm.config.uptraining import Align
+from cllm.config.uptraining import Align, InitFrom
 from cllm.errors import UserError
+from cllm.model.attention import Attention
 from cllm.model.decoder import Decoder
 from cllm.model.sources import FusedRead, OwnKV, Reader
 from cllm.plan.plan import KVPlan
 from cllm.uptrain.calibrate import Batches, observe
 from cllm.uptrain.decoder import TracedDecoder, attention_of, owner_of
-from cllm.uptrain.heads import Grams, Turn, procrustes, to_pairs, unit
+from cllm.uptrain.heads import Alignment, Grams, procrustes, to_pairs, unit
 from cllm.uptrain.project import Part, anchors
 from cllm.uptrain.ridge import solve
 
@@ -39,16 +40,19 @@ _ROUNDS = 20
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """One read: fusion weights (s, 1 or G, 1 or n), the turn's part, and |own - what is read|² / |own|²."""
+    """One read, of keys or of values, after its fit."""
 
     weight: Tensor
-    turn: Tensor
+    """(s, 1 or G, 1 or n): fusion weights of the s sources."""
+    transform: Tensor
+    """The alignment's `key_factors` or `value_maps`."""
     error: float
+    """|own - read|² / |own|²."""
 
 
 @dataclass(slots=True)
 class ReadSums:
-    """Sums over tokens for one read: products of its s sources, and of sources with the layer's own."""
+    """Sums over tokens for one read: products of its s sources, and of the sources with the layer's own tensor."""
 
     part: Part
     sources: Tensor
@@ -60,7 +64,7 @@ class ReadSums:
 
     @classmethod
     def of(cls, part: Part, sources: Sequence[Tensor], own: Tensor) -> ReadSums:
-        """From heads (G, D, N), head h of the sources against head h of `own`."""
+        """The sums of heads (G, D, N): head h of the sources with head h of `own`."""
         square = own.double().square().sum()
         if part == "k":
             z, w = torch.stack([to_pairs(s) for s in sources]), to_pairs(own)
@@ -74,69 +78,69 @@ class ReadSums:
         return ReadSums(self.part, self.sources + more.sources, self.cross + more.cross, self.own + more.own)
 
     def cpu(self) -> ReadSums:
-        """The same on the CPU, which solves and decomposes matrices of a head's size sooner than a GPU is asked to."""
+        """A copy on the CPU, which solves matrices of a head's size in less time than a GPU takes to launch."""
         return ReadSums(self.part, self.sources.cpu(), self.cross.cpu(), self.own.cpu())
 
-    def fit(self, start: Tensor, turn: Tensor, ridge: float, *, learn: bool, align: Align) -> Fitted:
-        """Weights from `start`, which stay unless `learn`, and the turn from `turn`, which `align` may let move."""
-        weight, turn = start.double(), turn.to(self.cross.dtype)
+    def fit(self, start: Tensor, transform: Tensor, ridge: float, *, learn: bool, align: Align) -> Fitted:
+        """Fit weights from `start`, if `learn`, and the alignment from `transform`, as far as `align` allows."""
+        weight, transform = start.double(), transform.to(self.cross.dtype)
         rounds = _ROUNDS if align in ("turn", "map") else 1
         error = float("inf")
         for n in range(rounds):
             if learn:
-                weight = self._weights(start.double(), turn, ridge)
-            found = self._error(weight, turn)
+                weight = self._weights(start.double(), transform, ridge)
+            found = self._error(weight, transform)
             if error - found < 1e-9 or n == rounds - 1:
                 break
             error = found
-            turn = unit(self._read_own(weight)) if self.part == "k" else procrustes(self._read_own(weight))
+            transform = unit(self._read_own(weight)) if self.part == "k" else procrustes(self._read_own(weight))
         if align == "map":
-            turn = self._free(weight, turn, ridge)
-        return Fitted(weight, turn, self._error(weight, turn))
+            transform = self._free(weight, transform, ridge)
+        return Fitted(weight, transform, self._error(weight, transform))
 
     def at_length(self, fitted: Fitted) -> Fitted:
-        """`fitted` with weights scaled until what is read has the mean square of the layer's own."""
+        """`fitted` with weights scaled so that the read has the mean square of the layer's own tensor."""
         weight = fitted.weight * (self.own / self._read_read(fitted.weight).sum().clamp(min=1e-30)).sqrt()
-        return Fitted(weight, fitted.turn, self._error(weight, fitted.turn))
+        return Fitted(weight, fitted.transform, self._error(weight, fitted.transform))
 
-    def _weights(self, start: Tensor, turn: Tensor, ridge: float) -> Tensor:
-        """The best weights under a turn that keeps lengths."""
+    def _weights(self, start: Tensor, transform: Tensor, ridge: float) -> Tensor:
+        """The best weights under an alignment that keeps lengths."""
         one = [dim for dim in (1, 2) if start.shape[dim] == 1]  # dims that share a weight
         if self.part == "k":
-            a, b = self.sources.real, (self.cross * turn).real
+            a, b = self.sources.real, (self.cross * transform).real
         else:
-            a, b = self.sources.diagonal(dim1=-2, dim2=-1), (self.cross * turn).sum(-1)
+            a, b = self.sources.diagonal(dim1=-2, dim2=-1), (self.cross * transform).sum(-1)
         if one:
             a, b = a.sum([dim + 1 for dim in one], keepdim=True), b.sum(one, keepdim=True)
         found = solve(a.permute(2, 3, 0, 1), b.permute(1, 2, 0)[..., None], start.permute(1, 2, 0)[..., None], ridge)
         return found[..., 0].permute(2, 0, 1)
 
     def _read_own(self, weight: Tensor) -> Tensor:
-        """Products of what is read with the layer's own: (G, P) or (G, D, D)."""
+        """Products of the read with the layer's own tensor: (G, P) or (G, D, D)."""
         return (self.cross * (weight if self.part == "k" else weight[..., None])).sum(0)
 
     def _read_read(self, weight: Tensor) -> Tensor:
-        """Products of what is read with itself: (G, P) real or (G, D, D)."""
+        """Products of the read with itself: (G, P) real or (G, D, D)."""
         if self.part == "k":
             return (self.sources * weight[:, None] * weight[None]).sum((0, 1)).real
         w = weight.expand(-1, *self.cross.shape[1:-1])
         return torch.einsum("sgd,stgde,tge->gde", w, self.sources, w)
 
-    def _free(self, weight: Tensor, turn: Tensor, ridge: float) -> Tensor:
-        """The best map of any lengths, as a turn."""
+    def _free(self, weight: Tensor, transform: Tensor, ridge: float) -> Tensor:
+        """The best alignment of any lengths."""
         read_own, read_read = self._read_own(weight), self._read_read(weight)
         if self.part == "v":
-            return solve(read_read, read_own, turn, ridge)
+            return solve(read_read, read_own, transform, ridge)
         penalty = max(ridge, 1e-12) * read_read.mean().clamp(min=1e-30)
-        return ((read_own + penalty * turn.conj()) / (read_read + penalty)).conj()
+        return ((read_own + penalty * transform.conj()) / (read_read + penalty)).conj()
 
-    def _error(self, weight: Tensor, turn: Tensor) -> float:
-        """|own - read|² / |own|²; a layer turned by u reads conj(u) F where it had K, one turned by M reads Mᵀ H."""
+    def _error(self, weight: Tensor, transform: Tensor) -> float:
+        """|own - read|² / |own|², for reads conj(u) F of keys and Mᵀ H of values."""
         read_own, read_read = self._read_own(weight), self._read_read(weight)
         if self.part == "k":
-            left = -2 * (read_own * turn).real.sum() + (turn.abs().square() * read_read).sum()
+            left = -2 * (read_own * transform).real.sum() + (transform.abs().square() * read_read).sum()
         else:
-            left = -2 * (read_own * turn).sum() + (turn * (read_read @ turn)).sum()
+            left = -2 * (read_own * transform).sum() + (transform * (read_read @ transform)).sum()
         return float((self.own + left) / self.own.clamp(min=1e-30))
 
 
@@ -145,27 +149,26 @@ def fit_readers(
     student: Decoder,
     teacher: TracedDecoder,
     owners: Mapping[int, OwnKV],
-    turns: Mapping[int, Turn],
+    alignments: Mapping[int, Alignment],
     batches: Batches,
-    *,
-    ridge: float,
-    align: Align,
-) -> tuple[dict[int, Turn], dict[str, float]]:
-    """Fit every layer of `student` that owns nothing to the slots its owners write, and set its fusion weights.
+    settings: InitFrom,
+) -> tuple[dict[int, Alignment], dict[str, float]]:
+    """Fit every layer of `student` that owns nothing to the slots that it reads, and set its fusion weights.
 
-    Both from the heads as they are and from `turns`, and whichever leaves less is taken.
+    A layer in `alignments` is fitted twice, starting from the heads as they are and from its alignment. The fit with
+    the smaller error is used.
 
     Args:
-        student: owners as they will be.
-        teacher: computes the text.
-        owners: each layer's own projections, that go with its queries and output as they are now.
-        turns: where else to start from, by layer.
+        student: with the final weights of owners.
+        teacher: evaluates the text.
+        owners: for each layer the projections that go with its queries and output as they are now.
+        alignments: second starting points, by layer.
         batches: the text.
-        ridge: pull towards the start.
-        align: what is free besides fusion weights.
+        settings: `ridge`, the pull towards the start, and `align`, what is free besides fusion weights.
 
     Returns:
-        The turn of each layer, still to be applied to it; and relative squared errors as `layer 5 keys`: value.
+        The alignment of each layer, which is still to be applied to it; and relative squared errors by read, as
+        `layer 5 keys`: value.
     """
     plan = student.plan
     layers = plan.borrowers
@@ -176,48 +179,67 @@ def fit_readers(
                     f"init.method: layer {i} reads its {half} by {read.key}, which least squares cannot fit; allowed: "
                     "copy, mean, aligned"
                 )
-    starts = {i: [Turn.none(_n_heads(owners[i]), owners[i].head_dim)] for i in layers}
-    for i, turn in turns.items():
-        starts[i].append(turn)
-    sums: dict[tuple[int, int, Part], ReadSums] = {}
-    for seen in observe(teacher, batches) if layers else ():
-        slots = {j: seen.slot(j, owner_of(student, j)) for j in {j for i in layers for j in plan.reads(i)}}
-        for i in layers:
-            k, v = seen.slot(i, owners[i])
-            for n, turn in enumerate(starts[i]):
-                keys = ReadSums.of("k", [slots[j][0] for j in plan.keys(i).layers], k[turn.order])
-                values = ReadSums.of("v", [slots[j][1] for j in plan.values(i).layers], v[turn.order])
-                sums[i, n, "k"] = sums[i, n, "k"] + keys if (i, n, "k") in sums else keys
-                sums[i, n, "v"] = sums[i, n, "v"] + values if (i, n, "v") in sums else values
-    sums = {read: summed.cpu() for read, summed in sums.items()}
-    chosen: dict[int, Turn] = {}
+    starts = {i: [Alignment.identity(_n_heads(owners[i]), owners[i].head_dim)] for i in layers}
+    for i, alignment in alignments.items():
+        starts[i].append(alignment)
+    sums = _read_sums(student, teacher, owners, starts, batches)
+    chosen: dict[int, Alignment] = {}
     errors: dict[str, float] = {}
     for i in layers:
         attention = attention_of(student, i)
-        normed = attention.q_norm is not None
-        keys_align: Align = "none" if normed else align
         tried = [
-            (
-                turn,
-                _fit(attention.keys, sums[i, n, "k"], turn.pairs, ridge, keys_align, normed=normed),
-                _fit(attention.values, sums[i, n, "v"], turn.maps, ridge, align),
-            )
-            for n, turn in enumerate(starts[i])
+            (start, *_fit_layer(attention, start, sums[i, n, "k"], sums[i, n, "v"], settings))
+            for n, start in enumerate(starts[i])
         ]
-        turn, of_keys, of_values = min(tried, key=lambda found: found[1].error + found[2].error)
-        chosen[i] = Turn(turn.order, of_keys.turn, of_values.turn)
-        for module, fitted, what in ((attention.keys, of_keys, "keys"), (attention.values, of_values, "values")):
+        start, keys, values = min(tried, key=lambda fits: fits[1].error + fits[2].error)
+        chosen[i] = Alignment(start.order, keys.transform, values.transform)
+        for module, fitted, what in ((attention.keys, keys, "keys"), (attention.values, values, "values")):
             errors[f"layer {i} {what}"] = fitted.error
             if isinstance(module, FusedRead):
                 module.weight.copy_(fitted.weight)
     return chosen, errors
 
 
-def _fit(read: Reader, sums: ReadSums, turn: Tensor, ridge: float, align: Align, *, normed: bool = False) -> Fitted:
+def _read_sums(
+    student: Decoder,
+    teacher: TracedDecoder,
+    owners: Mapping[int, OwnKV],
+    starts: Mapping[int, Sequence[Alignment]],
+    batches: Batches,
+) -> dict[tuple[int, int, Part], ReadSums]:
+    """Sums over the text for each layer in `starts`, start and part, on the CPU."""
+    plan = student.plan
+    sums: dict[tuple[int, int, Part], ReadSums] = {}
+    for seen in observe(teacher, batches) if starts else ():
+        slots = {j: seen.slot(j, owner_of(student, j)) for j in {j for i in starts for j in plan.reads(i)}}
+        for i in starts:
+            k, v = seen.slot(i, owners[i])
+            for n, start in enumerate(starts[i]):
+                keys = ReadSums.of("k", [slots[j][0] for j in plan.keys(i).layers], k[start.order])
+                values = ReadSums.of("v", [slots[j][1] for j in plan.values(i).layers], v[start.order])
+                sums[i, n, "k"] = sums[i, n, "k"] + keys if (i, n, "k") in sums else keys
+                sums[i, n, "v"] = sums[i, n, "v"] + values if (i, n, "v") in sums else values
+    return {read: summed.cpu() for read, summed in sums.items()}
+
+
+def _fit_layer(
+    attention: Attention, start: Alignment, keys: ReadSums, values: ReadSums, settings: InitFrom
+) -> tuple[Fitted, Fitted]:
+    """Fits of the keys and of the values that `attention` reads, starting from `start`."""
+    ridge, align = settings.ridge, settings.align
+    if attention.q_norm is None:
+        of_keys = _fit(attention.keys, keys, start.key_factors, ridge, align)
+    else:  # queries and keys are normalised: keys are only reordered
+        of_keys = _fit(attention.keys, keys, start.key_factors, ridge, "none")
+        if isinstance(attention.keys, FusedRead):
+            of_keys = keys.at_length(of_keys)
+    return of_keys, _fit(attention.values, values, start.value_maps, ridge, align)
+
+
+def _fit(read: Reader, sums: ReadSums, transform: Tensor, ridge: float, align: Align) -> Fitted:
     fused, device = isinstance(read, FusedRead), sums.cross.device
     weight = read.weight.detach().to(device) if isinstance(read, FusedRead) else torch.ones(1, 1, 1, device=device)
-    fitted = sums.fit(weight, turn.to(device), ridge, learn=fused, align=align)
-    return sums.at_length(fitted) if fused and normed else fitted
+    return sums.fit(weight, transform.to(device), ridge, learn=fused, align=align)
 
 
 def _n_heads(owner: OwnKV) -> int:
@@ -228,7 +250,7 @@ def _n_heads(owner: OwnKV) -> int:
 def text_grams(
     plan: KVPlan, teacher: TracedDecoder, owners: Mapping[int, OwnKV], layers: Sequence[int], batches: Batches
 ) -> dict[int, Grams]:
-    """Products of each of `layers` with its anchors over the text, post-RoPE; G² D² numbers a layer are kept."""
+    """Products of each of `layers` with its anchors over the text, post-RoPE: G² D² numbers a layer."""
     grams: dict[int, Grams] = {}
     for seen in observe(teacher, batches) if layers else ():
         wanted = {*layers, *(j for i in layers for j in anchors(plan, i))}

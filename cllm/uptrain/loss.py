@@ -1,14 +1,15 @@
-"""Distillation: KL divergence from a teacher and next-token cross-entropy, all logits a chunk at a time.
+"""Distillation: KL divergence from a teacher and next-token cross-entropy, computed from one chunk of logits at a time.
 
     KL(teacher || student) = Σ_v p_v (log p_v - log q_v),    p = softmax(teacher / τ),  q = softmax(student / τ)
 
 The loss is kl · τ² · KL + next_token · CE, each a mean over scored tokens (Hinton et al., arXiv 1503.02531: τ² keeps
-the gradient's size when τ changes). Like `cllm/model/loss.py`, gradients are computed with the loss, chunk by chunk, so
-that of both models' logits one chunk in fp32 is all there ever is.
+the gradient's size when τ changes). As in `cllm/model/loss.py`, gradients are computed together with the loss, chunk by
+chunk, so only one chunk of each model's logits exists at a time, in fp32.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,12 @@ from cllm.kernels.cross_entropy import IGNORE
 from cllm.model.loss import Head
 
 _CHUNK_BYTES = 2**28
-"""Size of one chunk's logits in fp32; about seven tensors of that size exist at once, compiled less than two."""
+"""Size of one chunk's logits in fp32. About seven tensors of that size exist at once; less than two if compiled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What the student's logits are held against."""
+    """The teacher's side of the loss, and the weights of its parts."""
 
     hidden: Tensor
     """(B, T, d) the teacher's normalised hidden states."""
@@ -51,68 +52,53 @@ class Distilled(NamedTuple):
 
 
 class DistilledHead(Head):
-    """An output head that also compares with a teacher's, inside its forward, where a sharded weight is whole."""
+    """An output head that also computes the distillation loss.
+
+    It does so in its forward, in which ZeRO has gathered its weight.
+    """
 
     compiled = False
-    """Whether what is done with logits is compiled: they are read a few times then, and some twenty times otherwise."""
+    """Whether `compare_logits` is compiled: it then reads the logits a few times, otherwise about twenty times."""
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, labels: Tensor | None = None, *, reduction: str = "mean", target: Target | None = None
     ) -> Tensor | tuple[Tensor, ...]:
-        """As `Head`; with `target` and `labels` (B, T), what `distillation_loss` gives, as a plain tuple: ZeRO-3 takes
-        what a module returns apart and makes it again."""
+        """As `Head`; with `target` and `labels` (B, T), the fields of `Distilled`.
+
+        They are a plain tuple, since ZeRO-3 rebuilds the containers that a module returns.
+        """
         if target is None:
             return super().forward(hidden, labels, reduction=reduction)
         assert labels is not None
-        student, teacher = (hidden.flatten(0, -2), self.weight), (target.hidden.flatten(0, -2), target.weight)
+        tensors = [hidden.flatten(0, -2), self.weight, target.hidden.flatten(0, -2), target.weight]
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
-            student, teacher = (
-                (student[0].to(dtype), student[1].to(dtype)),
-                (teacher[0].to(dtype), teacher[1].to(dtype)),
-            )
-        found = distillation_loss(
-            *student,
-            *teacher,
-            labels.flatten(),
-            temperature=target.temperature,
-            kl=target.kl,
-            next_token=target.next_token,
-            compiled=self.compiled,
-        )
-        return tuple(found)
+            tensors = [tensor.to(dtype) for tensor in tensors]
+        mine, weight, theirs, their_weight = tensors
+        target = dataclasses.replace(target, hidden=theirs, weight=their_weight)
+        return tuple(distillation_loss(mine, weight, labels.flatten(), target, compiled=self.compiled))
 
 
 def distillation_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float,
-    kl: float,
-    next_token: float,
-    compiled: bool = False,
+    hidden: Tensor, weight: Tensor, labels: Tensor, target: Target, *, compiled: bool = False
 ) -> Distilled:
-    """The loss of `hidden @ weight.T` against `teacher_hidden @ teacher_weight.T`, differentiable in the student's.
+    """The loss of the logits `hidden @ weight.T` against those of `target`, differentiable in `hidden` and `weight`.
 
     Args:
         hidden: (N, d), fp32 or bf16.
         weight: (V, d), the same dtype.
-        teacher_hidden: (N, e); the teacher gets no gradient.
-        teacher_weight: (V, e).
         labels: (N,) int64; positions with `IGNORE` count in neither loss.
-        temperature: τ.
-        kl: weight of τ² KL.
-        next_token: weight of cross-entropy.
-        compiled: compile what is done with logits.
+        target: with hidden states (N, e) and a head (V, e), which get no gradient.
+        compiled: compile `compare_logits`.
     """
-    teacher = (teacher_hidden.detach(), teacher_weight.detach())
     compare = functools.partial(
-        _compiled() if compiled else compare_logits, temperature=temperature, kl=kl, next_token=next_token
+        _compiled() if compiled else compare_logits,
+        temperature=target.temperature,
+        kl=target.kl,
+        next_token=target.next_token,
     )
-    return Distilled(*_ChunkedDistillation.apply(hidden, weight, *teacher, labels, compare, kl > 0))
+    teacher = (target.hidden.detach(), target.weight.detach())
+    return Distilled(*_ChunkedDistillation.apply(hidden, weight, *teacher, labels, compare, target.kl > 0))
 
 
 def compare_logits(
@@ -125,13 +111,13 @@ def compare_logits(
     kl: float,
     next_token: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses and their gradient from whole logits, with one chain of element-wise operations between reductions.
+    """Compute the losses and their gradient from logits, in one chain of element-wise operations between reductions.
 
     Args:
         student: (N, V) logits.
-        teacher: the same of the teacher, or None where `kl` is 0.
+        teacher: (N, V) logits of the teacher, or None if `kl` is 0.
         labels: (N,) int64.
-        share: (N,) fp32: of each position in the mean, 0 where it is not scored.
+        share: (N,) fp32, the weight of each position in the mean; 0 for positions that are not scored.
         temperature: τ.
         kl: weight of τ² KL.
         next_token: weight of cross-entropy.
@@ -151,8 +137,8 @@ def compare_logits(
         log_q = (logits / temperature).log_softmax(dim=-1)
         log_p = (teacher.float() / temperature).log_softmax(dim=-1)
         p, q, apart = log_p.exp(), log_q.exp(), log_p - log_q
-        # Of almost equal models Σ p log(p/q) is a sum of rounding errors of either sign. With Σ (q - p) = 0 added its
-        # terms are p (x + exp(-x) - 1), x = log(p/q): never negative, and x²/2 - x³/6 + ... where p is close to q.
+        # For almost equal models Σ p log(p/q) is a sum of rounding errors of either sign. Adding Σ (q - p) = 0 makes
+        # its terms p (x + exp(-x) - 1), x = log(p/q): never negative, and x²/2 - x³/6 + ... if p is close to q.
         near = p * apart.square() * (1 / 2 - apart * (1 / 6 - apart * (1 / 24 - apart / 120)))
         terms = torch.where(apart.abs() < 0.25, near, p * apart + (q - p))
         divergence = (terms.sum(-1) * share).sum() * temperature**2
@@ -166,7 +152,7 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
 
 class _ChunkedDistillation(torch.autograd.Function):
-    """Computes gradients with the loss, chunk by chunk, and only scales them in the backward."""
+    """The loss, and its gradients computed with it, chunk by chunk; the backward only scales them."""
 
     @staticmethod
     def forward(
@@ -185,7 +171,7 @@ class _ChunkedDistillation(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         shares = (labels != IGNORE) / (labels != IGNORE).sum().clamp(min=1)
         rows = max(_CHUNK_BYTES // (4 * weight.shape[0]), 1)
-        rows = -(-len(hidden) // -(-len(hidden) // rows))  # chunks of one size where it can be: one compiled graph
+        rows = -(-len(hidden) // -(-len(hidden) // rows))  # chunks of equal size if possible: one compiled graph
         start = 0
         for part, theirs, targets, share in zip(
             *(tensor.split(rows) for tensor in (hidden, teacher_hidden, labels, shares)), strict=True
@@ -206,15 +192,14 @@ class _ChunkedDistillation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        found = (None if g is None else g * grads[0].to(g.dtype) for g in ctx.saved_tensors)
-        return (*found, None, None, None, None, None)
+        scaled = (None if g is None else g * grads[0].to(g.dtype) for g in ctx.saved_tensors)
+        return (*scaled, None, None, None, None, None)
 
 
 def hidden_difference(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean over pairs (..., d) of |student - teacher|² / |teacher|², a scalar in fp32; each sum over all tokens.
 
-    Relative, since streams grow with depth and models differ in scale: the plain square of the last layers would drown
-    the rest.
+    It is relative because hidden states grow with depth: otherwise the last layers would outweigh all others.
     """
     pairs = [(s.float(), t.detach().float()) for s, t in zip(student, teacher, strict=True)]
     parts = [(s - t).square().sum() / t.square().sum().clamp(min=1e-12) for s, t in pairs]

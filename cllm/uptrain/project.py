@@ -1,8 +1,8 @@
-"""A student's projections from a teacher's, no text needed: copied, or averaged over the layers that read them.
+"""A student's projections from a teacher's, without text: copied, or averaged over the layers that read them.
 
 The *group* of an owner is every layer that reads its keys (or values), fusing layers included. `copy` keeps the owner's
-own projection; `mean` averages those of the group's teacher layers (MLKV, arXiv 2406.09297; SwiftKV, arXiv 2410.03960);
-after turning each layer onto the owner (heads.py) the same average is `aligned`.
+projection. `mean` averages those of the group's teacher layers (MLKV, arXiv 2406.09297; SwiftKV, arXiv 2410.03960);
+`aligned` does the same after each layer is aligned with the owner (heads.py).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Part = Literal["k", "v"]
 
 
 def check_plans(student: KVPlan, teacher: KVPlan) -> None:
-    """Refuse pairs of plans between which nothing is defined.
+    """Refuse a student's plan whose projections cannot be computed from the teacher's.
 
     Raises:
-        UserError: naming the layer, where the teacher's does not own and read K/V of its own, where the student's has a
-            recurrent state, or more KV heads than the teacher's, or a number that does not divide theirs.
+        UserError: naming a layer of the teacher that does not own the K/V that it reads, or a layer of the student with
+            a recurrent state, or with a number of KV heads that does not divide the teacher's.
     """
     for i in range(len(teacher)):
         if not teacher.reads_itself(i):
@@ -61,14 +61,16 @@ def readers(plan: KVPlan, owner: int, part: Part) -> list[int]:
 
 
 def anchors(plan: KVPlan, i: int) -> tuple[int, int]:
-    """The owners whose keys and whose values layer `i` is turned onto: of fused ones the last for keys and the first
-    for values, the point at which fusion starts."""
+    """The owners that layer `i` is aligned with, of keys and of values.
+
+    For fused reads these are the last source of keys and the first of values, the point at which fusion starts.
+    """
     return plan.keys(i).layers[-1], plan.values(i).layers[0]
 
 
 @torch.no_grad()
 def copy_rest(student: Decoder, teacher: Decoder) -> None:
-    """Copy all that is not K/V: embedding, head, norms, MLPs, and queries and outputs of layers without latents."""
+    """Copy everything outside of K/V: embedding, head, norms, MLPs; queries and outputs of layers without latents."""
     student.embed.load_state_dict(teacher.embed.state_dict())
     student.norm.load_state_dict(teacher.norm.state_dict())
     student.head.load_state_dict(teacher.head.state_dict())
@@ -94,9 +96,9 @@ def _load(mine: nn.Module | None, theirs: nn.Module | None) -> None:
 
 @torch.no_grad()
 def teacher_owners(student: KVPlan, teacher: Decoder) -> dict[int, OwnKV]:
-    """For every layer of the student that reads keys and values, a copy of the teacher's projections of that layer.
+    """Copies of the teacher's projections, for every layer of the student that reads keys and values.
 
-    Where the student has fewer KV heads, each is the mean of a run of the teacher's (GQA, arXiv 2305.13245).
+    If the student has fewer KV heads, each is the mean of consecutive heads of the teacher (GQA, arXiv 2305.13245).
     """
     found: dict[int, OwnKV] = {}
     for i in range(len(student)):
@@ -122,7 +124,7 @@ def teacher_owners(student: KVPlan, teacher: Decoder) -> dict[int, OwnKV]:
 
 @torch.no_grad()
 def copy_owners(student: Decoder, teacher: Decoder, owners: Mapping[int, OwnKV]) -> None:
-    """Every owner projects what the teacher's layer does; a kv_norm that the teacher has not is the layer's norm."""
+    """Copy the teacher's projections to every owner; a kv_norm that the teacher lacks becomes the layer's norm."""
     for j in student.plan.owners:
         mine = block_of(student, j).attention.owner
         if not isinstance(mine, OwnKV):
@@ -135,7 +137,7 @@ def copy_owners(student: Decoder, teacher: Decoder, owners: Mapping[int, OwnKV])
 
 @torch.no_grad()
 def average_owners(student: Decoder, owners: Mapping[int, OwnKV]) -> None:
-    """Every owner projects the mean of what the teacher's layers of its group do; gains of key norms likewise."""
+    """Set every owner to the mean of the teacher's projections over its group; the same for gains of key norms."""
     for j in student.plan.owners:
         mine = block_of(student, j).attention.owner
         if not isinstance(mine, OwnKV):

@@ -1,7 +1,7 @@
-"""Shared projections by ridge regression: what one owner projects, onto what all layers that share it would have.
+"""Shared projections by ridge regression: the projection of one owner closest to those of all layers that share it.
 
-Only sums of products are kept, in fp64. The regression is pulled a little towards where it starts, so that what the
-text does not say stays as it was, and the squared error on the text is never more than at the start.
+Only sums of products are stored, in fp64. A penalty on the distance from the start keeps directions that the text does
+not determine, and the squared error on the text is never larger than at the start.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _PARTS: tuple[tuple[Part, str], ...] = (("k", "keys"), ("v", "values"))
 
 
 def solve(a: Tensor, b: Tensor, start: Tensor, ridge: float) -> Tensor:
-    """x with the least ½ xᵀ a x - bᵀ x + ½ ridge m |x - start|², where m is the mean of a's diagonal.
+    """The x that minimises ½ xᵀ a x - bᵀ x + ½ ridge m |x - start|², with m the mean of a's diagonal.
 
     Args:
         a: (..., n, n) fp64, symmetric.
         b: (..., n, k) fp64.
         start: (..., n, k) fp64.
-        ridge: at least 0; a tiny one is always added, so that directions the text has not seen stay at the start.
+        ridge: at least 0. A tiny one is always added, so directions that do not occur in the text stay at the start.
     """
     mean = a.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30)
     penalty = max(ridge, 1e-12) * mean * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
@@ -39,12 +39,18 @@ def solve(a: Tensor, b: Tensor, start: Tensor, ridge: float) -> Tensor:
 def fit_shared(
     student: Decoder, teacher: TracedDecoder, owners: Mapping[int, OwnKV], batches: Batches, *, ridge: float
 ) -> dict[str, float]:
-    """Regress the projections of shared owners onto the mean of what their group's teacher layers make of the text.
+    """Regress the projections of shared owners onto the mean of the keys and values of their group's teacher layers.
 
-    The squared error to the mean differs from that to every layer of the group by a constant, so this is the best one
-    projection for all of them. Targets are before RoPE, which turns both sides alike. With norms on keys the target is
-    the mean normalised key before its gain, of which the projection then has only the direction. `owners` are the
-    teacher's projections of each layer, turned; the student's projections are where the pull goes to.
+    The squared error to the mean differs from that to every layer of the group by a constant, so this is the best
+    single projection for all of them. Targets are before RoPE, which rotates both sides alike. With norms on keys the
+    target is the mean normalised key before its gain, and the projection then matches only its direction.
+
+    Args:
+        student: its projections are the start of the regression.
+        teacher: evaluates the text.
+        owners: the teacher's projections of each layer, aligned.
+        batches: the text.
+        ridge: pull towards the start.
 
     Returns:
         Mean squared error over the group relative to its mean square, as `layer 5 keys before` and `... after`.
@@ -54,7 +60,7 @@ def fit_shared(
     targets: dict[tuple[int, Part], Tensor] = {}
     squares: dict[tuple[int, Part], Tensor] = {}
     for seen in observe(teacher, batches) if groups else ():
-        slots = {i: _made(seen, i, owners[i]) for i in {i for group in groups.values() for i in group}}
+        slots = {i: _keys_and_values(seen, i, owners[i]) for i in {i for group in groups.values() for i in group}}
         xs = {j: _inputs(seen, student, j) for j in {j for j, _ in groups}}
         for j, x in xs.items():
             inputs[j] = inputs.get(j, 0) + x.T @ x
@@ -76,7 +82,7 @@ def fit_shared(
 
 
 def shared_groups(student: Decoder) -> dict[tuple[int, Part], list[int]]:
-    """For every owner whose keys or values another layer shares as they are, the layers that do, itself included."""
+    """For each owner and part that another layer shares (not fuses), the layers that read it, the owner included."""
     plan = student.plan
     groups: dict[tuple[int, Part], list[int]] = {}
     for j in plan.owners:
@@ -89,14 +95,14 @@ def shared_groups(student: Decoder) -> dict[tuple[int, Part], list[int]]:
 
 
 def _inputs(seen: Observed, student: Decoder, j: int) -> Tensor:
-    """(N, d_model) fp64: what the projections of owner `j` see, and a column of ones for a bias."""
+    """Inputs of the projections of owner `j`, (N, d_model) fp64, with a column of ones for a bias."""
     owner = owner_of(student, j)
-    x = seen.normed(j) if owner.norm is None else owner.norm(seen.streams[j]).flatten(0, 1)
+    x = seen.normed(j) if owner.norm is None else owner.norm(seen.inputs[j]).flatten(0, 1)
     return x.double() if owner.k_proj.bias is None else torch.cat((x, x.new_ones(len(x), 1)), dim=1).double()
 
 
-def _made(seen: Observed, i: int, owner: OwnKV) -> dict[Part, Tensor]:
-    """(G D, N) fp64 keys and values of a teacher's layer before RoPE, keys without the gain of their norm."""
+def _keys_and_values(seen: Observed, i: int, owner: OwnKV) -> dict[Part, Tensor]:
+    """Keys and values of a teacher's layer before RoPE, (G D, N) fp64; keys without the gain of their norm."""
     k, v = seen.slot(i, owner, rotated=False)
     k = k if owner.k_norm is None else k / owner.k_norm.weight[:, None]
     return {"k": k.double().flatten(0, 1), "v": v.double().flatten(0, 1)}

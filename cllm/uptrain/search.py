@@ -1,13 +1,15 @@
-"""Plans from measured similarity: which layers share, or which slots a layer fuses, written out as an explicit plan.
+"""Plans from measured similarity: which layers share, or which slots a layer fuses, as an explicit plan.
 
     python -m cllm.uptrain.search --config FILE --init.from PATH --owners 12 --out plan.yaml
     python train.py --config FILE --config plan.yaml --init.from PATH
 
-Sharing: pairs of layers are taken by the similarity of their keys and values on a calibration text, the most alike
-first, or the least alike (KVSharer, arXiv 2410.18517); the upper layer of a pair then reads the lower one, until so
-many owners are left or the cache is small enough. With a threshold a step is taken only while the final hidden states
-stay that close to the teacher's. Fusing: for each fusing layer of the config's plan, the sources with the least squared
-error (fit.py, weights alone) among the owners below it.
+Sharing: pairs of layers are taken by the similarity of their keys and values on a calibration text, the most similar
+first, or the least similar (KVSharer, arXiv 2410.18517). The upper layer of a pair then reads the lower one's slot.
+This ends when `--owners` are left, or the cache is small enough. With `--threshold`, pairs that move the final hidden
+states too far from the teacher's are skipped.
+
+Fusing: each fusing layer of the config's plan reads the owners below it whose sum has the least squared error (fit.py,
+weights alone).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,22 +38,20 @@ from cllm.plan.plan import Fuse, KVPlan, LayerPlan, Share
 from cllm.uptrain.calibrate import Batches, observe
 from cllm.uptrain.complete import load_config
 from cllm.uptrain.decoder import TracedDecoder, build_traced, owner_of
-from cllm.uptrain.init import initialise
+from cllm.uptrain.init import init_student
 from cllm.uptrain.ridge import solve
 
 Measure = Literal["cosine", "cka"]
-_SHARING = ("owners", "max_bytes", "measure", "dissimilar_first", "threshold")
-"""Arguments that `--fusion` has no use for."""
 _CKA_TOKENS = 512
 """Tokens of a batch that CKA compares: its cost grows with their square."""
 
 
 @torch.no_grad()
 def similarity(teacher: TracedDecoder, batches: Batches, measure: Measure) -> Tensor:
-    """(L, L) fp64, mean over keys (post-RoPE) and values.
+    """(L, L) fp64 similarities between layers, the mean over keys (post-RoPE) and values.
 
-    `cosine`: of all numbers of a layer in one vector. `cka`: linear CKA (arXiv 1905.00414), which does not depend on
-    the order of heads or channels, its three sums taken over batches.
+    `cosine`: of each layer's keys (or values) as one vector. `cka`: linear CKA (arXiv 1905.00414), which does not
+    depend on the order of heads or channels; its three sums are taken over all batches.
     """
     n = len(teacher.plan)
     sums = torch.zeros(2, n, n, dtype=torch.float64)
@@ -67,70 +68,80 @@ def similarity(teacher: TracedDecoder, batches: Batches, measure: Measure) -> Te
     return (sums / (norms[:, :, None] * norms[:, None, :])).mean(0)
 
 
-def share_plan(
-    teacher: TracedDecoder,
-    batches: Batches,
-    *,
-    owners: int | None = None,
-    max_bytes: float | None = None,
-    measure: Measure = "cosine",
-    dissimilar_first: bool = False,
-    threshold: float | None = None,
-) -> KVPlan:
-    """The teacher's plan with layers sharing.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sharing:
+    """The goal of `share_plan`, either `owners` or `max_bytes`, and the order in which it takes pairs of layers."""
+
+    owners: int | None = None
+    """Stop at this many owners."""
+    max_bytes: float | None = None
+    """Stop when a token's resident cache, in bf16 at the model's context, is no larger."""
+    measure: Measure = "cosine"
+    dissimilar_first: bool = False
+    """Take the least similar pairs first."""
+    threshold: float | None = None
+    """Least mean cosine of final hidden states to the teacher's, with `copy` weights. Pairs below it are skipped."""
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises `UserError` unless there is one goal, and the model of `config` does not meet it yet."""
+        layers = config.n_layers
+        if (self.owners is None) == (self.max_bytes is None):
+            raise UserError("a plan needs one goal: --owners or --max-bytes")
+        check_owning(config.plan())
+        if layers < 2:
+            raise UserError(f"init.from has {layers} layer; allowed: 2 or more, of which one reads what another owns")
+        if self.owners is not None and not 1 <= self.owners < layers:
+            raise UserError(
+                f"--owners is {self.owners}; allowed: 1 to {layers - 1}, fewer than the layers of init.from"
+            )
+        if self.max_bytes is not None and self.max_bytes >= kv_bytes(config).resident:
+            raise UserError(
+                f"--max-bytes is {self.max_bytes:g}; allowed: less than {kv_bytes(config).resident:g}, the cache of "
+                "init.from"
+            )
+
+    def is_reached(self, config: ModelConfig, plan: KVPlan) -> bool:
+        """Whether the model of `config` meets the goal with `plan`."""
+        if self.owners is not None:
+            return len(plan.owners) <= self.owners
+        return kv_bytes(with_plan(config, plan)).resident <= (self.max_bytes or 0.0)
+
+
+def share_plan(teacher: TracedDecoder, batches: Batches, sharing: Sharing) -> KVPlan:
+    """Let layers of the teacher's plan share, a pair at a time, until the goal is reached.
 
     Args:
-        teacher: every layer owns and reads itself.
+        teacher: every layer owns and reads its own slot.
         batches: calibration text.
-        owners: stop when so many are left.
-        max_bytes: stop when a token's resident cache, in bf16 at the model's context, is no larger.
-        measure: of similarity.
-        dissimilar_first: begin with the pair least alike.
-        threshold: least mean cosine of final hidden states to the teacher's, with the weights of `copy`; pairs that
-            fall short are passed over.
+        sharing: the goal, and the order of pairs.
 
     Raises:
-        UserError: without a goal, for one that the teacher meets as it is, or where no pair is left and the goal is not
-            reached.
+        UserError: as `Sharing.check` does, and if no pair is left before the goal is reached.
     """
-    if (owners is None) == (max_bytes is None):
-        raise UserError("a plan needs one goal: --owners or --max-bytes")
     plan, config = teacher.plan, teacher.config
-    check_owning(plan)
-    if len(plan) < 2:
-        raise UserError(f"init.from has {len(plan)} layer; allowed: 2 or more, of which one reads what another owns")
-    if owners is not None and not 1 <= owners < len(plan):
-        raise UserError(f"--owners is {owners}; allowed: 1 to {len(plan) - 1}, fewer than the layers of init.from")
-    if max_bytes is not None and max_bytes >= kv_bytes(config).resident:
-        raise UserError(
-            f"--max-bytes is {max_bytes:g}; allowed: less than {kv_bytes(config).resident:g}, the cache of init.from"
-        )
-    alike = similarity(teacher, batches, measure)
+    sharing.check(config)
+    alike = similarity(teacher, batches, sharing.measure)
     pairs = sorted(
         ((i, j) for i in range(len(plan)) for j in range(i) if plan.layers[i] == _moved(plan, i, j)),
-        key=lambda pair: (float(alike[pair]) * (1 if dissimilar_first else -1), pair),
+        key=lambda pair: (float(alike[pair]) * (1 if sharing.dissimilar_first else -1), pair),
     )
     target = list(range(len(plan)))
-
-    def reached() -> bool:
-        if owners is not None:
-            return len(set(target)) <= owners
-        return kv_bytes(with_plan(config, _shared(plan, target))).resident <= (max_bytes or 0.0)
-
+    shared = plan
     for i, j in pairs:
-        if reached():
+        if sharing.is_reached(config, shared):
             break
         if target[i] != i or target[j] != j:
             continue
         tried = [j if t == i else t for t in target]
-        if threshold is None or closeness(teacher, _shared(plan, tried), batches) >= threshold:
-            target = tried
-    if not reached():
-        left = len(set(target))
+        candidate = _shared(plan, tried)
+        if sharing.threshold is None or closeness(teacher, candidate, batches) >= sharing.threshold:
+            target, shared = tried, candidate
+    if not sharing.is_reached(config, shared):
         raise UserError(
-            f"no pair of layers is left to share, with {left} owners; lower --threshold or ask for more bytes"
+            f"no pair of layers is left to share, with {len(shared.owners)} owners; lower --threshold or ask for more "
+            "bytes"
         )
-    return _shared(plan, target)
+    return shared
 
 
 def check_owning(plan: KVPlan) -> None:
@@ -141,7 +152,7 @@ def check_owning(plan: KVPlan) -> None:
 
 
 def _moved(plan: KVPlan, i: int, j: int) -> LayerPlan:
-    """Layer `j` as it would stand at `i`: layers share only with their like."""
+    """Layer `j` moved to `i`: a layer shares only with one that it equals after the move."""
     return LayerPlan(own=plan.layers[j].own, keys=Share(i), values=Share(i), window=plan.layers[j].window)
 
 
@@ -162,7 +173,7 @@ def closeness(teacher: TracedDecoder, plan: KVPlan, batches: Batches) -> float:
     """Mean cosine between final hidden states of the teacher and of a copy of it with `plan`."""
     device = teacher.embed.weight.device
     student = build_traced(with_plan(teacher.config, plan), backend=teacher.backend).to(device).eval()
-    initialise(student, teacher, InitFrom.model_validate({"method": "copy"}))
+    init_student(student, teacher, InitFrom.model_validate({"method": "copy"}))
     total = count = 0.0
     for batch in batches:
         inputs = [
@@ -178,10 +189,10 @@ def closeness(teacher: TracedDecoder, plan: KVPlan, batches: Batches) -> float:
 
 @torch.no_grad()
 def fusion_plan(teacher: TracedDecoder, plan: KVPlan, batches: Batches, *, ridge: float) -> KVPlan:
-    """`plan` with each fused read over as many sources as it has now, those of least squared error.
+    """`plan` with the sources of each fused read replaced by as many others, those of least squared error.
 
     Raises:
-        UserError: for a plan that fuses nothing, or a teacher in which a layer does not own.
+        UserError: for a plan that fuses nothing, or a teacher in which a layer does not own a slot.
     """
     check_owning(teacher.plan)
     if not plan.reads_by(Fuse):
@@ -229,15 +240,15 @@ def _best_sources(plan: KVPlan, i: int, read: Fuse, sums: Tensor, ridge: float, 
 
 @one_line
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; see the module."""
+    """Run the command line; see the module."""
     parser = config_parser(Config, __doc__ or "")
     add = parser.add_argument
-    add("--owners", type=int, help="layers that keep keys and values of their own")
-    add("--max-bytes", type=float, help="resident cache bytes a token in bf16, at the model's context, to stay within")
+    add("--owners", type=int, help="number of layers that keep their own keys and values")
+    add("--max-bytes", type=float, help="limit on resident cache bytes a token, in bf16 at the model's context")
     add("--fusion", action="store_true", help="choose the sources of the config's fusing layers instead")
     add("--measure", choices=("cosine", "cka"), help="of similarity (default: cosine)")
-    add("--dissimilar-first", action="store_true", help="share the layers least alike first (KVSharer)")
-    add("--threshold", type=float, help="least cosine of final hidden states to the teacher's; default: none")
+    add("--dissimilar-first", action="store_true", help="share the least similar layers first (KVSharer)")
+    add("--threshold", type=float, help="least cosine of final hidden states to the teacher's (default: none)")
     add("--out", type=Path, metavar="FILE", help="write the plan there; default: standard output")
     arguments, overrides = parser.parse_settings(argv)
     config = load_config(arguments.config, overrides)
@@ -259,7 +270,8 @@ def _search(config: Config, arguments: argparse.Namespace) -> list[dict[str, Any
         raise UserError("init.from is null; it names the model whose layers are compared")
     if not config.init.calibration_sequences:
         raise UserError("init.calibration_sequences is 0, but layers are compared on a text; allowed: 1 or more")
-    ignored = [name for name in _SHARING if arguments.fusion and getattr(arguments, name) not in (None, False)]
+    names = [field.name for field in fields(Sharing)]
+    ignored = [name for name in names if arguments.fusion and getattr(arguments, name) not in (None, False)]
     if ignored:
         raise UserError(f"--fusion chooses sources and no owners; leave out --{ignored[0].replace('_', '-')}")
     teacher = open_teacher(config).decoder
@@ -280,15 +292,14 @@ def _search(config: Config, arguments: argparse.Namespace) -> list[dict[str, Any
     if arguments.fusion:
         plan = fusion_plan(teacher, config.model.plan(), batches, ridge=config.init.ridge)
     else:
-        plan = share_plan(
-            teacher,
-            batches,
+        sharing = Sharing(
             owners=arguments.owners,
             max_bytes=arguments.max_bytes,
             measure=arguments.measure or "cosine",
             dissimilar_first=arguments.dissimilar_first,
             threshold=arguments.threshold,
         )
+        plan = share_plan(teacher, batches, sharing)
     return plan_entries(plan)
 
 

@@ -1,4 +1,4 @@
-"""`init.sources: best`: a run whose fusing layers read the layers that suit them best."""
+"""`init.sources: best`: the sources of fused reads chosen on calibration text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def check_best_sources(config: Config, *, processes: int) -> None:
-    """Raises `UserError` for a plan that fuses nothing, and for several processes, which might not choose the same."""
+    """Raises `UserError` for a plan that fuses nothing, and for several processes, which might choose differently."""
     plan = config.model.plan()
     if not any(plan.fuses(i) for i in range(len(plan))):
         raise UserError("init.sources is best, but model.kv fuses nothing; allowed with it: plan")
@@ -34,7 +34,7 @@ def check_best_sources(config: Config, *, processes: int) -> None:
 def with_best_sources(config: Config, teacher: Teacher, data: DataModule, device: torch.device) -> Config:
     """`config` with its plan written out, the sources of its fused reads chosen on the calibration text.
 
-    `teacher` goes to `device` and stays there. Raises `UserError` for one in which a layer does not own.
+    `teacher` is moved to `device` and stays there. Raises `UserError` if one of its layers does not own a slot.
     """
     plan = config.model.plan()
     batches = calibration_batches(config, data)
@@ -46,11 +46,11 @@ def with_best_sources(config: Config, teacher: Teacher, data: DataModule, device
 
 
 def with_saved_sources(config: Config, folder: RunFolder) -> Config | None:
-    """`config` with the plan that the run in `folder` chose; None where it chose none, or from another plan."""
+    """`config` with the plan that the run in `folder` chose; None if it chose none, or started from another plan."""
     if config.init.sources != "best" or not folder.config_file.exists():
         return None
     saved = folder.config()
-    if saved.init.sources != "best" or _counted(saved.model.plan()) != _counted(config.model.plan()):
+    if saved.init.sources != "best" or _without_sources(saved.model.plan()) != _without_sources(config.model.plan()):
         return None
     return config.model_copy(update={"model": config.model.model_copy(update={"kv": saved.model.kv})})
 
@@ -59,11 +59,11 @@ def _sources(plan: KVPlan, i: int) -> str:
     return f"keys {list(plan.keys(i).layers)}, values {list(plan.values(i).layers)}"
 
 
-def _counted(plan: KVPlan) -> list[tuple[object, ...]]:
-    """The plan with how many sources a fused read has in place of which."""
+def _without_sources(plan: KVPlan) -> list[tuple[object, ...]]:
+    """The plan with each fused read reduced to its number of sources, so plans compare equal up to that choice."""
 
-    def counted(read: Read) -> Read:
+    def numbered(read: Read) -> Read:
         return read.with_layers(tuple(range(len(read.layers)))) if read.sums else read
 
     layers = enumerate(plan.layers)
-    return [(layer.own, counted(plan.keys(i)), counted(plan.values(i)), layer.window) for i, layer in layers]
+    return [(layer.own, numbered(plan.keys(i)), numbered(plan.values(i)), layer.window) for i, layer in layers]

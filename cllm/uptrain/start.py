@@ -19,7 +19,7 @@ from cllm.runs import RunFolder
 from cllm.uptrain.calibrate import Batches
 from cllm.uptrain.curriculum import BlendingAttention, add_curriculum
 from cllm.uptrain.decoder import TracedDecoder, build_traced
-from cllm.uptrain.init import initialise
+from cllm.uptrain.init import init_student
 from cllm.uptrain.project import check_plans, teacher_owners
 from cllm.uptrain.teacher import Teacher, check_student, load_teacher
 from cllm.uptrain.trainable import make_trainable
@@ -125,7 +125,7 @@ def make_student(
     if not resumed:
         teacher.decoder.to(device)
         student.to(device)
-        found = initialise(student, teacher.decoder, config.init, batches() if config.init.reads_text else ())
+        found = init_student(student, teacher.decoder, config.init, batches() if config.init.reads_text else ())
         for i, block in enumerate(student.blocks):
             if isinstance(block.attention, BlendingAttention):
                 block.attention.curriculum_own.load_state_dict(found.owners[i].state_dict())

@@ -1,23 +1,23 @@
-"""Latents for MLA from a layer's keys and values: partial RoPE, then a joint low-rank form of what is left.
+"""Latents for MLA from a layer's keys and values: partial RoPE, then a joint low-rank form of the rest.
 
-A latent layer has one rotated key head for all query heads and a latent c from which every head's other channels and
-values are expanded. Following MHA2MLA (arXiv 2502.14837) and TransMLA (arXiv 2502.07864):
+A latent layer has one rotated key head for all query heads, and a latent c from which the other key channels and the
+values of every head are expanded. Following MHA2MLA (arXiv 2502.14837) and TransMLA (arXiv 2502.07864):
 
 1. R/2 of the D/2 rotated pairs keep their position. Within a pair the G key heads, complex numbers z_g, are replaced
    by their principal component z = uᴴ z, so that z_g ≈ u_g z; query heads of group g take conj(u_g) q. Complex
-   combinations commute with RoPE, so this is exact where the heads of a pair are multiples of one another: always for
+   combinations commute with RoPE, so this is exact if the heads of a pair are multiples of one another: always for
    G = 1.
-2. What is left of the keys (other pairs, and the remainders of kept ones as far as qk_nope_head_dim has room) counts as
-   if it had no position.
-3. It is stacked with the values, both brought to the same mean square, and the stack M x of a layer's input is replaced
-   by U (Uᵀ M) x with the kv_lora_rank principal directions of M C Mᵀ, C the second moment of x on the text or, without
-   a text, of the identity. Latents are scaled to mean square 1.
+2. The rest of the keys is treated as if it had no position: the other pairs, and the remainders of kept pairs as far as
+   qk_nope_head_dim has room.
+3. It is stacked with the values, both scaled to the same mean square, and the stack M x of a layer's input is replaced
+   by U (Uᵀ M) x with the kv_lora_rank principal directions of M C Mᵀ. C is the second moment of x on the text, or
+   without a text the identity. Latents are scaled to mean square 1.
 
-The latent has an RMSNorm, which no linear projection has: c is off by its own size, token by token, which step 3 makes
-1 on average. Where kv_lora_rank is at least d_model the latent is the layer's normalised input itself, whose size is
-constant, and steps 2 and 3 lose nothing. So the whole is exact for kv_lora_rank >= d_model, all pairs kept and one KV
-head; with more KV heads remainders of kept pairs lose their position. With norms on queries and keys, each head's norm
-is replaced by its gain and one factor, the best on the text.
+The latent has an RMSNorm, which no linear projection reproduces: c is wrong by its own size, token by token, and step 3
+makes that size 1 on average. If kv_lora_rank is at least d_model, the latent is the layer's normalised input itself, of
+constant size, and steps 2 and 3 lose nothing. The conversion is then exact with all pairs kept and one KV head; with
+more KV heads the remainders of kept pairs lose their position. With norms on queries and keys, each head's norm is
+replaced by its gain and one factor, the best on the text.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from cllm.uptrain.heads import heads_of, to_channels, to_pairs
 
 
 def kept_pairs(head_dim: int, rope_dim: int, keep: KeepPairs) -> list[int]:
-    """The pairs of a head that get the student's `rope_dim` / 2 frequencies, in their order: pair 0 turns fastest.
+    """The pairs of a head that get the student's `rope_dim` / 2 frequencies, in order: pair 0 has the highest.
 
-    Other choices (the lowest, or the largest by norm) have no place here: RoPE's frequencies follow from one theta.
+    Other choices, such as the lowest or the largest by norm, are not possible: one theta sets all frequencies of RoPE.
 
     Raises:
-        UserError: for more channels than a head has, and where evenly spaced pairs do not come out even.
+        UserError: if a head has fewer channels, or `uniform` would need a fractional step between pairs.
     """
     if rope_dim > head_dim:
         raise UserError(f"model.kv: qk_rope_head_dim is {rope_dim}; allowed with init.method svd: up to {head_dim}")
@@ -58,7 +58,7 @@ def kept_pairs(head_dim: int, rope_dim: int, keep: KeepPairs) -> list[int]:
 
 
 def check_latents(student: Decoder, teacher: Decoder, *, calibrated: bool) -> None:
-    """Refuse latents that cannot be made.
+    """Refuse latents that cannot be computed from the teacher.
 
     Raises:
         UserError: naming the layer or the key and what is allowed.
@@ -84,14 +84,14 @@ def check_latents(student: Decoder, teacher: Decoder, *, calibrated: bool) -> No
 
 
 class _Moments:
-    """What the text says of one layer: the second moment of its input, and of the sizes of its query and key heads."""
+    """Statistics of one layer on the text: second moments of its input and of the sizes of its query and key heads."""
 
     def __init__(self) -> None:
         self.inputs: Tensor | float = 0.0
         self.sizes: dict[str, list[Tensor]] = {}
 
     def add(self, x: Tensor, attention: Attention) -> None:
-        """`x` (N, d_model)."""
+        """Add a batch: `x` (N, d_model), the normalised input of `attention`."""
         wide = x.double()
         self.inputs = self.inputs + wide.T @ wide
         if attention.q_norm is None:
@@ -104,18 +104,18 @@ class _Moments:
             self.sizes[name] = [a + b for a, b in zip(before, more, strict=True)]
 
     def factor(self, name: str) -> Tensor:
-        """(heads,): 1 / size of a head on average, s with the least Σ |k / rms(k) - s k|²."""
+        """(heads,): the factor s that replaces a head's norm, with the least Σ |k / rms(k) - s k|²."""
         first, second = self.sizes[name]
         return first / second.clamp(min=1e-30)
 
 
 @torch.no_grad()
 def make_latents(student: Decoder, teacher: TracedDecoder, batches: Batches, *, keep: KeepPairs) -> dict[str, float]:
-    """Fill every latent layer of `student` from the teacher's keys, values, queries and outputs.
+    """Set the weights of every latent layer of `student` from the teacher's keys, values, queries and outputs.
 
     Returns:
-        For each layer, as `layer 5 latent`, the share of mean square of keys without position and values that the rank
-        leaves out.
+        For each layer, as `layer 5 latent`, the fraction of the mean square of keys without position and values that
+        the low rank loses.
     """
     layers = list(student.plan.reading(Latent))
     moments = {i: _Moments() for i in layers}
@@ -169,18 +169,22 @@ def _layer(student: Decoder, teacher: Decoder, i: int, moments: _Moments, keep: 
 
 
 def _padded(heads: Tensor, channels: int) -> Tensor:
-    """(heads, channels, inputs), with zeros after the channels there are."""
+    """`heads` (heads, ..., inputs) padded with zeros to (heads, channels, inputs)."""
     return torch.cat((heads, heads.new_zeros(len(heads), channels - heads.shape[1], heads.shape[2])), dim=1)
 
 
 def _low_rank(k: Tensor, v: Tensor, second: Tensor, gain: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, float]:
-    """(rank, d_model) down, (G, ..., rank) up for keys and for values, and the share of mean square that is lost.
+    """Replace key and value projections by a joint one of low rank.
 
     Args:
         k, v: (G, channels, d_model) fp64.
-        second: (d_model, d_model), of the inputs.
-        gain: (d_model,), of the norm that made the inputs.
+        second: (d_model, d_model), the second moment of the inputs.
+        gain: (d_model,), the gain of the norm before them.
         rank: of the latent.
+
+    Returns:
+        (rank, d_model) down, (G, channels, rank) up for keys and for values, and the fraction of the mean square that
+        is lost.
     """
     stack = torch.cat((k.flatten(0, 1), v.flatten(0, 1)))
     n_keys, width = k.shape[0] * k.shape[1], stack.shape[1]
@@ -188,7 +192,7 @@ def _low_rank(k: Tensor, v: Tensor, second: Tensor, gain: Tensor, rank: int) -> 
     def split(up: Tensor) -> tuple[Tensor, Tensor]:
         return up[:n_keys].unflatten(0, k.shape[:2]), up[n_keys:].unflatten(0, v.shape[:2])
 
-    if rank >= width and bool((gain.abs() > 1e-4).all()):  # of constant size: x / gain has mean square 1
+    if rank >= width and bool((gain.abs() > 1e-4).all()):  # x / gain has mean square 1
         down = torch.zeros(rank, width, dtype=stack.dtype, device=stack.device)
         down[:width] = torch.diag(1 / gain)
         up = torch.zeros(len(stack), rank, dtype=stack.dtype, device=stack.device)
@@ -202,7 +206,7 @@ def _low_rank(k: Tensor, v: Tensor, second: Tensor, gain: Tensor, rank: int) -> 
     order = values.argsort(descending=True)
     used = [n for n in order.tolist()[:rank] if values[n] > values.max() * 1e-12]
     tokens = _tokens(second, gain)
-    # Principal components of mean square 1 each; components that do not exist are zeros, and the others make up for it.
+    # Principal components of mean square 1 each. Missing ones are zeros, and the others are larger in return.
     size = (values[used] / tokens * len(used) / rank).sqrt()
     down = stack.new_zeros(rank, width)
     down[: len(used)] = (vectors[:, used] / size).T @ even
@@ -213,6 +217,6 @@ def _low_rank(k: Tensor, v: Tensor, second: Tensor, gain: Tensor, rank: int) -> 
 
 
 def _tokens(second: Tensor, gain: Tensor) -> Tensor:
-    """How many tokens `second` was summed over: inputs are the norm's, so x / gain has a mean square of 1."""
+    """The number of tokens in the sum `second`: inputs are normalised, so x / gain has a mean square of 1."""
     usable = gain.abs() > 1e-4
     return (second.diagonal()[usable] / gain[usable].square()).mean()

@@ -1,7 +1,7 @@
-"""The model that `init.from` names, and what the student's config takes from it.
+"""The model that `init.from` names, and the student's config that follows from it.
 
-A path is a run folder of this project or one of its checkpoints, a Hugging Face folder that `cllm/hub` exported, or one
-of the families that `cllm/hub/families` reads.
+It is a run, one of its checkpoints, a folder that cllm exported, or a checkpoint of a family that `cllm/hub/families`
+reads; see `cllm/hub/kind.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import torch
 
 from cllm.config import ModelConfig
 from cllm.errors import UserError
+from cllm.hub.open import open_config, open_weights
 from cllm.model.sizes import model_d_ff
-from cllm.trust import check_model_folder, read_object
 from cllm.uptrain.decoder import TracedDecoder, build_traced
 
+_LABEL = "init.from "
+"""Precedes the path in messages."""
 _STUDENTS_OWN = {"kv", "max_seq_len", "init"}
-"""Keys of `model` that a student may set as it likes."""
+"""Keys of `model` in which a student may differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,46 +36,13 @@ class Teacher:
         return self.decoder.config
 
 
-def _kind(path: Path) -> str:
-    """`run`, `export` or `family`. Raises `UserError` where `path` is none of them."""
-    if not path.exists():
-        raise UserError(f"init.from {path}: no such run, checkpoint or Hugging Face folder")
-    if path.suffix == ".ckpt" or (path / "config.yaml").exists():
-        return "run"
-    file = path / "config.json"
-    model_type = read_object(file).get("model_type") if file.exists() else None
-    if model_type is None:
-        raise UserError(
-            f"init.from {path}: neither a run (it has no config.yaml), nor a checkpoint (.ckpt), nor a Hugging Face "
-            "folder (it has no config.json with a model_type)"
-        )
-    return "export" if model_type == "cllm" else "family"
-
-
 def teacher_config(path: str | Path) -> ModelConfig:
-    """The config of the model in `path`, no weights read: `match_params` replaced by the width it led to.
+    """The config of the model in `path`, with the width that `match_params` gave it. No weights are read.
 
     Raises:
         UserError: for a path that holds no model, or one that the decoder cannot compute.
     """
-    path = Path(path)
-    kind = _kind(path)
-    if kind == "run":
-        from cllm.runs import RunFolder
-
-        config = RunFolder(path.parent.parent if path.suffix == ".ckpt" else path).config().model
-    elif kind == "export":
-        from cllm.hub.config import CLLMConfig
-
-        check_model_folder(path)
-        try:
-            config = CLLMConfig.from_dict(read_object(path / "config.json")).model_config
-        except UserError as error:
-            raise UserError(f"init.from {path}: {error}") from None
-    else:
-        from cllm.hub.families import read_family
-
-        config = read_family(path).config
+    config = open_config(path, label=_LABEL)
     if config.vocab_size is None:
         raise UserError(f"init.from {path}: its config does not say how many tokens the model has")
     return config.model_copy(update={"d_ff": model_d_ff(config), "match_params": False})
@@ -85,39 +54,23 @@ def load_teacher(path: str | Path, *, backend: str = "auto") -> Teacher:
     Raises:
         UserError: as `teacher_config` does, and for weights that are missing, damaged or not the model's.
     """
-    path = Path(path)
-    config, kind = teacher_config(path), _kind(path)
+    config = teacher_config(path)
     with torch.device("meta"):
         decoder = build_traced(config, backend=backend)
-    if kind == "run":
-        from cllm.runs import load_run
-
-        state = load_run(path)[0].state_dict()
-    elif kind == "export":
-        from cllm.hub.loading import load_exported
-
-        try:
-            state = load_exported(path, dtype=torch.float32).model.state_dict()
-        except UserError as error:
-            raise UserError(f"init.from {path}: its weights cannot be read: {error}") from None
-    else:
-        from cllm.hub.families import load_family
-
-        state = load_family(path, torch.float32)[1]
-    decoder.load_state_dict(state, assign=True)
+    decoder.load_state_dict(open_weights(path, label=_LABEL), assign=True)
     if config.tie_embeddings:
         decoder.head.weight = decoder.embed.weight
-    return Teacher(path, decoder.eval().requires_grad_(False))
+    return Teacher(Path(path), decoder.eval().requires_grad_(False))
 
 
 def student_model(teacher: ModelConfig, kv: Any, *, rope_pairs: str) -> dict[str, Any]:
-    """The `model` section of a student: the teacher's with the plan `kv`, as plain data.
+    """The `model` section of a student as plain data: the teacher's, with the plan `kv`.
 
-    RoPE keys of latents have R channels instead of D. Their frequencies are theta^(-2j/R): with the teacher's theta
-    every (D/R)-th of the teacher's, evenly spaced. With theta^(R/D) they are the teacher's first, highest ones.
+    RoPE keys of latents have R channels instead of D, with frequencies theta^(-2j/R). With the teacher's theta these
+    are every (D/R)-th of the teacher's frequencies. With theta^(R/D) they are its R/2 highest.
 
     Raises:
-        UserError: where rope_pairs cannot be had: layers whose latents differ in R, or layers with and without latents.
+        UserError: if rope_pairs is high and layers differ in R, or only some of them have latents.
     """
     data = {**teacher.model_dump(mode="json"), "kv": kv}
     plan = ModelConfig.model_validate(data).plan()
@@ -133,7 +86,7 @@ def student_model(teacher: ModelConfig, kv: Any, *, rope_pairs: str) -> dict[str
 
 
 def check_student(student: ModelConfig, teacher: ModelConfig, *, path: Path, rope_pairs: str) -> None:
-    """Refuse a student whose shape is not the teacher's, or whose plan drops its windows unsaid.
+    """Refuse a student whose shape is not the teacher's, or whose plan drops the teacher's windows.
 
     Raises:
         UserError: naming the key, both values and the teacher.
@@ -159,7 +112,7 @@ def check_student(student: ModelConfig, teacher: ModelConfig, *, path: Path, rop
 
 
 def _check_windows(student: ModelConfig, teacher: ModelConfig, path: Path) -> None:
-    """Refuse a student whose plan says nothing of windows, where the teacher has some that its context exceeds."""
+    """Refuse a plan without windows if the teacher has windows shorter than the student's context."""
     if any(layer.window is not None for layer in student.plan().layers):
         return
     for i, layer in enumerate(teacher.plan().layers):

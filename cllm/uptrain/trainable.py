@@ -1,4 +1,4 @@
-"""What is trained: everything, the K/V side, or low-rank updates that are merged when weights are saved."""
+"""The trained parameters: all, the K/V side, or low-rank updates that are merged when weights are saved."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LoraLinear(nn.Linear):
 
     @classmethod
     def of(cls, linear: nn.Linear, lora: Lora, generator: torch.Generator) -> LoraLinear:
-        """`linear` with an update; its parameters stay the same objects under the same names."""
+        """`linear` with an update; its parameters are the same objects under the same names."""
         rank = lora.rank
         made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         made.weight, made.bias = linear.weight, linear.bias
@@ -45,14 +45,14 @@ class LoraLinear(nn.Linear):
         return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
 
     def merge(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """W + alpha / rank B A of whole weights; the layer's own may be sharded."""
+        """W + alpha / rank B A of full weights, since those of the module may be sharded."""
         return weight + self.scale * b @ a
 
 
 def make_trainable(model: Decoder, config: Config) -> None:
-    """Freeze what `uptrain.trainable` leaves out; for `lora` also put updates on the blocks' linear layers.
+    """Freeze the parameters that `uptrain.trainable` leaves out; for `lora`, add updates to the blocks' linear layers.
 
-    Fusion weights are trained in every case: they are what the teacher has none of.
+    Fusion weights are always trained, since the teacher has none.
     """
     kind = config.uptrain.trainable
     if kind == "all":
@@ -67,11 +67,11 @@ def make_trainable(model: Decoder, config: Config) -> None:
         generator = torch.Generator().manual_seed(config.train.seed)
         for block in model.blocks:
             for name, linear in list(block.named_modules()):
-                if type(linear) is nn.Linear and OWN not in name.split("."):  # those of a curriculum are not kept
+                if type(linear) is nn.Linear and OWN not in name.split("."):  # a curriculum's are not saved
                     parent, _, leaf = name.rpartition(".")
                     setattr(block.get_submodule(parent), leaf, LoraLinear.of(linear, config.uptrain.lora, generator))
 
 
 def lora_layers(model: Decoder) -> dict[str, LoraLinear]:
-    """Every updated layer by name."""
+    """All layers with a low-rank update, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear)}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cllm.data.manifest import Manifest
+from cllm.data.vocabulary import tokenizer_sha256
 from cllm.evaluate.subjects import load_subject
 from cllm.files import MARK
 from cllm.hub import companions
 from cllm.hub import export as export_module
 from cllm.model.sizes import build_decoder
-from cllm.runs import load_run
+from cllm.runs import DataDigests, RunFolder, load_run
 from cllm.runs.names import TIED, WEIGHTS_FILE
 
 REPO = Path(__file__).resolve().parents[2]
@@ -280,6 +284,77 @@ def test_a_tokenizer_that_is_not_the_one_of_the_tokens_is_refused(
     (other / "tokenizer" / "tokenizer.json").write_text(json.dumps(changed))
     message = _refused(capsys, convert("export", run.path, tmp_path / "out"))
     assert "is not the tokenizer that made the tokens" in message
+
+
+def _record(run: RunFolder, validation: dict[str, Path]) -> None:
+    """Record the run's data as training does."""
+    config = run.config()
+    paths = {name: str(path) for name, path in validation.items()}
+    run.write_config(config.model_copy(update={"data": config.data.model_copy(update={"validation": paths})}))
+    digests = {name: Manifest.read(path).digest() for name, path in validation.items()}
+    run.write_data_digests(DataDigests(train=Manifest.read(config.data.path).digest(), validation=digests))
+
+
+def _move_data(run: RunFolder, folder: Path, **changes: object) -> Path:
+    """Train on a copy of the run's data in `folder`, its manifest changed."""
+    config = run.config()
+    shutil.copytree(config.data.path, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+    run.write_config(config.model_copy(update={"data": config.data.model_copy(update={"path": str(folder)})}))
+    return folder
+
+
+def _with_other_tokenizer(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the tokenizer in a folder of data, and its record of it."""
+    file = folder / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tokenizer_sha256"] = tokenizer_sha256(folder / "tokenizer")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _drop_a_merge(content: dict[str, Any]) -> None:
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+
+
+def _write_merges_as_text(content: dict[str, Any]) -> None:
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+
+
+def test_data_that_were_moved_are_the_run_s(convert, make_run, tmp_path) -> None:
+    run, _ = make_run()
+    _record(run, {})
+    _move_data(run, tmp_path / "data")
+    assert convert("export", run.path, tmp_path / "out") == 0
+
+
+def test_data_prepared_again_with_another_tokenizer_are_refused(convert, make_run, tmp_path, capsys) -> None:
+    run, _ = make_run()
+    _record(run, {})
+    _with_other_tokenizer(_move_data(run, tmp_path / "data"), _drop_a_merge)
+    message = _refused(capsys, convert("export", run.path, tmp_path / "out"))
+    assert f"{tmp_path / 'data'}: holds other tokens, or another tokenizer, than when the run in" in message
+    assert "give --no-tokenizer" in message
+    assert not (tmp_path / "out").exists()
+    assert convert("export", run.path, tmp_path / "out", "--no-tokenizer") == 0
+
+
+def test_an_unchanged_validation_set_tells_whether_the_tokenizer_is_the_run_s(
+    convert, make_run, tmp_path, prepared, capsys
+) -> None:
+    run, _ = make_run()
+    _record(run, {"held out": prepared})
+    data = _move_data(run, tmp_path / "data", dtype="uint32")  # other data, one tokenizer
+    assert convert("export", run.path, tmp_path / "same") == 0
+    _with_other_tokenizer(data, _write_merges_as_text)
+    assert convert("export", run.path, tmp_path / "equal") == 0, "written in another way"
+    capsys.readouterr()
+    _with_other_tokenizer(data, _drop_a_merge)
+    message = _refused(capsys, convert("export", run.path, tmp_path / "out"))
+    assert f"{data}: its tokenizer is not the one that the run was trained with, that of {prepared}" in message
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(convert, make_run, tmp_path, capsys) -> None:

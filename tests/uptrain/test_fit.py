@@ -12,7 +12,7 @@ from cllm.uptrain.calibrate import observe
 from cllm.uptrain.decoder import attention_of, block_of, owner_of
 from cllm.uptrain.fit import ReadSums, fit_readers
 from cllm.uptrain.heads import heads_of, set_heads
-from cllm.uptrain.init import initialise
+from cllm.uptrain.init import init_student
 from cllm.uptrain.project import copy_owners, copy_rest, teacher_owners
 from cllm.uptrain.ridge import fit_shared, solve
 
@@ -42,7 +42,7 @@ def test_planted_fusion_weights_are_recovered(
             heads = [heads_of(getattr(owner_of(teacher, j), name), 8) for j in (0, 1)]
             fused = sum(w[..., None] * h for w, h in zip(channels, heads, strict=True))
             set_heads(getattr(owner_of(teacher, i), name), fused)
-    found = initialise(student, teacher, InitFrom(method="fit", align=align, ridge=0.0), text)
+    found = init_student(student, teacher, InitFrom(method="fit", align=align, ridge=0.0), text)
     assert max(found.errors.values()) < 1e-10
     for (i, part), weight in planted.items():
         torch.testing.assert_close(getattr(attention_of(student, i), part).weight, weight, atol=1e-4, rtol=1e-4)
@@ -80,9 +80,9 @@ def test_more_freedom_never_leaves_more(tiny_config, make_teacher, new_student, 
     errors = {}
     for align in ("none", "turn", "map"):
         student = new_student(teacher, {**plan, "n_kv_heads": heads})
-        errors[align] = initialise(student, teacher, InitFrom(method="fit", align=align), text).errors
+        errors[align] = init_student(student, teacher, InitFrom(method="fit", align=align), text).errors
     copied = new_student(teacher, {**plan, "n_kv_heads": heads})
-    initialise(copied, teacher, InitFrom(method="copy"))
+    init_student(copied, teacher, InitFrom(method="copy"))
     for what, error in errors["none"].items():
         if "qk_norm" in shape and plan["preset"] == "fusedkv" and what.endswith("keys"):
             continue  # scaled to the length of normalised keys
@@ -97,7 +97,7 @@ def test_fused_keys_keep_the_length_that_norms_give_them(tiny_config, make_teach
     teacher = make_teacher(tiny_config(n_layers=4, qk_norm=True))
     student = new_student(teacher, {"preset": "fusedkv"})
     owners = teacher_owners(student.plan, teacher)
-    initialise(student, teacher, InitFrom(method="fit"), text)
+    init_student(student, teacher, InitFrom(method="fit"), text)
     squares = torch.zeros(2)
     for seen in observe(teacher, text):
         sources = [seen.slot(j, owner_of(student, j))[0] for j in (0, 1)]
@@ -129,7 +129,7 @@ def test_the_error_that_fit_reports_is_that_of_the_student_it_makes(
 ) -> None:
     teacher = make_teacher(tiny_config(n_layers=4))
     student = new_student(teacher, {"preset": "fusedkv", "per_head": True})
-    found = initialise(student, teacher, InitFrom(method="fit", align="none"), text)
+    found = init_student(student, teacher, InitFrom(method="fit", align="none"), text)
     for what, error in found.errors.items():
         assert error == pytest.approx(residual(student, teacher, text, what), rel=1e-4)
 
@@ -150,7 +150,7 @@ def test_a_layer_that_is_another_in_other_coordinates_is_fitted_exactly(
     set_heads(own.k_proj, heads_of(below.k_proj, 8)[order])
     set_heads(own.v_proj, rotation @ heads_of(below.v_proj, 8)[order])
     student = new_student(teacher, {"preset": "cla", "kv_norm": False})
-    found = initialise(student, teacher, InitFrom(method="fit", align=align), text)
+    found = init_student(student, teacher, InitFrom(method="fit", align=align), text)
     assert max(found.errors.values()) < 1e-6
     torch.testing.assert_close(student(ids), teacher(ids), atol=2e-3, rtol=2e-3)
 
@@ -178,7 +178,7 @@ def test_ridge_leaves_no_more_than_the_mean_or_the_owner_alone(
 def test_ridge_is_refused_where_nothing_is_shared(tiny_config, make_teacher, new_student, text) -> None:
     teacher = make_teacher(tiny_config(n_layers=4))
     with pytest.raises(UserError, match=r"no layer of model\.kv shares another"):
-        initialise(new_student(teacher, {"preset": "fusedkv"}), teacher, InitFrom(method="ridge"), text)
+        init_student(new_student(teacher, {"preset": "fusedkv"}), teacher, InitFrom(method="ridge"), text)
 
 
 def test_directions_that_the_text_has_not_seen_stay_at_the_start() -> None:
@@ -189,4 +189,4 @@ def test_directions_that_the_text_has_not_seen_stay_at_the_start() -> None:
 
 def test_fitting_reads_nothing_where_every_layer_owns(tiny_config, make_teacher, text) -> None:
     teacher = make_teacher(tiny_config(n_layers=2))
-    assert fit_readers(teacher, teacher, {}, {}, text, ridge=0.0, align="map") == ({}, {})
+    assert fit_readers(teacher, teacher, {}, {}, text, InitFrom(ridge=0.0, align="map")) == ({}, {})

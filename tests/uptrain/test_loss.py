@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from cllm.kernels.cross_entropy import IGNORE
 from cllm.uptrain import loss as module
-from cllm.uptrain.loss import distillation_loss, hidden_difference
+from cllm.uptrain.loss import Distilled, Target, distillation_loss, hidden_difference
 
 
 def example(n: int = 37, vocab: int = 50):
@@ -18,6 +18,11 @@ def example(n: int = 37, vocab: int = 50):
     labels = torch.randint(0, vocab, (n,), generator=draw)
     labels[::5] = IGNORE
     return hidden.requires_grad_(), weight.requires_grad_(), teacher_hidden, teacher_weight, labels
+
+
+def loss_of(hidden, weight, teacher_hidden, teacher_weight, labels, *, compiled: bool = False, **weights) -> Distilled:
+    target = Target(teacher_hidden, teacher_weight, **weights)
+    return distillation_loss(hidden, weight, labels, target, compiled=compiled)
 
 
 def by_definition(hidden, weight, teacher_hidden, teacher_weight, labels, *, temperature, kl, next_token):
@@ -37,7 +42,7 @@ def by_definition(hidden, weight, teacher_hidden, teacher_weight, labels, *, tem
 def test_loss_and_gradients_are_those_of_whole_logits(monkeypatch, rows, temperature, kl, next_token) -> None:
     monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * 50 * rows)
     arguments, weights = example(), {"temperature": temperature, "kl": kl, "next_token": next_token}
-    found = distillation_loss(*arguments, **weights)
+    found = loss_of(*arguments, **weights)
     expected = by_definition(*arguments, **weights)
     torch.testing.assert_close(found.loss.double(), expected, rtol=1e-5, atol=1e-6)
     mine = torch.autograd.grad(2 * found.loss, arguments[:2])  # twice: the backward scales what it is handed
@@ -51,7 +56,7 @@ def test_compiled_or_not_it_is_the_same_loss(monkeypatch, kl: float) -> None:
     monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * 50 * 20)
     arguments, options = example(), {"temperature": 2.0, "kl": kl, "next_token": 0.5}
     torch._dynamo.reset()
-    found = [distillation_loss(*arguments, **options, compiled=compiled) for compiled in (False, True)]
+    found = [loss_of(*arguments, **options, compiled=compiled) for compiled in (False, True)]
     for plain, compiled in zip(*found, strict=True):
         torch.testing.assert_close(compiled, plain)
     for plain, compiled in zip(*(torch.autograd.grad(one.loss, arguments[:2]) for one in found), strict=True):
@@ -66,13 +71,13 @@ def test_the_divergence_of_almost_equal_models_is_not_rounding(compiled: bool) -
         teacher = hidden + apart * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
         arguments = (hidden, weight, teacher, weight, labels)
         expected = by_definition(*(t.double() for t in arguments[:4]), labels, temperature=2.0, kl=1.0, next_token=0.0)
-        found = distillation_loss(*arguments, temperature=2.0, kl=1.0, next_token=0.5, compiled=compiled).kl
+        found = loss_of(*arguments, temperature=2.0, kl=1.0, next_token=0.5, compiled=compiled).kl
         assert found.item() == pytest.approx(expected.item(), rel=0.02, abs=1e-11)
 
 
 def test_parts_are_told_without_their_weights() -> None:
     arguments = example()
-    found = distillation_loss(*arguments, temperature=2.0, kl=0.25, next_token=0.5)
+    found = loss_of(*arguments, temperature=2.0, kl=0.25, next_token=0.5)
     torch.testing.assert_close(found.loss, 0.25 * found.kl + 0.5 * found.next_token)
     alone = by_definition(*arguments, temperature=2.0, kl=1.0, next_token=0.0)
     torch.testing.assert_close(found.kl.double(), alone, rtol=1e-5, atol=1e-6)
@@ -82,14 +87,14 @@ def test_parts_are_told_without_their_weights() -> None:
 def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same() -> None:
     hidden, weight, *rest = example()
     options = {"temperature": 2.0, "kl": 1.0, "next_token": 1.0}
-    whole = torch.autograd.grad(distillation_loss(hidden, weight, *rest, **options).loss, hidden)[0]
-    frozen = distillation_loss(hidden, weight.detach(), *rest, **options).loss
+    whole = torch.autograd.grad(loss_of(hidden, weight, *rest, **options).loss, hidden)[0]
+    frozen = loss_of(hidden, weight.detach(), *rest, **options).loss
     assert torch.equal(torch.autograd.grad(frozen, hidden)[0], whole)
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:
     hidden, weight, _, _, labels = example()
-    found = distillation_loss(hidden, weight, hidden, weight, labels, temperature=2.0, kl=1.0, next_token=0.0)
+    found = loss_of(hidden, weight, hidden, weight, labels, temperature=2.0, kl=1.0, next_token=0.0)
     assert found.kl == 0
     assert torch.autograd.grad(found.loss, hidden)[0].abs().max() == 0
 
@@ -99,7 +104,7 @@ def test_one_chunk_of_logits_is_all_that_is_held(monkeypatch) -> None:
     seen = []
     real = torch.Tensor.log_softmax
     monkeypatch.setattr(torch.Tensor, "log_softmax", lambda x, *a, **k: seen.append(len(x)) or real(x, *a, **k))
-    distillation_loss(*example(), temperature=2.0, kl=1.0, next_token=1.0)
+    loss_of(*example(), temperature=2.0, kl=1.0, next_token=1.0)
     assert max(seen) == 8
 
 

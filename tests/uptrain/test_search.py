@@ -17,7 +17,16 @@ from cllm.train.run import train
 from cllm.uptrain.complete import load_config
 from cllm.uptrain.decoder import owner_of
 from cllm.uptrain.heads import heads_of, set_heads
-from cllm.uptrain.search import closeness, fusion_plan, main, plan_entries, share_plan, similarity, with_plan
+from cllm.uptrain.search import (
+    Sharing,
+    closeness,
+    fusion_plan,
+    main,
+    plan_entries,
+    share_plan,
+    similarity,
+    with_plan,
+)
 
 
 @pytest.fixture
@@ -55,16 +64,16 @@ def test_cka_does_not_see_the_order_of_heads(alike, text) -> None:
 
 
 def test_the_layers_most_alike_share_first(alike, text) -> None:
-    assert [share_plan(alike, text, owners=5).keys(i) for i in (3, 4)] == [Share(3), Share(1)]
-    assert [share_plan(alike, text, owners=4).keys(i) for i in (3, 4)] == [Share(0), Share(1)]
-    assert len(share_plan(alike, text, owners=1).owners) == 1
-    apart = share_plan(alike, text, owners=5, dissimilar_first=True)
+    assert [share_plan(alike, text, Sharing(owners=5)).keys(i) for i in (3, 4)] == [Share(3), Share(1)]
+    assert [share_plan(alike, text, Sharing(owners=4)).keys(i) for i in (3, 4)] == [Share(0), Share(1)]
+    assert len(share_plan(alike, text, Sharing(owners=1)).owners) == 1
+    apart = share_plan(alike, text, Sharing(owners=5, dissimilar_first=True))
     assert apart.keys(4) != Share(1)
 
 
 def test_a_budget_of_bytes_is_kept_and_not_undercut_needlessly(alike, text) -> None:
     whole = kv_bytes(alike.config).resident
-    plan = share_plan(alike, text, max_bytes=0.7 * whole)
+    plan = share_plan(alike, text, Sharing(max_bytes=0.7 * whole))
     assert kv_bytes(with_plan(alike.config, plan)).resident <= 0.7 * whole
     assert len(plan.owners) == 4
 
@@ -73,7 +82,7 @@ def test_a_threshold_on_hidden_states_stops_sharing(alike, text, tiny_config, ma
     assert closeness(alike, alike.plan, text) == pytest.approx(1, abs=1e-6)
     teacher = make_teacher(tiny_config(n_layers=4))
     with pytest.raises(UserError, match="no pair of layers is left"):
-        share_plan(teacher, text, owners=1, threshold=0.999)
+        share_plan(teacher, text, Sharing(owners=1, threshold=0.999))
 
 
 def test_fusion_reads_the_layers_that_it_is_made_of(alike, text, new_student) -> None:

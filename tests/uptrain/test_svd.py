@@ -9,7 +9,7 @@ from cllm.config.uptraining import InitFrom
 from cllm.errors import UserError
 from cllm.uptrain.decoder import owner_of
 from cllm.uptrain.heads import heads_of, set_heads, to_channels, to_pairs
-from cllm.uptrain.init import initialise
+from cllm.uptrain.init import init_student
 from cllm.uptrain.svd import kept_pairs
 
 
@@ -31,7 +31,7 @@ def test_full_rank_with_all_pairs_and_one_kv_head_is_exact(
 ) -> None:
     teacher = make_teacher(tiny_config(n_layers=3, kv={"preset": "mqa"}))
     student = new_student(teacher, kv)
-    initialise(student, teacher, InitFrom(method="svd"), text if calibrated else ())
+    init_student(student, teacher, InitFrom(method="svd"), text if calibrated else ())
     torch.testing.assert_close(student(ids), teacher(ids), atol=1e-3, rtol=1e-3)
 
 
@@ -45,7 +45,7 @@ def test_key_heads_that_differ_by_phases_and_sizes_are_one_rotated_head(
         both = to_channels(torch.cat((first, first * factor[:, None])))
         set_heads(owner_of(teacher, i).k_proj, both.float())
     student = new_student(teacher, mla())
-    initialise(student, teacher, InitFrom(method="svd"), text)
+    init_student(student, teacher, InitFrom(method="svd"), text)
     torch.testing.assert_close(student(ids), teacher(ids), atol=1e-3, rtol=1e-3)
 
 
@@ -59,7 +59,7 @@ def test_kept_pairs_turn_at_the_frequencies_they_had(tiny_config, make_teacher, 
         kept[[p + 4 for p in kept_pairs(8, 4, keep)]] = 1
         block.attention.owner.k_proj.weight.mul_(kept[:, None])
     student = new_student(teacher, mla(rope=4), rope_pairs=keep)
-    initialise(student, teacher, InitFrom(method="svd", rope_pairs=keep), text)
+    init_student(student, teacher, InitFrom(method="svd", rope_pairs=keep), text)
     far = torch.randint(0, 32, (1, 60), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(student(far), teacher(far), atol=1e-3, rtol=1e-3)
 
@@ -69,7 +69,7 @@ def test_more_rank_is_closer(tiny_config, make_teacher, new_student, text, ids) 
     away, lost = [], []
     for rank in (2, 8, 16, 24):
         student = new_student(teacher, mla(rank=rank))
-        found = initialise(student, teacher, InitFrom(method="svd"), text)
+        found = init_student(student, teacher, InitFrom(method="svd"), text)
         lost.append(sum(found.errors.values()))
         away.append((student(ids).log_softmax(-1) - teacher(ids).log_softmax(-1)).square().mean().item())
     assert lost == sorted(lost, reverse=True)
@@ -81,10 +81,10 @@ def test_norms_on_queries_and_keys_become_factors_measured_on_the_text(
 ):
     teacher = make_teacher(tiny_config(n_layers=2, qk_norm=True, kv={"preset": "mqa"}))
     student = new_student(teacher, mla())
-    initialise(student, teacher, InitFrom(method="svd"), text)
+    init_student(student, teacher, InitFrom(method="svd"), text)
     plain = new_student(teacher, mla())
     teacher.blocks[1].attention.q_norm.weight.mul_(4)  # a gain that the factor has to carry
-    initialise(plain, teacher, InitFrom(method="svd"), text)
+    init_student(plain, teacher, InitFrom(method="svd"), text)
     assert not torch.allclose(plain.blocks[1].attention.q_proj.weight, student.blocks[1].attention.q_proj.weight)
     x = torch.randn(400, 24, generator=torch.Generator().manual_seed(0))
     x = x / x.square().mean(-1, keepdim=True).sqrt() * teacher.blocks[1].attention_norm.weight
@@ -110,17 +110,17 @@ def test_latents_that_cannot_be_made_are_refused(
 ) -> None:
     teacher = make_teacher(tiny_config(n_layers=2, **shape))
     with pytest.raises(UserError, match=message):
-        initialise(new_student(teacher, kv), teacher, InitFrom(method="svd"), text)
+        init_student(new_student(teacher, kv), teacher, InitFrom(method="svd"), text)
 
 
 def test_methods_and_plans_that_do_not_go_together_are_refused(tiny_config, make_teacher, new_student) -> None:
     teacher = make_teacher(tiny_config(n_layers=2))
     with pytest.raises(UserError, match=r"init\.method is copy, and the plan has latents; allowed: svd"):
-        initialise(new_student(teacher, mla()), teacher, InitFrom(method="copy"))
+        init_student(new_student(teacher, mla()), teacher, InitFrom(method="copy"))
     with pytest.raises(UserError, match=r"init\.method is svd, and the plan has no latents"):
-        initialise(new_student(teacher, {"preset": "cla", "kv_norm": False}), teacher, InitFrom(method="svd"))
+        init_student(new_student(teacher, {"preset": "cla", "kv_norm": False}), teacher, InitFrom(method="svd"))
     uneven = make_teacher(tiny_config(n_layers=2, qk_norm=True))
     with pytest.raises(UserError, match="calibration_sequences is 0"):
-        initialise(new_student(uneven, mla()), uneven, InitFrom(method="svd"))
+        init_student(new_student(uneven, mla()), uneven, InitFrom(method="svd"))
     with pytest.raises(UserError, match="qk_rope_head_dim 6 does not divide head_dim 8"):
         kept_pairs(8, 6, "uniform")

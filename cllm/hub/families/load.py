@@ -1,4 +1,4 @@
-"""Weight files of a Hugging Face folder as the decoder's state dict, a tensor at a time."""
+"""Weight files of a Hugging Face folder as the decoder's state dict, read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cllm.config import ModelConfig
 from cllm.errors import UserError
-from cllm.hub.families.read import Import, read_family
+from cllm.hub.families.read import FamilyCheckpoint, read_family
 from cllm.hub.families.table import EMBED, HEAD, Weight
 from cllm.model.sizes import meta_decoder
 from cllm.trust import weight_map
@@ -23,7 +23,7 @@ _PICKLE_FILE = "pytorch_model.bin"
 _INDEX = ".index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
 _FREQUENCIES = "rotary_emb.inv_freq"
-"""How the names of RoPE frequencies end, which old checkpoints hold and no newer one."""
+"""The end of the names of RoPE frequencies, which only old checkpoints have."""
 
 
 def load_family(
@@ -32,43 +32,45 @@ def load_family(
     """The decoder in a Hugging Face folder: its config and its state dict, on the CPU.
 
     Args:
-        folder: holds config.json and safetensors, one file or shards with an index.
+        folder: with config.json and safetensors, one file or shards with an index.
         dtype: of the result; None: as stored.
-        allow_pickle: also read `pytorch_model.bin`, of which only tensors and plain data are unpickled.
+        allow_pickle: also read `pytorch_model.bin`; only tensors and plain data are unpickled.
 
     Raises:
         UserError: as `read_family` and `load_weights` do.
     """
-    found = read_family(folder)
-    return found.config, load_weights(found, dtype, allow_pickle=allow_pickle)
+    checkpoint = read_family(folder)
+    return checkpoint.config, load_weights(checkpoint, dtype, allow_pickle=allow_pickle)
 
 
-def load_weights(found: Import, dtype: torch.dtype | None = None, *, allow_pickle: bool = False) -> dict[str, Tensor]:
-    """The decoder's state dict from the weight files of `found.folder`, on the CPU; arguments as in `load_family`.
+def load_weights(
+    checkpoint: FamilyCheckpoint, dtype: torch.dtype | None = None, *, allow_pickle: bool = False
+) -> dict[str, Tensor]:
+    """The decoder's state dict from the weight files of `checkpoint.folder`, on the CPU; arguments as in `load_family`.
 
-    Names, shapes and kinds of number are checked before any tensor is read. Tensors are read one after the other, so
-    that no more than the result and one tensor are ever held. As stored, tensors may be backed by the file: the folder
-    must not be written while they are in use. With tied embeddings `head.weight` is the very tensor `embed.weight`;
-    `load_state_dict(..., assign=True)` would make two parameters of it.
+    Names, shapes and dtypes are checked before any tensor is read. Tensors are read one after the other, so memory
+    holds the result and one more tensor at most. Tensors in their stored dtype may be mapped from the file, so the
+    folder must not be written while they are in use. With tied embeddings `head.weight` is the same tensor as
+    `embed.weight`; `load_state_dict(..., assign=True)` would turn it into two parameters.
 
     Raises:
         UserError: naming the file and the tensor, for weights that are only pickled, not readable, missing, not part
-            of such a model, there twice, of another shape or quantised, and for a head that should equal the
+            of such a model, stored twice, of another shape or quantised, and for a head that should equal the
             embedding and does not.
     """
-    files, index = _files(found.folder, allow_pickle)
-    wanted = {weight.source: weight for weight in found.weights}
-    places = _check(found, files, index, wanted)
+    files, index = _files(checkpoint.folder, allow_pickle)
+    wanted = {weight.source: weight for weight in checkpoint.weights}
+    files_of = _check(checkpoint, files, index, wanted)
     state: dict[str, Tensor] = {}
     for file in files:
         with _opened(file) as stored:
             for name in stored.keys():  # noqa: SIM118 - not a mapping
                 if name in wanted:
                     state[wanted[name].target] = _converted(stored.get_tensor(name), wanted[name], dtype)
-    if found.config.tie_embeddings:
-        if HEAD in places and not torch.equal(_stored(places[HEAD], HEAD), _stored(places[EMBED], EMBED)):
+    if checkpoint.config.tie_embeddings:
+        if HEAD in files_of and not torch.equal(_stored(files_of[HEAD], HEAD), _stored(files_of[EMBED], EMBED)):
             raise UserError(
-                f"{places[HEAD]}: tensor {HEAD} differs from {EMBED}, but tie_word_embeddings is true in config.json"
+                f"{files_of[HEAD]}: tensor {HEAD} differs from {EMBED}, but tie_word_embeddings is true in config.json"
             )
         state["head.weight"] = state["embed.weight"]
     return state
@@ -91,7 +93,7 @@ class _Stored(Protocol):
     def keys(self) -> list[str]: ...
     def get_tensor(self, name: str) -> Tensor: ...
     def header(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape and kind of number."""
+        """Shape and dtype."""
 
 
 class _Safetensors:
@@ -131,7 +133,7 @@ def _opened(file: Path) -> Iterator[_Stored]:
 def _unpickled(file: Path) -> dict[str, Tensor]:
     try:
         data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever a damaged or hostile pickle does, to the user it is one fault
+    except Exception as error:  # a damaged or hostile pickle can raise anything
         raise UserError(f"{file}: cannot be read: {error}") from None
     if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
         raise UserError(f"{file}: holds something else than a mapping of names to tensors")
@@ -144,7 +146,7 @@ def _stored(file: Path, name: str) -> Tensor:
 
 
 def _files(folder: Path, allow_pickle: bool) -> tuple[list[Path], dict[str, str] | None]:
-    """The weight files, and of shards the index: tensor to file."""
+    """The weight files, and the index of shards: tensor to file."""
     names = [WEIGHTS_FILE] + [_PICKLE_FILE] * allow_pickle
     for name in names:
         single, index = folder / name, folder / (name + _INDEX)
@@ -171,35 +173,39 @@ def _shards(file: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def _check(
-    found: Import, files: list[Path], index: dict[str, str] | None, wanted: dict[str, Weight]
+    checkpoint: FamilyCheckpoint, files: list[Path], index: dict[str, str] | None, wanted: dict[str, Weight]
 ) -> dict[str, Path]:
-    """Hold the files' headers against the decoder; the file of each tensor."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in meta_decoder(found.config).state_dict().items()}
-    spare_head = {HEAD} if found.config.tie_embeddings else set()
+    """Compare the headers of the files with the decoder; returns the file of each tensor."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in meta_decoder(checkpoint.config).state_dict().items()}
+    spare_head = {HEAD} if checkpoint.config.tie_embeddings else set()
     shape_of = {source: shapes[weight.target] for source, weight in wanted.items()}
     shape_of |= dict.fromkeys(spare_head, shapes["head.weight"])
-    places: dict[str, Path] = {}
+    files_of: dict[str, Path] = {}
     for file in files:
         with _opened(file) as stored:
             for name in stored.keys():  # noqa: SIM118 - not a mapping
-                if name in places:
-                    raise UserError(f"{file}: tensor {name} is also in {places[name]}")
+                if name in files_of:
+                    raise UserError(f"{file}: tensor {name} is also in {files_of[name]}")
                 if index is not None and index.get(name) != file.name:
                     raise UserError(f"{file}: tensor {name} is here, but in the index it is in {index.get(name)}")
-                places[name] = file
+                files_of[name] = file
                 if name.endswith(_FREQUENCIES):
-                    _check_frequencies(found, file, name, stored.get_tensor(name))
+                    _check_frequencies(checkpoint, file, name, stored.get_tensor(name))
                 elif name not in shape_of:
-                    raise UserError(f"{file}: tensor {name} is no part of a {found.family} model with this config.json")
+                    raise UserError(
+                        f"{file}: tensor {name} is no part of a {checkpoint.family} model with this config.json"
+                    )
                 else:
                     _check_header(file, name, *stored.header(name), shape_of[name])
     for source, weight in wanted.items():
-        if source not in places:
-            raise UserError(f"{found.folder}: no weight file holds the tensor {source}, which fills {weight.target}")
+        if source not in files_of:
+            raise UserError(
+                f"{checkpoint.folder}: no weight file holds the tensor {source}, which fills {weight.target}"
+            )
     for name, shard in (index or {}).items():
-        if name not in places:
-            raise UserError(f"{found.folder / shard}: does not hold the tensor {name}, which the index puts here")
-    return places
+        if name not in files_of:
+            raise UserError(f"{checkpoint.folder / shard}: does not hold the tensor {name}, which the index puts here")
+    return files_of
 
 
 def _check_header(file: Path, name: str, shape: tuple[int, ...], kind: str, expected: tuple[int, ...]) -> None:
@@ -209,9 +215,9 @@ def _check_header(file: Path, name: str, shape: tuple[int, ...], kind: str, expe
         raise UserError(f"{file}: tensor {name} holds {kind}; allowed: F64, F32, F16, BF16 (not quantised)")
 
 
-def _check_frequencies(found: Import, file: Path, name: str, stored: Tensor) -> None:
-    """Stored frequencies are made again from config.json, so they must be what it says; 1 % covers half precision."""
-    theta, dim = found.config.rope.theta, 2 * stored.numel()
+def _check_frequencies(checkpoint: FamilyCheckpoint, file: Path, name: str, stored: Tensor) -> None:
+    """Refuse stored frequencies other than those of config.json, which are used; 1 % covers half precision."""
+    theta, dim = checkpoint.config.rope.theta, 2 * stored.numel()
     expected = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if not torch.allclose(stored.float(), expected, rtol=1e-2, atol=1e-6):
         raise UserError(f"{file}: tensor {name} is not what rope_theta {theta} gives; correct it in config.json")

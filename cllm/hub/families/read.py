@@ -1,7 +1,7 @@
 """`config.json` of a Hugging Face folder as a `ModelConfig`, or a refusal that names the key.
 
-transformers' config classes fill in defaults and read both ways in which RoPE is written (`rope_parameters`, and the
-older `rope_theta` with `rope_scaling`).
+transformers' config classes fill in defaults, and read both spellings of RoPE (`rope_parameters`, and the older
+`rope_theta` with `rope_scaling`).
 """
 
 from __future__ import annotations
@@ -35,37 +35,37 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "num_experts": (None, 0),
     "num_local_experts": (None, 0),
 }
-"""Keys with one meaning in every family, and their values that the decoder can compute."""
+"""Keys with one meaning in all families, and the values that the decoder can compute."""
 
 _LATENT_NORM_EPS = 1e-6
-"""Epsilon of the norms of DeepSeek's latents, which `rms_norm_eps` does not set."""
+"""Epsilon of the norms of DeepSeek's latents; `rms_norm_eps` does not set it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Import:
-    """What a checkpoint folder holds."""
+class FamilyCheckpoint:
+    """A checkpoint folder of another family, its weights not read yet."""
 
     folder: Path
     family: str
     """Its `model_type`."""
     config: ModelConfig
     weights: tuple[Weight, ...]
-    """Every tensor of the decoder and where it comes from; with tied embeddings all but the head."""
+    """Every tensor of the decoder and its source; with tied embeddings all but the head."""
     token_ids: dict[str, int | list[int] | None]
     """`bos_token_id`, `eos_token_id` and `pad_token_id`."""
 
 
-def read_family(folder: str | Path) -> Import:
-    """What the checkpoint in `folder` is, from its `config.json` alone.
+def read_family(folder: str | Path) -> FamilyCheckpoint:
+    """Read the `config.json` of the checkpoint in `folder`.
 
-    The plan is a preset (mha, gqa, mqa, mla) where all layers are alike and spelled out where windows differ. MLA is
-    read where every MLP is dense (DeepSeek-V2, arXiv 2405.04434); a softmax scale other than head_dim^-0.5, which its
-    yarn has, becomes a factor on the query projections.
+    The plan is a preset (mha, gqa, mqa, mla) if all layers are alike, and explicit if windows differ. MLA needs dense
+    MLPs only (DeepSeek-V2, arXiv 2405.04434). Its yarn may scale the softmax by another factor than head_dim^-0.5; this
+    becomes a factor on the query projections.
 
     Raises:
-        UserError: naming the file, the key, its value and what is allowed, for a family that is not known, and for
-            what the decoder cannot compute exactly: experts, other activations, biases on outputs and MLPs, dropout,
-            caps on logits, quantised weights, other kinds of RoPE, a RoPE on part of the channels.
+        UserError: naming the file, the key, its value and what is allowed, for an unknown family, and for features that
+            the decoder cannot compute exactly: experts, other activations, biases on outputs and MLPs, dropout, caps on
+            logits, quantised weights, other kinds of RoPE, RoPE on part of the channels.
     """
     folder = Path(folder)
     file = folder / CONFIG_FILE
@@ -75,7 +75,7 @@ def read_family(folder: str | Path) -> Import:
     if not isinstance(name, str) or name not in FAMILIES:
         if str(name) in REFUSED:
             raise UserError(f"{file}: model_type is {name}, which this decoder cannot compute: {REFUSED[str(name)]}")
-        # No guess at what was meant: the nearest name is often that of an older family, not of a word misspelt.
+        # No suggestion: the nearest name is often an older family, not a correction.
         raise UserError(f"{file}: model_type is {shorten(repr(name))}; allowed: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[name]
     for key, allowed in _ALLOWED.items():
@@ -90,7 +90,7 @@ def read_family(folder: str | Path) -> Import:
     table = tuple(
         weights(config, interleaved=interleaved, query_scale=_query_scale(file, hf) if family.latent else 1.0)
     )
-    return Import(folder=folder, family=name, config=config, weights=table, token_ids=token_ids)
+    return FamilyCheckpoint(folder=folder, family=name, config=config, weights=table, token_ids=token_ids)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -128,9 +128,9 @@ def _hf_config(file: Path, name: str, raw: dict[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING
 
     try:
-        # A copy: the classes take apart what they are given.
+        # A copy, since the classes change their argument.
         return CONFIG_MAPPING[name].from_dict(json.loads(json.dumps(raw)))
-    except Exception as error:  # each version of transformers raises its own kinds
+    except Exception as error:  # of types that depend on the version of transformers
         raise UserError(f"{file}: not a valid {name} config: {reason(error)}") from None
 
 
@@ -157,7 +157,7 @@ def _model_config(file: Path, hf: Any, options: dict[str, Any]) -> ModelConfig:
 
 
 def _number(file: Path, given: dict[str, Any], key: str, default: float | None = None) -> float:
-    """A RoPE parameter; `default` for one that is left out, null or 0."""
+    """A RoPE parameter; `default` if it is missing, null or 0."""
     value = given.get(key) or default
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise UserError(f"{file}: rope_parameters: {key} is {json.dumps(given.get(key))}; allowed: a positive number")
@@ -189,7 +189,7 @@ def _scaling(file: Path, hf: Any) -> dict[str, Any] | None:
 
 
 def _attention_factor(file: Path, given: dict[str, Any], factor: float) -> float | None:
-    """yarn's factor on cos and sin; null: the decoder's default, which is transformers'."""
+    """The factor on cos and sin under yarn; None: the default, which the decoder shares with transformers."""
     if given.get("attention_factor") is not None:
         return _number(file, given, "attention_factor")
     upper, lower = given.get("mscale"), given.get("mscale_all_dim")
@@ -206,7 +206,7 @@ def _mscale(factor: float, scale: float) -> float:
 
 
 def _query_scale(file: Path, hf: Any) -> float:
-    """What a DeepSeek model multiplies the softmax scale by: mscale_all_dim's factor, squared, with yarn and others."""
+    """The factor of a DeepSeek model on the softmax scale: with scaled RoPE, that of mscale_all_dim, squared."""
     given = hf.rope_parameters
     if given["rope_type"] == "default" or not given.get("mscale_all_dim"):
         return 1.0
@@ -226,7 +226,7 @@ def _options(file: Path, raw: dict[str, Any], hf: Any, family: Family) -> dict[s
 
 
 def _kv(heads: int, kv_heads: int, windows: list[int | None]) -> dict[str, Any]:
-    """What `model.kv` says: a preset where windows are equal, else an entry for every run of equal layers."""
+    """`model.kv`: a preset if all windows are equal, otherwise an entry for each run of equal layers."""
     if len(set(windows)) > 1:
         runs = [[i for i, _ in run] for _, run in itertools.groupby(enumerate(windows), key=lambda pair: pair[1])]
         entry = {"own": {"n_kv_heads": kv_heads}}
@@ -237,7 +237,7 @@ def _kv(heads: int, kv_heads: int, windows: list[int | None]) -> dict[str, Any]:
 
 
 def _windows(file: Path, raw: dict[str, Any], hf: Any, family: Family) -> list[int | None]:
-    """The sliding window of every layer, as the family's model in transformers has it."""
+    """The sliding window of each layer, as transformers' model of the family computes it."""
     window = getattr(hf, "sliding_window", None)
     if family.windows == "none":
         _require(file, raw, "sliding_window", (None,), f"{hf.model_type} has no sliding window")

@@ -1,4 +1,4 @@
-"""Which families there are, and what their checkpoints call the decoder's tensors."""
+"""The known families, and the names of the decoder's tensors in their checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cllm.plan.plan import Latent, Share
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """What sets a `model_type` apart from the others."""
+    """Features of a `model_type`."""
 
     architecture: str
     """The model class that `config.json` names."""
@@ -23,11 +23,11 @@ class Family:
     qk_norm: bool = False
     """Norms on each head's queries and keys."""
     windows: Literal["none", "same", "any"] = "none"
-    """Sliding windows: on no layer, on all layers or none, or on any (`layer_types`)."""
+    """Sliding windows: on no layer; the same on all layers; or on those that `layer_types` names."""
     latent: bool = False
     """Multi-head latent attention, its RoPE channels interleaved."""
     interleave_key: bool = False
-    """`rope_interleave` in config.json may say that they are not."""
+    """Whether `rope_interleave` in config.json can turn interleaving off."""
 
 
 FAMILIES = {
@@ -38,7 +38,7 @@ FAMILIES = {
     "deepseek_v2": Family(architecture="DeepseekV2ForCausalLM", latent=True),
     "deepseek_v3": Family(architecture="DeepseekV3ForCausalLM", latent=True, interleave_key=True),
 }
-"""By `model_type`, in the order in which an export looks for one that fits."""
+"""By `model_type`, in the order in which an export tries them."""
 
 _GEMMA = "its MLP is gated by GELU, its embeddings are scaled by sqrt(hidden_size), its norms multiply by 1 + weight"
 _GEMMA_N = "it has inputs of their own for every layer, a second kind of RoPE, norms after attention and MLP"
@@ -63,39 +63,38 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interleaved:
-    """Rows of a projection whose RoPE channels are pairs (2j, 2j+1), as in DeepSeek's checkpoints.
+    """The order of the rows of a projection whose RoPE channels are pairs (2j, 2j+1), as in DeepSeek's checkpoints.
 
-    The rows are `groups` equal groups, the first `plain` of each without position. A call puts the others in this
-    decoder's order, pairs (j, j + d/2). Queries and keys are put in the same order, so scores stay what they were.
+    The rows are `groups` equal groups; the first `plain` rows of each have no position. A call reorders the others to
+    this decoder's pairs (j, j + d/2). Queries and keys are reordered alike, so scores do not change.
     """
 
     groups: int
     plain: int
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """`tensor` (rows, ...) with its rows in the other order, the same shape and dtype."""
+        """`tensor` (rows, ...) with its rows reordered."""
         rows = tensor.unflatten(0, (self.groups, -1))
-        plain, turned = rows[:, : self.plain], rows[:, self.plain :]
-        return torch.cat((plain, turned[:, 0::2], turned[:, 1::2]), dim=1).flatten(0, 1)
+        plain, rotated = rows[:, : self.plain], rows[:, self.plain :]
+        return torch.cat((plain, rotated[:, 0::2], rotated[:, 1::2]), dim=1).flatten(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weight:
-    """One tensor: its name in the decoder's state dict and in the checkpoint."""
+    """A tensor: its name in the decoder's state dict and in the checkpoint, and how the one becomes the other."""
 
     target: str
     source: str
     order: Interleaved | None = None
-    """None: the rows as they are."""
+    """None: the rows stay as they are."""
     scale: float = 1.0
-    """Multiplies it."""
+    """A factor on the checkpoint's tensor."""
 
 
 def weights(config: ModelConfig, *, interleaved: bool = False, query_scale: float = 1.0) -> list[Weight]:
-    """Every tensor of the decoder of `config`, whose layers each own what they read, and its name in a checkpoint.
+    """All tensors of a decoder in which every layer owns its slot; without the head if embeddings are tied.
 
-    With tied embeddings there is no entry for the head. `interleaved`: see `Interleaved`; only latents have
-    it, and `query_scale`, a factor on scores.
+    `interleaved` (see `Interleaved`) and `query_scale`, a factor on scores, apply to latents only.
     """
     table = [Weight(target="embed.weight", source=EMBED), Weight(target="norm.weight", source="model.norm.weight")]
     if not config.tie_embeddings:

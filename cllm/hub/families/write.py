@@ -32,19 +32,19 @@ def export_family(
     """Write `config` and `tensors` as config.json and safetensors that transformers loads.
 
     Args:
-        config: of a decoder whose every layer reads the keys and values that it owns, with one number of KV heads.
-        tensors: the decoder's state dict; with tied embeddings `head.weight` may be left out. Written as they are.
-        folder: made if need be; may not hold a checkpoint already.
-        family: `llama`, `mistral`, `qwen2` or `qwen3`; None: the first of them that fits.
-        token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id` for config.json; null where left out.
-        max_shard_size: bytes, or a number with a unit; larger checkpoints are cut into shards with an index.
+        config: of a decoder in which every layer reads its own keys and values, with one number of KV heads.
+        tensors: the decoder's state dict, in any dtype; with tied embeddings `head.weight` may be missing.
+        folder: is made if necessary; must not hold a checkpoint.
+        family: `llama`, `mistral`, `qwen2` or `qwen3`; None: the first that fits.
+        token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id` for config.json; missing ones become null.
+        max_shard_size: bytes, or a number with a unit; larger checkpoints are split into shards with an index.
 
     Returns:
         The family.
 
     Raises:
-        UserError: naming the layer that shares, fuses or owns something else than plain keys and values; the field
-            that the family does not have; the tensor that is missing, too many or of another shape; a folder in use.
+        UserError: naming the layer that shares, fuses, or owns a latent or a state; the field that the family lacks;
+            the tensor that is missing, unknown or of another shape; or the folder that holds a checkpoint.
     """
     folder = Path(folder)
     plan = config.plan()
@@ -54,7 +54,7 @@ def export_family(
     in_use = [*folder.glob(CONFIG_FILE), *folder.glob("*.safetensors*"), *folder.glob("*.bin*")]
     if in_use:
         raise UserError(f"{in_use[0]}: exists already; export to a folder without a checkpoint")
-    named = _apart({weight.source: tensors[weight.target] for weight in weights(config)})
+    named = _unaliased({weight.source: tensors[weight.target] for weight in weights(config)})
     folder.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(named, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
     # Last, so that a folder with a config.json is complete.
@@ -62,8 +62,8 @@ def export_family(
     return name
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` without two in the same memory: of such, only one would be written."""
+def _unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` with copies of those that share memory, of which only one would be written."""
     seen: set[int] = set()
     found = {}
     for name, tensor in tensors.items():
@@ -107,7 +107,7 @@ def _choose(config: ModelConfig, plan: KVPlan, family: str | None) -> str:
 
 
 def _misfit(name: str, config: ModelConfig, plan: KVPlan) -> str | None:
-    """The first field of `config` that the family does not have; None where it fits."""
+    """The first field of `config` that the family lacks, as a message; None if all fit."""
     family: Family = FAMILIES[name]
     for field, theirs in (("q_bias", family.qkv_bias), ("kv_bias", family.qkv_bias), ("qk_norm", family.qk_norm)):
         if getattr(config, field) != theirs:
@@ -120,7 +120,7 @@ def _misfit(name: str, config: ModelConfig, plan: KVPlan) -> str | None:
             return f"layer {i} has window {window} and layer 0 {windows[0]}, there all are equal"
     if len({window for window in windows if window is not None}) > 1:
         return f"windows are {windows}, there all windows are of one size"
-    # transformers' LlamaConfig insists, even where head_dim is given.
+    # transformers' LlamaConfig requires it, even with head_dim.
     if name == "llama" and config.d_model % config.n_heads:
         return f"model.d_model {config.d_model} is not a multiple of model.n_heads {config.n_heads}"
     return None

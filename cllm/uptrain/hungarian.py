@@ -1,4 +1,4 @@
-"""The assignment problem, exactly: which row goes with which column so that the sum of scores is largest."""
+"""The Hungarian method: the one-to-one matching of rows and columns with the largest sum of scores."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import numpy as np
 from torch import Tensor
 
 
-def assign(score: Tensor) -> list[int]:
-    """For every row of `score` (n, n), its column in the one-to-one matching with the largest sum.
+def hungarian(score: Tensor) -> list[int]:
+    """The column of every row of `score` (n, n) in the one-to-one matching with the largest sum.
 
-    Shortest augmenting paths with dual variables (Jonker and Volgenant, 1987), O(n^3) in fp64.
+    It grows shortest augmenting paths with dual variables (Jonker and Volgenant, 1987), O(n^3) in fp64.
     """
     cost = -score.detach().double().cpu().numpy()
     n = len(cost)
-    row_of = np.full(n, -1)  # of each column
+    row_of = np.full(n, -1)  # the row matched to each column
     u, v = np.zeros(n), np.zeros(n)
     for row in range(n):
         shortest, before = np.full(n, np.inf), np.full(n, -1)
@@ -33,7 +33,7 @@ def assign(score: Tensor) -> list[int]:
         u[row] += reached
         u[row_of[scanned]] += reached - shortest[scanned]
         v[done] -= reached - shortest[done]
-        while column >= 0:  # turn the path around
+        while column >= 0:  # flip the matching along the path
             previous = int(before[column])
             row_of[column] = row if previous < 0 else row_of[previous]
             column = previous

@@ -14,5 +14,5 @@ decoder.py     a decoder whose layers can be listened to and read at random
 loss.py        distillation, logits a chunk at a time
 trainable.py   what is trained: all, K/V, or LoRA
 curriculum.py  from own keys and values to shared ones
-module.py      the training step, and what it adds to the metrics
+student.py     `Student`: everything that training needs, in one object
 """

@@ -27,9 +27,9 @@ from cllm.uptrain.complete import load_config
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status: 3 for a run that was stopped and can be resumed."""
     parser = config_parser(Config, __doc__ or "")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, its size and its cost; train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, its size and its cost; do not train")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML")
-    parser.add_argument("--resume", metavar="auto|FILE", help="go on from the newest checkpoint, or from this one")
+    parser.add_argument("--resume", metavar="auto|FILE", help="resume from the newest checkpoint, or from this one")
     parser.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
     arguments, overrides = parser.parse_settings(argv)
     if not arguments.config:
@@ -39,8 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         print(yaml.safe_dump(config.as_yaml_data(), sort_keys=False), end="")
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # Imported late: --help and config mistakes answer without loading torch's training stack.
-    from cllm.train.run import is_first_process, train, with_vocabulary
+    # Imported late, so that --help and config mistakes do not load torch.
+    from cllm.train.launch import is_first_process
+    from cllm.train.run import train, with_vocabulary
 
     if arguments.dry_run:
         from cllm.train.dryrun import dry_run
@@ -48,10 +49,10 @@ def main(argv: list[str] | None = None) -> int:
         print(dry_run(with_vocabulary(config)))
         return 0
     folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
-    step = max((step for step, _ in folder.checkpoints()), default=folder.last_step())  # rows may have been lost
+    step = max((step for step, _ in folder.checkpoints()), default=folder.last_step())  # rows may be lost
     if step < config.train.steps and folder.last_step() < config.train.steps:
         print(f"run stopped at step {step} of {config.train.steps}: {folder.path}  (--resume auto goes on)")
-        # Launchers end all other processes as soon as one has a status that is not 0.
+        # Launchers end all other processes as soon as one ends with another status than 0.
         return EXIT_STOPPED if is_first_process() else 0
     print(f"run finished: {folder.path}  (tensorboard --logdir {config.runs_dir})")
     return 0

@@ -5,9 +5,10 @@
 
 All contenders live on one GPU and take turns, round after round, so that clocks and heat are the same for all. Where
 its memory does not hold them together, --swap keeps those that wait in the machine's. Each does the same work: bf16
-autocast over fp32 weights, forward, backward, clipping at norm 1, fused AdamW; with --accumulate, several micro-batches
-a step. A step's time is read from device events. Prints a table (median, spread over rounds, tokens a second, MFU, peak
-memory, against the first contender) and writes JSON with versions, commit, clocks, and the kernels that were chosen.
+autocast over fp32 weights, forward, backward, clipping at norm 1, the optimizer of `optim:`; with --accumulate, several
+micro-batches a step. A step's time is read from device events. Prints a table (median, spread over rounds, tokens a
+second, MFU, peak memory, against the first contender) and writes JSON with versions, commit, clocks, and the chosen
+kernels.
 --fp8 adds the first design with fp8 products, which is other arithmetic and so a table of its own, MFU against the bf16
 peak as elsewhere. --train.accelerator cpu runs it on a CPU, to try it out; its times there mean nothing.
 """
@@ -32,15 +33,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_contender import Batches, Contender, Loss, at_work
 from bench_peers import check_peers, hf_liger, litgpt_compiled
 
-from cllm.config import Config
+from cllm.config import Config, OptimConfig
 from cllm.config.load import config_parser
 from cllm.environment import clocks, environment
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
 from cllm.model.sizes import build_decoder, count_parameters, training_flops_per_token
-from cllm.train.equip import equip
 from cllm.train.float8 import check_float8
-from cllm.train.optim import make_optimizer
+from cllm.train.launch import Launch
+from cllm.train.optim import find_optimizer, make_optimizer
+from cllm.train.prepare import prepare_for_training
 from cllm.train.throughput import peak_flops
 from cllm.uptrain.complete import load_config
 
@@ -65,7 +67,8 @@ def design(name: str, config: Config) -> Contender:
     device = torch.device(_device(config))
     with device:
         model = build_decoder(config.model, backend=config.attention.backend)
-    equip(model, config, device, compiled=bool(config.train.compile))
+    launch = Launch.on(config, "cpu" if device.type == "cpu" else "gpu", 1)
+    prepare_for_training(model, config, dataclasses.replace(launch, compiled=bool(config.train.compile)))
     flops = training_flops_per_token(model, config.data.seq_len)
     return Contender(name, model, model.loss, make_optimizer(model, config.optim), flops)
 
@@ -85,10 +88,10 @@ def with_documents(plain: Contender, batch: int, seq_len: int, mean: int, device
     return dataclasses.replace(plain, name=f"{plain.name}, documents", loss=loss, rounds=[])
 
 
-def peer(name: str, model: nn.Module, loss: Loss, flops: float) -> Contender:
+def peer(name: str, model: nn.Module, loss: Loss, flops: float, config: OptimConfig) -> Contender:
     """Another trainer, with the same optimizer."""
-    adamw = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    return Contender(name, model, loss, adamw, flops)
+    groups = [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
+    return Contender(name, model, loss, find_optimizer(config).build(groups, config), flops)
 
 
 def waiting(contender: Contender, swap: bool) -> Contender:
@@ -98,8 +101,8 @@ def waiting(contender: Contender, swap: bool) -> Contender:
     return contender
 
 
-def measure(contender: Contender, batches: Batches, steps: int) -> None:
-    """One round: `steps` timed steps."""
+def measure(contender: Contender, batches: Batches, steps: int, states: int) -> None:
+    """One round: `steps` timed steps. `states`: bytes of optimizer state a parameter."""
     gpu = batches[0][0][0].is_cuda
     if not gpu:
         marks = [time.perf_counter()]
@@ -120,7 +123,7 @@ def measure(contender: Contender, batches: Batches, steps: int) -> None:
     assert loss is not None
     contender.last_loss = float(loss)
     contender.rounds.append([a.elapsed_time(b) for a, b in itertools.pairwise(events)])
-    own = 12 * count_parameters(contender.model)  # weights and two moments, part of what was there before
+    own = (4 + states) * count_parameters(contender.model)  # fp32 weights and states, which existed before
     contender.peak_gib = (torch.cuda.max_memory_allocated() - before + own) / 2**30
 
 
@@ -283,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     contenders = [waiting(design(name, config), swap) for name, config in configs.items()]
     if arguments.peers:
         flops = contenders[0].flops_per_token
-        contenders += [waiting(peer(*build(first), flops), swap) for build in (litgpt_compiled, hf_liger)]
+        contenders += [waiting(peer(*build(first), flops, first.optim), swap) for build in (litgpt_compiled, hf_liger)]
     seq_len, batch = first.data.seq_len, first.train.micro_batch
     tokens = arguments.accumulate * batch * seq_len
     if arguments.documents:
@@ -318,13 +321,13 @@ def main(argv: list[str] | None = None) -> None:
     found["settings"] = {"micro_batches": arguments.accumulate, "swap": swap}
     found["configs"] = {name: config.as_yaml_data() for name, config in (configs | narrow).items()}
     found["out_of_memory"] = [c.name for c in dropped]
-    before = clocks()
+    before, states = clocks(), find_optimizer(first.optim).state_bytes
     for turn in range(arguments.rounds):
         for contender in everyone:
             with at_work(contender, swap):
                 if swap:
                     warm_up(contender, batches, 1)
-                measure(contender, batches, arguments.steps)
+                measure(contender, batches, arguments.steps, states)
         found["clocks"] = [before, clocks()]
         found["chosen"] = choices.lines
         found["rows"] = rows_of(contenders, contenders[0], tokens, device)

@@ -1,4 +1,4 @@
-"""How a decoder is trained: `attention:`, `data:`, `optim:` and `train:`."""
+"""Settings of training: `attention:`, `data:`, `optim:` and `train:`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BackendName = Literal["flash4", "cudnn", "flash3", "flash2", "varlen", "flex", "
 
 
 class AttentionConfig(Section):
-    """Which kernel computes attention."""
+    """The attention kernel."""
 
     backend: Literal["auto", BackendName] = "auto"
     """`auto`: the fastest that supports the case, logged once with the reasons; or one by name."""
@@ -29,13 +29,13 @@ class DataConfig(Section):
     seq_len: int = Field(512, ge=2, le=MAX_TOKENS)
     """Tokens of a training sequence."""
     document_mask: bool = False
-    """Attention stays inside documents and positions restart at each."""
+    """Restrict attention to documents, and restart positions at each document."""
     num_workers: int = Field(2, ge=0, le=MAX_WORKERS)
     """Loader processes; the batches do not depend on it."""
     validation_sequences: int | None = Field(None, ge=1, le=MAX_COUNT)
     """Sequences of each validation set during training; null: all. evaluate.py always reads all."""
     verify: Literal["sample", "full", "none"] = "sample"
-    """How much is read at the start to look for damage: sample: 64 MiB of each split; full: all; none: file sizes."""
+    """How much to check for damage at the start. sample: 64 MiB of each split; full: all; none: only file sizes."""
 
     @field_validator("validation")
     @classmethod
@@ -47,8 +47,12 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    name: str = Field("adamw", min_length=1)
+    """The optimizer: adamw, or one that an installed package registers (docs/training.md)."""
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Settings that only this optimizer has; adamw has none."""
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate."""
     min_lr: float = Field(3e-5, ge=0)
@@ -58,13 +62,13 @@ class OptimConfig(Section):
     warmup_steps: int | None = Field(None, ge=0, le=MAX_COUNT)
     """Steps of linear warm-up from 0; null: 100, or a tenth of a run of fewer than 1000 steps."""
     decay_fraction: float = Field(0.2, gt=0, le=1)
-    """wsd: share of all steps in which the rate falls linearly to min_lr."""
+    """wsd: fraction of all steps in which the rate falls linearly to min_lr."""
     betas: list[float] = Field(default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2)
-    """AdamW's betas."""
+    """adamw: decay rates of the first and second moment."""
     eps: float = Field(1e-8, gt=0)
-    """AdamW's epsilon."""
+    """adamw: added to the root of the second moment."""
     weight_decay: float = Field(0.1, ge=0)
-    """On matrices; norms, biases and fusion weights have none."""
+    """Weight decay of matrices; norms, biases and fusion weights do not decay."""
     fusion_lr_multiplier: float = Field(1.0, gt=0)
     """Learning rate of fusion weights relative to `lr`."""
     grad_clip: float | None = Field(1.0, gt=0)
@@ -91,50 +95,50 @@ class TrainConfig(Section):
     global_batch: int = Field(32, ge=1, le=MAX_COUNT)
     """Sequences of one optimizer step, over all devices."""
     micro_batch: int = Field(8, ge=1, le=MAX_COUNT)
-    """Sequences that one device computes at once; the rest is gradient accumulation."""
+    """Sequences that one device computes at once; gradients are accumulated over micro-batches."""
     seed: int = Field(0, ge=0, le=MAX_SEED)
-    """Seed of weights and data order."""
+    """Seed of the initial weights and of the data order."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: autocast with fp32 weights; auto: bf16 on a GPU, fp32 on a CPU."""
     fp8: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
-    """Products of the blocks' linear layers in fp8 by torchao, one scale a tensor (fastest), a row, or a row with the
-    weights' gradients in bf16 (most exact); needs a GPU of compute capability 8.9; null: none."""
+    """Matrix products of the blocks' linear layers in fp8 by torchao: one scale a tensor (fastest), one a row, or one a
+    row with weight gradients in bf16 (most exact). Needs a GPU of compute capability 8.9. null: no fp8."""
     swiglu: Literal["auto", "torch", "quack"] = "auto"
-    """What computes feed-forward layers: products of torch and an activation between them, or quack-kernels, with the
-    activation in the products' epilogues: faster, with fewer activations kept; not with fp8, zero3 or fp32. auto: quack
-    where it is installed, on Hopper GPUs."""
+    """Kernels of feed-forward layers. torch: matrix products and a separate activation. quack: quack-kernels fuse the
+    activation into the products, faster and with fewer activations stored; not with fp8, zero3 or fp32. auto: quack if
+    it is installed, on Hopper GPUs."""
     fp32_residual: bool = False
     """With bf16 under auto, single and ddp, keep the residual stream in fp32; costs a few percent of speed."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """auto: a GPU if there is one."""
+    """auto: gpu if torch sees one."""
     devices: int | Literal["auto"] = "auto"
     """Devices of this machine to use; auto: all GPUs, or the one CPU."""
     num_nodes: int = Field(1, ge=1, le=MAX_COUNT)
-    """Machines, each with `devices` devices; start one process a device with torchrun or srun (docs/distributed.md)."""
+    """Machines with `devices` devices each; start one process a device with torchrun or srun (docs/distributed.md)."""
     strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"] = "auto"
     """auto: single for one device, ddp for several; zero1, zero2, zero3: DeepSpeed shards optimizer states, and
     gradients, and weights."""
     offload_optimizer: bool = False
-    """zero1, zero2, zero3: keep master weights and optimizer states in the machine's memory and step on its CPU."""
+    """zero1, zero2, zero3: keep master weights and optimizer states in the host's memory and step on its CPU."""
     max_skipped_steps: int = Field(10, ge=0, le=MAX_COUNT)
-    """Steps without a finite gradient, which are skipped, before the run stops."""
+    """Steps without a finite gradient are skipped; more of them than this stop the run."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile each block; auto: on a GPU."""
     gradient_checkpointing: bool = False
-    """Recompute each block in the backward instead of keeping its activations."""
+    """Recompute each block in the backward instead of storing its activations."""
     recompute_fusion: bool = False
-    """Of layers that fuse, make the fused keys and values again in the backward instead of keeping them."""
+    """Recompute fused keys and values in the backward instead of storing them."""
     log_every: int = Field(10, ge=1, le=MAX_COUNT)
     """Steps between rows of metrics."""
     validate_every: int | None = Field(250, ge=1, le=MAX_COUNT)
-    """Steps between validations; the end is always validated, and so is the start; null: none at all."""
+    """Steps between validations, besides one at the start and one at the end; null: no validation."""
     checkpoint_every: int | None = Field(500, ge=1, le=MAX_COUNT)
-    """Steps between checkpoints; the end always writes one; null: none at all, but for a run that is told to stop."""
+    """Steps between checkpoints, besides one at the end; null: none, except when the run is asked to stop early."""
     keep_checkpoints: int = Field(2, ge=1, le=MAX_COUNT)
-    """Checkpoints to keep, newest first."""
+    """Number of newest checkpoints to keep."""
 
     def in_bf16(self, *, gpu: bool) -> bool:
-        """Whether the run computes in bf16, on a GPU or without."""
+        """Whether the run computes in bf16, on a GPU or on a CPU."""
         return self.precision == "bf16" or (self.precision == "auto" and gpu)
 
     @model_validator(mode="after")

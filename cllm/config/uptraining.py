@@ -1,4 +1,4 @@
-"""What a YAML file may say of uptraining: `init:`, where weights come from, and `uptrain:`, how they are trained."""
+"""Settings of uptraining: `init:`, the model to start from, and `uptrain:`, how the student is trained."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ KeepPairs = Literal["high", "uniform"]
 
 if TYPE_CHECKING:
     _From = Section
-else:  # `from` is a keyword of Python's and cannot be written as a field of a class
+else:  # `from` is a keyword of Python and cannot be the name of a field in a class
     _FROM = "A run folder, one of its checkpoints, or a Hugging Face folder to start from; null: draw the weights."
     _From = create_model("_From", __base__=Section, **{"from": (str | None, Field(None, description=_FROM))})
 
 
 class InitFrom(_From):
-    """Where the first weights come from."""
+    """The source of the initial weights."""
 
     method: Method = "copy"
     """K/V of a plan other than the teacher's: `copy`, `mean` and `aligned` projections; on a calibration text, `ridge`
     regression of shared projections, or `fit` of fusion weights and of how layers read what they share; `svd` for
     latents."""
     align: Align = "map"
-    """With aligned, ridge and fit, how layers that own nothing are brought to what they read: not at all, KV heads
-    matched (`heads`), their channels turned too (`turn`), and with ridge and fit also scaled and mixed (`map`)."""
+    """With aligned, ridge and fit, how layers without own K/V are adapted to the K/V that they read: `none`; KV heads
+    matched (`heads`); channels rotated too (`turn`); with ridge and fit also scaled and mixed (`map`)."""
     calibration_sequences: int = Field(32, ge=0, le=MAX_COUNT)
     """With ridge, fit and svd: training sequences of data.seq_len tokens. 0: svd by the weights alone."""
     sources: Literal["plan", "best"] = "plan"
-    """With fit, which layers a fusing layer reads: those that the plan names, or as many others, chosen on the
-    calibration text for the least squared error; the run's config.yaml then names them."""
+    """With fit, the layers that a fusing layer reads. `plan`: those of the plan; `best`: the same number, chosen on the
+    calibration text for the least squared error and written to the run's config.yaml."""
     ridge: float = Field(1e-4, ge=0)
-    """With ridge and fit: pull towards the start, relative to the mean square of what is fitted on."""
+    """With ridge and fit: penalty on the distance from the start, relative to the mean square of the inputs."""
     rope_pairs: KeepPairs = "high"
-    """With svd: the pairs that keep their position: of highest frequency, or evenly spaced."""
+    """With svd: the channel pairs that keep RoPE: those of highest frequency, or evenly spaced."""
 
     @property
     def path(self) -> str | None:
@@ -61,7 +61,7 @@ class InitFrom(_From):
 
 
 class Losses(Section):
-    """What a step minimises: a weighted sum of three losses, each a mean over scored tokens."""
+    """The objective: a weighted sum of three losses, each a mean over scored tokens."""
 
     kl: float = Field(0.0, ge=0)
     """Weight of KL(teacher || student) on logits at `temperature`, times its square."""
@@ -70,7 +70,7 @@ class Losses(Section):
     hidden: float = Field(0.0, ge=0)
     """Weight of the squared difference of hidden states from the teacher's, relative to their mean square."""
     hidden_layers: Literal["last", "all"] = "last"
-    """Hidden states compared: what the head reads, or the output of every layer too."""
+    """Hidden states to compare: only the input of the head, or the output of every layer too."""
     next_token: float = Field(1.0, ge=0)
     """Weight of next-token cross-entropy."""
 
@@ -87,31 +87,31 @@ class Lora(Section):
     rank: int = Field(16, ge=1, le=MAX_WIDTH)
     """Rank of the update."""
     alpha: float = Field(32.0, gt=0)
-    """Its scale, times the rank."""
+    """Scale of the update, times the rank."""
 
 
 class Uptrain(Section):
-    """How a model that did not start at random is trained."""
+    """How a student is trained."""
 
     loss: Losses = Field(default_factory=Losses)
-    """What is minimised; a weight on kl or hidden keeps the teacher in memory."""
+    """The objective; a weight on kl or hidden keeps the teacher in memory."""
     trainable: Literal["all", "kv", "lora"] = "all"
     """`all`; `kv`: query, key and value projections, their norms, and fusion weights; `lora`: low-rank updates of the
     blocks' linear layers, and fusion weights."""
     lora: Lora = Field(default_factory=Lora)
     """With trainable lora."""
     curriculum_steps: int = Field(0, ge=0, le=MAX_COUNT)
-    """Steps in which layers without K/V move from the teacher's keys and values to those they read; 0: at once."""
+    """Steps in which layers without own K/V move from the teacher's K/V to those that they read; 0: at once."""
     random_sources: float = Field(0.0, ge=0, lt=1)
-    """Chance that a layer reads a lower layer's slot instead of its own, drawn anew each step; every layer must own."""
+    """Probability in each step that a layer reads a lower layer's slot instead of its own; every layer must own."""
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the teacher computes along in every step."""
+        """Whether the teacher computes in every step."""
         return self.loss.kl > 0 or self.loss.hidden > 0
 
     def check(self, init: InitFrom, *, steps: int, fp8: str | None) -> None:
-        """Raises `ValueError` for settings that do not go together, or with the rest of the config."""
+        """Raises `ValueError` for settings that contradict each other or the rest of the config."""
         if init.path is None and self != Uptrain():
             raise ValueError("uptrain: is set, but init.from is null; it names the model to start from")
         if init.path is None and init != InitFrom():

@@ -1,0 +1,30 @@
+"""Training: one run, from a config to a finished folder. Lightning runs the loop; see docs/architecture.md.
+
+run.py                  `train`: opens the folder, builds everything, fits
+launch.py               `Launch`: devices, strategy, precision and accumulation, resolved once
+folder.py               the run's folder: new or resumed, and its first files
+resume.py               settings that may change when a run is resumed, and the checkpoint to resume from
+summary.py              sizes, costs and settings of a run, for summary.json and loggers
+module.py               the training and validation step
+uptraining.py           the step of uptraining, with a teacher
+prepare.py              a decoder set up for training: recomputation, fp8, SwiGLU, compilation
+float8.py               fp8 products
+swiglu.py               kernels of feed-forward layers
+optim.py                optimizers by name, and how other packages add one
+schedule.py             the learning rate
+trainer.py              Lightning's Trainer
+lightning_internals.py  every private part of Lightning that is touched
+strategy.py             one device, DDP, ZeRO
+reshard.py              ZeRO's shards read by another number of processes
+measure.py              the callback that measures
+metrics.py              the writer of metrics: metrics.jsonl, TensorBoard, loggers
+breakdown.py            time of a step by part
+throughput.py           the clock, and peak FLOP/s
+checkpoints.py          when checkpoints are saved
+stop.py                 the end of a run, by its last step or a signal
+ranks.py                the watch over other processes of a run
+faults.py               faults of the machine as one line
+dryrun.py               the plan, its size and its cost, without training
+
+Imports everything except evaluate and posthoc.
+"""

@@ -1,7 +1,7 @@
-"""Where the time of a step goes: forward, backward, optimizer, and the wait for the next batch.
+"""The time of a step by part: forward, backward, optimizer, and the wait for the next batch.
 
-On a GPU the moments are CUDA events, recorded as the host passes and read once an interval, so that nothing in a step
-waits for the device: a part is then what the device spent on it. On a CPU they are the host's clock.
+On a GPU parts are measured between CUDA events, which are recorded in the stream and read once an interval, so that no
+step waits for the device: a part is device time. On a CPU it is wall time of the host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PARTS = ("forward", "backward", "optimizer", "data_wait")
 
 
 class Breakdown:
-    """Cuts an interval at marks; each mark gives the time since the one before to a part."""
+    """Divides an interval at marks; each mark adds the time since the previous one to a part."""
 
     def __init__(self) -> None:
         self.start(torch.device("cpu"))
@@ -27,7 +27,7 @@ class Breakdown:
         self._marks: list[tuple[str | None, Any]] = [(None, self._now())]
 
     def mark(self, part: str | None) -> None:
-        """`part` ends here; None: the time since the last mark belongs to no part."""
+        """Add the time since the last mark to `part`; None: to no part."""
         self._marks.append((part, self._now()))
 
     def read(self) -> dict[str, float]:

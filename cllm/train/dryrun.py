@@ -1,4 +1,4 @@
-"""What a config would train, told without training: the plan, its size, its cost."""
+"""A dry run: the plan of a config, its size and its cost, without training."""
 
 from __future__ import annotations
 
@@ -19,56 +19,56 @@ from cllm.model.sizes import (
     training_flops_per_token,
 )
 from cllm.plan.describe import plan_drawing, plan_table
-from cllm.train.optim import check_warmup
-from cllm.train.strategy import REDUCE_BUCKET, processes_of, zero_stage
+from cllm.train.launch import Launch
+from cllm.train.schedule import check_warmup
+from cllm.train.strategy import REDUCE_BUCKET
 from cllm.train.swiglu import will_fuse
-from cllm.uptrain.teacher import teacher_config
-from cllm.uptrain.trainable import make_trainable
+from cllm.uptrain.student import planned_student
 
 GIB = 2**30
 ZERO3_LIVE = 1_000_000_000
-"""Parameters that DeepSpeed's ZeRO-3 leaves gathered at most (`stage3_max_live_parameters`)."""
+"""The largest number of parameters that DeepSpeed's ZeRO-3 keeps gathered (`stage3_max_live_parameters`)."""
 
 
-def _compute_bytes(config: Config) -> int:
-    """Bytes of a number in the forward pass; `auto` is told for a GPU, where it means bf16."""
-    return 2 if config.train.in_bf16(gpu=config.train.accelerator != "cpu") else 4
+def _compute_bytes(launch: Launch) -> int:
+    """Bytes of a number in the forward pass."""
+    return 2 if launch.bf16 else 4
 
 
-def block_activation_bytes(model: Decoder, config: Config, layer: int) -> int:
+def block_activation_bytes(model: Decoder, config: Config, launch: Launch, layer: int) -> int:
     """Bytes a token that one compiled block keeps for its backward.
 
-    The stream before and in the midst of the block, both norms' outputs and, for owners with a norm of their own, its
-    output; what attention keeps: queries, its output, and the keys and values that the layer made itself, by projecting
-    or, unless that is recomputed, by fusing; and three tensors of width d_ff, or two where SwiGLU is fused.
+    These are the residual stream before and inside the block; the outputs of both norms and, in owners with `kv_norm`,
+    of that one; the queries and the output of attention; the keys and values that the layer computed itself, by
+    projection or, unless that is recomputed, by fusion; and three tensors of width d_ff, or two if SwiGLU is fused.
     """
     c, plan = config.model, model.plan
-    narrow = _compute_bytes(config)
+    narrow = _compute_bytes(launch)
     wide = 4 if config.train.fp32_residual else narrow
     own = plan.layers[layer].own
-    made = (own is not None) + (plan.fuses(layer) and not config.train.recompute_fusion)
-    kept = plan.source(layer).read_activations(c.n_heads, c.resolved_head_dim, made)
+    computed = (own is not None) + (plan.fuses(layer) and not config.train.recompute_fusion)
+    kept = plan.source(layer).read_activations(c.n_heads, c.resolved_head_dim, computed)
     kept += c.d_model if own is not None and own.normalises else 0
-    hidden = (2 if will_fuse(model, config) else 3) * model_d_ff(c)
+    hidden = (2 if will_fuse(model, config, launch) else 3) * model_d_ff(c)
     return 2 * c.d_model * wide + (2 * c.d_model + kept + hidden) * narrow
 
 
-def memory_estimate(model: Decoder, config: Config, *, teacher: int = 0) -> dict[str, float]:
-    """GiB at the peak of a training step on each device, of a model of which what is not trained is frozen.
+def memory_estimate(model: Decoder, config: Config, launch: Launch, *, teacher: int = 0) -> dict[str, float]:
+    """GiB at the peak of a training step on each device. Weights of `model` that are not trained must be frozen.
 
-    The peak is the start of the backward: weights and optimizer states as the strategy holds them, the bf16 copies of
-    weights that autocast keeps, all activations of a micro-batch, the loss's chunk of logits and the head's gradient;
-    and gradients, where accumulation keeps them from one micro-batch to the next. Layers of a cycle keep activations of
-    every pass that has a gradient. With gradient checkpointing blocks keep their input alone, slots that other layers
-    read stay as well, and one block is whole at a time. `teacher` counts the parameters of a model that computes along;
-    it keeps nothing but them.
+    The peak is at the start of the backward: weights and optimizer states as the strategy stores them, the bf16 copies
+    of weights that autocast makes, all activations of a micro-batch, the loss's chunk of logits, the head's gradient,
+    and with accumulation the gradients of earlier micro-batches. Layers of a cycle keep activations of every pass with
+    gradients. With gradient checkpointing, blocks keep only their input and the slots that other layers read, and one
+    block at a time has all its activations. `teacher` is the number of parameters of a teacher, which keeps no
+    activations.
     """
     c, train = config.model, config.train
     assert c.vocab_size is not None
     parameters, tokens = count_parameters(model), train.micro_batch * config.data.seq_len
     trained = _trained(model)
-    narrow = _compute_bytes(config)
-    blocks = [block_activation_bytes(model, config, i) for i in range(c.n_layers)]
+    narrow = _compute_bytes(launch)
+    blocks = [block_activation_bytes(model, config, launch, i) for i in range(c.n_layers)]
     passes = _kept_passes(model)
     if train.gradient_checkpointing:
         slots = sum(passes[j] * sum(model.plan.owned(j).elements(c.resolved_head_dim)) for j in model.plan.shared)
@@ -77,60 +77,55 @@ def memory_estimate(model: Decoder, config: Config, *, teacher: int = 0) -> dict
         per_token = sum(map(operator.mul, passes, blocks))
     head_grad = c.vocab_size * c.d_model * (4 + narrow) if model.head.weight.requires_grad else 0
     loss = 3 * tokens * c.d_model * narrow + head_grad + 2**29
-    autocast = narrow == 2 and zero_stage(train) is None
+    autocast = narrow == 2 and launch.zero_stage is None
     copies = 2 * parameters if autocast and not train.gradient_checkpointing else 0
-    parts = state_bytes(config, parameters, trained)
-    parts["activations"] = max(tokens * per_token + loss + copies, _after_backward(config, trained, parts["gradients"]))
+    parts = state_bytes(launch, parameters, trained, offload_optimizer=train.offload_optimizer)
+    after = 0.0 if train.offload_optimizer else _after_backward(launch, trained, parts["gradients"])
+    parts["activations"] = max(tokens * per_token + loss + copies, after)
     if teacher:
         parts["teacher"] = narrow * teacher
     return {name: size / GIB for name, size in (parts | {"total": sum(parts.values())}).items()}
 
 
-def _after_backward(config: Config, trained: int, kept: float) -> float:
-    """Bytes beside `kept` ones of gradients when the backward is over and no activation is left.
+def _after_backward(launch: Launch, trained: int, kept: float) -> float:
+    """Bytes on top of `kept` ones of gradients when the backward has ended and no activation is left.
 
-    Where gradients do not outlive a step all of them are there now. ZeRO-1 and 2 lay a device's share out flat once
-    more, and where it is bf16, without accumulation, make it fp32; ZeRO-1 with accumulation sums it up flat.
+    Without accumulation all gradients exist now. ZeRO-1 and 2 copy a device's part into one flat tensor, and, if it is
+    bf16, without accumulation, cast it to fp32. ZeRO-1 with accumulation sums it in a flat tensor.
     """
-    stage, devices = zero_stage(config.train), processes_of(config.train)
+    stage, devices = launch.zero_stage, launch.processes
     if stage is None:
         return 0.0 if kept else 4.0 * trained
-    if stage == 3 or config.train.offload_optimizer:
+    if stage == 3:
         return 0.0
-    if _accumulates(config):
+    if launch.accumulate > 1:
         return 4.0 * trained / devices if stage == 2 else 0.0
     return max(8.0 * trained / devices - kept, 0.0)
 
 
-def _accumulates(config: Config) -> bool:
-    """Whether a step has several micro-batches."""
-    return config.train.global_batch > config.train.micro_batch * processes_of(config.train)
+def state_bytes(launch: Launch, parameters: int, trained: int, *, offload_optimizer: bool) -> dict[str, float]:
+    """Bytes on each device that outlive a micro-batch: `weights`, `optimizer`, `gradients`, ZeRO's `buffers`.
 
-
-def state_bytes(config: Config, parameters: int, trained: int) -> dict[str, float]:
-    """Bytes on each device of what outlives a micro-batch: `weights`, `optimizer`, `gradients`, ZeRO's `buffers`.
-
-    DDP's buckets are its gradients. ZeRO: docs/distributed.md has the bytes a parameter.
+    DDP's buckets are its gradients. For ZeRO, docs/distributed.md lists the bytes per parameter.
     """
-    train, stage = config.train, zero_stage(config.train)
-    devices = processes_of(train)
-    accumulates = _accumulates(config)
+    stage, devices, accumulates = launch.zero_stage, launch.processes, launch.accumulate > 1
+    states = launch.optimizer.state_bytes
     if stage is None:
-        kept = accumulates or train.strategy == "ddp" or devices > 1
-        return {"weights": 4 * parameters, "optimizer": 8 * trained, "gradients": 4 * trained if kept else 0}
+        kept = accumulates or launch.strategy == "ddp"
+        return {"weights": 4 * parameters, "optimizer": states * trained, "gradients": 4 * trained if kept else 0}
     narrow = {1: 2 + 4 * accumulates, 2: (4 if accumulates else 2) / devices}
     buckets = (2 if devices > 1 else 1) * min(REDUCE_BUCKET, parameters)
     live = min(ZERO3_LIVE, parameters) if stage == 3 else 0
     return {
         "weights": 2 * parameters / (devices if stage == 3 else 1),
-        "optimizer": 0 if train.offload_optimizer else 12 * trained / devices,
+        "optimizer": 0 if offload_optimizer else (4 + states) * trained / devices,
         "gradients": narrow[min(stage, 2)] * trained,
         "buffers": 2 * (buckets + live),
     }
 
 
 def _kept_passes(model: Decoder) -> list[int]:
-    """How often each layer's activations are kept for the backward: once, in a cycle for each pass with gradients."""
+    """How often each layer's activations are kept for the backward: once, or in a cycle once a pass with gradients."""
     times, iterations = [1] * len(model.plan), model.plan.iterations
     for first, last in model.plan.cyclic_spans():
         assert iterations is not None
@@ -142,27 +137,20 @@ def _trained(model: Decoder) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _teacher_parameters(config: Config) -> int:
-    """Of the model that `init.from` names, where it computes along in every step; 0 without."""
-    if config.init.path is None or not config.uptrain.needs_teacher:
-        return 0
-    return count_parameters(meta_decoder(teacher_config(config.init.path)))
-
-
 def _size(count: float) -> str:
     return f"{count / GIB:.3g} GiB" if count >= GIB / 10 else f"{count / 2**20:.3g} MiB"
 
 
 def data_line(config: Config) -> str:
-    """The data that a run would read. Training data may still have to be prepared; anything else that is amiss is an
-    error here as it would be in training.
+    """The line about the data that a run would read. Training data may not be prepared yet; other mistakes are errors,
+    as in training.
 
     Raises:
-        UserError: for data that cannot be read, and for validation sets that do not exist.
+        UserError: for data that cannot be read and for validation sets that do not exist.
     """
-    data, there = config.data, Path(config.data.path).exists()
+    data, exists = config.data, Path(config.data.path).exists()
     line = f"{data.path}: not prepared yet"
-    if there:
+    if exists:
         train = Manifest.read(data.path).split(TRAIN)
         line = f"{data.path}: {train.tokens:,} tokens in {train.documents:,} documents"
     for name, folder in data.validation.items():
@@ -177,9 +165,10 @@ def data_line(config: Config) -> str:
 def dry_run(config: Config) -> str:
     """The report of `train.py --dry-run`. `config.model.vocab_size` must be set.
 
-    Raises `UserError` for a warm-up longer than the run, and for data that a run could not read, see `data_line`.
+    Raises `UserError` for a warm-up longer than the run, an unknown optimizer, and data that a run could not read.
     """
     check_warmup(config)
+    launch = Launch.planned(config)
     data = data_line(config)
     model = meta_decoder(config.model)
     c = config.model
@@ -188,13 +177,13 @@ def dry_run(config: Config) -> str:
     total, inner = count_parameters(model), count_parameters(model, embeddings=False)
     context, seq_len = own.context, config.data.seq_len
     forward, training = forward_flops_per_token(model, seq_len), training_flops_per_token(model, seq_len)
-    teacher = _teacher_parameters(config)
-    make_trainable(model, config)
-    memory = memory_estimate(model, config, teacher=teacher)
-    devices = processes_of(config.train)
+    student = planned_student(config)
+    teacher = student.teacher_parameters
+    memory = memory_estimate(student.decoder, config, launch, teacher=teacher)
+    devices = launch.processes
     where = "one GPU" if devices == 1 else f"each of {devices} GPUs"
     where += f" under {config.train.strategy}" if config.train.strategy not in ("auto", "single") else ""
-    uptraining = [f"trained      {_trained(model):,} (uptrain.trainable {config.uptrain.trainable})"]
+    uptraining = [f"trained      {_trained(student.decoder):,} (uptrain.trainable {config.uptrain.trainable})"]
     uptraining += [f"teacher      {teacher:,} parameters, a forward pass in every step"] * (teacher > 0)
     tokens = config.train.steps * config.train.global_batch * seq_len
     d_ff = model_d_ff(c)

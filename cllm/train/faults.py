@@ -1,4 +1,4 @@
-"""Faults of the machine in the midst of a training run, as one line that says what remains and what to try."""
+"""Faults of the machine during training, as one line: the fault, the newest checkpoint, and what to try."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 def explained(train: Callable[Concatenate[Config, Options], Result]) -> Callable[Concatenate[Config, Options], Result]:
-    """Make a function that trains as a config says turn exhausted memory and errors of files into a `UserError`.
+    """Decorator of a training function: exhausted memory and errors of files become a `UserError`.
 
     Its message names the settings that need less memory, or the file, and the newest checkpoint. Other exceptions pass
     through.
@@ -41,20 +41,20 @@ def explained(train: Callable[Concatenate[Config, Options], Result]) -> Callable
                 raise
             if faults.is_out_of_memory(error):
                 line = _with_remedies(line, config)
-            raise UserError(f"{line}; {what_remains(folder)}") from error
+            raise UserError(f"{line}; {newest_checkpoint_line(folder)}") from error
 
     return run
 
 
-def what_remains(folder: RunFolder) -> str:
-    """The end of an error's line: the newest checkpoint of a run that was cut short, or that there is none yet."""
+def newest_checkpoint_line(folder: RunFolder) -> str:
+    """The end of an error message: the newest checkpoint of a run that ended early, or that there is no checkpoint."""
     newest = folder.newest_checkpoint()
     return f"the newest checkpoint is {newest}; --resume auto goes on from it" if newest else "no checkpoint yet"
 
 
 @contextlib.contextmanager
 def _quiet_threads() -> Iterator[None]:
-    """Print no traceback of TensorBoard's writing thread where the disk is full: the next event raises it again."""
+    """Print no traceback of TensorBoard's writing thread on a full disk: the next event raises the error again."""
     before = threading.excepthook
 
     def hook(failure: threading.ExceptHookArgs) -> None:

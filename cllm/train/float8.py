@@ -1,8 +1,8 @@
 """fp8 products in the linear layers of blocks, by torchao's float8 training.
 
 Each of a layer's three products (output, gradient of the input, gradient of the weight) casts its factors to fp8 with
-scales taken from the tensors themselves and gives bf16. Weights, gradients, optimizer states and checkpoints stay what
-they are without it, names included. The head, the embedding and fusion weights are never converted.
+scales computed from the tensors themselves, and returns bf16. Weights, gradients, optimizer states and checkpoints are
+the same as without it, names included. The head, the embedding and fusion weights are never converted.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from cllm.model.decoder import Decoder
 log = logging.getLogger(__name__)
 
 MULTIPLE = 16
-"""What the fp8 matrix units ask of every dimension that a product sums over or writes in rows."""
+"""fp8 matrix units need dimensions that are multiples of this."""
 
 
 def check_float8(config: Config, accelerator: str) -> None:
-    """Refuse `train.fp8` where it cannot run; nothing to do where it is null.
+    """Refuse `train.fp8` if it cannot run here.
 
     Raises:
-        UserError: on a CPU, on a GPU below compute capability 8.9, with a micro-batch whose tokens are no multiple of
-            16, or where torchao cannot be imported.
+        UserError: on a CPU, on a GPU below compute capability 8.9, with a number of tokens in a micro-batch that
+            is not a multiple of 16, or if torchao cannot be imported.
     """
     recipe = config.train.fp8
     if recipe is None:
@@ -64,7 +64,7 @@ def fits(module: nn.Module) -> bool:
 
 
 def convert_blocks(model: Decoder, recipe: str, *, emulate: bool = False) -> int:
-    """Let the linear layers of all blocks compute in fp8, in place, before `compile_blocks`; returns how many.
+    """Make the linear layers of all blocks compute in fp8, in place, before `compile_blocks`; returns their number.
 
     Args:
         model: its parameters stay the same objects under the same names.
@@ -72,7 +72,7 @@ def convert_blocks(model: Decoder, recipe: str, *, emulate: bool = False) -> int
         emulate: round factors to fp8 and multiply them in fp32, for machines without fp8 products.
 
     Raises:
-        UserError: when no layer has dimensions that are multiples of 16.
+        UserError: if no layer has dimensions that are multiples of 16.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
@@ -88,19 +88,19 @@ def convert_blocks(model: Decoder, recipe: str, *, emulate: bool = False) -> int
     plain, rows = _kinds()
     for module in model.blocks.modules():
         if type(module) is plain:
-            module.__class__ = rows
+            module.__class__ = rows  # torchao has no argument for the class
     rank_zero_only(log.info)("fp8: %d of %d linear layers of the blocks, %s scales", converted, len(linears), recipe)
     return converted
 
 
 @functools.cache
 def _kinds() -> tuple[type, type]:
-    """torchao's linear layer, and ours."""
+    """torchao's linear layer, and our subclass of it."""
     from torchao.float8.float8_linear import Float8Linear
 
     class Float8Rows(Float8Linear):
-        """Hands torchao (N, in_features). Its backward flattens its input and casts it again: of (B, T, in_features)
-        the compiler would not see that the forward has cast the same, and look for the largest value a second time."""
+        """Flattens its input to (N, in_features). With a 3-d input the compiler does not recognise that torchao's
+        forward and backward cast the same tensor, and computes the amax twice."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])

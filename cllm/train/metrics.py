@@ -1,6 +1,6 @@
-"""One place that writes what a run measures: `metrics.jsonl` and TensorBoard, the same tags in both.
+"""The writer of metrics: rows go to `metrics.jsonl`, to TensorBoard and to the caller's loggers, under the same tags.
 
-Tags are the same for every design, so that runs overlay. Every row carries `step`, `tokens` and the time.
+Tags are the same for every design, so that runs overlay. Every row of the file has `step`, `tokens` and the time.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
+from lightning.pytorch.loggers import Logger
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -38,15 +40,15 @@ _COMMON = ("step", "tokens", "time")
 
 
 class MetricsLog:
-    """Appends rows; made on the process that writes, only there.
+    """Appends rows. It exists on the first process only.
 
-    On a resumed run, rows after `start_step` are dropped from both files first: they came from steps that a crash lost
-    and that will be done again. Rows of `start_step` itself are kept; a crash may have lost some of their events, which
-    are therefore written again.
+    A resumed run first drops all rows after `start_step` from `metrics.jsonl` and TensorBoard: a crash has lost their
+    steps, which come again. Rows of `start_step` are kept. A crash may have lost some of their events, so these are
+    written again. `loggers` get no row twice from one process, but a crash cannot take back what they have logged.
     """
 
-    def __init__(self, folder: RunFolder, *, start_step: int, tokens_per_step: int):
-        self.tokens_per_step = tokens_per_step
+    def __init__(self, folder: RunFolder, *, start_step: int, tokens_per_step: int, loggers: Sequence[Logger] = ()):
+        self.tokens_per_step, self.loggers = tokens_per_step, loggers
         self._events = folder.tensorboard_folder
         if start_step and folder.metrics_file.exists():
             drop_rows_after(folder.metrics_file, start_step)
@@ -64,20 +66,24 @@ class MetricsLog:
             self._add_events(start_step, values, row["time"])
 
     def start(self, hyperparameters: dict[str, Any], config_text: str, plan: Figure) -> None:
-        """Write what stays the same over the run: layout, hyperparameters, the config as text, the plan's picture."""
+        """Write the constants of the run: layout, hyperparameters, the config as text, a picture of the plan."""
         self.board.add_custom_scalars(LAYOUT)
         flat = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hyperparameters.items()}
         for summary in hparams(flat, {_FINAL: math.nan}):
-            self.board._get_file_writer().add_summary(summary)
+            self.board._get_file_writer().add_summary(summary)  # add_hparams would begin another run
         self.board.add_figure("kv/plan", plan, 0)
         self.board.add_text("config", f"```yaml\n{config_text}\n```", 0)
+        for logger in self.loggers:
+            logger.log_hyperparams(flat)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One row after optimizer step `step`. Values that are not finite become null in the file."""
+        """Write a row after optimizer step `step`. Values that are not finite become null in the file."""
         row: dict[str, Any] = {"step": step, "tokens": step * self.tokens_per_step, "time": time.time()}
         self._add_events(step, values, row["time"])
         row |= {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         self._file.write(json.dumps(row) + "\n")
+        for logger in self.loggers:
+            logger.log_metrics({"tokens": row["tokens"], **values}, step=step)
 
     def _add_events(self, step: int, values: dict[str, float], seconds: float) -> None:
         for tag, value in values.items():
@@ -87,7 +93,9 @@ class MetricsLog:
             self.board.add_scalar(_FINAL, values["val/ppl"], step, seconds)
 
     def sync(self) -> None:
-        """Write all rows and events so far to the disk. A checkpoint gets its name only after that."""
+        """Write all rows and events so far through to the disk. A checkpoint gets its name only after that."""
+        for logger in self.loggers:
+            logger.save()
         self.board.flush()
         sync_tree(self._events)
         self._file.flush()

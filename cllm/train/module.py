@@ -11,31 +11,38 @@ from torch import Tensor
 from cllm.config import Config
 from cllm.kernels.cross_entropy import IGNORE
 from cllm.model.decoder import Decoder
-from cllm.train.optim import Schedule, make_optimizer
+from cllm.train.optim import Optimizer
+from cllm.train.schedule import Schedule
 from cllm.train.strategy import ZeroStrategy
 
 _UNLOGGED = "unlogged"
 
 
+def step_is_complete(trainer: lightning.Trainer, batch_idx: int) -> bool:
+    """Whether micro-batch `batch_idx`, as hooks get it, is the last one of an optimizer step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
 class TrainingModule(lightning.LightningModule):
-    """A decoder and how it learns.
+    """A decoder and its training step.
 
     Batches are mappings of `input_ids` and `labels` (B, T) int64 and, with document masks, `positions` and
     `document_ids` (B, T). Nothing here waits for the device: losses stay tensors until a callback reads them.
     """
 
-    def __init__(self, model: Decoder, config: Config, validation_names: list[str]):
+    def __init__(self, model: Decoder, config: Config, optimizer: Optimizer, validation_names: list[str]):
         super().__init__()
-        self.model, self.config = model, config
+        self.model, self.config, self.optimizer = model, config, optimizer
         self.validation_names = validation_names
         self.loss_sum: Tensor | float = 0.0
-        """Nats of scored tokens, or micro-batch losses where all tokens are scored, since a callback last took them."""
+        """Losses since a callback last took them: the sum in nats over scored tokens with document masks, otherwise the
+        sum of micro-batch means."""
         self.loss_count: Tensor | int = 0
-        """How many."""
+        """Number of terms in `loss_sum`: scored tokens or micro-batches."""
         self.gradient_norm: Tensor | float = 0.0
         """Norm of the last step's gradient, before clipping."""
         self.skipped_steps: Tensor | int = 0
-        """Steps of the run whose gradient was not finite, so that they changed nothing. DeepSpeed counts its own."""
+        """Steps of the run that were skipped because their gradient was not finite. DeepSpeed counts its own."""
         self._scores: dict[int, Tensor] = {}
 
     def loss(self, batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:
@@ -48,10 +55,10 @@ class TrainingModule(lightning.LightningModule):
         )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """With document masks, nats over the tokens of a micro-batch, scored or not.
+        """The mean loss of a micro-batch. With document masks, its nats divided by all its tokens, scored or not.
 
-        Micro-batches differ in how many labels count; divided by what is the same for all, every scored token of a step
-        weighs the same, whatever the number of micro-batches and devices.
+        Micro-batches then differ in their number of scored tokens. Divided by a constant instead, every scored token of
+        a step has the same weight, whatever the number of micro-batches and devices.
         """
         labels = batch["labels"]
         masked = "document_ids" in batch
@@ -61,7 +68,7 @@ class TrainingModule(lightning.LightningModule):
         return loss / labels.numel() if masked else loss
 
     def take_training_loss(self) -> Tensor:
-        """(2,) fp32 on the module's device: the sum of losses since the last call, and what to divide it by."""
+        """(2,) fp32 on the module's device: the sum of losses since the last call, and their number."""
         taken = torch.stack([torch.as_tensor(part, device=self.device) for part in (self.loss_sum, self.loss_count)])
         self.loss_sum, self.loss_count = 0.0, 0
         return taken
@@ -75,7 +82,7 @@ class TrainingModule(lightning.LightningModule):
         self._scores[dataloader_idx] = self._scores[dataloader_idx].to(nats.device) + torch.stack((nats, scored))
 
     def validation_scores(self) -> dict[str, tuple[float, int]]:
-        """For each validation set, nats summed over scored tokens and their number, over all devices."""
+        """For each validation set, the sum in nats over its scored tokens and their number, over all devices."""
         scores = {}
         for n, name in enumerate(self.validation_names):
             total = self.trainer.strategy.reduce(self._scores[n].to(self.device), reduce_op="sum")
@@ -84,32 +91,33 @@ class TrainingModule(lightning.LightningModule):
         return scores
 
     def configure_optimizers(self) -> Any:
-        optimizer = make_optimizer(self.model, self.config.optim)
-        schedule = Schedule(optimizer, self.config.train.steps, self.config.optim)
+        config = self.config.optim
+        optimizer = self.optimizer.build(self.optimizer.groups(self.model, config), config)
+        schedule = Schedule(optimizer, self.config.train.steps, config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    # ---- checkpoints: what has been summed since the last row of metrics ---------------------------------------------
+    # ---- checkpoints: sums since the last row of metrics -------------------------------------------------------------
 
     def unlogged_sums(self) -> dict[str, Tensor | float]:
         """This process's sums since the last row of metrics, by name."""
         return {"loss_sum": self.loss_sum, "loss_count": self.loss_count}
 
     def set_unlogged_sums(self, sums: dict[str, float]) -> None:
-        """Go on from sums that `unlogged_sums` gave before."""
+        """Continue from sums that `unlogged_sums` has returned."""
         self.loss_sum, self.loss_count = sums.get("loss_sum", 0.0), int(sums.get("loss_count", 0))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the sums of all processes, {name: [value of each process]}. All processes call it."""
+        """Save the sums of all processes, {name: [value of each process]}. Collective."""
         sums = self.unlogged_sums()
         mine = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in sums.values()])
         every = self.trainer.strategy.all_gather(mine).reshape(-1, len(sums))  # (processes, sums)
         checkpoint[_UNLOGGED] = dict(zip(sums, every.T.tolist(), strict=True))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take this process's sums, or where there are other numbers of processes, all of them on the first."""
+        """Load this process's sums, or on the first process all of them if the number of processes has changed."""
         rank, processes = self.trainer.global_rank, self.trainer.world_size
         sums = {}
-        for name, values in checkpoint.get(_UNLOGGED, {}).items():  # earlier checkpoints have none
+        for name, values in checkpoint.get(_UNLOGGED, {}).items():  # missing in earlier checkpoints
             first = sum(values) if rank == 0 else 0.0
             sums[name] = values[rank] if len(values) == processes else first
         self.set_unlogged_sums(sums)
@@ -117,22 +125,22 @@ class TrainingModule(lightning.LightningModule):
     # ---- more metrics, for the rows that `Metrics` writes ------------------------------------------------------------
 
     def training_metrics(self) -> dict[str, float]:
-        """Values of a training row besides those that every run has. All processes call it."""
+        """Further values of a training row. Collective."""
         return {}
 
     def validation_metrics(self) -> dict[str, float]:
-        """Values of a validation row besides the scores of the sets. All processes call it."""
+        """Further values of a validation row. Collective."""
         return {}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Clip by norm, keep the norm for the log, and leave the step out where the norm is not finite.
+        """Clip by norm, keep the norm for the log, and skip the step if the norm is not finite.
 
-        DeepSpeed does all of it itself, and calls this every micro-batch.
+        DeepSpeed does all of it itself, and Lightning then calls this after every micro-batch.
         """
         if isinstance(self.trainer.strategy, ZeroStrategy):
             return
         limit = self.config.optim.grad_clip
         self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit or float("inf"))
         skip = 1.0 - self.gradient_norm.isfinite().float()
-        optimizer.found_inf = skip  # read by AdamW's fused kernel, on the device: weights and moments stay as they are
+        self.optimizer.skip_step(optimizer, skip)
         self.skipped_steps = self.skipped_steps + skip

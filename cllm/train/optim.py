@@ -1,21 +1,131 @@
-"""AdamW's parameter groups and the learning rate's course."""
+"""Optimizers by name: `optim.name`.
+
+A new optimizer is one subclass of `Optimizer`: here, listed in `BUILT_IN`, or in another package, which names an
+instance in its pyproject.toml and so makes it selectable without a change to cllm:
+
+    [project.entry-points."cllm.optim"]
+    lion = "my_package.lion:lion"
+"""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor, nn
 
-from cllm.config import Config, OptimConfig
+from cllm.config import OptimConfig
 from cllm.errors import UserError
 from cllm.model.sources import Reader
+from cllm.plugins import origin, plugins
+
+GROUP = "cllm.optim"
+"""The entry point group of optimizers of other packages."""
+
+
+class Optimizer(ABC):
+    """How an optimizer is built, and what the rest of training needs to know about it."""
+
+    states: ClassVar[tuple[str, ...]]
+    """Names of the fp32 states that have the shape of the parameter, as in torch's `optimizer.state[parameter]`. Any
+    further state is a scalar that is equal for all parameters, such as the step count."""
+    elementwise: ClassVar[bool] = True
+    """Whether each element of a weight is updated from its own gradient and states alone. ZeRO needs it: it passes flat
+    parts of many weights to the optimizer."""
+    options: ClassVar[Mapping[str, Any]] = {}
+    """Keys that `optim.options` may set, with their defaults."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state per trained parameter."""
+        return 4 * len(self.states)
+
+    def groups(self, model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+        """Parameter groups of `model`, as torch's optimizers take them."""
+        return parameter_groups(model, config)
+
+    @abstractmethod
+    def build(self, groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+        """A torch optimizer over `groups` with the learning rate `config.lr`."""
+
+    def skip_step(self, optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+        """Make the next step change no weight and no state if `skip` (scalar fp32 on the device) is 1 and not 0.
+
+        This way works for every torch optimizer, but the host waits for the device in each step.
+        """
+        if skip.item():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def option(self, config: OptimConfig, key: str) -> Any:
+        """The value of `optim.options.KEY`, or its default."""
+        return config.options.get(key, self.options[key])
+
+
+class AdamW(Optimizer):
+    """torch's fused AdamW."""
+
+    states = ("exp_avg", "exp_avg_sq")
+
+    def build(self, groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+        beta1, beta2 = config.betas
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+
+    def skip_step(self, optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+        optimizer.found_inf = skip  # type: ignore[attr-defined] # read by the fused kernel on the device
+
+
+BUILT_IN: dict[str, Optimizer] = {"adamw": AdamW()}
+"""Optimizers of this package by `optim.name`."""
+
+
+def find_optimizer(config: OptimConfig) -> Optimizer:
+    """The optimizer of `optim.name`, from this package or a plug-in.
+
+    Raises:
+        UserError: for an unknown name, for `optim.options` that the optimizer does not have, and, unless the name is
+            that of a built-in optimizer, for any plug-in that cannot be used.
+    """
+    known = BUILT_IN if config.name in BUILT_IN else _with_plugins()
+    if config.name not in known:
+        raise UserError(
+            f"optim.name is {config.name!r}; allowed: {', '.join(sorted(known))}, and what installed packages register "
+            f"in the entry point group {GROUP}"
+        )
+    optimizer = known[config.name]
+    for key in config.options:
+        if key not in optimizer.options:
+            raise UserError(
+                f"optim.options has the key {key!r}, which {config.name} does not have; allowed: "
+                f"{', '.join(sorted(optimizer.options)) or 'none'}"
+            )
+    return optimizer
+
+
+def _with_plugins() -> dict[str, Optimizer]:
+    others = plugins(GROUP)
+    for name, other in others.items():
+        if name in BUILT_IN:
+            raise UserError(f"{origin(GROUP, name)}: cllm has an optimizer of this name; choose another")
+        if not isinstance(other, Optimizer):
+            raise UserError(f"{origin(GROUP, name)}: not an instance of cllm.train.optim.Optimizer")
+    return BUILT_IN | others
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer of `optim.name` over the trained parameters of `model`."""
+    optimizer = find_optimizer(config)
+    return optimizer.build(optimizer.groups(model, config), config)
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Matrices decay; norms and biases do not; fusion weights neither, and have a learning rate of their own."""
+    """Groups `decay` (matrices), `no_decay` (norms and biases) and `fusion` (fusion weights).
+
+    Fusion weights do not decay, and their learning rate is multiplied by `fusion_lr_multiplier`.
+    """
     fusion = {id(p) for module in model.modules() if isinstance(module, Reader) for p in module.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -37,56 +147,3 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         },
     ]
     return [group for group in groups if group["params"]]
-
-
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`. Its fused kernel, and no other form of it, can leave out a step on the device."""
-    groups = parameter_groups(model, config)
-    beta1, beta2 = config.betas
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
-
-
-class Schedule(LambdaLR):
-    """`learning_rate_factor` over a run of `steps`, also after a state is loaded that was saved for another length."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, steps: int, config: OptimConfig):
-        super().__init__(optimizer, lambda step: learning_rate_factor(step, steps, config))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the step from the state, and the rate of the next step from this schedule and not from the state."""
-        super().load_state_dict(state_dict)
-        factors = [factor(self.last_epoch) for factor in self.lr_lambdas]
-        self._last_lr = [base * factor for base, factor in zip(self.base_lrs, factors, strict=True)]
-        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = rate
-
-
-def check_warmup(config: Config) -> None:
-    """Refuse a run that would end in its warm-up. Not a rule of the schema: folders of such runs can be read."""
-    optim, steps = config.optim, config.train.steps
-    if optim.warmup(steps) > steps:
-        raise UserError(
-            f"optim.warmup_steps is {optim.warmup_steps}, but train.steps is {steps}, so that the run would end in its "
-            f"warm-up; allowed: up to {steps}, or null"
-        )
-
-
-def learning_rate_factor(step: int, steps: int, config: OptimConfig) -> float:
-    """The learning rate of optimizer step `step` (from 0) of `steps`, as a share of `config.lr`.
-
-    Warm-up is linear and reaches 1 with its last step. `cosine` and `linear` then fall to `min_lr` at the last step;
-    `wsd` stays at 1 and falls linearly over the last `decay_fraction` of all steps; `constant` stays.
-    """
-    floor = config.min_lr / config.lr
-    warmup = config.warmup(steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    if config.schedule == "constant":
-        return 1.0
-    begin = warmup
-    if config.schedule == "wsd":
-        begin = max(begin, round(steps * (1 - config.decay_fraction)))
-    done = min(max((step - begin) / max(steps - 1 - begin, 1), 0.0), 1.0)
-    if config.schedule == "cosine":
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
-    return floor + (1 - floor) * (1 - done)

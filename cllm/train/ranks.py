@@ -1,16 +1,16 @@
-"""Watch the ranks of a run: when one ends in the midst of it, all others end within seconds and name it.
+"""The watch over the ranks of a run: if one ends early, all others end within seconds and name it.
 
-Without this, a rank whose peer was killed waits in a collective operation: under NCCL for half an hour, and Lightning's
-observer of processes kills the others without a word. Under gloo it gets an error of a socket, with a traceback.
+Without it, a rank whose peer was killed waits in a collective operation: under NCCL for half an hour, and Lightning's
+observer of processes kills the others without a message. Under gloo it gets a socket error with a traceback.
 
-Every rank keeps one TCP connection to rank 0. The kernel closes it when its process ends, however that ends, and
-keep-alive probes find a machine that is gone within a minute. So nothing is polled, a slow rank is no dead rank, and
-training is not slowed down. Lines of text travel on it:
+Every rank keeps one TCP connection to rank 0. The kernel closes it when its process ends, for whatever reason, and
+keep-alive probes detect a lost machine within a minute. So nothing is polled, a slow rank is not taken for a dead one,
+and training is not slowed down. The protocol is lines of text:
 
     rank k to rank 0: `hello TOKEN K HOST`, then `failed` (an exception ends this rank) or `bye` (the run is over)
     rank 0 to all:    `lost NAME`, the first rank that failed or whose connection ended without a `bye`; or `bye`
 
-A rank that is alive but makes no progress is not noticed here: torch's timeout of collectives (30 minutes) ends that.
+A rank that is alive but makes no progress is not detected here; torch's timeout of collectives (30 minutes) ends it.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cllm.errors import EXIT_MISTAKE, UserError
+from cllm.train.lightning_internals import stop_process_observer
 
 log = logging.getLogger(__name__)
 
 GRACE = 3.0
-"""Seconds that the main thread has, after a rank was lost, to end by an error of its own."""
+"""Seconds in which the main thread may end with its own error after a rank was lost."""
 _CONNECT = 60.0
 """Seconds within which all ranks must have connected."""
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}
-"""A machine without a sign of life is given up after 20 + 4 x 10 seconds."""
+"""A machine that does not answer is given up after 20 + 4 x 10 seconds."""
 
 _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-"""Connections of this process. A forked child, such as a data loader's, closes them: it must not outlive its rank."""
+"""Connections of this process. A forked child, such as a data loader, closes them, so that they end with their rank."""
 
 
 def _close_in_child() -> None:
@@ -55,10 +56,10 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 class RankWatch(Callback):
-    """Ends this process when another rank of the run has ended early. With one process it does nothing.
+    """Ends this process if another rank of the run has ended early. With one process it does nothing.
 
     Args:
-        remains: what is left of the run, such as its newest checkpoint; the end of the error's line.
+        remains: returns the end of the error message, such as the newest checkpoint.
     """
 
     def __init__(self, remains: Callable[[], str]):
@@ -67,11 +68,11 @@ class RankWatch(Callback):
         self._news = threading.Event()
         """Set when a rank was lost."""
         self._over = threading.Event()
-        """Set when this process has ended training, well or not."""
+        """Set when this process has ended training, with or without an error."""
         self._peers: dict[socket.socket, str] = {}
         """Open connections, and the name of the rank at the other end."""
 
-    # ---- what the trainer calls -------------------------------------------------------------------------------------
+    # ---- hooks ------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.world_size == 1 or self._peers:
@@ -83,11 +84,11 @@ class RankWatch(Callback):
             self._peers.clear()
             log.warning("rank %d is not watched, nor does it watch others: %s", trainer.global_rank, error)
             return
-        _dismiss_observer()
+        stop_process_observer()
         threading.Thread(target=self._watch, name="rank watch", daemon=True).start()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if not is_lost_connection(exception):  # which is an effect of a lost rank, not its cause
+        if not is_lost_connection(exception):  # an effect of a lost rank, not its cause
             self._end("failed" if trainer.global_rank else f"lost rank 0 ({socket.gethostname()})")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -95,10 +96,10 @@ class RankWatch(Callback):
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Name the lost rank in place of the error that a collective operation of the block had from it.
+        """Replace the error of a collective operation by the name of the lost rank that caused it.
 
         Raises:
-            UserError: in one line, where a rank was lost.
+            UserError: if a rank was lost.
         """
         try:
             yield
@@ -126,7 +127,7 @@ class RankWatch(Callback):
             self._send(connection, f"hello {token} {trainer.global_rank} {socket.gethostname()}")
 
     def _accept(self, server: socket.socket, token: str, ranks: int) -> None:
-        """Wait for all other ranks; whoever else connects is turned away."""
+        """Wait for all other ranks; close connections of any other process."""
         deadline = time.monotonic() + _CONNECT
         with server:
             while len(self._peers) < ranks:
@@ -150,11 +151,11 @@ class RankWatch(Callback):
 
     @staticmethod
     def _send(connection: socket.socket, line: str) -> None:
-        with contextlib.suppress(OSError):  # one that has ended is found by reading
+        with contextlib.suppress(OSError):  # the reader detects a connection that has ended
             connection.sendall(f"{line}\n".encode())
 
     def _end(self, line: str) -> None:
-        """Stop watching, and say why to all that are connected."""
+        """Stop watching, and send all connected ranks the reason."""
         self._over.set()
         for connection in list(self._peers):
             self._send(connection, line)
@@ -169,13 +170,13 @@ class RankWatch(Callback):
                 for key, _ in selector.select():
                     assert isinstance(key.fileobj, socket.socket)
                     line = _receive(key.fileobj)
-                    selector.unregister(key.fileobj)  # a rank says one thing and no more
+                    selector.unregister(key.fileobj)  # a rank sends one line
                     if line != "bye":
                         self._lose(line.removeprefix("lost ") if line.startswith("lost ") else self._peers[key.fileobj])
                         return
 
     def _lose(self, name: str) -> None:
-        """Pass the news on, and end this process unless its main thread does so by itself."""
+        """Forward the loss, and end this process unless its main thread ends by itself."""
         self._lost = name
         self._news.set()
         for connection in self._peers:
@@ -191,12 +192,12 @@ class RankWatch(Callback):
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether a collective operation failed since another process did not take part in it."""
+    """Whether a collective operation failed because another process did not take part in it."""
     return isinstance(error, RuntimeError) and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error))
 
 
 def _receive(connection: socket.socket) -> str:
-    """The next line that arrives, or nothing where the connection has ended."""
+    """The next line that arrives; empty if the connection has ended."""
     text = b""
     try:
         while not text.endswith(b"\n") and len(text) < 1000:
@@ -211,11 +212,3 @@ def _receive(connection: socket.socket) -> str:
 def _family() -> socket.AddressFamily:
     """The family of the first rank's address."""
     return socket.getaddrinfo(os.environ["MASTER_ADDR"], None, type=socket.SOCK_STREAM)[0][0]
-
-
-def _dismiss_observer() -> None:
-    """Let Lightning's observer of child processes end: it kills all of them, the first too, without saying why."""
-    for thread in threading.enumerate():
-        if thread.name == "child-process-observer":
-            observer: Any = thread
-            observer._child_processes = []

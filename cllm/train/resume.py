@@ -1,4 +1,4 @@
-"""Going on with a run: what may have changed since, from which checkpoint, and what has to be made up first."""
+"""Resuming a run: the settings that may have changed, the checkpoint, and a validation that was missed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import Trainer
 
 from cllm.config import Config
 from cllm.data.manifest import Manifest
@@ -38,17 +37,17 @@ CHANGEABLE = {
     "train.checkpoint_every": "freely",
     "train.keep_checkpoints": "freely",
 }
-"""The settings that may change when a run goes on, and how; the table of docs/training.md. All others may not."""
+"""The settings that may change when a run is resumed, and how; the table of docs/training.md. All others may not."""
 
 
-# ---- what may have changed -------------------------------------------------------------------------------------------
+# ---- settings and data -----------------------------------------------------------------------------------------------
 
 
 def check_resumable(config: Config, folder: RunFolder) -> None:
-    """Refuse to go on with a run whose config or data differ in anything that would make it another run.
+    """Refuse to resume a run with a config or data that would make it another run.
 
     Raises:
-        UserError: naming the key, its value and the one that the run was started with.
+        UserError: names the key, its value and the value that the run was started with.
     """
     saved = folder.config()
     old, new = _settings(saved), _settings(config)
@@ -67,7 +66,7 @@ def check_resumable(config: Config, folder: RunFolder) -> None:
 
 
 def _settings(config: Config) -> dict[str, object]:
-    """Every setting by its dotted name, two levels deep: what is below belongs together."""
+    """Every setting by its dotted name, two levels deep; deeper levels are compared as one value."""
     settings: dict[str, object] = {}
     for section, content in config.as_yaml_data().items():
         if isinstance(content, dict):
@@ -116,22 +115,22 @@ def _check_digest(key: str, path: str, recorded: str, folder: RunFolder) -> None
 
 
 def record_data(folder: RunFolder, data: DataModule) -> None:
-    """Write the digests of a run's data. Those of validation sets that were left out since are kept."""
+    """Write the digests of a run's data. Digests of validation sets that the run no longer has are kept."""
     earlier = folder.data_digests()
     validation = data.validation_digests | (earlier.validation if earlier else {})
     folder.write_data_digests(DataDigests(train=data.manifest.digest(), validation=validation))
 
 
-# ---- the checkpoint to go on from ------------------------------------------------------------------------------------
+# ---- the checkpoint --------------------------------------------------------------------------------------------------
 
 
 def newest_intact(config: Config, folder: RunFolder) -> Path | None:
-    """The newest intact checkpoint of a run that `config` may go on with; None for a run without checkpoints.
+    """The newest intact checkpoint of a run that `config` may resume; None for a run without checkpoints.
 
-    Newer ones that are damaged are logged.
+    Newer checkpoints that are damaged are logged.
 
     Raises:
-        UserError: as `check_resumable`, and when there are checkpoints but all are damaged.
+        UserError: as `check_resumable`, and if the run has checkpoints but all are damaged.
     """
     if not folder.checkpoints():
         return None
@@ -143,7 +142,7 @@ def newest_intact(config: Config, folder: RunFolder) -> Path | None:
 
 
 def check_intact(config: Config, folder: RunFolder, checkpoint: Path) -> None:
-    """Refuse a checkpoint that is damaged or not of this run. Raises `UserError`."""
+    """Refuse a checkpoint that is damaged or of another run. Raises `UserError`."""
     folder.read_checkpoint(checkpoint, _shapes(config), to_resume=True)
 
 
@@ -152,33 +151,18 @@ def _shapes(config: Config) -> Decoder:
 
 
 def prepare_folder(folder: RunFolder, start_step: int, *, keep: int) -> None:
-    """Leave the newest `keep` checkpoints up to `start_step`, as later rows are dropped too, and no partial files."""
+    """Keep only the newest `keep` checkpoints up to `start_step`, and remove unfinished files."""
     folder.remove_unfinished_checkpoints()
     for path in folder.set_aside_checkpoints(after=start_step):
         log.info("%s: of a later step, set aside until the run saves that step again", path)
     folder.keep_checkpoints(keep, start_step)
 
 
-# ---- the validation that was missed ----------------------------------------------------------------------------------
+# ---- the missed validation -------------------------------------------------------------------------------------------
 
 
 def lacks_validation(config: Config, folder: RunFolder, step: int) -> bool:
-    """Whether a validation was due after `step`, and a signal or a crash came before its row was written."""
+    """Whether a validation was due after `step`, but a signal or a crash ended the run before its row was written."""
     every, steps = config.train.validate_every, config.train.steps
     due = every is not None and (step % every == 0 or step == steps)
     return due and not folder.is_validated_at(step)
-
-
-def validate_first(trainer: Trainer, missed: bool) -> None:
-    """Let a trainer that resumes validate before it trains, if `missed` says so on the first process.
-
-    Lightning does so at a run's start only, and leaves it out when the state of its validation loop was restored.
-    """
-    check = trainer._run_sanity_check
-
-    def run() -> None:
-        if trainer.strategy.broadcast(missed):
-            trainer.fit_loop.epoch_loop.val_loop.restarting = False
-            check()
-
-    trainer._run_sanity_check = run  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Which kernels compute the feed-forward layers of a run: `train.swiglu`."""
+"""The kernels of feed-forward layers: `train.swiglu`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from cllm.errors import UserError
 from cllm.kernels import swiglu
 from cllm.model.decoder import Decoder
 from cllm.model.mlp import SwiGLU
+from cllm.train.launch import Launch
 
 log = logging.getLogger(__name__)
 
 
-def fuse_swiglu(model: Decoder, config: Config, device: torch.device) -> bool:
-    """Let the blocks' SwiGLU compute within its products where `train.swiglu` says so, before `compile_blocks`; whether
-    it does. Logs what `auto` chose, and why.
+def fuse_swiglu(model: Decoder, config: Config, launch: Launch) -> bool:
+    """Fuse SwiGLU into the matrix products of the blocks' feed-forward layers if `train.swiglu` asks for it and it is
+    supported. Call it before `compile_blocks`.
+
+    Logs what `auto` chose, and why. Returns whether the layers are fused.
 
     Raises:
-        UserError: where it is "quack" and cannot be.
+        UserError: if `train.swiglu` is "quack" and that is not supported.
     """
     wanted = config.train.swiglu
     if wanted == "torch":
         return False
-    reason = _obstacle(model, config, device)
+    reason = _obstacle(model, config, launch)
     if reason is not None and wanted == "quack":
         raise UserError(f"train.swiglu is quack, which cannot be: {reason}; allowed here: auto, torch")
     for layer in _layers(model):
@@ -36,26 +39,25 @@ def fuse_swiglu(model: Decoder, config: Config, device: torch.device) -> bool:
     return reason is None
 
 
-def will_fuse(model: Decoder, config: Config) -> bool:
-    """Whether a run of `config` will, as far as this machine can tell: without a GPU `auto` does not."""
+def will_fuse(model: Decoder, config: Config, launch: Launch) -> bool:
+    """Whether a planned run would fuse SwiGLU, as far as this machine can tell: without a GPU, `auto` does not."""
     if config.train.swiglu != "auto":
         return config.train.swiglu == "quack"
-    on_gpu = torch.cuda.is_available() and config.train.accelerator != "cpu"
-    return on_gpu and _obstacle(model, config, torch.device("cuda")) is None
+    on_gpu = torch.cuda.is_available() and launch.accelerator == "gpu"
+    return on_gpu and _obstacle(model, config, launch) is None
 
 
 def _layers(model: Decoder) -> list[SwiGLU]:
     return [module for module in model.blocks.modules() if isinstance(module, SwiGLU)]
 
 
-def _obstacle(model: Decoder, config: Config, device: torch.device) -> str | None:
-    """Why not, or None."""
-    train = config.train
-    if not train.in_bf16(gpu=device.type != "cpu"):
+def _obstacle(model: Decoder, config: Config, launch: Launch) -> str | None:
+    """The reason why SwiGLU cannot be fused, or None."""
+    if not launch.bf16:
         return "precision is fp32"
-    if train.fp8 is not None:
-        return f"fp8 is {train.fp8}"
-    if train.strategy == "zero3":
+    if config.train.fp8 is not None:
+        return f"fp8 is {config.train.fp8}"
+    if launch.zero_stage == 3:
         return "zero3 would keep every weight that it has gathered until the backward"
     for layer in _layers(model):
         for name, linear in layer.named_children():
@@ -63,4 +65,4 @@ def _obstacle(model: Decoder, config: Config, device: torch.device) -> str | Non
                 return f"{name} is a {type(linear).__name__}"
             if reason := swiglu.unsupported(linear.in_features, linear.out_features):
                 return reason
-    return swiglu.unavailable(device)
+    return swiglu.unavailable(launch.device)

@@ -1,4 +1,4 @@
-"""Tokens a second and how much of the hardware they use."""
+"""The clock of training, and peak FLOP/s of GPUs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 
 from cllm.train.breakdown import Breakdown
 
-# Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets (without sparsity). First match wins: the cards
-# of a kind that have another peak than its SXM module come before it.
+# Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets (without sparsity). The first match wins, so
+# cards with another peak come before the SXM module of their kind.
 _PEAKS = (
     ("B200", 2250e12),
     ("H200 NVL", 835e12),
@@ -23,7 +23,7 @@ _PEAKS = (
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a GPU in FLOP/s, or None where it is not known."""
+    """Dense bf16 peak of a GPU in FLOP/s; None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -31,9 +31,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Clock:
-    """Seconds of training, with validation and checkpoints left out, and how many of them waited for data.
+    """Seconds of training, without validation and checkpoints, and the seconds of these spent waiting for data.
 
-    `parts` cuts the same seconds into the parts of a step.
+    `parts` divides the same seconds into the parts of a step.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Clock:
         """Begin a new interval, on `device` if given."""
         self._begin, self._paused, self._waited = time.perf_counter(), 0.0, 0.0
         self._pause_begin: float | None = None
-        if self._wait_begin is not None:  # a row ends between two batches: the wait goes on in the next
+        if self._wait_begin is not None:  # a row ends between two batches; the wait continues in the next row
             self._wait_begin = self._begin
         self.parts.start(device or self.parts.device)
 
@@ -57,21 +57,22 @@ class Clock:
         if self._pause_begin is not None:
             self._paused += now - self._pause_begin
             self._pause_begin = None
-        if self._wait_begin is not None:  # validation and saving lie between two batches, and are no wait for data
+        if self._wait_begin is not None:  # validation and saving come between two batches, but are not a wait for data
             self._wait_begin = now
         self.parts.mark(None)
 
     def waiting(self) -> None:
-        """The device has nothing to do until the next batch arrives."""
+        """A batch has ended; the wait for the next one begins."""
         self.parts.mark("optimizer")
         self._wait_begin = time.perf_counter()
 
     def working(self) -> None:
+        """The next batch has arrived."""
         self.parts.mark("data_wait")
         if self._wait_begin is not None:
             self._waited += time.perf_counter() - self._wait_begin
             self._wait_begin = None
 
     def read(self) -> tuple[float, float]:
-        """(seconds of training, seconds of them that waited for data) since `start`."""
+        """Seconds of training since `start`, and the seconds of these spent waiting for data."""
         return time.perf_counter() - self._begin - self._paused, self._waited

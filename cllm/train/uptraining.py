@@ -1,7 +1,7 @@
-"""The training step of uptraining, what it adds to the metrics, and what of it a checkpoint holds.
+"""The training step of uptraining, its metrics and its checkpoints.
 
-Under `model.` a checkpoint holds the student and nothing else, low-rank updates merged, so that whatever reads a run
-reads these too. What resuming needs besides is under `uptrain.`.
+Under `model.` a checkpoint holds only the student, low-rank updates merged, so that every reader of runs can read it.
+Extra tensors that only resuming needs are under `uptrain.`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cllm.config import Config
 from cllm.kernels.cross_entropy import IGNORE
 from cllm.train.module import TrainingModule
+from cllm.train.optim import Optimizer
 from cllm.train.strategy import ZeroStrategy
 from cllm.uptrain.curriculum import OWN, set_progress
 from cllm.uptrain.decoder import TracedDecoder
 from cllm.uptrain.loss import Distilled, Target, hidden_difference
-from cllm.uptrain.teacher import Teacher
+from cllm.uptrain.student import Student
 from cllm.uptrain.trainable import LORA_A, LORA_B, lora_layers
 
 _MODEL, _EXTRA, _REFERENCE = "model.", "uptrain.", "uptrain_reference"
@@ -27,17 +27,17 @@ _PARTS, _PART = "parts_count", "part."
 
 
 class UptrainingModule(TrainingModule):
-    """A student, its teacher, and how the one learns from the other.
+    """A student, its teacher, and the training step.
 
-    `train/loss` stays next-token cross-entropy, as in every other run; what is minimised is `train/objective`.
+    `train/loss` is next-token cross-entropy, as in every other run; `train/objective` is minimised.
     """
 
     model: TracedDecoder
 
-    def __init__(self, model: TracedDecoder, teacher: Teacher, config: Config, validation_names: list[str]):
-        super().__init__(model, config, validation_names)
-        # In a tuple it is no submodule: neither trained, nor sharded, nor saved.
-        self._teacher: tuple[TracedDecoder, ...] = (teacher.decoder,)
+    def __init__(self, student: Student, optimizer: Optimizer, validation_names: list[str]):
+        super().__init__(student.decoder, student.config, optimizer, validation_names)
+        # A tuple, so that it is not a submodule, which would be trained, sharded and saved.
+        self._teacher: tuple[TracedDecoder, ...] = (student.teacher.decoder,)
         self.reference: dict[str, float] = {}
         """`teacher` and `start`: validation losses of the teacher and of the student before its first step."""
         self._teacher_score = torch.zeros(2, dtype=torch.float64)
@@ -46,7 +46,7 @@ class UptrainingModule(TrainingModule):
         self._release_teacher()
 
     def _release_teacher(self) -> None:
-        """Let the teacher go where no step and no validation will ask it."""
+        """Free the teacher if no step and no validation will use it any more."""
         if not self.config.uptrain.needs_teacher and (self.reference or not self.config.train.validate_every):
             self._teacher = ()
 
@@ -55,7 +55,7 @@ class UptrainingModule(TrainingModule):
             bf16 = self.device.type == "cuda" and self.config.train.precision != "fp32"
             self._teacher[0].to(device=self.device, dtype=torch.bfloat16 if bf16 else torch.float32)
 
-    # ---- a step ------------------------------------------------------------------------------------------------------
+    # ---- training ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         uptrain, step = self.config.uptrain, self.global_step
@@ -72,7 +72,7 @@ class UptrainingModule(TrainingModule):
         return parts["objective"]
 
     def objective(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`objective`, which is minimised, and its parts without their weights: `next_token`, `kl`, `hidden`."""
+        """`objective`, which is minimised, and its unweighted parts: `next_token`, `kl`, `hidden`."""
         weights = self.config.uptrain.loss
         if not self.config.uptrain.needs_teacher:
             loss = self.loss(batch)
@@ -91,7 +91,7 @@ class UptrainingModule(TrainingModule):
         return parts
 
     def training_metrics(self) -> dict[str, float]:
-        """Means of the objective and its parts since the last call, without next-token cross-entropy: `train/loss`."""
+        """Means of the objective and its parts since the last call, except next-token cross-entropy: `train/loss`."""
         means = {
             f"train/{name}": torch.as_tensor(total, device=self.device) / max(self._count, 1)
             for name, total in self._sums.items()
@@ -116,7 +116,7 @@ class UptrainingModule(TrainingModule):
         self._teacher_score = self._teacher_score + torch.stack((nats, (batch["labels"] != IGNORE).sum()))
 
     def validation_metrics(self) -> dict[str, float]:
-        """The teacher's loss, the student's at the start, and recovery. The first validation measures the teacher."""
+        """The teacher's loss, the student's initial loss, and recovery. The first validation measures the teacher."""
         nats, scored = self.validation_scores()[self.validation_names[0]]
         loss = nats / max(scored, 1)
         if not self.reference:
@@ -139,11 +139,11 @@ class UptrainingModule(TrainingModule):
     def setup(self, stage: str) -> None:
         strategy = self.trainer.strategy
         if isinstance(strategy, ZeroStrategy):
-            strategy.set_apart = self.set_apart
-            strategy.sets_apart = any(_is_extra(name) for name, _ in self.model.named_parameters())
+            strategy.split_extra = self.split_extra
+            strategy.has_extra = any(_is_extra(name) for name, _ in self.model.named_parameters())
 
-    def set_apart(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The student's weights, low-rank updates merged, and what else `weights`, of all that is here, has in it."""
+    def split_extra(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Split all weights into the student's, low-rank updates merged, and extra tensors that only resuming needs."""
         student = {name: tensor for name, tensor in weights.items() if not _is_extra(name)}
         extra = {name: tensor for name, tensor in weights.items() if _is_extra(name)}
         for name, layer in lora_layers(self.model).items():
@@ -164,10 +164,10 @@ class UptrainingModule(TrainingModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint[_REFERENCE] = dict(self.reference)
-        if isinstance(self.trainer.strategy, ZeroStrategy):  # it has files of its own for weights
+        if isinstance(self.trainer.strategy, ZeroStrategy):  # it writes weights to separate files
             return
         state = checkpoint["state_dict"]
-        student, extra = self.set_apart({name.removeprefix(_MODEL): tensor for name, tensor in state.items()})
+        student, extra = self.split_extra({name.removeprefix(_MODEL): tensor for name, tensor in state.items()})
         state.clear()
         state.update({_MODEL + name: tensor for name, tensor in student.items()})
         state.update({_EXTRA + name: tensor for name, tensor in extra.items()})
@@ -184,14 +184,14 @@ class UptrainingModule(TrainingModule):
 
 
 def _is_extra(name: str) -> bool:
-    """Whether a tensor is of the training and not of the student."""
+    """Whether a tensor belongs to training only and not to the student."""
     return any(part in (LORA_A, LORA_B, OWN) for part in name.split("."))
 
 
 def hidden_states(
     model: TracedDecoder, inputs: tuple[Tensor, Tensor | None, Tensor | None], all_layers: bool
 ) -> list[Tensor]:
-    """What the head reads, last, after the output of every layer if asked for; (B, T, d_model) each."""
+    """The input of the head, preceded by the output of every layer with `all_layers`; (B, T, d_model) each."""
     if not all_layers:
         return [model.hidden(*inputs)]
     with model.record_layers() as outputs:
@@ -200,10 +200,10 @@ def hidden_states(
 
 
 def draw_route(n_layers: int, chance: float, seed: int, step: int) -> list[int]:
-    """For every layer the layer that it reads in optimizer step `step`, the same on every device and after a resume.
+    """For each layer, the layer that it reads in optimizer step `step`; equal on every device and after resuming.
 
-    Each layer but the lowest reads, with `chance`, one of the layers below that read themselves, all equally likely
-    (after Stochastic KV Routing, arXiv 2604.22782).
+    With probability `chance` a layer, except for the lowest, reads one of the layers below it that read themselves,
+    drawn uniformly (after Stochastic KV Routing, arXiv 2604.22782).
     """
     draw = random.Random(f"{seed} {step}")
     route, owners = [0], [0]

@@ -17,6 +17,7 @@ decoder.py     the decoder of teachers and students: recorded layers, random sou
 loss.py        distillation, a chunk of logits at a time
 trainable.py   what is trained: all weights, the K/V side, or LoRA
 curriculum.py  from own keys and values to shared ones
+student.py     `Student`: everything that training needs, in one object
 
 Imports data, the model, runs, hub, and everything below them.
 """

@@ -1,4 +1,4 @@
-"""From a config with `init.from` to a student ready to train."""
+"""The teacher of a config with `init.from`, and the student with its first weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def open_teacher(config: Config) -> Teacher:
     """The model of `init.from`.
 
     Raises:
-        UserError: as `load_teacher` and `check_student` do, for another tokenizer's data, and for the run's own folder.
+        UserError: as `load_teacher` and `check_student`; for data of another tokenizer and for the run's own folder.
     """
     assert config.init.path is not None
     own = (Path(config.runs_dir) / config.name).resolve()
@@ -44,12 +44,12 @@ def open_teacher(config: Config) -> Teacher:
 
 
 def check_tokenizer(path: Path, data: Manifest) -> None:
-    """Refuse `data` that was not prepared with the tokenizer of the model in `path`, where that is known.
+    """Refuse `data` that was not prepared with the tokenizer of the model in `path`, if that tokenizer is known.
 
-    A Hugging Face folder has its tokenizer; a run has that of the folder it was trained on.
+    A Hugging Face folder contains its tokenizer; a run has the tokenizer of the folder that it was trained on.
 
     Raises:
-        UserError: naming both.
+        UserError: names both.
     """
     run = path.parent.parent if path.suffix == ".ckpt" else path
     if RunFolder(run).config_file.exists():
@@ -90,13 +90,13 @@ def _check_tokenizer_of_run(run: RunFolder, data: Manifest) -> None:
 def calibration_batches(config: Config, data: DataModule) -> Batches:
     """The first `init.calibration_sequences` training sequences, in batches of `train.micro_batch`.
 
-    Raises `UserError` where the data has fewer.
+    Raises `UserError` if the data has fewer.
     """
-    n, size, there = config.init.calibration_sequences, config.train.micro_batch, len(data.train_dataset)
-    if n > there:
+    n, size, available = config.init.calibration_sequences, config.train.micro_batch, len(data.train_dataset)
+    if n > available:
         raise UserError(
-            f"init.calibration_sequences is {n}, but {config.data.path} holds {there} sequences of data.seq_len "
-            f"{config.data.seq_len}; allowed: up to {there}"
+            f"init.calibration_sequences is {n}, but {config.data.path} holds {available} sequences of data.seq_len "
+            f"{config.data.seq_len}; allowed: up to {available}"
         )
     rows = [data.train_dataset[i] for i in range(n)]
     return [default_collate(rows[start : start + size]) for start in range(0, n, size)]
@@ -105,17 +105,17 @@ def calibration_batches(config: Config, data: DataModule) -> Batches:
 def make_student(
     config: Config, teacher: Teacher, batches: Callable[[], Batches], *, device: torch.device, resumed: bool
 ) -> TracedDecoder:
-    """The student with its first weights, on the CPU, what is not trained frozen.
+    """The student with its first weights, on the CPU. Weights that are not trained are frozen.
 
     Args:
         config: with `init.from`.
-        teacher: of that path; on the CPU before and after.
-        batches: makes the calibration text, where it is needed.
+        teacher: the model of that path. It is on the CPU afterwards, unless the run is resumed.
+        batches: reads the calibration text; called only by methods that need it.
         device: to calibrate on.
-        resumed: the weights will come from a checkpoint, so none are made.
+        resumed: the weights will come from a checkpoint, so none are computed.
 
     Raises:
-        UserError: for a plan, a method and a way of training that do not go together.
+        UserError: for a plan, a method and `uptrain` settings that contradict each other.
     """
     uptrain = config.uptrain
     student = build_traced(config.model, backend=config.attention.backend, routed=uptrain.random_sources > 0)
@@ -125,12 +125,12 @@ def make_student(
     if not resumed:
         teacher.decoder.to(device)
         student.to(device)
-        found = init_student(student, teacher.decoder, config.init, batches() if config.init.reads_text else ())
+        start = init_student(student, teacher.decoder, config.init, batches() if config.init.reads_text else ())
         for i, block in enumerate(student.blocks):
             if isinstance(block.attention, BlendingAttention):
-                block.attention.curriculum_own.load_state_dict(found.owners[i].state_dict())
-        for what, error in found.errors.items():
-            rank_zero_only(log.info)("init.method %s: %s: %.4f", config.init.method, what, error)
+                block.attention.curriculum_own.load_state_dict(start.owners[i].state_dict())
+        for part, error in start.errors.items():
+            rank_zero_only(log.info)("init.method %s: %s: %.4f", config.init.method, part, error)
         teacher.decoder.to("cpu")
         student.to("cpu")
         if device.type == "cuda":

@@ -23,7 +23,7 @@ from cllm.data.prepare.recipe import Recipe
 from cllm.data.store import TokenStore
 from cllm.files import new_folder
 from cllm.kernels.cross_entropy import IGNORE
-from cllm.train.optim import learning_rate_factor
+from cllm.train.schedule import learning_rate_factor
 from cllm.uptrain.teacher import load_teacher
 from uptraining.setup import Deadline, Folders, Size
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from cllm.config import Config
 from cllm.config.load import validate
+from cllm.train.launch import Launch
 from cllm.train.optim import make_optimizer
 from cllm.train.run import make_module
 from cllm.train.uptraining import UptrainingModule
 from cllm.uptrain.complete import complete
-from cllm.uptrain.start import open_teacher
 from uptraining.setup import DISTILLED, Folders, Size, Student
 from uptraining.students import data_module, student_data
 
@@ -44,9 +44,9 @@ def measure_steps(
         for name, loss in WAYS.items()
     }
     text = data_module(configs["distilled"])
-    module = (
-        make_module(configs["distilled"], text, open_teacher(configs["distilled"]), resumed=False).to(device).train()
-    )
+    distilled = configs["distilled"]
+    launch = Launch.on(distilled, "gpu" if device.type == "cuda" else "cpu", 1)
+    module = make_module(distilled, launch, text).to(device).train()
     assert isinstance(module, UptrainingModule)
     module.on_fit_start()
     optimizer = make_optimizer(module.model, configs["distilled"].optim)

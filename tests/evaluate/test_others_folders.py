@@ -17,7 +17,7 @@ from cllm.errors import UserError
 from cllm.evaluate.comparison import compare as compare_runs
 from cllm.evaluate.comparison import find_runs
 from cllm.runs import RunFolder, load_run
-from cllm.train.run import open_folder
+from cllm.train.folder import open_folder
 
 
 def _content(folder: Path) -> dict[str, bytes]:

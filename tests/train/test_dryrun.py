@@ -18,6 +18,7 @@ from cllm.errors import UserError
 from cllm.model.sizes import build_decoder, count_parameters
 from cllm.plan.plan import Iterations, KVPlan
 from cllm.train.dryrun import GIB, block_activation_bytes, dry_run, memory_estimate
+from cllm.train.launch import Launch
 from cllm.uptrain.complete import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +61,7 @@ def estimate(written: dict[str, Any], micro_batches: int = 1, *, devices: int, *
     config = validate(Config, given)
     with torch.device("meta"):
         model = build_decoder(config.model)
-    return memory_estimate(model, config)["total"]
+    return memory_estimate(model, config, Launch.planned(config))["total"]
 
 
 @pytest.mark.parametrize(("config", "gib"), [row[1:] for row in MEASURED], ids=[row[0] for row in MEASURED])
@@ -114,7 +115,7 @@ def test_states_are_shared_as_the_strategy_shares_them(strategy: str, devices: i
         config = load_config([CONFIGS / "model" / "332m.yaml"], [*base, *settings])
         with torch.device("meta"):
             model = build_decoder(config.model)
-        return memory_estimate(model, config), count_parameters(model)
+        return memory_estimate(model, config, Launch.planned(config)), count_parameters(model)
 
     for accumulate, wanted in zip((1, 2), SHARES[strategy](devices), strict=True):
         found, parameters = estimate("--train.global_batch", str(4 * devices * accumulate))
@@ -131,7 +132,7 @@ def test_fusion_made_again_is_not_kept() -> None:
     for again in ("false", "true"):
         config = load_config(files, ["--train.recompute_fusion", again, "--train.accelerator", "gpu"])
         with torch.device("meta"):
-            found.append(memory_estimate(build_decoder(config.model), config)["activations"])
+            found.append(memory_estimate(build_decoder(config.model), config, Launch.planned(config))["activations"])
     bf16_keys_and_values_of_8_layers = 2 * 2 * 1024 * 8
     tokens = config.train.micro_batch * config.data.seq_len
     assert found[0] - found[1] == pytest.approx(tokens * bf16_keys_and_values_of_8_layers / GIB)
@@ -160,11 +161,12 @@ def test_a_cycle_keeps_activations_of_every_pass_with_gradients() -> None:
             hidden = model.hidden(ids)
         kept.append(sum(seen.values()))
         assert hidden.requires_grad
-        told.append(memory_estimate(model, config)["activations"])
+        told.append(memory_estimate(model, config, Launch.planned(config))["activations"])
     assert kept[2] - kept[1] == pytest.approx(kept[1] - kept[0], rel=0.05), "a pass is a pass"
     assert told[2] - told[1] == pytest.approx(told[1] - told[0])
     tokens = config.train.micro_batch * config.data.seq_len
-    once = tokens * sum(block_activation_bytes(model, config, i) for i in range(len(model.plan))) / GIB
+    launch = Launch.planned(config)
+    once = tokens * sum(block_activation_bytes(model, config, launch, i) for i in range(len(model.plan))) / GIB
     assert (told[1] - told[0]) / once == pytest.approx((kept[1] - kept[0]) / kept[0], rel=0.1)
 
 

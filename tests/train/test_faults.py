@@ -68,7 +68,7 @@ def test_a_row_of_metrics_that_finds_no_room_ends_the_run_in_one_line(tiny, monk
             super().__init__(*args, **kwargs)
             self._file = Full(self._file)
 
-    monkeypatch.setattr("cllm.train.callbacks.MetricsLog", Log)
+    monkeypatch.setattr("cllm.train.measure.MetricsLog", Log)
     config = tiny("--train.steps", "2")
     folder = Path(config.runs_dir) / config.name
     with pytest.raises(UserError) as error:

@@ -20,7 +20,7 @@ from cllm.errors import UserError
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import build_decoder
 from cllm.runs import load_run
-from cllm.train import equip, run
+from cllm.train import prepare, run
 from cllm.train.float8 import check_float8, convert_blocks
 from cllm.train.optim import parameter_groups
 from cllm.train.run import train
@@ -174,7 +174,7 @@ def test_a_run_learns_as_without_fp8_and_its_checkpoint_is_a_plain_one(
 ) -> None:
     plain = train(fused(tiny, "--name", "plain"))
     monkeypatch.setattr(run, "check_float8", lambda config, accelerator: None)
-    monkeypatch.setattr(equip, "convert_blocks", functools.partial(convert_blocks, emulate=True))
+    monkeypatch.setattr(prepare, "convert_blocks", functools.partial(convert_blocks, emulate=True))
     folder = train(fused(tiny, "--name", "narrow", "--train.fp8", "tensorwise"))
     losses = [[row["train/loss"] for row in f.metrics() if "train/loss" in row] for f in (plain, folder)]
     assert losses[1] != losses[0]

@@ -27,11 +27,14 @@ from cllm.data.manifest import Manifest
 from cllm.errors import UserError
 from cllm.runs import RunFolder, load_run
 from cllm.runs.checkpoint import read_weights, verify, write_checksums
-from cllm.train import callbacks
+from cllm.train import checkpoints
+from cllm.train.measure import Metrics
 from cllm.train.metrics import MetricsLog
-from cllm.train.optim import learning_rate_factor
+from cllm.train.module import TrainingModule
 from cllm.train.resume import CHANGEABLE, check_resumable
 from cllm.train.run import train, with_vocabulary
+from cllm.train.schedule import learning_rate_factor
+from cllm.train.stop import StopWhenDone
 
 Tiny = Callable[..., Config]
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,11 +89,11 @@ def assert_equal(found: Any, wanted: Any, where: str = "") -> None:
 POINTS: dict[str, tuple[Any, str, bool]] = {
     "after a row": (MetricsLog, "write", True),
     "between a row's events and the row": (MetricsLog, "_add_events", True),
-    "before a checkpoint is written": (callbacks, "save_file", False),
-    "before a checkpoint is renamed": (callbacks, "save_file", True),
+    "before a checkpoint is written": (checkpoints, "save_file", False),
+    "before a checkpoint is renamed": (checkpoints, "save_file", True),
     "after a checkpoint was renamed": (RunFolder, "keep_checkpoints", False),
     "after older checkpoints were deleted": (RunFolder, "keep_checkpoints", True),
-    "in a validation": (callbacks.TrainingModule, "validation_step", True),
+    "in a validation": (TrainingModule, "validation_step", True),
 }
 """Name: what is patched, its function, whether the kill comes after it and not before."""
 
@@ -110,7 +113,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, point: str, nth: int) -> None:
         return result
 
     monkeypatch.setattr(owner, name, patched)
-    monkeypatch.setattr(callbacks.Metrics, "close", lambda self: None)
+    monkeypatch.setattr(Metrics, "close", lambda self: None)
 
 
 SETTINGS = ("--train.steps", "5", "--train.log_every", "3", "--train.validate_every", "2")
@@ -149,13 +152,13 @@ def test_a_validation_that_a_signal_left_out_is_made_up(tiny: Tiny, monkeypatch:
     wanted = train(tiny("--name", "whole", *SETTINGS))
     config = tiny("--name", "stopped", *SETTINGS)
     with monkeypatch.context() as patched:
-        handled = callbacks.StopWhenDone.on_train_batch_end
+        handled = StopWhenDone.on_train_batch_end
 
-        def stop_at_step_2(self: callbacks.StopWhenDone, trainer: Any, *args: Any) -> None:
+        def stop_at_step_2(self: StopWhenDone, trainer: Any, *args: Any) -> None:
             self.received = signal.SIGTERM if trainer.global_step == 2 else None
             handled(self, trainer, *args)
 
-        patched.setattr(callbacks.StopWhenDone, "on_train_batch_end", stop_at_step_2)
+        patched.setattr(StopWhenDone, "on_train_batch_end", stop_at_step_2)
         stopped = train(config)
     assert [row["step"] for row in rows(stopped)] == [0], "no validation after the signal"
     assert [step for step, _ in stopped.checkpoints()] == [2]
@@ -390,10 +393,8 @@ def test_a_checkpoint_is_on_the_disk_before_an_older_one_goes(tiny: Tiny, monkey
 
         return noted
 
-    from cllm import checkpoint
-
-    monkeypatch.setattr(checkpoint, "sync_file", noting("file", files.sync_file))
-    monkeypatch.setattr(callbacks, "sync_folder", noting("folder", files.sync_folder))
+    monkeypatch.setattr("cllm.runs.checkpoint.sync_file", noting("file", files.sync_file))
+    monkeypatch.setattr(checkpoints, "sync_folder", noting("folder", files.sync_folder))
     monkeypatch.setattr(MetricsLog, "sync", noting("rows", MetricsLog.sync))
     monkeypatch.setattr(RunFolder, "keep_checkpoints", noting("delete", RunFolder.keep_checkpoints))
     train(tiny("--train.steps", "2", "--train.checkpoint_every", "1", "--train.validate_every", "null"))

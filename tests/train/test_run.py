@@ -26,8 +26,10 @@ from cllm.model.sources import FusedRead
 from cllm.runs import RunFolder, load_run
 from cllm.runs.checkpoint import read_weights
 from cllm.train.module import TrainingModule
-from cllm.train.optim import learning_rate_factor, parameter_groups
-from cllm.train.run import check_resumable, train, with_vocabulary
+from cllm.train.optim import parameter_groups
+from cllm.train.resume import check_resumable
+from cllm.train.run import train, with_vocabulary
+from cllm.train.schedule import learning_rate_factor
 
 ROOT = Path(__file__).resolve().parents[2]
 Tiny = Callable[..., Config]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from cllm.config import Config
 from cllm.errors import UserError
@@ -123,17 +124,17 @@ def test_a_run_is_marked_first_and_an_empty_folder_may_become_one(tiny: Tiny, mo
     config = tiny(*SHORT)
     folder = Path(config.runs_dir) / config.name
     folder.mkdir(parents=True)
-    write_start = run_module._write_start
+    write_start = run_module.write_start
 
     def killed(*_: object) -> None:
         assert marked_as(folder) == RUN
         assert os.listdir(folder) == [MARK], "before anything else is written"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "_write_start", killed)
+    monkeypatch.setattr(run_module, "write_start", killed)
     with pytest.raises(KeyboardInterrupt):
         train(config)
-    monkeypatch.setattr(run_module, "_write_start", write_start)
+    monkeypatch.setattr(run_module, "write_start", write_start)
     assert train(config).checkpoints()[-1][0] == 4, "and what was begun only so far may begin again"
 
 
@@ -202,7 +203,7 @@ def test_a_run_that_begins_while_another_start_loads_is_not_replaced(
 ) -> None:
     """Two fresh starts at once: the second one comes before the first has made the folder."""
     refused = []
-    write_start = run_module._write_start
+    write_start = run_module.write_start
 
     def start_another(*arguments: Any) -> None:
         if not refused:
@@ -211,7 +212,7 @@ def test_a_run_that_begins_while_another_start_loads_is_not_replaced(
             refused.append(error)
         write_start(*arguments)
 
-    monkeypatch.setattr(run_module, "_write_start", start_another)
+    monkeypatch.setattr(run_module, "write_start", start_another)
     assert train(tiny(*SHORT)).checkpoints()[-1][0] == 4
     assert refused
 
@@ -225,9 +226,9 @@ def test_reading_a_live_run_is_allowed_and_others_of_its_launch_are_not_refused(
         assert rows(folder)
         with pytest.raises(UserError, match="is in use"):
             train(tiny(*SHORT), resume="auto")
-        monkeypatch.setattr(run_module.rank_zero_only, "rank", 1)
+        monkeypatch.setattr(rank_zero_only, "rank", 1)
         assert train(tiny(*SHORT), resume="auto") == folder, "the second device's process sees a finished run"
-        monkeypatch.setattr(run_module.rank_zero_only, "rank", 0)
+        monkeypatch.setattr(rank_zero_only, "rank", 0)
         monkeypatch.setenv("NODE_RANK", "1")
         assert train(tiny(*SHORT), resume="auto") == folder, "the second machine's first process does too"
 

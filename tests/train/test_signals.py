@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from cllm.config import Config
 from cllm.errors import EXIT_STOPPED
@@ -160,5 +161,5 @@ def test_only_the_first_process_of_a_run_has_the_status(
     monkeypatch.setattr(run_module, "train", lambda *_, **__: folder)
     monkeypatch.setattr(RunFolder, "checkpoints", lambda self: [(3, Path("step-00000003.ckpt"))])
     assert command(config) == EXIT_STOPPED
-    monkeypatch.setattr(run_module.rank_zero_only, "rank", 1)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
     assert command(config) == 0

@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from safetensors.torch import save_file
 
 from cllm.cache.slot import Slot
-from cllm.config import Config, TrainConfig
+from cllm.config import Config, ModelConfig, TrainConfig
 from cllm.errors import UserError
 from cllm.model.loss import Head, next_token_loss
 from cllm.model.norm import RMSNorm
@@ -38,12 +38,15 @@ from cllm.plan.plan import Fuse
 from cllm.runs import RunFolder, load_run
 from cllm.runs.checkpoint import read_weights
 from cllm.train import strategy
-from cllm.train.callbacks import Checkpoints
+from cllm.train.checkpoints import Checkpoints
+from cllm.train.launch import Launch, check_launcher
 from cllm.train.optim import parameter_groups
 from cllm.train.reshard import shards
-from cllm.train.run import check_resumable, make_trainer, train, with_vocabulary
-from cllm.train.strategy import ZeroStrategy, check_launch, cluster_plugins, gradient_norm, make_strategy
+from cllm.train.resume import check_resumable
+from cllm.train.run import train, with_vocabulary
+from cllm.train.strategy import ZeroStrategy, cluster_plugins, gradient_norm, make_strategy
 from cllm.train.throughput import Clock
+from cllm.train.trainer import make_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 Tiny = Callable[..., Config]
@@ -53,7 +56,9 @@ needs_deepspeed = pytest.mark.skipif(
 
 
 def make(devices: int = 1, accelerator: str = "cpu", **settings: Any):
-    return make_strategy(TrainConfig(**settings), accelerator=accelerator, devices=devices, accumulate=1)
+    model = ModelConfig(d_model=32, n_layers=2, n_heads=2, max_seq_len=512)
+    config = Config(model=model, train=TrainConfig(**settings))
+    return make_strategy(Launch.on(config, accelerator, devices), config)
 
 
 # ---- choosing and refusing ------------------------------------------------------------------------------------------
@@ -217,17 +222,14 @@ def test_a_compiled_block_stays_whole_under_ddp(tmp_path: Path) -> None:
     assert len(graphs) == 1
 
 
-def test_no_process_asks_another_before_each_micro_batch(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning broadcasts whether there was a SIGTERM, and waits for the device to have the answer."""
+def test_the_trainer_of_a_run_does_not_broadcast_before_each_micro_batch(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every host would wait for its device; see also `tests/train/test_lightning.py`."""
     config = with_vocabulary(tiny())
-    metrics: Any = SimpleNamespace(clock=Clock())
-    epoch_loop = make_trainer(config, RunFolder(Path(config.runs_dir)), metrics).fit_loop.epoch_loop
-    asked = []
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_, **__: asked.append(True))
-    type(epoch_loop)._broadcast_sigterm_tensor(epoch_loop)
-    assert asked, "this is the method that asks"
+    epoch_loop = make_trainer(config, Launch.here(config), Path(config.runs_dir), []).fit_loop.epoch_loop
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_, **__: pytest.fail("asked another process"))
     epoch_loop._broadcast_sigterm_tensor()
-    assert len(asked) == 1
 
 
 # ---- checkpoints that are folders -----------------------------------------------------------------------------------
@@ -279,7 +281,7 @@ def test_weights_come_from_safetensors_and_no_pickle_is_read(tiny: Tiny, tied: s
 
 def test_a_folder_gets_its_name_when_it_is_whole_and_old_ones_go(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    callback = Checkpoints(folder, every=1, keep=2, steps=3, clock=Clock())
+    callback = Checkpoints(folder, TrainConfig(steps=3, checkpoint_every=1, keep_checkpoints=2), clock=Clock())
     seen = []
 
     def save_checkpoint(path: Path, weights_only: bool) -> None:
@@ -392,7 +394,7 @@ def test_a_launcher_that_starts_another_number_of_processes_is_refused(
     with pytest.raises(UserError, match=message):
         train(config)
     assert not (Path(config.runs_dir) / config.name).exists()
-    check_launch(int(variables.get("WORLD_SIZE", "2")), int(variables.get("SLURM_NTASKS", "2")) // 2)
+    check_launcher(int(variables.get("WORLD_SIZE", "2")), int(variables.get("SLURM_NTASKS", "2")) // 2)
 
 
 def test_torchrun_inside_a_slurm_allocation_is_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,7 +405,7 @@ def test_torchrun_inside_a_slurm_allocation_is_torchrun(monkeypatch: pytest.Monk
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert cluster_plugins() == []
-    check_launch(4, 2)
+    check_launcher(4, 2)
 
 
 # ---- DeepSpeed itself, on the CPU -----------------------------------------------------------------------------------

@@ -14,11 +14,11 @@ from cllm.errors import UserError
 from cllm.kernels import swiglu
 from cllm.model.sizes import build_decoder
 from cllm.train.dryrun import block_activation_bytes
+from cllm.train.launch import Launch
 from cllm.train.run import train
 from cllm.train.swiglu import fuse_swiglu
 
 Tiny = Callable[..., Config]
-CPU = torch.device("cpu")
 BF16 = ("--train.precision", "bf16", "--model.d_ff", "96")
 SIZED = ("--model.vocab_size", "64", "--model.d_model", "32")
 
@@ -58,7 +58,7 @@ def test_auto_says_what_it_took_and_why(
     config = tiny(*SIZED, *settings)
     model = build_decoder(config.model)
     with caplog.at_level(logging.INFO, "cllm"):
-        assert not fuse_swiglu(model, config, CPU)
+        assert not fuse_swiglu(model, config, Launch.on(config, "cpu", 1))
     assert f"swiglu: torch; not quack ({reason}" in caplog.text
     assert not any(block.mlp.fused for block in model.blocks)
 
@@ -68,7 +68,7 @@ def test_a_layer_that_was_replaced_is_left_alone(tiny: Tiny, kernels: None) -> N
     model = build_decoder(config.model)
     model.blocks[1].mlp.up_proj = torch.nn.Sequential(model.blocks[1].mlp.up_proj)
     with pytest.raises(UserError, match=r"train\.swiglu is quack, which cannot be: up_proj is a Sequential"):
-        fuse_swiglu(model, config, CPU)
+        fuse_swiglu(model, config, Launch.on(config, "cpu", 1))
 
 
 def test_asked_for_and_missing_it_stops_before_a_folder_appears(tiny: Tiny) -> None:
@@ -93,5 +93,5 @@ def test_the_dry_run_counts_one_tensor_less(tiny: Tiny) -> None:
     found = {}
     for how in ("torch", "quack"):
         config = tiny(*SIZED, *BF16, "--train.swiglu", how)
-        found[how] = block_activation_bytes(build_decoder(config.model), config, 0)
+        found[how] = block_activation_bytes(build_decoder(config.model), config, Launch.planned(config), 0)
     assert found["torch"] - found["quack"] == 2 * 96

@@ -22,6 +22,7 @@ from cllm.errors import UserError
 from cllm.runs import RunFolder, load_run
 from cllm.runs.checkpoint import read_weights
 from cllm.train.dryrun import GIB, dry_run, memory_estimate
+from cllm.train.launch import Launch
 from cllm.train.run import train, with_vocabulary
 from cllm.train.uptraining import UptrainingModule, draw_route
 from cllm.uptrain import loss as losses
@@ -347,7 +348,7 @@ def test_a_dry_run_counts_what_is_trained_and_the_teacher(student: Student, teac
         assert f"trained      {trained:,} (uptrain.trainable {trainable})" in report
         assert f"teacher      {theirs:,} parameters" in report
         assert f"parameters   {whole:,} (" in report
-        memory = memory_estimate(model, config, teacher=theirs)
+        memory = memory_estimate(model, config, Launch.planned(config), teacher=theirs)
         assert memory["optimizer"] == 8 * trained / GIB
         assert memory["teacher"] == 4 * theirs / GIB, "fp32 on a CPU"
         found[trainable] = memory["total"]

@@ -1,0 +1,214 @@
+"""What a run measures: the callback that turns losses, norms and times into rows of metrics."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from tqdm import tqdm
+
+from cllm.errors import UserError
+from cllm.plan.describe import plan_figure
+from cllm.runs import RunFolder
+from cllm.train.metrics import MetricsLog
+from cllm.train.module import TrainingModule, step_is_complete
+from cllm.train.strategy import engine_of, gradient_norm
+from cllm.train.throughput import Clock, peak_flops
+
+_SKIPPED = "skipped_steps"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """Constants of a run that its metrics are computed from."""
+
+    start_step: int
+    """The step that the run resumes from; 0 for a new run."""
+    steps: int
+    """The run's last step."""
+    log_every: int
+    """Steps between rows."""
+    tokens_per_step: int
+    flops_per_token: float
+    """Of a training step."""
+    kv_bytes_per_token: float
+    """Resident cache bytes in bf16."""
+    bytes_per_token: dict[str, float]
+    """UTF-8 bytes of text, by validation set."""
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    """The flat table that loggers get."""
+    max_skipped_steps: int = 0
+    """Steps without a finite gradient, after which the run stops."""
+
+
+class Metrics(Callback):
+    """Writes a row of metrics every `log_every` steps and after every validation, and shows progress.
+
+    Tensors become numbers only here, so the host waits for the device only here.
+    """
+
+    def __init__(self, folder: RunFolder, facts: RunFacts):
+        self.folder, self.facts = folder, facts
+        self.clock = Clock()
+        self.rate = 0.0  # learning rate of the current step
+        self.since = facts.start_step  # step of the last row
+        self.writer: MetricsLog | None = None
+        self.bar: tqdm | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or not trainer.is_global_zero or self.writer is not None:
+            return
+        start, facts = self.since, self.facts
+        self.writer = MetricsLog(
+            self.folder, start_step=start, tokens_per_step=facts.tokens_per_step, loggers=trainer.loggers
+        )
+        assert isinstance(pl_module, TrainingModule)
+        picture = plan_figure(pl_module.model.plan, self.folder.name)
+        self.writer.start(facts.hyperparameters, self.folder.config_file.read_text(encoding="utf-8"), picture)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=facts.steps, initial=start, unit="step", dynamic_ncols=True, desc=self.folder.name)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.clock.start(pl_module.device)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.clock.working()
+        self.rate = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self.clock.parts.mark("forward")
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.parts.mark("backward")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.clock.waiting()
+        step = trainer.global_step
+        if not step_is_complete(trainer, batch_idx):
+            return
+        engine = engine_of(trainer)
+        if engine is not None:
+            self._check_skipped(engine.skipped_steps, step)
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+        if step % self.facts.log_every == 0 or step == self.facts.steps:
+            assert isinstance(pl_module, TrainingModule)
+            self._log_training(trainer, pl_module, step)
+
+    def _log_training(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+        total, count = trainer.strategy.reduce(module.take_training_loss(), reduce_op="sum").tolist()
+        loss = total / max(count, 1)
+        seconds, waited = self.clock.read()
+        steps = step - self.since
+        rate = steps * self.facts.tokens_per_step / max(seconds, 1e-9)
+        values = {
+            "train/loss": loss,
+            "train/lr": self.rate,
+            "train/gradient_norm": float(module.gradient_norm),
+            "throughput/tokens_per_s": rate,
+            "throughput/data_wait": waited / max(seconds, 1e-9),
+            "memory/peak_gib": _peak_memory(module.device),
+            "kv/bytes_per_token": self.facts.kv_bytes_per_token,
+        }
+        values |= {f"time/{part}_ms": ms / steps for part, ms in self.clock.parts.read().items()}
+        engine = engine_of(trainer)
+        if engine is not None:
+            values["train/gradient_norm"] = gradient_norm(engine)
+        skipped = int(module.skipped_steps if engine is None else engine.skipped_steps)
+        values["train/skipped_steps"] = skipped
+        peak = peak_flops(module.device)
+        if peak is not None:
+            values["throughput/mfu"] = rate * self.facts.flops_per_token / (peak * trainer.world_size)
+        self._write(step, values | module.training_metrics())
+        self._show(step, loss, rate)
+        self._check_skipped(skipped, step)
+        self.since = step
+        self.clock.start()
+
+    def _check_skipped(self, skipped: int, step: int) -> None:
+        if skipped > self.facts.max_skipped_steps:
+            raise UserError(
+                f"{skipped} steps up to step {step} had a gradient that was not finite and were skipped; "
+                f"train.max_skipped_steps is {self.facts.max_skipped_steps}; the newest checkpoint is "
+                f"{self.folder.newest_checkpoint() or 'none'}; lower optim.lr or look at the data"
+            )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        checkpoint[_SKIPPED] = int(pl_module.skipped_steps)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        pl_module.skipped_steps = checkpoint.get(_SKIPPED, 0)  # missing in checkpoints from before they were counted
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.pause()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        values: dict[str, float] = {}
+        for n, (name, (nats, scored)) in enumerate(pl_module.validation_scores().items()):
+            prefix = "val" if n == 0 else f"val-{name}"
+            loss = nats / max(scored, 1)
+            values[f"{prefix}/loss"] = loss
+            values[f"{prefix}/ppl"] = math.exp(min(loss, 700))
+            values[f"{prefix}/bits_per_byte"] = loss / math.log(2) / self.facts.bytes_per_token[name]
+        self._write(trainer.global_step, values | pl_module.validation_metrics())
+        self.sync()
+        if trainer.is_global_zero:
+            self._say(f"step {trainer.global_step}: " + "  ".join(f"{tag} {v:.4f}" for tag, v in values.items()))
+        self.clock.resume()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+    def sync(self) -> None:
+        """Write the rows so far through to the disk."""
+        if self.writer is not None:
+            self.writer.sync()
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        if self.writer is not None:
+            self.writer.write(step, values)
+
+    def _show(self, step: int, loss: float, rate: float) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s")
+        elif self.writer is not None:
+            left = (self.facts.steps - step) * self.facts.tokens_per_step / max(rate, 1e-9)
+            minutes, seconds = divmod(round(left), 60)
+            self._say(
+                f"step {step}/{self.facts.steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  {minutes}:{seconds:02d} left"
+            )
+
+    @staticmethod
+    def _say(text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Peak memory in GiB: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

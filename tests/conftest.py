@@ -16,6 +16,7 @@ import torch
 
 from cllm.config import ModelConfig
 from cllm.model.decoder import Decoder
+from cllm.plugins import plugins
 
 torch.set_num_threads(1)
 
@@ -57,6 +58,32 @@ def _load(file: Path) -> ModuleType:
 def load_file() -> Callable[[Path], ModuleType]:
     """A Python file outside of any package, a script or another test, as a module."""
     return _load
+
+
+@pytest.fixture
+def install_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """`install_package("name", {"module": source}, {"cllm.posthoc": {"key": "module:Class"}})`: a package outside of
+    cllm, version 1.0, importable until the test ends, and its entry points."""
+    modules = list[str]()
+    plugins.cache_clear()
+
+    def install(name: str, sources: dict[str, str], points: dict[str, dict[str, str]]) -> Path:
+        folder = tmp_path / "site-packages" / name
+        metadata = folder / f"{name.replace('-', '_')}-1.0.dist-info"
+        metadata.mkdir(parents=True)
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        groups = (f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in of.items()) for group, of in points.items())
+        (metadata / "entry_points.txt").write_text("\n".join(groups))
+        for module, source in sources.items():
+            (folder / f"{module}.py").write_text(source)
+        modules.extend(sources)
+        monkeypatch.syspath_prepend(folder)
+        return folder
+
+    yield install
+    plugins.cache_clear()
+    for module in modules:
+        sys.modules.pop(module, None)
 
 
 @pytest.fixture(scope="session")

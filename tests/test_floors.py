@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "cllm"
 FLOORS = [
-    {"errors", "faults", "signals", "processes", "lock", "files", "rows", "yaml_text", "arguments", "trust"},
+    {"errors", "faults", "signals", "processes", "lock", "files", "rows", "yaml_text", "arguments", "trust", "plugins"},
     {"section", "environment"},
     {"plan"},
     {"config"},

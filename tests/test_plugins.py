@@ -20,9 +20,7 @@ def test_a_group_without_plugins_is_empty() -> None:
 def test_modules_are_imported_once_and_on_demand(install_package: Install, tmp_path: Path) -> None:
     log = tmp_path / "log"
     source = f"open({str(log)!r}, 'a').write('imported ')\nclass Method: pass\n"
-    install_package(
-        "outside", {"outside_a": source}, {"cllm.tests": {"one": "outside_a:Method", "module": "outside_a"}}
-    )
+    install_package("outside", {"outside_a": source}, {"cllm.tests": {"one": "outside_a:Method", "all": "outside_a"}})
     assert not log.exists()
     found = plugins("cllm.tests")
     assert list(found) == ["all", "one"]

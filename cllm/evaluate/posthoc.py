@@ -81,7 +81,7 @@ def resolve(subject: Subject, settings: Settings, prefix: int | None, device: to
 
 def engine_for(subject: Subject) -> Engine:
     """What runs the subject's model with a cache."""
-    return engine_of(subject._model)  # type: ignore[attr-defined] # both kinds of subject have one
+    return engine_of(subject.model)
 
 
 def pieces(subject: Subject, stream: Stream, window: int) -> Iterator[np.ndarray]:
@@ -305,42 +305,3 @@ def save(subject: Subject, record: dict[str, Any], out: Path | None = None) -> P
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}") from None
     return path
-
-
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """A line for each record, columns aligned."""
-    head = (
-        "run",
-        "method",
-        "set",
-        "prefix/window",
-        "tokens",
-        "perplexity",
-        "increase",
-        "own/x",
-        "mha/x",
-        "time",
-        "error",
-        "written",
-    )
-    rows = [head] + [
-        (
-            record["run"],
-            record["spec"],
-            record["set"],
-            f"{record['prefix']}/{record['window']}",
-            f"{record['tokens_scored']:,}",
-            f"{record['perplexity']:.4g}" if record["perplexity"] >= 1e5 else f"{record['perplexity']:.3f}",
-            f"{record['increase_percent']:+.2f} %",
-            f"{record['ratio_to_own']:.2f}",
-            f"{record['ratio_to_mha']:.2f}",
-            f"{100 * record['compression_share_of_prefill']:.0f} %",
-            f"{max(e for slot in record['errors'].values() for e in slot.values()):.3f}" if record["errors"] else "-",
-            f"{record['generated_same_percent']:.0f} %" if "generated_tokens" in record else "-",
-        )
-        for record in records
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    align = (str.ljust, str.ljust, str.ljust, *[str.rjust] * 9)
-    lines = ("  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)

@@ -6,10 +6,10 @@ import inspect
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cllm.data.manifest import Manifest
 from cllm.data.vocabulary import backend_of, backend_sha256
@@ -61,6 +61,12 @@ class Subject(ABC):
     """`Manifest.digest()` of these folders when the model was trained, where that was recorded."""
     vocab_size: int
     """Token ids that the model's embedding has."""
+    _model: Any
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, on its device: a `Decoder`, or a transformers model."""
+        return self._model
 
     def results(self, out: Path | None = None) -> Path:
         """The folder that results go to: `out`, or evaluation/ in a run's folder, runs/evaluation/NAME for others.

@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     # Imported late: --help and mistakes in arguments answer without loading torch and plots.
     from cllm.evaluate.comparison import compare, find_runs
-    from cllm.evaluate.places import beside
     from cllm.evaluate.report import terminal, write
+    from cllm.evaluate.result_folders import beside
 
     runs = find_runs(options.runs)
     comparison = compare(runs, baseline=options.baseline, set_name=options.set_name)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cllm.data.manifest import Manifest
 from cllm.data.vocabulary import backend_of, backend_sha256
 from cllm.errors import UserError
-from cllm.evaluate.places import results_of_checkpoint
+from cllm.evaluate.result_folders import results_of_checkpoint
 from cllm.files import inside
 from cllm.runs import RunFolder, load_run
 from cllm.trust import load_tokenizer, read_object

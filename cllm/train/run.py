@@ -281,19 +281,7 @@ def _train(config: Config, resume: str | None, overwrite: bool, callbacks: Seque
         return folder
     check_float8(config, _accelerator(config))
     lightning.seed_everything(config.train.seed, verbose=False)
-    data = DataModule(
-        config.data.path,
-        config.data.validation,
-        seq_len=config.data.seq_len,
-        micro_batch=config.train.micro_batch,
-        global_batch=config.train.global_batch,
-        seed=config.train.seed,
-        document_mask=config.data.document_mask,
-        num_workers=config.data.num_workers,
-        validation_sequences=config.data.validation_sequences,
-        vocab_size=config.model.vocab_size,
-        verify=config.data.verify,
-    )
+    data = DataModule.of(config)
     if choose:
         check_best_sources(config, processes=_devices(config, _accelerator(config)) * config.train.num_nodes)
     teacher = None if config.init.path is None else open_teacher(config)

@@ -1,7 +1,7 @@
 """Trained designs and post-hoc compression in one table and one figure: perplexity against bytes of cache.
 
-A point is a run with a spec, as `posthoc.measure` records it; the run as it was trained is one too. A point is on the
-front if no other has at most its bytes and at most its perplexity, and less of one of them.
+A point is a run compressed by one method, from a record of `posthoc.measure`, or the uncompressed run. A point is on
+the front if no other point has at most its bytes and at most its perplexity, and less of one of them.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ _LINEAR = 1.0  # percent up to which the axis of increases is linear
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One run, compressed in one way or not at all."""
+    """One run, compressed by one method or not at all."""
 
     run: str
     design: str
     spec: str
-    """`as trained`: not compressed."""
+    """The method and its options; `as trained`: not compressed."""
     bytes_per_token: float
-    """Bytes held for each token of the prefix."""
+    """Bytes of cache per token of the prefix."""
     ratio_to_own: float
-    """Against the run's own cache."""
+    """The run's uncompressed cache relative to this one."""
     ratio_to_mha: float
-    """Against full attention with a KV head for every query head."""
+    """The cache of full attention, with a KV head for every query head, relative to this one."""
     perplexity: float
     increase_percent: float
-    """Of the perplexity, over the baseline's."""
+    """Increase of the perplexity over the baseline's."""
     compression_share_of_prefill: float | None
-    """Seconds of compression to seconds of prefill."""
+    """Seconds of compression / seconds of prefill."""
     weight_bytes: int
-    """Of what the method holds beside the model's weights, for all caches together."""
+    """Bytes that the method stores besides the model's weights, once for all caches."""
     front: bool
 
 
 def expand(templates: Iterable[str], groups: Sequence[int], ratios: Sequence[float]) -> list[str]:
-    """Every spec that `templates` with `{group}` and `{ratio}` stand for, each once, in order.
+    """Fill in `{group}` and `{ratio}` in `templates` with all values; each result once, in order.
 
     Raises `UserError` for another name in braces.
     """
@@ -66,13 +66,13 @@ def expand(templates: Iterable[str], groups: Sequence[int], ratios: Sequence[flo
 
 
 def points(records: Sequence[dict[str, Any]], *, baseline: str | None = None) -> list[Point]:
-    """The points of `records`, most bytes first, each run also as it was trained.
+    """The points of `records` and of the uncompressed runs, most bytes first.
 
     The baseline is the uncompressed run called `baseline`, by default the one with the most bytes.
 
     Raises:
-        UserError: for records of several sets, windows, prefixes or texts, for two runs of one name, and for a baseline
-            that is not there.
+        UserError: for records of different sets, windows, prefixes or texts, for two runs of one name, and for a
+            baseline that is not among the runs.
     """
     for key in ("set", "data", "prefix", "window", "max_tokens", "tokens_scored"):
         if len(seen := {str(record[key]) for record in records}) > 1:

@@ -83,7 +83,7 @@ def markdown_table(comparison: Comparison) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The table, its warnings and what its columns mean."""
+    """The table, its warnings and the meaning of its columns."""
     which = f"on `{comparison.set_name}`" if comparison.set_name else "on the main validation set"
     parts = [f"Runs compared {which}; differences are of perplexity to `{comparison.baseline.run}`."]
     parts.append(markdown_table(comparison))
@@ -141,7 +141,7 @@ def figure(comparison: Comparison) -> Figure:
     if max(caches) < 4 * min(caches):
         axes.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5)))
     axes.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
-    figure.draw_without_rendering()  # fixes limits and layout, which the labels are placed by
+    figure.draw_without_rendering()  # fixes limits and layout, which the positions of labels depend on
     points = [(row.kv_resident, row.perplexity or 0.0) for row in rows]
     place_labels(axes, points, [row.run for row in rows], levels=[base.perplexity] if base.perplexity else [])
     return figure

@@ -1,11 +1,12 @@
-"""Measure perplexity and bits per byte of trained models, and what compressing their caches costs.
+"""Measure perplexity and bits per byte of trained models, and the cost of compressing their caches.
 
     python evaluate.py --run runs/NAME [--run ...] [--data FOLDER_OR_TEXT_FILE ...] [--window N] [--stride N]
     python evaluate.py --run runs/NAME --posthoc xkv:group=4,ratio=4 [--posthoc ...] [--prefix N]
+    python evaluate.py --run runs/NAME --suite NAME
 
 A run is a run folder (its newest checkpoint), one checkpoint file, or a Hugging Face checkpoint folder. Without --data
-a run is scored on its own validation sets. docs/evaluation.md says what exactly is measured, docs/posthoc.md what
---posthoc does.
+a run is scored on its own validation sets. docs/evaluation.md defines what is measured, docs/posthoc.md describes
+--posthoc.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from pathlib import Path
 
 from cllm.arguments import Parser, whole_number
 from cllm.errors import UserError, one_line
+from cllm.evaluate.suites.registry import add_options, choose
 from cllm.signals import stoppable
 
 
 def parser() -> Parser:
-    """The command line's arguments."""
+    """The command line's arguments. Raises `UserError` for a plug-in that cannot be used."""
     parser, count = Parser(description=__doc__), whole_number(1)
     add = parser.add_argument
     add("--run", action="append", default=[], metavar="PATH", help="run, .ckpt or Hugging Face folder; repeat it")
@@ -34,25 +36,21 @@ def parser() -> Parser:
     add("--stride", type=count, metavar="N", help="tokens each window scores (default: half the window)")
     add("--batch", type=count, metavar="N", help="windows computed together; changes speed alone")
     add("--max-tokens", type=count, metavar="N", help="only the first N tokens of each set")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    parser.add_device()
     add("--name", metavar="SET", help="name of the set in file names and tags (default: from the data's path)")
-    add("--out", metavar="DIR", type=Path, help="folder for SET.json; nothing is written elsewhere then (default: "
+    add("--out", metavar="DIR", type=Path, help="write SET.json to this folder, and nothing elsewhere (default: "
         "evaluation/ in the run's folder; runs/evaluation/NAME-HASH for a Hugging Face folder)")  # fmt: skip
-    add("--posthoc", action="append", default=[], metavar="SPEC", help="compress the cache of a prefix and score what "
-        "follows, e.g. xkv:group=4,ratio=4 or none; repeat it. The first 4 tokens stay exact (in the spec: sinks=N)"
-    )  # fmt: skip
     add("--list-posthoc", action="store_true", help="list the methods of --posthoc and their options, and exit")
-    add("--prefix", type=count, metavar="N", help="tokens of each window to compress (default: half the window)")
-    add("--generate", type=whole_number(0), default=0, metavar="N", help="with --posthoc: also continue each prefix "
-        "greedily by N tokens, and compare them with those after the prefix kept exact (default: 0)")  # fmt: skip
+    add_options(parser)
     return parser
 
 
 @one_line
 @stoppable()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit status: 1 where one of several runs was left out."""
-    options = parser().parse_args(arguments)
+    """Run the command line; returns its exit status: 1 if one of several runs was left out."""
+    commands = parser()
+    options = commands.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     if options.list_posthoc:
         from cllm.posthoc.registry import describe_methods
@@ -63,25 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("nothing to evaluate: give --run runs/NAME")
     if options.out and len(options.run) > 1:
         raise UserError(f"--out {options.out}: takes the results of one run, and there are {len(options.run)}")
-    if options.prefix is not None and not options.posthoc:
-        raise UserError(f"--prefix {options.prefix}: needs --posthoc, which says how to compress it")
-    if options.generate and not options.posthoc:
-        raise UserError(f"--generate {options.generate}: needs --posthoc, whose caches are compared")
+    suite = choose(commands, options)
     # Imported late: --help and mistakes in arguments answer without loading torch.
-    import torch
-
-    from cllm.evaluate import posthoc
+    from cllm.environment import choose_device
     from cllm.evaluate.left_out import LeftOut
-    from cllm.evaluate.perplexity import Settings, measure, open_sets, save, table
     from cllm.evaluate.subjects import load_subject
+    from cllm.evaluate.suites.jobs import jobs
 
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
-    device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
-    settings = Settings(
-        split=options.split, window=options.window, stride=options.stride, batch=options.batch,
-        max_tokens=options.max_tokens,
-    )  # fmt: skip
+    device = choose_device(options.device)
     records, paths = [], []
     left_out = LeftOut(len(options.run))
     try:
@@ -89,36 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with left_out.unless_usable(path):
                 subject = load_subject(path, device)
                 announced = options.out is not None or subject.kind == "run"
-                for text in open_sets(subject, options.data, split=settings.split, name=options.name):
+                for job in jobs(suite, subject, options, device):
                     if not announced:
-                        if options.posthoc:
-                            posthoc.resolve(subject, settings, options.prefix, device)
-                        settings.resolve(subject, device)  # a mistake is all that is said
+                        suite.check(subject, job)  # a refusal is the only line on stderr
                         print(f"results of {path} go to {subject.results()}", file=sys.stderr, flush=True)
                         announced = True
-                    if options.posthoc:
-                        found = posthoc.measure(
-                            subject,
-                            text,
-                            settings,
-                            options.posthoc,
-                            device,
-                            prefix=options.prefix,
-                            generate=options.generate,
-                        )
-                        paths += [posthoc.save(subject, record, options.out) for record in found]
-                        records += found
-                        continue
-                    record = measure(subject, text, settings, device)
-                    paths.append(save(subject, record, options.out))
-                    records.append(record)
+                    for record in suite.run(subject, job):
+                        paths.append(suite.save(subject, record, options.out))
+                        records.append(record)
     finally:
         if records:
-            print(
-                posthoc.table(records) if options.posthoc else table(records),
-                *(f"written: {path}" for path in paths),
-                sep="\n",
-            )
+            print(suite.table(records), *(f"written: {path}" for path in paths), sep="\n")
     return left_out.status()
 
 

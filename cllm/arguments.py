@@ -25,6 +25,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         self.usage_hint = usage_hint
 
+    def add_device(self) -> None:
+        """Add `--device`, which `cllm.environment.choose_device` reads."""
+        self.add_argument(
+            "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one"
+        )
+
     def error(self, message: str) -> NoReturn:
         """Raise a `UserError` where argparse prints its usage and exits."""
         message = re.sub(r"^argument ([^:]+): is ", r"\1 is ", message).removeprefix("argument ")

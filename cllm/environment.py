@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit, hardware."""
+"""The environment of a run: versions, commit, hardware; and the device that a command asks for."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import cllm
+from cllm.errors import UserError
 
 _PACKAGES = (
     *("lightning", "transformers", "datasets", "tokenizers", "numpy", "deepspeed", "torchao", "triton"),
@@ -30,7 +31,7 @@ def _git(*words: str) -> str | None:
 
 
 def clocks() -> str:
-    """Clocks, temperature and power of the GPUs as nvidia-smi tells them."""
+    """Clocks, temperature and power of the GPUs as nvidia-smi reports them."""
     fields = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
@@ -59,3 +60,21 @@ def environment() -> dict[str, str]:
         found["cuda"] = str(torch.version.cuda)
     found["command"] = " ".join(sys.argv)
     return found
+
+
+def versions() -> dict[str, str]:
+    """`environment()` without the command line, for results that other commands may repeat."""
+    return {name: text for name, text in environment().items() if name != "command"}
+
+
+def hardware(device: torch.device) -> str:
+    """The name of a device, for results: `NVIDIA H100 80GB HBM3` or `CPU, x86_64`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}"
+
+
+def choose_device(option: str) -> torch.device:
+    """The device for `--device auto`, `cpu` or `cuda`. Raises `UserError` for `cuda` without a usable GPU."""
+    usable = torch.cuda.is_available()
+    if option == "cuda" and not usable:
+        raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
+    return torch.device("cuda" if usable and option != "cpu" else "cpu")

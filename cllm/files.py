@@ -12,6 +12,7 @@ removed or replaced; any other is refused with one line, whatever its name.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -55,9 +56,22 @@ def inside(folder: Path, name: str, *, written_in: Path | str, to_write: bool = 
         raise UserError(f"{written_in}: names {shorten(repr(name))}; allowed: names of files in {folder}")
     path = folder.joinpath(*parts)
     checked = path if to_write else path.parent
-    if checked != folder and not checked.resolve().is_relative_to(folder.resolve()):
+    if target_outside(folder, checked) is not None:
         raise UserError(f"{checked}: leads out of {folder} through a symbolic link; cllm does not follow it")
     return path
+
+
+def target_outside(folder: Path, path: Path) -> Path | None:
+    """The target of `path`, if symbolic links in it lead out of `folder`; None if it stays inside.
+
+    Raises:
+        OSError: for a link that cannot be followed, such as a link to itself.
+    """
+    try:
+        target = path.resolve()
+    except RuntimeError:  # as Python before 3.13 reports a loop
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
+    return None if target.is_relative_to(folder.resolve()) else target
 
 
 def shorten(text: str, limit: int = 80) -> str:

@@ -3,7 +3,7 @@
     python data/prepare.py --config data/recipes/stdlib.yaml [--out DIR] [--force] [--section.key VALUE ...]
     python data/prepare.py --verify data/prepared/stdlib
 
-The recipes in data/recipes/ are examples of what can be said; docs/data.md tells the rest.
+data/recipes/ has examples of recipes; docs/data.md describes every setting.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cllm.signals import stoppable
 @one_line
 @stoppable("the same command goes on from the last finished shard")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit status: 3 where it was stopped."""
+    """Run the command line; returns its exit status: 3 if it was stopped."""
     parser = config_parser(Recipe, str(__doc__))
     parser.add_argument("--force", action="store_true", help="replace a prepared folder of a different recipe")
     parser.add_argument(
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         metavar="DIR",
         default=[],
-        help="read a prepared folder again and compare all hashes",
+        help="read all files of a prepared folder and compare their hashes",
     )
     options, overrides = parser.parse_settings(arguments)
     if options.verify:

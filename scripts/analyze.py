@@ -1,8 +1,8 @@
-"""How alike the cached keys and values of a model's layers are: heat maps and JSON.
+"""Measure the similarity of cached keys and values between a model's layers: heat maps and JSON.
 
     python scripts/analyze.py runs/NAME [--data PATH] [--sequences 4] [--length N] [--group 1 2 4 8] [--energy 0.95]
 
-docs/posthoc.md says what is drawn.
+docs/posthoc.md describes the figures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def parser() -> Parser:
     add("--length", type=count, metavar="N", help="tokens of each (default: the training length)")
     add("--group", type=count, nargs="+", default=[1, 2, 4, 8], help="group sizes for ranks (default: 1 2 4 8)")
     add("--energy", type=share, default=0.95, help="share of energy that the ranks keep (default: %(default)s)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    parser.add_device()
     add("--out", type=Path, metavar="DIR", help="where the files go (default: evaluation/ in the run's folder, "
         "runs/evaluation/ for a Hugging Face folder)")  # fmt: skip
     return parser
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Imported late: --help and mistakes in arguments answer without loading torch.
     import torch
 
+    from cllm.environment import choose_device
     from cllm.evaluate import posthoc
     from cllm.evaluate.perplexity import Settings, open_sets
     from cllm.evaluate.subjects import load_subject
@@ -55,9 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from cllm.files import write_atomic
     from cllm.posthoc.analysis import analyze, collect, figure
 
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
-    device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
+    device = choose_device(options.device)
     subject = load_subject(options.run, device)
     print(f"results go to {subject.results(options.out)}", file=sys.stderr, flush=True)
     length, _, _ = Settings(window=options.length).resolve(subject, device, window_option="--length")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cllm.arguments import Parser, number, whole_number
 from cllm.errors import UserError, nearest, one_line
-from cllm.evaluate.places import beside, run_of
+from cllm.evaluate.result_folders import beside, run_of
 from cllm.lock import locked
 from cllm.posthoc import UNCOMPRESSED
 from cllm.signals import stoppable

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "cllm"
 FLOORS = [
     {"errors", "faults", "signals", "processes", "lock", "files", "rows", "yaml_text", "arguments", "trust", "plugins"},
-    {"section", "environment"},
+    {"section", "environment", "tables"},
     {"plan"},
     {"config"},
     {"kernels"},

@@ -1,12 +1,15 @@
-"""Prepared tokens on disk, and the batches a training run makes of them.
+"""Prepared tokens on disk, and the batches of a training run.
 
-    prepare/     a corpus -> a prepared folder                (data/prepare.py is its command line)
-    manifest.py  what a prepared folder holds, and its checks
-    store.py     the shards of one split as one memory-mapped sequence
-    order.py     a shuffle that is a function of (seed, epoch, index) and needs no memory
-    packing.py   sequences of a fixed length, with or without document masks
-    sampler.py   which sequences each optimizer step takes, on each rank
-    module.py    all of it as a Lightning data module
+prepare/       from a corpus to a prepared folder               (command line: data/prepare.py)
+manifest.py    the record of a prepared folder, and its checks
+integrity.py   detection of damaged shards and indices
+vocabulary.py  comparison of tokenizers, and of token ids with a vocabulary
+store.py       random access to the tokens of one split
+order.py       a shuffle computed from (seed, epoch, index), without a table
+packing.py     sequences of a fixed length, with or without document masks
+sampler.py     the sequences of each optimizer step, for each rank
+module.py      a Lightning data module of the above
 
-Nothing is imported here: the processes that prepare data start without PyTorch.
+Imports the config, cross-entropy's `IGNORE` and the mask's limits from kernels, and the modules of the package's root.
+This file imports nothing, so processes that prepare data start without torch.
 """

@@ -1,8 +1,8 @@
-"""Damage to shards and indexes, found by reading them.
+"""Detection of damaged shards and indices.
 
-A preparation ends with `write_checksums`: every file is read back from the disk, its SHA-256 compared with that of what
-was written, and the CRC-32 of each of its blocks recorded. Whoever opens a split checks a sample of these blocks, which
-is all of them in small data, and that documents end where the index says. `Manifest.verify` compares all hashes again.
+A preparation ends with `write_checksums`: it reads every file back from the disk, compares its SHA-256 with that of the
+written bytes, and records the CRC-32 of each block. Opening a split checks a sample of these blocks (all of them in
+small data), and that documents end as the index says. `Manifest.verify` compares all hashes again.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from cllm.errors import DataError
 from cllm.files import write_atomic
 
 Verify = Literal["sample", "full", "none"]
-"""How much of a split is read when it is opened: a sample of its blocks, all of it, or nothing but file sizes."""
+"""The part of a split that is read when it is opened: a sample of its blocks, all, or only file sizes."""
 
 CHECKSUMS = "checksums.crc32"
 BLOCK_BYTES = 1 << 20
 SAMPLE_BYTES = 64 << 20
-"""Read of a split when it is opened; a split of no more is read in full."""
+"""Bytes of a split that are read when it is opened; a smaller split is read in full."""
 SAMPLE_BLOCKS = 1024
 SAMPLE_SHARDS = 16
-"""Shards of which documents are looked at."""
-_ROWS = 4096  # of an index, looked at together
-_ENDS = 16  # ends of documents looked up in a shard
+"""Shards whose documents are checked."""
+_ROWS = 4096  # of an index, checked together
+_ENDS = 16  # ends of documents checked in a shard
 _CRC = np.dtype("<u4")
 
 
 class Damaged(DataError):
-    """A file of a folder that is being prepared is not what was written."""
+    """A file of a folder in preparation differs from what was written."""
 
 
 def check(manifest: Manifest, split: str, verify: Verify) -> None:
-    """Look for damage in a split, as much as `verify` says.
+    """Check a split for damage, as thoroughly as `verify` says.
 
     Raises:
         DataError: naming the file and what is wrong in it.
@@ -54,8 +54,8 @@ def check(manifest: Manifest, split: str, verify: Verify) -> None:
     draw = np.random.default_rng()
     shards = manifest.split(split).shards
     chosen = {0, len(shards) - 1, *draw.integers(0, len(shards), SAMPLE_SHARDS).tolist()} if shards else set()
-    for place in sorted(chosen):
-        _check_documents(manifest, shards[place], draw)
+    for i in sorted(chosen):
+        _check_documents(manifest, shards[i], draw)
 
 
 def verify_folder(folder: str | Path) -> Manifest:
@@ -73,11 +73,11 @@ def verify_folder(folder: str | Path) -> Manifest:
 
 
 def write_checksums(manifest: Manifest, folder: Path) -> Checksums:
-    """Compare every file in `folder` with its hash in `manifest`, and write the checksums of their blocks beside them.
+    """Compare every file in `folder` with its hash in `manifest`, and write the checksums of all blocks.
 
     Raises:
-        Damaged: naming the first file whose content on the disk is not what was written.
-        OSError: when the checksums cannot be written.
+        Damaged: naming the first file whose content on the disk differs from what was written.
+        OSError: if the checksums cannot be written.
     """
     sums = [crc for file in manifest.files() for crc in _read_back(folder / file.name, file)]
     raw = np.array(sums, dtype=_CRC).tobytes()
@@ -86,12 +86,12 @@ def write_checksums(manifest: Manifest, folder: Path) -> Checksums:
 
 
 def _read_back(path: Path, expected: File) -> list[int]:
-    """The CRC-32 of each block of a file that was written and synced, read from the disk where the system allows."""
+    """The CRC-32 of each block of a synced file, read from the disk and not from the page cache if the system can."""
     sha256, sums = hashlib.sha256(), []
     try:
         with path.open("rb") as file:
             if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # drop the pages that are still in memory
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # drop its pages from the cache
             while block := file.read(BLOCK_BYTES):
                 sha256.update(block)
                 sums.append(zlib.crc32(block))
@@ -106,7 +106,7 @@ def _read_back(path: Path, expected: File) -> list[int]:
 
 
 def _check_blocks(manifest: Manifest, checksums: Checksums, split: str) -> None:
-    """Compare blocks of a split with their checksums: all of them, or a random sample that is another each time."""
+    """Compare blocks of a split with their checksums: all of them, or a new random sample in each call."""
     size, files = checksums.block_bytes, manifest.files(split)
     sums = _read_checksums(manifest, checksums)
     offset = sum(_count(manifest.files(name), size) for name in manifest.splits if name < split)
@@ -117,12 +117,12 @@ def _check_blocks(manifest: Manifest, checksums: Checksums, split: str) -> None:
         count = min(SAMPLE_BLOCKS, max(SAMPLE_BYTES * total // n_bytes, 1))
         wanted = np.unique(np.random.default_rng().integers(0, total, count))
     owner = np.searchsorted(starts, wanted, side="right") - 1
-    for place in np.unique(owner):
-        path = manifest.folder / files[place].name
+    for number in np.unique(owner):
+        path = manifest.folder / files[number].name
         try:
             with path.open("rb") as file:
-                for block in wanted[owner == place].tolist():
-                    start = (block - int(starts[place])) * size
+                for block in wanted[owner == number].tolist():
+                    start = (block - int(starts[number])) * size
                     file.seek(start)
                     raw = file.read(size)
                     if zlib.crc32(raw) != sums[offset + block]:
@@ -135,7 +135,7 @@ def _check_blocks(manifest: Manifest, checksums: Checksums, split: str) -> None:
 
 
 def _count(files: list[File], block_bytes: int) -> int:
-    """Blocks of some files together."""
+    """The number of blocks of all `files`."""
     return sum(-(-file.n_bytes // block_bytes) for file in files)
 
 
@@ -153,20 +153,20 @@ def _read_checksums(manifest: Manifest, checksums: Checksums) -> np.ndarray:
 
 
 def _check_documents(manifest: Manifest, shard: Shard, draw: np.random.Generator) -> None:
-    """Check that a shard's index counts up to its totals, that documents end in EOS, and that ids are in range.
+    """Check that a shard's index ends with its totals, that documents end in EOS, and that ids are in range.
 
-    A few thousand rows of the index and a few ends of documents are looked at: the first and last, and random ones.
+    The first rows of the index, the last ones and a random run of them are checked, and some of these documents' ends.
     """
     path, n = manifest.folder / shard.index, shard.documents
-    places = {0, max(n - _ROWS, 0), int(draw.integers(0, max(n - _ROWS, 0) + 1))} if n else set()
+    firsts = {0, max(n - _ROWS, 0), int(draw.integers(0, max(n - _ROWS, 0) + 1))} if n else set()
     if (shard.tokens > 0) != (n > 0):
         raise DataError(f"{path}: damaged: {n} documents of {shard.tokens} tokens")
-    for place in sorted(places):
-        rows = _read(path, INDEX_DTYPE, 2 * place, 2 * min(_ROWS, n - place)).reshape(-1, 2)
-        before = _read(path, INDEX_DTYPE, 2 * place - 2, 2) if place else np.zeros(2, dtype=INDEX_DTYPE)
+    for first in sorted(firsts):
+        rows = _read(path, INDEX_DTYPE, 2 * first, 2 * min(_ROWS, n - first)).reshape(-1, 2)
+        before = _read(path, INDEX_DTYPE, 2 * first - 2, 2) if first else np.zeros(2, dtype=INDEX_DTYPE)
         if not (np.diff(np.concatenate([before[None], rows]), axis=0) > 0).all():
-            raise DataError(f"{path}: damaged: documents {place} to {place + len(rows)} do not each end after the last")
-        if place + len(rows) == n and rows[-1].tolist() != [shard.tokens, shard.bytes]:
+            raise DataError(f"{path}: damaged: documents {first} to {first + len(rows)} do not each end after the last")
+        if first + len(rows) == n and rows[-1].tolist() != [shard.tokens, shard.bytes]:
             expected = [shard.tokens, shard.bytes]
             raise DataError(f"{path}: damaged: the last document ends at {rows[-1].tolist()}, not at {expected}")
         for row in {0, len(rows) - 1, *draw.integers(0, len(rows), _ENDS).tolist()}:

@@ -1,7 +1,7 @@
 """The record of a prepared folder.
 
-`manifest.json` is written last, so a folder that has one is complete. `Manifest.load` checks what costs nothing
-(versions, totals, file sizes, the tokenizer's hash); `cllm/data/integrity.py` reads the files themselves.
+`manifest.json` is written last, so a folder that has one is complete. `Manifest.load` makes the cheap checks (versions,
+totals, file sizes, the tokenizer's hash); `cllm/data/integrity.py` reads the files.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from cllm.data.vocabulary import TOKENIZER_FILE, backend_sha256, read_tokenizer, same_tokenizer, tokenizer_sha256
 from cllm.errors import DataError
-from cllm.files import write_atomic
+from cllm.files import target_outside, write_atomic
+from cllm.section import Section
 from cllm.trust import load_tokenizer
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ INDEX_ROW = 2 * INDEX_DTYPE.itemsize
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where a prepared folder is built, beside the place it will be renamed to."""
+    """The folder in which a prepared folder is built, before it is renamed."""
     return folder.with_name(folder.name + ".partial")
 
 
@@ -44,7 +45,7 @@ def sha256_of(path: Path) -> str:
 
 
 def plain_name(name: str) -> str:
-    """`name` if it names a file inside a folder and nothing elsewhere. Raises `ValueError` for any other."""
+    """`name`, if it is the name of a file without any folder. Raises `ValueError` if not."""
     if not isinstance(name, str) or not name or name in (".", "..") or any(character in name for character in "/\\\0"):
         raise ValueError(f"{name!r} is not the plain name of a file in this folder")
     return name
@@ -54,11 +55,7 @@ FileName = Annotated[str, AfterValidator(plain_name)]
 Count = Annotated[int, Field(ge=0)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class Shard(_Record):
+class Shard(Section):
     """One token file and its document index; whole documents only, each ending in EOS."""
 
     file: FileName
@@ -70,7 +67,7 @@ class Shard(_Record):
     index_sha256: str
 
 
-class Split(_Record):
+class Split(Section):
     """Totals over a split's shards. `bytes` counts the UTF-8 bytes of the text, `tokens` includes every EOS."""
 
     tokens: Count
@@ -95,31 +92,31 @@ class File(NamedTuple):
     sha256: str
 
 
-class Checksums(_Record):
-    """Where the CRC-32 of every block of every shard is kept, so that a sample of the data can be checked."""
+class Checksums(Section):
+    """The file with the CRC-32 of every block of every shard, with which a sample of the data can be checked."""
 
     file: FileName
-    """uint32, little-endian: for each split by name, for each shard, of the token file and then of its index."""
+    """uint32, little-endian: for each split by name, for each shard, the token file's blocks, then the index's."""
     block_bytes: Annotated[int, Field(gt=0)]
     """The last block of a file may be shorter."""
     sha256: str
-    """Of the file of checksums."""
+    """Hash of the file of checksums."""
 
 
-class Counts(_Record):
-    """What happened to documents on their way in."""
+class Counts(Section):
+    """Documents that were changed or left out."""
 
     invalid_utf8_documents: Count = 0
-    """Kept documents that held bytes which are not UTF-8."""
+    """Kept documents with bytes that are not UTF-8."""
     replaced_sequences: Count = 0
-    """How many such byte sequences became U+FFFD."""
+    """Invalid byte sequences that became U+FFFD."""
     empty_documents: Count = 0
-    """Left out: nothing but white space."""
+    """Left out: empty, or only white space."""
     short_documents: Count = 0
     """Left out: fewer characters than `min_chars`."""
 
 
-class Manifest(_Record):
+class Manifest(Section):
     """The content of `manifest.json`, and the folder it was read from."""
 
     format_version: Literal[1] = 1
@@ -132,10 +129,10 @@ class Manifest(_Record):
     counts: Counts
     recipe: dict[str, Any]
     source_sha256: str
-    """Over the names and sizes of the source's files, or the name and revision of a hub data set."""
+    """Hash of the names and sizes of the source's files, or of the name and revision of a hub data set."""
     versions: dict[str, str]
     checksums: Checksums | None = None
-    """None in folders that were prepared before there were any, and in those that are made without `prepare`."""
+    """None in folders of older versions, and in folders made without `prepare`."""
     folder: Path = Field(default=Path(), exclude=True)
 
     @model_validator(mode="after")
@@ -148,7 +145,11 @@ class Manifest(_Record):
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
-        """The manifest of a prepared folder. Raises `DataError` naming the file that is missing or damaged."""
+        """Read the manifest of a prepared folder and check its files' sizes and the tokenizer's hash.
+
+        Raises:
+            DataError: naming the file that is missing or damaged.
+        """
         manifest = cls.read(folder)
         for file in manifest.files():
             manifest._check_file(file)
@@ -157,7 +158,7 @@ class Manifest(_Record):
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
-        """The manifest alone, without looking at the other files. Raises `DataError`."""
+        """Read the manifest without checking the other files. Raises `DataError`."""
         folder = Path(folder)
         path = folder / MANIFEST
         command = f"`python data/prepare.py --config RECIPE.yaml --out {folder}`"
@@ -186,11 +187,11 @@ class Manifest(_Record):
             raise DataError(f"{path}: {where[:200]}: {first['msg'].removeprefix('Value error, ')}") from None
 
     def save(self, folder: Path) -> None:
-        """Write `manifest.json`, whole or not at all."""
+        """Write `manifest.json` atomically."""
         write_atomic(folder / MANIFEST, json.dumps(self.model_dump(), indent=2, sort_keys=True) + "\n")
 
     def files(self, split: str | None = None) -> list[File]:
-        """Every token file and index, of one split or of all, in the order of `Checksums.file`."""
+        """Every token file and index of one split, or of all (None), in the order of `Checksums.file`."""
         found: list[File] = []
         for name in sorted(self.splits) if split is None else [split]:
             for shard in self.split(name).shards:
@@ -204,13 +205,13 @@ class Manifest(_Record):
         return np.dtype(self.dtype).newbyteorder("<")
 
     def split(self, name: str) -> Split:
-        """A split by name. Raises `DataError` naming the folder and the splits it has."""
+        """A split by name. Raises `DataError` naming the folder and its splits."""
         if name not in self.splits:
             raise DataError(f"{self.folder}: has no {name} split, only {', '.join(sorted(self.splits)) or 'none'}")
         return self.splits[name]
 
     def bytes_per_token(self, split: str) -> float:
-        """UTF-8 bytes of text for each token, EOS included: bits per byte = loss in nats / ln 2 / bytes per token."""
+        """UTF-8 bytes of text per token, EOS included: bits per byte = loss in nats / ln 2 / bytes per token."""
         totals = self.split(split)
         return totals.bytes / totals.tokens
 
@@ -219,9 +220,9 @@ class Manifest(_Record):
         return load_tokenizer(self.folder / TOKENIZER)
 
     def digest(self) -> str:
-        """A hex SHA-256 of the tokens and the tokenizer: equal for two folders just when they train alike.
+        """A hex SHA-256 of the tokens and the tokenizer: equal if training on two folders gives the same result.
 
-        It covers the hashes of shards and of the tokenizer, and neither names, recipe, versions nor checksums.
+        It covers the hashes of shards and of the tokenizer, but not names, recipe, versions or checksums.
         """
         splits = {
             name: [[shard.tokens, shard.documents, shard.bytes, shard.sha256, shard.index_sha256] for shard in s.shards]
@@ -231,14 +232,14 @@ class Manifest(_Record):
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def check_unchanged(self, recorded: str | None, run: Path) -> None:
-        """Refuse a folder whose content is not what a run was started with.
+        """Refuse a folder whose content has changed since a run was started with it.
 
         Args:
             recorded: `digest()` of the folder as the run recorded it; None for runs that recorded none.
             run: the run's folder, for the message.
 
         Raises:
-            DataError: when the digests differ.
+            DataError: if the digests differ.
         """
         if recorded is not None and recorded != self.digest():
             raise DataError(
@@ -250,17 +251,17 @@ class Manifest(_Record):
         """Whether two folders were prepared with the same tokenizer; see `vocabulary.same_tokenizer`.
 
         Raises:
-            DataError: when a tokenizer has to be read and cannot be.
+            DataError: if a tokenizer's file is needed and cannot be read.
         """
         if self.tokenizer_sha256 == other.tokenizer_sha256:
             return True
         return same_tokenizer(read_tokenizer(self.folder / TOKENIZER), read_tokenizer(other.folder / TOKENIZER))
 
     def is_tokenized_by(self, tokenizer: Tokenizer) -> bool:
-        """Whether `tokenizer` makes the tokens of this folder, and knows its EOS by the same id.
+        """Whether `tokenizer` makes the tokens of this folder, and has the same id for its EOS.
 
         Raises:
-            DataError: when the folder's own tokenizer has to be read and cannot be.
+            DataError: if the file of the folder's tokenizer is needed and cannot be read.
         """
         if backend_sha256(tokenizer) == self.tokenizer_sha256:
             return True
@@ -268,7 +269,7 @@ class Manifest(_Record):
         return same_tokenizer(own, tokenizer) and own.id_to_token(self.eos_id) == tokenizer.id_to_token(self.eos_id)
 
     def verify(self, split: str | None = None) -> None:
-        """Read every shard, of one split or of all, and compare its hash.
+        """Read every shard of one split, or of all (None), and compare its hash.
 
         Raises:
             DataError: naming the first file that differs or cannot be read.
@@ -295,12 +296,13 @@ class Manifest(_Record):
             raise DataError(f"{path}: damaged: expected {expected} bytes, found {found.st_size}")
 
     def _check_inside(self, path: Path, what: str) -> None:
-        """Refuse a symbolic link that leaves the folder."""
+        """Refuse a symbolic link that leaves the folder, or is a loop."""
         try:
-            if path.is_symlink() and not path.resolve().is_relative_to(self.folder.resolve()):
-                raise DataError(f"{path}: {what} is a symbolic link that leaves the folder, to {path.resolve()}")
-        except (OSError, RuntimeError) as error:  # a link to itself
+            target = target_outside(self.folder, path)
+        except OSError as error:
             raise DataError(f"{path}: {what} cannot be followed: {error}") from None
+        if target is not None:
+            raise DataError(f"{path}: {what} is a symbolic link that leaves the folder, to {target}")
 
     def _check_tokenizer(self) -> None:
         folder = self.folder / TOKENIZER

@@ -9,6 +9,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from cllm.config import Config
 from cllm.data.integrity import Verify
 from cllm.data.manifest import Manifest
 from cllm.data.packing import PackedDataset, ValidationDataset
@@ -21,7 +22,11 @@ TRAIN, VALIDATION = "train", "validation"
 
 
 def check_documents(document_ids: torch.Tensor) -> None:
-    """Raise `UserError` if `document_ids` (B, T), counted from 0 in each row, hold more than `max_documents(B, T)`."""
+    """Refuse `document_ids` (B, T), from 0 in each row, of more than `max_documents(B, T)` documents.
+
+    Raises:
+        UserError: naming the settings that change this.
+    """
     room = max_documents(*document_ids.shape)
     found = int((document_ids[:, -1] + 1).sum())
     if found > room:
@@ -33,26 +38,30 @@ def check_documents(document_ids: torch.Tensor) -> None:
 
 
 def _outlive_sigterm(worker: int) -> None:
-    """Leave SIGTERM to the main process: a scheduler sends it to all, and the step under way needs its batches.
+    """Ignore SIGTERM in a worker: a scheduler sends it to all processes, and the current step still needs batches.
 
-    Workers end with the main process by themselves.
+    Workers end when the main process does.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class DataModule(LightningDataModule):
-    """The training split of one prepared folder and the validation splits of any number of them.
+    """The training split of one prepared folder and the validation splits of one or more folders.
 
-    `validation` maps a name to a prepared folder; empty, it is {"validation": train_folder}. Every folder must have
-    been prepared with the tokenizer of the first. Batches are dicts of int64 (B, T) tensors, as `packing.window`
-    describes. `validation_sequences` limits each validation set. `vocab_size` is the model's, checked if given.
-    `verify` says how much is read to look for damage.
+    Batches are dicts of int64 (B, T) tensors, as `packing.window` describes. The Trainer needs
+    `use_distributed_sampler=False` and `accumulate_grad_batches` = global_batch / (micro_batch x devices). The training
+    loader is endless and starts at the trainer's `global_step`.
 
-    The Trainer is to be made with `use_distributed_sampler=False` and `accumulate_grad_batches` =
-    global_batch / (micro_batch x devices). The training loader has no end and starts at the trainer's `global_step`.
+    Args:
+        validation: names of validation sets and their prepared folders; default: `train_folder` as "validation".
+        validation_sequences: at most so many of each validation set; None: all.
+        vocab_size: the model's; None: not checked.
+        verify: the part of each split that is checked for damage.
 
-    Raises `DataError` for a folder that is missing, damaged, short of data or of another tokenizer, and `UserError` for
-    a vocabulary too small.
+    Raises:
+        DataError: for a folder that is missing, damaged, too short, or prepared with another tokenizer than
+            `train_folder`.
+        UserError: for a vocabulary that is too small.
     """
 
     def __init__(
@@ -77,11 +86,30 @@ class DataModule(LightningDataModule):
         limits: dict[str, Any] = {"verify": verify, "vocab_size": vocab_size, "whose": "the model (model.vocab_size)"}
         train = TokenStore(train_folder, TRAIN, **limits)
         self.manifest: Manifest = train.manifest
-        """The training folder's."""
+        """That of the training folder."""
         self.train_dataset = PackedDataset(train, seq_len, seed=seed, document_mask=document_mask)
         folders = validation or {VALIDATION: train_folder}
         self.validation_stores = {name: TokenStore(folder, VALIDATION, **limits) for name, folder in folders.items()}
         self._check_vocabulary(vocab_size)
+
+    @classmethod
+    def of(cls, config: Config, **changes: Any) -> DataModule:
+        """The data of a run. Arguments in `changes` replace those of the config."""
+        data, train = config.data, config.train
+        arguments: dict[str, Any] = {
+            "train_folder": data.path,
+            "validation": data.validation,
+            "seq_len": data.seq_len,
+            "micro_batch": train.micro_batch,
+            "global_batch": train.global_batch,
+            "seed": train.seed,
+            "document_mask": data.document_mask,
+            "num_workers": data.num_workers,
+            "validation_sequences": data.validation_sequences,
+            "vocab_size": config.model.vocab_size,
+            "verify": data.verify,
+        }
+        return cls(**(arguments | changes))
 
     @property
     def validation_names(self) -> list[str]:
@@ -95,11 +123,11 @@ class DataModule(LightningDataModule):
 
     @property
     def bytes_per_token(self) -> dict[str, float]:
-        """UTF-8 bytes a token of each validation set: bits per byte = loss in nats / ln 2 / bytes per token."""
+        """UTF-8 bytes per token of each validation set: bits per byte = loss in nats / ln 2 / bytes per token."""
         return {name: store.manifest.bytes_per_token(VALIDATION) for name, store in self.validation_stores.items()}
 
     def train_dataloader(self) -> DataLoader:
-        """Micro-batches from the trainer's current step on, for its rank."""
+        """Micro-batches of the trainer's rank, from its current step on."""
         trainer = self.trainer
         assert trainer is not None
         sampler = StepBatchSampler(
@@ -108,7 +136,7 @@ class DataModule(LightningDataModule):
         return DataLoader(self.train_dataset, batch_sampler=sampler, **self._loading)
 
     def val_dataloader(self) -> list[DataLoader]:
-        """One loader for each of `validation_names`: this rank's share, in a fixed order."""
+        """One loader for each of `validation_names`, with this rank's sequences in a fixed order."""
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         return [
@@ -128,7 +156,7 @@ class DataModule(LightningDataModule):
         ]
 
     def on_before_batch_transfer(self, batch: dict[str, torch.Tensor], dataloader_idx: int) -> dict[str, torch.Tensor]:
-        """Refuse, here on the host, a batch with more documents than attention kernels on a GPU are given room for."""
+        """Refuse, on the host, a batch with more documents than attention kernels on a GPU allow."""
         trainer = self.trainer
         if "document_ids" in batch and trainer is not None and trainer.strategy.root_device.type == "cuda":
             check_documents(batch["document_ids"])

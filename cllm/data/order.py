@@ -1,9 +1,9 @@
-"""A shuffle without a table.
+"""A shuffle computed without a table.
 
 `shuffled` is a Feistel network: a bijection on 2^(2h) numbers built from any function of h bits, here a 64-bit mixer.
-Where n is not such a power, results outside range(n) are put through again until one falls inside ("cycle walking"),
-which keeps it a bijection on range(n). Each call is a function of its arguments: nothing has to be kept, sent to
-workers or restored, and any position of any epoch is as near as any other.
+If n is not such a power, results outside range(n) are put through again until one falls inside ("cycle walking"), so it
+is still a bijection on range(n). It has no state to store, to send to workers or to restore, and every position of
+every epoch costs the same.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ def _mix(x: int) -> int:
 
 
 def shuffled(index: int, n: int, seed: int, epoch: int) -> int:
-    """Where position `index` of an epoch's order points: for fixed (n, seed, epoch), a bijection on range(n).
+    """The element at position `index` of an epoch's order: for fixed (n, seed, epoch), a bijection on range(n).
 
-    Raises `IndexError` when `index` is not in range(n).
+    Raises:
+        IndexError: if `index` is not in range(n).
     """
     if not 0 <= index < n:
         raise IndexError(f"position {index} of an order of {n}")

@@ -1,7 +1,7 @@
 """Sequences of a fixed length, cut from a split's tokens without gaps.
 
 Sequence i is tokens [i T, i T + T), and its labels are the same window one token on. With document masks each token
-also carries the document it is in, so that attention can stay inside documents.
+also carries its document, so that attention can be limited to documents.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from cllm.kernels.cross_entropy import IGNORE
 def window(store: TokenStore, start: int, seq_len: int, document_mask: bool) -> dict[str, Tensor]:
     """The sequence that begins at token `start`: a dict of int64 (T,) tensors.
 
-    `input_ids`; `labels`, the next token at each place; and with `document_mask` also `positions`, from 0 at the
+    `input_ids`; `labels`, the next token at each position; and with `document_mask` also `positions`, from 0 at the
     window's start and at each document's start, and `document_ids`, counting up from 0. With `document_mask` the label
-    of an EOS, which would be the first token of the next document, is `IGNORE`. Where the split ends inside the window,
-    or before it, the rest is EOS with the label `IGNORE`.
+    of an EOS, which would be the first token of the next document, is `IGNORE`. If the split ends inside the window or
+    before it, the window is padded with EOS, whose labels are `IGNORE`.
     """
     start = min(start, len(store))
     stop = min(start + seq_len + 1, len(store))
@@ -43,11 +43,14 @@ def window(store: TokenStore, start: int, seq_len: int, document_mask: bool) -> 
 
 
 class PackedDataset(Dataset):
-    """Training sequences under an index without end.
+    """Training sequences for any index from 0 on.
 
-    Index i is position i mod n of epoch i // n, where n = `len(self)`; with `shuffle` an epoch's order is a function of
-    (seed, epoch). Nothing is kept between calls, so any worker, rank or resumed run that asks for an index gets the
-    same sequence. Raises `DataError` when the split is too short for one sequence.
+    Index i is position i mod n of epoch i // n, with n = `len(self)`. With `shuffle` an epoch's order is a function of
+    (seed, epoch). There is no state between calls: every worker, rank and resumed run gets the same sequence for an
+    index.
+
+    Raises:
+        DataError: if the split is too short for one sequence.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class PackedDataset(Dataset):
         return self._n_sequences
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Sequence `index` of the endless order, as `window` gives it. Raises `IndexError` for a negative one."""
+        """Sequence `index`, as `window` returns it. Raises `IndexError` if it is negative."""
         if index < 0:
             raise IndexError(f"sequence {index}")
         epoch, position = divmod(index, self._n_sequences)
@@ -79,11 +82,13 @@ class PackedDataset(Dataset):
 class ValidationDataset(Dataset):
     """One rank's part of a fixed set of sequences, in a fixed order.
 
-    The sequences cover the split to its last token, the last one padded; `limit` takes that many, evenly spaced. Ranks
-    take turns, and the shorter ones are padded with a sequence of which every label is `IGNORE`: all ranks together
-    score the same tokens whatever their number, and each sees as many batches. A mean over tokens therefore has to be
-    weighted by how many labels of a batch count, which may be none. Raises `DataError` when there is nothing to
-    predict.
+    The sequences cover the split to its last token; the last one is padded. `limit` takes that many, evenly spaced.
+    Sequences are dealt to the ranks in turn. Ranks with one sequence fewer get one whose labels are all `IGNORE`: all
+    ranks see the same number of batches, and together they score the same tokens whatever their number. A mean over
+    tokens must therefore weight each batch by its number of scored labels, which may be 0.
+
+    Raises:
+        DataError: if there is nothing to predict.
     """
 
     def __init__(
@@ -108,10 +113,10 @@ class ValidationDataset(Dataset):
         return -(-self._n_taken // self.world_size)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Sequence `index` of this rank, as `window` gives it."""
+        """Sequence `index` of this rank, as `window` returns it."""
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         turn = index * self.world_size + self.rank
-        # Evenly spaced. A turn past the last falls past the split's end, where a window is all padding.
+        # Evenly spaced. A turn after the last lies beyond the split's end, so its window is all padding.
         sequence = turn * self._n_sequences // self._n_taken
         return window(self.store, sequence * self.seq_len, self.seq_len, self.document_mask)

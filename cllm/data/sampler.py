@@ -1,4 +1,4 @@
-"""Which sequences an optimizer step takes."""
+"""The sequences of each optimizer step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from cllm.errors import UserError
 
 
 class StepBatchSampler(Sampler[list[int]]):
-    """Micro-batches without end, a function of the step alone.
+    """An endless series of micro-batches; those of a step depend on its number alone.
 
     Optimizer step s takes sequences [s G, s G + G), G the global batch. Its accumulation round a on rank r takes the B
     sequences from s G + (a W + r) B, where B is the micro batch and W the world size. So a step trains on the same
     sequences for any number of ranks, workers and accumulation rounds, and `start_step` resumes exactly.
 
-    Raises `UserError` when G is not a multiple of B W.
+    Raises:
+        UserError: if G is not a multiple of B W.
     """
 
     def __init__(self, micro_batch: int, global_batch: int, rank: int = 0, world_size: int = 1, start_step: int = 0):
@@ -34,7 +35,7 @@ class StepBatchSampler(Sampler[list[int]]):
         return self.global_batch // (self.micro_batch * self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """From the first micro-batch of `start_step`."""
+        """Micro-batches as lists of sequence indices, from the first of `start_step` on."""
         step = self.start_step
         while True:
             for round_ in range(self.accumulation):

@@ -1,4 +1,4 @@
-"""The shards of one split as one flat sequence of tokens, read from disk as they are asked for."""
+"""The shards of one split as one flat sequence of tokens, read from the disk on demand."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from cllm.data.vocabulary import check_ids
 from cllm.errors import DataError
 
 OPEN_FILES = 32
-"""Files that a process keeps open, all stores together."""
+"""Files that a process keeps open, over all stores."""
 _ROWS = 1024  # of an index, read at once
 
 
 class TokenStore:
-    """Random access to a split's tokens and to the documents they belong to.
+    """Random access to a split's tokens and to their documents.
 
-    Tokens and the document index stay on disk, and only a few files are open at a time, however many shards there are.
-    Pickles as the folder's name, so data loader workers open the files themselves. What is read is checked: ids against
+    Tokens and the document index are read from the disk, and few files are open at a time, whatever the number of
+    shards. A pickle holds the folder's name, so data loader workers open the files themselves. Ids are checked against
     the vocabulary, ends of documents against the EOS tokens.
 
     Args:
         folder: a prepared folder.
         split: one of its splits.
-        verify: how much is read to look for damage on opening; see `integrity.check`.
-        vocab_size: of the model that reads the tokens, where ids that the model lacks are to be refused.
-        whose: what has that vocabulary, for the message.
+        verify: the part that is checked for damage on opening; see `integrity.check`.
+        vocab_size: of the model that reads the tokens; larger ids are refused. None: only ids that the tokenizer lacks.
+        whose: the owner of that vocabulary, for error messages.
 
     Raises:
-        DataError: as `Manifest.load` and `integrity.check` do, and when the folder has no such split.
+        DataError: as `Manifest.load` and `integrity.check` do, and if the folder has no such split.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class TokenStore:
         self._starts = [0, *accumulate(shard.tokens for shard in self._shards)]
         self._key = next(_keys)
         self._verified: set[int] = set()
-        """Shards whose hashes were compared because their documents and EOS tokens differ."""
+        """Shards whose hashes were compared because ends of documents and EOS tokens differ."""
         check(self.manifest, split, verify)
         self.limit_ids(vocab_size, whose)
 
@@ -70,7 +70,7 @@ class TokenStore:
         return self.manifest.eos_id
 
     def limit_ids(self, vocab_size: int | None, whose: str) -> None:
-        """Refuse, from now on, to read ids of `vocab_size` or more; `whose` vocabulary that is, goes into the error."""
+        """Let `read` refuse ids of `vocab_size` or more. `whose` names the vocabulary's owner in the error."""
         self._limit, self._whose = self.manifest.vocab_size, "the tokenizer of this data"
         if vocab_size is not None and vocab_size < self._limit:
             self._limit, self._whose = vocab_size, whose
@@ -80,7 +80,7 @@ class TokenStore:
 
         Raises:
             IndexError: outside the split.
-            DataError: naming the shard, when it cannot be read or holds ids that the vocabulary does not have.
+            DataError: naming the shard, if it cannot be read or has ids that the vocabulary lacks.
         """
         self._check(start, stop)
         tokens = np.empty(stop - start, dtype=np.int64)
@@ -92,7 +92,7 @@ class TokenStore:
         return tokens
 
     def documents(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which document each token of the window [start, stop) is in, and where.
+        """The document and the position of each token in the window [start, stop).
 
         Returns `document_ids`, int64 (stop - start,), counting up from 0 within the window, and `positions`, int64
         (stop - start,), counting up from 0 at the window's start and at each document's start. An EOS belongs to the
@@ -100,7 +100,7 @@ class TokenStore:
 
         Raises:
             IndexError: outside the split.
-            DataError: naming the file, when the index does not fit the tokens.
+            DataError: naming the file, if the index does not fit the tokens.
         """
         starts = np.array([0, *(first - start for first in self._document_starts(start, stop))])
         lengths = np.diff(starts, append=stop - start)
@@ -114,14 +114,14 @@ class TokenStore:
         for shard, low, high in self._pieces(start, stop):
             offset = self._starts[shard]
             if start < low:
-                found.append(low)  # documents do not straddle shards
+                found.append(low)  # no document spans two shards
             ends = self._ends(shard, low - offset, high - offset)
             found += [offset + end for end in ends if end < high - offset]
         return found
 
-    def _ends(self, place: int, low: int, high: int) -> list[int]:
+    def _ends(self, number: int, low: int, high: int) -> list[int]:
         """Ends of documents in (low, high] of a shard, each one past an EOS."""
-        shard = self._shards[place]
+        shard = self._shards[number]
         first = self._first_after(shard, low)
         pieces = [np.empty(0, dtype=np.int64)]
         while first < shard.documents and not (pieces[-1] > high).any():
@@ -130,10 +130,10 @@ class TokenStore:
         ends = np.concatenate(pieces)
         ends = ends[: np.searchsorted(ends, high, side="right")]
         expected = low + 1 + np.flatnonzero(self._tokens(shard, low, high) == self.eos_id)
-        if not np.array_equal(ends, expected) and place not in self._verified:
-            # Either file may be damaged. Or all is well, and the tokenizer made EOS out of a text.
+        if not np.array_equal(ends, expected) and number not in self._verified:
+            # Either one of the files is damaged, or the tokenizer produced EOS inside a text, which is no error.
             self._compare_hashes(shard)
-            self._verified.add(place)
+            self._verified.add(number)
         return ends.tolist()
 
     def _first_after(self, shard: Shard, token: int) -> int:
@@ -148,7 +148,7 @@ class TokenStore:
         return low + int(np.searchsorted(self._rows(shard, low, high), token, side="right"))
 
     def _rows(self, shard: Shard, first: int, last: int) -> np.ndarray:
-        """Where documents [first, last) of a shard end, in tokens: int64, fewer where the shard has no more."""
+        """The ends of documents [first, last) of a shard, in tokens: int64, fewer at the end of the shard."""
         raw = self._bytes(shard.index, shard.documents, first, min(last, shard.documents), INDEX_ROW)
         return np.frombuffer(raw, dtype=INDEX_DTYPE)[::2]
 
@@ -186,22 +186,28 @@ class TokenStore:
 
 
 def _reopen(folder: Path, split: str, limit: int, whose: str) -> TokenStore:
-    """The store that was pickled, in another process, which need not look for damage again."""
+    """Unpickle a store. It was checked for damage before it was pickled."""
     return TokenStore(folder, split, verify="none", vocab_size=limit, whose=whose)
 
 
 class _OpenFiles:
-    """The files that were read last, open. Descriptors and not maps: a file cut short under a run is an error here."""
+    """A cache of open files, the least recently read one closed first.
+
+    Files are read and not memory-mapped: a file that is truncated during a run gives an error instead of a crash.
+    """
 
     def __init__(self, limit: int):
         self._limit = limit
         self._open: OrderedDict[tuple[int, str], _File] = OrderedDict()
 
     def read(self, store: int, folder: Path, name: str, start: int, stop: int, size: int) -> bytes:
-        """Bytes [start, stop) of a file of `size` bytes. `store` keeps apart files that had one path in turn.
+        """Bytes [start, stop) of a file of `size` bytes.
+
+        Args:
+            store: the number of the store, since a path may name different files over time.
 
         Raises:
-            DataError: when the file cannot be read, or has another size by now.
+            DataError: if the file cannot be read, or its size has changed.
         """
         try:
             file = self._open.pop((store, name), None) or _File(folder / name, size)
@@ -217,7 +223,7 @@ class _OpenFiles:
 
 
 class _File:
-    """An open file, closed when nothing refers to it any more."""
+    """An open file, closed when it is garbage-collected."""
 
     def __init__(self, path: Path, size: int):
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

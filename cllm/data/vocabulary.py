@@ -1,9 +1,8 @@
-"""Whether two tokenizers are the same, and whether token ids fit a model: one answer for every command.
+"""Comparison of tokenizers, and of token ids with a vocabulary.
 
-Two tokenizers are the same when they turn every text into the same tokens. How `tokenizer.json` is written does not
-count: programs reorder it, name defaults, or spell one rule in two ways when they save it again. Special tokens that
-only one of them has do not count either, since a special token that is spelt out in a text is ordinary text in prepared
-data.
+Two tokenizers are the same if they turn every text into the same tokens. The layout of `tokenizer.json` does not count:
+programs reorder it, write defaults out, or write one rule in two ways when they save it again. Special tokens that only
+one of them has do not count either, since a special token spelt out in a text is ordinary text in prepared data.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ TOKENIZER_FILE = "tokenizer.json"
 VOCABULARY_FILES = (TOKENIZER_FILE, "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 """A folder without any of these has no tokenizer."""
 _PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
-"""Parts of `tokenizer.json` that decide the tokens of a text."""
+"""Parts of `tokenizer.json` that determine the tokens of a text."""
 
 _PROBE = (
     "The quick brown fox doesn't jump; I'LL say it's 12345.678e-9, OK?!  Two  spaces,   three\t\ttabs \n\n\n \r\n",
@@ -38,23 +37,23 @@ _PROBE = (
     "▁under▁score _a_ __b__ Ġ Ċ ## ##ing <0x0A> </w> a.b,c;d:e!f?g(h)i[j]k{l}m/n\\o|p",
     "aaaaaaaaaaaaaaaaaaaa AAAAAAAA 00000000000 ................ ---------------- \n\n\n\n\n\n \t \t \t      x",
 )
-"""Texts whose tokens tell normalisers and pre-tokenizers apart."""
+"""Texts that different normalisers and pre-tokenizers turn into different tokens."""
 
 
 def tokenizer_sha256(folder: Path) -> str:
-    """A hash of the parts of a folder's `tokenizer.json` that decide the tokens of a text, whatever its layout.
+    """A hash of the parts of a folder's `tokenizer.json` that determine the tokens of a text, whatever its layout.
 
-    Equal hashes mean the same tokenizer; for the converse, see `same_tokenizer`.
+    Equal hashes mean the same tokenizer. Different hashes may be the same tokenizer too: see `same_tokenizer`.
 
     Raises:
-        OSError: when the file cannot be read.
-        ValueError: when it is not the JSON of a tokenizer.
+        OSError: if the file cannot be read.
+        ValueError: if it is not the JSON of a tokenizer.
     """
     return _sha256((folder / TOKENIZER_FILE).read_bytes())
 
 
 def backend_sha256(tokenizer: Tokenizer) -> str:
-    """The hash that `tokenizer_sha256` gives once the tokenizer is saved."""
+    """`tokenizer_sha256` of a tokenizer in memory."""
     return _sha256(_text_of(tokenizer))
 
 
@@ -68,7 +67,7 @@ def _sha256(text: str | bytes) -> str:
 
 
 def _text_of(tokenizer: Tokenizer) -> str:
-    """The JSON of a tokenizer. Raises `UserError` where it has parts written in Python, which have none."""
+    """The JSON of a tokenizer. Raises `UserError` if it has parts written in Python, which have no JSON."""
     try:
         return tokenizer.to_str()
     except Exception as error:  # `tokenizers` raises nothing more specific
@@ -79,7 +78,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a folder's `tokenizer.json`, which made the tokens of the prepared data around it.
 
     Raises:
-        DataError: when the file is missing or not a tokenizer.
+        DataError: if the file is missing or not a tokenizer.
     """
     path = folder / TOKENIZER_FILE
     if not path.is_file():
@@ -93,17 +92,17 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face checkpoint folder, as transformers loads it. No code from the folder is run.
 
-    transformers may build other rules than `tokenizer.json` has, by the class that `tokenizer_config.json` names.
-    Preparation and evaluation use what it builds, so comparisons do too.
+    Depending on the class that `tokenizer_config.json` names, transformers may use other rules than `tokenizer.json`
+    has. Preparation and evaluation use these rules, so comparisons do too.
 
     Raises:
-        UserError: when there is no tokenizer, or none that the `tokenizers` library can run.
+        UserError: if there is no tokenizer, or none that the `tokenizers` library can run.
     """
     return backend_of(trust.load_tokenizer(folder), folder)
 
 
 def backend_of(tokenizer: Any, folder: Path) -> Tokenizer:
-    """The `tokenizers` object inside a transformers tokenizer. Raises `UserError` where it is not of `tokenizers`."""
+    """The `tokenizers` object inside a transformers tokenizer. Raises `UserError` if there is none."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise UserError(f"{folder}: its tokenizer has no {TOKENIZER_FILE} form (a `fast` tokenizer), which is needed")
@@ -111,10 +110,10 @@ def backend_of(tokenizer: Any, folder: Path) -> Tokenizer:
 
 
 def same_tokenizer(first: Tokenizer, second: Tokenizer) -> bool:
-    """Whether both turn every text into the same tokens, and agree on the special tokens that both have.
+    """Whether both turn every text into the same tokens, and have the same ids for special tokens that both have.
 
-    The models (vocabulary, merges, scores) and the added tokens have to be equal. Normalisers and pre-tokenizers may be
-    written differently if a set of probing texts in many scripts comes out the same.
+    The models (vocabulary, merges, scores) and the added tokens must be equal. Normalisers and pre-tokenizers may
+    differ in JSON if they turn a set of probing texts in many scripts into the same tokens.
     """
     a, b = (json.loads(_text_of(tokenizer)) for tokenizer in (first, second))
     if all(a[part] == b[part] for part in _PARTS):
@@ -130,7 +129,7 @@ def same_tokenizer(first: Tokenizer, second: Tokenizer) -> bool:
 
 
 def _model(content: dict[str, Any]) -> dict[str, Any]:
-    """Without what is null, empty or false, as a program leaves it out and another writes it."""
+    """The model without values that are null, empty or false: some programs write them, others do not."""
     return {key: value for key, value in content["model"].items() if value or key in ("vocab", "merges")}
 
 
@@ -143,7 +142,7 @@ def _special_added(content: dict[str, Any]) -> dict[str, int]:
 
 
 def _encodings(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """The ids of texts as preparation encodes them; `tokenizer` is left as it is."""
+    """The ids of texts as preparation encodes them. `tokenizer` is not changed."""
     copy = Tokenizer.from_str(tokenizer.to_str())
     copy.encode_special_tokens = True
     copy.no_truncation()
@@ -152,16 +151,16 @@ def _encodings(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str, whose: str) -> None:
-    """Refuse token ids that a vocabulary does not have.
+    """Refuse token ids that a vocabulary lacks.
 
     Args:
         tokens: int64, any shape.
         vocab_size: ids go from 0 to one less.
-        where: the file or text that the tokens are from.
-        whose: what has the vocabulary, such as `the model in runs/a`.
+        where: the file or text of the tokens, for the message.
+        whose: the vocabulary's owner, such as `the model in runs/a`, for the message.
 
     Raises:
-        DataError: naming `where`, the largest or smallest id, and the ids there are.
+        DataError: naming `where`, the largest or smallest id, and the allowed ones.
     """
     if not tokens.size:
         return

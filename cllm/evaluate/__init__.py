@@ -1,16 +1,21 @@
-"""Perplexity and bits per byte of trained models, and the comparison of runs.
+"""Evaluation of trained models, and the comparison of runs.
 
-    windows.py     which tokens are fed and which are scored, over a stream longer than the model's context
-    texts.py       what is scored: prepared tokens or a text file, and how many bytes of text tokens stand for
-    subjects.py    what is evaluated: a run, one of its checkpoints, or a Hugging Face checkpoint folder
-    perplexity.py  the measurement: a subject on a set, and the record of it        (evaluate.py is its command line)
-    comparison.py  run folders as rows of one table, and what makes the rows unequal
-    report.py      that table as CSV, Markdown, a figure and TensorBoard events     (scripts/compare.py is its)
-    events.py      a picture and a text as TensorBoard events, without torch
-    posthoc.py     perplexity after a compressed prefix, and what the compression costs   (evaluate.py --posthoc)
-    pareto.py      such measurements of several runs in one table and figure       (scripts/sweep_posthoc.py is its)
-    units.py       a loss as a perplexity
-    labels.py      names beside the points of a figure, none over another
+suites/        registered ways to measure a model, and those of plug-ins          (command line: evaluate.py)
+perplexity.py  perplexity and bits per byte of a model on a set
+posthoc.py     perplexity after a compressed prefix, and the cost of compressing it
+generation.py  agreement of text generated after a compressed prefix and after the exact one
+subjects.py    models to evaluate: a run, one of its checkpoints, or a Hugging Face checkpoint folder
+texts.py       sets to score: prepared tokens or a text file, and the bytes of text that tokens stand for
+windows.py     windows over a token stream longer than the model's context
+comparison.py  run folders as rows of one table, with warnings                    (command line: scripts/compare.py)
+report.py      that table as CSV, Markdown and a figure
+pareto.py      post-hoc measurements of several runs as a table and a figure
+outputs.py     files of a comparison: table, figure, TensorBoard events
+events.py      a picture and a text as TensorBoard events, without torch
+labels.py      non-overlapping labels for the points of a figure
+left_out.py    commands over several runs that skip broken ones
+result_folders.py  default folders of results
+units.py       a loss as a perplexity; names of sets in file names
 
-Nothing is imported here.
+Imports every other package except train. This file imports nothing, so commands can start without torch.
 """

@@ -1,7 +1,7 @@
-"""Run folders as rows of one table, and what makes the rows unequal.
+"""Run folders as rows of one table, and warnings about differences between them.
 
-A row's loss comes from the run's evaluation of the set where there is one, else from its last validation during
-training. Nothing here knows a design by name: what a run caches is read from its summary.
+A row's loss comes from the run's evaluation of the set if there is one, else from its last validation during training.
+The size of a run's cache is read from its summary: no design is known by name here.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from cllm.config import Config
 from cllm.data.manifest import Manifest
 from cllm.errors import DataError, UserError, nearest
 from cllm.evaluate.left_out import LeftOut
+from cllm.evaluate.suites.registry import suites
+from cllm.evaluate.suites.suite import Number
 from cllm.evaluate.units import perplexity, set_label
 from cllm.files import inside, shorten
 from cllm.rows import Row as MetricsRow
@@ -40,7 +42,7 @@ class Row:
     design: str
     parameters: int
     kv_resident: float
-    """Bytes of cache held for each token of the context."""
+    """Bytes of cache for each token of the context."""
     kv_resident_vs_mha: float
     kv_read: float
     """Bytes read for each token of the context when one token is decoded."""
@@ -63,11 +65,13 @@ class Row:
     """Optimizer step of the newest row of metrics."""
     steps: int = 0
     """Optimizer steps that the run was to take."""
+    suites: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Numbers of evaluation suites other than perplexity, by `SUITE_KEY`; those that were not measured are missing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """The table, largest cache first, and what to know before believing it."""
+    """The table, largest cache first, and its warnings."""
 
     rows: list[Row]
     baseline: Row
@@ -76,20 +80,28 @@ class Comparison:
     warnings: list[str]
     left_out: list[str] = dataclasses.field(default_factory=list)
     """Paths of runs whose files cannot be read."""
+    suite_numbers: dict[str, Number] = dataclasses.field(default_factory=dict)
+    """The numbers in `Row.suites` of any row, in the order of their columns."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Run:
-    """What was read of a run, the unequal-making things beside its row."""
+    """A run's row, and what it is compared by with other runs."""
 
     row: Row
     config: Config
     tokenizer: str | None
     evaluation: dict[str, Any] | None
+    suite_steps: dict[str, int]
+    """The optimizer step of each suite's record."""
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[RunFolder]:
-    """The run folders among `paths`, each once; others are skipped with a note. Raises `UserError` if none is one."""
+    """The run folders among `paths`, each once; others are skipped with a warning.
+
+    Raises:
+        UserError: if none is left.
+    """
     candidates = [Path(path) for path in paths]
     found: dict[Path, RunFolder] = {}
     for path in candidates:
@@ -107,14 +119,14 @@ def find_runs(paths: Iterable[str | Path]) -> list[RunFolder]:
 
 
 def compare(runs: Sequence[RunFolder], *, baseline: str | None = None, set_name: str | None = None) -> Comparison:
-    """The comparison of `runs` on a set (default: each run's main validation set).
+    """Compare `runs` on a set (default: each run's main validation set).
 
     The baseline is the run called `baseline`, by default the one with the largest resident cache, then the largest
-    read. Of several runs, one whose files cannot be read is named on stderr and left out.
+    read. If there are several runs, one whose files cannot be read is named on stderr and left out.
 
     Raises:
-        UserError: where no run can be read, for two runs of one name, for a baseline that is not there, and for a set
-            that no run has a loss on.
+        UserError: if no run can be read, two runs have one name, the baseline is not among them, or no run has a loss
+            on the set.
     """
     if set_name is not None and ("/" in set_name or set_name != set_name.strip("./")):
         raise UserError(f"--set {set_name}: is not the name of a validation set")
@@ -139,7 +151,17 @@ def compare(runs: Sequence[RunFolder], *, baseline: str | None = None, set_name:
         rows = [dataclasses.replace(row, perplexity_vs_baseline=_percent(row, base)) for row in rows]
     base = next(row for row in rows if row.run == base.run)
     return Comparison(
-        rows=rows, baseline=base, set_name=set_name, warnings=_warnings(read, base), left_out=left_out.names
+        rows=rows,
+        baseline=base,
+        set_name=set_name,
+        warnings=_warnings(read, base),
+        left_out=left_out.names,
+        suite_numbers={
+            f"{suite.name}_{number.key}": number
+            for suite in suites().values()
+            for number in suite.numbers
+            if any(f"{suite.name}_{number.key}" in row.suites for row in rows)
+        },
     )
 
 
@@ -163,6 +185,7 @@ def _read(run: RunFolder, set_name: str | None) -> _Run:
     evaluation = _evaluation(run, set_name or main)
     prefix = "val" if set_name in (None, main) else f"val-{set_name}"
     metrics = _metrics(run, prefix)
+    numbers, suite_steps = _of_suites(run, set_name or main)
     file = run.summary_file
     row = Row(
         run=run.name,
@@ -176,6 +199,7 @@ def _read(run: RunFolder, set_name: str | None) -> _Run:
         tokens_per_s=metrics.tokens_per_s,
         last_step=metrics.step,
         steps=_number(file, summary, "steps"),
+        suites=numbers,
         **(_from_evaluation(evaluation) if evaluation else _from_training(run, metrics.validated, prefix)),
     )
     return _Run(
@@ -183,11 +207,30 @@ def _read(run: RunFolder, set_name: str | None) -> _Run:
         config=config,
         tokenizer=evaluation["tokenizer_sha256"] if evaluation else _tokenizer(config),
         evaluation=evaluation,
+        suite_steps=suite_steps,
     )
 
 
+def _of_suites(run: RunFolder, set_name: str) -> tuple[dict[str, float], dict[str, int]]:
+    """Numbers of the run's records of suites with columns of their own, and the step of each suite's record."""
+    numbers: dict[str, float] = {}
+    steps: dict[str, int] = {}
+    for suite in suites().values():
+        if not suite.compared:
+            continue
+        record_of = set_label(set_name) if suite.takes_text else suite.name
+        name = f"{run.evaluation_folder.name}/{suite.file(record_of)}"
+        path = inside(run.path, name, written_in=run.path)
+        if path.exists():
+            record = read_object(path)
+            numbers |= {f"{suite.name}_{number.key}": _number(path, record, number.key) for number in suite.numbers}
+            if record.get("step") is not None:
+                steps[suite.name] = _number(path, record, "step")
+    return numbers, steps
+
+
 def _number(file: Path, content: dict[str, Any], *keys: str) -> Any:
-    """The number under `keys`, one inside of the other. Raises `UserError` for anything else."""
+    """The number at the nested `keys`. Raises `UserError` for anything else."""
     value: Any = content
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
@@ -199,7 +242,7 @@ def _number(file: Path, content: dict[str, Any], *keys: str) -> Any:
 
 _FIGURES = ("loss", "perplexity", "bits_per_byte", "tokens_scored", "window", "stride")
 _WORDS = ("data", "precision", "tokenizer_sha256")
-"""Of an evaluation's record, what a comparison reads beside `step`."""
+"""Keys of an evaluation's record that a comparison reads, besides `step`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,7 +257,7 @@ class _Metrics:
 
 
 def _metrics(run: RunFolder, prefix: str) -> _Metrics:
-    """One pass over the rows, of which only rates are kept, as 8 bytes each."""
+    """Read the rows in one pass; only rates are kept in memory, 8 bytes each."""
     newest: MetricsRow = {"step": 0, "tokens": 0}
     validated, rates = None, array("d")
     for row in run.metrics():
@@ -262,11 +305,11 @@ def _tokenizer(config: Config) -> str | None:
     try:
         return Manifest.read(config.data.path).tokenizer_sha256
     except DataError:
-        return None  # the data may be elsewhere by now; the vocabulary is compared in any case
+        return None  # the data may have been moved since; the vocabulary is compared in any case
 
 
 def _warnings(runs: list[_Run], baseline: Row) -> list[str]:
-    """What makes the rows unequal, one line each."""
+    """Differences that make rows less comparable, one line each."""
 
     def differ(what: str, value: Callable[[_Run], Any], among: list[_Run] = runs) -> list[str]:
         groups: dict[Any, list[str]] = {}
@@ -302,6 +345,10 @@ def _warnings(runs: list[_Run], baseline: Row) -> list[str]:
         elif run.row.step is not None and run.row.step < run.row.last_step:
             measured = "was evaluated" if run.evaluation else "was last validated"
             found.append(f"{run.row.run}: {measured} at step {run.row.step} and trained to {run.row.last_step} since")
+        for suite, step in run.suite_steps.items():
+            if step < run.row.last_step:
+                measured = f"{suite} was measured at step {step}"
+                found.append(f"{run.row.run}: {measured} and trained to {run.row.last_step} since")
         if run.row.last_step < run.row.steps:
             found.append(
                 f"{run.row.run}: is not finished: its last row is of step {run.row.last_step} of {run.row.steps}"

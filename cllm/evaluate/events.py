@@ -1,4 +1,4 @@
-"""A picture and a text as TensorBoard events, written with tensorboard alone: torch's writer would load torch."""
+"""A picture and a text as TensorBoard events, written without torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a model writes after a compressed prefix, beside what it writes after the same prefix kept exact.
+"""Text generated after a compressed prefix, compared with that after the same prefix kept exact.
 
-Greedy decoding, one token a pass, each cache fed what was chosen from it: after the first token that differs the two
-texts go their own ways, so the share of equal tokens falls faster than any loss grows.
+Decoding is greedy, one token per pass, and each cache is fed its own tokens. After the first different token the two
+texts diverge, so the share of equal tokens falls faster than the loss grows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cllm.posthoc.method import Engine
 
 
 def greedy(engine: Engine, cache: Any, first: Tensor, n: int) -> Tensor:
-    """The likeliest continuation (B, n) int64 of what `cache` holds and `first` (B, 1); both go into the cache."""
+    """The greedy continuation (B, n), int64, of the cached tokens and `first` (B, 1); all are added to the cache."""
     found = [first]
     for _ in range(n):
         found.append(engine.logits(found[-1], cache)[:, -1:].argmax(dim=-1))
@@ -25,14 +25,14 @@ def greedy(engine: Engine, cache: Any, first: Tensor, n: int) -> Tensor:
 
 @dataclass
 class Agreement:
-    """Sums over sequences."""
+    """Agreement of continuations, summed over sequences."""
 
     sequences: int = 0
     tokens: int = 0
     same: int = 0
-    """Tokens that are those of the exact continuation at the same place."""
+    """Tokens equal to those of the exact continuation at the same position."""
     until: int = 0
-    """Tokens before the first that differs."""
+    """Tokens before the first different one."""
 
     def add(self, found: Tensor, exact: Tensor) -> None:
         """Count continuations (B, n)."""
@@ -43,7 +43,7 @@ class Agreement:
         self.until += int(equal.long().cumprod(dim=1).sum())
 
     def figures(self) -> dict[str, float]:
-        """What a record says; nothing where nothing was generated."""
+        """The numbers for a record; empty if nothing was generated."""
         if not self.sequences:
             return {}
         return {

@@ -1,4 +1,4 @@
-"""Names beside the points of a figure, none over another, a point, or the edge."""
+"""Labels for the points of a figure that do not cover each other, a point, or the edge."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _DISTANCES = (7, 14, 24, 38, 56, 80, 105)
 """Typographic points between a point and its label, nearest tried first."""
 _DIRECTIONS = (0, 90, 270, 180, 45, 315, 135, 225)
 """Degrees, preferred first: right, above, below, left, then the corners."""
-_LEADER = 14  # from this distance on, a line says whose the label is
-_MARKER = 5.5  # half the side of the square that a point keeps free
+_LEADER = 14  # from this distance on, a line connects label and point
+_MARKER = 5.5  # half the side of the square around a point that labels avoid
 
 
 def place_labels(
@@ -27,10 +27,10 @@ def place_labels(
     levels: Sequence[float] = (),
     size: float = 9,
 ) -> list[Annotation]:
-    """Annotate each point (data coordinates) with its name at the nearest place where it covers nothing.
+    """Annotate each point (data coordinates) with its name at the nearest free position.
 
-    `levels` are heights (data coordinates) at which a horizontal line is to stay uncovered too. Axis limits and scales
-    must be final. A name for which no place is free goes where it covers least.
+    Horizontal lines at the heights `levels` (data coordinates) are not covered either. Axis limits and scales must be
+    final. If no position is free, the label goes where it covers least.
     """
     figure = axes.get_figure()
     assert isinstance(figure, Figure)

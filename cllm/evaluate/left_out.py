@@ -1,4 +1,4 @@
-"""A command over several runs goes on without those that are broken, and says which they are."""
+"""Commands over several runs skip broken ones and name them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _LENGTH = 600
 
 
 class LeftOut:
-    """`with left_out.unless_usable(run): ...` around the work on each of `total` runs.
+    """`with left_out.unless_usable(run): ...` encloses the work on each of `total` runs.
 
-    A `UserError` in the block is printed on stderr, and the command goes on; of a single run it is raised.
+    A `UserError` in the block is printed on stderr and the command continues. With a single run it is raised.
     """
 
     def __init__(self, total: int):
         self._total = total
         self.names: list[str] = []
-        """Of the runs that were left out."""
+        """The runs that were left out."""
 
     @contextmanager
     def unless_usable(self, run: str | Path) -> Iterator[None]:
@@ -37,7 +37,7 @@ class LeftOut:
             print(f"left out: {text}" if str(run) in text else f"left out: {run}: {text}", file=sys.stderr)
 
     def status(self) -> int:
-        """The exit status: 0, or 1 where a run was left out. Raises `UserError` where none is left."""
+        """The exit status: 0, or 1 if a run was left out. Raises `UserError` if all were."""
         if self.names and len(self.names) == self._total:
             raise UserError(f"none of the {self._total} runs can be used")
         return 1 if self.names else 0

@@ -1,61 +1,58 @@
 """Trained designs and post-hoc compression in one table and one figure: perplexity against bytes of cache.
 
-A point is a run with a spec, as `posthoc.measure` records it; the run as it was trained is one too. A point is on the
-front if no other has at most its bytes and at most its perplexity, and less of one of them.
+A point is a run compressed by one method, from a record of `posthoc.measure`, or the uncompressed run. A point is on
+the front if no other point has at most its bytes and at most its perplexity, and less of one of them.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import itertools
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cllm import tables
 from cllm.errors import UserError, nearest
 from cllm.evaluate.labels import place_labels
-from cllm.evaluate.report import byte_label
-from cllm.files import RESULTS, mark_new, remove_files, write_atomic
+from cllm.evaluate.outputs import new_figure, scale_bytes, write_outputs
 from cllm.posthoc import UNCOMPRESSED
+from cllm.tables import Column
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRAINED = "as trained"
-_EVENTS = ".posthoc"
 _LINEAR = 1.0  # percent up to which the axis of increases is linear
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One run, compressed in one way or not at all."""
+    """One run, compressed by one method or not at all."""
 
     run: str
     design: str
     spec: str
-    """`as trained`: not compressed."""
+    """The method and its options; `as trained`: not compressed."""
     bytes_per_token: float
-    """Bytes held for each token of the prefix."""
+    """Bytes of cache per token of the prefix."""
     ratio_to_own: float
-    """Against the run's own cache."""
+    """The run's uncompressed cache relative to this one."""
     ratio_to_mha: float
-    """Against full attention with a KV head for every query head."""
+    """The cache of full attention, with a KV head for every query head, relative to this one."""
     perplexity: float
     increase_percent: float
-    """Of the perplexity, over the baseline's."""
+    """Increase of the perplexity over the baseline's."""
     compression_share_of_prefill: float | None
-    """Seconds of compression to seconds of prefill."""
+    """Seconds of compression / seconds of prefill."""
     weight_bytes: int
-    """Of what the method holds beside the model's weights, for all caches together."""
+    """Bytes that the method stores besides the model's weights, once for all caches."""
     front: bool
 
 
 def expand(templates: Iterable[str], groups: Sequence[int], ratios: Sequence[float]) -> list[str]:
-    """Every spec that `templates` with `{group}` and `{ratio}` stand for, each once, in order.
+    """Fill in `{group}` and `{ratio}` in `templates` with all values; each result once, in order.
 
     Raises `UserError` for another name in braces.
     """
@@ -70,13 +67,13 @@ def expand(templates: Iterable[str], groups: Sequence[int], ratios: Sequence[flo
 
 
 def points(records: Sequence[dict[str, Any]], *, baseline: str | None = None) -> list[Point]:
-    """The points of `records`, most bytes first, each run also as it was trained.
+    """The points of `records` and of the uncompressed runs, most bytes first.
 
     The baseline is the uncompressed run called `baseline`, by default the one with the most bytes.
 
     Raises:
-        UserError: for records of several sets, windows, prefixes or texts, for two runs of one name, and for a baseline
-            that is not there.
+        UserError: for records of different sets, windows, prefixes or texts, for two runs of one name, and for a
+            baseline that is not among the runs.
     """
     for key in ("set", "data", "prefix", "window", "max_tokens", "tokens_scored"):
         if len(seen := {str(record[key]) for record in records}) > 1:
@@ -119,35 +116,27 @@ def points(records: Sequence[dict[str, Any]], *, baseline: str | None = None) ->
     return sorted(found, key=lambda point: (-point.bytes_per_token, point.perplexity))
 
 
+def _time(point: Point) -> str:
+    share = point.compression_share_of_prefill
+    return "–" if share is None else f"{100 * share:.0f} %"
+
+
+_COLUMNS = (
+    Column[Point]("", lambda point: "*" if point.front else "", left=True),
+    Column[Point]("run", lambda point: point.run, left=True),
+    Column[Point]("design", lambda point: point.design, left=True),
+    Column[Point]("compression", lambda point: point.spec, left=True),
+    Column[Point]("bytes/token", lambda point: f"{point.bytes_per_token:,.0f}"),
+    Column[Point]("own / x", lambda point: f"{point.ratio_to_own:.2f}"),
+    Column[Point]("mha / x", lambda point: f"{point.ratio_to_mha:.2f}"),
+    Column[Point]("perplexity", lambda p: f"{p.perplexity:.3f}" if p.perplexity < 1e4 else f"{p.perplexity:.3g}"),
+    Column[Point]("increase", lambda point: f"{point.increase_percent:+.2f} %"),
+    Column[Point]("time", _time),
+)
+
+
 def markdown(found: Sequence[Point], refused: Sequence[str] = ()) -> str:
-    """The table, columns aligned, and what could not be measured."""
-    head = ("", "run", "design", "compression", "bytes/token", "own / x", "mha / x", "perplexity", "increase", "time")
-    rows = [
-        (
-            "*" if point.front else "",
-            point.run,
-            point.design,
-            point.spec,
-            f"{point.bytes_per_token:,.0f}",
-            f"{point.ratio_to_own:.2f}",
-            f"{point.ratio_to_mha:.2f}",
-            f"{point.perplexity:.3f}" if point.perplexity < 1e4 else f"{point.perplexity:.3g}",
-            f"{point.increase_percent:+.2f} %",
-            "–" if point.compression_share_of_prefill is None else f"{100 * point.compression_share_of_prefill:.0f} %",
-        )
-        for point in found
-    ]
-    widths = [max(3, *map(len, column)) for column in zip(head, *rows, strict=True)]
-    rule = ["-" * width if i < 4 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    lines = [
-        "| "
-        + " | ".join(
-            cell.ljust(width) if i < 4 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        + " |"
-        for row in (head, rule, *rows)
-    ]
+    """The table, its notes, and the reasons of measurements that were refused."""
     notes = [
         "`*`: no other point has at most as many bytes and at most the perplexity. Bytes a token of the prefix, as "
         "held; own and mha: the run's own cache and that of full attention, relative to it. Time: of compressing, "
@@ -159,29 +148,18 @@ def markdown(found: Sequence[Point], refused: Sequence[str] = ()) -> str:
         if p.weight_bytes
     ]
     notes += [f"- not measured: {line}" for line in refused]
-    return "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n"
+    return tables.markdown(_COLUMNS, found) + "\n\n" + "\n".join(notes) + "\n"
 
 
 def csv_text(found: Sequence[Point]) -> str:
     """The points with full precision."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [field.name for field in dataclasses.fields(Point)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(point) for point in found)
-    return out.getvalue()
+    names = [field.name for field in dataclasses.fields(Point)]
+    return tables.csv_text(names, (dataclasses.asdict(point) for point in found))
 
 
 def figure(found: Sequence[Point]) -> Figure:
     """Increase of perplexity against bytes a token, runs in colours, and the front as a line."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    figure = Figure(figsize=(9, 6), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.set_title("Perplexity against bytes of cache: down and left is better", loc="left", fontsize=11)
+    figure, axes = new_figure(9, 6, "Perplexity against bytes of cache: down and left is better")
     axes.set_xlabel("bytes a token (log scale)")
     axes.set_ylabel("increase of perplexity, % (logarithmic beyond 1)")
     for i, run in enumerate(dict.fromkeys(point.run for point in found)):
@@ -195,14 +173,8 @@ def figure(found: Sequence[Point]) -> Figure:
     axes.plot(
         [p.bytes_per_token for p in front], [p.increase_percent for p in front], color="0.5", linewidth=1, zorder=2
     )
-    axes.set_xscale("log", base=2)
     axes.set_yscale("symlog", linthresh=_LINEAR)
-    sizes = [point.bytes_per_token for point in found]
-    axes.set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)
-    axes.xaxis.set_major_locator(LogLocator(base=2))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(byte_label))
-    axes.margins(y=0.12)
+    scale_bytes(axes, [point.bytes_per_token for point in found], margin=1.5)
     axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
     figure.draw_without_rendering()
     named = list({id(p): p for p in (*front, *(p for p in found if p.spec == TRAINED))}.values())
@@ -212,26 +184,11 @@ def figure(found: Sequence[Point]) -> Figure:
 
 
 def write(found: Sequence[Point], folder: Path, refused: Sequence[str] = ()) -> list[Path]:
-    """Write `posthoc.csv`, `.md` and `.png`, and the table and figure as TensorBoard events, into `folder`.
-
-    Earlier files of the same names and earlier events are replaced. Returns the files' paths. Raises `UserError` where
-    the folder cannot be written.
-    """
-    from torch.utils.tensorboard import SummaryWriter
-
-    files = [folder / f"posthoc.{suffix}" for suffix in ("csv", "md", "png")]
-    drawing, text = figure(found), markdown(found, refused)
-    try:
-        mark_new(folder, RESULTS)
-        write_atomic(files[0], csv_text(found))
-        write_atomic(files[1], text)
-        partial = folder / f".posthoc.partial-{os.getpid()}.png"
-        drawing.savefig(partial)
-        partial.replace(files[2])
-        remove_files(folder, RESULTS, f"events.out.tfevents.*{_EVENTS}")
-        with SummaryWriter(str(folder), filename_suffix=_EVENTS) as writer:
-            writer.add_figure("posthoc", drawing, close=False)
-            writer.add_text("posthoc", text)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error}") from None
-    return files
+    """Write the points into `folder` as `write_outputs` does. Returns the files' paths. Raises `UserError`."""
+    return write_outputs(
+        folder,
+        "posthoc",
+        csv=csv_text(found),
+        markdown=markdown(found, refused),
+        figure=figure(found),
+    )

@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte of a subject on a set, and the record of the measurement.
+"""Perplexity and bits per byte of a subject on a set.
 
     loss = total nll / tokens scored      perplexity = e^loss      bits per byte = total nll / (ln 2 · bytes of text)
 
@@ -8,9 +8,7 @@ models of one tokenizer; bits per byte compares any models on the same text.
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -26,13 +24,12 @@ from tqdm import tqdm
 
 from cllm.data.manifest import MANIFEST
 from cllm.data.vocabulary import check_ids
-from cllm.environment import environment
+from cllm.environment import hardware, versions
 from cllm.errors import UserError
 from cllm.evaluate.subjects import Subject
 from cllm.evaluate.texts import TextSet, TokenBytes, open_prepared, open_text
 from cllm.evaluate.units import perplexity, set_label
 from cllm.evaluate.windows import Stream, Window, batches, windows
-from cllm.files import inside, write_atomic
 
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # fed at once by default: enough to be fast, few enough for any vocabulary
@@ -40,7 +37,7 @@ _BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # fed at once by default: enough to
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """How to measure; None is the default that the property of the subject or device gives."""
+    """How to cut a set into windows. None: take the value from the subject (its training length) or the device."""
 
     split: str = "validation"
     """Split of prepared folders."""
@@ -49,14 +46,18 @@ class Settings:
     stride: int | None = None
     """Tokens scored by each window; None: half the window."""
     batch: int | None = None
-    """Windows computed together; None: as many as make 2048 tokens on a CPU, 8192 on a GPU."""
+    """Windows in a batch; None: 2048 tokens of them on a CPU, 8192 on a GPU."""
     max_tokens: int | None = None
-    """Only the first so many tokens of the set; None: all."""
+    """Use only the first tokens of the set; None: all."""
 
     def resolve(
         self, subject: Subject, device: torch.device, *, window_option: str = "--window"
     ) -> tuple[int, int, int]:
-        """(window, stride, batch). Raises `UserError` for a value outside its range, which names the option given."""
+        """(window, stride, batch) with every default filled in.
+
+        Raises:
+            UserError: naming the option, for a value outside its range.
+        """
         for name in ("window", "stride", "batch", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -88,7 +89,7 @@ class Scored(NamedTuple):
 def score(
     subject: Subject, stream: Stream, *, window: int, stride: int, batch: int, device: torch.device
 ) -> Iterator[Scored]:
-    """The nll of every token of `stream` but its first, batch by batch. Raises `UserError` where memory runs out."""
+    """The nll of every token of `stream` except the first, batch by batch. Raises `UserError` if memory runs out."""
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16")
     for spans in batches(windows(len(stream), window, stride), batch):
         last = spans[0].scored
@@ -101,7 +102,7 @@ def score(
                     None if document_ids is None else document_ids.to(device),
                     last,
                 )
-            # Row by row: an fp32 copy of all logits would be the largest tensor of all.
+            # Row by row: an fp32 copy of all logits would be the largest tensor in memory.
             rows = zip(logits, targets.to(device), strict=True)
             nll = torch.stack([F.cross_entropy(row.float(), target, reduction="none") for row, target in rows])
         except torch.OutOfMemoryError:
@@ -112,7 +113,7 @@ def score(
 def _feed(
     stream: Stream, spans: Sequence[Window], document_mask: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Inputs (B, T), targets (B, n), positions and document ids (B, T) or None, which targets count (B, n)."""
+    """Inputs (B, T), targets (B, n), positions and document ids (B, T) or None, mask of counted targets (B, n)."""
     last = spans[0].scored
     tokens = torch.from_numpy(np.stack([stream.read(span.start, span.stop + 1) for span in spans]))
     inputs, targets = tokens[:, :-1], tokens[:, -last:]
@@ -127,13 +128,14 @@ def _feed(
 def open_sets(
     subject: Subject, data: Sequence[str | Path] = (), *, split: str = "validation", name: str | None = None
 ) -> Iterator[TextSet]:
-    """The sets to score, opened one after the other: those of `data`, or by default the subject's own.
+    """Open the sets to score, one after the other: those of `data`, or by default the subject's own.
 
-    A set is called by its name in the subject's config, by its folder, or by its file without the ending; `name`
-    overrides that where there is one set. A split other than validation is added to a folder's name.
+    A set's name is that in the subject's config, the folder's name, or the file's name without its suffix; `name`
+    overrides it if there is one set. A split other than validation is added to a folder's name.
 
     Raises:
-        UserError: for data that is missing, empty or of another tokenizer, and for names that are unfit or repeat.
+        UserError: for data that is missing, empty or of another tokenizer, and for names that are not allowed or used
+            twice.
     """
     paths = [Path(path) for path in data]
     named = [(path.stem if path.is_file() else path.resolve().name, path) for path in paths]
@@ -158,9 +160,10 @@ def open_sets(
 
 
 def measure(subject: Subject, text: TextSet, settings: Settings, device: torch.device) -> dict[str, Any]:
-    """Score a set: the record that `SET.json` holds, described in docs/evaluation.md.
+    """Score a set. Returns the content of `SET.json`, which docs/evaluation.md describes.
 
-    Raises `UserError` where settings do not fit the subject, nothing can be scored, or the loss is not finite.
+    Raises:
+        UserError: if settings do not fit the subject, nothing can be scored, or the loss is not finite.
     """
     window, stride, batch = settings.resolve(subject, device)
     stream = Stream(text.source, start_id=subject.start_id, limit=settings.max_tokens)
@@ -208,58 +211,6 @@ def measure(subject: Subject, text: TextSet, settings: Settings, device: torch.d
         "precision": subject.precision,
         "batch": batch,
         "seconds": round(seconds, 3),
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
-        "versions": {name: text for name, text in environment().items() if name != "command"},
+        "hardware": hardware(device),
+        "versions": versions(),
     }
-
-
-def save(subject: Subject, record: dict[str, Any], out: Path | None = None) -> Path:
-    """Write a record as JSON into `out` (default: `subject.results`), and a run's as TensorBoard events.
-
-    With `out`, nothing is written in the run, and there are no events.
-
-    The file is SET.json, or SET-CHECKPOINT.json for a checkpoint that is not its run's newest: that one is not what the
-    run is compared by. Returns its path. Raises `UserError` where it cannot be written.
-    """
-    name = record["set"] if subject.latest else f"{record['set']}-{Path(record['checkpoint']).stem}"
-    path = subject.results(out) / f"{name}.json"
-    events = None if out is not None or subject.step is None else subject.tensorboard
-    if events is not None:
-        inside(events.parent, events.name, written_in=events, to_write=True)
-    try:
-        write_atomic(path, json.dumps(record, indent=2) + "\n")
-        if events is not None:
-            _log(events, record)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from None
-    return path
-
-
-def _log(folder: Path, record: dict[str, Any]) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder), filename_suffix=".evaluation") as writer:
-        for tag, key in (("loss", "loss"), ("ppl", "perplexity"), ("bits_per_byte", "bits_per_byte")):
-            writer.add_scalar(f"eval-{record['set']}/{tag}", record[key], record["step"])
-
-
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """A line for each record, columns aligned."""
-    head = ("run", "step", "set", "tokens", "loss", "perplexity", "bits/byte", "window/stride")
-    rows = [head] + [
-        (
-            record["run"],
-            "-" if record["step"] is None else str(record["step"]),
-            record["set"],
-            f"{record['tokens_scored']:,}",
-            f"{record['loss']:.4f}",
-            f"{record['perplexity']:.4g}" if record["perplexity"] >= 1e5 else f"{record['perplexity']:.3f}",
-            ("" if record["bytes_exact"] else "~") + f"{record['bits_per_byte']:.4f}",
-            f"{record['window']}/{record['stride']}",
-        )
-        for record in records
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    align = (str.ljust, str.rjust, str.ljust, *[str.rjust] * 5)
-    lines = ("  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)

@@ -1,4 +1,4 @@
-"""What is evaluated: a run, one of its checkpoints, or a Hugging Face checkpoint folder."""
+"""Models to evaluate: a run, one of its checkpoints, or a Hugging Face checkpoint folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cllm.data.manifest import Manifest
 from cllm.data.vocabulary import backend_of, backend_sha256
 from cllm.errors import UserError
-from cllm.evaluate.places import results_of_checkpoint
+from cllm.evaluate.result_folders import results_of_checkpoint
 from cllm.files import inside
 from cllm.hub.kind import identify_model
 from cllm.runs import RunFolder, load_run
@@ -29,7 +29,7 @@ _DEFAULT_WINDOW = 2048
 
 
 class Subject(ABC):
-    """A model with all that evaluating it needs to know."""
+    """A model, and what is needed to evaluate it."""
 
     kind: str
     """`run` or `huggingface`."""
@@ -39,31 +39,31 @@ class Subject(ABC):
     folder: Path
     """The run's or checkpoint's folder."""
     default_results: Path
-    """Where results go when no other folder is given."""
+    """The folder of results, if no other is given."""
     checkpoint: str
-    """The weights' file or folder."""
+    """Name of the weights' file or folder."""
     step: int | None
-    """Optimizer step of the weights; None where unknown."""
+    """Optimizer step of the weights; None: unknown."""
     latest: bool
     """False for a checkpoint that is not its run's newest."""
     design: str
     """A label for people."""
     context: int | None
-    """Longest window in tokens; None: not known."""
+    """Longest window in tokens; None: unknown."""
     window: int
-    """Default window: the length the model was trained at, where that is known."""
+    """Default window: the length that the model was trained at, if known."""
     document_mask: bool = False
     """Whether documents are hidden from each other."""
     precision: str
     """`bf16` (autocast) or `fp32`."""
     tensorboard: Path | None = None
-    """Where results also go as TensorBoard events."""
+    """Folder for TensorBoard events of results; None: write none."""
     default_sets: dict[str, Path]
-    """Sets to evaluate where none is named: name, prepared folder."""
+    """Sets to evaluate by default: name, prepared folder."""
     digests: dict[Path, str]
-    """`Manifest.digest()` of these folders when the model was trained, where that was recorded."""
+    """`Manifest.digest()` of these folders when the model was trained, if it was recorded."""
     vocab_size: int
-    """Token ids that the model's embedding has."""
+    """Number of token ids in the model's embedding."""
     _model: Any
 
     @property
@@ -72,21 +72,22 @@ class Subject(ABC):
         return self._model
 
     def results(self, out: Path | None = None) -> Path:
-        """The folder that results go to: `out`, or evaluation/ in a run's folder, runs/evaluation/NAME for others.
+        """The folder of results: `out`; by default evaluation/ in a run's folder, or runs/evaluation/NAME for others.
 
-        Raises `UserError` where a run's evaluation/ is a link that leaves the run.
+        Raises:
+            UserError: if a run's evaluation/ is a link that leaves the run.
         """
         return out or self.default_results
 
     @property
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer. Raises `UserError` where it cannot be had."""
+        """The model's tokenizer. Raises `UserError` if it cannot be loaded."""
 
     @property
     @abstractmethod
     def tokenizer_sha256(self) -> str | None:
-        """The hash that records name the tokenizer by; None where it has no tokenizer.json form."""
+        """The hash that identifies the tokenizer in records; None if it has no tokenizer.json form."""
 
     @abstractmethod
     def tokenizes(self, data: Manifest) -> bool:
@@ -95,11 +96,11 @@ class Subject(ABC):
     @property
     @abstractmethod
     def start_id(self) -> int | None:
-        """The token before the first of a text; None: the first token of a document is never predicted."""
+        """The token fed before a text's first one; None: the first token of a document is never predicted."""
 
     @abstractmethod
     def logits(self, input_ids: Tensor, positions: Tensor | None, document_ids: Tensor | None, last: int) -> Tensor:
-        """Logits (B, last, vocabulary) of the last `last` places of `input_ids` (B, T), int64 on the model's device."""
+        """Logits (B, last, vocabulary) at the last `last` positions of `input_ids` (B, T) int64, on the model's device."""
 
     def engine(self) -> Engine:
         """The model with a cache, for post-hoc compression."""
@@ -141,7 +142,7 @@ class RunSubject(Subject):
 
     @cached_property
     def _manifest(self) -> Manifest:
-        """Of the folder the run was trained on: its tokenizer is the run's."""
+        """The manifest of the folder that the run was trained on; its tokenizer is the run's."""
         manifest = Manifest.read(self._data)
         manifest.check_unchanged(self._digest, self.folder)
         return manifest
@@ -195,7 +196,7 @@ class HuggingFaceSubject(Subject):
         try:
             return backend_sha256(backend_of(self.tokenizer, self.path))
         except UserError:
-            return None  # a tokenizer that is not of `tokenizers` can score text all the same
+            return None  # a tokenizer written in Python can score text too
 
     def tokenizes(self, data: Manifest) -> bool:
         return data.is_tokenized_by(backend_of(self.tokenizer, self.path))
@@ -212,10 +213,10 @@ class HuggingFaceSubject(Subject):
 
 
 def load_subject(path: str | Path, device: torch.device) -> Subject:
-    """The model that `--run` names, its weights on `device`.
+    """Load the model that `--run` names, with its weights on `device`.
 
     Raises:
-        UserError: where there is nothing, neither a run nor a Hugging Face folder, or one that cannot be loaded.
+        UserError: if the path does not exist, is no model, or cannot be loaded.
     """
     path = Path(path)
     return RunSubject(path, device) if identify_model(path).is_run else HuggingFaceSubject(path, device)

@@ -1,4 +1,4 @@
-"""What is scored: the tokens of a prepared folder or of a text file, and the bytes of text they stand for."""
+"""Sets to score: the tokens of a prepared folder or of a text file, and the bytes of text that they stand for."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TEXT_FIELD = "text"
-_MOST_REPLACED = 0.3  # share of a text's characters that may stand for invalid bytes: more is no text, or no UTF-8
+_MOST_REPLACED = 0.3  # share of replaced characters above which a file is not taken for UTF-8 text
 _ENCODE_TOGETHER = 256  # documents handed to the tokenizer at a time
 
 
 class TokenSource(Protocol):
-    """Tokens of documents end to end; a `TokenStore` is one."""
+    """Tokens of concatenated documents, such as a `TokenStore`."""
 
     def __len__(self) -> int:
-        """Tokens, every EOS included."""
+        """The number of tokens, every EOS included."""
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop): int64 (stop - start,)."""
@@ -49,7 +49,7 @@ class TextTokens:
     def __init__(self, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase):
         pieces, texts = [], list(texts)
         for i in range(0, len(texts), _ENCODE_TOGETHER):
-            # A special token spelt out in a text is ordinary text there, as in prepared data.
+            # As in prepared data, a special token spelt out in a text is encoded as ordinary text.
             encoded = tokenizer(
                 texts[i : i + _ENCODE_TOGETHER], add_special_tokens=False, split_special_tokens=True, verbose=False
             )
@@ -58,7 +58,7 @@ class TextTokens:
         self._starts = np.cumsum([0, *map(len, pieces)])[:-1]
 
     def __len__(self) -> int:
-        """Tokens, every EOS included."""
+        """The number of tokens, every EOS included."""
         return len(self._tokens)
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -67,9 +67,9 @@ class TextTokens:
 
     def documents(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """As `TokenStore.documents`: an EOS belongs to the document it ends."""
-        places = np.arange(start, stop)
-        document = np.searchsorted(self._starts, places, side="right") - 1
-        return document - document[:1], places - np.maximum(self._starts[document], start)
+        tokens = np.arange(start, stop)
+        document = np.searchsorted(self._starts, tokens, side="right") - 1
+        return document - document[:1], tokens - np.maximum(self._starts[document], start)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,26 +77,26 @@ class TextSet:
     """A set to score."""
 
     name: str
-    """Names the result file and the TensorBoard tags."""
+    """Used in the name of the result file and in TensorBoard tags."""
     path: Path
     split: str | None
     """None for a text file."""
     source: TokenSource
     n_documents: int
     n_bytes: int
-    """UTF-8 bytes of all the text, after invalid bytes were replaced; EOS tokens have none."""
+    """UTF-8 bytes of the text, after invalid bytes were replaced; EOS tokens count 0."""
     replaced: int = 0
-    """Invalid byte sequences that became U+FFFD on the way in."""
+    """Invalid byte sequences that became U+FFFD."""
 
 
 def open_prepared(name: str, path: Path, split: str, subject: Subject, digest: str | None = None) -> TextSet:
-    """A split of a prepared folder, to be scored by the model `subject`.
+    """Open a split of a prepared folder to score it with `subject`.
 
     Args:
-        digest: `Manifest.digest()` that the folder has to have; None: any.
+        digest: the `Manifest.digest()` that the folder must have; None: any.
 
     Raises:
-        UserError: when the folder is missing or damaged, or its tokens are not those of the model.
+        UserError: if the folder is missing or damaged, or was prepared with another tokenizer than the model's.
     """
     _check_start(subject)
     store = TokenStore(path, split, vocab_size=subject.vocab_size, whose=f"the embedding of {subject.name}")
@@ -113,13 +113,13 @@ def open_prepared(name: str, path: Path, split: str, subject: Subject, digest: s
 
 
 def _check_start(subject: Subject) -> None:
-    """Refuse a model whose embedding lacks the token that texts are to start with."""
+    """Refuse a model whose embedding lacks its start token."""
     start = np.array([] if subject.start_id is None else [subject.start_id], dtype=np.int64)
     check_ids(start, subject.vocab_size, f"{subject.path}: its BOS or EOS", "its embedding")
 
 
 def _check_is_text(path: Path, documents: list[Text]) -> None:
-    """Refuse a file that holds something else: with a zero byte, or for the most part no UTF-8."""
+    """Refuse a file with a zero byte, or with many bytes that are not UTF-8."""
     for document in documents:
         if "\0" in document.text and kind_of(path) in TEXT:
             raise UserError(f"{path}: is no text file: it has a byte 0 at character {document.text.index(chr(0))}")
@@ -131,11 +131,11 @@ def _check_is_text(path: Path, documents: list[Text]) -> None:
 
 
 def open_text(name: str, path: Path, subject: Subject) -> TextSet:
-    """A text file as one document, or each line of a .jsonl file as one; empty documents are left out.
+    """Open a text file as one document, or a .jsonl file as one document per line; empty documents are left out.
 
     Raises:
-        UserError: for a file that is missing, unreadable, no text or empty, a tokenizer without EOS, and tokens that
-            the model's embedding does not have.
+        UserError: for a file that is missing, unreadable, empty or not text, a tokenizer without EOS, and tokens that
+            the model's embedding lacks.
     """
     tokenizer = subject.tokenizer
     _check_start(subject)
@@ -166,7 +166,7 @@ def open_text(name: str, path: Path, subject: Subject) -> TextSet:
 
 
 class TokenBytes:
-    """How many bytes of text each token stands for, to count the bytes of a part of a text."""
+    """Bytes of text that each token stands for, to count the bytes of a part of a text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
@@ -183,15 +183,15 @@ class TokenBytes:
 
     @property
     def exact(self) -> bool:
-        """True for byte-level tokenizers that do not normalise: the bytes of a text's tokens add up to its own."""
+        """Whether the bytes of a text's tokens add up to the text's: for byte-level tokenizers without normaliser."""
         return self._byte_level and self._serialized.get("normalizer") is None
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """Bytes of each token id, int64 (vocabulary,): 0 for special tokens.
 
-        In a byte-level vocabulary each character of a token is a byte. Elsewhere (SentencePiece) `<0x0A>` is a byte,
-        `▁` a space, and every other character its UTF-8 bytes.
+        In a byte-level vocabulary each character of a token is a byte. In others (SentencePiece) `<0x0A>` is a byte,
+        `▁` a space, and every other character counts with its UTF-8 bytes.
         """
         tokenizer = self._tokenizer
         added, special = tokenizer.added_tokens_decoder, set(tokenizer.all_special_ids)

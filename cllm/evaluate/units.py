@@ -1,4 +1,4 @@
-"""A loss as a perplexity, and names of sets in file names. Comparing runs needs no more, and so no torch."""
+"""A loss as a perplexity, and names of sets in file names; without torch, for comparisons."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 
 
 def perplexity(loss: float) -> float:
-    """e^loss for a loss in nats; infinity where that is beyond a float."""
+    """e^loss for a loss in nats; infinity if that exceeds a float."""
     return math.exp(loss) if loss < 709 else math.inf
 
 
 def set_label(name: str) -> str:
-    """The name of a validation set, a folder or a file as a part of file names: other characters become `-`."""
+    """A set's name as part of file names: characters other than letters, digits, `.`, `_` and `-` become `-`."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-") or "set"

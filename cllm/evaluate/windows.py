@@ -1,9 +1,9 @@
-"""Strided windows: every token of a long stream scored once, with as much context as the stride leaves.
+"""Strided windows: every token of a long stream is scored once, with a context of at least W - S + 1 tokens.
 
-With window W and stride S, window k is fed the tokens [kS, kS + W) and predicts the token after each. The first scores
-all its predictions, each later one only those that no window before it has scored: the last S, which see at least the
-W - S + 1 tokens before them. S = W is the cheapest and cuts every context; S = 1 is the exact value of "W tokens of
-context each" at W times the cost.
+With window W and stride S, the model is fed the tokens [kS, kS + W) of window k and predicts the token after each. The
+first window scores all its predictions. Each later one scores its last S predictions, which no earlier window has
+scored. S = W is the cheapest, but a window's first tokens have little context. With S = 1 every token has W tokens of
+context, at W times the cost.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cllm.evaluate.texts import TokenSource
 
 
 class Window(NamedTuple):
-    """The tokens [start, stop) of a stream are fed; the last `scored` of their predictions count."""
+    """The tokens [start, stop) of a stream are fed; the last `scored` predictions count."""
 
     start: int
     stop: int
@@ -40,7 +40,7 @@ def windows(n_tokens: int, window: int, stride: int) -> Iterator[Window]:
 
 
 def batches(spans: Iterator[Window], size: int) -> Iterator[list[Window]]:
-    """Neighbouring windows of one shape, up to `size` together: no batch needs padding."""
+    """Group up to `size` consecutive windows of one shape, so that no batch needs padding."""
     batch: list[Window] = []
     for span in spans:
         first = batch[0] if batch else span
@@ -53,10 +53,10 @@ def batches(spans: Iterator[Window], size: int) -> Iterator[list[Window]]:
 
 
 class Stream:
-    """The tokens of a set as a model is fed them: a start token, where there is one, then the first `limit` tokens.
+    """The tokens of a set as fed to a model: a start token, if there is one, then the first `limit` tokens.
 
-    The start token gives the first token of the text a context, as the EOS before it gives one to every other
-    document's. Without one (`start_id` None) the first token is context only.
+    The start token is the context of the text's first token, as the EOS before it is for every other document. Without
+    one (`start_id` None) the first token is context only and is not scored.
     """
 
     def __init__(self, source: TokenSource, *, start_id: int | None = None, limit: int | None = None):
@@ -65,7 +65,7 @@ class Stream:
         self._length = min(len(source), limit or len(source)) + self._offset
 
     def __len__(self) -> int:
-        """Tokens, the start token included; one more than can be scored."""
+        """The number of tokens, the start token included; one more than can be scored."""
         return self._length
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -74,6 +74,6 @@ class Stream:
         return tokens if start >= self._offset else np.concatenate([[self._start_id], tokens]).astype(np.int64)
 
     def documents(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Document ids and positions of the window, as `TokenStore.documents`; only where there is no start token."""
+        """Document ids and positions of the window, as `TokenStore.documents`; only without a start token."""
         assert self._start_id is None, "a start token belongs to no document"
         return self._source.documents(start, stop)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from cllm.plan.plan import KVPlan
+from cllm.tables import Column, aligned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,9 +34,9 @@ def plan_rows(plan: KVPlan) -> list[tuple[str, str, str, str, str]]:
 
 def plan_table(plan: KVPlan) -> str:
     """The plan as aligned text."""
-    rows = [("layer", "owns", "keys", "values", "sees"), *plan_rows(plan)]
-    widths = [max(len(row[c]) for row in rows) for c in range(5)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    heads = ("layer", "owns", "keys", "values", "sees")
+    columns = [Column(head, itemgetter(i), left=True) for i, head in enumerate(heads)]
+    lines = [aligned(columns, plan_rows(plan))]
     if plan.iterations and plan.cyclic_spans():
         spans = ", ".join(f"{first}-{last}" for first, last in plan.cyclic_spans())
         lines.append(

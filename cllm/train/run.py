@@ -81,7 +81,7 @@ def train(
             return start.folder
         check_float8(config, launch.accelerator)
         lightning.seed_everything(config.train.seed, verbose=False)
-        data = data_module(config)
+        data = DataModule.of(config)
         resumed = start.checkpoint is not None
         module = make_module(config, launch, data, choose_sources=not start.sources_chosen, resumed=resumed)
         _fit(module, data, start, launch, callbacks, loggers)
@@ -126,23 +126,6 @@ def _fit(
             trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     except SystemExit as error:  # Lightning's replacement for a KeyboardInterrupt, from a second Ctrl-C
         raise (error.__context__ if isinstance(error.__context__, KeyboardInterrupt) else error) from None
-
-
-def data_module(config: Config) -> DataModule:
-    """The data of a run. Raises as `DataModule` does."""
-    return DataModule(
-        config.data.path,
-        config.data.validation,
-        seq_len=config.data.seq_len,
-        micro_batch=config.train.micro_batch,
-        global_batch=config.train.global_batch,
-        seed=config.train.seed,
-        document_mask=config.data.document_mask,
-        num_workers=config.data.num_workers,
-        validation_sequences=config.data.validation_sequences,
-        vocab_size=config.model.vocab_size,
-        verify=config.data.verify,
-    )
 
 
 def make_module(

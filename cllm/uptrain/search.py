@@ -277,16 +277,8 @@ def _search(config: Config, arguments: argparse.Namespace) -> list[dict[str, Any
     teacher = open_teacher(config).decoder
     if torch.cuda.is_available() and config.train.accelerator != "cpu":
         teacher.cuda()
-    size, batch = config.data.seq_len, config.train.micro_batch
-    data = DataModule(
-        config.data.path,
-        seq_len=size,
-        micro_batch=batch,
-        global_batch=batch,
-        seed=config.train.seed,
-        document_mask=config.data.document_mask,
-        vocab_size=config.model.vocab_size,
-        verify=config.data.verify,
+    data = DataModule.of(
+        config, validation=None, global_batch=config.train.micro_batch, num_workers=0, validation_sequences=None
     )
     batches = calibration_batches(config, data)
     if arguments.fusion:

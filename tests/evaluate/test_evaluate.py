@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cllm.evaluate import perplexity as perplexity_module
-from cllm.evaluate.places import results_of_checkpoint
+from cllm.evaluate.result_folders import results_of_checkpoint
 from cllm.runs import RunFolder
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from cllm.cache.cache import KVCache
 from cllm.data.store import TokenStore
-from cllm.evaluate.places import results_of_checkpoint
 from cllm.evaluate.posthoc import Measurement, _Reference, _score, _Tally, _warm
+from cllm.evaluate.result_folders import results_of_checkpoint
 from cllm.posthoc import compress
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.engine import engine_of

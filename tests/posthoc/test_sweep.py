@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cllm.errors import EXIT_STOPPED, UserError
 from cllm.evaluate import posthoc
 from cllm.evaluate.pareto import TRAINED, expand, markdown, points
-from cllm.evaluate.places import beside, results_of_checkpoint, run_of
+from cllm.evaluate.result_folders import beside, results_of_checkpoint, run_of
 
 SPECS = ["--spec", "xkv:group={group},ratio={ratio}", "--spec", "minicache:start=0", "--group", 2, 4, "--ratio", 1.5]
 

@@ -1,14 +1,15 @@
-"""Turning a corpus into a prepared folder.
+"""From a corpus to a prepared folder.
 
-    recipe.py     what a recipe may say
-    formats.py    documents out of one local file
-    sources.py    local files, the standard library and the Hugging Face hub as streams of documents
-    corpus.py     which documents are kept, and the split each belongs to
-    tokenizer.py  training, loading and saving the tokenizer
-    encode.py     documents to tokens on several processes
-    shards.py     writing tokens and indices
-    build.py      the whole of it, crash-safe
-    report.py     the summary
+recipe.py     the settings: source, tokenizer, split, limits
+formats.py    documents of one local file
+sources.py    local files, the standard library and Hugging Face data sets as streams of documents
+corpus.py     filtering documents and assigning them to splits
+tokenizer.py  training, loading and saving the tokenizer
+encode.py     documents to tokens on several processes
+shards.py     writing tokens and indices, resumable
+build.py      all steps in order; an interrupted preparation is resumed
+report.py     the summary that the command prints
 
-Nothing is imported here, so that tokenising processes start quickly.
+Imports the data package and the modules of the package's root. This file imports nothing, so tokenising processes start
+quickly.
 """

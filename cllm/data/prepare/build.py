@@ -1,10 +1,10 @@
 """From a recipe to a prepared folder.
 
-Everything is written to OUT.partial, which becomes OUT by one rename when its manifest is there. Both carry the mark of
-prepared data (`cllm/files.py`); a folder without it is never emptied or replaced. `progress.json` in OUT.partial
-records a consistent cut each time a shard is finished: so many documents of the corpus, so many bytes of each file. A
-later run of the same recipe over the same source cuts the files back to it and goes on, which gives the bytes that an
-undisturbed run would have given.
+Everything is written to OUT.partial, which is renamed to OUT once its manifest is written. Both carry the mark of
+prepared data (`cllm/files.py`); a folder without it is never emptied or replaced. Each time a shard is finished,
+`progress.json` in OUT.partial records the documents of the corpus that are written, and the bytes of each file. A later
+run of the same recipe and source truncates the files to that and resumes. Its output is the same, byte for byte, as
+that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 from tqdm import tqdm
 
 from cllm.data.integrity import Damaged, write_checksums
@@ -32,8 +32,9 @@ from cllm.data.prepare.encode import Encoded, encode
 from cllm.data.prepare.recipe import Recipe
 from cllm.data.prepare.shards import Progress, ShardWriter
 from cllm.errors import DataError, UserError
-from cllm.files import MARK, check_replaceable, is_empty, mark, remove, remove_leftovers, replace
+from cllm.files import MARK, check_replaceable, is_empty, mark, remove, remove_leftovers, replace, write_atomic
 from cllm.lock import discard_dead, locked
+from cllm.section import Section
 
 log = logging.getLogger(__name__)
 
@@ -42,39 +43,36 @@ KIND = "data"
 """The kind that prepared folders, finished or not, are marked as."""
 
 
-class State(BaseModel):
+class State(Section):
     """The content of `progress.json`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     key: str
-    """Hash of all that decides the output: recipe, source and versions."""
+    """Hash of what the output depends on: recipe, source and versions."""
     documents: Count = 0
     """Kept documents of the corpus that are written, all splits together."""
-    splits: dict[str, Progress] = {}
+    splits: dict[str, Progress] = Field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        temporary = folder / (STATE + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(self.model_dump_json())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / STATE)
+        write_atomic(folder / STATE, self.model_dump_json())
 
 
 def prepare(recipe: Recipe, *, force: bool = False) -> Manifest:
-    """Make a recipe's prepared folder, or find it made.
+    """Make a recipe's prepared folder, if it is not there already.
 
-    Raises `DataError` for a corpus, tokenizer or folder that cannot be used; what was written by then is removed,
-    unless it holds finished shards that a rerun can use. `force` replaces a finished folder.
+    Args:
+        force: replace a finished folder.
+
+    Raises:
+        DataError: for a corpus, tokenizer or folder that cannot be used. The partial folder is then removed, unless it
+            holds finished shards that a rerun can use.
     """
     folder = recipe.folder
-    if finished := _finished(folder, recipe, force):  # it may lie where nothing can be written any more
+    if finished := _finished(folder, recipe, force):  # its parent may be read-only by now
         discard_dead(folder)
         return finished
     with locked(folder):
         remove_leftovers(folder, KIND)
-        if finished := _finished(folder, recipe, force):  # by a process that had the lock until now
+        if finished := _finished(folder, recipe, force):  # by the process that held the lock before
             return finished
         partial = partial_folder(folder)
         check_replaceable(partial, KIND)
@@ -91,7 +89,7 @@ def prepare(recipe: Recipe, *, force: bool = False) -> Manifest:
 
 
 def _finished(folder: Path, recipe: Recipe, force: bool) -> Manifest | None:
-    """The manifest of a folder that was made by this recipe; None if it has to be made. Raises `DataError`."""
+    """The manifest of a folder that was made by this recipe; None if it must be made. Raises `DataError`."""
     if not folder.exists():
         return None
     if not (folder / MANIFEST).exists():
@@ -108,7 +106,7 @@ def _finished(folder: Path, recipe: Recipe, force: bool) -> Manifest | None:
             f"{folder}: was prepared from a different recipe ({', '.join(keys) or 'other keys'} differ); "
             "name another folder with --out, or replace it with --force"
         )
-    # The source may be gone by now, and need not be there.
+    # The source may have been removed since; that is no error.
     with contextlib.suppress(DataError):
         if Corpus(recipe).fingerprint_sha256() != manifest.source_sha256:
             log.warning("%s: the source has changed since it was prepared; --force prepares it again", folder)
@@ -118,7 +116,7 @@ def _finished(folder: Path, recipe: Recipe, force: bool) -> Manifest | None:
 
 @contextlib.contextmanager
 def _removed_on_error(partial: Path) -> Iterator[None]:
-    """After a user's error leave nothing behind, unless a rerun can use it."""
+    """Remove the partial folder after a user's error, unless a rerun can use it."""
     try:
         yield
     except UserError:
@@ -138,7 +136,7 @@ def _read_state(partial: Path) -> State | None:
 
 
 def _fill(partial: Path, recipe: Recipe, corpus: Corpus) -> None:
-    """Write everything a prepared folder holds, the manifest last."""
+    """Write all files of a prepared folder, the manifest last."""
     fingerprint = corpus.fingerprint_sha256()
     versions = {"python": python_version()} | {name: version(name) for name in ("tokenizers", "numpy")}
     if recipe.tokenizer.load:
@@ -162,13 +160,13 @@ def _fill(partial: Path, recipe: Recipe, corpus: Corpus) -> None:
         )
         manifest.checksums = write_checksums(manifest, partial)
     except Damaged:
-        (partial / STATE).unlink(missing_ok=True)  # nothing here is of use to a rerun
+        (partial / STATE).unlink(missing_ok=True)  # a rerun can use nothing here
         raise
     manifest.save(partial)
 
 
 def _resume(partial: Path, key: str) -> State | None:
-    """The state a stopped run left, its files cut back to it; None where there is nothing to go on from."""
+    """The state that an interrupted run left, its files truncated to it; None if there is nothing to resume."""
     if os.listdir(partial) == [MARK]:
         return None
     state = _read_state(partial)
@@ -193,12 +191,12 @@ def _resume(partial: Path, key: str) -> State | None:
 
 
 def _start(partial: Path, key: str, recipe: Recipe, corpus: Corpus) -> State:
-    """An emptied folder with its tokenizer."""
+    """Empty the folder and make its tokenizer."""
     _remove(partial, but=set())
     choice = recipe.tokenizer
     if choice.train:
         log.info("training the tokenizer")
-        # A tokenizer of nothing would be reported as such; the true fault is the empty corpus.
+        # Training on no text would be reported as a fault of the tokenizer.
         if next(corpus.documents(), None) is None:
             raise _no_documents(recipe, corpus)
         if recipe.validation.fraction == 1:
@@ -222,7 +220,7 @@ def _remove(folder: Path, but: set[str]) -> None:
 
 
 def _write_shards(
-    partial: Path, recipe: Recipe, corpus: Corpus, saved: tokenizer.Saved, state: State
+    partial: Path, recipe: Recipe, corpus: Corpus, saved: tokenizer.SavedTokenizer, state: State
 ) -> dict[str, Split]:
     writers = {
         split: ShardWriter(partial, split, saved.dtype, recipe.shard_tokens, state.splits.get(split))
@@ -235,7 +233,7 @@ def _write_shards(
         desc=recipe.name,
         unit="B",
         unit_scale=True,
-        mininterval=0.2 if terminal else 30,  # a log file wants a line now and then, not a bar
+        mininterval=0.2 if terminal else 30,  # in a log file, one line now and then
         leave=terminal,
     )
     with bar, contextlib.closing(encoded):

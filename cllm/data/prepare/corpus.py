@@ -1,4 +1,4 @@
-"""The documents a recipe keeps, each with the split it belongs to."""
+"""The documents that a recipe keeps, each with its split."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from cllm.data.manifest import Counts
 from cllm.data.prepare.recipe import Recipe
-from cllm.data.prepare.sources import Found, Source, fingerprint_sha256, open_files, open_source
+from cllm.data.prepare.sources import Source, SourceDocument, fingerprint_sha256, open_files, open_source
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -22,17 +22,21 @@ class Document(NamedTuple):
     n_bytes: int
     """UTF-8 bytes of `text`."""
     position: int
-    """Bytes of the corpus read so far, for the progress bar."""
+    """Bytes of the corpus read so far, shown by the progress bar."""
 
 
 def held_out(raw: bytes, fraction: float, seed: int) -> bool:
-    """Whether a text belongs to the validation split: a function of the text alone, so equal texts never straddle."""
+    """Whether a text belongs to the validation split. Equal texts are always in the same split."""
     digest = hashlib.blake2b(raw, digest_size=8, salt=seed.to_bytes(16, "little")).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
 class Corpus:
-    """What a recipe's source and validation files hold. Raises `DataError` when a path is missing or unsupported."""
+    """The documents of a recipe's source and validation files.
+
+    Raises:
+        DataError: for a path that is missing or of an unsupported type.
+    """
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -49,17 +53,17 @@ class Corpus:
 
     @property
     def n_bytes(self) -> int | None:
-        """How far `Document.position` will go, where that is known."""
+        """The last `Document.position`, if it is known."""
         if self._source.n_bytes is None:
             return None
         return sum(source.n_bytes or 0 for source in self._sources)
 
     def fingerprint_sha256(self) -> str:
-        """A hash of what identifies the corpus without reading it: names and sizes, or a data set's revision."""
+        """A hash that identifies the corpus without reading it: of names and sizes, or of a data set's revision."""
         return fingerprint_sha256(self._sources)
 
     def documents(self) -> Iterator[Document]:
-        """Every kept document: the source's, then those of `validation.paths`. Each call is a pass from the start."""
+        """Every kept document: the source's, then those of `validation.paths`. Each call starts from the beginning."""
         self.counts = Counts()
         position = n_documents = n_bytes = 0
         recipe = self.recipe
@@ -87,7 +91,7 @@ class Corpus:
         fraction = self.recipe.validation.fraction
         return VALIDATION if fraction and held_out(raw, fraction, self.recipe.seed) else TRAIN
 
-    def _kept(self, source: Source) -> Iterator[tuple[Found, bytes]]:
+    def _kept(self, source: Source) -> Iterator[tuple[SourceDocument, bytes]]:
         """Documents that are neither empty nor short, with their UTF-8 bytes."""
         counts = self.counts
         for found in source.documents():

@@ -1,4 +1,4 @@
-"""Documents to tokens, on several processes, in the order they came."""
+"""Documents to tokens on several processes, in order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from cllm.data.prepare.corpus import Document
-from cllm.data.prepare.tokenizer import Saved
+from cllm.data.prepare.tokenizer import SavedTokenizer
 from cllm.errors import DataError
 
 _BATCH_BYTES = 1 << 20
@@ -27,7 +27,7 @@ _BATCHES_PER_WORKER = 3  # in flight: enough to keep a worker busy while the mai
 
 
 class Encoded(NamedTuple):
-    """A run of documents as tokens; the texts are gone."""
+    """Consecutive documents as tokens, without their texts."""
 
     tokens: np.ndarray
     """uint16 or uint32 (sum of lengths,), each document followed by EOS."""
@@ -40,9 +40,9 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Tokenises texts. A special token spelt out in a text is ordinary text there: EOS ends documents, no more."""
+    """Tokenises texts. Special tokens spelt out in a text are encoded as ordinary text."""
 
-    def __init__(self, saved: Saved):
+    def __init__(self, saved: SavedTokenizer):
         self._tokenizer = Tokenizer.from_file(saved.file)
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
@@ -60,8 +60,8 @@ class Encoder:
         return np.concatenate(pieces), lengths
 
 
-def encode(documents: Iterable[Document], saved: Saved, workers: int) -> Generator[Encoded]:
-    """Tokenise in order, in constant memory. Raises `DataError` when a worker process dies."""
+def encode(documents: Iterable[Document], saved: SavedTokenizer, workers: int) -> Generator[Encoded]:
+    """Tokenise in order, in constant memory. Raises `DataError` if a worker process dies."""
     if workers == 1:
         encoder = Encoder(saved)
         for batch in _batches(documents):
@@ -79,7 +79,7 @@ def encode(documents: Iterable[Document], saved: Saved, workers: int) -> Generat
         while pending:
             yield _finish(pending)
     except BrokenProcessPool:
-        time.sleep(_SIGNAL_SECONDS)  # where a signal to the entire group was the cause, this process ends by it here
+        time.sleep(_SIGNAL_SECONDS)  # a signal to the entire process group also ends this process, here
         raise DataError("a tokenising process was killed, perhaps for memory; try fewer `workers`") from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -108,20 +108,20 @@ def _finish(pending: deque[tuple[list[Document], Future]]) -> Encoded:
     return _encoded(batch, *future.result())
 
 
-# One encoder in each worker process, made when it starts.
+# One encoder for each worker process, created when it starts.
 _encoder: Callable[[list[str]], tuple[np.ndarray, list[int]]]
 
 
-def _start_worker(saved: Saved) -> None:
+def _start_worker(saved: SavedTokenizer) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _encoder = Encoder(saved)
 
 
 def _exit_with_parent() -> None:
-    """A killed parent tells its workers nothing; without this they would wait for ever."""
+    """End this worker when its parent has been killed; otherwise it would wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

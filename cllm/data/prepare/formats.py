@@ -1,4 +1,4 @@
-"""Documents out of one local file, whatever its format.
+"""Documents of one local file in any supported format.
 
 Text is UTF-8. Bytes that are not are replaced by U+FFFD and counted, never dropped.
 """
@@ -33,7 +33,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Text(NamedTuple):
-    """One document as it was found."""
+    """One document of a file."""
 
     text: str
     replaced: int
@@ -43,7 +43,7 @@ class Text(NamedTuple):
 
 
 def decode(raw: bytes) -> tuple[str, int]:
-    """UTF-8 bytes as text, less a byte order mark, and how many invalid sequences were replaced by U+FFFD."""
+    """UTF-8 bytes as text without a byte order mark, and the number of invalid sequences replaced by U+FFFD."""
     raw = raw.removeprefix(_BOM)
     try:
         return raw.decode("utf-8"), 0
@@ -53,12 +53,12 @@ def decode(raw: bytes) -> tuple[str, int]:
 
 
 def replace_surrogates(text: str) -> tuple[str, int]:
-    """A string that can be encoded, and how many lone surrogates (JSON's "\\ud800") were replaced by U+FFFD."""
+    """A string that can be encoded, and the number of lone surrogates (JSON's "\\ud800") replaced by U+FFFD."""
     return (text, 0) if text.isascii() else _SURROGATE.subn("\ufffd", text)
 
 
 def text_of(value: Any, where: str, field: str) -> tuple[str, int]:
-    """A field's value as text; null is an empty document. Raises `DataError` where it is anything else."""
+    """A field's value as text; null is an empty document. Raises `DataError` for any other type."""
     if value is None:
         return "", 0
     if not isinstance(value, str):
@@ -67,13 +67,13 @@ def text_of(value: Any, where: str, field: str) -> tuple[str, int]:
 
 
 def missing_field(where: str, field: str, names: Any) -> DataError:
-    """The error for a record without its text field, naming the fields it has."""
+    """The error for a record without its text field; it names the record's fields."""
     fields = ", ".join(map(str, names)) or "none"
     return DataError(f"{where}: has no field `{field}` (source.text_field); it has {fields}")
 
 
 def kind_of(path: Path) -> str | None:
-    """A file's format by its name, less any compression: one of `TEXT`, `LINES`, `TABLES`, or None if unsupported."""
+    """A file's format: its suffix, one of `TEXT`, `LINES`, `TABLES`, below that of a compression. None: unsupported."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in TABLES:
         return suffixes[-1]
@@ -96,7 +96,7 @@ def read_file(path: Path, text_field: str) -> Iterator[Text]:
 
 
 def _open(path: Path, raw: IO[bytes]) -> IO[bytes] | gzip.GzipFile:
-    """`raw` decompressed as its name says. Every branch raises on a file that was cut short."""
+    """`raw`, decompressed by the suffix of `path`. Reading a truncated file raises for every compression."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return gzip.open(raw)
@@ -105,7 +105,7 @@ def _open(path: Path, raw: IO[bytes]) -> IO[bytes] | gzip.GzipFile:
     if suffix == ".xz":
         return lzma.open(raw)
     if suffix == ".zst":
-        # Arrow's reader and not zstandard's, which takes the end of a truncated file for the end of the data.
+        # Arrow's reader, because zstandard's does not notice that a file is truncated.
         import pyarrow as pa
 
         return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd"))
@@ -161,7 +161,7 @@ def _read_table(path: Path, text_field: str) -> Iterator[Text]:
             raise DataError(f"{path}: field `{text_field}` holds {column_type}, not text")
         as_bytes = pa.large_binary() if pa.types.is_large_string(column_type) else pa.binary()
         for column in columns:
-            # Arrow does not promise that its strings are UTF-8, so take the bytes and look.
+            # Arrow does not guarantee that its strings are UTF-8, so the bytes are decoded here.
             for value in column.cast(as_bytes):
                 row += 1
                 text, replaced = decode(value.as_py() or b"")

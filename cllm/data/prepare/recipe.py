@@ -1,4 +1,4 @@
-"""What a recipe may say."""
+"""A recipe: the settings of a preparation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from cllm.section import Section
 
 MIN_VOCAB = 257
 """The 256 bytes and EOS."""
@@ -21,22 +23,18 @@ _KEYS_OF_KIND = {
 _REQUIRED_KEY = {"files": "paths", "hub": "dataset"}
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
-
-
-class Source(_Section):
-    """Where the documents come from."""
+class Source(Section, frozen=True):
+    """The source of the documents."""
 
     kind: Literal["stdlib", "files", "hub"] = "stdlib"
     """`stdlib`: the Python standard library of the running interpreter. `files`: local files. `hub`: a Hugging Face
     data set, streamed."""
-    paths: list[str] = []
+    paths: list[str] = Field(default_factory=list)
     """files: files, folders and globs, read in this order, a folder's files by name."""
     dataset: str | None = None
     """hub: the data set's name, such as HuggingFaceFW/fineweb-edu."""
     config: str | None = None
-    """hub: the data set's configuration, where it has several."""
+    """hub: the data set's configuration, if it has several."""
     split: str = "train"
     """hub: the data set's split."""
     revision: str | None = None
@@ -56,7 +54,7 @@ class Source(_Section):
         return self
 
 
-class TrainTokenizer(_Section):
+class TrainTokenizer(Section, frozen=True):
     """A byte-level BPE trained on the start of the training documents."""
 
     vocab_size: Annotated[int, Field(ge=MIN_VOCAB)]
@@ -65,7 +63,7 @@ class TrainTokenizer(_Section):
     """UTF-8 bytes of text to train on."""
 
 
-class TokenizerChoice(_Section):
+class TokenizerChoice(Section, frozen=True):
     """`train` a tokenizer or `load` one."""
 
     train: TrainTokenizer | None = None
@@ -79,13 +77,13 @@ class TokenizerChoice(_Section):
         return self
 
 
-class Validation(_Section):
+class Validation(Section, frozen=True):
     """Which documents are held out as the validation split."""
 
     fraction: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of the documents, chosen by a hash of each document's text and the seed; 0 for none, 1 for all."""
     paths: list[str] | None = None
-    """Or files of their own, read as `source.paths` are; then the whole source is for training."""
+    """Separate files, read as `source.paths` are; then the entire source is for training."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Validation:
@@ -94,13 +92,13 @@ class Validation(_Section):
         return self
 
 
-class Recipe(_Section):
+class Recipe(Section, frozen=True):
     """How one corpus becomes one prepared folder."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """What the data set is called."""
+    """The data set's name."""
     out: str | None = None
-    """The prepared folder; data/prepared/NAME unless said."""
+    """The prepared folder; null: data/prepared/NAME."""
     source: Source
     tokenizer: TokenizerChoice
     validation: Validation
@@ -113,25 +111,25 @@ class Recipe(_Section):
     shard_tokens: Annotated[int, Field(gt=0)] = 100_000_000
     """A shard is closed before the document that would take it past this many tokens."""
     workers: Annotated[int, Field(gt=0)] | None = None
-    """Processes that tokenise, one a CPU unless said; 1 is the main process with the tokenizer's own threads. The
-    result does not depend on it."""
+    """Processes that tokenise; null: one for each CPU; 1: the main process, with the tokenizer's threads. The result
+    does not depend on it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Salts the hash that chooses validation documents."""
 
     @property
     def folder(self) -> Path:
-        """Where the prepared folder goes."""
+        """The prepared folder."""
         return Path(self.out or f"data/prepared/{self.name}").expanduser()
 
     @property
     def n_workers(self) -> int:
-        """Processes to tokenise with."""
+        """The number of processes that tokenise."""
         if self.workers:
             return self.workers
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def content(self) -> dict[str, Any]:
-        """What decides the output: everything but `out` and `workers`."""
+        """The settings that the output depends on: all except `out` and `workers`."""
         return self.model_dump(mode="json", exclude={"out", "workers"})
 
     def sha256(self) -> str:

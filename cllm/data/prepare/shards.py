@@ -1,4 +1,4 @@
-"""Writing the shards of one split, so that writing can stop anywhere and go on."""
+"""Writes the shards of one split; writing can be interrupted anywhere and resumed."""
 
 from __future__ import annotations
 
@@ -8,34 +8,40 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from cllm.data.integrity import Damaged
 from cllm.data.manifest import INDEX_DTYPE, INDEX_ROW, Count, Shard, Split
+from cllm.section import Section
 
 
-class Progress(BaseModel):
-    """How far a split has been written: its finished shards, and how much of the open one is safely on disk."""
+class Progress(Section):
+    """What of a split has been written: its finished shards, and the part of the open one that is synced to the disk.
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    The counts are those of the open shard.
+    """
 
-    shards: list[Shard] = []
+    shards: list[Shard] = Field(default_factory=list)
     tokens: Count = 0
     documents: Count = 0
     bytes: Count = 0
     sha256: str | None = None
-    """Of the open shard's tokens that are on disk; None where none are, and in what older versions wrote."""
+    """Of the open shard's synced tokens; None if there are none, and in files of older versions."""
     index_sha256: str | None = None
 
 
 class _HashedFile:
-    """A file that grows at its end, and the hash of all that was written to it."""
+    """A file opened for appending, and the hash of its content."""
 
     def __init__(self, path: Path, size: int, sha256: str | None):
-        """Open a file, cut back to `size` bytes, whose hash is to be `sha256` where that is known. Raises `Damaged`."""
+        """Open a file and truncate it to `size` bytes.
+
+        Raises:
+            Damaged: if it is shorter, or these bytes do not have the hash `sha256` (None: not known).
+        """
         self._path = path
         self._sha256 = hashlib.sha256()
-        # Not through a symbolic link, which may lead to a file that is not ours.
+        # A symbolic link may lead to somebody else's file: it is not followed.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         self._file: IO[bytes] = os.fdopen(descriptor, "r+b")
         left = size
@@ -70,7 +76,7 @@ class _HashedFile:
 class ShardWriter:
     """Appends documents to `SPLIT-00000.bin`, `SPLIT-00001.bin`, ... and their indices.
 
-    A shard holds whole documents, and is closed before the document that would take it past `shard_tokens`.
+    Documents are not split between shards: a shard is closed before the document that would exceed `shard_tokens`.
     """
 
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int, progress: Progress | None = None):
@@ -94,7 +100,7 @@ class ShardWriter:
         index_file.write(np.array([progress.tokens, progress.bytes], dtype=INDEX_DTYPE))
 
     def sync(self) -> Progress:
-        """Put everything written so far on disk, and say how much that is."""
+        """Sync everything written so far to the disk. Returns the progress, which counts just that."""
         if self._files is not None:
             for file in self._files:
                 file.sync()
@@ -123,7 +129,7 @@ class ShardWriter:
         self.progress = Progress(shards=[*open_shard.shards, shard])
 
     def finish(self) -> Split:
-        """Close the last shard and add up."""
+        """Close the last shard. Returns the split's totals."""
         self.close_shard()
         shards = self.progress.shards
         return Split(
@@ -134,7 +140,7 @@ class ShardWriter:
         )
 
     def _open(self) -> tuple[_HashedFile, _HashedFile]:
-        """Open the next shard, or the one a stopped run left behind, cut back to what was safe."""
+        """Open the next shard, or the one that an interrupted run left, truncated to its synced part."""
         progress, stem = self.progress, self.folder / f"{self.split}-{len(self.progress.shards):05d}"
         tokens = _HashedFile(stem.with_suffix(".bin"), progress.tokens * self._dtype.itemsize, progress.sha256)
         return tokens, _HashedFile(stem.with_suffix(".idx"), progress.documents * INDEX_ROW, progress.index_sha256)

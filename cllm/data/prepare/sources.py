@@ -1,4 +1,4 @@
-"""The documents of a corpus, in an order that never varies."""
+"""The documents of a corpus, always in the same order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
 
-class Found(NamedTuple):
+class SourceDocument(NamedTuple):
     """One document of a source."""
 
     text: str
@@ -36,13 +36,13 @@ class Source(Protocol):
     """Documents that can be read again, in the same order."""
 
     n_bytes: int | None
-    """How far `position` will go, where that is known."""
+    """The last `position`, if it is known."""
 
-    def documents(self) -> Iterator[Found]:
+    def documents(self) -> Iterator[SourceDocument]:
         """Every document. Raises `DataError`."""
 
     def fingerprint(self) -> list[list[str | int]]:
-        """What identifies the content, as far as can be told without reading it."""
+        """Names and numbers that identify the content without reading it."""
 
 
 class Files:
@@ -53,11 +53,11 @@ class Files:
         self.sizes = [path.stat().st_size for path in paths]
         self.n_bytes: int | None = sum(self.sizes)
 
-    def documents(self) -> Iterator[Found]:
+    def documents(self) -> Iterator[SourceDocument]:
         start = 0
         for path, size in zip(self.paths, self.sizes, strict=True):
             for text, replaced, progress in read_file(path, self.text_field):
-                yield Found(text, replaced, start + int(size * progress))
+                yield SourceDocument(text, replaced, start + int(size * progress))
             start += size
 
     def fingerprint(self) -> list[list[str | int]]:
@@ -65,13 +65,13 @@ class Files:
 
 
 class Hub:
-    """A Hugging Face data set, streamed: nothing is stored but the tokens."""
+    """A Hugging Face data set, streamed: its text is not stored."""
 
     def __init__(self, spec: recipe.Source):
         self.spec = spec
         self.n_bytes: int | None = None
 
-    def documents(self) -> Iterator[Found]:
+    def documents(self) -> Iterator[SourceDocument]:
         spec, field, position = self.spec, self.spec.text_field, 0
         for number, row in enumerate(self._rows(), start=1):
             where = f"{spec.dataset} row {number}"
@@ -79,11 +79,11 @@ class Hub:
                 raise formats.missing_field(where, field, row)
             text, replaced = formats.text_of(row[field], where, field)
             position += len(text.encode())
-            yield Found(text, replaced, position)
+            yield SourceDocument(text, replaced, position)
 
     def _rows(self) -> Iterator[dict]:
         spec = self.spec
-        # Anything may come out of the network stack under `datasets`; to the user it is one fault, told in one line.
+        # The network stack under `datasets` raises exceptions of many types; all are reported in one line.
         try:
             import datasets
 
@@ -99,7 +99,7 @@ class Hub:
 
 
 def open_source(spec: recipe.Source) -> Source:
-    """The source a recipe names. Raises `DataError` for a path that is missing or of an unsupported type."""
+    """Open the source of a recipe. Raises `DataError` for a path that is missing or of an unsupported type."""
     if spec.kind == "hub":
         return Hub(spec)
     if spec.kind == "files":
@@ -131,7 +131,7 @@ def open_files(patterns: list[str], text_field: str, key: str) -> Files:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The supported files under a folder, by name; what was left out is logged, hidden files are not looked at."""
+    """The supported files under a folder, sorted by name. Others are logged, except hidden files."""
     state = folder / "state.json"
     if (folder / "dataset_dict.json").exists():
         splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
@@ -162,6 +162,6 @@ def _saved_files(state: Path) -> list[str]:
 
 
 def fingerprint_sha256(sources: list[Source]) -> str:
-    """A hash of what the sources say identifies them."""
+    """A hash of the sources' fingerprints."""
     record = [source.fingerprint() for source in sources]
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()

@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 EOS = "<|endoftext|>"
 
 
-class Saved(NamedTuple):
-    """A tokenizer that lies in a prepared folder."""
+class SavedTokenizer(NamedTuple):
+    """The tokenizer in a prepared folder."""
 
     file: str
     """Path of its tokenizer.json."""
@@ -33,7 +33,7 @@ class Saved(NamedTuple):
 
     @property
     def dtype(self) -> Literal["uint16", "uint32"]:
-        """The smallest integer type of a token file that holds every id."""
+        """The smallest integer type of token files that can store every id."""
         return "uint16" if self.vocab_size <= 2**16 else "uint32"
 
 
@@ -55,7 +55,7 @@ def train(texts: Iterable[str], spec: TrainTokenizer, folder: Path) -> None:
     file = folder / "tokenizer.json"
     with naming(str(file)):
         tokenizer.save(str(file))
-    # What AutoTokenizer reads beside tokenizer.json; written here because importing transformers takes seconds.
+    # AutoTokenizer reads this file too. It is written by hand because importing transformers takes seconds.
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": EOS,
@@ -81,12 +81,12 @@ def load(name: str, folder: Path) -> None:
     tokenizer.save_pretrained(str(folder))
 
 
-def inspect(folder: Path) -> Saved:
-    """What the tokens made with a saved tokenizer look like."""
+def inspect(folder: Path) -> SavedTokenizer:
+    """Read a saved tokenizer's vocabulary, EOS and hash."""
     path = folder / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
     eos = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
     eos_id = tokenizer.token_to_id(eos if isinstance(eos, str) else eos["content"])
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     assert eos_id is not None
-    return Saved(str(path), vocab_size, eos_id, tokenizer_sha256(folder))
+    return SavedTokenizer(str(path), vocab_size, eos_id, tokenizer_sha256(folder))

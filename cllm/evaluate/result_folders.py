@@ -1,4 +1,4 @@
-"""Where results go when no --out is given: into a run, beside runs, or to runs/; never into a folder of the user's."""
+"""Default folders of results: in a run, next to runs, or in runs/; never in another folder of the user's."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def run_of(path: str | Path) -> Path | None:
 
 
 def beside(runs: Sequence[Path | None], name: str) -> Path:
-    """Folder for what was measured of several runs: `name` beside them, or `runs/name`.
+    """The folder for results of several runs: `name` next to them.
 
-    The latter where the runs lie in different folders, or something is no run (None).
+    It is `runs/name` if they lie in different folders, or one of them is not a run (None).
     """
     parents = {None if run is None else run.resolve().parent for run in runs}
     parent = parents.pop() if len(parents) == 1 else None
@@ -30,9 +30,9 @@ def beside(runs: Sequence[Path | None], name: str) -> Path:
 
 
 def results_of_checkpoint(folder: Path) -> Path:
-    """Folder for what was measured of a Hugging Face folder: `runs/evaluation/NAME-HASH`.
+    """The folder for results of a Hugging Face folder: `runs/evaluation/NAME-HASH`.
 
-    The hash is of the folder's path, since many such folders have the same name.
+    The hash is that of the folder's path, since many such folders have the same name.
     """
     path = folder.resolve()
     return RUNS / "evaluation" / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"

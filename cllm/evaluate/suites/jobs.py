@@ -1,0 +1,32 @@
+"""The jobs of a command line: one for each set of a subject."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+
+from cllm.evaluate.perplexity import Settings, open_sets
+from cllm.evaluate.subjects import Subject
+from cllm.evaluate.suites.suite import Job, Suite
+
+
+def jobs(suite: Suite, subject: Subject, options: argparse.Namespace, device: torch.device) -> Iterator[Job]:
+    """A job for each set that the options name, opened when it is reached; one job if the suite takes no text.
+
+    Raises:
+        UserError: as `open_sets` does.
+    """
+    settings = Settings(
+        split=options.split,
+        window=options.window,
+        stride=options.stride,
+        batch=options.batch,
+        max_tokens=options.max_tokens,
+    )
+    if not suite.takes_text:
+        yield Job(settings=settings, device=device, options=options)
+        return
+    for text in open_sets(subject, options.data, split=settings.split, name=options.name):
+        yield Job(settings=settings, device=device, options=options, text=text)

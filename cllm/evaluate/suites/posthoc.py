@@ -1,0 +1,112 @@
+"""Perplexity after a compressed prefix. `cllm/evaluate/posthoc.py` measures."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cllm.arguments import whole_number
+from cllm.errors import UserError
+from cllm.evaluate.suites.suite import RUN, SET, TOKENS, Job, Number, Option, Record, Suite, perplexity_text
+from cllm.tables import Column
+
+if TYPE_CHECKING:
+    from cllm.evaluate.subjects import Subject
+
+
+def _error(record: Record) -> str:
+    """The largest error of a slot's tensors, relative to their norm."""
+    errors = [error for slot in record["errors"].values() for error in slot.values()]
+    return f"{max(errors):.3f}" if errors else "-"
+
+
+def _generated(record: Record) -> str:
+    """The share of generated tokens that are those after the exact prefix."""
+    return f"{record['generated_same_percent']:.0f} %" if "generated_tokens" in record else "-"
+
+
+class Posthoc(Suite):
+    """The prefix of each window is compressed; the rest is scored from the compressed cache."""
+
+    name = "posthoc"
+    help = "perplexity after a compressed prefix (--posthoc)"
+    options = (
+        Option(
+            "--posthoc",
+            action="append",
+            default=[],
+            metavar="SPEC",
+            help="compress the cache of a prefix and score what follows, e.g. xkv:group=4,ratio=4 or none; repeat it. "
+            "The first 4 tokens stay exact (in the spec: sinks=N)",
+        ),
+        Option(
+            "--prefix",
+            type=whole_number(1),
+            metavar="N",
+            help="tokens of each window to compress (default: half the window)",
+            unused="needs --posthoc, which says how to compress it",
+        ),
+        Option(
+            "--generate",
+            type=whole_number(0),
+            default=0,
+            metavar="N",
+            help="with --posthoc: also continue each prefix greedily by N tokens, and compare them with those after "
+            "the prefix kept exact (default: 0)",
+            unused="needs --posthoc, whose caches are compared",
+        ),
+    )
+    numbers = (
+        Number(key="perplexity", head="perplexity", form=perplexity_text),
+        Number(key="increase_percent", head="increase", form="{:+.2f} %".format),
+        Number(key="ratio_to_own", head="own/x", form="{:.2f}".format),
+        Number(key="ratio_to_mha", head="mha/x", form="{:.2f}".format),
+        Number(key="compression_share_of_prefill", head="time", form=lambda share: f"{100 * share:.0f} %"),
+    )
+    compared = False  # scripts/sweep_posthoc.py compares them
+
+    def is_asked_for(self, options: argparse.Namespace) -> bool:
+        return bool(options.posthoc)
+
+    def check_options(self, options: argparse.Namespace) -> None:
+        if not options.posthoc:
+            raise UserError("--suite posthoc: needs --posthoc SPEC, which says how to compress")
+
+    def check(self, subject: Subject, job: Job) -> None:
+        from cllm.evaluate import posthoc
+
+        posthoc.resolve(subject, job.settings, job.options.prefix, job.device)
+
+    def run(self, subject: Subject, job: Job) -> list[Record]:
+        from cllm.evaluate import posthoc
+
+        assert job.text is not None
+        options = job.options
+        return posthoc.measure(
+            subject,
+            job.text,
+            job.settings,
+            options.posthoc,
+            job.device,
+            prefix=options.prefix,
+            generate=options.generate,
+        )
+
+    def columns(self) -> Sequence[Column[Record]]:
+        return (
+            RUN,
+            Column("method", lambda record: record["spec"], left=True),
+            SET,
+            Column("prefix/window", lambda record: f"{record['prefix']}/{record['window']}"),
+            TOKENS,
+            *(number.column() for number in self.numbers),
+            Column("error", _error),
+            Column("written", _generated),
+        )
+
+    def save(self, subject: Subject, record: Record, out: Path | None = None) -> Path:
+        from cllm.evaluate import posthoc
+
+        return posthoc.save(subject, record, out)

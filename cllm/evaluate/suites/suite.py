@@ -1,0 +1,202 @@
+"""The base of evaluation suites."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cllm.errors import UserError
+from cllm.files import inside, write_atomic
+from cllm.tables import Column, aligned
+
+if TYPE_CHECKING:
+    import torch
+
+    from cllm.evaluate.perplexity import Settings
+    from cllm.evaluate.subjects import Subject
+    from cllm.evaluate.texts import TextSet
+
+Record = dict[str, Any]
+"""The result of one measurement, as its JSON file holds it."""
+
+
+class Option:
+    """A command-line option of a suite: `Option("--depth", type=int, metavar="N", help="...")`.
+
+    Args:
+        flag: its name, with two hyphens.
+        unused: ends the message if the option is given and the suite does not run. Default: `goes with --suite NAME`.
+        keywords: as for argparse's `add_argument`.
+    """
+
+    def __init__(self, flag: str, *, unused: str = "", **keywords: Any):
+        self.flag, self.unused, self.keywords = flag, unused, keywords
+
+    @property
+    def dest(self) -> str:
+        """The name of its value among the parsed options."""
+        return self.keywords.get("dest", self.flag.removeprefix("--").replace("-", "_"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Number:
+    """A number that a suite measures, and its names."""
+
+    key: str
+    """In the record, thus in JSON."""
+    head: str
+    """Above its column in tables."""
+    form: Callable[[Any], str] = "{:.4f}".format
+    """The number in a table."""
+    tag: str | None = None
+    """In TensorBoard: `eval-SET/TAG`. None: it is not logged there."""
+
+    def column(self) -> Column[Record]:
+        """Its column in a table of records."""
+        return Column(self.head, lambda record: self.form(record[self.key]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What a suite is to measure of a subject, and how."""
+
+    settings: Settings
+    """Window, stride, batch and limit; None where not given on the command line."""
+    device: torch.device
+    options: argparse.Namespace
+    """The parsed command line, with the suite's own options."""
+    text: TextSet | None = None
+    """The set to score; None for suites that take no text."""
+
+    @property
+    def set_name(self) -> str | None:
+        """The set's name; None for suites that take no text."""
+        return None if self.text is None else self.text.name
+
+
+def perplexity_text(value: float) -> str:
+    """A perplexity in a table."""
+    return f"{value:.4g}" if value >= 1e5 else f"{value:.3f}"
+
+
+RUN = Column[Record]("run", lambda record: record["run"], left=True)
+STEP = Column[Record]("step", lambda record: "-" if record["step"] is None else str(record["step"]))
+SET = Column[Record]("set", lambda record: record["set"], left=True)
+TOKENS = Column[Record]("tokens", lambda record: f"{record['tokens_scored']:,}")
+
+
+class Suite(ABC):
+    """One way to measure a model. A subclass states its names and implements `run`.
+
+    Its module is imported for every `--help`: import torch inside of `run`.
+    """
+
+    name: ClassVar[str]
+    """As in `--suite NAME`."""
+    help: ClassVar[str]
+    """One line for `--help`."""
+    numbers: ClassVar[tuple[Number, ...]]
+    options: ClassVar[tuple[Option, ...]] = ()
+    takes_text: ClassVar[bool] = True
+    """Whether it measures on the sets that --data names (default: the subject's own); else once for each subject."""
+    compared: ClassVar[bool] = True
+    """Whether scripts/compare.py shows its numbers."""
+
+    # ---- what a suite implements
+
+    @abstractmethod
+    def run(self, subject: Subject, job: Job) -> list[Record]:
+        """Measure; one record, or several if the options ask for several measurements.
+
+        Raises:
+            UserError: if the subject or the text cannot be measured so.
+        """
+
+    def is_asked_for(self, options: argparse.Namespace) -> bool:
+        """Whether the options select the suite without `--suite`."""
+        return False
+
+    def check_options(self, options: argparse.Namespace) -> None:  # noqa: B027
+        """Refuse options that do not fit together, before torch is loaded. Raises `UserError`."""
+
+    def check(self, subject: Subject, job: Job) -> None:  # noqa: B027
+        """Refuse a subject that lacks what the suite needs, before it is measured. Raises `UserError`."""
+
+    def columns(self) -> Sequence[Column[Record]]:
+        """The columns of the suite's table."""
+        return (RUN, STEP, SET, *(number.column() for number in self.numbers))
+
+    def file(self, name: str) -> str:
+        """The path of a record's file in the folder of results.
+
+        Args:
+            name: of the set, then of the checkpoint if that is not its run's newest.
+        """
+        return f"{self.name}/{name}.json"
+
+    # ---- what every suite can use
+
+    def record(self, subject: Subject, job: Job, numbers: Record) -> Record:
+        """The record of a measurement: the facts that identify it, then `numbers`."""
+        from cllm.environment import hardware, versions
+
+        text = job.text
+        return {
+            "suite": self.name,
+            "run": subject.name,
+            "kind": subject.kind,
+            "checkpoint": subject.checkpoint,
+            "step": subject.step,
+            "design": subject.design,
+            "set": job.set_name or self.name,
+            "data": None if text is None else str(text.path),
+            "split": None if text is None else text.split,
+            **numbers,
+            "precision": subject.precision,
+            "hardware": hardware(job.device),
+            "versions": versions(),
+        }
+
+    def table(self, records: Sequence[Record]) -> str:
+        """One line for each record."""
+        return aligned(self.columns(), records)
+
+    def save(self, subject: Subject, record: Record, out: Path | None = None) -> Path:
+        """Write a record as JSON, and numbers with a tag as TensorBoard events of the run.
+
+        A checkpoint that is not its run's newest has its name in the file's name: comparisons do not read that file.
+
+        Args:
+            out: the folder; then nothing is written in the run, and no events. Default: `subject.results()`.
+
+        Returns:
+            The JSON file's path.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        name = record["set"] if subject.latest else f"{record['set']}-{Path(record['checkpoint']).stem}"
+        path = subject.results(out) / self.file(name)
+        events = None if out is not None or subject.step is None else subject.tensorboard
+        if events is not None:
+            inside(events.parent, events.name, written_in=events, to_write=True)
+        try:
+            write_atomic(path, json.dumps(record, indent=2) + "\n")
+            if events is not None:
+                self._log(events, record)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error}") from None
+        return path
+
+    def _log(self, folder: Path, record: Record) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(folder), filename_suffix=".evaluation") as writer:
+            for number in self.numbers:
+                if number.tag is not None:
+                    writer.add_scalar(f"eval-{record['set']}/{number.tag}", record[number.key], record["step"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -22,6 +23,14 @@ from cllm.posthoc.registry import parse
 def _record(run, spec, *, prefix=24, window=48, generate=0):
     point = Measurement(set_name="validation", spec=spec, prefix=prefix, window=window, generate=generate)
     return json.loads(point.path(run.path / "evaluation").read_text())
+
+
+def test_the_file_of_a_record_names_all_settings(tmp_path):
+    point = Measurement(set_name="books", spec="xkv:group=4,ratio=2+kivi:bits=4", prefix=24, window=48)
+    folder, name = tmp_path / "posthoc" / "books", "xkv-group=4-ratio=2+kivi-bits=4-p24-w48"
+    assert point.path(tmp_path) == folder / f"{name}.json"
+    point = dataclasses.replace(point, max_tokens=100, generate=8, checkpoint="step-00000020.ckpt")
+    assert point.path(tmp_path) == folder / f"{name}-n100-g8-step-00000020.json"
 
 
 @pytest.fixture

@@ -139,6 +139,12 @@ def test_a_plugin_that_cannot_be_used_is_one_line(
     assert f'plug-in cllm.posthoc "truncate" ({entry}, distribution truncate-kv 1.0)' in line
 
 
+def test_plugins_are_loaded_only_for_compression(install_package, evaluate, run) -> None:
+    install_package("truncate-kv", {"outside_truncate": "import nowhere_at_all"}, ENTRY)
+    made, _ = run()
+    assert evaluate("--run", made.path, "--device", "cpu") == 0
+
+
 def test_a_method_of_a_script_is_registered_and_may_be_defined_again() -> None:
     for sinks in (4, 2):
 

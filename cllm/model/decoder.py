@@ -275,7 +275,7 @@ class Decoder(nn.Module):
             first, last = next(iter(self._spans.items()))
             raise UserError(
                 f"chunk of a prompt is {chunk}: layers {first} to {last} read from above and take {passes} passes over "
-                f"the entire prompt, and its parts would give another result; allowed: None, or prompts of up to "
+                "the entire prompt, so that its parts give another result; allowed: None, or prompts of up to "
                 f"{passes} tokens"
             )
 

@@ -106,9 +106,7 @@ class CLLMConfig(PretrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.model = _resolved(self.model)
-        views = {
-            name: kwargs.pop(name) for name in _VIEWS if name in kwargs
-        }
+        views = {name: kwargs.pop(name) for name in _VIEWS if name in kwargs}
         super().__post_init__(**kwargs)
         for name, value in views.items():  # a file must not contradict itself
             _VIEWS[name].check(self, value)

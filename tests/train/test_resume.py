@@ -390,7 +390,7 @@ def test_a_checkpoint_is_on_the_disk_before_an_older_one_goes(tiny: Tiny, monkey
 
         return noted
 
-    from cllm import checkpoint
+    from cllm.runs import checkpoint
 
     monkeypatch.setattr(checkpoint, "sync_file", noting("file", files.sync_file))
     monkeypatch.setattr(callbacks, "sync_folder", noting("folder", files.sync_folder))

@@ -47,7 +47,7 @@ def _rename_all(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _elsewhere(folder: Path) -> None:
-    """One of two shards lies beside the folder, and the index says so."""
+    """One of two shards is outside of the folder, where the index points."""
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     places = {name: "../b.safetensors" if "norm" in name else "a.safetensors" for name in tensors}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cllm.config import OptimConfig
 from cllm.errors import UserError
-from cllm.model.sources import FusedRead
+from cllm.model.sources import Reader
 from cllm.plugins import origin, plugins
 
 GROUP = "cllm.optim"
@@ -126,7 +126,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
     Fusion weights do not decay, and their learning rate is multiplied by `fusion_lr_multiplier`.
     """
-    fusion = {id(p) for module in model.modules() if isinstance(module, FusedRead) for p in module.parameters()}
+    fusion = {id(p) for module in model.modules() if isinstance(module, Reader) for p in module.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {

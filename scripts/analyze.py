@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from cllm.environment import choose_device
     from cllm.evaluate import posthoc
+    from cllm.evaluate.outputs import png
     from cllm.evaluate.perplexity import Settings, open_sets
     from cllm.evaluate.subjects import load_subject
     from cllm.evaluate.windows import Stream
@@ -75,9 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
               "sequences": len(batches), "length": length, "kinds": kinds}  # fmt: skip
     try:
         write_atomic(files[0], json.dumps(record, indent=1) + "\n")
-        partial = folder / f".analysis.partial-{os.getpid()}.png"
-        figure(kinds).savefig(partial)
-        partial.replace(files[1])
+        write_atomic(files[1], png(figure(kinds)))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error}") from None
     for file in files:

@@ -50,7 +50,9 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{unknown[0]}: unexpected argument; --help describes the allowed ones")
         return options
 
-    def parse_beside(self, args: Sequence[str] | None, settings: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    def parse_with_settings(
+        self, args: Sequence[str] | None, settings: Sequence[str]
+    ) -> tuple[argparse.Namespace, list[str]]:
         """The options of this parser and the remaining words, which are settings such as `--train.steps 3`.
 
         A remaining word that resembles an option more than any of `settings` (names without dashes) is a misspelt

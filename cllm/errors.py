@@ -119,7 +119,7 @@ def same_word(word: str, allowed: Iterable[str]) -> str | None:
 
 
 def _near(word: str, allowed: Sequence[str]) -> str | None:
-    """The one of `allowed` of which `word` is a misspelling or an abbreviation; else None."""
+    """The word in `allowed` that `word` misspells or abbreviates; else None."""
     if same := same_word(word, allowed):
         return same
     plain = {_plain(candidate): candidate for candidate in reversed(allowed)}

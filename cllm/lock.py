@@ -77,7 +77,7 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(descriptor)
             for parent in made:
                 with contextlib.suppress(OSError):
-                    parent.rmdir()  # succeeds only where nothing was written
+                    parent.rmdir()  # succeeds only if nothing was written
 
 
 def discard_dead(folder: Path) -> None:

@@ -33,7 +33,7 @@ def parser() -> Parser:
     add("--group", type=count, nargs="+", default=[1, 2, 4, 8], help="group sizes for ranks (default: 1 2 4 8)")
     add("--energy", type=share, default=0.95, help="share of energy that the ranks keep (default: %(default)s)")
     parser.add_device()
-    add("--out", type=Path, metavar="DIR", help="where the files go (default: evaluation/ in the run's folder, "
+    add("--out", type=Path, metavar="DIR", help="folder of the files (default: evaluation/ in the run's folder, "
         "runs/evaluation/ for a Hugging Face folder)")  # fmt: skip
     return parser
 

@@ -110,7 +110,7 @@ def _locate(schema: type[BaseModel], location: tuple[Any, ...]) -> tuple[tuple[s
     """A pydantic location as a path of keys, without union tags, and the keys allowed in place of its last part."""
     path: list[str] = []
     here: list[tuple[str | None, type[BaseModel]]] = [(None, schema)]
-    beside: list[str] = []
+    siblings: list[str] = []
     annotation: Any = None
     for part in location:
         if tagged := [section for section in here if section[0] is not None and section[0] == part]:
@@ -121,18 +121,18 @@ def _locate(schema: type[BaseModel], location: tuple[Any, ...]) -> tuple[tuple[s
         path.append(str(part))
         if isinstance(part, int):
             continue
-        beside = [name for _, model in here for name in model.model_fields]
+        siblings = [name for _, model in here for name in model.model_fields]
         fields = [model.model_fields[part] for _, model in here if part in model.model_fields]
         here = [section for field in fields for section in _sections(field.annotation)]
         annotation = fields[0].annotation if fields else None
-    return tuple(path), beside
+    return tuple(path), siblings
 
 
-def _unknown_key(location: tuple[str, ...], beside: list[str], schema: type[BaseModel]) -> str:
+def _unknown_key(location: tuple[str, ...], siblings: list[str], schema: type[BaseModel]) -> str:
     """`unknown key;` and the key that was probably meant: in the same section, or of the same name in another."""
     key, word = ".".join(location), location[-1]
     keys = schema_keys(schema)
-    if same_word(word, beside) is None and key not in keys:  # the key may be that of another preset
+    if same_word(word, siblings) is None and key not in keys:  # the key may be that of another preset
         path = [part for part in location if not part.isdigit()]
 
         def in_common(other: str) -> int:
@@ -140,7 +140,7 @@ def _unknown_key(location: tuple[str, ...], beside: list[str], schema: type[Base
 
         if elsewhere := same_word(word, sorted(keys, key=in_common, reverse=True)):
             return f'unknown key; did you mean "{elsewhere}"?'
-    return f"unknown key; {nearest(word, beside)}"
+    return f"unknown key; {nearest(word, siblings)}"
 
 
 def _origin(location: tuple[str, ...], origin: Origin) -> str:
@@ -167,11 +167,11 @@ def _origins(section: tuple[str, ...], message: str, origin: Origin) -> tuple[st
 
 def _describe(error: Any, schema: type[BaseModel], origin: Origin, only_file: str) -> str:
     """One pydantic error as `file: key: the mistake, what is allowed`."""
-    location, beside = _locate(schema, error["loc"])
+    location, siblings = _locate(schema, error["loc"])
     where, key, after = _origin(location, origin), ".".join(location), ""
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        message = _unknown_key(location, beside, schema)
+        message = _unknown_key(location, siblings, schema)
     elif error["type"] == "union_tag_invalid":
         expected = [tag.strip("'") for tag in error["ctx"]["expected_tags"].split(", ")]
         key += ".preset"
@@ -268,7 +268,7 @@ class ConfigParser(Parser):
 
     def parse_settings(self, words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
         """The options, and the remaining words, which are settings. Raises `UserError` for a misspelt option."""
-        return self.parse_beside(words, list(schema_keys(self.schema)))
+        return self.parse_with_settings(words, list(schema_keys(self.schema)))
 
 
 class _Help(argparse.Action):

@@ -6,11 +6,12 @@ to, and a fusing layer reads several: FusedKV stores half of mha's cache and rea
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from cllm.config import ModelConfig
-from cllm.plan.plan import KVPlan, Latent, Own, Retention
+from cllm.plan.kinds import Source
 from cllm.plan.presets import MHA
 
 Storage = Literal["model", "fp8"]
@@ -35,32 +36,22 @@ class KVBytes:
         return self.resident / other.resident, self.read / other.read
 
 
-def slot_elements(plan: KVPlan, owner: int, head_dim: int) -> tuple[int, int]:
-    """Numbers that one token adds to the two tensors of a slot."""
-    source = plan.layers[owner].own
-    if isinstance(source, Own):
-        return source.n_kv_heads * head_dim, source.n_kv_heads * head_dim
-    if isinstance(source, Latent):
-        return source.kv_lora_rank, source.qk_rope_head_dim
-    return 0, 0
-
-
 def slot_bytes(
     config: ModelConfig, owner: int, *, bytes_per_element: int = 2, storage: Storage = "model"
 ) -> tuple[int, int]:
     """Bytes that one token adds to the two tensors of a slot; under fp8 with a bf16 factor for each vector."""
-    plan, head_dim = config.plan(), config.resolved_head_dim
-    k, v = slot_elements(plan, owner, head_dim)
+    source, head_dim = config.plan().owned(owner), config.resolved_head_dim
+    k, v = source.elements(head_dim)
     if storage == "model":
         return k * bytes_per_element, v * bytes_per_element
-    source = plan.layers[owner].own
-    vectors = source.n_kv_heads if isinstance(source, Own) else 1 if isinstance(source, Latent) else 0
-    return k + 2 * vectors, v + 2 * vectors
+    k_vectors, v_vectors = (math.prod(width[:-1]) for width in source.widths(head_dim))
+    return k + 2 * k_vectors, v + 2 * v_vectors
 
 
-def state_bytes(config: ModelConfig) -> int:
-    """Bytes of one recurrent state, always fp32."""
-    return 4 * config.n_heads * config.resolved_head_dim**2
+def state_bytes(config: ModelConfig, source: Source) -> int:
+    """Bytes of a recurrent state, always fp32; 0 for a kind that has a slot instead."""
+    shape = source.state_shape(config.n_heads, config.resolved_head_dim)
+    return 0 if shape is None else 4 * math.prod(shape)
 
 
 def kv_bytes(
@@ -76,22 +67,19 @@ def kv_bytes(
     slots = {j: slot_bytes(config, j, bytes_per_element=bytes_per_element, storage=storage) for j in plan.owners}
     resident = written = read = 0.0
     for owner in plan.owners:
-        if isinstance(plan.layers[owner].own, Retention):
-            resident, written = resident + state_bytes(config), written + state_bytes(config)
+        if state := state_bytes(config, plan.owned(owner)):
+            resident, written = resident + state, written + state
             continue
         resident += sum(slots[owner]) * min(plan.layers[owner].window or context, context)
         written += sum(slots[owner])
     for i, layer in enumerate(plan.layers):
         seen = min(layer.window or context, context)
-        source = plan.source(i)
-        if isinstance(source, Retention):
-            read += state_bytes(config)
-        elif isinstance(source, Latent):
-            read += sum(slots[plan.keys(i).layers[0]]) * seen
-        else:
-            keys = sum(slots[j][0] for j in plan.keys(i).layers)
-            values = sum(slots[j][1] for j in plan.values(i).layers)
-            read += (keys + values) * seen
+        if state := state_bytes(config, plan.source(i)):
+            read += state
+            continue
+        keys = sum(slots[j][0] for j in plan.keys(i).layers)
+        values = sum(slots[j][1] for j in plan.values(i).layers)
+        read += (keys + values) * seen
     return KVBytes(context=context, resident=resident / context, written=written, read=read / context)
 
 

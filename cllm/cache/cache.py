@@ -19,12 +19,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from cllm.cache.accounting import Storage
-from cllm.cache.slot import slot_widths
 from cllm.cache.stores import FixedSlot, GrowingSlot, SlotStore, StateStore, Step, Store
 from cllm.cache.views import CachedLayer
 from cllm.config import ModelConfig
 from cllm.errors import UserError
-from cllm.plan.plan import KVPlan, Retention
+from cllm.plan.plan import KVPlan
 
 _SLOTS_DEPEND_ON = ("d_model", "n_heads", "resolved_head_dim", "rope", "norm_eps", "qk_norm", "q_bias", "kv_bias")
 """What two models have in common, beside the KV plan, if one can go on from the other's slots."""
@@ -117,13 +116,14 @@ class KVCache(Cache):
         self.column = torch.zeros(1, dtype=torch.long, device=device)
         head_dim, fp8 = self.config.resolved_head_dim, self.storage == "fp8"
         for owner in self.plan.owners:
-            layer = self.plan.layers[owner]
-            if isinstance(layer.own, Retention):
-                self.stores[owner] = StateStore((self.config.n_heads, head_dim, head_dim), batch, device=device)
+            layer, source = self.plan.layers[owner], self.plan.owned(owner)
+            state = source.state_shape(self.config.n_heads, head_dim)
+            if state is not None:
+                self.stores[owner] = StateStore(state, batch, device=device)
                 continue
             kind: type[SlotStore] = FixedSlot if self.is_static else GrowingSlot
             size = 0 if self.max_len is None else min(layer.window or self.max_len, self.max_len)
-            widths = slot_widths(layer.own, head_dim)
+            widths = source.widths(head_dim)
             self.stores[owner] = kind(widths, batch, size, window=layer.window, dtype=dtype, fp8=fp8, device=device)
 
     # ---- what people ask --------------------------------------------------------------------------------------------

@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cllm.plan.plan import Latent, Own, Source
-
 
 class Slot(NamedTuple):
     """What one owner caches.
@@ -39,12 +37,3 @@ class Slot(NamedTuple):
 def _join(earlier: Tensor, later: Tensor | None) -> Tensor:
     assert later is not None
     return torch.cat((earlier, later), dim=1)
-
-
-def slot_widths(source: Source | None, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of a slot's two tensors for one token: ((G, D), (G, D)) or ((kv_lora_rank,), (qk_rope_head_dim,))."""
-    if isinstance(source, Own):
-        return (source.n_kv_heads, head_dim), (source.n_kv_heads, head_dim)
-    if isinstance(source, Latent):
-        return (source.kv_lora_rank,), (source.qk_rope_head_dim,)
-    raise TypeError(f"{type(source).__name__} has no slot")

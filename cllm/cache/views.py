@@ -8,7 +8,6 @@ from torch import Tensor
 
 from cllm.cache.stores import SlotStore
 from cllm.errors import UserError
-from cllm.plan.plan import Fuse, Own
 
 if TYPE_CHECKING:
     from cllm.cache.cache import KVCache
@@ -55,15 +54,15 @@ class CachedLayer:
     def _read(self, name: Literal["keys", "values"]) -> Tensor | None:
         plan, cache = self.cache.plan, self.cache
         read = plan.keys(self.layer) if name == "keys" else plan.values(self.layer)
-        if isinstance(read, Fuse):
+        if not read.is_stored:
             raise UserError(
                 f"cache.layers[{self.layer}].{name}: the layer fuses {name} of the layers {list(read.layers)}, which "
                 "are stored; its own are not"
             )
-        if not isinstance(plan.source(self.layer), Own):
+        if not plan.source(self.layer).is_plain:
             kind = type(plan.source(self.layer)).__name__.lower()
             raise UserError(f"cache.layers[{self.layer}].{name}: the layer reads a {kind}, and no {name}")
-        store = cache.stores.get(read.layer)
+        store = cache.stores.get(read.layers[0])
         if store is None or cache.seen == 0:
             return None
         assert isinstance(store, SlotStore)

@@ -7,7 +7,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from cllm.plan.plan import MAX_LAYERS, KVPlan
-from cllm.plan.presets import MHA, KVConfig
+from cllm.plan.presets import MHA
+from cllm.plan.schema import KVConfig
 from cllm.plan.shape import Shape
 from cllm.section import MAX_HEADS, MAX_TOKENS, MAX_WIDTH, Section
 

@@ -30,7 +30,7 @@ from cllm.model.attention import Context
 from cllm.model.block import Block
 from cllm.model.decoder import Decoder, recompute
 from cllm.model.sizes import model_d_ff
-from cllm.plan.plan import Retention
+from cllm.model.sources import Reader
 
 
 class CLLMLayer(Block, GradientCheckpointingLayer):
@@ -60,11 +60,10 @@ class CLLMPreTrainedModel(PreTrainedModel):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Decoder):
-            fused = {f"attention.{name}.weight" for name in ("keys", "values")}
-            names = [name for name, _ in value.named_parameters()]
-            kept = {f for f in fused if any(name.endswith(f) for name in names)}
-            self._keep_in_fp32_modules_strict = kept  # whatever the model's dtype
-            self._is_stateful = any(isinstance(layer.own, Retention) for layer in value.plan.layers)
+            readers = {name: m for name, m in value.named_modules() if isinstance(m, Reader)}
+            kept = {f"{name}.{p}" for name, m in readers.items() for p, _ in m.named_parameters()}
+            self._keep_in_fp32_modules_strict = {name.split(".", 2)[2] for name in kept}  # whatever the model's dtype
+            self._is_stateful = any(value.plan.owned(j).is_state for j in value.plan.owners)
             for block in value.blocks:
                 if type(block) is Block:
                     block.__class__ = CLLMLayer

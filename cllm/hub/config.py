@@ -17,7 +17,6 @@ from transformers import AutoConfig, PretrainedConfig
 from cllm.config import ModelConfig
 from cllm.config.load import validate
 from cllm.errors import UserError
-from cllm.plan.plan import Own
 from cllm.section import Section
 
 
@@ -60,8 +59,8 @@ def _head_dim(model: dict[str, Any]) -> int:
 
 def _kv_heads(model: dict[str, Any]) -> int:
     """The most KV heads of any owner; latents and recurrent states serve all query heads."""
-    owned = [layer.own for layer in _validated(model).plan().layers if layer.own is not None]
-    return max(own.n_kv_heads if isinstance(own, Own) else model["n_heads"] for own in owned)
+    plan = _validated(model).plan()
+    return max(plan.owned(j).kv_heads or model["n_heads"] for j in plan.owners)
 
 
 class CLLMConfig(PretrainedConfig):

@@ -29,7 +29,7 @@ from cllm.hub.model import CLLMForCausalLM
 from cllm.model.block import Block
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import count_parameters
-from cllm.model.sources import FusedRead
+from cllm.model.sources import Reader
 from cllm.runs import RunFolder, load_run
 from cllm.trust import load_tokenizer
 
@@ -175,7 +175,7 @@ def _with_token_ids(
 
 
 def _to_bf16(decoder: Decoder) -> None:
-    kept = {id(p) for module in decoder.modules() if isinstance(module, FusedRead) for p in module.parameters()}
+    kept = {id(p) for module in decoder.modules() if isinstance(module, Reader) for p in module.parameters()}
     for parameter in decoder.parameters():
         if id(parameter) not in kept:
             parameter.data = parameter.data.to(torch.bfloat16)

@@ -26,8 +26,9 @@ from cllm.kernels.decode import Stored, Visible, decode_attention
 from cllm.kernels.retention import gated_retention, gated_retention_from
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope, rope_table
-from cllm.model.sources import FusedRead, make_owner, make_read
-from cllm.plan.plan import KVPlan, Latent, Own, Retention
+from cllm.model.sources import make_owner, make_read
+from cllm.plan.kinds import Latent, Retention, Source, mixer_module
+from cllm.plan.plan import KVPlan
 
 
 @dataclass(slots=True)
@@ -83,8 +84,7 @@ class Context:
         `sizes` are the tokens in the slot of each owner as readers will see it; the tokens of this pass by default.
         """
         for i, layer in enumerate(plan.layers):
-            source = plan.source(i)
-            self.rope(source.qk_rope_head_dim if isinstance(source, Latent) else head_dim)
+            self.rope(plan.source(i).rope_dim(head_dim))
             size = self.length if sizes is None else min((sizes[j] for j in plan.reads(i) if j in sizes), default=0)
             if size and self.decodes:
                 self.visible(layer.window, plan.reads_above(i), size)
@@ -161,21 +161,22 @@ class _Mixer(nn.Module):
         return [slot.map(lambda t: t[:, t.shape[1] - size :]) for slot in slots], size
 
 
+@mixer_module(Source)
 class Attention(_Mixer):
     """Softmax attention over keys and values that the plan names."""
 
     def __init__(self, config: ModelConfig, plan: KVPlan, layer: int):
         super().__init__(config, plan, layer)
-        source = plan.source(layer)
-        assert isinstance(source, Own)
+        kv_heads = plan.source(layer).kv_heads
+        assert kv_heads is not None, f"layer {layer} reads no keys and values"
         self.head_dim = config.resolved_head_dim
         width = config.n_heads * self.head_dim
         self.q_proj = nn.Linear(config.d_model, width, bias=config.q_bias)
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.keys = make_read(plan.keys(layer), "k", self.places, source.n_kv_heads, self.head_dim)
-        self.values = make_read(plan.values(layer), "v", self.places, source.n_kv_heads, self.head_dim)
+        self.keys = make_read(plan.keys(layer), "k", self.places, kv_heads, self.head_dim)
+        self.values = make_read(plan.values(layer), "v", self.places, kv_heads, self.head_dim)
         self.o_proj = nn.Linear(width, config.d_model, bias=False)
-        self.fuses = isinstance(self.keys, FusedRead) or isinstance(self.values, FusedRead)
+        self.fuses = plan.fuses(layer)
 
     def forward(
         self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context, store: Store | None = None
@@ -227,13 +228,13 @@ def _keep_kernels() -> Any:
     return create_selective_checkpoint_contexts(policy)
 
 
+@mixer_module(Latent)
 class LatentAttention(_Mixer):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1.2-2.1.3), in expanded form."""
 
     def __init__(self, config: ModelConfig, plan: KVPlan, layer: int):
         super().__init__(config, plan, layer)
-        latent = plan.source(layer)
-        assert isinstance(latent, Latent)
+        latent = plan.reading(Latent)[layer]
         self.place = self.places[plan.keys(layer).layers[0]]
         self.n_heads, self.latent = config.n_heads, latent
         width = config.n_heads * (latent.qk_nope_head_dim + latent.qk_rope_head_dim)
@@ -297,6 +298,7 @@ def _as_matrix(module: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Ten
     return (rows - bias).T, bias[0]
 
 
+@mixer_module(Retention)
 class GatedRetention(_Mixer):
     """Gated retention (YOCO, arXiv 2405.05254, section 3.2): for each head a recurrent state that decays by
     γ = σ(W x)^(1/16) and a norm without weights; then a swish gate."""
@@ -371,5 +373,4 @@ def way_to_attend(keys: Sequence[Stored], values: Sequence[Stored]) -> Callable[
 
 def make_mixer(config: ModelConfig, plan: KVPlan, layer: int) -> _Mixer:
     """The mixer for the kind of slot that a layer reads."""
-    kinds: dict[type, type[_Mixer]] = {Own: Attention, Latent: LatentAttention, Retention: GatedRetention}
-    return kinds[type(plan.source(layer))](config, plan, layer)
+    return mixer_module.of(plan.source(layer))(config, plan, layer)

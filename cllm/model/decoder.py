@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cllm.cache.slot import Slot, slot_widths
+from cllm.cache.slot import Slot
 from cllm.cache.stores import SlotStore, Step
 from cllm.config import ModelConfig
 from cllm.errors import UserError
@@ -367,7 +367,7 @@ class Decoder(nn.Module):
 
     def _empty_slot(self, owner: int, x: Tensor, context: Context, cache: KVCache | None) -> Slot:
         """Zeros for the new tokens of `owner`, after those that the cache holds."""
-        widths = slot_widths(self.plan.layers[owner].own, self.config.resolved_head_dim)
+        widths = self.plan.owned(owner).widths(self.config.resolved_head_dim)
         empty = Slot(*(x.new_zeros((*x.shape[:2], *width), dtype=self._dtype()) for width in widths))
         if cache is None:
             return empty

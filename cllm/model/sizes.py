@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.model.decoder import Decoder
-from cllm.plan.plan import Latent, Own
 from cllm.plan.presets import MHA
 
 
@@ -130,17 +129,9 @@ def layer_flops_per_token(model: Decoder, seq_len: int) -> list[float]:
     totals = []
     for i, block in enumerate(model.blocks):
         weights = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
-        source, d = plan.source(i), config.resolved_head_dim
         window = min(plan.layers[i].window or seq_len, seq_len)
         seen = window - window * (window - 1) / (2 * seq_len)
-        if isinstance(source, Own):
-            attention = 2 * config.n_heads * 2 * d * seen
-        elif isinstance(source, Latent):
-            attention = (
-                2 * config.n_heads * (source.qk_nope_head_dim + source.qk_rope_head_dim + source.v_head_dim) * seen
-            )
-        else:
-            attention = 4.0 * config.n_heads * d * d
+        attention = plan.source(i).attention_flops(config.n_heads, config.resolved_head_dim, seen)
         totals.append(2 * weights + attention)
     return totals
 

@@ -1,26 +1,27 @@
-"""Where keys and values come from, as modules: what owners write and what readers read.
+"""Where keys and values come from, as modules: owners write slots, readers turn slots into keys or values.
 
-A `Slot` is what one owner caches for a stretch of tokens. `OwnKV` and `OwnLatent` write slots; `SharedRead` and
-`FusedRead` turn one or more slots into the keys or the values of a layer. Keys are stored after RoPE, so reading them
-never needs positions.
+Keys are stored after RoPE, so reading them never needs positions.
 
 Shapes: B batch, T tokens, G KV heads, D channels of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cllm.cache.slot import Slot
+from cllm.cache.stores import from_fp8
 from cllm.config import ModelConfig
 from cllm.kernels.decode import Stored
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope
-from cllm.plan.plan import Fuse, Latent, Own, Read, Share, Source
+from cllm.plan.kinds import Fuse, Latent, Own, Read, Retention, Share, Source, owner_module, read_module
+
+Part = Literal["k", "v"]
 
 
 class RopeTables(Protocol):
@@ -29,6 +30,7 @@ class RopeTables(Protocol):
     def __call__(self, dim: int) -> tuple[Tensor, Tensor]: ...
 
 
+@owner_module(Own)
 class OwnKV(nn.Module):
     """Projects a layer's own keys and values."""
 
@@ -51,6 +53,7 @@ class OwnKV(nn.Module):
         return Slot(apply_rope(k, rope(self.head_dim)), v)
 
 
+@owner_module(Latent)
 class OwnLatent(nn.Module):
     """Projects a layer's own latent and its RoPE key: DeepSeek-V2 (arXiv 2405.04434), eq. 9 and 15."""
 
@@ -69,37 +72,73 @@ class OwnLatent(nn.Module):
 
 def make_owner(config: ModelConfig, source: Source | None) -> nn.Module | None:
     """The module that writes a layer's slot, or None for a layer that owns none."""
-    if isinstance(source, Own):
-        return OwnKV(config, source)
-    if isinstance(source, Latent):
-        return OwnLatent(config, source)
-    return None
+    return None if source is None else owner_module.of(source)(config, source)
 
 
-class SharedRead(nn.Module):
-    """K = K_j: one owner's keys or values as they are."""
+@owner_module(Retention)
+def _no_owner(config: ModelConfig, source: Retention) -> None:
+    """A recurrent state is written by its mixer."""
 
-    def __init__(self, place: int, part: Literal["k", "v"]):
+
+class Reader(nn.Module):
+    """The keys, or the values, of a layer, made from slots.
+
+    A subclass computes `forward`. In decoding, the default makes the tensor that the layer reads anew for every token;
+    a subclass that is linear in the stored tensors may override `queries`, `stored` and `combine` instead. Readers'
+    parameters get no weight decay and a learning rate of their own, and exports keep them in fp32.
+    """
+
+    def __init__(self, places: Sequence[int], part: Part):
         super().__init__()
-        self.place, self.part = place, part
+        self.places, self.part = tuple(places), part
 
     def forward(self, slots: Sequence[Slot]) -> Tensor:
-        return getattr(slots[self.place], self.part)
+        """(B, T, G, D) in the slots' dtype."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters of this module itself; submodules draw their own."""
+
+    def parts(self, slots: Sequence[Slot]) -> list[Tensor]:
+        """The tensors (B, T, G, D) of the slots that this read is made of, in the order of `Read.layers`."""
+        return [getattr(slots[place], self.part) for place in self.places]
 
     def queries(self, q: Tensor) -> list[Tensor]:
         """Queries (B, H, D) for each tensor of `stored`: all as they are."""
         return [q]
 
     def stored(self, slots: Sequence[Slot]) -> list[Stored]:
-        """The tensors that this read is made of, as they lie in the cache."""
-        return [_stored(slots[self.place], self.part)]
+        """The tensors that decoding attends to: those in the cache, or made from them."""
+        return [Stored(self([_unpacked(slot) for slot in slots]))]
 
     def combine(self, outputs: Sequence[Tensor]) -> Tensor:
         """Attention's output (B, H, D) from the outputs over each tensor of `stored`."""
         return outputs[0]
 
 
-class FusedRead(nn.Module):
+def _unpacked(slot: Slot) -> Slot:
+    """A slot as plain tensors: fp8 numbers times their factors, compressed data rebuilt."""
+    k, v = (t if isinstance(t, Tensor) else t[:] for t in (slot.k, slot.v))
+    if slot.k_scale is None or slot.v_scale is None:
+        return Slot(k, v)
+    return Slot(from_fp8(k, slot.k_scale, slot.k_scale.dtype), from_fp8(v, slot.v_scale, slot.v_scale.dtype))
+
+
+class SharedRead(Reader):
+    """K = K_j: one owner's keys or values as they are."""
+
+    def __init__(self, place: int, part: Part):
+        super().__init__((place,), part)
+
+    def forward(self, slots: Sequence[Slot]) -> Tensor:
+        return self.parts(slots)[0]
+
+    def stored(self, slots: Sequence[Slot]) -> list[Stored]:
+        """One tensor, as it lies in the cache."""
+        return [_stored(slots[self.places[0]], self.part)]
+
+
+class FusedRead(Reader):
     """K = Σ_j a_j ⊙ K_j over owners (FusedKV, arXiv 2512.03870, eq. 3-5), computed in fp32.
 
     Weights depend on the layer and the channel, never on data; the optimizer gives the parameters of this class no
@@ -109,9 +148,9 @@ class FusedRead(nn.Module):
     `weight` is (sources, 1 or G, n): n is 1 for `scalar`, else D/2 for keys, one a pair, and D for values.
     """
 
-    def __init__(self, read: Fuse, places: Sequence[int], part: Literal["k", "v"], n_kv_heads: int, head_dim: int):
-        super().__init__()
-        self.places, self.part, self.init = tuple(places), part, read.init
+    def __init__(self, read: Fuse, places: Sequence[int], part: Part, n_kv_heads: int, head_dim: int):
+        super().__init__(places, part)
+        self.init = read.init
         self.tied_pairs = part == "k" and read.granularity == "channel"
         channels = 1 if read.granularity == "scalar" else head_dim // 2 if self.tied_pairs else head_dim
         shape = (len(read.layers), n_kv_heads if read.per_head else 1, channels)
@@ -135,7 +174,7 @@ class FusedRead(nn.Module):
 
     def forward(self, slots: Sequence[Slot]) -> Tensor:
         """(B, T, G, D) in the slots' dtype."""
-        parts = [getattr(slots[place], self.part) for place in self.places]
+        parts = self.parts(slots)
         total = sum(w * part.float() for w, part in zip(self.channel_weights(), parts, strict=True))
         assert isinstance(total, Tensor)
         return total.to(parts[0].dtype)
@@ -163,18 +202,24 @@ class FusedRead(nn.Module):
         return weights if heads == 1 else weights.repeat_interleave(n_heads // heads, dim=1)
 
 
-def _stored(slot: Slot, part: Literal["k", "v"]) -> Stored:
+def _stored(slot: Slot, part: Part) -> Stored:
     return Stored(slot.k, slot.k_scale) if part == "k" else Stored(slot.v, slot.v_scale)
 
 
-def make_read(
-    read: Read, part: Literal["k", "v"], places: dict[int, int], n_kv_heads: int, head_dim: int
-) -> SharedRead | FusedRead:
+@read_module(Share)
+def _shared(read: Share, part: Part, places: Sequence[int], n_kv_heads: int, head_dim: int) -> SharedRead:
+    return SharedRead(places[0], part)
+
+
+@read_module(Fuse)
+def _fused(read: Fuse, part: Part, places: Sequence[int], n_kv_heads: int, head_dim: int) -> FusedRead:
+    return FusedRead(read, places, part, n_kv_heads, head_dim)
+
+
+def make_read(read: Read, part: Part, places: Mapping[int, int], n_kv_heads: int, head_dim: int) -> Reader:
     """The module that reads the keys (`k`) or values (`v`) of a layer.
 
     `places` says where each owner's slot stands in the sequence that the layer is handed. Modules know places and not
     layers, so that layers that do the same are the same code and compile once.
     """
-    if isinstance(read, Share):
-        return SharedRead(places[read.layer], part)
-    return FusedRead(read, [places[j] for j in read.layers], part, n_kv_heads, head_dim)
+    return read_module.of(read)(read, part, [places[j] for j in read.layers], n_kv_heads, head_dim)

@@ -1,10 +1,12 @@
 """The KV plan as plain data: which layer owns keys and values, and which slots each layer reads.
 
-plan.py      owners, reads, `KVPlan`, and every refusal
-explicit.py  `model.kv.layers`: the plan spelled out
-presets.py   `model.kv.preset`: published plans by name
-shape.py     what presets and explicit plans share
+kinds.py     kinds of sources and reads: `Own`, `Latent`, `Retention`; `Share`, `Fuse`; each answers for itself
+plan.py      `KVPlan`: one entry per layer, the questions it answers, every refusal
+presets/     published plans by name: `model.kv.preset`
+explicit.py  a plan spelled out layer by layer: `model.kv.layers`
+schema.py    everything `model.kv` may say, plug-ins included
+shape.py     settings that presets and explicit plans share
 describe.py  a plan as a table, a drawing and a figure
 
-Imports errors and the section base; never torch.
+Imports the base modules and the section base; never torch.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from cllm.plan.plan import KVPlan, Latent, Own, Read, Share
+from cllm.plan.plan import KVPlan
 from cllm.tables import Column, aligned
 
 if TYPE_CHECKING:
@@ -14,20 +14,7 @@ if TYPE_CHECKING:
 
 def _source_text(plan: KVPlan, i: int) -> str:
     own = plan.layers[i].own
-    if own is None:
-        return "-"
-    if isinstance(own, Own):
-        heads = f"{own.n_kv_heads} KV head{'s' if own.n_kv_heads > 1 else ''}"
-        return heads + (", own norm" if own.kv_norm else "")
-    if isinstance(own, Latent):
-        return f"latent {own.kv_lora_rank} + {own.qk_rope_head_dim}"
-    return "recurrent state"
-
-
-def _read_text(read: Read, i: int) -> str:
-    if isinstance(read, Share):
-        return "own" if read.layer == i else str(read.layer)
-    return "fuse " + " + ".join(map(str, read.layers))
+    return "-" if own is None else own.text
 
 
 def plan_rows(plan: KVPlan) -> list[tuple[str, str, str, str, str]]:
@@ -37,7 +24,7 @@ def plan_rows(plan: KVPlan) -> list[tuple[str, str, str, str, str]]:
         sees = "all" if layer.window is None else f"last {layer.window}"
         if plan.reads_above(i):
             sees += " but itself"
-        row = (_source_text(plan, i), _read_text(plan.keys(i), i), _read_text(plan.values(i), i), sees)
+        row = (_source_text(plan, i), plan.keys(i).text(i), plan.values(i).text(i), sees)
         if rows and rows[-1][1] == row:
             rows[-1][0].append(i)
         else:
@@ -88,7 +75,7 @@ def plan_figure(plan: KVPlan, title: str) -> Figure:
     axes = figure.subplots()
     for i in range(n):
         own = plan.layers[i].own
-        color = "tab:blue" if isinstance(own, Own) else "white" if own is None else "tab:green"
+        color = "white" if own is None else "tab:blue" if own.is_plain else "tab:green"
         axes.barh(i, 1.6, left=-0.8, height=0.7, color=color, edgecolor="black", alpha=0.85)
         label = f"{i}" if own is None else f"{i}  {_source_text(plan, i)}"
         axes.text(0, i, label, ha="center", va="center", fontsize=8, color="black" if own is None else "white")

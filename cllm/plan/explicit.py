@@ -10,92 +10,61 @@ model:
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, create_model
 
 from cllm.errors import PlanError
-from cllm.plan.plan import (
-    Fuse,
-    FusionInit,
-    Granularity,
-    KVPlan,
-    Latent,
-    LayerPlan,
-    Own,
-    Read,
-    Retention,
-    Share,
-    layer_range,
-    ranges,
-)
+from cllm.plan.kinds import READS, SOURCES, Read, Share
+from cllm.plan.plan import KVPlan, LayerPlan, layer_range, ranges
 from cllm.plan.shape import IterationsConfig, Shape
-from cllm.section import MAX_HEADS, MAX_TOKENS, MAX_WIDTH, Section
+from cllm.section import MAX_TOKENS, Section
+
+_KINDS: dict[str, Any] = {
+    kind.key: (kind.Settings | None, Field(None, description=kind.Settings.__doc__)) for kind in SOURCES.values()
+}
+_OPTIONS: dict[str, Any] = {
+    name: (field.annotation, field) for kind in READS.values() for name, field in kind.Settings.model_fields.items()
+}
 
 
-class OwnConfig(Section):
-    """The layer projects its own keys and values."""
-
-    n_kv_heads: int | None = Field(None, ge=1, le=MAX_HEADS)
-    """KV heads; null: as many as query heads."""
-    kv_norm: bool = False
-    """An RMSNorm of their own for K and V."""
-
-
-class LatentConfig(Section):
-    """The layer owns a low-rank latent (MLA)."""
-
-    kv_lora_rank: int = Field(ge=1, le=MAX_WIDTH)
-    """Width of the cached latent."""
-    q_lora_rank: int | None = Field(None, ge=1, le=MAX_WIDTH)
-    """Rank of the query projection; null: full rank."""
-    qk_nope_head_dim: int = Field(ge=1, le=MAX_WIDTH)
-    """Channels of a query head without position."""
-    qk_rope_head_dim: int = Field(ge=2, le=MAX_WIDTH, multiple_of=2)
-    """Channels of the decoupled RoPE key."""
-    v_head_dim: int = Field(ge=1, le=MAX_WIDTH)
-    """Channels of a value head."""
-
-
-class RetentionConfig(Section):
-    """The layer keeps a recurrent state (gated retention)."""
-
-
-class ReadConfig(Section):
-    """Where keys or values come from: `{share: 11}` or `{fuse: [0, 11]}`."""
-
-    share: int | None = None
-    """The owner whose slot is read as it is."""
-    fuse: list[int] | None = None
-    """The owners whose slots are summed with learned weights."""
-    granularity: Granularity | None = None
-    """With `fuse`: `channel` (default) or `scalar`."""
-    per_head: bool | None = None
-    """With `fuse`: weights of its own for every KV head (default false)."""
-    init: FusionInit | None = None
-    """With `fuse`: `lite` (default), `mean` or `randn`."""
-
-    def read(self, where: str) -> Read:
-        if (self.share is None) == (self.fuse is None):
-            raise PlanError(f"{where}: needs either share or fuse, and not both")
-        options = {k: v for k in ("granularity", "per_head", "init") if (v := getattr(self, k)) is not None}
-        if self.fuse is not None:
-            return Fuse(tuple(self.fuse), **options)
-        if options:
-            raise PlanError(f"{where}: {', '.join(options)} go with fuse, not with share")
-        assert self.share is not None
-        return Share(self.share)
-
-
-class LayerConfig(Section):
-    """One entry of `model.kv.layers`."""
-
+class _Layers(Section):
     layers: int | str | list[int]
     """The layers that this entry describes: 3, "0-11" or [0, 2, 4]."""
-    own: OwnConfig | None = None
-    """The layers own keys and values; `own: {}` is enough."""
-    latent: LatentConfig | None = None
-    """The layers own a latent."""
-    retention: RetentionConfig | None = None
-    """The layers keep a recurrent state."""
+
+
+if TYPE_CHECKING:
+
+    class _Reads(Section):
+        """A field for every option of a kind of read."""
+
+    class _Owning(_Layers):
+        """A field for every kind of source."""
+else:
+    _Reads = create_model("_Reads", __base__=Section, **_OPTIONS)
+    _Owning = create_model("_Owning", __base__=_Layers, **_KINDS)
+
+
+class ReadConfig(_Reads):
+    """Where keys or values come from: `{share: 11}` or `{fuse: [0, 11]}`."""
+
+    def read(self, where: str) -> Read:
+        given = {name: value for name in _OPTIONS if (value := getattr(self, name)) is not None}
+        kinds = [kind for kind in READS.values() if kind.key in given]
+        if len(kinds) != 1:
+            raise PlanError(f"{where}: needs either {' or '.join(READS)}, and not both")
+        (kind,) = kinds
+        layers = given.pop(kind.key)
+        for other in READS.values():
+            wrong = [n for n in given if n in other.Settings.model_fields and n not in kind.Settings.model_fields]
+            if wrong:
+                raise PlanError(f"{where}: {', '.join(wrong)} go with {other.key}, not with {kind.key}")
+        return kind.from_settings(layers, given)
+
+
+class LayerConfig(_Owning):
+    """One entry of `model.kv.layers`."""
+
     keys: ReadConfig | None = None
     """Where the keys come from; an owner may leave it out."""
     values: ReadConfig | None = None
@@ -104,17 +73,10 @@ class LayerConfig(Section):
     """Sliding window in tokens; null: full attention."""
 
     def plan(self, index: int, shape: Shape) -> LayerPlan:
-        owned = [s for s in (self.own, self.latent, self.retention) if s is not None]
+        owned = {key: settings for key in SOURCES if (settings := getattr(self, key)) is not None}
         if len(owned) > 1:
-            raise PlanError(f"layer {index}: names more than one of own, latent, retention")
-        source = owned[0] if owned else None
-        own: Own | Latent | Retention | None = None
-        if isinstance(source, OwnConfig):
-            own = Own(n_kv_heads=source.n_kv_heads or shape.n_heads, kv_norm=source.kv_norm)
-        elif isinstance(source, LatentConfig):
-            own = Latent(**source.model_dump())
-        elif isinstance(source, RetentionConfig):
-            own = Retention()
+            raise PlanError(f"layer {index}: names more than one of {', '.join(SOURCES)}")
+        own = next((SOURCES[key].from_settings(settings, shape) for key, settings in owned.items()), None)
         keys = self.keys.read(f"layer {index}: keys") if self.keys else None
         values = self.values.read(f"layer {index}: values") if self.values else None
         if own is None and (keys is None or values is None):
@@ -147,3 +109,21 @@ class Explicit(Section):
             raise PlanError(f"layer {missing[0]}: not described in model.kv.layers (missing: [{ranges(missing)}])")
         iterations = self.iterations.plan() if self.iterations else None
         return KVPlan.of([found[i] for i in range(shape.n_layers)], iterations)
+
+
+def plan_entries(plan: KVPlan) -> list[dict[str, Any]]:
+    """`model.kv.layers` for a plan: one entry for all layers that do the same."""
+    entries: list[dict[str, Any]] = []
+    for i, layer in enumerate(plan.layers):
+        entry: dict[str, Any] = {} if layer.own is None else {layer.own.key: layer.own.settings()}
+        for half, read in (("keys", plan.keys(i)), ("values", plan.values(i))):
+            if read != Share(i):
+                entry[half] = read.settings()
+        if layer.window is not None:
+            entry["window"] = layer.window
+        same = next((e for e in entries if {k: v for k, v in e.items() if k != "layers"} == entry), None)
+        if same is None:
+            entries.append({"layers": [i], **entry})
+        else:
+            same["layers"].append(i)
+    return entries

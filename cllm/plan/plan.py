@@ -17,73 +17,36 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from cllm.errors import PlanError
+from cllm.plan.kinds import Fuse, Latent, Own, Read, Retention, Share, Source
+from cllm.plan.shape import Iterations
 
-Granularity = Literal["scalar", "channel"]
-FusionInit = Literal["lite", "randn", "mean"]
+__all__ = [
+    "MAX_LAYERS",
+    "Fuse",
+    "Half",
+    "Iterations",
+    "KVPlan",
+    "Latent",
+    "LayerPlan",
+    "Own",
+    "Read",
+    "Retention",
+    "Share",
+    "Source",
+    "layer_range",
+    "ranges",
+]
+
+Kind = TypeVar("Kind", bound=Source)
+ReadKind = TypeVar("ReadKind", bound=Read)
+
 Half = Literal["keys", "values"]
 
 MAX_LAYERS = 4096
 """Layers that a model may have."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Own:
-    """A slot of post-RoPE keys and values, (B, T, n_kv_heads, head_dim) each, projected by the layer itself."""
-
-    n_kv_heads: int
-    kv_norm: bool = False
-    """Normalise the residual stream for K and V with an RMSNorm of their own instead of the layer's (CLA, YOCO)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Latent:
-    """A slot of one low-rank latent and one RoPE key for all heads: MLA (DeepSeek-V2, arXiv 2405.04434, section 2.1).
-
-    The slot holds c (B, T, kv_lora_rank) and k_rope (B, T, qk_rope_head_dim). Every layer that reads the slot expands
-    it with up-projections of its own, which decoding absorbs into its queries and output.
-    """
-
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    q_lora_rank: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Retention:
-    """A recurrent state (n_heads, head_dim, head_dim) instead of a cache: gated retention (YOCO, arXiv 2405.05254)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """Read the slot of one owner as it is."""
-
-    layer: int
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return (self.layer,)
-
-
-@dataclass(frozen=True, slots=True)
-class Fuse:
-    """Read a sum over owners with learned weights, K = Σ_j a_j ⊙ K_j (FusedKV, arXiv 2512.03870, eq. 3)."""
-
-    layers: tuple[int, ...]
-    granularity: Granularity = "channel"
-    """`channel`: a weight for every channel (for keys: for every rotated pair); `scalar`: one for the whole head."""
-    per_head: bool = False
-    """Weights of its own for every KV head, instead of one set for all of them."""
-    init: FusionInit = "lite"
-    """`lite`: FusedKV-Lite, all keys from the last source and all values from the first; `mean`; `randn`: N(0, 1)."""
-
-
-Source = Own | Latent | Retention
-Read = Share | Fuse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,14 +58,6 @@ class LayerPlan:
     values: Read | None = None
     window: int | None = None
     """Tokens that a query sees, itself included; `None` is full causal attention. Also what a slot has to keep."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Iterations:
-    """How a cyclic plan trains: passes over the cyclic layers without and with gradients (LCKV's m and b)."""
-
-    forward: int = 7
-    backward: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,18 +114,42 @@ class KVPlan:
         return tuple(j for j in self.reads(i) if j != i)
 
     def fuses(self, i: int) -> bool:
-        """Whether the keys or the values that layer `i` reads are fused."""
-        return isinstance(self.keys(i), Fuse) or isinstance(self.values(i), Fuse)
+        """Whether the keys or the values that layer `i` reads are made from slots, and not a slot as it is stored."""
+        return not (self.keys(i).is_stored and self.values(i).is_stored)
+
+    def reads_itself(self, i: int) -> bool:
+        """Whether layer `i` owns a plain slot and reads that one, as it is, and no other."""
+        own = self.layers[i].own
+        return own is not None and own.is_plain and self.reads(i) == (i,)
 
     def source(self, i: int) -> Source:
-        """What kind of slot layer `i` reads. All slots that one layer reads are of one kind."""
-        own = self.layers[self.keys(i).layers[0]].own
-        assert own is not None
+        """The kind of slot that layer `i` reads. All slots that one layer reads are of one kind."""
+        return self.owned(self.keys(i).layers[0])
+
+    def owned(self, i: int) -> Source:
+        """The kind of slot that layer `i` owns; it must own one."""
+        own = self.layers[i].own
+        assert own is not None, f"layer {i} owns nothing"
         return own
+
+    def reading(self, kind: type[Kind]) -> dict[int, Kind]:
+        """The layers that read slots of a kind, each with what it reads."""
+        return {i: source for i in range(len(self)) if isinstance(source := self.source(i), kind)}
+
+    def reads_by(self, kind: type[ReadKind]) -> dict[tuple[int, Half], ReadKind]:
+        """The reads of a kind, by layer and half (`keys` or `values`)."""
+        reads: dict[tuple[int, Half], Read] = {(i, "keys"): self.keys(i) for i in range(len(self))}
+        reads |= {(i, "values"): self.values(i) for i in range(len(self))}
+        return {place: read for place, read in reads.items() if isinstance(read, kind)}
 
     @property
     def owners(self) -> tuple[int, ...]:
         return tuple(i for i, layer in enumerate(self.layers) if layer.own is not None)
+
+    @property
+    def borrowers(self) -> tuple[int, ...]:
+        """The layers that own nothing and read the slots of others."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.own is None)
 
     @property
     def shared(self) -> frozenset[int]:
@@ -219,16 +198,15 @@ class KVPlan:
             raise PlanError(f"layer {i}: window is {layer.window}; allowed: 1 or more, or null for full attention")
         for what, read in (("keys", self.keys(i)), ("values", self.values(i))):
             self._check_read(i, what, read)
-        sources = {j: self.layers[j].own for j in self.reads(i)}
-        if any(not isinstance(own, Own) for own in sources.values()):
+        if not all(self.owned(j).is_plain for j in self.reads(i)):
             self._check_opaque(i)
         for what, read in (("keys", self.keys(i)), ("values", self.values(i))):
             self._check_shapes(i, what, read)
-        if isinstance(layer.own, Retention) and self.reads(i) != (i,):
+        if layer.own is not None and layer.own.is_state and self.reads(i) != (i,):
             raise PlanError(
-                f"layer {i}: keeps a recurrent state and reads layer {self.reads(i)[0]}; it can do only one"
+                f"layer {i}: keeps a {layer.own.noun} and reads layer {self.reads(i)[0]}; it can do only one"
             )
-        key_heads, value_heads = (self._kv_heads(read.layers[0]) for read in (self.keys(i), self.values(i)))
+        key_heads, value_heads = (self.owned(read.layers[0]).kv_heads for read in (self.keys(i), self.values(i)))
         if key_heads != value_heads:
             raise PlanError(
                 f"layer {i}: its keys have {key_heads} KV heads (slot {self.keys(i).layers[0]}) and its values "
@@ -236,10 +214,7 @@ class KVPlan:
             )
 
     def _check_read(self, i: int, what: str, read: Read) -> None:
-        if not read.layers:
-            raise PlanError(f"layer {i}: {what}: fuse names no layer; name at least one owner")
-        if len(set(read.layers)) != len(read.layers):
-            raise PlanError(f"layer {i}: {what}: fuse names a layer twice: {list(read.layers)}")
+        read.check(f"layer {i}: {what}")
         for j in read.layers:
             if not 0 <= j < len(self):
                 raise PlanError(f"layer {i}: {what} come from layer {j}; the model has layers 0 to {len(self) - 1}")
@@ -254,33 +229,31 @@ class KVPlan:
                 raise PlanError(f"layer {i}: has {seen}, but its {what} come from layer {j}, which keeps {kept} tokens")
 
     def _check_shapes(self, i: int, what: str, read: Read) -> None:
-        if len({self._kv_heads(j) for j in read.layers}) > 1:
+        heads = {j: self.owned(j).kv_heads for j in read.layers}
+        if len(set(heads.values())) > 1:
             raise PlanError(
                 f"layer {i}: {what}: cannot fuse slots of different shapes: "
-                + ", ".join(f"layer {j} has {self._kv_heads(j)} KV heads" for j in read.layers)
+                + ", ".join(f"layer {j} has {n} KV heads" for j, n in heads.items())
             )
 
     def _check_opaque(self, i: int) -> None:
-        """Latents and recurrent states are read whole, and a state only by its own layer."""
+        """Slots that are not keys and values are read as one; a recurrent state by its own layer only."""
         keys, values = self.keys(i), self.values(i)
         for j in self.reads(i):
-            own = self.layers[j].own
-            if isinstance(own, Own):
+            own = self.owned(j)
+            if own.is_plain:
                 continue
-            kind = "a latent" if isinstance(own, Latent) else "a recurrent state"
-            if isinstance(keys, Fuse) or isinstance(values, Fuse):
-                raise PlanError(f"layer {i}: fuses the slot of layer {j}, which is {kind}; only keys and values fuse")
+            if self.fuses(i):
+                raise PlanError(
+                    f"layer {i}: fuses the slot of layer {j}, which is a {own.noun}; only keys and values fuse"
+                )
             if keys != values:
                 raise PlanError(
-                    f"layer {i}: keys come from layer {keys.layer} and values from layer {values.layer}; {kind} is "
-                    f"read whole, so name layer {j} for both"
+                    f"layer {i}: keys come from layer {keys.layers[0]} and values from layer {values.layers[0]}; a "
+                    f"{own.noun} is read whole, so name layer {j} for both"
                 )
-            if isinstance(own, Retention) and i != j:
-                raise PlanError(f"layer {i}: reads layer {j}, whose recurrent state no other layer can share")
-
-    def _kv_heads(self, owner: int) -> int | None:
-        own = self.layers[owner].own
-        return own.n_kv_heads if isinstance(own, Own) else None
+            if not own.is_shareable and i != j:
+                raise PlanError(f"layer {i}: reads layer {j}, whose {own.noun} no other layer can share")
 
     def _check_iterations(self) -> None:
         cyclic = [i for i in range(len(self)) if self.reads_above(i)]
@@ -297,8 +270,8 @@ class KVPlan:
             )
         for first, last in self.cyclic_spans():
             for i in range(first, last + 1):
-                if isinstance(self.layers[i].own, Retention):
-                    raise PlanError(f"layer {i}: a recurrent state inside the cyclic layers {first} to {last}")
+                if (own := self.layers[i].own) is not None and own.is_state:
+                    raise PlanError(f"layer {i}: a {own.noun} inside the cyclic layers {first} to {last}")
 
     def _check_halves(self) -> None:
         """Every projection of every layer must have a gradient.

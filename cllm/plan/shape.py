@@ -6,17 +6,24 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from cllm.plan.plan import Iterations
 from cllm.section import MAX_PASSES, Section
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """What a preset may know of the model."""
+    """The part of a model's shape that a plan may depend on."""
 
     n_layers: int
     n_heads: int
     head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Iterations:
+    """Training of a cyclic plan: passes over the cyclic layers without and with gradients (LCKV's m and b)."""
+
+    forward: int = 7
+    backward: int = 2
 
 
 class IterationsConfig(Section):

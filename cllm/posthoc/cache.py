@@ -19,7 +19,7 @@ from cllm.cache.stores import FixedSlot, GrowingSlot, SlotStore, StateStore, Ste
 from cllm.errors import UserError
 from cllm.kernels.lowrank_decode import Table
 from cllm.model.rope import rope_table
-from cllm.plan.plan import KVPlan, Latent
+from cllm.plan.plan import KVPlan
 from cllm.posthoc.code import Compressor, Prefix
 from cllm.posthoc.compress import Filled, Outcome, encode
 from cllm.posthoc.deferred import Deferred
@@ -253,7 +253,7 @@ def filled(cache: KVCache) -> Filled:
             beside += nbytes
             continue
         slots[owner] = store.unpack(held)
-        if isinstance(cache.plan.layers[owner].own, Latent):
+        if not cache.plan.owned(owner).is_plain:
             latent.add(owner)
     table = functools.partial(rope_table, cache.config.rope)
     return Filled(slots, frozenset(latent), 0, cache.starts, total, beside, table)

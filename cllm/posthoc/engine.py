@@ -14,7 +14,6 @@ from cllm.cache.cache import KVCache
 from cllm.cache.stores import GrowingSlot
 from cllm.errors import UserError
 from cllm.model.decoder import Decoder
-from cllm.plan.plan import Own
 from cllm.posthoc import cache as own
 from cllm.posthoc import hf
 from cllm.posthoc.code import Compressor
@@ -100,7 +99,7 @@ class DecoderEngine(Engine):
         return cache_bytes(mha_twin(self.model.config), context=tokens, batch=batch, bytes_per_element=element)
 
     def projections(self, slot: int) -> tuple[nn.Linear, nn.Linear]:
-        if not isinstance(self.model.plan.layers[slot].own, Own):
+        if not self.model.plan.owned(slot).is_plain:
             raise UserError(f"slot {slot} is a latent; allowed: slots of keys and values")
         attention: Any = self.model.blocks[slot]
         owner = attention.attention.owner

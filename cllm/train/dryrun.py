@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from pathlib import Path
 
-from cllm.cache.accounting import cache_bytes, kv_bytes, mha_twin, slot_elements
+from cllm.cache.accounting import cache_bytes, kv_bytes, mha_twin
 from cllm.config import Config
 from cllm.data.manifest import Manifest
 from cllm.data.module import TRAIN, VALIDATION
@@ -19,7 +19,6 @@ from cllm.model.sizes import (
     training_flops_per_token,
 )
 from cllm.plan.describe import plan_drawing, plan_table
-from cllm.plan.plan import Latent, Own
 from cllm.train.optim import check_warmup
 from cllm.train.strategy import REDUCE_BUCKET, processes_of, zero_stage
 from cllm.train.swiglu import will_fuse
@@ -46,16 +45,10 @@ def block_activation_bytes(model: Decoder, config: Config, layer: int) -> int:
     c, plan = config.model, model.plan
     narrow = _compute_bytes(config)
     wide = 4 if config.train.fp32_residual else narrow
-    source, own = plan.source(layer), plan.layers[layer].own
-    if isinstance(source, Latent):
-        key = source.qk_nope_head_dim + source.qk_rope_head_dim
-        kept = 2 * c.n_heads * (key + source.v_head_dim) + (source.kv_lora_rank if own else 0)
-    elif isinstance(source, Own):
-        made = (own is not None) + (plan.fuses(layer) and not config.train.recompute_fusion)
-        kept = 2 * c.resolved_head_dim * (c.n_heads + made * source.n_kv_heads)
-        kept += c.d_model if isinstance(own, Own) and own.kv_norm else 0
-    else:
-        kept = 6 * c.n_heads * c.resolved_head_dim
+    own = plan.layers[layer].own
+    made = (own is not None) + (plan.fuses(layer) and not config.train.recompute_fusion)
+    kept = plan.source(layer).read_activations(c.n_heads, c.resolved_head_dim, made)
+    kept += c.d_model if own is not None and own.normalises else 0
     hidden = (2 if will_fuse(model, config) else 3) * model_d_ff(c)
     return 2 * c.d_model * wide + (2 * c.d_model + kept + hidden) * narrow
 
@@ -78,7 +71,7 @@ def memory_estimate(model: Decoder, config: Config, *, teacher: int = 0) -> dict
     blocks = [block_activation_bytes(model, config, i) for i in range(c.n_layers)]
     passes = _kept_passes(model)
     if train.gradient_checkpointing:
-        slots = sum(passes[j] * sum(slot_elements(model.plan, j, c.resolved_head_dim)) for j in model.plan.shared)
+        slots = sum(passes[j] * sum(model.plan.owned(j).elements(c.resolved_head_dim)) for j in model.plan.shared)
         per_token = sum(passes) * c.d_model * (4 if train.fp32_residual else narrow) + slots * narrow + max(blocks)
     else:
         per_token = sum(map(operator.mul, passes, blocks))

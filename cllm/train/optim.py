@@ -11,12 +11,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cllm.config import Config, OptimConfig
 from cllm.errors import UserError
-from cllm.model.sources import FusedRead
+from cllm.model.sources import Reader
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Matrices decay; norms and biases do not; fusion weights neither, and have a learning rate of their own."""
-    fusion = {id(p) for module in model.modules() if isinstance(module, FusedRead) for p in module.parameters()}
+    fusion = {id(p) for module in model.modules() if isinstance(module, Reader) for p in module.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {

@@ -17,21 +17,27 @@ from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.model.attention import Attention, Context
 from cllm.model.decoder import Decoder
-from cllm.model.sources import FusedRead, OwnKV, SharedRead
-from cllm.plan.plan import Fuse, KVPlan, Own, Read
+from cllm.model.sources import FusedRead, OwnKV, Reader, SharedRead
+from cllm.plan.kinds import Builders, Fuse, Share
+from cllm.plan.plan import KVPlan
 
 OWN = "curriculum_own"
 """Name of the module with a layer's own projections."""
 
 
+blending_module = Builders("module for a curriculum")
+"""`(read, made, n_slots, n_kv_heads, head_dim)`: the module `made` of a read, with a layer's own slot mixed in."""
+
+
+@blending_module(Share)
 class BlendingShared(SharedRead):
     """`SharedRead`, mixed with the slot after the last that the plan names, if there is one."""
 
     share: Tensor
     """(1,) fp32: λ."""
 
-    def __init__(self, read: SharedRead, n_slots: int):
-        super().__init__(read.place, read.part)
+    def __init__(self, read: Share, made: Reader, n_slots: int, n_kv_heads: int, head_dim: int):
+        super().__init__(made.places[0], made.part)
         self.n_slots = n_slots
         self.register_buffer("share", torch.zeros(1), persistent=False)
 
@@ -39,13 +45,14 @@ class BlendingShared(SharedRead):
         return _mix(super().forward(slots), slots, self)
 
 
+@blending_module(Fuse)
 class BlendingFused(FusedRead):
     """The same of `FusedRead`."""
 
     share: Tensor
 
-    def __init__(self, config: ModelConfig, read: Fuse, fused: FusedRead, n_kv_heads: int, n_slots: int):
-        super().__init__(read, fused.places, fused.part, n_kv_heads, config.resolved_head_dim)
+    def __init__(self, read: Fuse, made: Reader, n_slots: int, n_kv_heads: int, head_dim: int):
+        super().__init__(read, made.places, made.part, n_kv_heads, head_dim)
         self.n_slots = n_slots
         self.register_buffer("share", torch.zeros(1), persistent=False)
 
@@ -66,17 +73,11 @@ class BlendingAttention(Attention):
 
     def __init__(self, config: ModelConfig, plan: KVPlan, layer: int, own: OwnKV):
         super().__init__(config, plan, layer)
-        source, n_slots = plan.source(layer), len(plan.reads_others(layer))
-        assert isinstance(source, Own)
-
-        def blending(read: Read, made: SharedRead | FusedRead) -> BlendingShared | BlendingFused:
-            if isinstance(read, Fuse) and isinstance(made, FusedRead):
-                return BlendingFused(config, read, made, source.n_kv_heads, n_slots)
-            assert isinstance(made, SharedRead)
-            return BlendingShared(made, n_slots)
-
-        self.keys = blending(plan.keys(layer), self.keys)
-        self.values = blending(plan.values(layer), self.values)
+        n_slots, kv_heads = len(plan.reads_others(layer)), plan.source(layer).kv_heads
+        self.keys, self.values = (
+            blending_module.of(read)(read, made, n_slots, kv_heads, config.resolved_head_dim)
+            for read, made in ((plan.keys(layer), self.keys), (plan.values(layer), self.values))
+        )
         self.curriculum_own = own.train().requires_grad_(False)
         self.over = False
         """Whether λ has reached 1."""
@@ -97,8 +98,8 @@ def add_curriculum(model: Decoder, owners: Mapping[int, OwnKV]) -> None:
         UserError: when every layer owns, and for layers that read latents or recurrent states.
     """
     plan = model.plan
-    layers = [i for i in range(len(plan)) if plan.layers[i].own is None]
-    if not layers or not all(isinstance(plan.source(i), Own) for i in layers):
+    layers = plan.borrowers
+    if not layers or not all(plan.source(i).is_plain for i in layers):
         raise UserError(
             "uptrain.curriculum_steps: no layer of model.kv moves from keys and values of its own to those of others; "
             "allowed: 0"

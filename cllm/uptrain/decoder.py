@@ -23,7 +23,7 @@ from cllm.model.block import Block
 from cllm.model.decoder import Decoder, Slots
 from cllm.model.sizes import model_d_ff
 from cllm.model.sources import OwnKV
-from cllm.plan.plan import LayerPlan, Own
+from cllm.plan.plan import LayerPlan
 from cllm.uptrain.loss import DistilledHead
 
 
@@ -80,7 +80,7 @@ class TracedDecoder(Decoder):
     def _make_routable(self) -> None:
         layers = self.plan.layers
         for i, layer in enumerate(layers):
-            if not isinstance(layer.own, Own) or self.plan.reads(i) != (i,) or _kind(layer) != _kind(layers[0]):
+            if not self.plan.reads_itself(i) or _kind(layer) != _kind(layers[0]):
                 raise UserError(
                     f"uptrain.random_sources: layer {i} differs from layer 0, or reads another layer; allowed: plans "
                     "in which every layer owns and all are alike (mha, gqa, mqa)"

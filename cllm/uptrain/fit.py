@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from cllm.config.uptraining import Align
+from cllm.errors import UserError
 from cllm.model.decoder import Decoder
-from cllm.model.sources import FusedRead, OwnKV, SharedRead
+from cllm.model.sources import FusedRead, OwnKV, Reader
 from cllm.plan.plan import KVPlan
 from cllm.uptrain.calibrate import Batches, observe
 from cllm.uptrain.decoder import TracedDecoder, attention_of, owner_of
@@ -167,7 +168,14 @@ def fit_readers(
         The turn of each layer, still to be applied to it; and relative squared errors as `layer 5 keys`: value.
     """
     plan = student.plan
-    layers = [i for i in range(len(plan)) if plan.layers[i].own is None]
+    layers = plan.borrowers
+    for i in layers:
+        for half, read in (("keys", plan.keys(i)), ("values", plan.values(i))):
+            if not (read.is_stored or read.sums):
+                raise UserError(
+                    f"init.method: layer {i} reads its {half} by {read.key}, which least squares cannot fit; allowed: "
+                    "copy, mean, aligned"
+                )
     starts = {i: [Turn.none(_n_heads(owners[i]), owners[i].head_dim)] for i in layers}
     for i, turn in turns.items():
         starts[i].append(turn)
@@ -198,16 +206,14 @@ def fit_readers(
         ]
         turn, of_keys, of_values = min(tried, key=lambda found: found[1].error + found[2].error)
         chosen[i] = Turn(turn.order, of_keys.turn, of_values.turn)
-        for read, fitted, what in ((attention.keys, of_keys, "keys"), (attention.values, of_values, "values")):
+        for module, fitted, what in ((attention.keys, of_keys, "keys"), (attention.values, of_values, "values")):
             errors[f"layer {i} {what}"] = fitted.error
-            if isinstance(read, FusedRead):
-                read.weight.copy_(fitted.weight)
+            if isinstance(module, FusedRead):
+                module.weight.copy_(fitted.weight)
     return chosen, errors
 
 
-def _fit(
-    read: SharedRead | FusedRead, sums: ReadSums, turn: Tensor, ridge: float, align: Align, *, normed: bool = False
-) -> Fitted:
+def _fit(read: Reader, sums: ReadSums, turn: Tensor, ridge: float, align: Align, *, normed: bool = False) -> Fitted:
     fused, device = isinstance(read, FusedRead), sums.cross.device
     weight = read.weight.detach().to(device) if isinstance(read, FusedRead) else torch.ones(1, 1, 1, device=device)
     fitted = sums.fit(weight, turn.to(device), ridge, learn=fused, align=align)

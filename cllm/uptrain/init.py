@@ -60,7 +60,7 @@ def initialise(student: Decoder, teacher: TracedDecoder, settings: InitFrom, bat
         student.load_state_dict(teacher.state_dict())
         return Initialised()
     check_plans(student.plan, teacher.plan)
-    latent = any(isinstance(student.plan.source(i), Latent) for i in range(len(student.plan)))
+    latent = bool(student.plan.reading(Latent))
     if latent != (settings.method == "svd"):
         allowed = "svd" if latent else "copy, mean, aligned, ridge, fit"
         raise UserError(
@@ -95,7 +95,7 @@ def _turns(
 ) -> dict[int, Turn]:
     """For the layers that own nothing. Owners keep their heads as they are: they are what others are turned onto."""
     plan = student.plan
-    layers = [i for i in range(len(plan)) if plan.layers[i].own is None]
+    layers = plan.borrowers
     if settings.align == "none":
         return {}
     if settings.method == "aligned":

@@ -17,8 +17,8 @@ from torch import nn
 from cllm.errors import UserError
 from cllm.model.attention import Attention
 from cllm.model.decoder import Decoder
-from cllm.model.sources import OwnKV, SharedRead
-from cllm.plan.plan import KVPlan, Latent, Own, Retention
+from cllm.model.sources import OwnKV
+from cllm.plan.plan import KVPlan
 from cllm.uptrain.decoder import attention_of, block_of, owner_of
 from cllm.uptrain.heads import heads_of, set_heads
 
@@ -32,24 +32,23 @@ def check_plans(student: KVPlan, teacher: KVPlan) -> None:
         UserError: naming the layer, where the teacher's does not own and read K/V of its own, where the student's has a
             recurrent state, or more KV heads than the teacher's, or a number that does not divide theirs.
     """
-    for i, layer in enumerate(teacher.layers):
-        if not isinstance(layer.own, Own) or teacher.reads(i) != (i,):
+    for i in range(len(teacher)):
+        if not teacher.reads_itself(i):
             raise UserError(
                 f"init.from: layer {i} of the model to start from does not read keys and values of its own; allowed "
                 "for a plan other than its own: models in which every layer does (mha, gqa, mqa)"
             )
     for i in range(len(student)):
-        own, source = teacher.layers[i].own, student.source(i)
-        assert isinstance(own, Own)
-        if isinstance(source, Retention):
-            raise UserError(f"model.kv: layer {i} has a recurrent state, which cannot be made from keys and values")
-        if isinstance(source, Own) and own.n_kv_heads % source.n_kv_heads:
+        own, source = teacher.owned(i), student.source(i)
+        if source.is_state:
+            raise UserError(f"model.kv: layer {i} has a {source.noun}, which cannot be made from keys and values")
+        if source.kv_heads is not None and own.kv_heads is not None and own.kv_heads % source.kv_heads:
             raise UserError(
-                f"model.kv: layer {i} reads {source.n_kv_heads} KV heads, but the model that init.from names has "
-                f"{own.n_kv_heads}; set n_kv_heads to that, or to a number that divides it"
+                f"model.kv: layer {i} reads {source.kv_heads} KV heads, but the model that init.from names has "
+                f"{own.kv_heads}; set n_kv_heads to that, or to a number that divides it"
             )
         owned = student.layers[i].own
-        if isinstance(owned, Own) and own.kv_norm and not owned.kv_norm:
+        if owned is not None and owned.is_plain and own.normalises and not owned.normalises:
             raise UserError(
                 f"model.kv: layer {i} has no kv_norm, but that of the model that init.from names has; set kv_norm: true"
             )
@@ -83,8 +82,9 @@ def copy_rest(student: Decoder, teacher: Decoder) -> None:
             _load(mine.attention.q_norm, attention.q_norm)
             _load(mine.attention.o_proj, attention.o_proj)
             for read in (mine.attention.keys, mine.attention.values):
-                if not isinstance(read, SharedRead):
-                    read.reset_parameters()
+                for module in read.modules():
+                    if dict(module.named_parameters(recurse=False)):
+                        module.reset_parameters()  # type: ignore[operator]
 
 
 def _load(mine: nn.Module | None, theirs: nn.Module | None) -> None:
@@ -101,14 +101,13 @@ def teacher_owners(student: KVPlan, teacher: Decoder) -> dict[int, OwnKV]:
     found: dict[int, OwnKV] = {}
     for i in range(len(student)):
         source = student.source(i)
-        if isinstance(source, Latent):
+        if source.kv_heads is None:
             continue
-        assert isinstance(source, Own)
         theirs = owner_of(teacher, i)
         owner = copy.deepcopy(theirs).requires_grad_(False)
         for name in ("k_proj", "v_proj"):
             linear: nn.Linear = getattr(theirs, name)
-            pooled = heads_of(linear, theirs.head_dim).unflatten(0, (source.n_kv_heads, -1)).mean(1)
+            pooled = heads_of(linear, theirs.head_dim).unflatten(0, (source.kv_heads, -1)).mean(1)
             fewer = nn.Linear(
                 linear.in_features,
                 pooled.shape[0] * pooled.shape[1],

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from cllm.model.decoder import Decoder
 from cllm.model.sources import OwnKV
-from cllm.plan.plan import Share
 from cllm.uptrain.calibrate import Batches, Observed, observe
 from cllm.uptrain.decoder import TracedDecoder, owner_of
 from cllm.uptrain.heads import heads_of, set_heads
@@ -83,7 +82,7 @@ def shared_groups(student: Decoder) -> dict[tuple[int, Part], list[int]]:
     for j in plan.owners:
         for part, _ in _PARTS:
             read = plan.keys if part == "k" else plan.values
-            group = [i for i in readers(plan, j, part) if isinstance(read(i), Share)]
+            group = [i for i in readers(plan, j, part) if read(i).is_stored]
             if any(i != j for i in group):
                 groups[j, part] = group
     return groups

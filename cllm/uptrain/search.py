@@ -30,8 +30,8 @@ from cllm.config.load import config_parser
 from cllm.config.uptraining import InitFrom
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
-from cllm.plan.explicit import Explicit
-from cllm.plan.plan import Fuse, KVPlan, Latent, LayerPlan, Own, Read, Retention, Share
+from cllm.plan.explicit import Explicit, plan_entries
+from cllm.plan.plan import Fuse, KVPlan, LayerPlan, Share
 from cllm.uptrain.calibrate import Batches, observe
 from cllm.uptrain.complete import load_config
 from cllm.uptrain.decoder import TracedDecoder, build_traced, owner_of
@@ -135,8 +135,8 @@ def share_plan(
 
 def check_owning(plan: KVPlan) -> None:
     """Raises `UserError` unless every layer owns keys and values and reads itself."""
-    for i, layer in enumerate(plan.layers):
-        if not isinstance(layer.own, Own) or plan.reads(i) != (i,):
+    for i in range(len(plan)):
+        if not plan.reads_itself(i):
             raise UserError(f"init.from: layer {i} does not read keys and values of its own; allowed: mha, gqa, mqa")
 
 
@@ -184,28 +184,27 @@ def fusion_plan(teacher: TracedDecoder, plan: KVPlan, batches: Batches, *, ridge
         UserError: for a plan that fuses nothing, or a teacher in which a layer does not own.
     """
     check_owning(teacher.plan)
-    if not any(plan.fuses(i) for i in range(len(plan))):
+    if not plan.reads_by(Fuse):
         raise UserError("model.kv fuses nothing; give --owners or --max-bytes for a plan that shares")
     n = len(plan)
-    sums: list[Tensor | float] = [0.0, 0.0]
+    sums = [torch.zeros(()), torch.zeros(())]
     for seen in observe(teacher, batches):
         slots = [seen.slot(i, owner_of(teacher, i)) for i in range(n)]
         for part in (0, 1):
             x = torch.stack([slot[part].double() for slot in slots])  # L, G, D, N
             sums[part] = sums[part] + torch.einsum("igdn,jgdn->ijgd", x, x)
-    layers = []
+    layers, fused = [], plan.reads_by(Fuse)
     for i, layer in enumerate(plan.layers):
-        keys, values = (
-            _best_sources(plan, i, read, sums[part], ridge, tied=part == 0)  # type: ignore[arg-type]
-            for part, read in enumerate((plan.keys(i), plan.values(i)))
-        )
+        keys, values = plan.keys(i), plan.values(i)
+        if (i, "keys") in fused:
+            keys = _best_sources(plan, i, fused[i, "keys"], sums[0], ridge, tied=True)
+        if (i, "values") in fused:
+            values = _best_sources(plan, i, fused[i, "values"], sums[1], ridge, tied=False)
         layers.append(LayerPlan(own=layer.own, keys=keys, values=values, window=layer.window))
     return KVPlan.of(layers, plan.iterations)
 
 
-def _best_sources(plan: KVPlan, i: int, read: Read, sums: Tensor, ridge: float, *, tied: bool) -> Read:
-    if not isinstance(read, Fuse):
-        return read
+def _best_sources(plan: KVPlan, i: int, read: Fuse, sums: Tensor, ridge: float, *, tied: bool) -> Fuse:
     if read.granularity == "scalar":
         sums = sums.sum(-1, keepdim=True)
     elif tied:
@@ -225,45 +224,7 @@ def _best_sources(plan: KVPlan, i: int, read: Read, sums: Tensor, ridge: float, 
         return float((w.mT @ a @ w - 2 * w.mT @ b).sum())
 
     best = min(itertools.combinations(below, len(read.layers)), key=error)
-    return Fuse(best, granularity=read.granularity, per_head=read.per_head, init=read.init)
-
-
-# ---- plans as YAML ---------------------------------------------------------------------------------------------------
-
-
-def plan_entries(plan: KVPlan) -> list[dict[str, Any]]:
-    """What `model.kv.layers` says of `plan`: one entry for all layers that do the same."""
-    entries: list[dict[str, Any]] = []
-    for i, layer in enumerate(plan.layers):
-        said: dict[str, Any] = {}
-        if isinstance(layer.own, Own):
-            said["own"] = {"n_kv_heads": layer.own.n_kv_heads} | ({"kv_norm": True} if layer.own.kv_norm else {})
-        elif isinstance(layer.own, Latent):
-            said["latent"] = {name: getattr(layer.own, name) for name in Latent.__dataclass_fields__}
-        elif isinstance(layer.own, Retention):
-            said["retention"] = {}
-        for name, read in (("keys", plan.keys(i)), ("values", plan.values(i))):
-            if read != Share(i):
-                said[name] = _read_entry(read)
-        if layer.window is not None:
-            said["window"] = layer.window
-        same = next((entry for entry in entries if {k: v for k, v in entry.items() if k != "layers"} == said), None)
-        if same is None:
-            entries.append({"layers": [i], **said})
-        else:
-            same["layers"].append(i)
-    return entries
-
-
-def _read_entry(read: Read) -> dict[str, Any]:
-    if isinstance(read, Share):
-        return {"share": read.layer}
-    said: dict[str, Any] = {"fuse": list(read.layers)}
-    plain = Fuse(read.layers)
-    for name in ("granularity", "per_head", "init"):
-        if getattr(read, name) != getattr(plain, name):
-            said[name] = getattr(read, name)
-    return said
+    return read.with_layers(best)
 
 
 @one_line

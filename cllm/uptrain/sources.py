@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 
 import torch
@@ -11,7 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from cllm.config import Config
 from cllm.data.module import DataModule
 from cllm.errors import UserError
-from cllm.plan.plan import Fuse, KVPlan, Read
+from cllm.plan.plan import KVPlan, Read
 from cllm.runs import RunFolder
 from cllm.uptrain.search import fusion_plan, with_plan
 from cllm.uptrain.start import calibration_batches
@@ -64,7 +63,7 @@ def _counted(plan: KVPlan) -> list[tuple[object, ...]]:
     """The plan with how many sources a fused read has in place of which."""
 
     def counted(read: Read) -> Read:
-        return dataclasses.replace(read, layers=tuple(range(len(read.layers)))) if isinstance(read, Fuse) else read
+        return read.with_layers(tuple(range(len(read.layers)))) if read.sums else read
 
     layers = enumerate(plan.layers)
     return [(layer.own, counted(plan.keys(i)), counted(plan.values(i)), layer.window) for i, layer in layers]

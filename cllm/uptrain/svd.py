@@ -64,10 +64,7 @@ def check_latents(student: Decoder, teacher: Decoder, *, calibrated: bool) -> No
         UserError: naming the layer or the key and what is allowed.
     """
     d = teacher.config.resolved_head_dim
-    for i in range(len(student.plan)):
-        latent = student.plan.source(i)
-        if not isinstance(latent, Latent):
-            continue
+    for i, latent in student.plan.reading(Latent).items():
         unkept = d - latent.qk_rope_head_dim
         for wrong, message in (
             (student.plan.layers[i].own is None, f"layer {i} reads another's latent; allowed: factor 1"),
@@ -120,7 +117,7 @@ def make_latents(student: Decoder, teacher: TracedDecoder, batches: Batches, *, 
         For each layer, as `layer 5 latent`, the share of mean square of keys without position and values that the rank
         leaves out.
     """
-    layers = [i for i in range(len(student.plan)) if isinstance(student.plan.source(i), Latent)]
+    layers = list(student.plan.reading(Latent))
     moments = {i: _Moments() for i in layers}
     for seen in observe(teacher, batches) if layers and batches else ():
         for i in layers:

@@ -15,7 +15,6 @@ import torch
 from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.model.sizes import model_d_ff
-from cllm.plan.plan import Latent
 from cllm.trust import check_model_folder, read_object
 from cllm.uptrain.decoder import TracedDecoder, build_traced
 
@@ -122,9 +121,8 @@ def student_model(teacher: ModelConfig, kv: Any, *, rope_pairs: str) -> dict[str
     """
     data = {**teacher.model_dump(mode="json"), "kv": kv}
     plan = ModelConfig.model_validate(data).plan()
-    sources = [plan.source(i) for i in range(len(plan))]
-    dims = {s.qk_rope_head_dim if isinstance(s, Latent) else teacher.resolved_head_dim for s in sources}
-    if any(isinstance(s, Latent) for s in sources) and rope_pairs == "high" and dims != {teacher.resolved_head_dim}:
+    dims = {plan.source(i).rope_dim(teacher.resolved_head_dim) for i in range(len(plan))}
+    if rope_pairs == "high" and dims != {teacher.resolved_head_dim}:
         if len(dims) > 1:
             raise UserError(
                 f"init.rope_pairs is high, but layers rotate {sorted(dims)} channels, and one rope.theta cannot give "

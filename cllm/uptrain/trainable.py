@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cllm.config import Config
 from cllm.config.uptraining import Lora
 from cllm.model.decoder import Decoder
-from cllm.model.sources import FusedRead
+from cllm.model.sources import Reader
 from cllm.uptrain.curriculum import OWN
 from cllm.uptrain.decoder import block_of
 
@@ -61,7 +61,7 @@ def make_trainable(model: Decoder, config: Config) -> None:
     for i in range(len(model.blocks)):
         attention = block_of(model, i).attention
         for name, part in attention.named_children():
-            if isinstance(part, FusedRead) or (kind == "kv" and (name == "owner" or name in _QUERIES)):
+            if isinstance(part, Reader) or (kind == "kv" and (name == "owner" or name in _QUERIES)):
                 part.requires_grad_(True)
     if kind == "lora":
         generator = torch.Generator().manual_seed(config.train.seed)

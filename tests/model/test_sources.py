@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cllm.cache.slot import Slot, slot_widths
+from cllm.cache.slot import Slot
 from cllm.model.decoder import Decoder
 from cllm.model.sources import FusedRead
 from cllm.plan.plan import Fuse, Latent, Own, Retention
@@ -77,10 +77,9 @@ def test_fusion_is_computed_in_fp32_and_returned_in_the_dtype_of_the_slots():
 
 def test_slot_widths():
     latent = Latent(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
-    assert slot_widths(Own(n_kv_heads=2), 64) == ((2, 64), (2, 64))
-    assert slot_widths(latent, 128) == ((512,), (64,))
-    with pytest.raises(TypeError, match="Retention has no slot"):
-        slot_widths(Retention(), 64)
+    assert Own(n_kv_heads=2).widths(64) == ((2, 64), (2, 64))
+    assert latent.widths(128) == ((512,), (64,))
+    assert Retention().elements(64) == (0, 0)
 
 
 # ---- which layers have which weights -------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import pytest
 
-from cllm.cache.slot import slot_widths
 from cllm.config import ModelConfig
 from cllm.config.load import validate
 from cllm.errors import UserError
@@ -93,7 +92,7 @@ def test_mla_slot_of_deepseek_v2_is_576_numbers():
     plan = config.plan()
     latent = Latent(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, q_lora_rank=1536)
     assert [layer.own for layer in plan.layers] == [latent, latent]
-    (rank,), (rope,) = slot_widths(plan.layers[0].own, config.resolved_head_dim)
+    (rank,), (rope,) = plan.owned(0).widths(config.resolved_head_dim)
     assert rank + rope == 512 + 64
 
 

@@ -2,7 +2,9 @@
 
 The suite runs 50 examples, always the same. For more, and others every time:
 
-    CLLM_PLANS=2000 python -m pytest tests/kv/test_random_plans.py
+    CLLM_PLANS=2000 python -m pytest tests/plan/test_random_plans.py
+
+Kinds that plug-ins register are drawn too, with their settings at the defaults.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from cllm.errors import UserError
 from cllm.hub.export import as_pretrained
 from cllm.hub.model import CLLMForCausalLM
 from cllm.model.decoder import Decoder
+from cllm.plan.kinds import READS, SOURCES
 from cllm.plan.plan import KVPlan
 from cllm.section import Section
 
@@ -73,6 +76,10 @@ def reads(draw: st.DrawFn, layer: int, owners: list[int], cyclic: bool) -> dict[
     pool = st.sampled_from(near if draw(st.integers(0, 19)) else owners)
     if draw(st.booleans()):
         return {"share": draw(pool)}
+    if others := sorted(READS.keys() - {"share", "fuse"}):  # of plug-ins, with their options at the defaults
+        key = draw(st.sampled_from(["fuse", *others]))
+        if key != "fuse":
+            return {key: draw(st.lists(pool, min_size=1, max_size=3, unique=True))}
     read: dict[str, Any] = {"fuse": draw(st.lists(pool, min_size=1, max_size=3, unique=True))}
     for key, values in (
         ("granularity", ["scalar", "channel"]),
@@ -98,14 +105,14 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
         owned[-1 if cyclic else 0] = draw(st.sampled_from(kinds[:3]))
     of_kind = {kind: [i for i, own in enumerate(owned) if own == kind] for kind in ("own", "latent", "retention")}
     layers: list[dict[str, Any]] = []
+    plain = sorted(key for key, kind in SOURCES.items() if kind.is_plain and key != "own")
     for i, kind in enumerate(owned):
         entry: dict[str, Any] = {"layers": i}
         if kind == "own":
             odd = draw(st.integers(0, 19)) == 0
-            entry["own"] = {
-                "n_kv_heads": draw(st.sampled_from([1, 2, 4])) if odd else heads,
-                "kv_norm": draw(st.booleans()),
-            }
+            key = draw(st.sampled_from(["own", *plain]))
+            own = {"n_kv_heads": draw(st.sampled_from([1, 2, 4])) if odd else heads, "kv_norm": draw(st.booleans())}
+            entry[key] = own if key == "own" else {}
         elif kind is not None:
             entry[kind] = dict(latent) if kind == "latent" else {}
         reads_slots = kind is None or (kind == "own" and draw(st.integers(0, 3)) < 1 + 2 * cyclic)
@@ -219,6 +226,10 @@ def test_accepted_plans_compute_cache_export_and_train_alike(section, sizes, chu
         return
     plan = config.plan()
     event("accepted" + (", cyclic" if plan.cyclic_spans() else ""))
+    for kind in sorted({type(read).__name__ for i in range(len(plan)) for read in (plan.keys(i), plan.values(i))}):
+        event(f"accepted, reads by {kind}")
+    for kind in sorted({type(plan.owned(j)).__name__ for j in plan.owners}):
+        event(f"accepted, owns {kind}")
     assert without_gradient(gradients(random_model(config))) == []
 
     model = random_model(exact(config)).eval().requires_grad_(False)

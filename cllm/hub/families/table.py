@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cllm.config import ModelConfig
-from cllm.plan.plan import Latent, Own, Share
+from cllm.plan.plan import Latent, Share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,14 +101,15 @@ def weights(config: ModelConfig, *, interleaved: bool = False, query_scale: floa
     if not config.tie_embeddings:
         table.append(Weight(target="head.weight", source=HEAD))
     plan = config.plan()
+    latents = plan.reading(Latent)
     for i in range(config.n_layers):
         assert plan.keys(i) == plan.values(i) == Share(i), f"layer {i} reads {plan.keys(i)} and {plan.values(i)}"
-        source = plan.source(i)
-        if isinstance(source, Latent):
-            attention = _latent(config, source, interleaved, query_scale)
-        else:
-            assert isinstance(source, Own), f"layer {i} owns {source}"
+        latent = latents.get(i)
+        if latent is None:
+            assert plan.owned(i).is_plain, f"layer {i} owns {plan.owned(i)}"
             attention = _keys_values(config)
+        else:
+            attention = _latent(config, latent, interleaved, query_scale)
         table += [
             replace(weight, target=f"blocks.{i}.{weight.target}", source=f"model.layers.{i}.{weight.source}")
             for weight in (*attention, *_REST)

@@ -15,7 +15,7 @@ from cllm.errors import UserError, nearest
 from cllm.hub.families.read import CONFIG_FILE
 from cllm.hub.families.table import FAMILIES, Family, weights
 from cllm.model.sizes import meta_decoder, model_d_ff
-from cllm.plan.plan import Fuse, KVPlan, Own
+from cllm.plan.plan import KVPlan
 
 _WRITABLE = tuple(name for name, family in FAMILIES.items() if not family.latent)
 
@@ -75,20 +75,20 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _check_plan(plan: KVPlan) -> None:
     for i in range(len(plan)):
         for what, read in (("keys", plan.keys(i)), ("values", plan.values(i))):
-            if isinstance(read, Fuse):
+            if not read.is_stored:
                 raise UserError(f"layer {i}: fuses {what} of layers {list(read.layers)}; {_ELSEWHERE}")
-            if read.layer != i:
-                raise UserError(f"layer {i}: shares the {what} of layer {read.layer}; {_ELSEWHERE}")
+            if read.layers != (i,):
+                raise UserError(f"layer {i}: shares the {what} of layer {read.layers[0]}; {_ELSEWHERE}")
     heads = set()
-    for i, layer in enumerate(plan.layers):
-        own = layer.own
-        if not isinstance(own, Own):
+    for i in range(len(plan)):
+        own = plan.owned(i)
+        if not own.is_plain:
             raise UserError(f"layer {i}: owns a {type(own).__name__.lower()}; {_ELSEWHERE}")
-        if own.kv_norm:
+        if own.normalises:
             raise UserError(f"layer {i}: has a norm of its own for keys and values (kv_norm); {_ELSEWHERE}")
-        heads.add(own.n_kv_heads)
+        heads.add(own.kv_heads)
         if len(heads) > 1:
-            raise UserError(f"layer {i}: has {own.n_kv_heads} KV heads, the layers below have others; {_ELSEWHERE}")
+            raise UserError(f"layer {i}: has {own.kv_heads} KV heads, the layers below have others; {_ELSEWHERE}")
 
 
 _ELSEWHERE = (
@@ -153,15 +153,13 @@ def _hf_config(
     from transformers import CONFIG_MAPPING
 
     family = FAMILIES[name]
-    first = plan.layers[0].own
-    assert isinstance(first, Own)
     options: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
         "intermediate_size": model_d_ff(config),
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
-        "num_key_value_heads": first.n_kv_heads,
+        "num_key_value_heads": plan.owned(0).kv_heads,
         "head_dim": config.resolved_head_dim,
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,

@@ -25,7 +25,7 @@ from cllm.signals import stoppable
 
 
 @one_line
-@stoppable("the same command goes on from the last finished shard")
+@stoppable("the same command resumes after the last finished shard")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status: 3 if it was stopped."""
     parser = config_parser(Recipe, str(__doc__))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ def parser() -> Parser:
     add("--group", type=count, nargs="+", default=[1, 2, 4, 8], help="group sizes for ranks (default: 1 2 4 8)")
     add("--energy", type=share, default=0.95, help="share of energy that the ranks keep (default: %(default)s)")
     parser.add_device()
-    add("--out", type=Path, metavar="DIR", help="where the files go (default: evaluation/ in the run's folder, "
+    add("--out", type=Path, metavar="DIR", help="folder of the files (default: evaluation/ in the run's folder, "
         "runs/evaluation/ for a Hugging Face folder)")  # fmt: skip
     return parser
 
@@ -50,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from cllm.environment import choose_device
     from cllm.evaluate import posthoc
+    from cllm.evaluate.outputs import png
     from cllm.evaluate.perplexity import Settings, open_sets
     from cllm.evaluate.subjects import load_subject
     from cllm.evaluate.windows import Stream
@@ -75,9 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
               "sequences": len(batches), "length": length, "kinds": kinds}  # fmt: skip
     try:
         write_atomic(files[0], json.dumps(record, indent=1) + "\n")
-        partial = folder / f".analysis.partial-{os.getpid()}.png"
-        figure(kinds).savefig(partial)
-        partial.replace(files[1])
+        write_atomic(files[1], png(figure(kinds)))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error}") from None
     for file in files:

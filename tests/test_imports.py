@@ -20,6 +20,38 @@ def test_importing_the_config_does_not_load_the_training_stack() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 
+_LOAD = """
+import sys
+from cllm.config import Config
+from cllm.config.load import load_settings
+from cllm.errors import UserError
+from cllm.uptrain.complete import load_config
+file, *overrides = sys.argv[1:]
+for load in (lambda: load_config([file], overrides), lambda: load_settings(Config, [file], overrides)):
+    try:
+        load()
+    except UserError as error:
+        print(error)
+slow = {"torch", "transformers", "lightning"} & set(sys.modules)
+assert not slow, slow
+"""
+
+
+def _run(*words: str | Path) -> str:
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_configs_are_read_and_refused_without_torch(tmp_path: Path) -> None:
+    written = tmp_path / "config.yaml"
+    written.write_text(_run("train.py", "--config", "configs/quickstart.yaml", "--print-config"))
+    assert "from: null" in written.read_text(), "as in the config.yaml of a run"
+    assert _run("-c", _LOAD, "configs/quickstart.yaml") == ""
+    assert _run("-c", _LOAD, written) == ""
+    assert _run("-c", _LOAD, written, "--model.n_layers", "many").count("model.n_layers") == 2
+
+
 COMMANDS = ("train.py", "evaluate.py", "data/prepare.py", *(f"scripts/{name}.py" for name in (
     "compare", "convert", "analyze", "sweep_posthoc", "tradeoff")))  # fmt: skip
 _HELP = """

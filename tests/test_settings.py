@@ -208,6 +208,13 @@ def test_misspelt_section_is_told_before_what_it_leaves_missing(write):
     assert refusal([path]) == f'{path}: modle: unknown key; did you mean "model"? (and 1 more)'
 
 
+def test_missing_key_names_the_file_if_there_is_one(write):
+    file = write("a.yaml", "name: a")
+    assert refusal([file]).startswith(f"{file}: model: is required and missing")
+    assert refusal([file], ["--model.n_layers", "4"]).startswith(f"{file}: model.d_model: is required and missing")
+    assert refusal([file, write("b.yaml", "name: b")]).startswith("model: is required and missing")
+
+
 def test_wrong_type_names_file_key_and_value(write):
     path = write("a.yaml", BASE + '  vocab_size: "2"')
     assert refusal([path]) == f"{path}: model.vocab_size: input should be a valid integer, got '2'"

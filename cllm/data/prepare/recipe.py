@@ -78,7 +78,7 @@ class TokenizerChoice(Section, frozen=True):
 
 
 class Validation(Section, frozen=True):
-    """Which documents are held out as the validation split."""
+    """The documents of the validation split."""
 
     fraction: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of the documents, chosen by a hash of each document's text and the seed; 0 for none, 1 for all."""
@@ -93,7 +93,7 @@ class Validation(Section, frozen=True):
 
 
 class Recipe(Section, frozen=True):
-    """How one corpus becomes one prepared folder."""
+    """The settings of the preparation of one corpus."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """The data set's name."""

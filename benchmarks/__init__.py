@@ -10,5 +10,7 @@ plans.py           KV plans as words on a command line
 timing.py          times, memory and peak rates of a device
 record.py          results, written to disk while a benchmark runs
 
-Run them in the project's root: `python -m benchmarks.NAME --help`. Imports cllm; cllm does not import it.
+Run them in the project's root: `python -m benchmarks.NAME --help`.
+
+Imports cllm; cllm does not import it.
 """

@@ -30,13 +30,13 @@ NVLINK, NETWORK = 450e9, 50e9
 """Nominal bytes a second that a GPU sends within a machine, and between machines with 400 Gbit/s for each GPU."""
 
 
-def best_and_worst(found: list[Cut]) -> tuple[Cut, Cut] | None:
+def best_and_worst(candidates: list[Cut]) -> tuple[Cut, Cut] | None:
     """The cheapest and the most expensive cut outside of cyclic layers; of equal ones the nearest to the middle.
 
     None if every cut is inside of cyclic layers.
     """
-    middle = (len(found) - 1) / 2
-    usable = sorted((cut for cut in found if not cut.cyclic), key=lambda cut: abs(cut.after - middle))
+    middle = (len(candidates) - 1) / 2
+    usable = sorted((cut for cut in candidates if not cut.cyclic), key=lambda cut: abs(cut.after - middle))
     return (min(usable, key=lambda c: c.total), max(usable, key=lambda c: c.total)) if usable else None
 
 
@@ -44,13 +44,13 @@ def cut_table(model: ModelConfig, tokens: int) -> list[str]:
     """A line per preset: KiB a token of the middle, the best and the worst cut, and MiB of the middle one."""
     lines = [f"{'preset':<24}{'middle cut':>11}{'best':>14}{'worst':>14}{'mean':>8}{'MiB in the middle':>19}"]
     for name in preset_names():
-        found = cuts(ModelConfig.model_validate(model.model_dump() | {"kv": {"preset": name}}))
-        middle, ends = found[(len(found) - 1) // 2], best_and_worst(found)
+        candidates = cuts(ModelConfig.model_validate(model.model_dump() | {"kv": {"preset": name}}))
+        middle, ends = candidates[(len(candidates) - 1) // 2], best_and_worst(candidates)
         if ends is None or middle.cyclic:
             lines.append(f"{name:<24} cyclic: layers on both sides of the middle are computed together")
             continue
         best, worst = [f"{cut.total / 1024:.2f} ({cut.after})" for cut in ends]
-        mean = statistics.mean(cut.total for cut in found if not cut.cyclic) / 1024
+        mean = statistics.mean(cut.total for cut in candidates if not cut.cyclic) / 1024
         lines.append(
             f"{name:<24}{middle.total / 1024:>11.2f}{best:>14}{worst:>14}{mean:>8.2f}"
             f"{middle.total * tokens / 2**20:>19,.0f}"

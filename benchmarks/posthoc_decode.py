@@ -4,8 +4,8 @@ r"""Time decoding on an xKV-compressed cache, and the compression, on one GPU at
     python -m benchmarks.posthoc_decode --sweep           # Triton's kernel for rebuilding keys, in many tiles
 
 decode      ms of one layer's attention for one new token a sequence: over the uncompressed cache, over factors with
-            all keys rebuilt, and over factors with `--select` tokens chosen. Several groups of layers take turns, so
-            that the L2 cache holds nothing of a layer when its turn comes.
+            all keys rebuilt, and over factors with `--select` tokens chosen. Several groups of layers alternate, so
+            that the L2 cache has nothing of a layer from the call before.
 compress    a decoder of `--layers` with random weights: prefill of `--prompt` tokens, and compression of its cache.
 
 Bounds are the products' FLOPs over the rate of a bf16 matrix product, and the bytes that must be read over the

@@ -4,6 +4,7 @@ sweep_posthoc.py  compress the caches of runs in many ways: one table, one figur
 tradeoff.py       train designs, then sweep over them
 uptraining/       pretrain a Llama, convert it to plans that share keys and values, uptrain those
 
-Run them in the project's root: `python -m experiments.NAME --help`. Imports benchmarks.plans, benchmarks.timing and
-cllm; neither imports it.
+Run them in the project's root: `python -m experiments.NAME --help`.
+
+Imports benchmarks.plans, benchmarks.timing, benchmarks.record and cllm; they do not import it.
 """

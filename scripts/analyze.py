@@ -1,8 +1,8 @@
-"""How alike the cached keys and values of a model's layers are: heat maps and JSON.
+"""Measure the similarity of the cached keys and values of a model's layers: heat maps and JSON.
 
     python scripts/analyze.py runs/NAME [--data PATH] [--sequences 4] [--length N] [--group 1 2 4 8] [--energy 0.95]
 
-docs/posthoc.md says what is drawn.
+docs/posthoc.md explains the figures.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python scripts/compare.py runs/* [--baseline NAME] [--set SET] [--out DIR]
 
-Losses come from `evaluate.py --run ...` where it has been run, else from the last validation of the training.
-docs/evaluation.md tells the rest.
+Losses come from `evaluate.py --run ...` if it has been run, else from the last validation of the training.
+docs/evaluation.md has the details.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ def parser() -> Parser:
     """The command line's arguments."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="run folders; folders that are none are skipped")
+    add("runs", nargs="*", metavar="RUN", help="run folders; folders that are not runs are skipped")
     add("--baseline", metavar="NAME", help="run to compare with (default: the one with the largest resident cache)")
     add("--set", dest="set_name", metavar="SET", help="set to compare on (default: each run's main validation set)")
-    add("--out", type=Path, metavar="DIR", help="where the files go (default: comparison/ beside the runs, "
-        "runs/comparison where they lie in different folders)")  # fmt: skip
+    add("--out", type=Path, metavar="DIR", help="where the files go (default: comparison/ next to the runs; "
+        "runs/comparison if they lie in different folders)")  # fmt: skip
     return parser
 
 
 @one_line
 @stoppable()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit status: 1 where a run's files cannot be read and it was left out."""
+    """Run the command line; returns its exit status: 1 if a run was left out because its files cannot be read."""
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     # Imported late: --help and mistakes in arguments answer without loading torch and plots.

@@ -4,7 +4,7 @@
     python scripts/convert.py import LLAMA OUT          a Llama, Qwen, Mistral or DeepSeek folder as one of this package
     python scripts/convert.py plain OUT LLAMA           such a folder in the format of Llama, Qwen or Mistral
 
-docs/huggingface.md tells the rest.
+docs/huggingface.md has the details.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write the folder and tell what is in it."""
+    """Write the folder and print its content."""
     from cllm.hub.export import export_run
 
     made = export_run(
@@ -76,7 +76,7 @@ def add_import(commands: argparse._SubParsersAction) -> None:
 
 
 def import_(options: argparse.Namespace) -> None:
-    """Write the folder and tell what is in it."""
+    """Write the folder and print its content."""
     from cllm.hub.exchange import import_folder
 
     made = import_folder(
@@ -104,7 +104,7 @@ def add_plain(commands: argparse._SubParsersAction) -> None:
 
 
 def plain(options: argparse.Namespace) -> None:
-    """Write the folder and tell what is in it."""
+    """Write the folder and print its content."""
     from cllm.hub.exchange import export_folder
 
     made, family = export_folder(
@@ -119,7 +119,7 @@ def plain(options: argparse.Namespace) -> None:
 
 
 COMMANDS = (add_export, add_import, add_plain)
-"""One function for every command: it adds the command's parser, and sets `command` to what runs it."""
+"""A function for every command: it adds the command's parser and sets `command` to the function that runs it."""
 
 
 def parser() -> Parser:

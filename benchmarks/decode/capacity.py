@@ -44,12 +44,12 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 
 def overhead(rows: Iterable[dict[str, Any]]) -> dict[int, int]:
     """{batch: most bytes that a step needed besides weights and cache}, from rows with a measured peak."""
-    found: dict[int, int] = {}
+    most: dict[int, int] = {}
     for row in rows:
         if row.get("peak_bytes") is not None:
             extra = row["peak_bytes"] - row["weight_bytes"] - row["cache_bytes"]
-            found[row["batch"]] = max(extra, found.get(row["batch"], 0))
-    return found
+            most[row["batch"]] = max(extra, most.get(row["batch"], 0))
+    return most
 
 
 def expected_overhead(measured: dict[int, int], batch: int) -> int:

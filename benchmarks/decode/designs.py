@@ -53,20 +53,20 @@ class Design:
         return self.storage == "model" and self.model.plan() == mha_twin(self.model).plan()
 
 
-def parse_point(word: str, where: str) -> Point:
-    """`32768x4` as a `Point`. Raises `UserError` naming `where`."""
+def parse_point(word: str, option: str) -> Point:
+    """`32768x4` as a `Point`. Raises `UserError` naming `option`."""
     match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", word)
     if match is None:
-        raise UserError(f"{where}: {word!r} is not of the form CONTEXTxBATCH, as in 32768x4")
+        raise UserError(f"{option}: {word!r} is not of the form CONTEXTxBATCH, as in 32768x4")
     point = Point(int(match[1]), int(match[2]))
     if point.context < SHORTEST:
-        raise UserError(f"{where}: the context of {word} is {point.context}; allowed: {SHORTEST} or more")
+        raise UserError(f"{option}: the context of {word} is {point.context}; allowed: {SHORTEST} or more")
     return point
 
 
-def parse_points(words: Sequence[str], where: str) -> tuple[Point, ...]:
+def parse_points(words: Sequence[str], option: str) -> tuple[Point, ...]:
     """The points without duplicates, sorted by number of tokens."""
-    points = {parse_point(word, where) for word in words}
+    points = {parse_point(word, option) for word in words}
     return tuple(sorted(points, key=lambda p: (p.context * p.batch, p)))
 
 

@@ -18,7 +18,7 @@ def merged(files: Sequence[Path]) -> dict[str, Any]:
     Raises:
         UserError: for a file that `--out` did not write, or that has another GPU, torch or settings than the first.
     """
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for file in files:
         try:
             part = json.loads(file.read_text(encoding="utf-8"))
@@ -26,8 +26,8 @@ def merged(files: Sequence[Path]) -> dict[str, Any]:
             raise UserError(f"--merge {file}: cannot be read: {error}") from None
         if not isinstance(part, dict) or not {"rows", "capacity", "copy_bytes_per_s", "settings"} <= part.keys():
             raise UserError(f"--merge {file}: not a file that benchmarks.decode --out wrote")
-        if not found:
-            found = part | {
+        if not result:
+            result = part | {
                 "rows": [],
                 "capacity": [],
                 "generated": [],
@@ -37,21 +37,23 @@ def merged(files: Sequence[Path]) -> dict[str, Any]:
                 "copies": {},
             }
         for key in ("device", "settings"):
-            if part[key] != found[key]:
-                raise UserError(f"--merge {file}: {key} is {part[key]}, and {found[key]} in {files[0]}; allowed: equal")
+            if part[key] != result[key]:
+                raise UserError(
+                    f"--merge {file}: {key} is {part[key]}, and {result[key]} in {files[0]}; allowed: equal"
+                )
         for key in ("gpus", "torch"):
-            one, other = (which["environment"].get(key) for which in (found, part))
+            one, other = (which["environment"].get(key) for which in (result, part))
             if one != other:
                 raise UserError(f"--merge {file}: {key} is {other}, and {one} in {files[0]}; allowed: equal")
-        found["copies"][file.name] = part["copy_bytes_per_s"]
-        found["configs"] |= part["configs"]
+        result["copies"][file.name] = part["copy_bytes_per_s"]
+        result["configs"] |= part["configs"]
         for key in ("not_measured", "clocks"):
-            found[key] += part[key]
-        found["stopped"] = found["stopped"] or part["stopped"]
-        _add(found["rows"], part["rows"], ("design", "context", "batch"))
-        _add(found["capacity"], part["capacity"], ("design", "budget_bytes", "batch_context"))
-        _add(found["generated"], part.get("generated", []), ("design", "context", "batch"))
-    return found
+            result[key] += part[key]
+        result["stopped"] = result["stopped"] or part["stopped"]
+        _add(result["rows"], part["rows"], ("design", "context", "batch"))
+        _add(result["capacity"], part["capacity"], ("design", "budget_bytes", "batch_context"))
+        _add(result["generated"], part.get("generated", []), ("design", "context", "batch"))
+    return result
 
 
 def _add(rows: list[dict[str, Any]], more: list[dict[str, Any]], keys: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ from benchmarks.timing import wait
 
 
 class Results(Record):
-    """All rows so far. A measurement that fails leaves its error in its row and the others go on.
+    """All rows so far. The error of a failed measurement is stored in its row, and the others continue.
 
     Args:
         results: what is known before the first measurement, or a finished benchmark.

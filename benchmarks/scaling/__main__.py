@@ -1,4 +1,4 @@
-"""Train under several strategies and numbers of GPUs; compare tokens a second and what communication costs.
+"""Train under several strategies and numbers of GPUs; compare tokens a second and the cost of communication.
 
     python -m benchmarks.scaling --cases benchmarks/scaling/node.yaml --text data/prepared/stdlib \\
       --minutes 9 --out node.json

@@ -33,7 +33,7 @@ class Group(Section):
     skip_rows: int = Field(2, ge=0)
     """First rows of metrics to leave out, in which blocks compile."""
     micro_batches: int | None = Field(None, ge=1)
-    """Micro-batches of a step on each device. None: `train.global_batch` stays as configured, so that all runs take the
+    """Micro-batches of a step on each device. None: `train.global_batch` is as configured, so that all runs take the
     same steps and their losses can be compared."""
     data: Literal["random", "text"] = "random"
 

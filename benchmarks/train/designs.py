@@ -33,7 +33,7 @@ def design(name: str, config: Config) -> Contender:
 def with_documents(plain: Contender, config: Config, mean: int) -> Contender:
     """The same model on packed documents of random lengths, `mean` tokens on average.
 
-    Attention stays inside of documents, and positions restart in each.
+    Attention does not cross documents, and positions restart in each.
     """
     device, batch, seq_len = device_of(config), config.train.micro_batch, config.data.seq_len
     draw = torch.Generator(device).manual_seed(1)

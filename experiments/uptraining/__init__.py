@@ -8,5 +8,5 @@ students.py    configs of students, their losses before training, and their trai
 steptime.py    times of a distilled and of a plain step
 report.py      rows and tables
 
-Imports benchmarks.timing and cllm.
+Imports benchmarks.record, benchmarks.timing and cllm.
 """

@@ -106,14 +106,14 @@ def _starts(rows: Sequence[Row], base: Row | None) -> str:
     by_method: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         by_method[row["plan"], row["method"]].append(row)
-    found = []
+    lines = []
     for (plan, method), group in by_method.items():
         losses = [row["loss"] for row in group]
         above = None if base is None else 100 * (statistics.mean(losses) / base["loss"] - 1)
         ppl = statistics.mean(row["ppl"] for row in group)
-        found.append([plan, method, len(group), min(losses), max(losses), ppl, above, group[0]["seconds"]])
+        lines.append([plan, method, len(group), min(losses), max(losses), ppl, above, group[0]["seconds"]])
     heads = ["plan", "method", "seeds", "lowest loss", "highest loss", "perplexity", "% above the teacher", "seconds"]
-    return table(heads, found)
+    return table(heads, lines)
 
 
 def _runs(rows: Sequence[Row]) -> str:

@@ -14,7 +14,7 @@ import yaml
 from cllm.errors import EXIT_STOPPED
 from cllm.lock import locked
 from cllm.runs import RunFolder
-from experiments.tradeoff import main
+from experiments.tradeoff import is_finished, main
 
 
 @pytest.fixture
@@ -49,6 +49,12 @@ def test_trained_and_compressed_in_one_table(tradeoff, tmp_path, capfd):
     assert "== gqa-n_kv_heads-1" in told, "resumed from step 2"
     assert "== mha" not in told
     assert checkpoint.exists()
+
+    folder = RunFolder(tmp_path / "out" / "mha")
+    assert is_finished(folder)
+    lines = folder.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    folder.metrics_file.write_text("".join(line for line in lines if "val/loss" not in line), encoding="utf-8")
+    assert not is_finished(folder), "its last validation is missing"
 
 
 def test_out_of_time_it_says_so_and_the_same_command_goes_on(tradeoff, capfd):

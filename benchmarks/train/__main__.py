@@ -5,11 +5,11 @@
 All contenders live on one GPU and take turns, round after round, so that clocks and heat are the same for all. If they
 do not fit in its memory together, --swap keeps those that are not being measured in CPU memory. Each does the same
 work: bf16 autocast over fp32 weights, forward, backward, clipping at norm 1, the optimizer of `optim:`; with
---accumulate, several micro-batches a step. Times of steps are those between device events. Prints a table (median, spread over rounds, tokens
-a second, MFU, peak memory, time as a multiple of the first contender's) and writes JSON with versions, commit, clocks,
-and the kernels that were chosen. --fp8 adds the first design with fp8 products. That is other arithmetic, so it has its
-own table, with MFU against the bf16 peak as elsewhere. --train.accelerator cpu tries it out on a CPU; times there mean
-nothing.
+--accumulate, several micro-batches a step. Times of steps are those between device events. Prints a table (median,
+spread over rounds, tokens a second, MFU, peak memory, time as a multiple of the first contender's) and writes JSON with
+versions, commit, clocks, and the kernels that were chosen. --fp8 adds the first design with fp8 products. That is other
+arithmetic, so it has its own table, with MFU against the bf16 peak as elsewhere. --train.accelerator cpu tries it out
+on a CPU; times there mean nothing.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Posthoc(Suite):
         Number(key="ratio_to_mha", head="mha/x", form="{:.2f}".format),
         Number(key="compression_share_of_prefill", head="time", form=lambda share: f"{100 * share:.0f} %"),
     )
-    compared = False  # scripts/sweep_posthoc.py compares them
+    compared = False  # experiments.sweep_posthoc compares them
 
     def is_asked_for(self, options: argparse.Namespace) -> bool:
         return bool(options.posthoc)

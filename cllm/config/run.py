@@ -28,7 +28,7 @@ class Config(Section):
     attention: AttentionConfig = Field(default_factory=AttentionConfig)
     """The attention kernel."""
     data: DataConfig = Field(default_factory=DataConfig)
-    """What to train on."""
+    """Training and validation data."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
     """How to optimise."""
     train: TrainConfig = Field(default_factory=TrainConfig)

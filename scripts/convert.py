@@ -35,12 +35,12 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("export", help="write a run as a Hugging Face folder")
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder")
-    add("out", type=Path, metavar="OUT", help="folder to write")
+    add("out", type=Path, metavar="OUT", help="folder to make")
     add("--checkpoint", type=whole_number(0), metavar="STEP", help="step of the checkpoint (default: the newest)")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="data type of the weights (default: %(default)s)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: %(default)s)")
     add("--max-shard-size", type=size, metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
-    add("--no-tokenizer", action="store_true", help="do not copy the tokenizer of the run's data")
-    add("--force", action="store_true", help="replace OUT if this command wrote it")
+    add("--no-tokenizer", action="store_true", help="leave the tokenizer of the run's data out")
+    add("--force", action="store_true", help="replace OUT if this command made it")
     parser.set_defaults(command=export)
 
 
@@ -64,14 +64,14 @@ def export(options: argparse.Namespace) -> None:
 
 def add_import(commands: argparse._SubParsersAction) -> None:
     """`import SOURCE OUT`: another family's checkpoint as a folder of this package."""
-    parser = commands.add_parser("import", help="convert a Llama, Qwen, Mistral or DeepSeek folder to one of cllm")
+    parser = commands.add_parser("import", help="read another family's checkpoint")
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="folder with config.json and safetensors")
-    add("out", type=Path, metavar="OUT", help="folder to write")
-    add("--dtype", choices=("fp32", "bf16"), help="data type of the weights (default: unchanged)")
+    add("out", type=Path, metavar="OUT", help="folder to make")
+    add("--dtype", choices=("fp32", "bf16"), help="of the weights (default: as they are)")
     add("--max-shard-size", type=size, metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
-    add("--allow-pickle", action="store_true", help="also read pytorch_model.bin; only tensors are unpickled")
-    add("--force", action="store_true", help="replace OUT if this command wrote it")
+    add("--allow-pickle", action="store_true", help="read pytorch_model.bin too; nothing but tensors is unpickled")
+    add("--force", action="store_true", help="replace OUT if this command made it")
     parser.set_defaults(command=import_)
 
 
@@ -93,13 +93,13 @@ def import_(options: argparse.Namespace) -> None:
 
 def add_plain(commands: argparse._SubParsersAction) -> None:
     """`plain SOURCE OUT`: a folder of this package in another family's format."""
-    parser = commands.add_parser("plain", help="convert a folder of cllm to the format of Llama, Qwen or Mistral")
+    parser = commands.add_parser("plain", help="write a folder in another family's format")
     add = parser.add_argument
-    add("source", type=Path, metavar="SOURCE", help="folder that import or export wrote")
-    add("out", type=Path, metavar="OUT", help="folder to write")
-    add("--family", choices=("llama", "mistral", "qwen2", "qwen3"), help="format (default: the first that fits)")
+    add("source", type=Path, metavar="SOURCE", help="folder that import or export made")
+    add("out", type=Path, metavar="OUT", help="folder to make")
+    add("--family", choices=("llama", "mistral", "qwen2", "qwen3"), help="default: the first that fits")
     add("--max-shard-size", type=size, metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
-    add("--force", action="store_true", help="replace OUT if this command wrote it")
+    add("--force", action="store_true", help="replace OUT if this command made it")
     parser.set_defaults(command=plain)
 
 

@@ -30,11 +30,11 @@ from cllm.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
 Schema = TypeVar("Schema", bound=BaseModel)
 Origin = dict[tuple[str, ...], str]
 """The file, or the command line, that gave each key and section."""
-_TaggedFields = list[tuple[str | None, FieldInfo]]
-"""The fields of one key, each with the tag of its variant in a tagged union, or None outside of one."""
 
 COMMAND_LINE = "command line"
 _SELECTORS = ("preset", "layers")
+_TaggedFields = list[tuple[str | None, FieldInfo]]
+"""The fields of one key, each with the tag of its variant in a tagged union, or None outside of one."""
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Convert between runs and checkpoint folders.
 
     python scripts/convert.py export runs/NAME OUT      a run as a Hugging Face folder
-    python scripts/convert.py import LLAMA OUT          a Llama, Qwen, Mistral or DeepSeek folder as one of this package
-    python scripts/convert.py plain OUT LLAMA           such a folder in the format of Llama, Qwen or Mistral
+    python scripts/convert.py import LLAMA OUT          a Llama, Qwen, Mistral or DeepSeek folder as a folder of cllm
+    python scripts/convert.py plain OUT LLAMA           a folder of cllm in the format of Llama, Qwen or Mistral
 
 See docs/huggingface.md.
 """

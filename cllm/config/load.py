@@ -11,6 +11,7 @@ mistake is a `UserError` that names the key, its file, the value and what is all
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import types
 import typing
@@ -31,6 +32,8 @@ Origin = dict[tuple[str, ...], str]
 
 COMMAND_LINE = "command line"
 _SELECTORS = ("preset", "layers")
+_TaggedFields = list[tuple[str | None, FieldInfo]]
+"""The fields of one key, each with the tag of its variant in a tagged union, or None outside of one."""
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -96,13 +99,8 @@ def _sections(annotation: Any, tag: str | None = None) -> list[tuple[str | None,
 def schema_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
     """Every dotted key of a schema and its pydantic field."""
     keys: dict[str, FieldInfo] = {}
-    for name, field in schema.model_fields.items():
-        sections = _sections(field.annotation)
-        if not sections:
-            keys.setdefault(prefix + name, field)
-        for _, section in sections:
-            for key, inner in schema_keys(section, f"{prefix}{name}.").items():
-                keys.setdefault(key, inner)
+    for key, fields in _fields(schema, prefix).items():
+        keys[key] = fields[0][1]
     return keys
 
 
@@ -251,12 +249,61 @@ def load_settings(
 
 def keys_help(schema: type[BaseModel]) -> str:
     """Every key with its default and its meaning, for `--help`."""
-    lines = []
-    for key, field in schema_keys(schema).items():
-        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        meaning = " ".join((field.description or "").split())
-        lines.append(f"  --{key}  (default: {default})\n      {meaning}")
+    keys = _fields(schema)
+    n_tags = len({tag for fields in keys.values() for tag, _ in fields if tag is not None})
+    lines = [_key_help(key, fields, n_tags) for key, fields in keys.items()]
     return "settings, the same in YAML and on the command line:\n" + "\n".join(lines)
+
+
+def _key_help(key: str, fields: _TaggedFields, n_tags: int) -> str:
+    """The help of one key. Where presets differ, each default and meaning follows the names of its presets."""
+    head, *_ = fields
+    if len(fields) > 1 and all(field.default == tag for tag, field in fields):  # the key that selects the preset
+        names = ", ".join(str(tag) for tag, _ in fields)
+        return f"  --{key}  (default: {_default(head[1])})\n      {_meaning(head[1])} Allowed: {names}."
+    groups: dict[tuple[str, str], list[str | None]] = {}
+    for tag, field in fields:
+        groups.setdefault((_default(field), _meaning(field)), []).append(tag)
+    defaults: dict[str, list[str]] = {}
+    meanings: list[str] = []
+    for (default, meaning), tags in sorted(groups.items(), key=lambda group: -len(group[1])):
+        is_general = 2 * len(tags) > n_tags or set(tags) <= {None, *key.split(".")}
+        names = "" if is_general else ", ".join(str(tag) for tag in tags)
+        defaults.setdefault(default, []).append(names)
+        meanings.append(f"{names}: {meaning}" if names else meaning)
+    if len(defaults) == 1:
+        shown = next(iter(defaults))
+    else:
+        shown = "; ".join(f"{d} with {', '.join(n)}" if all(n) else d for d, n in defaults.items())
+    return "\n      ".join([f"  --{key}  (default: {shown})", *meanings])
+
+
+def _default(field: FieldInfo) -> str:
+    """The default as YAML (null, not None)."""
+    return "required" if field.is_required() else json.dumps(field.get_default(call_default_factory=True), default=str)
+
+
+def _meaning(field: FieldInfo) -> str:
+    return " ".join((field.description or "").split())
+
+
+def _fields(schema: type[BaseModel], prefix: str = "", tag: str | None = None) -> dict[str, _TaggedFields]:
+    """Every dotted key of a schema with its fields, each with the tag of the variant that has it.
+
+    Several variants of a tagged union may have the same key; the default variant comes first.
+    """
+    keys: dict[str, _TaggedFields] = {}
+    for name, field in schema.model_fields.items():
+        sections = _sections(field.annotation)
+        if not sections:
+            keys.setdefault(prefix + name, []).append((tag, field))
+        if len(sections) > 1:
+            usual = type(field.get_default(call_default_factory=True))
+            sections.sort(key=lambda section: section[1] is not usual)
+        for inner_tag, section in sections:
+            for key, fields in _fields(section, f"{prefix}{name}.", inner_tag or tag).items():
+                keys.setdefault(key, []).extend(fields)
+    return keys
 
 
 class ConfigParser(Parser):

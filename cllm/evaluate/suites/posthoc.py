@@ -38,8 +38,8 @@ class Posthoc(Suite):
             action="append",
             default=[],
             metavar="SPEC",
-            help="compress the cache of a prefix and score what follows, e.g. xkv:group=4,ratio=4 or none; repeat it. "
-            "The first 4 tokens stay exact (in the spec: sinks=N)",
+            help="compress the cache of a prefix and score what follows, e.g. xkv:group=4,ratio=4 or none; "
+            "repeatable. --list-posthoc lists the methods. The first 4 tokens stay exact, unless SPEC sets sinks=N",
         ),
         Option(
             "--prefix",
@@ -53,8 +53,8 @@ class Posthoc(Suite):
             type=whole_number(0),
             default=0,
             metavar="N",
-            help="with --posthoc: also continue each prefix greedily by N tokens, and compare them with those after "
-            "the prefix kept exact (default: 0)",
+            help="with --posthoc: also generate N tokens greedily after each prefix, and compare them with those "
+            "generated from the uncompressed cache (default: 0)",
             unused="needs --posthoc, whose caches are compared",
         ),
     )

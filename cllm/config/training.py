@@ -87,6 +87,9 @@ class OptimConfig(Section):
             raise ValueError(f"min_lr {self.min_lr} exceeds lr {self.lr}")
         if any(not 0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must lie in [0, 1)")
+        for key, value in self.options.items():
+            if isinstance(value, int) and abs(value) > MAX_COUNT:
+                raise ValueError(f"options.{key} is {value}; allowed: whole numbers up to {MAX_COUNT}")
         return self
 
 

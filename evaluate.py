@@ -23,7 +23,7 @@ from cllm.signals import stoppable
 
 
 def parser() -> Parser:
-    """The command line's arguments. Raises `UserError` for a plug-in that cannot be used."""
+    """The command line's arguments."""
     parser, count = Parser(description=__doc__), whole_number(1)
     add = parser.add_argument
     add("--run", action="append", default=[], metavar="PATH", help="run, .ckpt file or Hugging Face folder; repeatable")

@@ -25,7 +25,7 @@ def plugins(group: str) -> dict[str, Any]:
     for name, point in _entry_points(group).items():
         try:
             loaded[name] = point.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             reason = " ".join(f"{kind}{error}".split())
             raise UserError(f"{_describe(point)}: cannot be loaded: {reason}") from error

@@ -146,7 +146,7 @@ class DecodeBenchmark:
     def generate(self, new: int, points: set[Point] | None) -> None:
         """Add a row with `new` tokens by `generate` over a static cache, for every point of every design.
 
-        `points`: also Hugging Face's Llama at these points, with an empty set at all points; None: without it.
+        `points`: where to measure Hugging Face's Llama too; empty: at all points; None: nowhere.
         """
         own = functools.partial(generating.own_model, compiled=self.compiled)
         for design in self.designs:

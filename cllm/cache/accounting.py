@@ -94,7 +94,7 @@ class Cut:
     up: int
     """Keys and values of owners below that layers above the cut read."""
     down: int
-    """Keys and values of owners above that layers below read, in every iteration of a cyclic plan."""
+    """Keys and values that layers below read from owners above, in every iteration of a cyclic plan."""
     cyclic: bool
     """Whether the cut is inside layers that are computed together, by iteration."""
 

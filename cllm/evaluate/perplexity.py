@@ -181,7 +181,7 @@ def measure(subject: Subject, text: TextSet, settings: Settings, device: torch.d
     complete = tokens == len(text.source)
     n_bytes = text.n_bytes if complete else n_bytes
     if not tokens or not n_bytes:
-        raise UserError(f"{text.path}: too short: of {len(stream)} tokens none that stands for text can be scored")
+        raise UserError(f"{text.path}: too short: none of its {len(stream)} tokens can be scored")
     if not math.isfinite(nll):
         raise UserError(f"{subject.path}: its loss on {text.path} is {nll}: the weights are damaged or have diverged")
     return {

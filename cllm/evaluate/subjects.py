@@ -61,7 +61,7 @@ class Subject(ABC):
     default_sets: dict[str, Path]
     """Sets to evaluate by default: name, prepared folder."""
     digests: dict[Path, str]
-    """`Manifest.digest()` of these folders when the model was trained, if it was recorded."""
+    """Digests of these data folders as recorded in training; None if not recorded."""
     vocab_size: int
     """Number of token ids in the model's embedding."""
     _model: Any

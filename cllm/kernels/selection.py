@@ -39,7 +39,7 @@ class Selection:
     chunk: int
     """Tokens of a chunk."""
     budget: int
-    """Tokens that a step chooses in addition for each KV head, a multiple of `chunk`."""
+    """Tokens that a step selects for each KV head besides those it always reads, a multiple of `chunk`."""
 
 
 def chosen_chunks(selection: Selection) -> int:

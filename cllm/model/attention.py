@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from cllm.cache.slot import Slot
 from cllm.cache.stores import SlotStore, StateStore, Store
 from cllm.config import ModelConfig
+from cllm.errors import PlanError
 from cllm.kernels.attention import Mask, attention
 from cllm.kernels.decode import Stored, Visible, decode_attention
 from cllm.kernels.retention import gated_retention, gated_retention_from
@@ -27,11 +28,12 @@ from cllm.model.context import Context
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope
 from cllm.model.sources import make_owner, make_read
-from cllm.plan.kinds import Latent, Retention, Source, mixer_module
+from cllm.plan.kinds import Latent, Retention, Source
 from cllm.plan.plan import KVPlan
+from cllm.plan.registry import mixer_module
 
 
-class _Mixer(nn.Module):
+class Mixer(nn.Module):
     """Base of all mixers: the layer's mask, the slots that it reads, and the owner module if the layer owns a slot."""
 
     def __init__(self, config: ModelConfig, plan: KVPlan, layer: int):
@@ -71,7 +73,7 @@ class _Mixer(nn.Module):
 
 
 @mixer_module(Source)
-class Attention(_Mixer):
+class Attention(Mixer):
     """Softmax attention over keys and values that the plan names."""
 
     def __init__(self, config: ModelConfig, plan: KVPlan, layer: int):
@@ -139,7 +141,7 @@ def _keep_kernels() -> Any:
 
 
 @mixer_module(Latent)
-class LatentAttention(_Mixer):
+class LatentAttention(Mixer):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1.2-2.1.3), in expanded form."""
 
     def __init__(self, config: ModelConfig, plan: KVPlan, layer: int):
@@ -212,7 +214,7 @@ def _as_matrix(module: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Ten
 
 
 @mixer_module(Retention)
-class GatedRetention(_Mixer):
+class GatedRetention(Mixer):
     """Gated retention (YOCO, arXiv 2405.05254, section 3.2).
 
     Each head has a recurrent state, which decays by γ = σ(W x)^(1/16), and a norm without weights; then a swish gate.
@@ -286,6 +288,13 @@ def _decode_function(keys: Sequence[Stored], values: Sequence[Stored]) -> Callab
     return decode_attention
 
 
-def make_mixer(config: ModelConfig, plan: KVPlan, layer: int) -> _Mixer:
+def make_mixer(config: ModelConfig, plan: KVPlan, layer: int) -> Mixer:
     """The mixer for the kind of slot that a layer reads."""
-    return mixer_module.of(plan.source(layer))(config, plan, layer)
+    source = plan.source(layer)
+    build = mixer_module.of(source)
+    if build is Attention and not source.is_plain:
+        raise PlanError(
+            f"layer {layer}: {type(source).__name__} is not keys and values and has no mixer; register one with "
+            "cllm.plan.registry.mixer_module"
+        )
+    return build(config, plan, layer)

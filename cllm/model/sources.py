@@ -19,7 +19,8 @@ from cllm.config import ModelConfig
 from cllm.kernels.decode import Stored
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope
-from cllm.plan.kinds import Fuse, Latent, Own, Read, Retention, Share, Source, owner_module, read_module
+from cllm.plan.kinds import Fuse, Latent, Own, Read, Retention, Share, Source
+from cllm.plan.registry import owner_module, read_module
 
 Part = Literal["k", "v"]
 
@@ -95,9 +96,6 @@ class Reader(nn.Module):
     def forward(self, slots: Sequence[Slot]) -> Tensor:
         """(B, T, G, D) in the slots' dtype."""
         raise NotImplementedError
-
-    def reset_parameters(self) -> None:
-        """Draw the parameters of this module itself; submodules draw their own."""
 
     def parts(self, slots: Sequence[Slot]) -> list[Tensor]:
         """The tensors (B, T, G, D) of the slots that this read is made of, in the order of `Read.layers`."""

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, create_model
 
 from cllm.errors import PlanError
-from cllm.plan.kinds import READS, SOURCES, Read, Share
+from cllm.plan.kinds import Read, Share
 from cllm.plan.plan import KVPlan, LayerPlan, layer_range, ranges
+from cllm.plan.registry import READS, SOURCES
 from cllm.plan.shape import IterationsConfig, Shape
 from cllm.section import MAX_TOKENS, Section
 
@@ -52,13 +53,14 @@ class ReadConfig(_Reads):
         given = {name: value for name in _OPTIONS if (value := getattr(self, name)) is not None}
         kinds = [kind for kind in READS.values() if kind.key in given]
         if len(kinds) != 1:
-            raise PlanError(f"{where}: needs either {' or '.join(READS)}, and not both")
+            raise PlanError(f"{where}: needs exactly one of {', '.join(READS)}")
         (kind,) = kinds
         layers = given.pop(kind.key)
         for other in READS.values():
             wrong = [n for n in given if n in other.Settings.model_fields and n not in kind.Settings.model_fields]
             if wrong:
-                raise PlanError(f"{where}: {', '.join(wrong)} go with {other.key}, not with {kind.key}")
+                verb = "goes" if len(wrong) == 1 else "go"
+                raise PlanError(f"{where}: {', '.join(wrong)} {verb} with {other.key}, not with {kind.key}")
         return kind.from_settings(layers, given)
 
 

@@ -1,20 +1,16 @@
 """Kinds of sources (what a layer owns) and of reads (how it reads slots), each of which answers for itself.
 
 A kind is one class: a frozen dataclass with the numbers of one layer, its YAML key and settings, and the answers that
-everything else asks it for: widths, bytes, FLOPs, text, refusals. The modules that compute it are functions registered
-for the kind (`owner_module`, `read_module`, `mixer_module`), looked up along its bases. Nothing else tests for a kind.
-
-A package outside of cllm adds kinds in the same way, and names its module under the entry point group `cllm.plans`. As
-long as it imports torch inside of its functions only, reading a config stays free of torch.
+everything else asks it for: widths, bytes, FLOPs, text, refusals. `registry.py` makes it known to YAML, and knows the
+modules that compute it. Nothing else tests for a kind.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -309,84 +305,3 @@ class Fuse(Read):
         """With `fuse`: separate weights for every KV head (default false)."""
         init: FusionInit | None = None
         """With `fuse`: `lite` (default), `mean` or `randn`."""
-
-
-# ---- registries ------------------------------------------------------------------------------------------------------
-
-SOURCES: dict[str, type[Source]] = {}
-"""Every kind of source by its YAML key."""
-READS: dict[str, type[Read]] = {}
-"""Every kind of read by its YAML key."""
-_S = TypeVar("_S", bound=type[Source])
-_R = TypeVar("_R", bound=type[Read])
-_closed = False
-
-
-def register_source(kind: _S) -> _S:
-    """Make a kind of source known to YAML. Raises `PlanError` for a key that is taken."""
-    _add(SOURCES, kind.key, kind)
-    return kind
-
-
-def register_read(kind: _R) -> _R:
-    """Make a kind of read known to YAML. Raises `PlanError` for a key that is taken, by a kind or by an option."""
-    _add(READS, kind.key, kind)
-    return kind
-
-
-def close_registries() -> None:
-    """The schema of `model.kv` is made now: kinds that come later would be unknown to it."""
-    global _closed
-    _closed = True
-
-
-def _add(registry: dict[str, Any], key: str, kind: type) -> None:
-    if _closed:
-        raise PlanError(
-            f"{kind.__name__}: comes too late; import its module before cllm.config, or name it under the entry point "
-            "group cllm.plans"
-        )
-    if registry.get(key, kind) is not kind:
-        raise PlanError(f"{kind.__name__}: its key {key!r} is that of {registry[key].__name__}; choose another")
-    registry[key] = kind
-
-
-for _source in (Own, Latent, Retention):
-    register_source(_source)
-for _read in (Share, Fuse):
-    register_read(_read)
-
-_Build = TypeVar("_Build", bound=Callable[..., Any])
-
-
-class Builders:
-    """Functions that build a kind's modules, each registered for a class and found for its subclasses too."""
-
-    def __init__(self, what: str):
-        self.what = what
-        self._by_kind: dict[type, Callable[..., Any]] = {}
-
-    def __call__(self, kind: type) -> Callable[[_Build], _Build]:
-        """A decorator: `@owner_module(Own)`."""
-
-        def register(build: _Build) -> _Build:
-            self._by_kind[kind] = build
-            return build
-
-        return register
-
-    def of(self, kind: Source | Read) -> Callable[..., Any]:
-        """The function for an object's kind. Raises `PlanError` if neither it nor a base has one."""
-        found = next((self._by_kind[c] for c in type(kind).__mro__ if c in self._by_kind), None)
-        if found is None:
-            raise PlanError(f"{type(kind).__name__}: has no {self.what}; register one with cllm.plan.kinds")
-        return found
-
-
-owner_module = Builders("owner module")
-"""`(config: ModelConfig, source) -> nn.Module | None`: writes a layer's slot, see `cllm/model/sources.py`."""
-read_module = Builders("read module")
-"""`(read, part, places, n_kv_heads, head_dim) -> Reader`: reads keys (`k`) or values (`v`), see `make_read` there."""
-mixer_module = Builders("mixer")
-"""`(config, plan, layer) -> nn.Module`: a block's attention, see `cllm/model/attention.py`. Kinds with plain slots have
-softmax attention unless they register another."""

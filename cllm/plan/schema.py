@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import Discriminator, Tag
 
 from cllm.errors import UserError
-from cllm.plan.kinds import close_registries
 from cllm.plan.presets import PRESETS, Preset
+from cllm.plan.registry import close_registries
 from cllm.plugins import plugins
 
 _broken: UserError | None = None

@@ -20,7 +20,7 @@ _workers: dict[torch.device, list[tuple[torch.cuda.Stream, ThreadPoolExecutor]]]
 
 
 def run_in_parallel(jobs: Sequence[Job], device: torch.device) -> None:
-    """Run `jobs`, which launch work on `device`; one after another on a CPU, or if there is only one.
+    """Run `jobs`, which launch work on `device`: in parallel on a GPU, else in turn.
 
     On a GPU the jobs start after all work launched before on the current stream, and work launched there later waits
     for all of them. An exception of a job is raised after the others have ended.

@@ -53,6 +53,8 @@ def register(name: str, *, summary: str, sweep: tuple[str, ...] = ()) -> Callabl
         raise UserError(f'post-hoc method "{name}": allowed in a name: lower case letters, digits and _')
 
     def add(method: type[Method]) -> type[Method]:
+        if not (isinstance(method, type) and issubclass(method, Compressor)):
+            raise UserError(f'post-hoc method "{name}": is {method!r}; allowed: a subclass of Compressor')
         path, other = _path(method), _path(_registered.get(name, method))
         if path != other:
             raise UserError(f'post-hoc method "{name}" of {path}: the name is taken by {other}; choose another')

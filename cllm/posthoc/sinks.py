@@ -30,9 +30,9 @@ class Sinks(TensorTree):
     """Which tokens of a prefix are sinks."""
 
     count: int
-    """s, at most `length`."""
+    """Number of sinks, s, at most `length`."""
     length: int
-    """S."""
+    """Tokens of the prefix, S."""
     starts: Tensor | None
     """(B,) columns of padding before each sequence, the cache's own tensor; None: no padding. A sequence of fewer than
     s tokens has all of them among its sinks, after padding."""

@@ -266,8 +266,8 @@ def check_run_folder(folder: RunFolder) -> bool:
         if not marked:
             if not (folder.summary_file.exists() or folder.metrics_file.exists()):
                 raise UserError(
-                    f"{path}: exists and is not a run of cllm: of a run's files it has only config.yaml; choose "
-                    "another --name"
+                    f"{path}: exists, but is not a run of cllm: it has a config.yaml and no other file of a run; "
+                    "choose another --name"
                 )
             try:
                 folder.config()

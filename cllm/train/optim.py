@@ -102,6 +102,12 @@ def find_optimizer(config: OptimConfig) -> Optimizer:
                 f"optim.options has the key {key!r}, which {config.name} does not have; allowed: "
                 f"{', '.join(sorted(optimizer.options)) or 'none'}"
             )
+        value, default = config.options[key], optimizer.options[key]
+        numbers = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
+        if default is not None and type(value) is not type(default) and not numbers:
+            raise UserError(
+                f"optim.options.{key} is {value!r}; allowed: a {type(default).__name__}, such as {default!r}"
+            )
     return optimizer
 
 
@@ -112,13 +118,18 @@ def _with_plugins() -> dict[str, Optimizer]:
             raise UserError(f"{origin(GROUP, name)}: cllm has an optimizer of this name; choose another")
         if not isinstance(other, Optimizer):
             raise UserError(f"{origin(GROUP, name)}: not an instance of cllm.train.optim.Optimizer")
+        if not isinstance(getattr(other, "states", None), tuple):
+            raise UserError(f"{origin(GROUP, name)}: has no states, a tuple of the names of its fp32 states")
     return BUILT_IN | others
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer of `optim.name` over the trained parameters of `model`."""
     optimizer = find_optimizer(config)
-    return optimizer.build(optimizer.groups(model, config), config)
+    built = optimizer.build(optimizer.groups(model, config), config)
+    if not isinstance(built, torch.optim.Optimizer):
+        raise UserError(f"optim.name {config.name}: built a {type(built).__name__}; allowed: a torch.optim.Optimizer")
+    return built
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:

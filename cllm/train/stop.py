@@ -20,7 +20,7 @@ _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopWhenDone(Callback):
-    """Ends the run after its last step, with a validation, or after the current step of a signal, without one.
+    """Ends the run after its last step, with a validation, or after the step in which a signal came, without one.
 
     The signals are SIGTERM, SIGINT, SIGHUP (a terminal that closes) and SIGUSR1 (which srun forwards to its tasks
     without ending itself). SIGHUP stays ignored if it was, as under nohup. The run is saved first, and `--resume auto`

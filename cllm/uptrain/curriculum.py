@@ -19,8 +19,9 @@ from cllm.model.attention import Attention
 from cllm.model.context import Context
 from cllm.model.decoder import Decoder
 from cllm.model.sources import FusedRead, OwnKV, Reader, SharedRead
-from cllm.plan.kinds import Builders, Fuse, Share
+from cllm.plan.kinds import Fuse, Share
 from cllm.plan.plan import KVPlan
+from cllm.plan.registry import Builders
 
 OWN = "curriculum_own"
 """The name of the module with a layer's own projections."""

@@ -60,7 +60,7 @@ class ReadSums:
     cross: Tensor
     """Sources with own: keys (s, G, P) complex, conj(source) own; values (s, G, D, D)."""
     own: Tensor
-    """(): squares of the layer's own."""
+    """Scalar: sum of squares of the layer's own keys or values."""
 
     @classmethod
     def of(cls, part: Part, sources: Sequence[Tensor], own: Tensor) -> ReadSums:

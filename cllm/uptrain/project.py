@@ -17,6 +17,7 @@ from torch import nn
 from cllm.errors import UserError
 from cllm.model.attention import Attention
 from cllm.model.decoder import Decoder
+from cllm.model.initial import draw_weights
 from cllm.model.sources import OwnKV
 from cllm.plan.plan import KVPlan
 from cllm.uptrain.decoder import attention_of, block_of, owner_of
@@ -84,9 +85,7 @@ def copy_rest(student: Decoder, teacher: Decoder) -> None:
             _load(mine.attention.q_norm, attention.q_norm)
             _load(mine.attention.o_proj, attention.o_proj)
             for read in (mine.attention.keys, mine.attention.values):
-                for module in read.modules():
-                    if dict(module.named_parameters(recurse=False)):
-                        module.reset_parameters()  # type: ignore[operator]
+                draw_weights(read, student.config)
 
 
 def _load(mine: nn.Module | None, theirs: nn.Module | None) -> None:
@@ -126,8 +125,13 @@ def teacher_owners(student: KVPlan, teacher: Decoder) -> dict[int, OwnKV]:
 def copy_owners(student: Decoder, teacher: Decoder, owners: Mapping[int, OwnKV]) -> None:
     """Copy the teacher's projections to every owner; a kv_norm that the teacher lacks becomes the layer's norm."""
     for j in student.plan.owners:
-        mine = block_of(student, j).attention.owner
-        if not isinstance(mine, OwnKV):
+        mine, source = block_of(student, j).attention.owner, student.plan.owned(j)
+        if source.is_plain and type(mine) is not OwnKV:
+            raise UserError(
+                f"model.kv: layer {j} owns a slot by {source.key}, which cannot be copied from another model; allowed "
+                "with init.from: own"
+            )
+        if not isinstance(mine, OwnKV):  # latents have a method of their own
             continue
         mine.k_proj.load_state_dict(owners[j].k_proj.state_dict())
         mine.v_proj.load_state_dict(owners[j].v_proj.state_dict())

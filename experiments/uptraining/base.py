@@ -80,7 +80,7 @@ class Pretraining:
         self.schedule = OptimConfig(lr=size.lr, min_lr=size.lr / 10, warmup_steps=max(size.steps // 20, 1))
         self.training_loss = torch.compile(self.loss) if compiled else self.loss
         self.step, self.seconds = 0, 0.0
-        """Steps so far, and their time, that of earlier commands included."""
+        """Steps so far and the time they took, including earlier commands."""
         if self.file.exists():
             state = torch.load(self.file, map_location=device, weights_only=True)
             self.model.load_state_dict(state["model"])

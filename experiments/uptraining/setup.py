@@ -41,13 +41,13 @@ class Size:
     """Peak learning rate of students. If it is far above the last rate of pretraining, the loss rises by more than a
     few steps can repair."""
     uptrain_kv_lr: float
-    """The same if only K/V are trained."""
+    """Peak learning rate of students if only K/V are trained."""
     validation_sequences: int
     calibration_sequences: int
     corpus_bytes: int | None = None
     """Bytes of the corpus to read; None: all."""
     base_seed: int = 0
-    """Of the base model's initial weights and its order of the text."""
+    """Seed of the base model's initial weights and of its order of the text."""
 
     @property
     def steps(self) -> int:

@@ -165,3 +165,6 @@ def test_an_option_that_is_taken_is_refused(install_package: Install, evaluate, 
     install_package("outside", {"outside_suite": source}, {"cllm.suites": {"s": "outside_suite:S"}})
     assert evaluate("--run", "a") == 2
     assert "outside 1.0): --run: " in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        evaluate("--help")
+    assert "--suite" in capsys.readouterr().out

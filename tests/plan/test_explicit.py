@@ -99,11 +99,11 @@ REFUSED = {
     ),
     "share and fuse": (
         "[{layers: 0-2, own: {}}, {layers: 3, keys: {share: 0, fuse: [0]}, values: {share: 0}}]",
-        "layer 3: keys: needs either share or fuse, and not both",
+        "layer 3: keys: needs exactly one of share, fuse",
     ),
     "neither share nor fuse": (
         "[{layers: 0-2, own: {}}, {layers: 3, keys: {share: 0}, values: {}}]",
-        "layer 3: values: needs either share or fuse, and not both",
+        "layer 3: values: needs exactly one of share, fuse",
     ),
     "a source that owns nothing": (
         "[{layers: 0-1, own: {}}, {layers: 2-3, keys: {share: 2}, values: {share: 0}}]",

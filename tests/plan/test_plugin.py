@@ -140,8 +140,8 @@ def test_a_plug_in_passes_the_property_tests(installed):
 def test_mistakes_with_a_plug_in_are_one_line_without_torch(installed, tmp_path: Path):
     mistakes = {
         "layer 2: keys: mix names 1 owners; allowed: two": {"mix": [0]},
-        "layer 2: keys: needs either share or fuse or mix, and not both": {"mix": [0, 1], "share": 0},
-        "layer 2: keys: rank go with mix, not with fuse": {"fuse": [0, 1], "rank": 2},
+        "layer 2: keys: needs exactly one of share, fuse, mix": {"mix": [0, 1], "share": 0},
+        "layer 2: keys: rank goes with mix, not with fuse": {"fuse": [0, 1], "rank": 2},
     }
     commands = []
     for n, keys in enumerate(mistakes.values()):
@@ -161,10 +161,15 @@ def test_mistakes_with_a_plug_in_are_one_line_without_torch(installed, tmp_path:
 def test_a_kind_that_comes_too_late_is_refused():
     from cllm.config import Config  # noqa: F401
     from cllm.errors import PlanError
-    from cllm.plan.kinds import Share, register_read
+    from cllm.plan.kinds import Share
+    from cllm.plan.registry import register_read
+    from cllm.section import Section
 
     class Late(Share):
         key = "late"
+
+        class Settings(Section):
+            late: int | None = None
 
     with pytest.raises(PlanError, match=r"comes too late; import its module before cllm\.config"):
         register_read(Late)

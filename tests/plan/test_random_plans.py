@@ -26,8 +26,8 @@ from cllm.errors import UserError
 from cllm.hub.export import as_pretrained
 from cllm.hub.model import CLLMForCausalLM
 from cllm.model.decoder import Decoder
-from cllm.plan.kinds import READS, SOURCES
 from cllm.plan.plan import KVPlan
+from cllm.plan.registry import READS, SOURCES
 from cllm.section import Section
 
 LENGTH, BATCH, VOCABULARY = 7, 2, 32

@@ -84,7 +84,7 @@ def a_link(folder: Path, config: Config) -> None:
 FOREIGN = {
     thesis: "exists and is not a run: it has neither the mark of one",
     strangers_config: "exists and is not a run of cllm .*config.yaml: title: unknown key",
-    config_alone: "exists and is not a run of cllm: of a run's files it has only config.yaml",
+    config_alone: "exists, but is not a run of cllm: it has a config.yaml and no other file of a run",
     without_config: "holds checkpoints but no config.yaml",
     without_config_and_checkpoints: "holds metrics but no config.yaml",
     of_another_kind: "exists and is not a run",

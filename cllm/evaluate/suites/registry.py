@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 from cllm.arguments import Parser
 from cllm.errors import UserError
 from cllm.evaluate.suites.perplexity import Perplexity
 from cllm.evaluate.suites.posthoc import Posthoc
-from cllm.evaluate.suites.suite import Suite
+from cllm.evaluate.suites.suite import Option, Suite
 from cllm.plugins import origin, plugins
 
 GROUP = "cllm.suites"
@@ -18,54 +19,79 @@ _REQUIRED = ("name", "help", "numbers", "run")
 """Members that a subclass of `Suite` must define."""
 
 
+def _own_suites() -> dict[str, Suite]:
+    return {suite.name: suite for suite in (Perplexity(), Posthoc())}
+
+
 def suites() -> dict[str, Suite]:
     """Every suite by name.
 
     Raises:
         UserError: for a plug-in that cannot be loaded, is not a suite, or has another suite's name.
     """
-    known: dict[str, Suite] = {suite.name: suite for suite in (Perplexity(), Posthoc())}
+    known = _own_suites()
     for name, plugin in plugins(GROUP).items():
         suite = plugin
         if isinstance(plugin, type) and issubclass(plugin, Suite):
             missing = [key for key in _REQUIRED if getattr(plugin, key, None) in (None, Suite.run)]
             if missing:
                 raise UserError(f"{origin(GROUP, name)}: a suite without {', '.join(missing)}; every suite needs it")
-            suite = plugin()
+            try:
+                suite = plugin()
+            except Exception as error:
+                raise UserError(f"{origin(GROUP, name)}: cannot be made: {type(error).__name__}: {error}") from error
         if not isinstance(suite, Suite):
             raise UserError(f"{origin(GROUP, name)}: is a {type(plugin).__name__}; allowed: a subclass of Suite")
         if suite.name != name:
             raise UserError(f'{origin(GROUP, name)}: the name of the suite is "{suite.name}"; use one name for both')
         if name in known:
             raise UserError(f"{origin(GROUP, name)}: has the name of one of cllm's own suites; rename it")
+        if wrong := [option for option in suite.options if not isinstance(option, Option)]:
+            raise UserError(f"{origin(GROUP, name)}: its option {wrong[0]!r} is no Option")
         known[name] = suite
     return known
 
 
+def _escaped(help: str | None) -> str | None:
+    """A help text for argparse, in which only `%(default)s` and its like are formats."""
+    return help if help is None else re.sub(r"%(?!\()", "%%", help)
+
+
 def add_options(parser: Parser) -> None:
-    """Add `--suite`, and the options of every suite. Raises `UserError` for a plug-in's option that is taken."""
-    known = suites()
-    listed = "; ".join(f"{suite.name}: {suite.help}" for suite in known.values())
-    parser.add_argument(
-        "--suite",
-        choices=tuple(known),
-        metavar="NAME",
-        help=f"what to measure (default: {DEFAULT}, or posthoc with --posthoc). {listed}".replace("%", "%%"),
-    )
+    """Add `--suite`, and the options of every suite.
+
+    A plug-in that cannot be used is left out, so that `--help` works; `choose` raises its fault.
+    """
+    fault = None
+    try:
+        known = suites()
+    except UserError as error:
+        known, fault = _own_suites(), error
     for suite in known.values():
         for option in suite.options:
             try:
-                parser.add_argument(option.flag, **option.keywords)
-            except argparse.ArgumentError as error:
-                raise UserError(f"{origin(GROUP, suite.name)}: {option.flag}: {error}") from None
+                parser.add_argument(option.flag, **option.keywords | {"help": _escaped(option.keywords.get("help"))})
+            except (argparse.ArgumentError, TypeError, ValueError) as error:
+                fault = fault or UserError(f"{origin(GROUP, suite.name)}: {option.flag}: {error}")
+    listed = "; ".join(f"{suite.name}: {suite.help}" for suite in known.values())
+    parser.add_argument(
+        "--suite",
+        choices=tuple(known) if fault is None else None,
+        metavar="NAME",
+        help=f"what to measure (default: {DEFAULT}, or posthoc with --posthoc). {listed}".replace("%", "%%"),
+    )
+    parser.set_defaults(suite_fault=fault)
 
 
 def choose(parser: Parser, options: argparse.Namespace) -> Suite:
     """The suite that the options select, which `parser` has read.
 
     Raises:
-        UserError: for an option of a suite that is not selected, and for options that do not fit together.
+        UserError: for a plug-in that cannot be used, an option of a suite that is not selected, and options that do not
+            fit together.
     """
+    if options.suite_fault is not None:
+        raise options.suite_fault
     known = suites()
     asked_for = [suite.name for suite in known.values() if suite.is_asked_for(options)]
     chosen = known[options.suite or next(iter(asked_for), DEFAULT)]

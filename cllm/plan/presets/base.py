@@ -36,8 +36,18 @@ PRESETS: dict[str, type[Preset]] = {}
 
 
 def register_preset(cls: type[Preset]) -> type[Preset]:
-    """Make a preset known to `model.kv.preset`. Raises `PlanError` for a name that is taken."""
+    """Make a preset known to `model.kv.preset`.
+
+    Raises:
+        PlanError: for a preset without a name or `expand`, and for a name that is taken.
+    """
     field = cls.model_fields["preset"]
+    if not isinstance(field.default, str):
+        raise PlanError(f'{cls.__name__}: has no name; write  preset: Literal["NAME"] = "NAME"')
+    if cls.expand is Preset.expand:
+        raise PlanError(f"{cls.__name__}: has no method expand")
+    if field.default == "layers":
+        raise PlanError(f"{cls.__name__}: the name 'layers' is that of plans spelled out; choose another")
     field.description = Preset.model_fields["preset"].description  # a Literal of its own loses it
     if PRESETS.get(field.default, cls) is not cls:
         raise PlanError(f"{cls.__name__}: preset {field.default!r} is {PRESETS[field.default].__name__}'s name")

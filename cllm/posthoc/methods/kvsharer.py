@@ -32,7 +32,7 @@ class KVSharer(Compressor):
     no_sinks: ClassVar[str | None] = "slots are dropped or stored exactly, and no token is approximated"
 
     sinks: int = Field(0, ge=0)
-    """No other value is allowed."""
+    """Only 0: no token is approximated."""
     share: int = Field(1, ge=1)
     """Slots to drop."""
     threshold: float = Field(0.5, ge=-1, le=1)

@@ -26,7 +26,7 @@ class Merged(Code):
     length: Tensor
     """(B, n, G)."""
     index: Tensor
-    """int32 (B, m): indices, among n · G, of the rows kept, padded with n · G. Shared by the pair."""
+    """int32 (B, m): indices of the unmerged rows among all n · G, padded with n · G. Shared by the pair."""
     rows: Code
     """(B, m, D)."""
     width: tuple[int, ...]

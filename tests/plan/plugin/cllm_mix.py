@@ -15,9 +15,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from cllm.errors import PlanError
-from cllm.plan.kinds import Own, Read, read_module, register_read, register_source
+from cllm.plan.kinds import Own, Read
 from cllm.plan.plan import KVPlan, LayerPlan
 from cllm.plan.presets import Preset, register_preset
+from cllm.plan.registry import read_module, register_read, register_source
 from cllm.plan.shape import Shape
 from cllm.section import Section
 

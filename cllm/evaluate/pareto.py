@@ -9,46 +9,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cllm import tables
 from cllm.errors import UserError, nearest
-from cllm.evaluate.labels import place_labels
-from cllm.evaluate.outputs import new_figure, scale_bytes, write_outputs
+from cllm.evaluate.outputs import write_outputs
+from cllm.evaluate.pareto_figure import figure
+from cllm.evaluate.points import TRAINED, Point
 from cllm.posthoc import UNCOMPRESSED
 from cllm.tables import Column
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-TRAINED = "as trained"
-_LINEAR = 1.0  # percent up to which the axis of increases is linear
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
-    """One run, compressed by one method or not at all."""
-
-    run: str
-    design: str
-    spec: str
-    """The method and its options; `as trained`: not compressed."""
-    bytes_per_token: float
-    """Bytes of cache per token of the prefix."""
-    ratio_to_own: float
-    """The run's uncompressed cache relative to this one."""
-    ratio_to_mha: float
-    """The cache of full attention, with a KV head for every query head, relative to this one."""
-    perplexity: float
-    increase_percent: float
-    """Increase of the perplexity over the baseline's."""
-    compression_share_of_prefill: float | None
-    """Seconds of compression / seconds of prefill."""
-    weight_bytes: int
-    """Bytes that the method stores besides the model's weights, once for all caches."""
-    front: bool
 
 
 def expand(templates: Iterable[str], groups: Sequence[int], ratios: Sequence[float]) -> list[str]:
@@ -155,32 +125,6 @@ def csv_text(found: Sequence[Point]) -> str:
     """The points with full precision."""
     names = [field.name for field in dataclasses.fields(Point)]
     return tables.csv_text(names, (dataclasses.asdict(point) for point in found))
-
-
-def figure(found: Sequence[Point]) -> Figure:
-    """Increase of perplexity against bytes a token, runs in colours, and the front as a line."""
-    figure, axes = new_figure(9, 6, "Perplexity against bytes of cache: down and left is better")
-    axes.set_xlabel("bytes a token (log scale)")
-    axes.set_ylabel("increase of perplexity, % (logarithmic beyond 1)")
-    for i, run in enumerate(dict.fromkeys(point.run for point in found)):
-        for trained, marker, size in ((True, "D", 8), (False, "o", 5.5)):
-            some = [p for p in found if p.run == run and (p.spec == TRAINED) == trained]
-            axes.plot(
-                [p.bytes_per_token for p in some], [p.increase_percent for p in some], marker, markersize=size,
-                color=f"C{i % 10}", zorder=3, label=f"{run}, {'as trained' if trained else 'compressed'}",
-            )  # fmt: skip
-    front = [point for point in found if point.front]
-    axes.plot(
-        [p.bytes_per_token for p in front], [p.increase_percent for p in front], color="0.5", linewidth=1, zorder=2
-    )
-    axes.set_yscale("symlog", linthresh=_LINEAR)
-    scale_bytes(axes, [point.bytes_per_token for point in found], margin=1.5)
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
-    figure.draw_without_rendering()
-    named = list({id(p): p for p in (*front, *(p for p in found if p.spec == TRAINED))}.values())
-    names = [p.run if p.spec == TRAINED else p.spec for p in named]
-    place_labels(axes, [(p.bytes_per_token, p.increase_percent) for p in named], names, size=7)
-    return figure
 
 
 def write(found: Sequence[Point], folder: Path, refused: Sequence[str] = ()) -> list[Path]:

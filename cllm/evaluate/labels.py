@@ -95,7 +95,8 @@ def place_labels(
     assert isinstance(figure, Figure)
     renderer, pixel = FigureCanvasAgg(figure).get_renderer(), figure.dpi / 72
     inside = axes.get_window_extent(renderer)
-    taken = [_box(*axes.transData.transform(at), 2 * _MARKER * pixel, 2 * _MARKER * pixel) for at in (*points, *avoid)]
+    side = 2 * _MARKER * pixel
+    taken = [_box(x, y, side, side) for x, y in axes.transData.transform([*points, *avoid])]
     for level in levels:
         _, y = axes.transData.transform((axes.get_xlim()[0], level))
         taken.append(Bbox.from_extents(inside.x0, y - pixel, inside.x1, y + pixel))
@@ -110,10 +111,8 @@ def place_labels(
         canvas.add(place)
         labels.append(label)
         if place.leader is not None:
-            start, end = place.leader.vertices  # type: ignore[misc]
-            axes.annotate(
-                "", point, tuple((end - start) / pixel), textcoords="offset points", arrowprops=_leader(), zorder=1
-            )
+            dx, dy = (np.diff(place.leader.vertices, axis=0)[0] / pixel).tolist()
+            axes.annotate("", point, (dx, dy), textcoords="offset points", arrowprops=_leader(), zorder=1)
     return labels
 
 

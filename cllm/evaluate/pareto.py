@@ -37,7 +37,7 @@ def expand(templates: Iterable[str], groups: Sequence[int], ratios: Sequence[flo
 
 
 def points(records: Sequence[dict[str, Any]], *, baseline: str | None = None) -> list[Point]:
-    """The points of `records` and of the uncompressed runs, most bytes first.
+    """The points of `records` and of the uncompressed runs, most bytes first, at equal bytes those as trained.
 
     The baseline is the uncompressed run called `baseline`, by default the one with the most bytes.
 
@@ -58,20 +58,21 @@ def points(records: Sequence[dict[str, Any]], *, baseline: str | None = None) ->
             raise UserError(f'two runs are called "{record["run"]}": {one}, and {other}; sweep them apart')
     if baseline is not None and baseline not in runs:
         raise UserError(f"--baseline {baseline}: not among the runs; {nearest(baseline, runs)}")
-    base = runs[baseline] if baseline else max(runs.values(), key=lambda record: record["own_bytes_per_token"])
+    base = runs[baseline] if baseline else max(runs.values(), key=lambda record: record["own_bf16_bytes_per_token"])
     exact = base["uncompressed_perplexity"]
     raw = [
-        (record, TRAINED, record["own_bytes_per_token"], record["uncompressed_perplexity"]) for record in runs.values()
+        (record, TRAINED, record["own_bf16_bytes_per_token"], record["uncompressed_perplexity"])
+        for record in runs.values()
     ]
-    raw += [(r, r["spec"], r["bytes_per_token"], r["perplexity"]) for r in records if r["method"] != UNCOMPRESSED]
+    raw += [(r, r["spec"], r["bf16_bytes_per_token"], r["perplexity"]) for r in records if r["method"] != UNCOMPRESSED]
     found = [
         Point(
             run=record["run"],
             design=record["design"],
             spec=spec,
             bytes_per_token=n_bytes,
-            ratio_to_own=record["own_bytes_per_token"] / n_bytes,
-            ratio_to_mha=record["mha_bytes_per_token"] / n_bytes,
+            ratio_to_own=record["own_bf16_bytes_per_token"] / n_bytes,
+            ratio_to_mha=record["mha_bf16_bytes_per_token"] / n_bytes,
             perplexity=perplexity,
             increase_percent=100 * (perplexity / exact - 1),
             compression_share_of_prefill=None if spec == TRAINED else record["compression_share_of_prefill"],
@@ -83,7 +84,7 @@ def points(records: Sequence[dict[str, Any]], *, baseline: str | None = None) ->
         )
         for record, spec, n_bytes, perplexity in raw
     ]
-    return sorted(found, key=lambda point: (-point.bytes_per_token, point.perplexity))
+    return sorted(found, key=lambda point: (-point.bytes_per_token, point.spec != TRAINED, point.perplexity))
 
 
 def _time(point: Point) -> str:
@@ -96,7 +97,7 @@ _COLUMNS = (
     Column[Point]("run", lambda point: point.run, left=True),
     Column[Point]("design", lambda point: point.design, left=True),
     Column[Point]("compression", lambda point: point.spec, left=True),
-    Column[Point]("bytes/token", lambda point: f"{point.bytes_per_token:,.0f}"),
+    Column[Point]("bytes/token, bf16", lambda point: f"{point.bytes_per_token:,.0f}"),
     Column[Point]("own / x", lambda point: f"{point.ratio_to_own:.2f}"),
     Column[Point]("mha / x", lambda point: f"{point.ratio_to_mha:.2f}"),
     Column[Point]("perplexity", lambda p: f"{p.perplexity:.3f}" if p.perplexity < 1e4 else f"{p.perplexity:.3g}"),
@@ -108,9 +109,9 @@ _COLUMNS = (
 def markdown(found: Sequence[Point], refused: Sequence[str] = ()) -> str:
     """The table, its notes, and the reasons of measurements that were refused."""
     notes = [
-        "`*`: no other point has at most as many bytes and at most the perplexity. Bytes a token of the prefix, as "
-        "held; own and mha: the run's own cache and that of full attention, relative to it. Time: of compressing, "
-        "relative to the prefill."
+        "`*`: no other point has at most as many bytes and at most the perplexity. Bytes a token of the prefix "
+        "with keys and values in bf16, whatever they were measured in; own and mha: the run's own cache and that of "
+        "full attention, relative to it. Time: of compressing, relative to the prefill."
     ]
     notes += [
         f"- {p.run}, {p.spec}: and {p.weight_bytes:,} bytes of weights, for all caches together"

@@ -16,7 +16,7 @@ class Point:
     spec: str
     """The method and its options; `as trained`: not compressed."""
     bytes_per_token: float
-    """Bytes of cache per token of the prefix."""
+    """Bytes of cache per token of the prefix, with keys and values in bf16."""
     ratio_to_own: float
     """The run's uncompressed cache relative to this one."""
     ratio_to_mha: float

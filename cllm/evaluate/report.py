@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 _DASH = "–"
 _MEASURED = ("tokens", "loss", "perplexity", "bits_per_byte", "tokens_per_s")
 """Fields of `Row` that are averaged over seeds."""
-_SEEDS_NOTE = "Runs that differ in their seed only are one row: mean ± standard deviation (n - 1) over the seeds."
+_SEEDS_NOTE = (
+    "Runs that differ in their seed only are one row: mean ± standard deviation (n - 1) over the seeds; differences are "
+    "to the mean of the baseline's seeds."
+)
 _NOTES = (
     "KV resident and read: bytes a token of context in bf16, held by the cache and read to decode one token; × mha: "
     "relative to the same model with full attention in every layer.",
@@ -128,7 +131,7 @@ def markdown(comparison: Comparison) -> str:
 def terminal(comparison: Comparison) -> str:
     """The tables and their warnings."""
     seeds = seeds_table(comparison)
-    heads = [_SEEDS_NOTE, seeds, "Single runs:"] if seeds else []
+    heads = [_SEEDS_NOTE, seeds, "", "Single runs:"] if seeds else []
     return "\n".join([*heads, markdown_table(comparison), *(f"warning: {line}" for line in comparison.warnings)])
 
 
@@ -188,7 +191,7 @@ def figure(comparison: Comparison) -> Figure:
     scale_bytes(axes, caches, margin=1.6)
     if max(caches) < 4 * min(caches):
         axes.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5)))
-    axes.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
+    axes.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     figure.draw_without_rendering()  # fixes limits and layout, which the positions of labels depend on
     points = [(group.rows[0].kv_resident, mean) for group, mean in shown]
     single = [(row.kv_resident, row.perplexity or 0.0) for group, _ in shown for row in group.rows]
@@ -217,7 +220,11 @@ def _draw_groups(axes: Axes, shown: Sequence[tuple[Group, float]], baseline: str
         legend.add(label)
         if len(group.rows) > 1:
             singles = [row.perplexity or 0.0 for row in group.rows]
-            axes.plot([row.kv_resident] * len(singles), singles, "o", markersize=3, color="0.25", zorder=4)
+            axes.plot(
+                [row.kv_resident] * len(singles), singles, "o", markersize=3, color="0.25", zorder=4,
+                label=None if "seeds" in legend else "single seeds; bar: ± standard deviation",
+            )  # fmt: skip
+            legend.add("seeds")
         if is_baseline:
             level = mean
             axes.axhline(mean, color="tab:red", linewidth=1, linestyle=(0, (5, 4)), zorder=2)

@@ -422,7 +422,7 @@ def test_the_baseline_of_groups_is_a_mean_too(seeded) -> None:
     comparison = _compared(*paths, seeded("cla", 0, resident=0.5, loss=2.0))
     mean = np.mean(np.exp([2.0, 2.1]))
     assert [group.vs_baseline for group in comparison.groups] == pytest.approx([0, 100 * (np.exp(2.0) / mean - 1)])
-    assert [row.perplexity_vs_baseline for row in comparison.rows][0] == 0, "single runs compare with one run"
+    assert comparison.rows[0].perplexity_vs_baseline == 0, "single runs compare with one run"
     assert "baseline" in seeds_table(comparison).splitlines()[2]
 
 

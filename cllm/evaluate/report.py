@@ -23,8 +23,8 @@ _DASH = "–"
 _MEASURED = ("tokens", "loss", "perplexity", "bits_per_byte", "tokens_per_s")
 """Fields of `Row` that are averaged over seeds."""
 _SEEDS_NOTE = (
-    "Runs that differ in their seed only are one row: mean ± standard deviation (n - 1) over the seeds; differences are "
-    "to the mean of the baseline's seeds."
+    "Runs that differ in their seed only are one row: mean ± standard deviation (n - 1) over the seeds; differences are"
+    " to the mean of the baseline's seeds."
 )
 _NOTES = (
     "KV resident and read: bytes a token of context in bf16, held by the cache and read to decode one token; × mha: "

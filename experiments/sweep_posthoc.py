@@ -101,7 +101,8 @@ def _measured(
     record = read_object(path)
     wanted = {"checkpoint": subject.checkpoint, "step": subject.step, "data": str(text.path), "batch": batch}
     wanted |= {"precision": subject.precision, "sinks": parse(spec).sinks, **posthoc.fingerprints(subject, text)}
-    return record if all(record.get(key) == value for key, value in wanted.items()) else None
+    complete = "bf16_bytes_per_token" in record  # not of an earlier version
+    return record if complete and all(record.get(key) == value for key, value in wanted.items()) else None
 
 
 @one_line

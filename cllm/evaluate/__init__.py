@@ -8,8 +8,11 @@ subjects.py    models to evaluate: a run, one of its checkpoints, or a Hugging F
 texts.py       sets to score: prepared tokens or a text file, and the bytes of text that tokens stand for
 windows.py     windows over a token stream longer than the model's context
 comparison.py  run folders as rows of one table, with warnings                    (command line: scripts/compare.py)
+seeds.py       a run as a row, and runs that differ in their seed only as one
 report.py      that table as CSV, Markdown and a figure
-pareto.py      post-hoc measurements of several runs as a table and a figure
+points.py      a point of a sweep: a run compressed by one method, or as trained
+pareto.py      such points from records, and their table
+pareto_figure.py  their figure
 outputs.py     files of a comparison: table, figure, TensorBoard events
 events.py      a picture and a text as TensorBoard events, without torch
 labels.py      non-overlapping labels for the points of a figure

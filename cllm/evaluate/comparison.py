@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,7 @@ from cllm.config import Config
 from cllm.data.manifest import Manifest
 from cllm.errors import DataError, UserError, nearest
 from cllm.evaluate.left_out import LeftOut
+from cllm.evaluate.seeds import CONSTANTS, Group, Row, group_name, percent_above
 from cllm.evaluate.suites.registry import suites
 from cllm.evaluate.suites.suite import Number
 from cllm.evaluate.units import perplexity, set_label
@@ -32,41 +34,6 @@ from cllm.trust import read_object
 log = logging.getLogger(__name__)
 
 EVALUATED, TRAINING = "evaluate", "training"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One run. None is "not measured"."""
-
-    run: str
-    design: str
-    parameters: int
-    kv_resident: float
-    """Bytes of cache for each token of the context."""
-    kv_resident_vs_mha: float
-    kv_read: float
-    """Bytes read for each token of the context when one token is decoded."""
-    kv_read_vs_mha: float
-    tokens: int
-    """Tokens trained on so far."""
-    loss: float | None = None
-    """Nats a token on the set."""
-    perplexity: float | None = None
-    perplexity_vs_baseline: float | None = None
-    """In percent: 5 is a perplexity 5 % above the baseline's."""
-    bits_per_byte: float | None = None
-    tokens_per_s: float | None = None
-    """Median over the training's rows."""
-    source: str | None = None
-    """`evaluate`: measured by evaluate.py; `training`: the last validation of the training."""
-    step: int | None = None
-    """Optimizer step of the loss."""
-    last_step: int = 0
-    """Optimizer step of the newest row of metrics."""
-    steps: int = 0
-    """Optimizer steps that the run was to take."""
-    suites: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Numbers of evaluation suites other than perplexity, by `SUITE_KEY`; those that were not measured are missing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +49,8 @@ class Comparison:
     """Paths of runs whose files cannot be read."""
     suite_numbers: dict[str, Number] = dataclasses.field(default_factory=dict)
     """The numbers in `Row.suites` of any row, in the order of their columns."""
+    groups: list[Group] = dataclasses.field(default_factory=list)
+    """The rows, those of runs that differ in their seed only together; largest cache first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +117,10 @@ def compare(runs: Sequence[RunFolder], *, baseline: str | None = None, set_name:
     rows = sorted((run.row for run in read), key=lambda row: (-row.kv_resident, -row.kv_read, row.run))
     base = next(row for row in rows if baseline in (None, row.run))
     if base.perplexity is not None:
-        rows = [dataclasses.replace(row, perplexity_vs_baseline=_percent(row, base)) for row in rows]
+        rows = [
+            dataclasses.replace(row, perplexity_vs_baseline=percent_above(row.perplexity, base.perplexity))
+            for row in rows
+        ]
     base = next(row for row in rows if row.run == base.run)
     return Comparison(
         rows=rows,
@@ -156,6 +128,7 @@ def compare(runs: Sequence[RunFolder], *, baseline: str | None = None, set_name:
         set_name=set_name,
         warnings=_warnings(read, base),
         left_out=left_out.names,
+        groups=_groups(rows, base, {run.row.run: run.config for run in read}),
         suite_numbers={
             f"{suite.name}_{number.key}": number
             for suite in suites().values()
@@ -173,10 +146,20 @@ def _sets(run: RunFolder) -> set[str]:
     return names
 
 
-def _percent(row: Row, base: Row) -> float | None:
-    if row.perplexity is None or base.perplexity is None:
-        return None
-    return 100 * (row.perplexity / base.perplexity - 1)
+def _groups(rows: Sequence[Row], baseline: Row, configs: dict[str, Config]) -> list[Group]:
+    """Put the runs together whose settings differ in `train.seed`, name and folder only."""
+    alike: dict[str, list[Row]] = {}
+    for row in rows:
+        settings = configs[row.run].as_yaml_data()
+        settings["train"] = {key: value for key, value in settings["train"].items() if key != "seed"}
+        settings = {key: value for key, value in settings.items() if key not in ("name", "runs_dir")}
+        constants = [getattr(row, name) for name in CONSTANTS]
+        alike.setdefault(json.dumps([settings, constants, row.steps], sort_keys=True), []).append(row)
+    groups = [Group(name=group_name([row.run for row in some]), rows=tuple(some)) for some in alike.values()]
+    names = [group.name for group in groups]
+    unique = [g if names.count(g.name) == 1 else dataclasses.replace(g, name=", ".join(g.runs)) for g in groups]
+    base = next(group for group in unique if baseline.run in group.runs).mean("perplexity")
+    return [dataclasses.replace(g, vs_baseline=percent_above(g.mean("perplexity"), base)) for g in unique]
 
 
 def _read(run: RunFolder, set_name: str | None) -> _Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,13 +56,29 @@ def png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def write_outputs(folder: Path, name: str, *, csv: str, markdown: str, figure: Figure) -> list[Path]:
+def write_outputs(
+    folder: Path,
+    name: str,
+    *,
+    csv: str,
+    markdown: str,
+    figure: Figure,
+    more: Mapping[str, str | None] | None = None,
+) -> list[Path]:
     """Write `NAME.csv`, `.md` and `.png` into `folder`, and the Markdown and figure as TensorBoard events.
 
     Earlier files of the same names are replaced, and so are earlier events of the same name in a folder that cllm made.
 
+    Args:
+        folder: where the files go.
+        name: of the files and of the events.
+        csv: the table.
+        markdown: the table with its notes.
+        figure: the picture.
+        more: further files, `NAME-KEY` with that text; None: an earlier one is deleted in a folder that cllm made.
+
     Returns:
-        The three files' paths.
+        The files' paths.
 
     Raises:
         UserError: if the folder cannot be written.
@@ -74,6 +91,12 @@ def write_outputs(folder: Path, name: str, *, csv: str, markdown: str, figure: F
         write_atomic(files[1], markdown)
         write_atomic(files[2], picture)
         remove_files(folder, RESULTS, f"events.out.tfevents.*.{name}")
+        for key, text in (more or {}).items():
+            if text is None:
+                remove_files(folder, RESULTS, f"{name}-{key}")
+                continue
+            files.append(folder / f"{name}-{key}")
+            write_atomic(files[-1], text)
         write_events(folder, name, picture, markdown, suffix=f".{name}")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error}") from None

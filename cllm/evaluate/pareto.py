@@ -9,46 +9,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cllm import tables
 from cllm.errors import UserError, nearest
-from cllm.evaluate.labels import place_labels
-from cllm.evaluate.outputs import new_figure, scale_bytes, write_outputs
+from cllm.evaluate.outputs import write_outputs
+from cllm.evaluate.pareto_figure import figure
+from cllm.evaluate.points import TRAINED, Point
 from cllm.posthoc import UNCOMPRESSED
 from cllm.tables import Column
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-TRAINED = "as trained"
-_LINEAR = 1.0  # percent up to which the axis of increases is linear
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
-    """One run, compressed by one method or not at all."""
-
-    run: str
-    design: str
-    spec: str
-    """The method and its options; `as trained`: not compressed."""
-    bytes_per_token: float
-    """Bytes of cache per token of the prefix."""
-    ratio_to_own: float
-    """The run's uncompressed cache relative to this one."""
-    ratio_to_mha: float
-    """The cache of full attention, with a KV head for every query head, relative to this one."""
-    perplexity: float
-    increase_percent: float
-    """Increase of the perplexity over the baseline's."""
-    compression_share_of_prefill: float | None
-    """Seconds of compression / seconds of prefill."""
-    weight_bytes: int
-    """Bytes that the method stores besides the model's weights, once for all caches."""
-    front: bool
 
 
 def expand(templates: Iterable[str], groups: Sequence[int], ratios: Sequence[float]) -> list[str]:
@@ -67,7 +37,7 @@ def expand(templates: Iterable[str], groups: Sequence[int], ratios: Sequence[flo
 
 
 def points(records: Sequence[dict[str, Any]], *, baseline: str | None = None) -> list[Point]:
-    """The points of `records` and of the uncompressed runs, most bytes first.
+    """The points of `records` and of the uncompressed runs, most bytes first, at equal bytes those as trained.
 
     The baseline is the uncompressed run called `baseline`, by default the one with the most bytes.
 
@@ -88,20 +58,21 @@ def points(records: Sequence[dict[str, Any]], *, baseline: str | None = None) ->
             raise UserError(f'two runs are called "{record["run"]}": {one}, and {other}; sweep them apart')
     if baseline is not None and baseline not in runs:
         raise UserError(f"--baseline {baseline}: not among the runs; {nearest(baseline, runs)}")
-    base = runs[baseline] if baseline else max(runs.values(), key=lambda record: record["own_bytes_per_token"])
+    base = runs[baseline] if baseline else max(runs.values(), key=lambda record: record["own_bf16_bytes_per_token"])
     exact = base["uncompressed_perplexity"]
     raw = [
-        (record, TRAINED, record["own_bytes_per_token"], record["uncompressed_perplexity"]) for record in runs.values()
+        (record, TRAINED, record["own_bf16_bytes_per_token"], record["uncompressed_perplexity"])
+        for record in runs.values()
     ]
-    raw += [(r, r["spec"], r["bytes_per_token"], r["perplexity"]) for r in records if r["method"] != UNCOMPRESSED]
+    raw += [(r, r["spec"], r["bf16_bytes_per_token"], r["perplexity"]) for r in records if r["method"] != UNCOMPRESSED]
     found = [
         Point(
             run=record["run"],
             design=record["design"],
             spec=spec,
             bytes_per_token=n_bytes,
-            ratio_to_own=record["own_bytes_per_token"] / n_bytes,
-            ratio_to_mha=record["mha_bytes_per_token"] / n_bytes,
+            ratio_to_own=record["own_bf16_bytes_per_token"] / n_bytes,
+            ratio_to_mha=record["mha_bf16_bytes_per_token"] / n_bytes,
             perplexity=perplexity,
             increase_percent=100 * (perplexity / exact - 1),
             compression_share_of_prefill=None if spec == TRAINED else record["compression_share_of_prefill"],
@@ -113,7 +84,7 @@ def points(records: Sequence[dict[str, Any]], *, baseline: str | None = None) ->
         )
         for record, spec, n_bytes, perplexity in raw
     ]
-    return sorted(found, key=lambda point: (-point.bytes_per_token, point.perplexity))
+    return sorted(found, key=lambda point: (-point.bytes_per_token, point.spec != TRAINED, point.perplexity))
 
 
 def _time(point: Point) -> str:
@@ -126,7 +97,7 @@ _COLUMNS = (
     Column[Point]("run", lambda point: point.run, left=True),
     Column[Point]("design", lambda point: point.design, left=True),
     Column[Point]("compression", lambda point: point.spec, left=True),
-    Column[Point]("bytes/token", lambda point: f"{point.bytes_per_token:,.0f}"),
+    Column[Point]("bytes/token, bf16", lambda point: f"{point.bytes_per_token:,.0f}"),
     Column[Point]("own / x", lambda point: f"{point.ratio_to_own:.2f}"),
     Column[Point]("mha / x", lambda point: f"{point.ratio_to_mha:.2f}"),
     Column[Point]("perplexity", lambda p: f"{p.perplexity:.3f}" if p.perplexity < 1e4 else f"{p.perplexity:.3g}"),
@@ -138,9 +109,9 @@ _COLUMNS = (
 def markdown(found: Sequence[Point], refused: Sequence[str] = ()) -> str:
     """The table, its notes, and the reasons of measurements that were refused."""
     notes = [
-        "`*`: no other point has at most as many bytes and at most the perplexity. Bytes a token of the prefix, as "
-        "held; own and mha: the run's own cache and that of full attention, relative to it. Time: of compressing, "
-        "relative to the prefill."
+        "`*`: no other point has at most as many bytes and at most the perplexity. Bytes a token of the prefix "
+        "with keys and values in bf16, whatever they were measured in; own and mha: the run's own cache and that of "
+        "full attention, relative to it. Time: of compressing, relative to the prefill."
     ]
     notes += [
         f"- {p.run}, {p.spec}: and {p.weight_bytes:,} bytes of weights, for all caches together"
@@ -155,32 +126,6 @@ def csv_text(found: Sequence[Point]) -> str:
     """The points with full precision."""
     names = [field.name for field in dataclasses.fields(Point)]
     return tables.csv_text(names, (dataclasses.asdict(point) for point in found))
-
-
-def figure(found: Sequence[Point]) -> Figure:
-    """Increase of perplexity against bytes a token, runs in colours, and the front as a line."""
-    figure, axes = new_figure(9, 6, "Perplexity against bytes of cache: down and left is better")
-    axes.set_xlabel("bytes a token (log scale)")
-    axes.set_ylabel("increase of perplexity, % (logarithmic beyond 1)")
-    for i, run in enumerate(dict.fromkeys(point.run for point in found)):
-        for trained, marker, size in ((True, "D", 8), (False, "o", 5.5)):
-            some = [p for p in found if p.run == run and (p.spec == TRAINED) == trained]
-            axes.plot(
-                [p.bytes_per_token for p in some], [p.increase_percent for p in some], marker, markersize=size,
-                color=f"C{i % 10}", zorder=3, label=f"{run}, {'as trained' if trained else 'compressed'}",
-            )  # fmt: skip
-    front = [point for point in found if point.front]
-    axes.plot(
-        [p.bytes_per_token for p in front], [p.increase_percent for p in front], color="0.5", linewidth=1, zorder=2
-    )
-    axes.set_yscale("symlog", linthresh=_LINEAR)
-    scale_bytes(axes, [point.bytes_per_token for point in found], margin=1.5)
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
-    figure.draw_without_rendering()
-    named = list({id(p): p for p in (*front, *(p for p in found if p.spec == TRAINED))}.values())
-    names = [p.run if p.spec == TRAINED else p.spec for p in named]
-    place_labels(axes, [(p.bytes_per_token, p.increase_percent) for p in named], names, size=7)
-    return figure
 
 
 def write(found: Sequence[Point], folder: Path, refused: Sequence[str] = ()) -> list[Path]:

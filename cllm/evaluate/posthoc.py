@@ -50,6 +50,8 @@ class _Tally:
     """Time of compression, per batch."""
     nbytes: int = 0
     """Of the caches after the prefix."""
+    bf16_nbytes: int = 0
+    """Of the same caches if the model's keys and values were bf16."""
     end_nbytes: int = 0
     """Of the caches at the end of the windows."""
     errors: list[dict[int, dict[str, float]]] = field(default_factory=list)
@@ -65,6 +67,7 @@ class _Reference:
     seconds: list[float] = field(default_factory=list)
     """Time of the prefill, per batch."""
     mha_nbytes: int = 0
+    mha_bf16_nbytes: int = 0
 
 
 def resolve(subject: Subject, settings: Settings, prefix: int | None, device: torch.device) -> tuple[int, int, int]:
@@ -176,10 +179,13 @@ def _score(
     slots = list(engine.compressible(cache).slots.values())
     element = slots[0].k.element_size() if slots else 0  # without slots, there is nothing to compress
     ref.mha_nbytes += engine.mha_nbytes(tokens=prefix, batch=len(tokens), element=element)
+    ref.mha_bf16_nbytes += engine.mha_nbytes(tokens=prefix, batch=len(tokens), element=2)
     ref.sequences += len(tokens)
+    narrow = element == 4
     for method, tally in zip(methods, tallies, strict=True):
         compressed = engine.compress(cache, method)
         tally.errors.append(compressed.outcome.errors)
+        tally.bf16_nbytes += _bf16_nbytes(engine, compressed, narrow)
         _read(engine, compressed, tokens, prefix, tally, chunk=1 if method.selects_tokens else method.recompress)
         tally.seconds.append(compressed.seconds)  # repeated compressions included
     if generate:
@@ -192,7 +198,13 @@ def _score(
             tally.written.add(continuation, exact)
     for method in watching:
         method.release()
+    ref.tally.bf16_nbytes += _bf16_nbytes(engine, cache, narrow)
     _read(engine, cache, tokens, prefix, ref.tally, chunk=None)
+
+
+def _bf16_nbytes(engine: Engine, cache: Any, narrow: bool) -> int:
+    """Bytes of `cache` with two for every number in fp32 if keys and values are fp32 (`narrow`), else as stored."""
+    return engine.nbytes(cache) - (2 * engine.fp32_numbers(cache) if narrow else 0)
 
 
 def _read(engine: Engine, cache: Any, tokens: Tensor, prefix: int, tally: _Tally, *, chunk: int | None) -> None:
@@ -235,6 +247,9 @@ def _figures(spec: str, method: Compressor, tally: _Tally, reference: _Reference
         "bytes_per_token": tally.nbytes * per_token,
         "own_bytes_per_token": own.nbytes * per_token,
         "mha_bytes_per_token": reference.mha_nbytes * per_token,
+        "bf16_bytes_per_token": tally.bf16_nbytes * per_token,
+        "own_bf16_bytes_per_token": own.bf16_nbytes * per_token,
+        "mha_bf16_bytes_per_token": reference.mha_bf16_nbytes * per_token,
         "ratio_to_own": own.nbytes / tally.nbytes,
         "ratio_to_mha": reference.mha_nbytes / tally.nbytes,
         "end_ratio_to_own": own.end_nbytes / tally.end_nbytes,

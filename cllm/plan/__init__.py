@@ -7,7 +7,8 @@ presets/     published plans by name: `model.kv.preset`
 explicit.py  a plan spelled out layer by layer: `model.kv.layers`
 schema.py    everything `model.kv` may say, plug-ins included
 shape.py     settings that presets and explicit plans share
-describe.py  a plan as a table, a drawing and a figure
+describe.py  a plan as a table and a drawing in characters
+picture.py   a plan as a figure
 
 Imports the base modules and the section base; never torch.
 """

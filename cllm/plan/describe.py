@@ -1,15 +1,11 @@
-"""A plan for human eyes: a table, a drawing in characters, and a figure."""
+"""A plan as text: a table, and a drawing in characters."""
 
 from __future__ import annotations
 
 from operator import itemgetter
-from typing import TYPE_CHECKING
 
 from cllm.plan.plan import KVPlan
 from cllm.tables import Column, aligned
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def _source_text(plan: KVPlan, i: int) -> str:
@@ -64,43 +60,3 @@ def plan_drawing(plan: KVPlan) -> str:
         "O owns and reads, o owns only, B reads keys and values, K keys, V values; columns are the cached slots"
     )
     return "\n".join(lines)
-
-
-def plan_figure(plan: KVPlan, title: str) -> Figure:
-    """The plan as a picture: layers upwards, an arrow from each slot to the layers that read it."""
-    from matplotlib.figure import Figure
-
-    n = len(plan)
-    figure = Figure(figsize=(5, max(2.5, 0.32 * n + 1)), layout="constrained")
-    axes = figure.subplots()
-    for i in range(n):
-        own = plan.layers[i].own
-        color = "white" if own is None else "tab:blue" if own.is_plain else "tab:green"
-        axes.barh(i, 1.6, left=-0.8, height=0.7, color=color, edgecolor="black", alpha=0.85)
-        label = f"{i}" if own is None else f"{i}  {_source_text(plan, i)}"
-        axes.text(0, i, label, ha="center", va="center", fontsize=8, color="black" if own is None else "white")
-    for part, side, color in (("keys", -1, "tab:orange"), ("values", 1, "tab:purple")):
-        for i in range(n):
-            for j in getattr(plan, part)(i).layers:
-                if j == i:
-                    continue
-                axes.annotate(
-                    "",
-                    xy=(side * 0.8, i),
-                    xytext=(side * 0.8, j),
-                    arrowprops={
-                        "arrowstyle": "->",
-                        "color": color,
-                        "alpha": 0.7,
-                        "connectionstyle": f"arc3,rad={0.5 * side}",
-                    },
-                )
-        axes.plot([], [], color=color, label=part)
-    reach = 1 + 0.25 * max((abs(i - j) for i in range(n) for j in plan.reads(i)), default=0)
-    axes.set_xlim(-reach, reach)
-    axes.set_ylim(-0.8, n - 0.2)
-    axes.set_ylabel("layer")
-    axes.set_xticks([])
-    axes.set_title(title)
-    axes.legend(loc="upper right", fontsize=8)
-    return figure

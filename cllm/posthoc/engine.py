@@ -10,14 +10,14 @@ from transformers.cache_utils import DynamicCache
 
 from cllm.cache.accounting import cache_bytes, mha_twin
 from cllm.cache.cache import KVCache
-from cllm.cache.stores import GrowingSlot
+from cllm.cache.stores import GrowingSlot, SlotStore
 from cllm.errors import UserError
 from cllm.model.decoder import Decoder
 from cllm.posthoc import hf
 from cllm.posthoc.cache import CompressedKVCache, SharingSlot, compress_cache, compressible_slots
 from cllm.posthoc.method import Compressor, Engine
 from cllm.posthoc.slots import CompressibleSlots
-from cllm.posthoc.tensor_tree import total_bytes
+from cllm.posthoc.tensor_tree import fp32_numbers, total_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +43,10 @@ class DecoderEngine(Engine):
 
     def nbytes(self, cache: KVCache) -> int:
         return cache.nbytes()
+
+    def fp32_numbers(self, cache: KVCache) -> int:
+        slots = (store for store in cache.stores.values() if isinstance(store, SlotStore))
+        return fp32_numbers(tensor for slot in slots for tensor in slot.tensors().values())
 
     def mha_nbytes(self, *, tokens: int, batch: int, element: int) -> int:
         return cache_bytes(mha_twin(self.model.config), context=tokens, batch=batch, bytes_per_element=element)
@@ -101,6 +105,11 @@ class TransformersEngine(Engine):
         if hasattr(cache, "nbytes"):
             return cache.nbytes()
         return total_bytes([tensor for layer in cache.layers for tensor in hf.layer_tensors(layer)])
+
+    def fp32_numbers(self, cache: Any) -> int:
+        if hasattr(cache, "tensors"):
+            return fp32_numbers(cache.tensors())
+        return fp32_numbers(tensor for layer in cache.layers for tensor in hf.layer_tensors(layer))
 
     def mha_nbytes(self, *, tokens: int, batch: int, element: int) -> int:
         config = self.model.config.get_text_config()

@@ -52,6 +52,10 @@ class Engine(ABC):
         """Bytes that `cache` stores."""
 
     @abstractmethod
+    def fp32_numbers(self, cache: Any) -> int:
+        """Numbers that `cache` stores in fp32, except those of recurrent states, which are fp32 in every model."""
+
+    @abstractmethod
     def mha_nbytes(self, *, tokens: int, batch: int, element: int) -> int:
         """Bytes of the cache of the same model with full attention and a KV head for every query head."""
 
@@ -172,7 +176,8 @@ class Compressor(Section):
     def transformers_cache(self, cache: Cache, model: PreTrainedModel) -> Any | None:
         """For a method that brings a cache class for transformers models: `cache` copied into it; else None.
 
-        The result has `nbytes()`, `outcome` and `seconds` like `CompressedDynamicCache`.
+        The result has `nbytes()`, `outcome` and `seconds` like `CompressedDynamicCache`, and `tensors()`, those that it
+        stores, if they are not the `keys` and `values` of its layers.
         """
         return None
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 Change = Callable[[Tensor], Tensor]
@@ -39,6 +40,12 @@ def _changed(value: Any, change: Change) -> Any:
 def total_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of `tensors`; a tensor that occurs several times counts once."""
     return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+def fp32_numbers(tensors: Iterable[Tensor]) -> int:
+    """Numbers that `tensors` store in fp32; a tensor that occurs several times counts once."""
+    once = {id(tensor): tensor for tensor in tensors}.values()
+    return sum(tensor.numel() for tensor in once if tensor.dtype == torch.float32)
 
 
 def once_each(change: Change) -> Change:

@@ -18,6 +18,7 @@ strategy.py             one device, DDP, ZeRO
 reshard.py              ZeRO's shards read by another number of processes
 measure.py              the callback that measures
 metrics.py              the writer of metrics: metrics.jsonl, TensorBoard, loggers
+hparams.py              the row of a run in the HPARAMS tab of TensorBoard
 breakdown.py            time of a step by part
 throughput.py           the clock, and peak FLOP/s
 checkpoints.py          when checkpoints are saved

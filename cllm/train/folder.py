@@ -13,7 +13,8 @@ from cllm.errors import UserError
 from cllm.files import check_replaceable, write_atomic
 from cllm.hub.companions import keep_companions
 from cllm.model.decoder import Decoder
-from cllm.plan.describe import plan_figure, plan_table
+from cllm.plan.describe import plan_table
+from cllm.plan.picture import plan_figure
 from cllm.runs import RUN, RunFolder, check_run_folder
 from cllm.train.launch import is_first_process
 from cllm.train.resume import check_intact, check_resumable, lacks_validation, newest_intact

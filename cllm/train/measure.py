@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cllm.errors import UserError
-from cllm.plan.describe import plan_figure
+from cllm.plan.picture import plan_figure
 from cllm.runs import RunFolder
 from cllm.train.metrics import MetricsLog
 from cllm.train.module import TrainingModule, step_is_complete

@@ -15,19 +15,25 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from cllm.errors import UserError
 from cllm.files import sync_tree, write_atomic
 from cllm.rows import drop_rows_after, rows_of_step
 from cllm.runs import RunFolder
+from cllm.train.hparams import hparams_summaries
 
+# The tab Custom Scalars, in this order. The tab Scalars sorts its groups by the tags' names, which no event can change.
 LAYOUT = {
     "Compare runs": {
         "validation perplexity": ["Multiline", ["val/ppl"]],
         "validation loss": ["Multiline", ["val/loss"]],
         "bits per byte": ["Multiline", ["val/bits_per_byte"]],
         "training loss": ["Multiline", ["train/loss"]],
+    },
+    "Training": {
+        "gradient norm": ["Multiline", ["train/gradient_norm"]],
+        "learning rate": ["Multiline", ["train/lr"]],
+        "skipped steps": ["Multiline", ["train/skipped_steps"]],
     },
     "Speed": {
         "tokens per second": ["Multiline", ["throughput/tokens_per_s"]],
@@ -49,7 +55,7 @@ class MetricsLog:
 
     def __init__(self, folder: RunFolder, *, start_step: int, tokens_per_step: int, loggers: Sequence[Logger] = ()):
         self.tokens_per_step, self.loggers = tokens_per_step, loggers
-        self._events = folder.tensorboard_folder
+        self._run, self._events = folder.name, folder.tensorboard_folder
         if start_step and folder.metrics_file.exists():
             drop_rows_after(folder.metrics_file, start_step)
         else:
@@ -69,7 +75,7 @@ class MetricsLog:
         """Write the constants of the run: layout, hyperparameters, the config as text, a picture of the plan."""
         self.board.add_custom_scalars(LAYOUT)
         flat = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hyperparameters.items()}
-        for summary in hparams(flat, {_FINAL: math.nan}):
+        for summary in hparams_summaries(self._run, flat, {_FINAL: "validation perplexity"}):
             self.board._get_file_writer().add_summary(summary)  # add_hparams would begin another run
         self.board.add_figure("kv/plan", plan, 0)
         self.board.add_text("config", f"```yaml\n{config_text}\n```", 0)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,7 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cllm.errors import UserError
 from cllm.evaluate.comparison import Comparison, Row, find_runs
 from cllm.evaluate.comparison import compare as compare_runs
-from cllm.evaluate.report import figure, markdown_table
+from cllm.evaluate.report import figure, markdown_table, seeds_table
+from cllm.evaluate.seeds import group_name
 from cllm.files import MARK
 from cllm.lock import locked
 from cllm.runs import RunFolder
@@ -378,3 +380,120 @@ def test_comparing_does_without_torch(synthetic, tmp_path: Path) -> None:
     code += "sys.exit(compare(sys.argv[1:]) or 'torch' in sys.modules)"
     command = [sys.executable, "-c", code, str(synthetic("a")), "--out", str(tmp_path / "out")]
     assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 0
+
+
+@pytest.fixture
+def seeded(synthetic) -> Callable[..., Path]:
+    """`seeded("cla-s1", 1, loss=2.5)`: a run of the design `cla`, with this seed."""
+
+    def build(name: str, seed: int, *, design: str = "cla", lr: float = 1e-3, **options: Any) -> Path:
+        path = synthetic(name, **options)
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        config |= {"train": {"seed": seed}, "optim": {"lr": lr}}
+        (path / "config.yaml").write_text(yaml.safe_dump(config))
+        summary = json.loads((path / "summary.json").read_text())
+        (path / "summary.json").write_text(json.dumps(summary | {"design": design}))
+        return path
+
+    return build
+
+
+def test_runs_that_differ_in_their_seed_only_are_a_group(seeded) -> None:
+    losses = {"cla-s1": 2.1, "cla-s2": 2.2, "cla-s10": 2.4}
+    paths = [seeded(name, seed, loss=loss, resident=0.5) for seed, (name, loss) in enumerate(losses.items())]
+    paths += [seeded("cla-fast", 0, loss=2.0, resident=0.5, lr=2e-3), seeded("mha", 0, design="mha", loss=2.3)]
+    comparison = _compared(*paths)
+    assert [row.run for row in comparison.rows] == ["mha", "cla-fast", "cla-s1", "cla-s10", "cla-s2"]
+    groups = {group.name: group for group in comparison.groups}
+    assert {name: set(group.runs) for name, group in groups.items()} == {
+        "mha": {"mha"}, "cla-fast": {"cla-fast"}, "cla": set(losses)
+    }  # fmt: skip
+    cla, mha = groups["cla"], groups["mha"]
+    perplexities = np.exp(list(losses.values()))
+    assert cla.mean("loss") == pytest.approx(np.mean(list(losses.values())))
+    assert cla.mean("perplexity") == pytest.approx(np.mean(perplexities))
+    assert cla.deviation("perplexity") == pytest.approx(np.std(perplexities, ddof=1))
+    assert cla.vs_baseline == pytest.approx(100 * (np.mean(perplexities) / np.exp(2.3) - 1))
+    assert (mha.mean("loss"), mha.deviation("loss"), mha.vs_baseline) == (2.3, None, 0)
+
+
+def test_the_baseline_of_groups_is_a_mean_too(seeded) -> None:
+    paths = [seeded(f"mha-{seed}", seed, design="mha", loss=2.0 + seed / 10) for seed in range(2)]
+    comparison = _compared(*paths, seeded("cla", 0, resident=0.5, loss=2.0))
+    mean = np.mean(np.exp([2.0, 2.1]))
+    assert [group.vs_baseline for group in comparison.groups] == pytest.approx([0, 100 * (np.exp(2.0) / mean - 1)])
+    assert comparison.rows[0].perplexity_vs_baseline == 0, "single runs compare with one run"
+    assert "baseline" in seeds_table(comparison).splitlines()[2]
+
+
+def test_a_run_without_a_loss_leaves_its_group_without_a_mean(seeded) -> None:
+    paths = [seeded("cla-s1", 1, loss=2.0), seeded("cla-s2", 2, loss=None)]
+    (group,) = _compared(*paths).groups
+    assert (group.mean("perplexity"), group.deviation("perplexity"), group.mean("tokens")) == (None, None, 100_000)
+    assert figure(_compared(*paths))
+
+
+@pytest.mark.parametrize(
+    ("runs", "name"),
+    [
+        (["mha-seed1", "mha-seed2"], "mha"),
+        (["mha_s10", "mha_s11"], "mha"),
+        (["cla2-0", "cla2-1"], "cla2"),
+        (["cla", "cla-again"], "cla"),
+        (["mhas-1", "mhas-2"], "mhas"),
+        (["seed1", "seed2"], "seed1, seed2"),
+        (["a", "b"], "a, b"),
+        (["mha-seed1"], "mha-seed1"),
+    ],
+)
+def test_names_of_groups(runs, name) -> None:
+    assert group_name(runs) == name
+
+
+def test_groups_are_written_beside_the_single_runs(seeded, compare, tmp_path, capsys) -> None:
+    paths = [seeded("mha", 0, design="mha", loss=2.3)]
+    paths += [seeded(f"cla-s{seed}", seed, loss=2.0 + seed / 10, resident=0.5) for seed in range(3)]
+    assert compare(*paths) == 0
+    out = capsys.readouterr().out
+    assert "| seeds |" in out
+    assert "| KV resident, bf16 |" in out
+    assert out.count("| cla-s1 ") == 1, "single runs stay in the table"
+    folder = tmp_path / "runs" / "comparison"
+    with (folder / "comparison-seeds.csv").open() as file:
+        mha, cla = csv.DictReader(file)
+    assert (cla["run"], cla["seeds"], cla["runs"], cla["kv_resident"]) == (
+        "cla",
+        "3",
+        "cla-s0 cla-s1 cla-s2",
+        "49152.0",
+    )
+    assert float(cla["loss"]) == pytest.approx(2.1)
+    assert float(cla["loss_std"]) == pytest.approx(0.1)
+    assert (mha["seeds"], mha["loss_std"]) == ("1", "")
+    with (folder / "comparison.csv").open() as file:
+        assert [row["run"] for row in csv.DictReader(file)] == ["mha", "cla-s0", "cla-s1", "cla-s2"]
+    (line,) = [line for line in (folder / "comparison.md").read_text().splitlines() if line.startswith("| cla ")]
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[1] == "3"
+    assert "2.1000 ± 0.1000" in cells
+    assert compare(*paths[:2]) == 0
+    assert not (folder / "comparison-seeds.csv").exists(), "no groups any more"
+    assert "| seeds |" not in (folder / "comparison.md").read_text()
+
+
+def test_a_group_is_one_labelled_point_with_a_bar(seeded) -> None:
+    paths = [seeded("mha", 0, design="mha", loss=2.3)]
+    paths += [seeded(f"cla-s{seed}", seed, loss=2.0 + seed / 10, resident=0.5) for seed in range(3)]
+    comparison = _compared(*paths)
+    drawing = figure(comparison)
+    renderer = FigureCanvasAgg(drawing).get_renderer()
+    (axes,) = drawing.axes
+    boxes = {t.get_text(): Text.get_window_extent(t, renderer) for t in axes.texts if t.get_text()}
+    assert set(boxes) == {"mha", "cla"}
+    for row in comparison.rows:
+        at = axes.transData.transform((row.kv_resident, row.perplexity))
+        assert not any(box.contains(*at) for box in boxes.values())
+    perplexities = np.exp([2.0, 2.1, 2.2])
+    mean, deviation = np.mean(perplexities), np.std(perplexities, ddof=1)
+    bars = [segment for lines in axes.collections for segment in lines.get_segments()]
+    assert any(np.allclose(bar[:, 1], [mean - deviation, mean + deviation]) for bar in bars)

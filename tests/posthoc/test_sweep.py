@@ -23,8 +23,8 @@ def record(run, spec, n_bytes, perplexity, *, own=100.0, exact=10.0, **more):
     shared = {"design": run, "set": "s", "data": "d", "prefix": 8, "window": 16, "max_tokens": None,
               "tokens_scored": 80, "path": f"/runs/{run}", "checkpoint": "step-00000002.ckpt"}  # fmt: skip
     return {
-        "run": run, "spec": spec, "method": spec.partition(":")[0], "bytes_per_token": n_bytes,
-        "perplexity": perplexity, "own_bytes_per_token": own, "mha_bytes_per_token": 200.0,
+        "run": run, "spec": spec, "method": spec.partition(":")[0], "bf16_bytes_per_token": n_bytes,
+        "perplexity": perplexity, "own_bf16_bytes_per_token": own, "mha_bf16_bytes_per_token": 200.0,
         "uncompressed_perplexity": exact,
         "compression_share_of_prefill": 0.5, "weight_bytes": 0, **shared, **more,
     }  # fmt: skip

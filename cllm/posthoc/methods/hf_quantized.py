@@ -110,12 +110,16 @@ class _QuantizedWithSinks(QuantizedCache):
 
     def nbytes(self) -> int:
         """Bytes of codes, scales, zeros and the exact tokens."""
-        total = 0
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """Codes, scales, zeros and the exact tokens; tensors of one layer that share memory occur once."""
+        found: list[Tensor] = []
         layers: list[Any] = self.layers
         for layer, sinks in zip(layers, self.sinks, strict=True):
             parts = (layer._quantized_keys, layer._quantized_values, layer.keys, layer.values, *sinks)
-            total += sum({t.data_ptr(): t.nbytes for t in _plain(parts)}.values())
-        return total
+            found += {tensor.data_ptr(): tensor for tensor in _plain(parts)}.values()
+        return found
 
 
 def _plain(value: Any) -> Iterator[Tensor]:

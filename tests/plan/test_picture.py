@@ -1,0 +1,164 @@
+"""The picture of a plan: every read is drawn, and no text or line covers what it does not belong to."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import pytest
+from matplotlib.artist import Artist
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.text import Text
+
+from cllm.config import ModelConfig
+from cllm.plan.picture import plan_figure
+from cllm.plan.plan import KVPlan
+from cllm.plan.presets import preset_names
+
+DEPTHS = (8, 24, 48)
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "mha": [{"window": 1024, "full_every": 4}],
+    "mla": [{"factor": 2}],
+    "yoco": [{"window": 512}, {"lower": "retention"}],
+    "trailing": [{"window": 1024, "full_every": 2, "n_shared": 4}],
+    "cla": [{"factor": 3, "keep_ends": True}],
+}
+CROSSED = {  # owners that read each other, several rails a side, keys and values from different layers
+    "layers": [
+        {"layers": "0-3", "own": {}},
+        {"layers": 4, "own": {}, "keys": {"fuse": [1, 4]}, "values": {"fuse": [0, 2, 4]}},
+        {"layers": 5, "own": {}, "values": {"share": 3}, "keys": {"share": 2}},
+        {"layers": 6, "keys": {"fuse": [0, 1, 5]}, "values": {"share": 5}},
+        {"layers": 7, "keys": {"share": 4}, "values": {"fuse": [2, 3, 4]}, "window": 7},
+    ]
+}
+
+
+def _plan(kv: dict[str, Any], n_layers: int) -> KVPlan:
+    return ModelConfig(vocab_size=64, d_model=512, n_layers=n_layers, n_heads=8, kv=kv).plan()  # type: ignore[arg-type]
+
+
+class Box(NamedTuple):
+    """A rectangle in pixels."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+    def overlaps(self, other: Box) -> bool:
+        return self.x0 <= other.x1 and other.x0 <= self.x1 and self.y0 <= other.y1 and other.y0 <= self.y1
+
+
+class Drawn:
+    """The artists of a picture and their extents in pixels."""
+
+    def __init__(self, figure: Figure):
+        self.figure = figure
+        self.renderer: RendererAgg = FigureCanvasAgg(figure).get_renderer()
+        figure.draw_without_rendering()
+        named: list[Artist] = figure.findobj(lambda artist: bool(artist.get_gid()))
+        self.boxes = {a.get_gid(): self.extent(a) for a in named if isinstance(a, Rectangle)}
+        self.lines = {a.get_gid(): self.extent(a) for a in named if not isinstance(a, Rectangle | Text)}
+        self.arrows = {a.get_gid() for a in named if isinstance(a, FancyArrowPatch)}
+        self.texts = [a for a in figure.findobj(Text) if a.get_text() and a.get_visible()]
+
+    def extent(self, artist: Artist) -> Box:
+        return Box(*map(float, artist.get_window_extent(self.renderer).extents))
+
+
+def _meet(one: Box, other: Box) -> bool:
+    """Whether they have more than half a pixel in common both ways."""
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    return width > 0.5 and min(one.y1, other.y1) - max(one.y0, other.y0) > 0.5
+
+
+CASES = [
+    *((name, n, {"preset": name}) for name in preset_names() for n in DEPTHS),
+    *((name, 48, {"preset": name, **more}) for name, several in OPTIONS.items() for more in several),
+    ("crossed", 8, CROSSED),
+]
+TITLE = "a run with quite a long name, which states its size, its data, its seed and more"
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}-{len(case[2])}")
+def picture(request: pytest.FixtureRequest) -> tuple[KVPlan, Drawn]:
+    """A plan and its picture."""
+    _, n_layers, kv = request.param
+    plan = _plan(kv, n_layers)
+    return plan, Drawn(plan_figure(plan, TITLE))
+
+
+def test_nothing_covers_what_it_does_not_belong_to(picture) -> None:
+    _, drawn = picture
+    canvas = drawn.figure.bbox
+    texts = [(text.get_text(), drawn.extent(text)) for text in drawn.texts]
+    for i, (words, box) in enumerate(texts):
+        assert canvas.x0 <= box.x0, words
+        assert box.x1 <= canvas.x1, words
+        assert canvas.y0 <= box.y0, words
+        assert box.y1 <= canvas.y1, words
+        assert not [other for other, at in texts[:i] if _meet(box, at)], words
+        assert not [name for name, line in drawn.lines.items() if _meet(box, line)], words
+        around = [place for place in drawn.boxes.values() if _meet(box, place)]
+        assert all(place.x0 < box.x0 and box.x1 < place.x1 for place in around), f"{words} is wider than its box"
+        assert len(around) <= 1
+    for name, line in drawn.lines.items():
+        assert line.x0 >= canvas.x0
+        assert line.x1 <= canvas.x1
+        for layer, box in drawn.boxes.items():
+            touches = name.split()[-1] == layer.removeprefix("layer ") and not name.startswith("rail")
+            assert touches or not box.overlaps(line), f"{name} crosses {layer}"
+            inside = min(line.x1, box.x1) - max(line.x0, box.x0)
+            assert inside < 4 or not box.overlaps(line), f"{name} goes into {layer}"
+
+
+def test_every_read_of_another_layer_has_a_dot_on_its_rail_and_an_arrow(picture) -> None:
+    plan, drawn = picture
+    expected, readers = set(), set()
+    for i in range(len(plan)):
+        for half, read in (("keys", plan.keys(i)), ("values", plan.values(i))):
+            if read.layers != (i,):
+                others = [j for j in read.layers if j != i or any(r != i for r in plan.readers(half)[i])]
+                expected |= {f"{half} of {j} into {i}" for j in others}
+                readers.add(f"{half} into {i}")
+    dots = {name: box for name, box in drawn.lines.items() if re.fullmatch(r"\w+ of \d+ into \d+", name)}
+    assert set(dots) == expected
+    assert drawn.arrows == readers
+    for name, dot in dots.items():
+        half, owner, reader = re.fullmatch(r"(\w+) of (\d+) into (\d+)", name).groups()  # type: ignore[union-attr]
+        rail, stub = drawn.lines[f"rail of {half} of {owner}"], drawn.lines[f"{half} of {owner}"]
+        arrow, target, source = (
+            drawn.lines[f"{half} into {reader}"], drawn.boxes[f"layer {reader}"], drawn.boxes[f"layer {owner}"]
+        )  # fmt: skip
+        assert dot.overlaps(rail)
+        assert dot.overlaps(arrow)
+        assert stub.overlaps(rail)
+        assert _near(arrow, target, half)
+        assert _near(stub, source, half)
+
+
+def _near(line: Box, box: Box, half: str) -> bool:
+    """Whether `line` ends at the side of `box` for `half`, at its height."""
+    ends = abs(line.x1 - box.x0) if half == "keys" else abs(line.x0 - box.x1)
+    return ends < 4 and box.y0 < (line.y0 + line.y1) / 2 < box.y1
+
+
+def test_no_line_runs_along_another(picture) -> None:
+    lines = picture[1].lines
+    rails = [box for name, box in lines.items() if name.startswith("rail")]
+    across = [box for name, box in lines.items() if re.fullmatch(r"\w+ (of|into) \d+", name)]
+    for boxes in (rails, across):
+        assert not [1 for i, box in enumerate(boxes) for other in boxes[:i] if box.overlaps(other)]
+
+
+def test_windows_and_slots_are_written_into_the_boxes() -> None:
+    plan = _plan({"preset": "trailing", "window": 1024, "full_every": 5, "n_shared": 4}, 24)
+    drawn = Drawn(plan_figure(plan, "x"))
+    for i in range(24):
+        box = drawn.boxes[f"layer {i}"]
+        inside = {text.get_text() for text in drawn.texts if _meet(drawn.extent(text), box)}
+        expected = {str(i)} | ({"8 KV heads"} if i < 20 else set())
+        assert inside == expected | ({"last 1024"} if plan.layers[i].window else set())

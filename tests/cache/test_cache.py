@@ -410,7 +410,7 @@ def test_bad_use_is_refused(design, tiny_config, random_model):
     model(ids, cache=cache)
     with pytest.raises(UserError, match="holds 2 sequences and was handed 1"):
         model(ids[:1], cache=cache)
-    with pytest.raises(UserError, match="neither with a cache nor with padding"):
+    with pytest.raises(UserError, match="cannot be combined with a cache or with padding"):
         model(ids, document_ids=torch.zeros_like(ids), cache=KVCache(model.config))
     with pytest.raises(UserError, match="max_len of a cache is 0"):
         KVCache(model.config, max_len=0)

@@ -172,7 +172,8 @@ def softmax_read(query: Tensor, keys: list[Tensor], values: list[Tensor], width:
         return torch.zeros(width, dtype=query.dtype)
     scores = [torch.exp(query @ key / math.sqrt(len(query))) for key in keys]
     total = sum(scores)
-    return sum(score / total * value for score, value in zip(scores, values, strict=True))
+    read = (score / total * value for score, value in zip(scores, values, strict=True))
+    return sum(read, start=torch.zeros(width, dtype=query.dtype))
 
 
 class SlowDecoder:
@@ -192,7 +193,8 @@ class SlowDecoder:
         """Layer by layer, (T, vocab). Layers that read from above, and those up to the layer they read, are computed
         forward + backward times, each time with the slots of the time before; the first `forward` times pass on no
         gradient."""
-        xs, slots, i = self.embed(ids), {}, 0
+        slots: dict = {}
+        xs, i = self.embed(ids), 0
         while i < len(self.layers):
             last = i
             for j in range(i, len(self.layers)):  # the run of layers that reads no further up than itself

@@ -145,8 +145,8 @@ def prepare_files(entry: dict[str, Any], folder: Path, fill_in: Callable[[str], 
         (folder / path).write_text(json.dumps(content), encoding="utf-8")
     for path, keys in entry.get("drop", {}).items():
         content = yaml.safe_load((folder / path).read_text(encoding="utf-8"))
-        content = {key: value for key, value in content.items() if key not in keys}
-        (folder / path).write_text(json.dumps(content), encoding="utf-8")
+        kept = {key: value for key, value in content.items() if key not in keys}
+        (folder / path).write_text(json.dumps(kept), encoding="utf-8")
 
 
 def listing(*folders: Path) -> dict[str, tuple[int, int]]:

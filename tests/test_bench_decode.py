@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -329,7 +331,7 @@ def test_early_exit_that_changes_the_result_is_an_error(
 def test_the_largest_is_the_largest() -> None:
     for limit in (1, 2, 7, 8, 40):
         for most in range(limit + 3):
-            assert capacity.largest(lambda n, most=most: n <= most, limit) == min(most, limit)
+            assert capacity.largest(functools.partial(operator.ge, most), limit) == min(most, limit)
 
 
 def search(asked: Any, room: int, measured: dict[int, int]) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from numpy._core._exceptions import _ArrayMemoryError
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
@@ -90,7 +91,7 @@ def test_naming_names_what_has_no_name(error, name):
     assert raised.value.filename == name
 
 
-OF_NUMPY = np._core._exceptions._ArrayMemoryError((10**6,), np.dtype("f8"))
+OF_NUMPY = _ArrayMemoryError((10**6,), np.dtype("f8"))
 OF_A_GPU = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2 GiB. Of the allocated memory 3 GiB is reserved"
 )

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -71,7 +72,8 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(
         assert path.read_text() == "before", "until the new content is on the disk"
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "replace")), fail)
+    owner, name = (os, "fsync") if call == "fsync" else (Path, "replace")
+    monkeypatch.setattr(owner, name, fail)
     with pytest.raises(OSError, match="No space left"):
         write_atomic(path, "after")
     assert content(tmp_path) == {"file": "before"}
@@ -82,8 +84,17 @@ def test_content_and_names_are_synced_before_and_after_the_rename(
 ) -> None:
     order: list[str] = []
     fsync, rename = os.fsync, Path.replace
-    monkeypatch.setattr(files.os, "fsync", lambda d: order.append("folder" if _is_folder(d) else "file") or fsync(d))
-    monkeypatch.setattr(Path, "replace", lambda self, other: order.append("rename") or rename(self, other))
+
+    def synced(descriptor: int) -> None:
+        order.append("folder" if _is_folder(descriptor) else "file")
+        fsync(descriptor)
+
+    def renamed(path: Path, other: Path) -> Path:
+        order.append("rename")
+        return rename(path, other)
+
+    monkeypatch.setattr(files.os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
     write_atomic(tmp_path / "file", "x")
     assert order == ["file", "rename", "folder"]
     order.clear()
@@ -114,13 +125,18 @@ def thesis(path: Path) -> None:
     (path / "thesis").touch()
 
 
+def link_to_empty_folder(path: Path) -> None:
+    path.with_name("e").mkdir()
+    path.symlink_to("e")
+
+
 OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a folder": (thesis, f"is left alone: it has no file {re.escape(MARK)}, and cllm deletes only what it made"),
     "of another kind": (lambda path: made(path, "data"), "it was made as 'data', not as 'run'"),
     "a file": (Path.touch, "is a file, not a folder"),
     "a link to a run": (lambda path: path.symlink_to(made(path.with_name("far"))), "is a symbolic link"),
     "a link to nothing": (lambda path: path.symlink_to("nowhere"), "is a symbolic link"),
-    "a link to an empty folder": (lambda p: (p.with_name("e").mkdir(), p.symlink_to("e")), "is a symbolic link"),
+    "a link to an empty folder": (link_to_empty_folder, "is a symbolic link"),
 }
 
 
@@ -178,7 +194,7 @@ def test_an_interrupted_deletion_can_be_finished(tmp_path: Path, monkeypatch: py
         def call(*arguments: object, **options: object) -> None:
             if next(calls) == crash:
                 raise Crash
-            real[name](*arguments, **options)  # type: ignore[operator]
+            real[name](*arguments, **options)
 
         return call
 
@@ -199,16 +215,17 @@ def test_an_interrupted_deletion_can_be_finished(tmp_path: Path, monkeypatch: py
 def killed_at(point: str) -> None:
     """Ends this process, without cleaning up, before it does what `point` names."""
 
-    def die(*_: object) -> None:
+    def die(*_: object) -> NoReturn:
         os._exit(9)
 
+    patch = pytest.MonkeyPatch()
     rename, names = Path.rename, iter(["old to its temporary name", "new to its name"])
     if point == "nothing deleted":
-        files.remove = die
+        patch.setattr(files, "remove", die)
     elif point == "half deleted":
-        files.shutil.rmtree = die
+        patch.setattr(files.shutil, "rmtree", die)
     else:
-        Path.rename = lambda self, to: die() if next(names) == point else rename(self, to)
+        patch.setattr(Path, "rename", lambda self, to: die() if next(names) == point else rename(self, to))
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_a_signal_between_start_and_wait_is_passed_on_too(tmp_path: Path, monkey
     out, started = tmp_path / "out", processes.start
 
     def start_slowly(*arguments: object, **options: object) -> subprocess.Popen:
-        process = started(*arguments, **options)  # type: ignore[arg-type]
+        process = started(*arguments, **options)
         soon(lambda: out.read_text().endswith("\n"))
         os.kill(os.getpid(), signal.SIGTERM)
         return process

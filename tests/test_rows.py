@@ -64,7 +64,7 @@ def test_the_last_rows_cost_one_block(file: Path, monkeypatch: pytest.MonkeyPatc
 
     def counted(stream: BinaryIO) -> Any:
         opened.append(Counting(stream))
-        return lines(opened[-1])  # type: ignore[arg-type]
+        return lines(opened[-1])
 
     monkeypatch.setattr(rows, "_lines_backwards", counted)
     run = RunFolder(file.parent)

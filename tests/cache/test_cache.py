@@ -5,7 +5,7 @@ import torch
 
 from cllm.cache.accounting import cache_bytes
 from cllm.cache.cache import KVCache
-from cllm.cache.stores import from_fp8, to_fp8
+from cllm.cache.stores import SlotStore, from_fp8, to_fp8
 from cllm.config import Config
 from cllm.errors import UserError
 from cllm.plan.presets import preset_names
@@ -358,7 +358,9 @@ def test_a_windowed_slot_frees_what_leaves_the_window(design):
     model = design("yoco")
     cache = KVCache(model.config)
     run(model, cache, tokens(1), [LENGTH])
-    held = cache.stores[0].slot.k
+    store = cache.stores[0]
+    assert isinstance(store, SlotStore)
+    held = store.slot.k
     assert held.shape[1] == 3
     assert held.untyped_storage().nbytes() == held.nbytes
 
@@ -408,7 +410,7 @@ def test_bad_use_is_refused(design, tiny_config, random_model):
     model(ids, cache=cache)
     with pytest.raises(UserError, match="holds 2 sequences and was handed 1"):
         model(ids[:1], cache=cache)
-    with pytest.raises(UserError, match="neither with a cache nor with padding"):
+    with pytest.raises(UserError, match="cannot be combined with a cache or with padding"):
         model(ids, document_ids=torch.zeros_like(ids), cache=KVCache(model.config))
     with pytest.raises(UserError, match="max_len of a cache is 0"):
         KVCache(model.config, max_len=0)

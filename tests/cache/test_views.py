@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cllm.cache.cache import KVCache
+from cllm.cache.stores import SlotStore
 from cllm.errors import UserError
 
 IDS = torch.tensor([[5, 9, 1, 30, 7, 2, 11], [4, 4, 8, 21, 3, 17, 6]])
@@ -25,7 +26,9 @@ def test_a_layer_shows_what_it_reads(options, random_model, tiny_config) -> None
     cache = _filled(random_model, tiny_config(kv={"preset": "cla", "n_kv_heads": 2}, n_layers=4), **options)
     assert len(cache.layers) == len(cache) == 4
     for i, layer in enumerate(cache.layers):
-        slot = cache.stores[i - i % 2].slot
+        store = cache.stores[i - i % 2]
+        assert isinstance(store, SlotStore)
+        slot = store.slot
         assert layer.keys.shape == layer.values.shape == (2, 2, 7, 8)
         assert torch.equal(layer.keys, slot.k[:, :7].transpose(1, 2))
         assert torch.equal(layer.values, slot.v[:, :7].transpose(1, 2))

@@ -81,7 +81,8 @@ def test_the_corpus_is_as_large_as_the_page_says():
     corpus = Corpus(RECIPES["stdlib.yaml"])
     if corpus.fingerprint_sha256() != FINGERPRINT:
         pytest.skip("this Python has another standard library than the page's numbers are of")
-    documents, n_bytes = Counter(), Counter()
+    documents: Counter[str] = Counter()
+    n_bytes: Counter[str] = Counter()
     for document in corpus.documents():
         documents[document.split] += 1
         n_bytes[document.split] += document.n_bytes

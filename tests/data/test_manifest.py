@@ -138,7 +138,7 @@ def test_digest_is_of_tokens_and_tokenizer_alone(copy, prepared):
         _set(record, path, value)
     (copy / "manifest.json").write_text(json.dumps(record))
     assert Manifest.load(copy).digest() == digest
-    for path, value in (
+    for path, changed in (
         ("tokenizer_sha256", "0"),
         ("eos_id", 1),
         ("vocab_size", 321),
@@ -147,7 +147,7 @@ def test_digest_is_of_tokens_and_tokenizer_alone(copy, prepared):
         ("splits.validation.shards.0.index_sha256", "0"),
     ):
         other = json.loads(json.dumps(record))
-        _set(other, path, value)
+        _set(other, path, changed)
         (copy / "manifest.json").write_text(json.dumps(other))
         assert Manifest.read(copy).digest() != digest, path
 

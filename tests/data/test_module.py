@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import islice
 from types import SimpleNamespace
+from typing import Any
 
 import lightning
 import pytest
@@ -21,7 +22,8 @@ def make(folder, validation=None, **changes) -> DataModule:
 
 
 def first_batches(module: DataModule, n: int, **trainer) -> list[dict[str, torch.Tensor]]:
-    module.trainer = SimpleNamespace(**({"global_step": 0, "global_rank": 0, "world_size": 1} | trainer))
+    stand_in: Any = SimpleNamespace(**({"global_step": 0, "global_rank": 0, "world_size": 1} | trainer))
+    module.trainer = stand_in
     return list(islice(module.train_dataloader(), n))
 
 

@@ -27,7 +27,7 @@ def spell(store: TokenStore, ids: torch.Tensor) -> str:
     """Tokens as letters, EOS as a full stop, ignored labels as an underscore."""
     tokenizer = store.manifest.tokenizer()
     letters = {IGNORE: "_", store.eos_id: "."}
-    return "".join(letters.get(i) or tokenizer.decode([i]) for i in ids.tolist())
+    return "".join(letters.get(i) or str(tokenizer.decode([i])) for i in ids.tolist())
 
 
 def test_windows_do_not_overlap_and_labels_look_one_ahead(tiny):

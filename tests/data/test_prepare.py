@@ -340,7 +340,7 @@ def test_a_signal_to_an_entire_group_is_not_taken_for_a_killed_worker(tmp_path, 
 
 
 def test_hub_source_streams(tmp_path, run, recipe, monkeypatch, capsys):
-    asked = {}
+    asked: dict[str, object] = {}
 
     def load_dataset(name, config, **options):
         asked.update(options, name=name, config=config)

@@ -10,7 +10,7 @@ from cllm.errors import UserError
 
 def steps(n, world_size, micro_batch, global_batch=12, start_step=0):
     """For each of n steps, the set of sequences all ranks take."""
-    taken = [[] for _ in range(n)]
+    taken: list[list[int]] = [[] for _ in range(n)]
     for rank in range(world_size):
         sampler = StepBatchSampler(micro_batch, global_batch, rank, world_size, start_step)
         batches = islice(sampler, n * sampler.accumulation)

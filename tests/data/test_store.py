@@ -42,7 +42,7 @@ def test_documents_agree_with_a_walk_over_the_tokens(store, flat):
     draw = np.random.default_rng(1)
     boundary = store.manifest.splits["train"].shards[0].tokens
     windows = [(0, len(flat)), (boundary, boundary + 9), (boundary - 9, boundary), (boundary - 1, boundary + 1)]
-    windows += [tuple(map(int, pair)) for pair in np.sort(draw.integers(0, len(flat) + 1, size=(200, 2)))]
+    windows += [(int(start), int(stop)) for start, stop in np.sort(draw.integers(0, len(flat) + 1, size=(200, 2)))]
     for start, stop in windows:
         document_ids, positions = store.documents(start, stop)
         expected_ids, expected_positions, document, position = [], [], 0, 0

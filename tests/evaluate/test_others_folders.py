@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -187,7 +188,7 @@ def test_weights_that_do_not_fit_are_one_short_line(make_run, how) -> None:
 
 
 @pytest.fixture
-def code_in_the_data(make_run, prepared, tmp_path, monkeypatch) -> RunFolder:
+def code_in_the_data(make_run, prepared, tmp_path, monkeypatch) -> Iterator[RunFolder]:
     """A run whose data's tokenizer asks for Python code beside it, which leaves a trace when it is run."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
 

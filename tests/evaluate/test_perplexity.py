@@ -91,13 +91,18 @@ def test_masked_documents_are_scored_alone_and_their_first_tokens_not(make_run) 
     assert record["bytes"] == Manifest.read(store.folder).split("validation").bytes - first
 
 
-def test_masked_windows_are_fed_as_in_training(make_run) -> None:
+def test_masked_windows_are_fed_as_in_training(make_run, monkeypatch) -> None:
     """Document ids and positions reach the model; both restart with the window, positions at each document too."""
     run, _ = make_run(data={"document_mask": True})
     store = TokenStore(run.config().data.path, "validation")
     subject = load_subject(run.path, CPU)
     fed, logits = [], subject.logits
-    subject.logits = lambda *tensors: (fed.append(tensors), logits(*tensors))[1]  # type: ignore[method-assign]
+
+    def recorded(*tensors):
+        fed.append(tensors)
+        return logits(*tensors)
+
+    monkeypatch.setattr(subject, "logits", recorded)
     measure(subject, next(open_sets(subject)), Settings(window=16, stride=16, batch=1), CPU)
     assert len(fed) > 10
     for k, (input_ids, positions, document_ids, _) in enumerate(fed):
@@ -122,7 +127,7 @@ def test_bits_per_byte_by_hand(make_run, tmp_path) -> None:
     assert record["bits_per_byte"] == pytest.approx(nll / math.log(2) / 12, rel=1e-5)
 
 
-def test_uniform_models_of_two_tokenizers_differ_by_their_tokens_alone(make_run, texts, tmp_path) -> None:
+def test_uniform_models_of_two_tokenizers_differ_by_their_tokens_alone(make_run, texts, tmp_path, monkeypatch) -> None:
     """A uniform model spends log2(V) bits on each token: over bytes that is 8.006 bits a byte plus the EOS."""
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     n_bytes = sum(len(text.encode()) for text in texts)
@@ -130,7 +135,11 @@ def test_uniform_models_of_two_tokenizers_differ_by_their_tokens_alone(make_run,
     for vocab_size in (257, 300):
         run, _ = make_run(f"v{vocab_size}", vocab_size=vocab_size)
         subject = load_subject(run.path, CPU)
-        subject.logits = lambda ids, positions, documents, last, v=vocab_size: torch.zeros(len(ids), last, v)  # type: ignore[method-assign]
+
+        def uniform(ids, positions, documents, last, v=vocab_size):
+            return torch.zeros(len(ids), last, v)
+
+        monkeypatch.setattr(subject, "logits", uniform)
         found[vocab_size] = measure(subject, next(open_sets(subject, [tmp_path / "t.jsonl"])), Settings(), CPU)
     byte_level, bpe = found[257], found[300]
     assert byte_level["bytes"] == bpe["bytes"] == n_bytes
@@ -157,7 +166,7 @@ def test_text_in_memory_knows_its_documents_as_a_store_does(prepared, texts) -> 
     tokenizer = store.manifest.tokenizer()
     everything = store.read(0, len(store))
     pieces = np.split(everything, np.flatnonzero(everything == store.eos_id) + 1)[:-1]
-    memory = TextTokens([tokenizer.decode(piece[:-1]) for piece in pieces], tokenizer)
+    memory = TextTokens([str(tokenizer.decode(piece[:-1])) for piece in pieces], tokenizer)
     assert memory.read(0, len(memory)).tolist() == everything.tolist()
     for start, stop in [(0, 50), (3, 200), (117, 118), (60, 60), (0, len(store))]:
         for ours, theirs in zip(memory.documents(start, stop), store.documents(start, stop), strict=True):
@@ -189,9 +198,9 @@ def test_a_part_of_a_set_counts_the_bytes_of_that_part(make_run) -> None:
     assert record["bytes_exact"] is True
 
 
-def test_damaged_weights_are_named(make_run) -> None:
+def test_damaged_weights_are_named(make_run, monkeypatch) -> None:
     run, _ = make_run()
     subject = load_subject(run.path, CPU)
-    subject.logits = lambda ids, p, d, last: torch.full((len(ids), last, 300), math.nan)  # type: ignore[method-assign]
+    monkeypatch.setattr(subject, "logits", lambda ids, p, d, last: torch.full((len(ids), last, 300), math.nan))
     with pytest.raises(UserError, match=r"its loss on .* is nan"):
         measure(subject, next(open_sets(subject)), Settings(), CPU)

@@ -16,7 +16,7 @@ SHAPES = [(w, s) for w in (1, 2, 3, 5, 8, 13) for s in range(1, w + 1)]
 @pytest.mark.parametrize(("window", "stride"), SHAPES)
 def test_each_token_is_scored_once_in_order_with_enough_context(window: int, stride: int) -> None:
     for n_tokens in range(30):
-        scored = []
+        scored: list[int] = []
         for span in windows(n_tokens, window, stride):
             assert 0 <= span.start < span.stop <= span.start + window
             targets = range(span.stop - span.scored + 1, span.stop + 1)

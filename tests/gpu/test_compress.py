@@ -17,7 +17,7 @@ def part(kind: str, device: torch.device, layers: range) -> SlotTensors:
     draw = torch.Generator(device).manual_seed(0)
     every = [torch.randn(2, TOKENS, 4, 32, device=device, generator=draw) for _ in range(LAYERS)]
     data = tuple(every[i].cumsum(-1).bfloat16() for i in layers)
-    return SlotTensors(kind, tuple(layers), data, torch.bfloat16)  # type: ignore[arg-type]
+    return SlotTensors(kind, tuple(layers), data, torch.bfloat16)
 
 
 @pytest.mark.parametrize("spec", ["svd=power", "svd=power,products=bf16", "svd=random", "svd=gram"])
@@ -63,4 +63,4 @@ def test_power_is_near_the_least_error(gpu: torch.device, products: str) -> None
         return (wide - wide @ v.double() @ v.double().mT).norm().item()
 
     least = lost(right_vectors(x, "exact", 96)[0])
-    assert lost(right_vectors(x, "power", 96, products)[0]) < 1.01 * least  # type: ignore[arg-type]
+    assert lost(right_vectors(x, "power", 96, products)[0]) < 1.01 * least

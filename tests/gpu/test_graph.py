@@ -38,7 +38,7 @@ def build(kv: dict[str, Any], device: torch.device) -> Decoder:
         n_heads=8,
         d_ff=1024,
         max_seq_len=512,
-        kv=kv,  # type: ignore[arg-type]
+        kv=kv,
     )
     torch.manual_seed(0)
     model = build_decoder(config).to(device).requires_grad_(False)

@@ -46,7 +46,7 @@ def llama(tmp_path):
 
 
 def tensors(folder):
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as stored:
             found |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping

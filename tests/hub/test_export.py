@@ -72,7 +72,7 @@ def test_a_run_as_a_folder(convert, make_run, tmp_path, prepared, capsys) -> Non
 def test_the_folder_loads_generates_and_is_evaluated(convert, make_run, tmp_path) -> None:
     run, decoder = make_run()
     assert convert("export", run.path, tmp_path / "out") == 0
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = torch.tensor([tokenizer("the first number").input_ids])
     with torch.no_grad():
@@ -199,7 +199,8 @@ def test_two_exports_to_one_folder_do_not_replace_each_other(
 ) -> None:
     """The second comes while the first writes, and again just when the first has ended."""
     run, _ = make_run()
-    out, save, statuses = tmp_path / "out", export_module.save, []
+    out, save = tmp_path / "out", export_module.save
+    statuses: list[int] = []
 
     def save_slowly(*arguments: object) -> None:
         if not statuses:

@@ -286,7 +286,8 @@ def test_published_models_have_their_number_of_parameters(name, tmp_path):
 
 
 def test_one_tensor_at_a_time(saved, monkeypatch):
-    folder, alive, most = saved("llama, multi-head"), [], []
+    folder, most = saved("llama, multi-head"), []
+    alive: list[weakref.ref] = []
 
     def tracked(*args, **kwargs):
         opened = safe_open(*args, **kwargs)
@@ -360,9 +361,10 @@ def test_written_back_it_is_the_same_checkpoint(case, saved, tmp_path):
     again = read_family(out)
     assert (again.config, again.token_ids, again.weights) == (found.config, found.token_ids, found.weights)
 
-    hf, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         out, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
     )
+    hf, report = loaded
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     original, ids = hf_model(case), torch.arange(T)[None] % V
     assert type(hf) is type(original)
@@ -380,7 +382,8 @@ def test_written_in_shards_and_in_bf16(saved, tmp_path):
     assert again_config == config
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], state[name]) for name in state)
-    hf, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    hf, report = loaded
     assert not report["missing_keys"]
     assert hf.dtype == torch.bfloat16
 

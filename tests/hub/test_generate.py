@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ def _again(model: CLLMForCausalLM, ids: torch.Tensor, mask: torch.Tensor, new: i
     return ids
 
 
-def _greedy(model: CLLMForCausalLM, ids: torch.Tensor = IDS, **options) -> torch.Tensor:
+def _greedy(model: CLLMForCausalLM, ids: torch.Tensor | None = IDS, **options) -> Any:
+    """Tokens (B, T), or the output of `generate` that holds them, under `return_dict_in_generate`."""
     return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False, **options})
 
 
@@ -272,7 +274,8 @@ class _EagerGraph(StepGraph):
 
     def __init__(self, decoder, cache) -> None:
         self.decoder, self.cache, self.addresses = decoder, cache, ()
-        self.ids, self.graph = torch.zeros(cache.batch, 1, dtype=torch.long), self
+        self.ids = torch.zeros(cache.batch, 1, dtype=torch.long)
+        self.graph: Any = self
         self.addresses = self._addresses()
 
     def replay(self) -> None:
@@ -286,10 +289,10 @@ def test_steps_that_a_graph_replays(hub_model, monkeypatch) -> None:
     model = hub_model()
     static = _greedy(model, attention_mask=MASK, cache_implementation="static", return_dict_in_generate=True)
     assert torch.equal(static.sequences, _greedy(model, attention_mask=MASK))
-    cache = weakref.ref(static.past_key_values)
+    alive = weakref.ref(static.past_key_values)
     del static
     gc.collect()
-    assert cache() is None, "nothing keeps a cache alive that nobody asks for"
+    assert alive() is None, "nothing keeps a cache alive that nobody asks for"
 
     cache = KVCache(model.config.model_config, max_len=20)
     with torch.no_grad():

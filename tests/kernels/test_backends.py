@@ -2,6 +2,7 @@
 
 import itertools
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_flex_is_the_definition(mask, shape):
 class FlashOnCpu(FlashBackend):
     """A kernel as FlashAttention offers it: causal, a window, documents; no `exclude_self`."""
 
-    name = "cpu"
+    name: Any = "cpu"  # no kernel of the table
 
     def unavailable(self):
         return None
@@ -281,7 +282,7 @@ def test_flash2_and_flash3_get_the_arguments_that_they_document(monkeypatch, nam
         out = naive(q[None], k[None], v[None], Mask(window=window, document_ids=ids[None]), softmax_scale)[0]
         return (out, None) if name == "flash3" else out  # some releases of 3 return the log-sum-exp too
 
-    package = ModuleType("package")
+    package: Any = ModuleType("package")
     package.flash_attn_func, package.flash_attn_varlen_func = dense, varlen
     monkeypatch.setattr(BACKENDS[name], "_module", package)
     run = BACKENDS[name].run

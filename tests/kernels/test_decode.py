@@ -91,7 +91,7 @@ def call(case: Case, dtype: torch.dtype):
         """The ring, and all numbers (B, columns, G, width) that were stored in it."""
         every = torch.randn(B, case.column + 1, case.g, width, generator=generator).to(dtype)
         stored = quantized(every.float()) if case.float8 else Stored(every)
-        ring = []
+        ring: list[torch.Tensor | None] = []
         for tensor in (stored.data, stored.scale):
             if tensor is None:
                 ring.append(None)

@@ -372,8 +372,8 @@ def interpreted() -> None:
                 except AssertionError as error:
                     raise AssertionError(f"{case}, {dtype}, pack {pack}") from error
         arguments, selection, wanted = call(case, torch.float32)
-        found = lowrank_decode(*arguments, scale=SCALE, selection=selection, kernel="triton")
-        assert_close(found, wanted, torch.float32)
+        parts = lowrank_decode(*arguments, scale=SCALE, selection=selection, kernel="triton")
+        assert_close(parts, wanted, torch.float32)
 
 
 def test_triton_kernels_interpreted_are_the_definition(run_interpreted):

@@ -56,7 +56,7 @@ def test_n_passes_are_exact_for_the_first_n_tokens_and_better_the_more(name, ref
 )
 def test_first_token_attends_to_nothing_where_a_layer_reads_from_above(name, layers, preset_config, random_model):
     model = random_model(preset_config(name))
-    seen = {}
+    seen: dict[int, torch.Tensor] = {}
     for i, block in enumerate(model.blocks):
         block.attention.o_proj.register_forward_hook(lambda _, __, out, i=i: seen.__setitem__(i, out[:, 0]))
     with torch.no_grad():

@@ -66,6 +66,11 @@ def test_under_autocast_the_loss_is_fp32_and_weights_get_fp32_gradients() -> Non
 def test_at_most_one_chunk_of_logits_is_in_memory() -> None:
     head, hidden, labels = case()
     saved: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         head(hidden, labels)
     assert max(saved) < labels.numel() * 50

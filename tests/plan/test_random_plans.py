@@ -97,7 +97,9 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
     n = draw(st.integers(1, 6))
     cyclic = draw(st.booleans())
     heads = draw(st.sampled_from([1, 2, 4]))
-    windows = draw(st.sampled_from([[None], [None], [3], [4], [None, 2, 3, 5], [None, None, None, 1, 2]]))
+    windows: list[int | None] = draw(
+        st.sampled_from([[None], [None], [3], [4], [None, 2, 3, 5], [None, None, None, 1, 2]])
+    )
     kinds = draw(st.sampled_from([["own"], ["own"], ["own"], ["own", "own", "latent", "retention"], ["latent"]]))
     latent = draw(st.sampled_from(LATENTS))
     owned = [draw(st.sampled_from(kinds)) if draw(st.integers(0, 9)) < 5 else None for _ in range(n)]
@@ -165,7 +167,7 @@ def exact(config: ModelConfig) -> ModelConfig:
     """The same plan with passes enough to be exact over `LENGTH` tokens, if it is cyclic."""
     if not config.plan().cyclic_spans():
         return config
-    enough = config.kv.iterations.model_copy(update={"forward": LENGTH})  # type: ignore[union-attr]
+    enough = config.kv.iterations.model_copy(update={"forward": LENGTH})
     return config.model_copy(update={"kv": config.kv.model_copy(update={"iterations": enough})})
 
 

@@ -155,12 +155,17 @@ def test_methods_that_watch_do_not_see_each_other(decoder, tokens):
     assert losses(specs) == [losses([spec])[0] for spec in specs]
 
 
-def test_times_leave_out_the_first_batch_and_what_a_method_watches(decoder, tokens):
+def test_times_leave_out_the_first_batch_and_what_a_method_watches(decoder, tokens, monkeypatch):
     """CommonKV sees projections in a prefill of its own, which is not the one that is timed."""
     model, prefills = decoder(qk_norm=False), []
     engine = engine_of(model)
     plain = engine.hidden
-    engine.hidden = lambda ids, cache: prefills.append(ids.shape[1]) or plain(ids, cache)
+
+    def counted(ids, cache):
+        prefills.append(ids.shape[1])
+        return plain(ids, cache)
+
+    monkeypatch.setattr(engine, "hidden", counted)
     tally, reference = _Tally(), _Reference()
     methods = [parse("commonkv:group=2,recent=0,weights=equal")]
     for _ in range(2):

@@ -94,7 +94,8 @@ def test_only_shared_layers_keep_their_keys_and_values(decoder, llama, tokens, m
     """Until the pass ends; those of other layers are freed after their layer."""
     ids = tokens(2, PREFIX + 4)
     for model, kind, extend in ((decoder(), CompressedSlot, "extend"), (llama(), hf.CompressedLayer, "update")):
-        engine, method, kept = engine_of(model), parse("kvsharer:threshold=-1"), []
+        engine, method = engine_of(model), parse("kvsharer:threshold=-1")
+        kept: list[bool] = []
         method.prepare(engine, ids[:, :PREFIX])
         original = getattr(kind, extend)
 

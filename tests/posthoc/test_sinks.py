@@ -223,9 +223,10 @@ def test_sinks_are_read_in_a_step_that_chooses_a_chunk(starts):
         new = Slot(*(torch.zeros(2, 1, 2, 8) for _ in range(2)))
         cos, sin = rope_table(Rope(), 8, torch.arange(SINKS, n))
         table = cos[:, 0, 0], sin[:, 0, 1]
-        k, v = (Stored(Deferred(prefix, part, sinks.join(new), table)) for part in ("k", "v"))
+        deferred = [Deferred(prefix, part, sinks.join(new), table) for part in ("k", "v")]
+        k, v = (Stored(part) for part in deferred)
         visible = Visible(torch.tensor([n]), None if starts is None else torch.tensor(starts), None, False)
-        (found,) = k.data.attend([first], [k], [v], visible, scale=1.0)
+        (found,) = deferred[0].attend([first], [k], [v], visible, scale=1.0)
         wanted = torch.stack([filled.slots[slot].v[row, start] for row, start in enumerate(starts or [0, 0])])
         torch.testing.assert_close(found, wanted, atol=1e-2, rtol=1e-2)
 

@@ -165,7 +165,8 @@ def test_two_sweeps_do_not_write_one_table(sweep, run, tmp_path, capsys, monkeyp
     """The second starts while the first measures: the table would hold the rows of the one that ended last."""
     made, _ = run("mha")
     words = [made.path, "--device", "cpu", "--out", tmp_path / "out", "--spec"]
-    measure, statuses = posthoc.measure, []
+    measure = posthoc.measure
+    statuses: list[int] = []
 
     def meanwhile(*arguments, **options):
         if not statuses:

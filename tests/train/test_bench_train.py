@@ -137,7 +137,8 @@ def test_a_contender_that_does_not_fit_is_named_and_the_first_one_is_never_repla
 def test_rows_of_kernels_are_written_as_they_come(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    out, times = tmp_path / "out.json", iter([1.5, RuntimeError("no such kernel"), 2.5, KeyboardInterrupt()])
+    out = tmp_path / "out.json"
+    times: Iterator[float | BaseException] = iter([1.5, RuntimeError("no such kernel"), 2.5, KeyboardInterrupt()])
 
     def time_ms(run: object) -> float:
         ms = next(times)

@@ -8,6 +8,7 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_a_row_of_metrics_that_finds_no_room_ends_the_run_in_one_line(tiny, monk
     class Log(metrics.MetricsLog):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self._file = Full(self._file)
+            self._file: Any = Full(self._file)
 
     monkeypatch.setattr("cllm.train.measure.MetricsLog", Log)
     config = tiny("--train.steps", "2")

@@ -88,7 +88,8 @@ def _rank(config: Config, variables: dict[str, str], records: Path, at_step: Any
     """One process, started as torchrun does."""
     torch.set_num_threads(1)
     os.environ.update(variables)
-    rank = rank_zero_only.rank = int(variables["RANK"])
+    rank = int(variables["RANK"])
+    pytest.MonkeyPatch().setattr(rank_zero_only, "rank", rank, raising=False)
     with (records / f"{rank}.err").open("w", buffering=1) as errors, contextlib.redirect_stderr(errors):
         try:
             train(config, resume=resume, callbacks=[Record(records, rank, at_step)])

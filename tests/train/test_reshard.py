@@ -56,9 +56,9 @@ def test_a_parameter_that_lies_in_two_shards_is_put_together(tmp_path: Path) -> 
     }
     read = _Stages1And2(shards(write(tmp_path, [first, second])))
     a, b, c = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), (3,), (2,)))
-    assert read.state("a", "exp_avg", a).tolist() == [[1, 2], [3, 4]]  # type: ignore[union-attr]
-    assert read.state("b", "exp_avg", b).tolist() == [5, 6, 7]  # type: ignore[union-attr]
-    assert read.state("c", "exp_avg_sq", c).tolist() == [80, 90]  # type: ignore[union-attr]
+    assert read.state("a", "exp_avg", a).tolist() == [[1, 2], [3, 4]]
+    assert read.state("b", "exp_avg", b).tolist() == [5, 6, 7]
+    assert read.state("c", "exp_avg_sq", c).tolist() == [80, 90]
     assert read.state("d", "exp_avg", a) is None
 
 
@@ -69,7 +69,7 @@ def test_equal_parts_of_every_parameter_are_put_together_without_padding(tmp_pat
     second = {"optimizer_state_dict": {"state": {0: moments(3, 0), 1: moments(6, 7, 9)}}}
     read = _Stage3(shards(write(tmp_path, [first, second], param_shapes=shapes)))
     empty: Any = SimpleNamespace
-    assert read.state("a", "exp_avg", empty(ds_shape=[3])).tolist() == [1, 2, 3]  # type: ignore[union-attr]
-    assert read.state("b", "exp_avg", empty(ds_shape=[4])).tolist() == [4, 5, 6, 7]  # type: ignore[union-attr]
-    assert read.state("c", "exp_avg_sq", empty(ds_shape=[1, 2])).tolist() == [[80, 90]]  # type: ignore[union-attr]
+    assert read.state("a", "exp_avg", empty(ds_shape=[3])).tolist() == [1, 2, 3]
+    assert read.state("b", "exp_avg", empty(ds_shape=[4])).tolist() == [4, 5, 6, 7]
+    assert read.state("c", "exp_avg_sq", empty(ds_shape=[1, 2])).tolist() == [[80, 90]]
     assert read.state("d", "exp_avg", empty(ds_shape=[3])) is None

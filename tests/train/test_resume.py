@@ -116,7 +116,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, point: str, nth: int) -> None:
     monkeypatch.setattr(Metrics, "close", lambda self: None)
 
 
-SETTINGS = ("--train.steps", "5", "--train.log_every", "3", "--train.validate_every", "2")
+SETTINGS: tuple[str, ...] = ("--train.steps", "5", "--train.log_every", "3", "--train.validate_every", "2")
 SETTINGS += ("--train.checkpoint_every", "2", "--model.n_layers", "2", "--data.validation_sequences", "2")
 """Checkpoints between two rows, rows and validations and checkpoints at one step, and a last step off all intervals."""
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,7 +121,12 @@ def test_fused_keys_and_values_may_be_made_again(tiny: Tiny, monkeypatch: pytest
     """The same steps, so that a run may begin to do so where it goes on."""
     regions = []
     contexts = attention._keep_kernels
-    monkeypatch.setattr(attention, "_keep_kernels", lambda: regions.append(1) or contexts())
+
+    def counted() -> Any:
+        regions.append(1)
+        return contexts()
+
+    monkeypatch.setattr(attention, "_keep_kernels", counted)
     settings = ["--model.kv.preset", "fusedkv", "--train.steps", "3"]
     plain = train(tiny(*settings, "--name", "plain"))
     assert not regions

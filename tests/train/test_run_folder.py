@@ -202,7 +202,7 @@ def test_a_run_that_begins_while_another_start_loads_is_not_replaced(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two fresh starts at once: the second one comes before the first has made the folder."""
-    refused = []
+    refused: list[pytest.ExceptionInfo[UserError]] = []
     write_start = run_module.write_start
 
     def start_another(*arguments: Any) -> None:

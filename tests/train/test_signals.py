@@ -118,7 +118,12 @@ def test_a_second_interrupt_ends_at_once_and_in_one_line(
     tiny: Tiny, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     config = tiny(*STEPS)
-    at_step(monkeypatch, 3, lambda: [send(signal.SIGINT) for _ in range(2)])  # type: ignore[arg-type, return-value]
+
+    def interrupt_twice() -> None:
+        for _ in range(2):
+            send(signal.SIGINT)
+
+    at_step(monkeypatch, 3, interrupt_twice)
     assert command(config) == EXIT_STOPPED
     assert RunFolder(Path(config.runs_dir) / config.name).checkpoints() == []
     lines = capsys.readouterr().err.splitlines()

@@ -132,11 +132,11 @@ def test_modules_cast_to_bf16_still_compute_in_fp32() -> None:
     torch.testing.assert_close(norm(x), wide.bfloat16(), rtol=0, atol=0)
 
     for part in ("k", "v"):
-        fused = FusedRead(Fuse(layers=(0, 1), init="randn"), [0, 1], part, 3, 16)  # type: ignore[arg-type]
+        fused = FusedRead(Fuse(layers=(0, 1), init="randn"), [0, 1], part, 3, 16)
         fused.reset_parameters()
         fused = fused.bfloat16()
         slots = [Slot(x, x + 1), Slot(x * 2, x - 1)]
-        exact = FusedRead(Fuse(layers=(0, 1)), [0, 1], part, 3, 16)  # type: ignore[arg-type]
+        exact = FusedRead(Fuse(layers=(0, 1)), [0, 1], part, 3, 16)
         exact.load_state_dict({"weight": fused.weight.float()})
         wanted = exact([Slot(s.k.float(), s.v.float()) for s in slots])
         torch.testing.assert_close(fused(slots), wanted.bfloat16(), rtol=0, atol=0)

@@ -70,7 +70,8 @@ def test_each_way_of_a_step_has_its_own_loss_and_stands_beside_the_plain_one(
     whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is in each step, counted; and the arithmetic, on times that are given."""
-    parts, forwards = {}, Counter()
+    parts: dict[str, set[str]] = {}
+    forwards: Counter[tuple[str, str]] = Counter()
     way = iter(list(steptime.WAYS) * (steptime._TURNS + 1))
     times = {
         "plain": [10.0, 12.0],

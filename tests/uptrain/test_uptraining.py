@@ -32,7 +32,7 @@ from cllm.uptrain.trainable import make_trainable
 
 ROOT = Path(__file__).resolve().parents[2]
 LOSS = ("--uptrain.loss.kl", "1.0", "--uptrain.loss.hidden", "1.0")
-NOTHING = ("--init.from", "null", "--init.calibration_sequences", "32", "--model.d_model", "32")
+NOTHING: tuple[str, ...] = ("--init.from", "null", "--init.calibration_sequences", "32", "--model.d_model", "32")
 NOTHING += ("--model.n_layers", "4", "--model.n_heads", "2")
 """A model that starts from nothing."""
 Student = Callable[..., Config]
@@ -231,7 +231,7 @@ def test_compiled_blocks_take_the_same_steps(student: Student, monkeypatch, way:
     compile_module, compile_function = torch.nn.Module.compile, torch.compile
 
     def compile_by_count(module: torch.nn.Module, *, dynamic: bool, options: object = None) -> None:
-        compile_module(module, dynamic=dynamic, backend=count)  # type: ignore[arg-type]
+        compile_module(module, dynamic=dynamic, backend=count)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_by_count)
     monkeypatch.setattr(losses, "_compiled", lambda: compile_function(losses.compare_logits, backend="aot_eager"))

@@ -50,9 +50,10 @@ class OptimConfig(Section):
     """The optimizer and its learning rate."""
 
     name: str = Field("adamw", min_length=1)
-    """The optimizer: adamw, or one that an installed package registers (docs/training.md)."""
+    """The optimizer: adamw; muon, for matrices in blocks, with adamw for the rest; or one that an installed package
+    registers (docs/training.md)."""
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Settings that only this optimizer has; adamw has none."""
+    """Settings that only this optimizer has. adamw: none; muon: momentum, nesterov, ns_steps, adamw_lr_ratio."""
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate."""
     min_lr: float = Field(3e-5, ge=0)
@@ -64,9 +65,9 @@ class OptimConfig(Section):
     decay_fraction: float = Field(0.2, gt=0, le=1)
     """wsd: fraction of all steps in which the rate falls linearly to min_lr."""
     betas: list[float] = Field(default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2)
-    """adamw: decay rates of the first and second moment."""
+    """adamw, and muon's adamw: decay rates of the first and second moment."""
     eps: float = Field(1e-8, gt=0)
-    """adamw: added to the root of the second moment."""
+    """adamw, and muon's adamw: added to the root of the second moment."""
     weight_decay: float = Field(0.1, ge=0)
     """Weight decay of matrices; norms, biases and fusion weights do not decay."""
     fusion_lr_multiplier: float = Field(1.0, gt=0)

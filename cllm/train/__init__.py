@@ -11,6 +11,7 @@ prepare.py              a decoder set up for training: recomputation, fp8, SwiGL
 float8.py               fp8 products
 swiglu.py               kernels of feed-forward layers
 optim.py                optimizers by name, and how other packages add one
+muon.py                 Muon for matrices and AdamW for other weights
 schedule.py             the learning rate
 trainer.py              Lightning's Trainer
 lightning_internals.py  every private part of Lightning that is touched

@@ -79,7 +79,7 @@ def memory_estimate(model: Decoder, config: Config, launch: Launch, *, teacher: 
     loss = 3 * tokens * c.d_model * narrow + head_grad + 2**29
     autocast = narrow == 2 and launch.zero_stage is None
     copies = 2 * parameters if autocast and not train.gradient_checkpointing else 0
-    parts = state_bytes(launch, parameters, trained, offload_optimizer=train.offload_optimizer)
+    parts = state_bytes(launch, model, offload_optimizer=train.offload_optimizer)
     after = 0.0 if train.offload_optimizer else _after_backward(launch, trained, parts["gradients"])
     parts["activations"] = max(tokens * per_token + loss + copies, after)
     if teacher:
@@ -103,22 +103,23 @@ def _after_backward(launch: Launch, trained: int, kept: float) -> float:
     return max(8.0 * trained / devices - kept, 0.0)
 
 
-def state_bytes(launch: Launch, parameters: int, trained: int, *, offload_optimizer: bool) -> dict[str, float]:
+def state_bytes(launch: Launch, model: Decoder, *, offload_optimizer: bool) -> dict[str, float]:
     """Bytes on each device that outlive a micro-batch: `weights`, `optimizer`, `gradients`, ZeRO's `buffers`.
 
     DDP's buckets are its gradients. For ZeRO, docs/distributed.md lists the bytes per parameter.
     """
     stage, devices, accumulates = launch.zero_stage, launch.processes, launch.accumulate > 1
-    states = launch.optimizer.state_bytes
+    parameters, trained = count_parameters(model), _trained(model)
+    states = launch.optimizer.total_state_bytes(model)
     if stage is None:
         kept = accumulates or launch.strategy == "ddp"
-        return {"weights": 4 * parameters, "optimizer": states * trained, "gradients": 4 * trained if kept else 0}
+        return {"weights": 4 * parameters, "optimizer": states, "gradients": 4 * trained if kept else 0}
     narrow = {1: 2 + 4 * accumulates, 2: (4 if accumulates else 2) / devices}
     buckets = (2 if devices > 1 else 1) * min(REDUCE_BUCKET, parameters)
     live = min(ZERO3_LIVE, parameters) if stage == 3 else 0
     return {
         "weights": 2 * parameters / (devices if stage == 3 else 1),
-        "optimizer": 0 if offload_optimizer else (4 + states) * trained / devices,
+        "optimizer": 0 if offload_optimizer else (4 * trained + states) / devices,
         "gradients": narrow[min(stage, 2)] * trained,
         "buffers": 2 * (buckets + live),
     }

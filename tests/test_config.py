@@ -175,9 +175,10 @@ def test_head_dim_frees_d_model_from_the_heads():
 
 
 def bounded(key: str, field: FieldInfo) -> bool:
-    """Whether a field of whole numbers has a largest; lists of layers are checked against the plan's."""
+    """Whether a field of whole numbers has a largest; lists of layers are checked against the plan's, and options of an
+    optimizer by the optimizer."""
     annotation = str(field.annotation)
-    if "int" not in annotation or "list[int]" in annotation or key.endswith(".share"):
+    if "int" not in annotation or "list[int]" in annotation or key.endswith((".share", "optim.options")):
         return True
     return any(isinstance(limit, Le) for limit in field.metadata) or key == "train.devices"
 

@@ -26,6 +26,7 @@ stop.py                 the end of a run, by its last step or a signal
 ranks.py                the watch over other processes of a run
 faults.py               faults of the machine as one line
 dryrun.py               the plan, its size and its cost, without training
+budget.py               the tokens of a run against its data and the clock
 
 Imports everything except evaluate and posthoc.
 """

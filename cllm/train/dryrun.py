@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import operator
-from pathlib import Path
 
 from cllm.cache.accounting import cache_bytes, kv_bytes, mha_twin
 from cllm.config import Config
-from cllm.data.manifest import Manifest
-from cllm.data.module import TRAIN, VALIDATION
-from cllm.errors import DataError, UserError
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import (
     count_parameters,
@@ -19,6 +15,7 @@ from cllm.model.sizes import (
     training_flops_per_token,
 )
 from cllm.plan.describe import plan_drawing, plan_table
+from cllm.train.budget import budget_lines, run_tokens
 from cllm.train.launch import Launch
 from cllm.train.schedule import check_warmup
 from cllm.train.strategy import REDUCE_BUCKET
@@ -142,35 +139,16 @@ def _size(count: float) -> str:
     return f"{count / GIB:.3g} GiB" if count >= GIB / 10 else f"{count / 2**20:.3g} MiB"
 
 
-def data_line(config: Config) -> str:
-    """The line about the data that a run would read. Training data may not be prepared yet; other mistakes are errors,
-    as in training.
-
-    Raises:
-        UserError: for data that cannot be read and for validation sets that do not exist.
-    """
-    data, exists = config.data, Path(config.data.path).exists()
-    line = f"{data.path}: not prepared yet"
-    if exists:
-        train = Manifest.read(data.path).split(TRAIN)
-        line = f"{data.path}: {train.tokens:,} tokens in {train.documents:,} documents"
-    for name, folder in data.validation.items():
-        try:
-            Manifest.read(folder).split(VALIDATION)
-        except DataError as error:
-            raise UserError(f"data.validation.{name}: {error}") from None
-    sets = f"; validation sets: {', '.join(data.validation)}" if data.validation else ""
-    return f"data         data.path {line}{sets}"
-
-
-def dry_run(config: Config) -> str:
+def dry_run(config: Config, *, tokens_per_second: float | None = None) -> str:
     """The report of `train.py --dry-run`. `config.model.vocab_size` must be set.
+
+    With a speed, training tokens a second on all devices together, it has the hours of the run.
 
     Raises `UserError` for a warm-up longer than the run, an unknown optimizer, and data that a run could not read.
     """
     check_warmup(config)
     launch = Launch.planned(config)
-    data = data_line(config)
+    budget = budget_lines(config, tokens_per_second)
     model = meta_decoder(config.model)
     c = config.model
     own, twin = kv_bytes(c), kv_bytes(mha_twin(c))
@@ -186,7 +164,7 @@ def dry_run(config: Config) -> str:
     where += f" under {config.train.strategy}" if config.train.strategy not in ("auto", "single") else ""
     uptraining = [f"trained      {_trained(student.decoder):,} (uptrain.trainable {config.uptrain.trainable})"]
     uptraining += [f"teacher      {teacher:,} parameters, a forward pass in every step"] * (teacher > 0)
-    tokens = config.train.steps * config.train.global_batch * seq_len
+    tokens = run_tokens(config)
     d_ff = model_d_ff(c)
     matched = f" ({c.resolved_d_ff} before match_params)" if d_ff != c.resolved_d_ff else ""
     lines = [
@@ -206,7 +184,7 @@ def dry_run(config: Config) -> str:
         f"FLOPs        {forward:.4g} a token forward, {training:.4g} training (sequences of {seq_len:,})",
         f"run          {config.train.steps:,} steps of {config.train.global_batch * seq_len:,} tokens = {tokens:,} "
         f"tokens, {training * tokens:.3g} FLOPs",
-        data,
+        *budget,
         "memory       "
         + ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
         + f" GiB at the peak on {where} (estimate, micro-batch {config.train.micro_batch})",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from fractions import Fraction
 from itertools import islice
@@ -51,6 +52,9 @@ def test_an_order_worked_by_hand():
 def test_counts_are_within_the_stated_bound_of_the_shares(weights):
     mixture = Mixture(weights)
     assert sum(mixture.shares.values()) == pytest.approx(1)
+    for folder, share in mixture.shares.items():
+        n = math.ceil(100 * len(weights) + 100 / share)
+        assert mixture.counts(n)[folder] / n == pytest.approx(share, rel=0.005)
     for n in (*range(1, 200), 10**6 + 1, 10**12 + 7):
         for folder, count in mixture.counts(n).items():
             share = Fraction(str(weights[folder])) / sum(Fraction(str(w)) for w in weights.values())

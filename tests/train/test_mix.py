@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -161,6 +162,17 @@ def test_a_mixed_run_is_exported_with_the_tokenizer_of_all(mixed: Tiny, tmp_path
     folder = train(mixed("--train.steps", "1"))
     export_run(folder.path, tmp_path / "export")
     assert (tmp_path / "export" / "tokenizer.json").exists()
+
+
+def test_a_mixed_run_is_evaluated_on_each_folder(mixed: Tiny, load_file: Callable[[Path], ModuleType]) -> None:
+    folder = train(mixed("--train.steps", "1", "--data.validation_sequences", "null"))
+    script = load_file(Path(__file__).resolve().parents[2] / "evaluate.py")
+    assert script.main(["--run", str(folder.path)]) == 0
+    row = next(folder.metrics())  # before the first step
+    for name, tag in (("prose", "val/loss"), ("code", "val-code/loss")):
+        measured = json.loads((folder.evaluation_folder / f"{name}.json").read_text())
+        assert measured["tokens_scored"] > 0
+        assert 0.3 * row[tag] < measured["loss"] < row[tag]
 
 
 # ---- the dry run -----------------------------------------------------------------------------------------------------

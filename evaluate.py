@@ -26,19 +26,19 @@ def parser() -> Parser:
     """The command line's arguments. Raises `UserError` for a plug-in that cannot be used."""
     parser, count = Parser(description=__doc__), whole_number(1)
     add = parser.add_argument
-    add("--run", action="append", default=[], metavar="PATH", help="run, .ckpt or Hugging Face folder; repeat it")
+    add("--run", action="append", default=[], metavar="PATH", help="run, .ckpt file or Hugging Face folder; repeatable")
     add("--data", nargs="+", action="extend", default=[], metavar="PATH",
         help="prepared folders or text files (.txt .md: one document; .jsonl: the `text` of each line); "
         "default: the run's own validation sets")  # fmt: skip
-    add("--split", default="validation", help="split of prepared folders (default: %(default)s)")
-    add("--window", type=count, metavar="N", help="tokens of context fed at once (default: the training length, at "
-        "most 2048 for Hugging Face models)")  # fmt: skip
-    add("--stride", type=count, metavar="N", help="tokens each window scores (default: half the window)")
-    add("--batch", type=count, metavar="N", help="windows computed together; changes speed alone")
-    add("--max-tokens", type=count, metavar="N", help="only the first N tokens of each set")
+    add("--split", default="validation", help="split of prepared folders to score (default: %(default)s)")
+    add("--window", type=count, metavar="N", help="tokens that the model reads at once (default: the training length; "
+        "at most 2048 for Hugging Face models)")  # fmt: skip
+    add("--stride", type=count, metavar="N", help="tokens scored in each window (default: half the window)")
+    add("--batch", type=count, metavar="N", help="windows computed together; changes only speed and memory")
+    add("--max-tokens", type=count, metavar="N", help="score only the first N tokens of each set")
     parser.add_device()
-    add("--name", metavar="SET", help="name of the set in file names and tags (default: from the data's path)")
-    add("--out", metavar="DIR", type=Path, help="write SET.json to this folder, and nothing elsewhere (default: "
+    add("--name", metavar="SET", help="name of the set in files and TensorBoard (default: from the data's path)")
+    add("--out", metavar="DIR", type=Path, help="folder of the results; nothing is then written to the run (default: "
         "evaluation/ in the run's folder; runs/evaluation/NAME-HASH for a Hugging Face folder)")  # fmt: skip
     add("--list-posthoc", action="store_true", help="list the methods of --posthoc and their options, and exit")
     add_options(parser)

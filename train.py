@@ -1,10 +1,13 @@
 #!/usr/bin/env python
-"""Train a decoder whose layers declare where their keys and values come from.
+"""Train a decoder whose layers may share, fuse or compress the keys and values of other layers.
 
-python train.py --config configs/quickstart.yaml
-python train.py --config configs/model/332m.yaml --config configs/kv/fusedkv.yaml --dry-run
-python train.py --config configs/quickstart.yaml --model.kv.preset cla --name cla --optim.lr 2e-3
-python train.py --config runs/cla/config.yaml --resume auto
+    python train.py --config configs/quickstart.yaml
+    python train.py --config configs/model/332m.yaml --config configs/kv/fusedkv.yaml --dry-run
+    python train.py --config configs/quickstart.yaml --model.kv.preset cla --name cla --optim.lr 2e-3
+    python train.py --config runs/cla/config.yaml --resume auto
+
+configs/ has examples of configs. docs/training.md describes runs, docs/plans.md describes model.kv.
+README.md defines the words owner, slot, share and fuse.
 """
 
 from __future__ import annotations
@@ -24,19 +27,25 @@ from cllm.uptrain.complete import load_config
 
 
 @one_line
-@stoppable("--resume auto goes on from the newest checkpoint, or starts again where there is none", signal.SIGUSR1)
+@stoppable("--resume auto goes on from the newest checkpoint, or starts again if there is none", signal.SIGUSR1)
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status: 3 for a run that was stopped and can be resumed."""
     parser = config_parser(Config, __doc__ or "")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, its size and its cost; do not train")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the KV plan, parameters, cache bytes, FLOPs, memory and epochs; do not train",
+    )
     parser.add_argument(
         "--tokens-per-second",
         metavar="N",
         type=number(above=0),
-        help="with --dry-run: the hours that a run takes at this rate over all devices",
+        help="with --dry-run: print the hours that the run takes at this rate over all devices",
     )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML")
-    parser.add_argument("--resume", metavar="auto|FILE", help="resume from the newest checkpoint, or from this one")
+    parser.add_argument("--print-config", action="store_true", help="print the complete config as YAML; do not train")
+    parser.add_argument(
+        "--resume", metavar="auto|FILE", help="resume from the newest checkpoint (auto) or from this one"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
     arguments, overrides = parser.parse_settings(argv)
     if not arguments.config:

@@ -1,9 +1,16 @@
 """Benchmarks that run for minutes and write their numbers as JSON; docs/benchmarks.md has the results.
 
-scaling.py   one node's GPUs: strategies and numbers of devices, what communication costs
-node.yaml    the cases that scaling.py runs for a node
-cases.py     cases: what a line of that file means
-kernels.py   kernel times of one process's steps: communication, what of it hides behind other kernels
-cuts.py      by arithmetic alone: bytes that pipeline cuts carry, memory and traffic on many GPUs
-worker.py    the process that a case starts: train.py with the profile of kernels.py at its end
+train/             training steps of designs and other trainers
+decode/            decoding steps, times to first token, capacity
+kernels/           pieces of a step against alternatives and bounds
+scaling/           one node's GPUs: strategies and numbers of devices
+posthoc_decode.py  decoding on a compressed cache, and the compression
+cuts.py            computed, not measured: bytes across pipeline cuts, memory and traffic on many GPUs
+plans.py           KV plans as words on a command line
+timing.py          times, memory and peak rates of a device
+record.py          results, written to disk while a benchmark runs
+
+Run them in the project's root: `python -m benchmarks.NAME --help`.
+
+Imports cllm; cllm does not import it.
 """

@@ -1,5 +1,4 @@
-#!/usr/bin/env python
-"""Print by arithmetic what a model would cost on more GPUs and longer contexts. Nothing is trained.
+"""Compute the cost of a model on more GPUs and longer contexts. Nothing is trained.
 
     python -m benchmarks.cuts --config configs/model/4b.yaml --gpus 64 --data.seq_len 32768
 
@@ -12,9 +11,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cllm.cache.accounting import Cut, cuts, kv_bytes
 from cllm.config import Config, ModelConfig
@@ -34,49 +30,49 @@ NVLINK, NETWORK = 450e9, 50e9
 """Nominal bytes a second that a GPU sends within a machine, and between machines with 400 Gbit/s for each GPU."""
 
 
-def best_and_worst(found: list[Cut]) -> tuple[Cut, Cut] | None:
-    """The cheapest and the dearest cut outside of cyclic layers; of equal ones that nearest to the middle.
+def best_and_worst(candidates: list[Cut]) -> tuple[Cut, Cut] | None:
+    """The cheapest and the most expensive cut outside of cyclic layers; of equal ones the nearest to the middle.
 
-    None where every cut is inside.
+    None if every cut is inside of cyclic layers.
     """
-    middle = (len(found) - 1) / 2
-    usable = sorted((cut for cut in found if not cut.cyclic), key=lambda cut: abs(cut.after - middle))
+    middle = (len(candidates) - 1) / 2
+    usable = sorted((cut for cut in candidates if not cut.cyclic), key=lambda cut: abs(cut.after - middle))
     return (min(usable, key=lambda c: c.total), max(usable, key=lambda c: c.total)) if usable else None
 
 
 def cut_table(model: ModelConfig, tokens: int) -> list[str]:
-    """A line for each preset: KiB a token of the middle, the best and the worst cut, and MiB of the middle one."""
+    """A line per preset: KiB a token of the middle, the best and the worst cut, and MiB of the middle one."""
     lines = [f"{'preset':<24}{'middle cut':>11}{'best':>14}{'worst':>14}{'mean':>8}{'MiB in the middle':>19}"]
     for name in preset_names():
-        found = cuts(ModelConfig.model_validate(model.model_dump() | {"kv": {"preset": name}}))
-        middle, ends = found[(len(found) - 1) // 2], best_and_worst(found)
+        candidates = cuts(ModelConfig.model_validate(model.model_dump() | {"kv": {"preset": name}}))
+        middle, ends = candidates[(len(candidates) - 1) // 2], best_and_worst(candidates)
         if ends is None or middle.cyclic:
             lines.append(f"{name:<24} cyclic: layers on both sides of the middle are computed together")
             continue
-        places = [f"{cut.total / 1024:.2f} ({cut.after})" for cut in ends]
-        mean = statistics.mean(cut.total for cut in found if not cut.cyclic) / 1024
+        best, worst = [f"{cut.total / 1024:.2f} ({cut.after})" for cut in ends]
+        mean = statistics.mean(cut.total for cut in candidates if not cut.cyclic) / 1024
         lines.append(
-            f"{name:<24}{middle.total / 1024:>11.2f}{places[0]:>14}{places[1]:>14}{mean:>8.2f}"
+            f"{name:<24}{middle.total / 1024:>11.2f}{best:>14}{worst:>14}{mean:>8.2f}"
             f"{middle.total * tokens / 2**20:>19,.0f}"
         )
     return lines
 
 
 def traffic(parameters: int, gpus: int, micro_batches: int) -> dict[str, tuple[float, float]]:
-    """By way of data parallelism: GiB of weights, gradients and optimizer on a GPU, and GiB that it sends in a step.
+    """For each kind of data parallelism: GiB of weights, gradients and optimizer on a GPU, and GiB it sends in a step.
 
-    Gradients are of bf16 with one micro-batch and fp32 with several. A ring sends (N - 1) / N of what is gathered or
-    reduced.
+    Gradients are in bf16 with one micro-batch, in fp32 with several. A ring sends (N - 1) / N of what it
+    gathers or reduces.
     """
     gib, part = parameters / 2**30, (gpus - 1) / gpus
     gradient = WEIGHT if micro_batches == 1 else 2 * WEIGHT
-    once = (WEIGHT + WEIGHT) * gib * part  # reduce gradients, gather weights
+    reduce_and_gather = (WEIGHT + WEIGHT) * gib * part
     sharded = (WEIGHT + gradient + MASTER_AND_MOMENTS) * gib / gpus
     return {
-        "zero1": ((WEIGHT + gradient) * gib + MASTER_AND_MOMENTS * gib / gpus, once),
+        "zero1": ((WEIGHT + gradient) * gib + MASTER_AND_MOMENTS * gib / gpus, reduce_and_gather),
         "zero2": (
             WEIGHT * gib + (gradient + MASTER_AND_MOMENTS) * gib / gpus,
-            once + WEIGHT * gib * part * (micro_batches - 1),
+            reduce_and_gather + WEIGHT * gib * part * (micro_batches - 1),
         ),
         "zero3, FSDP2": (sharded, micro_batches * 3 * WEIGHT * gib * part),
     }
@@ -107,11 +103,11 @@ def parallel_table(config: Config, gpus: int) -> list[str]:
 
 
 def split_traffic(model: ModelConfig, tokens: int) -> dict[str, float]:
-    """GiB that each of `SPLIT` GPUs sends for a micro-batch whose layers or whose tokens they share.
+    """GiB that each of `SPLIT` GPUs sends for a micro-batch, if layers or tokens are split between them.
 
-    Tensor parallelism all-reduces the residual stream twice in a layer's forward and twice in its backward, which sends
-    2 (N - 1) / N of it. Context parallelism gathers the keys and values of every owner once in the forward, however
-    many layers read them, and reduces their gradients in the backward, (N - 1) / N each.
+    Tensor parallelism all-reduces the residual stream two times in a layer's forward and two times in its backward; an
+    all-reduce sends 2 (N - 1) / N of it. Context parallelism gathers the keys and values of every owner one time in the
+    forward, however many layers read them, and reduces their gradients in the backward, (N - 1) / N each.
     """
     part = (SPLIT - 1) / SPLIT / 2**30
     return {
@@ -124,6 +120,7 @@ def split_traffic(model: ModelConfig, tokens: int) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     parser = config_parser(Config, __doc__ or "")
+    parser.prog = "python -m benchmarks.cuts"
     parser.add_argument("--gpus", type=int, default=64, help="GPUs of all machines (default 64)")
     arguments, overrides = parser.parse_settings(argv)
     if not arguments.config:

@@ -1,4 +1,4 @@
-"""An argument parser that answers mistakes with one line, as everything else of a command does."""
+"""An argument parser that reports mistakes in one line, as all parts of a command do."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from cllm.errors import UserError, nearest
 class Parser(argparse.ArgumentParser):
     """argparse's parser, with mistakes as `UserError`, help that keeps its line breaks, and no abbreviated options.
 
-    Texts and paths may not be empty.
+    Texts and paths must not be empty.
 
-    `usage_hint` is a short command that works; it follows the line for missing arguments.
+    Args:
+        usage_hint: a short command that works, for the message about missing arguments.
     """
 
     def __init__(self, *args: Any, usage_hint: str = "", **kwargs: Any):
@@ -32,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Raise a `UserError` where argparse prints its usage and exits."""
+        """Raise a `UserError`; argparse would print its usage and exit."""
         message = re.sub(r"^argument ([^:]+): is ", r"\1 is ", message).removeprefix("argument ")
         if message.startswith("the following arguments are required: "):
             message = message.removeprefix("the following arguments are required: ") + ": missing"
@@ -40,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's. Raises `UserError` for an unknown option, with the nearest one."""
+        """As argparse's. Raises `UserError` for an unknown option, naming the nearest one."""
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].partition("=")[0]
@@ -49,7 +50,9 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{unknown[0]}: unexpected argument; --help describes the allowed ones")
         return options
 
-    def parse_beside(self, args: Sequence[str] | None, settings: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    def parse_with_settings(
+        self, args: Sequence[str] | None, settings: Sequence[str]
+    ) -> tuple[argparse.Namespace, list[str]]:
         """The options of this parser and the remaining words, which are settings such as `--train.steps 3`.
 
         A remaining word that resembles an option more than any of `settings` (names without dashes) is a misspelt
@@ -80,7 +83,7 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"is {value!r}; {hint}")
 
     def long_options(self) -> list[str]:
-        """Every option that begins with `--`, those of subcommands included."""
+        """Every option that begins with `--`, including those of subcommands."""
         found = {o for action in self._actions for o in action.option_strings if o.startswith("--")}
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):

@@ -41,9 +41,9 @@ def clocks() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Name: value, for `env.txt` and for reports."""
+    """Versions, commit, hardware and command line, by name, for `env.txt` and reports."""
     found = {"cllm": cllm.__version__, "python": platform.python_version(), "platform": platform.platform()}
-    found["torch"] = str(torch.__version__)  # with the build, which the package's metadata leaves out
+    found["torch"] = str(torch.__version__)  # with the build, which the package's metadata lacks
     for package in _PACKAGES:
         try:
             found[package] = version(package)

@@ -1,9 +1,8 @@
-"""Errors a user can cause and mend.
+"""Errors that a user can cause and correct.
 
 `UserError` is raised for a mistake in a config, a path or a data set. Its message is one line that names the key or
-file, the value seen and what is allowed. Command lines print that line to stderr and exit with status 2, and do the
-same for faults of the machine such as a full disk (see `cllm/faults.py`); everything else is a bug and keeps its
-traceback.
+file, the value and what is allowed. Commands print that line on stderr and exit with status 2. They do the same for
+faults of the machine such as a full disk (`cllm/faults.py`). Every other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from collections.abc import Callable, Iterable, Sequence
 from cllm import faults
 
 EXIT_MISTAKE = 2
-"""Exit status of a command that was given something it cannot use; its one line on stderr says what."""
+"""Exit status of a command after a user's mistake, which one line on stderr describes."""
 EXIT_STOPPED = 3
-"""Exit status of a command that was stopped (by a signal, or its time limit) and saved what it needs to go on."""
+"""Exit status of a command that was stopped (by a signal, or its time limit) and can be resumed."""
 EXIT_INTERRUPTED = 130
-"""Exit status of a command that Ctrl-C ended: 128 and the number of SIGINT, as of any program in a shell."""
+"""Exit status of a command that Ctrl-C ended: 128 + SIGINT, as in a shell."""
 EXIT_BROKEN_PIPE = 141
-"""Exit status of a command whose output nobody reads any more: 128 and the number of SIGPIPE."""
+"""Exit status of a command whose output is no longer read: 128 + SIGPIPE."""
 LONGEST_LINE = 1000
-"""Characters of an error's line; the middle of a longer one is left out."""
+"""Characters of an error's line; a longer one is shortened in the middle."""
 
 
 class UserError(ValueError):
-    """A mistake of the user's, told in one line."""
+    """A mistake of the user, described in one line."""
 
 
 class PlanError(UserError):
@@ -99,7 +98,7 @@ _SYNONYMS = {
     "wd": "weight_decay",
     "workers": "num_workers",
 }
-"""Names of other projects, and what the same is called here."""
+"""Names in other projects, and the corresponding names here."""
 
 
 def _plain(word: str) -> str:
@@ -107,8 +106,10 @@ def _plain(word: str) -> str:
 
 
 def same_word(word: str, allowed: Iterable[str]) -> str | None:
-    """The first of `allowed` whose last part (after a dot) differs from `word` in nothing but case and hyphens, or is
-    what other projects call `word`; None where there is no such word."""
+    """The first of `allowed` that equals `word` except for case and hyphens, or is its name in other projects.
+
+    The last part of a dotted key is compared. None if nothing matches.
+    """
     allowed = list(allowed)
     for wanted in (_plain(word), _SYNONYMS.get(_plain(word))):
         for candidate in allowed:
@@ -118,7 +119,7 @@ def same_word(word: str, allowed: Iterable[str]) -> str | None:
 
 
 def _near(word: str, allowed: Sequence[str]) -> str | None:
-    """One of `allowed` that `word` is a misspelling or an abbreviation of."""
+    """The word in `allowed` that `word` misspells or abbreviates; else None."""
     if same := same_word(word, allowed):
         return same
     plain = {_plain(candidate): candidate for candidate in reversed(allowed)}
@@ -137,7 +138,7 @@ def _near(word: str, allowed: Sequence[str]) -> str | None:
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """`did you mean "cla"?`, or the nearest and all of `allowed` where nothing is near. Ends an error message."""
+    """The end of an error message: `did you mean "cla"?`, or if nothing is similar, all of `allowed`."""
     allowed = sorted(allowed)
     if close := _near(word, allowed):
         return f'did you mean "{close}"?'
@@ -147,27 +148,27 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 
 
 def one_line(command: Callable[..., int | None]) -> Callable[..., int]:
-    """Make a command's main function answer mistakes and faults of the machine with one line on stderr.
+    """Decorate a command's main function to report mistakes and faults of the machine in one line on stderr.
 
-    The function returned gives the exit status: 2 for a `UserError` and for what `faults.explain` knows, 130 for
-    Ctrl-C, and 141 without a line where nobody reads the output any more, as in `command | head`. Other exceptions
-    pass through.
+    The decorated function returns the exit status: 2 for a `UserError` and for faults that `faults.explain` knows, 130
+    for Ctrl-C, and 141 without a line if the output is no longer read, as in `command | head`. Other exceptions pass
+    through.
     """
 
     @functools.wraps(command)
     def run(*args, **kwargs) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
+            sys.stdout.reconfigure(errors="backslashreplace")  # a path may have characters that no terminal shows
         try:
             try:
                 status = command(*args, **kwargs) or 0
             except SystemExit:  # of --help
                 sys.stdout.flush()
                 raise
-            sys.stdout.flush()  # a reader that has gone is noticed here, not at the interpreter's exit
+            sys.stdout.flush()  # here a closed pipe raises; at the interpreter's exit it would print a traceback
             return status
         except UserError as error:
-            return _say(faults.from_worker(error) or str(error))
+            return _report(faults.from_worker(error) or str(error))
         except KeyboardInterrupt as error:
             print(str(error) or "interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
@@ -178,13 +179,13 @@ def one_line(command: Callable[..., int | None]) -> Callable[..., int]:
             line = faults.explain(error)
             if line is None:
                 raise
-            return _say(line)
+            return _report(line)
 
     return run
 
 
-def _say(message: str) -> int:
-    """Print `message` as one line on stderr. The middle of a very long one is left out: its ends say most."""
+def _report(message: str) -> int:
+    """Print `message` as one line on stderr, shortened in the middle if it is very long."""
     line = " ".join(message.split())
     if len(line) > LONGEST_LINE:
         line = f"{line[: LONGEST_LINE - 300]} [...] {line[-293:]}"

@@ -1,8 +1,8 @@
-"""Faults of the machine and its user that are no bug of the program, each as one line.
+"""Faults of the machine that are not bugs, each as one line.
 
-A full disk, a missing permission, a folder where a file belongs, exhausted memory: the program meets these as
-exceptions of Python, torch and Rust libraries. `explain` turns such an exception into a line for
-`cllm.errors.one_line`. Every other exception is a bug, and keeps its traceback.
+A full disk, a missing permission, a folder in place of a file, exhausted memory: Python, torch and Rust libraries raise
+exceptions for these. `explain` turns such an exception into a line for `cllm.errors.one_line`. Every other exception is
+a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from typing import TypeGuard
 
 _WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
-"""Errors that only writing meets."""
+"""Errors that only occur in writing."""
 _OF_FILES = _WRITING | {
     *(errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR),
     *(errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.ENODEV, errno.ENOLCK),
 }
-"""Errors of a file system, also where the exception does not name a file."""
+"""Errors of a file system, even if the exception does not name a file."""
 _HINTS = {errno.EMFILE: "raise the limit with `ulimit -n`", errno.ENFILE: "the machine has too many files open"}
 
 _RUST = re.compile(r"\(os error (\d+)\)")
@@ -35,7 +35,7 @@ _LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:exite
 
 
 def explain(error: BaseException) -> str | None:
-    """The line that says what is wrong with the machine or its files, or None where `error` may be a bug."""
+    """A line about the fault of the machine or its files; None if `error` may be a bug."""
     if is_out_of_memory(error):
         return f"out of memory: {_first_line(error) or 'the machine has no more'}"
     if isinstance(error, OSError):
@@ -49,13 +49,13 @@ def explain(error: BaseException) -> str | None:
         return f"{match[0]}: the machine ended a data loader process, mostly for memory; lower data.num_workers"
     if (number := _rust_errno(error)) is not None:
         return _sentence(None, number)
-    # torch's archive writer fails a second time after a failed write, and hides the first.
+    # After a failed write, torch's archive writer fails again and hides the first error.
     hidden = next((found for found in _chain(error) if is_write_error(found)), None)
     return None if hidden is None else _explain_os_error(hidden)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or the host; it is Python's, NumPy's or torch's exception that says so."""
+    """Whether Python, NumPy or torch failed to allocate memory, on a GPU or the host."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
@@ -64,12 +64,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_write_error(error: BaseException) -> TypeGuard[OSError]:
-    """Whether a file system refused to store more: full, over quota, read-only, or a file too large."""
+    """Whether a file system refused to store data: full, over quota, read-only, or a file too large."""
     return isinstance(error, OSError) and error.errno in _WRITING
 
 
 def from_worker(error: BaseException) -> str | None:
-    """The message of an exception that a data loader process raised and torch wrapped into a traceback, else None."""
+    """The message of an exception in a data loader process, which torch wraps into a traceback; else None."""
     text = str(error)
     if not _WORKER.match(text):
         return None
@@ -79,12 +79,12 @@ def from_worker(error: BaseException) -> str | None:
 
 
 def is_broken_pipe(error: BaseException) -> bool:
-    """Whether `error` comes from writing to a standard stream whose reader has gone, as in `command | head`."""
+    """Whether `error` comes from writing to a standard stream that is no longer read, as in `command | head`."""
     return isinstance(error, BrokenPipeError) and any(_reader_has_gone(stream) for stream in (sys.stdout, sys.stderr))
 
 
 def silence_output() -> None:
-    """Send what is still to be printed nowhere, so that Python's exit does not complain of a broken pipe."""
+    """Discard further output, so that Python does not report a broken pipe at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         if _reader_has_gone(stream):
@@ -94,10 +94,10 @@ def silence_output() -> None:
 
 @contextlib.contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Give an error of files in the block that names none, such as that of a write, the name `what`.
+    """Add the file name `what` to file errors in the block that have none, such as those of a write.
 
     Raises:
-        OSError: also in place of the errors of files that Rust's libraries raise as exceptions of their own.
+        OSError: also in place of other exceptions by which Rust libraries report file errors.
     """
     try:
         yield
@@ -111,7 +111,7 @@ def naming(what: str) -> Iterator[None]:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """`error`, and the exceptions that it was raised over."""
+    """`error`, then the exceptions that led to it."""
     found: BaseException | None = error
     while found is not None:
         yield found
@@ -119,7 +119,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _rust_errno(error: BaseException) -> int | None:
-    """The number of an error of files that a Rust library (safetensors, tokenizers) raised, else None."""
+    """The errno of a file error from a Rust library (safetensors, tokenizers), else None."""
     named = type(error) is Exception or type(error).__module__.startswith("safetensors")
     match = _RUST.search(str(error)) if named else None
     return int(match[1]) if match else None
@@ -145,14 +145,14 @@ def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     if match := _CPU_MEMORY.search(text):
         return f"{int(match[1]):,} bytes were asked for at once" if match[1] else ""
-    # torch's text goes on with advice about its allocator.
+    # torch's message continues with advice about its allocator.
     return text.splitlines()[0].split(". Of the allocated memory")[0][:200] if text else ""
 
 
 def _reader_has_gone(stream: object) -> bool:
     try:
         poll = select.poll()
-        poll.register(stream.fileno(), 0)  # type: ignore[attr-defined] # what has none raises, and is no pipe
+        poll.register(stream.fileno(), 0)  # type: ignore[attr-defined] # an object without `fileno` raises, and is no pipe
         return any(event & select.POLLERR for _, event in poll.poll(0))
     except (AttributeError, OSError, ValueError):
         return False

@@ -1,13 +1,12 @@
-"""Files and folders that survive a crash, and folders that only cllm may delete.
+"""Atomic writes, safe joins of paths, and deletion of folders that cllm made.
 
-Writing: to a temporary name beside the target, synced to the disk, then renamed. A reader, or a crash, sees the old
-content or the new, never a part.
+Writing: to a temporary file next to the target, synced to the disk, then renamed. After a crash the old or the new
+content is there, never a part.
 
-Reading names from files: `inside` joins a folder and a name that a file's content gives, and refuses names that leave
-the folder.
+Names in files: `inside` joins a folder and a name from a file's content, and refuses names that leave the folder.
 
-Deleting: a folder that cllm makes holds a small file, `.cllm`, that says what the folder is. Only such a folder is ever
-removed or replaced; any other is refused with one line, whatever its name.
+Deleting: a folder that cllm makes has a small file, `.cllm`, with the folder's kind. Only such a folder is ever removed
+or replaced; any other is refused with one line, whatever its name.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from cllm.lock import locked
 MARK = ".cllm"
 """The file that marks a folder as made by cllm: JSON, {"kind": "run"}."""
 _UNFINISHED_MARK = f".{MARK}.partial-*"
-"""Left by a process that was killed while it marked a folder, before it wrote anything else there."""
+"""Left by a process that was killed while it marked a folder, before it wrote anything else."""
 RESULTS = "results"
 """The kind of folders for tables and figures."""
 DELETING = ".cllm-deleting"
@@ -36,17 +35,17 @@ DELETING = ".cllm-deleting"
 
 
 def inside(folder: Path, name: str, *, written_in: Path | str, to_write: bool = False) -> Path:
-    """`folder / name` for a relative name that comes from a file's content or a command line.
+    """`folder / name` for a relative name from a file's content or a command line.
 
-    A symbolic link at the very end may be read, wherever it points: the person who made the folder put it there, and
-    the folders of the Hugging Face cache consist of such links. A link is refused where it is a folder on the way and
-    leaves, and, with `to_write`, also at the end.
+    A path whose last part is a symbolic link may be read, wherever the link points: the folders of the Hugging Face
+    cache consist of such links. Links in the other parts must not lead out of the folder; with `to_write`, neither must
+    the last one.
 
     Args:
         folder: any folder; it may itself be reached through links.
         name: relative, with `/` between its parts.
-        written_in: the file, key or option that gives the name, for the message.
-        to_write: whether something will be written to, or below, that path.
+        written_in: the file, key or option that has the name, for the message.
+        to_write: whether the path, or something below it, will be written to.
 
     Raises:
         UserError: for a name that is empty, absolute, has `..` in it, or leads outside `folder` through a link.
@@ -75,17 +74,17 @@ def target_outside(folder: Path, path: Path) -> Path | None:
 
 
 def shorten(text: str, limit: int = 80) -> str:
-    """`text`, or its beginning and an ellipsis where it is longer than `limit` characters."""
+    """`text`, or its beginning and an ellipsis if it is longer than `limit` characters."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def sync_folder(folder: Path) -> None:
-    """Write a folder's entries (names, not content) to the disk, so that a rename in it survives a power cut."""
+    """Sync a folder's entries (names, not content) to the disk, so that a rename in it survives a power cut."""
     _sync(folder)
 
 
 def sync_file(file: Path) -> None:
-    """Write a file's content to the disk."""
+    """Sync a file's content to the disk."""
     _sync(file)
 
 
@@ -98,7 +97,7 @@ def _sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Write every file and folder under `folder` to the disk. Symbolic links are not followed."""
+    """Sync every file and folder under `folder` to the disk. Symbolic links are not followed."""
     for parent, _, files in os.walk(folder):
         for name in files:
             if not (path := Path(parent, name)).is_symlink():
@@ -107,15 +106,15 @@ def sync_tree(folder: Path) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """The temporary name beside `path` that this process writes to. It names machine and process."""
+    """The temporary file or folder next to `path` for this process; its name has the machine and the process id."""
     return path.with_name(f".{path.name}.partial-{_host()}-{os.getpid()}")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file, as UTF-8 if `content` is a string. Its folder is made where it is missing.
+    """Write a file atomically, as UTF-8 if `content` is a string. A missing folder is created.
 
     Raises:
-        OSError: when it cannot be written. The old content is then still there, and the temporary file is not.
+        OSError: if it cannot be written. The old content is then unchanged, and no temporary file is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
@@ -132,25 +131,25 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def mark(folder: Path, kind: str) -> None:
-    """Mark a folder as made by cllm, as a `kind` such as `run` or `export`. The folder is made where it is missing."""
+    """Mark a folder as made by cllm, with a `kind` such as `run` or `export`. A missing folder is created."""
     write_atomic(folder / MARK, json.dumps({"kind": kind}) + "\n")
     for path in folder.glob(_UNFINISHED_MARK):
         path.unlink(missing_ok=True)
 
 
 def mark_new(folder: Path, kind: str) -> None:
-    """Mark a folder where it is missing or empty; one with anything in it stays as it is, marked or not."""
+    """Mark a folder if it is missing or empty; any other is not changed."""
     if not os.path.lexists(folder) or is_empty(folder):
         mark(folder, kind)
 
 
 def marked_as(folder: Path) -> str | None:
-    """The kind that a folder is marked as, or None where it has no mark of ours (or is a symbolic link)."""
+    """The kind that a folder is marked with; None if it has no mark, or is a symbolic link."""
     return _kind(folder / MARK) or _kind(folder / DELETING)
 
 
 def is_being_deleted(folder: Path) -> bool:
-    """Whether `remove` has begun with a folder and was interrupted: parts of it are gone."""
+    """Whether `remove` was interrupted in this folder: parts of it are gone."""
     return _kind(folder / MARK) is None and _kind(folder / DELETING) is not None
 
 
@@ -166,17 +165,17 @@ def _kind(file: Path) -> str | None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether `folder` is a folder, no symbolic link, with nothing in it but marks that were never finished."""
+    """Whether `folder` is a folder, no symbolic link, with at most unfinished marks in it."""
     if not folder.is_dir() or folder.is_symlink():
         return False
     return all(path.match(_UNFINISHED_MARK) for path in folder.iterdir())
 
 
 def check_replaceable(folder: Path, kind: str) -> None:
-    """Refuse to replace or delete what is at `folder` unless it is missing, empty, or marked as a `kind`.
+    """Refuse to replace or delete a folder that is not missing, empty, or marked with `kind`.
 
     Raises:
-        UserError: naming the path and what it is.
+        UserError: naming the path and the reason.
     """
     if not os.path.lexists(folder) or is_empty(folder):
         return
@@ -191,12 +190,13 @@ def check_replaceable(folder: Path, kind: str) -> None:
 
 
 def remove(folder: Path, kind: str) -> None:
-    """Delete a folder that is marked as a `kind` or is empty. A missing folder is no error.
+    """Delete a folder that is marked with `kind` or empty. A missing folder is no error.
 
-    The mark goes last, so that an interrupted deletion can be finished by calling this again (`is_being_deleted`).
+    The mark is deleted last, so that an interrupted deletion can be finished by calling this again
+    (`is_being_deleted`).
 
     Raises:
-        UserError: when the folder is not marked so; it is then untouched.
+        UserError: if the folder is not marked so; it is then unchanged.
     """
     check_replaceable(folder, kind)
     if not folder.exists():
@@ -210,19 +210,19 @@ def remove(folder: Path, kind: str) -> None:
 
 
 def remove_files(folder: Path, kind: str, pattern: str) -> None:
-    """Delete the files in a folder that match a glob pattern, if the folder is marked as a `kind`; else nothing."""
+    """Delete the files that match a glob pattern in a folder marked with `kind`; in any other folder, none."""
     if marked_as(folder) == kind:
         for file in folder.glob(pattern):
             file.unlink()
 
 
 def replace(partial: Path, folder: Path, kind: str) -> None:
-    """Rename `partial` to `folder`, in place of a folder marked as a `kind` if there is one.
+    """Rename `partial` to `folder`, which may be a folder marked with `kind`.
 
-    A crash in between leaves the old folder or the new one whole under its name or under `.NAME.old-HOST-PID`.
+    After a crash the complete old or new folder is there, under its name or `.NAME.old-HOST-PID`.
 
     Raises:
-        UserError: when what is there was not made by cllm as a `kind`; both are then untouched.
+        UserError: if another folder has the name; both are then unchanged.
     """
     check_replaceable(folder, kind)
     sync_tree(partial)
@@ -243,14 +243,16 @@ def replace(partial: Path, folder: Path, kind: str) -> None:
 
 @contextmanager
 def new_folder(folder: Path, kind: str, *, force: bool = True) -> Iterator[Path]:
-    """A marked folder beside `folder` to write into, which becomes `folder` when the block ends without an exception.
+    """Yield a marked temporary folder, which is renamed to `folder` if the block ends without an exception.
 
-    `folder` is locked meanwhile. After an exception nothing is left of the new one. What killed processes left is
-    removed first. `force` False: a `folder` that is there already, and not empty, is refused.
+    `folder` is locked meanwhile, and leftovers of killed processes are removed first. After an exception the temporary
+    folder is removed.
+
+    Args:
+        force: replace a `folder` marked with `kind`; if False, any that is not empty is refused.
 
     Raises:
-        UserError: when what is at `folder` was not made by cllm as a `kind`, or another process is writing to it.
-            Nothing was written then.
+        UserError: if `folder` may not be replaced, or another process is writing to it. Nothing was written then.
     """
     with locked(folder):
         remove_leftovers(folder, kind)
@@ -269,9 +271,9 @@ def new_folder(folder: Path, kind: str, *, force: bool = True) -> Iterator[Path]
 
 
 def remove_leftovers(folder: Path, kind: str) -> None:
-    """Delete partial and old versions of `folder` that killed processes left. The caller has `folder` locked.
+    """Delete partial and old versions of `folder` that killed processes left. The caller holds the lock of `folder`.
 
-    An old version whose successor never got its name is renamed to `folder` instead.
+    If `folder` is missing, an old version is renamed to it instead.
     """
     if not folder.parent.is_dir():
         return

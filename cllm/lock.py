@@ -1,15 +1,15 @@
-"""One process at a time writes to a folder.
+"""Locks of folders, so that one process at a time writes to a folder.
 
-The lock of `runs/NAME` is the file `runs/.NAME.lock`, beside the folder, so that it survives when the folder is deleted
-and made again. Two things decide who owns it:
+The lock of `runs/NAME` is the file `runs/.NAME.lock`, next to the folder, so that it survives when the folder is
+replaced. Two things decide who owns it:
 
-- The kernel's lock on the file (`flock`). It ends with the process, however that ends. It decides between processes of
-  one machine, and on file systems that carry it to all machines (NFS 4, GPFS, Lustre with `flock`).
-- The record in the file: machine, process, since when. Where an owner of another machine left a record and the kernel's
-  lock is free, the file system may not carry locks between machines. An owner touches the file every `BEAT` seconds;
-  one that leaves it untouched for `PATIENCE` seconds is dead. No clocks are compared.
+- The kernel's lock on the file (`flock`), which ends with the process. It decides between processes of one machine, and
+  between machines on file systems that share locks (NFS 4, GPFS, Lustre with `flock`).
+- The record in the file: machine, process, start. If the record is from another machine and the kernel's lock is free,
+  the file system may not share locks. An owner touches the file every `BEAT` seconds; one that has not touched it for
+  `PATIENCE` seconds is dead. No clocks are compared.
 
-The file is deleted when the lock is given back.
+The file is deleted when the lock is released.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ PATIENCE = 60.0
 """Seconds without a touch after which an owner on another machine counts as dead."""
 
 _open: set[int] = set()
-"""Descriptors of this process's locks. A forked child closes them: it must not keep a lock that its parent loses."""
+"""Descriptors of this process's locks. A forked child closes them, so that it does not keep its parent's locks."""
 
 
 def lock_file(folder: Path) -> Path:
-    """The lock file of a folder, beside it. A link to the folder has the lock of what it leads to."""
+    """The lock file of a folder, next to it. A link to a folder has the lock of that folder."""
     folder = Path(os.path.realpath(folder))
     return folder.with_name(f".{folder.name}.lock")
 
@@ -52,8 +52,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Own `folder`, which may be missing, while the block runs.
 
     Raises:
-        UserError: when another process owns it, naming its machine, its pid and since when; when the lock cannot be
-            written; when `folder` is a file. Nothing waits for the other process to end.
+        UserError: if another process owns it, naming its machine, its pid and its start; if the lock cannot be written;
+            if `folder` is a file. It does not wait for the other process to end.
     """
     file = lock_file(folder)
     try:
@@ -72,16 +72,16 @@ def locked(folder: Path) -> Iterator[None]:
             stop.set()
             beat.join()
             with contextlib.suppress(OSError):
-                file.unlink()  # while it is still locked, so that it is no other process's
+                file.unlink()  # while it is still locked, so that no other process owns it
             _open.discard(descriptor)
             os.close(descriptor)
             for parent in made:
                 with contextlib.suppress(OSError):
-                    parent.rmdir()  # succeeds only where nothing was written
+                    parent.rmdir()  # succeeds only if nothing was written
 
 
 def discard_dead(folder: Path) -> None:
-    """Delete the lock file that a killed process of this machine left beside `folder`. Does nothing else, nor fails."""
+    """Delete the lock file of `folder` if a killed process of this machine left it. Never raises."""
     file = lock_file(folder)
     with contextlib.suppress(OSError):
         descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -95,21 +95,21 @@ def discard_dead(folder: Path) -> None:
 
 
 def _make_parents(folder: Path) -> list[Path]:
-    """Make a folder; gives those that were missing, innermost first."""
+    """Create a folder. Returns those that were missing, innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
 
 
 def _acquire(file: Path, folder: Path) -> tuple[list[Path], int]:
-    """The parents that were made, and a descriptor of the locked file with this process's record in it."""
+    """The parents that were created, and a descriptor of the locked file, which has this process's record."""
     made: list[Path] = []
     tries = 0
     while True:
         made = _make_parents(file.parent) or made
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # another process may just have deleted the parent that it had made
+        except FileNotFoundError:  # another process may just have deleted the parent that it had created
             if (tries := tries + 1) > 10:
                 raise
             continue
@@ -130,7 +130,7 @@ def _acquire(file: Path, folder: Path) -> tuple[list[Path], int]:
 
 
 def _flock(descriptor: int) -> bool | None:
-    """Whether the kernel's lock was free, and is this process's now. None where the file system has no locks."""
+    """Whether this process got the kernel's lock. None: the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -144,7 +144,11 @@ def _flock(descriptor: int) -> bool | None:
 
 
 def _is_alive(record: dict[str, Any], file: Path, *, decided: bool) -> bool:
-    """Whether the owner of a record still runs. `decided`: the kernel's lock was free, so none of this machine does."""
+    """Whether the owner of a record still runs.
+
+    Args:
+        decided: the kernel's lock was free, so an owner on this machine has ended.
+    """
     if decided and record.get("boot") == _here()["boot"]:
         return False
     log.warning("%s: was left by %s; waiting up to %.0f s for a sign of life", file, _owner(record), PATIENCE)
@@ -157,7 +161,7 @@ def _is_alive(record: dict[str, Any], file: Path, *, decided: bool) -> bool:
 
 
 def _touched(file: Path) -> int | None:
-    """When the file was touched last; None where it is gone. Opening asks a file server for the newest attributes."""
+    """Time of the last touch; None: the file is gone. Opening the file gets the newest time from a file server."""
     try:
         with file.open("rb") as opened:
             return os.fstat(opened.fileno()).st_mtime_ns
@@ -173,7 +177,7 @@ def _is_at(descriptor: int, file: Path) -> bool:
 
 
 def _read(descriptor: int) -> dict[str, Any] | None:
-    """The record, or None where its owner has not written it yet."""
+    """The record; None if its owner has not written it yet."""
     try:
         record = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:
@@ -194,7 +198,7 @@ def _owner(record: dict[str, Any] | None) -> str:
 
 
 def _here() -> dict[str, str]:
-    """This machine: its name, and a number that is another one after each start."""
+    """This machine: its name, and an id that changes with each boot."""
     host = socket.gethostname()
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -1,8 +1,8 @@
-"""Commands that start other commands, and pass signals on to them.
+"""Commands that start other commands, and forward signals to them.
 
-A child runs in a session of its own: a Ctrl-C at the terminal reaches it once, through its parent, and not twice. It
-gets SIGTERM when its parent is killed. Signals go only to a process that this one has not reaped, whose id can belong
-to nobody else.
+A child runs in a new session, so that a Ctrl-C at the terminal reaches it once, through its parent. It gets SIGTERM
+when its parent is killed. Signals are sent only to children that have not been reaped: no other process can have their
+id.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any
 from cllm.signals import STOPPING, Interrupted, leave_terminal
 
 GRACE = 300.0
-"""Seconds that a run has to save after its time is up."""
+"""Seconds for a run to save its state after its time is up."""
 _POLL = 0.05
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def start(command: Sequence[str | Path], **options: Any) -> subprocess.Popen:
-    """Start a child in a session of its own, which gets SIGTERM when the thread that started it ends.
+    """Start a child in a new session. It gets SIGTERM when the thread that started it ends.
 
     Args:
         options: as for `subprocess.Popen`.
@@ -48,7 +48,7 @@ def start(command: Sequence[str | Path], **options: Any) -> subprocess.Popen:
 
 
 def has_ended(process: subprocess.Popen) -> bool:
-    """Whether a child of `start` has ended. It is not reaped, so that its id stays its own."""
+    """Whether a child of `start` has ended. It is not reaped, so that its id is not reused."""
     if process.returncode is not None:
         return True
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
@@ -61,7 +61,7 @@ def send(process: subprocess.Popen, number: int) -> None:
 
 
 def reap(process: subprocess.Popen, grace: float = 0.0) -> int:
-    """Wait `grace` seconds for a child of `start`, kill what is left of its session's group, and give its status."""
+    """Wait `grace` seconds for a child of `start`, kill the rest of its process group, and return its status."""
     if process.returncode is None:
         deadline = time.monotonic() + grace
         while not has_ended(process) and time.monotonic() < deadline:
@@ -72,22 +72,22 @@ def reap(process: subprocess.Popen, grace: float = 0.0) -> int:
 
 
 def run(command: Sequence[str | Path], *, seconds: float | None = None, grace: float = GRACE, **options: Any) -> int:
-    """Run a child to its end and return its exit status, -N where signal N killed it. Leaves no process behind.
+    """Run a child to its end and return its exit status, -N if signal N killed it. Leaves no process behind.
 
-    SIGINT, SIGTERM and SIGHUP that this process gets meanwhile are passed on. The child ends when it likes: a run saves
-    first.
+    SIGINT, SIGTERM and SIGHUP to this process are forwarded meanwhile. The child is not killed then, so that a run can
+    save its state.
 
     Args:
-        seconds: after so many the child gets SIGTERM; None: never.
-        grace: seconds after that until it is killed.
+        seconds: time after which the child gets SIGTERM; None: never.
+        grace: seconds from then until it is killed.
         options: as for `subprocess.Popen`.
 
     Raises:
-        Interrupted: when the child has ended, if there was such a signal.
+        Interrupted: after the child has ended, if there was such a signal.
     """
     with _received() as received:
-        process = start(command, **options)
         late = None if seconds is None else time.monotonic() + seconds
+        process = start(command, **options)
         killed, passed_on = None, 0
         try:
             while not has_ended(process):
@@ -109,7 +109,7 @@ def run(command: Sequence[str | Path], *, seconds: float | None = None, grace: f
 
 @contextlib.contextmanager
 def _received() -> Iterator[list[int]]:
-    """Signals this process gets while the block runs, in a list; those that are ignored, as under nohup, stay so.
+    """Collect the signals to this process in a list while the block runs; ignored ones, as under nohup, stay ignored.
 
     Outside of the main thread, which alone may handle signals, the list stays empty.
     """

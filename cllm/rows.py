@@ -1,6 +1,6 @@
-"""The rows of `metrics.jsonl`: JSON objects, one a line, in the order of their steps.
+"""The rows of `metrics.jsonl`: one JSON object per line, in the order of their steps.
 
-The file may have millions of rows. It is read as a stream, from the start or from the end, and cut in place.
+The file may have millions of rows. It is read as a stream, from the start or from the end, and truncated in place.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any, BinaryIO
 from cllm.errors import UserError
 
 Row = dict[str, Any]
-"""`step`, `tokens`, `time`, and the values by their tags."""
+"""`step`, `tokens`, `time`, and values by tag."""
 BLOCK = 1 << 16
-"""Bytes that are read at once from the end."""
+"""Bytes that are read at a time from the end."""
 
 
 def read_rows(file: Path) -> Iterator[Row]:
-    """The rows from the first to the last, none where there is no file. A last line that a crash cut off is left out.
+    """The rows from the first to the last; none if there is no file. A last line that a crash truncated is left out.
 
     Raises:
-        UserError: for any other line that is no row, naming it.
+        UserError: naming any other line that is not a row.
     """
     try:
         stream = file.open("rb")
@@ -57,7 +57,7 @@ def rows_backwards(file: Path) -> Iterator[tuple[int, Row]]:
 
 
 def rows_of_step(file: Path, step: int) -> list[Row]:
-    """The rows of one step, in their order. Only the file's end is read, as far back as that step."""
+    """The rows of one step, in order. Only the end of the file is read, back to that step."""
     found = []
     for _, row in rows_backwards(file):
         if row["step"] < step:
@@ -68,7 +68,7 @@ def rows_of_step(file: Path, step: int) -> list[Row]:
 
 
 def drop_rows_after(file: Path, step: int) -> None:
-    """Cut the file after the last row of `step` or of an earlier one, and write that to the disk."""
+    """Truncate the file after the last row of `step` or earlier, and sync it."""
     kept = next((end for end, row in rows_backwards(file) if row["step"] <= step), 0)
     with file.open("ab") as stream:
         stream.truncate(kept)
@@ -103,7 +103,7 @@ def _parse(line: bytes) -> Row | None:
 
 
 def _may_be_cut(line: bytes) -> bool:
-    """Whether a line that is no row may be the part of one that a crash left."""
+    """Whether a line that is not a row may be the beginning of one, left by a crash."""
     try:
         json.loads(line)
     except (ValueError, RecursionError):

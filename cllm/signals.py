@@ -1,8 +1,8 @@
-"""Commands that a signal ends: one line and an exit status instead of a traceback.
+"""Commands that end by a signal with one line and an exit status instead of a traceback.
 
-Python ends at once, without cleaning up, on every signal but SIGINT. Inside `stoppable` SIGTERM and SIGHUP raise an
-exception like Ctrl-C does, so that temporary files go and locks are given back. Training has handlers of its own while
-it takes steps (`StopWhenDone`).
+By default Python ends without cleaning up on every signal except SIGINT. Inside `stoppable` SIGTERM and SIGHUP raise an
+exception as Ctrl-C does, so that temporary files are removed and locks released. During training steps `StopWhenDone`
+handles signals instead.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def _raise(number: int, frame: Any) -> None:
 
 @contextlib.contextmanager
 def raising(*numbers: signal.Signals) -> Iterator[None]:
-    """Turn signals into `Interrupted`; those that have a handler, or are ignored as under nohup, stay as they are.
+    """Turn signals into `Interrupted`, except those that have a handler or are ignored, as under nohup.
 
-    Nothing changes outside of the main thread, where Python allows no handlers.
+    Outside of the main thread nothing changes, because Python allows no handlers there.
     """
     main = threading.current_thread() is threading.main_thread()
     taken = [number for number in numbers if main and signal.getsignal(number) == signal.SIG_DFL]
@@ -55,12 +55,12 @@ def raising(*numbers: signal.Signals) -> Iterator[None]:
 
 
 def stoppable(
-    goes_on: str | None = None, *more: signal.Signals
+    resume_hint: str | None = None, *more: signal.Signals
 ) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
-    """Make a command's main function answer Ctrl-C, SIGTERM, SIGHUP and `more` with one line on stderr.
+    """Decorate a command's main function to end on Ctrl-C, SIGTERM, SIGHUP and `more` with one line on stderr.
 
     Args:
-        goes_on: how to go on after an interruption, where nothing is lost by one: the status is then `EXIT_STOPPED`.
+        resume_hint: how to resume, for commands that lose nothing when interrupted; the status is then `EXIT_STOPPED`.
             Without it the status is 128 plus the signal's number, as in a shell.
     """
 
@@ -73,8 +73,8 @@ def stoppable(
             except KeyboardInterrupt as error:
                 number = error.number if isinstance(error, Interrupted) else signal.SIGINT
                 name = signal.Signals(number).name
-                print(f"stopped by {name}; {goes_on}" if goes_on else f"interrupted by {name}", file=sys.stderr)
-                return EXIT_STOPPED if goes_on else 128 + number
+                print(f"stopped by {name}; {resume_hint}" if resume_hint else f"interrupted by {name}", file=sys.stderr)
+                return EXIT_STOPPED if resume_hint else 128 + number
 
         return run
 
@@ -82,13 +82,13 @@ def stoppable(
 
 
 def leave_terminal() -> None:
-    """Send standard output and errors that go to a terminal to /dev/null: writing to a closed one is an error."""
+    """Redirect stdout and stderr from a terminal to /dev/null, since writing to a closed terminal is an error."""
     for stream in (sys.stdout, sys.stderr):
         try:
             descriptor = stream.fileno()
-            terminal = stat.S_ISCHR(os.fstat(descriptor).st_mode)  # one that has closed is no `isatty` any more
+            terminal = stat.S_ISCHR(os.fstat(descriptor).st_mode)  # `isatty` is false for a closed terminal
         except (OSError, ValueError, AttributeError):
-            continue  # no file is behind it
+            continue  # it has no file descriptor
         if terminal:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, descriptor)

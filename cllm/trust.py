@@ -1,9 +1,9 @@
-"""Reading folders that somebody else made: data is loaded, code is not, and nothing outside of the folder.
+"""Safe reading of other people's folders: no code is run, and nothing outside of the folder is read.
 
-Hugging Face folders can ask a program to run Python files that lie in them (`auto_map` in config.json or
-tokenizer_config.json), can name weight files outside of the folder, and can stand for another model (adapters).
-Everything in cllm that opens such a folder goes through this module: it looks before transformers does, calls
-transformers with `trust_remote_code=False`, and answers with one line that names the file and the key.
+Hugging Face folders can ask a program to run Python files in them (`auto_map` in config.json or tokenizer_config.json),
+can name weight files outside of the folder, and can be adapters of another model. All of cllm opens such folders
+through this module. It checks the files before transformers reads them, calls transformers with
+`trust_remote_code=False`, and refuses with one line that names the file and the key.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MESSAGE = 400
-"""Longest part of an error that is quoted from another program, in characters."""
+"""Characters that are quoted of another program's error, at most."""
 _MAX_LAYERS = 10_000
 _CODE = "auto_map"
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -34,7 +34,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        UserError: naming the file, where it cannot be read, is not JSON, or holds something else than an object.
+        UserError: naming the file, if it cannot be read or is not a JSON object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -46,9 +46,9 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a checkpoint folder that needs code of its own, or whose files name what lies outside of it.
+    """Refuse a checkpoint folder that needs its own code, or whose files name paths outside of it.
 
-    Code beside a model that transformers knows is not needed: it is left alone, and a warning says so.
+    If transformers knows the model, its code is not needed: it is ignored with a warning.
 
     Raises:
         UserError: naming the file and the key.
@@ -106,7 +106,7 @@ def weight_map(index: Path) -> dict[str, str]:
     """Tensor to file name, from an index of shards such as `model.safetensors.index.json`.
 
     Raises:
-        UserError: for an index that cannot be read, and for names that are not those of files in the same folder.
+        UserError: for an index that cannot be read, and for names that are not files of the same folder.
     """
     names = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
@@ -128,12 +128,12 @@ def _text(value: Any) -> str:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, or of a name on the Hugging Face Hub, without running code of either.
+    """Load the tokenizer of a folder, or by name from the Hugging Face Hub, without running its code.
 
-    Of a folder, only local files are read.
+    For a folder only local files are read.
 
     Raises:
-        UserError: for a tokenizer that needs code of its own, and for one that cannot be loaded.
+        UserError: for a tokenizer that needs its own code or cannot be loaded.
     """
     folder = Path(source)
     is_folder = folder.is_dir()
@@ -141,7 +141,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         _check_tokenizer_folder(folder)
     from transformers import AutoTokenizer
 
-    # Whatever goes wrong in finding or parsing a tokenizer is, to the user, one fault in one line.
+    # Exceptions of many types can occur here; all are reported in one line.
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, local_files_only=is_folder)
     except Exception as error:
@@ -172,7 +172,7 @@ def _tokenizer_code(where: str, named: Any) -> str:
 
 
 def reason(error: Exception) -> str:
-    """An exception of another program as part of one line, at most `MESSAGE` characters."""
+    """Describe another program's exception in at most `MESSAGE` characters, without line breaks."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return f"it needs Python code of its own ({_CODE} in its config files); cllm never runs code from a folder"

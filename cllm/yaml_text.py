@@ -1,12 +1,12 @@
 """YAML text to plain data: one parser for config files, recipes and the command line.
 
-It reads YAML 1.1 as PyYAML does, with these differences:
+It reads YAML 1.1 as PyYAML does, except that:
 
 - `1e-3` is a float, as in YAML 1.2.
 - A date such as `2024-01-31` is text.
 - Numbers that the two versions of YAML read differently are errors: `010` (10, or octal 8) and `1:30` (text, or 90).
 - Duplicate keys, keys that are lists or mappings, and tags other than `!!str` are errors.
-- Size, nesting, and what aliases (`*name`) expand to are bounded, so that no text can hang or exhaust the process.
+- Size, nesting and the expansion of aliases (`*name`) are bounded, so that no text can hang or exhaust the process.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import yaml
 from cllm.errors import UserError
 
 MAX_BYTES = 2**20
-"""Bytes of a YAML file."""
+"""Largest size of a YAML file, in bytes."""
 MAX_VALUES = 100_000
-"""Values in a text, each counted as often as an alias repeats it."""
+"""Most values in a text; one that an alias repeats counts each time."""
 MAX_DEPTH = 32
-"""Mappings and lists inside each other."""
+"""Deepest nesting of mappings and lists."""
 MAX_DIGITS = 40
-"""Characters of a whole number."""
+"""Most characters of a whole number."""
 
 _TAG = "tag:yaml.org,2002:"
 _AMBIGUOUS = "!ambiguous"
@@ -34,11 +34,11 @@ _DIGITS = list("-+.0123456789")
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """Valid YAML that is not accepted."""
+    """An error for valid YAML that is not accepted."""
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader with the differences that the module lists."""
+    """PyYAML's safe loader with the differences listed above."""
 
     def __init__(self, text: str):
         super().__init__(text)
@@ -160,7 +160,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping.
 
     Raises:
-        UserError: naming the file, where it cannot be read, is larger than `MAX_BYTES`, or holds no mapping.
+        UserError: naming the file, if it cannot be read, is larger than `MAX_BYTES`, or is not a mapping.
     """
     path = Path(path)
     try:

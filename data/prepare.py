@@ -1,4 +1,4 @@
-"""Prepare a corpus for training: text in, shards of tokens out.
+"""Prepare a corpus for training: tokenise text and write the tokens as shards.
 
     python data/prepare.py --config data/recipes/stdlib.yaml [--out DIR] [--force] [--section.key VALUE ...]
     python data/prepare.py --verify data/prepared/stdlib
@@ -25,17 +25,17 @@ from cllm.signals import stoppable
 
 
 @one_line
-@stoppable("the same command goes on from the last finished shard")
+@stoppable("the same command resumes after the last finished shard")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status: 3 if it was stopped."""
     parser = config_parser(Recipe, str(__doc__))
-    parser.add_argument("--force", action="store_true", help="replace a prepared folder of a different recipe")
+    parser.add_argument("--force", action="store_true", help="replace a folder that was prepared by a different recipe")
     parser.add_argument(
         "--verify",
         action="append",
         metavar="DIR",
         default=[],
-        help="read all files of a prepared folder and compare their hashes",
+        help="check a prepared folder for damage: read all files and compare their hashes",
     )
     options, overrides = parser.parse_settings(arguments)
     if options.verify:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,14 +26,25 @@ def parser() -> Parser:
     parser = Parser(description=__doc__, usage_hint="python scripts/analyze.py runs/NAME")
     count, share = whole_number(1), number(above=0, up_to=1)
     add = parser.add_argument
-    add("run", metavar="RUN", help="run, .ckpt or Hugging Face folder")
+    add("run", metavar="RUN", help="run folder, .ckpt file or Hugging Face folder")
     add("--data", metavar="PATH", help="prepared folder or text file (default: the run's first validation set)")
-    add("--sequences", type=count, default=4, metavar="N", help="sequences to cache (default: %(default)s)")
-    add("--length", type=count, metavar="N", help="tokens of each (default: the training length)")
-    add("--group", type=count, nargs="+", default=[1, 2, 4, 8], help="group sizes for ranks (default: 1 2 4 8)")
-    add("--energy", type=share, default=0.95, help="share of energy that the ranks keep (default: %(default)s)")
+    add("--sequences", type=count, default=4, metavar="N", help="number of sequences to cache (default: %(default)s)")
+    add("--length", type=count, metavar="N", help="tokens of each sequence (default: the training length)")
+    add(
+        "--group",
+        type=count,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        help="sizes of the groups of layers whose ranks are measured (default: 1 2 4 8)",
+    )
+    add(
+        "--energy",
+        type=share,
+        default=0.95,
+        help="share of the sum of squared singular values that ranks keep (default: %(default)s)",
+    )
     parser.add_device()
-    add("--out", type=Path, metavar="DIR", help="where the files go (default: evaluation/ in the run's folder, "
+    add("--out", type=Path, metavar="DIR", help="folder of the files (default: evaluation/ in the run's folder, "
         "runs/evaluation/ for a Hugging Face folder)")  # fmt: skip
     return parser
 
@@ -50,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from cllm.environment import choose_device
     from cllm.evaluate import posthoc
+    from cllm.evaluate.outputs import png
     from cllm.evaluate.perplexity import Settings, open_sets
     from cllm.evaluate.subjects import load_subject
     from cllm.evaluate.windows import Stream
@@ -75,9 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
               "sequences": len(batches), "length": length, "kinds": kinds}  # fmt: skip
     try:
         write_atomic(files[0], json.dumps(record, indent=1) + "\n")
-        partial = folder / f".analysis.partial-{os.getpid()}.png"
-        figure(kinds).savefig(partial)
-        partial.replace(files[1])
+        write_atomic(files[1], png(figure(kinds)))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error}") from None
     for file in files:

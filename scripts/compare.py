@@ -28,7 +28,7 @@ def parser() -> Parser:
     add("runs", nargs="*", metavar="RUN", help="run folders; folders that are not runs are skipped")
     add("--baseline", metavar="NAME", help="run to compare with (default: the one with the largest resident cache)")
     add("--set", dest="set_name", metavar="SET", help="set to compare on (default: each run's main validation set)")
-    add("--out", type=Path, metavar="DIR", help="where the files go (default: comparison/ next to the runs, "
+    add("--out", type=Path, metavar="DIR", help="folder of the files (default: comparison/ next to the runs, "
         "runs/comparison if they lie in different folders)")  # fmt: skip
     return parser
 

@@ -1,10 +1,10 @@
 """Convert between runs and checkpoint folders.
 
     python scripts/convert.py export runs/NAME OUT      a run as a Hugging Face folder
-    python scripts/convert.py import LLAMA OUT          a Llama, Qwen, Mistral or DeepSeek folder as one of this package
-    python scripts/convert.py plain OUT LLAMA           such a folder in the format of Llama, Qwen or Mistral
+    python scripts/convert.py import LLAMA OUT          a Llama, Qwen, Mistral or DeepSeek folder as a folder of cllm
+    python scripts/convert.py plain OUT LLAMA           a folder of cllm in the format of Llama, Qwen or Mistral
 
-docs/huggingface.md tells the rest.
+See docs/huggingface.md.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cllm.arguments import Parser, whole_number
 from cllm.errors import one_line
 from cllm.signals import stoppable
+
+if TYPE_CHECKING:
+    from cllm.hub.export import Exported
 
 
 def size(text: str) -> str:
@@ -30,22 +34,38 @@ def size(text: str) -> str:
     return text
 
 
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Options of all commands for the folder that they write."""
+    parser.add_argument(
+        "--max-shard-size",
+        type=size,
+        metavar="SIZE",
+        default="5GB",
+        help="largest weight file (default: %(default)s)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if this command made it")
+
+
+def print_written(made: Exported, label: str = "") -> None:
+    """Print the folder and its files."""
+    print(f"written{label}: {made.folder}: {', '.join(made.files)}")
+
+
 def add_export(commands: argparse._SubParsersAction) -> None:
-    """`export RUN OUT`: a run as a folder that transformers loads."""
+    """Add `export RUN OUT`: a run as a folder that transformers loads."""
     parser = commands.add_parser("export", help="write a run as a Hugging Face folder")
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder")
     add("out", type=Path, metavar="OUT", help="folder to make")
     add("--checkpoint", type=whole_number(0), metavar="STEP", help="step of the checkpoint (default: the newest)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: %(default)s)")
-    add("--max-shard-size", type=size, metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
-    add("--no-tokenizer", action="store_true", help="leave the tokenizer of the run's data out")
-    add("--force", action="store_true", help="replace OUT if this command made it")
+    add("--no-tokenizer", action="store_true", help="do not copy the run's tokenizer")
+    add_output(parser)
     parser.set_defaults(command=export)
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write the folder and tell what is in it."""
+    """Run `export`, and print a summary."""
     from cllm.hub.export import export_run
 
     made = export_run(
@@ -57,26 +77,25 @@ def export(options: argparse.Namespace) -> None:
         tokenizer=not options.no_tokenizer,
         force=options.force,
     )
-    print(f"written: {made.folder}: {', '.join(made.files)}")
+    print_written(made)
     print(f"step {made.step}, {made.parameters:,} parameters in {options.dtype}, {made.nbytes:,} bytes of weights")
     print(f'load it: import cllm; AutoModelForCausalLM.from_pretrained("{made.folder}")')
 
 
 def add_import(commands: argparse._SubParsersAction) -> None:
-    """`import SOURCE OUT`: another family's checkpoint as a folder of this package."""
+    """Add `import SOURCE OUT`: another family's checkpoint as a folder of this package."""
     parser = commands.add_parser("import", help="read another family's checkpoint")
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="folder with config.json and safetensors")
     add("out", type=Path, metavar="OUT", help="folder to make")
-    add("--dtype", choices=("fp32", "bf16"), help="of the weights (default: as they are)")
-    add("--max-shard-size", type=size, metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
-    add("--allow-pickle", action="store_true", help="read pytorch_model.bin too; nothing but tensors is unpickled")
-    add("--force", action="store_true", help="replace OUT if this command made it")
+    add("--dtype", choices=("fp32", "bf16"), help="of the weights (default: as stored)")
+    add("--allow-pickle", action="store_true", help="read pytorch_model.bin too; only tensors are unpickled")
+    add_output(parser)
     parser.set_defaults(command=import_)
 
 
 def import_(options: argparse.Namespace) -> None:
-    """Write the folder and tell what is in it."""
+    """Run `import`, and print a summary."""
     from cllm.hub.exchange import import_folder
 
     made = import_folder(
@@ -87,24 +106,23 @@ def import_(options: argparse.Namespace) -> None:
         allow_pickle=options.allow_pickle,
         force=options.force,
     )
-    print(f"written: {made.folder}: {', '.join(made.files)}")
+    print_written(made)
     print(f"{made.parameters:,} parameters, {made.nbytes:,} bytes of weights")
 
 
 def add_plain(commands: argparse._SubParsersAction) -> None:
-    """`plain SOURCE OUT`: a folder of this package in another family's format."""
+    """Add `plain SOURCE OUT`: a folder of this package in another family's format."""
     parser = commands.add_parser("plain", help="write a folder in another family's format")
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="folder that import or export made")
     add("out", type=Path, metavar="OUT", help="folder to make")
     add("--family", choices=("llama", "mistral", "qwen2", "qwen3"), help="default: the first that fits")
-    add("--max-shard-size", type=size, metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
-    add("--force", action="store_true", help="replace OUT if this command made it")
+    add_output(parser)
     parser.set_defaults(command=plain)
 
 
 def plain(options: argparse.Namespace) -> None:
-    """Write the folder and tell what is in it."""
+    """Run `plain`, and print a summary."""
     from cllm.hub.exchange import export_folder
 
     made, family = export_folder(
@@ -114,12 +132,12 @@ def plain(options: argparse.Namespace) -> None:
         max_shard_size=options.max_shard_size,
         force=options.force,
     )
-    print(f"written as {family}: {made.folder}: {', '.join(made.files)}")
+    print_written(made, f" as {family}")
     print(f"{made.parameters:,} parameters, {made.nbytes:,} bytes of weights")
 
 
 COMMANDS = (add_export, add_import, add_plain)
-"""One function for every command: it adds the command's parser, and sets `command` to what runs it."""
+"""One function for each command. It adds the command's parser, and sets `command` to the function that runs it."""
 
 
 def parser() -> Parser:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Import every module of cllm and the command lines, with the optional packages made absent.
+"""Import every module and every command line, with the optional packages hidden.
 
-Shows that the base dependencies are enough to import everything: an optional package may be used where it is present,
-never required at import.
+This shows that the base dependencies are enough to import everything: an optional package may be used if it is present,
+but never required at import.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ OPTIONAL = {"deepspeed", "fla", "flash_attn", "flash_attn_interface", "liger_ker
 
 
 class Absent:
-    """A finder that makes packages look as if they were not installed, also to those who only ask whether they are."""
+    """A finder that hides packages, also from code that only checks whether they are installed."""
 
     def __init__(self, finder: Any):
         self.finder = finder
@@ -32,9 +32,12 @@ class Absent:
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     sys.meta_path[:] = [Absent(finder) for finder in sys.meta_path]
+    import benchmarks
     import cllm
+    import experiments
 
-    names = [module.name for module in pkgutil.walk_packages(cllm.__path__, "cllm.")]
+    packages = (cllm, benchmarks, experiments)
+    names = [found.name for p in packages for found in pkgutil.walk_packages(p.__path__, f"{p.__name__}.")]
     for name in [*names, "train", "evaluate"]:
         importlib.import_module(name)
     print(f"imported {len(names) + 2} modules without {', '.join(sorted(OPTIONAL))}")

@@ -318,7 +318,8 @@ def jobs_of(base: Path, config: Path, place: Path) -> list[Job]:
     import evaluate
     import train
     from data import prepare as prepare_command
-    from scripts import convert, sweep_posthoc
+    from experiments import sweep_posthoc
+    from scripts import convert
 
     out = {name: place / name / "out" for name in ("prepare", "train", "evaluate", "export", "sweep")}
     done = base / "runs" / "base"

@@ -59,14 +59,14 @@ def test_a_misspelt_option_is_no_setting():
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--resume")
     settings = ["name", "runs_dir", "train.steps"]
-    options, rest = parser.parse_beside(
+    options, rest = parser.parse_with_settings(
         ["--resume", "auto", "--train.steps", "3", "--name", "x", "--n_steps", "4"], settings
     )
     assert (options.resume, rest) == ("auto", ["--train.steps", "3", "--name", "x", "--n_steps", "4"])
     for word in ("--dryrun", "--dry_run", "--dry-rum"):
         with pytest.raises(UserError, match=f'{word}: unknown option; did you mean "--dry-run"'):
-            parser.parse_beside([word, "--name", "x"], settings)
-    assert parser.parse_beside(["--nmae", "x"], settings)[1] == ["--nmae", "x"]  # nearer to the setting
+            parser.parse_with_settings([word, "--name", "x"], settings)
+    assert parser.parse_with_settings(["--nmae", "x"], settings)[1] == ["--nmae", "x"]  # nearer to the setting
 
 
 @pytest.mark.parametrize(("text", "value"), [("1", 1), ("20", 20), (" 3 ", 3)])

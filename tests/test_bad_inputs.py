@@ -11,6 +11,7 @@ import random
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,15 +29,15 @@ COMMANDS = {
     "compare": "scripts/compare.py",
     "convert": "scripts/convert.py",
     "analyze": "scripts/analyze.py",
-    "sweep": "scripts/sweep_posthoc.py",
-    "tradeoff": "scripts/tradeoff.py",
-    "search": "cllm/uptrain/search.py",
-    "bench_train": "scripts/bench_train.py",
-    "bench_decode": "scripts/bench_decode.py",
-    "bench_kernels": "scripts/bench_kernels.py",
-    "bench_posthoc_decode": "scripts/bench_posthoc_decode.py",
+    "sweep": "experiments.sweep_posthoc",
+    "tradeoff": "experiments.tradeoff",
+    "search": "cllm.uptrain.search",
+    "bench_train": "benchmarks.train.__main__",
+    "bench_decode": "benchmarks.decode.__main__",
+    "bench_kernels": "benchmarks.kernels.__main__",
+    "bench_posthoc_decode": "benchmarks.posthoc_decode",
 }
-"""For each file of `bad_inputs`, the command that its entries are for."""
+"""For each file of `bad_inputs`, its command: a file, or a module of a package."""
 LONGEST = 450
 """Characters of a line, the entry's own folder counted as one."""
 TEXT = "the plan says where keys and values come from and every layer reads what an owner wrote before it"
@@ -64,9 +65,8 @@ def commands(load_file: Callable[[Path], ModuleType]) -> Callable[[str], Callabl
 
     def get(name: str) -> Callable[..., int]:
         if name not in loaded:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.syspath_prepend(str(ROOT / "scripts"))  # as for a script that Python starts
-                loaded[name] = load_file(ROOT / COMMANDS[name])
+            command = COMMANDS[name]
+            loaded[name] = load_file(ROOT / command) if command.endswith(".py") else import_module(command)
         return loaded[name].main
 
     return get

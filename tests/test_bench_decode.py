@@ -1,26 +1,25 @@
-"""`scripts/bench_decode.py` on a CPU: the same path as on a GPU, but for CUDA graphs and compiling."""
+"""`python -m benchmarks.decode` on a CPU: the same path as on a GPU, without CUDA graphs and compiling."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from benchmarks.decode import benchmark, capacity, measure, peers
+from benchmarks.decode.__main__ import main
+from benchmarks.decode.designs import Point, parse_design, parse_points
 from cllm.cache.accounting import cache_bytes
 from cllm.cache.cache import KVCache
 from cllm.cache.stores import FP8
 from cllm.model.sizes import count_parameters
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 TINY = {
     "model": {"vocab_size": 50, "d_model": 32, "n_layers": 4, "n_heads": 4, "d_ff": 48, "max_seq_len": 64},
@@ -28,19 +27,6 @@ TINY = {
 }
 QUICK = ("--device", "cpu", "--copy-gib", "0.001", "--repeat", "2")
 PNG = b"\x89PNG"
-
-
-@pytest.fixture(scope="module")
-def script() -> SimpleNamespace:
-    """The script as `main` and its parts by name."""
-    spec = importlib.util.spec_from_file_location("bench_decode", ROOT / "scripts" / "bench_decode.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    parts = ("capacity", "designs", "measure", "peers", "report")
-    return SimpleNamespace(main=module, **{name: importlib.import_module(f"decode_bench.{name}") for name in parts})
 
 
 @pytest.fixture
@@ -51,16 +37,16 @@ def tiny(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def bench(script: SimpleNamespace, tiny: str) -> Callable[..., int]:
+def bench(tiny: str) -> Callable[..., int]:
     """Runs it on a tiny model and gives its exit status."""
-    return lambda *arguments: script.main.main(["--config", tiny, *QUICK, *arguments])
+    return lambda *arguments: main(["--config", tiny, *QUICK, *arguments])
 
 
 @pytest.fixture
-def design(script: SimpleNamespace, tiny: str) -> Callable[..., Any]:
+def design(tiny: str) -> Callable[..., Any]:
     """`design("fusedkv", "--model.n_layers", "2")`, at a point of 32 tokens."""
-    points = (script.designs.Point(32, 2),)
-    return lambda word, *overrides: script.designs.parse_design(word, [tiny], overrides, points)
+    points = (Point(32, 2),)
+    return lambda word, *overrides: parse_design(word, [tiny], overrides, points)
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -110,9 +96,9 @@ def test_everything_is_measured_printed_written_and_drawn(
         peer = rows[f"HF {kind}, eager (mha)", 32, 2]
         assert peer["step_vs_design"] == pytest.approx(peer["step_ms"] / mha["step_ms"])
         assert (peer["bytes_read"], peer["cache_bytes"]) == (mha["bytes_read"], mha["cache_bytes"])
-    capacity = {row["design"]: row for row in found["capacity"]}
-    assert capacity["fusedkv"]["batch_vs_baseline"] > 1.9
-    assert capacity["fusedkv"]["batch"]["tokens_per_s"] > 0
+    largest = {row["design"]: row for row in found["capacity"]}
+    assert largest["fusedkv"]["batch_vs_baseline"] > 1.9
+    assert largest["fusedkv"]["batch"]["tokens_per_s"] > 0
     assert not found["not_measured"]
     for line in ("fusedkv 32x2: cosine", "HF static, eager (mha) against mha at 32x2", "batches at 32 tokens"):
         assert line in printed.out
@@ -171,24 +157,23 @@ def test_files_of_several_runs_become_one_table_and_one_figure(
     assert "settings is" in capsys.readouterr().err
     b.write_text("[]", encoding="utf-8")
     assert bench("--merge", str(a), str(b)) == 2
-    assert "b.json: not a file that bench_decode.py --out wrote" in capsys.readouterr().err
+    assert "b.json: not a file that benchmarks.decode --out wrote" in capsys.readouterr().err
 
 
 def test_a_contender_that_fails_is_a_row_and_the_others_go_on(
-    script: SimpleNamespace,
     bench: Callable[..., int],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    step = script.main.measure_point
+    step = benchmark.measure_point
 
     def fails(decoder, design, *rest):
         if design.label == "cla":
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
         return step(decoder, design, *rest)
 
-    monkeypatch.setattr(script.main, "measure_point", fails)
+    monkeypatch.setattr(benchmark, "measure_point", fails)
     out = tmp_path / "out.json"
     assert bench("--designs", "cla", "mha", "--points", "16x1", "--no-ttft", "--out", str(out)) == 1
     cla, mha = read(out)["rows"]
@@ -199,11 +184,11 @@ def test_a_contender_that_fails_is_a_row_and_the_others_go_on(
 
 
 def test_after_the_time_limit_nothing_new_starts_and_what_there_is_is_written(
-    script: SimpleNamespace, bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A clock that moves by a second each time it is read: the first measurement starts before the limit."""
     seconds = iter(range(1000))
-    monkeypatch.setattr(script.main.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
     out = tmp_path / "out.json"
     status = bench("--designs", "mha", "--points", "16x1", "32x1", "--time-limit", "2", "--out", str(out))
     found = read(out)
@@ -218,18 +203,18 @@ def test_after_the_time_limit_nothing_new_starts_and_what_there_is_is_written(
 
 @pytest.mark.parametrize("word", ["mha", "cla", "yoco:window=20", "fusedkv", "fusedkv_lite", "mla", "mha:storage=fp8"])
 def test_the_check_of_decoding_sees_one_wrong_slot(
-    script: SimpleNamespace, design: Callable[..., Any], word: str, monkeypatch: pytest.MonkeyPatch
+    design: Callable[..., Any], word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The keys or the values of any one owner with the wrong sign; weights as large as a width of 1024 makes them."""
     asked = design(word, "--model.init.std", "0.11")
-    decoder = script.measure.build(asked.config, CPU)
+    decoder = measure.build(asked.config, CPU)
 
     def check() -> dict[str, Any]:
         cache = KVCache(asked.model, max_len=32, storage=asked.storage)
-        return script.measure.check_decoding(decoder, cache, 2)["check"]
+        return measure.check_decoding(decoder, cache, 2)["check"]
 
     assert check()["cosine"] > 0.999
-    eager, plan = script.measure.eager_step, asked.model.plan()
+    eager, plan = measure.eager_step, asked.model.plan()
     for owner in plan.owners:
         parts = ["k"] if any(owner in plan.keys(i).layers for i in range(4)) else []
         parts += ["v"] if any(owner in plan.values(i).layers for i in range(4)) else []
@@ -243,46 +228,44 @@ def test_the_check_of_decoding_sees_one_wrong_slot(
 
                 return step
 
-            monkeypatch.setattr(script.measure, "make_step", broken)
+            monkeypatch.setattr(measure, "make_step", broken)
             with pytest.raises(RuntimeError, match="decoding is not right"):
                 check()
 
 
-def test_every_timed_step_is_at_the_last_place_of_the_context(
-    script: SimpleNamespace, design: Callable[..., Any]
-) -> None:
+def test_every_timed_step_is_at_the_last_place_of_the_context(design: Callable[..., Any]) -> None:
     asked = design("yoco:window=8")
-    decoder = script.measure.build(asked.config, CPU)
+    decoder = measure.build(asked.config, CPU)
     cache = KVCache(asked.model, max_len=32)
-    script.measure.fill(decoder, cache, 2)
+    measure.fill(decoder, cache, 2)
     places = []
     decoder.blocks[0].register_forward_pre_hook(lambda _, args: places.append(args[1].positions.tolist()))
-    row = script.measure.measure_step(decoder, cache, 5)
+    row = measure.measure_step(decoder, cache, 5)
     assert len(places) > 5
     assert all(place == [[31]] for place in places)
     assert row["step_ms_range"][0] <= row["step_ms"] <= row["step_ms_range"][1]
 
 
 def test_a_cache_of_another_size_than_accounting_says_is_refused(
-    script: SimpleNamespace, design: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    design: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = design("mha")
-    decoder, cache = script.measure.build(asked.config, CPU), KVCache(asked.model, max_len=32)
-    script.measure.fill(decoder, cache, 2)
-    monkeypatch.setattr(script.measure, "cache_bytes", lambda *args, **kwargs: cache_bytes(*args, **kwargs) + 1)
+    decoder, cache = measure.build(asked.config, CPU), KVCache(asked.model, max_len=32)
+    measure.fill(decoder, cache, 2)
+    monkeypatch.setattr(measure, "cache_bytes", lambda *args, **kwargs: cache_bytes(*args, **kwargs) + 1)
     with pytest.raises(RuntimeError, match=r"the cache has 32768 bytes, and accounting\.cache_bytes says 32769"):
-        script.measure.measure_step(decoder, cache, 1)
+        measure.measure_step(decoder, cache, 1)
 
 
 @pytest.mark.parametrize("word", ["fusedkv", "mla", "yoco:window=8", "yoco:lower=retention", "mha:storage=fp8"])
 def test_a_filled_cache_holds_drawn_numbers_everywhere(
-    script: SimpleNamespace, design: Callable[..., Any], word: str, monkeypatch: pytest.MonkeyPatch
+    design: Callable[..., Any], word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script.measure, "_PIECE", 100)
+    monkeypatch.setattr(measure, "_PIECE", 100)
     asked = design(word)
-    decoder = script.measure.build(asked.config, CPU)
+    decoder = measure.build(asked.config, CPU)
     cache = KVCache(asked.model, max_len=32, storage=asked.storage)
-    script.measure.fill(decoder, cache, 2)
+    measure.fill(decoder, cache, 2)
     assert cache.column is not None
     assert (cache.seen, cache.column.tolist()) == (31, [31])
     for store in cache.stores.values():
@@ -299,10 +282,8 @@ def test_a_filled_cache_holds_drawn_numbers_everywhere(
                 assert numbers.abs().max() > 256
 
 
-def test_fusion_weights_stay_in_fp32_and_every_source_counts(
-    script: SimpleNamespace, design: Callable[..., Any]
-) -> None:
-    decoder = script.measure.build(design("fusedkv").config, CPU)
+def test_fusion_weights_stay_in_fp32_and_every_source_counts(design: Callable[..., Any]) -> None:
+    decoder = measure.build(design("fusedkv").config, CPU)
     fused = [p for name, p in decoder.named_parameters() if ".keys." in name or ".values." in name]
     assert len(fused) == 4
     assert all(p.dtype == torch.float32 and bool((p != 0).all()) for p in fused)
@@ -310,59 +291,57 @@ def test_fusion_weights_stay_in_fp32_and_every_source_counts(
 
 
 @pytest.mark.parametrize("tied", ["true", "false"])
-def test_a_step_reads_every_weight_but_embeddings_of_other_tokens(
-    script: SimpleNamespace, design: Callable[..., Any], tied: str
-) -> None:
+def test_a_step_reads_every_weight_but_embeddings_of_other_tokens(design: Callable[..., Any], tied: str) -> None:
     """50 x 32 rows of embedding and head in bf16; 3 sequences look up a row each."""
     asked = design("mha", "--model.tie_embeddings", tied)
-    decoder = script.measure.build(asked.config, CPU)
+    decoder = measure.build(asked.config, CPU)
     layers = 4 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
     rows = 50 + (0 if tied == "true" else 3)
-    point = script.designs.Point(16, 3)
-    read = script.measure.bytes_read(decoder, decoder.embed, decoder.head, 512.0, point)
+    point = Point(16, 3)
+    read = measure.bytes_read(decoder, decoder.embed, decoder.head, 512.0, point)
     assert read == 2 * (layers + rows * 32) + 512 * 16 * 3
 
 
-def test_a_long_prefill_is_timed_once(script: SimpleNamespace, design: Callable[..., Any]) -> None:
+def test_a_long_prefill_is_timed_once(design: Callable[..., Any]) -> None:
     asked = design("fusedkv")
-    decoder = script.measure.build(asked.config, CPU)
+    decoder = measure.build(asked.config, CPU)
     point = asked.points[0]
-    once = script.measure.measure_first_token(decoder, asked, point, chunk=8, limit=0)
+    once = measure.measure_first_token(decoder, asked, point, chunk=8, limit=0)
     assert (once["ttft_cold"], once["chunk"]) == (True, 4)
-    often = script.measure.measure_first_token(decoder, asked, point, chunk=1000, limit=1000)
+    often = measure.measure_first_token(decoder, asked, point, chunk=1000, limit=1000)
     assert (often["ttft_cold"], often["ttft_without_exit_cold"]) == (False, False)
 
 
 def test_early_exit_that_changes_the_result_is_an_error(
-    script: SimpleNamespace, design: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    design: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = design("fusedkv")
-    decoder = script.measure.build(asked.config, CPU)
+    decoder = measure.build(asked.config, CPU)
     prefill = decoder.prefill
     monkeypatch.setattr(decoder, "prefill", lambda ids, cache, chunk: prefill(ids[:, :-1], cache, chunk=chunk))
     with pytest.raises(RuntimeError, match="early exit is not exact"):
-        script.measure.measure_first_token(decoder, asked, asked.points[0], chunk=8)
+        measure.measure_first_token(decoder, asked, asked.points[0], chunk=8)
 
 
 # ---- capacity --------------------------------------------------------------------------------------------------------
 
 
-def test_the_largest_is_the_largest(script: SimpleNamespace) -> None:
+def test_the_largest_is_the_largest() -> None:
     for limit in (1, 2, 7, 8, 40):
         for most in range(limit + 3):
-            assert script.capacity.largest(lambda n, most=most: n <= most, limit) == min(most, limit)
+            assert capacity.largest(lambda n, most=most: n <= most, limit) == min(most, limit)
 
 
-def search(script: SimpleNamespace, asked: Any, room: int, measured: dict[int, int]) -> Any:
+def search(asked: Any, room: int, measured: dict[int, int]) -> Any:
     """A search whose budget leaves `room` bytes beside the weights."""
-    decoder = script.measure.build(asked.config, CPU)
-    weights = script.measure.weight_bytes(decoder)
-    return script.capacity.Search(asked, decoder, weights + room, measured, 1)
+    decoder = measure.build(asked.config, CPU)
+    weights = measure.weight_bytes(decoder)
+    return capacity.Search(asked, decoder, weights + room, measured, 1)
 
 
-def test_capacity_is_as_much_as_fits_and_no_more(script: SimpleNamespace, design: Callable[..., Any]) -> None:
+def test_capacity_is_as_much_as_fits_and_no_more(design: Callable[..., Any]) -> None:
     """512 bytes a token: 1000 tokens are 15 times 64 and a rest, and 31 sequences of 32."""
-    found = search(script, design("mha"), 512 * 1000, {})
+    found = search(design("mha"), 512 * 1000, {})
     assert found.context()["context"] == 15 * 64
     batch = found.batch(32)
     assert (batch["batch"], batch["context"]) == (31, 32)
@@ -371,12 +350,12 @@ def test_capacity_is_as_much_as_fits_and_no_more(script: SimpleNamespace, design
 
 
 def test_what_a_step_needs_is_expected_from_other_points_and_corrected_by_the_run(
-    script: SimpleNamespace, design: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    design: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that needs 1000 bytes a sequence: 17,384 with its 32 tokens of 512 bytes, 5 of them in 100,000."""
     asked = design("mha")
     for measured in ({}, {1: 500}, {2: 2000}, {1: 40000}):
-        found = search(script, asked, 100_000, measured)
+        found = search(asked, 100_000, measured)
 
         def run(point, eager, found=found):
             return {"used_bytes": found.weights + found.cache(point.context, point.batch) + 1000 * point.batch}
@@ -388,10 +367,10 @@ def test_what_a_step_needs_is_expected_from_other_points_and_corrected_by_the_ru
 
 
 def test_a_size_that_did_not_fit_is_not_tried_again(
-    script: SimpleNamespace, design: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    design: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From 5 sequences on a step needs 30,000 bytes more: 6 fit by size, 4 fit, 5 do not."""
-    found = search(script, design("mha"), 100_000, {})
+    found = search(design("mha"), 100_000, {})
 
     def run(point, eager):
         extra = 30_000 if point.batch > 4 else 0
@@ -404,11 +383,11 @@ def test_a_size_that_did_not_fit_is_not_tried_again(
 
 
 def test_a_budget_within_a_page_of_what_is_allocated_is_met(
-    script: SimpleNamespace, design: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    design: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A page is ten times 64 tokens of 512 bytes: the last ten sizes below 1000 pages all need the last one."""
     page = 10 * 64 * 512
-    found = search(script, design("mha"), 1000 * page - 1000, {})
+    found = search(design("mha"), 1000 * page - 1000, {})
 
     def run(point, eager):
         return {"used_bytes": found.weights + -(-found.cache(point.context, point.batch) // page) * page}
@@ -420,7 +399,7 @@ def test_a_budget_within_a_page_of_what_is_allocated_is_met(
     assert result["used_bytes"] <= found.budget
 
 
-def test_overhead_is_what_a_peak_leaves_of_weights_and_cache(script: SimpleNamespace) -> None:
+def test_overhead_is_what_a_peak_leaves_of_weights_and_cache() -> None:
     rows = [
         {"batch": 1, "peak_bytes": 115, "weight_bytes": 100, "cache_bytes": 10},
         {"batch": 1, "peak_bytes": 129, "weight_bytes": 100, "cache_bytes": 20},
@@ -428,19 +407,17 @@ def test_overhead_is_what_a_peak_leaves_of_weights_and_cache(script: SimpleNames
         {"batch": 8, "error": "failed"},
         {"batch": 8, "peak_bytes": None},
     ]
-    measured = script.capacity.overhead(rows)
+    measured = capacity.overhead(rows)
     assert measured == {1: 9, 4: 40}
-    assert script.capacity.expected_overhead(measured, 2) == 40
-    assert script.capacity.expected_overhead(measured, 16) == 160
-    assert script.capacity.expected_overhead({}, 16) == 0
+    assert capacity.expected_overhead(measured, 2) == 40
+    assert capacity.expected_overhead(measured, 16) == 160
+    assert capacity.expected_overhead({}, 16) == 0
 
 
-def test_a_budget_below_the_weights_and_a_cache_that_does_not_grow_are_told(
-    script: SimpleNamespace, design: Callable[..., Any]
-) -> None:
+def test_a_budget_below_the_weights_and_a_cache_that_does_not_grow_are_told(design: Callable[..., Any]) -> None:
     with pytest.raises(RuntimeError, match="nothing fits"):
-        search(script, design("mha"), -1, {}).context()
-    assert "unbounded" in search(script, design("mha:window=16"), 512 * 20, {}).context()
+        search(design("mha"), -1, {}).context()
+    assert "unbounded" in search(design("mha:window=16"), 512 * 20, {}).context()
 
 
 # ---- peers -----------------------------------------------------------------------------------------------------------
@@ -454,25 +431,23 @@ def test_a_budget_below_the_weights_and_a_cache_that_does_not_grow_are_told(
     ],
 )
 def test_only_plans_that_a_llama_has_get_a_peer_of_the_same_size(
-    script: SimpleNamespace, design: Callable[..., Any], word: str, heads: int | None
+    design: Callable[..., Any], word: str, heads: int | None
 ) -> None:
     asked = design(word)
-    assert script.peers.llama_heads(asked.model) == heads
+    assert peers.llama_heads(asked.model) == heads
     if heads is not None:
-        llama = script.peers.build_llama(asked.model, heads, 32, CPU)
-        assert count_parameters(llama) == count_parameters(script.measure.build(asked.config, CPU))
+        llama = peers.build_llama(asked.model, heads, 32, CPU)
+        assert count_parameters(llama) == count_parameters(measure.build(asked.config, CPU))
         assert all(p.dtype == torch.bfloat16 for p in llama.parameters())
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
-def test_peers_decode_what_a_forward_over_all_tokens_gives(
-    script: SimpleNamespace, design: Callable[..., Any], kind: str
-) -> None:
+def test_peers_decode_what_a_forward_over_all_tokens_gives(design: Callable[..., Any], kind: str) -> None:
     """A cache that is rewound before the last token holds the tokens before it, and nothing else."""
     asked = design("gqa")
-    model = script.peers.build_llama(asked.model, 2, 32, CPU)
-    point = script.designs.Point(20, 2)
-    cache, rewind = getattr(script.peers, f"_{kind}")(model, point, CPU)
+    model = peers.build_llama(asked.model, 2, 32, CPU)
+    point = Point(20, 2)
+    cache, rewind = getattr(peers, f"_{kind}")(model, point, CPU)
     ids = torch.randint(50, (2, 20))
     with torch.no_grad():
         expected = model(input_ids=ids).logits[:, -1]
@@ -494,9 +469,9 @@ def test_peers_decode_what_a_forward_over_all_tokens_gives(
 # ---- what is asked ---------------------------------------------------------------------------------------------------
 
 
-def test_designs_carry_settings_and_points_of_their_own(script: SimpleNamespace, tiny: str) -> None:
-    parse, point = script.designs.parse_design, script.designs.Point
-    everybody = script.designs.parse_points(["64x4", "32x1", "64x1", "32x1"], "--points")
+def test_designs_carry_settings_and_points_of_their_own(tiny: str) -> None:
+    parse, point = parse_design, Point
+    everybody = parse_points(["64x4", "32x1", "64x1", "32x1"], "--points")
     assert everybody == (point(32, 1), point(64, 1), point(64, 4)), "each once, fewest tokens first"
     found = parse("fusedkv:n_storage=3,sources=[1, 2],storage=fp8@128x2,16x1", [tiny], [], everybody)
     assert (found.label, found.storage) == ("fusedkv:n_storage=3,sources=[1, 2],storage=fp8", "fp8")
@@ -540,8 +515,8 @@ def test_mistakes_are_told_in_a_line_before_anything_is_measured(
 
 
 def test_a_gpu_is_asked_for_unless_the_cpu_is(
-    script: SimpleNamespace, tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert script.main.main(["--config", tiny]) == 2
+    assert main(["--config", tiny]) == 2
     assert "times a GPU, and torch sees none here; --device cpu" in capsys.readouterr().err

@@ -175,18 +175,19 @@ def test_head_dim_frees_d_model_from_the_heads():
 
 
 def bounded(key: str, field: FieldInfo) -> bool:
-    """Whether a field of whole numbers has a largest; lists of layers are checked against the plan's, and options of an
-    optimizer by the optimizer."""
+    """Whether a field of whole numbers has a largest; lists of layers are checked against the plan's."""
     annotation = str(field.annotation)
-    if "int" not in annotation or "list[int]" in annotation or key.endswith((".share", "optim.options")):
+    if "int" not in annotation or "list[int]" in annotation or key.endswith(".share"):
         return True
-    return any(isinstance(limit, Le) for limit in field.metadata) or key == "train.devices"
+    return any(isinstance(limit, Le) for limit in field.metadata) or key in ("train.devices", "optim.options")
 
 
 def test_every_whole_number_has_an_upper_bound():
     assert [key for key, field in schema_keys(Config).items() if not bounded(key, field)] == []
     with pytest.raises(UserError, match="train: devices is 10000000000; allowed: up to 1000000000, or auto"):
         config(train={"devices": 10**10})
+    with pytest.raises(UserError, match=r"optim: options\.n is 10000000000; allowed: whole numbers up to 1000000000"):
+        config(optim={"options": {"n": 10**10}})
 
 
 FLOATS = [key for key, field in schema_keys(Config).items() if "float" in str(field.annotation)]

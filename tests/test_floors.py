@@ -71,3 +71,33 @@ def test_a_package_has_a_sign_that_names_every_module_and_what_it_imports(packag
     modules |= {f"{file.parent.name}/" for file in package.glob("*/__init__.py")}
     assert not {name for name in modules if name not in sign}, "one line a module"
     assert "Imports " in sign, "what it may import"
+
+
+# ---- benchmarks and experiments --------------------------------------------------------------------------------------
+
+OUTSIDE = ("benchmarks", "experiments")
+PACKAGES = sorted(file.parent for name in OUTSIDE for file in (PACKAGE.parent / name).rglob("__init__.py"))
+
+
+def names_of_imports(file: Path) -> set[str]:
+    """First parts of the modules that a file imports or names in a string, as `cllm` of `cllm.config`."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names.add(node.value)
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize(("package", "forbidden"), [("cllm", set(OUTSIDE)), ("benchmarks", {"experiments"})])
+def test_packages_import_neither_benchmarks_nor_experiments_above_them(package: str, forbidden: set[str]) -> None:
+    files = (PACKAGE.parent / package).rglob("*.py")
+    assert not [file for file in files if names_of_imports(file) & forbidden]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_a_package_of_benchmarks_or_experiments_has_a_sign(package: Path) -> None:
+    test_a_package_has_a_sign_that_names_every_module_and_what_it_imports(package)

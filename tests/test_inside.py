@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from cllm.errors import UserError
+from cllm.faults import explain
 from cllm.files import inside
 
 
@@ -59,3 +60,10 @@ def test_a_link_that_stays_inside_may_be_written_to(folder: Path) -> None:
 def test_the_folder_itself_may_be_reached_through_a_link(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
     assert inside(tmp_path / "link", "parts/a", written_in="--name", to_write=True) == tmp_path / "link" / "parts" / "a"
+
+
+def test_a_link_to_itself_is_one_line_of_the_machine(folder: Path) -> None:
+    (folder / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="loop") as raised:
+        inside(folder, "loop", written_in="--name", to_write=True)
+    assert "loop: cannot be used: Too many levels of symbolic links" in (explain(raised.value) or "")

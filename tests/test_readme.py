@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ["cllm", "configs", "data", "scripts", "train.py", "evaluate.py", "README.md", "pyproject.toml"]
+COPIED = [
+    "cllm",
+    "configs",
+    "data",
+    "scripts",
+    "benchmarks",
+    "experiments",
+    "train.py",
+    "evaluate.py",
+    "README.md",
+    "pyproject.toml",
+]
 
 SHORTER = {
     "data/prepare.py": ["--max_bytes", "2000000", "--validation.fraction", "0.1", "--workers", "1"],

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import scaling
-from benchmarks.cases import Cases, cases_of
-from benchmarks.kernels import merged, read_profiles, shares
+from benchmarks.scaling.__main__ import main
+from benchmarks.scaling.cases import Cases, cases_of, load_case
+from benchmarks.scaling.profile import merged, read_profiles, shares
 from cllm.config import Config
 from cllm.config.load import read_yaml, validate
 from cllm.runs import RunFolder
@@ -36,7 +36,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def bench(tiny: Path, tmp_path: Path) -> Callable[..., int]:
     """Runs it on a tiny model in `tmp_path / "work"` and gives its exit status."""
-    return lambda *words: scaling.main(["--config", str(tiny), "--work", str(tmp_path / "work"), *words])
+    return lambda *words: main(["--config", str(tiny), "--work", str(tmp_path / "work"), *words])
 
 
 def test_runs_are_compared_and_a_failed_one_does_not_stop_the_others(
@@ -78,7 +78,7 @@ def test_equal_steps_give_equal_losses(tiny: Path, tmp_path: Path, prepare_texts
     file.write_text(yaml.safe_dump({"groups": [group]}), encoding="utf-8")
     out = tmp_path / "out.json"
     words = ["--cases", str(file), "--text", str(text), "--work", str(tmp_path / "work"), "--out", str(out)]
-    assert scaling.main([*words, "--profile", "0"]) == 0
+    assert main([*words, "--profile", "0"]) == 0
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert [row["devices"] for row in rows] == [1, 2, 4]
     first = list(rows[0]["losses"].values())
@@ -110,12 +110,12 @@ def test_mistakes_are_reported_before_the_first_run(
 
 
 def test_shipped_cases_can_be_loaded() -> None:
-    groups = validate(Cases, read_yaml(ROOT / "benchmarks" / "node.yaml")).groups
+    groups = validate(Cases, read_yaml(ROOT / "benchmarks" / "scaling" / "node.yaml")).groups
     cases = cases_of(groups, 8)
     assert len(cases) == sum(len(group.runs) for group in groups)
     assert max(case.devices for case in cases_of(groups, 4)) == 4
     for case in cases:
-        config = scaling.load_case(case, [], runs_dir=Path("runs"), data=Path("data"), profiled=2)
+        config = load_case(case, [], runs_dir=Path("runs"), data=Path("data"), profiled=2)
         assert isinstance(config, Config)
         per_step = config.train.micro_batch * case.devices
         assert config.train.global_batch % per_step == 0

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from cllm.config import Config
-from cllm.config.load import config_parser, load_settings, merge, parse_overrides, parse_yaml, read_yaml
+from cllm.config.load import config_parser, keys_help, load_settings, merge, parse_overrides, parse_yaml, read_yaml
 from cllm.errors import UserError
+from cllm.plan.presets import preset_names
 from cllm.uptrain.complete import load_config
 
 BASE = """
@@ -208,6 +209,13 @@ def test_misspelt_section_is_told_before_what_it_leaves_missing(write):
     assert refusal([path]) == f'{path}: modle: unknown key; did you mean "model"? (and 1 more)'
 
 
+def test_missing_key_names_the_file_if_there_is_one(write):
+    file = write("a.yaml", "name: a")
+    assert refusal([file]).startswith(f"{file}: model: is required and missing")
+    assert refusal([file], ["--model.n_layers", "4"]).startswith(f"{file}: model.d_model: is required and missing")
+    assert refusal([file, write("b.yaml", "name: b")]).startswith("model: is required and missing")
+
+
 def test_wrong_type_names_file_key_and_value(write):
     path = write("a.yaml", BASE + '  vocab_size: "2"')
     assert refusal([path]) == f"{path}: model.vocab_size: input should be a valid integer, got '2'"
@@ -329,6 +337,19 @@ def test_help_lists_every_setting(capsys):
     for key in ("--model.d_model", "--model.kv.preset", "--model.kv.factor", "--model.rope.scaling.type", "--optim.lr"):
         assert f"  {key}  (default: " in text
     assert "Peak learning rate." in text
+
+
+def test_help_names_the_presets_of_a_key_and_their_defaults():
+    text = keys_help(Config)
+    lines = text.splitlines()
+    assert '  --model.kv.preset  (default: "mha")' in lines, "mha is the plan of a config without model.kv"
+    (names,) = [line.partition("Allowed: ")[2] for line in lines if "Allowed: mha, " in line]
+    assert sorted(names.rstrip(".").split(", ")) == preset_names()
+    assert "  --model.kv.kv_norm  (default: false; true with cla, yoco)" in lines
+    factor = lines.index("  --model.kv.factor  (default: 1 with mla; 2 with cla)")
+    assert [line.split()[0] for line in lines[factor + 1 : factor + 4]] == ["mla:", "cla:", "--model.kv.keep_ends"]
+    own = lines.index("  --model.kv.layers.own.n_kv_heads  (default: null)")
+    assert lines[own + 1] == "      KV heads; null: as many as query heads.", "the key names its variant"
 
 
 def test_config_files_repeat_in_order_and_the_rest_is_left_over():

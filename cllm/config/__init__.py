@@ -1,15 +1,15 @@
-"""Everything a YAML file may say: types, defaults, ranges, rules between fields, and the meaning of each.
+"""The schema of a YAML file: types, defaults, ranges, rules between fields, and the meaning of each.
 
 The tree is `Config` = name, init, uptrain, model, attention, data, optim, train. A docstring under a field is its
-`--help`. Rules that need a second field are validators, so that a config that loads is a config that can be built.
-Nothing here reads the disk, except `load.py` the YAML files themselves; rules that need it (a tokenizer's size, a
-checkpoint) are checked where the disk is read.
+`--help`. Rules between fields are validators, so that a model can be built from every config that loads. Only `load.py`
+reads files, the YAML files. Rules that need other files (a tokenizer's size, a checkpoint) are checked where those are
+read.
 
 run.py         `Config`: one training run
 model.py       `ModelConfig`: the decoder
 training.py    attention kernel, data, optimizer, steps
 uptraining.py  `init:` and `uptrain:`: starting from another model's weights
-load.py        YAML files and a command line to one checked config, mistakes as one line
+load.py        reads YAML files and a command line into one checked config; reports a mistake in one line
 
 Imports the plan and the section base; never torch.
 """

@@ -1,17 +1,17 @@
-"""From a command line and YAML files to one validated config.
+"""Reads YAML files and a command line into one validated config.
 
-`--config A.yaml --config B.yaml --model.n_layers 12`: mappings merge key by key, later wins, and what the command line
-says wins over every file. A mapping that names `preset` or `layers` replaces the one it lands on instead of merging
-into it, so that `kv: {preset: mha}` over `kv: {preset: cla, factor: 3}` leaves no stray `factor`.
+`--config A.yaml --config B.yaml --model.n_layers 12`: mappings are merged key by key. Later files win, and the command
+line wins over all files. A mapping with `preset` or `layers` replaces an earlier one instead of being merged, so that
+`kv: {preset: mha}` over `kv: {preset: cla, factor: 3}` leaves no stray `factor`.
 
-Values are YAML, read by one parser for files and command line alike (`cllm/yaml_text.py`). Types are strict: `"2"` is
-not an integer. A mistake is a `UserError` that names the key, the file it came from, the value seen and what is
-allowed.
+Values are YAML in files and on the command line (`cllm/yaml_text.py`). Types are strict: `"2"` is not an integer. A
+mistake is a `UserError` that names the key, its file, the value and what is allowed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import types
 import typing
@@ -28,14 +28,16 @@ from cllm.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
 
 Schema = TypeVar("Schema", bound=BaseModel)
 Origin = dict[tuple[str, ...], str]
-"""The file, or the command line, that gave each key and section."""
+"""The file, or the command line, in which each key and section was given."""
 
 COMMAND_LINE = "command line"
 _SELECTORS = ("preset", "layers")
+_TaggedFields = list[tuple[str | None, FieldInfo]]
+"""The fields of one key, each with the tag of its variant in a tagged union, or None outside of one."""
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, mapping by mapping; neither is changed."""
+    """`base` updated with `over`, mapping by mapping. Neither is changed."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
@@ -57,7 +59,7 @@ def _paths(data: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """`--a.b 1 --c=x` as `{"a": {"b": 1}, "c": "x"}`."""
+    """Parse `--a.b 1 --c=x` into `{"a": {"b": 1}, "c": "x"}`. Raises `UserError`."""
     tree: dict[str, Any] = {}
     words = list(words)
     while words:
@@ -83,7 +85,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _sections(annotation: Any, tag: str | None = None) -> list[tuple[str | None, type[BaseModel]]]:
-    """The models inside an annotation such as `Foo`, `Foo | None` or a tagged union, each with its tag."""
+    """The sections in an annotation such as `Foo`, `Foo | None` or a tagged union, each with its tag."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [(tag, annotation)]
     if typing.get_origin(annotation) is typing.Annotated:
@@ -95,23 +97,18 @@ def _sections(annotation: Any, tag: str | None = None) -> list[tuple[str | None,
 
 
 def schema_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
-    """Every dotted key of a schema with its pydantic field, sections after their own keys."""
+    """Every dotted key of a schema and its pydantic field."""
     keys: dict[str, FieldInfo] = {}
-    for name, field in schema.model_fields.items():
-        sections = _sections(field.annotation)
-        if not sections:
-            keys.setdefault(prefix + name, field)
-        for _, section in sections:
-            for key, inner in schema_keys(section, f"{prefix}{name}.").items():
-                keys.setdefault(key, inner)
+    for key, fields in _fields(schema, prefix).items():
+        keys[key] = fields[0][1]
     return keys
 
 
 def _locate(schema: type[BaseModel], location: tuple[Any, ...]) -> tuple[tuple[str, ...], list[str]]:
-    """A pydantic location in the user's words, without union tags, and the keys allowed beside its last part."""
+    """A pydantic location as a path of keys, without union tags, and the keys allowed in place of its last part."""
     path: list[str] = []
     here: list[tuple[str | None, type[BaseModel]]] = [(None, schema)]
-    beside: list[str] = []
+    siblings: list[str] = []
     annotation: Any = None
     for part in location:
         if tagged := [section for section in here if section[0] is not None and section[0] == part]:
@@ -122,18 +119,18 @@ def _locate(schema: type[BaseModel], location: tuple[Any, ...]) -> tuple[tuple[s
         path.append(str(part))
         if isinstance(part, int):
             continue
-        beside = [name for _, model in here for name in model.model_fields]
+        siblings = [name for _, model in here for name in model.model_fields]
         fields = [model.model_fields[part] for _, model in here if part in model.model_fields]
         here = [section for field in fields for section in _sections(field.annotation)]
         annotation = fields[0].annotation if fields else None
-    return tuple(path), beside
+    return tuple(path), siblings
 
 
-def _unknown_key(location: tuple[str, ...], beside: list[str], schema: type[BaseModel]) -> str:
-    """`unknown key;` and the key that is meant: one beside it, or the same word in another section."""
+def _unknown_key(location: tuple[str, ...], siblings: list[str], schema: type[BaseModel]) -> str:
+    """`unknown key;` and the key that was probably meant: in the same section, or of the same name in another."""
     key, word = ".".join(location), location[-1]
     keys = schema_keys(schema)
-    if same_word(word, beside) is None and key not in keys:  # the key may be that of another preset
+    if same_word(word, siblings) is None and key not in keys:  # the key may be that of another preset
         path = [part for part in location if not part.isdigit()]
 
         def in_common(other: str) -> int:
@@ -141,18 +138,18 @@ def _unknown_key(location: tuple[str, ...], beside: list[str], schema: type[Base
 
         if elsewhere := same_word(word, sorted(keys, key=in_common, reverse=True)):
             return f'unknown key; did you mean "{elsewhere}"?'
-    return f"unknown key; {nearest(word, beside)}"
+    return f"unknown key; {nearest(word, siblings)}"
 
 
 def _origin(location: tuple[str, ...], origin: Origin) -> str:
-    """Where the key at `location` was given, or the section that it is in."""
+    """The file that gave the key at `location`, or its innermost section that any file gave."""
     return next((origin[location[:n]] for n in range(len(location), 0, -1) if location[:n] in origin), "")
 
 
 def _origins(section: tuple[str, ...], message: str, origin: Origin) -> tuple[str, str]:
-    """Where the keys of `section` that a message names were given: (the one place, or ""; else a list of them, or "").
+    """The origin of the keys of `section` that a message names, as (origin, ""), or ("", a list) if there are several.
 
-    A rule between fields has no key of its own, and its fields may come from several files.
+    A rule between fields belongs to no single key, and its fields may come from several files.
     """
     words = set(re.findall(r"[A-Za-z_]\w*", message))
     sections = {path[:n] for path in origin for n in range(len(path))}
@@ -166,13 +163,13 @@ def _origins(section: tuple[str, ...], message: str, origin: Origin) -> tuple[st
     return (places.pop() if places else _origin(section, origin)), ""
 
 
-def _describe(error: Any, schema: type[BaseModel], origin: Origin) -> str:
-    """One pydantic error as `file: key: what is wrong, what is allowed`."""
-    location, beside = _locate(schema, error["loc"])
+def _describe(error: Any, schema: type[BaseModel], origin: Origin, only_file: str) -> str:
+    """One pydantic error as `file: key: the mistake, what is allowed`."""
+    location, siblings = _locate(schema, error["loc"])
     where, key, after = _origin(location, origin), ".".join(location), ""
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        message = _unknown_key(location, beside, schema)
+        message = _unknown_key(location, siblings, schema)
     elif error["type"] == "union_tag_invalid":
         expected = [tag.strip("'") for tag in error["ctx"]["expected_tags"].split(", ")]
         key += ".preset"
@@ -180,6 +177,7 @@ def _describe(error: Any, schema: type[BaseModel], origin: Origin) -> str:
     elif error["type"] == "union_tag_not_found":
         message = f"is a mapping with preset or layers, got {_shown(error['input'])}"
     elif error["type"] == "missing":
+        where = only_file or where
         message = "is required and missing"
     elif "ctx" in error and "error" in error["ctx"]:
         where, places = _origins(location, message, origin)
@@ -194,16 +192,26 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def validate(schema: type[Schema], data: dict[str, Any], origin: Origin | None = None) -> Schema:
-    """`data` as an instance of `schema`, or a `UserError` for the first thing wrong (and how many more there are)."""
+def validate(
+    schema: type[Schema], data: dict[str, Any], origin: Origin | None = None, *, only_file: str = ""
+) -> Schema:
+    """`data` as an instance of `schema`.
+
+    Args:
+        origin: of the keys in `data`, for messages.
+        only_file: the file of all settings if there is only one: messages about missing keys name it.
+
+    Raises:
+        UserError: for the first mistake, with the number of further ones.
+    """
     try:
         return schema.model_validate(data)
     except ValidationError as error:
         errors = error.errors()
-        # An unknown key is usually a misspelt one, and explains the "missing" ones: tell it first.
+        # An unknown key is usually a misspelt one, and the reason why another is missing: report it first.
         errors.sort(key=lambda e: e["type"] != "extra_forbidden")
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise UserError(_describe(errors[0], schema, origin or {}) + more) from None
+        raise UserError(_describe(errors[0], schema, origin or {}, only_file) + more) from None
 
 
 def load_settings(
@@ -213,17 +221,17 @@ def load_settings(
     *,
     complete: Callable[[dict[str, Any]], tuple[dict[str, Any], Origin]] | None = None,
 ) -> Schema:
-    """The config that YAML `files` and command-line `overrides` spell together.
+    """Read, merge and validate YAML `files` and command-line `overrides`.
 
     Args:
-        schema: what the settings are checked against.
+        schema: the settings that are allowed.
         files: later ones win.
-        overrides: words such as `--train.steps 10`; they win over every file.
-        complete: fills in settings that follow from others, before the check: from the merged settings to the completed
-            ones, and a name, for messages, of the place that each added key comes from.
+        overrides: words such as `--train.steps 10`; they win over all files.
+        complete: fills in settings that follow from others, before validation. It takes the merged settings, and
+            returns the completed ones and the origin of each added key.
 
     Raises:
-        UserError: for the first mistake, with its key, the file, the value seen and what is allowed.
+        UserError: for the first mistake, with its key, its file, the value and what is allowed.
     """
     data: dict[str, Any] = {}
     origin: Origin = {}
@@ -231,34 +239,83 @@ def load_settings(
     for name, layer in layers:
         data = merge(data, layer)
         origin |= dict.fromkeys(_paths(layer), name)
-    still = set(_paths(data))  # a plan that was replaced has left its keys in `origin`
-    origin = {path: name for path, name in origin.items() if path in still}
+    present = set(_paths(data))  # without the keys of a plan that was replaced
+    origin = {path: name for path, name in origin.items() if path in present}
     if complete is not None:
         data, added = complete(data)
         origin = added | origin
-    return validate(schema, data, origin)
+    return validate(schema, data, origin, only_file=str(files[0]) if len(files) == 1 else "")
 
 
 def keys_help(schema: type[BaseModel]) -> str:
     """Every key with its default and its meaning, for `--help`."""
-    lines = []
-    for key, field in schema_keys(schema).items():
-        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        meaning = " ".join((field.description or "").split())
-        lines.append(f"  --{key}  (default: {default})\n      {meaning}")
+    keys = _fields(schema)
+    n_tags = len({tag for fields in keys.values() for tag, _ in fields if tag is not None})
+    lines = [_key_help(key, fields, n_tags) for key, fields in keys.items()]
     return "settings, the same in YAML and on the command line:\n" + "\n".join(lines)
 
 
+def _key_help(key: str, fields: _TaggedFields, n_tags: int) -> str:
+    """The help of one key. Where presets differ, each default and meaning follows the names of its presets."""
+    head, *_ = fields
+    if len(fields) > 1 and all(field.default == tag for tag, field in fields):  # the key that selects the preset
+        names = ", ".join(str(tag) for tag, _ in fields)
+        return f"  --{key}  (default: {_default(head[1])})\n      {_meaning(head[1])} Allowed: {names}."
+    groups: dict[tuple[str, str], list[str | None]] = {}
+    for tag, field in fields:
+        groups.setdefault((_default(field), _meaning(field)), []).append(tag)
+    defaults: dict[str, list[str]] = {}
+    meanings: list[str] = []
+    for (default, meaning), tags in sorted(groups.items(), key=lambda group: -len(group[1])):
+        is_general = 2 * len(tags) > n_tags or set(tags) <= {None, *key.split(".")}
+        names = "" if is_general else ", ".join(str(tag) for tag in tags)
+        defaults.setdefault(default, []).append(names)
+        meanings.append(f"{names}: {meaning}" if names else meaning)
+    if len(defaults) == 1:
+        shown = next(iter(defaults))
+    else:
+        shown = "; ".join(f"{d} with {', '.join(n)}" if all(n) else d for d, n in defaults.items())
+    return "\n      ".join([f"  --{key}  (default: {shown})", *meanings])
+
+
+def _default(field: FieldInfo) -> str:
+    """The default as YAML (null, not None)."""
+    return "required" if field.is_required() else json.dumps(field.get_default(call_default_factory=True), default=str)
+
+
+def _meaning(field: FieldInfo) -> str:
+    return " ".join((field.description or "").split())
+
+
+def _fields(schema: type[BaseModel], prefix: str = "", tag: str | None = None) -> dict[str, _TaggedFields]:
+    """Every dotted key of a schema with its fields, each with the tag of the variant that has it.
+
+    Several variants of a tagged union may have the same key; the default variant comes first.
+    """
+    keys: dict[str, _TaggedFields] = {}
+    for name, field in schema.model_fields.items():
+        sections = _sections(field.annotation)
+        if not sections:
+            keys.setdefault(prefix + name, []).append((tag, field))
+        if len(sections) > 1:
+            usual = type(field.get_default(call_default_factory=True))
+            sections.sort(key=lambda section: section[1] is not usual)
+        for inner_tag, section in sections:
+            for key, fields in _fields(section, f"{prefix}{name}.", inner_tag or tag).items():
+                keys.setdefault(key, []).extend(fields)
+    return keys
+
+
 class ConfigParser(Parser):
-    """A parser of options beside the settings of a schema."""
+    """A parser for options and the settings of a schema."""
 
     def __init__(self, schema: type[BaseModel], description: str):
         super().__init__(description=description, add_help=False)
         self.schema = schema
 
     def parse_settings(self, words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-        """The options, and the remaining words, which spell settings. Raises `UserError` for a misspelt option."""
-        return self.parse_beside(words, list(schema_keys(self.schema)))
+        """The options, and the remaining words, which are settings. Raises `UserError` for a misspelt option."""
+        return self.parse_with_settings(words, list(schema_keys(self.schema)))
 
 
 class _Help(argparse.Action):

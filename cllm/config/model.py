@@ -1,4 +1,4 @@
-"""The decoder, as YAML says it under `model:`."""
+"""Settings of the decoder: `model:`."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from cllm.section import MAX_HEADS, MAX_TOKENS, MAX_WIDTH, Section
 
 
 class RopeScaling(Section):
-    """Stretching RoPE to contexts longer than the model was trained on."""
+    """Scaling of RoPE to contexts longer than the model was trained on."""
 
     type: Literal["linear", "llama3", "yarn"]
-    """`linear` (position interpolation), `llama3` (Llama 3.1), `yarn` (arXiv 2309.00071)."""
+    """Method: `linear` (position interpolation), `llama3` (Llama 3.1) or `yarn` (arXiv 2309.00071)."""
     factor: float = Field(gt=0)
-    """How much longer the context becomes."""
+    """Ratio of the context after scaling to the one before."""
     original_max_seq_len: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    """Context before scaling, in tokens; required by llama3 and yarn."""
+    """Context before scaling, in tokens; required for llama3 and yarn."""
     low_freq_factor: float = Field(1.0, gt=0)
-    """llama3: wavelengths longer than original / this are stretched in full."""
+    """llama3: wavelengths longer than original_max_seq_len / this are multiplied by `factor`."""
     high_freq_factor: float = Field(4.0, gt=0)
-    """llama3: wavelengths shorter than original / this are left alone."""
+    """llama3: wavelengths shorter than original_max_seq_len / this are unchanged."""
     beta_fast: float = Field(32.0, gt=0)
-    """yarn: rotations within the original context above which a channel is left alone."""
+    """yarn: channels that rotate more often than this within the original context are unchanged."""
     beta_slow: float = Field(1.0, gt=0)
-    """yarn: rotations within the original context below which a channel is stretched in full."""
+    """yarn: wavelengths of channels that rotate less often than this within the original context are multiplied by
+    `factor`."""
     attention_factor: float | None = Field(None, gt=0)
-    """yarn: factor on cos and sin; null: 0.1 ln(factor) + 1."""
+    """yarn: multiplies cos and sin; null: 0.1 ln(factor) + 1."""
 
     @model_validator(mode="after")
     def _needs_original(self) -> Self:
@@ -45,40 +46,40 @@ class RopeScaling(Section):
 
 
 class Rope(Section):
-    """Rotary position embedding, rotate-half layout: channel j turns with channel j + d/2."""
+    """Rotary position embedding, rotate-half layout: channels j and j + d/2 form a pair."""
 
     theta: float = Field(10000.0, gt=0)
-    """Base of the wavelengths."""
+    """Base of the wavelengths: channel pair j has 2π theta^(2j / head_dim)."""
     scaling: RopeScaling | None = None
     """Scaling to a longer context; null: none."""
 
 
 class Init(Section):
-    """Initial weights: normal with mean 0."""
+    """Initial weights, drawn from normal distributions with mean 0."""
 
     std: float = Field(0.02, gt=0)
     """Standard deviation of embeddings and projections."""
     scale_residual: bool = True
-    """Divide the deviation of projections that write to the residual stream by sqrt(2 n_layers) (GPT-2)."""
+    """Divide the standard deviation of projections that write to the residual stream by sqrt(2 n_layers) (GPT-2)."""
 
 
 class ModelConfig(Section):
     """The decoder."""
 
     vocab_size: int | None = Field(None, ge=2, le=MAX_TOKENS)
-    """Rows of the embedding; null: the tokenizer's size, rounded up to a multiple of 64."""
+    """Vocabulary size, the rows of the embedding; null: the tokenizer's size, rounded up to a multiple of 64."""
     d_model: int = Field(ge=2, le=MAX_WIDTH)
     """Width of the residual stream."""
     n_layers: int = Field(ge=1, le=MAX_LAYERS)
-    """Decoder layers."""
+    """Number of decoder layers."""
     n_heads: int = Field(ge=1, le=MAX_HEADS)
-    """Query heads."""
+    """Number of query heads in a layer."""
     head_dim: int | None = Field(None, ge=2, le=MAX_WIDTH, multiple_of=2)
-    """Channels of a head; null: d_model / n_heads."""
+    """Channels of a query, key or value head; null: d_model / n_heads."""
     d_ff: int | None = Field(None, ge=1, le=MAX_WIDTH)
-    """Width of the SwiGLU hidden layer; null: 8/3 d_model, rounded up to a multiple of 64."""
+    """Width of the SwiGLU feed-forward layer; null: 8/3 d_model, rounded up to a multiple of 64."""
     max_seq_len: int = Field(2048, ge=1, le=MAX_TOKENS)
-    """Longest context in tokens."""
+    """Longest context, in tokens."""
     rope: Rope = Field(default_factory=Rope)
     """Rotary position embedding."""
     norm_eps: float = Field(1e-5, gt=0)
@@ -90,11 +91,12 @@ class ModelConfig(Section):
     kv_bias: bool = False
     """Bias on key and value projections (Qwen2)."""
     tie_embeddings: bool = False
-    """The output head is the embedding."""
+    """Use the embedding as the output head."""
     init: Init = Field(default_factory=Init)
     """Initial weights."""
     match_params: bool = False
-    """Widen d_ff until the model has as many parameters as its mha twin, within 0.5 %: sharing removes projections."""
+    """Widen d_ff until the model has as many parameters as it would have with mha, within 0.5 %. Without it, designs
+    that share have fewer, because layers without own K/V have no K/V projections."""
     kv: KVConfig = Field(default_factory=MHA)
     """The KV plan: a preset by name, or `layers`."""
 

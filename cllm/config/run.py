@@ -1,4 +1,4 @@
-"""One training run: `Config`, the root of everything a YAML file may say."""
+"""`Config`: all settings of one training run, the root of a YAML file."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ class Config(Section):
     name: str = Field("run", max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; its folder is runs_dir/name."""
     runs_dir: str = "runs"
-    """Where run folders go."""
+    """Folder in which run folders are created."""
     init: InitFrom = Field(default_factory=InitFrom)
     """Another model's weights to start from."""
     uptrain: Uptrain = Field(default_factory=Uptrain)
-    """How a model that starts from another learns from it."""
+    """Training of a model that starts from another one."""
     model: ModelConfig
-    """The decoder; with `init.from`, what is left out is that model's."""
+    """The decoder; with `init.from`, keys that are left out are taken from that model."""
     attention: AttentionConfig = Field(default_factory=AttentionConfig)
     """The attention kernel."""
     data: DataConfig = Field(default_factory=DataConfig)
-    """What to train on."""
+    """Training and validation data."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
-    """How to optimise."""
+    """The optimizer and its learning rate."""
     train: TrainConfig = Field(default_factory=TrainConfig)
-    """How long, how wide, how often."""
+    """Steps, batches, precision, devices and checkpoints."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -42,5 +42,5 @@ class Config(Section):
         return self
 
     def as_yaml_data(self) -> dict[str, Any]:
-        """Plain data that loads back to an equal config: what `config.yaml` of a run holds."""
+        """The content of a run's `config.yaml`: plain data that loads to an equal config."""
         return self.model_dump(mode="json")

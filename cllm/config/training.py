@@ -22,30 +22,32 @@ class AttentionConfig(Section):
     """The attention kernel."""
 
     backend: Literal["auto", BackendName] = "auto"
-    """`auto`: the fastest that supports the case, logged once with the reasons; or one by name."""
+    """auto: the fastest that supports the case, logged with the reasons. Or one of flash4, cudnn, flash3, flash2,
+    varlen, flex, sdpa (docs/attention.md)."""
 
 
 class DataConfig(Section):
     """Prepared tokens (see data/prepare.py)."""
 
     path: str | None = "data/prepared/stdlib"
-    """Folder to train on; null with `mix`."""
+    """Folder of prepared tokens to train on (data/prepare.py); null with `mix`."""
     mix: dict[str, Weight] = Field(default_factory=dict)
-    """In place of `path`, several folders of one tokenizer, folder: weight. A weight divided by the sum of all is the
+    """In place of `path`, several folders of one tokenizer as folder: weight. A weight divided by the sum of all is the
     folder's share of the training tokens."""
     validation: dict[str, str] = Field(default_factory=dict)
-    """Validation sets, name: folder, the first is the main one; empty: the validation split of `path`, or those of the
-    folders of `mix`, named after them."""
+    """Validation sets as name: folder; the first is the main one. Empty: the validation split of `path`, or those of
+    the folders of `mix`, named after them."""
     seq_len: int = Field(512, ge=2, le=MAX_TOKENS)
-    """Tokens of a training sequence."""
+    """Length of a training sequence, in tokens."""
     document_mask: bool = False
-    """Restrict attention to documents, and restart positions at each document."""
+    """Restrict attention to the query's document, and restart positions at each document."""
     num_workers: int = Field(2, ge=0, le=MAX_WORKERS)
-    """Loader processes; the batches do not depend on it."""
+    """Number of processes that load batches; the batches do not depend on it."""
     validation_sequences: int | None = Field(None, ge=1, le=MAX_COUNT)
-    """Sequences of each validation set during training; null: all. evaluate.py always reads all."""
+    """Number of sequences to score in each validation set during training; null: all. evaluate.py always scores all."""
     verify: Literal["sample", "full", "none"] = "sample"
-    """How much to check for damage at the start. sample: 64 MiB of each split; full: all; none: only file sizes."""
+    """How much of the data to check for damage before training. sample: 64 MiB of each split; full: all; none: only
+    file sizes."""
 
     @field_validator("validation")
     @classmethod
@@ -114,11 +116,12 @@ class OptimConfig(Section):
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate."""
     min_lr: float = Field(3e-5, ge=0)
-    """Learning rate at the end."""
+    """Learning rate at the end of the schedule."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """After warm-up: cosine, linear, warm-up-stable-decay, or constant."""
+    """Learning rate after warm-up. cosine and linear: decay to min_lr; wsd: constant, then linear decay to min_lr;
+    constant: no decay."""
     warmup_steps: int | None = Field(None, ge=0, le=MAX_COUNT)
-    """Steps of linear warm-up from 0; null: 100, or a tenth of a run of fewer than 1000 steps."""
+    """Steps of linear warm-up from 0; null: a tenth of all steps, at most 100."""
     decay_fraction: float = Field(0.2, gt=0, le=1)
     """wsd: fraction of all steps in which the rate falls linearly to min_lr."""
     betas: list[float] = Field(default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2)
@@ -128,9 +131,9 @@ class OptimConfig(Section):
     weight_decay: float = Field(0.1, ge=0)
     """Weight decay of matrices; norms, biases and fusion weights do not decay."""
     fusion_lr_multiplier: float = Field(1.0, gt=0)
-    """Learning rate of fusion weights relative to `lr`."""
+    """Learning rate of fusion weights, as a multiple of the learning rate of other weights."""
     grad_clip: float | None = Field(1.0, gt=0)
-    """Largest norm of the gradient; null: no clipping."""
+    """Norm to which larger gradients are scaled down; null: no clipping."""
 
     def warmup(self, steps: int) -> int:
         """Steps of warm-up in a run of `steps`."""
@@ -142,46 +145,52 @@ class OptimConfig(Section):
             raise ValueError(f"min_lr {self.min_lr} exceeds lr {self.lr}")
         if any(not 0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must lie in [0, 1)")
+        for key, value in self.options.items():
+            if isinstance(value, int) and abs(value) > MAX_COUNT:
+                raise ValueError(f"options.{key} is {value}; allowed: whole numbers up to {MAX_COUNT}")
         return self
 
 
 class TrainConfig(Section):
-    """The run."""
+    """Steps, batches, precision, devices and checkpoints of a run."""
 
     steps: int = Field(1000, ge=1, le=MAX_COUNT)
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     global_batch: int = Field(32, ge=1, le=MAX_COUNT)
-    """Sequences of one optimizer step, over all devices."""
+    """Sequences in one optimizer step, over all devices and micro-batches."""
     micro_batch: int = Field(8, ge=1, le=MAX_COUNT)
-    """Sequences that one device computes at once; gradients are accumulated over micro-batches."""
+    """Sequences that one device processes at once; gradients are accumulated over micro-batches."""
     seed: int = Field(0, ge=0, le=MAX_SEED)
     """Seed of the initial weights and of the data order."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: autocast with fp32 weights; auto: bf16 on a GPU, fp32 on a CPU."""
     fp8: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
-    """Matrix products of the blocks' linear layers in fp8 by torchao: one scale a tensor (fastest), one a row, or one a
-    row with weight gradients in bf16 (most exact). Needs a GPU of compute capability 8.9. null: no fp8."""
+    """Compute the matrix products of the blocks' linear layers in fp8, by torchao. tensorwise: one scale for each
+    tensor (fastest); rowwise: one for each row; rowwise_with_gw_hp: one for each row, and weight gradients in bf16
+    (most exact). Needs a GPU of compute capability 8.9 or higher. null: no fp8."""
     swiglu: Literal["auto", "torch", "quack"] = "auto"
     """Kernels of feed-forward layers. torch: matrix products and a separate activation. quack: quack-kernels fuse the
-    activation into the products, faster and with fewer activations stored; not with fp8, zero3 or fp32. auto: quack if
-    it is installed, on Hopper GPUs."""
+    activation into the products, which is faster and stores fewer activations; not with fp8, zero3 or fp32. auto: quack
+    on Hopper GPUs if it is installed, else torch."""
     fp32_residual: bool = False
-    """With bf16 under auto, single and ddp, keep the residual stream in fp32; costs a few percent of speed."""
+    """In bf16 training, keep the residual stream in fp32; costs a few percent of speed. Not with zero1, zero2,
+    zero3."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """auto: gpu if torch sees one."""
+    """auto: gpu if torch finds one, else cpu."""
     devices: int | Literal["auto"] = "auto"
-    """Devices of this machine to use; auto: all GPUs, or the one CPU."""
+    """Number of devices to use on each machine; auto: all GPUs, or the CPU."""
     num_nodes: int = Field(1, ge=1, le=MAX_COUNT)
-    """Machines with `devices` devices each; start one process a device with torchrun or srun (docs/distributed.md)."""
+    """Number of machines. For several, start one process for each device with torchrun or srun
+    (docs/distributed.md)."""
     strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"] = "auto"
-    """auto: single for one device, ddp for several; zero1, zero2, zero3: DeepSpeed shards optimizer states, and
-    gradients, and weights."""
+    """single: one device; ddp: data parallelism; zero1, zero2, zero3: DeepSpeed shards optimizer states (zero1), also
+    gradients (zero2), also weights (zero3). auto: single for one device, ddp for several."""
     offload_optimizer: bool = False
-    """zero1, zero2, zero3: keep master weights and optimizer states in the host's memory and step on its CPU."""
+    """With zero1, zero2, zero3: keep master weights and optimizer states in CPU memory, and update them on the CPU."""
     max_skipped_steps: int = Field(10, ge=0, le=MAX_COUNT)
-    """Steps without a finite gradient are skipped; more of them than this stop the run."""
+    """Steps without a finite gradient are skipped. The run stops after more than this many."""
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile each block; auto: on a GPU."""
+    """Compile each block with torch.compile; auto: on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward instead of storing its activations."""
     recompute_fusion: bool = False
@@ -191,7 +200,7 @@ class TrainConfig(Section):
     validate_every: int | None = Field(250, ge=1, le=MAX_COUNT)
     """Steps between validations, besides one at the start and one at the end; null: no validation."""
     checkpoint_every: int | None = Field(500, ge=1, le=MAX_COUNT)
-    """Steps between checkpoints, besides one at the end; null: none, except when the run is asked to stop early."""
+    """Steps between checkpoints, besides one at the end; null: no checkpoints, except when the run is stopped early."""
     keep_checkpoints: int = Field(2, ge=1, le=MAX_COUNT)
     """Number of newest checkpoints to keep."""
 

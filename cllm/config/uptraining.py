@@ -15,7 +15,7 @@ KeepPairs = Literal["high", "uniform"]
 if TYPE_CHECKING:
     _From = Section
 else:  # `from` is a keyword of Python and cannot be the name of a field in a class
-    _FROM = "A run folder, one of its checkpoints, or a Hugging Face folder to start from; null: draw the weights."
+    _FROM = "A run folder, one of its checkpoints, or a Hugging Face folder to start from; null: random weights."
     _From = create_model("_From", __base__=Section, **{"from": (str | None, Field(None, description=_FROM))})
 
 
@@ -23,21 +23,25 @@ class InitFrom(_From):
     """The source of the initial weights."""
 
     method: Method = "copy"
-    """K/V of a plan other than the teacher's: `copy`, `mean` and `aligned` projections; on a calibration text, `ridge`
-    regression of shared projections, or `fit` of fusion weights and of how layers read what they share; `svd` for
-    latents."""
+    """Initial K/V weights if the plan differs from that of the model in `from`, the teacher. copy: the projections of
+    the owner's layer; mean: the mean over all layers that read the owner; aligned: the mean after matching their KV
+    heads. On calibration text: ridge, regression of the shared projections; fit, least squares for fusion weights and
+    for the queries and outputs of layers that share; svd, for latents (docs/uptraining.md)."""
     align: Align = "map"
-    """With aligned, ridge and fit, how layers without own K/V are adapted to the K/V that they read: `none`; KV heads
-    matched (`heads`); channels rotated too (`turn`); with ridge and fit also scaled and mixed (`map`)."""
+    """With aligned, ridge and fit: how layers without own K/V are adapted to the K/V that they read. none: not at all;
+    heads: KV heads are matched; turn: channels are rotated too; map: with ridge and fit, channels are also scaled and
+    mixed."""
     calibration_sequences: int = Field(32, ge=0, le=MAX_COUNT)
-    """With ridge, fit and svd: training sequences of data.seq_len tokens. 0: svd by the weights alone."""
+    """With ridge, fit and svd: number of training sequences, of data.seq_len tokens each, to calibrate on. 0: svd uses
+    the weights alone."""
     sources: Literal["plan", "best"] = "plan"
-    """With fit, the layers that a fusing layer reads. `plan`: those of the plan; `best`: the same number, chosen on the
-    calibration text for the least squared error and written to the run's config.yaml."""
+    """With fit: the layers that a fusing layer reads. plan: those of the plan; best: as many, chosen on the calibration
+    text for the least squared error and written to the run's config.yaml."""
     ridge: float = Field(1e-4, ge=0)
-    """With ridge and fit: penalty on the distance from the start, relative to the mean square of the inputs."""
+    """With ridge and fit: penalty on the distance from the starting weights, relative to the mean square of the
+    inputs."""
     rope_pairs: KeepPairs = "high"
-    """With svd: the channel pairs that keep RoPE: those of highest frequency, or evenly spaced."""
+    """With svd: the channel pairs that keep RoPE. high: those of highest frequency; uniform: evenly spaced ones."""
 
     @property
     def path(self) -> str | None:
@@ -64,15 +68,15 @@ class Losses(Section):
     """The objective: a weighted sum of three losses, each a mean over scored tokens."""
 
     kl: float = Field(0.0, ge=0)
-    """Weight of KL(teacher || student) on logits at `temperature`, times its square."""
+    """Weight of temperature² KL(teacher || student), with logits divided by `temperature`."""
     temperature: float = Field(2.0, gt=0)
-    """Temperature of that divergence."""
+    """Temperature of the KL loss."""
     hidden: float = Field(0.0, ge=0)
     """Weight of the squared difference of hidden states from the teacher's, relative to their mean square."""
     hidden_layers: Literal["last", "all"] = "last"
-    """Hidden states to compare: only the input of the head, or the output of every layer too."""
+    """Hidden states to compare. last: the input of the output head; all: the output of every layer too."""
     next_token: float = Field(1.0, ge=0)
-    """Weight of next-token cross-entropy."""
+    """Weight of the next-token cross-entropy."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -85,25 +89,27 @@ class Lora(Section):
     """Low-rank updates (arXiv 2106.09685) of the blocks' linear layers: W + alpha / rank B A."""
 
     rank: int = Field(16, ge=1, le=MAX_WIDTH)
-    """Rank of the update."""
+    """Rank of the low-rank updates."""
     alpha: float = Field(32.0, gt=0)
-    """Scale of the update, times the rank."""
+    """The update is scaled by alpha / rank."""
 
 
 class Uptrain(Section):
-    """How a student is trained."""
+    """Training of the student, the model that starts from another."""
 
     loss: Losses = Field(default_factory=Losses)
     """The objective; a weight on kl or hidden keeps the teacher in memory."""
     trainable: Literal["all", "kv", "lora"] = "all"
-    """`all`; `kv`: query, key and value projections, their norms, and fusion weights; `lora`: low-rank updates of the
-    blocks' linear layers, and fusion weights."""
+    """Weights to train. all: all weights; kv: query, key and value projections, their norms, and fusion weights; lora:
+    low-rank updates of the blocks' linear layers, and fusion weights."""
     lora: Lora = Field(default_factory=Lora)
-    """With trainable lora."""
+    """Low-rank updates, with `trainable: lora`."""
     curriculum_steps: int = Field(0, ge=0, le=MAX_COUNT)
-    """Steps in which layers without own K/V move from the teacher's K/V to those that they read; 0: at once."""
+    """Steps in which layers without own K/V change gradually from the teacher's K/V to those that they read; 0: they
+    read them from the first step."""
     random_sources: float = Field(0.0, ge=0, lt=1)
-    """Probability in each step that a layer reads a lower layer's slot instead of its own; every layer must own."""
+    """Probability, in each step, that a layer reads the K/V of a lower layer instead of its own. Needs a plan in which
+    every layer owns K/V."""
 
     @property
     def needs_teacher(self) -> bool:

@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 INDEX_DTYPE = np.dtype("<i8")
-"""An index file is (documents, 2): for each document, where its tokens and its UTF-8 bytes end within the shard."""
+"""An index file is (documents, 2): for each document, the end of its tokens and of its UTF-8 bytes within the shard."""
 INDEX_ROW = 2 * INDEX_DTYPE.itemsize
 
 
@@ -56,7 +56,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Shard(Section):
-    """One token file and its document index; whole documents only, each ending in EOS."""
+    """One token file and its document index. No document is split between shards; each ends in EOS."""
 
     file: FileName
     index: FileName

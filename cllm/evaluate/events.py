@@ -18,7 +18,7 @@ def write_events(folder: Path, tag: str, png: bytes, text: str, *, suffix: str) 
     """Write one file of events into `folder`, its name ending in `suffix`: `tag` in the tabs Images and Text.
 
     Args:
-        folder: where the file goes.
+        folder: folder of the file.
         tag: name of the picture and of the text.
         png: an encoded picture with 8 bits for each of red, green, blue and alpha.
         text: Markdown.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,13 @@ def byte_label(n: float, _: object = None) -> str:
     return f"{n:.0f} B"
 
 
+def png(figure: Figure) -> bytes:
+    """A figure as an encoded picture."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
+
+
 def write_outputs(folder: Path, name: str, *, csv: str, markdown: str, figure: Figure) -> list[Path]:
     """Write `NAME.csv`, `.md` and `.png` into `folder`, and the Markdown and figure as TensorBoard events.
 
@@ -60,15 +67,14 @@ def write_outputs(folder: Path, name: str, *, csv: str, markdown: str, figure: F
         UserError: if the folder cannot be written.
     """
     files = [folder / f"{name}.{suffix}" for suffix in ("csv", "md", "png")]
+    picture = png(figure)
     try:
         mark_new(folder, RESULTS)
         write_atomic(files[0], csv)
         write_atomic(files[1], markdown)
-        partial = folder / f".{name}.partial-{os.getpid()}.png"
-        figure.savefig(partial)
-        partial.replace(files[2])
+        write_atomic(files[2], picture)
         remove_files(folder, RESULTS, f"events.out.tfevents.*.{name}")
-        write_events(folder, name, files[2].read_bytes(), markdown, suffix=f".{name}")
+        write_events(folder, name, picture, markdown, suffix=f".{name}")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error}") from None
     return files

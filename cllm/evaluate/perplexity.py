@@ -37,7 +37,7 @@ _BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # fed at once by default: enough to
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """How to cut a set into windows. None: take the value from the subject (its training length) or the device."""
+    """Windows over a set. None: take the value from the subject (its training length) or the device."""
 
     split: str = "validation"
     """Split of prepared folders."""

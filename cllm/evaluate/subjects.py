@@ -100,7 +100,7 @@ class Subject(ABC):
 
     @abstractmethod
     def logits(self, input_ids: Tensor, positions: Tensor | None, document_ids: Tensor | None, last: int) -> Tensor:
-        """Logits (B, last, vocabulary) at the last `last` positions of `input_ids` (B, T), on the model's device."""
+        """Logits (B, last, vocabulary) at the last `last` positions of `input_ids` (B, T), int64, on the device."""
 
     def engine(self) -> Engine:
         """The model with a cache, for post-hoc compression."""

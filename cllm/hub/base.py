@@ -135,6 +135,24 @@ class CLLMPreTrainedModel(PreTrainedModel):
 
     # ---- one forward pass --------------------------------------------------------------------------------------------
 
+    def _states_wanted(
+        self, states: bool | list[int] | None, attentions: bool | None, others: dict[str, Any]
+    ) -> bool | list[int] | None:
+        """`output_hidden_states`, by default as in the config.
+
+        Raises:
+            UserError: for `output_attentions`, and for unsupported arguments that are neither None nor False.
+        """
+        attentions = self.config.output_attentions if attentions is None else attentions
+        for name, value in {"output_attentions": attentions, **others}.items():
+            if value is not None and value is not False:
+                raise UserError(f"{name} is not supported by cllm models; leave it out")
+        return self.config.output_hidden_states if states is None else states
+
+    def _as_requested(self, output: Any, return_dict: bool | None) -> Any:
+        """`output`, or a tuple of its values if `return_dict`, by default as in the config, is false."""
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
     def _tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """A tensor (B, T), an element for each token. Raises `UserError` unless one input is given, in its shape."""
         if input_ids is not None and inputs_embeds is not None:
@@ -267,9 +285,7 @@ class CLLMModel(CLLMPreTrainedModel):
         Raises:
             UserError: for unsupported arguments, more tokens than the model's context, and as `read_inputs` does.
         """
-        attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        refuse({"output_attentions": attentions, **kwargs})
+        wanted = self._states_wanted(output_hidden_states, output_attentions, kwargs)
         tokens = self._tokens(input_ids, inputs_embeds)
         cache = self._cache(past_key_values, use_cache)
         asked = past_key_values is not None or bool(use_cache)
@@ -277,15 +293,7 @@ class CLLMModel(CLLMPreTrainedModel):
         self._check_context((0 if cache is None else cache.get_seq_length()) + tokens.shape[1], inputs.positions)
         hidden, states = self._hidden(input_ids, inputs_embeds, inputs, cache, wanted)
         output = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, hidden_states=states)
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
-
-
-def refuse(asked: dict[str, Any]) -> None:
-    """Raise `UserError` for the first of `asked` that is neither None nor False."""
-    for name, value in asked.items():
-        if value is not None and value is not False:
-            raise UserError(f"{name} is not supported by cllm models; leave it out")
+        return self._as_requested(output, return_dict)
 
 
 def _unless_cached(function: Callable[..., Any]) -> Callable[..., Any]:

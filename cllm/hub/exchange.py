@@ -81,7 +81,7 @@ def export_folder(
         force: replace `out`, which must have been made by this package.
 
     Returns:
-        What was written, and the family.
+        The content of the folder, and the family.
 
     Raises:
         UserError: if a layer reads another layer's keys and values, the family lacks another feature of the model, or

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from cllm.cache.cache import KVCache
 from cllm.errors import UserError
-from cllm.hub.base import CLLMModel, CLLMPreTrainedModel, refuse
+from cllm.hub.base import CLLMModel, CLLMPreTrainedModel
 from cllm.hub.config import CLLMConfig
 from cllm.hub.generation import CLLMGenerationMixin
 from cllm.kernels.cross_entropy import IGNORE
@@ -112,9 +112,7 @@ class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
             UserError: for unsupported arguments, more tokens than the model's context, and as `read_inputs` does.
         """
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
-        attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        refuse({"output_attentions": attentions, **kwargs})
+        wanted = self._states_wanted(output_hidden_states, output_attentions, kwargs)
         tokens = self._tokens(input_ids, inputs_embeds)
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
@@ -147,8 +145,7 @@ class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
         return_dict: bool | None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=states)
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
+        return self._as_requested(output, return_dict)
 
     def _exits_early(self, early_exit: bool | None, logits_to_keep: int | Tensor | None, *, other: str | None) -> bool:
         """Whether layers above the last owner compute the last token only; `other`: an argument that needs all tokens.

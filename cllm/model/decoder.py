@@ -8,7 +8,6 @@ from above, are computed several times, each time with the slots of the previous
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from cllm.kernels.fp8_casts import FP8_CASTS
 from cllm.kernels.sum_products import SUM_PRODUCTS
 from cllm.model.block import Block
 from cllm.model.context import CacheLayout, Context
+from cllm.model.initial import check_can_initialise, draw_weights
 from cllm.model.loss import Head
 from cllm.model.norm import RMSNorm
 from cllm.model.precision import product_dtype
@@ -39,33 +39,6 @@ Slots = dict[int, Slot]
 def recompute(function: Any, *inputs: Any) -> Any:
     """`function(*inputs)` with gradient checkpointing: activations are recomputed in the backward."""
     return checkpoint(function, *inputs, use_reentrant=False)
-
-
-def _check_can_initialise(name: str, module: nn.Module) -> None:
-    """Raises `TypeError` for a module with direct parameters that `Decoder.init_weights` cannot initialise."""
-    if isinstance(module, nn.Linear | nn.Embedding) or not dict(module.named_parameters(recurse=False)):
-        return
-    if not callable(getattr(module, "reset_parameters", None)):
-        raise TypeError(
-            f"{name} ({type(module).__name__}) has parameters but no reset_parameters(), which init_weights needs to "
-            "initialise them"
-        )
-
-
-def _reset(name: str, module: nn.Module) -> None:
-    """Call `reset_parameters` of a module with direct parameters, and check that it has initialised all of them."""
-    _check_can_initialise(name, module)
-    own = dict(module.named_parameters(recurse=False))
-    if not own:
-        return
-    with torch.no_grad():
-        for parameter in own.values():
-            parameter.fill_(torch.nan)
-    reset: Any = module.reset_parameters
-    reset()
-    for key, parameter in own.items():
-        if not parameter.is_meta and bool(parameter.isnan().any()):
-            raise TypeError(f"{name}.reset_parameters() ({type(module).__name__}) does not initialise {key}")
 
 
 class Decoder(nn.Module):
@@ -98,7 +71,7 @@ class Decoder(nn.Module):
         self.hand_slots(None)
         self._spans = dict(self.plan.cyclic_spans())
         for name, module in self.named_modules():
-            _check_can_initialise(name, module)
+            check_can_initialise(name, module)
 
     def hand_slots(self, table: Sequence[Sequence[int]] | None) -> None:
         """Hand layer i the slots of layers `table[i]`, all of which must return theirs (`Block.returns_slot`).
@@ -117,18 +90,7 @@ class Decoder(nn.Module):
         Raises:
             TypeError: for such a module without `reset_parameters`, or whose `reset_parameters` leaves one out.
         """
-        init = self.config.init
-        residual_std = init.std / math.sqrt(2 * self.config.n_layers) if init.scale_residual else init.std
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                writes_residual = name.endswith((".o_proj", ".mlp.down_proj"))
-                nn.init.normal_(module.weight, std=residual_std if writes_residual else init.std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=init.std)
-            else:
-                _reset(name, module)
+        draw_weights(self, self.config)
 
     def compile_decoding(self) -> None:
         """Compile the blocks for passes of one token over a static cache. Other passes stay uncompiled.
@@ -275,7 +237,7 @@ class Decoder(nn.Module):
             first, last = next(iter(self._spans.items()))
             raise UserError(
                 f"chunk of a prompt is {chunk}: layers {first} to {last} read from above and take {passes} passes over "
-                f"the entire prompt, and its parts would give another result; allowed: None, or prompts of up to "
+                "the entire prompt, so that its parts give another result; allowed: None, or prompts of up to "
                 f"{passes} tokens"
             )
 

@@ -35,7 +35,7 @@ class Source(ABC):
     key: ClassVar[str]
     """Its key in an entry of `model.kv.layers`."""
     Settings: ClassVar[type[Section]]
-    """What YAML may say under that key; its docstring becomes the key's help."""
+    """The settings under that key; its docstring is the key's help."""
     noun: ClassVar[str] = "slot of keys and values"
     """How messages call one."""
     is_plain: ClassVar[bool] = True
@@ -54,7 +54,7 @@ class Source(ABC):
         return cls(**settings.model_dump())
 
     def settings(self) -> dict[str, Any]:
-        """What YAML says under `key`; the inverse of `from_settings`."""
+        """The settings in YAML under `key`; the inverse of `from_settings`."""
         return asdict(self)  # type: ignore[call-overload]
 
     @property
@@ -230,7 +230,7 @@ class Read(ABC):
         return cls(tuple(layers), **options)  # type: ignore[call-arg]
 
     def settings(self) -> dict[str, Any]:
-        """What YAML says of it; the inverse of `from_settings`. Options at their defaults are left out."""
+        """The settings in YAML, without options at their defaults; the inverse of `from_settings`."""
         defaults = {f.name: f.default for f in fields(self)}  # type: ignore[arg-type]
         options = {name: getattr(self, name) for name in defaults if name != "layers"}
         return {self.key: list(self.layers)} | {k: v for k, v in options.items() if v != defaults[k]}

@@ -84,7 +84,7 @@ class Compressor(Section):
     summary: ClassVar[str] = ""
     """A line for the list of methods."""
     sweep: ClassVar[tuple[str, ...]] = ()
-    """Specs that scripts/sweep_posthoc.py measures by default; it fills in `{group}` and `{ratio}`."""
+    """Specs that experiments.sweep_posthoc measures by default; it fills in `{group}` and `{ratio}`."""
 
     keys_before_rope: ClassVar[bool] = False
     """Whether `encode` gets keys before RoPE."""

@@ -1,8 +1,8 @@
 """Runs on disk.
 
 folder.py      `RunFolder`: config, metrics, checkpoints; `load_run`: the trained model in it
-checkpoint.py  checkpoint files: written through to the disk, and verified before anything in them is used
-names.py       names of checkpoints and of what is in them
+checkpoint.py  checkpoint files: synced to the disk when written, and verified before they are used
+names.py       names of checkpoints and of their files
 
 Imports the config, the model and data. torch is imported only where weights are read.
 """

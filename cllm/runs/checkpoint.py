@@ -1,7 +1,7 @@
-"""Checkpoints on the disk: written through to it, and verified before anything in them is used.
+"""Checkpoints: synced to the disk when written, and verified before they are used.
 
-A checkpoint is a file of torch's, a zip archive with a CRC-32 for each record, or under ZeRO a folder, with the SHA-256
-of its files in `checksums.json`. torch checks neither when it loads.
+A checkpoint is a file of `torch.save`, a zip archive with a CRC-32 for each record. Under ZeRO it is a folder, with the
+SHA-256 of its files in `checksums.json`. torch checks neither when it loads.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ CHECKSUMS_FILE = "checksums.json"
 """In a checkpoint folder: {file: {"size": bytes, "sha256": hex}}."""
 _PREFIX = "model."
 _CHUNK = 1 << 22
-# What zipfile raises for archives whose records or directory are damaged.
+# Errors of zipfile for damaged records and directories.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, ValueError, EOFError, OverflowError)
 
 
 def save_file(state: Mapping[str, Any], file: Path) -> None:
-    """Write a checkpoint straight to `file`, tensor by tensor, and through to the disk.
+    """Write a checkpoint directly to `file`, tensor by tensor, and sync it to the disk.
 
     Raises:
-        OSError: where it cannot be written, as on a full disk; it names the file. Nothing is left of it then.
+        OSError: naming the file, if it cannot be written, such as on a full disk. A partial file is deleted.
     """
     try:
-        with naming(str(file)), file.open("wb") as stream:  # torch's own writer would hide why a write failed
+        with naming(str(file)), file.open("wb") as stream:  # torch's own writer hides why a write failed
             torch.save(state, stream)
         sync_file(file)
     except BaseException:
@@ -50,7 +50,7 @@ def save_file(state: Mapping[str, Any], file: Path) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write `checksums.json` over all files of a checkpoint folder."""
+    """Write `checksums.json` for all files of a checkpoint folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS_FILE)
     with ThreadPoolExecutor(_threads()) as pool:
         hashes = list(pool.map(_sha256, files))
@@ -62,12 +62,12 @@ def write_checksums(folder: Path) -> None:
 
 
 def verify(checkpoint: Path, files: Iterable[str] | None = None) -> None:
-    """Read a checkpoint and compare its checksums; of a folder only `files`, where they are given.
+    """Read a checkpoint and compare its checksums; `files` limits the check of a folder to these names.
 
-    A folder without `checksums.json`, from before there was one, is accepted.
+    A folder of an older version, without `checksums.json`, is accepted.
 
     Raises:
-        UserError: naming the file, and the record where it is known, that is missing, cut off or damaged.
+        UserError: naming the file that is missing, truncated or damaged, and if possible the record.
     """
     try:
         if checkpoint.is_dir():
@@ -98,7 +98,7 @@ def _verify_folder(folder: Path, files: Iterable[str] | None) -> None:
     if not sums_file.exists():
         return
     try:
-        sums = {name: (int(found["size"]), str(found["sha256"])) for name, found in _json(sums_file).items()}
+        sums = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in _json(sums_file).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{sums_file}: damaged: {error!r}") from None
     wanted = sorted(sums if files is None else sums.keys() & set(files))
@@ -114,10 +114,10 @@ def _verify_folder(folder: Path, files: Iterable[str] | None) -> None:
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The decoder's tensors in a training checkpoint, a file or ZeRO's folder, on the CPU, verified.
 
-    Nothing is unpickled but tensors and plain data; of a folder only the safetensors are read.
+    Only tensors and plain data are unpickled. In a folder only the safetensors file is read.
 
     Raises:
-        UserError: for what is missing, damaged or not a checkpoint.
+        UserError: for a checkpoint that is missing or damaged, and for other files.
     """
     verify(checkpoint, [WEIGHTS_FILE])
     if checkpoint.is_dir():
@@ -126,10 +126,10 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def check_resumable_file(checkpoint: Path) -> dict[str, Tensor]:
-    """The decoder's tensors of a checkpoint that training is to go on from, after all of it was verified.
+    """Verify all of a checkpoint before training resumes from it; returns the decoder's tensors.
 
     Raises:
-        UserError: as `read_weights`, and where what training needs is missing or is of another step than the name says.
+        UserError: as `read_weights` does, for a checkpoint without training state, and for a step unlike its name's.
     """
     verify(checkpoint)
     if checkpoint.is_dir():
@@ -144,7 +144,7 @@ def check_resumable_file(checkpoint: Path) -> dict[str, Tensor]:
 def _read_archive(file: Path) -> dict[str, Any]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # weights_only refuses whatever is pickled there with errors of many types
+    except Exception as error:  # weights_only refuses content with errors of many types
         raise UserError(f"{file}: not a readable checkpoint: {_first_line(error)}") from None
     weights = state.get("state_dict") if isinstance(state, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
@@ -170,10 +170,10 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def check_fits(weights: Mapping[str, Tensor], model: Mapping[str, Tensor], checkpoint: Path, config_file: Path) -> None:
-    """Refuse `weights` of other names or shapes than the state of the `model` that the config describes.
+    """Refuse `weights` with other names or shapes than the state dict of the config's `model`.
 
     Raises:
-        UserError: naming the first tensors that differ, and how many do.
+        UserError: naming the first tensors that differ, and their number.
     """
     if fault := misfit(weights, model):
         raise UserError(f"{checkpoint}: does not fit {config_file}: {fault}")

@@ -5,10 +5,10 @@ runs/NAME/
   config.yaml          the resolved config; reusable as --config
   env.txt              versions, git commit, hardware
   metrics.jsonl        one row a log step: step, tokens, time, and tag: value
-  companions/          of a run that starts from a checkpoint (init.from): its tokenizer, templates, generation config
-  summary.json         design, parameters, KV bytes: what the comparison needs of the config
+  companions/          if the run starts from a checkpoint (init.from): its tokenizer, templates, generation config
+  summary.json         design, parameters, KV bytes: the part of the config that comparisons need
   data.json            digests of the manifests of the training and validation data
-  evaluation/SET.json  what evaluate.py measured
+  evaluation/SET.json  results of evaluate.py
   tensorboard/         events with the same tags as metrics.jsonl
   checkpoints/         step-00000500.ckpt ...; a folder under ZeRO, with model.safetensors and checksums.json in it
 """
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 
     from cllm.model.decoder import Decoder
 
-# torch and the model are imported where weights are read: comparing runs needs neither.
+# torch and the model are imported only to read weights: comparing runs needs neither.
 
 log = logging.getLogger(__name__)
 
 RUN = "run"
-"""The kind that a run's folder is marked as, see `cllm/files.py`."""
+"""The mark of a run's folder, see `cllm/files.py`."""
 _ASIDE, _DELETED, _PARTIAL = ".ckpt.set-aside", ".ckpt.deleted", ".partial"
 
 
@@ -53,16 +53,16 @@ class DataDigests:
     """`Manifest.digest()` of the data that a run uses."""
 
     train: str
-    """Of the training folder; with `data.mix`, of the first."""
+    """Digest of the training folder; with `data.mix`, of the first."""
     validation: dict[str, str]
-    """Of each validation set's folder by the set's name, the main set first."""
+    """Digests of the folders of validation sets, by the name of the set, the main set first."""
     mix: dict[str, str] = field(default_factory=dict)
-    """Of each folder of `data.mix` by its path; empty for a run on one folder."""
+    """Digests of the folders of `data.mix`, by path; empty for a run on one folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Paths inside a run's folder, and reading what is there."""
+    """A run's folder: the paths in it, and access to its files."""
 
     path: Path
 
@@ -105,7 +105,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def check_links(self) -> None:
-        """Refuse a run whose folders are links to somewhere else: what is written or deleted in them is not the run's.
+        """Refuse a run whose folders are links that leave it, since files behind them are not the run's.
 
         Raises:
             UserError: naming the link.
@@ -118,7 +118,7 @@ class RunFolder:
         return sorted((step_of(path), path) for path in self.checkpoint_folder.glob("step-*.ckpt") if is_named(path))
 
     def newest_checkpoint(self) -> Path | None:
-        """The path of the newest checkpoint, or None where there is none."""
+        """The path of the newest checkpoint; None if there is no checkpoint."""
         return self.checkpoints()[-1][1] if self.checkpoints() else None
 
     step_of = staticmethod(step_of)
@@ -131,11 +131,11 @@ class RunFolder:
 
         Args:
             checkpoint: one of `checkpoints`.
-            model: of the run's config; only names and shapes of its tensors are used.
-            to_resume: verify also what evaluation does not read, such as optimizer states.
+            model: that of the run's config; only names and shapes of its tensors are used.
+            to_resume: also verify what only training reads, such as optimizer states.
 
         Raises:
-            UserError: for a checkpoint that is damaged, foreign, or of another model.
+            UserError: for a checkpoint that is damaged, or of another program or model.
         """
         from cllm.runs.checkpoint import check_fits, check_resumable_file, read_weights
 
@@ -149,10 +149,10 @@ class RunFolder:
         """The newest checkpoint that `read_checkpoint` accepts.
 
         Returns:
-            Its step, its path, its weights, and for each newer checkpoint the line that says what is wrong with it.
+            Its step, path and weights, and for each newer checkpoint the message of its fault.
 
         Raises:
-            UserError: where there is no checkpoint, or none of them is intact.
+            UserError: if there is no intact checkpoint.
         """
         damaged: list[str] = []
         for step, checkpoint in reversed(self.checkpoints()):
@@ -167,10 +167,10 @@ class RunFolder:
         raise UserError(f"{self.checkpoint_folder}: no checkpoint is intact: {damaged[0]}{more}")
 
     def set_aside_checkpoints(self, after: int) -> list[Path]:
-        """Rename the checkpoints of later steps than `after`.
+        """Rename the checkpoints of steps later than `after`; returns their new paths.
 
-        A run that goes on from step `after` drops later rows; later checkpoints must not be gone on from either. They
-        are deleted when the run saves their step again. Returns their new paths.
+        A run that resumes from step `after` drops later rows, and must not resume from later checkpoints either. They
+        are deleted when the run saves their step again.
         """
         aside = []
         for step, path in self.checkpoints():
@@ -181,24 +181,24 @@ class RunFolder:
         return aside
 
     def remove_unfinished_checkpoints(self) -> None:
-        """Delete what a process left that was killed while it saved or deleted a checkpoint."""
+        """Delete partial checkpoints, left by a process that was killed while it saved or deleted one."""
         for suffix in (_PARTIAL, _DELETED):
             for path in self.checkpoint_folder.glob(f"step-*{suffix}"):
                 _delete(path)
 
     def keep_checkpoints(self, newest: int, step: int) -> None:
-        """Delete all but the `newest` newest checkpoints, and those set aside up to `step`."""
+        """Delete all but the `newest` newest checkpoints, and those that were set aside up to `step`."""
         old = [path for _, path in self.checkpoints()[:-newest]]
         for path in self.checkpoint_folder.glob(f"*{_ASIDE}"):
             if step_of(path.with_suffix("")) <= step:
                 old.append(path)
         for path in old:
-            gone = path.with_name(path.name.split(".")[0] + _DELETED)  # a folder half deleted is no checkpoint
-            path.rename(gone)
-            _delete(gone)
+            renamed = path.with_name(path.name.split(".")[0] + _DELETED)  # a partly deleted folder is no checkpoint
+            path.rename(renamed)
+            _delete(renamed)
 
     def config(self) -> Config:
-        """The run's config. Raises `UserError` where the folder is no run."""
+        """The run's config. Raises `UserError` if the folder is not a run."""
         if not self.config_file.exists():
             raise UserError(f"{self.path}: not a run folder: it has no config.yaml")
         return load_settings(Config, [self.config_file])
@@ -207,14 +207,14 @@ class RunFolder:
         write_atomic(self.config_file, yaml.safe_dump(config.as_yaml_data(), sort_keys=False))
 
     def summary(self) -> dict[str, Any]:
-        """The content of `summary.json`. Raises `UserError` where it is no JSON object."""
+        """The content of `summary.json`. Raises `UserError` if that is not a JSON object."""
         return read_object(self.summary_file)
 
     def data_digests(self) -> DataDigests | None:
-        """Digests of the data that the run was trained and validated on; None for runs that did not record them.
+        """Digests of the data that the run was trained and validated on; None if they were not recorded.
 
         Raises:
-            UserError: when `data.json` cannot be read.
+            UserError: if `data.json` cannot be read.
         """
         try:
             record = json.loads(self.data_file.read_bytes())
@@ -230,15 +230,15 @@ class RunFolder:
         write_atomic(self.data_file, json.dumps(record, indent=2) + "\n")
 
     def metrics(self) -> Iterator[Row]:
-        """Rows of `metrics.jsonl`, read as a stream; a last line cut off by a crash is left out."""
+        """Rows of `metrics.jsonl`, read as a stream; a truncated last line, as after a crash, is skipped."""
         return read_rows(self.metrics_file)
 
     def last_step(self) -> int:
-        """The step of the last row; 0 for a run without rows."""
+        """The step of the last row of metrics; 0 for a run without rows."""
         return next((row["step"] for _, row in rows_backwards(self.metrics_file)), 0)
 
     def is_validated_at(self, step: int) -> bool:
-        """Whether there is a row with the validation loss after `step`."""
+        """Whether the validation loss after `step` was logged."""
         return any("val/loss" in row for row in rows_of_step(self.metrics_file, step))
 
 
@@ -250,12 +250,12 @@ def _delete(path: Path) -> None:
 
 
 def check_run_folder(folder: RunFolder) -> bool:
-    """Whether there is a run in `folder`; False where it is missing or empty, or a run was begun or deleted by halves.
+    """Whether `folder` holds a run; False if it is missing or empty, or its run was not fully written or deleted.
 
-    Folders from before runs were marked count as runs by their config and metrics.
+    Unmarked folders, from an older version, are runs if they have a run's config and metrics.
 
     Raises:
-        UserError: when the folder holds something else, or a run without its config.yaml.
+        UserError: if the folder holds something else, or a run without config.yaml.
     """
     path = folder.path
     if not os.path.lexists(path) or is_empty(path):
@@ -295,22 +295,21 @@ def load_run(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[D
 
     Args:
         path: a run folder (its newest intact checkpoint; damaged newer ones are logged) or one of its checkpoints.
-        device: where the weights go.
+        device: of the weights.
 
     Raises:
-        UserError: for a folder that is no run or has no intact checkpoint, and for a checkpoint that is damaged or does
-            not fit the run's config.
+        UserError: for a folder that is not a run or has no intact checkpoint, and for a checkpoint that is damaged or
+            does not fit the run's config.
     """
-
     from cllm.model.sizes import meta_decoder
 
     path = Path(path)
-    one = path.suffix == ".ckpt"
+    is_checkpoint = path.suffix == ".ckpt"
     folder = RunFolder.of(path)
-    step = folder.step_of(path) if one else 0
+    step = folder.step_of(path) if is_checkpoint else 0
     config = folder.config()
     model = meta_decoder(config.model, backend=config.attention.backend)
-    if one:
+    if is_checkpoint:
         weights = folder.read_checkpoint(path, model)
     else:
         step, checkpoint, weights, damaged = folder.newest_intact(model)

@@ -1,4 +1,4 @@
-"""Names of checkpoints and of what is in them."""
+"""Names of checkpoints and of their files."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from cllm.errors import UserError
 WEIGHTS_FILE = "model.safetensors"
 """In a checkpoint folder: all weights of the decoder in fp32."""
 TIED = "tied"
-"""Metadata of that file: JSON, the further names of tensors that have several, {name: name in the file}."""
+"""A metadata key of that file: JSON, the other names of tied tensors, {name: name in the file}."""
 _CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
 
 
 def is_named(path: Path) -> bool:
-    """Whether a path has the name of a checkpoint."""
+    """Whether the name of `path` is that of a checkpoint."""
     return _CHECKPOINT.fullmatch(path.name) is not None
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name. Raises `UserError` for another name."""
+    """The step in a checkpoint's name. Raises `UserError` for other names."""
     match = _CHECKPOINT.fullmatch(checkpoint.name)
     if match is None:
         raise UserError(f"{checkpoint}: not the name of a checkpoint, step-NNNNNNNN.ckpt")

@@ -1,4 +1,4 @@
-"""What a run measures: the callback that turns losses, norms and times into rows of metrics."""
+"""The callback that measures a run: losses, norms and times become rows of metrics."""
 
 from __future__ import annotations
 

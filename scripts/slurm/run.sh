@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What both job scripts do, inside a SLURM allocation: train, stop in good time, and go on in a next turn.
+# Used by both job scripts, inside a SLURM allocation: train, stop before the time limit, and resume in the next job.
 #   CLLM_PYTHON  the interpreter (default: .venv/bin/python in the project's root, or python)
-# Five minutes before the job's time is up SLURM sends USR1 here (--signal=B:USR1@300). train.py gets it too, saves
-# after the step under way (with several processes: at the next log step) and ends with status 3; the job is put back
-# into the queue and goes on from that checkpoint. This script ends with status 3 too, 0 for a run that is finished, and
-# another one for a run that failed.
+# Five minutes before the job's time limit SLURM sends USR1 to this script (--signal=B:USR1@300), which passes it on to
+# train.py. train.py saves after the current step (with several processes: at the next log step) and ends with status 3.
+# The job is requeued and resumes from that checkpoint. The status of this script is 3 as well, 0 for a finished run, and
+# another one for a failed run.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?run this through sbatch}"
 python=${CLLM_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
@@ -16,13 +16,13 @@ step=
 # shellcheck disable=SC2329  # the trap below calls it
 on_usr1() {
     time_is_up=1
-    # srun hands USR1 on to every process; at TERM it would kill them.
+    # srun passes USR1 on to every process; on TERM it would kill them.
     if [ -n "$step" ]; then kill -USR1 "$step" || true; fi
 }
 trap on_usr1 USR1
 
-# srun ends all tasks as soon as one has a status that is not 0. A task that was stopped leaves a file in place of its
-# status, so that the others may end by themselves.
+# srun ends all tasks as soon as one has a status that is not 0. A stopped task therefore writes a file instead of its
+# status, so that the others can end by themselves.
 stopped=$PWD/.slurm-${SLURM_JOB_ID:?}.stopped
 rm -f "$stopped"
 # shellcheck disable=SC2016  # each task expands it

@@ -10,6 +10,7 @@ import lightning
 import pytest
 import torch
 
+from cllm.config import Config
 from cllm.data.module import DataModule, check_documents
 from cllm.errors import DataError, UserError
 
@@ -28,6 +29,16 @@ def same(a, b) -> bool:
     return len(a) == len(b) and all(
         x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in zip(a, b, strict=True)
     )
+
+
+def test_of_a_config_it_is_the_same_as_built_by_hand(prepared):
+    data = {"path": str(prepared), "seq_len": 16, "document_mask": True, "num_workers": 0}
+    model = {"d_model": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 2**16}
+    train = {"micro_batch": 2, "global_batch": 4, "seed": 3}
+    config = Config.model_validate({"name": "a", "model": model, "data": data, "train": train})
+    by_hand = first_batches(make(prepared, seed=3), 6)
+    assert same(first_batches(DataModule.of(config), 6), by_hand)
+    assert not same(first_batches(DataModule.of(config, seed=4), 6), by_hand)
 
 
 @pytest.mark.parametrize("num_workers", [1, 4])

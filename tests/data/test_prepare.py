@@ -321,7 +321,7 @@ def test_a_signal_is_one_line_and_status_3_and_the_same_command_goes_on(
     monkeypatch.setattr(build, "_write_batch", interrupted)
     status, out = run(spec)
     assert status == EXIT_STOPPED
-    line = f"stopped by {signal.Signals(number).name}; the same command goes on from the last finished shard"
+    line = f"stopped by {signal.Signals(number).name}; the same command resumes after the last finished shard"
     assert capsys.readouterr().err.splitlines()[-1] == line
     assert not out.exists()
     assert run(spec)[0] == 0

@@ -1,4 +1,4 @@
-"""Everything in this folder needs a CUDA device, and is skipped with that reason where there is none."""
+"""All tests in this folder need a CUDA device, and are skipped without one."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -178,7 +178,7 @@ def test_fp32_backends_are_the_definition(gpu, name):
 
 @pytest.mark.parametrize("name", ["flash4", "flash3", "flash2", "varlen"])
 @pytest.mark.parametrize("limit", [6, 700])
-def test_places_for_documents_that_do_not_exist_change_nothing(gpu, name, limit):
+def test_empty_documents_change_nothing(gpu, name, limit):
     """Above 256 documents flash-attn-4 looks them up in another way."""
     shape = replace(Shape(documents=True), **WIDE)
     need(name, shape, gpu)
@@ -193,8 +193,8 @@ def test_places_for_documents_that_do_not_exist_change_nothing(gpu, name, limit)
     ("name", "documents"),
     [("flash4", False), ("flash4", True), ("cudnn", False), ("varlen", True), ("flex", True)],
 )
-def test_compiled_whole_and_once(gpu, name, documents):
-    """One graph with elementwise work around the kernel; other documents in the next batch do not compile anew."""
+def test_compiled_once_without_graph_breaks(gpu, name, documents):
+    """One graph with elementwise work around the kernel; other documents in the next batch do not recompile."""
     shape = Shape(documents=documents)
     need(name, shape, gpu)
     torch._dynamo.reset()
@@ -236,7 +236,7 @@ def test_under_autocast(gpu, name):
 
 
 @pytest.mark.parametrize("name", ["flash4", "varlen", "cudnn"])
-def test_nothing_waits_for_the_device(gpu, name):
+def test_no_device_sync(gpu, name):
     shape = Shape(documents=name != "cudnn")
     need(name, shape, gpu)
     inputs, mask = tensors(shape, gpu), mask_of(shape, gpu)
@@ -250,7 +250,7 @@ def test_nothing_waits_for_the_device(gpu, name):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_flash4_repeats_itself_bit_by_bit_if_asked(gpu):
+def test_flash4_is_deterministic_on_request(gpu):
     shape = Shape(g=2)
     need("flash4", shape, gpu)
     inputs = tensors(replace(shape, t=2000, s=2000), gpu)
@@ -266,7 +266,7 @@ def test_flash4_repeats_itself_bit_by_bit_if_asked(gpu):
 
 
 def test_auto_logs_its_choice(gpu, caplog):
-    """Whatever is installed, what is taken is right, and the log says why (`-s` shows it)."""
+    """With any packages installed, the chosen backend is correct, and the log gives the reasons (`-s` shows them)."""
     log_once.cache_clear()
     for shape in (Shape(), Shape(documents=True), Shape(d=192, e=128), Shape(exclude_self=True), Shape(t=1)):
         with caplog.at_level(logging.INFO, logger="cllm.kernels.choice"):

@@ -1,4 +1,4 @@
-"""Compression on a GPU, where groups are factored side by side on streams of their own."""
+"""Compression on a GPU, which factors groups in parallel on separate streams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""quack's cross-entropy over logits in place, and the loss made of it, against fp32."""
+"""quack's in-place cross-entropy, and the loss computed with it, against fp32."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_nats_and_gradient_are_those_of_fp32(gpu: torch.device, vocabulary: int,
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_loss_of_several_chunks(gpu: torch.device, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients as close to fp32 as those of whole logits in bf16."""
+    """Gradients as close to fp32 as those of all logits at once in bf16."""
     monkeypatch.setattr(loss, "_CHUNK_BYTES", 2 * 4096 * 104)
     draw = torch.Generator(gpu).manual_seed(0)
     hidden = torch.randn(1000, 256, device=gpu, generator=draw).bfloat16()

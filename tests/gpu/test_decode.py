@@ -86,12 +86,12 @@ def call(case: Case, device, dtype, float8: bool = False):
         return torch.randn(shape, device=device, generator=generator).to(dtype)
 
     column = case.column
-    held = column - (column - torch.arange(case.s, device=device)) % case.s  # the column of each entry
+    columns = column - (column - torch.arange(case.s, device=device)) % case.s  # the column of each entry
     oldest = max(0, column + 1 - min(case.window or case.s, case.s))
     first = torch.tensor(case.first or (0,) * B, device=device).clamp(min=oldest)[:, None]
     last = column - int(case.exclude_self)
-    seen = (held >= first) & (held <= last)  # B, S
-    edge = seen & ((held == first) | (held == last))
+    seen = (columns >= first) & (columns <= last)  # B, S
+    edge = seen & ((columns == first) | (columns == last))
 
     def stored(width: int, heavy: bool) -> Stored:
         x = randn(B, case.s, case.g, width)
@@ -175,7 +175,7 @@ def test_any_number_of_splits(gpu, splits, block_n):
 
 @pytest.mark.parametrize("case", [Case(s=300), Case(**LATENT, s=300), Case(s=300, window=37)], ids=str)
 def test_graph_replay_while_the_column_grows(gpu, case):
-    """One capture serves every length, past the turn of the ring, and what is stored between replays is seen."""
+    """One capture serves every length, also after the ring wraps, and reads what is stored between replays."""
     queries, keys, values, visible = call(case, gpu, torch.bfloat16)
     parts = [x.data for x in dict.fromkeys((*keys, *values))]
     for tensor in parts:
@@ -194,8 +194,8 @@ def test_graph_replay_while_the_column_grows(gpu, case):
         assert_close(found, decode_attention_reference(exact, keys, values, visible, scale=0.1), torch.bfloat16)
 
 
-def test_compiled_whole_and_once(gpu):
-    """One graph with work around the kernel; another column compiles nothing anew and waits for nothing."""
+def test_compiled_once_without_graph_breaks(gpu):
+    """One graph with work around the kernel; another column neither recompiles nor syncs."""
     torch._dynamo.reset()
     case = Case(**LATENT)
 
@@ -222,7 +222,7 @@ def test_compiled_whole_and_once(gpu):
 
 
 def test_caches_of_more_than_2_31_elements(gpu):
-    """The last 1000 columns of 4 GiB, the ring having turned, against a copy of them alone."""
+    """The last 1000 columns of 4 GiB in a ring that has wrapped, against a copy of only these columns."""
     groups, dim, window = 16, 128, 1000
     length = 2**31 // (groups * dim) + 500
     if torch.cuda.mem_get_info(gpu)[0] < 3 * 2**31:

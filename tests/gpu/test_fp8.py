@@ -1,4 +1,4 @@
-"""fp8 products on a GPU that has them: through compiled blocks, under autocast and ZeRO.
+"""fp8 products on a GPU that supports them: in compiled blocks, under autocast and ZeRO.
 
 python -m pytest tests/gpu/test_fp8.py -q
 """
@@ -134,7 +134,7 @@ def test_gradient_checkpointing_runs(base: Path, plain: list[float]) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed, which is not installed")
 @pytest.mark.parametrize("strategy", ["zero1", "zero2"])
 def test_zero_keeps_bf16_weights_and_multiplies_in_fp8(base: Path, plain: list[float], strategy: str) -> None:
-    """A process of its own: DeepSpeed keeps what it set up for as long as its process lives."""
+    """In another process, because DeepSpeed keeps its state until the process ends."""
     settings = ["--name", strategy, "--train.strategy", strategy, "--train.fp8", "tensorwise"]
     command = [sys.executable, "train.py", "--config", str(base), *settings]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -105,7 +105,7 @@ def test_generate_over_a_static_cache_replays_a_graph(
     assert model.generate(ids, num_beams=3, cache_implementation="static", **options).tolist() == beams.tolist()
 
 
-def test_a_graph_knows_what_it_was_recorded_for(gpu: torch.device) -> None:
+def test_a_graph_detects_other_tensors(gpu: torch.device) -> None:
     model = build(DESIGNS["yoco"], gpu)
     ids = torch.randint(512, (3, 70), device=gpu)
     cache = KVCache(model.config, max_len=80)
@@ -114,7 +114,7 @@ def test_a_graph_knows_what_it_was_recorded_for(gpu: torch.device) -> None:
         step = StepGraph(model, cache)
         with pytest.raises(UserError, match="holds 3 sequences and was handed 1"):
             step(ids[:1, 0])
-        with pytest.raises(UserError, match="cannot go back from 70 to 69"):  # recording wrote over the oldest token
+        with pytest.raises(UserError, match="cannot go back from 70 to 69"):  # the capture overwrote the oldest token
             cache.crop(69)
         step(ids[:, 0])
         assert step.is_valid
@@ -122,7 +122,7 @@ def test_a_graph_knows_what_it_was_recorded_for(gpu: torch.device) -> None:
         assert not step.is_valid
 
 
-def test_what_a_graph_cannot_record_is_refused(gpu: torch.device) -> None:
+def test_caches_that_a_graph_cannot_capture_are_refused(gpu: torch.device) -> None:
     model = build(DESIGNS["mha"], gpu)
     with pytest.raises(UserError, match="needs a static cache"):
         StepGraph(model, KVCache(model.config))

@@ -153,7 +153,7 @@ def test_every_token_counts_once(gpu, case, dtype):
     ids=str,
 )
 def test_the_kernel_chooses_the_chunks_that_torch_does(gpu, case):
-    """Of the same scores. A logarithm rounds differently, so that the last one or two may be another."""
+    """From the same scores. Logarithms round differently, so that the last one or two chunks may differ."""
     queries, *_, visible, selection = call(case, gpu, torch.bfloat16)
     assert selection is not None
     launch = split_lowrank._Call(queries, case.g, visible, case.d**-0.5)
@@ -201,7 +201,7 @@ def test_any_tiles(gpu, block_n, block_r, pack, num_warps):
     ],
     ids=str,
 )
-def test_programs_that_keep_b_score_as_fp32_does(gpu, case, dtype, add):
+def test_resident_programs_score_as_fp32_does(gpu, case, dtype, add):
     """Every score, on a table with a factor, as close as Triton's kernel is."""
     queries, (keys,), _, (cos, sin), visible, _ = call(case, gpu, dtype)
     table = (1.3 * cos, 1.3 * sin)
@@ -226,7 +226,7 @@ def test_programs_that_keep_b_score_as_fp32_does(gpu, case, dtype, add):
 
 @pytest.mark.parametrize("case", [Case(), Case(budget=512, first=(0, 2000))], ids=str)
 def test_graph_replay_while_the_tail_fills(gpu, case):
-    """One capture serves every column, and what is stored between replays is seen and chosen by."""
+    """One capture serves every column, and reads and chooses by what is stored between replays."""
     queries, keys, values, table, visible, selection = arguments = call(case, gpu, torch.bfloat16)
     scale = case.d**-0.5
 
@@ -253,7 +253,7 @@ def test_graph_replay_while_the_tail_fills(gpu, case):
 
 
 def test_factors_of_more_than_2_31_elements(gpu):
-    """The last rows of a batch of 5 GiB against the last sequence alone."""
+    """The last rows of a batch of 5 GiB against only the last sequence."""
     case_rank, tokens, dim = 576, 1_300_000, 128
     if torch.cuda.mem_get_info(gpu)[0] < 12 * 2**30:
         pytest.skip("needs 12 GiB of free memory")
@@ -277,7 +277,7 @@ def test_factors_of_more_than_2_31_elements(gpu):
 @pytest.mark.parametrize("spec", ["xkv:group=4,energy=1.0", "xkv:group=4,energy=1.0,select=64,outliers=2"])
 @pytest.mark.parametrize("preset", ["mha", "cla", "fusedkv_lite"])
 def test_replayed_steps_over_a_compressed_cache(gpu, preset, spec, compiled):
-    """A recorded step of a decoder gives the logits of the same cache, growing and read by plain torch."""
+    """A captured step of a decoder gives the logits of a growing copy of its cache that plain torch reads."""
     prompt, length = 100, 120
     options = {"vocab_size": 512, "d_model": 512, "n_layers": 8, "n_heads": 8, "d_ff": 1024, "max_seq_len": 512}
     torch.manual_seed(0)

@@ -31,7 +31,7 @@ def test_library_kernel_is_the_reference(gpu: torch.device, documents: bool, len
 
 
 @pytest.mark.parametrize("lengths", [[200, 56], [64, 1, 1, 190]])
-def test_library_kernel_goes_on_from_a_state(gpu: torch.device, lengths: list[int]) -> None:
+def test_library_kernel_continues_from_a_state(gpu: torch.device, lengths: list[int]) -> None:
     torch.manual_seed(0)
     heads, dim, length = 4, 64, sum(lengths)
     q, k, v = (torch.randn(2, length, heads, dim, device=gpu, dtype=torch.bfloat16) for _ in range(3))

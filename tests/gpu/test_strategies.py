@@ -1,4 +1,4 @@
-"""The same run on one device, under DDP and under ZeRO-1, 2 and 3, on one GPU and, where there are two, on two.
+"""The same run on one device, under DDP and under ZeRO-1, 2 and 3, on one GPU and, if available, on two.
 
     python -m pytest tests/gpu/test_strategies.py -q
 
@@ -125,7 +125,7 @@ def runs(prepare_texts: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
 
 
 def test_final_losses(runs: dict[str, Run], capsys: pytest.CaptureFixture[str]) -> None:
-    """The table; what must hold is in the tests below."""
+    """Print the table; the tests below check it."""
     head = f"{'run':28} {'train/loss':>10} {'val/loss':>10} {'norm':>8} {'peak GiB':>9} {'status':>7}"
     lines = [f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}", head]
     for name, run in runs.items():

@@ -23,7 +23,7 @@ from cllm.uptrain.complete import load_config
 
 @pytest.fixture(autouse=True)
 def kernels(gpu: torch.device) -> None:
-    """They are here."""
+    """Skip if the kernels cannot be used."""
     if reason := unavailable(gpu):
         pytest.skip(reason)
 

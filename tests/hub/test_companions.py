@@ -1,4 +1,4 @@
-"""What belongs to a checkpoint beside its weights: the same for import, plain, export and uptraining."""
+"""Companions of a checkpoint: import, plain, export and uptraining copy the same files."""
 
 import json
 import shutil

@@ -34,13 +34,13 @@ def folder(tiny_config, tmp_path) -> Path:
 
 
 def test_the_file_holds_the_section_and_transformers_names(folder) -> None:
-    held = json.loads((folder / "config.json").read_text())
-    assert held["model_type"] == "cllm"
-    assert held["model"]["kv"]["preset"] == "cla"
+    content = json.loads((folder / "config.json").read_text())
+    assert content["model_type"] == "cllm"
+    assert content["model"]["kv"]["preset"] == "cla"
     names = {"vocab_size": 32, "hidden_size": 24, "num_hidden_layers": 8, "num_attention_heads": 4, "head_dim": 8}
     names |= {"num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64, "eos_token_id": 3}
     names |= {"tie_word_embeddings": False, "use_cache": True}
-    assert {name: held[name] for name in names} == names
+    assert {name: content[name] for name in names} == names
 
 
 def test_a_saved_config_loads_back(folder, tiny_config) -> None:

@@ -54,17 +54,17 @@ def test_a_run_as_a_folder(convert, make_run, tmp_path, prepared, capsys) -> Non
         ),
         "weights.sha256.json",
     }
-    stored, held = load_file(out / "model.safetensors"), decoder.state_dict()
-    assert stored.keys() == {f"model.{name}" for name in held}
-    assert all(torch.equal(stored[f"model.{name}"], tensor) for name, tensor in held.items())
+    stored, expected = load_file(out / "model.safetensors"), decoder.state_dict()
+    assert stored.keys() == {f"model.{name}" for name in expected}
+    assert all(torch.equal(stored[f"model.{name}"], tensor) for name, tensor in expected.items())
     eos = Manifest.read(prepared).eos_id
     generation = json.loads((out / "generation_config.json").read_text())
     assert (generation["eos_token_id"], generation["pad_token_id"]) == (eos, eos)
-    written, told, how = capsys.readouterr().out.splitlines()
+    written, summary, how = capsys.readouterr().out.splitlines()
     assert written.startswith(f"written: {out}: config.json, ")
-    parameters = sum(tensor.numel() for tensor in held.values())
+    parameters = sum(tensor.numel() for tensor in expected.values())
     nbytes = (out / "model.safetensors").stat().st_size
-    assert told == f"step 20, {parameters:,} parameters in fp32, {nbytes:,} bytes of weights"
+    assert summary == f"step 20, {parameters:,} parameters in fp32, {nbytes:,} bytes of weights"
     assert how.endswith(f'AutoModelForCausalLM.from_pretrained("{out}")')
     assert [p.name for p in tmp_path.glob(".*")] == []
 
@@ -124,13 +124,13 @@ def test_another_checkpoint_in_bf16_in_several_files(convert, make_run, tmp_path
     assert convert("export", run.path, out, *options) == 0
     assert len(list(out.glob("model-*.safetensors"))) > 1
     assert not (out / "tokenizer.json").exists()
-    held = random_model(run.config().model, seed=10).state_dict()
+    expected = random_model(run.config().model, seed=10).state_dict()
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert loaded.dtype == torch.bfloat16
     for name, tensor in loaded.model.state_dict().items():
         fused = name.endswith(("keys.weight", "values.weight"))
-        assert torch.equal(tensor, held[name] if fused else held[name].bfloat16()), name
-    assert any(name.endswith("keys.weight") for name in held)
+        assert torch.equal(tensor, expected[name] if fused else expected[name].bfloat16()), name
+    assert any(name.endswith("keys.weight") for name in expected)
 
 
 def test_tied_embeddings_are_one_tensor(convert, make_run, tmp_path, capsys) -> None:
@@ -209,10 +209,10 @@ def test_two_exports_to_one_folder_do_not_replace_each_other(
 
     monkeypatch.setattr(export_module, "save", save_slowly)
     assert convert("export", run.path, out) == 0
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     assert statuses == [0, 2]
-    assert f"error: {out}: is in use by process {os.getpid()} on " in told.err
-    assert "step 20, " in told.out
+    assert f"error: {out}: is in use by process {os.getpid()} on " in output.err
+    assert "step 20, " in output.out
     weights = (out / "model.safetensors").read_bytes()
     monkeypatch.setattr(export_module, "check_out", lambda *_: None)  # it looked before the first one had ended
     assert f"{out}: exists" in _refused(capsys, convert("export", run.path, out, "--checkpoint", 10))

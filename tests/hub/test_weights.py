@@ -186,17 +186,17 @@ def test_a_missing_an_extra_and_a_misshapen_tensor_are_errors(hub_model, tmp_pat
 def test_a_plan_that_does_not_fit_the_weights_is_an_error(hub_model, tmp_path) -> None:
     """In one line: transformers' table of tensors is not printed."""
     hub_model({"preset": "cla"}).save_pretrained(tmp_path)
-    held = json.loads((tmp_path / "config.json").read_text())
-    held["model"]["kv"]["factor"] = 4
-    (tmp_path / "config.json").write_text(json.dumps(held))
-    told: list[str] = []
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["model"]["kv"]["factor"] = 4
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("transformers").addHandler(handler)
     with pytest.raises(UserError, match=r"not in the model: model\.blocks\.2\.attention\.owner\.k_proj\.weight and"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     logging.getLogger("transformers").removeHandler(handler)
-    assert not told
+    assert not messages
 
 
 def test_tied_weights_that_differ_are_an_error(hub_model, tmp_path) -> None:

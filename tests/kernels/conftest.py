@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def run_interpreted() -> Callable[[str], None]:
-    """`run_interpreted(__file__)`: that file as a program of its own, in which kernels run on the CPU."""
+    """`run_interpreted(__file__)`: run that file in another process, in which Triton kernels run on the CPU."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     version = importlib.metadata.version("triton")

@@ -1,7 +1,7 @@
 """Without a GPU: every Triton kernel compiles, as its launcher launches it, to machine code for real GPUs.
 
-A process of its own tells Triton of a device that is not there, and stops each launch after compiling. What the code
-computes, the interpreter's tests say; here it is that the compiler takes it, that it fits, and what registers spill.
+Another process gives Triton a device that does not exist, and stops each launch after compiling. These tests check that
+the compiler accepts the kernels, that they fit, and how many registers spill. The interpreter's tests check results.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ def test_kernels_compile_and_fit(capability: int) -> None:
         [sys.executable, __file__, str(capability)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
     names = {"split_dot", "merge", "rebuilt_scores", "plain_scores", "choose", "weigh", "finish"}
     if capability == 90:
         names.add("resident_scores")
-    assert {made["name"] for made in found} - {"split_elementwise"} == names
-    for made in found:
+    assert {made["name"] for made in kernels} - {"split_elementwise"} == names
+    for made in kernels:
         assert made["shared"] <= DEVICES[capability][1], made
         resident = 16 if made["name"] == "resident_scores" else 0  # in fp16, where scores are added to
         assert made["spilled"] <= (32 if made["coded"] else SPILLED[version][capability] + resident), made
 
 
 def spilled_bytes(ptx: str, capability: int) -> int:
-    """Of one kernel, as the assembler tells."""
+    """Bytes that one kernel spills for each thread, as the assembler reports."""
     import triton
 
     assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
-    told = subprocess.run(
+    done = subprocess.run(
         [assembler, "-v", f"-arch={arch}", "-o", os.devnull, "/dev/stdin"], input=ptx, capture_output=True, text=True
     )
-    assert told.returncode == 0, told.stderr
-    return max(int(n) for n in re.findall(r"(\d+) bytes spill stores", told.stderr))
+    assert done.returncode == 0, done.stderr
+    return max(int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stderr))
 
 
 def compile_everything(capability: int) -> None:
@@ -113,7 +113,7 @@ def drawn(*shape: int) -> torch.Tensor:
 
 
 def decode(*, fp8: bool) -> None:
-    """Shared, grouped, fused and latent slots, in bf16 and, where the device has numbers of it, in fp8."""
+    """Shared, grouped, fused and latent slots, in bf16 and, on devices that have it, in fp8."""
     from cllm.kernels import split_decode
 
     column = torch.tensor([900])

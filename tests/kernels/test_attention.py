@@ -19,7 +19,7 @@ def inputs(t: int, s: int, h: int, g: int, d: int, e: int):
 
 
 def naive(q, k, v, *, window, exclude_self, documents, scale=None):
-    """The definition: query t stands at key position S - T + t."""
+    """The definition: query t has key position S - T + t."""
     (batch, t_len, heads, d), (s_len, groups), e = q.shape, k.shape[1:3], v.shape[-1]
     scale = 1 / math.sqrt(d) if scale is None else scale
     out = torch.zeros(batch, t_len, heads, e, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Attention backends: those that run on a CPU, and the ways to the others, against the definition."""
+"""Attention backends against the definition: those that run on a CPU, and the calls of the others' kernels."""
 
 import itertools
 from types import ModuleType, SimpleNamespace
@@ -30,7 +30,7 @@ def inputs(t=8, s=8, h=4, g=2, d=16, e=16, dtype=torch.float64):
 
 
 def probabilities(q, k, mask, scale):
-    """(B, H, T, S), zeros in the rows of queries that see nothing; query t stands at key position S - T + t."""
+    """(B, H, T, S), zeros in the rows of queries that see nothing; query t has key position S - T + t."""
     (t_len, heads), (s_len, groups) = q.shape[1:3], k.shape[1:3]
     distance = torch.arange(s_len - t_len, s_len)[:, None] - torch.arange(s_len)
     seen = (distance >= int(mask.exclude_self)) & (distance < (mask.window or s_len))
@@ -84,7 +84,7 @@ def test_sdpa_is_the_definition(mask, shape):
 @pytest.mark.parametrize("shape", [{}, {"g": 4}, {"e": 8}, {"t": 3}], ids=str)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_is_the_definition(mask, shape):
-    """Forward alone: FlexAttention has no backward on a CPU."""
+    """Only the forward: FlexAttention has no backward on a CPU."""
     q, k, v = (x.detach() for x in inputs(**shape, dtype=torch.float32))
     out = BACKENDS["flex"].run(q, k, v, mask, 0.3)
     torch.testing.assert_close(out, naive(q, k, v, mask, 0.3), atol=1e-5, rtol=1e-5)
@@ -154,7 +154,7 @@ def test_boundaries_keep_their_shape_from_batch_to_batch():
     assert shapes == {((max_documents(4, 512) + 1,), 512)}
 
 
-def test_rows_are_documents_even_where_their_ids_agree():
+def test_rows_are_documents_even_if_their_ids_are_equal():
     assert document_boundaries(torch.zeros(3, 4, dtype=torch.long)).cu_seqlens[:4].tolist() == [0, 4, 8, 12]
 
 
@@ -267,7 +267,7 @@ def test_flash4_operators_and_their_gradients(mask, compiled):
 @pytest.mark.parametrize("mask", [mask for mask in MASKS if mask.window != 1], ids=name_of)
 @pytest.mark.parametrize("name", ["flash2", "flash3"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_flash2_and_flash3_are_called_as_they_want(monkeypatch, name, mask, compiled):
+def test_flash2_and_flash3_get_the_arguments_that_they_document(monkeypatch, name, mask, compiled):
     """Their public functions, by the definition: windows are (keys before, keys after), -1 for all."""
 
     def dense(q, k, v, *, softmax_scale, causal, window_size, deterministic):

@@ -1,4 +1,4 @@
-"""Cross-entropy whose gradient takes the place of the logits."""
+"""Cross-entropy whose gradient overwrites the logits."""
 
 import pytest
 import torch

@@ -1,9 +1,9 @@
-"""Attention of one new token over a ring of cached entries, against the definition over the whole history.
+"""Attention of one new token over a ring of cached entries, against the definition over the entire history.
 
-The definition never looks at the ring: it keeps every column that was ever stored, picks those that the new token sees
-and takes a softmax in fp64. Entries that were never written hold NaN, so that a kernel which lets one in is seen.
+The definition does not use the ring: it keeps every column that was ever stored, selects those that the new token sees
+and computes a softmax in fp64. Entries that were never written are NaN, so that a kernel which reads one fails.
 
-Run as a program, this file does the same with the Triton kernels, interpreted on the CPU.
+Run as a program, this file tests the Triton kernels, interpreted on the CPU.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ def quantized(x: torch.Tensor) -> Stored:
 
 
 def call(case: Case, dtype: torch.dtype):
-    """Arguments of `decode_attention`, and what it has to return by the definition."""
+    """Arguments of `decode_attention`, and its results by the definition."""
     generator = torch.Generator().manual_seed(0)
 
     def history(width: int) -> tuple[Stored, torch.Tensor]:
-        """The ring, and the numbers (B, columns, G, width) that were stored in it."""
+        """The ring, and all numbers (B, columns, G, width) that were stored in it."""
         every = torch.randn(B, case.column + 1, case.g, width, generator=generator).to(dtype)
         stored = quantized(every.float()) if case.float8 else Stored(every)
         ring = []
@@ -156,7 +156,7 @@ def test_autocast_changes_nothing():
     "case", [Case(first=(0, 5, 29)), Case(d=(32, 16), e=(32,), g=1, alias=True, float8=True)], ids=str
 )
 def test_one_graph_whatever_the_column(case):
-    """A compiled step calls it without a break, and another column compiles nothing anew."""
+    """A compiled step has no graph break, and another column does not recompile."""
     torch._dynamo.reset()
 
     def step(queries, keys, values, visible):
@@ -174,7 +174,7 @@ def test_one_graph_whatever_the_column(case):
 
 
 @pytest.mark.parametrize("case", [Case(first=(0, 5, 29)), Case(d=(32, 16), e=(32,), g=1, alias=True)], ids=str)
-def test_operator_is_registered_as_torch_wants(case):
+def test_operator_passes_torch_opcheck(case):
     queries, keys, values, visible = call(case, torch.float32)[0]
     parts = ([x.data for x in keys], [x.scale for x in keys], [x.data for x in values], [x.scale for x in values])
     rule = (visible.column, visible.first, visible.window, visible.exclude_self)
@@ -248,11 +248,11 @@ def test_tiles_fit_and_fill_the_device(groups, columns, width):
 
 
 def interpreted() -> None:
-    """Every case, with splits that are empty, whole and in part, in both forms of the kernel."""
+    """Every case, with empty, full and partial splits, in both forms of the kernel."""
     assert split_decode.triton_decode.INTERPRETED
     for case in CASES:
         if len(case.d) == 3:
-            continue  # more than two parts: shown by the two, with chunks
+            continue  # three parts add nothing to two parts with chunks
         for dtype in (torch.float32, torch.float16):
             if case.float8 and dtype == torch.float16:
                 continue  # takes its second product in bf16, which the interpreter multiplies as integers

@@ -96,7 +96,7 @@ def decomposed(function, *inputs):
         (lambda x: ((y := x.clamp(min=-448, max=448)).to(E4M3), y), 2),
     ],
 )
-def test_only_clamps_to_the_whole_range_before_a_cast_go(function, left):
+def test_only_clamps_to_the_full_range_before_a_cast_are_removed(function, left):
     counting, traced = Counting(), decomposed(function, torch.randn(4, 8))
     counting(traced.graph)
     assert counting.found == [(left, 0)]
@@ -107,7 +107,7 @@ def test_only_clamps_to_the_whole_range_before_a_cast_go(function, left):
         assert torch.equal(a.float(), b.float())
 
 
-def test_graphs_of_other_devices_stay():
+def test_graphs_of_other_devices_do_not_change():
     traced = decomposed(lambda x: cast(x, E4M3), torch.randn(4, 8))
     before = traced.code
     FP8_CASTS(traced.graph)

@@ -1,9 +1,9 @@
 """Attention of one new token over low-rank factors and an exact tail, against the definition.
 
-The definition multiplies the factors out, turns keys with a rotation written here, and takes a softmax in fp64 over
-what each head sees. Places of the tail that are not filled yet hold NaN, so that a kernel which lets one in is seen.
+The definition multiplies the factors out, rotates keys with the function below, and computes a softmax in fp64 over the
+tokens that each head sees. Free entries of the tail are NaN, so that a kernel which reads one fails.
 
-Run as a program, this file does the same with the Triton kernels, interpreted on the CPU.
+Run as a program, this file tests the Triton kernels, interpreted on the CPU.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Case:
     budget: int | None = None
     outliers: int = 2
     factor: float = 1.0
-    """On cosines and sines, as yarn has it."""
+    """Factor on cosines and sines, as YaRN has."""
 
     def __str__(self) -> str:
         default = Case()
@@ -81,7 +81,7 @@ CASES = [
 
 
 def rotated(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Keys (n, G, D) turned by positions (n,): channel j and j + D/2 are a complex number."""
+    """Keys (n, G, D) rotated by positions (n,): channel j and j + D/2 are a complex number."""
     half = x.shape[-1] // 2
     angles = positions.double()[:, None, None] * 10000.0 ** (-torch.arange(half).double() / half)
     turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
@@ -99,7 +99,7 @@ def table(case: Case, dtype: torch.dtype):
 
 
 def call(case: Case, dtype: torch.dtype):
-    """Arguments of `lowrank_decode`, and what it has to return by the definition."""
+    """Arguments of `lowrank_decode`, and its results by the definition."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -237,7 +237,7 @@ SELECTING = [Case(t=12, column=78, first=(0, 33)), Case(t=12, column=78, budget=
 
 @pytest.mark.parametrize("case", SELECTING, ids=str)
 def test_one_graph_whatever_the_column(case):
-    """A compiled step calls it without a break, and another column compiles nothing anew."""
+    """A compiled step has no graph break, and another column does not recompile."""
     torch._dynamo.reset()
     (queries, keys, values, tables, visible), selection, _ = call(case, torch.float32)
     for part in (*keys, *values):
@@ -306,7 +306,7 @@ def test_tiles_fit_a_multiprocessor(shared, gathered, size, dim, groups):
 @pytest.mark.parametrize(("dim", "heads", "rank"), [(128, 4, 384), (128, 1, 768), (64, 16, 1024), (128, 8, 40)])
 @pytest.mark.parametrize("groups", [1, 3, 8])
 @pytest.mark.parametrize("batch", [1, 3, 200])
-def test_programs_that_keep_b_fit_and_have_two_tiles_each(dim, heads, rank, groups, batch):
+def test_resident_programs_fit_and_have_two_tiles_each(dim, heads, rank, groups, batch):
     limits = Limits(processors=132, shared=227 * 1024)
     shape = {"dim": dim, "heads": heads, "rank": rank, "groups": groups, "batch": batch, "limits": limits}
     how = choose_resident(tokens=100_000, **shape)
@@ -324,14 +324,14 @@ def test_programs_that_keep_b_fit_and_have_two_tiles_each(dim, heads, rank, grou
     "changed",
     [{"dim": 96}, {"dim": 256}, {"rank": 383}, {"heads": 32}, {"rank": 1024}, {"limits": Limits(132, 99 * 1024)}],
 )
-def test_what_programs_cannot_keep(changed):
+def test_shapes_that_resident_programs_do_not_support(changed):
     shape = {"dim": 128, "heads": 4, "rank": 384, "groups": 8, "batch": 1, "limits": Limits(132, 227 * 1024)}
     assert choose_resident(tokens=65536, **shape) is not None
     assert choose_resident(tokens=65536, **(shape | changed)) is None
 
 
-def test_who_keeps_b(monkeypatch):
-    """Hopper, 16 bits, rows that TMA can address; everything else is left to Triton's compiler."""
+def test_tensors_that_resident_programs_support(monkeypatch):
+    """Hopper, 16 bits, rows that TMA can address; everything else uses Triton's kernel."""
     limits, a, b = Limits(), torch.zeros(1, 20_000, 96).bfloat16(), torch.zeros(1, 512, 96).bfloat16()
     q = torch.zeros(1, 8, 128).bfloat16()
     assert resident_tiles(q, a, b, 4, limits) is None, "the tensors are on the CPU"
@@ -350,7 +350,7 @@ def test_who_keeps_b(monkeypatch):
 
 
 def interpreted() -> None:
-    """Every case with the Triton kernels, with one KV head a program and with two. Memory that nobody wrote is NaN."""
+    """Every case with the Triton kernels, with one KV head a program and with two. Uninitialised memory is NaN."""
     assert split_lowrank.triton_decode.INTERPRETED
     empty = torch.empty
 

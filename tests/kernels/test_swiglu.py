@@ -40,7 +40,7 @@ def test_frozen_factors_get_no_gradient_and_the_others_theirs(frozen):
 
 
 def test_operators_keep_torchs_rules():
-    """Shapes for the compiler, aliases and gradients are as they are told."""
+    """Shapes for the compiler, aliases and gradients are as registered."""
     gate, up, down = (w.detach() for w in weights(8, 16, torch.float32))
     w_in = torch.stack((gate, up), 1).flatten(0, 1)
     x, total = torch.randn(4, 8), torch.randn(2, 2, 8)

@@ -1,4 +1,4 @@
-"""Documents packed into one row do not know of each other."""
+"""Documents packed into one row do not influence each other."""
 
 import pytest
 import torch

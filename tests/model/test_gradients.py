@@ -1,4 +1,4 @@
-"""Gradients survive: through checkpointing, through iteration, through autocast, to every parameter of every preset."""
+"""Gradients with checkpointing, iteration and autocast, for every parameter of every preset."""
 
 import weakref
 
@@ -23,7 +23,7 @@ def loss_and_gradients(model, seed: int = 0):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpointing_changes_no_gradient(name, preset_config, random_model):
-    """Slots that travel by side effect leave the loss right and drop the owners' gradients."""
+    """Slots passed by side effect would give the right loss but lose the owners' gradients."""
     model = random_model(preset_config(name, qk_norm=True))
     loss, gradients = loss_and_gradients(model)
     model.gradient_checkpointing = True
@@ -51,7 +51,7 @@ def fusing(preset_config, tiny_config, random_model):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", FUSING)
-def test_fused_keys_and_values_made_again_change_no_gradient_and_are_not_kept(name, autocast, fusing, monkeypatch):
+def test_recomputed_fusion_changes_no_gradient_and_is_not_saved(name, autocast, fusing, monkeypatch):
     model, kept = fusing(name), []
     plain = FusedRead.forward
 
@@ -78,7 +78,7 @@ def test_fused_keys_and_values_made_again_change_no_gradient_and_are_not_kept(na
         assert torch.equal(gradients_again[key], gradient), key
 
 
-def test_compiled_blocks_keep_less_where_fusion_is_made_again(fusing):
+def test_compiled_blocks_save_less_if_fusion_is_recomputed(fusing):
     model, found = fusing("fusedkv"), []
     ids = torch.randint(32, (2, 17), generator=torch.Generator().manual_seed(0))
     for model.recompute_fusion in (False, True):
@@ -126,7 +126,7 @@ def test_every_parameter_of_a_new_model_has_a_gradient(name, preset_config, refe
 
 @pytest.mark.parametrize("backward", [1, 2])
 def test_a_cyclic_plan_needs_two_passes_with_gradient(backward, tiny_config, random_model):
-    """With one, the layers that read from above pass nothing on to the target's keys (LCKV, section 2.3)."""
+    """With one, the target's keys get no gradient from the layers that read from above (LCKV, section 2.3)."""
     iterations = {"forward": 3, "backward": backward}
     model = random_model(tiny_config(kv={"preset": "lckv", "warmup": 2, "iterations": iterations}, n_layers=4))
     with torch.no_grad():
@@ -174,8 +174,8 @@ def test_gradient_of_a_shared_slot_agrees_with_finite_differences(name, preset_c
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_a_block_hands_on_its_slot_only_where_another_layer_reads_it(name, preset_config, random_model):
-    """A compiled block would fill gradients of zeros for it, and add them."""
+def test_a_block_returns_its_slot_only_if_another_layer_reads_it(name, preset_config, random_model):
+    """Otherwise a compiled block would compute zero gradients for it, and add them."""
     model = random_model(preset_config(name))
     handed = {}
 

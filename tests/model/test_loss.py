@@ -63,7 +63,7 @@ def test_under_autocast_the_loss_is_fp32_and_weights_get_fp32_gradients() -> Non
     torch.testing.assert_close(loss, next_token_loss(head(hidden), labels), rtol=2e-2, atol=2e-2)
 
 
-def test_no_more_than_one_chunk_of_logits_is_held() -> None:
+def test_at_most_one_chunk_of_logits_is_in_memory() -> None:
     head, hidden, labels = case()
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):

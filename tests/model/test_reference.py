@@ -1,4 +1,4 @@
-"""Every preset's logits and gradients against the slow decoder of tests/reference.py, which knows only the papers."""
+"""Every preset's logits and gradients against the slow decoder of tests/reference.py, written from the papers."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_logits_and_gradients_of_variants(name, reference, preset_config, random
 
 
 @pytest.mark.parametrize("name", ["mha", "fusedkv", "yoco", "yoco with retention", "mla", "trailing"])
-def test_layer_by_layer_and_token_by_token_are_one(name, reference, preset_config, random_model):
+def test_layer_by_layer_and_token_by_token_are_equal(name, reference, preset_config, random_model):
     """Decoding order changes nothing in a plan that reads from below."""
     model = random_model(preset_config(name))
     rows = reference.PRESETS[name][1] if name in reference.PRESETS else reference.VARIANTS[name][1]

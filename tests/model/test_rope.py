@@ -1,4 +1,4 @@
-"""Rotary embedding: the rotation, its layout, and what attention sees of positions. Scalings: see test_hf_parity.py."""
+"""Rotary embedding: the rotation, its layout, and how scores depend on positions. Scalings: see test_hf_parity.py."""
 
 import math
 
@@ -17,7 +17,7 @@ SCALINGS = {
 }
 
 
-def test_channel_j_turns_with_channel_j_plus_half():
+def test_channel_j_is_rotated_with_channel_j_plus_half():
     x = torch.randn(1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
     turned = apply_rope(x, rope_table(Rope(theta=100.0), 8, torch.tensor([[5]])))[0, 0, 0]
     for j in range(4):

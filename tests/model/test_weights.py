@@ -1,4 +1,4 @@
-"""A decoder's first weights."""
+"""The initial weights of a decoder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from cllm.plan.presets import preset_names
     ],
 )
 def test_all_weights_are_drawn_and_what_is_tied_stays_tied(name, more, preset_config, monkeypatch):
-    """What `init_weights` gives a decoder that torch has begun, whatever is in memory before."""
+    """`build_decoder` gives the weights of `init_weights` on a decoder that torch initialised, for any memory."""
     config = preset_config(name, **more)
     wanted = Decoder(config, d_ff=model_d_ff(config))
     torch.manual_seed(3)
@@ -47,7 +47,7 @@ def test_all_weights_are_drawn_and_what_is_tied_stays_tied(name, more, preset_co
 
 
 def fingerprint(model: torch.nn.Module) -> float:
-    """A sum in which every weight has another factor, to be compared without regard to the last bits."""
+    """A sum in which every weight has a different factor, to be compared up to rounding."""
     weights = torch.cat([tensor.detach().double().flatten() for tensor in model.state_dict().values()])
     return float((weights * torch.arange(len(weights)).double().cos()).sum())
 
@@ -68,8 +68,8 @@ TINY = {"vocab_size": 32, "d_model": 24, "n_layers": 8, "n_heads": 4, "head_dim"
         ({"preset": "cla"}, {}, 0.6508721174943752, 0.7011740414112315),
     ],
 )
-def test_a_seed_gives_the_weights_it_has_always_given(kv, more, drawn, pretrained):
-    """Two numbers, since transformers' class lets torch start its layers first, which draws numbers."""
+def test_a_seed_gives_the_same_weights_in_every_version(kv, more, drawn, pretrained):
+    """Two sums, because torch initialises the layers of transformers' class first, which draws numbers."""
     config = ModelConfig.model_validate({**TINY, **more, "kv": kv})
     torch.manual_seed(3)
     assert fingerprint(build_decoder(config)) == pytest.approx(drawn, abs=1e-5)
@@ -93,7 +93,7 @@ def test_a_decoder_on_the_meta_device_has_no_memory_and_draws_no_numbers(preset_
 
 
 class ScaledRead(FusedRead):
-    """A new way to read: a fused read times a learned scale in a module of its own."""
+    """A new kind of read: a fused read times a learned scale in a separate module."""
 
     def __init__(self, *arguments, scale: torch.nn.Module):
         super().__init__(*arguments)
@@ -137,7 +137,7 @@ def read_with(monkeypatch, preset_config):
     return build
 
 
-def test_a_new_kind_of_read_is_drawn_by_its_own_method(read_with):
+def test_a_new_kind_of_read_is_initialised_by_its_reset_parameters(read_with):
     model = build_decoder(read_with(DrawnScale))
     scales = [module.weight for module in model.modules() if isinstance(module, Scale)]
     assert len(scales) == 8
@@ -145,7 +145,7 @@ def test_a_new_kind_of_read_is_drawn_by_its_own_method(read_with):
     assert model(torch.arange(8)[None]).isfinite().all()
 
 
-def test_a_module_that_cannot_be_drawn_is_not_built(read_with):
+def test_a_module_without_reset_parameters_is_refused(read_with):
     config = read_with(Scale)
     message = r"blocks\.4\.attention\.keys\.scale \(Scale\) has parameters but no reset_parameters"
     for build in (build_decoder, meta_decoder, Decoder):
@@ -153,7 +153,7 @@ def test_a_module_that_cannot_be_drawn_is_not_built(read_with):
             build(config)
 
 
-def test_a_module_that_leaves_a_parameter_out_is_not_built(read_with):
+def test_a_module_that_leaves_a_parameter_out_is_refused(read_with):
     message = r"blocks\.4\.attention\.keys\.scale\.reset_parameters\(\) \(HalfDrawnScale\) does not initialise bias"
     with pytest.raises(TypeError, match=message):
         build_decoder(read_with(HalfDrawnScale))

@@ -14,6 +14,7 @@ from cllm.data.manifest import Manifest
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.slots import SlotTensors
 from cllm.runs import RunFolder
+from experiments import sweep_posthoc
 
 _path = Path(__file__).resolve().parents[1] / "evaluate" / "conftest.py"
 _spec = importlib.util.spec_from_file_location("cllm_tests_evaluate_fixtures", _path)
@@ -26,8 +27,8 @@ REPO = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def sweep():
-    """scripts/sweep_posthoc.py's `main`."""
-    return _script(REPO / "scripts" / "sweep_posthoc.py")
+    """`main` of experiments.sweep_posthoc."""
+    return lambda *words: sweep_posthoc.main([str(word) for word in words])
 
 
 @pytest.fixture(scope="session")

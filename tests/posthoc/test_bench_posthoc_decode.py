@@ -1,23 +1,22 @@
-"""`scripts/bench_posthoc_decode.py` at sizes for a CPU: everything is timed, bounded, printed and written."""
+"""`python -m benchmarks.posthoc_decode` at sizes for a CPU: everything is timed, bounded, printed and written."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.posthoc_decode import main
+
 SIZES = {
     "tokens": 128, "tail": 4, "heads": 4, "kv-heads": 2, "dim": 16, "d-ff": 32, "layers": 2, "group": 2, "groups": 1,
     "rank-k": 12, "rank-v": 20, "select": 32, "outliers": 2, "local": 1, "prompt": 96,
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def bench(load_file):
-    module = load_file(ROOT / "scripts" / "bench_posthoc_decode.py")
-    return lambda *words: module.main(["--device", "cpu", *map(str, words)])
+@pytest.fixture
+def bench():
+    return lambda *words: main(["--device", "cpu", *map(str, words)])
 
 
 def test_everything_is_timed_and_written(bench, tmp_path, capsys):

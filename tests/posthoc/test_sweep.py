@@ -1,4 +1,4 @@
-"""scripts/sweep_posthoc.py: one table and one figure of trained designs and their compressed caches."""
+"""`python -m experiments.sweep_posthoc`: one table and one figure of trained designs and their compressed caches."""
 
 from __future__ import annotations
 

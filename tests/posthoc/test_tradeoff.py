@@ -1,4 +1,4 @@
-"""`scripts/tradeoff.py`: designs trained and compressed, one table; goes on where it was stopped."""
+"""`python -m experiments.tradeoff`: designs trained and compressed, one table; it resumes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import yaml
@@ -17,17 +14,11 @@ import yaml
 from cllm.errors import EXIT_STOPPED
 from cllm.lock import locked
 from cllm.runs import RunFolder
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def script(load_file: Callable[[Path], ModuleType]) -> ModuleType:
-    return load_file(ROOT / "scripts" / "tradeoff.py")
+from experiments.tradeoff import is_finished, main
 
 
 @pytest.fixture
-def tradeoff(script, tmp_path, prepared, monkeypatch):
+def tradeoff(tmp_path, prepared, monkeypatch):
     """Runs it on a tiny model in `tmp_path / "out"` and gives its exit status."""
     settings = {
         "model": {"d_model": 32, "n_layers": 4, "n_heads": 2, "max_seq_len": 64},
@@ -37,7 +28,7 @@ def tradeoff(script, tmp_path, prepared, monkeypatch):
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(settings), encoding="utf-8")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return lambda *words: script.main(["--config", str(file), "--out", str(tmp_path / "out"), *map(str, words)])
+    return lambda *words: main(["--config", str(file), "--out", str(tmp_path / "out"), *map(str, words)])
 
 
 def test_trained_and_compressed_in_one_table(tradeoff, tmp_path, capfd):
@@ -58,6 +49,12 @@ def test_trained_and_compressed_in_one_table(tradeoff, tmp_path, capfd):
     assert "== gqa-n_kv_heads-1" in told, "resumed from step 2"
     assert "== mha" not in told
     assert checkpoint.exists()
+
+    folder = RunFolder(tmp_path / "out" / "mha")
+    assert is_finished(folder)
+    lines = folder.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    folder.metrics_file.write_text("".join(line for line in lines if "val/loss" not in line), encoding="utf-8")
+    assert not is_finished(folder), "its last validation is missing"
 
 
 def test_out_of_time_it_says_so_and_the_same_command_goes_on(tradeoff, capfd):

@@ -1,4 +1,4 @@
-"""`scripts/bench_train.py` on a CPU, where its times mean nothing, and what it and `bench_kernels.py` refuse."""
+"""`python -m benchmarks.train` on a CPU, where its times mean nothing, and what it and benchmarks.kernels refuse."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 import yaml
 
+from benchmarks.kernels import table as kernel_table
+from benchmarks.kernels.__main__ import main as kernels
+from benchmarks.train.__main__ import main
+from benchmarks.train.contender import Contender
 from cllm.kernels import attention, choice
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = {
     "model": {"vocab_size": 300, "d_model": 32, "n_layers": 4, "n_heads": 2, "max_seq_len": 32},
     "data": {"seq_len": 32},
@@ -25,23 +26,17 @@ TINY = {
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """With nothing logged yet, and the logger restored afterwards."""
-    for cached in (choice.log_once, attention._choose_cached):
-        cached.cache_clear()
+def bench(tmp_path: Path) -> Iterator[Callable[..., int]]:
+    """Runs the command on a tiny model: with nothing logged yet; the logger is restored."""
+    for remembered in (choice.log_once, attention._choose_cached):
+        remembered.cache_clear()
     logger = logging.getLogger("cllm")
     before = (logger.handlers, logger.propagate, logger.level)
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    yield import_module("bench_train")
-    logger.handlers, logger.propagate, logger.level = before
-
-
-@pytest.fixture
-def bench(script: ModuleType, tmp_path: Path) -> Callable[..., int]:
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(TINY), encoding="utf-8")
     short = ["--rounds", "2", "--steps", "2", "--warmup", "1", "--out", str(tmp_path / "out.json")]
-    return lambda *arguments: script.main(["--config", str(file), *short, *arguments])
+    yield lambda *arguments: main(["--config", str(file), *short, *arguments])
+    logger.handlers, logger.propagate, logger.level = before
 
 
 def test_designs_take_turns_and_the_numbers_say_what_was_run(
@@ -62,7 +57,7 @@ def test_designs_take_turns_and_the_numbers_say_what_was_run(
     assert "attention.backend auto chose" in capsys.readouterr().err, "told as it runs, too"
 
 
-def test_micro_batches_add_up_to_one_step_of_their_mean_gradient(script: ModuleType) -> None:
+def test_micro_batches_add_up_to_one_step_of_their_mean_gradient() -> None:
     """Plain descent, so that the weights show the gradient."""
     torch.manual_seed(0)
     model = torch.nn.Embedding(7, 7)
@@ -72,7 +67,7 @@ def test_micro_batches_add_up_to_one_step_of_their_mean_gradient(script: ModuleT
     def loss(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), labels.flatten())
 
-    contender = script.Contender("a", model, loss, torch.optim.SGD(model.parameters(), lr=0.1), 1.0)
+    contender = Contender("a", model, loss, torch.optim.SGD(model.parameters(), lr=0.1), 1.0)
     contender.step([(part, part) for part in ids])
     after = model.weight.detach().clone()
     with torch.no_grad():
@@ -96,8 +91,8 @@ def test_tokens_of_a_step_are_those_of_all_its_micro_batches(bench: Callable[...
     [
         (["--accumulate", "0"], "--accumulate is 0; allowed: 1 or more"),
         (["--swap"], "--swap moves contenders out of a GPU's memory"),
-        (["--train.precision", "fp32"], "train.precision is fp32, and bench_train.py times bf16"),
-        (["--train.strategy", "ddp"], "train.strategy is ddp, and bench_train.py times one device"),
+        (["--train.precision", "fp32"], "train.precision is fp32, and benchmarks.train times bf16"),
+        (["--train.strategy", "ddp"], "train.strategy is ddp, and benchmarks.train times one device"),
         (["--data.document_mask", "true"], "data.document_mask is true"),
         (["--peers", "--model.tie_embeddings", "true"], "model.tie_embeddings of the first design is True"),
         (["--peers", "--model.qk_norm", "true"], "model.qk_norm of the first design is True"),
@@ -116,20 +111,19 @@ def test_what_would_be_left_out_of_account_is_refused(
 @pytest.mark.parametrize("lacking", ["mha", "mha, documents", "cla"])
 def test_a_contender_that_does_not_fit_is_named_and_the_first_one_is_never_replaced(
     bench: Callable[..., int],
-    script: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     lacking: str,
 ) -> None:
-    step = script.Contender.step
+    step = Contender.step
 
     def full(self: object, batch: object) -> torch.Tensor:
         if self.name == lacking:  # type: ignore[attr-defined]
             raise torch.OutOfMemoryError
         return step(self, batch)
 
-    monkeypatch.setattr(script.Contender, "step", full)
+    monkeypatch.setattr(Contender, "step", full)
     status = bench("--designs", "mha", "cla", "--documents", "8")
     if lacking == "mha":
         assert status == 2
@@ -143,8 +137,6 @@ def test_a_contender_that_does_not_fit_is_named_and_the_first_one_is_never_repla
 def test_rows_of_kernels_are_written_as_they_come(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    script = import_module("bench_kernels")
     out, times = tmp_path / "out.json", iter([1.5, RuntimeError("no such kernel"), 2.5, KeyboardInterrupt()])
 
     def time_ms(run: object) -> float:
@@ -153,11 +145,12 @@ def test_rows_of_kernels_are_written_as_they_come(
             raise ms
         return ms
 
-    monkeypatch.setattr(script, "time_ms", time_ms)
-    monkeypatch.setattr(script, "clocks", lambda: "during")
-    table = script.Table({"matmul_flops": 1.0, "clocks": ["before"]}, out)
+    monkeypatch.setattr(kernel_table, "time_ms", time_ms)
+    monkeypatch.setattr(kernel_table, "clocks", lambda: "during")
+    table = kernel_table.Table({"matmul_flops": 1.0, "clocks": ["before"], "rows": []}, out)
+    table.write()
     assert json.loads(out.read_text(encoding="utf-8"))["rows"] == []
-    add = functools.partial(table.add, "mlp", "a case", bound=1.0)
+    add = functools.partial(table.time, "mlp", "a case", bound=1.0)
     x = torch.ones(2, requires_grad=True)
     for name in ("first", "failing", "second"):
         add(name, torch.square, x)
@@ -167,15 +160,11 @@ def test_rows_of_kernels_are_written_as_they_come(
     assert [(row["name"], row["ms"]) for row in found["rows"]] == [("first", 1.5), ("second", 2.5)]
     assert (found["matmul_flops"], found["clocks"]) == (1.0, ["before", "during"])
     assert "failed: no such kernel" in capsys.readouterr().out
-    script.Table({}, None).keep({"name": "not written"})
+    kernel_table.Table({}, None).add({"name": "not written"})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")
-def test_the_kernels_are_timed_on_a_gpu_only(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    script = import_module("bench_kernels")
-    assert script.main(["attention"]) == 2
+def test_the_kernels_are_timed_on_a_gpu_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kernels(["attention"]) == 2
     assert "times a GPU, and torch sees none" in capsys.readouterr().err
-    assert script.main(["nosuch"]) == 2
+    assert kernels(["nosuch"]) == 2

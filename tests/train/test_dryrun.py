@@ -27,7 +27,7 @@ RESULTS = sorted((ROOT / "docs" / "results").glob("*-train-*-h200.json"))
 
 
 def measured() -> list[tuple[str, dict[str, Any], float]]:
-    """(file and design, config, GiB) of what `bench_train.py` has measured in bf16 without accumulation."""
+    """(file and design, config, GiB) of what `benchmarks.train` has measured in bf16 without accumulation."""
     found = []
     for file in RESULTS:
         result = json.loads(file.read_text(encoding="utf-8"))

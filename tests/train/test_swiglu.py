@@ -26,7 +26,7 @@ SIZED = ("--model.vocab_size", "64", "--model.d_model", "32")
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators' CPU form passes for the kernels."""
-    monkeypatch.setattr(swiglu, "missing", lambda device: None)
+    monkeypatch.setattr(swiglu, "unavailable", lambda device: None)
 
 
 @pytest.mark.parametrize(

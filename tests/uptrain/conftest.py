@@ -34,28 +34,20 @@ prepared, tiny = _training.prepared, _training.tiny
 
 
 @pytest.fixture(scope="session")
-def make_teacher() -> Callable[..., TracedDecoder]:
-    """`make_teacher(config, seed=0)`: a decoder whose every weight matters, biases and gains included."""
+def make_teacher(random_model) -> Callable[..., TracedDecoder]:
+    """`make_teacher(config, seed=0)`: a decoder with the weights of `random_model`."""
 
     def build(config: ModelConfig, seed: int = 0) -> TracedDecoder:
-        model = build_traced(config).eval().requires_grad_(False)
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.3 * noise)
-            elif parameter.ndim == 2 and "embed" not in name:
-                parameter.copy_(noise / parameter.shape[1] ** 0.5)
-            else:
-                parameter.copy_(noise)
-        return model
+        model = build_traced(config)
+        model.load_state_dict(random_model(config, seed).state_dict())
+        return model.eval().requires_grad_(False)
 
     return build
 
 
 @pytest.fixture(scope="session")
 def new_student() -> Callable[..., TracedDecoder]:
-    """`new_student(teacher, {"preset": "cla"})`: of the teacher's shape, with another plan and weights drawn anew."""
+    """`new_student(teacher, {"preset": "cla"})`: of the teacher's shape, with another plan and new weights."""
 
     def build(teacher: TracedDecoder, kv: dict[str, Any], rope_pairs: str = "high", **options: Any) -> TracedDecoder:
         data = student_model(teacher.config, kv, rope_pairs=rope_pairs)

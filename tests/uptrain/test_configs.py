@@ -70,8 +70,8 @@ def test_a_file_fits_its_family_and_says_how_much_is_trained(file: Path, tmp_pat
         assert own.resident == pytest.approx(RESIDENT[plan] * theirs.resident)
     else:
         assert own.resident < theirs.resident / 4
-    told = re.search(r"AdamW on ([\d.]+) B weights", file.read_text(encoding="utf-8"))
-    assert told is not None
+    stated = re.search(r"AdamW on ([\d.]+) B weights", file.read_text(encoding="utf-8"))
+    assert stated is not None
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    assert trained / 1e9 == pytest.approx(float(told[1]), abs=0.05)
+    assert trained / 1e9 == pytest.approx(float(stated[1]), abs=0.05)
     assert config.uptrain.needs_teacher

@@ -1,4 +1,4 @@
-"""`scripts/uptrain_evidence.py` on a CPU with a tiny model: what it makes, how it goes on, what it refuses."""
+"""`python -m experiments.uptraining` on a CPU with a tiny model: its results, how it resumes, what it refuses."""
 
 from __future__ import annotations
 
@@ -6,30 +6,19 @@ import dataclasses
 import json
 import random
 import shutil
-import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from cllm.environment import environment
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from uptraining import base, report, setup, steptime, students  # noqa: E402
-from uptraining.setup import Student, agenda  # noqa: E402
+from experiments.uptraining import base, report, setup, steptime, students
+from experiments.uptraining.__main__ import main
+from experiments.uptraining.setup import Student, agenda
 
 WORDS = "the plan says where keys and values come from and every layer reads what an owner wrote"
-
-
-@pytest.fixture(scope="module")
-def script(load_file: Callable[[Path], ModuleType]) -> ModuleType:
-    return load_file(ROOT / "scripts" / "uptrain_evidence.py")
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +40,10 @@ def rows(out: Path, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def whole(script: ModuleType, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("evidence") / "out"
     only = "start-|steps-|fusedkv-fit-distilled-all|fusedkv-fit-plain|mha"
-    assert script.main(["all", *command(corpus, out, "--only", only, "--results", str(out / "copies"))]) == 0
+    assert main(["all", *command(corpus, out, "--only", only, "--results", str(out / "copies"))]) == 0
     return out
 
 
@@ -103,7 +92,7 @@ def test_each_way_of_a_step_has_its_own_loss_and_stands_beside_the_plain_one(
             return [1000.0]
         return times[name]
 
-    monkeypatch.setattr(steptime, "timed", timed)
+    monkeypatch.setattr(steptime, "time_training", timed)
     size, folders = dataclasses.replace(setup.TINY, tokens=51200), setup.Folders(whole)
     student = Student("fusedkv", "copy", "plain", "all", 5.0, 1e-3)
     found = steptime.measure_steps(folders, size, student, device=torch.device("cpu"), compiled=False, steps=2)
@@ -137,9 +126,9 @@ def test_a_run_starts_from_what_starts_measured_and_reads_its_share_of_tokens(wh
     assert fused["above_teacher_percent"] == pytest.approx(100 * (fused["loss"] / base["loss"] - 1), abs=1e-3)
 
 
-def test_a_second_command_makes_nothing_again(script: ModuleType, corpus: Path, whole: Path) -> None:
+def test_a_second_command_makes_nothing_again(corpus: Path, whole: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (whole / "results").iterdir()}
-    assert script.main(["all", *command(corpus, whole, "--only", "start-fusedkv|mha")]) == 0
+    assert main(["all", *command(corpus, whole, "--only", "start-fusedkv|mha")]) == 0
     assert {path: path.stat().st_mtime_ns for path in (whole / "results").iterdir()} == before
 
 
@@ -157,7 +146,7 @@ def test_what_answers_most_comes_first() -> None:
 
 
 def test_what_fails_is_written_down_and_stops_nothing_else(
-    script: ModuleType, corpus: Path, whole: Path, tmp_path: Path, monkeypatch
+    corpus: Path, whole: Path, tmp_path: Path, monkeypatch
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(whole, out)
@@ -170,26 +159,24 @@ def test_what_fails_is_written_down_and_stops_nothing_else(
     broken = {"fusedkv": {"preset": "fusedkv", "n_kv_heads": 3}}
     with monkeypatch.context() as patch:
         patch.setattr(students, "plans", lambda size: plans(size) | broken)
-        assert script.main([*arguments, "--lr", "1e-3"]) == 1
+        assert main([*arguments, "--lr", "1e-3"]) == 1
     failed = {row["name"]: row["error"] for row in rows(out, "failed")}
     assert failed.keys() == {"start-fusedkv-copy-seed0", "fusedkv-copy-distilled-all-5pct-lr0.001-seed0"}
     assert all("n_kv_heads" in error for error in failed.values())
     assert "- start-fusedkv-copy-seed0: " in (out / "table.md").read_text()
     for kind in ("start", "run"):
         assert [row["plan"] for row in rows(out, kind)] == ["fusedkv_lite"]
-    assert script.main([*arguments, "--lr", "1e-3"]) == 0, "tried again"
+    assert main([*arguments, "--lr", "1e-3"]) == 0, "tried again"
     assert not rows(out, "failed")
     assert len(rows(out, "run")) == 2
 
 
-def test_an_import_that_differs_leaves_its_row(
-    script: ModuleType, corpus: Path, whole: Path, tmp_path: Path, monkeypatch
-) -> None:
+def test_an_import_that_differs_leaves_its_row(corpus: Path, whole: Path, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     (out / "results" / "import.json").unlink()
     monkeypatch.setattr(base, "LOGITS_CLOSE", -1.0)
-    assert script.main(["import", *command(corpus, out)]) == 1
+    assert main(["import", *command(corpus, out)]) == 1
     (row,) = rows(out, "import")
     assert not row["equal"]
     assert "NOT the same model" in (out / "table.md").read_text()
@@ -254,20 +241,20 @@ def test_students_are_saved_when_time_is_up_and_gone_on_with(tmp_path: Path, mon
 
 
 def test_pretraining_goes_on_where_time_ran_out(
-    script: ModuleType, corpus: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    corpus: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["tokens", "base", *command(corpus, tmp_path / "out")]
-    assert script.main([*arguments, "--minutes", "0"]) == 3
+    assert main([*arguments, "--minutes", "0"]) == 3
     assert "base not finished" in capsys.readouterr().err
     assert not (tmp_path / "out" / "base").exists()
-    assert script.main(arguments) == 0
+    assert main(arguments) == 0
     assert rows(tmp_path / "out", "base")[0]["loss"] == rows(whole, "base")[0]["loss"]
 
 
-def test_a_folder_of_another_size_is_refused(script: ModuleType, corpus: Path, whole: Path, capsys) -> None:
-    assert script.main(["all", *command(corpus, whole), "--tokens", "60000"]) == 2
+def test_a_folder_of_another_size_is_refused(corpus: Path, whole: Path, capsys) -> None:
+    assert main(["all", *command(corpus, whole), "--tokens", "60000"]) == 2
     assert "made with tokens 51200, and this command says 60000" in capsys.readouterr().err
-    assert script.main(["all", *command(corpus, whole), "--base-seed", "1"]) == 2
+    assert main(["all", *command(corpus, whole), "--base-seed", "1"]) == 2
     assert "made with base_seed 0, and this command says 1" in capsys.readouterr().err
-    assert script.main(["starts", *command(corpus, whole.parent / "empty")]) == 2
+    assert main(["starts", *command(corpus, whole.parent / "empty")]) == 2
     assert "holds no base model yet" in capsys.readouterr().err

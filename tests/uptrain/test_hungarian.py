@@ -1,4 +1,4 @@
-"""The exact matching against trying all of them."""
+"""The Hungarian method against all matchings."""
 
 from __future__ import annotations
 

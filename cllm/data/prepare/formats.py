@@ -26,7 +26,7 @@ SUPPORTED = (
     f"supported: {' '.join(TEXT + LINES)} (plain or with {' '.join(COMPRESSIONS)}), "
     f"{' '.join(TABLES)}, and folders written by datasets.save_to_disk"
 )
-_TABLE_ROWS = 1024  # rows of a table held in memory at a time
+_TABLE_ROWS = 1024  # rows of a table in memory at a time
 _READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _BOM = b"\xef\xbb\xbf"
 _SURROGATE = re.compile("[\ud800-\udfff]")

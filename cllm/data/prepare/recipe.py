@@ -27,10 +27,10 @@ class Source(Section, frozen=True):
     """The source of the documents."""
 
     kind: Literal["stdlib", "files", "hub"] = "stdlib"
-    """`stdlib`: the Python standard library of the running interpreter. `files`: local files. `hub`: a Hugging Face
-    data set, streamed."""
+    """stdlib: the Python standard library of the running interpreter; files: local files; hub: a Hugging Face data set,
+    streamed."""
     paths: list[str] = Field(default_factory=list)
-    """files: files, folders and globs, read in this order, a folder's files by name."""
+    """files: files, folders and glob patterns. They are read in this order, the files of a folder by name."""
     dataset: str | None = None
     """hub: the data set's name, such as HuggingFaceFW/fineweb-edu."""
     config: str | None = None
@@ -38,9 +38,9 @@ class Source(Section, frozen=True):
     split: str = "train"
     """hub: the data set's split."""
     revision: str | None = None
-    """hub: a branch, tag or commit; a commit makes the recipe repeatable."""
+    """hub: a branch, tag or commit. With a commit, the recipe always gives the same data."""
     text_field: str = "text"
-    """The field of a JSON line, table or data set that holds the text."""
+    """The field of a JSON line, table or data set that contains the text."""
 
     @model_validator(mode="after")
     def _keys_fit_kind(self) -> Source:
@@ -58,9 +58,9 @@ class TrainTokenizer(Section, frozen=True):
     """A byte-level BPE trained on the start of the training documents."""
 
     vocab_size: Annotated[int, Field(ge=MIN_VOCAB)]
-    """Tokens in all: 256 bytes, <|endoftext|> and the merges."""
+    """Size of the vocabulary: 256 bytes, <|endoftext|> and the merges."""
     sample_bytes: Annotated[int, Field(gt=0)] = 100_000_000
-    """UTF-8 bytes of text to train on."""
+    """UTF-8 bytes of text to train the tokenizer on."""
 
 
 class TokenizerChoice(Section, frozen=True):
@@ -68,7 +68,7 @@ class TokenizerChoice(Section, frozen=True):
 
     train: TrainTokenizer | None = None
     load: str | None = None
-    """A Hugging Face tokenizer by name, or a folder that holds one, such as data/prepared/NAME/tokenizer."""
+    """Name of a Hugging Face tokenizer, or a folder with one, such as data/prepared/NAME/tokenizer."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenizerChoice:
@@ -78,12 +78,12 @@ class TokenizerChoice(Section, frozen=True):
 
 
 class Validation(Section, frozen=True):
-    """Which documents are held out as the validation split."""
+    """The documents of the validation split."""
 
     fraction: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of the documents, chosen by a hash of each document's text and the seed; 0 for none, 1 for all."""
+    """Share of the documents to hold out, from 0 to 1; chosen by a hash of each document's text and the seed."""
     paths: list[str] | None = None
-    """Separate files, read as `source.paths` are; then the entire source is for training."""
+    """Separate files for validation, read as `source.paths` are; the entire source is then for training."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Validation:
@@ -93,10 +93,10 @@ class Validation(Section, frozen=True):
 
 
 class Recipe(Section, frozen=True):
-    """How one corpus becomes one prepared folder."""
+    """The settings of the preparation of one corpus."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """The data set's name."""
+    """Name of the prepared data."""
     out: str | None = None
     """The prepared folder; null: data/prepared/NAME."""
     source: Source
@@ -107,14 +107,14 @@ class Recipe(Section, frozen=True):
     max_bytes: Annotated[int, Field(gt=0)] | None = None
     """Stop at the document that brings the source's text to this many UTF-8 bytes."""
     min_chars: Annotated[int, Field(ge=0)] = 0
-    """Leave out documents with fewer characters. Empty ones are always left out."""
+    """Leave out documents with fewer characters. Empty documents are always left out."""
     shard_tokens: Annotated[int, Field(gt=0)] = 100_000_000
-    """A shard is closed before the document that would take it past this many tokens."""
+    """Largest number of tokens in a shard. Documents are not split: a longer one is in a shard alone."""
     workers: Annotated[int, Field(gt=0)] | None = None
-    """Processes that tokenise; null: one for each CPU; 1: the main process, with the tokenizer's threads. The result
-    does not depend on it."""
+    """Processes that tokenise; null: one for each CPU; 1: only the main process, with the tokenizer's threads.
+    The result does not depend on it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Salts the hash that chooses validation documents."""
+    """Seed of the choice of validation documents."""
 
     @property
     def folder(self) -> Path:

@@ -16,7 +16,7 @@ from cllm.section import Section
 
 
 class Progress(Section):
-    """What of a split has been written: its finished shards, and the part of the open one that is synced to the disk.
+    """The part of a split that has been written: its finished shards, and what of the open one is synced to the disk.
 
     The counts are those of the open shard.
     """

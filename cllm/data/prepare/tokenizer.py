@@ -1,4 +1,4 @@
-"""The tokenizer of a prepared folder: trained or loaded, then saved beside the tokens."""
+"""The tokenizer of a prepared folder: trained or loaded, then saved with the tokens."""
 
 from __future__ import annotations
 

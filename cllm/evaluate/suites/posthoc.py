@@ -38,8 +38,8 @@ class Posthoc(Suite):
             action="append",
             default=[],
             metavar="SPEC",
-            help="compress the cache of a prefix and score what follows, e.g. xkv:group=4,ratio=4 or none; repeat it. "
-            "The first 4 tokens stay exact (in the spec: sinks=N)",
+            help="compress the cache of a prefix and score what follows, e.g. xkv:group=4,ratio=4 or none; "
+            "repeatable. --list-posthoc lists the methods. The first 4 tokens stay exact, unless SPEC sets sinks=N",
         ),
         Option(
             "--prefix",
@@ -53,8 +53,8 @@ class Posthoc(Suite):
             type=whole_number(0),
             default=0,
             metavar="N",
-            help="with --posthoc: also continue each prefix greedily by N tokens, and compare them with those after "
-            "the prefix kept exact (default: 0)",
+            help="with --posthoc: also generate N tokens greedily after each prefix, and compare them with those "
+            "generated from the uncompressed cache (default: 0)",
             unused="needs --posthoc, whose caches are compared",
         ),
     )
@@ -65,7 +65,7 @@ class Posthoc(Suite):
         Number(key="ratio_to_mha", head="mha/x", form="{:.2f}".format),
         Number(key="compression_share_of_prefill", head="time", form=lambda share: f"{100 * share:.0f} %"),
     )
-    compared = False  # scripts/sweep_posthoc.py compares them
+    compared = False  # experiments.sweep_posthoc compares them
 
     def is_asked_for(self, options: argparse.Namespace) -> bool:
         return bool(options.posthoc)

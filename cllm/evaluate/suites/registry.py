@@ -15,14 +15,14 @@ GROUP = "cllm.suites"
 """The entry point group of plug-ins: each names a subclass of `Suite`, or an instance."""
 DEFAULT = Perplexity.name
 _REQUIRED = ("name", "help", "numbers", "run")
-"""What a subclass of `Suite` has to define."""
+"""Members that a subclass of `Suite` must define."""
 
 
 def suites() -> dict[str, Suite]:
     """Every suite by name.
 
     Raises:
-        UserError: for a plug-in that cannot be loaded, is no suite, or has another suite's name.
+        UserError: for a plug-in that cannot be loaded, is not a suite, or has another suite's name.
     """
     known: dict[str, Suite] = {suite.name: suite for suite in (Perplexity(), Posthoc())}
     for name, plugin in plugins(GROUP).items():

@@ -63,10 +63,10 @@ class Number:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What a suite is to measure of a subject, and how."""
+    """One measurement of a subject: the set, and how to measure."""
 
     settings: Settings
-    """Window, stride, batch and limit; None where not given on the command line."""
+    """Window, stride, batch and limit; None if not given on the command line."""
     device: torch.device
     options: argparse.Namespace
     """The parsed command line, with the suite's own options."""

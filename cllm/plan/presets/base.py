@@ -21,7 +21,7 @@ class Preset(Section):
     n_kv_heads: int | None = Field(None, ge=1, le=MAX_HEADS)
     """KV heads of every owner; null: as many as query heads."""
     kv_norm: bool = False
-    """Owners normalise the input of their K and V projections with an RMSNorm of their own."""
+    """Owners apply a separate RMSNorm to the input of their K and V projections."""
 
     def expand(self, shape: Shape) -> KVPlan:
         """The plan for a model of this shape. Raises `PlanError` when the two do not fit."""

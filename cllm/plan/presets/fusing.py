@@ -17,9 +17,9 @@ class _Storage(Preset):
     """Lower layers store; the layers above them read `sources`."""
 
     n_storage: int | None = Field(None, ge=1, le=MAX_LAYERS)
-    """Storage layers, from the bottom; null: half of the layers."""
+    """Number of layers at the bottom that own K/V; null: half of all layers."""
     sources: list[int] | None = Field(None, min_length=1)
-    """Layers whose slots the upper layers read; null: the first and the last storage layer."""
+    """Layers whose K/V the other layers read; null: the first and the last layer that owns K/V."""
 
     def read(self, sources: Sequence[int]) -> tuple[Read, Read]:
         """(keys, values) of an upper layer."""
@@ -35,11 +35,11 @@ class _Storage(Preset):
 
 class _Fusing(_Storage):
     granularity: Granularity = "channel"
-    """`channel`: a weight for every channel (keys: for every rotated pair); `scalar`: one for the whole head."""
+    """`channel`: a weight for every channel (keys: for every rotated pair); `scalar`: one for the entire head."""
     per_head: bool = False
     """Separate weights for every KV head, instead of one set for all."""
     init: FusionInit = "lite"
-    """Starting point: `lite` (all keys from the last source, all values from the first), `mean`, `randn`."""
+    """Initial fusion weights: `lite` (all keys from the last source, all values from the first), `mean`, `randn`."""
 
     def fuse(self, *layers: int) -> Fuse:
         return Fuse(layers, granularity=self.granularity, per_head=self.per_head, init=self.init)

@@ -22,7 +22,7 @@ class MLA(Preset):
     n_kv_heads: None = None
     """Not used: a latent has no heads."""
     kv_norm: Literal[False] = False
-    """Not used: the latent has a norm of its own."""
+    """Not used: the latent is normalised."""
     kv_lora_rank: int | None = Field(None, ge=1, le=MAX_WIDTH)
     """Width of the cached latent; null: 4 head_dim (DeepSeek-V2: 512 at head_dim 128)."""
     q_lora_rank: int | None = Field(None, ge=1, le=MAX_WIDTH)
@@ -34,7 +34,7 @@ class MLA(Preset):
     v_head_dim: int | None = Field(None, ge=1, le=MAX_WIDTH)
     """Channels of a value head; null: head_dim."""
     factor: int = Field(1, ge=1, le=MAX_LAYERS)
-    """Layers that read one latent; 1: every layer owns its own."""
+    """Number of layers that read one latent; 1: every layer caches a latent."""
 
     def expand(self, shape: Shape) -> KVPlan:
         d = shape.head_dim

@@ -25,15 +25,15 @@ class CLA(Preset):
 
     preset: Literal["cla"] = "cla"
     factor: int = Field(2, ge=2, le=MAX_LAYERS)
-    """Layers that read one slot. Where it does not divide the number of layers, layer 0 stays alone."""
+    """Number of layers that read one slot. If it does not divide the number of layers, layer 0 shares with no other."""
     kv_norm: bool = True
-    """The paper gives queries and K/V separate norms (section 3.1.1)."""
+    """As in the paper, queries and K/V have separate norms (section 3.1.1)."""
     keep_ends: bool = False
-    """The first and the last layer share with nobody."""
+    """The first and the last layer own K/V that no other layer reads."""
     dense_front: int = Field(0, ge=0, le=MAX_LAYERS)
-    """That many layers at the bottom each own and share with nobody."""
+    """Number of layers at the bottom that own K/V that no other layer reads."""
     dense_back: int = Field(0, ge=0, le=MAX_LAYERS)
-    """That many layers at the top each own and share with nobody."""
+    """Number of layers at the top that own K/V that no other layer reads."""
 
     def expand(self, shape: Shape) -> KVPlan:
         front, back = max(self.dense_front, int(self.keep_ends)), max(self.dense_back, int(self.keep_ends))
@@ -52,15 +52,15 @@ class YOCO(Preset):
 
     preset: Literal["yoco"] = "yoco"
     lower: Literal["window", "retention"] = "window"
-    """The lower half: sliding-window attention or gated retention."""
+    """Kind of the lower layers: sliding-window attention or gated retention."""
     window: int = Field(1024, ge=1, le=MAX_TOKENS)
-    """Sliding window of the lower half in tokens (the paper's 3B: 1024)."""
+    """Sliding window of the lower layers, in tokens (the paper's 3B: 1024)."""
     n_lower: int | None = Field(None, ge=1, le=MAX_LAYERS)
-    """Layers of the lower half; null: half of them."""
+    """Number of lower layers; null: half of all layers."""
     kv_norm: bool = True
-    """The one full slot has a norm of its own, as in the authors' code."""
+    """The one full slot has a separate norm, as in the authors' code."""
     lower_kv_heads: int | None = Field(None, ge=1, le=MAX_HEADS)
-    """KV heads of the lower half; null: as many as query heads."""
+    """KV heads of the lower layers; null: as many as query heads."""
 
     def expand(self, shape: Shape) -> KVPlan:
         n = count_or_half(shape, self.n_lower, "n_lower")
@@ -77,7 +77,7 @@ class Trailing(MHA):
 
     preset: Literal["trailing"] = "trailing"  # type: ignore[assignment]
     n_shared: int | None = Field(None, ge=1, le=MAX_LAYERS)
-    """Layers at the top that own nothing; null: half of them."""
+    """Number of layers at the top without own K/V; null: half of all layers."""
 
     def shared(self, shape: Shape) -> int:
         return count_or_half(shape, self.n_shared, "n_shared")
@@ -102,7 +102,7 @@ class AFM(Trailing):
 
     preset: Literal["afm"] = "afm"  # type: ignore[assignment]
     n_shared: int | None = Field(None, ge=1, le=MAX_LAYERS)
-    """Layers at the top that own nothing; null: three eighths of them."""
+    """Number of layers at the top without own K/V; null: three eighths of all layers."""
 
     def shared(self, shape: Shape) -> int:
         return count_or_half(shape, shape.n_layers * 3 // 8 if self.n_shared is None else self.n_shared, "n_shared")

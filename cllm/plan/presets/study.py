@@ -22,9 +22,9 @@ class _Study(Preset):
     partition: ClassVar[Literal["pizza", "sandwich", "lasagna"]]
     target: ClassVar[Literal["bottom", "middle", "top"]]
     n_owners: int | None = Field(None, ge=1, le=MAX_LAYERS)
-    """Layers that own (l in the paper); null: half of them."""
+    """Number of layers that own K/V (l in the paper); null: half of all layers."""
     iterations: IterationsConfig = Field(default_factory=IterationsConfig)
-    """Passes over the cyclic layers; not used where the target is at the bottom."""
+    """Passes over the cyclic layers; not used if the target is at the bottom."""
 
     def owners(self, shape: Shape) -> int:
         return count_or_half(shape, self.n_owners, "n_owners")
@@ -77,7 +77,7 @@ class LCKV(_Study):
     partition, target = "sandwich", "top"
     preset: Literal["lckv"] = "lckv"
     warmup: int = Field(2, ge=0, le=MAX_LAYERS)
-    """Layers with attention of their own, half of them below the condensed ones, half above."""
+    """Number of layers that read only their own K/V; half of them are at the bottom, half at the top."""
     n_owners: None = None
     """Not used: the plan has warmup + 1 owners."""
 

@@ -1,0 +1,9 @@
+"""Pieces of a training or decoding step on one GPU, against alternatives and bounds. `python -m benchmarks.kernels`.
+
+__main__.py  the command line
+table.py     rows, printed and written as they come; random tensors, forward and backward as one call
+training.py  attention, fusion, MLP, loss and norm, forward and backward
+decoding.py  attention of one new token over cached slots
+
+Imports benchmarks.record, benchmarks.timing and cllm.
+"""

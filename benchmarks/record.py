@@ -1,0 +1,37 @@
+"""Results of a benchmark, kept on disk while it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cllm.files import write_atomic
+
+Row = dict[str, Any]
+
+
+class Record:
+    """Results as they come, written as JSON after each of them: an interruption loses only the running measurement.
+
+    Args:
+        results: what is known before the first measurement; `rows` is added if it is missing.
+        out: the JSON file; None: nothing is written.
+    """
+
+    def __init__(self, results: dict[str, Any], out: Path | None):
+        self.results, self.out = results, out
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.results.setdefault("rows", [])
+
+    def add(self, row: Row) -> None:
+        """Add a row and write the file."""
+        self.rows.append(row)
+        self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        if self.out is not None:
+            write_atomic(self.out, json.dumps(self.results, indent=2) + "\n")

@@ -18,6 +18,7 @@ import sys
 
 import yaml
 
+from cllm.arguments import number
 from cllm.config import Config
 from cllm.config.load import config_parser
 from cllm.errors import EXIT_STOPPED, UserError, one_line
@@ -33,7 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the KV plan, parameters, cache bytes, FLOPs and memory; do not train",
+        help="print the KV plan, parameters, cache bytes, FLOPs, memory and epochs; do not train",
+    )
+    parser.add_argument(
+        "--tokens-per-second",
+        metavar="N",
+        type=number(above=0),
+        help="with --dry-run: print the hours that the run takes at this rate over all devices",
     )
     parser.add_argument("--print-config", action="store_true", help="print the complete config as YAML; do not train")
     parser.add_argument(
@@ -43,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments, overrides = parser.parse_settings(argv)
     if not arguments.config:
         raise UserError("give at least one --config FILE; configs/quickstart.yaml is a good first one")
+    if arguments.tokens_per_second is not None and not arguments.dry_run:
+        raise UserError("--tokens-per-second is given without --dry-run, which alone uses it")
     config = load_config(arguments.config, overrides)
     if arguments.print_config:
         print(yaml.safe_dump(config.as_yaml_data(), sort_keys=False), end="")
@@ -55,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.dry_run:
         from cllm.train.dryrun import dry_run
 
-        print(dry_run(with_vocabulary(config)))
+        print(dry_run(with_vocabulary(config), tokens_per_second=arguments.tokens_per_second))
         return 0
     folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
     step = max((step for step, _ in folder.checkpoints()), default=folder.last_step())  # rows may be lost

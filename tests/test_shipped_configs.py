@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from cllm.config.load import load_settings, read_yaml
 from cllm.data.prepare.recipe import Recipe
 from cllm.model.sizes import build_decoder, count_parameters
 from cllm.plan.presets import preset_names
+from cllm.train.budget import run_tokens
 from cllm.train.dryrun import dry_run
 from cllm.uptrain.complete import load_config
 
@@ -74,7 +78,7 @@ def test_benchmark_shapes_have_the_size_in_their_name(name: str, millions: int) 
     assert count_parameters(decoder) / 1e6 == pytest.approx(millions, abs=1)
 
 
-@pytest.mark.parametrize("name", ["stdlib", "fineweb_edu", "slimpajama"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml")))
 def test_every_data_config_loads_and_names_what_its_recipe_makes(name: str) -> None:
     config = load_config([QUICK, CONFIGS / "data" / f"{name}.yaml"])
     assert load_settings(Recipe, [ROOT / "data" / "recipes" / f"{name}.yaml"]).name == name
@@ -89,6 +93,65 @@ def test_every_recipe_loads(recipe: Path) -> None:
 def test_every_yaml_in_the_project_is_yaml() -> None:
     for file in [*ROOT.glob("*.yaml"), *CONFIGS.rglob("*.yaml")]:
         yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+# ---- token budgets against the data ----------------------------------------------------------------------------------
+
+TOKENS = {
+    ("HuggingFaceFW/fineweb-edu", "sample-10BT"): 10e9,
+    ("HuggingFaceFW/fineweb-edu", "sample-100BT"): 100e9,
+    ("HuggingFaceFW/fineweb-edu", "sample-350BT"): 350e9,
+    ("HuggingFaceFW/fineweb-edu", "default"): 1.3e12,
+    ("cerebras/SlimPajama-627B", None): 627e9,
+}
+"""By the cards of the data sets, counted with tokenizers of 50,000."""
+OF_A_LARGE_VOCABULARY = 0.9
+"""Tokens of a tokenizer of 128,000 relative to one of 50,000, for English text."""
+BYTES_A_TOKEN = 4.5
+"""At most, for English text and a vocabulary of 50,000."""
+
+
+def recipe_tokens(recipe: Recipe) -> float:
+    """Tokens that a recipe makes, rather too few than too many."""
+    if recipe.source.kind == "stdlib":
+        return 10e6
+    tokens = TOKENS[recipe.source.dataset or "", recipe.source.config]
+    tokens *= OF_A_LARGE_VOCABULARY if recipe.tokenizer.train else 1
+    return min(tokens, recipe.max_bytes / BYTES_A_TOKEN) if recipe.max_bytes else tokens
+
+
+def commands() -> list[tuple[str, tuple[str, ...]]]:
+    """(file, configs) of every command in configs, docs and scripts that trains one of configs/model."""
+    files = [*CONFIGS.rglob("*.yaml"), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.rglob("slurm/*.sbatch")]
+    found = set()
+    for file in sorted(files):
+        text = re.sub(r"\\\n#?\s*", "", file.read_text(encoding="utf-8"))
+        for line in re.findall(r"^.*(?<!_)(?:train\.py|\.sbatch) .*--config configs/model/.*$", text, re.MULTILINE):
+            words = shlex.split(line.lstrip("# "))
+            configs = tuple(after for word, after in itertools.pairwise(words) if word == "--config")
+            if "--dry-run" not in words:
+                found.add((str(file.relative_to(ROOT)), configs))
+    return sorted(found)
+
+
+def test_every_model_has_a_command() -> None:
+    named = {name for _, configs in commands() for name in configs if name.startswith("configs/model/")}
+    assert named == {str(path.relative_to(ROOT)) for path in MODELS}
+
+
+@pytest.mark.parametrize(("file", "configs"), commands())
+def test_no_run_takes_more_tokens_than_its_recipe_makes(file: str, configs: tuple[str, ...]) -> None:
+    config = load_config([ROOT / name for name in configs])
+    assert any(name.startswith("configs/data/") for name in configs), f"{file}: a command without its data"
+    recipe = load_settings(Recipe, [ROOT / "data" / "recipes" / f"{Path(config.data.main_folder).name}.yaml"])
+    assert run_tokens(config) <= recipe_tokens(recipe), file
+
+
+@pytest.mark.parametrize("file", [QUICK, CONFIGS / "tradeoff" / "2m.yaml"], ids=lambda path: path.stem)
+def test_no_small_run_takes_more_tokens_than_the_standard_library_has(file: Path) -> None:
+    config = load_config([file])
+    assert config.data.path == "data/prepared/stdlib"
+    assert run_tokens(config) <= recipe_tokens(load_settings(Recipe, [ROOT / "data" / "recipes" / "stdlib.yaml"]))
 
 
 # ---- sizes, counted by hand -----------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def write_data(jobs: list[Job], profiled: int) -> None:
         if job.case.group.data == "random":
             assert config.model.vocab_size is not None
             sequences = (job.case.group.steps + profiled) * config.train.global_batch + 1
-            path = Path(config.data.path)
+            path = Path(config.data.main_folder)
             most[path] = (config.model.vocab_size, max(most.get(path, (0, 0))[1], sequences * config.data.seq_len))
     for path, (vocab_size, tokens) in most.items():
         # 12 million tokens are enough: a run that needs more reads them again, which takes the same time.

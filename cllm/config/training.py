@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from pathlib import PurePath
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -10,6 +11,11 @@ from cllm.section import MAX_COUNT, MAX_SEED, MAX_TOKENS, MAX_WORKERS, Section
 
 BackendName = Literal["flash4", "cudnn", "flash3", "flash2", "varlen", "flex", "sdpa"]
 """The kernels of `cllm.kernels.backends`, fastest first."""
+
+
+Weight = Annotated[float, Field(gt=0)]
+MAIN = "validation"
+"""Name of the only validation set of a run on one folder."""
 
 
 class AttentionConfig(Section):
@@ -23,10 +29,14 @@ class AttentionConfig(Section):
 class DataConfig(Section):
     """Prepared tokens (see data/prepare.py)."""
 
-    path: str = "data/prepared/stdlib"
-    """Folder of prepared tokens to train on (data/prepare.py)."""
+    path: str | None = "data/prepared/stdlib"
+    """Folder of prepared tokens to train on (data/prepare.py); null with `mix`."""
+    mix: dict[str, Weight] = Field(default_factory=dict)
+    """In place of `path`, several folders of one tokenizer as folder: weight. A weight divided by the sum of all is the
+    folder's share of the training tokens."""
     validation: dict[str, str] = Field(default_factory=dict)
-    """Validation sets as name: folder; the first is the main one. Empty: the validation split of `path`."""
+    """Validation sets as name: folder; the first is the main one. Empty: the validation split of `path`, or those of
+    the folders of `mix`, named after them."""
     seq_len: int = Field(512, ge=2, le=MAX_TOKENS)
     """Length of a training sequence, in tokens."""
     document_mask: bool = False
@@ -43,18 +53,66 @@ class DataConfig(Section):
     @classmethod
     def _names(cls, sets: dict[str, str]) -> dict[str, str]:
         for name in sets:
-            if not name or name.startswith(".") or not name.isprintable() or {"/", "\\"} & set(name):
+            if not _names_a_file(name):
                 raise ValueError(f"names a set {name!r}; it names files: no slash, and no dot at the beginning")
         return sets
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if not self.mix:
+            if self.path is None:
+                raise ValueError("path is null and mix is empty; allowed: one of them")
+            return self
+        if self.path is not None and "path" in self.model_fields_set:
+            raise ValueError(f"path is {self.path!r}, but mix is given too; allowed: one of them (path: null)")
+        self.path = None
+        seen: dict[str, str] = {}
+        for folder in self.mix:
+            same, name = str(PurePath(folder)), PurePath(folder).name
+            if same in seen:
+                raise ValueError(f"mix has the folder {folder!r} twice")
+            if not self.validation and not _names_a_file(name):
+                raise ValueError(f"mix has the folder {folder!r}, whose last part cannot name its validation set")
+            if not self.validation and name in seen.values():
+                raise ValueError(f"mix has two folders of the name {name!r}; name their validation sets in validation")
+            seen[same] = name
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Training folders and their weights: `mix`, or `path` alone."""
+        return self.mix or {self.main_folder: 1.0}
+
+    @property
+    def main_folder(self) -> str:
+        """`path`, or the first folder of `mix`. Its tokenizer is that of all data."""
+        folder = next(iter(self.mix), self.path)
+        assert folder is not None
+        return folder
+
+    @property
+    def description(self) -> str:
+        """The training data in a line: `path`, or the folders of `mix` with their weights."""
+        return " + ".join(f"{weight:g} {folder}" for folder, weight in self.mix.items()) or self.main_folder
+
+    @property
+    def validation_sets(self) -> dict[str, str]:
+        """Validation sets, name: folder, the main one first: `validation`, or what it defaults to."""
+        return self.validation or {PurePath(folder).name: folder for folder in self.mix} or {MAIN: self.main_folder}
+
+
+def _names_a_file(name: str) -> bool:
+    return bool(name) and not name.startswith(".") and name.isprintable() and not {"/", "\\"} & set(name)
 
 
 class OptimConfig(Section):
     """The optimizer and its learning rate."""
 
     name: str = Field("adamw", min_length=1)
-    """The optimizer: adamw, or one that an installed package registers (docs/training.md)."""
+    """The optimizer: adamw; muon, for matrices in blocks, with adamw for the rest; or one that an installed package
+    registers (docs/training.md)."""
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Settings that only this optimizer has; adamw has none."""
+    """Settings that only this optimizer has. adamw: none; muon: momentum, nesterov, ns_steps, adamw_lr_ratio."""
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate."""
     min_lr: float = Field(3e-5, ge=0)
@@ -67,9 +125,9 @@ class OptimConfig(Section):
     decay_fraction: float = Field(0.2, gt=0, le=1)
     """wsd: fraction of all steps in which the rate falls linearly to min_lr."""
     betas: list[float] = Field(default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2)
-    """adamw: decay rates of the first and second moment."""
+    """adamw, and muon's adamw: decay rates of the first and second moment."""
     eps: float = Field(1e-8, gt=0)
-    """adamw: added to the root of the second moment."""
+    """adamw, and muon's adamw: added to the root of the second moment."""
     weight_decay: float = Field(0.1, ge=0)
     """Weight decay of matrices; norms, biases and fusion weights do not decay."""
     fusion_lr_multiplier: float = Field(1.0, gt=0)

@@ -7,6 +7,7 @@ vocabulary.py  comparison of tokenizers, and of token ids with a vocabulary
 store.py       random access to the tokens of one split
 order.py       a shuffle computed from (seed, epoch, index), without a table
 packing.py     sequences of a fixed length, with or without document masks
+mixture.py     sequences of several folders in fixed shares
 sampler.py     the sequences of each optimizer step, for each rank
 module.py      a Lightning data module of the above
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 from cllm.config import Config
 from cllm.data.integrity import Verify
 from cllm.data.manifest import Manifest
+from cllm.data.mixture import MixedDataset, check_same_tokenizer
 from cllm.data.packing import PackedDataset, ValidationDataset
 from cllm.data.sampler import StepBatchSampler
 from cllm.data.store import TokenStore
@@ -46,27 +48,29 @@ def _outlive_sigterm(worker: int) -> None:
 
 
 class DataModule(LightningDataModule):
-    """The training split of one prepared folder and the validation splits of one or more folders.
+    """The training splits and the validation splits of one or more prepared folders.
 
     Batches are dicts of int64 (B, T) tensors, as `packing.window` describes. The Trainer needs
     `use_distributed_sampler=False` and `accumulate_grad_batches` = global_batch / (micro_batch x devices). The training
     loader is endless and starts at the trainer's `global_step`.
 
     Args:
-        validation: names of validation sets and their prepared folders; default: `train_folder` as "validation".
+        train_folder: a prepared folder, or several with their weights, see `cllm/data/mixture.py`.
+        validation: names of validation sets and their prepared folders; default: the first training folder as
+            "validation".
         validation_sequences: at most so many of each validation set; None: all.
         vocab_size: the model's; None: not checked.
         verify: the part of each split that is checked for damage.
 
     Raises:
-        DataError: for a folder that is missing, damaged, too short, or prepared with another tokenizer than
-            `train_folder`.
+        DataError: for a folder that is missing, damaged, too short, or prepared with another tokenizer than the first
+            training folder.
         UserError: for a vocabulary that is too small.
     """
 
     def __init__(
         self,
-        train_folder: str,
+        train_folder: str | Mapping[str, float],
         validation: dict[str, str] | None = None,
         *,
         seq_len: int,
@@ -84,11 +88,17 @@ class DataModule(LightningDataModule):
         self.micro_batch, self.global_batch = micro_batch, global_batch
         self.num_workers, self.validation_sequences = num_workers, validation_sequences
         limits: dict[str, Any] = {"verify": verify, "vocab_size": vocab_size, "whose": "the model (model.vocab_size)"}
-        train = TokenStore(train_folder, TRAIN, **limits)
-        self.manifest: Manifest = train.manifest
-        """That of the training folder."""
-        self.train_dataset = PackedDataset(train, seq_len, seed=seed, document_mask=document_mask)
-        folders = validation or {VALIDATION: train_folder}
+        weights = {train_folder: 1.0} if isinstance(train_folder, str) else train_folder
+        stores = {folder: TokenStore(folder, TRAIN, **limits) for folder in weights}
+        self.manifests: dict[str, Manifest] = {folder: store.manifest for folder, store in stores.items()}
+        """Those of the training folders, by folder."""
+        check_same_tokenizer(list(self.manifests.values()))
+        sources = {
+            folder: PackedDataset(store, seq_len, seed=seed, document_mask=document_mask)
+            for folder, store in stores.items()
+        }
+        self.train_dataset = sources[train_folder] if isinstance(train_folder, str) else MixedDataset(sources, weights)
+        folders = validation or {VALIDATION: next(iter(weights))}
         self.validation_stores = {name: TokenStore(folder, VALIDATION, **limits) for name, folder in folders.items()}
         self._check_vocabulary(vocab_size)
 
@@ -97,8 +107,8 @@ class DataModule(LightningDataModule):
         """The data of a run. Arguments in `changes` replace those of the config."""
         data, train = config.data, config.train
         arguments: dict[str, Any] = {
-            "train_folder": data.path,
-            "validation": data.validation,
+            "train_folder": data.mix or data.main_folder,
+            "validation": data.validation_sets,
             "seq_len": data.seq_len,
             "micro_batch": train.micro_batch,
             "global_batch": train.global_batch,
@@ -110,6 +120,11 @@ class DataModule(LightningDataModule):
             "verify": data.verify,
         }
         return cls(**(arguments | changes))
+
+    @property
+    def manifest(self) -> Manifest:
+        """That of the first training folder, whose tokenizer is that of all folders."""
+        return next(iter(self.manifests.values()))
 
     @property
     def validation_names(self) -> list[str]:
@@ -178,8 +193,9 @@ class DataModule(LightningDataModule):
                     f"{other.folder}: validation set {name!r} was made with another tokenizer than {manifest.folder}; "
                     f"prepare it with --tokenizer.train null --tokenizer.load {manifest.folder}/tokenizer"
                 )
-        if vocab_size is not None and vocab_size < manifest.vocab_size:
-            raise UserError(
-                f"model.vocab_size {vocab_size} is less than the {manifest.vocab_size} tokens of the tokenizer in "
-                f"{manifest.folder}"
-            )
+        for manifest in self.manifests.values():
+            if vocab_size is not None and vocab_size < manifest.vocab_size:
+                raise UserError(
+                    f"model.vocab_size {vocab_size} is less than the {manifest.vocab_size} tokens of the tokenizer in "
+                    f"{manifest.folder}"
+                )

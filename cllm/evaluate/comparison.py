@@ -164,7 +164,7 @@ def _groups(rows: Sequence[Row], baseline: Row, configs: dict[str, Config]) -> l
 
 def _read(run: RunFolder, set_name: str | None) -> _Run:
     config, summary = run.config(), run.summary()
-    main = next(iter(config.data.validation), "validation")
+    main = next(iter(config.data.validation_sets))
     evaluation = _evaluation(run, set_name or main)
     prefix = "val" if set_name in (None, main) else f"val-{set_name}"
     metrics = _metrics(run, prefix)
@@ -286,7 +286,7 @@ def _from_training(run: RunFolder, last: MetricsRow | None, prefix: str) -> dict
 
 def _tokenizer(config: Config) -> str | None:
     try:
-        return Manifest.read(config.data.path).tokenizer_sha256
+        return Manifest.read(config.data.main_folder).tokenizer_sha256
     except DataError:
         return None  # the data may have been moved since; the vocabulary is compared in any case
 
@@ -309,7 +309,7 @@ def _warnings(runs: list[_Run], baseline: Row) -> list[str]:
         return lambda run: run.evaluation[key] if run.evaluation else None
 
     found = differ("trained on different numbers of tokens", lambda run: f"{run.row.tokens:,}")
-    found += differ("trained on different data", lambda run: run.config.data.path)
+    found += differ("trained on different data", lambda run: run.config.data.description)
     found += differ("trained at different lengths", lambda run: run.config.data.seq_len)
     found += differ("documents hidden from each other in some runs", lambda run: run.config.data.document_mask)
     tokenizers = differ("tokenizers differ (sha256)", lambda run: run.tokenizer and run.tokenizer[:12])

@@ -117,7 +117,7 @@ class RunSubject(Subject):
     def __init__(self, path: Path, device: torch.device):
         self._model, config, step = load_run(path, device=device)
         run = RunFolder.of(path)
-        self._data = Path(config.data.path)
+        self._data = Path(config.data.main_folder)
         self.name, self.path, self.folder = run.name, path, run.path
         self.step = step if step >= 0 else None
         self.checkpoint = path.name if path.suffix == ".ckpt" else run.checkpoint_path(step).name
@@ -129,8 +129,7 @@ class RunSubject(Subject):
         self.document_mask = config.data.document_mask
         self.precision = "bf16" if device.type == "cuda" and config.train.precision != "fp32" else "fp32"
         self.tensorboard = run.tensorboard_folder
-        self.default_sets = {name: Path(folder) for name, folder in config.data.validation.items()}
-        self.default_sets = self.default_sets or {"validation": self._data}
+        self.default_sets = {name: Path(folder) for name, folder in config.data.validation_sets.items()}
         recorded = run.data_digests()
         self._digest = None if recorded is None else recorded.train
         validation = {} if recorded is None else recorded.validation

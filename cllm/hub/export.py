@@ -154,7 +154,7 @@ def _manifest(run: RunFolder) -> Manifest:
         UserError: if the tokenizer in the data's folder is missing, or is not known to be the run's.
     """
     config = run.config()
-    path = Path(config.data.path)
+    path = Path(config.data.main_folder)
     try:
         manifest = Manifest.read(path)
         if tokenizer_sha256(path / TOKENIZER) != manifest.tokenizer_sha256:
@@ -176,7 +176,7 @@ def _check_unchanged(run: RunFolder, config: Config, manifest: Manifest) -> None
     recorded = run.data_digests()
     if recorded is None or recorded.train == manifest.digest():
         return
-    for name, folder in config.data.validation.items():
+    for name, folder in config.data.validation_sets.items():
         try:
             other = Manifest.read(folder)
         except DataError:

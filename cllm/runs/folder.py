@@ -20,7 +20,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +53,11 @@ class DataDigests:
     """`Manifest.digest()` of the data that a run uses."""
 
     train: str
-    """Digest of the training folder."""
+    """Digest of the training folder; with `data.mix`, of the first."""
     validation: dict[str, str]
     """Digests of the folders of validation sets, by the name of the set, the main set first."""
+    mix: dict[str, str] = field(default_factory=dict)
+    """Digests of the folders of `data.mix`, by path; empty for a run on one folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +218,7 @@ class RunFolder:
         """
         try:
             record = json.loads(self.data_file.read_bytes())
-            return DataDigests(train=str(record["train"]), validation=dict(record["validation"]))
+            return DataDigests(str(record["train"]), dict(record["validation"]), dict(record.get("mix", {})))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -224,7 +226,8 @@ class RunFolder:
 
     def write_data_digests(self, digests: DataDigests) -> None:
         """Write `data.json`."""
-        write_atomic(self.data_file, json.dumps(asdict(digests), indent=2) + "\n")
+        record = {key: value for key, value in asdict(digests).items() if key != "mix" or value}
+        write_atomic(self.data_file, json.dumps(record, indent=2) + "\n")
 
     def metrics(self) -> Iterator[Row]:
         """Rows of `metrics.jsonl`, read as a stream; a truncated last line, as after a crash, is skipped."""

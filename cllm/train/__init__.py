@@ -11,6 +11,7 @@ prepare.py              a decoder set up for training: recomputation, fp8, SwiGL
 float8.py               fp8 products
 swiglu.py               kernels of feed-forward layers
 optim.py                optimizers by name, and how other packages add one
+muon.py                 Muon for matrices and AdamW for other weights
 schedule.py             the learning rate
 trainer.py              Lightning's Trainer
 lightning_internals.py  every private part of Lightning that is touched
@@ -26,6 +27,7 @@ stop.py                 the end of a run, by its last step or a signal
 ranks.py                the watch over other processes of a run
 faults.py               faults of the machine as one line
 dryrun.py               the plan, its size and its cost, without training
+budget.py               the tokens of a run against its data and the clock
 
 Imports everything except evaluate and posthoc.
 """

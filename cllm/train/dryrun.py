@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import operator
-from pathlib import Path
 
 from cllm.cache.accounting import cache_bytes, kv_bytes, mha_twin
 from cllm.config import Config
-from cllm.data.manifest import Manifest
-from cllm.data.module import TRAIN, VALIDATION
-from cllm.errors import DataError, UserError
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import (
     count_parameters,
@@ -19,6 +15,7 @@ from cllm.model.sizes import (
     training_flops_per_token,
 )
 from cllm.plan.describe import plan_drawing, plan_table
+from cllm.train.budget import budget_lines, run_tokens
 from cllm.train.launch import Launch
 from cllm.train.schedule import check_warmup
 from cllm.train.strategy import REDUCE_BUCKET
@@ -79,7 +76,7 @@ def memory_estimate(model: Decoder, config: Config, launch: Launch, *, teacher: 
     loss = 3 * tokens * c.d_model * narrow + head_grad + 2**29
     autocast = narrow == 2 and launch.zero_stage is None
     copies = 2 * parameters if autocast and not train.gradient_checkpointing else 0
-    parts = state_bytes(launch, parameters, trained, offload_optimizer=train.offload_optimizer)
+    parts = state_bytes(launch, model, offload_optimizer=train.offload_optimizer)
     after = 0.0 if train.offload_optimizer else _after_backward(launch, trained, parts["gradients"])
     parts["activations"] = max(tokens * per_token + loss + copies, after)
     if teacher:
@@ -103,22 +100,23 @@ def _after_backward(launch: Launch, trained: int, kept: float) -> float:
     return max(8.0 * trained / devices - kept, 0.0)
 
 
-def state_bytes(launch: Launch, parameters: int, trained: int, *, offload_optimizer: bool) -> dict[str, float]:
+def state_bytes(launch: Launch, model: Decoder, *, offload_optimizer: bool) -> dict[str, float]:
     """Bytes on each device that outlive a micro-batch: `weights`, `optimizer`, `gradients`, ZeRO's `buffers`.
 
     DDP's buckets are its gradients. For ZeRO, docs/distributed.md lists the bytes per parameter.
     """
     stage, devices, accumulates = launch.zero_stage, launch.processes, launch.accumulate > 1
-    states = launch.optimizer.state_bytes
+    parameters, trained = count_parameters(model), _trained(model)
+    states = launch.optimizer.total_state_bytes(model)
     if stage is None:
         kept = accumulates or launch.strategy == "ddp"
-        return {"weights": 4 * parameters, "optimizer": states * trained, "gradients": 4 * trained if kept else 0}
+        return {"weights": 4 * parameters, "optimizer": states, "gradients": 4 * trained if kept else 0}
     narrow = {1: 2 + 4 * accumulates, 2: (4 if accumulates else 2) / devices}
     buckets = (2 if devices > 1 else 1) * min(REDUCE_BUCKET, parameters)
     live = min(ZERO3_LIVE, parameters) if stage == 3 else 0
     return {
         "weights": 2 * parameters / (devices if stage == 3 else 1),
-        "optimizer": 0 if offload_optimizer else (4 + states) * trained / devices,
+        "optimizer": 0 if offload_optimizer else (4 * trained + states) / devices,
         "gradients": narrow[min(stage, 2)] * trained,
         "buffers": 2 * (buckets + live),
     }
@@ -141,35 +139,16 @@ def _size(count: float) -> str:
     return f"{count / GIB:.3g} GiB" if count >= GIB / 10 else f"{count / 2**20:.3g} MiB"
 
 
-def data_line(config: Config) -> str:
-    """The line about the data that a run would read. Training data may not be prepared yet; other mistakes are errors,
-    as in training.
-
-    Raises:
-        UserError: for data that cannot be read and for validation sets that do not exist.
-    """
-    data, exists = config.data, Path(config.data.path).exists()
-    line = f"{data.path}: not prepared yet"
-    if exists:
-        train = Manifest.read(data.path).split(TRAIN)
-        line = f"{data.path}: {train.tokens:,} tokens in {train.documents:,} documents"
-    for name, folder in data.validation.items():
-        try:
-            Manifest.read(folder).split(VALIDATION)
-        except DataError as error:
-            raise UserError(f"data.validation.{name}: {error}") from None
-    sets = f"; validation sets: {', '.join(data.validation)}" if data.validation else ""
-    return f"data         data.path {line}{sets}"
-
-
-def dry_run(config: Config) -> str:
+def dry_run(config: Config, *, tokens_per_second: float | None = None) -> str:
     """The report of `train.py --dry-run`. `config.model.vocab_size` must be set.
+
+    With a speed, training tokens a second on all devices together, it has the hours of the run.
 
     Raises `UserError` for a warm-up longer than the run, an unknown optimizer, and data that a run could not read.
     """
     check_warmup(config)
     launch = Launch.planned(config)
-    data = data_line(config)
+    budget = budget_lines(config, tokens_per_second)
     model = meta_decoder(config.model)
     c = config.model
     own, twin = kv_bytes(c), kv_bytes(mha_twin(c))
@@ -185,7 +164,7 @@ def dry_run(config: Config) -> str:
     where += f" under {config.train.strategy}" if config.train.strategy not in ("auto", "single") else ""
     uptraining = [f"trained      {_trained(student.decoder):,} (uptrain.trainable {config.uptrain.trainable})"]
     uptraining += [f"teacher      {teacher:,} parameters, a forward pass in every step"] * (teacher > 0)
-    tokens = config.train.steps * config.train.global_batch * seq_len
+    tokens = run_tokens(config)
     d_ff = model_d_ff(c)
     matched = f" ({c.resolved_d_ff} before match_params)" if d_ff != c.resolved_d_ff else ""
     lines = [
@@ -205,7 +184,7 @@ def dry_run(config: Config) -> str:
         f"FLOPs        {forward:.4g} a token forward, {training:.4g} training (sequences of {seq_len:,})",
         f"run          {config.train.steps:,} steps of {config.train.global_batch * seq_len:,} tokens = {tokens:,} "
         f"tokens, {training * tokens:.3g} FLOPs",
-        data,
+        *budget,
         "memory       "
         + ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
         + f" GiB at the peak on {where} (estimate, micro-batch {config.train.micro_batch})",

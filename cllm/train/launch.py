@@ -92,12 +92,22 @@ class Launch:
 
     @classmethod
     def on(cls, config: Config, accelerator: str, devices: int) -> Launch:
-        """The launch on machines with `devices` devices each. Raises `UserError` for an unknown optimizer."""
+        """The launch on machines with `devices` devices each.
+
+        Raises:
+            UserError: for an unknown optimizer, and for ZeRO with an optimizer that is not elementwise.
+        """
         train = config.train
         gpu, processes = accelerator == "gpu", devices * train.num_nodes
         strategy: str = train.strategy
         if strategy == "auto":
             strategy = "single" if processes == 1 else "ddp"
+        optimizer = find_optimizer(config.optim)
+        if strategy.startswith("zero") and not optimizer.elementwise:
+            raise UserError(
+                f"train.strategy is {strategy}, but optim.name is {config.optim.name}, which needs entire weights, and "
+                "ZeRO gives it parts of them; allowed with it: auto, single, ddp"
+            )
         compiled = train.compile
         if compiled == "auto":  # compiled blocks would hold weights that ZeRO-3 gathers inside of them
             compiled = gpu and strategy != "zero3"
@@ -110,7 +120,7 @@ class Launch:
             strategy=strategy,
             bf16=train.in_bf16(gpu=gpu),
             compiled=compiled,
-            optimizer=find_optimizer(config.optim),
+            optimizer=optimizer,
         )
 
 

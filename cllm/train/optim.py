@@ -10,7 +10,7 @@ instance in its pyproject.toml and so makes it selectable without a change to cl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from cllm.config import OptimConfig
 from cllm.errors import UserError
 from cllm.model.sources import Reader
 from cllm.plugins import origin, plugins
+from cllm.train.muon import MuonAdamW, hidden_matrices, split_groups
 
 GROUP = "cllm.optim"
 """The entry point group of optimizers of other packages."""
@@ -41,6 +42,29 @@ class Optimizer(ABC):
     def state_bytes(self) -> int:
         """Bytes of optimizer state per trained parameter."""
         return 4 * len(self.states)
+
+    def total_state_bytes(self, model: nn.Module) -> int:
+        """Bytes of optimizer state for all trained parameters of `model`."""
+        return self.state_bytes * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def check(self, config: OptimConfig) -> None:
+        """Refuse `optim.options` that the optimizer does not have, or of another type than their defaults.
+
+        Raises:
+            UserError: names the key and what is allowed.
+        """
+        for key in config.options:
+            if key not in self.options:
+                raise UserError(
+                    f"optim.options has the key {key!r}, which {config.name} does not have; allowed: "
+                    f"{', '.join(sorted(self.options)) or 'none'}"
+                )
+            value, default = config.options[key], self.options[key]
+            is_number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
+            if default is not None and type(value) is not type(default) and not is_number:
+                raise UserError(
+                    f"optim.options.{key} is {value!r}; allowed: a {type(default).__name__}, such as {default!r}"
+                )
 
     def groups(self, model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
         """Parameter groups of `model`, as torch's optimizers take them."""
@@ -78,7 +102,51 @@ class AdamW(Optimizer):
         optimizer.found_inf = skip  # type: ignore[attr-defined] # read by the fused kernel on the device
 
 
-BUILT_IN: dict[str, Optimizer] = {"adamw": AdamW()}
+class Muon(Optimizer):
+    """torch's Muon for the weights of the blocks' linear layers, its fused AdamW for all others; see `MuonAdamW`.
+
+    A step that is skipped makes the host wait for the device, in every step: torch's Muon cannot skip on the device.
+    """
+
+    states = ("momentum_buffer",)  # and AdamW's for other weights; only ZeRO, which is refused, would need them here
+    elementwise = False
+    options: ClassVar[Mapping[str, Any]] = {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "adamw_lr_ratio": 1.0}
+
+    def total_state_bytes(self, model: nn.Module) -> int:
+        hidden = sum(p.numel() for p in hidden_matrices(model) if p.requires_grad)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return self.state_bytes * hidden + AdamW().state_bytes * (trained - hidden)
+
+    def check(self, config: OptimConfig) -> None:
+        super().check(config)
+        allowed: dict[str, tuple[str, Callable[[Any], bool]]] = {
+            "momentum": ("a number from 0 to less than 1", lambda v: is_number(v) and 0 <= v < 1),
+            "nesterov": ("true, false", lambda v: isinstance(v, bool)),
+            "ns_steps": ("an integer from 1 to 99", lambda v: type(v) is int and 1 <= v <= 99),
+            "adamw_lr_ratio": ("a number above 0", lambda v: is_number(v) and v > 0),
+        }
+        for key, (text, accepts) in allowed.items():
+            value = self.option(config, key)
+            if not accepts(value):
+                raise UserError(f"optim.options.{key} is {value!r}; allowed with muon: {text}")
+
+    def groups(self, model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+        """The group `muon`, and the groups of `parameter_groups` with the other weights."""
+        ratio = self.option(config, "adamw_lr_ratio")
+        groups = parameter_groups(model, config)
+        return split_groups(groups, hidden_matrices(model), lr=config.lr, adamw_lr_ratio=ratio)
+
+    def build(self, groups: list[dict[str, Any]], config: OptimConfig) -> MuonAdamW:
+        muon = {key: self.option(config, key) for key in ("momentum", "nesterov", "ns_steps")}
+        return MuonAdamW(groups, config.lr, muon, {"betas": tuple(config.betas), "eps": config.eps, "fused": True})
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is an int or a float, and not a bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+BUILT_IN: dict[str, Optimizer] = {"adamw": AdamW(), "muon": Muon()}
 """Optimizers of this package by `optim.name`."""
 
 
@@ -86,8 +154,8 @@ def find_optimizer(config: OptimConfig) -> Optimizer:
     """The optimizer of `optim.name`, from this package or a plug-in.
 
     Raises:
-        UserError: for an unknown name, for `optim.options` that the optimizer does not have, and, unless the name is
-            that of a built-in optimizer, for any plug-in that cannot be used.
+        UserError: for an unknown name, for `optim.options` that the optimizer refuses, and, unless the name is that of
+            a built-in optimizer, for any plug-in that cannot be used.
     """
     known = BUILT_IN if config.name in BUILT_IN else _with_plugins()
     if config.name not in known:
@@ -96,18 +164,7 @@ def find_optimizer(config: OptimConfig) -> Optimizer:
             f"in the entry point group {GROUP}"
         )
     optimizer = known[config.name]
-    for key in config.options:
-        if key not in optimizer.options:
-            raise UserError(
-                f"optim.options has the key {key!r}, which {config.name} does not have; allowed: "
-                f"{', '.join(sorted(optimizer.options)) or 'none'}"
-            )
-        value, default = config.options[key], optimizer.options[key]
-        numbers = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
-        if default is not None and type(value) is not type(default) and not numbers:
-            raise UserError(
-                f"optim.options.{key} is {value!r}; allowed: a {type(default).__name__}, such as {default!r}"
-            )
+    optimizer.check(config)
     return optimizer
 
 

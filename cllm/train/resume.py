@@ -9,7 +9,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from cllm.config import Config
 from cllm.data.manifest import Manifest
-from cllm.data.module import VALIDATION, DataModule
+from cllm.data.mixture import MixedDataset
+from cllm.data.module import DataModule
 from cllm.errors import UserError
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import meta_decoder
@@ -76,13 +77,8 @@ def _settings(config: Config) -> dict[str, object]:
     return settings
 
 
-def _validation(config: Config) -> dict[str, str]:
-    """Validation sets, name: folder, the main one first."""
-    return config.data.validation or {VALIDATION: config.data.path}
-
-
 def _check_data(config: Config, saved: Config, folder: RunFolder) -> None:
-    old, new = _validation(saved), _validation(config)
+    old, new = saved.data.validation_sets, config.data.validation_sets
     main, new_main = next(iter(old)), next(iter(new))
     if main != new_main:
         raise UserError(
@@ -98,8 +94,11 @@ def _check_data(config: Config, saved: Config, folder: RunFolder) -> None:
                 f"{old[main]!r}; resume with its own config.yaml or choose another --name"
             )
         return
-    if config.data.path == saved.data.path:
+    if config.data.path is not None and config.data.path == saved.data.path:
         _check_digest("data.path", config.data.path, recorded.train, folder)
+    for path, digest in recorded.mix.items():
+        if path in config.data.mix:
+            _check_digest("data.mix", path, digest, folder)
     for name, path in new.items():
         if name in recorded.validation:
             _check_digest(f"data.validation.{name}", path, recorded.validation[name], folder)
@@ -118,7 +117,9 @@ def record_data(folder: RunFolder, data: DataModule) -> None:
     """Write the digests of a run's data. Digests of validation sets that the run no longer has are kept."""
     earlier = folder.data_digests()
     validation = data.validation_digests | (earlier.validation if earlier else {})
-    folder.write_data_digests(DataDigests(train=data.manifest.digest(), validation=validation))
+    digests = {path: manifest.digest() for path, manifest in data.manifests.items()}
+    mix = digests if isinstance(data.train_dataset, MixedDataset) else {}
+    folder.write_data_digests(DataDigests(train=data.manifest.digest(), validation=validation, mix=mix))
 
 
 # ---- the checkpoint --------------------------------------------------------------------------------------------------

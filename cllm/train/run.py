@@ -43,7 +43,7 @@ def with_vocabulary(config: Config) -> Config:
     """`config` with `model.vocab_size` set: as given, or the tokenizer's size rounded up to a multiple of 64."""
     if config.model.vocab_size is not None:
         return config
-    tokens = Manifest.load(config.data.path).vocab_size
+    tokens = max(Manifest.load(folder).vocab_size for folder in config.data.weights)
     model = config.model.model_copy(update={"vocab_size": (tokens + 63) // 64 * 64})
     return config.model_copy(update={"model": model})
 

@@ -214,12 +214,11 @@ def unsharded_weights(
     return unsharded, tied
 
 
-def check_zero(launch: Launch, optimizer_name: str) -> None:
+def check_zero(launch: Launch) -> None:
     """Refuse ZeRO if it cannot run.
 
     Raises:
-        UserError: without a CUDA device, in fp32, with an optimizer that is not elementwise, or if DeepSpeed cannot be
-            imported.
+        UserError: without a CUDA device, in fp32, or if DeepSpeed cannot be imported.
     """
     strategy = launch.strategy
     if launch.accelerator != "gpu" or not torch.cuda.is_available():
@@ -231,11 +230,6 @@ def check_zero(launch: Launch, optimizer_name: str) -> None:
         raise UserError(
             f"train.strategy is {strategy}, but train.precision is fp32: ZeRO keeps bf16 weights beside fp32 "
             "master weights; set train.precision to bf16 or train.strategy to auto, single or ddp"
-        )
-    if not launch.optimizer.elementwise:
-        raise UserError(
-            f"train.strategy is {strategy}, but optim.name is {optimizer_name}, which needs entire weights, and ZeRO "
-            "gives it parts of them; allowed with it: auto, single, ddp"
         )
     try:
         import deepspeed  # noqa: F401
@@ -253,7 +247,7 @@ def make_strategy(launch: Launch, config: Config) -> Strategy | str:
         UserError: names `train.strategy`, the obstacle and what is allowed.
     """
     if launch.zero_stage is not None:
-        check_zero(launch, config.optim.name)
+        check_zero(launch)
         train = config.train
         return ZeroStrategy(launch, micro_batch=train.micro_batch, offload_optimizer=train.offload_optimizer)
     if launch.strategy == "single" and launch.processes > 1:

@@ -39,7 +39,7 @@ def open_teacher(config: Config) -> Teacher:
         raise UserError(f"init.from is {config.init.path}, which is the folder of this run; choose another --name")
     teacher = load_teacher(config.init.path, backend=config.attention.backend)
     check_student(config.model, teacher.config, path=teacher.path, rope_pairs=config.init.rope_pairs)
-    check_tokenizer(teacher.path, Manifest.read(config.data.path))
+    check_tokenizer(teacher.path, Manifest.read(config.data.main_folder))
     return teacher
 
 
@@ -70,7 +70,7 @@ def check_tokenizer(path: Path, data: Manifest) -> None:
 
 
 def _check_tokenizer_of_run(run: RunFolder, data: Manifest) -> None:
-    folder, recorded = run.config().data.path, run.data_digests()
+    folder, recorded = run.config().data.main_folder, run.data_digests()
     try:
         own = Manifest.read(folder)
         own.check_unchanged(None if recorded is None else recorded.train, run.path)
@@ -93,9 +93,10 @@ def calibration_batches(config: Config, data: DataModule) -> Batches:
     Raises `UserError` if the data has fewer.
     """
     n, size, available = config.init.calibration_sequences, config.train.micro_batch, len(data.train_dataset)
+    texts = config.data.description
     if n > available:
         raise UserError(
-            f"init.calibration_sequences is {n}, but {config.data.path} holds {available} sequences of data.seq_len "
+            f"init.calibration_sequences is {n}, but {texts} holds {available} sequences of data.seq_len "
             f"{config.data.seq_len}; allowed: up to {available}"
         )
     rows = [data.train_dataset[i] for i in range(n)]

@@ -82,7 +82,7 @@ def student_data(
 def data_module(config: Config) -> DataModule:
     """The data of `config`, as in training."""
     return DataModule(
-        config.data.path,
+        config.data.mix or config.data.main_folder,
         seq_len=config.data.seq_len,
         micro_batch=config.train.micro_batch,
         global_batch=config.train.global_batch,

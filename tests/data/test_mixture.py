@@ -8,6 +8,7 @@ from collections import Counter
 from fractions import Fraction
 from itertools import islice
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -57,8 +58,8 @@ def test_counts_are_within_the_stated_bound_of_the_shares(weights):
         assert mixture.counts(n)[folder] / n == pytest.approx(share, rel=0.005)
     for n in (*range(1, 200), 10**6 + 1, 10**12 + 7):
         for folder, count in mixture.counts(n).items():
-            share = Fraction(str(weights[folder])) / sum(Fraction(str(w)) for w in weights.values())
-            assert abs(count - n * share) <= Fraction(1, 2) + share * len(weights) / 2
+            exact = Fraction(str(weights[folder])) / sum(Fraction(str(w)) for w in weights.values())
+            assert abs(count - n * exact) <= Fraction(1, 2) + exact * len(weights) / 2
 
 
 def test_neither_the_order_of_folders_nor_the_scale_of_weights_matters():
@@ -95,7 +96,8 @@ def make(weights, validation=None, **changes) -> DataModule:
 
 
 def batches(module: DataModule, n: int, **trainer) -> list[dict[str, torch.Tensor]]:
-    module.trainer = SimpleNamespace(**({"global_step": 0, "global_rank": 0, "world_size": 1} | trainer))
+    trainer_facts: Any = SimpleNamespace(**({"global_step": 0, "global_rank": 0, "world_size": 1} | trainer))
+    module.trainer = trainer_facts
     return list(islice(module.train_dataloader(), n))
 
 

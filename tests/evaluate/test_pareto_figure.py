@@ -33,7 +33,7 @@ def _points(seed: int, *, outlier: float = 1.0, scale: float = 40.0, n: int = 40
     values = [(design, TRAINED, float(size), increase) for design, (size, increase) in DESIGNS.items()]
     for design, template in draw.sample([(design, spec) for design in DESIGNS for spec in SPECS] * 5, n - len(values)):
         ratio = draw.choice([2, 3, 4, 6, 8])
-        size, base = DESIGNS[design]
+        size, base = map(float, DESIGNS[design])
         size /= ratio * (3.5 if "+" in template else 1) * draw.uniform(0.9, 1.1)
         values.append((design, template.format(ratio), size, base + scale * draw.uniform(0.02, 1) * (ratio / 8) ** 2))
     most, chosen = max(value[3] for value in values), draw.randrange(len(DESIGNS), n)

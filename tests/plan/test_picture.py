@@ -37,7 +37,7 @@ CROSSED = {  # owners that read each other, several rails a side, keys and value
 
 
 def _plan(kv: dict[str, Any], n_layers: int) -> KVPlan:
-    return ModelConfig(vocab_size=64, d_model=512, n_layers=n_layers, n_heads=8, kv=kv).plan()  # type: ignore[arg-type]
+    return ModelConfig(vocab_size=64, d_model=512, n_layers=n_layers, n_heads=8, kv=kv).plan()
 
 
 class Box(NamedTuple):
@@ -128,7 +128,7 @@ def test_every_read_of_another_layer_has_a_dot_on_its_rail_and_an_arrow(picture)
     assert set(dots) == expected
     assert drawn.arrows == readers
     for name, dot in dots.items():
-        half, owner, reader = re.fullmatch(r"(\w+) of (\d+) into (\d+)", name).groups()  # type: ignore[union-attr]
+        half, owner, reader = re.fullmatch(r"(\w+) of (\d+) into (\d+)", name).groups()
         rail, stub = drawn.lines[f"rail of {half} of {owner}"], drawn.lines[f"{half} of {owner}"]
         arrow, target, source = (
             drawn.lines[f"{half} into {reader}"], drawn.boxes[f"layer {reader}"], drawn.boxes[f"layer {owner}"]

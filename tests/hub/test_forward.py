@@ -1,306 +1,99 @@
-"""One forward pass: the loss, padding, packed documents, and what is refused."""
+"""Muon for the matrices inside blocks and AdamW for all other weights, as one torch optimizer."""
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+from typing import Any
+
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch import nn
 
-from cllm.cache.cache import KVCache
-from cllm.errors import UserError
-from cllm.model import decoder as decoder_module
-
-IDS = torch.tensor([[5, 9, 1, 30, 7, 2, 11], [4, 4, 8, 21, 3, 17, 6]])
-ACYCLIC = ["mla", "cla", "yoco", "fusedkv", "trailing"]
+MUON, ADAMW = "muon", "adamw"
+METHOD = "method"
+"""Key of a parameter group: `MUON` or `ADAMW`."""
 
 
-def _logits(model, ids, **inputs):
-    with torch.no_grad():
-        return model(ids, **inputs).logits
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Weights (out, in) of the linear layers in `model.blocks`, each once: not embeddings, not the head."""
+    linears = [m for m in model.get_submodule("blocks").modules() if isinstance(m, nn.Linear)]
+    return list({id(m.weight): m.get_parameter("weight") for m in linears}.values())
 
 
-# ---- loss ----------------------------------------------------------------------------------------------------------
+def split_groups(
+    groups: list[dict[str, Any]], matrices: list[nn.Parameter], *, lr: float, adamw_lr_ratio: float
+) -> list[dict[str, Any]]:
+    """Move the weights of the group `decay` that are in `matrices` to a group `muon`, the first.
+
+    Args:
+        groups: those of `cllm.train.optim.parameter_groups`.
+        matrices: weights for Muon.
+        lr: learning rate of Muon, and of groups without one.
+        adamw_lr_ratio: multiplies the learning rate of the groups that AdamW updates.
+
+    Returns:
+        Groups without an empty one, each with its `METHOD`.
+    """
+    chosen = {id(p) for p in matrices}
+    result: list[dict[str, Any]] = []
+    for group in groups:
+        others = group["params"]
+        if group["name"] == "decay":
+            others = [p for p in others if id(p) not in chosen]
+            hidden = [p for p in group["params"] if id(p) in chosen]
+            result.append(group | {"name": "muon", "params": hidden, "lr": lr, METHOD: MUON})
+        result.append(group | {"params": others, "lr": group.get("lr", lr) * adamw_lr_ratio, METHOD: ADAMW})
+    return [group for group in result if group["params"]]
 
 
-def test_the_loss_shifts_labels_and_skips_ignored_ones(hub_model) -> None:
-    model = hub_model()
-    labels = IDS.clone()
-    labels[0, 3:5] = -100
-    logits = _logits(model, IDS, use_cache=False)
-    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-    torch.testing.assert_close(model(IDS, labels=labels).loss, expected)
-    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
-    torch.testing.assert_close(model(IDS, labels=IDS.flip(1), shift_labels=shifted).loss, expected)
-    summed = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
-    for count in (7, torch.tensor(7)):
-        torch.testing.assert_close(model(IDS, labels=labels, num_items_in_batch=count).loss, summed / 7)
+class MuonAdamW(torch.optim.Optimizer):
+    """`torch.optim.Muon` and `torch.optim.AdamW` over the groups of one optimizer.
 
+    Both read and write the groups and states of this object, so schedules, checkpoints and hooks see one optimizer. A
+    weight of Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/) has the state `momentum_buffer`,
+    a weight of AdamW `exp_avg`, `exp_avg_sq` and `step`.
 
-def test_training_computes_logits_only_when_asked(hub_model) -> None:
-    model = hub_model().train()
-    output = model(IDS, labels=IDS)
-    assert output.keys() == {"loss"}
-    assert model(IDS, labels=IDS, logits_to_keep=0).logits.shape == (2, 7, 32)
-    evaluated = model.eval()(IDS, labels=IDS)
-    assert evaluated.keys() == {"loss", "logits"}
-    assert evaluated.loss == output.loss
+    The update of a matrix (A, B) is multiplied by 0.2 sqrt(max(A, B)), which gives it the root mean square of AdamW's
+    updates, so that AdamW's learning rate and weight decay can be used: Liu et al. (arXiv 2502.16982), eq. 4.
 
+    Args:
+        groups: parameter groups with `METHOD`. Weights of Muon must have two dimensions.
+        lr: learning rate of groups without one.
+        muon: further arguments of `torch.optim.Muon`.
+        adamw: further arguments of `torch.optim.AdamW`.
 
-def test_gradients_are_those_of_the_decoder(hub_model) -> None:
-    model = hub_model().train()
-    model(IDS, labels=IDS).loss.backward()
-    found = {name: p.grad.clone() for name, p in model.model.named_parameters()}
-    model.zero_grad()
-    model.model.loss(IDS[:, :-1], IDS[:, 1:]).backward()
-    for name, parameter in model.model.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, msg=name)
+    Raises:
+        ValueError: as torch's optimizers do.
+    """
 
+    def __init__(self, groups: list[dict[str, Any]], lr: float, muon: dict[str, Any], adamw: dict[str, Any]):
+        super().__init__(groups, {"lr": lr})
+        self._parts: dict[str, torch.optim.Optimizer] = {}
+        if mine := self._groups_of(MUON):
+            self._parts[MUON] = torch.optim.Muon(mine, lr=lr, adjust_lr_fn="match_rms_adamw", **muon)
+        if mine := self._groups_of(ADAMW):
+            self._parts[ADAMW] = torch.optim.AdamW(mine, lr=lr, **adamw)
+        self._share()
 
-def test_gradient_checkpointing_recomputes_blocks_and_changes_no_gradient(hub_model, monkeypatch) -> None:
-    model = hub_model().train()
-    model(IDS, labels=IDS).loss.backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    calls = []
-    original = decoder_module.checkpoint
-    monkeypatch.setattr(decoder_module, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
-    model.gradient_checkpointing_enable()
-    assert model.is_gradient_checkpointing
-    model(IDS, labels=IDS).loss.backward()
-    assert len(calls) == 8
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
-    model.gradient_checkpointing_disable()
-    model(IDS, labels=IDS)
-    assert len(calls) == 8
-    with pytest.raises(UserError, match="use_reentrant true loses the gradients of slots"):
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+    def _groups_of(self, method: str) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group[METHOD] == method]
 
+    def _share(self) -> None:
+        """Let both optimizers use the groups and states of this one."""
+        for method, part in self._parts.items():
+            part.__setstate__({"state": self.state, "param_groups": self._groups_of(method)})
 
-def test_layers_recompute_themselves_as_those_of_transformers(hub_model) -> None:
-    """Every other layer, by the function that was given, but not where a cache is written to."""
-    model = hub_model(n_layers=4).train()
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    assert layers == list(model.model.blocks)
-    model(IDS, labels=IDS).loss.backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    calls = []
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take groups and states, as `load_state_dict` passes them."""
+        super().__setstate__(state)
+        self._share()
 
-    def recompute(function, *inputs):
-        calls.append(1)
-        return checkpoint(function, *inputs, use_reentrant=False)
-
-    model._set_gradient_checkpointing(True, recompute, every_n_layers=2)
-    assert [layer.gradient_checkpointing for layer in layers] == [True, False, True, False]
-    model(IDS, labels=IDS).loss.backward()
-    assert len(calls) == 2
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
-    cache = model(IDS, use_cache=True).past_key_values
-    assert (len(calls), cache.get_seq_length()) == (2, 7)
-    model.eval()(IDS, labels=IDS).loss.backward()
-    assert len(calls) == 2
-
-
-def test_logits_to_keep(hub_model) -> None:
-    model = hub_model()
-    logits = _logits(model, IDS, use_cache=False)
-    for use_cache in (False, True):
-        for keep in (1, 3):
-            kept = _logits(model, IDS, logits_to_keep=keep, use_cache=use_cache)
-            torch.testing.assert_close(kept, logits[:, -keep:])
-    assert torch.equal(_logits(model, IDS, logits_to_keep=torch.tensor([0, 4]), use_cache=False), logits[:, [0, 4]])
-
-
-def test_a_prompt_whose_last_logits_are_wanted_skips_the_layers_above_the_last_owner(hub_model) -> None:
-    model = hub_model()  # fusedkv: layers 0 to 3 own
-    seen = []
-    for block in model.model.blocks:
-        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
-    _logits(model, IDS, logits_to_keep=1)
-    assert seen[:3] == [7, 7, 7]
-    assert seen[4:] == [1, 1, 1, 1]
-
-
-def test_early_exit_is_refused_where_prompt_logits_are_wanted(hub_model) -> None:
-    model, ids = hub_model({"preset": "fusedkv"}), torch.arange(12)[None]
-    for inputs, wanted in (({"labels": ids}, "labels"), ({}, "logits_to_keep None"), ({"logits_to_keep": 2}, "2")):
-        with pytest.raises(UserError, match=f"early_exit computes the last logits only, but .*{wanted} wants more"):
-            model(ids, early_exit=True, **inputs)
-    exact = _logits(model, ids, early_exit=False, logits_to_keep=1)
-    torch.testing.assert_close(_logits(model, ids, early_exit=True, logits_to_keep=1), exact, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["mha", "fusedkv", "mla"])
-def test_the_last_logits_have_gradients(name, hub_model, preset_config) -> None:
-    """Early exit has none, so it is for others to take."""
-    model = hub_model(config=preset_config(name)).train()
-    model(IDS).logits[:, -1:].sum().backward()
-    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
-    for use_cache in (False, True):
-        model.zero_grad()
-        model(IDS, logits_to_keep=1, use_cache=use_cache).logits.sum().backward()
-        for n, parameter in model.named_parameters():
-            torch.testing.assert_close(parameter.grad, expected[n], msg=n)
-    with pytest.raises(UserError, match="early_exit computes no gradients"):
-        model(IDS, logits_to_keep=1, early_exit=True)
-    model.requires_grad_(False)
-    model(IDS, logits_to_keep=1, early_exit=True)
-
-
-def test_a_cache_is_returned_outside_of_training(hub_model) -> None:
-    model = hub_model()
-    assert isinstance(model(IDS).past_key_values, KVCache)
-    assert model(IDS, use_cache=False).past_key_values is None
-    assert model(IDS, labels=IDS).past_key_values is None
-    assert model.train()(IDS).past_key_values is None
-    (logits,) = model(IDS, return_dict=False)
-    assert torch.equal(logits, model(IDS).logits)
-
-
-# ---- padding --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ACYCLIC)
-@pytest.mark.parametrize("use_cache", [False, True])
-def test_left_padding_changes_nothing(name, use_cache, hub_model, preset_config) -> None:
-    model = hub_model(config=preset_config(name))
-    mask = torch.ones_like(IDS)
-    mask[0, :3] = 0
-    padded = _logits(model, IDS, attention_mask=mask, use_cache=use_cache)
-    torch.testing.assert_close(padded[:1, 3:], _logits(model, IDS[:1, 3:], use_cache=False))
-    torch.testing.assert_close(padded[1:], _logits(model, IDS[1:], use_cache=False))
-
-
-def test_right_padding_closes_a_cache_that_nobody_asked_for(llama_twin) -> None:
-    """The logits are right; the error comes when the cache is to go on."""
-    ours, llama = llama_twin()
-    mask = torch.ones_like(IDS)
-    mask[0, 4:] = 0
-    with torch.no_grad():
-        output = ours(IDS, attention_mask=mask)
-        expected = llama(IDS, attention_mask=mask).logits
-        torch.testing.assert_close(output.logits[mask > 0], expected[mask > 0], atol=1e-5, rtol=1e-5)
-        cache = output.past_key_values
-        with pytest.raises(UserError, match="keeps 3 padding tokens at the end of a sequence"):
-            ours(IDS[:, :1], past_key_values=cache)
-        cache.reset()
-        assert ours(IDS, past_key_values=cache).past_key_values is cache
-
-
-@pytest.mark.parametrize("name", ACYCLIC)
-def test_right_padding_changes_nothing_without_a_cache(name, hub_model, preset_config) -> None:
-    model = hub_model(config=preset_config(name))
-    mask = torch.ones_like(IDS)
-    mask[0, 4:] = 0
-    padded = _logits(model, IDS, attention_mask=mask, use_cache=False)
-    torch.testing.assert_close(padded[:1, :4], _logits(model, IDS[:1, :4], use_cache=False))
-
-
-def test_padding_on_both_sides(hub_model) -> None:
-    model = hub_model()
-    mask = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
-    padded = _logits(model, IDS, attention_mask=mask, use_cache=False)
-    torch.testing.assert_close(padded[:1, 2:5], _logits(model, IDS[:1, 2:5], use_cache=False))
-
-
-def test_positions_that_agree_with_the_padding_are_fine(hub_model) -> None:
-    model = hub_model()
-    mask = torch.ones_like(IDS)
-    mask[0, :2] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    for use_cache in (False, True):
-        with_positions = _logits(model, IDS, attention_mask=mask, position_ids=positions, use_cache=use_cache)
-        assert torch.equal(with_positions, _logits(model, IDS, attention_mask=mask, use_cache=use_cache))
-
-
-def test_positions_of_padding_do_not_matter(hub_model) -> None:
-    """transformers counts on through padding on the right, and starts at 1 or 0 in that on the left."""
-    model = hub_model()
-    mask = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
-    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
-    padded = _logits(model, IDS, attention_mask=mask, position_ids=positions, use_cache=False)
-    torch.testing.assert_close(padded[:1, 2:5], _logits(model, IDS[:1, 2:5], use_cache=False))
-
-
-def test_positions_that_restart_begin_a_document(hub_model) -> None:
-    model = hub_model()
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
-    packed = _logits(model, IDS[:1], position_ids=positions, use_cache=False)
-    torch.testing.assert_close(packed[:, :3], _logits(model, IDS[:1, :3], use_cache=False))
-    torch.testing.assert_close(packed[:, 3:], _logits(model, IDS[:1, 3:], use_cache=False))
-
-
-# ---- refused --------------------------------------------------------------------------------------------------------
-
-
-def _mask(*zeros: int) -> torch.Tensor:
-    mask = torch.ones_like(IDS)
-    mask[0, list(zeros)] = 0
-    return mask
-
-
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        ({"attention_mask": _mask(2)}, "sequence 0 has a hole"),
-        ({"attention_mask": _mask(0, 2)}, "sequence 0 has a hole"),
-        (
-            {"attention_mask": _mask(5, 6), "use_cache": True},
-            "sequence 0 has 2 padding tokens at its end, which a cache would keep",
-        ),
-        ({"attention_mask": _mask(*range(7))}, "sequence 0 is all padding"),
-        ({"attention_mask": torch.ones(2, 6)}, r"attention_mask is \(2, 6\); .* has to be \(2, 7\)"),
-        ({"attention_mask": torch.ones(2, 1, 7, 7)}, r"attention_mask is \(2, 1, 7, 7\); allowed: \(batch, tokens\)"),
-        ({"attention_mask": {"full_attention": None}}, "attention_mask is dict"),
-        ({"position_ids": torch.arange(1, 8)[None]}, "token 0 of sequence 0 is at 1, .* put it at 0"),
-        (
-            {"position_ids": torch.arange(7)[None], "attention_mask": _mask(0), "use_cache": False},
-            "token 1 of sequence 0 is at 1, .* put it at 0",
-        ),
-        ({"position_ids": torch.arange(6)[None]}, r"position_ids are \(1, 6\)"),
-        ({"past_key_values": DynamicCache()}, "past_key_values is a DynamicCache; allowed: cllm.cache.cache.KVCache"),
-        ({"output_attentions": True}, "output_attentions is not supported"),
-        ({"inputs_embeds": torch.ones(2, 7, 24)}, "input_ids and inputs_embeds are both given"),
-        ({"cache_position": torch.arange(7)}, "cache_position is not supported"),
-        ({"logits_to_keep": torch.ones(2, 7)}, r"logits_to_keep is \(2, 7\)"),
-    ],
-)
-def test_inputs_that_are_refused(inputs, message, hub_model) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        hub_model(n_layers=2)(IDS, **inputs)
-    assert "\n" not in str(caught.value)
-
-
-def test_neither_tokens_nor_embeddings_are_refused(hub_model) -> None:
-    with pytest.raises(UserError, match=r"inputs_embeds are \(1, 3, 8\); allowed: \(B, T, 24\)"):
-        hub_model(n_layers=2)(inputs_embeds=torch.ones(1, 3, 8))
-    with pytest.raises(UserError, match="input_ids are None"):
-        hub_model(n_layers=2)()
-
-
-def test_more_tokens_than_the_context_are_refused(hub_model) -> None:
-    model = hub_model(n_layers=2, max_seq_len=9)
-    with pytest.raises(UserError, match=r"10 tokens, but the model's context \(model\.max_seq_len\) is 9"):
-        model(torch.ones(1, 10, dtype=torch.long))
-    cache = model(IDS).past_key_values
-    model(IDS[:, :2], past_key_values=cache)
-    with pytest.raises(UserError, match="10 tokens"):
-        model(IDS[:, :1], past_key_values=cache)
-    packed = torch.cat((torch.arange(9), torch.arange(9)))[None]
-    assert model(torch.ones(1, 18, dtype=torch.long), position_ids=packed, use_cache=False).logits.shape == (1, 18, 32)
-
-
-def test_going_on_with_another_padding_is_refused(hub_model) -> None:
-    model = hub_model(n_layers=2)
-    with torch.no_grad():
-        cache = model(IDS, attention_mask=_mask(0, 1)).past_key_values
-        whole = torch.cat((_mask(0, 1), torch.ones(2, 3, dtype=torch.long)), dim=1)
-        model(IDS[:, :3], attention_mask=whole, past_key_values=cache)
-        whole = torch.cat((_mask(0), torch.ones(2, 6, dtype=torch.long)), dim=1)
-        with pytest.raises(UserError, match=r"pads \[1, 0\] tokens on the left, but the cache was begun with \[2, 0\]"):
-            model(IDS[:, :3], attention_mask=whole, past_key_values=cache)
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every weight that has a gradient. Returns the result of `closure`, which is called first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts.values():
+            part.step()
+        return loss

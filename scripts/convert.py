@@ -60,6 +60,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     add("--checkpoint", type=whole_number(0), metavar="STEP", help="step of the checkpoint (default: the newest)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: %(default)s)")
     add("--no-tokenizer", action="store_true", help="do not copy the run's tokenizer")
+    add("--push", metavar="REPO", help="also upload the folder to this repository (OWNER/NAME) of the Hugging Face Hub")
     add_output(parser)
     parser.set_defaults(command=export)
 
@@ -67,7 +68,10 @@ def add_export(commands: argparse._SubParsersAction) -> None:
 def export(options: argparse.Namespace) -> None:
     """Run `export`, and print a summary."""
     from cllm.hub.export import export_run
+    from cllm.hub.push import check_push, push_folder
 
+    if options.push is not None:
+        check_push(options.push)
     made = export_run(
         options.run,
         options.out,
@@ -80,6 +84,8 @@ def export(options: argparse.Namespace) -> None:
     print_written(made)
     print(f"step {made.step}, {made.parameters:,} parameters in {options.dtype}, {made.nbytes:,} bytes of weights")
     print(f'load it: import cllm; AutoModelForCausalLM.from_pretrained("{made.folder}")')
+    if options.push is not None:
+        print(f"uploaded: {push_folder(made.folder, options.push, f'{options.run.name} at step {made.step}')}")
 
 
 def add_import(commands: argparse._SubParsersAction) -> None:

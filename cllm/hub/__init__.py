@@ -9,6 +9,8 @@ inputs.py      attention masks and position ids as padding, positions and docume
 generation.py  `generate` over a `KVCache`
 loading.py     models in checkpoint folders, loaded without code and with every tensor accounted for
 export.py      from a run to a checkpoint folder
+card.py        the model card of an exported run
+push.py        upload of a folder to the Hub
 exchange.py    from another family's folder to one of this package, and back
 companions.py  tokenizer, chat templates, generation config and licence
 checksums.py   SHA-256 of weight files

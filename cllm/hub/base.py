@@ -25,7 +25,7 @@ from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.hub.config import CLLMConfig
 from cllm.hub.generation import check_cache
-from cllm.hub.inputs import Inputs, read_inputs
+from cllm.hub.inputs import Inputs, check_packing, pop_packing, read_inputs
 from cllm.model.block import Block
 from cllm.model.context import Context
 from cllm.model.decoder import Decoder, recompute
@@ -243,13 +243,14 @@ class CLLMModel(CLLMPreTrainedModel):
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^model\.head\."]  # noqa: RUF012 - in checkpoints with a head
-    _keys_to_ignore_on_save = ["model.head.weight"]  # noqa: RUF012 - if the decoder has one
 
     def __init__(self, config: CLLMConfig, decoder: Decoder | None = None):
         super().__init__(config)
         if decoder is None:
             decoder = self._new_decoder()
             decoder.head = None  # type: ignore[assignment]
+        elif decoder.head is not None:
+            self._keys_to_ignore_on_save = ["model.head.weight"]
         self.model = decoder
         self.post_init()
 
@@ -285,11 +286,13 @@ class CLLMModel(CLLMPreTrainedModel):
         Raises:
             UserError: for unsupported arguments, more tokens than the model's context, and as `read_inputs` does.
         """
+        packing = pop_packing(kwargs)
         wanted = self._states_wanted(output_hidden_states, output_attentions, kwargs)
         tokens = self._tokens(input_ids, inputs_embeds)
         cache = self._cache(past_key_values, use_cache)
         asked = past_key_values is not None or bool(use_cache)
         inputs = self._inputs(tokens, attention_mask, position_ids, cache, more_follow=asked)
+        check_packing(packing, tokens, None)
         self._check_context((0 if cache is None else cache.get_seq_length()) + tokens.shape[1], inputs.positions)
         hidden, states = self._hidden(input_ids, inputs_embeds, inputs, cache, wanted)
         output = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, hidden_states=states)

@@ -1,4 +1,4 @@
-"""From a run to a checkpoint folder: config.json, safetensors, their checksums, and companions.
+"""From a run to a checkpoint folder: config.json, safetensors, their checksums, a model card, and companions.
 
 The companions (tokenizer, chat templates, generation config) are those of the checkpoint that the run started from. For
 a run that drew its weights, the tokenizer is that of its data.
@@ -24,6 +24,7 @@ from cllm.errors import DataError, UserError
 from cllm.faults import naming
 from cllm.files import MARK, check_replaceable, new_folder
 from cllm.hub import companions
+from cllm.hub.card import write_card
 from cllm.hub.checksums import write_checksums
 from cllm.hub.config import CLLMConfig
 from cllm.hub.model import CLLMForCausalLM
@@ -108,6 +109,7 @@ def export_run(
         if manifest is not None:
             companions.copy_companions(manifest.folder / TOKENIZER, partial, generation=False)
         companions.write_object(partial / companions.GENERATION, generation)
+        write_card(partial, RunFolder.of(run), config, decoder, loaded_step)
         write_checksums(partial)
     return describe_export(decoder, out, loaded_step)
 

@@ -132,6 +132,11 @@ class CLLMGenerationMixin(GenerationMixin):
         Prompt look-up is the only candidate generator that may propose tokens beyond the maximum length, which might
         not fit the context, so it is wrapped here.
         """
+        if generation_config.assistant_early_exit is not None:
+            raise UserError(
+                f"assistant_early_exit is {generation_config.assistant_early_exit}: the model has no heads after lower "
+                "layers; allowed: assistant_model or prompt_lookup_num_tokens"
+            )
         base: Any = super()
         generator = base._get_candidate_generator(generation_config, *args, **kwargs)
         if isinstance(generator, PromptLookupCandidateGenerator):

@@ -3,11 +3,14 @@
 A decoder takes the start of each sequence, and counts positions from there. Padding on the right needs no mask, since
 no token sees later ones, but a cache would store it. Holes between tokens are refused. These checks run only for inputs
 of several tokens (prefill), because in decoding they would force a device sync at every step.
+
+Collators of packed batches, such as transformers' `DataCollatorWithFlattening`, give the boundaries of documents a
+second time, for kernels that take them. They have to agree with the positions.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,6 +73,49 @@ def read_inputs(
         return _packed(position_ids.expand(batch, -1))
     _check_positions(position_ids, length, past or 0, starts, attention_mask)
     return Inputs(starts=None if past else starts, after=after)
+
+
+_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
+_SEQUENCES = "seq_idx"
+_LONGEST = ("max_length_q", "max_length_k")
+"""Lengths of the longest document. They follow from the boundaries, and kernels use them to plan their work."""
+
+
+def pop_packing(others: dict[str, Any]) -> dict[str, Tensor]:
+    """Remove what describes a packed batch from keyword arguments; returns what `check_packing` has to check."""
+    given = {name: others.pop(name, None) for name in (*_BOUNDARIES, _SEQUENCES, *_LONGEST)}
+    return {name: given[name] for name in (*_BOUNDARIES, _SEQUENCES) if given[name] is not None}
+
+
+def check_packing(packing: dict[str, Tensor], tokens: Tensor, documents: Tensor | None) -> None:
+    """Compare the boundaries of documents in `packing` with those that follow from `position_ids`.
+
+    Args:
+        packing: `cu_seq_lens_q` and `cu_seq_lens_k`, (documents + 1,) int: where each document begins in the flattened
+            batch, then its length; `seq_idx`, (B, T) int: the number of each token's document.
+        tokens: (B, T).
+        documents: `Inputs.document_ids`.
+
+    Raises:
+        UserError: if they differ.
+    """
+    if not packing:
+        return
+    begins = torch.ones_like(tokens, dtype=torch.bool)
+    begins[:, 1:] = False if documents is None else documents[:, 1:] != documents[:, :-1]
+    expected = torch.cat(
+        (begins.flatten().nonzero().flatten(), begins.new_full((1,), tokens.numel(), dtype=torch.long))
+    )
+    for name, given in packing.items():
+        if name == _SEQUENCES:
+            agrees = given.shape == tokens.shape and torch.equal(given[:, 1:] != given[:, :-1], begins[:, 1:])
+        else:
+            agrees = torch.equal(given.to(expected), expected)
+        if not agrees:
+            kind = "documents" if name == _SEQUENCES else "boundaries"
+            raise UserError(
+                f"{name}: its {kind} are not those of position_ids, which have to restart where a document begins"
+            )
 
 
 def _check_shapes(batch: int, length: int, mask: Tensor | None, positions: Tensor | None, past: int) -> None:

@@ -19,6 +19,7 @@ from cllm.errors import UserError
 from cllm.hub.base import CLLMModel, CLLMPreTrainedModel
 from cllm.hub.config import CLLMConfig
 from cllm.hub.generation import CLLMGenerationMixin
+from cllm.hub.inputs import check_packing, pop_packing
 from cllm.kernels.cross_entropy import IGNORE
 from cllm.model.graph import StepGraph
 from cllm.model.loss import Head, head_loss
@@ -103,15 +104,19 @@ class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
             inputs_embeds: (B, T, d_model), the input of the first layer, instead of `input_ids`.
             output_hidden_states: return the input of every layer and of the head; or a list of their indices.
             output_attentions: not supported.
+            cu_seq_lens_q, cu_seq_lens_k, seq_idx, max_length_q, max_length_k: keyword only, the documents of a packed
+                batch a second time; see `hub/inputs.py`.
 
         Returns:
             `loss` (fp32 scalar, nats), `logits` (B, n, vocab_size), `past_key_values`, and `hidden_states` (n_layers +
             1 tensors (B, T, d_model)); None for those that were not computed.
 
         Raises:
-            UserError: for unsupported arguments, more tokens than the model's context, and as `read_inputs` does.
+            UserError: for unsupported arguments, more tokens than the model's context, and as `read_inputs` and
+                `check_packing` do.
         """
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
+        packing = pop_packing(kwargs)
         wanted = self._states_wanted(output_hidden_states, output_attentions, kwargs)
         tokens = self._tokens(input_ids, inputs_embeds)
         if labels is not None and shift_labels is None:
@@ -121,6 +126,7 @@ class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
         past = 0 if cache is None else cache.get_seq_length()
         asked = past_key_values is not None or bool(use_cache)
         inputs = self._inputs(tokens, attention_mask, position_ids, cache, more_follow=asked)
+        check_packing(packing, tokens, inputs.document_ids)
         plain = input_ids is not None and not scored and not wanted
         if cache is not None and past and plain and self._replays(cache, tokens):
             self._check_context(past + 1, None)

@@ -10,7 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -495,5 +495,5 @@ def test_a_group_is_one_labelled_point_with_a_bar(seeded) -> None:
         assert not any(box.contains(*at) for box in boxes.values())
     perplexities = np.exp([2.0, 2.1, 2.2])
     mean, deviation = np.mean(perplexities), np.std(perplexities, ddof=1)
-    bars = [segment for lines in axes.collections for segment in lines.get_segments()]
+    bars = [segment for lines in axes.collections for segment in cast(Any, lines).get_segments()]
     assert any(np.allclose(bar[:, 1], [mean - deviation, mean + deviation]) for bar in bars)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -170,7 +170,7 @@ def test_labels_without_a_free_position_are_left_out_and_lines_cross_no_label() 
     assert not [1 for a in boxes for b in boxes if a is not b and boxes[a].overlaps(boxes[b])]
     assert not [1 for box in boxes.values() for at in axes.transData.transform(points) if box.contains(*at)]
     drawing.draw_without_rendering()  # updates the leaders
-    leaders = [text.arrow_patch.get_path() for text in axes.texts if not text.get_text()]
+    leaders = [cast(Any, text).arrow_patch.get_path() for text in axes.texts if not text.get_text()]
     assert leaders
     for leader in leaders:
         assert not any(leader.intersects_bbox(box, filled=False) for box in boxes.values())

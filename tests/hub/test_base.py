@@ -95,6 +95,13 @@ def test_automodel_loads_it_from_either_kind_of_folder(hub_model, tmp_path) -> N
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").model.head.weight.shape == (32, 24)  # it is tied
 
 
+def test_only_tensors_that_exist_are_left_out_of_saved_folders(hub_model) -> None:
+    """A base model has a head where it is a view of a model that has one."""
+    model = hub_model(n_layers=2)
+    for base, left_out in ((model.base_model, {"model.head.weight"}), (AutoModel.from_config(model.config), set())):
+        assert set(base._keys_to_ignore_on_save or ()) == left_out <= base.state_dict().keys()
+
+
 def test_a_base_model_has_no_head_to_load(hub_model, tmp_path) -> None:
     config = hub_model(n_layers=2).config
     base = AutoModel.from_config(config)

@@ -46,6 +46,8 @@ def test_a_run_as_a_folder(convert, make_run, tmp_path, prepared, capsys) -> Non
     assert names == {
         *(
             MARK,
+            "README.md",
+            "plan.png",
             "config.json",
             "generation_config.json",
             "model.safetensors",
@@ -61,7 +63,7 @@ def test_a_run_as_a_folder(convert, make_run, tmp_path, prepared, capsys) -> Non
     generation = json.loads((out / "generation_config.json").read_text())
     assert (generation["eos_token_id"], generation["pad_token_id"]) == (eos, eos)
     written, summary, how = capsys.readouterr().out.splitlines()
-    assert written.startswith(f"written: {out}: config.json, ")
+    assert written.startswith(f"written: {out}: README.md, config.json, ")
     parameters = sum(tensor.numel() for tensor in expected.values())
     nbytes = (out / "model.safetensors").stat().st_size
     assert summary == f"step 20, {parameters:,} parameters in fp32, {nbytes:,} bytes of weights"

@@ -309,3 +309,36 @@ def test_going_on_with_another_padding_is_refused(hub_model) -> None:
         whole = torch.cat((_mask(0), torch.ones(2, 6, dtype=torch.long)), dim=1)
         with pytest.raises(UserError, match=r"pads \[1, 0\] tokens on the left, but the cache was begun with \[2, 0\]"):
             model(IDS[:, :3], attention_mask=whole, past_key_values=cache)
+
+
+# ---- boundaries of packed documents ----------------------------------------------------------------------------------
+
+POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 0, 1, 2]])
+PACKING = {
+    "cu_seq_lens_q": torch.tensor([0, 3, 7, 11, 14], dtype=torch.int32),
+    "cu_seq_lens_k": torch.tensor([0, 3, 7, 11, 14], dtype=torch.int32),
+    "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1]]),
+    "max_length_q": 4,
+    "max_length_k": 4,
+}
+
+
+def test_boundaries_that_agree_with_the_positions_change_nothing(hub_model) -> None:
+    """As transformers' DataCollatorWithFlattening and TRL's packing give them."""
+    model = hub_model()
+    expected = _logits(model, IDS, position_ids=POSITIONS, use_cache=False)
+    assert torch.equal(_logits(model, IDS, position_ids=POSITIONS, use_cache=False, **PACKING), expected)
+    assert not torch.allclose(_logits(model, IDS, use_cache=False), expected), "documents see only themselves"
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("cu_seq_lens_q", torch.tensor([0, 7, 14])),
+        ("cu_seq_lens_k", torch.tensor([0, 2, 7, 11, 14])),
+        ("seq_idx", torch.zeros(2, 7, dtype=torch.long)),
+    ],
+)
+def test_boundaries_that_contradict_the_positions_are_refused(hub_model, name: str, wrong: torch.Tensor) -> None:
+    with pytest.raises(UserError, match=f"{name}: its .* are not those of position_ids"):
+        hub_model()(IDS, position_ids=POSITIONS, use_cache=False, **{**PACKING, name: wrong})

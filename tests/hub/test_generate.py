@@ -317,6 +317,7 @@ def test_steps_that_a_graph_replays(hub_model, monkeypatch) -> None:
         ({"cache_implementation": "quantized"}, "cache_implementation is quantized"),
         ({"cache_implementation": "paged"}, "continuous batching"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions is not supported"),
+        ({"assistant_early_exit": 2}, "assistant_early_exit is 2: the model has no heads after lower layers"),
         ({"attention_mask": MASK.flip(1)}, "has 2 padding tokens at its end, which a cache would keep"),
         ({"max_new_tokens": 60}, "a prompt of 5 tokens and up to 60 new ones .* allowed: max_new_tokens up to 59"),
     ],

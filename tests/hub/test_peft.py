@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from cllm.hub.model import CLLMForCausalLM
 
@@ -55,6 +57,48 @@ def test_lora_knows_what_to_change(name, options, hub_model, preset_config) -> N
     _train(model)
 
 
+def _merged_by_hand(adapted: Any) -> CLLMForCausalLM:
+    """A model without adapters: W + s B A (LoRA, equation 3), or m (W + s B A) / |W + s B A| by rows (DoRA, 5)."""
+    plain = copy.deepcopy(adapted.get_base_model())
+    for name, module in list(plain.named_modules()):
+        if not hasattr(module, "lora_A"):
+            continue
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        weight = module.base_layer.weight + module.scaling["default"] * b @ a
+        if module.use_dora["default"]:
+            magnitude = module.lora_magnitude_vector["default"].weight
+            weight = magnitude[:, None] * weight / weight.norm(dim=1, keepdim=True)
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        layer.weight = nn.Parameter(weight.detach())
+        parent, _, child = name.rpartition(".")
+        setattr(plain.get_submodule(parent), child, layer)
+    return plain
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"target_modules": "all-linear"}])
+def test_losses_of_adapters_are_those_of_merged_weights(name, options, hub_model, preset_config) -> None:
+    """Before and after a step, and the gradients of weights that a matrix is merged from: dL/dB = s dL/dW A^T."""
+    config = _lora(lora_alpha=3, **options)
+    model = peft.get_peft_model(hub_model(config=preset_config(name)), config).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(2):
+        plain = _merged_by_hand(model)
+        assert not any("lora" in n for n, _ in plain.named_parameters())
+        expected = F.cross_entropy(plain.model(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+        loss = model(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=IDS).loss
+        torch.testing.assert_close(loss, expected)
+        optimizer.zero_grad()
+        loss.backward()
+        expected.backward()
+        for path, module in model.get_base_model().named_modules():
+            if hasattr(module, "lora_A") and not module.use_dora["default"]:
+                merged = plain.get_submodule(path).weight.grad
+                by_hand = module.scaling["default"] * merged @ module.lora_A["default"].weight.T
+                torch.testing.assert_close(module.lora_B["default"].weight.grad, by_hand, atol=1e-5, rtol=1e-4)
+        optimizer.step()
+
+
 def test_every_table_of_peft_that_knows_llama_knows_cllm() -> None:
     from peft.utils import constants
 
@@ -83,10 +127,11 @@ def _tied(model: CLLMForCausalLM) -> bool:
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("names", [["embed"], ["head"], ["embed", "head"]])
 @pytest.mark.parametrize("tied", [False, True])
-def test_entire_modules(names, tied, hub_model) -> None:
-    base = hub_model(tie_embeddings=tied, n_layers=2)
+def test_entire_modules(plan, names, tied, hub_model, preset_config) -> None:
+    base = hub_model(config=preset_config(plan, n_layers=4, tie_embeddings=tied))
     model = peft.get_peft_model(base, _lora(target_modules=["q_proj"], modules_to_save=names))
     before = {n: p.clone() for n, p in model.named_parameters()}
     _train(model)
@@ -94,9 +139,10 @@ def test_entire_modules(names, tied, hub_model) -> None:
     assert changed == {f"base_model.model.model.{n}.modules_to_save.default.weight" for n in names}
 
 
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("names", [["embed"], ["head"], ["embed_tokens"]])
-def test_tied_weights_stay_tied_where_that_is_asked(names, hub_model) -> None:
-    base = hub_model(tie_embeddings=True, n_layers=2)
+def test_tied_weights_stay_tied_where_that_is_asked(plan, names, hub_model, preset_config) -> None:
+    base = hub_model(config=preset_config(plan, n_layers=4, tie_embeddings=True))
     start = base.get_input_embeddings().weight.clone()
     config = _lora(target_modules=["q_proj"], modules_to_save=names, ensure_weight_tying=True)
     model = peft.get_peft_model(base, config)
@@ -110,10 +156,11 @@ def test_tied_weights_stay_tied_where_that_is_asked(names, hub_model) -> None:
     torch.testing.assert_close(output.loss, expected)
 
 
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("indices", [[1, 30], {"embed": [1, 30]}])
-def test_some_tokens(tied, indices, hub_model) -> None:
-    base = hub_model(tie_embeddings=tied, n_layers=2)
+def test_some_tokens(plan, tied, indices, hub_model, preset_config) -> None:
+    base = hub_model(config=preset_config(plan, n_layers=4, tie_embeddings=tied))
     start = base.get_input_embeddings().weight.clone()
     model = peft.get_peft_model(base, _lora(target_modules=["q_proj"], trainable_token_indices=indices))
     _train(model)

@@ -2,14 +2,16 @@
 
 The tree is `Config` = name, init, uptrain, model, attention, data, optim, train. A docstring under a field is its
 `--help`. Rules that need a second field are validators, so that a config that loads is a config that can be built.
-Nothing here reads the disk, except `load.py` the YAML files themselves; rules that need it (a tokenizer's size, a
-checkpoint) are checked where the disk is read.
+Nothing here reads the disk, except `load.py` and `shipped.py` the YAML files themselves; rules that need it (a
+tokenizer's size, a checkpoint) are checked where the disk is read.
 
 run.py         `Config`: one training run
 model.py       `ModelConfig`: the decoder
 training.py    attention kernel, data, optimizer, steps
 uptraining.py  `init:` and `uptrain:`: starting from another model's weights
 load.py        YAML files and a command line to one checked config, mistakes as one line
+shipped.py     the configs and recipes that come with cllm, by name
+designs.py     KV plans as words on a command line
 
 Imports the plan and the section base; never torch.
 """

@@ -173,5 +173,5 @@ def test_completion_without_argcomplete_prints_nothing(
     monkeypatch.setitem(sys.modules, "argcomplete", None)
     monkeypatch.setenv("_ARGCOMPLETE", "1")
     monkeypatch.setenv("COMP_LINE", "cllm tr")
-    assert main([]) == 0
+    assert main([]) == 1
     assert capsys.readouterr() == ("", "")

@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None, *, program: str = "cllm train") -> int:
     """Run the command line; returns its exit status: 3 for a run that was stopped and can be resumed."""
     arguments, overrides = make_parser(program).parse_settings(argv)
     if not arguments.config:
-        raise UserError("give at least one --config FILE; the shipped --config quickstart is a good first one")
+        raise UserError(
+            "give at least one --config FILE; --config quickstart (configs/quickstart.yaml) is a good first one"
+        )
     config = load_config(arguments.config, overrides)
     if arguments.print_config:
         print(yaml.safe_dump(config.as_yaml_data(), sort_keys=False), end="")

@@ -6,7 +6,6 @@ kernels/           pieces of a step against alternatives and bounds
 scaling/           one node's GPUs: strategies and numbers of devices
 posthoc_decode.py  decoding on a compressed cache, and the compression
 cuts.py            computed, not measured: bytes across pipeline cuts, memory and traffic on many GPUs
-plans.py           KV plans as words on a command line
 timing.py          times, memory and peak rates of a device
 record.py          results, written to disk while a benchmark runs
 

@@ -30,6 +30,14 @@ def _git(*words: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def _commit() -> str | None:
+    """The commit of this package's repository; None if it is installed, be it inside another repository."""
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != Path(cllm.__file__).resolve().parents[1]:
+        return None
+    return _git("rev-parse", "HEAD")
+
+
 def clocks() -> str:
     """Clocks, temperature and power of the GPUs as nvidia-smi reports them."""
     fields = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
@@ -49,8 +57,7 @@ def environment() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    commit = _git("rev-parse", "HEAD")
-    if commit:
+    if commit := _commit():
         changed = " with local changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
         found["commit"] = commit + changed
     found["cpus"] = str(os.cpu_count())

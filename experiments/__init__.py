@@ -1,10 +1,10 @@
 """Experiments of several runs each, which continue after an interruption if the same command is given again.
 
-sweep_posthoc.py  compress the caches of runs in many ways: one table, one figure
-tradeoff.py       train designs, then sweep over them
+sweep_posthoc.py  compress the caches of runs in many ways: one table, one figure (`cllm sweep`)
+tradeoff.py       train designs, then sweep over them (`cllm tradeoff`)
 uptraining/       pretrain a Llama, convert it to plans that share keys and values, uptrain those
 
 Run them in the project's root: `python -m experiments.NAME --help`.
 
-Imports benchmarks.plans, benchmarks.timing, benchmarks.record and cllm; they do not import it.
+Imports benchmarks.timing, benchmarks.record and cllm; they do not import it.
 """

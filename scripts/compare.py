@@ -1,59 +1,16 @@
-"""Compare runs: one table and one figure of quality against KV cache.
-
-    python scripts/compare.py runs/* [--baseline NAME] [--set SET] [--out DIR]
-
-Losses come from `evaluate.py --run ...` if it has been run, else from the last validation of the training. See
-docs/evaluation.md.
-"""
+"""Compare runs: the same as `cllm compare`."""
 
 from __future__ import annotations
 
-import logging
+import functools
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cllm.arguments import Parser
-from cllm.errors import one_line
-from cllm.lock import locked
-from cllm.signals import stoppable
+from cllm.commands import compare
 
-
-def parser() -> Parser:
-    """The command line's arguments."""
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="run folders; folders that are not runs are skipped")
-    add("--baseline", metavar="NAME", help="run to compare with (default: the one with the largest resident cache)")
-    add("--set", dest="set_name", metavar="SET", help="set to compare on (default: each run's main validation set)")
-    add("--out", type=Path, metavar="DIR", help="folder of the files (default: comparison/ next to the runs, "
-        "runs/comparison if they lie in different folders)")  # fmt: skip
-    return parser
-
-
-@one_line
-@stoppable()
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit status: 1 if a run was left out because its files cannot be read."""
-    options = parser().parse_args(arguments)
-    logging.basicConfig(format="%(message)s")
-    # Imported late: --help and mistakes in arguments answer without loading torch and plots.
-    from cllm.evaluate.comparison import compare, find_runs
-    from cllm.evaluate.report import terminal, write
-    from cllm.evaluate.result_folders import beside
-
-    runs = find_runs(options.runs)
-    comparison = compare(runs, baseline=options.baseline, set_name=options.set_name)
-    print(terminal(comparison))
-    folder = options.out or beside([run.path for run in runs], "comparison")
-    print(f"table and figure go to {folder}", file=sys.stderr, flush=True)
-    with locked(folder):
-        for path in write(comparison, folder):
-            print(f"written: {path}")
-    return 1 if comparison.left_out else 0
-
+main = functools.partial(compare.main, program="python scripts/compare.py")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,7 +13,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-OPTIONAL = {"deepspeed", "fla", "flash_attn", "flash_attn_interface", "liger_kernel", "peft", "lm_eval", "torchao"}
+OPTIONAL = {
+    "argcomplete",
+    "deepspeed",
+    "fla",
+    "flash_attn",
+    "flash_attn_interface",
+    "liger_kernel",
+    "peft",
+    "lm_eval",
+    "torchao",
+}
 
 
 class Absent:

@@ -23,6 +23,8 @@ FLOORS = [
     {"uptrain", "posthoc"},
     {"train"},
     {"evaluate"},
+    {"commands"},
+    {"__main__"},
 ]
 """A package imports those on floors above it in this list, and itself; on the first floor, each other."""
 FILES = {".".join(("cllm", *file.relative_to(PACKAGE).with_suffix("").parts)): file for file in PACKAGE.rglob("*.py")}

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cllm.commands.cli import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -52,8 +54,8 @@ def test_configs_are_read_and_refused_without_torch(tmp_path: Path) -> None:
     assert _run("-c", _LOAD, written, "--model.n_layers", "many").count("model.n_layers") == 2
 
 
-COMMANDS = ("train", "evaluate", "data.prepare", "scripts.compare", "scripts.convert", "scripts.analyze",
-            "experiments.sweep_posthoc", "experiments.tradeoff")  # fmt: skip
+SCRIPTS = ("train", "evaluate", "data.prepare", "scripts.compare", "scripts.convert", "scripts.analyze",
+           "experiments.sweep_posthoc", "experiments.tradeoff")  # fmt: skip
 _HELP = """
 import contextlib, importlib, io, sys
 for name in sys.argv[1:]:
@@ -74,7 +76,7 @@ assert not slow, slow
 
 def test_help_and_mistakes_in_arguments_are_answered_without_torch():
     done = subprocess.run(
-        [sys.executable, "-c", _HELP, *COMMANDS],
+        [sys.executable, "-c", _HELP, *SCRIPTS, *(f"cllm.commands.{name}" for name in COMMANDS)],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -23,6 +23,7 @@ COPIED = [
     "train.py",
     "evaluate.py",
     "README.md",
+    "LICENSE",
     "pyproject.toml",
 ]
 
@@ -57,7 +58,9 @@ def test_readme_commands_run_in_order(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     ran = []
     for command in commands():
-        words = shlex.split(command)
+        words = shlex.split(command, comments=True)
+        if words[0] == "cllm":
+            words[:1] = ["python", "-m", "cllm"]
         if words[0] != "python":
             continue
         done = subprocess.run(
@@ -77,7 +80,7 @@ def test_readme_commands_run_in_order(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{block}\n{done.stderr}"
         assert "KVCache(growing" in done.stdout
         ran.append("python")
-    assert ran.count("train.py") == 5
+    assert (ran.count("train.py"), ran.count("-m")) == (5, 3)
     assert {"data/prepare.py", "evaluate.py", "scripts/compare.py", "scripts/convert.py", "python"} <= set(ran)
     assert (tmp_path / "runs" / "comparison" / "comparison.png").exists()
 

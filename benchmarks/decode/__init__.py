@@ -11,5 +11,5 @@ generating.py  tokens by `generate` of transformers
 merge.py       several result files as one
 report.py      tables and plots
 
-Imports benchmarks.plans, benchmarks.record, benchmarks.timing and cllm.
+Imports benchmarks.record, benchmarks.timing and cllm.
 """

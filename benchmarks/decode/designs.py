@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from benchmarks.plans import parse_plan
 from cllm.cache.accounting import Storage, mha_twin
 from cllm.config import Config, ModelConfig
+from cllm.config.designs import parse_plan
 from cllm.errors import UserError
 from cllm.uptrain.complete import load_config
 

@@ -23,6 +23,7 @@ from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from cllm.arguments import Parser
+from cllm.config.shipped import find_config
 from cllm.errors import UserError, nearest, same_word
 from cllm.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
 
@@ -225,7 +226,7 @@ def load_settings(
 
     Args:
         schema: the settings that are allowed.
-        files: later ones win.
+        files: paths, or names of shipped configs (`find_config`); later ones win.
         overrides: words such as `--train.steps 10`; they win over all files.
         complete: fills in settings that follow from others, before validation. It takes the merged settings, and
             returns the completed ones and the origin of each added key.
@@ -235,7 +236,9 @@ def load_settings(
     """
     data: dict[str, Any] = {}
     origin: Origin = {}
-    layers = [(str(path), read_yaml(path)) for path in files] + [(COMMAND_LINE, parse_overrides(overrides))]
+    layers = [(str(path), read_yaml(find_config(path))) for path in files] + [
+        (COMMAND_LINE, parse_overrides(overrides))
+    ]
     for name, layer in layers:
         data = merge(data, layer)
         origin |= dict.fromkeys(_paths(layer), name)
@@ -309,8 +312,8 @@ def _fields(schema: type[BaseModel], prefix: str = "", tag: str | None = None) -
 class ConfigParser(Parser):
     """A parser for options and the settings of a schema."""
 
-    def __init__(self, schema: type[BaseModel], description: str):
-        super().__init__(description=description, add_help=False)
+    def __init__(self, schema: type[BaseModel], description: str, program: str | None = None):
+        super().__init__(prog=program, description=description, add_help=False)
         self.schema = schema
 
     def parse_settings(self, words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -328,15 +331,19 @@ class _Help(argparse.Action):
         parser.exit()
 
 
-def config_parser(schema: type[BaseModel], description: str) -> ConfigParser:
-    """An argument parser with `--config` (repeatable) and a `--help` that lists every setting of `schema`."""
-    parser = ConfigParser(schema, description)
+def config_parser(schema: type[BaseModel], description: str, program: str | None = None) -> ConfigParser:
+    """An argument parser with `--config` (repeatable) and a `--help` that lists every setting of `schema`.
+
+    Args:
+        program: how the command is called, for its usage; None: the name of the script.
+    """
+    parser = ConfigParser(schema, description, program)
     parser.add_argument("-h", "--help", action=_Help, schema=schema, help="show this help and every setting")
     parser.add_argument(
         "--config",
         action="append",
         default=[],
         metavar="FILE",
-        help="a YAML file; repeat it, later files win",
+        help="a YAML file, or the name of a shipped one (cllm configs lists them); repeat it, later files win",
     )
     return parser

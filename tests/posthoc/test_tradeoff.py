@@ -11,10 +11,11 @@ import time
 import pytest
 import yaml
 
+from cllm.commands.tradeoff import is_finished
 from cllm.errors import EXIT_STOPPED
 from cllm.lock import locked
 from cllm.runs import RunFolder
-from experiments.tradeoff import is_finished, main
+from experiments.tradeoff import main
 
 
 @pytest.fixture

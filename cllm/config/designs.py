@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from cllm.config.shipped import CONFIGS
 from cllm.errors import UserError, nearest
 
-PLANS = Path(__file__).resolve().parents[1] / "configs" / "kv"
+PLANS = CONFIGS / "kv"
 
 
 def parse_plan(word: str) -> tuple[Path, dict[str, str]]:

@@ -1,0 +1,90 @@
+"""Measure perplexity and bits per byte of trained models, and the cost of compressing their caches.
+
+    %(prog)s --run runs/NAME [--run ...] [--data FOLDER_OR_TEXT_FILE ...] [--window N] [--stride N]
+    %(prog)s --run runs/NAME --posthoc xkv:group=4,ratio=4 [--posthoc ...] [--prefix N]
+    %(prog)s --run runs/NAME --suite NAME
+
+A run is a run folder (its newest checkpoint), one checkpoint file, or a Hugging Face checkpoint folder. Without --data
+a run is scored on its own validation sets. docs/evaluation.md defines what is measured, docs/posthoc.md describes
+--posthoc.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cllm.arguments import Parser, whole_number
+from cllm.errors import UserError, one_line
+from cllm.evaluate.suites.registry import add_options, choose
+from cllm.signals import stoppable
+
+
+def make_parser(program: str) -> Parser:
+    """The command line's arguments."""
+    parser, count = Parser(prog=program, description=__doc__), whole_number(1)
+    add = parser.add_argument
+    add("--run", action="append", default=[], metavar="PATH", help="run, .ckpt file or Hugging Face folder; repeatable")
+    add("--data", nargs="+", action="extend", default=[], metavar="PATH",
+        help="prepared folders or text files (.txt .md: one document; .jsonl: the `text` of each line); "
+        "default: the run's own validation sets")  # fmt: skip
+    add("--split", default="validation", help="split of prepared folders to score (default: %(default)s)")
+    add("--window", type=count, metavar="N", help="tokens that the model reads at once (default: the training length; "
+        "at most 2048 for Hugging Face models)")  # fmt: skip
+    add("--stride", type=count, metavar="N", help="tokens scored in each window (default: half the window)")
+    add("--batch", type=count, metavar="N", help="windows computed together; changes only speed and memory")
+    add("--max-tokens", type=count, metavar="N", help="score only the first N tokens of each set")
+    parser.add_device()
+    add("--name", metavar="SET", help="name of the set in files and TensorBoard (default: from the data's path)")
+    add("--out", metavar="DIR", type=Path, help="folder of the results; nothing is then written to the run (default: "
+        "evaluation/ in the run's folder; runs/evaluation/NAME-HASH for a Hugging Face folder)")  # fmt: skip
+    add("--list-posthoc", action="store_true", help="list the methods of --posthoc and their options, and exit")
+    add_options(parser)
+    return parser
+
+
+@one_line
+@stoppable()
+def main(arguments: Sequence[str] | None = None, *, program: str = "cllm evaluate") -> int:
+    """Run the command line; returns its exit status: 1 if one of several runs was left out."""
+    commands = make_parser(program)
+    options = commands.parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    if options.list_posthoc:
+        from cllm.posthoc.registry import describe_methods
+
+        print(describe_methods())
+        return 0
+    if not options.run:
+        raise UserError("nothing to evaluate: give --run runs/NAME")
+    if options.out and len(options.run) > 1:
+        raise UserError(f"--out {options.out}: takes the results of one run, and there are {len(options.run)}")
+    suite = choose(commands, options)
+    # Imported late: --help and mistakes in arguments answer without loading torch.
+    from cllm.environment import choose_device
+    from cllm.evaluate.left_out import LeftOut
+    from cllm.evaluate.subjects import load_subject
+    from cllm.evaluate.suites.jobs import jobs
+
+    device = choose_device(options.device)
+    records, paths = [], []
+    left_out = LeftOut(len(options.run))
+    try:
+        for path in options.run:
+            with left_out.unless_usable(path):
+                subject = load_subject(path, device)
+                announced = options.out is not None or subject.kind == "run"
+                for job in jobs(suite, subject, options, device):
+                    if not announced:
+                        suite.check(subject, job)  # a refusal is the only line on stderr
+                        print(f"results of {path} go to {subject.results()}", file=sys.stderr, flush=True)
+                        announced = True
+                    for record in suite.run(subject, job):
+                        paths.append(suite.save(subject, record, options.out))
+                        records.append(record)
+    finally:
+        if records:
+            print(suite.table(records), *(f"written: {path}" for path in paths), sep="\n")
+    return left_out.status()

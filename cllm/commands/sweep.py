@@ -1,0 +1,189 @@
+"""Compress the caches of several runs in many ways, and draw perplexity against bytes.
+
+    %(prog)s runs/* [--spec "xkv:group={group},ratio={ratio}" ...] [--group 2 4]
+      [--ratio 2 4 8]
+
+Every run is measured as it was trained and with each spec, as by `evaluate --posthoc`. Earlier measurements are
+reused. docs/posthoc.md has the details.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cllm.arguments import Parser, number, whole_number
+from cllm.errors import UserError, nearest, one_line
+from cllm.evaluate.result_folders import beside, run_of
+from cllm.lock import locked
+from cllm.posthoc import UNCOMPRESSED
+from cllm.signals import stoppable
+from cllm.trust import read_object
+
+if TYPE_CHECKING:
+    import torch
+
+    from cllm.evaluate.perplexity import Settings
+    from cllm.evaluate.subjects import Subject
+    from cllm.evaluate.texts import TextSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """A sweep's measurements, and the folder of its table; as on the command line."""
+
+    spec: Sequence[str] = ()
+    """Templates with {group} and {ratio}; empty: those that the methods propose."""
+    group: Sequence[int]
+    ratio: Sequence[float]
+    data: str | None = None
+    window: int | None = None
+    prefix: int | None = None
+    batch: int | None = None
+    max_tokens: int | None = None
+    again: bool = False
+    device: str = "auto"
+    baseline: str | None = None
+    out: Path | None = None
+
+
+def make_parser(program: str) -> Parser:
+    """The command line's arguments."""
+    parser = Parser(prog=program, description=__doc__, usage_hint=f"{program} runs/*")
+    add, count, ratio = parser.add_argument, whole_number(1), number(above=0)
+    add("runs", nargs="+", metavar="RUN", help="run folders, checkpoints or Hugging Face folders")
+    add("--spec", action="append", default=[], help="a method, {group} and {ratio} filled in; repeat it; the "
+        "first 4 tokens stay exact, others with sinks=N in the spec "
+        "(default: those that each method proposes; evaluate --list-posthoc shows them)")  # fmt: skip
+    add("--group", type=count, nargs="+", default=[2, 4], help="values of {group} (default: 2 4)")
+    add("--ratio", type=ratio, nargs="+", default=[2.0, 4.0, 8.0], help="values of {ratio} (default: 2 4 8)")
+    add("--data", metavar="PATH", help="prepared folder or text file (default: each run's first validation set)")
+    add("--window", type=count, metavar="N", help="tokens of a window (default: the training length)")
+    add("--prefix", type=count, metavar="N", help="tokens of it to compress (default: half)")
+    add("--batch", type=count, metavar="N", help="windows computed together")
+    add("--max-tokens", type=count, metavar="N", help="only the first N tokens of the set")
+    add("--again", action="store_true", help="ignore earlier measurements, as after a change of code")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    add("--baseline", metavar="NAME", help="run that increases are relative to (default: the one with most bytes)")
+    add("--out", type=Path, metavar="DIR", help="where the table and figure go (default: posthoc/ next to the runs; "
+        "runs/posthoc if they lie in different folders or are not runs)")  # fmt: skip
+    return parser
+
+
+def _run_name(path: Path) -> str:
+    """The name in the table of the run, checkpoint or folder at `path`."""
+    return (path.resolve().parents[1] if path.suffix == ".ckpt" else path.resolve()).name
+
+
+def _measured(
+    subject: Subject, text: TextSet, settings: Settings, spec: str, prefix: int, window: int, batch: int
+) -> Any:
+    """The record of an earlier measurement of the same checkpoint on the same data, or None."""
+    from cllm.evaluate import posthoc
+    from cllm.posthoc.registry import parse
+
+    path = posthoc.Measurement(
+        set_name=text.name,
+        spec=spec,
+        prefix=prefix,
+        window=window,
+        max_tokens=settings.max_tokens,
+        checkpoint=None if subject.latest else subject.checkpoint,
+    ).path(subject.results())
+    if not path.exists():
+        return None
+    record = read_object(path)
+    wanted = {"checkpoint": subject.checkpoint, "step": subject.step, "data": str(text.path), "batch": batch}
+    wanted |= {"precision": subject.precision, "sinks": parse(spec).sinks, **posthoc.fingerprints(subject, text)}
+    complete = "bf16_bytes_per_token" in record  # not of an earlier version
+    return record if complete and all(record.get(key) == value for key, value in wanted.items()) else None
+
+
+@one_line
+@stoppable("the same command goes on: what was measured is kept")
+def main(arguments: Sequence[str] | None = None, *, program: str = "cllm sweep") -> int:
+    """Run the command line; returns the exit status of `sweep`, or 3 when stopped."""
+    options = vars(make_parser(program).parse_args(arguments))
+    logging.basicConfig(format="%(message)s")
+    return sweep(options.pop("runs"), SweepOptions(**options))
+
+
+def sweep(runs: Sequence[str], options: SweepOptions) -> int:
+    """Measure every run as it was trained and with every spec, and write the table.
+
+    Returns:
+        The exit status: 1 if a measurement failed unexpectedly or a run was left out.
+
+    Raises:
+        UserError: for invalid options, before anything is measured.
+    """
+    # Imported late: --help and mistakes in arguments answer without loading torch.
+    import torch
+
+    from cllm.evaluate import pareto
+    from cllm.evaluate.perplexity import Settings
+    from cllm.posthoc.registry import default_sweep, parse
+
+    specs = pareto.expand(options.spec or default_sweep(), options.group, options.ratio)
+    for spec in specs:
+        parse(spec)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
+    names = [_run_name(Path(path)) for path in runs]
+    if options.baseline is not None and options.baseline not in names:
+        raise UserError(f"--baseline {options.baseline}: not among the runs; {nearest(options.baseline, names)}")
+    device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
+    settings = Settings(window=options.window, batch=options.batch, max_tokens=options.max_tokens)
+    out = options.out or beside([run_of(path) for path in runs], "posthoc")
+    with locked(out):  # no other sweep may write the table
+        print(f"table and figure go to {out}", file=sys.stderr, flush=True)
+        return _measure_all(runs, options, specs, settings, device, out)
+
+
+def _measure_all(
+    runs: Sequence[str],
+    options: SweepOptions,
+    specs: list[str],
+    settings: Settings,
+    device: torch.device,
+    out: Path,
+) -> int:
+    from cllm.evaluate import pareto, posthoc
+    from cllm.evaluate.left_out import LeftOut
+    from cllm.evaluate.perplexity import open_sets
+    from cllm.evaluate.subjects import load_subject
+
+    records, refused, status = [], [], 0
+    left_out = LeftOut(len(runs))
+    for path in runs:
+        with left_out.unless_usable(path):
+            subject = load_subject(path, device)
+            window, prefix, batch = posthoc.resolve(subject, settings, options.prefix, device)
+            text = next(iter(open_sets(subject, [options.data] if options.data else [])))
+            for spec in (UNCOMPRESSED, *specs):
+                record = None if options.again else _measured(subject, text, settings, spec, prefix, window, batch)
+                if record is None:
+                    try:
+                        (record,) = posthoc.measure(subject, text, settings, [spec], device, prefix=prefix)
+                    except Exception as error:
+                        if spec == UNCOMPRESSED:  # then nothing can be measured
+                            raise
+                        why = str(error)
+                        if not isinstance(error, UserError):
+                            traceback.print_exc()
+                            status, why = 1, f"failed: {' '.join(why.split())}"
+                        refused.append(f"{subject.name}, {spec}: {why}")
+                        continue
+                    posthoc.save(subject, record)
+                records.append(record)
+    status = max(status, left_out.status())
+    found = pareto.points(records, baseline=options.baseline)
+    print(pareto.markdown(found, refused), end="")
+    for file in pareto.write(found, out, refused):
+        print(f"written: {file}")
+    return status

@@ -169,6 +169,7 @@ def test_an_early_stop_ends_like_a_finished_run(
     assert command(config, "--resume", "auto") == 0
     assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before, "nothing is left to do"
     assert load_run(folder.path)[2] == 4
+    assert "tiny: was ended early by a callback: its last row is of step 4 of 8" in compare([folder]).warnings
 
 
 @pytest.mark.parametrize("every", ["2", "3"])

@@ -41,12 +41,16 @@ def run_name(design: str) -> str:
 
 
 def is_finished(folder: RunFolder) -> bool:
-    """Whether the run was validated after its last step, and has that step's checkpoint, which the sweep measures."""
+    """Whether the run was validated after its last step, and has that step's checkpoint, which the sweep measures.
+
+    A run that a callback has ended early is finished.
+    """
     if not folder.config_file.exists():
         return False
     train = folder.config().train
-    validated = train.validate_every is None or folder.is_validated_at(train.steps)
-    return validated and train.steps in dict(folder.checkpoints())
+    last = folder.early_stop() or train.steps
+    validated = train.validate_every is None or folder.is_validated_at(last)
+    return validated and last in dict(folder.checkpoints())
 
 
 def train(words: list[str], seconds: float) -> None:

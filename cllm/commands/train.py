@@ -73,6 +73,9 @@ def main(argv: list[str] | None = None, *, program: str = "cllm train") -> int:
         print(dry_run(with_vocabulary(config), tokens_per_second=arguments.tokens_per_second))
         return 0
     folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
+    if (early := folder.early_stop()) is not None:
+        print(f"run finished early, after step {early} of {config.train.steps}: {folder.path}  (see early_stop.json)")
+        return 0
     step = max((step for step, _ in folder.checkpoints()), default=folder.last_step())  # rows may be lost
     if step < config.train.steps and folder.last_step() < config.train.steps:
         print(f"run stopped at step {step} of {config.train.steps}: {folder.path}  (--resume auto goes on)")

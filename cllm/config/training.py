@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from cllm.section import MAX_COUNT, MAX_SEED, MAX_TOKENS, MAX_WORKERS, Section
 
@@ -16,6 +17,11 @@ BackendName = Literal["flash4", "cudnn", "flash3", "flash2", "varlen", "flex", "
 Weight = Annotated[float, Field(gt=0)]
 MAIN = "validation"
 """Name of the only validation set of a run on one folder."""
+LOGGERS = ("csv", "mlflow", "tensorboard", "wandb")
+"""Loggers that `train.loggers` may name without an import path."""
+Extension = str | dict[str, JsonValue]
+"""An entry of `train.loggers` or `train.callbacks`: a name or an import path, or a mapping with arguments."""
+_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 class AttentionConfig(Section):
@@ -203,13 +209,34 @@ class TrainConfig(Section):
     """Steps between checkpoints, besides one at the end; null: no checkpoints, except when the run is stopped early."""
     keep_checkpoints: int = Field(2, ge=1, le=MAX_COUNT)
     """Number of newest checkpoints to keep."""
+    keep_best: int = Field(0, ge=0, le=MAX_COUNT)
+    """Number of checkpoints with the lowest val/loss to keep besides; best.json in the run's folder lists them."""
+    loggers: list[Extension] = Field(default_factory=list)
+    """Loggers of Lightning, such as [csv, {name: wandb, mode: offline}]: csv, tensorboard, wandb, mlflow, or {class:
+    my_package.MyLogger}; other keys of a mapping are its arguments."""
+    callbacks: list[Extension] = Field(default_factory=list)
+    """Callbacks of Lightning, such as [{class: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss}]; other
+    keys of a mapping are its arguments."""
 
     def in_bf16(self, *, gpu: bool) -> bool:
         """Whether the run computes in bf16, on a GPU or on a CPU."""
         return self.precision == "bf16" or (self.precision == "auto" and gpu)
 
+    @field_validator("loggers", mode="before")
+    @classmethod
+    def _loggers(cls, entries: Any) -> Any:
+        return _check_extensions(entries, LOGGERS)
+
+    @field_validator("callbacks", mode="before")
+    @classmethod
+    def _callbacks(cls, entries: Any) -> Any:
+        return _check_extensions(entries, ())
+
     @model_validator(mode="after")
     def _rules(self) -> Self:
+        for key in ("validate_every", "checkpoint_every"):
+            if self.keep_best and getattr(self, key) is None:
+                raise ValueError(f"keep_best is {self.keep_best}, but {key} is null; allowed with it: keep_best 0")
         if isinstance(self.devices, int) and self.devices < 1:
             raise ValueError(f"devices is {self.devices}; allowed: 1 or more, or auto")
         if isinstance(self.devices, int) and self.devices > MAX_COUNT:
@@ -248,3 +275,18 @@ class TrainConfig(Section):
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         return self
+
+
+def _check_extensions(entries: Any, names: tuple[str, ...]) -> Any:
+    """Refuse entries that are neither one of `names` nor an import path. Nothing is imported: reading is safe."""
+    allowed = f"{', '.join(names)}, {{name: NAME, ...}} or " if names else ""
+    allowed += "{class: my_package.MyClass, ...}"
+    if not isinstance(entries, list):
+        raise ValueError(f"is {entries!r}; allowed: a list of {allowed}")
+    for n, entry in enumerate(entries):
+        named, path = entry in names if isinstance(entry, str) else False, entry
+        if isinstance(entry, dict):
+            named, path = "class" not in entry and entry.get("name") in names, entry.get("class")
+        if not named and not (isinstance(path, str) and _IMPORT_PATH.fullmatch(path)):
+            raise ValueError(f"entry {n} is {entry!r}; allowed: {allowed}")
+    return entries

@@ -63,6 +63,7 @@ class _Run:
     evaluation: dict[str, Any] | None
     suite_steps: dict[str, int]
     """The optimizer step of each suite's record."""
+    ended_early: bool = False
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[RunFolder]:
@@ -191,6 +192,7 @@ def _read(run: RunFolder, set_name: str | None) -> _Run:
         tokenizer=evaluation["tokenizer_sha256"] if evaluation else _tokenizer(config),
         evaluation=evaluation,
         suite_steps=suite_steps,
+        ended_early=run.early_stop() is not None,
     )
 
 
@@ -333,9 +335,8 @@ def _warnings(runs: list[_Run], baseline: Row) -> list[str]:
                 measured = f"{suite} was measured at step {step}"
                 found.append(f"{run.row.run}: {measured} and trained to {run.row.last_step} since")
         if run.row.last_step < run.row.steps:
-            found.append(
-                f"{run.row.run}: is not finished: its last row is of step {run.row.last_step} of {run.row.steps}"
-            )
+            ended = "was ended early by a callback" if run.ended_early else "is not finished"
+            found.append(f"{run.row.run}: {ended}: its last row is of step {run.row.last_step} of {run.row.steps}")
     if baseline.perplexity is None:
         found.append(f"the baseline {baseline.run} has no loss: no differences are shown")
     return found

@@ -8,6 +8,10 @@ runs/NAME/
   companions/          if the run starts from a checkpoint (init.from): its tokenizer, templates, generation config
   summary.json         design, parameters, KV bytes: the part of the config that comparisons need
   data.json            digests of the manifests of the training and validation data
+  best.json            with train.keep_best: the checkpoints with the lowest validation losses, best first
+  early_stop.json      if a callback has ended the run before its last step: that step, and why
+  loggers/             files of train.loggers
+  model_checkpoints/   files of a ModelCheckpoint of Lightning in train.callbacks
   evaluation/SET.json  results of evaluate.py
   tensorboard/         events with the same tags as metrics.jsonl
   checkpoints/         step-00000500.ckpt ...; a folder under ZeRO, with model.safetensors and checksums.json in it
@@ -19,7 +23,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +95,18 @@ class RunFolder:
     @property
     def data_file(self) -> Path:
         return self.path / "data.json"
+
+    @property
+    def best_file(self) -> Path:
+        return self.path / "best.json"
+
+    @property
+    def early_stop_file(self) -> Path:
+        return self.path / "early_stop.json"
+
+    @property
+    def loggers_folder(self) -> Path:
+        return self.path / "loggers"
 
     @property
     def evaluation_folder(self) -> Path:
@@ -186,9 +202,12 @@ class RunFolder:
             for path in self.checkpoint_folder.glob(f"step-*{suffix}"):
                 _delete(path)
 
-    def keep_checkpoints(self, newest: int, step: int) -> None:
-        """Delete all but the `newest` newest checkpoints, and those that were set aside up to `step`."""
-        old = [path for _, path in self.checkpoints()[:-newest]]
+    def keep_checkpoints(self, newest: int, step: int, others: Collection[int] = ()) -> None:
+        """Delete all checkpoints but the `newest` newest and those of the steps `others`.
+
+        Those that were set aside up to `step` are deleted too.
+        """
+        old = [path for saved, path in self.checkpoints()[:-newest] if saved not in others]
         for path in self.checkpoint_folder.glob(f"*{_ASIDE}"):
             if step_of(path.with_suffix("")) <= step:
                 old.append(path)
@@ -209,6 +228,19 @@ class RunFolder:
     def summary(self) -> dict[str, Any]:
         """The content of `summary.json`. Raises `UserError` if that is not a JSON object."""
         return read_object(self.summary_file)
+
+    def early_stop(self) -> int | None:
+        """The step after which a callback has ended the run; None for a run that was not ended early.
+
+        Raises:
+            UserError: if `early_stop.json` cannot be read.
+        """
+        if not self.early_stop_file.exists():
+            return None
+        step = read_object(self.early_stop_file).get("step")
+        if type(step) is not int:
+            raise UserError(f"{self.early_stop_file}: step is {step!r}; allowed: a whole number")
+        return step
 
     def data_digests(self) -> DataDigests | None:
         """Digests of the data that the run was trained and validated on; None if they were not recorded.

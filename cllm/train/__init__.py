@@ -17,12 +17,16 @@ trainer.py              Lightning's Trainer
 lightning_internals.py  every private part of Lightning that is touched
 strategy.py             one device, DDP, ZeRO
 reshard.py              ZeRO's shards read by another number of processes
+loggers.py              loggers of Lightning by name: train.loggers
+callbacks.py            callbacks of Lightning by import path: train.callbacks, and the metrics that they monitor
+imports.py              classes by their import path, and their arguments
 measure.py              the callback that measures
 metrics.py              the writer of metrics: metrics.jsonl, TensorBoard, loggers
 hparams.py              the row of a run in the HPARAMS tab of TensorBoard
 breakdown.py            time of a step by part
 throughput.py           the clock, and peak FLOP/s
 checkpoints.py          when checkpoints are saved
+best.py                 the checkpoints with the lowest validation losses
 stop.py                 the end of a run, by its last step or a signal
 ranks.py                the watch over other processes of a run
 faults.py               faults of the machine as one line

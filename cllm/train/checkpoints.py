@@ -17,6 +17,7 @@ from cllm.errors import UserError
 from cllm.files import sync_folder, sync_tree
 from cllm.runs import RunFolder
 from cllm.runs.checkpoint import save_file, write_checksums
+from cllm.train.best import BestCheckpoints
 from cllm.train.lightning_internals import set_micro_batches
 from cllm.train.module import step_is_complete
 from cllm.train.strategy import weights_are_finite
@@ -28,7 +29,8 @@ class Checkpoints(Callback):
 
     With null it saves only when `save` is called. Weights that are not finite are never saved. A checkpoint gets
     its name after it and all rows of metrics up to its step are on the disk (`sync_rows`). Only then are all
-    but the newest `train.keep_checkpoints` deleted.
+    but the newest `train.keep_checkpoints` and the best `train.keep_best` deleted. A step is saved before it is
+    validated, so the best ones are chosen again after each validation.
     """
 
     def __init__(
@@ -36,7 +38,14 @@ class Checkpoints(Callback):
     ):
         self.folder, self.clock, self.sync_rows = folder, clock, sync_rows
         self.every, self.keep, self.steps = train.checkpoint_every, train.keep_checkpoints, train.steps
+        self.keep_best = train.keep_best
+        self.best: BestCheckpoints | None = None
+        """On the first process, from the start of training on."""
         self._saved: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.is_global_zero:
+            self.best = BestCheckpoints(self.folder, self.keep_best)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -45,6 +54,17 @@ class Checkpoints(Callback):
         due = self.every is not None and (step % self.every == 0 or step == self.steps)
         if due and step_is_complete(trainer, batch_idx):
             self.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.best is not None and self.keep_best:
+            self.best.add(trainer.global_step, float(trainer.callback_metrics["val/loss"]))
+            self._delete_others(up_to=0)
+
+    def _delete_others(self, up_to: int) -> None:
+        """Delete the checkpoints that are not kept, and those that were set aside for steps up to `up_to`."""
+        assert self.best is not None
+        self.folder.keep_checkpoints(self.keep, up_to, self.best.steps())
+        self.best.write()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         set_micro_batches(checkpoint, checkpoint["global_step"] * trainer.accumulate_grad_batches)
@@ -81,7 +101,7 @@ class Checkpoints(Callback):
                 self.folder.set_aside_checkpoints(after=trainer.global_step - 1)
             partial.rename(path)
             sync_folder(path.parent)
-            self.folder.keep_checkpoints(self.keep, trainer.global_step)
+            self._delete_others(up_to=trainer.global_step)
         trainer.strategy.barrier()
         self._saved = trainer.global_step
         self.clock.resume()

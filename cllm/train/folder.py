@@ -17,7 +17,7 @@ from cllm.plan.describe import plan_table
 from cllm.plan.picture import plan_figure
 from cllm.runs import RUN, RunFolder, check_run_folder
 from cllm.train.launch import is_first_process
-from cllm.train.resume import check_intact, check_resumable, lacks_validation, newest_intact
+from cllm.train.resume import check_intact, check_resumable, ended_early, lacks_validation, newest_intact
 from cllm.train.schedule import check_warmup
 from cllm.uptrain.student import with_saved_sources
 
@@ -37,12 +37,21 @@ class Start:
     """Whether to validate before the first step, because a validation of the checkpoint's step was missed."""
     sources_chosen: bool
     """Whether `init.sources: best` has been applied to the config."""
+    ended_early: bool = False
+    """Whether a callback has ended the run after `step`."""
+
+    @property
+    def advice(self) -> str:
+        """The end of the message about a finished run: how to go on with one that was ended early."""
+        if not self.ended_early:
+            return ""
+        return "; a callback has ended it; to go on, change train.callbacks or train.steps, or --resume that checkpoint"
 
     @property
     def is_finished(self) -> bool:
         """Whether nothing is left to do."""
         steps = self.config.train.steps
-        return self.step > steps or (self.step == steps and not self.validate)
+        return self.ended_early or self.step > steps or (self.step == steps and not self.validate)
 
 
 def find_start(config: Config, resume: str | None, overwrite: bool) -> Start:
@@ -59,7 +68,8 @@ def find_start(config: Config, resume: str | None, overwrite: bool) -> Start:
         return Start(config, folder, None, step=0, validate=False, sources_chosen=saved is not None)
     step = folder.step_of(checkpoint)
     validate = lacks_validation(config, folder, step)
-    return Start(config, folder, checkpoint, step, validate, sources_chosen=saved is not None)
+    early = resume == "auto" and ended_early(config, folder, checkpoint)
+    return Start(config, folder, checkpoint, step, validate, sources_chosen=saved is not None, ended_early=early)
 
 
 def open_folder(config: Config, resume: str | None, overwrite: bool) -> tuple[RunFolder, Path | None]:
@@ -91,7 +101,9 @@ def open_folder(config: Config, resume: str | None, overwrite: bool) -> tuple[Ru
         return folder, checkpoint
     if has_run:  # it ended before its first checkpoint and starts from the beginning
         check_resumable(config, folder)
-        if folder.last_step() >= folder.config().train.steps:
+        saved = folder.config().train
+        ended = saved.checkpoint_every is None and folder.early_stop() is not None
+        if ended or folder.last_step() >= saved.steps:
             raise UserError(
                 f"{folder.path} holds a finished run without checkpoints, so that --resume auto would train it "
                 "again; replace it with --overwrite, or choose another --name"

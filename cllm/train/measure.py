@@ -16,7 +16,7 @@ from tqdm import tqdm
 from cllm.errors import UserError
 from cllm.plan.picture import plan_figure
 from cllm.runs import RunFolder
-from cllm.train.metrics import MetricsLog
+from cllm.train.metrics import MetricsLog, publish
 from cllm.train.module import TrainingModule, step_is_complete
 from cllm.train.strategy import engine_of, gradient_norm
 from cllm.train.throughput import Clock, peak_flops
@@ -50,7 +50,8 @@ class RunFacts:
 class Metrics(Callback):
     """Writes a row of metrics every `log_every` steps and after every validation, and shows progress.
 
-    Tensors become numbers only here, so the host waits for the device only here.
+    Tensors become numbers only here, so the host waits for the device only here. The values of a row are also those
+    that callbacks can monitor. Times and memory are those of the process itself, all others are equal on all processes.
     """
 
     def __init__(self, folder: RunFolder, facts: RunFacts):
@@ -129,7 +130,7 @@ class Metrics(Callback):
         peak = peak_flops(module.device)
         if peak is not None:
             values["throughput/mfu"] = rate * self.facts.flops_per_token / (peak * trainer.world_size)
-        self._write(step, values | module.training_metrics())
+        self._write(trainer, values | module.training_metrics())
         self._show(step, loss, rate)
         self._check_skipped(skipped, step)
         self.since = step
@@ -163,7 +164,7 @@ class Metrics(Callback):
             values[f"{prefix}/loss"] = loss
             values[f"{prefix}/ppl"] = math.exp(min(loss, 700))
             values[f"{prefix}/bits_per_byte"] = loss / math.log(2) / self.facts.bytes_per_token[name]
-        self._write(trainer.global_step, values | pl_module.validation_metrics())
+        self._write(trainer, values | pl_module.validation_metrics())
         self.sync()
         if trainer.is_global_zero:
             self._say(f"step {trainer.global_step}: " + "  ".join(f"{tag} {v:.4f}" for tag, v in values.items()))
@@ -188,9 +189,10 @@ class Metrics(Callback):
         if self.writer is not None:
             self.writer.sync()
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+    def _write(self, trainer: Trainer, values: dict[str, float]) -> None:
+        publish(trainer, values)
         if self.writer is not None:
-            self.writer.write(step, values)
+            self.writer.write(trainer.global_step, values)
 
     def _show(self, step: int, loss: float, rate: float) -> None:
         if self.bar is not None:

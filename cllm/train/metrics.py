@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
@@ -42,7 +44,8 @@ LAYOUT = {
     },
 }
 _FINAL = "hp/val_ppl"
-_COMMON = ("step", "tokens", "time")
+COMMON_KEYS = ("step", "tokens", "time")
+"""Keys of every row that are not metrics."""
 
 
 class MetricsLog:
@@ -63,7 +66,7 @@ class MetricsLog:
         self._file = folder.metrics_file.open("a", encoding="utf-8", buffering=1)
         self.board = SummaryWriter(str(self._events), purge_step=start_step or None, flush_secs=10)
         for row in rows_of_step(folder.metrics_file, start_step):
-            values = {tag: math.nan if value is None else value for tag, value in row.items() if tag not in _COMMON}
+            values = {tag: math.nan if value is None else value for tag, value in row.items() if tag not in COMMON_KEYS}
             if not all(isinstance(value, int | float) for value in (row.get("time"), *values.values())):
                 raise UserError(
                     f"{folder.metrics_file}: a row of step {start_step} is not one that a run writes: `time` and all "
@@ -112,3 +115,8 @@ class MetricsLog:
             self._file.close()
         finally:
             self.board.close()
+
+
+def publish(trainer: Trainer, values: dict[str, float]) -> None:
+    """Make `values` known to callbacks that monitor them: `trainer.callback_metrics`, fp64 scalars on the CPU."""
+    trainer.callback_metrics.update({tag: torch.tensor(value, dtype=torch.float64) for tag, value in values.items()})

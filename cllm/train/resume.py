@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from cllm.config import Config
+from cllm.config import Config, TrainConfig
 from cllm.data.manifest import Manifest
 from cllm.data.mixture import MixedDataset
 from cllm.data.module import DataModule
@@ -15,6 +15,7 @@ from cllm.errors import UserError
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import meta_decoder
 from cllm.runs import DataDigests, RunFolder
+from cllm.train.best import BestCheckpoints
 from cllm.train.strategy import family
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,9 @@ CHANGEABLE = {
     "train.validate_every": "freely",
     "train.checkpoint_every": "freely",
     "train.keep_checkpoints": "freely",
+    "train.keep_best": "freely; deleted checkpoints do not come back",
+    "train.loggers": "freely",
+    "train.callbacks": "freely; a run that a callback has ended goes on if they differ",
 }
 """The settings that may change when a run is resumed, and how; the table of docs/training.md. All others may not."""
 
@@ -151,12 +155,31 @@ def _shapes(config: Config) -> Decoder:
     return meta_decoder(config.model)
 
 
-def prepare_folder(folder: RunFolder, start_step: int, *, keep: int) -> None:
-    """Keep only the newest `keep` checkpoints up to `start_step`, and remove unfinished files."""
+def prepare_folder(folder: RunFolder, start_step: int, train: TrainConfig) -> None:
+    """Keep only the checkpoints up to `start_step` that `train` keeps, and remove unfinished files."""
     folder.remove_unfinished_checkpoints()
     for path in folder.set_aside_checkpoints(after=start_step):
         log.info("%s: of a later step, set aside until the run saves that step again", path)
-    folder.keep_checkpoints(keep, start_step)
+    delete_checkpoints(folder, train, start_step)
+
+
+def delete_checkpoints(folder: RunFolder, train: TrainConfig, step: int = 0) -> None:
+    """Delete the checkpoints that `train` does not keep, and those that were set aside up to `step`."""
+    best = BestCheckpoints(folder, train.keep_best)
+    folder.keep_checkpoints(train.keep_checkpoints, step, best.steps())
+    best.write()
+
+
+def ended_early(config: Config, folder: RunFolder, checkpoint: Path) -> bool:
+    """Whether a callback has ended the run at `checkpoint`, and `config` gives no reason to go on from there.
+
+    Such a reason is another value of `train.callbacks` or `train.steps`. The first process of a run that goes on
+    deletes `early_stop.json` before it writes config.yaml, so the other processes read them in the opposite order.
+    """
+    saved = folder.config().train
+    if (saved.callbacks, saved.steps) != (config.train.callbacks, config.train.steps):
+        return False
+    return folder.early_stop() == folder.step_of(checkpoint)
 
 
 # ---- the missed validation -------------------------------------------------------------------------------------------

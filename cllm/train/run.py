@@ -10,30 +10,35 @@ from pathlib import Path
 import lightning
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cllm.config import Config
 from cllm.data.manifest import Manifest
 from cllm.data.module import DataModule
+from cllm.errors import UserError
 from cllm.files import mark, remove
 from cllm.lock import locked
 from cllm.model.sizes import build_decoder, meta_decoder
 from cllm.runs import RUN, RunFolder
+from cllm.train.callbacks import MonitoredMetrics, check_callbacks, make_callbacks
 from cllm.train.checkpoints import Checkpoints
 from cllm.train.faults import explained, newest_checkpoint_line
 from cllm.train.float8 import check_float8
 from cllm.train.folder import Start, find_start, write_start
 from cllm.train.launch import Launch, is_first_process
 from cllm.train.lightning_internals import validate_before_training
+from cllm.train.loggers import make_loggers, plan_loggers
 from cllm.train.measure import Metrics
 from cllm.train.module import TrainingModule
 from cllm.train.prepare import prepare_for_training
 from cllm.train.ranks import RankWatch
 from cllm.train.reshard import shards
-from cllm.train.resume import prepare_folder, record_data
+from cllm.train.resume import delete_checkpoints, prepare_folder, record_data
 from cllm.train.stop import StopWhenDone
 from cllm.train.summary import run_facts, summarise
 from cllm.train.trainer import make_trainer, silence_lightning
 from cllm.train.uptraining import UptrainingModule
+from cllm.trust import reason
 from cllm.uptrain.student import start_student
 
 log = logging.getLogger(__name__)
@@ -63,8 +68,10 @@ def train(
         config: one run.
         resume: None for a new run, `auto` to resume from the newest checkpoint if there is one, or a checkpoint's path.
         overwrite: replace a finished or broken run of the same name.
-        callbacks: callbacks of Lightning, called after this project's metrics and before its checkpoints.
-        loggers: loggers of Lightning. They get the hyperparameters and the rows of metrics.jsonl, by step.
+        callbacks: callbacks of Lightning besides `train.callbacks`, called after this project's metrics and before its
+            checkpoints.
+        loggers: loggers of Lightning besides `train.loggers`. They get the hyperparameters and the rows of
+            metrics.jsonl, by step.
 
     Raises:
         UserError: for whatever a user can correct, if possible before anything is written; also for a run that another
@@ -73,15 +80,20 @@ def train(
     silence_lightning()
     config = with_vocabulary(config)
     launch = Launch.here(config)
+    callbacks = [*make_callbacks(config), *callbacks]
+    plan_loggers(config, RunFolder(Path(config.runs_dir) / config.name))
     with locked(Path(config.runs_dir) / config.name) if is_first_process() else nullcontext():
         start = find_start(config, resume, overwrite)
         config = start.config
         if start.is_finished:
-            log.info("%s is finished: %s is its last step", start.folder.path, start.checkpoint)
+            log.info("%s is finished: %s is its last step%s", start.folder.path, start.checkpoint, start.advice)
+            if config.train.keep_best and is_first_process():  # a kill may have come before this
+                delete_checkpoints(start.folder, config.train)
             return start.folder
         check_float8(config, launch.accelerator)
         lightning.seed_everything(config.train.seed, verbose=False)
         data = DataModule.of(config)
+        check_callbacks(callbacks, config, start.folder, data.validation_names)
         resumed = start.checkpoint is not None
         module = make_module(config, launch, data, choose_sources=not start.sources_chosen, resumed=resumed)
         _fit(module, data, start, launch, callbacks, loggers)
@@ -105,7 +117,8 @@ def _fit(
     watch = RankWatch(lambda: newest_checkpoint_line(folder))
     checkpoints = Checkpoints(folder, config.train, clock=metrics.clock, sync_rows=metrics.sync)
     stop = StopWhenDone(checkpoints, config.train.steps, agree_every=config.train.log_every)
-    everything = [metrics, *callbacks, watch, checkpoints, stop]
+    monitored = MonitoredMetrics(callbacks, folder, start.step)
+    everything = [metrics, *callbacks, *([monitored] if monitored.monitoring else ()), watch, checkpoints, stop]
     trainer = make_trainer(config, launch, folder.path, everything, loggers)
     if checkpoint is not None and launch.zero_stage is not None:
         shards(checkpoint)
@@ -113,17 +126,21 @@ def _fit(
         if checkpoint is None:
             remove(folder.path, RUN)
         mark(folder.path, RUN)  # also a run that was started before there were marks
+        folder.early_stop_file.unlink(missing_ok=True)  # before config.yaml, see `ended_early`
         write_start(config, folder, decoder, summary)
         record_data(folder, data)
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
         if trainer.is_global_zero:
-            prepare_folder(folder, start.step, keep=config.train.keep_checkpoints)
+            prepare_folder(folder, start.step, config.train)
         validate_before_training(trainer, start.validate)
+    trainer.loggers = [*loggers, *make_loggers(config, folder)]
     try:
         with watch.explained(), stop.watching():
             ckpt_path = str(checkpoint) if checkpoint else None
             trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+    except MisconfigurationException as error:  # from a callback or logger that does not fit this run
+        raise UserError(reason(error)) from error
     except SystemExit as error:  # Lightning's replacement for a KeyboardInterrupt, from a second Ctrl-C
         raise (error.__context__ if isinstance(error.__context__, KeyboardInterrupt) else error) from None
 

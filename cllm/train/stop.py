@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import os
 import signal
 import sys
@@ -12,9 +14,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
+from cllm.files import write_atomic
 from cllm.signals import leave_terminal
+from cllm.train.callbacks import early_stop_reason
 from cllm.train.checkpoints import Checkpoints
 from cllm.train.module import step_is_complete
+
+log = logging.getLogger(__name__)
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -26,11 +32,16 @@ class StopWhenDone(Callback):
     without ending itself). SIGHUP stays ignored if it was, as under nohup. The run is saved first, and `--resume auto`
     continues it. A second SIGINT interrupts at once. Several processes agree on stopping every `agree_every` steps,
     because agreeing makes the host wait for the device.
+
+    A run that another callback stops is finished: it is saved, unless `train.checkpoint_every` is null, and
+    `early_stop.json` records the step.
     """
 
     def __init__(self, checkpoints: Checkpoints, steps: int, agree_every: int):
         self.checkpoints, self.steps, self.agree_every = checkpoints, steps, agree_every
         self.received: int | None = None
+        self.interrupted = False
+        """Whether a signal has ended the run."""
         self._before: dict[signal.Signals, Any] = {}
         self._process = os.getpid()
 
@@ -72,8 +83,23 @@ class StopWhenDone(Callback):
             stop = agree and trainer.strategy.reduce_boolean_decision(stop, all=False)
         done = trainer.global_step >= self.steps
         if stop:
+            self.interrupted = not done
             self.checkpoints.save(trainer)
             if not done:
                 trainer.limit_val_batches = 0  # a run that is told to stop does not validate first
         if stop or done:
             trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        if self.interrupted or step >= self.steps:
+            return
+        if trainer.is_global_zero:
+            reason = early_stop_reason(trainer.callbacks)  # type: ignore[attr-defined] # set by Lightning
+            log.info("ended early after step %d of %d: %s", step, self.steps, reason)
+            record = {"step": step, "reason": reason}
+            write_atomic(self.checkpoints.folder.early_stop_file, json.dumps(record, indent=2) + "\n")
+        trainer.strategy.barrier()
+        # Saved after the record: a kill between them repeats the last steps, and not the decision alone.
+        if self.checkpoints.every is not None:
+            self.checkpoints.save(trainer)

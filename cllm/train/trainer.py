@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
 
 from cllm.config import Config
@@ -54,8 +55,8 @@ def make_trainer(
         num_sanity_val_steps=-1,  # the score of the untrained model is the first row of every curve
         callbacks=list(callbacks),
         logger=list(loggers) or False,
-        log_every_n_steps=train.log_every if loggers else None,
-        enable_checkpointing=False,
+        log_every_n_steps=train.log_every if loggers or train.loggers else None,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),  # only then allowed
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -81,5 +82,7 @@ def silence_lightning() -> None:
         "Our suggested max number of worker",
         "Since DeepSpeed handles gradient clipping internally",
         "When saving the DeepSpeed Stage 3 checkpoint",
+        "callbacks used to create the checkpoint need to be provided",
+        "Checkpoint directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")

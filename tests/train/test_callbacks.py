@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STOPPING = "{class: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss, min_delta: 100, patience: %d}"
 """Stops after the first validation, which counts as an improvement, and `patience` more."""
 CHECKPOINT = "{class: lightning.pytorch.callbacks.ModelCheckpoint, monitor: val/loss, save_top_k: 2}"
-SHORT = ("--model.n_layers", "2", "--data.validation_sequences", "2", "--train.log_every", "2")
+SHORT: tuple[str, ...] = ("--model.n_layers", "2", "--data.validation_sequences", "2", "--train.log_every", "2")
 SHORT += ("--train.validate_every", "2", "--train.checkpoint_every", "3", "--train.keep_checkpoints", "9")
 PACKAGE = """
 from lightning.pytorch import Callback

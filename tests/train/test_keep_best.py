@@ -25,7 +25,7 @@ Tiny = Callable[..., Config]
 ROOT = Path(__file__).resolve().parents[2]
 LOSSES = {0: 9.0, 1: 4.0, 2: 3.0, 3: 5.0, 4: 3.5, 5: float("nan"), 6: 2.0, 7: 6.0, 8: 3.0}
 """Validation losses by step, in place of the true ones."""
-SETTINGS = ("--model.n_layers", "2", "--data.validation_sequences", "2", "--train.steps", "8")
+SETTINGS: tuple[str, ...] = ("--model.n_layers", "2", "--data.validation_sequences", "2", "--train.steps", "8")
 SETTINGS += ("--train.checkpoint_every", "1", "--train.validate_every", "1", "--train.keep_checkpoints", "1")
 WANTED = {1: [6], 2: [6, 2], 3: [6, 2, 8], 5: [6, 2, 8, 4, 1]}
 """The best steps by their number. Of two with the same loss the earlier is better."""

@@ -21,7 +21,7 @@ from cllm.runs import RunFolder
 from cllm.train.run import train
 
 Tiny = Callable[..., Config]
-SHORT = ("--model.n_layers", "2", "--data.validation_sequences", "2", "--train.steps", "4")
+SHORT: tuple[str, ...] = ("--model.n_layers", "2", "--data.validation_sequences", "2", "--train.steps", "4")
 SHORT += ("--train.validate_every", "2", "--train.checkpoint_every", "2", "--train.log_every", "2")
 Points = dict[tuple[str, int], float]
 """Values by tag and step."""

@@ -151,7 +151,7 @@ def test_a_config_that_is_missing(name: str, hint: str, empty: Path) -> None:
         ("cllm train --config mine", {"mine.yaml"}),
         ("cllm train --optim.lr", {"--optim.lr"}),
         ("cllm train --model.kv.preset fusedkv_lite_", {"fusedkv_lite_learnable", "fusedkv_lite_reversed"}),
-        ("cllm configs recipes/s", {"recipes/slimpajama", "recipes/stdlib"}),
+        ("cllm configs recipes/s", {"recipes/slimpajama", "recipes/slimpajama_500gb", "recipes/stdlib"}),
         ("cllm convert export --dt", {"--dtype"}),
     ],
 )

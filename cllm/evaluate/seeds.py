@@ -72,6 +72,8 @@ class Group:
     def mean(self, value: str | Callable[[Row], float | None]) -> float | None:
         """Mean of a field of the rows, or of a function of them; None unless all rows have it."""
         values = self._values(value)
+        if len(values) == 1:  # a count stays a whole number
+            return values[0]
         return statistics.fmean(values) if values else None
 
     def deviation(self, value: str | Callable[[Row], float | None]) -> float | None:

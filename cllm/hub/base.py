@@ -292,7 +292,7 @@ class CLLMModel(CLLMPreTrainedModel):
         cache = self._cache(past_key_values, use_cache)
         asked = past_key_values is not None or bool(use_cache)
         inputs = self._inputs(tokens, attention_mask, position_ids, cache, more_follow=asked)
-        check_packing(packing, tokens, None)
+        check_packing(packing, tokens, inputs.document_ids)
         self._check_context((0 if cache is None else cache.get_seq_length()) + tokens.shape[1], inputs.positions)
         hidden, states = self._hidden(input_ids, inputs_embeds, inputs, cache, wanted)
         output = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, hidden_states=states)

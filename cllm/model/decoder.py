@@ -25,7 +25,7 @@ from cllm.kernels.fp8_casts import FP8_CASTS
 from cllm.kernels.sum_products import SUM_PRODUCTS
 from cllm.model.block import Block
 from cllm.model.context import CacheLayout, Context
-from cllm.model.initial import check_can_initialise, draw_weights
+from cllm.model.initial import check_can_initialise, check_no_buffers, draw_weights
 from cllm.model.loss import Head
 from cllm.model.norm import RMSNorm
 from cllm.model.precision import product_dtype
@@ -72,6 +72,7 @@ class Decoder(nn.Module):
         self._spans = dict(self.plan.cyclic_spans())
         for name, module in self.named_modules():
             check_can_initialise(name, module)
+            check_no_buffers(name, module)
 
     def hand_slots(self, table: Sequence[Sequence[int]] | None) -> None:
         """Hand layer i the slots of layers `table[i]`, all of which must return theirs (`Block.returns_slot`).

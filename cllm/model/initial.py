@@ -12,21 +12,22 @@ from cllm.config import ModelConfig
 
 
 def check_can_initialise(name: str, module: nn.Module) -> None:
-    """Raise `TypeError` for a module with direct parameters that `Decoder.init_weights` cannot initialise, or buffers.
-
-    A decoder is built without memory and then filled, so the content of a buffer would be lost.
-    """
-    for key, _ in module.named_buffers(recurse=False):
-        raise TypeError(
-            f"{name} ({type(module).__name__}) has the buffer {key}, whose content a decoder does not keep; "
-            "compute it in forward, or make it a parameter"
-        )
+    """Raise `TypeError` for a module with direct parameters that `Decoder.init_weights` cannot initialise."""
     if isinstance(module, nn.Linear | nn.Embedding) or not dict(module.named_parameters(recurse=False)):
         return
     if not callable(getattr(module, "reset_parameters", None)):
         raise TypeError(
             f"{name} ({type(module).__name__}) has parameters but no reset_parameters(), which init_weights needs to "
             "initialise them"
+        )
+
+
+def check_no_buffers(name: str, module: nn.Module) -> None:
+    """Raise `TypeError` for a module with buffers: a decoder is built without memory, so their content would be lost."""
+    for key, _ in module.named_buffers(recurse=False):
+        raise TypeError(
+            f"{name} ({type(module).__name__}) has the buffer {key}, whose content a decoder does not keep; "
+            "compute it in forward, or make it a parameter"
         )
 
 

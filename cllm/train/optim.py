@@ -62,9 +62,8 @@ class Optimizer(ABC):
             value, default = config.options[key], self.options[key]
             is_number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
             if default is not None and type(value) is not type(default) and not is_number:
-                raise UserError(
-                    f"optim.options.{key} is {value!r}; allowed: a {type(default).__name__}, such as {default!r}"
-                )
+                kind = "an int" if type(default) is int else f"a {type(default).__name__}"
+                raise UserError(f"optim.options.{key} is {value!r}; allowed: {kind}, such as {default!r}")
 
     def groups(self, model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
         """Parameter groups of `model`, as torch's optimizers take them."""

@@ -52,4 +52,4 @@ def test_refusals_name_the_key(command, capsys, words, said):
 
 def test_no_config_lists_the_recipes(command, capsys):
     assert command() == 2
-    assert "stdlib.yaml" in capsys.readouterr().err
+    assert "recipes/stdlib" in capsys.readouterr().err

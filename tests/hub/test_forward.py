@@ -329,6 +329,8 @@ def test_boundaries_that_agree_with_the_positions_change_nothing(hub_model) -> N
     expected = _logits(model, IDS, position_ids=POSITIONS, use_cache=False)
     assert torch.equal(_logits(model, IDS, position_ids=POSITIONS, use_cache=False, **PACKING), expected)
     assert not torch.allclose(_logits(model, IDS, use_cache=False), expected), "documents see only themselves"
+    base = model.base_model(IDS, position_ids=POSITIONS, use_cache=False, **PACKING).last_hidden_state
+    assert torch.equal(model.lm_head(base) if hasattr(model, "lm_head") else model.model.head(base), expected)
 
 
 @pytest.mark.parametrize(

@@ -217,14 +217,14 @@ def test_zero_is_refused_by_the_dry_run_too(tiny: Tiny, stage: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("momentum", "1.0", "a number from 0 to less than 1"),
-        ("momentum", "true", "a number from 0"),
-        ("nesterov", "1", "true, false"),
-        ("ns_steps", "0", "an integer from 1 to 99"),
-        ("ns_steps", "5.0", "an integer"),
-        ("adamw_lr_ratio", "0", "a number above 0"),
+        ("momentum", "1.0", "allowed with muon: a number from 0 to less than 1"),
+        ("momentum", "true", "allowed: a float, such as 0.95"),
+        ("nesterov", "1", "allowed: a bool, such as True"),
+        ("ns_steps", "0", "allowed with muon: an integer from 1 to 99"),
+        ("ns_steps", "5.0", "allowed: an int, such as 5"),
+        ("adamw_lr_ratio", "0", "allowed with muon: a number above 0"),
     ],
 )
 def test_option_values_out_of_range_are_refused(tiny: Tiny, key: str, value: str, allowed: str) -> None:
-    with pytest.raises(UserError, match=rf"optim\.options\.{key} is .*; allowed with muon: {allowed}"):
+    with pytest.raises(UserError, match=rf"optim\.options\.{key} is .*; {allowed}"):
         find_optimizer(tiny(*MUON, f"--optim.options.{key}", value).optim)

@@ -293,6 +293,7 @@ def test_a_folder_gets_its_name_when_it_is_whole_and_old_ones_go(tmp_path: Path)
     plan = SimpleNamespace(broadcast=lambda x: x, barrier=lambda: None, reduce_boolean_decision=lambda x, all: x)
     trainer: Any = SimpleNamespace(strategy=plan, is_global_zero=True, save_checkpoint=save_checkpoint, global_step=1)
     trainer.lightning_module = torch.nn.Linear(2, 2)
+    callback.setup(trainer, trainer.lightning_module, "fit")
     (folder.checkpoint_path(1).with_suffix(".partial") / "checkpoint").mkdir(parents=True)
     for trainer.global_step in (1, 2, 3):
         callback.save(trainer)

@@ -23,7 +23,7 @@ def check_can_initialise(name: str, module: nn.Module) -> None:
 
 
 def check_no_buffers(name: str, module: nn.Module) -> None:
-    """Raise `TypeError` for a module with buffers: a decoder is built without memory, so their content would be lost."""
+    """Raise `TypeError` for a module with buffers: a decoder is built without memory, which would lose them."""
     for key, _ in module.named_buffers(recurse=False):
         raise TypeError(
             f"{name} ({type(module).__name__}) has the buffer {key}, whose content a decoder does not keep; "

@@ -70,7 +70,7 @@ def test_cllms_own_suites_are_perplexity_and_posthoc() -> None:
 def test_a_suite_of_another_package_is_measured_logged_and_compared(
     package, evaluate, compare, make_run, tmp_path, capsys
 ) -> None:
-    (run, decoder), (other, _) = make_run("a"), make_run("b")
+    (run, decoder), (other, _) = make_run("a"), make_run("b", data={"document_mask": True})
     assert evaluate("--run", run.path, "--suite", "accuracy", "--first", 6, "--device", "cpu") == 0
     head, row, written = capsys.readouterr().out.splitlines()
     file = run.path / "evaluation" / "accuracy" / "validation.json"

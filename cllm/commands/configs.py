@@ -25,7 +25,7 @@ def make_parser(program: str) -> Parser:
 
 
 def first_comment(file: Path) -> str:
-    """The file's first line of comment, without `#`; empty if there is none."""
+    """The file's first comment line without `#`; empty for a file without comments."""
     with file.open(encoding="utf-8") as lines:
         return next((line.lstrip("# ").rstrip() for line in lines if line.startswith("#")), "")
 

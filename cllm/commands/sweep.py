@@ -68,7 +68,7 @@ def make_parser(program: str) -> Parser:
     add("--batch", type=count, metavar="N", help="windows computed together")
     add("--max-tokens", type=count, metavar="N", help="only the first N tokens of the set")
     add("--again", action="store_true", help="ignore earlier measurements, as after a change of code")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    parser.add_device()
     add("--baseline", metavar="NAME", help="run that increases are relative to (default: the one with most bytes)")
     add("--out", type=Path, metavar="DIR", help="where the table and figure go (default: posthoc/ next to the runs; "
         "runs/posthoc if they lie in different folders or are not runs)")  # fmt: skip
@@ -123,8 +123,7 @@ def sweep(runs: Sequence[str], options: SweepOptions) -> int:
         UserError: for invalid options, before anything is measured.
     """
     # Imported late: --help and mistakes in arguments answer without loading torch.
-    import torch
-
+    from cllm.environment import choose_device
     from cllm.evaluate import pareto
     from cllm.evaluate.perplexity import Settings
     from cllm.posthoc.registry import default_sweep, parse
@@ -132,12 +131,10 @@ def sweep(runs: Sequence[str], options: SweepOptions) -> int:
     specs = pareto.expand(options.spec or default_sweep(), options.group, options.ratio)
     for spec in specs:
         parse(spec)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
+    device = choose_device(options.device)
     names = [_run_name(Path(path)) for path in runs]
     if options.baseline is not None and options.baseline not in names:
         raise UserError(f"--baseline {options.baseline}: not among the runs; {nearest(options.baseline, names)}")
-    device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
     settings = Settings(window=options.window, batch=options.batch, max_tokens=options.max_tokens)
     out = options.out or beside([run_of(path) for path in runs], "posthoc")
     with locked(out):  # no other sweep may write the table

@@ -102,7 +102,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def backend_of(tokenizer: Any, folder: Path) -> Tokenizer:
-    """The `tokenizers` object inside a transformers tokenizer. Raises `UserError` if there is none."""
+    """The `tokenizers` object inside a transformers tokenizer. Raises `UserError` for a tokenizer without one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise UserError(f"{folder}: its tokenizer has no {TOKENIZER_FILE} form (a `fast` tokenizer), which is needed")

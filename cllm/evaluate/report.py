@@ -106,7 +106,7 @@ def markdown_table(comparison: Comparison) -> str:
 
 
 def seeds_table(comparison: Comparison) -> str:
-    """The table with one row for all runs that differ in their seed only; empty if there are none."""
+    """The table with one row for all runs that differ in their seed only; empty without such runs."""
     if not _has_seeds(comparison):
         return ""
     return tables.markdown(_columns(comparison, seeds=True), comparison.groups)

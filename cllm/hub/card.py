@@ -102,7 +102,7 @@ def _inline(text: str) -> str:
 
 
 def _last_validation(run: RunFolder, step: int) -> Row | None:
-    """The row of the last validation up to `step`; None if there is none, or, with a warning, if it is unreadable."""
+    """The row of the last validation up to `step`; None without one, and, with a warning, for unreadable rows."""
     try:
         rows = (row for _, row in rows_backwards(run.metrics_file) if row["step"] <= step)
         return next((row for row in rows if "val/loss" in row), None)

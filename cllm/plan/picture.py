@@ -40,7 +40,7 @@ _PLAIN, _OTHER, _STATE = "#3a78b5", "#2e8b57", "#a0522d"
 
 @dataclass(frozen=True, slots=True)
 class _Rail:
-    """What layers read of one owner's slot."""
+    """The reads of one owner's slot."""
 
     owner: int
     readers: tuple[int, ...]

@@ -86,7 +86,7 @@ class StopWhenDone(Callback):
             self.interrupted = not done
             self.checkpoints.save(trainer)
             if not done:
-                trainer.limit_val_batches = 0  # a run that is told to stop does not validate first
+                trainer.limit_val_batches = 0  # an interrupted run stops without a validation
         if stop or done:
             trainer.should_stop = True
 

@@ -57,8 +57,7 @@ def check_plans(student: KVPlan, teacher: KVPlan) -> None:
 
 def readers(plan: KVPlan, owner: int, part: Part) -> list[int]:
     """The layers that read the keys (`k`) or values (`v`) of `owner`."""
-    read = plan.keys if part == "k" else plan.values
-    return [i for i in range(len(plan)) if owner in read(i).layers]
+    return plan.readers("keys" if part == "k" else "values")[owner]
 
 
 def anchors(plan: KVPlan, i: int) -> tuple[int, int]:

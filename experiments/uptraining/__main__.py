@@ -61,7 +61,7 @@ def parser() -> Parser:
     add("--batch", type=int, metavar="N", help="sequences of a student's step (default: "
         f"{FULL.uptrain_batch}); needs an --out of its own")  # fmt: skip
     add("--only", default="", metavar="REGEX", help="only starts and students whose name matches from its beginning")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    parser.add_device()
     add(
         "--no-compile",
         action="store_true",

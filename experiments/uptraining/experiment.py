@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cllm.data.manifest import Manifest
+from cllm.environment import choose_device
 from cllm.errors import UserError
 from cllm.uptrain.teacher import load_teacher
 from experiments.uptraining import report
@@ -57,9 +58,7 @@ class Experiment:
     def __init__(self, options: argparse.Namespace):
         self.options, self.size = options, size_of(options)
         self.folders = Folders(options.out, options.results)
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
-        self.device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
+        self.device = choose_device(options.device)
         gpu = self.device.type == "cuda"
         self.compiled = gpu and not options.no_compile
         given = {"all": options.lr, "kv": options.kv_lr}

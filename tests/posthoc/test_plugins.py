@@ -57,7 +57,7 @@ ENTRY = {"cllm.posthoc": {"truncate": "outside_truncate:Truncate"}}
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is gone after it."""
+    """Methods that a test registers are removed after it."""
     monkeypatch.setattr(registry, "_registered", dict(methods()))
 
 

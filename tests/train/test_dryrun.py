@@ -147,7 +147,7 @@ def test_a_cycle_keeps_activations_of_every_pass_with_gradients() -> None:
     model.init_weights()
     own = {p.data_ptr() for p in model.parameters()}
     ids = torch.randint(64, (1, 64))
-    kept, told = [], []
+    kept, estimated = [], []
     for backward in (1, 2, 3):
         model.plan = KVPlan.of(model.plan.layers, Iterations(forward=1, backward=backward))
         seen: dict[int, int] = {}
@@ -161,13 +161,13 @@ def test_a_cycle_keeps_activations_of_every_pass_with_gradients() -> None:
             hidden = model.hidden(ids)
         kept.append(sum(seen.values()))
         assert hidden.requires_grad
-        told.append(memory_estimate(model, config, Launch.planned(config))["activations"])
+        estimated.append(memory_estimate(model, config, Launch.planned(config))["activations"])
     assert kept[2] - kept[1] == pytest.approx(kept[1] - kept[0], rel=0.05), "a pass is a pass"
-    assert told[2] - told[1] == pytest.approx(told[1] - told[0])
+    assert estimated[2] - estimated[1] == pytest.approx(estimated[1] - estimated[0])
     tokens = config.train.micro_batch * config.data.seq_len
     launch = Launch.planned(config)
     once = tokens * sum(block_activation_bytes(model, config, launch, i) for i in range(len(model.plan))) / GIB
-    assert (told[1] - told[0]) / once == pytest.approx((kept[1] - kept[0]) / kept[0], rel=0.1)
+    assert (estimated[1] - estimated[0]) / once == pytest.approx((kept[1] - kept[0]) / kept[0], rel=0.1)
 
 
 def report(*settings: str) -> str:

@@ -86,7 +86,7 @@ def test_a_step_ends_when_lightning_ends_it(tmp_path: Path) -> None:
 
 
 def test_a_stop_without_validation(tmp_path: Path) -> None:
-    """`StopWhenDone` sets `trainer.limit_val_batches` to 0: a run that is told to stop does not validate first."""
+    """`StopWhenDone` sets `trainer.limit_val_batches` to 0: an interrupted run stops without a validation."""
     validated: list[int] = []
 
     class Stop(Callback):

@@ -26,7 +26,7 @@ class Progress(Section):
     documents: Count = 0
     bytes: Count = 0
     sha256: str | None = None
-    """Of the open shard's synced tokens; None if there are none, and in files of older versions."""
+    """SHA-256 of the open shard's synced tokens; None without such tokens, and in files of older versions."""
     index_sha256: str | None = None
 
 

@@ -137,7 +137,7 @@ class CommonKV(Compressor):
     @torch.no_grad()
     def prepare(self, engine: Engine, ids: Tensor) -> None:
         for slot in engine.slots():
-            engine.projections(slot)  # raises if there are none
+            engine.projections(slot)  # raises for a slot without projections
         if self.weights == "equal":
             return
         half = ids.shape[1] // 2

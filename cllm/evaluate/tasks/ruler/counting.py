@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from functools import cache
 
 from cllm.evaluate.tasks.ruler.draft import SHORT, Draft, Task, listed
 from cllm.evaluate.tasks.ruler.prompts import COMMON_WORDS, FREQUENT_WORDS
@@ -22,13 +21,6 @@ _LEAST_WORDS = 5
 def numbered(words: list[str]) -> list[str]:
     """`["1. a", "2. b"]` for `["a", "b"]`."""
     return [f"{i}. {word}" for i, word in enumerate(words, start=1)]
-
-
-@cache
-def _shuffled_words(seed: int) -> list[str]:
-    words = word_lists().all
-    random.Random(seed).shuffle(words)
-    return words
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +45,7 @@ class CommonWords(Task):
 
     @property
     def largest(self) -> int:
-        return len(_shuffled_words(self.seed))
+        return len(word_lists().all)
 
     def draft(self, index: int, size: int) -> Draft:
         rng, short = self.rng(index), self.length < SHORT
@@ -73,10 +65,10 @@ class CommonWords(Task):
 
     def _list(self, counts: _Counts, rng: random.Random) -> tuple[str, list[str], list[str]]:
         """The list as text, its common words, and the others."""
-        words = rng.sample(_shuffled_words(self.seed), counts.words)
+        words = rng.sample(word_lists().all, counts.words)
         common, others = words[:COMMON], words[COMMON:]
         entries = common * counts.common + others * counts.others
-        self.shuffle(entries)
+        rng.shuffle(entries)
         return " ".join(numbered(entries)), common, others
 
 
@@ -98,11 +90,11 @@ class FrequentWords(Task):
     def draft(self, index: int, size: int) -> Draft:
         rng = self.rng(index)
         vocabulary = distinct(max(_LEAST_WORDS, self.length // 50), lambda: coded_word(rng), set())
-        self.shuffle(vocabulary)
+        rng.shuffle(vocabulary)
         vocabulary[:1] = [DOTS]
         counts = frequencies(size, len(vocabulary))
         entries = [word for word, count in zip(vocabulary, counts, strict=True) for _ in range(count)]
-        self.shuffle(entries)
+        rng.shuffle(entries)
         answers = tuple(vocabulary[1:4])
         return Draft(
             context=FREQUENT_WORDS.opening + " ".join(entries),

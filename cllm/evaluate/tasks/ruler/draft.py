@@ -85,7 +85,3 @@ class Task(ABC):
     def rng(self, part: object) -> random.Random:
         """A generator for one sample, or another part, of the task."""
         return random.Random(f"{self.seed}/{self.name}/{self.length}/{part}")
-
-    def shuffle(self, items: list[Any]) -> None:
-        """Shuffle in place. As in the original, the order depends on the seed only, not on the sample."""
-        random.Random(self.seed).shuffle(items)

@@ -79,7 +79,7 @@ class Needles(Task):
         keys = distinct(form.keys, lambda: draw(form.key, rng), taken_keys)
         values = {key: distinct(form.values, lambda: draw(form.value, rng), taken_values) for key in keys}
         needles = [(key, value) for key in keys for value in values[key]]
-        self.shuffle(needles)
+        rng.shuffle(needles)
         queried = rng.sample(keys, form.queries)
         others = list[tuple[str, str]]()
         if form.haystack == "needles":

@@ -135,7 +135,7 @@ class Answering(Task):
             known = {*asked.documents, *asked.related}
             others = [i for i in range(len(self.corpus.documents)) if i not in known]
             chosen += rng.sample(others, min(size - len(chosen), len(others)))
-        self.shuffle(chosen)
+        rng.shuffle(chosen)
         texts = (DOCUMENT.format(number=i, text=self.corpus.documents[j]) for i, j in enumerate(chosen, start=1))
         place = chosen.index(asked.documents[0])
         return Draft(

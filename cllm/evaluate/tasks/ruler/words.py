@@ -7,7 +7,7 @@ import string
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 from cllm.errors import UserError
 
@@ -16,7 +16,7 @@ KINDS = ("numbers", "words", "uuids")
 _SEVEN_DIGITS = (10**6, 10**7 - 1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class WordLists:
     """English words, each list sorted and without duplicates."""
 
@@ -24,7 +24,7 @@ class WordLists:
     adjectives: tuple[str, ...]
     verbs: tuple[str, ...]
 
-    @property
+    @cached_property
     def all(self) -> list[str]:
         """Every word once, sorted."""
         return sorted({*self.nouns, *self.adjectives, *self.verbs})

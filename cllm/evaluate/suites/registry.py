@@ -13,6 +13,7 @@ from cllm.evaluate.suites.posthoc import Posthoc
 from cllm.evaluate.suites.suite import Option, Suite
 from cllm.evaluate.tasks.copying import Copying
 from cllm.evaluate.tasks.mqar import Mqar
+from cllm.evaluate.tasks.ruler.suite import Ruler
 from cllm.plugins import origin, plugins
 
 GROUP = "cllm.suites"
@@ -28,6 +29,7 @@ def _own_suites() -> dict[str, Suite]:
         Posthoc(),
         Copying(),
         Mqar(),
+        Ruler(),
     )
     return {suite.name: suite for suite in own}
 

@@ -8,6 +8,7 @@ reading.py  questions of a batch read after their contexts: losses of options, g
 caches.py   caches of contexts that many questions read
 copying.py  copies of random tokens
 mqar.py     multi-query associative recall
+ruler/      needles, tracking, counting and questions in contexts of a chosen length
 
 Imports evaluate/suites' base, data and section at the top of modules; torch, evaluate and posthoc while a suite runs.
 """

@@ -1,0 +1,101 @@
+"""The size of a haystack that fills a context, and samples that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cllm.errors import UserError
+from cllm.evaluate.tasks.ruler.draft import Draft, Task
+
+_INTERPOLATIONS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """A draft as token ids."""
+
+    context: tuple[int, ...]
+    prompt: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+
+    def tokens(self, generate: int) -> int:
+        """Tokens of the prompt, and of the longest text that follows it."""
+        return len(self.context) + len(self.prompt) + max(generate, *map(len, self.options))
+
+
+class TooLong(UserError):
+    """A task that needs a longer context."""
+
+
+Encode = Callable[[Sequence[Draft]], list[Encoded]]
+
+
+def largest_size(
+    count: Callable[[int], int], limit: int, *, smallest: int, step: int, largest: int | None = None
+) -> int | None:
+    """Find the largest of smallest, smallest + step, ... whose count of tokens is at most `limit`.
+
+    Counts need not grow strictly: the result fits in any case. It takes about 5 counts where they grow evenly.
+
+    Returns:
+        The size; None if not even the smallest fits.
+    """
+    low, low_count = 0, count(smallest)
+    if low_count > limit:
+        return None
+    most = None if largest is None else max(0, (largest - smallest) // step)
+    high, guess, tries = None, 1, 0
+    slope = 0.0
+    while (high is None or high - low > 1) and low != most:
+        guess = guess if most is None else min(guess, most)
+        tokens = count(smallest + guess * step)
+        slope = (tokens - low_count) / (guess - low)
+        if tokens <= limit:
+            low, low_count = guess, tokens
+        else:
+            high = guess
+        guess = low + max(1, int((limit - low_count) / slope)) if slope > 0 else 2 * low + 1
+        tries += 1
+        if high is not None:
+            guess = min(guess, high - 1) if tries < _INTERPOLATIONS else (low + high) // 2
+    return smallest + low * step
+
+
+def fill(task: Task, encode: Encode, samples: int) -> list[tuple[Draft, Encoded]]:
+    """Write `samples` samples of a task, each at most `task.length` tokens long.
+
+    The size is found with the first sample. A sample that is too long shrinks by one step until it fits.
+
+    Raises:
+        TooLong: if a sample of the smallest size is too long; it names the task and the length that it needs.
+    """
+
+    def count(size: int) -> int:
+        return encode([task.draft(0, size)])[0].tokens(task.generate)
+
+    smallest, step = task.smallest, task.step
+    size = largest_size(count, task.length, smallest=smallest, step=step, largest=task.largest)
+    if size is None:
+        raise _too_long(task, count(smallest))
+    done: list[tuple[Draft, Encoded] | None] = [None] * samples
+    left = list(range(samples))
+    while left:
+        drafts = [task.draft(index, size) for index in left]
+        encoded = encode(drafts)
+        needed = [one.tokens(task.generate) for one in encoded]
+        for index, draft, one, tokens in zip(left, drafts, encoded, needed, strict=True):
+            if tokens <= task.length:
+                done[index] = (draft, one)
+        left = [index for index, tokens in zip(left, needed, strict=True) if tokens > task.length]
+        if left and size == smallest:
+            raise _too_long(task, max(needed))
+        size = max(smallest, size - step)
+    return [pair for pair in done if pair is not None]
+
+
+def _too_long(task: Task, needed: int) -> TooLong:
+    return TooLong(
+        f"--suite ruler: {task.name} needs at least length={needed} with this tokenizer, and length={task.length} is "
+        "asked for; take a larger length, or name other tasks"
+    )

@@ -132,7 +132,7 @@ class UptrainingModule(TrainingModule):
             values["val/start_loss"] = start
             if start > teacher:
                 values["val/recovery"] = 100 * (start - loss) / (start - teacher)
-        return values
+        return super().validation_metrics() | values
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 

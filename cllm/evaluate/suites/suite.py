@@ -193,10 +193,14 @@ class Suite(ABC):
             raise UserError(f"{path}: cannot be written: {error}") from None
         return path
 
+    def scalars(self, record: Record) -> dict[str, float]:
+        """The numbers of a record that TensorBoard gets, by the end of their tags: `eval-SET/TAG`."""
+        tagged = {number.tag: record[number.key] for number in self.numbers if number.tag is not None}
+        return {tag: value for tag, value in tagged.items() if value is not None}
+
     def _log(self, folder: Path, record: Record) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(str(folder), filename_suffix=".evaluation") as writer:
-            for number in self.numbers:
-                if number.tag is not None:
-                    writer.add_scalar(f"eval-{record['set']}/{number.tag}", record[number.key], record["step"])
+            for tag, value in self.scalars(record).items():
+                writer.add_scalar(f"eval-{record['set']}/{tag}", value, record["step"])

@@ -70,6 +70,10 @@ class TrainingModule(lightning.LightningModule):
         self.loss_count = self.loss_count + ((labels != IGNORE).sum() if masked else 1)
         return loss / labels.numel() if masked else loss
 
+    def plain_weights(self) -> dict[str, Tensor]:
+        """The weights that a checkpoint of this step has, by their names in a decoder."""
+        return self.model.state_dict()
+
     def take_training_loss(self) -> Tensor:
         """(2,) fp32 on the module's device: the sum of losses since the last call, and their number."""
         taken = torch.stack([torch.as_tensor(part, device=self.device) for part in (self.loss_sum, self.loss_count)])

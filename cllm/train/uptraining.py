@@ -142,6 +142,9 @@ class UptrainingModule(TrainingModule):
             strategy.split_extra = self.split_extra
             strategy.has_extra = any(_is_extra(name) for name, _ in self.model.named_parameters())
 
+    def plain_weights(self) -> dict[str, Tensor]:
+        return self.split_extra(self.model.state_dict())[0]
+
     def split_extra(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Split all weights into the student's, low-rank updates merged, and extra tensors that only resuming needs."""
         student = {name: tensor for name, tensor in weights.items() if not _is_extra(name)}

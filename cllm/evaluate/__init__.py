@@ -10,6 +10,8 @@ subjects.py    models to evaluate: a run, one of its checkpoints, or a Hugging F
 texts.py       sets to score: prepared tokens or a text file, and the bytes of text that tokens stand for
 windows.py     windows over a token stream longer than the model's context
 comparison.py  run folders as rows of one table, with warnings                    (command line: scripts/compare.py)
+quality.py     the number by which runs are compared: perplexity, or a number of a suite
+heatmap.py     scores by needle depth and length, for each run and compression
 seeds.py       a run as a row, and runs that differ in their seed only as one
 report.py      that table as CSV, Markdown and a figure
 points.py      a point of a sweep: a run compressed by one method, or as trained

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -66,7 +66,8 @@ def test_runs_are_compared_by_a_suites_score(runs: list[Path], compare: Any, cap
 def test_the_figure_shows_the_score_and_its_better_direction(runs, score, title, heights) -> None:
     (axes,) = figure(compare_runs(find_runs(runs), score=score)).axes
     assert axes.get_title(loc="left") == title
-    points = [container.lines[0].get_ydata()[0] for container in axes.containers]
+    bars = cast(list[Any], axes.containers)
+    points = [bar.lines[0].get_ydata()[0] for bar in bars]
     assert points == pytest.approx(heights, rel=1e-3)
 
 

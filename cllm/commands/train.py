@@ -14,6 +14,8 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -23,6 +25,9 @@ from cllm.config.load import ConfigParser, config_parser
 from cllm.errors import EXIT_STOPPED, UserError, one_line
 from cllm.signals import stoppable
 from cllm.uptrain.complete import load_config
+
+if TYPE_CHECKING:
+    from cllm.train.probes import Probe
 
 
 def make_parser(program: str) -> ConfigParser:
@@ -70,9 +75,18 @@ def main(argv: list[str] | None = None, *, program: str = "cllm train") -> int:
     if arguments.dry_run:
         from cllm.train.dryrun import dry_run
 
+        if config.evaluate_suites:
+            from cllm.evaluate.during_training import choose_suites
+
+            choose_suites(config)
         print(dry_run(with_vocabulary(config), tokens_per_second=arguments.tokens_per_second))
         return 0
-    folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
+    probes: Sequence[Probe] = ()
+    if config.evaluate_suites:
+        from cllm.evaluate.during_training import training_probes
+
+        probes = training_probes(config)
+    folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite, probes=probes)
     if (early := folder.early_stop()) is not None:
         print(f"run finished early, after step {early} of {config.train.steps}: {folder.path}  (see early_stop.json)")
         return 0

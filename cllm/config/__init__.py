@@ -1,13 +1,14 @@
 """The schema of a YAML file: types, defaults, ranges, rules between fields, and the meaning of each.
 
-The tree is `Config` = name, init, uptrain, model, attention, data, optim, train. A docstring under a field is its
-`--help`. Rules between fields are validators, so that a model can be built from every config that loads. Only `load.py`
-and `shipped.py` read files, the YAML files. Rules that need other files (a tokenizer's size, a checkpoint) are checked
-where those are read.
+The tree is `Config` = name, init, uptrain, model, attention, data, optim, train, evaluate_suites. A docstring under a
+field is its `--help`. Rules between fields are validators, so that a model can be built from every config that loads.
+Only `load.py` and `shipped.py` read files, the YAML files. Rules that need other files (a tokenizer's size, a
+checkpoint) are checked where those are read.
 
 run.py         `Config`: one training run
 model.py       `ModelConfig`: the decoder
 training.py    attention kernel, data, optimizer, steps
+suites.py      `evaluate_suites:`: suites of samples that are measured during training
 uptraining.py  `init:` and `uptrain:`: starting from another model's weights
 load.py        reads YAML files and a command line into one checked config; reports a mistake in one line
 shipped.py     the configs and recipes that come with cllm, by name

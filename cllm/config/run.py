@@ -7,6 +7,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from cllm.config.model import ModelConfig
+from cllm.config.suites import SuiteSchedule, check_suites
 from cllm.config.training import AttentionConfig, DataConfig, OptimConfig, TrainConfig
 from cllm.config.uptraining import InitFrom, Uptrain
 from cllm.section import Section
@@ -33,10 +34,13 @@ class Config(Section):
     """The optimizer and its learning rate."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """Steps, batches, precision, devices and checkpoints."""
+    evaluate_suites: list[SuiteSchedule] = Field(default_factory=list)
+    """Suites of samples to measure during training."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
         self.uptrain.check(self.init, steps=self.train.steps, fp8=self.train.fp8)
+        check_suites(self.evaluate_suites, self.train.strategy)
         if self.data.seq_len > self.model.max_seq_len:
             raise ValueError(f"data.seq_len {self.data.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}")
         return self

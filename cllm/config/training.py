@@ -47,6 +47,9 @@ class DataConfig(Section):
     """Length of a training sequence, in tokens."""
     document_mask: bool = False
     """Restrict attention to the query's document, and restart positions at each document."""
+    scored: Literal["all", "repeated"] = "all"
+    """Training labels that count. all: every token; repeated: only tokens that complete a bigram which occurred earlier
+    in their sequence (and document, with document_mask), for synthetic recall tasks. Validation scores all tokens."""
     num_workers: int = Field(2, ge=0, le=MAX_WORKERS)
     """Number of processes that load batches; the batches do not depend on it."""
     validation_sequences: int | None = Field(None, ge=1, le=MAX_COUNT)

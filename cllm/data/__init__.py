@@ -8,6 +8,7 @@ store.py       random access to the tokens of one split
 order.py       a shuffle computed from (seed, epoch, index), without a table
 packing.py     sequences of a fixed length, with or without document masks
 mixture.py     sequences of several folders in fixed shares
+recall.py      tokens that repeat a bigram of their context, and their loss
 sampler.py     the sequences of each optimizer step, for each rank
 module.py      a Lightning data module of the above
 

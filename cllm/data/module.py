@@ -58,6 +58,7 @@ class DataModule(LightningDataModule):
         train_folder: a prepared folder, or several with their weights, see `cllm/data/mixture.py`.
         validation: names of validation sets and their prepared folders; default: the first training folder as
             "validation".
+        only_repeated: score only training labels that repeat a bigram, see `PackedDataset`.
         validation_sequences: at most so many of each validation set; None: all.
         vocab_size: the model's; None: not checked.
         verify: the part of each split that is checked for damage.
@@ -78,6 +79,7 @@ class DataModule(LightningDataModule):
         global_batch: int,
         seed: int = 0,
         document_mask: bool = False,
+        only_repeated: bool = False,
         num_workers: int = 0,
         validation_sequences: int | None = None,
         vocab_size: int | None = None,
@@ -94,7 +96,7 @@ class DataModule(LightningDataModule):
         """Those of the training folders, by folder."""
         check_same_tokenizer(list(self.manifests.values()))
         sources = {
-            folder: PackedDataset(store, seq_len, seed=seed, document_mask=document_mask)
+            folder: PackedDataset(store, seq_len, seed=seed, document_mask=document_mask, only_repeated=only_repeated)
             for folder, store in stores.items()
         }
         self.train_dataset = sources[train_folder] if isinstance(train_folder, str) else MixedDataset(sources, weights)
@@ -114,6 +116,7 @@ class DataModule(LightningDataModule):
             "global_batch": train.global_batch,
             "seed": train.seed,
             "document_mask": data.document_mask,
+            "only_repeated": data.scored == "repeated",
             "num_workers": data.num_workers,
             "validation_sequences": data.validation_sequences,
             "vocab_size": config.model.vocab_size,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cllm.data.order import shuffled
+from cllm.data.recall import recall_distance
 from cllm.data.store import TokenStore
 from cllm.errors import DataError
 from cllm.kernels.cross_entropy import IGNORE
@@ -47,17 +48,26 @@ class PackedDataset(Dataset):
 
     Index i is position i mod n of epoch i // n, with n = `len(self)`. With `shuffle` an epoch's order is a function of
     (seed, epoch). There is no state between calls: every worker, rank and resumed run gets the same sequence for an
-    index.
+    index. With `only_repeated` labels that complete no earlier bigram of the sequence (`cllm/data/recall.py`) are
+    `IGNORE`.
 
     Raises:
         DataError: if the split is too short for one sequence.
     """
 
     def __init__(
-        self, store: TokenStore, seq_len: int, *, seed: int = 0, shuffle: bool = True, document_mask: bool = False
+        self,
+        store: TokenStore,
+        seq_len: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        document_mask: bool = False,
+        only_repeated: bool = False,
     ):
         self.store, self.seq_len = store, seq_len
         self.seed, self.shuffle, self.document_mask = seed, shuffle, document_mask
+        self.only_repeated = only_repeated
         self._n_sequences = (len(store) - 1) // seq_len
         if self._n_sequences < 1:
             raise DataError(
@@ -76,7 +86,14 @@ class PackedDataset(Dataset):
         epoch, position = divmod(index, self._n_sequences)
         if self.shuffle:
             position = shuffled(position, self._n_sequences, self.seed, epoch)
-        return window(self.store, position * self.seq_len, self.seq_len, self.document_mask)
+        sequence = window(self.store, position * self.seq_len, self.seq_len, self.document_mask)
+        if self.only_repeated:
+            ids, labels, documents = (sequence.get(key) for key in ("input_ids", "labels", "document_ids"))
+            assert ids is not None
+            assert labels is not None
+            distance = recall_distance(ids[None], labels[None], None if documents is None else documents[None])[0]
+            sequence["labels"] = torch.where(distance > 0, labels, IGNORE)
+        return sequence
 
 
 class ValidationDataset(Dataset):

@@ -5,10 +5,13 @@ tasks/         suites of samples: a context, and questions on top of its cache
 perplexity.py  perplexity and bits per byte of a model on a set
 posthoc.py     perplexity after a compressed prefix, and the cost of compressing it
 generation.py  agreement of text generated after a compressed prefix and after the exact one
+during_training.py  suites of a run in training: `evaluate_suites`
 subjects.py    models to evaluate: a run, one of its checkpoints, or a Hugging Face checkpoint folder
 texts.py       sets to score: prepared tokens or a text file, and the bytes of text that tokens stand for
 windows.py     windows over a token stream longer than the model's context
 comparison.py  run folders as rows of one table, with warnings                    (command line: scripts/compare.py)
+quality.py     the number by which runs are compared: perplexity, or a number of a suite
+heatmap.py     scores by needle depth and length, for each run and compression
 seeds.py       a run as a row, and runs that differ in their seed only as one
 report.py      that table as CSV, Markdown and a figure
 points.py      a point of a sweep: a run compressed by one method, or as trained
@@ -21,5 +24,6 @@ left_out.py    commands over several runs that skip broken ones
 result_folders.py  default folders of results
 units.py       a loss as a perplexity; names of sets in file names
 
-Imports every other package except train. This file imports nothing, so commands can start without torch.
+Imports every other package; of train only during_training.py does, and nothing else of evaluate imports that. This file
+imports nothing, so commands can start without torch.
 """

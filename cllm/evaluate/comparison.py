@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 from array import array
@@ -22,9 +23,10 @@ from cllm.config import Config
 from cllm.data.manifest import Manifest
 from cllm.errors import DataError, UserError, nearest
 from cllm.evaluate.left_out import LeftOut
+from cllm.evaluate.quality import PERPLEXITY, Quality, of_suite, parse_score
 from cllm.evaluate.seeds import CONSTANTS, Group, Row, group_name, percent_above
 from cllm.evaluate.suites.registry import suites
-from cllm.evaluate.suites.suite import Number
+from cllm.evaluate.suites.suite import Number, Suite
 from cllm.evaluate.units import perplexity, set_label
 from cllm.files import inside, shorten
 from cllm.rows import Row as MetricsRow
@@ -51,6 +53,8 @@ class Comparison:
     """The numbers in `Row.suites` of any row, in the order of their columns."""
     groups: list[Group] = dataclasses.field(default_factory=list)
     """The rows, those of runs that differ in their seed only together; largest cache first."""
+    quality: Quality = PERPLEXITY
+    """The number by which the runs are compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +67,8 @@ class _Run:
     evaluation: dict[str, Any] | None
     suite_steps: dict[str, int]
     """The optimizer step of each suite's record."""
+    suite_settings: dict[str, str]
+    """The settings of each suite's record, as JSON."""
     ended_early: bool = False
 
 
@@ -88,18 +94,23 @@ def find_runs(paths: Iterable[str | Path]) -> list[RunFolder]:
     return list(found.values())
 
 
-def compare(runs: Sequence[RunFolder], *, baseline: str | None = None, set_name: str | None = None) -> Comparison:
+def compare(
+    runs: Sequence[RunFolder], *, baseline: str | None = None, set_name: str | None = None, score: str | None = None
+) -> Comparison:
     """Compare `runs` on a set (default: each run's main validation set).
 
-    The baseline is the run called `baseline`, by default the one with the largest resident cache, then the largest
-    read. If there are several runs, one whose files cannot be read is named on stderr and left out.
+    With `score`, which is SUITE or SUITE/NUMBER, they are compared by that number of their records of the suite, else
+    by perplexity. The baseline is the run called `baseline`, by default the one with the largest resident cache, then
+    the largest read. If there are several runs, one whose files cannot be read is named on stderr and left out.
 
     Raises:
-        UserError: if no run can be read, two runs have one name, the baseline is not among them, or no run has a loss
-            on the set.
+        UserError: if no run can be read, two runs have one name, the baseline is not among them, no run has a loss on
+            the set or a record with the score, or there is no such score.
     """
     if set_name is not None and ("/" in set_name or set_name != set_name.strip("./")):
         raise UserError(f"--set {set_name}: is not the name of a validation set")
+    known_suites = suites()
+    wanted = None if score is None else parse_score(score, known_suites)
     names = [run.name for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two runs are called {twice[0]}; a comparison needs a name for each")
@@ -108,11 +119,14 @@ def compare(runs: Sequence[RunFolder], *, baseline: str | None = None, set_name:
     read, left_out = [], LeftOut(len(runs))
     for run in runs:
         with left_out.unless_usable(run.path):
-            read.append(_read(run, set_name))
+            read.append(_read(run, set_name, wanted))
     left_out.status()
     if set_name is not None and all(run.row.loss is None for run in read):
         known = sorted({name for run in runs for name in _sets(run)})
         raise UserError(f"--set {set_name}: no run has a loss on it; {nearest(set_name, known)}")
+    quality = PERPLEXITY if wanted is None else of_suite(*wanted)
+    if wanted is not None and all(quality.of(run.row) is None for run in read):
+        raise UserError(f"--score {score}: no run has a record of it; first run evaluate --suite {quality.suite}")
     if baseline is not None and baseline not in [run.row.run for run in read]:
         raise UserError(f"--baseline {baseline}: cannot be read")
     rows = sorted((run.row for run in read), key=lambda row: (-row.kv_resident, -row.kv_read, row.run))
@@ -127,15 +141,16 @@ def compare(runs: Sequence[RunFolder], *, baseline: str | None = None, set_name:
         rows=rows,
         baseline=base,
         set_name=set_name,
-        warnings=_warnings(read, base),
+        warnings=_warnings(read, base, quality),
         left_out=left_out.names,
         groups=_groups(rows, base, {run.row.run: run.config for run in read}),
         suite_numbers={
             f"{suite.name}_{number.key}": number
-            for suite in suites().values()
-            for number in suite.compared_numbers()
+            for suite in known_suites.values()
+            for number in suite.numbers
             if any(f"{suite.name}_{number.key}" in row.suites for row in rows)
         },
+        quality=quality,
     )
 
 
@@ -163,13 +178,13 @@ def _groups(rows: Sequence[Row], baseline: Row, configs: dict[str, Config]) -> l
     return [dataclasses.replace(g, vs_baseline=percent_above(g.mean("perplexity"), base)) for g in unique]
 
 
-def _read(run: RunFolder, set_name: str | None) -> _Run:
+def _read(run: RunFolder, set_name: str | None, score: tuple[Suite, Number] | None) -> _Run:
     config, summary = run.config(), run.summary()
     main = next(iter(config.data.validation_sets))
     evaluation = _evaluation(run, set_name or main)
     prefix = "val" if set_name in (None, main) else f"val-{set_name}"
     metrics = _metrics(run, prefix)
-    numbers, suite_steps = _of_suites(run, set_name or main)
+    numbers, records = _of_suites(run, set_name or main, score)
     file = run.summary_file
     row = Row(
         run=run.name,
@@ -191,15 +206,27 @@ def _read(run: RunFolder, set_name: str | None) -> _Run:
         config=config,
         tokenizer=evaluation["tokenizer_sha256"] if evaluation else _tokenizer(config),
         evaluation=evaluation,
-        suite_steps=suite_steps,
+        suite_steps={
+            name: _number(path, record, "step")
+            for name, (path, record) in records.items()
+            if record.get("step") is not None
+        },
+        suite_settings={
+            name: json.dumps(record["settings"]) for name, (_, record) in records.items() if "settings" in record
+        },
         ended_early=run.early_stop() is not None,
     )
 
 
-def _of_suites(run: RunFolder, set_name: str) -> tuple[dict[str, float], dict[str, int]]:
-    """Numbers of the run's records of suites with columns of their own, and the step of each suite's record."""
+def _of_suites(
+    run: RunFolder, set_name: str, score: tuple[Suite, Number] | None
+) -> tuple[dict[str, float], dict[str, tuple[Path, dict[str, Any]]]]:
+    """Numbers of the run's records of suites with columns of their own, the score among them.
+
+    Also the records themselves, with their files.
+    """
     numbers: dict[str, float] = {}
-    steps: dict[str, int] = {}
+    records: dict[str, tuple[Path, dict[str, Any]]] = {}
     for suite in suites().values():
         compared = suite.compared_numbers()
         if not compared:
@@ -209,10 +236,11 @@ def _of_suites(run: RunFolder, set_name: str) -> tuple[dict[str, float], dict[st
         path = inside(run.path, name, written_in=run.path)
         if path.exists():
             record = read_object(path)
+            records[suite.name] = path, record
+            if score is not None and score[0].name == suite.name and score[1] not in compared:
+                compared = (*compared, score[1]) if record.get(score[1].key) is not None else compared
             numbers |= {f"{suite.name}_{number.key}": _number(path, record, number.key) for number in compared}
-            if record.get("step") is not None:
-                steps[suite.name] = _number(path, record, "step")
-    return numbers, steps
+    return numbers, records
 
 
 def _number(file: Path, content: dict[str, Any], *keys: str) -> Any:
@@ -294,7 +322,11 @@ def _tokenizer(config: Config) -> str | None:
         return None  # the data may have been moved since; the vocabulary is compared in any case
 
 
-def _warnings(runs: list[_Run], baseline: Row) -> list[str]:
+def _suite_settings(suite: str, run: _Run) -> str | None:
+    return run.suite_settings.get(suite)
+
+
+def _warnings(runs: list[_Run], baseline: Row, quality: Quality) -> list[str]:
     """Differences that make rows less comparable, one line each."""
 
     def differ(what: str, value: Callable[[_Run], Any], among: list[_Run] = runs) -> list[str]:
@@ -325,7 +357,11 @@ def _warnings(runs: list[_Run], baseline: Row) -> list[str]:
     found += differ("evaluated with different windows", of("window"), evaluated)
     found += differ("evaluated with different strides", of("stride"), evaluated)
     found += differ("evaluated in different precisions", of("precision"), evaluated)
+    for suite in dict.fromkeys(name for run in runs for name in run.suite_settings):
+        found += differ(f"{suite} measured with different settings", functools.partial(_suite_settings, suite))
     for run in runs:
+        if quality.suite is not None and quality.of(run.row) is None:
+            found.append(f"{run.row.run}: has no {quality.head}; evaluate --suite {quality.suite} measures it")
         if run.row.loss is None:
             found.append(f"{run.row.run}: has no loss on this set")
         elif run.row.step is not None and run.row.step < run.row.last_step:

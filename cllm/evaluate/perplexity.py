@@ -2,6 +2,8 @@
 
     loss = total nll / tokens scored      perplexity = e^loss      bits per byte = total nll / (ln 2 · bytes of text)
 
+The loss is also given for the associative-recall slice and for all other tokens, see `cllm/data/recall.py`.
+
 EOS tokens are scored and stand for no bytes: the end of a document has to be predicted too. Perplexity compares only
 models of one tokenizer; bits per byte compares any models on the same text.
 """
@@ -23,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cllm.data.manifest import MANIFEST
+from cllm.data.recall import GROUPS, recall_distance, recall_figures, recall_sums
 from cllm.data.vocabulary import check_ids
 from cllm.environment import hardware, versions
 from cllm.errors import UserError
@@ -30,6 +33,7 @@ from cllm.evaluate.subjects import Subject
 from cllm.evaluate.texts import TextSet, TokenBytes, open_prepared, open_text
 from cllm.evaluate.units import perplexity, set_label
 from cllm.evaluate.windows import Stream, Window, batches, windows
+from cllm.kernels.cross_entropy import IGNORE
 
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # fed at once by default: enough to be fast, few enough for any vocabulary
@@ -83,6 +87,9 @@ class Scored(NamedTuple):
     """fp32, nats."""
     counted: Tensor
     """bool: False for the first token of a document that sees no other."""
+    distance: Tensor
+    """int64: tokens since the previous occurrence of the bigram that the token completes in its window and, with
+    document masks, in its document; 0 if it is new."""
 
 
 @torch.inference_mode()
@@ -93,7 +100,7 @@ def score(
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16")
     for spans in batches(windows(len(stream), window, stride), batch):
         last = spans[0].scored
-        inputs, targets, positions, document_ids, counted = _feed(stream, spans, subject.document_mask)
+        inputs, targets, positions, document_ids, counted, distance = _feed(stream, spans, subject.document_mask)
         try:
             with autocast:
                 logits = subject.logits(
@@ -107,22 +114,25 @@ def score(
             nll = torch.stack([F.cross_entropy(row.float(), target, reduction="none") for row, target in rows])
         except torch.OutOfMemoryError:
             raise UserError(f"out of GPU memory with {batch} windows of {window} tokens; lower --batch") from None
-        yield Scored(targets, nll.cpu(), counted)
+        yield Scored(targets, nll.cpu(), counted, distance)
 
 
 def _feed(
     stream: Stream, spans: Sequence[Window], document_mask: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Inputs (B, T), targets (B, n), positions and document ids (B, T) or None, mask of counted targets (B, n)."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Inputs (B, T), targets (B, n), positions and document ids (B, T) or None, mask of counted targets (B, n), and
+    their distances (B, n) as `Scored` has them."""
     last = spans[0].scored
     tokens = torch.from_numpy(np.stack([stream.read(span.start, span.stop + 1) for span in spans]))
     inputs, targets = tokens[:, :-1], tokens[:, -last:]
     if not document_mask:
-        return inputs, targets, None, None, torch.ones_like(targets, dtype=torch.bool)
+        distance = recall_distance(inputs, tokens[:, 1:])[:, -last:]
+        return inputs, targets, None, None, torch.ones_like(targets, dtype=torch.bool), distance
     pairs = [stream.documents(span.start, span.stop + 1) for span in spans]
     ids, positions = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*pairs, strict=True))
-    counted = (ids[:, 1:] == ids[:, :-1])[:, -last:]
-    return inputs, targets, positions[:, :-1], ids[:, :-1], counted
+    same = ids[:, 1:] == ids[:, :-1]
+    distance = recall_distance(inputs, tokens[:, 1:].where(same, IGNORE), ids[:, :-1])[:, -last:]
+    return inputs, targets, positions[:, :-1], ids[:, :-1], same[:, -last:], distance
 
 
 def open_sets(
@@ -169,10 +179,12 @@ def measure(subject: Subject, text: TextSet, settings: Settings, device: torch.d
     stream = Stream(text.source, start_id=subject.start_id, limit=settings.max_tokens)
     token_bytes = TokenBytes(subject.tokenizer)
     nll, tokens, n_bytes, started = 0.0, 0, 0, time.perf_counter()
+    slices = torch.zeros(1 + len(GROUPS), 2, dtype=torch.float64)
     with tqdm(total=len(stream) - 1, desc=f"{subject.name} on {text.name}", unit="tok", disable=None) as progress:
         for scored in score(subject, stream, window=window, stride=stride, batch=batch, device=device):
             nll += scored.nll[scored.counted].sum(dtype=torch.float64).item()
             tokens += int(scored.counted.sum())
+            slices += recall_sums(scored.nll, scored.distance, scored.counted)
             targets = scored.targets[scored.counted].numpy()
             check_ids(targets, len(token_bytes.lengths), str(text.path), f"the tokenizer of {subject.name}")
             n_bytes += int(token_bytes.lengths[targets].sum())
@@ -203,6 +215,7 @@ def measure(subject: Subject, text: TextSet, settings: Settings, device: torch.d
         "loss": nll / tokens,
         "perplexity": perplexity(nll / tokens),
         "bits_per_byte": nll / math.log(2) / n_bytes,
+        **recall_figures(slices),
         "window": window,
         "stride": stride,
         "max_tokens": settings.max_tokens,

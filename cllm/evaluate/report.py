@@ -12,6 +12,7 @@ from cllm import tables
 from cllm.evaluate.comparison import EVALUATED, TRAINING, Comparison
 from cllm.evaluate.labels import place_labels
 from cllm.evaluate.outputs import new_figure, scale_bytes, write_outputs
+from cllm.evaluate.quality import PERPLEXITY, Quality
 from cllm.evaluate.seeds import CONSTANTS, Group, Row
 from cllm.tables import Column
 
@@ -61,10 +62,12 @@ def _source(row: Row) -> str:
 def _columns(comparison: Comparison, *, seeds: bool) -> Sequence[Column[Group]]:
     """The columns; with `seeds`, the number of runs too."""
 
+    quality, baseline = comparison.quality, _baseline_group(comparison, seeds=seeds)
+
     def difference(group: Group) -> str:
-        if comparison.baseline.run in group.runs and group.mean("perplexity") is not None:
+        if comparison.baseline.run in group.runs and group.mean(quality.of) is not None:
             return "baseline"
-        return _DASH if group.vs_baseline is None else f"{group.vs_baseline:+.1f} %"
+        return quality.difference(group, baseline) or _DASH
 
     def of_suite(name: str) -> Column[Group]:
         number = comparison.suite_numbers[name]
@@ -75,10 +78,11 @@ def _columns(comparison: Comparison, *, seeds: bool) -> Sequence[Column[Group]]:
                 return _DASH
             return number.form(mean) + ("" if deviation is None else f" ± {number.form(deviation)}")
 
-        return Column(number.head, cell)
+        heads = [other.head for other in comparison.suite_numbers.values()]
+        suite = name.removesuffix(f"_{number.key}")
+        return Column(number.head if heads.count(number.head) == 1 else f"{suite} {number.head}", cell)
 
-    def perplexity(group: Group) -> str:
-        return _number(group, "perplexity", ".3f" if (group.mean("perplexity") or 0) < 1e4 else ".3g")
+    shown = [PERPLEXITY] if quality is PERPLEXITY else [PERPLEXITY, quality]
 
     return (
         Column("run", lambda group: group.name, left=True),
@@ -91,13 +95,24 @@ def _columns(comparison: Comparison, *, seeds: bool) -> Sequence[Column[Group]]:
         Column("× mha", lambda group: f"{group.rows[0].kv_read_vs_mha:.2f}"),
         Column("tokens", lambda group: _count(group.mean("tokens") or 0)),
         Column("loss", lambda group: _number(group, "loss", ".4f")),
-        Column("perplexity", perplexity),
+        *(Column[Group](q.head, functools.partial(_quality_text, q)) for q in shown),
         Column("difference", difference),
         Column("bits/byte", lambda group: _number(group, "bits_per_byte", ".4f")),
         Column("tokens/s", lambda group: _number(group, "tokens_per_s", ",.0f")),
-        *map(of_suite, comparison.suite_numbers),
+        *(of_suite(name) for name in comparison.suite_numbers if name != quality.name),
         Column("from", lambda group: "; ".join(dict.fromkeys(map(_source, group.rows))), left=True),
     )
+
+
+def _quality_text(quality: Quality, group: Group) -> str:
+    return quality.text(group) or _DASH
+
+
+def _baseline_group(comparison: Comparison, *, seeds: bool) -> Group:
+    """The baseline by itself; with `seeds`, with the runs that differ from it in their seed only."""
+    groups = comparison.groups if seeds else []
+    own = (group for group in groups if comparison.baseline.run in group.runs)
+    return next(own, Group.single(comparison.baseline))
 
 
 def markdown_table(comparison: Comparison) -> str:
@@ -119,7 +134,8 @@ def _has_seeds(comparison: Comparison) -> bool:
 def markdown(comparison: Comparison) -> str:
     """The tables, their warnings and the meaning of their columns."""
     which = f"on `{comparison.set_name}`" if comparison.set_name else "on the main validation set"
-    parts = [f"Runs compared {which}; differences are of perplexity to `{comparison.baseline.run}`."]
+    head = comparison.quality.head
+    parts = [f"Runs compared {which}; differences are of {head} to `{comparison.baseline.run}`."]
     if seeds := seeds_table(comparison):
         parts += [_SEEDS_NOTE, seeds, "Single runs:"]
     parts.append(markdown_table(comparison))
@@ -171,22 +187,25 @@ def _suite_number(name: str, row: Row) -> float | None:
 
 
 def figure(comparison: Comparison) -> Figure:
-    """Draw perplexity against the resident cache, the baseline's perplexity as a line.
+    """Draw the quality of runs against the resident cache, the baseline's quality as a line.
 
     Runs that differ in their seed only are one point with its standard deviation as a bar, and a small dot for each.
     """
     from matplotlib.ticker import LogLocator
 
+    quality = comparison.quality
     groups = comparison.groups or list(map(Group.single, comparison.rows))
-    shown = [(group, mean) for group in groups if (mean := group.mean("perplexity")) is not None]
-    figure, axes = new_figure(8, 5, "Perplexity against resident KV cache: down and left is better")
+    shown = [(group, mean) for group in groups if (mean := group.mean(quality.of)) is not None]
+    head = "Perplexity" if quality is PERPLEXITY else quality.head
+    figure, axes = new_figure(8, 5, f"{head} against resident KV cache: {quality.better} and left is better")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
     axes.set_xlabel("resident KV cache, bytes a token in bf16 (log scale)")
-    axes.set_ylabel("perplexity" + (f" on {comparison.set_name}" if comparison.set_name else ", validation"))
+    on = f" on {comparison.set_name}" if comparison.set_name else ", validation"
+    axes.set_ylabel(quality.head + (on if quality is PERPLEXITY else ""))
     if not shown:
         axes.text(0.5, 0.5, "no run has a loss on this set", ha="center", transform=axes.transAxes, color="0.4")
         return figure
-    level = _draw_groups(axes, shown, comparison.baseline.run)
+    level = _draw_groups(axes, shown, comparison.baseline.run, quality)
     caches = [group.rows[0].kv_resident for group, _ in shown]
     scale_bytes(axes, caches, margin=1.6)
     if max(caches) < 4 * min(caches):
@@ -194,32 +213,32 @@ def figure(comparison: Comparison) -> Figure:
     axes.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     figure.draw_without_rendering()  # fixes limits and layout, which the positions of labels depend on
     points = [(group.rows[0].kv_resident, mean) for group, mean in shown]
-    single = [(row.kv_resident, row.perplexity or 0.0) for group, _ in shown for row in group.rows]
+    single = [(row.kv_resident, quality.of(row) or 0.0) for group, _ in shown for row in group.rows]
     for group, mean in shown:
-        bar = group.deviation("perplexity") or 0.0
+        bar = group.deviation(quality.of) or 0.0
         single += [(group.rows[0].kv_resident, mean + bar), (group.rows[0].kv_resident, mean - bar)]
     names = [group.name for group, _ in shown]
     place_labels(axes, points, names, avoid=single, levels=[] if level is None else [level])
     return figure
 
 
-def _draw_groups(axes: Axes, shown: Sequence[tuple[Group, float]], baseline: str) -> float | None:
+def _draw_groups(axes: Axes, shown: Sequence[tuple[Group, float]], baseline: str, quality: Quality) -> float | None:
     """Draw the points. Returns the height of the baseline's line; None if it is not among `shown`."""
     level, names = None, {EVALUATED: "evaluate.py", TRAINING: "last validation of the training"}
     legend: set[str] = set()
     for group, mean in shown:
         is_baseline, row = baseline in group.runs, group.rows[0]
         colour = "tab:red" if is_baseline else "tab:blue"
-        evaluated = all(row.source == EVALUATED for row in group.rows)
+        evaluated = quality is not PERPLEXITY or all(row.source == EVALUATED for row in group.rows)
         label = f"baseline: {group.name}" if is_baseline else names[EVALUATED if evaluated else TRAINING]
         axes.errorbar(
-            row.kv_resident, mean, yerr=group.deviation("perplexity"), fmt="D" if is_baseline else "o", markersize=8,
+            row.kv_resident, mean, yerr=group.deviation(quality.of), fmt="D" if is_baseline else "o", markersize=8,
             color=colour, markeredgecolor=colour, markerfacecolor=colour if evaluated else "white", capsize=4,
             markeredgewidth=1.5, zorder=3, label=None if label in legend else label,
         )  # fmt: skip
         legend.add(label)
         if len(group.rows) > 1:
-            singles = [row.perplexity or 0.0 for row in group.rows]
+            singles = [quality.of(row) or 0.0 for row in group.rows]
             axes.plot(
                 [row.kv_resident] * len(singles), singles, "o", markersize=3, color="0.25", zorder=4,
                 label=None if "seeds" in legend else "single seeds; bar: ± standard deviation",

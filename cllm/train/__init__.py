@@ -21,6 +21,7 @@ loggers.py              loggers of Lightning by name: train.loggers
 callbacks.py            callbacks of Lightning by import path: train.callbacks, and the metrics that they monitor
 imports.py              classes by their import path, and their arguments
 measure.py              the callback that measures
+probes.py               measurements of the caller during training, such as suites
 metrics.py              the writer of metrics: metrics.jsonl, TensorBoard, loggers
 hparams.py              the row of a run in the HPARAMS tab of TensorBoard
 breakdown.py            time of a step by part

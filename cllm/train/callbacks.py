@@ -25,7 +25,7 @@ TRAINING_TAGS = (
     *(f"time/{part}_ms" for part in PARTS),
 )
 """Tags of a training row; uptraining has more."""
-VALIDATION_TAGS = ("loss", "ppl", "bits_per_byte")
+VALIDATION_TAGS = ("loss", "ppl", "bits_per_byte", "ar_loss")
 """Tags of each validation set, after its prefix; uptraining has more."""
 _UPTRAINING_TAGS = ("val/teacher_loss", "val/start_loss", "val/recovery")
 

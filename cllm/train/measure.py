@@ -130,7 +130,7 @@ class Metrics(Callback):
         peak = peak_flops(module.device)
         if peak is not None:
             values["throughput/mfu"] = rate * self.facts.flops_per_token / (peak * trainer.world_size)
-        self._write(trainer, values | module.training_metrics())
+        self.record(trainer, values | module.training_metrics())
         self._show(step, loss, rate)
         self._check_skipped(skipped, step)
         self.since = step
@@ -164,10 +164,10 @@ class Metrics(Callback):
             values[f"{prefix}/loss"] = loss
             values[f"{prefix}/ppl"] = math.exp(min(loss, 700))
             values[f"{prefix}/bits_per_byte"] = loss / math.log(2) / self.facts.bytes_per_token[name]
-        self._write(trainer, values | pl_module.validation_metrics())
+        self.record(trainer, values | pl_module.validation_metrics())
         self.sync()
         if trainer.is_global_zero:
-            self._say(f"step {trainer.global_step}: " + "  ".join(f"{tag} {v:.4f}" for tag, v in values.items()))
+            self.say(f"step {trainer.global_step}: " + "  ".join(f"{tag} {v:.4f}" for tag, v in values.items()))
         self.clock.resume()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -189,7 +189,8 @@ class Metrics(Callback):
         if self.writer is not None:
             self.writer.sync()
 
-    def _write(self, trainer: Trainer, values: dict[str, float]) -> None:
+    def record(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """Write a row of further values after the current step, and make them known to callbacks."""
         publish(trainer, values)
         if self.writer is not None:
             self.writer.write(trainer.global_step, values)
@@ -200,12 +201,13 @@ class Metrics(Callback):
         elif self.writer is not None:
             left = (self.facts.steps - step) * self.facts.tokens_per_step / max(rate, 1e-9)
             minutes, seconds = divmod(round(left), 60)
-            self._say(
+            self.say(
                 f"step {step}/{self.facts.steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  {minutes}:{seconds:02d} left"
             )
 
     @staticmethod
-    def _say(text: str) -> None:
+    def say(text: str) -> None:
+        """Print a line without breaking the progress bar."""
         tqdm.write(text, file=sys.stderr)
 
 

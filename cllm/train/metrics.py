@@ -31,6 +31,7 @@ LAYOUT = {
         "validation loss": ["Multiline", ["val/loss"]],
         "bits per byte": ["Multiline", ["val/bits_per_byte"]],
         "training loss": ["Multiline", ["train/loss"]],
+        "associative-recall loss": ["Multiline", ["val/ar_loss"]],
     },
     "Training": {
         "gradient norm": ["Multiline", ["train/gradient_norm"]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cllm.config import Config
+from cllm.data.recall import GROUPS, recall_distance, recall_sums
 from cllm.kernels.cross_entropy import IGNORE
 from cllm.model.decoder import Decoder
 from cllm.train.optim import Optimizer
@@ -44,6 +46,7 @@ class TrainingModule(lightning.LightningModule):
         self.skipped_steps: Tensor | int = 0
         """Steps of the run that were skipped because their gradient was not finite. DeepSpeed counts its own."""
         self._scores: dict[int, Tensor] = {}
+        self._recall: dict[int, Tensor] = {}
 
     def loss(self, batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:
         return self.model.loss(
@@ -67,6 +70,10 @@ class TrainingModule(lightning.LightningModule):
         self.loss_count = self.loss_count + ((labels != IGNORE).sum() if masked else 1)
         return loss / labels.numel() if masked else loss
 
+    def plain_weights(self) -> dict[str, Tensor]:
+        """The weights that a checkpoint of this step has, by their names in a decoder."""
+        return self.model.state_dict()
+
     def take_training_loss(self) -> Tensor:
         """(2,) fp32 on the module's device: the sum of losses since the last call, and their number."""
         taken = torch.stack([torch.as_tensor(part, device=self.device) for part in (self.loss_sum, self.loss_count)])
@@ -74,12 +81,18 @@ class TrainingModule(lightning.LightningModule):
         return taken
 
     def on_validation_epoch_start(self) -> None:
-        self._scores = {n: torch.zeros(2, dtype=torch.float64) for n in range(len(self.validation_names))}
+        sets = range(len(self.validation_names))
+        self._scores = {n: torch.zeros(2, dtype=torch.float64) for n in sets}
+        self._recall = {n: torch.zeros(1 + len(GROUPS), 2, dtype=torch.float64) for n in sets}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        nats = self.loss(batch, "none").double().sum()
-        scored = (batch["labels"] != IGNORE).sum()
-        self._scores[dataloader_idx] = self._scores[dataloader_idx].to(nats.device) + torch.stack((nats, scored))
+        losses = self.loss(batch, "none")
+        scored = batch["labels"] != IGNORE
+        score = torch.stack((losses.double().sum(), scored.sum()))
+        self._scores[dataloader_idx] = self._scores[dataloader_idx].to(score.device) + score
+        distance = recall_distance(batch["input_ids"], batch["labels"], batch.get("document_ids"))
+        sums = recall_sums(losses.view_as(distance), distance, scored)
+        self._recall[dataloader_idx] = self._recall[dataloader_idx].to(sums.device) + sums
 
     def validation_scores(self) -> dict[str, tuple[float, int]]:
         """For each validation set, the sum in nats over its scored tokens and their number, over all devices."""
@@ -129,8 +142,13 @@ class TrainingModule(lightning.LightningModule):
         return {}
 
     def validation_metrics(self) -> dict[str, float]:
-        """Further values of a validation row. Collective."""
-        return {}
+        """Further values of a validation row: losses of the associative-recall slices. Collective."""
+        values = {}
+        for n, name in enumerate(self.validation_names):
+            sums = self.trainer.strategy.reduce(self._recall[n].to(self.device), reduce_op="sum")
+            nats, tokens = sums[1:].sum(dim=0).tolist()
+            values["val/ar_loss" if n == 0 else f"val-{name}/ar_loss"] = nats / tokens if tokens else math.nan
+        return values
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Clip by norm, keep the norm for the log, and skip the step if the norm is not finite.

@@ -41,6 +41,7 @@ CHANGEABLE = {
     "train.keep_best": "freely; deleted checkpoints do not come back",
     "train.loggers": "freely",
     "train.callbacks": "freely; a run that a callback has ended goes on if they differ",
+    "evaluate_suites": "freely, from the next step on",
 }
 """The settings that may change when a run is resumed, and how; the table of docs/training.md. All others may not."""
 

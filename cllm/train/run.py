@@ -31,6 +31,7 @@ from cllm.train.loggers import make_loggers, plan_loggers
 from cllm.train.measure import Metrics
 from cllm.train.module import TrainingModule
 from cllm.train.prepare import prepare_for_training
+from cllm.train.probes import Probe, Probes
 from cllm.train.ranks import RankWatch
 from cllm.train.reshard import shards
 from cllm.train.resume import delete_checkpoints, prepare_folder, record_data
@@ -61,6 +62,7 @@ def train(
     overwrite: bool = False,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Logger] = (),
+    probes: Sequence[Probe] = (),
 ) -> RunFolder:
     """Train as `config` says and return the run's folder, which is locked meanwhile.
 
@@ -72,11 +74,18 @@ def train(
             checkpoints.
         loggers: loggers of Lightning besides `train.loggers`. They get the hyperparameters and the rows of
             metrics.jsonl, by step.
+        probes: measurements during training: those of `cllm.evaluate.during_training.training_probes` for
+            `evaluate_suites`.
 
     Raises:
         UserError: for whatever a user can correct, if possible before anything is written; also for a run that another
             process is training.
     """
+    if config.evaluate_suites and not probes:
+        raise UserError(
+            "evaluate_suites is set, but `train` was called without probes; pass it "
+            "probes=cllm.evaluate.during_training.training_probes(config)"
+        )
     silence_lightning()
     config = with_vocabulary(config)
     launch = Launch.here(config)
@@ -96,7 +105,7 @@ def train(
         check_callbacks(callbacks, config, start.folder, data.validation_names)
         resumed = start.checkpoint is not None
         module = make_module(config, launch, data, choose_sources=not start.sources_chosen, resumed=resumed)
-        _fit(module, data, start, launch, callbacks, loggers)
+        _fit(module, data, start, launch, callbacks, loggers, probes)
         return start.folder
 
 
@@ -107,6 +116,7 @@ def _fit(
     launch: Launch,
     callbacks: Sequence[Callback],
     loggers: Sequence[Logger],
+    probes: Sequence[Probe],
 ) -> None:
     """Write the first files of a run, or resume it, and train."""
     config, folder, checkpoint = module.config, start.folder, start.checkpoint
@@ -118,6 +128,7 @@ def _fit(
     checkpoints = Checkpoints(folder, config.train, clock=metrics.clock, sync_rows=metrics.sync)
     stop = StopWhenDone(checkpoints, config.train.steps, agree_every=config.train.log_every)
     monitored = MonitoredMetrics(callbacks, folder, start.step)
+    callbacks = [*([Probes(probes, metrics, config.train.steps)] if probes else ()), *callbacks]
     everything = [metrics, *callbacks, *([monitored] if monitored.monitoring else ()), watch, checkpoints, stop]
     trainer = make_trainer(config, launch, folder.path, everything, loggers)
     if checkpoint is not None and launch.zero_stage is not None:

@@ -132,7 +132,7 @@ class UptrainingModule(TrainingModule):
             values["val/start_loss"] = start
             if start > teacher:
                 values["val/recovery"] = 100 * (start - loss) / (start - teacher)
-        return values
+        return super().validation_metrics() | values
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -141,6 +141,9 @@ class UptrainingModule(TrainingModule):
         if isinstance(strategy, ZeroStrategy):
             strategy.split_extra = self.split_extra
             strategy.has_extra = any(_is_extra(name) for name, _ in self.model.named_parameters())
+
+    def plain_weights(self) -> dict[str, Tensor]:
+        return self.split_extra(self.model.state_dict())[0]
 
     def split_extra(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Split all weights into the student's, low-rank updates merged, and extra tensors that only resuming needs."""

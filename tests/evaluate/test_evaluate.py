@@ -68,11 +68,13 @@ def test_a_run_is_scored_on_its_own_validation_set(evaluate, make_run, capsys) -
     assert "command" not in record["versions"]
     assert record["hardware"]
     head, row, written = capsys.readouterr().out.splitlines()
-    assert head.split() == ["run", "step", "set", "tokens", "loss", "perplexity", "bits/byte", "window/stride"]
+    words = "run step set tokens loss perplexity bits/byte ar loss window/stride"
+    assert head.split() == words.split()
     assert row.split()[:3] == ["a", "20", "validation"]
     assert written == f"written: {run.path / 'evaluation' / 'validation.json'}"
     events = EventAccumulator(str(run.tensorboard_folder)).Reload()
-    for tag, key in (("ppl", "perplexity"), ("loss", "loss"), ("bits_per_byte", "bits_per_byte")):
+    tags = ("loss", "bits_per_byte", "ar_loss", "other_loss", "ar_loss_1_63")
+    for tag, key in (("ppl", "perplexity"), *((tag, tag) for tag in tags)):
         (event,) = events.Scalars(f"eval-validation/{tag}")
         assert event.step == 20
         assert event.value == pytest.approx(record[key])

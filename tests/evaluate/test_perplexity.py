@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -17,7 +18,7 @@ from cllm.errors import UserError
 from cllm.evaluate.perplexity import Settings, measure, open_sets, score
 from cllm.evaluate.subjects import load_subject
 from cllm.evaluate.texts import TextTokens, TokenBytes
-from cllm.evaluate.windows import Stream
+from cllm.evaluate.windows import Stream, windows
 
 CPU = torch.device("cpu")
 
@@ -204,3 +205,28 @@ def test_damaged_weights_are_named(make_run, monkeypatch) -> None:
     monkeypatch.setattr(subject, "logits", lambda ids, p, d, last: torch.full((len(ids), last, 300), math.nan))
     with pytest.raises(UserError, match=r"its loss on .* is nan"):
         measure(subject, next(open_sets(subject)), Settings(), CPU)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_recall_slice_is_what_a_loop_over_windows_finds(make_run, masked) -> None:
+    run, _ = make_run(data={"document_mask": masked})
+    subject = load_subject(run.path, CPU)
+    text = next(open_sets(subject))
+    stream = Stream(text.source, start_id=subject.start_id)
+    losses = _nll(subject, stream, window=16, stride=5, batch=1)
+    slices: dict[bool, list[float]] = {True: [], False: []}
+    for span in windows(len(stream), 16, 5):
+        tokens = stream.read(span.start, span.stop + 1).tolist()
+        documents = (stream.documents(span.start, span.stop + 1)[0] if masked else np.zeros(len(tokens))).tolist()
+        places = itertools.pairwise(zip(documents, tokens, strict=True))
+        pairs = [(d, a, b) if d == e else None for (d, a), (e, b) in places]
+        for t in range(len(pairs) - span.scored, len(pairs)):
+            if pairs[t] is not None:
+                slices[pairs[t] in pairs[:t]].append(losses[span.start + t])
+    assert min(map(len, slices.values())) > 50
+    records = [measure(subject, text, Settings(window=16, stride=5, batch=batch), CPU) for batch in (1, 7)]
+    for record in records:
+        assert record["ar_tokens"] == record["ar_tokens_1_63"] == len(slices[True])
+        assert record["ar_loss"] == pytest.approx(np.mean(slices[True]), rel=1e-5)
+        assert record["other_loss"] == pytest.approx(np.mean(slices[False]), rel=1e-5)
+        assert record["ar_loss_1024_up"] is None

@@ -20,7 +20,10 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cllm.config import Config
+from cllm.data.packing import ValidationDataset
+from cllm.data.store import TokenStore
 from cllm.errors import EXIT_STOPPED, UserError
+from cllm.kernels.cross_entropy import IGNORE
 from cllm.model import attention
 from cllm.model.sizes import build_decoder
 from cllm.model.sources import FusedRead
@@ -33,6 +36,7 @@ from cllm.train.run import train, with_vocabulary
 from cllm.train.schedule import learning_rate_factor
 
 ROOT = Path(__file__).resolve().parents[2]
+KEYS = ("input_ids", "labels", "positions", "document_ids")
 Tiny = Callable[..., Config]
 
 
@@ -136,11 +140,25 @@ def test_fused_keys_and_values_may_be_made_again(tiny: Tiny, monkeypatch: pytest
     check_resumable(with_vocabulary(tiny(*settings, "--name", "plain")), plain)
 
 
-def test_document_masks_and_several_validation_sets(tiny: Tiny, prepared: Path) -> None:
+def test_document_masks_and_several_validation_sets(tiny: Tiny, prepared: Path, tmp_path: Path) -> None:
     config = tiny("--data.document_mask", "true", "--train.steps", "2")
     config.data.validation = {"main": str(prepared), "second": str(prepared)}
     row = [row for row in train(config).metrics() if "val/loss" in row][-1]
     assert row["val/loss"] == row["val-second/loss"]
+    assert row["val/ar_loss"] == row["val-second/ar_loss"]
+    model, config, _ = load_run(tmp_path / "runs" / "tiny")
+    found = []
+    data = ValidationDataset(TokenStore(str(prepared), "validation"), 32, limit=6, document_mask=True)
+    for sequence in map(data.__getitem__, range(6)):
+        nats = model.loss(*(sequence[key][None] for key in KEYS), reduction="none").flatten().tolist()
+        ids, labels, _, documents = (sequence[key].tolist() for key in KEYS)
+        seen = set()
+        for token, label, document, loss in zip(ids, labels, documents, nats, strict=True):
+            if label != IGNORE:
+                found += [loss] if (document, token, label) in seen else []
+                seen.add((document, token, label))
+    assert len(found) > 5
+    assert row["val/ar_loss"] == pytest.approx(sum(found) / len(found), rel=1e-5)
 
 
 def test_two_cpu_processes_take_the_same_steps_as_one(tiny: Tiny, tmp_path: Path) -> None:
@@ -153,7 +171,8 @@ def test_two_cpu_processes_take_the_same_steps_as_one(tiny: Tiny, tmp_path: Path
     assert done.returncode == 0, done.stderr
     two = RunFolder(one.path.parent / "two")
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
-    assert losses(two, "val/loss") == pytest.approx(losses(one, "val/loss"), rel=1e-4)
+    for tag in ("val/loss", "val/ar_loss"):
+        assert losses(two, tag) == pytest.approx(losses(one, tag), rel=1e-4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -1,6 +1,7 @@
 """From a corpus to a prepared folder.
 
 recipe.py     the settings: source, tokenizer, split, limits
+mqar.py       documents of multi-query associative recall
 formats.py    documents of one local file
 sources.py    local files, the standard library and Hugging Face data sets as streams of documents
 corpus.py     filtering documents and assigning them to splits

@@ -205,6 +205,8 @@ def _start(partial: Path, key: str, recipe: Recipe, corpus: Corpus) -> State:
                 "--tokenizer.train null --tokenizer.load FOLDER"
             )
         tokenizer.train(corpus.sample(choice.train.sample_bytes), choice.train, partial / TOKENIZER)
+    elif choice.numbers is not None:
+        tokenizer.number_words(choice.numbers, partial / TOKENIZER)
     else:
         assert choice.load is not None
         tokenizer.load(choice.load, partial / TOKENIZER)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from cllm.section import Section
+from cllm.section import MAX_COUNT, MAX_SEED, MAX_TOKENS, Section
 
 MIN_VOCAB = 257
 """The 256 bytes and EOS."""
@@ -19,16 +19,42 @@ _KEYS_OF_KIND = {
     "stdlib": set[str](),
     "files": {"paths", "text_field"},
     "hub": {"dataset", "config", "split", "revision", "text_field"},
+    "mqar": {"mqar"},
 }
-_REQUIRED_KEY = {"files": "paths", "hub": "dataset"}
+_REQUIRED_KEY = {"files": "paths", "hub": "dataset", "mqar": "mqar"}
+
+
+class Mqar(Section, frozen=True):
+    """Sequences of multi-query associative recall, a synthetic task (arXiv 2312.04927)."""
+
+    numbers: Annotated[int, Field(ge=4, le=MAX_TOKENS)] = 512
+    """Numbers from 0 on, that of EOS included; the lower half are keys, the upper half values."""
+    length: Annotated[int, Field(ge=8, le=MAX_TOKENS)] = 64
+    """Tokens of a document, EOS included; train with this `data.seq_len`."""
+    pairs: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(default_factory=lambda: [4, 8, 15])
+    """Key-value pairs of a document; documents take these numbers in turn."""
+    documents: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 100_000
+    """Number of documents."""
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
+    """Seed of keys, values and places."""
+
+    @model_validator(mode="after")
+    def _room(self) -> Mqar:
+        largest = min((self.length - 1) // 4, self.numbers // 2 - 1)
+        if max(self.pairs) > largest:
+            raise ValueError(
+                f"pairs has {max(self.pairs)}, but {self.numbers} numbers and a length of {self.length} have room for "
+                f"{largest}: a quarter of the length, and less than half of the numbers"
+            )
+        return self
 
 
 class Source(Section, frozen=True):
     """The source of the documents."""
 
-    kind: Literal["stdlib", "files", "hub"] = "stdlib"
+    kind: Literal["stdlib", "files", "hub", "mqar"] = "stdlib"
     """stdlib: the Python standard library of the running interpreter; files: local files; hub: a Hugging Face data set,
-    streamed."""
+    streamed; mqar: a synthetic task."""
     paths: list[str] = Field(default_factory=list)
     """files: files, folders and glob patterns. They are read in this order, the files of a folder by name."""
     dataset: str | None = None
@@ -41,6 +67,8 @@ class Source(Section, frozen=True):
     """hub: a branch, tag or commit. With a commit, the recipe always gives the same data."""
     text_field: str = "text"
     """The field of a JSON line, table or data set that contains the text."""
+    mqar: Mqar | None = None
+    """mqar: the sequences."""
 
     @model_validator(mode="after")
     def _keys_fit_kind(self) -> Source:
@@ -64,14 +92,20 @@ class TrainTokenizer(Section, frozen=True):
 
 
 class TokenizerChoice(Section, frozen=True):
-    """`train` a tokenizer or `load` one."""
+    """`train` a tokenizer, `load` one, or take whole `numbers` as tokens."""
 
     train: TrainTokenizer | None = None
     load: str | None = None
     """Name of a Hugging Face tokenizer, or a folder with one, such as data/prepared/NAME/tokenizer."""
+    numbers: Annotated[int, Field(ge=2, le=MAX_TOKENS)] | None = None
+    """For texts of whole numbers, as `kind: mqar` writes them: so many tokens, EOS as 0 and number n as token n."""
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> TokenizerChoice:
+    def _one_of_them(self) -> TokenizerChoice:
+        if self.numbers is not None:
+            if self.train is not None or self.load is not None:
+                raise ValueError("numbers is given, and so is `train` or `load`; allowed: one of them")
+            return self
         if (self.train is None) == (self.load is None):
             raise ValueError("say either `train` or `load` (set the other to null)")
         return self
@@ -128,9 +162,22 @@ class Recipe(Section, frozen=True):
             return self.workers
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+    @model_validator(mode="after")
+    def _number_tokens(self) -> Recipe:
+        numbers, task = self.tokenizer.numbers, self.source.mqar
+        if task is not None and numbers != task.numbers:
+            raise ValueError(
+                f"tokenizer.numbers is {numbers}, but source.mqar.numbers is {task.numbers}; allowed: the same number"
+            )
+        return self
+
     def content(self) -> dict[str, Any]:
         """The settings that the output depends on: all except `out` and `workers`."""
-        return self.model_dump(mode="json", exclude={"out", "workers"})
+        content = self.model_dump(mode="json", exclude={"out", "workers"})
+        for section, key in (("source", "mqar"), ("tokenizer", "numbers")):  # newer than some prepared folders
+            if content[section][key] is None:
+                del content[section][key]
+        return content
 
     def sha256(self) -> str:
         """A hash of `content()`."""

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 from cllm.data.manifest import plain_name
 from cllm.data.prepare import formats, recipe
 from cllm.data.prepare.formats import read_file
+from cllm.data.prepare.mqar import mqar_texts
 from cllm.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -98,10 +99,29 @@ class Hub:
         return [[str(spec.dataset), str(spec.config), spec.split, str(spec.revision)]]
 
 
+class MqarTexts:
+    """Sequences of multi-query associative recall, computed from their seed."""
+
+    def __init__(self, spec: recipe.Mqar):
+        self.spec = spec
+        self.n_bytes: int | None = None
+
+    def documents(self) -> Iterator[SourceDocument]:
+        position = 0
+        for text in mqar_texts(self.spec):
+            position += len(text)
+            yield SourceDocument(text, 0, position)
+
+    def fingerprint(self) -> list[list[str | int]]:
+        return [["mqar", self.spec.model_dump_json()]]
+
+
 def open_source(spec: recipe.Source) -> Source:
     """Open the source of a recipe. Raises `DataError` for a path that is missing or of an unsupported type."""
     if spec.kind == "hub":
         return Hub(spec)
+    if spec.mqar is not None:
+        return MqarTexts(spec.mqar)
     if spec.kind == "files":
         return open_files(spec.paths, spec.text_field, "source.paths")
     root = Path(sysconfig.get_path("stdlib"))

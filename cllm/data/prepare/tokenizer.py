@@ -51,6 +51,20 @@ def train(texts: Iterable[str], spec: TrainTokenizer, folder: Path) -> None:
     tokenizer.train_from_iterator(texts, trainer)
     if (found := tokenizer.get_vocab_size()) < spec.vocab_size:
         log.warning("tokenizer: the text yields only %d tokens of the %d asked for", found, spec.vocab_size)
+    _save(tokenizer, folder)
+
+
+def number_words(count: int, folder: Path) -> None:
+    """Save a tokenizer of numbers between spaces in `folder`: EOS has the id 0, and n the id n, up to count - 1."""
+    vocabulary = {EOS: 0} | {str(n): n for n in range(1, count)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=EOS))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([EOS])
+    _save(tokenizer, folder)
+
+
+def _save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the files of a tokenizer with EOS into a new folder."""
     folder.mkdir()
     file = folder / "tokenizer.json"
     with naming(str(file)):

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from cllm.evaluate.subjects import Subject
 
 
+def _loss_text(loss: float | None) -> str:
+    """A mean loss in a table; a slice without tokens has none."""
+    return "-" if loss is None else f"{loss:.4f}"
+
+
 class Perplexity(Suite):
     """Every token of a text scored once, with at least half a window of context by default."""
 
@@ -21,6 +26,8 @@ class Perplexity(Suite):
         Number(key="loss", head="loss", tag="loss"),
         Number(key="perplexity", head="perplexity", form=perplexity_text, tag="ppl"),
         Number(key="bits_per_byte", head="bits/byte", tag="bits_per_byte"),
+        Number(key="ar_loss", head="ar loss", form=_loss_text, tag="ar_loss"),
+        Number(key="other_loss", head="other loss", form=_loss_text, tag="other_loss"),
     )
     compared = False  # its numbers have columns and rules of their own there
 
@@ -34,10 +41,15 @@ class Perplexity(Suite):
         return [measure(subject, job.text, job.settings, job.device)]
 
     def columns(self) -> Sequence[Column[Record]]:
-        loss, perplexity, bits = (number.column() for number in self.numbers)
+        loss, perplexity, bits, recall, _ = (number.column() for number in self.numbers)
         window = Column[Record]("window/stride", lambda record: f"{record['window']}/{record['stride']}")
         estimated = Column[Record](bits.head, lambda record: ("" if record["bytes_exact"] else "~") + bits.cell(record))
-        return (RUN, STEP, SET, TOKENS, loss, perplexity, estimated, window)
+        return (RUN, STEP, SET, TOKENS, loss, perplexity, estimated, recall, window)
+
+    def scalars(self, record: Record) -> dict[str, float]:
+        """The numbers above, and the loss of the associative-recall slice by distance: `ar_loss_1_63`, ..."""
+        by_distance = {key: value for key, value in record.items() if key.startswith("ar_loss_") and value is not None}
+        return super().scalars(record) | by_distance
 
     def file(self, name: str) -> str:
         return f"{name}.json"

@@ -56,6 +56,8 @@ class Number:
     """The number in a table."""
     tag: str | None = None
     """In TensorBoard: `eval-SET/TAG`. None: it is not logged there."""
+    higher_is_better: bool = False
+    """Whether a higher number is a better model, as for an accuracy; a loss is better if it is lower."""
 
     def column(self) -> Column[Record]:
         """Its column in a table of records."""
@@ -212,10 +214,14 @@ class Suite(ABC):
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error}") from None
 
+    def scalars(self, record: Record) -> dict[str, float]:
+        """The numbers of a record that TensorBoard gets, by the end of their tags: `eval-SET/TAG`."""
+        tagged = {number.tag: record.get(number.key) for number in self.numbers if number.tag is not None}
+        return {tag: value for tag, value in tagged.items() if value is not None}
+
     def _log(self, folder: Path, record: Record) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(str(folder), filename_suffix=".evaluation") as writer:
-            for number in self.numbers:
-                if number.tag is not None:
-                    writer.add_scalar(f"eval-{record['set']}/{number.tag}", record[number.key], record["step"])
+            for tag, value in self.scalars(record).items():
+                writer.add_scalar(f"eval-{record['set']}/{tag}", value, record["step"])

@@ -45,7 +45,8 @@ class Score(Number):
 
 def share(key: str, head: str | None = None, *, detail: bool = False) -> Score:
     """A share from 0 to 1, shown as a percentage; its column is called `head` (default: `key`) and a percent sign."""
-    return Score(key=key, head=f"{head or key} %", form="{:.1f}".format, tag=key, percent=True, detail=detail)
+    name, form = f"{head or key} %", "{:.1f}".format
+    return Score(key=key, head=name, form=form, tag=key, higher_is_better=True, percent=True, detail=detail)
 
 
 def value(

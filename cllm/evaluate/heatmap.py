@@ -1,0 +1,197 @@
+"""Scores by needle depth and length: one map for each run and compression, from the records of a suite of samples.
+
+The records are those of `evaluate --suite SUITE`, whose `groups` have means by the facts `length` and `depth` of their
+questions. A cell is the mean over all questions of its length and depth, over all tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cllm import tables
+from cllm.errors import UserError
+from cllm.evaluate.outputs import write_outputs
+from cllm.evaluate.suites.suite import Number, Suite
+from cllm.files import inside
+from cllm.runs import RunFolder
+from cllm.trust import read_object
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    Image = Any
+
+_DEPTH, _LENGTH = "depth", "length"
+_PANEL = 2.6
+"""Width and height of a map, in inches."""
+
+
+class Cell(NamedTuple):
+    """The mean of a number over the questions of a length and depth."""
+
+    run: str
+    spec: str
+    """How the context's cache was compressed."""
+    length: int
+    """Tokens of the sample."""
+    depth: float
+    """Place of the needle in the context, in percent: 0 is the beginning."""
+    value: float
+    questions: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeatMap:
+    """The maps of several runs and compressions, on one scale."""
+
+    suite: str
+    number: Number
+    cells: list[Cell]
+
+    @property
+    def runs(self) -> list[str]:
+        """Runs, in the order in which they were given."""
+        return list(dict.fromkeys(cell.run for cell in self.cells))
+
+    @property
+    def specs(self) -> list[str]:
+        """Compressions, in alphabetical order, the uncompressed cache first."""
+        return sorted({cell.spec for cell in self.cells}, key=lambda spec: (spec not in ("as it is", "none"), spec))
+
+
+def read_heatmap(runs: Sequence[RunFolder], suite: Suite, number: Number) -> HeatMap:
+    """Read the records of `suite` in the folders of runs.
+
+    If a run has several records of a task, length and compression, the one with the most questions counts.
+
+    Raises:
+        UserError: if a record cannot be read, or none has means by depth and length.
+    """
+    cells = [cell for run in runs for cell in _cells(run, suite, number)]
+    if not cells:
+        raise UserError(
+            f"--heatmap {suite.name}: no run has records with means of {number.key} by depth and length; measure them "
+            f"with evaluate --suite {suite.name}:length=1024|2048"
+        )
+    return HeatMap(suite=suite.name, number=number, cells=cells)
+
+
+def _cells(run: RunFolder, suite: Suite, number: Number) -> list[Cell]:
+    folder = inside(run.path, f"{run.evaluation_folder.name}/{suite.name}", written_in=run.path)
+    records: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for path in sorted(folder.glob("*/**/*.json")):
+        record = read_object(path)
+        groups = record.get("groups")
+        if not isinstance(groups, dict) or not isinstance(groups.get(_DEPTH), dict):
+            continue
+        lengths = list(groups.get(_LENGTH, {}))
+        if len(lengths) != 1 or path.stem.endswith(f"-{Path(str(record.get('checkpoint'))).stem}"):
+            continue  # means by depth alone, or of a checkpoint that is not the newest
+        key = (str(record.get("spec")), str(record.get("task")), int(lengths[0]))
+        if key not in records or record["questions"] > records[key]["questions"]:
+            records[key] = record
+    sums: dict[tuple[str, int, float], tuple[float, int]] = {}
+    for (spec, _, length), record in records.items():
+        for depth, numbers in record["groups"][_DEPTH].items():
+            if (value := numbers.get(number.key)) is not None:
+                total, count = sums.get((spec, length, float(depth)), (0.0, 0))
+                questions = int(numbers["questions"])
+                sums[spec, length, float(depth)] = (total + value * questions, count + questions)
+    return [Cell(run.name, *place, total / count, count) for place, (total, count) in sums.items()]
+
+
+def csv_text(heatmap: HeatMap) -> str:
+    """The cells with full precision."""
+    return tables.csv_text(Cell._fields, (cell._asdict() for cell in heatmap.cells))
+
+
+def markdown(heatmap: HeatMap) -> str:
+    """A table of depths and lengths for each run and compression."""
+    number, parts = heatmap.number, [_title(heatmap)]
+    for run in heatmap.runs:
+        for spec in heatmap.specs:
+            own = {(c.depth, c.length): c.value for c in heatmap.cells if (c.run, c.spec) == (run, spec)}
+            if not own:
+                continue
+            lengths = sorted({length for _, length in own})
+            columns = [tables.Column[float]("depth %", lambda depth: f"{depth:g}")]
+            columns += [tables.Column(f"{length:,}", _cell(own, length, number)) for length in lengths]
+            depths = sorted({depth for depth, _ in own})
+            parts += [f"{run}, {spec}:", tables.markdown(columns, depths)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(own: dict[tuple[float, int], float], length: int, number: Number) -> Any:
+    return lambda depth: number.form(own[depth, length]) if (depth, length) in own else "–"
+
+
+def _title(heatmap: HeatMap) -> str:
+    better = "higher" if heatmap.number.higher_is_better else "lower"
+    return f"{heatmap.suite}: {heatmap.number.head} by needle depth and length ({better} is better)"
+
+
+def figure(heatmap: HeatMap) -> Figure:
+    """Draw the maps: a column for each run, a row for each compression, one scale of colours for all."""
+    from matplotlib.figure import Figure
+
+    runs, specs = heatmap.runs, heatmap.specs
+    lengths = sorted({cell.length for cell in heatmap.cells})
+    depths = sorted({cell.depth for cell in heatmap.cells})
+    width = max(_PANEL, 0.55 * len(lengths) + 0.9)
+    size = (width * len(runs) + 1.6, _PANEL * len(specs) + 0.9)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    grid = figure.subplots(len(specs), len(runs), squeeze=False, sharex=True, sharey=True)
+    image = None
+    for row, spec in zip(grid, specs, strict=True):
+        for axes, run in zip(row, runs, strict=True):
+            own = {(c.depth, c.length): c.value for c in heatmap.cells if (c.run, c.spec) == (run, spec)}
+            image = _draw(axes, [[own.get((d, n)) for n in lengths] for d in depths], heatmap)
+            if spec == specs[0]:
+                axes.set_title(run, fontsize=10)
+            if spec == specs[-1]:
+                axes.set_xlabel("length, tokens", fontsize=8.5)
+                axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8, rotation=30)
+        row[0].set_ylabel(f"{spec}\n\nneedle depth, %", fontsize=8.5)
+        row[0].set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize=8)
+    assert image is not None
+    figure.colorbar(image, ax=grid, label=heatmap.number.head, shrink=0.8, pad=0.01)
+    figure.suptitle(_title(heatmap), fontsize=11, x=0.01, ha="left")
+    return figure
+
+
+def _draw(axes: Axes, values: Sequence[Sequence[float | None]], heatmap: HeatMap) -> Image:
+    """Draw one map, (depths, lengths), with the numbers in its cells; cells without a number are grey."""
+    import numpy as np
+    from matplotlib import colormaps
+
+    low, high = _scale(heatmap)
+    colours = colormaps["viridis" if heatmap.number.higher_is_better else "viridis_r"].with_extremes(bad="0.88")
+    array = np.array([[np.nan if value is None else value for value in row] for row in values])
+    image = axes.imshow(np.ma.masked_invalid(array), cmap=colours, vmin=low, vmax=high, aspect="auto")
+    for y, x in np.argwhere(np.isfinite(array)):
+        text = f"{array[y, x]:.0f}" if high - low > 20 else f"{array[y, x]:.2g}"
+        red, green, blue, _ = image.to_rgba(array[y, x])
+        dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+        axes.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if dark else "0.1")
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return image
+
+
+def _scale(heatmap: HeatMap) -> tuple[float, float]:
+    """The limits of the colours: 0 to 100 for percentages, else from the least to the largest number."""
+    values = [cell.value for cell in heatmap.cells]
+    if getattr(heatmap.number, "percent", False):
+        return 0.0, 100.0
+    return min(values), max(max(values), min(values) + 1e-9)
+
+
+def write(heatmap: HeatMap, folder: Path) -> list[Path]:
+    """Write `heatmap-SUITE` files into `folder` as `write_outputs` does. Returns their paths. Raises `UserError`."""
+    name = f"heatmap-{heatmap.suite}"
+    return write_outputs(folder, name, csv=csv_text(heatmap), markdown=markdown(heatmap), figure=figure(heatmap))

@@ -85,7 +85,7 @@ def run(command: Sequence[str | Path], *, seconds: float | None = None, grace: f
     Raises:
         Interrupted: after the child has ended, if there was such a signal.
     """
-    with _received() as received:
+    with received_signals() as received:
         late = None if seconds is None else time.monotonic() + seconds
         process = start(command, **options)
         killed, passed_on = None, 0
@@ -108,7 +108,7 @@ def run(command: Sequence[str | Path], *, seconds: float | None = None, grace: f
 
 
 @contextlib.contextmanager
-def _received() -> Iterator[list[int]]:
+def received_signals() -> Iterator[list[int]]:
     """Collect the signals to this process in a list while the block runs; ignored ones, as under nohup, stay ignored.
 
     Outside of the main thread, which alone may handle signals, the list stays empty.

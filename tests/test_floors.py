@@ -23,6 +23,7 @@ FLOORS = [
     {"uptrain", "posthoc"},
     {"train"},
     {"evaluate"},
+    {"study"},
     {"commands"},
     {"__main__"},
 ]

@@ -34,7 +34,7 @@ def build(*files: Path, settings: tuple[str, ...] = ()):
 
 
 def test_every_config_file_is_covered_by_a_test_here() -> None:
-    folders = ("data", "quickstart", "bench", "uptrain", "tradeoff")
+    folders = ("data", "quickstart", "bench", "uptrain", "tradeoff", "studies")
     covered = {*MODELS, *PLANS, QUICK, *(file for folder in folders for file in (CONFIGS / folder).glob("*.yaml"))}
     assert set(CONFIGS.rglob("*.yaml")) == covered
 

@@ -13,6 +13,8 @@ compare.py     runs in one table and one figure
 analyze.py     similarity of cached keys and values between layers
 tradeoff.py    designs, trained and compressed
 sweep.py       runs, compressed in many ways
+study.py       a grid of designs, learning rates and seeds, and its report
+study_point.py the evaluation of one point of a study
 configs.py     the shipped configs and recipes
 completion.py  answers to a shell that completes a command line
 

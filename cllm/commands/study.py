@@ -1,0 +1,162 @@
+"""Run a study: a grid of designs, learning rates, seeds and token budgets, and put it into one report.
+
+    %(prog)s studies/cpu --data.path data/prepared/stdlib
+    %(prog)s STUDY.yaml --dry-run --tokens-per-second 700000
+    %(prog)s STUDY.yaml --stop-after 25m
+    %(prog)s STUDY.yaml --status
+    %(prog)s STUDY.yaml --report
+
+Every GPU of this machine gets a run. The same command goes on where it was stopped or killed. Settings such as
+--data.path P go to every run; `cllm train --help` lists them. docs/study.md describes studies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from cllm.arguments import number, whole_number
+from cllm.config import Config
+from cllm.config.load import ConfigParser
+from cllm.errors import UserError, nearest, one_line
+from cllm.signals import stoppable
+
+
+class CllmCommands:
+    """`cllm train`, and the evaluation of a point, by this Python."""
+
+    def train(self, config: Path) -> list[str]:
+        return [sys.executable, "-m", "cllm", "train", "--config", str(config), "--resume", "auto"]
+
+    def evaluate(self, job: Path) -> list[str]:
+        return [sys.executable, "-m", "cllm.commands.study_point", str(job)]
+
+
+def make_parser(program: str) -> ConfigParser:
+    """The command line's arguments."""
+    parser = ConfigParser(Config, __doc__ or "", program)
+    parser.usage_hint = f"{program} studies/cpu"
+    add = parser.add_argument
+    add("-h", "--help", action="help", help="show this help")
+    add("study", metavar="STUDY", help="the study's YAML file, or the name of a shipped one")
+    add("--out", type=Path, metavar="DIR", help="folder of the study's files (default: studies/NAME)")
+    add("--runs", type=Path, metavar="DIR", help="folder of its runs, which are large (default: runs/ in --out)")
+    add("--only", action="append", default=[], metavar="DESIGN", help="only this design; repeatable")
+    add("--devices", default="auto", metavar="WHERE", help="auto: every GPU, or the CPU; gpu; cpu; or GPUs such as 0,2")
+    add("--workers", type=whole_number(1), default=1, metavar="N", help="runs at once on a CPU (default: 1)")
+    add("--stop-after", metavar="TIME", help="start no run that would not end within this time, such as 25m; running "
+        "ones then save and stop")  # fmt: skip
+    add("--dry-run", action="store_true", help="print designs, runs, tokens and hours; do not train")
+    add("--tokens-per-second", type=number(above=0), metavar="N", help="speed of one run, for estimates of time")
+    add("--status", action="store_true", help="print the table of points and the time that is left")
+    add("--slurm", action="store_true", help="print the script of a SLURM array")
+    add("--report", action="store_true", help="write the report from the results")
+    return parser
+
+
+@one_line
+@stoppable("the same command goes on")
+def main(argv: list[str] | None = None, *, program: str = "cllm study") -> int:
+    """Run the command line; returns its exit status: 3 if work is left, 1 if points failed."""
+    options, overrides = make_parser(program).parse_settings(argv)
+    logging.basicConfig(format="%(message)s")
+    actions = [name for name in ("dry_run", "status", "slurm", "report") if getattr(options, name)]
+    if len(actions) > 1:
+        raise UserError(" and ".join(f"--{name.replace('_', '-')}" for name in actions) + ": allowed: one of them")
+    from cllm.study.layout import Layout
+    from cllm.study.runner import study_folder
+    from cllm.study.schema import load_study
+
+    study = load_study(options.study, overrides)
+    for name in options.only:
+        if name not in study.designs:
+            raise UserError(f"--only {name}: not a design of the study; {nearest(name, study.designs)}")
+    layout = Layout.at(options.out or study_folder(study.name), options.runs)
+    if options.report:
+        from cllm.study.report import write_report
+
+        for path in write_report(study, layout, only=options.only):
+            print(f"written: {path}")
+        return 0
+    if options.slurm:
+        from cllm.study.slurm import array_script
+
+        print(array_script(study, _task_command(options, overrides, layout), layout.state), end="")
+        return 0
+    return _work(options, study, layout)
+
+
+def _task_command(options: argparse.Namespace, overrides: list[str], layout) -> list[str]:
+    """The words of a SLURM task: this command without `--slurm`, with its folders spelled out."""
+    words = ["cllm", "study", str(options.study), "--out", str(layout.out)]
+    if options.runs is not None:
+        words += ["--runs", str(layout.runs)]
+    for name in options.only:
+        words += ["--only", name]
+    if options.stop_after is not None:
+        words += ["--stop-after", options.stop_after]
+    return [*words, *overrides]
+
+
+def _work(options: argparse.Namespace, study, layout) -> int:
+    """Train, or print the plan or the state."""
+    from cllm.study.children import Slot, find_gpus
+    from cllm.study.estimate import Estimates
+    from cllm.study.points import Grid
+    from cllm.study.queue import Queue
+    from cllm.study.results import read_results
+    from cllm.study.runner import Options, Runner
+    from cllm.study.schema import parse_duration
+    from cllm.study.status import dry_run, status
+    from cllm.study.utilisation import Utilisation
+    from cllm.study.version import code_version
+
+    seconds = None if options.stop_after is None else parse_duration(options.stop_after)
+    gpus = _gpus(options.devices, find_gpus)
+    slots = [Slot(gpu) for gpu in gpus] or [Slot(None) for _ in range(options.workers)]
+    grid = Grid(study, code_version(), options.only)
+    estimates = Estimates(options.tokens_per_second or study.tokens_per_second, overridden=options.dry_run)
+    for variant in grid.variants:  # mistakes are reported before anything is written
+        grid.config(grid.point(variant, study.tokens[0], 0, None), layout.runs)
+    if options.dry_run:
+        print(dry_run(grid, layout, estimates, len(slots)))
+        return 0
+    queue = Queue(grid, layout)
+    if options.status:
+        estimates.learn(read_results(layout.results))
+        print(status(queue, estimates, len(slots)))
+        return 0
+    print(f"results go to {layout.results}, runs to {layout.runs}", file=sys.stderr, flush=True)
+    runner = Runner(queue, CllmCommands(), slots, estimates, Options(seconds=seconds, share=study.share_gpu))
+    busy = Utilisation(gpus)
+    busy.start()
+    try:
+        code = runner.run()
+    finally:
+        computed = busy.stop()
+        text = f"{', '.join(slot.name for slot in slots)}: had a run {100 * runner.occupied():.0f} % of the time"
+        text += "" if computed is None else f", computed {100 * computed:.0f} % of it"
+        print(text, file=sys.stderr)
+    print(status(queue, estimates, len(slots)))
+    return code
+
+
+def _gpus(where: str, find) -> list[str]:
+    """The GPUs of `--devices`; empty: the CPU."""
+    if where == "cpu" or (where == "auto" and os.environ.get("CUDA_VISIBLE_DEVICES") == ""):
+        return []
+    found: list[str] = find()
+    if where == "auto":
+        return found
+    if where == "gpu" or not found:
+        if not found:
+            raise UserError(f"--devices {where}: torch sees no GPU; allowed here: cpu, auto")
+        return found
+    names = [name.strip() for name in where.split(",")]
+    if unknown := [name for name in names if name not in found]:
+        allowed = ", ".join([*found, "gpu", "cpu", "auto"])
+        raise UserError(f"--devices {where}: there is no GPU {unknown[0]!r}; allowed: {allowed}")
+    return names

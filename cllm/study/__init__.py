@@ -1,0 +1,25 @@
+"""Studies: a grid of designs, learning rates, seeds and token budgets, trained, measured and put into one report.
+
+schema.py      `Study`: the settings of a study's YAML file, and its loading
+points.py      `Point`: one run of the grid, its complete config and its key
+matching.py    designs of equal parameters, cache bytes or training FLOPs
+version.py     hashes of the code and of a config, so that a table mixes no versions
+layout.py      the files of a study: results, runs, logs, locks
+results.py     the result of a point, one JSON file
+rates.py       successive halving of learning rates
+queue.py       the next point: its priority, and whether it ends in time
+estimate.py    tokens per second so far, and the seconds that a point takes
+children.py    training and evaluation in processes, one GPU each
+runner.py      the loop that keeps all GPUs busy
+utilisation.py  how busy the GPUs were
+status.py      the table of points, and the plan of a dry run
+slurm.py       the script of a SLURM array
+statistics.py  means, standard errors, paired differences with intervals
+curves.py      learning curves, fitted, and where two cross
+summary.py     the results of one version as rows of designs
+report.py      the report as Markdown, JSON, figures and TensorBoard events
+figures.py     its figures
+events.py      its TensorBoard events, equal bytes each time
+
+Imports every other package except commands. torch is imported only for matching.
+"""

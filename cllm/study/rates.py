@@ -1,0 +1,72 @@
+"""Successive halving of learning rates (Jamieson and Talwalkar, arXiv 1502.07943), as a function of results.
+
+Nothing is stored: the outcome follows from the losses of the points, so it is never computed twice from other data, and
+a study that goes on finds its search where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cllm.study.points import Grid, Point, Variant
+from cllm.study.schema import budgets, sizes
+
+LossOf = Callable[[Point], float | None]
+"""The final validation loss of a point; None: it has no result yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round of a search."""
+
+    tokens: int
+    losses: dict[float, float | None]
+    """The loss at each learning rate; None: not finished."""
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """The search of one variant so far."""
+
+    rounds: tuple[Round, ...]
+    """The last round may be unfinished; later ones are not listed."""
+    chosen: tuple[float, ...]
+    """The rates that are kept, the best first; empty until the last round is finished."""
+    missing: tuple[Point, ...]
+    """Points of the last listed round without a result."""
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best rate is the smallest or largest of several, so that a better one may lie outside."""
+        values = self.rounds[0].losses
+        return len(values) > 1 and bool(self.chosen) and self.chosen[0] in (min(values), max(values))
+
+
+def search(grid: Grid, variant: Variant, loss_of: LossOf) -> Search:
+    """The search of a variant's rate, as far as there are results. A loss that is not finite is the worst.
+
+    With as many values as are kept there is nothing to search, and no round.
+    """
+    rates = grid.study.rates
+    assert rates is not None
+    if len(rates.values) == rates.keep:
+        return Search((), tuple(rates.values), ())
+    seed = grid.study.seeds_of(variant.design)[0]
+    left = list(rates.values)
+    counts = [*sizes(rates)[1:], rates.keep]
+    rounds: list[Round] = []
+    for tokens, count in zip(budgets(rates), counts, strict=True):
+        points = {rate: grid.point(variant, tokens, seed, rate, search=True) for rate in left}
+        losses = {rate: loss_of(point) for rate, point in points.items()}
+        rounds.append(Round(tokens, losses))
+        missing = tuple(point for rate, point in points.items() if losses[rate] is None)
+        if missing:
+            return Search(tuple(rounds), (), missing)
+        left = sorted(left, key=lambda rate: (_rank(losses[rate]), left.index(rate)))[:count]
+    return Search(tuple(rounds), tuple(left), ())
+
+
+def _rank(loss: float | None) -> float:
+    return loss if loss is not None and math.isfinite(loss) else math.inf

@@ -1,0 +1,218 @@
+"""The result of a point: one JSON file with its config, versions, hardware, learning curve and evaluations.
+
+The report reads nothing else. Names of data folders are kept without the folders above them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cllm.errors import UserError
+from cllm.files import write_atomic
+from cllm.runs import RunFolder
+from cllm.study.matching import CacheMatch
+from cllm.study.points import Point, Variant
+from cllm.study.version import config_hash, data_hash
+from cllm.trust import read_object
+from cllm.yaml_text import read_yaml
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+COMMIT = "CLLM_COMMIT"
+"""The environment variable with the commit of a copy of the code that is no git repository."""
+_TRAINING_ROWS = 60
+"""Most points of the training loss that a result keeps."""
+_DIGITS = 7
+"""Significant digits of numbers in curves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A result file."""
+
+    file: Path
+    content: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.file.stem
+
+    @property
+    def variant(self) -> Variant:
+        return Variant(self.content["design"], tuple(self.content["settings"].items()))
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate of the run."""
+        return self.content["config"]["optim"]["lr"]
+
+    @property
+    def loss(self) -> float | None:
+        """The last validation loss in training, nats per token; None if it is not finite."""
+        return self.content["loss"]
+
+    @property
+    def code(self) -> str:
+        return self.content["code"]
+
+    @property
+    def evaluated(self) -> str | None:
+        """Hash of the evaluations and their code; None: not evaluated."""
+        return self.content["evaluated"]
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self.content["tokens_per_s"]
+
+    def curve(self, tag: str) -> list[tuple[int, float]]:
+        """(tokens, value) of a tag of validation, those that were not finite left out."""
+        values = self.content["validation"].get(tag, [])
+        return [(t, v) for t, v in zip(self.content["validation"]["tokens"], values, strict=False) if v is not None]
+
+
+def evaluated_as(commands: Sequence[Sequence[str]], code: str) -> str:
+    """The hash that `Result.evaluated` has after these evaluations."""
+    words = [[Path(word).name if "/" in word else word for word in command] for command in commands]
+    return data_hash([code, words])
+
+
+def read_result(file: Path) -> Result:
+    """Read a result file.
+
+    Raises:
+        UserError: for a file that is not one.
+    """
+    content = read_object(file)
+    for key in ("design", "settings", "code", "declared", "config", "loss", "validation", "summary", "evaluations"):
+        if key not in content or content.get("format") != FORMAT:
+            raise UserError(f"{file}: not a result of a study in format {FORMAT}: {key} or format is missing or other")
+    return Result(file, content)
+
+
+def read_results(folder: Path) -> list[Result]:
+    """The results in a folder, by name. Files that cannot be read are logged and left out."""
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            found.append(read_result(file))
+        except UserError as error:
+            log.warning("left out: %s", error)
+    return found
+
+
+def result_of(
+    point: Point, run: RunFolder, match: CacheMatch | None, seconds: float | None, *, diverged: bool = False
+) -> dict[str, Any]:
+    """The result of a finished run.
+
+    Args:
+        point: the point.
+        run: its run.
+        match: the change of its cache.
+        seconds: from the start of the process that finished it to its end.
+        diverged: the run ended early because its gradients were not finite. Its loss is then null.
+
+    Raises:
+        UserError: for a run without a validation after its last step.
+    """
+    config, rows = read_yaml(run.config_file), list(run.metrics())
+    validated = [row for row in rows if "val/loss" in row]
+    last = run.early_stop() or config["train"]["steps"]
+    if not diverged and (not validated or validated[-1]["step"] != last):
+        raise UserError(f"{run.path}: has no validation after its last step, {last}")
+    tags = sorted({tag for row in validated for tag in row if tag.startswith("val")})
+    environment = _environment(run)
+    shortened = _without_folders(config)
+    speeds = [row["throughput/tokens_per_s"] for row in rows if row.get("throughput/tokens_per_s")]
+    return {
+        "format": FORMAT,
+        "design": point.variant.design,
+        "settings": dict(point.variant.settings),
+        "tokens": point.tokens,
+        "seed": point.seed,
+        "rate": point.rate,
+        "search": point.search,
+        "declared": point.declared,
+        "code": point.code,
+        "commit": environment.pop("commit", None) or os.environ.get(COMMIT),
+        "config_sha256": config_hash(config),
+        "data": getattr(run.data_digests(), "train", None),
+        "loss": None if diverged else validated[-1]["val/loss"],
+        "trained_tokens": rows[-1]["tokens"] if rows else 0,
+        "tokens_per_s": round(statistics.median(speeds), 1) if speeds else None,
+        "seconds": None if seconds is None else round(seconds, 1),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "match": None if match is None else {"wanted": str(match.wanted), "reached": match.reached, "kv": match.kv},
+        "summary": {key: value for key, value in run.summary().items() if key != "name"},
+        "validation": {
+            "tokens": [row["tokens"] for row in validated],
+            **{tag: [_rounded(row.get(tag)) for row in validated] for tag in tags},
+        },
+        "training": _thinned([(row["tokens"], row["train/loss"]) for row in rows if row.get("train/loss") is not None]),
+        "evaluated": None,
+        "evaluations": [],
+        "environment": environment,
+        "config": shortened,
+    }
+
+
+def write_result(file: Path, content: dict[str, Any]) -> None:
+    """Write a result atomically."""
+    write_atomic(file, json.dumps(content, indent=1) + "\n")
+
+
+def with_evaluations(content: dict[str, Any], records: list[dict[str, Any]], evaluated: str) -> dict[str, Any]:
+    """A result with the records of its evaluations."""
+    kept = []
+    for record in records:
+        record = {key: value for key, value in record.items() if key not in ("versions", "path", "errors")}
+        record["data"] = Path(record["data"]).name if record.get("data") else None
+        kept.append(record)
+    return {**content, "evaluated": evaluated, "evaluations": kept}
+
+
+def _environment(run: RunFolder) -> dict[str, str]:
+    """Versions and hardware from `env.txt`, without the command line."""
+    try:
+        lines = (run.path / "env.txt").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    pairs = (line.partition(": ") for line in lines)
+    return {name: value for name, _, value in pairs if name != "command"}
+
+
+def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without folders of the machine."""
+    kept = {key: value for key, value in config.items() if key not in ("runs_dir", "name")}
+    data = dict(config["data"])
+    data["path"] = Path(data["path"]).name if data.get("path") else None
+    data["validation"] = {name: Path(folder).name for name, folder in (data.get("validation") or {}).items()}
+    data["mix"] = {Path(folder).name: weight for folder, weight in (data.get("mix") or {}).items()}
+    return {**kept, "data": data}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.{_DIGITS}g}")
+
+
+def _thinned(points: list[tuple[int, float]]) -> dict[str, list[float]]:
+    """At most `_TRAINING_ROWS` points at equal distances, the last one among them."""
+    every = -(-len(points) // _TRAINING_ROWS) or 1
+    kept = points[::-1][::every][::-1]
+    return {"tokens": [t for t, _ in kept], "loss": [float(f"{v:.{_DIGITS}g}") for _, v in kept]}
+
+
+def config_text(content: dict[str, Any]) -> str:
+    """The config of a result as YAML."""
+    return yaml.safe_dump(content["config"], sort_keys=False)

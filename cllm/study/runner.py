@@ -1,0 +1,379 @@
+"""The loop of a study: it keeps every GPU busy until no work is left, time runs out, or a signal comes.
+
+A point is locked by the process that works on it, so several processes, as of a SLURM array, share the work. Its state
+is its run's folder and its result. The result is written once, when its run has its last validation, and again with the
+records of its evaluations.
+
+On a GPU the next run starts while the one before it ends or is measured, so the GPU computes during imports and
+compilation.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+from cllm import processes
+from cllm.config import Config
+from cllm.errors import EXIT_STOPPED, UserError
+from cllm.files import RESULTS, mark_new, write_atomic
+from cllm.lock import locked
+from cllm.study.children import Commands, Job, Slot, child_environment, start
+from cllm.study.estimate import Estimates, progress, saved_share
+from cllm.study.layout import last_line
+from cllm.study.points import Point
+from cllm.study.queue import Queue, Work, is_trained
+from cllm.study.results import read_result, read_results, result_of, with_evaluations, write_result
+from cllm.study.version import code_version
+from cllm.trust import read_object
+
+log = logging.getLogger(__name__)
+
+_POLL = 0.2
+_CHECK = 1.0
+"""Seconds between two looks at a run's metrics."""
+_GRACE_OF_EVALUATION = 60.0
+"""Seconds that an evaluation has to end once the study stops."""
+_DIVERGED = "had a gradient that was not finite"
+_IN_USE = "is in use by"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How a study runs."""
+
+    seconds: float | None = None
+    """Time after which it stops; None: when all is done."""
+    share: bool = True
+    """On a GPU, start a run while the one before it ends or is measured."""
+    poll: float = _POLL
+    """Seconds between two looks at the processes."""
+
+
+class Runner:
+    """Works on the points of a queue.
+
+    Args:
+        queue: the points.
+        commands: of training and evaluation.
+        slots: places for runs.
+        estimates: speeds so far.
+        options: how to run.
+    """
+
+    def __init__(self, queue: Queue, commands: Commands, slots: Sequence[Slot], estimates: Estimates, options: Options):
+        self.queue, self.commands, self.slots, self.options = queue, commands, list(slots), options
+        self.layout, self.estimates = queue.layout, estimates
+        self.failed: dict[str, str] = {}
+        """Names of points that failed in this process, and the last line of their logs."""
+        self._began = time.monotonic()
+        self._deadline = None if options.seconds is None else self._began + options.seconds
+        self._stopped: float | None = None
+        self._last_turn = self._began
+        self._elsewhere: dict[str, float] = {}
+        self._waits_for_others = False
+        self._configs: dict[str, Config] = {}
+        self._queue_changed = True
+        self._wanted: list[Point] = []
+        self._left: list[tuple[Point, Work]] = []
+
+    # ---- the loop
+
+    def run(self) -> int:
+        """Work until nothing is left. Returns the exit status: 3 if it was stopped, 1 if points failed."""
+        mark_new(self.layout.out, RESULTS)
+        self.layout.state.mkdir(parents=True, exist_ok=True)
+        self.estimates.learn(read_results(self.layout.results))
+        bar = tqdm(unit="run", disable=None, desc=self.queue.grid.study.name)
+        with processes.received_signals() as received, bar:
+            try:
+                while self._turn(received):
+                    bar.total = len(self._wanted)
+                    bar.update(bar.total - len(self._left) - bar.n)
+                    time.sleep(self.options.poll)
+            finally:
+                self._end_all()
+        self._queue_changed = True
+        self._refresh()
+        if self._left or self.queue.is_blocked:
+            return 1 if self.failed and self._stopped is None else EXIT_STOPPED
+        return 0
+
+    def _turn(self, received: list[int]) -> bool:
+        """One turn of the loop; False if it has ended."""
+        now = time.monotonic()
+        if self._stopped is None and (received or (self._deadline is not None and now >= self._deadline)):
+            self._stop()
+        for slot in self.slots:
+            slot.busy += now - self._last_turn if slot.jobs else 0.0
+            for job in list(slot.jobs):
+                if processes.has_ended(job.process):
+                    self._finish(job)
+                elif now - job.checked >= _CHECK:
+                    self._look_at(job, now)
+        self._last_turn = now
+        if self._stopped is not None:
+            if now - self._stopped > _GRACE_OF_EVALUATION or len(received) > 1:
+                self._signal("evaluate")
+            return any(slot.jobs for slot in self.slots) and now - self._stopped < processes.GRACE
+        self._refresh()
+        self._waits_for_others = False
+        started = [self._fill(slot) for slot in self.slots]
+        return any(started) or any(slot.jobs for slot in self.slots) or self._waits_for_others
+
+    def _refresh(self) -> None:
+        if self._queue_changed or any(time.monotonic() - seen > 2 for seen in self._elsewhere.values()):
+            self._wanted, self._left = self.queue.wanted(), self.queue.left()
+            self._elsewhere = {}
+            self._queue_changed = False
+
+    def _stop(self) -> None:
+        """Ask the runs to save and stop."""
+        self._stopped = time.monotonic()
+        self._say("stopping: runs save and stop; the same command goes on")
+        self._signal("train")
+
+    def _signal(self, work: Work) -> None:
+        for slot in self.slots:
+            for job in slot.jobs:
+                if job.work == work:
+                    processes.send(job.process, 15)
+
+    def _end_all(self) -> None:
+        self._signal("train")
+        self._signal("evaluate")
+        for slot in self.slots:
+            for job in list(slot.jobs):
+                processes.reap(job.process, grace=_GRACE_OF_EVALUATION)
+                job.locks.close()
+                slot.jobs.remove(job)
+
+    # ---- starting work
+
+    def _fill(self, slot: Slot) -> bool:
+        """Start the next piece of work on a slot if it has room. Returns whether one was started."""
+        trains = [job for job in slot.jobs if job.work == "train"]
+        measures = [job for job in slot.jobs if job.work == "evaluate"]
+        share = self.options.share and slot.device is not None
+        room = not slot.jobs or (share and not trains)
+        waits = 0.0
+        if share and len(trains) == 1:
+            waits = self._remaining(trains[0])
+            room = waits <= self.estimates.startup
+        for point, work in self._left:
+            if work == "evaluate" and (measures or (slot.jobs and not share)):
+                continue
+            if (work == "train" and not room) or not self._is_open(point):
+                continue
+            if work == "train" and not self._fits(point, waits):
+                continue
+            if self._begin(slot, point, work):
+                return True
+        return False
+
+    def _is_open(self, point: Point) -> bool:
+        """Whether this process may start work on a point now."""
+        if point.name in self.failed or any(job.point.key == point.key for slot in self.slots for job in slot.jobs):
+            return False
+        return point.name not in self._elsewhere
+
+    def _fits(self, point: Point, waits: float) -> bool:
+        """Whether a point ends before the study stops, or cannot end in any session as long as this one.
+
+        A run that was begun before goes on in any case: stopping it loses nothing.
+        """
+        if self._deadline is None or self.options.seconds is None:
+            return True
+        config = self._config(point)
+        tokens = config.train.steps * config.train.global_batch * config.data.seq_len
+        saved = saved_share(self.layout.run(point), config.train.steps)
+        evaluated = bool(self.queue.commands) and not point.search
+        needed = self.estimates.seconds(point.variant.design, tokens * (1 - saved), evaluated=evaluated)
+        left = self._deadline - time.monotonic() - waits
+        return needed is None or saved > 0 or needed <= left or needed > self.options.seconds
+
+    def _config(self, point: Point) -> Config:
+        if point.key not in self._configs:
+            self._configs[point.key] = self.queue.grid.config(point, self.layout.runs)
+        return self._configs[point.key]
+
+    def _begin(self, slot: Slot, point: Point, work: Work) -> bool:
+        """Lock a point and start its process; False if another process has it."""
+        locks = ExitStack()
+        if not self._acquire(point, locks):
+            locks.close()
+            return False
+        try:
+            if self.queue.work(point) != work:  # another process has finished it since
+                self._queue_changed = True
+                locks.close()
+                return True
+            self._check_code()
+            config = self._config(point)
+            if work == "train" and is_trained(self.layout.run(point)):
+                self._record(point, None)
+                locks.close()
+                self._queue_changed = True
+                return True
+            process = start(
+                self._command(point, work, config),
+                self.layout.log(point),
+                child_environment(slot, len(self.slots), self.layout.compiled),
+            )
+        except BaseException:
+            locks.close()
+            raise
+        first, _ = progress(self.layout.run(point))
+        slot.jobs.append(Job(point, work, config, slot, process, locks, first_tokens=first))
+        self.layout.failure(point).unlink(missing_ok=True)
+        self._say(f"{slot.name}: {'training' if work == 'train' else 'evaluating'} {point.short_name}")
+        return True
+
+    def _acquire(self, point: Point, locks: ExitStack) -> bool:
+        """Lock a point; False if another study works on it, or a run whose study was killed is still saving."""
+        try:
+            locks.enter_context(locked(self.layout.lock(point)))
+        except UserError as error:
+            if _IN_USE not in str(error):
+                raise
+            self._elsewhere[point.name] = time.monotonic()
+            self._waits_for_others |= self.queue.is_blocked  # its result decides on further points
+            return False
+        try:
+            with locked(self.layout.run(point).path):
+                return True
+        except UserError as error:
+            if _IN_USE not in str(error):
+                raise
+            self._elsewhere[point.name] = time.monotonic()
+            self._waits_for_others = True
+            return False
+
+    def _command(self, point: Point, work: Work, config: Config) -> list[str]:
+        if work == "train":
+            file = self.layout.config(point)
+            write_atomic(file, yaml.safe_dump(config.as_yaml_data(), sort_keys=False))
+            return self.commands.train(file)
+        folder = self.layout.evaluation(point)
+        shutil.rmtree(folder, ignore_errors=True)
+        job = {"run": str(self.layout.run(point).path), "out": str(folder), "commands": self.queue.commands}
+        file = folder.with_suffix(".json")
+        write_atomic(file, json.dumps(job))
+        return self.commands.evaluate(file)
+
+    def _check_code(self) -> None:
+        if (now := code_version()) != self.queue.grid.code:
+            raise UserError(
+                f"the code of cllm has changed since the study started, from {self.queue.grid.code} to {now}; start it "
+                "again: its points are then those of the new version"
+            )
+
+    # ---- following work
+
+    def _remaining(self, job: Job) -> float:
+        """Seconds until a run has its last step; infinity if its speed is not known yet."""
+        tokens, speed = progress(self.layout.run(job.point))
+        if not job.stepping or not speed:
+            return float("inf")
+        return (job.tokens - tokens) / speed
+
+    def _look_at(self, job: Job, now: float) -> None:
+        job.checked = now
+        if job.work != "train":
+            return
+        tokens, speed = progress(self.layout.run(job.point))
+        if not speed or tokens <= job.first_tokens:
+            return
+        if job.first_row is None:
+            job.first_row = now, tokens
+        elif not job.stepping and tokens > job.first_row[1]:
+            job.stepping = True
+            seen, first = job.first_row
+            self.estimates.started(max(0.0, seen - job.started - (first - job.first_tokens) / speed))
+        if job.stepping:
+            self.estimates.measured(job.point.variant.design, speed)
+
+    def _finish(self, job: Job) -> None:
+        """Take the outcome of a process that has ended."""
+        status = processes.reap(job.process)
+        job.slot.jobs.remove(job)
+        seconds = time.monotonic() - job.started
+        line = last_line(self.layout.log(job.point))
+        try:
+            if job.work == "evaluate":
+                self._finish_evaluation(job, status, seconds, line)
+            elif status == 0 and is_trained(self.layout.run(job.point)):
+                self._record(job.point, seconds)
+            elif status == EXIT_STOPPED:
+                log.info("%s was stopped from outside and goes on", job.point.short_name)
+            elif status == 2 and _DIVERGED in line:
+                self._record(job.point, seconds, diverged=True)
+            elif self._stopped is None:
+                self._fail(job.point, status, line)
+        except UserError as error:
+            self._fail(job.point, status, str(error))
+        finally:
+            job.locks.close()
+            self._queue_changed = True
+
+    def _record(self, point: Point, seconds: float | None, *, diverged: bool = False) -> None:
+        """Write the result of a trained run."""
+        run = self.layout.run(point)
+        content = result_of(point, run, self.queue.grid.cache_match(point.variant), seconds, diverged=diverged)
+        write_result(self.layout.result(point), content)
+        loss = "diverged" if content["loss"] is None else f"loss {content['loss']:.4f}"
+        speed = "" if content["tokens_per_s"] is None else f", {content['tokens_per_s']:,.0f} tokens/s"
+        self._say(f"trained {point.short_name}: {loss}{speed}")
+        if self.queue.work(point) is None:
+            self._delete_checkpoints(point)
+
+    def _finish_evaluation(self, job: Job, status: int, seconds: float, line: str) -> None:
+        point, folder = job.point, self.layout.evaluation(job.point)
+        if status != 0:
+            if self._stopped is None:
+                self._fail(point, status, line)
+            return
+        records = [read_object(file) for file in sorted(folder.rglob("*.json"))]
+        assert self.queue.evaluated is not None
+        content = with_evaluations(read_result(self.layout.result(point)).content, records, self.queue.evaluated)
+        write_result(self.layout.result(point), {**content, "evaluation_seconds": round(seconds, 1)})
+        self.estimates.learn([read_result(self.layout.result(point))])
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_suffix(".json").unlink(missing_ok=True)
+        self._say(f"evaluated {point.short_name}")
+        self._delete_checkpoints(point)
+
+    def _delete_checkpoints(self, point: Point) -> None:
+        if self.queue.grid.study.keep_checkpoints and not point.search:
+            return
+        for _, checkpoint in self.layout.run(point).checkpoints():
+            shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
+
+    def _fail(self, point: Point, status: int, line: str) -> None:
+        self.failed[point.name] = line
+        write_atomic(self.layout.failure(point), line + "\n")
+        self._say(f"failed (status {status}) {point.short_name}: {line or 'no output'}; see {self.layout.log(point)}")
+
+    @staticmethod
+    def _say(text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+    def occupied(self) -> float:
+        """The share of the time so far in which slots had a process, 0 to 1."""
+        passed = max(time.monotonic() - self._began, 1e-9)
+        return min(1.0, sum(slot.busy for slot in self.slots) / passed / len(self.slots))
+
+
+def study_folder(name: str) -> Path:
+    """The default folder of a study's files, in the working directory."""
+    return Path("studies") / name

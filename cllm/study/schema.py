@@ -1,0 +1,300 @@
+"""`Study`: the settings of a study's YAML file."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
+
+from cllm.config.load import merge, parse_overrides, validate
+from cllm.config.shipped import find_config
+from cllm.errors import UserError, nearest
+from cllm.section import MAX_SEED, Section
+from cllm.yaml_text import read_yaml
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+DEFAULT = "default"
+"""The key of a mapping by design that is valid for all designs it does not name."""
+
+
+def parse_count(value: Any) -> int:
+    """A number of tokens: `50M`, `1.5B`, `300k`, or a whole number.
+
+    Raises:
+        ValueError: for anything else, and for numbers below 1.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kMBT]?)", value) if isinstance(value, str) else None
+    count = float(match[1]) * _UNITS[match[2]] if match else 0
+    if count < 1 or count != round(count):
+        raise ValueError(f"is {value!r}; allowed: a number of tokens such as 300k, 50M or 1.5B")
+    return round(count)
+
+
+def count_text(count: float) -> str:
+    """`50M`: the shortest form that `parse_count` reads, exact if it has at most four digits."""
+    for unit in ("T", "B", "M", "k"):
+        if count >= _UNITS[unit]:
+            return f"{count / _UNITS[unit]:.4g}{unit}"
+    return f"{count:.0f}"
+
+
+def _ratio(value: Any) -> str:
+    try:
+        ratio = Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        ratio = Fraction(0)
+    if not 0 < ratio <= 1:
+        raise ValueError(f"is {value!r}; allowed: a share of mha's cache such as 1/2, above 0 and at most 1")
+    return str(ratio)
+
+
+def _list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+Tokens = Annotated[int, BeforeValidator(parse_count)]
+Ratio = Annotated[str, BeforeValidator(_ratio)]
+Rate = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Part = str | dict[str, JsonValue]
+"""A config file, or settings as in one."""
+
+
+class Match(Section):
+    """The rule by which designs are made equal. Several may be combined."""
+
+    parameters: bool = False
+    """Widen or narrow the feed-forward layers until all designs have as many parameters as mha."""
+    cache_bytes: Ratio | dict[str, Ratio] | None = None
+    """Share of mha's resident cache that designs have, by KV heads, sharing factor or rank: for all designs but the
+    baseline, or as design: share."""
+    flops: bool = False
+    """Scale the tokens of a design so that its training takes as many FLOPs as the baseline's."""
+
+    def ratio(self, design: str, baseline: str) -> Fraction | None:
+        """The share of mha's cache that a design shall have; None: as declared."""
+        if isinstance(self.cache_bytes, dict):
+            found = self.cache_bytes.get(design)
+            return None if found is None else Fraction(found)
+        return None if self.cache_bytes is None or design == baseline else Fraction(self.cache_bytes)
+
+    @property
+    def rule(self) -> str:
+        """The rule in words, for tables."""
+        words = []
+        if self.parameters:
+            words.append("equal parameters")
+        if isinstance(self.cache_bytes, dict):
+            words += [f"{design}: {ratio} of mha's cache bytes" for design, ratio in self.cache_bytes.items()]
+        elif self.cache_bytes is not None:
+            words.append(f"{self.cache_bytes} of mha's cache bytes")
+        words.append("equal training FLOPs" if self.flops else "equal tokens")
+        return ", ".join(words)
+
+
+def _match(value: Any) -> Any:
+    return {value: True} if isinstance(value, str) else value
+
+
+class Rates(Section):
+    """The search of each design's learning rate by successive halving, on runs that are shorter than the others.
+
+    Every round trains the values that are left, on twice as many tokens as the round before, and keeps the better half.
+    """
+
+    values: list[Rate] = Field(min_length=1)
+    """Learning rates of the first round."""
+    tokens: Tokens
+    """Tokens of a run in the last round."""
+    keep: int = Field(1, ge=1)
+    """Number of rates that the long runs use."""
+    known: Rate | dict[str, Rate] | None = None
+    """The best rate known so far, for all designs or as design: rate. The first seed is trained with it before the
+    search begins, so that there is a table early."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if len(set(self.values)) < len(self.values):
+            raise ValueError(f"values {self.values} has a rate twice")
+        if self.keep > len(self.values):
+            raise ValueError(f"keep is {self.keep}, and there are {len(self.values)} values")
+        return self
+
+    def known_for(self, design: str) -> float | None:
+        """The known rate of a design."""
+        return by_design(self.known, design) if isinstance(self.known, dict) else self.known
+
+
+def sizes(rates: Rates) -> list[int]:
+    """The number of rates in each round: halved, rounded up, until `keep` are left."""
+    found = [len(rates.values)]
+    while -(-found[-1] // 2) > rates.keep:
+        found.append(-(-found[-1] // 2))
+    return found
+
+
+def budgets(rates: Rates) -> list[int]:
+    """Tokens of a run in each round: `rates.tokens` in the last, half as many in the round before it."""
+    n = len(sizes(rates))
+    return [max(1, rates.tokens >> (n - 1 - i)) for i in range(n)]
+
+
+class Evaluate(Section):
+    """Measurements of every trained point, as by `cllm evaluate`."""
+
+    data: list[str] = Field(default_factory=list)
+    """Prepared folders and text files; empty: the run's validation sets."""
+    suites: list[str] = Field(default_factory=list)
+    """Suites with their options, such as "perplexity --max-tokens 100000"."""
+    posthoc: list[str] = Field(default_factory=list)
+    """Specs of --posthoc."""
+    options: str = ""
+    """Further options of every command, such as "--batch 8"."""
+
+    def commands(self) -> list[list[str]]:
+        """The words of each `cllm evaluate`, without `--run`."""
+        common = [*(["--data", *self.data] if self.data else []), *shlex.split(self.options)]
+        found = []
+        for line in self.suites:
+            name, *options = shlex.split(line)
+            found.append(["--suite", name, *options, *(common if self.data else shlex.split(self.options))])
+        if self.posthoc:
+            found.append([*(word for spec in self.posthoc for word in ("--posthoc", spec)), *common])
+        return found
+
+    @field_validator("suites")
+    @classmethod
+    def _words(cls, lines: list[str]) -> list[str]:
+        for line in lines:
+            if not line.split():
+                raise ValueError("has an empty line; allowed: the name of a suite and its options")
+        return lines
+
+
+class Slurm(Section):
+    """The array script that `--slurm` prints."""
+
+    tasks: int = Field(4, ge=1, le=10_000)
+    """Tasks of the array, one GPU each; all take points from the same queue."""
+    time: str = Field("04:00:00", pattern=r"^([0-9]+-)?[0-9]{1,2}:[0-9]{2}:[0-9]{2}$")
+    """Time limit of a task."""
+    cpus: int = Field(8, ge=1, le=1024)
+    """CPUs of a task."""
+    options: list[str] = Field(default_factory=list)
+    """Further lines of #SBATCH, such as --partition=gpu."""
+    setup: list[str] = Field(default_factory=list)
+    """Shell lines before the study, such as "source .venv/bin/activate"."""
+
+
+class Study(Section):
+    """A study: every design with every setting, seed and token budget."""
+
+    name: str = Field(max_length=100, pattern=_NAME)
+    """Name of the study; by default its files are in studies/NAME."""
+    base: Annotated[list[str], BeforeValidator(_list)] = Field(min_length=1)
+    """Config files of every run, later ones win."""
+    overrides: dict[str, JsonValue] = Field(default_factory=dict)
+    """Settings of every run on top of `base`."""
+    designs: dict[str, Annotated[list[Part], BeforeValidator(_list)]] = Field(min_length=1)
+    """Designs, name: settings, a config file, or a list of both."""
+    baseline: str = ""
+    """The design that others are compared with; empty: the first."""
+    settings: dict[str, list[JsonValue]] = Field(default_factory=dict)
+    """Further axes of the grid, such as optim.weight_decay: [0.1, 0.01]."""
+    seeds: Annotated[list[Seed] | dict[str, list[Seed]], Field(min_length=1)] = Field(default_factory=lambda: [0])
+    """Seeds of weights and data order: a list, or design: list with `default` for the others."""
+    tokens: Annotated[list[Tokens], BeforeValidator(_list)] = Field(min_length=1)
+    """Token budgets of the runs."""
+    rates: Rates | None = None
+    """The search of learning rates; null: those of the configs."""
+    match: Annotated[Match, BeforeValidator(_match)] = Field(default_factory=Match)
+    """The rule by which designs are made equal: parameters, flops, or a mapping."""
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    """Measurements at the end of each run of a full budget."""
+    validations: int = Field(20, ge=1, le=10_000)
+    """Number of validations in a run, of a learning curve's points."""
+    tokens_per_second: float | None = Field(None, gt=0)
+    """Expected speed of one run, until one was measured."""
+    keep_checkpoints: bool = False
+    """Keep the last checkpoint of finished runs; otherwise it is deleted once a point is measured."""
+    share_gpu: bool = True
+    """Start a run on a GPU while the one before it ends or is evaluated, if there is memory for both."""
+    slurm: Slurm = Field(default_factory=Slurm)
+    """The array script that --slurm prints."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        names = list(self.designs)
+        if bad := [name for name in names if not re.fullmatch(_NAME, name) or name == DEFAULT]:
+            raise ValueError(f"designs: is named {bad[0]!r}; allowed: letters, digits, `.`, `_`, `-`; not default")
+        self.baseline = self.baseline or names[0]
+        if self.baseline not in names:
+            raise ValueError(f"baseline is {self.baseline!r}; {nearest(self.baseline, names)}")
+        for key, value in (
+            ("seeds", self.seeds),
+            ("rates.known", self.rates.known if self.rates else None),
+            ("match.cache_bytes", self.match.cache_bytes),
+        ):
+            given = list(value) if isinstance(value, dict) else []
+            if unknown := [name for name in given if name not in (*names, DEFAULT)]:
+                raise ValueError(f"{key} names the design {unknown[0]!r}; {nearest(unknown[0], names)}")
+        for name in names:
+            seeds = self.seeds_of(name)
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"seeds of {name} are {seeds}, one of them twice")
+        return self
+
+    def seeds_of(self, design: str) -> list[int]:
+        """The seeds of a design. Raises `ValueError` if it has none."""
+        if isinstance(self.seeds, list):
+            return self.seeds
+        if not (found := by_design(self.seeds, design)):
+            raise ValueError(f"seeds has neither {design} nor default")
+        return found
+
+
+def by_design(values: dict[str, Any], design: str) -> Any:
+    """The value of a design in a mapping, or that of `default`; None if it has neither."""
+    return values.get(design, values.get(DEFAULT))
+
+
+def load_study(file: str | Path, overrides: Sequence[str] = ()) -> Study:
+    """Read a study, with settings of runs such as `--data.path P` on top of its `overrides`.
+
+    Args:
+        file: path of a YAML file, or the name of a shipped one such as `studies/cpu`.
+        overrides: words of a command line.
+
+    Raises:
+        UserError: for a file that cannot be read and for the first mistake in it.
+    """
+    found = find_config(file)
+    data = read_yaml(found)
+    study = validate(Study, data, {(key,): str(found) for key in data}, only_file=str(found))
+    if words := parse_overrides(overrides):
+        study = study.model_copy(update={"overrides": merge(study.overrides, words)})
+    return study
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `25m`, `1h30m`, `90s` or a number of seconds.
+
+    Raises:
+        UserError: for another form.
+    """
+    match = re.fullmatch(r"(?:([0-9.]+)h)?(?:([0-9.]+)m)?(?:([0-9.]+)s?)?", text.strip())
+    try:
+        if match is None or not text.strip():
+            raise ValueError
+        hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    except ValueError:
+        raise UserError(f"--stop-after is {text!r}; allowed: a time such as 25m, 1h30m or 90s") from None
+    return 3600 * hours + 60 * minutes + seconds

@@ -1,0 +1,49 @@
+"""The script of a SLURM array whose tasks share a study's points."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from cllm.study.schema import Study
+
+_GRACE = 120
+"""Seconds before the time limit at which a task gets SIGTERM, so that its run saves."""
+
+
+def array_script(study: Study, command: Sequence[str], logs: Path) -> str:
+    """The script for `sbatch`. A task that is stopped by its time limit is queued again.
+
+    Args:
+        study: its `slurm` section sets tasks, time and further lines.
+        command: the words of `cllm study` that every task runs.
+        logs: the folder of the tasks' output.
+    """
+    settings = study.slurm
+    lines = [
+        "#!/usr/bin/env bash",
+        f"#SBATCH --job-name=study-{study.name}",
+        f"#SBATCH --array=0-{settings.tasks - 1}",
+        "#SBATCH --ntasks=1",
+        "#SBATCH --gpus-per-task=1",
+        f"#SBATCH --cpus-per-task={settings.cpus}",
+        f"#SBATCH --time={settings.time}",
+        f"#SBATCH --signal=B:TERM@{_GRACE}",
+        "#SBATCH --requeue",
+        "#SBATCH --open-mode=append",
+        f"#SBATCH --output={logs}/slurm-%A-%a.log",
+        *(f"#SBATCH {option}" for option in settings.options),
+        "# Every task takes points from the same queue; their files must be on storage that all tasks see.",
+        *settings.setup,
+        "trap 'kill -TERM \"$study\"' TERM",
+        f"{shlex.join(command)} &",
+        "study=$!",
+        'wait "$study"',
+        "status=$?",
+        'while kill -0 "$study" 2>/dev/null; do wait "$study"; status=$?; done  # a signal ends the first wait',
+        "# 3: stopped, and the same command goes on.",
+        'if [ "$status" -eq 3 ]; then scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"; fi',
+        'exit "$status"',
+    ]
+    return "\n".join(lines) + "\n"

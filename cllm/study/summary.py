@@ -1,0 +1,266 @@
+"""The results of one version as rows of designs: what a report shows, from the folder of results alone.
+
+Results are never mixed over versions of the code, declarations of the study, or data. The version with the most
+finished runs of full length is shown; the others are listed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cllm.errors import UserError
+from cllm.evaluate.suites.registry import suites
+from cllm.study.curves import Crossing, Fit, crossing, fit_curve
+from cllm.study.points import Grid, Point, Variant
+from cllm.study.rates import Search, search
+from cllm.study.results import Result
+from cllm.study.schema import Study
+from cllm.study.statistics import Difference, Mean, paired
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """A number of an evaluation."""
+
+    suite: str
+    label: str
+    """The suite, the spec of post-hoc compression, and the set."""
+    head: str
+    form: Callable[[Any], str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A variant at one token budget and one learning rate, over its seeds."""
+
+    variant: Variant
+    tokens: int
+    results: tuple[Result, ...]
+    """One for each seed, in the order of the seeds."""
+    note: str
+    """Where its learning rate comes from."""
+    difference: Difference | None
+    """To the baseline; None for the baseline itself."""
+    fit: Fit | None
+    crossing: Crossing | None
+    """With the baseline's curve; None without both fits."""
+
+    @property
+    def loss(self) -> Mean:
+        return Mean.of([result.loss for result in self.results if result.loss is not None])
+
+    @property
+    def first(self) -> Result:
+        return self.results[0]
+
+    @property
+    def label(self) -> str:
+        return self.variant.label
+
+    def mean_of(self, value: Callable[[Result], float | None]) -> Mean | None:
+        """The mean of a number over the seeds that have it; None if none has."""
+        found = [number for result in self.results if (number := value(result)) is not None]
+        return Mean.of(found) if found else None
+
+    def curve(self, tag: str) -> list[tuple[float, float]]:
+        """The mean over the seeds of a tag of validation, (tokens, value), where all of them have it."""
+        values = [dict(result.curve(tag)) for result in self.results]
+        common = sorted(set.intersection(*(set(each) for each in values)))
+        return [(float(t), sum(each[t] for each in values) / len(values)) for t in common]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """A study's results."""
+
+    study: Study
+    code: str
+    rows: tuple[Row, ...]
+    searches: dict[str, Search]
+    """By the label of the variant; empty without a search."""
+    used: tuple[Result, ...]
+    """All results of the version, those of the search included."""
+    others: tuple[tuple[str, Result], ...]
+    """(reason, result) of results that are not used."""
+    scores: tuple[tuple[Score, dict[str, Mean]], ...]
+    """Numbers of evaluations, by the label of the row."""
+
+    def rows_of(self, tokens: int) -> list[Row]:
+        """The rows of one token budget."""
+        return [row for row in self.rows if row.tokens == tokens]
+
+    @property
+    def budgets(self) -> list[int]:
+        """The token budgets that have rows, the largest first."""
+        return sorted({row.tokens for row in self.rows}, reverse=True)
+
+
+def summarise(study: Study, results: Sequence[Result], only: Sequence[str] = ()) -> Summary:
+    """Put the results of a study together.
+
+    Raises:
+        UserError: if no result belongs to the study.
+    """
+    expected: dict[str, tuple[Grid, dict[str, Point]]] = {}
+    for code in sorted({result.code for result in results}):
+        grid = Grid(study, code, only)
+        expected[code] = grid, {point.name: point for point in grid.all_points()}
+    fitting = [result for result in results if result.name in expected[result.code][1]]
+    if not fitting:
+        raise UserError(f"study {study.name}: has no result of its present settings yet among {len(results)} files")
+    code = max(expected, key=lambda code: _weight([r for r in fitting if r.code == code]))
+    data = Counter(str(result.content["data"]) for result in fitting if result.code == code).most_common()
+    main_data = min(name for name, count in data if count == data[0][1])
+    used, others = [], []
+    for result in results:
+        if result.code != code:
+            others.append(("other version of the code", result))
+        elif result.name not in expected[code][1]:
+            others.append(("other settings", result))
+        elif str(result.content["data"]) != main_data:
+            others.append(("other data", result))
+        else:
+            used.append(result)
+    grid, _ = expected[code]
+    by_name = {result.name: result for result in used}
+    searches = _searches(grid, by_name)
+    rows = _rows(grid, by_name, searches)
+    return Summary(
+        study=study,
+        code=code,
+        rows=tuple(rows),
+        searches=searches,
+        used=tuple(used),
+        others=tuple(others),
+        scores=tuple(_scores([row for row in rows if row.tokens == max(study.tokens)] or rows)),
+    )
+
+
+def _weight(results: Sequence[Result]) -> tuple[int, int, str]:
+    """The rank of a version: its long runs, all its runs, the time of the last."""
+    long = sum(not result.content["search"] for result in results)
+    return long, len(results), max((result.content["finished"] for result in results), default="")
+
+
+def _searches(grid: Grid, by_name: dict[str, Result]) -> dict[str, Search]:
+    def loss(point: Point) -> float | None:
+        result = by_name.get(point.name)
+        return None if result is None else (math.inf if result.loss is None else result.loss)
+
+    if grid.study.rates is None:
+        return {}
+    return {variant.label: search(grid, variant, loss) for variant in grid.variants}
+
+
+def _rows(grid: Grid, by_name: dict[str, Result], searches: dict[str, Search]) -> list[Row]:
+    rows: list[Row] = []
+    for tokens in sorted(grid.study.tokens, reverse=True):
+        chosen = {}
+        for variant in grid.variants:
+            found, note = _best(grid, variant, tokens, by_name, searches.get(variant.label))
+            if found:
+                chosen[variant] = found, note
+        for variant, (found, note) in chosen.items():
+            base = chosen.get(grid.baseline_of(variant))
+            rows.append(_row(variant, tokens, found, note, None if base is None else base[0]))
+    return rows
+
+
+def _row(variant: Variant, tokens: int, found: list[Result], note: str, base: list[Result] | None) -> Row:
+    bare = Row(
+        variant=variant, tokens=tokens, results=tuple(found), note=note, difference=None, fit=None, crossing=None
+    )
+    fit = fit_curve(bare.curve("val/loss"))
+    difference = across = None
+    if base is not None and base is not found:
+        difference = paired(_losses(found), _losses(base))
+        twin = Row(
+            variant=variant, tokens=tokens, results=tuple(base), note="", difference=None, fit=None, crossing=None
+        )
+        base_fit = fit_curve(twin.curve("val/loss"))
+        across = crossing(fit, base_fit) if fit is not None and base_fit is not None else None
+    return Row(
+        variant=variant,
+        tokens=tokens,
+        results=tuple(found),
+        note=note,
+        difference=difference,
+        fit=fit,
+        crossing=across,
+    )
+
+
+def _losses(results: Sequence[Result]) -> dict[int, float]:
+    return {result.content["seed"]: result.loss for result in results if result.loss is not None}
+
+
+def _best(
+    grid: Grid, variant: Variant, tokens: int, by_name: dict[str, Result], found: Search | None
+) -> tuple[list[Result], str]:
+    """The results of a variant at the learning rate to show: the one found, else the known one."""
+
+    def at(rate: float | None) -> list[Result]:
+        points = [grid.point(variant, tokens, seed, rate) for seed in grid.study.seeds_of(variant.design)]
+        results = (by_name.get(point.name) for point in points)
+        return [result for result in results if result is not None and result.loss is not None]
+
+    if found is None:
+        return at(None), "as configured"
+    candidates = [(rate, at(rate)) for rate in found.chosen]
+    candidates = [(rate, results) for rate, results in candidates if results]
+    if candidates:
+        most = max(len(results) for _, results in candidates)
+        full = [results for _, results in candidates if len(results) == most]
+        note = "at the edge of the search" if found.at_edge else "found"
+        return min(full, key=lambda results: Mean.of([r.loss for r in results if r.loss is not None]).mean), note
+    assert grid.study.rates is not None
+    known = grid.study.rates.known_for(variant.design)
+    if known is None:
+        return [], ""
+    outcome = f"the search found {found.chosen[0]:g}" if found.chosen else "not searched yet"
+    return at(known), f"known; {outcome}"
+
+
+# ---- evaluations
+
+
+def _scores(rows: Sequence[Row]) -> list[tuple[Score, dict[str, Mean]]]:
+    """The mean of each number of the evaluations over the seeds of each row.
+
+    Evaluations by another version of their code than most are left out.
+    """
+    versions = Counter(result.evaluated for row in rows for result in row.results if result.evaluated is not None)
+    if not versions:
+        return []
+    most = max(versions.values())
+    version = min(name for name, count in versions.items() if count == most)
+    values: dict[tuple[str, str], dict[str, list[float]]] = {}
+    scores: dict[tuple[str, str], Score] = {}
+    for row in rows:
+        for result in row.results:
+            if result.evaluated != version:
+                continue
+            for record in result.content["evaluations"]:
+                for score, key in _numbers(record):
+                    value = record.get(key)
+                    if isinstance(value, int | float) and not isinstance(value, bool):
+                        identity = (score.label, score.head)
+                        scores.setdefault(identity, score)
+                        values.setdefault(identity, {}).setdefault(row.label, []).append(value)
+    return [
+        (scores[name], {label: Mean.of(numbers) for label, numbers in found.items()}) for name, found in values.items()
+    ]
+
+
+def _numbers(record: dict[str, Any]) -> list[tuple[Score, str]]:
+    """The numbers of a record, with their keys."""
+    name = record.get("suite") or ("posthoc" if "spec" in record else "perplexity")
+    label = " ".join(str(part) for part in (record.get("spec") or name, record.get("set")) if part and part != name)
+    suite = suites().get(name)
+    if suite is None:
+        return [(Score(suite=name, label=label, head="loss", form="{:.4f}".format), "loss")]
+    return [(Score(suite=name, label=label, head=n.head, form=n.form), n.key) for n in suite.numbers]

@@ -2,11 +2,11 @@
 
     %(prog)s --run runs/NAME [--run ...] [--data FOLDER_OR_TEXT_FILE ...] [--window N] [--stride N]
     %(prog)s --run runs/NAME --posthoc xkv:group=4,ratio=4 [--posthoc ...] [--prefix N]
-    %(prog)s --run runs/NAME --suite NAME
+    %(prog)s --run runs/NAME --suite mqar --suite copying:distances=128|512 [--posthoc xkv:group=4,ratio=4 ...]
 
 A run is a run folder (its newest checkpoint), one checkpoint file, or a Hugging Face checkpoint folder. Without --data
 a run is scored on its own validation sets. docs/evaluation.md defines what is measured, docs/posthoc.md describes
---posthoc.
+--posthoc, docs/suites.md the suites that ask a model to find or copy something.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from pathlib import Path
 
 from cllm.arguments import Parser, whole_number
 from cllm.errors import UserError, one_line
-from cllm.evaluate.suites.registry import add_options, choose
+from cllm.evaluate.suites.choice import describe_suites
+from cllm.evaluate.suites.registry import add_options, choose, suites
+from cllm.evaluate.suites.suite import Record
 from cllm.signals import stoppable
 
 
@@ -40,6 +42,7 @@ def make_parser(program: str) -> Parser:
     add("--name", metavar="SET", help="name of the set in files and TensorBoard (default: from the data's path)")
     add("--out", metavar="DIR", type=Path, help="folder of the results; nothing is then written to the run (default: "
         "evaluation/ in the run's folder; runs/evaluation/NAME-HASH for a Hugging Face folder)")  # fmt: skip
+    add("--list-suites", action="store_true", help="list the suites of --suite and their options, and exit")
     add("--list-posthoc", action="store_true", help="list the methods of --posthoc and their options, and exit")
     add_options(parser)
     return parser
@@ -57,11 +60,14 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm evaluat
 
         print(describe_methods())
         return 0
+    if options.list_suites:
+        print(describe_suites(suites().values()))
+        return 0
     if not options.run:
         raise UserError("nothing to evaluate: give --run runs/NAME")
     if options.out and len(options.run) > 1:
         raise UserError(f"--out {options.out}: takes the results of one run, and there are {len(options.run)}")
-    suite = choose(commands, options)
+    chosen = choose(commands, options)
     # Imported late: --help and mistakes in arguments answer without loading torch.
     from cllm.environment import choose_device
     from cllm.evaluate.left_out import LeftOut
@@ -69,22 +75,29 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm evaluat
     from cllm.evaluate.suites.jobs import jobs
 
     device = choose_device(options.device)
-    records, paths = [], []
+    results: list[list[Record]] = [[] for _ in chosen]
+    paths: list[Path] = []
     left_out = LeftOut(len(options.run))
     try:
         for path in options.run:
             with left_out.unless_usable(path):
                 subject = load_subject(path, device)
+                for choice in chosen:
+                    if choice.given is not None:  # refused before the first suite runs
+                        for job in jobs(choice, subject, options, device):
+                            choice.suite.check(subject, job)
                 announced = options.out is not None or subject.kind == "run"
-                for job in jobs(suite, subject, options, device):
-                    if not announced:
-                        suite.check(subject, job)  # a refusal is the only line on stderr
-                        print(f"results of {path} go to {subject.results()}", file=sys.stderr, flush=True)
-                        announced = True
-                    for record in suite.run(subject, job):
-                        paths.append(suite.save(subject, record, options.out))
-                        records.append(record)
+                for choice, records in zip(chosen, results, strict=True):
+                    for job in jobs(choice, subject, options, device):
+                        if not announced:
+                            choice.suite.check(subject, job)  # a refusal is the only line on stderr
+                            print(f"results of {path} go to {subject.results()}", file=sys.stderr, flush=True)
+                            announced = True
+                        for record in choice.suite.run(subject, job):
+                            paths.append(choice.suite.save(subject, record, options.out))
+                            records.append(record)
     finally:
-        if records:
-            print(suite.table(records), *(f"written: {path}" for path in paths), sep="\n")
+        shown = [choice.suite.table(records) for choice, records in zip(chosen, results, strict=True) if records]
+        if shown:
+            print("\n\n".join(shown), *(f"written: {path}" for path in paths), sep="\n")
     return left_out.status()

@@ -1,6 +1,7 @@
 """Evaluation of trained models, and the comparison of runs.
 
 suites/        registered ways to measure a model, and those of plug-ins          (command line: evaluate.py)
+tasks/         suites of samples: a context, and questions on top of its cache
 perplexity.py  perplexity and bits per byte of a model on a set
 posthoc.py     perplexity after a compressed prefix, and the cost of compressing it
 generation.py  agreement of text generated after a compressed prefix and after the exact one

@@ -133,7 +133,7 @@ def compare(runs: Sequence[RunFolder], *, baseline: str | None = None, set_name:
         suite_numbers={
             f"{suite.name}_{number.key}": number
             for suite in suites().values()
-            for number in suite.numbers
+            for number in suite.compared_numbers()
             if any(f"{suite.name}_{number.key}" in row.suites for row in rows)
         },
     )
@@ -201,14 +201,15 @@ def _of_suites(run: RunFolder, set_name: str) -> tuple[dict[str, float], dict[st
     numbers: dict[str, float] = {}
     steps: dict[str, int] = {}
     for suite in suites().values():
-        if not suite.compared:
+        compared = suite.compared_numbers()
+        if not compared:
             continue
         record_of = set_label(set_name) if suite.takes_text else suite.name
         name = f"{run.evaluation_folder.name}/{suite.file(record_of)}"
         path = inside(run.path, name, written_in=run.path)
         if path.exists():
             record = read_object(path)
-            numbers |= {f"{suite.name}_{number.key}": _number(path, record, number.key) for number in suite.numbers}
+            numbers |= {f"{suite.name}_{number.key}": _number(path, record, number.key) for number in compared}
             if record.get("step") is not None:
                 steps[suite.name] = _number(path, record, "step")
     return numbers, steps

@@ -1,7 +1,8 @@
 """Evaluation suites: each is one registered way to measure a model.
 
 suite.py       `Suite`, the base: its options, its measurement, and the names of its numbers
-registry.py    the suites there are: those below and plug-ins
+registry.py    the suites there are: those below, those of tasks/ and plug-ins
+choice.py      the suites of a command line with their settings
 jobs.py        the jobs of a command line: one for each set of a subject
 perplexity.py  perplexity and bits per byte over windows
 posthoc.py     perplexity after a compressed prefix

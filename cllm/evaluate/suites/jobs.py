@@ -9,10 +9,11 @@ import torch
 
 from cllm.evaluate.perplexity import Settings, open_sets
 from cllm.evaluate.subjects import Subject
-from cllm.evaluate.suites.suite import Job, Suite
+from cllm.evaluate.suites.choice import Chosen
+from cllm.evaluate.suites.suite import Job
 
 
-def jobs(suite: Suite, subject: Subject, options: argparse.Namespace, device: torch.device) -> Iterator[Job]:
+def jobs(chosen: Chosen, subject: Subject, options: argparse.Namespace, device: torch.device) -> Iterator[Job]:
     """A job for each set that the options name, opened when it is reached; one job if the suite takes no text.
 
     Raises:
@@ -25,8 +26,8 @@ def jobs(suite: Suite, subject: Subject, options: argparse.Namespace, device: to
         batch=options.batch,
         max_tokens=options.max_tokens,
     )
-    if not suite.takes_text:
-        yield Job(settings=settings, device=device, options=options)
+    if not chosen.suite.takes_text:
+        yield Job(settings=settings, device=device, options=options, given=chosen.given)
         return
     for text in open_sets(subject, options.data, split=settings.split, name=options.name):
-        yield Job(settings=settings, device=device, options=options, text=text)
+        yield Job(settings=settings, device=device, options=options, text=text, given=chosen.given)

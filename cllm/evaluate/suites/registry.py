@@ -7,9 +7,12 @@ import re
 
 from cllm.arguments import Parser
 from cllm.errors import UserError
+from cllm.evaluate.suites.choice import Chosen, parse_choice
 from cllm.evaluate.suites.perplexity import Perplexity
 from cllm.evaluate.suites.posthoc import Posthoc
 from cllm.evaluate.suites.suite import Option, Suite
+from cllm.evaluate.tasks.copying import Copying
+from cllm.evaluate.tasks.mqar import Mqar
 from cllm.plugins import origin, plugins
 
 GROUP = "cllm.suites"
@@ -20,7 +23,13 @@ _REQUIRED = ("name", "help", "numbers", "run")
 
 
 def _own_suites() -> dict[str, Suite]:
-    return {suite.name: suite for suite in (Perplexity(), Posthoc())}
+    own: tuple[Suite, ...] = (
+        Perplexity(),
+        Posthoc(),
+        Copying(),
+        Mqar(),
+    )
+    return {suite.name: suite for suite in own}
 
 
 def suites() -> dict[str, Suite]:
@@ -76,32 +85,43 @@ def add_options(parser: Parser) -> None:
     listed = "; ".join(f"{suite.name}: {suite.help}" for suite in known.values())
     parser.add_argument(
         "--suite",
-        choices=tuple(known) if fault is None else None,
-        metavar="NAME",
-        help=f"what to measure (default: {DEFAULT}, or posthoc with --posthoc). {listed}".replace("%", "%%"),
+        action="append",
+        default=[],
+        metavar="NAME[:KEY=VALUE,...]",
+        help=f"what to measure; repeatable (default: {DEFAULT}, or posthoc with --posthoc). With a suite of samples, "
+        "each --posthoc compresses the cache of a sample's context. --list-suites lists the options of suites. "
+        f"{listed}".replace("%", "%%"),
     )
     parser.set_defaults(suite_fault=fault)
 
 
-def choose(parser: Parser, options: argparse.Namespace) -> Suite:
-    """The suite that the options select, which `parser` has read.
+def choose(parser: Parser, options: argparse.Namespace) -> list[Chosen]:
+    """The suites that the options select, which `parser` has read, with their settings.
 
     Raises:
-        UserError: for a plug-in that cannot be used, an option of a suite that is not selected, and options that do not
-            fit together.
+        UserError: for a plug-in that cannot be used, an unknown suite, wrong settings, an option of a suite that is not
+            selected, and options that do not fit together.
     """
     if options.suite_fault is not None:
         raise options.suite_fault
     known = suites()
     asked_for = [suite.name for suite in known.values() if suite.is_asked_for(options)]
-    chosen = known[options.suite or next(iter(asked_for), DEFAULT)]
+    texts = options.suite or [next(iter(asked_for), DEFAULT)]
+    chosen = [parse_choice(text, known) for text in texts]
+    if repeated := [text for text, choice in zip(texts, chosen, strict=True) if chosen.count(choice) > 1]:
+        raise UserError(f"--suite {repeated[0]}: is given twice; allowed: once, or with other options")
+    selected = [choice.suite for choice in chosen]
     for suite in known.values():
-        for option in suite.options if suite is not chosen else ():
+        for option in suite.options if suite not in selected else ():
             value = getattr(options, option.dest)
-            if value != parser.get_default(option.dest):
-                text = " ".join(map(str, value)) if isinstance(value, list) else value
-                raise UserError(f"{option.flag} {text}: {option.unused or f'goes with --suite {suite.name}'}")
-    if not chosen.takes_text and options.data:
-        raise UserError(f"--data: --suite {chosen.name} takes no text; leave it out")
-    chosen.check_options(options)
+            if value == parser.get_default(option.dest):
+                continue
+            if option.dest == "posthoc" and any(suite.compresses for suite in selected):
+                continue
+            text = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise UserError(f"{option.flag} {text}: {option.unused or f'goes with --suite {suite.name}'}")
+    if options.data and not any(suite.takes_text for suite in selected):
+        raise UserError(f"--data: --suite {selected[0].name} takes no text; leave it out")
+    for suite in selected:
+        suite.check_options(options)
     return chosen

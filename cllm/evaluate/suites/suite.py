@@ -16,6 +16,7 @@ from cllm.tables import Column, aligned
 
 if TYPE_CHECKING:
     import torch
+    from pydantic import BaseModel
 
     from cllm.evaluate.perplexity import Settings
     from cllm.evaluate.subjects import Subject
@@ -72,6 +73,8 @@ class Job:
     """The parsed command line, with the suite's own options."""
     text: TextSet | None = None
     """The set to score; None for suites that take no text."""
+    given: BaseModel | None = None
+    """The suite's settings, from `--suite NAME:KEY=VALUE`; None for a suite without."""
 
     @property
     def set_name(self) -> str | None:
@@ -106,6 +109,10 @@ class Suite(ABC):
     """Whether it measures on the sets that --data names (default: the subject's own); else once for each subject."""
     compared: ClassVar[bool] = True
     """Whether scripts/compare.py shows its numbers."""
+    settings: ClassVar[type[BaseModel] | None] = None
+    """The options `KEY=VALUE` of `--suite NAME:KEY=VALUE,...`; None: it takes none."""
+    compresses: ClassVar[bool] = False
+    """Whether --posthoc applies to it."""
 
     # ---- what a suite implements
 
@@ -166,6 +173,10 @@ class Suite(ABC):
         """One line for each record."""
         return aligned(self.columns(), records)
 
+    def compared_numbers(self) -> tuple[Number, ...]:
+        """The numbers that scripts/compare.py shows."""
+        return self.numbers if self.compared else ()
+
     def save(self, subject: Subject, record: Record, out: Path | None = None) -> Path:
         """Write a record as JSON, and numbers with a tag as TensorBoard events of the run.
 
@@ -182,6 +193,11 @@ class Suite(ABC):
         """
         name = record["set"] if subject.latest else f"{record['set']}-{Path(record['checkpoint']).stem}"
         path = subject.results(out) / self.file(name)
+        self._write(subject, record, path, out)
+        return path
+
+    def _write(self, subject: Subject, record: Record, path: Path, out: Path | None) -> None:
+        """Write a record to `path`, and its events unless `out` is given."""
         events = None if out is not None or subject.step is None else subject.tensorboard
         if events is not None:
             inside(events.parent, events.name, written_in=events, to_write=True)
@@ -191,7 +207,6 @@ class Suite(ABC):
                 self._log(events, record)
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error}") from None
-        return path
 
     def _log(self, folder: Path, record: Record) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -1,0 +1,104 @@
+"""The suites of a command line with their settings: `--suite ruler:length=4096,tasks=niah|vt --suite copying`."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from cllm.errors import UserError, nearest
+from cllm.evaluate.suites.suite import Suite
+from cllm.yaml_text import parse_yaml
+
+_SEPARATOR = re.compile(r",(?![^\[]*\])")
+"""A comma outside of a YAML list."""
+
+
+class Chosen(NamedTuple):
+    """A suite that was asked for."""
+
+    suite: Suite
+    given: BaseModel | None = None
+    """Its settings; None for a suite without."""
+
+
+def parse_choice(text: str, known: Mapping[str, Suite]) -> Chosen:
+    """The suite and the settings of `NAME` or `NAME:KEY=VALUE,...`.
+
+    A value is YAML. A list is written `a|b` or `[a, b]`; a single value stands for a list of one.
+
+    Raises:
+        UserError: naming `text`, for an unknown suite or option (with the allowed ones), and for a value of the wrong
+            type or out of range.
+    """
+    name, colon, options = (part.strip() for part in text.partition(":"))
+    if name not in known:
+        allowed = list(known)
+        hint = nearest(name, allowed) if len(allowed) > 4 else f"allowed: {', '.join(allowed)}"
+        raise UserError(f"--suite is {name!r}; {hint}")
+    suite = known[name]
+    if suite.settings is None:
+        if colon:
+            raise UserError(f'--suite "{text}": {name} has no options in its name; leave out what follows {name}')
+        return Chosen(suite)
+    where, fields = f'--suite "{text}"', suite.settings.model_fields
+    values: dict[str, Any] = {}
+    for option in _SEPARATOR.split(options) if colon else ():
+        key, equals, value = (piece.strip() for piece in option.partition("="))
+        if not equals or key in values:
+            raise UserError(f'{where}: "{option}" is no new key=value; allowed: {", ".join(sorted(fields))}')
+        if key not in fields:
+            raise UserError(f'{where}: unknown option "{key}" of {name}; {nearest(key, fields)}')
+        values[key] = _value(value, fields[key], f"{where}: {key}")
+    try:
+        return Chosen(suite, suite.settings.model_validate(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        seen = f"{key}: " if key else ""
+        got = f" got {first['input']!r}" if key else ""
+        raise UserError(f"{where}: {seen}{first['msg'].removeprefix('Value error, ')}{got}") from None
+
+
+def _value(text: str, field: FieldInfo, where: str) -> Any:
+    if "|" in text:
+        return [parse_yaml(part, where) for part in text.split("|")]
+    value = parse_yaml(text, where)
+    return [value] if _takes_list(field.annotation) and not isinstance(value, list) else value
+
+
+def _takes_list(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is list
+
+
+def describe_suites(suites: Iterable[Suite]) -> str:
+    """A text that lists suites with their options and defaults."""
+    lines = []
+    for suite in suites:
+        lines.append(f"{suite.name}: {suite.help}")
+        if suite.settings is not None:
+            lines += [_describe(key, field) for key, field in suite.settings.model_fields.items()]
+        for option in suite.options:
+            text = f"{option.flag} {option.keywords.get('metavar', '')}  {option.keywords.get('help', '')}"
+            lines.append(_wrapped(" ".join(text.split())))
+    return "\n".join(lines)
+
+
+def _describe(key: str, field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    shown = "null" if default is None else "|".join(map(str, default)) if isinstance(default, list) else default
+    return _wrapped(f"{key}={shown}  {' '.join((field.description or '').split())}")
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 116, initial_indent="    ", subsequent_indent="        ")
+
+
+def names(chosen: Sequence[Chosen]) -> str:
+    """The names of suites, for a message."""
+    return ", ".join(choice.suite.name for choice in chosen)

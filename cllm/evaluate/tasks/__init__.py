@@ -1,0 +1,11 @@
+"""Suites of samples: a context that is read once, and questions on top of its cache, which may be compressed.
+
+sample.py   `Sample`, `Question` and `Answer`: token ids in, losses and generated text out
+suite.py    `TaskSuite`, the base: samples, scores of a question, means, records and tables
+text.py     token ids of texts, cut into a context and what follows
+run.py      answers of a subject to samples, for each way to compress the contexts' caches
+copying.py  copies of random tokens
+mqar.py     multi-query associative recall
+
+Imports evaluate/suites' base, data and section at the top of modules; torch, evaluate and posthoc while a suite runs.
+"""

@@ -1,0 +1,265 @@
+"""The base of task suites: from samples to means, standard errors, records and a table."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from pydantic import BaseModel
+
+from cllm.errors import UserError
+from cllm.evaluate.suites.suite import RUN, STEP, Job, Number, Record, Suite
+from cllm.evaluate.tasks.sample import Answer, Question, Sample
+from cllm.posthoc import UNCOMPRESSED
+from cllm.tables import Column, aligned
+
+if TYPE_CHECKING:
+    from cllm.evaluate.subjects import Subject
+
+AS_IS = "as it is"
+"""The spec of records of the uncompressed cache, when no --posthoc was given."""
+_LONGEST_NAME = 150
+"""Characters of a folder's name."""
+ALL = "all"
+"""The task of a record that averages the tasks of a suite."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score(Number):
+    """A number that `TaskSuite.score` returns for a question. Records and tables have its mean."""
+
+    percent: bool = False
+    """Whether it is a share, from 0 to 1; records and tables have percentages."""
+
+
+def share(key: str, head: str | None = None) -> Score:
+    """A share from 0 to 1, shown as a percentage; its column is called `head` (default: `key`)."""
+    return Score(key=key, head=head or key, form="{:.1f}".format, tag=key, percent=True)
+
+
+def value(key: str, head: str | None = None, form: Callable[[Any], str] = "{:.3f}".format) -> Score:
+    """A number that is shown as it is, such as a loss in nats."""
+    return Score(key=key, head=head or key, form=form, tag=key)
+
+
+class Mean(NamedTuple):
+    """A mean over questions."""
+
+    mean: float
+    error: float
+    """Standard error of the mean; questions of one sample count as dependent. nan for a single sample."""
+    questions: int
+
+
+def mean_over_questions(numbers: Sequence[Sequence[float]]) -> Mean:
+    """The mean over all questions of all samples, given the numbers of each sample's questions.
+
+    The standard error is the cluster-robust one: with N questions in S samples, residuals summed in each sample,
+    SE^2 = S / (S - 1) * sum_s (sum_q r_sq)^2 / N^2, which is s / sqrt(N) for one question a sample.
+    """
+    samples = [sample for sample in numbers if sample]
+    count = sum(map(len, samples))
+    mean = math.fsum(x for sample in samples for x in sample) / count
+    if len(samples) < 2:
+        return Mean(mean, math.nan, count)
+    squares = math.fsum(math.fsum(x - mean for x in sample) ** 2 for sample in samples)
+    return Mean(mean, math.sqrt(len(samples) / (len(samples) - 1) * squares) / count, count)
+
+
+class TaskSuite(Suite):
+    """A suite of samples. A subclass states its names, makes samples and scores answers.
+
+    Its module is imported for every `--help`: import torch and numpy inside of its methods.
+    """
+
+    settings: ClassVar[type[BaseModel]]
+    """The options `KEY=VALUE` of `--suite NAME:KEY=VALUE,...`: a `cllm.section.Section` with a docstring under each
+    field."""
+    main: ClassVar[str]
+    """The key of the number that tables of several specs and comparisons show."""
+    numbers: ClassVar[tuple[Score, ...]]
+    """The numbers that `score` returns, made by `share` and `value`."""
+    groups: ClassVar[tuple[str, ...]] = ()
+    """Facts of questions by whose values records also have means, such as `depth`."""
+    takes_text = False
+    compresses = True
+
+    # ---- what a task suite implements
+
+    @abstractmethod
+    def samples(self, subject: Subject, settings: Any) -> Sequence[Sample]:
+        """The samples, the same for the same settings and tokenizer. It runs before anything is measured.
+
+        Raises:
+            UserError: if the subject or a file does not fit.
+        """
+
+    @abstractmethod
+    def score(self, sample: Sample, question: Question, answer: Answer) -> dict[str, float]:
+        """The numbers of one question by the keys of `numbers`; one that has no meaning for it may be left out."""
+
+    # ---- what the base does with them
+
+    def prepared(self, subject: Subject, settings: BaseModel) -> Sequence[Sample]:
+        """The samples, made once for a subject and settings, and checked.
+
+        Raises:
+            UserError: if there are none, if one is longer than the subject's context, and as `samples` does.
+        """
+        made = getattr(self, "_made", None)
+        if made is None or made[0] is not subject or made[1] != settings:
+            samples = self.samples(subject, settings)
+            self._check(subject, samples)
+            self._made = made = (subject, settings, samples)
+        return made[2]
+
+    def _check(self, subject: Subject, samples: Sequence[Sample]) -> None:
+        if not any(sample.questions for sample in samples):
+            raise UserError(f"--suite {self.name}: there are no samples for {subject.name}")
+        longest = max(samples, key=lambda sample: sample.longest)
+        if subject.context is not None and longest.longest > subject.context:
+            raise UserError(
+                f"--suite {self.name}: a sample of {longest.task} has {longest.longest} tokens; allowed: up to the "
+                f"context of {subject.name}, {subject.context}"
+            )
+
+    def check(self, subject: Subject, job: Job) -> None:
+        from cllm.evaluate.tasks.run import check_specs
+
+        check_specs(self.prepared(subject, job.given or self.settings()), job.options.posthoc, self.name)
+
+    def run(self, subject: Subject, job: Job) -> list[Record]:
+        from cllm.evaluate.tasks.run import run_samples
+
+        settings = job.given or self.settings()
+        samples = self.prepared(subject, settings)
+        specs = job.options.posthoc
+        results = run_samples(
+            subject, samples, specs, job.device, batch=job.settings.batch, label=f"{subject.name} on {self.name}"
+        )
+        records = []
+        for result in results:
+            identity = {"set": self.name, "settings": settings.model_dump(mode="json"), "spec": result.spec or AS_IS}
+            facts = {"weight_bytes": result.weight_bytes, "facts": result.facts, "seconds": round(result.seconds, 3)}
+            for numbers in self.means(samples, result.answers):
+                records.append(self.record(subject, job, identity | numbers | facts) | {"set": self.name})
+        return records
+
+    def means(self, samples: Sequence[Sample], answers: Sequence[Sequence[Answer]]) -> list[Record]:
+        """The numbers of every task, and of all tasks, from the answers to each sample's questions."""
+        by_task: dict[str, list[list[tuple[Question, dict[str, float]]]]] = {}
+        for sample, given in zip(samples, answers, strict=True):
+            scores = [(q, self.score(sample, q, answer)) for q, answer in zip(sample.questions, given, strict=True)]
+            by_task.setdefault(sample.task, []).append(scores)
+        tasks = [{"task": task} | self._numbers(scores) | self._by_group(scores) for task, scores in by_task.items()]
+        return [*tasks, {"task": ALL} | self._over_tasks(tasks)]
+
+    def _numbers(self, samples: Sequence[Sequence[tuple[Question, Mapping[str, float]]]]) -> Record:
+        record: Record = {"samples": len(samples), "questions": sum(map(len, samples))}
+        for number in self.numbers:
+            scale, key = 100 if number.percent else 1, number.key
+            kept = [[scores[key] for _, scores in sample if key in scores] for sample in samples]
+            if any(kept):
+                record[key], record[f"{key}_stderr"], _ = _scaled(mean_over_questions(kept), scale)
+        return record
+
+    def _by_group(self, samples: Sequence[Sequence[tuple[Question, Mapping[str, float]]]]) -> Record:
+        groups: Record = {}
+        for fact in self.groups:
+            values = sorted({q.facts[fact] for sample in samples for q, _ in sample if fact in q.facts})
+            if values:
+                groups[fact] = {
+                    str(v): self._numbers([[(q, s) for q, s in sample if q.facts.get(fact) == v] for sample in samples])
+                    for v in values
+                }
+        return {"groups": groups} if groups else {}
+
+    def _over_tasks(self, tasks: Sequence[Record]) -> Record:
+        record: Record = {key: sum(task[key] for task in tasks) for key in ("samples", "questions")}
+        record["tasks"] = len(tasks)
+        for number in self.numbers:
+            kept = [task for task in tasks if number.key in task]
+            if kept:
+                errors = [task[f"{number.key}_stderr"] for task in kept]
+                record[number.key] = math.fsum(task[number.key] for task in kept) / len(kept)
+                record[f"{number.key}_stderr"] = math.sqrt(math.fsum(e * e for e in errors)) / len(kept)
+        return record
+
+    # ---- tables and files
+
+    def table(self, records: Sequence[Record]) -> str:
+        """One line for each task; a column for each number or, with several specs, for each spec's main number."""
+        specs = list(dict.fromkeys(record["spec"] for record in records))
+        lines: dict[tuple[str, str], dict[str, Record]] = {}
+        for record in records:
+            lines.setdefault((record["run"], record["task"]), {})[record["spec"]] = record
+        for run in {run for run, _ in lines}:
+            if len([task for other, task in lines if other == run]) == 2:  # one task: its mean is the same line
+                del lines[run, ALL]
+        first = [next(iter(line.values())) for line in lines.values()]
+        columns = [RUN, STEP, Column[Record]("task", lambda r: r["task"], left=True)]
+        columns.append(Column("questions", lambda r: f"{r['questions']:,}"))
+        shown: Iterable[tuple[Score, str]] = (
+            [(number, specs[0]) for number in self.numbers]
+            if len(specs) == 1
+            else [(number, spec) for number in self.numbers if number.key == self.main for spec in specs]
+        )
+        for number, spec in shown:
+            head = f"{number.head}{' %' if number.percent else ''}" if len(specs) == 1 else spec
+            columns.append(Column(head, _cell(lines, number, spec)))
+        title = "" if len(specs) == 1 else f"{self.name}: {self.main}\n"
+        return title + aligned(columns, first)
+
+    def compared_numbers(self) -> tuple[Number, ...]:
+        return tuple(number for number in self.numbers if number.key == self.main)
+
+    def save(self, subject: Subject, record: Record, out: Path | None = None) -> Path:
+        """Write a record as JSON. Returns the file: `SUITE/SETTINGS/TASK.json`, with --posthoc `.../SPEC/TASK.json`.
+
+        SETTINGS are the settings that differ from the defaults, or `default`. The mean over tasks of the uncompressed
+        cache is also written to `SUITE/SUITE.json`, which comparisons read, and to the run's TensorBoard events.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        suffix = "" if subject.latest else f"-{Path(record['checkpoint']).stem}"
+        folder = subject.results(out) / self.name / self._settings_slug(record["settings"])
+        if record["spec"] != AS_IS:
+            folder /= slug(record["spec"])
+        path = folder / f"{slug(record['task'])}{suffix}.json"
+        self._write(subject, record, path, path)  # no events
+        if record["task"] == ALL and record["spec"] in (AS_IS, UNCOMPRESSED):
+            super().save(subject, record, out)
+        return path
+
+    def _settings_slug(self, settings: Record) -> str:
+        default = self.settings().model_dump(mode="json")
+        changed = {key: value for key, value in settings.items() if value != default[key]}
+        texts = [f"{k}={'+'.join(map(str, v)) if isinstance(v, list) else v}" for k, v in changed.items()]
+        return slug(",".join(texts))[:_LONGEST_NAME] if texts else "default"
+
+
+def _scaled(mean: Mean, scale: float) -> Mean:
+    return Mean(mean.mean * scale, mean.error * scale, mean.questions)
+
+
+def _cell(lines: Mapping[tuple[str, str], Mapping[str, Record]], number: Score, spec: str) -> Callable[[Record], str]:
+    def cell(first: Record) -> str:
+        record = lines[first["run"], first["task"]].get(spec, {})
+        if number.key not in record:
+            return "-"
+        error = record[f"{number.key}_stderr"]
+        spread = "" if math.isnan(error) else f" ± {number.form(error)}"
+        return f"{number.form(record[number.key])}{spread}"
+
+    return cell
+
+
+def slug(text: str) -> str:
+    """A text as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9._=+,-]+", "-", text).strip("-.") or "-"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -51,7 +52,7 @@ def with_shots(example: Example, shots: Sequence[Example], *, header: str, separ
     return replace(example, context=header + before + example.context)
 
 
-def draw[T](items: Sequence[T], count: int, group: Callable[[T], Hashable], seed: int) -> list[int]:
+def draw(items: Sequence[T], count: int, group: Callable[[T], Hashable], seed: int) -> list[int]:
     """Positions of `count` random items, in order, evenly from the groups; 0: of all items.
 
     The groups' counts differ by at most one, unless a group has no more items.

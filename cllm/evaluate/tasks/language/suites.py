@@ -34,9 +34,6 @@ _NEXT_QUESTION = "\n\nQuestion:"
 class FileSettings(Section):
     """Options of a data set in a file."""
 
-    path: str = ""
-    """The file with the questions, or a folder whose files are read by name: .jsonl, .json, .csv, .tsv (also with .gz,
-    .xz, .bz2, .zst) or .parquet."""
     shots: int = Field(0, ge=0, le=1000)
     """Solved examples before every question; they are the same for every question (of a group such as a subject)."""
     shots_path: str | None = None
@@ -50,6 +47,9 @@ class FileSettings(Section):
     tokenizer does not add it."""
     skip_long: bool = False
     """Leave out questions that are longer than the model's context, and log their number; they are an error otherwise."""
+    path: str = ""
+    """The file with the questions, or a folder whose files are read by name: .jsonl, .json, .csv, .tsv (also with .gz,
+    .xz, .bz2, .zst) or .parquet."""
 
 
 class LetterSettings(FileSettings):
@@ -206,7 +206,7 @@ _SCORES: dict[str, Callable[[Question, Answer], dict[str, float]]] = {
 }
 
 
-def _suite(data: DataSet) -> TaskSuite:
+def _suite(data: DataSet) -> type[QuestionSuite]:
     members: dict[str, Any] = {
         "name": data.name,
         "help": data.help,
@@ -218,10 +218,12 @@ def _suite(data: DataSet) -> TaskSuite:
         "__module__": __name__,
     }
     members["settings"] = _SETTINGS.get(data.score, members["settings"])
-    made: TaskSuite = type(f"{data.name.title().replace('_', '')}Suite", (QuestionSuite,), members)()
-    return made
+    return type(f"{data.name.title().replace('_', '')}Suite", (QuestionSuite,), members)
+
+
+_SUITES = (*(_suite(data) for data in DATASETS), WikiText)
 
 
 def language_suites() -> tuple[TaskSuite, ...]:
     """A suite for each data set, and WikiText."""
-    return (*(_suite(data) for data in DATASETS), WikiText())
+    return tuple(suite() for suite in _SUITES)

@@ -11,6 +11,7 @@ a run is scored on its own validation sets. docs/evaluation.md defines what is m
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm evaluat
 
     device = choose_device(options.device)
     results: list[list[Record]] = [[] for _ in chosen]
-    paths: list[Path] = []
+    paths: list[list[Path]] = [[] for _ in chosen]
     left_out = LeftOut(len(options.run))
     try:
         for path in options.run:
@@ -87,17 +88,18 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm evaluat
                         for job in jobs(choice, subject, options, device):
                             choice.suite.check(subject, job)
                 announced = options.out is not None or subject.kind == "run"
-                for choice, records in zip(chosen, results, strict=True):
+                for choice, records, files in zip(chosen, results, paths, strict=True):
                     for job in jobs(choice, subject, options, device):
                         if not announced:
                             choice.suite.check(subject, job)  # a refusal is the only line on stderr
                             print(f"results of {path} go to {subject.results()}", file=sys.stderr, flush=True)
                             announced = True
                         for record in choice.suite.run(subject, job):
-                            paths.append(choice.suite.save(subject, record, options.out))
+                            files.append(choice.suite.save(subject, record, options.out))
                             records.append(record)
     finally:
         shown = [choice.suite.table(records) for choice, records in zip(chosen, results, strict=True) if records]
         if shown:
-            print("\n\n".join(shown), *(f"written: {path}" for path in paths), sep="\n")
+            written = [choice.suite.written(files) for choice, files in zip(chosen, paths, strict=True) if files]
+            print("\n\n".join(shown), *itertools.chain(*written), sep="\n")
     return left_out.status()

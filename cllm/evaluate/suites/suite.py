@@ -175,6 +175,10 @@ class Suite(ABC):
         """One line for each record."""
         return aligned(self.columns(), records)
 
+    def written(self, paths: Sequence[Path]) -> list[str]:
+        """Lines that report the files of records."""
+        return [f"written: {path}" for path in paths]
+
     def compared_numbers(self) -> tuple[Number, ...]:
         """The numbers that scripts/compare.py shows."""
         return self.numbers if self.compared else ()

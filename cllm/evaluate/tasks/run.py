@@ -1,24 +1,43 @@
-"""Answers of a subject to samples, for each way to compress the contexts' caches."""
+"""Answers of a subject to samples, for each way to compress the contexts' caches.
+
+Contexts of one length form a batch, which is read once. Each `--posthoc` spec compresses that cache, and all questions
+are read on top of the result. Scores do not depend on the size of batches or on the order of samples.
+
+Methods that calibrate do so on a few contexts, before anything is scored. They see no question and no option, so all
+samples are scored. The contexts are chosen from the set of samples, whatever its order.
+"""
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from cllm.errors import UserError
 from cllm.evaluate.subjects import Subject
+from cllm.evaluate.tasks.caches import ForkedContext, StaticContext, can_be_static, uncompressed
+from cllm.evaluate.tasks.reading import Reader, Step, reads_of
 from cllm.evaluate.tasks.sample import Answer, Question, Sample
 from cllm.evaluate.tasks.text import decode
-from cllm.posthoc.method import Engine
+from cllm.model.graph import StepGraph
+from cllm.posthoc.engine import DecoderEngine
+from cllm.posthoc.method import Compressor, Engine
 from cllm.posthoc.registry import parse
+
+_BATCH_TOKENS = {"cpu": 2**13, "cuda": 2**17}
+"""Tokens of a batch by default, at most."""
+_CACHE_SHARE = 0.08
+"""Share of a GPU's memory for the uncompressed cache of a batch: compression needs a multiple of it."""
+_MOST_ROWS = 1024
+_CALIBRATION = 8
+"""Contexts on which methods calibrate, at most."""
 
 
 @dataclass(kw_only=True)
@@ -27,23 +46,30 @@ class Result:
 
     spec: str | None
     """None: the cache was not compressed."""
-    answers: list[list[Answer]] = field(default_factory=list)
-    """Of every question of every sample, in order."""
+    answers: list[list[Answer] | None]
+    """Of every question of every sample, in order; None for the samples of a task that was left out."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Tasks with a context that the method cannot compress, and the reason."""
     seconds: float = 0.0
-    """Time of compressions, questions and generation."""
+    """Time of compression, questions and generation."""
+    nbytes: int = 0
+    """Bytes of all contexts' caches."""
+    own_nbytes: int = 0
+    """Bytes of the uncompressed ones."""
     weight_bytes: int = 0
+    """See `Compressor.weight_bytes`."""
     facts: dict[str, Any] = field(default_factory=dict)
+    """See `Compressor.facts`."""
 
 
 def check_specs(samples: Sequence[Sample], specs: Sequence[str], suite: str) -> None:
-    """Raise `UserError` for a spec that is wrong, or contexts that have no cache to compress."""
+    """Raise `UserError` for a spec that is wrong, and for contexts without a cache to compress."""
     for spec in specs:
         parse(spec)
     if specs and (empty := [sample.task for sample in samples if not sample.context]):
         raise UserError(f"--suite {suite}: samples of {empty[0]} have no context, so --posthoc has nothing to compress")
 
 
-@torch.inference_mode()
 def run_samples(
     subject: Subject,
     samples: Sequence[Sample],
@@ -53,51 +79,253 @@ def run_samples(
     batch: int | None = None,
     label: str = "",
 ) -> list[Result]:
-    """The answers to `samples`: one result for each of `specs`, or one of the uncompressed cache without specs."""
+    """One result for each of `specs`; without specs, one of the uncompressed cache.
+
+    Args:
+        subject: the model.
+        samples: contexts and questions, none longer than the subject's context.
+        specs: as of `--posthoc`.
+        device: of the subject's model.
+        batch: samples computed together, at most; None: by memory. It changes speed only.
+        label: before the progress bar.
+
+    Raises:
+        UserError: for a spec that is wrong, does not fit the model or any context, for a loss that is not a number, and
+            if the GPU's memory runs out.
+    """
     methods = [parse(spec) for spec in specs]
-    results = [Result(spec=spec) for spec in specs or (None,)]
+    results = [
+        Result(spec=spec, answers=[None if sample.questions else [] for sample in samples]) for spec in specs or (None,)
+    ]
     engine = subject.engine()
-    for sample in tqdm(samples, desc=label, unit="sample", disable=None):
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16"):
-            context = torch.tensor([sample.context], dtype=torch.long, device=device)
-            cache, last = engine.new_cache(), None
-            if sample.context:
-                last = engine.hidden(context, cache)[:, -1:]
-            for result, method in zip(results, methods or (None,), strict=True):
-                began = time.perf_counter()
-                read = cache if method is None else engine.compress(cache, method, measure=False)
-                result.answers.append([_answer(subject, engine, read, last, q, device) for q in sample.questions])
-                result.seconds += time.perf_counter() - began
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16")
+    with autocast, tqdm(total=len(samples) * len(results), desc=label, unit="sample", disable=None) as progress:
+        _calibrate(engine, methods, samples, device)
+        runner = _Runner(subject, engine, methods, results, device)
+        longest = max(sample.longest for sample in samples)
+        for indices in batches(samples, batch or _default_rows(engine, longest, device), exact=_is_cyclic(engine)):
+            chosen = [samples[i] for i in indices]
+            try:
+                for result, answers in zip(results, runner.run(chosen, longest), strict=True):
+                    for i, given in zip(indices, answers, strict=True):
+                        result.answers[i] = given
+                    progress.update(len(indices))
+            except torch.OutOfMemoryError:
+                size = f"{len(chosen)} samples of {longest} tokens"
+                raise UserError(f"out of GPU memory with {size}; lower --batch") from None
+    for result, method in zip(results, methods, strict=bool(methods)):
+        result.weight_bytes, result.facts = method.weight_bytes(), method.facts()
+    for result in results:
+        result.answers = [
+            None if sample.task in result.left_out else given
+            for sample, given in zip(samples, result.answers, strict=True)
+        ]
+        if all(sample.task in result.left_out for sample in samples):
+            raise UserError(f'--posthoc "{result.spec}": {next(iter(result.left_out.values()))}')
+        _check_finite(subject, result)
     return results
 
 
-def _answer(
-    subject: Subject, engine: Engine, cache: Any, last: Tensor | None, question: Question, device: torch.device
-) -> Answer:
-    losses, top1 = [], []
-    for option in question.options:
-        ids = torch.tensor([(*question.prompt, *option)], dtype=torch.long, device=device)
-        hidden = engine.hidden(ids, copy.deepcopy(cache))
-        hidden = hidden if last is None else torch.cat((last, hidden), dim=1)
-        predicted = hidden[:, :-1][:, -len(option) :]
-        logits = engine.head(predicted)[0].float()
-        targets = ids[0, ids.shape[1] - len(logits) :]
-        losses.append(tuple(F.cross_entropy(logits, targets, reduction="none").tolist()))
-        top1.append(tuple((logits.argmax(-1) == targets).tolist()))
-    generated: list[int] = []
-    text = ""
-    if question.generate:
-        cache, state = copy.deepcopy(cache), last
-        if question.prompt:
-            state = engine.hidden(torch.tensor([question.prompt], device=device), cache)[:, -1:]
-        while state is not None and len(generated) < question.generate:
-            token = int(engine.head(state)[0, -1].argmax())
-            if token == subject.tokenizer.eos_token_id:
-                break
-            generated.append(token)
-            text = decode(subject, generated)
-            if any(stop in text for stop in question.stop):
-                break
-            state = engine.hidden(torch.tensor([[token]], device=device), cache)
-        text = text[: min((text.find(stop) for stop in question.stop if stop in text), default=len(text))]
-    return Answer(losses=tuple(losses), top1=tuple(top1), generated=tuple(generated), text=text)
+def batches(samples: Sequence[Sample], size: int, *, exact: bool = False) -> Iterator[list[int]]:
+    """Indices of up to `size` samples whose contexts have the same length, long contexts first.
+
+    Samples with questions of similar lengths are together. With `exact`, only samples are together whose questions have
+    the same lengths.
+    """
+
+    def lengths(i: int) -> tuple[Any, ...]:
+        questions = samples[i].questions
+        return (
+            tuple(len(read.prompt) + len(read.tokens) for read in reads_of(questions)),
+            tuple(len(question.prompt) for question in questions if question.generate),
+        )
+
+    keys = {i: (-len(sample.context), lengths(i)) for i, sample in enumerate(samples) if sample.questions}
+    together: list[int] = []
+    for i in sorted(keys, key=lambda i: (keys[i], i)):
+        first = together[0] if together else i
+        fits = keys[i] == keys[first] if exact else keys[i][0] == keys[first][0]
+        if len(together) == size or not fits:
+            yield together
+            together = []
+        together.append(i)
+    if together:
+        yield together
+
+
+def _default_rows(engine: Engine, longest: int, device: torch.device) -> int:
+    tokens = _BATCH_TOKENS.get(device.type, 2**13)
+    if device.type == "cuda":
+        cache = engine.new_cache()
+        with torch.inference_mode():
+            engine.hidden(torch.zeros(1, 1, dtype=torch.long, device=device), cache)
+        memory = torch.cuda.get_device_properties(device).total_memory
+        tokens = min(tokens, int(memory * _CACHE_SHARE / max(engine.nbytes(cache), 1)))
+    return min(max(tokens // max(longest, 1), 1), _MOST_ROWS)
+
+
+def _is_cyclic(engine: Engine) -> bool:
+    """Whether layers read from above: their number of passes depends on the number of tokens that are read."""
+    return isinstance(engine, DecoderEngine) and engine.model.passes is not None
+
+
+def _calibrate(engine: Engine, methods: Sequence[Compressor], samples: Sequence[Sample], device: torch.device) -> None:
+    contexts = sorted({sample.context for sample in samples if sample.context}, key=lambda ids: (-len(ids), ids))
+    same = [ids for ids in contexts[:_CALIBRATION] if len(ids) == len(contexts[0])]
+    for method in methods:
+        method.prepare(engine, torch.tensor(same, dtype=torch.long, device=device))
+
+
+def _check_finite(subject: Subject, result: Result) -> None:
+    losses = (
+        loss for answers in result.answers for answer in answers or () for option in answer.losses for loss in option
+    )
+    wrong = next((loss for loss in losses if math.isnan(loss)), None)
+    if wrong is not None:
+        raise UserError(f"{subject.path}: {result.spec or 'no compression'}: the loss of an option is {wrong}")
+
+
+class _Runner:
+    """Runs batches, and keeps what they share: static caches and CUDA graphs."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        engine: Engine,
+        methods: Sequence[Compressor],
+        results: Sequence[Result],
+        device: torch.device,
+    ):
+        self._subject, self._engine, self._methods, self._results = subject, engine, methods, results
+        self._device = device
+        self._static: StaticContext | None = None
+        self._graph: StepGraph | None = None
+        self._eos = _eos_ids(subject)
+
+    def run(self, samples: Sequence[Sample], longest: int) -> Iterator[list[list[Answer]]]:
+        """For each spec, the answers to every sample's questions."""
+        with torch.inference_mode():
+            cache, last = self._prefill(samples)
+            own = self._engine.nbytes(cache) if samples[0].context else 0
+        for result, method in zip(self._results, self._methods or (None,), strict=True):
+            with torch.inference_mode():
+                began = self._now()
+                try:
+                    filled = cache if method is None else self._engine.compress(cache, method, measure=False)
+                except UserError as error:
+                    result.left_out |= {sample.task: str(error) for sample in samples}
+                    yield [[] for _ in samples]
+                    continue
+                result.own_nbytes += own
+                result.nbytes += own if method is None else self._engine.nbytes(filled)
+                reader = self._reader(filled, last, method, samples, longest)
+                answers = self._answers(reader, samples)
+                del reader, filled
+                result.seconds += self._now() - began
+            yield answers
+        for method in self._methods:
+            method.release()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _prefill(self, samples: Sequence[Sample]) -> tuple[Any, Tensor | None]:
+        """The cache of the contexts, and the hidden states of their last tokens."""
+        cache = self._engine.new_cache()
+        if not samples[0].context:
+            return cache, None
+        ids = torch.tensor([sample.context for sample in samples], dtype=torch.long, device=self._device)
+        with contextlib.ExitStack() as stack:
+            for method in self._methods:
+                if method.watches:
+                    stack.enter_context(method.watch(self._engine))
+            return cache, self._engine.hidden(ids, cache)[:, -1:].clone()
+
+    def _reader(
+        self, cache: Any, last: Tensor | None, method: Compressor | None, samples: Sequence[Sample], longest: int
+    ) -> Reader:
+        chunk = None if method is None else 1 if method.selects_tokens else method.recompress
+        if last is None or not can_be_static(self._engine, cache):
+            forked = ForkedContext(uncompressed(cache, self._engine), len(samples))
+            return Reader(self._engine, forked, last, chunk=chunk, device=self._device)
+        static = self._static_context(len(samples), longest + 1)
+        static.load(cache)
+        last = torch.cat((last, last.new_zeros(static.rows - len(samples), *last.shape[1:])))
+        generates = any(question.generate for sample in samples for question in sample.questions)
+        step = self._step(static) if generates and self._device.type == "cuda" else None
+        return Reader(self._engine, static, last, chunk=chunk, device=self._device, step=step)
+
+    def _static_context(self, rows: int, room: int) -> StaticContext:
+        """A static cache for at least `rows` sequences, the last one if it has the right size."""
+        assert isinstance(self._engine, DecoderEngine)
+        if self._device.type == "cuda":
+            rows = 2 ** math.ceil(math.log2(rows))  # few sizes, because each needs a CUDA graph
+        if self._static is None or self._static.rows != rows:
+            self._static = self._graph = None  # freed before the next one is allocated
+            self._static = StaticContext(self._engine, rows, room)
+        return self._static
+
+    def _step(self, static: StaticContext) -> Step:
+        """A decode step as a CUDA graph; recording one leaves a token in windows, which `begin` restores."""
+        assert isinstance(self._engine, DecoderEngine)
+        if self._graph is None or not self._graph.is_valid:
+            self._graph = StepGraph(self._engine.model, static.cache)
+        return self._graph
+
+    def _answers(self, reader: Reader, samples: Sequence[Sample]) -> list[list[Answer]]:
+        """The answers to every sample's questions."""
+        reads = [reads_of(sample.questions) for sample in samples]
+        texts, scores = self._texts(reader, samples), reader.score(reads)
+        answers: list[list[Answer]] = []
+        for i, sample in enumerate(samples):
+            by_place = {(read.question, read.option): score for read, score in zip(reads[i], scores[i], strict=True)}
+            answers.append([])
+            for n, question in enumerate(sample.questions):
+                options = [by_place[n, m] for m in range(len(question.options))]
+                ids = texts.get((i, n), ())
+                answers[-1].append(
+                    Answer(
+                        losses=tuple(option.losses for option in options),
+                        top1=tuple(option.top1 for option in options),
+                        generated=ids,
+                        text=_before(decode(self._subject, ids), question.stop) if ids else "",
+                    )
+                )
+        return answers
+
+    def _texts(self, reader: Reader, samples: Sequence[Sample]) -> dict[tuple[int, int], tuple[int, ...]]:
+        """Generated tokens by sample and question."""
+        asked = [[n for n, q in enumerate(sample.questions) if q.generate] for sample in samples]
+        texts: dict[tuple[int, int], tuple[int, ...]] = {}
+        for turn in range(max(map(len, asked))):
+            places = {i: of[turn] for i, of in enumerate(asked) if turn < len(of)}
+            questions = [sample.questions[places[i]] if i in places else None for i, sample in enumerate(samples)]
+            generated = reader.generate(questions, lambda question, ids: self._kept(question, ids) is not None)
+            for i, n in places.items():
+                kept = self._kept(samples[i].questions[n], generated[i])
+                texts[i, n] = tuple(generated[i][:kept])
+        return texts
+
+    def _kept(self, question: Question, ids: Sequence[int]) -> int | None:
+        """The number of generated tokens before EOS, or up to the first stop; None if there is neither yet."""
+        end = next((n for n, token in enumerate(ids) if token in self._eos), None)
+        stops = question.stop
+        if stops and any(stop in decode(self._subject, ids[:end]) for stop in stops):
+            complete = (n for n in range(1, len(ids) + 1) if any(s in decode(self._subject, ids[:n]) for s in stops))
+            return next(complete, end)
+        return end
+
+
+def _before(text: str, stops: Sequence[str]) -> str:
+    """`text` up to the first of `stops`."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+def _eos_ids(subject: Subject) -> set[int]:
+    """The tokens that end a text: the tokenizer's, and those of the model's generation config."""
+    config = getattr(subject.model, "generation_config", None)
+    named = getattr(config, "eos_token_id", None)
+    ids = {subject.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    return {token for token in ids if token is not None}

@@ -35,8 +35,8 @@ class Question:
 
     @property
     def longest(self) -> int:
-        """The most tokens that are read after the context."""
-        return len(self.prompt) + max(self.generate, *map(len, self.options), 0, 0)
+        """The most tokens that are read after the context; the last one of an option, or generated, is not read."""
+        return max(len(self.prompt) + max(self.generate, *map(len, self.options), 0, 0) - 1, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +51,7 @@ class Sample:
 
     @property
     def longest(self) -> int:
-        """The most tokens of a sequence, context included."""
+        """The most tokens that are read in a row, context included."""
         return len(self.context) + max((question.longest for question in self.questions), default=0)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -21,6 +23,8 @@ from cllm.tables import Column, aligned
 if TYPE_CHECKING:
     from cllm.evaluate.subjects import Subject
 
+log = logging.getLogger(__name__)
+
 AS_IS = "as it is"
 """The spec of records of the uncompressed cache, when no --posthoc was given."""
 _LONGEST_NAME = 150
@@ -35,24 +39,28 @@ class Score(Number):
 
     percent: bool = False
     """Whether it is a share, from 0 to 1; records and tables have percentages."""
+    detail: bool = False
+    """Whether it is left out of the tables of several specs."""
 
 
-def share(key: str, head: str | None = None) -> Score:
-    """A share from 0 to 1, shown as a percentage; its column is called `head` (default: `key`)."""
-    return Score(key=key, head=head or key, form="{:.1f}".format, tag=key, percent=True)
+def share(key: str, head: str | None = None, *, detail: bool = False) -> Score:
+    """A share from 0 to 1, shown as a percentage; its column is called `head` (default: `key`) and a percent sign."""
+    return Score(key=key, head=f"{head or key} %", form="{:.1f}".format, tag=key, percent=True, detail=detail)
 
 
-def value(key: str, head: str | None = None, form: Callable[[Any], str] = "{:.3f}".format) -> Score:
+def value(
+    key: str, head: str | None = None, form: Callable[[Any], str] = "{:.3f}".format, *, detail: bool = False
+) -> Score:
     """A number that is shown as it is, such as a loss in nats."""
-    return Score(key=key, head=head or key, form=form, tag=key)
+    return Score(key=key, head=head or key, form=form, tag=key, detail=detail)
 
 
 class Mean(NamedTuple):
     """A mean over questions."""
 
     mean: float
-    error: float
-    """Standard error of the mean; questions of one sample count as dependent. nan for a single sample."""
+    error: float | None
+    """Standard error of the mean; questions of one sample count as dependent. None for a single sample."""
     questions: int
 
 
@@ -66,7 +74,7 @@ def mean_over_questions(numbers: Sequence[Sequence[float]]) -> Mean:
     count = sum(map(len, samples))
     mean = math.fsum(x for sample in samples for x in sample) / count
     if len(samples) < 2:
-        return Mean(mean, math.nan, count)
+        return Mean(mean, None, count)
     squares = math.fsum(math.fsum(x - mean for x in sample) ** 2 for sample in samples)
     return Mean(mean, math.sqrt(len(samples) / (len(samples) - 1) * squares) / count, count)
 
@@ -127,6 +135,9 @@ class TaskSuite(Suite):
                 f"--suite {self.name}: a sample of {longest.task} has {longest.longest} tokens; allowed: up to the "
                 f"context of {subject.name}, {subject.context}"
             )
+        for sample in samples:
+            if not sample.context and any(q.generate and not q.prompt for q in sample.questions):
+                raise UserError(f"--suite {self.name}: a sample of {sample.task} has nothing to generate from")
 
     def check(self, subject: Subject, job: Job) -> None:
         from cllm.evaluate.tasks.run import check_specs
@@ -145,19 +156,33 @@ class TaskSuite(Suite):
         records = []
         for result in results:
             identity = {"set": self.name, "settings": settings.model_dump(mode="json"), "spec": result.spec or AS_IS}
-            facts = {"weight_bytes": result.weight_bytes, "facts": result.facts, "seconds": round(result.seconds, 3)}
+            facts = {
+                "ratio_to_own": result.own_nbytes / result.nbytes if result.nbytes else None,
+                "weight_bytes": result.weight_bytes,
+                "facts": result.facts,
+                "seconds": round(result.seconds, 3),
+            }
+            for task, reason in result.left_out.items():
+                log.warning("%s: %s: %s is left out: %s", self.name, result.spec, task, reason)
             for numbers in self.means(samples, result.answers):
                 records.append(self.record(subject, job, identity | numbers | facts) | {"set": self.name})
         return records
 
-    def means(self, samples: Sequence[Sample], answers: Sequence[Sequence[Answer]]) -> list[Record]:
-        """The numbers of every task, and of all tasks, from the answers to each sample's questions."""
+    def means(self, samples: Sequence[Sample], answers: Sequence[Sequence[Answer] | None]) -> list[Record]:
+        """The numbers of every task, from the answers to each sample's questions, and their means over tasks.
+
+        A task without answers (None) has no record. Then there is no mean over tasks either: it would not compare with
+        that of other specs.
+        """
         by_task: dict[str, list[list[tuple[Question, dict[str, float]]]]] = {}
         for sample, given in zip(samples, answers, strict=True):
+            if given is None:
+                continue
             scores = [(q, self.score(sample, q, answer)) for q, answer in zip(sample.questions, given, strict=True)]
             by_task.setdefault(sample.task, []).append(scores)
         tasks = [{"task": task} | self._numbers(scores) | self._by_group(scores) for task, scores in by_task.items()]
-        return [*tasks, {"task": ALL} | self._over_tasks(tasks)]
+        complete = all(given is not None for given in answers)
+        return [*tasks, {"task": ALL} | self._over_tasks(tasks)] if complete else tasks
 
     def _numbers(self, samples: Sequence[Sequence[tuple[Question, Mapping[str, float]]]]) -> Record:
         record: Record = {"samples": len(samples), "questions": sum(map(len, samples))}
@@ -187,33 +212,35 @@ class TaskSuite(Suite):
             if kept:
                 errors = [task[f"{number.key}_stderr"] for task in kept]
                 record[number.key] = math.fsum(task[number.key] for task in kept) / len(kept)
-                record[f"{number.key}_stderr"] = math.sqrt(math.fsum(e * e for e in errors)) / len(kept)
+                known = [error for error in errors if error is not None]
+                spread = math.sqrt(math.fsum(e * e for e in known)) / len(kept)
+                record[f"{number.key}_stderr"] = spread if len(known) == len(kept) else None
         return record
 
     # ---- tables and files
 
     def table(self, records: Sequence[Record]) -> str:
-        """One line for each task; a column for each number or, with several specs, for each spec's main number."""
+        """One line for each task; with several specs, a table for each number, with a column for each spec."""
         specs = list(dict.fromkeys(record["spec"] for record in records))
-        lines: dict[tuple[str, str], dict[str, Record]] = {}
-        for record in records:
-            lines.setdefault((record["run"], record["task"]), {})[record["spec"]] = record
-        for run in {run for run, _ in lines}:
-            if len([task for other, task in lines if other == run]) == 2:  # one task: its mean is the same line
-                del lines[run, ALL]
-        first = [next(iter(line.values())) for line in lines.values()]
-        columns = [RUN, STEP, Column[Record]("task", lambda r: r["task"], left=True)]
-        columns.append(Column("questions", lambda r: f"{r['questions']:,}"))
-        shown: Iterable[tuple[Score, str]] = (
-            [(number, specs[0]) for number in self.numbers]
-            if len(specs) == 1
-            else [(number, spec) for number in self.numbers if number.key == self.main for spec in specs]
-        )
-        for number, spec in shown:
-            head = f"{number.head}{' %' if number.percent else ''}" if len(specs) == 1 else spec
-            columns.append(Column(head, _cell(lines, number, spec)))
-        title = "" if len(specs) == 1 else f"{self.name}: {self.main}\n"
-        return title + aligned(columns, first)
+        if len(specs) == 1:
+            lines = _lines(records)
+            columns = [Column(number.head, _cell(lines, number, specs[0])) for number in self.numbers]
+            return f"{self.name}\n" + aligned([*_LEFT, *columns], _first(lines))
+        shown = sorted((n for n in self.numbers if not n.detail), key=lambda number: number.key != self.main)
+        tables = []
+        for number in shown:
+            lines = _lines([record for record in records if number.key in record])
+            columns = [Column(spec, _cell(lines, number, spec)) for spec in specs]
+            tables.append(f"{self.name}: {number.head}\n" + aligned([*_LEFT, *columns], _first(lines)))
+        sizes = {record["run"]: record for record in records}
+        ratios = [Column(spec, _ratio(records, spec)) for spec in specs]
+        tables.append(f"{self.name}: own/x\n" + aligned([RUN, STEP, *ratios], list(sizes.values())))
+        return "\n\n".join(tables)
+
+    def written(self, paths: Sequence[Path]) -> list[str]:
+        """The folder, and the number of files in it."""
+        folder = os.path.commonpath([path.parent for path in paths])
+        return [f"written: {len(paths)} files in {folder}"]
 
     def compared_numbers(self) -> tuple[Number, ...]:
         return tuple(number for number in self.numbers if number.key == self.main)
@@ -245,17 +272,48 @@ class TaskSuite(Suite):
 
 
 def _scaled(mean: Mean, scale: float) -> Mean:
-    return Mean(mean.mean * scale, mean.error * scale, mean.questions)
+    return Mean(mean.mean * scale, None if mean.error is None else mean.error * scale, mean.questions)
 
 
-def _cell(lines: Mapping[tuple[str, str], Mapping[str, Record]], number: Score, spec: str) -> Callable[[Record], str]:
+_Lines = Mapping[tuple[str, str], Mapping[str, Record]]
+"""Records by spec, by run and task."""
+_LEFT = (
+    RUN,
+    STEP,
+    Column[Record]("task", lambda record: record["task"], left=True),
+    Column[Record]("questions", lambda record: f"{record['questions']:,}"),
+)
+
+
+def _lines(records: Sequence[Record]) -> _Lines:
+    """The lines of a table. The mean over tasks is left out if there is only one."""
+    lines: dict[tuple[str, str], dict[str, Record]] = {}
+    for record in records:
+        if record["task"] != ALL or record["tasks"] > 1:
+            lines.setdefault((record["run"], record["task"]), {})[record["spec"]] = record
+    return lines
+
+
+def _first(lines: _Lines) -> list[Record]:
+    return [next(iter(line.values())) for line in lines.values()]
+
+
+def _cell(lines: _Lines, number: Score, spec: str) -> Callable[[Record], str]:
     def cell(first: Record) -> str:
         record = lines[first["run"], first["task"]].get(spec, {})
         if number.key not in record:
             return "-"
         error = record[f"{number.key}_stderr"]
-        spread = "" if math.isnan(error) else f" ± {number.form(error)}"
+        spread = "" if error is None else f" ± {number.form(error)}"
         return f"{number.form(record[number.key])}{spread}"
+
+    return cell
+
+
+def _ratio(records: Sequence[Record], spec: str) -> Callable[[Record], str]:
+    def cell(first: Record) -> str:
+        of = [r["ratio_to_own"] for r in records if (r["run"], r["spec"]) == (first["run"], spec)]
+        return "-" if not of or of[0] is None else f"{of[0]:.2f}"
 
     return cell
 

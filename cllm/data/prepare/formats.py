@@ -27,7 +27,8 @@ SUPPORTED = (
     f"{' '.join(TABLES)}, and folders written by datasets.save_to_disk"
 )
 _TABLE_ROWS = 1024  # rows of a table in memory at a time
-_READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
+"""Errors that reading a compressed file may raise."""
 _BOM = b"\xef\xbb\xbf"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -95,7 +96,7 @@ def read_file(path: Path, text_field: str) -> Iterator[Text]:
         raise DataError(f"{path}: unsupported file type; {SUPPORTED}")
 
 
-def _open(path: Path, raw: IO[bytes]) -> IO[bytes] | gzip.GzipFile:
+def decompressed(path: Path, raw: IO[bytes]) -> IO[bytes] | gzip.GzipFile:
     """`raw`, decompressed by the suffix of `path`. Reading a truncated file raises for every compression."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
@@ -114,9 +115,9 @@ def _open(path: Path, raw: IO[bytes]) -> IO[bytes] | gzip.GzipFile:
 
 def _read_text(path: Path) -> Text:
     try:
-        with path.open("rb") as raw, _open(path, raw) as file:
+        with path.open("rb") as raw, decompressed(path, raw) as file:
             text, replaced = decode(file.read())
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     return Text(text, replaced, 1.0)
 
@@ -125,13 +126,13 @@ def _read_lines(path: Path, text_field: str) -> Iterator[Text]:
     number = 0
     try:
         size = path.stat().st_size or 1
-        with path.open("rb") as raw, _open(path, raw) as file:
+        with path.open("rb") as raw, decompressed(path, raw) as file:
             for number, line in enumerate(file, start=1):
                 if not line.removeprefix(_BOM).strip():
                     continue
                 text, replaced = _parse_line(line, f"{path}:{number}", text_field)
                 yield Text(text, replaced, min(raw.tell() / size, 1.0))
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise DataError(f"{path}: cannot be read after line {number}: {error}") from None
 
 

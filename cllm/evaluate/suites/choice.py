@@ -50,6 +50,8 @@ def parse_choice(text: str, known: Mapping[str, Suite]) -> Chosen:
     values: dict[str, Any] = {}
     for option in _SEPARATOR.split(options) if colon else ():
         key, equals, value = (piece.strip() for piece in option.partition("="))
+        if suite.positional is not None and key and not equals and not values:
+            key, equals, value = suite.positional, "=", key
         if not equals or key in values:
             raise UserError(f'{where}: "{option}" is no new key=value; allowed: {", ".join(sorted(fields))}')
         if key not in fields:

@@ -11,7 +11,11 @@ from cllm.evaluate.suites.choice import Chosen, parse_choice
 from cllm.evaluate.suites.perplexity import Perplexity
 from cllm.evaluate.suites.posthoc import Posthoc
 from cllm.evaluate.suites.suite import Option, Suite
+from cllm.evaluate.tasks.code.suite import CodeCompletion
 from cllm.evaluate.tasks.copying import Copying
+from cllm.evaluate.tasks.harness.suite import LmEval
+from cllm.evaluate.tasks.language.suites import language_suites
+from cllm.evaluate.tasks.longbench.suite import LongBench
 from cllm.evaluate.tasks.mqar import Mqar
 from cllm.evaluate.tasks.ruler.suite import Ruler
 from cllm.plugins import origin, plugins
@@ -30,6 +34,10 @@ def _own_suites() -> dict[str, Suite]:
         Copying(),
         Mqar(),
         Ruler(),
+        *language_suites(),
+        LongBench(),
+        CodeCompletion(),
+        LmEval(),
     )
     return {suite.name: suite for suite in own}
 

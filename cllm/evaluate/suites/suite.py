@@ -113,6 +113,8 @@ class Suite(ABC):
     """Whether scripts/compare.py shows its numbers."""
     settings: ClassVar[type[BaseModel] | None] = None
     """The options `KEY=VALUE` of `--suite NAME:KEY=VALUE,...`; None: it takes none."""
+    positional: ClassVar[str | None] = None
+    """The option whose value may stand without its key, first: `NAME:VALUE,...`."""
     compresses: ClassVar[bool] = False
     """Whether --posthoc applies to it."""
 

@@ -27,6 +27,13 @@ class Encoded:
 class TooLong(UserError):
     """A task that needs a longer context."""
 
+    def __init__(self, task: Task, needed: int):
+        super().__init__(
+            f"--suite ruler: {task.name} needs at least length={needed} with this tokenizer, and length={task.length} "
+            "is asked for; take a larger length, or name other tasks"
+        )
+        self.task, self.needed = task.name, needed
+
 
 Encode = Callable[[Sequence[Draft]], list[Encoded]]
 
@@ -77,7 +84,7 @@ def fill(task: Task, encode: Encode, samples: int) -> list[tuple[Draft, Encoded]
     smallest, step = task.smallest, task.step
     size = largest_size(count, task.length, smallest=smallest, step=step, largest=task.largest)
     if size is None:
-        raise _too_long(task, count(smallest))
+        raise TooLong(task, count(smallest))
     done: list[tuple[Draft, Encoded] | None] = [None] * samples
     left = list(range(samples))
     while left:
@@ -89,13 +96,6 @@ def fill(task: Task, encode: Encode, samples: int) -> list[tuple[Draft, Encoded]
                 done[index] = (draft, one)
         left = [index for index, tokens in zip(left, needed, strict=True) if tokens > task.length]
         if left and size == smallest:
-            raise _too_long(task, max(needed))
+            raise TooLong(task, max(needed))
         size = max(smallest, size - step)
     return [pair for pair in done if pair is not None]
-
-
-def _too_long(task: Task, needed: int) -> TooLong:
-    return TooLong(
-        f"--suite ruler: {task.name} needs at least length={needed} with this tokenizer, and length={task.length} is "
-        "asked for; take a larger length, or name other tasks"
-    )

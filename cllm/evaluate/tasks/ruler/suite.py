@@ -91,17 +91,19 @@ class Ruler(TaskSuite):
         names = chosen_tasks(settings.tasks, [key for key in ("squad", "hotpotqa") if getattr(settings, key)])
         lengths = self._lengths(subject, settings)
         todo = [(name, length) for name in names for length in lengths]
-        samples, left_out = list[Sample](), None
+        samples, left_out = list[Sample](), list[TooLong]()
         for name, length in tqdm(todo, desc="samples of ruler", unit="task", disable=None, leave=False):
             try:
                 samples += self._of_task(tasks.task(name, length), encode, settings)
             except TooLong as error:
                 if name in settings.tasks:
                     raise
-                left_out = error
-                log.warning("left out: %s", error)
-        if not samples and left_out is not None:
-            raise left_out
+                left_out.append(error)
+        if not samples and left_out:
+            raise min(left_out, key=lambda error: error.needed)
+        if left_out:
+            needs = ", ".join(f"{error.task} (length={error.needed})" for error in left_out)
+            log.warning("ruler: tasks left out, as they need a larger length with this tokenizer: %s", needs)
         return samples
 
     def _of_task(self, task: Task, encode: Encoder, settings: Settings) -> list[Sample]:

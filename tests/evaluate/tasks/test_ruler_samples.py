@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cllm.errors import UserError
@@ -275,7 +276,9 @@ def dump(file: Path, content: Any) -> Path:
 def squad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def asked(a: int, p: int, impossible: bool) -> dict[str, Any]:
         answers = (
-            [] if impossible else [{"text": f"answer-{a}-{p}"}, {"text": f"alias-{a}-{p}"}, {"text": f"alias-{a}-{p}"}]
+            [{"text": "none"}]
+            if impossible
+            else [{"text": f"answer-{a}-{p}"}, {"text": f"alias-{a}-{p}"}, {"text": f"alias-{a}-{p}"}]
         )
         return {"question": f"Which {a} {p}?", "is_impossible": impossible, "answers": answers}
 
@@ -457,10 +460,16 @@ def test_words_are_pairs_of_the_lists_without_their_package_it_is_named(monkeypa
     for word in drawn:
         cuts = [i for i, letter in enumerate(word) if letter == "-"]
         assert any(word[:i] in lists.adjectives and word[i + 1 :] in lists.nouns for i in cuts)
-    monkeypatch.setitem(__import__("sys").modules, "wonderwords", None)
+    monkeypatch.setitem(sys.modules, "wonderwords", None)
     words.word_lists.cache_clear()
     with pytest.raises(UserError, match=r"wonderwords, which is not installed; pip install cllm\[ruler\]"):
         words.draw("words", rng)
+
+
+def test_distinct_draws_nothing_twice() -> None:
+    taken, drawn = {"b"}, iter("abacabcd")
+    assert words.distinct(3, lambda: next(drawn), taken) == ["a", "c", "d"]
+    assert taken == {*"abcd"}
 
 
 def test_essays_are_read_in_order_from_a_folder_or_stand_aside(
@@ -497,7 +506,9 @@ def test_chosen_tasks() -> None:
 
 @pytest.mark.parametrize("across_words", [False, True])
 def test_ids_are_those_of_the_entire_text(task: Callable[..., Task], across_words: bool) -> None:
-    drafts = [task(name).draft(i, 60) for name in ("niah_multiquery", "vt", "cwe", "qa_1") for i in range(3)]
+    drafts = [
+        task(name).draft(i, 60) for name in ("niah_single_1", "niah_multiquery", "vt", "cwe", "qa_1") for i in range(3)
+    ]
     tokenizer = Tokenizer(models.BPE())
     if not across_words:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -511,12 +522,8 @@ def test_ids_are_those_of_the_entire_text(task: Callable[..., Task], across_word
     moved = 0
     for draft, text, ids in zip(drafts, whole, Encoder(subject)(drafts), strict=True):
         assert ids.context[0] == 5
-        alone = fast(draft.context)["input_ids"]
-        shared = (
-            next(i for i, (a, b) in enumerate(zip(alone, [*fast(text)["input_ids"], -1], strict=False)) if a != b)
-            if alone != fast(text)["input_ids"][: len(alone)]
-            else len(alone)
-        )
+        alone, together = fast(draft.context)["input_ids"], fast(text)["input_ids"]
+        shared = max(n for n in range(len(alone) + 1) if alone[:n] == together[:n])
         assert len(ids.context) == 1 + shared
         moved += shared != len(alone)
         for option, tokens in zip(draft.options, ids.options, strict=True):
@@ -538,7 +545,7 @@ def test_chat_puts_the_text_into_the_users_turn(task: Callable[..., Task]) -> No
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(["a"], trainer)
-    tokenizer.decoder = __import__("tokenizers").decoders.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     subject: Any = SimpleNamespace(tokenizer=fast, start_id=5, name="model")
     with pytest.raises(UserError, match="chat=true: the tokenizer of model has no chat template"):
@@ -549,7 +556,7 @@ def test_chat_puts_the_text_into_the_users_turn(task: Callable[..., Task]) -> No
     fast.chat_template = "<user>Hi! {{ messages[0].content }}\n{% if add_generation_prompt %}<bot>{% endif %}"
     draft = task("niah_single_1").draft(0, 5)
     (ids,) = Encoder(subject, chat=True)([draft])
-    user, bot = fast.convert_tokens_to_ids(["<user>", "<bot>"])
+    user, bot = (fast.convert_tokens_to_ids(name) for name in ("<user>", "<bot>"))
     assert ids.context[0] == user
     assert ids.prompt.count(bot) == 1
     assert decode(subject, ids.context) == "Hi! " + draft.context

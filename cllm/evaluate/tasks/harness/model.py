@@ -131,4 +131,4 @@ class SubjectLM(TemplateLM):
         specs = [] if self._spec is None else [self._spec]
         label = f"{self._subject.name} on lm_eval"
         (result,) = run_samples(self._subject, samples, specs, self._on, batch=self._batch, label=label)
-        return [answer for (answer,) in result.answers]
+        return [given[0] for given in result.answers if given is not None]

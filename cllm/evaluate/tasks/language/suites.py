@@ -156,11 +156,13 @@ class QuestionSuite(TaskSuite):
     def score(self, sample: Sample, question: Question, answer: Answer) -> dict[str, float]:
         return _SCORES[self.data.score](question, answer)
 
-    def means(self, samples: Sequence[Sample], answers: Sequence[Sequence[Answer]]) -> list[Record]:
+    def means(self, samples: Sequence[Sample], answers: Sequence[Sequence[Answer] | None]) -> list[Record]:
         """As the base's; the mean over the tasks weights questions alike, as the data sets' papers do."""
-        *tasks, _ = super().means(samples, answers)
+        records = super().means(samples, answers)
+        if not records or records[-1]["task"] != ALL:
+            return records
         pooled, *_ = super().means([replace(sample, task=ALL) for sample in samples], answers)
-        return [*tasks, pooled | {"tasks": len(tasks)}]
+        return [*records[:-1], pooled | {"tasks": records[-1]["tasks"]}]
 
 
 def cut(

@@ -82,11 +82,14 @@ class WikiText(TaskSuite):
         bits = bits_per_byte(math.fsum(losses), question.option_bytes[0])
         return {"bits_per_byte": bits, "loss": math.fsum(losses) / len(losses)}
 
-    def means(self, samples: Sequence[Sample], answers: Sequence[Sequence[Answer]]) -> list[Record]:
+    def means(self, samples: Sequence[Sample], answers: Sequence[Sequence[Answer] | None]) -> list[Record]:
         """Totals over the text: nats over bytes, and nats over tokens."""
-        losses = [loss for (answer,) in answers for loss in answer.losses[0]]
-        n_bytes = sum(sample.questions[0].option_bytes[0] for sample in samples)
-        nats = math.fsum(losses)
-        totals = {"bits_per_byte": bits_per_byte(nats, n_bytes), "loss": nats / len(losses)}
-        totals |= {"tokens_scored": len(losses), "bytes": n_bytes}
+        given = [(s.questions[0], of[0]) for s, of in zip(samples, answers, strict=True) if of is not None]
+        if not given:
+            return []
+        nats = math.fsum(loss for _, answer in given for loss in answer.losses[0])
+        tokens = sum(len(answer.losses[0]) for _, answer in given)
+        n_bytes = sum(question.option_bytes[0] for question, _ in given)
+        totals = {"bits_per_byte": bits_per_byte(nats, n_bytes), "loss": nats / tokens}
+        totals |= {"tokens_scored": tokens, "bytes": n_bytes}
         return [record | totals for record in super().means(samples, answers)]

@@ -62,14 +62,6 @@ class Result:
     """See `Compressor.facts`."""
 
 
-def check_specs(samples: Sequence[Sample], specs: Sequence[str], suite: str) -> None:
-    """Raise `UserError` for a spec that is wrong, and for contexts without a cache to compress."""
-    for spec in specs:
-        parse(spec)
-    if specs and (empty := [sample.task for sample in samples if not sample.context]):
-        raise UserError(f"--suite {suite}: samples of {empty[0]} have no context, so --posthoc has nothing to compress")
-
-
 def run_samples(
     subject: Subject,
     samples: Sequence[Sample],

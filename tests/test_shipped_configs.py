@@ -25,6 +25,8 @@ CONFIGS = ROOT / "configs"
 MODELS = sorted((CONFIGS / "model").glob("*.yaml"))
 PLANS = sorted((CONFIGS / "kv").glob("*.yaml"))
 QUICK = CONFIGS / "quickstart.yaml"
+RECALL = CONFIGS / "tasks" / "mqar.yaml"
+RECALL_PLANS = sorted((CONFIGS / "tasks" / "mqar").glob("*.yaml"))
 
 
 def build(*files: Path, settings: tuple[str, ...] = ()):
@@ -36,6 +38,7 @@ def build(*files: Path, settings: tuple[str, ...] = ()):
 def test_every_config_file_is_covered_by_a_test_here() -> None:
     folders = ("data", "quickstart", "bench", "uptrain", "tradeoff", "studies")
     covered = {*MODELS, *PLANS, QUICK, *(file for folder in folders for file in (CONFIGS / folder).glob("*.yaml"))}
+    covered |= {RECALL, *RECALL_PLANS}
     assert set(CONFIGS.rglob("*.yaml")) == covered
 
 
@@ -70,6 +73,19 @@ def test_the_quickstart_loads_with_every_plan_at_equal_size(plan: Path) -> None:
     _, baseline = build(QUICK, settings=settings)
     _, decoder = build(QUICK, plan, settings=settings)
     assert count_parameters(decoder) == pytest.approx(count_parameters(baseline), rel=0.005)
+
+
+@pytest.mark.parametrize("plan", RECALL_PLANS, ids=lambda path: path.stem)
+def test_the_recall_task_loads_with_every_plan_at_equal_size_on_sequences_of_its_recipe(plan: Path) -> None:
+    recipe = load_settings(Recipe, [ROOT / "data" / "recipes" / "mqar.yaml"])
+    assert recipe.source.mqar is not None
+    settings = ("--model.vocab_size", str(recipe.source.mqar.numbers))
+    _, baseline = build(RECALL, settings=settings)
+    config, decoder = build(RECALL, plan, settings=settings)
+    assert count_parameters(decoder) == pytest.approx(count_parameters(baseline), rel=0.01)
+    assert config.data.path == str(recipe.folder)
+    assert config.data.seq_len == recipe.source.mqar.length
+    assert recipe.source.mqar.numbers % 64 == 0, "the model's vocabulary is that of the numbers"
 
 
 @pytest.mark.parametrize(("name", "millions"), [("374m", 374), ("1364m", 1364)])

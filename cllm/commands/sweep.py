@@ -1,7 +1,7 @@
 """Compress the caches of several runs in many ways, and draw perplexity against bytes.
 
     %(prog)s runs/* [--spec "xkv:group={group},ratio={ratio}" ...] [--group 2 4]
-      [--ratio 2 4 8]
+      [--ratio 2 4 8] [--score copying]
 
 Every run is measured as it was trained and with each spec, as by `evaluate --posthoc`. Earlier measurements are
 reused. docs/posthoc.md has the details.
@@ -9,6 +9,7 @@ reused. docs/posthoc.md has the details.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 import traceback
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from cllm.evaluate.perplexity import Settings
+    from cllm.evaluate.points import Scores
     from cllm.evaluate.subjects import Subject
     from cllm.evaluate.texts import TextSet
 
@@ -49,6 +51,7 @@ class SweepOptions:
     again: bool = False
     device: str = "auto"
     baseline: str | None = None
+    score: str | None = None
     out: Path | None = None
 
 
@@ -70,6 +73,8 @@ def make_parser(program: str) -> Parser:
     add("--again", action="store_true", help="ignore earlier measurements, as after a change of code")
     parser.add_device()
     add("--baseline", metavar="NAME", help="run that increases are relative to (default: the one with most bytes)")
+    add("--score", metavar="SUITE[:KEY=VALUE,...]", help="also measure a suite of samples with each spec, as evaluate "
+        "--suite does, and draw its main number in place of perplexity")  # fmt: skip
     add("--out", type=Path, metavar="DIR", help="where the table and figure go (default: posthoc/ next to the runs; "
         "runs/posthoc if they lie in different folders or are not runs)")  # fmt: skip
     return parser
@@ -104,6 +109,58 @@ def _measured(
     return record if complete and all(record.get(key) == value for key, value in wanted.items()) else None
 
 
+class Scoring:
+    """A suite of samples that is measured with every spec of a sweep.
+
+    Args:
+        text: the suite and its options, as for `evaluate --suite`.
+
+    Raises:
+        UserError: for an unknown suite, wrong options, and a suite whose caches are not compressed.
+    """
+
+    def __init__(self, text: str):
+        from cllm.evaluate.suites.choice import parse_choice
+        from cllm.evaluate.suites.registry import suites
+
+        try:
+            self.suite, self.given = parse_choice(text, suites())
+        except UserError as error:
+            raise UserError(f"--score {text}: {error}") from None
+        if not self.suite.compresses:
+            allowed = ", ".join(name for name, suite in suites().items() if suite.compresses)
+            raise UserError(f"--score {text}: {self.suite.name} is no suite of samples; allowed: {allowed}")
+        self.number = self.suite.compared_numbers()[0]
+        self.values: dict[tuple[str, str], float] = {}
+
+    def measure(self, subject: Subject, specs: Sequence[str], settings: Settings, device: torch.device) -> None:
+        """Measure the suite with each of `specs`, and save its records as `evaluate` does. Raises `UserError`."""
+        from cllm.evaluate.points import TRAINED
+        from cllm.evaluate.suites.suite import Job
+        from cllm.evaluate.tasks.suite import ALL
+
+        options = argparse.Namespace(posthoc=list(specs))
+        job = Job(settings=settings, device=device, options=options, given=self.given)
+        self.suite.check(subject, job)
+        for record in self.suite.run(subject, job):
+            self.suite.save(subject, record)
+            if record["task"] == ALL and self.number.key in record:
+                spec = TRAINED if record["spec"] == UNCOMPRESSED else record["spec"]
+                self.values[subject.name, spec] = record[self.number.key]
+
+    def scores(self) -> Scores:
+        """The suite's main number over all tasks, for every run and spec so far."""
+        from cllm.evaluate.points import Scores
+
+        number = self.number
+        return Scores(
+            head=f"{self.suite.name} {number.head}",
+            form=number.form,
+            higher_is_better=number.higher_is_better,
+            values=self.values,
+        )
+
+
 @one_line
 @stoppable("the same command goes on: what was measured is kept")
 def main(arguments: Sequence[str] | None = None, *, program: str = "cllm sweep") -> int:
@@ -131,6 +188,7 @@ def sweep(runs: Sequence[str], options: SweepOptions) -> int:
     specs = pareto.expand(options.spec or default_sweep(), options.group, options.ratio)
     for spec in specs:
         parse(spec)
+    scoring = None if options.score is None else Scoring(options.score)
     device = choose_device(options.device)
     names = [_run_name(Path(path)) for path in runs]
     if options.baseline is not None and options.baseline not in names:
@@ -139,7 +197,7 @@ def sweep(runs: Sequence[str], options: SweepOptions) -> int:
     out = options.out or beside([run_of(path) for path in runs], "posthoc")
     with locked(out):  # no other sweep may write the table
         print(f"table and figure go to {out}", file=sys.stderr, flush=True)
-        return _measure_all(runs, options, specs, settings, device, out)
+        return _measure_all(runs, options, specs, settings, device, out, scoring)
 
 
 def _measure_all(
@@ -149,6 +207,7 @@ def _measure_all(
     settings: Settings,
     device: torch.device,
     out: Path,
+    scoring: Scoring | None,
 ) -> int:
     from cllm.evaluate import pareto, posthoc
     from cllm.evaluate.left_out import LeftOut
@@ -178,9 +237,14 @@ def _measure_all(
                         continue
                     posthoc.save(subject, record)
                 records.append(record)
+            if scoring is not None:
+                measured = [record["spec"] for record in records if record["run"] == subject.name]
+                scoring.measure(subject, measured, settings, device)
     status = max(status, left_out.status())
     found = pareto.points(records, baseline=options.baseline)
-    print(pareto.markdown(found, refused), end="")
-    for file in pareto.write(found, out, refused):
+    scores = None if scoring is None else scoring.scores()
+    found = found if scores is None else scores.apply(found)
+    print(pareto.markdown(found, refused, scores), end="")
+    for file in pareto.write(found, out, refused, scores):
         print(f"written: {file}")
     return status

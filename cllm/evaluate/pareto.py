@@ -16,7 +16,7 @@ from cllm import tables
 from cllm.errors import UserError, nearest
 from cllm.evaluate.outputs import write_outputs
 from cllm.evaluate.pareto_figure import figure
-from cllm.evaluate.points import TRAINED, Point
+from cllm.evaluate.points import TRAINED, Point, Scores
 from cllm.posthoc import UNCOMPRESSED
 from cllm.tables import Column
 
@@ -106,10 +106,23 @@ _COLUMNS = (
 )
 
 
-def markdown(found: Sequence[Point], refused: Sequence[str] = ()) -> str:
+def _columns(scores: Scores | None) -> Sequence[Column[Point]]:
+    if scores is None:
+        return _COLUMNS
+
+    def cell(point: Point) -> str:
+        return "–" if point.score is None else scores.form(point.score)
+
+    names = [column.head for column in _COLUMNS]
+    at = names.index("perplexity")
+    return (*_COLUMNS[:at], Column(scores.head, cell), *_COLUMNS[at:])
+
+
+def markdown(found: Sequence[Point], refused: Sequence[str] = (), scores: Scores | None = None) -> str:
     """The table, its notes, and the reasons of measurements that were refused."""
+    quality = "at most the perplexity" if scores is None else f"at least as good a {scores.head}"
     notes = [
-        "`*`: no other point has at most as many bytes and at most the perplexity. Bytes a token of the prefix "
+        f"`*`: no other point has at most as many bytes and {quality}. Bytes a token of the prefix "
         "with keys and values in bf16, whatever they were measured in; own and mha: the run's own cache and that of "
         "full attention, relative to it. Time: of compressing, relative to the prefill."
     ]
@@ -119,21 +132,24 @@ def markdown(found: Sequence[Point], refused: Sequence[str] = ()) -> str:
         if p.weight_bytes
     ]
     notes += [f"- not measured: {line}" for line in refused]
-    return tables.markdown(_COLUMNS, found) + "\n\n" + "\n".join(notes) + "\n"
+    return tables.markdown(_columns(scores), found) + "\n\n" + "\n".join(notes) + "\n"
 
 
-def csv_text(found: Sequence[Point]) -> str:
-    """The points with full precision."""
-    names = [field.name for field in dataclasses.fields(Point)]
-    return tables.csv_text(names, (dataclasses.asdict(point) for point in found))
+def csv_text(found: Sequence[Point], scores: Scores | None = None) -> str:
+    """The points with full precision; with `scores`, also their scores."""
+    names = [field.name for field in dataclasses.fields(Point) if scores is not None or field.name != "score"]
+    rows = (dataclasses.asdict(point) for point in found)
+    return tables.csv_text(names, ({name: row[name] for name in names} for row in rows))
 
 
-def write(found: Sequence[Point], folder: Path, refused: Sequence[str] = ()) -> list[Path]:
+def write(
+    found: Sequence[Point], folder: Path, refused: Sequence[str] = (), scores: Scores | None = None
+) -> list[Path]:
     """Write the points into `folder` as `write_outputs` does. Returns the files' paths. Raises `UserError`."""
     return write_outputs(
         folder,
         "posthoc",
-        csv=csv_text(found),
-        markdown=markdown(found, refused),
-        figure=figure(found),
+        csv=csv_text(found, scores),
+        markdown=markdown(found, refused, scores),
+        figure=figure(found, scores),
     )

@@ -14,7 +14,7 @@ import numpy as np
 
 from cllm.evaluate.labels import place_labels
 from cllm.evaluate.outputs import new_figure, scale_bytes
-from cllm.evaluate.points import TRAINED, Point
+from cllm.evaluate.points import TRAINED, Point, Scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,17 +69,28 @@ def colours(found: Sequence[Point]) -> dict[str, str]:
     }
 
 
-def figure(found: Sequence[Point]) -> Figure:
-    """Draw increases of perplexity against bytes a token; the front is a line and its points are named."""
-    figure, axes = new_figure(10.5, 6.5, "Perplexity against bytes of cache: down and left is better")
+def figure(found: Sequence[Point], scores: Scores | None = None) -> Figure:
+    """Draw increases of perplexity against bytes a token; the front is a line and its points are named.
+
+    With `scores`, draw these in place of increases; points without a score are left out.
+    """
+    better = "up" if scores is not None and scores.higher_is_better else "down"
+    head = "Perplexity" if scores is None else scores.head
+    figure, axes = new_figure(10.5, 6.5, f"{head} against bytes of cache: {better} and left is better")
+    found = [point for point in found if scores is None or point.score is not None]
     axes.set_xlabel("bytes a token in bf16 (log scale)")
     scale_bytes(axes, [point.bytes_per_token for point in found], margin=1.5)
-    limit = largest_shown([point.increase_percent for point in found])
-    edge = _scale_increases(axes, [point.increase_percent for point in found], limit)
+    limit = edge = math.inf
+    if scores is None:
+        limit = largest_shown([point.increase_percent for point in found])
+        edge = _scale_increases(axes, [point.increase_percent for point in found], limit)
+    else:
+        axes.set_ylabel(scores.head)
     shape, colour = shapes(found), colours(found)
 
     def at(point: Point) -> tuple[float, float]:
-        return point.bytes_per_token, min(point.increase_percent, edge)
+        height = point.increase_percent if point.score is None else point.score
+        return point.bytes_per_token, min(height, edge)
 
     for point in found:
         trained = point.spec == TRAINED
@@ -92,7 +103,7 @@ def figure(found: Sequence[Point]) -> Figure:
     axes.plot(*zip(*front, strict=True), color="0.5", linewidth=1, zorder=2)
     axes.legend(handles=_handles(shape, colour), frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.draw_without_rendering()  # fixes the layout, which the positions of labels depend on
-    beyond = [point for point in found if point.increase_percent > limit]
+    beyond = [point for point in found if scores is None and point.increase_percent > limit]
     tips = [_arrow(axes, *at(point)) for point in beyond]
     named = [p for p in found if p in beyond or p.spec == TRAINED or p.front]
     named.sort(key=lambda p: (p not in beyond, p.spec != TRAINED))  # those that matter most get the best positions

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 TRAINED = "as trained"
@@ -29,8 +32,43 @@ class Point:
     weight_bytes: int
     """Bytes that the method stores besides the model's weights, once for all caches."""
     front: bool
+    """Whether no other point has at most its bytes, is at least as good, and is better in one of the two."""
+    score: float | None = None
+    """The number of a suite by which the points are compared in place of perplexity; None: not measured."""
 
     @property
     def method(self) -> str:
         """The method without its options; `xkv+kivi` for two in a row."""
         return "+".join(part.partition(":")[0] for part in self.spec.split("+"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """A number of a suite for runs and ways to compress them."""
+
+    head: str
+    """Above its column, and at the axis of the figure."""
+    form: Callable[[float], str]
+    """The number in a table."""
+    higher_is_better: bool
+    values: Mapping[tuple[str, str], float]
+    """By run and `Point.spec`."""
+
+    def apply(self, points: Sequence[Point]) -> list[Point]:
+        """The points with their scores, and with the front of bytes and score. Points without a score are not on it."""
+
+        def cost(point: Point) -> float:
+            if point.score is None:
+                return math.inf
+            return -point.score if self.higher_is_better else point.score
+
+        scored = [dataclasses.replace(p, score=self.values.get((p.run, p.spec))) for p in points]
+        places = [(point.bytes_per_token, cost(point)) for point in scored]
+        return [
+            dataclasses.replace(
+                point,
+                front=point.score is not None
+                and not any(x <= place[0] and y <= place[1] and (x, y) != place for x, y in places),
+            )
+            for point, place in zip(scored, places, strict=True)
+        ]

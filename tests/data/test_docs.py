@@ -38,9 +38,9 @@ def test_the_table_of_recipes_says_what_they_do():
     assert rows.keys() == RECIPES.keys()
     for name, recipe in RECIPES.items():
         choice = recipe.tokenizer
-        assert rows[name] == (f"trained, {choice.train.vocab_size} tokens" if choice.train else f"`{choice.load}`"), (
-            name
-        )
+        words = f"trained, {choice.train.vocab_size} tokens" if choice.train else f"`{choice.load}`"
+        words = f"the numbers below {choice.numbers}" if choice.numbers else words
+        assert rows[name] == words, name
     assert "the first 50 GB of SlimPajama" in DOC
     assert RECIPES["slimpajama.yaml"].max_bytes == 50 * 10**9
     assert "FineWeb-Edu, 10-billion-token sample" in DOC

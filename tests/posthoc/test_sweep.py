@@ -14,6 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cllm.errors import EXIT_STOPPED, UserError
 from cllm.evaluate import posthoc
 from cllm.evaluate.pareto import TRAINED, expand, markdown, points
+from cllm.evaluate.pareto_figure import figure
+from cllm.evaluate.points import Scores
 from cllm.evaluate.result_folders import beside, results_of_checkpoint, run_of
 
 SPECS = ["--spec", "xkv:group={group},ratio={ratio}", "--spec", "minicache:start=0", "--group", 2, 4, "--ratio", 1.5]
@@ -218,3 +220,40 @@ def test_the_table_goes_beside_the_runs_or_to_runs(tmp_path, monkeypatch):
     assert {paths: str(beside([run_of(path) for path in paths], "posthoc")) for paths in where} == where
     assert results_of_checkpoint(tmp_path / "llama") == results_of_checkpoint(Path("llama"))
     assert results_of_checkpoint(tmp_path / "a" / "llama") != results_of_checkpoint(tmp_path / "b" / "llama")
+
+
+def test_a_score_takes_the_place_of_perplexity(sweep, run, tmp_path, capsys):
+    made = run("mha")[0]
+    words = [made.path, "--device", "cpu", "--spec", "svd:rank_k=1,rank_v=1", "--score"]
+    score = "copying:samples=2,length=4,distances=8"
+    assert sweep(*words, score) == 0
+    (head, row, other), suite = _table(capsys.readouterr().out), made.evaluation_folder / "copying"
+    assert head[7] == "copying accuracy %"
+    records = {r["spec"]: r for r in (json.loads(path.read_text()) for path in suite.glob("*/*/all.json"))}
+    assert set(records) == {"none", "svd:rank_k=1,rank_v=1"}
+    assert [row[7], other[7]] == [f"{records[spec]['accuracy']:.1f}" for spec in records]
+    with (tmp_path / "runs" / "posthoc" / "posthoc.csv").open() as lines:
+        assert [float(line["score"]) for line in csv.DictReader(lines)] == [r["accuracy"] for r in records.values()]
+    for wrong, message in (("posthoc", "posthoc is no suite of samples; allowed: "), ("copyin", "--score copyin: ")):
+        assert sweep(*words, wrong) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_front_of_scores_goes_by_their_better_direction():
+    found = points([record("a", "none", 100.0, 10.0), record("a", "x", 50.0, 9.0), record("a", "y", 25.0, 8.0)])
+    assert [point.front for point in found] == [False, False, True], "the last one has less bytes and less perplexity"
+    values = {("a", TRAINED): 90.0, ("a", "x"): 95.0, ("a", "y"): 10.0}
+    for higher, front in ((True, [False, True, True]), (False, [False, False, True])):
+        scores = Scores(head="hits", form="{:.0f}".format, higher_is_better=higher, values=values)
+        assert [point.front for point in scores.apply(found)] == front
+    (axes,) = figure(scores.apply(found)[:2], scores).axes
+    assert axes.get_ylabel() == "hits"
+    assert axes.get_title(loc="left") == "hits against bytes of cache: down and left is better"
+    del values["a", "x"]
+    assert [point.score for point in scores.apply(found)] == [90.0, None, 10.0]
+    assert not scores.apply(found)[1].front
+
+
+def _table(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]

@@ -168,9 +168,11 @@ def main(words: list[str] | None = None) -> int:
         kills, trials = kills + trial(study, out, draw, seconds), trials + 1
         found = results_of(out)
         left = [path.name for path in (out / "state").glob("*.lock")]
-        if found != expected or left:
+        twice = [file.name for file in (out / "state").glob("*.log") if "is in use by" in file.read_text()]
+        if found != expected or left or twice:
             different = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
-            print(f"trial {trials}: results differ: {different}, locks left: {left}\n{(work / 'log.txt').read_text()}")
+            print(f"trial {trials}: results differ: {different}, locks left: {left}, twice: {twice}")
+            print((work / "log.txt").read_text())
             return 1
     print(f"{len(expected)} points, {trials} trials, {kills} disturbances, 0 faults")
     shutil.rmtree(work)

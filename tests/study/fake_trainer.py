@@ -27,14 +27,26 @@ def newest(folder: str) -> int:
 def train(run: str, config: str, steps: int, per_step: int, seed: int, lr: float, seconds: float) -> int:
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
-    checkpoints, rows = f"{run}/checkpoints", f"{run}/metrics.jsonl"
-    os.makedirs(checkpoints, exist_ok=True)
-    busy = open(f"{run}/busy", "w")  # noqa: SIM115 - locked until the process ends
+    os.makedirs(f"{run}/checkpoints", exist_ok=True)
+    lock = os.path.join(os.path.dirname(run), f".{os.path.basename(run)}.lock")
+    busy = os.open(lock, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(busy, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         print(f"{run}: is in use by another process")
         return 2
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        os.pwrite(busy, json.dumps({"host": "here", "boot": file.read().strip(), "pid": os.getpid()}).encode(), 0)
+    try:
+        return steps_of(run, config, steps, per_step, seed, lr, seconds, stopped)
+    finally:
+        os.unlink(lock)
+
+
+def steps_of(
+    run: str, config: str, steps: int, per_step: int, seed: int, lr: float, seconds: float, stopped: list[int]
+) -> int:
+    checkpoints, rows = f"{run}/checkpoints", f"{run}/metrics.jsonl"
     with open(config) as file:
         write(f"{run}/config.yaml", file.read())
     summary = {"kv_bytes_per_token": {"resident": 64.0, "read": 64.0}, "kv_vs_mha": {"resident": 1.0, "read": 1.0}}

@@ -104,7 +104,7 @@ def fork(study: Study, out: Path, log: Path) -> int:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        status = runner_of(study, out, FakeCommands()).run()
+        status = runner_of(study, out, FakeCommands(0.004), slots=1).run()
     except BaseException:
         traceback.print_exc()
     finally:

@@ -31,6 +31,7 @@ COMMANDS = {
     "analyze": "scripts/analyze.py",
     "sweep": "experiments.sweep_posthoc",
     "tradeoff": "experiments.tradeoff",
+    "study": "cllm.commands.study",
     "search": "cllm.uptrain.search",
     "bench_train": "benchmarks.train.__main__",
     "bench_decode": "benchmarks.decode.__main__",

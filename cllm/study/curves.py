@@ -79,7 +79,7 @@ def fit_curve(points: Sequence[tuple[float, float]], seed: int = 0) -> Fit | Non
     scale = float(tokens[-1])
     best = _least_squares(tokens / scale, losses[None, :])[0]
     fitted = best[0] + best[1] * (tokens / scale) ** -best[2]
-    residuals = losses - fitted
+    residuals = (losses - fitted) * np.sqrt(len(used) / (len(used) - 3))  # three parameters make them too small
     generator = np.random.default_rng(seed)
     resampled = fitted + generator.choice(residuals, size=(_DRAWS, len(used)))
     draws = _least_squares(tokens / scale, resampled)

@@ -30,7 +30,10 @@ def colours(labels: Sequence[str]) -> dict[str, str]:
 
 def curves_figure(summary: Summary, rows: Sequence[Row], tag: str, what: str) -> Figure:
     """Draw a tag of validation against tokens, the mean of a row's seeds as a line, each seed thinly."""
+    from matplotlib.ticker import EngFormatter
+
     figure, axes = new_figure(9, 5.5, f"{what} against training tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.set_xlabel("tokens")
     axes.set_ylabel(f"{what}, nats per token")
     colour = colours([row.label for row in summary.rows])

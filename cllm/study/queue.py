@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
+from cllm.config import Config
 from cllm.errors import UserError
 from cllm.runs import RunFolder
 from cllm.study.layout import Layout
@@ -118,10 +119,13 @@ class Queue:
         return sorted(found, key=lambda item: item[1] != "evaluate")
 
 
-def is_trained(run: RunFolder) -> bool:
-    """Whether a run was validated after its last step, or was ended by a callback, and has that step's checkpoint."""
-    if not run.config_file.exists():
-        return False
-    train = run.config().train
-    last = run.early_stop() or train.steps
-    return run.is_validated_at(last) and (train.checkpoint_every is None or last in dict(run.checkpoints()))
+def is_trained(run: RunFolder, config: Config) -> bool:
+    """Whether a run was validated after its last step, or was ended by a callback, and has that step's checkpoint.
+
+    Args:
+        run: the run's folder, which may be missing.
+        config: the config that it is trained with.
+    """
+    last = run.early_stop() or config.train.steps
+    saved = config.train.checkpoint_every is None or last in dict(run.checkpoints())
+    return saved and run.is_validated_at(last)

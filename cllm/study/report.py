@@ -28,7 +28,7 @@ AR_LOSS = "val/ar_loss"
 _NOTES = (
     "Loss: the last validation in training, nats per token, mean ± standard error over the seeds. Difference: to "
     "{baseline}, paired by seed, with its 95 % interval by Student's t; the verdict is what this interval allows. "
-    "× mha: bytes of cache relative to the same model with full attention in every layer."
+    "× mha: bytes of cache relative to the same model with full attention in every layer. FLOPs: of one run's training."
 )
 
 
@@ -128,6 +128,11 @@ def _ratio(row: Row, which: str) -> str:
     return f"{row.first.content['summary']['kv_vs_mha'][which]:.3f}"
 
 
+def _flops(row: Row) -> str:
+    per_token = row.first.content["summary"].get("training_flops_per_token")
+    return _DASH if per_token is None else f"{per_token * row.first.content['trained_tokens']:.3g}"
+
+
 def _rate(row: Row) -> str:
     return f"{row.first.rate:g}" + ("" if row.note in ("", "as configured", "found") else f" ({row.note})")
 
@@ -139,6 +144,7 @@ def _design_columns(study: Study) -> Sequence[Column[Row]]:
         Column("read × mha", lambda row: _ratio(row, "read")),
         Column("parameters", lambda row: count_text(row.first.content["summary"]["parameters"])),
         Column("tokens", lambda row: count_text(row.first.content["trained_tokens"])),
+        Column("FLOPs", _flops),
         Column("learning rate", _rate),
         Column("seeds", lambda row: str(len(row.results))),
         Column("loss", lambda row: with_error(row.loss)),
@@ -195,6 +201,8 @@ def _rates(summary: Summary) -> list[str]:
     for label, found in summary.searches.items():
         for n, part in enumerate(found.rounds):
             losses = {rate: loss for rate, loss in part.losses.items() if loss is not None}
+            if not losses:
+                continue
             cells = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in sorted(losses.items()))
             last = n + 1 == len(found.rounds) and bool(found.chosen)
             best = ", ".join(f"{rate:g}" for rate in found.chosen) if last else ""

@@ -27,7 +27,7 @@ from cllm import processes
 from cllm.config import Config
 from cllm.errors import EXIT_STOPPED, UserError
 from cllm.files import RESULTS, mark_new, write_atomic
-from cllm.lock import locked
+from cllm.lock import discard_dead, locked
 from cllm.study.children import Commands, Job, Slot, child_environment, start
 from cllm.study.estimate import Estimates, progress, saved_share
 from cllm.study.layout import last_line
@@ -58,6 +58,8 @@ class Options:
     """On a GPU, start a run while the one before it ends or is measured."""
     poll: float = _POLL
     """Seconds between two looks at the processes."""
+    check: float = _CHECK
+    """Seconds between two looks at a run's metrics."""
 
 
 class Runner:
@@ -105,6 +107,8 @@ class Runner:
                 self._end_all()
         self._queue_changed = True
         self._refresh()
+        for point in self._wanted:  # locks that killed processes left
+            discard_dead(self.layout.lock(point))
         if self._left or self.queue.is_blocked:
             return 1 if self.failed and self._stopped is None else EXIT_STOPPED
         return 0
@@ -119,7 +123,7 @@ class Runner:
             for job in list(slot.jobs):
                 if processes.has_ended(job.process):
                     self._finish(job)
-                elif now - job.checked >= _CHECK:
+                elif now - job.checked >= self.options.check:
                     self._look_at(job, now)
         self._last_turn = now
         if self._stopped is not None:
@@ -220,7 +224,7 @@ class Runner:
                 return True
             self._check_code()
             config = self._config(point)
-            if work == "train" and is_trained(self.layout.run(point)):
+            if work == "train" and is_trained(self.layout.run(point), config):
                 self._record(point, None)
                 locks.close()
                 self._queue_changed = True
@@ -312,7 +316,7 @@ class Runner:
         try:
             if job.work == "evaluate":
                 self._finish_evaluation(job, status, seconds, line)
-            elif status == 0 and is_trained(self.layout.run(job.point)):
+            elif status == 0 and is_trained(self.layout.run(job.point), job.config):
                 self._record(job.point, seconds)
             elif status == EXIT_STOPPED:
                 log.info("%s was stopped from outside and goes on", job.point.short_name)

@@ -41,7 +41,7 @@ def array_script(study: Study, command: Sequence[str], logs: Path) -> str:
         "study=$!",
         'wait "$study"',
         "status=$?",
-        'while kill -0 "$study" 2>/dev/null; do wait "$study"; status=$?; done  # a signal ends the first wait',
+        'if [ "$status" -gt 128 ]; then wait "$study"; status=$?; fi  # a signal ends the first wait',
         "# 3: stopped, and the same command goes on.",
         'if [ "$status" -eq 3 ]; then scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"; fi',
         'exit "$status"',

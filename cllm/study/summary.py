@@ -215,7 +215,7 @@ def _best(
     if candidates:
         most = max(len(results) for _, results in candidates)
         full = [results for _, results in candidates if len(results) == most]
-        note = "at the edge of the search" if found.at_edge else "found"
+        note = "edge" if found.at_edge else "found"
         return min(full, key=lambda results: Mean.of([r.loss for r in results if r.loss is not None]).mean), note
     assert grid.study.rates is not None
     known = grid.study.rates.known_for(variant.design)
@@ -259,7 +259,8 @@ def _scores(rows: Sequence[Row]) -> list[tuple[Score, dict[str, Mean]]]:
 def _numbers(record: dict[str, Any]) -> list[tuple[Score, str]]:
     """The numbers of a record, with their keys."""
     name = record.get("suite") or ("posthoc" if "spec" in record else "perplexity")
-    label = " ".join(str(part) for part in (record.get("spec") or name, record.get("set")) if part and part != name)
+    measured, on = record.get("spec") or name, record.get("set")
+    label = measured if on in (None, name) else f"{measured}, {on}"
     suite = suites().get(name)
     if suite is None:
         return [(Score(suite=name, label=label, head="loss", form="{:.4f}".format), "loss")]

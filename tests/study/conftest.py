@@ -1,0 +1,24 @@
+"""A finished study, trained by `fake_trainer.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def chaos(load_file: Callable[[Path], ModuleType]) -> ModuleType:
+    """The helpers of `chaos.py`."""
+    return load_file(Path(__file__).with_name("chaos.py"))
+
+
+@pytest.fixture(scope="session")
+def finished(chaos: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished study; `started` in it has the name of each training that was started."""
+    folder = tmp_path_factory.mktemp("study")
+    study = chaos.study_of(folder / "base.yaml")
+    assert chaos.runner_of(study, folder, chaos.FakeCommands(0, folder / "started")).run() == 0
+    return folder

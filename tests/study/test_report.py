@@ -1,0 +1,147 @@
+"""Statistics against numbers computed by hand; the report: equal bytes, verdicts, and what it leaves out."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cllm.errors import UserError
+from cllm.study.curves import crossing, fit_curve
+from cllm.study.layout import Layout
+from cllm.study.report import report_data, report_text, write_report
+from cllm.study.results import read_results
+from cllm.study.statistics import Mean, paired, t_quantile
+from cllm.study.summary import summarise
+
+# ---- statistics
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)]
+)
+def test_quantiles_of_students_t_are_those_of_the_tables(freedom: int, quantile: float) -> None:
+    assert t_quantile(0.975, freedom) == pytest.approx(quantile, abs=5e-5)
+
+
+def test_a_mean_has_the_standard_error_and_interval_computed_by_hand() -> None:
+    mean = Mean.of([1.0, 2.0, 6.0])  # variance (4 + 1 + 9) / 2 = 7
+    assert (mean.n, mean.mean, mean.error) == (3, 3.0, pytest.approx(math.sqrt(7 / 3)))
+    half = 4.302653 * math.sqrt(7 / 3)
+    assert mean.interval == pytest.approx((3 - half, 3 + half))
+
+
+def test_verdicts_are_those_that_the_paired_interval_allows() -> None:
+    base = {1: 3.0, 2: 3.5, 3: 4.0}  # differences between seeds are much larger than those between designs
+    better = paired({1: 2.99, 2: 3.48, 3: 3.99, 9: 7.0}, base)
+    assert better.pairs.mean == pytest.approx(-0.04 / 3)
+    assert better.pairs.error == pytest.approx(0.01 / 3)  # -0.01, -0.02, -0.01
+    assert better.pairs.interval == pytest.approx((-0.0133333 - 0.0143422, -0.0133333 + 0.0143422), abs=1e-6)
+    assert better.verdict == "not distinguishable", "three seeds are few"
+    assert paired({1: 2.9, 2: 3.4, 3: 3.901}, base).verdict == "better"
+    assert paired({1: 3.1, 2: 3.6, 3: 4.101}, base).verdict == "worse"
+    assert paired({2: 1.0}, base).verdict == "one seed: no interval"
+    assert paired({7: 1.0}, base).verdict == "no common seed"
+
+
+def test_a_fit_finds_the_curve_that_the_points_come_from_and_where_two_cross() -> None:
+    t = np.linspace(5e6, 1e8, 30)
+
+    def curve(e: float, a: float, b: float, noise: float = 0.0, seed: int = 0) -> list[tuple[float, float]]:
+        draws = np.random.default_rng(seed).normal(size=len(t)) * noise
+        return [(float(x), float(y)) for x, y in zip(t, e + a * t**-b + draws, strict=True)]
+
+    exact = fit_curve(curve(2.0, 400.0, 0.4))
+    assert exact.parameters == pytest.approx((2.0, 400.0, 0.4), rel=0.03)
+    assert exact.at(5e7) == pytest.approx(2 + 400 * 5e7**-0.4, abs=1e-4)
+    fits = [fit_curve(curve(2.0, 400.0, 0.4, noise=0.002, seed=seed)) for seed in range(10)]
+    for n, truth in enumerate((2.0, 400.0, 0.4)):
+        inside = sum(low <= truth <= high for low, high in (fit.interval(n) for fit in fits))
+        assert inside >= 7, "intervals of 90 %"
+    other = fit_curve(curve(1.9, 800.0, 0.4))  # 400 t^-0.4 = 0.1 at t = 4000^2.5
+    assert crossing(other, exact).tokens == pytest.approx(4000**2.5, rel=0.05)
+    assert crossing(fit_curve(curve(2.1, 400.0, 0.4)), exact).text == "no crossing predicted"
+    assert fit_curve(curve(2.0, 1.0, 0.4)[:5]) is None
+
+
+# ---- the report
+
+
+def copy_of(finished: Path, out: Path) -> Layout:
+    shutil.copytree(finished / "results", out / "results")
+    return Layout.at(out)
+
+
+def change(layout: Layout, pattern: str, **values: Any) -> None:
+    """Change values in the result files that match."""
+    for file in layout.results.glob(pattern):
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_report_has_equal_bytes_each_time_and_reads_results_alone(
+    finished: Path, chaos: ModuleType, tmp_path: Path
+) -> None:
+    study = chaos.study_of(finished / "base.yaml")
+    layouts = [copy_of(finished, tmp_path / name) for name in ("one", "two")]
+    for layout in layouts:
+        tokens = [0, 32, 48, 64, 96, 112, 128, 160]
+        curve = {"tokens": tokens, "val/loss": [9 / (1 + t) + 2 for t in tokens], "val/ar_loss": [1.0] * len(tokens)}
+        change(layout, "*160*", validation=curve)
+        write_report(study, layout)
+    one, two = (contents(layout.report) for layout in layouts)
+    assert one == two
+    board = "tensorboard/events.out.tfevents.0.study"
+    assert {"report.md", "report.json", "loss.png", "pareto.png", "ar_loss.png", "scores.png", board} <= one.keys()
+    text = one["report.md"].decode()
+    assert "| mha " in text
+    assert "baseline" in text
+    assert "0.001: 2.1" in text
+    assert "## Learning curves" in text
+    data = json.loads(one["report.json"])
+    assert [row["design"] for row in data["rows"]] == ["mha", "cla"]
+    assert data["rows"][0]["commits"] == ["abc"]
+    assert data["rows"][0]["config"]["model"]["d_model"] == 8
+
+
+def test_the_report_computes_losses_by_hand_and_names_the_rule(
+    finished: Path, chaos: ModuleType, tmp_path: Path
+) -> None:
+    study = chaos.study_of(finished / "base.yaml")
+    layout = copy_of(finished, tmp_path)
+    for design, losses in {"mha": (3.0, 3.2), "cla": (2.8, 2.9)}.items():
+        for seed, loss in enumerate(losses, start=1):
+            change(layout, f"{design}-lr0.002-160-s{seed}-*", loss=loss)
+    summary = summarise(study, read_results(layout.results))
+    rows = {row["design"]: row for row in report_data(summary)["rows"]}
+    assert rows["mha"]["loss"]["mean"] == pytest.approx(3.1)
+    assert rows["mha"]["loss"]["standard_error"] == pytest.approx(0.1)
+    assert rows["cla"]["difference"]["mean"] == pytest.approx(-0.25)  # -0.2 and -0.3
+    assert rows["cla"]["difference"]["interval_95"] == pytest.approx((-0.25 - 0.635310, -0.25 + 0.635310), abs=1e-5)
+    text = report_text(summary, [])
+    assert "## 160 tokens: equal tokens" in text
+    assert "-0.2500 [-0.8853, +0.3853] | not distinguishable" in text
+    assert "3.1000 ± 0.1000" in text
+
+
+def test_a_report_mixes_no_versions(finished: Path, chaos: ModuleType, tmp_path: Path) -> None:
+    study = chaos.study_of(finished / "base.yaml")
+    layout = copy_of(finished, tmp_path)
+    first, second = sorted(layout.results.glob("cla-lr0.002-160-*"))
+    change(layout, first.name, code="another", loss=99.0)
+    change(layout, second.name, data="other data", loss=99.0)
+    text = report_text(summarise(study, read_results(layout.results)), [])
+    assert "| cla " not in text.split("## Learning rates")[0]
+    assert f"- {first.stem}: other version of the code (code another" in text
+    assert f"- {second.stem}: other data" in text
+    with pytest.raises(UserError, match="no result of its present settings"):
+        summarise(study.model_copy(update={"overrides": {"optim": {"eps": 1e-6}}}), read_results(layout.results))

@@ -1,0 +1,287 @@
+"""The runner: every point once whatever kills it, time limits, failures, sharing of GPUs, versions, rates, SLURM."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from cllm.study.children import Slot, child_environment
+from cllm.study.estimate import Estimates
+from cllm.study.layout import Layout
+from cllm.study.points import Grid
+from cllm.study.queue import Queue
+from cllm.study.rates import search
+from cllm.study.schema import Rates, Study, budgets, load_study, sizes
+from cllm.study.slurm import array_script
+from cllm.study.status import status
+from cllm.study.version import _file_hash, code_version
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_study_that_is_killed_loses_no_point_and_trains_none_twice(tmp_path: Path) -> None:
+    """In a process of its own, since it forks: Python must have started no thread by then."""
+    command = [sys.executable, "-m", "tests.study.chaos", "--kills", "20", "--seed", "3", "--work", str(tmp_path / "w")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    points, _, kills = (int(part.split()[0]) for part in done.stdout.split(",")[:3])
+    assert points == 6
+    assert kills >= 20
+
+
+def test_the_search_takes_the_best_rate_and_is_not_repeated(finished: Path, chaos: ModuleType) -> None:
+    study = chaos.study_of(finished / "base.yaml")
+    queue = Queue(Grid(study, code_version()), Layout.at(finished), evaluation="e")
+    assert {found.chosen for found in queue.searches().values()} == {(0.002,)}, "the trainer's loss is lowest there"
+    started = (finished / "started").read_text().split()
+    assert len(started) == len(set(started)) == 2 * 2 + 2 * 2
+    assert chaos.runner_of(study, finished, chaos.FakeCommands(0, finished / "started")).run() == 0
+    assert (finished / "started").read_text().split() == started
+
+
+def test_a_search_halves_its_rates_on_growing_budgets(chaos: ModuleType, tmp_path: Path) -> None:
+    rates = Rates(values=[1.0, 2.0, 3.0, 4.0, 5.0], tokens=800, keep=1)
+    assert (sizes(rates), budgets(rates)) == ([5, 3, 2], [200, 400, 800])
+    study = chaos.study_of(tmp_path / "base.yaml", rates=rates.model_dump())
+    grid = Grid(study, "code")
+    losses = {(200, 3.0): 1.0, (200, 4.0): 2.0, (200, 1.0): 3.0, (200, 2.0): 9.0, (200, 5.0): float("inf")}
+    found = search(grid, grid.variants[0], lambda p: losses.get((p.tokens, p.rate)))
+    assert {(p.tokens, p.rate) for p in found.missing} == {(400, 1.0), (400, 3.0), (400, 4.0)}
+    losses |= {(400, 3.0): 1.0, (400, 4.0): 0.5, (400, 1.0): 3.0, (800, 3.0): 0.1, (800, 4.0): 0.2}
+    found = search(grid, grid.variants[0], lambda p: losses.get((p.tokens, p.rate)))
+    assert (found.chosen, found.missing, found.at_edge) == ((3.0,), (), False)
+
+
+def test_points_of_known_rates_come_first_then_searches_then_seeds(chaos: ModuleType, tmp_path: Path) -> None:
+    rates = {"values": [0.001, 0.002], "tokens": 64, "known": {"default": 0.002}}
+    study = chaos.study_of(tmp_path / "base.yaml", rates=rates)
+    queue = Queue(Grid(study, "code"), Layout.at(tmp_path), evaluation="e")
+    assert [point.short_name for point in queue.wanted()] == [
+        "mha, lr 0.002, 160, seed 1",
+        "cla, lr 0.002, 160, seed 1",
+        "mha, lr 0.001, 64, seed 1",
+        "mha, lr 0.002, 64, seed 1",
+        "cla, lr 0.001, 64, seed 1",
+        "cla, lr 0.002, 64, seed 1",
+    ]
+    config = queue.grid.config(queue.wanted()[0], tmp_path)
+    assert (config.optim.lr, config.optim.min_lr) == (0.002, 0.0002), "the end of the schedule keeps its share"
+    assert config.train.steps == 10
+
+
+def test_results_of_other_versions_and_settings_are_not_used(finished: Path, chaos: ModuleType, tmp_path: Path) -> None:
+    shutil.copytree(finished / "results", tmp_path / "results")
+    study = chaos.study_of(finished / "base.yaml")
+    layout = Layout.at(tmp_path)
+    same = Queue(Grid(study, code_version()), layout, evaluation="e")
+    assert [work for _, work in same.left()] == []
+    other_code = Queue(Grid(study, "another code"), layout, evaluation="e")
+    assert len(other_code.left()) == 4, "all runs of the search, and none of the long ones yet"
+    changed = study.model_copy(update={"overrides": {"optim": {"weight_decay": 0.2}}})
+    assert len(Queue(Grid(changed, code_version()), layout, evaluation="e").left()) == 4
+    moved = study.model_copy(update={"overrides": {"data": {"path": "elsewhere", "num_workers": 7}}})
+    assert Queue(Grid(moved, code_version()), layout, evaluation="e").left() == []
+    text = status(other_code, Estimates(1000.0), 1)
+    assert text.count("other version") == 8 + 1
+    assert "4 waiting, 8 other version" in text
+
+
+def test_a_version_is_that_of_code_and_not_of_comments(tmp_path: Path) -> None:
+    texts = ['"""A."""\nx = 1  # one\n', '"""B."""\n\nx = 1\n', "x = 2\n"]
+    hashes = []
+    for n, text in enumerate(texts):
+        (tmp_path / f"{n}.py").write_text(text)
+        hashes.append(_file_hash(str(tmp_path / f"{n}.py"), 0, 0))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_no_point_starts_that_would_not_end_in_time(chaos: ModuleType, tmp_path: Path) -> None:
+    study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={})
+    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(), seconds=100.0)
+    (point, _), *_ = runner.queue.left()  # 160 tokens, and 30 s of start
+
+    def fits(speed: float, left: float, waits: float = 0.0) -> bool:
+        runner.estimates = Estimates(speed)
+        runner._deadline = time.monotonic() + left
+        return runner._fits(point, waits)
+
+    assert fits(16.0, left=45)
+    assert not fits(16.0, left=35)
+    assert not fits(16.0, left=45, waits=10)
+    assert fits(2.0, left=50), "it would not end in any session of 100 s, so it goes on in the next"
+    folder = runner.layout.run(point).checkpoint_folder
+    folder.mkdir(parents=True)
+    (folder / "step-00000001.ckpt").touch()
+    assert fits(16.0, left=1), "a run that was begun loses nothing"
+
+
+def test_a_study_stops_in_time_and_goes_on(chaos: ModuleType, tmp_path: Path) -> None:
+    study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={}, tokens=16 * 40)
+    begin = time.monotonic()
+    assert chaos.runner_of(study, tmp_path, chaos.FakeCommands(0.05), seconds=0.5).run() == 3
+    assert time.monotonic() - begin < 30, "each of four runs takes 2 s, and those that run stop after a step"
+    assert list((tmp_path / "runs").glob("*/checkpoints/*.ckpt"))
+    assert not list((tmp_path / "results").glob("*"))
+    assert chaos.runner_of(study, tmp_path, chaos.FakeCommands(0), seconds=60.0).run() == 0
+
+
+def test_a_failed_point_is_named_with_the_last_line_of_its_log(chaos: ModuleType, tmp_path: Path) -> None:
+    study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={}, seeds=[1])
+
+    class Failing(chaos.FakeCommands):  # type: ignore[name-defined]
+        def train(self, config: Path) -> list[str]:
+            if config.name.startswith("cla"):
+                return [sys.executable, "-S", "-c", "print('error: no such data'); raise SystemExit(2)"]
+            return super().train(config)
+
+    runner = chaos.runner_of(study, tmp_path, Failing(0))
+    assert runner.run() == 1
+    text = status(runner.queue, Estimates(), 1)
+    assert "failed  error: no such data" in text
+    assert "1 done, 1 failed" in text
+
+
+@pytest.mark.parametrize(("share", "most"), [(True, 2), (False, 1)])
+def test_the_next_run_starts_while_the_one_before_it_ends(
+    share: bool, most: int, chaos: ModuleType, tmp_path: Path
+) -> None:
+    study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={}, seeds=[1, 2])
+    commands = chaos.FakeCommands(0.01)
+    runner = chaos.runner_of(study, tmp_path, commands, slots=1, share=share, check=0.0)
+    seen, fill = [], runner._fill
+
+    def record(slot: Slot) -> bool:
+        started = fill(slot)
+        seen.append(len(slot.jobs))
+        return started
+
+    runner._fill = record
+    assert runner.run() == 0
+    assert max(seen) == most
+
+
+def test_a_run_sees_one_gpu_and_nothing_of_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    found = child_environment(Slot("3"), 4, tmp_path)
+    assert found["CUDA_VISIBLE_DEVICES"] == "3"
+    assert found["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+    assert "SLURM_NTASKS" not in found
+    assert child_environment(Slot(None), 1, tmp_path)["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_the_script_of_an_array() -> None:
+    slurm = {
+        "tasks": 8,
+        "time": "02:00:00",
+        "cpus": 4,
+        "options": ["--partition=gpu"],
+        "setup": [". .venv/bin/activate"],
+    }
+    study = Study(name="s", base=["x"], designs={"mha": {}}, tokens=1, slurm=slurm)
+    command = ["cllm", "study", "my study.yaml", "--out", "/data/s"]
+    assert array_script(study, command, Path("/data/s/state")) == (
+        """\
+#!/usr/bin/env bash
+#SBATCH --job-name=study-s
+#SBATCH --array=0-7
+#SBATCH --ntasks=1
+#SBATCH --gpus-per-task=1
+#SBATCH --cpus-per-task=4
+#SBATCH --time=02:00:00
+#SBATCH --signal=B:TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=/data/s/state/slurm-%A-%a.log
+#SBATCH --partition=gpu
+# Every task takes points from the same queue; their files must be on storage that all tasks see.
+. .venv/bin/activate
+trap 'kill -TERM "$study"' TERM
+cllm study 'my study.yaml' --out /data/s &
+study=$!
+wait "$study"
+status=$?
+if [ "$status" -gt 128 ]; then wait "$study"; status=$?; fi  # a signal ends the first wait
+# 3: stopped, and the same command goes on.
+if [ "$status" -eq 3 ]; then scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"; fi
+exit "$status"
+"""
+    )
+
+
+# ---- the shipped studies
+
+
+def test_the_study_of_45m_has_designs_of_half_the_cache_and_equal_size() -> None:
+    from cllm.model.sizes import count_parameters, meta_decoder
+    from cllm.study.matching import cache_share
+
+    study = load_study(ROOT / "configs/studies/45m.yaml", ["--model.vocab_size", "16384", "--data.path", "p"])
+    grid = Grid(study, "code")
+    configs = {v.label: grid.config(grid.point(v, study.tokens[0], 1, 3e-3), Path("r")) for v in grid.variants}
+    assert list(configs) == ["mha", "gqa", "cla-2", "yoco", "fusedkv", "fusedkv_lite", "mla"]
+    shares = {name: cache_share(config.model) for name, config in configs.items()}
+    assert shares == pytest.approx({**dict.fromkeys(configs, 0.5), "mha": 1.0, "yoco": (6 / 4 + 1) / 12})
+    sizes = [count_parameters(meta_decoder(config.model)) for config in configs.values()]
+    assert max(sizes) / min(sizes) < 1.01
+    for config in configs.values():
+        assert config.train.steps == round(490e6 / (8 * 4096))
+        assert (config.model.qk_norm, config.optim.min_lr, config.data.path) == (True, 3e-4, "p")
+    # The key has no folder of data in it.
+    other = load_study(ROOT / "configs/studies/45m.yaml", ["--model.vocab_size", "16384", "--data.path", "q"])
+    assert next(Grid(other, "code").all_points()).key == next(grid.all_points()).key
+
+
+@pytest.mark.parametrize(("wanted", "reached"), [("1/2", 0.5), ("1/4", 0.25), ("1/3", 0.375)])
+def test_cache_bytes_are_matched_as_near_as_integers_allow(
+    wanted: str, reached: float, chaos: ModuleType, tmp_path: Path
+) -> None:
+    model = {"n_layers": 8, "n_heads": 4, "d_model": 32}
+    designs = {
+        "mha": {},
+        "gqa": {"model": {"kv": {"preset": "gqa"}}},
+        "cla": {"model": {"kv": {"preset": "cla"}}},
+        "mla": {"model": {"kv": {"preset": "mla", "qk_rope_head_dim": 2}}},
+    }
+    study = chaos.study_of(
+        tmp_path / "base.yaml", designs=designs, match={"cache_bytes": wanted}, overrides={"model": model}
+    )
+    grid = Grid(study, "code")
+    matches = {variant.design: grid.cache_match(variant) for variant in grid.variants}
+    assert matches["mha"] is None, "the baseline stays"
+    assert matches["cla"].reached == pytest.approx(reached)
+    assert matches["gqa"].reached == pytest.approx(0.25 if wanted == "1/3" else reached)
+    assert matches["mla"].reached == pytest.approx(float(Fraction(wanted)), abs=0.01)
+
+
+def test_designs_of_equal_flops_train_on_more_or_fewer_tokens(chaos: ModuleType, tmp_path: Path) -> None:
+    from cllm.model.sizes import meta_decoder, training_flops_per_token
+
+    study = chaos.study_of(tmp_path / "base.yaml", match="flops", tokens=160_000)
+    grid = Grid(study, "code")
+    configs = [grid.config(grid.point(v, 160_000, 1, None), tmp_path) for v in grid.variants]
+    flops = [c.train.steps * training_flops_per_token(meta_decoder(c.model), c.data.seq_len) for c in configs]
+    assert configs[0].train.steps == 10_000 < configs[1].train.steps
+    assert flops[1] == pytest.approx(flops[0], rel=1e-4)
+
+
+def test_a_task_of_an_array_leaves_points_to_others(chaos: ModuleType, tmp_path: Path) -> None:
+    from cllm.lock import locked
+
+    study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={}, seeds=[1])
+    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0))
+    held = runner.queue.wanted()[0]
+    with locked(runner.layout.lock(held)):
+        assert runner.run() == 3
+    assert [point.variant.design for point, _ in runner.queue.left()] == ["mha"]
+    assert json.loads(next((tmp_path / "results").iterdir()).read_text())["design"] == "cla"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cllm.arguments import Parser, number, whole_number
 from cllm.errors import UserError, nearest, one_line
-from cllm.evaluate.result_folders import beside, run_of
+from cllm.evaluate.result_folders import beside, run_of, without_results
 from cllm.lock import locked
 from cllm.posthoc import UNCOMPRESSED
 from cllm.signals import stoppable
@@ -132,6 +132,7 @@ def sweep(runs: Sequence[str], options: SweepOptions) -> int:
     for spec in specs:
         parse(spec)
     device = choose_device(options.device)
+    runs = without_results(runs) or runs
     names = [_run_name(Path(path)) for path in runs]
     if options.baseline is not None and options.baseline not in names:
         raise UserError(f"--baseline {options.baseline}: not among the runs; {nearest(options.baseline, names)}")

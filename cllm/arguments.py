@@ -35,12 +35,11 @@ class Parser(argparse.ArgumentParser):
         usage_hint: a short command that works, for the message about missing arguments.
     """
 
-    def __init__(self, *args: Any, usage_hint: str = "", **kwargs: Any):
+    def __init__(self, *args: Any, usage_hint: str = "", add_help: bool = True, **kwargs: Any):
         kwargs = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **kwargs}
-        with_help = kwargs.pop("add_help", True)
         super().__init__(*args, **kwargs, add_help=False)
         self.usage_hint = usage_hint
-        if with_help:
+        if add_help:
             self.add_argument(
                 "-h", "--help", action=_Help, nargs="?", metavar="WORD", default=argparse.SUPPRESS,
                 help="show this help; with WORD only what has to do with it, as in --help batch",

@@ -6,7 +6,7 @@
     %(prog)s --config runs/cla/config.yaml --resume auto
     %(prog)s --help optim
 
-`cllm configs` lists the shipped configs. `--help WORD` shows only the settings that have to do with a word, or a preset.
+`cllm configs` lists the shipped configs. `--help WORD` shows only the settings that have to do with a word.
 docs/training.md describes runs, docs/plans.md describes model.kv. README.md defines the words owner, slot, share and
 fuse.
 """

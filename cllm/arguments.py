@@ -36,8 +36,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, usage_hint: str = "", add_help: bool = True, **kwargs: Any):
-        kwargs = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **kwargs}
-        super().__init__(*args, **kwargs, add_help=False)
+        usual: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(*args, **{**usual, **kwargs, "add_help": False})
         self.usage_hint = usage_hint
         if add_help:
             self.add_argument(

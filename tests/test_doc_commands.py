@@ -242,7 +242,7 @@ def launched(words: list[str]) -> None:
         from torch.distributed.run import get_args_parser
 
         options = get_args_parser().parse_args(words[1:])
-        return call(options.training_script, options.training_script_args, parse=True)
+        return call(options.training_script, options.training_script_args, parse=True)  # of a module its name
     script = next((n for n, word in enumerate(words) if word.endswith(".sbatch")), None)
     if script is None:
         raise Broken("submits no job script")

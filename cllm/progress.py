@@ -76,6 +76,14 @@ class ProgressMeter:
             self._due = now + BETWEEN_LINES
             self._print(self._line(now), now)
 
+    def skip(self, n: int) -> None:
+        """Count `n` more units that took no time, such as those that an earlier process has done."""
+        self.done += n
+        self._printed[-1] = (monotonic(), self.done)
+        if self._bar is not None:
+            self._bar.initial += n
+            self._bar.update(n)
+
     def note(self, text: str) -> None:
         """Show `text` behind the count from now on."""
         self._note = text

@@ -226,13 +226,15 @@ def _write_shards(
         for split in (TRAIN, VALIDATION)
     }
     encoded = encode(after(corpus.documents(), state.documents), saved, recipe.n_workers)
+    resumed = state.documents > 0  # the first batch then comes after documents that are written already
     meter = ProgressMeter(corpus.n_bytes, recipe.name, "B", scaled=True)
     with meter, contextlib.closing(encoded):
         for batch in encoded:
             n_shards = sum(len(writer.progress.shards) for writer in writers.values())
             _write_batch(batch, writers)
             state.documents += len(batch.lengths)
-            meter.update(batch.position - meter.done)
+            (meter.skip if resumed else meter.update)(batch.position - meter.done)
+            resumed = False
             if sum(len(writer.progress.shards) for writer in writers.values()) > n_shards:
                 state.splits = {split: writer.sync() for split, writer in writers.items()}
                 state.save(partial)

@@ -242,7 +242,7 @@ def launched(words: list[str]) -> None:
         from torch.distributed.run import get_args_parser
 
         options = get_args_parser().parse_args(words[1:])
-        return call(options.training_script, options.training_script_args, parse=True)  # of a module its name
+        return call(options.training_script, options.training_script_args, parse=True)  # or a module
     script = next((n for n, word in enumerate(words) if word.endswith(".sbatch")), None)
     if script is None:
         raise Broken("submits no job script")
@@ -262,9 +262,8 @@ def shell_script(path: str) -> None:
 def pip(words: list[str]) -> None:
     """The files that pip reads, and the extras of this project."""
     extras = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    for option, value in itertools.pairwise(words):
-        if option in ("-c", "-r") and not Path(value).exists():
-            raise Broken(f"{value} does not exist")
+    if missing := [f for option, f in itertools.pairwise(words) if option in ("-c", "-r") and not Path(f).exists()]:
+        raise Broken(f"{missing} does not exist")
     for word in words:
         wanted = re.fullmatch(r"\.\[(.*)\]", word)
         if wanted and (unknown := set(wanted[1].split(",")) - extras.keys()):

@@ -12,19 +12,59 @@ from typing import Any, NoReturn
 from cllm.errors import UserError, nearest
 
 
+class _Help(argparse.Action):
+    """`--help`, and `--help WORD` for the options that have to do with a word."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        assert isinstance(parser, Parser)
+        if values is None:
+            print(parser.full_help().rstrip("\n"))
+        elif found := parser.topics(values):
+            print("\n".join(found))
+        else:
+            raise UserError(f"--help {values}: nothing about it; --help alone lists everything")
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's parser, with mistakes as `UserError`, help that keeps its line breaks, and no abbreviated options.
 
-    Texts and paths must not be empty.
+    Texts and paths must not be empty. `--help WORD` shows only the options in which a word occurs.
 
     Args:
         usage_hint: a short command that works, for the message about missing arguments.
     """
 
-    def __init__(self, *args: Any, usage_hint: str = "", **kwargs: Any):
-        kwargs = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **kwargs}
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, usage_hint: str = "", add_help: bool = True, **kwargs: Any):
+        usual: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(*args, **{**usual, **kwargs, "add_help": False})
         self.usage_hint = usage_hint
+        if add_help:
+            self.add_argument(
+                "-h", "--help", action=_Help, nargs="?", metavar="WORD", default=argparse.SUPPRESS,
+                help="show this help; with WORD only what has to do with it, as in --help batch",
+            )  # fmt: skip
+
+    def full_help(self) -> str:
+        """The text of `--help`."""
+        return self.format_help()
+
+    def topics(self, word: str) -> list[str]:
+        """Texts about the options that have to do with `word`: it occurs in their name, values or help."""
+        formatter, word = self._get_formatter(), word.casefold()
+        found = [
+            action
+            for action in self._actions
+            if not isinstance(action, (_Help, argparse._SubParsersAction))
+            and word in " ".join(map(str, (*action.option_strings, action.choices or "", action.help))).casefold()
+        ]
+        formatter.add_arguments(found)
+        texts = [formatter.format_help().rstrip("\n")] if found else []
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for name, parser in action.choices.items():
+                    texts += [f"{name}:\n{text}" for text in parser.topics(word)]
+        return texts
 
     def add_device(self) -> None:
         """Add `--device`, which `cllm.environment.choose_device` reads."""

@@ -112,3 +112,19 @@ def test_empty_texts_and_paths_are_refused_but_for_a_default(text):
     assert refusal(parser, "--out", text).startswith("--out is ")
     if text:
         assert refusal(parser, "--only", text).startswith("--only is ")
+
+
+def test_help_with_a_word_shows_the_options_that_have_to_do_with_it(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser(prog="x")
+    parser.add_argument("--window", help="tokens read at once")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where")
+    commands = parser.add_subparsers()
+    commands.add_parser("export").add_argument("--shard", help="tokens of a file")
+    for word, shown in (("WINDOW", {"--window"}), ("tokens", {"--window", "--shard"}), ("cuda", {"--device"})):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--help", word])
+        told = capsys.readouterr().out
+        assert {option for option in ("--window", "--shard", "--device", "--help") if option in told} == shown
+        assert ("export:" in told) == ("--shard" in shown)
+    with pytest.raises(UserError, match="--help nothing: nothing about it"):
+        parser.parse_args(["--help", "nothing"])

@@ -10,7 +10,10 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "cllm"
 FLOORS = [
-    {"errors", "faults", "signals", "processes", "lock", "files", "rows", "yaml_text", "arguments", "trust", "plugins"},
+    {
+        *("errors", "faults", "signals", "processes", "lock", "files", "rows", "yaml_text", "arguments", "trust"),
+        *("plugins", "progress"),
+    },
     {"section", "environment", "tables"},
     {"plan"},
     {"config"},

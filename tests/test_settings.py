@@ -4,10 +4,13 @@ import json
 
 import pytest
 
+from cllm.commands import cli
 from cllm.config import Config
+from cllm.config.help import settings_about
 from cllm.config.load import config_parser, keys_help, load_settings, merge, parse_overrides, parse_yaml, read_yaml
 from cllm.errors import UserError
 from cllm.plan.presets import preset_names
+from cllm.plan.presets.sharing import CLA
 from cllm.uptrain.complete import load_config
 
 BASE = """
@@ -357,3 +360,42 @@ def test_config_files_repeat_in_order_and_the_rest_is_left_over():
     known, rest = parser.parse_known_args(["--config", "a", "--optim.lr", "1e-3", "--config", "b"])
     assert known.config == ["a", "b"]
     assert rest == ["--optim.lr", "1e-3"]
+
+
+def about(word: str, schema: type = Config) -> dict[str, str]:
+    """What `--help WORD` prints about settings, by key."""
+    return {text.split()[0]: " ".join(text.split()) for text in settings_about(schema, word)}
+
+
+def test_help_about_a_word_shows_types_bounds_and_allowed_values() -> None:
+    found = about("optim")
+    assert list(found)[:2] == ["--optim.name", "--optim.options"], "keys first"
+    assert "--train.offload_optimizer" in found, "then meanings"
+    assert "--train.seed" not in found
+    assert found["--optim.schedule"].endswith("allowed: cosine, linear, wsd, constant")
+    assert found["--optim.grad_clip"].endswith("allowed: a number, above 0, or null")
+    assert found["--optim.warmup_steps"].endswith("allowed: an integer, at least 0, at most 1,000,000,000, or null")
+    assert found["--optim.betas"].endswith("allowed: a list of values, each a number")
+    assert about("HEADS").keys() == about("--heads").keys() >= {"--model.n_heads", "--model.kv.n_kv_heads"}
+    assert not about("xyzzy")
+
+
+def test_help_about_a_preset_shows_its_settings_and_their_defaults() -> None:
+    found = about("cla")
+    assert found["cla:"].startswith("cla: Cross-layer attention (arXiv 2405.12981)")
+    assert "(default: true) As in the paper, queries" in found["--model.kv.kv_norm"], "mha's default is false"
+    assert found.keys() - {"cla:"} == {f"--model.kv.{key}" for key in CLA.model_fields}
+    assert {"--model.n_layers", "--model.kv.layers.layers"} <= about("layers").keys(), "no preset, but a key"
+
+
+@pytest.mark.parametrize(("command", "word", "shown"), [("train", "seed", "train.seed"), ("prepare", "seed", "seed")])
+def test_help_takes_a_word(command: str, word: str, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help", word])
+    told = capsys.readouterr().out
+    assert end.value.code == 0
+    assert f"--{shown}" in told
+    assert "usage:" not in told
+    assert "--config" not in told
+    assert cli.main([command, "--help", "xyzzy"]) == 2
+    assert capsys.readouterr().err == "error: --help xyzzy: nothing about it; --help alone lists everything\n"

@@ -13,16 +13,19 @@ import argparse
 import logging
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from cllm.arguments import Parser, number, whole_number
 from cllm.errors import UserError, nearest, one_line
-from cllm.evaluate.result_folders import beside, run_of
+from cllm.evaluate.result_folders import beside, run_of, without_results
 from cllm.lock import locked
 from cllm.posthoc import UNCOMPRESSED
+from cllm.progress import ProgressMeter
 from cllm.signals import stoppable
 from cllm.trust import read_object
 
@@ -190,6 +193,7 @@ def sweep(runs: Sequence[str], options: SweepOptions) -> int:
         parse(spec)
     scoring = None if options.score is None else Scoring(options.score)
     device = choose_device(options.device)
+    runs = without_results(runs) or runs
     names = [_run_name(Path(path)) for path in runs]
     if options.baseline is not None and options.baseline not in names:
         raise UserError(f"--baseline {options.baseline}: not among the runs; {nearest(options.baseline, names)}")
@@ -209,38 +213,29 @@ def _measure_all(
     out: Path,
     scoring: Scoring | None,
 ) -> int:
-    from cllm.evaluate import pareto, posthoc
+    from cllm.evaluate import pareto
     from cllm.evaluate.left_out import LeftOut
-    from cllm.evaluate.perplexity import open_sets
     from cllm.evaluate.subjects import load_subject
 
-    records, refused, status = [], [], 0
+    records, refused, failed = [], list[str](), False
     left_out = LeftOut(len(runs))
-    for path in runs:
-        with left_out.unless_usable(path):
-            subject = load_subject(path, device)
-            window, prefix, batch = posthoc.resolve(subject, settings, options.prefix, device)
-            text = next(iter(open_sets(subject, [options.data] if options.data else [])))
-            for spec in (UNCOMPRESSED, *specs):
-                record = None if options.again else _measured(subject, text, settings, spec, prefix, window, batch)
-                if record is None:
-                    try:
-                        (record,) = posthoc.measure(subject, text, settings, [spec], device, prefix=prefix)
-                    except Exception as error:
-                        if spec == UNCOMPRESSED:  # then nothing can be measured
-                            raise
-                        why = str(error)
-                        if not isinstance(error, UserError):
-                            traceback.print_exc()
-                            status, why = 1, f"failed: {' '.join(why.split())}"
-                        refused.append(f"{subject.name}, {spec}: {why}")
-                        continue
-                    posthoc.save(subject, record)
-                records.append(record)
-            if scoring is not None:
-                measured = [record["spec"] for record in records if record["run"] == subject.name]
-                scoring.measure(subject, measured, settings, device)
-    status = max(status, left_out.status())
+    with ProgressMeter(len(runs) * (len(specs) + 1), "sweep", "measurement") as meter:
+        for n, path in enumerate(runs, start=1):
+            with left_out.unless_usable(path):
+                subject = load_subject(path, device)
+                measured = []
+                for result in _measure_run(subject, options, specs, settings, device):
+                    if isinstance(result, _Refusal):
+                        refused.append(result.line)
+                        failed |= result.is_bug
+                    else:
+                        records.append(result)
+                        measured.append(result["spec"])
+                    meter.update()
+                if scoring is not None:
+                    scoring.measure(subject, measured, settings, device)
+            meter.update(n * (len(specs) + 1) - meter.done)  # those of a run that was left out
+    status = max(int(failed), left_out.status())
     found = pareto.points(records, baseline=options.baseline)
     scores = None if scoring is None else scoring.scores()
     found = found if scores is None else scores.apply(found)
@@ -248,3 +243,41 @@ def _measure_all(
     for file in pareto.write(found, out, refused, scores):
         print(f"written: {file}")
     return status
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """A spec that could not be measured."""
+
+    line: str
+    is_bug: bool
+
+
+def _measure_run(
+    subject: Subject, options: SweepOptions, specs: list[str], settings: Settings, device: torch.device
+) -> Iterator[dict[str, Any] | _Refusal]:
+    """The record of a run as it was trained, and of every spec; earlier ones are reused, new ones saved.
+
+    Raises `UserError` if the run cannot be measured at all.
+    """
+    from cllm.evaluate import posthoc
+    from cllm.evaluate.perplexity import open_sets
+
+    window, prefix, batch = posthoc.resolve(subject, settings, options.prefix, device)
+    text = next(iter(open_sets(subject, [options.data] if options.data else [])))
+    for spec in (UNCOMPRESSED, *specs):
+        record = None if options.again else _measured(subject, text, settings, spec, prefix, window, batch)
+        if record is None:
+            try:
+                (record,) = posthoc.measure(subject, text, settings, [spec], device, prefix=prefix)
+            except Exception as error:
+                if spec == UNCOMPRESSED:  # then nothing can be measured
+                    raise
+                why, is_bug = str(error), not isinstance(error, UserError)
+                if is_bug:
+                    tqdm.write(traceback.format_exc(), file=sys.stderr, end="")
+                    why = f"failed: {' '.join(why.split())}"
+                yield _Refusal(f"{subject.name}, {spec}: {why}", is_bug)
+                continue
+            posthoc.save(subject, record)
+        yield record

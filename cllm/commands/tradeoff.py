@@ -134,12 +134,12 @@ def train_and_sweep(options: argparse.Namespace, runs: dict[str, list[str]], dea
     """Train `runs`, by name with their arguments, then measure all of them; returns the exit status."""
     out = options.out.resolve()
     print(f"runs, table and figure go to {out}", file=sys.stderr, flush=True)
-    for name, words in runs.items():
+    for place, (name, words) in enumerate(runs.items(), start=1):
         if is_finished(RunFolder(out / name)):
             continue
         left = deadline - time.monotonic()
         if left > 0:
-            print(f"== {name}", file=sys.stderr, flush=True)
+            print(f"== {name} ({place} of {len(runs)})", file=sys.stderr, flush=True)
             train(words, left)
         if not is_finished(RunFolder(out / name)):
             print(f"stopped: {name} is not finished; the same command goes on", file=sys.stderr)

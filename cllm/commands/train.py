@@ -4,9 +4,11 @@
     %(prog)s --config model/332m --config kv/fusedkv --dry-run
     %(prog)s --config quickstart --model.kv.preset cla --name cla --optim.lr 2e-3
     %(prog)s --config runs/cla/config.yaml --resume auto
+    %(prog)s --help optim
 
-`cllm configs` lists the shipped configs. docs/training.md describes runs, docs/plans.md describes model.kv. README.md
-defines the words owner, slot, share and fuse.
+`cllm configs` lists the shipped configs. `--help WORD` shows only the settings that have to do with a word.
+docs/training.md describes runs, docs/plans.md describes model.kv. README.md defines the words owner, slot, share and
+fuse.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ training.py    attention kernel, data, optimizer, steps
 suites.py      `evaluate_suites:`: suites of samples that are measured during training
 uptraining.py  `init:` and `uptrain:`: starting from another model's weights
 load.py        reads YAML files and a command line into one checked config; reports a mistake in one line
+help.py        the settings as text, for `--help`
 shipped.py     the configs and recipes that come with cllm, by name
 designs.py     KV plans as words on a command line
 

@@ -11,7 +11,6 @@ mistake is a `UserError` that names the key, its file, the value and what is all
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import types
 import typing
@@ -19,10 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, Tag, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ValidationError
 
 from cllm.arguments import Parser
+from cllm.config.help import keys_help, schema_keys, sections_in, settings_about
 from cllm.config.shipped import find_config
 from cllm.errors import UserError, nearest, same_word
 from cllm.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
@@ -33,8 +32,6 @@ Origin = dict[tuple[str, ...], str]
 
 COMMAND_LINE = "command line"
 _SELECTORS = ("preset", "layers")
-_TaggedFields = list[tuple[str | None, FieldInfo]]
-"""The fields of one key, each with the tag of its variant in a tagged union, or None outside of one."""
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -85,26 +82,6 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def _sections(annotation: Any, tag: str | None = None) -> list[tuple[str | None, type[BaseModel]]]:
-    """The sections in an annotation such as `Foo`, `Foo | None` or a tagged union, each with its tag."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [(tag, annotation)]
-    if typing.get_origin(annotation) is typing.Annotated:
-        annotation, *metadata = typing.get_args(annotation)
-        return _sections(annotation, next((m.tag for m in metadata if isinstance(m, Tag)), tag))
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        return [section for part in typing.get_args(annotation) for section in _sections(part, tag)]
-    return []
-
-
-def schema_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
-    """Every dotted key of a schema and its pydantic field."""
-    keys: dict[str, FieldInfo] = {}
-    for key, fields in _fields(schema, prefix).items():
-        keys[key] = fields[0][1]
-    return keys
-
-
 def _locate(schema: type[BaseModel], location: tuple[Any, ...]) -> tuple[tuple[str, ...], list[str]]:
     """A pydantic location as a path of keys, without union tags, and the keys allowed in place of its last part."""
     path: list[str] = []
@@ -122,7 +99,7 @@ def _locate(schema: type[BaseModel], location: tuple[Any, ...]) -> tuple[tuple[s
             continue
         siblings = [name for _, model in here for name in model.model_fields]
         fields = [model.model_fields[part] for _, model in here if part in model.model_fields]
-        here = [section for field in fields for section in _sections(field.annotation)]
+        here = [section for field in fields for section in sections_in(field.annotation)]
         annotation = fields[0].annotation if fields else None
     return tuple(path), siblings
 
@@ -250,85 +227,24 @@ def load_settings(
     return validate(schema, data, origin, only_file=str(files[0]) if len(files) == 1 else "")
 
 
-def keys_help(schema: type[BaseModel]) -> str:
-    """Every key with its default and its meaning, for `--help`."""
-    keys = _fields(schema)
-    n_tags = len({tag for fields in keys.values() for tag, _ in fields if tag is not None})
-    lines = [_key_help(key, fields, n_tags) for key, fields in keys.items()]
-    return "settings, the same in YAML and on the command line:\n" + "\n".join(lines)
-
-
-def _key_help(key: str, fields: _TaggedFields, n_tags: int) -> str:
-    """The help of one key. Where presets differ, each default and meaning follows the names of its presets."""
-    head, *_ = fields
-    if len(fields) > 1 and all(field.default == tag for tag, field in fields):  # the key that selects the preset
-        names = ", ".join(str(tag) for tag, _ in fields)
-        return f"  --{key}  (default: {_default(head[1])})\n      {_meaning(head[1])} Allowed: {names}."
-    groups: dict[tuple[str, str], list[str | None]] = {}
-    for tag, field in fields:
-        groups.setdefault((_default(field), _meaning(field)), []).append(tag)
-    defaults: dict[str, list[str]] = {}
-    meanings: list[str] = []
-    for (default, meaning), tags in sorted(groups.items(), key=lambda group: -len(group[1])):
-        is_general = 2 * len(tags) > n_tags or set(tags) <= {None, *key.split(".")}
-        names = "" if is_general else ", ".join(str(tag) for tag in tags)
-        defaults.setdefault(default, []).append(names)
-        meanings.append(f"{names}: {meaning}" if names else meaning)
-    if len(defaults) == 1:
-        shown = next(iter(defaults))
-    else:
-        shown = "; ".join(f"{d} with {', '.join(n)}" if all(n) else d for d, n in defaults.items())
-    return "\n      ".join([f"  --{key}  (default: {shown})", *meanings])
-
-
-def _default(field: FieldInfo) -> str:
-    """The default as YAML (null, not None)."""
-    return "required" if field.is_required() else json.dumps(field.get_default(call_default_factory=True), default=str)
-
-
-def _meaning(field: FieldInfo) -> str:
-    return " ".join((field.description or "").split())
-
-
-def _fields(schema: type[BaseModel], prefix: str = "", tag: str | None = None) -> dict[str, _TaggedFields]:
-    """Every dotted key of a schema with its fields, each with the tag of the variant that has it.
-
-    Several variants of a tagged union may have the same key; the default variant comes first.
-    """
-    keys: dict[str, _TaggedFields] = {}
-    for name, field in schema.model_fields.items():
-        sections = _sections(field.annotation)
-        if not sections:
-            keys.setdefault(prefix + name, []).append((tag, field))
-        if len(sections) > 1:
-            usual = type(field.get_default(call_default_factory=True))
-            sections.sort(key=lambda section: section[1] is not usual)
-        for inner_tag, section in sections:
-            for key, fields in _fields(section, f"{prefix}{name}.", inner_tag or tag).items():
-                keys.setdefault(key, []).extend(fields)
-    return keys
-
-
 class ConfigParser(Parser):
     """A parser for options and the settings of a schema."""
 
     def __init__(self, schema: type[BaseModel], description: str, program: str | None = None):
-        super().__init__(prog=program, description=description, add_help=False)
+        super().__init__(prog=program, description=description)
         self.schema = schema
 
     def parse_settings(self, words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
         """The options, and the remaining words, which are settings. Raises `UserError` for a misspelt option."""
         return self.parse_with_settings(words, list(schema_keys(self.schema)))
 
+    def full_help(self) -> str:
+        """The usage, every option and every setting."""
+        return f"{self.format_help()}\n{keys_help(self.schema)}"
 
-class _Help(argparse.Action):
-    def __init__(self, option_strings: Sequence[str], dest: str, *, schema: type[BaseModel], help: str):
-        super().__init__(option_strings, dest, nargs=0, help=help)
-        self.schema = schema
-
-    def __call__(self, parser, *_):
-        print(parser.format_help() + "\n" + keys_help(self.schema))
-        parser.exit()
+    def topics(self, word: str) -> list[str]:
+        """Texts about the options and settings that have to do with `word`, the closest first."""
+        return [*super().topics(word), *settings_about(self.schema, word)]
 
 
 def config_parser(schema: type[BaseModel], description: str, program: str | None = None) -> ConfigParser:
@@ -338,7 +254,6 @@ def config_parser(schema: type[BaseModel], description: str, program: str | None
         program: how the command is called, for its usage; None: the name of the script.
     """
     parser = ConfigParser(schema, description, program)
-    parser.add_argument("-h", "--help", action=_Help, schema=schema, help="show this help and every setting")
     parser.add_argument(
         "--config",
         action="append",

@@ -57,8 +57,8 @@ class Rope(Section):
 class Init(Section):
     """Initial weights, drawn from normal distributions with mean 0."""
 
-    std: float = Field(0.02, gt=0)
-    """Standard deviation of embeddings and projections."""
+    std: float = Field(0.02, gt=0, le=100)
+    """Standard deviation of embeddings and projections. With more than 100, products of hidden states overflow."""
     scale_residual: bool = True
     """Divide the standard deviation of projections that write to the residual stream by sqrt(2 n_layers) (GPT-2)."""
 

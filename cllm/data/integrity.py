@@ -19,6 +19,7 @@ from cllm.data.manifest import INDEX_DTYPE, Checksums, File, Manifest, Shard
 from cllm.data.vocabulary import check_ids
 from cllm.errors import DataError
 from cllm.files import write_atomic
+from cllm.progress import ProgressMeter
 
 Verify = Literal["sample", "full", "none"]
 """The part of a split that is read when it is opened: a sample of its blocks, all, or only file sizes."""
@@ -39,8 +40,8 @@ class Damaged(DataError):
     """A file of a folder in preparation differs from what was written."""
 
 
-def check(manifest: Manifest, split: str, verify: Verify) -> None:
-    """Check a split for damage, as thoroughly as `verify` says.
+def check(manifest: Manifest, split: str, verify: Verify, *, meter: ProgressMeter | None = None) -> None:
+    """Check a split for damage, as thoroughly as `verify` says. With `full`, `meter` counts the bytes read.
 
     Raises:
         DataError: naming the file and what is wrong in it.
@@ -48,7 +49,7 @@ def check(manifest: Manifest, split: str, verify: Verify) -> None:
     if verify == "none":
         return
     if verify == "full":
-        manifest.verify(split)
+        manifest.verify(split, meter=meter)
     elif manifest.checksums is not None:
         _check_blocks(manifest, manifest.checksums, split)
     draw = np.random.default_rng()
@@ -67,8 +68,10 @@ def verify_folder(folder: str | Path) -> Manifest:
     manifest = Manifest.load(folder)
     if manifest.checksums is not None:
         _read_checksums(manifest, manifest.checksums)
-    for split in manifest.splits:
-        check(manifest, split, "full")
+    total = sum(file.n_bytes for file in manifest.files())
+    with ProgressMeter(total, f"verifying {folder}", "B", scaled=True) as meter:
+        for split in manifest.splits:
+            check(manifest, split, "full", meter=meter)
     return manifest
 
 
@@ -79,7 +82,11 @@ def write_checksums(manifest: Manifest, folder: Path) -> Checksums:
         Damaged: naming the first file whose content on the disk differs from what was written.
         OSError: if the checksums cannot be written.
     """
-    sums = [crc for file in manifest.files() for crc in _read_back(folder / file.name, file)]
+    files, sums = manifest.files(), list[int]()
+    with ProgressMeter(sum(file.n_bytes for file in files), "reading back", "B", scaled=True) as meter:
+        for file in files:
+            sums += _read_back(folder / file.name, file)
+            meter.update(file.n_bytes)
     raw = np.array(sums, dtype=_CRC).tobytes()
     write_atomic(folder / CHECKSUMS, raw)
     return Checksums(file=CHECKSUMS, block_bytes=BLOCK_BYTES, sha256=hashlib.sha256(raw).hexdigest())

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from cllm.data.vocabulary import TOKENIZER_FILE, backend_sha256, read_tokenizer, same_tokenizer, tokenizer_sha256
 from cllm.errors import DataError
 from cllm.files import target_outside, write_atomic
+from cllm.progress import ProgressMeter
 from cllm.section import Section
 from cllm.trust import load_tokenizer
 
@@ -268,8 +269,8 @@ class Manifest(Section):
         own = read_tokenizer(self.folder / TOKENIZER)
         return same_tokenizer(own, tokenizer) and own.id_to_token(self.eos_id) == tokenizer.id_to_token(self.eos_id)
 
-    def verify(self, split: str | None = None) -> None:
-        """Read every shard of one split, or of all (None), and compare its hash.
+    def verify(self, split: str | None = None, *, meter: ProgressMeter | None = None) -> None:
+        """Read every shard of one split, or of all (None), and compare its hash. `meter` counts bytes.
 
         Raises:
             DataError: naming the first file that differs or cannot be read.
@@ -282,6 +283,8 @@ class Manifest(Section):
                 raise DataError(f"{path}: cannot be read: {error}") from None
             if found != file.sha256:
                 raise DataError(f"{path}: damaged: expected sha256 {file.sha256}, found {found}")
+            if meter is not None:
+                meter.update(file.n_bytes)
 
     def _check_file(self, file: File) -> None:
         path, expected = self.folder / file.name, file.n_bytes

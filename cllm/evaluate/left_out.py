@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tqdm import tqdm
+
 from cllm.errors import UserError
 from cllm.files import shorten
 
@@ -34,7 +36,8 @@ class LeftOut:
                 raise
             self.names.append(str(run))
             text = shorten(" ".join(str(error).split()), _LENGTH)
-            print(f"left out: {text}" if str(run) in text else f"left out: {run}: {text}", file=sys.stderr)
+            line = f"left out: {text}" if str(run) in text else f"left out: {run}: {text}"
+            tqdm.write(line, file=sys.stderr)  # a bar may be shown
 
     def status(self) -> int:
         """The exit status: 0, or 1 if a run was left out. Raises `UserError` if all were."""

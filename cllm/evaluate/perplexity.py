@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from cllm.data.manifest import MANIFEST
 from cllm.data.recall import GROUPS, recall_distance, recall_figures, recall_sums
@@ -34,6 +33,7 @@ from cllm.evaluate.texts import TextSet, TokenBytes, open_prepared, open_text
 from cllm.evaluate.units import perplexity, set_label
 from cllm.evaluate.windows import Stream, Window, batches, windows
 from cllm.kernels.cross_entropy import IGNORE
+from cllm.progress import ProgressMeter
 
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # fed at once by default: enough to be fast, few enough for any vocabulary
@@ -180,7 +180,7 @@ def measure(subject: Subject, text: TextSet, settings: Settings, device: torch.d
     token_bytes = TokenBytes(subject.tokenizer)
     nll, tokens, n_bytes, started = 0.0, 0, 0, time.perf_counter()
     slices = torch.zeros(1 + len(GROUPS), 2, dtype=torch.float64)
-    with tqdm(total=len(stream) - 1, desc=f"{subject.name} on {text.name}", unit="tok", disable=None) as progress:
+    with ProgressMeter(len(stream) - 1, f"{subject.name} on {text.name}", "token") as progress:
         for scored in score(subject, stream, window=window, stride=stride, batch=batch, device=device):
             nll += scored.nll[scored.counted].sum(dtype=torch.float64).item()
             tokens += int(scored.counted.sum())

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from cllm.environment import environment
 from cllm.errors import UserError
@@ -38,6 +37,7 @@ from cllm.files import write_atomic
 from cllm.posthoc.compress import mean_errors
 from cllm.posthoc.method import Compressor, Engine
 from cllm.posthoc.registry import parse
+from cllm.progress import ProgressMeter
 
 
 @dataclass
@@ -122,7 +122,7 @@ def measure(
     stream = Stream(text.source, start_id=subject.start_id, limit=settings.max_tokens)
     tallies, reference = [_Tally() for _ in specs], _Reference()
     total = len(stream) // (window + 1)
-    with tqdm(total=total, desc=f"{subject.name} on {text.name}", unit="window", disable=None) as progress:
+    with ProgressMeter(total, f"{subject.name} on {text.name}", "window") as progress:
         for n, tokens in enumerate(_batches(pieces(subject, stream, window), batch)):
             tokens = tokens.to(device)
             try:

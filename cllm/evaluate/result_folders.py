@@ -11,12 +11,19 @@ from cllm.runs import RunFolder
 
 RUNS = Path("runs")
 """The default folder of runs, in the working directory."""
+RESULTS = ("comparison", "evaluation", "posthoc")
+"""Names of folders that commands write next to runs."""
 
 
 def run_of(path: str | Path) -> Path | None:
     """The run's folder of a run or one of its checkpoints; None for a Hugging Face folder."""
     run = RunFolder.of(path)
     return run.path if run.config_file.exists() else None
+
+
+def without_results(paths: Sequence[str]) -> list[str]:
+    """`paths` without the folders of results among them, which `runs/*` matches too."""
+    return [path for path in paths if Path(path).name not in RESULTS or not Path(path).is_dir() or run_of(path)]
 
 
 def beside(runs: Sequence[Path | None], name: str) -> Path:

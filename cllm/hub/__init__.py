@@ -9,7 +9,7 @@ inputs.py      attention masks and position ids as padding, positions and docume
 generation.py  `generate` over a `KVCache`
 loading.py     models in checkpoint folders, loaded without code and with every tensor accounted for
 export.py      from a run to a checkpoint folder
-card.py        the model card of an exported run
+card.py        the model card of a folder that is written
 push.py        upload of a folder to the Hub
 exchange.py    from another family's folder to one of this package, and back
 companions.py  tokenizer, chat templates, generation config and licence

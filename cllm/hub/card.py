@@ -1,4 +1,4 @@
-"""The model card of an exported run: README.md, and the picture of its KV plan that it shows."""
+"""The model card of a folder that is written: README.md, and the picture of the KV plan that it shows."""
 
 from __future__ import annotations
 
@@ -44,6 +44,40 @@ def write_card(folder: Path, run: RunFolder, config: Config, decoder: Decoder, s
     write_atomic(folder / CARD, card_text(run, config, decoder, step))
 
 
+def write_conversion_card(folder: Path, decoder: Decoder, *, source: Path, family: str, plain: bool = False) -> None:
+    """Write README.md and plan.png for a model that was converted and not trained.
+
+    Args:
+        folder: the converted folder.
+        decoder: its model.
+        source: the folder that was converted.
+        family: the other format: that of `source`, or with `plain` that of `folder`.
+        plain: the folder is one of the family, and not one of this package.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    name = source.resolve().name
+    design = getattr(decoder.config.kv, "preset", "layers")
+    plan_figure(decoder.plan, f"{name}: {design}").savefig(folder / PICTURE, dpi=110)
+    header = ModelCardData(
+        library_name="transformers" if plain else "cllm",
+        pipeline_tag="text-generation",
+        tags=[family if plain else "cllm", design],
+    )
+    origin = f"in the format of {family}" if plain else f"from the format of {family}"
+    parts = [
+        f"---\n{header.to_yaml()}\n---",
+        f"# {name}",
+        f"A decoder language model, converted by cllm from the folder {_inline(name)} {origin}; nothing was trained.",
+        _usage(with_cllm=not plain),
+        *_plan(decoder, name),
+        "## Facts",
+        _table(_sizes(decoder)),
+    ]
+    write_atomic(folder / CARD, "\n\n".join(parts) + "\n")
+
+
 def card_text(run: RunFolder, config: Config, decoder: Decoder, step: int) -> str:
     """The card in Markdown, with the YAML header that the Hub reads; arguments as in `write_card`."""
     design = _design(config)
@@ -52,11 +86,8 @@ def card_text(run: RunFolder, config: Config, decoder: Decoder, step: int) -> st
         f"---\n{header.to_yaml()}\n---",
         f"# {config.name}",
         "A decoder language model whose layers declare where their keys and values come from, trained with cllm.",
-        '```python\nimport cllm  # makes transformers know model_type "cllm"\nfrom transformers import '
-        'AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("PATH OF THIS FOLDER")\n```',
-        "## KV plan",
-        f"```\n{plan_table(decoder.plan)}\n```",
-        f"![the KV plan of {config.name}]({PICTURE})",
+        _usage(with_cllm=True),
+        *_plan(decoder, config.name),
         "## Facts",
         _table(_facts(config, decoder, step)),
     ]
@@ -65,6 +96,18 @@ def card_text(run: RunFolder, config: Config, decoder: Decoder, step: int) -> st
     if command := _command(run):
         parts += ["## Command", f"```bash\n{command}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def _usage(*, with_cllm: bool) -> str:
+    first = 'import cllm  # makes transformers know model_type "cllm"\n' if with_cllm else ""
+    return (
+        f"```python\n{first}from transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH OF THIS FOLDER")\n```'
+    )
+
+
+def _plan(decoder: Decoder, name: str) -> list[str]:
+    return ["## KV plan", f"```\n{plan_table(decoder.plan)}\n```", f"![the KV plan of {name}]({PICTURE})"]
 
 
 def _design(config: Config) -> str:
@@ -76,15 +119,21 @@ def _table(rows: dict[str, str]) -> str:
     return markdown(columns, rows.items())
 
 
-def _facts(config: Config, decoder: Decoder, step: int) -> dict[str, str]:
-    own, twin = kv_bytes(config.model), kv_bytes(mha_twin(config.model))
+def _sizes(decoder: Decoder) -> dict[str, str]:
+    own, twin = kv_bytes(decoder.config), kv_bytes(mha_twin(decoder.config))
     resident, read = own.relative_to(twin)
-    facts = {
+    return {
         "parameters": f"{count_parameters(decoder):,}",
         "parameters without embeddings": f"{count_parameters(decoder, embeddings=False):,}",
-        "context": f"{config.model.max_seq_len:,} tokens",
+        "context": f"{decoder.config.max_seq_len:,} tokens",
         "KV cache in bf16, stored": f"{own.resident:,.0f} bytes a token ({resident:.1%} of mha)",
         "KV cache in bf16, read": f"{own.read:,.0f} bytes a token of context ({read:.1%} of mha)",
+    }
+
+
+def _facts(config: Config, decoder: Decoder, step: int) -> dict[str, str]:
+    facts = {
+        **_sizes(decoder),
         "training data": ", ".join(
             _inline(Path(folder).name) + ("" if len(config.data.weights) == 1 else f" ({weight:g})")
             for folder, weight in config.data.weights.items()

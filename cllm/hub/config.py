@@ -67,7 +67,7 @@ def _kv_heads(model: dict[str, Any]) -> int:
 class CLLMConfig(PretrainedConfig):
     """`CLLMConfig(model=config.model)`: a decoder as transformers sees it.
 
-    Args:
+    Keyword Args:
         model: a `ModelConfig`, or the mapping under `model:` in YAML. It is stored as plain data with all defaults, and
             with the width that `match_params` gives the MLP.
         bos_token_id, eos_token_id, pad_token_id: of the tokenizer, or None.

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from cllm.errors import UserError
+from cllm.hub.card import write_conversion_card
 from cllm.hub.checksums import write_checksums
 from cllm.hub.companions import GENERATION, copy_companions, generation_values, write_object
 from cllm.hub.export import Dtype, Exported, as_pretrained, check_out, describe_export, new_checkpoint, save
@@ -59,6 +60,7 @@ def import_folder(
         save(model, partial, max_shard_size)
         copy_companions(source, partial, generation=False)
         write_object(partial / GENERATION, generation or {})
+        write_conversion_card(partial, decoder, source=source, family=family.family)
         write_checksums(partial)
     return describe_export(model.model, out)
 
@@ -103,5 +105,6 @@ def export_folder(
             max_shard_size=max_shard_size,
         )
         copy_companions(source, partial)
+        write_conversion_card(partial, model.model, source=source, family=chosen, plain=True)
         write_checksums(partial)
     return describe_export(model.model, out), chosen

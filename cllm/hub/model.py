@@ -99,12 +99,14 @@ class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
                 None: do so if neither gradients nor other logits are needed, as for the prompts of `generate`
                 (logits_to_keep=1, no labels).
             num_items_in_batch: the loss is the sum over scored tokens divided by this; None: their mean.
-            shift_labels: keyword only, (B, T) int64 instead of `labels`: a token is scored against the label at its own
-                position. It is not in the signature, from which `Trainer` would infer that every batch has it.
             inputs_embeds: (B, T, d_model), the input of the first layer, instead of `input_ids`.
             output_hidden_states: return the input of every layer and of the head; or a list of their indices.
             output_attentions: not supported.
-            cu_seq_lens_q, cu_seq_lens_k, seq_idx, max_length_q, max_length_k: keyword only, the documents of a packed
+
+        Keyword Args:
+            shift_labels: (B, T) int64 instead of `labels`: a token is scored against the label at its own
+                position. It is not in the signature, from which `Trainer` would infer that every batch has it.
+            cu_seq_lens_q, cu_seq_lens_k, seq_idx, max_length_q, max_length_k: the documents of a packed
                 batch a second time; see `hub/inputs.py`.
 
         Returns:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from cllm.errors import UserError
 from cllm.plan.picture import plan_figure
+from cllm.progress import ProgressMeter
 from cllm.runs import RunFolder
 from cllm.train.metrics import MetricsLog, publish
 from cllm.train.module import TrainingModule, step_is_complete
@@ -60,7 +61,7 @@ class Metrics(Callback):
         self.rate = 0.0  # learning rate of the current step
         self.since = facts.start_step  # step of the last row
         self.writer: MetricsLog | None = None
-        self.bar: tqdm | None = None
+        self.meter: ProgressMeter | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or not trainer.is_global_zero or self.writer is not None:
@@ -72,8 +73,7 @@ class Metrics(Callback):
         assert isinstance(pl_module, TrainingModule)
         picture = plan_figure(pl_module.model.plan, self.folder.name)
         self.writer.start(facts.hyperparameters, self.folder.config_file.read_text(encoding="utf-8"), picture)
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=facts.steps, initial=start, unit="step", dynamic_ncols=True, desc=self.folder.name)
+        self.meter = ProgressMeter(facts.steps, self.folder.name, "step", done=start)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if torch.cuda.is_available():
@@ -100,11 +100,11 @@ class Metrics(Callback):
         engine = engine_of(trainer)
         if engine is not None:
             self._check_skipped(engine.skipped_steps, step)
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
         if step % self.facts.log_every == 0 or step == self.facts.steps:
             assert isinstance(pl_module, TrainingModule)
             self._log_training(trainer, pl_module, step)
+        if self.meter is not None:
+            self.meter.update(step - self.meter.done)
 
     def _log_training(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         total, count = trainer.strategy.reduce(module.take_training_loss(), reduce_op="sum").tolist()
@@ -131,7 +131,8 @@ class Metrics(Callback):
         if peak is not None:
             values["throughput/mfu"] = rate * self.facts.flops_per_token / (peak * trainer.world_size)
         self.record(trainer, values | module.training_metrics())
-        self._show(step, loss, rate)
+        if self.meter is not None:
+            self.meter.note(f"loss {loss:.4f}, {rate:,.0f} tokens/s")
         self._check_skipped(skipped, step)
         self.since = step
         self.clock.start()
@@ -177,9 +178,9 @@ class Metrics(Callback):
         self.close()
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        if self.meter is not None:
+            self.meter.close()
+            self.meter = None
         if self.writer is not None:
             self.writer.close()
             self.writer = None
@@ -194,16 +195,6 @@ class Metrics(Callback):
         publish(trainer, values)
         if self.writer is not None:
             self.writer.write(trainer.global_step, values)
-
-    def _show(self, step: int, loss: float, rate: float) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s")
-        elif self.writer is not None:
-            left = (self.facts.steps - step) * self.facts.tokens_per_step / max(rate, 1e-9)
-            minutes, seconds = divmod(round(left), 60)
-            self.say(
-                f"step {step}/{self.facts.steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  {minutes}:{seconds:02d} left"
-            )
 
     @staticmethod
     def say(text: str) -> None:

@@ -6,6 +6,7 @@ Tags are the same for every design, so that runs overlay. Every row of the file 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -23,6 +24,8 @@ from cllm.files import sync_tree, write_atomic
 from cllm.rows import drop_rows_after, rows_of_step
 from cllm.runs import RunFolder
 from cllm.train.hparams import hparams_summaries
+
+log = logging.getLogger(__name__)
 
 # The tab Custom Scalars, in this order. The tab Scalars sorts its groups by the tags' names, which no event can change.
 LAYOUT = {
@@ -63,6 +66,10 @@ class MetricsLog:
         if start_step and folder.metrics_file.exists():
             drop_rows_after(folder.metrics_file, start_step)
         else:
+            if start_step:
+                log.warning(
+                    "%s: missing; it begins again without the rows up to step %d", folder.metrics_file, start_step
+                )
             write_atomic(folder.metrics_file, "")
         self._file = folder.metrics_file.open("a", encoding="utf-8", buffering=1)
         self.board = SummaryWriter(str(self._events), purge_step=start_step or None, flush_secs=10)

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from cllm.model.context import Context
 from cllm.model.sources import OwnKV, RopeTables
+from cllm.progress import ProgressMeter
 from cllm.uptrain.decoder import TracedDecoder, block_of
 
 Batches = Sequence[dict[str, Tensor]]
@@ -46,13 +48,16 @@ def unrotated(dim: int) -> tuple[Tensor, Tensor]:
 def observe(teacher: TracedDecoder, batches: Batches) -> Iterator[Observed]:
     """Run the teacher over each batch, on its device. Nothing is kept between batches."""
     device = teacher.embed.weight.device
-    for batch in batches:
-        ids, positions, documents = (
-            None if (t := batch.get(name)) is None else t.to(device)
-            for name in ("input_ids", "positions", "document_ids")
-        )
-        assert ids is not None
-        inputs: list[Tensor] = []
-        teacher.hidden(ids, positions, documents, states=inputs)
-        at = torch.arange(ids.shape[1], device=device)[None] if positions is None else positions
-        yield Observed(teacher, inputs, Context(teacher.config.rope, at).rope)
+    meter = ProgressMeter(len(batches), "calibration", "batch", shown=getattr(rank_zero_only, "rank", 0) == 0)
+    with meter:
+        for batch in batches:
+            ids, positions, documents = (
+                None if (t := batch.get(name)) is None else t.to(device)
+                for name in ("input_ids", "positions", "document_ids")
+            )
+            assert ids is not None
+            inputs: list[Tensor] = []
+            teacher.hidden(ids, positions, documents, states=inputs)
+            at = torch.arange(ids.shape[1], device=device)[None] if positions is None else positions
+            yield Observed(teacher, inputs, Context(teacher.config.rope, at).rope)
+            meter.update()

@@ -51,6 +51,19 @@ def test_the_card_of_a_run(validated, convert, tmp_path, prepared) -> None:
         picture.verify()
 
 
+def test_converted_folders_have_a_card(chat_llama, convert, tmp_path) -> None:
+    assert convert("import", chat_llama, tmp_path / "ours") == 0
+    assert convert("plain", tmp_path / "ours", tmp_path / "back") == 0
+    for folder, library, tags in (("ours", "cllm", ["cllm", "mha"]), ("back", "transformers", ["llama", "mha"])):
+        card = ModelCard.load(tmp_path / folder / "README.md")
+        assert (card.data.library_name, card.data.tags) == (library, tags)
+        assert ("import cllm" in card.text) == (library == "cllm")
+        assert "| KV cache in bf16, stored | 128 bytes a token (100.0% of mha) |" in " ".join(card.text.split())
+        assert (tmp_path / folder / "plan.png").exists()
+    assert "`chat-llama` from the format of llama" in (tmp_path / "ours" / "README.md").read_text()
+    assert "`ours` in the format of llama" in (tmp_path / "back" / "README.md").read_text()
+
+
 def test_metrics_are_those_of_the_exported_checkpoint(validated, convert, tmp_path) -> None:
     run, _ = validated
     assert convert("export", run.path, tmp_path / "out", "--checkpoint", 10) == 0

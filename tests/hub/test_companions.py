@@ -27,7 +27,8 @@ def names(folder: Path) -> list[str]:
     """Every file in `folder` that is neither weights nor their config, nor cllm's mark or a model card of cllm."""
     found = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     ours = ["config.json", "model.safetensors", "weights.sha256.json", ".cllm"]
-    if "README.md" in found and (folder / "README.md").read_text().startswith("---\nlibrary_name: cllm\n"):
+    card = (folder / "README.md").read_text() if "README.md" in found else ""
+    if card.startswith(("---\nlibrary_name: cllm\n", "---\nlibrary_name: transformers\n")):
         ours += ["README.md", "plan.png"]
     return [name for name in found if name not in ours]
 

@@ -20,6 +20,7 @@ from cllm.files import DELETING, MARK, marked_as
 from cllm.lock import lock_file, locked
 from cllm.runs import RUN, RunFolder
 from cllm.train import run as run_module
+from cllm.train.metrics import MetricsLog
 from cllm.train.module import TrainingModule
 from cllm.train.run import train
 
@@ -238,3 +239,17 @@ def test_a_refusal_leaves_no_lock(tiny: Tiny) -> None:
     with pytest.raises(UserError, match="global_batch"):
         train(config)
     assert not Path(config.runs_dir).exists()
+
+
+def test_a_resumed_run_reports_that_its_rows_are_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = RunFolder(tmp_path / "a")
+    folder.path.mkdir()
+    for start_step in (0, 4):
+        folder.metrics_file.unlink(missing_ok=True)
+        MetricsLog(folder, start_step=start_step, tokens_per_step=1).close()
+        assert ("metrics.jsonl: missing; it begins again without the rows up to step 4" in caplog.text) == bool(
+            start_step
+        )
+    caplog.clear()
+    MetricsLog(folder, start_step=4, tokens_per_step=1).close()
+    assert not caplog.text

@@ -15,14 +15,12 @@ import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
 
 from pydantic import Field, ValidationError
-from tqdm import tqdm
 
 from cllm.data.integrity import Damaged, write_checksums
 from cllm.data.manifest import MANIFEST, TOKENIZER, Count, Manifest, Split, partial_folder
@@ -34,6 +32,7 @@ from cllm.data.prepare.shards import Progress, ShardWriter
 from cllm.errors import DataError, UserError
 from cllm.files import MARK, check_replaceable, is_empty, mark, remove, remove_leftovers, replace, write_atomic
 from cllm.lock import discard_dead, locked
+from cllm.progress import ProgressMeter
 from cllm.section import Section
 
 log = logging.getLogger(__name__)
@@ -229,21 +228,15 @@ def _write_shards(
         for split in (TRAIN, VALIDATION)
     }
     encoded = encode(after(corpus.documents(), state.documents), saved, recipe.n_workers)
-    terminal = sys.stderr.isatty()
-    bar = tqdm(
-        total=corpus.n_bytes,
-        desc=recipe.name,
-        unit="B",
-        unit_scale=True,
-        mininterval=0.2 if terminal else 30,  # in a log file, one line now and then
-        leave=terminal,
-    )
-    with bar, contextlib.closing(encoded):
+    resumed = state.documents > 0  # the first batch then comes after documents that are written already
+    meter = ProgressMeter(corpus.n_bytes, recipe.name, "B", scaled=True)
+    with meter, contextlib.closing(encoded):
         for batch in encoded:
             n_shards = sum(len(writer.progress.shards) for writer in writers.values())
             _write_batch(batch, writers)
             state.documents += len(batch.lengths)
-            bar.update(batch.position - bar.n)
+            (meter.skip if resumed else meter.update)(batch.position - meter.done)
+            resumed = False
             if sum(len(writer.progress.shards) for writer in writers.values()) > n_shards:
                 state.splits = {split: writer.sync() for split, writer in writers.items()}
                 state.save(partial)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -57,20 +56,23 @@ def test_posthoc_compresses_the_contexts_of_every_suite(evaluate, make_run, caps
     assert none["loss"] != svd["loss"]
 
 
-def test_an_exported_folder_gives_the_numbers_of_its_run(evaluate, make_run, tmp_path, monkeypatch) -> None:
+def test_an_exported_folder_gives_the_numbers_of_its_run(evaluate, make_run, tmp_path, monkeypatch, capsys) -> None:
     from cllm.commands.convert import main as convert
 
     run, _ = make_run("a")
     assert convert(["export", str(run.path), str(tmp_path / "exported")]) == 0
     monkeypatch.chdir(tmp_path)
-    for path, out in ((run.path, "one"), (tmp_path / "exported", "two")):
-        assert evaluate("--run", path, *SUITES, "--posthoc", "svd:rank_k=2,rank_v=2,sinks=1", "--out", out) == 0
-    losses = {
-        out: [json.loads(file.read_text())["loss"] for file in sorted(Path(out).rglob("*.json"))]
-        for out in ("one", "two")
-    }
-    assert len(losses["one"]) == 6
-    assert losses["one"] == pytest.approx(losses["two"], rel=1e-4)
+    spec = ("--posthoc", "svd:rank_k=2,rank_v=2,sinks=1")
+    assert evaluate("--run", run.path, "--run", "exported", *SUITES, *spec) == 0
+    (other,) = (tmp_path / "runs" / "evaluation").iterdir()
+    losses = [
+        [json.loads(file.read_text())["loss"] for file in sorted(folder.rglob("*.json"))]
+        for folder in (run.path / "evaluation", other)
+    ]
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" in ")[0] for line in lines[-4:]] == ["written: 3 files"] * 4
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 COPYING = "copying:distances=6|8,length=6,samples=3"
+MAIN = ["copying, accuracy %", "mqar, accuracy %"]
 SUITES = ("--suite", COPYING, "--suite", "mqar:pairs=[2,4],length=16,samples=2", "--device", "cpu")
 
 
@@ -29,14 +30,19 @@ def test_suites_of_a_run_are_measured_written_and_compared(evaluate, compare, ma
     events = EventAccumulator(str(run.tensorboard_folder)).Reload()
     assert events.Scalars("eval-copying/loss")[0].value == pytest.approx(mean["loss"])
 
+    other, _ = make_run("b", data={"document_mask": True})
+    assert evaluate("--run", other.path, "--suite", "copying:distances=6,samples=3", "--device", "cpu") == 0
     kv = {"resident": 8.0, "written": 8.0, "read": 8.0}
     summary = {"design": "cla", "parameters": 1000, "kv_bytes_per_token": kv, "kv_vs_mha": kv, "steps": 20}
-    (run.path / "summary.json").write_text(json.dumps(summary))
-    (run.path / "metrics.jsonl").write_text('{"step": 20, "tokens": 320, "time": 1.0, "val/loss": 5.0}\n')
-    assert compare(run.path, "--out", tmp_path / "out") == 0
-    head = capsys.readouterr().out.splitlines()[0]
-    assert head.count("accuracy %") == 2, "the main number of each suite, and no other"
-    assert "new tokens" not in head
+    for path in (run.path, other.path):
+        (path / "summary.json").write_text(json.dumps(summary))
+        (path / "metrics.jsonl").write_text('{"step": 20, "tokens": 320, "time": 1.0, "val/loss": 5.0}\n')
+    capsys.readouterr()
+    assert compare(run.path, other.path, "--out", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    heads = [head.strip() for head in out.splitlines()[0].split("|")]
+    assert [head for head in heads if "," in head] == ["KV resident, bf16", "KV read, bf16", *MAIN]
+    assert "copying was measured with different options: distances=[6, 8],length=6,samples=3,seed=0: a;" in out
 
 
 def test_posthoc_compresses_the_contexts_of_every_suite(evaluate, make_run, capsys, caplog, tmp_path) -> None:

@@ -277,7 +277,7 @@ class TaskSuite(Suite):
             folder /= slug(record["spec"])
         path = folder / f"{slug(record['task'])}{suffix}.json"
         self._write(subject, record, path, path)  # no events
-        if record["task"] == ALL and record["spec"] in (AS_IS, UNCOMPRESSED):
+        if record["task"] == ALL and record["spec"] in (AS_IS, UNCOMPRESSED) and self.main in record:
             super().save(subject, record, out)
         return path
 

@@ -358,7 +358,7 @@ def _warnings(runs: list[_Run], baseline: Row, quality: Quality) -> list[str]:
     found += differ("evaluated with different strides", of("stride"), evaluated)
     found += differ("evaluated in different precisions", of("precision"), evaluated)
     for suite in dict.fromkeys(name for run in runs for name in run.suite_settings):
-        found += differ(f"{suite} measured with different settings", functools.partial(_suite_settings, suite))
+        found += differ(f"{suite} was measured with different options", functools.partial(_suite_settings, suite))
     for run in runs:
         if quality.suite is not None and quality.of(run.row) is None:
             found.append(f"{run.row.run}: has no {quality.head}; evaluate --suite {quality.suite} measures it")

@@ -68,7 +68,7 @@ class _Run:
     suite_steps: dict[str, int]
     """The optimizer step of each suite's record."""
     suite_settings: dict[str, str]
-    """The settings of each suite's record, as JSON."""
+    """The settings of each suite's record."""
     ended_early: bool = False
 
 
@@ -147,7 +147,7 @@ def compare(
         suite_numbers={
             f"{suite.name}_{number.key}": number
             for suite in known_suites.values()
-            for number in suite.numbers
+            for number in _named_numbers(suite)
             if any(f"{suite.name}_{number.key}" in row.suites for row in rows)
         },
         quality=quality,
@@ -212,7 +212,9 @@ def _read(run: RunFolder, set_name: str | None, score: tuple[Suite, Number] | No
             if record.get("step") is not None
         },
         suite_settings={
-            name: json.dumps(record["settings"]) for name, (_, record) in records.items() if "settings" in record
+            name: ",".join(f"{key}={value}" for key, value in record["settings"].items())
+            for name, (_, record) in records.items()
+            if isinstance(record.get("settings"), dict)
         },
         ended_early=run.early_stop() is not None,
     )
@@ -241,6 +243,12 @@ def _of_suites(
                 compared = (*compared, score[1]) if record.get(score[1].key) is not None else compared
             numbers |= {f"{suite.name}_{number.key}": _number(path, record, number.key) for number in compared}
     return numbers, records
+
+
+def _named_numbers(suite: Suite) -> list[Number]:
+    """A suite's numbers, those that are compared under the names that they have there."""
+    compared = {number.key: number for number in suite.compared_numbers()}
+    return [compared.get(number.key, number) for number in suite.numbers]
 
 
 def _number(file: Path, content: dict[str, Any], *keys: str) -> Any:

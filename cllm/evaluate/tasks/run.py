@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cllm.errors import UserError
 from cllm.evaluate.subjects import Subject
@@ -30,6 +29,7 @@ from cllm.model.graph import StepGraph
 from cllm.posthoc.engine import DecoderEngine
 from cllm.posthoc.method import Compressor, Engine
 from cllm.posthoc.registry import parse
+from cllm.progress import ProgressMeter
 
 _BATCH_TOKENS = {"cpu": 2**13, "cuda": 2**17}
 """Tokens of a batch by default, at most."""
@@ -92,7 +92,7 @@ def run_samples(
     engine = subject.engine()
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16")
     total = len(results) * sum(1 for sample in samples if sample.questions)
-    with autocast, tqdm(total=total, desc=label, unit="sample", disable=None) as progress:
+    with autocast, ProgressMeter(total, label, "sample") as progress:
         _calibrate(engine, methods, samples, device)
         runner = _Runner(subject, engine, methods, results, device)
         rows = _default_rows(engine, device) if batch is None else lambda longest: batch

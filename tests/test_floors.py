@@ -23,6 +23,7 @@ FLOORS = [
     {"uptrain", "posthoc"},
     {"train"},
     {"evaluate"},
+    {"api"},
     {"commands"},
     {"__main__"},
 ]

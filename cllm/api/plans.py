@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PlanView:
     """The KV plan of a model. `print` it for a table, a drawing and bytes; a notebook shows its picture."""
 
@@ -45,6 +45,8 @@ class PlanView:
 
     def __str__(self) -> str:
         return "\n".join([plan_table(self.plan), "", plan_drawing(self.plan), "", *describe_bytes(self.config)])
+
+    __repr__ = __str__
 
     def _repr_png_(self) -> bytes:
         """The picture, for notebooks."""

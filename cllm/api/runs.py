@@ -21,7 +21,7 @@ from cllm.errors import UserError
 from cllm.evaluate.comparison import Comparison, find_runs
 from cllm.evaluate.comparison import compare as compare_runs
 from cllm.evaluate.report import figure as comparison_figure
-from cllm.evaluate.report import terminal, write
+from cllm.evaluate.report import markdown_table, terminal, write
 from cllm.files import write_atomic
 from cllm.lock import locked
 from cllm.runs import RunFolder
@@ -215,7 +215,7 @@ def lightning_modules(config: AnyConfig, **settings: Any) -> tuple[TrainingModul
     return make_module(complete, Launch.here(complete), data), data
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ComparisonView:
     """A comparison of runs. `print` it for the table and its warnings."""
 
@@ -230,6 +230,12 @@ class ComparisonView:
 
     def __str__(self) -> str:
         return terminal(self.comparison)
+
+    __repr__ = __str__
+
+    def _repr_markdown_(self) -> str:
+        """The table, for notebooks."""
+        return markdown_table(self.comparison) + "".join(f"\n\nwarning: {line}" for line in self.comparison.warnings)
 
 
 def compare(

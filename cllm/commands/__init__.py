@@ -13,7 +13,7 @@ compare.py     runs in one table and one figure
 analyze.py     similarity of cached keys and values between layers
 tradeoff.py    designs, trained and compressed
 sweep.py       runs, compressed in many ways
-configs.py     the shipped configs and recipes
+configs.py     the shipped configs, recipes and notebooks
 completion.py  answers to a shell that completes a command line
 
 Imports every other package. This file imports nothing, so commands can start without torch.

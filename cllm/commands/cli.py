@@ -21,7 +21,7 @@ COMMANDS = {
     "analyze": "measure how similar cached keys and values of different layers are",
     "sweep": "compress the caches of runs in many ways: one table, one figure",
     "tradeoff": "train designs and sweep over them",
-    "configs": "list the shipped configs and recipes, or print one",
+    "configs": "list the shipped configs, recipes and notebooks, or print one",
 }
 """A line of help for each command; `cllm.commands` has a module of the same name."""
 

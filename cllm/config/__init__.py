@@ -11,7 +11,7 @@ training.py    attention kernel, data, optimizer, steps
 uptraining.py  `init:` and `uptrain:`: starting from another model's weights
 load.py        reads YAML files and a command line into one checked config; reports a mistake in one line
 nested.py      settings with dotted keys as nested mappings
-shipped.py     the configs and recipes that come with cllm, by name
+shipped.py     the configs, recipes and notebooks that come with cllm, by name
 designs.py     KV plans as words on a command line
 
 Imports the plan and the section base; never torch.

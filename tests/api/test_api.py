@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import cllm
 from cllm.api.settings import model_config, run_config
@@ -200,6 +201,23 @@ def test_a_prompt_is_compressed_as_a_cache_that_was_filled_by_hand(workspace: Pa
     with pytest.raises(cllm.UserError, match="calibrates on tokens; give the prompt's token ids"):
         cllm.compress(model, filled, "kvsharer")
     assert cllm.compress(model, ids, "kvsharer:share=1").nbytes() < cllm.compress(model, ids, "none").nbytes()
+
+
+def test_a_model_of_another_family_is_loaded_compressed_and_scored(workspace: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained("llama")
+    model, ids = cllm.load("llama"), torch.arange(3, 31)[None]
+    assert isinstance(model, LlamaForCausalLM)
+    compressed = cllm.compress(model, ids[:, :-1], "xkv:group=4,ratio=2")
+    assert compressed.nbytes() < cllm.compress(model, ids[:, :-1], "none").nbytes()
+    assert model.generate(ids, past_key_values=compressed, max_new_tokens=2).shape == (1, 30)
+    scores = cllm.score(model, "data/prepared/days", posthoc="none", window=32)
+    assert scores.loss == pytest.approx(scores[0]["uncompressed_loss"], rel=1e-6)
+    assert (scores[0]["run"], scores[0]["design"]) == ("LlamaForCausalLM", "llama")
 
 
 def test_the_picture_of_a_plan_is_a_png() -> None:

@@ -1,4 +1,4 @@
-"""Copies configs/ and data/recipes/ into the wheel, as cllm/shipped/; pyproject.toml has everything else.
+"""Copies configs/, data/recipes/ and notebooks/ into the wheel, as cllm/shipped/; pyproject.toml has everything else.
 
 `cllm/config/shipped.py` reads them. In an editable install it reads the repository's folders.
 """
@@ -9,7 +9,11 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = {"configs": "cllm/shipped/configs", "data/recipes": "cllm/shipped/recipes"}
+SHIPPED = {
+    "configs": "cllm/shipped/configs",
+    "data/recipes": "cllm/shipped/recipes",
+    "notebooks": "cllm/shipped/notebooks",
+}
 """Folders of the repository, and of the wheel."""
 
 
@@ -22,7 +26,8 @@ class BuildWithShipped(build_py):
         files = {
             file: Path(self.build_lib, to, file.relative_to(of))
             for of, to in pairs
-            for file in Path(of).rglob("*.yaml")
+            for file in Path(of).rglob("*")
+            if file.suffix in (".yaml", ".ipynb") and not file.parent.name.startswith(".")
         }
         return {file.as_posix(): target.as_posix() for file, target in sorted(files.items())}
 

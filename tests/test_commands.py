@@ -14,7 +14,7 @@ import cllm
 from cllm.commands.cli import COMMANDS, main
 from cllm.commands.configs import first_comment
 from cllm.config.load import load_settings
-from cllm.config.shipped import find_config, shipped_configs
+from cllm.config.shipped import find_config, shipped_configs, shipped_notebooks
 from cllm.data.prepare.recipe import Recipe
 from cllm.errors import UserError
 
@@ -104,7 +104,8 @@ def test_configs_lists_every_file_with_its_comment_and_prints_one(capsys: pytest
     assert main(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     files = {*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "data" / "recipes").glob("*.yaml")}
-    assert {line.split()[0] for line in lines} == shipped_configs().keys()
+    assert {line.split()[0] for line in lines} == shipped_configs().keys() | shipped_notebooks().keys()
+    assert lines[-1].split() == ["notebooks/first_steps.ipynb", "First", "steps"]
     assert set(shipped_configs().values()) == files
     assert all(len(line.split()) > 1 for line in lines), "every shipped file has a comment"
     assert main(["configs", "kv/mqa"]) == 0

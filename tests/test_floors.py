@@ -26,7 +26,7 @@ FLOORS = [
     {"uptrain", "posthoc"},
     {"train"},
     {"evaluate"},
-    {"study"},
+    {"study", "api"},
     {"commands"},
     {"__main__"},
 ]

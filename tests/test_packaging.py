@@ -37,7 +37,7 @@ def build(kind: str, source: Path, out: Path) -> Path:
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sdist of a copy of the project; building leaves files behind."""
     project = tmp_path_factory.mktemp("project")
-    for name in ("cllm", "configs", "data", "scripts", "tests", "experiments", "benchmarks"):
+    for name in ("cllm", "configs", "data", "scripts", "tests", "experiments", "benchmarks", "notebooks"):
         copytree(ROOT / name, project / name, ignore=ignore_patterns("prepared", "__pycache__", "bad_inputs"))
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "train.py", "evaluate.py"):
         copy(ROOT / name, project)
@@ -72,13 +72,14 @@ def test_the_wheel_has_every_module_config_and_recipe(installed: Path) -> None:
     assert files(installed / "cllm", "*.py") == files(ROOT / "cllm", "*.py")
     assert files(installed / "cllm" / "shipped" / "configs") == files(ROOT / "configs")
     assert files(installed / "cllm" / "shipped" / "recipes") == files(ROOT / "data" / "recipes")
+    assert files(installed / "cllm" / "shipped" / "notebooks") == files(ROOT / "notebooks")
     assert (installed / "cllm" / "py.typed").exists()
 
 
 def test_the_wheel_installs_the_package_and_nothing_beside_it(installed: Path) -> None:
     metadata = f"cllm-{cllm.__version__}.dist-info"
     assert {path.name for path in installed.iterdir()} == {"cllm", metadata}
-    assert {Path(name).suffix for name in files(installed / "cllm")} == {".py", ".yaml", ".typed"}
+    assert {Path(name).suffix for name in files(installed / "cllm")} == {".py", ".yaml", ".ipynb", ".typed"}
 
 
 def test_the_metadata_names_version_license_command_and_readme(installed: Path) -> None:

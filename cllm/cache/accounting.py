@@ -137,3 +137,14 @@ def cache_bytes(
 def mha_twin(config: ModelConfig) -> ModelConfig:
     """The same model with the mha plan, with which caches are compared."""
     return config.model_copy(update={"kv": MHA(), "match_params": False})
+
+
+def describe_bytes(config: ModelConfig) -> list[str]:
+    """Two lines of text: `kv_bytes` in bf16 at the longest context, and against the same model with the mha plan."""
+    own, twin = kv_bytes(config), kv_bytes(mha_twin(config))
+    resident, read = own.relative_to(twin)
+    return [
+        f"KV cache     {own.resident:,.0f} bytes a token resident, {own.written:,.0f} written, {own.read:,.0f} read "
+        f"(bf16, context {own.context:,})",
+        f"against mha  {resident:.4g}x resident, {read:.4g}x read",
+    ]

@@ -15,7 +15,7 @@ tradeoff.py    designs, trained and compressed
 sweep.py       runs, compressed in many ways
 study.py       a grid of designs, learning rates and seeds, and its report
 study_point.py the evaluation of one point of a study
-configs.py     the shipped configs and recipes
+configs.py     the shipped configs, recipes and notebooks
 completion.py  answers to a shell that completes a command line
 
 Imports every other package. This file imports nothing, so commands can start without torch.

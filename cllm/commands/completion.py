@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from cllm.arguments import Parser
 from cllm.config.load import ConfigParser, schema_keys
-from cllm.config.shipped import shipped_configs
+from cllm.config.shipped import shipped_configs, shipped_notebooks
 from cllm.plan.presets import preset_names
 
 
@@ -60,12 +60,12 @@ def literals(annotation: Any) -> list[str] | None:
 
 
 def shipped(**_: Any) -> list[str]:
-    """Names of the shipped configs and recipes."""
-    return list(shipped_configs())
+    """Names of the shipped configs, recipes and notebooks."""
+    return [*shipped_configs(), *shipped_notebooks()]
 
 
 def shipped_or_file(prefix: str, **_: Any) -> list[str]:
     """Names of the shipped configs and recipes, and YAML files whose path begins with `prefix`."""
     from argcomplete.completers import FilesCompleter
 
-    return [*shipped(), *FilesCompleter(("yaml", "yml"))(prefix)]
+    return [*shipped_configs(), *FilesCompleter(("yaml", "yml"))(prefix)]

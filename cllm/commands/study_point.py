@@ -10,7 +10,6 @@ from cllm.commands import evaluate
 from cllm.errors import UserError, one_line
 from cllm.trust import read_object
 
-
 _SIGNAL = 128
 """An exit status above it is that of a command that a signal has ended."""
 

@@ -12,7 +12,8 @@ suites.py      `evaluate_suites:`: suites of samples that are measured during tr
 uptraining.py  `init:` and `uptrain:`: starting from another model's weights
 load.py        reads YAML files and a command line into one checked config; reports a mistake in one line
 help.py        the settings as text, for `--help`
-shipped.py     the configs and recipes that come with cllm, by name
+nested.py      settings with dotted keys as nested mappings
+shipped.py     the configs, recipes and notebooks that come with cllm, by name
 designs.py     KV plans as words on a command line
 
 Imports the plan and the section base; never torch.

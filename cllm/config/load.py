@@ -14,7 +14,7 @@ import argparse
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from cllm.arguments import Parser
 from cllm.config.help import keys_help, schema_keys, sections_in, settings_about
+from cllm.config.nested import enter
 from cllm.config.shipped import find_config
 from cllm.errors import UserError, nearest, same_word
 from cllm.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
@@ -73,12 +74,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         *sections, leaf = key.split(".")
         if len(sections) > MAX_DEPTH:
             raise UserError(f"{COMMAND_LINE}: --{key[:40]}...: is nested more than {MAX_DEPTH} levels deep")
-        node = tree
-        for depth, section in enumerate(sections):
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise UserError(f"{COMMAND_LINE}: --{key}: {'.'.join(sections[: depth + 1])} was given a value already")
-        node[leaf] = value
+        enter(tree, sections, f"{COMMAND_LINE}: --{key}")[leaf] = value
     return tree
 
 
@@ -211,11 +207,31 @@ def load_settings(
     Raises:
         UserError: for the first mistake, with its key, its file, the value and what is allowed.
     """
+    layers = [(str(path), read_yaml(find_config(path))) for path in files]
+    layers.append((COMMAND_LINE, parse_overrides(overrides)))
+    return merge_settings(schema, layers, complete=complete, only_file=str(files[0]) if len(files) == 1 else "")
+
+
+def merge_settings(
+    schema: type[Schema],
+    layers: Iterable[tuple[str, dict[str, Any]]],
+    *,
+    complete: Callable[[dict[str, Any]], tuple[dict[str, Any], Origin]] | None = None,
+    only_file: str = "",
+) -> Schema:
+    """Merge and validate settings.
+
+    Args:
+        schema: the settings that are allowed.
+        layers: the name of a file, or another name for messages, and the settings in it; later layers win.
+        complete: as for `load_settings`.
+        only_file: as for `validate`.
+
+    Raises:
+        UserError: as `load_settings` does.
+    """
     data: dict[str, Any] = {}
     origin: Origin = {}
-    layers = [(str(path), read_yaml(find_config(path))) for path in files] + [
-        (COMMAND_LINE, parse_overrides(overrides))
-    ]
     for name, layer in layers:
         data = merge(data, layer)
         origin |= dict.fromkeys(_paths(layer), name)
@@ -224,7 +240,7 @@ def load_settings(
     if complete is not None:
         data, added = complete(data)
         origin = added | origin
-    return validate(schema, data, origin, only_file=str(files[0]) if len(files) == 1 else "")
+    return validate(schema, data, origin, only_file=only_file)
 
 
 class ConfigParser(Parser):

@@ -1,6 +1,6 @@
-"""The configs and recipes that come with cllm, by name: `model/332m`, `kv/cla`, `recipes/stdlib`.
+"""The configs and recipes that come with cllm, by name: `model/332m`, `kv/cla`, `recipes/stdlib`; and the notebooks.
 
-In the repository they are configs/ and data/recipes/; setup.py copies both into the wheel, as cllm/shipped/.
+In the repository they are configs/, data/recipes/ and notebooks/. setup.py copies them into the wheel as cllm/shipped/.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from cllm.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _INSTALLED, _REPOSITORY = _PACKAGE / "shipped", _PACKAGE.parent
-CONFIGS, RECIPES = (
-    (_INSTALLED / "configs", _INSTALLED / "recipes")
+CONFIGS, RECIPES, NOTEBOOKS = (
+    (_INSTALLED / "configs", _INSTALLED / "recipes", _INSTALLED / "notebooks")
     if _INSTALLED.is_dir()
-    else (_REPOSITORY / "configs", _REPOSITORY / "data" / "recipes")
+    else (_REPOSITORY / "configs", _REPOSITORY / "data" / "recipes", _REPOSITORY / "notebooks")
 )
-"""Folders of the shipped configs and recipes."""
+"""Folders of the shipped configs, recipes and notebooks."""
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -29,6 +29,11 @@ def shipped_configs() -> dict[str, Path]:
         for file in folder.rglob("*.yaml"):
             found[prefix + file.relative_to(folder).as_posix().removesuffix(".yaml")] = file
     return dict(sorted(found.items()))
+
+
+def shipped_notebooks() -> dict[str, Path]:
+    """The file of each shipped notebook by its name, such as `notebooks/first_steps.ipynb`, in alphabetical order."""
+    return {f"notebooks/{file.name}": file for file in sorted(NOTEBOOKS.glob("*.ipynb"))}
 
 
 def find_config(name: str | Path) -> Path:

@@ -174,11 +174,15 @@ class HuggingFaceSubject(Subject):
     def __init__(self, path: Path, device: torch.device):
         from cllm.hub.loading import load_model
 
-        self._model = load_model(path, dtype="auto" if device.type == "cuda" else torch.float32).to(device)
+        model = load_model(path, dtype="auto" if device.type == "cuda" else torch.float32).to(device)
+        self._describe(model, path.resolve().name, path, device)
+        self.default_results = results_of_checkpoint(path)
+
+    def _describe(self, model: Any, name: str, path: Path, device: torch.device) -> None:
+        self._model = model
         self._keeps_last = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         config = self._model.config.get_text_config()
-        self.name, self.path, self.folder, self.checkpoint = path.resolve().name, path, path, path.name
-        self.default_results = results_of_checkpoint(path)
+        self.name, self.path, self.folder, self.checkpoint = name, path, path, path.name
         self.step, self.default_sets, self.digests = None, {}, {}
         self.vocab_size = self._model.get_input_embeddings().weight.shape[0]
         self.design = str(getattr(config, "design", config.model_type))
@@ -209,6 +213,19 @@ class HuggingFaceSubject(Subject):
         assert (positions, document_ids) == (None, None), "Hugging Face models are fed a plain stream"
         options = {"logits_to_keep": last} if self._keeps_last else {}
         return self._model(input_ids=input_ids, use_cache=False, **options).logits[:, -last:]
+
+
+class MemorySubject(HuggingFaceSubject):
+    """A transformers model in memory, on its device, and its tokenizer. Its results have no folder."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase):
+        name = type(model).__name__
+        self._describe(model, name, Path(f"<{name}>"), next(model.parameters()).device)
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
 
 
 def load_subject(path: str | Path, device: torch.device) -> Subject:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -151,8 +151,26 @@ def open_text(name: str, path: Path, subject: Subject) -> TextSet:
     replaced = sum(document.replaced for document in documents)
     if replaced:
         log.warning("%s: %d byte sequences are not UTF-8 and were replaced by U+FFFD", path, replaced)
-    texts = [document.text for document in documents]
-    source = TextTokens(texts, tokenizer)
+    return _text_set(name, path, [document.text for document in documents], subject, replaced)
+
+
+def hold_texts(name: str, texts: Sequence[str], subject: Subject) -> TextSet:
+    """A set of documents in memory; empty ones are left out.
+
+    Raises:
+        UserError: if all are empty, for a tokenizer without EOS, and tokens that the model's embedding lacks.
+    """
+    _check_start(subject)
+    path = Path(f"<{name}>")
+    if subject.tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the model's tokenizer has no EOS token (eos_token), which has to end every document")
+    if not (documents := [text for text in texts if text.strip()]):
+        raise UserError(f"{path}: holds no text")
+    return _text_set(name, path, documents, subject)
+
+
+def _text_set(name: str, path: Path, texts: list[str], subject: Subject, replaced: int = 0) -> TextSet:
+    source = TextTokens(texts, subject.tokenizer)
     check_ids(source.read(0, len(source)), subject.vocab_size, str(path), f"the embedding of {subject.name}")
     return TextSet(
         name=name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 
-from cllm.cache.accounting import cache_bytes, kv_bytes, mha_twin
+from cllm.cache.accounting import cache_bytes, describe_bytes
 from cllm.config import Config
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import (
@@ -151,10 +151,8 @@ def dry_run(config: Config, *, tokens_per_second: float | None = None) -> str:
     budget = budget_lines(config, tokens_per_second)
     model = meta_decoder(config.model)
     c = config.model
-    own, twin = kv_bytes(c), kv_bytes(mha_twin(c))
-    resident, read = own.relative_to(twin)
     total, inner = count_parameters(model), count_parameters(model, embeddings=False)
-    context, seq_len = own.context, config.data.seq_len
+    context, seq_len = c.max_seq_len, config.data.seq_len
     forward, training = forward_flops_per_token(model, seq_len), training_flops_per_token(model, seq_len)
     student = planned_student(config)
     teacher = student.teacher_parameters
@@ -176,9 +174,7 @@ def dry_run(config: Config, *, tokens_per_second: float | None = None) -> str:
         f"d_ff {d_ff}{matched}, vocabulary {c.vocab_size:,}",
         f"parameters   {total:,} ({inner:,} without embeddings)",
         *(uptraining if config.init.path else ()),
-        f"KV cache     {own.resident:,.0f} bytes a token resident, {own.written:,.0f} written, {own.read:,.0f} read "
-        f"(bf16, context {context:,})",
-        f"against mha  {resident:.4g}x resident, {read:.4g}x read",
+        *describe_bytes(c),
         f"a sequence   of {context:,} tokens leaves {cache_bytes(c, context=context):,} bytes in the cache "
         f"({_size(cache_bytes(c, context=context))})",
         f"FLOPs        {forward:.4g} a token forward, {training:.4g} training (sequences of {seq_len:,})",

@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,3 +97,27 @@ def make_loggers(config: Config, folder: RunFolder) -> list[Logger]:
     if plans:
         folder.loggers_folder.mkdir(parents=True, exist_ok=True)  # wandb writes elsewhere if it is missing
     return [construct(plan.cls, plan.arguments, plan.key) for plan in plans]
+
+
+@contextmanager
+def ending_wandb(loggers: Sequence[Logger]) -> Iterator[None]:
+    """If one of `loggers` is that of Weights & Biases, end the run that it begins inside of this context.
+
+    A process has one active run, and Lightning's logger joins it: the metrics of the next training in this process, as
+    in a notebook, would go to the same run. A run that was active before stays so.
+    """
+    before = _wandb_run()
+    status = 1
+    try:
+        yield
+        status = 0
+    finally:
+        run = _wandb_run()
+        ours = any(isinstance(logger, lightning_loggers.WandbLogger) for logger in loggers)
+        if ours and before is None and run is not None:
+            run.finish(exit_code=status)
+
+
+def _wandb_run() -> Any:
+    """The active run of Weights & Biases in this process, or None."""
+    return getattr(sys.modules.get("wandb"), "run", None)

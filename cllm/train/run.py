@@ -27,7 +27,7 @@ from cllm.train.float8 import check_float8
 from cllm.train.folder import Start, find_start, write_start
 from cllm.train.launch import Launch, is_first_process
 from cllm.train.lightning_internals import validate_before_training
-from cllm.train.loggers import make_loggers, plan_loggers
+from cllm.train.loggers import ending_wandb, make_loggers, plan_loggers
 from cllm.train.measure import Metrics
 from cllm.train.module import TrainingModule
 from cllm.train.prepare import prepare_for_training
@@ -145,9 +145,10 @@ def _fit(
         if trainer.is_global_zero:
             prepare_folder(folder, start.step, config.train)
         validate_before_training(trainer, start.validate)
-    trainer.loggers = [*loggers, *make_loggers(config, folder)]
+    named = make_loggers(config, folder)
+    trainer.loggers = [*loggers, *named]
     try:
-        with watch.explained(), stop.watching():
+        with ending_wandb(named), watch.explained(), stop.watching():
             ckpt_path = str(checkpoint) if checkpoint else None
             trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     except MisconfigurationException as error:  # from a callback or logger that does not fit this run

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import json
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cllm.config import Config
 from cllm.errors import UserError
 from cllm.runs import RunFolder
+from cllm.train.loggers import ending_wandb
 from cllm.train.run import train
 
 Tiny = Callable[..., Config]
@@ -160,19 +165,46 @@ def read_wandb(file: Path) -> Iterator[bytes]:
             parts = b""
 
 
+class Run:
+    """A run of Weights & Biases that records its exit code."""
+
+    code: int | None = None
+
+    def finish(self, exit_code: int) -> None:
+        self.code = exit_code
+
+
+@pytest.mark.parametrize(
+    ("active", "named", "fails", "code"), [(0, 1, 0, 0), (0, 1, 1, 1), (0, 0, 0, None), (1, 1, 0, None)]
+)
+def test_a_wandb_run_ends_with_the_training_that_began_it(
+    active: bool, named: bool, fails: bool, code: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run()
+    wandb = SimpleNamespace(run=run if active else None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    loggers = [WandbLogger.__new__(WandbLogger)] if named else []
+    with contextlib.suppress(KeyError), ending_wandb(loggers):
+        wandb.run = run
+        if fails:
+            raise KeyError
+    assert run.code == code
+
+
 def test_wandb_offline(tiny: Tiny) -> None:
     wandb = pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
 
-    folder = logged(tiny, "[{name: wandb, mode: offline, project: ours}]")
-    wandb.finish()
+    for name in ("first", "second"):  # the second would join the run of the first
+        folder = logged(tiny, "[{name: wandb, mode: offline, project: ours}]", "--name", name)
+        assert wandb.run is None
     (file,) = (folder.path / "loggers" / "wandb").glob("offline-run-*/run-*.wandb")
     found: Points = {}
     settings: dict[str, Any] = {}
     for data in read_wandb(file):
         record = Record.FromString(data)
         if record.HasField("run"):
-            assert (record.run.project, record.run.display_name) == ("ours", "tiny")
+            assert (record.run.project, record.run.display_name) == ("ours", "second")
         for source in (record.config, record.run.config):
             settings |= {item.key or item.nested_key[0]: json.loads(item.value_json) for item in source.update}
         items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}

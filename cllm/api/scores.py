@@ -1,0 +1,207 @@
+"""Perplexity of models, and caches compressed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cllm.data.manifest import MANIFEST, Manifest
+from cllm.environment import choose_device
+from cllm.errors import UserError
+from cllm.evaluate.perplexity import Settings, open_sets
+from cllm.evaluate.subjects import MemorySubject, Subject, load_subject
+from cllm.evaluate.suites.perplexity import Perplexity
+from cllm.evaluate.suites.posthoc import Posthoc
+from cllm.evaluate.suites.suite import Job, Record, Suite
+from cllm.evaluate.texts import TextSet, hold_texts
+from cllm.hub.export import as_pretrained
+from cllm.model.decoder import Decoder
+from cllm.posthoc.engine import engine_of
+from cllm.posthoc.method import Compressor
+from cllm.posthoc.registry import parse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.cache_utils import Cache
+
+AnyPath = str | os.PathLike[str]
+
+
+class Scores(list[Record]):
+    """Records of measurements, as docs/evaluation.md and docs/posthoc.md describe them; printed, their table.
+
+    `loss`, `perplexity` and `bits_per_byte` are those of the first record.
+    """
+
+    def __init__(self, records: Sequence[Record], suite: Suite):
+        super().__init__(records)
+        self._suite = suite
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats a token."""
+        return self[0]["loss"]
+
+    @property
+    def perplexity(self) -> float:
+        """e^loss."""
+        return self[0]["perplexity"]
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits for each byte of text. Raises `KeyError` for scores of compressed caches, which have none."""
+        return self[0]["bits_per_byte"]
+
+    def __str__(self) -> str:
+        return self._suite.table(self)
+
+    __repr__ = __str__
+
+
+def score(
+    model: AnyPath | nn.Module,
+    data: AnyPath | Sequence[AnyPath] = (),
+    *,
+    text: str | Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    posthoc: str | Sequence[str] = (),
+    prefix: int | None = None,
+    window: int | None = None,
+    max_tokens: int | None = None,
+    device: str = "auto",
+    save: bool = False,
+) -> Scores:
+    """Measure perplexity and bits per byte, as `cllm evaluate` does.
+
+    With `posthoc`, the first half of each window is compressed by each method, and the rest is scored.
+
+    Args:
+        model: a run, a checkpoint, a Hugging Face folder, or a model in memory.
+        data: prepared folders, of which the validation split is scored, or text files; default: a run's own sets.
+        text: instead of data, one document or several.
+        tokenizer: that of a model in memory; default: that of the prepared folder in `data`.
+        posthoc: methods such as `xkv:group=4,ratio=4`, or `none`.
+        prefix: with posthoc, tokens of each window to compress; None: half of it.
+        window: tokens that the model reads at once; None: its training length, or its context up to 2048.
+        max_tokens: score only the first tokens of each set.
+        device: of a model that is loaded: `auto`, `cpu` or `cuda`. A model in memory stays where it is.
+        save: write the results to the run's `evaluation/`, where `compare` finds them.
+
+    Returns:
+        A record for each set, and with posthoc for each method.
+
+    Raises:
+        UserError: for a model, text or method that cannot be used, and a window longer than the context.
+
+    Examples:
+        >>> import cllm
+        >>> cllm.score("runs/tiny", text="three fine days").perplexity > 1
+        True
+        >>> scores = cllm.score("runs/tiny", posthoc=["none", "xkv:group=4,ratio=2"])
+        >>> [record["spec"] for record in scores]
+        ['none', 'xkv:group=4,ratio=2']
+    """
+    paths = [data] if isinstance(data, str | os.PathLike) else list(data)
+    specs = [posthoc] if isinstance(posthoc, str) else list(posthoc)
+    if text is not None and paths:
+        raise UserError("score: give either data or text=")
+    if save and isinstance(model, nn.Module):
+        raise UserError("score: save=True needs a run or a folder, and the model is in memory")
+    subject, place = _subject(model, paths, tokenizer, device)
+    suite: Suite = Posthoc() if specs else Perplexity()
+    settings = Settings(window=window, max_tokens=max_tokens)
+    options = argparse.Namespace(posthoc=specs, prefix=prefix, generate=0)
+    texts = open_sets(subject, [Path(path) for path in paths]) if text is None else _in_memory(text, subject)
+    records = []
+    with _evaluating(subject.model):
+        for found in texts:
+            job = Job(settings=settings, device=place, options=options, text=found)
+            records += suite.run(subject, job)
+    if save:
+        for record in records:
+            suite.save(subject, record)
+    return Scores(records, suite)
+
+
+def _in_memory(text: str | Sequence[str], subject: Subject) -> list[TextSet]:
+    return [hold_texts("text", [text] if isinstance(text, str) else text, subject)]
+
+
+def _subject(
+    model: AnyPath | nn.Module, paths: Sequence[AnyPath], tokenizer: PreTrainedTokenizerBase | None, device: str
+) -> tuple[Subject, torch.device]:
+    if not isinstance(model, nn.Module):
+        if tokenizer is not None:
+            raise UserError(f"score: tokenizer= goes with a model in memory; {model} has one")
+        place = choose_device(device)
+        return load_subject(Path(model), place), place
+    if isinstance(model, Decoder):
+        model = as_pretrained(model)
+    if tokenizer is None:
+        prepared = [path for path in paths if (Path(path) / MANIFEST).exists()]
+        if not prepared:
+            raise UserError("score: a model in memory needs tokenizer=, or a prepared folder as data")
+        tokenizer = Manifest.load(Path(prepared[0])).tokenizer()
+    return MemorySubject(model, tokenizer), next(model.parameters()).device
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, and afterwards in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def compress(model: nn.Module, cache: Cache | Tensor, method: str) -> Any:
+    """Compress a filled cache, or the cache of a prompt. Later tokens are added to it exactly.
+
+    Args:
+        model: a model of cllm or of transformers, in memory.
+        cache: a cache that `model` has filled, which is not changed; or the prompt, (B, T) int64, of which it is
+            filled. Methods that calibrate on tokens need the prompt.
+        method: a method with its options, such as `xkv:group=4,ratio=4`; `cllm evaluate --list-posthoc` lists them.
+
+    Returns:
+        A cache for `past_key_values=` of the model and of `generate`. `nbytes()` counts its bytes, `outcome.errors` has
+        the relative error of each layer's keys and values, and `seconds` the time that compression took.
+
+    Raises:
+        UserError: for an unknown method or option, and a model or cache that it cannot compress.
+
+    Examples:
+        >>> import cllm, torch
+        >>> model = cllm.build("mha", d_model=64, n_layers=4, vocab_size=256)
+        >>> tokens = torch.randint(256, (1, 32))
+        >>> compressed = cllm.compress(model, tokens, "xkv:group=4,ratio=4")
+        >>> exact = cllm.compress(model, tokens, "none")
+        >>> compressed.nbytes() < exact.nbytes() / 2
+        True
+        >>> model(tokens[:, :1], past_key_values=compressed).logits.shape
+        torch.Size([1, 1, 256])
+    """
+    engine, compressor = engine_of(model), parse(method)
+    if not isinstance(cache, Tensor):
+        if compressor.watches or type(compressor).prepare is not Compressor.prepare:
+            raise UserError(f"{method}: calibrates on tokens; give the prompt's token ids, (B, T), instead of a cache")
+        return engine.compress(cache, compressor)
+    ids = cache.to(next(model.parameters()).device)
+    with _evaluating(model):
+        compressor.prepare(engine, ids)
+        filled = engine.new_cache()
+        with compressor.watch(engine):
+            engine.hidden(ids, filled)
+        compressed = engine.compress(filled, compressor)
+    compressor.release()
+    return compressed

@@ -33,7 +33,7 @@ from cllm.posthoc.registry import parse
 
 _BATCH_TOKENS = {"cpu": 2**13, "cuda": 2**17}
 """Tokens of a batch by default, at most."""
-_CACHE_SHARE = 0.08
+_CACHE_SHARE = 0.04
 """Share of a GPU's memory for the uncompressed cache of a batch: compression needs a multiple of it."""
 _MOST_ROWS = 1024
 _CALIBRATION = 8

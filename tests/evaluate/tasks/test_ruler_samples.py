@@ -442,6 +442,16 @@ def test_a_sample_that_is_too_long_shrinks_by_steps_and_no_further_than_the_smal
         fill(made, endless, 2)
 
 
+def test_a_haystack_that_ends_is_reported(task: Callable[..., Task], caplog: pytest.LogCaptureFixture) -> None:
+    fill(task("niah_single_2", 2048), encode, 1)
+    assert not caplog.messages
+    pairs = fill(task("niah_single_2", 20_000), encode, 2)
+    assert all(draft.context.count("Sentence") == len(ESSAY) * 3000 // 3200 for draft, _ in pairs), (
+        "3,000 of 3,200 words"
+    )
+    assert re.fullmatch(r"ruler: niah_single_2 has no more text: \d{4} of 20000 tokens are used", *caplog.messages)
+
+
 # ---- seeds and settings ----------------------------------------------------------------------------------------------
 
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cllm.arguments import Parser, whole_number
 from cllm.errors import UserError, one_line
 from cllm.evaluate.suites.choice import describe_suites
 from cllm.evaluate.suites.registry import add_options, choose, suites
-from cllm.evaluate.suites.suite import Record
+from cllm.evaluate.suites.suite import Job, Record
 from cllm.signals import stoppable
 
 
@@ -83,13 +83,15 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm evaluat
         for path in options.run:
             with left_out.unless_usable(path):
                 subject = load_subject(path, device)
-                for choice in chosen:
-                    if choice.given is not None:  # refused before the first suite runs
-                        for job in jobs(choice, subject, options, device):
+                planned: list[Iterable[Job]] = [jobs(choice, subject, options, device) for choice in chosen]
+                if len(chosen) > 1:  # what does not fit is refused before the first suite runs
+                    planned = [list(each) for each in planned]
+                    for choice, each in zip(chosen, planned, strict=True):
+                        for job in each:
                             choice.suite.check(subject, job)
                 announced = options.out is not None or subject.kind == "run"
-                for choice, records, files in zip(chosen, results, paths, strict=True):
-                    for job in jobs(choice, subject, options, device):
+                for choice, each, records, files in zip(chosen, planned, results, paths, strict=True):
+                    for job in each:
                         if not announced:
                             choice.suite.check(subject, job)  # a refusal is the only line on stderr
                             print(f"results of {path} go to {subject.results()}", file=sys.stderr, flush=True)

@@ -96,6 +96,10 @@ class TaskSuite(Suite):
     """Facts of questions by whose values records also have means, such as `depth`."""
     takes_text = False
     compresses = True
+    _made_for: Subject | None = None
+    """The subject of `_made`."""
+    _made: Mapping[str, Sequence[Sample]] = {}
+    """Samples by their settings."""
 
     # ---- what a task suite implements
 
@@ -119,12 +123,14 @@ class TaskSuite(Suite):
         Raises:
             UserError: if there are none, if one is longer than the subject's context, and as `samples` does.
         """
-        made = getattr(self, "_made", None)
-        if made is None or made[0] is not subject or made[1] != settings:
+        if self._made_for is not subject:
+            self._made_for, self._made = subject, {}
+        key = settings.model_dump_json()
+        if key not in self._made:
             samples = self.samples(subject, settings)
             self._check(subject, samples)
-            self._made = made = (subject, settings, samples)
-        return made[2]
+            self._made = {**self._made, key: samples}
+        return self._made[key]
 
     def _check(self, subject: Subject, samples: Sequence[Sample]) -> None:
         if not any(sample.questions for sample in samples):
@@ -153,6 +159,7 @@ class TaskSuite(Suite):
     def run(self, subject: Subject, job: Job) -> list[Record]:
         from cllm.evaluate.tasks.run import run_samples
 
+        self.check(subject, job)
         settings = job.given or self.settings()
         samples = self.prepared(subject, settings)
         specs = job.options.posthoc

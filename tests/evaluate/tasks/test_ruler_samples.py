@@ -449,7 +449,8 @@ def test_a_haystack_that_ends_is_reported(task: Callable[..., Task], caplog: pyt
     assert all(draft.context.count("Sentence") == len(ESSAY) * 3000 // 3200 for draft, _ in pairs), (
         "3,000 of 3,200 words"
     )
-    assert re.fullmatch(r"ruler: niah_single_2 has no more text: \d{4} of 20000 tokens are used", *caplog.messages)
+    (message,) = caplog.messages
+    assert re.fullmatch(r"ruler: niah_single_2 has no more text: \d{4} of 20000 tokens are used", message)
 
 
 # ---- seeds and settings ----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import os
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -259,7 +259,8 @@ class TaskSuite(Suite):
         return [f"written: {len(paths)} files in {folder}"]
 
     def compared_numbers(self) -> tuple[Number, ...]:
-        return tuple(number for number in self.numbers if number.key == self.main)
+        """The main number, under the suite's name."""
+        return tuple(replace(n, head=f"{self.name}, {n.head}") for n in self.numbers if n.key == self.main)
 
     def save(self, subject: Subject, record: Record, out: Path | None = None) -> Path:
         """Write a record as JSON. Returns the file: `SUITE/SETTINGS/TASK.json`, with --posthoc `.../SPEC/TASK.json`.
@@ -276,7 +277,7 @@ class TaskSuite(Suite):
             folder /= slug(record["spec"])
         path = folder / f"{slug(record['task'])}{suffix}.json"
         self._write(subject, record, path, path)  # no events
-        if record["task"] == ALL and record["spec"] in (AS_IS, UNCOMPRESSED):
+        if record["task"] == ALL and record["spec"] in (AS_IS, UNCOMPRESSED) and self.main in record:
             super().save(subject, record, out)
         return path
 

@@ -34,7 +34,7 @@ def _tokens(draw: random.Random, n: int) -> tuple[int, ...]:
 def _samples(seed: int = 0, *, generate: bool = True) -> list[Sample]:
     """Contexts of three lengths; prompts and options of several lengths, and some without a prompt."""
     draw, samples = random.Random(seed), []
-    for i in range(7):
+    for i in range(5):
         questions = [
             Question(prompt=_tokens(draw, n), options=tuple(_tokens(draw, draw.randint(1, 5)) for _ in range(2)))
             for n in (0, 3, 1 + i % 3)

@@ -170,10 +170,12 @@ def test_questions_read_the_compressed_cache(name: str, spec: str, subject, rand
 def test_batches_hold_contexts_of_one_length_and_every_sample_once() -> None:
     samples = _samples()
     for exact in (False, True):
-        found = list(batches(samples, 2, exact=exact))
+        found = list(batches(samples, lambda longest: 2, exact=exact))
         assert sorted(i for batch in found for i in batch) == list(range(len(samples)))
         assert all(len({len(samples[i].context) for i in batch}) == 1 for batch in found)
         assert max(map(len, found)) == 2 or exact
+    for batch in batches(samples, lambda longest: 60 // longest):
+        assert len(batch) == 1 or len(batch) * max(samples[i].longest for i in batch) <= 60
 
 
 def test_generation_ends_at_a_stop_and_at_eos_before_its_limit(subject, planted) -> None:

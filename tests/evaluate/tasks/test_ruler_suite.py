@@ -70,19 +70,21 @@ def test_a_perfect_retriever_has_100_percent(measured: dict[str, Any]) -> None:
         numbers = {key: record[key] for key in ("accuracy", "recall", "score")}
         assert numbers == dict.fromkeys(numbers, 100.0), task
         assert record["nats"] < 1e-3
+        assert record["margin"] > 5
     assert len(measured["plain"]) == 6
 
 
 def test_an_exact_cache_changes_nothing_and_a_forgotten_context_costs_everything(measured: dict[str, Any]) -> None:
     for (task, spec), record in measured["specs"].items():
         plain = measured["plain"][task, "as it is"]
-        numbers = {key: record[key] for key in ("accuracy", "recall", "score", "nats")}
+        numbers = {key: record[key] for key in ("accuracy", "recall", "score", "nats", "margin")}
         if spec == "none":
             assert numbers == {key: plain[key] for key in numbers}
             assert record.get("groups") == plain.get("groups")
         else:
             assert (record["accuracy"], record["recall"], record["score"]) == (0.0, 0.0, 0.0)
             assert record["nats"] > 5
+            assert record["margin"] < 1e-3
 
 
 def test_a_model_that_guesses_ranks_at_chance(subject: Any, measure: Any, random_model: Any) -> None:
@@ -93,6 +95,7 @@ def test_a_model_that_guesses_ranks_at_chance(subject: Any, measure: Any, random
     for record in records.values():
         assert 8 < record["accuracy"] < 42, "25 percent, with 60 questions"
         assert record["recall"] == 0.0
+        assert abs(record["margin"]) < 4 * record["margin_stderr"]
         assert "score" not in record
 
 
@@ -109,16 +112,16 @@ def scored(
 
 def test_the_answer_has_to_be_more_likely_than_every_wrong_one() -> None:
     numbers = scored("niah_single_1", [[1.0, 2.0], [3.5], [4.0]], "It is A.")
-    assert numbers == {"nats": 1.5, "accuracy": 1.0, "recall": 1.0, "score": 1.0}
+    assert numbers == {"nats": 1.5, "accuracy": 1.0, "margin": 0.75, "recall": 1.0, "score": 1.0}
     assert scored("niah_single_1", [[1.0, 2.0], [3.0], [4.0]])["accuracy"] == 0.0, "a tie"
     assert scored("niah_single_1", [[1.0, 2.0], [9.0], [2.0]])["accuracy"] == 0.0
     assert scored("niah_single_1", [[1.0], [2.0]], hit=False)["recall"] == 0.0
     # Of several items the first one is ranked, and the list is read.
     numbers = scored("vt@512", [[1.0, 1.0, 4.0], [1.0], [1.5]], "b", "a", "b", "c")
-    assert numbers == {"nats": 2.0, "accuracy": 1.0, "recall": 1.0, "score": pytest.approx(1 / 3)}
+    assert numbers == {"nats": 2.0, "accuracy": 1.0, "margin": 0.5, "recall": 1.0, "score": pytest.approx(1 / 3)}
     # Several references of a question are other spellings, and one is enough.
     numbers = scored("qa_1", [[1.0, 1.0], [1.5]], "b", "a", "b", "c")
-    assert numbers == {"nats": 1.0, "accuracy": 0.0, "recall": 1.0, "score": 1.0}
+    assert numbers == {"nats": 1.0, "accuracy": 0.0, "margin": -0.5, "recall": 1.0, "score": 1.0}
     assert "recall" not in scored("cwe", [[1.0], [1.0], [2.0]], "", "a", "b"), "its answers have no order"
 
 

@@ -23,21 +23,21 @@ class Draft:
     references: tuple[str, ...]
     """Texts that a generated answer is searched for."""
     items: tuple[str, ...]
-    """The answer in one piece each, in the order in which a model is made to read them. A piece begins with its
-    separator: `(" 123", ", 456", ", and 789")`."""
+    """The parts of the answer, in the order in which the model reads them, each after its separator:
+    `(" 123", ", 456", ", and 789")`."""
     wrong: tuple[str, ...]
-    """Pieces of the same form as the first item that are no answer."""
+    """Wrong answers in the form of the first item."""
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The answer; its first item alone, if there are more; then wrong items."""
+        """The answer; its first item alone, if there are several; then wrong ones."""
         first = self.items[:1] if len(self.items) > 1 else ()
         return ("".join(self.items), *first, *self.wrong)
 
 
 def listed(words: tuple[str, ...]) -> tuple[str, ...]:
-    """The pieces of "a", "a, and b" or "a, b, and c", each with its separator; a space stands before the first one."""
+    """The parts of "a", "a, and b" or "a, b, and c", each after its separator; a space stands before the first one."""
     last = len(words) - 1
     marks = ("" if i == 0 else ", and" if i == last else "," for i in range(len(words)))
     return tuple(f"{mark} {word}" for mark, word in zip(marks, words, strict=True))
@@ -49,8 +49,6 @@ class Task(ABC):
 
     generate: ClassVar[int]
     """Tokens to generate."""
-    any_reference: ClassVar[bool] = False
-    """Whether one reference found is a full score, rather than the share of references found."""
     name: str
     length: int
     """Tokens of the prompt and the generated text together, at most."""

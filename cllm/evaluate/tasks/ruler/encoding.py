@@ -74,6 +74,7 @@ class Encoder:
                 prompt = ids[cut:] + self._between + prefix
             else:
                 prompt, options = self._answers(end, whole, draft.options, ids)
+                cut = min(cut, len(prompt))  # a token of an option may begin in the context
                 prompt = prompt[cut:]
             yield Encoded(context=self._start + ids[:cut], prompt=prompt, options=options)
 

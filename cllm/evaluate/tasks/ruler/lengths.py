@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cllm.errors import UserError
 from cllm.evaluate.tasks.ruler.draft import Draft, Task
 
+log = logging.getLogger(__name__)
+
 _INTERPOLATIONS = 8
+_FULL = 0.9
+"""Share of the length below which a haystack that has ended is reported."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +90,8 @@ def fill(task: Task, encode: Encode, samples: int) -> list[tuple[Draft, Encoded]
     size = largest_size(count, task.length, smallest=smallest, step=step, largest=task.largest)
     if size is None:
         raise TooLong(task, count(smallest))
+    if task.largest is not None and size + step > task.largest and (used := count(size)) < _FULL * task.length:
+        log.warning("ruler: %s has no more text: %d of %d tokens are used", task.name, used, task.length)
     done: list[tuple[Draft, Encoded] | None] = [None] * samples
     left = list(range(samples))
     while left:

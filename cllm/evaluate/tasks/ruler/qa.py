@@ -108,7 +108,6 @@ class Answering(Task):
     """Questions in the order of the file. Sizes are documents; a question's own documents are never left out."""
 
     generate = 32
-    any_reference = True
     corpus: Corpus
 
     @property

@@ -68,13 +68,14 @@ class Ruler(TaskSuite):
     - recall: whether every token of the answer is the model's first choice, given the answer's earlier tokens.
     - score: the paper's: references found in the generated text.
     - nats: mean loss of the answer's tokens.
+    - margin: loss of the wrong answers, on average, minus that of the right one (its first item), in nats.
     """
 
     name = "ruler"
     help = "RULER: needles, variable tracking, word counts and questions in long contexts"
     settings = Settings
     main = "accuracy"
-    numbers = (share("accuracy"), share("recall"), share("score"), value("nats", "nats/token"))
+    numbers = (share("accuracy"), share("recall"), share("score"), value("nats", "nats/token"), value("margin"))
     groups = ("length", "depth")
 
     def samples(self, subject: Subject, settings: Settings) -> Sequence[Sample]:
@@ -128,13 +129,14 @@ class Ruler(TaskSuite):
 
     def score(self, sample: Sample, question: Question, answer: Answer) -> dict[str, float]:
         """The numbers of one question."""
-        whole, *others = answer.losses
+        whole, *rest = answer.losses
         name = _name(sample.task)
         several = len(question.references) > 1 and name not in ANY_REFERENCE
-        first, wrong = (others[0], others[1:]) if several else (whole, others)
+        first, wrong = (rest[0], rest[1:]) if several else (whole, rest)
         numbers = {"nats": sum(whole) / len(whole)}
         if wrong:
-            numbers["accuracy"] = float(sum(first) < min(map(sum, wrong)))
+            right, others = sum(first), [sum(losses) for losses in wrong]
+            numbers |= {"accuracy": float(right < min(others)), "margin": sum(others) / len(others) - right}
         if name not in UNORDERED:
             numbers["recall"] = float(all(answer.top1[0]))
         if question.generate:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 from cllm.evaluate.tasks.ruler.draft import SHORT, Draft, Task
 from cllm.evaluate.tasks.ruler.essays import sentences
@@ -26,11 +27,6 @@ class Tracking(Task):
     generate = 30
     count: Callable[[str], int]
     """Tokens of a text, for the example."""
-    example: str = field(init=False)
-    """One solved problem, the same before every sample."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "example", self._example())
 
     @property
     def step(self) -> int:
@@ -73,8 +69,12 @@ class Tracking(Task):
             facts={"depth": round(100 * places[0] / len(units))},
         )
 
-    def _example(self) -> str:
-        """The worked example: at most 500 tokens, or an eighth of a context below 4,096 tokens, if that is possible."""
+    @cached_property
+    def example(self) -> str:
+        """A solved problem, the same before every sample.
+
+        It has at most 500 tokens, or an eighth of a length below 4,096, if that is possible.
+        """
 
         def text(size: int) -> str:
             draft = self._problem(size, LETTERS_OF_EXAMPLE, self.rng("example"), set())

@@ -35,12 +35,18 @@ class CllmCommands:
         return [sys.executable, "-m", "cllm.commands.study_point", str(job)]
 
 
+class _Parser(ConfigParser):
+    """A parser whose help leaves the settings of runs to that of `cllm train`."""
+
+    def full_help(self) -> str:
+        return self.format_help()
+
+
 def make_parser(program: str) -> ConfigParser:
     """The command line's arguments."""
-    parser = ConfigParser(Config, __doc__ or "", program)
+    parser = _Parser(Config, __doc__ or "", program)
     parser.usage_hint = f"{program} studies/cpu"
     add = parser.add_argument
-    add("-h", "--help", action="help", help="show this help")
     add("study", metavar="STUDY", help="the study's YAML file, or the name of a shipped one")
     add("--out", type=Path, metavar="DIR", help="folder of the study's files (default: studies/NAME)")
     add("--runs", type=Path, metavar="DIR", help="folder of its runs, which are large (default: runs/ in --out)")

@@ -99,10 +99,9 @@ def test_needles_follow_the_table_of_tasks(
         assert len({v for _, v in needles}) == len(needles), "no value twice"
         single = queries * values == 1
         shown = value.removesuffix("s") if single else value
-        opening = f"A special magic {shown} is" if single else f"Some special magic {shown} are"
         first, body = draft.context.split("\n", 1)
-        hidden = f"{opening} hidden within the following text. Make sure to memorize it."
-        assert first == f"{hidden} I will quiz you about the {shown} afterwards."
+        hidden, it = (f"a special magic {shown}", "it") if single else (f"special magic {shown}", "them")
+        assert first == f"The following text hides {hidden}. Remember {it}: a question about {it} comes at the end."
         verb = "is" if single else "are all"
         question = rf"\nWhat {verb} the special magic {shown} for (.*) mentioned in the provided text\?"
         asked = re.fullmatch(question, draft.question)
@@ -183,7 +182,7 @@ def test_a_chain_is_assigned_in_order_after_a_worked_example(task: Callable[...,
     first, places = set(), set()
     for index in range(30):
         draft = task("vt", length).draft(index, size)
-        example, problem = draft.context.split("\n\nMemorize")
+        example, problem = draft.context.split("\n\nThe following")
         for text, letters, asked in ((example, 3, example), (problem, 5, draft.question + draft.prefix)):
             found = re.findall(r"^VAR (\w+) = (?:VAR )?(\w+)$", text, re.M)
             assert len(found) == 5
@@ -192,9 +191,11 @@ def test_a_chain_is_assigned_in_order_after_a_worked_example(task: Callable[...,
             assert 10_000 <= int(sources[0]) <= 99_998
             assert all(re.fullmatch(f"[A-Z]{{{letters}}}", name) for name in names)
             assert len(set(names)) == 5
-            assert f"Find all variables that are assigned the value {sources[0]} in" in asked
-            assert f"5 variables are assigned the value {sources[0]}, they are:" in asked
-        assert example.endswith(f"they are: {' '.join(re.findall(r'^VAR (...) ', example, re.M))}")
+            assert f"Which variables have the value {sources[0]}, directly or through another variable?" in asked
+            assert f"5 variables have the value {sources[0]}:" in asked
+        shown_value = re.findall(r"have the value (\d+)", example)[-1]
+        shown_names = " ".join(re.findall(r"^VAR (...) ", example, re.M))
+        assert example.endswith(f" have the value {shown_value}: {shown_names}")
         assert draft.references == names
         assert "".join(draft.items) == f" {' '.join(names)}"
         assert not {text[1:] for text in draft.wrong} & {*names}
@@ -224,9 +225,9 @@ def test_common_words_appear_as_often_as_the_paper_says(
     for index in range(5):
         draft = task("cwe", length).draft(index, 50)
         example, problem = draft.context.split(" 10. ", 1)[0], draft.context
-        parts = re.split(r"Below is [^\n]*\n", problem)[1:]
+        parts = re.split(r"The following numbered list [^\n]*\n", problem)[1:]
         example, body = parts
-        listing, answer = example.split("\nQuestion: What are the 10 most common words in the above list?")
+        listing, answer = example.split("\nQuestion: Which 10 words are the most common in the list above?")
 
         def entries(text: str) -> list[str]:
             numbers, found = zip(*re.findall(r"(\d+)\. (.+?)(?= \d+\. |\s*$)", text), strict=True)
@@ -248,7 +249,7 @@ def test_coded_words_follow_zipf(task: Callable[..., Task]) -> None:
     zeta = np.sum(np.arange(1, 10**6) ** -2.0) + 1e-6
     for index, size in enumerate((80, 400, 1000)):
         draft = task("fwe", 2048).draft(index, size)
-        counts = Counter(draft.context.split("coded words. ")[1].split())
+        counts = Counter(draft.context.split("each of them occurs. ")[1].split())
         ranked = counts.most_common()
         assert [n for _, n in ranked] == [n for k in range(1, 41) if (n := int(size * k**-2 / zeta))]
         assert ranked[0][0] == "..."
@@ -261,7 +262,7 @@ def test_coded_words_follow_zipf(task: Callable[..., Task]) -> None:
         for size in range(FrequentWords.smallest, 3000)
         if (top := frequencies(size, 6))
     )
-    assert len(set(task("fwe", 5000).draft(0, 20_000).context.split("coded words. ")[1].split())) == 5000 // 50
+    assert len(set(task("fwe", 5000).draft(0, 20_000).context.split("each of them occurs. ")[1].split())) == 5000 // 50
 
 
 # ---- documents -------------------------------------------------------------------------------------------------------

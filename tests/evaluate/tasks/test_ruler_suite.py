@@ -20,7 +20,7 @@ from cllm.evaluate.tasks.sample import Answer, Question, Sample
 EASY = {"essays": "noise", "samples": 1, "length": [1200]}
 ANSWERS = {
     r"magic \w+ for ([^?]*) mentioned in the provided text (?:is|are)": r"for {} is: (\S+)\.",
-    r"assigned the value (\d+), they are:": r"VAR (\w{{5}}) = ",
+    r"variables have the value (\d+):": r"VAR (\w{{5}}) = ",
 }
 """What stands before an answer in the prompt, and in the text."""
 
@@ -146,6 +146,22 @@ def test_records_have_depths_lengths_and_the_source_of_the_essays(subject: Any, 
     depths = first["groups"]["depth"]
     assert sum(group["questions"] for group in depths.values()) == 3
     assert {int(depth) for depth in depths} <= {*range(0, 101, 10)}
+
+
+def test_contexts_have_few_lengths_and_lose_no_token(subject: Any, planted: Any, monkeypatch: Any) -> None:
+    model = subject(planted.noise, context=2048)
+    tasks = ["niah_multikey_1", "vt"]
+    settings = Ruler.settings(**EASY | {"length": [1600], "samples": 12, "tasks": tasks})
+    cut = Ruler().samples(model, settings)
+    monkeypatch.setattr("cllm.evaluate.tasks.ruler.suite._STEPS_OF_CONTEXT", 1600)
+    whole = Ruler().samples(model, settings)
+    for task in tasks:
+        lengths = {len(sample.context) for sample in cut if sample.task == task}
+        assert len(lengths) == 1 < len({len(sample.context) for sample in whole if sample.task == task})
+        assert all(length % 50 == 0 for length in lengths)
+    for one, other in zip(cut, whole, strict=True):
+        assert one.context + one.questions[0].prompt == other.context + other.questions[0].prompt
+        assert 0 <= len(other.context) - len(one.context) < 50
 
 
 @pytest.mark.parametrize(

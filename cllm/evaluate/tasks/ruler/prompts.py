@@ -1,8 +1,7 @@
-"""The benchmark's prompts.
+"""The prompts.
 
-They are part of the benchmark's definition: scores with other prompts cannot be compared with published ones.
-Source: RULER, arXiv 2404.06654, appendix. One spelling error is corrected ("assgined"), and the space at the end of
-the answer prefix of variable tracking belongs to the answer here.
+Needles and the questions about them are RULER's (arXiv 2404.06654, appendix). Instructions, and the questions of the
+other tasks, ask for the same in other words, so scores can be compared with each other and not with published ones.
 """
 
 from __future__ import annotations
@@ -27,42 +26,34 @@ class Prompt:
 
 
 NEEDLES = Prompt(
-    opening="Some special magic {kind} are hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the {kind} afterwards.\n",
+    opening="The following text hides special magic {kind}. Remember them: a question about them comes at the end.\n",
     question="\nWhat are all the special magic {kind} for {query} mentioned in the provided text?",
     prefix=" The special magic {kind} for {query} mentioned in the provided text are",
 )
 NEEDLE_ALONE = Prompt(
-    opening="A special magic {kind} is hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the {kind} afterwards.\n",
+    opening="The following text hides a special magic {kind}. Remember it: a question about it comes at the end.\n",
     question="\nWhat is the special magic {kind} for {query} mentioned in the provided text?",
     prefix=" The special magic {kind} for {query} mentioned in the provided text is",
 )
 """With one key asked for that has one value; `kind` is then in the singular."""
 TRACKING = Prompt(
-    opening="Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n",
-    question="\nQuestion: Find all variables that are assigned the value {value} in the text above.",
-    prefix=" Answer: According to the chain(s) of variable assignment in the text above, {count} variables are "
-    "assigned the value {value}, they are:",
+    opening="The following text hides assignments of variables. Keep track of the value of each variable.\n\n",
+    question="\nQuestion: Which variables have the value {value}, directly or through another variable?",
+    prefix=" Answer: In the text above, {count} variables have the value {value}:",
 )
 COMMON_WORDS = Prompt(
-    opening="Below is a numbered list of words. In these words, some appear more often than others. "
-    "Memorize the ones that appear most often.\n",
-    question="\nQuestion: What are the 10 most common words in the above list?",
-    prefix=" Answer: The top 10 words that appear most often in the list are:",
+    opening="The following numbered list has some words more often than others. Remember the most common ones.\n",
+    question="\nQuestion: Which 10 words are the most common in the list above?",
+    prefix=" Answer: The 10 most common words in the list are:",
 )
 FREQUENT_WORDS = Prompt(
-    opening="Read the following coded text and track the frequency of each coded word. "
-    "Find the three most frequently appeared coded words. ",
-    question="\nQuestion: Do not provide any explanation. Please ignore the dots '....'. "
-    "What are the three most frequently appeared words in the above coded text?",
-    prefix=" Answer: According to the coded text above, the three most frequently appeared words are:",
+    opening="The following text consists of coded words. Count how often each of them occurs. ",
+    question="\nQuestion: Which three coded words occur most often in the text above, not counting the dots?",
+    prefix=" Answer: The three coded words that occur most often in the text are:",
 )
-_ONLY_THE_ANSWER = (
-    "Answer the question based on the given documents. Only give me the answer and do not output any other words."
-)
+_ONLY_THE_ANSWER = "Answer the question from the documents. Give the answer alone, without any other words."
 DOCUMENTS = Prompt(
-    opening=f"{_ONLY_THE_ANSWER}\n\nThe following are given documents.\n\n",
+    opening=f"{_ONLY_THE_ANSWER}\n\nThese are the documents.\n\n",
     question=f"\n\n{_ONLY_THE_ANSWER}\n\nQuestion: {{query}}",
     prefix=" Answer:",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -30,6 +31,8 @@ PUBLISHED_SAMPLES = 500
 _AT = "@"
 """Between a task and its length in the names of rows, if there are several lengths."""
 _DEFAULT_LENGTH = 4096
+_STEPS_OF_CONTEXT = 32
+"""Contexts are cut to multiples of the length divided by this."""
 _CONTROL = re.compile(r"[\x00-\x1f]")
 
 
@@ -110,10 +113,12 @@ class Ruler(TaskSuite):
     def _of_task(self, task: Task, encode: Encoder, settings: Settings) -> list[Sample]:
         row = task.name if len(settings.length) < 2 else f"{task.name}{_AT}{task.length}"
         count = min(settings.samples or PUBLISHED_SAMPLES, task.samples or MAX_COUNT)
-        return [
-            Sample(task=row, context=ids.context, questions=(_question(task, draft, ids, generate=settings.generate),))
-            for draft, ids in fill(task, encode, count)
-        ]
+        samples = []
+        for draft, encoded in fill(task, encode, count):
+            ids = _with_round_context(encoded, max(1, task.length // _STEPS_OF_CONTEXT))
+            question = _question(task, draft, ids, generate=settings.generate)
+            samples.append(Sample(task=row, context=ids.context, questions=(question,)))
+        return samples
 
     def _tasks(self, settings: Settings, encode: Encoder) -> Tasks:
         files = {key: getattr(settings, key) for key in ("essays", "squad", "hotpotqa")}
@@ -155,6 +160,15 @@ class Ruler(TaskSuite):
 def _name(row: str) -> str:
     """The task of a row."""
     return row.partition(_AT)[0]
+
+
+def _with_round_context(ids: Encoded, step: int) -> Encoded:
+    """The same tokens with a context that is a multiple of `step`; the others are read with the question, exactly.
+
+    So the contexts of a task have few lengths, and many of them form a batch.
+    """
+    end = len(ids.context) - len(ids.context) % step
+    return replace(ids, context=ids.context[:end], prompt=ids.context[end:] + ids.prompt)
 
 
 def _question(task: Task, draft: Draft, ids: Encoded, *, generate: bool) -> Question:

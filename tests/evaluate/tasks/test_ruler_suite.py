@@ -157,8 +157,9 @@ def test_contexts_have_few_lengths_and_lose_no_token(subject: Any, planted: Any,
     whole = Ruler().samples(model, settings)
     for task in tasks:
         lengths = {len(sample.context) for sample in cut if sample.task == task}
-        assert len(lengths) == 1 < len({len(sample.context) for sample in whole if sample.task == task})
+        assert len(lengths) <= len({len(sample.context) for sample in whole if sample.task == task})
         assert all(length % 50 == 0 for length in lengths)
+    assert len({len(sample.context) for sample in whole}) > len({len(sample.context) for sample in cut})
     for one, other in zip(cut, whole, strict=True):
         assert one.context + one.questions[0].prompt == other.context + other.questions[0].prompt
         assert 0 <= len(other.context) - len(one.context) < 50

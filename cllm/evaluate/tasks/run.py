@@ -33,7 +33,7 @@ from cllm.posthoc.registry import parse
 
 _BATCH_TOKENS = {"cpu": 2**13, "cuda": 2**17}
 """Tokens of a batch by default, at most."""
-_CACHE_SHARE = 0.08
+_CACHE_SHARE = 0.04
 """Share of a GPU's memory for the uncompressed cache of a batch: compression needs a multiple of it."""
 _MOST_ROWS = 1024
 _CALIBRATION = 8
@@ -91,7 +91,8 @@ def run_samples(
     ]
     engine = subject.engine()
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16")
-    with autocast, tqdm(total=len(samples) * len(results), desc=label, unit="sample", disable=None) as progress:
+    total = len(results) * sum(1 for sample in samples if sample.questions)
+    with autocast, tqdm(total=total, desc=label, unit="sample", disable=None) as progress:
         _calibrate(engine, methods, samples, device)
         runner = _Runner(subject, engine, methods, results, device)
         longest = max(sample.longest for sample in samples)
@@ -121,23 +122,19 @@ def run_samples(
 def batches(samples: Sequence[Sample], size: int, *, exact: bool = False) -> Iterator[list[int]]:
     """Indices of up to `size` samples whose contexts have the same length, long contexts first.
 
-    Samples with questions of similar lengths are together. With `exact`, only samples are together whose questions have
-    the same lengths.
+    Samples with questions of similar lengths are together. With `exact`, samples that generate are together only if the
+    prompts to generate from have the same lengths.
     """
-
-    def lengths(i: int) -> tuple[Any, ...]:
-        questions = samples[i].questions
-        return (
-            tuple(len(read.prompt) + len(read.tokens) for read in reads_of(questions)),
-            tuple(len(question.prompt) for question in questions if question.generate),
-        )
-
-    keys = {i: (-len(sample.context), lengths(i)) for i, sample in enumerate(samples) if sample.questions}
+    keys = {}
+    for i, sample in enumerate(samples):
+        prompts = tuple(len(question.prompt) for question in sample.questions if question.generate)
+        lengths = tuple(len(read.prompt) + len(read.tokens) for read in reads_of(sample.questions))
+        if sample.questions:
+            keys[i] = (-len(sample.context), prompts, lengths)
     together: list[int] = []
     for i in sorted(keys, key=lambda i: (keys[i], i)):
-        first = together[0] if together else i
-        fits = keys[i] == keys[first] if exact else keys[i][0] == keys[first][0]
-        if len(together) == size or not fits:
+        alike = 2 if exact else 1
+        if together and (len(together) == size or keys[i][:alike] != keys[together[0]][:alike]):
             yield together
             together = []
         together.append(i)
@@ -157,7 +154,8 @@ def _default_rows(engine: Engine, longest: int, device: torch.device) -> int:
 
 
 def _is_cyclic(engine: Engine) -> bool:
-    """Whether layers read from above: their number of passes depends on the number of tokens that are read."""
+    """Whether layers read from above. They take a limited number of passes over the tokens that are read together, so
+    that a long prompt gives another result if it is read in two parts."""
     return isinstance(engine, DecoderEngine) and engine.model.passes is not None
 
 

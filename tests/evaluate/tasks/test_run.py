@@ -22,7 +22,7 @@ PLANS = {
     "fusedkv": {"preset": "fusedkv"},
     "mla": {"preset": "mla"},
     "yoco": {"preset": "yoco", "window": 6},
-    "lckv": {"preset": "lckv"},
+    "lckv": {"preset": "lckv", "iterations": {"forward": 0, "backward": 2}},
     "retention": {"preset": "yoco", "lower": "retention"},
 }
 
@@ -40,7 +40,7 @@ def _samples(seed: int = 0, *, generate: bool = True) -> list[Sample]:
             for n in (0, 3, 1 + i % 3)
         ]
         if generate and i % 3:
-            questions.append(Question(prompt=_tokens(draw, i % 4), generate=4 + i % 2))
+            questions.append(Question(prompt=_tokens(draw, 3 * i % 7), generate=4 + i % 2))
         samples.append(Sample(task="t", context=_tokens(draw, (12, 9, 12, 17)[i % 4]), questions=tuple(questions)))
     return samples
 

@@ -82,8 +82,8 @@ def run_samples(
         label: before the progress bar.
 
     Raises:
-        UserError: for a spec that is wrong, does not fit the model or any context, for a loss that is not a number, and
-            if the GPU's memory runs out.
+        UserError: for a spec that is wrong or does not fit the model, if no spec fits any context, for a loss that is
+            not a number, and if the GPU's memory runs out.
     """
     methods = [parse(spec) for spec in specs]
     results = [
@@ -113,9 +113,9 @@ def run_samples(
             None if sample.task in result.left_out else given
             for sample, given in zip(samples, result.answers, strict=True)
         ]
-        if all(sample.task in result.left_out for sample in samples):
-            raise UserError(f'--posthoc "{result.spec}": {next(iter(result.left_out.values()))}')
         _check_finite(subject, result)
+    if all(answers is None for result in results for answers in result.answers):
+        raise UserError(f'--posthoc "{specs[0]}": {next(iter(results[0].left_out.values()))}')
     return results
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,6 +152,14 @@ def test_records_have_means_by_task_by_group_and_over_tasks(subject, planted, me
     assert (b["rare"], both["rare"], both["tasks"], both["questions"]) == (3.0, 3.0, 2, 12)
     assert (b["hit_stderr"], both["hit_stderr"]) == (None, None)
     assert both["settings"] == {"depth": 4}
+
+
+def test_the_example_of_the_documentation_is_a_suite(subject, planted, measure) -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "suites.md").read_text(encoding="utf-8")
+    example: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], example)
+    (record, _) = measure(example["Colours"](), subject(planted.copying), {"samples": 3}).values()
+    assert (record["task"], record["questions"], record["accuracy"]) == ("cars", 3, 100.0)
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Documents of multi-query associative recall (Zoology, arXiv 2312.04927), as texts of whole numbers.
 
 A document is `k1 v1 k2 v2 ... kN vN`, then the same N keys in another order, each followed by its value, at random
-places among random numbers. With numbers up to V - 1, keys are from 1 to V/2 - 1 and values from V/2 on; no key occurs
-twice among the pairs. A query is at the slot g of two numbers after the pairs with a probability proportional to
+places among random numbers. With numbers up to V - 1, keys are from 1 to V/2 - 1 and values from V/2 on; no key and no
+value occurs twice among the pairs. A query is at the slot g of two numbers after the pairs with a probability proportional to
 (g + 1)^(a - 1), so that most queries follow the pairs closely. Random numbers are never a key of their document.
 """
 
@@ -29,7 +29,7 @@ def _document(spec: Mqar, pairs: int, draw: np.random.Generator) -> np.ndarray:
     """One document of `pairs` pairs: int64 (length - 1,)."""
     half = spec.numbers // 2
     keys = draw.permutation(np.arange(1, half))[:pairs]
-    values = draw.integers(half, spec.numbers, pairs)
+    values = draw.permutation(np.arange(half, spec.numbers))[:pairs]
     others = np.setdiff1d(np.arange(1, spec.numbers), keys)
     document = draw.choice(others, spec.length - 1)
     document[: 2 * pairs] = np.stack([keys, values], axis=1).ravel()

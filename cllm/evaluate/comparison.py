@@ -68,7 +68,7 @@ class _Run:
     suite_steps: dict[str, int]
     """The optimizer step of each suite's record."""
     suite_settings: dict[str, str]
-    """The settings of each suite's record, as JSON."""
+    """The settings of each suite's record."""
     ended_early: bool = False
 
 
@@ -212,7 +212,9 @@ def _read(run: RunFolder, set_name: str | None, score: tuple[Suite, Number] | No
             if record.get("step") is not None
         },
         suite_settings={
-            name: json.dumps(record["settings"]) for name, (_, record) in records.items() if "settings" in record
+            name: ",".join(f"{key}={value}" for key, value in record["settings"].items())
+            for name, (_, record) in records.items()
+            if isinstance(record.get("settings"), dict)
         },
         ended_early=run.early_stop() is not None,
     )
@@ -358,7 +360,7 @@ def _warnings(runs: list[_Run], baseline: Row, quality: Quality) -> list[str]:
     found += differ("evaluated with different strides", of("stride"), evaluated)
     found += differ("evaluated in different precisions", of("precision"), evaluated)
     for suite in dict.fromkeys(name for run in runs for name in run.suite_settings):
-        found += differ(f"{suite} measured with different settings", functools.partial(_suite_settings, suite))
+        found += differ(f"{suite} was measured with different options", functools.partial(_suite_settings, suite))
     for run in runs:
         if quality.suite is not None and quality.of(run.row) is None:
             found.append(f"{run.row.run}: has no {quality.head}; evaluate --suite {quality.suite} measures it")

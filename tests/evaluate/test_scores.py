@@ -76,7 +76,7 @@ def test_runs_without_the_score_and_other_settings_are_warned_of(runs: list[Path
     other = {"step": 5, "settings": {"pairs": [8]}, "accuracy": 1.0, "loss": 1.0}
     write(runs[2] / "evaluation" / "mqar" / "mqar.json", other)
     comparison = compare_runs(find_runs(runs), score="mqar")
-    assert 'mqar measured with different settings: {"pairs": [4]}: mha; {"pairs": [8]}: yoco' in comparison.warnings
+    assert "mqar was measured with different options: pairs=[4]: mha; pairs=[8]: yoco" in comparison.warnings
     assert "cla: has no mqar accuracy %; evaluate --suite mqar measures it" in comparison.warnings
     assert markdown_table(comparison).splitlines()[3].count("–") >= 2
 

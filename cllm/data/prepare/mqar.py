@@ -2,8 +2,9 @@
 
 A document is `k1 v1 k2 v2 ... kN vN`, then the same N keys in another order, each followed by its value, at random
 places among random numbers. With numbers up to V - 1, keys are from 1 to V/2 - 1 and values from V/2 on; no key and no
-value occurs twice among the pairs. A query is at the slot g of two numbers after the pairs with a probability proportional to
-(g + 1)^(a - 1), so that most queries follow the pairs closely. Random numbers are never a key of their document.
+value occurs twice among the pairs. A query is at the slot g of two numbers after the pairs with a probability
+proportional to (g + 1)^(a - 1), so that most queries follow the pairs closely. Random numbers are never a key of their
+document.
 """
 
 from __future__ import annotations

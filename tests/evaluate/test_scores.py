@@ -48,7 +48,7 @@ def test_runs_are_compared_by_a_suites_score(runs: list[Path], compare: Any, cap
     assert compare(*runs, "--score", "mqar", "--out", tmp_path / "out") == 0
     heads, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[:5]]
     table = [dict(zip((head.strip() for head in heads), (cell.strip() for cell in row), strict=True)) for row in rows]
-    assert [row["mqar accuracy %"] for row in table] == ["30.0", "20.0", "10.0"]
+    assert [row["mqar, accuracy %"] for row in table] == ["30.0", "20.0", "10.0"]
     assert [row["difference"] for row in table] == ["baseline", "-10.0", "-20.0"]
     assert [row["perplexity"] for row in table] == ["20.086", "7.389", "2.718"]
     with (tmp_path / "out" / "comparison.csv").open() as lines:
@@ -59,8 +59,8 @@ def test_runs_are_compared_by_a_suites_score(runs: list[Path], compare: Any, cap
     ("score", "title", "heights"),
     [
         (None, "Perplexity against resident KV cache: down and left is better", [20.086, 7.389, 2.718]),
-        ("mqar", "mqar accuracy % against resident KV cache: up and left is better", [30, 20, 10]),
-        ("mqar/loss", "mqar loss against resident KV cache: down and left is better", [1, 2, 3]),
+        ("mqar", "mqar, accuracy % against resident KV cache: up and left is better", [30, 20, 10]),
+        ("mqar/loss", "mqar, loss against resident KV cache: down and left is better", [1, 2, 3]),
     ],
 )
 def test_the_figure_shows_the_score_and_its_better_direction(runs, score, title, heights) -> None:
@@ -77,7 +77,7 @@ def test_runs_without_the_score_and_other_settings_are_warned_of(runs: list[Path
     write(runs[2] / "evaluation" / "mqar" / "mqar.json", other)
     comparison = compare_runs(find_runs(runs), score="mqar")
     assert "mqar was measured with different options: pairs=[4]: mha; pairs=[8]: yoco" in comparison.warnings
-    assert "cla: has no mqar accuracy %; evaluate --suite mqar measures it" in comparison.warnings
+    assert "cla: has no mqar, accuracy %; evaluate --suite mqar measures it" in comparison.warnings
     assert markdown_table(comparison).splitlines()[3].count("–") >= 2
 
 

@@ -157,7 +157,7 @@ class Scoring:
 
         number = self.number
         return Scores(
-            head=f"{self.suite.name} {number.head}",
+            head=number.head,
             form=number.form,
             higher_is_better=number.higher_is_better,
             values=self.values,

@@ -147,7 +147,7 @@ def compare(
         suite_numbers={
             f"{suite.name}_{number.key}": number
             for suite in known_suites.values()
-            for number in _named_numbers(suite)
+            for number in {n.key: n for n in (*suite.numbers, *suite.compared_numbers())}.values()
             if any(f"{suite.name}_{number.key}" in row.suites for row in rows)
         },
         quality=quality,
@@ -239,16 +239,10 @@ def _of_suites(
         if path.exists():
             record = read_object(path)
             records[suite.name] = path, record
-            if score is not None and score[0].name == suite.name and score[1] not in compared:
+            if score is not None and score[0].name == suite.name and score[1].key not in [n.key for n in compared]:
                 compared = (*compared, score[1]) if record.get(score[1].key) is not None else compared
             numbers |= {f"{suite.name}_{number.key}": _number(path, record, number.key) for number in compared}
     return numbers, records
-
-
-def _named_numbers(suite: Suite) -> list[Number]:
-    """A suite's numbers, those that are compared under the names that they have there."""
-    compared = {number.key: number for number in suite.compared_numbers()}
-    return [compared.get(number.key, number) for number in suite.numbers]
 
 
 def _number(file: Path, content: dict[str, Any], *keys: str) -> Any:

@@ -71,6 +71,7 @@ def read_heatmap(runs: Sequence[RunFolder], suite: Suite, number: Number) -> Hea
     Raises:
         UserError: if a record cannot be read, or none has means by depth and length.
     """
+    number = next(own for own in suite.numbers if own.key == number.key)  # without the suite's name
     cells = [cell for run in runs for cell in _cells(run, suite, number)]
     if not cells:
         raise UserError(

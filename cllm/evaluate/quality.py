@@ -72,7 +72,7 @@ def of_suite(suite: Suite, number: Number) -> Quality:
     """A number of a suite."""
     name = f"{suite.name}_{number.key}"
     return Quality(
-        head=number.head if number.head.startswith(suite.name) else f"{suite.name} {number.head}",
+        head=number.head if number.head.startswith(suite.name) else f"{suite.name}, {number.head}",
         of=lambda row: row.suites.get(name),
         form=lambda _: number.form,
         higher_is_better=number.higher_is_better,
@@ -94,7 +94,7 @@ def parse_score(text: str, known: Mapping[str, Suite], option: str = "--score") 
     suite = scored[name]
     if not slash:
         return suite, suite.compared_numbers()[0]
-    numbers = {number.key: number for number in suite.numbers}
+    numbers = {number.key: number for number in (*suite.numbers, *suite.compared_numbers())}
     if key not in numbers:
         raise UserError(f"{option} {text}: {name} has no such number; {nearest(key, numbers)}")
     return suite, numbers[key]

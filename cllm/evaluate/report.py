@@ -78,9 +78,7 @@ def _columns(comparison: Comparison, *, seeds: bool) -> Sequence[Column[Group]]:
                 return _DASH
             return number.form(mean) + ("" if deviation is None else f" ± {number.form(deviation)}")
 
-        heads = [other.head for other in comparison.suite_numbers.values()]
-        suite = name.removesuffix(f"_{number.key}")
-        return Column(number.head if heads.count(number.head) == 1 else f"{suite} {number.head}", cell)
+        return Column(number.head, cell)
 
     shown = [PERPLEXITY] if quality is PERPLEXITY else [PERPLEXITY, quality]
 

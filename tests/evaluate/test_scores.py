@@ -60,7 +60,7 @@ def test_runs_are_compared_by_a_suites_score(runs: list[Path], compare: Any, cap
     [
         (None, "Perplexity against resident KV cache: down and left is better", [20.086, 7.389, 2.718]),
         ("mqar", "mqar, accuracy % against resident KV cache: up and left is better", [30, 20, 10]),
-        ("mqar/loss", "mqar loss against resident KV cache: down and left is better", [1, 2, 3]),
+        ("mqar/loss", "mqar, loss against resident KV cache: down and left is better", [1, 2, 3]),
     ],
 )
 def test_the_figure_shows_the_score_and_its_better_direction(runs, score, title, heights) -> None:
@@ -76,7 +76,7 @@ def test_runs_without_the_score_and_other_settings_are_warned_of(runs: list[Path
     other = {"step": 5, "settings": {"pairs": [8]}, "accuracy": 1.0, "loss": 1.0}
     write(runs[2] / "evaluation" / "mqar" / "mqar.json", other)
     comparison = compare_runs(find_runs(runs), score="mqar")
-    assert 'mqar was measured with different options: pairs=[4]: mha; pairs=[8]: yoco' in comparison.warnings
+    assert "mqar was measured with different options: pairs=[4]: mha; pairs=[8]: yoco" in comparison.warnings
     assert "cla: has no mqar, accuracy %; evaluate --suite mqar measures it" in comparison.warnings
     assert markdown_table(comparison).splitlines()[3].count("–") >= 2
 

@@ -228,7 +228,7 @@ def test_a_score_takes_the_place_of_perplexity(sweep, run, tmp_path, capsys):
     score = "copying:samples=2,length=4,distances=8"
     assert sweep(*words, score) == 0
     (head, row, other), suite = _table(capsys.readouterr().out), made.evaluation_folder / "copying"
-    assert head[7] == "copying accuracy %"
+    assert head[7] == "copying, accuracy %"
     records = {r["spec"]: r for r in (json.loads(path.read_text()) for path in suite.glob("*/*/all.json"))}
     assert set(records) == {"none", "svd:rank_k=1,rank_v=1"}
     assert [row[7], other[7]] == [f"{records[spec]['accuracy']:.1f}" for spec in records]

@@ -166,11 +166,14 @@ def test_two_cpu_processes_take_the_same_steps_as_one(tiny: Tiny, tmp_path: Path
     one = train(config)
     file = tmp_path / "two.yaml"
     file.write_text(yaml.safe_dump(config.as_yaml_data()), encoding="utf-8")
+    suites = '[{suite: "copying:samples=1,length=4,distances=8", every: 2}]'
     command = [sys.executable, "train.py", "--config", str(file), "--name", "two", "--train.devices", "2"]
+    command += ["--evaluate_suites", suites]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     two = RunFolder(one.path.parent / "two")
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    assert list(losses(two, "suite/copying/loss")) == [2, 3], "the first process measures, the other one waits"
     for tag in ("val/loss", "val/ar_loss"):
         assert losses(two, tag) == pytest.approx(losses(one, tag), rel=1e-4)
 

@@ -19,10 +19,12 @@ from cllm.config import Config
 from cllm.config.load import validate
 from cllm.data.module import DataModule
 from cllm.errors import UserError
+from cllm.model.decoder import Decoder
 from cllm.runs import RunFolder, load_run
 from cllm.runs.checkpoint import read_weights
 from cllm.train.dryrun import GIB, dry_run, memory_estimate
 from cllm.train.launch import Launch
+from cllm.train.probes import Probe
 from cllm.train.run import train, with_vocabulary
 from cllm.train.uptraining import UptrainingModule, draw_route
 from cllm.uptrain import loss as losses
@@ -138,8 +140,17 @@ def test_what_is_frozen_does_not_move_and_what_is_not_does(student: Student, pre
 
 
 def test_lora_checkpoints_hold_the_merged_weights(student: Student) -> None:
-    folder = train(student("fusedkv", *LOSS, "--uptrain.trainable", "lora", "--uptrain.lora.rank", "2"))
+    probed = {}
+
+    def keep(decoder: Decoder, step: int) -> dict[str, float]:
+        probed.update({name: tensor.clone() for name, tensor in decoder.state_dict().items()})
+        return {}
+
+    settings = [*LOSS, "--uptrain.trainable", "lora", "--uptrain.lora.rank", "2"]
+    folder = train(student("fusedkv", *settings), probes=[Probe(name="suite/x", every=8, measure=keep)])
     model, config, _ = load_run(folder.path)
+    assert probed.keys() == model.state_dict().keys()
+    assert all(tensor.equal(probed[name]) for name, tensor in model.state_dict().items()), "a probe sees them too"
     assert not any("lora" in name for name, _ in model.named_parameters())
     data = DataModule(config.data.path, seq_len=32, micro_batch=2, global_batch=4, validation_sequences=6)
     nats = scored = 0.0

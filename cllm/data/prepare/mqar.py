@@ -1,9 +1,11 @@
-"""Documents of multi-query associative recall (Zoology, arXiv 2312.04927), as texts of whole numbers.
+"""Documents of multi-query associative recall (after Zoology, arXiv 2312.04927), as texts of whole numbers.
 
-A document is `k1 v1 k2 v2 ... kN vN`, then the same N keys in another order, each followed by its value, at random
-places among random numbers. With numbers up to V - 1, keys are from 1 to V/2 - 1 and values from V/2 on; no key occurs
-twice among the pairs. A query is at the slot g of two numbers after the pairs with a probability proportional to
-(g + 1)^(a - 1), so that most queries follow the pairs closely. Random numbers are never a key of their document.
+A document is `k1 v1 k2 v2 ... kN vN`, then queries: a random one of the N keys, followed by its value. With numbers up
+to V - 1, keys are from 1 to V/2 - 1 and values from V/2 on; no key and no value occurs twice among the pairs. A quarter
+of the places of queries, at random, has two random numbers instead, neither of them a key of the document.
+
+In the paper each key is asked once, and the number after it is random. Here the value follows, as in any text, and keys
+are asked with replacement: otherwise the values that were not asked for yet would give the answer away.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import numpy as np
 
 from cllm.data.prepare.recipe import Mqar
 
-_EARLY = 0.01
-"""a of the distribution of queries, as in the paper's code."""
+_RANDOM = 0.25
+"""Share of the places of queries that have random numbers."""
 
 
 def mqar_texts(spec: Mqar) -> Iterator[str]:
@@ -29,12 +31,12 @@ def _document(spec: Mqar, pairs: int, draw: np.random.Generator) -> np.ndarray:
     """One document of `pairs` pairs: int64 (length - 1,)."""
     half = spec.numbers // 2
     keys = draw.permutation(np.arange(1, half))[:pairs]
-    values = draw.integers(half, spec.numbers, pairs)
+    values = draw.permutation(np.arange(half, spec.numbers))[:pairs]
     others = np.setdiff1d(np.arange(1, spec.numbers), keys)
     document = draw.choice(others, spec.length - 1)
     document[: 2 * pairs] = np.stack([keys, values], axis=1).ravel()
     slots = (spec.length - 1 - 2 * pairs) // 2
-    weights = np.arange(1, slots + 1) ** (_EARLY - 1)
-    at = 2 * pairs + 2 * draw.choice(slots, pairs, replace=False, p=weights / weights.sum())
-    document[at], document[at + 1] = keys, values
+    at = 2 * pairs + 2 * np.flatnonzero(draw.random(slots) >= _RANDOM)
+    asked = draw.integers(0, pairs, len(at))
+    document[at], document[at + 1] = keys[asked], values[asked]
     return document

@@ -27,13 +27,13 @@ _REQUIRED_KEY = {"files": "paths", "hub": "dataset", "mqar": "mqar"}
 class Mqar(Section, frozen=True):
     """Sequences of multi-query associative recall, a synthetic task (arXiv 2312.04927)."""
 
-    numbers: Annotated[int, Field(ge=4, le=MAX_TOKENS)] = 128
+    numbers: Annotated[int, Field(ge=4, le=MAX_TOKENS)] = 64
     """Numbers from 0 on, that of EOS included; the lower half are keys, the upper half values."""
-    length: Annotated[int, Field(ge=8, le=MAX_TOKENS)] = 64
+    length: Annotated[int, Field(ge=8, le=MAX_TOKENS)] = 40
     """Tokens of a document, EOS included; train with this `data.seq_len`."""
-    pairs: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(default_factory=lambda: [4, 8, 15])
+    pairs: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(default_factory=lambda: [2, 4, 8])
     """Key-value pairs of a document; documents take these numbers in turn."""
-    documents: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 40_000
+    documents: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 10_000
     """Number of documents."""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     """Seed of keys, values and places."""

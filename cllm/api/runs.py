@@ -20,6 +20,7 @@ from cllm.data.prepare.recipe import Recipe
 from cllm.errors import UserError
 from cllm.evaluate.comparison import Comparison, find_runs
 from cllm.evaluate.comparison import compare as compare_runs
+from cllm.evaluate.during_training import training_probes
 from cllm.evaluate.report import figure as comparison_figure
 from cllm.evaluate.report import markdown_table, terminal, write
 from cllm.files import write_atomic
@@ -184,8 +185,14 @@ def train(
         >>> run.history("train/loss")[0]
         [1, 2]
     """
+    complete = run_config(config, settings)
     folder = train_run(
-        run_config(config, settings), resume=resume, overwrite=overwrite, callbacks=callbacks, loggers=loggers
+        complete,
+        resume=resume,
+        overwrite=overwrite,
+        callbacks=callbacks,
+        loggers=loggers,
+        probes=training_probes(complete),
     )
     return Run(folder.path)
 

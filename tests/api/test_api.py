@@ -154,7 +154,9 @@ def test_a_trainer_of_ones_own_computes_the_losses_of_a_run(workspace: Path) -> 
         limit_val_batches=0, enable_progress_bar=False, enable_model_summary=False, callbacks=[Losses()],
     )  # fmt: skip
     trainer.fit(module, data)
-    run = cllm.train("tiny.yaml", name="again", **{"train.seed": 0})
+    suites = [{"suite": "copying:distances=4,samples=1", "every": 2}]
+    run = cllm.train("tiny.yaml", name="again", evaluate_suites=suites, **{"train.seed": 0})
+    assert run.history("suite/copying/loss")[0] == [2]
     assert losses == pytest.approx(run.history("train/loss")[1], rel=1e-6)
 
 

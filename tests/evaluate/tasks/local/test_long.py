@@ -1,4 +1,4 @@
-"""LongBench and code completion: metrics, prompts, the cut in the middle, tasks from source code, compressed latents."""
+"""LongBench and code completion: metrics, prompts, the cut in the middle, tasks from source code, compressed MLA."""
 
 from __future__ import annotations
 
@@ -167,9 +167,11 @@ def test_lines_that_first_use_what_one_other_file_defines(source) -> None:
     assert lines[0].answer == "    rows = read_table('x.csv')"
     assert lines[0].before.endswith("comment\n")
     assert lines[0].before + lines[0].answer in lines[0].file.text
-    shown = snippets(lines[0], sources, seed=0)
+    shown = snippets(lines[0], sources, 1000, seed=0)
     assert shown[-1].path == "tools.py"
     assert {file.path for file in shown} == {"tools.py", "other.py", "deep/shapes.py"}
+    cut = snippets(lines[0], sources, 40, seed=0)[-1]
+    assert cut.text == "def read_table(path):\n    return open(path"[:40], "a long file begins at the definition"
     for folder, message in ((source / "no", "no such folder"), (source / "deep", "has 1 source files")):
         with pytest.raises(UserError, match=message):
             read_sources(folder)
@@ -185,8 +187,11 @@ def test_a_line_follows_its_file_and_the_definition_stays_in_the_context(source,
     assert "def read_table(path):" in decode(subject, first.context)
     assert decode(subject, question.options[0]) == "    rows = read_table('x.csv')"
     assert suite.samples(subject, CodeSettings(folder=str(source), length=200, generate=8)) == samples
+    (source / "tools.py").write_text((source / "tools.py").read_text() + "# the rest of a long file\n" * 50)
+    (long, _) = suite.samples(subject, CodeSettings(folder=str(source), length=200, generate=8))
+    assert "def read_table(path):" in decode(subject, long.context), "not only the end of the file"
     for options in ({}, {"path": "a", "folder": "b"}):
-        with pytest.raises(UserError, match="needs path=FILE .* or folder=DIR"):
+        with pytest.raises(UserError, match=r"needs path=FILE .* or folder=DIR"):
             suite.samples(subject, CodeSettings(**options))
 
 

@@ -37,7 +37,7 @@ def make_parser(program: str) -> Parser:
     add("--window", type=count, metavar="N", help="tokens that the model reads at once (default: the training length; "
         "at most 2048 for Hugging Face models)")  # fmt: skip
     add("--stride", type=count, metavar="N", help="tokens scored in each window (default: half the window)")
-    add("--batch", type=count, metavar="N", help="windows computed together; changes only speed and memory")
+    add("--batch", type=count, metavar="N", help="windows or samples computed together; changes only speed and memory")
     add("--max-tokens", type=count, metavar="N", help="score only the first N tokens of each set")
     parser.add_device()
     add("--name", metavar="SET", help="name of the set in files and TensorBoard (default: from the data's path)")

@@ -71,11 +71,12 @@ def _value(text: str, field: FieldInfo, where: str) -> Any:
     if "|" in text:
         return [parse_yaml(part, where) for part in text.split("|")]
     value = parse_yaml(text, where)
-    return [value] if _takes_list(field.annotation) and not isinstance(value, list) else value
+    single = value is not None and not isinstance(value, list)
+    return [value] if single and _takes_list(field.annotation) else value
 
 
 def _takes_list(annotation: Any) -> bool:
-    return typing.get_origin(annotation) is list
+    return any(typing.get_origin(kind) is list for kind in (annotation, *typing.get_args(annotation)))
 
 
 def describe_suites(suites: Iterable[Suite]) -> str:

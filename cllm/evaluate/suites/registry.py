@@ -124,10 +124,12 @@ def choose(parser: Parser, options: argparse.Namespace) -> list[Chosen]:
             value = getattr(options, option.dest)
             if value == parser.get_default(option.dest):
                 continue
-            if option.dest == "posthoc" and any(suite.compresses for suite in selected):
+            compresses = bool(options.posthoc) and any(suite.compresses for suite in selected)
+            if option.dest == "posthoc" and compresses:
                 continue
             text = " ".join(map(str, value)) if isinstance(value, list) else value
-            raise UserError(f"{option.flag} {text}: {option.unused or f'goes with --suite {suite.name}'}")
+            missing = option.unused if option.unused and not compresses else f"goes with --suite {suite.name}"
+            raise UserError(f"{option.flag} {text}: {missing}")
     if options.data and not any(suite.takes_text for suite in selected):
         raise UserError(f"--data: --suite {selected[0].name} takes no text; leave it out")
     for suite in selected:

@@ -2,8 +2,9 @@
 
 A sequence is [BOS, r, filler, r] with T random tokens r, and random filler if there is any. The second copy is scored.
 Its first token cannot be known and is read; each of the others can be copied from `distance` = T + filler tokens ago.
-Random tokens have no other statistics, so a model that does not look up the first copy loses about log V nats per
-token. (Induction heads are usually found by such sequences: Olsson et al., 2022.)
+No token occurs twice before the second copy, if the vocabulary has enough of them, so that the token before decides
+what follows. A model that does not look up the first copy loses about log V nats per token. (Induction heads are
+usually found by such sequences: Olsson et al., 2022.)
 
 The control is a second question on the same context: T new random tokens, which no context can predict. Their loss is
 that of the first copy, measured at the place of the second one and on top of the same cache.
@@ -36,7 +37,7 @@ class CopyingSettings(Section):
 
     distances: list[int] | None = None
     """Tokens from the first occurrence of a token to the second. null: 32, 64, 128, ... while both copies fit into the
-    model's window."""
+    model's window, or the longest that fits."""
     length: int | None = Field(None, ge=2, le=MAX_TOKENS)
     """T, the tokens of a copy; random filler between the copies makes up the distance. null: the distance itself, so
     that there is no filler."""
@@ -63,9 +64,8 @@ class Copying(TaskSuite):
             length = settings.length or distance
             draw = np.random.default_rng((settings.seed, distance, length))
             for _ in range(settings.samples):
-                copied, filler, new = (
-                    tuple(draw.choice(tokens, n).tolist()) for n in (length, distance - length, length)
-                )
+                drawn = tuple(draw.choice(tokens, distance + length, replace=distance + length > len(tokens)).tolist())
+                copied, filler, new = drawn[:length], drawn[length:distance], drawn[distance:]
                 questions = tuple(
                     Question(prompt=ids[:1], options=(ids[1:],), facts={"distance": distance, "tokens": kind})
                     for ids, kind in ((copied, "copied"), (new, "new"))
@@ -85,7 +85,8 @@ def _distances(subject: Subject, settings: CopyingSettings, begin: int) -> list[
         least = max(settings.length or _SHORTEST, _SHORTEST)
         most = subject.window - begin + 1  # the last token of the second copy is not read
         doubled = (least * 2**n for n in range(32))
-        return [d for d in doubled if d + (settings.length or d) <= most] or [least]
+        shortened = most - settings.length if settings.length else most // 2
+        return [d for d in doubled if d + (settings.length or d) <= most] or [max(shortened, settings.length or 2)]
     for distance in settings.distances:
         if distance < (settings.length or 2):
             what = "2" if settings.length is None else f"the length of a copy, {settings.length},"

@@ -1,8 +1,7 @@
 """A batch of questions read after their contexts: losses of options, and greedy generation.
 
 Rows are samples of a batch. In each round every row reads one option; a row that has none left reads padding. Shorter
-options are padded on the right, which no token before the padding sees, so padding changes no score. (Layers that read
-from above are the exception: there, only options of the same length are read together.)
+options are padded on the right, which no token before the padding sees, so padding changes no score.
 
 Shapes: R rows of a pass, T tokens of the longest option with its prompt.
 """

@@ -33,7 +33,7 @@ from cllm.posthoc.registry import parse
 
 _BATCH_TOKENS = {"cpu": 2**13, "cuda": 2**17}
 """Tokens of a batch by default, at most."""
-_CACHE_SHARE = 0.08
+_CACHE_SHARE = 0.04
 """Share of a GPU's memory for the uncompressed cache of a batch: compression needs a multiple of it."""
 _MOST_ROWS = 1024
 _CALIBRATION = 8
@@ -62,14 +62,6 @@ class Result:
     """See `Compressor.facts`."""
 
 
-def check_specs(samples: Sequence[Sample], specs: Sequence[str], suite: str) -> None:
-    """Raise `UserError` for a spec that is wrong, and for contexts without a cache to compress."""
-    for spec in specs:
-        parse(spec)
-    if specs and (empty := [sample.task for sample in samples if not sample.context]):
-        raise UserError(f"--suite {suite}: samples of {empty[0]} have no context, so --posthoc has nothing to compress")
-
-
 def run_samples(
     subject: Subject,
     samples: Sequence[Sample],
@@ -90,8 +82,8 @@ def run_samples(
         label: before the progress bar.
 
     Raises:
-        UserError: for a spec that is wrong, does not fit the model or any context, for a loss that is not a number, and
-            if the GPU's memory runs out.
+        UserError: for a spec that is wrong or does not fit the model, if no spec fits any context, for a loss that is
+            not a number, and if the GPU's memory runs out.
     """
     methods = [parse(spec) for spec in specs]
     results = [
@@ -99,7 +91,8 @@ def run_samples(
     ]
     engine = subject.engine()
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16")
-    with autocast, tqdm(total=len(samples) * len(results), desc=label, unit="sample", disable=None) as progress:
+    total = len(results) * sum(1 for sample in samples if sample.questions)
+    with autocast, tqdm(total=total, desc=label, unit="sample", disable=None) as progress:
         _calibrate(engine, methods, samples, device)
         runner = _Runner(subject, engine, methods, results, device)
         longest = max(sample.longest for sample in samples)
@@ -120,32 +113,28 @@ def run_samples(
             None if sample.task in result.left_out else given
             for sample, given in zip(samples, result.answers, strict=True)
         ]
-        if all(sample.task in result.left_out for sample in samples):
-            raise UserError(f'--posthoc "{result.spec}": {next(iter(result.left_out.values()))}')
         _check_finite(subject, result)
+    if all(answers is None for result in results for answers in result.answers):
+        raise UserError(f'--posthoc "{specs[0]}": {next(iter(results[0].left_out.values()))}')
     return results
 
 
 def batches(samples: Sequence[Sample], size: int, *, exact: bool = False) -> Iterator[list[int]]:
     """Indices of up to `size` samples whose contexts have the same length, long contexts first.
 
-    Samples with questions of similar lengths are together. With `exact`, only samples are together whose questions have
-    the same lengths.
+    Samples with questions of similar lengths are together. With `exact`, samples that generate are together only if the
+    prompts to generate from have the same lengths.
     """
-
-    def lengths(i: int) -> tuple[Any, ...]:
-        questions = samples[i].questions
-        return (
-            tuple(len(read.prompt) + len(read.tokens) for read in reads_of(questions)),
-            tuple(len(question.prompt) for question in questions if question.generate),
-        )
-
-    keys = {i: (-len(sample.context), lengths(i)) for i, sample in enumerate(samples) if sample.questions}
+    keys = {}
+    for i, sample in enumerate(samples):
+        prompts = tuple(len(question.prompt) for question in sample.questions if question.generate)
+        lengths = tuple(len(read.prompt) + len(read.tokens) for read in reads_of(sample.questions))
+        if sample.questions:
+            keys[i] = (-len(sample.context), prompts, lengths)
     together: list[int] = []
     for i in sorted(keys, key=lambda i: (keys[i], i)):
-        first = together[0] if together else i
-        fits = keys[i] == keys[first] if exact else keys[i][0] == keys[first][0]
-        if len(together) == size or not fits:
+        alike = 2 if exact else 1
+        if together and (len(together) == size or keys[i][:alike] != keys[together[0]][:alike]):
             yield together
             together = []
         together.append(i)
@@ -165,7 +154,8 @@ def _default_rows(engine: Engine, longest: int, device: torch.device) -> int:
 
 
 def _is_cyclic(engine: Engine) -> bool:
-    """Whether layers read from above: their number of passes depends on the number of tokens that are read."""
+    """Whether layers read from above. They take a limited number of passes over the tokens that are read together, so
+    that a long prompt gives another result if it is read in two parts."""
     return isinstance(engine, DecoderEngine) and engine.model.passes is not None
 
 

@@ -140,9 +140,15 @@ class TaskSuite(Suite):
                 raise UserError(f"--suite {self.name}: a sample of {sample.task} has nothing to generate from")
 
     def check(self, subject: Subject, job: Job) -> None:
-        from cllm.evaluate.tasks.run import check_specs
+        from cllm.posthoc.registry import parse
 
-        check_specs(self.prepared(subject, job.given or self.settings()), job.options.posthoc, self.name)
+        for spec in job.options.posthoc:
+            parse(spec)
+        samples = self.prepared(subject, job.given or self.settings())
+        if job.options.posthoc and (empty := [sample.task for sample in samples if not sample.context]):
+            raise UserError(
+                f"--suite {self.name}: samples of {empty[0]} have no context, so --posthoc has nothing to compress"
+            )
 
     def run(self, subject: Subject, job: Job) -> list[Record]:
         from cllm.evaluate.tasks.run import run_samples
@@ -225,7 +231,8 @@ class TaskSuite(Suite):
         if len(specs) == 1:
             lines = _lines(records)
             columns = [Column(number.head, _cell(lines, number, specs[0])) for number in self.numbers]
-            return f"{self.name}\n" + aligned([*_LEFT, *columns], _first(lines))
+            title = self.name if specs[0] == AS_IS else f"{self.name}: {specs[0]}"
+            return f"{title}\n" + aligned([*_LEFT, *columns], _first(lines))
         shown = sorted((n for n in self.numbers if not n.detail), key=lambda number: number.key != self.main)
         tables = []
         for number in shown:
@@ -239,6 +246,8 @@ class TaskSuite(Suite):
 
     def written(self, paths: Sequence[Path]) -> list[str]:
         """The folder, and the number of files in it."""
+        if len(paths) == 1:
+            return super().written(paths)
         folder = os.path.commonpath([path.parent for path in paths])
         return [f"written: {len(paths)} files in {folder}"]
 

@@ -270,7 +270,7 @@ def test_a_text_is_scored_once_and_in_bytes(subject, log_probability, make_answe
     assert sum(sample.questions[0].option_bytes[0] for sample in samples) == len(file.read_bytes())
     scored = [token for sample in samples for token in sample.questions[0].options[0]]
     assert decode(subject, scored) == file.read_text(encoding="utf-8")
-    assert max(sample.longest for sample in samples) == 33
+    assert max(sample.longest for sample in samples) == 32, "the last token of a window is not read"
     assert [len(sample.context) for sample in samples[:2]] == [1, 16]
     given = [[make_answer(-log_probability(s, q)[0]) for q in s.questions] for s in samples]
     (record, _) = suite.means(samples, given)

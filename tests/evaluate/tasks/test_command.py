@@ -1,0 +1,106 @@
+"""evaluate.py with suites of samples: their options, --posthoc, files, tables, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+COPYING = "copying:distances=6|8,length=6,samples=3"
+SUITES = ("--suite", COPYING, "--suite", "mqar:pairs=[2,4],length=16,samples=2", "--device", "cpu")
+
+
+def test_suites_of_a_run_are_measured_written_and_compared(evaluate, compare, make_run, capsys, tmp_path) -> None:
+    run, _ = make_run("a")
+    assert evaluate("--run", run.path, *SUITES, "--suite", "perplexity", "--max-tokens", 20) == 0
+    copying, mqar, perplexity = capsys.readouterr().out.split("\n\n")
+    assert copying.splitlines()[0] == "copying"
+    assert [line.split()[2] for line in copying.splitlines()[2:]] == ["distance=6", "distance=8", "all"]
+    assert mqar.splitlines()[1].split()[3:] == ["questions", "accuracy", "%", "loss"]
+    assert "bits/byte" in perplexity
+    folder = run.path / "evaluation" / "copying"
+    assert f"written: 3 files in {folder / 'distances=6+8,length=6,samples=3'}" in perplexity
+    record = json.loads((folder / "distances=6+8,length=6,samples=3" / "distance=6.json").read_text())
+    assert (record["task"], record["spec"], record["samples"], record["questions"]) == ("distance=6", "as it is", 3, 6)
+    assert record["loss_stderr"] > 0
+    mean = json.loads((folder / "copying.json").read_text())
+    assert (mean["task"], mean["tasks"], mean["step"]) == ("all", 2, 20)
+    events = EventAccumulator(str(run.tensorboard_folder)).Reload()
+    assert events.Scalars("eval-copying/loss")[0].value == pytest.approx(mean["loss"])
+
+    kv = {"resident": 8.0, "written": 8.0, "read": 8.0}
+    summary = {"design": "cla", "parameters": 1000, "kv_bytes_per_token": kv, "kv_vs_mha": kv, "steps": 20}
+    (run.path / "summary.json").write_text(json.dumps(summary))
+    (run.path / "metrics.jsonl").write_text('{"step": 20, "tokens": 320, "time": 1.0, "val/loss": 5.0}\n')
+    assert compare(run.path, "--out", tmp_path / "out") == 0
+    head = capsys.readouterr().out.splitlines()[0]
+    assert head.count("accuracy %") == 2, "the main number of each suite, and no other"
+    assert "new tokens" not in head
+
+
+def test_posthoc_compresses_the_contexts_of_every_suite(evaluate, make_run, capsys, caplog, tmp_path) -> None:
+    run, _ = make_run("a")
+    specs = ("--posthoc", "none", "--posthoc", "svd:ratio=4,sinks=0")
+    assert evaluate("--run", run.path, *SUITES, *specs, "--out", tmp_path / "out") == 0
+    tables = capsys.readouterr().out.split("\n\n")
+    assert [table.splitlines()[0] for table in tables] == [
+        "copying: accuracy %", "copying: loss", "copying: own/x", "mqar: accuracy %", "mqar: loss", "mqar: own/x"
+    ]  # fmt: skip
+    assert "mqar: svd:ratio=4,sinks=0: pairs=2 is left out: " in caplog.text
+    assert tables[3].splitlines()[2].split()[-1] == "-"
+    assert float(tables[2].split()[-1]) > 3.9
+    folder = tmp_path / "out" / "copying" / "distances=6+8,length=6,samples=3"
+    none, svd = (json.loads((folder / spec / "all.json").read_text()) for spec in ("none", "svd-ratio=4,sinks=0"))
+    assert none["loss"] == json.loads((tmp_path / "out" / "copying" / "copying.json").read_text())["loss"]
+    assert none["loss"] != svd["loss"]
+
+
+def test_an_exported_folder_gives_the_numbers_of_its_run(evaluate, make_run, tmp_path, monkeypatch) -> None:
+    from cllm.commands.convert import main as convert
+
+    run, _ = make_run("a")
+    assert convert(["export", str(run.path), str(tmp_path / "exported")]) == 0
+    monkeypatch.chdir(tmp_path)
+    for path, out in ((run.path, "one"), (tmp_path / "exported", "two")):
+        assert evaluate("--run", path, *SUITES, "--posthoc", "svd:rank_k=2,rank_v=2,sinks=1", "--out", out) == 0
+    losses = {
+        out: [json.loads(file.read_text())["loss"] for file in sorted(Path(out).rglob("*.json"))]
+        for out in ("one", "two")
+    }
+    assert len(losses["one"]) == 6
+    assert losses["one"] == pytest.approx(losses["two"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--suite copying:distances=400", "has 800 tokens; allowed: up to the context of a, 32"),
+        ("--suite copying:distance=4", 'unknown option "distance" of copying; did you mean "distances"?'),
+        ("--suite copying:samples=0", "samples: Input should be greater than or equal to 1 got 0"),
+        ("--suite copying:samples", '"samples" is no new key=value; allowed: distances, length, samples, seed'),
+        ("--suite perplexity:window=3", "perplexity has no options in its name"),
+        ("--suite copying --suite copying", "--suite copying: is given twice"),
+        ("--suite copying --prefix 4 --posthoc none", "--prefix 4: goes with --suite posthoc"),
+        ("--suite copying --posthoc xkw", 'unknown method "xkw"'),
+        ("--suite copying --data a.txt", "--data: --suite copying takes no text"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_before_anything_runs(evaluate, make_run, capsys, words, message) -> None:
+    run, _ = make_run("a")
+    before = words.split()[2:4] == ["--suite", "copying"] or "--data" in words
+    first = () if before else ("--suite", "perplexity")
+    assert evaluate("--run", run.path, *first, *words.split(), "--device", "cpu") == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert message in captured.err
+    assert not (run.path / "evaluation").exists()
+
+
+def test_suites_and_their_options_are_listed(evaluate, capsys) -> None:
+    assert evaluate("--list-suites") == 0
+    text = capsys.readouterr().out
+    assert "mqar: multi-query associative recall" in text
+    assert "    pairs=4|8|16|32  N, the key-value pairs of a sample." in text
+    assert "    --prefix N tokens of each window to compress" in text

@@ -53,6 +53,11 @@ GSM8K = {"question": "How many?", "answer": "2 * 3 = <<2*3=6>>1,006 eggs.\n#### 
 FORMATS: list[tuple[str, dict[str, Any], tuple[str, str, tuple[str, ...], int]]] = [
     ("piqa", PIQA[1], ("Question: To open jar 1", "\nAnswer:", (" twist the lid 1", " eat the lid now"), 1)),
     ("hellaswag", HELLASWAG, ("Baking: A man stirs.", " He", (" adds flour.", " flies. Away."), 1)),
+    (
+        "hellaswag",  # without the beginning of a sentence, a token of the first one is read after compression
+        {**HELLASWAG, "ctx_b": ""},
+        ("Baking: A man stirs", ".", (" adds flour.", " flies. Away."), 1),
+    ),
     ("arc_easy", ARC_HUB, ARC_PARTS),
     ("arc_challenge", ARC_AI2, ARC_PARTS),
     ("mmlu", MMLU_HUB, MMLU_PARTS),

@@ -143,9 +143,9 @@ def source(tmp_path) -> Path:
         "other.py": "def shared():\n    pass\n\n\nclass Unused:\n    pass\n",
         "deep/shapes.py": "class Circle:\n    def area_of(self):\n        return 3\n",
         "main.py": (
-            "from tools import read_table, LIMIT_OF_ROWS\n\n\ndef local_one():\n    # read_table in a comment\n"
+            "from tools import read_table, LIMIT_OF_ROWS\n\n\ndef local_one():\n    # read_table in a comment\n    shared()\n"
             "    rows = read_table('x.csv')\n    more = read_table('y.csv')\n    size = Circle().area_of()\n"
-            "    shared()\n    return local_one, LIMIT_OF_ROWS\n"
+            "    return local_one, LIMIT_OF_ROWS\n"
         ),
         ".hidden/tools.py": "def read_table():\n    pass\n",
     }
@@ -161,11 +161,11 @@ def test_lines_that_first_use_what_one_other_file_defines(source) -> None:
     assert [file.path for file in sources] == ["main.py", "other.py", "tools.py", "deep/shapes.py"]
     lines = next_lines(sources, 0, seed=0)
     assert [(line.line, line.name, line.definition.path) for line in lines] == [
-        (6, "read_table", "tools.py"),
-        (8, "Circle", "deep/shapes.py"),
+        (7, "read_table", "tools.py"),
+        (9, "Circle", "deep/shapes.py"),
     ]
     assert lines[0].answer == "    rows = read_table('x.csv')"
-    assert lines[0].before.endswith("comment\n")
+    assert lines[0].before.endswith("shared()\n")
     assert lines[0].before + lines[0].answer in lines[0].file.text
     shown = snippets(lines[0], sources, 1000, seed=0)
     assert shown[-1].path == "tools.py"
@@ -183,7 +183,7 @@ def test_a_line_follows_its_file_and_the_definition_stays_in_the_context(source,
     first = samples[0]
     (question,) = first.questions
     assert first.longest <= 200
-    assert decode(subject, question.prompt).endswith("# read_table in a comment\n")
+    assert decode(subject, question.prompt).endswith("# read_table in a comment\n    shared()\n")
     assert "def read_table(path):" in decode(subject, first.context)
     assert decode(subject, question.options[0]) == "    rows = read_table('x.csv')"
     assert suite.samples(subject, CodeSettings(folder=str(source), length=200, generate=8)) == samples

@@ -11,18 +11,22 @@ a run is scored on its own validation sets. docs/evaluation.md defines what is m
 
 from __future__ import annotations
 
-import itertools
+import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cllm.arguments import Parser, whole_number
 from cllm.errors import UserError, one_line
-from cllm.evaluate.suites.choice import describe_suites
+from cllm.evaluate.suites.choice import Chosen, describe_suites
 from cllm.evaluate.suites.registry import add_options, choose, suites
-from cllm.evaluate.suites.suite import Record
+from cllm.evaluate.suites.suite import Job, Record, Suite
 from cllm.signals import stoppable
+
+if TYPE_CHECKING:
+    import torch
 
 
 def make_parser(program: str) -> Parser:
@@ -72,34 +76,58 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm evaluat
     # Imported late: --help and mistakes in arguments answer without loading torch.
     from cllm.environment import choose_device
     from cllm.evaluate.left_out import LeftOut
-    from cllm.evaluate.subjects import load_subject
-    from cllm.evaluate.suites.jobs import jobs
 
     device = choose_device(options.device)
-    results: list[list[Record]] = [[] for _ in chosen]
-    paths: list[list[Path]] = [[] for _ in chosen]
+    report = _Report(chosen)
     left_out = LeftOut(len(options.run))
     try:
         for path in options.run:
             with left_out.unless_usable(path):
-                subject = load_subject(path, device)
-                for choice in chosen:
-                    if choice.given is not None:  # refused before the first suite runs
-                        for job in jobs(choice, subject, options, device):
-                            choice.suite.check(subject, job)
-                announced = options.out is not None or subject.kind == "run"
-                for choice, records, files in zip(chosen, results, paths, strict=True):
-                    for job in jobs(choice, subject, options, device):
-                        if not announced:
-                            choice.suite.check(subject, job)  # a refusal is the only line on stderr
-                            print(f"results of {path} go to {subject.results()}", file=sys.stderr, flush=True)
-                            announced = True
-                        for record in choice.suite.run(subject, job):
-                            files.append(choice.suite.save(subject, record, options.out))
-                            records.append(record)
+                _measure(path, chosen, options, device, report)
     finally:
-        shown = [choice.suite.table(records) for choice, records in zip(chosen, results, strict=True) if records]
-        if shown:
-            written = [choice.suite.written(files) for choice, files in zip(chosen, paths, strict=True) if files]
-            print("\n\n".join(shown), *itertools.chain(*written), sep="\n")
+        report.print()
     return left_out.status()
+
+
+class _Report:
+    """The records so far and their files."""
+
+    def __init__(self, chosen: Sequence[Chosen]):
+        self.records: list[tuple[Suite, list[Record]]] = [(choice.suite, []) for choice in chosen]
+        """Of each suite, for all runs."""
+        self.files: list[tuple[Suite, list[Path]]] = []
+        """Of each suite and run."""
+
+    def print(self) -> None:
+        """Print a table for each suite, then the files."""
+        tables = [suite.table(records) for suite, records in self.records if records]
+        written = [line for suite, files in self.files if files for line in suite.written(files)]
+        if tables:
+            print("\n\n".join(tables), *written, sep="\n")
+
+
+def _measure(
+    path: str, chosen: Sequence[Chosen], options: argparse.Namespace, device: torch.device, report: _Report
+) -> None:
+    """Measure one run with every suite, and add its records to the report."""
+    from cllm.evaluate.subjects import load_subject
+    from cllm.evaluate.suites.jobs import jobs
+
+    subject = load_subject(path, device)
+    planned: list[Iterable[Job]] = [jobs(choice, subject, options, device) for choice in chosen]
+    if len(chosen) > 1:  # what does not fit is refused before the first suite runs
+        planned = [list(each) for each in planned]
+        for choice, each in zip(chosen, planned, strict=True):
+            for job in each:
+                choice.suite.check(subject, job)
+    announced = options.out is not None or subject.kind == "run"
+    for each, (suite, records) in zip(planned, report.records, strict=True):
+        report.files.append((suite, files := []))
+        for job in each:
+            if not announced:
+                suite.check(subject, job)  # a refusal is the only line on stderr
+                print(f"results of {path} go to {subject.results()}", file=sys.stderr, flush=True)
+                announced = True
+            for record in suite.run(subject, job):
+                files.append(suite.save(subject, record, options.out))
+                records.append(record)

@@ -63,6 +63,8 @@ class _Run:
     evaluation: dict[str, Any] | None
     suite_steps: dict[str, int]
     """The optimizer step of each suite's record."""
+    suite_settings: dict[str, str]
+    """The settings of each suite's record."""
     ended_early: bool = False
 
 
@@ -169,7 +171,7 @@ def _read(run: RunFolder, set_name: str | None) -> _Run:
     evaluation = _evaluation(run, set_name or main)
     prefix = "val" if set_name in (None, main) else f"val-{set_name}"
     metrics = _metrics(run, prefix)
-    numbers, suite_steps = _of_suites(run, set_name or main)
+    numbers, suite_steps, suite_settings = _of_suites(run, set_name or main)
     file = run.summary_file
     row = Row(
         run=run.name,
@@ -192,14 +194,16 @@ def _read(run: RunFolder, set_name: str | None) -> _Run:
         tokenizer=evaluation["tokenizer_sha256"] if evaluation else _tokenizer(config),
         evaluation=evaluation,
         suite_steps=suite_steps,
+        suite_settings=suite_settings,
         ended_early=run.early_stop() is not None,
     )
 
 
-def _of_suites(run: RunFolder, set_name: str) -> tuple[dict[str, float], dict[str, int]]:
-    """Numbers of the run's records of suites with columns of their own, and the step of each suite's record."""
+def _of_suites(run: RunFolder, set_name: str) -> tuple[dict[str, float], dict[str, int], dict[str, str]]:
+    """Numbers of the run's records of suites with columns of their own, and the step and settings of each record."""
     numbers: dict[str, float] = {}
     steps: dict[str, int] = {}
+    settings: dict[str, str] = {}
     for suite in suites().values():
         compared = suite.compared_numbers()
         if not compared:
@@ -212,7 +216,9 @@ def _of_suites(run: RunFolder, set_name: str) -> tuple[dict[str, float], dict[st
             numbers |= {f"{suite.name}_{number.key}": _number(path, record, number.key) for number in compared}
             if record.get("step") is not None:
                 steps[suite.name] = _number(path, record, "step")
-    return numbers, steps
+            if isinstance(record.get("settings"), dict):
+                settings[suite.name] = ",".join(f"{key}={value}" for key, value in record["settings"].items())
+    return numbers, steps, settings
 
 
 def _number(file: Path, content: dict[str, Any], *keys: str) -> Any:
@@ -325,6 +331,9 @@ def _warnings(runs: list[_Run], baseline: Row) -> list[str]:
     found += differ("evaluated with different windows", of("window"), evaluated)
     found += differ("evaluated with different strides", of("stride"), evaluated)
     found += differ("evaluated in different precisions", of("precision"), evaluated)
+    for suite in dict.fromkeys(suite for run in runs for suite in run.suite_settings):
+        what = f"{suite} was measured with different options"
+        found += differ(what, lambda run, suite=suite: run.suite_settings.get(suite))  # type: ignore[misc]
     for run in runs:
         if run.row.loss is None:
             found.append(f"{run.row.run}: has no loss on this set")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from typing import Any
 
 from cllm.arguments import Parser
 from cllm.errors import UserError
@@ -91,7 +92,7 @@ def add_options(parser: Parser) -> None:
             except (argparse.ArgumentError, TypeError, ValueError) as error:
                 fault = fault or UserError(f"{origin(GROUP, suite.name)}: {option.flag}: {error}")
     listed = "; ".join(f"{suite.name}: {suite.help}" for suite in known.values())
-    parser.add_argument(
+    action: Any = parser.add_argument(
         "--suite",
         action="append",
         default=[],
@@ -100,6 +101,7 @@ def add_options(parser: Parser) -> None:
         "each --posthoc compresses the cache of a sample's context. --list-suites lists the options of suites. "
         f"{listed}".replace("%", "%%"),
     )
+    action.completer = lambda **_: list(known)  # read by the shell's completion
     parser.set_defaults(suite_fault=fault)
 
 

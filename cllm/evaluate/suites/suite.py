@@ -219,5 +219,5 @@ class Suite(ABC):
 
         with SummaryWriter(str(folder), filename_suffix=".evaluation") as writer:
             for number in self.numbers:
-                if number.tag is not None:
+                if number.tag is not None and number.key in record:
                     writer.add_scalar(f"eval-{record['set']}/{number.tag}", record[number.key], record["step"])

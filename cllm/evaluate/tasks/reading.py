@@ -1,6 +1,6 @@
 """A batch of questions read after their contexts: losses of options, and greedy generation.
 
-Rows are samples of a batch. In each round every row reads one option; a row that has none left reads padding. Shorter
+Rows are samples of a batch. In each turn every row reads one option; a row that has none left reads padding. Shorter
 options are padded on the right, which no token before the padding sees, so padding changes no score.
 
 Shapes: R rows of a pass, T tokens of the longest option with its prompt.
@@ -84,19 +84,19 @@ class Reader:
         """The scores of every row's reads, in order."""
         scored: list[list[Scored]] = [[] for _ in rows]
         for n in range(max(map(len, rows), default=0)):
-            round_ = [reads[n] if n < len(reads) else None for reads in rows]
-            for i, result in zip(
-                [i for i, read in enumerate(round_) if read is not None], self._score_round(round_), strict=True
-            ):
-                scored[i].append(result)
+            turn = [reads[n] if n < len(reads) else None for reads in rows]
+            reading = [i for i, read in enumerate(turn) if read is not None]
+            for i, score in zip(reading, self._score_turn(turn), strict=True):
+                scored[i].append(score)
         return scored
 
-    def _score_round(self, round_: Sequence[Read | None]) -> list[Scored]:
-        texts = [() if read is None else read.prompt + read.tokens for read in round_]
+    def _score_turn(self, turn: Sequence[Read | None]) -> list[Scored]:
+        """The scores of one read of every row, without the rows that have none."""
+        texts = [() if read is None else read.prompt + read.tokens for read in turn]
         states = self._states([text[:-1] for text in texts])  # R, T + (0 or 1), d_model: state i predicts token i
         shift = 0 if self._last is not None else 1  # without a context, state i predicts token i + 1
         rows, places, targets, counts = list[int](), list[int](), list[int](), list[int]()
-        for i, (read, text) in enumerate(zip(round_, texts, strict=True)):
+        for i, (read, text) in enumerate(zip(turn, texts, strict=True)):
             if read is None:
                 continue
             first = max(len(read.prompt), shift)

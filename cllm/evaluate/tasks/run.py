@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,7 +83,7 @@ def run_samples(
 
     Raises:
         UserError: for a spec that is wrong or does not fit the model, if no spec fits any context, for a loss that is
-            not a number, and if the GPU's memory runs out.
+            not finite, and if the GPU's memory runs out.
     """
     methods = [parse(spec) for spec in specs]
     results = [
@@ -95,16 +95,16 @@ def run_samples(
     with autocast, tqdm(total=total, desc=label, unit="sample", disable=None) as progress:
         _calibrate(engine, methods, samples, device)
         runner = _Runner(subject, engine, methods, results, device)
-        longest = max(sample.longest for sample in samples)
-        for indices in batches(samples, batch or _default_rows(engine, longest, device), exact=_is_cyclic(engine)):
+        rows = _default_rows(engine, device) if batch is None else lambda longest: batch
+        for indices in batches(samples, rows, exact=_is_cyclic(engine)):
             chosen = [samples[i] for i in indices]
             try:
-                for result, answers in zip(results, runner.run(chosen, longest), strict=True):
+                for result, answers in zip(results, runner.run(chosen), strict=True):
                     for i, given in zip(indices, answers, strict=True):
                         result.answers[i] = given
                     progress.update(len(indices))
             except torch.OutOfMemoryError:
-                size = f"{len(chosen)} samples of {longest} tokens"
+                size = f"{len(chosen)} samples of {max(sample.longest for sample in chosen)} tokens"
                 raise UserError(f"out of GPU memory with {size}; lower --batch") from None
     for result, method in zip(results, methods, strict=bool(methods)):
         result.weight_bytes, result.facts = method.weight_bytes(), method.facts()
@@ -119,11 +119,16 @@ def run_samples(
     return results
 
 
-def batches(samples: Sequence[Sample], size: int, *, exact: bool = False) -> Iterator[list[int]]:
-    """Indices of up to `size` samples whose contexts have the same length, long contexts first.
+def batches(samples: Sequence[Sample], rows: Callable[[int], int], *, exact: bool = False) -> Iterator[list[int]]:
+    """Indices of samples whose contexts have the same length, long contexts first; those without questions left out.
 
     Samples with questions of similar lengths are together. With `exact`, samples that generate are together only if the
     prompts to generate from have the same lengths.
+
+    Args:
+        samples: any.
+        rows: the most samples of a batch, given the length of its longest sequence in tokens.
+        exact: see above.
     """
     keys = {}
     for i, sample in enumerate(samples):
@@ -132,17 +137,20 @@ def batches(samples: Sequence[Sample], size: int, *, exact: bool = False) -> Ite
         if sample.questions:
             keys[i] = (-len(sample.context), prompts, lengths)
     together: list[int] = []
+    longest = 0
     for i in sorted(keys, key=lambda i: (keys[i], i)):
         alike = 2 if exact else 1
-        if together and (len(together) == size or keys[i][:alike] != keys[together[0]][:alike]):
+        longest = max(longest, samples[i].longest)
+        if together and (len(together) >= rows(longest) or keys[i][:alike] != keys[together[0]][:alike]):
             yield together
-            together = []
+            together, longest = [], samples[i].longest
         together.append(i)
     if together:
         yield together
 
 
-def _default_rows(engine: Engine, longest: int, device: torch.device) -> int:
+def _default_rows(engine: Engine, device: torch.device) -> Callable[[int], int]:
+    """The most samples of a batch, by the length of its longest sequence."""
     tokens = _BATCH_TOKENS.get(device.type, 2**13)
     if device.type == "cuda":
         cache = engine.new_cache()
@@ -150,7 +158,13 @@ def _default_rows(engine: Engine, longest: int, device: torch.device) -> int:
             engine.hidden(torch.zeros(1, 1, dtype=torch.long, device=device), cache)
         memory = torch.cuda.get_device_properties(device).total_memory
         tokens = min(tokens, int(memory * _CACHE_SHARE / max(engine.nbytes(cache), 1)))
-    return min(max(tokens // max(longest, 1), 1), _MOST_ROWS)
+    return lambda longest: min(max(tokens // max(longest, 1), 1), _MOST_ROWS)
+
+
+def _rounded_up(tokens: int) -> int:
+    """A number of few significant bits, at most a quarter larger, so that static caches have few sizes."""
+    unit = 2 ** max(tokens.bit_length() - 3, 0)
+    return -(-tokens // unit) * unit
 
 
 def _is_cyclic(engine: Engine) -> bool:
@@ -170,7 +184,7 @@ def _check_finite(subject: Subject, result: Result) -> None:
     losses = (
         loss for answers in result.answers for answer in answers or () for option in answer.losses for loss in option
     )
-    wrong = next((loss for loss in losses if math.isnan(loss)), None)
+    wrong = next((loss for loss in losses if not math.isfinite(loss)), None)
     if wrong is not None:
         raise UserError(f"{subject.path}: {result.spec or 'no compression'}: the loss of an option is {wrong}")
 
@@ -192,8 +206,9 @@ class _Runner:
         self._graph: StepGraph | None = None
         self._eos = _eos_ids(subject)
 
-    def run(self, samples: Sequence[Sample], longest: int) -> Iterator[list[list[Answer]]]:
+    def run(self, samples: Sequence[Sample]) -> Iterator[list[list[Answer]]]:
         """For each spec, the answers to every sample's questions."""
+        room = _rounded_up(max(sample.longest for sample in samples) + 1)
         with torch.inference_mode():
             cache, last = self._prefill(samples)
             own = self._engine.nbytes(cache) if samples[0].context else 0
@@ -204,13 +219,13 @@ class _Runner:
                     filled = cache if method is None else self._engine.compress(cache, method, measure=False)
                 except UserError as error:
                     result.left_out |= {sample.task: str(error) for sample in samples}
-                    yield [[] for _ in samples]
-                    continue
-                result.own_nbytes += own
-                result.nbytes += own if method is None else self._engine.nbytes(filled)
-                reader = self._reader(filled, last, method, samples, longest)
-                answers = self._answers(reader, samples)
-                del reader, filled
+                    answers: list[list[Answer]] = [[] for _ in samples]
+                else:
+                    result.own_nbytes += own
+                    result.nbytes += own if method is None else self._engine.nbytes(filled)
+                    reader = self._reader(filled, last, method, samples, room)
+                    answers = self._answers(reader, samples)
+                    del reader, filled
                 result.seconds += self._now() - began
             yield answers
         for method in self._methods:
@@ -234,13 +249,13 @@ class _Runner:
             return cache, self._engine.hidden(ids, cache)[:, -1:].clone()
 
     def _reader(
-        self, cache: Any, last: Tensor | None, method: Compressor | None, samples: Sequence[Sample], longest: int
+        self, cache: Any, last: Tensor | None, method: Compressor | None, samples: Sequence[Sample], room: int
     ) -> Reader:
         chunk = None if method is None else 1 if method.selects_tokens else method.recompress
         if last is None or not can_be_static(self._engine, cache):
             forked = ForkedContext(uncompressed(cache, self._engine), len(samples))
             return Reader(self._engine, forked, last, chunk=chunk, device=self._device)
-        static = self._static_context(len(samples), longest + 1)
+        static = self._static_context(len(samples), room)
         static.load(cache)
         last = torch.cat((last, last.new_zeros(static.rows - len(samples), *last.shape[1:])))
         generates = any(question.generate for sample in samples for question in sample.questions)
@@ -248,11 +263,11 @@ class _Runner:
         return Reader(self._engine, static, last, chunk=chunk, device=self._device, step=step)
 
     def _static_context(self, rows: int, room: int) -> StaticContext:
-        """A static cache for at least `rows` sequences, the last one if it has the right size."""
+        """A static cache for at least `rows` sequences of `room` tokens, the last one if it has the right size."""
         assert isinstance(self._engine, DecoderEngine)
         if self._device.type == "cuda":
             rows = 2 ** math.ceil(math.log2(rows))  # few sizes, because each needs a CUDA graph
-        if self._static is None or self._static.rows != rows:
+        if self._static is None or (self._static.rows, self._static.cache.max_len) != (rows, room):
             self._static = self._graph = None  # freed before the next one is allocated
             self._static = StaticContext(self._engine, rows, room)
         return self._static

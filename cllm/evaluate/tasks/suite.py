@@ -8,7 +8,7 @@ import os
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -96,6 +96,10 @@ class TaskSuite(Suite):
     """Facts of questions by whose values records also have means, such as `depth`."""
     takes_text = False
     compresses = True
+    _made_for: Subject | None = None
+    """The subject of `_made`."""
+    _made: Mapping[str, Sequence[Sample]] = {}
+    """Samples by their settings."""
 
     # ---- what a task suite implements
 
@@ -119,12 +123,14 @@ class TaskSuite(Suite):
         Raises:
             UserError: if there are none, if one is longer than the subject's context, and as `samples` does.
         """
-        made = getattr(self, "_made", None)
-        if made is None or made[0] is not subject or made[1] != settings:
+        if self._made_for is not subject:
+            self._made_for, self._made = subject, {}
+        key = settings.model_dump_json()
+        if key not in self._made:
             samples = self.samples(subject, settings)
             self._check(subject, samples)
-            self._made = made = (subject, settings, samples)
-        return made[2]
+            self._made = {**self._made, key: samples}
+        return self._made[key]
 
     def _check(self, subject: Subject, samples: Sequence[Sample]) -> None:
         if not any(sample.questions for sample in samples):
@@ -153,6 +159,7 @@ class TaskSuite(Suite):
     def run(self, subject: Subject, job: Job) -> list[Record]:
         from cllm.evaluate.tasks.run import run_samples
 
+        self.check(subject, job)
         settings = job.given or self.settings()
         samples = self.prepared(subject, settings)
         specs = job.options.posthoc
@@ -252,7 +259,8 @@ class TaskSuite(Suite):
         return [f"written: {len(paths)} files in {folder}"]
 
     def compared_numbers(self) -> tuple[Number, ...]:
-        return tuple(number for number in self.numbers if number.key == self.main)
+        """The main number, under the suite's name."""
+        return tuple(replace(n, head=f"{self.name}, {n.head}") for n in self.numbers if n.key == self.main)
 
     def save(self, subject: Subject, record: Record, out: Path | None = None) -> Path:
         """Write a record as JSON. Returns the file: `SUITE/SETTINGS/TASK.json`, with --posthoc `.../SPEC/TASK.json`.
@@ -269,7 +277,7 @@ class TaskSuite(Suite):
             folder /= slug(record["spec"])
         path = folder / f"{slug(record['task'])}{suffix}.json"
         self._write(subject, record, path, path)  # no events
-        if record["task"] == ALL and record["spec"] in (AS_IS, UNCOMPRESSED):
+        if record["task"] == ALL and record["spec"] in (AS_IS, UNCOMPRESSED) and self.main in record:
             super().save(subject, record, out)
         return path
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 COPYING = "copying:distances=6|8,length=6,samples=3"
+MAIN = ["copying, accuracy %", "mqar, accuracy %"]
 SUITES = ("--suite", COPYING, "--suite", "mqar:pairs=[2,4],length=16,samples=2", "--device", "cpu")
 
 
@@ -30,14 +30,19 @@ def test_suites_of_a_run_are_measured_written_and_compared(evaluate, compare, ma
     events = EventAccumulator(str(run.tensorboard_folder)).Reload()
     assert events.Scalars("eval-copying/loss")[0].value == pytest.approx(mean["loss"])
 
+    other, _ = make_run("b", data={"document_mask": True})
+    assert evaluate("--run", other.path, "--suite", "copying:distances=6,samples=3", "--device", "cpu") == 0
     kv = {"resident": 8.0, "written": 8.0, "read": 8.0}
     summary = {"design": "cla", "parameters": 1000, "kv_bytes_per_token": kv, "kv_vs_mha": kv, "steps": 20}
-    (run.path / "summary.json").write_text(json.dumps(summary))
-    (run.path / "metrics.jsonl").write_text('{"step": 20, "tokens": 320, "time": 1.0, "val/loss": 5.0}\n')
-    assert compare(run.path, "--out", tmp_path / "out") == 0
-    head = capsys.readouterr().out.splitlines()[0]
-    assert head.count("accuracy %") == 2, "the main number of each suite, and no other"
-    assert "new tokens" not in head
+    for path in (run.path, other.path):
+        (path / "summary.json").write_text(json.dumps(summary))
+        (path / "metrics.jsonl").write_text('{"step": 20, "tokens": 320, "time": 1.0, "val/loss": 5.0}\n')
+    capsys.readouterr()
+    assert compare(run.path, other.path, "--out", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    heads = [head.strip() for head in out.splitlines()[0].split("|")]
+    assert [head for head in heads if "," in head] == ["KV resident, bf16", "KV read, bf16", *MAIN]
+    assert "copying was measured with different options: distances=[6, 8],length=6,samples=3,seed=0: a;" in out
 
 
 def test_posthoc_compresses_the_contexts_of_every_suite(evaluate, make_run, capsys, caplog, tmp_path) -> None:
@@ -57,20 +62,23 @@ def test_posthoc_compresses_the_contexts_of_every_suite(evaluate, make_run, caps
     assert none["loss"] != svd["loss"]
 
 
-def test_an_exported_folder_gives_the_numbers_of_its_run(evaluate, make_run, tmp_path, monkeypatch) -> None:
+def test_an_exported_folder_gives_the_numbers_of_its_run(evaluate, make_run, tmp_path, monkeypatch, capsys) -> None:
     from cllm.commands.convert import main as convert
 
     run, _ = make_run("a")
     assert convert(["export", str(run.path), str(tmp_path / "exported")]) == 0
     monkeypatch.chdir(tmp_path)
-    for path, out in ((run.path, "one"), (tmp_path / "exported", "two")):
-        assert evaluate("--run", path, *SUITES, "--posthoc", "svd:rank_k=2,rank_v=2,sinks=1", "--out", out) == 0
-    losses = {
-        out: [json.loads(file.read_text())["loss"] for file in sorted(Path(out).rglob("*.json"))]
-        for out in ("one", "two")
-    }
-    assert len(losses["one"]) == 6
-    assert losses["one"] == pytest.approx(losses["two"], rel=1e-4)
+    spec = ("--posthoc", "svd:rank_k=2,rank_v=2,sinks=1")
+    assert evaluate("--run", run.path, "--run", "exported", *SUITES, *spec) == 0
+    (other,) = (tmp_path / "runs" / "evaluation").iterdir()
+    losses = [
+        [json.loads(file.read_text())["loss"] for file in sorted(folder.rglob("*.json"))]
+        for folder in (run.path / "evaluation", other)
+    ]
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" in ")[0] for line in lines[-4:]] == ["written: 3 files"] * 4
 
 
 @pytest.mark.parametrize(
@@ -84,13 +92,13 @@ def test_an_exported_folder_gives_the_numbers_of_its_run(evaluate, make_run, tmp
         ("--suite copying --suite copying", "--suite copying: is given twice"),
         ("--suite copying --prefix 4 --posthoc none", "--prefix 4: goes with --suite posthoc"),
         ("--suite copying --posthoc xkw", 'unknown method "xkw"'),
+        ("--suite perplexity --suite copying:distances=8,samples=1 --window 99", "--window is 99; allowed: up to"),
         ("--suite copying --data a.txt", "--data: --suite copying takes no text"),
     ],
 )
 def test_what_does_not_fit_is_one_line_before_anything_runs(evaluate, make_run, capsys, words, message) -> None:
     run, _ = make_run("a")
-    before = words.split()[2:4] == ["--suite", "copying"] or "--data" in words
-    first = () if before else ("--suite", "perplexity")
+    first = () if words.count("--suite") == 2 or "--data" in words else ("--suite", "perplexity")
     assert evaluate("--run", run.path, *first, *words.split(), "--device", "cpu") == 2
     captured = capsys.readouterr()
     assert (captured.out, captured.err.count("\n")) == ("", 1)

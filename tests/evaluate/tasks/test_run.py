@@ -34,7 +34,7 @@ def _tokens(draw: random.Random, n: int) -> tuple[int, ...]:
 def _samples(seed: int = 0, *, generate: bool = True) -> list[Sample]:
     """Contexts of three lengths; prompts and options of several lengths, and some without a prompt."""
     draw, samples = random.Random(seed), []
-    for i in range(7):
+    for i in range(5):
         questions = [
             Question(prompt=_tokens(draw, n), options=tuple(_tokens(draw, draw.randint(1, 5)) for _ in range(2)))
             for n in (0, 3, 1 + i % 3)
@@ -170,10 +170,12 @@ def test_questions_read_the_compressed_cache(name: str, spec: str, subject, rand
 def test_batches_hold_contexts_of_one_length_and_every_sample_once() -> None:
     samples = _samples()
     for exact in (False, True):
-        found = list(batches(samples, 2, exact=exact))
+        found = list(batches(samples, lambda longest: 2, exact=exact))
         assert sorted(i for batch in found for i in batch) == list(range(len(samples)))
         assert all(len({len(samples[i].context) for i in batch}) == 1 for batch in found)
         assert max(map(len, found)) == 2 or exact
+    for batch in batches(samples, lambda longest: 60 // longest):
+        assert len(batch) == 1 or len(batch) * max(samples[i].longest for i in batch) <= 60
 
 
 def test_generation_ends_at_a_stop_and_at_eos_before_its_limit(subject, planted) -> None:

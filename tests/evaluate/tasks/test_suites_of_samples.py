@@ -154,6 +154,18 @@ def test_records_have_means_by_task_by_group_and_over_tasks(subject, planted, me
     assert both["settings"] == {"depth": 4}
 
 
+def test_numbers_that_were_not_measured_are_left_out_of_tables_and_events(subject, planted, measure, tmp_path) -> None:
+    model, suite = subject(planted.noise, folder=tmp_path), _Shares()
+    model.step, model.tensorboard = 3, tmp_path / "tensorboard"
+    records = list(measure(suite, model, {"depth": 1}).values())
+    assert [line.split()[-1] for line in suite.table(records).splitlines()[2:]] == ["-", "3.000", "3.000"]
+    for missing in ({"rare"}, {"hit", "rare"}):
+        kept = {key: number for key, number in records[-1].items() if key not in missing}
+        (tmp_path / "evaluation" / "shares" / "shares.json").unlink(missing_ok=True)
+        assert suite.save(model, kept) == tmp_path / "evaluation" / "shares" / "depth=1" / "all.json"
+        assert (tmp_path / "evaluation" / "shares" / "shares.json").exists() == ("hit" in kept)
+
+
 def test_the_example_of_the_documentation_is_a_suite(subject, planted, measure) -> None:
     page = (Path(__file__).resolve().parents[3] / "docs" / "suites.md").read_text(encoding="utf-8")
     example: dict[str, Any] = {}

@@ -221,7 +221,7 @@ def _suite(data: DataSet) -> type[QuestionSuite]:
     return type(f"{data.name.title().replace('_', '')}Suite", (QuestionSuite,), members)
 
 
-_SUITES = (*(_suite(data) for data in DATASETS), WikiText)
+_SUITES: tuple[type[TaskSuite], ...] = (*(_suite(data) for data in DATASETS), WikiText)
 
 
 def language_suites() -> tuple[TaskSuite, ...]:

@@ -23,7 +23,7 @@ from cllm.evaluate.tasks.language.suites import language_suites
 from cllm.evaluate.tasks.text import decode
 
 SUITES = {suite.name: suite for suite in language_suites()}
-PIQA = [
+PIQA: list[dict[str, Any]] = [
     {"goal": f"To open jar {n}", "sol1": f"twist the lid {n}", "sol2": "eat the lid now", "label": n % 2}
     for n in range(9)
 ]

@@ -144,7 +144,8 @@ def source(tmp_path) -> Path:
         "deep/shapes.py": "class Circle:\n    def area_of(self):\n        return 3\n",
         "main.py": (
             "from tools import read_table, LIMIT_OF_ROWS\n\n\ndef local_one():\n    # read_table in a comment\n"
-            "    shared()\n    rows = read_table('x.csv')\n    more = read_table('y.csv')\n    size = Circle().area_of()\n"
+            "    shared()\n    rows = read_table('x.csv')\n"
+            "    more = read_table('y.csv')\n    size = Circle().area_of()\n"
             "    return local_one, LIMIT_OF_ROWS\n"
         ),
         ".hidden/tools.py": "def read_table():\n    pass\n",

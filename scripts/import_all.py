@@ -22,6 +22,7 @@ OPTIONAL = {
     "liger_kernel",
     "peft",
     "lm_eval",
+    "rouge_score",
     "torchao",
 }
 

@@ -9,6 +9,10 @@ caches.py   caches of contexts that many questions read
 copying.py  copies of random tokens
 mqar.py     multi-query associative recall
 ruler/      needles, tracking, counting and questions in contexts of a chosen length
+language/   language data sets from local files
+longbench/  LongBench's English tasks
+code/       the next line of code
+harness/    tasks of lm-evaluation-harness
 
 Imports evaluate/suites' base, data and section at the top of modules; torch, evaluate and posthoc while a suite runs.
 """

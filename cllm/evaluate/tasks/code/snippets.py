@@ -19,7 +19,7 @@ from cllm.errors import UserError
 
 EXTENSIONS = (".py", ".js", ".ts", ".go", ".rs", ".java", ".cs", ".cpp", ".cc", ".h")
 _DEFINITION = re.compile(
-    r"^[ \t]*(?:(?:export|default|public|private|protected|internal|static|abstract|final|async|pub|inline|virtual)\s+)*"
+    r"^[ \t]*(?:(?:export|default|public|private|protected|internal|static|abstract|final|async|pub|inline)\s+)*"
     r"(?:def|class|func|function|fn|struct|interface|enum|trait|type)\s+([A-Za-z_]\w{3,})",
     re.MULTILINE,
 )
@@ -66,7 +66,7 @@ class NextLine:
 
 
 def read_sources(folder: Path, extensions: Sequence[str] = EXTENSIONS) -> list[Source]:
-    """The source files of a folder and its subfolders, by path; hidden folders, links and files not in UTF-8 are left out.
+    """The source files of a folder and its subfolders. Hidden folders, links and files not in UTF-8 are left out.
 
     Raises:
         UserError: if the folder cannot be read, or has fewer than two such files.
@@ -92,6 +92,15 @@ def read_sources(folder: Path, extensions: Sequence[str] = EXTENSIONS) -> list[S
 def definitions(text: str) -> set[str]:
     """Names of functions, classes, types and constants that a file defines."""
     return {*_DEFINITION.findall(text), *_CONSTANT.findall(text)}
+
+
+def excerpt(source: Source, name: str, size: int) -> Source:
+    """A file of at most `size` characters: the entire file, or what follows the beginning of a name's definition."""
+    if len(source.text) <= size:
+        return source
+    matches = (match for pattern in (_DEFINITION, _CONSTANT) for match in pattern.finditer(source.text))
+    start = next(match.start() for match in matches if match[1] == name)
+    return Source(path=source.path, text=source.text[start : start + size])
 
 
 def _first_use(source: Source, owners: dict[str, Source | None], own: set[str]) -> list[NextLine]:
@@ -128,14 +137,14 @@ def next_lines(sources: Sequence[Source], count: int, seed: int) -> list[NextLin
     return [tasks[i] for i in draw(tasks, count, lambda task: task.file.path, seed)]
 
 
-def snippets(task: NextLine, sources: Sequence[Source], seed: int) -> list[Source]:
-    """The other files in random order, the one with the definition last.
+def snippets(task: NextLine, sources: Sequence[Source], size: int, seed: int) -> list[Source]:
+    """The other files in random order, and at most `size` characters of the one with the definition last.
 
     A context that is too long loses its beginning, hence never the definition.
     """
     others = [source for source in sources if source is not task.file and source is not task.definition]
     random.Random(f"{seed} {task.file.path} {task.line}").shuffle(others)
-    return [*others, task.definition]
+    return [*others, excerpt(task.definition, task.name, size)]
 
 
 def shown(source: Source) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -33,7 +34,7 @@ class CodeSettings(Section):
     """LongBench's lcc.jsonl or repobench-p.jsonl, or a folder with both."""
     folder: str | None = None
     """Instead of `path`: a folder of source code, from which tasks are generated."""
-    extensions: list[str] = list(EXTENSIONS)
+    extensions: list[str] = Field(list(EXTENSIONS), min_length=1)
     """Endings of the source files in `folder`."""
     length: int | None = Field(None, ge=64, le=MAX_TOKENS)
     """Tokens of prompt and answer; null: the model's context."""
@@ -60,10 +61,10 @@ class CodeCompletion(TaskSuite):
 
     def samples(self, subject: Subject, settings: CodeSettings) -> Sequence[Sample]:
         if (settings.path is None) == (settings.folder is None):
-            raise UserError("--suite code: needs path=FILE (LongBench's JSONL) or folder=DIR (source code), one of them")
+            raise UserError(
+                "--suite code: needs path=FILE (LongBench's JSONL) or folder=DIR (source code), one of them"
+            )
         if settings.path is not None:
-            from dataclasses import replace
-
             rows = [(name, row) for name, row in task_rows(settings.path, ()) if name in CODE_TASKS]
             if not rows:
                 raise UserError(f"{settings.path}: has no rows of {' or '.join(CODE_TASKS)}")
@@ -81,7 +82,12 @@ class CodeCompletion(TaskSuite):
         self, subject: Subject, line: NextLine, sources: Sequence[Source], settings: CodeSettings, limit: int
     ) -> Sample:
         """The other files, cut at their beginning, then the file's text before the line, at most half of the tokens."""
-        shown_files = "".join(shown(source) for source in snippets(line, sources, settings.seed))
+        # A token has a character or more: so many of the defining file fit into the context's half of the tokens.
+        size = max(
+            1,
+            (limit - settings.generate) // 2 - len(line.definition.path) - len("# Path: \n\n\n") - len(start(subject)),
+        )
+        shown_files = "".join(shown(source) for source in snippets(line, sources, size, settings.seed))
         own = shown(Source(path=line.file.path, text="")).rstrip("\n") + "\n" + line.before
         context, prompt, answer = pieces(subject, shown_files[-_CHARACTERS * limit :], own, line.answer)
         first = start(subject)

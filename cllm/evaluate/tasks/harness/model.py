@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from cllm.errors import UserError
 from cllm.evaluate.subjects import Subject
 from cllm.evaluate.tasks.run import run_samples
 from cllm.evaluate.tasks.sample import Answer, Question, Sample
 
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+
 _DEFAULT_LENGTH = 2048
 """Tokens of a model whose context is unknown, as lm-eval's `hf`."""
 _DEFAULT_GENERATE = 256
 
 
-class SubjectLM(TemplateLM):
-    """Answers lm-eval's requests through cllm's runner.
+def subject_lm(
+    subject: Subject, device: torch.device, *, spec: str | None = None, start: bool = True, batch: int | None = None
+) -> LM:
+    """A model that lm-eval can evaluate; the arguments are those of `Requests`."""
+    from lm_eval.api.model import TemplateLM
+
+    class SubjectLM(Requests, TemplateLM):
+        """`Requests` as a model of lm-eval, which encodes pairs of texts."""
+
+    return SubjectLM(subject, device, spec=spec, start=start, batch=batch)
+
+
+class Requests:
+    """Answers lm-eval's requests through cllm's runner: the members that a `TemplateLM` needs.
 
     The context but for its last token is read first; that part's cache is compressed. Texts that are too long lose
     their beginning, as with lm-eval's model `hf`.
@@ -85,6 +99,8 @@ class SubjectLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-probability of each text, in windows of the context's length that do not overlap."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
         pairs, owners = [], []
         for n, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -117,13 +133,13 @@ class SubjectLM(TemplateLM):
         start = () if tuple(context[:1]) == self._start else self._start
         room = self.max_length - len(start) - after
         if room < 1 and not start:
-            raise UserError(f"--suite lm_eval: an answer has {after} tokens; allowed: below {self.max_length}, the context")
+            raise UserError(
+                f"--suite lm_eval: an answer has {after} tokens; allowed: below {self.max_length}, the context"
+            )
         return (*start, *(context[-room:] if room > 0 else ()))
 
     def _sample(self, context: tuple[int, ...], question: Question) -> Sample:
         """The last token is read after the rest was compressed, unless it is the only one."""
-        from dataclasses import replace
-
         cut = max(1, len(context) - 1)
         return Sample(task="", context=context[:cut], questions=(replace(question, prompt=context[cut:]),))
 

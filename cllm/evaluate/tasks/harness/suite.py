@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -109,7 +111,9 @@ class LmEval(Suite):
         shown = "".join(f"-{key}={given[key]}" for key in ("shots", "limit") if given[key] is not None)
         shown += "" if subject.latest else f"-{Path(record['checkpoint']).stem}"
         folder = subject.results(out) / self.name
-        path = (folder if record["spec"] == AS_IS else folder / slug(record["spec"])) / f"{slug(record['task'])}{shown}.json"
+        path = (
+            folder if record["spec"] == AS_IS else folder / slug(record["spec"])
+        ) / f"{slug(record['task'])}{shown}.json"
         self._write(subject, record, path, path)  # no events
         return path
 
@@ -142,35 +146,38 @@ def _one_line(settings: HarnessSettings) -> Iterator[None]:
     except Exception as error:  # its own errors, and those of datasets and of the Hub, have no common base
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"--suite lm_eval: {', '.join(settings.tasks)}: cannot be loaded: {type(error).__name__}: {text}; tasks need "
-            "data on this machine (include_path= takes task files with local data)"
+            f"--suite lm_eval: {', '.join(settings.tasks)}: cannot be loaded: {type(error).__name__}: {text}; tasks "
+            "need data on this machine (include_path= takes task files with local data)"
         ) from None
 
 
 def _manager(settings: HarnessSettings) -> TaskManager:
     """lm-eval's index of tasks; only of `include_path` if all tasks are there, which is much faster."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UserError("--suite lm_eval needs the package lm-eval: pip install lm-eval") from None
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--suite lm_eval needs the package lm-eval: pip install lm-eval")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if settings.include_path is not None:
         folder = Path(settings.include_path).expanduser()
         if not folder.is_dir():
             raise UserError(f"--suite lm_eval: include_path={settings.include_path}: no such folder")
-        manager = TaskManager(include_path=str(folder), include_defaults=False)
-        if set(settings.tasks) <= set(manager.all_tasks):
-            return manager
-        return TaskManager(include_path=str(folder))
-    return TaskManager()
+        manager = _index(str(folder), False)
+        return manager if set(settings.tasks) <= set(manager.all_tasks) else _index(str(folder), True)
+    return _index(None, True)
+
+
+@functools.lru_cache(maxsize=2)
+def _index(include_path: str | None, include_defaults: bool) -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
 def _evaluate(subject: Subject, job: Job, settings: HarnessSettings, spec: str | None) -> dict[str, Any]:
     from lm_eval import simple_evaluate
 
-    from cllm.evaluate.tasks.harness.model import SubjectLM
+    from cllm.evaluate.tasks.harness.model import subject_lm
 
-    model = SubjectLM(subject, job.device, spec=spec, start=settings.start, batch=job.settings.batch)
+    model = subject_lm(subject, job.device, spec=spec, start=settings.start, batch=job.settings.batch)
     with _one_line(settings):
         manager = _manager(settings)
         results: dict[str, Any] = simple_evaluate(

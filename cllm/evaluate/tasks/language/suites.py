@@ -43,10 +43,10 @@ class FileSettings(Section):
     seed: int = Field(0, ge=0, le=MAX_SEED)
     """Selects examples and questions."""
     start: bool = True
-    """Whether the model's start token (BOS or EOS) stands before the text. lm-evaluation-harness leaves it out where the
-    tokenizer does not add it."""
+    """Whether the model's start token (BOS or EOS) stands before the text. lm-evaluation-harness leaves it out
+    where the tokenizer does not add it."""
     skip_long: bool = False
-    """Leave out questions that are longer than the model's context, and log their number; they are an error otherwise."""
+    """Leave out questions that are longer than the model's context, and log their number; else they are an error."""
     path: str = ""
     """The file with the questions, or a folder whose files are read by name: .jsonl, .json, .csv, .tsv (also with .gz,
     .xz, .bz2, .zst) or .parquet."""
@@ -132,9 +132,7 @@ class QuestionSuite(TaskSuite):
         scored = [e for i, e in enumerate(examples) if settings.shots_path is not None or i not in taken]
         return shots, scored
 
-    def _sample(
-        self, subject: Subject, example: Example, shots: Sequence[Example], settings: FileSettings
-    ) -> Sample:
+    def _sample(self, subject: Subject, example: Example, shots: Sequence[Example], settings: FileSettings) -> Sample:
         separator = self.data.separator
         shown = with_shots(example, shots, header=self.data.header(example.group), separator=separator)
         context, prompt, options = cut(subject, shown.context, shown.cue, shown.options)
@@ -223,7 +221,7 @@ def _suite(data: DataSet) -> type[QuestionSuite]:
     return type(f"{data.name.title().replace('_', '')}Suite", (QuestionSuite,), members)
 
 
-_SUITES = (*(_suite(data) for data in DATASETS), WikiText)
+_SUITES: tuple[type[TaskSuite], ...] = (*(_suite(data) for data in DATASETS), WikiText)
 
 
 def language_suites() -> tuple[TaskSuite, ...]:

@@ -67,7 +67,7 @@ class WikiText(TaskSuite):
         for n in draw(begins, settings.samples, lambda begin: 0, settings.seed):
             begin = begins[n]
             if begin == 0:
-                context, prompt, begin = first or ids[:1], (), 0 if first else 1
+                context, prompt, begin = first or ids[:1], ids[:0], 0 if first else 1
             else:  # the last token of the context is read after compression, because it predicts the first scored one
                 context, prompt = (*first, *ids[begin - half : begin - 1]), ids[begin - 1 : begin]
             scored = ids[begin : begins[n] + half]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cllm.errors import UserError
@@ -33,7 +34,9 @@ def limit_of(subject: Subject, length: int | None, name: str) -> int:
     """Tokens of prompt and answer together: `length`, else the model's context. Raises `UserError` if too large."""
     limit = length or subject.context or 4096
     if subject.context is not None and limit > subject.context:
-        raise UserError(f"--suite {name}: length={limit}; allowed: up to the context of {subject.name}, {subject.context}")
+        raise UserError(
+            f"--suite {name}: length={limit}; allowed: up to the context of {subject.name}, {subject.context}"
+        )
     return limit
 
 
@@ -56,8 +59,6 @@ def long_sample(
     Raises:
         UserError: if `limit` leaves no room for a prompt.
     """
-    from dataclasses import replace
-
     before, (answer,) = continuations(subject, context + after, references[:1])
     first = start(subject)
     room = limit - len(first) - max(question.generate, len(answer))

@@ -27,7 +27,7 @@ class LongBenchSettings(Section):
 
     path: str = ""
     """The folder with NAME.jsonl for each task, or one such file."""
-    tasks: list[str] = []
+    tasks: list[str] = Field([], min_length=0)
     """Names of tasks, e.g. `qasper|hotpotqa`; empty: every English task in `path`."""
     prompts: str | None = None
     """The benchmark's dataset2prompt.json. Without it, prompts are plain ones and scores compare only with each other;
@@ -65,9 +65,7 @@ def _sample(subject: Subject, row: Row, task: LongTask, limit: int) -> Sample:
         raise row.error("field `answers` has an empty text; it must be an answer")
     classes = row.texts("all_classes") if row.has("all_classes") and row.value("all_classes") else ()
     question = Question(generate=task.generate, facts={"classes": list(classes)})
-    return long_sample(
-        subject, context, after, task=task.name, references=references, question=question, limit=limit
-    )
+    return long_sample(subject, context, after, task=task.name, references=references, question=question, limit=limit)
 
 
 def answer_bits(question: Question, answer: Answer) -> float:

@@ -25,7 +25,14 @@ def long_run(tmp_path_factory, prepared, random_model) -> Callable[..., Path]:
 
     def build(**model: Any) -> Path:
         folder, data = tmp_path_factory.mktemp("long"), prepared(300)
-        shape = {"d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 32, "max_seq_len": CONTEXT, "kv": {"preset": "mha"}}
+        shape = {
+            "d_model": 32,
+            "n_layers": 2,
+            "n_heads": 2,
+            "d_ff": 32,
+            "max_seq_len": CONTEXT,
+            "kv": {"preset": "mha"},
+        }
         config = Config.model_validate(
             {
                 "name": "long",

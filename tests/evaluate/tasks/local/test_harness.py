@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from cllm.errors import UserError
 from cllm.evaluate.suites.choice import parse_choice
 from cllm.evaluate.suites.registry import suites
+from cllm.evaluate.tasks.harness import suite
 from cllm.evaluate.tasks.language.suites import language_suites
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -68,7 +70,9 @@ def folder(tmp_path_factory) -> Path:
     data = folder / "hellaswag.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows(24)))
     for name, text in TASKS.items():
-        source = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        source = (
+            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        )
         (folder / f"{name}.yaml").write_text(source + text)
     return folder
 
@@ -110,9 +114,9 @@ def test_its_tasks_agree_with_its_own_model_and_with_the_suite_hellaswag(
     for task, metrics in (("local_hellaswag", ("acc", "acc_norm")), ("local_text", ("bits_per_byte",))):
         for metric in metrics:
             assert numbers(tmp_path, task)[metric] == pytest.approx(theirs[task][f"{metric},none"], abs=1e-4)
-    suite = next(suite for suite in language_suites() if suite.name == "hellaswag")
+    hellaswag = next(suite for suite in language_suites() if suite.name == "hellaswag")
     assert evaluate(*options, "--suite", f"hellaswag:path={folder / 'hellaswag.jsonl'},start=false") == 0
-    ours = json.loads((tmp_path / suite.name / f"{suite.name}.json").read_text())
+    ours = json.loads((tmp_path / hellaswag.name / f"{hellaswag.name}.json").read_text())
     found = theirs["local_hellaswag"]
     assert ours["accuracy"] / 100 == pytest.approx(found["acc,none"], abs=1e-3)
     assert ours["accuracy_norm"] / 100 == pytest.approx(found["acc_norm,none"], abs=1e-3)
@@ -123,13 +127,13 @@ def test_requests_are_answered_as_by_its_own_model(subject) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from cllm.evaluate.tasks.harness.model import SubjectLM
+    from cllm.evaluate.tasks.harness.model import subject_lm
     from cllm.hub.export import as_pretrained
 
     own = HFLM(
         pretrained=as_pretrained(subject.model).eval(), tokenizer=subject.tokenizer, backend="causal", device="cpu"
     )
-    ours = SubjectLM(subject, torch.device("cpu"), spec=None, start=False, batch=None)
+    ours = subject_lm(subject, torch.device("cpu"), start=False)
 
     def ask(model: Any, kind: str, arguments: list[tuple]) -> Any:
         requests = [Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(arguments)]
@@ -146,7 +150,7 @@ def test_requests_are_answered_as_by_its_own_model(subject) -> None:
     assert ask(ours, "generate_until", texts) == ask(own, "generate_until", texts)
     with pytest.raises(UserError, match="samples text; allowed: greedy"):
         ask(ours, "generate_until", [("a", {"do_sample": True, "temperature": 0.7})])
-    started = SubjectLM(subject, torch.device("cpu"), spec=None, start=True, batch=None)
+    started = subject_lm(subject, torch.device("cpu"))
     alone, without = (ask(model, "loglikelihood", [("", "return x"), ("one", " two")]) for model in (started, ours))
     assert alone[0] == without[0], "a text without context follows the start token in any case"
     assert alone[1] != without[1]
@@ -164,7 +168,9 @@ def test_contexts_are_compressed(evaluate, run_path, folder, tmp_path) -> None:
     assert json.loads(other.read_text())["questions"] == 6
 
 
-def test_mistakes_are_one_line(evaluate, run_path, folder, capsys) -> None:
+def test_mistakes_are_one_line(evaluate, run_path, folder, monkeypatch, capsys) -> None:
+    index = suite._index  # without lm-eval's own tasks, whose thousands of files take seconds to read
+    monkeypatch.setattr(suite, "_index", lambda include_path, include_defaults: index(str(folder), False))
     for spec, message in (
         ("lm_eval", "--suite lm_eval: needs names of tasks"),
         ("lm_eval:no_such_task", "no_such_task"),
@@ -172,7 +178,7 @@ def test_mistakes_are_one_line(evaluate, run_path, folder, capsys) -> None:
     ):
         assert evaluate("--run", run_path, "--device", "cpu", "--suite", spec) == 2
         err = capsys.readouterr().err.strip()
-        assert __import__("re").search(message, err), err
+        assert re.search(message, err), err
     assert parse_choice("lm_eval:a|b,limit=2", suites()).given.tasks == ["a", "b"]
     assert parse_choice("lm_eval:tasks=a", suites()).given.tasks == ["a"]
     with pytest.raises(UserError, match='"b" is no new key=value'):

@@ -23,8 +23,9 @@ from cllm.evaluate.tasks.language.suites import language_suites
 from cllm.evaluate.tasks.text import decode
 
 SUITES = {suite.name: suite for suite in language_suites()}
-PIQA = [
-    {"goal": f"To open jar {n}", "sol1": f"twist the lid {n}", "sol2": "eat the lid now", "label": n % 2} for n in range(9)
+PIQA: list[dict[str, Any]] = [
+    {"goal": f"To open jar {n}", "sol1": f"twist the lid {n}", "sol2": "eat the lid now", "label": n % 2}
+    for n in range(9)
 ]
 ARC_HUB = {"question": "What is hot?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]}, "answerKey": "2"}
 ARC_AI2 = {
@@ -35,7 +36,8 @@ ARC_PARTS = ("Question: What is hot?", "\nAnswer:", (" ice", " fire"), 1)
 MMLU_ROW = ["What is 1 + 1?", "1", "2", "3", "4", "B"]
 MMLU_HUB = {"question": MMLU_ROW[0], "subject": "hard_sums", "choices": MMLU_ROW[1:5], "answer": 1}
 MMLU_PARTS = (
-    "The following are multiple choice questions (with answers) about hard sums.\n\nWhat is 1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4",
+    "The following are multiple choice questions (with answers) about hard sums.\n\n"
+    "What is 1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4",
     "\nAnswer:",
     (" A", " B", " C", " D"),
     1,
@@ -51,6 +53,11 @@ GSM8K = {"question": "How many?", "answer": "2 * 3 = <<2*3=6>>1,006 eggs.\n#### 
 FORMATS: list[tuple[str, dict[str, Any], tuple[str, str, tuple[str, ...], int]]] = [
     ("piqa", PIQA[1], ("Question: To open jar 1", "\nAnswer:", (" twist the lid 1", " eat the lid now"), 1)),
     ("hellaswag", HELLASWAG, ("Baking: A man stirs.", " He", (" adds flour.", " flies. Away."), 1)),
+    (
+        "hellaswag",  # without the beginning of a sentence, a token of the first one is read after compression
+        {**HELLASWAG, "ctx_b": ""},
+        ("Baking: A man stirs", ".", (" adds flour.", " flies. Away."), 1),
+    ),
     ("arc_easy", ARC_HUB, ARC_PARTS),
     ("arc_challenge", ARC_AI2, ARC_PARTS),
     ("mmlu", MMLU_HUB, MMLU_PARTS),
@@ -96,7 +103,7 @@ def test_mmlus_original_csv_has_no_header_and_its_subject_in_the_files_name(subj
 
 
 def test_every_file_format_has_the_same_rows(write_lines, tmp_path) -> None:
-    rows = [{"a": "naïve, \"x\"\n", "n": "1"}, {"a": "日本", "n": "2"}]
+    rows = [{"a": 'naïve, "x"\n', "n": "1"}, {"a": "日本", "n": "2"}]
     plain = write_lines("x.jsonl", rows)
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     (tmp_path / "x.jsonl.xz").write_bytes(lzma.compress(plain.read_bytes()))
@@ -118,14 +125,14 @@ def test_every_file_format_has_the_same_rows(write_lines, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("piqa", '{"goal": "a", "sol1": "b", "sol2": "c"}', "rows.jsonl line 3: has no field `label`; it has goal, sol1"),
-        ("piqa", '{"goal": "a", "sol1": "b", "sol2": "c", "label": 2}', "line 3: field `label` is 2; it must be 0 to 1"),
+        ("piqa", '{"goal": "a", "sol1": "b", "sol2": "c"}', "rows.jsonl line 3: has no field `label`; it has goal"),
+        ("piqa", '{"goal": "a", "sol1": "b", "sol2": "c", "label": 2}', "line 3: field `label` is 2; it must be 0 to"),
         ("piqa", '{"goal": 7, "sol1": "b", "sol2": "c", "label": 1}', "line 3: field `goal` is 7; it must be text"),
         ("piqa", "[1]", r"line 3: is \[1\]; it must be an object"),
         ("piqa", '{"goal": ', "line 3: not JSON"),
         ("hellaswag", json.dumps({**HELLASWAG, "label": ""}), "line 3: field `label` is \"\"; it must be 0 to 1"),
         ("hellaswag", json.dumps({**HELLASWAG, "endings": []}), "line 3: field `endings` is"),
-        ("arc_easy", json.dumps({**ARC_HUB, "answerKey": "C"}), "line 3: field `answerKey` is \"C\"; it must be one of 1, 2"),
+        ("arc_easy", json.dumps({**ARC_HUB, "answerKey": "C"}), "field `answerKey` is \"C\"; it must be one of 1, 2"),
         ("blimp", '{"good": "a"}', "line 3: has no field `sentence_bad` or `bad`"),
         ("gsm8k", '{"question": "a", "answer": "6"}', "line 3: field `answer` has no number after ####"),
         ("lambada", '{"text": "word"}', "line 3: field `text` is a single word"),
@@ -180,7 +187,7 @@ def test_samples_are_drawn_evenly_from_the_groups() -> None:
 
 def test_questions_beyond_the_context_are_left_out_only_if_asked(subject, write_lines, caplog) -> None:
     file = write_lines("piqa.jsonl", [*PIQA, {**PIQA[0], "goal": "very " * 400}])
-    with pytest.raises(UserError, match="a sample of piqa has .* tokens; allowed: up to the context of long, 384"):
+    with pytest.raises(UserError, match=r"a sample of piqa has .* tokens; allowed: up to the context of long, 384"):
         SUITES["piqa"].prepared(subject, settings("piqa", file))
     assert len(SUITES["piqa"].samples(subject, settings("piqa", file, skip_long=True))) == 9
     assert "piqa: left out 1 of 10 questions" in caplog.text
@@ -268,7 +275,7 @@ def test_a_text_is_scored_once_and_in_bytes(subject, log_probability, make_answe
     assert sum(sample.questions[0].option_bytes[0] for sample in samples) == len(file.read_bytes())
     scored = [token for sample in samples for token in sample.questions[0].options[0]]
     assert decode(subject, scored) == file.read_text(encoding="utf-8")
-    assert max(sample.longest for sample in samples) == 33
+    assert max(sample.longest for sample in samples) == 32, "the last token of a window is not read"
     assert [len(sample.context) for sample in samples[:2]] == [1, 16]
     given = [[make_answer(-log_probability(s, q)[0]) for q in s.questions] for s in samples]
     (record, _) = suite.means(samples, given)

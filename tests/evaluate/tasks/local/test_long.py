@@ -1,4 +1,4 @@
-"""LongBench and code completion: metrics, prompts, the cut in the middle, tasks from source code, compressed latents."""
+"""LongBench and code completion: metrics, prompts, the cut in the middle, tasks from source code, compressed MLA."""
 
 from __future__ import annotations
 
@@ -144,8 +144,9 @@ def source(tmp_path) -> Path:
         "deep/shapes.py": "class Circle:\n    def area_of(self):\n        return 3\n",
         "main.py": (
             "from tools import read_table, LIMIT_OF_ROWS\n\n\ndef local_one():\n    # read_table in a comment\n"
-            "    rows = read_table('x.csv')\n    more = read_table('y.csv')\n    size = Circle().area_of()\n"
-            "    shared()\n    return local_one, LIMIT_OF_ROWS\n"
+            "    shared()\n    rows = read_table('x.csv')\n"
+            "    more = read_table('y.csv')\n    size = Circle().area_of()\n"
+            "    return local_one, LIMIT_OF_ROWS\n"
         ),
         ".hidden/tools.py": "def read_table():\n    pass\n",
     }
@@ -161,15 +162,17 @@ def test_lines_that_first_use_what_one_other_file_defines(source) -> None:
     assert [file.path for file in sources] == ["main.py", "other.py", "tools.py", "deep/shapes.py"]
     lines = next_lines(sources, 0, seed=0)
     assert [(line.line, line.name, line.definition.path) for line in lines] == [
-        (6, "read_table", "tools.py"),
-        (8, "Circle", "deep/shapes.py"),
+        (7, "read_table", "tools.py"),
+        (9, "Circle", "deep/shapes.py"),
     ]
     assert lines[0].answer == "    rows = read_table('x.csv')"
-    assert lines[0].before.endswith("comment\n")
+    assert lines[0].before.endswith("shared()\n")
     assert lines[0].before + lines[0].answer in lines[0].file.text
-    shown = snippets(lines[0], sources, seed=0)
+    shown = snippets(lines[0], sources, 1000, seed=0)
     assert shown[-1].path == "tools.py"
     assert {file.path for file in shown} == {"tools.py", "other.py", "deep/shapes.py"}
+    cut = snippets(lines[0], sources, 40, seed=0)[-1]
+    assert cut.text == "def read_table(path):\n    return open(path"[:40], "a long file begins at the definition"
     for folder, message in ((source / "no", "no such folder"), (source / "deep", "has 1 source files")):
         with pytest.raises(UserError, match=message):
             read_sources(folder)
@@ -181,12 +184,15 @@ def test_a_line_follows_its_file_and_the_definition_stays_in_the_context(source,
     first = samples[0]
     (question,) = first.questions
     assert first.longest <= 200
-    assert decode(subject, question.prompt).endswith("# read_table in a comment\n")
+    assert decode(subject, question.prompt).endswith("# read_table in a comment\n    shared()\n")
     assert "def read_table(path):" in decode(subject, first.context)
     assert decode(subject, question.options[0]) == "    rows = read_table('x.csv')"
     assert suite.samples(subject, CodeSettings(folder=str(source), length=200, generate=8)) == samples
+    (source / "tools.py").write_text((source / "tools.py").read_text() + "# the rest of a long file\n" * 50)
+    (long, _) = suite.samples(subject, CodeSettings(folder=str(source), length=200, generate=8))
+    assert "def read_table(path):" in decode(subject, long.context), "not only the end of the file"
     for options in ({}, {"path": "a", "folder": "b"}):
-        with pytest.raises(UserError, match="needs path=FILE .* or folder=DIR"):
+        with pytest.raises(UserError, match=r"needs path=FILE .* or folder=DIR"):
             suite.samples(subject, CodeSettings(**options))
 
 

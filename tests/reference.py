@@ -3,7 +3,8 @@ equations with loops over layers, tokens and heads.
 
 Nothing here uses the package. A plan is a list of one row a layer:
 
-    own:2            the layer projects keys and values of 2 heads and reads them; `norm`: with a norm of their own
+    own:2            the layer projects keys and values of 2 heads and reads them; `norm`: with a norm of their own;
+                     `input 3`: it projects the output of layer 3
     latent           the layer owns a latent (MLA) and reads it
     retention        the layer keeps a recurrent state
     read 3           keys and values are those of layer 3
@@ -55,6 +56,7 @@ PRESETS: dict[str, tuple[dict, list[str]]] = {
     "fusedkv_lite": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys 3 values 0"] * 4),
     "fusedkv_lite_learnable": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys w3 values w0"] * 4),
     "fusedkv_lite_reversed": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys 0 values 3"] * 4),
+    "swiftkv": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["own:2 input 3"] * 4),
     "trailing": (
         {"n_kv_heads": 2, "window": 3, "full_every": 2},
         ["own:2 window 3", "own:2"] * 2 + ["read 2 window 3", "read 3"] * 2,
@@ -103,12 +105,17 @@ VARIANTS: dict[str, tuple[dict, list[str]]] = {
         {"preset": "cla", "factor": 3, "n_kv_heads": 2, "kv_norm": False},
         ["own:2", "own:2", "read 1", "read 1", "own:2", "read 4", "read 4", "read 4"],
     ),
+    "swiftkv, groups of two": (
+        {"preset": "swiftkv", "n_lower": 3, "group": 2, "n_kv_heads": 2},
+        ["own:2"] * 3 + ["own:2 input 2", "own:2 input 2", "read 4", "own:2 input 2", "read 6"],
+    ),
     "mha, window and kv norm": ({"preset": "mha", "window": 2, "kv_norm": True}, ["own:4 norm window 2"] * 8),
 }
 
 _ROW = re.compile(
     r"(?:own:(?P<heads>\d+)|(?P<kind>latent|retention))?"
     r"(?P<norm> norm)?"
+    r"(?: input (?P<input>\d+))?"
     r"(?: ?read (?P<read>\d+)| ?keys (?P<keys>\S+) values (?P<values>\S+))?"
     r"(?: window (?P<window>\d+))?"
 )
@@ -121,6 +128,7 @@ class Row:
     owns: bool
     kind: str | None
     kv_norm: bool
+    input: int | None
     keys: list[int]
     values: list[int]
     window: int | None
@@ -135,6 +143,7 @@ class Row:
             owns=bool(found["heads"] or found["kind"]),
             kind=found["kind"],
             kv_norm=bool(found["norm"]),
+            input=int(found["input"]) if found["input"] else None,
             keys=[int(number) for number in re.findall(r"\d+", keys)],
             values=[int(number) for number in re.findall(r"\d+", values)],
             window=int(found["window"]) if found["window"] else None,
@@ -257,7 +266,7 @@ class SlowDecoder:
         if row.kind == "latent":
             slots.setdefault(i, {})[t] = self.project_latent(i, t, normed)
         elif row.owns and row.kind is None:
-            slots.setdefault(i, {})[t] = self.project(i, t, x, normed)
+            slots.setdefault(i, {})[t] = self.project(i, t, x, normed, slots)
         if row.kind == "retention":
             heads = self.retention(i, t, normed, slots)
         elif source.kind == "latent":
@@ -267,7 +276,9 @@ class SlowDecoder:
         x = x + self.linear(i, "attention.o_proj", torch.cat(heads))
         normed = rms_norm(x, self.w(i, "mlp_norm.weight"), self.eps)
         gate, up = self.linear(i, "mlp.gate_proj", normed), self.linear(i, "mlp.up_proj", normed)
-        return x + self.linear(i, "mlp.down_proj", silu(gate) * up)
+        x = x + self.linear(i, "mlp.down_proj", silu(gate) * up)
+        slots["output", i, t] = x
+        return x
 
     def visible(self, i: int, t: int, slots: dict) -> list[int]:
         """The tokens that token t sees in layer i; a layer that reads from above does not see the token itself."""
@@ -276,7 +287,10 @@ class SlowDecoder:
         first = 0 if row.window is None else max(0, t - row.window + 1)
         return [s for s in range(first, t if above else t + 1) if s in slots.get(row.keys[0], {})]
 
-    def project(self, i: int, t: int, x: Tensor, normed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def project(self, i: int, t: int, x: Tensor, normed: Tensor, slots: dict) -> tuple[list[Tensor], list[Tensor]]:
+        source = self.layers[i].input
+        if source is not None:  # SwiftKV, section 3.2: one norm of that output for all layers above
+            normed = rms_norm(slots["output", source, t], self.weights[f"stream_norms.{source}.weight"], self.eps)
         if self.layers[i].kv_norm:
             normed = rms_norm(x, self.w(i, "attention.owner.norm.weight"), self.eps)
         keys = self.linear(i, "attention.owner.k_proj", normed).split(self.head_dim)

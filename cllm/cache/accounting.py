@@ -92,7 +92,8 @@ class Cut:
     residual: int
     """The residual stream, upwards."""
     up: int
-    """Keys and values of owners below that layers above the cut read."""
+    """Keys and values of owners below that layers above the cut read, and outputs of lower layers that owners above the
+    cut project."""
     down: int
     """Keys and values that layers below read from owners above, in every iteration of a cyclic plan."""
     cyclic: bool
@@ -122,6 +123,10 @@ def cuts(config: ModelConfig, *, bytes_per_element: int = 2) -> list[Cut]:
                 down += slots[j][half] * (j > after and any(i <= after for i in reads[j]))
         cyclic = any(first <= after < last for first, last in plan.cyclic_spans())
         residual = config.d_model * bytes_per_element
+        above = (plan.owned(j).input for j in plan.owners if j > after)
+        up += residual * len(
+            {i for i in above if i is not None and i < after}
+        )  # the residual stream is that of `after`
         found.append(Cut(after=after, residual=residual, up=up, down=down, cyclic=cyclic))
     return found
 

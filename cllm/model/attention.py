@@ -49,7 +49,8 @@ class Mixer(nn.Module):
     ) -> tuple[Slot | None, Sequence[Slot]]:
         """This layer's slot as readers see it, or None, and `slots` with that slot appended.
 
-        With a `store`, the slot is added to the cache and the cached tokens come before the new ones.
+        `residual` is the stream as it enters the layer or, if the owner projects another layer's output, that output,
+        normalised. With a `store`, the slot is added to the cache and the cached tokens come before the new ones.
         """
         if self.owner is None:
             return None, slots

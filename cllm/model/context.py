@@ -61,7 +61,12 @@ class Context:
     is_text: Tensor | None = None
     """(B, T) booleans, False for padding; None without padding."""
     last_token: Context | None = None
-    """Context of the last token, if only that token continues after this layer has written its slot (prefill)."""
+    """Context of the last token, if only that token continues after this layer has written its slot (prefill).
+
+    Layers above get `x` (B, 1, d_model) of that token, and this context too: an owner that projects the output of a
+    lower layer writes its slot for all tokens."""
+    streams: dict[int, Tensor] = field(default_factory=dict)
+    """The normalised outputs (B, T, d_model) of the layers in `KVPlan.inputs`."""
     _rope: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[int | None, bool, int], Mask] = field(default_factory=dict)
     _visible: dict[tuple[int | None, bool, int], Visible] = field(default_factory=dict)

@@ -40,13 +40,17 @@ class OwnKV(nn.Module):
         self.head_dim = config.resolved_head_dim
         width = own.n_kv_heads * self.head_dim
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps) if own.kv_norm else None
+        self.has_input = own.input is not None
         self.k_proj = nn.Linear(config.d_model, width, bias=config.kv_bias)
         self.v_proj = nn.Linear(config.d_model, width, bias=config.kv_bias)
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(self, residual: Tensor, normed: Tensor, rope: RopeTables) -> Slot:
-        """The slot for `residual` (B, T, d_model), the stream as it enters the layer, and `normed`, its norm."""
-        x = normed if self.norm is None else self.norm(residual)
+        """The slot for `residual` (B, T, d_model), the stream as it enters the layer, and `normed`, its norm.
+
+        With `input`, `residual` is the normalised output of that layer.
+        """
+        x = residual if self.has_input else normed if self.norm is None else self.norm(residual)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # B, T, G, D
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if self.k_norm is not None:

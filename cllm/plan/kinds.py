@@ -43,6 +43,19 @@ class Source(ABC):
     """KV heads, G, of a plain slot."""
     normalises: bool = False
     """K and V are projected from an RMSNorm of their own."""
+    input: int | None = None
+    """The layer whose output, normalised once for all owners that name it, is projected; None: the layer's own
+    input."""
+
+    @property
+    def is_ordinary(self) -> bool:
+        """The slot's keys and values are two projections of the layer's own input, as in models of other libraries."""
+        return self.is_plain and self.input is None
+
+    @property
+    def reads_a_prompt(self) -> bool:
+        """The slot is projected from the layer's own input, so all tokens of a prompt have to reach the layer."""
+        return self.input is None
 
     @classmethod
     def from_settings(cls, settings: Section, shape: Shape) -> Self:
@@ -57,6 +70,12 @@ class Source(ABC):
     def text(self) -> str:
         """In a table of the plan."""
         return self.noun
+
+    def check(self, layer: int) -> None:
+        """Raise `PlanError`, which begins with the layer, unless this may be the source of `layer`."""
+        if self.input is not None and not 0 <= self.input < layer:
+            allowed = f"layers 0 to {layer - 1}" if layer else "null, the layer's own input"
+            raise PlanError(f"layer {layer}: projects the output of layer {self.input}; allowed: {allowed}")
 
     @abstractmethod
     def widths(self, head_dim: int) -> Widths:
@@ -92,11 +111,17 @@ class Source(ABC):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Own(Source):
-    """A slot of post-RoPE keys and values, (B, T, n_kv_heads, head_dim) each, projected by the layer itself."""
+    """A slot of post-RoPE keys and values, (B, T, n_kv_heads, head_dim) each, projected by the layer itself.
+
+    With `input` s, layer l projects the output of layer s instead of its own input: K_l = RoPE(W_K^l x),
+    V_l = W_V^l x with x = norm_s(h_{s+1}), where h_{s+1} is the residual stream that leaves layer s (SwiftKV, arXiv
+    2410.03960, section 3.2). norm_s belongs to layer s and is the same for all layers that project its output.
+    """
 
     n_kv_heads: int
     kv_norm: bool = False
     """Normalise the residual stream for K and V with an RMSNorm of their own instead of the layer's (CLA, YOCO)."""
+    input: int | None = None
 
     key = "own"
 
@@ -107,13 +132,16 @@ class Own(Source):
         """KV heads; null: as many as query heads."""
         kv_norm: bool = False
         """An RMSNorm of their own for K and V."""
+        input: int | None = Field(None, ge=0)
+        """Project the output of this lower layer instead of the layers' own input; null: their own input."""
 
     @classmethod
     def from_settings(cls, settings: Section, shape: Shape) -> Self:
         return cls(**{**settings.model_dump(), "n_kv_heads": getattr(settings, "n_kv_heads", None) or shape.n_heads})
 
     def settings(self) -> dict[str, Any]:
-        return {"n_kv_heads": self.n_kv_heads} | ({"kv_norm": True} if self.kv_norm else {})
+        options = {"kv_norm": self.kv_norm or None, "input": self.input}
+        return {"n_kv_heads": self.n_kv_heads} | {key: value for key, value in options.items() if value is not None}
 
     @property
     def kv_heads(self) -> int:  # type: ignore[override]
@@ -121,12 +149,21 @@ class Own(Source):
 
     @property
     def normalises(self) -> bool:  # type: ignore[override]
-        return self.kv_norm
+        return self.kv_norm or self.input is not None
 
     @property
     def text(self) -> str:
         heads = f"{self.n_kv_heads} KV head{'s' if self.n_kv_heads > 1 else ''}"
-        return heads + (", own norm" if self.kv_norm else "")
+        source = "" if self.input is None else f", input {self.input}"
+        return heads + (", own norm" if self.kv_norm else "") + source
+
+    def check(self, layer: int) -> None:
+        Source.check(self, layer)
+        if self.kv_norm and self.input is not None:
+            raise PlanError(
+                f"layer {layer}: has kv_norm and input {self.input}; allowed: one of the two, since all layers that "
+                "project the output of a layer share one norm of it"
+            )
 
     def widths(self, head_dim: int) -> Widths:
         return (self.n_kv_heads, head_dim), (self.n_kv_heads, head_dim)

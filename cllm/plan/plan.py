@@ -118,9 +118,9 @@ class KVPlan:
         return not (self.keys(i).is_stored and self.values(i).is_stored)
 
     def reads_itself(self, i: int) -> bool:
-        """Whether layer `i` owns a plain slot and reads that one, as it is, and no other."""
+        """Whether layer `i` owns keys and values of its own input and reads those, as they are, and no others."""
         own = self.layers[i].own
-        return own is not None and own.is_plain and self.reads(i) == (i,)
+        return own is not None and own.is_ordinary and self.reads(i) == (i,)
 
     def source(self, i: int) -> Source:
         """The kind of slot that layer `i` reads. All slots that one layer reads are of one kind."""
@@ -150,6 +150,18 @@ class KVPlan:
     def borrowers(self) -> tuple[int, ...]:
         """The layers that own nothing and read the slots of others."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.own is None)
+
+    @property
+    def inputs(self) -> frozenset[int]:
+        """The layers whose output the owners of other layers project."""
+        return frozenset(own.input for j in self.owners if (own := self.owned(j)).input is not None)
+
+    @property
+    def last_of_prompt(self) -> int:
+        """The highest layer that all tokens of a prompt have to reach: an owner that projects its own input, a layer
+        whose output others project, or a cyclic one. Above it only the last token is computed."""
+        owners = (j for j in self.owners if self.owned(j).reads_a_prompt)
+        return max([*owners, *self.inputs, *(last for _, last in self.cyclic_spans())])
 
     @property
     def shared(self) -> frozenset[int]:
@@ -196,6 +208,8 @@ class KVPlan:
         layer = self.layers[i]
         if layer.window is not None and layer.window < 1:
             raise PlanError(f"layer {i}: window is {layer.window}; allowed: 1 or more, or null for full attention")
+        if layer.own is not None:
+            layer.own.check(i)
         for what, read in (("keys", self.keys(i)), ("values", self.values(i))):
             self._check_read(i, what, read)
         if not all(self.owned(j).is_plain for j in self.reads(i)):

@@ -74,6 +74,10 @@ def copy_rest(student: Decoder, teacher: Decoder) -> None:
     student.embed.load_state_dict(teacher.embed.state_dict())
     student.norm.load_state_dict(teacher.norm.state_dict())
     student.head.load_state_dict(teacher.head.state_dict())
+    for i in student.plan.inputs:  # as the next layer normalises that output
+        above = block_of(teacher, i + 1)
+        norm = above.attention.owner.norm or above.attention_norm
+        student.stream_norms[str(i)].load_state_dict(norm.state_dict())
     for i in range(len(student.plan)):
         mine, theirs = block_of(student, i), block_of(teacher, i)
         for name in ("attention_norm", "mlp_norm", "mlp"):

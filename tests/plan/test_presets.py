@@ -25,6 +25,7 @@ def rows(plan: KVPlan) -> list[str]:
         words = []
         if isinstance(layer.own, Own):
             words += [f"own:{layer.own.n_kv_heads}"] + ["norm"] * layer.own.kv_norm
+            words += [] if layer.own.input is None else [f"input {layer.own.input}"]
         elif layer.own is not None:
             words.append({Latent: "latent", Retention: "retention"}[type(layer.own)])
         keys, values = plan.keys(i), plan.values(i)

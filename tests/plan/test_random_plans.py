@@ -114,6 +114,8 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
             odd = draw(st.integers(0, 19)) == 0
             key = draw(st.sampled_from(["own", *plain]))
             own = {"n_kv_heads": draw(st.sampled_from([1, 2, 4])) if odd else heads, "kv_norm": draw(st.booleans())}
+            if i > 0 and draw(st.integers(0, 3)) == 0:
+                own["input"] = draw(st.integers(0, i - 1 + (draw(st.integers(0, 19)) == 0)))
             entry[key] = own if key == "own" else {}
         elif kind is not None:
             entry[kind] = dict(latent) if kind == "latent" else {}
@@ -232,6 +234,8 @@ def test_accepted_plans_compute_cache_export_and_train_alike(section, sizes, chu
         event(f"accepted, reads by {kind}")
     for kind in sorted({type(plan.owned(j)).__name__ for j in plan.owners}):
         event(f"accepted, owns {kind}")
+    if plan.inputs:
+        event("accepted, projects another layer's output")
     assert without_gradient(gradients(random_model(config))) == []
 
     model = random_model(exact(config)).eval().requires_grad_(False)

@@ -1,0 +1,36 @@
+"""Plans in which owners write other slots than two projections of their own input."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from cllm.plan.kinds import Own, Share
+from cllm.plan.plan import MAX_LAYERS, KVPlan, LayerPlan
+from cllm.plan.presets.base import Preset, count_or_half, register_preset, runs_of_layers
+from cllm.plan.shape import Shape
+
+
+@register_preset
+class SwiftKV(Preset):
+    """SwiftKV (arXiv 2410.03960): upper layers project the output of the lower part, which is all that a prompt needs.
+
+    With `group: 1` it is the paper's SingleInputKV, with more its AcrossKV.
+    """
+
+    preset: Literal["swiftkv"] = "swiftkv"
+    n_lower: int | None = Field(None, ge=1, le=MAX_LAYERS)
+    """Number of lower layers, which project their own input; null: half of all layers."""
+    group: int = Field(1, ge=1, le=MAX_LAYERS)
+    """Number of upper layers that read one slot. If it does not divide their number, the first one shares with no
+    other."""
+
+    def expand(self, shape: Shape) -> KVPlan:
+        n = count_or_half(shape, self.n_lower, "n_lower")
+        upper = Own(n_kv_heads=self.n_kv_heads or shape.n_heads, input=n - 1)
+        layers = [LayerPlan(own=self.own(shape))] * n
+        for group in runs_of_layers(range(n, shape.n_layers), self.group):
+            target = Share(group[0])
+            layers += [LayerPlan(own=upper), *[LayerPlan(keys=target, values=target)] * (len(group) - 1)]
+        return KVPlan.of(layers)

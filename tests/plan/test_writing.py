@@ -1,0 +1,142 @@
+"""Owners that write other slots than two projections of their own input: what a prompt computes, what starts from another
+model, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cllm.cache.accounting import kv_bytes
+from cllm.cache.cache import KVCache
+from cllm.config import ModelConfig
+from cllm.config.load import validate
+from cllm.config.uptraining import InitFrom
+from cllm.errors import UserError
+from cllm.plan.describe import plan_table
+from cllm.posthoc.cache import compress_cache
+from cllm.posthoc.registry import parse
+from cllm.uptrain.decoder import TracedDecoder, build_traced, owner_of
+from cllm.uptrain.init import init_student
+from cllm.uptrain.teacher import student_model
+
+IDS = torch.randint(32, (2, 9), generator=torch.Generator().manual_seed(0))
+Config = Callable[..., ModelConfig]
+
+
+def layers(*entries: dict[str, Any]) -> dict[str, Any]:
+    """`model.kv` with one entry for each layer."""
+    return {"layers": [{"layers": i, **entry} for i, entry in enumerate(entries)]}
+
+
+def message(**model: Any) -> str:
+    with pytest.raises(UserError) as error:
+        validate(ModelConfig, {"d_model": 32, "n_heads": 4, **model})
+    return str(error.value)
+
+
+# ---- the output of another layer -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kv", "full"),
+    [
+        ({"preset": "swiftkv"}, 4),
+        ({"preset": "swiftkv", "n_lower": 2, "group": 3}, 2),
+        # Layer 2 projects its own input: all tokens reach it, and only the last one computes attention.
+        (layers({"own": {}}, {"own": {}}, {"own": {}}, {"own": {"input": 0}}), 2),
+        # All of the tokens leave layer 2, because layer 3 projects its output.
+        (layers({"own": {}}, {"own": {}}, {"own": {}}, {"own": {"input": 2}}), 3),
+        # Layer 2 owns a slot that needs no prompt, and layer 3 reads it.
+        (layers({"own": {}}, {"own": {}}, {"own": {"input": 0}}, {"keys": {"share": 2}, "values": {"share": 1}}), 1),
+    ],
+)
+def test_a_prompt_passes_only_the_layers_below_those_that_project_another_output(
+    kv: dict[str, Any], full: int, tiny_config: Config, random_model
+) -> None:
+    """The layers above write their slots for all tokens and compute one."""
+    config = tiny_config(kv=kv, n_layers=4 if "layers" in kv else 8)
+    model = random_model(config).eval().requires_grad_(False)
+    queries, mlps = [], []
+    for block in model.blocks:
+        block.attention.q_proj.register_forward_pre_hook(lambda _, inputs: queries.append(inputs[0].shape[1]))
+        block.mlp.register_forward_pre_hook(lambda _, inputs: mlps.append(inputs[0].shape[1]))
+    cache = KVCache(config)
+    last = model.head(model.prefill(IDS[:, :8], cache))
+    assert queries == mlps == [8] * full + [1] * (config.n_layers - full)
+    assert {store.size for store in cache.stores.values()} == {8}
+    logits = model(IDS)
+    torch.testing.assert_close(last, logits[:, 7:8], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(IDS[:, 8:], cache=cache), logits[:, 8:], atol=1e-5, rtol=1e-5)
+
+
+def test_the_norm_of_an_output_is_computed_once_for_all_layers_that_project_it(tiny_config: Config, random_model):
+    model = random_model(tiny_config(kv={"preset": "swiftkv"}))
+    assert [name for name, _ in model.named_parameters() if "stream_norms" in name] == ["stream_norms.3.weight"]
+    calls: list[int] = []
+    model.stream_norms["3"].register_forward_hook(lambda *_: calls.append(1))
+    model(IDS)
+    assert len(calls) == 1
+
+
+def test_bytes_of_across_kv_equal_a_hand_count(tiny_config: Config) -> None:
+    """Eight layers; layers 4 to 7 in groups of two: six slots of 2 x 4 heads of 8 numbers of 2 bytes; 8 are read."""
+    found = kv_bytes(tiny_config(kv={"preset": "swiftkv", "group": 2}))
+    assert (found.resident, found.written, found.read) == (6 * 128, 6 * 128, 8 * 128)
+    assert "4-7    4 KV heads, input 3  own" in plan_table(tiny_config(kv={"preset": "swiftkv"}).plan())
+
+
+def student_of(teacher: TracedDecoder, kv: dict[str, Any]) -> TracedDecoder:
+    torch.manual_seed(7)
+    return build_traced(ModelConfig.model_validate(student_model(teacher.config, kv, rope_pairs="all"))).eval()
+
+
+@pytest.fixture
+def teacher(tiny_config: Config, random_model) -> TracedDecoder:
+    """A model in which every layer owns and reads itself."""
+    model = build_traced(tiny_config(qk_norm=True, kv_bias=True))
+    model.load_state_dict(random_model(model.config).state_dict())
+    return model.eval().requires_grad_(False)
+
+
+def test_swiftkv_starts_from_a_model_whose_layers_own(teacher: TracedDecoder) -> None:
+    """norm_swift is the norm of the next layer, so that this layer computes what it did; `mean` averages each group."""
+    student = student_of(teacher, {"preset": "swiftkv", "group": 2})
+    init_student(student, teacher, InitFrom(method="copy"))
+    outputs = []
+    for model in (teacher, student):
+        with model.record_layers() as found:
+            model(IDS)
+        outputs.append(found)
+    for i in range(5):
+        torch.testing.assert_close(outputs[1][i], outputs[0][i], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(outputs[1][5], outputs[0][5], atol=1e-2)
+    init_student(student, teacher, InitFrom(method="mean"))
+    for name in ("k_proj", "v_proj"):
+        mean = (getattr(owner_of(teacher, 6), name).weight + getattr(owner_of(teacher, 7), name).weight) / 2
+        torch.testing.assert_close(getattr(owner_of(student, 6), name).weight, mean)
+    with pytest.raises(
+        UserError, match="init.method is fit, and layer 4 projects the output of layer 3; allowed: copy"
+    ):
+        init_student(student, teacher, InitFrom(method="fit"), [{"input_ids": IDS}])
+    with pytest.raises(UserError, match="layer 4 of the model to start from does not read keys and values of its own"):
+        init_student(student_of(student, {"preset": "cla"}), student, InitFrom(method="copy"))
+
+
+def test_slots_of_another_output_are_compressed(tiny_config: Config, random_model) -> None:
+    model = random_model(tiny_config(kv={"preset": "swiftkv"})).eval().requires_grad_(False)
+    cache = KVCache(model.config)
+    model(IDS[:, :8], cache=cache)
+    compressed = compress_cache(cache, parse("xkv:group=2,rank_k=8,rank_v=8"))  # the ranks of 8 tokens: exact
+    torch.testing.assert_close(model(IDS[:, 8:], cache=compressed), model(IDS)[:, 8:], atol=1e-3, rtol=1e-3)
+
+
+def test_what_no_layer_can_project_is_refused() -> None:
+    above = message(n_layers=2, kv=layers({"own": {}}, {"own": {"input": 1}}))
+    assert "layer 1: projects the output of layer 1; allowed: layers 0 to 0" in above
+    lowest = message(n_layers=1, kv=layers({"own": {"input": 0}}))
+    assert "layer 0: projects the output of layer 0; allowed: null, the layer's own input" in lowest
+    norms = message(n_layers=2, kv=layers({"own": {}}, {"own": {"input": 0, "kv_norm": True}}))
+    assert "layer 1: has kv_norm and input 0; allowed: one of the two" in norms

@@ -124,9 +124,7 @@ def cuts(config: ModelConfig, *, bytes_per_element: int = 2) -> list[Cut]:
         cyclic = any(first <= after < last for first, last in plan.cyclic_spans())
         residual = config.d_model * bytes_per_element
         above = (plan.owned(j).input for j in plan.owners if j > after)
-        up += residual * len(
-            {i for i in above if i is not None and i < after}
-        )  # the residual stream is that of `after`
+        up += residual * len({i for i in above if i is not None and i < after})  # that of `after` is the residual
         found.append(Cut(after=after, residual=residual, up=up, down=down, cyclic=cyclic))
     return found
 

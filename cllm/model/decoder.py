@@ -216,9 +216,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Fill `cache` with a prompt and return the hidden state of its last token, (B, 1, d_model).
 
-        Layers above `KVPlan.last_of_prompt` compute only that token. With `chunk`, the prompt is processed in pieces of that
-        many tokens, which bounds the memory of activations and gives the same result. Raises `UserError` for a chunk
-        that would change the result, see `check_chunk`.
+        Layers above `KVPlan.last_of_prompt` compute only that token. With `chunk`, the prompt is processed in pieces of
+        that many tokens, which bounds the memory of activations and gives the same result. Raises `UserError` for a
+        chunk that would change the result, see `check_chunk`.
         """
         if chunk is not None:
             self.check_chunk(chunk, input_ids.shape[1])

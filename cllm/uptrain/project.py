@@ -75,8 +75,7 @@ def copy_rest(student: Decoder, teacher: Decoder) -> None:
     student.norm.load_state_dict(teacher.norm.state_dict())
     student.head.load_state_dict(teacher.head.state_dict())
     for i in student.plan.inputs:  # as the next layer normalises that output
-        above = block_of(teacher, i + 1)
-        norm = above.attention.owner.norm or above.attention_norm
+        norm = owner_of(teacher, i + 1).norm or block_of(teacher, i + 1).attention_norm
         student.stream_norms[str(i)].load_state_dict(norm.state_dict())
     for i in range(len(student.plan)):
         mine, theirs = block_of(student, i), block_of(teacher, i)

@@ -4,7 +4,7 @@ equations with loops over layers, tokens and heads.
 Nothing here uses the package. A plan is a list of one row a layer:
 
     own:2            the layer projects keys and values of 2 heads and reads them; `norm`: with a norm of their own;
-                     `input 3`: it projects the output of layer 3
+                     `input 3`: it projects the output of layer 3; `only keys`: it has no values
     latent           the layer owns a latent (MLA) and reads it
     retention        the layer keeps a recurrent state
     read 3           keys and values are those of layer 3
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,10 @@ PRESETS: dict[str, tuple[dict, list[str]]] = {
     "fusedkv_lite": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys 3 values 0"] * 4),
     "fusedkv_lite_learnable": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys w3 values w0"] * 4),
     "fusedkv_lite_reversed": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys 0 values 3"] * 4),
+    "svformer": (
+        {"n_kv_heads": 2, "kv_norm": True},
+        ["own:2 norm", *(f"own:2 norm only keys keys {i} values 0" for i in range(1, 8))],
+    ),
     "swiftkv": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["own:2 input 3"] * 4),
     "trailing": (
         {"n_kv_heads": 2, "window": 3, "full_every": 2},
@@ -105,6 +110,21 @@ VARIANTS: dict[str, tuple[dict, list[str]]] = {
         {"preset": "cla", "factor": 3, "n_kv_heads": 2, "kv_norm": False},
         ["own:2", "own:2", "read 1", "read 1", "own:2", "read 4", "read 4", "read 4"],
     ),
+    "halves of other layers": (
+        {
+            "layers": [
+                {"layers": [0, 3], "own": {"n_kv_heads": 2}},
+                {"layers": "1-2", "own": {"n_kv_heads": 2, "only": "values"}, "keys": {"share": 0}},
+                {"layers": [4, 6], "own": {"n_kv_heads": 2, "only": "keys", "input": 1}, "values": {"fuse": [1, 3]}},
+                {"layers": [5, 7], "keys": {"fuse": [0, 4]}, "values": {"fuse": [2]}},
+            ]
+        },
+        [
+            *("own:2", "own:2 only values keys 0 values 1", "own:2 only values keys 0 values 2", "own:2"),
+            *("own:2 input 1 only keys keys 4 values w1+w3", "keys w0+w4 values w2"),
+            *("own:2 input 1 only keys keys 6 values w1+w3", "keys w0+w4 values w2"),
+        ],
+    ),
     "swiftkv, groups of two": (
         {"preset": "swiftkv", "n_lower": 3, "group": 2, "n_kv_heads": 2},
         ["own:2"] * 3 + ["own:2 input 2", "own:2 input 2", "read 4", "own:2 input 2", "read 6"],
@@ -116,6 +136,7 @@ _ROW = re.compile(
     r"(?:own:(?P<heads>\d+)|(?P<kind>latent|retention))?"
     r"(?P<norm> norm)?"
     r"(?: input (?P<input>\d+))?"
+    r"(?: only (?P<only>keys|values))?"
     r"(?: ?read (?P<read>\d+)| ?keys (?P<keys>\S+) values (?P<values>\S+))?"
     r"(?: window (?P<window>\d+))?"
 )
@@ -129,10 +150,11 @@ class Row:
     kind: str | None
     kv_norm: bool
     input: int | None
+    only: str | None
     keys: list[int]
     values: list[int]
     window: int | None
-    weighted: bool
+    weighted: dict[str, bool]
 
     @classmethod
     def parse(cls, text: str, layer: int) -> Row:
@@ -144,10 +166,11 @@ class Row:
             kind=found["kind"],
             kv_norm=bool(found["norm"]),
             input=int(found["input"]) if found["input"] else None,
+            only=found["only"],
             keys=[int(number) for number in re.findall(r"\d+", keys)],
             values=[int(number) for number in re.findall(r"\d+", values)],
             window=int(found["window"]) if found["window"] else None,
-            weighted="w" in keys,
+            weighted={"keys": "w" in keys, "values": "w" in values},
         )
 
 
@@ -293,8 +316,12 @@ class SlowDecoder:
             normed = rms_norm(slots["output", source, t], self.weights[f"stream_norms.{source}.weight"], self.eps)
         if self.layers[i].kv_norm:
             normed = rms_norm(x, self.w(i, "attention.owner.norm.weight"), self.eps)
-        keys = self.linear(i, "attention.owner.k_proj", normed).split(self.head_dim)
-        values = self.linear(i, "attention.owner.v_proj", normed).split(self.head_dim)
+        keys: Sequence[Tensor] = ()
+        values: Sequence[Tensor] = ()
+        if self.layers[i].only != "values":
+            keys = self.linear(i, "attention.owner.k_proj", normed).split(self.head_dim)
+        if self.layers[i].only != "keys":
+            values = self.linear(i, "attention.owner.v_proj", normed).split(self.head_dim)
         norm = self.weights.get(f"blocks.{i}.attention.owner.k_norm.weight")
         if norm is not None:
             keys = [rms_norm(key, norm, self.eps) for key in keys]
@@ -304,7 +331,7 @@ class SlowDecoder:
         """Σ_j w_j ⊙ X_j of one token and KV head, or X_j as it is. One weight may serve a whole head, a rotated pair
         (channels j and j + d/2, keys only) or a channel."""
         parts = [slots[j][s][0 if part == "keys" else 1][head] for j in sources]
-        if not self.layers[i].weighted:
+        if not self.layers[i].weighted[part]:
             return parts[0]
         weight = self.w(i, f"attention.{part}.weight")  # sources, 1 or heads, channels
         of_head = weight[:, head if weight.shape[1] > 1 else 0]

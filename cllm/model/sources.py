@@ -33,7 +33,12 @@ class RopeTables(Protocol):
 
 @owner_module(Own)
 class OwnKV(nn.Module):
-    """Projects a layer's own keys and values."""
+    """Projects a layer's own keys and values, or one of the two."""
+
+    k_proj: nn.Linear
+    """None in the module of a slot without keys."""
+    v_proj: nn.Linear
+    """None in the module of a slot without values."""
 
     def __init__(self, config: ModelConfig, own: Own):
         super().__init__()
@@ -41,9 +46,11 @@ class OwnKV(nn.Module):
         width = own.n_kv_heads * self.head_dim
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps) if own.kv_norm else None
         self.has_input = own.input is not None
-        self.k_proj = nn.Linear(config.d_model, width, bias=config.kv_bias)
-        self.v_proj = nn.Linear(config.d_model, width, bias=config.kv_bias)
-        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        for half, name in (("keys", "k_proj"), ("values", "v_proj")):
+            linear = nn.Linear(config.d_model, width, bias=config.kv_bias) if half in own.halves else None
+            self.register_module(name, linear)
+        has_norm = config.qk_norm and "keys" in own.halves
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if has_norm else None
 
     def forward(self, residual: Tensor, normed: Tensor, rope: RopeTables) -> Slot:
         """The slot for `residual` (B, T, d_model), the stream as it enters the layer, and `normed`, its norm.
@@ -51,11 +58,16 @@ class OwnKV(nn.Module):
         With `input`, `residual` is the normalised output of that layer.
         """
         x = residual if self.has_input else normed if self.norm is None else self.norm(residual)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # B, T, G, D
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        k, v = (
+            None if linear is None else linear(x).unflatten(-1, (-1, self.head_dim))  # B, T, G, D
+            for linear in (self.k_proj, self.v_proj)
+        )
+        if k is None:
+            return Slot(v.new_empty((*v.shape[:2], 0, self.head_dim)), v)
         if self.k_norm is not None:
             k = self.k_norm(k)
-        return Slot(apply_rope(k, rope(self.head_dim)), v)
+        k = apply_rope(k, rope(self.head_dim))
+        return Slot(k, k.new_empty((*k.shape[:2], 0, self.head_dim)) if v is None else v)
 
 
 @owner_module(Latent)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field
 
@@ -20,6 +21,7 @@ from cllm.section import MAX_HEADS, MAX_WIDTH, Section
 
 Granularity = Literal["scalar", "channel"]
 FusionInit = Literal["lite", "randn", "mean"]
+Half = Literal["keys", "values"]
 Widths = tuple[tuple[int, ...], tuple[int, ...]]
 
 # ---- sources: what a layer owns --------------------------------------------------------------------------------------
@@ -35,8 +37,14 @@ class Source(ABC):
     noun: ClassVar[str] = "slot of keys and values"
     """How messages call one."""
     is_plain: ClassVar[bool] = True
-    """The slot is keys after RoPE and values, (B, T, G, D) each: layers may read the two apart and fuse them, post-hoc
-    methods may compress them, and other models' layers may become them. Any other slot is read as one."""
+    """Readers see keys after RoPE and values, (B, T, G, D) each: layers may read the two apart and fuse them. Any other
+    slot is read as one."""
+    halves: tuple[Half, ...] = ("keys", "values")
+    """The halves of a plain slot that layers may read."""
+    is_compressible: bool = True
+    """Post-hoc methods may compress the slot: a plain one stores keys after RoPE and values."""
+    is_copyable: bool = True
+    """Keys and values of another model's layer may become those of a plain slot."""
     is_shareable: ClassVar[bool] = True
     """Other layers may read the slot."""
     kv_heads: int | None = None
@@ -79,7 +87,7 @@ class Source(ABC):
 
     @abstractmethod
     def widths(self, head_dim: int) -> Widths:
-        """Shapes of the slot's two tensors for one token; a fp8 cache scales along the last dimension."""
+        """Shapes of the slot's two stored tensors for one token; a fp8 cache scales along the last dimension."""
 
     def elements(self, head_dim: int) -> tuple[int, int]:
         """Numbers that one token adds to the slot's two tensors."""
@@ -113,6 +121,8 @@ class Source(ABC):
 class Own(Source):
     """A slot of post-RoPE keys and values, (B, T, n_kv_heads, head_dim) each, projected by the layer itself.
 
+    Options of `own` that change what is stored select a subclass, see `own_form`.
+
     With `input` s, layer l projects the output of layer s instead of its own input: K_l = RoPE(W_K^l x),
     V_l = W_V^l x with x = norm_s(h_{s+1}), where h_{s+1} is the residual stream that leaves layer s (SwiftKV, arXiv
     2410.03960, section 3.2). norm_s belongs to layer s and is the same for all layers that project its output.
@@ -134,10 +144,20 @@ class Own(Source):
         """An RMSNorm of their own for K and V."""
         input: int | None = Field(None, ge=0)
         """Project the output of this lower layer instead of the layers' own input; null: their own input."""
+        only: Half | None = None
+        """Project and store only the `keys` or only the `values`; null: both."""
+
+    forms: ClassVar[dict[str, type[Own]]] = {}
+    """Subclasses by the option of `own` that selects them."""
 
     @classmethod
     def from_settings(cls, settings: Section, shape: Shape) -> Self:
-        return cls(**{**settings.model_dump(), "n_kv_heads": getattr(settings, "n_kv_heads", None) or shape.n_heads})
+        given = {k: v for k, v in settings.model_dump().items() if v is not None or k not in cls.forms}
+        given["n_kv_heads"] = given.get("n_kv_heads") or shape.n_heads
+        chosen = [option for option in cls.forms if option in given]
+        if len(chosen) > 1:
+            raise PlanError(f"own: has {' and '.join(chosen)}; allowed: at most one of {', '.join(cls.forms)}")
+        return (cls.forms[chosen[0]] if chosen else cls)(**given)  # type: ignore[return-value]
 
     def settings(self) -> dict[str, Any]:
         options = {"kv_norm": self.kv_norm or None, "input": self.input}
@@ -167,6 +187,19 @@ class Own(Source):
 
     def widths(self, head_dim: int) -> Widths:
         return (self.n_kv_heads, head_dim), (self.n_kv_heads, head_dim)
+
+
+_Form = TypeVar("_Form", bound=type[Own])
+
+
+def own_form(option: str) -> Callable[[_Form], _Form]:
+    """A decorator: the class is the source of entries whose `own` has `option`, a field of `Own.Settings`."""
+
+    def add(form: _Form) -> _Form:
+        Own.forms[option] = form
+        return form
+
+    return add
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,10 +17,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from cllm.errors import PlanError
-from cllm.plan.kinds import Fuse, Latent, Own, Read, Retention, Share, Source
+from cllm.plan.kinds import Fuse, Half, Latent, Own, Read, Retention, Share, Source
 from cllm.plan.shape import Iterations
 
 __all__ = [
@@ -42,8 +42,6 @@ __all__ = [
 
 Kind = TypeVar("Kind", bound=Source)
 ReadKind = TypeVar("ReadKind", bound=Read)
-
-Half = Literal["keys", "values"]
 
 MAX_LAYERS = 4096
 """Layers that a model may have."""
@@ -210,8 +208,8 @@ class KVPlan:
             raise PlanError(f"layer {i}: window is {layer.window}; allowed: 1 or more, or null for full attention")
         if layer.own is not None:
             layer.own.check(i)
-        for what, read in (("keys", self.keys(i)), ("values", self.values(i))):
-            self._check_read(i, what, read)
+        self._check_read(i, "keys", self.keys(i))
+        self._check_read(i, "values", self.values(i))
         if not all(self.owned(j).is_plain for j in self.reads(i)):
             self._check_opaque(i)
         for what, read in (("keys", self.keys(i)), ("values", self.values(i))):
@@ -227,7 +225,7 @@ class KVPlan:
                 f"{value_heads} (slot {self.values(i).layers[0]}); they must be equal"
             )
 
-    def _check_read(self, i: int, what: str, read: Read) -> None:
+    def _check_read(self, i: int, what: Half, read: Read) -> None:
         read.check(f"layer {i}: {what}")
         for j in read.layers:
             if not 0 <= j < len(self):
@@ -236,6 +234,13 @@ class KVPlan:
                 whence = "itself" if i == j else f"layer {j}"
                 raise PlanError(
                     f"layer {i}: {what} come from {whence}, which owns nothing; owners: {list(self.owners) or 'none'}"
+                )
+            if what not in self.owned(j).halves:
+                whence = "itself" if i == j else f"layer {j}"
+                owners = [n for n in self.owners if what in self.owned(n).halves]
+                raise PlanError(
+                    f"layer {i}: {what} come from {whence}, which owns a {self.owned(j).noun}; owners of {what}: "
+                    f"{owners or 'none'}"
                 )
             window, kept = self.layers[i].window, self.layers[j].window
             if kept is not None and (window is None or window > kept):
@@ -315,7 +320,8 @@ class KVPlan:
                 raise PlanError(
                     f"layer {j}: owns a slot that no layer reads; let a layer read it, or let it own nothing"
                 )
-            for half, readers in (("keys", keys[j]), ("values", values[j])):
+            for half in self.owned(j).halves:
+                readers = keys[j] if half == "keys" else values[j]
                 if not readers:
                     raise PlanError(
                         f"layer {j}: its {half} are read by no layer; leave `{half}` out of layer {j}, which then "

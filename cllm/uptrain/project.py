@@ -135,8 +135,8 @@ def copy_owners(student: Decoder, teacher: Decoder, owners: Mapping[int, OwnKV])
             )
         if not isinstance(mine, OwnKV):  # latents have a method of their own
             continue
-        mine.k_proj.load_state_dict(owners[j].k_proj.state_dict())
-        mine.v_proj.load_state_dict(owners[j].v_proj.state_dict())
+        _load(mine.k_proj, owners[j].k_proj)
+        _load(mine.v_proj, owners[j].v_proj)
         _load(mine.k_norm, owners[j].k_norm)
         _load(mine.norm, owners[j].norm or block_of(teacher, j).attention_norm)
 

@@ -50,6 +50,7 @@ VARIANTS = [
     "cla, factor 3",
     "mha, window and kv norm",
     "swiftkv, groups of two",
+    "halves of other layers",
 ]
 
 
@@ -62,7 +63,9 @@ def test_logits_and_gradients_of_variants(name, reference, preset_config, random
     assert_equal_to_reference(reference, random_model(preset_config(name)), reference.VARIANTS[name][1])
 
 
-@pytest.mark.parametrize("name", ["mha", "fusedkv", "yoco", "yoco with retention", "mla", "trailing", "swiftkv"])
+@pytest.mark.parametrize(
+    "name", ["mha", "fusedkv", "yoco", "yoco with retention", "mla", "trailing", "swiftkv", "svformer"]
+)
 def test_layer_by_layer_and_token_by_token_are_equal(name, reference, preset_config, random_model):
     """Decoding order changes nothing in a plan that reads from below."""
     model = random_model(preset_config(name))

@@ -106,6 +106,8 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
     if not cyclic or not any(owned):
         owned[-1 if cyclic else 0] = draw(st.sampled_from(kinds[:3]))
     of_kind = {kind: [i for i, own in enumerate(owned) if own == kind] for kind in ("own", "latent", "retention")}
+    only = [draw(st.sampled_from([*[None] * 8, "keys", "values"])) if kind == "own" else None for kind in owned]
+    has = {half: [i for i in of_kind["own"] if only[i] in (None, half)] for half in ("keys", "values")}
     layers: list[dict[str, Any]] = []
     plain = sorted(key for key, kind in SOURCES.items() if kind.is_plain and key != "own")
     for i, kind in enumerate(owned):
@@ -113,9 +115,14 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
         if kind == "own":
             odd = draw(st.integers(0, 19)) == 0
             key = draw(st.sampled_from(["own", *plain]))
-            own = {"n_kv_heads": draw(st.sampled_from([1, 2, 4])) if odd else heads, "kv_norm": draw(st.booleans())}
+            own: dict[str, Any] = {
+                "n_kv_heads": draw(st.sampled_from([1, 2, 4])) if odd else heads,
+                "kv_norm": draw(st.booleans()),
+            }
             if i > 0 and draw(st.integers(0, 3)) == 0:
                 own["input"] = draw(st.integers(0, i - 1 + (draw(st.integers(0, 19)) == 0)))
+            if only[i] is not None:
+                own["only"], key = only[i], "own"
             entry[key] = own if key == "own" else {}
         elif kind is not None:
             entry[kind] = dict(latent) if kind == "latent" else {}
@@ -129,7 +136,9 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
                 if kind is None or draw(st.booleans())
                 else [draw(st.sampled_from(["keys", "values"]))]
             )
-            entry |= {half: draw(reads(i, of_kind["own"], cyclic)) for half in halves}
+            entry |= {half: draw(reads(i, has[half] or of_kind["own"], cyclic)) for half in halves}
+        if only[i] is not None and (half := "keys" if only[i] == "values" else "values") not in entry:
+            entry[half] = draw(reads(i, has[half] or of_kind["own"], cyclic))
         if kind != "retention" and (window := draw(st.sampled_from(windows))) is not None:
             entry["window"] = window
         layers.append(entry)

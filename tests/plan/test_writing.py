@@ -4,6 +4,7 @@ refusals."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from cllm.cache.accounting import kv_bytes
 from cllm.cache.cache import KVCache
 from cllm.config import ModelConfig
-from cllm.config.load import validate
+from cllm.config.load import read_yaml, validate
 from cllm.config.uptraining import InitFrom
 from cllm.errors import UserError
 from cllm.plan.describe import plan_table
@@ -22,6 +23,7 @@ from cllm.uptrain.decoder import TracedDecoder, build_traced, owner_of
 from cllm.uptrain.init import init_student
 from cllm.uptrain.teacher import student_model
 
+ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.randint(32, (2, 9), generator=torch.Generator().manual_seed(0))
 Config = Callable[..., ModelConfig]
 
@@ -138,3 +140,54 @@ def test_what_no_layer_can_project_is_refused() -> None:
     assert "layer 0: projects the output of layer 0; allowed: null, the layer's own input" in lowest
     norms = message(n_layers=2, kv=layers({"own": {}}, {"own": {"input": 0, "kv_norm": True}}))
     assert "layer 1: has kv_norm and input 0; allowed: one of the two" in norms
+
+
+# ---- keys alone, values alone ----------------------------------------------------------------------------------------
+
+
+def test_a_slot_of_one_half_has_the_weights_and_the_bytes_of_one_half(tiny_config: Config, random_model) -> None:
+    """24 layers with 8 slots of keys and 8 of values, of 4 heads of 8 numbers of 2 bytes; all 24 read both halves."""
+    kv = read_yaml(ROOT / "configs" / "kv" / "halves_example.yaml")["model"]["kv"]
+    config = tiny_config(n_layers=24, kv=kv)
+    found, half = kv_bytes(config), 4 * 8 * 2
+    assert (found.resident, found.written, found.read) == (16 * half, 16 * half, 24 * 2 * half)
+    model = random_model(config)
+    names = [name for name, _ in model.named_parameters() if name.endswith(("k_proj.weight", "v_proj.weight"))]
+    assert len(names) == 16
+    for storage, width in (("model", 4 * 8 * 4), ("fp8", 4 * 8 + 4 * 2)):  # fp8: a factor of 2 bytes for each head
+        cache = KVCache(config, storage=storage)
+        model(IDS, cache=cache)
+        assert cache.nbytes() == 2 * 9 * 16 * width
+
+
+def test_svformer_starts_from_a_model_whose_layers_own(teacher: TracedDecoder) -> None:
+    student = student_of(teacher, {"preset": "svformer"})
+    init_student(student, teacher, InitFrom(method="copy"))
+    for i in range(8):
+        assert torch.equal(owner_of(student, i).k_proj.weight, owner_of(teacher, i).k_proj.weight)
+    init_student(student, teacher, InitFrom(method="mean"))
+    mean = torch.stack([owner_of(teacher, i).v_proj.weight for i in range(8)]).mean(0)
+    torch.testing.assert_close(owner_of(student, 0).v_proj.weight, mean)
+    errors = init_student(student, teacher, InitFrom(method="ridge", align="none"), [{"input_ids": IDS}]).errors
+    assert errors.keys() == {"layer 0 values before", "layer 0 values after"}
+    assert errors["layer 0 values after"] < errors["layer 0 values before"]
+
+
+def test_halves_that_do_not_exist_are_refused(tiny_config: Config, random_model) -> None:
+    own = {"own": {"only": "keys"}}
+    alone = message(n_layers=2, kv=layers({"own": {}}, own))
+    assert "layer 1: values come from itself, which owns a slot of keys; owners of values: [0]" in alone
+    other = message(
+        n_layers=3, kv=layers({"own": {}}, {**own, "values": {"share": 0}}, {**own, "values": {"share": 1}})
+    )
+    assert "layer 2: values come from layer 1, which owns a slot of keys; owners of values: [0]" in other
+    unread = message(n_layers=2, kv=layers({"own": {}}, {**own, "keys": {"share": 0}, "values": {"share": 0}}))
+    assert "layer 1: owns a slot that no layer reads" in unread
+    model = random_model(tiny_config(kv={"preset": "svformer"}))
+    cache = KVCache(model.config)
+    model(IDS, cache=cache)
+    with pytest.raises(UserError, match=r"layer 1 stores 4 KV heads, only keys, which no post-hoc method compresses"):
+        compress_cache(cache, parse("none"))
+    teacher = build_traced(model.config)
+    with pytest.raises(UserError, match="layer 1 of the model to start from does not read keys and values of its own"):
+        init_student(student_of(teacher, {"preset": "cla"}), teacher, InitFrom(method="copy"))

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from cllm.plan.forms import OwnHalf
 from cllm.plan.kinds import Own, Share
 from cllm.plan.plan import MAX_LAYERS, KVPlan, LayerPlan
 from cllm.plan.presets.base import Preset, count_or_half, register_preset, runs_of_layers
@@ -34,3 +35,16 @@ class SwiftKV(Preset):
             target = Share(group[0])
             layers += [LayerPlan(own=upper), *[LayerPlan(keys=target, values=target)] * (len(group) - 1)]
         return KVPlan.of(layers)
+
+
+@register_preset
+class SVFormer(Preset):
+    """SVFormer (arXiv 2410.17897, section 3.3): all layers read the values of layer 0, and own only their keys."""
+
+    preset: Literal["svformer"] = "svformer"
+
+    def expand(self, shape: Shape) -> KVPlan:
+        heads = self.n_kv_heads or shape.n_heads
+        keys = OwnHalf(n_kv_heads=heads, kv_norm=self.kv_norm, only="keys")
+        above = [LayerPlan(own=keys, values=Share(0))] * (shape.n_layers - 1)
+        return KVPlan.of([LayerPlan(own=self.own(shape)), *above])

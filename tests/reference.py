@@ -4,7 +4,8 @@ equations with loops over layers, tokens and heads.
 Nothing here uses the package. A plan is a list of one row a layer:
 
     own:2            the layer projects keys and values of 2 heads and reads them; `norm`: with a norm of their own;
-                     `input 3`: it projects the output of layer 3; `only keys`: it has no values
+                     `input 3`: it projects the output of layer 3; `only keys`: it has no values;
+                     `tied`: one projection is both, keys with RoPE and values without
     latent           the layer owns a latent (MLA) and reads it
     retention        the layer keeps a recurrent state
     read 3           keys and values are those of layer 3
@@ -57,6 +58,7 @@ PRESETS: dict[str, tuple[dict, list[str]]] = {
     "fusedkv_lite": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys 3 values 0"] * 4),
     "fusedkv_lite_learnable": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys w3 values w0"] * 4),
     "fusedkv_lite_reversed": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys 0 values 3"] * 4),
+    "kv_tie": ({"n_kv_heads": 2}, ["own:2 tied"] * 8),
     "svformer": (
         {"n_kv_heads": 2, "kv_norm": True},
         ["own:2 norm", *(f"own:2 norm only keys keys {i} values 0" for i in range(1, 8))],
@@ -110,6 +112,23 @@ VARIANTS: dict[str, tuple[dict, list[str]]] = {
         {"preset": "cla", "factor": 3, "n_kv_heads": 2, "kv_norm": False},
         ["own:2", "own:2", "read 1", "read 1", "own:2", "read 4", "read 4", "read 4"],
     ),
+    "tied slots of other layers": (
+        {
+            "layers": [
+                {"layers": 0, "own": {"n_kv_heads": 2, "tie": "kv", "kv_norm": True}},
+                {"layers": 1, "own": {"n_kv_heads": 2, "tie": "kv"}, "window": 3},
+                {"layers": [2, 4], "own": {"n_kv_heads": 2, "tie": "kv", "input": 0}, "values": {"share": 0}},
+                {"layers": [3, 5], "keys": {"share": 2}, "values": {"share": 0}},
+                {"layers": [6, 7], "keys": {"fuse": [0, 4]}, "values": {"fuse": [2, 0]}},
+            ]
+        },
+        [
+            *("own:2 norm tied", "own:2 tied window 3"),
+            *("own:2 input 0 tied keys 2 values 0", "keys 2 values 0"),
+            *("own:2 input 0 tied keys 4 values 0", "keys 2 values 0"),
+            *["keys w0+w4 values w2+w0"] * 2,
+        ],
+    ),
     "halves of other layers": (
         {
             "layers": [
@@ -137,6 +156,7 @@ _ROW = re.compile(
     r"(?P<norm> norm)?"
     r"(?: input (?P<input>\d+))?"
     r"(?: only (?P<only>keys|values))?"
+    r"(?P<tied> tied)?"
     r"(?: ?read (?P<read>\d+)| ?keys (?P<keys>\S+) values (?P<values>\S+))?"
     r"(?: window (?P<window>\d+))?"
 )
@@ -151,6 +171,7 @@ class Row:
     kv_norm: bool
     input: int | None
     only: str | None
+    tied: bool
     keys: list[int]
     values: list[int]
     window: int | None
@@ -167,6 +188,7 @@ class Row:
             kv_norm=bool(found["norm"]),
             input=int(found["input"]) if found["input"] else None,
             only=found["only"],
+            tied=bool(found["tied"]),
             keys=[int(number) for number in re.findall(r"\d+", keys)],
             values=[int(number) for number in re.findall(r"\d+", values)],
             window=int(found["window"]) if found["window"] else None,
@@ -318,13 +340,16 @@ class SlowDecoder:
             normed = rms_norm(x, self.w(i, "attention.owner.norm.weight"), self.eps)
         keys: Sequence[Tensor] = ()
         values: Sequence[Tensor] = ()
-        if self.layers[i].only != "values":
+        if self.layers[i].tied:
+            keys = values = self.linear(i, "attention.owner.kv_proj", normed).split(self.head_dim)
+        elif self.layers[i].only != "values":
             keys = self.linear(i, "attention.owner.k_proj", normed).split(self.head_dim)
-        if self.layers[i].only != "keys":
+        if self.layers[i].only != "keys" and not self.layers[i].tied:
             values = self.linear(i, "attention.owner.v_proj", normed).split(self.head_dim)
         norm = self.weights.get(f"blocks.{i}.attention.owner.k_norm.weight")
         if norm is not None:
             keys = [rms_norm(key, norm, self.eps) for key in keys]
+            values = keys if self.layers[i].tied else values
         return [rotate(key, t, self.theta) for key in keys], list(values)
 
     def read(self, i: int, part: str, sources: list[int], slots: dict, s: int, head: int) -> Tensor:

@@ -216,6 +216,7 @@ BYTES = {
     "trailing": (1 / 2, 1),
     "afm": (10 / 16, 1),
     "swiftkv": (1, 1),
+    "kv_tie": (1 / 2, 1 / 2),
     "svformer": (17 / 32, 1),
 }
 

@@ -67,6 +67,7 @@ class Context:
     lower layer writes its slot for all tokens."""
     streams: dict[int, Tensor] = field(default_factory=dict)
     """The normalised outputs (B, T, d_model) of the layers in `KVPlan.inputs`."""
+    _slot_rope: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _rope: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[int | None, bool, int], Mask] = field(default_factory=dict)
     _visible: dict[tuple[int | None, bool, int], Visible] = field(default_factory=dict)
@@ -96,6 +97,23 @@ class Context:
             self._rope[dim] = rope_table(self.rope_config, dim, self.positions)
         return self._rope[dim]
 
+    def slot_rope(self, dim: int, size: int) -> tuple[Tensor, Tensor]:
+        """As `rope`, for all tokens of a slot of `size` tokens as readers see it.
+
+        Cached tokens are at the positions before those of this pass, without gaps.
+        """
+        if self.cache_layout is None or self.step is None:
+            return self.rope(dim)
+        if (dim, size) not in self._slot_rope:
+            index = torch.arange(size, device=self.positions.device)
+            if self.cache_layout.total is None:  # a ring
+                positions = self.positions - (self.cache_layout.column - index) % size
+            else:
+                cached = index[: size - self.length]
+                positions = torch.cat((self.positions[:, :1] + (cached - len(cached)), self.positions), dim=1)
+            self._slot_rope[dim, size] = rope_table(self.rope_config, dim, positions)
+        return self._slot_rope[dim, size]
+
     def prepare(self, plan: KVPlan, head_dim: int, sizes: Mapping[int, int] | None = None) -> None:
         """Compute every table and mask that the layers of `plan` need, outside of compiled code.
 
@@ -103,6 +121,8 @@ class Context:
         """
         for i, layer in enumerate(plan.layers):
             self.rope(plan.source(i).rope_dim(head_dim))
+            if layer.own is not None and layer.own.rotates_at_read:
+                self.slot_rope(head_dim, self.length if sizes is None else sizes[i])
             size = self.length if sizes is None else min((sizes[j] for j in plan.reads(i) if j in sizes), default=0)
             if size and self.is_decoding:
                 self.visible(layer.window, plan.reads_above(i), size)

@@ -365,12 +365,13 @@ class Decoder(nn.Module):
         return out, updated
 
     def _empty_slot(self, owner: int, x: Tensor, context: Context, cache: KVCache | None) -> Slot:
-        """A slot of zeros for the new tokens of `owner`, after its cached tokens."""
+        """A slot of zeros for the new tokens of `owner`, after its cached tokens, as readers see it."""
         widths = self.plan.owned(owner).widths(self.config.resolved_head_dim)
         empty = Slot(*(x.new_zeros((*x.shape[:2], *width), dtype=self._dtype()) for width in widths))
-        if cache is None:
-            return empty
-        store = cache.stores[owner]
-        assert isinstance(store, SlotStore)
-        assert context.step is not None
-        return store.extend(empty, context.step)
+        if cache is not None:
+            store = cache.stores[owner]
+            assert isinstance(store, SlotStore)
+            assert context.step is not None
+            empty = store.extend(empty, context.step)
+        mixer: Any = self.blocks[owner].attention
+        return mixer.as_read(empty, context, self._dtype())

@@ -19,6 +19,7 @@ from cllm.config import ModelConfig
 from cllm.kernels.decode import Stored
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope
+from cllm.plan.forms import OwnTied
 from cllm.plan.kinds import Fuse, Latent, Own, Read, Retention, Share, Source
 from cllm.plan.registry import owner_module, read_module
 
@@ -31,8 +32,26 @@ class RopeTables(Protocol):
     def __call__(self, dim: int) -> tuple[Tensor, Tensor]: ...
 
 
+class _Projecting(nn.Module):
+    """The input of an owner's projections."""
+
+    def __init__(self, config: ModelConfig, own: Own):
+        super().__init__()
+        self.head_dim = config.resolved_head_dim
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps) if own.kv_norm else None
+        self.has_input = own.input is not None
+
+    def projected(self, residual: Tensor, normed: Tensor) -> Tensor:
+        """What is projected (B, T, d_model), of the arguments of `forward`."""
+        return residual if self.has_input else normed if self.norm is None else self.norm(residual)
+
+    def heads(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        """(B, T, G, D)."""
+        return linear(x).unflatten(-1, (-1, self.head_dim))
+
+
 @owner_module(Own)
-class OwnKV(nn.Module):
+class OwnKV(_Projecting):
     """Projects a layer's own keys and values, or one of the two."""
 
     k_proj: nn.Linear
@@ -41,11 +60,8 @@ class OwnKV(nn.Module):
     """None in the module of a slot without values."""
 
     def __init__(self, config: ModelConfig, own: Own):
-        super().__init__()
-        self.head_dim = config.resolved_head_dim
+        super().__init__(config, own)
         width = own.n_kv_heads * self.head_dim
-        self.norm = RMSNorm(config.d_model, eps=config.norm_eps) if own.kv_norm else None
-        self.has_input = own.input is not None
         for half, name in (("keys", "k_proj"), ("values", "v_proj")):
             linear = nn.Linear(config.d_model, width, bias=config.kv_bias) if half in own.halves else None
             self.register_module(name, linear)
@@ -57,17 +73,42 @@ class OwnKV(nn.Module):
 
         With `input`, `residual` is the normalised output of that layer.
         """
-        x = residual if self.has_input else normed if self.norm is None else self.norm(residual)
-        k, v = (
-            None if linear is None else linear(x).unflatten(-1, (-1, self.head_dim))  # B, T, G, D
-            for linear in (self.k_proj, self.v_proj)
-        )
+        x = self.projected(residual, normed)
+        k, v = (None if linear is None else self.heads(linear, x) for linear in (self.k_proj, self.v_proj))
         if k is None:
             return Slot(v.new_empty((*v.shape[:2], 0, self.head_dim)), v)
         if self.k_norm is not None:
             k = self.k_norm(k)
         k = apply_rope(k, rope(self.head_dim))
         return Slot(k, k.new_empty((*k.shape[:2], 0, self.head_dim)) if v is None else v)
+
+
+class StoredForm(nn.Module):
+    """Base of owner modules whose slots are stored in another form than readers see."""
+
+    def as_read(self, stored: Slot, table: tuple[Tensor, Tensor], dtype: torch.dtype) -> Slot:
+        """The slot as readers see it, in `dtype`, from all of its stored tokens and their RoPE table."""
+        raise NotImplementedError
+
+
+@owner_module(OwnTied)
+class OwnTiedKV(_Projecting, StoredForm):
+    """Projects keys and values at once: K = RoPE(n), V = n with n = norm(W x) (Q-K=V, arXiv 2606.04032)."""
+
+    def __init__(self, config: ModelConfig, own: OwnTied):
+        super().__init__(config, own)
+        self.kv_proj = nn.Linear(config.d_model, own.n_kv_heads * self.head_dim, bias=config.kv_bias)
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+
+    def forward(self, residual: Tensor, normed: Tensor, rope: RopeTables) -> Slot:
+        """The slot as it is stored: no keys, and n; arguments as those of `OwnKV`."""
+        n = self.heads(self.kv_proj, self.projected(residual, normed))
+        n = n if self.k_norm is None else self.k_norm(n)
+        return Slot(n.new_empty((*n.shape[:2], 0, self.head_dim)), n)
+
+    def as_read(self, stored: Slot, table: tuple[Tensor, Tensor], dtype: torch.dtype) -> Slot:
+        n = stored.v if stored.v_scale is None else from_fp8(stored.v, stored.v_scale, dtype)
+        return Slot(apply_rope(n, table), n)
 
 
 @owner_module(Latent)

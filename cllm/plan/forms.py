@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from cllm.plan.kinds import Half, Own, Widths, own_form
 
@@ -45,3 +45,47 @@ class OwnHalf(Own):
     def widths(self, head_dim: int) -> Widths:
         k, v = (self.n_kv_heads if half == self.only else 0 for half in ("keys", "values"))
         return (k, head_dim), (v, head_dim)
+
+
+@own_form("tie")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnTied(Own):
+    """A slot of one projection that is both: K = RoPE(n), V = n with n = norm(W x) (Q-K=V, arXiv 2606.04032).
+
+    The slot stores n (B, T, n_kv_heads, head_dim) as its second tensor; its first one has 0 heads. Keys are rotated in
+    every pass, once for all layers that read the slot. norm is that of keys, with `qk_norm`.
+    """
+
+    tie: Literal["kv"]
+
+    @property
+    def is_ordinary(self) -> bool:
+        return False
+
+    @property
+    def is_compressible(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def is_copyable(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def rotates_at_read(self) -> bool:  # type: ignore[override]
+        return True
+
+    def settings(self) -> dict[str, Any]:
+        return Own.settings(self) | {"tie": self.tie}
+
+    @property
+    def text(self) -> str:
+        return Own.text.fget(self) + ", K = V"  # type: ignore[attr-defined]
+
+    def widths(self, head_dim: int) -> Widths:
+        return (0, head_dim), (self.n_kv_heads, head_dim)
+
+    def tensor_of(self, half: Half) -> int:
+        return 1
+
+    def read_elements(self, head_dim: int) -> int:
+        return 2 * self.n_kv_heads * head_dim

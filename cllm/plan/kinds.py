@@ -45,6 +45,8 @@ class Source(ABC):
     """Post-hoc methods may compress the slot: a plain one stores keys after RoPE and values."""
     is_copyable: bool = True
     """Keys and values of another model's layer may become those of a plain slot."""
+    rotates_at_read: bool = False
+    """The stored tensors become what readers see in every pass, which needs RoPE at the positions of all tokens."""
     is_shareable: ClassVar[bool] = True
     """Other layers may read the slot."""
     kv_heads: int | None = None
@@ -94,6 +96,14 @@ class Source(ABC):
         k, v = self.widths(head_dim)
         return math.prod(k), math.prod(v)
 
+    def tensor_of(self, half: Half) -> int:
+        """The stored tensor, 0 or 1, that a half of the slot is made of."""
+        return 0 if half == "keys" else 1
+
+    def read_elements(self, head_dim: int) -> int:
+        """Numbers for each token in the tensors that readers see."""
+        return sum(self.elements(head_dim))
+
     def state_shape(self, n_heads: int, head_dim: int) -> tuple[int, int, int] | None:
         """Shape of a recurrent state, which does not grow with the context and is fp32; None for a slot."""
         return None
@@ -114,7 +124,7 @@ class Source(ABC):
     def read_activations(self, n_heads: int, head_dim: int, made: int) -> int:
         """Numbers per token that attention keeps for its backward: queries, output, and the slot's tensors as often as
         the layer itself makes them (`made`), by projecting and by fusing."""
-        return 2 * n_heads * head_dim + made * sum(self.elements(head_dim))
+        return 2 * n_heads * head_dim + made * self.read_elements(head_dim)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,6 +156,8 @@ class Own(Source):
         """Project the output of this lower layer instead of the layers' own input; null: their own input."""
         only: Half | None = None
         """Project and store only the `keys` or only the `values`; null: both."""
+        tie: Literal["kv"] | None = None
+        """`kv`: one projection, stored once, is the keys (with RoPE) and the values (without); null: two."""
 
     forms: ClassVar[dict[str, type[Own]]] = {}
     """Subclasses by the option of `own` that selects them."""

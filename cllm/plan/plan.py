@@ -320,8 +320,9 @@ class KVPlan:
                 raise PlanError(
                     f"layer {j}: owns a slot that no layer reads; let a layer read it, or let it own nothing"
                 )
-            for half in self.owned(j).halves:
-                readers = keys[j] if half == "keys" else values[j]
+            for half in (own := self.owned(j)).halves:
+                both = (*keys[j], *values[j]) if own.tensor_of("keys") == own.tensor_of("values") else ()
+                readers = sorted(both) or (keys[j] if half == "keys" else values[j])
                 if not readers:
                     raise PlanError(
                         f"layer {j}: its {half} are read by no layer; leave `{half}` out of layer {j}, which then "

@@ -69,7 +69,7 @@ def memory_estimate(model: Decoder, config: Config, launch: Launch, *, teacher: 
     blocks = [block_activation_bytes(model, config, launch, i) for i in range(c.n_layers)]
     passes = _kept_passes(model)
     if train.gradient_checkpointing:
-        slots = sum(passes[j] * sum(model.plan.owned(j).elements(c.resolved_head_dim)) for j in model.plan.shared)
+        slots = sum(passes[j] * model.plan.owned(j).read_elements(c.resolved_head_dim) for j in model.plan.shared)
         slots += sum(passes[j] * c.d_model for j in model.plan.inputs)
         per_token = sum(passes) * c.d_model * (4 if train.fp32_residual else narrow) + slots * narrow + max(blocks)
     else:

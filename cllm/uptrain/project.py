@@ -49,6 +49,10 @@ def check_plans(student: KVPlan, teacher: KVPlan) -> None:
                 f"{own.kv_heads}; set n_kv_heads to that, or to a number that divides it"
             )
         owned = student.layers[i].own
+        if owned is not None and not owned.is_copyable:
+            raise UserError(
+                f"model.kv: layer {i} owns {owned.text}, which cannot be made from keys and values of another model"
+            )
         if owned is not None and owned.is_plain and own.normalises and not owned.normalises:
             raise UserError(
                 f"model.kv: layer {i} has no kv_norm, but that of the model that init.from names has; set kv_norm: true"

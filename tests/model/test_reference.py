@@ -51,6 +51,7 @@ VARIANTS = [
     "mha, window and kv norm",
     "swiftkv, groups of two",
     "halves of other layers",
+    "tied slots of other layers",
 ]
 
 
@@ -64,7 +65,7 @@ def test_logits_and_gradients_of_variants(name, reference, preset_config, random
 
 
 @pytest.mark.parametrize(
-    "name", ["mha", "fusedkv", "yoco", "yoco with retention", "mla", "trailing", "swiftkv", "svformer"]
+    "name", ["mha", "fusedkv", "yoco", "yoco with retention", "mla", "trailing", "swiftkv", "svformer", "kv_tie"]
 )
 def test_layer_by_layer_and_token_by_token_are_equal(name, reference, preset_config, random_model):
     """Decoding order changes nothing in a plan that reads from below."""

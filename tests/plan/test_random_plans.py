@@ -123,6 +123,8 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
                 own["input"] = draw(st.integers(0, i - 1 + (draw(st.integers(0, 19)) == 0)))
             if only[i] is not None:
                 own["only"], key = only[i], "own"
+            elif draw(st.integers(0, 7)) == 0:
+                own["tie"], key = "kv", "own"
             entry[key] = own if key == "own" else {}
         elif kind is not None:
             entry[kind] = dict(latent) if kind == "latent" else {}

@@ -16,6 +16,8 @@ from cllm.config import ModelConfig
 from cllm.config.load import read_yaml, validate
 from cllm.config.uptraining import InitFrom
 from cllm.errors import UserError
+from cllm.model import attention, sources
+from cllm.model.rope import apply_rope
 from cllm.plan.describe import plan_table
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.registry import parse
@@ -191,3 +193,59 @@ def test_halves_that_do_not_exist_are_refused(tiny_config: Config, random_model)
     teacher = build_traced(model.config)
     with pytest.raises(UserError, match="layer 1 of the model to start from does not read keys and values of its own"):
         init_student(student_of(teacher, {"preset": "cla"}), teacher, InitFrom(method="copy"))
+
+
+# ---- one projection for keys and values ------------------------------------------------------------------------------
+
+
+def test_tied_keys_are_rotated_once_for_all_layers_that_read_them(tiny_config: Config, random_model, monkeypatch):
+    """Layer 0 is read by four layers in a prompt and in a step: queries are rotated four times, keys once."""
+    share = {"keys": {"share": 0}, "values": {"share": 0}}
+    model = random_model(tiny_config(n_layers=4, kv=layers({"own": {"tie": "kv"}}, share, share, share))).eval()
+    assert not [name for name, _ in model.named_parameters() if "k_proj" in name or "v_proj" in name]
+    rotated: list[int] = []
+    for module in (sources, attention):
+        monkeypatch.setattr(module, "apply_rope", lambda x, table: rotated.append(x.shape[1]) or apply_rope(x, table))
+    with torch.no_grad():
+        cache = KVCache(model.config)
+        model(IDS[:, :8], cache=cache)
+        model(IDS[:, 8:], cache=cache)
+    assert rotated == [8] * 5 + [9] + [1] * 4
+
+
+@pytest.mark.parametrize("max_len", [None, 9])
+@pytest.mark.parametrize("storage", ["model", "fp8"])
+def test_tied_slots_of_padded_sequences_in_rings(storage, max_len, tiny_config: Config, random_model) -> None:
+    """Positions of cached tokens are those at which they came, after padding and in a ring that has wrapped."""
+    kv = layers({"own": {"tie": "kv"}, "window": 4}, {"keys": {"share": 0}, "values": {"share": 0}, "window": 3})
+    model = random_model(tiny_config(n_layers=2, kv=kv)).eval().requires_grad_(False)
+    cache, starts = KVCache(model.config, max_len=max_len, storage=storage), torch.tensor([0, 3])
+    parts = [
+        model(IDS[:, :5], cache=cache, starts=starts),
+        *(model(IDS[:, t : t + 1], cache=cache) for t in range(5, 9)),
+    ]
+    found = torch.cat(parts, dim=1)
+    error = torch.stack([(found[0] - model(IDS[:1])[0]).norm(), (found[1, 3:] - model(IDS[1:, 3:])[0]).norm()]).max()
+    assert error / found.norm() < (1e-5 if storage == "model" else 0.05)
+
+
+def test_tied_bytes_count_one_tensor(tiny_config: Config) -> None:
+    """A slot of 4 heads of 8 numbers of 2 bytes, read whole by each layer, also by one that reads keys alone."""
+    keys = {"keys": {"share": 0}, "values": {"share": 1}}
+    found = kv_bytes(tiny_config(n_layers=3, kv=layers({"own": {"tie": "kv"}}, {"own": {}}, keys)))
+    assert (found.resident, found.read) == (64 + 128, 64 + 128 + 64 + 64)
+
+
+def test_tied_slots_refuse_what_needs_two_tensors(teacher: TracedDecoder, tiny_config: Config, random_model) -> None:
+    model = random_model(tiny_config(kv={"preset": "kv_tie"}))
+    cache = KVCache(model.config)
+    model(IDS, cache=cache)
+    assert cache.layers[0].values is not None
+    with pytest.raises(UserError, match=r"cache\.layers\[0\]\.keys: layer 0 stores its keys before RoPE"):
+        cache.layers[0].keys  # noqa: B018
+    with pytest.raises(UserError, match="layer 0 stores 4 KV heads, K = V, which no post-hoc method compresses"):
+        compress_cache(cache, parse("none"))
+    with pytest.raises(UserError, match="layer 0 owns 4 KV heads, K = V, which cannot be made from keys and values"):
+        init_student(student_of(teacher, {"preset": "kv_tie"}), teacher, InitFrom(method="copy"))
+    both = message(n_layers=1, kv=layers({"own": {"tie": "kv", "only": "keys"}}))
+    assert "own: has only and tie; allowed: at most one of" in both

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from cllm.plan.forms import OwnHalf
+from cllm.plan.forms import OwnHalf, OwnTied
 from cllm.plan.kinds import Own, Share
 from cllm.plan.plan import MAX_LAYERS, KVPlan, LayerPlan
 from cllm.plan.presets.base import Preset, count_or_half, register_preset, runs_of_layers
@@ -48,3 +48,14 @@ class SVFormer(Preset):
         keys = OwnHalf(n_kv_heads=heads, kv_norm=self.kv_norm, only="keys")
         above = [LayerPlan(own=keys, values=Share(0))] * (shape.n_layers - 1)
         return KVPlan.of([LayerPlan(own=self.own(shape)), *above])
+
+
+@register_preset
+class KVTie(Preset):
+    """Tied keys and values (Q-K=V, arXiv 2606.04032): one projection, stored once, is keys with RoPE and values."""
+
+    preset: Literal["kv_tie"] = "kv_tie"
+
+    def expand(self, shape: Shape) -> KVPlan:
+        own = OwnTied(n_kv_heads=self.n_kv_heads or shape.n_heads, kv_norm=self.kv_norm, tie="kv")
+        return KVPlan.of([LayerPlan(own=own)] * shape.n_layers)

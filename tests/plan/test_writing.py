@@ -202,7 +202,7 @@ def test_tied_keys_are_rotated_once_for_all_layers_that_read_them(tiny_config: C
     """Layer 0 is read by four layers in a prompt and in a step: queries are rotated four times, keys once."""
     share = {"keys": {"share": 0}, "values": {"share": 0}}
     model = random_model(tiny_config(n_layers=4, kv=layers({"own": {"tie": "kv"}}, share, share, share))).eval()
-    assert not [name for name, _ in model.named_parameters() if "k_proj" in name or "v_proj" in name]
+    assert not [name for name, _ in model.named_parameters() if ".k_proj" in name or ".v_proj" in name]
     rotated: list[int] = []
     for module in (sources, attention):
         monkeypatch.setattr(module, "apply_rope", lambda x, table: rotated.append(x.shape[1]) or apply_rope(x, table))
@@ -220,10 +220,8 @@ def test_tied_slots_of_padded_sequences_in_rings(storage, max_len, tiny_config: 
     kv = layers({"own": {"tie": "kv"}, "window": 4}, {"keys": {"share": 0}, "values": {"share": 0}, "window": 3})
     model = random_model(tiny_config(n_layers=2, kv=kv)).eval().requires_grad_(False)
     cache, starts = KVCache(model.config, max_len=max_len, storage=storage), torch.tensor([0, 3])
-    parts = [
-        model(IDS[:, :5], cache=cache, starts=starts),
-        *(model(IDS[:, t : t + 1], cache=cache) for t in range(5, 9)),
-    ]
+    parts = [model(IDS[:, :5], cache=cache, starts=starts)]
+    parts += [model(IDS[:, t : t + 1], cache=cache) for t in range(5, 9)]
     found = torch.cat(parts, dim=1)
     error = torch.stack([(found[0] - model(IDS[:1])[0]).norm(), (found[1, 3:] - model(IDS[1:, 3:])[0]).norm()]).max()
     assert error / found.norm() < (1e-5 if storage == "model" else 0.05)

@@ -5,7 +5,8 @@ Nothing here uses the package. A plan is a list of one row a layer:
 
     own:2            the layer projects keys and values of 2 heads and reads them; `norm`: with a norm of their own;
                      `input 3`: it projects the output of layer 3; `only keys`: it has no values;
-                     `tied`: one projection is both, keys with RoPE and values without
+                     `tied`: one projection is both, keys with RoPE and values without;
+                     `mix 0+1`: the slots of layers 0 and 1 are mixed into what it stores
     latent           the layer owns a latent (MLA) and reads it
     retention        the layer keeps a recurrent state
     read 3           keys and values are those of layer 3
@@ -59,6 +60,11 @@ PRESETS: dict[str, tuple[dict, list[str]]] = {
     "fusedkv_lite_learnable": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys w3 values w0"] * 4),
     "fusedkv_lite_reversed": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys 0 values 3"] * 4),
     "kv_tie": ({"n_kv_heads": 2}, ["own:2 tied"] * 8),
+    "yoco_pp": (
+        {"n_kv_heads": 2, "window": 3},
+        ["own:2 window 3", "own:2 mix 0 window 3", "own:2 mix 0 window 3", "own:2 mix 0", *["read 3"] * 4],
+    ),
+    "resformer": ({"n_kv_heads": 2}, ["own:2", *(f"own:2 keys {i} values w0+w{i}" for i in range(1, 8))]),
     "svformer": (
         {"n_kv_heads": 2, "kv_norm": True},
         ["own:2 norm", *(f"own:2 norm only keys keys {i} values 0" for i in range(1, 8))],
@@ -129,6 +135,20 @@ VARIANTS: dict[str, tuple[dict, list[str]]] = {
             *["keys w0+w4 values w2+w0"] * 2,
         ],
     ),
+    "mixes of mixes": (
+        {
+            "layers": [
+                {"layers": 0, "own": {"n_kv_heads": 2, "tie": "kv"}},
+                {"layers": 1, "own": {"n_kv_heads": 2, "mix": [0], "kv_norm": True}},
+                {"layers": [2, 4, 6], "own": {"n_kv_heads": 2, "mix": [1, 0], "input": 0}},
+                {"layers": [3, 5, 7], "keys": {"fuse": [0, 2]}, "values": {"fuse": [1, 2]}},
+            ]
+        },
+        [
+            *("own:2 tied", "own:2 norm mix 0"),
+            *["own:2 input 0 mix 1+0", "keys w0+w2 values w1+w2"] * 3,
+        ],
+    ),
     "halves of other layers": (
         {
             "layers": [
@@ -157,6 +177,7 @@ _ROW = re.compile(
     r"(?: input (?P<input>\d+))?"
     r"(?: only (?P<only>keys|values))?"
     r"(?P<tied> tied)?"
+    r"(?: mix (?P<mix>[0-9+]+))?"
     r"(?: ?read (?P<read>\d+)| ?keys (?P<keys>\S+) values (?P<values>\S+))?"
     r"(?: window (?P<window>\d+))?"
 )
@@ -172,6 +193,7 @@ class Row:
     input: int | None
     only: str | None
     tied: bool
+    mix: list[int]
     keys: list[int]
     values: list[int]
     window: int | None
@@ -189,6 +211,7 @@ class Row:
             input=int(found["input"]) if found["input"] else None,
             only=found["only"],
             tied=bool(found["tied"]),
+            mix=[int(number) for number in re.findall(r"\d+", found["mix"] or "")],
             keys=[int(number) for number in re.findall(r"\d+", keys)],
             values=[int(number) for number in re.findall(r"\d+", values)],
             window=int(found["window"]) if found["window"] else None,
@@ -350,7 +373,19 @@ class SlowDecoder:
         if norm is not None:
             keys = [rms_norm(key, norm, self.eps) for key in keys]
             values = keys if self.layers[i].tied else values
-        return [rotate(key, t, self.theta) for key in keys], list(values)
+        keys = [rotate(key, t, self.theta) for key in keys]
+        if self.layers[i].mix:
+            keys = self.mixed(i, "keys", keys, [slots[j][t][0] for j in self.layers[i].mix])
+            values = self.mixed(i, "values", values, [slots[j][t][1] for j in self.layers[i].mix])
+        return list(keys), list(values)
+
+    def mixed(self, i: int, part: str, own: Sequence[Tensor], others: list[list[Tensor]]) -> list[Tensor]:
+        """YOCO++: 35 (Σ_j w_j X_j + w X) of one token, head by head."""
+        *weights, last = self.w(i, f"attention.owner.mixed_{part}.weight")
+        return [
+            35 * (last * x + sum(weight * other[g] for weight, other in zip(weights, others, strict=True)))
+            for g, x in enumerate(own)
+        ]
 
     def read(self, i: int, part: str, sources: list[int], slots: dict, s: int, head: int) -> Tensor:
         """Σ_j w_j ⊙ X_j of one token and KV head, or X_j as it is. One weight may serve a whole head, a rotated pair

@@ -216,6 +216,8 @@ BYTES = {
     "trailing": (1 / 2, 1),
     "afm": (10 / 16, 1),
     "swiftkv": (1, 1),
+    "yoco_pp": (1 / 2, 1),
+    "resformer": (1, (16 + 1 + 15 * 2) / 32),
     "kv_tie": (1 / 2, 1 / 2),
     "svformer": (17 / 32, 1),
 }

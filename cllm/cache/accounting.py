@@ -119,8 +119,9 @@ def cuts(config: ModelConfig, *, bytes_per_element: int = 2) -> list[Cut]:
         up = down = 0
         for j in plan.owners:
             tensor_of = plan.owned(j).tensor_of
-            above = {tensor_of(half) for half, reads in readers.items() if any(i > after for i in reads[j])}
-            below = {tensor_of(half) for half, reads in readers.items() if any(i <= after for i in reads[j])}
+            users = {half: (*reads[j], *plan.mixers(j)) for half, reads in readers.items()}
+            above = {tensor_of(half) for half, layers in users.items() if any(i > after for i in layers)}
+            below = {tensor_of(half) for half, layers in users.items() if any(i <= after for i in layers)}
             up += sum(slots[j][tensor] for tensor in above) * (j <= after)
             down += sum(slots[j][tensor] for tensor in below) * (j > after)
         cyclic = any(first <= after < last for first, last in plan.cyclic_spans())

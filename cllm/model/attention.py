@@ -27,7 +27,7 @@ from cllm.kernels.retention import gated_retention, gated_retention_from
 from cllm.model.context import Context
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope
-from cllm.model.sources import StoredForm, make_owner, make_read
+from cllm.model.sources import OwnMixedKV, StoredForm, make_owner, make_read
 from cllm.plan.kinds import Latent, Retention, Source
 from cllm.plan.plan import KVPlan
 from cllm.plan.registry import mixer_module
@@ -44,6 +44,7 @@ class Mixer(nn.Module):
         self.slot_index = {j: index for index, j in enumerate((*plan.reads_others(layer), layer))}
         """Index of each layer's slot in the slots that `write` returns: those of other layers, then this layer's."""
         self.read_indices = [self.slot_index[j] for j in plan.reads(layer)]
+        self.mix_indices = [self.slot_index[j] for j in plan.mixes(layer)]
 
     def write(
         self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context, store: Store | None
@@ -57,6 +58,9 @@ class Mixer(nn.Module):
             return None, slots
         slot = self.owner(residual, normed, context.rope)
         dtype = slot.v.dtype
+        if self.mix_indices:
+            assert isinstance(self.owner, OwnMixedKV)
+            slot = self.owner.mix(slot, [context.newest(slots[index], dtype) for index in self.mix_indices])
         if store is not None:
             assert isinstance(store, SlotStore)
             assert context.step is not None

@@ -11,7 +11,8 @@ from dataclasses import KW_ONLY, dataclass, field
 import torch
 from torch import Tensor
 
-from cllm.cache.stores import Step
+from cllm.cache.slot import Slot
+from cllm.cache.stores import Step, from_fp8, rows
 from cllm.config import Rope
 from cllm.kernels.attention import Documents, Mask, document_boundaries
 from cllm.kernels.decode import Visible
@@ -96,6 +97,20 @@ class Context:
         if dim not in self._rope:
             self._rope[dim] = rope_table(self.rope_config, dim, self.positions)
         return self._rope[dim]
+
+    def newest(self, slot: Slot, dtype: torch.dtype) -> Slot:
+        """The tokens of this pass (B, T, ...) in a slot as readers see it, in `dtype`; fp8 numbers are unpacked."""
+        layout = self.cache_layout
+        if layout is None or self.step is None:
+            return slot
+        if layout.total is None:  # a ring
+            place = layout.column % slot.k.shape[1]
+            new = slot.map(lambda t: rows(t).index_select(1, place).view(t.dtype))
+        else:
+            new = slot.map(lambda t: t[:, -self.length :])
+        if new.k_scale is None or new.v_scale is None:
+            return new
+        return Slot(from_fp8(new.k, new.k_scale, dtype), from_fp8(new.v, new.v_scale, dtype))
 
     def slot_rope(self, dim: int, size: int) -> tuple[Tensor, Tensor]:
         """As `rope`, for all tokens of a slot of `size` tokens as readers see it.

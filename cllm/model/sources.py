@@ -19,7 +19,7 @@ from cllm.config import ModelConfig
 from cllm.kernels.decode import Stored
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope
-from cllm.plan.forms import OwnTied
+from cllm.plan.forms import OwnMixed, OwnTied
 from cllm.plan.kinds import Fuse, Latent, Own, Read, Retention, Share, Source
 from cllm.plan.registry import owner_module, read_module
 
@@ -191,6 +191,46 @@ class SharedRead(Reader):
     def stored(self, slots: Sequence[Slot]) -> list[Stored]:
         """One tensor, as it lies in the cache."""
         return [_stored(slots[self.places[0]], self.part)]
+
+
+MIX_SCALE = 35.0
+"""s of `OwnMixed`, the factor on its learned weights (the authors' code of YOCO++)."""
+
+
+class WriteMix(Reader):
+    """The keys, or the values, that an owner stores: s Σ_j w_j K_j over slots, its own last (arXiv 2604.13556)."""
+
+    def __init__(self, n_slots: int, part: Part):
+        super().__init__(range(n_slots), part)
+        self.weight = nn.Parameter(torch.empty(n_slots, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """The last slot as it is, and nothing of the others."""
+        with torch.no_grad():
+            self.weight.zero_()
+            self.weight[-1] = 1 / MIX_SCALE
+
+    def forward(self, slots: Sequence[Slot]) -> Tensor:
+        """(B, T, G, D) in the slots' dtype, computed in fp32."""
+        parts = self.parts(slots)
+        weights = MIX_SCALE * self.weight.float()
+        total = sum(weight * part.float() for weight, part in zip(weights, parts, strict=True))
+        assert isinstance(total, Tensor)
+        return total.to(parts[-1].dtype)
+
+
+@owner_module(OwnMixed)
+class OwnMixedKV(OwnKV):
+    """Projects a layer's own keys and values, and mixes those of lower owners into them."""
+
+    def __init__(self, config: ModelConfig, own: OwnMixed):
+        super().__init__(config, own)
+        self.mixed_keys, self.mixed_values = (WriteMix(len(own.mix) + 1, part) for part in ("k", "v"))
+
+    def mix(self, own: Slot, others: Sequence[Slot]) -> Slot:
+        """What is stored, from the new tokens of this layer and of those of `OwnMixed.mix`."""
+        slots = (*others, own)
+        return Slot(self.mixed_keys(slots), self.mixed_values(slots))
 
 
 class FusedRead(Reader):

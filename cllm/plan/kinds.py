@@ -45,6 +45,8 @@ class Source(ABC):
     """Post-hoc methods may compress the slot: a plain one stores keys after RoPE and values."""
     is_copyable: bool = True
     """Keys and values of another model's layer may become those of a plain slot."""
+    mixes: tuple[int, ...] = ()
+    """Lower owners whose new keys and values are a part of what is written; the slots of all have one shape."""
     rotates_at_read: bool = False
     """The stored tensors become what readers see in every pass, which needs RoPE at the positions of all tokens."""
     is_shareable: ClassVar[bool] = True
@@ -158,6 +160,8 @@ class Own(Source):
         """Project and store only the `keys` or only the `values`; null: both."""
         tie: Literal["kv"] | None = None
         """`kv`: one projection, stored once, is the keys (with RoPE) and the values (without); null: two."""
+        mix: list[int] | None = None
+        """Lower owners whose keys and values are mixed into those that are stored, with learned weights; null: none."""
 
     forms: ClassVar[dict[str, type[Own]]] = {}
     """Subclasses by the option of `own` that selects them."""

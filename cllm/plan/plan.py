@@ -108,8 +108,17 @@ class KVPlan:
         return tuple(sorted({*self.keys(i).layers, *self.values(i).layers}))
 
     def reads_others(self, i: int) -> tuple[int, ...]:
-        """The owners other than itself whose slots layer `i` reads."""
-        return tuple(j for j in self.reads(i) if j != i)
+        """The owners other than itself whose slots layer `i` reads, to attend to them or to write its own."""
+        return tuple(sorted({*self.reads(i), *self.mixes(i)} - {i}))
+
+    def mixes(self, i: int) -> tuple[int, ...]:
+        """The owners whose new keys and values layer `i` mixes into its own."""
+        own = self.layers[i].own
+        return () if own is None else own.mixes
+
+    def mixers(self, owner: int) -> tuple[int, ...]:
+        """The layers that mix the new keys and values of `owner` into their own, in ascending order."""
+        return tuple(i for i in self.owners if owner in self.mixes(i))
 
     def fuses(self, i: int) -> bool:
         """Whether the keys or the values that layer `i` reads are made from slots, and not a slot as it is stored."""
@@ -177,7 +186,7 @@ class KVPlan:
     def last_readers(self) -> dict[int, int]:
         """For every owner, the highest layer that reads its slot; above it the slot is no longer needed."""
         keys, values = self.readers("keys"), self.readers("values")
-        return {j: max([*keys[j], *values[j]], default=j) for j in self.owners}
+        return {j: max([*keys[j], *values[j], *self.mixers(j)], default=j) for j in self.owners}
 
     def last_reader(self, owner: int) -> int:
         """The highest layer that reads the slot of `owner`."""
@@ -208,6 +217,7 @@ class KVPlan:
             raise PlanError(f"layer {i}: window is {layer.window}; allowed: 1 or more, or null for full attention")
         if layer.own is not None:
             layer.own.check(i)
+            self._check_mix(i, layer.own)
         self._check_read(i, "keys", self.keys(i))
         self._check_read(i, "values", self.values(i))
         if not all(self.owned(j).is_plain for j in self.reads(i)):
@@ -224,6 +234,16 @@ class KVPlan:
                 f"layer {i}: its keys have {key_heads} KV heads (slot {self.keys(i).layers[0]}) and its values "
                 f"{value_heads} (slot {self.values(i).layers[0]}); they must be equal"
             )
+
+    def _check_mix(self, i: int, own: Source) -> None:
+        for j in own.mixes:
+            other = self.layers[j].own
+            if other is None or not other.is_plain or len(other.halves) < 2 or other.kv_heads != own.kv_heads:
+                found = "which owns nothing" if other is None else f"which owns {other.text}"
+                raise PlanError(
+                    f"layer {i}: mixes the keys and values of layer {j}, {found}; allowed: owners of keys and values "
+                    f"with {own.kv_heads} KV heads"
+                )
 
     def _check_read(self, i: int, what: Half, read: Read) -> None:
         read.check(f"layer {i}: {what}")
@@ -316,13 +336,13 @@ class KVPlan:
                 )
         keys, values = self.readers("keys"), self.readers("values")
         for j in self.owners:
-            if not keys[j] and not values[j]:
+            if not keys[j] and not values[j] and not self.mixers(j):
                 raise PlanError(
                     f"layer {j}: owns a slot that no layer reads; let a layer read it, or let it own nothing"
                 )
             for half in (own := self.owned(j)).halves:
                 both = (*keys[j], *values[j]) if own.tensor_of("keys") == own.tensor_of("values") else ()
-                readers = sorted(both) or (keys[j] if half == "keys" else values[j])
+                readers = sorted({*(both or (keys[j] if half == "keys" else values[j])), *self.mixers(j)})
                 if not readers:
                     raise PlanError(
                         f"layer {j}: its {half} are read by no layer; leave `{half}` out of layer {j}, which then "

@@ -51,6 +51,7 @@ VARIANTS = [
     "mha, window and kv norm",
     "swiftkv, groups of two",
     "halves of other layers",
+    "mixes of mixes",
     "tied slots of other layers",
 ]
 
@@ -65,7 +66,8 @@ def test_logits_and_gradients_of_variants(name, reference, preset_config, random
 
 
 @pytest.mark.parametrize(
-    "name", ["mha", "fusedkv", "yoco", "yoco with retention", "mla", "trailing", "swiftkv", "svformer", "kv_tie"]
+    "name",
+    ["mha", "fusedkv", "yoco", "yoco with retention", "mla", "trailing", "swiftkv", "svformer", "kv_tie", "yoco_pp"],
 )
 def test_layer_by_layer_and_token_by_token_are_equal(name, reference, preset_config, random_model):
     """Decoding order changes nothing in a plan that reads from below."""

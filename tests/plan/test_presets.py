@@ -29,6 +29,7 @@ def rows(plan: KVPlan) -> list[str]:
             words += [] if layer.own.input is None else [f"input {layer.own.input}"]
             words += [f"only {layer.own.only}"] if isinstance(layer.own, OwnHalf) else []
             words += ["tied"] if isinstance(layer.own, OwnTied) else []
+            words += [f"mix {'+'.join(map(str, plan.mixes(i)))}"] if plan.mixes(i) else []
         elif layer.own is not None:
             words.append({Latent: "latent", Retention: "retention"}[type(layer.own)])
         keys, values = plan.keys(i), plan.values(i)

@@ -125,6 +125,8 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
                 own["only"], key = only[i], "own"
             elif draw(st.integers(0, 7)) == 0:
                 own["tie"], key = "kv", "own"
+            elif (below := [j for j in of_kind["own"] if j < i and only[j] is None]) and draw(st.integers(0, 5)) == 0:
+                own["mix"], key = draw(st.lists(st.sampled_from(below), min_size=1, max_size=2, unique=True)), "own"
             entry[key] = own if key == "own" else {}
         elif kind is not None:
             entry[kind] = dict(latent) if kind == "latent" else {}

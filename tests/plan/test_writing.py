@@ -12,15 +12,19 @@ import torch
 
 from cllm.cache.accounting import kv_bytes
 from cllm.cache.cache import KVCache
-from cllm.config import ModelConfig
+from cllm.config import ModelConfig, OptimConfig
 from cllm.config.load import read_yaml, validate
 from cllm.config.uptraining import InitFrom
 from cllm.errors import UserError
+from cllm.hub.export import as_pretrained
+from cllm.hub.model import CLLMForCausalLM
 from cllm.model import attention, sources
 from cllm.model.rope import apply_rope
+from cllm.model.sizes import build_decoder
 from cllm.plan.describe import plan_table
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.registry import parse
+from cllm.train.optim import parameter_groups
 from cllm.uptrain.decoder import TracedDecoder, build_traced, owner_of
 from cllm.uptrain.init import init_student
 from cllm.uptrain.teacher import student_model
@@ -204,8 +208,13 @@ def test_tied_keys_are_rotated_once_for_all_layers_that_read_them(tiny_config: C
     model = random_model(tiny_config(n_layers=4, kv=layers({"own": {"tie": "kv"}}, share, share, share))).eval()
     assert not [name for name, _ in model.named_parameters() if ".k_proj" in name or ".v_proj" in name]
     rotated: list[int] = []
+
+    def counted(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        rotated.append(x.shape[1])
+        return apply_rope(x, table)
+
     for module in (sources, attention):
-        monkeypatch.setattr(module, "apply_rope", lambda x, table: rotated.append(x.shape[1]) or apply_rope(x, table))
+        monkeypatch.setattr(module, "apply_rope", counted)
     with torch.no_grad():
         cache = KVCache(model.config)
         model(IDS[:, :8], cache=cache)
@@ -247,3 +256,75 @@ def test_tied_slots_refuse_what_needs_two_tensors(teacher: TracedDecoder, tiny_c
         init_student(student_of(teacher, {"preset": "kv_tie"}), teacher, InitFrom(method="copy"))
     both = message(n_layers=1, kv=layers({"own": {"tie": "kv", "only": "keys"}}))
     assert "own: has only and tie; allowed: at most one of" in both
+
+
+# ---- mixes ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_mix_starts_as_the_plan_without_it(tiny_config: Config) -> None:
+    model = build_decoder(tiny_config(kv={"preset": "yoco_pp"}))
+    plain = build_decoder(tiny_config(kv={"preset": "pizza_bottom", "n_owners": 4}))
+    weights = {name: weight for name, weight in model.state_dict().items() if ".mixed_" not in name}
+    assert len(weights) == len(model.state_dict()) - 3 * 2
+    plain.load_state_dict(weights)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS), plain(IDS), atol=1e-6, rtol=1e-6)
+        model.blocks[2].attention.owner.mixed_values.weight[0] += 0.01
+        assert not torch.allclose(model(IDS), plain(IDS), atol=1e-4)
+
+
+@pytest.mark.parametrize("max_len", [None, 9])
+@pytest.mark.parametrize("storage", ["model", "fp8"])
+def test_the_sum_is_stored(storage, max_len, tiny_config: Config, random_model) -> None:
+    """Layer 2 caches 35 (w_0 K_0 + w_1 K_1 + w_2 K_2), and the same of values, also when layer 0 is a ring."""
+    kv = layers({"own": {}, "window": 3}, {"own": {}}, {"own": {"mix": [0, 1]}})
+    model = random_model(tiny_config(n_layers=3, kv=kv)).eval().requires_grad_(False)
+    cache, made = KVCache(model.config, max_len=max_len, storage=storage), []
+    for block in model.blocks:
+        block.attention.owner.register_forward_hook(lambda owner, inputs, slot: made.append(slot))
+    for part in (IDS[:, :4], IDS[:, 4:7], IDS[:, 7:8], IDS[:, 8:]):
+        model(part, cache=cache)
+    found = cache.layers[2]
+    for half, name in enumerate(("keys", "values")):
+        w = getattr(model.blocks[2].attention.owner, f"mixed_{name}").weight
+        own = [torch.cat([slot[half] for slot in made[i::3]], dim=1) for i in range(3)]
+        expected = (35 * (w[0] * own[0] + w[1] * own[1] + w[2] * own[2])).transpose(1, 2)
+        error = (getattr(found, name) - expected).norm() / expected.norm()
+        assert error < (1e-6 if storage == "model" else 0.05)
+
+
+def test_weights_of_a_mix_are_trained_and_saved_as_fusion_weights(tmp_path, tiny_config: Config, random_model) -> None:
+    model = random_model(tiny_config(kv={"preset": "yoco_pp"}))
+    (fusion,) = [group for group in parameter_groups(model, OptimConfig()) if group["name"] == "fusion"]
+    mixes = {id(p) for name, p in model.named_parameters() if ".mixed_" in name}
+    assert {id(p) for p in fusion["params"]} == mixes
+    as_pretrained(model).save_pretrained(tmp_path)
+    half = CLLMForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    kinds = {name: p.dtype for name, p in half.named_parameters()}
+    assert {kind for name, kind in kinds.items() if ".mixed_" in name} == {torch.float32}
+    assert kinds["model.blocks.1.attention.owner.k_proj.weight"] == torch.bfloat16
+
+
+def test_what_cannot_be_mixed_is_refused(teacher: TracedDecoder, tiny_config: Config, random_model) -> None:
+    mixed, share = {"own": {"mix": [0]}}, {"keys": {"share": 0}, "values": {"share": 0}}
+    for entries, expected in (
+        (({"own": {}}, {"own": {"mix": [1]}}), "layer 1: mixes the keys and values of layer 1; allowed: layers 0"),
+        (({"own": {}}, {"own": {"mix": [0, 0]}}), "layer 1: mix is [0, 0]; allowed: one or more different layers"),
+        (
+            ({"own": {}}, share, {"own": {"mix": [1]}}),
+            "mixes the keys and values of layer 1, which owns nothing; allowed: own",
+        ),
+        (({"own": {"n_kv_heads": 2}}, mixed), "layer 1: mixes the keys and values of layer 0, which owns 2 KV heads;"),
+        (
+            ({"retention": {}}, mixed),
+            "layer 0, which owns recurrent state; allowed: owners of keys and",
+        ),
+    ):
+        assert expected in message(n_layers=len(entries), kv=layers(*entries))
+    model = random_model(tiny_config(kv={"preset": "yoco_pp"}))
+    cache = KVCache(model.config)
+    model(IDS, cache=cache)
+    with pytest.raises(UserError, match="layer 1 stores 4 KV heads, mix 0, which no post-hoc method compresses"):
+        compress_cache(cache, parse("none"))
+    with pytest.raises(UserError, match="layer 1 owns 4 KV heads, mix 0, which cannot be made from keys and values"):
+        init_student(student_of(teacher, {"preset": "yoco_pp"}), teacher, InitFrom(method="copy"))

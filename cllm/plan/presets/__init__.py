@@ -9,7 +9,8 @@ latent.py   low-rank latents: mla
 sharing.py  layers share a slot as it is: cla, yoco, trailing, afm
 fusing.py   fusedkv, fusedkv_lite and its ablations
 study.py    pizza, sandwich, lasagna, lckv
-writing.py  owners write other slots than two projections of their own input: swiftkv, svformer, kv_tie
+writing.py  owners write other slots than two projections of their own input: swiftkv, svformer, kv_tie, yoco_pp,
+            resformer
 
 Imports the rest of the plan package.
 """

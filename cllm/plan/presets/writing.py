@@ -6,11 +6,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from cllm.plan.forms import OwnHalf, OwnTied
-from cllm.plan.kinds import Own, Share
+from cllm.plan.forms import OwnHalf, OwnMixed, OwnTied
+from cllm.plan.kinds import Fuse, Own, Share
 from cllm.plan.plan import MAX_LAYERS, KVPlan, LayerPlan
 from cllm.plan.presets.base import Preset, count_or_half, register_preset, runs_of_layers
 from cllm.plan.shape import Shape
+from cllm.section import MAX_TOKENS
 
 
 @register_preset
@@ -59,3 +60,38 @@ class KVTie(Preset):
     def expand(self, shape: Shape) -> KVPlan:
         own = OwnTied(n_kv_heads=self.n_kv_heads or shape.n_heads, kv_norm=self.kv_norm, tie="kv")
         return KVPlan.of([LayerPlan(own=own)] * shape.n_layers)
+
+
+@register_preset
+class YOCOPlusPlus(Preset):
+    """YOCO++ (arXiv 2604.13556): owners mix the slot of layer 0 into theirs, and the layers above read the last owner.
+
+    It starts as the plan without mixing.
+    """
+
+    preset: Literal["yoco_pp"] = "yoco_pp"
+    n_owners: int | None = Field(None, ge=1, le=MAX_LAYERS)
+    """Number of lower layers that own K/V; null: half of all layers."""
+    window: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    """Sliding window of all owners but the last, in tokens; null: full attention."""
+
+    def expand(self, shape: Shape) -> KVPlan:
+        n = count_or_half(shape, self.n_owners, "n_owners")
+        mixed = OwnMixed(n_kv_heads=self.n_kv_heads or shape.n_heads, kv_norm=self.kv_norm, mix=(0,))
+        owners = [self.own(shape), *[mixed] * (n - 1)]
+        layers = [LayerPlan(own=own, window=None if i == n - 1 else self.window) for i, own in enumerate(owners)]
+        return KVPlan.of([*layers, *[LayerPlan(keys=Share(n - 1), values=Share(n - 1))] * (shape.n_layers - n)])
+
+
+@register_preset
+class ResFormer(Preset):
+    """ResFormer (arXiv 2410.17897, section 3.2): values are a learned sum of those of layer 0 and the layer's own."""
+
+    preset: Literal["resformer"] = "resformer"
+
+    def expand(self, shape: Shape) -> KVPlan:
+        own = self.own(shape)
+        above = (
+            LayerPlan(own=own, values=Fuse((0, i), granularity="scalar", init="mean")) for i in range(1, shape.n_layers)
+        )
+        return KVPlan.of([LayerPlan(own=own), *above])

@@ -226,6 +226,26 @@ def check_refusal(section: dict[str, Any], error: UserError, random_model) -> No
 
 
 EVEN = [1] * LENGTH
+FORMS: list[dict[str, Any]] = [
+    {"own": {}, "window": 4},
+    {"own": {"only": "values"}, "keys": {"share": 0}, "window": 4},
+    {"own": {"tie": "kv"}},
+    {"own": {"mix": [2, 0], "input": 1}},
+    {"own": {"only": "keys", "input": 1}, "values": {"fuse": [2, 3]}},
+    {"own": {"tie": "kv", "input": 3}, "keys": {"fuse": [2, 4, 5]}},
+]
+"""Owners of every form; all tokens of a prompt reach layer 3 and none above."""
+CYCLIC_FORMS: list[dict[str, Any]] = [
+    {"own": {}},
+    {"keys": {"share": 3}, "values": {"share": 2}},
+    {"own": {"tie": "kv", "input": 0}},
+    {"own": {"mix": [2], "input": 1}, "values": {"fuse": [2, 3]}},
+]
+
+
+def listed(layers: list[dict[str, Any]], iterations: dict[str, int] | None = None) -> dict[str, Any]:
+    """A `model` section with one entry for each layer."""
+    return model([{"layers": i, **layer} for i, layer in enumerate(layers)], iterations)
 
 
 @PROPERTY
@@ -234,6 +254,8 @@ EVEN = [1] * LENGTH
 @example(section=cycle(2, window=2), sizes=EVEN, chunk=2)
 @example(section=cycle(2, window=3), sizes=EVEN, chunk=2)
 @example(section=model([{"layers": 0, "own": {}, "window": 1}, {"layers": 1, "own": {}}]), sizes=EVEN, chunk=2)
+@example(section=listed(FORMS), sizes=EVEN, chunk=2)
+@example(section=listed(CYCLIC_FORMS, {"forward": 2, "backward": 2}), sizes=EVEN, chunk=2)
 @given(section=models(), sizes=st.lists(st.integers(1, 3), min_size=LENGTH, max_size=LENGTH), chunk=st.integers(1, 4))
 def test_accepted_plans_compute_cache_export_and_train_alike(section, sizes, chunk, random_model, tmp_path_factory):
     try:

@@ -22,6 +22,8 @@ from cllm.section import MAX_HEADS, MAX_WIDTH, Section
 Granularity = Literal["scalar", "channel"]
 FusionInit = Literal["lite", "randn", "mean"]
 Half = Literal["keys", "values"]
+MAX_LAYERS = 4096
+"""Layers that a model may have."""
 Widths = tuple[tuple[int, ...], tuple[int, ...]]
 
 # ---- sources: what a layer owns --------------------------------------------------------------------------------------
@@ -154,7 +156,7 @@ class Own(Source):
         """KV heads; null: as many as query heads."""
         kv_norm: bool = False
         """An RMSNorm of their own for K and V."""
-        input: int | None = Field(None, ge=0)
+        input: int | None = Field(None, ge=0, le=MAX_LAYERS)
         """Project the output of this lower layer instead of the layers' own input; null: their own input."""
         only: Half | None = None
         """Project and store only the `keys` or only the `values`; null: both."""

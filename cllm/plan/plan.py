@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from cllm.errors import PlanError
-from cllm.plan.kinds import Fuse, Half, Latent, Own, Read, Retention, Share, Source
+from cllm.plan.kinds import MAX_LAYERS, Fuse, Half, Latent, Own, Read, Retention, Share, Source
 from cllm.plan.shape import Iterations
 
 __all__ = [
@@ -42,9 +42,6 @@ __all__ = [
 
 Kind = TypeVar("Kind", bound=Source)
 ReadKind = TypeVar("ReadKind", bound=Read)
-
-MAX_LAYERS = 4096
-"""Layers that a model may have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

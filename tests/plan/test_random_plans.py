@@ -106,8 +106,6 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
     if not cyclic or not any(owned):
         owned[-1 if cyclic else 0] = draw(st.sampled_from(kinds[:3]))
     of_kind = {kind: [i for i, own in enumerate(owned) if own == kind] for kind in ("own", "latent", "retention")}
-    only = [draw(st.sampled_from([*[None] * 8, "keys", "values"])) if kind == "own" else None for kind in owned]
-    has = {half: [i for i in of_kind["own"] if only[i] in (None, half)] for half in ("keys", "values")}
     layers: list[dict[str, Any]] = []
     plain = sorted(key for key, kind in SOURCES.items() if kind.is_plain and key != "own")
     for i, kind in enumerate(owned):
@@ -119,14 +117,6 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
                 "n_kv_heads": draw(st.sampled_from([1, 2, 4])) if odd else heads,
                 "kv_norm": draw(st.booleans()),
             }
-            if i > 0 and draw(st.integers(0, 3)) == 0:
-                own["input"] = draw(st.integers(0, i - 1 + (draw(st.integers(0, 19)) == 0)))
-            if only[i] is not None:
-                own["only"], key = only[i], "own"
-            elif draw(st.integers(0, 7)) == 0:
-                own["tie"], key = "kv", "own"
-            elif (below := [j for j in of_kind["own"] if j < i and only[j] is None]) and draw(st.integers(0, 5)) == 0:
-                own["mix"], key = draw(st.lists(st.sampled_from(below), min_size=1, max_size=2, unique=True)), "own"
             entry[key] = own if key == "own" else {}
         elif kind is not None:
             entry[kind] = dict(latent) if kind == "latent" else {}
@@ -140,9 +130,7 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
                 if kind is None or draw(st.booleans())
                 else [draw(st.sampled_from(["keys", "values"]))]
             )
-            entry |= {half: draw(reads(i, has[half] or of_kind["own"], cyclic)) for half in halves}
-        if only[i] is not None and (half := "keys" if only[i] == "values" else "values") not in entry:
-            entry[half] = draw(reads(i, has[half] or of_kind["own"], cyclic))
+            entry |= {half: draw(reads(i, of_kind["own"], cyclic)) for half in halves}
         if kind != "retention" and (window := draw(st.sampled_from(windows))) is not None:
             entry["window"] = window
         layers.append(entry)
@@ -151,6 +139,30 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
         iterations = {"forward": draw(st.integers(0, 3)), "backward": draw(st.sampled_from([1, 1, 2, 3]))}
     options = {key: draw(st.booleans()) for key in ("qk_norm", "q_bias", "kv_bias", "tie_embeddings")}
     return model(layers, iterations) | options
+
+
+@st.composite
+def formed(draw: st.DrawFn) -> dict[str, Any]:
+    """A section of `models` whose owners of keys and values have random forms."""
+    section = draw(models())
+    layers = section["kv"]["layers"]
+    whole: list[int] = []
+    for i, entry in enumerate(layers):
+        if "own" not in entry:
+            continue
+        forms = [None, "tie", *(["mix"] if whole else []), *(["only"] if whole and "values" not in entry else [])]
+        form, own = draw(st.sampled_from(forms)), entry["own"]
+        if i > 0 and not own["kv_norm"] and draw(st.booleans()):
+            own["input"] = draw(st.integers(0, i - 1))
+        if form == "only":
+            own["only"], entry["values"] = "keys", {"share": draw(st.sampled_from(whole))}
+        elif form == "mix":
+            own["mix"] = draw(st.lists(st.sampled_from(whole), min_size=1, max_size=2, unique=True))
+        elif form == "tie":
+            own["tie"] = "kv"
+        if form != "only":
+            whole.append(i)
+    return section
 
 
 # ---- what holds for each --------------------------------------------------------------------------------------------
@@ -248,16 +260,7 @@ def listed(layers: list[dict[str, Any]], iterations: dict[str, int] | None = Non
     return model([{"layers": i, **layer} for i, layer in enumerate(layers)], iterations)
 
 
-@PROPERTY
-@example(section=cycle(1), sizes=EVEN, chunk=2)
-@example(section=cycle(2), sizes=EVEN, chunk=2)
-@example(section=cycle(2, window=2), sizes=EVEN, chunk=2)
-@example(section=cycle(2, window=3), sizes=EVEN, chunk=2)
-@example(section=model([{"layers": 0, "own": {}, "window": 1}, {"layers": 1, "own": {}}]), sizes=EVEN, chunk=2)
-@example(section=listed(FORMS), sizes=EVEN, chunk=2)
-@example(section=listed(CYCLIC_FORMS, {"forward": 2, "backward": 2}), sizes=EVEN, chunk=2)
-@given(section=models(), sizes=st.lists(st.integers(1, 3), min_size=LENGTH, max_size=LENGTH), chunk=st.integers(1, 4))
-def test_accepted_plans_compute_cache_export_and_train_alike(section, sizes, chunk, random_model, tmp_path_factory):
+def check_plan(section: dict[str, Any], sizes: list[int], chunk: int, random_model, tmp_path_factory) -> None:
     try:
         config = validate(File, {"model": section}).model
     except UserError as error:
@@ -291,3 +294,24 @@ def test_accepted_plans_compute_cache_export_and_train_alike(section, sizes, chu
     as_pretrained(model).save_pretrained(folder)
     loaded = CLLMForCausalLM.from_pretrained(folder)
     assert torch.equal(loaded(ids).logits, full)
+
+
+@PROPERTY
+@example(section=cycle(1), sizes=EVEN, chunk=2)
+@example(section=cycle(2), sizes=EVEN, chunk=2)
+@example(section=cycle(2, window=2), sizes=EVEN, chunk=2)
+@example(section=cycle(2, window=3), sizes=EVEN, chunk=2)
+@example(section=model([{"layers": 0, "own": {}, "window": 1}, {"layers": 1, "own": {}}]), sizes=EVEN, chunk=2)
+@given(section=models(), sizes=st.lists(st.integers(1, 3), min_size=LENGTH, max_size=LENGTH), chunk=st.integers(1, 4))
+def test_accepted_plans_compute_cache_export_and_train_alike(section, sizes, chunk, random_model, tmp_path_factory):
+    check_plan(section, sizes, chunk, random_model, tmp_path_factory)
+
+
+@settings(PROPERTY, max_examples=int(GIVEN or 15))
+@example(section=listed(FORMS), sizes=EVEN, chunk=2)
+@example(section=listed(CYCLIC_FORMS, {"forward": 2, "backward": 2}), sizes=EVEN, chunk=2)
+@given(section=formed(), sizes=st.lists(st.integers(1, 3), min_size=LENGTH, max_size=LENGTH), chunk=st.integers(1, 4))
+def test_owners_of_every_form_compute_cache_export_and_train_alike(
+    section, sizes, chunk, random_model, tmp_path_factory
+):
+    check_plan(section, sizes, chunk, random_model, tmp_path_factory)

@@ -153,6 +153,8 @@ def random_model() -> Callable[..., Decoder]:
                 noise = torch.randn(parameter.shape, generator=generator)
                 if name.endswith("norm.weight"):
                     parameter.copy_(1 + 0.3 * noise)
+                elif ".mixed_" in name:  # weights that are multiplied by 35
+                    parameter.copy_(noise / 35)
                 elif parameter.ndim == 2 and "embed" not in name:
                     parameter.copy_(noise / parameter.shape[1] ** 0.5)
                 else:

@@ -3,7 +3,10 @@ equations with loops over layers, tokens and heads.
 
 Nothing here uses the package. A plan is a list of one row a layer:
 
-    own:2            the layer projects keys and values of 2 heads and reads them; `norm`: with a norm of their own
+    own:2            the layer projects keys and values of 2 heads and reads them; `norm`: with a norm of their own;
+                     `input 3`: it projects the output of layer 3; `only keys`: it has no values;
+                     `tied`: one projection is both, keys with RoPE and values without;
+                     `mix 0+1`: the slots of layers 0 and 1 are mixed into what it stores
     latent           the layer owns a latent (MLA) and reads it
     retention        the layer keeps a recurrent state
     read 3           keys and values are those of layer 3
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +59,17 @@ PRESETS: dict[str, tuple[dict, list[str]]] = {
     "fusedkv_lite": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys 3 values 0"] * 4),
     "fusedkv_lite_learnable": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys w3 values w0"] * 4),
     "fusedkv_lite_reversed": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys 0 values 3"] * 4),
+    "kv_tie": ({"n_kv_heads": 2}, ["own:2 tied"] * 8),
+    "yoco_pp": (
+        {"n_kv_heads": 2, "window": 3},
+        ["own:2 window 3", "own:2 mix 0 window 3", "own:2 mix 0 window 3", "own:2 mix 0", *["read 3"] * 4],
+    ),
+    "resformer": ({"n_kv_heads": 2}, ["own:2", *(f"own:2 keys {i} values w0+w{i}" for i in range(1, 8))]),
+    "svformer": (
+        {"n_kv_heads": 2, "kv_norm": True},
+        ["own:2 norm", *(f"own:2 norm only keys keys {i} values 0" for i in range(1, 8))],
+    ),
+    "swiftkv": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["own:2 input 3"] * 4),
     "trailing": (
         {"n_kv_heads": 2, "window": 3, "full_every": 2},
         ["own:2 window 3", "own:2"] * 2 + ["read 2 window 3", "read 3"] * 2,
@@ -103,12 +118,66 @@ VARIANTS: dict[str, tuple[dict, list[str]]] = {
         {"preset": "cla", "factor": 3, "n_kv_heads": 2, "kv_norm": False},
         ["own:2", "own:2", "read 1", "read 1", "own:2", "read 4", "read 4", "read 4"],
     ),
+    "tied slots of other layers": (
+        {
+            "layers": [
+                {"layers": 0, "own": {"n_kv_heads": 2, "tie": "kv", "kv_norm": True}},
+                {"layers": 1, "own": {"n_kv_heads": 2, "tie": "kv"}, "window": 3},
+                {"layers": [2, 4], "own": {"n_kv_heads": 2, "tie": "kv", "input": 0}, "values": {"share": 0}},
+                {"layers": [3, 5], "keys": {"share": 2}, "values": {"share": 0}},
+                {"layers": [6, 7], "keys": {"fuse": [0, 4]}, "values": {"fuse": [2, 0]}},
+            ]
+        },
+        [
+            *("own:2 norm tied", "own:2 tied window 3"),
+            *("own:2 input 0 tied keys 2 values 0", "keys 2 values 0"),
+            *("own:2 input 0 tied keys 4 values 0", "keys 2 values 0"),
+            *["keys w0+w4 values w2+w0"] * 2,
+        ],
+    ),
+    "mixes of mixes": (
+        {
+            "layers": [
+                {"layers": 0, "own": {"n_kv_heads": 2, "tie": "kv"}},
+                {"layers": 1, "own": {"n_kv_heads": 2, "mix": [0], "kv_norm": True}},
+                {"layers": [2, 4, 6], "own": {"n_kv_heads": 2, "mix": [1, 0], "input": 0}},
+                {"layers": [3, 5, 7], "keys": {"fuse": [0, 2]}, "values": {"fuse": [1, 2]}},
+            ]
+        },
+        [
+            *("own:2 tied", "own:2 norm mix 0"),
+            *["own:2 input 0 mix 1+0", "keys w0+w2 values w1+w2"] * 3,
+        ],
+    ),
+    "halves of other layers": (
+        {
+            "layers": [
+                {"layers": [0, 3], "own": {"n_kv_heads": 2}},
+                {"layers": "1-2", "own": {"n_kv_heads": 2, "only": "values"}, "keys": {"share": 0}},
+                {"layers": [4, 6], "own": {"n_kv_heads": 2, "only": "keys", "input": 1}, "values": {"fuse": [1, 3]}},
+                {"layers": [5, 7], "keys": {"fuse": [0, 4]}, "values": {"fuse": [2]}},
+            ]
+        },
+        [
+            *("own:2", "own:2 only values keys 0 values 1", "own:2 only values keys 0 values 2", "own:2"),
+            *("own:2 input 1 only keys keys 4 values w1+w3", "keys w0+w4 values w2"),
+            *("own:2 input 1 only keys keys 6 values w1+w3", "keys w0+w4 values w2"),
+        ],
+    ),
+    "swiftkv, groups of two": (
+        {"preset": "swiftkv", "n_lower": 3, "group": 2, "n_kv_heads": 2},
+        ["own:2"] * 3 + ["own:2 input 2", "own:2 input 2", "read 4", "own:2 input 2", "read 6"],
+    ),
     "mha, window and kv norm": ({"preset": "mha", "window": 2, "kv_norm": True}, ["own:4 norm window 2"] * 8),
 }
 
 _ROW = re.compile(
     r"(?:own:(?P<heads>\d+)|(?P<kind>latent|retention))?"
     r"(?P<norm> norm)?"
+    r"(?: input (?P<input>\d+))?"
+    r"(?: only (?P<only>keys|values))?"
+    r"(?P<tied> tied)?"
+    r"(?: mix (?P<mix>[0-9+]+))?"
     r"(?: ?read (?P<read>\d+)| ?keys (?P<keys>\S+) values (?P<values>\S+))?"
     r"(?: window (?P<window>\d+))?"
 )
@@ -121,10 +190,14 @@ class Row:
     owns: bool
     kind: str | None
     kv_norm: bool
+    input: int | None
+    only: str | None
+    tied: bool
+    mix: list[int]
     keys: list[int]
     values: list[int]
     window: int | None
-    weighted: bool
+    weighted: dict[str, bool]
 
     @classmethod
     def parse(cls, text: str, layer: int) -> Row:
@@ -135,10 +208,14 @@ class Row:
             owns=bool(found["heads"] or found["kind"]),
             kind=found["kind"],
             kv_norm=bool(found["norm"]),
+            input=int(found["input"]) if found["input"] else None,
+            only=found["only"],
+            tied=bool(found["tied"]),
+            mix=[int(number) for number in re.findall(r"\d+", found["mix"] or "")],
             keys=[int(number) for number in re.findall(r"\d+", keys)],
             values=[int(number) for number in re.findall(r"\d+", values)],
             window=int(found["window"]) if found["window"] else None,
-            weighted="w" in keys,
+            weighted={"keys": "w" in keys, "values": "w" in values},
         )
 
 
@@ -257,7 +334,7 @@ class SlowDecoder:
         if row.kind == "latent":
             slots.setdefault(i, {})[t] = self.project_latent(i, t, normed)
         elif row.owns and row.kind is None:
-            slots.setdefault(i, {})[t] = self.project(i, t, x, normed)
+            slots.setdefault(i, {})[t] = self.project(i, t, x, normed, slots)
         if row.kind == "retention":
             heads = self.retention(i, t, normed, slots)
         elif source.kind == "latent":
@@ -267,7 +344,9 @@ class SlowDecoder:
         x = x + self.linear(i, "attention.o_proj", torch.cat(heads))
         normed = rms_norm(x, self.w(i, "mlp_norm.weight"), self.eps)
         gate, up = self.linear(i, "mlp.gate_proj", normed), self.linear(i, "mlp.up_proj", normed)
-        return x + self.linear(i, "mlp.down_proj", silu(gate) * up)
+        x = x + self.linear(i, "mlp.down_proj", silu(gate) * up)
+        slots["output", i, t] = x
+        return x
 
     def visible(self, i: int, t: int, slots: dict) -> list[int]:
         """The tokens that token t sees in layer i; a layer that reads from above does not see the token itself."""
@@ -276,21 +355,43 @@ class SlowDecoder:
         first = 0 if row.window is None else max(0, t - row.window + 1)
         return [s for s in range(first, t if above else t + 1) if s in slots.get(row.keys[0], {})]
 
-    def project(self, i: int, t: int, x: Tensor, normed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def project(self, i: int, t: int, x: Tensor, normed: Tensor, slots: dict) -> tuple[list[Tensor], list[Tensor]]:
+        source = self.layers[i].input
+        if source is not None:  # SwiftKV, section 3.2: one norm of that output for all layers above
+            normed = rms_norm(slots["output", source, t], self.weights[f"stream_norms.{source}.weight"], self.eps)
         if self.layers[i].kv_norm:
             normed = rms_norm(x, self.w(i, "attention.owner.norm.weight"), self.eps)
-        keys = self.linear(i, "attention.owner.k_proj", normed).split(self.head_dim)
-        values = self.linear(i, "attention.owner.v_proj", normed).split(self.head_dim)
+        keys: Sequence[Tensor] = ()
+        values: Sequence[Tensor] = ()
+        if self.layers[i].tied:
+            keys = values = self.linear(i, "attention.owner.kv_proj", normed).split(self.head_dim)
+        elif self.layers[i].only != "values":
+            keys = self.linear(i, "attention.owner.k_proj", normed).split(self.head_dim)
+        if self.layers[i].only != "keys" and not self.layers[i].tied:
+            values = self.linear(i, "attention.owner.v_proj", normed).split(self.head_dim)
         norm = self.weights.get(f"blocks.{i}.attention.owner.k_norm.weight")
         if norm is not None:
             keys = [rms_norm(key, norm, self.eps) for key in keys]
-        return [rotate(key, t, self.theta) for key in keys], list(values)
+            values = keys if self.layers[i].tied else values
+        keys = [rotate(key, t, self.theta) for key in keys]
+        if self.layers[i].mix:
+            keys = self.mixed(i, "keys", keys, [slots[j][t][0] for j in self.layers[i].mix])
+            values = self.mixed(i, "values", values, [slots[j][t][1] for j in self.layers[i].mix])
+        return list(keys), list(values)
+
+    def mixed(self, i: int, part: str, own: Sequence[Tensor], others: list[list[Tensor]]) -> list[Tensor]:
+        """YOCO++: 35 (Σ_j w_j X_j + w X) of one token, head by head."""
+        *weights, last = self.w(i, f"attention.owner.mixed_{part}.weight")
+        return [
+            35 * (last * x + sum(weight * other[g] for weight, other in zip(weights, others, strict=True)))
+            for g, x in enumerate(own)
+        ]
 
     def read(self, i: int, part: str, sources: list[int], slots: dict, s: int, head: int) -> Tensor:
         """Σ_j w_j ⊙ X_j of one token and KV head, or X_j as it is. One weight may serve a whole head, a rotated pair
         (channels j and j + d/2, keys only) or a channel."""
         parts = [slots[j][s][0 if part == "keys" else 1][head] for j in sources]
-        if not self.layers[i].weighted:
+        if not self.layers[i].weighted[part]:
             return parts[0]
         weight = self.w(i, f"attention.{part}.weight")  # sources, 1 or heads, channels
         of_head = weight[:, head if weight.shape[1] > 1 else 0]

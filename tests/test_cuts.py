@@ -28,6 +28,11 @@ K = V = 4 * 8 * 2
         ({"preset": "fusedkv"}, [K + V] * 3 + [2 * (K + V)] * 4),
         # Layers 4 to 7 read the values of layer 0 and the keys of layer 3.
         ({"preset": "fusedkv_lite"}, [V] * 3 + [K + V] * 4),
+        ({"preset": "svformer"}, [V] * 7),
+        # Layers 1 to 3 mix the slot of layer 0; layers 4 to 7 read layer 3.
+        ({"preset": "yoco_pp"}, [K + V] * 7),
+        # Layers 4 to 7 project the output of layer 3, 24 numbers, which is the residual stream above layer 3.
+        ({"preset": "swiftkv"}, [0, 0, 0, 0, 24 * 2, 24 * 2, 24 * 2]),
         ({"preset": "fusedkv", "n_kv_heads": 1}, [(K + V) / 4] * 3 + [(K + V) / 2] * 4),
     ],
     ids=lambda value: value.get("preset") if isinstance(value, dict) else None,

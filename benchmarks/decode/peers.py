@@ -30,7 +30,7 @@ WARM_UP = 5
 def llama_heads(config: ModelConfig) -> int | None:
     """KV heads, if `config` is a Llama: every layer reads its own keys and values with full attention. Else None."""
     own = config.plan().layers[0].own
-    if own is None or not own.is_plain or KVPlan.of([LayerPlan(own=own)] * config.n_layers) != config.plan():
+    if own is None or not own.is_ordinary or KVPlan.of([LayerPlan(own=own)] * config.n_layers) != config.plan():
         return None
     other = own.normalises or config.qk_norm or config.q_bias or config.kv_bias or config.rope.scaling is not None
     return None if other else own.kv_heads

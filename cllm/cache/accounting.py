@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cllm.config import ModelConfig
-from cllm.plan.kinds import Source
+from cllm.plan.kinds import Half, Source
 from cllm.plan.presets import MHA
 
 Storage = Literal["model", "fp8"]
@@ -59,8 +59,8 @@ def kv_bytes(
 ) -> KVBytes:
     """Bytes of `config`'s plan at `context` tokens (default: `max_seq_len`), by default in bf16.
 
-    A layer reads all tokens in its window; a fused read counts once for each source. A recurrent state is read and
-    written entirely for every token.
+    A layer reads all tokens in its window; a fused read counts once for each source, and a tensor that is both keys and
+    values counts once. A recurrent state is read and written entirely for every token.
     """
     plan = config.plan()
     context = context or config.max_seq_len
@@ -77,9 +77,9 @@ def kv_bytes(
         if state := state_bytes(config, plan.source(i)):
             read += state
             continue
-        keys = sum(slots[j][0] for j in plan.keys(i).layers)
-        values = sum(slots[j][1] for j in plan.values(i).layers)
-        read += (keys + values) * seen
+        tensors = {(j, plan.owned(j).tensor_of("keys")) for j in plan.keys(i).layers}
+        tensors |= {(j, plan.owned(j).tensor_of("values")) for j in plan.values(i).layers}
+        read += sum(slots[j][tensor] for j, tensor in tensors) * seen
     return KVBytes(context=context, resident=resident / context, written=written, read=read / context)
 
 
@@ -92,7 +92,8 @@ class Cut:
     residual: int
     """The residual stream, upwards."""
     up: int
-    """Keys and values of owners below that layers above the cut read."""
+    """Keys and values of owners below that layers above the cut read, and outputs of lower layers that owners above the
+    cut project."""
     down: int
     """Keys and values that layers below read from owners above, in every iteration of a cyclic plan."""
     cyclic: bool
@@ -112,16 +113,21 @@ def cuts(config: ModelConfig, *, bytes_per_element: int = 2) -> list[Cut]:
     """
     plan = config.plan()
     slots = {j: slot_bytes(config, j, bytes_per_element=bytes_per_element) for j in plan.owners}
-    readers = (plan.readers("keys"), plan.readers("values"))
+    readers: dict[Half, dict[int, list[int]]] = {"keys": plan.readers("keys"), "values": plan.readers("values")}
     found = []
     for after in range(len(plan) - 1):
         up = down = 0
         for j in plan.owners:
-            for half, reads in enumerate(readers):
-                up += slots[j][half] * (j <= after and any(i > after for i in reads[j]))
-                down += slots[j][half] * (j > after and any(i <= after for i in reads[j]))
+            tensor_of = plan.owned(j).tensor_of
+            users = {half: (*reads[j], *plan.mixers(j)) for half, reads in readers.items()}
+            above = {tensor_of(half) for half, layers in users.items() if any(i > after for i in layers)}
+            below = {tensor_of(half) for half, layers in users.items() if any(i <= after for i in layers)}
+            up += sum(slots[j][tensor] for tensor in above) * (j <= after)
+            down += sum(slots[j][tensor] for tensor in below) * (j > after)
         cyclic = any(first <= after < last for first, last in plan.cyclic_spans())
         residual = config.d_model * bytes_per_element
+        inputs = (plan.owned(j).input for j in plan.owners if j > after)
+        up += residual * len({i for i in inputs if i is not None and i < after})  # that of `after` is the residual
         found.append(Cut(after=after, residual=residual, up=up, down=down, cyclic=cyclic))
     return found
 

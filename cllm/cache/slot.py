@@ -15,9 +15,9 @@ from torch import Tensor
 class Slot(NamedTuple):
     """The cached tensors of one owner.
 
-    For a plain slot: keys after RoPE and values, (B, T, G, D) each. For a latent: the normalised latent
-    (B, T, kv_lora_rank) and the rotated RoPE key (B, T, qk_rope_head_dim). A fp8 cache adds one factor for each token
-    and head, (B, T, G) or (B, T).
+    For a plain slot: keys after RoPE and values, (B, T, G, D) each; a half that is not stored has 0 heads. For a
+    latent: the normalised latent (B, T, kv_lora_rank) and the rotated RoPE key (B, T, qk_rope_head_dim). A fp8 cache
+    adds one factor for each token and head, (B, T, G) or (B, T).
     """
 
     k: Tensor

@@ -213,7 +213,7 @@ class FixedSlot(SlotStore):
             for stored, tensor in zip(self.slot, self.pack(new), strict=True):
                 if stored is not None:
                     assert tensor is not None
-                    _rows(stored).index_copy_(1, place, _rows(tensor.detach()))
+                    rows(stored).index_copy_(1, place, rows(tensor.detach()))
             return self.slot
         self.pending = self.pack(new)
         if step.past == 0:
@@ -229,7 +229,7 @@ class FixedSlot(SlotStore):
         if past <= self.size:
             return self.slot.map(lambda t: t[:, past - n : past])
         places = torch.arange(past - n, past, device=self.slot.k.device) % self.size
-        return self.slot.map(lambda t: _rows(t).index_select(1, places).view(t.dtype))
+        return self.slot.map(lambda t: rows(t).index_select(1, places).view(t.dtype))
 
     def commit(self, step: Step) -> None:
         if self.pending is None:
@@ -240,7 +240,7 @@ class FixedSlot(SlotStore):
         for stored, tensor in zip(self.slot, pending, strict=True):
             if stored is not None:
                 assert tensor is not None
-                _rows(stored).index_copy_(1, places, _rows(tensor.detach())[:, -n:])
+                rows(stored).index_copy_(1, places, rows(tensor.detach())[:, -n:])
 
     def crop(self, length: int, past: int) -> None:
         self.can_crop(length, past)
@@ -258,7 +258,7 @@ class FixedSlot(SlotStore):
             self.slot = changed
 
 
-def _rows(t: Tensor) -> Tensor:
+def rows(t: Tensor) -> Tensor:
     """fp8 tensors as bytes: torch has no indexed copy for fp8."""
     return t.view(torch.uint8) if t.dtype == FP8 else t
 

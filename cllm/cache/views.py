@@ -36,7 +36,8 @@ class CachedLayer:
         """(B, KV heads, tokens, head_dim), after RoPE; with a window, the last tokens. None if the cache is empty.
 
         Raises:
-            UserError: for a layer that fuses slots, whose keys are stored nowhere, and for latents and states.
+            UserError: for a layer that fuses slots, whose keys are stored nowhere, for latents and states, and for keys
+                that are stored before RoPE.
         """
         return self._read("keys")
 
@@ -72,6 +73,10 @@ class CachedLayer:
         if not plan.source(self.layer).is_plain:
             kind = type(plan.source(self.layer)).__name__.lower()
             raise UserError(f"cache.layers[{self.layer}].{name}: the layer reads a {kind}, and no {name}")
+        if name == "keys" and plan.source(self.layer).rotates_at_read:
+            raise UserError(
+                f"cache.layers[{self.layer}].keys: layer {read.layers[0]} stores its keys before RoPE, as its values"
+            )
         store = cache.stores.get(read.layers[0])
         if store is None or cache.seen == 0:
             return None

@@ -27,7 +27,7 @@ from cllm.kernels.retention import gated_retention, gated_retention_from
 from cllm.model.context import Context
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope
-from cllm.model.sources import make_owner, make_read
+from cllm.model.sources import OwnMixedKV, StoredForm, make_owner, make_read
 from cllm.plan.kinds import Latent, Retention, Source
 from cllm.plan.plan import KVPlan
 from cllm.plan.registry import mixer_module
@@ -38,27 +38,41 @@ class Mixer(nn.Module):
 
     def __init__(self, config: ModelConfig, plan: KVPlan, layer: int):
         super().__init__()
+        self.head_dim = config.resolved_head_dim
         self.window, self.exclude_self = plan.layers[layer].window, plan.reads_above(layer)
         self.owner = make_owner(config, plan.layers[layer].own)
         self.slot_index = {j: index for index, j in enumerate((*plan.reads_others(layer), layer))}
         """Index of each layer's slot in the slots that `write` returns: those of other layers, then this layer's."""
         self.read_indices = [self.slot_index[j] for j in plan.reads(layer)]
+        self.mix_indices = [self.slot_index[j] for j in plan.mixes(layer)]
 
     def write(
         self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context, store: Store | None
     ) -> tuple[Slot | None, Sequence[Slot]]:
         """This layer's slot as readers see it, or None, and `slots` with that slot appended.
 
-        With a `store`, the slot is added to the cache and the cached tokens come before the new ones.
+        `residual` is the stream as it enters the layer or, if the owner projects another layer's output, that output,
+        normalised. With a `store`, the slot is added to the cache and the cached tokens come before the new ones.
         """
         if self.owner is None:
             return None, slots
         slot = self.owner(residual, normed, context.rope)
+        dtype = slot.v.dtype
+        if self.mix_indices:
+            assert isinstance(self.owner, OwnMixedKV)
+            slot = self.owner.mix(slot, [context.newest(slots[index], dtype) for index in self.mix_indices])
         if store is not None:
             assert isinstance(store, SlotStore)
             assert context.step is not None
             slot = store.extend(slot, context.step)
+        slot = self.as_read(slot, context, dtype)
         return slot, (*slots, slot)
+
+    def as_read(self, stored: Slot, context: Context, dtype: torch.dtype) -> Slot:
+        """The slot of this layer as readers see it, from its stored tokens, those of this pass included."""
+        if not isinstance(self.owner, StoredForm):
+            return stored
+        return self.owner.as_read(stored, context.slot_rope(self.head_dim, stored.v.shape[1]), dtype)
 
     def align(self, slots: Sequence[Slot]) -> tuple[Sequence[Slot], int]:
         """`slots` cut to the length of the shortest slot that is read, and that length.
@@ -80,7 +94,6 @@ class Attention(Mixer):
         super().__init__(config, plan, layer)
         kv_heads = plan.source(layer).kv_heads
         assert kv_heads is not None, f"layer {layer} reads no keys and values"
-        self.head_dim = config.resolved_head_dim
         width = config.n_heads * self.head_dim
         self.q_proj = nn.Linear(config.d_model, width, bias=config.q_bias)
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
@@ -222,7 +235,6 @@ class GatedRetention(Mixer):
 
     def __init__(self, config: ModelConfig, plan: KVPlan, layer: int):
         super().__init__(config, plan, layer)
-        self.head_dim = config.resolved_head_dim
         width = config.n_heads * self.head_dim
         self.q_proj, self.k_proj, self.v_proj, self.gate_proj = (
             nn.Linear(config.d_model, width, bias=False) for _ in range(4)

@@ -31,20 +31,21 @@ class Block(nn.Module):
         in a compiled block, which cost memory traffic."""
 
     def forward(
-        self, x: Tensor, context: Context, *slots: Slot, store: Store | None = None
+        self, x: Tensor, context: Context, *slots: Slot, store: Store | None = None, source: Tensor | None = None
     ) -> tuple[Tensor, Slot | None]:
         """The residual stream after this layer, and the layer's slot.
 
         Args:
-            x: (B, T, d_model).
+            x: (B, T, d_model); (B, 1, d_model) if a lower layer was the last that all tokens of a prompt had to reach.
             context: the state that all layers of this pass share.
             slots: the slots of `plan.reads_others(layer)`.
             store: the cache's store of this layer, to which the layer's slot is added.
+            source: (B, T, d_model), the normalised output of the layer that the plan names as this one's `input`.
 
         Returns:
             The residual stream (B, T, d_model), or (B, 1, d_model) if `context.last_token` is set; and this layer's
             slot as other layers read it, or None if none does.
         """
-        mixed, own = self.attention(x, self.attention_norm(x), slots, context, store)
+        mixed, own = self.attention(x if source is None else source, self.attention_norm(x), slots, context, store)
         x = context.after_write(x)[1] + mixed
         return self.mlp(self.mlp_norm(x), x), own if self.returns_slot else None

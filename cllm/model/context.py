@@ -11,7 +11,8 @@ from dataclasses import KW_ONLY, dataclass, field
 import torch
 from torch import Tensor
 
-from cllm.cache.stores import Step
+from cllm.cache.slot import Slot
+from cllm.cache.stores import Step, from_fp8, rows
 from cllm.config import Rope
 from cllm.kernels.attention import Documents, Mask, document_boundaries
 from cllm.kernels.decode import Visible
@@ -61,7 +62,13 @@ class Context:
     is_text: Tensor | None = None
     """(B, T) booleans, False for padding; None without padding."""
     last_token: Context | None = None
-    """Context of the last token, if only that token continues after this layer has written its slot (prefill)."""
+    """Context of the last token, if only that token continues after this layer has written its slot (prefill).
+
+    Layers above get `x` (B, 1, d_model) of that token, and this context too: an owner that projects the output of a
+    lower layer writes its slot for all tokens."""
+    streams: dict[int, Tensor] = field(default_factory=dict)
+    """The normalised outputs (B, T, d_model) of the layers in `KVPlan.inputs`."""
+    _slot_rope: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _rope: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[int | None, bool, int], Mask] = field(default_factory=dict)
     _visible: dict[tuple[int | None, bool, int], Visible] = field(default_factory=dict)
@@ -91,6 +98,37 @@ class Context:
             self._rope[dim] = rope_table(self.rope_config, dim, self.positions)
         return self._rope[dim]
 
+    def newest(self, slot: Slot, dtype: torch.dtype) -> Slot:
+        """The tokens of this pass (B, T, ...) in a slot as readers see it, in `dtype`; fp8 numbers are unpacked."""
+        layout = self.cache_layout
+        if layout is None or self.step is None:
+            return slot
+        if layout.total is None:  # a ring
+            place = layout.column % slot.k.shape[1]
+            new = slot.map(lambda t: rows(t).index_select(1, place).view(t.dtype))
+        else:
+            new = slot.map(lambda t: t[:, -self.length :])
+        if new.k_scale is None or new.v_scale is None:
+            return new
+        return Slot(from_fp8(new.k, new.k_scale, dtype), from_fp8(new.v, new.v_scale, dtype))
+
+    def slot_rope(self, dim: int, size: int) -> tuple[Tensor, Tensor]:
+        """As `rope`, for all tokens of a slot of `size` tokens as readers see it.
+
+        Cached tokens are at the positions before those of this pass, without gaps.
+        """
+        if self.cache_layout is None or self.step is None:
+            return self.rope(dim)
+        if (dim, size) not in self._slot_rope:
+            index = torch.arange(size, device=self.positions.device)
+            if self.cache_layout.total is None:  # a ring
+                positions = self.positions - (self.cache_layout.column - index) % size
+            else:
+                cached = index[: size - self.length]
+                positions = torch.cat((self.positions[:, :1] + (cached - len(cached)), self.positions), dim=1)
+            self._slot_rope[dim, size] = rope_table(self.rope_config, dim, positions)
+        return self._slot_rope[dim, size]
+
     def prepare(self, plan: KVPlan, head_dim: int, sizes: Mapping[int, int] | None = None) -> None:
         """Compute every table and mask that the layers of `plan` need, outside of compiled code.
 
@@ -98,6 +136,8 @@ class Context:
         """
         for i, layer in enumerate(plan.layers):
             self.rope(plan.source(i).rope_dim(head_dim))
+            if layer.own is not None and layer.own.rotates_at_read:
+                self.slot_rope(head_dim, self.length if sizes is None else sizes[i])
             size = self.length if sizes is None else min((sizes[j] for j in plan.reads(i) if j in sizes), default=0)
             if size and self.is_decoding:
                 self.visible(layer.window, plan.reads_above(i), size)

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 Slots = dict[int, Slot]
 
 
-def recompute(function: Any, *inputs: Any) -> Any:
-    """`function(*inputs)` with gradient checkpointing: activations are recomputed in the backward."""
-    return checkpoint(function, *inputs, use_reentrant=False)
+def recompute(function: Any, *inputs: Any, **more: Any) -> Any:
+    """`function(*inputs, **more)` with gradient checkpointing: activations are recomputed in the backward."""
+    return checkpoint(function, *inputs, use_reentrant=False, **more)
 
 
 class Decoder(nn.Module):
@@ -60,6 +60,10 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         d_ff = d_ff or config.resolved_d_ff
         self.blocks = nn.ModuleList(Block(config, self.plan, i, d_ff) for i in range(config.n_layers))
+        self.stream_norms = nn.ModuleDict(
+            {str(i): RMSNorm(config.d_model, eps=config.norm_eps) for i in sorted(self.plan.inputs)}
+        )
+        """Norms of the outputs of layers that higher layers project, by layer (SwiftKV's norm_swift)."""
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = Head(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -110,7 +114,8 @@ class Decoder(nn.Module):
         options: dict[str, Any] = {"post_grad_custom_pre_pass": SUM_PRODUCTS, "post_grad_custom_post_pass": FP8_CASTS}
         for block in self.blocks:
             block.compile(dynamic=False, options=options)
-        self.norm.compile(dynamic=False)
+        for norm in (self.norm, *self.stream_norms.values()):
+            norm.compile(dynamic=False)
 
     def forward(
         self,
@@ -162,8 +167,8 @@ class Decoder(nn.Module):
             cache: the previous tokens. The new tokens are added to it.
             starts: (B,) int64, tokens of padding before each sequence. Pass them with a cache's first tokens; the cache
                 stores them.
-            last_only: compute only what the last token needs: above the last layer that owns a slot, only that token
-                continues. The result is exact, and (B, 1, d_model).
+            last_only: compute only what the last token needs: above `KVPlan.last_of_prompt`, the last layer that owns
+                a slot of its own input, only that token continues. The result is exact, and (B, 1, d_model).
             inputs_embeds: (B, T, d_model), input of the first layer instead of the embeddings of `input_ids`.
             states: a list to which the input of every layer is appended, n_layers tensors (B, T, d_model). For layers
                 that are computed several times, it is the input of the last time.
@@ -181,7 +186,7 @@ class Decoder(nn.Module):
             cache.check(self.config)
             step, starts = cache.begin(self.plan, tokens, starts, self._dtype()), cache.starts
         context = self._context(tokens, positions, document_ids, starts, step, cache)
-        last_owner = max(self.plan.owners) if last_only and tokens.shape[1] > 1 else None
+        top = self.plan.last_of_prompt if last_only and tokens.shape[1] > 1 else None
         x, layer = self.embed(input_ids) if inputs_embeds is None else inputs_embeds, 0
         if not self.fp32_residual:
             x = x.to(product_dtype(x))
@@ -189,7 +194,7 @@ class Decoder(nn.Module):
         while layer < len(self.blocks):
             last = self._spans.get(layer)
             if last is None:
-                if layer == last_owner:
+                if layer == top and layer not in self.plan.inputs:  # only its slot is needed of all tokens
                     context = replace(context, last_token=self._last_token(context))
                 if states is not None:
                     states.append(x)
@@ -197,10 +202,8 @@ class Decoder(nn.Module):
             else:
                 x, slots = self._iterate(layer, last, x, slots, context, cache, states)
                 layer = last
-            if context.last_token is not None:
-                context = context.last_token
-            elif last_owner is not None and layer >= last_owner and x.shape[1] > 1:  # the last owner is in a span
-                x, context = x[:, -1:], self._last_token(context)
+            if layer == top and context.last_token is None:  # all of its tokens were needed
+                x, context = x[:, -1:], replace(context, last_token=self._last_token(context))
             slots = {j: slot for j, slot in slots.items() if self._last_reader[j] > layer}
             layer += 1
         if cache is None or step is None:
@@ -213,9 +216,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Fill `cache` with a prompt and return the hidden state of its last token, (B, 1, d_model).
 
-        Layers above the last owner compute only that token. With `chunk`, the prompt is processed in pieces of that
-        many tokens, which bounds the memory of activations and gives the same result. Raises `UserError` for a chunk
-        that would change the result, see `check_chunk`.
+        Layers above `KVPlan.last_of_prompt` compute only that token. With `chunk`, the prompt is processed in pieces of
+        that many tokens, which bounds the memory of activations and gives the same result. Raises `UserError` for a
+        chunk that would change the result, see `check_chunk`.
         """
         if chunk is not None:
             self.check_chunk(chunk, input_ids.shape[1])
@@ -308,14 +311,18 @@ class Decoder(nn.Module):
     def _layer(self, i: int, x: Tensor, slots: Slots, context: Context, cache: KVCache | None) -> tuple[Tensor, Slots]:
         block: Any = self.blocks[i]
         read = [slots[j] for j in self._reads[i]]
+        source = self.plan.layers[i].own
+        more = {} if source is None or source.input is None else {"source": context.streams[source.input]}
         if cache is not None:
             if self._decodes_compiled(cache, context):
                 block = self._compiled[i]
-            x, own = block(x, context, *read, store=cache.stores.get(i))
+            x, own = block(x, context, *read, store=cache.stores.get(i), **more)
         elif self.gradient_checkpointing and torch.is_grad_enabled() and not block.checkpoints_itself:
-            x, own = recompute(block, x, context, *read)
+            x, own = recompute(block, x, context, *read, **more)
         else:
-            x, own = block(x, context, *read)
+            x, own = block(x, context, *read, **more)
+        if str(i) in self.stream_norms:
+            context.streams[i] = self.stream_norms[str(i)](x)
         if self.on_layer is not None:
             self.on_layer(x)
         return x, slots if own is None else {**slots, i: own}
@@ -358,12 +365,13 @@ class Decoder(nn.Module):
         return out, updated
 
     def _empty_slot(self, owner: int, x: Tensor, context: Context, cache: KVCache | None) -> Slot:
-        """A slot of zeros for the new tokens of `owner`, after its cached tokens."""
+        """A slot of zeros for the new tokens of `owner`, after its cached tokens, as readers see it."""
         widths = self.plan.owned(owner).widths(self.config.resolved_head_dim)
         empty = Slot(*(x.new_zeros((*x.shape[:2], *width), dtype=self._dtype()) for width in widths))
-        if cache is None:
-            return empty
-        store = cache.stores[owner]
-        assert isinstance(store, SlotStore)
-        assert context.step is not None
-        return store.extend(empty, context.step)
+        if cache is not None:
+            store = cache.stores[owner]
+            assert isinstance(store, SlotStore)
+            assert context.step is not None
+            empty = store.extend(empty, context.step)
+        mixer: Any = self.blocks[owner].attention
+        return mixer.as_read(empty, context, self._dtype())

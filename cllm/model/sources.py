@@ -19,6 +19,7 @@ from cllm.config import ModelConfig
 from cllm.kernels.decode import Stored
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope
+from cllm.plan.forms import OwnMixed, OwnTied
 from cllm.plan.kinds import Fuse, Latent, Own, Read, Retention, Share, Source
 from cllm.plan.registry import owner_module, read_module
 
@@ -31,27 +32,83 @@ class RopeTables(Protocol):
     def __call__(self, dim: int) -> tuple[Tensor, Tensor]: ...
 
 
-@owner_module(Own)
-class OwnKV(nn.Module):
-    """Projects a layer's own keys and values."""
+class _Projecting(nn.Module):
+    """The input of an owner's projections."""
 
     def __init__(self, config: ModelConfig, own: Own):
         super().__init__()
         self.head_dim = config.resolved_head_dim
-        width = own.n_kv_heads * self.head_dim
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps) if own.kv_norm else None
-        self.k_proj = nn.Linear(config.d_model, width, bias=config.kv_bias)
-        self.v_proj = nn.Linear(config.d_model, width, bias=config.kv_bias)
+        self.has_input = own.input is not None
+
+    def projected(self, residual: Tensor, normed: Tensor) -> Tensor:
+        """What is projected (B, T, d_model), of the arguments of `forward`."""
+        return residual if self.has_input else normed if self.norm is None else self.norm(residual)
+
+    def heads(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        """(B, T, G, D)."""
+        return linear(x).unflatten(-1, (-1, self.head_dim))
+
+
+@owner_module(Own)
+class OwnKV(_Projecting):
+    """Projects a layer's own keys and values, or one of the two."""
+
+    k_proj: nn.Linear
+    """None in the module of a slot without keys."""
+    v_proj: nn.Linear
+    """None in the module of a slot without values."""
+
+    def __init__(self, config: ModelConfig, own: Own):
+        super().__init__(config, own)
+        width = own.n_kv_heads * self.head_dim
+        for half, name in (("keys", "k_proj"), ("values", "v_proj")):
+            linear = nn.Linear(config.d_model, width, bias=config.kv_bias) if half in own.halves else None
+            self.register_module(name, linear)
+        has_norm = config.qk_norm and "keys" in own.halves
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if has_norm else None
+
+    def forward(self, residual: Tensor, normed: Tensor, rope: RopeTables) -> Slot:
+        """The slot for `residual` (B, T, d_model), the stream as it enters the layer, and `normed`, its norm.
+
+        With `input`, `residual` is the normalised output of that layer.
+        """
+        x = self.projected(residual, normed)
+        k, v = (None if linear is None else self.heads(linear, x) for linear in (self.k_proj, self.v_proj))
+        if k is None:
+            return Slot(v.new_empty((*v.shape[:2], 0, self.head_dim)), v)
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        k = apply_rope(k, rope(self.head_dim))
+        return Slot(k, k.new_empty((*k.shape[:2], 0, self.head_dim)) if v is None else v)
+
+
+class StoredForm(nn.Module):
+    """Base of owner modules whose slots are stored in another form than readers see."""
+
+    def as_read(self, stored: Slot, table: tuple[Tensor, Tensor], dtype: torch.dtype) -> Slot:
+        """The slot as readers see it, in `dtype`, from all of its stored tokens and their RoPE table."""
+        raise NotImplementedError
+
+
+@owner_module(OwnTied)
+class OwnTiedKV(_Projecting, StoredForm):
+    """Projects keys and values at once: K = RoPE(n), V = n with n = norm(W x) (Q-K=V, arXiv 2606.04032)."""
+
+    def __init__(self, config: ModelConfig, own: OwnTied):
+        super().__init__(config, own)
+        self.kv_proj = nn.Linear(config.d_model, own.n_kv_heads * self.head_dim, bias=config.kv_bias)
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(self, residual: Tensor, normed: Tensor, rope: RopeTables) -> Slot:
-        """The slot for `residual` (B, T, d_model), the stream as it enters the layer, and `normed`, its norm."""
-        x = normed if self.norm is None else self.norm(residual)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # B, T, G, D
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        if self.k_norm is not None:
-            k = self.k_norm(k)
-        return Slot(apply_rope(k, rope(self.head_dim)), v)
+        """The slot as it is stored: no keys, and n; arguments as those of `OwnKV`."""
+        n = self.heads(self.kv_proj, self.projected(residual, normed))
+        n = n if self.k_norm is None else self.k_norm(n)
+        return Slot(n.new_empty((*n.shape[:2], 0, self.head_dim)), n)
+
+    def as_read(self, stored: Slot, table: tuple[Tensor, Tensor], dtype: torch.dtype) -> Slot:
+        n = stored.v if stored.v_scale is None else from_fp8(stored.v, stored.v_scale, dtype)
+        return Slot(apply_rope(n, table), n)
 
 
 @owner_module(Latent)
@@ -134,6 +191,46 @@ class SharedRead(Reader):
     def stored(self, slots: Sequence[Slot]) -> list[Stored]:
         """One tensor, as it lies in the cache."""
         return [_stored(slots[self.places[0]], self.part)]
+
+
+MIX_SCALE = 35.0
+"""s of `OwnMixed`, the factor on its learned weights (the authors' code of YOCO++)."""
+
+
+class WriteMix(Reader):
+    """The keys, or the values, that an owner stores: s Σ_j w_j K_j over slots, its own last (arXiv 2604.13556)."""
+
+    def __init__(self, n_slots: int, part: Part):
+        super().__init__(range(n_slots), part)
+        self.weight = nn.Parameter(torch.empty(n_slots, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """The last slot as it is, and nothing of the others."""
+        with torch.no_grad():
+            self.weight.zero_()
+            self.weight[-1] = 1 / MIX_SCALE
+
+    def forward(self, slots: Sequence[Slot]) -> Tensor:
+        """(B, T, G, D) in the slots' dtype, computed in fp32."""
+        parts = self.parts(slots)
+        weights = MIX_SCALE * self.weight.float()
+        total = sum(weight * part.float() for weight, part in zip(weights, parts, strict=True))
+        assert isinstance(total, Tensor)
+        return total.to(parts[-1].dtype)
+
+
+@owner_module(OwnMixed)
+class OwnMixedKV(OwnKV):
+    """Projects a layer's own keys and values, and mixes those of lower owners into them."""
+
+    def __init__(self, config: ModelConfig, own: OwnMixed):
+        super().__init__(config, own)
+        self.mixed_keys, self.mixed_values = (WriteMix(len(own.mix) + 1, part) for part in ("k", "v"))
+
+    def mix(self, own: Slot, others: Sequence[Slot]) -> Slot:
+        """What is stored, from the new tokens of this layer and of those of `OwnMixed.mix`."""
+        slots = (*others, own)
+        return Slot(self.mixed_keys(slots), self.mixed_values(slots))
 
 
 class FusedRead(Reader):

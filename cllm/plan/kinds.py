@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field
 
@@ -20,6 +21,9 @@ from cllm.section import MAX_HEADS, MAX_WIDTH, Section
 
 Granularity = Literal["scalar", "channel"]
 FusionInit = Literal["lite", "randn", "mean"]
+Half = Literal["keys", "values"]
+MAX_LAYERS = 4096
+"""Layers that a model may have."""
 Widths = tuple[tuple[int, ...], tuple[int, ...]]
 
 # ---- sources: what a layer owns --------------------------------------------------------------------------------------
@@ -35,14 +39,37 @@ class Source(ABC):
     noun: ClassVar[str] = "slot of keys and values"
     """How messages call one."""
     is_plain: ClassVar[bool] = True
-    """The slot is keys after RoPE and values, (B, T, G, D) each: layers may read the two apart and fuse them, post-hoc
-    methods may compress them, and other models' layers may become them. Any other slot is read as one."""
+    """Readers see keys after RoPE and values, (B, T, G, D) each: layers may read the two apart and fuse them. Any other
+    slot is read as one."""
+    halves: tuple[Half, ...] = ("keys", "values")
+    """The halves of a plain slot that layers may read."""
+    is_compressible: bool = True
+    """Post-hoc methods may compress the slot: a plain one stores keys after RoPE and values."""
+    is_copyable: bool = True
+    """Keys and values of another model's layer may become those of a plain slot."""
+    mixes: tuple[int, ...] = ()
+    """Lower owners whose new keys and values are a part of what is written; the slots of all have one shape."""
+    rotates_at_read: bool = False
+    """The stored tensors become what readers see in every pass, which needs RoPE at the positions of all tokens."""
     is_shareable: ClassVar[bool] = True
     """Other layers may read the slot."""
     kv_heads: int | None = None
     """KV heads, G, of a plain slot."""
     normalises: bool = False
     """K and V are projected from an RMSNorm of their own."""
+    input: int | None = None
+    """The layer whose output, normalised once for all owners that name it, is projected; None: the layer's own
+    input."""
+
+    @property
+    def is_ordinary(self) -> bool:
+        """The slot's keys and values are two projections of the layer's own input, as in models of other libraries."""
+        return self.is_plain and self.input is None
+
+    @property
+    def reads_a_prompt(self) -> bool:
+        """The slot is projected from the layer's own input, so all tokens of a prompt have to reach the layer."""
+        return self.input is None
 
     @classmethod
     def from_settings(cls, settings: Section, shape: Shape) -> Self:
@@ -58,14 +85,28 @@ class Source(ABC):
         """In a table of the plan."""
         return self.noun
 
+    def check(self, layer: int) -> None:
+        """Raise `PlanError`, which begins with the layer, unless this may be the source of `layer`."""
+        if self.input is not None and not 0 <= self.input < layer:
+            allowed = f"layers 0 to {layer - 1}" if layer else "null, the layer's own input"
+            raise PlanError(f"layer {layer}: projects the output of layer {self.input}; allowed: {allowed}")
+
     @abstractmethod
     def widths(self, head_dim: int) -> Widths:
-        """Shapes of the slot's two tensors for one token; a fp8 cache scales along the last dimension."""
+        """Shapes of the slot's two stored tensors for one token; a fp8 cache scales along the last dimension."""
 
     def elements(self, head_dim: int) -> tuple[int, int]:
         """Numbers that one token adds to the slot's two tensors."""
         k, v = self.widths(head_dim)
         return math.prod(k), math.prod(v)
+
+    def tensor_of(self, half: Half) -> int:
+        """The stored tensor, 0 or 1, that a half of the slot is made of."""
+        return 0 if half == "keys" else 1
+
+    def read_elements(self, head_dim: int) -> int:
+        """Numbers for each token in the tensors that readers see."""
+        return sum(self.elements(head_dim))
 
     def state_shape(self, n_heads: int, head_dim: int) -> tuple[int, int, int] | None:
         """Shape of a recurrent state, which does not grow with the context and is fp32; None for a slot."""
@@ -87,16 +128,24 @@ class Source(ABC):
     def read_activations(self, n_heads: int, head_dim: int, made: int) -> int:
         """Numbers per token that attention keeps for its backward: queries, output, and the slot's tensors as often as
         the layer itself makes them (`made`), by projecting and by fusing."""
-        return 2 * n_heads * head_dim + made * sum(self.elements(head_dim))
+        return 2 * n_heads * head_dim + made * self.read_elements(head_dim)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Own(Source):
-    """A slot of post-RoPE keys and values, (B, T, n_kv_heads, head_dim) each, projected by the layer itself."""
+    """A slot of post-RoPE keys and values, (B, T, n_kv_heads, head_dim) each, projected by the layer itself.
+
+    Options of `own` that change what is stored select a subclass, see `own_form`.
+
+    With `input` s, layer l projects the output of layer s instead of its own input: K_l = RoPE(W_K^l x),
+    V_l = W_V^l x with x = norm_s(h_{s+1}), where h_{s+1} is the residual stream that leaves layer s (SwiftKV, arXiv
+    2410.03960, section 3.2). norm_s belongs to layer s and is the same for all layers that project its output.
+    """
 
     n_kv_heads: int
     kv_norm: bool = False
     """Normalise the residual stream for K and V with an RMSNorm of their own instead of the layer's (CLA, YOCO)."""
+    input: int | None = None
 
     key = "own"
 
@@ -107,13 +156,30 @@ class Own(Source):
         """KV heads; null: as many as query heads."""
         kv_norm: bool = False
         """An RMSNorm of their own for K and V."""
+        input: int | None = Field(None, ge=0, le=MAX_LAYERS)
+        """Project the output of this lower layer instead of the layers' own input; null: their own input."""
+        only: Half | None = None
+        """Project and store only the `keys` or only the `values`; null: both."""
+        tie: Literal["kv"] | None = None
+        """`kv`: one projection, stored once, is the keys (with RoPE) and the values (without); null: two."""
+        mix: list[int] | None = None
+        """Lower owners whose keys and values are mixed into those that are stored, with learned weights; null: none."""
+
+    forms: ClassVar[dict[str, type[Own]]] = {}
+    """Subclasses by the option of `own` that selects them."""
 
     @classmethod
     def from_settings(cls, settings: Section, shape: Shape) -> Self:
-        return cls(**{**settings.model_dump(), "n_kv_heads": getattr(settings, "n_kv_heads", None) or shape.n_heads})
+        given = {k: v for k, v in settings.model_dump().items() if v is not None or k not in cls.forms}
+        given["n_kv_heads"] = given.get("n_kv_heads") or shape.n_heads
+        chosen = [option for option in cls.forms if option in given]
+        if len(chosen) > 1:
+            raise PlanError(f"own: has {' and '.join(chosen)}; allowed: at most one of {', '.join(cls.forms)}")
+        return (cls.forms[chosen[0]] if chosen else cls)(**given)  # type: ignore[return-value]
 
     def settings(self) -> dict[str, Any]:
-        return {"n_kv_heads": self.n_kv_heads} | ({"kv_norm": True} if self.kv_norm else {})
+        options = {"kv_norm": self.kv_norm or None, "input": self.input}
+        return {"n_kv_heads": self.n_kv_heads} | {key: value for key, value in options.items() if value is not None}
 
     @property
     def kv_heads(self) -> int:  # type: ignore[override]
@@ -121,15 +187,37 @@ class Own(Source):
 
     @property
     def normalises(self) -> bool:  # type: ignore[override]
-        return self.kv_norm
+        return self.kv_norm or self.input is not None
 
     @property
     def text(self) -> str:
         heads = f"{self.n_kv_heads} KV head{'s' if self.n_kv_heads > 1 else ''}"
-        return heads + (", own norm" if self.kv_norm else "")
+        source = "" if self.input is None else f", input {self.input}"
+        return heads + (", own norm" if self.kv_norm else "") + source
+
+    def check(self, layer: int) -> None:
+        Source.check(self, layer)
+        if self.kv_norm and self.input is not None:
+            raise PlanError(
+                f"layer {layer}: has kv_norm and input {self.input}; allowed: one of the two, since all layers that "
+                "project the output of a layer share one norm of it"
+            )
 
     def widths(self, head_dim: int) -> Widths:
         return (self.n_kv_heads, head_dim), (self.n_kv_heads, head_dim)
+
+
+_Form = TypeVar("_Form", bound=type[Own])
+
+
+def own_form(option: str) -> Callable[[_Form], _Form]:
+    """A decorator: the class is the source of entries whose `own` has `option`, a field of `Own.Settings`."""
+
+    def add(form: _Form) -> _Form:
+        Own.forms[option] = form
+        return form
+
+    return add
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,10 +17,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from cllm.errors import PlanError
-from cllm.plan.kinds import Fuse, Latent, Own, Read, Retention, Share, Source
+from cllm.plan.kinds import MAX_LAYERS, Fuse, Half, Latent, Own, Read, Retention, Share, Source
 from cllm.plan.shape import Iterations
 
 __all__ = [
@@ -42,11 +42,6 @@ __all__ = [
 
 Kind = TypeVar("Kind", bound=Source)
 ReadKind = TypeVar("ReadKind", bound=Read)
-
-Half = Literal["keys", "values"]
-
-MAX_LAYERS = 4096
-"""Layers that a model may have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,17 +105,26 @@ class KVPlan:
         return tuple(sorted({*self.keys(i).layers, *self.values(i).layers}))
 
     def reads_others(self, i: int) -> tuple[int, ...]:
-        """The owners other than itself whose slots layer `i` reads."""
-        return tuple(j for j in self.reads(i) if j != i)
+        """The owners other than itself whose slots layer `i` reads, to attend to them or to write its own."""
+        return tuple(sorted({*self.reads(i), *self.mixes(i)} - {i}))
+
+    def mixes(self, i: int) -> tuple[int, ...]:
+        """The owners whose new keys and values layer `i` mixes into its own."""
+        own = self.layers[i].own
+        return () if own is None else own.mixes
+
+    def mixers(self, owner: int) -> tuple[int, ...]:
+        """The layers that mix the new keys and values of `owner` into their own, in ascending order."""
+        return tuple(i for i in self.owners if owner in self.mixes(i))
 
     def fuses(self, i: int) -> bool:
         """Whether the keys or the values that layer `i` reads are made from slots, and not a slot as it is stored."""
         return not (self.keys(i).is_stored and self.values(i).is_stored)
 
     def reads_itself(self, i: int) -> bool:
-        """Whether layer `i` owns a plain slot and reads that one, as it is, and no other."""
+        """Whether layer `i` owns keys and values of its own input and reads those, as they are, and no others."""
         own = self.layers[i].own
-        return own is not None and own.is_plain and self.reads(i) == (i,)
+        return own is not None and own.is_ordinary and self.reads(i) == (i,)
 
     def source(self, i: int) -> Source:
         """The kind of slot that layer `i` reads. All slots that one layer reads are of one kind."""
@@ -152,6 +156,18 @@ class KVPlan:
         return tuple(i for i, layer in enumerate(self.layers) if layer.own is None)
 
     @property
+    def inputs(self) -> frozenset[int]:
+        """The layers whose output the owners of other layers project."""
+        return frozenset(own.input for j in self.owners if (own := self.owned(j)).input is not None)
+
+    @property
+    def last_of_prompt(self) -> int:
+        """The highest layer that all tokens of a prompt have to reach: an owner that projects its own input, a layer
+        whose output others project, or a cyclic one. Above it only the last token is computed."""
+        owners = (j for j in self.owners if self.owned(j).reads_a_prompt)
+        return max([*owners, *self.inputs, *(last for _, last in self.cyclic_spans())])
+
+    @property
     def shared(self) -> frozenset[int]:
         """The owners whose slots other layers read."""
         return frozenset(j for i in range(len(self)) for j in self.reads_others(i))
@@ -167,7 +183,7 @@ class KVPlan:
     def last_readers(self) -> dict[int, int]:
         """For every owner, the highest layer that reads its slot; above it the slot is no longer needed."""
         keys, values = self.readers("keys"), self.readers("values")
-        return {j: max([*keys[j], *values[j]], default=j) for j in self.owners}
+        return {j: max([*keys[j], *values[j], *self.mixers(j)], default=j) for j in self.owners}
 
     def last_reader(self, owner: int) -> int:
         """The highest layer that reads the slot of `owner`."""
@@ -196,8 +212,11 @@ class KVPlan:
         layer = self.layers[i]
         if layer.window is not None and layer.window < 1:
             raise PlanError(f"layer {i}: window is {layer.window}; allowed: 1 or more, or null for full attention")
-        for what, read in (("keys", self.keys(i)), ("values", self.values(i))):
-            self._check_read(i, what, read)
+        if layer.own is not None:
+            layer.own.check(i)
+            self._check_mix(i, layer.own)
+        self._check_read(i, "keys", self.keys(i))
+        self._check_read(i, "values", self.values(i))
         if not all(self.owned(j).is_plain for j in self.reads(i)):
             self._check_opaque(i)
         for what, read in (("keys", self.keys(i)), ("values", self.values(i))):
@@ -213,7 +232,17 @@ class KVPlan:
                 f"{value_heads} (slot {self.values(i).layers[0]}); they must be equal"
             )
 
-    def _check_read(self, i: int, what: str, read: Read) -> None:
+    def _check_mix(self, i: int, own: Source) -> None:
+        for j in own.mixes:
+            other = self.layers[j].own
+            if other is None or not other.is_plain or len(other.halves) < 2 or other.kv_heads != own.kv_heads:
+                found = "which owns nothing" if other is None else f"which owns {other.text}"
+                raise PlanError(
+                    f"layer {i}: mixes the keys and values of layer {j}, {found}; allowed: owners of keys and values "
+                    f"with {own.kv_heads} KV heads"
+                )
+
+    def _check_read(self, i: int, what: Half, read: Read) -> None:
         read.check(f"layer {i}: {what}")
         for j in read.layers:
             if not 0 <= j < len(self):
@@ -222,6 +251,13 @@ class KVPlan:
                 whence = "itself" if i == j else f"layer {j}"
                 raise PlanError(
                     f"layer {i}: {what} come from {whence}, which owns nothing; owners: {list(self.owners) or 'none'}"
+                )
+            if what not in self.owned(j).halves:
+                whence = "itself" if i == j else f"layer {j}"
+                owners = [n for n in self.owners if what in self.owned(n).halves]
+                raise PlanError(
+                    f"layer {i}: {what} come from {whence}, which owns a {self.owned(j).noun}; owners of {what}: "
+                    f"{owners or 'none'}"
                 )
             window, kept = self.layers[i].window, self.layers[j].window
             if kept is not None and (window is None or window > kept):
@@ -297,11 +333,13 @@ class KVPlan:
                 )
         keys, values = self.readers("keys"), self.readers("values")
         for j in self.owners:
-            if not keys[j] and not values[j]:
+            if not keys[j] and not values[j] and not self.mixers(j):
                 raise PlanError(
                     f"layer {j}: owns a slot that no layer reads; let a layer read it, or let it own nothing"
                 )
-            for half, readers in (("keys", keys[j]), ("values", values[j])):
+            for half in (own := self.owned(j)).halves:
+                both = (*keys[j], *values[j]) if own.tensor_of("keys") == own.tensor_of("values") else ()
+                readers = sorted({*(both or (keys[j] if half == "keys" else values[j])), *self.mixers(j)})
                 if not readers:
                     raise PlanError(
                         f"layer {j}: its {half} are read by no layer; leave `{half}` out of layer {j}, which then "

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import cllm.plan.forms  # noqa: F401  (registers the forms of `own`)
 from cllm.errors import PlanError
 from cllm.plan.kinds import Fuse, Latent, Own, Read, Retention, Share, Source
 from cllm.section import Section

@@ -251,6 +251,11 @@ def compressible_slots(cache: KVCache) -> CompressibleSlots:
     """The slots of `cache` that can be compressed, as attention reads them."""
     slots, latent, seen, total, incompressible = {}, set(), cache.seen, 0, 0
     for owner, store in cache.stores.items():
+        if not (own := cache.plan.owned(owner)).is_compressible:
+            raise UserError(
+                f"layer {owner} stores {own.text}, which no post-hoc method compresses; allowed: slots of keys after "
+                "RoPE and values, and latents"
+            )
         packed = store.last(store.kept(seen), seen) if isinstance(store, SlotStore) else None
         # Bytes of the cached tokens: a static cache's `nbytes()` counts its free room too.
         nbytes = store.nbytes() if packed is None else sum(t.nbytes for t in packed if t is not None)

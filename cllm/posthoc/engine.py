@@ -54,6 +54,8 @@ class DecoderEngine(Engine):
     def projections(self, slot: int) -> tuple[nn.Linear, nn.Linear]:
         if not self.model.plan.owned(slot).is_plain:
             raise UserError(f"slot {slot} is a latent; allowed: slots of keys and values")
+        if not (own := self.model.plan.owned(slot)).is_compressible:
+            raise UserError(f"slot {slot} stores {own.text}; allowed: slots of keys and values")
         block: Any = self.model.blocks[slot]
         owner = block.attention.owner
         _check_plain(slot, owner.k_norm)

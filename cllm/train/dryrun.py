@@ -45,7 +45,8 @@ def block_activation_bytes(model: Decoder, config: Config, launch: Launch, layer
     own = plan.layers[layer].own
     computed = (own is not None) + (plan.fuses(layer) and not config.train.recompute_fusion)
     kept = plan.source(layer).read_activations(c.n_heads, c.resolved_head_dim, computed)
-    kept += c.d_model if own is not None and own.normalises else 0
+    kept += c.d_model if own is not None and own.normalises and own.input is None else 0
+    kept += c.d_model if layer in plan.inputs else 0  # normalised, for the owners that project it
     hidden = (2 if will_fuse(model, config, launch) else 3) * model_d_ff(c)
     return 2 * c.d_model * wide + (2 * c.d_model + kept + hidden) * narrow
 
@@ -68,7 +69,8 @@ def memory_estimate(model: Decoder, config: Config, launch: Launch, *, teacher: 
     blocks = [block_activation_bytes(model, config, launch, i) for i in range(c.n_layers)]
     passes = _kept_passes(model)
     if train.gradient_checkpointing:
-        slots = sum(passes[j] * sum(model.plan.owned(j).elements(c.resolved_head_dim)) for j in model.plan.shared)
+        slots = sum(passes[j] * model.plan.owned(j).read_elements(c.resolved_head_dim) for j in model.plan.shared)
+        slots += sum(passes[j] * c.d_model for j in model.plan.inputs)
         per_token = sum(passes) * c.d_model * (4 if train.fp32_residual else narrow) + slots * narrow + max(blocks)
     else:
         per_token = sum(map(operator.mul, passes, blocks))

@@ -66,6 +66,8 @@ def init_student(student: Decoder, teacher: TracedDecoder, settings: InitFrom, b
         raise UserError(
             f"init.method is {settings.method}, and the plan has {'' if latent else 'no '}latents; allowed: {allowed}"
         )
+    if settings.method in ("ridge", "fit"):
+        _check_inputs(student.plan, settings.method)
     if latent:
         check_latents(student, teacher, calibrated=bool(batches))
     copy_rest(student, teacher)
@@ -93,6 +95,16 @@ def init_student(student: Decoder, teacher: TracedDecoder, settings: InitFrom, b
     elif settings.method == "svd":
         errors = make_latents(student, teacher, batches, keep=settings.rope_pairs)
     return StudentInit(owners, errors)
+
+
+def _check_inputs(plan: KVPlan, method: str) -> None:
+    """Least squares compares projections of the same input."""
+    for j in plan.owners:
+        if (source := plan.owned(j).input) is not None:
+            raise UserError(
+                f"init.method is {method}, and layer {j} projects the output of layer {source}; allowed: copy, mean, "
+                "aligned"
+            )
 
 
 def _alignments(

@@ -49,6 +49,10 @@ def check_plans(student: KVPlan, teacher: KVPlan) -> None:
                 f"{own.kv_heads}; set n_kv_heads to that, or to a number that divides it"
             )
         owned = student.layers[i].own
+        if owned is not None and not owned.is_copyable:
+            raise UserError(
+                f"model.kv: layer {i} owns {owned.text}, which cannot be made from keys and values of another model"
+            )
         if owned is not None and owned.is_plain and own.normalises and not owned.normalises:
             raise UserError(
                 f"model.kv: layer {i} has no kv_norm, but that of the model that init.from names has; set kv_norm: true"
@@ -74,6 +78,9 @@ def copy_rest(student: Decoder, teacher: Decoder) -> None:
     student.embed.load_state_dict(teacher.embed.state_dict())
     student.norm.load_state_dict(teacher.norm.state_dict())
     student.head.load_state_dict(teacher.head.state_dict())
+    for i in student.plan.inputs:  # as the next layer normalises that output
+        norm = owner_of(teacher, i + 1).norm or block_of(teacher, i + 1).attention_norm
+        student.stream_norms[str(i)].load_state_dict(norm.state_dict())
     for i in range(len(student.plan)):
         mine, theirs = block_of(student, i), block_of(teacher, i)
         for name in ("attention_norm", "mlp_norm", "mlp"):
@@ -132,8 +139,8 @@ def copy_owners(student: Decoder, teacher: Decoder, owners: Mapping[int, OwnKV])
             )
         if not isinstance(mine, OwnKV):  # latents have a method of their own
             continue
-        mine.k_proj.load_state_dict(owners[j].k_proj.state_dict())
-        mine.v_proj.load_state_dict(owners[j].v_proj.state_dict())
+        _load(mine.k_proj, owners[j].k_proj)
+        _load(mine.v_proj, owners[j].v_proj)
         _load(mine.k_norm, owners[j].k_norm)
         _load(mine.norm, owners[j].norm or block_of(teacher, j).attention_norm)
 

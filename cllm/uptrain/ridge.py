@@ -98,7 +98,8 @@ def _inputs(seen: Observed, student: Decoder, j: int) -> Tensor:
     """Inputs of the projections of owner `j`, (N, d_model) fp64, with a column of ones for a bias."""
     owner = owner_of(student, j)
     x = seen.normed(j) if owner.norm is None else owner.norm(seen.inputs[j]).flatten(0, 1)
-    return x.double() if owner.k_proj.bias is None else torch.cat((x, x.new_ones(len(x), 1)), dim=1).double()
+    linear = owner.v_proj if owner.k_proj is None else owner.k_proj
+    return x.double() if linear.bias is None else torch.cat((x, x.new_ones(len(x), 1)), dim=1).double()
 
 
 def _keys_and_values(seen: Observed, i: int, owner: OwnKV) -> dict[Part, Tensor]:

@@ -58,6 +58,7 @@ def make_trainable(model: Decoder, config: Config) -> None:
     if kind == "all":
         return
     model.requires_grad_(False)
+    model.stream_norms.requires_grad_(kind == "kv")
     for i in range(len(model.blocks)):
         attention = block_of(model, i).attention
         for name, part in attention.named_children():

@@ -295,6 +295,11 @@ NUMBERS = {
     "trailing": 2 * (2 * 16 * 3 + 2 * 16 * 12),
     "afm": 5 * 2 * 16 * 12,
     "lckv": 3 * 2 * 16 * 12,
+    "swiftkv": 8 * 2 * 16 * 12,
+    "yoco_pp": 3 * 2 * 16 * 3 + 2 * 16 * 12,
+    "resformer": 8 * 2 * 16 * 12,
+    "kv_tie": 8 * 2 * 8 * 12,
+    "svformer": (8 + 1) * 2 * 8 * 12,
     "fusedkv_lite_learnable": 4 * 2 * 16 * 12,
     "fusedkv_lite_reversed": 4 * 2 * 16 * 12,
     "pizza_bottom": 4 * 2 * 16 * 12,  # owners 0 1 2 3

@@ -49,6 +49,10 @@ VARIANTS = [
     "learnable, weights per head",
     "cla, factor 3",
     "mha, window and kv norm",
+    "swiftkv, groups of two",
+    "halves of other layers",
+    "mixes of mixes",
+    "tied slots of other layers",
 ]
 
 
@@ -61,7 +65,10 @@ def test_logits_and_gradients_of_variants(name, reference, preset_config, random
     assert_equal_to_reference(reference, random_model(preset_config(name)), reference.VARIANTS[name][1])
 
 
-@pytest.mark.parametrize("name", ["mha", "fusedkv", "yoco", "yoco with retention", "mla", "trailing"])
+@pytest.mark.parametrize(
+    "name",
+    ["mha", "fusedkv", "yoco", "yoco with retention", "mla", "trailing", "swiftkv", "svformer", "kv_tie", "yoco_pp"],
+)
 def test_layer_by_layer_and_token_by_token_are_equal(name, reference, preset_config, random_model):
     """Decoding order changes nothing in a plan that reads from below."""
     model = random_model(preset_config(name))

@@ -88,15 +88,13 @@ def test_slot_widths():
 @pytest.mark.parametrize("name", preset_names())
 def test_only_owners_have_key_and_value_projections(name, reference, preset_config):
     model = Decoder(preset_config(name))
-    kv = {"mla": "owner.down_proj"}.get(name, "owner.k_proj")
+    kv = {"mla": "owner.down_proj", "kv_tie": "owner.kv_proj"}.get(name, "owner.k_proj")
     for i, row in enumerate(reference.PRESETS[name][1]):
         names = {n for n, _ in model.blocks[i].attention.named_parameters()}
-        owns, fuses = row.startswith(("own", "latent")), "keys w" in row
+        owns, fused = row.startswith(("own", "latent")), [half for half in ("keys", "values") if f"{half} w" in row]
         assert any(n.startswith(kv) for n in names) == owns, i
         assert any(n.startswith("owner") for n in names) == owns, i
-        assert {n for n in names if n.split(".")[0] in ("keys", "values")} == (
-            {"keys.weight", "values.weight"} if fuses else set()
-        )
+        assert {n for n in names if n.split(".")[0] in ("keys", "values")} == {f"{half}.weight" for half in fused}
 
 
 def test_fusion_weights_start_where_the_plan_says(tiny_config):

@@ -5,6 +5,7 @@ import pytest
 from cllm.config import ModelConfig
 from cllm.config.load import validate
 from cllm.errors import UserError
+from cllm.plan.forms import OwnHalf, OwnTied
 from cllm.plan.plan import Fuse, Iterations, KVPlan, Latent, Own, Retention, Share
 from cllm.plan.presets import preset_names
 
@@ -25,6 +26,10 @@ def rows(plan: KVPlan) -> list[str]:
         words = []
         if isinstance(layer.own, Own):
             words += [f"own:{layer.own.n_kv_heads}"] + ["norm"] * layer.own.kv_norm
+            words += [] if layer.own.input is None else [f"input {layer.own.input}"]
+            words += [f"only {layer.own.only}"] if isinstance(layer.own, OwnHalf) else []
+            words += ["tied"] if isinstance(layer.own, OwnTied) else []
+            words += [f"mix {'+'.join(map(str, plan.mixes(i)))}"] if plan.mixes(i) else []
         elif layer.own is not None:
             words.append({Latent: "latent", Retention: "retention"}[type(layer.own)])
         keys, values = plan.keys(i), plan.values(i)

@@ -138,6 +138,30 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
     return model(layers, iterations) | options
 
 
+@st.composite
+def formed(draw: st.DrawFn) -> dict[str, Any]:
+    """A section of `models` whose owners of keys and values have random forms."""
+    section = draw(models())
+    layers = section["kv"]["layers"]
+    whole: list[int] = []
+    for i, entry in enumerate(layers):
+        if "own" not in entry:
+            continue
+        forms = [None, "tie", *(["mix"] if whole else []), *(["only"] if whole and "values" not in entry else [])]
+        form, own = draw(st.sampled_from(forms)), entry["own"]
+        if i > 0 and not own["kv_norm"] and draw(st.booleans()):
+            own["input"] = draw(st.integers(0, i - 1))
+        if form == "only":
+            own["only"], entry["values"] = "keys", {"share": draw(st.sampled_from(whole))}
+        elif form == "mix":
+            own["mix"] = draw(st.lists(st.sampled_from(whole), min_size=1, max_size=2, unique=True))
+        elif form == "tie":
+            own["tie"] = "kv"
+        if form != "only":
+            whole.append(i)
+    return section
+
+
 # ---- what holds for each --------------------------------------------------------------------------------------------
 
 
@@ -252,3 +276,36 @@ def test_accepted_plans_compute_cache_export_and_train_alike(section, sizes, chu
     as_pretrained(model).save_pretrained(folder)
     loaded = CLLMForCausalLM.from_pretrained(folder)
     assert torch.equal(loaded(ids).logits, full)
+
+
+FORMS: list[dict[str, Any]] = [
+    {"own": {}, "window": 4},
+    {"own": {"only": "values"}, "keys": {"share": 0}, "window": 4},
+    {"own": {"tie": "kv"}},
+    {"own": {"mix": [2, 0], "input": 1}},
+    {"own": {"only": "keys", "input": 1}, "values": {"fuse": [2, 3]}},
+    {"own": {"tie": "kv", "input": 3}, "keys": {"fuse": [2, 4, 5]}},
+]
+"""Owners of every form; all tokens of a prompt reach layer 3 and none above."""
+CYCLIC_FORMS: list[dict[str, Any]] = [
+    {"own": {}},
+    {"keys": {"share": 3}, "values": {"share": 2}},
+    {"own": {"tie": "kv", "input": 0}},
+    {"own": {"mix": [2], "input": 1}, "values": {"fuse": [2, 3]}},
+]
+
+
+def listed(layers: list[dict[str, Any]], iterations: dict[str, int] | None = None) -> dict[str, Any]:
+    """A `model` section with one entry for each layer."""
+    return model([{"layers": i, **layer} for i, layer in enumerate(layers)], iterations)
+
+
+@settings(PROPERTY, max_examples=int(GIVEN or 15))
+@example(section=listed(FORMS), sizes=EVEN, chunk=2)
+@example(section=listed(CYCLIC_FORMS, {"forward": 2, "backward": 2}), sizes=EVEN, chunk=2)
+@given(section=formed(), sizes=st.lists(st.integers(1, 3), min_size=LENGTH, max_size=LENGTH), chunk=st.integers(1, 4))
+def test_owners_of_every_form_compute_cache_export_and_train_alike(
+    section, sizes, chunk, random_model, tmp_path_factory
+):
+    check = test_accepted_plans_compute_cache_export_and_train_alike.hypothesis.inner_test
+    check(section, sizes, chunk, random_model, tmp_path_factory)

@@ -84,6 +84,8 @@ def _check_plan(plan: KVPlan) -> None:
         own = plan.owned(i)
         if not own.is_plain:
             raise UserError(f"layer {i}: owns a {type(own).__name__.lower()}; {_ELSEWHERE}")
+        if not own.is_ordinary:
+            raise UserError(f"layer {i}: owns {own.text}; {_ELSEWHERE}")
         if own.normalises:
             raise UserError(f"layer {i}: has a norm of its own for keys and values (kv_norm); {_ELSEWHERE}")
         heads.add(own.kv_heads)

@@ -9,11 +9,13 @@ latent.py   low-rank latents: mla
 sharing.py  layers share a slot as it is: cla, yoco, trailing, afm
 fusing.py   fusedkv, fusedkv_lite and its ablations
 study.py    pizza, sandwich, lasagna, lckv
+writing.py  owners write other slots than two projections of their own input: swiftkv, svformer, kv_tie, yoco_pp,
+            resformer
 
 Imports the rest of the plan package.
 """
 
-from cllm.plan.presets import fusing, latent, owning, sharing, study
+from cllm.plan.presets import fusing, latent, owning, sharing, study, writing
 from cllm.plan.presets.base import PRESETS, Preset, preset_names, register_preset
 from cllm.plan.presets.owning import MHA
 
@@ -28,4 +30,5 @@ __all__ = [
     "register_preset",
     "sharing",
     "study",
+    "writing",
 ]

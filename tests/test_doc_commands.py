@@ -40,6 +40,7 @@ from cllm.config import Config
 from cllm.config.load import ConfigParser, load_settings
 from cllm.data.prepare.recipe import Recipe
 from cllm.errors import UserError
+from cllm.study.schema import load_study
 from cllm.uptrain.complete import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,8 +77,8 @@ NAMES = {
     "experiments.tradeoff": "tradeoff",
     "cllm.uptrain.search": "search",
 }
-ELSEWHERE = {"--suite", "--push"}
-"""Options that need a package or a network."""
+ELSEWHERE = {"--suite", "--score", "--heatmap", "--push"}
+"""Options that need a package, a network, or runs measured by suites."""
 
 
 class Broken(Exception):
@@ -110,6 +111,7 @@ def commands(text: str, page: str) -> Iterator[Line]:
             for name, value in variables.items():
                 pending = pending.replace(f"${name}", value)
             words, pending = shlex.split(pending, comments=True), ""
+            words = words[: words.index(">")] if ">" in words else words
             if loop := re.fullmatch(r"for (\w+) in (\S+).*; do", " ".join(words)):
                 variables[loop[1]] = loop[2]
             elif words and words != ["done"]:
@@ -178,7 +180,7 @@ def call(program: str, words: list[str], *, parse: bool = False) -> None:
         except SystemExit as end:
             status = end.code or 0
         except Parsed as parsed:
-            if isinstance(parsed.parser, ConfigParser) and parsed.options.config:
+            if isinstance(parsed.parser, ConfigParser):
                 status = load(parsed)
         except Exception:
             status = traceback.format_exc()
@@ -190,7 +192,11 @@ def load(parsed: Parsed) -> str | None:
     """Load the settings of a program that was only parsed; returns the mistake."""
     assert isinstance(parsed.parser, ConfigParser)
     try:
-        if parsed.parser.schema is Config:
+        if hasattr(parsed.options, "study"):
+            load_study(parsed.options.study, parsed.rest)
+        elif not parsed.options.config:
+            return None
+        elif parsed.parser.schema is Config:
             load_config(parsed.options.config, parsed.rest)
         else:
             load_settings(parsed.parser.schema, parsed.options.config, parsed.rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -241,7 +242,8 @@ class TaskSuite(Suite):
             columns = [Column(number.head, _cell(lines, number, specs[0])) for number in self.numbers]
             title = self.name if specs[0] == AS_IS else f"{self.name}: {specs[0]}"
             return f"{title}\n" + aligned([*_LEFT, *columns], _first(lines))
-        shown = sorted((n for n in self.numbers if not n.detail), key=lambda number: number.key != self.main)
+        measured = [n for n in self.numbers if not n.detail and any(n.key in record for record in records)]
+        shown = sorted(measured, key=lambda number: number.key != self.main)
         tables = []
         for number in shown:
             lines = _lines([record for record in records if number.key in record])
@@ -286,7 +288,11 @@ class TaskSuite(Suite):
         default = self.settings().model_dump(mode="json")
         changed = {key: value for key, value in settings.items() if value != default[key]}
         texts = [f"{k}={'+'.join(map(str, v)) if isinstance(v, list) else v}" for k, v in changed.items()]
-        return slug(",".join(texts))[:_LONGEST_NAME] if texts else "default"
+        name = slug(",".join(texts)) if texts else "default"
+        if len(name) <= _LONGEST_NAME:
+            return name
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]  # long paths may begin alike
+        return f"{name[:_LONGEST_NAME]}-{digest}"
 
 
 def _scaled(mean: Mean, scale: float) -> Mean:

@@ -159,11 +159,21 @@ def test_numbers_that_were_not_measured_are_left_out_of_tables_and_events(subjec
     model.step, model.tensorboard = 3, tmp_path / "tensorboard"
     records = list(measure(suite, model, {"depth": 1}).values())
     assert [line.split()[-1] for line in suite.table(records).splitlines()[2:]] == ["-", "3.000", "3.000"]
+    without = [{key: number for key, number in record.items() if key != "rare"} for record in records]
+    assert "rare" not in suite.table([record | {"spec": spec} for record in without for spec in ("none", "svd")])
     for missing in ({"rare"}, {"hit", "rare"}):
         kept = {key: number for key, number in records[-1].items() if key not in missing}
         (tmp_path / "evaluation" / "shares" / "shares.json").unlink(missing_ok=True)
         assert suite.save(model, kept) == tmp_path / "evaluation" / "shares" / "depth=1" / "all.json"
         assert (tmp_path / "evaluation" / "shares" / "shares.json").exists() == ("hit" in kept)
+
+
+def test_long_settings_that_begin_alike_have_two_folders(subject, planted, measure, tmp_path) -> None:
+    model, suite = subject(planted.noise, folder=tmp_path), _Shares()
+    record = next(iter(measure(suite, model, {"depth": 1}).values()))
+    first, second = (suite.save(model, record | {"settings": {"depth": 300 * "x" + end}}) for end in "ab")
+    assert first.parent != second.parent
+    assert len(first.parent.name) < 200
 
 
 def test_the_example_of_the_documentation_is_a_suite(subject, planted, measure) -> None:

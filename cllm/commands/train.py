@@ -44,7 +44,14 @@ def make_parser(program: str) -> ConfigParser:
         "--tokens-per-second",
         metavar="N",
         type=number(above=0),
-        help="with --dry-run: print the hours that the run takes at this rate over all devices",
+        help="with --dry-run: print the hours that the run takes at this rate over all devices (default: the rate of "
+        "the newest run in runs_dir with the same model and step on the same hardware)",
+    )
+    parser.add_argument(
+        "--price",
+        metavar="P",
+        type=number(above=0),
+        help="with --dry-run: print the cost at this price of a device for an hour",
     )
     parser.add_argument("--print-config", action="store_true", help="print the complete config as YAML; do not train")
     parser.add_argument(
@@ -63,8 +70,9 @@ def main(argv: list[str] | None = None, *, program: str = "cllm train") -> int:
         raise UserError(
             "give at least one --config FILE; --config quickstart (configs/quickstart.yaml) is a good first one"
         )
-    if arguments.tokens_per_second is not None and not arguments.dry_run:
-        raise UserError("--tokens-per-second is given without --dry-run, which alone uses it")
+    for name in ("tokens_per_second", "price"):
+        if getattr(arguments, name) is not None and not arguments.dry_run:
+            raise UserError(f"--{name.replace('_', '-')} is given without --dry-run, which alone uses it")
     config = load_config(arguments.config, overrides)
     if arguments.print_config:
         print(yaml.safe_dump(config.as_yaml_data(), sort_keys=False), end="")
@@ -81,7 +89,8 @@ def main(argv: list[str] | None = None, *, program: str = "cllm train") -> int:
             from cllm.evaluate.during_training import choose_suites
 
             choose_suites(config)
-        print(dry_run(with_vocabulary(config), tokens_per_second=arguments.tokens_per_second))
+        speed, price = arguments.tokens_per_second, arguments.price
+        print(dry_run(with_vocabulary(config), tokens_per_second=speed, price=price))
         return 0
     probes: Sequence[Probe] = ()
     if config.evaluate_suites:

@@ -33,6 +33,7 @@ ranks.py                the watch over other processes of a run
 faults.py               faults of the machine as one line
 dryrun.py               the plan, its size and its cost, without training
 budget.py               the tokens of a run against its data and the clock
+speed.py                the speed of an earlier run like a planned one
 
 Imports everything except evaluate and posthoc.
 """

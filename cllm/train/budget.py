@@ -9,6 +9,8 @@ from cllm.data.manifest import Manifest
 from cllm.data.mixture import Mixture, check_same_tokenizer
 from cllm.data.module import TRAIN, VALIDATION
 from cllm.errors import DataError, UserError
+from cllm.train.launch import Launch
+from cllm.train.speed import Speed, earlier_speed
 
 USEFUL_EPOCHS = 4
 """Up to 4 epochs, repeated tokens are worth nearly as much as new ones: Muennighoff et al. (arXiv 2305.16264)."""
@@ -19,18 +21,19 @@ def run_tokens(config: Config) -> int:
     return config.train.steps * config.train.global_batch * config.data.seq_len
 
 
-def budget_lines(config: Config, tokens_per_second: float | None = None) -> list[str]:
-    """The lines `data`, `epochs` and, for a given rate, `time`.
+def budget_lines(config: Config, tokens_per_second: float | None = None, price: float | None = None) -> list[str]:
+    """The lines `data`, `epochs` and, for a known rate, `time` and `cost`.
 
     Training data may not be prepared yet; other mistakes are errors, as in training.
 
     Args:
         config: of the run.
-        tokens_per_second: training tokens on all devices together.
+        tokens_per_second: training tokens on all devices together; None: the speed of an earlier run like this one.
+        price: of a device for an hour, in any currency.
 
     Raises:
         UserError: for data that cannot be read, for validation sets that do not exist, and for folders of `data.mix`
-            with different tokenizers.
+            with different tokenizers, and for a price without a rate.
     """
     data = config.data
     manifests = {folder: Manifest.read(folder) if Path(folder).exists() else None for folder in data.weights}
@@ -41,10 +44,27 @@ def budget_lines(config: Config, tokens_per_second: float | None = None) -> list
         if manifests[folder] is not None:
             _check_validation("data.mix", folder)
     lines = [*_data_lines(config, manifests), _epochs_line(config, manifests)]
-    if tokens_per_second is not None:
-        hours = run_tokens(config) / tokens_per_second / 3600
-        lines.append(f"time         {hours:,.3g} hours at {tokens_per_second:,.0f} tokens/s, without validation")
+    speed = earlier_speed(config) if tokens_per_second is None else Speed(tokens_per_second=tokens_per_second)
+    return lines + (_time_lines(config, speed, price) if speed is not None else _without_speed(price))
+
+
+def _time_lines(config: Config, speed: Speed, price: float | None) -> list[str]:
+    hours = run_tokens(config) / speed.tokens_per_second / 3600
+    source = f" as in {speed.source}" if speed.source else ""
+    lines = [f"time         {hours:,.3g} hours at {speed.tokens_per_second:,.0f} tokens/s{source}, without validation"]
+    if price is not None:
+        devices = Launch.planned(config).processes
+        spent = hours * devices
+        lines.append(f"cost         {spent * price:,.2f}: {spent:,.3g} device hours at {price:,.2f}")
     return lines
+
+
+def _without_speed(price: float | None) -> list[str]:
+    if price is not None:
+        raise UserError(
+            f"--price {price:g}: needs --tokens-per-second N, since no earlier run of this model has measured it here"
+        )
+    return []
 
 
 def _check_validation(key: str, folder: str) -> None:

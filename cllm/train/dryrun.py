@@ -141,16 +141,18 @@ def _size(count: float) -> str:
     return f"{count / GIB:.3g} GiB" if count >= GIB / 10 else f"{count / 2**20:.3g} MiB"
 
 
-def dry_run(config: Config, *, tokens_per_second: float | None = None) -> str:
+def dry_run(config: Config, *, tokens_per_second: float | None = None, price: float | None = None) -> str:
     """The report of `train.py --dry-run`. `config.model.vocab_size` must be set.
 
-    With a speed, training tokens a second on all devices together, it has the hours of the run.
+    It has the hours of the run at `tokens_per_second`, training tokens on all devices together (None: the speed of an
+    earlier run like it, if there is one), and the cost at `price` for a device and hour.
 
-    Raises `UserError` for a warm-up longer than the run, an unknown optimizer, and data that a run could not read.
+    Raises `UserError` for a warm-up longer than the run, an unknown optimizer, data that a run could not read, and a
+    price without a speed.
     """
     check_warmup(config)
     launch = Launch.planned(config)
-    budget = budget_lines(config, tokens_per_second)
+    budget = budget_lines(config, tokens_per_second, price)
     model = meta_decoder(config.model)
     c = config.model
     total, inner = count_parameters(model), count_parameters(model, embeddings=False)

@@ -307,5 +307,5 @@ def listed(layers: list[dict[str, Any]], iterations: dict[str, int] | None = Non
 def test_owners_of_every_form_compute_cache_export_and_train_alike(
     section, sizes, chunk, random_model, tmp_path_factory
 ):
-    check = test_accepted_plans_compute_cache_export_and_train_alike.hypothesis.inner_test
+    check = test_accepted_plans_compute_cache_export_and_train_alike.hypothesis.inner_test  # type: ignore[attr-defined]
     check(section, sizes, chunk, random_model, tmp_path_factory)

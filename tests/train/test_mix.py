@@ -18,6 +18,7 @@ from cllm.config import Config
 from cllm.data.manifest import Manifest
 from cllm.data.prepare.build import prepare
 from cllm.data.prepare.recipe import Recipe
+from cllm.environment import environment
 from cllm.errors import UserError
 from cllm.hub.export import export_run
 from cllm.runs import RunFolder
@@ -196,6 +197,24 @@ def test_the_dry_run_reports_shares_and_epochs(mixed: Tiny, folders: dict[str, P
         "time         0.0222 hours at 3,200 tokens/s, without validation",
     ]
     assert "\n".join(lines) in report
+
+
+def test_the_dry_run_takes_the_speed_of_an_earlier_run_like_it(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny("--model.vocab_size", "320", "--runs_dir", str(tmp_path))
+    with pytest.raises(UserError, match=r"--price 2: needs --tokens-per-second N, since no earlier run of this model"):
+        dry_run(config, price=2)
+    for name, changed in (("same", []), ("wider", ["--model.d_ff", "96"]), ("elsewhere", [])):
+        run = RunFolder(tmp_path / name)
+        run.path.mkdir()
+        run.write_config(tiny("--model.vocab_size", "320", "--train.steps", "7", *changed))
+        hardware = {"gpus": "another GPU"} if name == "elsewhere" else environment()
+        (run.path / "env.txt").write_text("".join(f"{key}: {text}\n" for key, text in hardware.items()))
+        speeds = {"same": (1.0, 2048.0, 512.0, 1024.0)}.get(name, (9.0, 9.0))
+        rows = ({"step": n, "tokens": n, "time": 0.0, "throughput/tokens_per_s": x} for n, x in enumerate(speeds))
+        run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = dry_run(config, price=36.0).splitlines()
+    assert f"time         0.000278 hours at 1,024 tokens/s as in {tmp_path / 'same'}, without validation" in report
+    assert "cost         0.01: 0.000278 device hours at 36.00" in report
 
 
 def test_the_dry_run_reports_epochs_of_one_folder(tiny: Tiny, prepared: Path, tmp_path: Path) -> None:

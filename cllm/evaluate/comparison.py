@@ -69,6 +69,8 @@ class _Run:
     """The optimizer step of each suite's record."""
     suite_settings: dict[str, str]
     """The settings of each suite's record."""
+    suite_samples: dict[str, str]
+    """The numbers of tasks and questions of each suite's record: defaults may depend on the model."""
     ended_early: bool = False
 
 
@@ -216,6 +218,11 @@ def _read(run: RunFolder, set_name: str | None, score: tuple[Suite, Number] | No
             for name, (_, record) in records.items()
             if isinstance(record.get("settings"), dict)
         },
+        suite_samples={
+            name: ", ".join(f"{record[key]} {key}" for key in ("tasks", "questions") if key in record)
+            for name, (_, record) in records.items()
+            if "questions" in record
+        },
         ended_early=run.early_stop() is not None,
     )
 
@@ -328,6 +335,10 @@ def _suite_settings(suite: str, run: _Run) -> str | None:
     return run.suite_settings.get(suite)
 
 
+def _suite_samples(suite: str, run: _Run) -> str | None:
+    return run.suite_samples.get(suite)
+
+
 def _warnings(runs: list[_Run], baseline: Row, quality: Quality) -> list[str]:
     """Differences that make rows less comparable, one line each."""
 
@@ -360,7 +371,10 @@ def _warnings(runs: list[_Run], baseline: Row, quality: Quality) -> list[str]:
     found += differ("evaluated with different strides", of("stride"), evaluated)
     found += differ("evaluated in different precisions", of("precision"), evaluated)
     for suite in dict.fromkeys(name for run in runs for name in run.suite_settings):
-        found += differ(f"{suite} was measured with different options", functools.partial(_suite_settings, suite))
+        options = differ(f"{suite} was measured with different options", functools.partial(_suite_settings, suite))
+        found += options or differ(
+            f"{suite} was measured on different samples", functools.partial(_suite_samples, suite)
+        )
     for run in runs:
         if quality.suite is not None and quality.of(run.row) is None:
             found.append(f"{run.row.run}: has no {quality.head}; evaluate --suite {quality.suite} measures it")

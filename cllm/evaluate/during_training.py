@@ -61,9 +61,12 @@ def training_probes(config: Config) -> list[Probe]:
     add_options(parser)
     options = parser.parse_args([])
     probes = []
-    for entry, choice in zip(config.evaluate_suites, chosen, strict=True):
+    for n, (entry, choice) in enumerate(zip(config.evaluate_suites, chosen, strict=True)):
         measure = _Measurement(subject, choice, options, launch.device)
-        choice.suite.check(subject, measure.job)
+        try:
+            choice.suite.check(subject, measure.job)
+        except UserError as error:
+            raise UserError(f"evaluate_suites.{n}.suite: {error}") from None
         probes.append(Probe(name=f"suite/{entry.label}", every=entry.every, measure=measure))
     return probes
 

@@ -72,6 +72,11 @@ def read_heatmap(runs: Sequence[RunFolder], suite: Suite, number: Number) -> Hea
         UserError: if a record cannot be read, or none has means by depth and length.
     """
     number = next(own for own in suite.numbers if own.key == number.key)  # without the suite's name
+    if not {_DEPTH, _LENGTH} <= set(getattr(suite, "groups", ())):
+        raise UserError(
+            f"--heatmap {suite.name}: its records have no means by depth and length; allowed: suites with needles at "
+            "chosen depths, such as ruler"
+        )
     cells = [cell for run in runs for cell in _cells(run, suite, number)]
     if not cells:
         raise UserError(

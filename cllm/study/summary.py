@@ -14,6 +14,7 @@ from typing import Any
 
 from cllm.errors import UserError
 from cllm.evaluate.suites.registry import suites
+from cllm.evaluate.tasks.suite import ALL, TaskSuite
 from cllm.study.curves import Crossing, Fit, crossing, fit_curve
 from cllm.study.points import Grid, Point, Variant
 from cllm.study.rates import Search, search
@@ -238,7 +239,7 @@ def _scores(rows: Sequence[Row]) -> list[tuple[Score, dict[str, Mean]]]:
         return []
     most = max(versions.values())
     version = min(name for name, count in versions.items() if count == most)
-    values: dict[tuple[str, str], dict[str, list[float]]] = {}
+    values: dict[tuple[str, str], dict[str, dict[str, float]]] = {}  # a number for each result, that is for each seed
     scores: dict[tuple[str, str], Score] = {}
     for row in rows:
         for result in row.results:
@@ -250,18 +251,23 @@ def _scores(rows: Sequence[Row]) -> list[tuple[Score, dict[str, Mean]]]:
                     if isinstance(value, int | float) and not isinstance(value, bool):
                         identity = (score.label, score.head)
                         scores.setdefault(identity, score)
-                        values.setdefault(identity, {}).setdefault(row.label, []).append(value)
+                        values.setdefault(identity, {}).setdefault(row.label, {})[result.name] = value
     return [
-        (scores[name], {label: Mean.of(numbers) for label, numbers in found.items()}) for name, found in values.items()
+        (scores[name], {label: Mean.of(list(numbers.values())) for label, numbers in found.items()})
+        for name, found in values.items()
     ]
 
 
 def _numbers(record: dict[str, Any]) -> list[tuple[Score, str]]:
-    """The numbers of a record, with their keys."""
+    """The numbers of a record, with their keys; none for a single task of a suite of samples."""
     name = record.get("suite") or ("posthoc" if "spec" in record else "perplexity")
     measured, on = record.get("spec") or name, record.get("set")
     label = measured if on in (None, name) else f"{measured}, {on}"
     suite = suites().get(name)
+    if isinstance(suite, TaskSuite):
+        if record["task"] != ALL:
+            return []
+        label = suite.label(record)
     if suite is None:
         return [(Score(suite=name, label=label, head="loss", form="{:.4f}".format), "loss")]
     return [(Score(suite=name, label=label, head=n.head, form=n.form), n.key) for n in suite.numbers]

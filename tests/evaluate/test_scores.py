@@ -78,6 +78,11 @@ def test_runs_without_the_score_and_other_settings_are_warned_of(runs: list[Path
     comparison = compare_runs(find_runs(runs), score="mqar")
     assert "mqar was measured with different options: pairs=[4]: mha; pairs=[8]: yoco" in comparison.warnings
     assert "cla: has no mqar, accuracy %; evaluate --suite mqar measures it" in comparison.warnings
+    for run, tasks in ((runs[0], 3), (runs[2], 2)):  # the defaults of some suites depend on the model
+        path = run / "evaluation" / "mqar" / "mqar.json"
+        write(path, other | {"settings": {"pairs": None}, "tasks": tasks, "questions": 10 * tasks})
+    (warning,) = [line for line in compare_runs(find_runs(runs), score="mqar").warnings if "samples" in line]
+    assert warning == "mqar was measured on different samples: 3 tasks, 30 questions: mha; 2 tasks, 20 questions: yoco"
     assert markdown_table(comparison).splitlines()[3].count("–") >= 2
 
 
@@ -88,7 +93,11 @@ def test_runs_without_the_score_and_other_settings_are_warned_of(runs: list[Path
         ("--score mqar/accurac", '--score mqar/accurac: mqar has no such number; did you mean "accuracy"?'),
         ("--score perplexity", "--score perplexity: no such suite"),
         ("--score copying", "--score copying: no run has a record of it; first run evaluate --suite copying"),
-        ("--heatmap mqar", "--heatmap mqar: no run has records with means of accuracy by depth and length"),
+        (
+            "--heatmap mqar",
+            "--heatmap mqar: its records have no means by depth and length; allowed: suites with needles",
+        ),
+        ("--heatmap ruler", "--heatmap ruler: no run has records with means of accuracy by depth and length"),
     ],
 )
 def test_scores_that_cannot_be_compared_are_refused(runs, compare, tmp_path, capsys, words, message) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from cllm.errors import UserError
+from cllm.evaluate.suites.registry import suites
 from cllm.study.curves import crossing, fit_curve
 from cllm.study.layout import Layout
 from cllm.study.report import report_data, report_text, write_report
@@ -111,6 +112,27 @@ def test_a_report_has_equal_bytes_each_time_and_reads_results_alone(
     assert [row["design"] for row in data["rows"]] == ["mha", "cla"]
     assert data["rows"][0]["commits"] == ["abc"]
     assert data["rows"][0]["config"]["model"]["d_model"] == 8
+
+
+def test_scores_are_means_over_seeds_and_not_over_tasks_or_suites(
+    finished: Path, chaos: ModuleType, tmp_path: Path
+) -> None:
+    study = chaos.study_of(finished / "base.yaml")
+    layout = copy_of(finished, tmp_path)
+    for seed, level in ((1, 1.0), (2, 3.0)):
+        records = []
+        for suite, above in (("copying", 0.0), ("mqar", 5.0)):
+            record = {"suite": suite, "set": suite, "spec": "as it is", "settings": suites()[suite].settings()}
+            record["settings"] = record["settings"].model_dump(mode="json") | {"samples": 4}
+            for task, loss in (("all", level), ("one", level - 0.5), ("two", level + 0.5), ("all", level)):
+                records.append(record | {"task": task, "loss": loss + above})  # evaluate writes "all" twice
+        change(layout, f"mha-lr0.002-160-s{seed}-*", evaluations=records)
+    found = summarise(study, read_results(layout.results)).scores
+    means = {(score.label, score.head): by_row["mha"] for score, by_row in found if "mha" in by_row}
+    assert means == {
+        ("copying:samples=4", "loss"): Mean(2, 2.0, 1.0),  # sqrt(2) / sqrt(2)
+        ("mqar:samples=4", "loss"): Mean(2, 7.0, 1.0),
+    }
 
 
 def test_the_report_computes_losses_by_hand_and_names_the_rule(

@@ -109,7 +109,7 @@ def test_a_probe_that_draws_and_changes_modes_disturbs_nothing(tiny: Tiny) -> No
         ("{suite: perplexity, every: 2}", r"evaluate_suites\.0\.suite is 'perplexity', which measures on texts"),
         (
             "{suite: 'copying:distances=64', every: 2}",
-            r"of distance=64 has \d+ tokens; allowed: up to the context",
+            r"^evaluate_suites\.0\.suite: .*of distance=64 has \d+ tokens; allowed: up to the context",
         ),
     ],
 )

@@ -26,6 +26,7 @@ from cllm.evaluate.tasks.reading import Reader, Step, reads_of
 from cllm.evaluate.tasks.sample import Answer, Question, Sample
 from cllm.evaluate.tasks.text import decode
 from cllm.model.graph import StepGraph
+from cllm.posthoc import UNCOMPRESSED
 from cllm.posthoc.engine import DecoderEngine
 from cllm.posthoc.method import Compressor, Engine
 from cllm.posthoc.registry import parse
@@ -216,13 +217,14 @@ class _Runner:
             with torch.inference_mode():
                 began = self._now()
                 try:
-                    filled = cache if method is None else self._engine.compress(cache, method, measure=False)
+                    as_it_is = method is None or result.spec == UNCOMPRESSED  # which every plan allows
+                    filled = cache if as_it_is else self._engine.compress(cache, method, measure=False)
                 except UserError as error:
                     result.left_out |= {sample.task: str(error) for sample in samples}
                     answers: list[list[Answer]] = [[] for _ in samples]
                 else:
                     result.own_nbytes += own
-                    result.nbytes += own if method is None else self._engine.nbytes(filled)
+                    result.nbytes += own if as_it_is else self._engine.nbytes(filled)
                     reader = self._reader(filled, last, method, samples, room)
                     answers = self._answers(reader, samples)
                     del reader, filled

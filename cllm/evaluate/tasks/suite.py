@@ -284,6 +284,12 @@ class TaskSuite(Suite):
             super().save(subject, record, out)
         return path
 
+    def label(self, record: Record) -> str:
+        """The suite, the settings that differ from the defaults, and the spec: `copying:samples=4, xkv:ratio=4`."""
+        name = self._settings_slug(record["settings"])
+        named = self.name if name == "default" else f"{self.name}:{name}"
+        return named if record["spec"] == AS_IS else f"{named}, {record['spec']}"
+
     def _settings_slug(self, settings: Record) -> str:
         default = self.settings().model_dump(mode="json")
         changed = {key: value for key, value in settings.items() if value != default[key]}

@@ -115,6 +115,15 @@ def test_batch_size_and_order_change_nothing(name: str, subject, random_model) -
                 _assert_equal(found, expected)
 
 
+def test_none_is_allowed_for_plans_that_no_method_compresses(subject, random_model) -> None:
+    subject, samples = subject(_decoder(random_model, {"preset": "kv_tie"}), context=64), _samples()[:2]
+    (as_it_is,) = run_samples(subject, samples, (), CPU)
+    none, lossy = run_samples(subject, samples, ["none", "kivi:group=4,residual=0"], CPU)
+    assert none.answers == as_it_is.answers
+    assert none.nbytes == none.own_nbytes > 0
+    assert "K = V, which no post-hoc method compresses" in next(iter(lossy.left_out.values()))
+
+
 @pytest.mark.parametrize("name", ["mha", "yoco", "llama"])
 def test_none_equals_no_compression_to_the_bit(name: str, subject, random_model) -> None:
     model = _llama() if name == "llama" else _decoder(random_model, PLANS[name])

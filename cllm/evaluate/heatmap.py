@@ -72,12 +72,12 @@ def read_heatmap(runs: Sequence[RunFolder], suite: Suite, number: Number) -> Hea
         UserError: if a record cannot be read, or none has means by depth and length.
     """
     number = next(own for own in suite.numbers if own.key == number.key)  # without the suite's name
-    if not {_DEPTH, _LENGTH} <= set(getattr(suite, "groups", ())):
+    cells = [cell for run in runs for cell in _cells(run, suite, number)]
+    if not cells and not {_DEPTH, _LENGTH} <= set(getattr(suite, "groups", ())):
         raise UserError(
             f"--heatmap {suite.name}: its records have no means by depth and length; allowed: suites with needles at "
             "chosen depths, such as ruler"
         )
-    cells = [cell for run in runs for cell in _cells(run, suite, number)]
     if not cells:
         raise UserError(
             f"--heatmap {suite.name}: no run has records with means of {number.key} by depth and length; measure them "

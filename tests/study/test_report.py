@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from cllm.errors import UserError
+from cllm.evaluate.suites.choice import parse_choice
 from cllm.evaluate.suites.registry import suites
 from cllm.study.curves import crossing, fit_curve
 from cllm.study.layout import Layout
@@ -122,8 +123,10 @@ def test_scores_are_means_over_seeds_and_not_over_tasks_or_suites(
     for seed, level in ((1, 1.0), (2, 3.0)):
         records = []
         for suite, above in (("copying", 0.0), ("mqar", 5.0)):
-            record = {"suite": suite, "set": suite, "spec": "as it is", "settings": suites()[suite].settings()}
-            record["settings"] = record["settings"].model_dump(mode="json") | {"samples": 4}
+            chosen = parse_choice(f"{suite}:samples=4", suites()).given
+            assert chosen is not None
+            record: dict[str, Any] = {"suite": suite, "set": suite, "spec": "as it is"}
+            record["settings"] = chosen.model_dump(mode="json")
             for task, loss in (("all", level), ("one", level - 0.5), ("two", level + 0.5), ("all", level)):
                 records.append(record | {"task": task, "loss": loss + above})  # evaluate writes "all" twice
         change(layout, f"mha-lr0.002-160-s{seed}-*", evaluations=records)

@@ -217,14 +217,14 @@ class _Runner:
             with torch.inference_mode():
                 began = self._now()
                 try:
-                    as_it_is = method is None or result.spec == UNCOMPRESSED  # which every plan allows
-                    filled = cache if as_it_is else self._engine.compress(cache, method, measure=False)
+                    kept = method is None or result.spec == UNCOMPRESSED  # which every plan allows
+                    filled = cache if method is None or kept else self._engine.compress(cache, method, measure=False)
                 except UserError as error:
                     result.left_out |= {sample.task: str(error) for sample in samples}
                     answers: list[list[Answer]] = [[] for _ in samples]
                 else:
                     result.own_nbytes += own
-                    result.nbytes += own if as_it_is else self._engine.nbytes(filled)
+                    result.nbytes += own if kept else self._engine.nbytes(filled)
                     reader = self._reader(filled, last, method, samples, room)
                     answers = self._answers(reader, samples)
                     del reader, filled

@@ -17,12 +17,16 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cllm.arguments import number, whole_number
 from cllm.config import Config
 from cllm.config.load import ConfigParser
 from cllm.errors import UserError, nearest, one_line
 from cllm.signals import stoppable
+
+if TYPE_CHECKING:
+    from cllm.study.schema import Study
 
 
 class CllmCommands:
@@ -92,7 +96,25 @@ def main(argv: list[str] | None = None, *, program: str = "cllm study") -> int:
 
         print(array_script(study, _task_command(options, overrides, layout), layout.state), end="")
         return 0
+    _check_evaluations(study)
     return _work(options, study, layout)
+
+
+def _check_evaluations(study: Study) -> None:
+    """Refuse a suite or a spec of `evaluate` that `cllm evaluate` would refuse after training."""
+    from cllm.commands import evaluate
+    from cllm.evaluate.suites.registry import choose
+    from cllm.posthoc.registry import parse
+
+    for words in study.evaluate.commands():
+        parser = evaluate.make_parser("cllm evaluate")
+        try:
+            options = parser.parse_args(["--run", "RUN", *words])
+            choose(parser, options)
+            for spec in options.posthoc:
+                parse(spec)
+        except UserError as error:
+            raise UserError(f"study {study.name}: evaluate: {' '.join(words)}: {error}") from None
 
 
 def _task_command(options: argparse.Namespace, overrides: list[str], layout) -> list[str]:

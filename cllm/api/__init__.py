@@ -1,5 +1,6 @@
 """The functions that `import cllm` offers. Each calls what a command calls, and raises the same `UserError`s.
 
+arguments.py types of arguments
 settings.py  configs from paths, names of shipped configs and designs, dicts and config objects
 plans.py     `plan`: a design as a table, a drawing and bytes
 models.py    `build`, `load`, `load_tokenizer`, `export`

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cllm.api.arguments import device_of, path_of
 from cllm.api.settings import AnyConfig, model_config
 from cllm.data.manifest import Manifest
-from cllm.environment import choose_device
 from cllm.hub.export import Dtype, Exported, as_pretrained, export_run
 from cllm.hub.kind import identify_model
 from cllm.hub.loading import load_model
@@ -76,7 +75,7 @@ def load(path: str | os.PathLike[str], *, device: str = "cpu") -> PreTrainedMode
         >>> type(model).__name__, model.training
         ('CLLMForCausalLM', False)
     """
-    path, place = Path(path), choose_device(device)
+    path, place = path_of("load: path", path), device_of("load: device", device)
     if identify_model(path).is_run:
         return as_pretrained(load_run(path, device=place)[0]).eval()
     return load_model(path, dtype="auto").to(place)
@@ -94,7 +93,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         >>> tokenizer.decode(tokenizer("hello world")["input_ids"])
         'hello world'
     """
-    path = Path(path)
+    path = path_of("load_tokenizer: path", path)
     if not identify_model(path).is_run:
         return read_tokenizer(path)
     run = RunFolder.of(path)
@@ -131,4 +130,6 @@ def export(
         >>> "model.safetensors" in made.files
         True
     """
-    return export_run(Path(run), Path(folder), step=step, dtype=dtype, tokenizer=tokenizer, force=force)
+    run = path_of("export: run", run, "the path of a run; a model in memory has save_pretrained")
+    folder = path_of("export: folder", folder)
+    return export_run(run, folder, step=step, dtype=dtype, tokenizer=tokenizer, force=force)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cllm.api.arguments import is_path, objects_of, path_of, paths_of, wrong_type
 from cllm.api.models import load, load_tokenizer
 from cllm.api.settings import AnyConfig, run_config, settings_of
 from cllm.config import Config
@@ -155,7 +156,7 @@ class Run(os.PathLike[str]):
 def train(
     config: AnyConfig,
     *,
-    resume: str | None = None,
+    resume: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Logger] = (),
@@ -185,10 +186,17 @@ def train(
         >>> run.history("train/loss")[0]
         [1, 2]
     """
+    from lightning.pytorch import Callback
+    from lightning.pytorch.loggers import Logger
+
+    if resume is not None and not is_path(resume):
+        raise wrong_type("train: resume", resume, '"auto", the path of a checkpoint, or None')
+    callbacks = objects_of("train: callbacks", callbacks, Callback)
+    loggers = objects_of("train: loggers", loggers, Logger)
     complete = run_config(config, settings)
     folder = train_run(
         complete,
-        resume=resume,
+        resume=None if resume is None else os.fspath(resume),
         overwrite=overwrite,
         callbacks=callbacks,
         loggers=loggers,
@@ -246,7 +254,7 @@ class ComparisonView:
 
 
 def compare(
-    runs: Iterable[str | os.PathLike[str]],
+    runs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     *,
     baseline: str | None = None,
     set_name: str | None = None,
@@ -255,7 +263,7 @@ def compare(
     """Compare runs in one table, as `cllm compare` does.
 
     Args:
-        runs: run folders.
+        runs: run folders, or one.
         baseline: name of the run to compare with; default: the one with the largest cache.
         set_name: the validation set; default: each run's main one.
         out: a folder for the table as Markdown and CSV, and the figure; None: write nothing.
@@ -269,8 +277,9 @@ def compare(
         >>> [row.design for row in view.comparison.rows]
         ['mha', 'cla']
     """
-    found = compare_runs(find_runs([Path(run) for run in runs]), baseline=baseline, set_name=set_name)
-    if out is None:
+    folder = None if out is None else path_of("compare: out", out)
+    found = compare_runs(find_runs(paths_of("compare: runs", runs)), baseline=baseline, set_name=set_name)
+    if folder is None:
         return ComparisonView(found)
-    with locked(Path(out)):
-        return ComparisonView(found, tuple(write(found, Path(out))))
+    with locked(folder):
+        return ComparisonView(found, tuple(write(found, folder)))

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cllm.api.arguments import count_of, device_of, path_of, paths_of, texts_of, token_ids_of, wrong_type
 from cllm.data.manifest import MANIFEST, Manifest
-from cllm.environment import choose_device
 from cllm.errors import UserError
 from cllm.evaluate.perplexity import Settings, open_sets
 from cllm.evaluate.subjects import MemorySubject, Subject, load_subject
 from cllm.evaluate.suites.perplexity import Perplexity
 from cllm.evaluate.suites.posthoc import Posthoc
 from cllm.evaluate.suites.suite import Job, Record, Suite
-from cllm.evaluate.texts import TextSet, hold_texts
+from cllm.evaluate.texts import hold_texts
 from cllm.hub.export import as_pretrained
 from cllm.model.decoder import Decoder
 from cllm.posthoc.engine import engine_of
@@ -28,8 +28,7 @@ from cllm.posthoc.method import Compressor
 from cllm.posthoc.registry import parse
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-    from transformers.cache_utils import Cache
+    from transformers import Cache, PreTrainedTokenizerBase
 
 AnyPath = str | os.PathLike[str]
 
@@ -108,8 +107,10 @@ def score(
         >>> [record["spec"] for record in scores]
         ['none', 'xkv:group=4,ratio=2']
     """
-    paths = [data] if isinstance(data, str | os.PathLike) else list(data)
-    specs = [posthoc] if isinstance(posthoc, str) else list(posthoc)
+    paths, specs = paths_of("score: data", data), texts_of("score: posthoc", posthoc)
+    prefix, window = count_of("score: prefix", prefix), count_of("score: window", window)
+    max_tokens = count_of("score: max_tokens", max_tokens)
+    documents = None if text is None else texts_of("score: text", text)
     if text is not None and paths:
         raise UserError("score: give either data or text=")
     if save and isinstance(model, nn.Module):
@@ -118,7 +119,7 @@ def score(
     suite: Suite = Posthoc() if specs else Perplexity()
     settings = Settings(window=window, max_tokens=max_tokens)
     options = argparse.Namespace(posthoc=specs, prefix=prefix, generate=0)
-    texts = open_sets(subject, [Path(path) for path in paths]) if text is None else _in_memory(text, subject)
+    texts = open_sets(subject, paths) if documents is None else [hold_texts("text", documents, subject)]
     records = []
     with _evaluating(subject.model):
         for found in texts:
@@ -130,25 +131,23 @@ def score(
     return Scores(records, suite)
 
 
-def _in_memory(text: str | Sequence[str], subject: Subject) -> list[TextSet]:
-    return [hold_texts("text", [text] if isinstance(text, str) else text, subject)]
-
-
 def _subject(
-    model: AnyPath | nn.Module, paths: Sequence[AnyPath], tokenizer: PreTrainedTokenizerBase | None, device: str
+    model: AnyPath | nn.Module, paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase | None, device: str
 ) -> tuple[Subject, torch.device]:
     if not isinstance(model, nn.Module):
         if tokenizer is not None:
             raise UserError(f"score: tokenizer= goes with a model in memory; {model} has one")
-        place = choose_device(device)
-        return load_subject(Path(model), place), place
+        place = device_of("score: device", device)
+        return load_subject(path_of("score: model", model, "a path, or a model in memory"), place), place
     if isinstance(model, Decoder):
         model = as_pretrained(model)
     if tokenizer is None:
-        prepared = [path for path in paths if (Path(path) / MANIFEST).exists()]
+        prepared = [path for path in paths if (path / MANIFEST).exists()]
         if not prepared:
             raise UserError("score: a model in memory needs tokenizer=, or a prepared folder as data")
-        tokenizer = Manifest.load(Path(prepared[0])).tokenizer()
+        tokenizer = Manifest.load(prepared[0]).tokenizer()
+    if not callable(tokenizer):
+        raise wrong_type("score: tokenizer", tokenizer, "a tokenizer of transformers, as cllm.load_tokenizer loads it")
     return MemorySubject(model, tokenizer), next(model.parameters()).device
 
 
@@ -191,12 +190,19 @@ def compress(model: nn.Module, cache: Cache | Tensor, method: str) -> Any:
         >>> model(tokens[:, :1], past_key_values=compressed).logits.shape
         torch.Size([1, 1, 256])
     """
+    from transformers import Cache, PreTrainedModel
+
+    if not isinstance(model, Decoder | PreTrainedModel):
+        raise wrong_type("compress: model", model, "a model in memory, as cllm.load returns it")
+    if not isinstance(method, str):
+        raise wrong_type("compress: method", method, "a method with its options, such as kivi:bits=4")
     engine, compressor = engine_of(model), parse(method)
-    if not isinstance(cache, Tensor):
+    if isinstance(cache, Cache):
         if compressor.watches or type(compressor).prepare is not Compressor.prepare:
             raise UserError(f"{method}: calibrates on tokens; give the prompt's token ids, (B, T), instead of a cache")
         return engine.compress(cache, compressor)
-    ids = cache.to(next(model.parameters()).device)
+    head: Any = engine.head
+    ids = token_ids_of("compress: cache", cache, head.weight.shape[0]).to(next(model.parameters()).device)
     with _evaluating(model):
         compressor.prepare(engine, ids)
         filled = engine.new_cache()

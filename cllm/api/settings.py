@@ -88,12 +88,15 @@ def _complete_model(data: dict[str, Any]) -> tuple[dict[str, Any], Origin]:
 def _each(config: AnyConfig) -> list[OneConfig]:
     """The configs in `config`. Raises `UserError` for an object of another type."""
     single = isinstance(config, str | os.PathLike | Mapping | Section)
-    if not single and not isinstance(config, Sequence):
+    each = [config] if single or not isinstance(config, Sequence) or isinstance(config, bytes) else list(config)
+    for one in each:
+        if isinstance(one, str | os.PathLike | Mapping | Section):
+            continue
         raise UserError(
-            f"config is a {type(config).__name__}; allowed: a path, the name of a shipped config or a design, a dict, "
+            f"config is a {type(one).__name__}; allowed: a path, the name of a shipped config or a design, a dict, "
             "a config object, or a list of these"
         )
-    return [config] if single else list(config)  # type: ignore[arg-type, list-item]
+    return each  # type: ignore[return-value]
 
 
 def _only_file(config: AnyConfig) -> str:
@@ -121,4 +124,10 @@ def _layers_of(config: OneConfig) -> list[Layer]:
     if not os.path.lexists(path):
         names = [*plan_names(), *shipped_configs()]
         raise UserError(f"{name}: no such config file, shipped config or design; {nearest(name, names)}")
+    if os.path.isdir(path):
+        found = os.path.join(name, "config.yaml")
+        advice = (
+            f"give its {found}" if os.path.isfile(found) else "allowed: a file, or the name of a config or a design"
+        )
+        raise UserError(f"{name}: is a folder; {advice}" if name else "config is ''; allowed: a name or a path")
     return [(name, read_yaml(path))]

@@ -77,6 +77,15 @@ def test_configs_come_from_names_dicts_objects_and_lists_and_later_ones_win(work
     assert run_config({"data.path": Path("data"), "model": shipped}, {}).data.path == "data"
 
 
+def _any(value: Any) -> Any:
+    """A value whose type is not checked."""
+    return value
+
+
+def _compress(model: Any, prompt: Any) -> Any:
+    return cllm.compress(model or cllm.load("runs/tiny"), prompt, "kivi")
+
+
 @pytest.mark.parametrize(
     ("call", "line"),
     [
@@ -99,6 +108,31 @@ def test_configs_come_from_names_dicts_objects_and_lists_and_later_ones_win(work
         (lambda: cllm.compress(cllm.load("runs/tiny"), torch.zeros(1, 9).long(), "xvk"), '--posthoc "xvk": unknown'),
         (lambda: cllm.export("runs/none", "out"), "runs/none"),
         (lambda: cllm.compare(["data"]), "no run to compare among: data"),
+        (lambda: cllm.plan(b"mha"), "config is a bytes; allowed: a path"),
+        (lambda: cllm.build([_any(3)]), "config is a int; allowed: a path"),
+        (lambda: cllm.plan("runs/tiny"), "runs/tiny: is a folder; give its runs/tiny/config.yaml"),
+        (lambda: cllm.train("tiny.yaml", resume=True), "train: resume is a bool; allowed: "),
+        (lambda: cllm.train("tiny.yaml", callbacks=Callback()), "train: callbacks is a Callback; allowed: a list of"),
+        (
+            lambda: cllm.train("tiny.yaml", callbacks=[_any(Callback)]),
+            "train: callbacks: item 0 is the class Callback, not",
+        ),
+        (lambda: cllm.train("tiny.yaml", loggers=False), "train: loggers is a bool; allowed: a list of Logger objects"),
+        (lambda: cllm.load(3), "load: path is a int; allowed: a path"),
+        (lambda: cllm.load("runs/tiny", device="cuda:0"), "load: device is 'cuda:0'; allowed: auto, cpu, cuda"),
+        (lambda: cllm.load_tokenizer(None), "load_tokenizer: path is a NoneType"),
+        (lambda: cllm.export(cllm.build("mha", d_model=8), "out"), "export: run is a CLLMForCausalLM; allowed: "),
+        (lambda: cllm.compare([_any(3)]), "compare: runs: item 0 is a int; allowed: a path"),
+        (lambda: cllm.score(["runs/tiny"]), "score: model is a list; allowed: a path, or a model in memory"),
+        (lambda: cllm.score("runs/tiny", text=[_any(3)]), "score: text: item 0 is a int; allowed: str"),
+        (lambda: cllm.score("runs/tiny", window=0), "score: window is 0; allowed: a positive int, or None"),
+        (lambda: _compress("runs/tiny", torch.zeros(1, 9).long()), "compress: model is a str; allowed: a model in"),
+        (lambda: _compress(None, [1, 2]), "compress: cache is a list; allowed: a tensor of token ids, (B, T) int64"),
+        (
+            lambda: _compress(None, torch.zeros(9).long()),
+            "compress: cache has shape (9) and dtype torch.int64; allowed",
+        ),
+        (lambda: _compress(None, torch.full((1, 9), 10**7)), "compress: cache has token 10000000; allowed: 0 to "),
     ],
 )
 def test_mistakes_are_user_errors_of_one_line(workspace: Path, call: Any, line: str) -> None:

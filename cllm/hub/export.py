@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from transformers.utils import logging
@@ -83,6 +83,8 @@ def export_run(
             run's, and as `check_out` does.
     """
     run, out = Path(run), Path(out)
+    if dtype not in get_args(Dtype):
+        raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(get_args(Dtype))}")
     check_out(out, force)
     kept = run / companions.FOLDER
     manifest = _manifest(RunFolder(run)) if tokenizer and not companions.has_tokenizer(kept) else None

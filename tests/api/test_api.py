@@ -92,6 +92,7 @@ def _compress(model: Any, prompt: Any) -> Any:
         (lambda: cllm.build("mha", d_modl=64), 'arguments: model.d_modl: unknown key; did you mean "d_model"?'),
         (lambda: cllm.build("gqa:heads=2"), "gqa:heads=2: model.kv.heads: unknown key"),
         (lambda: cllm.plan(3), "config is a int; allowed: a path, the name"),
+        (lambda: cllm.export("runs/tiny", "other", dtype=_any("fp16")), "dtype is 'fp16'; allowed: fp32, bf16"),
         (lambda: cllm.train("tiny.yaml", **{"train.steps": "x"}), "arguments: train.steps: input should be"),
         (lambda: cllm.train("tiny.yaml"), "runs/tiny holds a run already; "),
         (lambda: cllm.train({"train": 1, "train.steps": 2}), "arguments: train.steps: train was given a value"),

@@ -106,8 +106,8 @@ def _check_evaluations(study: Study) -> None:
     from cllm.evaluate.suites.registry import choose
     from cllm.posthoc.registry import parse
 
+    parser = evaluate.make_parser("cllm evaluate")
     for words in study.evaluate.commands():
-        parser = evaluate.make_parser("cllm evaluate")
         try:
             options = parser.parse_args(["--run", "RUN", *words])
             choose(parser, options)

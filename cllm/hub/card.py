@@ -168,9 +168,5 @@ def _metrics(row: dict[str, Any]) -> dict[str, str]:
 
 def _command(run: RunFolder) -> str | None:
     """The command that started the run, from its env.txt."""
-    try:
-        lines = (run.path / "env.txt").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return None
-    command = next((line.removeprefix("command: ") for line in lines if line.startswith("command: ")), "").strip()
+    command = run.environment().get("command", "").strip()
     return f"python {command}" if command else None

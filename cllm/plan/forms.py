@@ -9,9 +9,24 @@ from cllm.errors import PlanError
 from cllm.plan.kinds import Half, Own, Widths, own_form
 
 
+class _Rewritten(Own):
+    """A slot that holds something else than the layer's keys and values, so neither other families nor post-hoc methods
+    know it."""
+
+    __slots__ = ()
+
+    @property
+    def is_ordinary(self) -> bool:
+        return False
+
+    @property
+    def is_compressible(self) -> bool:  # type: ignore[override]
+        return False
+
+
 @own_form("only")
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OwnHalf(Own):
+class OwnHalf(_Rewritten):
     """A slot of keys alone, or of values alone; the other half of what the layer reads comes from another owner.
 
     SVFormer (arXiv 2410.17897, section 3.3) stores keys alone in all layers but the first, whose values all read. The
@@ -23,14 +38,6 @@ class OwnHalf(Own):
     @property
     def halves(self) -> tuple[Half, ...]:  # type: ignore[override]
         return (self.only,)
-
-    @property
-    def is_ordinary(self) -> bool:
-        return False
-
-    @property
-    def is_compressible(self) -> bool:  # type: ignore[override]
-        return False
 
     def settings(self) -> dict[str, Any]:
         return Own.settings(self) | {"only": self.only}
@@ -50,7 +57,7 @@ class OwnHalf(Own):
 
 @own_form("tie")
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OwnTied(Own):
+class OwnTied(_Rewritten):
     """A slot of one projection that is both: K = RoPE(n), V = n with n = norm(W x) (Q-K=V, arXiv 2606.04032).
 
     The slot stores n (B, T, n_kv_heads, head_dim) as its second tensor; its first one has 0 heads. Keys are rotated in
@@ -58,14 +65,6 @@ class OwnTied(Own):
     """
 
     tie: Literal["kv"]
-
-    @property
-    def is_ordinary(self) -> bool:
-        return False
-
-    @property
-    def is_compressible(self) -> bool:  # type: ignore[override]
-        return False
 
     @property
     def is_copyable(self) -> bool:  # type: ignore[override]
@@ -94,7 +93,7 @@ class OwnTied(Own):
 
 @own_form("mix")
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OwnMixed(Own):
+class OwnMixed(_Rewritten):
     """A slot into which those of lower owners are mixed: K = s (Σ_j w_j K_j + w K_own), the same for V (YOCO++).
 
     arXiv 2604.13556: w_j start at 0 and w at 1 / s, so that the slot starts as the layer's own; s = 35. Keys are mixed
@@ -110,14 +109,6 @@ class OwnMixed(Own):
     @property
     def mixes(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.mix
-
-    @property
-    def is_ordinary(self) -> bool:
-        return False
-
-    @property
-    def is_compressible(self) -> bool:  # type: ignore[override]
-        return False
 
     @property
     def is_copyable(self) -> bool:  # type: ignore[override]

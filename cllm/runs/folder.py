@@ -85,6 +85,10 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def environment_file(self) -> Path:
+        return self.path / "env.txt"
+
+    @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
@@ -228,6 +232,14 @@ class RunFolder:
     def summary(self) -> dict[str, Any]:
         """The content of `summary.json`. Raises `UserError` if that is not a JSON object."""
         return read_object(self.summary_file)
+
+    def environment(self) -> dict[str, str]:
+        """The lines of `env.txt` by name; empty if it is missing or not text."""
+        try:
+            lines = self.environment_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            return {}
+        return dict(line.split(": ", 1) for line in lines if ": " in line)
 
     def early_stop(self) -> int | None:
         """The step after which a callback has ended the run; None for a run that was not ended early.

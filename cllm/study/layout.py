@@ -97,7 +97,7 @@ def is_held(folder: Path) -> bool:
 
 
 def last_line(file: Path) -> str:
-    """The last line of a log that is not empty; empty if there is none."""
+    """The last line of a log that has text; an empty one if no line has."""
     try:
         with file.open("rb") as stream:
             stream.seek(max(0, file.stat().st_size - 8192))

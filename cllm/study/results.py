@@ -132,7 +132,7 @@ def result_of(
     if not diverged and (not validated or validated[-1]["step"] != last):
         raise UserError(f"{run.path}: has no validation after its last step, {last}")
     tags = sorted({tag for row in validated for tag in row if tag.startswith("val")})
-    environment = _environment(run)
+    environment = {name: text for name, text in run.environment().items() if name != "command"}
     shortened = _without_folders(config)
     speeds = [row["throughput/tokens_per_s"] for row in rows if row.get("throughput/tokens_per_s")]
     return {
@@ -180,16 +180,6 @@ def with_evaluations(content: dict[str, Any], records: list[dict[str, Any]], eva
         record["data"] = Path(record["data"]).name if record.get("data") else None
         kept.append(record)
     return {**content, "evaluated": evaluated, "evaluations": kept}
-
-
-def _environment(run: RunFolder) -> dict[str, str]:
-    """Versions and hardware from `env.txt`, without the command line."""
-    try:
-        lines = (run.path / "env.txt").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    pairs = (line.partition(": ") for line in lines)
-    return {name: value for name, _, value in pairs if name != "command"}
 
 
 def _without_folders(config: dict[str, Any]) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def write_start(config: Config, folder: RunFolder, model: Decoder, summary: dict
     folder.checkpoint_folder.mkdir(parents=True, exist_ok=True)
     folder.write_config(config)
     write_atomic(folder.summary_file, json.dumps(summary, indent=2) + "\n")
-    write_atomic(folder.path / "env.txt", "".join(f"{k}: {v}\n" for k, v in environment().items()))
+    write_atomic(folder.environment_file, "".join(f"{k}: {v}\n" for k, v in environment().items()))
     write_atomic(folder.path / "plan.txt", plan_table(model.plan) + "\n")
     if config.init.path is not None:
         keep_companions(Path(config.init.path), folder.path, config.model.vocab_size or 0)

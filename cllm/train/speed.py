@@ -37,10 +37,10 @@ def earlier_speed(config: Config) -> Speed | None:
     for file in files[:_MOST_RUNS]:
         run = RunFolder(file.parent)
         try:
-            if _hardware(_environment_of(run)) != here or _decisive(run.config()) != wanted:
+            if _hardware(run.environment()) != here or _decisive(run.config()) != wanted:
                 continue
             rates = [row["throughput/tokens_per_s"] for row in run.metrics() if "throughput/tokens_per_s" in row]
-        except (OSError, UserError, UnicodeDecodeError):
+        except (OSError, UserError):
             continue  # not a run that can be read
         if len(rates) > 1:  # blocks compile before the first
             return Speed(tokens_per_second=statistics.median(rates[1:]), source=str(run.path))
@@ -53,11 +53,6 @@ def _decisive(config: Config) -> dict[str, Any]:
     train = {key: value for key, value in data["train"].items() if key not in _ANY}
     parts = {key: data[key] for key in ("model", "attention")} | {"train": train}
     return parts | {"seq_len": config.data.seq_len, "optimizer": config.optim.name, "uptrain": data["uptrain"]}
-
-
-def _environment_of(run: RunFolder) -> dict[str, str]:
-    lines = (run.path / "env.txt").read_text(encoding="utf-8").splitlines()
-    return dict(line.split(": ", 1) for line in lines if ": " in line)
 
 
 def _hardware(facts: dict[str, str]) -> tuple[str, str] | None:

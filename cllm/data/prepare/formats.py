@@ -27,8 +27,7 @@ SUPPORTED = (
     f"{' '.join(TABLES)}, and folders written by datasets.save_to_disk"
 )
 _TABLE_ROWS = 1024  # rows of a table in memory at a time
-READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
-"""Errors that reading a compressed file may raise."""
+_READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _BOM = b"\xef\xbb\xbf"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -91,12 +90,12 @@ def read_file(path: Path, text_field: str) -> Iterator[Text]:
     elif kind in LINES:
         yield from _read_lines(path, text_field)
     elif kind in TEXT:
-        yield _read_text(path)
+        yield Text(*read_text(path), 1.0)
     else:
         raise DataError(f"{path}: unsupported file type; {SUPPORTED}")
 
 
-def decompressed(path: Path, raw: IO[bytes]) -> IO[bytes] | gzip.GzipFile:
+def _open(path: Path, raw: IO[bytes]) -> IO[bytes] | gzip.GzipFile:
     """`raw`, decompressed by the suffix of `path`. Reading a truncated file raises for every compression."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
@@ -113,26 +112,30 @@ def decompressed(path: Path, raw: IO[bytes]) -> IO[bytes] | gzip.GzipFile:
     return raw
 
 
-def _read_text(path: Path) -> Text:
+def read_text(path: Path) -> tuple[str, int]:
+    """A file's text, decompressed, and the number of byte sequences that were replaced, since they are not UTF-8.
+
+    Raises:
+        DataError: if the file cannot be read.
+    """
     try:
-        with path.open("rb") as raw, decompressed(path, raw) as file:
-            text, replaced = decode(file.read())
-    except READ_ERRORS as error:
+        with path.open("rb") as raw, _open(path, raw) as file:
+            return decode(file.read())
+    except _READ_ERRORS as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    return Text(text, replaced, 1.0)
 
 
 def _read_lines(path: Path, text_field: str) -> Iterator[Text]:
     number = 0
     try:
         size = path.stat().st_size or 1
-        with path.open("rb") as raw, decompressed(path, raw) as file:
+        with path.open("rb") as raw, _open(path, raw) as file:
             for number, line in enumerate(file, start=1):
                 if not line.removeprefix(_BOM).strip():
                     continue
                 text, replaced = _parse_line(line, f"{path}:{number}", text_field)
                 yield Text(text, replaced, min(raw.tell() / size, 1.0))
-    except READ_ERRORS as error:
+    except _READ_ERRORS as error:
         raise DataError(f"{path}: cannot be read after line {number}: {error}") from None
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cllm.data.prepare.formats import COMPRESSIONS, READ_ERRORS, decode, decompressed
+from cllm.data.prepare import formats
+from cllm.data.prepare.formats import COMPRESSIONS
 from cllm.errors import UserError
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -57,14 +58,14 @@ class Row:
         return True
 
     def text(self, *paths: str) -> str:
-        """A field with text. Raises `UserError` if there is none."""
+        """The text of a field. Raises `UserError` if the field is missing or something else."""
         value = self.value(*paths)
         if not isinstance(value, str):
             raise self.error(f"field `{paths[0]}` is {_shown(value)}; it must be text")
         return value
 
     def texts(self, *paths: str) -> tuple[str, ...]:
-        """A field with a list of texts. Raises `UserError` if there is none, or if the list is empty."""
+        """The texts of a list in a field. Raises `UserError` if the field is missing, something else, or empty."""
         value = self.value(*paths)
         if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
             raise self.error(f"field `{paths[0]}` is {_shown(value)}; it must be a list of texts")
@@ -157,11 +158,7 @@ def _read_file(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
 
 def read_text(path: Path) -> str:
     """A text file's content, decompressed. Raises `UserError` if it cannot be read or is not UTF-8."""
-    try:
-        with path.open("rb") as raw, decompressed(path, raw) as file:
-            text, replaced = decode(file.read())
-    except READ_ERRORS as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    text, replaced = formats.read_text(path)
     if replaced:
         raise UserError(f"{path}: is not UTF-8: {replaced} byte sequences are invalid")
     return text

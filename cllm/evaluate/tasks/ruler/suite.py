@@ -20,6 +20,7 @@ from cllm.evaluate.tasks.ruler.tasks import ANY_REFERENCE, UNORDERED, WITH_ESSAY
 from cllm.evaluate.tasks.sample import Answer, Question, Sample
 from cllm.evaluate.tasks.suite import ALL, TaskSuite, share, value
 from cllm.evaluate.tasks.text import n_bytes
+from cllm.progress import ProgressMeter
 from cllm.section import MAX_COUNT, MAX_SEED, MAX_TOKENS, Section
 
 if TYPE_CHECKING:
@@ -88,21 +89,21 @@ class Ruler(TaskSuite):
             UserError: for a task that is unknown or lacks its file or package, and one that is named and does not fit
                 into its length; a length beyond the model's context; and `chat` without a chat template.
         """
-        from tqdm import tqdm
-
         encode = Encoder(subject, chat=settings.chat)
         tasks = self._tasks(settings, encode)
         names = chosen_tasks(settings.tasks, [key for key in ("squad", "hotpotqa") if getattr(settings, key)])
         lengths = self._lengths(subject, settings)
         todo = [(name, length) for name in names for length in lengths]
         samples, left_out = list[Sample](), list[TooLong]()
-        for name, length in tqdm(todo, desc="samples of ruler", unit="task", disable=None, leave=False):
-            try:
-                samples += self._of_task(tasks.task(name, length), encode, settings)
-            except TooLong as error:
-                if name in settings.tasks:
-                    raise
-                left_out.append(error)
+        with ProgressMeter(len(todo), "samples of ruler", "task") as meter:
+            for name, length in todo:
+                try:
+                    samples += self._of_task(tasks.task(name, length), encode, settings)
+                except TooLong as error:
+                    if name in settings.tasks:
+                        raise
+                    left_out.append(error)
+                meter.update()
         if not samples and left_out:
             raise min(left_out, key=lambda error: error.needed)
         if left_out:

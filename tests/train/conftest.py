@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from cllm.config import Config
@@ -46,3 +47,34 @@ def tiny(prepared: Path, tmp_path: Path) -> Callable[..., Config]:
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(base), encoding="utf-8")
     return lambda *overrides: load_config([file], overrides)
+
+
+@pytest.fixture
+def check_skipped_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], None]:
+    """Trains 4 steps, the third without a finite gradient, and checks that it changes no weight and no state."""
+    from cllm.train.module import TrainingModule
+    from cllm.train.run import train
+
+    def check(config: Config) -> None:
+        backwards = iter(range(99))
+
+        def after_backward(self: TrainingModule) -> None:
+            if next(backwards) == 5:  # the third step, two micro-batches each
+                self.model.blocks[0].mlp.down_proj.weight.grad[0, 0] = torch.nan
+
+        monkeypatch.setattr(TrainingModule, "on_after_backward", after_backward)
+        folder = train(config)
+        skipped = {row["step"]: row["train/skipped_steps"] for row in folder.metrics() if "train/skipped_steps" in row}
+        assert skipped == {1: 0, 2: 0, 3: 1, 4: 1}
+        before, after, end = (torch.load(path, weights_only=True) for _, path in folder.checkpoints()[1:])
+        for name, tensor in before["state_dict"].items():
+            assert torch.equal(tensor, after["state_dict"][name]), name
+            assert not torch.equal(tensor, end["state_dict"][name]), "the next step changes it again"
+        states = before["optimizer_states"][0]["state"]
+        assert states
+        for n, state in states.items():
+            assert state
+            for key, value in state.items():
+                assert torch.equal(value, after["optimizer_states"][0]["state"][n][key])
+
+    return check

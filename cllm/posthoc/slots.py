@@ -40,6 +40,8 @@ class SlotTensors:
     """How many of those no method compresses: windows, states, RoPE keys of latents, sinks."""
     sinks: Sinks | None = None
     """The tokens left out of `data` because they are stored exactly; None: none are."""
+    rope: Callable[[int, Tensor], tuple[Tensor, Tensor]] | None = None
+    """As in `CompressibleSlots`, for keys before RoPE; None for all other tensors."""
 
     @property
     def tokens(self) -> int:
@@ -131,6 +133,7 @@ class CompressibleSlots:
             is_text, dtype = self.is_text(sinks.rest), self.slots[slots[0]].k.dtype
             share = sum(elements[j] for j in slots) / sum(elements.values()) / dtype.itemsize / len(k[0])
             counts = self.cache_bytes * share, incompressible * share
-            keys = SlotTensors("k", slots, k, dtype, is_text, *counts, sinks)
+            rope = self.rope if before_rope and not latent else None
+            keys = SlotTensors("k", slots, k, dtype, is_text, *counts, sinks, rope)
             tensors.append((keys, None if latent else SlotTensors("v", slots, v, dtype, is_text, sinks=sinks)))
         return tensors

@@ -77,7 +77,7 @@ class DecoderEngine(Engine):
             values = _factors(layer, slot, attention.values, plan.values(layer))
             queries = attention.q_proj if attention.q_norm is None else attention.q_norm
             output = attention.o_proj.weight.unflatten(1, (-1, attention.head_dim))
-            found.append(SlotReader(layer, queries, output, keys, values))
+            found.append(SlotReader(layer, queries, block.mlp_norm, output, keys, values))
         return found
 
 
@@ -165,16 +165,19 @@ class TransformersEngine(Engine):
 
     def readers(self, slot: int) -> list[SlotReader]:
         layers: Any = getattr(self.model.base_model, "layers", None)
-        attention = None if layers is None else getattr(layers[slot], "self_attn", None)
-        if not (hasattr(attention, "q_proj") and hasattr(attention, "o_proj") and hasattr(attention, "v_proj")):
+        layer = None if layers is None else layers[slot]
+        attention, before_mlp = getattr(layer, "self_attn", None), getattr(layer, "post_attention_layernorm", None)
+        needed = [getattr(attention, name, None) for name in ("q_proj", "v_proj", "o_proj")]
+        if None in (*needed, before_mlp, getattr(layer, "input_layernorm", None)):
             raise UserError(
-                f"{type(self.model).__name__}: layer {slot} has no q_proj, v_proj and o_proj; allowed: models with "
-                "layers.N.self_attn as Llama's"
+                f"{type(self.model).__name__}: layer {slot} has other modules than Llama's; allowed: layers.N with "
+                "input_layernorm, self_attn.q_proj, v_proj and o_proj, and post_attention_layernorm"
             )
+        before_mlp = getattr(layer, "pre_feedforward_layernorm", before_mlp)
         weight = attention.o_proj.weight
         one = weight.new_ones(1, 1)
         queries = getattr(attention, "q_norm", None) or attention.q_proj
-        return [SlotReader(slot, queries, weight.unflatten(1, (-1, attention.head_dim)), one, one)]
+        return [SlotReader(slot, queries, before_mlp, weight.unflatten(1, (-1, attention.head_dim)), one, one)]
 
 
 def _check_plain(slot: int, k_norm: nn.Module | None) -> None:

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, H query heads, G KV heads, D channels of a head, M d_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from cllm.errors import UserError
 
-_SAMPLES = 512
-"""Queries of a pass that are recorded, evenly spaced. A moment of 128 channels needs some hundreds."""
+WINDOW = 256
+"""Last queries of a prompt that are recorded. A second moment of 128 channels needs some hundreds."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class SlotReader:
     layer: int
     queries: nn.Module
     """The module whose output is the queries before RoPE: (B, T, H, D) or (B, T, H · D)."""
+    stream: nn.Module
+    """The module whose first argument is the residual stream (B, T, M) after attention: the norm of the MLP."""
     output: Tensor
     """(M, H, D): the output projection W_O."""
     keys: Tensor | None
@@ -34,23 +36,31 @@ class SlotReader:
 
 
 class RecordedQueries:
-    """Queries before RoPE of some layers, recorded while a cache is filled."""
+    """The last queries before RoPE of some layers, recorded while a cache is filled. They stand for those to come."""
 
     def __init__(self) -> None:
-        self._passes: dict[int, list[tuple[int, Tensor]]] = {}
+        self._queries: dict[int, Tensor] = {}
+        self._streams: dict[int, Tensor] = {}
 
     @contextmanager
-    def record(self, readers: Sequence[SlotReader]) -> Iterator[None]:
+    def record(self, readers: Iterable[SlotReader]) -> Iterator[None]:
         """Forget what was recorded, and record the queries of `readers` in all passes inside of the context."""
-        modules = {reader.layer: (reader.queries, reader.output.shape[1:]) for reader in readers}
-        self._passes, handles = {layer: [] for layer in modules}, []
-        for layer, (module, heads) in modules.items():
+        self.clear()
+        handles = []
+        for reader in {reader.layer: reader for reader in readers}.values():
 
-            def hook(_: nn.Module, args: tuple[Tensor, ...], q: Tensor, layer: int = layer, heads=heads) -> None:
-                q = q.detach().reshape(*q.shape[:2], *heads)
-                self._passes[layer].append((q.shape[1], q[:, _sampled(q.shape[1], q.device)]))
+            def add(_: nn.Module, args: tuple[Tensor, ...], q: Tensor, reader: SlotReader = reader) -> None:
+                new = q.detach().reshape(*q.shape[:2], *reader.output.shape[1:])[:, -WINDOW:]
+                before = self._queries.get(reader.layer)
+                if before is not None and len(before) == len(new) and new.shape[1] < WINDOW:
+                    new = torch.cat((before, new), dim=1)[:, -WINDOW:]
+                self._queries[reader.layer] = new.clone()
 
-            handles.append(module.register_forward_hook(hook))
+            def measure(_: nn.Module, args: tuple[Tensor, ...], layer: int = reader.layer) -> None:
+                last = args[0].detach()[:, -WINDOW:].float()
+                self._streams[layer] = last.square().sum(-1).mean(1).clamp(min=1e-30)
+
+            handles += [reader.queries.register_forward_hook(add), reader.stream.register_forward_pre_hook(measure)]
         try:
             yield
         finally:
@@ -58,41 +68,25 @@ class RecordedQueries:
                 handle.remove()
 
     def clear(self) -> None:
-        """Forget all queries."""
-        self._passes = {}
+        """Forget everything."""
+        self._queries, self._streams = {}, {}
 
-    def of(self, layer: int, tokens: int, is_text: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The queries (B, n, H, D) of a layer in the prompt, and which of them count, (B, n) booleans.
+    def of(self, layer: int, tokens: int) -> Tensor:
+        """The queries (B, m, H, D) of a layer for the last m of the prompt's `tokens` tokens.
 
-        Args:
-            layer: one of those recorded.
-            tokens: of the prompt, which is the last that was recorded.
-            is_text: (B, tokens), False for padding; None: no padding.
+        In a prefill that computes only the last token of the highest layers, theirs are one for each pass.
 
         Raises:
-            UserError: if the prompt's passes were not recorded.
+            UserError: if no queries were recorded.
         """
-        kept: list[tuple[int, Tensor]] = []
-        left = tokens
-        for length, q in reversed(self._passes.get(layer, [])):
-            if left < length:
-                break
-            kept, left = [(length, q), *kept], left - length
-        if not kept:
+        if layer not in self._queries:
             raise UserError(
                 "the queries of the prompt were not recorded: fill the cache inside of `with method.watch(engine)`, "
-                "and compress it before the next one and before release()"
+                "and compress it before release()"
             )
-        queries = torch.cat([q for _, q in kept], dim=1)
-        # A layer above the last one that a prompt has to reach computes the last token only, which is never padding.
-        if left or is_text is None:
-            return queries, queries.new_ones(queries.shape[:2], dtype=torch.bool)
-        firsts = [sum(length for length, _ in kept[:i]) for i in range(len(kept))]
-        places = [first + _sampled(length, q.device) for first, (length, q) in zip(firsts, kept, strict=True)]
-        return queries, is_text[:, torch.cat(places)]
+        return self._queries[layer][:, -tokens:]
 
-
-def _sampled(length: int, device: torch.device) -> Tensor:
-    """Indices of at most `_SAMPLES` evenly spaced of `length` tokens, the last one included."""
-    count = min(length, _SAMPLES)
-    return length - 1 - torch.arange(count, device=device).flip(0) * length // count
+    def stream(self, layer: int) -> Tensor:
+        """(B,): the mean over the last tokens of the squared length of the residual stream after attention."""
+        self.of(layer, 1)
+        return self._streams[layer]

@@ -1,4 +1,4 @@
-"""The error that a compressed cache makes in attention's output, as a quadratic form of the errors of keys and values.
+"""The error that a compressed cache makes in attention's output, as a weight of the errors of keys and values.
 
 A layer reads a slot with query heads h of KV head g. To first order, the output of head h for a query q at position t
 changes by
@@ -6,21 +6,29 @@ changes by
     values   W_h Σ_j a_tj δv_j                              W_h (M, D) the head's part of W_O
     keys     W_h Σ_j a_tj δs_tj (v_j - Σ_i a_ti v_i)        δs_tj = (R_{t-j} q)·δk_j / √D, keys before RoPE
 
-with attention weights a and RoPE's rotation R. Errors of different tokens are taken as independent, and those of keys
-as independent of values. Then both sums have the factor Σ_j a_tj², and for each token the expected squares are
+with attention weights a and RoPE's rotation R. If errors of different tokens, and those of keys and values, are
+independent, the expected square for token j is E_t[a_tj²] times
 
-    values   δvᵀ N_g δv,    N_g = Σ_h W_hᵀ W_h
-    keys     δkᵀ M_g δk,    M_g = Σ_h u_h / D · E[(R_Δ q)(R_Δ q)ᵀ],    u_h = tr(W_h cov(v) W_hᵀ)
+    values   δvᵀ N_g δv,    N_g = Σ_h W_hᵀ W_h / ρ
+    keys     δkᵀ M_g δk,    M_g = Σ_h u_h / (ρ D) · E[(R_Δ q)(R_Δ q)ᵀ],    u_h = tr(W_h cov(v) W_hᵀ)
 
-over all layers and heads that read KV head g. Both are in the same unit, so that keys and values, heads and layers can
-share one budget. Multiplying by a root of the form makes it the plain squared error that an SVD minimises:
-X M^(1/2) ≈ A Cᵀ, X ≈ A (M^(-1/2) C)ᵀ.
+summed over all layers and heads that read KV head g. ρ is the mean square of the residual stream that a layer adds its
+output to, because norms divide by it. Keys and values, heads and layers are in one unit then and can share one budget.
 
-**Rotation.** q is taken from the prompt's own queries. One form has to serve all tokens of a slot, so the relative
+**Channels.** The root of a form makes it the squared error that an SVD minimises: X M^(1/2) ≈ A Cᵀ, and
+X ≈ A (M^(-1/2) C)ᵀ.
+
+**Tokens.** A token of much attention counts more. All layers of a group share A, so a token has one weight in a group:
+the mean over its heads of E_t[a_tj²], each divided by its mean over tokens. Its square root, plus a tenth of the mean
+so that no token is free, multiplies the squared errors when the basis is fitted (`ROW_POWER`, `ROW_FLOOR`: found on a
+real checkpoint, where the plain weight lost more; neither the estimate from the last queries nor independence holds
+well). A = X M^(1/2) C is a projection and does not depend on it.
+
+**Rotation.** q is taken from the prompt's own last queries. One form has to serve all tokens of a slot, so the relative
 position Δ is averaged over 1 ... n. Write a rotated pair of channels as a complex number z, which RoPE multiplies by
 exp(iθΔ); then, over queries and Δ,
 
-    E[z_a conj(z_b)] = C_ab  mean_Δ exp(i(θ_a - θ_b)Δ)        E[z_a z_b] = P_ab mean_Δ exp(i(θ_a + θ_b)Δ)
+    E[z_a conj(z_b)] = C_ab mean_Δ exp(i(θ_a - θ_b)Δ)        E[z_a z_b] = P_ab mean_Δ exp(i(θ_a + θ_b)Δ)
 
 with C and P the two complex second moments of queries. For n → ∞ only C_aa stays: each pair's 2 x 2 block is c·I, and
 the form commutes with every rotation. At finite n slow pairs do not average out, and what stays of their directions
@@ -37,19 +45,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cllm.model.rope import apply_rope
 from cllm.posthoc.readers import RecordedQueries, SlotReader
 from cllm.posthoc.slots import SlotTensors
 
+ROW_POWER, ROW_FLOOR = 0.5, 0.1
+"""The exponent of a token's weight, and what is added to it, relative to the mean."""
 _FLOOR = 1e-4
 """Of the mean eigenvalue of a form: added to it, so that no direction is free."""
 
 
 @dataclass(frozen=True)
-class Roots:
-    """The symmetric root of a slot's form, block by block, and its inverse: (B, G, D, D) fp32 each."""
+class Weights:
+    """The weights of one slot's errors."""
 
     root: Tensor
+    """(B, G, D, D) fp32: the symmetric root of the form, block by block."""
     inverse: Tensor
+    """(B, G, D, D) fp32: its inverse."""
+    attention: Tensor
+    """(B, n) fp32: of the tokens, sinks left out, with a mean of 1 over the tokens that are not padding."""
 
     def weigh(self, rows: Tensor) -> Tensor:
         """Rows (B, n, G · D), times the root."""
@@ -63,6 +78,13 @@ class Roots:
 def _blocks(rows: Tensor, blocks: Tensor) -> Tensor:
     heads = rows.unflatten(-1, blocks.shape[1:3])  # B, n, G, D
     return torch.einsum("bngd,bgde->bnge", heads.to(blocks.dtype), blocks).flatten(2)
+
+
+def row_weights(weights: Sequence[Weights]) -> Tensor:
+    """(B, n, 1): the roots of the weights of tokens in a group of slots."""
+    mean = torch.stack([w.attention for w in weights]).mean(0)
+    powered = mean.clamp(min=0) ** ROW_POWER
+    return (powered / powered.mean(1, keepdim=True).clamp(min=1e-30) + ROW_FLOOR).sqrt()[..., None]
 
 
 def rotated_moment(moment: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -88,7 +110,120 @@ def rotated_moment(moment: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first, second), dim=-2) / 2
 
 
-def covariance(rows: Tensor, is_text: Tensor | None) -> Tensor:
+class ErrorWeights:
+    """The weights of errors in the keys and values of a filled cache."""
+
+    def __init__(
+        self,
+        keys: SlotTensors,
+        values: SlotTensors,
+        readers: Mapping[int, Sequence[SlotReader]],
+        queries: RecordedQueries,
+    ):
+        """
+        Args:
+            keys: before RoPE.
+            values: of the same slots.
+            readers: of each slot.
+            queries: of all readers, in the prompt.
+        """
+        self.keys, self.values, self.readers, self.queries = keys, values, readers, queries
+        layers = {reader.layer: reader for slot in keys.slots for reader in readers[slot]}
+        self._streams = {i: queries.stream(i) for i in layers}
+        self._attention = {i: self._squared_attention(reader) for i, reader in layers.items()}
+        self._grams = {i: torch.einsum("mhd,mhe->hde", *[r.output.float()] * 2) for i, r in layers.items()}
+        self._covariances = self._read_covariances()
+
+    def of_keys(self) -> dict[int, Weights]:
+        """By slot."""
+        heads, dim = self.keys.data[0].shape[2:]
+        cos, sin = self._table(torch.arange(1, self.keys.tokens + 1, device=self.keys.data[0].device)[None])
+        cos, sin = cos[0, :, 0, 0], sin[0, :, 0, 1]  # Δ, D / 2
+        found = {}
+        for slot in self.keys.slots:
+            forms, attention = [], []
+            for reader in (r for r in self.readers[slot] if r.keys is not None):
+                i = reader.layer
+                spread = self._covariances[i].repeat_interleave(reader.output.shape[1] // heads, dim=1)  # B, H, D, D
+                unit = torch.einsum("hde,bhde->bh", self._grams[i], spread) / dim / self._streams[i][:, None]
+                q = self.queries.of(i, self.keys.tokens).float()
+                moment = torch.einsum("bmhd,bmhe->bhde", q, q) / q.shape[1] * unit[..., None, None]
+                form = rotated_moment(moment.unflatten(1, (heads, -1)).sum(2), cos, sin)
+                forms.append(_scaled(form, reader.keys))
+                attention.append(self._attention[i])
+            found[slot] = _weights(forms, attention)
+        return found
+
+    def of_values(self) -> dict[int, Weights]:
+        """By slot."""
+        heads = self.values.data[0].shape[2]
+        found = {}
+        for slot in self.values.slots:
+            forms, attention = [], []
+            for reader in (r for r in self.readers[slot] if r.values is not None):
+                gram = self._grams[reader.layer].unflatten(0, (heads, -1)).sum(1).double()
+                form = gram / self._streams[reader.layer].double()[:, None, None, None]
+                forms.append(_scaled(form, reader.values))
+                attention.append(self._attention[reader.layer])
+            found[slot] = _weights(forms, attention)
+        return found
+
+    def _table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.keys.rope is not None
+        return self.keys.rope(self.keys.data[0].shape[-1], positions)
+
+    def _squared_attention(self, reader: SlotReader) -> Tensor:
+        """(B, n): the mean over the last queries and all heads of a_tj², each head divided by its mean over tokens.
+
+        A window of the layer is ignored, and so are keys from slots that are not compressed.
+        """
+        keys = self.keys
+        q = self.queries.of(reader.layer, keys.tokens).float()  # B, m, H, D
+        device, sinks = q.device, keys.sinks
+        columns = torch.arange(keys.tokens - q.shape[1], keys.tokens, device=device)[None]  # 1, m
+        starts = None if sinks is None else sinks.starts
+        visible = torch.arange(keys.tokens, device=device) <= columns[..., None]  # 1, m, S
+        positions = columns
+        if starts is not None:
+            visible = visible & (torch.arange(keys.tokens, device=device) >= starts[:, None, None])
+            positions = (columns - starts[:, None]).clamp(min=0)
+        q = apply_rope(q, self._table(positions)) / q.shape[-1] ** 0.5
+        k = self._read_keys(reader.layer)  # B, S, G, D
+        scores = torch.einsum("bmgrd,bsgd->bgrms", q.unflatten(2, (k.shape[2], -1)), k)
+        counted = visible[:, None, None]
+        squares = scores.masked_fill(~counted, -1e30).softmax(-1).square() * counted
+        received = squares.sum(-2) / counted.sum(-2).clamp(min=1)  # B, G, H / G, S
+        received = received.flatten(1, 2).mT  # B, S, H
+        received = received if sinks is None else sinks.without(received)
+        if keys.is_text is not None:
+            received = received * keys.is_text[..., None]
+        mean = received.mean(1, keepdim=True).clamp(min=1e-30)
+        return (received / mean).mean(-1)
+
+    def _read_keys(self, layer: int) -> Tensor:
+        """(B, S, G, D) fp32: the keys that a layer reads, after RoPE, with sinks."""
+        total: Tensor | None = None
+        for slot, cached in zip(self.keys.slots, self.keys.cached, strict=True):
+            for reader in self.readers[slot]:
+                if reader.layer == layer and reader.keys is not None:
+                    part = cached.float() * reader.keys.to(cached.device, torch.float32)
+                    total = part if total is None else total + part
+        if total is None:  # the layer reads values only, of slots with other keys
+            return torch.zeros_like(self.keys.cached[0], dtype=torch.float32)
+        return total
+
+    def _read_covariances(self) -> dict[int, Tensor]:
+        """The covariance (B, G, D, D) of the values that each layer reads; those of different slots as independent."""
+        total: dict[int, Tensor] = {}
+        for slot, v in zip(self.values.slots, self.values.data, strict=True):
+            own = _covariance(v, self.values.is_text)
+            for reader in (r for r in self.readers[slot] if r.values is not None):
+                part = _scaled(own, reader.values)
+                total[reader.layer] = total[reader.layer] + part if reader.layer in total else part
+        return {i: total[i] if i in total else torch.ones_like(own) for i in self._attention}
+
+
+def _covariance(rows: Tensor, is_text: Tensor | None) -> Tensor:
     """The covariance (B, G, D, D) fp32 of `rows` (B, n, G, D) over tokens, padding left out."""
     rows = rows.float()
     counts = rows.new_ones(rows.shape[:2]) if is_text is None else is_text.float()
@@ -98,93 +233,19 @@ def covariance(rows: Tensor, is_text: Tensor | None) -> Tensor:
     return torch.einsum("bngd,bnge->bgde", centred, centred) / total[:, None, None, None]
 
 
-def _second_moment(queries: Tensor, counted: Tensor) -> Tensor:
-    """E[q qᵀ] (B, H, D, D) fp32 of queries (B, n, H, D), those counted."""
-    counts = counted.float()
-    rows = queries.float() * counts[..., None, None]
-    return torch.einsum("bnhd,bnhe->bhde", rows, rows) / counts.sum(1).clamp(min=1)[:, None, None, None]
-
-
-def _roots(form: Tensor) -> Roots:
-    """Roots of forms (B, G, D, D)."""
-    wide = form.double()
-    floor = wide.diagonal(dim1=-2, dim2=-1).mean(-1).mean(-1) * _FLOOR
-    wide = wide + (floor.clamp(min=1e-30)[:, None, None] * torch.ones_like(wide[..., 0])).diag_embed()
-    squares, vectors = torch.linalg.eigh(wide)
+def _weights(forms: Sequence[Tensor], attention: Sequence[Tensor]) -> Weights:
+    """The weights of a slot that several layers read: forms (B, G, D, D) are summed, tokens' weights averaged."""
+    form = torch.stack(list(forms)).sum(0).double()
+    floor = _FLOOR * form.diagonal(dim1=-2, dim2=-1).mean((-1, -2)).clamp(min=1e-30)  # B
+    form = form + floor[:, None, None, None] * torch.eye(form.shape[-1], dtype=form.dtype, device=form.device)
+    squares, vectors = torch.linalg.eigh(form)
     values = squares.clamp(min=1e-300).sqrt()
-    root, inverse = (vectors * v[..., None, :] @ vectors.mT for v in (values, 1 / values))
-    return Roots(root.float(), inverse.float())
+    root, inverse = ((vectors * v[..., None, :] @ vectors.mT).float() for v in (values, 1 / values))
+    return Weights(root, inverse, torch.stack(list(attention)).mean(0))
 
 
-def weigh_keys(
-    keys: SlotTensors,
-    values: SlotTensors,
-    readers: Mapping[int, Sequence[SlotReader]],
-    queries: RecordedQueries,
-    table: tuple[Tensor, Tensor],
-) -> dict[int, Roots]:
-    """For each slot the roots of M.
-
-    Args:
-        keys: before RoPE.
-        values: of the same slots.
-        readers: of each slot's keys or values.
-        queries: of all readers, in the prompt.
-        table: cos and sin (m, D / 2) of the relative positions to average over.
-    """
-    covariances = {j: covariance(v, values.is_text) for j, v in zip(values.slots, values.data, strict=True)}
-    read_values = _values_of_layers(readers, covariances)
-    roots = {}
-    for slot, k in zip(keys.slots, keys.data, strict=True):
-        form = k.new_zeros((len(k), *k.shape[2:], k.shape[3]), dtype=torch.float64)
-        for reader in (r for r in readers[slot] if r.keys is not None):
-            heads = reader.output.shape[1]
-            spread = read_values[reader.layer].repeat_interleave(heads // k.shape[2], dim=1)  # B, H, D, D
-            gram = torch.einsum("mhd,mhe->hde", *[reader.output.float()] * 2)
-            unit = torch.einsum("hde,bhde->bh", gram, spread)
-            moment = _second_moment(*queries.of(reader.layer, keys.tokens, _with_sinks(keys)))
-            weighted = (moment * unit[..., None, None] / k.shape[3]).unflatten(1, (k.shape[2], -1)).sum(2)
-            assert reader.keys is not None
-            form += _scaled(rotated_moment(weighted, *table), reader.keys)
-        roots[slot] = _roots(form)
-    return roots
-
-
-def weigh_values(values: SlotTensors, readers: Mapping[int, Sequence[SlotReader]]) -> dict[int, Roots]:
-    """For each slot the roots of N, the same for every sequence of the batch."""
-    roots = {}
-    for slot, v in zip(values.slots, values.data, strict=True):
-        form = v.new_zeros((1, *v.shape[2:], v.shape[3]), dtype=torch.float64)
-        for reader in (r for r in readers[slot] if r.values is not None):
-            gram = torch.einsum("mhd,mhe->hde", *[reader.output.float()] * 2)
-            assert reader.values is not None
-            form += _scaled(gram.unflatten(0, (v.shape[2], -1)).sum(1)[None].double(), reader.values)
-        roots[slot] = _roots(form.expand(len(v), -1, -1, -1))
-    return roots
-
-
-def _scaled(form: Tensor, factors: Tensor) -> Tensor:
-    """The form (B, G, D, D) of what a layer reads, as one of the slot's tensors, of which it reads `factors` times."""
-    factors = factors.to(form.device, torch.float64)
+def _scaled(form: Tensor, factors: Tensor | None) -> Tensor:
+    """The form (B, G, D, D) of what a layer reads, as one of a slot, which it reads `factors` times."""
+    assert factors is not None
+    factors = factors.to(form.device, form.dtype)
     return form * factors[:, :, None] * factors[:, None]
-
-
-def _values_of_layers(
-    readers: Mapping[int, Sequence[SlotReader]], covariances: Mapping[int, Tensor]
-) -> dict[int, Tensor]:
-    """The covariance (B, G, D, D) of the values that each layer reads, those of different slots as independent."""
-    total: dict[int, Tensor] = {}
-    for slot, layers in readers.items():
-        for reader in layers:
-            if reader.values is not None and slot in covariances:
-                part = _scaled(covariances[slot], reader.values).float()
-                total[reader.layer] = total[reader.layer] + part if reader.layer in total else part
-    return total
-
-
-def _with_sinks(keys: SlotTensors) -> Tensor | None:
-    """(B, tokens) booleans, False for padding, of all tokens of the prefix."""
-    starts = None if keys.sinks is None else keys.sinks.starts
-    if starts is None:
-        return None
-    return torch.arange(keys.tokens, device=starts.device) >= starts[:, None]

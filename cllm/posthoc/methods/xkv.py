@@ -31,7 +31,7 @@ from cllm.posthoc.parallel import run_in_parallel
 from cllm.posthoc.readers import RecordedQueries, SlotReader
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
-from cllm.posthoc.weighting import Roots, weigh_keys, weigh_values
+from cllm.posthoc.weighting import ErrorWeights, Weights, row_weights
 
 
 @register(
@@ -158,10 +158,10 @@ class XKV(Codable):
             return [None] * len(keys.slots), [None] * len(keys.slots)
         codes_k: Codes = [None] * len(keys.slots)
         codes_v: Codes = [None] * len(keys.slots)
-        roots_k, roots_v = self._roots(keys, values)
-        groups = [_Group(keys, group, roots_k, codes_k) for group in groups_k]
+        weights_k, weights_v = self._weights(keys, values)
+        groups = [_Group(keys, group, weights_k, codes_k) for group in groups_k]
         if values is not None:
-            groups += [_Group(values, group, roots_v, codes_v) for group in groups_v]
+            groups += [_Group(values, group, weights_v, codes_v) for group in groups_v]
         device = keys.data[0].device
         if self.spread:
             run_in_parallel([partial(self._factor, group, None) for group in groups], device)
@@ -270,7 +270,7 @@ class XKV(Codable):
             raise self._too_small(self.ratio, keys, sizes)
         return ranks
 
-    def _roots(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[dict[int, Roots], dict[int, Roots]]:
+    def _weights(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[dict[int, Weights], dict[int, Weights]]:
         """The weights of errors of every slot's keys and values; none for `weight=none`."""
         if self.weight == "none":
             return {}, {}
@@ -278,25 +278,25 @@ class XKV(Codable):
             raise UserError(
                 f"{self.name}: weight={self.weight}: the slots are latents; allowed: keys and values, or weight=none"
             )
-        table = keys.rope(keys.data[0].shape[-1], torch.arange(1, keys.tokens + 1, device=keys.data[0].device)[None])
-        cos, sin = table[0][0, :, 0, 0], table[1][0, :, 0, 1]  # tokens, D / 2
-        weighted = weigh_keys(keys, values, self._readers, self._queries, (cos, sin))
-        return weighted, weigh_values(values, self._readers)
+        weights = ErrorWeights(keys, values, self._readers, self._queries)
+        return weights.of_keys(), weights.of_values()
 
     def _weighted(self, group: _Group) -> Tensor:
         """(B, n, layers · width): the rows of a group, weighted."""
         # Products in bf16 read half of the bytes, and cached values are bf16 already.
         dtype = torch.bfloat16 if self.products == "bf16" else torch.float32
         rows = [group.tensors.flat(i, dtype=dtype) for i in group.slots]
-        if group.roots:
-            rows = [group.roots[group.tensors.slots[i]].weigh(x) for i, x in zip(group.slots, rows, strict=True)]
+        if group.weights:
+            rows = [group.weights[group.tensors.slots[i]].weigh(x) for i, x in zip(group.slots, rows, strict=True)]
         return torch.cat(rows, dim=-1)
 
     def _factor(self, group: _Group, rank: int | None) -> Tensor:
         """Set the vectors and the spectrum of `group`, and return its weighted rows."""
-        x = self._weighted(group)
+        rows = x = self._weighted(group)
+        if group.weights:
+            x = x * row_weights([group.weights[group.tensors.slots[i]] for i in group.slots])
         group.vectors, group.spectrum = right_vectors(x, self.svd, rank, self.products)
-        return x
+        return rows
 
     def _code(self, group: _Group, rank: int | None) -> None:
         """Write the codes of the slots of `group`."""
@@ -316,8 +316,8 @@ class XKV(Codable):
             a = self._coder.code(rows, "k", tensors.dtype, (rows.shape[2],))
         width = tuple(tensors.data[group.slots[0]].shape[2:])
         for i, b in zip(group.slots, vectors.chunk(len(group.slots), dim=1), strict=True):
-            if group.roots:
-                b = group.roots[tensors.slots[i]].unweigh(b)
+            if group.weights:
+                b = group.weights[tensors.slots[i]].unweigh(b)
             group.codes[i] = LowRank(a, b.to(tensors.dtype, copy=True).contiguous(), width)
 
 
@@ -328,7 +328,7 @@ class _Group:
     tensors: SlotTensors
     slots: list[int]
     """Indices into `tensors.slots`."""
-    roots: dict[int, Roots]
+    weights: dict[int, Weights]
     """Weights by slot; empty: none."""
     codes: Codes
     """Of all slots, to write into."""

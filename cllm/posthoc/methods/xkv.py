@@ -27,6 +27,7 @@ from cllm.posthoc.lowrank import (
     water_filling,
 )
 from cllm.posthoc.method import Codable, Engine, TensorCoder
+from cllm.posthoc.mixed import MixedLowRank, choose_widths, code_a, code_b, column_bits
 from cllm.posthoc.parallel import run_in_parallel
 from cllm.posthoc.readers import RecordedQueries, SlotReader
 from cllm.posthoc.registry import register
@@ -77,6 +78,8 @@ class XKV(Codable):
     spread: bool = False
     """Share the bytes of `ratio` over all groups, keys and values where they save the most weighted error; otherwise
     all groups of keys have one rank, and all of values another."""
+    codes: Literal["none", "mixed"] = "none"
+    """`mixed`: columns of A have 8, 4, 2, 1 or 0 bits each, chosen under `ratio`, and B has 8 (`mixed.py`)."""
     select: int | None = Field(None, ge=1)
     """Compressed tokens per KV head that a decode step reads, selected by `landmarks.py`; null: all."""
     chunk: int = Field(8, ge=1)
@@ -108,6 +111,8 @@ class XKV(Codable):
             )
         if self.spread and fast:
             raise ValueError(f"spread needs all singular values, which svd={self.svd} has not; allowed: exact, gram")
+        if self.codes != "none" and not self.spread:
+            raise ValueError(f"codes={self.codes} shares bits over all columns; allowed: with spread=true")
         if self.weight != "none" and self.recompress is not None:
             raise ValueError(
                 f"recompress={self.recompress}: weight={self.weight} needs the queries of all tokens, and those of "
@@ -129,6 +134,8 @@ class XKV(Codable):
     def coded_by(self, coder: TensorCoder) -> Self:
         if self.ratio == 1:
             raise ValueError("ratio=1 keeps every tensor as it is and has no factors to code; allowed: above 1")
+        if self.codes != "none":
+            raise ValueError(f"codes={self.codes} codes the factors already; allowed: one of the two")
         return super().coded_by(coder)
 
     @property
@@ -163,8 +170,13 @@ class XKV(Codable):
         if values is not None:
             groups += [_Group(values, group, weights_v, codes_v) for group in groups_v]
         device = keys.data[0].device
+        if self.codes == "mixed":
+            self._factor_all(groups, device)
+            self._choose_widths(keys, groups)
+            run_in_parallel([partial(self._code_mixed, group) for group in groups], device)
+            return codes_k, codes_v
         if self.spread:
-            run_in_parallel([partial(self._factor, group, None) for group in groups], device)
+            self._factor_all(groups, device)
             ranks: Sequence[int | None] = self._spread_ranks(keys, groups)
         else:
             ranks_k, ranks_v = self._ranks(keys, groups_k, values, groups_v)
@@ -270,6 +282,25 @@ class XKV(Codable):
             raise self._too_small(self.ratio, keys, sizes)
         return ranks
 
+    def _choose_widths(self, keys: SlotTensors, groups: list[_Group]) -> None:
+        """Set the widths of the columns of all groups, which have been factorised, under `ratio`."""
+        assert self.ratio is not None
+        sizes = [size for group in groups for size in _sizes(group.tensors, [group.slots])]
+        tokens, bits = keys.data[0].shape[1], 8 * keys.dtype.itemsize
+        dropped, kept, costs = [], [], []
+        for group in groups:
+            assert group.spectrum is not None
+            assert group.vectors is not None
+            dropped.append(group.spectrum.square().mean(0))
+            kept.append(multiply(self._weighted(group), group.vectors, "fp32").square().sum(1).mean(0))
+            width = tuple(group.tensors.data[group.slots[0]].shape[2:])
+            costs.append(column_bits(tokens, len(group.slots), width, keys.dtype.itemsize))
+        chosen = choose_widths(dropped, kept, costs, self._budget(self.ratio, keys, sizes) * bits)
+        if chosen is None:
+            raise self._too_small(self.ratio, keys, sizes)
+        for group, widths in zip(groups, chosen, strict=True):
+            group.widths = widths
+
     def _weights(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[dict[int, Weights], dict[int, Weights]]:
         """The weights of errors of every slot's keys and values; none for `weight=none`."""
         if self.weight == "none":
@@ -289,6 +320,10 @@ class XKV(Codable):
         if group.weights:
             rows = [group.weights[group.tensors.slots[i]].weigh(x) for i, x in zip(group.slots, rows, strict=True)]
         return torch.cat(rows, dim=-1)
+
+    def _factor_all(self, groups: list[_Group], device: torch.device) -> None:
+        """Set all vectors and the spectra of `groups`."""
+        run_in_parallel([partial(self._factor, group, None) for group in groups], device)
 
     def _factor(self, group: _Group, rank: int | None) -> Tensor:
         """Set the vectors and the spectrum of `group`, and return its weighted rows."""
@@ -320,6 +355,20 @@ class XKV(Codable):
                 b = group.weights[tensors.slots[i]].unweigh(b)
             group.codes[i] = LowRank(a, b.to(tensors.dtype, copy=True).contiguous(), width)
 
+    def _code_mixed(self, group: _Group) -> None:
+        """Write the codes of the slots of `group` in the widths chosen."""
+        vectors, tensors = group.vectors, group.tensors
+        assert vectors is not None
+        assert group.widths is not None
+        order = group.widths.argsort(descending=True, stable=True)[: int((group.widths > 0).sum())]
+        vectors, group.vectors = vectors[..., order], None
+        rows = multiply(self._weighted(group), vectors, "fp32")
+        a = code_a(rows, group.widths[order].tolist(), tensors.dtype)
+        width = tuple(tensors.data[group.slots[0]].shape[2:])
+        for i, b in zip(group.slots, vectors.chunk(len(group.slots), dim=1), strict=True):
+            b = group.weights[tensors.slots[i]].unweigh(b)
+            group.codes[i] = MixedLowRank(a, code_b(b, width, tensors.dtype), width)
+
 
 @dataclass
 class _Group:
@@ -333,7 +382,11 @@ class _Group:
     codes: Codes
     """Of all slots, to write into."""
     vectors: Tensor | None = None
+    """(B, layers · width, r) fp32, once they are known."""
     spectrum: Tensor | None = None
+    """(B, r) fp64, once it is known."""
+    widths: Tensor | None = None
+    """(r,): bits of each column of A, for `codes=mixed`."""
 
 
 @register("svd", summary="as xkv, for each slot separately", sweep=("svd:ratio={ratio}",))

@@ -1,8 +1,8 @@
 """Low-rank factors in codes of mixed width: each column of A has 8, 4, 2, 1 or 0 bits a number.
 
 The columns of A = X V are uncorrelated, and their energies σ² differ by orders of magnitude, so one width for all
-wastes bits on the small ones. With b bits a column keeps an error of about d(b) σ², d(b) that of the best uniform quantiser of
-a normal variable; with 0 bits the column is dropped, which is what a rank does. Minimising
+wastes bits on the small ones. With b bits a column keeps an error of about d(b) σ², d(b) that of the best uniform
+quantiser of a normal variable; with 0 bits the column is dropped, which is what a rank does. Minimising
 
     Σ_i d(b_i) σ_i² + λ Σ_i cost(b_i)
 

@@ -17,6 +17,11 @@ from cllm.errors import UserError
 WINDOW = 256
 """Last queries of a prompt that are recorded. A second moment of 128 channels needs some hundreds."""
 
+NOT_RECORDED = (
+    "weight=queries: the queries of the prompt were not recorded: fill the cache inside of "
+    "`with method.watch(engine)`, and compress it before release()"
+)
+
 
 @dataclass(frozen=True)
 class SlotReader:
@@ -57,8 +62,7 @@ class RecordedQueries:
                 self._queries[reader.layer] = new.clone()
 
             def measure(_: nn.Module, args: tuple[Tensor, ...], layer: int = reader.layer) -> None:
-                last = args[0].detach()[:, -WINDOW:].float()
-                self._streams[layer] = last.square().sum(-1).mean(1).clamp(min=1e-30)
+                self._streams[layer] = args[0].detach()[:, -WINDOW:].float().square().sum(-1)
 
             handles += [reader.queries.register_forward_hook(add), reader.stream.register_forward_pre_hook(measure)]
         try:
@@ -80,13 +84,11 @@ class RecordedQueries:
             UserError: if no queries were recorded.
         """
         if layer not in self._queries:
-            raise UserError(
-                "the queries of the prompt were not recorded: fill the cache inside of `with method.watch(engine)`, "
-                "and compress it before release()"
-            )
+            raise UserError(NOT_RECORDED)
         return self._queries[layer][:, -tokens:]
 
-    def stream(self, layer: int) -> Tensor:
-        """(B,): the mean over the last tokens of the squared length of the residual stream after attention."""
+    def streams(self, layer: int, tokens: int) -> Tensor:
+        """(B, m) fp32: the squared length of the residual stream after attention, for the last tokens of the last
+        pass."""
         self.of(layer, 1)
-        return self._streams[layer]
+        return self._streams[layer][:, -tokens:]

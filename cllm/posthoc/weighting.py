@@ -45,8 +45,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cllm.errors import UserError
 from cllm.model.rope import apply_rope
-from cllm.posthoc.readers import RecordedQueries, SlotReader
+from cllm.posthoc.readers import NOT_RECORDED, RecordedQueries, SlotReader
 from cllm.posthoc.slots import SlotTensors
 
 ROW_POWER, ROW_FLOOR = 0.5, 0.1
@@ -84,7 +85,12 @@ def row_weights(weights: Sequence[Weights]) -> Tensor:
     """(B, n, 1): the roots of the weights of tokens in a group of slots."""
     mean = torch.stack([w.attention for w in weights]).mean(0)
     powered = mean.clamp(min=0) ** ROW_POWER
-    return (powered / powered.mean(1, keepdim=True).clamp(min=1e-30) + ROW_FLOOR).sqrt()[..., None]
+    return (powered / _mean_of_positive(powered) + ROW_FLOOR).sqrt()[..., None]
+
+
+def _mean_of_positive(x: Tensor) -> Tensor:
+    """(B, 1, ...): the mean of `x` (B, n, ...), which is 0 for padding, over the other tokens."""
+    return x.sum(1, keepdim=True).clamp(min=1e-30) / (x > 0).sum(1, keepdim=True).clamp(min=1)
 
 
 def rotated_moment(moment: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -128,8 +134,10 @@ class ErrorWeights:
             queries: of all readers, in the prompt.
         """
         self.keys, self.values, self.readers, self.queries = keys, values, readers, queries
-        layers = {reader.layer: reader for slot in keys.slots for reader in readers[slot]}
-        self._streams = {i: queries.stream(i) for i in layers}
+        layers = {reader.layer: reader for slot in keys.slots for reader in readers.get(slot, ())}
+        if not layers:
+            raise UserError(NOT_RECORDED)
+        self._streams = {i: self._mean_of_text(queries.streams(i, keys.tokens)).clamp(min=1e-30) for i in layers}
         self._attention = {i: self._squared_attention(reader) for i, reader in layers.items()}
         self._grams = {i: torch.einsum("mhd,mhe->hde", *[r.output.float()] * 2) for i, r in layers.items()}
         self._covariances = self._read_covariances()
@@ -147,7 +155,8 @@ class ErrorWeights:
                 spread = self._covariances[i].repeat_interleave(reader.output.shape[1] // heads, dim=1)  # B, H, D, D
                 unit = torch.einsum("hde,bhde->bh", self._grams[i], spread) / dim / self._streams[i][:, None]
                 q = self.queries.of(i, self.keys.tokens).float()
-                moment = torch.einsum("bmhd,bmhe->bhde", q, q) / q.shape[1] * unit[..., None, None]
+                counts = self._counts(q.shape[1])
+                moment = torch.einsum("bmhd,bmhe->bhde", q * counts[..., None, None], q) * unit[..., None, None]
                 form = rotated_moment(moment.unflatten(1, (heads, -1)).sum(2), cos, sin)
                 forms.append(_scaled(form, reader.keys))
                 attention.append(self._attention[i])
@@ -167,6 +176,17 @@ class ErrorWeights:
                 attention.append(self._attention[reader.layer])
             found[slot] = _weights(forms, attention)
         return found
+
+    def _counts(self, last: int) -> Tensor:
+        """(B or 1, m) fp32: for the `last` m tokens, one over their number; 0 for padding."""
+        columns = torch.arange(self.keys.tokens - last, self.keys.tokens, device=self.keys.data[0].device)[None]
+        starts = None if self.keys.sinks is None else self.keys.sinks.starts
+        real = torch.ones_like(columns) if starts is None else columns >= starts[:, None]
+        return real.float() / real.sum(1, keepdim=True).clamp(min=1)
+
+    def _mean_of_text(self, x: Tensor) -> Tensor:
+        """(B,): the mean of `x` (B, m) of the last tokens, without padding."""
+        return (x * self._counts(x.shape[1])).sum(1)
 
     def _table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         assert self.keys.rope is not None
@@ -197,8 +217,7 @@ class ErrorWeights:
         received = received if sinks is None else sinks.without(received)
         if keys.is_text is not None:
             received = received * keys.is_text[..., None]
-        mean = received.mean(1, keepdim=True).clamp(min=1e-30)
-        return (received / mean).mean(-1)
+        return (received / _mean_of_positive(received)).mean(-1)
 
     def _read_keys(self, layer: int) -> Tensor:
         """(B, S, G, D) fp32: the keys that a layer reads, after RoPE, with sinks."""

@@ -46,7 +46,8 @@ class XKV(Codable):
         [X_1, ..., X_G] ≈ A [B_1, ..., B_G],    A (n, r) shared over the group, B_l (r, width) of each layer
 
     with the r leading singular vectors. A rank is that of a group: xKV-4 at 8x of Llama-3.1-8B is
-    `xkv:group=4,rank_k=384,rank_v=576`. Exactly one of ranks, `ratio` and `energy` determines the ranks.
+    `xkv:group=4,rank_k=384,rank_v=576`. Exactly one of ranks, `ratio` and `energy` determines the ranks. `weight`,
+    `spread` and `codes` are not in the paper.
     """
 
     keys_before_rope: ClassVar[bool] = True

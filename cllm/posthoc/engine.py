@@ -166,7 +166,8 @@ class TransformersEngine(Engine):
     def readers(self, slot: int) -> list[SlotReader]:
         layers: Any = getattr(self.model.base_model, "layers", None)
         layer = None if layers is None else layers[slot]
-        attention, before_mlp = getattr(layer, "self_attn", None), getattr(layer, "post_attention_layernorm", None)
+        attention: Any = getattr(layer, "self_attn", None)
+        before_mlp: Any = getattr(layer, "post_attention_layernorm", None)
         needed = [getattr(attention, name, None) for name in ("q_proj", "v_proj", "o_proj")]
         if None in (*needed, before_mlp, getattr(layer, "input_layernorm", None)):
             raise UserError(

@@ -121,11 +121,11 @@ class MixedLowRank(Code):
 def code_a(rows: Tensor, widths: Sequence[int], dtype: torch.dtype) -> MixedA:
     """Code A (B, n, r) fp32 with the width of each column, descending, none 0."""
     bounds = [sum(w > bits for w in widths) for bits in WIDTHS] + [len(widths)]
-    parts = [
+    wide, four, two, one = (
         code_columns(rows[..., first:last], bits, GROUP, dtype) if last > first else None
         for bits, first, last in zip(WIDTHS, bounds, bounds[1:], strict=False)
-    ]
-    return MixedA(*parts, dtype)
+    )
+    return MixedA(wide, four, two, one, dtype)
 
 
 def code_b(b: Tensor, width: tuple[int, ...], dtype: torch.dtype) -> Columns:

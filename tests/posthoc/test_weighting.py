@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -63,7 +65,8 @@ def test_weights_are_those_of_a_slow_reference(decoder, tokens, watched):
     ids = tokens(1, 40)
     _, cache, weights = watched(model, ids)
     plan, dim = model.plan, model.config.resolved_head_dim
-    inputs, streams = {}, {}
+    inputs: dict[int, Any] = {}
+    streams: dict[int, Any] = {}
     for i, block in enumerate(model.blocks):
         block.attention.q_proj.register_forward_hook(lambda _, a, y, i=i: inputs.__setitem__(i, y[0]))
         block.mlp_norm.register_forward_pre_hook(lambda _, a, i=i: streams.__setitem__(i, a[0][0]))
@@ -75,7 +78,7 @@ def test_weights_are_those_of_a_slow_reference(decoder, tokens, watched):
     layers = plan.readers("keys")[slot]
     for i in layers:
         module, q = model.blocks[i].attention, inputs[i].unflatten(-1, (4, dim)).double()
-        factor = {part: {} for part in ("keys", "values")}
+        factor: dict[str, dict[int, Any]] = {part: {} for part in ("keys", "values")}
         for part in factor:
             read, reader = getattr(plan, part)(i), getattr(module, part)
             for n, j in enumerate(read.layers):
@@ -201,7 +204,7 @@ def test_widths_fit_the_budget_and_no_single_change_is_better():
     spent = sum(cost[int(b)] for w, cost in zip(widths, costs, strict=True) for b in w)
     largest = max(cost[8] for cost in costs)
     assert budget - largest < spent <= budget
-    assert all((w.diff() <= 0).all() for w in widths)
+    assert all(bool((w.diff() <= 0).all()) for w in widths)
     assert choose_widths(energies, energies, costs, 10) is None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal, Self
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.group import Group
 from cllm.posthoc.landmarks import Landmarks, landmark_bytes, make_landmarks
 from cllm.posthoc.lowrank import (
     Algorithm,
@@ -167,9 +167,9 @@ class XKV(Codable):
         codes_k: Codes = [None] * len(keys.slots)
         codes_v: Codes = [None] * len(keys.slots)
         weights_k, weights_v = self._weights(keys, values)
-        groups = [_Group(keys, group, weights_k, codes_k) for group in groups_k]
+        groups = [Group(keys, group, weights_k, codes_k) for group in groups_k]
         if values is not None:
-            groups += [_Group(values, group, weights_v, codes_v) for group in groups_v]
+            groups += [Group(values, group, weights_v, codes_v) for group in groups_v]
         device = keys.data[0].device
         if self.codes == "mixed":
             self._factor_all(groups, device)
@@ -271,7 +271,7 @@ class XKV(Codable):
             f"slots {others} exceed it, even at rank 1; allowed: a lower ratio, smaller groups, or more tokens"
         )
 
-    def _spread_ranks(self, keys: SlotTensors, groups: list[_Group]) -> list[int]:
+    def _spread_ranks(self, keys: SlotTensors, groups: list[Group]) -> list[int]:
         """The rank of each group that has been factorised, by water-filling under `ratio`."""
         assert self.ratio is not None
         sizes = [size for group in groups for size in _sizes(group.tensors, [group.slots])]
@@ -283,7 +283,7 @@ class XKV(Codable):
             raise self._too_small(self.ratio, keys, sizes)
         return ranks
 
-    def _choose_widths(self, keys: SlotTensors, groups: list[_Group]) -> None:
+    def _choose_widths(self, keys: SlotTensors, groups: list[Group]) -> None:
         """Set the widths of the columns of all groups, which have been factorised, under `ratio`."""
         assert self.ratio is not None
         sizes = [size for group in groups for size in _sizes(group.tensors, [group.slots])]
@@ -313,7 +313,7 @@ class XKV(Codable):
         weights = ErrorWeights(keys, values, self._readers, self._queries)
         return weights.of_keys(), weights.of_values()
 
-    def _weighted(self, group: _Group) -> Tensor:
+    def _weighted(self, group: Group) -> Tensor:
         """(B, n, layers · width): the rows of a group, weighted."""
         # Products in bf16 read half of the bytes, and cached values are bf16 already.
         dtype = torch.bfloat16 if self.products == "bf16" else torch.float32
@@ -322,11 +322,15 @@ class XKV(Codable):
             rows = [group.weights[group.tensors.slots[i]].weigh(x) for i, x in zip(group.slots, rows, strict=True)]
         return torch.cat(rows, dim=-1)
 
-    def _factor_all(self, groups: list[_Group], device: torch.device) -> None:
+    def _factor_all(self, groups: list[Group], device: torch.device) -> None:
         """Set all vectors and the spectra of `groups`."""
-        run_in_parallel([partial(self._factor, group, None) for group in groups], device)
 
-    def _factor(self, group: _Group, rank: int | None) -> Tensor:
+        def factor(group: Group) -> None:
+            self._factor(group, None)
+
+        run_in_parallel([partial(factor, group) for group in groups], device)
+
+    def _factor(self, group: Group, rank: int | None) -> Tensor:
         """Set the vectors and the spectrum of `group`, and return its weighted rows."""
         rows = x = self._weighted(group)
         if group.weights:
@@ -334,7 +338,7 @@ class XKV(Codable):
         group.vectors, group.spectrum = right_vectors(x, self.svd, rank, self.products)
         return rows
 
-    def _code(self, group: _Group, rank: int | None) -> None:
+    def _code(self, group: Group, rank: int | None) -> None:
         """Write the codes of the slots of `group`."""
         x = self._factor(group, rank) if group.vectors is None else self._weighted(group)
         vectors, tensors = group.vectors, group.tensors
@@ -356,7 +360,7 @@ class XKV(Codable):
                 b = group.weights[tensors.slots[i]].unweigh(b)
             group.codes[i] = LowRank(a, b.to(tensors.dtype, copy=True).contiguous(), width)
 
-    def _code_mixed(self, group: _Group) -> None:
+    def _code_mixed(self, group: Group) -> None:
         """Write the codes of the slots of `group` in the widths chosen."""
         vectors, tensors = group.vectors, group.tensors
         assert vectors is not None
@@ -369,25 +373,6 @@ class XKV(Codable):
         for i, b in zip(group.slots, vectors.chunk(len(group.slots), dim=1), strict=True):
             b = group.weights[tensors.slots[i]].unweigh(b)
             group.codes[i] = MixedLowRank(a, code_b(b, width, tensors.dtype), width)
-
-
-@dataclass
-class _Group:
-    """The slots that share a basis of keys, or of values."""
-
-    tensors: SlotTensors
-    slots: list[int]
-    """Indices into `tensors.slots`."""
-    weights: dict[int, Weights]
-    """Weights by slot; empty: none."""
-    codes: Codes
-    """Of all slots, to write into."""
-    vectors: Tensor | None = None
-    """(B, layers · width, r) fp32, once they are known."""
-    spectrum: Tensor | None = None
-    """(B, r) fp64, once it is known."""
-    widths: Tensor | None = None
-    """(r,): bits of each column of A, for `codes=mixed`."""
 
 
 @register("svd", summary="as xkv, for each slot separately", sweep=("svd:ratio={ratio}",))

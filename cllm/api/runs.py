@@ -79,7 +79,8 @@ def prepare(
     if (recipe is None) == (texts is None):
         raise UserError("prepare: give either a recipe or texts=")
     layers: list[Any] = [{"workers": 1}]
-    if recipe is not None:
+    if texts is None:
+        assert recipe is not None
         layers += each_of(recipe, "prepare: recipe")
         return prepare_recipe(settings_of(Recipe, layers, settings), force=force)
     file = _store(texts, settings_of(Recipe, [*layers, _TEXTS], settings).folder)

@@ -215,7 +215,7 @@ class HuggingFaceSubject(Subject):
         if not self.path.is_dir() or is_export(read_object(self.path / "config.json")):
             return None
         try:
-            return DecoderEngine(decoder_of(self.model, self.path))
+            return DecoderEngine(decoder_of(self._model, self.path))
         except UserError as error:
             log.info("%s: samples are read by transformers: %s", self.path, error)
             return None

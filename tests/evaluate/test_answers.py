@@ -134,10 +134,10 @@ def test_seeds_of_a_study_are_one_row_with_their_standard_error(tmp_path: Path) 
     found = table([tmp_path / "study"], "copying")
     labels = ["mha, tokens 1000000", "mha, tokens 2000000"]
     assert [row.label for row in found.rows] == [labels[0], labels[0], labels[1]]
-    exact, xkv = found.rows[:2]
-    assert (exact.seeds, exact.scores[0]) == (2, (42.0, 2.0, None, False))
-    assert exact.perplexity is not None
-    assert exact.perplexity[:2] == (22.0, 2.0)
+    mean, xkv = found.rows[:2]
+    assert (mean.seeds, mean.scores[0]) == (2, (42.0, 2.0, None, False))
+    assert mean.perplexity is not None
+    assert mean.perplexity[:2] == (22.0, 2.0)
     assert xkv.scores[0] == (30.5, pytest.approx(1.5), -11.5, True), "the difference has its own error, by seed"
     assert row(found, labels[1]).perplexity is not None
     assert row(found, labels[1]).scores == (None,)
@@ -164,7 +164,7 @@ def test_other_settings_are_warned_of_and_have_no_change_to_the_baseline(runs: l
         write(file, json.loads(file.read_text()) | {"settings": {"samples": 9}})
     found = table(runs, "copying")
     assert "copying was measured with different options: samples=8: mha; samples=9: cla" in found.warnings
-    exact, xkv = row(found, "cla").scores[0], row(found, "cla", XKV).scores[0]
+    exact, xkv = (row(found, "cla", spec).scores[0] for spec in (EXACT, XKV))
     assert exact is not None
     assert xkv is not None
     assert (exact.change, xkv.change) == (None, -30.0)

@@ -104,7 +104,7 @@ def compare(
 ) -> Comparison:
     """Compare `runs` on a set (default: each run's main validation set).
 
-    With `score`, which is SUITE[:TASK][/NUMBER], they are compared by that number of their records of the suite, else
+    With `score`, which is `SUITE[:TASK][/NUMBER]`, they are compared by that number of their records of the suite, else
     by perplexity. Of several scores the first decides, and all are columns. The baseline is the run called `baseline`,
     by default the one with the largest resident cache, then the largest read. If there are several runs, one whose
     files cannot be read is named on stderr and left out.

@@ -23,6 +23,8 @@ from cllm.evaluate.units import perplexity
 
 _UNCHANGED = 1.0
 """Percent of perplexity up to which a compression counts as free."""
+_SIZES = ("bf16_bytes_per_token", "own_bf16_bytes_per_token", "mha_bf16_bytes_per_token")
+"""Keys of post-hoc records; those of early versions lack them and are not read."""
 _CLEAR = 2.0
 """Standard errors by which a score is clearly worse."""
 
@@ -154,7 +156,8 @@ def _numbers(model: Measured, scores: Sequence[ScoreChoice], set_name: str | Non
     by_suite: dict[str, list[Record]] = {}
     for record in model.records:
         by_suite.setdefault(suite_of(record), []).append(record)
-    compressed = _on_one_text(by_suite.get("posthoc", []), set_name)
+    complete = [record for record in by_suite.get("posthoc", []) if all(record.get(key) for key in _SIZES)]
+    compressed = _on_one_text(complete, set_name)
     plain = _on_one_text(by_suite.get("perplexity", []), set_name)
     perplexities, text = _perplexities(model, compressed, plain, set_name)
     found, settings, sizes = [], list[str](), dict[str, tuple[float | None, float | None, float | None]]()

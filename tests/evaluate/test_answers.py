@@ -123,7 +123,7 @@ def test_seeds_of_a_study_are_one_row_with_their_standard_error(tmp_path: Path) 
     for seed, exact, copied in ((1, 20.0, 40.0), (2, 24.0, 44.0)):
         name = f"mha-s{seed}"
         records = [after_prefix(name, "none", exact, exact), after_prefix(name, XKV, 1.005 * exact, exact)]
-        records += [copying(name, "none", copied), copying(name, XKV, copied - 10 - seed)]
+        records += [copying(name, "none", copied), copying(name, XKV, copied - 3 - seed / 4)]
         summary = {"kv_bytes_per_token": {"resident": 1000.0}, "kv_vs_mha": {"resident": 1.0}}
         result = {"format": 1, "design": "mha", "settings": {}, "seed": seed, "tokens": 10**6, "summary": summary}
         result |= {"evaluations": records, "loss": 3.0, "config": {"optim": {"lr": 1e-3}}, "code": "a", "data": "b"}
@@ -138,7 +138,7 @@ def test_seeds_of_a_study_are_one_row_with_their_standard_error(tmp_path: Path) 
     assert (mean.seeds, mean.scores[0]) == (2, (42.0, 2.0, None, False))
     assert mean.perplexity is not None
     assert mean.perplexity[:2] == (22.0, 2.0)
-    assert xkv.scores[0] == (30.5, pytest.approx(1.5), -11.5, True), "the difference has its own error, by seed"
+    assert xkv.scores[0] == (38.625, pytest.approx(1.875), -3.375, True), "the difference has its own error, by seed"
     assert row(found, labels[1]).perplexity is not None
     assert row(found, labels[1]).scores == (None,)
     assert any("other texts" in line for line in found.warnings)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from typing import Any
 
 import pytest
 
@@ -407,7 +408,7 @@ def test_a_generated_section_is_not_looked_for_in_the_stack(monkeypatch: pytest.
     """pydantic compares each frame with every module that is loaded: seconds at an import below transformers."""
     modules = []
     monkeypatch.setattr(inspect, "getmodule", lambda *args: modules.append(args))
-    generated = create_section("Generated", Section, {"n": (int, 3)})
+    generated: Any = create_section("Generated", Section, {"n": (int, 3)})
     assert not modules
     monkeypatch.undo()
 

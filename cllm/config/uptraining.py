@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, model_validator
 
-from cllm.section import MAX_COUNT, MAX_WIDTH, Section
+from cllm.section import MAX_COUNT, MAX_WIDTH, Section, create_section
 
 Method = Literal["copy", "mean", "aligned", "ridge", "fit", "svd"]
 Align = Literal["none", "heads", "turn", "map"]
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     _From = Section
 else:  # `from` is a keyword of Python and cannot be the name of a field in a class
     _FROM = "A run folder, one of its checkpoints, or a Hugging Face folder to start from; null: random weights."
-    _From = create_model("_From", __base__=Section, **{"from": (str | None, Field(None, description=_FROM))})
+    _From = create_section("_From", Section, {"from": (str | None, Field(None, description=_FROM))})
 
 
 class InitFrom(_From):

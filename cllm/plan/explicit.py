@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, create_model
+from pydantic import Field
 
 from cllm.errors import PlanError
 from cllm.plan.kinds import Read, Share
 from cllm.plan.plan import KVPlan, LayerPlan, layer_range, ranges
 from cllm.plan.registry import READS, SOURCES
 from cllm.plan.shape import IterationsConfig, Shape
-from cllm.section import MAX_TOKENS, Section
+from cllm.section import MAX_TOKENS, Section, create_section
 
 _KINDS: dict[str, Any] = {
     kind.key: (kind.Settings | None, Field(None, description=kind.Settings.__doc__)) for kind in SOURCES.values()
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     class _Owning(_Layers):
         """A field for every kind of source."""
 else:
-    _Reads = create_model("_Reads", __base__=Section, **_OPTIONS)
-    _Owning = create_model("_Owning", __base__=_Layers, **_KINDS)
+    _Reads = create_section("_Reads", Section, _OPTIONS)
+    _Owning = create_section("_Owning", _Layers, _KINDS)
 
 
 class ReadConfig(_Reads):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -224,5 +223,3 @@ def _keep(hidden: Tensor, positions: int | Tensor | None) -> Tensor:
 AutoModelForCausalLM.register(CLLMConfig, CLLMForCausalLM)
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[CLLMConfig.model_type] = CLLMForCausalLM.__name__
 """From this table `Trainer` knows that it has to shift labels when it smooths them itself."""
-setattr(transformers, CLLMForCausalLM.__name__, CLLMForCausalLM)
-"""`transformers serve` looks the class of a folder up there."""

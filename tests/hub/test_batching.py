@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
+import cllm
 from cllm.errors import UserError
-from cllm.hub import batching
+from cllm.hub import batching, serving
 from cllm.hub.batching import PagedModel
+from cllm.hub.model import CLLMForCausalLM
 from cllm.plan.presets import preset_names
 
 NEW = 4
@@ -151,7 +152,6 @@ def test_stop_tokens_and_settings_of_the_caller_are_kept(hub_model, prompts) -> 
 def test_a_server_refuses_one_request_and_goes_on(hub_model, prompts) -> None:
     # As `transformers serve` uses a model: a manager that is kept for the next call, and requests one by one.
     model = hub_model(max_seq_len=128)
-    assert transformers.CLLMForCausalLM is type(model)
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False)
     manager = model.init_continuous_batching(config, _batching())
     manager.start()
@@ -194,6 +194,13 @@ def test_a_plan_that_pages_cannot_hold_is_refused_before_any_work(name, hub_mode
 def test_refused_calls(inputs, options, message, hub_model) -> None:
     with pytest.raises(UserError, match=message):
         hub_model(n_layers=2).generate_batch(inputs, **options)
+
+
+def test_the_server_of_transformers_finds_the_class() -> None:
+    server = SimpleNamespace(transformers=SimpleNamespace())
+    serving.register(server)
+    assert server.transformers.CLLMForCausalLM is CLLMForCausalLM
+    assert cllm._ENTRIES[serving._SERVER] == serving.__name__
 
 
 def test_the_cache_of_transformers_5_17() -> None:

@@ -48,9 +48,12 @@ class Packed:
     @property
     def is_croppable(self) -> bool:
         """Whether the first tokens alone are the cache of a shorter prefix: exact slots without windows only."""
-        return all(
-            owner["kind"] == "slot" and owner["kept"] == self.seen and owner["window"] is None
-            for owner in self.layout["owners"].values()
+        return (
+            all(
+                owner["kind"] == "slot" and owner["kept"] == self.seen and owner["window"] is None
+                for owner in self.layout["owners"].values()
+            )
+            and not self.layout["orders"]
         )
 
     def to(self, device: torch.device) -> Packed:
@@ -86,12 +89,20 @@ def pack(cache: Any) -> Packed:
         "storage": cache.storage,
         "padded": cache.starts is not None,
         "owners": {str(j): _pack_store(j, store, cache, tensors) for j, store in cache.stores.items()},
+        "orders": {},  # of dimensions in memory, on which the rounding of later products depends
     }
     if cache.starts is not None:
         tensors.add("starts", cache.starts.clone())
     if isinstance(cache, CompressedKVCache):
         layout["compressed"] = _pack_compression(cache)
-    return Packed(layout, {name: tensor.detach().contiguous() for name, tensor in tensors.named.items()})
+    packed = {}
+    for name, tensor in tensors.named.items():
+        order = sorted(range(tensor.ndim), key=lambda dim: -tensor.stride(dim))
+        if order != sorted(order) and tensor.numel():
+            layout["orders"][name] = order
+            tensor = tensor.permute(order)
+        packed[name] = tensor.detach().contiguous()
+    return Packed(layout, packed)
 
 
 def _pack_store(owner: int, store: Store, cache: KVCache, tensors: Tensors) -> dict[str, Any]:
@@ -145,7 +156,7 @@ def describe_method(method: Compressor) -> dict[str, Any]:
     coder: Any = method._coder if isinstance(method, Codable) else None
     return {
         "name": method.name,
-        "options": method.model_dump(mode="json"),
+        "options": method.model_dump(mode="json", exclude_unset=True),
         "coder": None if coder is None else describe_method(coder),
     }
 
@@ -165,7 +176,9 @@ def unpack(packed: Packed, config: ModelConfig, *, max_len: int | None = None) -
         UserError: for a `max_len` that is too small, and as `KVCache` does.
         ValueError, KeyError, TypeError: for a layout that `pack` did not write for such a model.
     """
-    layout, tensors = packed.layout, packed.tensors
+    layout, tensors = packed.layout, dict(packed.tensors)
+    for name, order in layout["orders"].items():
+        tensors[name] = tensors[name].permute([order.index(dim) for dim in range(len(order))])
     seen, compression = layout["seen"], layout.get("compressed")
     if max_len is not None and max_len < seen:
         raise UserError(

@@ -26,6 +26,9 @@ from cllm.posthoc.method import Codable, Compressor
 from cllm.posthoc.registry import methods
 from cllm.prefix.trees import DTYPES, Tensors, read_tree, write_tree
 
+_ALIGNED = 64
+"""Bytes to which torch aligns memory on a CPU."""
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -57,8 +60,12 @@ class Packed:
         )
 
     def to(self, device: torch.device) -> Packed:
-        """On `device`; a copy unless it is there already."""
-        return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
+        """On `device`; a copy unless it is there already, in memory as torch aligns it.
+
+        Views of a mapped file begin anywhere, and the rounding of products on a CPU depends on the alignment.
+        """
+        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return replace(self, tensors={n: t.clone() if t.data_ptr() % _ALIGNED else t for n, t in moved.items()})
 
     def cropped(self, length: int) -> Packed:
         """The first `length` tokens of a croppable cache; tensors are views."""

@@ -63,7 +63,7 @@ def load_prefix(
 
     Examples:
         >>> import cllm, torch
-        >>> model = cllm.build("mla", d_model=64, n_layers=2, vocab_size=256)
+        >>> model = cllm.build("mla", d_model=64, n_layers=2, vocab_size=256).eval()
         >>> tokens = torch.randint(256, (1, 32))
         >>> cllm.save_prefix("mla.safetensors", model(tokens).past_key_values, model, tokens)
         >>> cache, tokens = cllm.load_prefix("mla.safetensors", model)

@@ -104,7 +104,7 @@ def pack(cache: Any) -> Packed:
         layout["compressed"] = _pack_compression(cache)
     packed = {}
     for name, tensor in tensors.named.items():
-        order = sorted(range(tensor.ndim), key=lambda dim: -tensor.stride(dim))
+        order = [dim for _, dim in sorted(zip((-n for n in tensor.stride()), range(tensor.ndim), strict=True))]
         if order != sorted(order) and tensor.numel():
             layout["orders"][name] = order
             tensor = tensor.permute(order)

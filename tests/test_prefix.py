@@ -289,6 +289,8 @@ def test_compressed_windowed_and_cyclic_prefixes_are_found_entirely_or_not(model
         (lambda m: cllm.PrefixStore(m).prefill([5], salt=""), "a prompt of one token"),
         (lambda m: cllm.PrefixStore(m).prefill([5, 32], salt=""), "tokens has 32; allowed: token ids from 0 to 31"),
         (lambda m: cllm.PrefixStore(m).prefill("text", salt=""), "tokens is a str"),
+        (lambda m: cllm.PrefixStore(m).prefill([], salt=""), "tokens is empty"),
+        (lambda m: cllm.PrefixStore(m, 3), "folder is a int; allowed: a path"),
         (lambda m: cllm.PrefixStore(m).prefill([[1, 2], [3, 4]], salt=""), r"tokens is \(2, 2\)"),
         (lambda m: cllm.PrefixStore(m).prefill([1.0, 2.0], salt=""), r"tokens is \(2,\) float32"),
         (lambda m: cllm.PrefixStore(m).prefill([1] * 129, salt=""), "a prompt of 129, but the model's context"),

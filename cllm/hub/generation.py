@@ -207,6 +207,8 @@ class CLLMGenerationMixin(GenerationMixin):
             new = (generation_config or self.generation_config).max_new_tokens
         if isinstance(inputs, Tensor):
             inputs = inputs.tolist()
+        if not isinstance(inputs, list | tuple):
+            raise UserError(f"inputs is a {type(inputs).__name__}; allowed: a list of prompts, lists of token ids")
         for n, ids in enumerate(inputs):
             check_prompt(self.model, ids, new, f"inputs[{n}]")
         base: Any = super()

@@ -149,7 +149,10 @@ def save_prefix(path: str | os.PathLike[str], cache: KVCache, model: nn.Module, 
     cache.check(decoder.config)
     if cache.plan != decoder.plan:
         raise UserError("the cache was made for another model: its KV plan is not the model's")
-    ids = torch.as_tensor(tokens)
+    try:
+        ids = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"tokens is a {type(tokens).__name__}; allowed: the token ids of the cache") from None
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.shape != (cache.batch, cache.seen) or ids.is_floating_point():
         raise UserError(

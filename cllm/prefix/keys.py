@@ -68,11 +68,13 @@ def token_row(tokens: Sequence[int] | Tensor, vocab_size: int, name: str = "toke
     except (TypeError, ValueError, RuntimeError):
         raise UserError(f"{name} is a {type(tokens).__name__}; allowed: token ids, (T,) or (1, T)") from None
     shape = tuple(row.shape)
+    if not row.numel():
+        raise UserError(f"{name} is empty; allowed: one or more token ids")
     if row.is_floating_point() or row.is_complex() or row.dtype == torch.bool or row.ndim not in (1, 2):
         raise UserError(
             f"{name} is {shape} {str(row.dtype).removeprefix('torch.')}; allowed: token ids, (T,) or (1, T)"
         )
-    if (row.ndim == 2 and shape[0] != 1) or not row.numel():
+    if row.ndim == 2 and shape[0] != 1:
         raise UserError(f"{name} is {shape}; allowed: one sequence of one or more tokens, (T,) or (1, T)")
     row = row.flatten().to("cpu", torch.int64)
     if not 0 <= int(row.min()) <= int(row.max()) < vocab_size:

@@ -75,6 +75,8 @@ class PrefixStore:
         self.method = None if posthoc is None else _method(posthoc, storage)
         self.block = block
         self._memory = [MemoryTier(device, device_bytes), MemoryTier(torch.device("cpu"), host_bytes)]
+        if folder is not None and not isinstance(folder, str | os.PathLike):
+            raise UserError(f"PrefixStore: folder is a {type(folder).__name__}; allowed: a path, or None")
         self._disk = None if folder is None else DiskTier(Path(folder), disk_bytes)
         self._chains: dict[str, dict[int, str]] = {}
         """Of the caches in memory: the names of the prefixes that each can serve."""

@@ -181,6 +181,7 @@ def test_a_plan_that_pages_cannot_hold_is_refused_before_any_work(name, hub_mode
     ("inputs", "options", "message"),
     [
         ([[1], []], {}, r"inputs\[1\] is empty"),
+        ("text", {}, "inputs is a str; allowed: a list of prompts"),
         (["text"], {}, r"inputs\[0\] is a str; allowed: a list"),
         ([[1, True]], {}, r"inputs\[0\] has True"),
         ([[1, -1]], {}, r"inputs\[0\] has -1; allowed: token ids from 0 to 31"),

@@ -24,6 +24,7 @@ FLOORS = [
     {"runs"},
     {"hub"},
     {"uptrain", "posthoc"},
+    {"prefix"},
     {"train"},
     {"evaluate"},
     {"study", "api"},

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from cllm.cache.paged import PagedSlot
 from cllm.cache.slot import Slot
 from cllm.cache.stores import SlotStore, StateStore, Store
 from cllm.config import ModelConfig
@@ -35,6 +36,9 @@ from cllm.plan.registry import mixer_module
 
 class Mixer(nn.Module):
     """Base of all mixers: the layer's mask, the slots that it reads, and the owner module if the layer owns a slot."""
+
+    takes_requests = False
+    """Whether it computes a row that holds the tokens of several requests (`Context.groups`)."""
 
     def __init__(self, config: ModelConfig, plan: KVPlan, layer: int):
         super().__init__()
@@ -61,6 +65,9 @@ class Mixer(nn.Module):
         if self.mix_indices:
             assert isinstance(self.owner, OwnMixedKV)
             slot = self.owner.mix(slot, [context.newest(slots[index], dtype) for index in self.mix_indices])
+        if isinstance(store, PagedSlot):  # its pages hold what readers see
+            slot = store.extend(self.as_read(slot, context, dtype))
+            return slot, (*slots, slot)
         if store is not None:
             assert isinstance(store, SlotStore)
             assert context.step is not None
@@ -90,6 +97,8 @@ class Mixer(nn.Module):
 class Attention(Mixer):
     """Softmax attention over keys and values that the plan names."""
 
+    takes_requests = True
+
     def __init__(self, config: ModelConfig, plan: KVPlan, layer: int):
         super().__init__(config, plan, layer)
         kv_heads = plan.source(layer).kv_heads
@@ -108,11 +117,20 @@ class Attention(Mixer):
         """The output (B, T, d_model), or (B, 1, d_model) with `context.last_token`; and the layer's slot or None."""
         own, slots = self.write(residual, normed, slots, context, store)
         context, normed = context.after_write(normed)
-        slots, size = self.align(slots)
         q = self.q_proj(normed).unflatten(-1, (-1, self.head_dim))  # B, T, H, D
         if self.q_norm is not None:
             q = self.q_norm(q)
         q = apply_rope(q, context.rope(self.head_dim))
+        if not context.groups:
+            return self.o_proj(self._attend(q, slots, context).flatten(-2)), own
+        out = torch.empty_like(q)
+        for group in context.groups:
+            group.put(out, self._attend(group.query(q), [group.slot(slot) for slot in slots], group.context))
+        return self.o_proj(out.flatten(-2)), own
+
+    def _attend(self, q: Tensor, slots: Sequence[Slot], context: Context) -> Tensor:
+        """Attention's output (B, T, H, D) for queries of the same shape, over the slots of one sequence a row."""
+        slots, size = self.align(slots)
         if context.is_decoding:
             keys, values = self.keys.stored(slots), self.values.stored(slots)
             attend = _decode_function(keys, values)
@@ -123,13 +141,13 @@ class Attention(Mixer):
                 context.visible(self.window, self.exclude_self, size),
                 scale=self.head_dim**-0.5,
             )
-            return self.o_proj(self.values.combine(outs).flatten(-2)[:, None]), own
+            return self.values.combine(outs)[:, None]
         mask = context.mask(self.window, self.exclude_self, size)
         if self.is_fused and context.recompute_fusion and torch.is_grad_enabled():
-            out = checkpoint(self._read, q, slots, mask, context.backend, use_reentrant=False, context_fn=_keep_kernels)
-        else:
-            out = self._read(q, slots, mask, context.backend)
-        return self.o_proj(out.flatten(-2)), own
+            return checkpoint(
+                self._read, q, slots, mask, context.backend, use_reentrant=False, context_fn=_keep_kernels
+            )
+        return self._read(q, slots, mask, context.backend)
 
     def _read(self, q: Tensor, slots: Sequence[Slot], mask: Mask, backend: str) -> Tensor:
         """Attention's output (B, T, H, D) over the keys and values of `slots`."""

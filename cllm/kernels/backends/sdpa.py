@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cllm.kernels.backends import blocks
 from cllm.kernels.backends.base import Backend, Case, heads_per_kv_head
 from cllm.kernels.backends.mask import Mask
 
@@ -21,6 +22,7 @@ class Sdpa(Backend):
     boolean matrix."""
 
     name = "sdpa"
+    returns_lse = True
 
     def unavailable(self) -> str | None:
         """Always None."""
@@ -46,6 +48,16 @@ class Sdpa(Backend):
         sees_nothing = ~seen.any(dim=-1, keepdim=True)  # 1 or B, 1, T, 1
         out = _call(q, k, v, scale=scale, enable_gqa=group > 1, attn_mask=seen | sees_nothing)
         return out.masked_fill(sees_nothing.transpose(1, 2), 0)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+        """See `Backend`. In plain torch: on a GPU, torch's function gives no log-sum-exp for a dense mask."""
+        return blocks.forward(q, k, v, mask, scale)
+
+    def backward(
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Backend`."""
+        return blocks.backward(d_out, q, k, v, out, lse, mask, scale)
 
 
 class Cudnn(Backend):

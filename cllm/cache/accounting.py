@@ -59,8 +59,8 @@ def kv_bytes(
 ) -> KVBytes:
     """Bytes of `config`'s plan at `context` tokens (default: `max_seq_len`), by default in bf16.
 
-    A layer reads all tokens in its window, and those of every slot that it reads by a mask of its own; a fused read counts once for each source, and a tensor that is both keys and
-    values counts once. A recurrent state is read and written entirely for every token.
+    A layer reads all tokens that its masks show it; a fused read counts once for each source, and a tensor that is both
+    keys and values counts once. A recurrent state is read and written entirely for every token.
     """
     plan = config.plan()
     context = context or config.max_seq_len

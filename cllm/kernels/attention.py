@@ -123,9 +123,11 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 def _candidates(case: Case) -> Sequence[str]:
     """Names of the kernels to try, fastest first."""
-    if case.lengths == "T = 1" and not case.lse:  # sdpa reaches the memory bandwidth, and cuDNN would build a plan for each length
+    if case.lse:
+        return list(BACKENDS)
+    if case.lengths == "T = 1":  # sdpa reaches the memory bandwidth, and cuDNN would build a plan for each length
         return ("sdpa",)
-    if case.is_plain and not case.lse and case.lengths == "T = S":  # sdpa runs a flash kernel there
+    if case.is_plain and case.lengths == "T = S":  # sdpa runs a flash kernel there
         return [name for name in BACKENDS if name not in ("varlen", "flex")]
     return list(BACKENDS)
 

@@ -33,7 +33,7 @@ class JointPart(NamedTuple):
     v: Tensor
     """(B, S, G, D)."""
     mask: Mask
-    """Every query must see at least one key."""
+    """Every query must see at least one key. Documents are the same in all parts."""
 
 
 def joint_attention(
@@ -68,7 +68,7 @@ def joint_attention(
         [part.k for part in parts],
         [part.v for part in parts],
         sink,
-        [part.mask.document_ids for part in parts],
+        max((ids for part in parts if (ids := part.mask.document_ids) is not None), key=_columns, default=None),
         None if documents is None else documents.starts,
         None if documents is None else documents.cu_seqlens,
         [part.mask.window or 0 for part in parts],
@@ -101,17 +101,21 @@ def _forward(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     sink: Tensor | None,
-    document_ids: Sequence[Tensor | None],
+    document_ids: Tensor | None,
     starts: Tensor | None,
     cu_seqlens: Tensor | None,
     windows: Sequence[int],
     scale: float,
     kernels: str,
 ) -> tuple[Tensor, Tensor]:
-    """The output (B, T, H, D) and the joint log-sum-exp (B, H, T). `kernels` are names with commas; a window of 0 is none."""
+    """The output (B, T, H, D) and the joint log-sum-exp (B, H, T).
+
+    `document_ids` are those of the longest part. A window of 0 is none. `kernels` are names with commas between them.
+    """
     masks = _masks(q, keys, document_ids, starts, cu_seqlens, windows)
     found = [
-        BACKENDS[name].forward(q, k, v, mask, scale) for name, k, v, mask in zip(kernels.split(","), keys, values, masks, strict=True)
+        BACKENDS[name].forward(q, k, v, mask, scale)
+        for name, k, v, mask in zip(kernels.split(","), keys, values, masks, strict=True)
     ]
     out, lse = merge([out for out, _ in found], [lse.transpose(1, 2) for _, lse in found], sink)
     return out.to(values[0].dtype), lse.transpose(1, 2).contiguous()
@@ -133,7 +137,7 @@ def _backward(
     sink: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    document_ids: Sequence[Tensor | None],
+    document_ids: Tensor | None,
     starts: Tensor | None,
     cu_seqlens: Tensor | None,
     windows: Sequence[int],
@@ -164,16 +168,15 @@ def _(d_out, q, keys, values, sink, out, lse, document_ids, starts, cu_seqlens, 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, keys, values, sink, document_ids, starts, cu_seqlens, *ctx.rest = inputs
     ctx.n = len(keys)
-    ctx.save_for_backward(q, *keys, *values, sink, *output, *document_ids, starts, cu_seqlens)
+    ctx.save_for_backward(q, *keys, *values, sink, *output, document_ids, starts, cu_seqlens)
 
 
 def _gradients(ctx: Any, d_out: Tensor, _d_lse: Tensor | None) -> tuple[Any, ...]:
     n = ctx.n
     q, *saved = ctx.saved_tensors
-    keys, values, (sink, out, lse), ids = saved[:n], saved[n : 2 * n], saved[2 * n : 2 * n + 3], saved[2 * n + 3 : -2]
-    found = _backward(d_out, q, keys, values, sink, out, lse, ids, *saved[-2:], *ctx.rest)
+    found = _backward(d_out, q, saved[:n], saved[n : 2 * n], *saved[2 * n :], *ctx.rest)
     d_q, d_keys, d_values, d_sink = found[0], found[1 : n + 1], found[n + 1 : 2 * n + 1], found[2 * n + 1 :]
-    return d_q, d_keys, d_values, d_sink[0] if d_sink else None, [None] * n, None, None, None, None, None
+    return d_q, d_keys, d_values, d_sink[0] if d_sink else None, None, None, None, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -182,16 +185,25 @@ _forward.register_autograd(_gradients, setup_context=_save)
 def _masks(
     q: Tensor,
     keys: Sequence[Tensor],
-    document_ids: Sequence[Tensor | None],
+    document_ids: Tensor | None,
     starts: Tensor | None,
     cu_seqlens: Tensor | None,
     windows: Sequence[int],
 ) -> list[Mask]:
     documents = None if starts is None or cu_seqlens is None else Documents(starts, cu_seqlens, q.shape[1])
     return [
-        Mask(window or None, False, ids, documents if ids is not None and k.shape[1] == q.shape[1] else None)
-        for k, ids, window in zip(keys, document_ids, windows, strict=True)
+        Mask(
+            window or None,
+            False,
+            None if document_ids is None else document_ids[:, -k.shape[1] :],
+            documents if k.shape[1] == q.shape[1] else None,
+        )
+        for k, window in zip(keys, windows, strict=True)
     ]
+
+
+def _columns(ids: Tensor) -> int:
+    return ids.shape[1]
 
 
 class DecodePart(NamedTuple):

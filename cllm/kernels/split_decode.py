@@ -280,7 +280,15 @@ def run(
     block = min(128, max(16, next_power_of_2(width)))
     every = next_power_of_2(tiles.splits)
     triton_decode.merge[(batch * n_heads, -(-width // block))](
-        partial, log_sums, out, log_sum, SPLITS=tiles.splits, OUT_WIDTH=width, ALL=every, CHUNK=min(every, 32), BLOCK=block
+        partial,
+        log_sums,
+        out,
+        log_sum,
+        SPLITS=tiles.splits,
+        OUT_WIDTH=width,
+        ALL=every,
+        CHUNK=min(every, 32),
+        BLOCK=block,
     )
     return out
 

@@ -312,7 +312,9 @@ class Decoder(nn.Module):
         block: Any = self.blocks[i]
         read = [slots[j] for j in self._reads[i]]
         source = self.plan.layers[i].own
-        more: dict[str, Any] = {} if source is None or source.input is None else {"source": context.streams[source.input]}
+        more: dict[str, Any] = (
+            {} if source is None or source.input is None else {"source": context.streams[source.input]}
+        )
         if cache is not None:
             if self._decodes_compiled(cache, context):
                 block = self._compiled[i]

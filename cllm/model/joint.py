@@ -94,7 +94,7 @@ class PartsAttention(Mixer):
         return as_read(self.local, slot, context, self.head_dim, dtype)
 
     def attend(self, q: Tensor, x: Tensor, parts: Sequence[tuple[Slot, Mask]], backend: str) -> Tensor:
-        """The output (B, T, H, D) for queries `q` of that shape and the layer's normalised input `x` (B, T, d_model)."""
+        """The output (B, T, H, D) for queries of that shape and the layer's normalised input `x` (B, T, d_model)."""
         raise NotImplementedError
 
     def decode(self, q: Tensor, x: Tensor, parts: Sequence[tuple[Slot, Visible]]) -> Tensor:

@@ -82,7 +82,7 @@ class LayerConfig(_Owning):
     values: ReadConfig | None = None
     """Where the values come from; an owner may leave it out."""
     read: ReadConfig | None = None
-    """Where keys and values come from at once: as `keys` and `values` alike, or `{join: [11, {own: {window: 128}}]}`."""
+    """Where keys and values come from at once: `{share: 11}`, or `{join: [11, {own: {window: 128}}]}`."""
     window: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """Sliding window in tokens; null: full attention."""
 

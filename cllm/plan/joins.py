@@ -84,7 +84,7 @@ class Whole(Read):
 
     @classmethod
     def fields_at(cls, layer: int, given: Sequence[int | PartConfig], options: dict[str, Any], shape: Shape) -> Any:
-        """The fields of the `LayerPlan` of `layer` that YAML describes. Raises `PlanError`, beginning with the layer."""
+        """The fields of the `LayerPlan` of `layer` that YAML describes. Raises `PlanError`, naming the layer."""
         parts: list[Part] = []
         owned: list[Source] = []
         for item in given:
@@ -259,7 +259,7 @@ def check_whole(plan: _Plan, i: int) -> bool:
     read = layer.keys
     if not isinstance(read, Whole):
         if isinstance(layer.values, Whole) or layer.local is not None:
-            raise PlanError(f"layer {i}: only a read of several slots reads a local slot; it is keys and values at once")
+            raise PlanError(f"layer {i}: only a read of several slots, for keys and values alike, reads a local slot")
         return False
     if read != layer.values or layer.window is not None:
         raise PlanError(f"layer {i}: {read.key} is the keys and the values of the layer and has windows of its own")

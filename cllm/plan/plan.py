@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from cllm.errors import PlanError
-from cllm.plan.kinds import MAX_LAYERS, Fuse, Half, Latent, Own, Read, Retention, Share, Source
 from cllm.plan.joins import LOCAL, Attended, Whole, check_whole
+from cllm.plan.kinds import MAX_LAYERS, Fuse, Half, Latent, Own, Read, Retention, Share, Source
 from cllm.plan.numbers import layer_range, ranges
 from cllm.plan.shape import Iterations
 
@@ -75,9 +75,7 @@ class KVPlan:
                 numbers of heads, a latent slot read in part, a windowed slot read through a wider mask, a window
                 through which queries have no effect, a source above the layer without `iterations`.
         """
-        filled = [
-            replace(p, keys=p.keys or Share(i), values=p.values or Share(i)) for i, p in enumerate(layers)
-        ]
+        filled = [replace(p, keys=p.keys or Share(i), values=p.values or Share(i)) for i, p in enumerate(layers)]
         plan = cls(tuple(filled), iterations)
         for i in range(len(filled)):
             plan._check_layer(i)

@@ -487,13 +487,13 @@ class SlowDecoder:
                     for key, v in zip(ks, vs, strict=True)
                 ]
                 total = sum(score for score, _ in scores) + (0 if sink is None else torch.exp(sink[h]))
-                heads.append(sum(score * v for score, v in scores) / total)
+                heads.append(torch.stack([score * v for score, v in scores]).sum(0) / total)
                 continue
             weight = self.w(i, "attention.gates.weight")
             gates = [1 / (1 + torch.exp(-row @ normed)) for row in weight[h :: self.n_heads]]
             gates = [gates[0], 1 - gates[0]] if row.how == "blend" else gates
             outs = [softmax_read(query, ks, vs, self.head_dim) for ks, vs in read]
-            heads.append(sum(gate * out for gate, out in zip(gates, outs, strict=True)))
+            heads.append(torch.stack([gate * out for gate, out in zip(gates, outs, strict=True)]).sum(0))
         return heads
 
     def mixed(self, i: int, part: str, own: Sequence[Tensor], others: list[list[Tensor]]) -> list[Tensor]:

@@ -35,7 +35,8 @@ def rows(plan: KVPlan) -> list[str]:
             words.append({Latent: "latent", Retention: "retention"}[type(layer.own)])
         keys, values = plan.keys(i), plan.values(i)
         if isinstance(layer.local, Own):
-            words.append(f"and:{layer.local.n_kv_heads}")
+            words += [f"and:{layer.local.n_kv_heads}"] + ["norm"] * layer.local.kv_norm
+            words += ["tied"] if isinstance(layer.local, OwnTied) else []
         if isinstance(keys, Whole):
             names = {LOCAL: "and", i: "own"}
             parts = [

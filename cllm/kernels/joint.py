@@ -68,7 +68,7 @@ def joint_attention(
         [part.k for part in parts],
         [part.v for part in parts],
         sink,
-        max((ids for part in parts if (ids := part.mask.document_ids) is not None), key=_columns, default=None),
+        _longest_ids(parts),
         None if documents is None else documents.starts,
         None if documents is None else documents.cu_seqlens,
         [part.mask.window or 0 for part in parts],
@@ -202,8 +202,14 @@ def _masks(
     ]
 
 
-def _columns(ids: Tensor) -> int:
-    return ids.shape[1]
+def _longest_ids(parts: Sequence[JointPart]) -> Tensor | None:
+    """The document ids of the part with most keys; those of the others are their last columns."""
+    longest: Tensor | None = None
+    for part in parts:
+        ids = part.mask.document_ids
+        if ids is not None and (longest is None or ids.shape[1] > longest.shape[1]):
+            longest = ids
+    return longest
 
 
 class DecodePart(NamedTuple):

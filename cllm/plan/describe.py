@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from operator import itemgetter
 
+from cllm.plan.numbers import ranges
 from cllm.plan.plan import KVPlan
 from cllm.tables import Column, aligned
 
@@ -67,4 +68,6 @@ def plan_drawing(plan: KVPlan) -> str:
     lines.append(
         "O owns and reads, o owns only, B reads keys and values, K keys, V values; columns are the cached slots"
     )
+    if second := [i for i, layer in enumerate(plan.layers) if layer.local is not None]:
+        lines.append(f"layers {ranges(second)} own a second slot, which they alone read and which has no column")
     return "\n".join(lines)

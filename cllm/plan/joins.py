@@ -10,7 +10,7 @@ slot that other layers may read too, the second, its *local* one, is read by the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import Field
@@ -130,7 +130,7 @@ class Whole(Read):
     def with_layers(self, layers: tuple[int, ...]) -> Any:
         left = list(layers)
         parts = tuple(part if part.layer == LOCAL else Part(left.pop(0), part.window) for part in self.parts)
-        return type(self)(parts, *(getattr(self, name) for name in self.__dataclass_fields__ if name != "parts"))
+        return replace(self, parts=parts)
 
     def text(self, layer: int) -> str:
         return f"{self.key} " + " + ".join(part.text(layer) for part in self.parts)

@@ -362,7 +362,7 @@ IN_A_CYCLE: list[dict[str, Any]] = [
 ]
 
 
-@settings(PROPERTY, max_examples=int(GIVEN or 12))
+@settings(PROPERTY, max_examples=int(GIVEN or 6))
 @example(section=listed(JOINS), sizes=EVEN, chunk=2)
 @example(section=listed(IN_A_CYCLE, {"forward": 2, "backward": 2}), sizes=EVEN, chunk=2)
 @given(section=joined(), sizes=st.lists(st.integers(1, 3), min_size=LENGTH, max_size=LENGTH), chunk=st.integers(1, 4))

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from cllm.kernels.backends.mask import Mask
 
-BLOCK = 256
-"""Queries of a block."""
+
+def _block(q: Tensor, mask: Mask) -> int:
+    """Queries of a block: few for a window, whose keys a block reads and hides in part; many on a GPU."""
+    return 1024 if q.is_cuda else 256 if mask.window is None else 64
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
@@ -74,9 +76,9 @@ def _scores(q: Tensor, k: Tensor, hidden: Tensor, scale: float, wide: torch.dtyp
 def _blocks(q: Tensor, k: Tensor, mask: Mask) -> Iterator[tuple[slice, slice, Tensor]]:
     """Blocks of queries, the keys that they may see, and the mask between them (1 or B, t, s), True if hidden."""
     length, size = q.shape[1], k.shape[1]
-    past, ids = size - length, mask.document_ids
-    for start in range(0, length, BLOCK):
-        stop = min(start + BLOCK, length)
+    past, ids, block = size - length, mask.document_ids, _block(q, mask)
+    for start in range(0, length, block):
+        stop = min(start + block, length)
         first = 0 if mask.window is None else max(past + start - mask.window + 1, 0)
         rows, keys = slice(start, stop), slice(first, past + stop)
         distance = torch.arange(past + start, past + stop, device=q.device)[:, None] - torch.arange(

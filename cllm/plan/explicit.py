@@ -10,6 +10,7 @@ model:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, create_model
@@ -53,17 +54,17 @@ class ReadConfig(_Reads):
 
     def read(self, where: str) -> Read:
         """The read of keys, or of values."""
-        kind, layers, given = self.chosen(where)
+        kind, layers, given = self.chosen(where, [key for key, kind in READS.items() if not issubclass(kind, Whole)])
         if issubclass(kind, Whole):
             raise PlanError(f"{where}: {kind.key} reads keys and values at once; write read: {{{kind.key}: ...}}")
         return kind.from_settings(layers, given)
 
-    def chosen(self, where: str) -> tuple[type[Read], Any, dict[str, Any]]:
-        """The kind of read, the value under its key, and its options."""
+    def chosen(self, where: str, allowed: Iterable[str] = READS) -> tuple[type[Read], Any, dict[str, Any]]:
+        """The kind of read, the value under its key, and its options; `allowed` are the kinds that messages name."""
         given = {name: value for name in _OPTIONS if (value := getattr(self, name)) is not None}
         kinds = [kind for kind in READS.values() if kind.key in given]
         if len(kinds) != 1:
-            raise PlanError(f"{where}: needs exactly one of {', '.join(READS)}")
+            raise PlanError(f"{where}: needs exactly one of {', '.join(allowed)}")
         (kind,) = kinds
         layers = given.pop(kind.key)
         for other in READS.values():

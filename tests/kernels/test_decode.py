@@ -281,8 +281,8 @@ def interpreted() -> None:
     assert_close(decode_attention(*arguments, scale=SCALE, kernel="triton"), wanted, torch.float32)
     for case in (Case(column=55), Case(g=4, first=(20, 26, 3), window=7), Case(column=0, exclude_self=True)):
         arguments, wanted = call(case, torch.float32)
-        out, lse = decode_attention_lse(*arguments, scale=SCALE, kernel="triton")
-        assert_close(out, wanted, torch.float32)
+        results, lse = decode_attention_lse(*arguments, scale=SCALE, kernel="triton")
+        assert_close(results, wanted, torch.float32)
         torch.testing.assert_close(lse, decode_attention_lse(*arguments, scale=SCALE)[1], atol=1e-4, rtol=1e-4)
 
 

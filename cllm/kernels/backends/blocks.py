@@ -21,7 +21,7 @@ def _block(q: Tensor, mask: Mask) -> int:
     return 1024 if q.is_cuda else 256 if mask.window is None else 64
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(scale q kᵀ + mask) v and log Σ exp(scale q kᵀ + mask).
 
     Args:
@@ -45,7 +45,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[
     return out, lse
 
 
-def backward(
+def gradients_in_blocks(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for q, k and v, in their dtypes; see `Backend.backward`."""

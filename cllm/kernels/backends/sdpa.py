@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cllm.kernels.backends import blocks
 from cllm.kernels.backends.base import Backend, Case, heads_per_kv_head
+from cllm.kernels.backends.blocks import attention_in_blocks, gradients_in_blocks
 from cllm.kernels.backends.mask import Mask
 
 
@@ -52,7 +52,7 @@ class Sdpa(Backend):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
         """See `Backend`. torch's flash kernel for CPUs if the mask is only causal, otherwise plain torch."""
         if not _is_flash(q, k, v, mask):
-            return blocks.forward(q, k, v, mask, scale)
+            return attention_in_blocks(q, k, v, mask, scale)
         q, k, v = (_heads_second(x, q.shape[2]) for x in (q, k, v))
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
         return out.transpose(1, 2), lse
@@ -62,7 +62,7 @@ class Sdpa(Backend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Backend`."""
         if not _is_flash(q, k, v, mask):
-            return blocks.backward(d_out, q, k, v, out, lse, mask, scale)
+            return gradients_in_blocks(d_out, q, k, v, out, lse, mask, scale)
         arguments = (_heads_second(x, q.shape[2]) for x in (d_out, q, k, v, out))
         found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*arguments, lse, 0.0, True, scale=scale)
         d_q, d_k, d_v = (x.transpose(1, 2) for x in found)

@@ -149,7 +149,7 @@ def test_batches_grow_and_shrink(kind, design):
 @pytest.mark.parametrize("name", DESIGNS)
 def test_cropped_tokens_are_forgotten(name, kind, design):
     model, ids = design(name), tokens(2)
-    forgetful = any(layer.window for layer in model.plan.layers) or "retention" in name
+    forgetful = any(map(model.plan.kept, model.plan.slots)) or "retention" in name
     cache = KVCache(model.config, max_len=KINDS[kind])
     run(model, cache, ids[:, :8], [8])
     if not forgetful:
@@ -160,7 +160,7 @@ def test_cropped_tokens_are_forgotten(name, kind, design):
             cache.crop(7)
         return
     else:
-        with pytest.raises(UserError, match=r"cannot go back from 8 to 6 tokens: a slot with a window of 3"):
+        with pytest.raises(UserError, match=r"cannot go back from 8 to 6 tokens: a slot with a window of [23]"):
             cache.crop(6)
         cache.crop(7)
     length = 7 if forgetful else 5

@@ -118,7 +118,7 @@ def _forward(
         for name, k, v, mask in zip(kernels.split(","), keys, values, masks, strict=True)
     ]
     out, lse = merge([out for out, _ in found], [lse.transpose(1, 2) for _, lse in found], sink)
-    return out.to(values[0].dtype), lse.transpose(1, 2).contiguous()
+    return out.to(values[0].dtype).contiguous(), lse.transpose(1, 2).contiguous()
 
 
 @_forward.register_fake
@@ -145,7 +145,7 @@ def _backward(
     kernels: str,
 ) -> list[Tensor]:
     """Gradients for q, each k, each v, and the sink if there is one, in their shapes and dtypes."""
-    masks = _masks(q, keys, document_ids, starts, cu_seqlens, windows)
+    d_out, masks = d_out.contiguous(), _masks(q, keys, document_ids, starts, cu_seqlens, windows)
     found = [
         BACKENDS[name].backward(d_out, q, k, v, out, lse, mask, scale)
         for name, k, v, mask in zip(kernels.split(","), keys, values, masks, strict=True)
@@ -157,12 +157,12 @@ def _backward(
         delta = (d_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)  # B, H, T
         share = (sink.to(lse.dtype)[:, None] - lse).exp()
         gradients.append(-(share * delta).sum((0, 2)).to(sink.dtype))
-    return gradients
+    return [gradient.contiguous() for gradient in gradients]
 
 
 @_backward.register_fake
 def _(d_out, q, keys, values, sink, out, lse, document_ids, starts, cu_seqlens, windows, scale, kernels):
-    return [torch.empty_like(t) for t in (q, *keys, *values, *([] if sink is None else [sink]))]
+    return [t.new_empty(t.shape) for t in (q, *keys, *values, *([] if sink is None else [sink]))]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -93,6 +93,8 @@ class Whole(Read):
                 raise PlanError(f"layer {layer}: {cls.key}: each slot is a layer, or one of share and own")
             if config.own is None:
                 assert config.share is not None
+                if config.share < 0:  # -1 is `LOCAL`
+                    raise PlanError(f"layer {layer}: {cls.key} reads layer {config.share}; layers count from 0")
                 if config.share == layer:
                     raise PlanError(f"layer {layer}: {cls.key}: names the layer itself; write its slot as own: {{}}")
                 parts.append(Part(config.share, config.window))

@@ -223,6 +223,7 @@ OWN: dict[str, Any] = {"own": {}}
     [
         ({"join": [1]}, "layer 2: join has 1 slots; allowed: two or more, or one with a sink"),
         ({"join": [0, 0]}, "layer 2: join names a slot twice: [0, 0]"),
+        ({"join": [0, {"share": -1}]}, "layer 2: join reads layer -1; layers count from 0"),
         ({"join": [0, 7]}, "layer 2: join reads layer 7; the model has layers 0 to 4"),
         ({"join": [0, 3]}, "layer 2: join reads layer 3 above it; allowed: layers below it, and slots of its own"),
         ({"join": [0, 2]}, "layer 2: join: names the layer itself; write its slot as own: {}"),

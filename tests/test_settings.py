@@ -240,7 +240,7 @@ def test_unknown_preset_names_the_nearest(write):
     assert message == 'command line: model.kv.preset: unknown preset "fusedkvlite"; did you mean "fusedkv_lite"?'
     message = refusal([path], ["--model.kv.preset", "nosuch"])
     assert message.startswith('command line: model.kv.preset: unknown preset "nosuch"; nearest: "')
-    assert "allowed: afm, cla, fusedkv," in message
+    assert "allowed: afm, ced, cla, fusedkv," in message
 
 
 def test_option_of_another_preset_is_refused(write):

@@ -151,7 +151,7 @@ class CLLMGenerationMixin(GenerationMixin):
 
     def _check_windows(self, length: int) -> None:
         """Refuse windows below `length`: assisted decoding removes tokens, and a ring has overwritten earlier ones."""
-        windows = [layer.window for layer in self.model.plan.layers if layer.own is not None and layer.window]
+        windows = [window for slot in self.model.plan.slots if (window := self.model.plan.kept(slot))]
         if windows and min(windows) < length:
             raise UserError(
                 f"assisted decoding of {length} tokens: it takes tokens back, and a slot with a window of "

@@ -77,9 +77,7 @@ class Mixer(nn.Module):
 
     def as_read(self, stored: Slot, context: Context, dtype: torch.dtype) -> Slot:
         """The slot of this layer as readers see it, from its stored tokens, those of this pass included."""
-        if not isinstance(self.owner, StoredForm):
-            return stored
-        return self.owner.as_read(stored, context.slot_rope(self.head_dim, stored.v.shape[1]), dtype)
+        return as_read(self.owner, stored, context, self.head_dim, dtype)
 
     def align(self, slots: Sequence[Slot]) -> tuple[Sequence[Slot], int]:
         """`slots` cut to the length of the shortest slot that is read, and that length.
@@ -91,6 +89,13 @@ class Mixer(nn.Module):
         if all(slot.k.shape[1] == size for slot in read):
             return slots, size
         return [slot.map(lambda t: t[:, t.shape[1] - size :]) for slot in slots], size
+
+
+def as_read(owner: nn.Module | None, stored: Slot, context: Context, head_dim: int, dtype: torch.dtype) -> Slot:
+    """The slot of `owner` as readers see it, from its stored tokens."""
+    if not isinstance(owner, StoredForm):
+        return stored
+    return owner.as_read(stored, context.slot_rope(head_dim, stored.v.shape[1]), dtype)
 
 
 @mixer_module(Source)
@@ -133,7 +138,7 @@ class Attention(Mixer):
         slots, size = self.align(slots)
         if context.is_decoding:
             keys, values = self.keys.stored(slots), self.values.stored(slots)
-            attend = _decode_function(keys, values)
+            attend = decode_function(keys, values)
             outs = attend(
                 self.keys.queries(q[:, 0]),
                 keys,
@@ -309,7 +314,7 @@ class CompressedTensor(Protocol):
         ...
 
 
-def _decode_function(keys: Sequence[Stored], values: Sequence[Stored]) -> Callable[..., list[Tensor]]:
+def decode_function(keys: Sequence[Stored], values: Sequence[Stored]) -> Callable[..., list[Tensor]]:
     """`decode_attention`, or the attention function of the first part that is compressed."""
     for part in (*keys, *values):
         data: Tensor | CompressedTensor = part.data
@@ -319,9 +324,9 @@ def _decode_function(keys: Sequence[Stored], values: Sequence[Stored]) -> Callab
 
 
 def make_mixer(config: ModelConfig, plan: KVPlan, layer: int) -> Mixer:
-    """The mixer for the kind of slot that a layer reads."""
+    """The mixer for the kind of slot that a layer reads, or for its read of several slots at once."""
     source = plan.source(layer)
-    build = mixer_module.of(source)
+    build = mixer_module.of(plan.keys(layer) if plan.reads_at_once(layer) else source)
     if build is Attention and not source.is_plain:
         raise PlanError(
             f"layer {layer}: {type(source).__name__} is not keys and values and has no mixer; register one with "

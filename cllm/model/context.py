@@ -176,17 +176,19 @@ class Context:
     def prepare(self, plan: KVPlan, head_dim: int, sizes: Mapping[int, int] | None = None) -> None:
         """Compute every table and mask that the layers of `plan` need, outside of compiled code.
 
-        `sizes` are the tokens in the slot of each owner as readers see it; by default T.
+        `sizes` are the tokens in each slot as readers see it; by default T.
         """
         for i, layer in enumerate(plan.layers):
             self.rope(plan.source(i).rope_dim(head_dim))
-            if layer.own is not None and layer.own.rotates_at_read:
-                self.slot_rope(head_dim, self.length if sizes is None else sizes[i])
-            size = self.length if sizes is None else min((sizes[j] for j in plan.reads(i) if j in sizes), default=0)
-            if size and self.is_decoding:
-                self.visible(layer.window, plan.reads_above(i), size)
-            elif size:
-                self.mask(layer.window, plan.reads_above(i), size)
+            for slot, own in ((i, layer.own), (len(plan) + i, layer.local)):
+                if own is not None and own.rotates_at_read:
+                    self.slot_rope(head_dim, self.length if sizes is None else sizes[slot])
+            for slots, window in plan.attended(i):
+                size = self.length if sizes is None else min((sizes[j] for j in slots if j in sizes), default=0)
+                if size and self.is_decoding:
+                    self.visible(window, plan.reads_above(i), size)
+                elif size:
+                    self.mask(window, plan.reads_above(i), size)
 
     def mask(self, window: int | None, exclude_self: bool, size: int) -> Mask:
         """The mask over slots of `size` tokens, for a pass of several tokens."""

@@ -324,10 +324,14 @@ class Decoder(nn.Module):
         block: Any = self.blocks[i]
         read = [slots[j] for j in self._reads[i]]
         source = self.plan.layers[i].own
-        more = {} if source is None or source.input is None else {"source": context.streams[source.input]}
+        more: dict[str, Any] = (
+            {} if source is None or source.input is None else {"source": context.streams[source.input]}
+        )
         if cache is not None:
             if self._decodes_compiled(cache, context):
                 block = self._compiled[i]
+            if self.plan.layers[i].local is not None:
+                more["local_store"] = cache.stores[len(self.plan) + i]
             x, own = block(x, context, *read, store=cache.stores.get(i), **more)
         elif self.gradient_checkpointing and torch.is_grad_enabled() and not block.checkpoints_itself:
             x, own = recompute(block, x, context, *read, **more)

@@ -132,9 +132,12 @@ def layer_flops_per_token(model: Decoder, seq_len: int) -> list[float]:
     totals = []
     for i, block in enumerate(model.blocks):
         weights = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
-        window = min(plan.layers[i].window or seq_len, seq_len)
-        seen = window - window * (window - 1) / (2 * seq_len)
-        mixing = plan.source(i).attention_flops(config.n_heads, config.resolved_head_dim, seen)
+        mixing = 0.0
+        for slots, limit in plan.attended(i):
+            window = min(limit or seq_len, seq_len)
+            seen = window - window * (window - 1) / (2 * seq_len)
+            source = plan.owned(slots[0])
+            mixing += source.attention_flops(config.n_heads, config.resolved_head_dim, seen)
         totals.append(2 * weights + mixing)
     return totals
 

@@ -2,6 +2,8 @@
 
 kinds.py     kinds of sources and reads: `Own`, `Latent`, `Retention`; `Share`, `Fuse`; each answers for itself
 forms.py     forms of `own` that store something else than two projections: one half, one projection for both, sums
+joins.py     reads of several slots at once: one softmax over them, or a gated sum
+numbers.py   layer numbers as text
 registry.py  the kinds that YAML knows, and the functions that build their modules
 plan.py      `KVPlan`: one entry per layer, the questions it answers, every refusal
 presets/     published plans by name: `model.kv.preset`

@@ -194,6 +194,11 @@ class CompressedKVCache(KVCache):
         selecting = {owner for owner, prefix in prefixes.items() if prefix.landmarks is not None}
         for layer in range(len(self.plan)):
             sources = self.plan.keys(layer).layers
+            if self.plan.reads_at_once(layer) and selecting & set(sources):
+                raise UserError(
+                    f"{self.method.name}: select: layer {layer} reads several slots, "
+                    f"{self.plan.keys(layer).text(layer)}; allowed: plans whose layers read the keys of one slot"
+                )
             if len(sources) > 1 and selecting & set(sources):
                 raise UserError(
                     f"{self.method.name}: select: the keys of layer {layer} are made of the slots {list(sources)}; "

@@ -60,8 +60,8 @@ class DecoderEngine(Engine):
             raise UserError(f"slot {slot} is a latent; allowed: slots of keys and values")
         if not (own := self.model.plan.owned(slot)).is_compressible:
             raise UserError(f"slot {slot} stores {own.text}; allowed: slots of keys and values")
-        block: Any = self.model.blocks[slot]
-        owner = block.attention.owner
+        block: Any = self.model.blocks[slot % len(self.model.blocks)]
+        owner = block.attention.owner if slot < len(self.model.blocks) else block.attention.local
         _check_plain(slot, owner.k_norm)
         return owner.k_proj, owner.v_proj
 

@@ -18,7 +18,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -211,7 +211,7 @@ def fusion_plan(teacher: TracedDecoder, plan: KVPlan, batches: Batches, *, ridge
             keys = _best_sources(plan, i, fused[i, "keys"], sums[0], ridge, tied=True)
         if (i, "values") in fused:
             values = _best_sources(plan, i, fused[i, "values"], sums[1], ridge, tied=False)
-        layers.append(LayerPlan(own=layer.own, keys=keys, values=values, window=layer.window))
+        layers.append(replace(layer, keys=keys, values=values))
     return KVPlan.of(layers, plan.iterations)
 
 

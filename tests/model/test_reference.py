@@ -50,6 +50,8 @@ VARIANTS = [
     "cla, factor 3",
     "mha, window and kv norm",
     "swiftkv, groups of two",
+    "ced, groups of two",
+    "joins of every slot",
     "halves of other layers",
     "mixes of mixes",
     "tied slots of other layers",
@@ -67,7 +69,10 @@ def test_logits_and_gradients_of_variants(name, reference, preset_config, random
 
 @pytest.mark.parametrize(
     "name",
-    ["mha", "fusedkv", "yoco", "yoco with retention", "mla", "trailing", "swiftkv", "svformer", "kv_tie", "yoco_pp"],
+    [
+        *("mha", "fusedkv", "yoco", "yoco with retention", "mla", "trailing", "swiftkv", "svformer", "kv_tie"),
+        *("yoco_pp", "ced", "hysparse"),
+    ],
 )
 def test_layer_by_layer_and_token_by_token_are_equal(name, reference, preset_config, random_model):
     """Decoding order changes nothing in a plan that reads from below."""

@@ -6,6 +6,7 @@ from cllm.config import ModelConfig
 from cllm.config.load import validate
 from cllm.errors import UserError
 from cllm.plan.forms import OwnHalf, OwnTied
+from cllm.plan.joins import LOCAL, Whole
 from cllm.plan.plan import Fuse, Iterations, KVPlan, Latent, Own, Retention, Share
 from cllm.plan.presets import preset_names
 
@@ -33,6 +34,17 @@ def rows(plan: KVPlan) -> list[str]:
         elif layer.own is not None:
             words.append({Latent: "latent", Retention: "retention"}[type(layer.own)])
         keys, values = plan.keys(i), plan.values(i)
+        if isinstance(layer.local, Own):
+            words += [f"and:{layer.local.n_kv_heads}"] + ["norm"] * layer.local.kv_norm
+            words += ["tied"] if isinstance(layer.local, OwnTied) else []
+        if isinstance(keys, Whole):
+            names = {LOCAL: "and", i: "own"}
+            parts = [
+                names.get(part.layer, str(part.layer)) + f"/{part.window}" * bool(part.window) for part in keys.parts
+            ]
+            how = "blend" if getattr(keys, "gates", "") == "complementary" else keys.key
+            found.append(" ".join([*words, how, "+".join(parts), *["sink"] * getattr(keys, "sink", False)]))
+            continue
         if isinstance(keys, Fuse) or keys != values:
             words.append(f"keys {side(keys)} values {side(values)}")
         elif keys != Share(i):

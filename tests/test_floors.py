@@ -26,7 +26,7 @@ FLOORS = [
     {"uptrain", "posthoc"},
     {"train"},
     {"evaluate"},
-    {"study", "api"},
+    {"study", "api", "serve"},
     {"commands"},
     {"__main__"},
 ]

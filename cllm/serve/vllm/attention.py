@@ -92,8 +92,17 @@ class EntryAttention(Attention):
 
 
 def cache_of(keys: EntryAttention, values: EntryAttention) -> Any:
-    """What an implementation takes as the cache for keys of one entry and values of another."""
-    return keys.kv_cache if keys is values else Pair(keys.tensors()[0], values.tensors()[1])
+    """What an implementation takes as the cache for keys of one entry and values of another.
+
+    Raises:
+        RuntimeError: if vLLM has put the two into groups with different block tables, against `layout.cache_groups`.
+    """
+    if keys is values:
+        return keys.kv_cache
+    slots = get_forward_context().slot_mapping
+    if slots[keys.layer_name] is not slots[values.layer_name]:
+        raise RuntimeError(f"{keys.layer_name} and {values.layer_name} are in different cache groups of vLLM")
+    return Pair(keys.tensors()[0], values.tensors()[1])
 
 
 class Reading(nn.Module):

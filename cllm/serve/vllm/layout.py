@@ -163,26 +163,44 @@ def make_layout(
     # With entries of several shapes in a group, vLLM 0.32 has no metadata for layers that name a target (KeyError).
     named = len(shapes) == 1
     exit_at = _exit_at(plan) if exits and named else None
-    reads = tuple(LayerRead(i, c, _attending(plan, i, c, named, exit_at)) for i, c in enumerate(calls))
-    return Layout(tuple(sorted(entries, key=lambda e: (e.layer, e.content))), reads, _partners(plan, calls), exit_at)
+    # vLLM takes all layers with a target at the end of its list for those of fast prefill. If no entry parts the layers
+    # below `exit_at` from those, they get none.
+    lower_named = named and (exit_at is None or any(entry.layer >= exit_at for entry in entries))
+    reads = tuple(
+        LayerRead(i, c, _attending(plan, i, c, named if exit_at is not None and i >= exit_at else lower_named, exit_at))
+        for i, c in enumerate(calls)
+    )
+    entries = sorted(entries, key=lambda e: (e.layer, e.content))
+    layout = Layout(tuple(entries), reads, _partners(calls), exit_at)
+    _check_groups(layout)
+    return layout
 
 
-def check_groups(layout: Layout, groups: Mapping[Entry, int]) -> None:
-    """Check that entries which one kernel reads together have one block table, as vLLM has grouped the entries.
+def cache_groups(entries: Iterable[Entry]) -> dict[Entry, int]:
+    """The group of each entry in vLLM 0.32; the entries of a group have one block table.
 
-    Raises:
-        UserError: naming the layer, if they do not.
+    Entries of one window are one group. Otherwise those of one shape and window are divided into groups of one size,
+    the number of the rarest kind, or of the most frequent one if that is less than half as much again.
+
+    Args:
+        entries: in vLLM's order, that of `Layout.order`.
     """
-    pairs = [(call.keys, call.values) for read in layout.reads for call in read.calls]
-    written = [e for e in layout.entries if e.content == "keys" and e.layer in layout.owners_of_both]
-    pairs += [(entry, layout.of(entry.layer, "values")) for entry in written]
-    for keys, values in pairs:
-        if groups[keys] != groups[values]:
-            raise _refused(
-                f"keys of layer {keys.layer} and values of layer {values.layer} are used together, and vLLM puts them "
-                "into different cache groups, with block tables of their own; it does so if owners have different "
-                "windows. Give all owners the same window"
-            )
+    entries = list(entries)
+    if len({entry.window for entry in entries}) == 1:
+        return dict.fromkeys(entries, 0)
+    kinds: dict[tuple[int, int, Content, int | None], list[Entry]] = {}
+    for entry in entries:
+        shape = "both" if entry.content == "both" else "keys"
+        kinds.setdefault((entry.n_kv_heads, entry.head_size, shape, entry.window), []).append(entry)
+    counts = [len(kind) for kind in kinds.values()]
+    size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+    groups: dict[Entry, int] = {}
+    first = 0
+    for kind in kinds.values():
+        n_groups = -(-len(kind) // size)
+        groups |= {entry: first + n % n_groups for n, entry in enumerate(kind)}
+        first += n_groups
+    return groups
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -253,6 +271,24 @@ def _check_windows(calls: Iterable[tuple[Call, ...]]) -> None:
 
 def _window(entry: Entry) -> str:
     return "none" if entry.window is None else str(entry.window)
+
+
+def _check_groups(layout: Layout) -> None:
+    """Refuse entries that one kernel reads or writes together and that have different block tables."""
+    pairs = [(call.keys, call.values) for read in layout.reads for call in read.calls]
+    pairs += [
+        (entry, layout.of(entry.layer, "values"))
+        for entry in layout.entries
+        if entry.content == "keys" and entry.layer in layout.owners_of_both
+    ]
+    groups = cache_groups(item for item in layout.order() if isinstance(item, Entry))
+    for keys, values in pairs:
+        if groups[keys] != groups[values]:
+            raise _refused(
+                f"keys of layer {keys.layer} and values of layer {values.layer} are used together, and vLLM puts them "
+                "into different cache groups, with block tables of their own, because owners have different windows; "
+                "give all owners the same window"
+            )
 
 
 # ---- entries ---------------------------------------------------------------------------------------------------------
@@ -328,7 +364,7 @@ def _attending(plan: KVPlan, layer: int, calls: tuple[Call, ...], named: bool, e
     return "own" if named else "borrowed"
 
 
-def _partners(plan: KVPlan, calls: Iterable[tuple[Call, ...]]) -> dict[Entry, Entry]:
+def _partners(calls: Iterable[tuple[Call, ...]]) -> dict[Entry, Entry]:
     """Pairs of entries that a kernel reads together, those of one owner first."""
     partners: dict[Entry, Entry] = {}
     pairs = [(call.keys, call.values) for layer in calls for call in layer if call.keys.content == "keys"]

@@ -24,7 +24,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.v1.attention.backends.utils import KVSharingFastPrefillMetadata
 from vllm.v1.attention.selector import get_attn_backend
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
 from cllm.cache.slot import Slot
 from cllm.config import ModelConfig
@@ -36,7 +35,7 @@ from cllm.plan.forms import OwnMixed, OwnTied
 from cllm.plan.kinds import Fuse, Half, Own, Read
 from cllm.plan.plan import KVPlan
 from cllm.serve.vllm.attention import BACKENDS, EntryAttention, Reading, write
-from cllm.serve.vllm.layout import Entry, LayerRead, Layout, check_groups, make_layout
+from cllm.serve.vllm.layout import Entry, LayerRead, Layout, make_layout
 
 log = init_logger(__name__)
 Slots = dict[int, tuple[Tensor, Tensor]]
@@ -318,16 +317,11 @@ class ServedDecoder(nn.Module):
         layout = _layout(config, vllm_config)
         self.model = PagedDecoder(config, layout, vllm_config, maybe_prefix(prefix, "model"))
         self.logits_processor = LogitsProcessor(config.vocab_size)
-        self._check(vllm_config)
+        self._check_backend()
 
-    def _check(self, vllm_config: VllmConfig) -> None:
-        """Refuse a backend and cache groups in which a kernel cannot read the entries that the plan names."""
+    def _check_backend(self) -> None:
+        """Refuse an attention backend that cannot read the keys and the values of two entries."""
         cache = self.model.cache
-        groups = get_kv_cache_groups(
-            vllm_config, {e.layer_name: e.get_kv_cache_spec(vllm_config) for e in cache.entries.values()}
-        )
-        by_name = {name: n for n, group in enumerate(groups) for name in group.layer_names}
-        check_groups(cache.layout, {entry: by_name[layer.layer_name] for entry, layer in cache.entries.items()})
         is_split = any(call.keys != call.values for read in cache.layout.reads for call in read.calls)
         backend = next(iter(cache.entries.values())).attn_backend.get_name()
         if is_split and backend not in BACKENDS:

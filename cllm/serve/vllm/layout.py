@@ -190,7 +190,7 @@ def cache_groups(entries: Iterable[Entry]) -> dict[Entry, int]:
         return dict.fromkeys(entries, 0)
     kinds: dict[tuple[int, int, Content, int | None], list[Entry]] = {}
     for entry in entries:
-        shape = "both" if entry.content == "both" else "keys"
+        shape: Content = "both" if entry.content == "both" else "keys"
         kinds.setdefault((entry.n_kv_heads, entry.head_size, shape, entry.window), []).append(entry)
     counts = [len(kind) for kind in kinds.values()]
     size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)

@@ -277,6 +277,7 @@ class PagedDecoder(nn.Module):
         wanted, everything = self.wanted_tokens(), x
         slots: Slots = {}
         streams: dict[int, Tensor] = {}
+        block: Any
         for i, block in enumerate(self.blocks):
             own = self.plan.layers[i].own
             normed = block.attention_norm(x)

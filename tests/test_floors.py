@@ -27,7 +27,7 @@ FLOORS = [
     {"prefix"},
     {"train"},
     {"evaluate"},
-    {"study", "api"},
+    {"study", "api", "serve"},
     {"commands"},
     {"__main__"},
 ]

@@ -69,10 +69,10 @@ def seen(monkeypatch) -> dict[str, Any]:
     forward, match = PagedModel.forward, PagedAttentionCache.search_prefix_match
     offload = OffloadingManager.offload_requests
 
-    def counting_forward(self, input_ids, *args, cache, **kwargs):
-        seen["cache"] = cache
+    def counting_forward(self, input_ids, **kwargs):
+        seen["cache"] = kwargs["cache"]
         seen["passes"].append(input_ids.shape[1])
-        return forward(self, input_ids, *args, cache=cache, **kwargs)
+        return forward(self, input_ids, **kwargs)
 
     def counting_match(self, *args):
         found = match(self, *args)

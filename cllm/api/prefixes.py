@@ -84,7 +84,9 @@ class PrefixStore(_Store):
         folder: for prefixes on disk, new, empty, or one of prefixes; several processes may share it. None: no disk.
         posthoc: a method such as `xkv:ratio=4` that compresses every prefix; None: prefixes are exact.
         storage: `model` or `fp8`, as of `KVCache`.
-        device_bytes, host_bytes, disk_bytes: the budgets; 0: leave the tier out.
+        device_bytes: budget of the tier on the device; 0: leave the tier out, here and below.
+        host_bytes: budget in the host's memory.
+        disk_bytes: budget of the folder.
         block: a prefix is also found up to any multiple of this many tokens, if the cache can be cropped.
 
     Raises:

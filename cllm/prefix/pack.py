@@ -199,10 +199,10 @@ def unpack(packed: Packed, config: ModelConfig, *, max_len: int | None = None) -
     cache.batch, cache.seen, cache.closed = layout["batch"], seen, layout["closed"]
     cache.column = torch.full((1,), seen, dtype=torch.long, device=first.device)
     cache.starts = tensors["starts"].clone() if layout["padded"] else None
-    if set(layout["owners"]) != {str(j) for j in cache.plan.owners}:
+    if set(layout["owners"]) != {str(j) for j in cache.plan.slots}:
         raise ValueError(f"it has the slots of the layers {', '.join(layout['owners'])}")
     sharing = {}
-    for owner in cache.plan.owners:
+    for owner in cache.plan.slots:
         entry = layout["owners"][str(owner)]
         if entry["kind"] == "sharing":
             sharing[owner] = entry["source"]
@@ -210,7 +210,7 @@ def unpack(packed: Packed, config: ModelConfig, *, max_len: int | None = None) -
         cache.stores[owner] = _unpack_store(owner, entry, cache, tensors)
     for owner, source in sharing.items():
         cache.stores[owner] = SharingSlot(cache.stores[source])  # type: ignore[arg-type]
-    cache.stores = {owner: cache.stores[owner] for owner in cache.plan.owners}
+    cache.stores = {owner: cache.stores[owner] for owner in cache.plan.slots}
     return cache
 
 
@@ -237,7 +237,7 @@ def _unpack_store(owner: int, entry: dict[str, Any], cache: KVCache, tensors: Ma
         return compressed
     if entry["kind"] != "slot":
         raise ValueError(f"layer {owner} has a store of the kind {entry['kind']}")
-    slot, window = _unpack_slot(str(owner), entry, tensors), cache.plan.layers[owner].window
+    slot, window = _unpack_slot(str(owner), entry, tensors), cache.plan.kept(owner)
     _check_slot(owner, slot, entry, cache)
     size = None if cache.max_len is None else min(window or cache.max_len, cache.max_len)
     dtype = DTYPES[entry["dtype"]]

@@ -61,7 +61,7 @@ class PrefixStore:
         host_bytes: int = GIB,
         disk_bytes: int = 16 * GIB,
         block: int = 64,
-    ):
+    ) -> None:
         self.decoder = decoder_of(model)
         self.storage: Storage = storage
         device = next(self.decoder.parameters()).device

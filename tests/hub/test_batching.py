@@ -22,6 +22,8 @@ from cllm.plan.presets import preset_names
 
 NEW = 4
 REFUSED = {
+    "ced": "layer 4 is computed by JointAttention",
+    "hysparse": "layer 1 is computed by GatedAttention",
     "lasagna_middle": "layers 1 to 2 read from above",
     "lasagna_top": "layers 1 to 3 read from above",
     "lckv": "layers 1 to 6 read from above",

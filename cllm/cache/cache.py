@@ -77,6 +77,11 @@ class KVCache(Cache):
                 name = key.removeprefix("resolved_")
                 raise UserError(f"the cache was made for another model: its {name} is {mine}, the model's {other}")
 
+    def check_plan(self, plan: KVPlan) -> None:
+        """Raise `UserError` for the KV plan of another model."""
+        if plan != self.plan:
+            raise UserError("the cache was made for another model: its KV plan is not the model's")
+
     @torch.inference_mode(False)  # a cache filled in inference mode can go on outside of it
     def begin(self, plan: KVPlan, ids: Tensor, starts: Tensor | None, dtype: torch.dtype) -> Step:
         """Begin a pass over `ids` (B, T) of a model with `plan`, which computes in `dtype`.
@@ -87,8 +92,7 @@ class KVCache(Cache):
         batch, length = ids.shape
         if self.closed is not None and self.seen:
             raise UserError(self.closed)
-        if plan != self.plan:
-            raise UserError("the cache was made for another model: its KV plan is not the model's")
+        self.check_plan(plan)
         if self.max_len is not None and self.seen + length > self.max_len:
             raise UserError(
                 f"cache: {self.seen} tokens stored and {length} to come, but it was made for max_len {self.max_len}"

@@ -74,7 +74,7 @@ class _Numbers:
     model: Measured
     perplexities: dict[str, float]
     text: str
-    """What the perplexity was measured on; it compares with those of models that have the same."""
+    """Text on which the perplexity was measured; perplexities are compared on the same text only."""
     sizes: dict[str, tuple[float | None, float | None, float | None]]
     """Bytes, own / x and mha / x."""
     scores: tuple[dict[str, Value], ...]

@@ -1,4 +1,4 @@
-"""What was measured of trained models: records from run folders, studies, result files and tables of sweeps.
+"""Measurements of trained models: records from run folders, studies, result files and tables of sweeps.
 
 Sources are a run folder, a study's folder (or its results/), a folder of records such as runs/evaluation/NAME-HASH,
 one JSON file (a study's result, one record, or `{"rows": [records]}`), and the CSV table of a sweep. Records of one
@@ -51,7 +51,7 @@ class Measured:
     loss: float | None = None
     """The last validation in training, nats per token."""
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What tells runs of one label apart: token budget and learning rate of a study's run."""
+    """Token budget, learning rate and code version of a study's run, by which runs of one label can differ."""
     records: tuple[Record, ...] = ()
 
     def joined(self, other: Measured) -> Measured:
@@ -80,7 +80,7 @@ def seedless(config: dict[str, Any]) -> str:
 
 
 def read_measured(paths: Sequence[str | Path]) -> tuple[list[Measured], list[str]]:
-    """What was measured of every model in `paths`, in their order, and the paths that cannot be read.
+    """Read the measurements of every model in `paths`, in their order; also returns the paths that cannot be read.
 
     Raises:
         UserError: if no path can be read, or there is no record.

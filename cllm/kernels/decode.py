@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,19 +101,7 @@ def decode_attention(
         raise ValueError(f"decode_attention: {len(queries)} queries for {len(keys)} key parts")
     if n_heads % groups:
         raise ValueError(f"decode_attention: {n_heads} query heads are no multiple of {groups} KV heads")
-    out = _decode_attention(
-        list(queries),
-        [k.data for k in keys],
-        [k.scale for k in keys],
-        [v.data for v in values],
-        [v.scale for v in values],
-        visible.column,
-        visible.first,
-        visible.window,
-        visible.exclude_self,
-        scale,
-        kernel,
-    )
+    out = _decode_attention(*_operator_arguments(queries, keys, values, visible), scale, kernel)
     return list(out.split([v.data.shape[-1] for v in values], dim=-1))
 
 
@@ -130,7 +119,15 @@ def decode_attention_lse(
     The log-sum-exp is to base e, in the dtype of the results, and -inf where a row sees nothing. Calls over parts of
     the keys can be merged by it.
     """
-    out, lse = _decode_attention_lse(
+    out, lse = _decode_attention_lse(*_operator_arguments(queries, keys, values, visible), scale, kernel)
+    return list(out.split([v.data.shape[-1] for v in values], dim=-1)), lse
+
+
+def _operator_arguments(
+    queries: Sequence[Tensor], keys: Sequence[Stored], values: Sequence[Stored], visible: Visible
+) -> tuple[Any, ...]:
+    """The first arguments of the two operators below, which take tensors and numbers only."""
+    return (
         list(queries),
         [k.data for k in keys],
         [k.scale for k in keys],
@@ -140,10 +137,7 @@ def decode_attention_lse(
         visible.first,
         visible.window,
         visible.exclude_self,
-        scale,
-        kernel,
     )
-    return list(out.split([v.data.shape[-1] for v in values], dim=-1)), lse
 
 
 @torch.library.custom_op("cllm::decode_attention_lse", mutates_args=())

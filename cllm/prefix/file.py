@@ -147,8 +147,7 @@ def save_prefix(path: str | os.PathLike[str], cache: KVCache, model: nn.Module, 
     decoder = decoder_of(model)
     packed = pack(cache)
     cache.check(decoder.config)
-    if cache.plan != decoder.plan:
-        raise UserError("the cache was made for another model: its KV plan is not the model's")
+    cache.check_plan(decoder.plan)
     try:
         ids = torch.as_tensor(tokens)
     except (TypeError, ValueError, RuntimeError):

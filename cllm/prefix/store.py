@@ -148,8 +148,7 @@ class PrefixStore:
         """
         ids, packed = self._row(tokens), pack(cache)
         cache.check(self.decoder.config)
-        if cache.plan != self.decoder.plan:
-            raise UserError("the cache was made for another model: its KV plan is not the model's")
+        cache.check_plan(self.decoder.plan)
         if cache.batch != 1 or cache.starts is not None:
             padding = " with padding" if cache.starts is not None else ""
             raise UserError(f"the cache holds {cache.batch} sequences{padding}; allowed: one sequence without padding")

@@ -14,7 +14,7 @@ def median_speed(rates: Iterable[float | None]) -> float | None:
         rates: `throughput/tokens_per_s` of the rows of metrics, in their order; None and 0 are no measurements.
 
     Returns:
-        Tokens a second; the only speed if there is one; None if there is none.
+        Tokens a second. A single speed is returned as it is; without any, the result is None.
     """
     known = array("d", (rate for rate in rates if rate))
     return statistics.median(known[1:] or known) if known else None

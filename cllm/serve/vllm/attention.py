@@ -92,7 +92,7 @@ class EntryAttention(Attention):
 
 
 def cache_of(keys: EntryAttention, values: EntryAttention) -> Any:
-    """What an implementation takes as the cache for keys of one entry and values of another.
+    """The cache that an implementation reads, with the keys of one entry and the values of another.
 
     Raises:
         RuntimeError: if vLLM has put the two into groups with different block tables, against `layout.cache_groups`.

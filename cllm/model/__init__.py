@@ -5,6 +5,7 @@ block.py      one layer: attention and feed-forward
 attention.py  the mixers: softmax attention, latent attention, gated retention
 context.py    the state that all layers of one forward pass share
 sources.py    the modules that write and read slots
+fusion.py     fused reads whose weights are complex numbers or matrices
 initial.py    initial weights
 loss.py       output head and cross-entropy in chunks
 mlp.py        SwiGLU feed-forward

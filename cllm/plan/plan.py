@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from cllm.errors import PlanError
-from cllm.plan.kinds import MAX_LAYERS, Fuse, Half, Latent, Own, Read, Retention, Share, Source
+from cllm.plan.fuse import Fuse
+from cllm.plan.kinds import MAX_LAYERS, Half, Latent, Own, Read, Retention, Share, Source
 from cllm.plan.shape import Iterations
 
 __all__ = [
@@ -120,6 +121,11 @@ class KVPlan:
     def fuses(self, i: int) -> bool:
         """Whether the keys or the values that layer `i` reads are made from slots, and not a slot as it is stored."""
         return not (self.keys(i).is_stored and self.values(i).is_stored)
+
+    def read_flops(self, i: int, head_dim: int) -> float:
+        """Forward FLOPs per token of matrix products that make the keys and values of layer `i` from slots."""
+        heads = self.source(i).kv_heads or 0
+        return self.keys(i).flops("keys", heads, head_dim) + self.values(i).flops("values", heads, head_dim)
 
     def reads_itself(self, i: int) -> bool:
         """Whether layer `i` owns keys and values of its own input and reads those, as they are, and no others."""
@@ -244,6 +250,7 @@ class KVPlan:
 
     def _check_read(self, i: int, what: Half, read: Read) -> None:
         read.check(f"layer {i}: {what}")
+        read.check_half(f"layer {i}: {what}", what)
         for j in read.layers:
             if not 0 <= j < len(self):
                 raise PlanError(f"layer {i}: {what} come from layer {j}; the model has layers 0 to {len(self) - 1}")

@@ -19,7 +19,8 @@ from cllm.model.attention import Attention
 from cllm.model.context import Context
 from cllm.model.decoder import Decoder
 from cllm.model.sources import FusedRead, OwnKV, Reader, SharedRead
-from cllm.plan.kinds import Fuse, Share
+from cllm.plan.fuse import Fuse
+from cllm.plan.kinds import Share
 from cllm.plan.plan import KVPlan
 from cllm.plan.registry import Builders
 

@@ -45,6 +45,7 @@ VARIANTS = [
     "fusedkv, scalar weights",
     "fusedkv, weights per head",
     "fusedkv, scalar weights per head",
+    "fusedkv, complex keys and matrix values",
     "fusedkv, three sources",
     "learnable, weights per head",
     "cla, factor 3",
@@ -67,7 +68,19 @@ def test_logits_and_gradients_of_variants(name, reference, preset_config, random
 
 @pytest.mark.parametrize(
     "name",
-    ["mha", "fusedkv", "yoco", "yoco with retention", "mla", "trailing", "swiftkv", "svformer", "kv_tie", "yoco_pp"],
+    [
+        "mha",
+        "fusedkv",
+        "fusedkv, complex keys and matrix values",
+        "yoco",
+        "yoco with retention",
+        "mla",
+        "trailing",
+        "swiftkv",
+        "svformer",
+        "kv_tie",
+        "yoco_pp",
+    ],
 )
 def test_layer_by_layer_and_token_by_token_are_equal(name, reference, preset_config, random_model):
     """Decoding order changes nothing in a plan that reads from below."""

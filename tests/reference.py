@@ -47,6 +47,7 @@ PRESETS: dict[str, tuple[dict, list[str]]] = {
     "gqa": ({}, ["own:2"] * 8),
     "mqa": ({}, ["own:1"] * 8),
     "mla": ({"factor": 2, **LATENT}, ["latent", "read 0", "latent", "read 2", "latent", "read 4", "latent", "read 6"]),
+    "xmla": ({"factor": 4, **LATENT}, ["latent", *["read 0"] * 3, "latent", *["read 4"] * 3]),
     "cla": (
         {"n_kv_heads": 2},
         ["own:2 norm", "read 0", "own:2 norm", "read 2", "own:2 norm", "read 4", "own:2 norm", "read 6"],

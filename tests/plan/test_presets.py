@@ -120,7 +120,7 @@ def test_mla_latents_can_serve_several_layers():
 def test_xmla_has_the_largest_rank_within_its_bytes(options, rank, share):
     kv = {"preset": "xmla", **options}
     config = ModelConfig(d_model=1024, n_layers=24, n_heads=16, kv=kv)
-    assert config.plan().owned(0).kv_lora_rank == rank
+    assert config.plan().reading(Latent)[1].kv_lora_rank == rank
     assert kv_bytes(config).relative_to(kv_bytes(mha_twin(config)))[0] == pytest.approx(share)
     assert share <= options.get("bytes", 1)
 

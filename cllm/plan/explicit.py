@@ -61,7 +61,10 @@ class ReadConfig(_Reads):
             if wrong:
                 verb = "goes" if len(wrong) == 1 else "go"
                 raise PlanError(f"{where}: {', '.join(wrong)} {verb} with {other.key}, not with {kind.key}")
-        return kind.from_settings(layers, given)
+        try:
+            return kind.from_settings(layers, given)
+        except PlanError as error:
+            raise PlanError(f"{where}: {error}") from None
 
 
 class LayerConfig(_Owning):

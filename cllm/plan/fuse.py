@@ -38,7 +38,7 @@ class Fuse(Read):
     @classmethod
     def from_settings(cls, layers: Any, options: dict[str, Any]) -> Self:
         if options.get("granularity") in ("complex", "matrix") and options.get("per_head") is False:
-            raise PlanError(f"fuse: per_head is false with granularity {options['granularity']}; allowed: true")
+            raise PlanError(f"per_head is false with granularity {options['granularity']}; allowed: true")
         return cls(tuple(layers), **options)
 
     def text(self, layer: int) -> str:

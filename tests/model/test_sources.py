@@ -5,6 +5,7 @@ import torch
 
 from cllm.cache.slot import Slot
 from cllm.model.decoder import Decoder
+from cllm.model.fusion import WeightedRead
 from cllm.model.sources import FusedRead
 from cllm.plan.plan import Fuse, Latent, Own, Retention
 from cllm.plan.presets import preset_names
@@ -112,16 +113,17 @@ def test_fusion_weights_start_where_the_plan_says(tiny_config):
 # ---- FusedKV -------------------------------------------------------------------------------------------------------
 
 
-def test_at_its_lite_point_fusedkv_is_fusedkv_lite(preset_config, random_model):
+@pytest.mark.parametrize("name", ["fusedkv", "fusedkv, complex keys and matrix values"])
+def test_at_its_lite_point_fusedkv_is_fusedkv_lite(name, preset_config, random_model):
     lite = random_model(preset_config("fusedkv_lite"))
-    full = random_model(preset_config("fusedkv"), seed=1)
+    full = random_model(preset_config(name), seed=1)
     missing, unexpected = full.load_state_dict(lite.state_dict(), strict=False)
     assert not unexpected
     assert sorted(missing) == sorted(
         f"blocks.{i}.attention.{p}.weight" for i in (4, 5, 6, 7) for p in ("keys", "values")
     )
     for module in full.modules():
-        if isinstance(module, FusedRead):
+        if isinstance(module, FusedRead | WeightedRead):
             module.reset_parameters()
     ids = torch.arange(12)[None]
     assert torch.equal(full(ids), lite(ids))
@@ -135,7 +137,9 @@ def shift_error(model) -> float:
         return float((model(ids, positions + 37) - model(ids, positions)).abs().max())
 
 
-@pytest.mark.parametrize("options", [{}, {"per_head": True}, {"granularity": "scalar"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"per_head": True}, {"granularity": "scalar"}, {"keys": "complex", "values": "matrix"}]
+)
 def test_scores_of_fused_keys_depend_on_relative_position_only(options, tiny_config, random_model):
     model = random_model(tiny_config(kv={"preset": "fusedkv", "n_kv_heads": 2, **options}))
     assert shift_error(model) < 1e-4

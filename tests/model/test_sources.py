@@ -6,6 +6,7 @@ import torch
 from cllm.cache.slot import Slot
 from cllm.model.decoder import Decoder
 from cllm.model.fusion import WeightedRead
+from cllm.model.sizes import layer_flops_per_token
 from cllm.model.sources import FusedRead
 from cllm.plan.plan import Fuse, Latent, Own, Retention
 from cllm.plan.presets import preset_names
@@ -96,6 +97,12 @@ def test_only_owners_have_key_and_value_projections(name, reference, preset_conf
         assert any(n.startswith(kv) for n in names) == owns, i
         assert any(n.startswith("owner") for n in names) == owns, i
         assert {n for n in names if n.split(".")[0] in ("keys", "values")} == {f"{half}.weight" for half in fused}
+
+
+def test_matrices_of_values_count_as_products(preset_config):
+    plain, rich = (Decoder(preset_config(n)) for n in ("fusedkv", "fusedkv, complex keys and matrix values"))
+    more = [b - a for a, b in zip(*(layer_flops_per_token(m, 16) for m in (plain, rich)), strict=True)]
+    assert more == [0] * 4 + [2 * 2 * G * D * D] * 4  # two sources, a multiplication and an addition for each number
 
 
 def test_fusion_weights_start_where_the_plan_says(tiny_config):

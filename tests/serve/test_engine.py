@@ -39,6 +39,7 @@ MORE: dict[str, dict[str, Any]] = {
     "windows": {"kv": {"preset": "gqa", "n_kv_heads": 2, "window": 24, "full_every": 4}},
     "yoco_retention": {"kv": {"preset": "yoco", "lower": "retention"}},
     "fusedkv_3_per_head": {"kv": {"preset": "fusedkv", "sources": [0, 1, 3], "per_head": True}},
+    "fusedkv_complex": {"kv": {"preset": "fusedkv", "keys": "complex", "values": "matrix", "n_kv_heads": 2}},
     "fusedkv_head_64": {"kv": {"preset": "fusedkv"}, "head_dim": 64},
     "narrow_readers": {
         "kv": {
@@ -64,6 +65,7 @@ REFUSED = {
     **dict.fromkeys(
         ("lckv", *(f"{p}_{t}" for p in ("pizza", "sandwich", "lasagna") for t in ("middle", "top"))), "above"
     ),
+    **dict.fromkeys(("ced", "hysparse", "join_example"), "several slots at once"),
     "mla": "latent",
     "xmla": "latent",
     "yoco_retention": "recurrent state",

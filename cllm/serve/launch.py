@@ -39,8 +39,8 @@ _DEFAULT_PORT = 8000
 def server_command(folder: Path, options: Sequence[str]) -> list[str]:
     """The command line of vLLM's server for an exported folder.
 
-    The decoder is not compiled, so CUDA graphs are off unless the options ask for them. A server that is ended by SIGTERM
-    gives running requests 30 seconds. By default vLLM would stop its engine at once and leave their connections open.
+    The decoder is not compiled, so CUDA graphs are off unless the options ask for them. On SIGTERM the server gives
+    running requests 30 seconds. By default vLLM would stop its engine at once and leave their connections open.
 
     Args:
         folder: that `cllm convert export` or `import` made.
@@ -117,8 +117,8 @@ def _check_tokenizer(folder: Path, options: Sequence[str]) -> None:
         )
     elif _value(options, ("--tokenizer",)) is None and not any((folder / name).is_file() for name in TOKENIZER):
         raise UserError(
-            f"{folder}: has no tokenizer; set --tokenizer, or --skip-tokenizer-init to serve token ids to programs that "
-            "you trust"
+            f"{folder}: has no tokenizer; set --tokenizer, or --skip-tokenizer-init to serve token ids to programs "
+            "that you trust"
         )
 
 

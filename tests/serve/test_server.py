@@ -179,6 +179,15 @@ def test_curl_gets_the_text_that_transformers_generates(server, reference) -> No
     assert answer["text"] == text.rstrip("\ufffd"), "vLLM keeps the bytes of a character that has not ended"
 
 
+def test_a_folder_is_compared_with_transformers(server) -> None:
+    words = [sys.executable, "-m", "benchmarks.serve_parity", "served/fusedkv", "--new", "16", "--cache-mib", "8"]
+    done = subprocess.run(words, env=server.environment, cwd=server.folder, capture_output=True, text=True, timeout=300)
+    rows = done.stdout.splitlines()[2:-1]
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert len(rows) == 7
+    assert all("| yes | 16 | 16 |" in row for row in rows)
+
+
 def test_faults_are_answered(server, reference) -> None:
     long = [1] * 257
     for body, status in [

@@ -51,15 +51,21 @@ def server_command(folder: Path, options: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", SERVER, "--model", str(folder), *more, *options]
 
 
+def ranks(options: Sequence[str]) -> int:
+    """The number of tensor parallel processes among options of vLLM's server."""
+    return _number(options, _RANKS, 1)
+
+
 def check_server(folder: Path, options: Sequence[str]) -> Layout:
     """Check everything that can be checked without vLLM; returns the cache of the folder's plan.
 
     Raises:
         UserError: in one line, for a path that is no folder of this package, weights that are not those that it was
-            written with, a plan that vLLM cannot serve, a missing tokenizer, an installation that vLLM does not know,
-            and a port in use.
+            written with, a plan that vLLM cannot serve, a context longer than the model's, a missing tokenizer, an
+            installation that vLLM does not know, and a port in use.
     """
-    layout = check_folder(folder, ranks=_number(options, _RANKS, 1))
+    layout = check_folder(folder, ranks=ranks(options))
+    _check_context(open_config(folder).max_seq_len, options)
     _check_tokenizer(folder, options)
     _check_installed()
     _check_port(_value(options, ("--host",)) or "", _number(options, ("--port",), _DEFAULT_PORT))
@@ -108,6 +114,12 @@ def describe(layout: Layout) -> list[str]:
         )
         lines.append(f"  layer {read.layer} reads {pairs}")
     return lines
+
+
+def _check_context(longest: int, options: Sequence[str]) -> None:
+    text = _value(options, ("--max-model-len", "--max_model_len"))
+    if text is not None and text.isdecimal() and int(text) > longest:  # vLLM also takes 8k and auto
+        raise UserError(f"--max-model-len is {text}; allowed: at most {longest}, the model's max_seq_len")
 
 
 def _check_tokenizer(folder: Path, options: Sequence[str]) -> None:

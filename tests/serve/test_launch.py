@@ -87,6 +87,8 @@ def test_mistakes_are_one_line(serve, export_tiny, tmp_path: Path) -> None:
             ([folder], "has no tokenizer"),
             ([folder, "--tokenizer=other", "--port", "99999"], "--port is 99999"),
             ([folder, "-tp", "3"], "tensor parallel size is 3"),
+            ([folder, "--check", "-tp", "3"], "tensor parallel size is 3"),
+            ([folder, "--max-model-len", "257"], "allowed: at most 256"),
             ([folder, "--tensor-parallel-size=many"], "allowed: an integer"),
             (
                 [written, "--host", "127.0.0.1", "--port", port],

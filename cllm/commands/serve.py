@@ -29,10 +29,10 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm serve")
     """Check the folder, and become vLLM's server. Returns only with `--check`."""
     options, words = make_parser(program).parse_known_args(arguments)
     # Imported late: --help and mistakes in arguments answer without loading the decoder.
-    from cllm.serve.launch import check_folder, check_server, describe, server_command
+    from cllm.serve.launch import check_folder, check_server, describe, ranks, server_command
 
     if options.check:
-        print("\n".join(describe(check_folder(options.folder))))
+        print("\n".join(describe(check_folder(options.folder, ranks=ranks(words)))))
         return 0
     check_server(options.folder, words)
     command = server_command(options.folder, words)

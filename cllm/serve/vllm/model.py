@@ -28,9 +28,10 @@ from vllm.v1.attention.selector import get_attn_backend
 from cllm.cache.slot import Slot
 from cllm.config import ModelConfig
 from cllm.errors import UserError
+from cllm.model.fusion import WeightedRead
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope, rope_table
-from cllm.model.sources import FusedRead, WriteMix
+from cllm.model.sources import FusedRead, WriteMix, make_read
 from cllm.plan.forms import OwnMixed, OwnTied
 from cllm.plan.fuse import Fuse
 from cllm.plan.kinds import Half, Own, Read
@@ -93,26 +94,24 @@ class OwnerProjections(nn.Module):
         return k, v
 
 
-class FusionWeights(FusedRead):
-    """The weights of a fused read, of the heads of this rank."""
-
-    def __init__(self, read: Fuse, half: Half, n_kv_heads: int, head_dim: int):
-        super().__init__(read, range(len(read.layers)), "k" if half == "keys" else "v", n_kv_heads, head_dim)
-        self.weight.weight_loader = self.load  # type: ignore[attr-defined]
-
-    def load(self, parameter: Tensor, loaded: Tensor) -> None:
-        """Copy the heads of this rank, of weights (sources, 1 or all KV heads, channels)."""
-        parameter.data.copy_(shard_of_heads(loaded, parameter.shape[1], get_tensor_model_parallel_rank()))
-
-
 def shard_of_heads(weight: Tensor, heads: int, rank: int) -> Tensor:
-    """The `heads` of a rank, of fusion weights (sources, KV heads of all ranks, channels), or all if heads share."""
+    """The `heads` of a rank, of fusion weights (sources, KV heads of all ranks, ...), or all if heads share."""
     return weight if weight.shape[1] == 1 else weight.narrow(1, rank * heads, heads)
 
 
-def fusion_weights(read: Read, half: Half, n_kv_heads: int, head_dim: int) -> FusionWeights | None:
-    """The weights of a read, of `n_kv_heads` of this rank; None for a slot that is read as it is."""
-    return FusionWeights(read, half, n_kv_heads, head_dim) if isinstance(read, Fuse) else None
+def fusion_weights(read: Read, half: Half, n_kv_heads: int, head_dim: int) -> FusedRead | WeightedRead | None:
+    """The fused read of a layer for `n_kv_heads` of this rank; None for a slot that is read as it is."""
+    if not isinstance(read, Fuse):
+        return None
+    places = {j: n for n, j in enumerate(read.layers)}
+    fused = make_read(read, "k" if half == "keys" else "v", places, n_kv_heads, head_dim)
+    assert isinstance(fused, FusedRead | WeightedRead)
+
+    def load(parameter: Tensor, loaded: Tensor) -> None:
+        parameter.data.copy_(shard_of_heads(loaded, parameter.shape[1], get_tensor_model_parallel_rank()))
+
+    fused.weight.weight_loader = load  # type: ignore[attr-defined]
+    return fused
 
 
 class LayerAttention(nn.Module):

@@ -62,9 +62,9 @@ class KVQuant(Compressor):
 
         x_i ≈ m + h L[q_i]
 
-    m ± h is the range of the vector without its outliers, and L are 2^b levels, one table for the keys of a slot and one
-    for its values. The share `outliers` of a vector's numbers, those farthest from its median, is stored exactly, with
-    positions. L comes from 1-dimensional k-means over all (x - m) / h of the slot.
+    m ± h is the range of the vector without its outliers. L are 2^b levels, one table for the keys of a slot and one
+    for its values: the means of 1-dimensional k-means over all (x - m) / h. The share `outliers` of a vector's numbers,
+    those farthest from its median, is stored exactly, with positions.
 
     Two differences from the paper: ranges and levels come from the prompt and not from calibration text, and k-means
     has no Fisher weights, which need gradients of the model. Q-Norm, which adapts calibrated levels, is not needed.

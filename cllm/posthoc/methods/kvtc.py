@@ -134,7 +134,8 @@ class KVTC(Compressor):
             steps.append(step)
             a_streams.append([a for a, _ in streams])
             b_streams.append([b for _, b in streams])
-        device, codes = keys.data[0].device, {"k": [None] * len(keys.slots), "v": [None] * len(keys.slots)}
+        device, size = keys.data[0].device, len(keys.slots)
+        codes: dict[str, Codes] = {"k": [None] * size, "v": [None] * size}
         for g, group in enumerate(groups):
             components = Components(
                 to_rows([streams[g] for streams in a_streams], device), torch.stack(steps).to(device)
@@ -156,11 +157,11 @@ class KVTC(Compressor):
         text = None if tensors.is_text is None else tensors.is_text[:, :tokens, None]
         for i in slots:
             x = tensors.flat(i)[:, :tokens]
-            count = tokens if text is None else text.sum(1).clamp(min=1)
+            count = torch.full_like(x[:, 0, :1], tokens) if text is None else text.sum(1).clamp(min=1)
             means.append((x.sum(1) / count).to(dtype))
             x = x - means[-1].float()[:, None]
             x = x if text is None else x * text
-            size = (x.square().sum((1, 2)) / (x.shape[2] * (tokens if text is None else count[:, 0]))).sqrt()
+            size = (x.square().sum((1, 2)) / (x.shape[2] * count[:, 0])).sqrt()
             scales.append(size.clamp(min=1e-6).to(dtype))
             rows.append(x / scales[-1].float()[:, None, None])
         joined = torch.cat(rows, dim=-1)
@@ -184,7 +185,7 @@ class KVTC(Compressor):
         return (total / self.ratio - fixed) * size
 
     def _fit(self, groups: Sequence[_Group], row: int, budget: float) -> tuple[Tensor, list[tuple[bytes, list[bytes]]]]:
-        """The smallest step of sequence `row` at which all streams fit `budget`; and for each group those of A and Bs."""
+        """The smallest step of sequence `row` at which all streams fit `budget`, and the streams of A and the Bs."""
         dtype, correction = groups[0].tensors.dtype, 1.0
         for _ in range(_TRIES):
             step = torch.tensor(_step(groups, row, budget * correction), dtype=torch.float64).to(dtype)

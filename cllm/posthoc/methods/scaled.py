@@ -36,8 +36,9 @@ class Scaled(Code):
 class Int8(Compressor):
     """int8 without a zero point: x' = s q, q = round(x / s), s = max |x| / 127 over a vector.
 
-    A vector is a channel of all tokens (`channel`) or a token of one head (`token`). Keys have a scale for each channel,
-    because their channels differ far more in size than their tokens, and values for each token (KIVI, arXiv 2402.02750).
+    A vector is a channel of all tokens (`channel`) or a token of one head (`token`). The channels of keys differ far
+    more in size than their tokens, so keys have a scale for each channel, and values for each token (KIVI, arXiv
+    2402.02750).
     """
 
     largest: ClassVar[float] = 127.0

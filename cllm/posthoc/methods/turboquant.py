@@ -78,8 +78,8 @@ def projection(dim: int, seed: int, device: torch.device) -> Tensor:
 def levels(dim: int, bits: int, device: torch.device) -> Tensor:
     """The 2^bits levels (ascending, fp32) with the least mean squared error for a coordinate of a random unit vector.
 
-    In D dimensions its density is proportional to (1 - x²)^((D - 3) / 2). Lloyd-Max: each level is the mean of its cell, and the cells'
-    bounds lie half way between levels. Integrals are sums over 2^16 points.
+    In D dimensions its density is proportional to (1 - x²)^((D - 3) / 2). Lloyd-Max: each level is the mean of its
+    cell, and the bounds of cells lie half way between levels. Integrals are sums over 2^16 points.
     """
     points = (np.arange(2**16) + 0.5) / 2**15 - 1
     density = (1 - points**2) ** ((dim - 3) / 2)

@@ -113,7 +113,7 @@ class KVTC(Compressor):
     ratio: float = Field(8, gt=1)
     """Bytes of the uncompressed cache over bytes of the compressed one, at this length. Windows, states, sinks and
     recent tokens count."""
-    group: int = Field(2, ge=1)
+    group: int = Field(4, ge=1)
     """Neighbouring slots with common components; the last group may be smaller."""
     recent: int = Field(0, ge=0)
     """Last tokens that stay exact; 128 in the paper."""

@@ -94,9 +94,11 @@ class KVQuant(Compressor):
         per_channel = tensors.kind == "k"
         x, counted = (t.mT.contiguous() if per_channel else t for t in (rows, counted))
         count = round(self.outliers * x.shape[2])
-        distance = (x - x.median(dim=2, keepdim=True).values).abs().masked_fill(~counted, -1)
+        median = x.masked_fill(~counted, torch.nan).nanmedian(dim=2, keepdim=True).values
+        distance = (x - median).abs().masked_fill(~counted, -1)
         index = distance.topk(count, dim=2).indices
-        dense = torch.ones_like(counted).scatter(2, index, False)
+        # Tokens of padding, which have no range, are never read.
+        dense = (counted | ~counted.any(2, keepdim=True)).scatter(2, index, False)
         low, high = x.masked_fill(~dense, torch.inf).amin(2), x.masked_fill(~dense, -torch.inf).amax(2)
         dtype = tensors.dtype
         middle = ((low + high) / 2).to(dtype)

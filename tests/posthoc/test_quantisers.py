@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,9 +156,13 @@ def test_a_sketch_makes_products_unbiased(slot_tensors):
 # ---- KVQuant --------------------------------------------------------------------------------------------------------
 
 
-def test_kvquant_is_its_equations(slot_tensors):
+@pytest.mark.parametrize("kind", ["kmeans", "uniform"])
+def test_kvquant_is_its_equations(kind, slot_tensors):
     k, v = noise(2, 50, 2, 8) ** 3, noise(2, 50, 2, 8, seed=1) ** 3
-    (of_k,), (of_v,) = parse("kvquant:bits=3,outliers=0.1").encode(slot_tensors("k", [k]), slot_tensors("v", [v]))
+    method = parse(f"kvquant:bits=3,outliers=0.1,levels={kind}")
+    (of_k,), (of_v,) = method.encode(slot_tensors("k", [k]), slot_tensors("v", [v]))
+    equal = of_k.levels.diff(dim=1)
+    assert torch.allclose(equal, torch.tensor(2 / 7)) == (kind == "uniform")
     for x, code, count in ((k.flatten(2).mT, of_k, 5), (v.flatten(2), of_v, 2)):
         found = code.decode().flatten(2)
         found = found.mT if code.per_channel else found
@@ -267,7 +272,8 @@ def test_padding_is_left_out(spec, decoder, tokens):
     model(ids[1:, 7:PREFIX], cache=alone)
     padded, single = compress_cache(cache, parse(spec)), compress_cache(alone, parse(spec))
     for owner in (0, 7):
-        found, wanted = padded.stores[owner].last(PREFIX, PREFIX), single.stores[owner].last(PREFIX - 7, PREFIX - 7)
+        stores: Any = padded.stores[owner], single.stores[owner]
+        found, wanted = stores[0].last(PREFIX, PREFIX), stores[1].last(PREFIX - 7, PREFIX - 7)
         for a, b in ((found.k, wanted.k), (found.v, wanted.v)):
             difference = (a[1:, 7:] - b).norm() / b.norm()
             assert difference < NEAR.get(spec.partition(":")[0], 1e-4)

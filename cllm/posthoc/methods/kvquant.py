@@ -4,7 +4,7 @@ kept apart."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -63,7 +63,7 @@ class KVQuant(Compressor):
         x_i ≈ m + h L[q_i]
 
     m ± h is the range of the vector without its outliers. L are 2^b levels, one table for the keys of a slot and one
-    for its values: the means of 1-dimensional k-means over all (x - m) / h. The share `outliers` of a vector's numbers,
+    for its values: the means of 1-dimensional k-means over all (x - m) / h, or 2^b equal steps. The share `outliers` of a vector's numbers,
     those farthest from its median, is stored exactly, with positions.
 
     Two differences from the paper: ranges and levels come from the prompt and not from calibration text, and k-means
@@ -76,6 +76,9 @@ class KVQuant(Compressor):
     """Bits of a code."""
     bits_v: int | None = Field(None, ge=1, le=8)
     """`bits` for values; null: the same."""
+    levels: Literal["kmeans", "uniform"] = "kmeans"
+    """L: `kmeans`, as in the paper but without its weights, or `uniform`, which is coarser for most numbers and finer for
+    the large ones."""
     outliers: float = Field(0.01, ge=0, lt=0.5)
     """Share of the numbers of every vector that are stored exactly."""
 
@@ -104,7 +107,10 @@ class KVQuant(Compressor):
         middle = ((low + high) / 2).to(dtype)
         half = ((high - low) / 2).clamp(min=torch.finfo(dtype).tiny).to(dtype)
         unit = ((x - middle.float()[..., None]) / half.float()[..., None]).clamp(-1, 1)
-        levels = fit_levels(unit, dense & counted, bits).to(dtype)
+        if self.levels == "kmeans":
+            levels = fit_levels(unit, dense & counted, bits).to(dtype)
+        else:
+            levels = torch.linspace(-1, 1, 2**bits, device=x.device).to(dtype).repeat(len(x), 1)
         bounds = (levels.float()[:, 1:] + levels.float()[:, :-1]) / 2
         codes = torch.searchsorted(bounds, unit.flatten(1)).to(torch.uint8)
         return DenseAndSparse(

@@ -63,8 +63,8 @@ class KVQuant(Compressor):
         x_i ≈ m + h L[q_i]
 
     m ± h is the range of the vector without its outliers. L are 2^b levels, one table for the keys of a slot and one
-    for its values: the means of 1-dimensional k-means over all (x - m) / h, or 2^b equal steps. The share `outliers` of a vector's numbers,
-    those farthest from its median, is stored exactly, with positions.
+    for its values: the means of 1-dimensional k-means over all (x - m) / h, or 2^b equal steps. The share `outliers` of
+    a vector's numbers, those farthest from its median, is stored exactly, with positions.
 
     Two differences from the paper: ranges and levels come from the prompt and not from calibration text, and k-means
     has no Fisher weights, which need gradients of the model. Q-Norm, which adapts calibrated levels, is not needed.
@@ -77,8 +77,8 @@ class KVQuant(Compressor):
     bits_v: int | None = Field(None, ge=1, le=8)
     """`bits` for values; null: the same."""
     levels: Literal["kmeans", "uniform"] = "kmeans"
-    """L: `kmeans`, as in the paper but without its weights, or `uniform`, which is coarser for most numbers and finer for
-    the large ones."""
+    """L: `kmeans`, as in the paper but without its weights, or `uniform`, which is coarser for most numbers and finer
+    for the large ones."""
     outliers: float = Field(0.01, ge=0, lt=0.5)
     """Share of the numbers of every vector that are stored exactly."""
 

@@ -17,7 +17,6 @@ from cllm.posthoc.cache import compress_cache, copy_store
 from cllm.posthoc.entropy import compress, decompress
 from cllm.posthoc.hf import compress_dynamic
 from cllm.posthoc.methods.kvquant import fit_levels
-from cllm.posthoc.methods.kvtc import basis_steps
 from cllm.posthoc.methods.turboquant import levels, projection, rotation
 from cllm.posthoc.registry import parse
 
@@ -214,9 +213,10 @@ def test_kvtc_rounds_principal_components(slot_tensors):
         assert 5 < a.shape[1] < 16
         assert (a - exact * signs).abs().max() <= step * 0.51
         for i, code in enumerate(codes):
-            b = decompress(code.stream[row].numpy().tobytes()).float() * basis_steps(a, step)
+            steps = step / a.norm(dim=0)
+            b = decompress(code.stream[row].numpy().tobytes()).float() * steps
             of_slot = torch.from_numpy(vt.T).float()[16 * i : 16 * i + 16, : a.shape[1]] * signs
-            assert ((b - of_slot).abs() / basis_steps(a, step)).max() <= 0.51
+            assert ((b - of_slot).abs() / steps).max() <= 0.51
             wanted = (a @ b.T) * code.scale[row] + code.mean[row]
             torch.testing.assert_close(code.decode()[row].flatten(1), wanted)
     uncompressed = 2 * sum(t.nbytes for t in data)

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import numpy as np
 import torch
@@ -19,6 +22,9 @@ from torch import Tensor
 WIDTHS = (1, 2, 4, 8, 16, 32)
 _HEADER = struct.Struct("<II")
 _SIZE = struct.Struct("<I")
+_MOST_KEPT = 2
+"""Streams that are kept: that of a group's keys and that of its values."""
+_kept: ContextVar[dict[int, tuple[Tensor, list[Tensor]]] | None] = ContextVar("kept", default=None)
 
 
 def compress(numbers: Tensor) -> bytes:
@@ -68,6 +74,28 @@ def decompress(data: bytes) -> Tensor:
     wide = codes.astype(np.int64)
     q = np.where(wide & 1, -((wide + 1) >> 1), wide >> 1)
     return torch.from_numpy(q.T.astype(np.int32))
+
+
+def decompress_rows(stream: Tensor) -> list[Tensor]:
+    """The numbers of every row of `stream` (B, bytes); inside of `shared_streams`, the last ones are kept."""
+    kept = _kept.get()
+    if kept is None:
+        return [decompress(from_row(row)) for row in stream]
+    if id(stream) not in kept:
+        kept[id(stream)] = stream, [decompress(from_row(row)) for row in stream]
+        for name in list(kept)[:-_MOST_KEPT]:
+            del kept[name]
+    return kept[id(stream)][1]
+
+
+@contextmanager
+def shared_streams() -> Iterator[None]:
+    """Inside, a stream that several neighbouring slots share is decoded once, not once a slot."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 def to_rows(streams: list[bytes], device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from cllm.cache.cache import KVCache
 from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.posthoc.cache import CompressedKVCache, compress_cache, copy_store
+from cllm.posthoc.entropy import shared_streams
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.registry import parse
 from cllm.prefix.pack import Packed, pack, unpack
@@ -68,5 +69,6 @@ def unpack_at_rest(packed: Packed, config: ModelConfig, *, max_len: int | None) 
     cache.batch, cache.seen, cache.closed, cache.starts = coded.batch, length, coded.closed, coded.starts
     assert coded.column is not None
     cache.column = torch.full_like(coded.column, length)
-    cache.stores = {j: copy_store(store, coded.seen, max_len, length) for j, store in coded.stores.items()}
+    with shared_streams():
+        cache.stores = {j: copy_store(store, coded.seen, max_len, length) for j, store in coded.stores.items()}
     return cache

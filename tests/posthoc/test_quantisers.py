@@ -14,7 +14,7 @@ from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.posthoc.bit_planes import pack_codes, planes, unpack_codes
 from cllm.posthoc.cache import compress_cache, copy_store
-from cllm.posthoc.entropy import compress, decompress
+from cllm.posthoc.entropy import compress, decompress, decompress_rows, shared_streams, to_rows
 from cllm.posthoc.hf import compress_dynamic
 from cllm.posthoc.methods.kvquant import fit_levels
 from cllm.posthoc.methods.turboquant import levels, projection, rotation
@@ -61,6 +61,13 @@ def test_numbers_are_entropy_coded_near_their_entropy():
         shares = q.unique(return_counts=True)[1] / q.numel()
         entropy = -(shares * shares.log2()).sum().item()
         assert entropy < 8 * len(compress(q)) / q.numel() < 1.07 * entropy + 0.01
+    streams = [to_rows([compress(wide), compress(wide[:1])], CPU) for _ in range(3)]
+    with shared_streams():
+        first = [decompress_rows(stream)[0] for stream in streams]
+        assert all(torch.equal(numbers, wide) for numbers in first)
+        assert decompress_rows(streams[2])[0] is first[2]
+        assert decompress_rows(streams[0])[0] is not first[0]  # only two are kept
+    assert decompress_rows(streams[0])[0] is not decompress_rows(streams[0])[0]
     data = compress(wide)
     for damaged in (data[:6], data[:-3], data[:9] + b"\xff\xff" + data[11:]):
         with pytest.raises(ValueError, match="an entropy code is damaged"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes
-from cllm.posthoc.entropy import compress, decompress, from_row, to_rows
+from cllm.posthoc.entropy import compress, decompress, decompress_rows, from_row, to_rows
 from cllm.posthoc.lowrank import right_vectors
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.registry import register
@@ -35,7 +35,7 @@ class Components(TensorTree):
 
     def decode(self) -> list[Tensor]:
         """A (n, r) fp32 of each sequence; r differs between them."""
-        numbers = [decompress(from_row(row)) for row in self.stream]
+        numbers = decompress_rows(self.stream)
         return [q.to(self.step.device).float() * s.float() for q, s in zip(numbers, self.step, strict=True)]
 
 

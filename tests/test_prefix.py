@@ -115,7 +115,7 @@ def test_every_method_round_trips_bit_exactly(spec, model, tmp_path) -> None:
     torch.testing.assert_close(_step(model, static), _step(model, cllm.load_prefix(tmp_path / "p", model)[0]))
 
 
-@pytest.mark.parametrize("preset", ["mha", "fusedkv", "yoco", "mla"])
+@pytest.mark.parametrize("preset", ["fusedkv", "yoco", "mla"])
 def test_prefixes_are_coded_at_rest_and_decoded_when_loaded(preset, preset_config, random_model, tmp_path) -> None:
     model = as_pretrained(random_model(preset_config(preset, max_seq_len=128))).eval()
     ids, spec = torch.arange(90)[None] * 7 % 32, "kvtc:ratio=2"

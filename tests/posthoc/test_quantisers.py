@@ -141,7 +141,7 @@ def test_turboquant_is_its_equations(sketch, slot_tensors):
 
 def test_a_sketch_makes_products_unbiased(slot_tensors):
     """Theorem 2, over rotations; levels alone shrink products, by 2 / π at one bit."""
-    dim, bits, seeds = 16, 2, 300
+    dim, bits, seeds = 16, 2, 150
     x, y = noise(dim), noise(dim, seed=1)
     y = y + 2 * x
     means = {}
@@ -156,7 +156,7 @@ def test_a_sketch_makes_products_unbiased(slot_tensors):
             bound = math.sqrt(3) * math.pi**2 * (y.norm() * x.norm()).item() ** 2 * 4**-bits / dim
             assert variance < bound
             assert abs(products.mean() - x @ y) < 4 * math.sqrt(variance / seeds)
-    assert means["levels"] == pytest.approx(2 / math.pi, abs=0.03)
+    assert means["levels"] == pytest.approx(2 / math.pi, abs=0.04)
 
 
 # ---- KVQuant --------------------------------------------------------------------------------------------------------

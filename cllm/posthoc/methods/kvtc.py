@@ -20,7 +20,7 @@ from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
 from cllm.posthoc.tensor_tree import TensorTree
 
-_TRIES = 12
+_TRIES = 6
 """Times that all groups are coded at most until they fit the budget."""
 
 
@@ -187,27 +187,33 @@ class KVTC(Compressor):
     def _fit(self, groups: Sequence[_Group], row: int, budget: float) -> tuple[Tensor, list[tuple[bytes, list[bytes]]]]:
         """The smallest step of sequence `row` at which all streams fit `budget`, and the streams of A and the Bs."""
         dtype, correction = groups[0].tensors.dtype, 1.0
+        best: tuple[int, Tensor, list[tuple[bytes, list[bytes]]]] | None = None
         for _ in range(_TRIES):
             step = torch.tensor(_step(groups, row, budget * correction), dtype=torch.float64).to(dtype)
             streams = [_code(group, row, step) for group in groups]
             size = sum(len(a) + sum(map(len, bs)) for a, bs in streams)
-            if size <= budget and (size > 0.98 * budget or correction > 1.5):
-                return step, streams
-            if size > budget and not torch.isfinite(step):
+            if size <= budget and (best is None or size > best[0]):
+                best = size, step, streams
+            if 0.98 * budget < size <= budget:
                 break
             correction *= 0.997 * budget / size
-        if size <= budget:
-            return step, streams
+        if best is not None:
+            return best[1:]
         raise UserError(
             f"{self.name}: ratio={self.ratio:g}: {groups[0].tensors.tokens} tokens do not fit even without components; "
             "allowed: a lower ratio, or more tokens"
         )
 
 
-def _kept(group: _Group, row: int, step: float) -> tuple[Tensor, Tensor]:
-    """Which columns (r,) of a group are kept at a step, and the estimated bits of each."""
-    energy = group.energies[row]
-    tokens, channels = group.projected.shape[1], group.vectors.shape[1]
+def _kept(energy: Tensor, tokens: int, channels: int | Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """Which columns (r,) of groups of `channels` are kept at a step, and the estimated bits of each.
+
+    Args:
+        energy: ‖X v_j‖² of each column, fp64.
+        tokens: numbers of a column of A.
+        channels: numbers of a column of B, one number or (r,).
+        step: Δ.
+    """
     square = energy / tokens / step**2  # of a number of A, in steps
     of_b = energy / channels / step**2  # of a number of B, in its own steps
     bits = (tokens * (1 + 17.08 * square).log2() + channels * (1 + 17.08 * of_b).log2()) / 2
@@ -218,20 +224,20 @@ def _kept(group: _Group, row: int, step: float) -> tuple[Tensor, Tensor]:
 
 def _step(groups: Sequence[_Group], row: int, budget: float) -> float:
     """The smallest step at which the streams are estimated to have at most `budget` bytes."""
-    low, high = -30.0, 10 + math.log(max(float(group.energies[row].max()) for group in groups) + 1)
+    energy = torch.cat([group.energies[row] for group in groups])
+    channels = torch.cat([torch.full_like(group.energies[row], group.vectors.shape[1]) for group in groups])
+    low, high = -30.0, 10 + math.log(float(energy.max()) + 1)
     for _ in range(40):
         middle = (low + high) / 2
-        total = 0.0
-        for group in groups:
-            keep, bits = _kept(group, row, math.exp(middle))
-            total += float((bits * keep).sum()) / 8
-        low, high = (low, middle) if total <= budget else (middle, high)
+        keep, bits = _kept(energy, groups[0].projected.shape[1], channels, math.exp(middle))
+        low, high = (low, middle) if float((bits * keep).sum()) / 8 <= budget else (middle, high)
     return math.exp(high)
 
 
 def _code(group: _Group, row: int, step: Tensor) -> tuple[bytes, list[bytes]]:
     """The streams of A and of every slot's B of one sequence."""
-    keep, _ = _kept(group, row, float(step))
+    tokens, channels = group.projected.shape[1], group.vectors.shape[1]
+    keep, _ = _kept(group.energies[row], tokens, channels, float(step))
     numbers = (group.projected[row][:, keep] / step.float()).round().to(torch.int32)
     used = (numbers != 0).any(0)
     numbers, b = numbers[:, used], group.vectors[row][:, keep][:, used]

@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=8, help="layers")
     parser.add_argument("--vocab", type=int, default=32768, help="tokens of the vocabulary")
     parser.add_argument("--posthoc", help="compress stored prefixes, such as xkv:group=4,ratio=4")
+    parser.add_argument("--at-rest", help="code stored prefixes, such as kvtc:ratio=8, and decode them when found")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--folder", type=Path, help="where the files are written; default: a temporary folder")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
@@ -84,7 +85,7 @@ def measure(design: str, options: Any, device: torch.device) -> dict[str, Any]:
     expected, prefill = wall_time(computed, device)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         place = Path(folder) / "prefixes"
-        sizes: dict[str, Any] = {"posthoc": options.posthoc, "disk_bytes": 64 * GIB}
+        sizes: dict[str, Any] = {"posthoc": options.posthoc, "at_rest": options.at_rest, "disk_bytes": 64 * GIB}
         PrefixStore(decoder, place, host_bytes=0, **sizes).prefill(prompt, salt="")
         (file,) = place.glob("*.safetensors")
         store = PrefixStore(decoder, place, host_bytes=64 * GIB, **sizes)

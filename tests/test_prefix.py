@@ -96,6 +96,10 @@ def test_every_plan_round_trips_bit_exactly(name, preset_config, random_model, t
         "minicache",
         "kvsharer",
         "minicache+kivi:bits=4,group=8,residual=8",
+        "fp8",
+        "turboquant:bits=3,sketch=true",
+        "kvquant:bits=3,outliers=0.05",
+        "kvtc:ratio=1.5",
     ],
 )
 def test_every_method_round_trips_bit_exactly(spec, model, tmp_path) -> None:
@@ -109,6 +113,63 @@ def test_every_method_round_trips_bit_exactly(spec, model, tmp_path) -> None:
         assert torch.equal(_step(model, cache), _step(model, again))
     static, _ = cllm.load_prefix(tmp_path / "p", model, max_len=40)
     torch.testing.assert_close(_step(model, static), _step(model, cllm.load_prefix(tmp_path / "p", model)[0]))
+
+
+@pytest.mark.parametrize("preset", ["fusedkv", "yoco", "mla"])
+def test_prefixes_are_coded_at_rest_and_decoded_when_loaded(preset, preset_config, random_model, tmp_path) -> None:
+    model = as_pretrained(random_model(preset_config(preset, max_seq_len=128))).eval()
+    ids, spec = torch.arange(90)[None] * 7 % 32, "kvtc:ratio=2"
+    cache = _filled(model, ids)
+    cllm.save_prefix(tmp_path / "coded", cache, model, ids, at_rest=spec)
+    saved = sum(tensor.nbytes for name, tensor in load_file(tmp_path / "coded").items() if name != "tokens")
+    assert 0.4 < saved / cache.nbytes() <= 0.505
+    again, _ = cllm.load_prefix(tmp_path / "coded", model)
+    compressed = cllm.compress(model, ids, spec)
+    assert type(again) is KVCache
+    for owner, store in again.stores.items():
+        if hasattr(store, "slot"):
+            stores = _any(store), _any(compressed.stores[owner])
+            for a, b in zip(*(s.last(s.kept(90), 90)[:2] for s in stores), strict=True):
+                torch.testing.assert_close(a, b)
+    torch.testing.assert_close(_step(model, again), _step(model, compressed))
+    static, _ = cllm.load_prefix(tmp_path / "coded", model, max_len=100)
+    torch.testing.assert_close(_step(model, static), _step(model, cllm.load_prefix(tmp_path / "coded", model)[0]))
+    with pytest.raises(UserError, match="max_len of a cache is 50, and the stored prefix has 90 tokens"):
+        cllm.load_prefix(tmp_path / "coded", model, max_len=50)
+    prefixes = cllm.PrefixStore(model, tmp_path / "store", block=16, at_rest=spec)
+    prefixes.prefill(ids, salt="")
+    assert prefixes.nbytes["host"] < 0.55 * cache.nbytes()
+    other = torch.cat((ids[:, :70], ids[:, :9]), dim=1)
+    for opened in (prefixes, cllm.PrefixStore(model, tmp_path / "store", block=16, at_rest=spec)):
+        found, count = opened.find(other, salt="")
+        assert count == (0 if preset == "yoco" else 64)  # windows cannot be cropped
+        if found is not None:
+            entire = _any(opened.find(ids, salt="")[0]).stores[0].slot.k
+            torch.testing.assert_close(_any(found).stores[0].slot.k, entire[:, :64])
+            assert opened.prefill(other, salt="", max_len=80).seen == 78
+    assert cllm.PrefixStore(model, tmp_path / "store", block=16).find(ids, salt="") == (None, 0)
+
+
+def test_what_is_stored_exactly_at_rest_or_refused(model, tmp_path, caplog) -> None:
+    store = cllm.PrefixStore(model, tmp_path / "store", at_rest="kvtc:ratio=8,recent=40")
+    with caplog.at_level("INFO", logger="cllm.prefix"):
+        store.prefill(IDS, salt="")
+    assert "a prefix of 29 tokens is stored exactly: kvtc: 25 tokens without sinks" in caplog.text
+    found, count = store.find(IDS[:, :29], salt="")
+    assert count == 29
+    assert torch.equal(_any(found).stores[0].slot.k, _any(_filled(model, IDS[:, :29])).stores[0].slot.k)
+    for options, message in (
+        ({"at_rest": "commonkv"}, "PrefixStore: at_rest is commonkv, which calibrates on tokens"),
+        ({"at_rest": "kivi", "posthoc": "kivi"}, "PrefixStore: at_rest is kivi and posthoc kivi; allowed: one of the"),
+        ({"at_rest": "kivi", "storage": "fp8"}, "at_rest is kivi and storage fp8"),
+        ({"at_rest": "kvtc:recompress=8"}, "recompress has no meaning for a stored prefix"),
+        ({"at_rest": 3}, "at_rest is a int; allowed: a method such as kvtc:ratio=8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cllm.PrefixStore(model, **options)
+    compressed = cllm.compress(model, IDS, "kivi:group=8,residual=0")
+    with pytest.raises(UserError, match="the cache is compressed by kivi already"):
+        cllm.save_prefix(tmp_path / "p", compressed, model, IDS, at_rest="kvtc")
 
 
 def test_padding_batches_and_a_cropped_window(model, tiny_config, random_model, tmp_path) -> None:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 AnyPath = str | os.PathLike[str]
 
 
-def save_prefix(path: AnyPath, cache: KVCache, model: nn.Module, tokens: Any, *, salt: str = "") -> None:
+def save_prefix(
+    path: AnyPath, cache: KVCache, model: nn.Module, tokens: Any, *, salt: str = "", at_rest: str | None = None
+) -> None:
     """Write a filled cache and its tokens to one safetensors file.
 
     Args:
@@ -26,6 +28,7 @@ def save_prefix(path: AnyPath, cache: KVCache, model: nn.Module, tokens: Any, *,
         model: the model that filled it. Its fingerprint, over the config and all weights, goes into the file.
         tokens: those of the cache, (B, T) or (T,), padding included. They are stored as they are.
         salt: a secret or the name of a user; only `load_prefix` with the same salt opens the file.
+        at_rest: a method such as `kvtc:ratio=8` that codes an exact cache in the file; None: store its bits.
 
     Raises:
         UserError: for an empty cache, another model's, tokens of another number, and a compressed cache that no file
@@ -41,13 +44,14 @@ def save_prefix(path: AnyPath, cache: KVCache, model: nn.Module, tokens: Any, *,
         >>> again.get_seq_length(), tuple(tokens.shape)
         (32, (1, 32))
     """
-    file.save_prefix(path_of("save_prefix: path", path), cache, model, tokens, salt=salt)
+    file.save_prefix(path_of("save_prefix: path", path), cache, model, tokens, salt=salt, at_rest=at_rest)
 
 
 def load_prefix(
     path: AnyPath, model: nn.Module, *, salt: str = "", max_len: int | None = None
 ) -> tuple[KVCache, Tensor]:
-    """Read a cache and its tokens from a file of `save_prefix`, bit for bit. Nothing in it is unpickled.
+    """Read a cache and its tokens from a file of `save_prefix`, bit for bit unless it was saved with `at_rest`. Nothing
+    in it is unpickled.
 
     Args:
         path: the file.
@@ -88,6 +92,8 @@ class PrefixStore(_Store):
         host_bytes: budget in the host's memory.
         disk_bytes: budget of the folder.
         block: a prefix is also found up to any multiple of this many tokens, if the cache can be cropped.
+        at_rest: a method such as `kvtc:ratio=8` that codes every stored prefix. It is decoded when it is found, so that
+            decoding continues from an ordinary cache, near the exact one; None: prefixes are stored exactly.
 
     Raises:
         UserError: for a folder of something else, a method that calibrates on tokens, and values out of range.

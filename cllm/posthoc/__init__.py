@@ -14,6 +14,8 @@
     group.py         a group of slots that share a basis
     mixed.py         low-rank factors in codes of mixed width
     quantize.py      packed codes with scales and zeros
+    bit_planes.py    packed codes of any width
+    entropy.py       entropy-coded integers
     parallel.py      independent work in parallel on a GPU
     compress.py      from a filled cache to compressed prefixes, and their errors
     deferred.py      compressed keys and values that a decode step reads in their stored form

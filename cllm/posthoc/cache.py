@@ -180,7 +180,7 @@ class CompressedKVCache(KVCache):
         stores: dict[int, Store] = {
             owner: CompressedSlot(*prefixes[owner], self.room)
             if owner in prefixes
-            else _copy(store, cache.seen, self.max_len)
+            else copy_store(store, cache.seen, self.max_len)
             for owner, store in cache.stores.items()
             if owner not in self.method.shares()
         }
@@ -286,17 +286,26 @@ def compressible_slots(cache: KVCache) -> CompressibleSlots:
     return CompressibleSlots(slots, frozenset(latent), cache.starts, total, incompressible, rope)
 
 
-def _copy(store: Store, seen: int, max_len: int | None) -> Store:
-    """A copy of a windowed slot in a growing store or, for a static cache, in a ring; or of a recurrent state."""
+def copy_store(store: Store, seen: int, max_len: int | None, length: int | None = None) -> Store:
+    """A copy of a slot in a growing store or, for a static cache, in one of fixed size; or of a recurrent state.
+
+    Args:
+        store: exact, or compressed, which is decoded.
+        seen: tokens of the cache.
+        max_len: of the new cache.
+        length: None, or how many of the first tokens to copy of a slot that has them all.
+    """
     if isinstance(store, StateStore):
         batch, *shape = store.state.shape
         state = StateStore(tuple(shape), batch, device=store.state.device)  # type: ignore[arg-type]
         state.state.copy_(store.state)
         return state
     assert isinstance(store, SlotStore)
-    slot = store.last(store.kept(seen), seen).map(torch.clone)
+    slot = store.last(store.kept(seen), seen).map(lambda t: t[:, :length].clone())
     size = None if max_len is None else min(store.window or max_len, max_len)
-    return exact_slot(slot, seen, size, window=store.window, dtype=store.dtype, fp8=store.fp8)
+    return exact_slot(
+        slot, seen if length is None else length, size, window=store.window, dtype=store.dtype, fp8=store.fp8
+    )
 
 
 def exact_slot(

@@ -2,6 +2,7 @@
 
 fingerprint.py  the digest of a model, without which no cache is read
 pack.py         a cache as named tensors and JSON, and back
+at_rest.py      exact caches that are stored coded, and decoded when they are loaded
 trees.py        the compressed parts of a cache as JSON
 file.py         one safetensors file for each prefix, checked when it is read
 keys.py         names of prefixes: hash chains over tokens, separated by salt

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.files import write_atomic
+from cllm.prefix.at_rest import method_at_rest, pack_at_rest, unpack_at_rest
 from cllm.prefix.fingerprint import decoder_of, fingerprint, sha256_of_all
 from cllm.prefix.keys import salt_digest
 from cllm.prefix.pack import Packed, pack, unpack
@@ -142,10 +143,18 @@ def read_tensors(path: Path, header: Header, *, check: bool = True) -> tuple[Pac
 # ---- single files ----------------------------------------------------------------------------------------------------
 
 
-def save_prefix(path: str | os.PathLike[str], cache: KVCache, model: nn.Module, tokens: Any, *, salt: str = "") -> None:
+def save_prefix(
+    path: str | os.PathLike[str],
+    cache: KVCache,
+    model: nn.Module,
+    tokens: Any,
+    *,
+    salt: str = "",
+    at_rest: str | None = None,
+) -> None:
     """Write a filled cache and its tokens to a file that `load_prefix` reads; see `cllm.save_prefix`."""
     decoder = decoder_of(model)
-    packed = pack(cache)
+    packed = pack(cache) if at_rest is None else pack_at_rest(cache, method_at_rest(at_rest, "save_prefix"))
     cache.check(decoder.config)
     cache.check_plan(decoder.plan)
     try:
@@ -176,7 +185,8 @@ def open_packed(path: Path | str, packed: Packed, decoder: Any, *, max_len: int 
     """`unpack` on the decoder's device, with the path in errors."""
     device = next(decoder.parameters()).device
     try:
-        return unpack(packed.to(device), decoder.config, max_len=max_len)
+        read = unpack_at_rest if "at_rest" in packed.layout else unpack
+        return read(packed.to(device), decoder.config, max_len=max_len)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError) as error:

@@ -50,7 +50,10 @@ class Packed:
 
     @property
     def is_croppable(self) -> bool:
-        """Whether the first tokens alone are the cache of a shorter prefix: exact slots without windows only."""
+        """Whether the first tokens alone are the cache of a shorter prefix: exact slots without windows only, also if
+        they are coded at rest."""
+        if "at_rest" in self.layout:
+            return self.layout["at_rest"]["croppable"]
         return (
             all(
                 owner["kind"] == "slot" and owner["kept"] == self.seen and owner["window"] is None
@@ -68,7 +71,9 @@ class Packed:
         return replace(self, tensors={n: t.clone() if t.data_ptr() % _ALIGNED else t for n, t in moved.items()})
 
     def cropped(self, length: int) -> Packed:
-        """The first `length` tokens of a croppable cache; tensors are views."""
+        """The first `length` tokens of a croppable cache; tensors are views. A code at rest is cropped when decoded."""
+        if "at_rest" in self.layout:
+            return replace(self, layout={**self.layout, "at_rest": {**self.layout["at_rest"], "length": length}})
         owners = {j: {**owner, "kept": length} for j, owner in self.layout["owners"].items()}
         layout = {**self.layout, "seen": length, "owners": owners}
         return Packed(layout, {n: t if n == "starts" else t[:, :length] for n, t in self.tensors.items()})

@@ -25,6 +25,7 @@ from cllm.errors import UserError
 from cllm.posthoc.cache import CompressedKVCache, compress_cache
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.registry import parse
+from cllm.prefix.at_rest import method_at_rest, pack_at_rest
 from cllm.prefix.disk import DiskTier
 from cllm.prefix.file import Header, design_of, open_packed
 from cllm.prefix.fingerprint import decoder_of, fingerprint, version
@@ -61,6 +62,7 @@ class PrefixStore:
         host_bytes: int = GIB,
         disk_bytes: int = 16 * GIB,
         block: int = 64,
+        at_rest: str | None = None,
     ) -> None:
         self.decoder = decoder_of(model)
         self.storage: Storage = storage
@@ -73,6 +75,10 @@ class PrefixStore:
         if device_bytes and device.type == "cpu":
             raise UserError(f"PrefixStore: device_bytes is {device_bytes}, but the model is on the CPU; use host_bytes")
         self.method = None if posthoc is None else _method(posthoc, storage)
+        self.at_rest = None if at_rest is None else method_at_rest(at_rest, "PrefixStore")
+        if at_rest is not None and (posthoc is not None or storage != "model"):
+            other = f"posthoc {posthoc}" if posthoc is not None else f"storage {storage}"
+            raise UserError(f"PrefixStore: at_rest is {at_rest} and {other}; allowed: one of the two")
         self.block = block
         self._memory = [MemoryTier(device, device_bytes), MemoryTier(torch.device("cpu"), host_bytes)]
         if folder is not None and not isinstance(folder, str | os.PathLike):
@@ -124,9 +130,11 @@ class PrefixStore:
             self.decoder.prefill(rest, cache, chunk=_CHUNK if exact else None)
         finally:
             self.decoder.train(training)
+        if found and (self.method is not None or self.at_rest is not None):
+            return cache  # coding what was decoded would add errors to errors
         if self.method is None:
             self.put(cache, ids[:wanted], salt=salt)
-        elif not found:
+        else:
             room = None if max_len is None else max_len - wanted
             cache = compress_cache(cache, self.method, measure=False, room=room)
             self.put(cache, ids[:wanted], salt=salt)
@@ -146,7 +154,8 @@ class PrefixStore:
             UserError: for a cache of another model, of several sequences, with padding, of another number of tokens, of
                 another kind than the store's (`posthoc`, `storage`), and as `save_prefix` does.
         """
-        ids, packed = self._row(tokens), pack(cache)
+        ids = self._row(tokens)
+        packed = pack(cache) if self.at_rest is None else pack_at_rest(cache, self.at_rest)
         cache.check(self.decoder.config)
         cache.check_plan(self.decoder.plan)
         if cache.batch != 1 or cache.starts is not None:
@@ -254,6 +263,8 @@ class PrefixStore:
         if now != self._version:
             self._fingerprint, self._version = fingerprint(self.decoder), now
         kind = [str(self.decoder._dtype()), self.storage, self._describe(self.method)]
+        if self.at_rest is not None:
+            kind.append(self._describe(self.at_rest))
         return seed(model=self._fingerprint, kind=repr(kind), salt=salt)
 
     def _describe(self, method: Compressor | None) -> str | None:

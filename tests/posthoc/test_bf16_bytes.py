@@ -17,6 +17,7 @@ from cllm.train.summary import summarise
 SPECS = [
     "none", "xkv:group=2,rank_k=3,rank_v=5", "svd:rank_k=3,rank_v=3", "minicache:start=0", "kvsharer:threshold=-1.0",
     "kivi:bits=4,group=8,residual=8", "xquant:bits=2,group=8,residual=8", "commonkv:group=2,rank=4",
+    "int8", "fp8", "turboquant:bits=3,sketch=true", "kvquant:bits=3,outliers=0.05",
     "xkv:group=2,rank_k=8,rank_v=8+kivi:bits=4,group=8,residual=0",
 ]  # fmt: skip
 

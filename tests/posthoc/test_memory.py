@@ -23,6 +23,7 @@ SPECS = [
     "minicache",
     "kivi:bits=2,group=8,residual=4,recompress=6",
     "kvsharer:threshold=-1",
+    "kvtc:ratio=2",
     "commonkv:recent=4",
 ]
 

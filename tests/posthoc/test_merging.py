@@ -175,6 +175,34 @@ def test_merged_latents_are_stored_once_and_others_kept(decoder, tokens):
     assert compressed.nbytes() == 2 * (4 * 24 * (8 + 4 * 14) + 4 * 8 + 4 * 2 * 2 * 32 * 4)
 
 
+def test_the_most_similar_tokens_of_all_groups_are_merged(decoder, tokens):
+    model, ids = decoder(n_layers=7), tokens(1, 24)  # three pairs, and a slot alone
+    model.blocks[2].mlp.down_proj.weight.zero_()
+    model.blocks[2].attention.o_proj.weight.zero_()  # slots 2 and 3 get the same residual stream
+    engine, cache, method = fill(model, ids, "commonkv:group=2,merge=0.5,sinks=2,recent=6,weights=equal")
+    alike = []
+    for first in (0, 2, 4):
+        _, shared = factorize([tuple(p.weight for p in engine.projections(slot)) for slot in (first, first + 1)], None)
+        one, other = (torch.cat(method._inputs[slot], dim=1)[0, 2:18] @ shared.T for slot in (first, first + 1))
+        alike += [(F.cosine_similarity(one[t], other[t], dim=0).item(), first, t) for t in range(16)]
+    best = sorted(alike, reverse=True)[:24]
+    compressed = engine.compress(cache, method)
+    for slot in range(6):
+        index = compressed.stores[slot].prefix.k.latents.index[0].tolist()
+        assert index == sorted(t for _, first, t in best if first == slot - slot % 2)
+    assert compressed.stores[2].prefix.k.latents.index.shape[1] > 10
+    assert compressed.stores[6].prefix.k.latents.index.shape[1] == 0
+    engine, cache, method = fill(
+        model, ids, "commonkv:group=2,merge=0.5,sinks=2,recent=6,allocation=equal,weights=equal"
+    )
+    equal = engine.compress(cache, method)
+    assert [equal.stores[slot].prefix.k.latents.index.shape[1] for slot in range(7)] == [8] * 6 + [0]
+    assert equal.nbytes() == compressed.nbytes()
+    engine, cache, method = fill(decoder(), tokens(2, 25), "commonkv:group=2,merge=0.5,recent=6,weights=equal")
+    stores = engine.compress(cache, method).stores  # sequences differ, and the total is that of equal shares
+    assert sum(stores[slot].prefix.k.latents.index.shape[1] for slot in range(0, 8, 2)) == 4 * 7
+
+
 def test_merged_latents_are_means_weighed_by_sensitivity(decoder, tokens):
     model, ids = decoder(n_layers=4), tokens(1, 10)
     model.head.weight.mul_(6)

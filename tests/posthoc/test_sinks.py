@@ -240,6 +240,9 @@ SIZES = [
     "minicache:gamma=0.0",
     "kivi:bits=2,group=8,residual=4",
     "xquant:bits=2,group=8,residual=4",
+    "int8",
+    "turboquant:bits=3,sketch=true",
+    "kvquant:bits=4",
     "commonkv:group=2,recent=4,weights=equal",
 ]
 

@@ -109,8 +109,9 @@ class CommonKV(Compressor):
 
         z = Σ_l w_l z_l,    w_l from how much the loss grows when keys of layer l are replaced by noise
 
-    Likeness is the cosine of the first and the last layer's latents. Sinks and the last tokens are never merged. The
-    share of tokens that is merged is the same in every group; the paper's allocation over groups is not implemented.
+    Likeness is the cosine of the first and the last layer's latents. Sinks and the last tokens are never merged.
+    Groups whose layers are less alike merge fewer tokens: the most similar of all groups' tokens are merged. With
+    `allocation=equal` every group merges the same share instead.
     """
 
     keys_before_rope: ClassVar[bool] = True
@@ -121,11 +122,13 @@ class CommonKV(Compressor):
     group: int = Field(4, ge=2)
     """Neighbouring slots whose projections are factorised jointly; the last group may be smaller."""
     merge: float = Field(0.6, ge=0, le=1)
-    """Share of the tokens between `sinks` and `recent` that are merged."""
+    """Share of the tokens between `sinks` and `recent` that are merged, mean over groups."""
     rank: int | None = Field(None, ge=1)
     """Width of the latents; null: full rank."""
     recent: int = Field(128, ge=0)
     """Last tokens that are not merged."""
+    allocation: Literal["similarity", "equal"] = "similarity"
+    """Merge the most similar tokens of all groups, or the same number in every group."""
     weights: Literal["sensitivity", "equal"] = "sensitivity"
     """w_l: measured on the calibration tokens, or all equal."""
 
@@ -183,11 +186,11 @@ class CommonKV(Compressor):
         if values is None:
             raise UserError(f"{self.name}: a slot is a latent; allowed: slots of keys and values")
         codes: tuple[Codes, Codes] = ([None] * len(keys.slots), [None] * len(keys.slots))
-        for group in keys.groups(self.group):
-            inputs = [self._recorded(keys.slots[i], keys) for i in group]
-            weights, shared = self._factored(tuple(keys.slots[i] for i in group))
-            latents = [F.linear(x, shared) for x in inputs]
-            stored = self._merged(latents, keys, group)
+        groups = keys.groups(self.group)
+        alike = [self._likeness(self._latents(keys, group, [group[0], group[-1]]), keys) for group in groups]
+        for group, likeness, count in zip(groups, alike, self._counts(groups, alike, keys), strict=True):
+            weights, _ = self._factored(tuple(keys.slots[i] for i in group))
+            stored = self._merged(self._latents(keys, group, group), keys, group, likeness.topk(count, dim=1).indices)
             for i, slot_latents, weight in zip(group, stored, weights, strict=True):
                 others = others_of(slot_latents.index.long(), slot_latents.length)
                 for tensors, slot_codes in ((keys, codes[0]), (values, codes[1])):
@@ -233,15 +236,43 @@ class CommonKV(Compressor):
         total = sum(self._sensitivity[slot] for slot in slots)
         return [self._sensitivity[slot] / total for slot in slots]
 
-    def _merged(self, latents: list[Tensor], tensors: SlotTensors, group: list[int]) -> list[Latents]:
-        """The stored latents of each slot of a group, from all its latents (B, n, r)."""
-        tokens, rank = latents[0].shape[1:]
-        count = math.floor(self.merge * max(tokens - self.recent, 0)) if len(group) > 1 else 0
+    def _latents(self, keys: SlotTensors, group: list[int], slots: list[int]) -> list[Tensor]:
+        """The latents (B, n, r) of some slots of a group."""
+        inputs = [self._recorded(keys.slots[i], keys) for i in slots]
+        _, shared = self._factored(tuple(keys.slots[i] for i in group))
+        return [F.linear(x, shared) for x in inputs]
+
+    def _likeness(self, latents: list[Tensor], tensors: SlotTensors) -> Tensor:
+        """(B, n): how much the tokens of a group are alike, from the latents of its first and last slot. Padding, which
+        is never read, is 2, so that it is merged first; recent tokens are -inf."""
         alike = F.cosine_similarity(latents[0], latents[-1], dim=-1)
         if tensors.is_text is not None:
-            alike = alike.masked_fill(~tensors.is_text, 2.0)  # padding, which is never read, is merged first
-        alike[:, max(tokens - self.recent, 0) :] = -math.inf
-        index = alike.topk(count, dim=1).indices.sort(dim=1).values
+            alike = alike.masked_fill(~tensors.is_text, 2.0)
+        alike[:, max(alike.shape[1] - self.recent, 0) :] = -math.inf
+        return alike
+
+    def _counts(self, groups: list[list[int]], alike: list[Tensor], tensors: SlotTensors) -> list[int]:
+        """How many tokens each group merges. If sequences differ, their mean."""
+        free = max(alike[0].shape[1] - self.recent, 0)
+        count = math.floor(self.merge * free)
+        several = [g for g, group in enumerate(groups) if len(group) > 1]
+        counts = [count if len(group) > 1 else 0 for group in groups]
+        if self.allocation == "similarity" and several and free:
+            joined = torch.stack([alike[g][:, :free] for g in several], dim=1)  # B, groups, tokens
+            order = joined.flatten(1).argsort(dim=1, descending=True, stable=True)[:, : count * len(several)]
+            chosen = torch.zeros_like(joined).flatten(1).scatter(1, order, 1.0).unflatten(1, joined.shape[1:])
+            means = chosen.sum(2).mean(0)
+            numbers = means.floor().long()
+            fractions = (means - numbers).argsort(descending=True, stable=True)
+            numbers[fractions[: count * len(several) - int(numbers.sum())]] += 1
+            for g, number in zip(several, numbers.tolist(), strict=True):
+                counts[g] = number
+        return counts
+
+    def _merged(self, latents: list[Tensor], tensors: SlotTensors, group: list[int], index: Tensor) -> list[Latents]:
+        """The stored latents of each slot of a group, from all its latents (B, n, r) and the merged tokens (B, m)."""
+        tokens, rank = latents[0].shape[1:]
+        index = index.sort(dim=1).values
         shares = self._shares([tensors.slots[i] for i in group])
         mean = sum(w * z for w, z in zip(shares, latents, strict=True))
         assert isinstance(mean, Tensor)

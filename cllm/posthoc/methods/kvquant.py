@@ -1,0 +1,145 @@
+"""KVQuant (arXiv 2401.18079): keys before RoPE per channel, values per token, levels that follow the numbers, outliers
+kept apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cllm.posthoc.bit_planes import pack_codes, unpack_codes
+from cllm.posthoc.code import Code, Codes
+from cllm.posthoc.method import Compressor
+from cllm.posthoc.registry import register
+from cllm.posthoc.slots import SlotTensors
+
+_BINS = 2048
+"""Bins of [-1, 1] in which numbers are counted to fit the levels."""
+
+
+@dataclass(frozen=True)
+class DenseAndSparse(Code):
+    """m vectors of L numbers: codes of all, and exact outliers in their place. All parameters are the slot's."""
+
+    packed: Tensor
+    """uint8 (B, bytes)."""
+    middle: Tensor
+    """(B, m): the middle of a vector's range, without its outliers."""
+    half: Tensor
+    """(B, m): half of the range."""
+    levels: Tensor
+    """(B, 2^bits), ascending, in [-1, 1]."""
+    index: Tensor
+    """(B, m, k) uint8, int16 or int32: positions of the outliers in a vector."""
+    outliers: Tensor
+    """(B, m, k), exact."""
+    bits: int
+    size: int
+    """L."""
+    per_channel: bool
+    """Whether a vector is a channel of all tokens; else, a token of all channels."""
+    width: tuple[int, ...]
+
+    def decode(self) -> Tensor:
+        batch, count = self.middle.shape
+        codes = unpack_codes(self.packed, self.bits, count * self.size)
+        unit = self.levels.float().gather(1, codes.long()).view(batch, count, self.size)
+        x = unit * self.half.float()[..., None] + self.middle.float()[..., None]
+        x = x.to(self.middle.dtype).scatter(2, self.index.long(), self.outliers)
+        return (x.mT if self.per_channel else x).contiguous().unflatten(-1, self.width)
+
+
+@register(
+    "kvquant",
+    summary="keys before RoPE per channel and values per token, fitted levels, outliers exact",
+    sweep=("kvquant:bits=4", "kvquant:bits=2"),
+)
+class KVQuant(Compressor):
+    """KVQuant: every vector, a channel of keys before RoPE or a token's values, is stored as
+
+        x_i ≈ m + h L[q_i]
+
+    m ± h is the range of the vector without its outliers. L are 2^b levels, one table for the keys of a slot and one
+    for its values: the means of 1-dimensional k-means over all (x - m) / h, or 2^b equal steps. The share `outliers` of
+    a vector's numbers, those farthest from its median, is stored exactly, with positions.
+
+    Two differences from the paper: ranges and levels come from the prompt and not from calibration text, and k-means
+    has no Fisher weights, which need gradients of the model. Q-Norm, which adapts calibrated levels, is not needed.
+    """
+
+    keys_before_rope: ClassVar[bool] = True
+
+    bits: int = Field(4, ge=1, le=8)
+    """Bits of a code."""
+    bits_v: int | None = Field(None, ge=1, le=8)
+    """`bits` for values; null: the same."""
+    levels: Literal["kmeans", "uniform"] = "kmeans"
+    """L: `kmeans`, as in the paper but without its weights, or `uniform`, which is coarser for most numbers and finer
+    for the large ones."""
+    outliers: float = Field(0.01, ge=0, lt=0.5)
+    """Share of the numbers of every vector that are stored exactly."""
+
+    def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
+        k = self._code_all(keys, self.bits)
+        return k, [None] * len(keys.slots) if values is None else self._code_all(values, self.bits_v or self.bits)
+
+    def _code_all(self, tensors: SlotTensors, bits: int) -> Codes:
+        return [self._code(tensors, i, bits) for i in range(len(tensors.slots))]
+
+    def _code(self, tensors: SlotTensors, i: int, bits: int) -> DenseAndSparse:
+        rows = tensors.flat(i, padding="repeat")  # B, n, C
+        counted = torch.ones_like(rows, dtype=torch.bool)
+        if tensors.is_text is not None:
+            counted = counted & tensors.is_text[..., None]
+        per_channel = tensors.kind == "k"
+        x, counted = (t.mT.contiguous() if per_channel else t for t in (rows, counted))
+        count = round(self.outliers * x.shape[2])
+        median = x.masked_fill(~counted, torch.nan).nanmedian(dim=2, keepdim=True).values
+        distance = (x - median).abs().masked_fill(~counted, -1)
+        index = distance.topk(count, dim=2).indices
+        # Tokens of padding, which have no range, are never read.
+        dense = (counted | ~counted.any(2, keepdim=True)).scatter(2, index, False)
+        low, high = x.masked_fill(~dense, torch.inf).amin(2), x.masked_fill(~dense, -torch.inf).amax(2)
+        dtype = tensors.dtype
+        middle = ((low + high) / 2).to(dtype)
+        half = ((high - low) / 2).clamp(min=torch.finfo(dtype).tiny).to(dtype)
+        unit = ((x - middle.float()[..., None]) / half.float()[..., None]).clamp(-1, 1)
+        if self.levels == "kmeans":
+            levels = fit_levels(unit, dense & counted, bits).to(dtype)
+        else:
+            levels = torch.linspace(-1, 1, 2**bits, device=x.device).to(dtype).repeat(len(x), 1)
+        bounds = (levels.float()[:, 1:] + levels.float()[:, :-1]) / 2
+        codes = torch.searchsorted(bounds, unit.flatten(1)).to(torch.uint8)
+        return DenseAndSparse(
+            pack_codes(codes, bits), middle, half, levels, index.to(_index_dtype(x.shape[2])),
+            x.gather(2, index).to(dtype), bits, x.shape[2], per_channel, tuple(tensors.data[i].shape[2:]),
+        )  # fmt: skip
+
+
+def _index_dtype(size: int) -> torch.dtype:
+    return torch.uint8 if size <= 2**8 else torch.int16 if size <= 2**15 else torch.int32
+
+
+def fit_levels(unit: Tensor, counted: Tensor, bits: int) -> Tensor:
+    """The 2^bits levels (B, 2^bits) of k-means over the `counted` numbers of `unit` (B, ...) in [-1, 1], per sequence.
+
+    Numbers are counted in 2048 bins first. The first levels are quantiles. A level without numbers keeps its place.
+    """
+    batch, count = len(unit), 2**bits
+    bins = ((unit.flatten(1) + 1) * (_BINS / 2)).long().clamp(max=_BINS - 1)
+    weights = torch.zeros(batch, _BINS, dtype=torch.float64, device=unit.device)
+    weights.scatter_add_(1, bins, counted.flatten(1).double())
+    centres = (torch.arange(_BINS, dtype=torch.float64, device=unit.device) + 0.5) * (2 / _BINS) - 1
+    mass, moment = (torch.nn.functional.pad(w.cumsum(1), (1, 0)) for w in (weights, weights * centres))
+    shares = (torch.arange(count, dtype=torch.float64, device=unit.device) + 0.5) / count * mass[:, -1:]
+    levels = centres[torch.searchsorted(mass[:, 1:].contiguous(), shares).clamp(max=_BINS - 1)]
+    ends = torch.tensor([[0], [_BINS]], device=unit.device)
+    for _ in range(50):
+        inner = torch.searchsorted(centres, ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous())
+        cells = torch.cat((ends[0].expand(batch, 1), inner, ends[1].expand(batch, 1)), dim=1)
+        number, total = (t.gather(1, cells).diff(dim=1) for t in (mass, moment))
+        levels = torch.where(number > 0, total / number.clamp(min=1e-30), levels)
+    return levels.float()

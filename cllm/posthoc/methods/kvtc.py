@@ -1,0 +1,245 @@
+"""KVTC (arXiv 2511.01815): transform coding of stored prefixes. Principal components across layers, entropy-coded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cllm.errors import UserError
+from cllm.posthoc.code import Code, Codes
+from cllm.posthoc.entropy import compress, decompress, decompress_rows, from_row, to_rows
+from cllm.posthoc.lowrank import right_vectors
+from cllm.posthoc.method import Compressor
+from cllm.posthoc.registry import register
+from cllm.posthoc.slots import SlotTensors
+from cllm.posthoc.tensor_tree import TensorTree
+
+_TRIES = 6
+"""Times that all groups are coded at most until they fit the budget."""
+
+
+@dataclass(frozen=True)
+class Components(TensorTree):
+    """A (n, r) of a group of slots, which share it."""
+
+    stream: Tensor
+    """uint8 (B, bytes): entropy-coded numbers of steps."""
+    step: Tensor
+    """(B,), in the cache's dtype."""
+
+    def decode(self) -> list[Tensor]:
+        """A (n, r) fp32 of each sequence; r differs between them."""
+        numbers = decompress_rows(self.stream)
+        return [q.to(self.step.device).float() * s.float() for q, s in zip(numbers, self.step, strict=True)]
+
+
+@dataclass(frozen=True)
+class Transformed(Code):
+    """One slot's part of A Bᵀ, scaled and moved; the last tokens are exact."""
+
+    components: Components
+    stream: Tensor
+    """uint8 (B, bytes): B (width, r), entropy-coded."""
+    scale: Tensor
+    """(B,)."""
+    mean: Tensor
+    """(B, C)."""
+    rest: Tensor
+    """(B, remaining tokens, C), exact."""
+    width: tuple[int, ...]
+
+    def decode(self) -> Tensor:
+        rows = []
+        for i, a in enumerate(self.components.decode()):
+            b = decompress(from_row(self.stream[i])).to(a.device).float() * basis_steps(a, self.components.step[i])
+            rows.append((a @ b.mT) * self.scale[i].float() + self.mean[i].float())
+        return torch.cat((torch.stack(rows).to(self.rest.dtype), self.rest), dim=1).unflatten(-1, self.width)
+
+
+def basis_steps(a: Tensor, step: Tensor) -> Tensor:
+    """(r,): the steps of the columns of B, for A (n, r) as it is decoded and its step.
+
+    With the steps Δ of A and Δ_j of column j of B, a number of A adds Δ²/12 to the squared error, and one of B adds
+    Σ_t A_tj² Δ_j² / 12. Bits are spent best where all numbers add the same, so Δ_j = Δ / ‖A_j‖.
+    """
+    return step.float() / a.double().norm(dim=0).clamp(min=1e-30).float()
+
+
+@dataclass
+class _Group:
+    """A group of slots while it is coded."""
+
+    tensors: SlotTensors
+    slots: list[int]
+    """Indices into `tensors.slots`."""
+    means: list[Tensor]
+    scales: list[Tensor]
+    projected: Tensor
+    """X V (B, n, r) fp32."""
+    vectors: Tensor
+    """V (B, layers · C, r) fp32."""
+    energies: Tensor
+    """‖X v_j‖² (B, r) fp64."""
+
+
+@register(
+    "kvtc", summary="entropy-coded principal components across slots, for prefixes at rest", sweep=("kvtc:ratio=8",)
+)
+class KVTC(Compressor):
+    """KVTC: for a group of slots, separately for keys before RoPE and for values,
+
+        X = [(X_l - m_l) / s_l]_l ≈ A Bᵀ,    A = X V,    B = V
+
+    with the channels' means m_l, the slot's root mean square s_l and the eigenvectors V of XᵀX. A and B are rounded to
+    multiples of steps and entropy-coded (`entropy.py`). One step Δ for all A of a sequence, keys and values, allocates
+    bits best for the squared error (reverse water-filling): a column of energy n σ² takes about ½ log2(1 + 2πe σ²/Δ²)
+    bits a number, and is dropped if its gain does not pay for its column of B. Δ is the smallest at which the entire
+    compressed cache has 1/ratio of the bytes of the uncompressed one, as coded.
+
+    Differences from the paper: V belongs to the prompt and is stored with it, instead of one basis per model from
+    calibration text; entropy-coded steps of one size take the place of bits chosen by dynamic programming.
+
+    Made for storage (`cllm.PrefixStore`, `at_rest`): every pass over a compressed cache decodes it again.
+    """
+
+    keys_before_rope: ClassVar[bool] = True
+
+    ratio: float = Field(8, gt=1)
+    """Bytes of the uncompressed cache over bytes of the compressed one, at this length. Windows, states, sinks and
+    recent tokens count."""
+    group: int = Field(4, ge=1)
+    """Neighbouring slots with common components; the last group may be smaller."""
+    recent: int = Field(0, ge=0)
+    """Last tokens that stay exact; 128 in the paper."""
+
+    def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
+        tokens = keys.data[0].shape[1] - self.recent
+        if tokens < 2:
+            raise UserError(
+                f"{self.name}: {keys.data[0].shape[1]} tokens without sinks, of which recent={self.recent} stay exact; "
+                f"allowed: {self.recent + 2} tokens or more"
+            )
+        kinds = [keys] if values is None else [keys, values]
+        groups = [self._transform(tensors, slots, tokens) for tensors in kinds for slots in tensors.groups(self.group)]
+        budget = self._budget(keys, groups)
+        steps, a_streams, b_streams = [], [], []
+        for row in range(len(keys.data[0])):
+            step, streams = self._fit(groups, row, budget)
+            steps.append(step)
+            a_streams.append([a for a, _ in streams])
+            b_streams.append([b for _, b in streams])
+        device, size = keys.data[0].device, len(keys.slots)
+        codes: dict[str, Codes] = {"k": [None] * size, "v": [None] * size}
+        for g, group in enumerate(groups):
+            components = Components(
+                to_rows([streams[g] for streams in a_streams], device), torch.stack(steps).to(device)
+            )
+            for place, i in enumerate(group.slots):
+                x = group.tensors.data[i]
+                codes[group.tensors.kind][i] = Transformed(
+                    components,
+                    to_rows([streams[g][place] for streams in b_streams], device),
+                    group.scales[place],
+                    group.means[place],
+                    x[:, tokens:].flatten(2).to(keys.dtype, copy=True).contiguous(),
+                    tuple(x.shape[2:]),
+                )
+        return codes["k"], codes["v"]
+
+    def _transform(self, tensors: SlotTensors, slots: list[int], tokens: int) -> _Group:
+        dtype, rows, means, scales = tensors.dtype, [], [], []
+        text = None if tensors.is_text is None else tensors.is_text[:, :tokens, None]
+        for i in slots:
+            x = tensors.flat(i)[:, :tokens]
+            count = torch.full_like(x[:, 0, :1], tokens) if text is None else text.sum(1).clamp(min=1)
+            means.append((x.sum(1) / count).to(dtype))
+            x = x - means[-1].float()[:, None]
+            x = x if text is None else x * text
+            size = (x.square().sum((1, 2)) / (x.shape[2] * count[:, 0])).sqrt()
+            scales.append(size.clamp(min=1e-6).to(dtype))
+            rows.append(x / scales[-1].float()[:, None, None])
+        joined = torch.cat(rows, dim=-1)
+        vectors, _ = right_vectors(joined, "gram", None, "fp32")
+        vectors = vectors[..., : min(joined.shape[1:])]
+        projected = joined @ vectors
+        return _Group(tensors, slots, means, scales, projected, vectors, projected.double().square().sum(1))
+
+    def _budget(self, keys: SlotTensors, groups: Sequence[_Group]) -> float:
+        """Bytes that the streams of one sequence may have."""
+        size = keys.dtype.itemsize
+        tensors = [group.tensors.data[i].flatten(2) for group in groups for i in group.slots]
+        total = keys.uncompressed_elements or sum(x.shape[1] * x.shape[2] for x in tensors)
+        fixed = keys.incompressible_elements + sum((1 + self.recent) * x.shape[2] + 1 for x in tensors) + len(groups)
+        if fixed * self.ratio >= total:
+            raise UserError(
+                f"{self.name}: ratio={self.ratio:g}: at {keys.tokens} tokens {fixed / total:.0%} of the cache stay as "
+                "they are (windows, states, RoPE keys of latents, sinks, recent tokens) or are means; allowed: below "
+                f"{total / fixed:.2f}"
+            )
+        return (total / self.ratio - fixed) * size
+
+    def _fit(self, groups: Sequence[_Group], row: int, budget: float) -> tuple[Tensor, list[tuple[bytes, list[bytes]]]]:
+        """The smallest step of sequence `row` at which all streams fit `budget`, and the streams of A and the Bs."""
+        dtype, correction = groups[0].tensors.dtype, 1.0
+        best: tuple[int, Tensor, list[tuple[bytes, list[bytes]]]] | None = None
+        for _ in range(_TRIES):
+            step = torch.tensor(_step(groups, row, budget * correction), dtype=torch.float64).to(dtype)
+            streams = [_code(group, row, step) for group in groups]
+            size = sum(len(a) + sum(map(len, bs)) for a, bs in streams)
+            if size <= budget and (best is None or size > best[0]):
+                best = size, step, streams
+            if 0.98 * budget < size <= budget:
+                break
+            correction *= 0.997 * budget / size
+        if best is not None:
+            return best[1:]
+        raise UserError(
+            f"{self.name}: ratio={self.ratio:g}: {groups[0].tensors.tokens} tokens do not fit even without components; "
+            "allowed: a lower ratio, or more tokens"
+        )
+
+
+def _kept(energy: Tensor, tokens: int, channels: int | Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """Which columns (r,) of groups of `channels` are kept at a step, and the estimated bits of each.
+
+    Args:
+        energy: ‖X v_j‖² of each column, fp64.
+        tokens: numbers of a column of A.
+        channels: numbers of a column of B, one number or (r,).
+        step: Δ.
+    """
+    square = energy / tokens / step**2  # of a number of A, in steps
+    of_b = energy / channels / step**2  # of a number of B, in its own steps
+    bits = (tokens * (1 + 17.08 * square).log2() + channels * (1 + 17.08 * of_b).log2()) / 2
+    # A bit is worth 2 ln 2 Δ²/12 of squared error. Kept numbers of A and of B add about Δ²/12 each.
+    error = (tokens * 12 * square / (12 * square + 1) + channels) / 12
+    return energy / step**2 - error > math.log(2) / 6 * bits, bits
+
+
+def _step(groups: Sequence[_Group], row: int, budget: float) -> float:
+    """The smallest step at which the streams are estimated to have at most `budget` bytes."""
+    energy = torch.cat([group.energies[row] for group in groups])
+    channels = torch.cat([torch.full_like(group.energies[row], group.vectors.shape[1]) for group in groups])
+    low, high = -30.0, 10 + math.log(float(energy.max()) + 1)
+    for _ in range(40):
+        middle = (low + high) / 2
+        keep, bits = _kept(energy, groups[0].projected.shape[1], channels, math.exp(middle))
+        low, high = (low, middle) if float((bits * keep).sum()) / 8 <= budget else (middle, high)
+    return math.exp(high)
+
+
+def _code(group: _Group, row: int, step: Tensor) -> tuple[bytes, list[bytes]]:
+    """The streams of A and of every slot's B of one sequence."""
+    tokens, channels = group.projected.shape[1], group.vectors.shape[1]
+    keep, _ = _kept(group.energies[row], tokens, channels, float(step))
+    numbers = (group.projected[row][:, keep] / step.float()).round().to(torch.int32)
+    used = (numbers != 0).any(0)
+    numbers, b = numbers[:, used], group.vectors[row][:, keep][:, used]
+    b = (b / basis_steps(numbers.float() * step.float(), step)).round().to(torch.int32)
+    return compress(numbers), [compress(part) for part in b.chunk(len(group.slots))]

@@ -1,0 +1,317 @@
+"""int8, fp8, TurboQuant, KVQuant and KVTC against slow references, their papers' bounds and bytes, and in caches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers.cache_utils import DynamicCache
+
+from cllm.cache.cache import KVCache
+from cllm.errors import UserError
+from cllm.posthoc.bit_planes import pack_codes, planes, unpack_codes
+from cllm.posthoc.cache import compress_cache, copy_store
+from cllm.posthoc.entropy import compress, decompress, decompress_rows, shared_streams, to_rows
+from cllm.posthoc.hf import compress_dynamic
+from cllm.posthoc.methods.kvquant import fit_levels
+from cllm.posthoc.methods.turboquant import levels, projection, rotation
+from cllm.posthoc.registry import parse
+
+CPU = torch.device("cpu")
+PREFIX, LENGTH = 40, 48
+SPECS = [
+    "int8", "fp8:keys=token", "turboquant:bits=3", "turboquant:bits=2,sketch=true", "kvquant:bits=3,outliers=0.06",
+    "kvtc:ratio=1.5,group=2,recent=3",
+]  # fmt: skip
+
+NEAR = {"kvquant": 0.03, "kvtc": 0.4}
+"""Largest relative difference of a padded sequence and the same alone: levels of KVQuant are fitted to counts in bins,
+which rounding changes; KVTC's budget counts padding."""
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def nbytes(codes):
+    return sum({id(t): t.nbytes for code in codes for t in code.tensors()}.values())
+
+
+# ---- packed and entropy-coded numbers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_of_any_width_are_packed_in_planes(bits):
+    codes = torch.randint(2**bits, (3, 21), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    packed = pack_codes(codes, bits)
+    assert packed.shape == (3, sum(-(-21 * width // 8) for width in planes(bits)))
+    assert sum(planes(bits)) == bits
+    assert torch.equal(unpack_codes(packed, bits, 21), codes)
+
+
+def test_numbers_are_entropy_coded_near_their_entropy():
+    wide = torch.tensor([[0, -1, 1, 127, -128, 128, 40000, -(2**30), 2**30], [0] * 9], dtype=torch.int32)
+    for numbers in (wide, wide.T, wide[:, :0], wide[:0], torch.zeros(5, 3, dtype=torch.int32)):
+        assert torch.equal(decompress(compress(numbers) + b"\0\0\0"), numbers)
+    for deviation in (0.3, 0.5, 1.0, 5.0):
+        q = (noise(2000, 60) * deviation).round().int()
+        shares = q.unique(return_counts=True)[1] / q.numel()
+        entropy = -(shares * shares.log2()).sum().item()
+        assert entropy < 8 * len(compress(q)) / q.numel() < 1.07 * entropy + 0.01
+    streams = [to_rows([compress(wide), compress(wide[:1])], CPU) for _ in range(3)]
+    with shared_streams():
+        first = [decompress_rows(stream)[0] for stream in streams]
+        assert all(torch.equal(numbers, wide) for numbers in first)
+        assert decompress_rows(streams[2])[0] is first[2]
+        assert decompress_rows(streams[0])[0] is not first[0]  # only two are kept
+    assert decompress_rows(streams[0])[0] is not decompress_rows(streams[0])[0]
+    data = compress(wide)
+    for damaged in (data[:6], data[:-3], data[:9] + b"\xff\xff" + data[11:]):
+        with pytest.raises(ValueError, match="an entropy code is damaged"):
+            decompress(damaged)
+
+
+# ---- int8 and fp8 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "largest"), [("int8", 127), ("fp8", 448)])
+def test_numbers_of_8_bits_have_the_scale_of_their_channel_or_token(name, largest, slot_tensors):
+    k, v = noise(2, 9, 2, 4), noise(2, 9, 2, 4, seed=1)
+    (found_k,), (found_v,) = parse(name).encode(slot_tensors("k", [k]), slot_tensors("v", [v]))
+    for x, code, axis in ((k, found_k, 1), (v, found_v, 3)):
+        vectors, decoded = x.movedim(axis, -1).reshape(-1, x.shape[axis]), code.decode().movedim(axis, -1)
+        for vector, found in zip(vectors, decoded.reshape(vectors.shape), strict=True):
+            scale = vector.abs().max() / largest
+            for number, got in zip(vector.tolist(), found.tolist(), strict=True):
+                most = scale / 2 if name == "int8" else max(abs(number) / 16, scale * 2**-10)
+                assert abs(number - got) <= most * 1.0001
+    assert nbytes([found_k, found_v]) == 2 * 2 * 9 * 8 + 4 * (2 * 8 + 2 * 9 * 2)  # numbers, and scales in fp32
+
+
+# ---- TurboQuant -----------------------------------------------------------------------------------------------------
+
+
+def test_levels_are_those_of_lloyd_and_max():
+    """Of a normal variable (Max, 1960) in many dimensions; in few, each level is the mean of its cell."""
+    for bits, error in ((1, 0.3634), (2, 0.1175), (3, 0.03454), (4, 0.009497)):
+        table = levels(2048, bits, CPU) * math.sqrt(2048)
+        x = noise(200_000)
+        assert (x[:, None] - table).abs().amin(1).square().mean() == pytest.approx(error, rel=0.02)
+    table, x = levels(6, 2, CPU), torch.nn.functional.normalize(noise(200_000, 6), dim=1)[:, 0]
+    cell = (x[:, None] - table).abs().argmin(1)
+    means = torch.stack([x[cell == i].mean() for i in range(4)])
+    torch.testing.assert_close(table, means, atol=3e-3, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_turboquant_is_within_its_bound_for_any_direction(bits, slot_tensors):
+    """Theorem 1, for one channel alone, equal channels, and few large ones; without a rotation they exceed it."""
+    dim, bound = 64, math.sqrt(3) * math.pi / 2 * 4**-bits
+    one = torch.eye(dim)
+    equal = torch.sign(noise(dim, dim))
+    large = noise(dim, dim) * (1 + 50 * (torch.arange(dim) < 3))
+    for x in (one, equal, large):
+        code = parse(f"turboquant:bits={bits}").encode(slot_tensors("k", [x[None, :, None]]), None)[0][0]
+        error = ((code.decode()[0, :, 0] - x).norm(dim=1) / x.norm(dim=1)).square().mean().item()
+        assert 4**-bits < error < bound
+        assert nbytes([code]) == dim * (dim * bits // 8 + 4)
+
+
+@pytest.mark.parametrize("sketch", [False, True])
+def test_turboquant_is_its_equations(sketch, slot_tensors):
+    x, bits, dim = noise(2, 3, 2, 8), 3, 8
+    spec = f"turboquant:bits={bits},seed=5,sketch={str(sketch).lower()}"
+    (code,), (values,) = parse(spec).encode(slot_tensors("k", [x]), slot_tensors("v", [x]))
+    assert values.bits == 3  # no sketch of values
+    pi, s = rotation(dim, 5, CPU), projection(dim, 5, CPU)
+    torch.testing.assert_close(pi @ pi.T, torch.eye(dim), atol=1e-6, rtol=0)
+    table, found = levels(dim, bits - sketch, CPU).tolist(), code.decode()
+    for b, n, h in np.ndindex(2, 3, 2):
+        vector = x[b, n, h]
+        u = pi @ vector / vector.norm()
+        near = torch.tensor([min(table, key=lambda level: abs(level - value)) for value in u.tolist()])
+        if sketch:
+            rest = u - near
+            near = near + rest.norm() * math.sqrt(math.pi / 2) / dim * s.T @ torch.sign(s @ rest)
+        torch.testing.assert_close(found[b, n, h], vector.norm() * pi.T @ near, atol=1e-5, rtol=1e-5)
+
+
+def test_a_sketch_makes_products_unbiased(slot_tensors):
+    """Theorem 2, over rotations; levels alone shrink products, by 2 / π at one bit."""
+    dim, bits, seeds = 16, 2, 150
+    x, y = noise(dim), noise(dim, seed=1)
+    y = y + 2 * x
+    means = {}
+    keys = slot_tensors("k", [x.view(1, 1, 1, -1)])
+    for name, spec in (("sketch", f"bits={bits},sketch=true"), ("levels", "bits=1")):
+        products = torch.stack([
+            parse(f"turboquant:{spec},seed={seed}").encode(keys, None)[0][0].decode()
+            for seed in range(seeds)
+        ]).flatten(1) @ y  # fmt: skip
+        means[name], variance = (products.mean() / (x @ y)).item(), products.var().item()
+        if name == "sketch":
+            bound = math.sqrt(3) * math.pi**2 * (y.norm() * x.norm()).item() ** 2 * 4**-bits / dim
+            assert variance < bound
+            assert abs(products.mean() - x @ y) < 4 * math.sqrt(variance / seeds)
+    assert means["levels"] == pytest.approx(2 / math.pi, abs=0.04)
+
+
+# ---- KVQuant --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["kmeans", "uniform"])
+def test_kvquant_is_its_equations(kind, slot_tensors):
+    k, v = noise(2, 50, 2, 8) ** 3, noise(2, 50, 2, 8, seed=1) ** 3
+    method = parse(f"kvquant:bits=3,outliers=0.1,levels={kind}")
+    (of_k,), (of_v,) = method.encode(slot_tensors("k", [k]), slot_tensors("v", [v]))
+    equal = of_k.levels.diff(dim=1)
+    assert torch.allclose(equal, torch.tensor(2 / 7)) == (kind == "uniform")
+    for x, code, count in ((k.flatten(2).mT, of_k, 5), (v.flatten(2), of_v, 2)):
+        found = code.decode().flatten(2)
+        found = found.mT if code.per_channel else found
+        for b, i in np.ndindex(x.shape[:2]):
+            vector, got = x[b, i], found[b, i]
+            order = (vector - vector.median()).abs().argsort(descending=True)
+            assert set(order[:count].tolist()) == set(code.index[b, i].tolist())
+            assert torch.equal(got[order[:count]], vector[order[:count]])
+            rest = vector[order[count:]]
+            middle, half = (rest.max() + rest.min()) / 2, (rest.max() - rest.min()) / 2
+            values = middle + half * code.levels[b]
+            nearest = values[(rest[:, None] - values).abs().argmin(1)]
+            torch.testing.assert_close(got[order[count:]], nearest, atol=1e-5, rtol=1e-5)
+    # codes of 3 bits, middle and half of each vector, levels, and outliers of 4 bytes with positions of one
+    assert nbytes([of_k]) == 2 * (50 * 16 * 3 // 8 + 4 * (2 * 16 + 8) + 16 * 5 * (4 + 1))
+    assert nbytes([of_v]) == 2 * (50 * 16 * 3 // 8 + 4 * (2 * 50 + 8) + 50 * 2 * (4 + 1))
+
+
+def test_levels_are_the_means_of_their_cells():
+    unit = (noise(2, 4000) / 5).clamp(-1, 1) * torch.tensor([[1.0], [0.3]])
+    counted = torch.arange(4000) % 3 > 0
+    table = fit_levels(unit, counted.expand(2, -1), 3)
+    for row in range(2):
+        x = unit[row, counted]
+        cell = (x[:, None] - table[row]).abs().argmin(1)
+        means = torch.stack([x[cell == i].mean() for i in range(8)])
+        torch.testing.assert_close(table[row], means, atol=4e-3, rtol=0)  # 2048 bins
+    assert table[1].abs().max() < 0.5 * table[0].abs().max()  # each sequence has its own
+
+
+# ---- KVTC -----------------------------------------------------------------------------------------------------------
+
+
+def test_kvtc_rounds_principal_components(slot_tensors):
+    base = noise(2, 120, 6)
+    data = [
+        (base @ noise(2, 6, 16, seed=i) + 0.1 * noise(2, 120, 16, seed=i + 9) + 3).unflatten(2, (2, 8)) for i in (1, 2)
+    ]
+    keys, values = slot_tensors("k", data), slot_tensors("v", data[::-1])
+    codes, coded_values = parse("kvtc:ratio=12,group=2").encode(keys, values)
+    assert codes[0].components is codes[1].components
+    for row in range(2):
+        x = [t.flatten(2)[row].double() for t in data]
+        x = [(t - t.mean(0)) / (t - t.mean(0)).square().mean().sqrt() for t in x]
+        _, _, vt = np.linalg.svd(torch.cat(x, 1).numpy(), full_matrices=False)
+        a, step = codes[0].components.decode()[row], codes[0].components.step[row]
+        exact = torch.cat(x, 1).float() @ torch.from_numpy(vt.T).float()[:, : a.shape[1]]
+        signs = torch.sign((a * exact).sum(0))
+        assert 5 < a.shape[1] < 16
+        assert (a - exact * signs).abs().max() <= step * 0.51
+        for i, code in enumerate(codes):
+            steps = step / a.norm(dim=0)
+            b = decompress(code.stream[row].numpy().tobytes()).float() * steps
+            of_slot = torch.from_numpy(vt.T).float()[16 * i : 16 * i + 16, : a.shape[1]] * signs
+            assert ((b - of_slot).abs() / steps).max() <= 0.51
+            wanted = (a @ b.T) * code.scale[row] + code.mean[row]
+            torch.testing.assert_close(code.decode()[row].flatten(1), wanted)
+    uncompressed = 2 * sum(t.nbytes for t in data)
+    assert 0.95 < 12 * nbytes([*codes, *coded_values]) / uncompressed <= 1.01  # a sequence is padded to the longer one
+    errors = [
+        (parse(f"kvtc:ratio={ratio}").encode(keys, values)[0][0].decode() - data[0]).norm() for ratio in (2, 4, 8, 12)
+    ]
+    assert errors == sorted(errors)
+    assert errors[0] < errors[1] / 3
+
+
+def test_what_kvtc_cannot_store_is_refused(slot_tensors):
+    keys = slot_tensors("k", [noise(1, 40, 1, 8)])
+    with pytest.raises(UserError, match=r"kvtc: 40 tokens without sinks, of which recent=39 .*; allowed: 41 tokens"):
+        parse("kvtc:recent=39").encode(keys, None)
+    with pytest.raises(UserError, match=r"kvtc: ratio=8: at 40 tokens 28% .* allowed: below 3\.56"):
+        parse("kvtc:recent=10").encode(keys, None)
+    with pytest.raises(UserError, match=r"kvtc: ratio=25: 40 tokens do not fit even without components"):
+        parse("kvtc:ratio=25").encode(keys, None)
+
+
+# ---- in caches ------------------------------------------------------------------------------------------------------
+
+
+def decoded(cache):
+    """A `KVCache` without codes, whose slots are those that `cache` decodes to."""
+    plain = KVCache(cache.config)
+    plain.batch, plain.seen, plain.starts, plain.column = cache.batch, cache.seen, cache.starts, cache.column.clone()
+    plain.stores = {owner: copy_store(store, cache.seen, None) for owner, store in cache.stores.items()}
+    return plain
+
+
+@pytest.mark.parametrize("name", ["cla", "yoco", "fusedkv", "mla"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_reader_gets_the_tensors_of_the_slot(spec, name, design, tokens, filled):
+    """Also layers that read a slot of another layer: what they compute is that of a plain cache of the same tensors."""
+    model, ids = design(name), tokens(2, LENGTH)
+    _, cache = filled(model, ids[:, :PREFIX])
+    compressed = compress_cache(cache, parse(spec))
+    assert compressed.nbytes() < 0.9 * cache.nbytes()
+    assert 0 < max(max(e.values()) for e in compressed.outcome.errors.values()) < 1
+    plain = decoded(compressed)
+    for part in ids[:, PREFIX:].split([5, 1, 2], dim=1):
+        torch.testing.assert_close(model(part, cache=compressed), model(part, cache=plain), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_padding_is_left_out(spec, decoder, tokens):
+    """A padded sequence is coded as it is alone; KVTC's budget counts padding, so that its code is finer."""
+    model, ids, starts = decoder(), tokens(2, LENGTH), torch.tensor([0, 7])
+    cache, alone = KVCache(model.config), KVCache(model.config)
+    model(ids[:, :PREFIX], cache=cache, starts=starts)
+    model(ids[1:, 7:PREFIX], cache=alone)
+    padded, single = compress_cache(cache, parse(spec)), compress_cache(alone, parse(spec))
+    for owner in (0, 7):
+        stores: Any = padded.stores[owner], single.stores[owner]
+        found, wanted = stores[0].last(PREFIX, PREFIX), stores[1].last(PREFIX - 7, PREFIX - 7)
+        for a, b in ((found.k, wanted.k), (found.v, wanted.v)):
+            difference = (a[1:, 7:] - b).norm() / b.norm()
+            assert difference < NEAR.get(spec.partition(":")[0], 1e-4)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_padding_of_transformers_caches_is_left_out(spec, llama, tokens):
+    model, ids, logits = llama(), tokens(2, LENGTH), []
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for rows, first in ((slice(None), 0), (slice(1, 2), 7)):
+        cache = DynamicCache(config=model.config)
+        of, text, places = (t[rows, first:] for t in (ids, mask, positions))
+        count = PREFIX - first
+        prefix = {"attention_mask": text[:, :count], "position_ids": places[:, :count]}
+        model(of[:, :count], past_key_values=cache, **prefix)
+        small = compress_dynamic(cache, parse(spec), model, starts=None if first else torch.tensor([0, 7]))
+        rest = {"attention_mask": text, "position_ids": places[:, count:]}
+        logits.append(model(of[:, count:], past_key_values=small, **rest).logits[-1])
+    padded, alone = logits
+    assert (padded - alone).norm() / alone.norm() < NEAR.get(spec.partition(":")[0], 1e-3)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_bf16_caches_and_batch_operations(spec, decoder, tokens, filled):
+    model = decoder().bfloat16()
+    _, cache = filled(model, tokens(3, PREFIX))
+    compressed = compress_cache(cache, parse(spec))
+    ids, order = tokens(3, 4, seed=1), torch.tensor([2, 0, 0])
+    expected = model(ids, cache=decoded(compressed))
+    assert expected.dtype == torch.bfloat16
+    compressed.reorder_cache(order)
+    torch.testing.assert_close(model(ids[order], cache=compressed), expected[order], atol=0.05, rtol=0.05)

@@ -1,0 +1,272 @@
+"""Costs of plans at a context and a concurrency: bytes, time of a decode step, loss; and the front.
+
+    cache bytes    concurrency x `cllm.cache.accounting.cache_bytes` / the measured ratio of the compression
+    weight bytes   2 x parameters
+    read bytes     weights without the embedding's table, a row of it for each sequence, and what layers read of caches
+    bound          read bytes / bandwidth
+    step           bound x (measured seconds x bandwidth / bytes) of the nearest measured step
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from cllm.cache.accounting import KVBytes, cache_bytes, kv_bytes, mha_twin
+from cllm.config import ModelConfig
+from cllm.errors import UserError, nearest
+from cllm.model.sizes import count_parameters, meta_decoder
+from cllm.plan.presets import preset_names
+from cllm.planner.gpus import GPU
+from cllm.planner.keys import config_key, plan_key, query_heads_per_kv_head
+from cllm.planner.measured import DecodeStep, Estimate, Measurements
+from cllm.yaml_text import parse_yaml
+
+OWN = "config"
+"""The design that a config or a checkpoint has itself, if no preset gives the same plan."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """The use that a design is chosen for."""
+
+    gpu: GPU
+    context: int
+    """Tokens of each sequence."""
+    concurrency: int
+    """Sequences at once."""
+    headroom: float = 0.05
+    """Share of the memory left for activations and workspaces."""
+
+    @property
+    def budget(self) -> float:
+        """Bytes for weights and caches."""
+        return self.gpu.memory * (1 - self.headroom)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A plan, its KV heads and a compression, with costs. Bytes and seconds are of all sequences together."""
+
+    design: str
+    """`NAME[:KEY=VALUE,...]`, as `--designs` takes it."""
+    n_kv_heads: int | None
+    """KV heads of every owner; None: latents, or different numbers."""
+    spec: str | None
+    """The compression, as `--posthoc` takes it; None: none."""
+    parameters: int
+    weight_bytes: int
+    cache_bytes: int
+    cache_vs_mha: float
+    """Bytes of the cache relative to mha's without compression."""
+    read_bytes: float
+    """Bytes that a decode step reads."""
+    bound_s: float
+    """Seconds to read them at the data sheet's bandwidth."""
+    step_s: float | None
+    """Predicted seconds of a step; None: no measured step, as of every compression."""
+    factor_from: DecodeStep | None
+    factor_is_of_this_plan: bool
+    """Whether the factor was measured on this GPU with this plan."""
+    fits: bool
+    most_sequences: int
+    """Largest concurrency that fits the budget."""
+    design_loss: Estimate | None
+    """Change of the loss against mha; None: not measured."""
+    spec_loss: Estimate | None
+    """Change of the loss by the compression, measured on this design; None: no compression."""
+    is_mha: bool
+    front: bool = False
+
+    @property
+    def loss_change(self) -> float | None:
+        """Nats a token against mha without compression; None: not measured."""
+        if not self.is_mha and self.design_loss is None:
+            return None
+        return sum(part.value for part in (self.design_loss, self.spec_loss) if part is not None)
+
+    @property
+    def loss_range(self) -> tuple[float, float] | None:
+        """The range of `loss_change`; None if a part of it was measured once, without seeds."""
+        parts = [part for part in (self.design_loss, self.spec_loss) if part is not None]
+        if self.loss_change is None or any(part.low is None or part.high is None for part in parts):
+            return None
+        return sum(p.low for p in parts if p.low is not None), sum(p.high for p in parts if p.high is not None)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.cache_bytes
+
+    @property
+    def name(self) -> str:
+        return self.design if self.spec is None else f"{self.design} + {self.spec}"
+
+
+# ---- designs ---------------------------------------------------------------------------------------------------------
+
+
+def with_kv(model: ModelConfig, kv: dict[str, Any], label: str) -> ModelConfig:
+    """`model` with another plan. Raises `UserError`, beginning with `label`, for settings that do not fit it."""
+    try:
+        return ModelConfig.model_validate({**model.model_dump(mode="json", exclude={"kv"}), "kv": kv})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"][2:])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{label}: {key + ': ' if key else ''}{reason}") from None
+
+
+def parse_design(word: str) -> dict[str, Any]:
+    """`NAME[:KEY=VALUE,...]` as settings of `model.kv`. Raises `UserError`."""
+    name, colon, text = word.partition(":")
+    if name not in preset_names():
+        raise UserError(f"--designs {word}: unknown preset; {nearest(name, preset_names())}")
+    kv: dict[str, Any] = {"preset": name}
+    for part in text.split(",") if colon else []:
+        key, equals, value = part.partition("=")
+        if not key or not equals or key == "preset":
+            raise UserError(f"--designs {word}: {part!r} is not of the form KEY=VALUE")
+        kv[key] = parse_yaml(value, f"--designs {word}")
+    return kv
+
+
+def default_heads(n_heads: int) -> list[int]:
+    """`n_heads`, and its divisors by powers of two, down to an odd number, and 1."""
+    found = [n_heads]
+    while found[-1] % 2 == 0:
+        found.append(found[-1] // 2)
+    return found if found[-1] == 1 else [*found, 1]
+
+
+def designs(
+    model: ModelConfig, *, words: Sequence[str] = (), heads: Sequence[int] = (), own: bool = True
+) -> dict[str, ModelConfig]:
+    """Models with the same shape by design, each plan once.
+
+    Args:
+        model: the shape, and with `own` a further design.
+        words: designs; empty: every preset with its default settings. One of these that does not fit is left out.
+        heads: KV heads to try with each; empty: those of `default_heads`.
+
+    Raises:
+        UserError: for a design of `words` that does not fit the shape, and for `heads` that do not divide the query heads.
+    """
+    if wrong := [n for n in heads if model.n_heads % n]:
+        raise UserError(f"--kv-heads is {wrong[0]}; allowed: divisors of model.n_heads {model.n_heads}")
+    tried = list(_words(model, words, heads))
+    if own:
+        tried.insert(0 if words else len(tried), (OWN, model))
+    found: dict[str, ModelConfig] = {}
+    plans = set()
+    for word, config in tried:
+        plan = (repr(config.plan()), config.q_bias)
+        if plan not in plans:
+            plans.add(plan)
+            found[word] = config
+    return found
+
+
+def _words(model: ModelConfig, words: Sequence[str], heads: Sequence[int]) -> Iterator[tuple[str, ModelConfig]]:
+    counts = heads or default_heads(model.n_heads)
+    settings = {word: parse_design(word) for word in words} or {name: {"preset": name} for name in preset_names()}
+    later = []
+    for word, kv in settings.items():
+        try:
+            config = with_kv(model, kv, f"--designs {word}")
+        except UserError:
+            if words:
+                raise
+            continue
+        own = _kv_heads(config)
+        if not heads or own is None or own in heads or "n_kv_heads" in kv:
+            yield word, config
+        if own is not None and "n_kv_heads" not in kv:
+            later += [(word, kv, n) for n in counts if n != own]
+    for word, kv, n in later:
+        full = f"{word}{',' if ':' in word else ':'}n_kv_heads={n}"
+        try:
+            config = with_kv(model, {**kv, "n_kv_heads": n}, full)
+        except UserError:  # a preset with one number of KV heads, such as mqa
+            continue
+        if _kv_heads(config) == n:
+            yield full, config
+
+
+def _kv_heads(config: ModelConfig) -> int | None:
+    ratio = query_heads_per_kv_head(config)
+    return None if ratio is None else config.n_heads // ratio
+
+
+# ---- costs -----------------------------------------------------------------------------------------------------------
+
+
+def candidates(
+    found: Iterable[tuple[str, ModelConfig]], request: Request, measured: Measurements, *, specs: set[str] | None = None
+) -> Iterator[Candidate]:
+    """Each design without compression, and with each compression that was measured on it.
+
+    Args:
+        found: designs, as `designs` returns them. `vocab_size` must be set.
+        specs: the compressions to try; None: all with a measurement.
+    """
+    mha_key = plan_key({"preset": "mha"}, 1)
+    for word, config in found:
+        model = meta_decoder(config)
+        n_parameters, key = count_parameters(model), config_key(config)
+        table = 0 if model.embed.weight is model.head.weight else model.embed.weight.numel()
+        passes = 2 * (n_parameters - table + request.concurrency * config.d_model)
+        kv = kv_bytes(config, context=request.context)
+        mha = cache_bytes(mha_twin(config), context=request.context)
+        changes = measured.compressions(key)
+        chosen: list[str | None] = [None, *(s for s in changes if specs is None or s in specs)]
+        for spec in chosen:
+            change = None if spec is None else changes[spec]
+            ratio = 1.0 if change is None else change.measurements[0].ratio
+            if ratio is None:
+                continue
+            yield _candidate(
+                request, measured, kv, ratio, passes, design=word, key=key, spec=spec, n_parameters=n_parameters,
+                one=cache_bytes(config, context=request.context), mha=mha, is_mha=key is not None and key == mha_key,
+                heads=_kv_heads(config), change=change,
+            )  # fmt: skip
+
+
+def _candidate(
+    request: Request, measured: Measurements, kv: KVBytes, ratio: float, passes: int, *, design: str, key: str | None,
+    spec: str | None, n_parameters: int, one: int, mha: int, is_mha: bool, heads: int | None, change: Estimate | None,
+) -> Candidate:  # fmt: skip
+    each = round(one / ratio)
+    read = passes + kv.read * request.context * request.concurrency / ratio
+    bound, room = read / request.gpu.bandwidth, request.budget - 2 * n_parameters
+    # A compressed cache is also rebuilt when it is read, which no measured step covers.
+    factor = None if spec is not None else measured.decode_factor(key, request.gpu.reported, read)
+    return Candidate(
+        design=design, n_kv_heads=heads, spec=spec, parameters=n_parameters, weight_bytes=2 * n_parameters,
+        cache_bytes=each * request.concurrency, cache_vs_mha=each / mha, read_bytes=read, bound_s=bound,
+        step_s=None if factor is None else bound * factor[0], factor_from=None if factor is None else factor[1],
+        factor_is_of_this_plan=factor is not None and factor[2], fits=each * request.concurrency <= room,
+        most_sequences=max(0, int(room // each)) if each else 0,
+        design_loss=None if is_mha else measured.design(key), spec_loss=change, is_mha=is_mha,
+    )  # fmt: skip
+
+
+def mark_front(found: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates, those on the front marked, least cache first.
+
+    A candidate that fits and has a measured loss is on the front if no other one has at most its cache and at most its
+    loss, and less of one of them.
+    """
+    points = [(c.cache_bytes, c.loss_change) for c in found if c.fits and c.loss_change is not None]
+
+    def beaten(n_bytes: int, loss: float) -> bool:
+        return any(b <= n_bytes and x <= loss and (b, x) != (n_bytes, loss) for b, x in points)
+
+    marked = [
+        dataclasses.replace(c, front=c.fits and c.loss_change is not None and not beaten(c.cache_bytes, c.loss_change))
+        for c in found
+    ]
+    return sorted(marked, key=lambda c: (c.cache_bytes, c.bound_s, c.name))

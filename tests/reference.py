@@ -51,6 +51,7 @@ PRESETS: dict[str, tuple[dict, list[str]]] = {
     "gqa": ({}, ["own:2"] * 8),
     "mqa": ({}, ["own:1"] * 8),
     "mla": ({"factor": 2, **LATENT}, ["latent", "read 0", "latent", "read 2", "latent", "read 4", "latent", "read 6"]),
+    "xmla": ({"factor": 4, **LATENT}, ["latent", *["read 0"] * 3, "latent", *["read 4"] * 3]),
     "cla": (
         {"n_kv_heads": 2},
         ["own:2 norm", "read 0", "own:2 norm", "read 2", "own:2 norm", "read 4", "own:2 norm", "read 6"],
@@ -116,6 +117,10 @@ VARIANTS: dict[str, tuple[dict, list[str]]] = {
     ),
     "fusedkv, scalar weights per head": (
         {"preset": "fusedkv", "granularity": "scalar", "per_head": True, "n_kv_heads": 2},
+        ["own:2"] * 4 + ["keys w0+w3 values w0+w3"] * 4,
+    ),
+    "fusedkv, complex keys and matrix values": (
+        {"preset": "fusedkv", "keys": "complex", "values": "matrix", "n_kv_heads": 2},
         ["own:2"] * 4 + ["keys w0+w3 values w0+w3"] * 4,
     ),
     "fusedkv, three sources": (
@@ -511,9 +516,21 @@ class SlowDecoder:
         if not self.layers[i].weighted[part]:
             return parts[0]
         weight = self.w(i, f"attention.{part}.weight")  # sources, 1 or heads, channels
+        if weight.ndim == 4:  # sources, heads, (real and imaginary part, pairs) or (channels in, channels out)
+            return torch.stack([self.times(x, weight[n, head], part) for n, x in enumerate(parts)]).sum(0)
         of_head = weight[:, head if weight.shape[1] > 1 else 0]
         channels = [c % weight.shape[2] for c in range(self.head_dim)]
         return sum(of_head[n, channels] * x for n, x in enumerate(parts))
+
+    @staticmethod
+    def times(x: Tensor, weight: Tensor, part: str) -> Tensor:
+        """A key's pairs x_c + i x_{c+d/2} times complex numbers, or a value times a matrix, channel by channel."""
+        if part == "values":
+            return torch.stack([torch.stack([x[c] * weight[c, e] for c in range(len(x))]).sum() for e in range(len(x))])
+        half, (real, imaginary) = len(x) // 2, weight
+        first = [real[c] * x[c] - imaginary[c] * x[c + half] for c in range(half)]
+        second = [imaginary[c] * x[c] + real[c] * x[c + half] for c in range(half)]
+        return torch.stack(first + second)
 
     def attention(self, i: int, t: int, normed: Tensor, slots: dict) -> list[Tensor]:
         row = self.layers[i]

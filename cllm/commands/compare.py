@@ -40,8 +40,8 @@ def make_parser(program: str) -> Parser:
     add("--baseline", metavar="NAME", help="run to compare with (default: the one with the largest resident cache)")
     add("--set", dest="set_name", metavar="SET", help="set to compare on (default: each run's main validation set)")
     add("--score", action="append", default=[], metavar="SUITE[:TASK][/NUMBER]", help="compare by a number that "
-        "evaluate --suite SUITE has measured, such as copying, ruler/score or copying:distance=512 (default: by "
-        "perplexity); repeatable: the first decides, all are columns")  # fmt: skip
+        "evaluate --suite SUITE has measured, such as copying, ruler/score, copying:distance=512 or ruler:length=4096, "
+        "an option of the evaluation (default: by perplexity); repeatable: the first decides")  # fmt: skip
     add("--posthoc", action="append", default=[], metavar="PATTERN", help="one table with a row for each run and each "
         "evaluate --posthoc SPEC that matches, such as 'xkv*' or '*'; repeatable")  # fmt: skip
     add("--heatmap", metavar="SUITE[/NUMBER]", help="also draw this number by needle depth and length, for each run "

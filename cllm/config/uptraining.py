@@ -38,8 +38,8 @@ class InitFrom(_From):
     """With fit: the layers that a fusing layer reads. plan: those of the plan; best: as many, chosen on the calibration
     text for the least squared error and written to the run's config.yaml."""
     ridge: float = Field(1e-4, ge=0)
-    """With ridge and fit: penalty on the distance from the starting weights, relative to the mean square of the
-    inputs."""
+    """With ridge, fit, and svd for latents that several layers read: penalty on the distance from the starting weights,
+    relative to the mean square of the inputs."""
     rope_pairs: KeepPairs = "high"
     """With svd: the channel pairs that keep RoPE. high: those of highest frequency; uniform: evenly spaced ones."""
 

@@ -10,8 +10,9 @@ import fnmatch
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from cllm.errors import UserError, nearest
@@ -114,13 +115,14 @@ def answers(
     groups: dict[str, list[_Numbers]] = {}
     for one in read:
         groups.setdefault(one.model.alike, []).append(one)
-    ordered = sorted(groups.values(), key=lambda group: (-(_bytes(group[0], EXACT) or -1), _label(group)))
+    on_one_text = [_with_one_text(group, warnings) for group in groups.values()]
+    ordered = sorted(on_one_text, key=lambda group: (-(_bytes(group[0], EXACT) or -1), _label(group)))
     labels = list(map(_label, ordered))
     if baseline is not None and baseline not in labels:
         raise UserError(f"--baseline {baseline}: not among the rows; {nearest(baseline, labels)}")
     base = ordered[labels.index(baseline) if baseline else 0]
     rows = [row for group in ordered for row in _rows(group, base, scores, specs)]
-    if len({one.text for one in read if one.perplexities}) > 1:
+    if len({one.text for group in ordered for one in group if one.perplexities}) > 1:
         warnings.append("perplexities of some models are of other texts, and have no change to the baseline")
     for n, score in enumerate(scores):
         by_settings: dict[str, list[str]] = {}
@@ -214,6 +216,18 @@ def _perplexities(
     if model.loss is not None and set_name is None:
         return {EXACT: perplexity(model.loss)}, "validation"
     return {}, ""
+
+
+def _with_one_text(group: Sequence[_Numbers], warnings: list[str]) -> list[_Numbers]:
+    """The seeds of a row, with perplexities on the text for which most were measured: a mean needs one text."""
+    counts = Counter[str]()
+    for one in group:
+        counts[one.text] += len(one.perplexities)
+    text = counts.most_common(1)[0][0]
+    others = [one.model.name for one in group if one.text != text and one.perplexities]
+    if others:
+        warnings.append(f"{_label(group)}: perplexity without {', '.join(others)}, measured on another text")
+    return [one if one.text == text else replace(one, perplexities={}, text=text) for one in group]
 
 
 def _of_one_setting(

@@ -3,6 +3,7 @@
 copying                       the main number of a suite, the mean over its tasks
 ruler/score                   another number of it
 copying:distance=512/loss     a number of one task
+ruler:length=4096             the mean over tasks of the evaluation with this option; ruler:vt,length=4096: one task
 lm_eval:hellaswag/acc_norm    a metric of one of lm-evaluation-harness's tasks
 perplexity/ar_loss            a number of the perplexity evaluation
 """
@@ -40,7 +41,8 @@ class ScoreChoice:
     number: Number
     """Its head does not name the suite."""
     task: str | None = None
-    """One task; None: the mean over tasks, and for `lm_eval` the only task there is."""
+    """One task, options such as `length=4096`, or `TASK,OPTION=VALUE`; None: the mean over tasks, and for `lm_eval` the
+    only task there is."""
 
     @property
     def name(self) -> str:
@@ -65,10 +67,16 @@ class ScoreChoice:
         """Whether a comparison shows it without being asked."""
         return self.task is None and self.number.key in [number.key for number in self.suite.compared_numbers()]
 
+    def _task_in(self, record: Record) -> str:
+        """The task that is meant in a record, once the options that its evaluation had are left out."""
+        settings = record.get("settings") or {}
+        parts = [part for part in (self.task or "").split(",") if not _is_set(part, settings)]
+        return ",".join(parts) or ALL
+
     def value(self, record: Record) -> Value | None:
         """The number in a record of the suite; None if the record is of another task, or lacks the number."""
         harness = isinstance(self.suite, LmEval)
-        if not harness and "task" in record and record["task"] != (self.task or ALL):
+        if not harness and "task" in record and record["task"] != self._task_in(record):
             return None
         if harness and self.task not in (None, record.get("task")):
             return None
@@ -77,6 +85,15 @@ class ScoreChoice:
         if isinstance(found, bool) or not isinstance(found, int | float):
             return None
         return Value(found, error if isinstance(error, int | float) else None)
+
+
+def _is_set(text: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a text such as `length=1024|2048` is an option of an evaluation."""
+    key, _, value = text.partition("=")
+    if key not in settings:
+        return False
+    found = settings[key]
+    return value == ("|".join(map(str, found)) if isinstance(found, list) else str(found))
 
 
 def parse_score_choice(text: str, known: Mapping[str, Suite], option: str = "--score") -> ScoreChoice:

@@ -25,6 +25,7 @@ from cllm.errors import PlanError
 from cllm.kernels.attention import Mask, attention
 from cllm.kernels.decode import Stored, Visible, decode_attention
 from cllm.kernels.retention import gated_retention, gated_retention_from
+from cllm.model import fusion  # noqa: F401  (registers the modules of `Fuse`)
 from cllm.model.context import Context
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope
@@ -160,17 +161,20 @@ class Attention(Mixer):
 
 
 _aten = torch.ops.aten
-_ELEMENTWISE = frozenset(
-    {_aten.mul.Tensor, _aten.add.Tensor, _aten.cat.default, _aten.clone.default, _aten._to_copy.default}
+_FUSION = frozenset(
+    {
+        *(_aten.mul.Tensor, _aten.add.Tensor, _aten.cat.default, _aten.clone.default, _aten._to_copy.default),
+        *(_aten.neg.default, _aten.flip.default, _aten.bmm.default, _aten.baddbmm.default),
+    }
 )
 """The operations of a fusion. They are cheap to recompute, unlike the attention that reads their result."""
 
 
 def _keep_kernels() -> Any:
-    """Checkpoint policy: recompute element-wise operations in the backward; save the results of all others."""
+    """Checkpoint policy: recompute the operations of fusions in the backward; save the results of all others."""
 
     def policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        again = operation in _ELEMENTWISE or getattr(operation, "is_view", False)  # a kept view would keep all of it
+        again = operation in _FUSION or getattr(operation, "is_view", False)  # a kept view would keep all of it
         return CheckpointPolicy.PREFER_RECOMPUTE if again else CheckpointPolicy.MUST_SAVE
 
     return create_selective_checkpoint_contexts(policy)

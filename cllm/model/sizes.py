@@ -126,7 +126,8 @@ def layer_flops_per_token(model: Decoder, seq_len: int) -> list[float]:
     """Forward FLOPs of one token in one pass through each layer, averaged over a causal sequence of `seq_len`.
 
     Matrix products cost 2 for each weight. Scores and weighted values cost 2 H (D + E) for each key seen: a query sees
-    (seq_len + 1) / 2 keys on average, and fewer with a window. Gated retention costs 4 H D E at any length.
+    (seq_len + 1) / 2 keys on average, and fewer with a window. Gated retention costs 4 H D E at any length. Values that
+    matrices fuse cost 2 G D D for each source.
     """
     config, plan = model.config, model.plan
     totals = []
@@ -138,7 +139,7 @@ def layer_flops_per_token(model: Decoder, seq_len: int) -> list[float]:
             seen = window - window * (window - 1) / (2 * seq_len)
             source = plan.owned(slots[0])
             mixing += source.attention_flops(config.n_heads, config.resolved_head_dim, seen)
-        totals.append(2 * weights + mixing)
+        totals.append(2 * weights + mixing + plan.read_flops(i, config.resolved_head_dim))
     return totals
 
 

@@ -57,7 +57,10 @@ class ReadConfig(_Reads):
         kind, layers, given = self.chosen(where, [key for key, kind in READS.items() if not issubclass(kind, Whole)])
         if issubclass(kind, Whole):
             raise PlanError(f"{where}: {kind.key} reads keys and values at once; write read: {{{kind.key}: ...}}")
-        return kind.from_settings(layers, given)
+        try:
+            return kind.from_settings(layers, given)
+        except PlanError as error:
+            raise PlanError(f"{where}: {error}") from None
 
     def chosen(self, where: str, allowed: Iterable[str] = READS) -> tuple[type[Read], Any, dict[str, Any]]:
         """The kind of read, the value under its key, and its options; `allowed` are the kinds that messages name."""

@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from cllm.errors import PlanError
+from cllm.plan.fuse import Fuse
 from cllm.plan.joins import LOCAL, Attended, Whole, check_whole
-from cllm.plan.kinds import MAX_LAYERS, Fuse, Half, Latent, Own, Read, Retention, Share, Source
+from cllm.plan.kinds import MAX_LAYERS, Half, Latent, Own, Read, Retention, Share, Source
 from cllm.plan.numbers import layer_range, ranges
 from cllm.plan.shape import Iterations
 
@@ -132,6 +133,11 @@ class KVPlan:
             return (Attended(self.reads(i), self.layers[i].window),)
         numbers = (len(self) + i if part.layer == LOCAL else part.layer for part in read.parts)
         return tuple(Attended((slot,), part.window) for slot, part in zip(numbers, read.parts, strict=True))
+
+    def read_flops(self, i: int, head_dim: int) -> float:
+        """Forward FLOPs per token of matrix products that make the keys and values of layer `i` from slots."""
+        heads = self.source(i).kv_heads or 0
+        return self.keys(i).flops("keys", heads, head_dim) + self.values(i).flops("values", heads, head_dim)
 
     def reads_itself(self, i: int) -> bool:
         """Whether layer `i` owns keys and values of its own input and reads those, as they are, and no others."""
@@ -269,6 +275,7 @@ class KVPlan:
 
     def _check_read(self, i: int, what: Half, read: Read) -> None:
         read.check(f"layer {i}: {what}")
+        read.check_half(f"layer {i}: {what}", what)
         for j in read.layers:
             if not 0 <= j < len(self):
                 raise PlanError(f"layer {i}: {what} come from layer {j}; the model has layers 0 to {len(self) - 1}")

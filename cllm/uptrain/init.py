@@ -93,7 +93,7 @@ def init_student(student: Decoder, teacher: TracedDecoder, settings: InitFrom, b
         _align_all(student, owners, alignments)
         errors = errors | more
     elif settings.method == "svd":
-        errors = make_latents(student, teacher, batches, keep=settings.rope_pairs)
+        errors = make_latents(student, teacher, batches, keep=settings.rope_pairs, ridge=settings.ridge)
     return StudentInit(owners, errors)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,33 @@ def test_seeds_of_a_study_are_one_row_with_their_standard_error(tmp_path: Path) 
     assert row(found, labels[1]).perplexity is not None
     assert row(found, labels[1]).scores == (None,)
     assert any("other texts" in line for line in found.warnings)
+
+
+def test_a_mean_over_seeds_is_of_one_text(runs: list[Path]) -> None:
+    """Seeds measured otherwise, here after a prefix and in validation, have no common perplexity."""
+    other = runs[0].parent / "mha-2"
+    shutil.copytree(runs[0], other)
+    shutil.rmtree(other / "evaluation")
+    (other / "config.yaml").write_text((runs[0] / "config.yaml").read_text().replace("name: mha", "name: mha-2", 1))
+    for paths in ([*runs, other], [other, *runs]):
+        found = table(paths, "copying")
+        mha = next(row for row in found.rows if row.seeds == 2 and row.spec == EXACT)
+        assert mha.perplexity is not None
+        assert mha.perplexity[:2] == (20.0, None)
+        assert row(found, mha.label, XKV).perplexity == pytest.approx((20.1, None, 0.5, False))
+        assert any("perplexity without mha-2, measured on another text" in line for line in found.warnings)
+
+
+def test_a_score_can_name_an_option_of_its_evaluation(runs: list[Path]) -> None:
+    """An option and a task can have one name: a record's settings decide."""
+    for length, accuracy in ((2048, 70.0), (4096, 50.0)):
+        settings = {"length": [length], "samples": 4}
+        for task, more in (("all", 0.0), ("vt", 1.0), ("distance=512", 2.0)):
+            record = copying("mha", "none", accuracy + more, task=task, settings=settings)
+            write(runs[0] / "evaluation" / "copying" / f"{length}" / f"{task}.json", record)
+    scores = ("length=4096", "vt,length=2048", "distance=512,length=4096", "samples=8")
+    found = table(runs[:1], *(f"copying:{part}" for part in scores))
+    assert [cell and cell.value for cell in row(found, "mha").scores] == [50.0, 71.0, 52.0, 40.0]
 
 
 def test_results_of_one_run_are_put_together_from_several_files(runs: list[Path], tmp_path: Path) -> None:

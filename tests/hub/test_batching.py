@@ -32,6 +32,7 @@ REFUSED = {
     "pizza_top": "layers 3 to 7 read from above",
     "sandwich_middle": "layers 2 to 4 read from above",
     "sandwich_top": "layers 2 to 6 read from above",
+    "xmla": r"layer 0 stores a latent \(latent",
     "yoco": "layer 0 stores 4 KV heads and layer 4 2",
 }
 MIXED = {

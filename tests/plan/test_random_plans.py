@@ -71,7 +71,7 @@ def cycle(backward: int, **layer: Any) -> dict[str, Any]:
 
 
 @st.composite
-def reads(draw: st.DrawFn, layer: int, owners: list[int], cyclic: bool) -> dict[str, Any]:
+def reads(draw: st.DrawFn, layer: int, half: str, owners: list[int], cyclic: bool) -> dict[str, Any]:
     """`share` or `fuse` of owners, mostly of such as the layer may read."""
     near = [j for j in owners if cyclic or j <= layer] or owners
     pool = st.sampled_from(near if draw(st.integers(0, 19)) else owners)
@@ -83,13 +83,16 @@ def reads(draw: st.DrawFn, layer: int, owners: list[int], cyclic: bool) -> dict[
         if key != "fuse":
             return {key: draw(st.lists(pool, min_size=1, max_size=3, unique=True))}
     read: dict[str, Any] = {"fuse": draw(st.lists(pool, min_size=1, max_size=3, unique=True))}
+    rich = "complex" if half == "keys" else "matrix"
     for key, values in (
-        ("granularity", ["scalar", "channel"]),
+        ("granularity", ["scalar", "channel", rich]),
         ("per_head", [False, True]),
         ("init", ["lite", "mean"]),
     ):
         if draw(st.booleans()):
             read[key] = draw(st.sampled_from(values))
+    if read.get("granularity") == rich:
+        read.pop("per_head", None)
     return read
 
 
@@ -129,7 +132,7 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
                 if kind is None or draw(st.booleans())
                 else [draw(st.sampled_from(["keys", "values"]))]
             )
-            entry |= {half: draw(reads(i, of_kind["own"], cyclic)) for half in halves}
+            entry |= {half: draw(reads(i, half, of_kind["own"], cyclic)) for half in halves}
         if kind != "retention" and (window := draw(st.sampled_from(windows))) is not None:
             entry["window"] = window
         layers.append(entry)
@@ -316,8 +319,8 @@ FORMS: list[dict[str, Any]] = [
     {"own": {"only": "values"}, "keys": {"share": 0}, "window": 4},
     {"own": {"tie": "kv"}},
     {"own": {"mix": [2, 0], "input": 1}},
-    {"own": {"only": "keys", "input": 1}, "values": {"fuse": [2, 3]}},
-    {"own": {"tie": "kv", "input": 3}, "keys": {"fuse": [2, 4, 5]}},
+    {"own": {"only": "keys", "input": 1}, "values": {"fuse": [2, 3], "granularity": "matrix"}},
+    {"own": {"tie": "kv", "input": 3}, "keys": {"fuse": [2, 4, 5], "granularity": "complex"}},
 ]
 """Owners of every form; all tokens of a prompt reach layer 3 and none above."""
 CYCLIC_FORMS: list[dict[str, Any]] = [

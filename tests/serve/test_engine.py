@@ -65,6 +65,7 @@ REFUSED = {
         ("lckv", *(f"{p}_{t}" for p in ("pizza", "sandwich", "lasagna") for t in ("middle", "top"))), "above"
     ),
     "mla": "latent",
+    "xmla": "latent",
     "yoco_retention": "recurrent state",
 }
 """Plans that vLLM cannot serve, and a word of the reason."""

@@ -22,7 +22,8 @@ from typing import Literal
 
 from cllm.errors import UserError
 from cllm.plan.forms import OwnHalf, OwnMixed, OwnTied
-from cllm.plan.kinds import Fuse, Half, Own, Share
+from cllm.plan.fuse import Fuse
+from cllm.plan.kinds import Half, Own, Share
 from cllm.plan.plan import KVPlan
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)

@@ -32,7 +32,8 @@ from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope, rope_table
 from cllm.model.sources import FusedRead, WriteMix
 from cllm.plan.forms import OwnMixed, OwnTied
-from cllm.plan.kinds import Fuse, Half, Own, Read
+from cllm.plan.fuse import Fuse
+from cllm.plan.kinds import Half, Own, Read
 from cllm.plan.plan import KVPlan
 from cllm.serve.vllm.attention import BACKENDS, EntryAttention, Reading, write
 from cllm.serve.vllm.layout import Entry, LayerRead, Layout, make_layout

@@ -100,6 +100,19 @@ def test_a_model_that_guesses_ranks_at_chance(subject: Any, measure: Any, random
         assert "score" not in record
 
 
+def test_a_decoder_with_an_induction_head_ranks_at_chance_once_its_cache_is_of_rank_one(subject, planted, measure):
+    """The digits of the needle follow each other nowhere else in the text, so the head prefers it to other numbers."""
+    model = subject(planted.induction_decoder(300, max_seq_len=1024), context=1024)
+    given = EASY | {"length": [500], "samples": 24, "generate": False, "tasks": ["niah_single_1"]}
+    specs = ["none", "svd:rank_k=1,rank_v=1", "xkv:group=2,rank_k=1,rank_v=1"]
+    records = measure(Ruler(), model, given, specs)
+    exact, *compressed = (records["niah_single_1", spec] for spec in specs)
+    assert exact["accuracy"] == 100.0
+    for record in compressed:
+        assert record["accuracy"] < 25 + 3 * 100 * (0.25 * 0.75 / 24) ** 0.5
+        assert record["margin"] < exact["margin"] / 10
+
+
 # ---- numbers of one question -----------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Write cllm/planner/measured.json, the measurements that come with `cllm plan`, from docs/results/.
 
-    python scripts/planner_tables.py [--out FILE]
+python scripts/planner_tables.py [--out FILE]
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """Costs of plans at a context and a concurrency: bytes, time of a decode step, loss; and the front.
 
-    cache bytes    concurrency x `cllm.cache.accounting.cache_bytes` / the measured ratio of the compression
-    weight bytes   2 x parameters
-    read bytes     weights without the embedding's table, a row of it for each sequence, and what layers read of caches
-    bound          read bytes / bandwidth
-    step           bound x (measured seconds x bandwidth / bytes) of the nearest measured step
+cache bytes    concurrency x `cllm.cache.accounting.cache_bytes` / the measured ratio of the compression
+weight bytes   2 x parameters
+read bytes     weights without the embedding's table, a row of it for each sequence, and what layers read of caches
+bound          read bytes / bandwidth
+step           bound x (measured seconds x bandwidth / bytes) of the nearest measured step
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,8 @@ class Candidate:
 
     design: str
     """`NAME[:KEY=VALUE,...]`, as `--designs` takes it."""
+    sharing: str
+    """Which layers share: the design without its KV heads, by the first of its names."""
     n_kv_heads: int | None
     """KV heads of every owner; None: latents, or different numbers."""
     spec: str | None
@@ -79,13 +82,14 @@ class Candidate:
     """Change of the loss against mha; None: not measured."""
     spec_loss: Estimate | None
     """Change of the loss by the compression, measured on this design; None: no compression."""
-    is_mha: bool
+    is_reference: bool
+    """Whether losses are changes against this design, uncompressed."""
     front: bool = False
 
     @property
     def loss_change(self) -> float | None:
-        """Nats a token against mha without compression; None: not measured."""
-        if not self.is_mha and self.design_loss is None:
+        """Nats a token against the reference without compression; None: not measured."""
+        if not self.is_reference and self.design_loss is None:
             return None
         return sum(part.value for part in (self.design_loss, self.spec_loss) if part is not None)
 
@@ -153,7 +157,8 @@ def designs(
         heads: KV heads to try with each; empty: those of `default_heads`.
 
     Raises:
-        UserError: for a design of `words` that does not fit the shape, and for `heads` that do not divide the query heads.
+        UserError: for a design of `words` that does not fit the shape, and for `heads` that do not divide
+            the query heads.
     """
     if wrong := [n for n in heads if model.n_heads % n]:
         raise UserError(f"--kv-heads is {wrong[0]}; allowed: divisors of model.n_heads {model.n_heads}")
@@ -204,54 +209,125 @@ def _kv_heads(config: ModelConfig) -> int | None:
 # ---- costs -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Design:
+    """What candidates of one design have in common. Bytes are in 16-bit numbers."""
+
+    word: str
+    sharing: str
+    config: ModelConfig
+    key: str | None
+    parameters: int
+    pass_bytes: int
+    """Weights that a decode step reads."""
+    kv: KVBytes
+    """Of one sequence, uncompressed."""
+    cache: int
+    """Bytes of one sequence, uncompressed."""
+    mha_cache: int
+    is_reference: bool
+    loss: Estimate | None
+
+    @classmethod
+    def of(cls, word: str, config: ModelConfig, request: Request, **known: Any) -> _Design:
+        model, context = meta_decoder(config), request.context
+        n_parameters = count_parameters(model)
+        table = 0 if model.embed.weight is model.head.weight else model.embed.weight.numel()
+        return cls(
+            word=word,
+            config=config,
+            parameters=n_parameters,
+            pass_bytes=2 * (n_parameters - table + request.concurrency * config.d_model),
+            kv=kv_bytes(config, context=context),
+            cache=cache_bytes(config, context=context),
+            mha_cache=cache_bytes(mha_twin(config), context=context),
+            **known,
+        )
+
+    def candidate(
+        self, request: Request, measured: Measurements, spec: str | None, change: Estimate | None
+    ) -> Candidate | None:
+        """The design with a compression; None if the compression's bytes were not measured."""
+        ratio = 1.0 if change is None else change.measurements[0].ratio
+        if ratio is None:
+            return None
+        each = round(self.cache / ratio)
+        read = self.pass_bytes + self.kv.read * request.context * request.concurrency / ratio
+        bound, room = read / request.gpu.bandwidth, request.budget - 2 * self.parameters
+        # A compressed cache is also rebuilt when it is read, which no measured step covers.
+        factor = None if spec is not None else measured.decode_factor(self.key, request.gpu.reported, bound)
+        return Candidate(
+            design=self.word,
+            sharing=self.sharing,
+            n_kv_heads=_kv_heads(self.config),
+            spec=spec,
+            parameters=self.parameters,
+            weight_bytes=2 * self.parameters,
+            cache_bytes=each * request.concurrency,
+            cache_vs_mha=each / self.mha_cache,
+            read_bytes=read,
+            bound_s=bound,
+            step_s=None if factor is None else bound * factor[0],
+            factor_from=None if factor is None else factor[1],
+            factor_is_of_this_plan=factor is not None and factor[2],
+            fits=each * request.concurrency <= room,
+            most_sequences=max(0, int(room // each)) if each else 0,
+            design_loss=self.loss,
+            spec_loss=change,
+            is_reference=self.is_reference,
+        )
+
+
 def candidates(
-    found: Iterable[tuple[str, ModelConfig]], request: Request, measured: Measurements, *, specs: set[str] | None = None
+    found: Iterable[tuple[str, ModelConfig]],
+    request: Request,
+    measured: Measurements,
+    *,
+    specs: set[str] | None = None,
+    reference: ModelConfig | None = None,
 ) -> Iterator[Candidate]:
     """Each design without compression, and with each compression that was measured on it.
 
     Args:
         found: designs, as `designs` returns them. `vocab_size` must be set.
+        request: the GPU and its use.
+        measured: losses and decode steps.
         specs: the compressions to try; None: all with a measurement.
+        reference: the model that changes of the loss are against, such as a checkpoint; None: mha. The measured changes
+            of designs are against mha, so they are used with that reference only.
     """
-    mha_key = plan_key({"preset": "mha"}, 1)
+    mha = plan_key({"preset": "mha"}, 1)
+    base = mha if reference is None else config_key(reference)
+    sharing: dict[str, str] = {}
     for word, config in found:
-        model = meta_decoder(config)
-        n_parameters, key = count_parameters(model), config_key(config)
-        table = 0 if model.embed.weight is model.head.weight else model.embed.weight.numel()
-        passes = 2 * (n_parameters - table + request.concurrency * config.d_model)
-        kv = kv_bytes(config, context=request.context)
-        mha = cache_bytes(mha_twin(config), context=request.context)
+        key = config_key(config)
+        is_reference = config is reference or (key is not None and key == base)
+        design = _Design.of(
+            word,
+            config,
+            request,
+            key=key,
+            sharing=sharing.setdefault(_sharing_key(config), _without_heads(word)),
+            is_reference=is_reference,
+            loss=measured.design(key) if base == mha and not is_reference else None,
+        )
         changes = measured.compressions(key)
-        chosen: list[str | None] = [None, *(s for s in changes if specs is None or s in specs)]
-        for spec in chosen:
-            change = None if spec is None else changes[spec]
-            ratio = 1.0 if change is None else change.measurements[0].ratio
-            if ratio is None:
-                continue
-            yield _candidate(
-                request, measured, kv, ratio, passes, design=word, key=key, spec=spec, n_parameters=n_parameters,
-                one=cache_bytes(config, context=request.context), mha=mha, is_mha=key is not None and key == mha_key,
-                heads=_kv_heads(config), change=change,
-            )  # fmt: skip
+        chosen = [spec for spec in changes if specs is None or spec in specs]
+        made = [design.candidate(request, measured, spec, changes[spec]) for spec in chosen]
+        made.insert(0, design.candidate(request, measured, None, None))
+        yield from (candidate for candidate in made if candidate is not None)
 
 
-def _candidate(
-    request: Request, measured: Measurements, kv: KVBytes, ratio: float, passes: int, *, design: str, key: str | None,
-    spec: str | None, n_parameters: int, one: int, mha: int, is_mha: bool, heads: int | None, change: Estimate | None,
-) -> Candidate:  # fmt: skip
-    each = round(one / ratio)
-    read = passes + kv.read * request.context * request.concurrency / ratio
-    bound, room = read / request.gpu.bandwidth, request.budget - 2 * n_parameters
-    # A compressed cache is also rebuilt when it is read, which no measured step covers.
-    factor = None if spec is not None else measured.decode_factor(key, request.gpu.reported, read)
-    return Candidate(
-        design=design, n_kv_heads=heads, spec=spec, parameters=n_parameters, weight_bytes=2 * n_parameters,
-        cache_bytes=each * request.concurrency, cache_vs_mha=each / mha, read_bytes=read, bound_s=bound,
-        step_s=None if factor is None else bound * factor[0], factor_from=None if factor is None else factor[1],
-        factor_is_of_this_plan=factor is not None and factor[2], fits=each * request.concurrency <= room,
-        most_sequences=max(0, int(room // each)) if each else 0,
-        design_loss=None if is_mha else measured.design(key), spec_loss=change, is_mha=is_mha,
-    )  # fmt: skip
+def _without_heads(word: str) -> str:
+    name, _, text = word.partition(":")
+    rest = ",".join(option for option in text.split(",") if option and not option.startswith("n_kv_heads="))
+    return f"{name}:{rest}" if rest else name
+
+
+def _sharing_key(config: ModelConfig) -> str:
+    """A text that is equal for plans which differ in KV heads only."""
+    count, plan = _kv_heads(config), repr(config.plan())
+    return plan if count is None else re.sub(rf"n_kv_heads={count}\b", "n_kv_heads=1", plan)
 
 
 def mark_front(found: Sequence[Candidate]) -> list[Candidate]:

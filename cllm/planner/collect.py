@@ -74,8 +74,9 @@ def study_changes(records: Iterable[Mapping[str, Any]], source: str) -> list[Los
 
     Raises `UserError` if there is no such mha for any design.
     """
-    best: dict[tuple[Any, ...], dict[tuple[str, int], tuple[float, Mapping[str, Any]]]] = {}
+    best: dict[tuple[Any, ...], dict[tuple[str, int], tuple[float, dict[str, Any]]]] = {}
     mha = plan_key({"preset": "mha"}, 1)
+    assert mha is not None
     for record in records:
         config = _config(record["config"]["model"], source)
         ratio = query_heads_per_kv_head(config)
@@ -93,13 +94,14 @@ def study_changes(records: Iterable[Mapping[str, Any]], source: str) -> list[Los
         for key in dict.fromkeys(key for key, _ in points if key != mha):
             pairs = {seed: (loss, points[mha, seed][0]) for (k, seed), (loss, _) in points.items()
                      if k == key and (mha, seed) in points}  # fmt: skip
-            if not pairs or mha is None:
+            if not pairs:
                 continue
             changes = [loss - base for loss, base in pairs.values()]
             error = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
             about = points[key, next(iter(pairs))][1]
-            found.append(LossChange(**about, loss_change=statistics.fmean(changes), standard_error=error, tokens=group[0],
-                                    context=group[-1], source=source))  # fmt: skip
+            change = {"loss_change": statistics.fmean(changes), "standard_error": error, "source": source}
+            about |= {"tokens": group[0], "context": group[-1]}
+            found.append(LossChange.model_validate(about | change))
     if not found:
         raise UserError(f"--losses {source}: has no result of another design beside mha at the same tokens and seed")
     return found

@@ -39,7 +39,7 @@ def plan_at(kv: dict[str, Any], *, heads: int, n_kv_heads: int | None) -> KVPlan
 @functools.lru_cache(maxsize=4096)
 def _key(kv: str, ratio: int | None) -> str | None:
     plan = plan_at(json.loads(kv), heads=ratio or 16, n_kv_heads=None if ratio is None else 1)
-    return None if plan is None else repr(plan)
+    return None if plan is None else f"{ratio}: {plan!r}"
 
 
 def plan_key(kv: dict[str, Any], ratio: int | None) -> str | None:

@@ -74,8 +74,8 @@ class Table(Section):
     """Measurements."""
 
     format: int = FORMAT
-    losses: list[LossChange] = []
-    decode: list[DecodeStep] = []
+    losses: list[LossChange] = Field(default_factory=list)
+    decode: list[DecodeStep] = Field(default_factory=list)
 
 
 def read_table(path: Path, label: str = "--losses") -> Table:
@@ -144,10 +144,16 @@ class Measurements:
         """Every compression with a measurement, whatever the design."""
         return {spec for found in self._losses.values() for spec in found if spec is not None}
 
-    def decode_factor(self, key: str | None, gpu: str, bytes_read: float) -> tuple[float, DecodeStep, bool] | None:
-        """Measured seconds of a step over bytes / the data sheet's bandwidth, of the step nearest in bytes.
+    def decode_factor(self, key: str | None, gpu: str, bound_s: float) -> tuple[float, DecodeStep, bool] | None:
+        """Measured seconds of a step over bytes / the data sheet's bandwidth, of the step with the nearest bound.
 
-        Steps of the same GPU come before others, and then steps of the same plan.
+        Steps of the same GPU come before others, and then steps of the same plan. Bounds are compared in seconds,
+        because what a step takes beyond its bound is mostly a constant time.
+
+        Args:
+            key: of the plan.
+            gpu: the name that its driver reports; empty: no measured one.
+            bound_s: the seconds that reading takes at the data sheet's bandwidth.
 
         Returns:
             The factor, the step it is from, and whether GPU and plan are those asked for; None without any steps.
@@ -159,7 +165,11 @@ class Measurements:
 
         def distance(pair: tuple[str | None, DecodeStep]) -> tuple[bool, bool, float]:
             other, step = pair
-            return step.gpu != gpu, key is None or other != key, abs(math.log(step.bytes_read / bytes_read))
+            return (
+                step.gpu != gpu,
+                key is None or other != key,
+                abs(math.log(step.bytes_read / bandwidth[step.gpu] / bound_s)),
+            )
 
         other, step = min(known, key=distance)
         exact = step.gpu == gpu and key is not None and other == key

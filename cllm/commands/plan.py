@@ -16,6 +16,7 @@ import fnmatch
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,8 +102,8 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm plan") 
     chosen = {Path(options.run).resolve().name: model} if options.run and not options.designs else designs(
         model, words=options.designs, heads=options.kv_heads
     )  # fmt: skip
-    bar = tqdm(chosen.items(), desc="designs", disable=None, leave=False)
-    found = mark_front(list(candidates(bar, request, measured, specs=specs, reference=checkpoint)))
+    bar = partial(tqdm, desc="designs", total=len(chosen), disable=None, leave=False)
+    found = mark_front(list(candidates(chosen, request, measured, specs=specs, reference=checkpoint, progress=bar)))
     if options.picture is not None:
         _draw(options, found, request)
     if options.json:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -279,12 +279,13 @@ class _Design:
 
 
 def candidates(
-    found: Iterable[tuple[str, ModelConfig]],
+    found: Mapping[str, ModelConfig],
     request: Request,
     measured: Measurements,
     *,
     specs: set[str] | None = None,
     reference: ModelConfig | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Iterator[Candidate]:
     """Each design without compression, and with each compression that was measured on it.
 
@@ -295,11 +296,12 @@ def candidates(
         specs: the compressions to try; None: all with a measurement.
         reference: the model that changes of the loss are against, such as a checkpoint; None: mha. The measured changes
             of designs are against mha, so they are used with that reference only.
+        progress: wraps the iteration over designs, for a progress bar.
     """
     mha = plan_key({"preset": "mha"}, 1)
     base = mha if reference is None else config_key(reference)
-    sharing: dict[str, str] = {}
-    for word, config in found:
+    sharing = _sharing_names(found)
+    for word, config in progress(found.items()):
         key = config_key(config)
         is_reference = config is reference or (key is not None and key == base)
         design = _Design.of(
@@ -307,7 +309,7 @@ def candidates(
             config,
             request,
             key=key,
-            sharing=sharing.setdefault(_sharing_key(config), _without_heads(word)),
+            sharing=sharing[_sharing_key(config)],
             is_reference=is_reference,
             loss=measured.design(key) if base == mha and not is_reference else None,
         )
@@ -316,6 +318,12 @@ def candidates(
         made = [design.candidate(request, measured, spec, changes[spec]) for spec in chosen]
         made.insert(0, design.candidate(request, measured, None, None))
         yield from (candidate for candidate in made if candidate is not None)
+
+
+def _sharing_names(found: Mapping[str, ModelConfig]) -> dict[str, str]:
+    """Names of plans without their KV heads, by `_sharing_key`: those of the designs with the most KV heads."""
+    ordered = sorted(found.items(), key=lambda pair: -(_kv_heads(pair[1]) or 0))
+    return {_sharing_key(config): _without_heads(word) for word, config in reversed(ordered)}
 
 
 def _without_heads(word: str) -> str:

@@ -136,10 +136,8 @@ def _factor_notes(found: Iterable[Candidate]) -> list[str]:
         assert c.factor_from is not None
         assert c.step_s is not None
         by_source.setdefault(f"{c.factor_from.source} ({c.factor_from.gpu})", []).append(c.step_s / c.bound_s)
-    return [
-        f"factor {' to '.join(dict.fromkeys(f'{v:.2f}' for v in (min(values), max(values))))} from {source}"
-        for source, values in sorted(by_source.items())
-    ]
+    ends = {source: dict.fromkeys(f"{v:.2f}" for v in (min(all_), max(all_))) for source, all_ in by_source.items()}
+    return [f"factor {' to '.join(values)} from {source}" for source, values in sorted(ends.items())]
 
 
 def _used(found: Iterable[Candidate]) -> list[LossChange]:

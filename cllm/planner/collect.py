@@ -7,6 +7,7 @@ whose bytes fit no number of KV heads of the preset's default settings is refuse
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 import statistics
@@ -134,6 +135,8 @@ def sweep_changes(path: Path, about: Mapping[str, Any] | None = None, *, suffix:
             found.append(LossChange.model_validate({"source": str(path), **entry}))
         except KeyError as error:
             raise UserError(f"--losses {path}: column or uncompressed run {error.args[0]!r} is missing") from None
+        except UserError:
+            raise
         except (ValidationError, ValueError, ZeroDivisionError):
             raise UserError(f'--losses {path}: "{spec}": perplexity and ratio must be positive numbers') from None
     if not found:
@@ -161,7 +164,9 @@ def _design(name: str, mha_over_own: float, path: Path) -> dict[str, Any]:
     if name not in preset_names():
         raise UserError(f'--losses {path}: design "{name}" is no preset, so its plan is not known')
     kv = {"preset": name}
-    for ratio in (None, *(2**n for n in range(7)), *(n for n in range(3, 33) if n & (n - 1))):
+    scaled = mha_over_own / _mha_over(name, 1)  # fewer KV heads divide the bytes of most presets
+    guess = max(1, round(scaled)) if math.isfinite(scaled) else 1
+    for ratio in (None, guess):
         if math.isclose(_mha_over(name, ratio), mha_over_own, rel_tol=_CLOSE):
             return {"kv": kv, "query_heads_per_kv_head": _heads(kv, ratio)}
     raise UserError(
@@ -170,6 +175,7 @@ def _design(name: str, mha_over_own: float, path: Path) -> dict[str, Any]:
     )
 
 
+@functools.cache
 def _mha_over(name: str, ratio: int | None) -> float:
     heads = _LEAST_HEADS if ratio is None or _LEAST_HEADS % ratio == 0 else ratio
     kv = {"preset": name} if ratio is None else {"preset": name, "n_kv_heads": heads // ratio}

@@ -164,7 +164,7 @@ def designs(
         raise UserError(f"--kv-heads is {wrong[0]}; allowed: divisors of model.n_heads {model.n_heads}")
     tried = list(_words(model, words, heads))
     if own:
-        tried.insert(0 if words else len(tried), (OWN, model))
+        tried.append((OWN, model))
     found: dict[str, ModelConfig] = {}
     plans = set()
     for word, config in tried:

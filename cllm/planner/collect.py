@@ -38,13 +38,21 @@ def read_losses(path: Path) -> Table:
     """
     if path.is_dir():
         records = [_json(file) for file in sorted(path.glob("*.json"))]
-        return Table(losses=study_changes([r for r in records if _is_study(r)], str(path)))
+        try:
+            return Table(losses=study_changes([r for r in records if _is_study(r)], str(path)))
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"--losses {path}: has a JSON file that is no result of a study") from None
     if path.suffix == ".csv":
         return Table(losses=sweep_changes(path))
     record = _json(path)
     if _is_study(record):
         raise UserError(f"--losses {path}: is one point of a study, which has no mha beside it; give its folder")
-    return read_table(path)
+    table = read_table(path)
+    for i, change in enumerate(table.losses):
+        if change.key is None and change.kv.get("preset") not in preset_names():
+            name = change.kv.get("preset")
+            raise UserError(f"--losses {path}: losses.{i}.kv.preset is {name!r}; allowed: the name of a preset")
+    return table
 
 
 def _json(path: Path) -> Any:

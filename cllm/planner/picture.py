@@ -38,10 +38,10 @@ def front_figure(found: Sequence[Candidate], request: Request) -> Figure:
     axes.plot([c.cache_bytes / GB for c in found if c.loss_change is None],
               [0.015] * sum(c.loss_change is None for c in found), "|", color="0.6", markersize=9,
               transform=axes.get_xaxis_transform(), label="no measured loss")  # fmt: skip
-    room = [(request.budget - c.weight_bytes) / GB for c in found]
-    if min(room) > 0:
-        axes.axvspan(min(room), 1e12, color=_GREY, zorder=0, label="beyond the budget")
+    room = min((request.budget - c.weight_bytes) / GB for c in found)
     sizes = [c.cache_bytes / GB for c in found]
+    if 0 < room < 1.5 * max(sizes):
+        axes.axvspan(room, 1e12, color=_GREY, zorder=0, label="beyond the budget")
     axes.set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)
     axes.margins(y=0.12)
     line = sorted((x, y) for x, y, c in shown if c.front)

@@ -27,7 +27,7 @@ FLOORS = [
     {"prefix"},
     {"train"},
     {"evaluate"},
-    {"study", "api", "serve"},
+    {"study", "api", "serve", "planner"},
     {"commands"},
     {"__main__"},
 ]

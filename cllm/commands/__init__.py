@@ -16,6 +16,7 @@ tradeoff.py    designs, trained and compressed
 sweep.py       runs, compressed in many ways
 study.py       a grid of designs, learning rates and seeds, and its report
 study_point.py the evaluation of one point of a study
+plan.py        designs that fit a GPU
 configs.py     the shipped configs, recipes and notebooks
 completion.py  answers to a shell that completes a command line
 

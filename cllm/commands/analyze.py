@@ -1,6 +1,6 @@
 """Measure the similarity of cached keys and values between a model's layers: heat maps and JSON.
 
-    %(prog)s runs/NAME [--data PATH] [--sequences 4] [--length N] [--group 1 2 4 8] [--energy 0.95]
+    %(prog)s runs/NAME [--data PATH ...] [--sequences 4] [--length N] [--group 1 2 4 8] [--energy 0.95]
 
 docs/posthoc.md describes the figures.
 """
@@ -11,12 +11,17 @@ import itertools
 import json
 import logging
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cllm.arguments import Parser, number, whole_number
 from cllm.errors import UserError, one_line
 from cllm.signals import stoppable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def make_parser(program: str) -> Parser:
@@ -25,7 +30,10 @@ def make_parser(program: str) -> Parser:
     count, share = whole_number(1), number(above=0, up_to=1)
     add = parser.add_argument
     add("run", metavar="RUN", help="run folder, .ckpt file or Hugging Face folder")
-    add("--data", metavar="PATH", help="prepared folder or text file (default: the run's first validation set)")
+    add("--data", nargs="+", default=[], metavar="PATH", help="prepared folders or text files, such as one for each "
+        "domain (default: the run's first validation set)")  # fmt: skip
+    add("--posthoc", nargs="+", default=[], metavar="SPEC", help="also measure the error that these methods make in "
+        "each layer, and its correlation with the effective rank")  # fmt: skip
     add("--sequences", type=count, default=4, metavar="N", help="number of sequences to cache (default: %(default)s)")
     add("--length", type=count, metavar="N", help="tokens of each sequence (default: the training length)")
     add(
@@ -63,30 +71,50 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm analyze
     from cllm.evaluate.subjects import load_subject
     from cllm.evaluate.windows import Stream
     from cllm.files import write_atomic
-    from cllm.posthoc.analysis import analyze, collect, figure
+    from cllm.posthoc import ranks
+    from cllm.posthoc.analysis import collect, figure
+    from cllm.posthoc.registry import parse
 
     device = choose_device(options.device)
     subject = load_subject(options.run, device)
     print(f"results go to {subject.results(options.out)}", file=sys.stderr, flush=True)
     length, _, _ = Settings(window=options.length).resolve(subject, device, window_option="--length")
-    text = next(iter(open_sets(subject, [options.data] if options.data else [])))
-    stream = Stream(text.source, start_id=subject.start_id)
-    pieces = itertools.islice(posthoc.pieces(subject, stream, length), options.sequences)
-    batches = [torch.from_numpy(piece[None, :-1]).to(device) for piece in pieces]
-    if not batches:
-        raise UserError(f"{text.path}: too short for a sequence of {length} tokens; lower --length")
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16"):
-        slots = collect(subject.engine(), batches)
-    kinds = {kind: analyze(x, groups=options.group, energy=options.energy) for kind, x in slots.items()}
-    folder = subject.results(options.out)
-    files = [folder / f"analysis-{text.name}.{suffix}" for suffix in ("json", "png")]
-    record = {"run": subject.name, "checkpoint": subject.checkpoint, "set": text.name, "data": str(text.path),
-              "sequences": len(batches), "length": length, "kinds": kinds}  # fmt: skip
-    try:
-        write_atomic(files[0], json.dumps(record, indent=1) + "\n")
-        write_atomic(files[1], png(figure(kinds)))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error}") from None
+    for spec in options.posthoc:
+        parse(spec)
+    records, files = [], []
+    for text in itertools.islice(open_sets(subject, options.data), len(options.data) or 1):
+        stream = Stream(text.source, start_id=subject.start_id)
+        pieces = itertools.islice(posthoc.pieces(subject, stream, length), options.sequences)
+        batches = [torch.from_numpy(piece[None, :-1]).to(device) for piece in pieces]
+        if not batches:
+            raise UserError(f"{text.path}: too short for a sequence of {length} tokens; lower --length")
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16"):
+            engine = subject.engine()
+            slots = collect(engine, batches, heads=True)
+            kinds = {kind: _measure(x, options) for kind, x in slots.items()}
+            lost = ranks.losses(kinds, engine, batches, options.posthoc)
+        record = {"run": subject.name, "checkpoint": subject.checkpoint, "set": text.name, "data": str(text.path),
+                  "sequences": len(batches), "length": length, "kinds": kinds}  # fmt: skip
+        records.append(record | ({"posthoc": lost} if lost else {}))
+        folder = subject.results(options.out)
+        paths = [folder / f"analysis-{text.name}.{suffix}" for suffix in ("json", "png")]
+        try:
+            write_atomic(paths[0], json.dumps(records[-1], indent=1) + "\n")
+            write_atomic(paths[1], png(figure(kinds)))
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written: {error}") from None
+        files += paths
+    print(ranks.table(records))
     for file in files:
         print(f"written: {file}")
     return 0
+
+
+def _measure(slots: dict[int, Tensor], options: Namespace) -> dict[str, Any]:
+    """The measurements of one kind of tensors (N, *width)."""
+    from cllm.posthoc import ranks
+    from cllm.posthoc.analysis import analyze
+
+    found = analyze({slot: x.flatten(1) for slot, x in slots.items()}, groups=options.group, energy=options.energy)
+    cosines = ranks.adjacent_cosines(found["cosine"])
+    return found | {"normalised_effective_rank": ranks.ranks(slots), "adjacent_cosine": cosines}

@@ -23,6 +23,7 @@ COMMANDS = {
     "sweep": "compress the caches of runs in many ways: one table, one figure",
     "tradeoff": "train designs and sweep over them",
     "study": "train a grid of designs, rates and seeds, with intervals and a report",
+    "plan": "list designs and compressions that fit a GPU, with bytes, time and measured loss",
     "configs": "list the shipped configs, recipes and notebooks, or print one",
 }
 """A line of help for each command; `cllm.commands` has a module of the same name."""

@@ -23,6 +23,7 @@
     hf.py            compressed layers in a transformers cache
     engine.py        cllm's and transformers' models behind one interface
     analysis.py      similarity of layers: cosine, CKA, spectra
+    ranks.py         normalised effective ranks, and their correlation with errors
 
 Imports hub (in engine.py), model, cache, kernels, config, plan, plugins, the section base and errors.
 """

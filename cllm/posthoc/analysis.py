@@ -58,8 +58,10 @@ def spectrum(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def collect(engine: Engine, batches: Iterable[Tensor]) -> dict[str, dict[int, Tensor]]:
+def collect(engine: Engine, batches: Iterable[Tensor], *, heads: bool = False) -> dict[str, dict[int, Tensor]]:
     """For each of `KINDS` that the model has, {slot: (N, C) fp32 on the CPU} of the tokens in `batches` (B, T) each.
+
+    With `heads`, the tensors of slots with KV heads are (N, G, D).
 
     Raises `UserError` if no slot has full attention.
     """
@@ -76,7 +78,7 @@ def collect(engine: Engine, batches: Iterable[Tensor]) -> dict[str, dict[int, Te
                     named.append(("values", values))
                 for name, tensors in named:
                     for slot, data in zip(tensors.slots, tensors.data, strict=True):
-                        flat = data.flatten(2).flatten(0, 1).float().cpu()
+                        flat = (data if heads else data.flatten(2)).flatten(0, 1).float().cpu()
                         rows.setdefault(name, {}).setdefault(slot, []).append(flat)
     if not rows:
         raise UserError("nothing to analyse: every slot has a window or is a recurrent state")

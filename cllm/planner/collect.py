@@ -1,0 +1,225 @@
+"""Results of studies, sweeps and decode benchmarks as tables of measurements.
+
+Sweeps know a design by its name only. Its number of KV heads follows from the bytes of its cache against mha's; a sweep
+whose bytes fit no number of KV heads of the preset's default settings is refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from cllm.cache.accounting import kv_bytes, mha_twin
+from cllm.config import ModelConfig
+from cllm.errors import UserError
+from cllm.plan.presets import preset_names
+from cllm.planner.keys import plan_at, plan_key, query_heads_per_kv_head
+from cllm.planner.measured import DecodeStep, LossChange, Table, read_table
+
+TRAINED = "as trained"
+"""The `spec` of a sweep's uncompressed run."""
+_LEAST_HEADS = 64
+"""Query heads with which the bytes of presets are compared: every power of two below divides them."""
+_CLOSE = 0.02
+
+
+def read_losses(path: Path) -> Table:
+    """The table that `--losses` names: a table, a sweep's CSV, a result of a study, or a folder of such results.
+
+    Raises `UserError`, naming the file, for anything else, and for a study without mha or a sweep of unknown designs.
+    """
+    if path.is_dir():
+        records = [_json(file) for file in sorted(path.glob("*.json"))]
+        try:
+            return Table(losses=study_changes([r for r in records if _is_study(r)], str(path)))
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"--losses {path}: has a JSON file that is no result of a study") from None
+    if path.suffix == ".csv":
+        return Table(losses=sweep_changes(path))
+    record = _json(path)
+    if _is_study(record):
+        raise UserError(f"--losses {path}: is one point of a study, which has no mha beside it; give its folder")
+    table = read_table(path)
+    for i, change in enumerate(table.losses):
+        if change.key is None and change.kv.get("preset") not in preset_names():
+            name = change.kv.get("preset")
+            raise UserError(f"--losses {path}: losses.{i}.kv.preset is {name!r}; allowed: the name of a preset")
+    return table
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"--losses {path}: cannot be read as JSON: {error}") from None
+
+
+def _is_study(record: Any) -> bool:
+    return isinstance(record, dict) and record.keys() >= {"config", "loss", "seed", "tokens", "data", "summary"}
+
+
+def _config(model: Mapping[str, Any], source: str) -> ModelConfig:
+    try:
+        return ModelConfig.model_validate(model)
+    except ValidationError as error:
+        raise UserError(f"{source}: config.model: {error.errors()[0]['msg']}") from None
+
+
+# ---- studies ---------------------------------------------------------------------------------------------------------
+
+
+def study_changes(records: Iterable[Mapping[str, Any]], source: str) -> list[LossChange]:
+    """Changes of the loss against mha of the same tokens, data, shape and seed; a mean and spread over seeds.
+
+    Several learning rates of one design, tokens and seed count as one point, that with the least loss.
+
+    Raises `UserError` if there is no such mha for any design.
+    """
+    best: dict[tuple[Any, ...], dict[tuple[str, int], tuple[float, dict[str, Any]]]] = {}
+    mha = plan_key({"preset": "mha"}, 1)
+    assert mha is not None
+    for record in records:
+        config = _config(record["config"]["model"], source)
+        ratio = query_heads_per_kv_head(config)
+        kv = {k: v for k, v in config.kv.model_dump(mode="json").items() if k != "n_kv_heads"}
+        key = plan_key(kv, ratio)
+        if key is None:
+            continue
+        group = (record["tokens"], record["data"], config.d_model, config.n_layers, config.n_heads, config.max_seq_len)
+        points = best.setdefault(group, {})
+        entry = {"kv": kv, "query_heads_per_kv_head": ratio, "parameters": record["summary"]["parameters"]}
+        if math.isfinite(record["loss"]) and record["loss"] < points.get((key, record["seed"]), (math.inf,))[0]:
+            points[key, record["seed"]] = (record["loss"], entry)
+    found = []
+    for group, points in best.items():
+        for key in dict.fromkeys(key for key, _ in points if key != mha):
+            pairs = {seed: (loss, points[mha, seed][0]) for (k, seed), (loss, _) in points.items()
+                     if k == key and (mha, seed) in points}  # fmt: skip
+            if not pairs:
+                continue
+            changes = [loss - base for loss, base in pairs.values()]
+            error = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
+            about = points[key, next(iter(pairs))][1]
+            change = {"loss_change": statistics.fmean(changes), "standard_error": error, "source": source}
+            about |= {"tokens": group[0], "context": group[-1]}
+            found.append(LossChange.model_validate(about | change))
+    if not found:
+        raise UserError(f"--losses {source}: has no result of another design beside mha at the same tokens and seed")
+    return found
+
+
+# ---- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def sweep_changes(path: Path, about: Mapping[str, Any] | None = None, *, suffix: str = "") -> list[LossChange]:
+    """Changes of the loss by compression, each against the same run uncompressed, from a sweep's CSV.
+
+    Args:
+        path: the CSV, with columns `spec` (or `method`), `perplexity`, and `ratio_to_own` (or `bf16_ratio`).
+        about: fields of `LossChange` for all rows, such as `parameters`; `kv` in place of the column `design`.
+        suffix: an option that every spec had, such as `sinks=0`, where the column does not say so.
+    """
+    rows = _rows(path)
+    exact = {row["run"]: row["perplexity"] for row in rows if row.get("run") and row.get("spec") == TRAINED}
+    found = []
+    for row in rows:
+        spec = row.get("spec") or row.get("method") or ""
+        if spec == TRAINED:
+            continue
+        try:
+            base = float(row.get("uncompressed_perplexity") or exact[row["run"]])
+            ratio = float(row.get("bf16_ratio") or row["ratio_to_own"])
+            change = math.log(float(row["perplexity"]) / base)
+            design = {} if about and "kv" in about else _design(row["design"], float(row["ratio_to_mha"]) / ratio, path)
+            entry = {**design, **(about or {}), "spec": _with(spec, suffix), "ratio": ratio, "loss_change": change}
+            found.append(LossChange.model_validate({"source": str(path), **entry}))
+        except KeyError as error:
+            raise UserError(f"--losses {path}: column or uncompressed run {error.args[0]!r} is missing") from None
+        except UserError:
+            raise
+        except (ValidationError, ValueError, ZeroDivisionError):
+            raise UserError(f'--losses {path}: "{spec}": perplexity and ratio must be positive numbers') from None
+    if not found:
+        raise UserError(f"--losses {path}: has no compressed run")
+    return found
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--losses {path}: cannot be read: {error}") from None
+
+
+def _with(spec: str, option: str) -> str:
+    if not option:
+        return spec
+    first, plus, coder = spec.partition("+")
+    return f"{first}{',' if ':' in first else ':'}{option}{plus}{coder}"
+
+
+def _design(name: str, mha_over_own: float, path: Path) -> dict[str, Any]:
+    """`kv` and `query_heads_per_kv_head` of a design whose cache is so much smaller than mha's."""
+    if name not in preset_names():
+        raise UserError(f'--losses {path}: design "{name}" is no preset, so its plan is not known')
+    kv = {"preset": name}
+    scaled = mha_over_own / _mha_over(name, 1)  # fewer KV heads divide the bytes of most presets
+    guess = max(1, round(scaled)) if math.isfinite(scaled) else 1
+    for ratio in (None, guess):
+        if math.isclose(_mha_over(name, ratio), mha_over_own, rel_tol=_CLOSE):
+            return {"kv": kv, "query_heads_per_kv_head": _heads(kv, ratio)}
+    raise UserError(
+        f'--losses {path}: design "{name}": mha\'s cache is {mha_over_own:.3g} times its cache, which the preset '
+        "has with no number of KV heads"
+    )
+
+
+@functools.cache
+def _mha_over(name: str, ratio: int | None) -> float:
+    heads = _LEAST_HEADS if ratio is None or _LEAST_HEADS % ratio == 0 else ratio
+    kv = {"preset": name} if ratio is None else {"preset": name, "n_kv_heads": heads // ratio}
+    try:
+        config = ModelConfig.model_validate({"d_model": heads * 64, "n_heads": heads, "n_layers": 24, "kv": kv})
+    except (ValidationError, UserError):
+        return math.nan
+    return kv_bytes(mha_twin(config)).resident / kv_bytes(config).resident
+
+
+def _heads(kv: dict[str, Any], ratio: int | None) -> int | None:
+    if ratio is not None:
+        return ratio
+    plan = plan_at(kv, heads=_LEAST_HEADS, n_kv_heads=None)
+    assert plan is not None
+    counts = {getattr(plan.owned(slot), "n_kv_heads", None) for slot in plan.slots}
+    count = counts.pop()
+    return None if counts or count is None else _LEAST_HEADS // count
+
+
+# ---- decode steps ----------------------------------------------------------------------------------------------------
+
+
+def decode_steps(path: Path) -> list[DecodeStep]:
+    """The steps of a decode benchmark's JSON that read a 16-bit cache through cllm's own kernels."""
+    record = _json(path)
+    gpu, configs = record["environment"]["gpus"], record.get("configs", {})
+    found = []
+    for row in record["rows"]:
+        if row.get("step_ms") is None or row.get("peer_of") or row.get("storage") != "model":
+            continue
+        if row["design"] not in configs:
+            continue
+        config = _config(configs[row["design"]]["model"], str(path))
+        kv = {k: v for k, v in config.kv.model_dump(mode="json").items() if k != "n_kv_heads"}
+        found.append(DecodeStep(kv=kv, query_heads_per_kv_head=query_heads_per_kv_head(config), gpu=gpu,
+                                bytes_read=row["bytes_read"], step_s=row["step_ms"] / 1e3,
+                                parameters=row["weight_bytes"] / 2, source=str(path)))  # fmt: skip
+    return found

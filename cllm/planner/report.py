@@ -1,0 +1,271 @@
+"""Candidates as text, CSV and JSON, with notes on what is measured, what is extrapolated and what is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from cllm import tables
+from cllm.config import ModelConfig
+from cllm.planner.candidates import Candidate, Request
+from cllm.planner.measured import LossChange, Measurements
+from cllm.posthoc import UNCOMPRESSED
+from cllm.posthoc.registry import methods
+from cllm.tables import Column
+
+MISSING = "–"
+GB = 1e9
+
+
+def _loss(c: Candidate) -> str:
+    return MISSING if c.loss_change is None else f"{c.loss_change:+.4f}"
+
+
+def _range(c: Candidate) -> str:
+    found = c.loss_range
+    if c.is_reference and c.spec is None:
+        return "reference"
+    return MISSING if found is None else f"{found[0]:+.4f} to {found[1]:+.4f}"
+
+
+def _step(c: Candidate) -> str:
+    return MISSING if c.step_s is None else f"{'' if c.factor_is_of_this_plan else '~'}{1e3 * c.step_s:.2f}"
+
+
+def _heads(c: Candidate) -> str:
+    return MISSING if c.n_kv_heads is None else str(c.n_kv_heads)
+
+
+COLUMNS = (
+    Column[Candidate]("", lambda c: "*" if c.front else "" if c.fits else "x", left=True),
+    Column[Candidate]("design", lambda c: c.design, left=True),
+    Column[Candidate]("KV heads", _heads),
+    Column[Candidate]("compression", lambda c: c.spec or MISSING, left=True),
+    Column[Candidate]("cache, GB", lambda c: f"{c.cache_bytes / GB:.2f}"),
+    Column[Candidate]("of mha", lambda c: f"{c.cache_vs_mha:.3f}"),
+    Column[Candidate]("total, GB", lambda c: f"{c.total_bytes / GB:.2f}"),
+    Column[Candidate]("sequences", lambda c: f"{c.most_sequences:,}"),
+    Column[Candidate]("bound, ms", lambda c: f"{1e3 * c.bound_s:.2f}"),
+    Column[Candidate]("step, ms", _step),
+    Column[Candidate]("loss, nats", _loss),
+    Column[Candidate]("range", _range),
+)
+
+
+def choose(found: Sequence[Candidate], *, compressions: bool, heads: bool) -> list[Candidate]:
+    """The candidates of a short table: those that fit and are on the front, uncompressed and measured, or presets.
+
+    Args:
+        found: all candidates.
+        compressions: keep every compression, not only those on the front.
+        heads: keep every number of KV heads, not only a design's own and measured ones.
+    """
+
+    def wanted(c: Candidate) -> bool:
+        if c.spec is not None:
+            return c.front or compressions
+        return heads or c.front or c.loss_change is not None or "n_kv_heads=" not in c.design
+
+    return [c for c in found if c.fits and wanted(c)]
+
+
+def text(found: Sequence[Candidate], shown: Sequence[Candidate], model: ModelConfig, request: Request,
+         measured: Measurements) -> str:  # fmt: skip
+    """The table of `shown`, with its notes on them and on the rest of `found`."""
+    lines = [_head(request), ""]
+    lines += [tables.aligned(COLUMNS, shown)] if shown else [_nothing_fits(found, request)]
+    return "\n".join([*lines, "", *notes(found, shown, model, request, measured)])
+
+
+def _head(request: Request) -> str:
+    gpu = request.gpu
+    return (
+        f"GPU          {gpu.name}: {gpu.memory / GB:,.4g} GB, {gpu.bandwidth / 1e12:.4g} TB/s ({gpu.source})\n"
+        f"use          {request.concurrency:,} sequences of {request.context:,} tokens, weights and caches in 16 bits\n"
+        f"budget       {request.budget / GB:,.4g} GB for weights and caches ({request.headroom:.0%} of memory is left "
+        "for the rest)"
+    )
+
+
+def _nothing_fits(found: Sequence[Candidate], request: Request) -> str:
+    if not found:
+        return "no candidate"
+    least = min(found, key=lambda c: c.total_bytes)
+    return (
+        f"nothing fits: the smallest candidate, {least.name}, needs {least.total_bytes / GB:,.4g} GB of "
+        f"{request.budget / GB:,.4g} GB; lower --context or --concurrency, or choose another --gpu"
+    )
+
+
+def notes(found: Sequence[Candidate], shown: Sequence[Candidate], model: ModelConfig, request: Request,
+          measured: Measurements) -> list[str]:  # fmt: skip
+    """Lines under the table of `shown`."""
+    lines = [
+        "*: on the front, no other candidate with a measured loss has at most its cache and at most its loss. "
+        "sequences: the most that fit.",
+        "bound: bytes that a decode step reads / the data sheet's bandwidth. step: bound x a measured factor; ~: the "
+        "factor is of another plan or GPU.",
+        f"loss: measured change against {_reference(found)} without compression, nats a token; {MISSING}: none.",
+        "range: of all measurements of this design and compression, with 2 standard errors where there are several "
+        f"seeds; {MISSING}: one measurement, so its uncertainty is not known.",
+    ]
+    unfit = sum(not c.fits for c in found)
+    hidden = len(found) - len(shown)
+    if hidden or unfit:
+        lines.append(f"{len(found)} candidates, of which {unfit} do not fit; {hidden} are not listed"
+                     + (": --all lists them." if hidden else "."))  # fmt: skip
+    lines += _factor_notes(shown)
+    lines += _extrapolations(shown, model, request)
+    without = sum(c.loss_change is None for c in shown if c.spec is None)
+    if without:
+        lines.append(f"no measured loss: {without} of {sum(c.spec is None for c in shown)} designs.")
+    if missing := _unmeasured_methods(measured):
+        lines.append(f"no measurement of the post-hoc methods {', '.join(missing)}: neither bytes nor loss is known.")
+    return lines
+
+
+def _reference(found: Sequence[Candidate]) -> str:
+    return next((c.design for c in found if c.is_reference), "mha")
+
+
+def _factor_notes(found: Iterable[Candidate]) -> list[str]:
+    steps = {c.factor_from.model_dump_json(): c for c in found if c.factor_from is not None}
+    by_source: dict[str, list[float]] = {}
+    for c in steps.values():
+        assert c.factor_from is not None
+        assert c.step_s is not None
+        by_source.setdefault(f"{c.factor_from.source} ({c.factor_from.gpu})", []).append(c.step_s / c.bound_s)
+    ends = {source: dict.fromkeys(f"{v:.2f}" for v in (min(all_), max(all_))) for source, all_ in by_source.items()}
+    return [f"factor {' to '.join(values)} from {source}" for source, values in sorted(ends.items())]
+
+
+def _used(found: Iterable[Candidate]) -> list[LossChange]:
+    parts = [part for c in found for part in (c.design_loss, c.spec_loss) if part is not None]
+    return list({id(m): m for part in parts for m in part.measurements}.values())
+
+
+def _span(values: Iterable[float | None]) -> str:
+    known = sorted(value for value in values if value is not None)
+    if not known:
+        return "an unknown number of"
+    ends = list(dict.fromkeys(map(_count, (known[0], known[-1]))))
+    return " to ".join(ends)
+
+
+def _count(value: float) -> str:
+    """`47 M`: three digits and a unit."""
+    for scale, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M")):
+        if value >= scale:
+            return f"{value / scale:.3g}{unit}"
+    return f"{value:,.0f}"
+
+
+def _extrapolations(found: Sequence[Candidate], model: ModelConfig, request: Request) -> list[str]:
+    by_source: dict[str, list[LossChange]] = {}
+    for change in _used(found):
+        by_source.setdefault(change.source or "a table without sources", []).append(change)
+    sizes = _span([c.parameters for c in found])
+    lines = [
+        f"loss from {source}: models of {_span(c.parameters for c in changes)} parameters after "
+        f"{_span(c.tokens for c in changes)} tokens, windows of {_span(c.context for c in changes)}; extrapolated to "
+        f"{sizes} parameters, any number of training tokens, and {request.context:,} tokens of context."
+        for source, changes in sorted(by_source.items())
+    ]
+    if any(c.spec is not None for c in found):
+        lines.append(
+            "bytes under compression: the ratio measured at that window, extrapolated to this context; a loss of "
+            "design and compression is the sum of both."
+        )
+    if request.context > model.max_seq_len:
+        lines.append(f"context {request.context:,} is longer than the model's max_seq_len {model.max_seq_len:,}.")
+    return lines
+
+
+def _unmeasured_methods(measured: Measurements) -> list[str]:
+    seen = {part.partition(":")[0] for spec in measured.specs() for part in spec.split("+")}
+    return [name for name in methods() if name not in seen and name != UNCOMPRESSED]
+
+
+# ---- machine-readable ------------------------------------------------------------------------------------------------
+
+FIELDS = (
+    "design", "n_kv_heads", "spec", "fits", "front", "parameters", "weight_bytes", "cache_bytes", "cache_vs_mha",
+    "total_bytes", "most_sequences", "read_bytes", "bound_s", "step_s", "factor_is_of_this_plan", "loss_change",
+)  # fmt: skip
+"""Columns of the CSV that are attributes of a candidate; `loss_low` and `loss_high` follow."""
+
+
+def row(c: Candidate) -> dict[str, Any]:
+    """A candidate with full precision; None where nothing was measured."""
+    low, high = c.loss_range or (None, None)
+    own = None if c.factor_from is None else c.factor_is_of_this_plan
+    values = {name: getattr(c, name) for name in FIELDS}
+    return {**values, "factor_is_of_this_plan": own, "loss_low": low, "loss_high": high}
+
+
+def csv_text(found: Sequence[Candidate]) -> str:
+    """All candidates; an empty cell where nothing was measured."""
+    return tables.csv_text([*FIELDS, "loss_low", "loss_high"], map(row, found))
+
+
+def json_text(found: Sequence[Candidate], model: ModelConfig, request: Request, measured: Measurements) -> str:
+    """All candidates with the measurements that they rest on, the request, and the notes."""
+    gpu = request.gpu
+    return json.dumps(
+        {
+            "gpu": {"name": gpu.name, "memory": gpu.memory, "bandwidth": gpu.bandwidth, "source": gpu.source},
+            "context": request.context,
+            "concurrency": request.concurrency,
+            "headroom": request.headroom,
+            "budget_bytes": request.budget,
+            "candidates": [
+                row(c)
+                | {
+                    "factor_source": c.factor_from.source if c.factor_from else None,
+                    "factor_gpu": c.factor_from.gpu if c.factor_from else None,
+                    "measurements": [m.model_dump(exclude={"kv"}) for m in _used([c])],
+                }
+                for c in found
+            ],
+            "notes": notes(found, found, model, request, measured),
+        },
+        indent=1,
+    )
+
+
+# ---- heads x sharing -------------------------------------------------------------------------------------------------
+
+
+def grid(found: Sequence[Candidate]) -> tuple[list[str], list[int], dict[tuple[str, int], Candidate]]:
+    """Designs without their KV heads, numbers of KV heads, and the uncompressed candidate of each pair.
+
+    `gqa` and `mqa` are mha with fewer heads, and appear in its row.
+    """
+    cells: dict[tuple[str, int], Candidate] = {}
+    for c in found:
+        if c.spec is None and c.n_kv_heads is not None:
+            cells.setdefault((c.sharing, c.n_kv_heads), c)
+    heads = sorted({n for _, n in cells}, reverse=True)
+    most = {name: max(c.cache_bytes / n for (other, n), c in cells.items() if other == name) for name, _ in cells}
+    return sorted(most, key=lambda name: (-most[name], name)), heads, cells
+
+
+def heads_text(found: Sequence[Candidate], request: Request) -> str:
+    """Cache in GB by sharing (rows) and KV heads (columns), with the change of the loss."""
+    names, heads, cells = grid(found)
+
+    def cell(name: str, n: int) -> str:
+        c = cells.get((name, n))
+        if c is None:
+            return ""
+        mark = "*" if c.front else "" if c.fits else "x"
+        return f"{mark}{c.cache_bytes / GB:.2f} ({_loss(c)})"
+
+    columns = [Column[str]("sharing", lambda name: name, left=True)]
+    columns += [Column[str](f"{n} KV heads", lambda name, n=n: cell(name, n)) for n in heads]  # type: ignore[misc]
+    legend = (
+        f"cache in GB (change of the loss in nats; {MISSING}: not measured). *: on the front, x: does not fit. Rows: "
+        "which layers share, without compression; the least cache of a row is at its right end."
+    )
+    return "\n".join([_head(request), "", tables.aligned(columns, names), "", legend])

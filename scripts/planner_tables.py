@@ -1,0 +1,65 @@
+#!/usr/bin/env python
+"""Write cllm/planner/measured.json, the measurements that come with `cllm plan`, from docs/results/.
+
+python scripts/planner_tables.py [--out FILE]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from cllm.arguments import Parser  # noqa: E402
+from cllm.files import write_atomic  # noqa: E402
+from cllm.planner.collect import decode_steps, read_losses, sweep_changes  # noqa: E402
+from cllm.planner.measured import SHIPPED, Table  # noqa: E402
+from cllm.posthoc.method import TensorCoder  # noqa: E402
+from cllm.posthoc.registry import parse  # noqa: E402
+
+RESULTS = Path("docs/results")
+SMOLLM2 = {"kv": {"preset": "gqa"}, "query_heads_per_kv_head": 3, "parameters": 134515008, "tokens": 2e12,
+           "context": 4096}  # fmt: skip
+"""SmolLM2-135M-Instruct, see docs/posthoc.md."""
+STUDIES = ("2026-11-27-study-100m-h200", "2026-11-27-study-490m-h200")
+SWEEPS = (
+    ("2026-11-26-tradeoff-45m-h200.csv", {"parameters": 46938112, "tokens": 128e6, "context": 4096}, "sinks=0"),
+    ("2026-11-26-sinks-smollm2-cpu.csv", SMOLLM2, ""),
+    ("2026-11-27-weighted-errors-smollm2-cpu.csv", SMOLLM2, ""),
+)
+"""Sweeps, what their files do not say about the models, and an option that all specs had when they were measured."""
+FP32 = ("2026-11-26-sinks-smollm2-cpu.csv",)
+"""Sweeps with bytes of fp32 caches only, where the ratio of a quantiser is not that of a 16-bit cache."""
+DECODE = (
+    "2026-11-22-decode-1364m-h200.json", "2026-11-22-decode-374m-h200.json",
+    "2026-11-22-decode-1364m-halves-h200.json", "2026-11-25-decode-1364m-h100.json",
+)  # fmt: skip
+
+
+def quantises(spec: str | None) -> bool:
+    """Whether a compression stores codes of fixed bits."""
+    return spec is not None and ("+" in spec or isinstance(parse(spec), TensorCoder))
+
+
+def main() -> int:
+    """Run the command line; returns its exit status."""
+    parser = Parser(prog="scripts/planner_tables.py", description=__doc__)
+    parser.add_argument("--out", type=Path, default=SHIPPED, metavar="FILE", help="(default: %(default)s)")
+    out = parser.parse_args().out.absolute()
+    os.chdir(ROOT)  # sources are paths in the repository
+    losses = [change for name in STUDIES for change in read_losses(RESULTS / name).losses]
+    for name, about, suffix in SWEEPS:
+        changes = sweep_changes(RESULTS / name, about, suffix=suffix)
+        losses += [change for change in changes if name not in FP32 or not quantises(change.spec)]
+    steps = [step for name in DECODE for step in decode_steps(RESULTS / name)]
+    table = Table(losses=losses, decode=steps)
+    write_atomic(out, table.model_dump_json(indent=1) + "\n")
+    print(f"{len(losses)} changes of the loss and {len(steps)} decode steps: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

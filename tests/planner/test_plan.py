@@ -1,0 +1,197 @@
+"""`cllm plan`: bytes and times by hand, losses only where measured, the front, and mistakes in options."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from cllm.commands.cli import main
+from cllm.config import ModelConfig
+from cllm.errors import UserError
+from cllm.plan.presets import preset_names
+from cllm.planner.candidates import Candidate, Request, candidates, default_heads, designs, mark_front
+from cllm.planner.collect import read_losses
+from cllm.planner.gpus import GPU, find_gpu
+from cllm.planner.keys import config_key
+from cllm.planner.measured import DecodeStep, Estimate, LossChange, Measurements, Table, shipped_table
+from cllm.posthoc.registry import parse
+
+MODEL = ModelConfig(vocab_size=100, d_model=64, n_layers=4, n_heads=4, d_ff=128, max_seq_len=1000)
+"""Weights: 2 x 100 x 64, and a layer of 4 x 64 x 64 + 3 x 64 x 128 + 2 x 64, and a norm of 64."""
+MHA_PARAMETERS = 2 * 6400 + 4 * (4 * 4096 + 3 * 8192 + 128) + 64
+CLA = {"preset": "cla"}
+
+
+def request_on(memory: float = 1e7, **changes: object) -> Request:
+    return Request(**{"gpu": GPU("x", memory, 1e9, "-", "NVIDIA H200"), "context": 10, "concurrency": 3, **changes})
+
+
+def change(kv: dict, value: float, *, heads: int | None = 1, **more: object) -> LossChange:
+    return LossChange(kv=kv, query_heads_per_kv_head=heads, loss_change=value, **more)
+
+
+def measured(*losses: LossChange, decode: tuple[DecodeStep, ...] = ()) -> Measurements:
+    return Measurements([Table(losses=list(losses), decode=list(decode))])
+
+
+def made(
+    words: list[str], table: Measurements, request: Request | None = None
+) -> dict[tuple[str, str | None], Candidate]:
+    found = candidates(designs(MODEL, words=words, heads=[4], own=False), request or request_on(), table)
+    return {(c.design, c.spec): c for c in mark_front(list(found))}
+
+
+def test_bytes_and_times_of_two_designs_by_hand():
+    step = DecodeStep(
+        kv={"preset": "mha"}, query_heads_per_kv_head=1, gpu="NVIDIA H200", bytes_read=4.8e9, step_s=0.0015
+    )
+    found = made(["mha", "cla"], measured(decode=(step,)))
+    mha, cla = found["mha", None], found["cla", None]
+    token = 2 * 4 * 64 * 2  # K and V of 4 layers, 64 channels, 2 bytes
+    assert mha.parameters == MHA_PARAMETERS
+    assert (
+        cla.parameters == MHA_PARAMETERS - 2 * 2 * 4096 + 2 * 64
+    )  # two layers own nothing, two have a norm for K and V
+    assert mha.cache_bytes == 3 * 10 * token
+    assert cla.cache_bytes == 3 * 10 * token // 2
+    assert cla.cache_vs_mha == 0.5
+    for c in (mha, cla):  # sharing saves no reads; the embedding is a lookup of one row a sequence
+        assert c.read_bytes == 2 * (c.parameters - 6400 + 3 * 64) + 3 * 10 * token
+        assert c.bound_s == c.read_bytes / 1e9
+        assert c.step_s == pytest.approx(1.5 * c.bound_s)  # 1.5 ms where 4.8 GB at 4.8 TB/s take 1 ms
+    assert (mha.factor_is_of_this_plan, cla.factor_is_of_this_plan) == (True, False)
+    assert mha.most_sequences == int((1e7 * 0.95 - 2 * MHA_PARAMETERS) // (10 * token))
+
+
+def test_only_measured_designs_have_a_loss_and_a_compression():
+    table = measured(
+        change(CLA, 0.25, standard_error=0.01),
+        change({"preset": "mha"}, 0.5, spec="kivi:bits=4", ratio=4.0),
+        change({"preset": "mha"}, 9.0, spec="svd:ratio=2"),  # its bytes are not known
+        change({"preset": "gqa"}, 0.125, heads=2),
+    )
+    found = made(["mha", "cla", "gqa:n_kv_heads=2", "mqa", "fusedkv"], table)
+    losses = {name: c.loss_change for name, c in found.items()}
+    assert losses == {
+        ("mha", None): 0, ("mha", "kivi:bits=4"): 0.5, ("cla", None): 0.25, ("gqa:n_kv_heads=2", None): 0.125,
+        ("fusedkv", None): None,
+    }  # fmt: skip
+    assert found["cla", None].loss_range == pytest.approx((0.23, 0.27))
+    assert found["gqa:n_kv_heads=2", None].loss_range is None, "one measurement has no uncertainty"
+    assert found["mha", "kivi:bits=4"].cache_bytes == found["mha", None].cache_bytes // 4
+    assert found["mha", "kivi:bits=4"].step_s is None, "no measured step reads a compressed cache"
+
+
+def test_a_design_is_recognised_at_another_depth_but_not_with_other_kv_heads():
+    kv = {"preset": "gqa", "n_kv_heads": 2}
+    wide = ModelConfig(d_model=512, n_layers=7, n_heads=8, kv={**kv, "n_kv_heads": 4})
+    assert config_key(ModelConfig(d_model=256, n_layers=4, n_heads=4, kv=kv)) == config_key(wide)
+    other = ModelConfig(d_model=256, n_layers=4, n_heads=4, kv={"preset": "mha", "n_kv_heads": 2})
+    assert config_key(other) == config_key(wide), "the same plan by another name"
+    assert config_key(wide.model_copy(update={"kv": wide.kv.model_copy(update={"n_kv_heads": 2})})) != config_key(wide)
+
+
+def test_the_front_of_a_table_made_by_hand():
+    one = next(iter(made(["mha"], measured()).values()))
+
+    def point(n_bytes: int, loss: float | None, *, fits: bool = True) -> Candidate:
+        values = {name: getattr(one, name) for name in Candidate.__dataclass_fields__}
+        loss_of = None if loss is None else Estimate(value=loss, low=None, high=None, measurements=[])
+        return Candidate(
+            **{**values, "cache_bytes": n_bytes, "design_loss": loss_of, "is_reference": False, "fits": fits}
+        )
+
+    points = [
+        (1, None, True),
+        (2, 0.1, False),
+        (3, 0.9, True),
+        (4, 0.5, True),
+        (4, 0.6, True),
+        (5, 0.5, True),
+        (6, 0.2, True),
+    ]
+    front = [(c.cache_bytes, c.loss_change) for c in mark_front([point(b, x, fits=f) for b, x, f in points]) if c.front]
+    assert front == [(3, 0.9), (4, 0.5), (6, 0.2)]
+
+
+def test_designs_loop_over_the_registry():
+    assert default_heads(12) == [12, 6, 3, 1]
+    found = designs(MODEL)
+    assert {word.partition(":")[0] for word in found} <= {*preset_names(), "config"}
+    plans = [repr(config.plan()) for config in found.values()]
+    assert len(set(plans)) == len(plans)
+    assert {"mha", "gqa", "mqa", "mha:n_kv_heads=1"} & found.keys() == {"mha", "gqa", "mqa"}, "each plan once"
+
+
+def test_a_study_and_a_sweep_as_losses(tmp_path):
+    def point(name: str, kv: dict, seed: int, loss: float) -> None:
+        model = MODEL.model_dump(mode="json") | {"kv": kv}
+        record = {"config": {"model": model}, "loss": loss, "seed": seed, "tokens": 5, "data": "d"}
+        (tmp_path / f"{name}{seed}.json").write_text(json.dumps(record | {"summary": {"parameters": 7}}))
+
+    for seed, (base, other) in enumerate([(3.0, 2.9), (3.2, 3.0)]):
+        point("mha", {"preset": "mha"}, seed, base)
+        point("cla", CLA, seed, other)
+    (found,) = read_losses(tmp_path).losses
+    assert found.loss_change == pytest.approx(-0.15)
+    assert found.standard_error == pytest.approx(0.05)
+    sweep = tmp_path / "posthoc.csv"
+    head = "run,design,spec,ratio_to_own,ratio_to_mha,perplexity\n"
+    sweep.write_text(head + "a,gqa,as trained,1,4,20\na,gqa,kivi,3,12,22\n")
+    (found,) = read_losses(sweep).losses
+    assert (found.query_heads_per_kv_head, found.ratio) == (4, 3)
+    assert found.loss_change == pytest.approx(math.log(1.1))
+    sweep.write_text(head + "a,gqa,as trained,1,4,20\na,gqa,kivi,3,4.5,22\n")
+    with pytest.raises(UserError, match=r"mha.s cache is 1\.5 times"):
+        read_losses(sweep)
+
+
+def test_the_shipped_table_names_methods_and_plans_that_exist():
+    table = shipped_table()
+    for spec in {change.spec for change in table.losses if change.spec}:
+        parse(spec)
+    assert all(entry.key for entry in [*table.losses, *table.decode])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "H101"], "--gpu is 'H101'; did you mean"),
+        ([], "--gpu: missing"),
+        (["--memory", "80"], "--memory is '80'; allowed: a positive number with a unit"),
+        (["--memory", "80GB"], "--bandwidth: missing"),
+        (["--gpu", "H100", "--gpus", "2"], "--gpus: unknown option"),
+        (["--gpu", "H100", "--designs", "mga"], "--designs mga: unknown preset; did you mean"),
+        (["--gpu", "H100", "--kv-heads", "3"], "--kv-heads is 3; allowed: divisors of model.n_heads 4"),
+        (["--gpu", "H100", "--compression", "zip*"], '--compression "zip*": no measured spec matches'),
+        (["--gpu", "H100", "--losses", "no.json"], "--losses no.json: cannot be read as JSON"),
+        (["--gpu", "H100", "--json", "--csv"], "--csv: not allowed beside --json"),
+    ],
+)
+def test_mistakes_name_the_option(tmp_path, capsys, options, message):
+    config = tmp_path / "shape.yaml"
+    config.write_text("model: {vocab_size: 100, d_model: 64, n_layers: 4, n_heads: 4}\ndata: {path: x}\n")
+    assert main(["plan", "--config", str(config), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_prints_json_and_draws(tmp_path, capsys):
+    config = tmp_path / "shape.yaml"
+    config.write_text("model: {vocab_size: 100, d_model: 64, n_layers: 4, n_heads: 4}\ndata: {path: x}\n")
+    words = ["plan", "--config", str(config), "--gpu", "L4", "--designs", "mha", "cla", "--kv-heads", "4", "1"]
+    assert main([*words, "--json", "--picture", str(tmp_path / "a.png")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    cla = next(c for c in found["candidates"] if c["design"] == "cla" and c["spec"] is None)
+    assert cla["loss_change"] == pytest.approx(cla["measurements"][0]["loss_change"])
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*words, "--view", "heads"]) == 0
+    out = capsys.readouterr().out
+    assert "4 KV heads  1 KV heads" in out
+    assert "extrapolated to" in out
+
+
+def test_units():
+    assert find_gpu(None, "75GiB", "2 TB/s").memory == 75 * 2**30
+    assert find_gpu("h100", bandwidth="1TB/s").bandwidth == 1e12

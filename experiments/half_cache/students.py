@@ -1,0 +1,79 @@
+"""Students: their plans, the starts to try, and their configs for train.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cllm.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs" / "uptrain"
+PLANS: dict[str, dict[str, Any]] = {
+    "cla2": {"preset": "cla", "factor": 2, "kv_norm": False},
+    "fusedkv": {"preset": "fusedkv"},
+    "fusedkv_lite": {"preset": "fusedkv_lite"},
+    "acrosskv": {"preset": "swiftkv", "n_lower": 12, "group": 6},
+    "swiftkv": {"preset": "swiftkv"},
+    "kv_tie": {"preset": "kv_tie"},
+    "svformer": {"preset": "svformer"},
+    "trailing": {"preset": "trailing"},
+}
+"""`model.kv` without `n_kv_heads`, for a teacher of 30 layers. swiftkv alone keeps the whole cache; it saves prefill."""
+STARTS: dict[str, dict[str, Any]] = {
+    "copy": {"method": "copy"},
+    "fit": {"method": "fit"},
+    "fit+outputs": {"method": "fit", "outputs": "all", "ridge": 1e-3},
+    "fit+mean": {"method": "fit", "fold": "mean"},
+    "fit+joint": {"method": "fit", "fold": "joint"},
+    "fit+joint+outputs": {"method": "fit", "fold": "joint", "outputs": "all", "ridge": 1e-3},
+}
+"""`init` by name."""
+
+
+def check_names(names: list[str], allowed: dict[str, Any], option: str) -> None:
+    """Raise `UserError` for a name that `allowed` lacks."""
+    for name in names:
+        if name not in allowed:
+            raise UserError(f"{option} {name}: allowed: {', '.join(allowed)}")
+
+
+def student_data(
+    name: str,
+    start: str,
+    *,
+    teacher: Path,
+    data: Path,
+    kv_heads: int,
+    out: Path,
+    gpu: bool,
+    tokens: int,
+    overrides: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """A config of train.py as plain data: that of configs/uptrain/smollm2_to_NAME.yaml, or of cla2 with another plan.
+
+    Args:
+        overrides: values by section, such as `{"optim": {"lr": 1e-4}}`.
+    """
+    file = CONFIGS / f"smollm2_to_{name}.yaml"
+    file = file if file.exists() else CONFIGS / "smollm2_to_cla2.yaml"
+    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    config |= {"name": name, "runs_dir": str(out / "runs")}
+    config["model"] = {"kv": {**PLANS[name], "n_kv_heads": kv_heads}}
+    kept = config["init"]
+    config["init"] = {**STARTS[start], "from": str(teacher)}
+    if STARTS[start]["method"] != "copy":
+        config["init"]["calibration_sequences"] = kept["calibration_sequences"]
+    config["data"] |= {"path": str(data), "num_workers": 1 if gpu else 0}
+    config["train"] |= {"accelerator": "gpu" if gpu else "cpu", "devices": 1}
+    for section, values in overrides.items():
+        config[section] |= {key: value for key, value in values.items() if value is not None}
+    if STARTS[start]["method"] == "copy":
+        config["init"].pop("calibration_sequences", None)
+    steps = max(tokens // (config["train"]["global_batch"] * config["data"]["seq_len"]), 1)
+    config["train"] |= {"steps": steps, "validate_every": max(steps // 8, 1), "checkpoint_every": None, "log_every": 10}
+    config["optim"]["min_lr"] = config["optim"]["lr"] / 10
+    config["optim"]["warmup_steps"] = min(config["optim"]["warmup_steps"], max(steps // 10, 1))
+    return config

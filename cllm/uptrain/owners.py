@@ -65,7 +65,7 @@ class OwnerStart:
         """Copy the teacher's projections and norms."""
         for name in ("k_proj", "v_proj", "k_norm"):
             _load(getattr(self.owner, name), getattr(self.theirs, name))
-        _load(getattr(self.owner, "norm"), self.norm)
+        _load(self.owner.norm, self.norm)
 
     def reorder(self, order: list[int]) -> None:
         """Reorder the KV heads that the owner projects."""
@@ -74,7 +74,7 @@ class OwnerStart:
 
     def linears(self) -> dict[str, nn.Linear]:
         """The projections by what they project, `keys` and `values`."""
-        named = {"keys": getattr(self.owner, "k_proj"), "values": getattr(self.owner, "v_proj")}
+        named = {"keys": self.owner.k_proj, "values": self.owner.v_proj}
         return {part: linear for part, linear in named.items() if linear is not None}
 
     def add(self, seen: Observed) -> None:

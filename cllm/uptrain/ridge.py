@@ -83,7 +83,10 @@ def fit_shared(
     targets: dict[tuple[int, Part], Tensor] = {}
     squares: dict[tuple[int, Part], Tensor] = {}
     for seen in observe(teacher, batches) if groups else ():
-        slots = {i: dict(zip(("k", "v"), seen.before_rope(i, owners[i]), strict=True)) for i in {i for group in groups.values() for i in group}}
+        slots = {
+            i: dict(zip(("k", "v"), seen.before_rope(i, owners[i]), strict=True))
+            for i in {i for group in groups.values() for i in group}
+        }
         xs = {j: seen.projected(student, j).double() for j in {j for j, _ in groups}}
         for j, x in xs.items():
             inputs[j] = inputs.get(j, 0) + x.T @ x

@@ -4,5 +4,5 @@ __main__.py  the command line, and a worker for each device
 students.py  plans, starts, and configs of students
 starts.py    a student's perplexity before training, for every start: a process for each student
 
-Imports experiments.uptraining, benchmarks.record and cllm.
+Imports experiments.uptraining and cllm.
 """

@@ -28,6 +28,7 @@ import yaml
 
 from cllm import processes
 from cllm.arguments import Parser, whole_number
+from cllm.environment import environment
 from cllm.errors import EXIT_STOPPED, UserError, one_line
 from cllm.files import write_atomic
 from cllm.lock import locked
@@ -94,9 +95,7 @@ class Experiment:
         waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
         for name in self.options.students:
             waiting.put(name)
-        workers = [
-            threading.Thread(target=self._work, args=(waiting, device)) for device in range(max(self.gpus, 1))
-        ]
+        workers = [threading.Thread(target=self._work, args=(waiting, device)) for device in range(max(self.gpus, 1))]
         for worker in workers:
             worker.start()
         while any(worker.is_alive() for worker in workers):

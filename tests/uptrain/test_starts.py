@@ -169,7 +169,9 @@ def test_joint_values_have_the_least_error_that_alternation_finds() -> None:
 
 
 @pytest.mark.parametrize("kv", ["cla", "fusedkv", "trailing", "svformer", "swiftkv", "kv_tie"])
-def test_every_plan_starts_with_folds_and_refitted_outputs(tiny_config, make_teacher, new_student, ids, text, kv) -> None:
+def test_every_plan_starts_with_folds_and_refitted_outputs(
+    tiny_config, make_teacher, new_student, ids, text, kv
+) -> None:
     teacher = make_teacher(tiny_config(n_layers=4))
     options = {"group": 2} if kv == "swiftkv" else {}
     far = {}

@@ -5,6 +5,8 @@ decode/            decoding steps, times to first token, capacity
 kernels/           pieces of a step against alternatives and bounds
 scaling/           one node's GPUs: strategies and numbers of devices
 posthoc_decode.py  decoding on a compressed cache, and the compression
+prefix.py          time to the first token, computed and from a stored prefix
+serve.py           requests to a server of vLLM: throughput, latencies and the size of the cache, for tiny models
 cuts.py            computed, not measured: bytes across pipeline cuts, memory and traffic on many GPUs
 timing.py          times, memory and peak rates of a device
 record.py          results, written to disk while a benchmark runs

@@ -24,11 +24,13 @@ from cllm.errors import UserError
 if TYPE_CHECKING:
     from cllm.api.models import build, export, load, load_tokenizer
     from cllm.api.plans import plan
+    from cllm.api.prefixes import PrefixStore, load_prefix, save_prefix
     from cllm.api.runs import compare, lightning_modules, prepare, train
     from cllm.api.scores import compress, score
 
 __version__ = "0.1.0"
 __all__ = [
+    "PrefixStore",
     "UserError",
     "build",
     "compare",
@@ -36,9 +38,11 @@ __all__ = [
     "export",
     "lightning_modules",
     "load",
+    "load_prefix",
     "load_tokenizer",
     "plan",
     "prepare",
+    "save_prefix",
     "score",
     "train",
 ]
@@ -48,6 +52,7 @@ __all__ = [
 _FUNCTIONS = {
     **dict.fromkeys(("build", "export", "load", "load_tokenizer"), "cllm.api.models"),
     "plan": "cllm.api.plans",
+    **dict.fromkeys(("PrefixStore", "load_prefix", "save_prefix"), "cllm.api.prefixes"),
     **dict.fromkeys(("compare", "lightning_modules", "prepare", "train"), "cllm.api.runs"),
     **dict.fromkeys(("compress", "score"), "cllm.api.scores"),
 }
@@ -105,6 +110,7 @@ _ENTRIES = {
     "transformers.models.auto.modeling_auto": "cllm.hub.model",
     **dict.fromkeys(_PARTS, "cllm.hub.model"),
     "peft.utils.constants": "cllm.hub.peft",
+    "transformers.cli.serving.model_manager": "cllm.hub.serving",
 }
 """Modules with tables of models, and ours that make an entry there when they are imported."""
 

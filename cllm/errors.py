@@ -60,6 +60,7 @@ _SYNONYMS = {
     "intermediate_size": "d_ff",
     "iters": "steps",
     "kv_heads": "n_kv_heads",
+    "layers": "n_layers",
     "learning_rate": "lr",
     "max_context": "max_seq_len",
     "max_grad_norm": "grad_clip",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, create_model
 
 # Larger than any research needs, and small enough that no config can exhaust the process that reads it.
 MAX_HEADS = 2**16
@@ -26,3 +28,19 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def create_section(name: str, base: type[Section], fields: dict[str, Any], doc: str | None = None) -> Any:
+    """Create a subclass of `base` whose fields are computed.
+
+    Args:
+        name: of the class.
+        base: its base class.
+        fields: name: (annotation, default or `Field`), as for `pydantic.create_model`. Descriptions are in the fields.
+        doc: the docstring.
+    """
+    # pydantic would look for docstrings of the fields in every frame of the stack, and for the module of each frame in
+    # all modules: seconds if torch and transformers are loaded.
+    cls = create_model(name, __base__=base, __doc__=doc, __cls_kwargs__={"use_attribute_docstrings": False}, **fields)
+    cls.model_config["use_attribute_docstrings"] = True  # of subclasses
+    return cls

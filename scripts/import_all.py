@@ -24,7 +24,10 @@ OPTIONAL = {
     "lm_eval",
     "rouge_score",
     "torchao",
+    "vllm",
 }
+NEED_OPTIONAL = {"cllm.serve.vllm.attention", "cllm.serve.vllm.model"}
+"""Modules that only vLLM imports."""
 
 
 class Absent:
@@ -49,6 +52,7 @@ def main() -> None:
 
     packages = (cllm, benchmarks, experiments)
     names = [found.name for p in packages for found in pkgutil.walk_packages(p.__path__, f"{p.__name__}.")]
+    names = [name for name in names if name not in NEED_OPTIONAL]
     for name in [*names, "train", "evaluate"]:
         importlib.import_module(name)
     print(f"imported {len(names) + 2} modules without {', '.join(sorted(OPTIONAL))}")

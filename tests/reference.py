@@ -13,6 +13,10 @@ Nothing here uses the package. A plan is a list of one row a layer:
     keys 3 values 0  keys are those of layer 3, values those of layer 0
     keys w0+w3 ...   a sum with learned weights
     window 4         a query sees 4 tokens, its own included
+    and:2            the layer has a second slot, of 2 heads, which it alone reads
+    join 4+own/3     one softmax over slot 4 and the layer's own slot, of which a query sees 3 tokens; `and` in place of
+                     a number is the second slot; `sink`: with a learned term in the denominator
+    gate 0+own/3     a sum of two attentions with a gate for each; `blend`: with g and 1 - g
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ PRESETS: dict[str, tuple[dict, list[str]]] = {
     "gqa": ({}, ["own:2"] * 8),
     "mqa": ({}, ["own:1"] * 8),
     "mla": ({"factor": 2, **LATENT}, ["latent", "read 0", "latent", "read 2", "latent", "read 4", "latent", "read 6"]),
+    "xmla": ({"factor": 4, **LATENT}, ["latent", *["read 0"] * 3, "latent", *["read 4"] * 3]),
     "cla": (
         {"n_kv_heads": 2},
         ["own:2 norm", "read 0", "own:2 norm", "read 2", "own:2 norm", "read 4", "own:2 norm", "read 6"],
@@ -70,6 +75,14 @@ PRESETS: dict[str, tuple[dict, list[str]]] = {
         ["own:2 norm", *(f"own:2 norm only keys keys {i} values 0" for i in range(1, 8))],
     ),
     "swiftkv": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["own:2 input 3"] * 4),
+    "ced": (
+        {"n_kv_heads": 2, "window": 3, "kv_norm": True},
+        ["own:2 norm"] * 4 + ["own:2 input 3 and:2 join own+and/3 sink"] * 4,
+    ),
+    "hysparse": (
+        {"n_kv_heads": 2, "window": 2, "n_gated": 3},
+        ["own:2", *["own:2 gate 0+own/2"] * 3, "own:2", *["own:2 gate 4+own/2"] * 3],
+    ),
     "trailing": (
         {"n_kv_heads": 2, "window": 3, "full_every": 2},
         ["own:2 window 3", "own:2"] * 2 + ["read 2 window 3", "read 3"] * 2,
@@ -104,6 +117,10 @@ VARIANTS: dict[str, tuple[dict, list[str]]] = {
     ),
     "fusedkv, scalar weights per head": (
         {"preset": "fusedkv", "granularity": "scalar", "per_head": True, "n_kv_heads": 2},
+        ["own:2"] * 4 + ["keys w0+w3 values w0+w3"] * 4,
+    ),
+    "fusedkv, complex keys and matrix values": (
+        {"preset": "fusedkv", "keys": "complex", "values": "matrix", "n_kv_heads": 2},
         ["own:2"] * 4 + ["keys w0+w3 values w0+w3"] * 4,
     ),
     "fusedkv, three sources": (
@@ -168,6 +185,46 @@ VARIANTS: dict[str, tuple[dict, list[str]]] = {
         {"preset": "swiftkv", "n_lower": 3, "group": 2, "n_kv_heads": 2},
         ["own:2"] * 3 + ["own:2 input 2", "own:2 input 2", "read 4", "own:2 input 2", "read 6"],
     ),
+    "ced, groups of two": (
+        {"preset": "ced", "n_lower": 3, "window": 2, "group": 2, "sink": False, "n_kv_heads": 4},
+        [
+            *["own:4"] * 3,
+            "own:4 input 2 and:4 join own+and/2",
+            *("own:4 input 2 and:4 join own+and/2", "own:4 join 4+own/2"),
+            *("own:4 input 2 and:4 join own+and/2", "own:4 join 6+own/2"),
+        ],
+    ),
+    "joins of every slot": (
+        {
+            "layers": [
+                {"layers": 0, "own": {"n_kv_heads": 2, "tie": "kv"}},
+                {"layers": [1, 4], "read": {"join": [{"own": {"n_kv_heads": 1, "window": 4}}], "sink": True}},
+                {
+                    "layers": [2, 5],
+                    "read": {
+                        "join": [
+                            0,
+                            {"share": 1, "window": 1},
+                            {"own": {"n_kv_heads": 4, "window": 3}},
+                            {"own": {"n_kv_heads": 2, "tie": "kv", "kv_norm": True}},
+                        ]
+                    },
+                },
+                {"layers": [3, 6], "read": {"join": [{"share": 0, "window": 3}, {"share": 2, "window": 2}]}},
+                {"layers": 7, "read": {"gate": [0, {"share": 5, "window": 2}], "gates": "complementary"}},
+            ]
+        },
+        [
+            "own:2 tied",
+            "own:1 join own/4 sink",
+            "own:4 and:2 norm tied join 0+1/1+own/3+and",
+            "join 0/3+2/2",
+            "own:1 join own/4 sink",
+            "own:4 and:2 norm tied join 0+1/1+own/3+and",
+            "join 0/3+2/2",
+            "blend 0+5/2",
+        ],
+    ),
     "mha, window and kv norm": ({"preset": "mha", "window": 2, "kv_norm": True}, ["own:4 norm window 2"] * 8),
 }
 
@@ -178,6 +235,8 @@ _ROW = re.compile(
     r"(?: only (?P<only>keys|values))?"
     r"(?P<tied> tied)?"
     r"(?: mix (?P<mix>[0-9+]+))?"
+    r"(?: and:(?P<local>\d+)(?P<local_norm> norm)?(?P<local_tied> tied)?)?"
+    r"(?: ?(?P<how>join|gate|blend) (?P<parts>\S+)(?P<sink> sink)?)?"
     r"(?: ?read (?P<read>\d+)| ?keys (?P<keys>\S+) values (?P<values>\S+))?"
     r"(?: window (?P<window>\d+))?"
 )
@@ -197,6 +256,11 @@ class Row:
     keys: list[int]
     values: list[int]
     window: int | None
+    local: bool
+    local_norm: bool
+    local_tied: bool
+    how: str | None
+    parts: list[tuple[object, int | None]]
     weighted: dict[str, bool]
 
     @classmethod
@@ -204,6 +268,12 @@ class Row:
         found = _ROW.fullmatch(text)
         assert found, text
         keys, values = found["keys"] or found["read"] or str(layer), found["values"] or found["read"] or str(layer)
+        parts: list[tuple[object, int | None]] = []
+        for name, _, window in (part.partition("/") for part in (found["parts"] or "").split("+") if part):
+            slot = layer if name == "own" else ("and", layer) if name == "and" else int(name)
+            parts.append((slot, int(window) if window else None))
+        if parts:
+            keys = values = "+".join(str(slot) for slot, _ in parts if isinstance(slot, int))
         return cls(
             owns=bool(found["heads"] or found["kind"]),
             kind=found["kind"],
@@ -215,6 +285,11 @@ class Row:
             keys=[int(number) for number in re.findall(r"\d+", keys)],
             values=[int(number) for number in re.findall(r"\d+", values)],
             window=int(found["window"]) if found["window"] else None,
+            local=bool(found["local"]),
+            local_norm=bool(found["local_norm"]),
+            local_tied=bool(found["local_tied"]),
+            how=found["how"],
+            parts=parts,
             weighted={"keys": "w" in keys, "values": "w" in values},
         )
 
@@ -335,10 +410,14 @@ class SlowDecoder:
             slots.setdefault(i, {})[t] = self.project_latent(i, t, normed)
         elif row.owns and row.kind is None:
             slots.setdefault(i, {})[t] = self.project(i, t, x, normed, slots)
+        if row.local:
+            slots.setdefault(("and", i), {})[t] = self.project_local(i, t, x, normed)
         if row.kind == "retention":
             heads = self.retention(i, t, normed, slots)
         elif source.kind == "latent":
             heads = self.latent_attention(i, t, normed, slots)
+        elif row.how is not None:
+            heads = self.attention_to_parts(i, t, normed, slots)
         else:
             heads = self.attention(i, t, normed, slots)
         x = x + self.linear(i, "attention.o_proj", torch.cat(heads))
@@ -379,6 +458,49 @@ class SlowDecoder:
             values = self.mixed(i, "values", values, [slots[j][t][1] for j in self.layers[i].mix])
         return list(keys), list(values)
 
+    def project_local(self, i: int, t: int, x: Tensor, normed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The second slot, always of the layer's own input."""
+        if self.layers[i].local_norm:
+            normed = rms_norm(x, self.w(i, "attention.local.norm.weight"), self.eps)
+        name = "kv_proj" if self.layers[i].local_tied else "k_proj"
+        keys = self.linear(i, f"attention.local.{name}", normed).split(self.head_dim)
+        norm = self.weights.get(f"blocks.{i}.attention.local.k_norm.weight")
+        keys = keys if norm is None else [rms_norm(key, norm, self.eps) for key in keys]
+        tied = self.layers[i].local_tied
+        values = keys if tied else self.linear(i, "attention.local.v_proj", normed).split(self.head_dim)
+        return [rotate(key, t, self.theta) for key in keys], list(values)
+
+    def attention_to_parts(self, i: int, t: int, normed: Tensor, slots: dict) -> list[Tensor]:
+        """One softmax over the keys of several slots, with exp(s_h) in its denominator if there is a sink:
+        Σ_j exp(z_j) v_j / (Σ_j exp(z_j) + exp(s_h)); or one for each slot, and Σ_p g_ph o_ph."""
+        row = self.layers[i]
+        queries = self.linear(i, "attention.q_proj", normed).split(self.head_dim)
+        norm = self.weights.get(f"blocks.{i}.attention.q_norm.weight")
+        sink = self.weights.get(f"blocks.{i}.attention.sink.weight")
+        heads = []
+        for h, query in enumerate(queries):
+            query = rotate(query if norm is None else rms_norm(query, norm, self.eps), t, self.theta)
+            read: list[tuple[list[Tensor], list[Tensor]]] = []
+            for slot, window in row.parts:
+                seen = range(0 if window is None else max(0, t - window + 1), t + 1)
+                g = h * len(slots[slot][t][0]) // self.n_heads
+                read.append(([slots[slot][s][0][g] for s in seen], [slots[slot][s][1][g] for s in seen]))
+            if row.how == "join":
+                scores = [
+                    (torch.exp(query @ key / math.sqrt(self.head_dim)), v)
+                    for ks, vs in read
+                    for key, v in zip(ks, vs, strict=True)
+                ]
+                total = sum(score for score, _ in scores) + (0 if sink is None else torch.exp(sink[h]))
+                heads.append(torch.stack([score * v for score, v in scores]).sum(0) / total)
+                continue
+            weight = self.w(i, "attention.gates.weight")
+            gates = [1 / (1 + torch.exp(-row @ normed)) for row in weight[h :: self.n_heads]]
+            gates = [gates[0], 1 - gates[0]] if row.how == "blend" else gates
+            outs = [softmax_read(query, ks, vs, self.head_dim) for ks, vs in read]
+            heads.append(torch.stack([gate * out for gate, out in zip(gates, outs, strict=True)]).sum(0))
+        return heads
+
     def mixed(self, i: int, part: str, own: Sequence[Tensor], others: list[list[Tensor]]) -> list[Tensor]:
         """YOCO++: 35 (Σ_j w_j X_j + w X) of one token, head by head."""
         *weights, last = self.w(i, f"attention.owner.mixed_{part}.weight")
@@ -394,9 +516,21 @@ class SlowDecoder:
         if not self.layers[i].weighted[part]:
             return parts[0]
         weight = self.w(i, f"attention.{part}.weight")  # sources, 1 or heads, channels
+        if weight.ndim == 4:  # sources, heads, (real and imaginary part, pairs) or (channels in, channels out)
+            return torch.stack([self.times(x, weight[n, head], part) for n, x in enumerate(parts)]).sum(0)
         of_head = weight[:, head if weight.shape[1] > 1 else 0]
         channels = [c % weight.shape[2] for c in range(self.head_dim)]
         return sum(of_head[n, channels] * x for n, x in enumerate(parts))
+
+    @staticmethod
+    def times(x: Tensor, weight: Tensor, part: str) -> Tensor:
+        """A key's pairs x_c + i x_{c+d/2} times complex numbers, or a value times a matrix, channel by channel."""
+        if part == "values":
+            return torch.stack([torch.stack([x[c] * weight[c, e] for c in range(len(x))]).sum() for e in range(len(x))])
+        half, (real, imaginary) = len(x) // 2, weight
+        first = [real[c] * x[c] - imaginary[c] * x[c + half] for c in range(half)]
+        second = [imaginary[c] * x[c] + real[c] * x[c + half] for c in range(half)]
+        return torch.stack(first + second)
 
     def attention(self, i: int, t: int, normed: Tensor, slots: dict) -> list[Tensor]:
         row = self.layers[i]

@@ -54,7 +54,7 @@ def test_help_lists_every_command_in_a_line(
 
 
 def test_every_command_has_a_module_and_all_but_configs_a_file_in_the_repository(load_file) -> None:
-    assert COMMANDS.keys() == CLONE.keys() | {"configs", "study"}
+    assert COMMANDS.keys() == CLONE.keys() | {"configs", "serve", "study"}
     for name, file in CLONE.items():
         command = importlib.import_module(f"cllm.commands.{name}").main
         assert load_file(ROOT / file).main.func is command

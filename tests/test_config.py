@@ -204,6 +204,8 @@ def test_no_number_is_infinite(key, value):
     node[leaf] = [0.9, value] if key == "optim.betas" else value
     if ".scaling." in key:
         node |= {"type": "yarn", "factor": 2.0, "original_max_seq_len": 64, leaf: value}
+    if key == "model.kv.bytes":
+        node["preset"] = "xmla"
     with pytest.raises(UserError) as error:
         validate(Config, data)
     assert str(error.value).startswith(key)

@@ -33,6 +33,8 @@ K = V = 4 * 8 * 2
         ({"preset": "yoco_pp"}, [K + V] * 7),
         # Layers 4 to 7 project the output of layer 3, 24 numbers, which is the residual stream above layer 3.
         ({"preset": "swiftkv"}, [0, 0, 0, 0, 24 * 2, 24 * 2, 24 * 2]),
+        # Layer 4 projects the output of layer 3; layers 5 to 7 read that slot, and windows that they alone read.
+        ({"preset": "ced", "group": 4, "window": 4}, [0, 0, 0, 0, K + V, K + V, K + V]),
         ({"preset": "fusedkv", "n_kv_heads": 1}, [(K + V) / 4] * 3 + [(K + V) / 2] * 4),
     ],
     ids=lambda value: value.get("preset") if isinstance(value, dict) else None,

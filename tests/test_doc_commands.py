@@ -299,6 +299,13 @@ def python(words: list[str]) -> str | None:
     return None
 
 
+def curl(words: list[str]) -> None:
+    """A request whose data are JSON."""
+    for option, value in itertools.pairwise(words):
+        if option == "-d":
+            json.loads(value)
+
+
 def check(words: list[str]) -> str | None:
     """Run or check a command. Returns the name of the command of cllm that ran, if one did.
 
@@ -318,6 +325,8 @@ def check(words: list[str]) -> str | None:
         launched([program, *rest])
     elif program == "pip":
         pip(rest)
+    elif program == "curl":
+        curl(rest)
     elif program.startswith("scripts/"):
         shell_script(program)
     elif program.removeprefix(".venv/bin/") not in installed and [program, *rest] != [".", ".venv/bin/activate"]:

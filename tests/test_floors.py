@@ -24,9 +24,10 @@ FLOORS = [
     {"runs"},
     {"hub"},
     {"uptrain", "posthoc"},
+    {"prefix"},
     {"train"},
     {"evaluate"},
-    {"study", "api"},
+    {"study", "api", "serve"},
     {"commands"},
     {"__main__"},
 ]

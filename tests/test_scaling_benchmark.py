@@ -6,16 +6,20 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from benchmarks.scaling.__main__ import main
+from benchmarks.scaling import __main__ as scaling
+from benchmarks.scaling import worker
 from benchmarks.scaling.cases import Cases, cases_of, load_case
 from benchmarks.scaling.profile import merged, read_profiles, shares
 from cllm.config import Config
 from cllm.config.load import read_yaml, validate
 from cllm.runs import RunFolder
+
+main = scaling.main
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
@@ -39,6 +43,32 @@ def bench(tiny: Path, tmp_path: Path) -> Callable[..., int]:
     return lambda *words: main(["--config", str(tiny), "--work", str(tmp_path / "work"), *words])
 
 
+class Finished:
+    """A run that was trained in this process."""
+
+    def __init__(self, status: int, gpus: list[int]):
+        self.status, self.gpus = status, gpus
+
+    def poll(self, *, end: bool = False) -> int:
+        return self.status
+
+
+@pytest.fixture
+def single_runs_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Runs of the strategy `single` call the worker in this process; all others are started as processes."""
+    start = scaling.start
+
+    def begin(config: Config, gpus: list[int], profiled: int, timeout: float) -> Any:
+        if config.train.strategy != "single":
+            return start(config, gpus, profiled, timeout)
+        file = tmp_path / f"{config.name}.yaml"
+        file.write_text(yaml.safe_dump(config.as_yaml_data()), encoding="utf-8")
+        return Finished(worker.main(str(file), str(profiled)) or 0, gpus)
+
+    monkeypatch.setattr(scaling, "start", begin)
+
+
+@pytest.mark.usefixtures("single_runs_here")
 def test_runs_are_compared_and_a_failed_one_does_not_stop_the_others(
     bench: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,6 +99,7 @@ def test_runs_are_compared_and_a_failed_one_does_not_stop_the_others(
     assert f"{ratio / 2:.3f}" in line.split()
 
 
+@pytest.mark.usefixtures("single_runs_here")
 def test_equal_steps_give_equal_losses(tiny: Path, tmp_path: Path, prepare_texts: Callable[..., Path]) -> None:
     """Four sequences a step on one process and on two: losses differ by rounding alone."""
     text = prepare_texts(tmp_path, (f"the plan says where keys and values come from, {n}" for n in range(200)), 0.05)

@@ -1,6 +1,8 @@
 """From files and command lines to a config, and what a mistake is told."""
 
+import inspect
 import json
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from cllm.config.load import config_parser, keys_help, load_settings, merge, par
 from cllm.errors import UserError
 from cllm.plan.presets import preset_names
 from cllm.plan.presets.sharing import CLA
+from cllm.section import Section, create_section
 from cllm.uptrain.complete import load_config
 
 BASE = """
@@ -237,7 +240,7 @@ def test_unknown_preset_names_the_nearest(write):
     assert message == 'command line: model.kv.preset: unknown preset "fusedkvlite"; did you mean "fusedkv_lite"?'
     message = refusal([path], ["--model.kv.preset", "nosuch"])
     assert message.startswith('command line: model.kv.preset: unknown preset "nosuch"; nearest: "')
-    assert "allowed: afm, cla, fusedkv," in message
+    assert "allowed: afm, ced, cla, fusedkv," in message
 
 
 def test_option_of_another_preset_is_refused(write):
@@ -399,3 +402,19 @@ def test_help_takes_a_word(command: str, word: str, shown: str, capsys: pytest.C
     assert "--config" not in told
     assert cli.main([command, "--help", "xyzzy"]) == 2
     assert capsys.readouterr().err == "error: --help xyzzy: nothing about it; --help alone lists everything\n"
+
+
+def test_a_generated_section_is_not_looked_for_in_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pydantic compares each frame with every module that is loaded: seconds at an import below transformers."""
+    modules = []
+    monkeypatch.setattr(inspect, "getmodule", lambda *args: modules.append(args))
+    generated: Any = create_section("Generated", Section, {"n": (int, 3)})
+    assert not modules
+    monkeypatch.undo()
+
+    class Declared(generated):
+        m: int = 4
+        """Described."""
+
+    assert Declared().model_dump() == {"n": 3, "m": 4}
+    assert Declared.model_fields["m"].description == "Described."

@@ -6,6 +6,8 @@ plans.py     `plan`: a design as a table, a drawing and bytes
 models.py    `build`, `load`, `load_tokenizer`, `export`
 runs.py      `prepare`, `train`, `lightning_modules`, `compare`
 scores.py    `score`, `compress`
+caches.py    whether a cache was filled by a model
+prefixes.py  `PrefixStore`, `save_prefix`, `load_prefix`
 
 Imports every package below commands. This file imports nothing: `cllm/__init__.py` imports a module here when one of
 its functions is first used.

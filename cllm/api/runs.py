@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cllm.api.arguments import is_path, objects_of, path_of, paths_of, wrong_type
 from cllm.api.models import load, load_tokenizer
-from cllm.api.settings import AnyConfig, run_config, settings_of
+from cllm.api.settings import AnyConfig, each_of, run_config, settings_of
 from cllm.config import Config
 from cllm.data.manifest import Manifest
 from cllm.data.module import DataModule
@@ -80,7 +80,8 @@ def prepare(
         raise UserError("prepare: give either a recipe or texts=")
     layers: list[Any] = [{"workers": 1}]
     if texts is None:
-        layers += [recipe] if isinstance(recipe, str | os.PathLike | dict | Recipe) else list(recipe or ())
+        assert recipe is not None
+        layers += each_of(recipe, "prepare: recipe")
         return prepare_recipe(settings_of(Recipe, layers, settings), force=force)
     file = _store(texts, settings_of(Recipe, [*layers, _TEXTS], settings).folder)
     return prepare_recipe(settings_of(Recipe, [*layers, _TEXTS, {"source.paths": [file]}], settings), force=force)
@@ -278,6 +279,9 @@ def compare(
         ['mha', 'cla']
     """
     folder = None if out is None else path_of("compare: out", out)
+    for name, value in (("baseline", baseline), ("set_name", set_name)):
+        if value is not None and not isinstance(value, str):
+            raise wrong_type(f"compare: {name}", value, "a name, as a str")
     found = compare_runs(find_runs(paths_of("compare: runs", runs)), baseline=baseline, set_name=set_name)
     if folder is None:
         return ComparisonView(found)

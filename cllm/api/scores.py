@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cllm.api.arguments import count_of, device_of, path_of, paths_of, texts_of, token_ids_of, wrong_type
+from cllm.api.caches import check_cache
 from cllm.data.manifest import MANIFEST, Manifest
 from cllm.errors import UserError
 from cllm.evaluate.perplexity import Settings, open_sets
@@ -111,6 +112,8 @@ def score(
     prefix, window = count_of("score: prefix", prefix), count_of("score: window", window)
     max_tokens = count_of("score: max_tokens", max_tokens)
     documents = None if text is None else texts_of("score: text", text)
+    if prefix is not None and not specs:
+        raise UserError(f"score: prefix is {prefix}; it needs posthoc=, which says how to compress the prefix")
     if text is not None and paths:
         raise UserError("score: give either data or text=")
     if save and isinstance(model, nn.Module):
@@ -198,6 +201,7 @@ def compress(model: nn.Module, cache: Cache | Tensor, method: str) -> Any:
         raise wrong_type("compress: method", method, "a method with its options, such as kivi:bits=4")
     engine, compressor = engine_of(model), parse(method)
     if isinstance(cache, Cache):
+        check_cache(engine, model, cache)
         if compressor.watches or type(compressor).prepare is not Compressor.prepare:
             raise UserError(f"{method}: calibrates on tokens; give the prompt's token ids, (B, T), instead of a cache")
         return engine.compress(cache, compressor)

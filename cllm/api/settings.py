@@ -60,7 +60,7 @@ def model_config(config: AnyConfig, settings: Mapping[str, Any]) -> ModelConfig:
     if isinstance(config, ModelConfig) and not settings:
         return config
     layers = _layers(config, {f"model.{key}": value for key, value in settings.items()})
-    if all(is_design(one) for one in _each(config)):
+    if all(is_design(one) for one in each_of(config)):
         sizes = _SIZES | layers[-1][1].get("model", {})
         d_model = sizes["d_model"]
         sizes = {"n_heads": d_model // _HEAD_DIM or 1 if isinstance(d_model, int) else 1} | sizes
@@ -85,7 +85,7 @@ def _complete_model(data: dict[str, Any]) -> tuple[dict[str, Any], Origin]:
     return {key: value for key, value in data.items() if key == "model"}, origin
 
 
-def _each(config: AnyConfig) -> list[OneConfig]:
+def each_of(config: AnyConfig, name: str = "config") -> list[OneConfig]:
     """The configs in `config`. Raises `UserError` for an object of another type."""
     single = isinstance(config, str | os.PathLike | Mapping | Section)
     each = [config] if single or not isinstance(config, Sequence) or isinstance(config, bytes) else list(config)
@@ -93,19 +93,19 @@ def _each(config: AnyConfig) -> list[OneConfig]:
         if isinstance(one, str | os.PathLike | Mapping | Section):
             continue
         raise UserError(
-            f"config is a {type(one).__name__}; allowed: a path, the name of a shipped config or a design, a dict, "
+            f"{name} is a {type(one).__name__}; allowed: a path, the name of a shipped config or a design, a dict, "
             "a config object, or a list of these"
         )
     return each  # type: ignore[return-value]
 
 
 def _only_file(config: AnyConfig) -> str:
-    each = _each(config)
+    each = each_of(config)
     return str(each[0]) if len(each) == 1 and isinstance(each[0], str | os.PathLike) else ""
 
 
 def _layers(config: AnyConfig, settings: Mapping[str, Any]) -> list[Layer]:
-    return [layer for one in _each(config) for layer in _layers_of(one)] + [(ARGUMENTS, nest(settings))]
+    return [layer for one in each_of(config) for layer in _layers_of(one)] + [(ARGUMENTS, nest(settings))]
 
 
 def _layers_of(config: OneConfig) -> list[Layer]:

@@ -59,27 +59,29 @@ def kv_bytes(
 ) -> KVBytes:
     """Bytes of `config`'s plan at `context` tokens (default: `max_seq_len`), by default in bf16.
 
-    A layer reads all tokens in its window; a fused read counts once for each source, and a tensor that is both keys and
-    values counts once. A recurrent state is read and written entirely for every token.
+    A layer reads all tokens that its masks show it; a fused read counts once for each source, and a tensor that is both
+    keys and values counts once. A recurrent state is read and written entirely for every token.
     """
     plan = config.plan()
     context = context or config.max_seq_len
-    slots = {j: slot_bytes(config, j, bytes_per_element=bytes_per_element, storage=storage) for j in plan.owners}
+    slots = {j: slot_bytes(config, j, bytes_per_element=bytes_per_element, storage=storage) for j in plan.slots}
     resident = written = read = 0.0
-    for owner in plan.owners:
+    for owner in plan.slots:
         if state := state_bytes(config, plan.owned(owner)):
             resident, written = resident + state, written + state
             continue
-        resident += sum(slots[owner]) * min(plan.layers[owner].window or context, context)
+        resident += sum(slots[owner]) * min(plan.kept(owner) or context, context)
         written += sum(slots[owner])
-    for i, layer in enumerate(plan.layers):
-        seen = min(layer.window or context, context)
+    for i in range(len(plan)):
         if state := state_bytes(config, plan.source(i)):
             read += state
             continue
-        tensors = {(j, plan.owned(j).tensor_of("keys")) for j in plan.keys(i).layers}
-        tensors |= {(j, plan.owned(j).tensor_of("values")) for j in plan.values(i).layers}
-        read += sum(slots[j][tensor] for j, tensor in tensors) * seen
+        for read_slots, window in plan.attended(i):
+            at_once = plan.reads_at_once(i)
+            keys, values = (read_slots if at_once else half.layers for half in (plan.keys(i), plan.values(i)))
+            tensors = {(j, plan.owned(j).tensor_of("keys")) for j in keys}
+            tensors |= {(j, plan.owned(j).tensor_of("values")) for j in values}
+            read += sum(slots[j][tensor] for j, tensor in tensors) * min(window or context, context)
     return KVBytes(context=context, resident=resident / context, written=written, read=read / context)
 
 

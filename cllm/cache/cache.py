@@ -1,4 +1,4 @@
-"""The KV cache of a decoder: one store for each owner of the KV plan, and nothing else.
+"""The KV cache of a decoder: one store for each slot of the KV plan (`KVPlan.slots`), and nothing else.
 
     cache = KVCache(config.model)                      # grows with every token
     cache = KVCache(config.model, max_len=32768)       # allocated once, at the first pass
@@ -77,6 +77,11 @@ class KVCache(Cache):
                 name = key.removeprefix("resolved_")
                 raise UserError(f"the cache was made for another model: its {name} is {mine}, the model's {other}")
 
+    def check_plan(self, plan: KVPlan) -> None:
+        """Raise `UserError` for the KV plan of another model."""
+        if plan != self.plan:
+            raise UserError("the cache was made for another model: its KV plan is not the model's")
+
     @torch.inference_mode(False)  # a cache filled in inference mode can go on outside of it
     def begin(self, plan: KVPlan, ids: Tensor, starts: Tensor | None, dtype: torch.dtype) -> Step:
         """Begin a pass over `ids` (B, T) of a model with `plan`, which computes in `dtype`.
@@ -87,8 +92,7 @@ class KVCache(Cache):
         batch, length = ids.shape
         if self.closed is not None and self.seen:
             raise UserError(self.closed)
-        if plan != self.plan:
-            raise UserError("the cache was made for another model: its KV plan is not the model's")
+        self.check_plan(plan)
         if self.max_len is not None and self.seen + length > self.max_len:
             raise UserError(
                 f"cache: {self.seen} tokens stored and {length} to come, but it was made for max_len {self.max_len}"
@@ -114,16 +118,16 @@ class KVCache(Cache):
     def _allocate(self, batch: int, device: torch.device, dtype: torch.dtype) -> None:
         self.column = torch.zeros(1, dtype=torch.long, device=device)
         head_dim, fp8 = self.config.resolved_head_dim, self.storage == "fp8"
-        for owner in self.plan.owners:
-            layer, source = self.plan.layers[owner], self.plan.owned(owner)
+        for owner in self.plan.slots:
+            window, source = self.plan.kept(owner), self.plan.owned(owner)
             state = source.state_shape(self.config.n_heads, head_dim)
             if state is not None:
                 self.stores[owner] = StateStore(state, batch, device=device)
                 continue
             kind: type[SlotStore] = FixedSlot if self.is_static else GrowingSlot
-            size = 0 if self.max_len is None else min(layer.window or self.max_len, self.max_len)
+            size = 0 if self.max_len is None else min(window or self.max_len, self.max_len)
             widths = source.widths(head_dim)
-            self.stores[owner] = kind(widths, batch, size, window=layer.window, dtype=dtype, fp8=fp8, device=device)
+            self.stores[owner] = kind(widths, batch, size, window=window, dtype=dtype, fp8=fp8, device=device)
 
     # ---- for people --------------------------------------------------------------------------------------------------
 
@@ -262,10 +266,11 @@ class KVCache(Cache):
 def _check_rings(plan: KVPlan, max_len: int) -> None:
     """A pass of one token reads entire rings, so the rings that one layer reads must have the same size."""
     for i in range(len(plan)):
-        kept = {j: min(plan.layers[j].window or max_len, max_len) for j in plan.reads(i)}
-        if len(set(kept.values())) > 1:
-            sizes = ", ".join(f"layer {j} keeps {n}" for j, n in kept.items())
-            raise UserError(
-                f"layer {i} reads slots that keep different numbers of tokens ({sizes}), which a static cache "
-                "(max_len) cannot; use a growing one"
-            )
+        for slots, _ in plan.attended(i):
+            kept = {j: min(plan.kept(j) or max_len, max_len) for j in slots}
+            if len(set(kept.values())) > 1:
+                sizes = ", ".join(f"layer {j} keeps {n}" for j, n in kept.items())
+                raise UserError(
+                    f"layer {i} reads slots that keep different numbers of tokens ({sizes}), which a static cache "
+                    "(max_len) cannot; use a growing one"
+                )

@@ -65,6 +65,11 @@ class CachedLayer:
     def _read(self, name: Literal["keys", "values"]) -> Tensor | None:
         plan, cache = self.cache.plan, self.cache
         read = plan.keys(self.layer) if name == "keys" else plan.values(self.layer)
+        if plan.reads_at_once(self.layer):
+            raise UserError(
+                f"cache.layers[{self.layer}].{name}: the layer reads several slots by {read.key}: "
+                f"{read.text(self.layer)}; allowed: layers that read one slot"
+            )
         if not read.is_stored:
             raise UserError(
                 f"cache.layers[{self.layer}].{name}: the layer fuses {name} of the layers {list(read.layers)}, which "

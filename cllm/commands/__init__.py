@@ -9,6 +9,7 @@ train.py       train a run
 evaluate.py    perplexity of trained models, and the cost of compressing their caches
 prepare.py     a corpus as shards of tokens
 convert.py     runs and checkpoint folders into each other
+serve.py       an exported folder in vLLM's server
 compare.py     runs in one table and one figure
 analyze.py     similarity of cached keys and values between layers
 tradeoff.py    designs, trained and compressed

@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "measure perplexity and bits per byte, also with compressed caches",
     "compare": "put runs into one table and one figure",
     "convert": "export runs to Hugging Face folders, and import such folders",
+    "serve": "serve an exported folder with vLLM's OpenAI server",
     "analyze": "measure how similar cached keys and values of different layers are",
     "sweep": "compress the caches of runs in many ways: one table, one figure",
     "tradeoff": "train designs and sweep over them",

@@ -2,6 +2,11 @@
 
     %(prog)s runs/* [--baseline NAME] [--set SET] [--out DIR]
     %(prog)s runs/* --score copying --heatmap ruler
+    %(prog)s runs/* --posthoc '*' --score copying --score mqar
+    %(prog)s studies/NAME --score copying:distance=512 --score piqa
+
+With --posthoc, and for a study or files of results, the table has a row for each design and each way to compress its
+cache, with bytes, perplexity, scores and their changes. It is printed in Markdown.
 
 Losses come from `evaluate --run ...` if it has been run, else from the last validation of the training. See
 docs/evaluation.md.
@@ -9,13 +14,14 @@ docs/evaluation.md.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from cllm.arguments import Parser
-from cllm.errors import one_line
+from cllm.errors import UserError, one_line
 from cllm.lock import locked
 from cllm.signals import stoppable
 
@@ -24,11 +30,20 @@ def make_parser(program: str) -> Parser:
     """The command line's arguments."""
     parser = Parser(prog=program, description=__doc__)
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="run folders; folders that are not runs are skipped")
+    add(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="run folders, of which those that are not runs are skipped; or "
+        "folders of studies, JSON files of results and CSV tables of sweeps",
+    )
     add("--baseline", metavar="NAME", help="run to compare with (default: the one with the largest resident cache)")
     add("--set", dest="set_name", metavar="SET", help="set to compare on (default: each run's main validation set)")
-    add("--score", metavar="SUITE[/NUMBER]", help="compare by a number that evaluate --suite SUITE has measured, "
-        "such as copying or ruler/score (default: by perplexity)")  # fmt: skip
+    add("--score", action="append", default=[], metavar="SUITE[:TASK][/NUMBER]", help="compare by a number that "
+        "evaluate --suite SUITE has measured, such as copying, ruler/score, copying:distance=512 or ruler:length=4096, "
+        "an option of the evaluation (default: by perplexity); repeatable: the first decides")  # fmt: skip
+    add("--posthoc", action="append", default=[], metavar="PATTERN", help="one table with a row for each run and each "
+        "evaluate --posthoc SPEC that matches, such as 'xkv*' or '*'; repeatable")  # fmt: skip
     add("--heatmap", metavar="SUITE[/NUMBER]", help="also draw this number by needle depth and length, for each run "
         "and --posthoc of evaluate --suite SUITE, such as ruler")  # fmt: skip
     add("--out", type=Path, metavar="DIR", help="folder of the files (default: comparison/ next to the runs, "
@@ -43,18 +58,28 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm compare
     options = make_parser(program).parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     # Imported late: --help and mistakes in arguments answer without loading torch and plots.
+    from cllm.evaluate.measured import are_results
+
+    if options.posthoc or are_results(options.runs):
+        return _answer(options)
+    return _compare(options)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    """A row for each run."""
     from cllm.evaluate.comparison import compare, find_runs
     from cllm.evaluate.heatmap import read_heatmap
     from cllm.evaluate.heatmap import write as write_heatmap
-    from cllm.evaluate.quality import parse_score
     from cllm.evaluate.report import terminal, write
     from cllm.evaluate.result_folders import beside
+    from cllm.evaluate.score_choice import parse_score_choice
     from cllm.evaluate.suites.registry import suites
 
     runs = find_runs(options.runs)
     heatmap = None
     if options.heatmap is not None:
-        heatmap = read_heatmap(runs, *parse_score(options.heatmap, suites(), "--heatmap"))
+        choice = parse_score_choice(options.heatmap, suites(), "--heatmap")
+        heatmap = read_heatmap(runs, choice.suite, choice.number)
     comparison = compare(runs, baseline=options.baseline, set_name=options.set_name, score=options.score)
     print(terminal(comparison))
     folder = options.out or beside([run.path for run in runs], "comparison")
@@ -66,3 +91,31 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm compare
         for path in paths:
             print(f"written: {path}")
     return 1 if comparison.left_out else 0
+
+
+def _answer(options: argparse.Namespace) -> int:
+    """A row for each design and each way to compress its cache."""
+    from cllm.evaluate.answers import answers
+    from cllm.evaluate.answers_table import markdown, write
+    from cllm.evaluate.measured import read_measured
+    from cllm.evaluate.result_folders import without_results
+    from cllm.evaluate.score_choice import parse_score_choice
+    from cllm.evaluate.suites.registry import suites
+
+    if options.heatmap is not None:
+        raise UserError("--heatmap goes with run folders, and without --posthoc")
+    scores = [parse_score_choice(text, suites()) for text in dict.fromkeys(options.score)]
+    models, left_out = read_measured(without_results(options.runs) or options.runs)
+    found = answers(
+        models,
+        scores,
+        specs=options.posthoc or ["*"],
+        baseline=options.baseline,
+        set_name=options.set_name,
+    )
+    print(markdown(found), end="")
+    if options.out is not None:
+        with locked(options.out):
+            for path in write(found, options.out):
+                print(f"written: {path}", file=sys.stderr)
+    return 1 if left_out else 0

@@ -112,9 +112,10 @@ class ModelConfig(Section):
                     f"d_model {self.d_model} / n_heads {self.n_heads} gives an odd head_dim; RoPE rotates channel pairs"
                 )
         for i, layer in enumerate(self.plan().layers):
-            n_kv = getattr(layer.own, "n_kv_heads", None)
-            if n_kv is not None and self.n_heads % n_kv:
-                raise ValueError(f"layer {i}: n_heads {self.n_heads} is not a multiple of n_kv_heads {n_kv}")
+            for own in (layer.own, layer.local):
+                n_kv = getattr(own, "n_kv_heads", None)
+                if n_kv is not None and self.n_heads % n_kv:
+                    raise ValueError(f"layer {i}: n_heads {self.n_heads} is not a multiple of n_kv_heads {n_kv}")
         return self
 
     @property

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, model_validator
 
-from cllm.section import MAX_COUNT, MAX_WIDTH, Section
+from cllm.section import MAX_COUNT, MAX_WIDTH, Section, create_section
 
 Method = Literal["copy", "mean", "aligned", "ridge", "fit", "svd"]
 Align = Literal["none", "heads", "turn", "map"]
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     _From = Section
 else:  # `from` is a keyword of Python and cannot be the name of a field in a class
     _FROM = "A run folder, one of its checkpoints, or a Hugging Face folder to start from; null: random weights."
-    _From = create_model("_From", __base__=Section, **{"from": (str | None, Field(None, description=_FROM))})
+    _From = create_section("_From", Section, {"from": (str | None, Field(None, description=_FROM))})
 
 
 class InitFrom(_From):
@@ -47,8 +47,8 @@ class InitFrom(_From):
     """With fit: the layers that a fusing layer reads. plan: those of the plan; best: as many, chosen on the calibration
     text for the least squared error and written to the run's config.yaml."""
     ridge: float = Field(1e-4, ge=0)
-    """With ridge and fit: penalty on the distance from the starting weights, relative to the mean square of the
-    inputs."""
+    """With ridge, fit, and svd for latents that several layers read: penalty on the distance from the starting weights,
+    relative to the mean square of the inputs."""
     rope_pairs: KeepPairs = "high"
     """With svd: the channel pairs that keep RoPE. high: those of highest frequency; uniform: evenly spaced ones."""
 

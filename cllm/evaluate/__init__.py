@@ -10,7 +10,12 @@ subjects.py    models to evaluate: a run, one of its checkpoints, or a Hugging F
 texts.py       sets to score: prepared tokens or a text file, and the bytes of text that tokens stand for
 windows.py     windows over a token stream longer than the model's context
 comparison.py  run folders as rows of one table, with warnings                    (command line: scripts/compare.py)
+run_numbers.py  numbers in the files of a run, for its row
+score_choice.py  the number that --score names, and its value in a record
 quality.py     the number by which runs are compared: perplexity, or a number of a suite
+measured.py    what was measured of models: from runs, studies, result files and tables of sweeps
+answers.py     designs and ways to compress their caches in one table: bytes, perplexity, scores
+answers_table.py  that table as Markdown and CSV
 heatmap.py     scores by needle depth and length, for each run and compression
 seeds.py       a run as a row, and runs that differ in their seed only as one
 report.py      that table as CSV, Markdown and a figure

@@ -11,22 +11,21 @@ import dataclasses
 import functools
 import json
 import logging
-from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cllm.config import Config
 from cllm.data.manifest import Manifest
 from cllm.errors import DataError, UserError, nearest
 from cllm.evaluate.left_out import LeftOut
-from cllm.evaluate.quality import PERPLEXITY, Quality, of_suite, parse_score
+from cllm.evaluate.quality import PERPLEXITY, Quality, of_choice
+from cllm.evaluate.run_numbers import number, suite_numbers, training_numbers
+from cllm.evaluate.score_choice import ScoreChoice, parse_score_choice
 from cllm.evaluate.seeds import CONSTANTS, Group, Row, group_name, percent_above
 from cllm.evaluate.suites.registry import suites
-from cllm.evaluate.suites.suite import Number, Suite
+from cllm.evaluate.suites.suite import Number
 from cllm.evaluate.units import perplexity, set_label
 from cllm.files import inside, shorten
 from cllm.rows import Row as MetricsRow
@@ -97,13 +96,18 @@ def find_runs(paths: Iterable[str | Path]) -> list[RunFolder]:
 
 
 def compare(
-    runs: Sequence[RunFolder], *, baseline: str | None = None, set_name: str | None = None, score: str | None = None
+    runs: Sequence[RunFolder],
+    *,
+    baseline: str | None = None,
+    set_name: str | None = None,
+    score: str | Sequence[str] | None = None,
 ) -> Comparison:
     """Compare `runs` on a set (default: each run's main validation set).
 
-    With `score`, which is SUITE or SUITE/NUMBER, they are compared by that number of their records of the suite, else
-    by perplexity. The baseline is the run called `baseline`, by default the one with the largest resident cache, then
-    the largest read. If there are several runs, one whose files cannot be read is named on stderr and left out.
+    With `score`, which is `SUITE[:TASK][/NUMBER]`, they are compared by that number of their records of the suite, else
+    by perplexity. Of several scores the first decides, and all are columns. The baseline is the run called `baseline`,
+    by default the one with the largest resident cache, then the largest read. If there are several runs, one whose
+    files cannot be read is named on stderr and left out.
 
     Raises:
         UserError: if no run can be read, two runs have one name, the baseline is not among them, no run has a loss on
@@ -112,7 +116,8 @@ def compare(
     if set_name is not None and ("/" in set_name or set_name != set_name.strip("./")):
         raise UserError(f"--set {set_name}: is not the name of a validation set")
     known_suites = suites()
-    wanted = None if score is None else parse_score(score, known_suites)
+    texts = [score] if isinstance(score, str) else list(score or ())
+    wanted = [parse_score_choice(text, known_suites) for text in texts]
     names = [run.name for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two runs are called {twice[0]}; a comparison needs a name for each")
@@ -126,9 +131,11 @@ def compare(
     if set_name is not None and all(run.row.loss is None for run in read):
         known = sorted({name for run in runs for name in _sets(run)})
         raise UserError(f"--set {set_name}: no run has a loss on it; {nearest(set_name, known)}")
-    quality = PERPLEXITY if wanted is None else of_suite(*wanted)
-    if wanted is not None and all(quality.of(run.row) is None for run in read):
-        raise UserError(f"--score {score}: no run has a record of it; first run evaluate --suite {quality.suite}")
+    qualities = [of_choice(choice) for choice in wanted]
+    for text, one in zip(texts, qualities, strict=True):
+        if all(one.of(run.row) is None for run in read):
+            raise UserError(f"--score {text}: no run has a record of it; first run evaluate --suite {one.suite}")
+    quality = next(iter(qualities), PERPLEXITY)
     if baseline is not None and baseline not in [run.row.run for run in read]:
         raise UserError(f"--baseline {baseline}: cannot be read")
     rows = sorted((run.row for run in read), key=lambda row: (-row.kv_resident, -row.kv_read, row.run))
@@ -147,10 +154,12 @@ def compare(
         left_out=left_out.names,
         groups=_groups(rows, base, {run.row.run: run.config for run in read}),
         suite_numbers={
-            f"{suite.name}_{number.key}": number
-            for suite in known_suites.values()
-            for number in {n.key: n for n in (*suite.numbers, *suite.compared_numbers())}.values()
-            if any(f"{suite.name}_{number.key}" in row.suites for row in rows)
+            name: number
+            for name, number in {
+                **{f"{s.name}_{number.key}": number for s in known_suites.values() for number in s.compared_numbers()},
+                **{choice.name: choice.titled for choice in wanted},
+            }.items()
+            if any(name in row.suites for row in rows)
         },
         quality=quality,
     )
@@ -180,26 +189,26 @@ def _groups(rows: Sequence[Row], baseline: Row, configs: dict[str, Config]) -> l
     return [dataclasses.replace(g, vs_baseline=percent_above(g.mean("perplexity"), base)) for g in unique]
 
 
-def _read(run: RunFolder, set_name: str | None, score: tuple[Suite, Number] | None) -> _Run:
+def _read(run: RunFolder, set_name: str | None, scores: Sequence[ScoreChoice]) -> _Run:
     config, summary = run.config(), run.summary()
     main = next(iter(config.data.validation_sets))
     evaluation = _evaluation(run, set_name or main)
     prefix = "val" if set_name in (None, main) else f"val-{set_name}"
-    metrics = _metrics(run, prefix)
-    numbers, records = _of_suites(run, set_name or main, score)
+    metrics = training_numbers(run, prefix)
+    numbers, records = suite_numbers(run, set_name or main, scores)
     file = run.summary_file
     row = Row(
         run=run.name,
         design=str(summary.get("design")),
-        parameters=_number(file, summary, "parameters"),
-        kv_resident=_number(file, summary, "kv_bytes_per_token", "resident"),
-        kv_resident_vs_mha=_number(file, summary, "kv_vs_mha", "resident"),
-        kv_read=_number(file, summary, "kv_bytes_per_token", "read"),
-        kv_read_vs_mha=_number(file, summary, "kv_vs_mha", "read"),
+        parameters=number(file, summary, "parameters"),
+        kv_resident=number(file, summary, "kv_bytes_per_token", "resident"),
+        kv_resident_vs_mha=number(file, summary, "kv_vs_mha", "resident"),
+        kv_read=number(file, summary, "kv_bytes_per_token", "read"),
+        kv_read_vs_mha=number(file, summary, "kv_vs_mha", "read"),
         tokens=metrics.tokens,
         tokens_per_s=metrics.tokens_per_s,
         last_step=metrics.step,
-        steps=_number(file, summary, "steps"),
+        steps=number(file, summary, "steps"),
         suites=numbers,
         **(_from_evaluation(evaluation) if evaluation else _from_training(run, metrics.validated, prefix)),
     )
@@ -209,7 +218,7 @@ def _read(run: RunFolder, set_name: str | None, score: tuple[Suite, Number] | No
         tokenizer=evaluation["tokenizer_sha256"] if evaluation else _tokenizer(config),
         evaluation=evaluation,
         suite_steps={
-            name: _number(path, record, "step")
+            name: number(path, record, "step")
             for name, (path, record) in records.items()
             if record.get("step") is not None
         },
@@ -227,71 +236,9 @@ def _read(run: RunFolder, set_name: str | None, score: tuple[Suite, Number] | No
     )
 
 
-def _of_suites(
-    run: RunFolder, set_name: str, score: tuple[Suite, Number] | None
-) -> tuple[dict[str, float], dict[str, tuple[Path, dict[str, Any]]]]:
-    """Numbers of the run's records of suites with columns of their own, the score among them.
-
-    Also the records themselves, with their files.
-    """
-    numbers: dict[str, float] = {}
-    records: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for suite in suites().values():
-        compared = suite.compared_numbers()
-        if not compared:
-            continue
-        record_of = set_label(set_name) if suite.takes_text else suite.name
-        name = f"{run.evaluation_folder.name}/{suite.file(record_of)}"
-        path = inside(run.path, name, written_in=run.path)
-        if path.exists():
-            record = read_object(path)
-            records[suite.name] = path, record
-            if score is not None and score[0].name == suite.name and score[1].key not in [n.key for n in compared]:
-                compared = (*compared, score[1]) if record.get(score[1].key) is not None else compared
-            numbers |= {f"{suite.name}_{number.key}": _number(path, record, number.key) for number in compared}
-    return numbers, records
-
-
-def _number(file: Path, content: dict[str, Any], *keys: str) -> Any:
-    """The number at the nested `keys`. Raises `UserError` for anything else."""
-    value: Any = content
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        what = "null or missing" if value is None else shorten(repr(value))
-        raise UserError(f"{file}: {'.'.join(keys)} is {what}; allowed: a number")
-    return value
-
-
 _FIGURES = ("loss", "perplexity", "bits_per_byte", "tokens_scored", "window", "stride")
 _WORDS = ("data", "precision", "tokenizer_sha256")
 """Keys of an evaluation's record that a comparison reads, besides `step`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Metrics:
-    """The values of `metrics.jsonl` that a table shows."""
-
-    step: int
-    tokens: int
-    tokens_per_s: float | None
-    validated: MetricsRow | None
-    """The newest row with a loss on the set."""
-
-
-def _metrics(run: RunFolder, prefix: str) -> _Metrics:
-    """Read the rows in one pass; only rates are kept in memory, 8 bytes each."""
-    newest: MetricsRow = {"step": 0, "tokens": 0}
-    validated, rates = None, array("d")
-    for row in run.metrics():
-        newest = row
-        if row.get(f"{prefix}/loss") is not None:
-            validated = row
-        if row.get("throughput/tokens_per_s") is not None:
-            rates.append(_number(run.metrics_file, row, "throughput/tokens_per_s"))
-    median = float(np.median(rates)) if rates else None
-    tokens = _number(run.metrics_file, newest, "tokens")
-    return _Metrics(step=newest["step"], tokens=tokens, tokens_per_s=median or None, validated=validated)
 
 
 def _evaluation(run: RunFolder, set_name: str) -> dict[str, Any] | None:
@@ -300,7 +247,7 @@ def _evaluation(run: RunFolder, set_name: str) -> dict[str, Any] | None:
         return None
     record = read_object(path)
     for key in (*_FIGURES, *(["step"] if record.get("step") is not None else [])):
-        _number(path, record, key)
+        number(path, record, key)
     for key in _WORDS:
         if not isinstance(record.get(key), str | None) or key not in record:
             raise UserError(f"{path}: {key} is {shorten(repr(record.get(key)))}; allowed: a text")
@@ -314,12 +261,12 @@ def _from_evaluation(record: dict[str, Any]) -> dict[str, Any]:
 def _from_training(run: RunFolder, last: MetricsRow | None, prefix: str) -> dict[str, Any]:
     if last is None:
         return {}
-    loss = _number(run.metrics_file, last, f"{prefix}/loss")
+    loss = number(run.metrics_file, last, f"{prefix}/loss")
     return {
         "loss": loss,
         "perplexity": perplexity(loss),
         "bits_per_byte": last.get(f"{prefix}/bits_per_byte"),
-        "step": _number(run.metrics_file, last, "step"),
+        "step": number(run.metrics_file, last, "step"),
         "source": TRAINING,
     }
 

@@ -1,13 +1,12 @@
-"""The number by which runs are compared: perplexity, or a number of a suite (`--score SUITE[/NUMBER]`)."""
+"""The number by which runs are compared: perplexity, or a number of a suite (`--score`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from cllm.errors import UserError, nearest
+from cllm.evaluate.score_choice import ScoreChoice
 from cllm.evaluate.seeds import Group, Row, percent_above
-from cllm.evaluate.suites.suite import Number, Suite
 
 Form = Callable[[float], str]
 """Writes a number for a table."""
@@ -27,7 +26,7 @@ class Quality:
     suite: str | None = None
     """The suite that measures it; None: perplexity, of an evaluation or of the training."""
     key: str = "perplexity"
-    """In the record of the suite."""
+    """In the record of the suite, after its task if one was named."""
     relative: bool = False
     """Whether differences are in percent of the baseline's number."""
 
@@ -68,33 +67,13 @@ PERPLEXITY = Quality(
 )
 
 
-def of_suite(suite: Suite, number: Number) -> Quality:
+def of_choice(choice: ScoreChoice) -> Quality:
     """A number of a suite."""
-    name = f"{suite.name}_{number.key}"
     return Quality(
-        head=number.head if number.head.startswith(suite.name) else f"{suite.name}, {number.head}",
-        of=lambda row: row.suites.get(name),
-        form=lambda _: number.form,
-        higher_is_better=number.higher_is_better,
-        suite=suite.name,
-        key=number.key,
+        head=choice.head,
+        of=lambda row: row.suites.get(choice.name),
+        form=lambda _: choice.number.form,
+        higher_is_better=choice.number.higher_is_better,
+        suite=choice.suite.name,
+        key=choice.name.removeprefix(f"{choice.suite.name}_"),
     )
-
-
-def parse_score(text: str, known: Mapping[str, Suite], option: str = "--score") -> tuple[Suite, Number]:
-    """The suite and its number that `SUITE` or `SUITE/NUMBER` names; without NUMBER, the first one that is compared.
-
-    Raises:
-        UserError: naming `option`, for an unknown suite or number, and for a suite that is not compared.
-    """
-    name, slash, key = text.partition("/")
-    scored = {suite.name: suite for suite in known.values() if suite.compared_numbers()}
-    if name not in scored:
-        raise UserError(f"{option} {text}: no such suite; {nearest(name, scored)}")
-    suite = scored[name]
-    if not slash:
-        return suite, suite.compared_numbers()[0]
-    numbers = {number.key: number for number in (*suite.numbers, *suite.compared_numbers())}
-    if key not in numbers:
-        raise UserError(f"{option} {text}: {name} has no such number; {nearest(key, numbers)}")
-    return suite, numbers[key]

@@ -7,6 +7,8 @@ base.py        `CLLMModel`, the base model, and the part that both transformers 
 model.py       `CLLMForCausalLM`: logits and loss
 inputs.py      attention masks and position ids as padding, positions and documents
 generation.py  `generate` over a `KVCache`
+batching.py    continuous batching over transformers' paged cache
+serving.py     `transformers serve` for folders of this package
 loading.py     models in checkpoint folders, loaded without code and with every tensor accounted for
 export.py      from a run to a checkpoint folder
 card.py        the model card of a folder that is written

@@ -30,6 +30,10 @@ class CLLMGenerationMixin(GenerationMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. A CUDA graph recorded meanwhile is released, because it keeps its cache alive."""
+        if kwargs.get("cache_implementation") == "paged":
+            raise UserError(
+                "cache_implementation is paged; allowed: dynamic, static (continuous batching is generate_batch)"
+            )
         base: Any = super()
         try:
             return base.generate(*args, **kwargs)
@@ -147,7 +151,7 @@ class CLLMGenerationMixin(GenerationMixin):
 
     def _check_windows(self, length: int) -> None:
         """Refuse windows below `length`: assisted decoding removes tokens, and a ring has overwritten earlier ones."""
-        windows = [layer.window for layer in self.model.plan.layers if layer.own is not None and layer.window]
+        windows = [window for slot in self.model.plan.slots if (window := self.model.plan.kept(slot))]
         if windows and min(windows) < length:
             raise UserError(
                 f"assisted decoding of {length} tokens: it takes tokens back, and a slot with a window of "
@@ -172,11 +176,43 @@ class CLLMGenerationMixin(GenerationMixin):
         base: Any = super()
         base._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises `UserError`: continuous batching caches keys and values of every layer, but only owners have them."""
-        raise UserError(
-            "continuous batching (generate_batch, cache_implementation paged) is not supported; use generate"
-        )
+    # ---- continuous batching -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def init_continuous_batching(
+        self, generation_config: Any = None, continuous_batching_config: Any = None, workload_hints: Any = None
+    ) -> Any:
+        """transformers' manager of continuous batching, whose paged cache has one layer for each owner.
+
+        Raises:
+            UserError: for a plan that a paged cache cannot hold, and settings that do not apply (see `batching.py`).
+        """
+        from cllm.hub.batching import new_manager
+
+        if (manager := self.__dict__.get("_cached_continuous_batching_manager")) is not None:
+            return manager
+        return new_manager(self, generation_config, continuous_batching_config, workload_hints)
+
+    def generate_batch(self, inputs: Any, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers: `{request: GenerationOutput}` for prompts of any lengths, lists of token ids.
+
+        Raises:
+            UserError: before anything is computed, as `init_continuous_batching` does, and for a prompt that is empty,
+                has unknown tokens, or does not fit the context.
+        """
+        from cllm.hub.batching import check_prompt
+
+        new = kwargs.get("max_new_tokens")
+        if new is None:
+            new = (generation_config or self.generation_config).max_new_tokens
+        if isinstance(inputs, Tensor):
+            inputs = inputs.tolist()
+        if not isinstance(inputs, list | tuple):
+            raise UserError(f"inputs is a {type(inputs).__name__}; allowed: a list of prompts, lists of token ids")
+        for n, ids in enumerate(inputs):
+            check_prompt(self.model, ids, new, f"inputs[{n}]")
+        base: Any = super()
+        return base.generate_batch(inputs, generation_config, *args, **kwargs)
 
 
 def check_cache(given: Any) -> KVCache:

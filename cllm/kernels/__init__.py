@@ -2,6 +2,7 @@
 
 attention.py         causal attention of a sequence, by the fastest backend that supports it
 backends/            the kernels that compute it
+joint.py             one softmax over several slots, each with a mask of its own
 decode.py            attention of one new token over cached slots
 split_decode.py      launches the Triton kernels of decode.py
 triton_decode.py     split-KV flash decoding in Triton

@@ -51,7 +51,13 @@ def attention(
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    name = _chosen(
+    name = chosen_for(backend, q, k, v, mask)
+    return BACKENDS[name].run(q, k, v, mask, scale)
+
+
+def chosen_for(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, lse: bool = False) -> str:
+    """The name of the kernel for a call of `attention` or, with `lse`, of one part of `joint_attention`."""
+    return _chosen(
         backend,
         device=q.device,
         dtype=q.dtype,
@@ -64,8 +70,8 @@ def attention(
         sees_nothing=mask.exclude_self and (True if mask.window == 1 else False),  # noqa: SIM210 - a branch compiles
         documents=mask.document_ids is not None,
         grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        lse=lse,
     )
-    return BACKENDS[name].run(q, k, v, mask, scale)
 
 
 def choose(backend: str, case: Case) -> str:
@@ -77,7 +83,7 @@ def choose(backend: str, case: Case) -> str:
     if backend == "auto":
         rejected: list[str] = []
         for name in _candidates(case):
-            reason = BACKENDS[name].unsupported(case) or BACKENDS[name].unavailable()
+            reason = _unsupported(name, case) or BACKENDS[name].unavailable()
             if reason is None:
                 why = f"rejected: {', '.join(rejected)}" if rejected else "nothing faster is known"
                 log_once(f"attention.backend auto chose {name} for {case}; {why}")
@@ -88,11 +94,17 @@ def choose(backend: str, case: Case) -> str:
         raise UserError(f'attention.backend is "{backend}"; allowed: auto, {", ".join(BACKENDS)}')
     if reason := BACKENDS[backend].unavailable():
         raise UserError(f'attention.backend is "{backend}", which is not available: {reason}; {_alternatives(case)}')
-    if reason := BACKENDS[backend].unsupported(case):
+    if reason := _unsupported(backend, case):
         raise UserError(
             f'attention.backend is "{backend}", which cannot compute {case}: {reason}; {_alternatives(case)}'
         )
     return backend
+
+
+def _unsupported(name: str, case: Case) -> str | None:
+    if case.lse and not BACKENDS[name].returns_lse:
+        return "returns no log-sum-exp"
+    return BACKENDS[name].unsupported(case)
 
 
 @torch.compiler.assume_constant_result
@@ -111,6 +123,8 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 def _candidates(case: Case) -> Sequence[str]:
     """Names of the kernels to try, fastest first."""
+    if case.lse:
+        return list(BACKENDS)
     if case.lengths == "T = 1":  # sdpa reaches the memory bandwidth, and cuDNN would build a plan for each length
         return ("sdpa",)
     if case.is_plain and case.lengths == "T = S":  # sdpa runs a flash kernel there
@@ -119,5 +133,5 @@ def _candidates(case: Case) -> Sequence[str]:
 
 
 def _alternatives(case: Case) -> str:
-    names = [name for name, other in BACKENDS.items() if (other.unavailable() or other.unsupported(case)) is None]
+    names = [name for name, other in BACKENDS.items() if (other.unavailable() or _unsupported(name, case)) is None]
     return f"available here: {', '.join(names)}"

@@ -15,8 +15,10 @@ Shapes: B batch, S entries, H query heads, G KV heads (H a multiple of G), D and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,14 @@ from torch import Tensor
 from cllm.kernels import split_decode
 from cllm.kernels.choice import Kernel, uses_triton
 
-__all__ = ["Kernel", "Stored", "Visible", "decode_attention", "decode_attention_reference"]
+__all__ = [
+    "Kernel",
+    "Stored",
+    "Visible",
+    "decode_attention",
+    "decode_attention_lse",
+    "decode_attention_reference",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +101,33 @@ def decode_attention(
         raise ValueError(f"decode_attention: {len(queries)} queries for {len(keys)} key parts")
     if n_heads % groups:
         raise ValueError(f"decode_attention: {n_heads} query heads are no multiple of {groups} KV heads")
-    out = _decode_attention(
+    out = _decode_attention(*_operator_arguments(queries, keys, values, visible), scale, kernel)
+    return list(out.split([v.data.shape[-1] for v in values], dim=-1))
+
+
+def decode_attention_lse(
+    queries: Sequence[Tensor],
+    keys: Sequence[Stored],
+    values: Sequence[Stored],
+    visible: Visible,
+    *,
+    scale: float,
+    kernel: Kernel = "auto",
+) -> tuple[list[Tensor], Tensor]:
+    """`decode_attention`, with results in fp32 (fp64 for fp64 queries), and the log-sum-exp (B, H) of the scores.
+
+    The log-sum-exp is to base e, in the dtype of the results, and -inf where a row sees nothing. Calls over parts of
+    the keys can be merged by it.
+    """
+    out, lse = _decode_attention_lse(*_operator_arguments(queries, keys, values, visible), scale, kernel)
+    return list(out.split([v.data.shape[-1] for v in values], dim=-1)), lse
+
+
+def _operator_arguments(
+    queries: Sequence[Tensor], keys: Sequence[Stored], values: Sequence[Stored], visible: Visible
+) -> tuple[Any, ...]:
+    """The first arguments of the two operators below, which take tensors and numbers only."""
+    return (
         list(queries),
         [k.data for k in keys],
         [k.scale for k in keys],
@@ -102,10 +137,49 @@ def decode_attention(
         visible.first,
         visible.window,
         visible.exclude_self,
-        scale,
-        kernel,
     )
-    return list(out.split([v.data.shape[-1] for v in values], dim=-1))
+
+
+@torch.library.custom_op("cllm::decode_attention_lse", mutates_args=())
+def _decode_attention_lse(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    key_scales: Sequence[Tensor | None],
+    values: Sequence[Tensor],
+    value_scales: Sequence[Tensor | None],
+    column: Tensor,
+    first: Tensor | None,
+    window: int | None,
+    exclude_self: bool,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    def unsupported() -> str | None:
+        return split_decode.unsupported(queries, keys, values, [*key_scales, *value_scales])
+
+    arguments = (queries, keys, key_scales, values, value_scales, column, first, window, exclude_self, scale)
+    if uses_triton("decode_attention_lse", kernel, unsupported, on_gpu=queries[0].is_cuda):
+        with torch.cuda.device_of(queries[0]):
+            lse = torch.empty(queries[0].shape[:2], dtype=torch.float32, device=column.device)
+            return split_decode.run(*arguments, log_sum=lse), lse * math.log(2)
+    results, lse = _reference(
+        queries,
+        [Stored(*pair) for pair in zip(keys, key_scales, strict=True)],
+        [Stored(*pair) for pair in zip(values, value_scales, strict=True)],
+        Visible(column, first, window, exclude_self),
+        scale,
+    )
+    return torch.cat(results, dim=-1), lse
+
+
+@_decode_attention_lse.register_fake
+def _(queries, keys, key_scales, values, value_scales, column, first, window, exclude_self, scale, kernel):
+    wide = torch.promote_types(queries[0].dtype, torch.float32)
+    shape = queries[0].shape[:2]
+    return (
+        queries[0].new_empty((*shape, sum(v.shape[-1] for v in values)), dtype=wide),
+        queries[0].new_empty(shape, dtype=wide),
+    )
 
 
 @torch.library.custom_op("cllm::decode_attention", mutates_args=())
@@ -156,6 +230,13 @@ def decode_attention_reference(
     scale: float,
 ) -> list[Tensor]:
     """`decode_attention` in plain torch, which reads every entry, in fp32 or, for fp64 queries, in fp64."""
+    return [result.to(queries[0].dtype) for result in _reference(queries, keys, values, visible, scale)[0]]
+
+
+def _reference(
+    queries: Sequence[Tensor], keys: Sequence[Stored], values: Sequence[Stored], visible: Visible, scale: float
+) -> tuple[list[Tensor], Tensor]:
+    """Results (B, H, E_p) for each value part, and the log-sum-exp of the scores (B, H), in fp32 or fp64."""
     batch, n_heads = queries[0].shape[:2]
     length, groups = keys[0].data.shape[1:3]
     dtype = torch.float64 if queries[0].dtype == torch.float64 else torch.float32
@@ -181,4 +262,5 @@ def decode_attention_reference(
         # If a row sees nothing, all weights are equal, but all values are 0.
         weights = (scores * scale).masked_fill(hidden, torch.finfo(dtype).min).softmax(-1)
         results = [torch.einsum("bgns,bsge->bgne", weights, read(v)) for v in values]
-    return [result.reshape(batch, n_heads, -1).to(queries[0].dtype) for result in results]
+        lse = (scores * scale).masked_fill(hidden, float("-inf")).logsumexp(-1)
+    return [result.reshape(batch, n_heads, -1) for result in results], lse.reshape(batch, n_heads)

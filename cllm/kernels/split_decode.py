@@ -212,14 +212,16 @@ def run(
     exclude_self: bool,
     scale: float,
     tiles: Tiles | None = None,
+    log_sum: Tensor | None = None,
 ) -> Tensor:
     """Compute `cllm.kernels.decode.decode_attention` for a call that is supported (see `unsupported`).
 
     Args:
         tiles: by default those of `tiles_for`.
+        log_sum: (B, H) fp32, contiguous: receives the log-sum-exp of the scores, to base 2; or None.
 
     Returns:
-        (B, H, sum of E): the value parts side by side.
+        (B, H, sum of E): the value parts side by side; fp32 with `log_sum`.
     """
     tiles = tiles or tiles_for(queries, keys, values, window)[0]
     batch, n_heads = queries[0].shape[:2]
@@ -229,7 +231,7 @@ def run(
         raise ValueError(f"elementwise tiles are for one query head a KV head, not {heads}")
     width = sum(v.shape[-1] for v in values)
     key_chunks, value_chunks = _chunks(keys), _chunks(values)
-    out = queries[0].new_empty((batch, n_heads, width))
+    out = queries[0].new_empty((batch, n_heads, width), dtype=queries[0].dtype if log_sum is None else torch.float32)
     partial = torch.empty((batch, n_heads, tiles.splits, width), dtype=torch.float32, device=out.device)
     log_sums = torch.empty((batch, n_heads, tiles.splits), dtype=torch.float32, device=out.device)
     starts = [sum(v.shape[-1] for v in values[: chunk.part]) + chunk.start for chunk in value_chunks]
@@ -278,7 +280,15 @@ def run(
     block = min(128, max(16, next_power_of_2(width)))
     every = next_power_of_2(tiles.splits)
     triton_decode.merge[(batch * n_heads, -(-width // block))](
-        partial, log_sums, out, None, SPLITS=tiles.splits, OUT_WIDTH=width, ALL=every, CHUNK=min(every, 32), BLOCK=block
+        partial,
+        log_sums,
+        out,
+        log_sum,
+        SPLITS=tiles.splits,
+        OUT_WIDTH=width,
+        ALL=every,
+        CHUNK=min(every, 32),
+        BLOCK=block,
     )
     return out
 

@@ -3,8 +3,11 @@
 decoder.py    `Decoder`: token ids to logits, slots passed from layer to layer
 block.py      one layer: attention and feed-forward
 attention.py  the mixers: softmax attention, latent attention, gated retention
+joint.py      the mixers of reads of several slots at once: one softmax over them, a gated sum
 context.py    the state that all layers of one forward pass share
+requests.py   the context of a pass over several requests, in one row of tokens
 sources.py    the modules that write and read slots
+fusion.py     fused reads whose weights are complex numbers or matrices
 initial.py    initial weights
 loss.py       output head and cross-entropy in chunks
 mlp.py        SwiGLU feed-forward

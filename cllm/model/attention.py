@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from cllm.cache.paged import PagedSlot
 from cllm.cache.slot import Slot
 from cllm.cache.stores import SlotStore, StateStore, Store
 from cllm.config import ModelConfig
@@ -24,6 +25,7 @@ from cllm.errors import PlanError
 from cllm.kernels.attention import Mask, attention
 from cllm.kernels.decode import Stored, Visible, decode_attention
 from cllm.kernels.retention import gated_retention, gated_retention_from
+from cllm.model import fusion  # noqa: F401  (registers the modules of `Fuse`)
 from cllm.model.context import Context
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope
@@ -35,6 +37,9 @@ from cllm.plan.registry import mixer_module
 
 class Mixer(nn.Module):
     """Base of all mixers: the layer's mask, the slots that it reads, and the owner module if the layer owns a slot."""
+
+    takes_requests = False
+    """Whether it computes a row that holds the tokens of several requests (`Context.groups`)."""
 
     def __init__(self, config: ModelConfig, plan: KVPlan, layer: int):
         super().__init__()
@@ -61,6 +66,9 @@ class Mixer(nn.Module):
         if self.mix_indices:
             assert isinstance(self.owner, OwnMixedKV)
             slot = self.owner.mix(slot, [context.newest(slots[index], dtype) for index in self.mix_indices])
+        if isinstance(store, PagedSlot):  # its pages hold what readers see
+            slot = store.extend(self.as_read(slot, context, dtype))
+            return slot, (*slots, slot)
         if store is not None:
             assert isinstance(store, SlotStore)
             assert context.step is not None
@@ -70,9 +78,7 @@ class Mixer(nn.Module):
 
     def as_read(self, stored: Slot, context: Context, dtype: torch.dtype) -> Slot:
         """The slot of this layer as readers see it, from its stored tokens, those of this pass included."""
-        if not isinstance(self.owner, StoredForm):
-            return stored
-        return self.owner.as_read(stored, context.slot_rope(self.head_dim, stored.v.shape[1]), dtype)
+        return as_read(self.owner, stored, context, self.head_dim, dtype)
 
     def align(self, slots: Sequence[Slot]) -> tuple[Sequence[Slot], int]:
         """`slots` cut to the length of the shortest slot that is read, and that length.
@@ -86,9 +92,18 @@ class Mixer(nn.Module):
         return [slot.map(lambda t: t[:, t.shape[1] - size :]) for slot in slots], size
 
 
+def as_read(owner: nn.Module | None, stored: Slot, context: Context, head_dim: int, dtype: torch.dtype) -> Slot:
+    """The slot of `owner` as readers see it, from its stored tokens."""
+    if not isinstance(owner, StoredForm):
+        return stored
+    return owner.as_read(stored, context.slot_rope(head_dim, stored.v.shape[1]), dtype)
+
+
 @mixer_module(Source)
 class Attention(Mixer):
     """Softmax attention over keys and values that the plan names."""
+
+    takes_requests = True
 
     def __init__(self, config: ModelConfig, plan: KVPlan, layer: int):
         super().__init__(config, plan, layer)
@@ -108,14 +123,23 @@ class Attention(Mixer):
         """The output (B, T, d_model), or (B, 1, d_model) with `context.last_token`; and the layer's slot or None."""
         own, slots = self.write(residual, normed, slots, context, store)
         context, normed = context.after_write(normed)
-        slots, size = self.align(slots)
         q = self.q_proj(normed).unflatten(-1, (-1, self.head_dim))  # B, T, H, D
         if self.q_norm is not None:
             q = self.q_norm(q)
         q = apply_rope(q, context.rope(self.head_dim))
+        if not context.groups:
+            return self.o_proj(self._attend(q, slots, context).flatten(-2)), own
+        out = torch.empty_like(q)
+        for group in context.groups:
+            group.put(out, self._attend(group.query(q), [group.slot(slot) for slot in slots], group.context))
+        return self.o_proj(out.flatten(-2)), own
+
+    def _attend(self, q: Tensor, slots: Sequence[Slot], context: Context) -> Tensor:
+        """Attention's output (B, T, H, D) for queries of the same shape, over the slots of one sequence a row."""
+        slots, size = self.align(slots)
         if context.is_decoding:
             keys, values = self.keys.stored(slots), self.values.stored(slots)
-            attend = _decode_function(keys, values)
+            attend = decode_function(keys, values)
             outs = attend(
                 self.keys.queries(q[:, 0]),
                 keys,
@@ -123,13 +147,13 @@ class Attention(Mixer):
                 context.visible(self.window, self.exclude_self, size),
                 scale=self.head_dim**-0.5,
             )
-            return self.o_proj(self.values.combine(outs).flatten(-2)[:, None]), own
+            return self.values.combine(outs)[:, None]
         mask = context.mask(self.window, self.exclude_self, size)
         if self.is_fused and context.recompute_fusion and torch.is_grad_enabled():
-            out = checkpoint(self._read, q, slots, mask, context.backend, use_reentrant=False, context_fn=_keep_kernels)
-        else:
-            out = self._read(q, slots, mask, context.backend)
-        return self.o_proj(out.flatten(-2)), own
+            return checkpoint(
+                self._read, q, slots, mask, context.backend, use_reentrant=False, context_fn=_keep_kernels
+            )
+        return self._read(q, slots, mask, context.backend)
 
     def _read(self, q: Tensor, slots: Sequence[Slot], mask: Mask, backend: str) -> Tensor:
         """Attention's output (B, T, H, D) over the keys and values of `slots`."""
@@ -137,17 +161,20 @@ class Attention(Mixer):
 
 
 _aten = torch.ops.aten
-_ELEMENTWISE = frozenset(
-    {_aten.mul.Tensor, _aten.add.Tensor, _aten.cat.default, _aten.clone.default, _aten._to_copy.default}
+_FUSION = frozenset(
+    {
+        *(_aten.mul.Tensor, _aten.add.Tensor, _aten.cat.default, _aten.clone.default, _aten._to_copy.default),
+        *(_aten.neg.default, _aten.flip.default, _aten.bmm.default, _aten.baddbmm.default),
+    }
 )
 """The operations of a fusion. They are cheap to recompute, unlike the attention that reads their result."""
 
 
 def _keep_kernels() -> Any:
-    """Checkpoint policy: recompute element-wise operations in the backward; save the results of all others."""
+    """Checkpoint policy: recompute the operations of fusions in the backward; save the results of all others."""
 
     def policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        again = operation in _ELEMENTWISE or getattr(operation, "is_view", False)  # a kept view would keep all of it
+        again = operation in _FUSION or getattr(operation, "is_view", False)  # a kept view would keep all of it
         return CheckpointPolicy.PREFER_RECOMPUTE if again else CheckpointPolicy.MUST_SAVE
 
     return create_selective_checkpoint_contexts(policy)
@@ -291,7 +318,7 @@ class CompressedTensor(Protocol):
         ...
 
 
-def _decode_function(keys: Sequence[Stored], values: Sequence[Stored]) -> Callable[..., list[Tensor]]:
+def decode_function(keys: Sequence[Stored], values: Sequence[Stored]) -> Callable[..., list[Tensor]]:
     """`decode_attention`, or the attention function of the first part that is compressed."""
     for part in (*keys, *values):
         data: Tensor | CompressedTensor = part.data
@@ -301,9 +328,9 @@ def _decode_function(keys: Sequence[Stored], values: Sequence[Stored]) -> Callab
 
 
 def make_mixer(config: ModelConfig, plan: KVPlan, layer: int) -> Mixer:
-    """The mixer for the kind of slot that a layer reads."""
+    """The mixer for the kind of slot that a layer reads, or for its read of several slots at once."""
     source = plan.source(layer)
-    build = mixer_module.of(source)
+    build = mixer_module.of(plan.keys(layer) if plan.reads_at_once(layer) else source)
     if build is Attention and not source.is_plain:
         raise PlanError(
             f"layer {layer}: {type(source).__name__} is not keys and values and has no mixer; register one with "

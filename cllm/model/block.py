@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+import cllm.model.joint  # noqa: F401  (registers the mixers of reads of several slots)
 from cllm.cache.slot import Slot
 from cllm.cache.stores import Store
 from cllm.config import ModelConfig
@@ -31,7 +32,13 @@ class Block(nn.Module):
         in a compiled block, which cost memory traffic."""
 
     def forward(
-        self, x: Tensor, context: Context, *slots: Slot, store: Store | None = None, source: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Context,
+        *slots: Slot,
+        store: Store | None = None,
+        source: Tensor | None = None,
+        **local: Store | None,
     ) -> tuple[Tensor, Slot | None]:
         """The residual stream after this layer, and the layer's slot.
 
@@ -41,11 +48,13 @@ class Block(nn.Module):
             slots: the slots of `plan.reads_others(layer)`.
             store: the cache's store of this layer, to which the layer's slot is added.
             source: (B, T, d_model), the normalised output of the layer that the plan names as this one's `input`.
+            local: `local_store`, the cache's store of this layer's local slot, if the plan gives it one.
 
         Returns:
             The residual stream (B, T, d_model), or (B, 1, d_model) if `context.last_token` is set; and this layer's
             slot as other layers read it, or None if none does.
         """
-        mixed, own = self.attention(x if source is None else source, self.attention_norm(x), slots, context, store)
+        residual = x if source is None else source
+        mixed, own = self.attention(residual, self.attention_norm(x), slots, context, store, **local)
         x = context.after_write(x)[1] + mixed
         return self.mlp(self.mlp_norm(x), x), own if self.returns_slot else None

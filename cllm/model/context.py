@@ -39,6 +39,33 @@ class CacheLayout:
         return torch.full_like(self.column, size - 1), first
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Requests of a row of tokens whose attention is one call (`requests.py`)."""
+
+    queries: slice | Tensor
+    """The tokens of one request; or (n,) int64, one token of each of n requests."""
+    entries: Mapping[int, slice | Tensor]
+    """For slots of a total number of entries: those of the request; or (n, S) int64, padded on the left."""
+    context: Context
+
+    def query(self, q: Tensor) -> Tensor:
+        """(1, t, ...) or (n, 1, ...): the tokens of `q` (1, T, ...)."""
+        return q[:, self.queries] if isinstance(self.queries, slice) else q[0, self.queries][:, None]
+
+    def slot(self, slot: Slot) -> Slot:
+        """(1, S, ...) or (n, S, ...): the entries of `slot` (1, total, ...)."""
+        entries = self.entries[slot.k.shape[1]]
+        return slot.map(lambda t: t[:, entries] if isinstance(entries, slice) else t[0, entries])
+
+    def put(self, out: Tensor, result: Tensor) -> None:
+        """Write a `result` in the shape of `query` to its tokens in `out` (1, T, ...)."""
+        if isinstance(self.queries, slice):
+            out[:, self.queries] = result
+        else:
+            out[0, self.queries] = result[:, 0]
+
+
 @dataclass(slots=True)
 class Context:
     """The state that all layers of one forward pass share. It computes each table and mask once."""
@@ -66,6 +93,12 @@ class Context:
 
     Layers above get `x` (B, 1, d_model) of that token, and this context too: an owner that projects the output of a
     lower layer writes its slot for all tokens."""
+    groups: tuple[Group, ...] = ()
+    """The requests of the row, if it holds several; empty: each row is one sequence."""
+    ends: Tensor | None = None
+    """(requests,) int64: the last token of each request of the row; None: each row is one sequence."""
+    new_entries: dict[int, Tensor] = field(default_factory=dict)
+    """For slots of a total number of entries: (T,) int64, the entries of this pass's tokens, if there are requests."""
     streams: dict[int, Tensor] = field(default_factory=dict)
     """The normalised outputs (B, T, d_model) of the layers in `KVPlan.inputs`."""
     _slot_rope: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -90,7 +123,16 @@ class Context:
 
     def after_write(self, x: Tensor) -> tuple[Context, Tensor]:
         """Context and `x` (B, T, ...) for the rest of a layer: all tokens, or the last one if `last_token` is set."""
-        return (self, x) if self.last_token is None else (self.last_token, x[:, -1:])
+        return (self, x) if self.last_token is None else (self.last_token, self.last_of(x))
+
+    def last_of(self, x: Tensor) -> Tensor:
+        """(B, 1, ...) or, of a row of requests, (1, requests, ...): the last tokens of `x` (B, T, ...).
+
+        An `x` of which only they are left is returned as it is.
+        """
+        if self.ends is None:
+            return x[:, -1:]
+        return x if x.shape[1] == len(self.ends) else x[:, self.ends]
 
     def rope(self, dim: int) -> tuple[Tensor, Tensor]:
         """cos and signed sin for a head dimension, as `rope_table` returns them."""
@@ -101,6 +143,8 @@ class Context:
     def newest(self, slot: Slot, dtype: torch.dtype) -> Slot:
         """The tokens of this pass (B, T, ...) in a slot as readers see it, in `dtype`; fp8 numbers are unpacked."""
         layout = self.cache_layout
+        if self.new_entries:
+            return slot.map(lambda t: t[:, self.new_entries[t.shape[1]]])
         if layout is None or self.step is None:
             return slot
         if layout.total is None:  # a ring
@@ -132,17 +176,19 @@ class Context:
     def prepare(self, plan: KVPlan, head_dim: int, sizes: Mapping[int, int] | None = None) -> None:
         """Compute every table and mask that the layers of `plan` need, outside of compiled code.
 
-        `sizes` are the tokens in the slot of each owner as readers see it; by default T.
+        `sizes` are the tokens in each slot as readers see it; by default T.
         """
         for i, layer in enumerate(plan.layers):
             self.rope(plan.source(i).rope_dim(head_dim))
-            if layer.own is not None and layer.own.rotates_at_read:
-                self.slot_rope(head_dim, self.length if sizes is None else sizes[i])
-            size = self.length if sizes is None else min((sizes[j] for j in plan.reads(i) if j in sizes), default=0)
-            if size and self.is_decoding:
-                self.visible(layer.window, plan.reads_above(i), size)
-            elif size:
-                self.mask(layer.window, plan.reads_above(i), size)
+            for slot, own in ((i, layer.own), (len(plan) + i, layer.local)):
+                if own is not None and own.rotates_at_read:
+                    self.slot_rope(head_dim, self.length if sizes is None else sizes[slot])
+            for slots, window in plan.attended(i):
+                size = self.length if sizes is None else min((sizes[j] for j in slots if j in sizes), default=0)
+                if size and self.is_decoding:
+                    self.visible(window, plan.reads_above(i), size)
+                elif size:
+                    self.mask(window, plan.reads_above(i), size)
 
     def mask(self, window: int | None, exclude_self: bool, size: int) -> Mask:
         """The mask over slots of `size` tokens, for a pass of several tokens."""

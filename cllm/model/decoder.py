@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cllm.cache.paged import PagedPass
 from cllm.cache.slot import Slot
 from cllm.cache.stores import SlotStore, Step
 from cllm.config import ModelConfig
@@ -29,6 +30,7 @@ from cllm.model.initial import check_can_initialise, check_no_buffers, draw_weig
 from cllm.model.loss import Head
 from cllm.model.norm import RMSNorm
 from cllm.model.precision import product_dtype
+from cllm.model.requests import last_tokens, request_context
 
 if TYPE_CHECKING:
     from cllm.cache.cache import KVCache
@@ -150,7 +152,7 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         *,
-        cache: KVCache | None = None,
+        cache: KVCache | PagedPass | None = None,
         starts: Tensor | None = None,
         last_only: bool = False,
         inputs_embeds: Tensor | None = None,
@@ -164,11 +166,13 @@ class Decoder(nn.Module):
                 tokens in the cache included.
             document_ids: (B, T) integers, ascending; tokens see only their own document. Positions are not derived
                 from it: pass positions that restart at each document if documents must be independent.
-            cache: the previous tokens. The new tokens are added to it.
+            cache: the previous tokens. The new tokens are added to it. With a `PagedPass`, `input_ids` is one row
+                (1, T) of the tokens of several requests, and `positions` (1, T) is required.
             starts: (B,) int64, tokens of padding before each sequence. Pass them with a cache's first tokens; the cache
                 stores them.
             last_only: compute only what the last token needs: above `KVPlan.last_of_prompt`, the last layer that owns
-                a slot of its own input, only that token continues. The result is exact, and (B, 1, d_model).
+                a slot of its own input, only that token continues. The result is exact, and (B, 1, d_model), or for
+                a `PagedPass` (1, requests, d_model).
             inputs_embeds: (B, T, d_model), input of the first layer instead of the embeddings of `input_ids`.
             states: a list to which the input of every layer is appended, n_layers tensors (B, T, d_model). For layers
                 that are computed several times, it is the input of the last time.
@@ -182,10 +186,14 @@ class Decoder(nn.Module):
         step = None
         tokens = input_ids if inputs_embeds is None else inputs_embeds[..., 0]  # only for shape and device
         assert tokens is not None
-        if cache is not None:
-            cache.check(self.config)
-            step, starts = cache.begin(self.plan, tokens, starts, self._dtype()), cache.starts
-        context = self._context(tokens, positions, document_ids, starts, step, cache)
+        if isinstance(cache, PagedPass):
+            assert positions is not None
+            context = request_context(self.config.rope, positions, self.backend, cache)
+        else:
+            if cache is not None:
+                cache.check(self.config)
+                step, starts = cache.begin(self.plan, tokens, starts, self._dtype()), cache.starts
+            context = self._context(tokens, positions, document_ids, starts, step, cache)
         top = self.plan.last_of_prompt if last_only and tokens.shape[1] > 1 else None
         x, layer = self.embed(input_ids) if inputs_embeds is None else inputs_embeds, 0
         if not self.fp32_residual:
@@ -195,7 +203,7 @@ class Decoder(nn.Module):
             last = self._spans.get(layer)
             if last is None:
                 if layer == top and layer not in self.plan.inputs:  # only its slot is needed of all tokens
-                    context = replace(context, last_token=self._last_token(context))
+                    context = replace(context, last_token=self._last_token(context, cache))
                 if states is not None:
                     states.append(x)
                 x, slots = self._layer(layer, x, slots, context, cache)
@@ -203,10 +211,10 @@ class Decoder(nn.Module):
                 x, slots = self._iterate(layer, last, x, slots, context, cache, states)
                 layer = last
             if layer == top and context.last_token is None:  # all of its tokens were needed
-                x, context = x[:, -1:], replace(context, last_token=self._last_token(context))
+                x, context = context.last_of(x), replace(context, last_token=self._last_token(context, cache))
             slots = {j: slot for j, slot in slots.items() if self._last_reader[j] > layer}
             layer += 1
-        if cache is None or step is None:
+        if cache is None or step is None or isinstance(cache, PagedPass):
             return self.norm(x)
         cache.finish(step)
         return self._compiled[-1](x) if self._decodes_compiled(cache, context) else self.norm(x)
@@ -299,8 +307,10 @@ class Decoder(nn.Module):
         context.prepare(self.plan, self.config.resolved_head_dim, sizes)
         return context
 
-    def _last_token(self, context: Context) -> Context:
+    def _last_token(self, context: Context, cache: KVCache | PagedPass | None) -> Context:
         """The context in which only the last token of `context` continues."""
+        if isinstance(cache, PagedPass):
+            return last_tokens(context, cache)
         layout = context.cache_layout
         if layout is None:
             ids = context.document_ids
@@ -308,14 +318,20 @@ class Decoder(nn.Module):
             layout = CacheLayout(context.positions.new_zeros(1), starts, context.length)
         return Context(self.config.rope, context.positions[:, -1:], backend=self.backend, cache_layout=layout)
 
-    def _layer(self, i: int, x: Tensor, slots: Slots, context: Context, cache: KVCache | None) -> tuple[Tensor, Slots]:
+    def _layer(
+        self, i: int, x: Tensor, slots: Slots, context: Context, cache: KVCache | PagedPass | None
+    ) -> tuple[Tensor, Slots]:
         block: Any = self.blocks[i]
         read = [slots[j] for j in self._reads[i]]
         source = self.plan.layers[i].own
-        more = {} if source is None or source.input is None else {"source": context.streams[source.input]}
+        more: dict[str, Any] = (
+            {} if source is None or source.input is None else {"source": context.streams[source.input]}
+        )
         if cache is not None:
             if self._decodes_compiled(cache, context):
                 block = self._compiled[i]
+            if self.plan.layers[i].local is not None:
+                more["local_store"] = cache.stores[len(self.plan) + i]
             x, own = block(x, context, *read, store=cache.stores.get(i), **more)
         elif self.gradient_checkpointing and torch.is_grad_enabled() and not block.checkpoints_itself:
             x, own = recompute(block, x, context, *read, **more)
@@ -327,7 +343,7 @@ class Decoder(nn.Module):
             self.on_layer(x)
         return x, slots if own is None else {**slots, i: own}
 
-    def _decodes_compiled(self, cache: KVCache, context: Context) -> bool:
+    def _decodes_compiled(self, cache: KVCache | PagedPass, context: Context) -> bool:
         return bool(self._compiled) and context.length == 1 and cache.is_static and context.step is not None
 
     def _iterate(
@@ -337,7 +353,7 @@ class Decoder(nn.Module):
         x: Tensor,
         slots: Slots,
         context: Context,
-        cache: KVCache | None,
+        cache: KVCache | PagedPass | None,
         states: list[Tensor] | None = None,
     ) -> tuple[Tensor, Slots]:
         """Layers `first` to `last`, some of which read slots from above (LCKV, arXiv 2405.10637, section 2.3).
@@ -364,7 +380,7 @@ class Decoder(nn.Module):
             carried = {j: updated[j] for j in from_above}
         return out, updated
 
-    def _empty_slot(self, owner: int, x: Tensor, context: Context, cache: KVCache | None) -> Slot:
+    def _empty_slot(self, owner: int, x: Tensor, context: Context, cache: KVCache | PagedPass | None) -> Slot:
         """A slot of zeros for the new tokens of `owner`, after its cached tokens, as readers see it."""
         widths = self.plan.owned(owner).widths(self.config.resolved_head_dim)
         empty = Slot(*(x.new_zeros((*x.shape[:2], *width), dtype=self._dtype()) for width in widths))

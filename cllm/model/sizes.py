@@ -126,16 +126,20 @@ def layer_flops_per_token(model: Decoder, seq_len: int) -> list[float]:
     """Forward FLOPs of one token in one pass through each layer, averaged over a causal sequence of `seq_len`.
 
     Matrix products cost 2 for each weight. Scores and weighted values cost 2 H (D + E) for each key seen: a query sees
-    (seq_len + 1) / 2 keys on average, and fewer with a window. Gated retention costs 4 H D E at any length.
+    (seq_len + 1) / 2 keys on average, and fewer with a window. Gated retention costs 4 H D E at any length. Values that
+    matrices fuse cost 2 G D D for each source.
     """
     config, plan = model.config, model.plan
     totals = []
     for i, block in enumerate(model.blocks):
         weights = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
-        window = min(plan.layers[i].window or seq_len, seq_len)
-        seen = window - window * (window - 1) / (2 * seq_len)
-        mixing = plan.source(i).attention_flops(config.n_heads, config.resolved_head_dim, seen)
-        totals.append(2 * weights + mixing)
+        mixing = 0.0
+        for slots, limit in plan.attended(i):
+            window = min(limit or seq_len, seq_len)
+            seen = window - window * (window - 1) / (2 * seq_len)
+            source = plan.owned(slots[0])
+            mixing += source.attention_flops(config.n_heads, config.resolved_head_dim, seen)
+        totals.append(2 * weights + mixing + plan.read_flops(i, config.resolved_head_dim))
     return totals
 
 

@@ -20,7 +20,8 @@ from cllm.kernels.decode import Stored
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope
 from cllm.plan.forms import OwnMixed, OwnTied
-from cllm.plan.kinds import Fuse, Latent, Own, Read, Retention, Share, Source
+from cllm.plan.fuse import Fuse
+from cllm.plan.kinds import Latent, Own, Read, Retention, Share, Source
 from cllm.plan.registry import owner_module, read_module
 
 Part = Literal["k", "v"]
@@ -190,7 +191,7 @@ class SharedRead(Reader):
 
     def stored(self, slots: Sequence[Slot]) -> list[Stored]:
         """One tensor, as it lies in the cache."""
-        return [_stored(slots[self.places[0]], self.part)]
+        return [stored_part(slots[self.places[0]], self.part)]
 
 
 MIX_SCALE = 35.0
@@ -281,7 +282,7 @@ class FusedRead(Reader):
 
     def stored(self, slots: Sequence[Slot]) -> list[Stored]:
         """The tensors that this read is made of, as they lie in the cache."""
-        return [_stored(slots[place], self.part) for place in self.places]
+        return [stored_part(slots[place], self.part) for place in self.places]
 
     def combine(self, outputs: Sequence[Tensor]) -> Tensor:
         """Attention's output (B, H, D): Σ_t p_t Σ_j b_j ⊙ v_tj = Σ_j b_j ⊙ Σ_t p_t v_tj."""
@@ -297,18 +298,14 @@ class FusedRead(Reader):
         return weights if heads == 1 else weights.repeat_interleave(n_heads // heads, dim=1)
 
 
-def _stored(slot: Slot, part: Part) -> Stored:
+def stored_part(slot: Slot, part: Part) -> Stored:
+    """A slot's keys (`k`) or values (`v`) as decoding reads them."""
     return Stored(slot.k, slot.k_scale) if part == "k" else Stored(slot.v, slot.v_scale)
 
 
 @read_module(Share)
 def _shared(read: Share, part: Part, places: Sequence[int], n_kv_heads: int, head_dim: int) -> SharedRead:
     return SharedRead(places[0], part)
-
-
-@read_module(Fuse)
-def _fused(read: Fuse, part: Part, places: Sequence[int], n_kv_heads: int, head_dim: int) -> FusedRead:
-    return FusedRead(read, places, part, n_kv_heads, head_dim)
 
 
 def make_read(read: Read, part: Part, places: Mapping[int, int], n_kv_heads: int, head_dim: int) -> Reader:

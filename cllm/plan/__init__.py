@@ -1,7 +1,10 @@
 """The KV plan as plain data: which layer owns keys and values, and which slots each layer reads.
 
-kinds.py     kinds of sources and reads: `Own`, `Latent`, `Retention`; `Share`, `Fuse`; each answers for itself
+kinds.py     kinds of sources and reads: `Own`, `Latent`, `Retention`; `Share`; each answers for itself
+fuse.py      `Fuse`, a read that sums several slots with learned weights
 forms.py     forms of `own` that store something else than two projections: one half, one projection for both, sums
+joins.py     reads of several slots at once: one softmax over them, or a gated sum
+numbers.py   layer numbers as text
 registry.py  the kinds that YAML knows, and the functions that build their modules
 plan.py      `KVPlan`: one entry per layer, the questions it answers, every refusal
 presets/     published plans by name: `model.kv.preset`

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from operator import itemgetter
 
+from cllm.plan.numbers import ranges
 from cllm.plan.plan import KVPlan
 from cllm.tables import Column, aligned
 
 
-def _source_text(plan: KVPlan, i: int) -> str:
-    own = plan.layers[i].own
-    return "-" if own is None else own.text
+def owns_text(plan: KVPlan, i: int) -> str:
+    """The slots that layer `i` owns; empty for none."""
+    layer = plan.layers[i]
+    return " + ".join(own.text for own in (layer.own, layer.local) if own is not None)
+
+
+def sees_text(plan: KVPlan, i: int) -> str:
+    """The tokens that a query of layer `i` sees, of each slot that it reads by a mask of its own."""
+    windows = (window for _, window in plan.attended(i))
+    return " + ".join("all" if window is None else f"last {window}" for window in windows)
 
 
 def plan_rows(plan: KVPlan) -> list[tuple[str, str, str, str, str]]:
     """(layers, owns, keys from, values from, sees); neighbours that differ in nothing else share a row."""
     rows: list[tuple[list[int], tuple[str, str, str, str]]] = []
-    for i, layer in enumerate(plan.layers):
-        sees = "all" if layer.window is None else f"last {layer.window}"
+    for i in range(len(plan)):
+        sees = sees_text(plan, i)
         if plan.reads_above(i):
             sees += " but itself"
-        row = (_source_text(plan, i), plan.keys(i).text(i), plan.values(i).text(i), sees)
+        values = "same" if plan.reads_at_once(i) else plan.values(i).text(i)
+        row = (owns_text(plan, i) or "-", plan.keys(i).text(i), values, sees)
         if rows and rows[-1][1] == row:
             rows[-1][0].append(i)
         else:
@@ -59,4 +68,6 @@ def plan_drawing(plan: KVPlan) -> str:
     lines.append(
         "O owns and reads, o owns only, B reads keys and values, K keys, V values; columns are the cached slots"
     )
+    if second := [i for i, layer in enumerate(plan.layers) if layer.local is not None]:
+        lines.append(f"layers {ranges(second)} own a second slot, which they alone read and which has no column")
     return "\n".join(lines)

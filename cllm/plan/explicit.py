@@ -10,16 +10,19 @@ model:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, create_model
+from pydantic import Field
 
 from cllm.errors import PlanError
+from cllm.plan.joins import Whole
 from cllm.plan.kinds import Read, Share
-from cllm.plan.plan import KVPlan, LayerPlan, layer_range, ranges
+from cllm.plan.numbers import layer_range, ranges
+from cllm.plan.plan import KVPlan, LayerPlan
 from cllm.plan.registry import READS, SOURCES
 from cllm.plan.shape import IterationsConfig, Shape
-from cllm.section import MAX_TOKENS, Section
+from cllm.section import MAX_TOKENS, Section, create_section
 
 _KINDS: dict[str, Any] = {
     kind.key: (kind.Settings | None, Field(None, description=kind.Settings.__doc__)) for kind in SOURCES.values()
@@ -42,18 +45,29 @@ if TYPE_CHECKING:
     class _Owning(_Layers):
         """A field for every kind of source."""
 else:
-    _Reads = create_model("_Reads", __base__=Section, **_OPTIONS)
-    _Owning = create_model("_Owning", __base__=_Layers, **_KINDS)
+    _Reads = create_section("_Reads", Section, _OPTIONS)
+    _Owning = create_section("_Owning", _Layers, _KINDS)
 
 
 class ReadConfig(_Reads):
     """Where keys or values come from: `{share: 11}` or `{fuse: [0, 11]}`."""
 
     def read(self, where: str) -> Read:
+        """The read of keys, or of values."""
+        kind, layers, given = self.chosen(where, [key for key, kind in READS.items() if not issubclass(kind, Whole)])
+        if issubclass(kind, Whole):
+            raise PlanError(f"{where}: {kind.key} reads keys and values at once; write read: {{{kind.key}: ...}}")
+        try:
+            return kind.from_settings(layers, given)
+        except PlanError as error:
+            raise PlanError(f"{where}: {error}") from None
+
+    def chosen(self, where: str, allowed: Iterable[str] = READS) -> tuple[type[Read], Any, dict[str, Any]]:
+        """The kind of read, the value under its key, and its options; `allowed` are the kinds that messages name."""
         given = {name: value for name in _OPTIONS if (value := getattr(self, name)) is not None}
         kinds = [kind for kind in READS.values() if kind.key in given]
         if len(kinds) != 1:
-            raise PlanError(f"{where}: needs exactly one of {', '.join(READS)}")
+            raise PlanError(f"{where}: needs exactly one of {', '.join(allowed)}")
         (kind,) = kinds
         layers = given.pop(kind.key)
         for other in READS.values():
@@ -61,7 +75,7 @@ class ReadConfig(_Reads):
             if wrong:
                 verb = "goes" if len(wrong) == 1 else "go"
                 raise PlanError(f"{where}: {', '.join(wrong)} {verb} with {other.key}, not with {kind.key}")
-        return kind.from_settings(layers, given)
+        return kind, layers, given
 
 
 class LayerConfig(_Owning):
@@ -71,10 +85,21 @@ class LayerConfig(_Owning):
     """Where the keys come from; an owner may leave it out."""
     values: ReadConfig | None = None
     """Where the values come from; an owner may leave it out."""
+    read: ReadConfig | None = None
+    """Where keys and values come from at once: `{share: 11}`, or `{join: [11, {own: {window: 128}}]}`."""
     window: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """Sliding window in tokens; null: full attention."""
 
     def plan(self, index: int, shape: Shape) -> LayerPlan:
+        if self.read is not None:
+            kind, value, options = self.read.chosen(f"layer {index}: read")
+            besides = ("keys", "values", *((*SOURCES, "window") if issubclass(kind, Whole) else ()))
+            if others := [key for key in besides if getattr(self, key) is not None]:
+                allowed = f"{kind.key} with its slots and windows" if issubclass(kind, Whole) else "read"
+                raise PlanError(f"layer {index}: has read.{kind.key} and {', '.join(others)}; allowed: {allowed} alone")
+            if issubclass(kind, Whole):
+                return LayerPlan(**kind.fields_at(index, value, options, shape))
+            return self.model_copy(update={"keys": self.read, "values": self.read, "read": None}).plan(index, shape)
         owned = {key: settings for key in SOURCES if (settings := getattr(self, key)) is not None}
         if len(owned) > 1:
             raise PlanError(f"layer {index}: names more than one of {', '.join(SOURCES)}")
@@ -118,8 +143,10 @@ def plan_entries(plan: KVPlan) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for i, layer in enumerate(plan.layers):
         entry: dict[str, Any] = {} if layer.own is None else {layer.own.key: layer.own.settings()}
+        if isinstance(layer.keys, Whole):
+            entry = {"read": layer.keys.settings_at(i, layer.own, layer.local)}
         for half, read in (("keys", plan.keys(i)), ("values", plan.values(i))):
-            if read != Share(i):
+            if read != Share(i) and "read" not in entry:
                 entry[half] = read.settings()
         if layer.window is not None:
             entry["window"] = layer.window

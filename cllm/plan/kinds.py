@@ -19,8 +19,6 @@ from cllm.errors import PlanError
 from cllm.plan.shape import Shape
 from cllm.section import MAX_HEADS, MAX_WIDTH, Section
 
-Granularity = Literal["scalar", "channel"]
-FusionInit = Literal["lite", "randn", "mean"]
 Half = Literal["keys", "values"]
 MAX_LAYERS = 4096
 """Layers that a model may have."""
@@ -334,6 +332,13 @@ class Read(ABC):
         if len(set(self.layers)) != len(self.layers):
             raise PlanError(f"{where}: {self.key} names a layer twice: {list(self.layers)}")
 
+    def check_half(self, where: str, half: Half) -> None:  # noqa: B027 - most reads make both
+        """Raise `PlanError`, which begins with `where`, unless the read may make this half."""
+
+    def flops(self, half: Half, n_kv_heads: int, head_dim: int) -> float:
+        """Forward FLOPs per token of matrix products that make this half from slots."""
+        return 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Share(Read):
@@ -366,30 +371,3 @@ class Share(Read):
 
     def text(self, layer: int) -> str:
         return "own" if self.layer == layer else str(self.layer)
-
-
-@dataclass(frozen=True, slots=True)
-class Fuse(Read):
-    """Read a sum over owners with learned weights, K = Σ_j a_j ⊙ K_j (FusedKV, arXiv 2512.03870, eq. 3)."""
-
-    layers: tuple[int, ...]
-    granularity: Granularity = "channel"
-    """`channel`: a weight for every channel (for keys: for every rotated pair); `scalar`: one for the whole head."""
-    per_head: bool = False
-    """Separate weights for every KV head, instead of one set for all of them."""
-    init: FusionInit = "lite"
-    """`lite`: FusedKV-Lite, all keys from the last source and all values from the first; `mean`; `randn`: N(0, 1)."""
-
-    key, sums = "fuse", True
-
-    class Settings(Section):
-        """Read a sum of several owners' slots with learned weights."""
-
-        fuse: list[int] | None = None
-        """The owners whose slots are summed with learned weights."""
-        granularity: Granularity | None = None
-        """With `fuse`: `channel` (default) or `scalar`."""
-        per_head: bool | None = None
-        """With `fuse`: separate weights for every KV head (default false)."""
-        init: FusionInit | None = None
-        """With `fuse`: `lite` (default), `mean` or `randn`."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cllm.plan.describe import owns_text, sees_text
 from cllm.plan.kinds import Source
 from cllm.plan.plan import Half, KVPlan
 
@@ -73,12 +74,11 @@ def _sources(plan: KVPlan, half: Half, i: int) -> tuple[int, ...]:
 
 
 def _is_stored(plan: KVPlan, half: Half, i: int) -> bool:
-    return (plan.keys(i) if half == "keys" else plan.values(i)).is_stored
+    return plan.reads_at_once(i) or (plan.keys(i) if half == "keys" else plan.values(i)).is_stored
 
 
 def _sees(plan: KVPlan, i: int) -> str:
-    window = plan.layers[i].window
-    text = "" if window is None else f"last {window}"
+    text = sees_text(plan, i).replace("all", "", 1) if len(plan.attended(i)) == 1 else sees_text(plan, i)
     return f"{text or 'all'} but itself" if plan.reads_above(i) else text
 
 
@@ -109,7 +109,7 @@ class _Columns:
 
     @classmethod
     def of(cls, plan: KVPlan) -> _Columns:
-        owns = max((_width(text, _TEXT) for text in {plan.owned(j).text for j in plan.owners}), default=0.0)
+        owns = max((_width(text, _TEXT) for text in {owns_text(plan, j) for j in plan.owners}), default=0.0)
         sees = max(_width(text, _TEXT) for text in {_sees(plan, i) for i in range(len(plan))})
         number = _GAP + _width("0" * len(str(len(plan) - 1)), _TEXT)
         right = number + _GAP + owns + (2 * _GAP + sees if sees else 0.0)
@@ -160,7 +160,7 @@ def _draw_boxes(axes: Axes, plan: KVPlan, columns: _Columns) -> None:
             )
         )  # fmt: skip
         colour = "black" if layer.own is None or windowed else "white"
-        owns = "" if layer.own is None else layer.own.text
+        owns = owns_text(plan, i)
         for x, text, align in ((columns.number, str(i), "right"), (columns.owns, owns, "left"),
                                (columns.sees, _sees(plan, i), "right")):  # fmt: skip
             if text:

@@ -14,13 +14,15 @@ Plans hold no weights and no tensors. Layers count from 0 everywhere.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from cllm.errors import PlanError
-from cllm.plan.kinds import MAX_LAYERS, Fuse, Half, Latent, Own, Read, Retention, Share, Source
+from cllm.plan.fuse import Fuse
+from cllm.plan.joins import LOCAL, Attended, Whole, check_whole
+from cllm.plan.kinds import MAX_LAYERS, Half, Latent, Own, Read, Retention, Share, Source
+from cllm.plan.numbers import layer_range, ranges
 from cllm.plan.shape import Iterations
 
 __all__ = [
@@ -53,6 +55,8 @@ class LayerPlan:
     values: Read | None = None
     window: int | None = None
     """Tokens that a query sees, itself included; `None` is full causal attention. Also what a slot has to keep."""
+    local: Source | None = None
+    """A second slot of the layer, which it alone reads, beside others (`Whole`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +76,7 @@ class KVPlan:
                 numbers of heads, a latent slot read in part, a windowed slot read through a wider mask, a window
                 through which queries have no effect, a source above the layer without `iterations`.
         """
-        filled = [
-            LayerPlan(own=p.own, keys=p.keys or Share(i), values=p.values or Share(i), window=p.window)
-            for i, p in enumerate(layers)
-        ]
+        filled = [replace(p, keys=p.keys or Share(i), values=p.values or Share(i)) for i, p in enumerate(layers)]
         plan = cls(tuple(filled), iterations)
         for i in range(len(filled)):
             plan._check_layer(i)
@@ -119,22 +120,45 @@ class KVPlan:
 
     def fuses(self, i: int) -> bool:
         """Whether the keys or the values that layer `i` reads are made from slots, and not a slot as it is stored."""
-        return not (self.keys(i).is_stored and self.values(i).is_stored)
+        return not (self.reads_at_once(i) or (self.keys(i).is_stored and self.values(i).is_stored))
+
+    def reads_at_once(self, i: int) -> bool:
+        """Whether the keys and values that layer `i` reads are several slots, each with a mask of its own."""
+        return isinstance(self.keys(i), Whole)
+
+    def attended(self, i: int) -> tuple[Attended, ...]:
+        """The slots that layer `i` attends to, by the mask with which it does."""
+        read = self.keys(i)
+        if not isinstance(read, Whole):
+            return (Attended(self.reads(i), self.layers[i].window),)
+        numbers = (len(self) + i if part.layer == LOCAL else part.layer for part in read.parts)
+        return tuple(Attended((slot,), part.window) for slot, part in zip(numbers, read.parts, strict=True))
+
+    def read_flops(self, i: int, head_dim: int) -> float:
+        """Forward FLOPs per token of matrix products that make the keys and values of layer `i` from slots."""
+        heads = self.source(i).kv_heads or 0
+        return self.keys(i).flops("keys", heads, head_dim) + self.values(i).flops("values", heads, head_dim)
 
     def reads_itself(self, i: int) -> bool:
         """Whether layer `i` owns keys and values of its own input and reads those, as they are, and no others."""
         own = self.layers[i].own
-        return own is not None and own.is_ordinary and self.reads(i) == (i,)
+        return own is not None and own.is_ordinary and self.reads(i) == (i,) and not self.reads_at_once(i)
 
     def source(self, i: int) -> Source:
         """The kind of slot that layer `i` reads. All slots that one layer reads are of one kind."""
         return self.owned(self.keys(i).layers[0])
 
     def owned(self, i: int) -> Source:
-        """The kind of slot that layer `i` owns; it must own one."""
-        own = self.layers[i].own
-        assert own is not None, f"layer {i} owns nothing"
+        """The kind of the slot of that number, see `slots`; there must be one."""
+        layer = self.layers[i % len(self)]
+        own = layer.own if i < len(self) else layer.local
+        assert own is not None, f"layer {i % len(self)} owns nothing"
         return own
+
+    def kept(self, slot: int) -> int | None:
+        """The number of last tokens that a slot keeps; None: all."""
+        layer, read = slot % len(self), self.keys(slot % len(self))
+        return read.kept(layer if slot < len(self) else LOCAL) if isinstance(read, Whole) else self.layers[layer].window
 
     def reading(self, kind: type[Kind]) -> dict[int, Kind]:
         """The layers that read slots of a kind, each with what it reads."""
@@ -149,6 +173,11 @@ class KVPlan:
     @property
     def owners(self) -> tuple[int, ...]:
         return tuple(i for i, layer in enumerate(self.layers) if layer.own is not None)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The numbers of all slots: that of layer i is i, and its local one is n_layers + i."""
+        return (*self.owners, *(len(self) + i for i, layer in enumerate(self.layers) if layer.local is not None))
 
     @property
     def borrowers(self) -> tuple[int, ...]:
@@ -169,7 +198,7 @@ class KVPlan:
     def last_of_prompt(self) -> int:
         """The highest layer that all tokens of a prompt have to reach: an owner that projects its own input, a layer
         whose output others project, or a cyclic one. Above it only the last token is computed."""
-        owners = (j for j in self.owners if self.owned(j).reads_a_prompt)
+        owners = (j % len(self) for j in self.slots if self.owned(j).reads_a_prompt)
         return max([*owners, *self.inputs, *(last for _, last in self.cyclic_spans())])
 
     @property
@@ -220,6 +249,8 @@ class KVPlan:
         if layer.own is not None:
             layer.own.check(i)
             self._check_mix(i, layer.own)
+        if check_whole(self, i):
+            return
         self._check_read(i, "keys", self.keys(i))
         self._check_read(i, "values", self.values(i))
         if not all(self.owned(j).is_plain for j in self.reads(i)):
@@ -249,6 +280,7 @@ class KVPlan:
 
     def _check_read(self, i: int, what: Half, read: Read) -> None:
         read.check(f"layer {i}: {what}")
+        read.check_half(f"layer {i}: {what}", what)
         for j in read.layers:
             if not 0 <= j < len(self):
                 raise PlanError(f"layer {i}: {what} come from layer {j}; the model has layers 0 to {len(self) - 1}")
@@ -264,7 +296,7 @@ class KVPlan:
                     f"layer {i}: {what} come from {whence}, which owns a {self.owned(j).noun}; owners of {what}: "
                     f"{owners or 'none'}"
                 )
-            window, kept = self.layers[i].window, self.layers[j].window
+            window, kept = self.layers[i].window, self.kept(j)
             if kept is not None and (window is None or window > kept):
                 seen = "full attention" if window is None else f"a window of {window}"
                 raise PlanError(f"layer {i}: has {seen}, but its {what} come from layer {j}, which keeps {kept} tokens")
@@ -356,39 +388,3 @@ class KVPlan:
                         "kv.iterations.backward 1 these pass no gradient back; set kv.iterations.backward to 2 or "
                         f"more, or let layer {j} or one above it read them"
                     )
-
-
-def ranges(layers: Sequence[int]) -> str:
-    """Ascending layers in few characters: `0-3, 7`."""
-    runs: list[list[int]] = []
-    for i in layers:
-        if runs and i == runs[-1][1] + 1:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def layer_range(text: str | int | Sequence[int]) -> list[int]:
-    """`"0-11"`, `3` or `[0, 2, 4]` as a list of layers.
-
-    Raises `PlanError` for anything else, and for layers beyond `MAX_LAYERS`, before a list of them is made.
-    """
-    if isinstance(text, int):
-        return [text]
-    if not isinstance(text, str):
-        return list(text)
-    found = re.fullmatch(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?", text, flags=re.ASCII)
-    if found is None:
-        raise PlanError(f'layers: {_shortened(text)!r} is not a range; write "0-11", 3 or [0, 2, 4]')
-    digits = [group.lstrip("0") or "0" for group in found.groups(default=found[1])]
-    if any(len(number) > len(str(MAX_LAYERS)) or int(number) >= MAX_LAYERS for number in digits):
-        raise PlanError(f"layers: {_shortened(text)!r} is out of range; allowed: layers 0 to {MAX_LAYERS - 1}")
-    low, high = map(int, digits)
-    if high < low:
-        raise PlanError(f"layers: {text!r} ends before it begins")
-    return list(range(low, high + 1))
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 40 else f"{text[:37]}..."

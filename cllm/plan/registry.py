@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 
 import cllm.plan.forms  # noqa: F401  (registers the forms of `own`)
 from cllm.errors import PlanError
-from cllm.plan.kinds import Fuse, Latent, Own, Read, Retention, Share, Source
+from cllm.plan.fuse import Fuse
+from cllm.plan.joins import Gate, Join
+from cllm.plan.kinds import Latent, Own, Read, Retention, Share, Source
 from cllm.section import Section
 
 SOURCES: dict[str, type[Source]] = {}
@@ -56,7 +58,7 @@ def register_read(kind: _R) -> _R:
     return kind
 
 
-_ENTRY_KEYS = ("layers", "keys", "values", "window")
+_ENTRY_KEYS = ("layers", "keys", "values", "read", "window")
 """Keys of an entry of `model.kv.layers` besides those of sources."""
 
 
@@ -87,7 +89,7 @@ def _add(registry: dict[str, Any], key: str, kind: type) -> None:
 
 for _source in (Own, Latent, Retention):
     register_source(_source)
-for _read in (Share, Fuse):
+for _read in (Share, Fuse, Join, Gate):
     register_read(_read)
 
 _Build = TypeVar("_Build", bound=Callable[..., Any])
@@ -127,4 +129,4 @@ read_module = Builders("read module")
 """`(read, part, places, n_kv_heads, head_dim) -> Reader`: reads keys (`k`) or values (`v`), see `make_read` there."""
 mixer_module = Builders("mixer")
 """`(config, plan, layer) -> nn.Module`: a block's attention, see `cllm/model/attention.py`. Kinds with plain slots have
-softmax attention unless they register another."""
+softmax attention unless they register another. Reads of several slots at once register their own."""

@@ -8,7 +8,11 @@
     method.py        the base class of all methods (`Compressor`), and of a model with its cache (`Engine`)
     registry.py      the methods by name, and spec strings such as `xkv:group=4,ratio=4`
     methods/         the methods, one file each
+    readers.py       the layers that read a slot, and their queries while a cache is filled
+    weighting.py     errors of keys and values, weighted by what they change in attention's output
     lowrank.py       low-rank factors: SVD, and faster iterations
+    group.py         a group of slots that share a basis
+    mixed.py         low-rank factors in codes of mixed width
     quantize.py      packed codes with scales and zeros
     parallel.py      independent work in parallel on a GPU
     compress.py      from a filled cache to compressed prefixes, and their errors

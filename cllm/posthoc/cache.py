@@ -16,6 +16,7 @@ from torch import Tensor
 from cllm.cache.cache import KVCache
 from cllm.cache.slot import Slot
 from cllm.cache.stores import FixedSlot, GrowingSlot, SlotStore, StateStore, Step, Store
+from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.kernels.lowrank_decode import Table
 from cllm.model.rope import rope_table
@@ -51,7 +52,7 @@ class CompressedSlot(SlotStore):
         self.compressed = prefix.sinks.length
         """Tokens of the prefix, sinks included."""
         size = None if room is None else prefix.sinks.count + room
-        self.tail = _exact_slot(sinks, prefix.sinks.count, size, window=None, dtype=self.dtype, fp8=False)
+        self.tail = exact_slot(sinks, prefix.sinks.count, size, window=None, dtype=self.dtype, fp8=False)
         """The sinks and the later tokens; for kernels, the tokens from column S - s on (`sinks.py`)."""
         factors = (prefix.k.factors(), prefix.v.factors())
         self.defers = prefix.rotation is not None and None not in factors
@@ -161,6 +162,16 @@ class CompressedKVCache(KVCache):
         self.starts = None if cache.starts is None else cache.starts.clone()
         self._compress(cache, method)
 
+    @classmethod
+    def empty(
+        cls, config: ModelConfig, method: Compressor, *, measure: bool, max_len: int | None, room: int | None
+    ) -> CompressedKVCache:
+        """A cache without tokens and stores, to be filled with those of a stored one (`cllm/prefix/pack.py`)."""
+        cache = cls.__new__(cls)
+        KVCache.__init__(cache, config, max_len=max_len)
+        cache.method, cache.measure, cache.room = method, measure, room
+        return cache
+
     def _compress(self, cache: KVCache, method: Compressor) -> None:
         prefixes, self.outcome = encode(method, compressible_slots(cache), measure=self.measure)
         self.seconds += self.outcome.seconds
@@ -183,6 +194,11 @@ class CompressedKVCache(KVCache):
         selecting = {owner for owner, prefix in prefixes.items() if prefix.landmarks is not None}
         for layer in range(len(self.plan)):
             sources = self.plan.keys(layer).layers
+            if self.plan.reads_at_once(layer) and selecting & set(sources):
+                raise UserError(
+                    f"{self.method.name}: select: layer {layer} reads several slots, "
+                    f"{self.plan.keys(layer).text(layer)}; allowed: plans whose layers read the keys of one slot"
+                )
             if len(sources) > 1 and selecting & set(sources):
                 raise UserError(
                     f"{self.method.name}: select: the keys of layer {layer} are made of the slots {list(sources)}; "
@@ -280,10 +296,10 @@ def _copy(store: Store, seen: int, max_len: int | None) -> Store:
     assert isinstance(store, SlotStore)
     slot = store.last(store.kept(seen), seen).map(torch.clone)
     size = None if max_len is None else min(store.window or max_len, max_len)
-    return _exact_slot(slot, seen, size, window=store.window, dtype=store.dtype, fp8=store.fp8)
+    return exact_slot(slot, seen, size, window=store.window, dtype=store.dtype, fp8=store.fp8)
 
 
-def _exact_slot(
+def exact_slot(
     slot: Slot, past: int, size: int | None, *, window: int | None, dtype: torch.dtype, fp8: bool
 ) -> GrowingSlot | FixedSlot:
     """A store with the tokens of `slot`, the last of `past` tokens: a growing one, or one for `size` tokens."""

@@ -12,10 +12,14 @@ from cllm.cache.accounting import cache_bytes, mha_twin
 from cllm.cache.cache import KVCache
 from cllm.cache.stores import GrowingSlot, SlotStore
 from cllm.errors import UserError
+from cllm.model.attention import Attention
 from cllm.model.decoder import Decoder
+from cllm.model.sources import FusedRead, Reader, SharedRead
+from cllm.plan.kinds import Read
 from cllm.posthoc import hf
 from cllm.posthoc.cache import CompressedKVCache, SharingSlot, compress_cache, compressible_slots
 from cllm.posthoc.method import Compressor, Engine
+from cllm.posthoc.readers import SlotReader
 from cllm.posthoc.slots import CompressibleSlots
 from cllm.posthoc.tensor_tree import fp32_numbers, total_bytes
 
@@ -56,10 +60,36 @@ class DecoderEngine(Engine):
             raise UserError(f"slot {slot} is a latent; allowed: slots of keys and values")
         if not (own := self.model.plan.owned(slot)).is_compressible:
             raise UserError(f"slot {slot} stores {own.text}; allowed: slots of keys and values")
-        block: Any = self.model.blocks[slot]
-        owner = block.attention.owner
+        block: Any = self.model.blocks[slot % len(self.model.blocks)]
+        owner = block.attention.owner if slot < len(self.model.blocks) else block.attention.local
         _check_plain(slot, owner.k_norm)
         return owner.k_proj, owner.v_proj
+
+    def readers(self, slot: int) -> list[SlotReader]:
+        plan, found = self.model.plan, list[SlotReader]()
+        for layer in sorted({*plan.readers("keys")[slot], *plan.readers("values")[slot]}):
+            block: Any = self.model.blocks[layer]
+            attention = block.attention
+            if not isinstance(attention, Attention):
+                seen = type(attention).__name__
+                raise UserError(f"layer {layer} reads slot {slot} through {seen}; allowed: Attention")
+            keys = _factors(layer, slot, attention.keys, plan.keys(layer))
+            values = _factors(layer, slot, attention.values, plan.values(layer))
+            queries = attention.q_proj if attention.q_norm is None else attention.q_norm
+            output = attention.o_proj.weight.unflatten(1, (-1, attention.head_dim))
+            found.append(SlotReader(layer, queries, block.mlp_norm, output, keys, values))
+        return found
+
+
+def _factors(layer: int, slot: int, reader: Reader, read: Read) -> Tensor | None:
+    """How often `reader` reads each channel of a slot: (1 or G, 1 or D); None: not at all."""
+    if slot not in read.layers:
+        return None
+    if isinstance(reader, SharedRead):
+        return torch.ones(1, 1)
+    if isinstance(reader, FusedRead):
+        return reader.channel_weights()[read.layers.index(slot)]
+    raise UserError(f"layer {layer} reads slot {slot} through {type(reader).__name__}; allowed: shared and fused reads")
 
 
 class _SharingCache(KVCache):
@@ -132,6 +162,23 @@ class TransformersEngine(Engine):
             )
         _check_plain(slot, getattr(attention, "k_norm", None))
         return attention.k_proj, attention.v_proj
+
+    def readers(self, slot: int) -> list[SlotReader]:
+        layers: Any = getattr(self.model.base_model, "layers", None)
+        layer = None if layers is None else layers[slot]
+        attention: Any = getattr(layer, "self_attn", None)
+        before_mlp: Any = getattr(layer, "post_attention_layernorm", None)
+        needed = [getattr(attention, name, None) for name in ("q_proj", "v_proj", "o_proj")]
+        if None in (*needed, before_mlp, getattr(layer, "input_layernorm", None)):
+            raise UserError(
+                f"{type(self.model).__name__}: layer {slot} has other modules than Llama's; allowed: layers.N with "
+                "input_layernorm, self_attn.q_proj, v_proj and o_proj, and post_attention_layernorm"
+            )
+        before_mlp = getattr(layer, "pre_feedforward_layernorm", before_mlp)
+        weight = attention.o_proj.weight
+        one = weight.new_ones(1, 1)
+        queries = getattr(attention, "q_norm", None) or attention.q_proj
+        return [SlotReader(slot, queries, before_mlp, weight.unflatten(1, (-1, attention.head_dim)), one, one)]
 
 
 def _check_plain(slot: int, k_norm: nn.Module | None) -> None:

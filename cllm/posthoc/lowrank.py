@@ -24,7 +24,7 @@ Shapes: B batch, n tokens, C channels, r rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Literal
@@ -231,6 +231,27 @@ def ranks_for_budget(
         low, high = (middle, high) if cost(middle) <= budget else (low, middle)
     best = ranks(low)
     return (best[: len(keys)], best[len(keys) :]) if cost(low) <= budget else None
+
+
+def water_filling(squares: Sequence[Tensor], costs: Sequence[int], budget: float) -> list[int] | None:
+    """The ranks of groups that keep the most of Σσ² within `budget` elements.
+
+    Args:
+        squares: σ² of each group (m,), descending, all in one unit.
+        costs: elements of one rank of each group.
+
+    Returns:
+        At least 1 each; None if rank 1 everywhere exceeds `budget`. Ranks are taken in the order of σ² per element.
+    """
+    if sum(costs) > budget:
+        return None
+    device = squares[0].device
+    groups = torch.cat([torch.full((len(s) - 1,), i, device=device) for i, s in enumerate(squares)])
+    gains = torch.cat([s[1:] / cost for s, cost in zip(squares, costs, strict=True)])
+    price = torch.tensor(costs, dtype=torch.float64, device=device)
+    order = groups[gains.argsort(descending=True, stable=True)]
+    taken = order[price[order].cumsum(0) <= budget - sum(costs)]
+    return (1 + torch.bincount(taken, minlength=len(costs))).tolist()
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ import torch
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
+from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes
 from cllm.posthoc.landmarks import Landmarks
+from cllm.posthoc.readers import SlotReader
 from cllm.posthoc.slots import CompressibleSlots, SlotTensors
 from cllm.section import Section
 
@@ -62,6 +64,10 @@ class Engine(ABC):
     @abstractmethod
     def projections(self, slot: int) -> tuple[nn.Linear, nn.Linear]:
         """The key and value projections of a slot's owner. Raises `UserError` if keys are not just projected."""
+
+    def readers(self, slot: int) -> list[SlotReader]:
+        """The layers that read the keys or the values of a slot. Raises `UserError` if one is not plain attention."""
+        raise UserError(f"{type(self).__name__}: slot {slot}: the layers that read it are not known")
 
     @torch.no_grad()
     def slots(self) -> list[int]:

@@ -6,6 +6,7 @@ Shapes: B batch, n tokens, width the shape of one token in one tensor of a slot:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,10 @@ class SlotTensors:
     """How many of those no method compresses: windows, states, RoPE keys of latents, sinks."""
     sinks: Sinks | None = None
     """The tokens left out of `data` because they are stored exactly; None: none are."""
+    cached: tuple[Tensor, ...] = ()
+    """For keys before RoPE: the cache's own keys (B, S, G, D) after RoPE, sinks included. Empty for other tensors."""
+    rope: Callable[[int, Tensor], tuple[Tensor, Tensor]] | None = None
+    """As in `CompressibleSlots`, for keys before RoPE; None for other tensors."""
 
     @property
     def tokens(self) -> int:
@@ -132,5 +137,8 @@ class CompressibleSlots:
             share = sum(elements[j] for j in slots) / sum(elements.values()) / dtype.itemsize / len(k[0])
             counts = self.cache_bytes * share, incompressible * share
             keys = SlotTensors("k", slots, k, dtype, is_text, *counts, sinks)
+            if before_rope and not latent:
+                cached = tuple(self.slots[j].k for j in slots)
+                keys = dataclasses.replace(keys, cached=cached, rope=self.rope)
             tensors.append((keys, None if latent else SlotTensors("v", slots, v, dtype, is_text, sinks=sinks)))
         return tensors

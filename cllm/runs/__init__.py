@@ -3,6 +3,7 @@
 folder.py      `RunFolder`: config, metrics, checkpoints; `load_run`: the trained model in it
 checkpoint.py  checkpoint files: synced to the disk when written, and verified before they are used
 names.py       names of checkpoints and of their files
+speed.py       the training speed of a run, from its metrics
 
 Imports the config, the model and data. torch is imported only where weights are read.
 """

@@ -101,7 +101,9 @@ class Grid:
     def point(self, variant: Variant, tokens: int, seed: int, rate: float | None, *, search: bool = False) -> Point:
         """One point of the grid."""
         study = self.study
-        declared: dict[str, Any] = {"config": self._declared(variant), "match": study.match.model_dump(mode="json")}
+        ratio = study.match.ratio(variant.design, study.baseline)
+        match = study.match.model_dump(mode="json") | {"cache_bytes": None if ratio is None else str(ratio)}
+        declared: dict[str, Any] = {"config": self._declared(variant), "match": match}
         if study.match.flops:
             declared["baseline"] = self._declared(self.baseline_of(variant))
         declared |= {"tokens": tokens, "seed": seed, "rate": rate, "validations": study.validations}

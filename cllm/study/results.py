@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import yaml
 from cllm.errors import UserError
 from cllm.files import write_atomic
 from cllm.runs import RunFolder
+from cllm.runs.speed import median_speed
 from cllm.study.matching import CacheMatch
 from cllm.study.points import Point, Variant
 from cllm.study.version import config_hash, data_hash
@@ -134,7 +134,7 @@ def result_of(
     tags = sorted({tag for row in validated for tag in row if tag.startswith("val")})
     environment = {name: text for name, text in run.environment().items() if name != "command"}
     shortened = _without_folders(config)
-    speeds = [row["throughput/tokens_per_s"] for row in rows if row.get("throughput/tokens_per_s")]
+    speed = median_speed(row.get("throughput/tokens_per_s") for row in rows)
     return {
         "format": FORMAT,
         "design": point.variant.design,
@@ -150,7 +150,7 @@ def result_of(
         "data": getattr(run.data_digests(), "train", None),
         "loss": None if diverged else validated[-1]["val/loss"],
         "trained_tokens": rows[-1]["tokens"] if rows else 0,
-        "tokens_per_s": round(statistics.median(speeds), 1) if speeds else None,
+        "tokens_per_s": None if speed is None else round(speed, 1),
         "seconds": None if seconds is None else round(seconds, 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "match": None if match is None else {"wanted": str(match.wanted), "reached": match.reached, "kv": match.kv},

@@ -15,6 +15,7 @@ from cllm.model.sizes import (
     training_flops_per_token,
 )
 from cllm.plan.describe import plan_drawing, plan_table
+from cllm.plan.joins import Whole
 from cllm.train.budget import budget_lines, run_tokens
 from cllm.train.launch import Launch
 from cllm.train.schedule import check_warmup
@@ -45,10 +46,18 @@ def block_activation_bytes(model: Decoder, config: Config, launch: Launch, layer
     own = plan.layers[layer].own
     computed = (own is not None) + (plan.fuses(layer) and not config.train.recompute_fusion)
     kept = plan.source(layer).read_activations(c.n_heads, c.resolved_head_dim, computed)
+    kept += _local_activations(model, layer)
     kept += c.d_model if own is not None and own.normalises and own.input is None else 0
     kept += c.d_model if layer in plan.inputs else 0  # normalised, for the owners that project it
     hidden = (2 if will_fuse(model, config, launch) else 3) * model_d_ff(c)
     return 2 * c.d_model * wide + (2 * c.d_model + kept + hidden) * narrow
+
+
+def _local_activations(model: Decoder, layer: int) -> int:
+    """Numbers a token that a read of several slots keeps besides those of the layer's first slot."""
+    c, read, local = model.config, model.plan.keys(layer), model.plan.layers[layer].local
+    own = 0 if local is None else local.read_elements(c.resolved_head_dim) + local.normalises * c.d_model
+    return own + (read.extra_activations(c.n_heads, c.resolved_head_dim) if isinstance(read, Whole) else 0)
 
 
 def memory_estimate(model: Decoder, config: Config, launch: Launch, *, teacher: int = 0) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from cllm.config import Config
 from cllm.environment import environment
 from cllm.errors import UserError
 from cllm.runs import RunFolder
+from cllm.runs.speed import median_speed
 
 _MOST_RUNS = 200
 """Runs that are looked at, newest first."""
@@ -39,11 +39,11 @@ def earlier_speed(config: Config) -> Speed | None:
         try:
             if _hardware(run.environment()) != here or _decisive(run.config()) != wanted:
                 continue
-            rates = [row["throughput/tokens_per_s"] for row in run.metrics() if "throughput/tokens_per_s" in row]
+            speed = median_speed(row.get("throughput/tokens_per_s") for row in run.metrics())
         except (OSError, UserError):
             continue  # not a run that can be read
-        if len(rates) > 1:  # blocks compile before the first
-            return Speed(tokens_per_second=statistics.median(rates[1:]), source=str(run.path))
+        if speed is not None:
+            return Speed(tokens_per_second=speed, source=str(run.path))
     return None
 
 

@@ -7,6 +7,7 @@ is 1. Evaluation always reads as the plan says, so val/loss is the loss of the f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ from cllm.errors import UserError
 from cllm.model.attention import Attention
 from cllm.model.context import Context
 from cllm.model.decoder import Decoder
+from cllm.model.fusion import ComplexRead, MatrixRead
 from cllm.model.sources import FusedRead, OwnKV, Reader, SharedRead
-from cllm.plan.kinds import Fuse, Share
+from cllm.plan.fuse import Fuse
+from cllm.plan.kinds import Share
 from cllm.plan.plan import KVPlan
 from cllm.plan.registry import Builders
 
@@ -31,41 +34,55 @@ blending_module = Builders("module for a curriculum")
 """`(read, made, n_slots, n_kv_heads, head_dim)`: the module `made` of a read, with a layer's own slot mixed in."""
 
 
-@blending_module(Share)
-class BlendingShared(SharedRead):
-    """`SharedRead`, mixed with the layer's own slot if that follows the slots of the plan."""
+class Blending(Reader):
+    """A reader, its base after this one, mixed with the layer's own slot if that follows the slots of the plan."""
 
     share: Tensor
     """(1,) fp32: λ."""
+    n_slots: int
+    """Slots of the plan."""
 
-    def __init__(self, read: Share, made: Reader, n_slots: int, n_kv_heads: int, head_dim: int):
-        super().__init__(made.places[0], made.part)
+    def blend(self, n_slots: int) -> None:
+        """Mix from here on."""
         self.n_slots = n_slots
         self.register_buffer("share", torch.zeros(1), persistent=False)
 
     def forward(self, slots: Sequence[Slot]) -> Tensor:
-        return _mix(super().forward(slots), slots, self)
+        shared = super().forward(slots)
+        if len(slots) == self.n_slots:
+            return shared
+        return torch.lerp(getattr(slots[-1], self.part).float(), shared.float(), self.share.float()).to(shared.dtype)
+
+
+class BlendingShared(Blending, SharedRead):
+    """`SharedRead`, mixed."""
+
+
+class BlendingFused(Blending, FusedRead):
+    """`FusedRead`, mixed."""
+
+
+class BlendingComplex(Blending, ComplexRead):
+    """`ComplexRead`, mixed."""
+
+
+class BlendingMatrix(Blending, MatrixRead):
+    """`MatrixRead`, mixed."""
+
+
+@blending_module(Share)
+def _blending_shared(read: Share, made: Reader, n_slots: int, n_kv_heads: int, head_dim: int) -> Blending:
+    module = BlendingShared(made.places[0], made.part)
+    module.blend(n_slots)
+    return module
 
 
 @blending_module(Fuse)
-class BlendingFused(FusedRead):
-    """`FusedRead`, mixed in the same way."""
-
-    share: Tensor
-
-    def __init__(self, read: Fuse, made: Reader, n_slots: int, n_kv_heads: int, head_dim: int):
-        super().__init__(read, made.places, made.part, n_kv_heads, head_dim)
-        self.n_slots = n_slots
-        self.register_buffer("share", torch.zeros(1), persistent=False)
-
-    def forward(self, slots: Sequence[Slot]) -> Tensor:
-        return _mix(super().forward(slots), slots, self)
-
-
-def _mix(shared: Tensor, slots: Sequence[Slot], read: BlendingShared | BlendingFused) -> Tensor:
-    if len(slots) == read.n_slots:
-        return shared
-    return torch.lerp(getattr(slots[-1], read.part).float(), shared.float(), read.share.float()).to(shared.dtype)
+def _blending_fused(read: Fuse, made: Reader, n_slots: int, n_kv_heads: int, head_dim: int) -> Blending:
+    kinds: dict[str, Any] = {"complex": BlendingComplex, "matrix": BlendingMatrix}
+    module = kinds.get(read.granularity, BlendingFused)(read, made.places, made.part, n_kv_heads, head_dim)
+    module.blend(n_slots)
+    return module
 
 
 class BlendingAttention(Attention):
@@ -120,7 +137,7 @@ def set_progress(model: Decoder, step: int, steps: int) -> float:
     for block in model.blocks:
         if isinstance(block.attention, BlendingAttention):
             for read in (block.attention.keys, block.attention.values):
-                assert isinstance(read, BlendingShared | BlendingFused)
+                assert isinstance(read, Blending)
                 read.share.fill_(progress)
             block.attention.over = progress == 1.0
     return progress

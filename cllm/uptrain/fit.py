@@ -11,6 +11,10 @@ Weights are closed-form for a given alignment, and the alignment for given weigh
 keep lengths. With `map` a last step frees lengths: m = Σ conj(F) K / Σ |F|², N = Σ V Hᵀ (Σ H Hᵀ)⁻¹. Each step lowers
 the error. Only sums of products are stored, in fp64: about G D² numbers a layer for each pair of sources.
 
+Complex weights of keys and matrix weights of values include every such factor and map. One solution of the normal
+equations is then the best: Σ_t (Σ conj(K_s) K_t) a_t = Σ conj(K_s) K for each pair and head, and Σ_t (Σ V_s V_tᵀ) B_t =
+Σ V_s Vᵀ for each head, where the inner sums are over tokens.
+
 The result of least squares is shorter than its target. Scores rely on the length of keys that the teacher normalises
 (`qk_norm`), and queries cannot compensate, so weights that fuse such keys are scaled to restore it.
 """
@@ -27,6 +31,7 @@ from cllm.config.uptraining import Align, InitFrom
 from cllm.errors import UserError
 from cllm.model.attention import Attention
 from cllm.model.decoder import Decoder
+from cllm.model.fusion import ComplexRead, MatrixRead
 from cllm.model.sources import FusedRead, OwnKV, Reader
 from cllm.plan.plan import KVPlan
 from cllm.uptrain.calibrate import Batches, observe
@@ -36,6 +41,7 @@ from cllm.uptrain.project import Part, anchors
 from cllm.uptrain.ridge import solve
 
 _ROUNDS = 20
+_Fused = FusedRead | ComplexRead | MatrixRead
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,7 @@ class Fitted:
     """One read, of keys or of values, after its fit."""
 
     weight: Tensor
-    """(s, 1 or G, 1 or n): fusion weights of the s sources."""
+    """(s, 1 or G, 1 or n): fusion weights of the s sources; or (s, G, P) complex; or (s, G, D, D)."""
     transform: Tensor
     """The alignment's `key_factors` or `value_maps`."""
     error: float
@@ -83,12 +89,15 @@ class ReadSums:
 
     def fit(self, start: Tensor, transform: Tensor, ridge: float, *, learn: bool, align: Align) -> Fitted:
         """Fit weights from `start`, if `learn`, and the alignment from `transform`, as far as `align` allows."""
-        weight, transform = start.double(), transform.to(self.cross.dtype)
+        start = start if start.is_complex() else start.double()
+        weight, transform = start, transform.to(self.cross.dtype)
+        includes_alignments = learn and (start.is_complex() or start.ndim == 4)
+        align = "none" if includes_alignments else align
         rounds = _ROUNDS if align in ("turn", "map") else 1
         error = float("inf")
         for n in range(rounds):
             if learn:
-                weight = self._weights(start.double(), transform, ridge)
+                weight = self._weights(start, transform, ridge)
             found = self._error(weight, transform)
             if error - found < 1e-9 or n == rounds - 1:
                 break
@@ -105,9 +114,12 @@ class ReadSums:
 
     def _weights(self, start: Tensor, transform: Tensor, ridge: float) -> Tensor:
         """The best weights under an alignment that keeps lengths."""
+        if start.ndim == 4:
+            return self._matrices(start, transform, ridge)
         one = [dim for dim in (1, 2) if start.shape[dim] == 1]  # dims that share a weight
         if self.part == "k":
-            a, b = self.sources.real, (self.cross * transform).real
+            a, b = self.sources, self.cross * transform
+            a, b = (a, b) if start.is_complex() else (a.real, b.real)
         else:
             a, b = self.sources.diagonal(dim1=-2, dim2=-1), (self.cross * transform).sum(-1)
         if one:
@@ -115,14 +127,26 @@ class ReadSums:
         found = solve(a.permute(2, 3, 0, 1), b.permute(1, 2, 0)[..., None], start.permute(1, 2, 0)[..., None], ridge)
         return found[..., 0].permute(2, 0, 1)
 
+    def _matrices(self, start: Tensor, transform: Tensor, ridge: float) -> Tensor:
+        """The best matrices (s, G, D, D) under an orthogonal alignment."""
+        n, _, groups, d, _ = self.sources.shape
+        a = self.sources.permute(2, 0, 3, 1, 4).reshape(groups, n * d, n * d)
+        b = torch.einsum("sgde,gfe->gsdf", self.cross, transform).reshape(groups, n * d, d)
+        found = solve(a, b, start.transpose(0, 1).reshape(groups, n * d, d), ridge)
+        return found.unflatten(1, (n, d)).transpose(0, 1)
+
     def _read_own(self, weight: Tensor) -> Tensor:
         """Products of the read with the layer's own tensor: (G, P) or (G, D, D)."""
-        return (self.cross * (weight if self.part == "k" else weight[..., None])).sum(0)
+        if weight.ndim == 4:
+            return torch.einsum("sgdf,sgde->gfe", weight, self.cross)
+        return (self.cross * (weight.conj() if self.part == "k" else weight[..., None])).sum(0)
 
     def _read_read(self, weight: Tensor) -> Tensor:
         """Products of the read with itself: (G, P) real or (G, D, D)."""
         if self.part == "k":
-            return (self.sources * weight[:, None] * weight[None]).sum((0, 1)).real
+            return (self.sources * weight.conj()[:, None] * weight[None]).sum((0, 1)).real
+        if weight.ndim == 4:
+            return torch.einsum("sgdf,stgde,tgeh->gfh", weight, self.sources, weight)
         w = weight.expand(-1, *self.cross.shape[1:-1])
         return torch.einsum("sgd,stgde,tge->gde", w, self.sources, w)
 
@@ -197,8 +221,8 @@ def fit_readers(
         chosen[i] = Alignment(start.order, keys.transform, values.transform)
         for module, fitted, what in ((attention.keys, keys, "keys"), (attention.values, values, "values")):
             errors[f"layer {i} {what}"] = fitted.error
-            if isinstance(module, FusedRead):
-                module.weight.copy_(fitted.weight)
+            if isinstance(module, _Fused):
+                module.weight.copy_(_parameter(fitted.weight))
     return chosen, errors
 
 
@@ -236,15 +260,26 @@ def _fit_layer(
         of_keys = _fit(attention.keys, keys, start.key_factors, ridge, align)
     else:  # queries and keys are normalised: keys are only reordered
         of_keys = _fit(attention.keys, keys, start.key_factors, ridge, "none")
-        if isinstance(attention.keys, FusedRead):
+        if isinstance(attention.keys, _Fused):
             of_keys = keys.at_length(of_keys)
     return of_keys, _fit(attention.values, values, start.value_maps, ridge, align)
 
 
 def _fit(read: Reader, sums: ReadSums, transform: Tensor, ridge: float, align: Align) -> Fitted:
-    fused, device = isinstance(read, FusedRead), sums.cross.device
-    weight = read.weight.detach().to(device) if isinstance(read, FusedRead) else torch.ones(1, 1, 1, device=device)
+    fused, device = isinstance(read, _Fused), sums.cross.device
+    weight = _weight(read).to(device) if isinstance(read, _Fused) else torch.ones(1, 1, 1, device=device)
     return sums.fit(weight, transform.to(device), ridge, learn=fused, align=align)
+
+
+def _weight(read: FusedRead | ComplexRead | MatrixRead) -> Tensor:
+    """The weights of a read as in `Fitted`."""
+    weight = read.weight.detach()
+    return torch.complex(*weight.double().unbind(2)) if isinstance(read, ComplexRead) else weight
+
+
+def _parameter(weight: Tensor) -> Tensor:
+    """The inverse of `_weight`."""
+    return torch.stack((weight.real, weight.imag), dim=2) if weight.is_complex() else weight
 
 
 def _n_heads(owner: OwnKV) -> int:

@@ -112,7 +112,7 @@ def init_student(student: Decoder, teacher: TracedDecoder, settings: InitFrom, b
             layers = above if settings.outputs == "all" else list(alignments)
             errors |= refit_outputs(student, teacher, layers, batches, ridge=settings.ridge)
     elif settings.method == "svd":
-        errors = make_latents(student, teacher, batches, keep=settings.rope_pairs)
+        errors = make_latents(student, teacher, batches, keep=settings.rope_pairs, ridge=settings.ridge)
     return StudentInit(owners, errors)
 
 

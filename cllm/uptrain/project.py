@@ -40,6 +40,11 @@ def check_plans(student: KVPlan, teacher: KVPlan) -> None:
             )
     for i in range(len(student)):
         own, source = teacher.owned(i), student.source(i)
+        if student.reads_at_once(i):
+            raise UserError(
+                f"model.kv: layer {i} reads several slots at once, {student.keys(i).text(i)}, which no method starts "
+                "from another model; allowed with init.from: layers that read one slot, or fuse several"
+            )
         if source.is_state:
             raise UserError(f"model.kv: layer {i} has a {source.noun}, which cannot be made from keys and values")
         if source.kv_heads is not None and own.kv_heads is not None and own.kv_heads % source.kv_heads:

@@ -25,12 +25,12 @@ def solve(a: Tensor, b: Tensor, start: Tensor, ridge: float) -> Tensor:
     """The x that minimises ½ xᵀ a x - bᵀ x + ½ ridge m |x - start|², with m the mean of a's diagonal.
 
     Args:
-        a: (..., n, n) fp64, symmetric.
-        b: (..., n, k) fp64.
-        start: (..., n, k) fp64.
+        a: (..., n, n) fp64 and symmetric, or complex128 and Hermitian.
+        b: (..., n, k) in that dtype.
+        start: (..., n, k) in that dtype.
         ridge: at least 0. A tiny one is always added, so directions that do not occur in the text stay at the start.
     """
-    mean = a.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30)
+    mean = a.diagonal(dim1=-2, dim2=-1).real.mean(-1)[..., None, None].clamp(min=1e-30)
     penalty = max(ridge, 1e-12) * mean * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     return torch.linalg.solve(a + penalty, b + penalty @ start)
 

@@ -18,7 +18,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ from cllm.plan.plan import Fuse, KVPlan, LayerPlan, Share
 from cllm.uptrain.calibrate import Batches, observe
 from cllm.uptrain.complete import load_config
 from cllm.uptrain.decoder import TracedDecoder, build_traced, owner_of
+from cllm.uptrain.heads import to_pairs
 from cllm.uptrain.init import init_student
 from cllm.uptrain.ridge import solve
 
@@ -197,32 +198,42 @@ def fusion_plan(teacher: TracedDecoder, plan: KVPlan, batches: Batches, *, ridge
     check_owning(teacher.plan)
     if not plan.reads_by(Fuse):
         raise UserError("model.kv fuses nothing; give --owners or --max-bytes for a plan that shares")
-    n = len(plan)
+    n, fused = len(plan), plan.reads_by(Fuse)
+    matrices = any(read.granularity == "matrix" for read in fused.values())
     sums = [torch.zeros(()), torch.zeros(())]
     for seen in observe(teacher, batches):
         slots = [seen.slot(i, owner_of(teacher, i)) for i in range(n)]
-        for part in (0, 1):
-            x = torch.stack([slot[part].double() for slot in slots])  # L, G, D, N
-            sums[part] = sums[part] + torch.einsum("igdn,jgdn->ijgd", x, x)
-    layers, fused = [], plan.reads_by(Fuse)
+        z = torch.stack([to_pairs(slot[0]) for slot in slots])  # L, G, P, N
+        sums[0] = sums[0] + torch.einsum("igpn,jgpn->ijgp", z.conj(), z)
+        x = torch.stack([slot[1].double() for slot in slots])  # L, G, D, N
+        sums[1] = sums[1] + torch.einsum("igdn,jgen->ijgde" if matrices else "igdn,jgdn->ijgd", x, x)
+    layers = []
     for i, layer in enumerate(plan.layers):
         keys, values = plan.keys(i), plan.values(i)
         if (i, "keys") in fused:
-            keys = _best_sources(plan, i, fused[i, "keys"], sums[0], ridge, tied=True)
+            keys = _best_sources(plan, i, fused[i, "keys"], sums[0], ridge)
         if (i, "values") in fused:
-            values = _best_sources(plan, i, fused[i, "values"], sums[1], ridge, tied=False)
-        layers.append(LayerPlan(own=layer.own, keys=keys, values=values, window=layer.window))
+            values = _best_sources(plan, i, fused[i, "values"], sums[1], ridge)
+        layers.append(replace(layer, keys=keys, values=values))
     return KVPlan.of(layers, plan.iterations)
 
 
-def _best_sources(plan: KVPlan, i: int, read: Fuse, sums: Tensor, ridge: float, *, tied: bool) -> Fuse:
+def _best_sources(plan: KVPlan, i: int, read: Fuse, sums: Tensor, ridge: float) -> Fuse:
+    """The sources of least squared error, from the sums over tokens of products of layers: keys (L, L, G, P) complex,
+    values (L, L, G, D), or (L, L, G, D, D) if any read of the plan fuses by matrices."""
+    if read.granularity != "complex":
+        sums = sums.real
+    if sums.ndim == 4:
+        sums = sums[..., None, None]
+    elif read.granularity == "matrix":
+        sums = sums[:, :, :, None]
+    else:
+        sums = sums.diagonal(dim1=-2, dim2=-1)[..., None, None]
     if read.granularity == "scalar":
-        sums = sums.sum(-1, keepdim=True)
-    elif tied:
-        sums = sums.unflatten(-1, (2, -1)).sum(-2)
+        sums = sums.sum(3, keepdim=True)
     if not read.per_head:
         sums = sums.sum(2, keepdim=True)
-    grams = sums.permute(2, 3, 0, 1)  # G or 1, channels, L, L
+    grams = sums.flatten(2, 3).permute(2, 0, 1, 3, 4)  # weights, L, L, and the size of a matrix weight, else 1, twice
     kind = plan.layers[read.layers[0]]
     below = [
         j for j in plan.owners if j < i and plan.layers[j].own == kind.own and plan.layers[j].window == kind.window
@@ -230,9 +241,10 @@ def _best_sources(plan: KVPlan, i: int, read: Fuse, sums: Tensor, ridge: float, 
 
     def error(layers: tuple[int, ...]) -> float:
         index = list(layers)
-        a, b = grams[..., index, :][..., index], grams[..., index, i][..., None]
+        a = grams[:, index][:, :, index].transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        b = grams[:, index, i].flatten(1, 2)
         w = solve(a, b, torch.zeros_like(b), ridge)
-        return float((w.mT @ a @ w - 2 * w.mT @ b).sum())
+        return float((w.conj() * (a @ w - 2 * b)).real.sum())
 
     best = min(itertools.combinations(below, len(read.layers)), key=error)
     return read.with_layers(best)

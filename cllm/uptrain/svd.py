@@ -13,6 +13,10 @@ values of every head are expanded. Following MHA2MLA (arXiv 2502.14837) and Tran
    by U (Uᵀ M) x with the kv_lora_rank principal directions of M C Mᵀ. C is the second moment of x on the text, or
    without a text the identity. Latents are scaled to mean square 1.
 
+If several layers read one latent, its owner's input y replaces the input x of every other layer: x ≈ R y by least
+squares on the text, so that all their keys and values are projections of y. The steps above then take the heads of all
+these layers together: one RoPE key, one latent, and up-projections for each layer.
+
 The latent has an RMSNorm, which no linear projection reproduces: c is wrong by its own size, token by token, and step 3
 makes that size 1 on average. If kv_lora_rank is at least d_model, the latent is the layer's normalised input itself, of
 constant size, and steps 2 and 3 lose nothing. The conversion is then exact with all pairs kept and one KV head; with
@@ -23,6 +27,8 @@ replaced by its gain and one factor, the best on the text.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,6 +42,7 @@ from cllm.plan.plan import Latent
 from cllm.uptrain.calibrate import Batches, observe
 from cllm.uptrain.decoder import TracedDecoder, attention_of, block_of
 from cllm.uptrain.heads import heads_of, to_channels, to_pairs
+from cllm.uptrain.ridge import solve
 
 
 def kept_pairs(head_dim: int, rope_dim: int, keep: KeepPairs) -> list[int]:
@@ -64,10 +71,9 @@ def check_latents(student: Decoder, teacher: Decoder, *, calibrated: bool) -> No
         UserError: naming the layer or the key and what is allowed.
     """
     d = teacher.config.resolved_head_dim
-    for i, latent in student.plan.reading(Latent).items():
+    for latent in student.plan.reading(Latent).values():
         unkept = d - latent.qk_rope_head_dim
         for wrong, message in (
-            (student.plan.layers[i].own is None, f"layer {i} reads another's latent; allowed: factor 1"),
             (latent.q_lora_rank is not None, f"q_lora_rank is {latent.q_lora_rank}; allowed: null"),
             (latent.v_head_dim < d, f"v_head_dim is {latent.v_head_dim}; allowed: {d} or more"),
             (
@@ -79,21 +85,27 @@ def check_latents(student: Decoder, teacher: Decoder, *, calibrated: bool) -> No
         ):
             if wrong:
                 raise UserError(f"model.kv with init.method svd: {message}")
-    if teacher.config.qk_norm and not calibrated:
-        raise UserError("init.calibration_sequences is 0; models with qk_norm need 1 or more with init.method svd")
+    shared = any(student.plan.layers[i].own is None for i in student.plan.reading(Latent))
+    if (teacher.config.qk_norm or shared) and not calibrated:
+        what = "latents that several layers read" if shared else "models with qk_norm"
+        raise UserError(f"init.calibration_sequences is 0; {what} need 1 or more with init.method svd")
 
 
 class _Moments:
-    """Statistics of one layer on the text: second moments of its input and of the sizes of its query and key heads."""
+    """Statistics of one layer on the text: second moments of its input and of the sizes of its query and key heads, and
+    for a layer that reads another's latent the products of that layer's input with its own."""
 
     def __init__(self) -> None:
         self.inputs: Tensor | float = 0.0
+        self.cross = torch.zeros(())
         self.sizes: dict[str, list[Tensor]] = {}
 
-    def add(self, x: Tensor, attention: Attention) -> None:
-        """Add a batch: `x` (N, d_model), the normalised input of `attention`."""
+    def add(self, x: Tensor, attention: Attention, of_owner: Tensor | None) -> None:
+        """Add a batch: `x` (N, d_model), the normalised input of `attention`, and that of the layer that it reads."""
         wide = x.double()
         self.inputs = self.inputs + wide.T @ wide
+        if of_owner is not None:
+            self.cross = self.cross.to(x.device) + of_owner.double().T @ wide
         if attention.q_norm is None:
             return
         assert isinstance(attention.owner, OwnKV)
@@ -110,62 +122,141 @@ class _Moments:
 
 
 @torch.no_grad()
-def make_latents(student: Decoder, teacher: TracedDecoder, batches: Batches, *, keep: KeepPairs) -> dict[str, float]:
+def make_latents(
+    student: Decoder, teacher: TracedDecoder, batches: Batches, *, keep: KeepPairs, ridge: float = 1e-4
+) -> dict[str, float]:
     """Set the weights of every latent layer of `student` from the teacher's keys, values, queries and outputs.
 
     Returns:
-        For each layer, as `layer 5 latent`, the fraction of the mean square of keys without position and values that
-        the low rank loses.
+        For each layer that owns a latent, as `layer 5 latent`, the fraction of the mean square of keys without position
+        and values that the low rank loses; for each that reads another's, as `layer 6 input`, the fraction of the mean
+        square of its keys and values that no linear map of the owner's input gives.
     """
-    layers = list(student.plan.reading(Latent))
-    moments = {i: _Moments() for i in layers}
-    for seen in observe(teacher, batches) if layers and batches else ():
-        for i in layers:
-            moments[i].add(seen.normed(i), attention_of(teacher, i))
-    return {f"layer {i} latent": _layer(student, teacher, i, moments[i], keep) for i in layers}
+    plan = student.plan
+    groups = {i: plan.readers("keys")[i] for i in plan.owners if isinstance(plan.owned(i), Latent)}
+    moments = {i: _Moments() for layers in groups.values() for i in layers}
+    for seen in observe(teacher, batches) if groups and batches else ():
+        for owner, layers in groups.items():
+            for i in layers:
+                moments[i].add(seen.normed(i), attention_of(teacher, i), seen.normed(owner) if i != owner else None)
+    errors: dict[str, float] = {}
+    for owner, layers in groups.items():
+        heads = [_heads(student, teacher, i, moments[i]) for i in layers]
+        for i, of_layer in zip(layers, heads, strict=True):
+            if i != owner:
+                lost = of_layer.move(moments[i], moments[owner], _gain(teacher, i), _gain(teacher, owner), ridge)
+                errors[f"layer {i} input"] = lost
+        errors[f"layer {owner} latent"] = _group(student, teacher, owner, layers, heads, moments[owner], keep)
+    return errors
 
 
-def _layer(student: Decoder, teacher: Decoder, i: int, moments: _Moments, keep: KeepPairs) -> float:
+def _gain(teacher: Decoder, i: int) -> Tensor:
+    return block_of(teacher, i).attention_norm.weight.double()
+
+
+@dataclass(slots=True)
+class _Heads:
+    """Projections (heads, D, d_model) fp64 of one layer of the teacher, with norms on heads as factors."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    def move(self, own: _Moments, owner: _Moments, gain: Tensor, owner_gain: Tensor, ridge: float) -> float:
+        """Let keys and values be projected from the input y of the owner's layer instead of the layer's own input x.
+
+        x is replaced by R y with the least squared error, R = (Σ x yᵀ) (Σ y yᵀ)⁻¹, and a penalty on the distance from
+        the R that replaces the gain of one norm by that of the other.
+
+        Returns:
+            The fraction of the mean square of keys and values that is lost.
+        """
+        assert isinstance(own.inputs, Tensor)
+        assert isinstance(owner.inputs, Tensor)
+        usable = owner_gain.abs() > 1e-4
+        start = torch.diag(torch.where(usable, gain / torch.where(usable, owner_gain, 1.0), 0.0))
+        moved = solve(owner.inputs, own.cross, start, ridge).T  # R
+        stack = torch.cat((self.k.flatten(0, 1), self.v.flatten(0, 1)))
+        unexplained = own.inputs - moved @ own.cross - own.cross.T @ moved.T + moved @ owner.inputs @ moved.T
+        lost = ((stack @ unexplained) * stack).sum() / ((stack @ own.inputs) * stack).sum().clamp(min=1e-30)
+        self.k, self.v = self.k @ moved, self.v @ moved
+        return float(lost)
+
+
+def _heads(student: Decoder, teacher: Decoder, i: int, moments: _Moments) -> _Heads:
     mine, theirs = block_of(student, i).attention, attention_of(teacher, i)
     assert isinstance(mine, LatentAttention)
-    assert isinstance(mine.owner, OwnLatent)
     assert isinstance(theirs.owner, OwnKV)
-    latent, d = mine.latent, theirs.head_dim
-    gain = block_of(teacher, i).attention_norm.weight.double()
+    d, latent = theirs.head_dim, mine.latent
     if theirs.owner.norm is not None:
         raise UserError(f"init.method svd: layer {i} of the teacher has a kv_norm; allowed: none")
     q, k, v = (heads_of(m, d).double() for m in (theirs.q_proj, theirs.owner.k_proj, theirs.owner.v_proj))
     if theirs.q_norm is not None and theirs.owner.k_norm is not None:
         q = q * theirs.q_norm.weight[:, None] * moments.factor("q")[:, None, None]
         k = k * theirs.owner.k_norm.weight[:, None] * moments.factor("k")[:, None, None]
+    return _Heads(q * math.sqrt((latent.qk_nope_head_dim + latent.qk_rope_head_dim) / d), k, v)  # scale of scores
+
+
+def _group(
+    student: Decoder,
+    teacher: Decoder,
+    owner: int,
+    layers: Sequence[int],
+    heads: Sequence[_Heads],
+    moments: _Moments,
+    keep: KeepPairs,
+) -> float:
+    """Set the weights of `layers`, which read the latent of `owner`, from `heads` that project that layer's input."""
+    mine = block_of(student, owner).attention
+    assert isinstance(mine, LatentAttention)
+    assert isinstance(mine.owner, OwnLatent)
+    latent, d, gain = mine.latent, teacher.config.resolved_head_dim, _gain(teacher, owner)
     second = moments.inputs if isinstance(moments.inputs, Tensor) else torch.diag(gain.square())
-    n_kv, n_heads = len(k), len(q)
-    q = q * math.sqrt((latent.qk_nope_head_dim + latent.qk_rope_head_dim) / d)  # the other scale of scores
+    k, v = (torch.cat([getattr(of_layer, name) for of_layer in heads]) for name in ("k", "v"))
+    n_kv = len(heads[0].k)
 
     pairs = kept_pairs(d, latent.qk_rope_head_dim, keep)
-    z, w = to_pairs(k), to_pairs(q).unflatten(0, (n_kv, -1))  # G, P, d_model and G, H/G, P, d_model
+    z = to_pairs(k)  # G, P, d_model, where G counts the KV heads of all layers
     kept = z[:, pairs]
     gram = torch.einsum("gpm,mn,hpn->pgh", kept, second.to(kept.dtype), kept.conj())
     u = torch.linalg.eigh(gram)[1][..., -1].T  # G, R/2
     rope_key = torch.einsum("gp,gpm->pm", u.conj(), kept)
-    rope_query = w[:, :, pairs] * u.conj()[:, None, :, None]
     left = z.clone()
     left[:, pairs] = kept - u[..., None] * rope_key
 
     others = [p for p in range(d // 2) if p not in set(pairs)] + pairs
     others = others[: latent.qk_nope_head_dim // 2]
     nope_key = _padded(to_channels(left[:, others]), latent.qk_nope_head_dim)  # G, nope, d_model
-    nope_query = _padded(to_channels(w[:, :, others].flatten(0, 1)), latent.qk_nope_head_dim)
     down, up_k, up_v, lost = _low_rank(nope_key, v, second, gain, latent.kv_lora_rank)
-
     mine.owner.down_proj.weight.copy_(torch.cat((down, to_channels(rope_key))))
     mine.owner.norm.weight.fill_(1.0)
-    mine.q_proj.weight.copy_(torch.cat((nope_query, to_channels(rope_query.flatten(0, 1))), dim=1).flatten(0, 1))
     up = torch.cat((up_k, _padded(up_v, latent.v_head_dim)), dim=1)  # G, nope + value, rank
-    mine.kv_up_proj.weight.copy_(up.repeat_interleave(n_heads // n_kv, dim=0).flatten(0, 1))
-    columns = theirs.o_proj.weight.unflatten(1, (n_heads, d)).transpose(0, 1).transpose(1, 2)  # H, D, d_model
-    mine.o_proj.weight.copy_(_padded(columns, latent.v_head_dim).permute(2, 0, 1).flatten(1))
+    for i, of_layer, phases, of_up in zip(layers, heads, u.split(n_kv), up.split(n_kv), strict=True):
+        _set_reader(student, teacher, i, of_layer.q, phases, of_up, pairs, others)
     return lost
+
+
+def _set_reader(
+    student: Decoder,
+    teacher: Decoder,
+    i: int,
+    q: Tensor,
+    phases: Tensor,
+    up: Tensor,
+    pairs: Sequence[int],
+    others: Sequence[int],
+) -> None:
+    """Set queries, up-projections (G, nope + value, rank) and outputs of layer `i`."""
+    mine, theirs = block_of(student, i).attention, attention_of(teacher, i)
+    assert isinstance(mine, LatentAttention)
+    latent, n_heads, n_kv = mine.latent, len(q), len(phases)
+    w = to_pairs(q).unflatten(0, (n_kv, -1))  # G, H/G, P, d_model
+    rope_query = w[:, :, pairs] * phases.conj()[:, None, :, None]
+    nope_query = _padded(to_channels(w[:, :, others].flatten(0, 1)), latent.qk_nope_head_dim)
+    mine.q_proj.weight.copy_(torch.cat((nope_query, to_channels(rope_query.flatten(0, 1))), dim=1).flatten(0, 1))
+    mine.kv_up_proj.weight.copy_(up.repeat_interleave(n_heads // n_kv, dim=0).flatten(0, 1))
+    columns = theirs.o_proj.weight.unflatten(1, (n_heads, theirs.head_dim)).transpose(0, 1).transpose(1, 2)
+    mine.o_proj.weight.copy_(_padded(columns, latent.v_head_dim).permute(2, 0, 1).flatten(1))  # from H, value, d_model
 
 
 def _padded(heads: Tensor, channels: int) -> Tensor:

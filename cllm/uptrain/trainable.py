@@ -15,6 +15,7 @@ from cllm.model.sources import Reader
 from cllm.uptrain.curriculum import OWN
 from cllm.uptrain.decoder import block_of
 
+_OWNERS = ("owner", "local")
 _QUERIES = ("q_proj", "q_norm", "q_down_proj", "kv_up_proj")
 LORA_A, LORA_B = "lora_a", "lora_b"
 
@@ -62,7 +63,7 @@ def make_trainable(model: Decoder, config: Config) -> None:
     for i in range(len(model.blocks)):
         attention = block_of(model, i).attention
         for name, part in attention.named_children():
-            if isinstance(part, Reader) or (kind == "kv" and (name == "owner" or name in _QUERIES)):
+            if isinstance(part, Reader) or (kind == "kv" and (name in _OWNERS or name in _QUERIES)):
                 part.requires_grad_(True)
     if kind == "lora":
         generator = torch.Generator().manual_seed(config.train.seed)

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import cllm
 from cllm.api.settings import model_config, run_config
 from cllm.config import ModelConfig
+from cllm.errors import UserError
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.registry import parse
 from cllm.runs import load_run
@@ -90,6 +91,10 @@ def _compress(model: Any, prompt: Any) -> Any:
     ("call", "line"),
     [
         (lambda: cllm.build("mha", d_modl=64), 'arguments: model.d_modl: unknown key; did you mean "d_model"?'),
+        (lambda: cllm.build("mha", layers=4), 'arguments: model.layers: unknown key; did you mean "n_layers"?'),
+        (lambda: cllm.prepare(_any(3)), "prepare: recipe is a int; allowed: a path"),
+        (lambda: cllm.compare(["runs/tiny"], baseline=_any(Path("a"))), "compare: baseline is a PosixPath; allowed: a"),
+        (lambda: cllm.score("runs/tiny", prefix=4), "score: prefix is 4; it needs posthoc="),
         (lambda: cllm.build("gqa:heads=2"), "gqa:heads=2: model.kv.heads: unknown key"),
         (lambda: cllm.plan(3), "config is a int; allowed: a path, the name"),
         (lambda: cllm.export("runs/tiny", "other", dtype=_any("fp16")), "dtype is 'fp16'; allowed: fp32, bf16"),
@@ -264,3 +269,32 @@ def test_the_picture_of_a_plan_is_a_png() -> None:
     assert view.kv_bytes.resident == 2 * 2 * 32 * 2
     assert view.mha_kv_bytes.resident == 2 * view.kv_bytes.resident
     assert "against mha  0.5x resident" in str(view)
+
+
+def _filled(model: Any) -> Any:
+    """The cache of eight tokens."""
+    return model(torch.arange(8)[None] + 1, use_cache=True).past_key_values
+
+
+def test_a_cache_of_another_model_is_not_compressed() -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+    def llama(**options: Any) -> Any:
+        return LlamaForCausalLM(LlamaConfig(**{**shape, "vocab_size": 64, **options})).eval()
+
+    sizes = {"d_model": 32, "n_heads": 2, "vocab_size": 64, "n_layers": 2}
+    own, foreign = cllm.build("mha", **sizes).eval(), llama()
+    for model, cache, difference in (
+        (own, _filled(foreign), "it is a DynamicCache, the model fills a KVCache"),
+        (foreign, _filled(own), "it is a KVCache, the model fills a DynamicCache"),
+        (own, _filled(cllm.build("mha", **sizes | {"n_layers": 3}).eval()), "its KV plan is not the model's"),
+        (own, _filled(cllm.build("mha", **sizes | {"n_heads": 4}).eval()), "its n_heads is 4, the model's 2"),
+        (foreign, _filled(llama(num_hidden_layers=3)), "it has 3 layers, the model 2"),
+        (foreign, _filled(llama(num_key_value_heads=1)), "it has 1 heads of 16, the model 2 of 16"),
+        (llama().bfloat16(), _filled(foreign), "its dtype is float32, the model's bfloat16"),
+    ):
+        with pytest.raises(UserError, match=r"(made for|filled by) another model") as refused:
+            cllm.compress(model, cache, "svd:ratio=1.2,sinks=0")
+        assert difference in str(refused.value)
+    for model in (own, foreign):
+        assert cllm.compress(model, _filled(model), "svd:ratio=1.2,sinks=0").nbytes() > 0

@@ -10,7 +10,7 @@ import cllm
 
 EXAMPLES = [
     example
-    for name in ("plans", "runs", "models", "scores")
+    for name in ("plans", "runs", "models", "scores", "prefixes")
     for example in sorted(
         doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(f"cllm.api.{name}")),
         key=lambda example: example.lineno or 0,

@@ -17,7 +17,7 @@ import torch
 from cllm.errors import UserError
 from cllm.kernels import split_decode
 from cllm.kernels.choice import log_once, uses_triton
-from cllm.kernels.decode import Stored, Visible, decode_attention
+from cllm.kernels.decode import Stored, Visible, decode_attention, decode_attention_lse
 from cllm.kernels.split_decode import Limits, Tiles, choose_tiles
 
 B, SCALE = 3, 0.3
@@ -279,6 +279,11 @@ def interpreted() -> None:
                         raise AssertionError(f"{case}, {dtype}, {tiles}") from error
     arguments, wanted = call(Case(column=55), torch.float32)
     assert_close(decode_attention(*arguments, scale=SCALE, kernel="triton"), wanted, torch.float32)
+    for case in (Case(column=55), Case(g=4, first=(20, 26, 3), window=7), Case(column=0, exclude_self=True)):
+        arguments, wanted = call(case, torch.float32)
+        results, lse = decode_attention_lse(*arguments, scale=SCALE, kernel="triton")
+        assert_close(results, wanted, torch.float32)
+        torch.testing.assert_close(lse, decode_attention_lse(*arguments, scale=SCALE)[1], atol=1e-4, rtol=1e-4)
 
 
 def test_triton_kernels_interpreted_are_the_definition(run_interpreted):

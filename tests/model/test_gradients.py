@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cllm.model.decoder import Decoder
+from cllm.model.fusion import ComplexRead, MatrixRead
 from cllm.model.sources import FusedRead
 from cllm.plan.presets import preset_names
 
@@ -33,7 +34,7 @@ def test_checkpointing_changes_no_gradient(name, preset_config, random_model):
         torch.testing.assert_close(gradients_again[key], gradient, atol=1e-7, rtol=1e-6, msg=key)
 
 
-FUSING = ["fusedkv", "fusedkv_lite_learnable", "explicit"]
+FUSING = ["fusedkv", "fusedkv_lite_learnable", "explicit", "fusedkv, complex keys and matrix values"]
 
 
 @pytest.fixture
@@ -53,14 +54,14 @@ def fusing(preset_config, tiny_config, random_model):
 @pytest.mark.parametrize("name", FUSING)
 def test_recomputed_fusion_changes_no_gradient_and_is_not_saved(name, autocast, fusing, monkeypatch):
     model, kept = fusing(name), []
-    plain = FusedRead.forward
+    for kind in (FusedRead, ComplexRead, MatrixRead):
 
-    def watched(self, slots):
-        made = plain(self, slots)
-        kept.append(weakref.ref(made.untyped_storage()))
-        return made
+        def watched(self, slots, plain=kind.forward):
+            made = plain(self, slots)
+            kept.append(weakref.ref(made.untyped_storage()))
+            return made
 
-    monkeypatch.setattr(FusedRead, "forward", watched)
+        monkeypatch.setattr(kind, "forward", watched)
     found = []
     for model.recompute_fusion in (False, True):
         kept.clear()

@@ -34,7 +34,7 @@ def assert_equal_to_reference(reference, model, rows):
 
 @pytest.mark.parametrize("name", preset_names())
 def test_logits_and_gradients_of_every_preset(name, reference, preset_config, random_model):
-    extras = {} if name == "mla" else {"qk_norm": True, "q_bias": True, "kv_bias": True}
+    extras = {} if name in ("mla", "xmla") else {"qk_norm": True, "q_bias": True, "kv_bias": True}
     model = random_model(preset_config(name, **extras))
     assert_equal_to_reference(reference, model, reference.PRESETS[name][1])
 
@@ -45,11 +45,14 @@ VARIANTS = [
     "fusedkv, scalar weights",
     "fusedkv, weights per head",
     "fusedkv, scalar weights per head",
+    "fusedkv, complex keys and matrix values",
     "fusedkv, three sources",
     "learnable, weights per head",
     "cla, factor 3",
     "mha, window and kv norm",
     "swiftkv, groups of two",
+    "ced, groups of two",
+    "joins of every slot",
     "halves of other layers",
     "mixes of mixes",
     "tied slots of other layers",
@@ -67,7 +70,10 @@ def test_logits_and_gradients_of_variants(name, reference, preset_config, random
 
 @pytest.mark.parametrize(
     "name",
-    ["mha", "fusedkv", "yoco", "yoco with retention", "mla", "trailing", "swiftkv", "svformer", "kv_tie", "yoco_pp"],
+    [
+        *("mha", "fusedkv", "fusedkv, complex keys and matrix values", "yoco", "yoco with retention", "mla"),
+        *("trailing", "swiftkv", "svformer", "kv_tie", "yoco_pp", "ced", "hysparse"),
+    ],
 )
 def test_layer_by_layer_and_token_by_token_are_equal(name, reference, preset_config, random_model):
     """Decoding order changes nothing in a plan that reads from below."""

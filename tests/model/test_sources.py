@@ -5,6 +5,8 @@ import torch
 
 from cllm.cache.slot import Slot
 from cllm.model.decoder import Decoder
+from cllm.model.fusion import WeightedRead
+from cllm.model.sizes import layer_flops_per_token
 from cllm.model.sources import FusedRead
 from cllm.plan.plan import Fuse, Latent, Own, Retention
 from cllm.plan.presets import preset_names
@@ -88,13 +90,19 @@ def test_slot_widths():
 @pytest.mark.parametrize("name", preset_names())
 def test_only_owners_have_key_and_value_projections(name, reference, preset_config):
     model = Decoder(preset_config(name))
-    kv = {"mla": "owner.down_proj", "kv_tie": "owner.kv_proj"}.get(name, "owner.k_proj")
+    kv = {"mla": "owner.down_proj", "xmla": "owner.down_proj", "kv_tie": "owner.kv_proj"}.get(name, "owner.k_proj")
     for i, row in enumerate(reference.PRESETS[name][1]):
         names = {n for n, _ in model.blocks[i].attention.named_parameters()}
         owns, fused = row.startswith(("own", "latent")), [half for half in ("keys", "values") if f"{half} w" in row]
         assert any(n.startswith(kv) for n in names) == owns, i
         assert any(n.startswith("owner") for n in names) == owns, i
         assert {n for n in names if n.split(".")[0] in ("keys", "values")} == {f"{half}.weight" for half in fused}
+
+
+def test_matrices_of_values_count_as_products(preset_config):
+    plain, rich = (Decoder(preset_config(n)) for n in ("fusedkv", "fusedkv, complex keys and matrix values"))
+    more = [b - a for a, b in zip(*(layer_flops_per_token(m, 16) for m in (plain, rich)), strict=True)]
+    assert more == [0] * 4 + [2 * 2 * G * D * D] * 4  # two sources, a multiplication and an addition for each number
 
 
 def test_fusion_weights_start_where_the_plan_says(tiny_config):
@@ -112,16 +120,17 @@ def test_fusion_weights_start_where_the_plan_says(tiny_config):
 # ---- FusedKV -------------------------------------------------------------------------------------------------------
 
 
-def test_at_its_lite_point_fusedkv_is_fusedkv_lite(preset_config, random_model):
+@pytest.mark.parametrize("name", ["fusedkv", "fusedkv, complex keys and matrix values"])
+def test_at_its_lite_point_fusedkv_is_fusedkv_lite(name, preset_config, random_model):
     lite = random_model(preset_config("fusedkv_lite"))
-    full = random_model(preset_config("fusedkv"), seed=1)
+    full = random_model(preset_config(name), seed=1)
     missing, unexpected = full.load_state_dict(lite.state_dict(), strict=False)
     assert not unexpected
     assert sorted(missing) == sorted(
         f"blocks.{i}.attention.{p}.weight" for i in (4, 5, 6, 7) for p in ("keys", "values")
     )
     for module in full.modules():
-        if isinstance(module, FusedRead):
+        if isinstance(module, FusedRead | WeightedRead):
             module.reset_parameters()
     ids = torch.arange(12)[None]
     assert torch.equal(full(ids), lite(ids))
@@ -135,7 +144,9 @@ def shift_error(model) -> float:
         return float((model(ids, positions + 37) - model(ids, positions)).abs().max())
 
 
-@pytest.mark.parametrize("options", [{}, {"per_head": True}, {"granularity": "scalar"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"per_head": True}, {"granularity": "scalar"}, {"keys": "complex", "values": "matrix"}]
+)
 def test_scores_of_fused_keys_depend_on_relative_position_only(options, tiny_config, random_model):
     model = random_model(tiny_config(kv={"preset": "fusedkv", "n_kv_heads": 2, **options}))
     assert shift_error(model) < 1e-4

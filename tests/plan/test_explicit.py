@@ -93,6 +93,18 @@ REFUSED = {
         "[{layers: 0-2, own: {}}, {layers: 3, values: {share: 0}}]",
         "layer 3: owns nothing and does not say where its keys come from",
     ),
+    "matrices for keys": (
+        "[{layers: 0-2, own: {}}, {layers: 3, keys: {fuse: [0], granularity: matrix}, values: {share: 0}}]",
+        "layer 3: keys: granularity is matrix; allowed for keys: scalar, channel, complex",
+    ),
+    "complex values": (
+        "[{layers: 0-2, own: {}}, {layers: 3, keys: {share: 0}, values: {fuse: [0, 1], granularity: complex}}]",
+        "layer 3: values: granularity is complex; allowed for values: scalar, channel, matrix",
+    ),
+    "one matrix for all heads": (
+        "[{layers: 0-3, own: {}, values: {fuse: [0], granularity: matrix, per_head: false}}]",
+        "layer 0: values: per_head is false with granularity matrix; allowed: true",
+    ),
     "options on share": (
         "[{layers: 0-2, own: {}}, {layers: 3, keys: {share: 0, granularity: scalar, init: mean}, values: {share: 0}}]",
         "layer 3: keys: granularity, init go with fuse, not with share",

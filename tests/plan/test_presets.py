@@ -2,10 +2,12 @@
 
 import pytest
 
+from cllm.cache.accounting import kv_bytes, mha_twin
 from cllm.config import ModelConfig
 from cllm.config.load import validate
 from cllm.errors import UserError
 from cllm.plan.forms import OwnHalf, OwnTied
+from cllm.plan.joins import LOCAL, Whole
 from cllm.plan.plan import Fuse, Iterations, KVPlan, Latent, Own, Retention, Share
 from cllm.plan.presets import preset_names
 
@@ -33,6 +35,17 @@ def rows(plan: KVPlan) -> list[str]:
         elif layer.own is not None:
             words.append({Latent: "latent", Retention: "retention"}[type(layer.own)])
         keys, values = plan.keys(i), plan.values(i)
+        if isinstance(layer.local, Own):
+            words += [f"and:{layer.local.n_kv_heads}"] + ["norm"] * layer.local.kv_norm
+            words += ["tied"] if isinstance(layer.local, OwnTied) else []
+        if isinstance(keys, Whole):
+            names = {LOCAL: "and", i: "own"}
+            parts = [
+                names.get(part.layer, str(part.layer)) + f"/{part.window}" * bool(part.window) for part in keys.parts
+            ]
+            how = "blend" if getattr(keys, "gates", "") == "complementary" else keys.key
+            found.append(" ".join([*words, how, "+".join(parts), *["sink"] * getattr(keys, "sink", False)]))
+            continue
         if isinstance(keys, Fuse) or keys != values:
             words.append(f"keys {side(keys)} values {side(values)}")
         elif keys != Share(i):
@@ -104,6 +117,42 @@ def test_mla_slot_of_deepseek_v2_is_576_numbers():
 def test_mla_latents_can_serve_several_layers():
     assert rows(plan_of(4, "mla", factor=2)) == ["latent", "read 0", "latent", "read 2"]
     assert rows(plan_of(5, "mla", factor=2)) == ["latent", "latent", "read 1", "latent", "read 3"]
+
+
+@pytest.mark.parametrize(
+    ("options", "rank", "share"),
+    [
+        ({}, 992, 12 * (992 + 32) / (24 * 2048)),  # a quarter
+        ({"bytes": 0.125}, 480, 1 / 8),
+        ({"bytes": 0.1, "factor": 4, "qk_rope_head_dim": 64}, 755, 6 * (755 + 64) / (24 * 2048)),  # 756 would be more
+        ({"bytes": 0.5, "factor": 1}, 992, 1 / 2),
+        ({"kv_lora_rank": 100, "factor": 24}, 100, 132 / (24 * 2048)),
+    ],
+)
+def test_xmla_has_the_largest_rank_within_its_bytes(options, rank, share):
+    kv = {"preset": "xmla", **options}
+    config = ModelConfig(d_model=1024, n_layers=24, n_heads=16, kv=kv)
+    assert config.plan().reading(Latent)[1].kv_lora_rank == rank
+    assert kv_bytes(config).relative_to(kv_bytes(mha_twin(config)))[0] == pytest.approx(share)
+    assert share <= options.get("bytes", 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"bytes": 0.5},
+            r"bytes is 0\.5, which makes latents of rank 2016; allowed with factor 2: 0\.0081 to 0\.2578",
+        ),
+        ({"bytes": 0.005}, r"bytes is 0\.005, which makes latents of rank -12; allowed with factor 2: 0\.0081"),
+        ({"bytes": 0.2, "kv_lora_rank": 64}, r"bytes is 0\.2 and kv_lora_rank 64; allowed: one of the two"),
+        ({"bytes": 1.5}, r"bytes"),
+    ],
+)
+def test_xmla_with_other_bytes_is_refused(options, message):
+    model = {"d_model": 1024, "n_layers": 24, "n_heads": 16, "kv": {"preset": "xmla", **options}}
+    with pytest.raises(UserError, match=message):
+        validate(ModelConfig, model).plan()
 
 
 # ---- CLA -----------------------------------------------------------------------------------------------------------

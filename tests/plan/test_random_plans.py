@@ -26,6 +26,7 @@ from cllm.errors import UserError
 from cllm.hub.export import as_pretrained
 from cllm.hub.model import CLLMForCausalLM
 from cllm.model.decoder import Decoder
+from cllm.plan.joins import Whole
 from cllm.plan.plan import KVPlan
 from cllm.plan.registry import READS, SOURCES
 from cllm.section import Section
@@ -70,24 +71,28 @@ def cycle(backward: int, **layer: Any) -> dict[str, Any]:
 
 
 @st.composite
-def reads(draw: st.DrawFn, layer: int, owners: list[int], cyclic: bool) -> dict[str, Any]:
+def reads(draw: st.DrawFn, layer: int, half: str, owners: list[int], cyclic: bool) -> dict[str, Any]:
     """`share` or `fuse` of owners, mostly of such as the layer may read."""
     near = [j for j in owners if cyclic or j <= layer] or owners
     pool = st.sampled_from(near if draw(st.integers(0, 19)) else owners)
     if draw(st.booleans()):
         return {"share": draw(pool)}
-    if others := sorted(READS.keys() - {"share", "fuse"}):  # of plug-ins, with their options at the defaults
+    known = {"share", *(key for key, kind in READS.items() if issubclass(kind, Whole) or key == "fuse")}
+    if others := sorted(READS.keys() - known):  # of plug-ins, with their options at the defaults
         key = draw(st.sampled_from(["fuse", *others]))
         if key != "fuse":
             return {key: draw(st.lists(pool, min_size=1, max_size=3, unique=True))}
     read: dict[str, Any] = {"fuse": draw(st.lists(pool, min_size=1, max_size=3, unique=True))}
+    rich = "complex" if half == "keys" else "matrix"
     for key, values in (
-        ("granularity", ["scalar", "channel"]),
+        ("granularity", ["scalar", "channel", rich]),
         ("per_head", [False, True]),
         ("init", ["lite", "mean"]),
     ):
         if draw(st.booleans()):
             read[key] = draw(st.sampled_from(values))
+    if read.get("granularity") == rich:
+        read.pop("per_head", None)
     return read
 
 
@@ -127,7 +132,7 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
                 if kind is None or draw(st.booleans())
                 else [draw(st.sampled_from(["keys", "values"]))]
             )
-            entry |= {half: draw(reads(i, of_kind["own"], cyclic)) for half in halves}
+            entry |= {half: draw(reads(i, half, of_kind["own"], cyclic)) for half in halves}
         if kind != "retention" and (window := draw(st.sampled_from(windows))) is not None:
             entry["window"] = window
         layers.append(entry)
@@ -159,6 +164,37 @@ def formed(draw: st.DrawFn) -> dict[str, Any]:
             own["tie"] = "kv"
         if form != "only":
             whole.append(i)
+    return section
+
+
+@st.composite
+def joined(draw: st.DrawFn) -> dict[str, Any]:
+    """A section of `formed` some of whose layers read several slots at once, each with a mask of its own."""
+    section = draw(formed())
+    layers = section["kv"]["layers"]
+    heads = st.sampled_from([1, 2, 4])
+    windows = st.sampled_from([None, None, 1, 2, 3, 5])
+
+    def own(i: int, *, local: bool) -> dict[str, Any]:
+        slot = {"n_kv_heads": draw(heads), "window": draw(windows)} | draw(st.sampled_from([{}, {"tie": "kv"}]))
+        if i > 0 and not local and draw(st.booleans()):
+            slot["input"] = draw(st.integers(0, i - 1))
+        return {"own": slot}
+
+    for i, entry in enumerate(layers):
+        below = [j for j in range(i) if {"own", "read"} & layers[j].keys()]
+        if draw(st.booleans()) or "retention" in entry:
+            continue
+        parts: list[Any] = [own(i, local=False)] if not below or draw(st.booleans()) else []
+        if below and (not parts or draw(st.booleans())):
+            shared = {"share": draw(st.sampled_from(below)), "window": draw(windows)}
+            parts.append(shared["share"] if shared["window"] is None else shared)
+        if "own" in (parts[0] if isinstance(parts[0], dict) else {}) and draw(st.booleans()):
+            parts.append(own(i, local=True))
+        read: dict[str, Any] = {"join": parts, "sink": len(parts) == 1 or draw(st.booleans())}
+        if len(parts) == 2 and draw(st.booleans()):
+            read = {"gate": parts, "gates": draw(st.sampled_from(["separate", "complementary"]))}
+        layers[i] = {"layers": i, "read": read}
     return section
 
 
@@ -265,7 +301,7 @@ def test_accepted_plans_compute_cache_export_and_train_alike(section, sizes, chu
     parts = [size for i, size in enumerate(sizes) if sum(sizes[: i + 1]) <= LENGTH]
     parts += [1] * (LENGTH - sum(parts))
     check_cache(model, ids, full, parts, chunk, None)
-    unequal = [i for i in range(len(plan)) if len({plan.layers[j].window for j in plan.reads(i)}) > 1]
+    unequal = [i for i in range(len(plan)) for slots, _ in plan.attended(i) if len({*map(plan.kept, slots)}) > 1]
     if unequal:
         with pytest.raises(UserError, match="static"):
             KVCache(model.config, max_len=LENGTH)
@@ -283,8 +319,8 @@ FORMS: list[dict[str, Any]] = [
     {"own": {"only": "values"}, "keys": {"share": 0}, "window": 4},
     {"own": {"tie": "kv"}},
     {"own": {"mix": [2, 0], "input": 1}},
-    {"own": {"only": "keys", "input": 1}, "values": {"fuse": [2, 3]}},
-    {"own": {"tie": "kv", "input": 3}, "keys": {"fuse": [2, 4, 5]}},
+    {"own": {"only": "keys", "input": 1}, "values": {"fuse": [2, 3], "granularity": "matrix"}},
+    {"own": {"tie": "kv", "input": 3}, "keys": {"fuse": [2, 4, 5], "granularity": "complex"}},
 ]
 """Owners of every form; all tokens of a prompt reach layer 3 and none above."""
 CYCLIC_FORMS: list[dict[str, Any]] = [
@@ -305,6 +341,35 @@ def listed(layers: list[dict[str, Any]], iterations: dict[str, int] | None = Non
 @example(section=listed(CYCLIC_FORMS, {"forward": 2, "backward": 2}), sizes=EVEN, chunk=2)
 @given(section=formed(), sizes=st.lists(st.integers(1, 3), min_size=LENGTH, max_size=LENGTH), chunk=st.integers(1, 4))
 def test_owners_of_every_form_compute_cache_export_and_train_alike(
+    section, sizes, chunk, random_model, tmp_path_factory
+):
+    check = test_accepted_plans_compute_cache_export_and_train_alike.hypothesis.inner_test  # type: ignore[attr-defined]
+    check(section, sizes, chunk, random_model, tmp_path_factory)
+
+
+WINDOWED, SECOND = {"own": {"n_kv_heads": 2, "window": 3}}, {"own": {"tie": "kv", "window": 4}}
+JOINS: list[dict[str, Any]] = [
+    {"own": {}},
+    {"read": {"join": [WINDOWED], "sink": True}},
+    {"read": {"join": [{"own": {"input": 0}}, SECOND, {"share": 1, "window": 2}], "sink": True}},
+    {"read": {"gate": [0, WINDOWED]}},
+    {"read": {"gate": [2, {"share": 0, "window": 2}], "gates": "complementary"}},
+    {"read": {"join": [0, {"share": 3, "window": 3}]}},
+]
+"""Reads of several slots, of every form."""
+IN_A_CYCLE: list[dict[str, Any]] = [
+    {"own": {}},
+    {"keys": {"share": 3}, "values": {"share": 0}},
+    {"read": {"join": [0, SECOND, {"own": {"window": 3}}], "sink": True}},
+    {"own": {}, "values": {"fuse": [2, 3]}, "window": 3},
+]
+
+
+@settings(PROPERTY, max_examples=int(GIVEN or 6))
+@example(section=listed(JOINS), sizes=EVEN, chunk=2)
+@example(section=listed(IN_A_CYCLE, {"forward": 2, "backward": 2}), sizes=EVEN, chunk=2)
+@given(section=joined(), sizes=st.lists(st.integers(1, 3), min_size=LENGTH, max_size=LENGTH), chunk=st.integers(1, 4))
+def test_reads_of_several_slots_compute_cache_export_and_train_alike(
     section, sizes, chunk, random_model, tmp_path_factory
 ):
     check = test_accepted_plans_compute_cache_export_and_train_alike.hypothesis.inner_test  # type: ignore[attr-defined]

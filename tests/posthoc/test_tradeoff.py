@@ -11,6 +11,8 @@ import time
 import pytest
 import yaml
 
+from cllm import processes
+from cllm.commands import train
 from cllm.commands.tradeoff import is_finished
 from cllm.errors import EXIT_STOPPED
 from cllm.lock import locked
@@ -32,7 +34,18 @@ def tradeoff(tmp_path, prepared, monkeypatch):
     return lambda *words: main(["--config", str(file), "--out", str(tmp_path / "out"), *map(str, words)])
 
 
-def test_trained_and_compressed_in_one_table(tradeoff, tmp_path, capfd):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Trainings are calls of the command, so that they need not import torch again."""
+
+    def run(command, **options):
+        assert command[1:4] == ["-m", "cllm", "train"]
+        return train.main(list(map(str, command[4:])))
+
+    monkeypatch.setattr(processes, "run", run)
+
+
+def test_trained_and_compressed_in_one_table(tradeoff, tmp_path, capfd, in_this_process):
     words = ["--designs", "mha", "gqa:n_kv_heads=1", "--spec", "xkv:group=2,ratio={ratio}", "--ratio", 2]
     assert tradeoff(*words) == 0
     with (tmp_path / "out" / "posthoc" / "posthoc.csv").open() as file:

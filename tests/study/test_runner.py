@@ -229,9 +229,18 @@ def test_the_study_of_45m_has_designs_of_half_the_cache_and_equal_size() -> None
     study = load_study(ROOT / "configs/studies/45m.yaml", ["--model.vocab_size", "16384", "--data.path", "p"])
     grid = Grid(study, "code")
     configs = {v.label: grid.config(grid.point(v, study.tokens[0], 1, 3e-3), Path("r")) for v in grid.variants}
-    assert list(configs) == ["mha", "gqa", "cla-2", "yoco", "fusedkv", "fusedkv_lite", "mla"]
+    first = ["mha", "gqa", "cla-2", "yoco", "fusedkv", "fusedkv_lite", "mla", "swiftkv", "kv_tie", "svformer"]
+    assert list(configs) == [*first, "yoco_pp", "resformer", "gqa-quarter", "cla-4", "mla-quarter"]
     shares = {name: cache_share(config.model) for name, config in configs.items()}
-    assert shares == pytest.approx({**dict.fromkeys(configs, 0.5), "mha": 1.0, "yoco": (6 / 4 + 1) / 12})
+    others = {
+        "yoco": (6 / 4 + 1) / 12,
+        "svformer": (12 + 1) / 24,
+        **dict.fromkeys(("mha", "swiftkv", "resformer"), 1.0),
+    }
+    others |= dict.fromkeys(("gqa-quarter", "cla-4", "mla-quarter"), 0.25)
+    assert shares == pytest.approx({**dict.fromkeys(configs, 0.5), **others})
+    keys = {grid.point(v, study.tokens[0], 1, 3e-3).key for v in grid.variants}
+    assert len(keys) == len(configs), "a share is a part of a point's settings"
     sizes = [count_parameters(meta_decoder(config.model)) for config in configs.values()]
     assert max(sizes) / min(sizes) < 1.01
     for config in configs.values():

@@ -42,7 +42,7 @@ def rows(out: Path, kind: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("evidence") / "out"
-    only = "start-|steps-|fusedkv-fit-distilled-all|fusedkv-fit-plain|mha"
+    only = "start-|steps-|fusedkv-fit-distilled-all|mha"
     assert main(["all", *command(corpus, out, "--only", only, "--results", str(out / "copies"))]) == 0
     return out
 
@@ -116,7 +116,7 @@ def test_a_run_starts_from_what_starts_measured_and_reads_its_share_of_tokens(wh
     (base,) = rows(whole, "base")
     start = next(r for r in rows(whole, "start") if (r["plan"], r["method"], r["seed"]) == ("fusedkv", "fit", 0))
     runs = {(row["plan"], row["loss_kind"]): row for row in rows(whole, "run")}
-    assert runs.keys() == {("fusedkv", "distilled"), ("fusedkv", "plain"), ("mha", "plain")}
+    assert runs.keys() == {("fusedkv", "distilled"), ("mha", "plain")}
     for row in runs.values():
         assert row["teacher_loss"] == pytest.approx(base["loss"], rel=1e-5)
         assert row["tokens"] == pytest.approx(0.05 * base["tokens"], rel=0.03)

@@ -11,7 +11,7 @@ from cllm.model.sources import FusedRead
 from cllm.uptrain.calibrate import observe
 from cllm.uptrain.decoder import attention_of, block_of, owner_of
 from cllm.uptrain.fit import ReadSums, fit_readers
-from cllm.uptrain.heads import heads_of, set_heads
+from cllm.uptrain.heads import heads_of, set_heads, to_channels, to_pairs
 from cllm.uptrain.init import init_student
 from cllm.uptrain.owners import copy_owners
 from cllm.uptrain.project import copy_rest, teacher_owners
@@ -49,6 +49,33 @@ def test_planted_fusion_weights_are_recovered(
         torch.testing.assert_close(getattr(attention_of(student, i), part).weight, weight, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("align", ["none", "map"])
+def test_planted_complex_and_matrix_weights_are_recovered(tiny_config, make_teacher, new_student, text, align: str):
+    teacher = make_teacher(tiny_config(n_layers=4, kv={"preset": "gqa", "n_kv_heads": 2}))
+    for block in teacher.blocks:  # all layers see the same
+        block.attention.o_proj.weight.zero_()
+        block.mlp.down_proj.weight.zero_()
+        block.attention_norm.weight.copy_(teacher.blocks[0].attention_norm.weight)
+    student = new_student(teacher, {"preset": "fusedkv", "keys": "complex", "values": "matrix", "n_kv_heads": 2})
+    draw, planted = torch.Generator().manual_seed(5), {}
+    for i in (2, 3):
+        k, v = (torch.randn(getattr(attention_of(student, i), n).weight.shape, generator=draw).double() for n in PARTS)
+        planted[i] = (k, v)
+        of_keys = [to_pairs(heads_of(owner_of(teacher, j).k_proj, 8)) for j in (0, 1)]
+        fused = sum(torch.complex(*k[n].unbind(1))[..., None] * z for n, z in enumerate(of_keys))
+        set_heads(owner_of(teacher, i).k_proj, to_channels(fused).float())
+        of_values = [heads_of(owner_of(teacher, j).v_proj, 8).double() for j in (0, 1)]
+        set_heads(owner_of(teacher, i).v_proj, sum(v[n].mT @ x for n, x in enumerate(of_values)).float())
+    found = init_student(student, teacher, InitFrom(method="fit", align=align, ridge=0.0), text)
+    assert max(found.errors.values()) < 1e-10
+    for i, weights in planted.items():
+        for name, weight in zip(PARTS, weights, strict=True):
+            got = getattr(attention_of(student, i), name).weight.double()
+            torch.testing.assert_close(got, weight, atol=1e-4, rtol=1e-4)
+    ids = text[0]["input_ids"]
+    torch.testing.assert_close(student(ids), teacher(ids), atol=1e-4, rtol=1e-4)
+
+
 def test_key_weights_are_tied_in_pairs_where_a_free_fit_would_differ(text) -> None:
     draw = torch.Generator().manual_seed(0)
     sources = [torch.randn(2, 8, 50, generator=draw) for _ in range(2)]
@@ -71,6 +98,7 @@ PLANS = [
     {"preset": "fusedkv_lite"},
     {"preset": "cla", "kv_norm": False},
 ]
+PARTS = ("keys", "values")
 
 
 @pytest.mark.parametrize("shape", [{}, {"qk_norm": True}, {"kv": {"preset": "gqa", "n_kv_heads": 2}, "kv_bias": True}])

@@ -16,7 +16,7 @@ from cllm.plan.plan import Share
 from cllm.train.run import train
 from cllm.uptrain.complete import load_config
 from cllm.uptrain.decoder import owner_of
-from cllm.uptrain.heads import heads_of, set_heads
+from cllm.uptrain.heads import heads_of, set_heads, to_channels, to_pairs
 from cllm.uptrain.search import (
     Sharing,
     closeness,
@@ -85,11 +85,14 @@ def test_a_threshold_on_hidden_states_stops_sharing(alike, text, tiny_config, ma
         share_plan(teacher, text, Sharing(owners=1, threshold=0.999))
 
 
-def test_fusion_reads_the_layers_that_it_is_made_of(alike, text, new_student) -> None:
+@pytest.mark.parametrize("weights", [{}, {"keys": "complex", "values": "matrix"}])
+def test_fusion_reads_the_layers_that_it_is_made_of(alike, text, new_student, weights) -> None:
+    turn = torch.tensor(1j if weights else 1.0, dtype=torch.complex128)
     for name in ("k_proj", "v_proj"):
-        a, b = (getattr(owner_of(alike, j), name).weight for j in (1, 2))
-        getattr(owner_of(alike, 5), name).weight.copy_(0.6 * a + 0.7 * b)
-    plan = new_student(alike, {"preset": "fusedkv", "n_storage": 4}).plan
+        a, b = (heads_of(getattr(owner_of(alike, j), name), alike.config.resolved_head_dim) for j in (1, 2))
+        turned = a.flip(1) if weights and name == "v_proj" else to_channels(to_pairs(a) * turn)
+        set_heads(getattr(owner_of(alike, 5), name), (0.6 * turned + 0.7 * b).float())
+    plan = new_student(alike, {"preset": "fusedkv", "n_storage": 4, **weights}).plan
     found = fusion_plan(alike, plan, text, ridge=0.0)
     assert found.keys(5).layers == found.values(5).layers == (1, 2)
     assert found.owners == plan.owners

@@ -7,7 +7,8 @@ import torch
 
 from cllm.config.uptraining import InitFrom
 from cllm.errors import UserError
-from cllm.uptrain.decoder import owner_of
+from cllm.uptrain.calibrate import observe
+from cllm.uptrain.decoder import block_of, owner_of
 from cllm.uptrain.heads import heads_of, set_heads, to_channels, to_pairs
 from cllm.uptrain.init import init_student
 from cllm.uptrain.svd import kept_pairs
@@ -76,6 +77,37 @@ def test_more_rank_is_closer(tiny_config, make_teacher, new_student, text, ids) 
     assert away == sorted(away, reverse=True)
 
 
+def test_layers_with_linearly_related_inputs_share_one_latent_exactly(
+    tiny_config, make_teacher, new_student, text, ids
+) -> None:
+    """Both layers see the same tokens through different gains, so that R is their ratio; every pair keeps its RoPE."""
+    teacher = make_teacher(tiny_config(n_layers=2, kv={"preset": "mqa"}))
+    block_of(teacher, 0).attention.o_proj.weight.zero_()
+    block_of(teacher, 0).mlp.down_proj.weight.zero_()
+    factor = torch.tensor([1.5, 1j, -0.5 + 2j, 0.3 - 1j], dtype=torch.complex128)
+    gains = [block_of(teacher, i).attention_norm.weight for i in (0, 1)]
+    first = to_pairs(heads_of(owner_of(teacher, 0).k_proj, 8)) * (gains[0] / gains[1])
+    set_heads(owner_of(teacher, 1).k_proj, to_channels(first * factor[:, None]).float())
+    student = new_student(teacher, mla(factor=2))
+    found = init_student(student, teacher, InitFrom(method="svd"), text)
+    assert max(found.errors.values()) < 1e-6
+    torch.testing.assert_close(student(ids), teacher(ids), atol=1e-3, rtol=1e-3)
+
+
+def test_the_reported_loss_of_a_moved_input_is_that_of_the_regression(tiny_config, make_teacher, new_student, text):
+    teacher = make_teacher(tiny_config(n_layers=3))
+    student = new_student(teacher, mla(factor=3))
+    found = init_student(student, teacher, InitFrom(method="svd", ridge=0.0), text)
+    seen = list(observe(teacher, text))
+    y, x = (torch.cat([s.normed(i) for s in seen]).double() for i in (0, 2))
+    owner = owner_of(teacher, 2)
+    target = x @ torch.cat((owner.k_proj.weight, owner.v_proj.weight)).T.double()
+    left = target - y @ torch.linalg.lstsq(y, target).solution
+    wanted = float(left.square().sum() / target.square().sum())
+    assert 0.01 < wanted < 1
+    assert found.errors["layer 2 input"] == pytest.approx(wanted, rel=1e-4)
+
+
 def test_norms_on_queries_and_keys_become_factors_measured_on_the_text(
     tiny_config, make_teacher, new_student, text, ids
 ):
@@ -100,7 +132,6 @@ def test_norms_on_queries_and_keys_become_factors_measured_on_the_text(
         ({}, mla(value=4), "v_head_dim is 4; allowed: 8 or more"),
         ({}, mla(rope=4, nope=2), "qk_nope_head_dim is 2; allowed with qk_rope_head_dim 4: 4 or more"),
         ({}, mla(q_lora_rank=8), "q_lora_rank is 8; allowed: null"),
-        ({}, mla(factor=2), "layer 1 reads another's latent"),
         ({}, mla(rope=10), "qk_rope_head_dim is 10"),
         ({"kv_bias": True}, mla(), "latents have no biases"),
     ],
@@ -119,6 +150,8 @@ def test_methods_and_plans_that_do_not_go_together_are_refused(tiny_config, make
         init_student(new_student(teacher, mla()), teacher, InitFrom(method="copy"))
     with pytest.raises(UserError, match=r"init\.method is svd, and the plan has no latents"):
         init_student(new_student(teacher, {"preset": "cla", "kv_norm": False}), teacher, InitFrom(method="svd"))
+    with pytest.raises(UserError, match="calibration_sequences is 0; latents that several layers read need 1 or more"):
+        init_student(new_student(teacher, mla(factor=2)), teacher, InitFrom(method="svd"))
     uneven = make_teacher(tiny_config(n_layers=2, qk_norm=True))
     with pytest.raises(UserError, match="calibration_sequences is 0"):
         init_student(new_student(uneven, mla()), uneven, InitFrom(method="svd"))

@@ -136,6 +136,7 @@ def choose(parser: Parser, options: argparse.Namespace) -> list[Chosen]:
             raise UserError(f"{option.flag} {text}: {missing}")
     if options.data and not any(suite.takes_text for suite in selected):
         raise UserError(f"--data: --suite {selected[0].name} takes no text; leave it out")
+    options.posthoc = list(dict.fromkeys(options.posthoc))  # a spec that is given twice is measured once
     for suite in selected:
         suite.check_options(options)
     return chosen

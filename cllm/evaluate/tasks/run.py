@@ -90,7 +90,7 @@ def run_samples(
     results = [
         Result(spec=spec, answers=[None if sample.questions else [] for sample in samples]) for spec in specs or (None,)
     ]
-    engine = subject.engine()
+    engine = _engine(subject, methods)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16")
     total = len(results) * sum(1 for sample in samples if sample.questions)
     with autocast, ProgressMeter(total, label, "sample") as progress:
@@ -118,6 +118,12 @@ def run_samples(
     if all(answers is None for result in results for answers in result.answers):
         raise UserError(f'--posthoc "{specs[0]}": {next(iter(results[0].left_out.values()))}')
     return results
+
+
+def _engine(subject: Subject, methods: Sequence[Compressor]) -> Engine:
+    """The subject's engine for samples; for a method with a cache class of transformers, the model's own."""
+    needs_own = any(type(method).transformers_cache is not Compressor.transformers_cache for method in methods)
+    return subject.engine() if needs_own else subject.sample_engine()
 
 
 def batches(samples: Sequence[Sample], rows: Callable[[int], int], *, exact: bool = False) -> Iterator[list[int]]:

@@ -7,14 +7,16 @@ exactly are refused by name. Only the config classes of transformers are used.
 table.py   the families, and the names of their tensors for a decoder's config
 read.py    config.json to a `ModelConfig`
 load.py    weight files to the decoder's state dict
+memory.py  a transformers model in memory to a decoder with the same tensors
 write.py   a decoder to config.json and weight files
 
 Imports the config, the plan and the model.
 """
 
 from cllm.hub.families.load import load_family, load_weights
+from cllm.hub.families.memory import decoder_of
 from cllm.hub.families.read import FamilyCheckpoint, read_family
 from cllm.hub.families.table import FAMILIES
 from cllm.hub.families.write import export_family
 
-__all__ = ["FAMILIES", "FamilyCheckpoint", "export_family", "load_family", "load_weights", "read_family"]
+__all__ = ["FAMILIES", "FamilyCheckpoint", "decoder_of", "export_family", "load_family", "load_weights", "read_family"]

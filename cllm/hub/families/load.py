@@ -66,7 +66,7 @@ def load_weights(
         with _opened(file) as stored:
             for name in stored.keys():  # noqa: SIM118 - not a mapping
                 if name in wanted:
-                    state[wanted[name].target] = _converted(stored.get_tensor(name), wanted[name], dtype)
+                    state[wanted[name].target] = converted(stored.get_tensor(name), wanted[name], dtype)
     if checkpoint.config.tie_embeddings:
         if HEAD in files_of and not torch.equal(_stored(files_of[HEAD], HEAD), _stored(files_of[EMBED], EMBED)):
             raise UserError(
@@ -76,7 +76,8 @@ def load_weights(
     return state
 
 
-def _converted(tensor: Tensor, weight: Weight, dtype: torch.dtype | None) -> Tensor:
+def converted(tensor: Tensor, weight: Weight, dtype: torch.dtype | None) -> Tensor:
+    """A stored tensor as the decoder has it; the same one if nothing changes."""
     if weight.order is not None:
         tensor = weight.order(tensor)
     if weight.scale != 1:

@@ -75,6 +75,8 @@ def _unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _check_plan(plan: KVPlan) -> None:
     for i in range(len(plan)):
         for what, read in (("keys", plan.keys(i)), ("values", plan.values(i))):
+            if plan.reads_at_once(i):
+                raise UserError(f"layer {i}: reads several slots, {read.text(i)}; {_ELSEWHERE}")
             if not read.is_stored:
                 raise UserError(f"layer {i}: fuses {what} of layers {list(read.layers)}; {_ELSEWHERE}")
             if read.layers != (i,):

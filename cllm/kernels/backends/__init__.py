@@ -5,6 +5,7 @@ mask.py    `Mask`, `Documents`: which keys a query sees, as rules, as a matrix a
 flash.py   FlashAttention-2 and FlashAttention-3
 flash4.py  FlashAttention-4
 flex.py    torch's FlexAttention
+blocks.py  attention with its log-sum-exp in plain torch, for sdpa
 sdpa.py    torch's scaled_dot_product_attention, and cuDNN's kernel
 varlen.py  the FlashAttention-2 that is built into torch
 

@@ -52,6 +52,8 @@ class Case:
     documents: bool = False
     grad: bool = True
     """A backward pass will follow."""
+    lse: bool = False
+    """The log-sum-exp of the scores is needed too."""
 
     @property
     def is_plain(self) -> bool:
@@ -61,7 +63,7 @@ class Case:
     def __str__(self) -> str:
         """For the log: mask, heads, dtype, device."""
         rules = ["causal"] + [rule for rule in ("window", "exclude_self", "documents") if getattr(self, rule)]
-        rules += [self.lengths] * (self.lengths != "T = S")
+        rules += [self.lengths] * (self.lengths != "T = S") + ["log-sum-exp"] * self.lse
         dims = f"D {self.head_dim}" if self.head_dim == self.value_dim else f"D {self.head_dim}, E {self.value_dim}"
         grouped = "" if self.heads_per_kv_head == 1 else f", {self.heads_per_kv_head} query heads a KV head"
         where = self.device.type if self.capability is None else "sm_{}{}".format(*self.capability)
@@ -77,6 +79,8 @@ class Backend(ABC):
     """One way to compute attention. `unavailable` and `unsupported` return a reason against it, or None."""
 
     name: BackendName
+    returns_lse: bool = False
+    """It has `forward` and `backward`, by which parts of one softmax are merged (`kernels/joint.py`)."""
 
     @abstractmethod
     def unavailable(self) -> str | None:
@@ -89,6 +93,19 @@ class Backend(ABC):
     @abstractmethod
     def run(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
         """softmax(scale q kᵀ + mask) v: (B, T, H, D), (B, S, G, D), (B, S, G, E) to (B, T, H, E)."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+        """`run` and the log-sum-exp of the scores (B, H, T) fp32, to base e; not recorded by autograd."""
+        raise NotImplementedError(self.name)
+
+    def backward(
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients for q, k and v of P v, where P = exp(scale q kᵀ + mask - lse): P need not sum to 1.
+
+        `out` (B, T, H, E) and `lse` (B, H, T) may be those of a softmax over more keys, of which these are a part.
+        """
+        raise NotImplementedError(self.name)
 
 
 class FlashBackend(Backend):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cllm.kernels.backends.base import Case, FlashBackend, load
+from cllm.kernels.backends.mask import Mask
 
 _loaded: list[ModuleType | str] = []
 
@@ -154,6 +155,7 @@ class Flash4(FlashBackend):
     name = "flash4"
     min_capability = (9, 0)
     same_head_dims = False
+    returns_lse = True
 
     def unavailable(self) -> str | None:
         """See `Backend`. flash-attn-4 must be installed, not overwritten by a flash-attn wheel, and import."""
@@ -185,3 +187,23 @@ class Flash4(FlashBackend):
     ) -> Tensor:
         """See `FlashBackend`."""
         return flash4_forward(q, k, v, cu_seqlens, max_len, scale, window or 0)[0]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+        """See `Backend`."""
+        documents, window = mask.boundaries(), mask.window or 0
+        if documents is None:
+            return flash4_forward(q, k, v, None, 0, scale, window)
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        out, lse = flash4_forward(*flat, documents.cu_seqlens, documents.max_len, scale, window)
+        return out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2]).transpose(0, 1)
+
+    def backward(
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Backend`."""
+        documents, window = mask.boundaries(), mask.window or 0
+        if documents is None:
+            return flash4_backward(d_out, q, k, v, out, lse, None, 0, scale, window)
+        flat, lse = [x.flatten(0, 1) for x in (d_out, q, k, v, out)], lse.transpose(0, 1).flatten(1).contiguous()
+        d_q, d_k, d_v = flash4_backward(*flat, lse, documents.cu_seqlens, documents.max_len, scale, window)
+        return d_q.view_as(q), d_k.view_as(k), d_v.view_as(v)

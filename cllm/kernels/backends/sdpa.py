@@ -13,6 +13,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cllm.kernels.backends.base import Backend, Case, heads_per_kv_head
+from cllm.kernels.backends.blocks import attention_in_blocks, gradients_in_blocks
 from cllm.kernels.backends.mask import Mask
 
 
@@ -21,6 +22,7 @@ class Sdpa(Backend):
     boolean matrix."""
 
     name = "sdpa"
+    returns_lse = True
 
     def unavailable(self) -> str | None:
         """Always None."""
@@ -46,6 +48,40 @@ class Sdpa(Backend):
         sees_nothing = ~seen.any(dim=-1, keepdim=True)  # 1 or B, 1, T, 1
         out = _call(q, k, v, scale=scale, enable_gqa=group > 1, attn_mask=seen | sees_nothing)
         return out.masked_fill(sees_nothing.transpose(1, 2), 0)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+        """See `Backend`. torch's flash kernel for CPUs if the mask is only causal, otherwise plain torch."""
+        if not _is_flash(q, k, v, mask):
+            return attention_in_blocks(q, k, v, mask, scale)
+        q, k, v = (_heads_second(x, q.shape[2]) for x in (q, k, v))
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Backend`."""
+        if not _is_flash(q, k, v, mask):
+            return gradients_in_blocks(d_out, q, k, v, out, lse, mask, scale)
+        arguments = (_heads_second(x, q.shape[2]) for x in (d_out, q, k, v, out))
+        found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*arguments, lse, 0.0, True, scale=scale)
+        d_q, d_k, d_v = (x.transpose(1, 2) for x in found)
+        if d_k.shape != k.shape:  # KV heads were repeated
+            d_k, d_v = (x.unflatten(2, (k.shape[2], -1)).sum(3) for x in (d_k, d_v))
+        return d_q, d_k, d_v
+
+
+_aten = torch.ops.aten
+
+
+def _is_flash(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> bool:
+    """Whether torch's flash kernel for CPUs computes the call."""
+    return mask.is_plain and q.device.type == "cpu" and q.shape[1] == k.shape[1] and q.shape[3] == v.shape[3]
+
+
+def _heads_second(x: Tensor, n_heads: int) -> Tensor:
+    """(B, n_heads, T, D) from (B, T, n_heads or fewer KV heads, D)."""
+    return (x if x.shape[2] == n_heads else x.repeat_interleave(n_heads // x.shape[2], dim=2)).transpose(1, 2)
 
 
 class Cudnn(Backend):

@@ -5,9 +5,10 @@ a class in one of these files, and a file in `configs/kv/`. No other module know
 
 base.py     `Preset`, the registry, helpers
 owning.py   every layer owns: mha, gqa, mqa
-latent.py   low-rank latents: mla
+latent.py   low-rank latents: mla, xmla
 sharing.py  layers share a slot as it is: cla, yoco, trailing, afm
 fusing.py   fusedkv, fusedkv_lite and its ablations
+joining.py  layers read several slots at once: ced, hysparse
 study.py    pizza, sandwich, lasagna, lckv
 writing.py  owners write other slots than two projections of their own input: swiftkv, svformer, kv_tie, yoco_pp,
             resformer
@@ -15,7 +16,7 @@ writing.py  owners write other slots than two projections of their own input: sw
 Imports the rest of the plan package.
 """
 
-from cllm.plan.presets import fusing, latent, owning, sharing, study, writing
+from cllm.plan.presets import fusing, joining, latent, owning, sharing, study, writing
 from cllm.plan.presets.base import PRESETS, Preset, preset_names, register_preset
 from cllm.plan.presets.owning import MHA
 
@@ -24,6 +25,7 @@ __all__ = [
     "PRESETS",
     "Preset",
     "fusing",
+    "joining",
     "latent",
     "owning",
     "preset_names",

@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from cllm.plan.kinds import Fuse, FusionInit, Granularity, Read, Share
+from cllm.plan.fuse import Fuse, FusionInit
+from cllm.plan.kinds import Half, Read, Share
 from cllm.plan.plan import MAX_LAYERS, KVPlan, LayerPlan
 from cllm.plan.presets.base import Preset, count_or_half, register_preset
 from cllm.plan.shape import Shape
@@ -34,15 +35,20 @@ class _Storage(Preset):
 
 
 class _Fusing(_Storage):
-    granularity: Granularity = "channel"
+    granularity: Literal["scalar", "channel"] = "channel"
     """`channel`: a weight for every channel (keys: for every rotated pair); `scalar`: one for the entire head."""
+    keys: Literal["scalar", "channel", "complex"] | None = None
+    """Weights of keys; `complex`: a complex one for every rotated pair and KV head; null: as `granularity` says."""
+    values: Literal["scalar", "channel", "matrix"] | None = None
+    """Weights of values; `matrix`: (head_dim, head_dim) for every KV head; null: as `granularity` says."""
     per_head: bool = False
-    """Separate weights for every KV head, instead of one set for all."""
+    """Separate weights for every KV head, instead of one set for all. Complex and matrix weights always are."""
     init: FusionInit = "lite"
     """Initial fusion weights: `lite` (all keys from the last source, all values from the first), `mean`, `randn`."""
 
-    def fuse(self, *layers: int) -> Fuse:
-        return Fuse(layers, granularity=self.granularity, per_head=self.per_head, init=self.init)
+    def fuse(self, half: Half, *layers: int) -> Fuse:
+        chosen = self.keys if half == "keys" else self.values
+        return Fuse(layers, granularity=chosen or self.granularity, per_head=self.per_head, init=self.init)
 
 
 @register_preset
@@ -52,7 +58,7 @@ class FusedKV(_Fusing):
     preset: Literal["fusedkv"] = "fusedkv"
 
     def read(self, sources: Sequence[int]) -> tuple[Read, Read]:
-        return self.fuse(*sources), self.fuse(*sources)
+        return self.fuse("keys", *sources), self.fuse("values", *sources)
 
 
 @register_preset
@@ -72,7 +78,7 @@ class FusedKVLiteLearnable(_Fusing):
     preset: Literal["fusedkv_lite_learnable"] = "fusedkv_lite_learnable"
 
     def read(self, sources: Sequence[int]) -> tuple[Read, Read]:
-        return self.fuse(sources[-1]), self.fuse(sources[0])
+        return self.fuse("keys", sources[-1]), self.fuse("values", sources[0])
 
 
 @register_preset

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, create_model
+from pydantic import Field
 
 from cllm.plan.plan import MAX_LAYERS, KVPlan
 from cllm.plan.presets.base import Preset, count_or_half, from_targets, register_preset
 from cllm.plan.shape import IterationsConfig, Shape
+from cllm.section import create_section
 
 
 class _Study(Preset):
@@ -61,7 +62,7 @@ for _partition in ("pizza", "sandwich", "lasagna"):
     for _target in ("bottom", "middle", "top"):
         _name = f"{_partition}_{_target}"
         _fields: dict[str, Any] = {"preset": (Literal[_name], _name)}
-        _cls = create_model(_name, __base__=_Study, __doc__=_Study.__doc__, **_fields)
+        _cls = create_section(_name, _Study, _fields, _Study.__doc__)
         _cls.partition, _cls.target = _partition, _target
         register_preset(_cls)
 

@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from cllm.plan.forms import OwnHalf, OwnMixed, OwnTied
-from cllm.plan.kinds import Fuse, Own, Share
+from cllm.plan.fuse import Fuse
+from cllm.plan.kinds import Own, Share
 from cllm.plan.plan import MAX_LAYERS, KVPlan, LayerPlan
 from cllm.plan.presets.base import Preset, count_or_half, register_preset, runs_of_layers
 from cllm.plan.shape import Shape

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.group import Group
 from cllm.posthoc.landmarks import Landmarks, landmark_bytes, make_landmarks
 from cllm.posthoc.lowrank import (
     Algorithm,
     LowRank,
     Products,
     energy_rank,
+    factor_elements,
     multiply,
     ranks_for_budget,
     right_vectors,
+    water_filling,
 )
-from cllm.posthoc.method import Codable, TensorCoder
+from cllm.posthoc.method import Codable, Engine, TensorCoder
+from cllm.posthoc.mixed import MixedLowRank, choose_widths, code_a, code_b, column_bits
 from cllm.posthoc.parallel import run_in_parallel
+from cllm.posthoc.readers import RecordedQueries, SlotReader
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
+from cllm.posthoc.weighting import ErrorWeights, Weights, row_weights
 
 
 @register(
@@ -38,7 +46,8 @@ class XKV(Codable):
         [X_1, ..., X_G] ≈ A [B_1, ..., B_G],    A (n, r) shared over the group, B_l (r, width) of each layer
 
     with the r leading singular vectors. A rank is that of a group: xKV-4 at 8x of Llama-3.1-8B is
-    `xkv:group=4,rank_k=384,rank_v=576`. Exactly one of ranks, `ratio` and `energy` determines the ranks.
+    `xkv:group=4,rank_k=384,rank_v=576`. Exactly one of ranks, `ratio` and `energy` determines the ranks. `weight`,
+    `spread` and `codes` are not in the paper.
     """
 
     keys_before_rope: ClassVar[bool] = True
@@ -64,6 +73,14 @@ class XKV(Codable):
     products: Products = "fp32"
     """`fp32`, `tf32` or `bf16`: precision of products with the cached tensors, in `svd=random`, `svd=power` and for
     A."""
+    weight: Literal["none", "queries"] = "none"
+    """The error that the factors minimise: of keys and values as they are, or `queries`: of attention's output, by the
+    prompt's own queries and the output projections (`weighting.py`)."""
+    spread: bool = False
+    """Share the bytes of `ratio` over all groups, keys and values where they save the most weighted error; otherwise
+    all groups of keys have one rank, and all of values another."""
+    codes: Literal["none", "mixed"] = "none"
+    """`mixed`: columns of A have 8, 4, 2, 1 or 0 bits each, chosen under `ratio`, and B has 8 (`mixed.py`)."""
     select: int | None = Field(None, ge=1)
     """Compressed tokens per KV head that a decode step reads, selected by `landmarks.py`; null: all."""
     chunk: int = Field(8, ge=1)
@@ -73,6 +90,9 @@ class XKV(Codable):
     ShadowKV."""
     local: int = Field(4, ge=0)
     """Last full chunks that are always read, like outliers, with the rest of a chunk after them."""
+
+    _queries: RecordedQueries = PrivateAttr(default_factory=RecordedQueries)
+    _readers: dict[int, list[SlotReader]] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -85,6 +105,19 @@ class XKV(Codable):
         if self.products != "fp32" and not fast:
             raise ValueError(
                 f"products={self.products} goes with svd=random and svd=power; svd={self.svd} is made in fp64"
+            )
+        if self.spread and (self.ratio is None or self.weight == "none"):
+            raise ValueError(
+                "spread compares errors of keys and values under one budget; allowed: with ratio and weight=queries"
+            )
+        if self.spread and fast:
+            raise ValueError(f"spread needs all singular values, which svd={self.svd} has not; allowed: exact, gram")
+        if self.codes != "none" and not self.spread:
+            raise ValueError(f"codes={self.codes} shares bits over all columns; allowed: with spread=true")
+        if self.weight != "none" and self.recompress is not None:
+            raise ValueError(
+                f"recompress={self.recompress}: weight={self.weight} needs the queries of all tokens, and those of "
+                "later tokens are not recorded; allowed: one of the two"
             )
         if self.select is None and (alone := sorted({"chunk", "outliers", "local"} & self.model_fields_set)):
             raise ValueError(f"{alone[0]} goes with select, which is not given")
@@ -102,7 +135,27 @@ class XKV(Codable):
     def coded_by(self, coder: TensorCoder) -> Self:
         if self.ratio == 1:
             raise ValueError("ratio=1 keeps every tensor as it is and has no factors to code; allowed: above 1")
+        if self.codes != "none":
+            raise ValueError(f"codes={self.codes} codes the factors already; allowed: one of the two")
         return super().coded_by(coder)
+
+    @property
+    def watches(self) -> bool:
+        return self.weight != "none"
+
+    @contextmanager
+    def watch(self, engine: Engine) -> Iterator[None]:
+        """Record queries while the cache is filled, if errors are weighted by them."""
+        if self.weight == "none":
+            yield
+            return
+        self._readers = {slot: engine.readers(slot) for slot in engine.slots()}
+        self._queries = RecordedQueries()
+        with self._queries.record([reader for readers in self._readers.values() for reader in readers]):
+            yield
+
+    def release(self) -> None:
+        self._queries, self._readers = RecordedQueries(), {}
 
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         if self.select is not None and values is None:
@@ -111,13 +164,25 @@ class XKV(Codable):
         groups_v = values.groups(self.group_v or self.group) if values else []
         if self.ratio == 1:
             return [None] * len(keys.slots), [None] * len(keys.slots)
-        ranks_k, ranks_v = self._ranks(keys, groups_k, values, groups_v)
         codes_k: Codes = [None] * len(keys.slots)
         codes_v: Codes = [None] * len(keys.slots)
-        jobs = [(keys, group, rank, codes_k) for group, rank in zip(groups_k, ranks_k, strict=True)]
+        weights_k, weights_v = self._weights(keys, values)
+        groups = [Group(keys, group, weights_k, codes_k) for group in groups_k]
         if values is not None:
-            jobs += [(values, group, rank, codes_v) for group, rank in zip(groups_v, ranks_v, strict=True)]
-        run_in_parallel([partial(self._code, *job) for job in jobs], keys.data[0].device)
+            groups += [Group(values, group, weights_v, codes_v) for group in groups_v]
+        device = keys.data[0].device
+        if self.codes == "mixed":
+            self._factor_all(groups, device)
+            self._choose_widths(keys, groups)
+            run_in_parallel([partial(self._code_mixed, group) for group in groups], device)
+            return codes_k, codes_v
+        if self.spread:
+            self._factor_all(groups, device)
+            ranks: Sequence[int | None] = self._spread_ranks(keys, groups)
+        else:
+            ranks_k, ranks_v = self._ranks(keys, groups_k, values, groups_v)
+            ranks = [*ranks_k, *ranks_v]
+        run_in_parallel([partial(self._code, *job) for job in zip(groups, ranks, strict=True)], device)
         return codes_k, codes_v
 
     def check_all_sinks(self, tokens: int) -> None:
@@ -167,45 +232,147 @@ class XKV(Codable):
     def _ranks_for_ratio(
         self, ratio: float, keys: SlotTensors, sizes_k: list[tuple[int, int]], sizes_v: list[tuple[int, int]]
     ) -> tuple[list[int | None], list[int | None]]:
-        tokens = keys.data[0].shape[1]
-        uncompressed = keys.uncompressed_elements or sum(tokens * n * w for n, w in (*sizes_k, *sizes_v))
-        fixed = keys.incompressible_elements
-        if self.select is not None:
-            size, chunks = keys.dtype.itemsize, self._chunks(self.select)
-            fixed += sum(landmark_bytes(k.shape, size, **chunks) for k in keys.data) / size
+        tokens, sizes = keys.data[0].shape[1], [*sizes_k, *sizes_v]
+        budget = self._budget(ratio, keys, sizes)
+        ranks = ranks_for_budget(budget, tokens, sizes_k, sizes_v, keys_to_values=1.5)
+        if ranks is None:
+            raise self._too_small(ratio, keys, sizes)
+        return list(ranks[0]), list(ranks[1])
+
+    def _budget(self, ratio: float, keys: SlotTensors, sizes: list[tuple[int, int]]) -> float:
+        """Elements that the factors of groups of `sizes` (layers, width) may have."""
+        uncompressed = self._uncompressed(keys, sizes)
+        fixed = self._fixed(keys)
         if fixed * ratio >= uncompressed:
             raise UserError(
                 f"{self.name}: ratio={ratio:g}: at {keys.tokens} tokens {fixed / uncompressed:.0%} of the cache stay "
                 "as they are (windows, states, RoPE keys of latents, sinks) or are landmarks; allowed: below "
                 f"{uncompressed / fixed:.2f}"
             )
-        ranks = ranks_for_budget(uncompressed / ratio - fixed, tokens, sizes_k, sizes_v, keys_to_values=1.5)
-        if ranks is None:
-            others = f"and the {fixed / uncompressed:.0%} of the cache that stay" if fixed else "alone"
-            raise UserError(
-                f"{self.name}: ratio={ratio:g}: at {keys.tokens} tokens the bases of {max(n for n, _ in sizes_k)} "
-                f"slots {others} exceed it, even at rank 1; allowed: a lower ratio, smaller groups, or more tokens"
-            )
-        return list(ranks[0]), list(ranks[1])
+        return uncompressed / ratio - fixed
 
-    def _code(self, tensors: SlotTensors, group: list[int], rank: int | None, codes: Codes) -> None:
-        """Write the codes of the slots of `group` into `codes`."""
+    def _uncompressed(self, keys: SlotTensors, sizes: list[tuple[int, int]]) -> float:
+        return keys.uncompressed_elements or sum(keys.data[0].shape[1] * n * w for n, w in sizes)
+
+    def _fixed(self, keys: SlotTensors) -> float:
+        """Elements that stay as they are, and landmarks."""
+        fixed = keys.incompressible_elements
+        if self.select is not None:
+            size, chunks = keys.dtype.itemsize, self._chunks(self.select)
+            fixed += sum(landmark_bytes(k.shape, size, **chunks) for k in keys.data) / size
+        return fixed
+
+    def _too_small(self, ratio: float, keys: SlotTensors, sizes: list[tuple[int, int]]) -> UserError:
+        fixed = self._fixed(keys)
+        share = fixed / self._uncompressed(keys, sizes)
+        others = f"and the {share:.0%} of the cache that stay" if fixed else "alone"
+        return UserError(
+            f"{self.name}: ratio={ratio:g}: at {keys.tokens} tokens the bases of {max(n for n, _ in sizes)} "
+            f"slots {others} exceed it, even at rank 1; allowed: a lower ratio, smaller groups, or more tokens"
+        )
+
+    def _spread_ranks(self, keys: SlotTensors, groups: list[Group]) -> list[int]:
+        """The rank of each group that has been factorised, by water-filling under `ratio`."""
+        assert self.ratio is not None
+        sizes = [size for group in groups for size in _sizes(group.tensors, [group.slots])]
+        tokens = keys.data[0].shape[1]
+        spectra = [group.spectrum for group in groups if group.spectrum is not None]
+        costs = [factor_elements(tokens, n, w, 1) for n, w in sizes]
+        ranks = water_filling([s.square().mean(0) for s in spectra], costs, self._budget(self.ratio, keys, sizes))
+        if ranks is None:
+            raise self._too_small(self.ratio, keys, sizes)
+        return ranks
+
+    def _choose_widths(self, keys: SlotTensors, groups: list[Group]) -> None:
+        """Set the widths of the columns of all groups, which have been factorised, under `ratio`."""
+        assert self.ratio is not None
+        sizes = [size for group in groups for size in _sizes(group.tensors, [group.slots])]
+        tokens, bits = keys.data[0].shape[1], 8 * keys.dtype.itemsize
+        dropped, kept, costs = [], [], []
+        for group in groups:
+            assert group.spectrum is not None
+            assert group.vectors is not None
+            dropped.append(group.spectrum.square().mean(0))
+            kept.append(multiply(self._weighted(group), group.vectors, "fp32").square().sum(1).mean(0))
+            width = tuple(group.tensors.data[group.slots[0]].shape[2:])
+            costs.append(column_bits(tokens, len(group.slots), width, keys.dtype.itemsize))
+        chosen = choose_widths(dropped, kept, costs, self._budget(self.ratio, keys, sizes) * bits)
+        if chosen is None:
+            raise self._too_small(self.ratio, keys, sizes)
+        for group, widths in zip(groups, chosen, strict=True):
+            group.widths = widths
+
+    def _weights(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[dict[int, Weights], dict[int, Weights]]:
+        """The weights of errors of every slot's keys and values; none for `weight=none`."""
+        if self.weight == "none":
+            return {}, {}
+        if values is None or keys.rope is None:
+            raise UserError(
+                f"{self.name}: weight={self.weight}: the slots are latents; allowed: keys and values, or weight=none"
+            )
+        weights = ErrorWeights(keys, values, self._readers, self._queries)
+        return weights.of_keys(), weights.of_values()
+
+    def _weighted(self, group: Group) -> Tensor:
+        """(B, n, layers · width): the rows of a group, weighted."""
         # Products in bf16 read half of the bytes, and cached values are bf16 already.
         dtype = torch.bfloat16 if self.products == "bf16" else torch.float32
-        x = torch.cat([tensors.flat(i, dtype=dtype) for i in group], dim=-1)  # B, n, layers · width
-        vectors, spectrum = right_vectors(x, self.svd, rank, self.products)
+        rows = [group.tensors.flat(i, dtype=dtype) for i in group.slots]
+        if group.weights:
+            rows = [group.weights[group.tensors.slots[i]].weigh(x) for i, x in zip(group.slots, rows, strict=True)]
+        return torch.cat(rows, dim=-1)
+
+    def _factor_all(self, groups: list[Group], device: torch.device) -> None:
+        """Set all vectors and the spectra of `groups`."""
+
+        def factor(group: Group) -> None:
+            self._factor(group, None)
+
+        run_in_parallel([partial(factor, group) for group in groups], device)
+
+    def _factor(self, group: Group, rank: int | None) -> Tensor:
+        """Set the vectors and the spectrum of `group`, and return its weighted rows."""
+        rows = x = self._weighted(group)
+        if group.weights:
+            x = x * row_weights([group.weights[group.tensors.slots[i]] for i in group.slots])
+        group.vectors, group.spectrum = right_vectors(x, self.svd, rank, self.products)
+        return rows
+
+    def _code(self, group: Group, rank: int | None) -> None:
+        """Write the codes of the slots of `group`."""
+        x = self._factor(group, rank) if group.vectors is None else self._weighted(group)
+        vectors, tensors = group.vectors, group.tensors
+        assert vectors is not None
         if rank is None:
-            assert spectrum is not None
+            assert group.spectrum is not None
             assert self.energy is not None
-            vectors = vectors[..., : energy_rank(spectrum, self.energy)]
+            rank = energy_rank(group.spectrum, self.energy)
+        vectors = vectors[..., :rank]
+        group.vectors = None
         rows = multiply(x, vectors, self.products)  # B, n, r
         # The columns of A differ by orders of magnitude, like channels of keys, so they are coded per column.
         a: Code = Exact(rows.to(tensors.dtype))
         if self._coder is not None:
             a = self._coder.code(rows, "k", tensors.dtype, (rows.shape[2],))
-        width = tuple(tensors.data[group[0]].shape[2:])
-        for i, b in zip(group, vectors.chunk(len(group), dim=1), strict=True):
-            codes[i] = LowRank(a, b.to(tensors.dtype, copy=True).contiguous(), width)
+        width = tuple(tensors.data[group.slots[0]].shape[2:])
+        for i, b in zip(group.slots, vectors.chunk(len(group.slots), dim=1), strict=True):
+            if group.weights:
+                b = group.weights[tensors.slots[i]].unweigh(b)
+            group.codes[i] = LowRank(a, b.to(tensors.dtype, copy=True).contiguous(), width)
+
+    def _code_mixed(self, group: Group) -> None:
+        """Write the codes of the slots of `group` in the widths chosen."""
+        vectors, tensors = group.vectors, group.tensors
+        assert vectors is not None
+        assert group.widths is not None
+        order = group.widths.argsort(descending=True, stable=True)[: int((group.widths > 0).sum())]
+        vectors, group.vectors = vectors[..., order], None
+        rows = multiply(self._weighted(group), vectors, "fp32")
+        a = code_a(rows, group.widths[order].tolist(), tensors.dtype)
+        width = tuple(tensors.data[group.slots[0]].shape[2:])
+        for i, b in zip(group.slots, vectors.chunk(len(group.slots), dim=1), strict=True):
+            b = group.weights[tensors.slots[i]].unweigh(b)
+            group.codes[i] = MixedLowRank(a, code_b(b, width, tensors.dtype), width)
 
 
 @register("svd", summary="as xkv, for each slot separately", sweep=("svd:ratio={ratio}",))

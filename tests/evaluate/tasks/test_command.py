@@ -62,6 +62,13 @@ def test_posthoc_compresses_the_contexts_of_every_suite(evaluate, make_run, caps
     assert none["loss"] != svd["loss"]
 
 
+def test_a_spec_that_is_given_twice_is_measured_once(evaluate, make_run, capsys) -> None:
+    run, _ = make_run("a")
+    words = ("--suite", "copying:distances=6,length=6,samples=1", "--device", "cpu")
+    assert evaluate("--run", run.path, *words, "--posthoc", "none", "--posthoc", "none") == 0
+    assert "2 files" in capsys.readouterr().out, "the task and the mean, of one spec"
+
+
 def test_an_exported_folder_gives_the_numbers_of_its_run(evaluate, make_run, tmp_path, monkeypatch, capsys) -> None:
     from cllm.commands.convert import main as convert
 

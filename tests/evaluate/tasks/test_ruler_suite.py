@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -99,6 +100,19 @@ def test_a_model_that_guesses_ranks_at_chance(subject: Any, measure: Any, random
         assert "score" not in record
 
 
+def test_a_decoder_with_an_induction_head_ranks_at_chance_once_its_cache_is_of_rank_one(subject, planted, measure):
+    """The digits of the needle follow each other nowhere else in the text, so the head prefers it to other numbers."""
+    model = subject(planted.induction_decoder(300, max_seq_len=1024), context=1024)
+    given = EASY | {"length": [500], "samples": 24, "generate": False, "tasks": ["niah_single_1"]}
+    specs = ["none", "svd:rank_k=1,rank_v=1", "xkv:group=2,rank_k=1,rank_v=1"]
+    records = measure(Ruler(), model, given, specs)
+    exact, *compressed = (records["niah_single_1", spec] for spec in specs)
+    assert exact["accuracy"] == 100.0
+    for record in compressed:
+        assert record["accuracy"] < 25 + 3 * 100 * (0.25 * 0.75 / 24) ** 0.5
+        assert record["margin"] < exact["margin"] / 10
+
+
 # ---- numbers of one question -----------------------------------------------------------------------------------------
 
 
@@ -174,7 +188,8 @@ def test_contexts_have_few_lengths_and_lose_no_token(subject: Any, planted: Any,
         ("length=0", "length=0; allowed: positive numbers"),
         ("essays=nowhere", "essays=nowhere: no such folder"),
         ("chat=true", "chat=true: the tokenizer of planted has no chat template"),
-        ("tasks=cwe", "cwe needs at least length="),
+        ("tasks=cwe", r"cwe needs at least length=\d+ with this tokenizer, and the context of planted is 512; name"),
+        ("tasks=niah_single_1,length=60,essays=noise", r"niah_single_1 needs .* length=60 is asked for; take a larger"),
         ("length=50,essays=noise", "niah_[a-z0-9_]+ needs at least length="),
         ("squad=nowhere.json", "squad=nowhere.json: cannot be read"),
     ],
@@ -192,11 +207,28 @@ def test_all_leaves_out_tasks_that_do_not_fit(subject: Any, planted: Any, caplog
     samples = Ruler().samples(subject(planted.noise, context=750), Settings(essays="noise", samples=2))
     assert {sample.task for sample in samples} >= {"niah_single_1", "fwe"}
     assert "cwe" not in {sample.task for sample in samples}
-    assert re.search(r"left out, as they need a larger length with this tokenizer: .*cwe \(length=\d+\)", caplog.text)
+    assert re.search(r"as they need more than the context of planted, 750: .*cwe \(length=\d+\)", caplog.text)
+    Ruler().samples(subject(planted.noise, context=4096), Settings(essays="noise", samples=1, length=[750]))
+    assert re.search(r"as they need a larger length with this tokenizer: .*cwe \(length=\d+\)", caplog.text)
     assert max(sample.longest for sample in samples) <= 750
     assert samples == Ruler().samples(subject(planted.noise, context=750), Settings(essays="noise", samples=2))
     other = Ruler().samples(subject(planted.noise, context=750), Settings(essays="noise", samples=2, seed=1))
     assert not {sample.context for sample in samples} & {sample.context for sample in other}
+
+
+def test_without_generation_a_short_context_needs_no_room_for_it(subject: Any, planted: Any) -> None:
+    model = subject(planted.noise, context=700)
+    given = Settings(essays="noise", samples=1, tasks=["niah_single_1"], length=[700], generate=False)
+    assert Ruler().samples(model, given) == [
+        replace(sample, questions=tuple(replace(q, generate=0) for q in sample.questions))
+        for sample in Ruler().samples(model, given.model_copy(update={"generate": True}))
+    ], "the samples are the same where they fit"
+    with pytest.raises(UserError, match="needs at least length=") as needed:
+        Ruler().samples(model, given.model_copy(update={"length": [60], "generate": True}))
+    (least,) = map(int, re.findall(r"at least length=(\d+)", str(needed.value)))
+    short = [least - 100]  # of 128 tokens to generate
+    (sample,) = Ruler().samples(model, given.model_copy(update={"length": short}))
+    assert sample.longest <= short[0]
 
 
 def test_questions_of_a_local_file_are_asked(subject: Any, planted: Any, tmp_path: Path) -> None:

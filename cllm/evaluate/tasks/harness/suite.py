@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 
 from cllm.errors import UserError
 from cllm.evaluate.suites.suite import RUN, STEP, Job, Number, Record, Suite
+from cllm.evaluate.tasks.harness.offline import offline_if_unreachable
 from cllm.evaluate.tasks.suite import AS_IS, slug
 from cllm.section import MAX_COUNT, MAX_SEED, Section
 from cllm.tables import Column
@@ -139,15 +140,18 @@ def _cell(spec: str) -> Any:
 @contextlib.contextmanager
 def _one_line(settings: HarnessSettings) -> Iterator[None]:
     """lm-eval's errors in loading tasks and their data as `UserError`."""
+    offline = False
     try:
-        yield
+        with offline_if_unreachable() as offline:
+            yield
     except UserError:
         raise
     except Exception as error:  # its own errors, and those of datasets and of the Hub, have no common base
         text = " ".join(str(error).split()) or type(error).__name__
+        why = "the Hugging Face Hub cannot be reached, and " if offline else ""
         raise UserError(
-            f"--suite lm_eval: {', '.join(settings.tasks)}: cannot be loaded: {type(error).__name__}: {text}; tasks "
-            "need data on this machine (include_path= takes task files with local data)"
+            f"--suite lm_eval: {', '.join(settings.tasks)}: cannot be loaded: {why}{type(error).__name__}: {text}; "
+            "tasks need data on this machine (include_path= takes task files with local data)"
         ) from None
 
 

@@ -16,7 +16,7 @@ from cllm.evaluate.suites.suite import Record
 from cllm.evaluate.tasks.language import scores
 from cllm.evaluate.tasks.language.datasets import DATASETS, DataSet
 from cllm.evaluate.tasks.language.example import Example, draw, lettered, with_shots
-from cllm.evaluate.tasks.language.rows import read_rows
+from cllm.evaluate.tasks.language.rows import Row, read_rows
 from cllm.evaluate.tasks.language.wikitext import WikiText
 from cllm.evaluate.tasks.sample import Answer, Question, Sample
 from cllm.evaluate.tasks.suite import ALL, Score, TaskSuite, share, value
@@ -103,10 +103,18 @@ class QuestionSuite(TaskSuite):
         return short
 
     def _examples(self, path: str, settings: FileSettings) -> list[Example]:
-        examples = [self.data.example(row) for row in read_rows(Path(path).expanduser(), self.data.columns)]
+        examples = [self._example(row) for row in read_rows(Path(path).expanduser(), self.data.columns)]
         letters = getattr(settings, "letters", None)
         letters = self.data.letters if letters is None else letters
         return [lettered(example) for example in examples] if letters else examples
+
+    def _example(self, row: Row) -> Example:
+        """The example of a row. Raises `UserError` for an option without text, which has no log-probability."""
+        example = self.data.example(row)
+        empty = [n for n, option in enumerate(example.options, start=1) if not option.strip()]
+        if empty:
+            raise row.error(f"option {empty[0]} of {len(example.options)} is empty; it must have text")
+        return example
 
     def _shots(
         self, examples: list[Example], settings: FileSettings

@@ -39,6 +39,13 @@ class TooLong(UserError):
         )
         self.task, self.needed = task.name, needed
 
+    def beyond(self, name: str, context: int) -> UserError:
+        """The error for a model whose context is shorter than what the task needs."""
+        return UserError(
+            f"--suite ruler: {self.task} needs at least length={self.needed} with this tokenizer, and the context of "
+            f"{name} is {context}; name other tasks"
+        )
+
 
 Encode = Callable[[Sequence[Draft]], list[Encoded]]
 
@@ -74,17 +81,25 @@ def largest_size(
     return smallest + low * step
 
 
-def fill(task: Task, encode: Encode, samples: int) -> list[tuple[Draft, Encoded]]:
+def fill(task: Task, encode: Encode, samples: int, *, room: int | None = None) -> list[tuple[Draft, Encoded]]:
     """Write `samples` samples of a task, each at most `task.length` tokens long.
 
     The size is found with the first sample. A sample that is too long shrinks by one step until it fits.
+
+    Args:
+        task: the task.
+        encode: makes ids of texts.
+        samples: their number.
+        room: tokens to generate after the prompt; None: those of the task.
 
     Raises:
         TooLong: if a sample of the smallest size is too long; it names the task and the length that it needs.
     """
 
+    generated = task.generate if room is None else room
+
     def count(size: int) -> int:
-        return encode([task.draft(0, size)])[0].tokens(task.generate)
+        return encode([task.draft(0, size)])[0].tokens(generated)
 
     smallest, step = task.smallest, task.step
     size = largest_size(count, task.length, smallest=smallest, step=step, largest=task.largest)
@@ -97,7 +112,7 @@ def fill(task: Task, encode: Encode, samples: int) -> list[tuple[Draft, Encoded]
     while left:
         drafts = [task.draft(index, size) for index in left]
         encoded = encode(drafts)
-        needed = [one.tokens(task.generate) for one in encoded]
+        needed = [one.tokens(generated) for one in encoded]
         for index, draft, one, tokens in zip(left, drafts, encoded, needed, strict=True):
             if tokens <= task.length:
                 done[index] = (draft, one)

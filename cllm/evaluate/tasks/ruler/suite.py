@@ -101,21 +101,19 @@ class Ruler(TaskSuite):
                     samples += self._of_task(tasks.task(name, length), encode, settings)
                 except TooLong as error:
                     if name in settings.tasks:
-                        raise
+                        raise _advice(error, subject) from None
                     left_out.append(error)
                 meter.update()
         if not samples and left_out:
-            raise min(left_out, key=lambda error: error.needed)
-        if left_out:
-            needs = ", ".join(f"{error.task} (length={error.needed})" for error in left_out)
-            log.warning("ruler: tasks left out, as they need a larger length with this tokenizer: %s", needs)
+            raise _advice(min(left_out, key=lambda error: error.needed), subject)
+        _warn(left_out, subject)
         return samples
 
     def _of_task(self, task: Task, encode: Encoder, settings: Settings) -> list[Sample]:
         row = task.name if len(settings.length) < 2 else f"{task.name}{_AT}{task.length}"
         count = min(settings.samples or PUBLISHED_SAMPLES, task.samples or MAX_COUNT)
         samples = []
-        for draft, encoded in fill(task, encode, count):
+        for draft, encoded in _filled(task, encode, count, generate=settings.generate):
             ids = _with_round_context(encoded, max(1, task.length // _STEPS_OF_CONTEXT))
             question = _question(task, draft, ids, generate=settings.generate)
             samples.append(Sample(task=row, context=ids.context, questions=(question,)))
@@ -156,6 +154,37 @@ class Ruler(TaskSuite):
         names = {*settings.tasks} if row == ALL else {_name(row)}
         essays = {"essays": open_essays(settings.essays).source} if names & {*WITH_ESSAYS, "all"} else {}
         return super().record(subject, job, numbers) | essays
+
+
+def _filled(task: Task, encode: Encoder, count: int, *, generate: bool) -> list[tuple[Draft, Encoded]]:
+    """The samples, with room for generated text, so that they do not depend on `generate`.
+
+    If nothing is generated, a task that does not fit with this room is written without it.
+    """
+    try:
+        return fill(task, encode, count)
+    except TooLong:
+        if generate:
+            raise
+        return fill(task, encode, count, room=0)
+
+
+def _advice(error: TooLong, subject: Subject) -> UserError:
+    """The error, without the advice to take a length that the model does not have."""
+    beyond = subject.context is not None and error.needed > subject.context
+    return error.beyond(subject.name, subject.context or 0) if beyond else error
+
+
+def _warn(left_out: Sequence[TooLong], subject: Subject) -> None:
+    """Report tasks that were left out, those that no length of the model is enough for apart from the others."""
+    most = subject.context or MAX_TOKENS
+    for errors, why in (
+        ([error for error in left_out if error.needed <= most], "a larger length with this tokenizer"),
+        ([error for error in left_out if error.needed > most], f"more than the context of {subject.name}, {most}"),
+    ):
+        if errors:
+            needs = ", ".join(f"{error.task} (length={error.needed})" for error in errors)
+            log.warning("ruler: tasks left out, as they need %s: %s", why, needs)
 
 
 def _name(row: str) -> str:

@@ -1,0 +1,241 @@
+"""Measurements of trained models: records from run folders, studies, result files and tables of sweeps.
+
+Sources are a run folder, a study's folder (or its results/), a folder of records such as runs/evaluation/NAME-HASH,
+one JSON file (a study's result, one record, or `{"rows": [records]}`), and the CSV table of a sweep. Records of one
+run from several sources are put together by the run's name.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cllm.errors import UserError
+from cllm.evaluate.left_out import LeftOut
+from cllm.evaluate.points import TRAINED
+from cllm.evaluate.suites.suite import Record
+from cllm.evaluate.tasks.suite import AS_IS
+from cllm.files import inside
+from cllm.posthoc import UNCOMPRESSED
+from cllm.runs import RunFolder
+from cllm.trust import read_object
+
+log = logging.getLogger(__name__)
+
+EXACT = ""
+"""The spec of the uncompressed cache, whatever its record calls it."""
+_STUDY = ("design", "settings", "evaluations", "summary", "seed")
+"""Keys of a study's result."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """A trained model, and the records of its measurements."""
+
+    name: str
+    """The run's."""
+    label: str
+    """The design, or the run's name."""
+    alike: str
+    """Equal for runs that differ in their seed only."""
+    kv_bytes: float | None = None
+    """Resident cache in bf16, bytes for each token of context; None: unknown."""
+    kv_vs_mha: float | None = None
+    """The same relative to full attention."""
+    loss: float | None = None
+    """The last validation in training, nats per token."""
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Token budget, learning rate and code version of a study's run, by which runs of one label can differ."""
+    records: tuple[Record, ...] = ()
+
+    def joined(self, other: Measured) -> Measured:
+        """The facts of both, those of the source that knows the cache first, and all records."""
+        first, second = (self, other) if self.kv_bytes is not None else (other, self)
+        return dataclasses.replace(
+            first,
+            kv_bytes=second.kv_bytes if first.kv_bytes is None else first.kv_bytes,
+            kv_vs_mha=second.kv_vs_mha if first.kv_vs_mha is None else first.kv_vs_mha,
+            loss=second.loss if first.loss is None else first.loss,
+            records=(*self.records, *other.records),
+        )
+
+
+def spec_of(record: Record) -> str:
+    """The spec of a record; `EXACT` for an uncompressed cache."""
+    spec = record.get("spec") or EXACT
+    return EXACT if spec in (AS_IS, TRAINED, UNCOMPRESSED) else spec
+
+
+def seedless(config: dict[str, Any]) -> str:
+    """The settings of a run as text, without those that may differ between seeds: `train.seed`, name and folder."""
+    kept = {key: value for key, value in config.items() if key not in ("name", "runs_dir")}
+    kept["train"] = {key: value for key, value in (kept.get("train") or {}).items() if key != "seed"}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def read_measured(paths: Sequence[str | Path]) -> tuple[list[Measured], list[str]]:
+    """Read the measurements of every model in `paths`, in their order; also returns the paths that cannot be read.
+
+    Raises:
+        UserError: if no path can be read, or there is no record.
+    """
+    found: dict[str, Measured] = {}
+    left_out = LeftOut(len(paths))
+    for path in map(Path, paths):
+        with left_out.unless_usable(path):
+            for one in list(_read(path)):
+                found[one.name] = found[one.name].joined(one) if one.name in found else one
+    left_out.status()
+    if not found:
+        raise UserError(f"no result among: {' '.join(map(str, paths)) or '(nothing)'}; give runs, studies or files")
+    return _told_apart(list(found.values())), left_out.names
+
+
+def are_results(paths: Sequence[str | Path]) -> bool:
+    """Whether paths are results other than run folders: a study, a folder of result files, or such files."""
+    return any(map(_is_result, map(Path, paths)))
+
+
+def _is_result(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix in (".json", ".csv")
+    if RunFolder(path).config_file.exists():
+        return False
+    return any(path.glob("*.json")) or any(path.glob("results/*.json"))
+
+
+def _told_apart(models: list[Measured]) -> list[Measured]:
+    """Labels with the facts by which runs of one label differ."""
+    labelled = []
+    for model in models:
+        others = [other for other in models if other.label == model.label]
+        differing = [key for key in model.facts if len({str(other.facts.get(key)) for other in others}) > 1]
+        text = ", ".join([model.label, *(f"{key} {model.facts[key]}" for key in differing)])
+        labelled.append(dataclasses.replace(model, label=text))
+    return labelled
+
+
+def _read(path: Path) -> Iterator[Measured]:
+    if path.is_dir():
+        run = RunFolder(path)
+        if run.config_file.exists() and run.summary_file.exists():
+            yield _of_run(run)
+            return
+        folder = path / "results" if (path / "results").is_dir() else path
+        files = sorted(folder.rglob("*.json"))
+        found = [one for file in files if not _is_of_older_checkpoint(file) for one in _of_file(file)]
+        if not found:
+            raise UserError(f"{path}: no run, and no results in it; allowed: runs, studies and folders of records")
+        yield from found
+    elif path.suffix == ".csv":
+        yield from _of_table(path)
+    elif path.is_file():
+        found = list(_of_file(path))
+        if not found:
+            raise UserError(f"{path}: has no records of evaluations; allowed: a study's result, or records in `rows`")
+        yield from found
+    else:
+        raise UserError(f"{path}: no such file or folder")
+
+
+def _of_run(run: RunFolder) -> Measured:
+    summary, config = run.summary(), run.config().as_yaml_data()
+    validated = [row["val/loss"] for row in run.metrics() if row.get("val/loss") is not None]
+    return Measured(
+        name=run.name,
+        label=run.name,
+        alike=seedless(config),
+        kv_bytes=summary.get("kv_bytes_per_token", {}).get("resident"),
+        kv_vs_mha=summary.get("kv_vs_mha", {}).get("resident"),
+        loss=validated[-1] if validated else None,
+        records=tuple(records_of_run(run)),
+    )
+
+
+def records_of_run(run: RunFolder) -> list[Record]:
+    """The records in a run's evaluation/, of its newest checkpoint. Raises `UserError` for one that is not JSON."""
+    folder = inside(run.path, run.evaluation_folder.name, written_in=run.path)
+    return [read_object(file) for file in sorted(folder.rglob("*.json")) if not _is_of_older_checkpoint(file)]
+
+
+def _is_of_older_checkpoint(file: Path) -> bool:
+    """Whether the name of a record's file ends in that of a checkpoint, as `all-step-00000040.json`."""
+    stem, _, step = file.stem.rpartition("-step-")
+    return bool(stem) and step.isdecimal()
+
+
+def _of_file(file: Path) -> Iterator[Measured]:
+    """The models of a JSON file; none if it has no records."""
+    content = read_object(file)
+    if all(key in content for key in _STUDY):
+        if not content.get("search"):
+            yield _of_study(file.stem, content)
+        return
+    rows = content.get("rows", [content])
+    records: dict[str, list[Record]] = {}
+    for row in rows if isinstance(rows, list) else ():
+        if isinstance(row, dict) and isinstance(row.get("run"), str) and {"suite", "spec", "loss"} & row.keys():
+            records.setdefault(row["run"], []).append(row)
+    yield from (Measured(name=name, label=name, alike=name, records=tuple(own)) for name, own in records.items())
+
+
+def _of_study(name: str, content: dict[str, Any]) -> Measured:
+    summary, settings = content["summary"], content["settings"]
+    words = [content["design"], *(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())]
+    facts = {"tokens": content.get("tokens"), "learning rate": content.get("config", {}).get("optim", {}).get("lr")}
+    facts["code"] = content.get("code")
+    same = [content["design"], settings, *facts.values(), content.get("data")]
+    return Measured(
+        name=name,
+        label=", ".join(words),
+        alike=json.dumps(same, sort_keys=True, default=str),
+        kv_bytes=summary.get("kv_bytes_per_token", {}).get("resident"),
+        kv_vs_mha=summary.get("kv_vs_mha", {}).get("resident"),
+        loss=content.get("loss"),
+        facts=facts,
+        records=tuple(content["evaluations"]),
+    )
+
+
+def _of_table(file: Path) -> Iterator[Measured]:
+    """The models of the CSV table that a sweep writes, with a record for each row."""
+    wanted = ("run", "design", "spec", "bytes_per_token", "ratio_to_own", "ratio_to_mha", "perplexity")
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            rows = list(csv.DictReader(lines))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    if not rows or any(key not in rows[0] for key in wanted):
+        raise UserError(f"{file}: not the table of a sweep: its first line has no {', '.join(wanted)}")
+    for name in dict.fromkeys(row["run"] for row in rows):
+        own = [row for row in rows if row["run"] == name]
+        records = tuple(_records_of_rows(file, own))
+        yield Measured(name=name, label=name, alike=name, records=records)
+
+
+def _records_of_rows(file: Path, rows: Iterable[dict[str, str]]) -> Iterator[Record]:
+    rows = list(rows)
+    try:
+        exact = next((float(row["perplexity"]) for row in rows if row["spec"] == TRAINED), None)
+        for row in rows:
+            size = float(row["bytes_per_token"])
+            yield {
+                "run": row["run"],
+                "design": row["design"],
+                "spec": row["spec"],
+                "set": file.stem,
+                "perplexity": float(row["perplexity"]),
+                "uncompressed_perplexity": exact,
+                "uncompressed_loss": None,
+                "bf16_bytes_per_token": size,
+                "own_bf16_bytes_per_token": size * float(row["ratio_to_own"]),
+                "mha_bf16_bytes_per_token": size * float(row["ratio_to_mha"]),
+            }
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: not the table of a sweep: {error}") from None

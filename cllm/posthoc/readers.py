@@ -1,0 +1,94 @@
+"""The layers that read a slot: the queries that meet its keys, and what becomes of its values.
+
+Shapes: B batch, T tokens, H query heads, G KV heads, D channels of a head, M d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cllm.errors import UserError
+
+WINDOW = 256
+"""Last queries of a prompt that are recorded. A second moment of 128 channels needs some hundreds."""
+
+NOT_RECORDED = (
+    "weight=queries: the queries of the prompt were not recorded: fill the cache inside of "
+    "`with method.watch(engine)`, and compress it before release()"
+)
+
+
+@dataclass(frozen=True)
+class SlotReader:
+    """One layer that reads a slot's keys, its values, or both."""
+
+    layer: int
+    queries: nn.Module
+    """The module whose output is the queries before RoPE: (B, T, H, D) or (B, T, H · D)."""
+    stream: nn.Module
+    """The module whose first argument is the residual stream (B, T, M) after attention: the norm of the MLP."""
+    output: Tensor
+    """(M, H, D): the output projection W_O."""
+    keys: Tensor | None
+    """(1 or G, 1 or D): factors on the slot's keys in what the layer reads; None: it reads no keys of this slot."""
+    values: Tensor | None
+    """The same for values."""
+
+
+class RecordedQueries:
+    """The last queries before RoPE of some layers, recorded while a cache is filled. They stand for those to come."""
+
+    def __init__(self) -> None:
+        self._queries: dict[int, Tensor] = {}
+        self._streams: dict[int, Tensor] = {}
+
+    @contextmanager
+    def record(self, readers: Iterable[SlotReader]) -> Iterator[None]:
+        """Forget what was recorded, and record the queries of `readers` in all passes inside of the context."""
+        self.clear()
+        handles = []
+        for reader in {reader.layer: reader for reader in readers}.values():
+
+            def add(_: nn.Module, args: tuple[Tensor, ...], q: Tensor, reader: SlotReader = reader) -> None:
+                new = q.detach().reshape(*q.shape[:2], *reader.output.shape[1:])[:, -WINDOW:]
+                before = self._queries.get(reader.layer)
+                if before is not None and len(before) == len(new) and new.shape[1] < WINDOW:
+                    new = torch.cat((before, new), dim=1)[:, -WINDOW:]
+                self._queries[reader.layer] = new.clone()
+
+            def measure(_: nn.Module, args: tuple[Tensor, ...], layer: int = reader.layer) -> None:
+                self._streams[layer] = args[0].detach()[:, -WINDOW:].float().square().sum(-1)
+
+            handles += [reader.queries.register_forward_hook(add), reader.stream.register_forward_pre_hook(measure)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._queries, self._streams = {}, {}
+
+    def of(self, layer: int, tokens: int) -> Tensor:
+        """The queries (B, m, H, D) of a layer for the last m of the prompt's `tokens` tokens.
+
+        In a prefill that computes only the last token of the highest layers, theirs are one for each pass.
+
+        Raises:
+            UserError: if no queries were recorded.
+        """
+        if layer not in self._queries:
+            raise UserError(NOT_RECORDED)
+        return self._queries[layer][:, -tokens:]
+
+    def streams(self, layer: int, tokens: int) -> Tensor:
+        """(B, m) fp32: the squared length of the residual stream after attention, for the last tokens of the last
+        pass."""
+        self.of(layer, 1)
+        return self._streams[layer][:, -tokens:]

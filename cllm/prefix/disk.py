@@ -1,0 +1,165 @@
+"""A tier on disk: one file for each prefix in a folder that any number of processes may read and write.
+
+A file's name is that of its longest prefix (`keys.py`), so that two processes that store the same prefix write the same
+file. Files appear complete or not at all (`write_atomic`), and a reader keeps a file that another process deletes until
+it closes its map. The time of last use is the file's modification time, for all processes alike.
+
+The folder has the mark `.cllm`. In it, only files that carry our header are deleted, and what a killed writer left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import time
+from pathlib import Path
+
+from torch import Tensor
+
+from cllm.errors import UserError
+from cllm.files import is_empty, mark_new, marked_as
+from cllm.prefix.file import Header, read_header, read_tensors, write_prefix
+from cllm.prefix.pack import Packed
+
+log = logging.getLogger(__name__)
+
+KIND = "prefixes"
+_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+_PARTIAL = re.compile(r"\.[0-9a-f]{64}\.safetensors\.partial-(?P<host>.+)-(?P<pid>[0-9]+)")
+_ABANDONED = 24 * 3600.0
+"""Seconds after which an unfinished file of another machine counts as left by a killed writer."""
+
+
+class DiskTier:
+    """Prefixes in `folder`, with a budget in bytes.
+
+    Raises:
+        UserError: for a folder that is neither missing, empty, nor one of stored prefixes.
+    """
+
+    def __init__(self, folder: Path, budget: int):
+        self.folder, self.budget = folder, budget
+        if os.path.lexists(folder) and marked_as(folder) != KIND and not is_empty(folder):
+            raise UserError(
+                f"{folder}: is no folder of stored prefixes; allowed: a new or empty folder, or one that is"
+            )
+        mark_new(folder, KIND)
+        self._headers: dict[str, Header | None] = {}
+        """Of every file that was seen; None: it is not ours, or damaged."""
+        self._checked: set[tuple[int, int]] = set()
+        """Inode and size of the files whose hashes this process has checked."""
+        self._remove_unfinished()
+
+    def headers(self) -> dict[str, Header]:
+        """The headers of all files now in the folder, by name. Those of new files are read."""
+        found = {}
+        with os.scandir(self.folder) as entries:
+            names = [entry.name for entry in entries if _NAME.fullmatch(entry.name)]
+        for file in names:
+            name = file.partition(".")[0]
+            if name not in self._headers:
+                self._headers[name] = self._header(self.folder / file)
+            header = self._headers[name]
+            if header is not None:
+                found[name] = header
+        self._headers = {name: h for name, h in self._headers.items() if f"{name}.safetensors" in set(names)}
+        return found
+
+    def __contains__(self, name: str) -> bool:
+        return self._path(name).exists()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files of stored prefixes."""
+        return sum(size for _, size, _ in self._files())
+
+    def get(self, name: str) -> tuple[Packed, Tensor] | None:
+        """A cache, as views of the mapped file, and its tokens, used now; None if it is gone or damaged."""
+        path, header = self._path(name), self._headers.get(name)
+        try:
+            header = header or read_header(path)
+            status = path.stat()
+            found = read_tensors(path, header, check=(status.st_ino, status.st_size) not in self._checked)
+            os.utime(path)
+        except FileNotFoundError:  # another process has deleted it
+            return None
+        except UserError as error:
+            if path.exists():
+                log.warning("a stored prefix is not used: %s", error)
+                self._headers[name] = None
+            return None
+        self._checked.add((status.st_ino, status.st_size))
+        return found
+
+    def put(self, name: str, packed: Packed, tokens: Tensor, header: Header) -> bool:
+        """Write a file, unless it is there; then make room. Returns whether the prefix is stored."""
+        path = self._path(name)
+        if packed.nbytes > self.budget:
+            return False
+        if path.exists() and self._headers.get(name, header) is not None:
+            os.utime(path)
+            return True
+        self._headers.pop(name, None)
+        write_prefix(path, packed, tokens, header)
+        self._evict(keep=name)
+        return path.exists()
+
+    def _evict(self, keep: str) -> None:
+        """Delete the least recently used files beyond the budget; `keep` last."""
+        files = sorted(self._files(), key=lambda file: (file[2].name == f"{keep}.safetensors", file[0]))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if total <= self.budget:
+                break
+            if self._header(path) is not None:
+                path.unlink(missing_ok=True)
+                total -= size
+        self._remove_unfinished()
+
+    def _files(self) -> list[tuple[int, int, Path]]:
+        """Time of last use in ns, bytes and path of every file with a name of ours."""
+        found = []
+        for path in self.folder.iterdir():
+            if _NAME.fullmatch(path.name):
+                try:
+                    status = path.stat()
+                except FileNotFoundError:
+                    continue
+                found.append((status.st_mtime_ns, status.st_size, path))
+        return found
+
+    def _remove_unfinished(self) -> None:
+        """Delete what writers that were killed have left."""
+        host = re.sub(r"[^A-Za-z0-9.]+", "-", socket.gethostname())[:64] or "localhost"
+        for path in self.folder.iterdir():
+            if (match := _PARTIAL.fullmatch(path.name)) is None:
+                continue
+            try:
+                old = time.time() - path.stat().st_mtime > _ABANDONED
+            except FileNotFoundError:
+                continue
+            if old or (match["host"] == host and not _is_running(int(match["pid"]))):
+                path.unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def _header(self, path: Path) -> Header | None:
+        try:
+            return read_header(path)
+        except UserError as error:
+            if path.exists():
+                log.warning("a file is no stored prefix and is left alone: %s", error)
+            return None
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

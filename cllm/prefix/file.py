@@ -1,0 +1,203 @@
+"""One stored prefix as a safetensors file.
+
+The tensors are the cache's, as `pack.py` names them, and `tokens`. The metadata has two keys. `cllm.prefix` is a JSON
+header: the version of this format, the model's fingerprint, the salt's digest, the layout of the cache and the SHA-256
+of every tensor. `sha256` is that of the header. Nothing in a file is ever unpickled or imported.
+
+Reading maps the file into memory: tensors on the CPU are views of the map, whose pages are read when they are needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from cllm.cache.cache import KVCache
+from cllm.errors import UserError
+from cllm.files import write_atomic
+from cllm.prefix.fingerprint import decoder_of, fingerprint, sha256_of_all
+from cllm.prefix.keys import salt_digest
+from cllm.prefix.pack import Packed, pack, unpack
+from cllm.trust import reason
+
+VERSION = 1
+"""Of the format. A reader refuses every other."""
+MARK = "cllm.prefix"
+"""The metadata key of the header. Only files that have it are ever deleted."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a file, before its tensors are read."""
+
+    model: str
+    """The model's fingerprint."""
+    design: str
+    """The KV plan in words, for messages."""
+    salt: str
+    """Digest of the salt."""
+    chain: dict[int, str]
+    """Names of the prefixes that the file can serve, by their tokens (`keys.py`); empty outside of a store."""
+    layout: dict[str, Any]
+    sha256: dict[str, str]
+    """Of every tensor."""
+    version: int = VERSION
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_prefix(path: Path, packed: Packed, tokens: Tensor, header: Header) -> int:
+    """Write a file atomically. Returns its bytes. `header.sha256` is filled in.
+
+    Raises:
+        OSError: if it cannot be written; an older file is then unchanged.
+    """
+    tensors = _separate({**packed.tensors, "tokens": tokens.contiguous()})
+    digests = dict(zip(tensors, sha256_of_all(tensors.values()), strict=True))
+    content = {**vars(header), "sha256": digests, "layout": packed.layout}
+    text = json.dumps(content)
+    data = save(tensors, {MARK: text, "sha256": hashlib.sha256(text.encode()).hexdigest()})
+    write_atomic(path, data)
+    return len(data)
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, no two of them in one storage, as the format wants it."""
+    used: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.cpu().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if address in used else tensor
+        used.add(address)
+    return found
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_header(path: Path) -> Header:
+    """The header of a file.
+
+    Raises:
+        UserError: naming the file, if it is missing, damaged, no prefix, or of another format version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
+    if MARK not in metadata:
+        raise UserError(f"{path}: is no stored prefix; allowed: a file that cllm.save_prefix or a PrefixStore wrote")
+    text = metadata[MARK]
+    if hashlib.sha256(text.encode()).hexdigest() != metadata.get("sha256"):
+        raise UserError(f"{path}: damaged: its header has another sha256 than it says")
+    content = json.loads(text)
+    if content.get("version") != VERSION:
+        raise UserError(f"{path}: has the format version {content.get('version')}; allowed: {VERSION}; store it again")
+    try:
+        header = Header(**content)
+        return Header(**{**vars(header), "chain": {int(n): name for n, name in header.chain.items()}})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: damaged: {reason(error)}") from None
+
+
+def read_tensors(path: Path, header: Header, *, check: bool = True) -> tuple[Packed, Tensor]:
+    """The packed cache in a file, views of a map of it, and its tokens.
+
+    Args:
+        path: the file.
+        header: its header.
+        check: compare the SHA-256 of every tensor, which reads the entire file.
+
+    Raises:
+        UserError: naming the file, if it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
+    if tensors.keys() != header.sha256.keys():
+        raise UserError(f"{path}: damaged: its tensors are not those of its header")
+    if check:
+        for name, found in zip(tensors, sha256_of_all(tensors.values()), strict=True):
+            if found != header.sha256[name]:
+                raise UserError(f"{path}: damaged: the tensor {name} has another sha256 than its header says")
+    tokens = tensors.pop("tokens")
+    return Packed(header.layout, tensors), tokens
+
+
+# ---- single files ----------------------------------------------------------------------------------------------------
+
+
+def save_prefix(path: str | os.PathLike[str], cache: KVCache, model: nn.Module, tokens: Any, *, salt: str = "") -> None:
+    """Write a filled cache and its tokens to a file that `load_prefix` reads; see `cllm.save_prefix`."""
+    decoder = decoder_of(model)
+    packed = pack(cache)
+    cache.check(decoder.config)
+    cache.check_plan(decoder.plan)
+    try:
+        ids = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"tokens is a {type(tokens).__name__}; allowed: the token ids of the cache") from None
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.shape != (cache.batch, cache.seen) or ids.is_floating_point():
+        raise UserError(
+            f"tokens is {tuple(ids.shape)}; allowed: those of the cache, ({cache.batch}, {cache.seen}), and padding"
+        )
+    header = Header(fingerprint(decoder), design_of(decoder), salt_digest(salt), {}, {}, {})
+    write_prefix(Path(path), packed, ids.to("cpu", torch.int64), header)
+
+
+def load_prefix(
+    path: str | os.PathLike[str], model: nn.Module, *, salt: str = "", max_len: int | None = None
+) -> tuple[KVCache, Tensor]:
+    """Read a cache and its tokens from a file; see `cllm.load_prefix`."""
+    decoder, file = decoder_of(model), Path(path)
+    header = read_header(file)
+    check_header(file, header, model=fingerprint(decoder), salt=salt, decoder=decoder)
+    packed, tokens = read_tensors(file, header)
+    return open_packed(file, packed, decoder, max_len=max_len), tokens
+
+
+def open_packed(path: Path | str, packed: Packed, decoder: Any, *, max_len: int | None = None) -> KVCache:
+    """`unpack` on the decoder's device, with the path in errors."""
+    device = next(decoder.parameters()).device
+    try:
+        return unpack(packed.to(device), decoder.config, max_len=max_len)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError) as error:
+        raise UserError(f"{path}: damaged: {reason(error)}") from None
+
+
+def check_header(path: Path, header: Header, *, model: str, salt: str, decoder: Any) -> None:
+    """Refuse the prefix of another model, or of another salt.
+
+    Raises:
+        UserError: naming the file and which of the two it is.
+    """
+    if header.model != model:
+        plan = design_of(decoder)
+        other = f"a model of {header.design}, and this one is of {plan}" if header.design != plan else "other weights"
+        raise UserError(f"{path}: is the cache of another model: {other}; allowed: the model that filled it")
+    if header.salt != salt_digest(salt):
+        raise UserError(f"{path}: was stored with another salt; give the one that it was stored with")
+
+
+def design_of(decoder: Any) -> str:
+    """The model in a few words."""
+    config = decoder.config
+    return f"{getattr(config.kv, 'preset', 'layers')}, {config.n_layers} layers, d_model {config.d_model}"

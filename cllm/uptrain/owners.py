@@ -155,8 +155,7 @@ def tied_projection(k: Tensor, v: Tensor, second: Tensor) -> tuple[Tensor, Tenso
     squares = [((w @ second) * w).sum().clamp(min=1e-30) for w in (k, v)]
     beta = squares[0] / squares[1]
     stacked = torch.cat((k, beta.sqrt() * v))
-    values, vectors = torch.linalg.eigh(stacked @ second @ stacked.T)
-    top = vectors[:, -d:]
+    top = torch.linalg.eigh(stacked @ second @ stacked.T)[1][:, -d:]
     weight = top[:d] @ (top.T @ stacked)
     left = stacked - top @ (top.T @ stacked)
     lost = [((w @ second) * w).sum() / squares[0] for w in left.split(d)]

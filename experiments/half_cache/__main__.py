@@ -2,8 +2,8 @@
 
     python -m experiments.half_cache --teacher FOLDER --data PREPARED --out DIR --tokens 20000000 --stop-after 9m
 
-Each student first gets a perplexity for every start (`--starts`), then trains from the best of them. One student runs on
-each GPU at a time, in processes of its own. DIR/results.json and DIR/log.txt are written every few seconds. After
+Each student first gets a perplexity for every start (`--starts`), then trains from the best of them. One student at a
+time runs on each GPU, in a process of its own. DIR/results.json and DIR/log.txt are written every few seconds. After
 `--stop-after`, and on SIGTERM, SIGHUP or Ctrl-C, running students save and the command ends with status 3; the same
 command continues. docs/uptraining.md has results.
 """
@@ -36,7 +36,7 @@ from cllm.runs import RunFolder
 from cllm.signals import STOPPING, stoppable
 from cllm.study.schema import parse_duration
 from cllm.uptrain.teacher import teacher_config
-from experiments.half_cache.students import PLANS, ROOT, STARTS, check_names, student_data
+from experiments.half_cache.students import DEFAULT, PLANS, ROOT, STARTS, check_names, starts_of, student_data
 
 _SAVING = 60.0
 """Seconds for a student to save when time is up."""
@@ -50,10 +50,11 @@ class Experiment:
         seconds = math.inf if options.stop_after is None else parse_duration(options.stop_after)
         self.deadline = time.time() + seconds
         self.gpus = torch.cuda.device_count() if options.device == "auto" else 0
-        heads = teacher_config(options.teacher).plan().source(0).kv_heads
+        model = teacher_config(options.teacher)
+        heads = model.plan().source(0).kv_heads
         if heads is None:
             raise UserError(f"--teacher {options.teacher}: layer 0 has no keys and values; allowed: mha, gqa, mqa")
-        self.kv_heads = heads
+        self.n_heads, self.kv_heads = model.n_heads, heads
         self.failed: dict[str, str] = {}
         self._lock = threading.Lock()
         self._environment = environment()
@@ -83,6 +84,7 @@ class Experiment:
             start,
             teacher=o.teacher,
             data=o.data,
+            n_heads=self.n_heads,
             kv_heads=self.kv_heads,
             out=self.out,
             gpu=self.gpus > 0,
@@ -115,13 +117,13 @@ class Experiment:
                 return
             try:
                 self._student(name, device)
-            except UserError as error:
-                self.failed[name] = str(error)
+            except Exception as error:  # the other students go on
+                self.failed[name] = str(error) if isinstance(error, UserError) else repr(error)
             if name in self.failed:
                 self.log(f"{name}: failed: {self.failed[name]}")
 
     def _student(self, name: str, device: int) -> None:
-        configs = {start: self.config(name, start) for start in self.options.starts}
+        configs = {start: self.config(name, start) for start in starts_of(name, self.options.starts)}
         spec = {"configs": configs, "out": str(self._starts(name)), "device": "cuda" if self.gpus else "cpu"}
         file = self.out / "specs" / f"{name}.json"
         write_atomic(file, json.dumps(spec, indent=2) + "\n")
@@ -241,10 +243,10 @@ def parser() -> Parser:
     add("--teacher", type=Path, required=True, metavar="FOLDER", help="checkpoint folder or run to start from")
     add("--data", type=Path, required=True, metavar="PREPARED", help="text prepared with the teacher's tokenizer")
     add("--out", type=Path, default=Path("runs/half_cache"), metavar="DIR", help="default: %(default)s")
-    add("--students", nargs="+", default=["cla2", "fusedkv", "acrosskv", "kv_tie"], metavar="NAME",
-        help=f"of {', '.join(PLANS)} (default: cla2 fusedkv acrosskv kv_tie)")  # fmt: skip
-    add("--starts", nargs="+", default=["fit", "fit+outputs", "fit+mean", "fit+joint"], metavar="START",
-        help=f"of {', '.join(STARTS)} (default: all of fit but one)")  # fmt: skip
+    add("--students", nargs="+", default=DEFAULT, metavar="NAME",
+        help=f"of {', '.join(PLANS)} (default: {' '.join(DEFAULT)})")  # fmt: skip
+    add("--starts", nargs="+", default=["fit", "fit+outputs"], metavar="START",
+        help=f"of {', '.join(STARTS)} (default: fit fit+outputs); latents have svd alone")  # fmt: skip
     add("--tokens", type=whole_number(0), default=20_000_000, metavar="N",
         help="tokens to train each student on; 0: starts alone (default: %(default)s)")  # fmt: skip
     add("--stop-after", metavar="TIME", help="save and end after this time, such as 9m")

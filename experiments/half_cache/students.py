@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cllm.errors import UserError
+from cllm.yaml_text import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "uptrain"
 PLANS: dict[str, dict[str, Any]] = {
     "cla2": {"preset": "cla", "factor": 2, "kv_norm": False},
     "fusedkv": {"preset": "fusedkv"},
+    "fusedkv_rich": {"preset": "fusedkv", "keys": "complex", "values": "matrix"},
     "fusedkv_lite": {"preset": "fusedkv_lite"},
     "acrosskv": {"preset": "swiftkv", "n_lower": 12, "group": 6},
     "swiftkv": {"preset": "swiftkv"},
     "kv_tie": {"preset": "kv_tie"},
+    "xmla": {"preset": "xmla", "factor": 2},
     "svformer": {"preset": "svformer"},
     "trailing": {"preset": "trailing"},
 }
-"""`model.kv` without `n_kv_heads`, for a teacher of 30 layers. swiftkv alone keeps the whole cache; it saves prefill."""
+"""`model.kv` without `n_kv_heads`, for a teacher of 30 layers. Only swiftkv keeps the whole cache; it saves prefill."""
+DEFAULT = ("fusedkv", "fusedkv_rich", "cla2", "acrosskv", "kv_tie", "xmla")
+"""Students of the default command."""
 STARTS: dict[str, dict[str, Any]] = {
     "copy": {"method": "copy"},
     "fit": {"method": "fit"},
@@ -29,8 +33,16 @@ STARTS: dict[str, dict[str, Any]] = {
     "fit+mean": {"method": "fit", "fold": "mean"},
     "fit+joint": {"method": "fit", "fold": "joint"},
     "fit+joint+outputs": {"method": "fit", "fold": "joint", "outputs": "all", "ridge": 1e-3},
+    "svd": {"method": "svd"},
 }
-"""`init` by name."""
+"""`init` by name. Latents start by svd, keys and values by the others."""
+LATENT = ("xmla",)
+"""Students that cache latents."""
+
+
+def starts_of(name: str, starts: Sequence[str]) -> list[str]:
+    """Those of `starts` that suit a student: svd alone, always, for latents."""
+    return ["svd"] if name in LATENT else [start for start in starts if start != "svd"]
 
 
 def check_names(names: list[str], allowed: dict[str, Any], option: str) -> None:
@@ -46,6 +58,7 @@ def student_data(
     *,
     teacher: Path,
     data: Path,
+    n_heads: int,
     kv_heads: int,
     out: Path,
     gpu: bool,
@@ -59,9 +72,10 @@ def student_data(
     """
     file = CONFIGS / f"smollm2_to_{name}.yaml"
     file = file if file.exists() else CONFIGS / "smollm2_to_cla2.yaml"
-    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_yaml(file)
     config |= {"name": name, "runs_dir": str(out / "runs")}
-    config["model"] = {"kv": {**PLANS[name], "n_kv_heads": kv_heads}}
+    plan = {"bytes": kv_heads / n_heads / 2} if name in LATENT else {"n_kv_heads": kv_heads}
+    config["model"] = {"kv": {**PLANS[name], **plan}}
     kept = config["init"]
     config["init"] = {**STARTS[start], "from": str(teacher)}
     if STARTS[start]["method"] != "copy":

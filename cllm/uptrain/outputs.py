@@ -2,10 +2,11 @@
 
 Teacher and student run over a calibration text together, from the bottom up, each on its own residual stream. In layer
 i let r be the student's stream as it enters, z (H D) the outputs of its attention heads, and t the teacher's stream
-after attention. o_proj becomes the W with the least Σ |t - r - W z|² + ρ m |W - W_0|² over tokens, where W_0 is the
-projection before and m the mean square of z. Errors of keys and values are thus weighed by what attention makes of
-them, and layers above correct what layers below have lost, as in layer-wise compression (GPTQ, arXiv 2210.17323,
-section 2). The next layer sees the student's new stream.
+after attention. o_proj becomes the W with the least Σ |t - r - W z|² / |t|² + ρ m |W - W_0|² over tokens, where W_0 is
+the projection before and m the mean square of z / |t|. Without the division, a few tokens of very large streams, as
+those that attention sinks sit on, would outweigh all others. Errors of keys and values are thus weighed by what
+attention makes of them, and layers above correct what layers below have lost, as in layer-wise compression (GPTQ, arXiv
+2210.17323, section 2). The next layer sees the student's new stream.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ class _Run:
         self.context = model._context(ids, positions, documents, None, None, None)
         self.x: Tensor = model.embed(ids)
         self.slots: dict[int, Any] = {}
+        self.target, self.weight = torch.zeros(()), torch.ones(())
+        """The teacher's stream (B T, d_model) after attention of the last layer, and its norm (B T, 1)."""
 
     def layer(self, i: int, record: str) -> Tensor:
         """Compute layer `i`; returns the input (B T, d_model) of its module `record`."""

@@ -55,7 +55,7 @@ class OwnerStart:
         self._second: Tensor | None = None
 
     @property
-    def owner(self) -> nn.Module:
+    def owner(self) -> Any:
         """The owner module of the layer."""
         owner = block_of(self.student, self.layer).attention.owner
         assert owner is not None

@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def measure(configs: dict[str, Any], out: Path, device: torch.device) -> None:
         begin = time.perf_counter()
         try:
             student = make_student(
-                config, teacher, lambda c=config, m=module: calibration_batches(c, m), device=device, resumed=False
+                config, teacher, partial(calibration_batches, config, module), device=device, resumed=False
             )
         except UserError as error:
             found["starts"][start] = {"refused": str(error)}

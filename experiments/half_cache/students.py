@@ -87,7 +87,13 @@ def student_data(
     if STARTS[start]["method"] == "copy":
         config["init"].pop("calibration_sequences", None)
     steps = max(tokens // (config["train"]["global_batch"] * config["data"]["seq_len"]), 1)
-    config["train"] |= {"steps": steps, "validate_every": max(steps // 8, 1), "checkpoint_every": None, "log_every": 10}
+    config["train"] |= {
+        "steps": steps,
+        "validate_every": max(steps // 8, 1),
+        "checkpoint_every": max(steps // 8, 1),
+        "keep_checkpoints": 1,
+        "log_every": 10,
+    }
     config["optim"]["min_lr"] = config["optim"]["lr"] / 10
     config["optim"]["warmup_steps"] = min(config["optim"]["warmup_steps"], max(steps // 10, 1))
     return config

@@ -2,6 +2,7 @@
 
 sweep_posthoc.py  compress the caches of runs in many ways: one table, one figure (`cllm sweep`)
 tradeoff.py       train designs, then sweep over them (`cllm tradeoff`)
+half_cache/       convert a pretrained model to plans with half of its cache, and distil it into them
 uptraining/       pretrain a Llama, convert it to plans that share keys and values, uptrain those
 
 Run them in the project's root: `python -m experiments.NAME --help`.

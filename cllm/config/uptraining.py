@@ -10,6 +10,8 @@ from cllm.section import MAX_COUNT, MAX_WIDTH, Section, create_section
 
 Method = Literal["copy", "mean", "aligned", "ridge", "fit", "svd"]
 Align = Literal["none", "heads", "turn", "map"]
+Fold = Literal["none", "mean", "joint"]
+Outputs = Literal["none", "shared", "all"]
 KeepPairs = Literal["high", "uniform"]
 
 if TYPE_CHECKING:
@@ -31,6 +33,13 @@ class InitFrom(_From):
     """With aligned, ridge and fit: how layers without own K/V are adapted to the K/V that they read. none: not at all;
     heads: KV heads are matched; turn: channels are rotated too; map: with ridge and fit, channels are also scaled and
     mixed."""
+    fold: Fold = "none"
+    """With fit: values that several layers share, brought into common coordinates first. none: those of the owner's
+    layer; mean: the mean over all layers that share them (VFOLD); joint: their principal directions."""
+    outputs: Outputs = "none"
+    """With fit: output projections of attention refitted to the teacher's residual stream, from the lowest layer up.
+    shared: in layers that read other keys or values than the teacher's; all: in those and all layers above the lowest
+    of them."""
     calibration_sequences: int = Field(32, ge=0, le=MAX_COUNT)
     """With ridge, fit and svd: number of training sequences, of data.seq_len tokens each, to calibrate on. 0: svd uses
     the weights alone."""
@@ -57,6 +66,9 @@ class InitFrom(_From):
     def _rules(self) -> Self:
         if self.method in ("ridge", "fit") and not self.calibration_sequences:
             raise ValueError(f"method is {self.method}, but calibration_sequences is 0; allowed with it: 1 or more")
+        for key in ("fold", "outputs"):
+            if getattr(self, key) != "none" and self.method != "fit":
+                raise ValueError(f"{key} is {getattr(self, key)}, but method is {self.method}; allowed with it: fit")
         if self.sources == "best" and self.method != "fit":
             raise ValueError(
                 f"sources is best, but method is {self.method}, which fits no sources; allowed with it: fit"

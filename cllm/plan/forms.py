@@ -67,10 +67,6 @@ class OwnTied(_Rewritten):
     tie: Literal["kv"]
 
     @property
-    def is_copyable(self) -> bool:  # type: ignore[override]
-        return False
-
-    @property
     def rotates_at_read(self) -> bool:  # type: ignore[override]
         return True
 
@@ -109,10 +105,6 @@ class OwnMixed(_Rewritten):
     @property
     def mixes(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.mix
-
-    @property
-    def is_copyable(self) -> bool:  # type: ignore[override]
-        return False
 
     def check(self, layer: int) -> None:
         Own.check(self, layer)

@@ -185,6 +185,11 @@ class KVPlan:
         return tuple(i for i, layer in enumerate(self.layers) if layer.own is None)
 
     @property
+    def inexact(self) -> tuple[int, ...]:
+        """The layers that read keys or values other than a slot of theirs as it is."""
+        return tuple(i for i in range(len(self)) if {self.keys(i), self.values(i)} != {Share(i)})
+
+    @property
     def inputs(self) -> frozenset[int]:
         """The layers whose output the owners of other layers project."""
         return frozenset(own.input for j in self.owners if (own := self.owned(j)).input is not None)

@@ -111,9 +111,13 @@ class Builders:
 
         return register
 
+    def find(self, kind: Source | Read) -> Callable[..., Any] | None:
+        """The function for an object's kind or the nearest base that has one; None without one."""
+        return next((self._by_kind[c] for c in type(kind).__mro__ if c in self._by_kind), None)
+
     def of(self, kind: Source | Read) -> Callable[..., Any]:
         """The function for an object's kind. Raises `PlanError` if neither it nor a base has one."""
-        found = next((self._by_kind[c] for c in type(kind).__mro__ if c in self._by_kind), None)
+        found = self.find(kind)
         if found is None:
             raise PlanError(f"{type(kind).__name__}: has no {self.what}; register one with cllm.plan.registry")
         return found

@@ -6,11 +6,14 @@ start.py       from a config with `init.from` to a student ready to train
 sources.py     `init.sources: best`: fused reads of the sources that suit them best
 init.py        the student's first weights, without training
 project.py     K/V projections copied or averaged
+owners.py      first weights of owners, one class for each kind of slot
 heads.py       KV heads of two layers matched, and a layer rewritten so that its function stays
 hungarian.py   the best one-to-one matching of two sets
 calibrate.py   inputs, keys and values of the teacher's layers on calibration text
 ridge.py       shared projections by ridge regression
 fit.py         least squares: fusion weights, and alignments of layers that own nothing
+fold.py        values of layers brought into common coordinates before they are shared (VFOLD)
+outputs.py     output projections refitted on the student's own residual stream
 svd.py         latents for MLA: partial RoPE and a joint SVD
 search.py      plans from measured similarity (a command line)
 decoder.py     the decoder of teachers and students: recorded layers, random sources

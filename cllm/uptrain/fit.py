@@ -1,6 +1,6 @@
-"""Layers that own nothing fitted to the slots that they read, by least squares on a calibration text.
+"""Layers fitted to the slots that they read, by least squares on a calibration text.
 
-Owners do not change. In the teacher the layer had keys K and values V. It now reads F = Σ_s a_s ⊙ K_s and
+Slots do not change. In the teacher the layer had keys K and values V. It now reads F = Σ_s a_s ⊙ K_s and
 H = Σ_s b_s ⊙ V_s over its source slots; a layer that shares has one source, with weight 1. Free are the fusion weights
 and an alignment, which the layer's q_proj and o_proj take on (heads.py): an order of heads, a complex factor m for each
 pair of keys, and a matrix N for each head of values. So
@@ -21,7 +21,7 @@ The result of least squares is shorter than its target. Scores rely on the lengt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,7 @@ from cllm.model.fusion import ComplexRead, MatrixRead
 from cllm.model.sources import FusedRead, OwnKV, Reader
 from cllm.plan.plan import KVPlan
 from cllm.uptrain.calibrate import Batches, observe
-from cllm.uptrain.decoder import TracedDecoder, attention_of, owner_of
+from cllm.uptrain.decoder import TracedDecoder, attention_of
 from cllm.uptrain.heads import Alignment, Grams, procrustes, to_pairs, unit
 from cllm.uptrain.project import Part, anchors
 from cllm.uptrain.ridge import solve
@@ -176,8 +176,9 @@ def fit_readers(
     alignments: Mapping[int, Alignment],
     batches: Batches,
     settings: InitFrom,
+    changed: Iterable[int] = (),
 ) -> tuple[dict[int, Alignment], dict[str, float]]:
-    """Fit every layer of `student` that owns nothing to the slots that it reads, and set its fusion weights.
+    """Fit every layer of `student` that reads another's slot to what it reads, and set its fusion weights.
 
     A layer in `alignments` is fitted twice, starting from the heads as they are and from its alignment. The fit with
     the smaller error is used.
@@ -189,13 +190,14 @@ def fit_readers(
         alignments: second starting points, by layer.
         batches: the text.
         settings: `ridge`, the pull towards the start, and `align`, what is free besides fusion weights.
+        changed: owners whose slots are not the teacher's any more, which are fitted too.
 
     Returns:
         The alignment of each layer, which is still to be applied to it; and relative squared errors by read, as
         `layer 5 keys`: value.
     """
     plan = student.plan
-    layers = plan.borrowers
+    layers = sorted({*plan.inexact, *changed})
     for i in layers:
         for half, read in (("keys", plan.keys(i)), ("values", plan.values(i))):
             if not (read.is_stored or read.sums):
@@ -235,12 +237,15 @@ def _read_sums(
     plan = student.plan
     sums: dict[tuple[int, int, Part], ReadSums] = {}
     for seen in observe(teacher, batches) if starts else ():
-        slots = {j: seen.slot(j, owner_of(student, j)) for j in {j for i in starts for j in plan.reads(i)}}
+        slots = seen.slots(student, {j for i in starts for j in plan.reads(i)})
         for i in starts:
             k, v = seen.slot(i, owners[i])
             for n, start in enumerate(starts[i]):
-                keys = ReadSums.of("k", [slots[j][0] for j in plan.keys(i).layers], k[start.order])
-                values = ReadSums.of("v", [slots[j][1] for j in plan.values(i).layers], v[start.order])
+                # Heads that the layer itself projects are reordered with it.
+                k_read = [slots[j][0][start.order] if j == i else slots[j][0] for j in plan.keys(i).layers]
+                v_read = [slots[j][1][start.order] if j == i else slots[j][1] for j in plan.values(i).layers]
+                keys = ReadSums.of("k", k_read, k[start.order])
+                values = ReadSums.of("v", v_read, v[start.order])
                 sums[i, n, "k"] = sums[i, n, "k"] + keys if (i, n, "k") in sums else keys
                 sums[i, n, "v"] = sums[i, n, "v"] + values if (i, n, "v") in sums else values
     return {read: summed.cpu() for read, summed in sums.items()}

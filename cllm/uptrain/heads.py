@@ -19,13 +19,14 @@ Shapes: G KV heads, D channels, P = D / 2 pairs (j, j + P), N rows compared: inp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from cllm.model.attention import Attention
-from cllm.model.sources import OwnKV
+from cllm.model.sources import OwnKV, Part
 from cllm.uptrain.hungarian import hungarian
 
 
@@ -89,11 +90,12 @@ class Grams:
     def __add__(self, more: Grams) -> Grams:
         return Grams(self.keys + more.keys, self.values + more.values, self.norms + more.norms)
 
-    def alignment(self, *, full: bool, rotate_keys: bool) -> Alignment:
+    def alignment(self, *, full: bool, rotate_keys: bool, own: Sequence[Part] = ()) -> Alignment:
         """The alignment that brings the second layer closest to the first without changing lengths.
 
         Heads are matched by the sum of the cosines of keys and of values after the best factors and maps. Without
-        `full`, heads are only reordered, and matched as they are; without `rotate_keys`, keys are.
+        `full`, heads are only reordered, and matched as they are; without `rotate_keys`, keys are. A half in `own` is
+        the layer's own, which is reordered with it and matches in any order.
 
         It is computed on the CPU, which decomposes matrices of a head's size in less time than a GPU takes to launch.
         """
@@ -101,14 +103,18 @@ class Grams:
         k = keys.abs().sum(-1) if full and rotate_keys else keys.real.sum(-1)
         v = torch.linalg.svdvals(values).sum(-1) if full else values.diagonal(dim1=-2, dim2=-1).sum(-1)
         scale = norms.clamp(min=1e-30).sqrt()
-        score = k / (scale[0][:, None] * scale[1]) + v / (scale[2][:, None] * scale[3])
+        score = torch.zeros_like(k)
+        if "k" not in own:
+            score = score + k / (scale[0][:, None] * scale[1])
+        if "v" not in own:
+            score = score + v / (scale[2][:, None] * scale[3])
         order = hungarian(score)
         reordered = Alignment.identity(len(order), values.shape[-1], order)
         if not full:
             return reordered
         rows = torch.arange(len(order))
-        key_factors = unit(keys[rows, order]) if rotate_keys else reordered.key_factors
-        return Alignment(order, key_factors, procrustes(values[rows, order]))
+        key_factors = unit(keys[rows, order]) if rotate_keys and "k" not in own else reordered.key_factors
+        return Alignment(order, key_factors, reordered.value_maps if "v" in own else procrustes(values[rows, order]))
 
 
 def unit(products: Tensor) -> Tensor:

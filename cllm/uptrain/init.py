@@ -15,6 +15,7 @@ With the teacher's plan the student is a copy of the teacher.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -27,8 +28,11 @@ from cllm.plan.plan import KVPlan, Latent
 from cllm.uptrain.calibrate import Batches
 from cllm.uptrain.decoder import TracedDecoder, attention_of
 from cllm.uptrain.fit import fit_readers, text_grams
+from cllm.uptrain.fold import fold_values, share_values
 from cllm.uptrain.heads import Alignment, Grams, align_owner, align_reader, heads_of
-from cllm.uptrain.project import anchors, average_owners, check_plans, copy_owners, copy_rest, teacher_owners
+from cllm.uptrain.outputs import refit_outputs
+from cllm.uptrain.owners import OwnerStart, copy_owners, fit_owners
+from cllm.uptrain.project import PARTS, anchors, average_owners, check_plans, copy_rest, teacher_owners
 from cllm.uptrain.ridge import fit_shared, shared_groups
 from cllm.uptrain.svd import check_latents, make_latents
 
@@ -66,14 +70,20 @@ def init_student(student: Decoder, teacher: TracedDecoder, settings: InitFrom, b
         raise UserError(
             f"init.method is {settings.method}, and the plan has {'' if latent else 'no '}latents; allowed: {allowed}"
         )
-    if settings.method in ("ridge", "fit"):
-        _check_inputs(student.plan, settings.method)
     if latent:
         check_latents(student, teacher, calibrated=bool(batches))
     copy_rest(student, teacher)
     owners = teacher_owners(student.plan, teacher)
-    copy_owners(student, teacher, owners)
+    starts = copy_owners(student, teacher, owners)
+    _check_text(starts, settings.method)
     errors: dict[str, float] = {}
+    if settings.fold != "none":
+        folds = fold_values(student.plan, teacher, owners, batches)
+        _align_all(student, owners, folds)
+        for j in starts.keys() & folds.keys():
+            starts[j].copy()
+    if settings.method in ("ridge", "fit"):
+        errors |= fit_owners(starts.values(), teacher, batches, ridge=settings.ridge)
     if settings.method == "mean":
         average_owners(student, owners)
     elif settings.method == "aligned":
@@ -87,32 +97,40 @@ def init_student(student: Decoder, teacher: TracedDecoder, settings: InitFrom, b
                     "init.method is ridge, but no layer of model.kv shares another's slot; allowed: copy, mean, fit"
                 )
             _align_all(student, owners, alignments)
-            errors = fit_shared(student, teacher, owners, batches, ridge=settings.ridge)
+            errors |= fit_shared(student, teacher, owners, batches, ridge=settings.ridge)
             alignments = {}
-        alignments, more = fit_readers(student, teacher, owners, alignments, batches, settings)
+        changed = [j for j, start in starts.items() if start.reads_text] if settings.method == "fit" else []
+        if settings.fold != "none":
+            changed += share_values(starts, student, teacher, owners, batches, settings)
+        alignments, more = fit_readers(student, teacher, owners, alignments, batches, settings, changed)
+        for j in starts.keys() & alignments.keys():
+            starts[j].reorder(alignments[j].order)
         _align_all(student, owners, alignments)
-        errors = errors | more
+        errors |= more
+        if settings.outputs != "none" and alignments:
+            above = range(min(alignments), len(student.plan))
+            layers = above if settings.outputs == "all" else list(alignments)
+            errors |= refit_outputs(student, teacher, layers, batches, ridge=settings.ridge)
     elif settings.method == "svd":
         errors = make_latents(student, teacher, batches, keep=settings.rope_pairs, ridge=settings.ridge)
     return StudentInit(owners, errors)
 
 
-def _check_inputs(plan: KVPlan, method: str) -> None:
-    """Least squares compares projections of the same input."""
-    for j in plan.owners:
-        if (source := plan.owned(j).input) is not None:
+def _check_text(starts: Mapping[int, OwnerStart], method: str) -> None:
+    for j, start in starts.items():
+        if start.needs_text and method != "fit":
             raise UserError(
-                f"init.method is {method}, and layer {j} projects the output of layer {source}; allowed: copy, mean, "
-                "aligned"
+                f"init.method is {method}, and layer {j} owns {start.source.text}, whose projection is fitted on text; "
+                "allowed: fit"
             )
 
 
 def _alignments(
     student: Decoder, teacher: TracedDecoder, owners: dict[int, OwnKV], settings: InitFrom, batches: Batches
 ) -> dict[int, Alignment]:
-    """Alignments of the layers that own nothing with their anchors. Heads of owners stay as they are."""
+    """Alignments of layers with their anchors. Heads of slots that another layer reads stay as they are."""
     plan = student.plan
-    layers = plan.borrowers
+    layers = [i for i in plan.inexact if i not in plan.shared]
     if settings.align == "none":
         return {}
     if settings.method == "aligned":
@@ -120,7 +138,8 @@ def _alignments(
     else:
         grams = text_grams(plan, teacher, owners, layers, batches)
     full, rotate_keys = settings.align != "heads", not student.config.qk_norm
-    return {i: grams[i].alignment(full=full, rotate_keys=rotate_keys) for i in layers}
+    own = {i: [part for part, j in zip(PARTS, anchors(plan, i), strict=True) if i == j] for i in layers}
+    return {i: grams[i].alignment(full=full, rotate_keys=rotate_keys, own=own[i]) for i in layers}
 
 
 def _weight_grams(plan: KVPlan, owners: dict[int, OwnKV], i: int) -> Grams:

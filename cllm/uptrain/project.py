@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import nn
@@ -18,12 +17,12 @@ from cllm.errors import UserError
 from cllm.model.attention import Attention
 from cllm.model.decoder import Decoder
 from cllm.model.initial import draw_weights
-from cllm.model.sources import OwnKV
+from cllm.model.sources import OwnKV, Part
 from cllm.plan.plan import KVPlan
 from cllm.uptrain.decoder import attention_of, block_of, owner_of
 from cllm.uptrain.heads import heads_of, set_heads
 
-Part = Literal["k", "v"]
+PARTS: tuple[Part, Part] = ("k", "v")
 
 
 def check_plans(student: KVPlan, teacher: KVPlan) -> None:
@@ -130,24 +129,6 @@ def teacher_owners(student: KVPlan, teacher: Decoder) -> dict[int, OwnKV]:
             setattr(owner, name, fewer.requires_grad_(False))
         found[i] = owner
     return found
-
-
-@torch.no_grad()
-def copy_owners(student: Decoder, teacher: Decoder, owners: Mapping[int, OwnKV]) -> None:
-    """Copy the teacher's projections to every owner; a kv_norm that the teacher lacks becomes the layer's norm."""
-    for j in student.plan.owners:
-        mine, source = block_of(student, j).attention.owner, student.plan.owned(j)
-        if source.is_plain and type(mine) is not OwnKV:
-            raise UserError(
-                f"model.kv: layer {j} owns a slot by {source.key}, which cannot be copied from another model; allowed "
-                "with init.from: own"
-            )
-        if not isinstance(mine, OwnKV):  # latents have a method of their own
-            continue
-        _load(mine.k_proj, owners[j].k_proj)
-        _load(mine.v_proj, owners[j].v_proj)
-        _load(mine.k_norm, owners[j].k_norm)
-        _load(mine.norm, owners[j].norm or block_of(teacher, j).attention_norm)
 
 
 @torch.no_grad()

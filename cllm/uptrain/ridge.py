@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cllm.model.decoder import Decoder
 from cllm.model.sources import OwnKV
-from cllm.uptrain.calibrate import Batches, Observed, observe
+from cllm.uptrain.calibrate import Batches, observe
 from cllm.uptrain.decoder import TracedDecoder, owner_of
 from cllm.uptrain.heads import heads_of, set_heads
 from cllm.uptrain.project import Part, readers
@@ -33,6 +33,29 @@ def solve(a: Tensor, b: Tensor, start: Tensor, ridge: float) -> Tensor:
     mean = a.diagonal(dim1=-2, dim2=-1).real.mean(-1)[..., None, None].clamp(min=1e-30)
     penalty = max(ridge, 1e-12) * mean * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     return torch.linalg.solve(a + penalty, b + penalty @ start)
+
+
+class LinearFit:
+    """The regression of (channels, N) targets on (N, inputs) inputs, batch by batch, in fp64."""
+
+    def __init__(self) -> None:
+        self.cross: Tensor | None = None
+        """(inputs, channels): Σ x yᵀ."""
+        self.square: Tensor = torch.zeros(())
+        """Σ |y|²."""
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add a batch."""
+        cross, square = x.double().T @ y.double().T, y.double().square().sum()
+        self.cross = cross if self.cross is None else self.cross + cross
+        self.square = self.square.to(square) + square
+
+    def solve(self, second: Tensor, start: Tensor, ridge: float) -> tuple[Tensor, float]:
+        """The weight (channels, inputs) near `start`, as `solve` says, and |y - W x|² / |y|²; `second` is Σ x xᵀ."""
+        assert self.cross is not None
+        weight = solve(second, self.cross, start.double().T, ridge)
+        error = self.square - 2 * (weight * self.cross).sum() + (weight * (second @ weight)).sum()
+        return weight.T, float(error / self.square.clamp(min=1e-30))
 
 
 @torch.no_grad()
@@ -60,8 +83,11 @@ def fit_shared(
     targets: dict[tuple[int, Part], Tensor] = {}
     squares: dict[tuple[int, Part], Tensor] = {}
     for seen in observe(teacher, batches) if groups else ():
-        slots = {i: _keys_and_values(seen, i, owners[i]) for i in {i for group in groups.values() for i in group}}
-        xs = {j: _inputs(seen, student, j) for j in {j for j, _ in groups}}
+        slots = {
+            i: dict(zip(("k", "v"), seen.before_rope(i, owners[i]), strict=True))
+            for i in {i for group in groups.values() for i in group}
+        }
+        xs = {j: seen.projected(student, j).double() for j in {j for j, _ in groups}}
         for j, x in xs.items():
             inputs[j] = inputs.get(j, 0) + x.T @ x
         for (j, part), group in groups.items():
@@ -92,18 +118,3 @@ def shared_groups(student: Decoder) -> dict[tuple[int, Part], list[int]]:
             if any(i != j for i in group):
                 groups[j, part] = group
     return groups
-
-
-def _inputs(seen: Observed, student: Decoder, j: int) -> Tensor:
-    """Inputs of the projections of owner `j`, (N, d_model) fp64, with a column of ones for a bias."""
-    owner = owner_of(student, j)
-    x = seen.normed(j) if owner.norm is None else owner.norm(seen.inputs[j]).flatten(0, 1)
-    linear = owner.v_proj if owner.k_proj is None else owner.k_proj
-    return x.double() if linear.bias is None else torch.cat((x, x.new_ones(len(x), 1)), dim=1).double()
-
-
-def _keys_and_values(seen: Observed, i: int, owner: OwnKV) -> dict[Part, Tensor]:
-    """Keys and values of a teacher's layer before RoPE, (G D, N) fp64; keys without the gain of their norm."""
-    k, v = seen.slot(i, owner, rotated=False)
-    k = k if owner.k_norm is None else k / owner.k_norm.weight[:, None]
-    return {"k": k.double().flatten(0, 1), "v": v.double().flatten(0, 1)}

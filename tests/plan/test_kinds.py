@@ -19,7 +19,7 @@ from cllm.plan.presets import Preset, register_preset
 from cllm.plan.registry import mixer_module, owner_module, read_module, register_read, register_source
 from cllm.section import Section
 from cllm.uptrain.decoder import build_traced
-from cllm.uptrain.project import copy_owners
+from cllm.uptrain.owners import copy_owners
 
 
 @pytest.fixture(autouse=True)

@@ -40,14 +40,32 @@ FAMILIES: dict[str, PretrainedConfig] = {
         max_position_embeddings=40960,
         tie_word_embeddings=True,
     ),
+    "smollm2": LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
 }
-RESIDENT = {"fusedkv": 1 / 2, "fusedkv_lite": 1 / 2, "cla2": 1 / 2, "mla": 576 / 2048}
+RESIDENT = {
+    "fusedkv": 1 / 2,
+    "fusedkv_lite": 1 / 2,
+    "cla2": 1 / 2,
+    "mla": 576 / 2048,
+    "acrosskv": 1 / 2,
+    "kv_tie": 1 / 2,
+}
 """Of the checkpoint's own cache."""
 
 
-def test_both_families_have_every_plan() -> None:
-    plans = {*RESIDENT, "yoco"}
-    assert {path.stem for path in FILES} == {f"{family}_to_{plan}" for family in FAMILIES for plan in plans}
+def test_families_have_their_plans() -> None:
+    large = {"fusedkv", "fusedkv_lite", "cla2", "mla", "yoco"}
+    plans = {"llama": large, "qwen3": large, "smollm2": {"fusedkv", "cla2", "acrosskv", "kv_tie"}}
+    assert {path.stem for path in FILES} == {f"{family}_to_{plan}" for family in FAMILIES for plan in plans[family]}
 
 
 def test_a_file_alone_asks_for_the_model_to_start_from() -> None:

@@ -13,7 +13,8 @@ from cllm.uptrain.decoder import attention_of, block_of, owner_of
 from cllm.uptrain.fit import ReadSums, fit_readers
 from cllm.uptrain.heads import heads_of, set_heads, to_channels, to_pairs
 from cllm.uptrain.init import init_student
-from cllm.uptrain.project import copy_owners, copy_rest, teacher_owners
+from cllm.uptrain.owners import copy_owners
+from cllm.uptrain.project import copy_rest, teacher_owners
 from cllm.uptrain.ridge import fit_shared, solve
 
 

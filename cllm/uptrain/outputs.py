@@ -3,10 +3,10 @@
 Teacher and student run over a calibration text together, from the bottom up, each on its own residual stream. In layer
 i let r be the student's stream as it enters, z (H D) the outputs of its attention heads, and t the teacher's stream
 after attention. o_proj becomes the W with the least Σ |t - r - W z|² / |t|² + ρ m |W - W_0|² over tokens, where W_0 is
-the projection before and m the mean square of z / |t|. Without the division, a few tokens of very large streams, as
-those that attention sinks sit on, would outweigh all others. Errors of keys and values are thus weighed by what
-attention makes of them, and layers above correct what layers below have lost, as in layer-wise compression (GPTQ, arXiv
-2210.17323, section 2). The next layer sees the student's new stream.
+the projection before and m the mean square of z / |t|. The division gives every token the same weight, also those with
+very large streams. Errors of keys and values are thus weighed by what attention makes of them, and layers above correct
+what layers below have lost, as in layer-wise compression (GPTQ, arXiv 2210.17323, section 2). The next layer sees the
+student's new stream.
 """
 
 from __future__ import annotations

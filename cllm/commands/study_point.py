@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cllm.commands import evaluate
 from cllm.errors import UserError, one_line
+from cllm.study.measuring import measure
 from cllm.trust import read_object
 
 _SIGNAL = 128
@@ -16,18 +17,20 @@ _SIGNAL = 128
 
 @one_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate as a JSON file says: `run`, `out`, and `commands`, the words of each evaluation without `--run`.
+    """Evaluate as a JSON file says: `run`, `out`, `commands` and `marks`.
 
-    Records of the n-th command go to `out/n/`. If one fails, the others are measured nevertheless. Returns the first
-    exit status that is not 0.
+    `commands` has the words of each evaluation without `--run`; records of the n-th go to `out/n/`. `marks` has the
+    hashes by which one that has ended is skipped, see cllm/study/measuring.py. If one fails, the others are measured
+    nevertheless. Returns the first exit status that is not 0.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if len(words) != 1:
         raise UserError(f"{' '.join(words) or 'no argument'}: allowed: the JSON file of one evaluation")
     job = read_object(Path(words[0]))
     failed = 0
-    for n, command in enumerate(job["commands"]):
-        status = evaluate.main(["--run", job["run"], "--out", f"{job['out']}/{n:02d}", *command])
+    for n, (command, mark) in enumerate(zip(job["commands"], job["marks"], strict=True)):
+        words = ["--run", job["run"], *command]
+        status = measure(Path(job["out"]), n, mark, lambda out, words=words: evaluate.main([*words, "--out", str(out)]))
         if status > _SIGNAL:
             return status
         failed = failed or status

@@ -9,6 +9,7 @@ results.py     the result of a point, one JSON file
 rates.py       successive halving of learning rates
 queue.py       the next point: its priority, and whether it ends in time
 estimate.py    tokens per second so far, and the seconds that a point takes
+measuring.py   the evaluations of a point, which end one by one
 children.py    training and evaluation in processes, one GPU each
 runner.py      the loop that keeps all GPUs busy
 utilisation.py  how busy the GPUs were

@@ -39,6 +39,8 @@ class Queue:
         self.commands = grid.study.evaluate.commands()
         version = evaluation or (code_version(EVALUATION) if self.commands else "")
         self.evaluated = evaluated_as(self.commands, version) if self.commands else None
+        self.marks = [evaluated_as([command], version) for command in self.commands]
+        """The hash of each command and of the code, see measuring.py."""
         self._results: dict[str, tuple[int, Result]] = {}
 
     def result(self, point: Point) -> Result | None:

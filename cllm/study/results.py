@@ -172,8 +172,8 @@ def write_result(file: Path, content: dict[str, Any]) -> None:
     write_atomic(file, json.dumps(content, indent=1) + "\n")
 
 
-def with_evaluations(content: dict[str, Any], records: list[dict[str, Any]], evaluated: str) -> dict[str, Any]:
-    """A result with the records of its evaluations."""
+def with_evaluations(content: dict[str, Any], records: list[dict[str, Any]], evaluated: str | None) -> dict[str, Any]:
+    """A result with the records of its evaluations; `evaluated` is None while some of them have not ended."""
     kept = []
     for record in records:
         record = {key: value for key, value in record.items() if key not in ("versions", "path", "errors")}

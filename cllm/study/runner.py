@@ -31,6 +31,7 @@ from cllm.lock import discard_dead, locked
 from cllm.study.children import Commands, Job, Slot, child_environment, start
 from cllm.study.estimate import Estimates, progress, saved_share
 from cllm.study.layout import last_line
+from cllm.study.measuring import clear_unfinished, keep_records
 from cllm.study.points import Point
 from cllm.study.queue import Queue, Work, is_trained
 from cllm.study.results import read_result, read_results, result_of, with_evaluations, write_result
@@ -269,8 +270,9 @@ class Runner:
             write_atomic(file, yaml.safe_dump(config.as_yaml_data(), sort_keys=False))
             return self.commands.train(file)
         folder = self.layout.evaluation(point)
-        shutil.rmtree(folder, ignore_errors=True)
+        clear_unfinished(folder, self.queue.marks)
         job = {"run": str(self.layout.run(point).path), "out": str(folder), "commands": self.queue.commands}
+        job["marks"] = self.queue.marks
         file = folder.with_suffix(".json")
         write_atomic(file, json.dumps(job))
         return self.commands.evaluate(file)
@@ -293,7 +295,8 @@ class Runner:
 
     def _look_at(self, job: Job, now: float) -> None:
         job.checked = now
-        if job.work != "train":
+        if job.work == "evaluate":
+            keep_records(self.layout.result(job.point), self.layout.evaluation(job.point), self.queue.marks)
             return
         tokens, speed = progress(self.layout.run(job.point))
         if not speed or tokens <= job.first_tokens:
@@ -344,6 +347,7 @@ class Runner:
     def _finish_evaluation(self, job: Job, status: int, seconds: float, line: str) -> None:
         point, folder = job.point, self.layout.evaluation(job.point)
         if status != 0:
+            keep_records(self.layout.result(point), folder, self.queue.marks)
             if self._stopped is None:
                 self._fail(point, status, line)
             return

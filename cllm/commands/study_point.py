@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from cllm.commands import evaluate
@@ -29,12 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     job = read_object(Path(words[0]))
     failed = 0
     for n, (command, mark) in enumerate(zip(job["commands"], job["marks"], strict=True)):
-        words = ["--run", job["run"], *command]
-        status = measure(Path(job["out"]), n, mark, lambda out, words=words: evaluate.main([*words, "--out", str(out)]))
+        status = measure(Path(job["out"]), n, mark, partial(_evaluate, job["run"], command))
         if status > _SIGNAL:
             return status
         failed = failed or status
     return failed
+
+
+def _evaluate(run: str, command: Sequence[str], out: Path) -> int:
+    return evaluate.main(["--run", run, "--out", str(out), *command])
 
 
 if __name__ == "__main__":

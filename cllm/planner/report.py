@@ -110,6 +110,11 @@ def notes(found: Sequence[Candidate], shown: Sequence[Candidate], model: ModelCo
         "range: of all measurements of this design and compression, with 2 standard errors where there are several "
         f"seeds; {MISSING}: one measurement, so its uncertainty is not known.",
     ]
+    if any(c.spec is not None for c in shown):
+        lines.append(
+            "A compressed cache can keep the loss and lose what was to be found in it; suites measure that: evaluate "
+            "--suite copying --posthoc SPEC."
+        )
     unfit = sum(not c.fits for c in found)
     hidden = len(found) - len(shown)
     if hidden or unfit:

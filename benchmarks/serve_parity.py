@@ -97,12 +97,11 @@ class Reference:
     """A folder's model in transformers."""
 
     def __init__(self, folder: Path, dtype: str):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from cllm.hub.loading import load_model
+        from cllm.trust import load_tokenizer
 
-        import cllm.hub.model  # noqa: F401 - transformers' Auto classes know the model
-
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        self.tokenizer: Any = load_tokenizer(folder)
+        self.model: Any = load_model(folder, dtype=getattr(torch, dtype)).eval()
 
     @torch.no_grad()
     def answer(self, prompt: list[int], new: int) -> Answer:

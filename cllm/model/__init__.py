@@ -15,6 +15,8 @@ norm.py       RMSNorm
 rope.py       rotary position embedding
 precision.py  the dtype of matrix products
 graph.py      a decoding step as a CUDA graph
+hungarian.py  the best one-to-one matching of two sets
+value_folds.py  values of two layers in common coordinates
 sizes.py      parameter and FLOP counts, and `build_decoder`
 misfit.py     how a checkpoint's tensors differ from a model's
 

@@ -12,6 +12,10 @@
     weighting.py     errors of keys and values, weighted by what they change in attention's output
     lowrank.py       low-rank factors: SVD, and faster iterations
     group.py         a group of slots that share a basis
+    fixed_bases.py   bases of keys and values that are fixed before a prompt is seen
+    projecting.py    the base of methods that use them
+    inputs.py        the inputs of the projections, recorded while a cache is filled
+    budget.py        the numbers that may be stored for a ratio of bytes
     mixed.py         low-rank factors in codes of mixed width
     quantize.py      packed codes with scales and zeros
     bit_planes.py    packed codes of any width

@@ -31,6 +31,13 @@ class Code(TensorTree, ABC):
         """A (B, n, r) and B (B, width, r), whose product A Bᵀ is what `decode` returns; None if not stored as such."""
         return None
 
+    def read_flops(self) -> int:
+        """Floating-point operations of the matrix products of `decode`, two for a multiplication and an addition."""
+        if (factors := self.factors()) is None:
+            return 0
+        a, b = factors
+        return 2 * a.numel() * b.shape[1]
+
 
 Codes = list[Code | None]
 """One code per slot; None: the tensor is stored as it is."""

@@ -32,6 +32,9 @@ class Outcome:
     errors: dict[int, dict[str, float]] = field(default_factory=dict)
     """For each slot ||X' - X|| / ||X|| (Frobenius) of keys (`k`; the same before and after RoPE, which changes no norm)
     and values (`v`), without sinks and padding."""
+    read_flops: int = 0
+    """Floating-point operations of the matrix products that rebuild all compressed keys and values once; 0 if errors
+    are not measured."""
 
 
 @torch.no_grad()
@@ -71,13 +74,15 @@ def encode(
             prefixes[slot] = prefix, cached.slots[slot].map(sinks.of)
     seconds = _now(cached) - began
     errors: dict[int, dict[str, float]] = {}
+    read_flops = 0
     if measure:
+        read_flops = sum(code.read_flops() for prefix, _ in prefixes.values() for code in (prefix.k, prefix.v))
         is_text = cached.is_text(sinks.rest)
         for owner, full in cached.slots.items():
             read, exact = prefixes[shares.get(owner, owner)][0].read(), full.map(sinks.without)
             pairs = {"k": (read.k, exact.k), "v": (read.v, exact.v)}
             errors[owner] = {name: relative_error(*pair, is_text) for name, pair in pairs.items()}
-    return prefixes, Outcome(seconds, errors)
+    return prefixes, Outcome(seconds, errors, read_flops)
 
 
 def _code_or_copy(code: Code | None, exact: Tensor) -> Code:

@@ -8,7 +8,6 @@ init.py        the student's first weights, without training
 project.py     K/V projections copied or averaged
 owners.py      first weights of owners, one class for each kind of slot
 heads.py       KV heads of two layers matched, and a layer rewritten so that its function stays
-hungarian.py   the best one-to-one matching of two sets
 calibrate.py   inputs, keys and values of the teacher's layers on calibration text
 ridge.py       shared projections by ridge regression
 fit.py         least squares: fusion weights, and alignments of layers that own nothing

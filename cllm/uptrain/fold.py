@@ -1,13 +1,7 @@
 """Value folding: the values of layers brought into common coordinates, exactly, before they are shared (VFOLD).
 
-A layer computes the same if the values v of a KV head become Tᵀ v, for an invertible T (D, D), and the columns W of
-o_proj that read them become W T⁻ᵀ; heads may be reordered with their queries and keys (heads.py). For layers l (the
-anchor) and m, with the covariances S11 of l, S22 of m and S12 between them, the T of least distance after whitening is
-from the singular value decomposition U S Wᵀ of S11^(-1/2) S12 S22^(-1/2) (canonical correlations):
-
-    T = S22^(-1/2) W Uᵀ S11^(1/2),    T⁻¹ = S11^(-1/2) U Wᵀ S22^(1/2)
-
-Heads are paired by the Hungarian method, with the distance |V_l T⁻¹ - V_m| of every pair as cost.
+The maps of values and the pairs of heads are those of `cllm/model/value_folds.py`. Heads are reordered with their
+queries and keys (heads.py).
 
 What several layers share afterwards is one projection W of the owner's input x. With R_i the regression of the folded
 values of layer i on x: `mean` takes W = mean_i R_i, the regression of the values' mean; `joint` takes the D principal
@@ -18,7 +12,6 @@ have the least relative squared error of values in total.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,73 +19,21 @@ from torch import Tensor
 from cllm.config.uptraining import InitFrom
 from cllm.model.decoder import Decoder
 from cllm.model.sources import OwnKV
+from cllm.model.value_folds import ValueSums
 from cllm.plan.plan import KVPlan
 from cllm.uptrain.calibrate import Batches, observe
 from cllm.uptrain.decoder import TracedDecoder
 from cllm.uptrain.heads import Alignment, heads_of, set_heads
-from cllm.uptrain.hungarian import hungarian
 from cllm.uptrain.owners import OwnerStart
 from cllm.uptrain.project import anchors
 from cllm.uptrain.ridge import LinearFit, shared_groups
 
-_LAMBDA = 1e-4
-"""Added to the diagonal of covariances, relative to its mean (VFOLD)."""
 
-
-@dataclass(slots=True)
-class ValueSums:
-    """Sums over tokens of products of two layers' values: those of the anchor and of the layer to be folded."""
-
-    anchor: Tensor
-    """(G, D, D)."""
-    own: Tensor
-    """(G, D, D)."""
-    cross: Tensor
-    """(G, G, D, D): anchor's head, then own head."""
-
-    @classmethod
-    def of(cls, anchor: Tensor, own: Tensor) -> ValueSums:
-        """From values (G, D, N)."""
-        a, b = anchor.double(), own.double()
-        return cls(
-            torch.einsum("gdn,gen->gde", a, a),
-            torch.einsum("gdn,gen->gde", b, b),
-            torch.einsum("gdn,hen->ghde", a, b),
-        )
-
-    def __add__(self, more: ValueSums) -> ValueSums:
-        return ValueSums(self.anchor + more.anchor, self.own + more.own, self.cross + more.cross)
-
-    def alignment(self) -> Alignment:
-        """Heads paired and values mapped so that the layer's agree best with the anchor's."""
-        n, d = self.anchor.shape[0], self.anchor.shape[-1]
-        cost = torch.zeros(n, n, dtype=torch.float64)
-        inverses = torch.empty(n, n, d, d, dtype=torch.float64)
-        anchor, own, cross = (t.cpu() for t in (self.anchor, self.own, self.cross))
-        for g in range(n):
-            for h in range(n):
-                inverses[g, h] = t = canonical_inverse(anchor[g], own[h], cross[g, h])
-                # |V_l T⁻¹ - V_m|² with rows of values: tr(T⁻ᵀ S11 T⁻¹) - 2 tr(T⁻ᵀ S12) + tr(S22)
-                cost[g, h] = ((anchor[g] @ t) * t).sum() - 2 * (t * cross[g, h]).sum() + own[h].trace()
-        order = hungarian(-cost.clamp(min=0).sqrt())
-        identity = Alignment.identity(n, d, order)
-        return Alignment(order, identity.key_factors, inverses[torch.arange(n), order])
-
-
-def canonical_inverse(anchor: Tensor, own: Tensor, cross: Tensor) -> Tensor:
-    """T⁻¹ (D, D) from S11, S22 and S12, (D, D) fp64 each, in any common scale."""
-    inverse = _root(anchor)[1]
-    own_half, own_inverse = _root(own)
-    u, _, wh = torch.linalg.svd(inverse @ cross @ own_inverse)
-    return inverse @ u @ wh @ own_half
-
-
-def _root(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """The square root of a covariance with `_LAMBDA` on its diagonal, and the inverse of that root."""
-    eye = torch.eye(len(covariance), dtype=covariance.dtype)
-    values, vectors = torch.linalg.eigh(covariance + _LAMBDA * covariance.diagonal().mean().clamp(min=1e-30) * eye)
-    root = values.clamp(min=1e-30).sqrt()
-    return vectors * root @ vectors.T, vectors / root @ vectors.T
+def alignment_of(sums: ValueSums) -> Alignment:
+    """Heads paired and values mapped so that the layer's agree best with the anchor's."""
+    order, inverses = sums.matched()
+    identity = Alignment.identity(*sums.anchor.shape[:2], order)
+    return Alignment(order, identity.key_factors, inverses)
 
 
 def value_anchors(plan: KVPlan) -> dict[int, int]:
@@ -122,7 +63,7 @@ def fold_values(
         for i, j in pairs.items():
             more = ValueSums.of(values[j], values[i])
             sums[i] = sums[i] + more if i in sums else more
-    return {i: found.alignment() for i, found in sums.items()}
+    return {i: alignment_of(found) for i, found in sums.items()}
 
 
 @torch.no_grad()

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from cllm.model.attention import Attention
+from cllm.model.hungarian import hungarian
 from cllm.model.sources import OwnKV, Part
-from cllm.uptrain.hungarian import hungarian
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from cllm.config.uptraining import InitFrom
 from cllm.errors import UserError
+from cllm.model.value_folds import ValueSums
 from cllm.uptrain.calibrate import observe
 from cllm.uptrain.decoder import TracedDecoder, attention_of, block_of, owner_of
-from cllm.uptrain.fold import ValueSums, _principal, fold_values
+from cllm.uptrain.fold import _principal, alignment_of, fold_values
 from cllm.uptrain.heads import align_owner, align_reader, heads_of, set_heads
 from cllm.uptrain.init import init_student
 from cllm.uptrain.outputs import refit_outputs
@@ -148,7 +149,7 @@ def test_folding_brings_heads_in_any_order_and_coordinates_back() -> None:
     anchor = torch.randn(4, 6, 80, generator=draw, dtype=torch.float64)
     order = torch.randperm(4, generator=draw)
     own = torch.randn(4, 6, 6, generator=draw, dtype=torch.float64) @ anchor[order]
-    found = ValueSums.of(anchor, own).alignment()
+    found = alignment_of(ValueSums.of(anchor, own))
     assert order[found.order].tolist() == list(range(4))
     torch.testing.assert_close(found.align_values(own), anchor, atol=0.02, rtol=0.02)  # up to the ridge of covariances
 

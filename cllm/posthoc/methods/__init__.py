@@ -11,6 +11,13 @@
     turboquant.py    TurboQuant: codes of randomly rotated directions
     kvquant.py       KVQuant: fitted levels, outliers kept apart
     kvtc.py          KVTC: entropy-coded principal components across layers, for storage
+    palu.py          Palu: factorised projections of groups of heads
+    asvd.py          ASVD: projections factorised with scaled input channels
+    lorc.py          LoRC: projections factorised without data, progressive ranks
+    eigenattention.py  EigenAttention: bases of a calibration text's keys and values
+    shadowkv.py      ShadowKV: low-rank keys, exact values, selected tokens
+    recompute.py     keys and values computed from the residual stream when read
+    vfold.py         VFOLD: values of neighbouring layers averaged in common coordinates
     hf_quantized.py  transformers' `QuantizedCache`
 
 A new file here is found by its `@register`; nothing else has to name it.

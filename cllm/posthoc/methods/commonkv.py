@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.inputs import RecordedInputs
 from cllm.posthoc.method import Compressor, Engine
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
@@ -71,6 +72,11 @@ class Projected(Code):
         others = others_of(index, latents.length)
         out = out.scatter(1, others[..., None].expand_as(rest), rest.float())
         return out.to(self.dtype).unflatten(-1, self.width)
+
+    def read_flops(self) -> int:
+        latents = self.latents
+        tokens = latents.length if latents.own is not None else latents.merged.shape[1]
+        return 2 * len(latents.merged) * tokens * latents.merged.shape[2] * math.prod(self.width)
 
 
 def others_of(index: Tensor, length: int) -> Tensor:
@@ -133,7 +139,7 @@ class CommonKV(Compressor):
     """w_l: measured on the calibration tokens, or all equal."""
 
     _sensitivity: dict[int, float] | None = PrivateAttr(None)
-    _inputs: dict[int, list[Tensor]] = PrivateAttr(default_factory=dict)
+    _inputs: RecordedInputs = PrivateAttr(default_factory=RecordedInputs)
     _weights: dict[int, tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = PrivateAttr(default_factory=dict)
     _factors: dict[tuple[int, ...], tuple[list[Weight], Tensor]] = PrivateAttr(default_factory=dict)
 
@@ -161,21 +167,15 @@ class CommonKV(Compressor):
     @contextmanager
     def watch(self, engine: Engine) -> Iterator[None]:
         """Record the inputs of the projections while the cache is filled; latents are computed from them."""
-        cache_slots, handles = engine.slots(), []
-        self._inputs = {slot: [] for slot in cache_slots}
-        for slot in cache_slots:
+        for slot in engine.slots():
             k, v = engine.projections(slot)
             self._weights[slot] = (k.weight, v.weight, k.bias, v.bias)
-            seen = self._inputs[slot]
-            handles.append(k.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].detach())))
-        try:
+        self._inputs = RecordedInputs()
+        with self._inputs.record(engine):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def release(self) -> None:
-        self._inputs = {}
+        self._inputs = RecordedInputs()
 
     def facts(self) -> dict[str, Any]:
         if self._sensitivity is None:
@@ -206,17 +206,6 @@ class CommonKV(Compressor):
         factors = [weight.matrix for weights, _ in self._factors.values() for weight in weights]
         return sum(t.nbytes for t in (*factors, *(shared for _, shared in self._factors.values())))
 
-    def _recorded(self, slot: int, keys: SlotTensors) -> Tensor:
-        """The inputs of the projections of `slot` (B, n, d_model), without sinks, as in `keys`."""
-        seen = self._inputs.get(slot, [])
-        if sum(x.shape[1] for x in seen) != keys.tokens:
-            raise UserError(
-                f"{self.name}: has not seen the cache being filled: fill it inside of `with method.watch(engine)`, and "
-                "compress it before the next one and before release()"
-            )
-        inputs = torch.cat(seen, dim=1)
-        return (inputs if keys.sinks is None else keys.sinks.without(inputs)).float()
-
     def _factored(self, slots: tuple[int, ...]) -> tuple[list[Weight], Tensor]:
         if slots not in self._factors:
             projections = [self._weights[slot] for slot in slots]
@@ -238,7 +227,7 @@ class CommonKV(Compressor):
 
     def _latents(self, keys: SlotTensors, group: list[int], slots: list[int]) -> list[Tensor]:
         """The latents (B, n, r) of some slots of a group."""
-        inputs = [self._recorded(keys.slots[i], keys) for i in slots]
+        inputs = [self._inputs.of(keys.slots[i], keys, self.name).float() for i in slots]
         _, shared = self._factored(tuple(keys.slots[i] for i in group))
         return [F.linear(x, shared) for x in inputs]
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from cllm.uptrain.hungarian import hungarian
+from cllm.model.hungarian import hungarian
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 6])

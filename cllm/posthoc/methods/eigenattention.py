@@ -1,0 +1,77 @@
+"""EigenAttention (arXiv 2408.05646): keys and values on bases of those of a calibration text."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from cllm.errors import UserError
+from cllm.posthoc.code import Code
+from cllm.posthoc.fixed_bases import Spectrum
+from cllm.posthoc.lowrank import LowRank
+from cllm.posthoc.method import Engine
+from cllm.posthoc.projecting import Allocation, Place, ProjectingMethod
+from cllm.posthoc.registry import register
+from cllm.posthoc.slots import SlotTensors
+
+
+@register("eigenattention", summary="keys and values on bases of the keys and values of calibration tokens")
+class EigenAttention(ProjectingMethod):
+    """EigenAttention: one basis for the keys before RoPE of all heads of a slot, and one for its values, from the
+    singular value decompositions of the keys and of the values of a calibration text,
+
+        [k_1, ..., k_T] = U Σ Vᵀ,    cached: U_rᵀ k,    read: U_r U_rᵀ k
+
+    Ranks are the smallest that keep the same share of the sum of singular values. This is the paper's method for models
+    with RoPE; without it the paper also stacks queries. Its search for ranks by each layer's error is left out.
+
+    For projections without a bias this equals `palu:heads=null` with the same ranks. Here normalised keys are allowed.
+    """
+
+    allocation: Allocation = "energy"
+    """`energy`, the paper's: as needed for the same share of the singular values. `uniform`: one rank; `fisher`: in
+    proportion to the mean absolute gradient of the loss in a projection; `progressive`: falling with depth."""
+    basis: Literal["calibration", "prompt"] = "calibration"
+    """Fit the bases to the calibration tokens, or to each prompt, with which they are then stored; the ranks come from
+    the calibration tokens in both cases."""
+
+    @model_validator(mode="after")
+    def _one_basis_for_a_prompt(self) -> Self:
+        if self.basis == "prompt" and self.heads is not None:
+            raise ValueError("basis=prompt has one basis for all heads of a slot; allowed: without heads")
+        return self
+
+    def spectra(self, engine: Engine, ids: Tensor) -> dict[Place, Spectrum]:
+        cache = engine.new_cache()
+        engine.hidden(ids, cache)
+        cached = engine.compressible(cache)
+        found: dict[Place, Spectrum] = {}
+        for keys, values in cached.tensors(before_rope=True, sinks=cached.sinks(self.sinks)):
+            for tensors in (keys, values):
+                if values is None or tensors is None:
+                    raise UserError(
+                        f"{self.name}: the slots are latents, which are low rank already; allowed: keys and values"
+                    )
+                for i, slot in enumerate(tensors.slots):
+                    rows = tensors.flat(i).flatten(0, 1)
+                    channels = rows.shape[1] if self.heads is None else self.heads * tensors.data[i].shape[-1]
+                    found[slot, tensors.kind] = Spectrum.of(rows.mT @ rows, None, channels)
+        return found
+
+    def weight_bytes(self) -> int:
+        return 0 if self.basis == "prompt" else super().weight_bytes()
+
+    def stored_rows(self, width: int) -> int:
+        return width if self.basis == "prompt" else 0
+
+    def _code(self, tensors: SlotTensors, i: int) -> Code:
+        if self.basis == "calibration":
+            return super()._code(tensors, i)
+        rows = tensors.flat(i)
+        rank = self._ranks[tensors.slots[i], tensors.kind][0]
+        vectors = torch.linalg.eigh((rows.mT @ rows).double())[1].flip(-1)[..., :rank].float()
+        b = vectors.to(tensors.dtype).contiguous()
+        return LowRank(self._stored(rows @ vectors, tensors), b, tuple(tensors.data[i].shape[2:]))

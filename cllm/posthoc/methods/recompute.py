@@ -1,0 +1,211 @@
+"""Keys and values rebuilt from the residual stream: its input to the projections is cached, or a low rank of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PrivateAttr, model_validator
+from torch import Tensor
+
+from cllm.errors import UserError
+from cllm.posthoc.budget import elements_for_ratio
+from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.inputs import RecordedInputs
+from cllm.posthoc.lowrank import LowRank, ranks_for_budget, right_vectors
+from cllm.posthoc.method import Codable, Engine
+from cllm.posthoc.registry import register
+from cllm.posthoc.slots import SlotTensors
+
+
+class Projection:
+    """A weight of the model (width, d_model), which does not count as a cache's tensor, and its bias or None."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.weight, self.bias = weight, bias
+
+
+@dataclass(frozen=True)
+class Recomputed(Code):
+    """W x + b, of a stored x."""
+
+    x: Code
+    """(B, n, d_model): the input of the projections, which keys and values share."""
+    projection: Projection
+    dtype: torch.dtype
+    width: tuple[int, ...]
+
+    def decode(self) -> Tensor:
+        weight, bias = self.projection.weight, self.projection.bias
+        x = self.x.decode()
+        y = F.linear(x.to(weight.dtype), weight, bias)
+        return y.to(self.dtype).unflatten(-1, self.width)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        if self.projection.bias is not None:
+            return None
+        x = self.x.decode()
+        return x, self.projection.weight.to(x.dtype).expand(len(x), -1, -1)
+
+    def read_flops(self) -> int:
+        return 2 * self.x.decode().numel() * math.prod(self.width)
+
+
+@register("recompute", summary="the input of a slot's projections, from which keys and values are computed when read")
+class Recompute(Codable):
+    """Keys and values are computed from the residual stream when they are read: with the input x of the projections,
+    which is the stream after the layer's norm,
+
+        cached: x (d_model numbers),    read: K = RoPE(W_K x + b_K), V = W_V x + b_V
+
+    This loses nothing, and for multi-head attention, where keys and values have 2 · d_model numbers, it halves the
+    bytes (compare KV-Direct, arXiv 2603.19664). It costs 2 · d_model · 2 · width operations for a token and a read,
+    reported as `read_flops_per_token`.
+
+    With a rank, x is replaced by r numbers. `fit=kv` takes those that keep keys and values best, each relative to its
+    own size: by Eckart and Young, the joint singular value decomposition of both, [K, V] ≈ A [B_K, B_V]. `fit=input`
+    takes the principal components of x, x ≈ A Bᵀ, and B_K = W_K B. Products with B are folded into the weights then.
+    """
+
+    keys_before_rope: ClassVar[bool] = True
+    no_recompress: ClassVar[str | None] = "the inputs of later tokens are not recorded"
+
+    rank: int | None = Field(None, ge=1)
+    """Numbers for each token of a group of slots; null: x itself, or as `ratio` needs."""
+    ratio: float | None = Field(None, gt=1)
+    """Bytes of the uncompressed cache over bytes of the compressed one, at this length and before a quantiser after +;
+    `rank` is chosen so."""
+    fit: Literal["kv", "input"] = "kv"
+    """The numbers kept with a rank: those that keep keys and values best, or the principal components of x."""
+    group: int = Field(1, ge=1)
+    """Neighbouring slots whose x are approximated together; the last group may be smaller."""
+
+    _inputs: RecordedInputs = PrivateAttr(default_factory=RecordedInputs)
+    _projections: dict[int, tuple[Projection, Projection]] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _low_rank(self) -> Self:
+        if self.rank is not None and self.ratio is not None:
+            raise ValueError("give at most one of rank and ratio")
+        if not self.is_low_rank and (alone := sorted({"fit", "group"} & self.model_fields_set)):
+            raise ValueError(f"{alone[0]} goes with rank or ratio")
+        return self
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether x is approximated."""
+        return self.rank is not None or self.ratio is not None
+
+    @property
+    def watches(self) -> bool:
+        return not self.is_low_rank or self.fit == "input"
+
+    @contextmanager
+    def watch(self, engine: Engine) -> Iterator[None]:
+        """Record the inputs of the projections while the cache is filled, if they are needed."""
+        if not self.watches:
+            yield
+            return
+        self._inputs, self._projections = RecordedInputs(), {}
+        for slot in engine.slots():
+            try:
+                k, v = (Projection(p.weight.detach(), p.bias) for p in engine.projections(slot))
+            except UserError as error:
+                raise UserError(f"{self.name}: keys and values cannot be computed from the stream: {error}") from None
+            self._projections[slot] = k, v
+        with self._inputs.record(engine):
+            yield
+
+    def release(self) -> None:
+        self._inputs = RecordedInputs()
+
+    def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
+        if values is None:
+            raise UserError(f"{self.name}: the slots are latents, which keys are computed from; allowed: others")
+        codes: tuple[Codes, Codes] = ([None] * len(keys.slots), [None] * len(keys.slots))
+        if not self.is_low_rank:
+            for i, slot in enumerate(keys.slots):
+                codes[0][i], codes[1][i] = self._exact(slot, keys, values, i)
+            return codes
+        groups = keys.groups(self.group)
+        sizes = [sum(2 * math.prod(keys.data[i].shape[2:]) for i in group) for group in groups]
+        for group, rank in zip(groups, self._ranks(keys, values, groups, sizes), strict=True):
+            self._code_group(group, rank, keys, values, codes)
+        return codes
+
+    def _exact(self, slot: int, keys: SlotTensors, values: SlotTensors, i: int) -> tuple[Code, Code]:
+        x = self._inputs.of(slot, keys, self.name)
+        width = tuple(keys.data[i].shape[2:])
+        both = 2 * math.prod(width)
+        if x.shape[2] >= both:
+            raise UserError(
+                f"{self.name}: slot {slot}: the input has {x.shape[2]} numbers a token, and its keys and values have "
+                f"{both}, so storing the input saves nothing; allowed: ratio, or rank from 1 to {both - 1}"
+            )
+        stored = self._stored(x.to(keys.dtype), keys)
+        k, v = self._projections[slot]
+        return Recomputed(stored, k, keys.dtype, width), Recomputed(stored, v, values.dtype, width)
+
+    def _ranks(self, keys: SlotTensors, values: SlotTensors, groups: list[list[int]], sizes: list[int]) -> list[int]:
+        tokens = keys.data[0].shape[1]
+        if self.ratio is None:
+            assert self.rank is not None
+            if self.rank > max(sizes):
+                raise UserError(
+                    f"{self.name}: rank={self.rank}: a group has {max(sizes)} numbers of keys and values a token; "
+                    f"allowed: 1 to {max(sizes)}"
+                )
+            return [min(self.rank, size, tokens) for size in sizes]
+        budget = elements_for_ratio(self.name, self.ratio, keys, values)
+        shapes = [(len(group), size // len(group)) for group, size in zip(groups, sizes, strict=True)]
+        ranks = ranks_for_budget(budget, tokens, shapes, [], keys_to_values=1.0)
+        if ranks is None:
+            raise UserError(
+                f"{self.name}: ratio={self.ratio:g}: at {keys.tokens} tokens the bases exceed it, even at rank 1; "
+                "allowed: a lower ratio, smaller groups, or more tokens"
+            )
+        return ranks[0]
+
+    def _code_group(
+        self, group: list[int], rank: int, keys: SlotTensors, values: SlotTensors, codes: tuple[Codes, Codes]
+    ) -> None:
+        """Write the codes of the slots of `group`."""
+        tensors = [(part, i) for i in group for part in (keys, values)]
+        if self.fit == "kv":
+            rows = [part.flat(i) for part, i in tensors]
+            scales = [1 / x.square().mean().sqrt().clamp(min=1e-30) for x in rows]
+            joined = torch.cat([x * scale for x, scale in zip(rows, scales, strict=True)], dim=-1)
+            vectors, _ = right_vectors(joined, "gram", rank)
+            parts = vectors.split([x.shape[2] for x in rows], dim=1)
+            maps = [part / scale for part, scale in zip(parts, scales, strict=True)]
+        else:
+            joined, maps, vectors = self._of_inputs(group, rank, keys)
+        a = self._stored((joined @ vectors), keys)
+        for (part, i), b, side in zip(tensors, maps, (0, 1) * len(group), strict=True):
+            width = tuple(part.data[i].shape[2:])
+            codes[side][i] = LowRank(a, b.to(part.dtype, copy=True).contiguous(), width)
+
+    def _of_inputs(self, group: list[int], rank: int, keys: SlotTensors) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The inputs of a group side by side, for keys and values of each slot W B, and the basis B."""
+        inputs = [self._inputs.of(keys.slots[i], keys, self.name).float() for i in group]
+        joined = keys.without_padding(torch.cat(inputs, dim=-1), "zero")
+        if rank > joined.shape[2]:
+            raise UserError(f"{self.name}: rank={rank}: the inputs have {joined.shape[2]} numbers; allowed: up to that")
+        vectors, _ = right_vectors(joined, "gram", rank)
+        maps = []
+        for i, part in zip(group, vectors.chunk(len(group), dim=1), strict=True):
+            for projection in self._projections[keys.slots[i]]:
+                if projection.bias is not None:
+                    raise UserError(f"{self.name}: fit=input: the projections have a bias; allowed: fit=kv")
+                maps.append(projection.weight.float() @ part)
+        return joined, maps, vectors
+
+    def _stored(self, rows: Tensor, keys: SlotTensors) -> Code:
+        if self._coder is None:
+            return Exact(rows.to(keys.dtype, copy=True))
+        return self._coder.code(keys.without_padding(rows.float(), "repeat"), "k", keys.dtype, (rows.shape[2],))

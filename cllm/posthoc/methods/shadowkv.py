@@ -1,0 +1,103 @@
+"""ShadowKV (arXiv 2410.21465): low-rank keys before RoPE, exact values, and tokens selected by landmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from cllm.errors import UserError
+from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.landmarks import Landmarks, make_landmarks
+from cllm.posthoc.lowrank import LowRank, right_vectors
+from cllm.posthoc.method import Codable
+from cllm.posthoc.registry import register
+from cllm.posthoc.slots import SlotTensors
+
+
+@dataclass(frozen=True)
+class Rows(Code):
+    """A tensor that is not in factors, but which a decode step can read together with keys that are: X = X 1."""
+
+    code: Code
+
+    def decode(self) -> Tensor:
+        return self.code.decode()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        rows = self.decode().flatten(2)
+        one = torch.eye(rows.shape[2], dtype=rows.dtype, device=rows.device)
+        return rows, one.expand(len(rows), -1, -1)
+
+    def read_flops(self) -> int:
+        return 0
+
+
+@register("shadowkv", summary="low-rank keys of each slot, exact values, and a step that reads selected tokens only")
+class ShadowKV(Codable):
+    """ShadowKV: for each slot and prompt X ≈ A Bᵀ of the keys before RoPE by their leading singular vectors, and exact
+    values. A decode step reads the `select` tokens whose chunks' mean keys (landmarks) fit the query best, and outlier
+    chunks and the last chunks with exact keys. It combines `svd` and `select` of `xkv`.
+
+    The paper keeps values in host memory and fetches the selected ones. Here they are stored with the keys, and count.
+    """
+
+    keys_before_rope: ClassVar[bool] = True
+    no_recompress: ClassVar[str | None] = "exact keys of outliers are gone when tokens are compressed again"
+
+    rank: int = Field(160, ge=1)
+    """Rank of the keys of a slot."""
+    select: int | None = Field(2048, ge=1)
+    """Compressed tokens per KV head that a decode step reads; null: all, without landmarks."""
+    chunk: int = Field(8, ge=1)
+    """Tokens that are selected together, by their mean key."""
+    outliers: int | None = Field(None, ge=0)
+    """Chunks of each KV head that are always read, with exact keys; null: 24 for every 1024 of `select`."""
+    local: int = Field(4, ge=0)
+    """Last full chunks that are always read, like outliers, with the rest of a chunk after them."""
+
+    @model_validator(mode="after")
+    def _selection(self) -> Self:
+        if self.select is not None and self.select % self.chunk:
+            raise ValueError(f"select={self.select} is no multiple of chunk={self.chunk}")
+        if self.select is None and (alone := sorted({"chunk", "outliers", "local"} & self.model_fields_set)):
+            raise ValueError(f"{alone[0]} goes with select, which is null")
+        return self
+
+    @property
+    def selects_tokens(self) -> bool:
+        return self.select is not None
+
+    def landmarks(self, k: Tensor, is_text: Tensor | None) -> Landmarks | None:
+        if self.select is None:
+            return None
+        outliers = 24 * self.select // 1024 if self.outliers is None else self.outliers
+        return make_landmarks(k, is_text, chunk=self.chunk, budget=self.select, outliers=outliers, local=self.local)
+
+    def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
+        if values is None:
+            raise UserError(f"{self.name}: the slots are latents, which are low rank already; allowed: keys and values")
+        k_codes: Codes = []
+        for i, slot in enumerate(keys.slots):
+            rows = keys.flat(i)
+            tokens, width = rows.shape[1:]
+            if self.rank > width:
+                raise UserError(
+                    f"{self.name}: rank={self.rank}: keys of slot {slot} have {width} channels; allowed: 1 to {width}"
+                )
+            vectors, _ = right_vectors(rows, "gram", min(self.rank, tokens))
+            rows = rows @ vectors
+            a: Code = Exact(rows.to(keys.dtype))
+            if self._coder is not None:
+                a = self._coder.code(rows, "k", keys.dtype, (rows.shape[2],))
+            k_codes.append(LowRank(a, vectors.to(keys.dtype, copy=True), tuple(keys.data[i].shape[2:])))
+        return k_codes, [self._values(values, i) for i in range(len(values.slots))]
+
+    def _values(self, values: SlotTensors, i: int) -> Code:
+        if self._coder is None:
+            return Rows(Exact(values.data[i].clone()))
+        rows, width = values.flat(i, padding="repeat"), tuple(values.data[i].shape[2:])
+        return Rows(self._coder.code(rows, "v", values.dtype, width))

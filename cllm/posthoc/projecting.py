@@ -1,0 +1,244 @@
+"""The base of methods that project keys and values on bases fixed before a prompt is seen (`fixed_bases.py`)."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PrivateAttr, model_validator
+from torch import Tensor
+
+from cllm.errors import UserError
+from cllm.posthoc.budget import elements_for_ratio, largest
+from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.fixed_bases import (
+    Basis,
+    Projected,
+    Spectrum,
+    condition_numbers,
+    energy_ranks,
+    progressive_shares,
+    ranks_at,
+)
+from cllm.posthoc.inputs import each_input
+from cllm.posthoc.method import Codable, Engine
+from cllm.posthoc.slots import SlotTensors
+
+Place = tuple[int, Literal["k", "v"]]
+"""A slot, and its keys or values."""
+Allocation = Literal["uniform", "fisher", "progressive", "energy"]
+KINDS: tuple[Literal["k"], Literal["v"]] = ("k", "v")
+
+FISHER_TOKENS = 256
+"""Length of the pieces of calibration text whose gradients are taken; at most `FISHER_PIECES` of them."""
+FISHER_PIECES = 8
+
+
+class ProjectingMethod(Codable):
+    """Keys before RoPE and values, each on a basis that belongs to the method and not to a cache.
+
+    `prepare` computes the bases; `spectra` is all that a subclass must define.
+    """
+
+    keys_before_rope: ClassVar[bool] = True
+
+    keep: float | None = Field(None, gt=0, le=1)
+    """The largest share of a tensor's numbers that is kept, before `allocation` lowers it; with `allocation=energy` the
+    share of the sum of singular values."""
+    ratio: float | None = Field(None, ge=1)
+    """Bytes of the uncompressed cache over bytes of the compressed one, at this length and before a quantiser after +;
+    `keep` is chosen so. Exactly one of the two."""
+    heads: int | None = Field(None, ge=1)
+    """Neighbouring KV heads of a slot that share a basis, the last ones maybe fewer; null: all."""
+    allocation: Allocation = "uniform"
+    """How ranks differ between keys and values of different slots: `uniform`: not; `fisher`: in proportion to the mean
+    absolute gradient of the loss in their projections; `progressive`: falling with depth, by the condition numbers of
+    the projections; `energy`: as each group of heads needs for the same share of its singular values."""
+    least: float = Field(0.5, gt=0, le=1)
+    """With `allocation=progressive`, the smallest rank of a slot over the largest."""
+
+    _spectra: dict[Place, Spectrum] = PrivateAttr(default_factory=dict)
+    _shares: dict[Place, float] = PrivateAttr(default_factory=dict)
+    _bases: dict[Place, Basis] = PrivateAttr(default_factory=dict)
+    _ranks: dict[Place, list[int]] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if (self.keep is None) == (self.ratio is None):
+            raise ValueError("give exactly one of keep and ratio")
+        if "least" in self.model_fields_set and self.allocation != "progressive":
+            raise ValueError("least goes with allocation=progressive")
+        return self
+
+    @abstractmethod
+    def spectra(self, engine: Engine, ids: Tensor) -> dict[Place, Spectrum]:
+        """The bases of all slots of a model, from calibration tokens `ids` (B, T)."""
+
+    @torch.no_grad()
+    def prepare(self, engine: Engine, ids: Tensor) -> None:
+        if ids.shape[1] <= self.sinks:
+            raise UserError(
+                f"{self.name}: {ids.shape[1]} calibration tokens, and sinks={self.sinks} are left out of the fit; "
+                f"allowed: {self.sinks + 1} or more"
+            )
+        self._spectra, self._bases, self._ranks = self.spectra(engine, ids), {}, {}
+        self._shares = self._allocate(engine, ids)
+
+    def facts(self) -> dict[str, Any]:
+        return {"ranks": {f"{slot}.{kind}": ranks for (slot, kind), ranks in sorted(self._ranks.items())}}
+
+    def weight_bytes(self) -> int:
+        return sum(basis.nbytes for basis in self._bases.values())
+
+    def check_all_sinks(self, tokens: int) -> None:
+        if self.ratio is not None and self.ratio > 1:
+            raise UserError(
+                f"{self.name}: ratio={self.ratio:g}: at {tokens} tokens sinks={self.sinks} leave nothing to compress; "
+                "allowed: ratio=1, fewer sinks, or more tokens"
+            )
+
+    def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
+        if values is None:
+            raise UserError(f"{self.name}: the slots are latents, which are low rank already; allowed: keys and values")
+        for slot, k in zip(keys.slots, keys.data, strict=True):
+            known = self._spectra.get((slot, "k"))
+            if known is None or sum(known.widths) != math.prod(k.shape[2:]):
+                raise UserError(f"{self.name}: not calibrated for slot {slot}: call prepare(engine, ids) first")
+        self._ranks, self._bases = self._choose_ranks(keys, values), {}
+        k_codes, v_codes = ([self._code(tensors, i) for i in range(len(tensors.slots))] for tensors in (keys, values))
+        return list(k_codes), list(v_codes)
+
+    def _code(self, tensors: SlotTensors, i: int) -> Code:
+        place, device = (tensors.slots[i], tensors.kind), tensors.data[i].device
+        found = self._spectra[place].basis(self._ranks[place], tensors.dtype)
+        basis = Basis(found.matrix.to(device), None if found.bias is None else found.bias.to(device))
+        self._bases[place] = basis
+        rows = tensors.flat(i, padding="repeat")
+        if basis.bias is not None:
+            rows = rows - basis.bias.float()
+        return Projected(self._stored(rows @ basis.matrix.float(), tensors), basis, tuple(tensors.data[i].shape[2:]))
+
+    def _stored(self, rows: Tensor, tensors: SlotTensors) -> Code:
+        """The latents (B, n, r); a quantiser codes them per column, like keys."""
+        if self._coder is None:
+            return Exact(rows.to(tensors.dtype))
+        return self._coder.code(rows, "k", tensors.dtype, (rows.shape[2],))
+
+    def _choose_ranks(self, keys: SlotTensors, values: SlotTensors) -> dict[Place, list[int]]:
+        places: list[Place] = [(slot, tensors.kind) for tensors in (keys, values) for slot in tensors.slots]
+
+        def ranks(keep: float) -> dict[Place, list[int]]:
+            return {place: self._ranks_of(place, keep) for place in places}
+
+        if self.keep is not None:
+            return ranks(self.keep)
+        assert self.ratio is not None
+        tokens = keys.data[0].shape[1]
+        widths = {place: sum(self._spectra[place].widths) for place in places}
+
+        def cost(share: float) -> float:
+            return sum(sum(of) * (tokens + self.stored_rows(widths[place])) for place, of in ranks(share).items())
+
+        budget = elements_for_ratio(self.name, self.ratio, keys, values)
+        top = 1.0 if self.allocation == "energy" else 1 / min(self._shares.values(), default=1.0)
+        keep = largest(cost, budget + 1e-6, top)
+        if keep is None:
+            raise UserError(
+                f"{self.name}: ratio={self.ratio:g}: at {keys.tokens} tokens rank 1 everywhere exceeds it; allowed: a "
+                "lower ratio, or more heads for each basis"
+            )
+        return ranks(keep)
+
+    def stored_rows(self, width: int) -> int:
+        """Numbers that a cache stores for each rank of a tensor of `width`, besides one for each token."""
+        return 0
+
+    def _ranks_of(self, place: Place, keep: float) -> list[int]:
+        if self.allocation == "energy":
+            return energy_ranks(self._spectra[place], keep)
+        return ranks_at(self._spectra[place], keep, self._shares.get(place, 1.0))
+
+    def _allocate(self, engine: Engine, ids: Tensor) -> dict[Place, float]:
+        """The rank of each tensor over the largest rank; none for allocations that do not need it."""
+        if self.allocation == "fisher":
+            sizes = fisher_sizes(engine, ids)
+            highest = max(sizes.values(), default=0.0) or 1.0
+            return {place: max(size / highest, 1e-3) for place, size in sizes.items()}
+        if self.allocation == "progressive":
+            slots = sorted({slot for slot, _ in self._spectra})
+            conditions = [sum(condition_numbers(self._spectra[slot, kind] for kind in KINDS)) for slot in slots]
+            shares = dict(zip(slots, progressive_shares(conditions, self.least), strict=True))
+            return {(slot, kind): shares[slot] for slot in slots for kind in KINDS}
+        return {}
+
+    def spectra_of_weights(self, engine: Engine, moments: Mapping[int, Tensor] | None) -> dict[Place, Spectrum]:
+        """From forms W M Wᵀ with M (d_model, d_model) of each slot; None: M is the identity."""
+        found: dict[Place, Spectrum] = {}
+        dims = head_dims(engine)
+        for slot in engine.slots():
+            for kind, linear in zip(KINDS, engine.projections(slot), strict=True):
+                weight = linear.weight.double()
+                form = weight @ weight.mT if moments is None else weight @ moments[slot].double() @ weight.mT
+                channels = len(form) if self.heads is None else self.heads * dims[slot]
+                found[slot, kind] = Spectrum.of(form, linear.bias, channels)
+        return found
+
+
+@torch.no_grad()
+def head_dims(engine: Engine) -> dict[int, int]:
+    """Channels of a head of every slot, from a pass of one token."""
+    cache, device = engine.new_cache(), engine.head.weight.device
+    engine.hidden(torch.zeros(1, 1, dtype=torch.long, device=device), cache)  # type: ignore[arg-type]
+    return {slot: stored.k.shape[-1] for slot, stored in engine.compressible(cache).slots.items()}
+
+
+@torch.no_grad()
+def input_moments(
+    engine: Engine, ids: Tensor, sinks: int, form: Literal["products", "sizes"], power: float = 1.0
+) -> dict[int, Tensor]:
+    """Means over calibration tokens, without sinks, of the inputs x of each slot's projections.
+
+    Returns:
+        For each slot `products`: E[x xᵀ] (d_model, d_model); `sizes`: mean |x|^power (d_model,); fp32.
+    """
+    means: dict[int, Tensor] = {}
+
+    def see(slot: int, x: Tensor) -> None:
+        rows = x[:, sinks:].flatten(0, 1).float()
+        means[slot] = rows.mT @ rows / len(rows) if form == "products" else rows.abs().pow(power).mean(0)
+
+    with each_input(engine, engine.slots(), see):
+        engine.hidden(ids, engine.new_cache())
+    return means
+
+
+@torch.inference_mode(False)
+def fisher_sizes(engine: Engine, ids: Tensor) -> dict[Place, float]:
+    """The mean over a projection's weights of the root of the summed squared gradients of the loss, as Palu has it."""
+    places: list[Place] = [(slot, kind) for slot in engine.slots() for kind in KINDS]
+    weights = [engine.projections(slot)[kind == "v"].weight for slot, kind in places]
+    pieces = [piece for row in ids.clone() for piece in row[None].split(FISHER_TOKENS, dim=1) if piece.shape[1] > 1]
+    if not pieces:
+        raise UserError("allocation=fisher needs a loss: give 2 or more calibration tokens, or allocation=uniform")
+    before = [weight.requires_grad for weight in weights]
+    squares = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        with torch.enable_grad():
+            for piece in pieces[:FISHER_PIECES]:
+                logits = engine.logits(piece[:, :-1], engine.new_cache())
+                loss = F.cross_entropy(logits.float().flatten(0, 1), piece[:, 1:].flatten())
+                for square, gradient in zip(squares, torch.autograd.grad(loss, weights), strict=True):
+                    square += gradient.float().square()
+    finally:
+        for weight, needed in zip(weights, before, strict=True):
+            weight.requires_grad_(needed)
+    sizes = [square.sqrt().mean().item() for square in squares]
+    if not all(map(math.isfinite, sizes)):
+        raise UserError("allocation=fisher: a gradient is not finite; allowed: allocation=uniform")
+    return dict(zip(places, sizes, strict=True))

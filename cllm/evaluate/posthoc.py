@@ -55,6 +55,8 @@ class _Tally:
     end_nbytes: int = 0
     """Of the caches at the end of the windows."""
     errors: list[dict[int, dict[str, float]]] = field(default_factory=list)
+    read_flops: int = 0
+    """Operations of matrix products that rebuild the caches' keys and values once."""
     written: Agreement = field(default_factory=Agreement)
 
 
@@ -185,6 +187,7 @@ def _score(
     for method, tally in zip(methods, tallies, strict=True):
         compressed = engine.compress(cache, method)
         tally.errors.append(compressed.outcome.errors)
+        tally.read_flops += compressed.outcome.read_flops
         tally.bf16_nbytes += _bf16_nbytes(engine, compressed, narrow)
         _read(engine, compressed, tokens, prefix, tally, chunk=1 if method.selects_tokens else method.recompress)
         tally.seconds.append(compressed.seconds)  # repeated compressions included
@@ -253,6 +256,7 @@ def _figures(spec: str, method: Compressor, tally: _Tally, reference: _Reference
         "ratio_to_own": own.nbytes / tally.nbytes,
         "ratio_to_mha": reference.mha_nbytes / tally.nbytes,
         "end_ratio_to_own": own.end_nbytes / tally.end_nbytes,
+        "read_flops_per_token": tally.read_flops * per_token,
         "weight_bytes": method.weight_bytes(),
         "facts": method.facts(),
         "prefill_seconds": (prefill := _warm(reference.seconds)),

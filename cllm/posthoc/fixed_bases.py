@@ -101,7 +101,10 @@ def ranks_at(spectrum: Spectrum, keep: float, share: float) -> list[int]:
 
 
 def energy_ranks(spectrum: Spectrum, keep: float) -> list[int]:
-    """The smallest rank of each group whose singular values sum up to `keep` of the sum of all (EigenAttention)."""
+    """The smallest rank of each group whose singular values sum up to `keep` of the sum of all (EigenAttention); for 1,
+    all, because later prompts may have directions that the calibration text lacks."""
+    if keep >= 1:
+        return spectrum.widths
     ranks = []
     for roots in spectrum.roots:
         kept = roots.cumsum(0) / roots.sum().clamp(min=1e-300)

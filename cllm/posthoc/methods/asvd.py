@@ -13,9 +13,7 @@ from cllm.posthoc.registry import register
 _OFFSET = 1e-6
 
 
-@register(
-    "asvd", summary="latents of projections factorised with scaled input channels; scales from calibration tokens"
-)
+@register("asvd", summary="latents of projections factorised with scaled inputs; scales from calibration tokens")
 class ASVD(ProjectingMethod):
     """ASVD: the projections are factorised with scaled input channels, for keys and values of every slot separately,
 

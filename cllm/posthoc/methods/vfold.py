@@ -70,10 +70,10 @@ class VFold(Codable):
 
         stored: V̄ = mean over the group of V_m P_m T_m,    read by the layers of slot m: V̄ T_m⁻¹ P_mᵀ
 
-    The folds are computed once, from calibration tokens. They can be part of the weights: W_V ← W_V T and W_O ← T⁻¹ W_O
-    do not change what a model computes, and `folded` returns such a model. Without it the map is applied when values are
-    read. Sinks and the last tokens are exact; with `recompress`, tokens are averaged when they have left the window, and
-    averages are not changed by averaging again.
+    The folds are computed once, from calibration tokens. They can be part of the weights: W_V ← W_V T with
+    W_O ← T⁻¹ W_O does not change what a model computes, and `folded` returns such a model. Without it the map is
+    applied when values are read. Sinks and the last tokens are exact; with `recompress`, tokens are averaged when they
+    have left the window, and averages are not changed by averaging again.
     """
 
     group: int = Field(2, ge=2)

@@ -1,0 +1,485 @@
+"""Bases from weights (Palu, ASVD, LoRC, EigenAttention), ShadowKV, recomputed keys and values, and folded values."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cllm.errors import UserError
+from cllm.posthoc.cache import compress_cache
+from cllm.posthoc.engine import engine_of
+from cllm.posthoc.fixed_bases import progressive_shares
+from cllm.posthoc.hf import compress_dynamic
+from cllm.posthoc.projecting import fisher_sizes
+from cllm.posthoc.registry import parse
+
+PREFIX, LENGTH, SINKS = 20, 28, 4
+
+
+def fill(model, ids, spec, calibration, **padding):
+    """The engine, a filled cache and the method, calibrated and having watched."""
+    engine, method = engine_of(model), parse(spec)
+    method.prepare(engine, calibration)
+    cache = engine.new_cache()
+    with method.watch(engine):
+        if padding:
+            model.hidden(ids, cache=cache, **padding)
+        else:
+            engine.hidden(ids, cache)
+    return engine, cache, method
+
+
+def inputs_of(engine, ids):
+    """Inputs (B, T, d_model) of the projections of every slot."""
+    seen, slots = {}, engine.slots()
+    hooks = [
+        engine.projections(slot)[0].register_forward_pre_hook(lambda _, args, slot=slot: seen.update({slot: args[0]}))
+        for slot in slots
+    ]
+    engine.hidden(ids, engine.new_cache())
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+# ---- bases from weights ---------------------------------------------------------------------------------------------
+
+
+def literal(weight, bias, x, d, rank):
+    """L (R x) + b (T, w) of a truncated decomposition of `weight` (w, d_model) times `d`, as the papers write it."""
+    u, s, vh = torch.linalg.svd(weight.double() @ d)
+    root = s[:rank].sqrt()
+    left, right = u[:, :rank] * root, torch.linalg.solve(d.T, (root[:, None] * vh[:rank]).T).T
+    y = x.double() @ right.T @ left.T
+    return (y if bias is None else y + bias.double()).float()
+
+
+CASES = [
+    ("palu:heads=1,allocation=uniform", 8, "whiten"),
+    ("palu:heads=2,allocation=uniform", 16, "whiten"),
+    ("palu:heads=null,allocation=uniform,whiten=false", 32, "none"),
+    ("asvd:alpha=0.5", 32, "scale"),
+    ("lorc:allocation=uniform", 32, "none"),
+]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("spec", "channels", "kind"), CASES)
+def test_projections_are_the_papers_factors(spec, channels, kind, bias, decoder, tokens):
+    model, ids, text = decoder(n_layers=2, kv_bias=bias), tokens(2, PREFIX), tokens(2, 40, seed=1)
+    engine, cache, method = fill(model, ids, f"{spec},keep=0.5", text)
+    compressed, xs, calibration = engine.compress(cache, method), inputs_of(engine, ids), inputs_of(engine, text)
+    for slot in (0, 1):
+        x = calibration[slot][:, SINKS:].flatten(0, 1).double()
+        d = torch.eye(x.shape[1], dtype=torch.float64)
+        if kind == "whiten":
+            d = torch.linalg.cholesky(x.T @ x / len(x))
+        elif kind == "scale":
+            d = torch.diag(x.abs().sqrt().mean(0) + 1e-6)
+        prefix = compressed.stores[slot].prefix
+        for code, linear in zip((prefix.k, prefix.v), engine.projections(slot), strict=True):
+            for row in range(2):
+                expected = [
+                    literal(linear.weight[c], linear.bias[c] if bias else None, xs[slot][row, SINKS:], d, channels // 2)
+                    for c in (slice(i, i + channels) for i in range(0, 32, channels))
+                ]
+                found = code.decode()[row].flatten(1)
+                torch.testing.assert_close(found, torch.cat(expected, dim=1), atol=2e-4, rtol=1e-3)
+
+
+def test_eigenattention_is_palu_with_one_basis_for_all_heads(decoder, tokens, filled):
+    model, ids, text = decoder(), tokens(2, PREFIX), tokens(2, 40, seed=1)
+    codes = []
+    for spec in ("eigenattention:keep=0.4,allocation=uniform", "palu:keep=0.4,heads=null,allocation=uniform"):
+        engine, cache, method = fill(model, ids, spec, text)
+        codes.append(engine.compress(cache, method).stores[3].prefix)
+    torch.testing.assert_close(codes[0].k.decode(), codes[1].k.decode(), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(codes[0].v.decode(), codes[1].v.decode(), atol=1e-4, rtol=1e-3)
+    engine, cache, method = fill(model, ids, "eigenattention:keep=0.9", text)
+    ((keys, _),) = engine.compressible(filled(model, text)[1]).tensors(
+        before_rope=True, sinks=engine.compressible(filled(model, text)[1]).sinks(4)
+    )
+    engine.compress(cache, method)
+    for slot in range(len(keys.slots)):
+        sizes = torch.linalg.svdvals(keys.flat(slot).flatten(0, 1).double())
+        share = sizes.cumsum(0) / sizes.sum()
+        (rank,) = method.facts()["ranks"][f"{slot}.k"]
+        assert share[rank - 1] >= 0.9 > share[rank - 2]
+
+
+def test_the_prompts_basis_is_the_svd_of_its_tokens(decoder, tokens):
+    model, ids = decoder(), tokens(2, PREFIX)
+    engine, cache, method = fill(model, ids, "eigenattention:keep=0.25,allocation=uniform,basis=prompt", tokens(1, 30))
+    found = engine.compress(cache, method)
+    expected = engine.compress(cache, parse("svd:rank_k=8,rank_v=8"))
+    for slot, errors in expected.outcome.errors.items():
+        assert found.outcome.errors[slot] == pytest.approx(errors, rel=1e-4)
+    assert found.nbytes() == expected.nbytes()
+    assert method.weight_bytes() == 0
+
+
+FULL = ["palu:keep=1.0,heads=3,allocation=uniform", "asvd:ratio=1", "lorc:ratio=1,least=0.2", "eigenattention:keep=1.0"]
+
+
+@pytest.mark.parametrize("spec", FULL)
+@pytest.mark.parametrize("name", ["mha", "gqa", "cla", "yoco", "fusedkv", "fusedkv_lite"])
+def test_full_rank_in_any_basis_reproduces_the_logits(name, spec, design, tokens):
+    model, ids = design(name), tokens(2, LENGTH)
+    engine, cache, method = fill(model, ids[:, :PREFIX], spec, tokens(1, 30, seed=2))
+    compressed, expected = engine.compress(cache, method), model(ids)[:, PREFIX:]
+    torch.testing.assert_close(engine.logits(ids[:, PREFIX:-2], compressed), expected[:, :-2], atol=1e-4, rtol=1e-4)
+    last = [engine.logits(ids[:, i : i + 1], compressed) for i in (LENGTH - 2, LENGTH - 1)]
+    torch.testing.assert_close(torch.cat(last, dim=1), expected[:, -2:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spec", [*FULL[:1], "palu:ratio=1,heads=1", FULL[3], "shadowkv:rank=16,select=null"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_full_rank_of_transformers_models(family, spec, llama, tokens):
+    model, ids = llama(family), tokens(2, LENGTH)
+    engine, cache, method = fill(model, ids[:, :PREFIX], spec, tokens(1, 30, seed=2))
+    compressed = engine.compress(cache, method)
+    expected = model(ids).logits[:, PREFIX:]
+    torch.testing.assert_close(engine.logits(ids[:, PREFIX:], compressed), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_compressing_again_loses_nothing_more(decoder, tokens):
+    model, ids = decoder(), tokens(2, LENGTH)
+    engine, cache, method = fill(model, ids[:, :PREFIX], "palu:keep=0.5,recompress=4", tokens(1, 30, seed=2))
+    compressed = engine.compress(cache, method)
+    first = [store.prefix.v.a.data for store in compressed.stores.values()]
+    for i in range(PREFIX, PREFIX + 8):
+        engine.logits(ids[:, i : i + 1], compressed)
+    assert compressed.compressed == PREFIX + 8
+    for before, store in zip(first, compressed.stores.values(), strict=True):
+        now = store.prefix.v.a.data
+        assert now.shape[1] == before.shape[1] + 8
+        torch.testing.assert_close(now[:, : before.shape[1]], before, atol=1e-5, rtol=1e-5)
+
+
+def test_bytes_of_bases_that_no_cache_stores(decoder, tokens):
+    model, ids = decoder(), tokens(2, PREFIX)  # 8 slots of 4 heads of 8 channels, fp32
+    exact = 8 * 2 * 2 * 32 * SINKS * 4
+    engine, cache, method = fill(model, ids, "palu:keep=0.5,heads=2,allocation=uniform", tokens(1, 30))
+    assert engine.compress(cache, method).nbytes() == exact + 8 * 2 * 2 * (PREFIX - SINKS) * 16 * 4
+    assert method.weight_bytes() == 8 * 2 * 32 * 16 * 4
+    for spec in ("palu:ratio=2", "asvd:ratio=2", "lorc:ratio=2", "eigenattention:ratio=2", "recompute:ratio=1.5"):
+        engine, cache, method = fill(model, ids, spec, tokens(1, 30))
+        ratio = engine.nbytes(cache) / engine.compress(cache, method).nbytes()
+        wanted = method.ratio
+        assert wanted <= ratio < 1.15 * wanted, spec
+    engine, cache, method = fill(model, ids, "palu:ratio=2+kivi:bits=4,group=8,residual=0", tokens(1, 30))
+    assert engine.nbytes(cache) / engine.compress(cache, method).nbytes() > 2.8
+
+
+def test_ranks_follow_the_gradients(decoder, tokens):
+    model, text = decoder(n_layers=2), tokens(2, 30)
+    found = fisher_sizes(engine_of(model), text)
+    squares = {}
+    for row in text:
+        grown = {name: p.clone().requires_grad_() for name, p in model.named_parameters()}
+        logits = torch.func.functional_call(model, grown, (row[None, :-1],))
+        F.cross_entropy(logits[0], row[1:]).backward()
+        for name, parameter in grown.items():
+            if parameter.grad is not None:
+                squares[name] = squares.get(name, 0) + parameter.grad.square()
+    for slot in (0, 1):
+        for kind in "kv":
+            expected = squares[f"blocks.{slot}.attention.owner.{kind}_proj.weight"].sqrt().mean().item()
+            assert found[slot, kind] == pytest.approx(expected, rel=1e-3)
+    assert not any(p.requires_grad for p in model.parameters())
+    engine, cache, method = fill(model, tokens(1, PREFIX), "palu:keep=1.0,heads=null", text)
+    engine.compress(cache, method)
+    most = max(found.values())
+    ranks = {f"{slot}.{kind}": [max(int(32 * size / most + 1e-9), 1)] for (slot, kind), size in found.items()}
+    assert method.facts()["ranks"] == ranks
+    assert len({tuple(r) for r in ranks.values()}) > 1
+
+
+def test_progressive_ranks_fall_with_depth():
+    # Cumulative log condition numbers 6, 5, 3: shares 1, 1 - (1/3)(1 - 0.4), 0.4
+    assert progressive_shares([1.0, 2.0, 3.0], 0.4) == pytest.approx([1.0, 0.8, 0.4])
+    assert progressive_shares([2.0], 0.4) == pytest.approx([1.0])
+
+
+# ---- ShadowKV -------------------------------------------------------------------------------------------------------
+
+
+def test_shadowkv_is_svd_of_keys_with_exact_values(decoder, tokens, filled):
+    engine, cache = filled(decoder(), tokens(2, 40))
+    found = engine.compress(cache, parse("shadowkv:rank=8,select=8,chunk=4,outliers=1,local=1"))
+    svd = engine.compress(cache, parse("svd:rank_k=8,rank_v=8"))
+    for slot, errors in found.outcome.errors.items():
+        assert errors["v"] == 0
+        assert errors["k"] == pytest.approx(svd.outcome.errors[slot]["k"], rel=1e-4)
+    # A and B of 8 ranks, values, sinks; for 4 heads of 8 landmarks of 9 chunks, and the keys of 1 + 1 chunks
+    rows = 8 * (36 + 32) + 36 * 32 + 2 * 4 * 32 + 4 * 8 * (9 + 2 * 4)
+    assert found.nbytes() == 8 * 2 * (4 * rows + 4 * 2 * 8)
+
+
+def test_shadowkv_that_selects_everything_reads_all(decoder, tokens, filled):
+    model, ids = decoder(), tokens(2, 44)
+    engine, cache = filled(model, ids[:, :40])
+    every = engine.compress(cache, parse("shadowkv:rank=32,select=40,chunk=4,outliers=0"))
+    few = engine.compress(cache, parse("shadowkv:rank=32,select=4,chunk=4,outliers=0,local=0"))
+    expected, lost = model(ids)[:, 40:], 0.0
+    for i in range(4):
+        step = ids[:, 40 + i : 41 + i]
+        torch.testing.assert_close(engine.logits(step, every)[:, 0], expected[:, i], atol=1e-4, rtol=1e-4)
+        lost = max(lost, (engine.logits(step, few)[:, 0] - expected[:, i]).abs().max().item())
+    assert lost > 0.01
+
+
+# ---- recomputed keys and values -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_recomputed_keys_and_values_are_exact_at_half_the_bytes(bias, tiny_config, random_model, tokens):
+    config = tiny_config(kv={"preset": "mha"}, d_model=32, n_heads=4, head_dim=8, kv_bias=bias)
+    model, ids, starts = random_model(config).eval().requires_grad_(False), tokens(2, 28), torch.tensor([0, 3])
+    layers = len(model.blocks)
+    for padding in ({}, {"starts": starts}):
+        engine, cache, method = fill(model, ids[:, :PREFIX], "recompute", ids, **padding)
+        compressed = engine.compress(cache, method)
+        assert engine.nbytes(cache) == layers * 2 * 2 * PREFIX * 32 * 4
+        assert compressed.nbytes() == layers * 2 * 4 * (32 * (PREFIX - SINKS) + 2 * 32 * SINKS)
+        assert compressed.outcome.read_flops == layers * 2 * (PREFIX - SINKS) * 2 * 32 * 2 * 32
+        assert method.weight_bytes() == 0
+        method.release()
+        for part in ids[:, PREFIX:].split([5, 1, 2], dim=1):
+            torch.testing.assert_close(
+                engine.logits(part, compressed), engine.logits(part, cache), atol=1e-5, rtol=1e-5
+            )
+
+
+def test_a_rank_keeps_what_keys_and_values_need(decoder, tokens):
+    model, ids = decoder(), tokens(2, 60)
+    engine, cache, method = fill(model, ids, "recompute:rank=9", ids)
+    compressed = engine.compress(cache, method)
+    ((keys, values),) = engine.compressible(cache).tensors(before_rope=True, sinks=engine.compressible(cache).sinks(4))
+    for i in (0, 7):
+        prefix = compressed.stores[i].prefix
+        assert prefix.k.a is prefix.v.a
+        both = [part.flat(i) / part.flat(i).square().mean().sqrt() for part in (keys, values)]
+        errors = [
+            ((code.decode().flatten(2) - part.flat(i)) / part.flat(i).square().mean().sqrt()).square().sum((1, 2))
+            for code, part in ((prefix.k, keys), (prefix.v, values))
+        ]
+        least = torch.linalg.svdvals(torch.cat(both, dim=-1).double())[:, 9:].square().sum(1)
+        torch.testing.assert_close(sum(errors).double(), least, rtol=1e-4, atol=1e-4)
+    inputs = fill(model, ids, "recompute:rank=24,fit=input", ids)  # d_model: nothing is lost
+    assert max(max(e.values()) for e in engine.compress(inputs[1], inputs[2]).outcome.errors.values()) < 1e-4
+    few = fill(model, ids, "recompute:rank=9,fit=input", ids)
+    lost = engine.compress(few[1], few[2])
+    x = inputs_of(engine, ids)[3][:, SINKS:]
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    expected = (u[..., :9] * s[:, None, :9] @ vh[:, :9]) @ engine.projections(3)[0].weight.T
+    torch.testing.assert_close(lost.stores[3].prefix.k.decode().flatten(2), expected, atol=1e-3, rtol=1e-3)
+    joint = fill(model, ids, "recompute:rank=48,group=4", ids)
+    shared = engine.compress(joint[1], joint[2])
+    assert len({id(shared.stores[i].prefix.k.a) for i in range(4)}) == 1
+
+
+# ---- folded values --------------------------------------------------------------------------------------------------
+
+
+def slow_fold(anchor, own):
+    """The order of `own`'s heads and T of each, from values (tokens, G, D), by trying all orders."""
+    heads, d = anchor.shape[1:]
+
+    def root(m, power):
+        values, vectors = torch.linalg.eigh(m + 1e-4 * m.diagonal().mean() * torch.eye(d, dtype=m.dtype))
+        return vectors @ torch.diag(values**power) @ vectors.T
+
+    maps = {}
+    for g, h in itertools.product(range(heads), repeat=2):
+        a, b = anchor[:, g].double(), own[:, h].double()
+        u, _, wt = torch.linalg.svd(root(a.T @ a, -0.5) @ (a.T @ b) @ root(b.T @ b, -0.5))
+        t = root(b.T @ b, -0.5) @ wt.T @ u.T @ root(a.T @ a, 0.5)
+        maps[g, h] = t, (a @ torch.linalg.inv(t) - b).norm().item()
+    order = min(itertools.permutations(range(heads)), key=lambda o: sum(maps[g, h][1] for g, h in enumerate(o)))
+    return order, [maps[g, h][0] for g, h in enumerate(order)]
+
+
+@pytest.mark.parametrize("group", [2, 3])
+def test_vfold_averages_values_in_common_coordinates(group, decoder, tokens, filled):
+    model, ids, text = decoder(n_layers=5), tokens(2, 40), tokens(2, 60, seed=1)
+    engine, cache, method = fill(model, ids, f"vfold:group={group},recent=6", text)
+    compressed = engine.compress(cache, method)
+    stores = [compressed.stores[i] for i in range(5)]
+    of_text = [slot.v[:, SINKS:].flatten(0, 1) for slot in engine.compressible(filled(model, text)[1]).slots.values()]
+    of_ids = [slot.v[:, SINKS:] for slot in engine.compressible(cache).slots.values()]
+    for first in range(0, 5 - 5 % group, group):
+        anchor, members = first + group // 2, range(first, first + group)
+        folds = {i: slow_fold(of_text[anchor], of_text[i]) for i in members if i != anchor}
+        folded = {i: of_ids[i][:, :30].double() for i in members}
+        for i, (order, maps) in folds.items():
+            folded[i] = torch.stack([folded[i][:, :, h] @ t for h, t in zip(order, maps, strict=True)], dim=2)
+        mean = sum(folded.values()) / group
+        for i in members:
+            expected = mean
+            if i in folds:
+                order, maps = folds[i]
+                expected = torch.empty_like(mean)
+                for g, (h, t) in enumerate(zip(order, maps, strict=True)):
+                    expected[:, :, h] = mean[:, :, g] @ torch.linalg.inv(t)
+            found = stores[i].prefix.v.decode()
+            torch.testing.assert_close(found[:, :30].double(), expected, atol=1e-3, rtol=1e-3)
+            assert torch.equal(found[:, 30:], of_ids[i][:, 30:])
+            assert compressed.outcome.errors[i]["k"] == 0
+    # keys, sinks, recent values of every slot; one mean for each group, and the values of slots without one
+    means, alone = 5 // group + (5 % group > 1), 5 % group == 1
+    rows = 5 * (40 + SINKS + 6) + 30 * (means + alone)
+    assert compressed.nbytes() == 2 * 4 * 32 * rows
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa", "cla", "llama", "qwen2"])
+def test_a_folded_model_computes_the_same(name, design, llama, tokens):
+    model, ids = llama(name) if name in ("llama", "qwen2") else design(name), tokens(2, LENGTH)
+    engine, cache, method = fill(model, ids[:, :PREFIX], "vfold:recent=4", tokens(2, 60, seed=1))
+    changed, folded = method.folded(engine)
+
+    def logits(e, c):
+        return e.logits(ids[:, PREFIX:], c)
+
+    expected = logits(engine, engine.compress(cache, method))
+    twin = changed.new_cache()
+    changed.hidden(ids[:, :PREFIX], twin)
+    moved = changed.compress(twin, folded)
+    torch.testing.assert_close(logits(changed, moved), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(changed, twin), logits(engine, cache), atol=1e-5, rtol=1e-5)
+    kept = changed.compressible(twin).slots
+    assert any((kept[i].v - slot.v).abs().max() > 0.05 for i, slot in engine.compressible(cache).slots.items())
+    assert folded.weight_bytes() < method.weight_bytes()
+
+
+def test_vfold_averages_tokens_that_leave_the_window_once(decoder, tokens):
+    model, ids = decoder(n_layers=4), tokens(2, 40)
+    engine, cache, method = fill(model, ids[:, :PREFIX], "vfold:recent=6,recompress=5", tokens(2, 60, seed=1))
+    compressed = engine.compress(cache, method)
+    first = compressed.stores[0].prefix.v.mean.data.clone()
+    for i in range(PREFIX, PREFIX + 10):
+        engine.logits(ids[:, i : i + 1], compressed)
+    now = compressed.stores[0].prefix.v
+    assert now.mean.data.shape[1] == first.shape[1] + 10 == 20
+    assert now.recent.shape[1] == 6
+    torch.testing.assert_close(now.mean.data[:, :10], first, atol=1e-4, rtol=1e-4)
+
+
+# ---- all ------------------------------------------------------------------------------------------------------------
+
+LOSSY = [
+    "palu:keep=0.5,heads=2",
+    "asvd:keep=0.5",
+    "lorc:keep=0.5",
+    "eigenattention:keep=0.8",
+    "shadowkv:rank=9,select=null",
+    "recompute:rank=20",
+    "recompute",
+    "vfold:recent=5",
+    "vfold:recent=4+kivi:bits=8,group=8,residual=0",
+    "shadowkv:rank=9,select=8,chunk=4,outliers=1+kivi:bits=8,group=8,residual=0",
+]
+
+
+@pytest.mark.parametrize("spec", LOSSY)
+def test_a_padded_sequence_is_compressed_like_one_alone(spec, decoder, tokens):
+    model, ids, start, text = decoder(), tokens(1, 32), 8, tokens(2, 60, seed=1)
+    double = torch.cat((ids, ids.roll(1)))
+    starts = torch.tensor([start, 0])
+    _, cache, method = fill(model, double[:, :24], spec, text, starts=starts)
+    found = model(double[:, 24:25], cache=compress_cache(cache, method))[0]
+    _, alone, method = fill(model, ids[:, start:24], spec, text)
+    expected = model(ids[:, 24:25], cache=compress_cache(alone, method))[0]
+    torch.testing.assert_close(found, expected, atol=5e-2 if "kivi" in spec else 1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("spec", [*LOSSY[:6], "vfold:recent=5"])
+def test_transformers_caches_and_batches(spec, llama, tokens):
+    model, ids = llama("qwen2"), tokens(3, 30)
+    engine, cache, method = fill(model, ids[:, :24], spec, tokens(2, 60, seed=1))
+    compressed = compress_dynamic(cache, method, model)
+    before, order = compressed.nbytes(), torch.tensor([2, 0])
+    expected = engine.logits(ids[:, 24:], compress_dynamic(cache, method, model))
+    compressed.batch_select_indices(order)
+    assert compressed.nbytes() == before // 3 * 2
+    torch.testing.assert_close(engine.logits(ids[order, 24:], compressed), expected[order], atol=1e-4, rtol=1e-4)
+
+
+def test_bf16(decoder, tokens):
+    model, ids = decoder().bfloat16(), tokens(2, 28)
+    for spec in LOSSY:
+        engine, cache, method = fill(model, ids[:, :24], spec, tokens(2, 60, seed=1))
+        compressed = engine.compress(cache, method)
+        kinds = {
+            t.dtype for store in compressed.stores.values() for t in store.tensors().values() if t.is_floating_point()
+        }
+        assert kinds == {torch.bfloat16}, spec
+        assert all(torch.isfinite(torch.tensor(list(e.values()))).all() for e in compressed.outcome.errors.values())
+        for step in ids[:, 24:].split([2, 1, 1], dim=1):
+            assert engine.logits(step, compressed).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("palu", "give exactly one of keep and ratio"),
+        ("lorc:keep=0.5,ratio=2", "give exactly one of keep and ratio"),
+        ("asvd:keep=0.5,least=0.2", "least goes with allocation=progressive"),
+        ("asvd:keep=1.5", "keep: Input should be less than or equal to 1"),
+        ("eigenattention:keep=0.5,heads=2,basis=prompt", "basis=prompt has one basis for all heads"),
+        ("recompute:rank=3,ratio=2", "give at most one of rank and ratio"),
+        ("recompute:group=2", "group goes with rank or ratio"),
+        ("recompute:recompress=4", "inputs of later tokens are not recorded"),
+        ("shadowkv:select=9", "select=9 is no multiple of chunk=8"),
+        ("shadowkv:select=null,chunk=4", "chunk goes with select"),
+    ],
+)
+def test_options_that_do_not_fit(spec, message):
+    with pytest.raises(UserError, match=message):
+        parse(spec)
+
+
+def test_what_methods_refuse(decoder, design, llama, tokens, filled):
+    text = tokens(1, 30)
+    engine, cache = filled(decoder(), tokens(1, PREFIX))
+    for spec in ("palu:ratio=2", "vfold", "lorc:keep=0.5"):
+        with pytest.raises(UserError, match="not calibrated"):
+            engine.compress(cache, parse(spec))
+    with pytest.raises(UserError, match="has not seen the cache being filled"):
+        engine.compress(cache, parse("recompute"))
+    with pytest.raises(UserError, match="keys of slot 0 have 32 channels; allowed: 1 to 32"):
+        engine.compress(cache, parse("shadowkv:rank=33"))
+    with pytest.raises(UserError, match="3 calibration tokens, and sinks=4 are left out"):
+        parse("palu:ratio=2").prepare(engine, text[:, :3])
+    method = parse("palu:ratio=100")
+    method.prepare(engine, text)
+    with pytest.raises(UserError, match="palu: ratio=100: at 20 tokens 20% of the cache stay as they are"):
+        engine.compress(cache, method)
+    normed = engine_of(decoder(qk_norm=True))
+    for spec in ("palu:keep=0.5", "asvd:keep=0.5", "lorc:keep=0.5"):
+        with pytest.raises(UserError, match=r"keys are normalised \(qk_norm\)"):
+            parse(spec).prepare(normed, text)
+    with pytest.raises(UserError, match=r"recompute: keys and values cannot be computed from the stream: .*normalised"):
+        fill(normed.model, text, "recompute", text)
+    parse("eigenattention:keep=0.5").prepare(normed, text)
+    latent = design("mla")
+    for spec in ("palu:keep=0.5", "eigenattention:keep=0.5", "recompute", "vfold"):
+        with pytest.raises(UserError, match="latent"):
+            fill(latent, text, spec, text)
+    for spec in ("shadowkv:rank=4", "recompute:rank=4"):
+        with pytest.raises(UserError, match="the slots are latents"):
+            engine_of(latent).compress(filled(latent, text)[1], parse(spec))
+    narrow = fill(llama("llama"), text, "recompute", text)
+    with pytest.raises(
+        UserError, match=r"input has 32 numbers a token, and its keys and values have 32.*rank from 1 to 31"
+    ):
+        narrow[0].compress(narrow[1], narrow[2])
+    biased = fill(llama("qwen2"), text, "recompute:rank=8,fit=input", text)
+    with pytest.raises(UserError, match="fit=input: the projections have a bias; allowed: fit=kv"):
+        biased[0].compress(biased[1], biased[2])
+    engine, cache, method = fill(design("fusedkv"), text, "vfold", text)
+    with pytest.raises(UserError, match="weights of channels"):
+        method.folded(engine)

@@ -20,7 +20,7 @@ Shapes: B batch, n tokens, width = G · D numbers of G KV heads of D channels, r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,14 +112,11 @@ def energy_ranks(spectrum: Spectrum, keep: float) -> list[int]:
     return ranks
 
 
-def condition_numbers(spectra: Iterable[Spectrum]) -> list[float]:
-    """log κ = log σ_max - log σ_min of each spectrum, of all of its groups."""
-    found = []
-    for spectrum in spectra:
-        roots = torch.cat(spectrum.roots)
-        top = roots.max().clamp(min=1e-300)
-        found.append((top.log() - roots.min().clamp(min=1e-12 * top).log()).item())
-    return found
+def condition_number(spectrum: Spectrum) -> float:
+    """log κ = log σ_max - log σ_min, over all groups."""
+    roots = torch.cat(spectrum.roots)
+    top = roots.max().clamp(min=1e-300)
+    return (top.log() - roots.min().clamp(min=1e-12 * top).log()).item()
 
 
 def progressive_shares(conditions: Sequence[float], least: float) -> list[float]:

@@ -19,7 +19,7 @@ from cllm.posthoc.fixed_bases import (
     Basis,
     Projected,
     Spectrum,
-    condition_numbers,
+    condition_number,
     energy_ranks,
     progressive_shares,
     ranks_at,
@@ -28,10 +28,11 @@ from cllm.posthoc.inputs import each_input
 from cllm.posthoc.method import Codable, Engine
 from cllm.posthoc.slots import SlotTensors
 
-Place = tuple[int, Literal["k", "v"]]
+Kind = Literal["k", "v"]
+Place = tuple[int, Kind]
 """A slot, and its keys or values."""
 Allocation = Literal["uniform", "fisher", "progressive", "energy"]
-KINDS: tuple[Literal["k"], Literal["v"]] = ("k", "v")
+KINDS: tuple[Kind, ...] = ("k", "v")
 
 FISHER_TOKENS = 256
 """Length of the pieces of calibration text whose gradients are taken; at most `FISHER_PIECES` of them."""
@@ -170,7 +171,8 @@ class ProjectingMethod(Codable):
             return {place: max(size / highest, 1e-3) for place, size in sizes.items()}
         if self.allocation == "progressive":
             slots = sorted({slot for slot, _ in self._spectra})
-            conditions = [sum(condition_numbers(self._spectra[slot, kind] for kind in KINDS)) for slot in slots]
+            logs = {place: condition_number(spectrum) for place, spectrum in self._spectra.items()}
+            conditions = [sum(log for (j, _), log in logs.items() if j == slot) for slot in slots]
             shares = dict(zip(slots, progressive_shares(conditions, self.least), strict=True))
             return {(slot, kind): shares[slot] for slot in slots for kind in KINDS}
         return {}

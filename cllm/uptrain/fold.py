@@ -32,7 +32,7 @@ from cllm.uptrain.ridge import LinearFit, shared_groups
 def alignment_of(sums: ValueSums) -> Alignment:
     """Heads paired and values mapped so that the layer's agree best with the anchor's."""
     order, inverses = sums.matched()
-    identity = Alignment.identity(*sums.anchor.shape[:2], order)
+    identity = Alignment.identity(len(order), sums.anchor.shape[-1], order)
     return Alignment(order, identity.key_factors, inverses)
 
 

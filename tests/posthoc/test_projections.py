@@ -177,7 +177,7 @@ def test_bytes_of_bases_that_no_cache_stores(decoder, tokens):
 def test_ranks_follow_the_gradients(decoder, tokens):
     model, text = decoder(n_layers=2), tokens(2, 30)
     found = fisher_sizes(engine_of(model), text)
-    squares = {}
+    squares: dict[str, torch.Tensor | float] = {}
     for row in text:
         grown = {name: p.clone().requires_grad_() for name, p in model.named_parameters()}
         logits = torch.func.functional_call(model, grown, (row[None, :-1],))
@@ -458,12 +458,13 @@ def test_what_methods_refuse(decoder, design, llama, tokens, filled):
     method.prepare(engine, text)
     with pytest.raises(UserError, match="palu: ratio=100: at 20 tokens 20% of the cache stay as they are"):
         engine.compress(cache, method)
-    normed = engine_of(decoder(qk_norm=True))
+    normed_model = decoder(qk_norm=True)
+    normed = engine_of(normed_model)
     for spec in ("palu:keep=0.5", "asvd:keep=0.5", "lorc:keep=0.5"):
         with pytest.raises(UserError, match=r"keys are normalised \(qk_norm\)"):
             parse(spec).prepare(normed, text)
     with pytest.raises(UserError, match=r"recompute: keys and values cannot be computed from the stream: .*normalised"):
-        fill(normed.model, text, "recompute", text)
+        fill(normed_model, text, "recompute", text)
     parse("eigenattention:keep=0.5").prepare(normed, text)
     latent = design("mla")
     for spec in ("palu:keep=0.5", "eigenattention:keep=0.5", "recompute", "vfold"):

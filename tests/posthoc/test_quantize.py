@@ -177,7 +177,7 @@ def test_padding_does_not_widen_a_group_of_directions(slot_tensors):
         ("xkv:ratio=2+xquant:share_k=3", "share_k is no option of xquant after .; allowed: bits, eta, group, residual"),
         ("minicache+xquant:share_v=3", "share_v is no option of xquant"),
         ("xkv:ratio=1+kivi:bits=8", "ratio=1 keeps every tensor as it is and has no factors to code; allowed: above 1"),
-        ("kivi+kivi", "allowed with .: minicache or minicache_xkv or svd or xkv, then kivi or xquant"),
+        ("kivi+kivi", "allowed with .: asvd or .* or svd or vfold or xkv, then kivi or xquant"),
         ("xkv:ratio=2+svd:ratio=2", "allowed with"),
         ("xkv:ratio=2+kivi+kivi", "allowed with"),
     ],

@@ -55,6 +55,12 @@ class RecordedInputs:
             UserError: naming the method, if another number of tokens was recorded than the cache has.
         """
         seen = self._seen.get(slot, [])
+        times, rest = divmod(sum(x.shape[1] for x in seen), keys.tokens)
+        if times > 1 and not rest:
+            raise UserError(
+                f"{name}: slot {slot} was projected {times} times for every token of the cache; allowed: plans whose "
+                "layers run once for each token, and one prefill inside of `with method.watch(engine)`"
+            )
         if sum(x.shape[1] for x in seen) != keys.tokens or any(len(x) != len(keys.data[0]) for x in seen):
             raise UserError(
                 f"{name}: has not seen the cache being filled: fill it inside of `with method.watch(engine)`, and "

@@ -86,6 +86,7 @@ class ProjectingMethod(Codable):
                 f"{self.name}: {ids.shape[1]} calibration tokens, and sinks={self.sinks} are left out of the fit; "
                 f"allowed: {self.sinks + 1} or more"
             )
+        check_slots(self.name, engine)
         self._spectra, self._bases, self._ranks = self.spectra(engine, ids), {}, {}
         self._shares = self._allocate(engine, ids)
 
@@ -188,6 +189,12 @@ class ProjectingMethod(Codable):
                 channels = len(form) if self.heads is None else self.heads * dims[slot]
                 found[slot, kind] = Spectrum.of(form, linear.bias, channels)
         return found
+
+
+def check_slots(name: str, engine: Engine) -> None:
+    """Raise `UserError`, naming the method, if the model has no slots to calibrate for."""
+    if not engine.slots():
+        raise UserError(f"{name}: nothing to compress: all slots have a window or are recurrent states")
 
 
 @torch.no_grad()

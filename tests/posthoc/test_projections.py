@@ -454,6 +454,12 @@ def test_what_methods_refuse(decoder, design, llama, tokens, filled):
         engine.compress(cache, parse("shadowkv:rank=33"))
     with pytest.raises(UserError, match="3 calibration tokens, and sinks=4 are left out"):
         parse("palu:ratio=2").prepare(engine, text[:, :3])
+    for spec in ("palu:keep=0.5", "lorc:keep=0.5", "eigenattention:keep=0.5", "vfold"):
+        with pytest.raises(UserError, match="nothing to compress: all slots have a window"):
+            parse(spec).prepare(engine_of(decoder(kv={"preset": "mha", "window": 4})), text)
+    cyclic = fill(design("lckv"), text, "recompute", text)
+    with pytest.raises(UserError, match="allowed: plans whose layers run once for each token"):
+        cyclic[0].compress(cyclic[1], cyclic[2])
     method = parse("palu:ratio=100")
     method.prepare(engine, text)
     with pytest.raises(UserError, match="palu: ratio=100: at 20 tokens 20% of the cache stay as they are"):

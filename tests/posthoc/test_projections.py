@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -252,6 +253,18 @@ def test_recomputed_keys_and_values_are_exact_at_half_the_bytes(bias, tiny_confi
             torch.testing.assert_close(
                 engine.logits(part, compressed), engine.logits(part, cache), atol=1e-5, rtol=1e-5
             )
+
+
+def test_recomputed_keys_and_values_of_a_transformers_model(llama, tokens):
+    small, ids = llama("qwen2"), tokens(2, LENGTH)
+    config = copy.deepcopy(small.config)
+    config.num_key_value_heads = config.num_attention_heads
+    model = type(small)(config).eval().requires_grad_(False)
+    engine, cache, method = fill(model, ids[:, :PREFIX], "recompute", ids)
+    compressed = engine.compress(cache, method)
+    assert compressed.nbytes() == 4 * 2 * 4 * (32 * (PREFIX - SINKS) + 2 * 32 * SINKS)
+    expected = model(ids).logits[:, PREFIX:]
+    torch.testing.assert_close(engine.logits(ids[:, PREFIX:], compressed), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_rank_keeps_what_keys_and_values_need(decoder, tokens):

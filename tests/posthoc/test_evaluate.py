@@ -223,6 +223,8 @@ def test_bytes_are_those_of_the_caches(scored):
     assert none["mha_bytes_per_token"] == 4 * 2 * 16 * 4
     factors = (22 + 2 * 16) * (3 + 5) * 4 + 2 * 2 * 16 * 2 * 4  # and 2 sinks
     assert xkv["bytes_per_token"] == pytest.approx(factors / 24)
+    assert none["read_flops_per_token"] == 0
+    assert xkv["read_flops_per_token"] == pytest.approx(2 * 2 * 22 * (3 + 5) * 16 / 24)
     assert xkv["ratio_to_own"] == pytest.approx(2 * 2 * 16 * 4 * 24 / factors)
     assert xkv["ratio_to_mha"] == 2 * xkv["ratio_to_own"]
     exact = 2 * 2 * 16 * 24 * 4  # the 24 tokens read after the prefix

@@ -159,7 +159,11 @@ def _pack_compression(cache: CompressedKVCache) -> dict[str, Any]:
         "tokens": cache.compressed,
         "sinks": cache.sinks,
         "seconds": cache.seconds,
-        "outcome": {"seconds": cache.outcome.seconds, "errors": errors},
+        "outcome": {
+            "seconds": cache.outcome.seconds,
+            "errors": errors,
+            "read_flops": cache.outcome.read_flops,
+        },
     }
 
 
@@ -286,7 +290,7 @@ def _empty_compressed(config: ModelConfig, data: dict[str, Any], max_len: int | 
         )
     cache = CompressedKVCache.empty(config, method, measure=data["measure"], max_len=max_len, room=room)
     cache.compressed, cache.sinks, cache.seconds = data["tokens"], data["sinks"], data["seconds"]
-    cache.outcome = Outcome(outcome["seconds"], errors)
+    cache.outcome = Outcome(outcome["seconds"], errors, outcome.get("read_flops", 0))  # older files have none
     return cache
 
 

@@ -26,6 +26,15 @@ def elements_for_ratio(name: str, ratio: float, keys: SlotTensors, values: SlotT
     return total / ratio - fixed
 
 
+def check_all_sinks(name: str, ratio: float | None, sinks: int, tokens: int) -> None:
+    """Raise `UserError`, naming the method, if a ratio is wanted of `tokens` tokens that are all sinks."""
+    if ratio is not None and ratio > 1:
+        raise UserError(
+            f"{name}: ratio={ratio:g}: at {tokens} tokens sinks={sinks} leave nothing to compress; allowed: ratio=1, "
+            "fewer sinks, or more tokens"
+        )
+
+
 def largest(cost: Callable[[float], float], budget: float, top: float) -> float | None:
     """The largest number from 0 to `top` whose cost, which grows with it, is at most `budget`; None: 0 costs more."""
     if cost(0.0) > budget:

@@ -13,7 +13,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from cllm.errors import UserError
-from cllm.posthoc.budget import elements_for_ratio, largest
+from cllm.posthoc.budget import check_all_sinks, elements_for_ratio, largest
 from cllm.posthoc.code import Code, Codes, Exact
 from cllm.posthoc.fixed_bases import (
     Basis,
@@ -97,11 +97,7 @@ class ProjectingMethod(Codable):
         return sum(basis.nbytes for basis in self._bases.values())
 
     def check_all_sinks(self, tokens: int) -> None:
-        if self.ratio is not None and self.ratio > 1:
-            raise UserError(
-                f"{self.name}: ratio={self.ratio:g}: at {tokens} tokens sinks={self.sinks} leave nothing to compress; "
-                "allowed: ratio=1, fewer sinks, or more tokens"
-            )
+        check_all_sinks(self.name, self.ratio, self.sinks, tokens)
 
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         if values is None:

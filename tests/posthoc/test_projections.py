@@ -461,6 +461,10 @@ def test_what_methods_refuse(decoder, design, llama, tokens, filled):
     for spec in ("palu:ratio=2", "vfold", "lorc:keep=0.5"):
         with pytest.raises(UserError, match="not calibrated"):
             engine.compress(cache, parse(spec))
+    short = filled(decoder(), tokens(1, SINKS))[1]
+    for spec in ("recompute:ratio=2", "palu:ratio=2"):
+        with pytest.raises(UserError, match="at 4 tokens sinks=4 leave nothing to compress"):
+            engine.compress(short, parse(spec))
     with pytest.raises(UserError, match="has not seen the cache being filled"):
         engine.compress(cache, parse("recompute"))
     with pytest.raises(UserError, match="keys of slot 0 have 32 channels; allowed: 1 to 32"):

@@ -14,7 +14,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from cllm.errors import UserError
-from cllm.posthoc.budget import elements_for_ratio
+from cllm.posthoc.budget import check_all_sinks, elements_for_ratio
 from cllm.posthoc.code import Code, Codes, Exact
 from cllm.posthoc.inputs import RecordedInputs
 from cllm.posthoc.lowrank import LowRank, ranks_for_budget, right_vectors
@@ -123,6 +123,9 @@ class Recompute(Codable):
 
     def release(self) -> None:
         self._inputs = RecordedInputs()
+
+    def check_all_sinks(self, tokens: int) -> None:
+        check_all_sinks(self.name, self.ratio, self.sinks, tokens)
 
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         if values is None:

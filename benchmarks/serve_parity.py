@@ -52,7 +52,7 @@ VARIABLES = {
 
 @dataclass
 class Answer:
-    """What one engine has made of one prompt."""
+    """The continuation of one prompt by one engine."""
 
     prompt: list[int]
     """Its tokens."""

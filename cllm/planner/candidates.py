@@ -211,7 +211,7 @@ def _kv_heads(config: ModelConfig) -> int | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Design:
-    """What candidates of one design have in common. Bytes are in 16-bit numbers."""
+    """A design without a compression, and the sizes that all its candidates share, in bytes of 16-bit numbers."""
 
     word: str
     sharing: str

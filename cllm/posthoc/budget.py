@@ -17,11 +17,19 @@ def elements_for_ratio(name: str, ratio: float, keys: SlotTensors, values: SlotT
     total = keys.uncompressed_elements
     if total is None:
         total = sum(x[0].numel() for tensors in (keys, values) for x in tensors.data)
-    fixed = keys.incompressible_elements
+    return elements_left(name, ratio, keys, total, keys.incompressible_elements, "(windows, states, sinks)")
+
+
+def elements_left(name: str, ratio: float, keys: SlotTensors, total: float, fixed: float, what: str) -> float:
+    """Numbers that are left for codes at a `ratio`, of `total` numbers of which `fixed` are stored in any case.
+
+    Raises:
+        UserError: naming the method, and `what` is stored in any case, if that exceeds the ratio.
+    """
     if fixed * ratio >= total:
         raise UserError(
             f"{name}: ratio={ratio:g}: at {keys.tokens} tokens {fixed / total:.0%} of the cache stay as they are "
-            f"(windows, states, sinks); allowed: below {total / fixed:.2f}"
+            f"{what}; allowed: below {total / fixed:.2f}"
         )
     return total / ratio - fixed
 

@@ -30,6 +30,11 @@ def always_read(tokens: int, *, chunk: int, outliers: int, local: int) -> tuple[
     return min(last + outliers, chunks), last
 
 
+def outlier_chunks(outliers: int | None, select: int) -> int:
+    """`outliers`, or by default 24 chunks for every 1024 of `select` tokens, as in ShadowKV."""
+    return 24 * select // 1024 if outliers is None else outliers
+
+
 def landmark_bytes(shape: torch.Size, size: int, *, chunk: int, outliers: int, local: int) -> int:
     """Bytes per sequence that `make_landmarks` stores for keys of `shape` (B, n, G, D) of `size` bytes an element."""
     tokens, heads, dim = shape[1:]

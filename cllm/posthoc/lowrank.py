@@ -32,6 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cllm.errors import UserError
 from cllm.posthoc.code import Code
 
 Algorithm = Literal["exact", "gram", "random", "power"]
@@ -252,6 +253,11 @@ def water_filling(squares: Sequence[Tensor], costs: Sequence[int], budget: float
     order = groups[gains.argsort(descending=True, stable=True)]
     taken = order[price[order].cumsum(0) <= budget - sum(costs)]
     return (1 + torch.bincount(taken, minlength=len(costs))).tolist()
+
+
+def low_rank_already(name: str) -> UserError:
+    """The error of a method, by name, that gets latents."""
+    return UserError(f"{name}: the slots are latents, which are low rank already; allowed: keys and values")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from cllm.posthoc.fixed_bases import (
     ranks_at,
 )
 from cllm.posthoc.inputs import each_input
+from cllm.posthoc.lowrank import low_rank_already
 from cllm.posthoc.method import Codable, Engine
 from cllm.posthoc.slots import SlotTensors
 
@@ -81,11 +82,7 @@ class ProjectingMethod(Codable):
 
     @torch.no_grad()
     def prepare(self, engine: Engine, ids: Tensor) -> None:
-        if ids.shape[1] <= self.sinks:
-            raise UserError(
-                f"{self.name}: {ids.shape[1]} calibration tokens, and sinks={self.sinks} are left out of the fit; "
-                f"allowed: {self.sinks + 1} or more"
-            )
+        check_tokens(self.name, ids, self.sinks)
         check_slots(self.name, engine)
         self._spectra, self._bases, self._ranks = self.spectra(engine, ids), {}, {}
         self._shares = self._allocate(engine, ids)
@@ -101,7 +98,7 @@ class ProjectingMethod(Codable):
 
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         if values is None:
-            raise UserError(f"{self.name}: the slots are latents, which are low rank already; allowed: keys and values")
+            raise low_rank_already(self.name)
         for slot, k in zip(keys.slots, keys.data, strict=True):
             known = self._spectra.get((slot, "k"))
             if known is None or sum(known.widths) != math.prod(k.shape[2:]):
@@ -191,6 +188,15 @@ def check_slots(name: str, engine: Engine) -> None:
     """Raise `UserError`, naming the method, if the model has no slots to calibrate for."""
     if not engine.slots():
         raise UserError(f"{name}: nothing to compress: all slots have a window or are recurrent states")
+
+
+def check_tokens(name: str, ids: Tensor, sinks: int) -> None:
+    """Raise `UserError`, naming the method, if calibration tokens `ids` (B, T) are all sinks."""
+    if ids.shape[1] <= sinks:
+        raise UserError(
+            f"{name}: {ids.shape[1]} calibration tokens, and sinks={sinks} are left out of the fit; "
+            f"allowed: {sinks + 1} or more"
+        )
 
 
 @torch.no_grad()

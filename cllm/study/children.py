@@ -61,6 +61,8 @@ class Job:
     stepping: bool = False
     """Whether the process has logged a second row, so that its speed is known."""
     checked: float = 0.0
+    ended: int = 0
+    """Evaluations of the point whose records the result has."""
 
     @property
     def tokens(self) -> int:

@@ -60,6 +60,11 @@ def measure(folder: Path, n: int, mark: str, run: Callable[[Path], int]) -> int:
     return status
 
 
+def count_ended(folder: Path, marks: Sequence[str]) -> int:
+    """How many evaluations have ended."""
+    return sum(has_ended(folder, n, mark) for n, mark in enumerate(marks))
+
+
 def records_of(folder: Path, marks: Sequence[str]) -> list[dict[str, Any]]:
     """The records of the evaluations that have ended, in their order."""
     ended = [n for n, mark in enumerate(marks) if has_ended(folder, n, mark)]
@@ -72,6 +77,7 @@ def keep_records(result: Path, folder: Path, marks: Sequence[str]) -> Result:
     if found.evaluated is None:
         records = records_of(folder, marks)
         if len(records) > len(found.content["evaluations"]):
-            write_result(result, with_evaluations(found.content, records, None))
-            found = read_result(result)
+            content = with_evaluations(found.content, records, None)
+            write_result(result, content)
+            return Result(result, content)
     return found

@@ -31,7 +31,7 @@ from cllm.lock import discard_dead, locked
 from cllm.study.children import Commands, Job, Slot, child_environment, start
 from cllm.study.estimate import Estimates, progress, saved_share
 from cllm.study.layout import last_line
-from cllm.study.measuring import clear_unfinished, keep_records
+from cllm.study.measuring import clear_unfinished, count_ended, keep_records
 from cllm.study.points import Point
 from cllm.study.queue import Queue, Work, is_trained
 from cllm.study.results import read_result, read_results, result_of, with_evaluations, write_result
@@ -296,7 +296,10 @@ class Runner:
     def _look_at(self, job: Job, now: float) -> None:
         job.checked = now
         if job.work == "evaluate":
-            keep_records(self.layout.result(job.point), self.layout.evaluation(job.point), self.queue.marks)
+            folder = self.layout.evaluation(job.point)
+            if (ended := count_ended(folder, self.queue.marks)) > job.ended:
+                keep_records(self.layout.result(job.point), folder, self.queue.marks)
+                job.ended = ended
             return
         tokens, speed = progress(self.layout.run(job.point))
         if not speed or tokens <= job.first_tokens:

@@ -110,6 +110,14 @@ def unrotated(dim: int) -> tuple[Tensor, Tensor]:
     return torch.ones(()), torch.zeros(())
 
 
+def inputs_of(batch: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Token ids, positions and document ids of a batch, (B, T) each, on `device`; the latter two may be missing."""
+    positions, documents = (
+        None if (t := batch.get(name)) is None else t.to(device) for name in ("positions", "document_ids")
+    )
+    return batch["input_ids"].to(device), positions, documents
+
+
 @torch.no_grad()
 def observe(teacher: TracedDecoder, batches: Batches) -> Iterator[Observed]:
     """Run the teacher over each batch, on its device. Nothing is kept between batches."""
@@ -117,11 +125,7 @@ def observe(teacher: TracedDecoder, batches: Batches) -> Iterator[Observed]:
     meter = ProgressMeter(len(batches), "calibration", "batch", shown=getattr(rank_zero_only, "rank", 0) == 0)
     with meter:
         for batch in batches:
-            ids, positions, documents = (
-                None if (t := batch.get(name)) is None else t.to(device)
-                for name in ("input_ids", "positions", "document_ids")
-            )
-            assert ids is not None
+            ids, positions, documents = inputs_of(batch, device)
             inputs: list[Tensor] = []
             teacher.hidden(ids, positions, documents, states=inputs)
             at = torch.arange(ids.shape[1], device=device)[None] if positions is None else positions

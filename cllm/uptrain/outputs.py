@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cllm.model.decoder import Decoder
-from cllm.uptrain.calibrate import Batches
+from cllm.uptrain.calibrate import Batches, inputs_of
 from cllm.uptrain.decoder import TracedDecoder, block_of
 from cllm.uptrain.ridge import LinearFit
 
@@ -72,12 +72,7 @@ class _Run:
     """A decoder over one batch, a layer at a time."""
 
     def __init__(self, model: Decoder, batch: dict[str, Tensor]):
-        device = model.embed.weight.device
-        ids, positions, documents = (
-            None if (t := batch.get(name)) is None else t.to(device)
-            for name in ("input_ids", "positions", "document_ids")
-        )
-        assert ids is not None
+        ids, positions, documents = inputs_of(batch, model.embed.weight.device)
         self.model = model
         self.context = model._context(ids, positions, documents, None, None, None)
         self.x: Tensor = model.embed(ids)

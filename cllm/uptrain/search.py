@@ -35,7 +35,7 @@ from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
 from cllm.plan.explicit import Explicit, plan_entries
 from cllm.plan.plan import Fuse, KVPlan, LayerPlan, Share
-from cllm.uptrain.calibrate import Batches, observe
+from cllm.uptrain.calibrate import Batches, inputs_of, observe
 from cllm.uptrain.complete import load_config
 from cllm.uptrain.decoder import TracedDecoder, build_traced, owner_of
 from cllm.uptrain.heads import to_pairs
@@ -177,9 +177,7 @@ def closeness(teacher: TracedDecoder, plan: KVPlan, batches: Batches) -> float:
     init_student(student, teacher, InitFrom.model_validate({"method": "copy"}))
     total = count = 0.0
     for batch in batches:
-        inputs = [
-            None if (t := batch.get(n)) is None else t.to(device) for n in ("input_ids", "positions", "document_ids")
-        ]
+        inputs = inputs_of(batch, device)
         close = F.cosine_similarity(student.hidden(*inputs).float(), teacher.hidden(*inputs).float(), dim=-1)
         total, count = total + float(close.sum()), count + close.numel()
     return total / count

@@ -177,7 +177,7 @@ class Experiment:
         return self.out / "starts" / f"{name}.json"
 
     def measured(self, name: str) -> dict[str, Any]:
-        """The file of a student's starts; without starts if there is none yet."""
+        """The measured starts of a student, as its file has them; before there is a file, no starts."""
         file = self._starts(name)
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"starts": {}}
 
@@ -187,7 +187,7 @@ class Experiment:
         return min(losses, key=lambda start: losses[start], default=None)
 
     def row(self, name: str) -> dict[str, Any]:
-        """What is known of a student."""
+        """The results of a student so far: starts, and the curve of its training."""
         measured, best = self.measured(name), self.best(name)
         row: dict[str, Any] = {"student": name, "start": best, **measured}
         if best is not None:

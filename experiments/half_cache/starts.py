@@ -20,25 +20,11 @@ import torch
 from cllm.cache.accounting import kv_bytes
 from cllm.config import Config
 from cllm.config.load import validate
-from cllm.data.module import DataModule
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
-from cllm.kernels.cross_entropy import IGNORE
-from cllm.model.decoder import Decoder
 from cllm.uptrain.complete import complete
 from cllm.uptrain.start import calibration_batches, make_student, open_teacher
-from experiments.uptraining.students import data_module
-
-
-@torch.no_grad()
-def nats_per_token(model: Decoder, data: DataModule, device: torch.device) -> float:
-    """Loss over the validation sequences, with matrix products in bf16 on every device."""
-    nats, scored = torch.zeros((), dtype=torch.float64, device=device), 0
-    for batch in data.val_dataloader()[0]:
-        with torch.autocast(device.type, torch.bfloat16):
-            nats += model.loss(batch["input_ids"].to(device), batch["labels"].to(device), reduction="none").sum()
-        scored += int((batch["labels"] != IGNORE).sum())
-    return nats.item() / scored
+from experiments.uptraining.students import data_module, validation_loss
 
 
 def measure(configs: dict[str, Any], out: Path, device: torch.device) -> None:
@@ -55,7 +41,7 @@ def measure(configs: dict[str, Any], out: Path, device: torch.device) -> None:
             own, theirs = kv_bytes(config.model), kv_bytes(teacher.config)
             found |= {"bytes_per_token": own.resident, "teacher_bytes_per_token": theirs.resident}
             if "teacher_loss" not in found:
-                found["teacher_loss"] = nats_per_token(teacher.decoder.to(device), module, device)
+                found["teacher_loss"] = validation_loss(teacher.decoder.to(device), module, device, bf16=True)
         begin = time.perf_counter()
         try:
             student = make_student(
@@ -65,7 +51,7 @@ def measure(configs: dict[str, Any], out: Path, device: torch.device) -> None:
             found["starts"][start] = {"refused": str(error)}
         else:
             seconds = time.perf_counter() - begin
-            loss = nats_per_token(student.to(device).eval(), module, device)
+            loss = validation_loss(student.to(device).eval(), module, device, bf16=True)
             found["starts"][start] = {"loss": loss, "seconds": seconds}
         write_atomic(out, json.dumps(found, indent=2) + "\n")
 

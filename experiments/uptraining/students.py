@@ -93,11 +93,12 @@ def data_module(config: Config) -> DataModule:
 
 
 @torch.no_grad()
-def validation_loss(model: Decoder, data: DataModule, device: torch.device) -> float:
-    """Nats a token over the validation sequences, in bf16 on a GPU as in training."""
+def validation_loss(model: Decoder, data: DataModule, device: torch.device, *, bf16: bool | None = None) -> float:
+    """Nats a token over the validation sequences, with matrix products in bf16; None: only on a GPU, as in training."""
+    bf16 = device.type == "cuda" if bf16 is None else bf16
     nats, scored = torch.zeros((), dtype=torch.float64, device=device), 0
     for batch in data.val_dataloader()[0]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             nats += model.loss(batch["input_ids"].to(device), batch["labels"].to(device), reduction="none").sum()
         scored += int((batch["labels"] != IGNORE).sum())
     return nats.item() / scored

@@ -8,10 +8,9 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from cllm.errors import UserError
 from cllm.posthoc.code import Code
 from cllm.posthoc.fixed_bases import Spectrum
-from cllm.posthoc.lowrank import LowRank
+from cllm.posthoc.lowrank import LowRank, low_rank_already
 from cllm.posthoc.method import Engine
 from cllm.posthoc.projecting import Allocation, Place, ProjectingMethod
 from cllm.posthoc.registry import register
@@ -52,9 +51,7 @@ class EigenAttention(ProjectingMethod):
         for keys, values in cached.tensors(before_rope=True, sinks=cached.sinks(self.sinks)):
             for tensors in (keys, values):
                 if values is None or tensors is None:
-                    raise UserError(
-                        f"{self.name}: the slots are latents, which are low rank already; allowed: keys and values"
-                    )
+                    raise low_rank_already(self.name)
                 for i, slot in enumerate(tensors.slots):
                     rows = tensors.flat(i).flatten(0, 1)
                     channels = rows.shape[1] if self.heads is None else self.heads * tensors.data[i].shape[-1]

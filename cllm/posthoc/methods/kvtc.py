@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cllm.errors import UserError
+from cllm.posthoc.budget import elements_left
 from cllm.posthoc.code import Code, Codes
 from cllm.posthoc.entropy import compress, decompress, decompress_rows, from_row, to_rows
 from cllm.posthoc.lowrank import right_vectors
@@ -176,13 +177,8 @@ class KVTC(Compressor):
         tensors = [group.tensors.data[i].flatten(2) for group in groups for i in group.slots]
         total = keys.uncompressed_elements or sum(x.shape[1] * x.shape[2] for x in tensors)
         fixed = keys.incompressible_elements + sum((1 + self.recent) * x.shape[2] + 1 for x in tensors) + len(groups)
-        if fixed * self.ratio >= total:
-            raise UserError(
-                f"{self.name}: ratio={self.ratio:g}: at {keys.tokens} tokens {fixed / total:.0%} of the cache stay as "
-                "they are (windows, states, RoPE keys of latents, sinks, recent tokens) or are means; allowed: below "
-                f"{total / fixed:.2f}"
-            )
-        return (total / self.ratio - fixed) * size
+        what = "(windows, states, RoPE keys of latents, sinks, recent tokens) or are means"
+        return elements_left(self.name, self.ratio, keys, total, fixed, what) * size
 
     def _fit(self, groups: Sequence[_Group], row: int, budget: float) -> tuple[Tensor, list[tuple[bytes, list[bytes]]]]:
         """The smallest step of sequence `row` at which all streams fit `budget`, and the streams of A and the Bs."""

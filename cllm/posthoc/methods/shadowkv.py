@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes, Exact
-from cllm.posthoc.landmarks import Landmarks, make_landmarks
-from cllm.posthoc.lowrank import LowRank, right_vectors
+from cllm.posthoc.landmarks import Landmarks, make_landmarks, outlier_chunks
+from cllm.posthoc.lowrank import LowRank, low_rank_already, right_vectors
 from cllm.posthoc.method import Codable
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
@@ -74,12 +74,12 @@ class ShadowKV(Codable):
     def landmarks(self, k: Tensor, is_text: Tensor | None) -> Landmarks | None:
         if self.select is None:
             return None
-        outliers = 24 * self.select // 1024 if self.outliers is None else self.outliers
+        outliers = outlier_chunks(self.outliers, self.select)
         return make_landmarks(k, is_text, chunk=self.chunk, budget=self.select, outliers=outliers, local=self.local)
 
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         if values is None:
-            raise UserError(f"{self.name}: the slots are latents, which are low rank already; allowed: keys and values")
+            raise low_rank_already(self.name)
         k_codes: Codes = []
         for i, slot in enumerate(keys.slots):
             rows = keys.flat(i)

@@ -14,7 +14,7 @@ from cllm.errors import UserError
 from cllm.model.value_folds import ValueSums
 from cllm.posthoc.code import Code, Codes, Exact
 from cllm.posthoc.method import Codable, Engine
-from cllm.posthoc.projecting import check_slots
+from cllm.posthoc.projecting import check_slots, check_tokens
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
 
@@ -88,11 +88,7 @@ class VFold(Codable):
     @torch.no_grad()
     def prepare(self, engine: Engine, ids: Tensor) -> None:
         check_slots(self.name, engine)
-        if ids.shape[1] <= self.sinks:
-            raise UserError(
-                f"{self.name}: {ids.shape[1]} calibration tokens, and sinks={self.sinks} are left out of the fit; "
-                f"allowed: {self.sinks + 1} or more"
-            )
+        check_tokens(self.name, ids, self.sinks)
         cache = engine.new_cache()
         engine.hidden(ids, cache)
         cached = engine.compressible(cache)

@@ -12,9 +12,10 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from cllm.errors import UserError
+from cllm.posthoc.budget import check_all_sinks, elements_left
 from cllm.posthoc.code import Code, Codes, Exact
 from cllm.posthoc.group import Group
-from cllm.posthoc.landmarks import Landmarks, landmark_bytes, make_landmarks
+from cllm.posthoc.landmarks import Landmarks, landmark_bytes, make_landmarks, outlier_chunks
 from cllm.posthoc.lowrank import (
     Algorithm,
     LowRank,
@@ -186,11 +187,7 @@ class XKV(Codable):
         return codes_k, codes_v
 
     def check_all_sinks(self, tokens: int) -> None:
-        if self.ratio is not None and self.ratio > 1:
-            raise UserError(
-                f"{self.name}: ratio={self.ratio:g}: at {tokens} tokens sinks={self.sinks} leave nothing to compress; "
-                f"allowed: ratio=1, fewer sinks, or more tokens"
-            )
+        check_all_sinks(self.name, self.ratio, self.sinks, tokens)
 
     @property
     def selects_tokens(self) -> bool:
@@ -203,8 +200,7 @@ class XKV(Codable):
 
     def _chunks(self, select: int) -> dict[str, int]:
         """The size of chunks, and how many are always read: arguments of `make_landmarks`."""
-        outliers = 24 * select // 1024 if self.outliers is None else self.outliers
-        return {"chunk": self.chunk, "outliers": outliers, "local": self.local}
+        return {"chunk": self.chunk, "outliers": outlier_chunks(self.outliers, select), "local": self.local}
 
     def _ranks(
         self, keys: SlotTensors, groups_k: list[list[int]], values: SlotTensors | None, groups_v: list[list[int]]
@@ -241,15 +237,8 @@ class XKV(Codable):
 
     def _budget(self, ratio: float, keys: SlotTensors, sizes: list[tuple[int, int]]) -> float:
         """Elements that the factors of groups of `sizes` (layers, width) may have."""
-        uncompressed = self._uncompressed(keys, sizes)
-        fixed = self._fixed(keys)
-        if fixed * ratio >= uncompressed:
-            raise UserError(
-                f"{self.name}: ratio={ratio:g}: at {keys.tokens} tokens {fixed / uncompressed:.0%} of the cache stay "
-                "as they are (windows, states, RoPE keys of latents, sinks) or are landmarks; allowed: below "
-                f"{uncompressed / fixed:.2f}"
-            )
-        return uncompressed / ratio - fixed
+        what = "(windows, states, RoPE keys of latents, sinks) or are landmarks"
+        return elements_left(self.name, ratio, keys, self._uncompressed(keys, sizes), self._fixed(keys), what)
 
     def _uncompressed(self, keys: SlotTensors, sizes: list[tuple[int, int]]) -> float:
         return keys.uncompressed_elements or sum(keys.data[0].shape[1] * n * w for n, w in sizes)

@@ -73,6 +73,11 @@ def target_outside(folder: Path, path: Path) -> Path | None:
     return None if target.is_relative_to(folder.resolve()) else target
 
 
+def json_files(folder: Path) -> list[Path]:
+    """The JSON files in a folder and its subfolders, in order. A subfolder's name may end in .json too."""
+    return sorted(file for file in folder.rglob("*.json") if file.is_file())
+
+
 def shorten(text: str, limit: int = 80) -> str:
     """`text`, or its beginning and an ellipsis if it is longer than `limit` characters."""
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -160,7 +160,8 @@ def _numbers(model: Measured, scores: Sequence[ScoreChoice], set_name: str | Non
         by_suite.setdefault(suite_of(record), []).append(record)
     complete = [record for record in by_suite.get("posthoc", []) if all(record.get(key) for key in _SIZES)]
     compressed = _on_one_text(complete, set_name)
-    plain = _on_one_text(by_suite.get("perplexity", []), set_name)
+    texts = [record for record in by_suite.get("perplexity", []) if record.get("perplexity") is not None]
+    plain = _on_one_text(texts, set_name)
     perplexities, text = _perplexities(model, compressed, plain, set_name)
     found, settings, sizes = [], list[str](), dict[str, tuple[float | None, float | None, float | None]]()
     for record in compressed:

@@ -15,7 +15,7 @@ from cllm import tables
 from cllm.errors import UserError
 from cllm.evaluate.outputs import write_outputs
 from cllm.evaluate.suites.suite import Number, Suite
-from cllm.files import inside
+from cllm.files import inside, json_files
 from cllm.runs import RunFolder
 from cllm.trust import read_object
 
@@ -89,7 +89,7 @@ def read_heatmap(runs: Sequence[RunFolder], suite: Suite, number: Number) -> Hea
 def _cells(run: RunFolder, suite: Suite, number: Number) -> list[Cell]:
     folder = inside(run.path, f"{run.evaluation_folder.name}/{suite.name}", written_in=run.path)
     records: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for path in sorted(folder.glob("*/**/*.json")):
+    for path in json_files(folder):
         record = read_object(path)
         groups = record.get("groups")
         if not isinstance(groups, dict) or not isinstance(groups.get(_DEPTH), dict):

@@ -21,7 +21,7 @@ from cllm.evaluate.left_out import LeftOut
 from cllm.evaluate.points import TRAINED
 from cllm.evaluate.suites.suite import Record
 from cllm.evaluate.tasks.suite import AS_IS
-from cllm.files import inside
+from cllm.files import inside, json_files
 from cllm.posthoc import UNCOMPRESSED
 from cllm.runs import RunFolder
 from cllm.trust import read_object
@@ -128,8 +128,7 @@ def _read(path: Path) -> Iterator[Measured]:
             yield _of_run(run)
             return
         folder = path / "results" if (path / "results").is_dir() else path
-        files = sorted(folder.rglob("*.json"))
-        found = [one for file in files if not _is_of_older_checkpoint(file) for one in _of_file(file)]
+        found = [one for file in json_files(folder) if not _is_of_older_checkpoint(file) for one in _of_file(file)]
         if not found:
             raise UserError(f"{path}: no run, and no results in it; allowed: runs, studies and folders of records")
         yield from found
@@ -161,7 +160,7 @@ def _of_run(run: RunFolder) -> Measured:
 def records_of_run(run: RunFolder) -> list[Record]:
     """The records in a run's evaluation/, of its newest checkpoint. Raises `UserError` for one that is not JSON."""
     folder = inside(run.path, run.evaluation_folder.name, written_in=run.path)
-    return [read_object(file) for file in sorted(folder.rglob("*.json")) if not _is_of_older_checkpoint(file)]
+    return [read_object(file) for file in json_files(folder) if not _is_of_older_checkpoint(file)]
 
 
 def _is_of_older_checkpoint(file: Path) -> bool:

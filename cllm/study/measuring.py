@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cllm.files import write_atomic
+from cllm.files import json_files, write_atomic
 from cllm.study.results import Result, read_result, with_evaluations, write_result
 from cllm.trust import read_object
 
@@ -68,7 +68,7 @@ def count_ended(folder: Path, marks: Sequence[str]) -> int:
 def records_of(folder: Path, marks: Sequence[str]) -> list[dict[str, Any]]:
     """The records of the evaluations that have ended, in their order."""
     ended = [n for n, mark in enumerate(marks) if has_ended(folder, n, mark)]
-    return [read_object(file) for n in ended for file in sorted((folder / f"{n:02d}").rglob("*.json"))]
+    return [read_object(file) for n in ended for file in json_files(folder / f"{n:02d}")]
 
 
 def keep_records(result: Path, folder: Path, marks: Sequence[str]) -> Result:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from cllm import processes
 from cllm.config import Config
 from cllm.errors import EXIT_STOPPED, UserError
-from cllm.files import RESULTS, mark_new, write_atomic
+from cllm.files import RESULTS, json_files, mark_new, write_atomic
 from cllm.lock import discard_dead, locked
 from cllm.study.children import Commands, Job, Slot, child_environment, start
 from cllm.study.estimate import Estimates, progress, saved_share
@@ -354,7 +354,7 @@ class Runner:
             if self._stopped is None:
                 self._fail(point, status, line)
             return
-        records = [read_object(file) for file in sorted(folder.rglob("*.json"))]
+        records = [read_object(file) for file in json_files(folder)]
         assert self.queue.evaluated is not None
         content = with_evaluations(read_result(self.layout.result(point)).content, records, self.queue.evaluated)
         write_result(self.layout.result(point), {**content, "evaluation_seconds": round(seconds, 1)})

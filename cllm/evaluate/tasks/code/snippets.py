@@ -80,7 +80,7 @@ def read_sources(folder: Path, extensions: Sequence[str] = EXTENSIONS) -> list[S
             file = Path(parent, name)
             if file.suffix in extensions and not file.is_symlink():
                 try:
-                    text = file.read_text(encoding="utf-8").expandtabs(4)
+                    text = file.read_text(encoding="utf-8-sig").expandtabs(4)
                 except (OSError, UnicodeDecodeError):
                     continue
                 sources.append(Source(path=file.relative_to(folder).as_posix(), text=text))

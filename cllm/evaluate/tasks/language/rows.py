@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ from cllm.data.prepare.formats import COMPRESSIONS
 from cllm.errors import UserError
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_TABLES = (".json", ".parquet")
+"""Formats in which a row has a position and no line."""
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""An escape in JSON for half of a character. Two of them are a character."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +33,12 @@ class Row:
     values: Mapping[str, Any]
     file: Path
     number: int
-    """The row's line in a text file, or its position in a table, from 1."""
+    """The row's line, or its position in a JSON list or a Parquet table, from 1."""
 
     @property
     def where(self) -> str:
         """File and line, for errors."""
-        return f"{self.file} {'row' if self.file.suffix == '.parquet' else 'line'} {self.number}"
+        return f"{self.file} {'row' if _format(self.file) in _TABLES else 'line'} {self.number}"
 
     def error(self, message: str) -> UserError:
         """An error that names the file and the line."""
@@ -166,9 +171,14 @@ def read_text(path: Path) -> str:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: has half of a character, {error.object[error.start]!a}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON: {error}") from None
+    return value
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:

@@ -109,8 +109,11 @@ class QuestionSuite(TaskSuite):
         return [lettered(example) for example in examples] if letters else examples
 
     def _example(self, row: Row) -> Example:
-        """The example of a row. Raises `UserError` for an option without text, which has no log-probability."""
+        """The example of a row. Raises `UserError` for a choice without alternatives, and for an option without text,
+        which has no log-probability."""
         example = self.data.example(row)
+        if self.data.score == "choice" and len(example.options) < 2:
+            raise row.error(f"has {len(example.options)} option; a choice needs 2 or more")
         empty = [n for n, option in enumerate(example.options, start=1) if not option.strip()]
         if empty:
             raise row.error(f"option {empty[0]} of {len(example.options)} is empty; it must have text")

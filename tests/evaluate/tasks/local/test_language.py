@@ -138,6 +138,9 @@ def test_every_file_format_has_the_same_rows(write_lines, tmp_path) -> None:
         ("arc_easy", json.dumps({**ARC_HUB, "answerKey": "C"}), "field `answerKey` is \"C\"; it must be one of 1, 2"),
         ("blimp", '{"good": "a"}', "line 3: has no field `sentence_bad` or `bad`"),
         ("gsm8k", '{"question": "a", "answer": "6"}', "line 3: field `answer` has no number after ####"),
+        ("hellaswag", '{"activity_label": "a", "ctx_a": "b", "ctx_b": "", "endings": ["c"], "label": 0}',
+         "line 3: has 1 option; a choice needs 2 or more"),
+        ("piqa", r'{"goal": "\ud83d", "sol1": "a", "sol2": "b", "label": 0}', "line 3: has half of a character"),
         ("lambada", '{"text": "word"}', "line 3: field `text` is a single word"),
     ],
 )  # fmt: skip

@@ -141,7 +141,7 @@ def source(tmp_path) -> Path:
     files = {
         "tools.py": "LIMIT_OF_ROWS = 3\n\ndef read_table(path):\n    return open(path)\n\ndef shared():\n    pass\n",
         "other.py": "def shared():\n    pass\n\n\nclass Unused:\n    pass\n",
-        "deep/shapes.py": "class Circle:\n    def area_of(self):\n        return 3\n",
+        "deep/shapes.py": "\ufeffclass Circle:\n    def area_of(self):\n        return 3\n",
         "main.py": (
             "from tools import read_table, LIMIT_OF_ROWS\n\n\ndef local_one():\n    # read_table in a comment\n"
             "    shared()\n    rows = read_table('x.csv')\n"

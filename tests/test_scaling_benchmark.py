@@ -18,6 +18,7 @@ from benchmarks.scaling.profile import merged, read_profiles, shares
 from cllm.config import Config
 from cllm.config.load import read_yaml, validate
 from cllm.runs import RunFolder
+from tests.ranks import train_on_ranks
 
 main = scaling.main
 
@@ -68,6 +69,21 @@ def single_runs_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(scaling, "start", begin)
 
 
+@pytest.fixture
+def forked_ranks(single_runs_here: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As `single_runs_here`, and processes of `ddp` are forked instead of started by the worker."""
+    begin = scaling.start
+
+    def fork(config: Config, gpus: list[int], profiled: int, timeout: float) -> Any:
+        if config.train.strategy != "ddp":
+            return begin(config, gpus, profiled, timeout)
+        assert isinstance(config.train.devices, int)
+        train_on_ranks(config.train.devices, config, tmp_path / "log.txt")
+        return Finished(0, gpus)
+
+    monkeypatch.setattr(scaling, "start", fork)
+
+
 @pytest.mark.usefixtures("single_runs_here")
 def test_runs_are_compared_and_a_failed_one_does_not_stop_the_others(
     bench: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -99,7 +115,7 @@ def test_runs_are_compared_and_a_failed_one_does_not_stop_the_others(
     assert f"{ratio / 2:.3f}" in line.split()
 
 
-@pytest.mark.usefixtures("single_runs_here")
+@pytest.mark.usefixtures("forked_ranks")
 def test_equal_steps_give_equal_losses(tiny: Path, tmp_path: Path, prepare_texts: Callable[..., Path]) -> None:
     """Four sequences a step on one process and on two: losses differ by rounding alone."""
     text = prepare_texts(tmp_path, (f"the plan says where keys and values come from, {n}" for n in range(200)), 0.05)

@@ -1,9 +1,6 @@
 """scripts/convert.py import and plain: other families' folders in, and out again."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +11,6 @@ import cllm  # noqa: F401 - registers the classes
 from cllm.errors import UserError
 from cllm.hub.exchange import export_folder, import_folder
 from cllm.hub.export import as_pretrained
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -53,19 +48,12 @@ def tensors(folder):
     return found
 
 
-def run_convert(*arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts" / "convert.py", *map(str, arguments)], capture_output=True, text=True
-    )
-
-
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_llama_comes_in_and_goes_out_bit_for_bit(llama, tmp_path, tied):
+def test_a_llama_comes_in_and_goes_out_bit_for_bit(llama, convert, tmp_path, capsys, tied):
     folder, original = llama(tie_word_embeddings=tied)
     inside, outside = tmp_path / "inside", tmp_path / "outside"
-    done = run_convert("import", folder, inside)
-    assert done.returncode == 0, done.stderr
-    assert "parameters" in done.stdout
+    assert convert("import", folder, inside) == 0
+    assert "parameters" in capsys.readouterr().out
     ids = torch.randint(40, (2, 20), generator=torch.Generator().manual_seed(0))
     ours = AutoModelForCausalLM.from_pretrained(inside).eval()
     assert type(ours).__name__ == "CLLMForCausalLM"
@@ -76,9 +64,8 @@ def test_a_llama_comes_in_and_goes_out_bit_for_bit(llama, tmp_path, tied):
     assert ours.config.eos_token_id == 7
     assert (inside / "tokenizer_config.json").exists()
 
-    done = run_convert("plain", inside, outside)
-    assert done.returncode == 0, done.stderr
-    assert "written as llama" in done.stdout
+    assert convert("plain", inside, outside) == 0
+    assert "written as llama" in capsys.readouterr().out
     before, after = tensors(folder), tensors(outside)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -88,12 +75,13 @@ def test_a_llama_comes_in_and_goes_out_bit_for_bit(llama, tmp_path, tied):
     assert (outside / "tokenizer_config.json").exists()
 
 
-def test_what_cannot_be_converted_leaves_nothing_behind(llama, tmp_path):
+def test_what_cannot_be_converted_leaves_nothing_behind(llama, convert, tmp_path, capsys):
     folder, _ = llama()
-    done = run_convert("import", folder / "nowhere", tmp_path / "a")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "config.json: missing" in done.stderr
+    capsys.readouterr()
+    assert convert("import", folder / "nowhere", tmp_path / "a") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "config.json: missing" in error
     (tmp_path / "b").mkdir()
     with pytest.raises(UserError, match="b: exists"):
         import_folder(folder, tmp_path / "b")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cllm.config import Config
 from cllm.data.manifest import Manifest
 from cllm.data.vocabulary import tokenizer_sha256
 from cllm.evaluate.subjects import load_subject
@@ -25,6 +24,8 @@ from cllm.hub import export as export_module
 from cllm.model.sizes import build_decoder
 from cllm.runs import DataDigests, RunFolder, load_run
 from cllm.runs.names import TIED, WEIGHTS_FILE
+from cllm.train.run import train
+from tests.ranks import train_on_ranks
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -99,11 +100,10 @@ def test_a_run_that_was_trained(strategy, convert, prepared, tmp_path) -> None:
             **{"strategy": strategy, "devices": 1 if strategy == "single" else 2},
         },
     }
-    (tmp_path / "a.yaml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
-    done = subprocess.run(
-        [sys.executable, REPO / "train.py", "--config", tmp_path / "a.yaml"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    if strategy == "single":
+        train(Config.model_validate(config))
+    else:
+        train_on_ranks(2, Config.model_validate(config), tmp_path / "log.txt")
     assert convert("export", tmp_path / "runs" / "a", tmp_path / "out") == 0
     decoder, found, step = load_run(tmp_path / "runs" / "a")
     assert (step, found.train.strategy) == (2, strategy)

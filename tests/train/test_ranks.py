@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -17,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback
 
 from cllm.config import Config
@@ -25,15 +23,11 @@ from cllm.errors import UserError
 from cllm.runs import RunFolder
 from cllm.train.ranks import RankWatch, is_lost_connection
 from cllm.train.run import train
+from tests.ranks import SECONDS, run_ranks
 
 Tiny = Callable[..., Config]
 SIZES = ("--train.global_batch", "8", "--train.micro_batch", "1", "--train.steps", "6", "--train.checkpoint_every", "2")
 KEPT = ("--train.keep_checkpoints", "9", "--train.validate_every", "3")
-SECONDS = 60.0
-"""Time that the other ranks have to end when one was killed."""
-
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["cllm.train.run"])
 
 
 class Record(Callback):
@@ -84,12 +78,7 @@ class Stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _rank(config: Config, variables: dict[str, str], records: Path, at_step: Any, resume: str | None) -> None:
-    """One process, started as torchrun does."""
-    torch.set_num_threads(1)
-    os.environ.update(variables)
-    rank = int(variables["RANK"])
-    pytest.MonkeyPatch().setattr(rank_zero_only, "rank", rank, raising=False)
+def _rank(rank: int, config: Config, records: Path, at_step: Any, resume: str | None) -> None:
     with (records / f"{rank}.err").open("w", buffering=1) as errors, contextlib.redirect_stderr(errors):
         try:
             train(config, resume=resume, callbacks=[Record(records, rank, at_step)])
@@ -134,21 +123,7 @@ def ranks(tiny: Tiny, tmp_path: Path) -> Callable[..., Outcome]:
         config = tiny(*SIZES, *KEPT, "--train.devices", str(number), "--train.strategy", "ddp", *settings)
         records = tmp_path / f"records-{len(list(tmp_path.glob('records-*')))}"
         records.mkdir()
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = str(server.getsockname()[1])
-        started = []
-        for rank in range(number):
-            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
-            variables |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": 1}
-            arguments = (config, {k: str(v) for k, v in variables.items()}, records, at_step, resume)
-            started.append(_processes.Process(target=_rank, args=arguments))
-            started[-1].start()
-        deadline = time.monotonic() + SECONDS
-        for process in started:
-            process.join(max(deadline - time.monotonic(), 0))
-        statuses = [process.exitcode for process in started]
-        for process in started:
-            process.kill()
+        statuses = run_ranks(number, _rank, config, records, at_step, resume)
         return Outcome(config, statuses, records)
 
     return run

@@ -34,6 +34,7 @@ from cllm.train.optim import parameter_groups
 from cllm.train.resume import check_resumable
 from cllm.train.run import train, with_vocabulary
 from cllm.train.schedule import learning_rate_factor
+from tests.ranks import train_on_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = ("input_ids", "labels", "positions", "document_ids")
@@ -217,18 +218,8 @@ def test_a_run_goes_on_with_another_number_of_devices(tiny: Tiny, tmp_path: Path
     settings = ["--train.micro_batch", "1", "--train.validate_every", "2", "--optim.schedule", "constant"]
     whole = train(tiny("--name", "whole", "--train.steps", "7", *settings))
     train(tiny("--name", "moved", "--train.steps", "3", *settings))
-    file = tmp_path / "moved.yaml"
-    file.write_text(yaml.safe_dump(tiny("--name", "moved", *settings).as_yaml_data()), encoding="utf-8")
-    command = [sys.executable, "train.py", "--config", str(file), "--train.steps", "5", "--resume", "auto"]
-    done = subprocess.run(
-        [*command, "--train.devices", "2"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    config = tiny("--name", "moved", "--train.steps", "5", *settings)
+    train_on_ranks(2, config, tmp_path / "log.txt", resume="auto")
     moved = train(tiny("--name", "moved", "--train.steps", "7", *settings), resume="auto")
     assert losses(moved) == pytest.approx(losses(whole), rel=1e-4)
     validation = losses(moved, "val/loss")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from cllm.uptrain import loss as losses
 from cllm.uptrain.complete import load_config
 from cllm.uptrain.decoder import build_traced
 from cllm.uptrain.trainable import make_trainable
+from tests.ranks import train_on_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 LOSS = ("--uptrain.loss.kl", "1.0", "--uptrain.loss.hidden", "1.0")
@@ -302,11 +301,7 @@ def test_two_cpu_processes_take_the_same_steps_as_one(student: Student, tmp_path
     settings = [*LOSS, "--uptrain.trainable", "kv", "--uptrain.random_sources", "0.5", "--train.steps", "3"]
     config = student("mha", *settings, "--name", "one")
     one = train(config)
-    file = tmp_path / "two.yaml"
-    file.write_text(yaml.safe_dump(config.as_yaml_data()), encoding="utf-8")
-    command = [sys.executable, "train.py", "--config", str(file), "--name", "two", "--train.devices", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    train_on_ranks(2, student("mha", *settings, "--name", "two"), tmp_path / "log.txt")
     two = RunFolder(one.path.parent / "two")
     for tag in ("train/objective", "val/loss", "val/teacher_loss"):
         assert rows(two, tag) == pytest.approx(rows(one, tag), rel=1e-4), tag

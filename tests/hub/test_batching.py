@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,14 +45,6 @@ MIXED = {
         {"layers": 7, "keys": {"share": 1}, "values": {"share": 0}, "window": 5},
     ]
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_collections() -> Iterator[None]:
-    """transformers collects garbage twice in every call, each time through all that torch has imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

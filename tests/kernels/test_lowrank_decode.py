@@ -49,6 +49,14 @@ class Case:
     factor: float = 1.0
     """Factor on cosines and sines, as YaRN has."""
 
+    @property
+    def hides(self) -> bool:
+        """Whether all that differs from the first case is what is visible, for which dtype and tiles do not matter."""
+        plain = Case()
+        return self != plain and plain == replace(
+            self, s=plain.s, t=plain.t, first=None, column=None, exclude_self=False
+        )
+
     def __str__(self) -> str:
         default = Case()
         changed = (f"{name}{value}" for name, value in vars(self).items() if value != getattr(default, name))
@@ -361,7 +369,7 @@ def interpreted() -> None:
     split_lowrank.torch.empty = poisoned
     for case in CASES:
         two = 2 if case.budget is None and case.g % 2 == 0 else 1
-        for dtype, pack in ((torch.float32, two), (torch.float16, 1)):
+        for dtype, pack in ((torch.float32, two), (torch.float16, 1))[: 1 if case.hides else 2]:
             arguments, selection, wanted = call(case, dtype)
             queries, keys, values, tables, visible = arguments
             rebuild = Rebuild(block_n=32, block_r=16, pack=pack, num_warps=4, num_stages=2)
@@ -371,6 +379,8 @@ def interpreted() -> None:
                 assert_close(found.split(case.d, dim=-1), wanted, dtype)
             except AssertionError as error:
                 raise AssertionError(f"{case}, {dtype}, pack {pack}") from error
+        if case.hides:
+            continue
         arguments, selection, wanted = call(case, torch.float32)
         parts = lowrank_decode(*arguments, scale=SCALE, selection=selection, kernel="triton")
         assert_close(parts, wanted, torch.float32)

@@ -291,11 +291,13 @@ def _suite_of(record: dict[str, Any]) -> str:
 
 
 def _numbers(record: dict[str, Any], varied: dict[str, list[str]]) -> list[tuple[Score, str]]:
-    """The numbers of a record, with their keys; none for a single task of a suite of samples.
+    """The numbers of a record, with their keys; none for one of refused specs or a single task of a suite of samples.
 
     Args:
         varied: the options of perplexity that belong into a label, because records with it differ in them.
     """
+    if "refused" in record:
+        return []
     name = _suite_of(record)
     suite = suites().get(name)
     if isinstance(suite, TaskSuite):

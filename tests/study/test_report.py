@@ -131,6 +131,7 @@ def test_scores_are_means_over_seeds_and_not_over_tasks_or_suites(
                 records.append(record | {"task": task, "loss": loss + above})  # evaluate writes "all" twice
         for stride in (64, 128):
             records.append({"set": "books", "window": 256, "stride": stride, "loss": level + stride})
+        records.append({"suite": "copying", "refused": {"kivi:bits=4": "why"}})
         change(layout, f"mha-lr0.002-160-s{seed}-*", evaluations=records)
     found = summarise(study, read_results(layout.results)).scores
     means = {(score.label, score.head): by_row["mha"] for score, by_row in found if "mha" in by_row}
@@ -140,6 +141,8 @@ def test_scores_are_means_over_seeds_and_not_over_tasks_or_suites(
         ("perplexity, books, --stride 64", "loss"): Mean(2, 66.0, 1.0),
         ("perplexity, books, --stride 128", "loss"): Mean(2, 130.0, 1.0),
     }, "entries of perplexity with other options are rows of their own"
+    text = report_text(summarise(study, read_results(layout.results)), [])
+    assert text.count("- mha, copying: `kivi:bits=4`: why") == 1
 
 
 def test_a_result_keeps_each_record_once_and_of_paths_the_last_part() -> None:

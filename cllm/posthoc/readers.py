@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, H query heads, G KV heads, D channels of a head, M d_
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +18,16 @@ from cllm.errors import UserError
 WINDOW = 256
 """Last queries of a prompt that are recorded. A second moment of 128 channels needs some hundreds."""
 
-NOT_RECORDED = (
-    "weight=queries: the queries of the prompt were not recorded: fill the cache inside of "
-    "`with method.watch(engine)`, and compress it before release()"
-)
+
+def not_recorded(user: str) -> str:
+    """The error of `user`, an option or a method, if no queries were recorded."""
+    return (
+        f"{user}: the queries of the prompt were not recorded: fill the cache inside of `with method.watch(engine)`, "
+        "and compress it before release()"
+    )
+
+
+NOT_RECORDED = not_recorded("weight=queries")
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,13 @@ class SlotReader:
 class RecordedQueries:
     """The last queries before RoPE of some layers, recorded while a cache is filled. They stand for those to come."""
 
-    def __init__(self) -> None:
+    def __init__(self, last: int | None = WINDOW, user: str = "weight=queries") -> None:
+        """
+        Args:
+            last: queries to keep; None: all of the prompt.
+            user: the option or method that errors name.
+        """
+        self._last, self._user = sys.maxsize if last is None else last, user
         self._queries: dict[int, Tensor] = {}
         self._streams: dict[int, Tensor] = {}
 
@@ -55,14 +68,14 @@ class RecordedQueries:
         for reader in {reader.layer: reader for reader in readers}.values():
 
             def add(_: nn.Module, args: tuple[Tensor, ...], q: Tensor, reader: SlotReader = reader) -> None:
-                new = q.detach().reshape(*q.shape[:2], *reader.output.shape[1:])[:, -WINDOW:]
+                new = q.detach().reshape(*q.shape[:2], *reader.output.shape[1:])[:, -self._last :]
                 before = self._queries.get(reader.layer)
-                if before is not None and len(before) == len(new) and new.shape[1] < WINDOW:
-                    new = torch.cat((before, new), dim=1)[:, -WINDOW:]
+                if before is not None and len(before) == len(new) and new.shape[1] < self._last:
+                    new = torch.cat((before, new), dim=1)[:, -self._last :]
                 self._queries[reader.layer] = new.clone()
 
             def measure(_: nn.Module, args: tuple[Tensor, ...], layer: int = reader.layer) -> None:
-                self._streams[layer] = args[0].detach()[:, -WINDOW:].float().square().sum(-1)
+                self._streams[layer] = args[0].detach()[:, -self._last :].float().square().sum(-1)
 
             handles += [reader.queries.register_forward_hook(add), reader.stream.register_forward_pre_hook(measure)]
         try:
@@ -84,7 +97,7 @@ class RecordedQueries:
             UserError: if no queries were recorded.
         """
         if layer not in self._queries:
-            raise UserError(NOT_RECORDED)
+            raise UserError(not_recorded(self._user))
         return self._queries[layer][:, -tokens:]
 
     def streams(self, layer: int, tokens: int) -> Tensor:

@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, H query heads, G KV heads, D channels of a head, M d_
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,10 @@ from cllm.errors import UserError
 
 WINDOW = 256
 """Last queries of a prompt that are recorded. A second moment of 128 channels needs some hundreds."""
+
+
+ALL = 2**40
+"""More queries than any prompt has."""
 
 
 def not_recorded(user: str) -> str:
@@ -56,7 +59,7 @@ class RecordedQueries:
             last: queries to keep; None: all of the prompt.
             user: the option or method that errors name.
         """
-        self._last, self._user = sys.maxsize if last is None else last, user
+        self._last, self._user = ALL if last is None else last, user
         self._queries: dict[int, Tensor] = {}
         self._streams: dict[int, Tensor] = {}
 

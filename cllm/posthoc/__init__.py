@@ -26,6 +26,7 @@
     parallel.py      independent work in parallel on a GPU
     compress.py      from a filled cache to compressed prefixes, and their errors
     deferred.py      compressed keys and values that a decode step reads in their stored form
+    pages.py         exact keys in pages, of which a decode step reads some
     cache.py         compressed slots in a `KVCache`
     hf.py            compressed layers in a transformers cache
     engine.py        cllm's and transformers' models behind one interface

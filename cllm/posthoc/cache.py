@@ -25,6 +25,7 @@ from cllm.posthoc.code import Prefix
 from cllm.posthoc.compress import Outcome, encode
 from cllm.posthoc.deferred import Deferred
 from cllm.posthoc.method import Compressor
+from cllm.posthoc.pages import PagedRead
 from cllm.posthoc.slots import CompressibleSlots, JointRead
 from cllm.posthoc.tensor_tree import once_each, total_bytes
 
@@ -64,7 +65,9 @@ class CompressedSlot(SlotStore):
 
     def extend(self, new: Slot, step: Step) -> Slot:
         exact = self.tail.extend(new, self._tail_step(step))
-        if isinstance(step, DecodeStep) and self.defers:
+        if isinstance(step, DecodeStep) and self.prefix.k.selects:
+            slot = Slot(*(PagedRead(self.prefix, kind, exact) for kind in ("k", "v")))  # type: ignore[arg-type]
+        elif isinstance(step, DecodeStep) and self.defers:
             k, v = (Deferred(self.prefix, kind, exact, step.table) for kind in ("k", "v"))
             slot = Slot(k, v)  # type: ignore[arg-type]  # attention calls `attend` of what is not a tensor
         else:
@@ -203,7 +206,7 @@ class CompressedKVCache(KVCache):
         self.stores = {owner: stores[owner] for owner in cache.stores}
 
     def _check_selection(self, prefixes: dict[int, Prefix]) -> None:
-        selecting = {owner for owner, prefix in prefixes.items() if prefix.landmarks is not None}
+        selecting = {owner for owner, prefix in prefixes.items() if prefix.selects}
         for layer in range(len(self.plan)):
             sources = self.plan.keys(layer).layers
             if self.plan.reads_at_once(layer) and selecting & set(sources):

@@ -149,7 +149,7 @@ class CompressedDynamicCache(Cache):
             method, compressible_layers(cache, self.model, self.starts), measure=self.measure
         )
         self.seconds += self.outcome.seconds
-        if any(prefix.landmarks is not None for prefix, _ in prefixes.values()):
+        if any(prefix.selects for prefix, _ in prefixes.values()):
             raise UserError(
                 f"{self.method.name}: select: transformers' attention reads all tokens; allowed: caches of cllm models"
             )

@@ -60,14 +60,14 @@ class Sinks(TensorTree):
         """(B, s, ...): the sinks of `x` (B, S, ...), a copy."""
         if self.starts is None:
             return x[:, : self.count].clone()
-        return _rows(x, self._first() + torch.arange(self.count, device=x.device))
+        return _rows(x, self.first(x.device) + torch.arange(self.count, device=x.device))
 
     def without(self, x: Tensor) -> Tensor:
         """(B, S - s, ...): the other tokens of `x` (B, S, ...), in order; a view if there is no padding."""
         if self.starts is None or not self.count:
             return x[:, self.count :]
         columns = torch.arange(self.rest, device=x.device)
-        return _rows(x, columns + self.count * (columns >= self._first()))
+        return _rows(x, columns + self.count * (columns >= self.first(x.device)))
 
     def join(self, rest: Slot, exact: Slot) -> Slot:
         """All tokens, (B, S + T, ...) each, in the order of their columns.
@@ -82,14 +82,15 @@ class Sinks(TensorTree):
         joined = rest.join(exact)
         if not self.count:
             return joined
-        columns, first = torch.arange(joined.k.shape[1], device=joined.k.device), self._first()
+        columns, first = torch.arange(joined.k.shape[1], device=joined.k.device), self.first(joined.k.device)
         moved = torch.where(columns < first + self.count, columns - first + self.rest, columns - self.count)
         indices = torch.where((columns < first) | (columns >= self.length), columns, moved)
         return joined.map(lambda t: _rows(t, indices))
 
-    def _first(self) -> Tensor:
-        """(B, 1): the column of the first sink."""
-        assert self.starts is not None
+    def first(self, device: torch.device) -> Tensor:
+        """(B, 1), or (1, 1) without padding: the index of the first sink among the stored tokens."""
+        if self.starts is None:
+            return torch.zeros(1, 1, dtype=torch.long, device=device)
         return (self.starts[:, None] - self.evicted).clamp(min=0, max=self.rest)
 
 

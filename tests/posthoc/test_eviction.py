@@ -8,6 +8,7 @@ entire text, later queries do not see the others. Positions are those of the tex
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from cllm.errors import UserError
 from cllm.posthoc.cache import CompressedSlot, compress_cache
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.hf import compress_dynamic
+from cllm.posthoc.pages import make_pages, select_tokens
 from cllm.posthoc.registry import parse
 from cllm.prefix.pack import pack, unpack
 
@@ -38,7 +40,7 @@ class Dense:
     """Slow attention with every weight at hand."""
 
     def __init__(self):
-        self.layer, self.weights, self.hidden = 0, {}, {}
+        self.layer, self.weights, self.hidden, self.select, self.dense = 0, {}, {}, None, 0
 
     def __call__(self, q, k, v, *, window=None, exclude_self=False):
         """(B, T, H, D) for q (B, T, H, D) and k, v (B, T, G, D)."""
@@ -46,6 +48,8 @@ class Dense:
         k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
         t, s = torch.arange(tokens)[:, None], torch.arange(tokens)
         seen = (s < t if exclude_self else s <= t) & (t - s < (window or tokens))
+        if self.select is not None and self.layer >= self.dense:
+            self.hidden[self.layer] = self.select(q, k[:, :PREFIX, ::groups])
         if self.layer in self.hidden:  # (B, G, T, T)
             seen = seen & ~self.hidden[self.layer].repeat_interleave(groups, dim=1)
         scores = torch.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
@@ -288,6 +292,54 @@ def test_a_quantiser_after_eviction_codes_what_is_left(design, tokens):
         assert 0 < (left - exact).norm() / exact.norm() < 0.1
 
 
+# ---- pages ----------------------------------------------------------------------------------------------------------
+
+
+def test_quest_reads_the_pages_of_the_largest_bounds(design, tokens, dense):
+    """Alone, padded by a page and in a static cache; of the first slot all tokens are read."""
+    page, budget, sinks, starts = 4, 2, 2, torch.tensor([0, 0, 4])
+    spec = f"quest:select={page * budget},page={page},sinks={sinks},dense=1"
+    model, ids = design("cla"), tokens(3, LENGTH)
+    engine = engine_of(model)
+    compressed, cache = compressed_cache(engine, ids[:, :PREFIX], spec)
+    for slot, store in compressed.stores.items():
+        bounds = 0 if slot == min(compressed.stores) else 2 * 5 * store.prefix.k.decode()[:, :1].nbytes
+        assert store.nbytes() == cache.stores[slot].nbytes() + bounds  # 18 tokens besides the sinks are five pages
+    static = compress_cache(cache, parse(spec), room=8)
+    found = read_on(engine, compressed, ids[:, PREFIX:], [1] * 8)
+    torch.testing.assert_close(read_on(engine, static, ids[:, PREFIX:], [1] * 8), found, atol=1e-5, rtol=1e-5)
+    padded, _ = compressed_cache(engine, ids[:, :PREFIX], spec, starts=starts)
+    alone, _ = compressed_cache(engine, ids[2:, 4:PREFIX], spec)
+    read = read_on(engine, padded, ids[:, PREFIX:], [1] * 8)
+    torch.testing.assert_close(read[:2], found[:2], atol=1e-5, rtol=1e-5)
+    expected = read_on(engine, alone, ids[2:, PREFIX:], [1] * 8)
+    torch.testing.assert_close(read[2:], expected, atol=1e-4, rtol=1e-4)
+
+    def select(q, k):
+        hidden = torch.zeros(len(k), k.shape[2], LENGTH, LENGTH, dtype=torch.bool)
+        for b, g, t in itertools.product(range(len(k)), range(k.shape[2]), range(PREFIX, LENGTH)):
+            heads = q[b, t].unflatten(0, (k.shape[2], -1))[g]
+            pages = k[b, sinks:, g].split(page)  # page, D
+            bounds = [max(torch.maximum(h * p.amin(0), h * p.amax(0)).sum().item() for h in heads) for p in pages]
+            best = sorted(range(len(pages)), key=lambda i: -bounds[i])[:budget]
+            for i in set(range(len(pages))) - set(best):
+                hidden[b, g, t, sinks + page * i : sinks + page * (i + 1)] = True
+        return hidden
+
+    reference = dense(model)
+    reference.select = select
+    reference.dense = max(model.plan.readers("keys")[min(compressed.stores)]) + 1
+    torch.testing.assert_close(found, model(ids)[:, PREFIX:], atol=2e-4, rtol=2e-4)
+
+
+def test_pages_of_padding_are_selected_last():
+    k, is_text = -torch.ones(1, 6, 1, 2), torch.tensor([[False, False, True, True, True, True]])
+    pages = make_pages(k, is_text, page=2, budget=2)
+    chosen, is_token = select_tokens(torch.ones(1, 1, 1, 2), pages, is_text)
+    assert sorted(chosen.flatten().tolist()) == [2, 3, 4, 5]
+    assert is_token.all()
+
+
 # ---- caches ---------------------------------------------------------------------------------------------------------
 
 
@@ -354,6 +406,7 @@ def test_codes_do_not_drift_over_four_times_the_prompt(design, tokens):
         ("snapkv:ratio=2,kernel=4", "kernel=4: has no middle; allowed: odd numbers"),
         ("h2o:ratio=2,recompress=8", "recompress=8: the queries of later tokens are not recorded"),
         ("streaming:ratio=2+svd:ratio=2", "allowed with [+]: .*snapkv.* then kivi or xquant"),
+        ("quest:select=20", "select=20 is no multiple of page=16"),
         ("entropy:tokens=0", "tokens: Input should be greater than or equal to 1"),
     ],
 )
@@ -386,5 +439,9 @@ def test_other_caches_are_refused(design, decoder, llama, tokens, filled):
         engine.compress(cache, parse("snapkv:tokens=9,window=2"))
     with pytest.raises(UserError, match="streaming: room=8: a static cache finds tokens by their columns"):
         compress_cache(cache, parse("streaming:tokens=9"), room=8)
+    with pytest.raises(UserError, match="quest: select: the keys of layer 4 are made of the slots"):
+        compressed_cache(engine_of(design("fusedkv")), tokens(2, PREFIX), "quest:select=4,page=4,dense=0")
+    with pytest.raises(UserError, match="quest: select: transformers' attention reads all tokens"):
+        compressed_cache(engine_of(llama()), tokens(2, PREFIX), "quest:select=4,page=4")
     with pytest.raises(UserError, match="entropy: transformers makes one mask for all layers"):
         compressed_cache(engine_of(llama()), tokens(2, PREFIX), SPECS["entropy"])

@@ -21,6 +21,7 @@
     h2o.py           H2O: tokens of the most attention from all queries
     snapkv.py        SnapKV: tokens of the most attention from the prompt's last queries
     entropy_budgets.py  tokens evicted by budgets from the entropy of attention
+    quest.py         Quest: an exact cache of which steps read selected pages
     vfold.py         VFOLD: values of neighbouring layers averaged in common coordinates
     hf_quantized.py  transformers' `QuantizedCache`
 

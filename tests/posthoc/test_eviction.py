@@ -323,7 +323,7 @@ def test_quest_reads_the_pages_of_the_largest_bounds(design, tokens, dense):
             bounds = [max(torch.maximum(h * p.amin(0), h * p.amax(0)).sum().item() for h in heads) for p in pages]
             best = sorted(range(len(pages)), key=lambda i: -bounds[i])[:budget]
             for i in set(range(len(pages))) - set(best):
-                hidden[b, g, t, sinks + page * i : sinks + page * (i + 1)] = True
+                hidden[b, g, t, sinks + page * i : min(sinks + page * (i + 1), PREFIX)] = True
         return hidden
 
     reference = dense(model)

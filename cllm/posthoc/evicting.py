@@ -197,12 +197,14 @@ class Voting(Evicting):
     def release(self) -> None:
         self._queries, self._readers = RecordedQueries(self.observed, self.name), {}
 
-    def votes(self, cached: CompressibleSlots, union: Union) -> list[Votes]:
-        """Of all layers that read slots of `union`."""
+    def votes(self, cached: CompressibleSlots, union: Union, *, entropy: bool = False) -> list[Votes]:
+        """Of all layers that read slots of `union`; with `entropy`, that too."""
         layers = sorted({reader.layer for slot in union for reader in self._readers.get(slot, ())})
         if not layers:
             raise UserError(not_recorded(self.name))
-        return [layer_votes(cached, self._readers, self._queries, layer, self.name) for layer in layers]
+        return [
+            layer_votes(cached, self._readers, self._queries, layer, self.name, entropy=entropy) for layer in layers
+        ]
 
     def received(self, cached: CompressibleSlots, union: Union) -> Tensor:
         """(B, G, n) fp32: the attention that tokens get, summed over queries, layers, and the heads of a KV head."""

@@ -33,8 +33,8 @@ class Votes:
 
     received: Tensor
     """(B, H, n) fp32: the attention that a token gets, summed over queries; 0 for padding."""
-    entropy: Tensor
-    """(B,) fp32: of the attention of a query in nats, the mean over queries and heads."""
+    entropy: Tensor | None
+    """(B,) fp32: of the attention of a query in nats, the mean over queries and heads; None: not asked for."""
 
 
 def layer_votes(
@@ -43,6 +43,8 @@ def layer_votes(
     queries: RecordedQueries,
     layer: int,
     user: str,
+    *,
+    entropy: bool = False,
 ) -> Votes:
     """The votes of the recorded queries of `layer`.
 
@@ -52,6 +54,7 @@ def layer_votes(
         queries: of the layer, for the last tokens of the prompt.
         layer: which reads slots of `cached` only.
         user: the method that errors name.
+        entropy: compute the entropy too.
 
     Raises:
         UserError: if the queries of this prompt were not recorded.
@@ -67,19 +70,23 @@ def layer_votes(
     exclude_self = any(read.exclude_self for read in cached.reads if read.layer == layer)
     is_text = cached.is_text(tokens)
     heads = q.shape[2] * q.shape[3]
-    received, entropy = k.new_zeros(batch, heads, tokens), k.new_zeros(batch)
+    received, total = k.new_zeros(batch, heads, tokens), k.new_zeros(batch)
     size = max(_SCORES // (batch * heads * tokens), 1)
     for part, at in zip(q.split(size, dim=1), columns.split(size, dim=1), strict=True):
-        visible = torch.arange(tokens, device=k.device) <= at[..., None] - int(exclude_self)  # 1, m, n
+        end = int(at[0, -1]) + 1  # later keys are seen by none of these queries
+        visible = torch.arange(end, device=k.device) <= at[..., None] - int(exclude_self)  # 1, m, end
         if is_text is not None:
-            visible = visible & is_text[:, None] & is_text[:, at[0]][..., None]
-        seen = visible[:, None, None]  # B or 1, 1, 1, m, n
-        scores = torch.einsum("bmgrd,bngd->bgrmn", part, k).masked_fill(~seen, -torch.inf)
+            visible = visible & is_text[:, None, :end] & is_text[:, at[0]][..., None]
+        seen = visible[:, None, None]  # B or 1, 1, 1, m, end
+        scores = torch.einsum("bmgrd,bngd->bgrmn", part, k[:, :end]).masked_fill_(~seen, -torch.inf)
         weights = scores.softmax(-1).nan_to_num(0.0)  # a query that sees nothing has no attention
-        received += weights.sum(-2).flatten(1, 2)
-        entropy += torch.special.entr(weights).sum((1, 2, 3, 4))
+        received[..., :end] += weights.sum(-2).flatten(1, 2)
+        if entropy:
+            total += torch.special.entr(weights).sum((1, 2, 3, 4))
+    if not entropy:
+        return Votes(received, None)
     counted = q.shape[1] if is_text is None else is_text[:, columns[0]].sum(1).clamp(min=1)
-    return Votes(received, entropy / counted / heads)
+    return Votes(received, total / counted / heads)
 
 
 def _read_keys(cached: CompressibleSlots, readers: Mapping[int, Sequence[SlotReader]], layer: int) -> Tensor:

@@ -46,5 +46,8 @@ class Entropy(Voting):
         return self.received(cached, union).sum(1, keepdim=True)
 
     def shares_of_budget(self, cached: CompressibleSlots, unions: Sequence[Union]) -> list[float]:
-        entropies = [torch.stack([votes.entropy for votes in self.votes(cached, union)]).mean() for union in unions]
-        return torch.stack(entropies).clamp(min=1e-6).tolist()
+        spreads = []
+        for union in unions:
+            found = [votes.entropy for votes in self.votes(cached, union, entropy=True) if votes.entropy is not None]
+            spreads.append(torch.stack(found).mean())
+        return torch.stack(spreads).clamp(min=1e-6).tolist()

@@ -72,8 +72,10 @@ def layer_votes(
     heads = q.shape[2] * q.shape[3]
     received, total = k.new_zeros(batch, heads, tokens), k.new_zeros(batch)
     size = max(_SCORES // (batch * heads * tokens), 1)
-    for part, at in zip(q.split(size, dim=1), columns.split(size, dim=1), strict=True):
-        end = int(at[0, -1]) + 1  # later keys are seen by none of these queries
+    last = q.shape[1]
+    for begin in range(0, last, size):
+        part, at = q[:, begin : begin + size], columns[:, begin : begin + size]
+        end = tokens - last + min(begin + size, last)  # later keys are seen by none of these queries
         visible = torch.arange(end, device=k.device) <= at[..., None] - int(exclude_self)  # 1, m, end
         if is_text is not None:
             visible = visible & is_text[:, None, :end] & is_text[:, at[0]][..., None]

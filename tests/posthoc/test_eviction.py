@@ -93,7 +93,7 @@ def chosen(kind, weights, groups, budget, window=WINDOW):
     """The kept tokens of each sequence and KV head, as sets; weights (B, H, P, P) of all layers that read a slot."""
     total = torch.stack(weights).sum(0)
     batch, heads, n, _ = total.shape
-    kept = [[set() for _ in range(groups)] for _ in range(batch)]
+    kept: list[list[set[int]]] = [[set() for _ in range(groups)] for _ in range(batch)]
     for b in range(batch):
         for g in range(groups):
             rows = total[b, g * heads // groups : (g + 1) * heads // groups].sum(0)  # P, P
@@ -144,7 +144,7 @@ def evict_slowly(ids, kind, dense, reads, groups, slots):
 
         fits = [f for f in factors if sum(n * c for n, c in zip(sizes, counts(f), strict=True)) <= TOKENS * sum(sizes)]
         budgets = counts(fits[-1])
-    kept_by = {}
+    kept_by: dict[int, list[list[set[int]]]] = {}
     for union, own, budget in zip(found, layers, budgets, strict=True):
         kept = chosen(kind, [weights[i] for i in own], groups, budget)
         kept_by |= dict.fromkeys(union, kept)

@@ -14,7 +14,7 @@ from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
 
 
-@register("quest", summary="the exact cache, of which a decode step reads selected pages", sweep=("quest",))
+@register("quest", summary="the exact cache, of which a decode step reads selected pages")
 class Quest(Compressor):
     """Pages selected by bounds on their keys. No byte is saved: the bounds add 2 / `page` of the keys. Steps read less.
 

@@ -48,6 +48,11 @@ def encode(
     """
     if not cached.slots:
         raise UserError(f"{method.name}: nothing to compress: all slots have a window or are recurrent states")
+    if cached.evicted and not method.evicts:
+        raise UserError(
+            f"{method.name}: tokens of the cache were evicted, and those that are left are not the same in all slots; "
+            "allowed: streaming, or a quantiser after the + of the evicting method"
+        )
     began = _now(cached)
     left = evict(cached, method.kept(cached))
     prefixes: dict[int, tuple[Prefix, Slot]] = {}

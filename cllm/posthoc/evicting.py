@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
@@ -32,6 +32,8 @@ Union = tuple[int, ...]
 
 class Evicting(Codable):
     """A method that keeps the first tokens, the last ones, and those of the highest scores between them."""
+
+    evicts: ClassVar[bool] = True
 
     tokens: int | None = Field(None, ge=1)
     """Tokens that every KV head of a slot keeps of a prompt, sinks included; give it or `ratio`."""
@@ -199,6 +201,11 @@ class Voting(Evicting):
 
     def votes(self, cached: CompressibleSlots, union: Union, *, entropy: bool = False) -> list[Votes]:
         """Of all layers that read slots of `union`; with `entropy`, that too."""
+        if cached.evicted:
+            raise UserError(
+                f"{self.name}: tokens of the cache were evicted before, for which no query can vote; allowed: an exact "
+                "cache"
+            )
         layers = sorted({reader.layer for slot in union for reader in self._readers.get(slot, ())})
         if not layers:
             raise UserError(not_recorded(self.name))

@@ -101,6 +101,8 @@ class Compressor(Section):
     """Whether `encode` gets keys before RoPE."""
     no_recompress: ClassVar[str | None] = None
     """Why the method cannot compress a cache again; None: it can."""
+    evicts: ClassVar[bool] = False
+    """Whether the method may drop tokens of a cache (`kept`)."""
     no_sinks: ClassVar[str | None] = None
     """Why the method keeps no sinks; None: it does."""
 

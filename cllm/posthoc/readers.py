@@ -62,6 +62,7 @@ class RecordedQueries:
         self._last, self._user = ALL if last is None else last, user
         self._queries: dict[int, Tensor] = {}
         self._streams: dict[int, Tensor] = {}
+        self._sizes: dict[int, list[int]] = {}
 
     @contextmanager
     def record(self, readers: Iterable[SlotReader]) -> Iterator[None]:
@@ -76,6 +77,7 @@ class RecordedQueries:
                 if before is not None and len(before) == len(new) and new.shape[1] < self._last:
                     new = torch.cat((before, new), dim=1)[:, -self._last :]
                 self._queries[reader.layer] = new.clone()
+                self._sizes.setdefault(reader.layer, []).append(q.shape[1])
 
             def measure(_: nn.Module, args: tuple[Tensor, ...], layer: int = reader.layer) -> None:
                 self._streams[layer] = args[0].detach()[:, -self._last :].float().square().sum(-1)
@@ -89,7 +91,7 @@ class RecordedQueries:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._queries, self._streams = {}, {}
+        self._queries, self._streams, self._sizes = {}, {}, {}
 
     def of(self, layer: int, tokens: int) -> Tensor:
         """The queries (B, m, H, D) of a layer for the last m of the prompt's `tokens` tokens.
@@ -102,6 +104,15 @@ class RecordedQueries:
         if layer not in self._queries:
             raise UserError(not_recorded(self._user))
         return self._queries[layer][:, -tokens:]
+
+    def consecutive(self, layer: int, tokens: int) -> int:
+        """How many of the last recorded queries of a layer are those of the last tokens, one after another.
+
+        All of them, if as many were computed as the prompt has tokens. A layer that is computed several times has them
+        in its last pass. In a prefill that computes only the last token of the highest layers, theirs is one.
+        """
+        sizes = self._sizes.get(layer, [1])
+        return tokens if sum(sizes) == tokens else sizes[-1]
 
     def streams(self, layer: int, tokens: int) -> Tensor:
         """(B, m) fp32: the squared length of the residual stream after attention, for the last tokens of the last

@@ -61,7 +61,7 @@ def layer_votes(
     """
     k = _read_keys(cached, readers, layer)
     batch, tokens, groups, dim = k.shape
-    q = queries.of(layer, tokens)  # B, m, H, D
+    q = queries.of(layer, min(tokens, queries.consecutive(layer, tokens)))  # B, m, H, D
     if len(q) != batch:
         raise UserError(not_recorded(user))
     columns = torch.arange(tokens - q.shape[1], tokens, device=k.device)[None]  # 1, m

@@ -294,6 +294,20 @@ def test_a_quantiser_after_eviction_codes_what_is_left(design, tokens):
         assert 0 < (left - exact).norm() / exact.norm() < 0.1
 
 
+def test_a_prefill_in_pieces_gives_the_same_votes(design, tokens):
+    """Layers of which only the last token is computed have one vote."""
+    model, ids = design("yoco"), tokens(2, PREFIX)
+    engine, kept = engine_of(model), []
+    for chunk in (None, 7):
+        method, cache = parse(SPECS["snapkv"].replace("window=3", "window=2")), engine.new_cache()
+        with method.watch(engine):
+            model.prefill(ids, cache, chunk=chunk)
+        kept.append(method.kept(engine.compressible(cache)))
+    assert kept[0]
+    assert kept[0].keys() == kept[1].keys()
+    assert all(torch.equal(kept[0][slot], kept[1][slot]) for slot in kept[0])
+
+
 # ---- pages ----------------------------------------------------------------------------------------------------------
 
 
@@ -441,6 +455,13 @@ def test_other_caches_are_refused(design, decoder, llama, tokens, filled):
         engine.compress(cache, parse("snapkv:tokens=9,window=2"))
     with pytest.raises(UserError, match="streaming: room=8: a static cache finds tokens by their columns"):
         compress_cache(cache, parse("streaming:tokens=9"), room=8)
+    evicted, method = compress_cache(cache, parse("streaming:tokens=9")), parse("snapkv:tokens=7,window=2")
+    with pytest.raises(UserError, match="xkv: tokens of the cache were evicted, and those that are left are not the"):
+        compress_cache(evicted, parse("xkv:ratio=2"))
+    with method.watch(engine):
+        engine.hidden(tokens(2, PREFIX), engine.new_cache())
+    with pytest.raises(UserError, match="snapkv: tokens of the cache were evicted before, for which no query can vote"):
+        compress_cache(evicted, method)
     with pytest.raises(UserError, match="quest: select: the keys of layer 4 are made of the slots"):
         compressed_cache(engine_of(design("fusedkv")), tokens(2, PREFIX), "quest:select=4,page=4,dense=0")
     with pytest.raises(UserError, match="quest: select: transformers' attention reads all tokens"):

@@ -14,6 +14,9 @@
     group.py         a group of slots that share a basis
     fixed_bases.py   bases of keys and values that are fixed before a prompt is seen
     projecting.py    the base of methods that use them
+    eviction.py      slots without the tokens that a method evicts
+    votes.py         the attention that cached tokens get from the prompt's queries
+    evicting.py      the base of methods that evict tokens
     inputs.py        the inputs of the projections, recorded while a cache is filled
     budget.py        the numbers that may be stored for a ratio of bytes
     mixed.py         low-rank factors in codes of mixed width
@@ -23,6 +26,7 @@
     parallel.py      independent work in parallel on a GPU
     compress.py      from a filled cache to compressed prefixes, and their errors
     deferred.py      compressed keys and values that a decode step reads in their stored form
+    pages.py         exact keys in pages, of which a decode step reads some
     cache.py         compressed slots in a `KVCache`
     hf.py            compressed layers in a transformers cache
     engine.py        cllm's and transformers' models behind one interface

@@ -25,7 +25,8 @@ from cllm.posthoc.code import Prefix
 from cllm.posthoc.compress import Outcome, encode
 from cllm.posthoc.deferred import Deferred
 from cllm.posthoc.method import Compressor
-from cllm.posthoc.slots import CompressibleSlots
+from cllm.posthoc.pages import PagedRead
+from cllm.posthoc.slots import CompressibleSlots, JointRead
 from cllm.posthoc.tensor_tree import once_each, total_bytes
 
 
@@ -49,8 +50,8 @@ class CompressedSlot(SlotStore):
 
     def __init__(self, prefix: Prefix, sinks: Slot, room: int | None = None):
         self.prefix, self.dtype = prefix, sinks.k.dtype
-        self.compressed = prefix.sinks.length
-        """Tokens of the prefix, sinks included."""
+        self.compressed = prefix.sinks.tokens
+        """Tokens of the prefix, sinks and evicted tokens included."""
         size = None if room is None else prefix.sinks.count + room
         self.tail = exact_slot(sinks, prefix.sinks.count, size, window=None, dtype=self.dtype, fp8=False)
         """The sinks and the later tokens; for kernels, the tokens from column S - s on (`sinks.py`)."""
@@ -64,7 +65,9 @@ class CompressedSlot(SlotStore):
 
     def extend(self, new: Slot, step: Step) -> Slot:
         exact = self.tail.extend(new, self._tail_step(step))
-        if isinstance(step, DecodeStep) and self.defers:
+        if isinstance(step, DecodeStep) and self.prefix.k.selects:
+            slot = Slot(*(PagedRead(self.prefix, kind, exact) for kind in ("k", "v")))  # type: ignore[arg-type]
+        elif isinstance(step, DecodeStep) and self.defers:
             k, v = (Deferred(self.prefix, kind, exact, step.table) for kind in ("k", "v"))
             slot = Slot(k, v)  # type: ignore[arg-type]  # attention calls `attend` of what is not a tensor
         else:
@@ -79,25 +82,32 @@ class CompressedSlot(SlotStore):
 
     def _tail_step(self, step: Step) -> Step:
         """`step` with the tokens counted as in the tail."""
-        rest = self.prefix.sinks.rest
-        return Step(step.length, max(step.past - rest, 0), step.column - rest)
+        before = self.prefix.sinks.before_tail
+        return Step(step.length, max(step.past - before, 0), step.column - before)
 
     def last(self, n: int, past: int) -> Slot:
-        exact = past - self.prefix.sinks.rest
+        exact = past - self.prefix.sinks.before_tail
         return self.prefix.join(self.tail.last(exact, exact)).map(lambda t: t[:, t.shape[1] - n :])
 
     @property
     def size(self) -> int:
         return self.prefix.sinks.rest + self.tail.size
 
-    def crop(self, length: int, past: int) -> None:
+    def kept(self, past: int) -> int:
+        return past - self.prefix.sinks.evicted
+
+    def can_crop(self, length: int, past: int) -> None:
+        """Raises `UserError` for a length within the compressed tokens."""
         if length < self.compressed:
             raise UserError(
                 f"cache: cannot go back from {past} to {length} tokens: the first {self.compressed} are compressed; "
                 f"allowed: {self.compressed} or more"
             )
-        rest = self.prefix.sinks.rest
-        self.tail.crop(length - rest, past - rest)
+
+    def crop(self, length: int, past: int) -> None:
+        self.can_crop(length, past)
+        before = self.prefix.sinks.before_tail
+        self.tail.crop(length - before, past - before)
 
     def tensors(self) -> dict[str, Tensor]:
         stored = {f"prefix.{i}": tensor for i, tensor in enumerate(self.prefix.storage())}
@@ -177,6 +187,11 @@ class CompressedKVCache(KVCache):
         self.seconds += self.outcome.seconds
         self.compressed, self.sinks = cache.seen, min(method.sinks, cache.seen)
         self._check_selection({owner: prefix for owner, (prefix, _) in prefixes.items()})
+        if self.room is not None and any(prefix.sinks.evicted for prefix, _ in prefixes.values()):
+            raise UserError(
+                f"{self.method.name}: room={self.room}: a static cache finds tokens by their columns, and evicted "
+                "tokens leave gaps; allowed: None"
+            )
         stores: dict[int, Store] = {
             owner: CompressedSlot(*prefixes[owner], self.room)
             if owner in prefixes
@@ -191,7 +206,7 @@ class CompressedKVCache(KVCache):
         self.stores = {owner: stores[owner] for owner in cache.stores}
 
     def _check_selection(self, prefixes: dict[int, Prefix]) -> None:
-        selecting = {owner for owner, prefix in prefixes.items() if prefix.landmarks is not None}
+        selecting = {owner for owner, prefix in prefixes.items() if prefix.selects}
         for layer in range(len(self.plan)):
             sources = self.plan.keys(layer).layers
             if self.plan.reads_at_once(layer) and selecting & set(sources):
@@ -266,6 +281,7 @@ def compress_cache(
 def compressible_slots(cache: KVCache) -> CompressibleSlots:
     """The slots of `cache` that can be compressed, as attention reads them."""
     slots, latent, seen, total, incompressible = {}, set(), cache.seen, 0, 0
+    evicted: dict[int, int] = {}
     for owner, store in cache.stores.items():
         if not (own := cache.plan.owned(owner)).is_compressible:
             raise UserError(
@@ -280,10 +296,18 @@ def compressible_slots(cache: KVCache) -> CompressibleSlots:
             incompressible += nbytes
             continue
         slots[owner] = store.unpack(packed)
+        if store.kept(seen) < seen:
+            evicted[owner] = seen - store.kept(seen)
+            total += nbytes * evicted[owner] // store.kept(seen)
         if not cache.plan.owned(owner).is_plain:
             latent.add(owner)
     rope = functools.partial(rope_table, cache.config.rope)
-    return CompressibleSlots(slots, frozenset(latent), cache.starts, total, incompressible, rope)
+    reads = tuple(
+        JointRead(layer, read.slots, read.window, cache.plan.reads_above(layer))
+        for layer in range(len(cache.plan))
+        for read in cache.plan.attended(layer)
+    )
+    return CompressibleSlots(slots, frozenset(latent), cache.starts, total, incompressible, rope, reads, evicted)
 
 
 def copy_store(store: Store, seen: int, max_len: int | None, length: int | None = None) -> Store:

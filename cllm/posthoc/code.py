@@ -31,6 +31,11 @@ class Code(TensorTree, ABC):
         """A (B, n, r) and B (B, width, r), whose product A Bᵀ is what `decode` returns; None if not stored as such."""
         return None
 
+    @property
+    def selects(self) -> bool:
+        """Whether these are keys of which a decode step reads some only (`pages.py`)."""
+        return False
+
     def read_flops(self) -> int:
         """Floating-point operations of the matrix products of `decode`, two for a multiplication and an addition."""
         if (factors := self.factors()) is None:
@@ -93,6 +98,11 @@ class Prefix(TensorTree):
     """RoPE to apply to `k` on reading; None: `k` holds keys after RoPE, or latents."""
     landmarks: Landmarks | None = None
     """Summaries of the keys, if decoding selects tokens."""
+
+    @property
+    def selects(self) -> bool:
+        """Whether a decode step reads only some of the tokens."""
+        return self.landmarks is not None or self.k.selects
 
     def read(self) -> Slot:
         """The compressed tokens as attention reads them, (B, n, *width) each, computed in the stored precision, under

@@ -17,8 +17,9 @@ from torch import Tensor
 from cllm.cache.slot import Slot
 from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes, Exact, Prefix
+from cllm.posthoc.eviction import equal_parts, evict
 from cllm.posthoc.method import Compressor
-from cllm.posthoc.slots import CompressibleSlots
+from cllm.posthoc.slots import CompressibleSlots, squares
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class Outcome:
     """Of the compression alone; errors are measured afterwards."""
     errors: dict[int, dict[str, float]] = field(default_factory=dict)
     """For each slot ||X' - X|| / ||X|| (Frobenius) of keys (`k`; the same before and after RoPE, which changes no norm)
-    and values (`v`), without sinks and padding."""
+    and values (`v`), without sinks and padding. Evicted tokens count as 0 in X'."""
     read_flops: int = 0
     """Floating-point operations of the matrix products that rebuild all compressed keys and values once; 0 if errors
     are not measured."""
@@ -47,7 +48,25 @@ def encode(
     """
     if not cached.slots:
         raise UserError(f"{method.name}: nothing to compress: all slots have a window or are recurrent states")
+    if cached.evicted and not method.evicts:
+        raise UserError(
+            f"{method.name}: tokens of the cache were evicted, and those that are left are not the same in all slots; "
+            "allowed: streaming, or a quantiser after the + of the evicting method"
+        )
     began = _now(cached)
+    left = evict(cached, method.kept(cached))
+    prefixes: dict[int, tuple[Prefix, Slot]] = {}
+    for part in equal_parts(left):
+        prefixes |= _encode_part(method, part)
+    seconds = _now(cached) - began
+    if not measure:
+        return prefixes, Outcome(seconds)
+    read_flops = sum(code.read_flops() for prefix, _ in prefixes.values() for code in (prefix.k, prefix.v))
+    return prefixes, Outcome(seconds, _errors(method, prefixes, left, cached), read_flops)
+
+
+def _encode_part(method: Compressor, cached: CompressibleSlots) -> dict[int, tuple[Prefix, Slot]]:
+    """The prefixes and sinks of slots of one length."""
     prefixes: dict[int, tuple[Prefix, Slot]] = {}
     shares, sinks = method.shares(), cached.sinks(method.sinks)
     if not sinks.rest:
@@ -72,17 +91,32 @@ def encode(
                 method.landmarks(exact.k, cached.is_text(sinks.rest)) if rotated else None,
             )
             prefixes[slot] = prefix, cached.slots[slot].map(sinks.of)
-    seconds = _now(cached) - began
+    return prefixes
+
+
+def _errors(
+    method: Compressor,
+    prefixes: dict[int, tuple[Prefix, Slot]],
+    left: CompressibleSlots,
+    cached: CompressibleSlots,
+) -> dict[int, dict[str, float]]:
+    """See `Outcome.errors`. `left` are the slots of `cached` without evicted tokens."""
+    shares = method.shares()
     errors: dict[int, dict[str, float]] = {}
-    read_flops = 0
-    if measure:
-        read_flops = sum(code.read_flops() for prefix, _ in prefixes.values() for code in (prefix.k, prefix.v))
-        is_text = cached.is_text(sinks.rest)
-        for owner, full in cached.slots.items():
-            read, exact = prefixes[shares.get(owner, owner)][0].read(), full.map(sinks.without)
-            pairs = {"k": (read.k, exact.k), "v": (read.v, exact.v)}
-            errors[owner] = {name: relative_error(*pair, is_text) for name, pair in pairs.items()}
-    return prefixes, Outcome(seconds, errors, read_flops)
+    for owner in cached.slots:
+        part, full = left.only(owner), cached.only(owner)
+        sinks = part.sinks(method.sinks)
+        read, exact = prefixes[shares.get(owner, owner)][0].read(), part.slots[owner].map(sinks.without)
+        errors[owner] = {}
+        for name in ("k", "v"):
+            tensor, is_text = getattr(exact, name), part.is_text(sinks.rest)
+            error = relative_error(getattr(read, name), tensor, is_text)
+            if part.evicted != full.evicted:
+                lost = full.squares(owner, name) - part.squares(owner, name)
+                stored = squares(tensor, is_text)
+                error = ((error**2 * stored + lost) / max(stored + lost, 1e-300)) ** 0.5
+            errors[owner][name] = error
+    return errors
 
 
 def _code_or_copy(code: Code | None, exact: Tensor) -> Code:

@@ -20,7 +20,7 @@ from cllm.errors import UserError
 from cllm.posthoc.code import Prefix
 from cllm.posthoc.compress import Outcome, encode
 from cllm.posthoc.method import Compressor
-from cllm.posthoc.slots import CompressibleSlots
+from cllm.posthoc.slots import CompressibleSlots, JointRead
 from cllm.posthoc.tensor_tree import Change, once_each, total_bytes
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ class CompressedLayer(DynamicLayer):
     def __init__(self, prefix: Prefix, sinks: Slot):
         super().__init__()
         self.prefix = prefix
-        self.compressed = prefix.sinks.length
-        """Tokens of the prefix, sinks included."""
+        self.compressed = prefix.sinks.tokens
+        """Tokens of the prefix, sinks and evicted tokens included."""
         self.lazy_initialization(sinks.k, sinks.v)
         self.keys, self.values = _transposed(sinks.k).contiguous(), _transposed(sinks.v).contiguous()
         self.is_shared = False
@@ -64,6 +64,11 @@ class CompressedLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.compressed + self.later_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys of a pass, and the column of the first. Stored tokens are at the last columns; a mask needs no more."""
+        evicted = self.prefix.sinks.evicted
+        return self.get_seq_length() + query_length - evicted, evicted
 
     @property
     def later_tokens(self) -> int:
@@ -144,9 +149,14 @@ class CompressedDynamicCache(Cache):
             method, compressible_layers(cache, self.model, self.starts), measure=self.measure
         )
         self.seconds += self.outcome.seconds
-        if any(prefix.landmarks is not None for prefix, _ in prefixes.values()):
+        if any(prefix.selects for prefix, _ in prefixes.values()):
             raise UserError(
                 f"{self.method.name}: select: transformers' attention reads all tokens; allowed: caches of cllm models"
+            )
+        if len({prefix.sinks.evicted for prefix, _ in prefixes.values()}) > 1:
+            raise UserError(
+                f"{self.method.name}: transformers makes one mask for all layers, which therefore keep equal numbers "
+                "of tokens; allowed: caches of cllm models, or a method with equal budgets"
             )
         shares = self.method.shares()
         layers: list[Any] = []
@@ -225,6 +235,7 @@ def compressible_layers(cache: Cache, model: PreTrainedModel, starts: Tensor | N
     """The layers of `cache` that can be compressed. The `keys` of an MLA layer are the latent (B, 1, n, R)."""
     config = model.config.get_text_config()
     slots, latent, incompressible = {}, set(), 0
+    evicted: dict[int, int] = {}
     k: Any
     v: Any
     for i, layer in enumerate(cache.layers):
@@ -239,11 +250,17 @@ def compressible_layers(cache: Cache, model: PreTrainedModel, starts: Tensor | N
         else:
             raise UserError(f"layer {i}: its cache is a {type(layer).__name__}; allowed: attention with a DynamicLayer")
         slots[i] = Slot(k.transpose(1, 2), v.transpose(1, 2))
+        if isinstance(stored, CompressedLayer) and stored.prefix.sinks.evicted:
+            evicted[i] = stored.prefix.sinks.evicted
         if getattr(config, "kv_lora_rank", None) == k.shape[-1] and k.shape[1] == 1:
             latent.add(i)
-    total = incompressible + sum(slot.k.nbytes + slot.v.nbytes for slot in slots.values())
+    total = incompressible + sum(
+        (slot.k.nbytes + slot.v.nbytes) * (slot.k.shape[1] + evicted.get(i, 0)) // slot.k.shape[1]
+        for i, slot in slots.items()
+    )
+    reads = tuple(JointRead(i, (i,)) for i in slots)
     rope = _rope(getattr(model.base_model, "rotary_emb", None))
-    return CompressibleSlots(slots, frozenset(latent), starts, total, incompressible, rope)
+    return CompressibleSlots(slots, frozenset(latent), starts, total, incompressible, rope, reads, evicted)
 
 
 def _rope(rotary: Any) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:

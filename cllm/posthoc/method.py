@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -100,6 +101,8 @@ class Compressor(Section):
     """Whether `encode` gets keys before RoPE."""
     no_recompress: ClassVar[str | None] = None
     """Why the method cannot compress a cache again; None: it can."""
+    evicts: ClassVar[bool] = False
+    """Whether the method may drop tokens of a cache (`kept`)."""
     no_sinks: ClassVar[str | None] = None
     """Why the method keeps no sinks; None: it does."""
 
@@ -128,6 +131,13 @@ class Compressor(Section):
         Raises:
             UserError: for options that do not fit these tensors.
         """
+
+    def kept(self, cached: CompressibleSlots) -> Mapping[int, Tensor]:
+        """The tokens that are not evicted: of a slot, indices (B, G or 1, m) int64, ascending, sinks included.
+
+        A slot that is absent keeps all. A padded sequence with fewer than m tokens keeps padding too.
+        """
+        return {}
 
     def check_all_sinks(self, tokens: int) -> None:
         """Raise `UserError` if the method cannot store a prefix of `tokens` tokens, all of which are sinks."""

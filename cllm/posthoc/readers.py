@@ -17,10 +17,20 @@ from cllm.errors import UserError
 WINDOW = 256
 """Last queries of a prompt that are recorded. A second moment of 128 channels needs some hundreds."""
 
-NOT_RECORDED = (
-    "weight=queries: the queries of the prompt were not recorded: fill the cache inside of "
-    "`with method.watch(engine)`, and compress it before release()"
-)
+
+ALL = 2**40
+"""More queries than any prompt has."""
+
+
+def not_recorded(user: str) -> str:
+    """The error of `user`, an option or a method, if no queries were recorded."""
+    return (
+        f"{user}: the queries of the prompt were not recorded: fill the cache inside of `with method.watch(engine)`, "
+        "and compress it before release()"
+    )
+
+
+NOT_RECORDED = not_recorded("weight=queries")
 
 
 @dataclass(frozen=True)
@@ -43,9 +53,16 @@ class SlotReader:
 class RecordedQueries:
     """The last queries before RoPE of some layers, recorded while a cache is filled. They stand for those to come."""
 
-    def __init__(self) -> None:
+    def __init__(self, last: int | None = WINDOW, user: str = "weight=queries") -> None:
+        """
+        Args:
+            last: queries to keep; None: all of the prompt.
+            user: the option or method that errors name.
+        """
+        self._last, self._user = ALL if last is None else last, user
         self._queries: dict[int, Tensor] = {}
         self._streams: dict[int, Tensor] = {}
+        self._sizes: dict[int, list[int]] = {}
 
     @contextmanager
     def record(self, readers: Iterable[SlotReader]) -> Iterator[None]:
@@ -55,14 +72,15 @@ class RecordedQueries:
         for reader in {reader.layer: reader for reader in readers}.values():
 
             def add(_: nn.Module, args: tuple[Tensor, ...], q: Tensor, reader: SlotReader = reader) -> None:
-                new = q.detach().reshape(*q.shape[:2], *reader.output.shape[1:])[:, -WINDOW:]
+                new = q.detach().reshape(*q.shape[:2], *reader.output.shape[1:])[:, -self._last :]
                 before = self._queries.get(reader.layer)
-                if before is not None and len(before) == len(new) and new.shape[1] < WINDOW:
-                    new = torch.cat((before, new), dim=1)[:, -WINDOW:]
+                if before is not None and len(before) == len(new) and new.shape[1] < self._last:
+                    new = torch.cat((before, new), dim=1)[:, -self._last :]
                 self._queries[reader.layer] = new.clone()
+                self._sizes.setdefault(reader.layer, []).append(q.shape[1])
 
             def measure(_: nn.Module, args: tuple[Tensor, ...], layer: int = reader.layer) -> None:
-                self._streams[layer] = args[0].detach()[:, -WINDOW:].float().square().sum(-1)
+                self._streams[layer] = args[0].detach()[:, -self._last :].float().square().sum(-1)
 
             handles += [reader.queries.register_forward_hook(add), reader.stream.register_forward_pre_hook(measure)]
         try:
@@ -73,7 +91,7 @@ class RecordedQueries:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._queries, self._streams = {}, {}
+        self._queries, self._streams, self._sizes = {}, {}, {}
 
     def of(self, layer: int, tokens: int) -> Tensor:
         """The queries (B, m, H, D) of a layer for the last m of the prompt's `tokens` tokens.
@@ -84,8 +102,17 @@ class RecordedQueries:
             UserError: if no queries were recorded.
         """
         if layer not in self._queries:
-            raise UserError(NOT_RECORDED)
+            raise UserError(not_recorded(self._user))
         return self._queries[layer][:, -tokens:]
+
+    def consecutive(self, layer: int, tokens: int) -> int:
+        """How many of the last recorded queries of a layer are those of the last tokens, one after another.
+
+        All of them, if as many were computed as the prompt has tokens. A layer that is computed several times has them
+        in its last pass. In a prefill that computes only the last token of the highest layers, theirs is one.
+        """
+        sizes = self._sizes.get(layer, [1])
+        return tokens if sum(sizes) == tokens else sizes[-1]
 
     def streams(self, layer: int, tokens: int) -> Tensor:
         """(B, m) fp32: the squared length of the residual stream after attention, for the last tokens of the last

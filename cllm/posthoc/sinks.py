@@ -9,9 +9,11 @@ kernel reads the compressed tokens first, then this exact stretch:
     column of the cache     0 1 2 3 | 4 5 6 7 8 9 | 10 11      sinks | compressed | later
     as a kernel reads it    4 5 6 7 8 9 | 0 1 2 3 | 10 11      compressed | sinks | later
 
-Later tokens keep their columns. The sinks of a padded sequence are its first tokens after the padding.
+Later tokens keep their columns. The sinks of a padded sequence are its first tokens after the padding. If tokens were
+evicted from a slot, S counts those that are left. They have no gaps between them: the last one is before the first
+later token, and a sequence with too few tokens begins with as much padding as it takes (`eviction.py`).
 
-Shapes: B batch, S tokens of the prefix, s sinks, T later tokens.
+Shapes: B batch, S stored tokens of the prefix, s sinks, T later tokens.
 """
 
 from __future__ import annotations
@@ -32,28 +34,40 @@ class Sinks(TensorTree):
     count: int
     """Number of sinks, s, at most `length`."""
     length: int
-    """Tokens of the prefix, S."""
+    """Stored tokens of the prefix, S."""
     starts: Tensor | None
     """(B,) columns of padding before each sequence, the cache's own tensor; None: no padding. A sequence of fewer than
     s tokens has all of them among its sinks, after padding."""
+    evicted: int = 0
+    """Tokens of the prefix that are no longer stored, padding included."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prefix, evicted ones included."""
+        return self.length + self.evicted
+
+    @property
+    def before_tail(self) -> int:
+        """Tokens of the prefix that are not stored with the tokens after it: all but the sinks."""
+        return self.tokens - self.count
 
     @property
     def rest(self) -> int:
-        """Number of tokens that are not sinks, S - s."""
+        """Number of stored tokens that are not sinks, S - s."""
         return self.length - self.count
 
     def of(self, x: Tensor) -> Tensor:
         """(B, s, ...): the sinks of `x` (B, S, ...), a copy."""
         if self.starts is None:
             return x[:, : self.count].clone()
-        return _rows(x, self._first() + torch.arange(self.count, device=x.device))
+        return _rows(x, self.first(x.device) + torch.arange(self.count, device=x.device))
 
     def without(self, x: Tensor) -> Tensor:
         """(B, S - s, ...): the other tokens of `x` (B, S, ...), in order; a view if there is no padding."""
         if self.starts is None or not self.count:
             return x[:, self.count :]
         columns = torch.arange(self.rest, device=x.device)
-        return _rows(x, columns + self.count * (columns >= self._first()))
+        return _rows(x, columns + self.count * (columns >= self.first(x.device)))
 
     def join(self, rest: Slot, exact: Slot) -> Slot:
         """All tokens, (B, S + T, ...) each, in the order of their columns.
@@ -68,15 +82,16 @@ class Sinks(TensorTree):
         joined = rest.join(exact)
         if not self.count:
             return joined
-        columns, first = torch.arange(joined.k.shape[1], device=joined.k.device), self._first()
+        columns, first = torch.arange(joined.k.shape[1], device=joined.k.device), self.first(joined.k.device)
         moved = torch.where(columns < first + self.count, columns - first + self.rest, columns - self.count)
         indices = torch.where((columns < first) | (columns >= self.length), columns, moved)
         return joined.map(lambda t: _rows(t, indices))
 
-    def _first(self) -> Tensor:
-        """(B, 1): the column of the first sink."""
-        assert self.starts is not None
-        return self.starts[:, None].clamp(max=self.rest)
+    def first(self, device: torch.device) -> Tensor:
+        """(B, 1), or (1, 1) without padding: the index of the first sink among the stored tokens."""
+        if self.starts is None:
+            return torch.zeros(1, 1, dtype=torch.long, device=device)
+        return (self.starts[:, None] - self.evicted).clamp(min=0, max=self.rest)
 
 
 def _rows(x: Tensor, indices: Tensor) -> Tensor:

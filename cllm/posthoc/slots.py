@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -83,6 +83,18 @@ class SlotTensors:
 
 
 @dataclass(frozen=True)
+class JointRead:
+    """Slots that one layer reads with one mask: its keys and values are made of their tokens, column by column."""
+
+    layer: int
+    slots: tuple[int, ...]
+    window: int | None = None
+    """Last tokens that a query sees; None: all."""
+    exclude_self: bool = False
+    """A query does not see its own token."""
+
+
+@dataclass(frozen=True)
 class CompressibleSlots:
     """The slots of a filled cache that can be compressed, as attention reads them."""
 
@@ -99,11 +111,30 @@ class CompressibleSlots:
     rope: Callable[[int, Tensor], tuple[Tensor, Tensor]]
     """From a head dimension and positions (B or 1, n) to cos and signed sin. Compressed slots keep it, so it must hold
     no tensor of the cache."""
+    reads: tuple[JointRead, ...] = ()
+    """How layers read the slots."""
+    evicted: Mapping[int, int] = field(default_factory=dict)
+    """Tokens that a slot no longer has, by owner; absent: none. `eviction.equal_parts` separates slots that differ in
+    it: `sinks`, `is_text` and `tensors` are for slots of one length."""
 
     def sinks(self, count: int) -> Sinks:
         """The first `count` tokens of every sequence, or all if there are fewer."""
         length = next(iter(self.slots.values())).k.shape[1]
-        return Sinks(min(count, length), length, self.starts)
+        return Sinks(min(count, length), length, self.starts, self._evicted)
+
+    def only(self, slot: int) -> CompressibleSlots:
+        """That slot alone, with the bytes of the entire cache."""
+        evicted = {slot: self.evicted[slot]} if slot in self.evicted else {}
+        return dataclasses.replace(self, slots={slot: self.slots[slot]}, latent=self.latent & {slot}, evicted=evicted)
+
+    def squares(self, slot: int, name: Literal["k", "v"]) -> float:
+        """The sum of squares of a slot's tensor, without padding; all slots of one length."""
+        tensor = getattr(self.slots[slot], name)
+        return squares(tensor, self.is_text(tensor.shape[1]))
+
+    @property
+    def _evicted(self) -> int:
+        return self.evicted.get(next(iter(self.slots)), 0)
 
     def rotation(self, slot: int, sinks: Sinks | None = None) -> Rotation:
         """RoPE of the keys of `slot`, without `sinks`."""
@@ -115,7 +146,7 @@ class CompressibleSlots:
         because sinks come after the padding."""
         if self.starts is None:
             return None
-        return torch.arange(length, device=self.starts.device) >= self.starts[:, None]
+        return torch.arange(length, device=self.starts.device) >= self.starts[:, None] - self._evicted
 
     def tensors(self, *, before_rope: bool, sinks: Sinks | None = None) -> list[tuple[SlotTensors, SlotTensors | None]]:
         """Keys and values of the ordinary slots, then latents (with None for values) of the latent ones; without
@@ -142,3 +173,9 @@ class CompressibleSlots:
                 keys = dataclasses.replace(keys, cached=cached, rope=self.rope)
             tensors.append((keys, None if latent else SlotTensors("v", slots, v, dtype, is_text, sinks=sinks)))
         return tensors
+
+
+def squares(x: Tensor, is_text: Tensor | None) -> float:
+    """The sum of squares of `x` (B, n, ...) in fp64, without the tokens at which `is_text` (B, n) is False."""
+    total = x.double().square().flatten(2).sum(2)
+    return (total if is_text is None else total * is_text).sum().item()

@@ -125,8 +125,7 @@ def _pack_store(owner: int, store: Store, cache: KVCache, tensors: Tensors) -> d
         source = next(j for j, other in cache.stores.items() if other is store.source)
         return {"kind": "sharing", "source": source}
     if isinstance(store, CompressedSlot):
-        rest = store.prefix.sinks.rest
-        tail = _pack_slot(f"{owner}.tail", store.tail, cache.seen - rest, tensors)
+        tail = _pack_slot(f"{owner}.tail", store.tail, cache.seen - store.prefix.sinks.before_tail, tensors)
         return {"kind": "compressed", "prefix": write_tree(store.prefix, f"{owner}.prefix", tensors), "tail": tail}
     if isinstance(store, SlotStore) and type(store).last is not SlotStore.last:
         return {"kind": "slot", **_pack_slot(str(owner), store, cache.seen, tensors)}
@@ -241,6 +240,11 @@ def _unpack_store(owner: int, entry: dict[str, Any], cache: KVCache, tensors: Ma
         slot = _unpack_slot(f"{owner}.tail", entry["tail"], tensors)
         compressed = CompressedSlot(prefix, slot)
         if cache.max_len is not None:
+            if prefix.sinks.evicted:
+                raise UserError(
+                    f"max_len of a cache is {cache.max_len}, and tokens of the stored prefix were evicted, which "
+                    "leaves gaps between the columns of a static cache; allowed: None"
+                )
             room, past = cache.max_len - prefix.sinks.rest, cache.seen - prefix.sinks.rest
             compressed.tail = exact_slot(slot, past, room, window=None, dtype=slot.k.dtype, fp8=False)
         return compressed

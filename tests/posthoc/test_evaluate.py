@@ -298,7 +298,7 @@ def test_a_run_without_full_attention_is_refused(evaluate, run, capsys):
             ["--posthoc", "xkv:ratio=2+kivi:sinks=4"],
             "sinks is no option of kivi after +; allowed: bits, group, residual",
         ),
-        (["--posthoc", "none+none"], "or shadowkv or svd or vfold or xkv, then kivi or xquant"),
+        (["--posthoc", "none+none"], "or svd or vfold or xkv, then kivi or xquant"),
     ],
 )
 def test_bad_input_is_told_in_a_line(evaluate, run, capsys, words, message):

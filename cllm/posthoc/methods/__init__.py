@@ -17,6 +17,11 @@
     eigenattention.py  EigenAttention: bases of a calibration text's keys and values
     shadowkv.py      ShadowKV: low-rank keys, exact values, selected tokens
     recompute.py     keys and values computed from the residual stream when read
+    streaming.py     StreamingLLM: the first and the last tokens
+    h2o.py           H2O: tokens of the most attention from all queries
+    snapkv.py        SnapKV: tokens of the most attention from the prompt's last queries
+    entropy_budgets.py  tokens evicted by budgets from the entropy of attention
+    quest.py         Quest: an exact cache of which steps read selected pages
     vfold.py         VFOLD: values of neighbouring layers averaged in common coordinates
     hf_quantized.py  transformers' `QuantizedCache`
 

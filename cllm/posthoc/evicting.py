@@ -1,0 +1,220 @@
+"""The base of methods that evict tokens from a filled cache: their budgets, and what must be kept together.
+
+Slots that one layer reads together, as keys and values of other layers or as parts of a fusion, keep the same tokens:
+they form a *union*. A token that is evicted from a slot is evicted for all layers that read it.
+
+Shapes: B batch, n tokens of a slot, m of them kept, G KV heads.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import ClassVar, Self
+
+import torch
+from pydantic import Field, PrivateAttr, model_validator
+from torch import Tensor
+
+from cllm.errors import UserError
+from cllm.posthoc.budget import check_all_sinks, largest
+from cllm.posthoc.code import Codes
+from cllm.posthoc.eviction import best_entries
+from cllm.posthoc.method import Codable, Engine
+from cllm.posthoc.readers import RecordedQueries, SlotReader, not_recorded
+from cllm.posthoc.slots import CompressibleSlots, SlotTensors
+from cllm.posthoc.votes import Votes, layer_votes
+
+Union = tuple[int, ...]
+"""Slots that keep the same tokens."""
+
+
+class Evicting(Codable):
+    """A method that keeps the first tokens, the last ones, and those of the highest scores between them."""
+
+    evicts: ClassVar[bool] = True
+
+    tokens: int | None = Field(None, ge=1)
+    """Tokens that every KV head of a slot keeps of a prompt, sinks included; give it or `ratio`."""
+    ratio: float | None = Field(None, ge=1)
+    """Bytes of the uncompressed cache over bytes of the compressed one, at this length and before a quantiser after +;
+    `tokens` is chosen so."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.tokens is None) == (self.ratio is None):
+            raise ValueError("give one of tokens and ratio")
+        return self
+
+    @abstractmethod
+    def recent_tokens(self, count: int) -> int:
+        """How many last tokens are kept, of `count` that are kept besides the sinks; it may be more than `count`."""
+
+    def scores(self, cached: CompressibleSlots, union: Union) -> Tensor:
+        """(B, G or 1, n): the score of every token, 0 or more. By default 0, so that only the last tokens count."""
+        slot = cached.slots[union[0]]
+        return torch.zeros(slot.k.shape[:2], device=slot.k.device)[:, None]
+
+    def shares_of_budget(self, cached: CompressibleSlots, unions: Sequence[Union]) -> list[float]:
+        """Relative numbers of tokens that the unions keep; by default equal."""
+        return [1.0] * len(unions)
+
+    def check_all_sinks(self, tokens: int) -> None:
+        check_all_sinks(self.name, self.ratio, self.sinks, tokens)
+
+    def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
+        return self._coded(keys), [None] * len(keys.slots) if values is None else self._coded(values)
+
+    def _coded(self, tensors: SlotTensors) -> Codes:
+        if (coder := self._coder) is None:
+            return [None] * len(tensors.slots)
+        return [
+            coder.code(tensors.flat(i, padding="repeat"), tensors.kind, tensors.dtype, tuple(data.shape[2:]))
+            for i, data in enumerate(tensors.data)
+        ]
+
+    def kept(self, cached: CompressibleSlots) -> Mapping[int, Tensor]:
+        unions = self._unions(cached)
+        kept: dict[int, Tensor] = {}
+        for union, count in zip(unions, self._budgets(cached, unions), strict=True):
+            one = cached.only(union[0])
+            length = one.slots[union[0]].k.shape[1]
+            if count >= length:
+                continue
+            sinks = one.sinks(self.sinks)
+            scores = self.scores(cached, union).to(torch.float32, copy=True)
+            first = torch.zeros(1, 1, device=scores.device, dtype=torch.long)
+            if (is_text := one.is_text(length)) is not None:
+                first = length - is_text.sum(1)[:, None, None]
+                scores.masked_fill_(~is_text[:, None], -1.0)  # only if there are too few others
+            columns = torch.arange(length, device=scores.device)
+            always = (columns >= first) & (columns < first + sinks.count)
+            always = always | (columns >= first) & (columns >= length - self.recent_tokens(count - sinks.count))
+            entries = best_entries(scores.masked_fill_(always, torch.inf), count)
+            kept |= dict.fromkeys(union, entries)
+        return kept
+
+    # ---- budgets -----------------------------------------------------------------------------------------------------
+
+    def _budgets(self, cached: CompressibleSlots, unions: Sequence[Union]) -> list[int]:
+        """How many tokens each union keeps."""
+        length = next(iter(cached.slots.values())).k.shape[1]
+        mean = self.tokens if self.ratio is None else self._tokens_of_ratio(cached)
+        assert mean is not None
+        least = min(self.sinks, length)
+        least = max(least + self.recent_tokens(mean - least), least + 1)
+        if mean < min(least, length):
+            given = f"tokens={mean}" if self.ratio is None else f"ratio={self.ratio:g}: {mean} tokens are left"
+            raise UserError(
+                f"{self.name}: {given}: sinks={self.sinks} and the last tokens that are always kept are {least}; "
+                f"allowed: {least} tokens or more"
+            )
+        shares = self.shares_of_budget(cached, unions)
+        widths = [sum(_width(cached, slot) for slot in union) for union in unions]
+        if len(set(shares)) == 1:
+            return [min(mean, length)] * len(unions)
+
+        def counts(factor: float) -> list[int]:
+            return [min(max(int(factor * share), least), length) for share in shares]
+
+        def cost(factor: float) -> float:
+            return sum(count * width for count, width in zip(counts(factor), widths, strict=True))
+
+        factor = largest(cost, mean * sum(widths), length / min(shares))
+        return [min(mean, length)] * len(unions) if factor is None else counts(factor)
+
+    def _tokens_of_ratio(self, cached: CompressibleSlots) -> int:
+        """Tokens of a slot at which the entire cache has the bytes that `ratio` allows."""
+        assert self.ratio is not None
+        length = next(iter(cached.slots.values())).k.shape[1]
+        batch = len(next(iter(cached.slots.values())).k)
+        left = cached.cache_bytes / self.ratio - cached.incompressible_bytes
+        tokens = int(left / batch / sum(_width(cached, slot) for slot in cached.slots) + 1e-6)
+        if tokens < 1:
+            share = cached.incompressible_bytes / cached.cache_bytes
+            raise UserError(
+                f"{self.name}: ratio={self.ratio:g}: at {length} tokens {share:.0%} of the cache stay as they are "
+                f"(windows, states), and no token is left; allowed: a lower ratio"
+            )
+        return tokens
+
+    # ---- unions ------------------------------------------------------------------------------------------------------
+
+    def _unions(self, cached: CompressibleSlots) -> list[Union]:
+        """The slots of `cached` in unions.
+
+        Raises:
+            UserError: for a layer that reads slots by their columns, which eviction changes: through a window, or
+                together with slots that cannot be compressed.
+        """
+        union_of = {slot: {slot} for slot in cached.slots}
+        for read in cached.reads:
+            own = [slot for slot in read.slots if slot in cached.slots]
+            if own and read.window is not None:
+                raise UserError(
+                    f"{self.name}: layer {read.layer} reads slot {own[0]} through a window of {read.window} tokens, "
+                    "and an evicted slot has no columns to count; allowed: layers without windows"
+                )
+            if own and len(own) < len(read.slots):
+                other = next(slot for slot in read.slots if slot not in cached.slots)
+                raise UserError(
+                    f"{self.name}: layer {read.layer} reads slot {own[0]} together with slot {other}, which keeps "
+                    "other tokens (a window or a state); allowed: layers that read slots of one kind"
+                )
+            joined = set().union(*(union_of[slot] for slot in own)) if own else set()
+            for slot in joined:
+                union_of[slot] = joined
+        return sorted({tuple(sorted(union)) for union in union_of.values()})
+
+
+def _width(cached: CompressibleSlots, slot: int) -> int:
+    """Bytes of one token of a slot."""
+    k, v = cached.slots[slot][:2]
+    return sum(t[0, :1].numel() * t.itemsize for t in (k, v))
+
+
+class Voting(Evicting):
+    """An evicting method whose scores are the attention of the prompt's own queries, of all layers that read a slot."""
+
+    _queries: RecordedQueries = PrivateAttr(default_factory=RecordedQueries)
+    _readers: dict[int, list[SlotReader]] = PrivateAttr(default_factory=dict)
+
+    @property
+    @abstractmethod
+    def observed(self) -> int | None:
+        """How many last queries of the prompt vote; None: all."""
+
+    @contextmanager
+    def watch(self, engine: Engine) -> Iterator[None]:
+        """Record queries while the cache is filled."""
+        try:
+            self._readers = {slot: engine.readers(slot) for slot in engine.slots()}
+        except UserError as error:
+            raise UserError(f"{self.name}: the queries that meet a slot's keys are needed: {error}") from None
+        self._queries = RecordedQueries(self.observed, self.name)
+        with self._queries.record([reader for readers in self._readers.values() for reader in readers]):
+            yield
+
+    def release(self) -> None:
+        self._queries, self._readers = RecordedQueries(self.observed, self.name), {}
+
+    def votes(self, cached: CompressibleSlots, union: Union, *, entropy: bool = False) -> list[Votes]:
+        """Of all layers that read slots of `union`; with `entropy`, that too."""
+        if cached.evicted:
+            raise UserError(
+                f"{self.name}: tokens of the cache were evicted before, for which no query can vote; allowed: an exact "
+                "cache"
+            )
+        layers = sorted({reader.layer for slot in union for reader in self._readers.get(slot, ())})
+        if not layers:
+            raise UserError(not_recorded(self.name))
+        return [
+            layer_votes(cached, self._readers, self._queries, layer, self.name, entropy=entropy) for layer in layers
+        ]
+
+    def received(self, cached: CompressibleSlots, union: Union) -> Tensor:
+        """(B, G, n) fp32: the attention that tokens get, summed over queries, layers, and the heads of a KV head."""
+        groups = cached.slots[union[0]].k.shape[2]
+        total = torch.stack([votes.received for votes in self.votes(cached, union)]).sum(0)
+        return total.unflatten(1, (groups, -1)).sum(2)

@@ -1,0 +1,77 @@
+"""Eviction: the slots of a filled cache without the tokens that a method drops.
+
+Keys are cached after RoPE, so a token that stays keeps its true position, and later tokens keep theirs because a cache
+counts all tokens that it has seen. Attention does not depend on the order of what it reads. What is left of a slot is
+therefore a shorter slot, in the order of columns and without gaps:
+
+    column of the cache     0 1 2 3 4 5 6 7 | 8 9      prefix | later
+    as it is read               0 1 4 7     | 8 9      4 tokens evicted; each KV head may keep other tokens
+
+Masks count columns from the end, where nothing is missing. A padded sequence that has fewer tokens than are kept begins
+with the rest of its padding, so that masks of the last columns hide that too.
+
+Shapes: B batch, n tokens of a slot, m of them kept, G KV heads, width the shape of one token in one tensor of a slot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from cllm.cache.slot import Slot
+from cllm.posthoc.slots import CompressibleSlots
+
+
+def best_entries(scores: Tensor, count: int) -> Tensor:
+    """(B, G, count) int64, ascending: the entries of the highest `scores` (B, G, n); of equal ones, the first."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :count].sort(dim=-1).values
+
+
+def take(x: Tensor, entries: Tensor) -> Tensor:
+    """The tokens of `x` (B, n, *width) at `entries` (B, G or 1, m) int64; with G, those of each head of a (G, D)."""
+    index = entries.mT  # B, m, G or 1
+    width = x.shape[2:]
+    index = index[..., None] if len(width) == 2 else index
+    return x.gather(1, index.expand(len(x), -1, *width))
+
+
+def evict(cached: CompressibleSlots, kept: Mapping[int, Tensor]) -> CompressibleSlots:
+    """`cached` with only the entries `kept` (B, G or 1, m) of each slot; slots that are absent stay as they are.
+
+    Returns:
+        Slots that may differ in length, see `equal_parts`. The bytes of the entire cache are those that are left.
+    """
+    slots, evicted, lost = dict(cached.slots), dict(cached.evicted), 0
+    for owner, entries in kept.items():
+        full = slots[owner]
+        slots[owner] = Slot(take(full.k, entries), take(full.v, entries))
+        evicted[owner] = evicted.get(owner, 0) + full.k.shape[1] - entries.shape[-1]
+        lost += full.k.nbytes + full.v.nbytes - slots[owner].k.nbytes - slots[owner].v.nbytes
+    return dataclasses.replace(cached, slots=slots, evicted=evicted, cache_bytes=cached.cache_bytes - lost)
+
+
+def equal_parts(cached: CompressibleSlots) -> list[CompressibleSlots]:
+    """The slots of `cached`, separated by their length; one part if all are of one length.
+
+    The bytes of the entire cache are shared out in proportion to those of the slots.
+    """
+    lengths = sorted({slot.k.shape[1] for slot in cached.slots.values()})
+    if len(lengths) <= 1:
+        return [cached]
+    parts, total = [], sum(slot.k.nbytes + slot.v.nbytes for slot in cached.slots.values())
+    for length in lengths:
+        slots = {owner: slot for owner, slot in cached.slots.items() if slot.k.shape[1] == length}
+        share = sum(slot.k.nbytes + slot.v.nbytes for slot in slots.values()) / total
+        parts.append(
+            dataclasses.replace(
+                cached,
+                slots=slots,
+                latent=cached.latent & slots.keys(),
+                cache_bytes=round(cached.cache_bytes * share),
+                incompressible_bytes=round(cached.incompressible_bytes * share),
+            )
+        )
+    return parts

@@ -43,6 +43,7 @@ from cllm.model.decoder import Decoder
 from cllm.model.sizes import build_decoder
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.registry import parse
+from cllm.prefix.file import read_header
 from cllm.prefix.fingerprint import decoder_of
 from cllm.prefix.store import GIB, PrefixStore
 
@@ -145,7 +146,7 @@ def _stored(
         assert length == prefix.shape[1]
         return _next_token(decoder, found, prompt)
 
-    def reader(**budgets: int) -> PrefixStore:
+    def reader(**budgets: Any) -> PrefixStore:
         store = PrefixStore(decoder, folder, **budgets, **sizes)
         store.find(prompt[:, :1], salt="")  # hashes the model
         return store
@@ -154,6 +155,8 @@ def _stored(
     writer.find(prompt[:, :1], salt="")
     _, store = wall_time(lambda: put(writer), device)
     (file,) = folder.glob("*.safetensors")
+    if "at_rest" in kind and "at_rest" not in read_header(file).layout:
+        raise UserError("the method cannot code this prefix, which is then stored exactly")
     in_host = reader(host_bytes=_ROOM)
     _drop_pages(file)
     token, disk = wall_time(lambda: first_token(in_host), device)

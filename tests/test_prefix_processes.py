@@ -52,7 +52,7 @@ def _work(folder: Path, worker: int, start: int) -> None:
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("cllm").addHandler(handler)
-    os.fsync = lambda descriptor: None  # slow, and no power fails here
+    os.fsync = lambda fd: None  # slow, and no power fails here
     draw, found = random.Random(worker), []
     os.read(start, 1)  # both begin at once, without the folder
     tier = DiskTier(folder, BUDGET)

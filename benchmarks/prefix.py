@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,7 +38,8 @@ from benchmarks.timing import free, wall_time
 from cllm.arguments import Parser, whole_number
 from cllm.cache.cache import KVCache
 from cllm.config import ModelConfig
-from cllm.environment import environment
+from cllm.config.load import validate
+from cllm.environment import choose_device, environment
 from cllm.errors import UserError, one_line
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import build_decoder
@@ -80,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     for method in (*options.posthoc, *options.at_rest):
         parse(method)
-    device = torch.device(options.device)
+    device = choose_device(options.device)
     record = Record({"environment": environment(), "threads": torch.get_num_threads()}, options.out)
     columns = [f"{title:>9}" for title in ("M params", "file MB")] + [f"{title + ' s':>11}" for title in TIMES]
     print(f"{'design':<20}{'stored':<26}{''.join(columns)}{'share':>8}", flush=True)
@@ -181,8 +183,11 @@ def _decoder(design: str, options: Any) -> Decoder:
     """Random weights of a design."""
     preset, _, settings = design.partition(":")
     kv: dict[str, Any] = {"preset": preset}
-    kv |= {key: int(value) for key, _, value in (item.partition("=") for item in settings.split(",") if item)}
-    config = ModelConfig.model_validate(
+    kv |= {
+        key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in settings.split(",") if item)
+    }
+    config = validate(
+        ModelConfig,
         {
             "vocab_size": options.vocab,
             "d_model": options.d_model,
@@ -191,7 +196,7 @@ def _decoder(design: str, options: Any) -> Decoder:
             "tie_embeddings": True,
             "max_seq_len": options.tokens,
             "kv": kv,
-        }
+        },
     )
     return build_decoder(config)
 

@@ -27,15 +27,22 @@ def measure(design: str, sizes: dict[str, Any], load: Load, dtype: str, device: 
     """Generate the answers of a load, at most `load.concurrency` at once.
 
     Raises:
-        UserError: if a request fails, or nothing comes for `PATIENCE` seconds.
+        UserError: for a cache that is smaller than a request, if a request fails, or if nothing comes for `PATIENCE`
+            seconds.
     """
     exported = export(design, sizes, work / design)
     model: Any = cllm.load(work / design, device=device).to(getattr(torch, dtype)).eval()
     paged = paged_config(model.model)
     block = 2 * paged.num_hidden_layers * paged.num_key_value_heads * paged.head_dim * PAGE * DTYPES[dtype]
+    blocks = load.cache_bytes // block
+    if blocks * PAGE < load.context:
+        raise UserError(
+            f"{design}: a cache of {load.cache_bytes:,} bytes has room for {blocks * PAGE} tokens; allowed: for "
+            f"{load.context}, those of a request, or more"
+        )
     batching = ContinuousBatchingConfig(
         page_size=PAGE,
-        num_blocks=load.cache_bytes // block,
+        num_blocks=blocks,
         max_batch_tokens=load.chunk,
         max_requests_per_batch=load.concurrency,
         allow_block_sharing=False,

@@ -10,6 +10,7 @@ from typing import Any
 
 from cllm.cache.accounting import kv_bytes
 from cllm.config import ModelConfig
+from cllm.config.load import validate
 
 DESIGNS: dict[str, dict[str, Any]] = {
     "mha": {"preset": "mha"},
@@ -148,7 +149,7 @@ def export(design: str, sizes: dict[str, Any], folder: Path) -> tuple[ModelConfi
     from cllm.model.sizes import build_decoder, count_parameters
 
     torch.manual_seed(0)
-    config = ModelConfig.model_validate({**sizes, "match_params": True, "kv": DESIGNS[design]})
+    config = validate(ModelConfig, {**sizes, "match_params": True, "kv": DESIGNS[design]})
     decoder = build_decoder(config)
     save(as_pretrained(decoder), folder, "5GB")
     return config, count_parameters(decoder)

@@ -10,6 +10,7 @@ host      the same from the store's host memory
 disk      the same with a new `PrefixStore` on the folder that holds the prefix: the file found, checked, loaded. The
           file's pages are dropped from the system's memory before.
 share     the time from disk as a part of that of prefill
+of CPU    the same of the processor's time, on a CPU. Other programs hardly change it; waits for the disk are not in it
 
 A row of `exact` stores the cache as it is. `--posthoc` and `--at-rest` add a row each, for the same computed prompt.
 
@@ -23,9 +24,10 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -53,6 +55,7 @@ DESIGNS = ("mha", "gqa:n_kv_heads=2", "cla", "yoco", "fusedkv", "fusedkv_lite", 
 TIMES = ("prefill", "store", "device", "host", "disk")
 """Columns of seconds."""
 _CHUNK = 2048
+T = TypeVar("T")
 _ROOM = 64 * GIB
 """Budget of a tier, in bytes, so that nothing leaves it."""
 
@@ -85,14 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = choose_device(options.device)
     record = Record({"environment": environment(), "threads": torch.get_num_threads()}, options.out)
     columns = [f"{title:>9}" for title in ("M params", "file MB")] + [f"{title + ' s':>11}" for title in TIMES]
-    print(f"{'design':<20}{'stored':<26}{''.join(columns)}{'share':>8}", flush=True)
+    print(f"{'design':<20}{'stored':<26}{''.join(columns)}{'share':>8}{'of CPU':>8}", flush=True)
     for name in tqdm([*options.designs, *options.models], disable=None, leave=False, unit="model"):
         decoder = (_decoder if name in options.designs else _trained)(name, options).to(device).eval()
         for row in measure(name if name in options.designs else Path(name).name, decoder, options, device):
             cells = [f"{row['parameters'] / 1e6:>9.1f}", f"{row['bytes'] / 1e6:>9.1f}"]
             cells += ["" if row[key] is None else f"{row[key]:.3f}" for key in TIMES]
             text = "".join(f"{cell:>{width}}" for cell, width in zip(cells, (9, 9, *[11] * len(TIMES)), strict=True))
-            tqdm.write(f"{row['design']:<20}{row['stored']:<26}{text}{row['share']:>8.3f}")
+            tqdm.write(f"{row['design']:<20}{row['stored']:<26}{text}{row['share']:>8.3f}{row['cpu_share'] or '':>8.3}")
             record.add(row)
         del decoder
         free(device)
@@ -109,7 +112,7 @@ def measure(design: str, decoder: Decoder, options: Any, device: torch.device) -
     decoder.prefill(prefix[:, :64], KVCache(decoder.config))  # warm up
     cache = KVCache(decoder.config)
     chunk = _CHUNK if decoder.passes is None else None
-    _, prefill = wall_time(lambda: decoder.prefill(prefix, cache, chunk=chunk), device)
+    _, prefill = _seconds(lambda: decoder.prefill(prefix, cache, chunk=chunk), device)
     kinds: list[dict[str, str]] = [{}]
     kinds += [{"posthoc": method} for method in options.posthoc] + [{"at_rest": method} for method in options.at_rest]
     rows = []
@@ -123,10 +126,12 @@ def measure(design: str, decoder: Decoder, options: Any, device: torch.device) -
             continue
         rows.append({"design": design, "stored": stored, "tokens": options.tokens, **found})
         free(device)
-    exact, last = wall_time(lambda: _next_token(decoder, cache, prompt), device)
-    seconds, parameters = (prefill + last) / 1000, sum(parameter.numel() for parameter in decoder.parameters())
+    exact, last = _seconds(lambda: _next_token(decoder, cache, prompt), device)
+    wall, cpu = (a + b for a, b in zip(prefill, last, strict=True))
     for row in rows:
-        row |= {"parameters": parameters, "prefill": seconds, "share": row["disk"] / seconds}
+        row |= {"parameters": sum(parameter.numel() for parameter in decoder.parameters())}
+        row |= {"prefill": wall, "prefill_cpu": cpu, "share": row["disk"] / wall}
+        row["cpu_share"] = row["disk_cpu"] / cpu if device.type == "cpu" else None
         row["same_token"] = bool((row.pop("token") == exact).all())
     return rows
 
@@ -155,22 +160,28 @@ def _stored(
 
     writer = PrefixStore(decoder, folder, host_bytes=0, **sizes)
     writer.find(prompt[:, :1], salt="")
-    _, store = wall_time(lambda: put(writer), device)
+    _, (store, _) = _seconds(lambda: put(writer), device)
     (file,) = folder.glob("*.safetensors")
     if "at_rest" in kind and "at_rest" not in read_header(file).layout:
         raise UserError("the method cannot code this prefix, which is then stored exactly")
     in_host = reader(host_bytes=_ROOM)
     _drop_pages(file)
-    token, disk = wall_time(lambda: first_token(in_host), device)
-    _, host = wall_time(lambda: first_token(in_host), device)
+    token, (disk, disk_cpu) = _seconds(lambda: first_token(in_host), device)
+    _, (host, _) = _seconds(lambda: first_token(in_host), device)
     on_device = None
     if device.type == "cuda":
         in_device = reader(device_bytes=_ROOM)
         first_token(in_device)
-        _, on_device = wall_time(lambda: first_token(in_device), device)
-    times = {"store": store, "device": on_device, "host": host, "disk": disk}
-    seconds = {name: None if time is None else time / 1000 for name, time in times.items()}
-    return {"bytes": file.stat().st_size, **seconds, "token": token}
+        _, (on_device, _) = _seconds(lambda: first_token(in_device), device)
+    times = {"store": store, "device": on_device, "host": host, "disk": disk, "disk_cpu": disk_cpu}
+    return {"bytes": file.stat().st_size, **times, "token": token}
+
+
+def _seconds(run: Callable[[], T], device: torch.device) -> tuple[T, tuple[float, float]]:
+    """The result of `run`, its seconds, and those of the processor in all threads of this process."""
+    begin = time.process_time()
+    result, wall = wall_time(run, device)
+    return result, (wall / 1000, time.process_time() - begin)
 
 
 def _next_token(decoder: Decoder, cache: KVCache, prompt: Tensor) -> Tensor:

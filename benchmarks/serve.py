@@ -86,8 +86,10 @@ def _wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
     raise UserError(f"the server was not ready after {START_SECONDS} seconds; its log is {log}")
 
 
-def request(address: str, prompt: Sequence[int], new: int) -> Timing:
-    """The times of the tokens of one streamed answer."""
+def request(address: str, prompt: Sequence[int], new: int, lengths: dict[int, int] | None = None) -> Timing:
+    """The times of the tokens of one streamed answer. Its tokens so far are an entry of `lengths` meanwhile."""
+    lengths = {} if lengths is None else lengths
+    name = threading.get_ident()
     body = {"model": "model", "prompt": list(prompt), "max_tokens": new, "temperature": 0, "ignore_eos": True,
             "stream": True, "return_token_ids": True, "detokenize": False}  # fmt: skip
     asked = urllib.request.Request(
@@ -100,6 +102,8 @@ def request(address: str, prompt: Sequence[int], new: int) -> Timing:
                 choices = json.loads(line[6:]).get("choices", [])
                 tokens = sum(len(choice.get("token_ids") or []) for choice in choices)
                 times += [time.monotonic() - start] * tokens
+                lengths[name] = len(prompt) + len(times)
+    lengths.pop(name, None)
     return Timing(times)
 
 
@@ -127,19 +131,20 @@ def measure(design: str, sizes: dict[str, Any], load: Load, dtype: str, work: Pa
             raise UserError(f"{log}: has no line with the size of the KV cache")
         cached = int(size[1].replace(",", ""))
         request(address, [1] * load.prompt, min(4, load.new))  # warm-up
-        most, done = Most(), threading.Event()
+        most, lengths, done = Most(), dict[int, int](), threading.Event()
 
         def watch() -> None:
             while not done.wait(0.2):
-                text = metrics(address)
-                most.add(int(value(text, "num_requests_running")), round(value(text, "kv_cache_usage_perc") * cached))
+                # Those that wait, or were evicted, are the ones with the fewest tokens.
+                running = int(value(metrics(address), "num_requests_running"))
+                most.add(running, sum(sorted(lengths.values(), reverse=True)[:running]))
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         start = time.monotonic()
         with ThreadPoolExecutor(load.concurrency) as pool:
             prompts = load.prompts(sizes["vocab_size"])
-            timings = list(pool.map(lambda prompt: request(address, prompt, load.new), prompts))
+            timings = list(pool.map(lambda prompt: request(address, prompt, load.new, lengths), prompts))
         seconds = time.monotonic() - start
         done.set()
         watcher.join()

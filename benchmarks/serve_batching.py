@@ -15,7 +15,6 @@ from transformers.generation.continuous_batching.offloading_manager import Offlo
 import cllm
 from benchmarks.serve_load import DTYPES, Load, Most, Result, Timing, export, make_result
 from cllm.errors import UserError
-from cllm.hub.batching import paged_config
 
 PAGE = 32
 """Tokens of a page."""
@@ -32,8 +31,8 @@ def measure(design: str, sizes: dict[str, Any], load: Load, dtype: str, device: 
     """
     exported = export(design, sizes, work / design)
     model: Any = cllm.load(work / design, device=device).to(getattr(torch, dtype)).eval()
-    paged = paged_config(model.model)
-    block = 2 * paged.num_hidden_layers * paged.num_key_value_heads * paged.head_dim * PAGE * DTYPES[dtype]
+    plan, head_dim = model.model.plan, model.model.config.resolved_head_dim
+    block = sum(2 * plan.owned(owner).kv_heads * head_dim * PAGE * DTYPES[dtype] for owner in plan.owners)
     blocks = load.cache_bytes // block
     if blocks * PAGE < load.context:
         raise UserError(

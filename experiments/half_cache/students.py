@@ -24,8 +24,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "trailing": {"preset": "trailing"},
     "control": {"preset": "gqa"},
 }
-"""`model.kv` without `n_kv_heads`, for a teacher of 30 layers. swiftkv keeps the whole cache and saves prefill. `control` is
-the teacher's own plan: what the training text does without any sharing."""
+"""`model.kv` without `n_kv_heads`, for a teacher of 30 layers. swiftkv keeps the whole cache and saves prefill.
+`control` is the teacher's own plan: what the training text does without any sharing."""
 DEFAULT = ("control", "fusedkv", "fusedkv_rich", "cla2", "acrosskv", "kv_tie", "xmla")
 """Students of the default command."""
 STARTS: dict[str, dict[str, Any]] = {

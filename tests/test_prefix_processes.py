@@ -122,3 +122,12 @@ def test_a_prefix_that_is_larger_than_the_budget_with_its_header_leaves_the_othe
     assert tier.put(NAMES[0], small, tokens, header)
     assert not tier.put(NAMES[1], *_prefix(1, 0))
     assert NAMES[0] in tier
+
+
+def test_nothing_is_deleted_in_a_folder_that_has_lost_its_mark(tmp_path: Path, caplog) -> None:
+    tier = DiskTier(tmp_path / "prefixes", SIZE * 6)  # room for one file
+    tier.put(NAMES[0], *_prefix(0, 0))
+    (tmp_path / "prefixes" / ".cllm").unlink()
+    tier.put(NAMES[1], *_prefix(1, 0))
+    assert NAMES[0] in tier
+    assert "has lost its file .cllm" in caplog.text

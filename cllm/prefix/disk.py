@@ -121,8 +121,12 @@ class DiskTier:
     def _evict(self, keep: str) -> None:
         """Delete the least recently used files beyond the budget; `keep` last, unless it is larger by itself.
 
-        One process at a time: two that count the same files would delete more than they have to.
+        One process at a time: two that count the same files would delete more than they have to. Nothing is deleted if
+        the folder's mark is gone.
         """
+        if marked_as(self.folder) != KIND:
+            log.warning("%s: has lost its file %s, so nothing in it is deleted to make room", self.folder, MARK)
+            return
         with _alone(self.folder / MARK):
             files = sorted(self._files(), key=lambda file: (file[2].name == f"{keep}.safetensors", file[0]))
             total = sum(size for _, size, _ in files)
@@ -179,7 +183,10 @@ class DiskTier:
 @contextmanager
 def _alone(file: Path) -> Iterator[None]:
     """Wait for the kernel's lock of `file`, if its file system has locks."""
-    descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:  # of another user; network file systems may then have no lock
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)

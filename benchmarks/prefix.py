@@ -89,9 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = Record({"environment": environment(), "threads": torch.get_num_threads()}, options.out)
     columns = [f"{title:>9}" for title in ("M params", "file MB")] + [f"{title + ' s':>11}" for title in TIMES]
     print(f"{'design':<20}{'stored':<26}{''.join(columns)}{'share':>8}{'of CPU':>8}", flush=True)
-    for name in tqdm([*options.designs, *options.models], disable=None, leave=False, unit="model"):
-        decoder = (_decoder if name in options.designs else _trained)(name, options).to(device).eval()
-        for row in measure(name if name in options.designs else Path(name).name, decoder, options, device):
+    models = [(name, _decoder) for name in options.designs] + [(path, _trained) for path in options.models]
+    for name, make in tqdm(models, disable=None, leave=False, unit="model"):
+        decoder = make(name, options).to(device).eval()
+        for row in measure(name, decoder, options, device):
             cells = [f"{row['parameters'] / 1e6:>9.1f}", f"{row['bytes'] / 1e6:>9.1f}"]
             cells += ["" if row[key] is None else f"{row[key]:.3f}" for key in TIMES]
             text = "".join(f"{cell:>{width}}" for cell, width in zip(cells, (9, 9, *[11] * len(TIMES)), strict=True))

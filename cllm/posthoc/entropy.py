@@ -11,26 +11,28 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 WIDTHS = (1, 2, 4, 8, 16, 32)
 _HEADER = struct.Struct("<II")
 _SIZE = struct.Struct("<I")
 _MOST_KEPT = 2
 """Streams that are kept: that of a group's keys and that of its values."""
-_kept: ContextVar[dict[int, tuple[Tensor, list[Tensor]]] | None] = ContextVar("kept", default=None)
+_kept: ContextVar[dict[int, tuple[Tensor, list[Any]]] | None] = ContextVar("kept", default=None)
 
 
 def compress(numbers: Tensor) -> bytes:
     """The whole numbers (n, r) int32, each above -2^31, as bytes."""
-    q = numbers.cpu().numpy().astype(np.int64).T
-    codes = np.where(q < 0, -2 * q - 1, 2 * q).astype(np.uint32)
+    q = np.ascontiguousarray(numbers.cpu().numpy().T)
+    codes = ((q << 1) ^ (q >> 31)).view(np.uint32)
     largest = codes.max(axis=1, initial=0)
     classes = np.searchsorted(np.array([2**w - 1 for w in WIDTHS]), largest).astype(np.uint8)
     parts = [_HEADER.pack(*numbers.shape), _sized(_deflate(classes.tobytes()))]
@@ -45,7 +47,7 @@ def compress(numbers: Tensor) -> bytes:
 
 
 def decompress(data: bytes) -> Tensor:
-    """The numbers (n, r) int32. Bytes after the end of the code are ignored.
+    """The numbers (n, r) int32, one column after the other in memory. Bytes after the end of the code are ignored.
 
     Raises `ValueError` for bytes that `compress` did not write.
     """
@@ -54,35 +56,35 @@ def decompress(data: bytes) -> Tensor:
         place = _HEADER.size
         raw, place = _next(data, place)
         classes = np.frombuffer(raw, np.uint8)
-        codes = np.zeros((columns, rows), np.uint32)
+        q = np.zeros((columns, rows), np.int32)
         for i, width in enumerate(WIDTHS):
-            count = int((classes == i).sum())
+            chosen = classes == i
+            count = int(chosen.sum())
             if not count * rows:
                 continue
             raw, place = _next(data, place)
             low = np.frombuffer(raw, np.uint8)
-            low = _unpack(low, width, count * rows) if width < 8 else low
-            found = low.reshape(count, rows).astype(np.uint32)
-            if width > 8:
-                raw, place = _next(data, place)
-                high = np.frombuffer(raw, np.uint8).reshape(width // 8 - 1, count, rows).astype(np.uint32)
-                for j, shift in enumerate(range(8, width, 8)):
-                    found |= high[j] << shift
-            codes[classes == i] = found
+            if width <= 8:
+                q[chosen] = _NUMBERS[width][low].reshape(-1)[: count * rows].reshape(count, rows)
+                continue
+            codes = low.reshape(count, rows).astype(np.uint32)
+            raw, place = _next(data, place)
+            high = np.frombuffer(raw, np.uint8).reshape(width // 8 - 1, count, rows).astype(np.uint32)
+            for j, shift in enumerate(range(8, width, 8)):
+                codes |= high[j] << shift
+            q[chosen] = (codes >> 1).view(np.int32) ^ -(codes & 1).view(np.int32)
     except (struct.error, zlib.error, ValueError) as error:
         raise ValueError(f"an entropy code is damaged: {error}") from None
-    wide = codes.astype(np.int64)
-    q = np.where(wide & 1, -((wide + 1) >> 1), wide >> 1)
-    return torch.from_numpy(q.T.astype(np.int32))
+    return torch.from_numpy(q).T
 
 
-def decompress_rows(stream: Tensor) -> list[Tensor]:
-    """The numbers of every row of `stream` (B, bytes); inside of `shared_streams`, the last ones are kept."""
+def decode_rows(stream: Tensor, decode: Callable[[int, Tensor], T]) -> list[T]:
+    """`decode(row, numbers)` for every row of `stream` (B, bytes); inside of `shared_streams`, the last are kept."""
     kept = _kept.get()
     if kept is None:
-        return [decompress(from_row(row)) for row in stream]
+        return [decode(i, decompress(from_row(row))) for i, row in enumerate(stream)]
     if id(stream) not in kept:
-        kept[id(stream)] = stream, [decompress(from_row(row)) for row in stream]
+        kept[id(stream)] = stream, [decode(i, decompress(from_row(row))) for i, row in enumerate(stream)]
         for name in list(kept)[:-_MOST_KEPT]:
             del kept[name]
     return kept[id(stream)][1]
@@ -113,13 +115,21 @@ def from_row(row: Tensor) -> bytes:
 
 def _pack(codes: np.ndarray, width: int) -> bytes:
     per_byte = 8 // width
-    padded = np.pad(codes, (0, -len(codes) % per_byte)).reshape(-1, per_byte)
-    return (padded << (width * np.arange(per_byte))).sum(1).astype(np.uint8).tobytes()
+    padded = np.pad(codes.astype(np.uint8), (0, -len(codes) % per_byte)).reshape(-1, per_byte)
+    packed = padded[:, 0].copy()
+    for i in range(1, per_byte):
+        packed |= padded[:, i] << (width * i)
+    return packed.tobytes()
 
 
-def _unpack(packed: np.ndarray, width: int, count: int) -> np.ndarray:
-    shifts = width * np.arange(8 // width, dtype=np.uint8)
-    return ((packed[:, None] >> shifts) & (2**width - 1)).reshape(-1)[:count]
+def _numbers(width: int) -> np.ndarray:
+    """(256, 8 / width) int16: the numbers in each byte of codes of `width` bits."""
+    shifts = width * np.arange(8 // width)
+    codes = (np.arange(256)[:, None] >> shifts) & (2**width - 1)
+    return ((codes >> 1) ^ -(codes & 1)).astype(np.int16)
+
+
+_NUMBERS = {width: _numbers(width) for width in WIDTHS if width <= 8}
 
 
 def _deflate(raw: bytes, strategy: int = zlib.Z_HUFFMAN_ONLY) -> bytes:

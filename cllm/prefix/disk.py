@@ -9,21 +9,28 @@ The folder has the mark `.cllm`. In it, only files that carry our header are del
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
 import re
 import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
 from cllm.errors import UserError
-from cllm.files import is_empty, mark_new, marked_as
-from cllm.prefix.file import Header, read_header, read_tensors, write_prefix
+from cllm.files import MARK, is_empty, mark_new, marked_as
+from cllm.prefix.file import Header, PrefixFile, read_header, write_prefix
 from cllm.prefix.pack import Packed
 
 log = logging.getLogger(__name__)
+_writing = threading.Lock()
+"""Threads of one process would write to the same unfinished file."""
 
 KIND = "prefixes"
 _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
@@ -33,7 +40,7 @@ _ABANDONED = 24 * 3600.0
 
 
 class DiskTier:
-    """Prefixes in `folder`, with a budget in bytes.
+    """Prefixes in `folder`, with a budget in bytes for all processes that have the same one.
 
     Raises:
         UserError: for a folder that is neither missing, empty, nor one of stored prefixes.
@@ -41,31 +48,35 @@ class DiskTier:
 
     def __init__(self, folder: Path, budget: int):
         self.folder, self.budget = folder, budget
-        if os.path.lexists(folder) and marked_as(folder) != KIND and not is_empty(folder):
+        # In this order: another process marks the folder before it writes to it.
+        if os.path.lexists(folder) and not is_empty(folder) and marked_as(folder) != KIND:
             raise UserError(
                 f"{folder}: is no folder of stored prefixes; allowed: a new or empty folder, or one that is"
             )
-        mark_new(folder, KIND)
+        self._mark()
         self._headers: dict[str, Header | None] = {}
         """Of every file that was seen; None: it is not ours, or damaged."""
-        self._checked: set[tuple[int, int]] = set()
-        """Inode and size of the files whose hashes this process has checked."""
+        self._checked: set[tuple[int, str]] = set()
+        """Identities of the files whose hashes this process has checked."""
         self._remove_unfinished()
+
+    def _mark(self) -> None:
+        try:
+            mark_new(self.folder, KIND)
+        except FileNotFoundError:  # another process has just marked it, and removed this one's unfinished mark
+            if marked_as(self.folder) != KIND:
+                raise
 
     def headers(self) -> dict[str, Header]:
         """The headers of all files now in the folder, by name. Those of new files are read."""
-        found = {}
         with os.scandir(self.folder) as entries:
-            names = [entry.name for entry in entries if _NAME.fullmatch(entry.name)]
-        for file in names:
-            name = file.partition(".")[0]
+            names = [entry.name.partition(".")[0] for entry in entries if _NAME.fullmatch(entry.name)]
+        self._headers = {name: self._headers[name] for name in names if name in self._headers}
+        for name in names:
             if name not in self._headers:
-                self._headers[name] = self._header(self.folder / file)
-            header = self._headers[name]
-            if header is not None:
-                found[name] = header
-        self._headers = {name: h for name, h in self._headers.items() if f"{name}.safetensors" in set(names)}
-        return found
+                with contextlib.suppress(FileNotFoundError):  # another process has deleted it
+                    self._headers[name] = self._header(self._path(name))
+        return {name: header for name, header in self._headers.items() if header is not None}
 
     def __contains__(self, name: str) -> bool:
         return self._path(name).exists()
@@ -77,20 +88,19 @@ class DiskTier:
 
     def get(self, name: str) -> tuple[Packed, Tensor] | None:
         """A cache, as views of the mapped file, and its tokens, used now; None if it is gone or damaged."""
-        path, header = self._path(name), self._headers.get(name)
         try:
-            header = header or read_header(path)
-            status = path.stat()
-            found = read_tensors(path, header, check=(status.st_ino, status.st_size) not in self._checked)
-            os.utime(path)
+            with PrefixFile(self._path(name)) as file:
+                found = file.read(check=file.identity not in self._checked)
+                file.touch()
         except FileNotFoundError:  # another process has deleted it
+            self._headers.pop(name, None)
             return None
         except UserError as error:
-            if path.exists():
-                log.warning("a stored prefix is not used: %s", error)
-                self._headers[name] = None
+            log.warning("a stored prefix is not used: %s", error)
+            self._headers[name] = None
             return None
-        self._checked.add((status.st_ino, status.st_size))
+        self._headers[name] = file.header  # another process may have stored it again
+        self._checked.add(file.identity)
         return found
 
     def put(self, name: str, packed: Packed, tokens: Tensor, header: Header) -> bool:
@@ -98,36 +108,46 @@ class DiskTier:
         path = self._path(name)
         if packed.nbytes > self.budget:
             return False
-        if path.exists() and self._headers.get(name, header) is not None:
-            os.utime(path)
-            return True
+        if self._headers.get(name, header) is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)
+                return True
         self._headers.pop(name, None)
-        write_prefix(path, packed, tokens, header)
+        with _writing:
+            write_prefix(path, packed, tokens, header)
         self._evict(keep=name)
         return path.exists()
 
     def _evict(self, keep: str) -> None:
-        """Delete the least recently used files beyond the budget; `keep` last."""
-        files = sorted(self._files(), key=lambda file: (file[2].name == f"{keep}.safetensors", file[0]))
-        total = sum(size for _, size, _ in files)
-        for _, size, path in files:
-            if total <= self.budget:
-                break
-            if self._header(path) is not None:
-                path.unlink(missing_ok=True)
-                total -= size
-        self._remove_unfinished()
+        """Delete the least recently used files beyond the budget; `keep` last, unless it is larger by itself.
+
+        One process at a time: two that count the same files would delete more than they have to. Nothing is deleted if
+        the folder's mark is gone.
+        """
+        if marked_as(self.folder) != KIND:
+            log.warning("%s: has lost its file %s, so nothing in it is deleted to make room", self.folder, MARK)
+            return
+        with _alone(self.folder / MARK):
+            files = sorted(self._files(), key=lambda file: (file[2].name == f"{keep}.safetensors", file[0]))
+            total = sum(size for _, size, _ in files)
+            if files and files[-1][1] > self.budget:
+                files = files[-1:]
+            for _, size, path in files:
+                if total <= self.budget:
+                    break
+                if self._is_ours(path):
+                    path.unlink(missing_ok=True)
+                    total -= size
+            self._remove_unfinished()
 
     def _files(self) -> list[tuple[int, int, Path]]:
         """Time of last use in ns, bytes and path of every file with a name of ours."""
         found = []
         for path in self.folder.iterdir():
             if _NAME.fullmatch(path.name):
-                try:
+                with contextlib.suppress(FileNotFoundError):
                     status = path.stat()
-                except FileNotFoundError:
-                    continue
-                found.append((status.st_mtime_ns, status.st_size, path))
+                    found.append((status.st_mtime_ns, status.st_size, path))
         return found
 
     def _remove_unfinished(self) -> None:
@@ -150,9 +170,29 @@ class DiskTier:
         try:
             return read_header(path)
         except UserError as error:
-            if path.exists():
-                log.warning("a file is no stored prefix and is left alone: %s", error)
+            log.warning("a file is no stored prefix and is left alone: %s", error)
             return None
+
+    def _is_ours(self, path: Path) -> bool:
+        try:
+            return self._header(path) is not None
+        except FileNotFoundError:
+            return False
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Wait for the kernel's lock of `file`, if its file system has locks."""
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:  # of another user; network file systems may then have no lock
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _is_running(pid: int) -> bool:

@@ -9,6 +9,7 @@ Reading maps the file into memory: tensors on the CPU are views of the map, whos
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -88,17 +89,80 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_header(path: Path) -> Header:
-    """The header of a file.
+class PrefixFile:
+    """An open file of a prefix, for a `with` block. Header and tensors are of one file, even if another process deletes
+    or replaces it meanwhile.
 
     Raises:
-        UserError: naming the file, if it is missing, damaged, no prefix, or of another format version.
+        FileNotFoundError: if it is missing.
+        UserError: naming the file, if it is damaged, no prefix, or of another format version.
     """
+
+    header: Header
+    identity: tuple[int, str]
+    """Inode and SHA-256 of the header, which has those of the tensors."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # safetensors opens a path twice. By its descriptor, both are the same file.
+            self._file = _open(path, f"/dev/fd/{self._descriptor}")
+            metadata = self._file.metadata() or {}
+            self.header = _parse_header(path, metadata)
+            self.identity = (os.fstat(self._descriptor).st_ino, metadata["sha256"])
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def __enter__(self) -> PrefixFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._descriptor)
+
+    def touch(self) -> None:
+        """Count the file as used now, unless this process may not."""
+        with contextlib.suppress(OSError):
+            os.utime(self._descriptor)
+
+    def read(self, *, check: bool = True) -> tuple[Packed, Tensor]:
+        """The packed cache, views of a map of the file that outlive the block, and its tokens.
+
+        Args:
+            check: compare the SHA-256 of every tensor, which reads the entire file.
+
+        Raises:
+            UserError: naming the file, if it is damaged.
+        """
+        try:
+            tensors = {name: self._file.get_tensor(name) for name in self._file.keys()}  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.path}: cannot be read: {reason(error)}") from None
+        if tensors.keys() != self.header.sha256.keys():
+            raise UserError(f"{self.path}: damaged: its tensors are not those of its header")
+        if check:
+            for name, found in zip(tensors, sha256_of_all(tensors.values()), strict=True):
+                if found != self.header.sha256[name]:
+                    raise UserError(f"{self.path}: damaged: the tensor {name} has another sha256 than its header says")
+        tokens = tensors.pop("tokens")
+        return Packed(self.header.layout, tensors), tokens
+
+
+def read_header(path: Path) -> Header:
+    """The header of a file. Errors are those of `PrefixFile`."""
+    with PrefixFile(path) as file:
+        return file.header
+
+
+def _open(path: Path, opened: str) -> Any:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        return safe_open(opened, framework="pt")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {reason(error)}") from None
+
+
+def _parse_header(path: Path, metadata: Mapping[str, str]) -> Header:
     if MARK not in metadata:
         raise UserError(f"{path}: is no stored prefix; allowed: a file that cllm.save_prefix or a PrefixStore wrote")
     text = metadata[MARK]
@@ -112,32 +176,6 @@ def read_header(path: Path) -> Header:
         return Header(**{**vars(header), "chain": {int(n): name for n, name in header.chain.items()}})
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged: {reason(error)}") from None
-
-
-def read_tensors(path: Path, header: Header, *, check: bool = True) -> tuple[Packed, Tensor]:
-    """The packed cache in a file, views of a map of it, and its tokens.
-
-    Args:
-        path: the file.
-        header: its header.
-        check: compare the SHA-256 of every tensor, which reads the entire file.
-
-    Raises:
-        UserError: naming the file, if it is damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
-    if tensors.keys() != header.sha256.keys():
-        raise UserError(f"{path}: damaged: its tensors are not those of its header")
-    if check:
-        for name, found in zip(tensors, sha256_of_all(tensors.values()), strict=True):
-            if found != header.sha256[name]:
-                raise UserError(f"{path}: damaged: the tensor {name} has another sha256 than its header says")
-    tokens = tensors.pop("tokens")
-    return Packed(header.layout, tensors), tokens
 
 
 # ---- single files ----------------------------------------------------------------------------------------------------
@@ -174,11 +212,14 @@ def load_prefix(
     path: str | os.PathLike[str], model: nn.Module, *, salt: str = "", max_len: int | None = None
 ) -> tuple[KVCache, Tensor]:
     """Read a cache and its tokens from a file; see `cllm.load_prefix`."""
-    decoder, file = decoder_of(model), Path(path)
-    header = read_header(file)
-    check_header(file, header, model=fingerprint(decoder), salt=salt, decoder=decoder)
-    packed, tokens = read_tensors(file, header)
-    return open_packed(file, packed, decoder, max_len=max_len), tokens
+    decoder, name = decoder_of(model), Path(path)
+    try:
+        with PrefixFile(name) as file:
+            check_header(name, file.header, model=fingerprint(decoder), salt=salt, decoder=decoder)
+            packed, tokens = file.read()
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {reason(error)}") from None
+    return open_packed(name, packed, decoder, max_len=max_len), tokens
 
 
 def open_packed(path: Path | str, packed: Packed, decoder: Any, *, max_len: int | None = None) -> KVCache:

@@ -14,7 +14,7 @@ from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.posthoc.bit_planes import pack_codes, planes, unpack_codes
 from cllm.posthoc.cache import compress_cache, copy_store
-from cllm.posthoc.entropy import compress, decompress, decompress_rows, shared_streams, to_rows
+from cllm.posthoc.entropy import compress, decode_rows, decompress, shared_streams, to_rows
 from cllm.posthoc.hf import compress_dynamic
 from cllm.posthoc.methods.kvquant import fit_levels
 from cllm.posthoc.methods.turboquant import levels, projection, rotation
@@ -62,6 +62,10 @@ def test_numbers_are_entropy_coded_near_their_entropy():
         entropy = -(shares * shares.log2()).sum().item()
         assert entropy < 8 * len(compress(q)) / q.numel() < 1.07 * entropy + 0.01
     streams = [to_rows([compress(wide), compress(wide[:1])], CPU) for _ in range(3)]
+
+    def decompress_rows(stream: torch.Tensor) -> list[torch.Tensor]:
+        return decode_rows(stream, lambda row, numbers: numbers)
+
     with shared_streams():
         first = [decompress_rows(stream)[0] for stream in streams]
         assert all(torch.equal(numbers, wide) for numbers in first)
@@ -214,7 +218,7 @@ def test_kvtc_rounds_principal_components(slot_tensors):
         x = [t.flatten(2)[row].double() for t in data]
         x = [(t - t.mean(0)) / (t - t.mean(0)).square().mean().sqrt() for t in x]
         _, _, vt = np.linalg.svd(torch.cat(x, 1).numpy(), full_matrices=False)
-        a, step = codes[0].components.decode()[row], codes[0].components.step[row]
+        a, step = codes[0].components.decode()[row][0], codes[0].components.step[row]
         exact = torch.cat(x, 1).float() @ torch.from_numpy(vt.T).float()[:, : a.shape[1]]
         signs = torch.sign((a * exact).sum(0))
         assert 5 < a.shape[1] < 16

@@ -14,7 +14,7 @@ from torch import Tensor
 from cllm.errors import UserError
 from cllm.posthoc.budget import elements_left
 from cllm.posthoc.code import Code, Codes
-from cllm.posthoc.entropy import compress, decompress, decompress_rows, from_row, to_rows
+from cllm.posthoc.entropy import compress, decode_rows, decompress, from_row, to_rows
 from cllm.posthoc.lowrank import right_vectors
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.registry import register
@@ -34,10 +34,14 @@ class Components(TensorTree):
     step: Tensor
     """(B,), in the cache's dtype."""
 
-    def decode(self) -> list[Tensor]:
-        """A (n, r) fp32 of each sequence; r differs between them."""
-        numbers = decompress_rows(self.stream)
-        return [q.to(self.step.device).float() * s.float() for q, s in zip(numbers, self.step, strict=True)]
+    def decode(self) -> list[tuple[Tensor, Tensor]]:
+        """A (n, r) fp32 of each sequence, and the steps (r,) of its B; r differs between sequences."""
+        return decode_rows(self.stream, self._decode_row)
+
+    def _decode_row(self, row: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        step = self.step[row]
+        a = numbers.to(step.device).float().mul_(step.float())
+        return a, basis_steps(a, step)
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,9 @@ class Transformed(Code):
 
     def decode(self) -> Tensor:
         rows = []
-        for i, a in enumerate(self.components.decode()):
-            b = decompress(from_row(self.stream[i])).to(a.device).float() * basis_steps(a, self.components.step[i])
-            rows.append((a @ b.mT) * self.scale[i].float() + self.mean[i].float())
+        for i, (a, steps) in enumerate(self.components.decode()):
+            b = decompress(from_row(self.stream[i])).to(a.device).float() * steps
+            rows.append((a @ b.mT).mul_(self.scale[i].float()).add_(self.mean[i].float()))
         return torch.cat((torch.stack(rows).to(self.rest.dtype), self.rest), dim=1).unflatten(-1, self.width)
 
 

@@ -7,7 +7,7 @@ Nothing here uses the package. A plan is a list of one row a layer:
                      `input 3`: it projects the output of layer 3; `only keys`: it has no values;
                      `tied`: one projection is both, keys with RoPE and values without;
                      `mix 0+1`: the slots of layers 0 and 1 are mixed into what it stores
-    latent           the layer owns a latent (MLA) and reads it
+    latent           the layer owns a latent (MLA) and reads it; `latent:3`: of three blocks (MLRA)
     retention        the layer keeps a recurrent state
     read 3           keys and values are those of layer 3
     keys 3 values 0  keys are those of layer 3, values those of layer 0
@@ -51,6 +51,10 @@ PRESETS: dict[str, tuple[dict, list[str]]] = {
     "gqa": ({}, ["own:2"] * 8),
     "mqa": ({}, ["own:1"] * 8),
     "mla": ({"factor": 2, **LATENT}, ["latent", "read 0", "latent", "read 2", "latent", "read 4", "latent", "read 6"]),
+    "mlra": (
+        {"factor": 2, "blocks": 3, **LATENT},
+        ["latent:3", "read 0", "latent:3", "read 2", "latent:3", "read 4", "latent:3", "read 6"],
+    ),
     "xmla": ({"factor": 4, **LATENT}, ["latent", *["read 0"] * 3, "latent", *["read 4"] * 3]),
     "cla": (
         {"n_kv_heads": 2},
@@ -229,7 +233,7 @@ VARIANTS: dict[str, tuple[dict, list[str]]] = {
 }
 
 _ROW = re.compile(
-    r"(?:own:(?P<heads>\d+)|(?P<kind>latent|retention))?"
+    r"(?:own:(?P<heads>\d+)|(?P<kind>latent|retention)(?::(?P<blocks>\d+))?)?"
     r"(?P<norm> norm)?"
     r"(?: input (?P<input>\d+))?"
     r"(?: only (?P<only>keys|values))?"
@@ -248,6 +252,7 @@ class Row:
 
     owns: bool
     kind: str | None
+    blocks: int
     kv_norm: bool
     input: int | None
     only: str | None
@@ -277,6 +282,7 @@ class Row:
         return cls(
             owns=bool(found["heads"] or found["kind"]),
             kind=found["kind"],
+            blocks=int(found["blocks"] or 1),
             kv_norm=bool(found["norm"]),
             input=int(found["input"]) if found["input"] else None,
             only=found["only"],
@@ -547,32 +553,44 @@ class SlowDecoder:
             heads.append(softmax_read(query, keys, values, self.head_dim))
         return heads
 
-    def project_latent(self, i: int, t: int, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """c = norm(W_DKV h), k_R = RoPE(W_KR h)."""
-        rank = self.latent["kv_lora_rank"]
+    def project_latent(self, i: int, t: int, normed: Tensor) -> tuple[list[Tensor], Tensor]:
+        """c = norm(W_DKV h), k_R = RoPE(W_KR h). MLRA: c is cut into blocks, each √(d / r) norm(c_i), r its width."""
+        rank, blocks = self.latent["kv_lora_rank"], self.layers[i].blocks
         both = self.linear(i, "attention.owner.down_proj", normed)
-        latent = rms_norm(both[:rank], self.w(i, "attention.owner.norm.weight"), self.eps)
+        weights = self.w(i, "attention.owner.norm.weight").chunk(blocks)
+        latent = [rms_norm(c, w, self.eps) for c, w in zip(both[:rank].chunk(blocks), weights, strict=True)]
+        if blocks > 1:
+            latent = [math.sqrt(len(normed) / len(c)) * c for c in latent]
         return latent, rotate(both[rank:], t, self.theta)
 
     def latent_attention(self, i: int, t: int, normed: Tensor, slots: dict) -> list[Tensor]:
-        """DeepSeek-V2, eq. 9 to 19: q_i = [W_UQ c_Q; RoPE(W_QR c_Q)], k_i = [W_UK c; k_R], v_i = W_UV c."""
+        """DeepSeek-V2, eq. 9 to 19: q_i = [W_UQ c_Q; RoPE(W_QR c_Q)], k_i = [W_UK c; k_R], v_i = W_UV c.
+
+        MLRA: c_Q is scaled by √(d / r_Q), and n blocks of c give n attentions: o = n^-½ Σ_b o_b."""
         nope, rope = self.latent["qk_nope_head_dim"], self.latent["qk_rope_head_dim"]
         x = normed
         if self.latent["q_lora_rank"]:
             x = rms_norm(self.linear(i, "attention.q_down_proj", x), self.w(i, "attention.q_norm.weight"), self.eps)
+        blocks = self.layers[self.layers[i].keys[0]].blocks
+        if blocks > 1 and self.latent["q_lora_rank"]:
+            x = math.sqrt(len(normed) / len(x)) * x
         queries = self.linear(i, "attention.q_proj", x).split(nope + rope)
         cached = slots[self.layers[i].keys[0]]
         seen = self.visible(i, t, slots)
         heads = []
         for h, query in enumerate(queries):
             query = torch.cat((query[:nope], rotate(query[nope:], t, self.theta)))
-            keys, values = [], []
-            for s in seen:
-                latent, k_rope = cached[s]
-                up = self.linear(i, "attention.kv_up_proj", latent).split(nope + self.latent["v_head_dim"])[h]
-                keys.append(torch.cat((up[:nope], k_rope)))
-                values.append(up[nope:])
-            heads.append(softmax_read(query, keys, values, self.latent["v_head_dim"]))
+            out = torch.zeros(self.latent["v_head_dim"], dtype=query.dtype)
+            for block in range(blocks):
+                name = "attention.kv_up_proj" + (f".{block}" if blocks > 1 else "")
+                keys, values = [], []
+                for s in seen:
+                    latent, k_rope = cached[s]
+                    up = self.linear(i, name, latent[block]).split(nope + self.latent["v_head_dim"])[h]
+                    keys.append(torch.cat((up[:nope], k_rope)))
+                    values.append(up[nope:])
+                out = out + softmax_read(query, keys, values, self.latent["v_head_dim"])
+            heads.append(out / math.sqrt(blocks))
         return heads
 
     def retention(self, i: int, t: int, normed: Tensor, slots: dict) -> list[Tensor]:

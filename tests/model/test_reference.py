@@ -34,7 +34,7 @@ def assert_equal_to_reference(reference, model, rows):
 
 @pytest.mark.parametrize("name", preset_names())
 def test_logits_and_gradients_of_every_preset(name, reference, preset_config, random_model):
-    extras = {} if name in ("mla", "xmla") else {"qk_norm": True, "q_bias": True, "kv_bias": True}
+    extras = {} if name in ("mla", "mlra", "xmla") else {"qk_norm": True, "q_bias": True, "kv_bias": True}
     model = random_model(preset_config(name, **extras))
     assert_equal_to_reference(reference, model, reference.PRESETS[name][1])
 
@@ -71,7 +71,7 @@ def test_logits_and_gradients_of_variants(name, reference, preset_config, random
 @pytest.mark.parametrize(
     "name",
     [
-        *("mha", "fusedkv", "fusedkv, complex keys and matrix values", "yoco", "yoco with retention", "mla"),
+        *("mha", "fusedkv", "fusedkv, complex keys and matrix values", "yoco", "yoco with retention", "mla", "mlra"),
         *("trailing", "swiftkv", "svformer", "kv_tie", "yoco_pp", "ced", "hysparse"),
     ],
 )

@@ -34,6 +34,8 @@ def rows(plan: KVPlan) -> list[str]:
             words += [f"mix {'+'.join(map(str, plan.mixes(i)))}"] if plan.mixes(i) else []
         elif layer.own is not None:
             words.append({Latent: "latent", Retention: "retention"}[type(layer.own)])
+            if isinstance(layer.own, Latent) and layer.own.blocks > 1:
+                words[-1] += f":{layer.own.blocks}"
         keys, values = plan.keys(i), plan.values(i)
         if isinstance(layer.local, Own):
             words += [f"and:{layer.local.n_kv_heads}"] + ["norm"] * layer.local.kv_norm

@@ -35,6 +35,7 @@ LENGTH, BATCH, VOCABULARY = 7, 2, 32
 LATENTS = [
     {"kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3},
     {"kv_lora_rank": 5, "qk_nope_head_dim": 2, "qk_rope_head_dim": 4, "v_head_dim": 4, "q_lora_rank": 7},
+    {"kv_lora_rank": 9, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 4, "q_lora_rank": 7, "blocks": 3},
 ]
 GIVEN = os.environ.get("CLLM_PLANS")
 PROPERTY = settings(

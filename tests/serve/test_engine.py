@@ -68,6 +68,7 @@ REFUSED = {
     ),
     **dict.fromkeys(("ced", "hysparse", "join_example"), "several slots at once"),
     "mla": "latent",
+    "mlra": "latent",
     "xmla": "latent",
     "yoco_retention": "recurrent state",
 }

@@ -16,6 +16,7 @@ Nothing here uses the package. A plan is a list of one row a layer:
     and:2            the layer has a second slot, of 2 heads, which it alone reads
     join 4+own/3     one softmax over slot 4 and the layer's own slot, of which a query sees 3 tokens; `and` in place of
                      a number is the second slot; `sink`: with a learned term in the denominator
+    as 2             the layer has the weights of layer 2, except those of sums, gates and sinks
     gate 0+own/3     a sum of two attentions with a gate for each; `blend`: with g and 1 - g
 """
 
@@ -63,6 +64,10 @@ PRESETS: dict[str, tuple[dict, list[str]]] = {
     "yoco": (
         {"window": 3, "n_kv_heads": 2},
         ["own:4 window 3"] * 4 + ["own:2 norm", "read 4", "read 4", "read 4"],
+    ),
+    "yoco_u": (
+        {"window": 3, "n_kv_heads": 2, "times": 2, "n_lower": 2},
+        ["own:4 window 3"] * 2 + ["own:4 window 3 as 0", "own:4 window 3 as 1", "own:2 norm"] + ["read 4"] * 3,
     ),
     "fusedkv": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys w0+w3 values w0+w3"] * 4),
     "fusedkv_lite": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys 3 values 0"] * 4),
@@ -229,6 +234,23 @@ VARIANTS: dict[str, tuple[dict, list[str]]] = {
             "blend 0+5/2",
         ],
     ),
+    "a loop that reads its first turn": (
+        {
+            "layers": [
+                {"layers": [0, 7], "own": {"n_kv_heads": 2}},
+                {"layers": [1, 3], "own": {"n_kv_heads": 2, "kv_norm": True}},
+                {"layers": 2, "keys": {"fuse": [0, 1]}, "values": {"share": 1}},
+                {"layers": 4, "keys": {"fuse": [1, 3]}, "values": {"share": 3}},
+                {"layers": 5, "read": {"gate": [1, {"own": {"n_kv_heads": 2, "kv_norm": True, "window": 2}}]}},
+                {"layers": 6, "keys": {"share": 1}, "values": {"share": 0}},
+            ],
+            "loop": {"layers": "1-2", "times": 3},
+        },
+        [
+            *("own:2", "own:2 norm", "keys w0+w1 values 1", "own:2 norm as 1", "keys w1+w3 values 3 as 2"),
+            *("own:2 norm gate 1+own/2 as 1", "keys 1 values 0 as 2", "own:2"),
+        ],
+    ),
     "mha, window and kv norm": ({"preset": "mha", "window": 2, "kv_norm": True}, ["own:4 norm window 2"] * 8),
 }
 
@@ -243,6 +265,7 @@ _ROW = re.compile(
     r"(?: ?(?P<how>join|gate|blend) (?P<parts>\S+)(?P<sink> sink)?)?"
     r"(?: ?read (?P<read>\d+)| ?keys (?P<keys>\S+) values (?P<values>\S+))?"
     r"(?: window (?P<window>\d+))?"
+    r"(?: as (?P<origin>\d+))?"
 )
 
 
@@ -251,6 +274,7 @@ class Row:
     """One layer of a table: what it owns, and where its keys and values come from."""
 
     owns: bool
+    origin: int
     kind: str | None
     blocks: int
     kv_norm: bool
@@ -281,6 +305,7 @@ class Row:
             keys = values = "+".join(str(slot) for slot, _ in parts if isinstance(slot, int))
         return cls(
             owns=bool(found["heads"] or found["kind"]),
+            origin=int(found["origin"] or layer),
             kind=found["kind"],
             blocks=int(found["blocks"] or 1),
             kv_norm=bool(found["norm"]),
@@ -401,10 +426,17 @@ class SlowDecoder:
     # ---- one layer, one token ---------------------------------------------------------------------------------------
 
     def w(self, i: int, name: str) -> Tensor:
-        return self.weights[f"blocks.{i}.{name}"]
+        found = self.has(i, name)
+        assert found is not None, f"layer {i} has no {name}"
+        return found
+
+    def has(self, i: int, name: str) -> Tensor | None:
+        """A weight of the layer, or of the layer whose weights it has; None if there is none."""
+        own = self.weights.get(f"blocks.{i}.{name}")
+        return self.weights.get(f"blocks.{self.layers[i].origin}.{name}") if own is None else own
 
     def linear(self, i: int, name: str, x: Tensor) -> Tensor:
-        bias = self.weights.get(f"blocks.{i}.{name}.bias")
+        bias = self.has(i, f"{name}.bias")
         y = self.w(i, f"{name}.weight") @ x
         return y if bias is None else y + bias
 
@@ -454,7 +486,7 @@ class SlowDecoder:
             keys = self.linear(i, "attention.owner.k_proj", normed).split(self.head_dim)
         if self.layers[i].only != "keys" and not self.layers[i].tied:
             values = self.linear(i, "attention.owner.v_proj", normed).split(self.head_dim)
-        norm = self.weights.get(f"blocks.{i}.attention.owner.k_norm.weight")
+        norm = self.has(i, "attention.owner.k_norm.weight")
         if norm is not None:
             keys = [rms_norm(key, norm, self.eps) for key in keys]
             values = keys if self.layers[i].tied else values
@@ -470,7 +502,7 @@ class SlowDecoder:
             normed = rms_norm(x, self.w(i, "attention.local.norm.weight"), self.eps)
         name = "kv_proj" if self.layers[i].local_tied else "k_proj"
         keys = self.linear(i, f"attention.local.{name}", normed).split(self.head_dim)
-        norm = self.weights.get(f"blocks.{i}.attention.local.k_norm.weight")
+        norm = self.has(i, "attention.local.k_norm.weight")
         keys = keys if norm is None else [rms_norm(key, norm, self.eps) for key in keys]
         tied = self.layers[i].local_tied
         values = keys if tied else self.linear(i, "attention.local.v_proj", normed).split(self.head_dim)
@@ -481,8 +513,8 @@ class SlowDecoder:
         Σ_j exp(z_j) v_j / (Σ_j exp(z_j) + exp(s_h)); or one for each slot, and Σ_p g_ph o_ph."""
         row = self.layers[i]
         queries = self.linear(i, "attention.q_proj", normed).split(self.head_dim)
-        norm = self.weights.get(f"blocks.{i}.attention.q_norm.weight")
-        sink = self.weights.get(f"blocks.{i}.attention.sink.weight")
+        norm = self.has(i, "attention.q_norm.weight")
+        sink = self.has(i, "attention.sink.weight")
         heads = []
         for h, query in enumerate(queries):
             query = rotate(query if norm is None else rms_norm(query, norm, self.eps), t, self.theta)
@@ -541,7 +573,7 @@ class SlowDecoder:
     def attention(self, i: int, t: int, normed: Tensor, slots: dict) -> list[Tensor]:
         row = self.layers[i]
         queries = self.linear(i, "attention.q_proj", normed).split(self.head_dim)
-        norm = self.weights.get(f"blocks.{i}.attention.q_norm.weight")
+        norm = self.has(i, "attention.q_norm.weight")
         seen = self.visible(i, t, slots)
         heads = []
         for h, query in enumerate(queries):

@@ -56,6 +56,7 @@ VARIANTS = [
     "halves of other layers",
     "mixes of mixes",
     "tied slots of other layers",
+    "a loop that reads its first turn",
 ]
 
 
@@ -72,7 +73,17 @@ def test_logits_and_gradients_of_variants(name, reference, preset_config, random
     "name",
     [
         *("mha", "fusedkv", "fusedkv, complex keys and matrix values", "yoco", "yoco with retention", "mla", "mlra"),
-        *("trailing", "swiftkv", "svformer", "kv_tie", "yoco_pp", "ced", "hysparse"),
+        *(
+            "yoco_u",
+            "a loop that reads its first turn",
+            "trailing",
+            "swiftkv",
+            "svformer",
+            "kv_tie",
+            "yoco_pp",
+            "ced",
+            "hysparse",
+        ),
     ],
 )
 def test_layer_by_layer_and_token_by_token_are_equal(name, reference, preset_config, random_model):

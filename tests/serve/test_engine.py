@@ -70,6 +70,7 @@ REFUSED = {
     "mla": "latent",
     "mlra": "latent",
     "xmla": "latent",
+    "yoco_u": "a loop of 3 turns",
     "yoco_retention": "recurrent state",
 }
 """Plans that vLLM cannot serve, and a word of the reason."""

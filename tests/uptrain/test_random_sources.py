@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_the_draw_is_the_published_one_or_restricted_to_owners(owners_only: bool
     """Layer l reads itself with probability 1 - p, and otherwise each layer below with p / l (R-CLA) or, restricted,
     each of the n owners below with p / n."""
     routes = [draw_route(N, P, 0, step, owners_only=owners_only) for step in range(DRAWS)]
-    expected = Counter[tuple[int, int]]()  # (layer, source): the mean number of reads, given the owners of each draw
+    expected = defaultdict[tuple[int, int], float](float)  # (layer, source): the mean reads, given the owners drawn
     for route in routes:
         for layer in range(N):
             below = [j for j in range(layer) if route[j] == j or not owners_only]

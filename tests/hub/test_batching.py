@@ -35,6 +35,7 @@ REFUSED = {
     "sandwich_top": "layers 2 to 6 read from above",
     "xmla": r"layer 0 stores a latent \(latent",
     "yoco": "layer 0 stores 4 KV heads and layer 4 2",
+    "yoco_u": "layer 0 stores 4 KV heads and layer 4 2",
 }
 MIXED = {
     "layers": [

@@ -62,8 +62,8 @@ class LoopConfig(Section):
 
     def plan(self) -> Loop:
         found = layer_range(self.layers)
-        if not found or list(found) != list(range(found[0], found[0] + len(found))):
-            raise PlanError(f"model.kv.loop.layers is {self.layers}; allowed: layers in a row, such as 0-9")
+        if not found or found[0] < 0 or list(found) != list(range(found[0], found[0] + len(found))):
+            raise PlanError(f"model.kv.loop.layers is {self.layers}; allowed: layers in a row from 0 on, such as 0-9")
         return Loop(first=found[0], count=len(found), times=self.times)
 
 
@@ -96,7 +96,7 @@ def check_loop(plan: _Plan) -> None:
     loop = plan.loop
     if loop is None:
         return
-    if loop.first < 0 or loop.last >= len(plan.layers):
+    if loop.last >= len(plan.layers):
         raise PlanError(
             f"model.kv.loop: {loop.times} turns of {loop.count} layers from layer {loop.first} end at layer "
             f"{loop.last}, but the model has layers 0 to {len(plan.layers) - 1}; allowed: model.n_layers, which counts "

@@ -70,6 +70,10 @@ def test_match_params_widens_the_layers_that_exist(tiny_config):
             {"layers": [{"layers": "0-7", "own": {}}], "loop": {"layers": [0, 2], "times": 2}},
             r"kv\.loop\.layers is \[0, 2\]; allowed: layers in a row",
         ),
+        (
+            {"layers": [{"layers": "0-7", "own": {}}], "loop": {"layers": -1, "times": 2}},
+            r"kv\.loop\.layers is -1; allowed: layers in a row from 0 on",
+        ),
         ({"layers": [{"layers": "0-7", "own": {}}], "loop": {"layers": 0, "times": 1}}, r"kv\.loop\.times"),
         (
             {"layers": [{"layers": 0, "own": OWN}, {"layers": "1-7", "own": {}}], "loop": {"layers": 0, "times": 2}},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic import Field
 
@@ -46,6 +46,10 @@ class Loop:
         have = f"layers {ranges(later)} have" if len(later) > 1 else f"layer {later[0]} has"
         theirs = f"layers {ranges(first)}" if len(first) > 1 else f"layer {first[0]}"
         return f"{have} the weights of {theirs}: a loop of {self.times} turns"
+
+    def settings(self) -> dict[str, Any]:
+        """The settings in YAML; the inverse of `LoopConfig.plan`."""
+        return {"layers": ranges(range(self.first, self.first + self.count)), "times": self.times}
 
     def weights_of(self, layer: int) -> int:
         """The layer of the first turn whose weights `layer` has; `layer` itself outside of the loop."""

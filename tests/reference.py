@@ -7,7 +7,7 @@ Nothing here uses the package. A plan is a list of one row a layer:
                      `input 3`: it projects the output of layer 3; `only keys`: it has no values;
                      `tied`: one projection is both, keys with RoPE and values without;
                      `mix 0+1`: the slots of layers 0 and 1 are mixed into what it stores
-    latent           the layer owns a latent (MLA) and reads it
+    latent           the layer owns a latent (MLA) and reads it; `latent:3`: of three blocks (MLRA)
     retention        the layer keeps a recurrent state
     read 3           keys and values are those of layer 3
     keys 3 values 0  keys are those of layer 3, values those of layer 0
@@ -16,6 +16,7 @@ Nothing here uses the package. A plan is a list of one row a layer:
     and:2            the layer has a second slot, of 2 heads, which it alone reads
     join 4+own/3     one softmax over slot 4 and the layer's own slot, of which a query sees 3 tokens; `and` in place of
                      a number is the second slot; `sink`: with a learned term in the denominator
+    as 2             the layer has the weights of layer 2, except those of sums, gates and sinks
     gate 0+own/3     a sum of two attentions with a gate for each; `blend`: with g and 1 - g
 """
 
@@ -51,6 +52,10 @@ PRESETS: dict[str, tuple[dict, list[str]]] = {
     "gqa": ({}, ["own:2"] * 8),
     "mqa": ({}, ["own:1"] * 8),
     "mla": ({"factor": 2, **LATENT}, ["latent", "read 0", "latent", "read 2", "latent", "read 4", "latent", "read 6"]),
+    "mlra": (
+        {"factor": 2, "blocks": 3, **LATENT},
+        ["latent:3", "read 0", "latent:3", "read 2", "latent:3", "read 4", "latent:3", "read 6"],
+    ),
     "xmla": ({"factor": 4, **LATENT}, ["latent", *["read 0"] * 3, "latent", *["read 4"] * 3]),
     "cla": (
         {"n_kv_heads": 2},
@@ -59,6 +64,10 @@ PRESETS: dict[str, tuple[dict, list[str]]] = {
     "yoco": (
         {"window": 3, "n_kv_heads": 2},
         ["own:4 window 3"] * 4 + ["own:2 norm", "read 4", "read 4", "read 4"],
+    ),
+    "yoco_u": (
+        {"window": 3, "n_kv_heads": 2, "times": 2, "n_lower": 2},
+        ["own:4 window 3"] * 2 + ["own:4 window 3 as 0", "own:4 window 3 as 1", "own:2 norm"] + ["read 4"] * 3,
     ),
     "fusedkv": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys w0+w3 values w0+w3"] * 4),
     "fusedkv_lite": ({"n_kv_heads": 2}, ["own:2"] * 4 + ["keys 3 values 0"] * 4),
@@ -225,11 +234,28 @@ VARIANTS: dict[str, tuple[dict, list[str]]] = {
             "blend 0+5/2",
         ],
     ),
+    "a loop that reads its first turn": (
+        {
+            "layers": [
+                {"layers": [0, 7], "own": {"n_kv_heads": 2}},
+                {"layers": [1, 3], "own": {"n_kv_heads": 2, "kv_norm": True}},
+                {"layers": 2, "keys": {"fuse": [0, 1]}, "values": {"share": 1}},
+                {"layers": 4, "keys": {"fuse": [1, 3]}, "values": {"share": 3}},
+                {"layers": 5, "read": {"gate": [1, {"own": {"n_kv_heads": 2, "kv_norm": True, "window": 2}}]}},
+                {"layers": 6, "keys": {"share": 1}, "values": {"share": 0}},
+            ],
+            "loop": {"layers": "1-2", "times": 3},
+        },
+        [
+            *("own:2", "own:2 norm", "keys w0+w1 values 1", "own:2 norm as 1", "keys w1+w3 values 3 as 2"),
+            *("own:2 norm gate 1+own/2 as 1", "keys 1 values 0 as 2", "own:2"),
+        ],
+    ),
     "mha, window and kv norm": ({"preset": "mha", "window": 2, "kv_norm": True}, ["own:4 norm window 2"] * 8),
 }
 
 _ROW = re.compile(
-    r"(?:own:(?P<heads>\d+)|(?P<kind>latent|retention))?"
+    r"(?:own:(?P<heads>\d+)|(?P<kind>latent|retention)(?::(?P<blocks>\d+))?)?"
     r"(?P<norm> norm)?"
     r"(?: input (?P<input>\d+))?"
     r"(?: only (?P<only>keys|values))?"
@@ -239,6 +265,7 @@ _ROW = re.compile(
     r"(?: ?(?P<how>join|gate|blend) (?P<parts>\S+)(?P<sink> sink)?)?"
     r"(?: ?read (?P<read>\d+)| ?keys (?P<keys>\S+) values (?P<values>\S+))?"
     r"(?: window (?P<window>\d+))?"
+    r"(?: as (?P<origin>\d+))?"
 )
 
 
@@ -247,7 +274,9 @@ class Row:
     """One layer of a table: what it owns, and where its keys and values come from."""
 
     owns: bool
+    origin: int
     kind: str | None
+    blocks: int
     kv_norm: bool
     input: int | None
     only: str | None
@@ -276,7 +305,9 @@ class Row:
             keys = values = "+".join(str(slot) for slot, _ in parts if isinstance(slot, int))
         return cls(
             owns=bool(found["heads"] or found["kind"]),
+            origin=int(found["origin"] or layer),
             kind=found["kind"],
+            blocks=int(found["blocks"] or 1),
             kv_norm=bool(found["norm"]),
             input=int(found["input"]) if found["input"] else None,
             only=found["only"],
@@ -395,10 +426,17 @@ class SlowDecoder:
     # ---- one layer, one token ---------------------------------------------------------------------------------------
 
     def w(self, i: int, name: str) -> Tensor:
-        return self.weights[f"blocks.{i}.{name}"]
+        found = self.has(i, name)
+        assert found is not None, f"layer {i} has no {name}"
+        return found
+
+    def has(self, i: int, name: str) -> Tensor | None:
+        """A weight of the layer, or of the layer whose weights it has; None if there is none."""
+        own = self.weights.get(f"blocks.{i}.{name}")
+        return self.weights.get(f"blocks.{self.layers[i].origin}.{name}") if own is None else own
 
     def linear(self, i: int, name: str, x: Tensor) -> Tensor:
-        bias = self.weights.get(f"blocks.{i}.{name}.bias")
+        bias = self.has(i, f"{name}.bias")
         y = self.w(i, f"{name}.weight") @ x
         return y if bias is None else y + bias
 
@@ -448,7 +486,7 @@ class SlowDecoder:
             keys = self.linear(i, "attention.owner.k_proj", normed).split(self.head_dim)
         if self.layers[i].only != "keys" and not self.layers[i].tied:
             values = self.linear(i, "attention.owner.v_proj", normed).split(self.head_dim)
-        norm = self.weights.get(f"blocks.{i}.attention.owner.k_norm.weight")
+        norm = self.has(i, "attention.owner.k_norm.weight")
         if norm is not None:
             keys = [rms_norm(key, norm, self.eps) for key in keys]
             values = keys if self.layers[i].tied else values
@@ -464,7 +502,7 @@ class SlowDecoder:
             normed = rms_norm(x, self.w(i, "attention.local.norm.weight"), self.eps)
         name = "kv_proj" if self.layers[i].local_tied else "k_proj"
         keys = self.linear(i, f"attention.local.{name}", normed).split(self.head_dim)
-        norm = self.weights.get(f"blocks.{i}.attention.local.k_norm.weight")
+        norm = self.has(i, "attention.local.k_norm.weight")
         keys = keys if norm is None else [rms_norm(key, norm, self.eps) for key in keys]
         tied = self.layers[i].local_tied
         values = keys if tied else self.linear(i, "attention.local.v_proj", normed).split(self.head_dim)
@@ -475,8 +513,8 @@ class SlowDecoder:
         Σ_j exp(z_j) v_j / (Σ_j exp(z_j) + exp(s_h)); or one for each slot, and Σ_p g_ph o_ph."""
         row = self.layers[i]
         queries = self.linear(i, "attention.q_proj", normed).split(self.head_dim)
-        norm = self.weights.get(f"blocks.{i}.attention.q_norm.weight")
-        sink = self.weights.get(f"blocks.{i}.attention.sink.weight")
+        norm = self.has(i, "attention.q_norm.weight")
+        sink = self.has(i, "attention.sink.weight")
         heads = []
         for h, query in enumerate(queries):
             query = rotate(query if norm is None else rms_norm(query, norm, self.eps), t, self.theta)
@@ -535,7 +573,7 @@ class SlowDecoder:
     def attention(self, i: int, t: int, normed: Tensor, slots: dict) -> list[Tensor]:
         row = self.layers[i]
         queries = self.linear(i, "attention.q_proj", normed).split(self.head_dim)
-        norm = self.weights.get(f"blocks.{i}.attention.q_norm.weight")
+        norm = self.has(i, "attention.q_norm.weight")
         seen = self.visible(i, t, slots)
         heads = []
         for h, query in enumerate(queries):
@@ -547,32 +585,44 @@ class SlowDecoder:
             heads.append(softmax_read(query, keys, values, self.head_dim))
         return heads
 
-    def project_latent(self, i: int, t: int, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """c = norm(W_DKV h), k_R = RoPE(W_KR h)."""
-        rank = self.latent["kv_lora_rank"]
+    def project_latent(self, i: int, t: int, normed: Tensor) -> tuple[list[Tensor], Tensor]:
+        """c = norm(W_DKV h), k_R = RoPE(W_KR h). MLRA: c is cut into blocks, each √(d / r) norm(c_i), r its width."""
+        rank, blocks = self.latent["kv_lora_rank"], self.layers[i].blocks
         both = self.linear(i, "attention.owner.down_proj", normed)
-        latent = rms_norm(both[:rank], self.w(i, "attention.owner.norm.weight"), self.eps)
+        weights = self.w(i, "attention.owner.norm.weight").chunk(blocks)
+        latent = [rms_norm(c, w, self.eps) for c, w in zip(both[:rank].chunk(blocks), weights, strict=True)]
+        if blocks > 1:
+            latent = [math.sqrt(len(normed) / len(c)) * c for c in latent]
         return latent, rotate(both[rank:], t, self.theta)
 
     def latent_attention(self, i: int, t: int, normed: Tensor, slots: dict) -> list[Tensor]:
-        """DeepSeek-V2, eq. 9 to 19: q_i = [W_UQ c_Q; RoPE(W_QR c_Q)], k_i = [W_UK c; k_R], v_i = W_UV c."""
+        """DeepSeek-V2, eq. 9 to 19: q_i = [W_UQ c_Q; RoPE(W_QR c_Q)], k_i = [W_UK c; k_R], v_i = W_UV c.
+
+        MLRA: c_Q is scaled by √(d / r_Q), and n blocks of c give n attentions: o = n^-½ Σ_b o_b."""
         nope, rope = self.latent["qk_nope_head_dim"], self.latent["qk_rope_head_dim"]
         x = normed
         if self.latent["q_lora_rank"]:
             x = rms_norm(self.linear(i, "attention.q_down_proj", x), self.w(i, "attention.q_norm.weight"), self.eps)
+        blocks = self.layers[self.layers[i].keys[0]].blocks
+        if blocks > 1 and self.latent["q_lora_rank"]:
+            x = math.sqrt(len(normed) / len(x)) * x
         queries = self.linear(i, "attention.q_proj", x).split(nope + rope)
         cached = slots[self.layers[i].keys[0]]
         seen = self.visible(i, t, slots)
         heads = []
         for h, query in enumerate(queries):
             query = torch.cat((query[:nope], rotate(query[nope:], t, self.theta)))
-            keys, values = [], []
-            for s in seen:
-                latent, k_rope = cached[s]
-                up = self.linear(i, "attention.kv_up_proj", latent).split(nope + self.latent["v_head_dim"])[h]
-                keys.append(torch.cat((up[:nope], k_rope)))
-                values.append(up[nope:])
-            heads.append(softmax_read(query, keys, values, self.latent["v_head_dim"]))
+            out = torch.zeros(self.latent["v_head_dim"], dtype=query.dtype)
+            for block in range(blocks):
+                name = "attention.kv_up_proj" + (f".{block}" if blocks > 1 else "")
+                keys, values = [], []
+                for s in seen:
+                    latent, k_rope = cached[s]
+                    up = self.linear(i, name, latent[block]).split(nope + self.latent["v_head_dim"])[h]
+                    keys.append(torch.cat((up[:nope], k_rope)))
+                    values.append(up[nope:])
+                out = out + softmax_read(query, keys, values, self.latent["v_head_dim"])
+            heads.append(out / math.sqrt(blocks))
         return heads
 
     def retention(self, i: int, t: int, normed: Tensor, slots: dict) -> list[Tensor]:

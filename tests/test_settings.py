@@ -351,9 +351,9 @@ def test_help_names_the_presets_of_a_key_and_their_defaults():
     assert '  --model.kv.preset  (default: "mha")' in lines, "mha is the plan of a config without model.kv"
     (names,) = [line.partition("Allowed: ")[2] for line in lines if "Allowed: mha, " in line]
     assert sorted(names.rstrip(".").split(", ")) == preset_names()
-    assert "  --model.kv.kv_norm  (default: false; true with cla, yoco)" in lines
-    factor = lines.index("  --model.kv.factor  (default: 1 with mla; 2 with xmla, cla)")
-    assert [line.split()[0] for line in lines[factor + 1 : factor + 5]] == ["mla:", "xmla:", "cla:", "--model.kv.bytes"]
+    assert "  --model.kv.kv_norm  (default: false; true with yoco, yoco_u, cla)" in lines
+    factor = lines.index("  --model.kv.factor  (default: 1 with mla, mlra; 2 with xmla, cla)")
+    assert [line.split()[0] for line in lines[factor + 1 : factor + 5]] == ["mla,", "xmla:", "cla:", "--model.kv.bytes"]
     own = lines.index("  --model.kv.layers.own.n_kv_heads  (default: null)")
     assert lines[own + 1] == "      KV heads; null: as many as query heads.", "the key names its variant"
 

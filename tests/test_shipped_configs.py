@@ -220,9 +220,11 @@ BYTES = {
     "gqa": (1 / 2, 1 / 2),
     "mqa": (1 / 16, 1 / 16),
     "mla": ((256 + 32) / 2048, (256 + 32) / 2048),
+    "mlra": ((4 * 64 + 32) / 2048, (4 * 64 + 32) / 2048),  # four blocks of 64 channels
     "xmla": (8 * (992 + 32) / (16 * 2048), 16 * (992 + 32) / (16 * 2048)),  # 8 latents of rank 992, read twice each
     "cla": (1 / 2, 1),
     "yoco": ((8 * 1024 / 8192 + 1) / 16, (8 * 1024 / 8192 + 8) / 16),
+    "yoco_u": ((12 * 512 / 8192 + 1) / 16, (12 * 512 / 8192 + 4) / 16),  # three turns of 4 layers with a window each
     "fusedkv": (1 / 2, 3 / 2),
     "fusedkv_lite": (1 / 2, 1),
     "fusedkv_lite_learnable": (1 / 2, 1),

@@ -122,6 +122,9 @@ class Uptrain(Section):
     random_sources: float = Field(0.0, ge=0, lt=1)
     """Probability, in each step, that a layer reads the K/V of a lower layer instead of its own. Needs a plan in which
     every layer owns K/V."""
+    random_sources_from: Literal["owners", "all"] = "owners"
+    """Lower layers that `random_sources` may choose, all with the same probability. owners: those that read their own
+    K/V in that step; all: every lower layer, as in R-CLA (arXiv 2604.22782)."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -150,5 +153,10 @@ class Uptrain(Section):
             )
         if self.curriculum_steps and self.random_sources:
             raise ValueError("uptrain: curriculum_steps and random_sources are both set; allowed: one of them")
+        if self.random_sources_from != "owners" and not self.random_sources:
+            raise ValueError(
+                f"uptrain.random_sources_from is {self.random_sources_from}, but uptrain.random_sources is 0, so that "
+                "no layer reads another; allowed with it: above 0 and below 1"
+            )
         if fp8 and self.trainable == "lora":
             raise ValueError(f"train.fp8 is {fp8}, but uptrain.trainable is lora; allowed with fp8: all, kv")

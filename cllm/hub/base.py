@@ -29,6 +29,7 @@ from cllm.hub.inputs import Inputs, check_packing, pop_packing, read_inputs
 from cllm.model.block import Block
 from cllm.model.context import Context
 from cllm.model.decoder import Decoder, recompute
+from cllm.model.loop import check_turns
 from cllm.model.sizes import model_d_ff
 from cllm.model.sources import Reader
 
@@ -217,6 +218,7 @@ class CLLMPreTrainedModel(PreTrainedModel):
         `wanted` may list indices from 0 to n_layers, negative ones from the end; the other entries are then None.
         """
         states: list[Tensor] | None = [] if wanted is not None and wanted is not False else None
+        check_turns(self.model.blocks, self.model.plan)
         hidden = self.model.hidden(
             input_ids,
             *inputs[:2],

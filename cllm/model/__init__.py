@@ -8,6 +8,7 @@ context.py    the state that all layers of one forward pass share
 requests.py   the context of a pass over several requests, in one row of tokens
 sources.py    the modules that write and read slots
 fusion.py     fused reads whose weights are complex numbers or matrices
+loop.py       weights that the turns of a loop share
 initial.py    initial weights
 loss.py       output head and cross-entropy in chunks
 mlp.py        SwiGLU feed-forward

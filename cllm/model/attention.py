@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, H query heads, G KV heads, D channels of a head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ from cllm.kernels.decode import Stored, Visible, decode_attention
 from cllm.kernels.retention import gated_retention, gated_retention_from
 from cllm.model import fusion  # noqa: F401  (registers the modules of `Fuse`)
 from cllm.model.context import Context
-from cllm.model.norm import RMSNorm
+from cllm.model.norm import BlockRMSNorm, RMSNorm
 from cllm.model.rope import apply_rope
 from cllm.model.sources import OwnMixedKV, StoredForm, make_owner, make_read
 from cllm.plan.kinds import Latent, Retention, Source
@@ -182,22 +183,37 @@ def _keep_kernels() -> Any:
 
 @mixer_module(Latent)
 class LatentAttention(Mixer):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1.2-2.1.3), in expanded form."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1.2-2.1.3), in expanded form.
+
+    A latent of several blocks has an up-projection and an attention for each, and the output is n^-½ Σ_i o_i over its n
+    blocks. Queries of a low rank r are scaled by √(d_model / r) before their up-projection (MLRA, arXiv 2603.02188).
+    """
 
     def __init__(self, config: ModelConfig, plan: KVPlan, layer: int):
         super().__init__(config, plan, layer)
         latent = plan.reading(Latent)[layer]
         self.latent_index = self.slot_index[plan.keys(layer).layers[0]]
-        self.n_heads, self.latent = config.n_heads, latent
+        self.n_heads, self.latent, blocks = config.n_heads, latent, latent.blocks
         width = config.n_heads * (latent.qk_nope_head_dim + latent.qk_rope_head_dim)
         self.q_down_proj = self.q_norm = None
         if latent.q_lora_rank is not None:
             self.q_down_proj = nn.Linear(config.d_model, latent.q_lora_rank, bias=False)
-            self.q_norm = RMSNorm(latent.q_lora_rank, eps=config.norm_eps)
+            scale = math.sqrt(config.d_model / latent.q_lora_rank)
+            self.q_norm = (
+                RMSNorm(latent.q_lora_rank, eps=config.norm_eps)
+                if blocks == 1
+                else BlockRMSNorm(latent.q_lora_rank, blocks=1, scale=scale, eps=config.norm_eps)
+            )
         self.q_proj = nn.Linear(latent.q_lora_rank or config.d_model, width, bias=False)
         kv_width = config.n_heads * (latent.qk_nope_head_dim + latent.v_head_dim)
-        self.kv_up_proj = nn.Linear(latent.kv_lora_rank, kv_width, bias=False)
+        ups = [nn.Linear(latent.kv_lora_rank // blocks, kv_width, bias=False) for _ in range(blocks)]
+        self.kv_up_proj = ups[0] if blocks == 1 else nn.ModuleList(ups)
         self.o_proj = nn.Linear(config.n_heads * latent.v_head_dim, config.d_model, bias=False)
+
+    @property
+    def up_projections(self) -> Sequence[nn.Module]:
+        """The up-projection of each block of the latent, (kv_lora_rank / blocks) -> H (nope + value)."""
+        return list(self.kv_up_proj) if isinstance(self.kv_up_proj, nn.ModuleList) else [self.kv_up_proj]
 
     def forward(
         self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context, store: Store | None = None
@@ -206,7 +222,7 @@ class LatentAttention(Mixer):
         own, slots = self.write(residual, normed, slots, context, store)
         context, normed = context.after_write(normed)
         slots, size = self.align(slots)
-        nope, rope, value = self.latent.qk_nope_head_dim, self.latent.qk_rope_head_dim, self.latent.v_head_dim
+        nope, rope = self.latent.qk_nope_head_dim, self.latent.qk_rope_head_dim
         x = normed if self.q_down_proj is None or self.q_norm is None else self.q_norm(self.q_down_proj(normed))
         q_nope, q_rope = self.q_proj(x).unflatten(-1, (self.n_heads, -1)).split((nope, rope), dim=-1)
         q_rope = apply_rope(q_rope, context.rope(rope))  # B, T, H, rope
@@ -215,29 +231,61 @@ class LatentAttention(Mixer):
             visible = context.visible(self.window, self.exclude_self, size)
             out = self._absorbed(q_nope[:, 0], q_rope[:, 0], slot, visible)[:, None]
         else:
-            k_nope, v = self.kv_up_proj(slot.k).unflatten(-1, (self.n_heads, -1)).split((nope, value), dim=-1)
-            k = torch.cat((k_nope, slot.v[:, :, None].expand(-1, -1, self.n_heads, -1)), dim=-1)
             mask = context.mask(self.window, self.exclude_self, size)
-            out = attention(torch.cat((q_nope, q_rope), dim=-1), k, v, mask, backend=context.backend)
+            out = self._expanded(torch.cat((q_nope, q_rope), dim=-1), slot, mask, context.backend)
         return self.o_proj(out.flatten(-2)), own
+
+    def _expanded(self, q: Tensor, slot: Slot, mask: Mask, backend: str) -> Tensor:
+        """(B, T, H, v_head_dim) for queries (B, T, H, nope + rope): attention over keys and values of all heads."""
+        outs = []
+        for up, latent in zip(self.up_projections, slot.k.chunk(self.latent.blocks, dim=-1), strict=True):
+            parts = (self.latent.qk_nope_head_dim, self.latent.v_head_dim)
+            k_nope, v = up(latent).unflatten(-1, (self.n_heads, -1)).split(parts, dim=-1)
+            k = torch.cat((k_nope, slot.v[:, :, None].expand(-1, -1, self.n_heads, -1)), dim=-1)
+            outs.append(attention(q, k, v, mask, backend=backend))
+        return _scaled_sum(outs)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, slot: Slot, visible: Visible) -> Tensor:
         """(B, H, v_head_dim) for one query of each sequence, without expanding the latent (section 2.1.2).
 
         The up-projection of keys is applied to the query, q·(U c) = (Uᵀ q)·c, and that of values to the output,
-        Σ p (W c) = W Σ p c.
+        Σ p (W c) = W Σ p c. The blocks of the latent are KV heads, each with all query heads, so that one call reads
+        every block once.
         """
-        weight, bias = _as_matrix(self.kv_up_proj, self.latent.kv_lora_rank, q_nope)
-        parts = (self.latent.qk_nope_head_dim, self.latent.v_head_dim)
-        up_k, up_v = weight.unflatten(0, (self.n_heads, -1)).split(parts, dim=1)  # H, nope or value, rank
-        latent = Stored(slot.k[:, :, None], None if slot.k_scale is None else slot.k_scale[:, :, None])
-        key = Stored(slot.v[:, :, None], None if slot.v_scale is None else slot.v_scale[:, :, None])
-        q_latent = torch.einsum("bhn,hnr->bhr", q_nope, up_k)
-        scale = (q_nope.shape[-1] + q_rope.shape[-1]) ** -0.5
-        (out,) = decode_attention([q_latent, q_rope], [latent, key], [latent], visible, scale=scale)
-        out = torch.einsum("bhr,hvr->bhv", out, up_v)
-        # A bias of keys adds the same number to every score. A bias of values is weighted by p, whose sum is 1.
-        return out if bias is None else out + bias.unflatten(0, (self.n_heads, -1)).split(parts, dim=1)[1]
+        blocks, parts = self.latent.blocks, (self.latent.qk_nope_head_dim, self.latent.v_head_dim)
+        matrices = [_as_matrix(up, self.latent.kv_lora_rank // blocks, q_nope) for up in self.up_projections]
+        ups = [weight.unflatten(0, (self.n_heads, -1)).split(parts, dim=1) for weight, _ in matrices]
+        q_latent = _joined([torch.einsum("bhn,hnr->bhr", q_nope, up_k) for up_k, _ in ups])  # B, blocks H, r
+        q_rope = _joined([q_rope] * blocks)
+        scale = (parts[0] + self.latent.qk_rope_head_dim) ** -0.5
+        data, key = slot.k[:, :, None], slot.v[:, :, None]
+        latent = Stored(data.unflatten(-1, (blocks, -1))[:, :, 0], _for_heads(slot.k_scale, blocks))
+        rope_key = Stored(key.expand(-1, -1, blocks, -1), _for_heads(slot.v_scale, blocks))
+        (out,) = decode_attention([q_latent, q_rope], [latent, rope_key], [latent], visible, scale=scale)
+        outs = []
+        for (_, up_v), (_, bias), of_block in zip(ups, matrices, out.split(self.n_heads, dim=1), strict=True):
+            value = torch.einsum("bhr,hvr->bhv", of_block, up_v)
+            # A bias of keys adds the same number to every score. A bias of values is weighted by p, whose sum is 1.
+            outs.append(value if bias is None else value + bias.unflatten(0, (self.n_heads, -1)).split(parts, dim=1)[1])
+        return _scaled_sum(outs)
+
+
+def _for_heads(scale: Tensor | None, heads: int) -> Tensor | None:
+    """Factors of tokens (B, S) as (B, S, heads)."""
+    return None if scale is None else scale[:, :, None].expand(-1, -1, heads)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors (B, H, ...) side by side in H."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+
+
+def _scaled_sum(outs: Sequence[Tensor]) -> Tensor:
+    """n^-½ Σ_i o_i over n outputs."""
+    total = outs[0]
+    for out in outs[1:]:
+        total = total + out
+    return total if len(outs) == 1 else total * len(outs) ** -0.5
 
 
 def _as_matrix(module: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -27,6 +27,7 @@ from cllm.kernels.sum_products import SUM_PRODUCTS
 from cllm.model.block import Block
 from cllm.model.context import CacheLayout, Context
 from cllm.model.initial import check_can_initialise, check_no_buffers, draw_weights
+from cllm.model.loop import share_turns
 from cllm.model.loss import Head
 from cllm.model.norm import RMSNorm
 from cllm.model.precision import product_dtype
@@ -62,6 +63,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         d_ff = d_ff or config.resolved_d_ff
         self.blocks = nn.ModuleList(Block(config, self.plan, i, d_ff) for i in range(config.n_layers))
+        share_turns(self, self.blocks, self.plan)
         self.stream_norms = nn.ModuleDict(
             {str(i): RMSNorm(config.d_model, eps=config.norm_eps) for i in sorted(self.plan.inputs)}
         )

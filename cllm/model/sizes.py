@@ -41,7 +41,8 @@ def _matched(config_json: str) -> int:
     start = config.resolved_d_ff
     target = _count(config.model_copy(update={"kv": MHA()}), start)
     have = _count(config, start)
-    per_channel = 3 * config.d_model * config.n_layers
+    plan = config.plan()
+    per_channel = 3 * config.d_model * len({plan.weights_of(i) for i in range(config.n_layers)})
     exact = start + (target - have) / per_channel
     d_ff = max(round(exact), 1)
     for multiple in (64, 32, 16, 8, 4, 2):

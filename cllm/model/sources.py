@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, G KV heads, D channels of a head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
@@ -17,7 +18,7 @@ from cllm.cache.slot import Slot
 from cllm.cache.stores import from_fp8
 from cllm.config import ModelConfig
 from cllm.kernels.decode import Stored
-from cllm.model.norm import RMSNorm
+from cllm.model.norm import BlockRMSNorm, RMSNorm
 from cllm.model.rope import apply_rope
 from cllm.plan.forms import OwnMixed, OwnTied
 from cllm.plan.fuse import Fuse
@@ -114,13 +115,22 @@ class OwnTiedKV(_Projecting, StoredForm):
 
 @owner_module(Latent)
 class OwnLatent(nn.Module):
-    """Projects a layer's own latent and its RoPE key: DeepSeek-V2 (arXiv 2405.04434), eq. 9 and 15."""
+    """Projects a layer's own latent and its RoPE key: DeepSeek-V2 (arXiv 2405.04434), eq. 9 and 15.
+
+    Each of several blocks i is √(d_model / r) RMSNorm_i(c_i), r its width (MLRA, arXiv 2603.02188). The factor gives
+    the block's up-projection an input of the size that a projection of d_model channels has.
+    """
 
     def __init__(self, config: ModelConfig, latent: Latent):
         super().__init__()
         self.rank, self.rope_dim = latent.kv_lora_rank, latent.qk_rope_head_dim
         self.down_proj = nn.Linear(config.d_model, self.rank + self.rope_dim, bias=False)
-        self.norm = RMSNorm(self.rank, eps=config.norm_eps)
+        scale, blocks = math.sqrt(config.d_model * latent.blocks / self.rank), latent.blocks
+        self.norm = (
+            RMSNorm(self.rank, eps=config.norm_eps)
+            if blocks == 1
+            else BlockRMSNorm(self.rank, blocks=blocks, scale=scale, eps=config.norm_eps)
+        )
 
     def forward(self, residual: Tensor, normed: Tensor, rope: RopeTables) -> Slot:
         """The slot for `normed` (B, T, d_model)."""

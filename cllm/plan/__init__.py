@@ -4,6 +4,7 @@ kinds.py     kinds of sources and reads: `Own`, `Latent`, `Retention`; `Share`; 
 fuse.py      `Fuse`, a read that sums several slots with learned weights
 forms.py     forms of `own` that store something else than two projections: one half, one projection for both, sums
 joins.py     reads of several slots at once: one softmax over them, or a gated sum
+loops.py     layers that are computed several times with the same weights
 numbers.py   layer numbers as text
 registry.py  the kinds that YAML knows, and the functions that build their modules
 plan.py      `KVPlan`: one entry per layer, the questions it answers, every refusal

@@ -48,6 +48,8 @@ def plan_table(plan: KVPlan) -> str:
             f"layers {spans} read from above: {plan.iterations.forward} passes without and "
             f"{plan.iterations.backward} with gradient"
         )
+    if plan.loop is not None:
+        lines.append(plan.loop.text)
     return "\n".join(lines)
 
 

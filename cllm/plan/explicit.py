@@ -18,6 +18,7 @@ from pydantic import Field
 from cllm.errors import PlanError
 from cllm.plan.joins import Whole
 from cllm.plan.kinds import Read, Share
+from cllm.plan.loops import LoopConfig
 from cllm.plan.numbers import layer_range, ranges
 from cllm.plan.plan import KVPlan, LayerPlan
 from cllm.plan.registry import READS, SOURCES
@@ -119,6 +120,9 @@ class Explicit(Section):
     """Entries that together name every layer of the model once."""
     iterations: IterationsConfig | None = None
     """Passes over cyclic layers; a plan that reads from a layer above needs it."""
+    loop: LoopConfig | None = None
+    """Layers that are computed several times in a row with the same weights; null: none. `model.n_layers` and the
+    entries of `layers` count every turn."""
 
     def expand(self, shape: Shape) -> KVPlan:
         found: dict[int, LayerPlan] = {}
@@ -135,7 +139,7 @@ class Explicit(Section):
         if missing:
             raise PlanError(f"layer {missing[0]}: not described in model.kv.layers (missing: [{ranges(missing)}])")
         iterations = self.iterations.plan() if self.iterations else None
-        return KVPlan.of([found[i] for i in range(shape.n_layers)], iterations)
+        return KVPlan.of([found[i] for i in range(shape.n_layers)], iterations, self.loop.plan() if self.loop else None)
 
 
 def plan_entries(plan: KVPlan) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from cllm.errors import PlanError
 from cllm.plan.fuse import Fuse
 from cllm.plan.joins import LOCAL, Attended, Whole, check_whole
 from cllm.plan.kinds import MAX_LAYERS, Half, Latent, Own, Read, Retention, Share, Source
+from cllm.plan.loops import Loop, check_loop
 from cllm.plan.numbers import layer_range, ranges
 from cllm.plan.shape import Iterations
 
@@ -33,6 +34,7 @@ __all__ = [
     "KVPlan",
     "Latent",
     "LayerPlan",
+    "Loop",
     "Own",
     "Read",
     "Retention",
@@ -65,29 +67,36 @@ class KVPlan:
 
     layers: tuple[LayerPlan, ...]
     iterations: Iterations | None = None
+    loop: Loop | None = None
 
     @classmethod
-    def of(cls, layers: Iterable[LayerPlan], iterations: Iterations | None = None) -> KVPlan:
+    def of(cls, layers: Iterable[LayerPlan], iterations: Iterations | None = None, loop: Loop | None = None) -> KVPlan:
         """Fill in what `layers` left out and check the plan.
 
         Raises:
             PlanError: naming the layer, for a source that owns nothing or is out of range, keys or values that no layer
                 reads or that no gradient reaches, fused slots of different shapes, keys and values with different
                 numbers of heads, a latent slot read in part, a windowed slot read through a wider mask, a window
-                through which queries have no effect, a source above the layer without `iterations`.
+                through which queries have no effect, a source above the layer without `iterations`, turns of a loop
+                that need different weights.
         """
         filled = [replace(p, keys=p.keys or Share(i), values=p.values or Share(i)) for i, p in enumerate(layers)]
-        plan = cls(tuple(filled), iterations)
+        plan = cls(tuple(filled), iterations, loop)
         for i in range(len(filled)):
             plan._check_layer(i)
         plan._check_iterations()
         plan._check_halves()
+        check_loop(plan)
         return plan
 
     def __len__(self) -> int:
         return len(self.layers)
 
     # ---- questions --------------------------------------------------------------------------------------------------
+
+    def weights_of(self, i: int) -> int:
+        """The layer whose weights layer `i` has: itself, or in later turns of a loop a layer of the first."""
+        return i if self.loop is None else self.loop.weights_of(i)
 
     def keys(self, i: int) -> Read:
         """Where layer `i` reads its keys."""

@@ -72,8 +72,10 @@ def convert_blocks(model: Decoder, recipe: str, *, emulate: bool = False) -> int
         emulate: round factors to fp8 and multiply them in fp32, for machines without fp8 products.
 
     Raises:
-        UserError: if no layer has dimensions that are multiples of 16.
+        UserError: if no layer has dimensions that are multiples of 16, and for a plan with a loop.
     """
+    if model.plan.loop is not None:
+        raise UserError(f"train.fp8 is {recipe}, but {model.plan.loop.text}; allowed: plans without a loop")
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     linears = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]

@@ -248,6 +248,11 @@ def make_strategy(launch: Launch, config: Config) -> Strategy | str:
     """
     if launch.zero_stage is not None:
         check_zero(launch)
+        if (loop := config.model.plan().loop) is not None:
+            raise UserError(
+                f"train.strategy is {launch.strategy}, but {loop.text}, which ZeRO has not been tested with; allowed: "
+                "auto, single, ddp"
+            )
         train = config.train
         return ZeroStrategy(launch, micro_batch=train.micro_batch, offload_optimizer=train.offload_optimizer)
     if launch.strategy == "single" and launch.processes > 1:

@@ -60,7 +60,13 @@ class UptrainingModule(TrainingModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         uptrain, step = self.config.uptrain, self.global_step
         if uptrain.random_sources:
-            self.model.route = draw_route(len(self.model.blocks), uptrain.random_sources, self.config.train.seed, step)
+            self.model.route = draw_route(
+                len(self.model.blocks),
+                uptrain.random_sources,
+                self.config.train.seed,
+                step,
+                owners_only=uptrain.random_sources_from == "owners",
+            )
         if uptrain.curriculum_steps:
             set_progress(self.model, step, uptrain.curriculum_steps)
         parts = self.objective(batch)
@@ -202,17 +208,17 @@ def hidden_states(
     return [*outputs, last]
 
 
-def draw_route(n_layers: int, chance: float, seed: int, step: int) -> list[int]:
+def draw_route(n_layers: int, chance: float, seed: int, step: int, *, owners_only: bool = True) -> list[int]:
     """For each layer, the layer that it reads in optimizer step `step`; equal on every device and after resuming.
 
-    With probability `chance` a layer, except for the lowest, reads one of the layers below it that read themselves,
-    drawn uniformly (after Stochastic KV Routing, arXiv 2604.22782).
+    With probability `chance` a layer, except for the lowest, reads one of the layers below it, drawn uniformly from all
+    of them (R-CLA of Stochastic KV Routing, arXiv 2604.22782) or, with `owners_only`, from those that read themselves.
     """
     draw = random.Random(f"{seed} {step}")
     route, owners = [0], [0]
     for i in range(1, n_layers):
         if draw.random() < chance:
-            route.append(draw.choice(owners))
+            route.append(draw.choice(owners) if owners_only else draw.randrange(i))
         else:
             route.append(i)
             owners.append(i)

@@ -191,9 +191,13 @@ def fusion_plan(teacher: TracedDecoder, plan: KVPlan, batches: Batches, *, ridge
     """`plan` with the sources of each fused read replaced by as many others, those of least squared error.
 
     Raises:
-        UserError: for a plan that fuses nothing, or a teacher in which a layer does not own a slot.
+        UserError: for a plan that fuses nothing or has a loop, or a teacher in which a layer does not own a slot.
     """
     check_owning(teacher.plan)
+    if plan.loop is not None:
+        raise UserError(
+            f"model.kv.loop: {plan.loop.text}, for which init.from has no weights; allowed: plans without a loop"
+        )
     if not plan.reads_by(Fuse):
         raise UserError("model.kv fuses nothing; give --owners or --max-bytes for a plan that shares")
     n, fused = len(plan), plan.reads_by(Fuse)

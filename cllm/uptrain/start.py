@@ -118,7 +118,11 @@ def make_student(
     Raises:
         UserError: for a plan, a method and `uptrain` settings that contradict each other.
     """
-    uptrain = config.uptrain
+    uptrain, loop = config.uptrain, config.model.plan().loop
+    if loop is not None:
+        raise UserError(
+            f"model.kv.loop: {loop.text}, for which init.from has no weights; allowed: plans without a loop"
+        )
     student = build_traced(config.model, backend=config.attention.backend, routed=uptrain.random_sources > 0)
     if uptrain.curriculum_steps:
         check_plans(student.plan, teacher.decoder.plan)

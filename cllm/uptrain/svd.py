@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cllm.config.uptraining import KeepPairs
 from cllm.errors import UserError
@@ -74,6 +74,11 @@ def check_latents(student: Decoder, teacher: Decoder, *, calibrated: bool) -> No
     for latent in student.plan.reading(Latent).values():
         unkept = d - latent.qk_rope_head_dim
         for wrong, message in (
+            (
+                latent.blocks > 1,
+                f"a latent has {latent.blocks} blocks; allowed: 1, since the softmax over each block is not a part of "
+                "the teacher's softmax",
+            ),
             (latent.q_lora_rank is not None, f"q_lora_rank is {latent.q_lora_rank}; allowed: null"),
             (latent.v_head_dim < d, f"v_head_dim is {latent.v_head_dim}; allowed: {d} or more"),
             (
@@ -254,6 +259,7 @@ def _set_reader(
     rope_query = w[:, :, pairs] * phases.conj()[:, None, :, None]
     nope_query = _padded(to_channels(w[:, :, others].flatten(0, 1)), latent.qk_nope_head_dim)
     mine.q_proj.weight.copy_(torch.cat((nope_query, to_channels(rope_query.flatten(0, 1))), dim=1).flatten(0, 1))
+    assert isinstance(mine.kv_up_proj, nn.Linear)
     mine.kv_up_proj.weight.copy_(up.repeat_interleave(n_heads // n_kv, dim=0).flatten(0, 1))
     columns = theirs.o_proj.weight.unflatten(1, (n_heads, theirs.head_dim)).transpose(0, 1).transpose(1, 2)
     mine.o_proj.weight.copy_(_padded(columns, latent.v_head_dim).permute(2, 0, 1).flatten(1))  # from H, value, d_model

@@ -61,6 +61,7 @@ CASES = [
     Case(**LATENT, h=32),
     Case(**LATENT, h=64),
     Case(**LATENT, h=128),
+    Case(d=(128, 64), e=(128,), h=64, alias=True),
     Case(column=7000),
     Case(column=7000, exclude_self=True, first=(0, 6999, 5000)),
     Case(column=7000, window=700),

@@ -26,12 +26,14 @@ REFUSED = {
     "lasagna_top": "layers 1 to 3 read from above",
     "lckv": "layers 1 to 6 read from above",
     "mla": r"layer 0 stores a latent \(latent 12 \+ 4\)",
+    "mlra": r"layer 0 stores a latent \(latent 3 x 4 \+ 4\)",
     "pizza_middle": "layers 3 to 5 read from above",
     "pizza_top": "layers 3 to 7 read from above",
     "sandwich_middle": "layers 2 to 4 read from above",
     "sandwich_top": "layers 2 to 6 read from above",
     "xmla": r"layer 0 stores a latent \(latent",
     "yoco": "layer 0 stores 4 KV heads and layer 4 2",
+    "yoco_u": "layer 0 stores 4 KV heads and layer 4 2",
 }
 MIXED = {
     "layers": [

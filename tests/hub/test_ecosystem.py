@@ -134,8 +134,8 @@ def test_lora_trains_its_own_weights_only(folder, tmp_path) -> None:
         torch.testing.assert_close(merged(ids, use_cache=False).logits, adapted)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_adapters_on_up_projections_of_latents_are_seen_by_decoding(bias, hub_model, preset_config) -> None:
+@pytest.mark.parametrize(("plan", "bias"), [("mla", False), ("mla", True), ("mlra", True)])
+def test_adapters_on_up_projections_of_latents_are_seen_by_decoding(plan, bias, hub_model, preset_config) -> None:
     """Decoding absorbs the up-projections, and has to absorb what an adapter adds to them."""
     peft = pytest.importorskip("peft")
     ids = torch.randint(32, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -143,11 +143,12 @@ def test_adapters_on_up_projections_of_latents_are_seen_by_decoding(bias, hub_mo
     config = peft.LoraConfig(
         r=2, lora_bias=bias, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
     )
-    model = peft.get_peft_model(hub_model(config=preset_config("mla")), config).eval()
+    model = peft.get_peft_model(hub_model(config=preset_config(plan)), config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B.default.bias"):
             torch.nn.init.normal_(parameter)
-    assert any("kv_up_proj.lora_A" in name for name, _ in model.named_parameters())
+    up = "kv_up_proj.lora_A" if plan == "mla" else "kv_up_proj.2.lora_A"
+    assert any(up in name for name, _ in model.named_parameters())
     with torch.no_grad():
         whole = model(input_ids=ids, use_cache=False).logits
         cache = model(input_ids=ids[:, :5]).past_key_values

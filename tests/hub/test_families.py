@@ -503,6 +503,11 @@ def rope_parameters(kind: str, **options) -> dict[str, Any]:
             ("mistral", {"model_type": name}, f"model_type is {name}, .*inputs of their own for every layer")
             for name in ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text")
         ),
+        (
+            "mistral",
+            {"model_type": "gemma4_text"},
+            "model_type is gemma4_text, .*larger heads in layers without a window",
+        ),
         ("mistral", {"model_type": ...}, "model_type is None"),
         ("mistral", {"model_type": "gemma2"}, "model_type is gemma2, .*GELU"),
         ("mistral", {"model_type": "mixtral"}, "model_type is mixtral, .*mixture of experts"),

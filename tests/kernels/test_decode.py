@@ -25,7 +25,7 @@ SCALE = 0.3
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `alias`: the first value part is the first key part."""
+    """One call. `alias`: the first value part is the first key part. `common`: all heads have the last key part."""
 
     d: tuple[int, ...] = (16,)
     e: tuple[int, ...] = (16,)
@@ -37,6 +37,7 @@ class Case:
     window: int | None = None
     exclude_self: bool = False
     alias: bool = False
+    common: bool = False
     float8: bool = False
 
     @property
@@ -85,6 +86,7 @@ CASES = [
     Case(d=(16, 8, 24), e=(8, 16, 24), column=55),
     Case(d=(32, 16), e=(32,), g=1, alias=True),
     Case(d=(48, 16), e=(48,), g=1, alias=True, column=55, first=(0, 54, 60)),
+    Case(d=(16, 16), e=(16,), h=8, g=4, alias=True, common=True, column=55, first=(0, 54, 60)),
     Case(float8=True, column=55),
     Case(d=(16, 16), e=(16, 16), g=4, float8=True),
     Case(d=(32, 16), e=(32,), h=17, g=1, alias=True, float8=True),
@@ -100,9 +102,10 @@ def call(case: Case, dtype: torch.dtype):
     """Arguments of `decode_attention`, and its results by the definition."""
     generator = torch.Generator().manual_seed(0)
 
-    def history(width: int) -> tuple[Stored, torch.Tensor]:
-        """The ring, and all numbers (rows, columns, G, width) that were stored in it."""
-        every = torch.randn(case.rows, case.column + 1, case.g, width, generator=generator).to(dtype)
+    def history(width: int, common: bool = False) -> tuple[Stored, torch.Tensor]:
+        """The ring, and all numbers (rows, columns, G, width) that were stored in it, once for all heads if `common`."""
+        heads = 1 if common else case.g
+        every = torch.randn(case.rows, case.column + 1, heads, width, generator=generator).to(dtype)
         stored = quantized(every.float()) if case.float8 else Stored(every)
         ring: list[torch.Tensor | None] = []
         for tensor in (stored.data, stored.scale):
@@ -114,10 +117,13 @@ def call(case: Case, dtype: torch.dtype):
                 target[:, c % case.s] = tensor[:, c]
             ring.append(target)
         exact = stored.data.double() if stored.scale is None else stored.data.double() * stored.scale[..., None]
+        if common:
+            ring = [t if t is None else t.expand(-1, -1, case.g, *t.shape[3:]) for t in ring]
+            exact = exact.expand(-1, -1, case.g, -1)
         return Stored(*ring), exact
 
     queries = [torch.randn(case.rows, case.h, d, generator=generator).to(dtype) for d in case.d]
-    keys = [history(d) for d in case.d]
+    keys = [history(d, case.common and n == len(case.d) - 1) for n, d in enumerate(case.d)]
     values = [keys[0], *(history(e) for e in case.e[1:])] if case.alias else [history(e) for e in case.e]
     first = None if case.first is None else torch.tensor(case.first)
     visible = Visible(torch.tensor([case.column]), first, case.window, case.exclude_self)

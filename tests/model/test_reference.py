@@ -34,7 +34,7 @@ def assert_equal_to_reference(reference, model, rows):
 
 @pytest.mark.parametrize("name", preset_names())
 def test_logits_and_gradients_of_every_preset(name, reference, preset_config, random_model):
-    extras = {} if name in ("mla", "xmla") else {"qk_norm": True, "q_bias": True, "kv_bias": True}
+    extras = {} if name in ("mla", "mlra", "xmla") else {"qk_norm": True, "q_bias": True, "kv_bias": True}
     model = random_model(preset_config(name, **extras))
     assert_equal_to_reference(reference, model, reference.PRESETS[name][1])
 
@@ -56,6 +56,7 @@ VARIANTS = [
     "halves of other layers",
     "mixes of mixes",
     "tied slots of other layers",
+    "a loop that reads its first turn",
 ]
 
 
@@ -71,8 +72,18 @@ def test_logits_and_gradients_of_variants(name, reference, preset_config, random
 @pytest.mark.parametrize(
     "name",
     [
-        *("mha", "fusedkv", "fusedkv, complex keys and matrix values", "yoco", "yoco with retention", "mla"),
-        *("trailing", "swiftkv", "svformer", "kv_tie", "yoco_pp", "ced", "hysparse"),
+        *("mha", "fusedkv", "fusedkv, complex keys and matrix values", "yoco", "yoco with retention", "mla", "mlra"),
+        *(
+            "yoco_u",
+            "a loop that reads its first turn",
+            "trailing",
+            "swiftkv",
+            "svformer",
+            "kv_tie",
+            "yoco_pp",
+            "ced",
+            "hysparse",
+        ),
     ],
 )
 def test_layer_by_layer_and_token_by_token_are_equal(name, reference, preset_config, random_model):

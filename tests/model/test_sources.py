@@ -90,7 +90,8 @@ def test_slot_widths():
 @pytest.mark.parametrize("name", preset_names())
 def test_only_owners_have_key_and_value_projections(name, reference, preset_config):
     model = Decoder(preset_config(name))
-    kv = {"mla": "owner.down_proj", "xmla": "owner.down_proj", "kv_tie": "owner.kv_proj"}.get(name, "owner.k_proj")
+    latents = dict.fromkeys(("mla", "mlra", "xmla"), "owner.down_proj")
+    kv = {**latents, "kv_tie": "owner.kv_proj"}.get(name, "owner.k_proj")
     for i, row in enumerate(reference.PRESETS[name][1]):
         names = {n for n, _ in model.blocks[i].attention.named_parameters()}
         owns, fused = row.startswith(("own", "latent")), [half for half in ("keys", "values") if f"{half} w" in row]

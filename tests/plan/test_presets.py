@@ -26,6 +26,7 @@ def rows(plan: KVPlan) -> list[str]:
     found = []
     for i, layer in enumerate(plan.layers):
         words = []
+        origin = [] if plan.weights_of(i) == i else [f"as {plan.weights_of(i)}"]
         if isinstance(layer.own, Own):
             words += [f"own:{layer.own.n_kv_heads}"] + ["norm"] * layer.own.kv_norm
             words += [] if layer.own.input is None else [f"input {layer.own.input}"]
@@ -34,6 +35,8 @@ def rows(plan: KVPlan) -> list[str]:
             words += [f"mix {'+'.join(map(str, plan.mixes(i)))}"] if plan.mixes(i) else []
         elif layer.own is not None:
             words.append({Latent: "latent", Retention: "retention"}[type(layer.own)])
+            if isinstance(layer.own, Latent) and layer.own.blocks > 1:
+                words[-1] += f":{layer.own.blocks}"
         keys, values = plan.keys(i), plan.values(i)
         if isinstance(layer.local, Own):
             words += [f"and:{layer.local.n_kv_heads}"] + ["norm"] * layer.local.kv_norm
@@ -44,7 +47,8 @@ def rows(plan: KVPlan) -> list[str]:
                 names.get(part.layer, str(part.layer)) + f"/{part.window}" * bool(part.window) for part in keys.parts
             ]
             how = "blend" if getattr(keys, "gates", "") == "complementary" else keys.key
-            found.append(" ".join([*words, how, "+".join(parts), *["sink"] * getattr(keys, "sink", False)]))
+            words += [how, "+".join(parts), *["sink"] * getattr(keys, "sink", False)]
+            found.append(" ".join([*words, *origin]))
             continue
         if isinstance(keys, Fuse) or keys != values:
             words.append(f"keys {side(keys)} values {side(values)}")
@@ -52,7 +56,7 @@ def rows(plan: KVPlan) -> list[str]:
             words.append(f"read {side(keys)}")
         if layer.window is not None:
             words.append(f"window {layer.window}")
-        found.append(" ".join(words))
+        found.append(" ".join([*words, *origin]))
     return found
 
 

@@ -35,6 +35,7 @@ LENGTH, BATCH, VOCABULARY = 7, 2, 32
 LATENTS = [
     {"kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3},
     {"kv_lora_rank": 5, "qk_nope_head_dim": 2, "qk_rope_head_dim": 4, "v_head_dim": 4, "q_lora_rank": 7},
+    {"kv_lora_rank": 9, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 4, "q_lora_rank": 7, "blocks": 3},
 ]
 GIVEN = os.environ.get("CLLM_PLANS")
 PROPERTY = settings(
@@ -336,8 +337,33 @@ def listed(layers: list[dict[str, Any]], iterations: dict[str, int] | None = Non
     return model([{"layers": i, **layer} for i, layer in enumerate(layers)], iterations)
 
 
+LOOP: list[dict[str, Any]] = [
+    {"own": {}, "window": 4},
+    {"own": {"kv_norm": True}},
+    {"keys": {"fuse": [0, 1]}, "values": {"share": 1}, "window": 4},
+    {"own": {"kv_norm": True}, "keys": {"share": 1}, "values": {"fuse": [1, 3], "granularity": "matrix"}},
+    {"keys": {"fuse": [1, 3]}, "values": {"share": 3}},
+    {"own": {}},
+]
+"""Two turns of two layers, with layers around them."""
+REUSE: list[dict[str, Any]] = [
+    {"own": {}},
+    {"keys": {"share": 0}, "values": {"share": 0}},
+    {"read": {"gate": [0, {"own": {"window": 3}}], "gates": "complementary"}},
+]
+"""Three turns of a layer: the second reads the keys and values of the first, the third adds a window of its own."""
+
+
+def looped(layers: list[dict[str, Any]], loop: dict[str, Any]) -> dict[str, Any]:
+    """A section of `listed` with a loop."""
+    section = listed(layers)
+    return section | {"kv": section["kv"] | {"loop": loop}}
+
+
 @settings(PROPERTY, max_examples=int(GIVEN or 15))
 @example(section=listed(FORMS), sizes=EVEN, chunk=2)
+@example(section=looped(LOOP, {"layers": "1-2", "times": 2}), sizes=EVEN, chunk=2)
+@example(section=looped(REUSE, {"layers": [0], "times": 3}), sizes=EVEN, chunk=2)
 @example(section=listed(CYCLIC_FORMS, {"forward": 2, "backward": 2}), sizes=EVEN, chunk=2)
 @given(section=formed(), sizes=st.lists(st.integers(1, 3), min_size=LENGTH, max_size=LENGTH), chunk=st.integers(1, 4))
 def test_owners_of_every_form_compute_cache_export_and_train_alike(

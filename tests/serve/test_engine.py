@@ -68,7 +68,9 @@ REFUSED = {
     ),
     **dict.fromkeys(("ced", "hysparse", "join_example"), "several slots at once"),
     "mla": "latent",
+    "mlra": "latent",
     "xmla": "latent",
+    "yoco_u": "a loop of 3 turns",
     "yoco_retention": "recurrent state",
 }
 """Plans that vLLM cannot serve, and a word of the reason."""

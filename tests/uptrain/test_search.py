@@ -146,6 +146,8 @@ def test_every_plan_is_written_as_what_loads_back(reference, preset_config) -> N
         data = {"layers": entries}
         if iterations:
             data["iterations"] = {"forward": iterations.forward, "backward": iterations.backward}
+        if loop := config.plan().loop:
+            data["loop"] = loop.settings()
         assert Explicit.model_validate(data).expand(config.shape) == config.plan(), name
 
 

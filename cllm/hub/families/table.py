@@ -49,7 +49,10 @@ REFUSED = {
     "gemma3": _GEMMA + ", it has norms after attention and MLP and a second RoPE base",
     "gemma3_text": _GEMMA + ", it has norms after attention and MLP and a second RoPE base",
     **dict.fromkeys(("gemma3n", "gemma3n_text"), _GEMMA_N + ", several streams (AltUp), capped logits"),
-    **dict.fromkeys(("gemma4", "gemma4_text"), _GEMMA_N + ", capped logits, and an MLP gated by GELU"),
+    **dict.fromkeys(
+        ("gemma4", "gemma4_text"),
+        _GEMMA_N + ", capped logits, an MLP gated by GELU, and larger heads in layers without a window",
+    ),
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), _EXPERTS),
     **dict.fromkeys(("llama4", "llama4_text"), _EXPERTS + ", and some of its layers have no RoPE"),
     "deepseek_v32": _EXPERTS + ", and its attention chooses tokens by an indexer",

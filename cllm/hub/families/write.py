@@ -73,6 +73,10 @@ def _unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_plan(plan: KVPlan) -> None:
+    if plan.loop is not None:
+        raise UserError(
+            f"model.kv.loop: {plan.loop.text}; in {', '.join(_WRITABLE)} checkpoints every layer has weights of its own"
+        )
     for i in range(len(plan)):
         for what, read in (("keys", plan.keys(i)), ("values", plan.values(i))):
             if plan.reads_at_once(i):

@@ -5,8 +5,8 @@ a class in one of these files, and a file in `configs/kv/`. No other module know
 
 base.py     `Preset`, the registry, helpers
 owning.py   every layer owns: mha, gqa, mqa
-latent.py   low-rank latents: mla, xmla
-sharing.py  layers share a slot as it is: cla, yoco, trailing, afm
+latent.py   low-rank latents: mla, mlra, xmla
+sharing.py  layers share a slot as it is: cla, yoco, yoco_u, trailing, afm
 fusing.py   fusedkv, fusedkv_lite and its ablations
 joining.py  layers read several slots at once: ced, hysparse
 study.py    pizza, sandwich, lasagna, lckv

@@ -1,4 +1,5 @@
-"""Plans of low-rank latents: MLA, and one latent for several layers with its rank chosen by bytes."""
+"""Plans of low-rank latents: MLA, latents of several blocks, and one latent for several layers with its rank chosen by
+bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from cllm.plan.kinds import Latent, Share
 from cllm.plan.plan import MAX_LAYERS, KVPlan, LayerPlan
 from cllm.plan.presets.base import Preset, register_preset, runs_of_layers
 from cllm.plan.shape import Shape
-from cllm.section import MAX_WIDTH
+from cllm.section import MAX_HEADS, MAX_WIDTH
 
 
 @register_preset
@@ -37,6 +38,11 @@ class MLA(Preset):
     factor: int = Field(1, ge=1, le=MAX_LAYERS)
     """Number of layers that read one latent; 1: every layer caches a latent."""
 
+    @property
+    def n_blocks(self) -> int:
+        """Parts of the latent, see `Latent.blocks`."""
+        return 1
+
     def rank(self, shape: Shape, rope_dim: int) -> int:
         """Width of the latents; `rope_dim` channels of a RoPE key are cached with each."""
         return self.kv_lora_rank or 4 * shape.head_dim
@@ -50,6 +56,7 @@ class MLA(Preset):
             qk_nope_head_dim=self.qk_nope_head_dim or d,
             qk_rope_head_dim=rope_dim,
             v_head_dim=self.v_head_dim or d,
+            blocks=self.n_blocks,
         )
         if latent.qk_rope_head_dim % 2:
             raise PlanError(
@@ -97,6 +104,23 @@ class XMLA(MLA):
                 f"{_rounded(least, up=True)} to {_rounded(most, up=False)}, ranks 1 to {width} (n_heads x head_dim)"
             )
         return rank
+
+
+@register_preset
+class MLRA(MLA):
+    """Multi-head low-rank attention (MLRA, arXiv 2603.02188): MLA whose latent has blocks, each with an attention.
+
+    Each block has a norm and up-projections to the keys and values of all heads, and the outputs are summed. The cache
+    and the number of weights are MLA's, and a tensor-parallel device needs its blocks only.
+    """
+
+    preset: Literal["mlra"] = "mlra"  # type: ignore[assignment]
+    blocks: int = Field(4, ge=1, le=MAX_HEADS)
+    """Parts of the latent (MLRA-4: 4), which divide `kv_lora_rank`; 1: MLA."""
+
+    @property
+    def n_blocks(self) -> int:
+        return self.blocks
 
 
 def _rounded(share: float, *, up: bool) -> str:

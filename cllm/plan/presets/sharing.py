@@ -1,4 +1,4 @@
-"""Plans in which layers share one slot as it is: CLA, YOCO, trailing layers (Gemma 3n, AFM)."""
+"""Plans in which layers share one slot as it is: CLA, YOCO and YOCO-U, trailing layers (Gemma 3n, AFM)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from cllm.errors import PlanError
 from cllm.plan.kinds import Own, Retention, Share
-from cllm.plan.plan import MAX_LAYERS, KVPlan, LayerPlan
+from cllm.plan.plan import MAX_LAYERS, KVPlan, LayerPlan, Loop
 from cllm.plan.presets.base import Preset, count_or_half, from_targets, register_preset, runs_of_layers
 from cllm.plan.presets.owning import MHA
 from cllm.plan.shape import Shape
@@ -63,12 +63,41 @@ class YOCO(Preset):
     """KV heads of the lower layers; null: as many as query heads."""
 
     def expand(self, shape: Shape) -> KVPlan:
-        n = count_or_half(shape, self.n_lower, "n_lower")
+        return self.layers(shape, count_or_half(shape, self.n_lower, "n_lower"))
+
+    def layers(self, shape: Shape, n: int, loop: Loop | None = None) -> KVPlan:
+        """The plan with `n` lower layers."""
         windowed = self.lower == "window"
         low = Own(n_kv_heads=self.lower_kv_heads or shape.n_heads) if windowed else Retention()
         lower = [LayerPlan(own=low, window=self.window if windowed else None)] * n
         upper = [LayerPlan(keys=Share(n), values=Share(n))] * (shape.n_layers - n - 1)
-        return KVPlan.of([*lower, LayerPlan(own=self.own(shape)), *upper])
+        return KVPlan.of([*lower, LayerPlan(own=self.own(shape)), *upper], loop=loop)
+
+
+@register_preset
+class YOCOU(YOCO):
+    """YOCO whose lower layers are computed several times with the same weights (YOCO-U, arXiv 2604.01220).
+
+    `model.n_layers` counts every turn: 10 lower layers, 3 turns and 10 upper layers are 40. Each turn of a lower layer
+    caches a window of its own. The slot that the upper layers read is projected from the output of the last turn.
+    """
+
+    preset: Literal["yoco_u"] = "yoco_u"  # type: ignore[assignment]
+    window: int = Field(512, ge=1, le=MAX_TOKENS)
+    """Sliding window of the lower layers, in tokens (the paper: 512)."""
+    times: int = Field(3, ge=2, le=MAX_LAYERS)
+    """Turns of the lower layers."""
+    n_lower: int | None = Field(None, ge=1, le=MAX_LAYERS)
+    """Lower layers of one turn; null: as many as upper layers, n_layers / (times + 1)."""
+
+    def expand(self, shape: Shape) -> KVPlan:
+        count = shape.n_layers // (self.times + 1) if self.n_lower is None else self.n_lower
+        if not 1 <= count <= (shape.n_layers - 1) // self.times:
+            raise PlanError(
+                f"model.n_layers is {shape.n_layers}, which counts {self.times} turns of {count} lower layers "
+                f"(model.kv.times, n_lower) and the upper ones; allowed: {max(count, 1) * self.times + 1} or more"
+            )
+        return self.layers(shape, count * self.times, Loop(first=0, count=count, times=self.times))
 
 
 @register_preset

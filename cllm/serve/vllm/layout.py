@@ -218,6 +218,8 @@ def _check_kinds(plan: KVPlan) -> None:
             f"layers {first} to {last} read from layers above them, by iteration, and vLLM passes through the layers "
             "once; use transformers"
         )
+    if plan.loop is not None:
+        raise _refused(f"{plan.loop.text}, and vLLM loads weights for every layer; use transformers")
     for j in plan.owners:
         own = plan.owned(j)
         if own.is_state:

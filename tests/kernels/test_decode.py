@@ -103,7 +103,7 @@ def call(case: Case, dtype: torch.dtype):
     generator = torch.Generator().manual_seed(0)
 
     def history(width: int, common: bool = False) -> tuple[Stored, torch.Tensor]:
-        """The ring, and all numbers (rows, columns, G, width) that were stored in it, once for all heads if `common`."""
+        """The ring, and all numbers (rows, columns, G, width) stored in it, once for all heads if `common`."""
         heads = 1 if common else case.g
         every = torch.randn(case.rows, case.column + 1, heads, width, generator=generator).to(dtype)
         stored = quantized(every.float()) if case.float8 else Stored(every)

@@ -1,9 +1,9 @@
 """Draw what compressions cost against their bytes, from tables of measurements of one model.
 
-    python -m experiments.methods_picture docs/results/2026-11-27-*-smollm2-cpu.csv --out methods.png
+    python -m experiments.methods_picture docs/results/2026-11-27-quantisers-smollm2-cpu.csv --out methods.png
     python -m experiments.methods_picture TABLE.csv ... --copying RECORDS.json --out methods.png
 
-A table has the columns `method`, `bf16_ratio` and `increase_percent`, as those of docs/results/*-smollm2-cpu.csv. Each
+A table has the columns `method`, `bf16_ratio` and `increase_percent`, as docs/results/2026-11-27-quantisers-smollm2-cpu.csv has. Each
 increase is relative to the uncompressed cache on the text of its own table. With --copying, a second panel shows the
 share of tokens that the model copies; RECORDS.json has `rows` with records of the suite. A Markdown table is written
 beside the picture.

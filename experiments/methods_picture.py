@@ -3,7 +3,7 @@
     python -m experiments.methods_picture docs/results/2026-11-27-quantisers-smollm2-cpu.csv --out methods.png
     python -m experiments.methods_picture TABLE.csv ... --copying RECORDS.json --out methods.png
 
-A table has the columns `method`, `bf16_ratio` and `increase_percent`, as docs/results/2026-11-27-quantisers-smollm2-cpu.csv has. Each
+A table has the columns `method`, `bf16_ratio` and `increase_percent`, as the tables in docs/results have. Each
 increase is relative to the uncompressed cache on the text of its own table. With --copying, a second panel shows the
 share of tokens that the model copies; RECORDS.json has `rows` with records of the suite. A Markdown table is written
 beside the picture.

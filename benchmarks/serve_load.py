@@ -80,7 +80,7 @@ class Most:
 
 @dataclass
 class Result:
-    """What was measured for a design."""
+    """The measurements of one design."""
 
     design: str
     parameters: int

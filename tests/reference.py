@@ -431,7 +431,7 @@ class SlowDecoder:
         return found
 
     def has(self, i: int, name: str) -> Tensor | None:
-        """A weight of the layer, or of the layer whose weights it has; None if there is none."""
+        """A weight of the layer, or in a loop that of the first turn's layer; None if neither has it."""
         own = self.weights.get(f"blocks.{i}.{name}")
         return self.weights.get(f"blocks.{self.layers[i].origin}.{name}") if own is None else own
 

@@ -1,6 +1,6 @@
 """Keys and values of a compressed slot that a decode step reads in their stored form.
 
-In a decode step a slot's `k` and `v` are `Deferred` objects in the place of tensors. They have a tensor's shape, and
+In a decode step a slot's `k` and `v` are `StoredRead` objects in the place of tensors. They have a tensor's shape, and
 attention calls their `attend`. Indexing one reconstructs the tensor, as for a layer that cuts slots to a common length.
 
 Shapes: B batch, S compressed tokens, T exact ones (sinks, then later tokens), H query heads, G KV heads, D channels of
@@ -9,6 +9,7 @@ a head.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,15 +25,13 @@ from cllm.posthoc.code import Prefix
 
 
 @dataclass(frozen=True)
-class Deferred:
-    """The keys or the values (B, S + T, G, D) of a slot whose prefix is stored as factors."""
+class StoredRead(ABC):
+    """The keys or the values (B, S + T, G, D) of a compressed slot in a decode step."""
 
     prefix: Prefix
     kind: Literal["k", "v"]
     exact: Slot
     """(B, T, G, D) each, sinks first."""
-    table: Table
-    """RoPE of the S compressed positions."""
 
     @property
     def shape(self) -> torch.Size:
@@ -56,17 +55,36 @@ class Deferred:
         *,
         scale: float,
     ) -> list[Tensor]:
-        """`decode_attention` of keys and values, at least one of them `Deferred`. If some are tensors, or the layer has
+        """`decode_attention` of keys and values, at least one of them of this class. If some are not, or the layer has
         a window, all are read as tensors."""
         parts: list[Any] = [part.data for part in (*keys, *values)]
-        if visible.window is not None or not all(isinstance(part, Deferred) for part in parts):
-            full = [Stored(p.data.tensor(), p.scale) if isinstance(p.data, Deferred) else p for p in (*keys, *values)]
+        if visible.window is not None or not all(isinstance(part, type(self)) for part in parts):
+            full = [Stored(p.data.tensor(), p.scale) if isinstance(p.data, StoredRead) else p for p in (*keys, *values)]
             return decode_attention(queries, full[: len(keys)], full[len(keys) :], visible, scale=scale)
+        return self._attend(queries, parts, len(keys), visible, scale)
+
+    @abstractmethod
+    def _attend(
+        self, queries: Sequence[Tensor], parts: Sequence[Any], n_keys: int, visible: Visible, scale: float
+    ) -> list[Tensor]:
+        """`attend` without a window over `parts` of this class, the first `n_keys` of them keys."""
+
+
+@dataclass(frozen=True)
+class Deferred(StoredRead):
+    """The keys or the values of a slot whose prefix is stored as factors."""
+
+    table: Table
+    """RoPE of the S compressed positions."""
+
+    def _attend(
+        self, queries: Sequence[Tensor], parts: Sequence[Any], n_keys: int, visible: Visible, scale: float
+    ) -> list[Tensor]:
         factored = [part.factored() for part in parts]
         return lowrank_decode(
             queries,
-            factored[: len(keys)],
-            factored[len(keys) :],
+            factored[:n_keys],
+            factored[n_keys:],
             self.table,
             visible,
             scale=scale,

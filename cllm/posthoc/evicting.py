@@ -218,3 +218,19 @@ class Voting(Evicting):
         groups = cached.slots[union[0]].k.shape[2]
         total = torch.stack([votes.received for votes in self.votes(cached, union)]).sum(0)
         return total.unflatten(1, (groups, -1)).sum(2)
+
+
+class VotingWindow(Voting):
+    """An evicting method in which the last tokens of the prompt vote, and are kept."""
+
+    no_recompress: ClassVar[str | None] = "the queries of later tokens are not recorded, and votes are the prompt's"
+
+    window: int = Field(32, ge=1)
+    """Last tokens, which vote and are kept."""
+
+    @property
+    def observed(self) -> int | None:
+        return self.window
+
+    def recent_tokens(self, count: int) -> int:
+        return self.window

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cllm.cache.slot import Slot
-from cllm.kernels.decode import Stored, Visible, decode_attention
+from cllm.kernels.decode import Visible
 from cllm.posthoc.code import Code, Prefix
+from cllm.posthoc.deferred import StoredRead
 
 
 @dataclass(frozen=True)
@@ -60,45 +60,14 @@ def make_pages(k: Tensor, is_text: Tensor | None, *, page: int, budget: int) -> 
 
 
 @dataclass(frozen=True)
-class PagedRead:
-    """The keys or the values (B, n + T, G, D) of a slot in a decode step that selects pages."""
+class PagedRead(StoredRead):
+    """The keys or the values of a slot in a decode step that selects pages."""
 
-    prefix: Prefix
-    kind: Literal["k", "v"]
-    exact: Slot
-    """(B, T, G, D) each, sinks first."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """The tensor's shape."""
-        batch, exact, *width = getattr(self.exact, self.kind).shape
-        return torch.Size((batch, self.prefix.sinks.rest + exact, *width))
-
-    def __getitem__(self, key: Any) -> Tensor:
-        return self.tensor()[key]
-
-    def tensor(self) -> Tensor:
-        """All tokens in the order of their columns."""
-        return getattr(self.prefix.join(self.exact), self.kind)
-
-    def attend(
-        self,
-        queries: Sequence[Tensor],
-        keys: Sequence[Stored],
-        values: Sequence[Stored],
-        visible: Visible,
-        *,
-        scale: float,
+    def _attend(
+        self, queries: Sequence[Tensor], parts: Sequence[Any], n_keys: int, visible: Visible, scale: float
     ) -> list[Tensor]:
-        """`decode_attention` over the selected pages and the exact tokens.
-
-        All tokens are read with a window, and if some of the parts are not in pages.
-        """
-        parts: list[Any] = [part.data for part in (*keys, *values)]
-        if visible.window is not None or not all(isinstance(part, PagedRead) for part in parts):
-            full = [Stored(p.data.tensor(), p.scale) if isinstance(p.data, PagedRead) else p for p in (*keys, *values)]
-            return decode_attention(queries, full[: len(keys)], full[len(keys) :], visible, scale=scale)
-        (q,), (key, *parts) = queries, parts
+        """`decode_attention` over the selected pages and the exact tokens."""
+        (q,), (key, *values) = queries, parts
         k = key.exact.k
         columns, exact_columns = _columns(key.prefix, k.shape[1], k.device)
         seen, exact_seen = (_is_seen(c, visible) for c in (columns, exact_columns))  # B or 1, n and T
@@ -111,7 +80,7 @@ class PagedRead:
         scores = scale * torch.einsum("bgrd,bngd->bgrn", q, k)
         weights = scores.masked_fill(~all_seen[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0)
         outs = []
-        for value in parts:
+        for value in values:
             v = torch.cat((value.prefix.v.decode().gather(1, index), value.exact.v), dim=1).float()
             outs.append(torch.einsum("bgrn,bngd->bgrd", weights, v).flatten(1, 2).to(queries[0].dtype))
         return outs

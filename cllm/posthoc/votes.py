@@ -29,7 +29,7 @@ _SCORES = 2**25
 
 @dataclass(frozen=True)
 class Votes:
-    """What one layer's queries say about the tokens that it reads."""
+    """The votes of one layer's queries for the tokens that it reads."""
 
     received: Tensor
     """(B, H, n) fp32: the attention that a token gets, summed over queries; 0 for padding."""

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import yaml
 from tqdm import tqdm
@@ -36,6 +35,7 @@ from cllm.study.measuring import clear_unfinished, count_ended, keep_records
 from cllm.study.points import Point
 from cllm.study.queue import Queue, Work, is_trained
 from cllm.study.results import read_result, read_results, result_of, with_evaluations, write_result
+from cllm.study.schema import ShareGPU
 from cllm.study.version import code_version
 from cllm.trust import read_object
 
@@ -56,8 +56,8 @@ class Options:
 
     seconds: float | None = None
     """Time after which it stops; None: when all is done."""
-    share: bool | Literal["trainings", "evaluations"] = True
-    """What runs together on a GPU, as `share_gpu` of a study."""
+    share: ShareGPU = True
+    """`share_gpu` of the study."""
     poll: float = _POLL
     """Seconds between two looks at the processes."""
     check: float = _CHECK

@@ -147,6 +147,10 @@ def budgets(rates: Rates) -> list[int]:
     return [max(1, rates.tokens >> (n - 1 - i)) for i in range(n)]
 
 
+ShareGPU = bool | Literal["trainings", "evaluations"]
+"""Values of `share_gpu`."""
+
+
 class Evaluate(Section):
     """Measurements of every trained point, as by `cllm evaluate`."""
 
@@ -225,9 +229,9 @@ class Study(Section):
     """Expected speed of one run, until one was measured."""
     keep_checkpoints: bool = False
     """Keep the last checkpoint of finished runs; otherwise it is deleted once a point is measured."""
-    share_gpu: bool | Literal["trainings", "evaluations"] = True
-    """What runs together on a GPU, if there is memory for both: the last steps of a training and the start of the next
-    one (`trainings`), an evaluation and a training (`evaluations`), both (true) or neither (false)."""
+    share_gpu: ShareGPU = True
+    """Processes that may run on one GPU at the same time, if there is memory for both. `trainings`: the last steps of
+    one run and the start of the next; `evaluations`: an evaluation and a training; true: both; false: neither."""
     slurm: Slurm = Field(default_factory=Slurm)
     """The array script that --slurm prints."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cllm.errors import UserError
+from cllm.evaluate.score_choice import suite_of
 from cllm.evaluate.suites.registry import suites
 from cllm.evaluate.tasks.suite import ALL, TaskSuite
 from cllm.study.curves import Crossing, Fit, crossing, fit_curve
@@ -269,7 +270,7 @@ _OPTIONS = {"window": "--window", "stride": "--stride", "prefix": "--prefix", "m
 
 def _label(record: dict[str, Any]) -> str:
     """The label of a record that no suite of samples made."""
-    name = _suite_of(record)
+    name = suite_of(record)
     measured, on = record.get("spec") or name, record.get("set")
     return measured if on in (None, name) else f"{measured}, {on}"
 
@@ -278,16 +279,12 @@ def _varied_options(records: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     """For each label of perplexity, the keys of `_OPTIONS` with several values among its records."""
     found: dict[str, dict[str, set[Any]]] = {}
     for record in records:
-        if isinstance(suites().get(_suite_of(record)), TaskSuite):
+        if isinstance(suites().get(suite_of(record)), TaskSuite):
             continue
         place = found.setdefault(_label(record), {key: set() for key in _OPTIONS})
         for key, values in place.items():
             values.add(record.get(key))
     return {label: [key for key, values in place.items() if len(values) > 1] for label, place in found.items()}
-
-
-def _suite_of(record: dict[str, Any]) -> str:
-    return record.get("suite") or ("posthoc" if "spec" in record else "perplexity")
 
 
 def _numbers(record: dict[str, Any], varied: dict[str, list[str]]) -> list[tuple[Score, str]]:
@@ -298,7 +295,7 @@ def _numbers(record: dict[str, Any], varied: dict[str, list[str]]) -> list[tuple
     """
     if "refused" in record:
         return []
-    name = _suite_of(record)
+    name = suite_of(record)
     suite = suites().get(name)
     if isinstance(suite, TaskSuite):
         if record["task"] != ALL:

@@ -25,6 +25,14 @@ from cllm.uptrain.heads import heads_of, set_heads
 PARTS: tuple[Part, Part] = ("k", "v")
 
 
+def check_no_loop(plan: KVPlan) -> None:
+    """Raise `UserError` for a student whose plan has a loop."""
+    if plan.loop is not None:
+        raise UserError(
+            f"model.kv.loop: {plan.loop.text}, for which init.from has no weights; allowed: plans without a loop"
+        )
+
+
 def check_plans(student: KVPlan, teacher: KVPlan) -> None:
     """Refuse a student's plan whose projections cannot be computed from the teacher's.
 

@@ -40,6 +40,7 @@ from cllm.uptrain.complete import load_config
 from cllm.uptrain.decoder import TracedDecoder, build_traced, owner_of
 from cllm.uptrain.heads import to_pairs
 from cllm.uptrain.init import init_student
+from cllm.uptrain.project import check_no_loop
 from cllm.uptrain.ridge import solve
 
 Measure = Literal["cosine", "cka"]
@@ -194,10 +195,7 @@ def fusion_plan(teacher: TracedDecoder, plan: KVPlan, batches: Batches, *, ridge
         UserError: for a plan that fuses nothing or has a loop, or a teacher in which a layer does not own a slot.
     """
     check_owning(teacher.plan)
-    if plan.loop is not None:
-        raise UserError(
-            f"model.kv.loop: {plan.loop.text}, for which init.from has no weights; allowed: plans without a loop"
-        )
+    check_no_loop(plan)
     if not plan.reads_by(Fuse):
         raise UserError("model.kv fuses nothing; give --owners or --max-bytes for a plan that shares")
     n, fused = len(plan), plan.reads_by(Fuse)

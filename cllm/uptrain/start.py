@@ -20,7 +20,7 @@ from cllm.uptrain.calibrate import Batches
 from cllm.uptrain.curriculum import BlendingAttention, add_curriculum
 from cllm.uptrain.decoder import TracedDecoder, build_traced
 from cllm.uptrain.init import init_student
-from cllm.uptrain.project import check_plans, teacher_owners
+from cllm.uptrain.project import check_no_loop, check_plans, teacher_owners
 from cllm.uptrain.teacher import Teacher, check_student, load_teacher
 from cllm.uptrain.trainable import make_trainable
 
@@ -118,11 +118,8 @@ def make_student(
     Raises:
         UserError: for a plan, a method and `uptrain` settings that contradict each other.
     """
-    uptrain, loop = config.uptrain, config.model.plan().loop
-    if loop is not None:
-        raise UserError(
-            f"model.kv.loop: {loop.text}, for which init.from has no weights; allowed: plans without a loop"
-        )
+    uptrain = config.uptrain
+    check_no_loop(config.model.plan())
     student = build_traced(config.model, backend=config.attention.backend, routed=uptrain.random_sources > 0)
     if uptrain.curriculum_steps:
         check_plans(student.plan, teacher.decoder.plan)

@@ -207,6 +207,17 @@ class Suite(ABC):
         self._write(subject, record, path, out)
         return path
 
+    def save_refused(self, subject: Subject, refused: dict[str, str], out: Path | None = None) -> Path:
+        """Write the specs of --posthoc that the suite went on without, with the reasons, as `SUITE/refused.json`.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        path = subject.results(out) / self.name / "refused.json"
+        record = {"suite": self.name, "run": subject.name, "design": subject.design, "refused": refused}
+        self._write(subject, record, path, path)  # no events
+        return path
+
     def _write(self, subject: Subject, record: Record, path: Path, out: Path | None) -> None:
         """Write a record to `path`, and its events unless `out` is given."""
         events = None if out is not None or subject.step is None else subject.tensorboard

@@ -239,11 +239,12 @@ class _Runner:
             cache, last = self._prefill(samples)
             own = self._engine.nbytes(cache) if samples[0].context else 0
         for result, method in zip(self._results, self._methods or (None,), strict=True):
+            if all(sample.task in result.left_out for sample in samples):
+                yield [[] for _ in samples]
+                continue
             with torch.inference_mode():
                 began = self._now()
                 try:
-                    if all(sample.task in result.left_out for sample in samples):
-                        raise UserError(result.left_out[samples[0].task])
                     kept = method is None or result.spec == UNCOMPRESSED  # which every plan allows
                     filled = cache if method is None or kept else self._engine.compress(cache, method, measure=False)
                 except UserError as error:

@@ -4,13 +4,11 @@ more."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from cllm.posthoc.evicting import Union, Voting
+from cllm.posthoc.evicting import Union, VotingWindow
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import CompressibleSlots
 
@@ -20,7 +18,7 @@ from cllm.posthoc.slots import CompressibleSlots
     summary="tokens of the most attention, more of them in layers whose attention is spread more widely",
     sweep=("entropy:ratio={ratio}",),
 )
-class Entropy(Voting):
+class Entropy(VotingWindow):
     """With L slots and a mean budget of B tokens, slot l keeps
 
         B_l = B L H_l / Σ_m H_m,    H = mean over layers that read the slot, heads and queries t of -Σ_s a_ts ln a_ts
@@ -29,18 +27,6 @@ class Entropy(Voting):
     same tokens, those of the largest Σ_t a_ts over heads. Queries are the prompt's last `window`. The paper gives no
     formula of the budget; the proportional one is our reading. In a batch, H is the mean over its sequences.
     """
-
-    no_recompress: ClassVar[str | None] = "the queries of later tokens are not recorded, and votes are the prompt's"
-
-    window: int = Field(32, ge=1)
-    """Last tokens, which vote and are kept."""
-
-    @property
-    def observed(self) -> int | None:
-        return self.window
-
-    def recent_tokens(self, count: int) -> int:
-        return self.window
 
     def scores(self, cached: CompressibleSlots, union: Union) -> Tensor:
         return self.received(cached, union).sum(1, keepdim=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from cllm.posthoc.evicting import Union, Voting
+from cllm.posthoc.evicting import Union, VotingWindow
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import CompressibleSlots
 
@@ -18,13 +18,9 @@ from cllm.posthoc.slots import CompressibleSlots
     summary="the last tokens, and those of the most attention from their queries, pooled over neighbours",
     sweep=("snapkv:ratio={ratio}",),
 )
-class SnapKV(Voting):
+class SnapKV(VotingWindow):
     """score_s = pool over |i - s| ≤ kernel / 2 of Σ_t a_ti, t over the last `window` queries, for every KV head."""
 
-    no_recompress: ClassVar[str | None] = "the queries of later tokens are not recorded, and votes are the prompt's"
-
-    window: int = Field(32, ge=1)
-    """Last tokens, which vote and are kept."""
     kernel: int = Field(7, ge=1)
     """Neighbouring tokens, an odd number, whose votes are pooled; 1: none."""
     pool: Literal["max", "mean"] = "max"
@@ -35,13 +31,6 @@ class SnapKV(Voting):
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel={self.kernel}: has no middle; allowed: odd numbers")
         return self
-
-    @property
-    def observed(self) -> int | None:
-        return self.window
-
-    def recent_tokens(self, count: int) -> int:
-        return self.window
 
     def scores(self, cached: CompressibleSlots, union: Union) -> Tensor:
         votes = self.received(cached, union)

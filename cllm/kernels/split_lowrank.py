@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cllm.kernels import resident_lowrank, triton_decode, triton_lowrank
+from cllm.kernels import resident_lowrank, triton_choose, triton_decode, triton_lowrank
 from cllm.kernels.decode import Visible
 from cllm.kernels.selection import Factored, Selection, chosen_chunks, chosen_tokens
 from cllm.kernels.split_decode import Limits, device_limits, next_power_of_2
@@ -50,6 +50,45 @@ class Rebuild:
 def _half(dim: int) -> int:
     """Channels of a tile with half of a head: a power of two, at least 16 for a matrix product."""
     return max(16, next_power_of_2(dim // 2))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choosing:
+    """Tiles of the kernels that choose chunks."""
+
+    landmarks: int = 64
+    """Landmarks of a program that scores them."""
+    ordered: int = 1024
+    """Chunks of a program that orders them."""
+    taken: int = 1024
+    """Chunks of a program that takes the best."""
+    warps: int = 16
+    """Of that program."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weighing:
+    """Tiles of the weighted sum of rows of A."""
+
+    block_n: int = 64
+    """Tokens of a tile."""
+    block_w: int = 256
+    """Ranks of a tile."""
+    splits: int | None = None
+    """Programs that share the tokens; None: by rule."""
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Tiles of a call; None: by rule."""
+
+    rebuild: Rebuild | None = None
+    choosing: Choosing | None = None
+    weighing: Weighing | None = None
+    resident_pack: int | None = None
+    """KV heads of a program of `resident_lowrank`."""
 
 
 @functools.cache
@@ -134,11 +173,11 @@ def unsupported(
 class _Call:
     """The launches of one call, which share the queries' heads and the visible columns."""
 
-    def __init__(self, queries: Sequence[Tensor], groups: int, visible: Visible, scale: float):
+    def __init__(self, queries: Sequence[Tensor], groups: int, visible: Visible, scale: float, tuning: Tuning | None = None):
         self.batch, n_heads, self.dim = queries[0].shape
         self.groups, self.heads = groups, n_heads // groups
         self.visible, self.scale, self.device = visible, scale, queries[0].device
-        self.limits = device_limits(self.device)
+        self.limits, self.tuning = device_limits(self.device), tuning or Tuning()
         self.block_h = max(16, next_power_of_2(self.heads))
 
     def empty_scores(self, tokens: int) -> Tensor:
@@ -147,9 +186,9 @@ class _Call:
         shape = (self.batch, self.groups * self.heads, padded)
         return torch.empty(shape, dtype=torch.float32, device=self.device)[..., :tokens]
 
-    def score_rebuilt(self, q, part, table, index, scores, rebuild: Rebuild | None, *, add: bool) -> None:
-        """Write the scores of rebuilt keys, or add to them with `add`. None for `rebuild`: tiles by rule."""
-        resident = None
+    def score_rebuilt(self, q, part, table, index, scores, *, add: bool) -> None:
+        """Write the scores of rebuilt keys, or add to them with `add`."""
+        resident, rebuild = None, self.tuning.rebuild
         if rebuild is None and index is None:
             resident = resident_lowrank.resident_tiles(q, part.a, part.b, self.groups, self.limits)
         if resident is not None:
@@ -175,15 +214,18 @@ class _Call:
             ADD=add, num_warps=rebuild.num_warps,
         )  # fmt: skip
 
-    def score_stored(self, q, keys, scores, *, index=None, tail_from=None, stop=2**30, span=1, factor=_LOG2, add=False):
+    def score_stored(
+        self, q, keys, scores, *, index=None, tail_from=None, stop=2**30, span=1, factor=_LOG2, add=False, block_n=64,
+        maxima=(None, None),
+    ):  # fmt: skip
         """Write the scores of stored keys (B, n, G, D). For keys of the tail, `tail_from` is the first one's column."""
         tokens, tail = keys.shape[1], tail_from is not None
-        triton_lowrank.plain_scores[(self.groups, -(-tokens // 64), self.batch)](
-            q, keys, index, self.visible.column if tail else None, self.visible.first, scores,
+        triton_lowrank.plain_scores[(self.groups, -(-tokens // block_n), self.batch)](
+            q, keys, index, self.visible.column if tail else None, self.visible.first, scores, *maxima,
             q.stride()[:2], keys.stride()[:3], scores.stride()[:2],
             _strides(index), tokens, tail_from or 0, stop, self.scale * factor,
             G=self.groups, HEADS=self.heads, DIM=self.dim, BLOCK_D=max(16, next_power_of_2(self.dim)),
-            BLOCK_H=self.block_h, BLOCK_N=64, SPAN=span, EXCLUDE_SELF=self.visible.exclude_self, ADD=add,
+            BLOCK_H=self.block_h, BLOCK_N=block_n, SPAN=span, EXCLUDE_SELF=self.visible.exclude_self, ADD=add,
         )  # fmt: skip
 
     def weighted_sum(self, scores, values, index, *, shared: bool) -> tuple[Tensor, Tensor]:
@@ -191,12 +233,13 @@ class _Call:
         tokens, width = scores.shape[2], values.shape[3]
         one_group = shared and index is None
         groups, heads = (1, self.groups * self.heads) if one_group else (self.groups, self.heads)
-        block_h, block_w = min(32, max(16, next_power_of_2(heads))), min(256, max(16, next_power_of_2(width)))
+        how = (self.tuning.weighing if shared else None) or Weighing()
+        block_h, block_w = min(32, max(16, next_power_of_2(heads))), min(how.block_w, max(16, next_power_of_2(width)))
         if values.element_size() > 2:
             block_w = min(block_w, 64)
         chunks, blocks = -(-width // block_w), self.batch * groups * -(-heads // block_h)
-        splits = choose_splits(
-            programs=chunks * blocks, tokens=tokens, block_n=64, gathered=index is not None, limits=self.limits
+        splits = how.splits or choose_splits(
+            programs=chunks * blocks, tokens=tokens, block_n=how.block_n, gathered=index is not None, limits=self.limits
         )
         shape = (self.batch, self.groups * self.heads, splits)
         partial = torch.empty((*shape, width), dtype=torch.float32, device=self.device)
@@ -204,7 +247,8 @@ class _Call:
         strides = (*values.stride()[:2], 0 if shared else values.stride(2))
         triton_lowrank.weigh[(splits, chunks, blocks)](
             scores, values, index, partial, log_sums, scores.stride()[:2], strides, tokens, _strides(index),
-            G=groups, HEADS=heads, WIDTH=width, BLOCK_H=block_h, BLOCK_N=64, BLOCK_W=block_w, STAGES=3,
+            G=groups, HEADS=heads, WIDTH=width, BLOCK_H=block_h, BLOCK_N=how.block_n, BLOCK_W=block_w,
+            STAGES=how.stages, num_warps=how.warps,
         )  # fmt: skip
         if splits == 1:
             return partial[:, :, 0], log_sums[:, :, 0]
@@ -262,18 +306,18 @@ def run(
     visible: Visible,
     scale: float,
     selection: Selection | None,
-    rebuild: Rebuild | None = None,
+    tuning: Tuning | None = None,
 ) -> Tensor:
     """Compute `cllm.kernels.lowrank_decode.lowrank_decode` for a call that is supported (see `unsupported`).
 
     Args:
-        rebuild: tiles to rebuild keys; by default those of `resident_lowrank` or `choose_rebuild`.
+        tuning: tiles; by default those of the rules.
 
     Returns:
         (B, H, parts · D): the value parts side by side.
     """
     compressed, groups = keys[0].a.shape[1], keys[0].tail.shape[2]
-    call = _Call(queries, groups, visible, scale)
+    call = _Call(queries, groups, visible, scale, tuning)
     index, rest_index, outliers = None, None, 0
     with _parallel_branch(call.device, 0) as join_tail:
         tail_scores = call.empty_scores(keys[0].tail.shape[1])
@@ -290,7 +334,7 @@ def run(
             call.score_stored(queries[0], selection.outlier_keys, scores[..., :outliers], index=index, stop=compressed)
     if rest.shape[2]:
         for i, (q, part) in enumerate(zip(queries, keys, strict=True)):
-            call.score_rebuilt(q, part, table, rest_index, rest, rebuild, add=i > 0)
+            call.score_rebuilt(q, part, table, rest_index, rest, add=i > 0)
     join_outliers()
     sums = [call.weighted_sum(scores, part.a[:, :, None], index, shared=True) for part in values]
     join_tail()
@@ -303,17 +347,35 @@ def run(
 def _choose(call: _Call, q: Tensor, selection: Selection) -> Tensor:
     """Tokens (B, G, n) int64 that this step reads."""
     chunks, outliers, span = selection.landmarks.shape[1], selection.outliers, selection.chunk
-    landmark_scores = call.empty_scores(chunks)
-    call.score_stored(q, selection.landmarks, landmark_scores, span=span, factor=1.0)
-    block, count = next_power_of_2(chunks), chosen_chunks(selection)
-    if block > _MOST_CHUNKS or count == 0:
-        return chosen_tokens(landmark_scores, selection)
-    always = outliers.shape[2]
-    out = torch.empty((call.batch, call.groups, (always + count) * span), dtype=torch.int64, device=call.device)
-    triton_lowrank.choose[(call.groups, call.batch)](
-        landmark_scores, outliers, out, landmark_scores.stride()[:2], outliers.stride()[:2], out.stride()[:2], chunks,
-        HEADS=call.heads, OUTLIERS=always, COUNT=count, SPAN=span, BLOCK=block, BLOCK_M=next_power_of_2(max(always, 1)),
-        TOGETHER=min(next_power_of_2(call.heads), max(1, _MOST_CHUNKS // block)),
-        num_warps=min(16, max(4, block // 512)),
+    how = call.tuning.choosing or Choosing()
+    scores, tiles = call.empty_scores(chunks), -(-chunks // how.landmarks)
+    largest, sums = torch.empty((2, call.batch, call.groups * call.heads, tiles), device=call.device)
+    call.score_stored(
+        q, selection.landmarks, scores, span=span, factor=1.0, block_n=how.landmarks, maxima=(largest, sums)
+    )
+    if next_power_of_2(chunks) > _MOST_CHUNKS or chosen_chunks(selection) == 0:
+        return chosen_tokens(scores, selection)
+    return take_best(scores, largest, sums, selection, how)
+
+
+def take_best(scores: Tensor, largest: Tensor, sums: Tensor, selection: Selection, how: Choosing) -> Tensor:
+    """Tokens (B, G, n) int64 of the outliers and of the best chunks, by the landmarks' `scores` (B, H, chunks) fp32 and
+    the `largest` and `sums` (B, H, tiles) of tiles of them, as `plain_scores` writes both."""
+    (batch, n_heads, chunks), outliers, span = scores.shape, selection.outliers, selection.chunk
+    count, always, groups, tiles = chosen_chunks(selection), outliers.shape[2], outliers.shape[1], largest.shape[2]
+    heads, every, block_m = n_heads // groups, next_power_of_2(chunks), next_power_of_2(max(always, 1))
+    order = torch.empty((batch, groups, -(-chunks // 16) * 16), dtype=torch.int32, device=scores.device)
+    out = torch.empty((batch, groups, (always + count) * span), dtype=torch.int64, device=scores.device)
+    strides = (outliers.stride()[:2], order.stride()[:2])
+    ordered, taken = min(how.ordered, every), min(how.taken, every)
+    triton_choose.order_chunks[(-(-chunks // ordered), groups, batch)](
+        scores, largest, sums, outliers, order, scores.stride()[:2], *strides, chunks, tiles,
+        HEADS=heads, OUTLIERS=always, BLOCK=ordered, BLOCK_M=block_m, BLOCK_T=next_power_of_2(tiles),
+        TOGETHER=min(next_power_of_2(heads), 4),
+    )  # fmt: skip
+    triton_choose.take_chunks[(-(-chunks // taken), groups, batch)](
+        order, outliers, out, *reversed(strides), out.stride()[:2], chunks,
+        OUTLIERS=always, COUNT=count, SPAN=span, ALL=every, BLOCK=taken, BLOCK_M=block_m,
+        num_warps=min(how.warps, max(4, every // 512)),
     )  # fmt: skip
     return out

@@ -39,7 +39,7 @@ def test_kernels_compile_and_fit(capability: int) -> None:
     )
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    names = {"split_dot", "merge", "rebuilt_scores", "plain_scores", "choose", "weigh", "finish"}
+    names = {"split_dot", "merge", "rebuilt_scores", "plain_scores", "order_chunks", "take_chunks", "weigh", "finish"}
     if capability == 90:
         names.add("resident_scores")
     assert {made["name"] for made in kernels} - {"split_elementwise"} == names

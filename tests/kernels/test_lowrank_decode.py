@@ -22,9 +22,9 @@ from cllm.kernels.decode import Visible
 from cllm.kernels.gluon_lowrank import TILE
 from cllm.kernels.lowrank_decode import lowrank_decode
 from cllm.kernels.resident_lowrank import choose_resident, programs_per_pack, resident_tiles
-from cllm.kernels.selection import Factored, Selection
+from cllm.kernels.selection import Factored, Selection, chosen_tokens
 from cllm.kernels.split_decode import Limits
-from cllm.kernels.split_lowrank import Rebuild, choose_rebuild
+from cllm.kernels.split_lowrank import Choosing, Rebuild, Tuning, choose_rebuild
 from cllm.model.rope import rope_table
 
 B, SCALE = 2, 0.3
@@ -365,7 +365,7 @@ def interpreted() -> None:
             arguments, selection, wanted = call(case, dtype)
             queries, keys, values, tables, visible = arguments
             rebuild = Rebuild(block_n=32, block_r=16, pack=pack, num_warps=4, num_stages=2)
-            found = split_lowrank.run(queries, keys, values, tables, visible, SCALE, selection, rebuild)
+            found = split_lowrank.run(queries, keys, values, tables, visible, SCALE, selection, Tuning(rebuild=rebuild))
             try:
                 assert found.isfinite().all()
                 assert_close(found.split(case.d, dim=-1), wanted, dtype)
@@ -376,10 +376,40 @@ def interpreted() -> None:
         assert_close(parts, wanted, torch.float32)
 
 
+def interpreted_choice() -> None:
+    """Chunks chosen by many programs, against `topk`, and with equal chunks against a stable sort."""
+    generator = torch.Generator().manual_seed(2)
+    for chunks, heads, outliers, count, first in ((300, 4, 3, 40, 0), (300, 2, 0, 1, 130), (77, 3, 5, 72, 0)):
+        case = Case(h=2 * heads, g=2, d=16, s=chunks * CHUNK)
+        marks = torch.randn(B, chunks, 2, case.d, generator=generator)
+        always = torch.rand(B, 2, chunks, generator=generator).argsort(-1)[..., :outliers]
+        exact = torch.zeros(B, outliers * CHUNK, 2, case.d)
+        for equal in (False, True):
+            if equal:  # four different landmarks, so that the bound lies among equal ones
+                marks = marks[:, torch.randint(4, (chunks,), generator=generator)]
+            selection = Selection(marks, always, exact, CHUNK, count * CHUNK)
+            visible = Visible(torch.tensor([case.s]), torch.tensor([first * CHUNK, 0]), None, False)
+            q = torch.randn(B, case.h, case.d, generator=generator)
+            for how in (Choosing(landmarks=32, ordered=64, taken=32), Choosing(landmarks=64, ordered=512, taken=512)):
+                launches = split_lowrank._Call([q], 2, visible, SCALE, Tuning(choosing=how))
+                found = split_lowrank._choose(launches, q, selection)
+                scores = torch.einsum("bgnd,bcgd->bgnc", q.unflatten(1, (2, heads)), marks) * SCALE
+                scores[0, :, :, :first] = -torch.inf
+                chosen = chosen_tokens(scores.flatten(1, 2), selection)
+                if equal:
+                    order = scores.log_softmax(-1).amax(2).scatter(-1, always, -torch.inf).mul(1e4).round()
+                    best = order.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(-1).values
+                    wanted = torch.cat((always, best), -1)[..., None] * CHUNK + torch.arange(CHUNK)
+                    assert not torch.equal(wanted.flatten(-2), chosen), "topk takes the first of equal chunks"
+                    chosen = wanted.flatten(-2)
+                assert torch.equal(found, chosen), (chunks, heads, outliers, count, equal, how)
+
+
 def test_triton_kernels_interpreted_are_the_definition(run_interpreted):
     run_interpreted(__file__)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    interpreted_choice()
     interpreted()

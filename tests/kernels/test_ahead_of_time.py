@@ -166,7 +166,7 @@ def decode_resident_factors() -> None:
         a, b, tail = drawn(1, tokens, rank), drawn(1, groups * dim, rank), drawn(1, 64, groups, dim)
         part, query = Factored(a.to(dtype), b.to(dtype), tail.to(dtype)), drawn(1, heads, dim).to(dtype)
         call = split_lowrank._Call([query], groups, Visible(tail, first, None, False), 0.1)
-        call.score_rebuilt(query, part, table, None, call.empty_scores(tokens), None, add=first is not None)
+        call.score_rebuilt(query, part, table, None, call.empty_scores(tokens), add=first is not None)
 
 
 if __name__ == "__main__":

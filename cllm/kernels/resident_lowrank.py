@@ -44,7 +44,7 @@ def _padded_heads(heads: int) -> int:
 
 @functools.cache
 def choose_resident(
-    *, dim: int, groups: int, heads: int, rank: int, tokens: int, batch: int, limits: Limits
+    *, dim: int, groups: int, heads: int, rank: int, tokens: int, batch: int, limits: Limits, most: int = 2
 ) -> ResidentTiles | None:
     """Tiles by rule, or None if `triton_lowrank.rebuilt_scores` is as good or the only choice: for few tokens, so that
     programs would load B for less than two tiles each, and for rows of B that do not fit in shared memory.
@@ -57,11 +57,12 @@ def choose_resident(
         tokens: S.
         batch: B.
         limits: resources of the device.
+        most: KV heads of a program at most.
     """
     if dim not in (64, 128) or rank % 8 or heads > 16:
         return None
     for pack in (2, 1):
-        if groups % pack:
+        if groups % pack or pack > most:
             continue
         without_a = ResidentTiles(pack=pack, stages=0).shared(dim=dim, heads=heads, rank=rank)
         stages = min(_MOST_STAGES, (limits.shared - without_a) // (2 * TILE * RANKS + 16))
@@ -76,7 +77,9 @@ def programs_per_pack(*, batch: int, packs: int, limits: Limits) -> int:
     return max(1, limits.processors // (batch * packs))
 
 
-def resident_tiles(query: Tensor, a: Tensor, b: Tensor, groups: int, limits: Limits) -> ResidentTiles | None:
+def resident_tiles(
+    query: Tensor, a: Tensor, b: Tensor, groups: int, limits: Limits, most: int = 2
+) -> ResidentTiles | None:
     """Tiles for keys with factors `a` (B, S, r) and `b` (B, G · D, r) and `query` (B, H, D), or None: unsupported."""
     if gluon_lowrank.MISSING is not None or triton_decode.INTERPRETED or not _is_hopper(query.device):
         return None
@@ -85,8 +88,9 @@ def resident_tiles(query: Tensor, a: Tensor, b: Tensor, groups: int, limits: Lim
         return None
     batch, n_heads, dim = query.shape
     return choose_resident(
-        dim=dim, groups=groups, heads=n_heads // groups, rank=a.shape[2], tokens=a.shape[1], batch=batch, limits=limits
-    )
+        dim=dim, groups=groups, heads=n_heads // groups, rank=a.shape[2], tokens=a.shape[1], batch=batch, limits=limits,
+        most=most,
+    )  # fmt: skip
 
 
 @functools.cache

@@ -87,8 +87,8 @@ class Tuning:
     rebuild: Rebuild | None = None
     choosing: Choosing | None = None
     weighing: Weighing | None = None
-    resident_pack: int | None = None
-    """KV heads of a program of `resident_lowrank`."""
+    resident_pack: int = 2
+    """KV heads of a program of `resident_lowrank` at most."""
 
 
 @functools.cache
@@ -190,7 +190,9 @@ class _Call:
         """Write the scores of rebuilt keys, or add to them with `add`."""
         resident, rebuild = None, self.tuning.rebuild
         if rebuild is None and index is None:
-            resident = resident_lowrank.resident_tiles(q, part.a, part.b, self.groups, self.limits)
+            resident = resident_lowrank.resident_tiles(
+                q, part.a, part.b, self.groups, self.limits, self.tuning.resident_pack
+            )
         if resident is not None:
             resident_lowrank.launch(
                 resident, q, part.a, part.b, table, self.visible.first, scores, self.groups, self.scale * _LOG2,

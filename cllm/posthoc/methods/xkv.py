@@ -35,6 +35,9 @@ from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
 from cllm.posthoc.weighting import ErrorWeights, Weights, row_weights
 
+TOGETHER: bool | None = None
+"""Whether groups of one shape are factorised as one batch; None: on a GPU."""
+
 
 @register(
     "xkv",
@@ -172,18 +175,19 @@ class XKV(Codable):
         if values is not None:
             groups += [Group(values, group, weights_v, codes_v) for group in groups_v]
         device = keys.data[0].device
+        together = device.type == "cuda" if TOGETHER is None else TOGETHER
         if self.codes == "mixed":
-            self._factor_all(groups, device)
+            self._factor_all(groups, device, together)
             self._choose_widths(keys, groups)
             run_in_parallel([partial(self._code_mixed, group) for group in groups], device)
             return codes_k, codes_v
         if self.spread:
-            self._factor_all(groups, device)
+            self._factor_all(groups, device, together)
             ranks: Sequence[int | None] = self._spread_ranks(keys, groups)
         else:
             ranks_k, ranks_v = self._ranks(keys, groups_k, values, groups_v)
             ranks = [*ranks_k, *ranks_v]
-        run_in_parallel([partial(self._code, *job) for job in zip(groups, ranks, strict=True)], device)
+        run_in_parallel([partial(self._code_together, *job) for job in alike(groups, ranks, together)], device)
         return codes_k, codes_v
 
     def check_all_sinks(self, tokens: int) -> None:
@@ -311,25 +315,36 @@ class XKV(Codable):
             rows = [group.weights[group.tensors.slots[i]].weigh(x) for i, x in zip(group.slots, rows, strict=True)]
         return torch.cat(rows, dim=-1)
 
-    def _factor_all(self, groups: list[Group], device: torch.device) -> None:
+    def _factor_all(self, groups: list[Group], device: torch.device, together: bool) -> None:
         """Set all vectors and the spectra of `groups`."""
 
-        def factor(group: Group) -> None:
-            self._factor(group, None)
+        def factor(groups: list[Group], rank: int | None) -> None:
+            self._factor(groups, rank)
 
-        run_in_parallel([partial(factor, group) for group in groups], device)
+        run_in_parallel([partial(factor, *job) for job in alike(groups, [None] * len(groups), together)], device)
 
-    def _factor(self, group: Group, rank: int | None) -> Tensor:
-        """Set the vectors and the spectrum of `group`, and return its weighted rows."""
-        rows = x = self._weighted(group)
-        if group.weights:
-            x = x * row_weights([group.weights[group.tensors.slots[i]] for i in group.slots])
-        group.vectors, group.spectrum = right_vectors(x, self.svd, rank, self.products)
+    def _factor(self, groups: list[Group], rank: int | None) -> list[Tensor]:
+        """Set the vectors and the spectra of `groups`, which have one shape, and return their weighted rows."""
+        rows = [self._weighted(group) for group in groups]
+        scaled = list(rows)
+        for i, group in enumerate(groups):
+            if group.weights:
+                scaled[i] = rows[i] * row_weights([group.weights[group.tensors.slots[j]] for j in group.slots])
+        x = torch.cat(scaled) if len(groups) > 1 else scaled[0]
+        vectors, spectrum = right_vectors(x, self.svd, rank, self.products)
+        for i, group in enumerate(groups):
+            part = slice(i * len(rows[0]), (i + 1) * len(rows[0]))
+            group.vectors, group.spectrum = vectors[part], None if spectrum is None else spectrum[part]
         return rows
 
-    def _code(self, group: Group, rank: int | None) -> None:
-        """Write the codes of the slots of `group`."""
-        x = self._factor(group, rank) if group.vectors is None else self._weighted(group)
+    def _code_together(self, groups: list[Group], rank: int | None) -> None:
+        """Write the codes of the slots of `groups`, which have one shape."""
+        rows = self._factor(groups, rank) if groups[0].vectors is None else [self._weighted(g) for g in groups]
+        for group, x in zip(groups, rows, strict=True):
+            self._code(group, rank, x)
+
+    def _code(self, group: Group, rank: int | None, x: Tensor) -> None:
+        """Write the codes of the slots of `group`, whose weighted rows are `x`."""
         vectors, tensors = group.vectors, group.tensors
         assert vectors is not None
         if rank is None:
@@ -370,6 +385,19 @@ class SVD(XKV):
 
     group: int = Field(1, ge=1, le=1)
     """No other value is allowed."""
+
+
+def alike(
+    groups: Sequence[Group], ranks: Sequence[int | None], together: bool
+) -> list[tuple[list[Group], int | None]]:
+    """`groups` of one kind, shape and rank in lists, with that rank: each list is one problem for a GPU, whose kernels
+    are too small for it alone. Not `together`: lists of one."""
+    found: dict[object, tuple[list[Group], int | None]] = {}
+    for i, (group, rank) in enumerate(zip(groups, ranks, strict=True)):
+        shape = tuple(group.tensors.data[j].shape for j in group.slots)
+        key = (group.tensors.kind, shape, rank) if together else i
+        found.setdefault(key, ([], rank))[0].append(group)
+    return list(found.values())
 
 
 def _sizes(tensors: SlotTensors, groups: list[list[int]]) -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,17 @@ from cllm.posthoc.methods import xkv
 from cllm.posthoc.registry import parse
 
 CHOOSING: dict[str, Sequence[Any]] = {
-    "taken": (512, 2048, 8192), "warps": (8, 4), "ordered": (512, 256, 2048), "landmarks": (32, 128),
+    "taken": (512, 2048, 8192), "warps": (8, 32, 4), "ordered": (512, 256, 2048), "landmarks": (32, 128),
 }  # fmt: skip
 WEIGHING: dict[str, Sequence[Any]] = {
-    "splits": (8, 20, 32, 39), "block_n": (32, 128), "stages": (2, 4), "warps": (8,), "block_w": (128, 64),
+    "block_w": (64, 128), "block_n": (32, 128), "warps": (8, 2), "stages": (2, 4), "splits": (4, 8, 16, 20, 32, 39),
 }  # fmt: skip
 WEIGHING_ALL: dict[str, Sequence[Any]] = {
-    "splits": (44, 64, 66, 88, 128), "stages": (2, 4, 5), "warps": (8,), "block_n": (128, 32), "block_w": (128, 64),
+    "block_w": (64, 128), "block_n": (128, 32), "warps": (8, 2), "stages": (4, 2, 5),
+    "splits": (29, 44, 58, 66, 88, 128),
 }  # fmt: skip
+SECONDS = 345
+"""Nothing is measured after this time."""
 REBUILDS = [
     Rebuild(block_n=n, block_r=r, pack=1, num_warps=warps, num_stages=stages)
     for n, r, warps, stages in ((64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 4, 2), (64, 128, 8, 3), (32, 128, 4, 3),
@@ -64,10 +67,14 @@ class Variants:
     """Measures variants until a deadline, and keeps the best."""
 
     def __init__(self, device: torch.device, record: PrintedRecord, begin: float):
-        self.device, self.record, self.begin = device, record, begin
+        self.device, self.record, self.begin, self.start = device, record, begin, begin
+        self.weighing = Weighing()
 
     def time(self, what: str, name: str, calls: Sequence[Callable[[], object]], **more: Any) -> float:
-        """Add a row with the ms of a call; infinity for a variant that fails."""
+        """Add a row with the ms of a call; infinity for a variant that fails or comes too late."""
+        if time.monotonic() - self.start > SECONDS:
+            print(f"{what:<9}{name}: no time left", flush=True)
+            return float("inf")
         try:
             ms = layer_ms(calls, self.device)
         except Exception as failure:
@@ -78,7 +85,12 @@ class Variants:
         return ms
 
     def search(
-        self, what: str, best: Any, options: dict[str, Sequence[Any]], time_of: Callable[[Any, str], float], until: float
+        self,
+        what: str,
+        best: Any,
+        options: dict[str, Sequence[Any]],
+        time_of: Callable[[Any, str], float],
+        until: float,
     ) -> Any:
         """The best found of `best` and dataclasses that differ from it, one field after another, until `until` s."""
         least = time_of(best, "by rule")
@@ -136,7 +148,9 @@ class Decode:
         for i in self.every:
             k = self.layers.uncompressed(i)[0][:, : o.tokens]
             parts = [
-                make_landmarks(k[:, :, g : g + 1], None, chunk=o.chunk, budget=o.select, outliers=o.outliers, local=o.local)
+                make_landmarks(
+                    k[:, :, g : g + 1], None, chunk=o.chunk, budget=o.select, outliers=o.outliers, local=o.local
+                )
                 for g in range(o.kv_heads)
             ]
             joined = [torch.cat([getattr(p, name) for p in parts], dim=at)
@@ -167,7 +181,10 @@ class Decode:
             wanted = chosen_tokens(scores.flatten(1, 2) * self.layers.scale, selection)
             found, before = split_lowrank._choose(call, q, selection), choose_alone(call, q, selection)
             differ = [
-                sum(len(set(a) - set(b)) for a, b in zip(found.flatten(0, 1).tolist(), x.flatten(0, 1).tolist(), strict=True))
+                sum(
+                    len(set(a) - set(b))
+                    for a, b in zip(found.flatten(0, 1).tolist(), x.flatten(0, 1).tolist(), strict=True)
+                )
                 for x in (wanted, before)
             ]
             row = {"tokens": found.numel(), "not_of_topk": differ[0], "not_chosen_before": differ[1]}
@@ -211,24 +228,25 @@ class Decode:
             split_lowrank._choose = ours
         return ms
 
-    def search_chosen(self, until: float, start: Tuning | None = None) -> Tuning:
-        """The best tiles of a call with chosen tokens."""
+    def search_chosen(self, until: tuple[float, float, float], start: Tuning | None = None) -> Tuning:
+        """The best tiles of a call with chosen tokens: of the choice, the weighted sum and rebuilt keys, each until its
+        time."""
         best, variants = start or Tuning(choosing=Choosing(), weighing=None), self.variants
 
         def choosing(how: Choosing, name: str) -> float:
             return self.ms(replace(best, choosing=how), f"choosing {name}", choosing=asdict(how))
 
-        best = replace(best, choosing=variants.search(self.what, best.choosing, CHOOSING, choosing, until))
+        best = replace(best, choosing=variants.search(self.what, best.choosing, CHOOSING, choosing, until[0]))
 
         def weighing(how: Weighing | None, name: str) -> float:
             return self.ms(replace(best, weighing=how), f"weighing {name}", weighing=how and asdict(how))
 
-        weighed = variants.search(self.what, best.weighing or Weighing(), WEIGHING, weighing, until + 25)
+        weighed = variants.search(self.what, best.weighing or Weighing(), WEIGHING, weighing, until[1])
         best = replace(best, weighing=weighed)
         rebuilt = {
             self.ms(replace(best, rebuild=how), f"rebuild {how}".replace("Rebuild", ""), rebuild=asdict(how)): how
             for how in REBUILDS
-            if time.monotonic() - variants.begin < until + 45
+            if time.monotonic() - variants.begin < until[2]
         }
         if rebuilt and min(rebuilt) < float("inf"):
             best = replace(best, rebuild=rebuilt[min(rebuilt)])
@@ -244,14 +262,14 @@ def bench_chosen(o: argparse.Namespace, variants: Variants) -> None:
     what, best = f"{o.tokens // 1024}k", None
     decode = Decode(o, variants, what)
     exact = decode.uncompressed()
-    all_keys(decode, exact, until=60)
+    all_keys(decode, exact, until=45)
     free(variants.device)
     decode.select()
     decode.check_choice()
     before = decode.before()
     decode.ms(None, "by rule")
     decode.profile(None, "by rule")
-    best = decode.search_chosen(until=100)
+    best = decode.search_chosen((82, 105, 125))
     decode.profile(best, "best")
     summary(variants, what, exact, before, decode.ms(best, "best", tiles=asdict(best)))
     del decode
@@ -266,7 +284,8 @@ def bench_chosen(o: argparse.Namespace, variants: Variants) -> None:
     before = decode.before()
     decode.ms(None, "by rule")
     first = decode.ms(best, "best of the shorter cache", tiles=asdict(best))
-    found = decode.search_chosen(until=time.monotonic() - variants.begin + 15, start=best)
+    now = time.monotonic() - variants.begin
+    found = decode.search_chosen((now + 14, now + 22, now), start=best)
     decode.profile(found, "best")
     summary(variants, what, exact, before, min(first, decode.ms(found, "best", tiles=asdict(found))))
 
@@ -289,6 +308,7 @@ def all_keys(decode: Decode, exact: float, until: float) -> None:
 
     how = variants.search("all keys", Weighing(), WEIGHING_ALL, weighing, until)
     best = decode.ms(Tuning(weighing=how), "best", weighing=asdict(how))
+    variants.weighing = how
     one = decode.ms(Tuning(weighing=how, resident_pack=1), "one KV head a program")
     summary(variants, "all keys", exact, first, min(best, one))
     keys, values = decode.layers.keys, decode.layers.values
@@ -312,6 +332,18 @@ def _narrow_a(a: Tensor, rank: int, multiple: int | None) -> Tensor:
 def narrowed(part: Factored, rank: int, multiple: int | None) -> Factored:
     """`part` with `rank` columns, or with zeros in the columns after them."""
     return Factored(_narrow_a(part.a, rank, multiple), _narrow_a(part.b, rank, multiple), part.tail)
+
+
+def bench_prefetch(o: argparse.Namespace, variants: Variants) -> None:
+    """Attention over all tokens with factors brought into the L2 cache early. Last, as it has never run on a GPU."""
+    decode = Decode(o, variants, "prefetch")
+    plain = decode.run(0, Tuning(weighing=variants.weighing))
+    for ahead, share in ((0, 0), (1, 0), (2, 0), (4, 0), (0, 3), (0, 4), (0, 2), (2, 3), (2, 4)):
+        tuning = Tuning(weighing=variants.weighing, ahead=ahead, share=share)
+        equal = torch.equal(decode.run(0, tuning), plain)
+        decode.ms(tuning, f"{ahead} tiles ahead, every {share}-th of the values", equal=equal, ahead=ahead, share=share)
+        if (ahead, share) in ((2, 0), (0, 3)):
+            decode.profile(tuning, f"{ahead} {share}")
 
 
 # ---- compressing -----------------------------------------------------------------------------------------------------
@@ -407,12 +439,13 @@ def main(argv: list[str] | None = None) -> int:
     record = PrintedRecord({"environment": environment(), "settings": settings, **rates}, o.out)
     print(f"copy {copy / 1e12:.3g} TB/s, matmul {flops / 1e12:.3g} TFLOP/s")
     variants = Variants(device, record, begin)
-    for part, run in (("compress", bench_all_compression), ("decode", bench_chosen)):
-        if o.only not in (None, part):
+    for part, run in (("compress", bench_all_compression), ("decode", bench_chosen), ("prefetch", bench_prefetch)):
+        if o.only not in (None, part) and not (o.only == "decode" and part == "prefetch"):
             continue
         variants.begin = time.monotonic()
         try:
-            run(o, variants)
+            if time.monotonic() - begin < SECONDS:
+                run(o, variants)
         except Exception as failure:
             print(f"{part} ended early: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}", flush=True)
             record.results.setdefault("failures", []).append(f"{part}: {failure}")

@@ -111,14 +111,29 @@ def launch(
     limits: Limits,
     *,
     add: bool,
+    following: Tensor | None = None,
+    ahead: int = 0,
+    share: int = 0,
 ) -> None:
-    """Write `scores` (B, H, S) fp32, or add to them with `add`. `table` is cos and sin (positions, D / 2) fp32."""
+    """Write `scores` (B, H, S) fp32, or add to them with `add`. `table` is cos and sin (positions, D / 2) fp32.
+
+    With `ahead`, tiles of `a` are brought into the L2 cache that many tiles before they are read; with `share`, every
+    `share`-th tile of `following` (B, S, r'), which is read next.
+    """
     batch, n_heads, dim = query.shape
     tokens, rank, heads = a.shape[1], a.shape[2], n_heads // groups
     packs = groups // tiles.pack
+    following = a if following is None or not _parts_fit(following, packs) else following
+    ahead, share = (ahead, share) if _parts_fit(a, packs) and following is not a else (0, 0)
     gluon_lowrank.resident_scores[(packs * programs_per_pack(batch=batch, packs=packs, limits=limits), batch)](
         query, gluon_lowrank.tma_descriptor(a, TILE), gluon_lowrank.tma_descriptor(b, dim // 2),
-        *table, first, scores, query.stride()[:2], table[0].stride(0), scores.stride()[:2], tokens, log2_scale,
+        *table, first, scores, a, following, query.stride()[:2], table[0].stride(0), scores.stride()[:2], tokens, log2_scale,
         G=groups, HEADS=heads, ROOM=_padded_heads(heads), HALF=dim // 2, PACK=tiles.pack, CHUNKS=-(-rank // RANKS),
-        STAGES=tiles.stages, ADD=add, num_warps=4, maxnreg=_REGISTERS,
+        STAGES=tiles.stages, ADD=add, RANK=rank, NEXT_RANK=following.shape[2], AHEAD=ahead, SHARE=share,
+        num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
+
+
+def _parts_fit(factor: Tensor, packs: int) -> bool:
+    """Whether each lane of the loading warps of `packs` programs prefetches a multiple of 16 bytes of a tile."""
+    return factor.is_contiguous() and factor.element_size() == 2 and factor.shape[2] * 2 * TILE % (packs * 32 * 16) == 0

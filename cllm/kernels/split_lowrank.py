@@ -89,6 +89,10 @@ class Tuning:
     weighing: Weighing | None = None
     resident_pack: int = 2
     """KV heads of a program of `resident_lowrank` at most."""
+    ahead: int = 0
+    """Tiles of A that it brings into the L2 cache early."""
+    share: int = 0
+    """Every how many tiles of the values' A it brings there; 0: none."""
 
 
 @functools.cache
@@ -173,7 +177,9 @@ def unsupported(
 class _Call:
     """The launches of one call, which share the queries' heads and the visible columns."""
 
-    def __init__(self, queries: Sequence[Tensor], groups: int, visible: Visible, scale: float, tuning: Tuning | None = None):
+    def __init__(
+        self, queries: Sequence[Tensor], groups: int, visible: Visible, scale: float, tuning: Tuning | None = None
+    ):
         self.batch, n_heads, self.dim = queries[0].shape
         self.groups, self.heads = groups, n_heads // groups
         self.visible, self.scale, self.device = visible, scale, queries[0].device
@@ -186,7 +192,7 @@ class _Call:
         shape = (self.batch, self.groups * self.heads, padded)
         return torch.empty(shape, dtype=torch.float32, device=self.device)[..., :tokens]
 
-    def score_rebuilt(self, q, part, table, index, scores, *, add: bool) -> None:
+    def score_rebuilt(self, q, part, table, index, scores, *, add: bool, following: Tensor | None = None) -> None:
         """Write the scores of rebuilt keys, or add to them with `add`."""
         resident, rebuild = None, self.tuning.rebuild
         if rebuild is None and index is None:
@@ -196,7 +202,7 @@ class _Call:
         if resident is not None:
             resident_lowrank.launch(
                 resident, q, part.a, part.b, table, self.visible.first, scores, self.groups, self.scale * _LOG2,
-                self.limits, add=add,
+                self.limits, add=add, following=following, ahead=self.tuning.ahead, share=self.tuning.share,
             )  # fmt: skip
             return
         rebuild = rebuild or choose_rebuild(
@@ -336,7 +342,7 @@ def run(
             call.score_stored(queries[0], selection.outlier_keys, scores[..., :outliers], index=index, stop=compressed)
     if rest.shape[2]:
         for i, (q, part) in enumerate(zip(queries, keys, strict=True)):
-            call.score_rebuilt(q, part, table, rest_index, rest, add=i > 0)
+            call.score_rebuilt(q, part, table, rest_index, rest, add=i > 0, following=values[0].a)
     join_outliers()
     sums = [call.weighted_sum(scores, part.a[:, :, None], index, shared=True) for part in values]
     join_tail()

@@ -178,7 +178,9 @@ def test_any_tiles(gpu, block_n, block_r, pack, num_warps):
     arguments = call(case, gpu, torch.bfloat16)
     rebuild = Rebuild(block_n=block_n, block_r=block_r, pack=pack, num_warps=num_warps, num_stages=2)
     queries, keys, values, table, visible, selection = arguments
-    found = split_lowrank.run(queries, keys, values, table, visible, 0.09, selection, split_lowrank.Tuning(rebuild=rebuild))
+    found = split_lowrank.run(
+        queries, keys, values, table, visible, 0.09, selection, split_lowrank.Tuning(rebuild=rebuild)
+    )
     assert_close([found], exact(arguments, 0.09), torch.bfloat16)
 
 

@@ -387,9 +387,7 @@ class SVD(XKV):
     """No other value is allowed."""
 
 
-def alike(
-    groups: Sequence[Group], ranks: Sequence[int | None], together: bool
-) -> list[tuple[list[Group], int | None]]:
+def alike(groups: Sequence[Group], ranks: Sequence[int | None], together: bool) -> list[tuple[list[Group], int | None]]:
     """`groups` of one kind, shape and rank in lists, with that rank: each list is one problem for a GPU, whose kernels
     are too small for it alone. Not `together`: lists of one."""
     found: dict[object, tuple[list[Group], int | None]] = {}

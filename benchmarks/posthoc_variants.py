@@ -172,7 +172,7 @@ class Decode:
         return self.variants.time(self.what, name, self.calls(tuning), **more)
 
     def check_choice(self) -> None:
-        """The chosen tokens are those of `topk`, except for scores that rounding makes equal, and those chosen before."""
+        """Count the chosen tokens that `topk` does not choose, which rounding explains, or one program a head."""
         for i in list(self.every)[:2]:
             q, selection = self.layers.queries[i], self.selections[i]
             call = split_lowrank._Call([q], self.o.kv_heads, self.layers.visible, self.layers.scale)

@@ -85,8 +85,8 @@ def _load(
 ):  # fmt: skip
     """Load the rows of B once, lower halves of all heads before upper halves; then tiles of A as stages become free.
 
-    With AHEAD, the tile that is AHEAD tiles later is brought into the L2 cache first. With SHARE, every SHARE-th tile of
-    `next_rows` (tokens, NEXT_RANK), which the next kernel reads, is brought there during the last tiles."""
+    With AHEAD, the tile that is AHEAD tiles later is brought into the L2 cache first. With SHARE, every SHARE-th tile
+    of `next_rows` (tokens, NEXT_RANK), which the next kernel reads, is brought there during the last tiles."""
     mbarrier.expect(b_full, CHUNKS * 2 * PACK * HALF * 32 * 2)
     for k in gl.static_range(CHUNKS):
         for part in gl.static_range(2 * PACK):

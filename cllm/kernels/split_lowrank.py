@@ -354,7 +354,7 @@ def run(
 
 def _choose(call: _Call, q: Tensor, selection: Selection) -> Tensor:
     """Tokens (B, G, n) int64 that this step reads."""
-    chunks, outliers, span = selection.landmarks.shape[1], selection.outliers, selection.chunk
+    chunks, span = selection.landmarks.shape[1], selection.chunk
     how = call.tuning.choosing or Choosing()
     scores, tiles = call.empty_scores(chunks), -(-chunks // how.landmarks)
     largest, sums = torch.empty((2, call.batch, call.groups * call.heads, tiles), device=call.device)

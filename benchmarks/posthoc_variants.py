@@ -153,9 +153,11 @@ class Decode:
                 )
                 for g in range(o.kv_heads)
             ]
-            joined = [torch.cat([getattr(p, name) for p in parts], dim=at)
-                      for name, at in (("landmarks", 2), ("outliers", 1), ("outlier_keys", 2))]  # fmt: skip
-            self.selections.append(Selection(*joined, o.chunk, o.select))
+            marks, outliers, keys = (
+                torch.cat([getattr(part, name) for part in parts], dim=at)
+                for name, at in (("landmarks", 2), ("outliers", 1), ("outlier_keys", 2))
+            )
+            self.selections.append(Selection(marks, outliers, keys, o.chunk, o.select))
             del k, parts
             free(self.variants.device)
 
@@ -220,7 +222,7 @@ class Decode:
     def before(self) -> float:
         """Time the choice by one program for each KV head."""
         ours: Any = split_lowrank._choose
-        split_lowrank._choose = choose_alone  # type: ignore[assignment]
+        split_lowrank._choose = choose_alone
         try:
             ms = self.ms(None, "chosen by one program a head")
             self.profile(None, "before")

@@ -128,8 +128,8 @@ def launch(
     gluon_lowrank.resident_scores[(packs * programs_per_pack(batch=batch, packs=packs, limits=limits), batch)](
         query, gluon_lowrank.tma_descriptor(a, TILE), gluon_lowrank.tma_descriptor(b, dim // 2),
         *table, first, scores, a, following, query.stride()[:2], table[0].stride(0), scores.stride()[:2], tokens,
-        log2_scale, G=groups, HEADS=heads, ROOM=_padded_heads(heads), HALF=dim // 2, PACK=tiles.pack, CHUNKS=-(-rank // RANKS),
-        STAGES=tiles.stages, ADD=add, RANK=rank, NEXT_RANK=following.shape[2], AHEAD=ahead, SHARE=share,
+        log2_scale, G=groups, HEADS=heads, ROOM=_padded_heads(heads), HALF=dim // 2, PACK=tiles.pack,
+        CHUNKS=-(-rank // RANKS), STAGES=tiles.stages, ADD=add, RANK=rank, NEXT_RANK=following.shape[2], AHEAD=ahead, SHARE=share,
         num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
 

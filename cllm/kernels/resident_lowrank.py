@@ -129,8 +129,8 @@ def launch(
         query, gluon_lowrank.tma_descriptor(a, TILE), gluon_lowrank.tma_descriptor(b, dim // 2),
         *table, first, scores, a, following, query.stride()[:2], table[0].stride(0), scores.stride()[:2], tokens,
         log2_scale, G=groups, HEADS=heads, ROOM=_padded_heads(heads), HALF=dim // 2, PACK=tiles.pack,
-        CHUNKS=-(-rank // RANKS), STAGES=tiles.stages, ADD=add, RANK=rank, NEXT_RANK=following.shape[2], AHEAD=ahead, SHARE=share,
-        num_warps=4, maxnreg=_REGISTERS,
+        CHUNKS=-(-rank // RANKS), STAGES=tiles.stages, ADD=add, RANK=rank, NEXT_RANK=following.shape[2], AHEAD=ahead,
+        SHARE=share, num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
 
 

@@ -220,7 +220,8 @@ def test_resident_programs_score_as_fp32_does(gpu, case, dtype, add):
     errors = []
     for rebuild in (None, rule):
         scores = launch.empty_scores(case.s).fill_(1.0 if add else torch.nan)
-        launch.score_rebuilt(queries[0], keys, table, None, scores, rebuild, add=add)
+        launch.tuning = split_lowrank.Tuning(rebuild=rebuild)
+        launch.score_rebuilt(queries[0], keys, table, None, scores, add=add)
         assert (scores[hidden] == -torch.inf).all()
         errors.append((scores - wanted)[~hidden].abs().max().item())
     assert errors[0] < 1.5 * errors[1]

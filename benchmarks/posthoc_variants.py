@@ -54,6 +54,10 @@ WEIGHING_ALL: dict[str, Sequence[Any]] = {
     "block_w": (64, 128), "block_n": (128, 32), "warps": (8, 2), "stages": (4, 2, 5),
     "splits": (29, 44, 58, 66, 88, 128),
 }  # fmt: skip
+QUANTISERS = (
+    "int8", "fp8", "kivi:bits=4,group=32,residual=32", "kivi:bits=2,group=32,residual=32", "turboquant:bits=4",
+    "turboquant:bits=4,sketch=true", "kvquant:bits=4", "kvquant:bits=4,levels=uniform",
+)  # fmt: skip
 SECONDS = 345
 """Nothing is measured after this time."""
 REBUILDS = [
@@ -397,6 +401,23 @@ def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], v
             variants.record.add({"what": what, "name": f"{method.partition(',')[2][-24:]} {name}", "ms": ms,
                                  "share_of_prefill": ms / prefill, **row, "method": method})  # fmt: skip
             free(device)
+    bench_quantisers(cache, prefill, variants, what)
+
+
+def bench_quantisers(cache: KVCache, prefill: float, variants: Variants, what: str) -> None:
+    """Time the compression of `cache` by each quantiser."""
+    for method in QUANTISERS:
+        if time.monotonic() - variants.start > SECONDS - 10:
+            return
+        try:
+            seconds = [compress_cache(cache, parse(method), measure=False).outcome.seconds for _ in range(3)]
+        except Exception as failure:
+            wait(variants.device)
+            print(f"{what} {method} failed: {' '.join(str(failure).split())[:150]}", flush=True)
+            continue
+        ms = 1000 * sorted(seconds)[1]
+        variants.record.add({"what": what, "name": method, "ms": ms, "share_of_prefill": ms / prefill})
+        free(variants.device)
 
 
 def bench_all_compression(o: argparse.Namespace, variants: Variants) -> None:

@@ -38,10 +38,10 @@ from cllm.kernels.selection import Factored, Selection, chosen_chunks, chosen_to
 from cllm.kernels.split_decode import next_power_of_2
 from cllm.kernels.split_lowrank import Choosing, Rebuild, Tuning, Weighing
 from cllm.model.sizes import build_decoder
+from cllm.posthoc import group as posthoc_group
 from cllm.posthoc import lowrank
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.landmarks import make_landmarks
-from cllm.posthoc.methods import xkv
 from cllm.posthoc.registry import parse
 
 CHOOSING: dict[str, Sequence[Any]] = {
@@ -384,7 +384,7 @@ def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], v
         for name, together, normalising in ways():
             if (not fast and normalising != "solve") or time.monotonic() - variants.start > SECONDS - 20:
                 continue
-            xkv.TOGETHER, lowrank.NORMALISING = together, normalising
+            posthoc_group.TOGETHER, lowrank.NORMALISING = together, normalising
             row: dict[str, Any] = {}
             try:
                 seconds = [compress_cache(cache, parse(method), measure=False).outcome.seconds for _ in range(4)]
@@ -396,7 +396,7 @@ def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], v
                 print(f"{what} {name} failed: {' '.join(str(failure).split())[:150]}", flush=True)
                 continue
             finally:
-                xkv.TOGETHER, lowrank.NORMALISING = None, "solve"
+                posthoc_group.TOGETHER, lowrank.NORMALISING = None, "solve"
             ms = 1000 * sorted(seconds[1:])[1]
             variants.record.add({"what": what, "name": f"{method.partition(',')[2][-24:]} {name}", "ms": ms,
                                  "share_of_prefill": ms / prefill, **row, "method": method})  # fmt: skip

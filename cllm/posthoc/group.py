@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,6 +10,9 @@ from torch import Tensor
 from cllm.posthoc.code import Codes
 from cllm.posthoc.slots import SlotTensors
 from cllm.posthoc.weighting import Weights
+
+TOGETHER: bool | None = None
+"""Whether groups of one shape are factorised as one batch; None: on a GPU."""
 
 
 @dataclass
@@ -28,3 +32,15 @@ class Group:
     """(B, r) fp64, once it is known."""
     widths: Tensor | None = None
     """(r,): bits of each column of A, for `codes=mixed`."""
+
+
+def alike(groups: Sequence[Group], ranks: Sequence[int | None]) -> list[tuple[list[Group], int | None]]:
+    """`groups` of one kind, shape and rank in lists, with that rank: on a GPU, each list is one problem, because the
+    kernels for a small group take less time than their launches. Elsewhere, lists of one."""
+    together = groups[0].tensors.data[0].is_cuda if TOGETHER is None else TOGETHER
+    found: dict[object, tuple[list[Group], int | None]] = {}
+    for i, (group, rank) in enumerate(zip(groups, ranks, strict=True)):
+        shapes = tuple(group.tensors.data[j].shape for j in group.slots)
+        key = (group.tensors.kind, shapes, rank) if together else i
+        found.setdefault(key, ([], rank))[0].append(group)
+    return list(found.values())

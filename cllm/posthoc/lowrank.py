@@ -30,6 +30,7 @@ from threading import Lock
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cllm.errors import UserError
@@ -50,6 +51,8 @@ NORMALISING: Normalising = "solve"
 with the inverse of the Cholesky factor, which LAPACK or blocks compute."""
 _PANEL = 64
 """Columns of a block of `_inverse_factor`."""
+_ALIGNED = 8
+"""Ranks of which multiples are read fast."""
 _PRECISION = Lock()
 """Groups are factorised by several threads, but the precision of fp32 products is a setting of the process."""
 
@@ -300,6 +303,22 @@ def water_filling(squares: Sequence[Tensor], costs: Sequence[int], budget: float
     order = groups[gains.argsort(descending=True, stable=True)]
     taken = order[price[order].cumsum(0) <= budget - sum(costs)]
     return (1 + torch.bincount(taken, minlength=len(costs))).tolist()
+
+
+def fast_rank(rank: int, tensor: Tensor, dtype: torch.dtype) -> int:
+    """The largest rank up to `rank` at which decoding reads factors of `tensor` (B, n, G, D) in `dtype` fast.
+
+    The kernel that keeps B in shared memory needs rows of A that start at multiples of 16 bytes: ranks in multiples of
+    8. Below 64, and for numbers and heads that it does not support, `rank` itself.
+    """
+    rounds = dtype.itemsize == 2 and tensor.dim() == 4 and tensor.shape[3] in (64, 128) and rank >= 64
+    return rank - rank % _ALIGNED if rounds else rank
+
+
+def padded(x: Tensor, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` (..., r), a factor of `tensor`, with columns of zeros up to the next rank that decoding reads fast."""
+    rank = x.shape[-1]
+    return x if fast_rank(rank, tensor, dtype) == rank else F.pad(x, (0, -rank % _ALIGNED))
 
 
 def low_rank_already(name: str) -> UserError:

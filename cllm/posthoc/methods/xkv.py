@@ -14,7 +14,7 @@ from torch import Tensor
 from cllm.errors import UserError
 from cllm.posthoc.budget import check_all_sinks, elements_left
 from cllm.posthoc.code import Code, Codes, Exact
-from cllm.posthoc.group import Group
+from cllm.posthoc.group import Group, alike
 from cllm.posthoc.landmarks import Landmarks, landmark_bytes, make_landmarks, outlier_chunks
 from cllm.posthoc.lowrank import (
     Algorithm,
@@ -22,7 +22,9 @@ from cllm.posthoc.lowrank import (
     Products,
     energy_rank,
     factor_elements,
+    fast_rank,
     multiply,
+    padded,
     ranks_for_budget,
     right_vectors,
     water_filling,
@@ -34,9 +36,6 @@ from cllm.posthoc.readers import RecordedQueries, SlotReader
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
 from cllm.posthoc.weighting import ErrorWeights, Weights, row_weights
-
-TOGETHER: bool | None = None
-"""Whether groups of one shape are factorised as one batch; None: on a GPU."""
 
 
 @register(
@@ -175,19 +174,18 @@ class XKV(Codable):
         if values is not None:
             groups += [Group(values, group, weights_v, codes_v) for group in groups_v]
         device = keys.data[0].device
-        together = device.type == "cuda" if TOGETHER is None else TOGETHER
         if self.codes == "mixed":
-            self._factor_all(groups, device, together)
+            self._factor_all(groups, device)
             self._choose_widths(keys, groups)
             run_in_parallel([partial(self._code_mixed, group) for group in groups], device)
             return codes_k, codes_v
         if self.spread:
-            self._factor_all(groups, device, together)
+            self._factor_all(groups, device)
             ranks: Sequence[int | None] = self._spread_ranks(keys, groups)
         else:
             ranks_k, ranks_v = self._ranks(keys, groups_k, values, groups_v)
             ranks = [*ranks_k, *ranks_v]
-        run_in_parallel([partial(self._code_together, *job) for job in alike(groups, ranks, together)], device)
+        run_in_parallel([partial(self._code_together, *job) for job in alike(groups, ranks)], device)
         return codes_k, codes_v
 
     def check_all_sinks(self, tokens: int) -> None:
@@ -237,7 +235,8 @@ class XKV(Codable):
         ranks = ranks_for_budget(budget, tokens, sizes_k, sizes_v, keys_to_values=1.5)
         if ranks is None:
             raise self._too_small(ratio, keys, sizes)
-        return list(ranks[0]), list(ranks[1])
+        ranks_k, ranks_v = ([fast_rank(rank, keys.data[0], keys.dtype) for rank in part] for part in ranks)
+        return list(ranks_k), list(ranks_v)
 
     def _budget(self, ratio: float, keys: SlotTensors, sizes: list[tuple[int, int]]) -> float:
         """Elements that the factors of groups of `sizes` (layers, width) may have."""
@@ -274,7 +273,7 @@ class XKV(Codable):
         ranks = water_filling([s.square().mean(0) for s in spectra], costs, self._budget(self.ratio, keys, sizes))
         if ranks is None:
             raise self._too_small(self.ratio, keys, sizes)
-        return ranks
+        return [fast_rank(rank, keys.data[0], keys.dtype) for rank in ranks]
 
     def _choose_widths(self, keys: SlotTensors, groups: list[Group]) -> None:
         """Set the widths of the columns of all groups, which have been factorised, under `ratio`."""
@@ -315,26 +314,31 @@ class XKV(Codable):
             rows = [group.weights[group.tensors.slots[i]].weigh(x) for i, x in zip(group.slots, rows, strict=True)]
         return torch.cat(rows, dim=-1)
 
-    def _factor_all(self, groups: list[Group], device: torch.device, together: bool) -> None:
+    def _factor_all(self, groups: list[Group], device: torch.device) -> None:
         """Set all vectors and the spectra of `groups`."""
 
         def factor(groups: list[Group], rank: int | None) -> None:
             self._factor(groups, rank)
 
-        run_in_parallel([partial(factor, *job) for job in alike(groups, [None] * len(groups), together)], device)
+        run_in_parallel([partial(factor, *job) for job in alike(groups, [None] * len(groups))], device)
 
     def _factor(self, groups: list[Group], rank: int | None) -> list[Tensor]:
         """Set the vectors and the spectra of `groups`, which have one shape, and return their weighted rows."""
-        rows = [self._weighted(group) for group in groups]
-        scaled = list(rows)
-        for i, group in enumerate(groups):
-            if group.weights:
-                scaled[i] = rows[i] * row_weights([group.weights[group.tensors.slots[j]] for j in group.slots])
-        x = torch.cat(scaled) if len(groups) > 1 else scaled[0]
+        rows = [self._weighted(groups[0])]
+        x, batch = rows[0], len(rows[0])
+        if len(groups) > 1:
+            x = x.new_empty((len(groups) * batch, *x.shape[1:]))
+            x[:batch] = rows[0]
+            rows = [x[i : i + batch] for i in range(0, len(x), batch)]
+            for group, part in zip(groups[1:], rows[1:], strict=True):
+                part.copy_(self._weighted(group))
+        if groups[0].weights:
+            scales = [row_weights([group.weights[group.tensors.slots[j]] for j in group.slots]) for group in groups]
+            x = torch.cat([part * scale for part, scale in zip(rows, scales, strict=True)])
         vectors, spectrum = right_vectors(x, self.svd, rank, self.products)
         for i, group in enumerate(groups):
-            part = slice(i * len(rows[0]), (i + 1) * len(rows[0]))
-            group.vectors, group.spectrum = vectors[part], None if spectrum is None else spectrum[part]
+            part_of = slice(i * batch, (i + 1) * batch)
+            group.vectors, group.spectrum = vectors[part_of], None if spectrum is None else spectrum[part_of]
         return rows
 
     def _code_together(self, groups: list[Group], rank: int | None) -> None:
@@ -355,8 +359,11 @@ class XKV(Codable):
         group.vectors = None
         rows = multiply(x, vectors, self.products)  # B, n, r
         # The columns of A differ by orders of magnitude, like channels of keys, so they are coded per column.
-        a: Code = Exact(rows.to(tensors.dtype))
-        if self._coder is not None:
+        if self._coder is None:
+            slot = tensors.data[group.slots[0]]
+            rows, vectors = (padded(x, slot, tensors.dtype) for x in (rows, vectors))
+            a: Code = Exact(rows.to(tensors.dtype))
+        else:
             a = self._coder.code(rows, "k", tensors.dtype, (rows.shape[2],))
         width = tuple(tensors.data[group.slots[0]].shape[2:])
         for i, b in zip(group.slots, vectors.chunk(len(group.slots), dim=1), strict=True):
@@ -385,17 +392,6 @@ class SVD(XKV):
 
     group: int = Field(1, ge=1, le=1)
     """No other value is allowed."""
-
-
-def alike(groups: Sequence[Group], ranks: Sequence[int | None], together: bool) -> list[tuple[list[Group], int | None]]:
-    """`groups` of one kind, shape and rank in lists, with that rank: each list is one problem for a GPU, whose kernels
-    are too small for it alone. Not `together`: lists of one."""
-    found: dict[object, tuple[list[Group], int | None]] = {}
-    for i, (group, rank) in enumerate(zip(groups, ranks, strict=True)):
-        shape = tuple(group.tensors.data[j].shape for j in group.slots)
-        key = (group.tensors.kind, shape, rank) if together else i
-        found.setdefault(key, ([], rank))[0].append(group)
-    return list(found.values())
 
 
 def _sizes(tensors: SlotTensors, groups: list[list[int]]) -> list[tuple[int, int]]:

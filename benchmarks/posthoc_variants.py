@@ -58,6 +58,7 @@ QUANTISERS = (
     "int8", "fp8", "kivi:bits=4,group=32,residual=32", "kivi:bits=2,group=32,residual=32", "turboquant:bits=4",
     "turboquant:bits=4,sketch=true", "kvquant:bits=4", "kvquant:bits=4,levels=uniform",
 )  # fmt: skip
+NORMALISING = ("solve", "inverse", "blocked", "inverse64", "blocked64")
 SECONDS = 345
 """Nothing is measured after this time."""
 REBUILDS = [
@@ -355,11 +356,11 @@ def bench_prefetch(o: argparse.Namespace, variants: Variants) -> None:
 # ---- compressing -----------------------------------------------------------------------------------------------------
 
 
-def ways() -> Iterator[tuple[str, bool, Any]]:
+def ways(normalising: Sequence[Any]) -> Iterator[tuple[str, bool, Any]]:
     """Name, groups together, way to make a basis orthonormal."""
     for together in (False, True):
-        for normalising in ("solve", "inverse", "blocked"):
-            yield f"{'one batch' if together else 'threads'}, {normalising}", together, normalising
+        for how in normalising:
+            yield f"{'one batch' if together else 'threads'}, {how}", together, how
 
 
 def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], variants: Variants, what: str) -> None:
@@ -381,7 +382,7 @@ def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], v
     del model
     for method in methods:
         fast = "svd=power" in method
-        for name, together, normalising in ways():
+        for name, together, normalising in ways(NORMALISING if what == "8B" else NORMALISING[:3]):
             if (not fast and normalising != "solve") or time.monotonic() - variants.start > SECONDS - 20:
                 continue
             posthoc_group.TOGETHER, lowrank.NORMALISING = together, normalising
@@ -429,7 +430,7 @@ def bench_all_compression(o: argparse.Namespace, variants: Variants) -> None:
     scale = 1 if variants.device.type == "cuda" else 16
     small = {"d_model": 512 // scale, "n_layers": 12, "n_heads": 8, "head_dim": 64 // scale, "d_ff": 1408 // scale,
              "kv": {"preset": "mha"}}  # fmt: skip
-    methods = [f"xkv:group=4,ratio=8{rest}" for rest in ("", ",svd=power", ",svd=power,products=bf16")]
+    methods = [f"xkv:group=4,ratio=8{rest}" for rest in ("", ",svd=power,products=bf16")]
     bench_compress(small, 4096 // scale, methods, variants, "45M")
     free(variants.device)
     small = {"d_model": 576 // scale, "n_layers": 30, "n_heads": 9, "head_dim": 64 // scale, "d_ff": 1536 // scale,

@@ -45,7 +45,7 @@ _POWERS = 8
 _ROUNDING = {"fp32": 2**-24, "tf32": 2**-11, "bf16": 2**-8}
 """The relative rounding error of a number in a product."""
 _DIAGONAL = 1e-13
-Normalising = Literal["solve", "inverse", "blocked"]
+Normalising = Literal["solve", "inverse", "blocked", "inverse64", "blocked64"]
 NORMALISING: Normalising = "solve"
 """How `power` makes a basis orthonormal between two products: by a triangular solve in fp64, or by a product in fp32
 with the inverse of the Cholesky factor, which LAPACK or blocks compute."""
@@ -120,8 +120,9 @@ def _power(x: Tensor, rank: int, products: Products) -> Tensor:
     iterations."""
     apply = _squared(x, products)
     q = _drawn(len(x), x.shape[2], min(rank, *x.shape[1:]), x.device)
+    exact = NORMALISING == "solve" or products == "fp32"
     for _ in range(_POWERS):
-        q = _orthonormal(apply(q)) if NORMALISING == "solve" else _nearly_orthonormal(apply(q), NORMALISING)
+        q = _orthonormal(apply(q)) if exact else _nearly_orthonormal(apply(q), NORMALISING)
     return _orthonormal(q).float().contiguous()
 
 
@@ -215,11 +216,13 @@ def _nearly_orthonormal(y: Tensor, normalising: Normalising) -> Tensor:
     y = y / y.norm(dim=1, keepdim=True).clamp(min=1e-300)
     gram = y.mT @ y
     gram.diagonal(dim1=1, dim2=2).add_(1e-14)
-    if normalising == "blocked":
+    if normalising.startswith("blocked"):
         inverse = _inverse_factor(gram)
     else:
         one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
         inverse = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, one, upper=False)
+    if normalising.endswith("64"):
+        return y @ inverse.mT
     return _product(_split(y.float()), _split(inverse.mT.float()))
 
 

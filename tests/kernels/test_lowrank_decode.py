@@ -377,31 +377,32 @@ def interpreted() -> None:
 
 
 def interpreted_choice() -> None:
-    """Chunks chosen by many programs, against `topk`, and with equal chunks against a stable sort."""
+    """Chunks chosen by many programs and by one, against `topk`, and with equal chunks against a stable sort."""
     generator = torch.Generator().manual_seed(2)
-    for chunks, heads, outliers, count, first in ((300, 4, 3, 40, 0), (300, 2, 0, 1, 130), (77, 3, 5, 72, 0)):
-        case = Case(h=2 * heads, g=2, d=16, s=chunks * CHUNK)
-        marks = torch.randn(B, chunks, 2, case.d, generator=generator)
-        always = torch.rand(B, 2, chunks, generator=generator).argsort(-1)[..., :outliers]
-        exact = torch.zeros(B, outliers * CHUNK, 2, case.d)
+    many, one = Choosing(landmarks=32, ordered=64, taken=64), Choosing(ordered=512, taken=512)
+    cases = ((150, 3, 3, 40, 0, many), (77, 1, 0, 1, 50, many), (40, 2, 5, 35, 0, one))
+    for chunks, heads, outliers, count, first, how in cases:
+        always = torch.rand(1, 2, chunks, generator=generator).argsort(-1)[..., :outliers]
+        exact = torch.zeros(1, outliers * CHUNK, 2, 16)
+        visible = Visible(torch.tensor([chunks * CHUNK]), torch.tensor([first * CHUNK]), None, False)
         for equal in (False, True):
-            if equal:  # four different landmarks, so that the bound lies among equal ones
-                marks = marks[:, torch.randint(4, (chunks,), generator=generator)]
+            marks = torch.randn(1, chunks, 2, 16, generator=generator)
+            q = torch.randn(1, 2 * heads, 16, generator=generator)
+            if equal:  # four different landmarks, so that the bound lies among equal ones; their scores are exact
+                marks = marks[:, torch.randint(4, (chunks,), generator=generator)].round()
+                q = q.round()
             selection = Selection(marks, always, exact, CHUNK, count * CHUNK)
-            visible = Visible(torch.tensor([case.s]), torch.tensor([first * CHUNK, 0]), None, False)
-            q = torch.randn(B, case.h, case.d, generator=generator)
-            for how in (Choosing(landmarks=32, ordered=64, taken=32), Choosing(landmarks=64, ordered=512, taken=512)):
-                launches = split_lowrank._Call([q], 2, visible, SCALE, Tuning(choosing=how))
-                found = split_lowrank._choose(launches, q, selection)
-                scores = torch.einsum("bgnd,bcgd->bgnc", q.unflatten(1, (2, heads)), marks) * SCALE
-                scores[0, :, :, :first] = -torch.inf
-                chosen = chosen_tokens(scores.flatten(1, 2), selection)
-                if equal:
-                    order = scores.log_softmax(-1).amax(2).scatter(-1, always, -torch.inf).mul(1e4).round()
-                    best = order.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(-1).values
-                    wanted = torch.cat((always, best), -1)[..., None] * CHUNK + torch.arange(CHUNK)
-                    chosen = wanted.flatten(-2)
-                assert torch.equal(found, chosen), (chunks, heads, outliers, count, equal, how)
+            call = split_lowrank._Call([q], 2, visible, 0.25, Tuning(choosing=how))
+            found = split_lowrank._choose(call, q, selection)
+            scores = torch.einsum("bgnd,bcgd->bgnc", q.unflatten(1, (2, heads)), marks) * 0.25
+            scores[..., :first] = -torch.inf
+            if equal:
+                order = scores.log_softmax(-1).amax(2).scatter(-1, always, -torch.inf).mul(1e4).round()
+                best = order.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(-1).values
+                wanted = (torch.cat((always, best), -1)[..., None] * CHUNK + torch.arange(CHUNK)).flatten(-2)
+            else:
+                wanted = chosen_tokens(scores.flatten(1, 2), selection)
+            assert torch.equal(found, wanted), (chunks, heads, outliers, count, equal, how)
 
 
 def test_triton_kernels_interpreted_are_the_definition(run_interpreted):

@@ -12,6 +12,7 @@ a run is scored on its own validation sets. docs/evaluation.md defines what is m
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Iterable, Sequence
@@ -23,10 +24,13 @@ from cllm.errors import UserError, one_line
 from cllm.evaluate.suites.choice import Chosen, describe_suites
 from cllm.evaluate.suites.registry import add_options, choose, suites
 from cllm.evaluate.suites.suite import Job, Record, Suite
+from cllm.files import write_atomic
 from cllm.signals import stoppable
 
 if TYPE_CHECKING:
     import torch
+
+    from cllm.evaluate.subjects import Subject
 
 
 def make_parser(program: str) -> Parser:
@@ -131,3 +135,15 @@ def _measure(
             for record in suite.run(subject, job):
                 files.append(suite.save(subject, record, options.out))
                 records.append(record)
+            if job.refused:
+                files.append(_save_refused(subject, suite, job.refused, options.out))
+
+
+def _save_refused(subject: Subject, suite: Suite, refused: dict[str, str], out: Path | None) -> Path:
+    """Report the specs that a suite went on without, and write them with the reasons as JSON."""
+    for spec, reason in refused.items():
+        print(f"{subject.name} on {suite.name}: {spec} is refused: {reason}", file=sys.stderr, flush=True)
+    file = subject.results(out) / suite.name / "refused.json"
+    record = {"suite": suite.name, "run": subject.name, "design": subject.design, "refused": refused}
+    write_atomic(file, json.dumps(record, indent=2) + "\n")
+    return file

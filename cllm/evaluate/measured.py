@@ -161,7 +161,8 @@ def _of_run(run: RunFolder) -> Measured:
 def records_of_run(run: RunFolder) -> list[Record]:
     """The records in a run's evaluation/, of its newest checkpoint. Raises `UserError` for one that is not JSON."""
     folder = inside(run.path, run.evaluation_folder.name, written_in=run.path)
-    return [read_object(file) for file in sorted(folder.rglob("*.json")) if not _is_of_older_checkpoint(file)]
+    found = (read_object(file) for file in sorted(folder.rglob("*.json")) if not _is_of_older_checkpoint(file))
+    return [record for record in found if "refused" not in record]
 
 
 def _is_of_older_checkpoint(file: Path) -> bool:
@@ -199,7 +200,7 @@ def _of_study(name: str, content: dict[str, Any]) -> Measured:
         kv_vs_mha=summary.get("kv_vs_mha", {}).get("resident"),
         loss=content.get("loss"),
         facts=facts,
-        records=tuple(content["evaluations"]),
+        records=tuple(record for record in content["evaluations"] if "refused" not in record),
     )
 
 

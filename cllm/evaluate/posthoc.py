@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from cllm.evaluate.subjects import Subject
 from cllm.evaluate.texts import TextSet
 from cllm.evaluate.windows import Stream
 from cllm.files import write_atomic
+from cllm.posthoc import UNCOMPRESSED
 from cllm.posthoc.compress import mean_errors
 from cllm.posthoc.method import Compressor, Engine
 from cllm.posthoc.registry import parse
@@ -58,6 +59,29 @@ class _Tally:
     read_flops: int = 0
     """Operations of matrix products that rebuild the caches' keys and values once."""
     written: Agreement = field(default_factory=Agreement)
+
+
+@dataclass
+class _Scored:
+    """A spec, and its sums over the windows."""
+
+    spec: str
+    method: Compressor
+    tally: _Tally = field(default_factory=_Tally)
+    refused: bool = False
+    is_reference: bool = False
+    """Whether its numbers are those of the uncompressed cache."""
+
+    @contextlib.contextmanager
+    def refusing(self, reasons: dict[str, str] | None) -> Iterator[None]:
+        """Put a `UserError` of the method into `reasons` by its spec, and go on; without `reasons` it is raised."""
+        try:
+            yield
+        except UserError as error:
+            if reasons is None:
+                raise
+            self.refused = True
+            reasons[self.spec] = str(error)
 
 
 @dataclass
@@ -107,10 +131,12 @@ def measure(
     *,
     prefix: int | None = None,
     generate: int = 0,
+    refused: dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """One record for each of `specs`, as described in docs/posthoc.md.
 
-    With `generate`, prefixes are also continued greedily by this many tokens.
+    With `generate`, prefixes are also continued greedily by this many tokens. With `refused`, a spec that cannot
+    compress the subject's cache gets no record, and the reason is put there.
 
     Raises:
         UserError: if settings do not fit the subject or the text, a spec is wrong, or a loss is not finite.
@@ -119,10 +145,9 @@ def measure(
     room = (subject.context or prefix + generate + 1) - prefix
     if not 0 <= generate <= room:
         raise UserError(f"--generate is {generate}; allowed after a prefix of {prefix} tokens: 0 to {room}")
-    methods = [parse(spec) for spec in specs]
+    scored, reference = [_Scored(spec, parse(spec)) for spec in specs], _Reference()
     engine = subject.engine()
     stream = Stream(text.source, start_id=subject.start_id, limit=settings.max_tokens)
-    tallies, reference = [_Tally() for _ in specs], _Reference()
     total = len(stream) // (window + 1)
     with ProgressMeter(total, f"{subject.name} on {text.name}", "window") as progress:
         for n, tokens in enumerate(_batches(pieces(subject, stream, window), batch)):
@@ -130,16 +155,20 @@ def measure(
             try:
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16"):
                     if n == 0:
-                        for method in methods:
-                            method.prepare(engine, tokens[:, :prefix])
-                    _score(engine, methods, tokens, prefix, tallies, reference, generate)
+                        for each in scored:
+                            with each.refusing(refused):
+                                each.method.prepare(engine, tokens[:, :prefix])
+                    _score(engine, scored, tokens, prefix, reference, generate, refused)
             except torch.OutOfMemoryError:
                 raise UserError(f"out of GPU memory with {batch} windows of {window} tokens; lower --batch") from None
             progress.update(len(tokens))
     if not reference.sequences:
         inside = " inside of one document" if subject.document_mask else ""
         raise UserError(f"{text.path}: too short: it has no {window + 1} tokens{inside}; lower --window")
-    for spec, tally in zip(("no compression", *specs), (reference.tally, *tallies), strict=True):
+    for each in scored:
+        each.tally = reference.tally if each.is_reference else each.tally
+    scored = [each for each in scored if not each.refused]
+    for spec, tally in (("no compression", reference.tally), *((each.spec, each.tally) for each in scored)):
         if not math.isfinite(tally.nll):
             raise UserError(f"{subject.path}: {spec}: its loss on {text.path} is {tally.nll}")
     shared = {
@@ -151,41 +180,43 @@ def measure(
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
         "versions": {name: text for name, text in environment().items() if name != "command"},
     }  # fmt: skip
-    return [
-        shared | _figures(spec, method, tally, reference, prefix)
-        for spec, method, tally in zip(specs, methods, tallies, strict=True)
-    ]
+    return [shared | _figures(each.spec, each.method, each.tally, reference, prefix) for each in scored]
 
 
 @torch.inference_mode()
 def _score(
     engine: Engine,
-    methods: Sequence[Compressor],
+    scored: Sequence[_Scored],
     tokens: Tensor,
     prefix: int,
-    tallies: list[_Tally],
     ref: _Reference,
     generate: int = 0,
+    refused: dict[str, str] | None = None,
 ) -> None:
     """Score the tokens after the prefix, with the prefix's cache compressed by each method, and uncompressed."""
     began = _now(tokens)
     cache = engine.new_cache()
     engine.hidden(tokens[:, :prefix], cache)
     ref.seconds.append(_now(tokens) - began)
-    if watching := [method for method in methods if method.watches]:
+    scored = [each for each in scored if not each.refused]
+    if watching := [each.method for each in scored if each.method.watches]:
         cache = engine.new_cache()  # filled again, because watching would slow the prefill that is timed
         with contextlib.ExitStack() as stack:
             for method in watching:
                 stack.enter_context(method.watch(engine))
             engine.hidden(tokens[:, :prefix], cache)
-    slots = list(engine.compressible(cache).slots.values())
-    element = slots[0].k.element_size() if slots else 0  # without slots, there is nothing to compress
+    element = _element_size(engine, cache, scored, refused)
+    scored = [each for each in scored if not each.refused and not each.is_reference]
     ref.mha_nbytes += engine.mha_nbytes(tokens=prefix, batch=len(tokens), element=element)
     ref.mha_bf16_nbytes += engine.mha_nbytes(tokens=prefix, batch=len(tokens), element=2)
     ref.sequences += len(tokens)
     narrow = element == 4
-    for method, tally in zip(methods, tallies, strict=True):
-        compressed = engine.compress(cache, method)
+    for each in scored:
+        method, tally = each.method, each.tally
+        with each.refusing(refused):
+            compressed = engine.compress(cache, method)
+        if each.refused:
+            continue
         tally.errors.append(compressed.outcome.errors)
         tally.read_flops += compressed.outcome.read_flops
         tally.bf16_nbytes += _bf16_nbytes(engine, compressed, narrow)
@@ -193,16 +224,36 @@ def _score(
         tally.seconds.append(compressed.seconds)  # repeated compressions included
     if generate:
         first = tokens[:, prefix : prefix + 1]
-        texts = [greedy(engine, engine.compress(cache, m, measure=False), first, generate) for m in methods]
+        scored = [each for each in scored if not each.refused]
+        texts = [greedy(engine, engine.compress(cache, e.method, measure=False), first, generate) for e in scored]
         uncompressed = engine.new_cache()
         engine.hidden(tokens[:, :prefix], uncompressed)
         exact = greedy(engine, uncompressed, first, generate)
-        for tally, continuation in zip(tallies, texts, strict=True):
-            tally.written.add(continuation, exact)
+        for each, continuation in zip(scored, texts, strict=True):
+            each.tally.written.add(continuation, exact)
     for method in watching:
         method.release()
     ref.tally.bf16_nbytes += _bf16_nbytes(engine, cache, narrow)
     _read(engine, cache, tokens, prefix, ref.tally, chunk=None)
+
+
+def _element_size(
+    engine: Engine, cache: Any, scored: Sequence[_Scored], refused: dict[str, str] | None
+) -> Literal[0, 2, 4]:
+    """Bytes of a number in the cache's slots; 0 if it has none.
+
+    If no method compresses the plan, specs but `none` are refused, and `none` is the uncompressed cache itself.
+    """
+    try:
+        slots = list(engine.compressible(cache).slots.values())
+    except UserError:
+        for each in scored:
+            each.is_reference = each.spec == UNCOMPRESSED
+            if not each.is_reference:
+                with each.refusing(refused):
+                    raise
+        return 4 if engine.fp32_numbers(cache) else 2
+    return (4 if slots[0].k.element_size() == 4 else 2) if slots else 0
 
 
 def _bf16_nbytes(engine: Engine, cache: Any, narrow: bool) -> int:

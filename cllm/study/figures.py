@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cllm.evaluate.labels import place_labels
 from cllm.evaluate.outputs import new_figure, scale_bytes
 from cllm.study.statistics import Mean
-from cllm.study.summary import Row, Summary
+from cllm.study.summary import Row, Score, Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MOST_SCORES = 9
-"""Numbers of evaluations that the figure of scores shows."""
+_MOST_SCORES = 12
+"""Evaluations that the figure of scores shows."""
+_TITLE_WIDTH = 52
+"""Characters in a line of a title in the figure of scores."""
 
 
 def colours(labels: Sequence[str]) -> dict[str, str]:
@@ -76,10 +79,13 @@ def resident_bytes(row: Row) -> float:
 
 
 def scores_figure(summary: Summary) -> Figure | None:
-    """Draw each number of the evaluations over the designs, with its standard error; None without evaluations."""
+    """Draw the first number of each evaluation over the designs, with its standard error; None without evaluations."""
     from matplotlib.figure import Figure
 
-    shown = summary.scores[:_MOST_SCORES]
+    first: dict[str, tuple[Score, dict[str, Mean]]] = {}
+    for score, means in summary.scores:
+        first.setdefault(score.label, (score, means))
+    shown = list(first.values())[:_MOST_SCORES]
     if not shown:
         return None
     columns = min(3, len(shown))
@@ -89,7 +95,7 @@ def scores_figure(summary: Summary) -> Figure | None:
     for n, (score, means) in enumerate(shown):
         axes = figure.add_subplot(lines, columns, n + 1)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(f"{score.label}: {score.head}", loc="left", fontsize=8)
+        axes.set_title(textwrap.fill(f"{score.label}: {score.head}", _TITLE_WIDTH), loc="left", fontsize=7)
         for i, (label, mean) in enumerate(means.items()):
             axes.errorbar(i, mean.mean, yerr=_bar(mean), fmt="o", color=colour[label], markersize=5, capsize=3)
         axes.set_xticks(range(len(means)), list(means), rotation=40, ha="right", fontsize=7)

@@ -40,7 +40,7 @@ class Search:
     @property
     def at_edge(self) -> bool:
         """Whether the best rate is the smallest or largest of several, so that a better one may lie outside."""
-        values = self.rounds[0].losses
+        values = self.rounds[0].losses if self.rounds else {}
         return len(values) > 1 and bool(self.chosen) and self.chosen[0] in (min(values), max(values))
 
 

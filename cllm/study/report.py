@@ -228,7 +228,20 @@ def _scores(summary: Summary) -> list[str]:
         for score, means in chosen:
             columns.append(Column(score.head, lambda label, s=score, m=means: _score(s.form, m.get(label))))  # type: ignore[misc]
         parts += [f"### {name}", markdown(columns, labels)]
+    if refused := _refused(summary):
+        parts += ["### Refused compressions", refused]
     return ["## Evaluations", *parts, "Mean ± standard error over the seeds."] if parts else []
+
+
+def _refused(summary: Summary) -> str:
+    """The specs that cannot compress the cache of a design, with the reason."""
+    lines: dict[str, None] = {}
+    for row in summary.rows:
+        for result in row.results:
+            for record in result.content["evaluations"]:
+                for spec, reason in record.get("refused", {}).items():
+                    lines[f"- {row.label}, {record['suite']}: `{spec}`: {reason}"] = None
+    return "\n".join(lines)
 
 
 def _score(form: Any, mean: Mean | None) -> str:

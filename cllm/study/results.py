@@ -173,13 +173,24 @@ def write_result(file: Path, content: dict[str, Any]) -> None:
 
 
 def with_evaluations(content: dict[str, Any], records: list[dict[str, Any]], evaluated: str | None) -> dict[str, Any]:
-    """A result with the records of its evaluations; `evaluated` is None while some of them have not ended."""
-    kept = []
+    """A result with the records of its evaluations, each once; `evaluated` is None while some have not ended.
+
+    Of paths only the last part is kept, so that results of two machines have the same labels.
+    """
+    kept: list[dict[str, Any]] = []
     for record in records:
         record = {key: value for key, value in record.items() if key not in ("versions", "path", "errors")}
         record["data"] = Path(record["data"]).name if record.get("data") else None
-        kept.append(record)
+        if isinstance(settings := record.get("settings"), dict):
+            record["settings"] = {key: _last_part(value) for key, value in settings.items()}
+        if record not in kept:
+            kept.append(record)
     return {**content, "evaluated": evaluated, "evaluations": kept}
+
+
+def _last_part(value: Any) -> Any:
+    """A path without its folder; any other value as it is."""
+    return Path(value).name if isinstance(value, str) and "/" in value else value
 
 
 def _without_folders(config: dict[str, Any]) -> dict[str, Any]:

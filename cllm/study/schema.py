@@ -168,7 +168,7 @@ class Evaluate(Section):
             found.append(["--suite", name, *options, *(common if self.data else shlex.split(self.options))])
         if self.posthoc:
             found.append([*(word for spec in self.posthoc for word in ("--posthoc", spec)), *common])
-        return found
+        return [[*words, "--skip-refused"] if "--posthoc" in words else words for words in found]
 
     @field_validator("suites")
     @classmethod

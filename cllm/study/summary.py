@@ -241,12 +241,17 @@ def _scores(rows: Sequence[Row]) -> list[tuple[Score, dict[str, Mean]]]:
     version = min(name for name, count in versions.items() if count == most)
     values: dict[tuple[str, str], dict[str, dict[str, float]]] = {}  # a number for each result, that is for each seed
     scores: dict[tuple[str, str], Score] = {}
+    records = {
+        result.name: result.content["evaluations"]
+        for row in rows
+        for result in row.results
+        if result.evaluated == version
+    }
+    varied = _varied_options([record for found in records.values() for record in found])
     for row in rows:
         for result in row.results:
-            if result.evaluated != version:
-                continue
-            for record in result.content["evaluations"]:
-                for score, key in _numbers(record):
+            for record in records.get(result.name, ()):
+                for score, key in _numbers(record, varied):
                     value = record.get(key)
                     if isinstance(value, int | float) and not isinstance(value, bool):
                         identity = (score.label, score.head)
@@ -258,16 +263,50 @@ def _scores(rows: Sequence[Row]) -> list[tuple[Score, dict[str, Mean]]]:
     ]
 
 
-def _numbers(record: dict[str, Any]) -> list[tuple[Score, str]]:
-    """The numbers of a record, with their keys; none for a single task of a suite of samples."""
-    name = record.get("suite") or ("posthoc" if "spec" in record else "perplexity")
+_OPTIONS = {"window": "--window", "stride": "--stride", "prefix": "--prefix", "max_tokens": "--max-tokens"}
+"""Options of perplexity, alone and after a prefix, by their key in a record."""
+
+
+def _label(record: dict[str, Any]) -> str:
+    """The label of a record that no suite of samples made."""
+    name = _suite_of(record)
     measured, on = record.get("spec") or name, record.get("set")
-    label = measured if on in (None, name) else f"{measured}, {on}"
+    return measured if on in (None, name) else f"{measured}, {on}"
+
+
+def _varied_options(records: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """For each label of perplexity, the keys of `_OPTIONS` with several values among its records."""
+    found: dict[str, dict[str, set[Any]]] = {}
+    for record in records:
+        if isinstance(suites().get(_suite_of(record)), TaskSuite):
+            continue
+        place = found.setdefault(_label(record), {key: set() for key in _OPTIONS})
+        for key, values in place.items():
+            values.add(record.get(key))
+    return {label: [key for key, values in place.items() if len(values) > 1] for label, place in found.items()}
+
+
+def _suite_of(record: dict[str, Any]) -> str:
+    return record.get("suite") or ("posthoc" if "spec" in record else "perplexity")
+
+
+def _numbers(record: dict[str, Any], varied: dict[str, list[str]]) -> list[tuple[Score, str]]:
+    """The numbers of a record, with their keys; none for one of refused specs or a single task of a suite of samples.
+
+    Args:
+        varied: the options of perplexity that belong into a label, because records with it differ in them.
+    """
+    if "refused" in record:
+        return []
+    name = _suite_of(record)
     suite = suites().get(name)
     if isinstance(suite, TaskSuite):
         if record["task"] != ALL:
             return []
         label = suite.label(record)
+    else:
+        label = _label(record)
+        label += "".join(f", {_OPTIONS[key]} {record.get(key)}" for key in varied.get(label, ()))
     if suite is None:
         return [(Score(suite=name, label=label, head="loss", form="{:.4f}".format), "loss")]
     return [(Score(suite=name, label=label, head=n.head, form=n.form), n.key) for n in suite.numbers]

@@ -81,10 +81,15 @@ def make_run(tmp_path, prepared, random_model) -> Callable[..., tuple[RunFolder,
     """`make_run("a", vocab_size=300, steps=(20,), data={"document_mask": True})`: a run of random weights."""
 
     def build(
-        name: str = "a", *, vocab_size: int = 300, steps: tuple[int, ...] = (20,), data: dict[str, Any] | None = None
+        name: str = "a",
+        *,
+        vocab_size: int = 300,
+        steps: tuple[int, ...] = (20,),
+        data: dict[str, Any] | None = None,
+        preset: str = "cla",
     ) -> tuple[RunFolder, Decoder]:
         folder = prepared(vocab_size)
-        model = {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 24, "max_seq_len": 32, "kv": {"preset": "cla"}}
+        model = {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 24, "max_seq_len": 32, "kv": {"preset": preset}}
         config = Config.model_validate(
             {
                 "name": name,

@@ -360,3 +360,21 @@ def test_a_signal_ends_it_in_one_line_and_what_was_measured_is_shown(
     assert err.splitlines()[-1] == f"interrupted by {signal.Signals(number).name}"
     assert "Traceback" not in err
     assert [line.split()[0] for line in out.splitlines()] == ["run", "a", "written:"]
+
+
+def test_specs_that_a_plan_refuses_are_errors_or_are_listed(evaluate, make_run, capsys) -> None:
+    run, _ = make_run(preset="kv_tie")
+    lossy = "kivi:bits=4,group=4,residual=0"
+    words = ["--run", run.path, "--window", 8, "--max-tokens", 60, "--posthoc", "none", "--posthoc", lossy]
+    assert "K = V, which no post-hoc method compresses" in _refused(capsys, evaluate(*words))
+    assert evaluate(*words, "--skip-refused") == 0
+    assert f"a on posthoc: {lossy} is refused: " in capsys.readouterr().err
+    refused = _record(run.path, "posthoc/refused")["refused"]
+    assert list(refused) == [lossy]
+    assert "K = V" in refused[lossy]
+    (none,) = (json.loads(f.read_text()) for f in (run.path / "evaluation/posthoc").rglob("none*.json"))
+    assert none["loss"] == none["uncompressed_loss"] > 0, "`none` is the uncompressed cache, which every plan has"
+    assert (none["ratio_to_own"], none["ratio_to_mha"]) == (1, 2)
+    suite = ["--run", run.path, "--suite", "copying:distances=4,samples=1", "--posthoc", lossy, "--skip-refused"]
+    assert evaluate(*suite) == 0
+    assert list(_record(run.path, "copying/refused")["refused"]) == [lossy]

@@ -12,12 +12,16 @@ import torch.nn.functional as F
 
 from cllm.cache.cache import KVCache
 from cllm.data.store import TokenStore
-from cllm.evaluate.posthoc import Measurement, _Reference, _score, _Tally, _warm
+from cllm.evaluate.posthoc import Measurement, _Reference, _score, _Scored, _Tally, _warm
 from cllm.evaluate.result_folders import results_of_checkpoint
 from cllm.posthoc import compress
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.registry import parse
+
+
+def _scored(specs):
+    return [_Scored(spec, parse(spec)) for spec in specs]
 
 
 def _record(run, spec, *, prefix=24, window=48, generate=0):
@@ -71,8 +75,9 @@ def test_rank_one_ruins_the_score_of_text_that_the_model_expects(decoder, tokens
     while ids.shape[1] < 49:
         ids = torch.cat((ids, torch.multinomial(model(ids)[:, -1].softmax(-1), 1, generator=draw)), dim=1)
     specs = ["none", "xkv:group=4,rank_k=24,rank_v=24", "xkv:group=4,rank_k=1,rank_v=1"]
-    tallies, reference = [_Tally() for _ in specs], _Reference()
-    _score(engine_of(model), [parse(spec) for spec in specs], ids, 24, tallies, reference)
+    scored, reference = _scored(specs), _Reference()
+    _score(engine_of(model), scored, ids, 24, reference)
+    tallies = [each.tally for each in scored]
     none, full, ruined = (tally.nll / tally.tokens for tally in tallies)
     assert none == reference.tally.nll / reference.tally.tokens
     assert full == pytest.approx(none, abs=1e-4)
@@ -92,8 +97,9 @@ def test_the_score_sees_which_tokens_are_chosen(scored):
 def test_continuations_are_compared_with_those_after_an_exact_prefix(decoder, tokens):
     model, ids, n = decoder(), tokens(2, 49), 10
     specs = ["none", "xkv:group=4,rank_k=24,rank_v=24", "xkv:group=4,rank_k=1,rank_v=1"]
-    tallies, reference = [_Tally() for _ in specs], _Reference()
-    _score(engine_of(model), [parse(spec) for spec in specs], ids, 24, tallies, reference, generate=n)
+    scored, reference = _scored(specs), _Reference()
+    _score(engine_of(model), scored, ids, 24, reference, generate=n)
+    tallies = [each.tally for each in scored]
     none, full, ruined = (tally.written.figures() for tally in tallies)
     wanted = {"generated_tokens": 2 * n, "generated_same_percent": 100, "generated_same_until": n}
     assert none == full == wanted
@@ -127,10 +133,9 @@ def test_generation_from_the_command_line(evaluate, run, capsys):
 def test_time_is_that_of_every_compression(decoder, tokens, monkeypatch):
     model, clock = decoder(), iter(range(10**6))
     monkeypatch.setattr(compress, "_now", lambda filled: next(clock))
-    ids, tallies = tokens(2, 49), [_Tally(), _Tally()]
-    methods = [parse(spec) for spec in ("xkv:group=4,rank_k=9,rank_v=9", "xkv:group=4,rank_k=9,rank_v=9,recompress=8")]
-    _score(engine_of(model), methods, ids, 24, tallies, _Reference())
-    assert [tally.seconds for tally in tallies] == [[1], [1 + 24 // 8]]
+    scored = _scored(["xkv:group=4,rank_k=9,rank_v=9", "xkv:group=4,rank_k=9,rank_v=9,recompress=8"])
+    _score(engine_of(model), scored, tokens(2, 49), 24, _Reference())
+    assert [each.tally.seconds for each in scored] == [[1], [1 + 24 // 8]]
 
 
 def test_what_a_method_chose_is_in_the_record(scored):
@@ -148,9 +153,8 @@ def test_methods_that_watch_do_not_see_each_other(decoder, tokens):
     )
 
     def losses(specs):
-        tallies = [_Tally() for _ in specs]
-        _score(engine, [parse(spec) for spec in specs], tokens(2, 49), 32, tallies, _Reference())
-        return [tally.nll for tally in tallies]
+        _score(engine, scored := _scored(specs), tokens(2, 49), 32, _Reference())
+        return [each.tally.nll for each in scored]
 
     assert losses(specs) == [losses([spec])[0] for spec in specs]
 
@@ -166,10 +170,10 @@ def test_times_leave_out_the_first_batch_and_what_a_method_watches(decoder, toke
         return plain(ids, cache)
 
     monkeypatch.setattr(engine, "hidden", counted)
-    tally, reference = _Tally(), _Reference()
-    methods = [parse("commonkv:group=2,recent=0,weights=equal")]
+    reference, scored = _Reference(), _scored(["commonkv:group=2,recent=0,weights=equal"])
     for _ in range(2):
-        _score(engine, methods, tokens(2, 49), 24, [tally], reference)
+        _score(engine, scored, tokens(2, 49), 24, reference)
+    tally = scored[0].tally
     assert prefills.count(24) == 2 * 4, "a timed one, one that is seen, and twice the 24 tokens that are scored"
     assert (len(tally.seconds), len(reference.seconds)) == (2, 2)
     assert _warm([5.0, 1.0, 2.0]) == 3
@@ -196,7 +200,7 @@ def test_every_method_under_autocast(spec, decoder, tokens):
     engine, method, (tally, reference) = engine_of(model), parse(spec), (_Tally(), _Reference())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         method.prepare(engine, tokens(2, 32))
-        _score(engine, [method], tokens(2, 49), 32, [tally], reference)
+        _score(engine, [_Scored(spec, method, tally)], tokens(2, 49), 32, reference)
     assert tally.nll == pytest.approx(reference.tally.nll, rel=0.1)
 
 

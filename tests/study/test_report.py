@@ -18,7 +18,7 @@ from cllm.evaluate.suites.registry import suites
 from cllm.study.curves import crossing, fit_curve
 from cllm.study.layout import Layout
 from cllm.study.report import report_data, report_text, write_report
-from cllm.study.results import read_results
+from cllm.study.results import read_results, with_evaluations
 from cllm.study.statistics import Mean, paired, t_quantile
 from cllm.study.summary import summarise
 
@@ -129,13 +129,31 @@ def test_scores_are_means_over_seeds_and_not_over_tasks_or_suites(
             record["settings"] = chosen.model_dump(mode="json")
             for task, loss in (("all", level), ("one", level - 0.5), ("two", level + 0.5), ("all", level)):
                 records.append(record | {"task": task, "loss": loss + above})  # evaluate writes "all" twice
+        for stride in (64, 128):
+            records.append({"set": "books", "window": 256, "stride": stride, "loss": level + stride})
+        records.append({"suite": "copying", "refused": {"kivi:bits=4": "why"}})
         change(layout, f"mha-lr0.002-160-s{seed}-*", evaluations=records)
     found = summarise(study, read_results(layout.results)).scores
     means = {(score.label, score.head): by_row["mha"] for score, by_row in found if "mha" in by_row}
     assert means == {
         ("copying:samples=4", "loss"): Mean(2, 2.0, 1.0),  # sqrt(2) / sqrt(2)
         ("mqar:samples=4", "loss"): Mean(2, 7.0, 1.0),
+        ("perplexity, books, --stride 64", "loss"): Mean(2, 66.0, 1.0),
+        ("perplexity, books, --stride 128", "loss"): Mean(2, 130.0, 1.0),
+    }, "entries of perplexity with other options are rows of their own"
+    text = report_text(summarise(study, read_results(layout.results)), [])
+    assert text.count("- mha, copying: `kivi:bits=4`: why") == 1
+
+
+def test_a_result_keeps_each_record_once_and_of_paths_the_last_part() -> None:
+    record = {
+        "suite": "blimp",
+        "data": "/tmp/data",
+        "path": "/runs/a",
+        "settings": {"path": "/tmp/blimp.jsonl", "shots": 0},
     }
+    found = with_evaluations({}, [record, dict(record)], "code")["evaluations"]
+    assert found == [{"suite": "blimp", "data": "data", "settings": {"path": "blimp.jsonl", "shots": 0}}]
 
 
 def test_the_report_computes_losses_by_hand_and_names_the_rule(

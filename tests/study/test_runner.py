@@ -60,6 +60,9 @@ def test_a_search_halves_its_rates_on_growing_budgets(chaos: ModuleType, tmp_pat
     losses |= {(400, 3.0): 1.0, (400, 4.0): 0.5, (400, 1.0): 3.0, (800, 3.0): 0.1, (800, 4.0): 0.2}
     found = search(grid, grid.variants[0], lambda p: losses.get((p.tokens, p.rate)))
     assert (found.chosen, found.missing, found.at_edge) == ((3.0,), (), False)
+    alone = Grid(study.model_copy(update={"rates": Rates(values=[1.0], tokens=800, keep=1)}), "code")
+    found = search(alone, alone.variants[0], {}.get)
+    assert (found.chosen, found.at_edge) == ((1.0,), False), "one rate is no search, and no edge of one"
 
 
 def test_points_of_known_rates_come_first_then_searches_then_seeds(chaos: ModuleType, tmp_path: Path) -> None:

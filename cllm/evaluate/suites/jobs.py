@@ -26,8 +26,9 @@ def jobs(chosen: Chosen, subject: Subject, options: argparse.Namespace, device: 
         batch=options.batch,
         max_tokens=options.max_tokens,
     )
+    refused: dict[str, str] | None = {} if options.skip_refused else None
     if not chosen.suite.takes_text:
-        yield Job(settings=settings, device=device, options=options, given=chosen.given)
+        yield Job(settings=settings, device=device, options=options, given=chosen.given, refused=refused)
         return
     for text in open_sets(subject, options.data, split=settings.split, name=options.name):
-        yield Job(settings=settings, device=device, options=options, text=text, given=chosen.given)
+        yield Job(settings=settings, device=device, options=options, text=text, given=chosen.given, refused=refused)

@@ -35,6 +35,7 @@ class Posthoc(Suite):
     options = (
         Option(
             "--posthoc",
+            compresses=True,
             action="append",
             default=[],
             metavar="SPEC",
@@ -56,6 +57,14 @@ class Posthoc(Suite):
             help="with --posthoc: also generate N tokens greedily after each prefix, and compare them with those "
             "generated from the uncompressed cache (default: 0)",
             unused="needs --posthoc, whose caches are compared",
+        ),
+        Option(
+            "--skip-refused",
+            compresses=True,
+            action="store_true",
+            help="go on without specs of --posthoc that cannot compress a run's cache; SUITE/refused.json has the "
+            "reasons (default: such a spec is an error)",
+            unused="needs --posthoc, whose specs it concerns",
         ),
     )
     numbers = (
@@ -92,6 +101,7 @@ class Posthoc(Suite):
             job.device,
             prefix=options.prefix,
             generate=options.generate,
+            refused=job.refused,
         )
 
     def columns(self) -> Sequence[Column[Record]]:

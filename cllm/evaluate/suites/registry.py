@@ -129,11 +129,14 @@ def choose(parser: Parser, options: argparse.Namespace) -> list[Chosen]:
             if value == parser.get_default(option.dest):
                 continue
             compresses = bool(options.posthoc) and any(suite.compresses for suite in selected)
-            if option.dest == "posthoc" and compresses:
+            if option.compresses and compresses:
                 continue
-            text = " ".join(map(str, value)) if isinstance(value, list) else value
+            words = [
+                option.flag,
+                *(map(str, value) if isinstance(value, list) else () if value is True else [str(value)]),
+            ]
             missing = option.unused if option.unused and not compresses else f"goes with --suite {suite.name}"
-            raise UserError(f"{option.flag} {text}: {missing}")
+            raise UserError(f"{' '.join(words)}: {missing}")
     if options.data and not any(suite.takes_text for suite in selected):
         raise UserError(f"--data: --suite {selected[0].name} takes no text; leave it out")
     options.posthoc = list(dict.fromkeys(options.posthoc))  # a spec that is given twice is measured once

@@ -32,11 +32,12 @@ class Option:
     Args:
         flag: its name, with two hyphens.
         unused: ends the message if the option is given and the suite does not run. Default: `goes with --suite NAME`.
+        compresses: whether it also concerns every suite whose caches --posthoc compresses.
         keywords: as for argparse's `add_argument`.
     """
 
-    def __init__(self, flag: str, *, unused: str = "", **keywords: Any):
-        self.flag, self.unused, self.keywords = flag, unused, keywords
+    def __init__(self, flag: str, *, unused: str = "", compresses: bool = False, **keywords: Any):
+        self.flag, self.unused, self.compresses, self.keywords = flag, unused, compresses, keywords
 
     @property
     def dest(self) -> str:
@@ -77,6 +78,8 @@ class Job:
     """The set to score; None for suites that take no text."""
     given: BaseModel | None = None
     """The suite's settings, from `--suite NAME:KEY=VALUE`; None for a suite without."""
+    refused: dict[str, str] | None = None
+    """Gets the specs of --posthoc that cannot compress the subject's cache, with the reason. None: they are errors."""
 
     @property
     def set_name(self) -> str | None:

@@ -71,6 +71,7 @@ def run_samples(
     *,
     batch: int | None = None,
     label: str = "",
+    refused: dict[str, str] | None = None,
 ) -> list[Result]:
     """One result for each of `specs`; without specs, one of the uncompressed cache.
 
@@ -81,6 +82,8 @@ def run_samples(
         device: of the subject's model.
         batch: samples computed together, at most; None: by memory. It changes speed only.
         label: before the progress bar.
+        refused: gets the specs that compress no context, with the reason; None: that is an error, if none of `specs`
+            compresses any.
 
     Raises:
         UserError: for a spec that is wrong or does not fit the model, if no spec fits any context, for a loss that is
@@ -94,7 +97,7 @@ def run_samples(
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16")
     total = len(results) * sum(1 for sample in samples if sample.questions)
     with autocast, ProgressMeter(total, label, "sample") as progress:
-        _calibrate(engine, methods, samples, device)
+        _calibrate(engine, methods, samples, device, results, refused is not None)
         runner = _Runner(subject, engine, methods, results, device)
         rows = _default_rows(engine, device) if batch is None else lambda longest: batch
         for indices in batches(samples, rows, exact=_is_cyclic(engine)):
@@ -115,7 +118,10 @@ def run_samples(
             for sample, given in zip(samples, result.answers, strict=True)
         ]
         _check_finite(subject, result)
-    if all(answers is None for result in results for answers in result.answers):
+    useless = [result for result in results if all(answers is None for answers in result.answers)]
+    if refused is not None:
+        refused |= {result.spec: next(iter(result.left_out.values())) for result in useless if result.spec is not None}
+    elif len(useless) == len(results):
         raise UserError(f'--posthoc "{specs[0]}": {next(iter(results[0].left_out.values()))}')
     return results
 
@@ -180,11 +186,24 @@ def _is_cyclic(engine: Engine) -> bool:
     return isinstance(engine, DecoderEngine) and engine.model.passes is not None
 
 
-def _calibrate(engine: Engine, methods: Sequence[Compressor], samples: Sequence[Sample], device: torch.device) -> None:
+def _calibrate(
+    engine: Engine,
+    methods: Sequence[Compressor],
+    samples: Sequence[Sample],
+    device: torch.device,
+    results: Sequence[Result],
+    go_on: bool,
+) -> None:
+    """Let methods calibrate. With `go_on`, every task is left out of the result of a method that cannot."""
     contexts = sorted({sample.context for sample in samples if sample.context}, key=lambda ids: (-len(ids), ids))
     same = [ids for ids in contexts[:_CALIBRATION] if len(ids) == len(contexts[0])]
-    for method in methods:
-        method.prepare(engine, torch.tensor(same, dtype=torch.long, device=device))
+    for method, result in zip(methods, results, strict=bool(methods)):
+        try:
+            method.prepare(engine, torch.tensor(same, dtype=torch.long, device=device))
+        except UserError as error:
+            if not go_on:
+                raise
+            result.left_out = {sample.task: str(error) for sample in samples}
 
 
 def _check_finite(subject: Subject, result: Result) -> None:
@@ -223,6 +242,8 @@ class _Runner:
             with torch.inference_mode():
                 began = self._now()
                 try:
+                    if all(sample.task in result.left_out for sample in samples):
+                        raise UserError(result.left_out[samples[0].task])
                     kept = method is None or result.spec == UNCOMPRESSED  # which every plan allows
                     filled = cache if method is None or kept else self._engine.compress(cache, method, measure=False)
                 except UserError as error:

@@ -166,7 +166,13 @@ class TaskSuite(Suite):
         samples = self.prepared(subject, settings)
         specs = job.options.posthoc
         results = run_samples(
-            subject, samples, specs, job.device, batch=job.settings.batch, label=f"{subject.name} on {self.name}"
+            subject,
+            samples,
+            specs,
+            job.device,
+            batch=job.settings.batch,
+            label=f"{subject.name} on {self.name}",
+            refused=job.refused,
         )
         records = []
         for result in results:
@@ -177,7 +183,7 @@ class TaskSuite(Suite):
                 "facts": result.facts,
                 "seconds": round(result.seconds, 3),
             }
-            for task, reason in result.left_out.items():
+            for task, reason in {} if result.spec in (job.refused or {}) else result.left_out.items():
                 log.warning("%s: %s: %s is left out: %s", self.name, result.spec, task, reason)
             for numbers in self.means(samples, result.answers):
                 records.append(self.record(subject, job, identity | numbers | facts) | {"set": self.name})

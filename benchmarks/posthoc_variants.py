@@ -33,12 +33,10 @@ from cllm.cache.cache import KVCache
 from cllm.config import ModelConfig
 from cllm.environment import environment
 from cllm.errors import UserError, one_line
-from cllm.kernels import split_lowrank, triton_lowrank
-from cllm.kernels.selection import Factored, Selection, chosen_chunks, chosen_tokens
-from cllm.kernels.split_decode import next_power_of_2
+from cllm.kernels import split_lowrank
+from cllm.kernels.selection import Factored, Selection, chosen_tokens
 from cllm.kernels.split_lowrank import Choosing, Rebuild, Tuning, Weighing
 from cllm.model.sizes import build_decoder
-from cllm.posthoc import group as posthoc_group
 from cllm.posthoc import lowrank
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.landmarks import make_landmarks
@@ -113,21 +111,6 @@ class Variants:
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
-def choose_alone(call: Any, q: Tensor, selection: Selection) -> Tensor:
-    """`split_lowrank._choose` by one program for each KV head, as it was before."""
-    chunks, outliers, span = selection.landmarks.shape[1], selection.outliers, selection.chunk
-    scores = call.empty_scores(chunks)
-    call.score_stored(q, selection.landmarks, scores, span=span, factor=1.0)
-    block, count, always = next_power_of_2(chunks), chosen_chunks(selection), outliers.shape[2]
-    out = torch.empty((call.batch, call.groups, (always + count) * span), dtype=torch.int64, device=call.device)
-    triton_lowrank.choose[(call.groups, call.batch)](
-        scores, outliers, out, scores.stride()[:2], outliers.stride()[:2], out.stride()[:2], chunks,
-        HEADS=call.heads, OUTLIERS=always, COUNT=count, SPAN=span, BLOCK=block, BLOCK_M=next_power_of_2(max(always, 1)),
-        TOGETHER=min(next_power_of_2(call.heads), max(1, 2**15 // block)), num_warps=min(16, max(4, block // 512)),
-    )  # fmt: skip
-    return out
-
-
 class Decode:
     """Attention of the layers of one shape, by any tiles."""
 
@@ -182,11 +165,14 @@ class Decode:
         """Count the chosen tokens that `topk` does not choose, which rounding explains, or one program a head."""
         for i in list(self.every)[:2]:
             q, selection = self.layers.queries[i], self.selections[i]
-            call = split_lowrank._Call([q], self.o.kv_heads, self.layers.visible, self.layers.scale)
+            calls = [
+                split_lowrank._Call([q], self.o.kv_heads, self.layers.visible, self.layers.scale, Tuning(choosing=how))
+                for how in (Choosing(), "one program")
+            ]
             marks = selection.landmarks.float()
             scores = torch.einsum("bgnd,bcgd->bgnc", q.float().unflatten(1, (self.o.kv_heads, -1)), marks)
             wanted = chosen_tokens(scores.flatten(1, 2) * self.layers.scale, selection)
-            found, before = split_lowrank._choose(call, q, selection), choose_alone(call, q, selection)
+            found, before = (split_lowrank._choose(call, q, selection) for call in calls)
             differ = [
                 sum(
                     len(set(a) - set(b))
@@ -226,13 +212,9 @@ class Decode:
 
     def before(self) -> float:
         """Time the choice by one program for each KV head."""
-        ours: Any = split_lowrank._choose
-        split_lowrank._choose = choose_alone
-        try:
-            ms = self.ms(None, "chosen by one program a head")
-            self.profile(None, "before")
-        finally:
-            split_lowrank._choose = ours
+        alone = Tuning(choosing="one program")
+        ms = self.ms(alone, "chosen by one program a head")
+        self.profile(alone, "one program a head")
         return ms
 
     def search_chosen(self, until: tuple[float, float, float], start: Tuning | None = None) -> Tuning:
@@ -385,22 +367,22 @@ def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], v
         for name, together, normalising in ways(NORMALISING if what == "8B" else NORMALISING[:3]):
             if (not fast and normalising != "solve") or time.monotonic() - variants.start > SECONDS - 20:
                 continue
-            posthoc_group.TOGETHER, lowrank.NORMALISING = together, normalising
+            lowrank.NORMALISING, spec = normalising, f"{method},batched={together}".lower()
             row: dict[str, Any] = {}
             try:
-                seconds = [compress_cache(cache, parse(method), measure=False).outcome.seconds for _ in range(4)]
+                seconds = [compress_cache(cache, parse(spec), measure=False).outcome.seconds for _ in range(4)]
                 if fast:
-                    made = compress_cache(cache, parse(method)).outcome.errors
+                    made = compress_cache(cache, parse(spec)).outcome.errors
                     row["largest_error"] = max(max(e.values()) for e in made.values())
             except Exception as failure:
                 wait(device)
                 print(f"{what} {name} failed: {' '.join(str(failure).split())[:150]}", flush=True)
                 continue
             finally:
-                posthoc_group.TOGETHER, lowrank.NORMALISING = None, "solve"
+                lowrank.NORMALISING = "solve"
             ms = 1000 * sorted(seconds[1:])[1]
             variants.record.add({"what": what, "name": f"{method.partition(',')[2][-24:]} {name}", "ms": ms,
-                                 "share_of_prefill": ms / prefill, **row, "method": method})  # fmt: skip
+                                 "share_of_prefill": ms / prefill, **row, "method": spec})  # fmt: skip
             free(device)
     bench_quantisers(cache, prefill, variants, what)
 

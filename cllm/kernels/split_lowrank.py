@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def _half(dim: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choosing:
-    """Tiles of the kernels that choose chunks."""
+    """Tiles of `order_chunks` and `take_chunks`, by which many programs choose the chunks of one KV head."""
 
     landmarks: int = 64
     """Landmarks of a program that scores them."""
@@ -63,7 +64,7 @@ class Choosing:
     taken: int = 1024
     """Chunks of a program that takes the best."""
     warps: int = 16
-    """Of that program."""
+    """Of that program, at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,17 +83,41 @@ class Weighing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """Tiles of a call; None: by rule."""
+    """Tiles of a call, for `benchmarks.posthoc_variants`; None: by rule."""
 
     rebuild: Rebuild | None = None
-    choosing: Choosing | None = None
+    choosing: Choosing | Literal["one program"] | None = None
+    """`one program` chooses all chunks of a KV head."""
     weighing: Weighing | None = None
     resident_pack: int = 2
     """KV heads of a program of `resident_lowrank` at most."""
     ahead: int = 0
-    """Tiles of A that it brings into the L2 cache early."""
+    """How many tiles early it brings A into the L2 cache."""
     share: int = 0
-    """Every how many tiles of the values' A it brings there; 0: none."""
+    """It also brings every `share`-th tile of the values' A there; 0: none."""
+
+
+@functools.cache
+def choose_choosing(*, chunks: int, rows: int, limits: Limits) -> Choosing | Literal["one program"]:
+    """How chunks are chosen for `rows` KV heads of all sequences, by rule. The rule is not measured yet.
+
+    One program for each KV head leaves most of a GPU idle, and its time grows with the chunks: 27 µs for 8 KV heads and
+    8,192 chunks on an H200, on 8 of 132 multiprocessors. Many programs need one launch more, about 3 µs, and each
+    searches the bound by itself. So they choose from 4,096 chunks on, where one program takes far longer than that, and
+    there are at most as many as multiprocessors, so that searches do not wait for each other. With 4 query heads for
+    each KV head, a program reads 32 KB of integers instead of 128 KB of scores, computes no exponentials, and sums over
+    1,024 chunks instead of 8,192 to place what it takes.
+
+    Args:
+        chunks: landmarks of a KV head.
+        rows: B · G.
+        limits: resources of the device.
+    """
+    programs = limits.processors // rows
+    if chunks < 4096 or programs < 4:
+        return "one program"
+    taken = max(1024, next_power_of_2(-(-chunks // programs)))
+    return Choosing(ordered=taken, taken=taken)
 
 
 @functools.cache
@@ -355,20 +380,43 @@ def run(
 def _choose(call: _Call, q: Tensor, selection: Selection) -> Tensor:
     """Tokens (B, G, n) int64 that this step reads."""
     chunks, span = selection.landmarks.shape[1], selection.chunk
-    how = call.tuning.choosing or Choosing()
-    scores, tiles = call.empty_scores(chunks), -(-chunks // how.landmarks)
+    scores, how = call.empty_scores(chunks), call.tuning.choosing
+    how = how or choose_choosing(chunks=chunks, rows=call.batch * call.groups, limits=call.limits)
+    by_torch = next_power_of_2(chunks) > _MOST_CHUNKS or chosen_chunks(selection) == 0
+    if by_torch or isinstance(how, str):
+        call.score_stored(q, selection.landmarks, scores, span=span, factor=1.0)
+        return chosen_tokens(scores, selection) if by_torch else _choose_alone(scores, selection)
+    tiles = -(-chunks // how.landmarks)
     largest, sums = torch.empty((2, call.batch, call.groups * call.heads, tiles), device=call.device)
     call.score_stored(
         q, selection.landmarks, scores, span=span, factor=1.0, block_n=how.landmarks, maxima=(largest, sums)
     )
-    if next_power_of_2(chunks) > _MOST_CHUNKS or chosen_chunks(selection) == 0:
-        return chosen_tokens(scores, selection)
-    return take_best(scores, largest, sums, selection, how)
+    return _choose_together(scores, largest, sums, selection, how)
 
 
-def take_best(scores: Tensor, largest: Tensor, sums: Tensor, selection: Selection, how: Choosing) -> Tensor:
-    """Tokens (B, G, n) int64 of the outliers and of the best chunks, by the landmarks' `scores` (B, H, chunks) fp32 and
-    the `largest` and `sums` (B, H, tiles) of tiles of them, as `plain_scores` writes both."""
+def _choose_alone(scores: Tensor, selection: Selection) -> Tensor:
+    """`chosen_tokens` of the landmarks' `scores` (B, H, chunks) fp32, by one program for each KV head."""
+    (batch, n_heads, chunks), outliers, span = scores.shape, selection.outliers, selection.chunk
+    groups, always, count, block = (
+        outliers.shape[1],
+        outliers.shape[2],
+        chosen_chunks(selection),
+        next_power_of_2(chunks),
+    )
+    out = torch.empty((batch, groups, (always + count) * span), dtype=torch.int64, device=scores.device)
+    triton_lowrank.choose[(groups, batch)](
+        scores, outliers, out, scores.stride()[:2], outliers.stride()[:2], out.stride()[:2], chunks,
+        HEADS=n_heads // groups, OUTLIERS=always, COUNT=count, SPAN=span, BLOCK=block,
+        BLOCK_M=next_power_of_2(max(always, 1)),
+        TOGETHER=min(next_power_of_2(n_heads // groups), max(1, _MOST_CHUNKS // block)),
+        num_warps=min(16, max(4, block // 512)),
+    )  # fmt: skip
+    return out
+
+
+def _choose_together(scores: Tensor, largest: Tensor, sums: Tensor, selection: Selection, how: Choosing) -> Tensor:
+    """The same by many programs, with `largest` and `sums` (B, H, tiles) of tiles of `scores`, as `plain_scores` writes
+    them."""
     (batch, n_heads, chunks), outliers, span = scores.shape, selection.outliers, selection.chunk
     count, always, groups, tiles = chosen_chunks(selection), outliers.shape[2], outliers.shape[1], largest.shape[2]
     heads, every, block_m = n_heads // groups, next_power_of_2(chunks), next_power_of_2(max(always, 1))

@@ -11,9 +11,6 @@ from cllm.posthoc.code import Codes
 from cllm.posthoc.slots import SlotTensors
 from cllm.posthoc.weighting import Weights
 
-TOGETHER: bool | None = None
-"""Whether groups of one shape are factorised as one batch; None: on a GPU."""
-
 
 @dataclass
 class Group:
@@ -34,13 +31,14 @@ class Group:
     """(r,): bits of each column of A, for `codes=mixed`."""
 
 
-def alike(groups: Sequence[Group], ranks: Sequence[int | None]) -> list[tuple[list[Group], int | None]]:
-    """`groups` of one kind, shape and rank in lists, with that rank: on a GPU, each list is one problem, because the
-    kernels for a small group take less time than their launches. Elsewhere, lists of one."""
-    together = groups[0].tensors.data[0].is_cuda if TOGETHER is None else TOGETHER
+def alike(
+    groups: Sequence[Group], ranks: Sequence[int | None], *, batched: bool
+) -> list[tuple[list[Group], int | None]]:
+    """Lists of `groups`, with the rank of each list: those of one kind, shape and rank if `batched`, else lists of
+    one."""
     found: dict[object, tuple[list[Group], int | None]] = {}
     for i, (group, rank) in enumerate(zip(groups, ranks, strict=True)):
         shapes = tuple(group.tensors.data[j].shape for j in group.slots)
-        key = (group.tensors.kind, shapes, rank) if together else i
+        key = (group.tensors.kind, shapes, rank) if batched else i
         found.setdefault(key, ([], rank))[0].append(group)
     return list(found.values())

@@ -39,7 +39,17 @@ def test_kernels_compile_and_fit(capability: int) -> None:
     )
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    names = {"split_dot", "merge", "rebuilt_scores", "plain_scores", "order_chunks", "take_chunks", "weigh", "finish"}
+    names = {
+        "split_dot",
+        "merge",
+        "rebuilt_scores",
+        "plain_scores",
+        "choose",
+        "order_chunks",
+        "take_chunks",
+        "weigh",
+        "finish",
+    }
     if capability == 90:
         names.add("resident_scores")
     assert {made["name"] for made in kernels} - {"split_elementwise"} == names
@@ -134,7 +144,7 @@ def decode_factors() -> None:
     """xKV-4 at 8x of an 8B model's layer: all tokens, with padding, and chosen ones."""
     from cllm.kernels import split_lowrank
     from cllm.kernels.decode import Visible
-    from cllm.kernels.selection import Factored
+    from cllm.kernels.selection import Factored, Selection
     from cllm.posthoc.landmarks import make_landmarks
 
     tokens, tail, groups, heads, dim = 4096, 64, 8, 32, 128
@@ -147,6 +157,10 @@ def decode_factors() -> None:
     for first, selection in ((None, None), (torch.tensor([3]), None), (None, landmarks)):
         visible = Visible(torch.tensor([tokens + 10]), first, None, False)
         split_lowrank.run([drawn(1, heads, dim)], [part(384)], [part(576)], table, visible, 0.1, selection)
+    outliers, query = torch.arange(12).expand(1, groups, 12), drawn(1, heads, dim)
+    for chunks in (8192, 32768):  # chosen by many programs
+        many = Selection(drawn(1, chunks, groups, dim), outliers, drawn(1, 96, groups, dim), 8, 2048)
+        split_lowrank._choose(split_lowrank._Call([query], groups, visible, 0.1), query, many)
 
 
 def decode_resident_factors() -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cllm.posthoc import group
 from cllm.posthoc.registry import parse
 
 
@@ -28,15 +27,14 @@ def noise(layers: int, tokens: int, dim: int, dtype=torch.float32) -> list[torch
 
 @pytest.mark.parametrize(("svd", "fewer"), [("gram", 1.2), ("power", 2), ("power,products=bf16", 2)])
 @pytest.mark.parametrize("padded", [False, True])
-def test_one_batch_gives_the_factors_of_each_group_with_fewer_launches(svd, fewer, padded, slot_tensors, monkeypatch):
+def test_one_batch_gives_the_factors_of_each_group_with_fewer_launches(svd, fewer, padded, slot_tensors):
     data = noise(9, 40, 8)  # four groups of two, and one of one
     text = (torch.arange(40) >= torch.tensor([[0], [5]])) if padded else None
     tensors = slot_tensors("k", data, text), slot_tensors("v", data[::-1], text)
     codes, launches = [], []
-    for together in (False, True):
-        monkeypatch.setattr(group, "TOGETHER", together)
+    for batched in (False, True):
         with Operators() as counted:
-            codes.append(parse(f"xkv:group=2,rank_k=6,rank_v=9,svd={svd}").encode(*tensors))
+            codes.append(parse(f"xkv:group=2,rank_k=6,rank_v=9,svd={svd},batched={batched}".lower()).encode(*tensors))
         launches.append(counted.count)
     assert launches[1] < launches[0] / fewer
     for alone, batched in zip(*(made[0] + made[1] for made in codes), strict=True):
@@ -44,12 +42,13 @@ def test_one_batch_gives_the_factors_of_each_group_with_fewer_launches(svd, fewe
         torch.testing.assert_close(batched.decode(), alone.decode(), atol=2e-3 if "bf16" in svd else 2e-5, rtol=0)
 
 
-def test_a_batch_with_an_energy_has_a_rank_for_each_group(slot_tensors, monkeypatch):
+def test_a_batch_with_an_energy_has_a_rank_for_each_group(slot_tensors):
     data = [*noise(2, 40, 8), *(t.round() for t in noise(2, 40, 8))]
     ranks = []
-    for together in (False, True):
-        monkeypatch.setattr(group, "TOGETHER", together)
-        codes = parse("xkv:group=2,energy=0.9").encode(slot_tensors("k", data), slot_tensors("v", data))
+    for batched in (False, True):
+        codes = parse(f"xkv:group=2,energy=0.9,batched={batched}".lower()).encode(
+            slot_tensors("k", data), slot_tensors("v", data)
+        )
         ranks.append([code.b.shape[2] for code in codes[0]])
     assert ranks[0] == ranks[1]
     assert ranks[0][0] != ranks[0][2]

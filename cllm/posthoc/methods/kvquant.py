@@ -116,7 +116,10 @@ class KVQuant(Compressor):
             slots = range(begin, min(begin + together, len(tensors.slots)))
             parts = [self._split(tensors, i) for i in slots]
             levels = self._levels(parts, bits)
-            codes += [self._code(tensors, i, *each, bits) for i, *each in zip(slots, parts, levels, strict=True)]
+            codes += [
+                self._code(tensors, i, part, of_slot, bits)
+                for i, part, of_slot in zip(slots, parts, levels, strict=True)
+            ]
         return codes
 
     def _levels(self, parts: Sequence[_Split], bits: int) -> list[Tensor]:

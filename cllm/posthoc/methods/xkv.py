@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import ClassVar, Literal, Self
@@ -76,6 +76,9 @@ class XKV(Codable):
     products: Products = "fp32"
     """`fp32`, `tf32` or `bf16`: precision of products with the cached tensors, in `svd=random`, `svd=power` and for
     A."""
+    batched: bool = False
+    """Factorise groups of one shape as one batch: fewer launches, which take most of the time of small models on a
+    GPU; otherwise in parallel streams."""
     weight: Literal["none", "queries"] = "none"
     """The error that the factors minimise: of keys and values as they are, or `queries`: of attention's output, by the
     prompt's own queries and the output projections (`weighting.py`)."""
@@ -173,19 +176,18 @@ class XKV(Codable):
         groups = [Group(keys, group, weights_k, codes_k) for group in groups_k]
         if values is not None:
             groups += [Group(values, group, weights_v, codes_v) for group in groups_v]
-        device = keys.data[0].device
         if self.codes == "mixed":
-            self._factor_all(groups, device)
+            self._in_parallel(self._factor, groups, [None] * len(groups))
             self._choose_widths(keys, groups)
-            run_in_parallel([partial(self._code_mixed, group) for group in groups], device)
+            run_in_parallel([partial(self._code_mixed, group) for group in groups], keys.data[0].device)
             return codes_k, codes_v
         if self.spread:
-            self._factor_all(groups, device)
+            self._in_parallel(self._factor, groups, [None] * len(groups))
             ranks: Sequence[int | None] = self._spread_ranks(keys, groups)
         else:
             ranks_k, ranks_v = self._ranks(keys, groups_k, values, groups_v)
             ranks = [*ranks_k, *ranks_v]
-        run_in_parallel([partial(self._code_together, *job) for job in alike(groups, ranks)], device)
+        self._in_parallel(self._code_together, groups, ranks)
         return codes_k, codes_v
 
     def check_all_sinks(self, tokens: int) -> None:
@@ -314,13 +316,12 @@ class XKV(Codable):
             rows = [group.weights[group.tensors.slots[i]].weigh(x) for i, x in zip(group.slots, rows, strict=True)]
         return torch.cat(rows, dim=-1)
 
-    def _factor_all(self, groups: list[Group], device: torch.device) -> None:
-        """Set all vectors and the spectra of `groups`."""
-
-        def factor(groups: list[Group], rank: int | None) -> None:
-            self._factor(groups, rank)
-
-        run_in_parallel([partial(factor, *job) for job in alike(groups, [None] * len(groups))], device)
+    def _in_parallel(
+        self, job: Callable[[list[Group], int | None], object], groups: list[Group], ranks: Sequence[int | None]
+    ) -> None:
+        """Call `job` with all `groups`, and their rank: with several at once if they are `batched`."""
+        jobs = alike(groups, ranks, batched=self.batched)
+        run_in_parallel([partial(job, *each) for each in jobs], groups[0].tensors.data[0].device)
 
     def _factor(self, groups: list[Group], rank: int | None) -> list[Tensor]:
         """Set the vectors and the spectra of `groups`, which have one shape, and return their weighted rows."""

@@ -24,7 +24,7 @@ from cllm.kernels.lowrank_decode import lowrank_decode
 from cllm.kernels.resident_lowrank import choose_resident, programs_per_pack, resident_tiles
 from cllm.kernels.selection import Factored, Selection, chosen_tokens
 from cllm.kernels.split_decode import Limits
-from cllm.kernels.split_lowrank import Choosing, Rebuild, Tuning, choose_rebuild
+from cllm.kernels.split_lowrank import Choosing, Rebuild, Tuning, choose_choosing, choose_rebuild
 from cllm.model.rope import rope_table
 
 B, SCALE = 2, 0.3
@@ -303,6 +303,18 @@ def test_tiles_fit_a_multiprocessor(shared, gathered, size, dim, groups):
     assert accumulators <= 128 * 32 * rebuild.num_warps  # half of the registers
 
 
+@pytest.mark.parametrize("chunks", [4096, 8191, 8192, 32768])
+@pytest.mark.parametrize("rows", [1, 8, 33])
+def test_many_programs_choose_if_each_has_a_multiprocessor(chunks, rows):
+    limits = Limits(processors=132)
+    how = choose_choosing(chunks=chunks, rows=rows, limits=limits)
+    assert isinstance(how, Choosing)
+    programs = rows * -(-chunks // how.taken)
+    assert 2 * rows <= programs <= limits.processors
+    assert choose_choosing(chunks=4095, rows=rows, limits=limits) == "one program"
+    assert choose_choosing(chunks=chunks, rows=34, limits=limits) == "one program"
+
+
 @pytest.mark.parametrize(("dim", "heads", "rank"), [(128, 4, 384), (128, 1, 768), (64, 16, 1024), (128, 8, 40)])
 @pytest.mark.parametrize("groups", [1, 3, 8])
 @pytest.mark.parametrize("batch", [1, 3, 200])
@@ -380,7 +392,7 @@ def interpreted_choice() -> None:
     """Chunks chosen by many programs and by one, against `topk`, and with equal chunks against a stable sort."""
     generator = torch.Generator().manual_seed(2)
     many, one = Choosing(landmarks=32, ordered=64, taken=64), Choosing(ordered=512, taken=512)
-    cases = ((150, 3, 3, 40, 0, many), (77, 1, 0, 1, 50, many), (40, 2, 5, 35, 0, one))
+    cases = ((150, 3, 3, 40, 0, many), (77, 1, 0, 1, 50, many), (40, 2, 5, 35, 0, one), (40, 3, 2, 9, 0, "one program"))
     for chunks, heads, outliers, count, first, how in cases:
         always = torch.rand(1, 2, chunks, generator=generator).argsort(-1)[..., :outliers]
         exact = torch.zeros(1, outliers * CHUNK, 2, 16)
@@ -392,7 +404,7 @@ def interpreted_choice() -> None:
                 marks = marks[:, torch.randint(4, (chunks,), generator=generator)].round()
                 q = q.round()
             selection = Selection(marks, always, exact, CHUNK, count * CHUNK)
-            call = split_lowrank._Call([q], 2, visible, 0.25, Tuning(choosing=how))
+            call = split_lowrank._Call([q], 2, visible, 0.25, Tuning(choosing=how))  # type: ignore[arg-type]
             found = split_lowrank._choose(call, q, selection)
             scores = torch.einsum("bgnd,bcgd->bgnc", q.unflatten(1, (2, heads)), marks) * 0.25
             scores[..., :first] = -torch.inf

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from tqdm import tqdm
@@ -55,8 +56,8 @@ class Options:
 
     seconds: float | None = None
     """Time after which it stops; None: when all is done."""
-    share: bool = True
-    """On a GPU, start a run while the one before it ends or is measured."""
+    share: bool | Literal["trainings", "evaluations"] = True
+    """What runs together on a GPU, as `share_gpu` of a study."""
     poll: float = _POLL
     """Seconds between two looks at the processes."""
     check: float = _CHECK
@@ -169,14 +170,15 @@ class Runner:
         """Start the next piece of work on a slot if it has room. Returns whether one was started."""
         trains = [job for job in slot.jobs if job.work == "train"]
         measures = [job for job in slot.jobs if job.work == "evaluate"]
-        share = self.options.share and slot.device is not None
-        room = not slot.jobs or (share and not trains)
+        share = self.options.share if slot.device is not None else False
+        beside = share in (True, "evaluations")
+        room = not slot.jobs or (beside and not trains)
         waits = 0.0
-        if share and len(trains) == 1:
+        if share in (True, "trainings") and len(trains) == 1:
             waits = self._remaining(trains[0])
             room = waits <= self.estimates.startup
         for point, work in self._left:
-            if work == "evaluate" and (measures or (slot.jobs and not share)):
+            if work == "evaluate" and (measures or (slot.jobs and not beside)):
                 continue
             if (work == "train" and not room) or not self._is_open(point):
                 continue

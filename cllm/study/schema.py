@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
@@ -225,8 +225,9 @@ class Study(Section):
     """Expected speed of one run, until one was measured."""
     keep_checkpoints: bool = False
     """Keep the last checkpoint of finished runs; otherwise it is deleted once a point is measured."""
-    share_gpu: bool = True
-    """Start a run on a GPU while the one before it ends or is evaluated, if there is memory for both."""
+    share_gpu: bool | Literal["trainings", "evaluations"] = True
+    """What runs together on a GPU, if there is memory for both: the last steps of a training and the start of the next
+    one (`trainings`), an evaluation and a training (`evaluations`), both (true) or neither (false)."""
     slurm: Slurm = Field(default_factory=Slurm)
     """The array script that --slurm prints."""
 

@@ -38,6 +38,8 @@ from cllm.study.schema import parse_duration
 from cllm.uptrain.teacher import teacher_config
 from experiments.half_cache.students import DEFAULT, PLANS, ROOT, STARTS, check_names, starts_of, student_data
 
+_MOST_THREADS = 8
+"""Threads of a student, at most. With 64 each, the least squares of two students at once took minutes, not seconds."""
 _SAVING = 60.0
 """Seconds for a student to save when time is up."""
 
@@ -153,7 +155,7 @@ class Experiment:
         """Run a command on a device until it ends or time is up; returns whether it finished."""
         log = self.out / "logs" / f"{name}-{step}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        threads = str(max((os.cpu_count() or 1) // max(self.gpus, 1), 1))
+        threads = str(min(max((os.cpu_count() or 1) // max(self.gpus, 1), 1), _MOST_THREADS))
         environment = {"OMP_NUM_THREADS": threads, **os.environ}
         if self.gpus:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")

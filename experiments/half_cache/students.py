@@ -22,9 +22,11 @@ PLANS: dict[str, dict[str, Any]] = {
     "xmla": {"preset": "xmla", "factor": 2},
     "svformer": {"preset": "svformer"},
     "trailing": {"preset": "trailing"},
+    "control": {"preset": "gqa"},
 }
-"""`model.kv` without `n_kv_heads`, for a teacher of 30 layers. Only swiftkv keeps the whole cache; it saves prefill."""
-DEFAULT = ("fusedkv", "fusedkv_rich", "cla2", "acrosskv", "kv_tie", "xmla")
+"""`model.kv` without `n_kv_heads`, for a teacher of 30 layers. swiftkv keeps the whole cache and saves prefill.
+`control` is the teacher's own plan: what the training text does without any sharing."""
+DEFAULT = ("control", "fusedkv", "fusedkv_rich", "cla2", "acrosskv", "kv_tie", "xmla")
 """Students of the default command."""
 STARTS: dict[str, dict[str, Any]] = {
     "copy": {"method": "copy"},
@@ -41,7 +43,9 @@ LATENT = ("xmla",)
 
 
 def starts_of(name: str, starts: Sequence[str]) -> list[str]:
-    """Those of `starts` that suit a student: svd alone, always, for latents."""
+    """Those of `starts` that suit a student: svd alone for latents, and copied weights for the control."""
+    if name == "control":
+        return ["copy"]
     return ["svd"] if name in LATENT else [start for start in starts if start != "svd"]
 
 

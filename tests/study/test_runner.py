@@ -11,6 +11,7 @@ import time
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -154,23 +155,33 @@ def test_a_failed_point_is_named_with_the_last_line_of_its_log(chaos: ModuleType
     assert "1 done, 1 failed" in text
 
 
-@pytest.mark.parametrize(("share", "most"), [(True, 2), (False, 1)])
-def test_the_next_run_starts_while_the_one_before_it_ends(
-    share: bool, most: int, chaos: ModuleType, tmp_path: Path
+@pytest.mark.parametrize(
+    ("share", "measured", "together"),
+    [
+        (True, {}, {("train", "train")}),
+        ("evaluations", {}, set()),
+        (False, {"suites": ["perplexity"]}, set()),
+        ("evaluations", {"suites": ["perplexity"]}, {("evaluate", "train")}),
+        ("trainings", {"suites": ["perplexity"]}, {("train", "train")}),
+    ],
+)
+def test_what_may_run_together_on_a_gpu(
+    share: bool | str, measured: dict[str, Any], together: set[tuple[str, ...]], chaos: ModuleType, tmp_path: Path
 ) -> None:
-    study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={}, seeds=[1, 2])
+    study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate=measured, seeds=[1, 2])
     commands = chaos.FakeCommands(0.01)
     runner = chaos.runner_of(study, tmp_path, commands, slots=1, share=share, check=0.0)
-    seen, fill = [], runner._fill
+    seen, fill = set[tuple[str, ...]](), runner._fill
 
     def record(slot: Slot) -> bool:
         started = fill(slot)
-        seen.append(len(slot.jobs))
+        if len(slot.jobs) > 1:
+            seen.add(tuple(sorted(job.work for job in slot.jobs)))
         return started
 
     runner._fill = record
     assert runner.run() == 0
-    assert max(seen) == most
+    assert seen == together
 
 
 def test_a_run_sees_one_gpu_and_nothing_of_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -404,7 +404,7 @@ def interpreted_choice() -> None:
                 marks = marks[:, torch.randint(4, (chunks,), generator=generator)].round()
                 q = q.round()
             selection = Selection(marks, always, exact, CHUNK, count * CHUNK)
-            call = split_lowrank._Call([q], 2, visible, 0.25, Tuning(choosing=how))  # type: ignore[arg-type]
+            call = split_lowrank._Call([q], 2, visible, 0.25, Tuning(choosing=how))
             found = split_lowrank._choose(call, q, selection)
             scores = torch.einsum("bgnd,bcgd->bgnc", q.unflatten(1, (2, heads)), marks) * 0.25
             scores[..., :first] = -torch.inf

@@ -117,7 +117,7 @@ def choose_choosing(*, chunks: int, rows: int, limits: Limits) -> Choosing | Lit
     if chunks < 4096 or programs < 4:
         return "one program"
     taken = max(1024, next_power_of_2(-(-chunks // programs)))
-    return Choosing(ordered=taken, taken=taken)
+    return Choosing(ordered=taken, taken=taken, warps=16 if chunks <= 16384 else 32)  # 32 numbers for each thread
 
 
 @functools.cache

@@ -55,8 +55,9 @@ def test_kernels_compile_and_fit(capability: int) -> None:
     assert {made["name"] for made in kernels} - {"split_elementwise"} == names
     for made in kernels:
         assert made["shared"] <= DEVICES[capability][1], made
-        resident = 16 if made["name"] == "resident_scores" else 0  # in fp16, where scores are added to
-        assert made["spilled"] <= (32 if made["coded"] else SPILLED[version][capability] + resident), made
+        # In fp16, where scores are added to; and with 32,768 chunks (one program for all spills 2,312 bytes).
+        more = {"resident_scores": 16, "take_chunks": 32}.get(made["name"], 0)
+        assert made["spilled"] <= (32 if made["coded"] else SPILLED[version][capability] + more), made
 
 
 def spilled_bytes(ptx: str, capability: int) -> int:

@@ -1,9 +1,10 @@
 """Experiments of several runs each, which continue after an interruption if the same command is given again.
 
-sweep_posthoc.py  compress the caches of runs in many ways: one table, one figure (`cllm sweep`)
-tradeoff.py       train designs, then sweep over them (`cllm tradeoff`)
-half_cache/       convert a pretrained model to plans with half of its cache, and distil it into them
-uptraining/       pretrain a Llama, convert it to plans that share keys and values, uptrain those
+sweep_posthoc.py    compress the caches of runs in many ways: one table, one figure (`cllm sweep`)
+tradeoff.py         train designs, then sweep over them (`cllm tradeoff`)
+half_cache/         convert a pretrained model to plans with half of its cache, and distil it into them
+methods_picture.py  draw what compressions of one model cost, from tables of measurements
+uptraining/         pretrain a Llama, convert it to plans that share keys and values, uptrain those
 
 Run them in the project's root: `python -m experiments.NAME --help`.
 

@@ -1,0 +1,163 @@
+"""Draw what compressions cost against their bytes, from tables of measurements of one model.
+
+    python -m experiments.methods_picture docs/results/2026-11-27-*-smollm2-cpu.csv --out methods.png
+    python -m experiments.methods_picture TABLE.csv ... --copying RECORDS.json --out methods.png
+
+A table has the columns `method`, `bf16_ratio` and `increase_percent`, as those of docs/results/*-smollm2-cpu.csv. Each
+increase is relative to the uncompressed cache on the text of its own table. With --copying, a second panel shows the
+share of tokens that the model copies; RECORDS.json has `rows` with records of the suite. A Markdown table is written
+beside the picture.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cllm.arguments import Parser
+from cllm.errors import UserError, one_line
+from cllm.evaluate.labels import place_labels
+from cllm.evaluate.outputs import png
+from cllm.files import write_atomic
+
+_SIZES = {"ratio", "bits", "rank", "tokens", "group", "residual", "svd", "sinks", "allocation"}
+"""Options that do not make a line of its own in the picture."""
+_LINEAR = 1.0
+"""Percent up to which the axis of the increase is linear; logarithmic beyond."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A compression of the model."""
+
+    spec: str
+    ratio: float
+    """Bytes of the uncompressed cache over bytes of the compressed one, in bf16."""
+    value: float
+    """Increase of the perplexity in percent, or share of copied tokens in percent."""
+
+    @property
+    def series(self) -> str:
+        """The spec without options that set the size or hardly change it: `xkv codes=mixed`, `snapkv+kivi`."""
+        parts = []
+        for part in self.spec.split("+"):
+            name, _, options = part.partition(":")
+            kept = [o for o in options.split(",") if o and o.partition("=")[0] not in _SIZES]
+            parts.append(" ".join([name, ",".join(kept)]).strip())
+        return "+".join(parts)
+
+
+def read_table(file: Path) -> list[Point]:
+    """The points of a CSV table.
+
+    Raises:
+        UserError: for a file that cannot be read, lacks a column, or has a value that is no number.
+    """
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        return [Point(row["method"], float(row["bf16_ratio"]), float(row["increase_percent"])) for row in rows]
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{file}: has no column {error}; needed: method, bf16_ratio, increase_percent") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def read_copying(file: Path, run: str) -> list[Point]:
+    """The means over tasks of the suite `copying` of one run. Raises `UserError` if the file has none."""
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        found = [r for r in rows if (r.get("suite"), r.get("run"), r.get("task")) == ("copying", run, "all")]
+        points = [Point(r["spec"], r["ratio_to_own"], r["accuracy"]) for r in found]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--copying {file}: cannot be read: {error!r}") from None
+    if not points:
+        raise UserError(f"--copying {file}: has no record of copying by run {run}; see --run")
+    return points
+
+
+def table(points: Sequence[Point], copied: Sequence[Point]) -> str:
+    """A Markdown table, the smallest caches last."""
+    share = {point.spec: point.value for point in copied}
+    lines = ["| compression | own / x | perplexity |" + (" copied, % |" if copied else "")]
+    lines.append("|---|---:|---:|" + ("---:|" if copied else ""))
+    for point in sorted(points, key=lambda p: (p.ratio, p.spec)):
+        line = f"| `{point.spec}` | {point.ratio:.2f} | {point.value:+.2f} % |"
+        lines.append(line + (f" {share[point.spec]:.1f} |" if point.spec in share else " |" if copied else ""))
+    return "\n".join(lines) + "\n"
+
+
+def draw(points: Sequence[Point], copied: Sequence[Point], title: str) -> bytes:
+    """The picture as PNG: a line for each method and its variants, through its compressions."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    series = sorted({point.series for point in [*points, *copied]})
+    colour = {name: colormaps["turbo"](0.05 + 0.9 * i / max(len(series) - 1, 1)) for i, name in enumerate(series)}
+    panels = [(points, "increase of perplexity, % (logarithmic beyond 1)", "log")]
+    panels += [(copied, "random tokens copied, %", "linear")] if copied else []
+    figure = Figure(figsize=(10 * len(panels), 8), dpi=130, layout="constrained")
+    for n, (shown, label, scale) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), n + 1)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="0.92", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        if scale == "log":
+            axes.set_yscale("symlog", linthresh=_LINEAR)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.set_xlabel("bytes of the uncompressed cache / bytes of the compressed one")
+        axes.set_ylabel(label)
+        axes.set_title(title if n == 0 else "", loc="left", fontsize=11)
+        ends, names, lines = [], [], []
+        for name in series:
+            own = sorted((p.ratio, p.value) for p in shown if p.series == name)
+            if not own:
+                continue
+            axes.plot(*zip(*own, strict=True), "o-", color=colour[name], markersize=5, linewidth=1.2)
+            ends.append(own[-1])
+            names.append(name)
+            lines += own[:-1]
+        low, high = min(p.ratio for p in shown), max(p.ratio for p in shown)
+        axes.set_xlim(low / 1.25, high * 1.7)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        figure.draw_without_rendering()  # fixes limits and layout, which the positions of labels depend on
+        place_labels(axes, ends, names, avoid=lines)
+    return png(figure)
+
+
+def parser() -> Parser:
+    """The command line's arguments."""
+    parser = Parser(prog="python -m experiments.methods_picture", description=__doc__)
+    add = parser.add_argument
+    add("tables", nargs="+", type=Path, metavar="TABLE.csv", help="measurements of one model")
+    add("--copying", type=Path, metavar="RECORDS.json", help="records of the suite copying for a second panel")
+    add("--run", default="smollm2", metavar="NAME", help="the run in RECORDS.json (default: %(default)s)")
+    add("--title", default="What compressing a cache costs", help="above the picture (default: %(default)s)")
+    add("--out", type=Path, default=Path("methods.png"), metavar="FILE.png", help="default: %(default)s")
+    return parser
+
+
+@one_line
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+    options = parser().parse_args(arguments)
+    points = list(dict.fromkeys(point for file in options.tables for point in read_table(file)))
+    copied = read_copying(options.copying, options.run) if options.copying else []
+    if not points:
+        raise UserError(f"{options.tables[0]}: has no rows")
+    write_atomic(options.out, draw(points, copied, options.title))
+    write_atomic(options.out.with_suffix(".md"), table(points, copied))
+    print(f"written: {options.out}, {options.out.with_suffix('.md')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

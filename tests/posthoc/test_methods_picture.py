@@ -1,0 +1,52 @@
+"""experiments.methods_picture: a table and a picture of what compressions cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.methods_picture import Point, main
+
+HEAD = "method,bf16_ratio,increase_percent\n"
+
+
+def test_tables_and_records_become_one_table_and_a_picture(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(HEAD + '"xkv:group=5,ratio=2,svd=power",2.0,0.5\nint8,1.97,0\n')
+    (tmp_path / "b.csv").write_text(
+        HEAD + '"xkv:group=5,ratio=4,svd=power",4.0,2.5\n"snapkv:ratio=2+kivi:bits=4",6,9\n'
+    )
+    record = {"suite": "copying", "run": "m", "task": "all", "spec": "int8", "ratio_to_own": 1.97, "accuracy": 33.0}
+    (tmp_path / "records.json").write_text(json.dumps({"rows": [record, record | {"run": "other"}]}))
+    words = [str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--out", str(tmp_path / "picture.png")]
+    assert main([*words, "--copying", str(tmp_path / "records.json"), "--run", "m"]) == 0
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "picture.md").read_text().splitlines()[2:] == [
+        "| `int8` | 1.97 | +0.00 % | 33.0 |",
+        "| `xkv:group=5,ratio=2,svd=power` | 2.00 | +0.50 % | |",
+        "| `xkv:group=5,ratio=4,svd=power` | 4.00 | +2.50 % | |",
+        "| `snapkv:ratio=2+kivi:bits=4` | 6.00 | +9.00 % | |",
+    ]
+
+
+def test_a_line_joins_compressions_that_differ_in_size_alone() -> None:
+    specs = ["xkv:group=5,ratio=2", "xkv:ratio=8,svd=power", "xkv:ratio=8,codes=mixed", "snapkv:ratio=2+kivi:bits=4"]
+    assert [Point(spec, 1.0, 0.0).series for spec in specs] == ["xkv", "xkv", "xkv codes=mixed", "snapkv+kivi"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method,ratio\nx,1\n", "has no column 'bf16_ratio'"),
+        (HEAD + "x,much,1\n", "could not convert"),
+        (HEAD, "no rows"),
+    ],
+)
+def test_tables_that_cannot_be_read(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    assert main([str(tmp_path / "a.csv"), "--out", str(tmp_path / "p.png")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "p.png").exists()

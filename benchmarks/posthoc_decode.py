@@ -37,7 +37,7 @@ from cllm.kernels import split_lowrank
 from cllm.kernels.decode import Stored, Visible, decode_attention
 from cllm.kernels.lowrank_decode import lowrank_decode
 from cllm.kernels.selection import Factored, Selection
-from cllm.kernels.split_lowrank import Rebuild, choose_rebuild
+from cllm.kernels.split_lowrank import Rebuild, Tuning, choose_rebuild
 from cllm.model.rope import apply_rope, rope_table
 from cllm.model.sizes import build_decoder
 from cllm.posthoc.cache import compress_cache
@@ -135,7 +135,7 @@ class Layers:
     def attend_tiled(self, i: int, rebuild: Rebuild) -> object:
         """`attend` by Triton's kernel with the tiles of `rebuild`."""
         parts = ([self.queries[i]], [self.keys[i]], [self.values[i]])
-        return split_lowrank.run(*parts, self.table, self.visible, self.scale, None, rebuild)
+        return split_lowrank.run(*parts, self.table, self.visible, self.scale, None, Tuning(rebuild=rebuild))
 
 
 class DecodeBenchmark:

@@ -8,7 +8,8 @@ split_decode.py      launches the Triton kernels of decode.py
 triton_decode.py     split-KV flash decoding in Triton
 lowrank_decode.py    attention of one new token over tokens stored as low-rank factors
 split_lowrank.py     launches the Triton kernels of lowrank_decode.py
-triton_lowrank.py    scores, choice of chunks and weighted sums in Triton
+triton_lowrank.py    scores and weighted sums in Triton
+triton_choose.py     the choice of chunks in Triton
 resident_lowrank.py  launches the kernel of gluon_lowrank.py
 gluon_lowrank.py     scores of rebuilt keys in Gluon, for Hopper GPUs
 selection.py         `Factored` and `Selection`: low-rank factors, and which compressed tokens a step reads

@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cllm.kernels import resident_lowrank, triton_decode, triton_lowrank
+from cllm.kernels import resident_lowrank, triton_choose, triton_decode, triton_lowrank
 from cllm.kernels.decode import Visible
 from cllm.kernels.selection import Factored, Selection, chosen_chunks, chosen_tokens
 from cllm.kernels.split_decode import Limits, device_limits, next_power_of_2
@@ -50,6 +51,73 @@ class Rebuild:
 def _half(dim: int) -> int:
     """Channels of a tile with half of a head: a power of two, at least 16 for a matrix product."""
     return max(16, next_power_of_2(dim // 2))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choosing:
+    """Tiles of `order_chunks` and `take_chunks`, by which many programs choose the chunks of one KV head."""
+
+    landmarks: int = 64
+    """Landmarks of a program that scores them."""
+    ordered: int = 1024
+    """Chunks of a program that orders them."""
+    taken: int = 1024
+    """Chunks of a program that takes the best."""
+    warps: int = 16
+    """Of that program, at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weighing:
+    """Tiles of the weighted sum of rows of A."""
+
+    block_n: int = 64
+    """Tokens of a tile."""
+    block_w: int = 256
+    """Ranks of a tile."""
+    splits: int | None = None
+    """Programs that share the tokens; None: by rule."""
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Tiles of a call, for `benchmarks.posthoc_variants`; None: by rule."""
+
+    rebuild: Rebuild | None = None
+    choosing: Choosing | Literal["one program"] | None = None
+    """`one program` chooses all chunks of a KV head."""
+    weighing: Weighing | None = None
+    resident_pack: int = 2
+    """KV heads of a program of `resident_lowrank` at most."""
+    ahead: int = 0
+    """How many tiles early it brings A into the L2 cache."""
+    share: int = 0
+    """It also brings every `share`-th tile of the values' A there; 0: none."""
+
+
+@functools.cache
+def choose_choosing(*, chunks: int, rows: int, limits: Limits) -> Choosing | Literal["one program"]:
+    """How chunks are chosen for `rows` KV heads of all sequences, by rule. The rule is not measured yet.
+
+    One program for each KV head leaves most of a GPU idle, and its time grows with the chunks: 27 µs for 8 KV heads and
+    8,192 chunks on an H200, on 8 of 132 multiprocessors. Many programs need one launch more, about 3 µs, and each
+    searches the bound by itself. So they choose from 4,096 chunks on, where one program takes far longer than that, and
+    there are at most as many as multiprocessors, so that searches do not wait for each other. With 4 query heads for
+    each KV head, a program reads 32 KB of integers instead of 128 KB of scores, computes no exponentials, and sums over
+    1,024 chunks instead of 8,192 to place what it takes.
+
+    Args:
+        chunks: landmarks of a KV head.
+        rows: B · G.
+        limits: resources of the device.
+    """
+    programs = limits.processors // rows
+    if chunks < 4096 or programs < 4:
+        return "one program"
+    taken = max(1024, next_power_of_2(-(-chunks // programs)))
+    return Choosing(ordered=taken, taken=taken, warps=16 if chunks <= 16384 else 32)  # 32 numbers for each thread
 
 
 @functools.cache
@@ -134,11 +202,13 @@ def unsupported(
 class _Call:
     """The launches of one call, which share the queries' heads and the visible columns."""
 
-    def __init__(self, queries: Sequence[Tensor], groups: int, visible: Visible, scale: float):
+    def __init__(
+        self, queries: Sequence[Tensor], groups: int, visible: Visible, scale: float, tuning: Tuning | None = None
+    ):
         self.batch, n_heads, self.dim = queries[0].shape
         self.groups, self.heads = groups, n_heads // groups
         self.visible, self.scale, self.device = visible, scale, queries[0].device
-        self.limits = device_limits(self.device)
+        self.limits, self.tuning = device_limits(self.device), tuning or Tuning()
         self.block_h = max(16, next_power_of_2(self.heads))
 
     def empty_scores(self, tokens: int) -> Tensor:
@@ -147,15 +217,17 @@ class _Call:
         shape = (self.batch, self.groups * self.heads, padded)
         return torch.empty(shape, dtype=torch.float32, device=self.device)[..., :tokens]
 
-    def score_rebuilt(self, q, part, table, index, scores, rebuild: Rebuild | None, *, add: bool) -> None:
-        """Write the scores of rebuilt keys, or add to them with `add`. None for `rebuild`: tiles by rule."""
-        resident = None
+    def score_rebuilt(self, q, part, table, index, scores, *, add: bool, following: Tensor | None = None) -> None:
+        """Write the scores of rebuilt keys, or add to them with `add`."""
+        resident, rebuild = None, self.tuning.rebuild
         if rebuild is None and index is None:
-            resident = resident_lowrank.resident_tiles(q, part.a, part.b, self.groups, self.limits)
+            resident = resident_lowrank.resident_tiles(
+                q, part.a, part.b, self.groups, self.limits, self.tuning.resident_pack
+            )
         if resident is not None:
             resident_lowrank.launch(
                 resident, q, part.a, part.b, table, self.visible.first, scores, self.groups, self.scale * _LOG2,
-                self.limits, add=add,
+                self.limits, add=add, following=following, ahead=self.tuning.ahead, share=self.tuning.share,
             )  # fmt: skip
             return
         rebuild = rebuild or choose_rebuild(
@@ -175,15 +247,18 @@ class _Call:
             ADD=add, num_warps=rebuild.num_warps,
         )  # fmt: skip
 
-    def score_stored(self, q, keys, scores, *, index=None, tail_from=None, stop=2**30, span=1, factor=_LOG2, add=False):
+    def score_stored(
+        self, q, keys, scores, *, index=None, tail_from=None, stop=2**30, span=1, factor=_LOG2, add=False, block_n=64,
+        maxima=(None, None),
+    ):  # fmt: skip
         """Write the scores of stored keys (B, n, G, D). For keys of the tail, `tail_from` is the first one's column."""
         tokens, tail = keys.shape[1], tail_from is not None
-        triton_lowrank.plain_scores[(self.groups, -(-tokens // 64), self.batch)](
-            q, keys, index, self.visible.column if tail else None, self.visible.first, scores,
+        triton_lowrank.plain_scores[(self.groups, -(-tokens // block_n), self.batch)](
+            q, keys, index, self.visible.column if tail else None, self.visible.first, scores, *maxima,
             q.stride()[:2], keys.stride()[:3], scores.stride()[:2],
             _strides(index), tokens, tail_from or 0, stop, self.scale * factor,
             G=self.groups, HEADS=self.heads, DIM=self.dim, BLOCK_D=max(16, next_power_of_2(self.dim)),
-            BLOCK_H=self.block_h, BLOCK_N=64, SPAN=span, EXCLUDE_SELF=self.visible.exclude_self, ADD=add,
+            BLOCK_H=self.block_h, BLOCK_N=block_n, SPAN=span, EXCLUDE_SELF=self.visible.exclude_self, ADD=add,
         )  # fmt: skip
 
     def weighted_sum(self, scores, values, index, *, shared: bool) -> tuple[Tensor, Tensor]:
@@ -191,12 +266,13 @@ class _Call:
         tokens, width = scores.shape[2], values.shape[3]
         one_group = shared and index is None
         groups, heads = (1, self.groups * self.heads) if one_group else (self.groups, self.heads)
-        block_h, block_w = min(32, max(16, next_power_of_2(heads))), min(256, max(16, next_power_of_2(width)))
+        how = (self.tuning.weighing if shared else None) or Weighing()
+        block_h, block_w = min(32, max(16, next_power_of_2(heads))), min(how.block_w, max(16, next_power_of_2(width)))
         if values.element_size() > 2:
             block_w = min(block_w, 64)
         chunks, blocks = -(-width // block_w), self.batch * groups * -(-heads // block_h)
-        splits = choose_splits(
-            programs=chunks * blocks, tokens=tokens, block_n=64, gathered=index is not None, limits=self.limits
+        splits = how.splits or choose_splits(
+            programs=chunks * blocks, tokens=tokens, block_n=how.block_n, gathered=index is not None, limits=self.limits
         )
         shape = (self.batch, self.groups * self.heads, splits)
         partial = torch.empty((*shape, width), dtype=torch.float32, device=self.device)
@@ -204,7 +280,8 @@ class _Call:
         strides = (*values.stride()[:2], 0 if shared else values.stride(2))
         triton_lowrank.weigh[(splits, chunks, blocks)](
             scores, values, index, partial, log_sums, scores.stride()[:2], strides, tokens, _strides(index),
-            G=groups, HEADS=heads, WIDTH=width, BLOCK_H=block_h, BLOCK_N=64, BLOCK_W=block_w, STAGES=3,
+            G=groups, HEADS=heads, WIDTH=width, BLOCK_H=block_h, BLOCK_N=how.block_n, BLOCK_W=block_w,
+            STAGES=how.stages, num_warps=how.warps,
         )  # fmt: skip
         if splits == 1:
             return partial[:, :, 0], log_sums[:, :, 0]
@@ -262,18 +339,18 @@ def run(
     visible: Visible,
     scale: float,
     selection: Selection | None,
-    rebuild: Rebuild | None = None,
+    tuning: Tuning | None = None,
 ) -> Tensor:
     """Compute `cllm.kernels.lowrank_decode.lowrank_decode` for a call that is supported (see `unsupported`).
 
     Args:
-        rebuild: tiles to rebuild keys; by default those of `resident_lowrank` or `choose_rebuild`.
+        tuning: tiles; by default those of the rules.
 
     Returns:
         (B, H, parts · D): the value parts side by side.
     """
     compressed, groups = keys[0].a.shape[1], keys[0].tail.shape[2]
-    call = _Call(queries, groups, visible, scale)
+    call = _Call(queries, groups, visible, scale, tuning)
     index, rest_index, outliers = None, None, 0
     with _parallel_branch(call.device, 0) as join_tail:
         tail_scores = call.empty_scores(keys[0].tail.shape[1])
@@ -290,7 +367,7 @@ def run(
             call.score_stored(queries[0], selection.outlier_keys, scores[..., :outliers], index=index, stop=compressed)
     if rest.shape[2]:
         for i, (q, part) in enumerate(zip(queries, keys, strict=True)):
-            call.score_rebuilt(q, part, table, rest_index, rest, rebuild, add=i > 0)
+            call.score_rebuilt(q, part, table, rest_index, rest, add=i > 0, following=values[0].a)
     join_outliers()
     sums = [call.weighted_sum(scores, part.a[:, :, None], index, shared=True) for part in values]
     join_tail()
@@ -302,18 +379,59 @@ def run(
 
 def _choose(call: _Call, q: Tensor, selection: Selection) -> Tensor:
     """Tokens (B, G, n) int64 that this step reads."""
-    chunks, outliers, span = selection.landmarks.shape[1], selection.outliers, selection.chunk
-    landmark_scores = call.empty_scores(chunks)
-    call.score_stored(q, selection.landmarks, landmark_scores, span=span, factor=1.0)
-    block, count = next_power_of_2(chunks), chosen_chunks(selection)
-    if block > _MOST_CHUNKS or count == 0:
-        return chosen_tokens(landmark_scores, selection)
-    always = outliers.shape[2]
-    out = torch.empty((call.batch, call.groups, (always + count) * span), dtype=torch.int64, device=call.device)
-    triton_lowrank.choose[(call.groups, call.batch)](
-        landmark_scores, outliers, out, landmark_scores.stride()[:2], outliers.stride()[:2], out.stride()[:2], chunks,
-        HEADS=call.heads, OUTLIERS=always, COUNT=count, SPAN=span, BLOCK=block, BLOCK_M=next_power_of_2(max(always, 1)),
-        TOGETHER=min(next_power_of_2(call.heads), max(1, _MOST_CHUNKS // block)),
+    chunks, span = selection.landmarks.shape[1], selection.chunk
+    scores, how = call.empty_scores(chunks), call.tuning.choosing
+    how = how or choose_choosing(chunks=chunks, rows=call.batch * call.groups, limits=call.limits)
+    by_torch = next_power_of_2(chunks) > _MOST_CHUNKS or chosen_chunks(selection) == 0
+    if by_torch or isinstance(how, str):
+        call.score_stored(q, selection.landmarks, scores, span=span, factor=1.0)
+        return chosen_tokens(scores, selection) if by_torch else _choose_alone(scores, selection)
+    tiles = -(-chunks // how.landmarks)
+    largest, sums = torch.empty((2, call.batch, call.groups * call.heads, tiles), device=call.device)
+    call.score_stored(
+        q, selection.landmarks, scores, span=span, factor=1.0, block_n=how.landmarks, maxima=(largest, sums)
+    )
+    return _choose_together(scores, largest, sums, selection, how)
+
+
+def _choose_alone(scores: Tensor, selection: Selection) -> Tensor:
+    """`chosen_tokens` of the landmarks' `scores` (B, H, chunks) fp32, by one program for each KV head."""
+    (batch, n_heads, chunks), outliers, span = scores.shape, selection.outliers, selection.chunk
+    groups, always, count, block = (
+        outliers.shape[1],
+        outliers.shape[2],
+        chosen_chunks(selection),
+        next_power_of_2(chunks),
+    )
+    out = torch.empty((batch, groups, (always + count) * span), dtype=torch.int64, device=scores.device)
+    triton_lowrank.choose[(groups, batch)](
+        scores, outliers, out, scores.stride()[:2], outliers.stride()[:2], out.stride()[:2], chunks,
+        HEADS=n_heads // groups, OUTLIERS=always, COUNT=count, SPAN=span, BLOCK=block,
+        BLOCK_M=next_power_of_2(max(always, 1)),
+        TOGETHER=min(next_power_of_2(n_heads // groups), max(1, _MOST_CHUNKS // block)),
         num_warps=min(16, max(4, block // 512)),
+    )  # fmt: skip
+    return out
+
+
+def _choose_together(scores: Tensor, largest: Tensor, sums: Tensor, selection: Selection, how: Choosing) -> Tensor:
+    """The same by many programs, with `largest` and `sums` (B, H, tiles) of tiles of `scores`, as `plain_scores` writes
+    them."""
+    (batch, n_heads, chunks), outliers, span = scores.shape, selection.outliers, selection.chunk
+    count, always, groups, tiles = chosen_chunks(selection), outliers.shape[2], outliers.shape[1], largest.shape[2]
+    heads, every, block_m = n_heads // groups, next_power_of_2(chunks), next_power_of_2(max(always, 1))
+    order = torch.empty((batch, groups, -(-chunks // 16) * 16), dtype=torch.int32, device=scores.device)
+    out = torch.empty((batch, groups, (always + count) * span), dtype=torch.int64, device=scores.device)
+    strides = (outliers.stride()[:2], order.stride()[:2])
+    ordered, taken = min(how.ordered, every), min(how.taken, every)
+    triton_choose.order_chunks[(-(-chunks // ordered), groups, batch)](
+        scores, largest, sums, outliers, order, scores.stride()[:2], *strides, chunks, tiles,
+        HEADS=heads, OUTLIERS=always, BLOCK=ordered, BLOCK_M=block_m, BLOCK_T=next_power_of_2(tiles),
+        TOGETHER=min(next_power_of_2(heads), 4),
+    )  # fmt: skip
+    triton_choose.take_chunks[(-(-chunks // taken), groups, batch)](
+        order, outliers, out, *reversed(strides), out.stride()[:2], chunks,
+        OUTLIERS=always, COUNT=count, SPAN=span, ALL=every, BLOCK=taken, BLOCK_M=block_m,
+        num_warps=min(how.warps, max(4, every // 512)),
     )  # fmt: skip
     return out

@@ -170,6 +170,8 @@ def plain_scores(
     column,
     first,
     scores,
+    largest,
+    sums,
     q_strides,
     k_strides,
     score_strides,
@@ -192,6 +194,9 @@ def plain_scores(
 
     Entry j represents the columns offset + j · SPAN to offset + j · SPAN + SPAN - 1, or `index[b, g, j]`. It is seen if
     one of them is `first` or later and the first of them is before `stop` and not after `column`.
+
+    If they are not None, `largest` and `sums` (B, H, tiles) fp32 get the maximum of each tile's scores, at least -1e30,
+    and the sum of exp(score - maximum).
     """
     g, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     token = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -211,8 +216,14 @@ def plain_scores(
     at = keys + b * k_strides[0] + token.to(tl.int64)[:, None] * k_strides[1] + g * k_strides[2] + channel[None, :]
     tile = tl.load(at, mask=seen[:, None] & is_channel[None, :], other=0.0)
     q = _query(query, q_strides, b, head, is_head, channel, is_channel)
-    value = tl.dot(tile.to(q.dtype), tl.trans(q), input_precision="tf32x3")
-    _emit(scores, score_strides, value * log2_scale, b, head, is_head, token, seen, N, ADD)
+    value = tl.dot(tile.to(q.dtype), tl.trans(q), input_precision="tf32x3") * log2_scale
+    _emit(scores, score_strides, value, b, head, is_head, token, seen, N, ADD)
+    if largest is not None:
+        value = tl.where(seen[:, None], value, float("-inf"))
+        most = tl.maximum(tl.max(value, 0), -1e30)
+        of_tile = (b * G * HEADS + head) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(largest + of_tile, most, mask=is_head)
+        tl.store(sums + of_tile, tl.sum(tl.exp(value - most[None, :]), 0), mask=is_head)
 
 
 @jit

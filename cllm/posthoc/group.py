@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,3 +29,16 @@ class Group:
     """(B, r) fp64, once it is known."""
     widths: Tensor | None = None
     """(r,): bits of each column of A, for `codes=mixed`."""
+
+
+def alike(
+    groups: Sequence[Group], ranks: Sequence[int | None], *, batched: bool
+) -> list[tuple[list[Group], int | None]]:
+    """Lists of `groups`, with the rank of each list: those of one kind, shape and rank if `batched`, else lists of
+    one."""
+    found: dict[object, tuple[list[Group], int | None]] = {}
+    for i, (group, rank) in enumerate(zip(groups, ranks, strict=True)):
+        shapes = tuple(group.tensors.data[j].shape for j in group.slots)
+        key = (group.tensors.kind, shapes, rank) if batched else i
+        found.setdefault(key, ([], rank))[0].append(group)
+    return list(found.values())

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
-Job = Callable[[], None]
+Job = Callable[[], object]
 
 _MAX_STREAMS = 8
 _workers: dict[torch.device, list[tuple[torch.cuda.Stream, ThreadPoolExecutor]]] = {}

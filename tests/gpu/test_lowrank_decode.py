@@ -178,7 +178,9 @@ def test_any_tiles(gpu, block_n, block_r, pack, num_warps):
     arguments = call(case, gpu, torch.bfloat16)
     rebuild = Rebuild(block_n=block_n, block_r=block_r, pack=pack, num_warps=num_warps, num_stages=2)
     queries, keys, values, table, visible, selection = arguments
-    found = split_lowrank.run(queries, keys, values, table, visible, 0.09, selection, rebuild)
+    found = split_lowrank.run(
+        queries, keys, values, table, visible, 0.09, selection, split_lowrank.Tuning(rebuild=rebuild)
+    )
     assert_close([found], exact(arguments, 0.09), torch.bfloat16)
 
 
@@ -218,7 +220,8 @@ def test_resident_programs_score_as_fp32_does(gpu, case, dtype, add):
     errors = []
     for rebuild in (None, rule):
         scores = launch.empty_scores(case.s).fill_(1.0 if add else torch.nan)
-        launch.score_rebuilt(queries[0], keys, table, None, scores, rebuild, add=add)
+        launch.tuning = split_lowrank.Tuning(rebuild=rebuild)
+        launch.score_rebuilt(queries[0], keys, table, None, scores, add=add)
         assert (scores[hidden] == -torch.inf).all()
         errors.append((scores - wanted)[~hidden].abs().max().item())
     assert errors[0] < 1.5 * errors[1]

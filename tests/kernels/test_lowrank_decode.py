@@ -22,9 +22,9 @@ from cllm.kernels.decode import Visible
 from cllm.kernels.gluon_lowrank import TILE
 from cllm.kernels.lowrank_decode import lowrank_decode
 from cllm.kernels.resident_lowrank import choose_resident, programs_per_pack, resident_tiles
-from cllm.kernels.selection import Factored, Selection
+from cllm.kernels.selection import Factored, Selection, chosen_tokens
 from cllm.kernels.split_decode import Limits
-from cllm.kernels.split_lowrank import Rebuild, choose_rebuild
+from cllm.kernels.split_lowrank import Choosing, Rebuild, Tuning, choose_choosing, choose_rebuild
 from cllm.model.rope import rope_table
 
 B, SCALE = 2, 0.3
@@ -311,6 +311,18 @@ def test_tiles_fit_a_multiprocessor(shared, gathered, size, dim, groups):
     assert accumulators <= 128 * 32 * rebuild.num_warps  # half of the registers
 
 
+@pytest.mark.parametrize("chunks", [4096, 8191, 8192, 32768])
+@pytest.mark.parametrize("rows", [1, 8, 33])
+def test_many_programs_choose_if_each_has_a_multiprocessor(chunks, rows):
+    limits = Limits(processors=132)
+    how = choose_choosing(chunks=chunks, rows=rows, limits=limits)
+    assert isinstance(how, Choosing)
+    programs = rows * -(-chunks // how.taken)
+    assert 2 * rows <= programs <= limits.processors
+    assert choose_choosing(chunks=4095, rows=rows, limits=limits) == "one program"
+    assert choose_choosing(chunks=chunks, rows=34, limits=limits) == "one program"
+
+
 @pytest.mark.parametrize(("dim", "heads", "rank"), [(128, 4, 384), (128, 1, 768), (64, 16, 1024), (128, 8, 40)])
 @pytest.mark.parametrize("groups", [1, 3, 8])
 @pytest.mark.parametrize("batch", [1, 3, 200])
@@ -373,7 +385,7 @@ def interpreted() -> None:
             arguments, selection, wanted = call(case, dtype)
             queries, keys, values, tables, visible = arguments
             rebuild = Rebuild(block_n=32, block_r=16, pack=pack, num_warps=4, num_stages=2)
-            found = split_lowrank.run(queries, keys, values, tables, visible, SCALE, selection, rebuild)
+            found = split_lowrank.run(queries, keys, values, tables, visible, SCALE, selection, Tuning(rebuild=rebuild))
             try:
                 assert found.isfinite().all()
                 assert_close(found.split(case.d, dim=-1), wanted, dtype)
@@ -386,10 +398,40 @@ def interpreted() -> None:
         assert_close(parts, wanted, torch.float32)
 
 
+def interpreted_choice() -> None:
+    """Chunks chosen by many programs and by one, against `topk`, and with equal chunks against a stable sort."""
+    generator = torch.Generator().manual_seed(2)
+    many, one = Choosing(landmarks=32, ordered=64, taken=64), Choosing(ordered=512, taken=512)
+    cases = ((150, 3, 3, 40, 0, many), (77, 1, 0, 1, 50, many), (40, 2, 5, 35, 0, one), (40, 3, 2, 9, 0, "one program"))
+    for chunks, heads, outliers, count, first, how in cases:
+        always = torch.rand(1, 2, chunks, generator=generator).argsort(-1)[..., :outliers]
+        exact = torch.zeros(1, outliers * CHUNK, 2, 16)
+        visible = Visible(torch.tensor([chunks * CHUNK]), torch.tensor([first * CHUNK]), None, False)
+        for equal in (False, True):
+            marks = torch.randn(1, chunks, 2, 16, generator=generator)
+            q = torch.randn(1, 2 * heads, 16, generator=generator)
+            if equal:  # four different landmarks, so that the bound lies among equal ones; their scores are exact
+                marks = marks[:, torch.randint(4, (chunks,), generator=generator)].round()
+                q = q.round()
+            selection = Selection(marks, always, exact, CHUNK, count * CHUNK)
+            call = split_lowrank._Call([q], 2, visible, 0.25, Tuning(choosing=how))
+            found = split_lowrank._choose(call, q, selection)
+            scores = torch.einsum("bgnd,bcgd->bgnc", q.unflatten(1, (2, heads)), marks) * 0.25
+            scores[..., :first] = -torch.inf
+            if equal:
+                order = scores.log_softmax(-1).amax(2).scatter(-1, always, -torch.inf).mul(1e4).round()
+                best = order.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(-1).values
+                wanted = (torch.cat((always, best), -1)[..., None] * CHUNK + torch.arange(CHUNK)).flatten(-2)
+            else:
+                wanted = chosen_tokens(scores.flatten(1, 2), selection)
+            assert torch.equal(found, wanted), (chunks, heads, outliers, count, equal, how)
+
+
 def test_triton_kernels_interpreted_are_the_definition(run_interpreted):
     run_interpreted(__file__)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    interpreted_choice()
     interpreted()

@@ -3,6 +3,7 @@ kept apart."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,6 +17,8 @@ from cllm.posthoc.method import Compressor
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
 
+_TOGETHER = 2**26
+"""Numbers of slots that are coded together at most."""
 _BINS = 2048
 """Bins of [-1, 1] in which numbers are counted to fit the levels."""
 
@@ -50,6 +53,26 @@ class DenseAndSparse(Code):
         x = unit * self.half.float()[..., None] + self.middle.float()[..., None]
         x = x.to(self.middle.dtype).scatter(2, self.index.long(), self.outliers)
         return (x.mT if self.per_channel else x).contiguous().unflatten(-1, self.width)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """m vectors of a slot, with their outliers apart."""
+
+    x: Tensor
+    """(B, m, L) fp32."""
+    index: Tensor
+    """(B, m, k): positions of the outliers."""
+    counted: Tensor
+    """(B, m, L): numbers that are neither outliers nor padding."""
+    middle: Tensor
+    """(B, m), in the cache's dtype, as `half`."""
+    half: Tensor
+    per_channel: bool
+
+    def unit(self) -> Tensor:
+        """The numbers scaled to [-1, 1], (B, m, L) fp32."""
+        return ((self.x - self.middle.float()[..., None]) / self.half.float()[..., None]).clamp(-1, 1)
 
 
 @register(
@@ -87,9 +110,29 @@ class KVQuant(Compressor):
         return k, [None] * len(keys.slots) if values is None else self._code_all(values, self.bits_v or self.bits)
 
     def _code_all(self, tensors: SlotTensors, bits: int) -> Codes:
-        return [self._code(tensors, i, bits) for i in range(len(tensors.slots))]
+        codes: Codes = []
+        together = max(1, _TOGETHER // max(tensors.data[0].numel(), 1))
+        for begin in range(0, len(tensors.slots), together):
+            slots = range(begin, min(begin + together, len(tensors.slots)))
+            parts = [self._split(tensors, i) for i in slots]
+            levels = self._levels(parts, bits)
+            codes += [
+                self._code(tensors, i, part, of_slot, bits)
+                for i, part, of_slot in zip(slots, parts, levels, strict=True)
+            ]
+        return codes
 
-    def _code(self, tensors: SlotTensors, i: int, bits: int) -> DenseAndSparse:
+    def _levels(self, parts: Sequence[_Split], bits: int) -> list[Tensor]:
+        """The levels (B, 2^bits) fp32 of each slot."""
+        batches = [len(part.x) for part in parts]
+        if self.levels == "uniform":
+            steps = torch.linspace(-1, 1, 2**bits, device=parts[0].x.device)
+            return [steps.repeat(batch, 1) for batch in batches]
+        counts = torch.cat([count_bins(part.unit(), part.counted) for part in parts])
+        return list(levels_of(counts, bits).split(batches))
+
+    def _split(self, tensors: SlotTensors, i: int) -> _Split:
+        """The vectors of slot `i`, with their outliers apart."""
         rows = tensors.flat(i, padding="repeat")  # B, n, C
         counted = torch.ones_like(rows, dtype=torch.bool)
         if tensors.is_text is not None:
@@ -106,16 +149,17 @@ class KVQuant(Compressor):
         dtype = tensors.dtype
         middle = ((low + high) / 2).to(dtype)
         half = ((high - low) / 2).clamp(min=torch.finfo(dtype).tiny).to(dtype)
-        unit = ((x - middle.float()[..., None]) / half.float()[..., None]).clamp(-1, 1)
-        if self.levels == "kmeans":
-            levels = fit_levels(unit, dense & counted, bits).to(dtype)
-        else:
-            levels = torch.linspace(-1, 1, 2**bits, device=x.device).to(dtype).repeat(len(x), 1)
+        return _Split(x, index, dense & counted, middle, half, per_channel)
+
+    def _code(self, tensors: SlotTensors, i: int, parts: _Split, levels: Tensor, bits: int) -> DenseAndSparse:
+        """The code of slot `i` with `levels` (B, 2^bits) fp32."""
+        x, index, dtype = parts.x, parts.index, tensors.dtype
+        levels = levels.to(dtype)
         bounds = (levels.float()[:, 1:] + levels.float()[:, :-1]) / 2
-        codes = torch.searchsorted(bounds, unit.flatten(1)).to(torch.uint8)
+        codes = torch.searchsorted(bounds, parts.unit().flatten(1)).to(torch.uint8)
         return DenseAndSparse(
-            pack_codes(codes, bits), middle, half, levels, index.to(_index_dtype(x.shape[2])),
-            x.gather(2, index).to(dtype), bits, x.shape[2], per_channel, tuple(tensors.data[i].shape[2:]),
+            pack_codes(codes, bits), parts.middle, parts.half, levels, index.to(_index_dtype(x.shape[2])),
+            x.gather(2, index).to(dtype), bits, x.shape[2], parts.per_channel, tuple(tensors.data[i].shape[2:]),
         )  # fmt: skip
 
 
@@ -123,23 +167,37 @@ def _index_dtype(size: int) -> torch.dtype:
     return torch.uint8 if size <= 2**8 else torch.int16 if size <= 2**15 else torch.int32
 
 
+def count_bins(unit: Tensor, counted: Tensor) -> Tensor:
+    """(B, 2048) fp64: how many of the `counted` numbers of `unit` (B, ...) in [-1, 1] are in each bin."""
+    bins = ((unit.flatten(1) + 1) * (_BINS / 2)).long().clamp(max=_BINS - 1)
+    weights = torch.zeros(len(unit), _BINS, dtype=torch.float64, device=unit.device)
+    return weights.scatter_add_(1, bins, counted.flatten(1).double())
+
+
 def fit_levels(unit: Tensor, counted: Tensor, bits: int) -> Tensor:
     """The 2^bits levels (B, 2^bits) of k-means over the `counted` numbers of `unit` (B, ...) in [-1, 1], per sequence.
 
-    Numbers are counted in 2048 bins first. The first levels are quantiles. A level without numbers keeps its place.
+    Numbers are counted in 2048 bins first.
     """
-    batch, count = len(unit), 2**bits
-    bins = ((unit.flatten(1) + 1) * (_BINS / 2)).long().clamp(max=_BINS - 1)
-    weights = torch.zeros(batch, _BINS, dtype=torch.float64, device=unit.device)
-    weights.scatter_add_(1, bins, counted.flatten(1).double())
-    centres = (torch.arange(_BINS, dtype=torch.float64, device=unit.device) + 0.5) * (2 / _BINS) - 1
+    return levels_of(count_bins(unit, counted), bits)
+
+
+def levels_of(weights: Tensor, bits: int) -> Tensor:
+    """The levels (rows, 2^bits) fp32 of `fit_levels` for each row of `weights`, the counts (rows, 2048) of bins.
+
+    The first levels are quantiles. A level without numbers keeps its place. Rows are independent: sequences of all
+    slots are fitted together, because one of them is far too little work for a GPU.
+    """
+    rows, count = len(weights), 2**bits
+    device = weights.device
+    centres = (torch.arange(_BINS, dtype=torch.float64, device=device) + 0.5) * (2 / _BINS) - 1
     mass, moment = (torch.nn.functional.pad(w.cumsum(1), (1, 0)) for w in (weights, weights * centres))
-    shares = (torch.arange(count, dtype=torch.float64, device=unit.device) + 0.5) / count * mass[:, -1:]
+    shares = (torch.arange(count, dtype=torch.float64, device=device) + 0.5) / count * mass[:, -1:]
     levels = centres[torch.searchsorted(mass[:, 1:].contiguous(), shares).clamp(max=_BINS - 1)]
-    ends = torch.tensor([[0], [_BINS]], device=unit.device)
+    ends = torch.tensor([[0], [_BINS]], device=device)
     for _ in range(50):
         inner = torch.searchsorted(centres, ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous())
-        cells = torch.cat((ends[0].expand(batch, 1), inner, ends[1].expand(batch, 1)), dim=1)
+        cells = torch.cat((ends[0].expand(rows, 1), inner, ends[1].expand(rows, 1)), dim=1)
         number, total = (t.gather(1, cells).diff(dim=1) for t in (mass, moment))
         levels = torch.where(number > 0, total / number.clamp(min=1e-30), levels)
     return levels.float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import ClassVar, Literal, Self
@@ -14,7 +14,7 @@ from torch import Tensor
 from cllm.errors import UserError
 from cllm.posthoc.budget import check_all_sinks, elements_left
 from cllm.posthoc.code import Code, Codes, Exact
-from cllm.posthoc.group import Group
+from cllm.posthoc.group import Group, alike
 from cllm.posthoc.landmarks import Landmarks, landmark_bytes, make_landmarks, outlier_chunks
 from cllm.posthoc.lowrank import (
     Algorithm,
@@ -22,7 +22,9 @@ from cllm.posthoc.lowrank import (
     Products,
     energy_rank,
     factor_elements,
+    fast_rank,
     multiply,
+    padded,
     ranks_for_budget,
     right_vectors,
     water_filling,
@@ -74,6 +76,9 @@ class XKV(Codable):
     products: Products = "fp32"
     """`fp32`, `tf32` or `bf16`: precision of products with the cached tensors, in `svd=random`, `svd=power` and for
     A."""
+    batched: bool = False
+    """Factorise groups of one shape as one batch: fewer launches, which take most of the time of small models on a
+    GPU; otherwise in parallel streams."""
     weight: Literal["none", "queries"] = "none"
     """The error that the factors minimise: of keys and values as they are, or `queries`: of attention's output, by the
     prompt's own queries and the output projections (`weighting.py`)."""
@@ -171,19 +176,18 @@ class XKV(Codable):
         groups = [Group(keys, group, weights_k, codes_k) for group in groups_k]
         if values is not None:
             groups += [Group(values, group, weights_v, codes_v) for group in groups_v]
-        device = keys.data[0].device
         if self.codes == "mixed":
-            self._factor_all(groups, device)
+            self._in_parallel(self._factor, groups, [None] * len(groups))
             self._choose_widths(keys, groups)
-            run_in_parallel([partial(self._code_mixed, group) for group in groups], device)
+            run_in_parallel([partial(self._code_mixed, group) for group in groups], keys.data[0].device)
             return codes_k, codes_v
         if self.spread:
-            self._factor_all(groups, device)
+            self._in_parallel(self._factor, groups, [None] * len(groups))
             ranks: Sequence[int | None] = self._spread_ranks(keys, groups)
         else:
             ranks_k, ranks_v = self._ranks(keys, groups_k, values, groups_v)
             ranks = [*ranks_k, *ranks_v]
-        run_in_parallel([partial(self._code, *job) for job in zip(groups, ranks, strict=True)], device)
+        self._in_parallel(self._code_together, groups, ranks)
         return codes_k, codes_v
 
     def check_all_sinks(self, tokens: int) -> None:
@@ -233,7 +237,8 @@ class XKV(Codable):
         ranks = ranks_for_budget(budget, tokens, sizes_k, sizes_v, keys_to_values=1.5)
         if ranks is None:
             raise self._too_small(ratio, keys, sizes)
-        return list(ranks[0]), list(ranks[1])
+        ranks_k, ranks_v = ([fast_rank(rank, keys.data[0], keys.dtype) for rank in part] for part in ranks)
+        return list(ranks_k), list(ranks_v)
 
     def _budget(self, ratio: float, keys: SlotTensors, sizes: list[tuple[int, int]]) -> float:
         """Elements that the factors of groups of `sizes` (layers, width) may have."""
@@ -270,7 +275,7 @@ class XKV(Codable):
         ranks = water_filling([s.square().mean(0) for s in spectra], costs, self._budget(self.ratio, keys, sizes))
         if ranks is None:
             raise self._too_small(self.ratio, keys, sizes)
-        return ranks
+        return [fast_rank(rank, keys.data[0], keys.dtype) for rank in ranks]
 
     def _choose_widths(self, keys: SlotTensors, groups: list[Group]) -> None:
         """Set the widths of the columns of all groups, which have been factorised, under `ratio`."""
@@ -311,25 +316,40 @@ class XKV(Codable):
             rows = [group.weights[group.tensors.slots[i]].weigh(x) for i, x in zip(group.slots, rows, strict=True)]
         return torch.cat(rows, dim=-1)
 
-    def _factor_all(self, groups: list[Group], device: torch.device) -> None:
-        """Set all vectors and the spectra of `groups`."""
+    def _in_parallel(
+        self, job: Callable[[list[Group], int | None], object], groups: list[Group], ranks: Sequence[int | None]
+    ) -> None:
+        """Call `job` with all `groups`, and their rank: with several at once if they are `batched`."""
+        jobs = alike(groups, ranks, batched=self.batched)
+        run_in_parallel([partial(job, *each) for each in jobs], groups[0].tensors.data[0].device)
 
-        def factor(group: Group) -> None:
-            self._factor(group, None)
-
-        run_in_parallel([partial(factor, group) for group in groups], device)
-
-    def _factor(self, group: Group, rank: int | None) -> Tensor:
-        """Set the vectors and the spectrum of `group`, and return its weighted rows."""
-        rows = x = self._weighted(group)
-        if group.weights:
-            x = x * row_weights([group.weights[group.tensors.slots[i]] for i in group.slots])
-        group.vectors, group.spectrum = right_vectors(x, self.svd, rank, self.products)
+    def _factor(self, groups: list[Group], rank: int | None) -> list[Tensor]:
+        """Set the vectors and the spectra of `groups`, which have one shape, and return their weighted rows."""
+        rows = [self._weighted(groups[0])]
+        x, batch = rows[0], len(rows[0])
+        if len(groups) > 1:
+            x = x.new_empty((len(groups) * batch, *x.shape[1:]))
+            x[:batch] = rows[0]
+            rows = [x[i : i + batch] for i in range(0, len(x), batch)]
+            for group, part in zip(groups[1:], rows[1:], strict=True):
+                part.copy_(self._weighted(group))
+        if groups[0].weights:
+            scales = [row_weights([group.weights[group.tensors.slots[j]] for j in group.slots]) for group in groups]
+            x = torch.cat([part * scale for part, scale in zip(rows, scales, strict=True)])
+        vectors, spectrum = right_vectors(x, self.svd, rank, self.products)
+        for i, group in enumerate(groups):
+            part_of = slice(i * batch, (i + 1) * batch)
+            group.vectors, group.spectrum = vectors[part_of], None if spectrum is None else spectrum[part_of]
         return rows
 
-    def _code(self, group: Group, rank: int | None) -> None:
-        """Write the codes of the slots of `group`."""
-        x = self._factor(group, rank) if group.vectors is None else self._weighted(group)
+    def _code_together(self, groups: list[Group], rank: int | None) -> None:
+        """Write the codes of the slots of `groups`, which have one shape."""
+        rows = self._factor(groups, rank) if groups[0].vectors is None else [self._weighted(g) for g in groups]
+        for group, x in zip(groups, rows, strict=True):
+            self._code(group, rank, x)
+
+    def _code(self, group: Group, rank: int | None, x: Tensor) -> None:
+        """Write the codes of the slots of `group`, whose weighted rows are `x`."""
         vectors, tensors = group.vectors, group.tensors
         assert vectors is not None
         if rank is None:
@@ -340,8 +360,11 @@ class XKV(Codable):
         group.vectors = None
         rows = multiply(x, vectors, self.products)  # B, n, r
         # The columns of A differ by orders of magnitude, like channels of keys, so they are coded per column.
-        a: Code = Exact(rows.to(tensors.dtype))
-        if self._coder is not None:
+        if self._coder is None:
+            slot = tensors.data[group.slots[0]]
+            rows, vectors = (padded(x, slot, tensors.dtype) for x in (rows, vectors))
+            a: Code = Exact(rows.to(tensors.dtype))
+        else:
             a = self._coder.code(rows, "k", tensors.dtype, (rows.shape[2],))
         width = tuple(tensors.data[group.slots[0]].shape[2:])
         for i, b in zip(group.slots, vectors.chunk(len(group.slots), dim=1), strict=True):

@@ -1,0 +1,465 @@
+r"""Time variants of the kernels over compressed caches, and of the compression, on one GPU in less than six minutes.
+
+    python -m benchmarks.posthoc_variants --out posthoc_variants.json
+
+For each part one setting after another is changed, and a change that is faster is kept. The best settings become the
+rules of `cllm.kernels.split_lowrank`. Times are ms of one layer in a CUDA graph, as in `benchmarks.posthoc_decode`,
+whose sizes and options these are.
+
+chosen 64k, 256k   attention over 2,048 chosen tokens: tiles of the choice, of rebuilt keys and of the weighted sum
+all keys           attention over all tokens, keys rebuilt: tiles of the weighted sum; ranks that are no multiple of 8
+compress           an 8B model's cache: groups in threads or as one batch, and ways to make a basis orthonormal
+small              the same for models of 45 and 135 million parameters
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.posthoc_decode import SIZES, Layers, PrintedRecord, layer_ms
+from benchmarks.timing import BF16, copy_bandwidth, free, matmul_rate, wait, wall_time
+from cllm.arguments import Parser
+from cllm.cache.cache import KVCache
+from cllm.config import ModelConfig
+from cllm.environment import environment
+from cllm.errors import UserError, one_line
+from cllm.kernels import split_lowrank
+from cllm.kernels.selection import Factored, Selection, chosen_tokens
+from cllm.kernels.split_lowrank import Choosing, Rebuild, Tuning, Weighing
+from cllm.model.sizes import build_decoder
+from cllm.posthoc import lowrank
+from cllm.posthoc.cache import compress_cache
+from cllm.posthoc.landmarks import make_landmarks
+from cllm.posthoc.registry import parse
+
+CHOOSING: dict[str, Sequence[Any]] = {
+    "taken": (512, 2048, 8192), "warps": (8, 32, 4), "ordered": (512, 256, 2048), "landmarks": (32, 128),
+}  # fmt: skip
+WEIGHING: dict[str, Sequence[Any]] = {
+    "block_w": (64, 128), "block_n": (32, 128), "warps": (8, 2), "stages": (2, 4), "splits": (4, 8, 16, 20, 32, 39),
+}  # fmt: skip
+WEIGHING_ALL: dict[str, Sequence[Any]] = {
+    "block_w": (64, 128), "block_n": (128, 32), "warps": (8, 2), "stages": (4, 2, 5),
+    "splits": (29, 44, 58, 66, 88, 128),
+}  # fmt: skip
+QUANTISERS = (
+    "int8", "fp8", "kivi:bits=4,group=32,residual=32", "kivi:bits=2,group=32,residual=32", "turboquant:bits=4",
+    "turboquant:bits=4,sketch=true", "kvquant:bits=4", "kvquant:bits=4,levels=uniform",
+)  # fmt: skip
+NORMALISING = ("solve", "inverse", "blocked", "inverse64", "blocked64")
+SECONDS = 345
+"""Nothing is measured after this time."""
+REBUILDS = [
+    Rebuild(block_n=n, block_r=r, pack=1, num_warps=warps, num_stages=stages)
+    for n, r, warps, stages in ((64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 4, 2), (64, 128, 8, 3), (32, 128, 4, 3),
+                                (32, 64, 4, 4), (128, 64, 8, 3), (64, 64, 4, 4))
+]  # fmt: skip
+
+
+class Variants:
+    """Measures variants until a deadline, and keeps the best."""
+
+    def __init__(self, device: torch.device, record: PrintedRecord, begin: float):
+        self.device, self.record, self.begin, self.start = device, record, begin, begin
+        self.weighing = Weighing()
+
+    def time(self, what: str, name: str, calls: Sequence[Callable[[], object]], **more: Any) -> float:
+        """Add a row with the ms of a call; infinity for a variant that fails or comes too late."""
+        if time.monotonic() - self.start > SECONDS:
+            print(f"{what:<9}{name}: no time left", flush=True)
+            return float("inf")
+        try:
+            ms = layer_ms(calls, self.device)
+        except Exception as failure:
+            wait(self.device)
+            print(f"{what:<9}{name} failed: {' '.join(str(failure).split())[:150]}", flush=True)
+            return float("inf")
+        self.record.add({"what": what, "name": name, "ms": ms, **more})
+        return ms
+
+    def search(
+        self,
+        what: str,
+        best: Any,
+        options: dict[str, Sequence[Any]],
+        time_of: Callable[[Any, str], float],
+        until: float,
+    ) -> Any:
+        """The best found of `best` and dataclasses that differ from it, one field after another, until `until` s."""
+        least = time_of(best, "by rule")
+        for field, values in options.items():
+            for value in values:
+                if time.monotonic() - self.begin > until:
+                    print(f"{what}: no time for {field}={value} and what follows", flush=True)
+                    return best
+                other = replace(best, **{field: value})
+                if (ms := time_of(other, f"{field}={value}")) < least:
+                    least, best = ms, other
+        return best
+
+
+# ---- decoding --------------------------------------------------------------------------------------------------------
+
+
+class Decode:
+    """Attention of the layers of one shape, by any tiles."""
+
+    def __init__(self, o: argparse.Namespace, variants: Variants, what: str):
+        self.o, self.variants, self.what = o, variants, what
+        self.layers = Layers(o, variants.device)
+        self.every = range(len(self.layers.keys))
+        self.selections: list[Selection] = []
+
+    def uncompressed(self) -> float:
+        """Time attention over the uncompressed keys and values, and make the selections."""
+        layers, o = self.layers, self.o
+        made = [layers.uncompressed(i) for i in range(min(o.group, len(self.every)))]
+        calls = [functools.partial(layers.attend_uncompressed, i, k, v) for i, (k, v) in enumerate(made)]
+        ms = self.variants.time(self.what, "uncompressed", calls)
+        made.clear()
+        calls.clear()
+        return ms
+
+    def select(self) -> None:
+        """Choose outliers and average landmarks of all layers."""
+        o = self.o
+        for i in self.every:
+            k = self.layers.uncompressed(i)[0][:, : o.tokens]
+            parts = [
+                make_landmarks(
+                    k[:, :, g : g + 1], None, chunk=o.chunk, budget=o.select, outliers=o.outliers, local=o.local
+                )
+                for g in range(o.kv_heads)
+            ]
+            marks, outliers, keys = (
+                torch.cat([getattr(part, name) for part in parts], dim=at)
+                for name, at in (("landmarks", 2), ("outliers", 1), ("outlier_keys", 2))
+            )
+            self.selections.append(Selection(marks, outliers, keys, o.chunk, o.select))
+            del k, parts
+            free(self.variants.device)
+
+    def run(self, i: int, tuning: Tuning | None) -> Tensor:
+        layers = self.layers
+        selection = self.selections[i] if self.selections else None
+        parts = ([layers.queries[i]], [layers.keys[i]], [layers.values[i]])
+        return split_lowrank.run(*parts, layers.table, layers.visible, layers.scale, selection, tuning)
+
+    def calls(self, tuning: Tuning | None) -> list[Callable[[], object]]:
+        return [functools.partial(self.run, i, tuning) for i in self.every]
+
+    def ms(self, tuning: Tuning | None, name: str, **more: Any) -> float:
+        return self.variants.time(self.what, name, self.calls(tuning), **more)
+
+    def check_choice(self) -> None:
+        """Count the chosen tokens that `topk` does not choose, which rounding explains, or one program a head."""
+        for i in list(self.every)[:2]:
+            q, selection = self.layers.queries[i], self.selections[i]
+            calls = [
+                split_lowrank._Call([q], self.o.kv_heads, self.layers.visible, self.layers.scale, Tuning(choosing=how))
+                for how in (Choosing(), "one program")
+            ]
+            marks = selection.landmarks.float()
+            scores = torch.einsum("bgnd,bcgd->bgnc", q.float().unflatten(1, (self.o.kv_heads, -1)), marks)
+            wanted = chosen_tokens(scores.flatten(1, 2) * self.layers.scale, selection)
+            found, before = (split_lowrank._choose(call, q, selection) for call in calls)
+            differ = [
+                sum(
+                    len(set(a) - set(b))
+                    for a, b in zip(found.flatten(0, 1).tolist(), x.flatten(0, 1).tolist(), strict=True)
+                )
+                for x in (wanted, before)
+            ]
+            row = {"tokens": found.numel(), "not_of_topk": differ[0], "not_chosen_before": differ[1]}
+            self.variants.record.add({"what": self.what, "name": f"choice of layer {i}", "ms": 0.0, **row})
+            print(f"  {row}", flush=True)
+
+    def profile(self, tuning: Tuning | None, name: str) -> None:
+        """Print and keep the mean µs of each kernel of a call."""
+        if self.variants.device.type != "cuda":
+            return
+        try:
+            from torch.profiler import ProfilerActivity, profile
+
+            calls = self.calls(tuning)
+            for call in calls:
+                call()
+            wait(self.variants.device)
+            with profile(activities=[ProfilerActivity.CUDA]) as made:
+                for _ in range(3):
+                    for call in calls:
+                        call()
+                wait(self.variants.device)
+            times = {e.key: round(e.device_time_total / (3 * len(calls)), 2) for e in made.key_averages()}
+            times = {key: us for key, us in sorted(times.items(), key=lambda item: -item[1]) if us >= 0.1}
+        except Exception as failure:
+            print(f"{self.what} no profile: {' '.join(str(failure).split())[:150]}", flush=True)
+            return
+        self.variants.record.results.setdefault("kernels_us", {})[f"{self.what} {name}"] = times
+        self.variants.record.write()
+        for key, us in list(times.items())[:14]:
+            print(f"    {us:8.2f} µs  {key[:80]}", flush=True)
+
+    def before(self) -> float:
+        """Time the choice by one program for each KV head."""
+        alone = Tuning(choosing="one program")
+        ms = self.ms(alone, "chosen by one program a head")
+        self.profile(alone, "one program a head")
+        return ms
+
+    def search_chosen(self, until: tuple[float, float, float], start: Tuning | None = None) -> Tuning:
+        """The best tiles of a call with chosen tokens: of the choice, the weighted sum and rebuilt keys, each until its
+        time."""
+        best, variants = start or Tuning(choosing=Choosing(), weighing=None), self.variants
+
+        def choosing(how: Choosing, name: str) -> float:
+            return self.ms(replace(best, choosing=how), f"choosing {name}", choosing=asdict(how))
+
+        best = replace(best, choosing=variants.search(self.what, best.choosing, CHOOSING, choosing, until[0]))
+
+        def weighing(how: Weighing | None, name: str) -> float:
+            return self.ms(replace(best, weighing=how), f"weighing {name}", weighing=how and asdict(how))
+
+        weighed = variants.search(self.what, best.weighing or Weighing(), WEIGHING, weighing, until[1])
+        best = replace(best, weighing=weighed)
+        rebuilt = {
+            self.ms(replace(best, rebuild=how), f"rebuild {how}".replace("Rebuild", ""), rebuild=asdict(how)): how
+            for how in REBUILDS
+            if time.monotonic() - variants.begin < until[2]
+        }
+        if rebuilt and min(rebuilt) < float("inf"):
+            best = replace(best, rebuild=rebuilt[min(rebuilt)])
+        return best
+
+
+def sized(o: argparse.Namespace, **changed: int) -> argparse.Namespace:
+    return argparse.Namespace(**(vars(o) | changed))
+
+
+def bench_chosen(o: argparse.Namespace, variants: Variants) -> None:
+    """Chosen tokens at both lengths, the second with the first one's best tiles."""
+    what, best = f"{o.tokens // 1024}k", None
+    decode = Decode(o, variants, what)
+    exact = decode.uncompressed()
+    all_keys(decode, exact, until=45)
+    free(variants.device)
+    decode.select()
+    decode.check_choice()
+    before = decode.before()
+    decode.ms(None, "by rule")
+    decode.profile(None, "by rule")
+    best = decode.search_chosen((82, 105, 125))
+    decode.profile(best, "best")
+    summary(variants, what, exact, before, decode.ms(best, "best", tiles=asdict(best)))
+    del decode
+    free(variants.device)
+    long = sized(o, tokens=4 * o.tokens, groups=1)
+    what = f"{long.tokens // 1024}k"
+    decode = Decode(long, variants, what)
+    exact = decode.uncompressed()
+    free(variants.device)
+    decode.select()
+    decode.check_choice()
+    before = decode.before()
+    decode.ms(None, "by rule")
+    first = decode.ms(best, "best of the shorter cache", tiles=asdict(best))
+    now = time.monotonic() - variants.begin
+    found = decode.search_chosen((now + 14, now + 22, now), start=best)
+    decode.profile(found, "best")
+    summary(variants, what, exact, before, min(first, decode.ms(found, "best", tiles=asdict(found))))
+
+
+def summary(variants: Variants, what: str, exact: float, before: float, best: float) -> None:
+    row = {"uncompressed": exact, "before": before, "best": best, "ratio": best / exact, "ratio_before": before / exact}
+    variants.record.results.setdefault("summary", {})[what] = row
+    print(f"== {what}: {before / exact:.3f} x uncompressed before, {best / exact:.3f} x now", flush=True)
+
+
+def all_keys(decode: Decode, exact: float, until: float) -> None:
+    """Attention over all tokens: tiles of the weighted sum, then other ranks."""
+    o, variants = decode.o, decode.variants
+    decode.what = "all keys"
+    first = decode.ms(None, "by rule")
+    decode.profile(None, "by rule")
+
+    def weighing(how: Weighing, name: str) -> float:
+        return decode.ms(Tuning(weighing=how), f"weighing {name}", weighing=asdict(how))
+
+    how = variants.search("all keys", Weighing(), WEIGHING_ALL, weighing, until)
+    best = decode.ms(Tuning(weighing=how), "best", weighing=asdict(how))
+    variants.weighing = how
+    one = decode.ms(Tuning(weighing=how, resident_pack=1), "one KV head a program")
+    summary(variants, "all keys", exact, first, min(best, one))
+    keys, values = decode.layers.keys, decode.layers.values
+    whole = list(keys), list(values)
+    for name, size in (("ranks less 3, rows side by side", None), ("ranks less 3, rows of a multiple of 8", 8)):
+        keys[:], values[:] = ([narrowed(part, part.a.shape[2] - 3, size) for part in parts] for parts in whole)
+        decode.ms(None, name)
+    keys[:], values[:] = whole
+    decode.what = f"{o.tokens // 1024}k"
+
+
+@functools.cache
+def _narrow_a(a: Tensor, rank: int, multiple: int | None) -> Tensor:
+    if multiple is None:
+        return a[..., :rank].contiguous()
+    padded = a.clone()
+    padded[..., rank:] = 0
+    return padded
+
+
+def narrowed(part: Factored, rank: int, multiple: int | None) -> Factored:
+    """`part` with `rank` columns, or with zeros in the columns after them."""
+    return Factored(_narrow_a(part.a, rank, multiple), _narrow_a(part.b, rank, multiple), part.tail)
+
+
+def bench_prefetch(o: argparse.Namespace, variants: Variants) -> None:
+    """Attention over all tokens with factors brought into the L2 cache early. Last, as it has never run on a GPU."""
+    decode = Decode(o, variants, "prefetch")
+    plain = decode.run(0, Tuning(weighing=variants.weighing))
+    for ahead, share in ((0, 0), (1, 0), (2, 0), (4, 0), (0, 3), (0, 4), (0, 2), (2, 3), (2, 4)):
+        tuning = Tuning(weighing=variants.weighing, ahead=ahead, share=share)
+        equal = torch.equal(decode.run(0, tuning), plain)
+        decode.ms(tuning, f"{ahead} tiles ahead, every {share}-th of the values", equal=equal, ahead=ahead, share=share)
+        if (ahead, share) in ((2, 0), (0, 3)):
+            decode.profile(tuning, f"{ahead} {share}")
+
+
+# ---- compressing -----------------------------------------------------------------------------------------------------
+
+
+def ways(normalising: Sequence[Any]) -> Iterator[tuple[str, bool, Any]]:
+    """Name, groups together, way to make a basis orthonormal."""
+    for together in (False, True):
+        for how in normalising:
+            yield f"{'one batch' if together else 'threads'}, {how}", together, how
+
+
+def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], variants: Variants, what: str) -> None:
+    """Time a prefill and the compression of its cache by all `ways`."""
+    device = variants.device
+    config = ModelConfig.model_validate({"vocab_size": 256, "max_seq_len": prompt, **shape})
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = build_decoder(config)
+    model.to(BF16).eval().requires_grad_(False)
+    ids = torch.randint(256, (1, prompt), device=device)
+    times = []
+    for _ in range(3):
+        cache = KVCache(config)
+        with torch.no_grad():
+            times.append(wall_time(functools.partial(model.hidden, ids, cache=cache), device)[1])
+    prefill = sorted(times)[1]
+    variants.record.add({"what": what, "name": f"prefill of {prompt} tokens", "ms": prefill})
+    del model
+    for method in methods:
+        fast = "svd=power" in method
+        for name, together, normalising in ways(NORMALISING if what == "8B" else NORMALISING[:3]):
+            if (not fast and normalising != "solve") or time.monotonic() - variants.start > SECONDS - 20:
+                continue
+            lowrank.NORMALISING, spec = normalising, f"{method},batched={together}".lower()
+            row: dict[str, Any] = {}
+            try:
+                seconds = [compress_cache(cache, parse(spec), measure=False).outcome.seconds for _ in range(4)]
+                if fast:
+                    made = compress_cache(cache, parse(spec)).outcome.errors
+                    row["largest_error"] = max(max(e.values()) for e in made.values())
+            except Exception as failure:
+                wait(device)
+                print(f"{what} {name} failed: {' '.join(str(failure).split())[:150]}", flush=True)
+                continue
+            finally:
+                lowrank.NORMALISING = "solve"
+            ms = 1000 * sorted(seconds[1:])[1]
+            variants.record.add({"what": what, "name": f"{method.partition(',')[2][-24:]} {name}", "ms": ms,
+                                 "share_of_prefill": ms / prefill, **row, "method": spec})  # fmt: skip
+            free(device)
+    bench_quantisers(cache, prefill, variants, what)
+
+
+def bench_quantisers(cache: KVCache, prefill: float, variants: Variants, what: str) -> None:
+    """Time the compression of `cache` by each quantiser."""
+    for method in QUANTISERS:
+        if time.monotonic() - variants.start > SECONDS - 10:
+            return
+        try:
+            seconds = [compress_cache(cache, parse(method), measure=False).outcome.seconds for _ in range(3)]
+        except Exception as failure:
+            wait(variants.device)
+            print(f"{what} {method} failed: {' '.join(str(failure).split())[:150]}", flush=True)
+            continue
+        ms = 1000 * sorted(seconds)[1]
+        variants.record.add({"what": what, "name": method, "ms": ms, "share_of_prefill": ms / prefill})
+        free(variants.device)
+
+
+def bench_all_compression(o: argparse.Namespace, variants: Variants) -> None:
+    wide = {"d_model": o.heads * o.dim, "n_layers": o.layers, "n_heads": o.heads, "head_dim": o.dim, "d_ff": o.d_ff,
+            "kv": {"preset": "gqa", "n_kv_heads": o.kv_heads}}  # fmt: skip
+    fast = f"xkv:group={o.group},rank_k={o.rank_k},rank_v={o.rank_v},svd=power,products=bf16"
+    bench_compress(wide, o.prompt, [fast], variants, "8B")
+    free(variants.device)
+    scale = 1 if variants.device.type == "cuda" else 16
+    small = {"d_model": 512 // scale, "n_layers": 12, "n_heads": 8, "head_dim": 64 // scale, "d_ff": 1408 // scale,
+             "kv": {"preset": "mha"}}  # fmt: skip
+    methods = [f"xkv:group=4,ratio=8{rest}" for rest in ("", ",svd=power,products=bf16")]
+    bench_compress(small, 4096 // scale, methods, variants, "45M")
+    free(variants.device)
+    small = {"d_model": 576 // scale, "n_layers": 30, "n_heads": 9, "head_dim": 64 // scale, "d_ff": 1536 // scale,
+             "kv": {"preset": "gqa", "n_kv_heads": 3}}  # fmt: skip
+    bench_compress(small, 4096 // scale, methods, variants, "135M")
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+@one_line
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+    parser = Parser(prog="python -m benchmarks.posthoc_variants", description=__doc__)
+    for name, (default, text) in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+    parser.add_argument("--only", choices=["decode", "compress"], help="one of the two")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where to measure (default cuda)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+    o = parser.parse_args(argv)
+    device = torch.device(o.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("benchmarks.posthoc_variants times a GPU, and torch sees none here; --device cpu tries it")
+    begin = time.monotonic()
+    torch.manual_seed(0)
+    copy, flops = copy_bandwidth(device, 2**32 if device.type == "cuda" else 2**22), matmul_rate(device)
+    free(device)
+    settings = {key: value for key, value in vars(o).items() if key != "out"}
+    rates = {"copy_bytes_per_s": copy, "matmul_flops": flops}
+    record = PrintedRecord({"environment": environment(), "settings": settings, **rates}, o.out)
+    print(f"copy {copy / 1e12:.3g} TB/s, matmul {flops / 1e12:.3g} TFLOP/s")
+    variants = Variants(device, record, begin)
+    for part, run in (("decode", bench_chosen), ("compress", bench_all_compression), ("prefetch", bench_prefetch)):
+        if o.only not in (None, part) and not (o.only == "decode" and part == "prefetch"):
+            continue
+        variants.begin = time.monotonic()
+        try:
+            if time.monotonic() - begin < SECONDS:
+                run(o, variants)
+        except Exception as failure:
+            print(f"{part} ended early: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}", flush=True)
+            record.results.setdefault("failures", []).append(f"{part}: {failure}")
+        free(device)
+        print(f"-- {part}: {time.monotonic() - begin:.0f} s since the start", flush=True)
+    record.write()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,7 @@
 r"""Time to the first token of a long prompt: computed, and from its stored prefix.
 
     python -m benchmarks.prefix                                 # 8,192 tokens on the CPU
-    python -m benchmarks.prefix --device cuda --tokens 32768 --posthoc xkv:group=4,ratio=4 --at-rest kvtc:ratio=8
+    python -m benchmarks.prefix --device cuda --dtype bfloat16 --tokens 32768 --posthoc xkv:group=4,ratio=4
 
 prefill   the prompt computed (with early exit), and its first new token
 store     the prefix compressed or coded, hashed, and written to disk
@@ -16,7 +16,8 @@ A row of `exact` stores the cache as it is. `--posthoc` and `--at-rest` add a ro
 
 The store hashes the model once when it is made; that is not in the times. Weights are random, unless `--models` has
 folders of trained ones. Their context is raised to the prompt, which changes what they compute but not how long it
-takes.
+takes. On a CPU the prompt is computed in chunks; on a GPU at once, and everything runs once before it is timed, because
+kernels are compiled at their first call.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def make_parser() -> Parser:
     parser.add_argument("--at-rest", nargs="+", default=[], metavar="METHOD",
         help="also store the prefix coded, such as kvtc:ratio=8, and decode it when it is found")  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights and cache")
     parser.add_argument("--folder", type=Path, help="where the files are written; default: a temporary folder")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     return parser
@@ -91,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{'design':<20}{'stored':<26}{''.join(columns)}{'share':>8}{'of CPU':>8}", flush=True)
     models = [(name, _decoder) for name in options.designs] + [(path, _trained) for path in options.models]
     for name, make in tqdm(models, disable=None, leave=False, unit="model"):
-        decoder = make(name, options).to(device).eval()
+        decoder = make(name, options).to(device, getattr(torch, options.dtype)).eval()
         for row in measure(name, decoder, options, device):
             cells = [f"{row['parameters'] / 1e6:>9.1f}", f"{row['bytes'] / 1e6:>9.1f}"]
             cells += ["" if row[key] is None else f"{row[key]:.3f}" for key in TIMES]
@@ -110,9 +112,11 @@ def measure(design: str, decoder: Decoder, options: Any, device: torch.device) -
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(decoder.config.vocab_size, (1, options.tokens), generator=generator)
     prefix = prompt[:, :-1].to(device)
-    decoder.prefill(prefix[:, :64], KVCache(decoder.config))  # warm up
+    chunk = _CHUNK if decoder.passes is None and device.type == "cpu" else None
     cache = KVCache(decoder.config)
-    chunk = _CHUNK if decoder.passes is None else None
+    decoder.prefill(prefix[:, :64] if device.type == "cpu" else prefix, cache)  # warm up
+    _next_token(decoder, cache, prompt)
+    cache = KVCache(decoder.config)
     _, prefill = _seconds(lambda: decoder.prefill(prefix, cache, chunk=chunk), device)
     kinds: list[dict[str, str]] = [{}]
     kinds += [{"posthoc": method} for method in options.posthoc] + [{"at_rest": method} for method in options.at_rest]
@@ -165,6 +169,8 @@ def _stored(
     (file,) = folder.glob("*.safetensors")
     if "at_rest" in kind and "at_rest" not in read_header(file).layout:
         raise UserError("the method cannot code this prefix, which is then stored exactly")
+    if device.type == "cuda":
+        first_token(reader(host_bytes=_ROOM))  # warm up
     in_host = reader(host_bytes=_ROOM)
     _drop_pages(file)
     token, (disk, disk_cpu) = _seconds(lambda: first_token(in_host), device)

@@ -130,7 +130,7 @@ def measure(design: str, sizes: dict[str, Any], load: Load, dtype: str, work: Pa
         if size is None:
             raise UserError(f"{log}: has no line with the size of the KV cache")
         cached = int(size[1].replace(",", ""))
-        request(address, [1] * load.prompt, min(4, load.new))  # warm-up
+        request(address, [1] * load.prompt, min(4, load.new))  # warm up
         most, lengths, done = Most(), dict[int, int](), threading.Event()
 
         def watch() -> None:
@@ -172,7 +172,9 @@ def make_parser(program: str = "python -m benchmarks.serve") -> Parser:
     add("--heads", type=whole_number(1), default=8, help="(default: %(default)s)")
     add("--vocab", type=whole_number(256), default=512, help="tokens of the vocabulary (default: %(default)s)")
     add("--dtype", choices=tuple(DTYPES), default="float32", help="(default: %(default)s)")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="with --engine transformers (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cpu",
+        help="with --engine transformers; on a GPU all requests are sent once before they are timed, because kernels "
+        "are compiled at their first call (default: %(default)s)")  # fmt: skip
     add("--out", type=Path, help="also write the results as JSON")
     return parser
 

@@ -25,10 +25,10 @@ NEW = 12
 
 
 def build(kv: dict[str, Any], device: torch.device) -> Any:
-    """A model with random weights in fp32, whose attention is torch's: other kernels are compiled for every shape."""
+    """A model with random weights in fp32."""
     config = ModelConfig(vocab_size=64, d_model=128, n_layers=8, n_heads=4, d_ff=256, max_seq_len=256, kv=kv)
     torch.manual_seed(0)
-    decoder = build_decoder(config, backend="sdpa")
+    decoder = build_decoder(config)
     decoder.init_weights()
     return as_pretrained(decoder).to(device).eval()
 

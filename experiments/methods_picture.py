@@ -12,7 +12,7 @@ beside the picture.
 from __future__ import annotations
 
 import csv
-import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,9 @@ from cllm.arguments import Parser
 from cllm.errors import UserError, one_line
 from cllm.evaluate.labels import place_labels
 from cllm.evaluate.outputs import png
+from cllm.evaluate.records import is_number
 from cllm.files import write_atomic
+from cllm.trust import parse_json
 
 _SIZES = {"ratio", "bits", "rank", "tokens", "group", "residual", "svd", "sinks", "allocation"}
 """Options that do not make a line of its own in the picture."""
@@ -39,6 +41,14 @@ class Point:
     """Bytes of the uncompressed cache over bytes of the compressed one, in bf16."""
     value: float
     """Increase of the perplexity in percent, or share of copied tokens in percent."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.spec, str) or not self.spec:
+            raise ValueError(f"a spec is {self.spec!r}; allowed: the name of a compression")
+        if not (is_number(self.ratio) and 0 < self.ratio < math.inf):
+            raise ValueError(f"{self.spec}: the ratio of bytes is {self.ratio}; allowed: a positive number")
+        if not (is_number(self.value) and math.isfinite(self.value)):
+            raise ValueError(f"{self.spec}: the increase or share is {self.value}; allowed: a finite number")
 
     @property
     def series(self) -> str:
@@ -72,11 +82,12 @@ def read_table(file: Path) -> list[Point]:
 def read_copying(file: Path, run: str) -> list[Point]:
     """The means over tasks of the suite `copying` of one run. Raises `UserError` if the file has none."""
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        rows = parse_json(file.read_text(encoding="utf-8"))["rows"]
         found = [r for r in rows if (r.get("suite"), r.get("run"), r.get("task")) == ("copying", run, "all")]
         points = [Point(r["spec"], r["ratio_to_own"], r["accuracy"]) for r in found]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--copying {file}: cannot be read: {error!r}") from None
+        reason = error if isinstance(error, OSError | ValueError) else repr(error)
+        raise UserError(f"--copying {file}: cannot be read: {reason}") from None
     if not points:
         raise UserError(f"--copying {file}: has no record of copying by run {run}; see --run")
     return points
@@ -149,12 +160,17 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     options = parser().parse_args(arguments)
+    if options.out.suffix != ".png":
+        raise UserError(f"--out is {str(options.out)!r}; allowed: a file that ends in .png")
     points = list(dict.fromkeys(point for file in options.tables for point in read_table(file)))
     copied = read_copying(options.copying, options.run) if options.copying else []
     if not points:
         raise UserError(f"{options.tables[0]}: has no rows")
-    write_atomic(options.out, draw(points, copied, options.title))
-    write_atomic(options.out.with_suffix(".md"), table(points, copied))
+    try:
+        write_atomic(options.out, draw(points, copied, options.title))
+        write_atomic(options.out.with_suffix(".md"), table(points, copied))
+    except OSError as error:
+        raise UserError(f"--out {options.out}: cannot be written: {error}") from None
     print(f"written: {options.out}, {options.out.with_suffix('.md')}")
     return 0
 

@@ -6,7 +6,8 @@ questions. A cell is the mean over all questions of its length and depth, over a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cllm import tables
 from cllm.errors import UserError
 from cllm.evaluate.outputs import write_outputs
+from cllm.evaluate.records import is_number, read_record
 from cllm.evaluate.suites.suite import Number, Suite
-from cllm.files import inside, json_files
+from cllm.files import inside, json_files, shorten
 from cllm.runs import RunFolder
-from cllm.trust import read_object
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,25 +90,53 @@ def read_heatmap(runs: Sequence[RunFolder], suite: Suite, number: Number) -> Hea
 def _cells(run: RunFolder, suite: Suite, number: Number) -> list[Cell]:
     folder = inside(run.path, f"{run.evaluation_folder.name}/{suite.name}", written_in=run.path)
     records: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for path in json_files(folder):
-        record = read_object(path)
-        groups = record.get("groups")
-        if not isinstance(groups, dict) or not isinstance(groups.get(_DEPTH), dict):
-            continue
-        lengths = list(groups.get(_LENGTH, {}))
-        if len(lengths) != 1 or path.stem.endswith(f"-{Path(str(record.get('checkpoint'))).stem}"):
-            continue  # means by depth alone, or of a checkpoint that is not the newest
-        key = (str(record.get("spec")), str(record.get("task")), int(lengths[0]))
-        if key not in records or record["questions"] > records[key]["questions"]:
-            records[key] = record
     sums: dict[tuple[str, int, float], tuple[float, int]] = {}
+    for path in json_files(folder):
+        record = read_record(path)
+        if (length := _length(record, path)) is None or path.stem.endswith(
+            f"-{Path(str(record.get('checkpoint'))).stem}"
+        ):
+            continue  # means by depth alone, or of a checkpoint that is not the newest
+        place = str(record.get("spec")), str(record.get("task")), length
+        kept = records.setdefault(place, record | {"file": path})
+        if (record.get("questions") or 0) > (kept.get("questions") or 0):
+            records[place] = record | {"file": path}
     for (spec, _, length), record in records.items():
-        for depth, numbers in record["groups"][_DEPTH].items():
-            if (value := numbers.get(number.key)) is not None:
-                total, count = sums.get((spec, length, float(depth)), (0.0, 0))
-                questions = int(numbers["questions"])
-                sums[spec, length, float(depth)] = (total + value * questions, count + questions)
+        for depth, value, questions in _means(record, number):
+            total, count = sums.get((spec, length, depth), (0.0, 0))
+            sums[spec, length, depth] = (total + value * questions, count + questions)
     return [Cell(run.name, *place, total / count, count) for place, (total, count) in sums.items()]
+
+
+def _length(record: dict[str, Any], file: Path) -> int | None:
+    """The length of a record's samples; None if it has no means by depth for one length. Raises `UserError`."""
+    groups = record.get("groups")
+    if not isinstance(groups, dict) or not isinstance(groups.get(_DEPTH), dict):
+        return None
+    lengths = groups.get(_LENGTH)
+    if not isinstance(lengths, dict) or len(lengths) != 1:
+        return None
+    if not (length := next(iter(lengths))).isdecimal():
+        raise UserError(f"{file}: groups.{_LENGTH} has {shorten(repr(length))}; allowed: a whole number of tokens")
+    return int(length)
+
+
+def _means(record: dict[str, Any], number: Number) -> Iterator[tuple[float, float, int]]:
+    """Depth, mean and number of questions of the means by depth. Raises `UserError` for other than numbers."""
+    for depth, numbers in record["groups"][_DEPTH].items():
+        where = f"{record['file']}: groups.{_DEPTH}.{depth}"
+        if not isinstance(numbers, dict) or not depth.replace(".", "", 1).isdecimal():
+            raise UserError(
+                f"{where} is {shorten(repr(numbers))}; allowed: a depth in percent, with an object of means"
+            )
+        if (value := numbers.get(number.key)) is None:
+            continue
+        questions = numbers.get("questions")
+        if not isinstance(questions, int) or isinstance(questions, bool) or questions < 1:
+            raise UserError(f"{where}.questions is {shorten(repr(questions))}; allowed: a whole number of 1 or more")
+        if not is_number(value) or math.isinf(value):
+            raise UserError(f"{where}.{number.key} is {shorten(repr(value))}; allowed: a finite number")
+        yield float(depth), value, questions
 
 
 def csv_text(heatmap: HeatMap) -> str:

@@ -40,6 +40,9 @@ def test_a_line_joins_compressions_that_differ_in_size_alone() -> None:
     [
         ("method,ratio\nx,1\n", "has no column 'bf16_ratio'"),
         (HEAD + "x,much,1\n", "could not convert"),
+        (HEAD + "x,0,1\n", "x: the ratio of bytes is 0.0; allowed: a positive number"),
+        (HEAD + "x,2,nan\n", "x: the increase or share is nan; allowed: a finite number"),
+        (HEAD + ",2,1\n", "a spec is ''"),
         (HEAD, "no rows"),
     ],
 )

@@ -3,10 +3,11 @@
     python -m experiments.methods_picture docs/results/2026-11-27-quantisers-smollm2-cpu.csv --out methods.png
     python -m experiments.methods_picture TABLE.csv ... --copying RECORDS.json --out methods.png
 
-A table has the columns `method`, `bf16_ratio` and `increase_percent`, as the tables in docs/results have. Each
-increase is relative to the uncompressed cache on the text of its own table. With --copying, a second panel shows the
-share of tokens that the model copies; RECORDS.json has `rows` with records of the suite. A Markdown table is written
-beside the picture.
+A table has the columns `method`, `bf16_ratio` and `increase_percent`, as the tables in docs/results have; a file of
+records (.json) has those of evaluate --posthoc in `rows`. Each increase is relative to the uncompressed cache on the
+text of its own table. With --copying, a second panel shows the share of tokens that the model copies; RECORDS.json has
+`rows` with records of the suite. A Markdown table is written beside the picture; its rows join both measurements of a
+compression if their ratios differ by at most a tenth.
 """
 
 from __future__ import annotations
@@ -62,11 +63,13 @@ class Point:
 
 
 def read_table(file: Path) -> list[Point]:
-    """The points of a CSV table.
+    """The points of a CSV table, or of the records of the suite `posthoc` in a file of records (.json).
 
     Raises:
         UserError: for a file that cannot be read, lacks a column, or has a value that is no number.
     """
+    if file.suffix == ".json":
+        return _read_records(file)
     try:
         with file.open(encoding="utf-8", newline="") as lines:
             rows = list(csv.DictReader(lines))
@@ -77,6 +80,19 @@ def read_table(file: Path) -> list[Point]:
         raise UserError(f"{file}: has no column {error}; needed: method, bf16_ratio, increase_percent") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: {error}") from None
+
+
+def _read_records(file: Path) -> list[Point]:
+    try:
+        rows = [row for row in parse_json(file.read_text(encoding="utf-8"))["rows"] if "increase_percent" in row]
+        sizes = [row["own_bf16_bytes_per_token"] / row["bf16_bytes_per_token"] for row in rows]
+        return [
+            Point(row["spec"], ratio, float(row["increase_percent"]))
+            for row, ratio in zip(rows, sizes, strict=True)
+            if row["spec"] != "none"
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{file}: cannot be read: {error!r}") from None
 
 
 def read_copying(file: Path, run: str) -> list[Point]:
@@ -95,12 +111,16 @@ def read_copying(file: Path, run: str) -> list[Point]:
 
 def table(points: Sequence[Point], copied: Sequence[Point]) -> str:
     """A Markdown table, the smallest caches last."""
-    share = {point.spec: point.value for point in copied}
     lines = ["| compression | own / x | perplexity |" + (" copied, % |" if copied else "")]
     lines.append("|---|---:|---:|" + ("---:|" if copied else ""))
-    for point in sorted(points, key=lambda p: (p.ratio, p.spec)):
-        line = f"| `{point.spec}` | {point.ratio:.2f} | {point.value:+.2f} % |"
-        lines.append(line + (f" {share[point.spec]:.1f} |" if point.spec in share else " |" if copied else ""))
+    rows = [
+        (p, p, next((c for c in copied if p.spec == c.spec and abs(c.ratio / p.ratio - 1) < 0.1), None)) for p in points
+    ]
+    joined = [c for _, _, c in rows]
+    rows += [(c, None, c) for c in copied if c not in joined and c.spec != "none"]
+    for place, lost, kept in sorted(rows, key=lambda row: (row[0].ratio, row[0].spec)):
+        line = f"| `{place.spec}` | {place.ratio:.2f} | {f'{lost.value:+.2f} %' if lost else ''} |"
+        lines.append(line.replace("|  |", "| |") + ((f" {kept.value:.1f} |" if kept else " |") if copied else ""))
     return "\n".join(lines) + "\n"
 
 
@@ -148,7 +168,7 @@ def parser() -> Parser:
     """The command line's arguments."""
     parser = Parser(prog="python -m experiments.methods_picture", description=__doc__)
     add = parser.add_argument
-    add("tables", nargs="+", type=Path, metavar="TABLE.csv", help="measurements of one model")
+    add("tables", nargs="+", type=Path, metavar="TABLE", help="measurements of one model, .csv or .json")
     add("--copying", type=Path, metavar="RECORDS.json", help="records of the suite copying for a second panel")
     add("--run", default="smollm2", metavar="NAME", help="the run in RECORDS.json (default: %(default)s)")
     add("--title", default="What compressing a cache costs", help="above the picture (default: %(default)s)")

@@ -229,7 +229,7 @@ def test_the_command_prints_the_table_of_runs_and_of_files(runs, compare, capsys
         ("--posthoc * --score lm_eval", "--score lm_eval: names no metric; allowed: lm_eval:TASK/METRIC"),
         ("--posthoc * --baseline x", "--baseline x: not among the rows"),
         ("--posthoc * --set x", "--set x: no model has a perplexity on it"),
-        ("--posthoc * --heatmap ruler", "--heatmap goes with run folders, and without --posthoc"),
+        ("--posthoc * --heatmap ruler", "--heatmap of results, or with --posthoc, needs --out, the folder of the maps"),
     ],
 )
 def test_what_was_not_measured_is_refused(runs, compare, capsys, words, message) -> None:

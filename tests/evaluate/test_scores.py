@@ -177,3 +177,18 @@ def test_a_map_has_a_panel_for_each_run_and_compression(runs, compare, tmp_path,
         assert picture.width > 900
     with (tmp_path / "out" / "heatmap-mqar.csv").open() as lines:
         assert len(list(csv.DictReader(lines))) == len(cells)
+
+
+def test_a_map_of_a_file_of_records_is_that_of_the_run(runs, compare, tmp_path) -> None:
+    records(runs[0], 90.0)
+    measured = (runs[0] / "evaluation" / "mqar").rglob("*.json")
+    found = [
+        json.loads(file.read_text()) | {"run": "mha", "suite": "mqar"} for file in measured if "-step-" not in file.stem
+    ]
+    write(tmp_path / "found.json", {"rows": found})
+    options = ("--heatmap", "mqar")
+    assert compare(runs[0], *options, "--out", tmp_path / "run") == 0
+    assert compare(tmp_path / "found.json", *options, "--out", tmp_path / "file") == 0
+    maps = [(tmp_path / name / "heatmap-mqar.csv").read_text() for name in ("run", "file")]
+    assert sorted(maps[0].splitlines()) == sorted(maps[1].splitlines())
+    assert len(maps[0].splitlines()) > 10

@@ -14,6 +14,9 @@
     group.py         a group of slots that share a basis
     fixed_bases.py   bases of keys and values that are fixed before a prompt is seen
     projecting.py    the base of methods that use them
+    absorb.py        later tokens that join the compressed ones
+    grown.py         codes that later tokens have joined
+    later_rows.py    rows of low-rank factors for later tokens
     eviction.py      slots without the tokens that a method evicts
     votes.py         the attention that cached tokens get from the prompt's queries
     evicting.py      the base of methods that evict tokens

@@ -21,6 +21,7 @@ from cllm.errors import UserError
 from cllm.kernels.lowrank_decode import Table
 from cllm.model.rope import rope_table
 from cllm.plan.plan import KVPlan
+from cllm.posthoc.absorb import absorb
 from cllm.posthoc.code import Prefix
 from cllm.posthoc.compress import Outcome, encode
 from cllm.posthoc.deferred import Deferred
@@ -50,8 +51,6 @@ class CompressedSlot(SlotStore):
 
     def __init__(self, prefix: Prefix, sinks: Slot, room: int | None = None):
         self.prefix, self.dtype = prefix, sinks.k.dtype
-        self.compressed = prefix.sinks.tokens
-        """Tokens of the prefix, sinks and evicted tokens included."""
         size = None if room is None else prefix.sinks.count + room
         self.tail = exact_slot(sinks, prefix.sinks.count, size, window=None, dtype=self.dtype, fp8=False)
         """The sinks and the later tokens; for kernels, the tokens from column S - s on (`sinks.py`)."""
@@ -62,6 +61,22 @@ class CompressedSlot(SlotStore):
         """Whether another slot returns this one's tokens."""
         self.in_pass: Slot | None = None
         """The slot returned in this pass, kept until its end if `is_shared`; otherwise it is freed after its layer."""
+
+    @property
+    def compressed(self) -> int:
+        """Tokens of the prefix, sinks and evicted tokens included."""
+        return self.prefix.sinks.tokens
+
+    def first_later(self, n: int) -> Slot:
+        """The first `n` tokens after the prefix, of a growing slot."""
+        sinks = self.prefix.sinks.count
+        return self.tail.slot.map(lambda t: t[:, sinks : sinks + n])
+
+    def absorb(self, prefix: Prefix) -> None:
+        """Put `prefix`, which ends with the first tokens after the present one, in the place of both."""
+        sinks, joined = self.prefix.sinks.count, prefix.sinks.tokens - self.compressed
+        self.prefix = prefix
+        self.tail.slot = self.tail.slot.map(lambda t: torch.cat((t[:, :sinks], t[:, sinks + joined :]), dim=1))
 
     def extend(self, new: Slot, step: Step) -> Slot:
         exact = self.tail.extend(new, self._tail_step(step))
@@ -163,6 +178,8 @@ class CompressedKVCache(KVCache):
     """The cost of the last compression."""
     seconds = 0.0
     """Spent on all compressions so far."""
+    fitted = 0
+    """Tokens that the method has been fitted to; tokens after them have joined with `every`."""
 
     def __init__(self, cache: KVCache, method: Compressor, *, measure: bool = True, room: int | None = None):
         super().__init__(cache.config, max_len=None if room is None else cache.seen + room)
@@ -183,9 +200,14 @@ class CompressedKVCache(KVCache):
         return cache
 
     def _compress(self, cache: KVCache, method: Compressor) -> None:
-        prefixes, self.outcome = encode(method, compressible_slots(cache), measure=self.measure)
+        cached = compressible_slots(cache)
+        if cache is self:
+            before = {j: store.prefix for j, store in self.stores.items() if isinstance(store, CompressedSlot)}
+            cached = cached.again(before)
+        prefixes, self.outcome = encode(method, cached, measure=self.measure)
         self.seconds += self.outcome.seconds
-        self.compressed, self.sinks = cache.seen, min(method.sinks, cache.seen)
+        self.compressed = self.fitted = cache.seen
+        self.sinks = min(method.sinks, cache.seen)
         self._check_selection({owner: prefix for owner, (prefix, _) in prefixes.items()})
         if self.room is not None and any(prefix.sinks.evicted for prefix, _ in prefixes.values()):
             raise UserError(
@@ -235,8 +257,24 @@ class CompressedKVCache(KVCache):
 
     def finish(self, step: Step) -> None:
         super().finish(step)
-        if self.method.recompress is not None and self.exact_tokens >= self.method.recompress:
-            self._compress(self, self.method)
+        self._compress_later(self.method)
+
+    def _compress_later(self, method: Compressor) -> None:
+        """Compress the tokens since the last compression, if the method's options say that it is time."""
+        again = method.recompress
+        if method.every is not None and method.joins_by_encoding:
+            again = method.every
+        if again is not None and self.seen - self.fitted >= again:
+            self._compress(self, method)
+        while method.every is not None and self.exact_tokens >= method.every:
+            slots = {j: store for j, store in self.stores.items() if isinstance(store, CompressedSlot)}
+            latent = {j for j in slots if not self.plan.owned(j).is_plain}
+            block = {j: store.first_later(method.every) for j, store in slots.items()}
+            prefixes, seconds = absorb(method, {j: store.prefix for j, store in slots.items()}, block, latent)
+            for j, store in slots.items():
+                store.absorb(prefixes[j])
+            self.compressed += method.every
+            self.seconds += seconds
 
     def nbytes(self) -> int:
         """Bytes of all stored tensors; a shared one counts once."""
@@ -264,12 +302,17 @@ def compress_cache(
 
     Raises:
         UserError: for a cache without tokens or without slots to compress, for a `room` below 1 or together with
-            `recompress`, and as the method does.
+            `recompress` or `every`, and as the method does.
     """
     if cache.seen == 0:
         raise UserError(f"{method.name}: the cache is empty; fill it with a prompt first")
     if room is not None and room < 1:
         raise UserError(f"room of a compressed cache is {room}; allowed: 1 or more, or None to let it grow")
+    if room is not None and method.every is not None:
+        raise UserError(
+            f"{method.name}: every={method.every} moves tokens out of their places, which a fixed room of {room} "
+            "tokens cannot; allowed: one of the two"
+        )
     if room is not None and method.recompress is not None:
         raise UserError(
             f"{method.name}: recompress={method.recompress} makes a cache anew, which a fixed room of {room} tokens "

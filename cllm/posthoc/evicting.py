@@ -34,6 +34,7 @@ class Evicting(Codable):
     """A method that keeps the first tokens, the last ones, and those of the highest scores between them."""
 
     evicts: ClassVar[bool] = True
+    joins_by_encoding: ClassVar[bool] = True
 
     tokens: int | None = Field(None, ge=1)
     """Tokens that every KV head of a slot keeps of a prompt, sinks included; give it or `ratio`."""
@@ -98,7 +99,10 @@ class Evicting(Codable):
     # ---- budgets -----------------------------------------------------------------------------------------------------
 
     def _budgets(self, cached: CompressibleSlots, unions: Sequence[Union]) -> list[int]:
-        """How many tokens each union keeps."""
+        """How many tokens each union keeps: with `every` and later tokens, as many as before, or `tokens` if that is
+        more."""
+        if self.every is not None and cached.compressed:
+            return [max(cached.compressed[union[0]], self.tokens or 0) for union in unions]
         length = next(iter(cached.slots.values())).k.shape[1]
         mean = self.tokens if self.ratio is None else self._tokens_of_ratio(cached)
         assert mean is not None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cllm.cache.slot import Slot
 from cllm.errors import UserError
-from cllm.posthoc.code import Rotation
+from cllm.posthoc.code import Prefix, Rotation
 from cllm.posthoc.sinks import Sinks
 
 
@@ -116,6 +116,8 @@ class CompressibleSlots:
     evicted: Mapping[int, int] = field(default_factory=dict)
     """Tokens that a slot no longer has, by owner; absent: none. `eviction.equal_parts` separates slots that differ in
     it: `sinks`, `is_text` and `tensors` are for slots of one length."""
+    compressed: Mapping[int, int] = field(default_factory=dict)
+    """Stored tokens of the compressed prefix of a slot, by owner, if its method compresses it again; absent: none."""
 
     def sinks(self, count: int) -> Sinks:
         """The first `count` tokens of every sequence, or all if there are fewer."""
@@ -131,6 +133,10 @@ class CompressibleSlots:
         """The sum of squares of a slot's tensor, without padding; all slots of one length."""
         tensor = getattr(self.slots[slot], name)
         return squares(tensor, self.is_text(tensor.shape[1]))
+
+    def again(self, before: Mapping[int, Prefix]) -> CompressibleSlots:
+        """The slots of a cache that its method compresses again, with the prefixes so far."""
+        return dataclasses.replace(self, compressed={j: prefix.sinks.length for j, prefix in before.items()})
 
     @property
     def _evicted(self) -> int:

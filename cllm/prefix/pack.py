@@ -156,6 +156,7 @@ def _pack_compression(cache: CompressedKVCache) -> dict[str, Any]:
         "method": describe_method(method),
         "measure": cache.measure,
         "tokens": cache.compressed,
+        "fitted": cache.fitted,
         "sinks": cache.sinks,
         "seconds": cache.seconds,
         "outcome": {
@@ -288,12 +289,12 @@ def _empty_compressed(config: ModelConfig, data: dict[str, Any], max_len: int | 
     errors = {int(slot): found for slot, found in outcome["errors"].items()}
     room = None if max_len is None else max_len - data["tokens"]
     method = _read_method(data["method"])
-    if room is not None and method.recompress is not None:
-        raise UserError(
-            f"{method.name}: recompress={method.recompress} does not go with max_len; allowed: one of the two"
-        )
+    for option, tokens in (("recompress", method.recompress), ("every", method.every)):
+        if room is not None and tokens is not None:
+            raise UserError(f"{method.name}: {option}={tokens} does not go with max_len; allowed: one of the two")
     cache = CompressedKVCache.empty(config, method, measure=data["measure"], max_len=max_len, room=room)
     cache.compressed, cache.sinks, cache.seconds = data["tokens"], data["sinks"], data["seconds"]
+    cache.fitted = data.get("fitted", data["tokens"])  # older files have none
     cache.outcome = Outcome(outcome["seconds"], errors, outcome.get("read_flops", 0))  # older files have none
     return cache
 

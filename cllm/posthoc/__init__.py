@@ -9,6 +9,7 @@
     registry.py      the methods by name, and spec strings such as `xkv:group=4,ratio=4`
     methods/         the methods, one file each
     readers.py       the layers that read a slot, and their queries while a cache is filled
+    later_queries.py the queries of tokens after a compressed prefix
     weighting.py     errors of keys and values, weighted by what they change in attention's output
     lowrank.py       low-rank factors: SVD, and faster iterations
     group.py         a group of slots that share a basis

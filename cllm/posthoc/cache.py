@@ -25,6 +25,7 @@ from cllm.posthoc.absorb import absorb
 from cllm.posthoc.code import Prefix
 from cllm.posthoc.compress import Outcome, encode
 from cllm.posthoc.deferred import Deferred
+from cllm.posthoc.landmarks import check_selection
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.pages import PagedRead
 from cllm.posthoc.slots import CompressibleSlots, JointRead
@@ -208,7 +209,8 @@ class CompressedKVCache(KVCache):
         self.seconds += self.outcome.seconds
         self.compressed = self.fitted = cache.seen
         self.sinks = min(method.sinks, cache.seen)
-        self._check_selection({owner: prefix for owner, (prefix, _) in prefixes.items()})
+        selecting = {owner for owner, (prefix, _) in prefixes.items() if prefix.selects}
+        check_selection(self.method.name, self.plan, selecting)
         if self.room is not None and any(prefix.sinks.evicted for prefix, _ in prefixes.values()):
             raise UserError(
                 f"{self.method.name}: room={self.room}: a static cache finds tokens by their columns, and evicted "
@@ -227,21 +229,6 @@ class CompressedKVCache(KVCache):
             stores[owner] = SharingSlot(shared)
         self.stores = {owner: stores[owner] for owner in cache.stores}
 
-    def _check_selection(self, prefixes: dict[int, Prefix]) -> None:
-        selecting = {owner for owner, prefix in prefixes.items() if prefix.selects}
-        for layer in range(len(self.plan)):
-            sources = self.plan.keys(layer).layers
-            if self.plan.reads_at_once(layer) and selecting & set(sources):
-                raise UserError(
-                    f"{self.method.name}: select: layer {layer} reads several slots, "
-                    f"{self.plan.keys(layer).text(layer)}; allowed: plans whose layers read the keys of one slot"
-                )
-            if len(sources) > 1 and selecting & set(sources):
-                raise UserError(
-                    f"{self.method.name}: select: the keys of layer {layer} are made of the slots {list(sources)}; "
-                    "allowed: plans whose layers read the keys of one slot"
-                )
-
     @property
     def exact_tokens(self) -> int:
         """Tokens since the last compression."""
@@ -249,6 +236,8 @@ class CompressedKVCache(KVCache):
 
     def begin(self, plan: KVPlan, ids: Tensor, starts: Tensor | None, dtype: torch.dtype) -> Step:
         step = super().begin(plan, ids, starts, dtype)
+        if (later := self.method.later) is not None:
+            later.begin()
         if step.length > 1:
             return step
         positions = torch.arange(self.sinks, self.compressed, device=ids.device)
@@ -257,28 +246,38 @@ class CompressedKVCache(KVCache):
 
     def finish(self, step: Step) -> None:
         super().finish(step)
+        if (later := self.method.later) is not None:
+            later.end()
         self._compress_later(self.method)
 
     def _compress_later(self, method: Compressor) -> None:
         """Compress the tokens since the last compression, if the method's options say that it is time."""
-        again = method.recompress
-        if method.every is not None and method.joins_by_encoding:
-            again = method.every
+        again, every = method.encodes_every, method.absorbs_every
         if again is not None and self.seen - self.fitted >= again:
             self._compress(self, method)
-        while method.every is not None and self.exact_tokens >= method.every:
+            if method.later is not None:
+                method.later.forget()
+        while every is not None and self.exact_tokens >= every:
             slots = {j: store for j, store in self.stores.items() if isinstance(store, CompressedSlot)}
             latent = {j for j in slots if not self.plan.owned(j).is_plain}
-            block = {j: store.first_later(method.every) for j, store in slots.items()}
+            block = {j: store.first_later(every) for j, store in slots.items()}
             prefixes, seconds = absorb(method, {j: store.prefix for j, store in slots.items()}, block, latent)
             for j, store in slots.items():
                 store.absorb(prefixes[j])
-            self.compressed += method.every
+            self.compressed += every
             self.seconds += seconds
 
     def nbytes(self) -> int:
         """Bytes of all stored tensors; a shared one counts once."""
-        return total_bytes([tensor for store in self.stores.values() for tensor in store.tensors().values()])
+        later = [] if self.method.later is None else self.method.later.tensors()
+        return total_bytes([*(t for store in self.stores.values() for t in store.tensors().values()), *later])
+
+    def crop(self, max_length: int) -> None:
+        """As in `KVCache`, down to the compressed tokens."""
+        before = self.seen
+        super().crop(max_length)
+        if self.method.later is not None:
+            self.method.later.crop(before - self.seen)
 
     def reset(self) -> None:
         """Not supported: raises `UserError`."""
@@ -286,6 +285,8 @@ class CompressedKVCache(KVCache):
 
     def _rearrange(self, change: Callable[[Tensor], Tensor], batch: int) -> None:
         super()._rearrange(once_each(change), batch)
+        if self.method.later is not None:
+            self.method.later.replace(change)
 
 
 def compress_cache(

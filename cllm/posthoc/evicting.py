@@ -8,6 +8,7 @@ Shapes: B batch, n tokens of a slot, m of them kept, G KV heads.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from cllm.errors import UserError
 from cllm.posthoc.budget import check_all_sinks, largest
 from cllm.posthoc.code import Codes
 from cllm.posthoc.eviction import best_entries
+from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.method import Codable, Engine
 from cllm.posthoc.readers import RecordedQueries, SlotReader, not_recorded
 from cllm.posthoc.slots import CompressibleSlots, SlotTensors
@@ -183,6 +185,7 @@ class Voting(Evicting):
 
     _queries: RecordedQueries = PrivateAttr(default_factory=RecordedQueries)
     _readers: dict[int, list[SlotReader]] = PrivateAttr(default_factory=dict)
+    _later: LaterQueries | None = PrivateAttr(None)
 
     @property
     @abstractmethod
@@ -203,19 +206,31 @@ class Voting(Evicting):
     def release(self) -> None:
         self._queries, self._readers = RecordedQueries(self.observed, self.name), {}
 
+    def released(self) -> Self:
+        copy = super().released()
+        copy._later = None if self.every is None else LaterQueries(self._readers, self.observed)
+        return copy
+
+    @property
+    def later(self) -> LaterQueries | None:
+        return self._later
+
     def votes(self, cached: CompressibleSlots, union: Union, *, entropy: bool = False) -> list[Votes]:
         """Of all layers that read slots of `union`; with `entropy`, that too."""
-        if cached.evicted:
+        queries, readers = self._queries, self._readers
+        if self._later is not None:
+            queries, readers = self._later, self._later.readers
+        elif cached.evicted:
             raise UserError(
                 f"{self.name}: tokens of the cache were evicted before, for which no query can vote; allowed: an exact "
                 "cache"
             )
-        layers = sorted({reader.layer for slot in union for reader in self._readers.get(slot, ())})
+        layers = sorted({reader.layer for slot in union for reader in readers.get(slot, ())})
         if not layers:
             raise UserError(not_recorded(self.name))
-        return [
-            layer_votes(cached, self._readers, self._queries, layer, self.name, entropy=entropy) for layer in layers
-        ]
+        evicted = {slot: cached.evicted[slot] for slot in union if slot in cached.evicted}
+        read = dataclasses.replace(cached, slots={slot: cached.slots[slot] for slot in union}, evicted=evicted)
+        return [layer_votes(read, readers, queries, layer, self.name, entropy=entropy) for layer in layers]
 
     def received(self, cached: CompressibleSlots, union: Union) -> Tensor:
         """(B, G, n) fp32: the attention that tokens get, summed over queries, layers, and the heads of a KV head."""

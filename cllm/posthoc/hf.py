@@ -169,6 +169,11 @@ class CompressedDynamicCache(Cache):
             cached = cached.again(before)
         prefixes, self.outcome = encode(method, cached, measure=self.measure)
         self.seconds += self.outcome.seconds
+        if self.method.later is not None:
+            raise UserError(
+                f"{self.method.name}: every={self.method.every}: transformers caches do not see the queries of later "
+                "tokens, which vote; allowed: caches of cllm models"
+            )
         if any(prefix.selects for prefix, _ in prefixes.values()):
             raise UserError(
                 f"{self.method.name}: select: transformers' attention reads all tokens; allowed: caches of cllm models"
@@ -196,14 +201,12 @@ class CompressedDynamicCache(Cache):
 
     def _compress_later(self, method: Compressor) -> None:
         """Compress the tokens since the last compression, if the method's options say that it is time."""
-        first, again = self._compressed_layers[0], method.recompress
-        if method.every is not None and method.joins_by_encoding:
-            again = method.every
+        first, again, every = self._compressed_layers[0], method.encodes_every, method.absorbs_every
         if again is not None and first.get_seq_length() - self._fitted >= again:
             self._compress(self, method)
-        while method.every is not None and self._compressed_layers[0].later_tokens >= method.every:
+        while every is not None and self._compressed_layers[0].later_tokens >= every:
             layers = {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, CompressedLayer)}
-            block = {i: layer.first_later(method.every) for i, layer in layers.items()}
+            block = {i: layer.first_later(every) for i, layer in layers.items()}
             prefixes, seconds = absorb(method, {i: of.prefix for i, of in layers.items()}, block, self._latent)
             for i, layer in layers.items():
                 layer.absorb(prefixes[i])

@@ -19,6 +19,7 @@ from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes, Exact
 from cllm.posthoc.grown import Joiner, join_all
 from cllm.posthoc.landmarks import Landmarks
+from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.readers import SlotReader
 from cllm.posthoc.slots import CompressibleSlots, SlotTensors
 from cllm.section import Section
@@ -166,6 +167,11 @@ class Compressor(Section):
         k_blocks, v_blocks = self.encode(keys, values)
         return join_all(codes[0], k_blocks), join_all(codes[1], v_blocks)
 
+    @property
+    def later(self) -> LaterQueries | None:
+        """Of the copy in a compressed cache: the queries that it records in later passes; None: none are needed."""
+        return None
+
     def kept(self, cached: CompressibleSlots) -> Mapping[int, Tensor]:
         """The tokens that are not evicted: of a slot, indices (B, G or 1, m) int64, ascending, sinks included.
 
@@ -189,6 +195,16 @@ class Compressor(Section):
     def selects_tokens(self) -> bool:
         """Whether a decode step reads only some tokens, and longer passes all: only decode steps show the loss."""
         return False
+
+    @property
+    def encodes_every(self) -> int | None:
+        """The number of later tokens after which the entire cache is encoded again; None: it is not."""
+        return self.every if self.every is not None and self.joins_by_encoding else self.recompress
+
+    @property
+    def absorbs_every(self) -> int | None:
+        """The number of later tokens that join by `absorb`; None: none do."""
+        return None if self.joins_by_encoding else self.every
 
     @property
     def pass_size(self) -> int | None:

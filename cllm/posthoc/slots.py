@@ -122,7 +122,7 @@ class CompressibleSlots:
     def sinks(self, count: int) -> Sinks:
         """The first `count` tokens of every sequence, or all if there are fewer."""
         length = next(iter(self.slots.values())).k.shape[1]
-        return Sinks(min(count, length), length, self.starts, self._evicted)
+        return Sinks(min(count, length), length, self.starts, self.first_column)
 
     def only(self, slot: int) -> CompressibleSlots:
         """That slot alone, with the bytes of the entire cache."""
@@ -139,7 +139,8 @@ class CompressibleSlots:
         return dataclasses.replace(self, compressed={j: prefix.sinks.length for j, prefix in before.items()})
 
     @property
-    def _evicted(self) -> int:
+    def first_column(self) -> int:
+        """Tokens that slots of one length no longer have."""
         return self.evicted.get(next(iter(self.slots)), 0)
 
     def rotation(self, slot: int, sinks: Sinks | None = None) -> Rotation:
@@ -152,7 +153,7 @@ class CompressibleSlots:
         because sinks come after the padding."""
         if self.starts is None:
             return None
-        return torch.arange(length, device=self.starts.device) >= self.starts[:, None] - self._evicted
+        return torch.arange(length, device=self.starts.device) >= self.starts[:, None] - self.first_column
 
     def tensors(self, *, before_rope: bool, sinks: Sinks | None = None) -> list[tuple[SlotTensors, SlotTensors | None]]:
         """Keys and values of the ordinary slots, then latents (with None for values) of the latent ones; without

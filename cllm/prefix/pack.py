@@ -151,6 +151,11 @@ def _pack_compression(cache: CompressedKVCache) -> dict[str, Any]:
             f"{method.name}: recompress={method.recompress} needs what the method was calibrated to, which no file "
             "holds; allowed: null"
         )
+    if method.later is not None:
+        raise UserError(
+            f"{method.name}: every={method.every} records the queries of later tokens, for which a stored prefix has "
+            "no model; allowed: null"
+        )
     errors = {str(slot): found for slot, found in cache.outcome.errors.items()}
     return {
         "method": describe_method(method),

@@ -26,6 +26,7 @@ from cllm.posthoc.code import Prefix
 from cllm.posthoc.compress import Outcome, encode
 from cllm.posthoc.deferred import Deferred
 from cllm.posthoc.landmarks import check_selection
+from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.pages import PagedRead
 from cllm.posthoc.slots import CompressibleSlots, JointRead
@@ -179,6 +180,8 @@ class CompressedKVCache(KVCache):
     """The cost of the last compression."""
     seconds = 0.0
     """Spent on all compressions so far."""
+    later: LaterQueries | None = None
+    """The queries of later tokens, if the method needs them."""
     fitted = 0
     """Tokens that the method has been fitted to; tokens after them have joined with `every`."""
 
@@ -186,6 +189,7 @@ class CompressedKVCache(KVCache):
         super().__init__(cache.config, max_len=None if room is None else cache.seen + room)
         assert cache.column is not None
         self.method, self.measure, self.room = method.released(), measure, room
+        self.later = method.later_queries()
         self.batch, self.seen, self.column = cache.batch, cache.seen, cache.column.clone()
         self.starts = None if cache.starts is None else cache.starts.clone()
         self._compress(cache, method)
@@ -204,7 +208,7 @@ class CompressedKVCache(KVCache):
         cached = compressible_slots(cache)
         if cache is self:
             before = {j: store.prefix for j, store in self.stores.items() if isinstance(store, CompressedSlot)}
-            cached = cached.again(before)
+            cached = cached.again(before, self.later)
         prefixes, self.outcome = encode(method, cached, measure=self.measure)
         self.seconds += self.outcome.seconds
         self.compressed = self.fitted = cache.seen
@@ -236,8 +240,8 @@ class CompressedKVCache(KVCache):
 
     def begin(self, plan: KVPlan, ids: Tensor, starts: Tensor | None, dtype: torch.dtype) -> Step:
         step = super().begin(plan, ids, starts, dtype)
-        if (later := self.method.later) is not None:
-            later.begin()
+        if self.later is not None:
+            self.later.begin()
         if step.length > 1:
             return step
         positions = torch.arange(self.sinks, self.compressed, device=ids.device)
@@ -246,8 +250,8 @@ class CompressedKVCache(KVCache):
 
     def finish(self, step: Step) -> None:
         super().finish(step)
-        if (later := self.method.later) is not None:
-            later.end()
+        if self.later is not None:
+            self.later.end()
         self._compress_later(self.method)
 
     def _compress_later(self, method: Compressor) -> None:
@@ -255,8 +259,8 @@ class CompressedKVCache(KVCache):
         again, every = method.encodes_every, method.absorbs_every
         if again is not None and self.seen - self.fitted >= again:
             self._compress(self, method)
-            if method.later is not None:
-                method.later.forget()
+            if self.later is not None:
+                self.later.forget()
         while every is not None and self.exact_tokens >= every:
             slots = {j: store for j, store in self.stores.items() if isinstance(store, CompressedSlot)}
             latent = {j for j in slots if not self.plan.owned(j).is_plain}
@@ -269,15 +273,15 @@ class CompressedKVCache(KVCache):
 
     def nbytes(self) -> int:
         """Bytes of all stored tensors; a shared one counts once."""
-        later = [] if self.method.later is None else self.method.later.tensors()
+        later = [] if self.later is None else self.later.tensors()
         return total_bytes([*(t for store in self.stores.values() for t in store.tensors().values()), *later])
 
     def crop(self, max_length: int) -> None:
         """As in `KVCache`, down to the compressed tokens."""
         before = self.seen
         super().crop(max_length)
-        if self.method.later is not None:
-            self.method.later.crop(before - self.seen)
+        if self.later is not None:
+            self.later.crop(before - self.seen)
 
     def reset(self) -> None:
         """Not supported: raises `UserError`."""
@@ -285,8 +289,8 @@ class CompressedKVCache(KVCache):
 
     def _rearrange(self, change: Callable[[Tensor], Tensor], batch: int) -> None:
         super()._rearrange(once_each(change), batch)
-        if self.method.later is not None:
-            self.method.later.replace(change)
+        if self.later is not None:
+            self.later.replace(change)
 
 
 def compress_cache(

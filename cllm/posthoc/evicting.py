@@ -185,7 +185,6 @@ class Voting(Evicting):
 
     _queries: RecordedQueries = PrivateAttr(default_factory=RecordedQueries)
     _readers: dict[int, list[SlotReader]] = PrivateAttr(default_factory=dict)
-    _later: LaterQueries | None = PrivateAttr(None)
 
     @property
     @abstractmethod
@@ -206,20 +205,15 @@ class Voting(Evicting):
     def release(self) -> None:
         self._queries, self._readers = RecordedQueries(self.observed, self.name), {}
 
-    def released(self) -> Self:
-        copy = super().released()
-        copy._later = None if self.every is None else LaterQueries(self._readers, self.observed)
-        return copy
-
-    @property
-    def later(self) -> LaterQueries | None:
-        return self._later
+    def later_queries(self) -> LaterQueries | None:
+        return None if self.every is None else LaterQueries(self._readers, self.observed)
 
     def votes(self, cached: CompressibleSlots, union: Union, *, entropy: bool = False) -> list[Votes]:
         """Of all layers that read slots of `union`; with `entropy`, that too."""
-        queries, readers = self._queries, self._readers
-        if self._later is not None:
-            queries, readers = self._later, self._later.readers
+        queries: RecordedQueries | LaterQueries = self._queries
+        readers: Mapping[int, Sequence[SlotReader]] = self._readers
+        if cached.later is not None:
+            queries, readers = cached.later, cached.later.readers
         elif cached.evicted:
             raise UserError(
                 f"{self.name}: tokens of the cache were evicted before, for which no query can vote; allowed: an exact "

@@ -166,10 +166,10 @@ class CompressedDynamicCache(Cache):
         self._latent = cached.latent
         if cache is self:
             before = {i: layer.prefix for i, layer in enumerate(self.layers) if isinstance(layer, CompressedLayer)}
-            cached = cached.again(before)
+            cached = cached.again(before, None)
         prefixes, self.outcome = encode(method, cached, measure=self.measure)
         self.seconds += self.outcome.seconds
-        if self.method.later is not None:
+        if method.later_queries() is not None:
             raise UserError(
                 f"{self.method.name}: every={self.method.every}: transformers caches do not see the queries of later "
                 "tokens, which vote; allowed: caches of cllm models"

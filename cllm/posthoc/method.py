@@ -167,9 +167,8 @@ class Compressor(Section):
         k_blocks, v_blocks = self.encode(keys, values)
         return join_all(codes[0], k_blocks), join_all(codes[1], v_blocks)
 
-    @property
-    def later(self) -> LaterQueries | None:
-        """Of the copy in a compressed cache: the queries that it records in later passes; None: none are needed."""
+    def later_queries(self) -> LaterQueries | None:
+        """A recorder of the queries of later tokens, for a compressed cache to keep; None: the method needs none."""
         return None
 
     def kept(self, cached: CompressibleSlots) -> Mapping[int, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from cllm.cache.slot import Slot
 from cllm.errors import UserError
 from cllm.posthoc.code import Prefix, Rotation
+from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.sinks import Sinks
 
 
@@ -118,6 +119,8 @@ class CompressibleSlots:
     it: `sinks`, `is_text` and `tensors` are for slots of one length."""
     compressed: Mapping[int, int] = field(default_factory=dict)
     """Stored tokens of the compressed prefix of a slot, by owner, if its method compresses it again; absent: none."""
+    later: LaterQueries | None = None
+    """The queries of later tokens, if the method that compresses again records them."""
 
     def sinks(self, count: int) -> Sinks:
         """The first `count` tokens of every sequence, or all if there are fewer."""
@@ -134,9 +137,11 @@ class CompressibleSlots:
         tensor = getattr(self.slots[slot], name)
         return squares(tensor, self.is_text(tensor.shape[1]))
 
-    def again(self, before: Mapping[int, Prefix]) -> CompressibleSlots:
-        """The slots of a cache that its method compresses again, with the prefixes so far."""
-        return dataclasses.replace(self, compressed={j: prefix.sinks.length for j, prefix in before.items()})
+    def again(self, before: Mapping[int, Prefix], later: LaterQueries | None) -> CompressibleSlots:
+        """The slots of a cache that its method compresses again, with the prefixes so far, and the queries of later
+        tokens if it records them."""
+        compressed = {j: prefix.sinks.length for j, prefix in before.items()}
+        return dataclasses.replace(self, compressed=compressed, later=later)
 
     @property
     def first_column(self) -> int:

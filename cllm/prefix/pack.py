@@ -151,7 +151,7 @@ def _pack_compression(cache: CompressedKVCache) -> dict[str, Any]:
             f"{method.name}: recompress={method.recompress} needs what the method was calibrated to, which no file "
             "holds; allowed: null"
         )
-    if method.later is not None:
+    if cache.later is not None:
         raise UserError(
             f"{method.name}: every={method.every} records the queries of later tokens, for which a stored prefix has "
             "no model; allowed: null"

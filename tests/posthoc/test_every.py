@@ -349,7 +349,7 @@ def test_later_queries_vote_again(kind, name, design, tokens, exact):
             for g, stored in enumerate(kept):
                 torch.testing.assert_close(found[row, :, g], k[row, stored, g])
     assert sizes[5::2] == [sizes[5]] * len(sizes[5::2]), "the budget is one of tokens"
-    recorded = sum(t.nbytes for t in compressed.method.later.tensors())
+    recorded = sum(t.nbytes for t in compressed.later.tensors())
     per_token = 4 * sum(queries[i][0].shape[2] for i in queries)
     assert recorded == (2 * window * per_token if kind == "snapkv" else 0)
     stored = sum(sum(t.nbytes for t in store.tensors().values()) for store in compressed.stores.values())

@@ -219,7 +219,7 @@ def _score(
         tally.errors.append(compressed.outcome.errors)
         tally.read_flops += compressed.outcome.read_flops
         tally.bf16_nbytes += _bf16_nbytes(engine, compressed, narrow)
-        _read(engine, compressed, tokens, prefix, tally, chunk=1 if method.selects_tokens else method.recompress)
+        _read(engine, compressed, tokens, prefix, tally, chunk=method.pass_size)
         tally.seconds.append(compressed.seconds)  # repeated compressions included
     if generate:
         first = tokens[:, prefix : prefix + 1]

@@ -9,11 +9,15 @@
     registry.py      the methods by name, and spec strings such as `xkv:group=4,ratio=4`
     methods/         the methods, one file each
     readers.py       the layers that read a slot, and their queries while a cache is filled
+    later_queries.py the queries of tokens after a compressed prefix
     weighting.py     errors of keys and values, weighted by what they change in attention's output
     lowrank.py       low-rank factors: SVD, and faster iterations
     group.py         a group of slots that share a basis
     fixed_bases.py   bases of keys and values that are fixed before a prompt is seen
     projecting.py    the base of methods that use them
+    absorb.py        later tokens that join the compressed ones
+    grown.py         codes that later tokens have joined
+    later_rows.py    rows of low-rank factors for later tokens
     eviction.py      slots without the tokens that a method evicts
     votes.py         the attention that cached tokens get from the prompt's queries
     evicting.py      the base of methods that evict tokens

@@ -21,9 +21,12 @@ from cllm.errors import UserError
 from cllm.kernels.lowrank_decode import Table
 from cllm.model.rope import rope_table
 from cllm.plan.plan import KVPlan
+from cllm.posthoc.absorb import absorb
 from cllm.posthoc.code import Prefix
 from cllm.posthoc.compress import Outcome, encode
 from cllm.posthoc.deferred import Deferred
+from cllm.posthoc.landmarks import check_selection
+from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.pages import PagedRead
 from cllm.posthoc.slots import CompressibleSlots, JointRead
@@ -50,8 +53,6 @@ class CompressedSlot(SlotStore):
 
     def __init__(self, prefix: Prefix, sinks: Slot, room: int | None = None):
         self.prefix, self.dtype = prefix, sinks.k.dtype
-        self.compressed = prefix.sinks.tokens
-        """Tokens of the prefix, sinks and evicted tokens included."""
         size = None if room is None else prefix.sinks.count + room
         self.tail = exact_slot(sinks, prefix.sinks.count, size, window=None, dtype=self.dtype, fp8=False)
         """The sinks and the later tokens; for kernels, the tokens from column S - s on (`sinks.py`)."""
@@ -62,6 +63,22 @@ class CompressedSlot(SlotStore):
         """Whether another slot returns this one's tokens."""
         self.in_pass: Slot | None = None
         """The slot returned in this pass, kept until its end if `is_shared`; otherwise it is freed after its layer."""
+
+    @property
+    def compressed(self) -> int:
+        """Tokens of the prefix, sinks and evicted tokens included."""
+        return self.prefix.sinks.tokens
+
+    def first_later(self, n: int) -> Slot:
+        """The first `n` tokens after the prefix, of a growing slot."""
+        sinks = self.prefix.sinks.count
+        return self.tail.slot.map(lambda t: t[:, sinks : sinks + n])
+
+    def absorb(self, prefix: Prefix) -> None:
+        """Put `prefix`, which ends with the first tokens after the present one, in the place of both."""
+        sinks, joined = self.prefix.sinks.count, prefix.sinks.tokens - self.compressed
+        self.prefix = prefix
+        self.tail.slot = self.tail.slot.map(lambda t: torch.cat((t[:, :sinks], t[:, sinks + joined :]), dim=1))
 
     def extend(self, new: Slot, step: Step) -> Slot:
         exact = self.tail.extend(new, self._tail_step(step))
@@ -163,11 +180,16 @@ class CompressedKVCache(KVCache):
     """The cost of the last compression."""
     seconds = 0.0
     """Spent on all compressions so far."""
+    later: LaterQueries | None = None
+    """The queries of later tokens, if the method needs them."""
+    fitted = 0
+    """Tokens that the method has been fitted to; tokens after them have joined with `every`."""
 
     def __init__(self, cache: KVCache, method: Compressor, *, measure: bool = True, room: int | None = None):
         super().__init__(cache.config, max_len=None if room is None else cache.seen + room)
         assert cache.column is not None
         self.method, self.measure, self.room = method.released(), measure, room
+        self.later = method.later_queries()
         self.batch, self.seen, self.column = cache.batch, cache.seen, cache.column.clone()
         self.starts = None if cache.starts is None else cache.starts.clone()
         self._compress(cache, method)
@@ -183,10 +205,16 @@ class CompressedKVCache(KVCache):
         return cache
 
     def _compress(self, cache: KVCache, method: Compressor) -> None:
-        prefixes, self.outcome = encode(method, compressible_slots(cache), measure=self.measure)
+        cached = compressible_slots(cache)
+        if cache is self:
+            before = {j: store.prefix for j, store in self.stores.items() if isinstance(store, CompressedSlot)}
+            cached = cached.again(before, self.later)
+        prefixes, self.outcome = encode(method, cached, measure=self.measure)
         self.seconds += self.outcome.seconds
-        self.compressed, self.sinks = cache.seen, min(method.sinks, cache.seen)
-        self._check_selection({owner: prefix for owner, (prefix, _) in prefixes.items()})
+        self.compressed = self.fitted = cache.seen
+        self.sinks = min(method.sinks, cache.seen)
+        selecting = {owner for owner, (prefix, _) in prefixes.items() if prefix.selects}
+        check_selection(self.method.name, self.plan, selecting)
         if self.room is not None and any(prefix.sinks.evicted for prefix, _ in prefixes.values()):
             raise UserError(
                 f"{self.method.name}: room={self.room}: a static cache finds tokens by their columns, and evicted "
@@ -205,21 +233,6 @@ class CompressedKVCache(KVCache):
             stores[owner] = SharingSlot(shared)
         self.stores = {owner: stores[owner] for owner in cache.stores}
 
-    def _check_selection(self, prefixes: dict[int, Prefix]) -> None:
-        selecting = {owner for owner, prefix in prefixes.items() if prefix.selects}
-        for layer in range(len(self.plan)):
-            sources = self.plan.keys(layer).layers
-            if self.plan.reads_at_once(layer) and selecting & set(sources):
-                raise UserError(
-                    f"{self.method.name}: select: layer {layer} reads several slots, "
-                    f"{self.plan.keys(layer).text(layer)}; allowed: plans whose layers read the keys of one slot"
-                )
-            if len(sources) > 1 and selecting & set(sources):
-                raise UserError(
-                    f"{self.method.name}: select: the keys of layer {layer} are made of the slots {list(sources)}; "
-                    "allowed: plans whose layers read the keys of one slot"
-                )
-
     @property
     def exact_tokens(self) -> int:
         """Tokens since the last compression."""
@@ -227,6 +240,8 @@ class CompressedKVCache(KVCache):
 
     def begin(self, plan: KVPlan, ids: Tensor, starts: Tensor | None, dtype: torch.dtype) -> Step:
         step = super().begin(plan, ids, starts, dtype)
+        if self.later is not None:
+            self.later.begin()
         if step.length > 1:
             return step
         positions = torch.arange(self.sinks, self.compressed, device=ids.device)
@@ -235,12 +250,38 @@ class CompressedKVCache(KVCache):
 
     def finish(self, step: Step) -> None:
         super().finish(step)
-        if self.method.recompress is not None and self.exact_tokens >= self.method.recompress:
-            self._compress(self, self.method)
+        if self.later is not None:
+            self.later.end()
+        self._compress_later(self.method)
+
+    def _compress_later(self, method: Compressor) -> None:
+        """Compress the tokens since the last compression, if the method's options say that it is time."""
+        again, every = method.encodes_every, method.absorbs_every
+        if again is not None and self.seen - self.fitted >= again:
+            self._compress(self, method)
+            if self.later is not None:
+                self.later.forget()
+        while every is not None and self.exact_tokens >= every:
+            slots = {j: store for j, store in self.stores.items() if isinstance(store, CompressedSlot)}
+            latent = {j for j in slots if not self.plan.owned(j).is_plain}
+            block = {j: store.first_later(every) for j, store in slots.items()}
+            prefixes, seconds = absorb(method, {j: store.prefix for j, store in slots.items()}, block, latent)
+            for j, store in slots.items():
+                store.absorb(prefixes[j])
+            self.compressed += every
+            self.seconds += seconds
 
     def nbytes(self) -> int:
         """Bytes of all stored tensors; a shared one counts once."""
-        return total_bytes([tensor for store in self.stores.values() for tensor in store.tensors().values()])
+        later = [] if self.later is None else self.later.tensors()
+        return total_bytes([*(t for store in self.stores.values() for t in store.tensors().values()), *later])
+
+    def crop(self, max_length: int) -> None:
+        """As in `KVCache`, down to the compressed tokens."""
+        before = self.seen
+        super().crop(max_length)
+        if self.later is not None:
+            self.later.crop(before - self.seen)
 
     def reset(self) -> None:
         """Not supported: raises `UserError`."""
@@ -248,6 +289,8 @@ class CompressedKVCache(KVCache):
 
     def _rearrange(self, change: Callable[[Tensor], Tensor], batch: int) -> None:
         super()._rearrange(once_each(change), batch)
+        if self.later is not None:
+            self.later.replace(change)
 
 
 def compress_cache(
@@ -264,12 +307,17 @@ def compress_cache(
 
     Raises:
         UserError: for a cache without tokens or without slots to compress, for a `room` below 1 or together with
-            `recompress`, and as the method does.
+            `recompress` or `every`, and as the method does.
     """
     if cache.seen == 0:
         raise UserError(f"{method.name}: the cache is empty; fill it with a prompt first")
     if room is not None and room < 1:
         raise UserError(f"room of a compressed cache is {room}; allowed: 1 or more, or None to let it grow")
+    if room is not None and method.every is not None:
+        raise UserError(
+            f"{method.name}: every={method.every} moves tokens out of their places, which a fixed room of {room} "
+            "tokens cannot; allowed: one of the two"
+        )
     if room is not None and method.recompress is not None:
         raise UserError(
             f"{method.name}: recompress={method.recompress} makes a cache anew, which a fixed room of {room} tokens "

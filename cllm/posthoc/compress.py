@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cllm.cache.slot import Slot
 from cllm.errors import UserError
+from cllm.posthoc.absorb import check_can_absorb
 from cllm.posthoc.code import Code, Codes, Exact, Prefix
 from cllm.posthoc.eviction import equal_parts, evict
 from cllm.posthoc.method import Compressor
@@ -71,6 +72,7 @@ def _encode_part(method: Compressor, cached: CompressibleSlots) -> dict[int, tup
     shares, sinks = method.shares(), cached.sinks(method.sinks)
     if not sinks.rest:
         method.check_all_sinks(sinks.length)
+        check_can_absorb(method, sinks.length)
         log.info("%s: all %d tokens are sinks and stored as they are", method.name, sinks.length)
     for keys, values in cached.tensors(before_rope=method.keys_before_rope, sinks=sinks):
         k_codes: Codes = [None] * len(keys.slots)

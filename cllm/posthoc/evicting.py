@@ -8,6 +8,7 @@ Shapes: B batch, n tokens of a slot, m of them kept, G KV heads.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from cllm.errors import UserError
 from cllm.posthoc.budget import check_all_sinks, largest
 from cllm.posthoc.code import Codes
 from cllm.posthoc.eviction import best_entries
+from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.method import Codable, Engine
 from cllm.posthoc.readers import RecordedQueries, SlotReader, not_recorded
 from cllm.posthoc.slots import CompressibleSlots, SlotTensors
@@ -34,6 +36,7 @@ class Evicting(Codable):
     """A method that keeps the first tokens, the last ones, and those of the highest scores between them."""
 
     evicts: ClassVar[bool] = True
+    joins_by_encoding: ClassVar[bool] = True
 
     tokens: int | None = Field(None, ge=1)
     """Tokens that every KV head of a slot keeps of a prompt, sinks included; give it or `ratio`."""
@@ -98,7 +101,10 @@ class Evicting(Codable):
     # ---- budgets -----------------------------------------------------------------------------------------------------
 
     def _budgets(self, cached: CompressibleSlots, unions: Sequence[Union]) -> list[int]:
-        """How many tokens each union keeps."""
+        """How many tokens each union keeps: with `every` and later tokens, as many as before, or `tokens` if that is
+        more."""
+        if self.every is not None and cached.compressed:
+            return [max(cached.compressed[union[0]], self.tokens or 0) for union in unions]
         length = next(iter(cached.slots.values())).k.shape[1]
         mean = self.tokens if self.ratio is None else self._tokens_of_ratio(cached)
         assert mean is not None
@@ -199,19 +205,26 @@ class Voting(Evicting):
     def release(self) -> None:
         self._queries, self._readers = RecordedQueries(self.observed, self.name), {}
 
+    def later_queries(self) -> LaterQueries | None:
+        return None if self.every is None else LaterQueries(self._readers, self.observed)
+
     def votes(self, cached: CompressibleSlots, union: Union, *, entropy: bool = False) -> list[Votes]:
         """Of all layers that read slots of `union`; with `entropy`, that too."""
-        if cached.evicted:
+        queries: RecordedQueries | LaterQueries = self._queries
+        readers: Mapping[int, Sequence[SlotReader]] = self._readers
+        if cached.later is not None:
+            queries, readers = cached.later, cached.later.readers
+        elif cached.evicted:
             raise UserError(
                 f"{self.name}: tokens of the cache were evicted before, for which no query can vote; allowed: an exact "
                 "cache"
             )
-        layers = sorted({reader.layer for slot in union for reader in self._readers.get(slot, ())})
+        layers = sorted({reader.layer for slot in union for reader in readers.get(slot, ())})
         if not layers:
             raise UserError(not_recorded(self.name))
-        return [
-            layer_votes(cached, self._readers, self._queries, layer, self.name, entropy=entropy) for layer in layers
-        ]
+        evicted = {slot: cached.evicted[slot] for slot in union if slot in cached.evicted}
+        read = dataclasses.replace(cached, slots={slot: cached.slots[slot] for slot in union}, evicted=evicted)
+        return [layer_votes(read, readers, queries, layer, self.name, entropy=entropy) for layer in layers]
 
     def received(self, cached: CompressibleSlots, union: Union) -> Tensor:
         """(B, G, n) fp32: the attention that tokens get, summed over queries, layers, and the heads of a KV head."""

@@ -37,6 +37,10 @@ class Basis:
         self.matrix, self.bias = matrix, bias
         """(width, r) and (width,) in the cache's dtype."""
 
+    def project(self, rows: Tensor) -> Tensor:
+        """(y - b) U (B, n, r) of rows y (B, n, width) fp32."""
+        return (rows if self.bias is None else rows - self.bias.float()) @ self.matrix.float()
+
     @property
     def nbytes(self) -> int:
         return self.matrix.nbytes + (0 if self.bias is None else self.bias.nbytes)

@@ -42,3 +42,8 @@ def alike(
         key = (group.tensors.kind, shapes, rank) if batched else i
         found.setdefault(key, ([], rank))[0].append(group)
     return list(found.values())
+
+
+def group_sizes(tensors: SlotTensors, groups: list[list[int]]) -> list[tuple[int, int]]:
+    """(layers, width) of each group."""
+    return [(len(group), tensors.data[group[0]].flatten(2).shape[2]) for group in groups]

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from cllm.cache.slot import Slot
 from cllm.errors import UserError
+from cllm.posthoc.absorb import absorb
 from cllm.posthoc.code import Prefix
 from cllm.posthoc.compress import Outcome, encode
 from cllm.posthoc.method import Compressor
@@ -39,8 +40,6 @@ class CompressedLayer(DynamicLayer):
     def __init__(self, prefix: Prefix, sinks: Slot):
         super().__init__()
         self.prefix = prefix
-        self.compressed = prefix.sinks.tokens
-        """Tokens of the prefix, sinks and evicted tokens included."""
         self.lazy_initialization(sinks.k, sinks.v)
         self.keys, self.values = _transposed(sinks.k).contiguous(), _transposed(sinks.v).contiguous()
         self.is_shared = False
@@ -61,6 +60,24 @@ class CompressedLayer(DynamicLayer):
         """(B, G, n, D) keys and values of all tokens."""
         read = self.prefix.join(Slot(_transposed(self.keys), _transposed(self.values)))
         return _transposed(read.k), _transposed(read.v)
+
+    @property
+    def compressed(self) -> int:
+        """Tokens of the prefix, sinks and evicted tokens included."""
+        return self.prefix.sinks.tokens
+
+    def first_later(self, n: int) -> Slot:
+        """The first `n` tokens after the prefix, (B, n, G, D) each."""
+        sinks = self.prefix.sinks.count
+        return Slot(*(_transposed(t[..., sinks : sinks + n, :]) for t in (self.keys, self.values)))
+
+    def absorb(self, prefix: Prefix) -> None:
+        """Put `prefix`, which ends with the first tokens after the present one, in the place of both."""
+        sinks, joined = self.prefix.sinks.count, prefix.sinks.tokens - self.compressed
+        self.prefix = prefix
+        self.keys, self.values = (
+            torch.cat((t[..., :sinks, :], t[..., sinks + joined :, :]), dim=-2) for t in (self.keys, self.values)
+        )
 
     def get_seq_length(self) -> int:
         return self.compressed + self.later_tokens
@@ -145,10 +162,18 @@ class CompressedDynamicCache(Cache):
         self._compress(cache, method)
 
     def _compress(self, cache: Cache, method: Compressor) -> None:
-        prefixes, self.outcome = encode(
-            method, compressible_layers(cache, self.model, self.starts), measure=self.measure
-        )
+        cached = compressible_layers(cache, self.model, self.starts)
+        self._latent = cached.latent
+        if cache is self:
+            before = {i: layer.prefix for i, layer in enumerate(self.layers) if isinstance(layer, CompressedLayer)}
+            cached = cached.again(before, None)
+        prefixes, self.outcome = encode(method, cached, measure=self.measure)
         self.seconds += self.outcome.seconds
+        if method.later_queries() is not None:
+            raise UserError(
+                f"{self.method.name}: every={self.method.every}: transformers caches do not see the queries of later "
+                "tokens, which vote; allowed: caches of cllm models"
+            )
         if any(prefix.selects for prefix, _ in prefixes.values()):
             raise UserError(
                 f"{self.method.name}: select: transformers' attention reads all tokens; allowed: caches of cllm models"
@@ -168,19 +193,35 @@ class CompressedDynamicCache(Cache):
             else:
                 layers.append(layer if cache is self else _copy(layer))
         self.layers = layers
+        self._fitted = self._compressed_layers[0].compressed
+
+    @property
+    def _compressed_layers(self) -> list[CompressedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+
+    def _compress_later(self, method: Compressor) -> None:
+        """Compress the tokens since the last compression, if the method's options say that it is time."""
+        first, again, every = self._compressed_layers[0], method.encodes_every, method.absorbs_every
+        if again is not None and first.get_seq_length() - self._fitted >= again:
+            self._compress(self, method)
+        while every is not None and self._compressed_layers[0].later_tokens >= every:
+            layers = {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, CompressedLayer)}
+            block = {i: layer.first_later(every) for i, layer in layers.items()}
+            prefixes, seconds = absorb(method, {i: of.prefix for i, of in layers.items()}, block, self._latent)
+            for i, layer in layers.items():
+                layer.absorb(prefixes[i])
+            self.seconds += seconds
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """As in transformers; after the last layer, the cache is compressed again if `recompress` tokens have come."""
+        """As in transformers; after the last layer later tokens are compressed, if the method has `recompress` or
+        `every`."""
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx == len(self.layers) - 1:
-            later = next(layer.later_tokens for layer in self.layers if isinstance(layer, CompressedLayer))
-            for layer in self.layers:
-                if isinstance(layer, CompressedLayer):
-                    layer.in_pass = None
-            if self.method.recompress is not None and later >= self.method.recompress:
-                self._compress(self, self.method)
+            for layer in self._compressed_layers:
+                layer.in_pass = None
+            self._compress_later(self.method)
         return result
 
     def nbytes(self) -> int:

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cllm.errors import UserError
 from cllm.kernels.selection import Selection
+from cllm.plan.plan import KVPlan
 from cllm.posthoc.tensor_tree import TensorTree
 
 
@@ -68,3 +70,20 @@ def make_landmarks(
     index = (least[..., None] * chunk + torch.arange(chunk, device=k.device)).flatten(-2).clamp(max=tokens - 1)
     kept = k.gather(1, index.mT[..., None].expand(-1, -1, -1, k.shape[-1]))  # B, count · chunk, G, D
     return Landmarks(means.to(k.dtype), least, kept.contiguous(), chunk, budget)
+
+
+def check_selection(name: str, plan: KVPlan, selecting: set[int]) -> None:
+    """Raise `UserError`, naming the method, if a layer reads a slot of `selecting`, whose tokens are selected, together
+    with another."""
+    for layer in range(len(plan)):
+        sources = plan.keys(layer).layers
+        if plan.reads_at_once(layer) and selecting & set(sources):
+            raise UserError(
+                f"{name}: select: layer {layer} reads several slots, {plan.keys(layer).text(layer)}; allowed: plans "
+                "whose layers read the keys of one slot"
+            )
+        if len(sources) > 1 and selecting & set(sources):
+            raise UserError(
+                f"{name}: select: the keys of layer {layer} are made of the slots {list(sources)}; allowed: plans "
+                "whose layers read the keys of one slot"
+            )

@@ -342,4 +342,8 @@ class LowRank(Code):
         return (self.a.decode() @ self.b.mT).unflatten(-1, self.width)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.a.decode(), self.b
+        return self.a.decode(), self.columns()
+
+    def columns(self) -> Tensor:
+        """B (B, width, r)."""
+        return self.b

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -16,8 +16,10 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from cllm.errors import UserError
-from cllm.posthoc.code import Code, Codes
+from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.grown import Joiner, join_all
 from cllm.posthoc.landmarks import Landmarks
+from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.readers import SlotReader
 from cllm.posthoc.slots import CompressibleSlots, SlotTensors
 from cllm.section import Section
@@ -111,6 +113,11 @@ class Compressor(Section):
     """Whether `encode` gets keys before RoPE."""
     no_recompress: ClassVar[str | None] = None
     """Why the method cannot compress a cache again; None: it can."""
+    no_every: ClassVar[str | None] = None
+    """Why later tokens cannot join the compressed ones; None: they can."""
+    joins_by_encoding: ClassVar[bool] = False
+    """Whether later tokens join in that the cache is encoded again, and not by `absorb`: for methods that store exactly
+    what they keep."""
     evicts: ClassVar[bool] = False
     """Whether the method may drop tokens of a cache (`kept`)."""
     no_sinks: ClassVar[str | None] = None
@@ -118,6 +125,9 @@ class Compressor(Section):
 
     recompress: int | None = Field(None, ge=1)
     """Compress the cache again, later tokens included, whenever this many have come; null: later tokens stay exact."""
+    every: int | None = Field(None, ge=1)
+    """Later tokens join the compressed ones, which do not change, in blocks of this many; null: they stay exact. With
+    `recompress`, a multiple of it, that fits the method to all tokens again."""
     sinks: int = Field(4, ge=0)
     """First tokens of every sequence that are stored exactly and left out of every fit. A prefix of no more tokens is
     stored as it is."""
@@ -128,6 +138,12 @@ class Compressor(Section):
             raise ValueError(f"sinks={self.sinks}: {self.no_sinks}; allowed: leave it out")
         if self.recompress is not None and self.no_recompress is not None:
             raise ValueError(f"recompress={self.recompress}: {self.no_recompress}; allowed: leave it out")
+        if self.every is not None and self.no_every is not None:
+            raise ValueError(f"every={self.every}: {self.no_every}; allowed: leave it out")
+        if self.every is not None and self.recompress is not None and self.recompress % self.every:
+            raise ValueError(
+                f"recompress={self.recompress}: tokens join in blocks of every={self.every}; allowed: a multiple of it"
+            )
         return self
 
     @abstractmethod
@@ -141,6 +157,29 @@ class Compressor(Section):
         Raises:
             UserError: for options that do not fit these tensors.
         """
+
+    def absorb(
+        self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]
+    ) -> tuple[Codes, Codes]:
+        """The codes of the compressed tokens and of a block of later ones, which are behind them.
+
+        By default a block is encoded like a prompt, by itself.
+
+        Args:
+            keys: of the block, as for `encode`, without sinks and padding.
+            values: of the same slots; None for latents.
+            codes: of the compressed keys and values. A compressed cache of a file has no other state, so the method may
+                use nothing that `prepare` or `watch` computed.
+
+        Returns:
+            One code per slot in order. None puts the exact block behind the code.
+        """
+        k_blocks, v_blocks = self.encode(keys, values)
+        return join_all(codes[0], k_blocks), join_all(codes[1], v_blocks)
+
+    def later_queries(self) -> LaterQueries | None:
+        """A recorder of the queries of later tokens, for a compressed cache to keep; None: the method needs none."""
+        return None
 
     def kept(self, cached: CompressibleSlots) -> Mapping[int, Tensor]:
         """The tokens that are not evicted: of a slot, indices (B, G or 1, m) int64, ascending, sinks included.
@@ -170,6 +209,21 @@ class Compressor(Section):
     def chooses_for_batch(self) -> bool:
         """Whether a batch has one rank, width or budget for all its sequences, which then depend on each other."""
         return False
+
+    @property
+    def encodes_every(self) -> int | None:
+        """The number of later tokens after which the entire cache is encoded again; None: it is not."""
+        return self.every if self.every is not None and self.joins_by_encoding else self.recompress
+
+    @property
+    def absorbs_every(self) -> int | None:
+        """The number of later tokens that join by `absorb`; None: none do."""
+        return None if self.joins_by_encoding else self.every
+
+    @property
+    def pass_size(self) -> int | None:
+        """The most tokens of a pass for all of which later tokens are compressed as in decoding; None: any number."""
+        return 1 if self.selects_tokens else self.every or self.recompress
 
     def prepare(self, engine: Engine, ids: Tensor) -> None:
         """Calibrate on `ids` (B, T), tokens that are not scored."""
@@ -227,6 +281,12 @@ class TensorCoder(ABC):
     def coded_rows(self, rows: int) -> int:
         """How many of `rows` rows are coded; the last ones may stay exact."""
 
+    def extend(
+        self, code: Code, rows: Tensor, kind: Literal["k", "v"], dtype: torch.dtype, width: tuple[int, ...]
+    ) -> Code:
+        """`code` with the code of `rows` (B, n, C) fp32 behind it; by default they are coded by themselves."""
+        return Joiner().join(code, self.code(rows, kind, dtype, width))
+
 
 class Codable(Compressor):
     """A method whose stored tensors a `TensorCoder` can quantise further: `xkv:ratio=2+kivi:bits=4`."""
@@ -238,3 +298,9 @@ class Codable(Compressor):
         copy = self.model_copy()
         copy._coder = coder
         return copy
+
+    def extended(self, code: Code, rows: Tensor, dtype: torch.dtype, kind: Literal["k", "v"] = "k") -> Code:
+        """`code` of a tensor (B, n, C), exact or coded by the coder, with `rows` (B, m, C) fp32 behind it."""
+        if self._coder is None:
+            return Joiner().join(code, Exact(rows.to(dtype)))
+        return self._coder.extend(code, rows, kind, dtype, (rows.shape[2],))

@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllm.posthoc.code import Code
+from cllm.posthoc.group import Group
+from cllm.posthoc.lowrank import multiply
 from cllm.posthoc.quantize import Bits, pack, unpack
 from cllm.posthoc.tensor_tree import TensorTree
 
@@ -96,6 +98,11 @@ class MixedA(Code):
     one: Columns | None
     dtype: torch.dtype
 
+    def of(self, rows: Tensor) -> MixedA:
+        """The code of other rows (B, m, r) fp32, in the same widths."""
+        parts = [c for c in (self.wide, self.four, self.two, self.one) if c is not None]
+        return code_a(rows, [c.bits for c in parts for _ in range(c.step.shape[2])], self.dtype)
+
     def decode(self) -> Tensor:
         parts = [c.decode() for c in (self.wide, self.four, self.two, self.one) if c is not None]
         return torch.cat(parts, dim=-1).to(self.dtype)
@@ -105,7 +112,7 @@ class MixedA(Code):
 class MixedLowRank(Code):
     """One layer's part of A Bᵀ."""
 
-    a: MixedA
+    a: Code
     b: Columns
     """(B, width, r)."""
     width: tuple[int, ...]
@@ -115,7 +122,11 @@ class MixedLowRank(Code):
         return (a @ b.mT).unflatten(-1, self.width)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.a.decode(), self.b.decode().to(self.a.dtype)
+        return self.a.decode(), self.columns()
+
+    def columns(self) -> Tensor:
+        """B (B, width, r)."""
+        return self.b.decode().to(self.b.step.dtype)
 
 
 def code_a(rows: Tensor, widths: Sequence[int], dtype: torch.dtype) -> MixedA:
@@ -176,3 +187,17 @@ def choose_widths(
         middle = (low + high) / 2
         low, high = (low, middle) if choose(math.exp(middle))[1] <= budget else (middle, high)
     return [widths[i] for i in choose(math.exp(high))[0]]
+
+
+def code_mixed(group: Group, rows: Tensor) -> None:
+    """Write the codes of the slots of `group`, in the widths chosen, for its weighted `rows` (B, n, C) fp32."""
+    vectors, tensors = group.vectors, group.tensors
+    assert vectors is not None
+    assert group.widths is not None
+    order = group.widths.argsort(descending=True, stable=True)[: int((group.widths > 0).sum())]
+    vectors, group.vectors = vectors[..., order], None
+    a = code_a(multiply(rows, vectors, "fp32"), group.widths[order].tolist(), tensors.dtype)
+    width = tuple(tensors.data[group.slots[0]].shape[2:])
+    for i, b in zip(group.slots, vectors.chunk(len(group.slots), dim=1), strict=True):
+        b = group.weights[tensors.slots[i]].unweigh(b)
+        group.codes[i] = MixedLowRank(a, code_b(b, width, tensors.dtype), width)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -113,10 +114,23 @@ class ProjectingMethod(Codable):
         found = self._spectra[place].basis(self._ranks[place], tensors.dtype)
         basis = Basis(found.matrix.to(device), None if found.bias is None else found.bias.to(device))
         self._bases[place] = basis
-        rows = tensors.flat(i, padding="repeat")
-        if basis.bias is not None:
-            rows = rows - basis.bias.float()
-        return Projected(self._stored(rows @ basis.matrix.float(), tensors), basis, tuple(tensors.data[i].shape[2:]))
+        rows = basis.project(tensors.flat(i, padding="repeat"))
+        return Projected(self._stored(rows, tensors), basis, tuple(tensors.data[i].shape[2:]))
+
+    def absorb(
+        self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]
+    ) -> tuple[Codes, Codes]:
+        assert values is not None
+        k_codes, v_codes = (
+            [self._extend(code, tensors, i) for i, code in enumerate(of)]
+            for tensors, of in zip((keys, values), codes, strict=True)
+        )
+        return list(k_codes), list(v_codes)
+
+    def _extend(self, code: Code, tensors: SlotTensors, i: int) -> Code:
+        """`code` of slot `i` with later tokens behind its own, on its basis."""
+        assert isinstance(code, Projected)
+        return dataclasses.replace(code, a=self.extended(code.a, code.basis.project(tensors.flat(i)), tensors.dtype))
 
     def _stored(self, rows: Tensor, tensors: SlotTensors) -> Code:
         """The latents (B, n, r); a quantiser codes them per column, like keys."""

@@ -76,6 +76,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return packed
 
 
+def join_packed(first: Quantized, second: Quantized) -> Tensor:
+    """The packed codes of `first`, then those of `second`, which has the same bits and group."""
+    counts = [code.scale.shape[1] * code.size for code in (first, second)]
+    if counts[0] * first.bits % 8 == 0:
+        return torch.cat((first.packed, second.packed), dim=1)
+    parts = [unpack(code.packed, first.bits, n) for code, n in zip((first, second), counts, strict=True)]
+    return pack(torch.cat(parts, dim=1), first.bits)
+
+
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` codes of every row, uint8 (B, count)."""
     shifts = torch.arange(8 // bits, dtype=torch.uint8, device=packed.device) * bits

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cllm.cache.slot import Slot
 from cllm.errors import UserError
-from cllm.posthoc.code import Rotation
+from cllm.posthoc.code import Prefix, Rotation
+from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.sinks import Sinks
 
 
@@ -116,11 +117,15 @@ class CompressibleSlots:
     evicted: Mapping[int, int] = field(default_factory=dict)
     """Tokens that a slot no longer has, by owner; absent: none. `eviction.equal_parts` separates slots that differ in
     it: `sinks`, `is_text` and `tensors` are for slots of one length."""
+    compressed: Mapping[int, int] = field(default_factory=dict)
+    """Stored tokens of the compressed prefix of a slot, by owner, if its method compresses it again; absent: none."""
+    later: LaterQueries | None = None
+    """The queries of later tokens, if the method that compresses again records them."""
 
     def sinks(self, count: int) -> Sinks:
         """The first `count` tokens of every sequence, or all if there are fewer."""
         length = next(iter(self.slots.values())).k.shape[1]
-        return Sinks(min(count, length), length, self.starts, self._evicted)
+        return Sinks(min(count, length), length, self.starts, self.first_column)
 
     def only(self, slot: int) -> CompressibleSlots:
         """That slot alone, with the bytes of the entire cache."""
@@ -132,8 +137,15 @@ class CompressibleSlots:
         tensor = getattr(self.slots[slot], name)
         return squares(tensor, self.is_text(tensor.shape[1]))
 
+    def again(self, before: Mapping[int, Prefix], later: LaterQueries | None) -> CompressibleSlots:
+        """The slots of a cache that its method compresses again, with the prefixes so far, and the queries of later
+        tokens if it records them."""
+        compressed = {j: prefix.sinks.length for j, prefix in before.items()}
+        return dataclasses.replace(self, compressed=compressed, later=later)
+
     @property
-    def _evicted(self) -> int:
+    def first_column(self) -> int:
+        """Tokens that slots of one length no longer have."""
         return self.evicted.get(next(iter(self.slots)), 0)
 
     def rotation(self, slot: int, sinks: Sinks | None = None) -> Rotation:
@@ -146,7 +158,7 @@ class CompressibleSlots:
         because sinks come after the padding."""
         if self.starts is None:
             return None
-        return torch.arange(length, device=self.starts.device) >= self.starts[:, None] - self._evicted
+        return torch.arange(length, device=self.starts.device) >= self.starts[:, None] - self.first_column
 
     def tensors(self, *, before_rope: bool, sinks: Sinks | None = None) -> list[tuple[SlotTensors, SlotTensors | None]]:
         """Keys and values of the ordinary slots, then latents (with None for values) of the latent ones; without

@@ -17,7 +17,7 @@ class TensorTree:
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors of the tree; a shared one as often as it occurs."""
-        for value in self._fields().values():
+        for value in self.fields().values():
             if isinstance(value, Tensor):
                 yield value
             elif isinstance(value, TensorTree):
@@ -25,9 +25,10 @@ class TensorTree:
 
     def map(self, change: Change) -> Self:
         """A copy with `change(tensor)` for every tensor. To keep shared tensors shared, pass `once_each(change)`."""
-        return dataclasses.replace(self, **{name: _changed(value, change) for name, value in self._fields().items()})  # type: ignore[type-var]
+        return dataclasses.replace(self, **{name: _changed(value, change) for name, value in self.fields().items()})  # type: ignore[type-var]
 
-    def _fields(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
+        """The values of the dataclass's fields by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
 

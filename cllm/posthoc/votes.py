@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.model.rope import apply_rope
+from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.readers import RecordedQueries, SlotReader, not_recorded
 from cllm.posthoc.slots import CompressibleSlots
 
@@ -45,7 +46,7 @@ def total_received(votes: Sequence[Votes]) -> Tensor:
 def layer_votes(
     cached: CompressibleSlots,
     readers: Mapping[int, Sequence[SlotReader]],
-    queries: RecordedQueries,
+    queries: RecordedQueries | LaterQueries,
     layer: int,
     user: str,
     *,
@@ -54,9 +55,9 @@ def layer_votes(
     """The votes of the recorded queries of `layer`.
 
     Args:
-        cached: slots with all tokens of the prompt.
+        cached: slots that keep the same tokens, the last ones of the text among them.
         readers: of each slot.
-        queries: of the layer, for the last tokens of the prompt.
+        queries: of the layer, for the last tokens.
         layer: which reads slots of `cached` only.
         user: the method that errors name.
         entropy: compute the entropy too.
@@ -70,7 +71,9 @@ def layer_votes(
     if len(q) != batch:
         raise UserError(not_recorded(user))
     columns = torch.arange(tokens - q.shape[1], tokens, device=k.device)[None]  # 1, m
-    positions = columns if cached.starts is None else (columns - cached.starts[:, None]).clamp(min=0)
+    positions = columns + cached.first_column
+    if cached.starts is not None:
+        positions = (positions - cached.starts[:, None]).clamp(min=0)
     q = apply_rope(q.float(), cached.rope(dim, positions)).unflatten(2, (groups, -1)) / dim**0.5  # B, m, G, H/G, D
     exclude_self = any(read.exclude_self for read in cached.reads if read.layer == layer)
     is_text = cached.is_text(tokens)

@@ -31,8 +31,8 @@ def method_at_rest(spec: object, where: str) -> Compressor:
     method = parse(spec)
     if method.watches or type(method).prepare is not Compressor.prepare:
         raise UserError(f"{where}: at_rest is {spec}, which calibrates on tokens; allowed: another method")
-    if method.recompress is not None:
-        raise UserError(f"{where}: at_rest is {spec}; recompress has no meaning for a stored prefix; leave it out")
+    if wrong := [option for option in ("recompress", "every") if getattr(method, option) is not None]:
+        raise UserError(f"{where}: at_rest is {spec}; {wrong[0]} has no meaning for a stored prefix; leave it out")
     return method
 
 

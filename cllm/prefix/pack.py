@@ -151,11 +151,17 @@ def _pack_compression(cache: CompressedKVCache) -> dict[str, Any]:
             f"{method.name}: recompress={method.recompress} needs what the method was calibrated to, which no file "
             "holds; allowed: null"
         )
+    if cache.later is not None:
+        raise UserError(
+            f"{method.name}: every={method.every} records the queries of later tokens, for which a stored prefix has "
+            "no model; allowed: null"
+        )
     errors = {str(slot): found for slot, found in cache.outcome.errors.items()}
     return {
         "method": describe_method(method),
         "measure": cache.measure,
         "tokens": cache.compressed,
+        "fitted": cache.fitted,
         "sinks": cache.sinks,
         "seconds": cache.seconds,
         "outcome": {
@@ -288,12 +294,12 @@ def _empty_compressed(config: ModelConfig, data: dict[str, Any], max_len: int | 
     errors = {int(slot): found for slot, found in outcome["errors"].items()}
     room = None if max_len is None else max_len - data["tokens"]
     method = _read_method(data["method"])
-    if room is not None and method.recompress is not None:
-        raise UserError(
-            f"{method.name}: recompress={method.recompress} does not go with max_len; allowed: one of the two"
-        )
+    for option, tokens in (("recompress", method.recompress), ("every", method.every)):
+        if room is not None and tokens is not None:
+            raise UserError(f"{method.name}: {option}={tokens} does not go with max_len; allowed: one of the two")
     cache = CompressedKVCache.empty(config, method, measure=data["measure"], max_len=max_len, room=room)
     cache.compressed, cache.sinks, cache.seconds = data["tokens"], data["sinks"], data["seconds"]
+    cache.fitted = data.get("fitted", data["tokens"])  # older files have none
     cache.outcome = Outcome(outcome["seconds"], errors, outcome.get("read_flops", 0))  # older files have none
     return cache
 

@@ -53,8 +53,10 @@ def scored(evaluate, run):
 def test_the_score_sees_the_compression(scored, capsys):
     full_rank = "xkv:group=4,rank_k=24,rank_v=24"
     specs = ("none", "xkv:group=4,ratio=1", full_rank, "xkv:energy=1.0,recompress=8", "xkv:rank_k=1,rank_v=1")
-    records, _, _ = scored(*specs)
-    none, one, full, again, ruined = records.values()
+    records, _, _ = scored(*specs, "recompute:every=8")
+    none, one, full, again, ruined, joined = records.values()
+    assert joined["loss"] == pytest.approx(none["loss"], abs=1e-4)
+    assert joined["end_ratio_to_own"] > 1.5
     assert none["loss"] == none["uncompressed_loss"] == one["loss"]
     assert none["errors"]["0"] == {"k": 0.0, "v": 0.0}
     assert full["loss"] == pytest.approx(none["loss"], abs=1e-4)

@@ -81,7 +81,7 @@ def test_a_plugin_is_parsed_and_listed_like_any_method() -> None:
     assert text.count("    sinks=4  First tokens of every sequence") == 1
     for spec, message in (
         ("truncate:bits=4", "bits: Input should be 8 or 16 got 4"),
-        ("truncate:bit=8", 'unknown option "bit" of truncate; allowed: bits, recompress, sinks'),
+        ("truncate:bit=8", 'unknown option "bit" of truncate; allowed: bits, every, recompress, sinks'),
         ("trunkate", 'did you mean "truncate"?'),
     ):
         with pytest.raises(UserError, match="(?s).*" + message.replace("?", r"\?")):

@@ -190,6 +190,7 @@ def _is_ordinary(cache: CompressedKVCache | CompressedDynamicCache) -> bool:
     parts: list[Any] = list(cache.stores.values()) if isinstance(cache, CompressedKVCache) else list(cache.layers)
     return (
         cache.method.recompress is None
+        and cache.method.every is None
         and not cache.method.selects_tokens
         and not any(isinstance(part, SharingSlot | SharingLayer) for part in parts)
     )

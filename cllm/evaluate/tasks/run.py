@@ -298,7 +298,7 @@ class _Runner:
     def _reader(
         self, cache: Any, last: Tensor | None, method: Compressor | None, samples: Sequence[Sample], room: int
     ) -> Reader:
-        chunk = None if method is None else 1 if method.selects_tokens else method.recompress
+        chunk = None if method is None else method.pass_size
         if last is None or not can_be_static(self._engine, cache):
             forked = ForkedContext(uncompressed(cache, self._engine), len(samples))
             return Reader(self._engine, forked, last, chunk=chunk, device=self._device)

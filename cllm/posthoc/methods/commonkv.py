@@ -125,6 +125,11 @@ class CommonKV(Compressor):
         "CommonKV needs the projections' inputs, which a compressed cache no longer holds"
     )
 
+    no_every: ClassVar[str | None] = (
+        "CommonKV compares the latents of later tokens, which are products of the projections' inputs, and those are "
+        "not recorded"
+    )
+
     group: int = Field(4, ge=2)
     """Neighbouring slots whose projections are factorised jointly; the last group may be smaller."""
     merge: float = Field(0.6, ge=0, le=1)

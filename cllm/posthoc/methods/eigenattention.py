@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cllm.posthoc.code import Code
 from cllm.posthoc.fixed_bases import Spectrum
+from cllm.posthoc.later_rows import extend_factors
 from cllm.posthoc.lowrank import LowRank, low_rank_already
 from cllm.posthoc.method import Engine
 from cllm.posthoc.projecting import Allocation, Place, ProjectingMethod
@@ -63,6 +64,11 @@ class EigenAttention(ProjectingMethod):
 
     def stored_rows(self, width: int) -> int:
         return width if self.basis == "prompt" else 0
+
+    def _extend(self, code: Code, tensors: SlotTensors, i: int) -> Code:
+        if not isinstance(code, LowRank):
+            return super()._extend(code, tensors, i)
+        return extend_factors([code], [tensors.flat(i)], self.extended, tensors.dtype)[0]
 
     def _code(self, tensors: SlotTensors, i: int) -> Code:
         if self.basis == "calibration":

@@ -36,6 +36,7 @@ class HFQuantized(Compressor):
     hqq then moves z to minimise a norm of X - X' that is robust to outliers (half-quadratic quantisation).
     """
 
+    no_every: ClassVar[str | None] = "hf_quantized has residual instead"
     no_recompress: ClassVar[str | None] = "hf_quantized has residual instead"
 
     backend: Literal["quanto", "hqq"] = "quanto"

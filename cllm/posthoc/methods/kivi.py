@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes
 from cllm.posthoc.method import Compressor, TensorCoder
-from cllm.posthoc.quantize import Bits, Quantized, grouped, pack, quantize
+from cllm.posthoc.quantize import Bits, Quantized, grouped, join_packed, pack, quantize
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
 
@@ -24,7 +26,7 @@ from cllm.posthoc.slots import SlotTensors
 class KIVI(Compressor, TensorCoder):
     """KIVI: keys quantised per channel, values per token, the last tokens kept exact."""
 
-    slot_options: ClassVar[frozenset[str]] = frozenset({"recompress", "sinks"})
+    slot_options: ClassVar[frozenset[str]] = frozenset({"recompress", "every", "sinks"})
 
     bits: Bits = 2
     """Bits of a code."""
@@ -44,6 +46,33 @@ class KIVI(Compressor, TensorCoder):
 
     def code(self, rows: Tensor, kind: Literal["k", "v"], dtype: torch.dtype, width: tuple[int, ...]) -> Code:
         return self._code(rows, kind, dtype, width)
+
+    def absorb(
+        self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]
+    ) -> tuple[Codes, Codes]:
+        """The codes are those of all tokens at once: exact ones that leave the residual are quantised in new groups."""
+        no_values: Codes = [None] * len(keys.slots)
+        return self._extend_all(keys, codes[0]), no_values if values is None else self._extend_all(values, codes[1])
+
+    def _extend_all(self, tensors: SlotTensors, codes: Sequence[Code]) -> Codes:
+        return [self._extended(code, tensors.flat(i)) for i, code in enumerate(codes)]
+
+    def extend(
+        self, code: Code, rows: Tensor, kind: Literal["k", "v"], dtype: torch.dtype, width: tuple[int, ...]
+    ) -> Code:
+        return self._extended(code, rows)
+
+    def _extended(self, code: Code, rows: Tensor, codes_of: Quantized | None = None) -> Quantized:
+        """`code` with `rows` (B, n, C) behind its own; with `codes_of`, it shares that one's codes."""
+        assert isinstance(code, Quantized)
+        rows = torch.cat((code.rest.float(), rows), dim=1)
+        if not self.coded_rows(rows.shape[1]):
+            rest = rows.to(code.rest.dtype)
+            return dataclasses.replace(code, packed=code.packed if codes_of is None else codes_of.packed, rest=rest)
+        new = self._code(rows, code.kind, code.rest.dtype, code.width)
+        packed = join_packed(code, new) if codes_of is None else codes_of.packed
+        scale, zero = torch.cat((code.scale, new.scale), dim=1), torch.cat((code.zero, new.zero), dim=1)
+        return dataclasses.replace(new, packed=packed, scale=scale, zero=zero)
 
     def coded_rows(self, rows: int) -> int:
         return max(rows - self.residual, 0) // self.group * self.group

@@ -29,6 +29,7 @@ class KVSharer(Compressor):
     until `share` layers do. Their slots are not stored, for later tokens neither.
     """
 
+    no_every: ClassVar[str | None] = "slots are dropped or stored exactly, later tokens too"
     no_sinks: ClassVar[str | None] = "slots are dropped or stored exactly, and no token is approximated"
 
     sinks: int = Field(0, ge=0)

@@ -116,6 +116,10 @@ class KVTC(Compressor):
     """
 
     keys_before_rope: ClassVar[bool] = True
+    no_every: ClassVar[str | None] = (
+        "kvtc codes prefixes at rest: one entropy-coded stream, with one step for all of its numbers; recompress codes "
+        "all tokens again"
+    )
 
     ratio: float = Field(8, gt=1)
     """Bytes of the uncompressed cache over bytes of the compressed one, at this length. Windows, states, sinks and

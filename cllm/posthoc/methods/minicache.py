@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.grown import Joiner
 from cllm.posthoc.method import Codable
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
@@ -85,6 +87,45 @@ class MiniCache(Codable):
 
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         return self._merge(keys), [None] * len(keys.slots) if values is None else self._merge(values)
+
+    def absorb(
+        self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]
+    ) -> tuple[Codes, Codes]:
+        """Pairs of a block are merged like those of a prompt, with the angles' extremes in the block."""
+        no_values: Codes = [None] * len(keys.slots)
+        return self._absorb(keys, codes[0]), no_values if values is None else self._absorb(values, codes[1])
+
+    def _absorb(self, tensors: SlotTensors, codes: Sequence[Code]) -> Codes:
+        joined: Codes = [None] * len(codes)
+        plain = self.model_copy()
+        plain._coder = None
+        blocks, joiner = plain._merge(tensors), Joiner()
+        for i, (code, block) in enumerate(zip(codes, blocks, strict=True)):
+            if isinstance(code, Merged) and isinstance(block, Merged):
+                upper = i > 0 and isinstance(before := codes[i - 1], Merged) and before.index is code.index
+                lower = joined[i - 1] if upper else None
+                joined[i] = self._extend(code, block, lower, joiner, tensors)
+            elif self._coder is not None:
+                width = tuple(tensors.data[i].shape[2:])
+                joined[i] = self._coder.extend(code, tensors.flat(i), tensors.kind, tensors.dtype, width)
+        return joined
+
+    def _extend(self, code: Merged, block: Merged, lower: Code | None, joiner: Joiner, tensors: SlotTensors) -> Merged:
+        """`code` with `block` behind it; the upper slot of a pair shares the directions and indices of `lower`."""
+        length = joiner.cat(code.length, block.length)
+        if isinstance(lower, Merged):
+            direction, index = lower.direction, lower.index
+        else:
+            direction = self.extended(code.direction, block.direction.decode().float(), tensors.dtype, tensors.kind)
+            before, all_rows = code.length[0].numel(), length[0].numel()
+            old = code.index.masked_fill(code.index == before, all_rows)
+            new = block.index.masked_fill(block.index == block.length[0].numel(), all_rows - before) + before
+            index = torch.cat((old, new), dim=1)
+        if isinstance(code.rows, Exact):  # too few to be coded
+            rows: Code = joiner.join(code.rows, block.rows)
+        else:
+            rows = self.extended(code.rows, block.rows.decode().float(), tensors.dtype, "v")
+        return Merged(direction, length, index, rows, code.width)
 
     def _kept(self, angle: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Mask of the pairs that are not merged, for `angle` (B, n · G) between `low` and `high` (B, 1)."""

@@ -17,6 +17,7 @@ from cllm.posthoc.slots import SlotTensors
 class Uncompressed(Compressor):
     """Stores every tensor as it is."""
 
+    no_every: ClassVar[str | None] = "every token is stored exactly"
     no_sinks: ClassVar[str | None] = "every token is stored exactly"
 
     sinks: int = Field(0, ge=0)

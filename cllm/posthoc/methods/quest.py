@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,8 @@ class Quest(Compressor):
     In the paper each query head selects its pages. Here the query heads of a KV head share a selection, by the largest
     bound, because they share keys.
     """
+
+    joins_by_encoding: ClassVar[bool] = True
 
     select: int = Field(1024, ge=1)
     """Tokens per KV head that a decode step reads besides sinks and later tokens, a multiple of `page`."""

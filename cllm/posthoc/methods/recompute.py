@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
@@ -17,6 +18,7 @@ from cllm.errors import UserError
 from cllm.posthoc.budget import check_all_sinks, elements_for_ratio
 from cllm.posthoc.code import Code, Codes, Exact
 from cllm.posthoc.inputs import RecordedInputs
+from cllm.posthoc.later_rows import rows_on
 from cllm.posthoc.lowrank import LowRank, ranks_for_budget, right_vectors
 from cllm.posthoc.method import Codable, Engine
 from cllm.posthoc.registry import register
@@ -140,6 +142,41 @@ class Recompute(Codable):
         for group, rank in zip(groups, self._ranks(keys, values, groups, sizes), strict=True):
             self._code_group(group, rank, keys, values, codes)
         return codes
+
+    def absorb(
+        self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]
+    ) -> tuple[Codes, Codes]:
+        """The inputs of later tokens are those that give their keys and values, by least squares."""
+        assert values is not None
+        joined: tuple[Codes, Codes] = ([None] * len(keys.slots), [None] * len(keys.slots))
+        for group in keys.groups(self.group):
+            places = [(side, i) for i in group for side in (0, 1)]
+            rows = [(keys, values)[side].flat(i) for side, i in places]
+            old = [codes[side][i] for side, i in places]
+            if all(isinstance(code, LowRank) for code in old):
+                new: Sequence[Code] = self._extend_low_rank(old, rows, keys.dtype)  # type: ignore[arg-type]
+            else:
+                new = self._extend_inputs(old, rows, keys.dtype)  # type: ignore[arg-type]
+            for (side, i), code in zip(places, new, strict=True):
+                joined[side][i] = code
+        return joined
+
+    def _extend_low_rank(self, codes: list[LowRank], rows: list[Tensor], dtype: torch.dtype) -> Sequence[Code]:
+        """Keys and values of a group, each relative to its own size in the block."""
+        sizes = [x.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-30) for x in rows]
+        scaled = torch.cat([x / size for x, size in zip(rows, sizes, strict=True)], dim=-1)
+        basis = torch.cat([code.b.float() / size for code, size in zip(codes, sizes, strict=True)], dim=1)
+        a = self.extended(codes[0].a, rows_on(scaled, basis, dtype), dtype)
+        return [dataclasses.replace(code, a=a) for code in codes]
+
+    def _extend_inputs(self, codes: list[Recomputed], rows: list[Tensor], dtype: torch.dtype) -> Sequence[Code]:
+        """Keys and values of one slot: x of the least ‖W x + b - y‖, which is exact because W has more rows than
+        columns."""
+        biases = [code.projection.bias for code in codes]
+        rows = [y if bias is None else y - bias.float() for y, bias in zip(rows, biases, strict=True)]
+        weight = torch.cat([code.projection.weight for code in codes])[None]
+        x = self.extended(codes[0].x, rows_on(torch.cat(rows, dim=-1), weight, dtype), dtype)
+        return [dataclasses.replace(code, x=x) for code in codes]
 
     def _exact(self, slot: int, keys: SlotTensors, values: SlotTensors, i: int) -> tuple[Code, Code]:
         x = self._inputs.of(slot, keys, self.name)

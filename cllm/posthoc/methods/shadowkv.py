@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.grown import Joiner
 from cllm.posthoc.landmarks import Landmarks, make_landmarks, outlier_chunks
+from cllm.posthoc.later_rows import absorb_factors
 from cllm.posthoc.lowrank import LowRank, low_rank_already, right_vectors
 from cllm.posthoc.method import Codable
 from cllm.posthoc.registry import register
@@ -61,11 +64,32 @@ class ShadowKV(Codable):
 
     @model_validator(mode="after")
     def _selection(self) -> Self:
+        if self.every is not None and self.select is not None:
+            raise ValueError(
+                f"every={self.every}: select={self.select} reads the prompt's outliers and last chunks in every step, "
+                "and later tokens have neither; allowed: select=null"
+            )
         if self.select is not None and self.select % self.chunk:
             raise ValueError(f"select={self.select} is no multiple of chunk={self.chunk}")
         if self.select is None and (alone := sorted({"chunk", "outliers", "local"} & self.model_fields_set)):
             raise ValueError(f"{alone[0]} goes with select, which is null")
         return self
+
+    def absorb(
+        self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]
+    ) -> tuple[Codes, Codes]:
+        assert values is not None
+        k_codes, _ = absorb_factors((keys, None), codes, (1, 1), self.extended)
+        v_codes: Codes = []
+        for i, code in enumerate(codes[1]):
+            assert isinstance(code, Rows)
+            width = tuple(values.data[i].shape[2:])
+            if self._coder is None:
+                joined = Joiner().join(code.code, Exact(values.data[i]))
+            else:
+                joined = self._coder.extend(code.code, values.flat(i), "v", values.dtype, width)
+            v_codes.append(Rows(joined))
+        return k_codes, v_codes
 
     @property
     def selects_tokens(self) -> bool:

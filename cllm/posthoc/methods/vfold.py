@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -132,18 +133,11 @@ class VFold(Codable):
 
     def _average(self, group: list[int], values: SlotTensors, codes: Codes) -> None:
         """Write the codes of the slots of `group`."""
-        assert self._folds is not None
-        anchor, tokens = anchor_of(group), values.data[group[0]].shape[1]
-        merged = max(tokens - self.recent, 0)
         if len(group) == 1 and self._coder is None:
             return
-        total: Tensor | None = None
-        for i in group:
-            v = values.data[i][:, :merged]
-            part = v.float() if i == anchor else self._fold(values.slots[i]).anchored(v)
-            total = part if total is None else total + part
-        assert total is not None
-        rows = (total / len(group)).flatten(2)
+        anchor, merged = anchor_of(group), max(values.data[group[0]].shape[1] - self.recent, 0)
+        folds = {i: None if i == anchor else self._fold(values.slots[i]) for i in group}
+        rows = mean_of([(values.data[i][:, :merged], folds[i]) for i in group])
         mean: Code = Exact(rows.to(values.dtype))
         if self._coder is not None:
             if values.is_text is not None:
@@ -151,8 +145,39 @@ class VFold(Codable):
                 rows = torch.where(cut[..., None], rows, torch.zeros_like(rows))
             mean = self._coder.code(rows, "v", values.dtype, (rows.shape[2],)) if merged else mean
         for i in group:
-            fold = None if i == anchor else self._fold(values.slots[i])
-            codes[i] = Folded(mean, values.data[i][:, merged:].clone(), fold)
+            codes[i] = Folded(mean, values.data[i][:, merged:].clone(), folds[i])
+
+    def absorb(
+        self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]
+    ) -> tuple[Codes, Codes]:
+        """The values are those of all tokens at once: exact ones that leave the window are averaged."""
+        assert values is not None
+        k_codes: Codes = [None] * len(keys.slots)
+        v_codes: Codes = [None] * len(keys.slots)
+        if self._coder is not None:
+            for i, code in enumerate(codes[0]):
+                width = tuple(keys.data[i].shape[2:])
+                k_codes[i] = self._coder.extend(code, keys.flat(i), "k", keys.dtype, width)
+        for group in values.groups(self.group):
+            folded = {i: code for i in group if isinstance(code := codes[1][i], Folded)}
+            if not folded:
+                continue
+            tails = {i: torch.cat((code.recent, values.data[i]), dim=1) for i, code in folded.items()}
+            merged = max(tails[group[0]].shape[1] - self.recent, 0)
+            rows = mean_of([(tails[i][:, :merged], code.fold) for i, code in folded.items()])
+            mean = self._longer(folded[group[0]].mean, rows, values.dtype)
+            for i, code in folded.items():
+                v_codes[i] = Folded(mean, tails[i][:, merged:].clone(), code.fold)
+        return k_codes, v_codes
+
+    def _longer(self, mean: Code, rows: Tensor, dtype: torch.dtype) -> Code:
+        """`mean` with the averages `rows` (B, n, G · D) fp32 behind its own."""
+        if self._coder is None or not isinstance(mean, Exact):
+            return self.extended(mean, rows, dtype, "v")
+        rows = torch.cat((mean.data.float(), rows), dim=1)  # too few to be coded so far
+        if not self._coder.coded_rows(rows.shape[1]):
+            return Exact(rows.to(dtype))
+        return self._coder.code(rows, "v", dtype, (rows.shape[2],))
 
     def _fold(self, slot: int) -> Fold:
         assert self._folds is not None
@@ -199,6 +224,12 @@ class VFold(Codable):
             one = torch.eye(t.shape[-1]).expand_as(t).contiguous().to(t.device)
             method._folds[slot] = Fold(fold.order, one)
         return changed, method
+
+
+def mean_of(parts: Sequence[tuple[Tensor, Fold | None]]) -> Tensor:
+    """The mean (B, n, G · D) fp32 of values (B, n, G, D) in the coordinates of the anchor, whose fold is None."""
+    folded = [v.float() if fold is None else fold.anchored(v) for v, fold in parts]
+    return torch.stack(folded).mean(0).flatten(2)
 
 
 def anchor_of(group: list[int]) -> int:

@@ -14,8 +14,9 @@ from torch import Tensor
 from cllm.errors import UserError
 from cllm.posthoc.budget import check_all_sinks, elements_left
 from cllm.posthoc.code import Code, Codes, Exact
-from cllm.posthoc.group import Group, alike
+from cllm.posthoc.group import Group, alike, group_sizes
 from cllm.posthoc.landmarks import Landmarks, landmark_bytes, make_landmarks, outlier_chunks
+from cllm.posthoc.later_rows import absorb_factors
 from cllm.posthoc.lowrank import (
     Algorithm,
     LowRank,
@@ -30,7 +31,7 @@ from cllm.posthoc.lowrank import (
     water_filling,
 )
 from cllm.posthoc.method import Codable, Engine, TensorCoder, naming
-from cllm.posthoc.mixed import MixedLowRank, choose_widths, code_a, code_b, column_bits
+from cllm.posthoc.mixed import choose_widths, code_mixed, column_bits
 from cllm.posthoc.parallel import run_in_parallel
 from cllm.posthoc.readers import RecordedQueries, SlotReader
 from cllm.posthoc.registry import register
@@ -131,6 +132,11 @@ class XKV(Codable):
             raise ValueError(f"select={self.select} is no multiple of chunk={self.chunk}")
         if self.select is not None and self.ratio == 1:
             raise ValueError("select chooses from factors, which ratio=1 has not")
+        if self.select is not None and self.every is not None:
+            raise ValueError(
+                f"every={self.every}: select={self.select} reads the prompt's outliers and last chunks in every step, "
+                "and later tokens have neither; allowed: one of the two"
+            )
         if self.select is not None and self.recompress is not None:
             raise ValueError(
                 f"recompress={self.recompress}: select={self.select} keeps exact keys, which are gone when tokens are "
@@ -191,6 +197,12 @@ class XKV(Codable):
         self._in_parallel(self._code_together, groups, ranks)
         return codes_k, codes_v
 
+    def absorb(
+        self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]
+    ) -> tuple[Codes, Codes]:
+        sizes = (self.group_k or self.group, self.group_v or self.group)
+        return absorb_factors((keys, values), codes, sizes, self.extended)
+
     def check_all_sinks(self, tokens: int) -> None:
         check_all_sinks(self.name, self.ratio, self.sinks, tokens)
 
@@ -217,7 +229,7 @@ class XKV(Codable):
         """The rank of each group; None: as `energy` needs."""
         if self.energy is not None:
             return [None] * len(groups_k), [None] * len(groups_v)
-        sizes_k, sizes_v = _sizes(keys, groups_k), _sizes(values, groups_v) if values else []
+        sizes_k, sizes_v = group_sizes(keys, groups_k), group_sizes(values, groups_v) if values else []
         tokens = keys.data[0].shape[1]
         if self.ratio is not None:
             return self._ranks_for_ratio(self.ratio, keys, sizes_k, sizes_v)
@@ -273,7 +285,7 @@ class XKV(Codable):
     def _spread_ranks(self, keys: SlotTensors, groups: list[Group]) -> list[int]:
         """The rank of each group that has been factorised, by water-filling under `ratio`."""
         assert self.ratio is not None
-        sizes = [size for group in groups for size in _sizes(group.tensors, [group.slots])]
+        sizes = [size for group in groups for size in group_sizes(group.tensors, [group.slots])]
         tokens = keys.data[0].shape[1]
         spectra = [group.spectrum for group in groups if group.spectrum is not None]
         costs = [factor_elements(tokens, n, w, 1) for n, w in sizes]
@@ -285,7 +297,7 @@ class XKV(Codable):
     def _choose_widths(self, keys: SlotTensors, groups: list[Group]) -> None:
         """Set the widths of the columns of all groups, which have been factorised, under `ratio`."""
         assert self.ratio is not None
-        sizes = [size for group in groups for size in _sizes(group.tensors, [group.slots])]
+        sizes = [size for group in groups for size in group_sizes(group.tensors, [group.slots])]
         tokens, bits = keys.data[0].shape[1], 8 * keys.dtype.itemsize
         dropped, kept, costs = [], [], []
         for group in groups:
@@ -378,18 +390,7 @@ class XKV(Codable):
             group.codes[i] = LowRank(a, b.to(tensors.dtype, copy=True).contiguous(), width)
 
     def _code_mixed(self, group: Group) -> None:
-        """Write the codes of the slots of `group` in the widths chosen."""
-        vectors, tensors = group.vectors, group.tensors
-        assert vectors is not None
-        assert group.widths is not None
-        order = group.widths.argsort(descending=True, stable=True)[: int((group.widths > 0).sum())]
-        vectors, group.vectors = vectors[..., order], None
-        rows = multiply(self._weighted(group), vectors, "fp32")
-        a = code_a(rows, group.widths[order].tolist(), tensors.dtype)
-        width = tuple(tensors.data[group.slots[0]].shape[2:])
-        for i, b in zip(group.slots, vectors.chunk(len(group.slots), dim=1), strict=True):
-            b = group.weights[tensors.slots[i]].unweigh(b)
-            group.codes[i] = MixedLowRank(a, code_b(b, width, tensors.dtype), width)
+        code_mixed(group, self._weighted(group))
 
 
 @register("svd", summary="as xkv, for each slot separately", sweep=("svd:ratio={ratio}",))
@@ -398,8 +399,3 @@ class SVD(XKV):
 
     group: int = Field(1, ge=1, le=1)
     """No other value is allowed."""
-
-
-def _sizes(tensors: SlotTensors, groups: list[list[int]]) -> list[tuple[int, int]]:
-    """(layers, width) of each group."""
-    return [(len(group), tensors.data[group[0]].flatten(2).shape[2]) for group in groups]

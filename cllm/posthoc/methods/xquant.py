@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from cllm.posthoc.code import Codes
+from cllm.posthoc.code import Code, Codes
 from cllm.posthoc.methods.kivi import KIVI
 from cllm.posthoc.quantize import Quantized
 from cllm.posthoc.registry import register
@@ -26,7 +27,7 @@ class XQuant(KIVI):
     z' = z + η s (2^b - 1) and s' = (1 - 2η) s.
     """
 
-    slot_options: ClassVar[frozenset[str]] = frozenset({"recompress", "sinks", "share_k", "share_v"})
+    slot_options: ClassVar[frozenset[str]] = frozenset({"recompress", "every", "sinks", "share_k", "share_v"})
 
     eta: float = Field(0.05, ge=0, le=0.5)
     """η: how far both ends of the range are moved inwards, as a share of max - min."""
@@ -47,3 +48,10 @@ class XQuant(KIVI):
             width, rows = tuple(data.shape[2:]), tensors.flat(i, padding="repeat")
             codes.append(self._code(rows, tensors.kind, tensors.dtype, width, codes[-1] if shares else None))
         return list(codes)
+
+    def _extend_all(self, tensors: SlotTensors, codes: Sequence[Code]) -> Codes:
+        start, joined = self.share_k if tensors.kind == "k" else self.share_v, list[Quantized]()
+        for i, (data, code) in enumerate(zip(tensors.data, codes, strict=True)):
+            shares = i % 2 == 1 and i >= start and data.shape == tensors.data[i - 1].shape
+            joined.append(self._extended(code, tensors.flat(i), joined[-1] if shares else None))
+        return list(joined)

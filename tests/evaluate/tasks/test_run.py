@@ -141,6 +141,8 @@ def test_none_equals_no_compression_to_the_bit(name: str, subject, random_model)
         ("mha", "xkv:ratio=1.5,sinks=1"),
         ("mha", "xkv:ratio=1,sinks=1,recompress=2"),
         ("mha", "xkv:rank_k=3,rank_v=3,sinks=1,select=4,chunk=2,outliers=0,local=1"),
+        ("mha", "svd:rank_k=3,rank_v=3,sinks=1,every=2"),
+        ("mha", "h2o:tokens=4,sinks=1,every=2"),
         ("mha", "minicache:sinks=1"),
         ("mha", "kvsharer:threshold=-1"),
         ("mha", "commonkv:group=2,recent=2,sinks=1"),
@@ -169,7 +171,7 @@ def test_questions_read_the_compressed_cache(name: str, spec: str, subject, rand
                     with method.watch(engine):
                         last = engine.hidden(torch.tensor([sample.context]), cache)[:, -1:]
                     cache = engine.compress(cache, method, measure=False)
-                    chunk = 1 if method.selects_tokens else method.recompress or 99
+                    chunk = 1 if method.selects_tokens else method.every or method.recompress or 99
                     parts = torch.tensor([question.prompt + option]).split(chunk, dim=1)
                     states = [last, *(engine.hidden(part, cache) for part in parts)]
                     log_p = engine.head(torch.cat(states, dim=1))[0].log_softmax(-1)

@@ -30,6 +30,7 @@ from cllm.uptrain.decoder import TracedDecoder, attention_of
 from cllm.uptrain.fit import fit_readers, text_grams
 from cllm.uptrain.fold import fold_values, share_values
 from cllm.uptrain.heads import Alignment, Grams, align_owner, align_reader, heads_of
+from cllm.uptrain.merge import merge_heads
 from cllm.uptrain.outputs import refit_outputs
 from cllm.uptrain.owners import OwnerStart, copy_owners, fit_owners
 from cllm.uptrain.project import PARTS, anchors, average_owners, check_plans, copy_rest, teacher_owners
@@ -74,9 +75,11 @@ def init_student(student: Decoder, teacher: TracedDecoder, settings: InitFrom, b
         check_latents(student, teacher, calibrated=bool(batches))
     copy_rest(student, teacher)
     owners = teacher_owners(student.plan, teacher)
+    errors: dict[str, float] = {}
+    if settings.heads == "merge":
+        errors |= merge_heads(student, teacher, owners, batches)
     starts = copy_owners(student, teacher, owners)
     _check_text(starts, settings.method)
-    errors: dict[str, float] = {}
     if settings.fold != "none":
         folds = fold_values(student.plan, teacher, owners, batches)
         _align_all(student, owners, folds)
@@ -112,7 +115,7 @@ def init_student(student: Decoder, teacher: TracedDecoder, settings: InitFrom, b
             layers = above if settings.outputs == "all" else list(alignments)
             errors |= refit_outputs(student, teacher, layers, batches, ridge=settings.ridge)
     elif settings.method == "svd":
-        errors = make_latents(student, teacher, batches, keep=settings.rope_pairs, ridge=settings.ridge)
+        errors |= make_latents(student, teacher, batches, keep=settings.rope_pairs, ridge=settings.ridge)
     return StudentInit(owners, errors)
 
 

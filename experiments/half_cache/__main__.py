@@ -11,15 +11,17 @@ docs/uptraining.md has results.
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cllm.arguments import Parser, whole_number
-from cllm.errors import EXIT_STOPPED, one_line
+from cllm.errors import EXIT_STOPPED, UserError, one_line
 from cllm.lock import locked
 from cllm.signals import STOPPING, stoppable
+from cllm.uptrain.teacher import teacher_config
 from experiments.half_cache.runner import Devices, Experiment
 from experiments.half_cache.students import (
     DEFAULT,
@@ -28,7 +30,9 @@ from experiments.half_cache.students import (
     RECIPES,
     SHARES,
     STARTS,
+    Shape,
     Student,
+    check_bytes,
     check_names,
 )
 
@@ -55,6 +59,8 @@ def parser() -> Parser:
     add("--batch", type=whole_number(1), metavar="N", help="sequences of a step (default: that of the config)")
     add("--seq-len", type=whole_number(2), metavar="N", help="tokens of a sequence (default: that of the config)")
     add("--windows", type=whole_number(1), metavar="N", help="validation sequences (default: that of the config)")
+    add("--validations", type=whole_number(1), default=8, metavar="N",
+        help="validations of a run after its first (default: %(default)s)")  # fmt: skip
     add("--calibration", type=whole_number(1), metavar="N",
         help="calibration sequences (default: that of the config)")  # fmt: skip
     return parser
@@ -94,16 +100,29 @@ def run_until_stopped(out: Path, devices: Devices, work: Callable[[], bool]) -> 
     return 0
 
 
+def default_students(options: argparse.Namespace) -> list[str]:
+    """The students of `--share`, without those that the teacher's shape does not allow."""
+    model, found = teacher_config(options.teacher), []
+    shape = Shape.of(model, options.teacher)
+    for name in DEFAULT if options.share == "1/2" else DEFAULT_QUARTER:
+        try:
+            check_bytes(Student(name), model, shape, options.teacher)
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
+        else:
+            found.append(name)
+    return found
+
+
 @one_line
 @stoppable("the same command goes on")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status: 1 after a failure, 3 if time ran out."""
     options = parser().parse_args(arguments)
-    names = options.students or (DEFAULT if options.share == "1/2" else DEFAULT_QUARTER)
-    parsed = [Student.parse(name) for name in dict.fromkeys(names)]
-    students = [Student(s.kind, s.recipes, seed) for seed in range(options.seeds) for s in parsed]
     check_names(options.starts, STARTS, "--starts")
     options.out.mkdir(parents=True, exist_ok=True)
+    parsed = [Student.parse(name) for name in dict.fromkeys(options.students or default_students(options))]
+    students = [Student(s.kind, s.recipes, seed) for seed in range(options.seeds) for s in parsed]
     devices = Devices(
         options.out, cpu=options.device == "cpu", stop_after=options.stop_after, parallel=options.parallel
     )

@@ -95,6 +95,8 @@ class Experiment:
         self.model = teacher_config(options.teacher)
         self.shape = Shape.of(self.model, options.teacher)
         self.shares = {s.kind: check_bytes(s, self.model, self.shape, options.teacher) for s in self.students}
+        self.finished: Callable[[RunFolder], None] | None = None
+        """Called with the folder of each student that has finished."""
         self._environment = environment()
         self._lock = threading.Lock()
 
@@ -108,16 +110,19 @@ class Experiment:
             "train": {"global_batch": o.batch, "micro_batch": o.batch},
         }
         setting = Setting(
-            o.teacher, o.data, self.out, self.shape, o.tokens, gpu=self.devices.gpus > 0, overrides=overrides
+            o.teacher,
+            o.data,
+            self.out,
+            self.shape,
+            o.tokens,
+            gpu=self.devices.gpus > 0,
+            validations=o.validations,
+            overrides=overrides,
         )
         return student_data(student, start, setting)
 
-    def run(self, report: Callable[[], object] | None = None) -> bool:
-        """Run all students, `parallel` at a time on each device; returns whether all are done.
-
-        Args:
-            report: called every few seconds instead of `write`.
-        """
+    def run(self) -> bool:
+        """Run all students, `parallel` at a time on each device; returns whether all are done."""
         waiting: queue.SimpleQueue[Student] = queue.SimpleQueue()
         for student in self.students:
             waiting.put(student)
@@ -126,7 +131,7 @@ class Experiment:
         for worker in workers:
             worker.start()
         while any(worker.is_alive() for worker in workers):
-            (report or self.write)()
+            self.write()
             for worker in workers:
                 worker.join(2.0 / len(workers))
         done = "loss" if self.options.tokens else "start_loss"
@@ -164,11 +169,17 @@ class Experiment:
             write_atomic(chosen, yaml.safe_dump(configs[best], sort_keys=False))
         data = yaml.safe_load(chosen.read_text(encoding="utf-8"))
         if folder.is_validated_at(data["train"]["steps"]):
+            self._finish(folder)
             return
         command = [sys.executable, ROOT / "train.py", "--config", chosen, "--resume", "auto"]
         if self.devices.run(command, name, "train", device):
             row = self.row(student)
             self.devices.log(f"{name}: perplexity {row['start_ppl']:.2f} -> {row['ppl']:.2f}, {row['tokens']:,} tokens")
+            self._finish(folder)
+
+    def _finish(self, folder: RunFolder) -> None:
+        if self.finished is not None:
+            self.finished(folder)
 
     def _measure(self, student: Student, configs: dict[str, dict[str, Any]], device: int) -> bool:
         """Measure the starts of a student in a process; returns whether it finished."""

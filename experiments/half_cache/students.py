@@ -9,6 +9,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from cllm.cache.accounting import kv_bytes
 from cllm.config import ModelConfig
 from cllm.errors import UserError
@@ -230,14 +232,10 @@ class Student:
         return cls(kind, tuple(recipes))
 
     @property
-    def group(self) -> str:
-        """The name without the seed."""
-        return "+".join((self.kind, *self.recipes))
-
-    @property
     def name(self) -> str:
-        """The name of its run."""
-        return f"{self.group}-s{self.seed}" if self.seed else self.group
+        """The name of its run, such as `cla4.top-s1`."""
+        group = ".".join((self.kind, *self.recipes))
+        return f"{group}-s{self.seed}" if self.seed else group
 
     def starts(self, wanted: Sequence[str]) -> list[str]:
         """Those of `wanted` that suit it: svd alone for latents, and copied weights for the control."""
@@ -262,7 +260,12 @@ def check_bytes(student: Student, teacher: ModelConfig, shape: Shape, path: Path
             the plan does not exist for the teacher's shape.
     """
     kind = KINDS[student.kind]
-    model = ModelConfig.model_validate(student_model(teacher, kind.plan(shape), rope_pairs="uniform"))
+    try:
+        model = ModelConfig.model_validate(student_model(teacher, kind.plan(shape), rope_pairs="uniform"))
+    except ValidationError as error:
+        raise UserError(
+            f"--students {student.kind}: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
+        ) from None
     share = kv_bytes(model).resident / kv_bytes(teacher).resident
     if kind.saves_cache and share > float(kind.share) * 1.001:
         raise UserError(
@@ -282,6 +285,8 @@ class Setting:
     shape: Shape
     tokens: int
     gpu: bool
+    validations: int
+    """Validations of a run after its first."""
     overrides: dict[str, dict[str, Any]]
     """Values by section, such as `{"optim": {"lr": 1e-4}}`; None is left out."""
 
@@ -311,8 +316,8 @@ def student_data(student: Student, start: str, setting: Setting) -> dict[str, An
     steps = max(setting.tokens // (config["train"]["global_batch"] * config["data"]["seq_len"]), 1)
     config["train"] |= {
         "steps": steps,
-        "validate_every": max(steps // 8, 1),
-        "checkpoint_every": max(steps // 8, 1),
+        "validate_every": max(steps // setting.validations, 1),
+        "checkpoint_every": max(steps // setting.validations, 1),
         "keep_checkpoints": 1,
         "log_every": 10,
     }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from cllm.config import Rope
 from cllm.errors import UserError
-from cllm.model.attention import Attention, Mixer
+from cllm.model.attention import Attention
 from cllm.model.context import Context
 from cllm.model.decoder import Decoder
 from cllm.uptrain.curriculum import OWN, MixedIn
@@ -40,9 +39,14 @@ class HandedOver(MixedIn, nn.Module):
         return torch.lerp(theirs.float(), out.float(), self.share.float()).to(out.dtype), own
 
 
-@cache
-def _handed_over(kind: type[Mixer]) -> type[Mixer]:
-    return type(f"HandedOver{kind.__name__}", (HandedOver, kind), {})
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+"""`HandedOver` combined with each class of attention, once, so that compiled code is shared."""
+
+
+def _handed_over(kind: type[nn.Module]) -> type[nn.Module]:
+    if kind not in _CLASSES:
+        _CLASSES[kind] = type(f"HandedOver{kind.__name__}", (HandedOver, kind), {})
+    return _CLASSES[kind]
 
 
 def changed_layers(student: Decoder, teacher: Decoder) -> list[int]:
@@ -70,7 +74,7 @@ def add_handover(student: Decoder, teacher: Decoder) -> None:
                 f"uptrain.curriculum_mix is outputs, but layer {i} projects the output of layer {own.input}, and the "
                 "teacher's kv_norm needs the layer's own input; allowed with it: slots, or curriculum_steps 0"
             )
-        mine.__class__ = _handed_over(type(mine))
+        mine.__class__ = _handed_over(type(mine))  # type: ignore[assignment]
         assert isinstance(mine, HandedOver)
         mine.teacher_rope = rope
         mine.mix_in()

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cllm.errors import UserError
 from cllm.model.attention import Attention
 from cllm.model.decoder import Decoder
 from cllm.model.sources import OwnKV
@@ -185,11 +186,19 @@ def merge_heads(
 
     Returns:
         The shares of the energy that are lost, as `layer 5 merged keys`.
+
+    Raises:
+        UserError: if no layer has fewer.
     """
     counts = {i: owner_heads(owner) for i, owner in owners.items()}
     layers = [i for i, count in counts.items() if count < owner_heads(owner_of(teacher, i))]
+    if not layers:
+        raise UserError(
+            "init.heads is merge, but no layer of model.kv has fewer KV heads than the model that init.from names; "
+            "allowed: mean"
+        )
     sums: dict[int, HeadSums] = {}
-    for seen in observe(teacher, batches) if layers else ():
+    for seen in observe(teacher, batches):
         for i in layers:
             more = HeadSums.of(seen, i, attention_of(teacher, i), owner_of(teacher, i))
             sums[i] = sums[i] + more if i in sums else more

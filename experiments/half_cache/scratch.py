@@ -128,7 +128,7 @@ class Scratch:
                 data = teacher_data(self.size, self.folders, gpus=self.devices.gpus)
                 write_atomic(file, yaml.safe_dump(data, sort_keys=False))
             self.devices.log(f"teacher: {self.size.steps:,} steps, the log is {self.folders.out / 'logs'}")
-            command = [sys.executable, ROOT / "train.py", "--config", file, "--resume", "auto"]
+            command: list[str | Path] = [sys.executable, ROOT / "train.py", "--config", file, "--resume", "auto"]
             if not self.devices.run(command, "teacher", "train", None):
                 return False
         loss = [row["val/loss"] for row in folder.metrics() if "val/loss" in row][-1]

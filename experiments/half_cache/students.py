@@ -158,7 +158,6 @@ STARTS: dict[str, dict[str, Any]] = {
     "svd": {"method": "svd"},
 }
 """`init` by name. Latents start by svd, keys and values by the others."""
-DISTILLED = {"kl": 1.0, "temperature": 2.0, "hidden": 1.0, "next_token": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +171,7 @@ class Recipe:
 
 
 def _loss(about: str, **weights: Any) -> Recipe:
-    return Recipe({"uptrain": {"loss": DISTILLED | weights}}, about=about)
+    return Recipe({"uptrain": {"loss": weights}}, about=about)
 
 
 def _rates(about: str, **rates: float) -> Recipe:
@@ -185,10 +184,10 @@ def _curriculum(order: str, share: float) -> Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "distilled": _loss("KL and the last hidden state"),
-    "plain": _loss("next-token cross-entropy alone", kl=0.0, hidden=0.0),
+    "plain": _loss("next-token cross-entropy alone", kl=0.0, hidden=0.0, next_token=1.0),
     "kl": _loss("KL alone", hidden=0.0, next_token=0.0),
-    "kl_t1": _loss("KL alone at temperature 1", hidden=0.0, next_token=0.0, temperature=1.0),
+    "labels": _loss("next-token cross-entropy with weight 1", next_token=1.0),
+    "warm": _loss("KL at temperature 2", temperature=2.0),
     "all_layers": _loss("hidden states of all layers", hidden_layers="all"),
     "attention": _loss("outputs of attention", attention=1.0),
     "attention_all": _loss("outputs of attention, hidden states of all layers", attention=1.0, hidden_layers="all"),
@@ -203,6 +202,7 @@ RECIPES: dict[str, Recipe] = {
     "fast_attention": _rates("rate of attention times 3", kv=3.0, queries=3.0, outputs=3.0),
     "slow_rest": _rates("rate outside of attention times 0.3", rest=0.3),
     "wsd": Recipe({"optim": {"schedule": "wsd", "decay_fraction": 0.3}}, about="constant rate, then linear decay"),
+    "mean_heads": Recipe({"init": {"heads": "mean"}}, about="fewer KV heads as means of neighbours"),
     "half_rate": Recipe(about="half of the rate"),
     "twice_rate": Recipe(about="twice the rate"),
     "four_rate": Recipe(about="four times the rate"),
@@ -331,7 +331,10 @@ def student_data(student: Student, start: str, setting: Setting) -> dict[str, An
 def _apply(config: dict[str, Any], recipes: Sequence[str]) -> None:
     for name in recipes:
         for section, values in RECIPES[name].settings.items():
-            config[section] = {**config[section], **values}
+            merged = {**config[section], **values}
+            if "loss" in values:
+                merged["loss"] = {**config[section].get("loss", {}), **values["loss"]}
+            config[section] = merged
         config["optim"]["lr"] *= _RATE.get(name, 1.0)
         for key in ("global_batch", "micro_batch"):
             config["train"][key] = max(round(config["train"][key] * _BATCH.get(name, 1.0)), 1)

@@ -29,7 +29,8 @@ def converted(make_teacher, new_student, text, name: str) -> tuple[TracedDecoder
     kv, method, pairs = PLANS[name]
     teacher = make_teacher(CONFIG)
     student = new_student(teacher, kv, pairs)
-    settings = InitFrom.model_validate({"method": method, "heads": "merge", "calibration_sequences": 4})
+    heads = "merge" if name == "merged" else "mean"
+    settings = InitFrom.model_validate({"method": method, "heads": heads, "calibration_sequences": 4})
     init_student(student, teacher, settings, text)
     return teacher, student
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cllm.config import ModelConfig
 from cllm.config.uptraining import InitFrom
+from cllm.errors import UserError
 from cllm.uptrain.decoder import attention_of, owner_of
 from cllm.uptrain.heads import heads_of, set_heads, to_channels, to_pairs
 from cllm.uptrain.init import init_student
@@ -85,6 +86,14 @@ def test_no_shared_head_of_values_has_less_error_on_the_text(make_teacher, new_s
     for _ in range(3):
         turned = [a + 0.05 * torch.randn(32, 8, generator=generator) @ mine[h // 2] for h, a in enumerate(after)]
         assert error(order, turned) > lost
+
+
+def test_a_plan_with_all_heads_or_without_heads_has_nothing_to_merge(make_teacher, new_student, text) -> None:
+    teacher = make_teacher(CONFIG)
+    for kv, method in (({"preset": "cla", "kv_norm": False}, "fit"), ({"preset": "mla"}, "svd")):
+        settings = InitFrom.model_validate({"method": method, "heads": "merge", "calibration_sequences": 4})
+        with pytest.raises(UserError, match="init.heads is merge, but no layer of model.kv has fewer KV heads"):
+            init_student(new_student(teacher, kv), teacher, settings, text)
 
 
 def test_clusters_hold_the_heads_that_belong_together() -> None:

@@ -42,8 +42,8 @@ class InitFrom(_From):
     layer; mean: the mean over all layers that share them (VFOLD); joint: their principal directions."""
     outputs: Outputs = "none"
     """With fit: output projections of attention refitted to the teacher's residual stream, from the lowest layer up.
-    shared: in layers that read other keys or values than the teacher's; all: in those and all layers above the lowest
-    of them."""
+    shared: in layers that read other keys or values than the teacher's, merged heads included; all: in those and all
+    layers above the lowest of them."""
     calibration_sequences: int = Field(32, ge=0, le=MAX_COUNT)
     """With ridge, fit and svd: number of training sequences, of data.seq_len tokens each, to calibrate on. 0: svd uses
     the weights alone."""

@@ -172,6 +172,11 @@ def cluster(affinity: Tensor, n: int) -> list[list[int]]:
         clusters[a][x], clusters[b][y] = clusters[b][y], clusters[a][x]
 
 
+def merged_layers(owners: Mapping[int, OwnKV], teacher: Decoder) -> list[int]:
+    """The layers whose projections in `owners` have fewer heads than the teacher's."""
+    return [i for i, owner in owners.items() if owner_heads(owner) < owner_heads(owner_of(teacher, i))]
+
+
 @torch.no_grad()
 def merge_heads(
     student: Decoder, teacher: TracedDecoder, owners: Mapping[int, OwnKV], batches: Batches
@@ -190,8 +195,7 @@ def merge_heads(
     Raises:
         UserError: if no layer has fewer.
     """
-    counts = {i: owner_heads(owner) for i, owner in owners.items()}
-    layers = [i for i, count in counts.items() if count < owner_heads(owner_of(teacher, i))]
+    layers = merged_layers(owners, teacher)
     if not layers:
         raise UserError(
             "init.heads is merge, but no layer of model.kv has fewer KV heads than the model that init.from names; "
@@ -209,7 +213,7 @@ def merge_heads(
         found = merge(
             sums[i].cpu(),
             torch.einsum("mgrd,mgre->gde", columns, columns),
-            counts[i],
+            owner_heads(owners[i]),
             rotate_keys=theirs.k_norm is None,
         )
         _write(found, theirs, owners[i], attention)

@@ -11,17 +11,14 @@ docs/uptraining.md has results.
 
 from __future__ import annotations
 
-import argparse
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cllm.arguments import Parser, whole_number
-from cllm.errors import EXIT_STOPPED, UserError, one_line
-from cllm.lock import locked
-from cllm.signals import STOPPING, stoppable
-from cllm.uptrain.teacher import teacher_config
+from cllm.errors import one_line
+from cllm.signals import stoppable
+from experiments.half_cache.command import add_running, run_until_stopped
 from experiments.half_cache.runner import Devices, Experiment
 from experiments.half_cache.students import (
     DEFAULT,
@@ -30,10 +27,9 @@ from experiments.half_cache.students import (
     RECIPES,
     SHARES,
     STARTS,
-    Shape,
     Student,
-    check_bytes,
     check_names,
+    chosen_students,
 )
 
 
@@ -66,54 +62,6 @@ def parser() -> Parser:
     return parser
 
 
-def add_running(parser: Parser) -> None:
-    """Add the arguments that say where and how long students run."""
-    add = parser.add_argument
-    add("--parallel", type=whole_number(1), default=1, metavar="N", help="students at a time on each GPU (default: 1)")
-    add("--stop-after", metavar="TIME", help="save and end after this time, such as 9m")
-    add("--device", choices=("auto", "cpu"), default="auto", help="auto: all visible GPUs")
-
-
-def run_until_stopped(out: Path, devices: Devices, work: Callable[[], bool]) -> int:
-    """Do `work`, which stops when time is up or a signal comes; print the table, and return the exit status.
-
-    Returns:
-        1 after a failure, 3 if `work` was stopped before its end, else 0.
-    """
-    with locked(out):
-        numbers = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
-        before = {number: signal.signal(number, devices.stop) for number in numbers}
-        try:
-            done = work()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    table = out / "table.md"
-    print(table.read_text(encoding="utf-8") if table.exists() else "no student has finished", end="\n")
-    if devices.failed:
-        for name, message in devices.failed.items():
-            print(f"{name}: failed: {message}", file=sys.stderr)
-        return 1
-    if not done:
-        print("time is up: the same command goes on", file=sys.stderr)
-        return EXIT_STOPPED
-    return 0
-
-
-def default_students(options: argparse.Namespace) -> list[str]:
-    """The students of `--share`, without those that the teacher's shape does not allow."""
-    model, found = teacher_config(options.teacher), []
-    shape = Shape.of(model, options.teacher)
-    for name in DEFAULT if options.share == "1/2" else DEFAULT_QUARTER:
-        try:
-            check_bytes(Student(name), model, shape, options.teacher)
-        except UserError as error:
-            print(f"left out: {error}", file=sys.stderr)
-        else:
-            found.append(name)
-    return found
-
-
 @one_line
 @stoppable("the same command goes on")
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     check_names(options.starts, STARTS, "--starts")
     options.out.mkdir(parents=True, exist_ok=True)
-    parsed = [Student.parse(name) for name in dict.fromkeys(options.students or default_students(options))]
+    defaults = DEFAULT if options.share == "1/2" else DEFAULT_QUARTER
+    parsed = chosen_students(options.students, defaults, options.teacher, lambda line: print(line, file=sys.stderr))
     students = [Student(s.kind, s.recipes, seed) for seed in range(options.seeds) for s in parsed]
     devices = Devices(
         options.out, cpu=options.device == "cpu", stop_after=options.stop_after, parallel=options.parallel

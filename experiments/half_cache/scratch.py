@@ -32,9 +32,9 @@ from cllm.errors import UserError, one_line
 from cllm.files import check_replaceable, write_atomic
 from cllm.runs import RUN, RunFolder
 from cllm.signals import stoppable
-from experiments.half_cache.__main__ import add_running, run_until_stopped
+from experiments.half_cache.command import add_running, run_until_stopped
 from experiments.half_cache.runner import Devices, Experiment
-from experiments.half_cache.students import HALF, KINDS, QUARTER, ROOT, Student
+from experiments.half_cache.students import HALF, KINDS, QUARTER, ROOT, STARTS, Student, check_names, chosen_students
 from experiments.uptraining.base import make_tokens
 from experiments.uptraining.setup import FULL, TINY, Folders, Size, claim
 
@@ -103,7 +103,8 @@ class Scratch:
                 f"{self.devices.gpus} GPUs: they do not divide the teacher's {self.size.batch} sequences a step; set "
                 "CUDA_VISIBLE_DEVICES to 1, 2, 4 or 8 of them"
             )
-        self.students = [Student.parse(name) for name in dict.fromkeys(options.students)]
+        for name in options.students or ():
+            Student.parse(name)
         claim(self.folders, self.size)
 
     def run(self) -> bool:
@@ -136,17 +137,18 @@ class Scratch:
         return True
 
     def _students(self) -> bool:
-        experiment = Experiment(self._student_options(), self.devices, self.students)
+        options = self._student_options()
+        students = chosen_students(self.options.students, AGENDA, options.teacher, self.devices.log)
+        experiment = Experiment(options, self.devices, students)
         experiment.finished = None if self.options.keep_checkpoints else delete_checkpoints
         if not experiment.run():
             return False
         best = [best_of(experiment.write(), share) for share in (HALF, QUARTER)]
         chosen = [student for student in best if student is not None]
-        controls = {Student("control", s.recipes) for s in chosen} & set(self.students) or {
-            s for s in self.students if s.kind == "control"
-        }
+        controls = [s for s in students if s.kind == "control"]
+        same = [s for s in controls if s.recipes in {c.recipes for c in chosen}]
         for seed in range(1, self.options.seeds):
-            more = [dataclasses.replace(s, seed=seed) for s in (*chosen, *sorted(controls, key=lambda s: s.name))]
+            more = [dataclasses.replace(s, seed=seed) for s in (*chosen, *(same or controls))]
             experiment.students += [s for s in more if s not in experiment.students]
         return experiment.run()
 
@@ -157,7 +159,7 @@ class Scratch:
             data=self.folders.tokens,
             out=o.out,
             tokens=round(size.tokens * o.percent / 100),
-            starts=["fit"],
+            starts=o.starts,
             lr=size.uptrain_lr if o.lr is None else o.lr,
             batch=size.uptrain_batch if o.batch is None else o.batch,
             seq_len=size.seq_len,
@@ -194,8 +196,10 @@ def parser() -> Parser:
     add("--corpus", nargs="+", default=[], metavar="FILE", help="text or JSON lines to train on, folders, globs")
     add("--validation", nargs="+", default=[], metavar="FILE", help="held out (default: 2 %% of the corpus)")
     add("--out", type=Path, default=Path("runs/shares"), metavar="DIR", help="default: %(default)s")
-    add("--students", nargs="+", default=AGENDA, metavar="NAME",
+    add("--students", nargs="+", metavar="NAME",
         help=f"KIND or KIND+RECIPE+... (default: {' '.join(AGENDA)})")  # fmt: skip
+    add("--starts", nargs="+", default=["fit"], metavar="START",
+        help=f"of {', '.join(STARTS)} (default: fit); the best of several; latents have svd alone")  # fmt: skip
     add("--tiny", action="store_true", help="a teacher of a few thousand parameters")
     add("--tokens", type=whole_number(1), metavar="N", help="tokens of the teacher (default: 490,000,000)")
     add("--percent", type=float, default=5.0, metavar="P", help="of them for each student (default: %(default)s)")
@@ -213,6 +217,7 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status: 1 after a failure, 3 if time ran out."""
     options = parser().parse_args(arguments)
+    check_names(options.starts, STARTS, "--starts")
     if not 0 < options.percent <= 100:
         raise UserError(f"--percent {options.percent:g}: allowed: above 0, up to 100")
     options.out.mkdir(parents=True, exist_ok=True)

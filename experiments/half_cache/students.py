@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from cllm.cache.accounting import kv_bytes
 from cllm.config import ModelConfig
 from cllm.errors import UserError
-from cllm.uptrain.teacher import student_model
+from cllm.uptrain.teacher import student_model, teacher_config
 from cllm.yaml_text import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,6 +200,8 @@ RECIPES: dict[str, Recipe] = {
     "slots": Recipe({"uptrain": {"trainable": "slots"}}, about="keys, values trained"),
     "fast_kv": _rates("rate of K/V times 3", kv=3.0),
     "fast_attention": _rates("rate of attention times 3", kv=3.0, queries=3.0, outputs=3.0),
+    "faster_attention": _rates("rate of attention times 8", kv=8.0, queries=8.0, outputs=8.0),
+    "slow_attention": _rates("rate of K/V and of attention's output times 0.1", kv=0.1, outputs=0.1),
     "slow_rest": _rates("rate outside of attention times 0.3", rest=0.3),
     "wsd": Recipe({"optim": {"schedule": "wsd", "decay_fraction": 0.3}}, about="constant rate, then linear decay"),
     "mean_heads": Recipe({"init": {"heads": "mean"}}, about="fewer KV heads as means of neighbours"),
@@ -273,6 +275,28 @@ def check_bytes(student: Student, teacher: ModelConfig, shape: Shape, path: Path
             f"layers and {shape.kv_heads} KV heads; allowed: up to {kind.share}"
         )
     return share
+
+
+def chosen_students(
+    names: Sequence[str] | None, defaults: Sequence[str], teacher: Path, log: Callable[[str], object]
+) -> list[Student]:
+    """The students `names`, or those of `defaults` that the teacher's shape allows; the others are logged.
+
+    Raises:
+        UserError: for a name that is unknown or, in `names`, not possible.
+    """
+    model = teacher_config(teacher)
+    shape, found = Shape.of(model, teacher), []
+    for student in (Student.parse(name) for name in dict.fromkeys(names or defaults)):
+        try:
+            check_bytes(student, model, shape, teacher)
+        except UserError as error:
+            if names:
+                raise
+            log(f"left out: {error}")
+        else:
+            found.append(student)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ def test_a_plan_with_all_heads_or_without_heads_has_nothing_to_merge(make_teache
     teacher = make_teacher(CONFIG)
     for kv, method in (({"preset": "cla", "kv_norm": False}, "fit"), ({"preset": "mla"}, "svd")):
         settings = InitFrom.model_validate({"method": method, "heads": "merge", "calibration_sequences": 4})
-        with pytest.raises(UserError, match="init.heads is merge, but no layer of model.kv has fewer KV heads"):
+        with pytest.raises(UserError, match=r"init.heads is merge, but no layer of model.kv has fewer KV heads"):
             init_student(new_student(teacher, kv), teacher, settings, text)
 
 

@@ -2,8 +2,8 @@
 
     python -m experiments.half_cache --teacher FOLDER --data PREPARED --out DIR --tokens 20000000 --stop-after 9m
 
-A student is `KIND` or `KIND+RECIPE+...`. With several `--starts`, each student first gets a
-loss for every start and trains from the best of them. `--parallel` students at a time run on each GPU, each in a
+A student is `KIND` or `KIND+RECIPE+...`, with a seed `KIND-s1`. With several `--starts`, each student first gets a loss
+for every start and trains from the best of them. `--parallel` students at a time run on each GPU, each in a
 process. DIR/results.json, DIR/table.md and DIR/log.txt are written every few seconds. After `--stop-after`, and on
 SIGTERM, SIGHUP or Ctrl-C, running students save and the command ends with status 3; the same command continues.
 docs/uptraining.md has results.

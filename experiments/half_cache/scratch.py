@@ -39,8 +39,10 @@ from experiments.uptraining.base import make_tokens
 from experiments.uptraining.setup import FULL, TINY, Folders, Size, claim
 
 AGENDA = (
-    *("control", "mla_4", "gqa_4", "gqa", "cla2_gqa", "cla4", "cla2", "mla", "xmla_4"),
-    *("fusedkv", "fusedkv_gqa", "acrosskv_4", "fusedkv_4", "acrosskv"),
+    *("control", "kv_tie_gqa+slow_attention", "gqa_4+fast_attention", "mla_4+fast_attention"),
+    *("kv_tie+slow_attention", "gqa+fast_attention", "cla4+fast_attention+attention", "cla2+fast_attention"),
+    *("kv_tie_8+slow_attention", "cla2_gqa+fast_attention", "mla+fast_attention", "xmla_4+fast_attention"),
+    *("fusedkv+fast_attention", "fusedkv_gqa+fast_attention", "acrosskv_4+fast_attention"),
 )
 """Students of the default command, the most informative first, because time may run out."""
 SIZES: dict[str, Size] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -19,7 +20,7 @@ from cllm.yaml_text import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "uptrain"
-HALF, QUARTER, WHOLE = Fraction(1, 2), Fraction(1, 4), Fraction(1)
+HALF, QUARTER, EIGHTH, WHOLE = Fraction(1, 2), Fraction(1, 4), Fraction(1, 8), Fraction(1)
 SHARES = {str(share): share for share in (HALF, QUARTER)}
 """Shares of the teacher's cache that `--share` may name."""
 
@@ -140,6 +141,8 @@ KINDS: dict[str, Kind] = {
     "gqa_4": Kind(QUARTER, _heads(QUARTER, "gqa"), fewer_heads=True),
     "mla_4": Kind(QUARTER, _latent(QUARTER, 1), latent=True),
     "xmla_4": Kind(QUARTER, _latent(QUARTER, 2), latent=True),
+    "kv_tie_8": Kind(EIGHTH, _heads(QUARTER, "kv_tie"), fewer_heads=True),
+    "mla_8": Kind(EIGHTH, _latent(EIGHTH, 1), latent=True),
     "xmla4_4": Kind(QUARTER, _latent(QUARTER, 4), latent=True),
 }
 """Kinds of students by name. `control` is the teacher's own plan: what the training text does without any sharing.
@@ -227,11 +230,16 @@ class Student:
 
     @classmethod
     def parse(cls, name: str) -> Student:
-        """The student `KIND+RECIPE+...`. Raises `UserError` for unknown names."""
-        kind, *recipes = name.split("+")
+        """The student `KIND+RECIPE+...` or, with another seed than 0, `KIND+RECIPE+...-s1`.
+
+        Raises:
+            UserError: for unknown names.
+        """
+        seeded = re.fullmatch(r"(.*)-s(\d{1,9})", name)
+        kind, *recipes = (seeded[1] if seeded else name).split("+")
         check_names([kind], KINDS, "--students")
         check_names(recipes, RECIPES, f"--students {name}: recipe")
-        return cls(kind, tuple(recipes))
+        return cls(kind, tuple(recipes), int(seeded[2]) if seeded else 0)
 
     @property
     def name(self) -> str:

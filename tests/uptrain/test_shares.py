@@ -31,7 +31,7 @@ TEACHERS = {
 }
 
 
-IMPOSSIBLE = {("110m", "xmla"), ("110m", "xmla4_4"), ("smollm2", "gqa_4")}
+IMPOSSIBLE = {("110m", "xmla"), ("110m", "xmla4_4"), ("smollm2", "gqa_4"), ("smollm2", "kv_tie_8")}
 """Latents whose rank would exceed the model's width; a quarter of 3 KV heads."""
 
 
@@ -81,6 +81,8 @@ def test_every_recipe_is_a_config(tmp_path: Path) -> None:
     both = config("cla4+top+half_batch+twice_rate+fast_kv")
     assert (both.optim.lr, both.optim.min_lr, both.optim.rates.kv) == (4e-4, 4e-5, 3)
     assert (both.train.global_batch, both.train.steps, both.uptrain.curriculum_steps) == (2, 200, 100)
+    assert Student.parse("cla4+top-s12") == Student("cla4", ("top",), 12)
+    assert Student("cla4", ("top",), 12).name == "cla4.top-s12"
     for name, message in (("cla3", "--students cla3: allowed: control"), ("cla4+x", r"recipe x: allowed: plain")):
         with pytest.raises(UserError, match=message):
             Student.parse(name)

@@ -16,6 +16,7 @@ from cllm.evaluate.outputs import png
 from cllm.files import RESULTS, mark_new, write_atomic
 from cllm.study import events, figures
 from cllm.study.layout import Layout
+from cllm.study.overview import overview
 from cllm.study.results import Result, read_results
 from cllm.study.schema import Study, count_text
 from cllm.study.statistics import Mean
@@ -80,7 +81,7 @@ def report_text(summary: Summary, pictures: Sequence[str]) -> str:
     if not summary.rows:
         parts.append("No run of full length has ended yet.")
     parts.append(_NOTES.format(baseline=study.baseline))
-    parts += _curves(summary) + _rates(summary) + _scores(summary)
+    parts += overview(summary) + _curves(summary) + _rates(summary) + _scores(summary)
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     parts += _others(summary)
     return "\n\n".join(parts) + "\n"

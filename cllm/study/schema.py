@@ -93,7 +93,10 @@ class Match(Section):
         if self.parameters:
             words.append("equal parameters")
         if isinstance(self.cache_bytes, dict):
-            words += [f"{design}: {ratio} of mha's cache bytes" for design, ratio in self.cache_bytes.items()]
+            by_ratio: dict[str, list[str]] = {}
+            for design, ratio in self.cache_bytes.items():
+                by_ratio.setdefault(ratio, []).append(design)
+            words += [f"{', '.join(names)}: {ratio} of mha's cache bytes" for ratio, names in by_ratio.items()]
         elif self.cache_bytes is not None:
             words.append(f"{self.cache_bytes} of mha's cache bytes")
         words.append("equal training FLOPs" if self.flops else "equal tokens")

@@ -8,10 +8,12 @@ work: bf16 autocast over fp32 weights, forward, backward, clipping at norm 1, th
 --accumulate, several micro-batches a step. Times of steps are those between device events. Prints a table (median,
 spread over rounds, tokens a second, MFU, peak memory, time as a multiple of the first contender's) and writes JSON with
 versions, commit, clocks, and the kernels that were chosen. --fp8 adds the first design with fp8 products. That is other
-arithmetic, so it has its own table, with MFU against the bf16 peak as elsewhere. --one-by-one builds, measures and frees
-each design beside the first one, for more designs than memory has room for: the file has a row after each, a design
-that fails does not end the others, and none starts after --time-limit. --train.accelerator cpu tries it out on a CPU;
-times there mean nothing.
+arithmetic, so it has its own table, with MFU against the bf16 peak as elsewhere.
+
+--one-by-one builds, measures and frees each design beside the first one, for more designs than memory has room for: the
+file has a row after each, a design that fails does not end the others, and none starts after --time-limit.
+
+--train.accelerator cpu tries everything out on a CPU; times there mean nothing.
 """
 
 from __future__ import annotations
@@ -82,8 +84,9 @@ def make_parser() -> ConfigParser:
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a step (default 1)")
     add("--swap", action="store_true", help="keep contenders in CPU memory while another one is measured")
     add("--one-by-one", action="store_true", help="only the first design and one other in memory at a time")
-    add("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="with --one-by-one: start no design after "
-        "that")  # fmt: skip
+    add(
+        "--time-limit", type=float, default=math.inf, metavar="SECONDS", help="with --one-by-one: start no design after"
+    )
     add("--rounds", type=int, default=4, help="turns of each contender (default 4)")
     add("--steps", type=int, default=6, help="timed steps of a turn (default 6)")
     add("--warmup", type=int, default=4, help="steps before the first turn (default 4)")

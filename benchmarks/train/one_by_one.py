@@ -1,4 +1,4 @@
-"""Contenders against the first one, one at a time: memory for two, a row after each, and no start after a time limit."""
+"""Contenders against the first one, one at a time: memory for two, a row after each, a limit of time."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ queue.py       the next point: its priority, and whether it ends in time
 estimate.py    tokens per second so far, and the seconds that a point takes
 measuring.py   the evaluations of a point, which end one by one
 children.py    training and evaluation in processes, one GPU each
+sharing.py     when the next training may start on a GPU on which others run
+busy.py        how long each device took steps or evaluated
 runner.py      the loop that keeps all GPUs busy
 utilisation.py  how busy the GPUs were
 status.py      the table of points, and the plan of a dry run

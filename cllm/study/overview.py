@@ -1,4 +1,4 @@
-"""One table of a study's designs by their cache: share of bytes, parameters, loss, and the main number of each suite."""
+"""One table of a study's designs by their cache: share of bytes, parameters, loss, main numbers of suites."""
 
 from __future__ import annotations
 

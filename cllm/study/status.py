@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cllm.cache.accounting import kv_bytes
 from cllm.config import Config
 from cllm.errors import UserError
+from cllm.study.busy import busy_lines, busy_shares, read_sessions
 from cllm.study.estimate import Estimates, progress
 from cllm.study.layout import Layout, is_held
 from cllm.study.matching import cache_share
@@ -88,6 +89,7 @@ def status(queue: Queue, estimates: Estimates, slots: int) -> str:
     known = [seconds for seconds in left if seconds is not None]
     total = None if len(known) < len(left) else sum(known) / slots
     parts.append(f"left: {duration(total)} on {slots} {'device' if slots == 1 else 'devices'}{_later(queue)}")
+    parts += busy_lines(busy_shares(read_sessions(queue.layout.sessions, queue.grid.code)))
     return "\n".join(parts)
 
 

@@ -16,6 +16,7 @@ from cllm.errors import UserError
 from cllm.evaluate.score_choice import suite_of
 from cllm.evaluate.suites.registry import suites
 from cllm.evaluate.tasks.suite import ALL, TaskSuite
+from cllm.study.busy import BusyShare
 from cllm.study.curves import Crossing, Fit, crossing, fit_curve
 from cllm.study.points import Grid, Point, Variant
 from cllm.study.rates import Search, search
@@ -90,6 +91,8 @@ class Summary:
     """(reason, result) of results that are not used."""
     scores: tuple[tuple[Score, dict[str, Mean]], ...]
     """Numbers of evaluations, by the label of the row."""
+    busy: tuple[BusyShare, ...] = ()
+    """How long devices were busy; empty without files of sessions."""
 
     def rows_of(self, tokens: int) -> list[Row]:
         """The rows of one token budget."""

@@ -195,8 +195,15 @@ def test_a_run_starts_before_the_one_before_it_ends_and_a_stop_in_between_loses_
     study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={})
     out, started = tmp_path / "out", tmp_path / "started"
     assert chaos.runner_of(study, tmp_path / "undisturbed", chaos.FakeCommands(0)).run() == 0
+
+    def next_runner() -> Any:
+        commands = chaos.FakeCommands(0.002, started, together=4)
+        runner = chaos.runner_of(study, out, commands, slots=1, check=0.0)
+        runner.estimates = Estimates(16 / 0.002)  # also of a run that is resumed before its last step
+        return runner
+
     for _ in range(2):
-        runner = chaos.runner_of(study, out, chaos.FakeCommands(0.002, started, together=4), slots=1, check=0.0)
+        runner = next_runner()
         fill = runner._fill
 
         def stop(slot: Slot, fill: Callable[[Slot], bool] = fill) -> bool:
@@ -207,7 +214,7 @@ def test_a_run_starts_before_the_one_before_it_ends_and_a_stop_in_between_loses_
         runner._fill = stop
         with pytest.raises(KeyboardInterrupt):
             runner.run()
-    runner = chaos.runner_of(study, out, chaos.FakeCommands(0.002, started, together=4), slots=1, check=0.0)
+    runner = next_runner()
     assert runner.run() == 0, "no run takes its last step until the next one was started"
     assert chaos.results_of(out) == chaos.results_of(tmp_path / "undisturbed")
     sessions = read_sessions(runner.layout.sessions, code_version())
@@ -361,6 +368,40 @@ def test_the_study_of_45m_has_designs_of_half_the_cache_and_equal_size() -> None
     # The key has no folder of data in it.
     other = load_study(ROOT / "configs/studies/45m.yaml", ["--model.vocab_size", "16384", "--data.path", "q"])
     assert next(Grid(other, "code").all_points()).key == next(grid.all_points()).key
+
+
+def test_the_study_of_equal_bytes_has_all_designs_at_exactly_half_and_a_quarter() -> None:
+    from cllm.model.sizes import count_parameters, meta_decoder
+    from cllm.study.matching import cache_share
+
+    words = ["--model.vocab_size", "16384", "--data.path", "p"]
+    study = load_study(ROOT / "configs/studies/equal_bytes.yaml", words)
+    both = [
+        "gqa",
+        "mla",
+        "cla",
+        "yoco",
+        "fusedkv",
+        "fusedkv_rich",
+        "fusedkv_lite",
+        "swiftkv",
+        "ced",
+        "kv_tie",
+        "svformer",
+    ]
+    assert sorted(study.designs) == sorted(
+        ["mha", "xmla-quarter", *(f"{d}-{s}" for d in both for s in ("half", "quarter"))]
+    )
+    assert study.match.parameters
+    bare = load_study(ROOT / "configs/studies/equal_bytes.yaml", [*words, "--model.match_params", "false"])
+    grid = Grid(bare.model_copy(update={"match": bare.match.model_copy(update={"parameters": False})}), "code")
+    shares = {v.design: cache_share(grid.config(grid.point(v, 1, 1, 3e-3), Path("r")).model) for v in grid.variants}
+    wanted = {"half": 0.5, "quarter": 0.25, "mha": 1.0}
+    assert shares == pytest.approx({name: wanted[name.rpartition("-")[2]] for name in study.designs}, abs=1e-9)
+    sized = Grid(study, "code", ["mha", "svformer-half", "ced-quarter"])
+    models = [sized.config(sized.point(v, 1, 1, 3e-3), Path("r")).model for v in sized.variants]
+    sizes = [count_parameters(meta_decoder(model)) for model in models]
+    assert max(sizes) / min(sizes) < 1.005
 
 
 @pytest.mark.parametrize(("wanted", "reached"), [("1/2", 0.5), ("1/4", 0.25), ("1/3", 0.375)])

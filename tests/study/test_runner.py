@@ -79,8 +79,8 @@ def test_points_of_known_rates_come_first_then_searches_then_seeds(chaos: Module
         "mha, lr 0.002, 160, seed 1",
         "cla, lr 0.002, 160, seed 1",
         "mha, lr 0.001, 64, seed 1",
-        "mha, lr 0.002, 64, seed 1",
         "cla, lr 0.001, 64, seed 1",
+        "mha, lr 0.002, 64, seed 1",
         "cla, lr 0.002, 64, seed 1",
     ]
     config = queue.grid.config(queue.wanted()[0], tmp_path)

@@ -185,9 +185,17 @@ def read_sessions(folder: Path, code: str | None = None) -> list[dict[str, Any]]
             data = read_object(file)
         except UserError:
             continue
-        if {"seconds", "queued_seconds", "devices", "code"} <= data.keys() and code in (None, data["code"]):
+        if _is_session(data) and code in (None, data["code"]):
             found.append(data)
     return found
+
+
+def _is_session(data: dict[str, Any]) -> bool:
+    numbers = [data.get("seconds"), data.get("queued_seconds")]
+    for device in data["devices"] if isinstance(data.get("devices"), list) else [{}]:
+        numbers += [device.get("busy"), device.get("busy_queued")] if isinstance(device, dict) else [None]
+        numbers += [0 if isinstance(device, dict) and isinstance(device.get("device"), str) else None]
+    return "code" in data and all(isinstance(number, int | float) for number in numbers)
 
 
 def busy_shares(sessions: Sequence[dict[str, Any]]) -> list[BusyShare]:

@@ -81,7 +81,7 @@ class Runner:
         self.layout, self.estimates = queue.layout, estimates
         self.failed: dict[str, str] = {}
         """Names of points that failed in this process, and the last line of their logs."""
-        devices = {f"{slot.name}, {n}" if slot.device is None else slot.name: slot.busy for n, slot in enumerate(slots)}
+        devices = {f"{slot.name} {n}" if slot.device is None else slot.name: slot.busy for n, slot in enumerate(slots)}
         self.session = Session(self.layout.sessions, devices, queue.grid.code)
         self._began = time.monotonic()
         self._deadline = None if options.seconds is None else self._began + options.seconds
@@ -296,10 +296,11 @@ class Runner:
     def _count_time(self, job: Job) -> None:
         """Note how long a job has kept its device busy so far."""
         if job.work == "train":
-            found = [job.stepping_time.look()]
+            interval = job.stepping_time.look()
+            found = [] if interval is None else [interval]
         else:
             found = evaluation_intervals(self.layout.evaluation(job.point), self.queue.marks, job.stepping_time.started)
-        for interval in filter(None, found):
+        for interval in found:
             job.slot.busy.add(*interval)
 
     def _look_at(self, job: Job, now: float) -> None:

@@ -169,8 +169,7 @@ def test_one_table_has_share_parameters_loss_and_main_scores_by_falling_share(
     text = report_text(summarise(study, read_results(layout.results)), [])
     table = text.split("## Designs by cache bytes")[1].split("##")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
-    name = suites()["copying"].label(plain | {"spec": "as it is"})
-    assert rows[0] == ["design", "cache × mha", "parameters", "loss", f"{name}, accuracy %"]
+    assert rows[0] == ["design", "cache × mha", "parameters", "loss", "copying:distances=8, accuracy %"]
     assert rows[2:] == [
         ["mha", "1.0000", "1k", "3.1000 ± 0.1000", "42.0 ± 2"],
         ["cla", "0.2500", "1.234k", "2.0000", "7.0 ± 2.5"],

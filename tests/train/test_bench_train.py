@@ -61,7 +61,7 @@ def test_designs_take_turns_and_the_numbers_say_what_was_run(
 def test_one_by_one_each_design_has_a_row_beside_the_first_and_a_failure_or_the_limit_loses_no_row(
     bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rich, step, rows = "fusedkv:keys=complex,values=matrix", Contender.step, []
+    rich, step, rows = "fusedkv:keys=complex,values=matrix", Contender.step, list[str]()
 
     def steps(self: Contender, batch: object) -> torch.Tensor:
         if self.name == "cla":

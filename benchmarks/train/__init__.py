@@ -5,6 +5,7 @@ contender.py  a model with its optimizer and times; moved to the CPU while anoth
 designs.py    contenders of this project: a config, packed documents, random batches
 peers.py      other trainers: Hugging Face's Llama with Liger's kernels, and litgpt
 measure.py    warm-up, timed steps and kernel profile of one contender
+one_by_one.py  many designs, one at a time beside the first one
 report.py     rows and their table
 
 Imports benchmarks.record, benchmarks.timing and cllm.

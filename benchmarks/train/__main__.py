@@ -8,15 +8,21 @@ work: bf16 autocast over fp32 weights, forward, backward, clipping at norm 1, th
 --accumulate, several micro-batches a step. Times of steps are those between device events. Prints a table (median,
 spread over rounds, tokens a second, MFU, peak memory, time as a multiple of the first contender's) and writes JSON with
 versions, commit, clocks, and the kernels that were chosen. --fp8 adds the first design with fp8 products. That is other
-arithmetic, so it has its own table, with MFU against the bf16 peak as elsewhere. --train.accelerator cpu tries it out
-on a CPU; times there mean nothing.
+arithmetic, so it has its own table, with MFU against the bf16 peak as elsewhere.
+
+--one-by-one builds, measures and frees each design beside the first one, for more designs than memory has room for: the
+file has a row after each, a design that fails does not end the others, and none starts after --time-limit.
+
+--train.accelerator cpu tries everything out on a CPU; times there mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +33,16 @@ from benchmarks.record import Record
 from benchmarks.train.contender import Batches, Contender, on_device
 from benchmarks.train.designs import design, device_of, random_batches, with_documents
 from benchmarks.train.measure import measure, profile, warm_up
+from benchmarks.train.one_by_one import OneByOne
 from benchmarks.train.peers import check_peers, hf_liger, litgpt_compiled
 from benchmarks.train.report import print_rows, rows_of
 from cllm.config import Config
+from cllm.config.designs import parse_plan
 from cllm.config.load import ConfigParser, config_parser
 from cllm.environment import clocks, environment
 from cllm.errors import UserError, one_line
 from cllm.train.float8 import check_float8
 from cllm.uptrain.complete import load_config
-
-PLANS = Path(__file__).resolve().parents[2] / "configs" / "kv"
 
 
 class Choices(logging.Handler):
@@ -64,7 +70,8 @@ def make_parser() -> ConfigParser:
     parser = config_parser(Config, __doc__ or "")
     parser.prog = "python -m benchmarks.train"
     add = parser.add_argument
-    add("--designs", nargs="+", default=["mha"], metavar="NAME", help="files of configs/kv/")
+    add("--designs", nargs="+", default=["mha"], metavar="NAME[:KEY=VALUE,...]", help="files of configs/kv/, and "
+        "settings of model.kv on top of them")  # fmt: skip
     add("--peers", action="store_true", help="also litgpt compiled and Hugging Face + Liger")
     add("--documents", type=int, metavar="TOKENS", help="also the first design on packed documents of this mean length")
     add(
@@ -76,6 +83,10 @@ def make_parser() -> ConfigParser:
     )
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a step (default 1)")
     add("--swap", action="store_true", help="keep contenders in CPU memory while another one is measured")
+    add("--one-by-one", action="store_true", help="only the first design and one other in memory at a time")
+    add(
+        "--time-limit", type=float, default=math.inf, metavar="SECONDS", help="with --one-by-one: start no design after"
+    )
     add("--rounds", type=int, default=4, help="turns of each contender (default 4)")
     add("--steps", type=int, default=6, help="timed steps of a turn (default 6)")
     add("--warmup", type=int, default=4, help="steps before the first turn (default 4)")
@@ -194,17 +205,38 @@ def build_contenders(
     return contenders, [placed(design(name, config)) for name, config in fp8_configs.items()]
 
 
+def design_config(word: str, files: Sequence[str], overrides: Sequence[str]) -> Config:
+    """The config of a word of --designs.
+
+    Raises:
+        UserError: for an unknown name, and for settings that its plan does not have.
+    """
+    file, settings = parse_plan(word)
+    plan = [part for key, value in settings.items() for part in (f"--model.kv.{key}", value)]
+    return load_config([*files, file], [*overrides, *plan])
+
+
+def check_one_by_one(options: argparse.Namespace) -> None:
+    """Refuse options that do not go with --one-by-one, and a time limit without it."""
+    if not options.one_by_one:
+        if options.time_limit != math.inf:
+            raise UserError(f"--time-limit is {options.time_limit:g} without --one-by-one; allowed: both")
+        return
+    for name in ("peers", "documents", "fp8", "swap", "profile"):
+        if getattr(options, name):
+            raise UserError(f"--one-by-one and --{name}: allowed: one of them")
+
+
 @one_line
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
     options, overrides = make_parser().parse_settings(argv)
     files = options.config or ["configs/bench/374m.yaml"]
-    configs = {name: load_config([*files, PLANS / f"{name}.yaml"], overrides) for name in options.designs}
+    configs = {word: design_config(word, files, overrides) for word in options.designs}
     fp8_configs: dict[str, Config] = {}
     if options.fp8:
         name = options.designs[0]
-        settings = [*overrides, "--train.fp8", options.fp8]
-        fp8_configs[f"{name}, fp8"] = load_config([*files, PLANS / f"{name}.yaml"], settings)
+        fp8_configs[f"{name}, fp8"] = design_config(name, files, [*overrides, "--train.fp8", options.fp8])
     first = next(iter(configs.values()))
     for config in (*configs.values(), *fp8_configs.values()):
         check(config)
@@ -214,15 +246,15 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--swap moves contenders out of a GPU's memory, and train.accelerator is cpu")
     if options.peers:
         check_peers(first)
+    check_one_by_one(options)
     choices = Choices.collect()
+    if options.one_by_one:
+        return measure_one_by_one(options, configs, choices)
     contenders, in_fp8 = build_contenders(options, configs, fp8_configs)
     batches = random_batches(first, options.accumulate)
-    known: dict[str, Any] = {"environment": environment()}
-    record = Record(known, Path(options.out) if options.out else None)
+    record = new_record(options, configs | fp8_configs)
     benchmark = TrainBenchmark(contenders, in_fp8, batches, options.swap, record, choices)
-    known["tokens_per_step"] = benchmark.tokens
-    known["settings"] = {"micro_batches": options.accumulate, "swap": options.swap}
-    known["configs"] = {name: config.as_yaml_data() for name, config in (configs | fp8_configs).items()}
+    record.results["tokens_per_step"] = benchmark.tokens
     dropped = benchmark.warm_up(options.warmup)
     benchmark.measure(options.rounds, options.steps)
     if options.profile:
@@ -233,6 +265,37 @@ def main(argv: list[str] | None = None) -> None:
         print_rows(record.results["rows_fp8"])
     for contender in dropped:
         print(f"{contender.name}: out of memory beside the others; run it with fewer of them")
+    return 0
+
+
+def new_record(options: argparse.Namespace, configs: dict[str, Config]) -> Record:
+    """The record before the first measurement."""
+    known: dict[str, Any] = {"environment": environment()}
+    known["settings"] = {"micro_batches": options.accumulate, "swap": options.swap}
+    known["configs"] = {name: config.as_yaml_data() for name, config in configs.items()}
+    return Record(known, Path(options.out) if options.out else None)
+
+
+def measure_one_by_one(options: argparse.Namespace, configs: dict[str, Config], choices: Choices) -> int:
+    """Measure, print the table and what is missing; returns the exit status: 1 if a design is missing."""
+    record = new_record(options, configs)
+    record.results["settings"]["one_by_one"] = True
+    record.results["chosen"] = choices.lines
+    batches = random_batches(next(iter(configs.values())), options.accumulate)
+    benchmark = OneByOne(
+        configs, batches, record, options.time_limit, warmup=options.warmup, rounds=options.rounds, steps=options.steps
+    )
+    record.results["tokens_per_step"] = benchmark.tokens
+    benchmark.run()
+    print_rows(record.rows)
+    results = record.results
+    for name, text in results["failed"].items():
+        print(f"{name} failed: {text}")
+    for name in results["out_of_memory"]:
+        print(f"{name}: out of memory beside {next(iter(configs))}")
+    if results["not_measured"]:
+        print(f"not measured, the time limit came first: {' '.join(results['not_measured'])}")
+    return int(bool(results["failed"] or results["out_of_memory"] or results["not_measured"]))
 
 
 if __name__ == "__main__":

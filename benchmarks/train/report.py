@@ -38,12 +38,13 @@ def rows_of(contenders: list[Contender], first: Contender, tokens: int, device: 
 
 def print_rows(rows: list[Row]) -> None:
     """Print the table."""
-    print(f"{'contender':<24}{'M params':>9}{'ms':>9}{'spread':>15}{'tokens/s':>11}{'MFU':>7}{'GiB':>7}{'time':>7}")
+    wide = max(23, *(len(row["name"]) for row in rows), 0) + 1
+    print(f"{'contender':<{wide}}{'M params':>9}{'ms':>9}{'spread':>15}{'tokens/s':>11}{'MFU':>7}{'GiB':>7}{'time':>7}")
     for row in rows:
         medians = row["round_medians_ms"]
         mfu = f"{100 * row['mfu']:.1f}%" if row["mfu"] else "-"
         print(
-            f"{row['name']:<24}{row['parameters'] / 1e6:>9.1f}{row['ms']:>9.2f}"
+            f"{row['name']:<{wide}}{row['parameters'] / 1e6:>9.1f}{row['ms']:>9.2f}"
             f"{f'{min(medians):.1f}..{max(medians):.1f}':>15}{row['tokens_per_s']:>11,.0f}{mfu:>7}"
             f"{'-' if row['peak_gib'] is None else format(row['peak_gib'], '.1f'):>7}{row['time_vs_first']:>7.3f}"
         )

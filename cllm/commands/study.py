@@ -165,9 +165,8 @@ def _work(options: argparse.Namespace, study, layout) -> int:
         code = runner.run()
     finally:
         computed = busy.stop()
-        text = f"{', '.join(slot.name for slot in slots)}: had a run {100 * runner.occupied():.0f} % of the time"
-        text += "" if computed is None else f", computed {100 * computed:.0f} % of it"
-        print(text, file=sys.stderr)
+        if computed is not None:
+            print(f"nvidia-smi: GPUs computed {100 * computed:.0f} % of the time", file=sys.stderr)
     print(status(queue, estimates, len(slots)))
     return code
 

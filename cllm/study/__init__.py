@@ -11,6 +11,8 @@ queue.py       the next point: its priority, and whether it ends in time
 estimate.py    tokens per second so far, and the seconds that a point takes
 measuring.py   the evaluations of a point, which end one by one
 children.py    training and evaluation in processes, one GPU each
+sharing.py     when the next training may start on a GPU on which others run
+busy.py        how long each device took steps or evaluated
 runner.py      the loop that keeps all GPUs busy
 utilisation.py  how busy the GPUs were
 status.py      the table of points, and the plan of a dry run
@@ -18,6 +20,7 @@ slurm.py       the script of a SLURM array
 statistics.py  means, standard errors, paired differences with intervals
 curves.py      learning curves, fitted, and where two cross
 summary.py     the results of one version as rows of designs
+overview.py    its table of designs by cache bytes: parameters, loss, scores
 report.py      the report as Markdown, JSON, figures and TensorBoard events
 figures.py     its figures
 events.py      its TensorBoard events, equal bytes each time

@@ -13,6 +13,7 @@ from typing import Protocol
 import cllm
 from cllm import processes
 from cllm.config import Config
+from cllm.study.busy import Intervals, Stepping
 from cllm.study.points import Point
 from cllm.study.queue import Work
 
@@ -34,8 +35,8 @@ class Slot:
     device: str | None
     """The GPU as in CUDA_VISIBLE_DEVICES; None: the CPU."""
     jobs: list[Job] = field(default_factory=list)
-    busy: float = 0.0
-    """Seconds in which it had a job."""
+    busy: Intervals = field(default_factory=Intervals)
+    """When a run on it took steps or was evaluated, see busy.py."""
 
     @property
     def name(self) -> str:
@@ -53,6 +54,8 @@ class Job:
     process: subprocess.Popen
     locks: ExitStack
     """Releases the point."""
+    stepping_time: Stepping
+    """When the process started; of a training, also when its steps began."""
     started: float = field(default_factory=time.monotonic)
     first_tokens: int = 0
     """Tokens that the run had when the process started."""

@@ -2,6 +2,7 @@
 
 OUT/
   results/POINT.json   the result of a finished point: small, to be kept and committed
+  results/sessions/    for each run of the command, how long each device was busy
   runs/POINT/          its run, as `cllm train` writes it
   state/POINT.yaml     the config that it is trained with
   state/POINT.log      the output of its training and evaluation
@@ -39,6 +40,10 @@ class Layout:
     @property
     def results(self) -> Path:
         return self.out / "results"
+
+    @property
+    def sessions(self) -> Path:
+        return self.results / "sessions"
 
     @property
     def report(self) -> Path:

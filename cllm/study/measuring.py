@@ -71,6 +71,27 @@ def records_of(folder: Path, marks: Sequence[str]) -> list[dict[str, Any]]:
     return [read_object(file) for n in ended for file in json_files(folder / f"{n:02d}")]
 
 
+def evaluation_intervals(folder: Path, marks: Sequence[str], since: float) -> list[tuple[float, float]]:
+    """When the evaluations that have ended after `since` computed, by the `seconds` of their records.
+
+    Seconds of each set and spec count once: the records of all tasks of a suite repeat them.
+
+    Returns:
+        (begin, end) of each evaluation, in seconds since the epoch; its end is taken to be that of its computation.
+    """
+    found = []
+    for n, mark in enumerate(marks):
+        if not has_ended(folder, n, mark) or (ended := mark_of(folder, n).stat().st_mtime) < since:
+            continue
+        longest: dict[tuple[Any, Any], float] = {}
+        for file in json_files(folder / f"{n:02d}"):
+            record = read_object(file)
+            key = record.get("set"), record.get("spec")
+            longest[key] = max(longest.get(key, 0.0), record.get("seconds") or 0.0)
+        found.append((ended - sum(longest.values()), ended))
+    return found
+
+
 def keep_records(result: Path, folder: Path, marks: Sequence[str]) -> Result:
     """Write the records of the evaluations that have ended into a result that has no complete evaluation yet."""
     found = read_result(result)

@@ -159,7 +159,7 @@ class Grid:
         tokens = point.tokens
         if self.study.match.flops and point.variant.design != self.study.baseline:
             baseline, _ = self._configs(self.baseline_of(point.variant))
-            tokens = scaled_tokens(tokens, _sized(config), _sized(baseline))
+            tokens = scaled_tokens(tokens, sized(config), sized(baseline))
         steps = max(1, round(tokens / per_step))
         train = {"steps": steps, "seed": point.seed, "devices": 1, "keep_checkpoints": 1}
         train["validate_every"] = -(-steps // self.study.validations)
@@ -190,8 +190,12 @@ class Grid:
         return config, match
 
 
-def _sized(config: Config) -> Config:
-    """`config` with `model.vocab_size`, from its data if it has none."""
+def sized(config: Config) -> Config:
+    """`config` with `model.vocab_size`, from its data if it has none.
+
+    Raises:
+        UserError: without `model.vocab_size`, for data that are not prepared.
+    """
     if config.model.vocab_size is not None:
         return config
     from cllm.train.run import with_vocabulary

@@ -1,7 +1,8 @@
 """The points that a study asks for, by priority, and those that are left.
 
 1. With a known rate: one seed of every variant at that rate.
-2. Searches of rates, the first round of all variants first.
+2. Searches of rates, the first round of all variants first, and in it the first rate of all variants: a variant's next
+   run then finds its code compiled.
 3. Every variant at the rates found: its first seed, then the next.
 
 Smaller token budgets come first in each. The list follows from the results alone, so several processes agree on it.
@@ -90,10 +91,12 @@ class Queue:
                 if (known := study.rates.known_for(variant.design)) is not None:
                     yield grid.point(variant, tokens, study.seeds_of(variant.design)[0], known)
         for n in range(max((len(found.rounds) for found in searches.values()), default=0)):
-            for variant in grid.variants:
-                for part in searches[variant.label].rounds[n : n + 1]:
+            parts = [(variant, part) for variant in grid.variants for part in searches[variant.label].rounds[n : n + 1]]
+            for place in range(max((len(part.losses) for _, part in parts), default=0)):
+                for variant, part in parts:
                     seed = study.seeds_of(variant.design)[0]
-                    yield from (grid.point(variant, part.tokens, seed, rate, search=True) for rate in part.losses)
+                    for rate in list(part.losses)[place : place + 1]:
+                        yield grid.point(variant, part.tokens, seed, rate, search=True)
         for n in range(most):
             for tokens in budgets:
                 for variant in grid.variants:

@@ -9,13 +9,16 @@ import calendar
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from cllm.evaluate.outputs import png
 from cllm.files import RESULTS, mark_new, write_atomic
 from cllm.study import events, figures
+from cllm.study.busy import busy_lines, busy_shares, read_sessions
 from cllm.study.layout import Layout
+from cllm.study.overview import overview
 from cllm.study.results import Result, read_results
 from cllm.study.schema import Study, count_text
 from cllm.study.statistics import Mean
@@ -39,6 +42,7 @@ def write_report(study: Study, layout: Layout, only: Sequence[str] = ()) -> list
         UserError: if there is no result of the study.
     """
     summary = summarise(study, read_results(layout.results), only)
+    summary = replace(summary, busy=tuple(busy_shares(read_sessions(layout.sessions, summary.code))))
     folder = layout.report
     mark_new(folder, RESULTS)
     pictures = {f"{name}.png": png(figure) for name, figure in _figures(summary).items() if figure is not None}
@@ -80,7 +84,7 @@ def report_text(summary: Summary, pictures: Sequence[str]) -> str:
     if not summary.rows:
         parts.append("No run of full length has ended yet.")
     parts.append(_NOTES.format(baseline=study.baseline))
-    parts += _curves(summary) + _rates(summary) + _scores(summary)
+    parts += overview(summary) + _curves(summary) + _rates(summary) + _scores(summary)
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     parts += _others(summary)
     return "\n\n".join(parts) + "\n"
@@ -99,6 +103,7 @@ def _head(summary: Summary) -> str:
         f"Hardware: {hardware}; {seconds / 3600:.2f} hours of training on one device.",
         f"Code {summary.code}, commit {several([result.content['commit'] for result in used])}.",
     ]
+    lines += [f"{line[0].upper()}{line[1:]}." for line in busy_lines(summary.busy)]
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -270,6 +275,7 @@ def report_data(summary: Summary) -> dict[str, Any]:
         "baseline": summary.study.baseline,
         "rule": summary.study.match.rule,
         "code": summary.code,
+        "busy": [asdict(share) for share in summary.busy],
         "rows": [_row_data(row) for row in summary.rows],
         "rates": {
             label: {

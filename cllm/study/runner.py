@@ -4,8 +4,7 @@ A point is locked by the process that works on it, so several processes, as of a
 is its run's folder and its result. The result is written once, when its run has its last validation, and again with the
 records of its evaluations.
 
-On a GPU the next run starts while the one before it ends or is measured, so the GPU computes during imports and
-compilation.
+On a GPU the next run starts while the one before it ends or is measured, see sharing.py.
 """
 
 from __future__ import annotations
@@ -28,14 +27,16 @@ from cllm.config import Config
 from cllm.errors import EXIT_STOPPED, UserError
 from cllm.files import RESULTS, mark_new, write_atomic
 from cllm.lock import discard_dead, locked
+from cllm.study.busy import Session, Stepping
 from cllm.study.children import Commands, Job, Slot, child_environment, start
 from cllm.study.estimate import Estimates, progress, saved_share
 from cllm.study.layout import last_line
-from cllm.study.measuring import clear_unfinished, count_ended, keep_records, records_of
+from cllm.study.measuring import clear_unfinished, count_ended, evaluation_intervals, keep_records, records_of
 from cllm.study.points import Point
 from cllm.study.queue import Queue, Work, is_trained
 from cllm.study.results import read_result, read_results, result_of, with_evaluations, write_result
 from cllm.study.schema import ShareGPU
+from cllm.study.sharing import wait_for_room
 from cllm.study.version import code_version
 
 log = logging.getLogger(__name__)
@@ -79,10 +80,11 @@ class Runner:
         self.layout, self.estimates = queue.layout, estimates
         self.failed: dict[str, str] = {}
         """Names of points that failed in this process, and the last line of their logs."""
+        devices = {f"{slot.name} {n}" if slot.device is None else slot.name: slot.busy for n, slot in enumerate(slots)}
+        self.session = Session(self.layout.sessions, devices, queue.grid.code)
         self._began = time.monotonic()
         self._deadline = None if options.seconds is None else self._began + options.seconds
         self._stopped: float | None = None
-        self._last_turn = self._began
         self._elsewhere: dict[str, float] = {}
         self._waits_for_others = False
         self._configs: dict[str, Config] = {}
@@ -106,6 +108,7 @@ class Runner:
                     time.sleep(self.options.poll)
             finally:
                 self._end_all()
+                self.session.write()
         self._queue_changed = True
         self._refresh()
         for point in self._wanted:  # locks that killed processes left
@@ -120,13 +123,12 @@ class Runner:
         if self._stopped is None and (received or (self._deadline is not None and now >= self._deadline)):
             self._stop()
         for slot in self.slots:
-            slot.busy += now - self._last_turn if slot.jobs else 0.0
             for job in list(slot.jobs):
                 if processes.has_ended(job.process):
                     self._finish(job)
                 elif now - job.checked >= self.options.check:
                     self._look_at(job, now)
-        self._last_turn = now
+        self.session.turn(self._waiting)
         if self._stopped is not None:
             if now - self._stopped > _GRACE_OF_EVALUATION or len(received) > 1:
                 self._signal("evaluate")
@@ -141,6 +143,12 @@ class Runner:
             self._wanted, self._left = self.queue.wanted(), self.queue.left()
             self._elsewhere = {}
             self._queue_changed = False
+
+    @property
+    def _waiting(self) -> int:
+        """Number of trainings that no process works on."""
+        running = sum(job.work == "train" for slot in self.slots for job in slot.jobs)
+        return max(0, sum(work == "train" for _, work in self._left) - running - len(self._elsewhere))
 
     def _stop(self) -> None:
         """Ask the runs to save and stop."""
@@ -167,21 +175,16 @@ class Runner:
 
     def _fill(self, slot: Slot) -> bool:
         """Start the next piece of work on a slot if it has room. Returns whether one was started."""
-        trains = [job for job in slot.jobs if job.work == "train"]
-        measures = [job for job in slot.jobs if job.work == "evaluate"]
+        measures = any(job.work == "evaluate" for job in slot.jobs)
         share = self.options.share if slot.device is not None else False
         beside = share in (True, "evaluations")
-        room = not slot.jobs or (beside and not trains)
-        waits = 0.0
-        if share in (True, "trainings") and len(trains) == 1:
-            waits = self._remaining(trains[0])
-            room = waits <= self.estimates.startup
+        waits = wait_for_room(slot.jobs, share, self.estimates, self.layout)
         for point, work in self._left:
             if work == "evaluate" and (measures or (slot.jobs and not beside)):
                 continue
-            if (work == "train" and not room) or not self._is_open(point):
+            if (work == "train" and waits is None) or not self._is_open(point):
                 continue
-            if work == "train" and not self._fits(point, waits):
+            if work == "train" and not self._fits(point, waits or 0.0):
                 continue
             if self._begin(slot, point, work):
                 return True
@@ -231,6 +234,7 @@ class Runner:
                 locks.close()
                 self._queue_changed = True
                 return True
+            started = time.time()
             process = start(
                 self._command(point, work, config),
                 self.layout.log(point),
@@ -240,7 +244,8 @@ class Runner:
             locks.close()
             raise
         first, _ = progress(self.layout.run(point))
-        slot.jobs.append(Job(point, work, config, slot, process, locks, first_tokens=first))
+        steps = Stepping(self.layout.run(point), started)
+        slot.jobs.append(Job(point, work, config, slot, process, locks, steps, first_tokens=first))
         self.layout.failure(point).unlink(missing_ok=True)
         self._say(f"{slot.name}: {'training' if work == 'train' else 'evaluating'} {point.short_name}")
         return True
@@ -287,15 +292,19 @@ class Runner:
 
     # ---- following work
 
-    def _remaining(self, job: Job) -> float:
-        """Seconds until a run has its last step; infinity if its speed is not known yet."""
-        tokens, speed = progress(self.layout.run(job.point))
-        if not job.stepping or not speed:
-            return float("inf")
-        return (job.tokens - tokens) / speed
+    def _count_time(self, job: Job) -> None:
+        """Note how long a job has kept its device busy so far."""
+        if job.work == "train":
+            interval = job.stepping_time.look()
+            found = [] if interval is None else [interval]
+        else:
+            found = evaluation_intervals(self.layout.evaluation(job.point), self.queue.marks, job.stepping_time.started)
+        for interval in found:
+            job.slot.busy.add(*interval)
 
     def _look_at(self, job: Job, now: float) -> None:
         job.checked = now
+        self._count_time(job)
         if job.work == "evaluate":
             folder = self.layout.evaluation(job.point)
             if (ended := count_ended(folder, self.queue.marks)) > job.ended:
@@ -318,6 +327,7 @@ class Runner:
         """Take the outcome of a process that has ended."""
         status = processes.reap(job.process)
         job.slot.jobs.remove(job)
+        self._count_time(job)
         seconds = time.monotonic() - job.started
         line = last_line(self.layout.log(job.point))
         try:
@@ -379,11 +389,6 @@ class Runner:
     @staticmethod
     def _say(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
-
-    def occupied(self) -> float:
-        """The share of the time so far in which slots had a process, 0 to 1."""
-        passed = max(time.monotonic() - self._began, 1e-9)
-        return min(1.0, sum(slot.busy for slot in self.slots) / passed / len(self.slots))
 
 
 def study_folder(name: str) -> Path:

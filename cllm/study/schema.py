@@ -19,6 +19,8 @@ from cllm.yaml_text import read_yaml
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_NAMED = 4
+"""Most designs of one share that the rule names; of more it has the number."""
 DEFAULT = "default"
 """The key of a mapping by design that is valid for all designs it does not name."""
 
@@ -93,7 +95,12 @@ class Match(Section):
         if self.parameters:
             words.append("equal parameters")
         if isinstance(self.cache_bytes, dict):
-            words += [f"{design}: {ratio} of mha's cache bytes" for design, ratio in self.cache_bytes.items()]
+            by_ratio: dict[str, list[str]] = {}
+            for design, ratio in self.cache_bytes.items():
+                by_ratio.setdefault(ratio, []).append(design)
+            for ratio, names in by_ratio.items():
+                named = ", ".join(names) if len(names) <= _NAMED else f"{len(names)} designs"
+                words.append(f"{named}: {ratio} of mha's cache bytes")
         elif self.cache_bytes is not None:
             words.append(f"{self.cache_bytes} of mha's cache bytes")
         words.append("equal training FLOPs" if self.flops else "equal tokens")

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from cllm.cache.accounting import kv_bytes
+from cllm.config import Config
+from cllm.errors import UserError
+from cllm.study.busy import busy_lines, busy_shares, read_sessions
 from cllm.study.estimate import Estimates, progress
 from cllm.study.layout import Layout, is_held
 from cllm.study.matching import cache_share
-from cllm.study.points import Grid, Point
+from cllm.study.points import Grid, Point, sized
 from cllm.study.queue import Queue
 from cllm.study.results import read_results
 from cllm.study.schema import budgets, count_text, sizes
@@ -85,6 +89,7 @@ def status(queue: Queue, estimates: Estimates, slots: int) -> str:
     known = [seconds for seconds in left if seconds is not None]
     total = None if len(known) < len(left) else sum(known) / slots
     parts.append(f"left: {duration(total)} on {slots} {'device' if slots == 1 else 'devices'}{_later(queue)}")
+    parts += busy_lines(busy_shares(read_sessions(queue.layout.sessions, queue.grid.code)))
     return "\n".join(parts)
 
 
@@ -101,6 +106,8 @@ def dry_run(grid: Grid, layout: Layout, estimates: Estimates, slots: int) -> str
     columns = (
         Column[list[str]]("design", lambda row: row[0], left=True),
         Column[list[str]]("× mha cache", lambda row: row[1]),
+        Column[list[str]]("bytes/token", lambda row: row[5]),
+        Column[list[str]]("parameters", lambda row: row[6]),
         Column[list[str]]("changed by the rule", lambda row: row[2], left=True),
         Column[list[str]]("steps", lambda row: row[3]),
         Column[list[str]]("seeds", lambda row: row[4]),
@@ -113,7 +120,11 @@ def dry_run(grid: Grid, layout: Layout, estimates: Estimates, slots: int) -> str
         changed = "" if match is None else ", ".join(f"{key} {value}" for key, value in match.kv.items())
         steps = ", ".join(f"{config.train.steps:,}" for config in configs)
         seeds = ", ".join(map(str, study.seeds_of(variant.design)))
-        rows.append([variant.label, f"{cache_share(configs[0].model):.3f}", changed, steps, seeds])
+        model = configs[0].model
+        bytes_ = f"{kv_bytes(model).resident:,.0f}"
+        rows.append(
+            [variant.label, f"{cache_share(model):.3f}", changed, steps, seeds, bytes_, _parameters(configs[0])]
+        )
     counts = _counts(grid)
     tokens = sum(n * each for n, each in counts)
     text = [f"rule: {study.match.rule}", aligned(columns, rows), ""]
@@ -125,6 +136,16 @@ def dry_run(grid: Grid, layout: Layout, estimates: Estimates, slots: int) -> str
     where = "one device" if slots == 1 else f"{slots} devices"
     text.append(f"{total}, {tokens / speed / 3600 / slots:,.2f} hours on {where} at {speed:,.0f} tokens/s each")
     return "\n".join(text)
+
+
+def _parameters(config: Config) -> str:
+    """The number of parameters; a dash if neither `model.vocab_size` nor prepared data give the vocabulary."""
+    from cllm.model.sizes import count_parameters, meta_decoder
+
+    try:
+        return f"{count_parameters(meta_decoder(sized(config).model)):,}"
+    except UserError:
+        return _DASH
 
 
 def _counts(grid: Grid) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ from cllm.errors import UserError
 from cllm.evaluate.score_choice import suite_of
 from cllm.evaluate.suites.registry import suites
 from cllm.evaluate.tasks.suite import ALL, TaskSuite
+from cllm.study.busy import BusyShare
 from cllm.study.curves import Crossing, Fit, crossing, fit_curve
 from cllm.study.points import Grid, Point, Variant
 from cllm.study.rates import Search, search
@@ -90,6 +91,8 @@ class Summary:
     """(reason, result) of results that are not used."""
     scores: tuple[tuple[Score, dict[str, Mean]], ...]
     """Numbers of evaluations, by the label of the row."""
+    busy: tuple[BusyShare, ...] = ()
+    """How long devices were busy; empty without files of sessions."""
 
     def rows_of(self, tokens: int) -> list[Row]:
         """The rows of one token budget."""
@@ -230,24 +233,25 @@ def _best(
 # ---- evaluations
 
 
-def _scores(rows: Sequence[Row]) -> list[tuple[Score, dict[str, Mean]]]:
-    """The mean of each number of the evaluations over the seeds of each row.
+def evaluated_records(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
+    """The records of complete evaluations by the name of the result.
 
     Evaluations by another version of their code than most are left out.
     """
     versions = Counter(result.evaluated for row in rows for result in row.results if result.evaluated is not None)
     if not versions:
-        return []
+        return {}
     most = max(versions.values())
     version = min(name for name, count in versions.items() if count == most)
+    results = (result for row in rows for result in row.results)
+    return {result.name: result.content["evaluations"] for result in results if result.evaluated == version}
+
+
+def _scores(rows: Sequence[Row]) -> list[tuple[Score, dict[str, Mean]]]:
+    """The mean of each number of the evaluations over the seeds of each row."""
+    records = evaluated_records(rows)
     values: dict[tuple[str, str], dict[str, dict[str, float]]] = {}  # a number for each result, that is for each seed
     scores: dict[tuple[str, str], Score] = {}
-    records = {
-        result.name: result.content["evaluations"]
-        for row in rows
-        for result in row.results
-        if result.evaluated == version
-    }
     varied = _varied_options([record for found in records.values() for record in found])
     for row in rows:
         for result in row.results:

@@ -60,8 +60,10 @@ def study_of(base: Path, **settings: Any) -> Study:
 class FakeCommands:
     """The commands of `fake_trainer.py`; each start of a training is a line of `started`."""
 
-    def __init__(self, seconds: float = 0.002, started: Path | None = None):
+    def __init__(self, seconds: float = 0.002, started: Path | None = None, together: int | None = None):
         self.seconds, self.started = seconds, started
+        self.waits = [] if together is None else [str(started), str(together)]
+        """With `together`, the number of all runs, each waits at its last step until the next one was started."""
 
     def train(self, config: Path) -> list[str]:
         data = yaml.load(config.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -70,7 +72,16 @@ class FakeCommands:
                 file.write(f"{data['name']}\n")
         train, run = data["train"], f"{data['runs_dir']}/{data['name']}"
         numbers = [train["steps"], train["global_batch"] * data["data"]["seq_len"], train["seed"], data["optim"]["lr"]]
-        return [sys.executable, "-S", str(TRAINER), "train", run, str(config), *map(str, (*numbers, self.seconds))]
+        return [
+            sys.executable,
+            "-S",
+            str(TRAINER),
+            "train",
+            run,
+            str(config),
+            *map(str, (*numbers, self.seconds)),
+            *self.waits,
+        ]
 
     def evaluate(self, job: Path) -> list[str]:
         data = json.loads(job.read_text())
@@ -87,7 +98,7 @@ def runner_of(study: Study, out: Path, commands: FakeCommands, slots: int = 2, *
 def results_of(out: Path) -> dict[str, Any]:
     """The results without times, by name."""
     found = {}
-    for file in sorted((out / "results").iterdir()):
+    for file in sorted((out / "results").glob("*.json")):
         content = json.loads(file.read_text())
         found[file.name] = {key: value for key, value in content.items() if key not in TIMED}
     return found

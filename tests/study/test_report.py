@@ -145,6 +145,37 @@ def test_scores_are_means_over_seeds_and_not_over_tasks_or_suites(
     assert text.count("- mha, copying: `kivi:bits=4`: why") == 1
 
 
+def test_one_table_has_share_parameters_loss_and_main_scores_by_falling_share(
+    finished: Path, chaos: ModuleType, tmp_path: Path
+) -> None:
+    study = chaos.study_of(finished / "base.yaml")
+    layout = copy_of(finished, tmp_path)
+    plain = {"suite": "copying", "set": "copying", "settings": {"distances": [8]}, "loss": 9.0, "accuracy_stderr": 2.5}
+
+    def evaluated(*accuracies: float) -> dict[str, Any]:
+        specs = dict(zip(("as it is", "kivi:bits=4"), accuracies, strict=False))
+        records = [plain | {"spec": spec, "accuracy": accuracy} for spec, accuracy in specs.items()]
+        return {"evaluations": [record | {"task": task} for record in records for task in ("all", "distance=8")]}
+
+    small = {"parameters": 1234, "kv_vs_mha": {"resident": 0.25, "read": 0.5}}
+    for design, seed, loss, accuracies in (
+        ("mha", 1, 3.0, (40.0, 1.0)),
+        ("mha", 2, 3.2, (44.0,)),
+        ("cla", 1, 2.0, (7.0,)),
+    ):
+        change(layout, f"{design}-lr0.002-160-s{seed}-*", loss=loss, **evaluated(*accuracies))
+    change(layout, "cla-lr0.002-160-s1-*", summary=small)
+    next(layout.results.glob("cla-lr0.002-160-s2-*")).unlink()
+    text = report_text(summarise(study, read_results(layout.results)), [])
+    table = text.split("## Designs by cache bytes")[1].split("##")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["design", "cache × mha", "parameters", "loss", "copying:distances=8, accuracy %"]
+    assert rows[2:] == [
+        ["mha", "1.0000", "1k", "3.1000 ± 0.1000", "42.0 ± 2"],
+        ["cla", "0.2500", "1.234k", "2.0000", "7.0 ± 2.5"],
+    ]
+
+
 def test_a_result_keeps_each_record_once_and_of_paths_the_last_part() -> None:
     record = {
         "suite": "blimp",

@@ -8,20 +8,25 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cllm.runs import RunFolder
+from cllm.study.busy import Intervals, Stepping, busy_shares, read_sessions
 from cllm.study.children import Slot, child_environment
 from cllm.study.estimate import Estimates
 from cllm.study.layout import Layout
-from cllm.study.points import Grid
+from cllm.study.measuring import evaluation_intervals, mark_of
+from cllm.study.points import Grid, Variant
 from cllm.study.queue import Queue
 from cllm.study.rates import search
 from cllm.study.schema import Rates, Study, budgets, load_study, sizes
+from cllm.study.sharing import wait_for_room
 from cllm.study.slurm import array_script
 from cllm.study.status import status
 from cllm.study.version import _file_hash, code_version
@@ -74,8 +79,8 @@ def test_points_of_known_rates_come_first_then_searches_then_seeds(chaos: Module
         "mha, lr 0.002, 160, seed 1",
         "cla, lr 0.002, 160, seed 1",
         "mha, lr 0.001, 64, seed 1",
-        "mha, lr 0.002, 64, seed 1",
         "cla, lr 0.001, 64, seed 1",
+        "mha, lr 0.002, 64, seed 1",
         "cla, lr 0.002, 64, seed 1",
     ]
     config = queue.grid.config(queue.wanted()[0], tmp_path)
@@ -135,7 +140,7 @@ def test_a_study_stops_in_time_and_goes_on(chaos: ModuleType, tmp_path: Path) ->
     assert chaos.runner_of(study, tmp_path, chaos.FakeCommands(0.05), seconds=0.5).run() == 3
     assert time.monotonic() - begin < 30, "each of four runs takes 2 s, and those that run stop after a step"
     assert list((tmp_path / "runs").glob("*/checkpoints/*.ckpt"))
-    assert not list((tmp_path / "results").glob("*"))
+    assert not list((tmp_path / "results").glob("*.json"))
     assert chaos.runner_of(study, tmp_path, chaos.FakeCommands(0), seconds=60.0).run() == 0
 
 
@@ -182,6 +187,106 @@ def test_what_may_run_together_on_a_gpu(
     runner._fill = record
     assert runner.run() == 0
     assert seen == together
+
+
+def test_a_run_starts_before_the_one_before_it_ends_and_a_stop_in_between_loses_nothing(
+    chaos: ModuleType, tmp_path: Path
+) -> None:
+    study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={})
+    out, started = tmp_path / "out", tmp_path / "started"
+    assert chaos.runner_of(study, tmp_path / "undisturbed", chaos.FakeCommands(0)).run() == 0
+
+    def next_runner() -> Any:
+        commands = chaos.FakeCommands(0.002, started, together=4)
+        runner = chaos.runner_of(study, out, commands, slots=1, check=0.0)
+        runner.estimates = Estimates(16 / 0.002)  # also of a run that is resumed before its last step
+        return runner
+
+    for _ in range(2):
+        runner = next_runner()
+        fill = runner._fill
+
+        def stop(slot: Slot, fill: Callable[[Slot], bool] = fill) -> bool:
+            if (began := fill(slot)) and len(slot.jobs) > 1:
+                raise KeyboardInterrupt
+            return began
+
+        runner._fill = stop
+        with pytest.raises(KeyboardInterrupt):
+            runner.run()
+    runner = next_runner()
+    assert runner.run() == 0, "no run takes its last step until the next one was started"
+    assert chaos.results_of(out) == chaos.results_of(tmp_path / "undisturbed")
+    sessions = read_sessions(runner.layout.sessions, code_version())
+    shares = {share.device: share for share in busy_shares(sessions)}
+    assert shares["GPU 0"].sessions == len(sessions) >= 1
+    assert 0 < shares["GPU 0"].busy <= shares["GPU 0"].seconds
+    assert f"GPU 0: busy {shares['GPU 0'].text}" in status(runner.queue, Estimates(), 1)
+    assert busy_shares(read_sessions(runner.layout.sessions, "another code")) == []
+
+
+def test_a_short_run_has_several_successors_on_their_way_and_a_long_one_has_one(tmp_path: Path) -> None:
+    estimates = Estimates(100.0)  # tokens a second; a start takes 30 s
+
+    def job(tokens: int, began: float, *, stepping: bool) -> Any:
+        found = SimpleNamespace(work="train", tokens=tokens, stepping=stepping, started=time.monotonic() - began)
+        return SimpleNamespace(**vars(found), point=SimpleNamespace(variant=Variant("mha"), name=f"{tokens}-{began}"))
+
+    layout = Layout.at(tmp_path)
+
+    def waits(*jobs: Any, share: Any = True) -> float | None:
+        return wait_for_room(jobs, share, estimates, layout)
+
+    def steps(found: Any, tokens: int) -> Any:
+        rows = layout.run(found.point).metrics_file
+        rows.parent.mkdir(parents=True)
+        rows.write_text(json.dumps({"step": 1, "tokens": tokens, "throughput/tokens_per_s": 50.0}) + "\n")
+        return found
+
+    long, short = steps(job(2000, 99, stepping=True), 1000), steps(job(1000, 98, stepping=True), 900)
+    assert waits() == 0
+    assert waits(long) == pytest.approx(20)  # 1000 tokens at 50 a second
+    assert waits(steps(job(3000, 97, stepping=True), 1000)) is None, "40 s are longer than a start"
+    assert waits(short, job(1000, 29, stepping=False)) == pytest.approx(2 + 10, abs=0.1)
+    assert waits(short, job(9000, 29, stepping=False)) is None
+    assert waits(short, job(1000, 5, stepping=False)) is None, "it steps in 25 s, for 10 s"
+    assert waits(short, job(500, 29, stepping=False), job(500, 28, stepping=False)) is None, "at most three"
+    assert waits(short, share="evaluations") is None
+    estimates = Estimates()
+    assert waits(job(1, 0, stepping=False)) is None, "without a speed"
+
+
+def test_a_device_is_busy_from_the_first_step_to_the_last_row_and_common_seconds_count_once(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+
+    def log(*rows: tuple[int, float, str, float]) -> None:
+        with run.metrics_file.open("a") as file:
+            file.writelines(json.dumps({"step": n, "tokens": n, "time": t, key: v}) + "\n" for n, t, key, v in rows)
+
+    speed = "throughput/tokens_per_s"
+    log((50, 90.0, speed, 10.0))  # of an earlier process
+    stepping = Stepping(run, started=100.0)
+    assert stepping.look() is None
+    log((150, 140.0, speed, 2.5))  # with 30 s of imports and compilation
+    assert stepping.look() is None, "its steps are not known yet"
+    log((250, 145.0, speed, 20.0), (250, 146.0, "val/loss", 3.0))
+    assert stepping.look() == (135.0, 146.0)  # 100 tokens at 20 a second
+    log((350, 150.0, speed, 25.0))
+    assert stepping.look() == (135.0, 150.0)
+    busy = Intervals([(135.0, 150.0), (160.0, 170.0), (148.0, 152.0), (152.0, 155.0)])
+    assert (busy.parts, busy.seconds) == ([(135.0, 155.0), (160.0, 170.0)], 30.0)
+    assert busy.common(Intervals([(140.0, 165.0)])).parts == [(140.0, 155.0), (160.0, 165.0)]
+    folder = tmp_path / "evaluation"
+    for n, records in enumerate(([{"set": "a", "seconds": 2.0}] * 3, [{"set": "b", "spec": "x", "seconds": 9.0}])):
+        for place, record in enumerate(records):
+            file = folder / f"0{n}" / f"{place}.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(record))
+        mark_of(folder, n).write_text("mark")
+        os.utime(mark_of(folder, n), (200 + 10 * n, 200 + 10 * n))
+    assert evaluation_intervals(folder, ["mark", "mark"], since=150.0) == [(198.0, 200.0), (201.0, 210.0)]
+    assert evaluation_intervals(folder, ["mark", "other"], since=205.0) == []
 
 
 def test_a_run_sees_one_gpu_and_nothing_of_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -265,6 +370,40 @@ def test_the_study_of_45m_has_designs_of_half_the_cache_and_equal_size() -> None
     assert next(Grid(other, "code").all_points()).key == next(grid.all_points()).key
 
 
+def test_the_study_of_equal_bytes_has_all_designs_at_exactly_half_and_a_quarter() -> None:
+    from cllm.model.sizes import count_parameters, meta_decoder
+    from cllm.study.matching import cache_share
+
+    words = ["--model.vocab_size", "16384", "--data.path", "p"]
+    study = load_study(ROOT / "configs/studies/equal_bytes.yaml", words)
+    both = [
+        "gqa",
+        "mla",
+        "cla",
+        "yoco",
+        "fusedkv",
+        "fusedkv_rich",
+        "fusedkv_lite",
+        "swiftkv",
+        "ced",
+        "kv_tie",
+        "svformer",
+    ]
+    assert sorted(study.designs) == sorted(
+        ["mha", "xmla-quarter", *(f"{d}-{s}" for d in both for s in ("half", "quarter"))]
+    )
+    assert study.match.parameters
+    bare = load_study(ROOT / "configs/studies/equal_bytes.yaml", [*words, "--model.match_params", "false"])
+    grid = Grid(bare.model_copy(update={"match": bare.match.model_copy(update={"parameters": False})}), "code")
+    shares = {v.design: cache_share(grid.config(grid.point(v, 1, 1, 3e-3), Path("r")).model) for v in grid.variants}
+    wanted = {"half": 0.5, "quarter": 0.25, "mha": 1.0}
+    assert shares == pytest.approx({name: wanted[name.rpartition("-")[2]] for name in study.designs}, abs=1e-9)
+    sized = Grid(study, "code", ["mha", "svformer-half", "ced-quarter"])
+    models = [sized.config(sized.point(v, 1, 1, 3e-3), Path("r")).model for v in sized.variants]
+    sizes = [count_parameters(meta_decoder(model)) for model in models]
+    assert max(sizes) / min(sizes) < 1.005
+
+
 @pytest.mark.parametrize(("wanted", "reached"), [("1/2", 0.5), ("1/4", 0.25), ("1/3", 0.375)])
 def test_cache_bytes_are_matched_as_near_as_integers_allow(
     wanted: str, reached: float, chaos: ModuleType, tmp_path: Path
@@ -307,4 +446,4 @@ def test_a_task_of_an_array_leaves_points_to_others(chaos: ModuleType, tmp_path:
     with locked(runner.layout.lock(held)):
         assert runner.run() == 3
     assert [point.variant.design for point, _ in runner.queue.left()] == ["mha"]
-    assert json.loads(next((tmp_path / "results").iterdir()).read_text())["design"] == "cla"
+    assert json.loads(next((tmp_path / "results").glob("*.json")).read_text())["design"] == "cla"

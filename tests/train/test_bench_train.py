@@ -14,6 +14,7 @@ import yaml
 
 from benchmarks.kernels import table as kernel_table
 from benchmarks.kernels.__main__ import main as kernels
+from benchmarks.train import one_by_one
 from benchmarks.train.__main__ import main
 from benchmarks.train.contender import Contender
 from cllm.kernels import attention, choice
@@ -57,6 +58,33 @@ def test_designs_take_turns_and_the_numbers_say_what_was_run(
     assert "attention.backend auto chose" in capsys.readouterr().err, "told as it runs, too"
 
 
+def test_one_by_one_each_design_has_a_row_beside_the_first_and_a_failure_or_the_limit_loses_no_row(
+    bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rich, step, rows = "fusedkv:keys=complex,values=matrix", Contender.step, list[str]()
+
+    def steps(self: Contender, batch: object) -> torch.Tensor:
+        if self.name == "cla":
+            raise RuntimeError("no such kernel")
+        if self.name == "mqa":  # the file has a row for each of those before it
+            rows.extend(row["name"] for row in json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["rows"])
+            monkeypatch.setattr(one_by_one.time, "monotonic", lambda: 1e12)
+        return step(self, batch)
+
+    monkeypatch.setattr(Contender, "step", steps)
+    assert bench("--designs", "mha", "cla", rich, "mqa", "gqa", "--one-by-one", "--time-limit", "1e6") == 1
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert rows[:2] == ["mha", rich]
+    assert [row["name"] for row in found["rows"]] == ["mha", rich, "mqa"]
+    assert [len(row["round_medians_ms"]) for row in found["rows"]] == [2, 2, 2]
+    assert found["failed"] == {"cla": "RuntimeError: no such kernel"}
+    assert found["not_measured"] == ["gqa"]
+    assert found["configs"][rich]["model"]["kv"]["values"] == "matrix"
+    printed = capsys.readouterr().out
+    assert "cla failed: RuntimeError: no such kernel" in printed
+    assert "not measured, the time limit came first: gqa" in printed
+
+
 def test_micro_batches_add_up_to_one_step_of_their_mean_gradient() -> None:
     """Plain descent, so that the weights show the gradient."""
     torch.manual_seed(0)
@@ -97,6 +125,9 @@ def test_tokens_of_a_step_are_those_of_all_its_micro_batches(bench: Callable[...
         (["--peers", "--model.tie_embeddings", "true"], "model.tie_embeddings of the first design is True"),
         (["--peers", "--model.qk_norm", "true"], "model.qk_norm of the first design is True"),
         (["--peers", "--model.rope.theta", "1e6"], "model.rope.theta of the first design is 1000000.0"),
+        (["--one-by-one", "--documents", "8"], "--one-by-one and --documents: allowed: one of them"),
+        (["--time-limit", "9"], "--time-limit is 9 without --one-by-one; allowed: both"),
+        (["--designs", "mha:window"], "'window' is not of the form KEY=VALUE"),
         (["--peers", "--designs", "gqa"], "model.kv.preset of the first design is gqa"),
         (["--peers", "--train.gradient_checkpointing", "true"], "train.gradient_checkpointing of the first design"),
     ],

@@ -115,7 +115,7 @@ def metrics(address: str) -> str:
 
 def value(text: str, name: str) -> float:
     """The number of a metric of vLLM."""
-    found = re.search(rf"^vllm:{name}(?:{{.*}})? ([0-9.e+]+)$", text, flags=re.MULTILINE)
+    found = re.search(rf"^vllm:{name}(?:{{.*}})? ([0-9.e+-]+)$", text, flags=re.MULTILINE)
     if found is None:
         raise UserError(f"/metrics of vLLM has no {name}")
     return float(found[1])
@@ -136,8 +136,10 @@ def measure(design: str, sizes: dict[str, Any], load: Load, dtype: str, work: Pa
         def watch() -> None:
             while not done.wait(0.2):
                 # Those that wait, or were evicted, are the ones with the fewest tokens.
-                running = int(value(metrics(address), "num_requests_running"))
-                most.add(running, sum(sorted(lengths.values(), reverse=True)[:running]))
+                now = metrics(address)
+                running = int(value(now, "num_requests_running"))
+                tokens = sum(sorted(lengths.values(), reverse=True)[:running])
+                most.add(running, tokens, value(now, "kv_cache_usage_perc"))
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
@@ -173,8 +175,8 @@ def make_parser(program: str = "python -m benchmarks.serve") -> Parser:
     add("--vocab", type=whole_number(256), default=512, help="tokens of the vocabulary (default: %(default)s)")
     add("--dtype", choices=tuple(DTYPES), default="float32", help="(default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu",
-        help="with --engine transformers; on a GPU all requests are sent once before they are timed, because kernels "
-        "are compiled at their first call (default: %(default)s)")  # fmt: skip
+        help="with --engine transformers; on a GPU as many short requests are answered before, because kernels are "
+        "compiled at their first call (default: %(default)s)")  # fmt: skip
     add("--out", type=Path, help="also write the results as JSON")
     return parser
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -49,6 +49,7 @@ def measure(design: str, sizes: dict[str, Any], load: Load, dtype: str, device: 
     }
     batching = ContinuousBatchingConfig(**options)
     config = GenerationConfig(do_sample=False, max_new_tokens=load.new, eos_token_id=-1)
+    vocabulary = exported[0].vocab_size or 0
     evicted, offload = [0], OffloadingManager.offload_requests
 
     def counting(self: OffloadingManager) -> bool:
@@ -64,10 +65,10 @@ def measure(design: str, sizes: dict[str, Any], load: Load, dtype: str, device: 
             manager.add_request([1] * load.prompt, max_new_tokens=2)  # warm up
             _next(manager)
             if device == "cuda":
-                _send(manager, load, exported[0].vocab_size or 0)
+                _send(manager, replace(load, requests=load.concurrency, new=min(16, load.new)), vocabulary)
                 evicted[0] = 0
             start = time.monotonic()
-            timings, most = _send(manager, load, exported[0].vocab_size or 0)
+            timings, most = _send(manager, load, vocabulary)
             seconds = time.monotonic() - start
             cached = manager.batch_processor.cache.num_blocks * PAGE
         finally:

@@ -72,10 +72,14 @@ class Most:
     """That ran at once."""
     tokens: int = 0
     """In the cache at once."""
+    used: float | None = None
+    """Share of the cache's blocks in use, as the engine reports; None if it reports none."""
 
-    def add(self, requests: int, tokens: int) -> None:
+    def add(self, requests: int, tokens: int, used: float | None = None) -> None:
         """Count a sample."""
         self.requests, self.tokens = max(self.requests, requests), max(self.tokens, tokens)
+        if used is not None:
+            self.used = max(self.used or 0.0, used)
 
 
 @dataclass
@@ -100,7 +104,8 @@ class Result:
 
 
 COLUMNS = ("design", "parameters", "tokens/s", "first token", "between tokens", "bytes a token", "predicted",
-           "tokens in the cache", "of mha", "tokens at once", "of mha", "requests at once", "preemptions")  # fmt: skip
+           "tokens in the cache", "of mha", "tokens at once", "of mha", "cache in use", "requests at once",
+           "preemptions")  # fmt: skip
 
 
 def make_result(
@@ -175,6 +180,7 @@ def _cells(result: Result, mha: Result | None) -> list[str]:
         "" if mha is None else f"{result.cached / mha.cached:.2f}",
         f"{result.most.tokens:,}",
         "" if mha is None else f"{result.most.tokens / mha.most.tokens:.2f}",
+        "" if result.most.used is None else f"{result.most.used:.0%}",
         str(result.most.requests),
         str(result.preemptions),
     ]

@@ -24,10 +24,23 @@ log = logging.getLogger(__name__)
 MESSAGE = 400
 """Characters that are quoted of another program's error, at most."""
 _MAX_LAYERS = 10_000
+_MAX_DIGITS = 300
+"""Of whole numbers in JSON: larger ones overflow a float."""
 _CODE = "auto_map"
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Keys of config.json that may name compiled code on the Hub, as `owner/kernel`."""
+
+
+def parse_json(text: str) -> Any:
+    """The content of a JSON text. Raises `ValueError` for a text that is not JSON or has a number that no float has."""
+    return json.loads(text, parse_int=_whole_number)
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits; allowed: {_MAX_DIGITS}")
+    return int(digits)
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -37,7 +50,7 @@ def read_object(file: Path) -> dict[str, Any]:
         UserError: naming the file, if it cannot be read or is not a JSON object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read: {shorten(str(error), MESSAGE)}") from None
     if not isinstance(content, dict):

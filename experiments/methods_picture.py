@@ -3,16 +3,17 @@
     python -m experiments.methods_picture docs/results/2026-11-27-quantisers-smollm2-cpu.csv --out methods.png
     python -m experiments.methods_picture TABLE.csv ... --copying RECORDS.json --out methods.png
 
-A table has the columns `method`, `bf16_ratio` and `increase_percent`, as the tables in docs/results have. Each
-increase is relative to the uncompressed cache on the text of its own table. With --copying, a second panel shows the
-share of tokens that the model copies; RECORDS.json has `rows` with records of the suite. A Markdown table is written
-beside the picture.
+A table has the columns `method`, `bf16_ratio` and `increase_percent`, as the tables in docs/results have; a file of
+records (.json) has those of evaluate --posthoc in `rows`. Each increase is relative to the uncompressed cache on the
+text of its own table. With --copying, a second panel shows the share of tokens that the model copies; RECORDS.json has
+`rows` with records of the suite. A Markdown table is written beside the picture; its rows join both measurements of a
+compression if their ratios differ by at most a tenth.
 """
 
 from __future__ import annotations
 
 import csv
-import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ from cllm.arguments import Parser
 from cllm.errors import UserError, one_line
 from cllm.evaluate.labels import place_labels
 from cllm.evaluate.outputs import png
+from cllm.evaluate.records import is_number
 from cllm.files import write_atomic
+from cllm.trust import parse_json
 
 _SIZES = {"ratio", "bits", "rank", "tokens", "group", "residual", "svd", "sinks", "allocation"}
 """Options that do not make a line of its own in the picture."""
@@ -40,6 +43,14 @@ class Point:
     value: float
     """Increase of the perplexity in percent, or share of copied tokens in percent."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.spec, str) or not self.spec:
+            raise ValueError(f"a spec is {self.spec!r}; allowed: the name of a compression")
+        if not (is_number(self.ratio) and 0 < self.ratio < math.inf):
+            raise ValueError(f"{self.spec}: the ratio of bytes is {self.ratio}; allowed: a positive number")
+        if not (is_number(self.value) and math.isfinite(self.value)):
+            raise ValueError(f"{self.spec}: the increase or share is {self.value}; allowed: a finite number")
+
     @property
     def series(self) -> str:
         """The spec without options that set the size or hardly change it: `xkv codes=mixed`, `snapkv+kivi`."""
@@ -52,11 +63,13 @@ class Point:
 
 
 def read_table(file: Path) -> list[Point]:
-    """The points of a CSV table.
+    """The points of a CSV table, or of the records of the suite `posthoc` in a file of records (.json).
 
     Raises:
         UserError: for a file that cannot be read, lacks a column, or has a value that is no number.
     """
+    if file.suffix == ".json":
+        return _read_records(file)
     try:
         with file.open(encoding="utf-8", newline="") as lines:
             rows = list(csv.DictReader(lines))
@@ -69,14 +82,28 @@ def read_table(file: Path) -> list[Point]:
         raise UserError(f"{file}: {error}") from None
 
 
+def _read_records(file: Path) -> list[Point]:
+    try:
+        rows = [row for row in parse_json(file.read_text(encoding="utf-8"))["rows"] if "increase_percent" in row]
+        sizes = [row["own_bf16_bytes_per_token"] / row["bf16_bytes_per_token"] for row in rows]
+        return [
+            Point(row["spec"], ratio, float(row["increase_percent"]))
+            for row, ratio in zip(rows, sizes, strict=True)
+            if row["spec"] != "none"
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{file}: cannot be read: {error!r}") from None
+
+
 def read_copying(file: Path, run: str) -> list[Point]:
     """The means over tasks of the suite `copying` of one run. Raises `UserError` if the file has none."""
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        rows = parse_json(file.read_text(encoding="utf-8"))["rows"]
         found = [r for r in rows if (r.get("suite"), r.get("run"), r.get("task")) == ("copying", run, "all")]
         points = [Point(r["spec"], r["ratio_to_own"], r["accuracy"]) for r in found]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--copying {file}: cannot be read: {error!r}") from None
+        reason = error if isinstance(error, OSError | ValueError) else repr(error)
+        raise UserError(f"--copying {file}: cannot be read: {reason}") from None
     if not points:
         raise UserError(f"--copying {file}: has no record of copying by run {run}; see --run")
     return points
@@ -84,12 +111,16 @@ def read_copying(file: Path, run: str) -> list[Point]:
 
 def table(points: Sequence[Point], copied: Sequence[Point]) -> str:
     """A Markdown table, the smallest caches last."""
-    share = {point.spec: point.value for point in copied}
     lines = ["| compression | own / x | perplexity |" + (" copied, % |" if copied else "")]
     lines.append("|---|---:|---:|" + ("---:|" if copied else ""))
-    for point in sorted(points, key=lambda p: (p.ratio, p.spec)):
-        line = f"| `{point.spec}` | {point.ratio:.2f} | {point.value:+.2f} % |"
-        lines.append(line + (f" {share[point.spec]:.1f} |" if point.spec in share else " |" if copied else ""))
+    rows = [
+        (p, p, next((c for c in copied if p.spec == c.spec and abs(c.ratio / p.ratio - 1) < 0.1), None)) for p in points
+    ]
+    joined = [c for _, _, c in rows]
+    rows += [(c, None, c) for c in copied if c not in joined and c.spec != "none"]
+    for place, lost, kept in sorted(rows, key=lambda row: (row[0].ratio, row[0].spec)):
+        line = f"| `{place.spec}` | {place.ratio:.2f} | {f'{lost.value:+.2f} %' if lost else ''} |"
+        lines.append(line.replace("|  |", "| |") + ((f" {kept.value:.1f} |" if kept else " |") if copied else ""))
     return "\n".join(lines) + "\n"
 
 
@@ -137,7 +168,7 @@ def parser() -> Parser:
     """The command line's arguments."""
     parser = Parser(prog="python -m experiments.methods_picture", description=__doc__)
     add = parser.add_argument
-    add("tables", nargs="+", type=Path, metavar="TABLE.csv", help="measurements of one model")
+    add("tables", nargs="+", type=Path, metavar="TABLE", help="measurements of one model, .csv or .json")
     add("--copying", type=Path, metavar="RECORDS.json", help="records of the suite copying for a second panel")
     add("--run", default="smollm2", metavar="NAME", help="the run in RECORDS.json (default: %(default)s)")
     add("--title", default="What compressing a cache costs", help="above the picture (default: %(default)s)")
@@ -149,12 +180,17 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     options = parser().parse_args(arguments)
+    if options.out.suffix != ".png":
+        raise UserError(f"--out is {str(options.out)!r}; allowed: a file that ends in .png")
     points = list(dict.fromkeys(point for file in options.tables for point in read_table(file)))
     copied = read_copying(options.copying, options.run) if options.copying else []
     if not points:
         raise UserError(f"{options.tables[0]}: has no rows")
-    write_atomic(options.out, draw(points, copied, options.title))
-    write_atomic(options.out.with_suffix(".md"), table(points, copied))
+    try:
+        write_atomic(options.out, draw(points, copied, options.title))
+        write_atomic(options.out.with_suffix(".md"), table(points, copied))
+    except OSError as error:
+        raise UserError(f"--out {options.out}: cannot be written: {error}") from None
     print(f"written: {options.out}, {options.out.with_suffix('.md')}")
     return 0
 

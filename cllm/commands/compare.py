@@ -97,13 +97,15 @@ def _answer(options: argparse.Namespace) -> int:
     """A row for each design and each way to compress its cache."""
     from cllm.evaluate.answers import answers
     from cllm.evaluate.answers_table import markdown, write
+    from cllm.evaluate.heatmap import heatmap_of
+    from cllm.evaluate.heatmap import write as write_heatmap
     from cllm.evaluate.measured import read_measured
     from cllm.evaluate.result_folders import without_results
     from cllm.evaluate.score_choice import parse_score_choice
     from cllm.evaluate.suites.registry import suites
 
-    if options.heatmap is not None:
-        raise UserError("--heatmap goes with run folders, and without --posthoc")
+    if options.heatmap is not None and options.out is None:
+        raise UserError("--heatmap of results, or with --posthoc, needs --out, the folder of the maps")
     scores = [parse_score_choice(text, suites()) for text in dict.fromkeys(options.score)]
     models, left_out = read_measured(without_results(options.runs) or options.runs)
     found = answers(
@@ -113,9 +115,14 @@ def _answer(options: argparse.Namespace) -> int:
         baseline=options.baseline,
         set_name=options.set_name,
     )
+    heatmap = None
+    if options.heatmap is not None:
+        choice = parse_score_choice(options.heatmap, suites(), "--heatmap")
+        heatmap = heatmap_of(models, choice.suite, choice.number)
     print(markdown(found), end="")
     if options.out is not None:
         with locked(options.out):
-            for path in write(found, options.out):
+            paths = write(found, options.out) + (write_heatmap(heatmap, options.out) if heatmap else [])
+            for path in paths:
                 print(f"written: {path}", file=sys.stderr)
     return 1 if left_out else 0

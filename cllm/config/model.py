@@ -85,7 +85,8 @@ class ModelConfig(Section):
     norm_eps: float = Field(1e-5, gt=0)
     """Epsilon of every RMSNorm."""
     qk_norm: bool = False
-    """RMSNorm on each head's queries and keys before RoPE (Qwen3)."""
+    """RMSNorm on each head's queries and keys before RoPE (Qwen3). Without effect on latents, which have their
+    own."""
     q_bias: bool = False
     """Bias on query projections (Qwen2)."""
     kv_bias: bool = False

@@ -114,6 +114,23 @@ def _names_a_file(name: str) -> bool:
     return bool(name) and not name.startswith(".") and name.isprintable() and not {"/", "\\"} & set(name)
 
 
+_MOST = 1e3
+"""The largest multiple of the learning rate."""
+
+
+class Rates(Section):
+    """Learning rates of parts of the model, as multiples of `optim.lr`."""
+
+    kv: float = Field(1.0, gt=0, le=_MOST)
+    """Projections of keys and values or of latents, with their norms, and up-projections of latents."""
+    queries: float = Field(1.0, gt=0, le=_MOST)
+    """Query projections and their norms."""
+    outputs: float = Field(1.0, gt=0, le=_MOST)
+    """Output projections of attention."""
+    rest: float = Field(1.0, gt=0, le=_MOST)
+    """All other weights except fusion weights: embeddings, feed-forward layers, norms of blocks, and the head."""
+
+
 class OptimConfig(Section):
     """The optimizer and its learning rate."""
 
@@ -140,7 +157,9 @@ class OptimConfig(Section):
     weight_decay: float = Field(0.1, ge=0)
     """Weight decay of matrices; norms, biases and fusion weights do not decay."""
     fusion_lr_multiplier: float = Field(1.0, gt=0)
-    """Learning rate of fusion weights, as a multiple of the learning rate of other weights."""
+    """Learning rate of fusion weights, as a multiple of `lr`."""
+    rates: Rates = Field(default_factory=Rates)
+    """Learning rates of parts of the model, as multiples of `lr`."""
     grad_clip: float | None = Field(1.0, gt=0)
     """Norm to which larger gradients are scaled down; null: no clipping."""
 

@@ -11,6 +11,7 @@ from cllm.section import MAX_COUNT, MAX_WIDTH, Section, create_section
 Method = Literal["copy", "mean", "aligned", "ridge", "fit", "svd"]
 Align = Literal["none", "heads", "turn", "map"]
 Fold = Literal["none", "mean", "joint"]
+Heads = Literal["mean", "merge"]
 Outputs = Literal["none", "shared", "all"]
 KeepPairs = Literal["high", "uniform"]
 
@@ -33,13 +34,16 @@ class InitFrom(_From):
     """With aligned, ridge and fit: how layers without own K/V are adapted to the K/V that they read. none: not at all;
     heads: KV heads are matched; turn: channels are rotated too; map: with ridge and fit, channels are also scaled and
     mixed."""
+    heads: Heads = "mean"
+    """If the student has fewer KV heads. mean: the mean of neighbours; merge: clusters of similar heads, each in common
+    coordinates and replaced by its principal directions on the calibration text."""
     fold: Fold = "none"
     """With fit: values that several layers share, brought into common coordinates first. none: those of the owner's
     layer; mean: the mean over all layers that share them (VFOLD); joint: their principal directions."""
     outputs: Outputs = "none"
     """With fit: output projections of attention refitted to the teacher's residual stream, from the lowest layer up.
-    shared: in layers that read other keys or values than the teacher's; all: in those and all layers above the lowest
-    of them."""
+    shared: in layers that read other keys or values than the teacher's, merged heads included; all: in those and all
+    layers above the lowest of them."""
     calibration_sequences: int = Field(32, ge=0, le=MAX_COUNT)
     """With ridge, fit and svd: number of training sequences, of data.seq_len tokens each, to calibrate on. 0: svd uses
     the weights alone."""
@@ -59,13 +63,15 @@ class InitFrom(_From):
 
     @property
     def reads_text(self) -> bool:
-        """Whether the method uses a calibration text."""
-        return self.method in ("ridge", "fit", "svd")
+        """Whether a calibration text is used."""
+        return self.method in ("ridge", "fit", "svd") or self.heads == "merge"
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
         if self.method in ("ridge", "fit") and not self.calibration_sequences:
             raise ValueError(f"method is {self.method}, but calibration_sequences is 0; allowed with it: 1 or more")
+        if self.heads == "merge" and not self.calibration_sequences:
+            raise ValueError("heads is merge, but calibration_sequences is 0; allowed with it: 1 or more")
         for key in ("fold", "outputs"):
             if getattr(self, key) != "none" and self.method != "fit":
                 raise ValueError(f"{key} is {getattr(self, key)}, but method is {self.method}; allowed with it: fit")
@@ -77,7 +83,7 @@ class InitFrom(_From):
 
 
 class Losses(Section):
-    """The objective: a weighted sum of three losses, each a mean over scored tokens."""
+    """The objective: a weighted sum of four losses, each a mean over scored tokens."""
 
     kl: float = Field(0.0, ge=0)
     """Weight of temperature² KL(teacher || student), with logits divided by `temperature`."""
@@ -87,13 +93,16 @@ class Losses(Section):
     """Weight of the squared difference of hidden states from the teacher's, relative to their mean square."""
     hidden_layers: Literal["last", "all"] = "last"
     """Hidden states to compare. last: the input of the output head; all: the output of every layer too."""
+    attention: float = Field(0.0, ge=0)
+    """Weight of the squared difference of the outputs of attention from the teacher's, relative to their mean square,
+    over all layers. In this loss each layer's attention reads the teacher's residual stream."""
     next_token: float = Field(1.0, ge=0)
     """Weight of the next-token cross-entropy."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
-        if self.kl == self.hidden == self.next_token == 0:
-            raise ValueError("kl, hidden and next_token are all 0; at least one must be more")
+        if self.kl == self.hidden == self.attention == self.next_token == 0:
+            raise ValueError("kl, hidden, attention and next_token are all 0; at least one must be more")
         return self
 
 
@@ -110,15 +119,21 @@ class Uptrain(Section):
     """Training of the student, the model that starts from another."""
 
     loss: Losses = Field(default_factory=Losses)
-    """The objective; a weight on kl or hidden keeps the teacher in memory."""
-    trainable: Literal["all", "kv", "lora"] = "all"
-    """Weights to train. all: all weights; kv: query, key and value projections, their norms, and fusion weights; lora:
-    low-rank updates of the blocks' linear layers, and fusion weights."""
+    """The objective; a weight on kl, hidden or attention keeps the teacher in memory."""
+    trainable: Literal["all", "attention", "kv", "slots", "lora"] = "all"
+    """Weights to train. all: all weights; kv: query, key and value projections, their norms, and fusion weights;
+    attention: those and output projections; slots: those without queries; lora: low-rank updates of the blocks' linear
+    layers, and fusion weights."""
     lora: Lora = Field(default_factory=Lora)
     """Low-rank updates, with `trainable: lora`."""
     curriculum_steps: int = Field(0, ge=0, le=MAX_COUNT)
     """Steps in which layers without own K/V change gradually from the teacher's K/V to those that they read; 0: they
     read them from the first step."""
+    curriculum_mix: Literal["slots", "outputs"] = "slots"
+    """What the curriculum mixes. slots: keys and values; outputs: the outputs of the teacher's attention and the
+    student's, in every layer whose plan is not the teacher's, which suits all plans and methods."""
+    curriculum_order: Literal["together", "top", "bottom"] = "together"
+    """Order in which layers change. together: all over all steps; top, bottom: one after the other, from that end."""
     random_sources: float = Field(0.0, ge=0, lt=1)
     """Probability, in each step, that a layer reads the K/V of a lower layer instead of its own. Needs a plan in which
     every layer owns K/V."""
@@ -129,7 +144,7 @@ class Uptrain(Section):
     @property
     def needs_teacher(self) -> bool:
         """Whether the teacher computes in every step."""
-        return self.loss.kl > 0 or self.loss.hidden > 0
+        return self.loss.kl > 0 or self.loss.hidden > 0 or self.loss.attention > 0
 
     def check(self, init: InitFrom, *, steps: int, fp8: str | None) -> None:
         """Raises `ValueError` for settings that contradict each other or the rest of the config."""
@@ -146,10 +161,26 @@ class Uptrain(Section):
                 f"uptrain.curriculum_steps is {self.curriculum_steps}, but train.steps is {steps}, so that training "
                 f"would end before the student reads what the plan says; allowed: up to {steps}"
             )
-        if self.curriculum_steps and init.method in ("ridge", "fit") and init.align == "map":
+        for key in ("curriculum_mix", "curriculum_order"):
+            if not self.curriculum_steps and (value := getattr(self, key)) != Uptrain.model_fields[key].default:
+                raise ValueError(
+                    f"uptrain.{key} is {value}, but uptrain.curriculum_steps is 0; allowed with it: 1 or more"
+                )
+        mixes_slots = self.curriculum_steps and self.curriculum_mix == "slots"
+        if mixes_slots and init.heads == "merge":
+            raise ValueError(
+                f"uptrain.curriculum_steps is {self.curriculum_steps}, but init.heads is merge, which own keys and "
+                "values cannot follow; allowed with it: mean, or curriculum_mix outputs"
+            )
+        if mixes_slots and init.method in ("ridge", "fit") and init.align == "map":
             raise ValueError(
                 f"uptrain.curriculum_steps is {self.curriculum_steps}, but init.align is map, which own keys and "
-                "values cannot follow; allowed with it: none, heads, turn"
+                "values cannot follow; allowed with it: none, heads, turn, or curriculum_mix outputs"
+            )
+        if self.curriculum_steps and self.curriculum_mix == "outputs" and self.loss.attention:
+            raise ValueError(
+                "uptrain.curriculum_mix is outputs and uptrain.loss.attention is set; a layer's output cannot be mixed "
+                "with the teacher's and compared with it; allowed: one of the two"
             )
         if self.curriculum_steps and self.random_sources:
             raise ValueError("uptrain: curriculum_steps and random_sources are both set; allowed: one of them")
@@ -159,4 +190,6 @@ class Uptrain(Section):
                 "no layer reads another; allowed with it: above 0 and below 1"
             )
         if fp8 and self.trainable == "lora":
-            raise ValueError(f"train.fp8 is {fp8}, but uptrain.trainable is lora; allowed with fp8: all, kv")
+            raise ValueError(
+                f"train.fp8 is {fp8}, but uptrain.trainable is lora; allowed with fp8: all, attention, kv, slots"
+            )

@@ -10,6 +10,7 @@ subjects.py    models to evaluate: a run, one of its checkpoints, or a Hugging F
 texts.py       sets to score: prepared tokens or a text file, and the bytes of text that tokens stand for
 windows.py     windows over a token stream longer than the model's context
 comparison.py  run folders as rows of one table, with warnings                    (command line: scripts/compare.py)
+records.py     check the values of a record that is read
 run_numbers.py  numbers in the files of a run, for its row
 score_choice.py  the number that --score names, and its value in a record
 quality.py     the number by which runs are compared: perplexity, or a number of a suite

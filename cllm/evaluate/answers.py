@@ -24,8 +24,8 @@ from cllm.evaluate.units import perplexity
 
 _UNCHANGED = 1.0
 """Percent of perplexity up to which a compression counts as free."""
-_SIZES = ("bf16_bytes_per_token", "own_bf16_bytes_per_token", "mha_bf16_bytes_per_token")
-"""Keys of post-hoc records; those of early versions lack them and are not read."""
+_NEEDED = ("perplexity", "bf16_bytes_per_token", "own_bf16_bytes_per_token", "mha_bf16_bytes_per_token")
+"""Keys of post-hoc records; those of early versions lack some and are not read."""
 _CLEAR = 2.0
 """Standard errors by which a score is clearly worse."""
 
@@ -158,7 +158,7 @@ def _numbers(model: Measured, scores: Sequence[ScoreChoice], set_name: str | Non
     by_suite: dict[str, list[Record]] = {}
     for record in model.records:
         by_suite.setdefault(suite_of(record), []).append(record)
-    complete = [record for record in by_suite.get("posthoc", []) if all(record.get(key) for key in _SIZES)]
+    complete = [record for record in by_suite.get("posthoc", []) if all(record.get(key) for key in _NEEDED)]
     compressed = _on_one_text(complete, set_name)
     texts = [record for record in by_suite.get("perplexity", []) if record.get("perplexity") is not None]
     plain = _on_one_text(texts, set_name)
@@ -210,7 +210,7 @@ def _perplexities(
     """
     if compressed:
         found = {spec_of(record): record["perplexity"] for record in compressed}
-        exact = compressed[0]["uncompressed_perplexity"]
+        exact = compressed[0].get("uncompressed_perplexity")
         return (found if exact is None else found | {EXACT: exact}), _text_of(compressed[0])
     if plain:
         return {EXACT: plain[-1]["perplexity"]}, _text_of(plain[-1])

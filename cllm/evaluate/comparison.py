@@ -21,6 +21,7 @@ from cllm.data.manifest import Manifest
 from cllm.errors import DataError, UserError, nearest
 from cllm.evaluate.left_out import LeftOut
 from cllm.evaluate.quality import PERPLEXITY, Quality, of_choice
+from cllm.evaluate.records import read_record
 from cllm.evaluate.run_numbers import number, suite_numbers, training_numbers
 from cllm.evaluate.score_choice import ScoreChoice, parse_score_choice
 from cllm.evaluate.seeds import CONSTANTS, Group, Row, group_name, percent_above
@@ -30,7 +31,6 @@ from cllm.evaluate.units import perplexity, set_label
 from cllm.files import inside, shorten
 from cllm.rows import Row as MetricsRow
 from cllm.runs import RunFolder
-from cllm.trust import read_object
 
 log = logging.getLogger(__name__)
 
@@ -245,7 +245,7 @@ def _evaluation(run: RunFolder, set_name: str) -> dict[str, Any] | None:
     path = inside(run.path, f"{run.evaluation_folder.name}/{set_label(set_name)}.json", written_in=run.path)
     if not path.exists():
         return None
-    record = read_object(path)
+    record = read_record(path)
     for key in (*_FIGURES, *(["step"] if record.get("step") is not None else [])):
         number(path, record, key)
     for key in _WORDS:

@@ -6,18 +6,20 @@ questions. A cell is the mean over all questions of its length and depth, over a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cllm import tables
 from cllm.errors import UserError
+from cllm.evaluate.measured import Measured
 from cllm.evaluate.outputs import write_outputs
-from cllm.evaluate.suites.suite import Number, Suite
-from cllm.files import inside, json_files
+from cllm.evaluate.records import is_number, read_record
+from cllm.evaluate.suites.suite import Number, Record, Suite
+from cllm.files import inside, json_files, shorten
 from cllm.runs import RunFolder
-from cllm.trust import read_object
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,8 +73,29 @@ def read_heatmap(runs: Sequence[RunFolder], suite: Suite, number: Number) -> Hea
     Raises:
         UserError: if a record cannot be read, or none has means by depth and length.
     """
+    return _heatmap(suite, number, [(run.name, _of_run(run, suite)) for run in runs])
+
+
+def heatmap_of(models: Sequence[Measured], suite: Suite, number: Number) -> HeatMap:
+    """The maps of measured models, such as those of a study or of a Hugging Face folder. Raises as `read_heatmap`."""
+    named = []
+    for model in models:
+        own = (record for record in model.records if record.get("suite") == suite.name)
+        named.append((model.label, [(Path(model.name), record) for record in own]))
+    return _heatmap(suite, number, named)
+
+
+def _of_run(run: RunFolder, suite: Suite) -> list[tuple[Path, Record]]:
+    """The records of `suite`, but those of a checkpoint that is not the newest, and their files."""
+    folder = inside(run.path, f"{run.evaluation_folder.name}/{suite.name}", written_in=run.path)
+    found = ((path, read_record(path)) for path in json_files(folder))
+    return [(path, r) for path, r in found if not path.stem.endswith(f"-{Path(str(r.get('checkpoint'))).stem}")]
+
+
+def _heatmap(suite: Suite, number: Number, named: Sequence[tuple[str, list[tuple[Path, Record]]]]) -> HeatMap:
+    """The maps of records and their files, by the name of a run or model."""
     number = next(own for own in suite.numbers if own.key == number.key)  # without the suite's name
-    cells = [cell for run in runs for cell in _cells(run, suite, number)]
+    cells = [cell for name, records in named for cell in _cells(name, records, number)]
     if not cells and not {_DEPTH, _LENGTH} <= set(getattr(suite, "groups", ())):
         raise UserError(
             f"--heatmap {suite.name}: its records have no means by depth and length; allowed: suites with needles at "
@@ -86,28 +109,52 @@ def read_heatmap(runs: Sequence[RunFolder], suite: Suite, number: Number) -> Hea
     return HeatMap(suite=suite.name, number=number, cells=cells)
 
 
-def _cells(run: RunFolder, suite: Suite, number: Number) -> list[Cell]:
-    folder = inside(run.path, f"{run.evaluation_folder.name}/{suite.name}", written_in=run.path)
-    records: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for path in json_files(folder):
-        record = read_object(path)
-        groups = record.get("groups")
-        if not isinstance(groups, dict) or not isinstance(groups.get(_DEPTH), dict):
-            continue
-        lengths = list(groups.get(_LENGTH, {}))
-        if len(lengths) != 1 or path.stem.endswith(f"-{Path(str(record.get('checkpoint'))).stem}"):
-            continue  # means by depth alone, or of a checkpoint that is not the newest
-        key = (str(record.get("spec")), str(record.get("task")), int(lengths[0]))
-        if key not in records or record["questions"] > records[key]["questions"]:
-            records[key] = record
+def _cells(name: str, found: list[tuple[Path, Record]], number: Number) -> list[Cell]:
+    records: dict[tuple[str, str, int], Record] = {}
     sums: dict[tuple[str, int, float], tuple[float, int]] = {}
+    for path, record in found:
+        if (length := _length(record, path)) is None:
+            continue  # means by depth alone
+        place = str(record.get("spec")), str(record.get("task")), length
+        kept = records.setdefault(place, record | {"file": path})
+        if (record.get("questions") or 0) > (kept.get("questions") or 0):
+            records[place] = record | {"file": path}
     for (spec, _, length), record in records.items():
-        for depth, numbers in record["groups"][_DEPTH].items():
-            if (value := numbers.get(number.key)) is not None:
-                total, count = sums.get((spec, length, float(depth)), (0.0, 0))
-                questions = int(numbers["questions"])
-                sums[spec, length, float(depth)] = (total + value * questions, count + questions)
-    return [Cell(run.name, *place, total / count, count) for place, (total, count) in sums.items()]
+        for depth, value, questions in _means(record, number):
+            total, count = sums.get((spec, length, depth), (0.0, 0))
+            sums[spec, length, depth] = (total + value * questions, count + questions)
+    return [Cell(name, *place, total / count, count) for place, (total, count) in sums.items()]
+
+
+def _length(record: dict[str, Any], file: Path) -> int | None:
+    """The length of a record's samples; None if it has no means by depth for one length. Raises `UserError`."""
+    groups = record.get("groups")
+    if not isinstance(groups, dict) or not isinstance(groups.get(_DEPTH), dict):
+        return None
+    lengths = groups.get(_LENGTH)
+    if not isinstance(lengths, dict) or len(lengths) != 1:
+        return None
+    if not (length := next(iter(lengths))).isdecimal():
+        raise UserError(f"{file}: groups.{_LENGTH} has {shorten(repr(length))}; allowed: a whole number of tokens")
+    return int(length)
+
+
+def _means(record: dict[str, Any], number: Number) -> Iterator[tuple[float, float, int]]:
+    """Depth, mean and number of questions of the means by depth. Raises `UserError` for other than numbers."""
+    for depth, numbers in record["groups"][_DEPTH].items():
+        where = f"{record['file']}: groups.{_DEPTH}.{depth}"
+        if not isinstance(numbers, dict) or not depth.replace(".", "", 1).isdecimal():
+            raise UserError(
+                f"{where} is {shorten(repr(numbers))}; allowed: a depth in percent, with an object of means"
+            )
+        if (value := numbers.get(number.key)) is None:
+            continue
+        questions = numbers.get("questions")
+        if not isinstance(questions, int) or isinstance(questions, bool) or questions < 1:
+            raise UserError(f"{where}.questions is {shorten(repr(questions))}; allowed: a whole number of 1 or more")
+        if not is_number(value) or math.isinf(value):
+            raise UserError(f"{where}.{number.key} is {shorten(repr(value))}; allowed: a finite number")
+        yield float(depth), value, questions
 
 
 def csv_text(heatmap: HeatMap) -> str:
@@ -141,28 +188,30 @@ def _title(heatmap: HeatMap) -> str:
 
 
 def figure(heatmap: HeatMap) -> Figure:
-    """Draw the maps: a column for each run, a row for each compression, one scale of colours for all."""
+    """Draw the maps on one scale of colours: a column for each run and a row for each compression, or of one run a
+    column for each compression."""
     from matplotlib.figure import Figure
 
     runs, specs = heatmap.runs, heatmap.specs
+    rows, columns = (specs, runs) if len(runs) > 1 else (runs, specs)
     lengths = sorted({cell.length for cell in heatmap.cells})
     depths = sorted({cell.depth for cell in heatmap.cells})
     width = max(_PANEL, 0.55 * len(lengths) + 0.9)
-    size = (width * len(runs) + 1.6, _PANEL * len(specs) + 0.9)
+    size = (width * len(columns) + 1.6, _PANEL * len(rows) + 0.9)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
-    grid = figure.subplots(len(specs), len(runs), squeeze=False, sharex=True, sharey=True)
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
     image = None
-    for row, spec in zip(grid, specs, strict=True):
-        for axes, run in zip(row, runs, strict=True):
-            own = {(c.depth, c.length): c.value for c in heatmap.cells if (c.run, c.spec) == (run, spec)}
+    for line, across in zip(grid, rows, strict=True):
+        for axes, down in zip(line, columns, strict=True):
+            own = {(c.depth, c.length): c.value for c in heatmap.cells if {c.run, c.spec} == {across, down}}
             image = _draw(axes, [[own.get((d, n)) for n in lengths] for d in depths], heatmap)
-            if spec == specs[0]:
-                axes.set_title(run, fontsize=10)
-            if spec == specs[-1]:
+            if across == rows[0]:
+                axes.set_title(down, fontsize=10 if columns is runs else 8)
+            if across == rows[-1]:
                 axes.set_xlabel("length, tokens", fontsize=8.5)
                 axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8, rotation=30)
-        row[0].set_ylabel(f"{spec}\n\nneedle depth, %", fontsize=8.5)
-        row[0].set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize=8)
+        line[0].set_ylabel(f"{across}\n\nneedle depth, %", fontsize=8.5)
+        line[0].set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize=8)
     assert image is not None
     figure.colorbar(image, ax=grid, label=heatmap.number.head, shrink=0.8, pad=0.01)
     figure.suptitle(_title(heatmap), fontsize=11, x=0.01, ha="left")

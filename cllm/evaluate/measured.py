@@ -19,9 +19,10 @@ from typing import Any
 from cllm.errors import UserError
 from cllm.evaluate.left_out import LeftOut
 from cllm.evaluate.points import TRAINED
+from cllm.evaluate.records import check_record, optional_number, read_record
 from cllm.evaluate.suites.suite import Record
 from cllm.evaluate.tasks.suite import AS_IS
-from cllm.files import inside, json_files
+from cllm.files import inside, json_files, shorten
 from cllm.posthoc import UNCOMPRESSED
 from cllm.runs import RunFolder
 from cllm.trust import read_object
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 EXACT = ""
 """The spec of the uncompressed cache, whatever its record calls it."""
+_KINDS = {dict: "an object", list: "a list", str: "a text"}
 _STUDY = ("design", "settings", "evaluations", "summary", "seed")
 """Keys of a study's result."""
 
@@ -150,8 +152,8 @@ def _of_run(run: RunFolder) -> Measured:
         name=run.name,
         label=run.name,
         alike=seedless(config),
-        kv_bytes=summary.get("kv_bytes_per_token", {}).get("resident"),
-        kv_vs_mha=summary.get("kv_vs_mha", {}).get("resident"),
+        kv_bytes=optional_number(summary, run.summary_file, "kv_bytes_per_token", "resident"),
+        kv_vs_mha=optional_number(summary, run.summary_file, "kv_vs_mha", "resident"),
         loss=validated[-1] if validated else None,
         records=tuple(records_of_run(run)),
     )
@@ -160,7 +162,7 @@ def _of_run(run: RunFolder) -> Measured:
 def records_of_run(run: RunFolder) -> list[Record]:
     """The records in a run's evaluation/, of its newest checkpoint. Raises `UserError` for one that is not JSON."""
     folder = inside(run.path, run.evaluation_folder.name, written_in=run.path)
-    found = (read_object(file) for file in json_files(folder) if not _is_of_older_checkpoint(file))
+    found = (read_record(file) for file in json_files(folder) if not _is_of_older_checkpoint(file))
     return [record for record in found if "refused" not in record]
 
 
@@ -175,29 +177,37 @@ def _of_file(file: Path) -> Iterator[Measured]:
     content = read_object(file)
     if all(key in content for key in _STUDY):
         if not content.get("search"):
-            yield _of_study(file.stem, content)
+            yield _of_study(file, content)
         return
     rows = content.get("rows", [content])
     records: dict[str, list[Record]] = {}
     for row in rows if isinstance(rows, list) else ():
         if isinstance(row, dict) and isinstance(row.get("run"), str) and {"suite", "spec", "loss"} & row.keys():
+            check_record(row, file)
             records.setdefault(row["run"], []).append(row)
     yield from (Measured(name=name, label=name, alike=name, records=tuple(own)) for name, own in records.items())
 
 
-def _of_study(name: str, content: dict[str, Any]) -> Measured:
-    summary, settings = content["summary"], content["settings"]
+def _of_study(file: Path, content: dict[str, Any]) -> Measured:
+    for key, kind in (("summary", dict), ("settings", dict), ("evaluations", list), ("design", str)):
+        if not isinstance(content[key], kind):
+            raise UserError(f"{file}: {key} is {shorten(repr(content[key]))}; allowed: {_KINDS[kind]}")
+    for record in content["evaluations"]:
+        if not isinstance(record, dict):
+            raise UserError(f"{file}: evaluations has {shorten(repr(record))}; allowed: objects")
+        check_record(record, f"{file}: evaluations")
+    settings = content["settings"]
     words = [content["design"], *(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())]
-    facts = {"tokens": content.get("tokens"), "learning rate": content.get("config", {}).get("optim", {}).get("lr")}
+    facts = {"tokens": content.get("tokens"), "learning rate": optional_number(content, file, "config", "optim", "lr")}
     facts["code"] = content.get("code")
     same = [content["design"], settings, *facts.values(), content.get("data")]
     return Measured(
-        name=name,
+        name=file.stem,
         label=", ".join(words),
         alike=json.dumps(same, sort_keys=True, default=str),
-        kv_bytes=summary.get("kv_bytes_per_token", {}).get("resident"),
-        kv_vs_mha=summary.get("kv_vs_mha", {}).get("resident"),
-        loss=content.get("loss"),
+        kv_bytes=optional_number(content, file, "summary", "kv_bytes_per_token", "resident"),
+        kv_vs_mha=optional_number(content, file, "summary", "kv_vs_mha", "resident"),
+        loss=optional_number(content, file, "loss"),
         facts=facts,
         records=tuple(record for record in content["evaluations"] if "refused" not in record),
     )
@@ -225,7 +235,7 @@ def _records_of_rows(file: Path, rows: Iterable[dict[str, str]]) -> Iterator[Rec
         exact = next((float(row["perplexity"]) for row in rows if row["spec"] == TRAINED), None)
         for row in rows:
             size = float(row["bytes_per_token"])
-            yield {
+            record = {
                 "run": row["run"],
                 "design": row["design"],
                 "spec": row["spec"],
@@ -237,5 +247,9 @@ def _records_of_rows(file: Path, rows: Iterable[dict[str, str]]) -> Iterator[Rec
                 "own_bf16_bytes_per_token": size * float(row["ratio_to_own"]),
                 "mha_bf16_bytes_per_token": size * float(row["ratio_to_mha"]),
             }
+            check_record(record, file)
+            yield record
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: not the table of a sweep: {error}") from None

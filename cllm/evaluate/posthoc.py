@@ -69,8 +69,6 @@ class _Scored:
     method: Compressor
     tally: _Tally = field(default_factory=_Tally)
     refused: bool = False
-    is_reference: bool = False
-    """Whether its numbers are those of the uncompressed cache."""
 
     @contextlib.contextmanager
     def refusing(self, reasons: dict[str, str] | None) -> Iterator[None]:
@@ -165,9 +163,9 @@ def measure(
     if not reference.sequences:
         inside = " inside of one document" if subject.document_mask else ""
         raise UserError(f"{text.path}: too short: it has no {window + 1} tokens{inside}; lower --window")
-    for each in scored:
-        each.tally = reference.tally if each.is_reference else each.tally
     scored = [each for each in scored if not each.refused]
+    for each in scored:
+        each.tally = each.tally if each.tally.tokens else reference.tally  # `none` of a plan that no method compresses
     for spec, tally in (("no compression", reference.tally), *((each.spec, each.tally) for each in scored)):
         if not math.isfinite(tally.nll):
             raise UserError(f"{subject.path}: {spec}: its loss on {text.path} is {tally.nll}")
@@ -199,14 +197,15 @@ def _score(
     engine.hidden(tokens[:, :prefix], cache)
     ref.seconds.append(_now(tokens) - began)
     scored = [each for each in scored if not each.refused]
-    if watching := [each.method for each in scored if each.method.watches]:
+    if watching := [each for each in scored if each.method.watches]:
         cache = engine.new_cache()  # filled again, because watching would slow the prefill that is timed
         with contextlib.ExitStack() as stack:
-            for method in watching:
-                stack.enter_context(method.watch(engine))
+            for each in watching:
+                with each.refusing(refused):
+                    stack.enter_context(each.method.watch(engine))
             engine.hidden(tokens[:, :prefix], cache)
-    element = _element_size(engine, cache, scored, refused)
-    scored = [each for each in scored if not each.refused and not each.is_reference]
+    element, can_compress = _element_size(engine, cache, scored, refused)
+    scored = [each for each in scored if can_compress and not each.refused]
     ref.mha_nbytes += engine.mha_nbytes(tokens=prefix, batch=len(tokens), element=element)
     ref.mha_bf16_nbytes += engine.mha_nbytes(tokens=prefix, batch=len(tokens), element=2)
     ref.sequences += len(tokens)
@@ -231,29 +230,28 @@ def _score(
         exact = greedy(engine, uncompressed, first, generate)
         for each, continuation in zip(scored, texts, strict=True):
             each.tally.written.add(continuation, exact)
-    for method in watching:
-        method.release()
+    for each in watching:
+        each.method.release()
     ref.tally.bf16_nbytes += _bf16_nbytes(engine, cache, narrow)
     _read(engine, cache, tokens, prefix, ref.tally, chunk=None)
 
 
 def _element_size(
     engine: Engine, cache: Any, scored: Sequence[_Scored], refused: dict[str, str] | None
-) -> Literal[0, 2, 4]:
-    """Bytes of a number in the cache's slots; 0 if it has none.
+) -> tuple[Literal[0, 2, 4], bool]:
+    """Bytes of a number in the cache's slots, 0 if it has none; and whether methods can compress the plan.
 
-    If no method compresses the plan, specs but `none` are refused, and `none` is the uncompressed cache itself.
+    If none can, specs but `none` are refused, and `none` is the uncompressed cache itself.
     """
     try:
         slots = list(engine.compressible(cache).slots.values())
     except UserError:
         for each in scored:
-            each.is_reference = each.spec == UNCOMPRESSED
-            if not each.is_reference:
+            if each.spec != UNCOMPRESSED:
                 with each.refusing(refused):
                     raise
-        return 4 if engine.fp32_numbers(cache) else 2
-    return (4 if slots[0].k.element_size() == 4 else 2) if slots else 0
+        return (4 if engine.fp32_numbers(cache) else 2), False
+    return ((4 if slots[0].k.element_size() == 4 else 2) if slots else 0), True
 
 
 def _bf16_nbytes(engine: Engine, cache: Any, narrow: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from cllm.errors import UserError
 from cllm.evaluate.measured import EXACT, records_of_run, spec_of
+from cllm.evaluate.records import is_number, read_record
 from cllm.evaluate.score_choice import ScoreChoice, suite_of
 from cllm.evaluate.suites.registry import suites
 from cllm.evaluate.units import set_label
@@ -17,15 +19,14 @@ from cllm.files import inside, shorten
 from cllm.rows import Row as MetricsRow
 from cllm.runs import RunFolder
 from cllm.runs.speed import median_speed
-from cllm.trust import read_object
 
 
 def number(file: Path, content: dict[str, Any], *keys: str) -> Any:
-    """The number at the nested `keys`. Raises `UserError` for anything else."""
+    """The number at the nested `keys`. Only a perplexity may be infinite. Raises `UserError` for anything else."""
     value: Any = content
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value) or (math.isinf(value) and keys[-1] != "perplexity"):
         what = "null or missing" if value is None else shorten(repr(value))
         raise UserError(f"{file}: {'.'.join(keys)} is {what}; allowed: a number")
     return value
@@ -48,7 +49,7 @@ def suite_numbers(
         name = f"{run.evaluation_folder.name}/{suite.file(record_of)}"
         path = inside(run.path, name, written_in=run.path)
         if path.exists():
-            record = read_object(path)
+            record = read_record(path)
             records[suite.name] = path, record
             numbers |= {f"{suite.name}_{shown.key}": number(path, record, shown.key) for shown in compared}
             for choice in scores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import statistics
@@ -79,6 +80,8 @@ class Group:
     def deviation(self, value: str | Callable[[Row], float | None]) -> float | None:
         """Sample standard deviation (n - 1) of the same; None for a single run, and unless all rows have it."""
         values = self._values(value)
+        if not all(map(math.isfinite, values)):  # a run that diverged
+            return math.nan
         return statistics.stdev(values) if len(values) > 1 else None
 
     def _values(self, value: str | Callable[[Row], float | None]) -> list[float]:

@@ -14,6 +14,7 @@ loss.py       output head and cross-entropy in chunks
 mlp.py        SwiGLU feed-forward
 norm.py       RMSNorm
 rope.py       rotary position embedding
+parts.py      the parts of a model that training treats differently
 precision.py  the dtype of matrix products
 graph.py      a decoding step as a CUDA graph
 hungarian.py  the best one-to-one matching of two sets

@@ -190,7 +190,7 @@ class Decoder(nn.Module):
         assert tokens is not None
         if isinstance(cache, PagedPass):
             assert positions is not None
-            context = request_context(self.config.rope, positions, self.backend, cache)
+            context = request_context(self.config.rope, positions, self.backend, cache, dtype=self._dtype())
         else:
             if cache is not None:
                 cache.check(self.config)

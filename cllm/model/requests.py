@@ -19,8 +19,14 @@ from cllm.config import Rope
 from cllm.model.context import CacheLayout, Context, Group
 
 
-def request_context(rope: Rope, positions: Tensor, backend: str, pages: PagedPass) -> Context:
-    """The context of a pass over the tokens at `positions` (1, T), those of all requests of `pages` in order."""
+def request_context(rope: Rope, positions: Tensor, backend: str, pages: PagedPass, *, dtype: torch.dtype) -> Context:
+    """The context of a pass over the tokens at `positions` (1, T), those of all requests of `pages` in order.
+
+    `dtype` is that of the queries. In fp32 the backend `auto` is sdpa here. The faster kernel, flex, is compiled for
+    every number of tokens, and the numbers change with every pass.
+    """
+    if backend == "auto" and dtype == torch.float32:
+        backend = "sdpa"
     ends = pages.ends(positions.device)
     cached = {sum(counts): counts for counts in pages.cached}
     queries = list(pages.queries)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping
@@ -23,6 +22,7 @@ from cllm.errors import UserError
 from cllm.plan.presets import preset_names
 from cllm.planner.keys import plan_at, plan_key, query_heads_per_kv_head
 from cllm.planner.measured import DecodeStep, LossChange, Table, read_table
+from cllm.trust import parse_json
 
 TRAINED = "as trained"
 """The `spec` of a sweep's uncompressed run."""
@@ -40,6 +40,9 @@ def read_losses(path: Path) -> Table:
         records = [_json(file) for file in sorted(path.glob("*.json"))]
         try:
             return Table(losses=study_changes([r for r in records if _is_study(r)], str(path)))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(f"--losses {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"--losses {path}: has a JSON file that is no result of a study") from None
     if path.suffix == ".csv":
@@ -57,8 +60,8 @@ def read_losses(path: Path) -> Table:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--losses {path}: cannot be read as JSON: {error}") from None
 
 
@@ -128,7 +131,7 @@ def sweep_changes(path: Path, about: Mapping[str, Any] | None = None, *, suffix:
         suffix: an option that every spec had, such as `sinks=0`, where the column does not say so.
     """
     rows = _rows(path)
-    exact = {row["run"]: row["perplexity"] for row in rows if row.get("run") and row.get("spec") == TRAINED}
+    exact = {row["run"]: row.get("perplexity") for row in rows if row.get("run") and row.get("spec") == TRAINED}
     found = []
     for row in rows:
         spec = row.get("spec") or row.get("method") or ""
@@ -145,7 +148,7 @@ def sweep_changes(path: Path, about: Mapping[str, Any] | None = None, *, suffix:
             raise UserError(f"--losses {path}: column or uncompressed run {error.args[0]!r} is missing") from None
         except UserError:
             raise
-        except (ValidationError, ValueError, ZeroDivisionError):
+        except (TypeError, ValidationError, ValueError, ZeroDivisionError):
             raise UserError(f'--losses {path}: "{spec}": perplexity and ratio must be positive numbers') from None
     if not found:
         raise UserError(f"--losses {path}: has no compressed run")

@@ -13,7 +13,6 @@ A table is a JSON file:
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from cllm.errors import UserError
 from cllm.planner.gpus import GPUS
 from cllm.planner.keys import plan_key
 from cllm.section import Section
+from cllm.trust import parse_json
 
 SHIPPED = Path(__file__).with_name("measured.json")
 FORMAT = 1
@@ -56,7 +56,7 @@ class LossChange(_Measured):
     """Bytes of the uncompressed cache over those of the compressed one, both with 16-bit numbers."""
     tokens: float | None = Field(None, gt=0)
     """Training tokens."""
-    context: int | None = Field(None, ge=1)
+    context: int | None = Field(None, ge=1, le=2**50)
     """Tokens of the windows that were scored."""
 
 
@@ -81,9 +81,11 @@ class Table(Section):
 def read_table(path: Path, label: str = "--losses") -> Table:
     """The table in a JSON file. Raises `UserError`, naming the option, the file and the key."""
     try:
-        table = Table.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{label} {path}: cannot be read as JSON: {error}") from None
+    try:
+        table = Table.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the file"

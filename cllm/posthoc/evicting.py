@@ -26,7 +26,7 @@ from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.method import Codable, Engine
 from cllm.posthoc.readers import RecordedQueries, SlotReader, not_recorded
 from cllm.posthoc.slots import CompressibleSlots, SlotTensors
-from cllm.posthoc.votes import Votes, layer_votes
+from cllm.posthoc.votes import Votes, layer_votes, total_received
 
 Union = tuple[int, ...]
 """Slots that keep the same tokens."""
@@ -229,8 +229,7 @@ class Voting(Evicting):
     def received(self, cached: CompressibleSlots, union: Union) -> Tensor:
         """(B, G, n) fp32: the attention that tokens get, summed over queries, layers, and the heads of a KV head."""
         groups = cached.slots[union[0]].k.shape[2]
-        total = torch.stack([votes.received for votes in self.votes(cached, union)]).sum(0)
-        return total.unflatten(1, (groups, -1)).sum(2)
+        return total_received(self.votes(cached, union)).unflatten(1, (groups, -1)).sum(2)
 
 
 class VotingWindow(Voting):

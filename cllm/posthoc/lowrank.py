@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllm.errors import UserError
+from cllm.posthoc.budget import largest
 from cllm.posthoc.code import Code
 
 Algorithm = Literal["exact", "gram", "random", "power"]
@@ -279,12 +280,10 @@ def ranks_for_budget(
     def cost(x: float) -> int:
         return sum(factor_elements(tokens, n, w, r) for (n, w, _), r in zip(groups, ranks(x), strict=True))
 
-    low, high = 0.0, float(longest * max(w * n for n, w, _ in groups))
-    for _ in range(64):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
-    best = ranks(low)
-    return (best[: len(keys)], best[len(keys) :]) if cost(low) <= budget else None
+    if (x := largest(cost, budget, float(longest * max(w * n for n, w, _ in groups)))) is None:
+        return None
+    best = ranks(x)
+    return best[: len(keys)], best[len(keys) :]
 
 
 def water_filling(squares: Sequence[Tensor], costs: Sequence[int], budget: float) -> list[int] | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -27,6 +27,16 @@ from cllm.section import Section
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
+
+
+@contextlib.contextmanager
+def naming(method: str) -> Iterator[None]:
+    """Begin the text of a `UserError` that is raised inside with the name of a method, unless it has it."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(f"{method}: ") else f"{method}: {text}") from None
 
 
 class Engine(ABC):
@@ -193,6 +203,11 @@ class Compressor(Section):
     @property
     def selects_tokens(self) -> bool:
         """Whether a decode step reads only some tokens, and longer passes all: only decode steps show the loss."""
+        return False
+
+    @property
+    def chooses_for_batch(self) -> bool:
+        """Whether a batch has one rank, width or budget for all its sequences, which then depend on each other."""
         return False
 
     @property

@@ -27,7 +27,7 @@ from cllm.posthoc.fixed_bases import (
 )
 from cllm.posthoc.inputs import each_input
 from cllm.posthoc.lowrank import low_rank_already
-from cllm.posthoc.method import Codable, Engine
+from cllm.posthoc.method import Codable, Engine, naming
 from cllm.posthoc.slots import SlotTensors
 
 Kind = Literal["k", "v"]
@@ -85,8 +85,9 @@ class ProjectingMethod(Codable):
     def prepare(self, engine: Engine, ids: Tensor) -> None:
         check_tokens(self.name, ids, self.sinks)
         check_slots(self.name, engine)
-        self._spectra, self._bases, self._ranks = self.spectra(engine, ids), {}, {}
-        self._shares = self._allocate(engine, ids)
+        with naming(self.name):
+            self._spectra, self._bases, self._ranks = self.spectra(engine, ids), {}, {}
+            self._shares = self._allocate(engine, ids)
 
     def facts(self) -> dict[str, Any]:
         return {"ranks": {f"{slot}.{kind}": ranks for (slot, kind), ranks in sorted(self._ranks.items())}}

@@ -73,14 +73,12 @@ class RecordedQueries:
 
             def add(_: nn.Module, args: tuple[Tensor, ...], q: Tensor, reader: SlotReader = reader) -> None:
                 new = q.detach().reshape(*q.shape[:2], *reader.output.shape[1:])[:, -self._last :]
-                before = self._queries.get(reader.layer)
-                if before is not None and len(before) == len(new) and new.shape[1] < self._last:
-                    new = torch.cat((before, new), dim=1)[:, -self._last :]
-                self._queries[reader.layer] = new.clone()
+                self._queries[reader.layer] = self._after(self._queries.get(reader.layer), new).clone()
                 self._sizes.setdefault(reader.layer, []).append(q.shape[1])
 
             def measure(_: nn.Module, args: tuple[Tensor, ...], layer: int = reader.layer) -> None:
-                self._streams[layer] = args[0].detach()[:, -self._last :].float().square().sum(-1)
+                new = args[0].detach()[:, -self._last :].float().square().sum(-1)
+                self._streams[layer] = self._after(self._streams.get(layer), new)
 
             handles += [reader.queries.register_forward_hook(add), reader.stream.register_forward_pre_hook(measure)]
         try:
@@ -89,6 +87,12 @@ class RecordedQueries:
             for handle in handles:
                 handle.remove()
 
+    def _after(self, before: Tensor | None, new: Tensor) -> Tensor:
+        """The last tokens (B, m, ...) of two passes, one after the other."""
+        if before is None or len(before) != len(new) or new.shape[1] >= self._last:
+            return new
+        return torch.cat((before, new), dim=1)[:, -self._last :]
+
     def clear(self) -> None:
         """Forget everything."""
         self._queries, self._streams, self._sizes = {}, {}, {}
@@ -96,26 +100,25 @@ class RecordedQueries:
     def of(self, layer: int, tokens: int) -> Tensor:
         """The queries (B, m, H, D) of a layer for the last m of the prompt's `tokens` tokens.
 
-        In a prefill that computes only the last token of the highest layers, theirs are one for each pass.
+        In a prefill that computes only the last token of the highest layers, m is 1 for these.
 
         Raises:
             UserError: if no queries were recorded.
         """
         if layer not in self._queries:
             raise UserError(not_recorded(self._user))
-        return self._queries[layer][:, -tokens:]
+        return self._queries[layer][:, -self._consecutive(layer, tokens) :]
 
-    def consecutive(self, layer: int, tokens: int) -> int:
+    def _consecutive(self, layer: int, tokens: int) -> int:
         """How many of the last recorded queries of a layer are those of the last tokens, one after another.
 
         All of them, if as many were computed as the prompt has tokens. A layer that is computed several times has them
         in its last pass. In a prefill that computes only the last token of the highest layers, theirs is one.
         """
         sizes = self._sizes.get(layer, [1])
-        return tokens if sum(sizes) == tokens else sizes[-1]
+        return tokens if sum(sizes) == tokens else min(sizes[-1], tokens)
 
     def streams(self, layer: int, tokens: int) -> Tensor:
-        """(B, m) fp32: the squared length of the residual stream after attention, for the last tokens of the last
-        pass."""
-        self.of(layer, 1)
-        return self._streams[layer][:, -tokens:]
+        """(B, m) fp32: the squared length of the residual stream after attention, for the same tokens as `of`."""
+        m = self.of(layer, tokens).shape[1]
+        return self._streams[layer][:, -m:]

@@ -38,6 +38,11 @@ class Votes:
     """(B,) fp32: of the attention of a query in nats, the mean over queries and heads; None: not asked for."""
 
 
+def total_received(votes: Sequence[Votes]) -> Tensor:
+    """(B, H, n) fp32: the attention that tokens get, summed over layers and their queries."""
+    return torch.stack([vote.received for vote in votes]).sum(0)
+
+
 def layer_votes(
     cached: CompressibleSlots,
     readers: Mapping[int, Sequence[SlotReader]],
@@ -62,7 +67,7 @@ def layer_votes(
     """
     k = _read_keys(cached, readers, layer)
     batch, tokens, groups, dim = k.shape
-    q = queries.of(layer, min(tokens, queries.consecutive(layer, tokens)))  # B, m, H, D
+    q = queries.of(layer, tokens)  # B, m, H, D
     if len(q) != batch:
         raise UserError(not_recorded(user))
     columns = torch.arange(tokens - q.shape[1], tokens, device=k.device)[None]  # 1, m

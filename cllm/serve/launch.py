@@ -34,6 +34,8 @@ _DEFAULTS: dict[str, tuple[str, ...]] = {
 """Options that vLLM's server gets, unless it gets one of those beside them."""
 _NO_TOKENIZER = ("--skip-tokenizer-init", "--skip_tokenizer_init")
 _DEFAULT_PORT = 8000
+_OTHER_ADDRESS = ("--uds", "--config")
+"""Options with which the server listens at a Unix socket, or where a file of vLLM says."""
 
 
 def server_command(folder: Path, options: Sequence[str]) -> list[str]:
@@ -68,7 +70,8 @@ def check_server(folder: Path, options: Sequence[str]) -> Layout:
     _check_context(open_config(folder).max_seq_len, options)
     _check_tokenizer(folder, options)
     _check_installed()
-    _check_port(_value(options, ("--host",)) or "", _number(options, ("--port",), _DEFAULT_PORT))
+    if _value(options, _OTHER_ADDRESS) is None:
+        _check_port(_value(options, ("--host",)) or "", _number(options, ("--port",), _DEFAULT_PORT))
     return layout
 
 

@@ -22,7 +22,9 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
 def split_groups(
     groups: list[dict[str, Any]], matrices: list[nn.Parameter], *, lr: float, adamw_lr_ratio: float
 ) -> list[dict[str, Any]]:
-    """Move the weights of the group `decay` that are in `matrices` to a group `muon`, the first.
+    """Move the weights of the groups `decay` that are in `matrices` to groups `muon`, the first.
+
+    A group `decay_kv`, which has a learning rate of its own, becomes `muon_kv`.
 
     Args:
         groups: those of `cllm.train.optim.parameter_groups`.
@@ -37,10 +39,12 @@ def split_groups(
     result: list[dict[str, Any]] = []
     for group in groups:
         others = group["params"]
-        if group["name"] == "decay":
+        kind, _, part = group["name"].partition("_")
+        if kind == "decay":
             others = [p for p in others if id(p) not in chosen]
             hidden = [p for p in group["params"] if id(p) in chosen]
-            result.append(group | {"name": "muon", "params": hidden, "lr": lr, METHOD: MUON})
+            name = f"muon_{part}" if part else "muon"
+            result.append({"lr": lr} | group | {"name": name, "params": hidden, METHOD: MUON})
         result.append(group | {"params": others, "lr": group.get("lr", lr) * adamw_lr_ratio, METHOD: ADAMW})
     return [group for group in result if group["params"]]
 

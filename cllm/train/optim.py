@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cllm.config import OptimConfig
 from cllm.errors import UserError
-from cllm.model.sources import Reader
+from cllm.model.parts import parts_of
 from cllm.plugins import origin, plugins
 from cllm.train.muon import MuonAdamW, hidden_matrices, split_groups
 
@@ -191,26 +191,26 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Groups `decay` (matrices), `no_decay` (norms and biases) and `fusion` (fusion weights).
 
-    Fusion weights do not decay, and their learning rate is multiplied by `fusion_lr_multiplier`.
+    Fusion weights do not decay, and their learning rate is multiplied by `fusion_lr_multiplier`. A part of the model
+    with a rate in `rates` has groups of its own, such as `decay_kv` and `no_decay_kv`.
     """
-    fusion = {id(p) for module in model.modules() if isinstance(module, Reader) for p in module.parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {
-            "name": "decay",
-            "params": [p for p in trained if id(p) not in fusion and p.ndim >= 2],
-            "weight_decay": config.weight_decay,
-        },
-        {
-            "name": "no_decay",
-            "params": [p for p in trained if id(p) not in fusion and p.ndim < 2],
-            "weight_decay": 0.0,
-        },
-        {
-            "name": "fusion",
-            "params": [p for p in trained if id(p) in fusion],
-            "weight_decay": 0.0,
-            "lr": config.lr * config.fusion_lr_multiplier,
-        },
-    ]
-    return [group for group in groups if group["params"]]
+    parts = parts_of(model)
+    chosen: dict[str, dict[str, Any]] = {"decay": {}, "no_decay": {}, "fusion": {}}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        part = parts[id(parameter)]
+        if part == "fusion":
+            name, multiple = "fusion", config.fusion_lr_multiplier
+        else:
+            name, multiple = ("decay" if parameter.ndim >= 2 else "no_decay"), getattr(config.rates, part)
+            if multiple != 1:
+                name = f"{name}_{part}"
+        group = chosen.setdefault(name, {})
+        if not group:
+            decays = name.startswith("decay")
+            group |= {"name": name, "params": [], "weight_decay": config.weight_decay if decays else 0.0}
+            if multiple != 1 or part == "fusion":
+                group["lr"] = config.lr * multiple
+        group["params"].append(parameter)
+    return [group for group in chosen.values() if group]

@@ -16,6 +16,7 @@ from cllm.kernels.cross_entropy import IGNORE
 from cllm.train.module import TrainingModule
 from cllm.train.optim import Optimizer
 from cllm.train.strategy import ZeroStrategy
+from cllm.uptrain.attention import attention_outputs, recorded
 from cllm.uptrain.curriculum import OWN, set_progress
 from cllm.uptrain.decoder import TracedDecoder
 from cllm.uptrain.loss import Distilled, Target, hidden_difference
@@ -68,7 +69,7 @@ class UptrainingModule(TrainingModule):
                 owners_only=uptrain.random_sources_from == "owners",
             )
         if uptrain.curriculum_steps:
-            set_progress(self.model, step, uptrain.curriculum_steps)
+            set_progress(self.model, step, uptrain.curriculum_steps, uptrain.curriculum_order)
         parts = self.objective(batch)
         for name, value in parts.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()
@@ -78,14 +79,14 @@ class UptrainingModule(TrainingModule):
         return parts["objective"]
 
     def objective(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`objective`, which is minimised, and its unweighted parts: `next_token`, `kl`, `hidden`."""
+        """`objective`, which is minimised, and its unweighted parts: `next_token`, `kl`, `hidden`, `attention`."""
         weights = self.config.uptrain.loss
         if not self.config.uptrain.needs_teacher:
             loss = self.loss(batch)
             return {"objective": weights.next_token * loss, "next_token": loss}
         inputs = (batch["input_ids"], batch.get("positions"), batch.get("document_ids"))
         teacher, all_layers = self._teacher[0], weights.hidden > 0 and weights.hidden_layers == "all"
-        with torch.no_grad():
+        with torch.no_grad(), recorded(teacher, weights.attention > 0) as seen:
             theirs = hidden_states(teacher, inputs, all_layers)
         mine = hidden_states(self.model, inputs, all_layers)
         target = Target(theirs[-1], teacher.head.weight, weights.temperature, weights.kl, weights.next_token)
@@ -94,6 +95,9 @@ class UptrainingModule(TrainingModule):
         if weights.hidden:
             parts["hidden"] = hidden_difference(mine, theirs)
             parts["objective"] = parts["objective"] + weights.hidden * parts["hidden"]
+        if seen is not None:
+            parts["attention"] = hidden_difference(attention_outputs(self.model, seen, *inputs), seen.outputs)
+            parts["objective"] = parts["objective"] + weights.attention * parts["attention"]
         return parts
 
     def training_metrics(self) -> dict[str, float]:

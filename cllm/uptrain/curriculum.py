@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cllm.cache.slot import Slot
 from cllm.cache.stores import Store
@@ -28,6 +28,25 @@ from cllm.plan.registry import Builders
 
 OWN = "curriculum_own"
 """The name of the module with a layer's own projections."""
+
+
+class MixedIn(nn.Module):
+    """A part of a layer that changes over to the plan's during training."""
+
+    share: Tensor
+    """(1,) fp32: λ."""
+    over: bool
+    """Whether λ has reached 1."""
+
+    def mix_in(self) -> None:
+        """Begin at λ = 0."""
+        self.register_buffer("share", torch.zeros(1), persistent=False)
+        self.over = False
+
+    def set_share(self, share: float) -> None:
+        """Set λ."""
+        self.share.fill_(share)
+        self.over = share == 1.0
 
 
 blending_module = Builders("module for a curriculum")
@@ -85,7 +104,7 @@ def _blending_fused(read: Fuse, made: Reader, n_slots: int, n_kv_heads: int, hea
     return module
 
 
-class BlendingAttention(Attention):
+class BlendingAttention(Attention, MixedIn):
     """Attention of a layer that owns nothing; in training, its own keys and values are mixed in."""
 
     curriculum_own: OwnKV
@@ -98,8 +117,14 @@ class BlendingAttention(Attention):
             for read, made in ((plan.keys(layer), self.keys), (plan.values(layer), self.values))
         )
         self.curriculum_own = own.train().requires_grad_(False)
-        self.over = False
-        """Whether λ has reached 1."""
+        self.mix_in()
+
+    def set_share(self, share: float) -> None:
+        """Set λ here and in the reads of keys and values."""
+        super().set_share(share)
+        for read in (self.keys, self.values):
+            assert isinstance(read, Blending)
+            read.share.fill_(share)
 
     def write(
         self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context, store: Store | None
@@ -131,13 +156,23 @@ def add_curriculum(model: Decoder, owners: Mapping[int, OwnKV]) -> None:
         model.blocks[i].attention = BlendingAttention(model.config, plan, i, owners[i])
 
 
-def set_progress(model: Decoder, step: int, steps: int) -> float:
-    """Set λ for optimizer step `step` (from 0) of a curriculum of `steps`, and return it."""
+def set_progress(model: Decoder, step: int, steps: int, order: str = "together") -> float:
+    """Set λ of every layer for optimizer step `step` (from 0) of a curriculum of `steps`.
+
+    Args:
+        order: together: all layers change over all steps. top or bottom: one layer after the other, from that end, each
+            over its part of the steps.
+
+    Returns:
+        The mean of λ over layers.
+    """
+    mixed = [block.attention for block in model.blocks if isinstance(block.attention, MixedIn)]
+    if order == "top":
+        mixed.reverse()
     progress = min(step / steps, 1.0)
-    for block in model.blocks:
-        if isinstance(block.attention, BlendingAttention):
-            for read in (block.attention.keys, block.attention.values):
-                assert isinstance(read, Blending)
-                read.share.fill_(progress)
-            block.attention.over = progress == 1.0
-    return progress
+    shares = [progress] * len(mixed)
+    if order != "together":
+        shares = [min(max(progress * len(mixed) - n, 0.0), 1.0) for n in range(len(mixed))]
+    for attention, share in zip(mixed, shares, strict=True):
+        attention.set_share(share)
+    return sum(shares) / len(shares)

@@ -61,6 +61,10 @@ class TracedDecoder(Decoder):
         finally:
             self.on_layer = None
 
+    def start_context(self, input_ids: Tensor, positions: Tensor | None, document_ids: Tensor | None) -> Context:
+        """The context of a pass over `input_ids` (B, T) without a cache; arguments as in `hidden`."""
+        return self._context(input_ids, positions, document_ids, None, None, None)
+
     def compile_blocks(self) -> None:
         """As `Decoder.compile_blocks`; the distillation loss is compiled too."""
         super().compile_blocks()

@@ -30,6 +30,7 @@ from cllm.uptrain.decoder import TracedDecoder, attention_of
 from cllm.uptrain.fit import fit_readers, text_grams
 from cllm.uptrain.fold import fold_values, share_values
 from cllm.uptrain.heads import Alignment, Grams, align_owner, align_reader, heads_of
+from cllm.uptrain.merge import merge_heads, merged_layers
 from cllm.uptrain.outputs import refit_outputs
 from cllm.uptrain.owners import OwnerStart, copy_owners, fit_owners
 from cllm.uptrain.project import PARTS, anchors, average_owners, check_plans, copy_rest, teacher_owners
@@ -74,9 +75,12 @@ def init_student(student: Decoder, teacher: TracedDecoder, settings: InitFrom, b
         check_latents(student, teacher, calibrated=bool(batches))
     copy_rest(student, teacher)
     owners = teacher_owners(student.plan, teacher)
+    errors: dict[str, float] = {}
+    merged = merged_layers(owners, teacher) if settings.heads == "merge" else []
+    if settings.heads == "merge":
+        errors |= merge_heads(student, teacher, owners, batches)
     starts = copy_owners(student, teacher, owners)
     _check_text(starts, settings.method)
-    errors: dict[str, float] = {}
     if settings.fold != "none":
         folds = fold_values(student.plan, teacher, owners, batches)
         _align_all(student, owners, folds)
@@ -107,12 +111,12 @@ def init_student(student: Decoder, teacher: TracedDecoder, settings: InitFrom, b
             starts[j].reorder(alignments[j].order)
         _align_all(student, owners, alignments)
         errors |= more
-        if settings.outputs != "none" and alignments:
-            above = range(min(alignments), len(student.plan))
-            layers = above if settings.outputs == "all" else list(alignments)
+        new = sorted({*alignments, *merged})
+        if settings.outputs != "none" and new:
+            layers = range(new[0], len(student.plan)) if settings.outputs == "all" else new
             errors |= refit_outputs(student, teacher, layers, batches, ridge=settings.ridge)
     elif settings.method == "svd":
-        errors = make_latents(student, teacher, batches, keep=settings.rope_pairs, ridge=settings.ridge)
+        errors |= make_latents(student, teacher, batches, keep=settings.rope_pairs, ridge=settings.ridge)
     return StudentInit(owners, errors)
 
 

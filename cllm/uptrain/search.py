@@ -238,6 +238,8 @@ def _best_sources(plan: KVPlan, i: int, read: Fuse, sums: Tensor, ridge: float) 
     below = [
         j for j in plan.owners if j < i and plan.layers[j].own == kind.own and plan.layers[j].window == kind.window
     ]
+    if i in read.layers or len(below) < len(read.layers):
+        return read  # its own slot, which must be read, has no error already; or there is no choice
 
     def error(layers: tuple[int, ...]) -> float:
         index = list(layers)

@@ -16,9 +16,11 @@ from cllm.data.module import DataModule
 from cllm.data.vocabulary import VOCABULARY_FILES, load_tokenizer
 from cllm.errors import DataError, UserError
 from cllm.runs import RunFolder
+from cllm.uptrain.attention import check_attention_loss
 from cllm.uptrain.calibrate import Batches
 from cllm.uptrain.curriculum import BlendingAttention, add_curriculum
 from cllm.uptrain.decoder import TracedDecoder, build_traced
+from cllm.uptrain.handover import add_handover
 from cllm.uptrain.init import init_student
 from cllm.uptrain.project import check_no_loop, check_plans, teacher_owners
 from cllm.uptrain.teacher import Teacher, check_student, load_teacher
@@ -121,9 +123,14 @@ def make_student(
     uptrain = config.uptrain
     check_no_loop(config.model.plan())
     student = build_traced(config.model, backend=config.attention.backend, routed=uptrain.random_sources > 0)
+    if uptrain.loss.attention:
+        check_attention_loss(student)
     if uptrain.curriculum_steps:
         check_plans(student.plan, teacher.decoder.plan)
-        add_curriculum(student, teacher_owners(student.plan, teacher.decoder))
+        if uptrain.curriculum_mix == "outputs":
+            add_handover(student, teacher.decoder)
+        else:
+            add_curriculum(student, teacher_owners(student.plan, teacher.decoder))
     if not resumed:
         teacher.decoder.to(device)
         student.to(device)

@@ -1,4 +1,4 @@
-"""The trained parameters: all, the K/V side, or low-rank updates that are merged when weights are saved."""
+"""The trained parameters: all, parts of attention, or low-rank updates that are merged when weights are saved."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from cllm.config import Config
 from cllm.config.uptraining import Lora
 from cllm.model.decoder import Decoder
-from cllm.model.sources import Reader
+from cllm.model.parts import ModelPart, parts_of
 from cllm.uptrain.curriculum import OWN
-from cllm.uptrain.decoder import block_of
 
-_OWNERS = ("owner", "local")
-_QUERIES = ("q_proj", "q_norm", "q_down_proj", "kv_up_proj")
+TRAINED: dict[str, set[ModelPart]] = {
+    "slots": {"kv", "fusion"},
+    "kv": {"kv", "queries", "fusion"},
+    "attention": {"kv", "queries", "outputs", "fusion"},
+    "lora": {"fusion"},
+}
+"""Parts of the model that are trained, by `uptrain.trainable`; `all` leaves out nothing."""
 LORA_A, LORA_B = "lora_a", "lora_b"
 
 
@@ -58,13 +62,9 @@ def make_trainable(model: Decoder, config: Config) -> None:
     kind = config.uptrain.trainable
     if kind == "all":
         return
-    model.requires_grad_(False)
-    model.stream_norms.requires_grad_(kind == "kv")
-    for i in range(len(model.blocks)):
-        attention = block_of(model, i).attention
-        for name, part in attention.named_children():
-            if isinstance(part, Reader) or (kind == "kv" and (name in _OWNERS or name in _QUERIES)):
-                part.requires_grad_(True)
+    trained, parts = TRAINED[kind], parts_of(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parts[id(parameter)] in trained)
     if kind == "lora":
         generator = torch.Generator().manual_seed(config.train.seed)
         for block in model.blocks:

@@ -1,9 +1,13 @@
-"""Students of a pretrained model at half of its cache: starts, and distillation.
+"""Students of a model at half or a quarter of its cache: starts, and distillation.
 
-Run `python -m experiments.half_cache --help`.
+Run `python -m experiments.half_cache --help` for a pretrained model, and `python -m experiments.half_cache.scratch
+--help` to train the model first.
 
-__main__.py  the command line, and a worker for each device
-students.py  plans, starts, and configs of students
+__main__.py  the command line for a pretrained model
+scratch.py   the command line that trains the model too
+command.py   arguments and the end of both commands
+runner.py    students trained at the same time on several devices, and their table
+students.py  kinds of students, recipes of training, starts, and configs
 starts.py    a student's perplexity before training, for every start: a process for each student
 
 Imports experiments.uptraining and cllm.

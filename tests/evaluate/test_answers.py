@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cllm.errors import UserError
 from cllm.evaluate.answers import EXACT, Answer, Answers, answers
 from cllm.evaluate.answers_table import csv_text, markdown
 from cllm.evaluate.comparison import compare as compare_runs
@@ -228,7 +229,7 @@ def test_the_command_prints_the_table_of_runs_and_of_files(runs, compare, capsys
         ("--posthoc * --score lm_eval", "--score lm_eval: names no metric; allowed: lm_eval:TASK/METRIC"),
         ("--posthoc * --baseline x", "--baseline x: not among the rows"),
         ("--posthoc * --set x", "--set x: no model has a perplexity on it"),
-        ("--posthoc * --heatmap ruler", "--heatmap goes with run folders, and without --posthoc"),
+        ("--posthoc * --heatmap ruler", "--heatmap of results, or with --posthoc, needs --out, the folder of the maps"),
     ],
 )
 def test_what_was_not_measured_is_refused(runs, compare, capsys, words, message) -> None:
@@ -236,3 +237,35 @@ def test_what_was_not_measured_is_refused(runs, compare, capsys, words, message)
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("record", "key", "value"),
+    [
+        (after_prefix, "spec", ["none"]),
+        (after_prefix, "perplexity", "low"),
+        (after_prefix, "uncompressed_perplexity", 0),
+        (after_prefix, "bf16_bytes_per_token", "few"),
+        (after_prefix, "own_bf16_bytes_per_token", math.nan),
+        (copying, "settings", "samples=8"),
+        (copying, "questions", "eight"),
+        (copying, "ratio_to_own", 0),
+        (copying, "accuracy_stderr", -1.0),
+    ],
+)
+def test_a_record_with_a_wrong_value_is_refused_by_its_key(record, key: str, value: Any, tmp_path: Path) -> None:
+    made = record("mha", XKV, 10.0, *([10.0] if record is after_prefix else []))
+    write(tmp_path / "a.json", {"rows": [made]})
+    read_measured([tmp_path / "a.json"])
+    write(tmp_path / "a.json", {"rows": [made | {key: value}]})
+    with pytest.raises(UserError, match=rf"a\.json: {key} is "):
+        read_measured([tmp_path / "a.json"])
+
+
+def test_a_record_without_a_perplexity_is_not_read(runs: list[Path]) -> None:
+    file = runs[0] / "evaluation" / "posthoc" / "books" / f"{XKV.replace(':', '-')}.json"
+    record = json.loads(file.read_text())
+    del record["perplexity"]
+    write(file, record)
+    assert row(table(runs), "mha", KIVI).perplexity is not None
+    assert not [found for found in table(runs).rows if (found.label, found.spec) == ("mha", XKV)]

@@ -378,3 +378,17 @@ def test_specs_that_a_plan_refuses_are_errors_or_are_listed(evaluate, make_run, 
     suite = ["--run", run.path, "--suite", "copying:distances=4,samples=1", "--posthoc", lossy, "--skip-refused"]
     assert evaluate(*suite) == 0
     assert list(_record(run.path, "copying/refused")["refused"]) == [lossy]
+
+
+def test_methods_that_cannot_watch_a_model_are_refused_like_others(evaluate, make_run, capsys) -> None:
+    run, _ = make_run(preset="mla")
+    refused = ["h2o:ratio=2", "xkv:ratio=2,weight=queries", "palu:keep=0.5"]
+    specs = [word for spec in [*refused, "int8:sinks=0"] for word in ("--posthoc", spec)]
+    posthoc, copying = ["--window", 8, "--max-tokens", 9], ["--suite", "copying:distances=4,samples=1"]
+    for name, words in (("posthoc", posthoc), ("copying", copying)):
+        assert evaluate("--run", run.path, *words, *specs, "--skip-refused") == 0
+        capsys.readouterr()
+        reasons = _record(run.path, f"{name}/refused")["refused"]
+        assert sorted(reasons) == sorted(refused)
+        assert all(reason.startswith(spec.partition(":")[0]) for spec, reason in reasons.items()), "the method is named"
+        assert list((run.path / "evaluation" / name).rglob("*int8*"))

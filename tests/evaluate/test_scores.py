@@ -125,6 +125,33 @@ def records(folder: Path, level: float) -> None:
     write(folder / "evaluation" / "mqar" / "default" / "single-1024-step-00000004.json", older)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["groups"].update(length={"long": {}}), "groups.length has 'long'; allowed: a whole number"),
+        (lambda r: r["groups"]["depth"].update({"top": {"accuracy": 1.0, "questions": 1}}), "groups.depth.top is"),
+        (lambda r: r["groups"]["depth"].update({"0": 3}), "groups.depth.0 is 3; allowed"),
+        (lambda r: r["groups"]["depth"]["0"].update(accuracy="much"), "groups.depth.0.accuracy is 'much'; allowed"),
+        (lambda r: r["groups"]["depth"]["0"].update(questions=0), "groups.depth.0.questions is 0; allowed"),
+        (lambda r: r["groups"]["depth"]["0"].pop("questions"), "groups.depth.0.questions is None; allowed"),
+        (lambda r: r.update(spec=["none"]), "spec is ['none']; allowed: a text"),
+        (lambda r: r.update(questions="many"), "questions is 'many'; allowed: a number"),
+        (lambda r: r.update(questions=10**400), "a number of 401 digits"),
+    ],
+)
+def test_a_map_from_a_damaged_record_is_refused_by_its_key(runs, compare, tmp_path, capsys, change, message) -> None:
+    records(runs[0], 90.0)
+    file = runs[0] / "evaluation" / "mqar" / "length=1024+2048" / "single-1024.json"
+    record = json.loads(file.read_text())
+    change(record)
+    write(file, record)
+    assert compare(*runs, "--heatmap", "mqar", "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(file) in error
+    assert error.count("\n") == 1
+
+
 def test_a_map_has_a_panel_for_each_run_and_compression(runs, compare, tmp_path, capsys) -> None:
     for n, folder in enumerate(runs):
         records(folder, 90.0 - 5 * n)
@@ -150,3 +177,18 @@ def test_a_map_has_a_panel_for_each_run_and_compression(runs, compare, tmp_path,
         assert picture.width > 900
     with (tmp_path / "out" / "heatmap-mqar.csv").open() as lines:
         assert len(list(csv.DictReader(lines))) == len(cells)
+
+
+def test_a_map_of_a_file_of_records_is_that_of_the_run(runs, compare, tmp_path) -> None:
+    records(runs[0], 90.0)
+    measured = (runs[0] / "evaluation" / "mqar").rglob("*.json")
+    found = [
+        json.loads(file.read_text()) | {"run": "mha", "suite": "mqar"} for file in measured if "-step-" not in file.stem
+    ]
+    write(tmp_path / "found.json", {"rows": found})
+    options = ("--heatmap", "mqar")
+    assert compare(runs[0], *options, "--out", tmp_path / "run") == 0
+    assert compare(tmp_path / "found.json", *options, "--out", tmp_path / "file") == 0
+    maps = [(tmp_path / name / "heatmap-mqar.csv").read_text() for name in ("run", "file")]
+    assert sorted(maps[0].splitlines()) == sorted(maps[1].splitlines())
+    assert len(maps[0].splitlines()) > 10

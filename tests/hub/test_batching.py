@@ -12,10 +12,13 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
 import cllm
+from cllm.cache.paged import PagedPass
+from cllm.config import Rope
 from cllm.errors import UserError
 from cllm.hub import batching, serving
 from cllm.hub.batching import PagedModel
 from cllm.hub.model import CLLMForCausalLM
+from cllm.model.requests import request_context
 from cllm.plan.presets import preset_names
 
 NEW = 4
@@ -123,6 +126,16 @@ def test_a_plan_of_everything_under_preemption(hub_model, prompts, seen) -> None
     short = [prompt[:25] for prompt in prompts[3:]]
     assert _batched(model, short, blocks=6, new=30) == _greedy(model, short, 30)
     assert seen["preempted"] > 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend", "expected"),
+    [("float32", "auto", "sdpa"), ("float32", "flex", "flex"), ("bfloat16", "auto", "auto")],
+)
+def test_fp32_does_not_choose_the_kernel_that_is_compiled_for_every_length(dtype, backend, expected) -> None:
+    pages = PagedPass({}, [2, 1, 1], [[5, 3, 4]])
+    context = request_context(Rope(), torch.zeros(1, 4).long(), backend, pages, dtype=getattr(torch, dtype))
+    assert {group.context.backend for group in context.groups} == {context.backend} == {expected}
 
 
 def test_layers_above_the_last_owner_compute_last_tokens_only(hub_model, prompts) -> None:

@@ -159,6 +159,15 @@ def compressed_cache(engine, ids, spec, **options):
     return engine.compress(cache, method), cache
 
 
+def test_budgets_and_scores_of_entropy_take_one_pass_of_votes(decoder, tokens, monkeypatch):
+    import cllm.posthoc.evicting as module
+
+    layers, count = [], module.layer_votes
+    monkeypatch.setattr(module, "layer_votes", lambda *a, **k: (layers.append(a[3]), count(*a, **k))[1])
+    compressed_cache(engine_of(decoder()), tokens(2, PREFIX), SPECS["entropy"])
+    assert sorted(layers) == sorted(set(layers))
+
+
 def read_on(engine, cache, ids, parts):
     return torch.cat([engine.logits(part, cache) for part in ids.split(parts, dim=1)], dim=1)
 

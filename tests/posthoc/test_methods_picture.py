@@ -30,6 +30,22 @@ def test_tables_and_records_become_one_table_and_a_picture(tmp_path: Path) -> No
     ]
 
 
+def test_records_of_evaluations_are_a_table_too(tmp_path: Path) -> None:
+    lost = {"run": "m", "spec": "xkv:ratio=8", "increase_percent": 2.0, "own_bf16_bytes_per_token": 80.0}
+    rows = [lost | {"bf16_bytes_per_token": 20.0}, lost | {"spec": "none", "bf16_bytes_per_token": 80.0}]
+    rows.append(lost | {"spec": "svd:ratio=8", "bf16_bytes_per_token": 10.0, "increase_percent": 3.0})
+    copied = {"suite": "copying", "run": "m", "task": "all", "ratio_to_own": 8.1, "accuracy": 33.0}
+    rows += [copied | {"spec": spec} for spec in ("none", "svd:ratio=8", "xkv:ratio=8")]
+    (tmp_path / "m.json").write_text(json.dumps({"rows": rows}))
+    words = [str(tmp_path / "m.json"), "--copying", str(tmp_path / "m.json"), "--run", "m"]
+    assert main([*words, "--out", str(tmp_path / "picture.png")]) == 0
+    assert (tmp_path / "picture.md").read_text().splitlines()[2:] == [
+        "| `xkv:ratio=8` | 4.00 | +2.00 % | |",
+        "| `svd:ratio=8` | 8.00 | +3.00 % | 33.0 |",
+        "| `xkv:ratio=8` | 8.10 | | 33.0 |",
+    ]
+
+
 def test_a_line_joins_compressions_that_differ_in_size_alone() -> None:
     specs = ["xkv:group=5,ratio=2", "xkv:ratio=8,svd=power", "xkv:ratio=8,codes=mixed", "snapkv:ratio=2+kivi:bits=4"]
     assert [Point(spec, 1.0, 0.0).series for spec in specs] == ["xkv", "xkv", "xkv codes=mixed", "snapkv+kivi"]
@@ -40,6 +56,9 @@ def test_a_line_joins_compressions_that_differ_in_size_alone() -> None:
     [
         ("method,ratio\nx,1\n", "has no column 'bf16_ratio'"),
         (HEAD + "x,much,1\n", "could not convert"),
+        (HEAD + "x,0,1\n", "x: the ratio of bytes is 0.0; allowed: a positive number"),
+        (HEAD + "x,2,nan\n", "x: the increase or share is nan; allowed: a finite number"),
+        (HEAD + ",2,1\n", "a spec is ''"),
         (HEAD, "no rows"),
     ],
 )

@@ -409,6 +409,18 @@ def test_a_padded_sequence_is_compressed_like_one_alone(spec, decoder, tokens):
     torch.testing.assert_close(found, expected, atol=5e-2 if "kivi" in spec else 1e-3, rtol=1e-2)
 
 
+def test_what_recompute_keeps_of_a_sequence_does_not_depend_on_its_batch(decoder, tokens):
+    model, ids = decoder(), tokens(1, 24)
+    together = torch.cat((ids, torch.zeros_like(ids)))  # one token repeated: keys and values of other sizes
+    codes = []
+    for batch in (ids, together):
+        _, cache, method = fill(model, batch, "recompute:rank=8", tokens(2, 60, seed=1))
+        codes.append(compress_cache(cache, method).stores[0].prefix)
+    for part in ("k", "v"):
+        one, other = (getattr(prefix, part).decode()[0] for prefix in codes)
+        torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("spec", [*LOSSY[:6], "vfold:recent=5"])
 def test_transformers_caches_and_batches(spec, llama, tokens):
     model, ids = llama("qwen2"), tokens(3, 30)

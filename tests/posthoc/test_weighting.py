@@ -9,6 +9,7 @@ import torch
 
 from cllm.errors import UserError
 from cllm.model.rope import apply_rope, rope_table
+from cllm.posthoc.engine import engine_of
 from cllm.posthoc.lowrank import water_filling
 from cllm.posthoc.mixed import GROUP, WIDTHS, choose_widths, code_columns, column_bits
 from cllm.posthoc.readers import RecordedQueries
@@ -21,7 +22,6 @@ WEIGHTED = "weight=queries,spread=true"
 @pytest.fixture(scope="module")
 def watched():
     """`watched(model, ids)`: engine, filled cache, and the weights of its slots' errors."""
-    from cllm.posthoc.engine import engine_of
 
     def fill(model, ids, sinks=4, **options):
         engine = engine_of(model)
@@ -129,6 +129,23 @@ def test_padding_changes_no_weight(decoder, tokens, watched):
             assert not other[slot].attention[:, :9].any()
     for slot, weights in alone.of_values().items():
         torch.testing.assert_close(after.of_values()[slot].root, weights.root, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv", [{"preset": "mha"}, {"preset": "swiftkv", "group": 2}])
+def test_a_prompt_in_pieces_has_the_weights_of_one_piece(kv, decoder, tokens):
+    model, ids = decoder(kv=kv), tokens(2, 30)
+    engine, outs = engine_of(model), []
+    for fill in (None, 7), ("hidden", 7), ("prefill", None), ("prefill", 7):
+        method, cache = parse("xkv:group=2,ratio=2,weight=queries,spread=true"), engine.new_cache()
+        with method.watch(engine):
+            if fill[0] == "prefill":  # the highest layers compute the last token of each piece
+                model.prefill(ids, cache, chunk=fill[1])
+            else:
+                for part in ids.split(fill[1] if fill[0] else 30, dim=1):
+                    engine.hidden(part, cache)
+        outs.append(engine.logits(ids[:, :1], engine.compress(cache, method)))
+    torch.testing.assert_close(outs[1], outs[0], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(outs[3], outs[2], atol=1e-3, rtol=1e-3)
 
 
 # ---- factors under the weights --------------------------------------------------------------------------------------

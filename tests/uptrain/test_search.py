@@ -98,6 +98,12 @@ def test_fusion_reads_the_layers_that_it_is_made_of(alike, text, new_student, we
     assert found.owners == plan.owners
 
 
+def test_a_layer_that_fuses_its_own_slot_keeps_its_sources(alike, text, new_student) -> None:
+    plan = new_student(alike, {"preset": "resformer"}).plan
+    found = fusion_plan(alike, plan, text, ridge=0.0)
+    assert [found.values(i).layers for i in range(len(found))] == [plan.values(i).layers for i in range(len(plan))]
+
+
 def test_a_run_chooses_its_sources_as_the_search_does_and_keeps_them(tiny, tmp_path: Path, capsys, caplog) -> None:
     """`best` is the search and `fit` in one command; a resumed run reads what its first command chose."""
     base = train(tiny("--model.n_layers", "6", "--train.steps", "20", "--optim.lr", "1e-2"))

@@ -121,21 +121,28 @@ def test_fit_starts_below_copy_and_copy_below_a_random_start(student: Student) -
 KV = {"q_proj", "k_proj", "v_proj", "keys", "values", "q_norm", "k_norm"}
 
 
-@pytest.mark.parametrize("trainable", ["kv", "lora"])
-@pytest.mark.parametrize("preset", ["fusedkv", "cla"])
+TRAINED = {"slots": KV - {"q_proj", "q_norm"}, "kv": KV, "attention": KV | {"o_proj"}}
+
+
+@pytest.mark.parametrize(
+    ("preset", "trainable"),
+    [("fusedkv", way) for way in ("kv", "lora", "attention")] + [("cla", way) for way in ("kv", "lora", "slots")],
+)
 def test_what_is_frozen_does_not_move_and_what_is_not_does(student: Student, preset: str, trainable: str) -> None:
     settings = [*LOSS, "--uptrain.trainable", trainable, "--optim.weight_decay", "0.5"]
+    settings += ["--uptrain.loss.attention", "1.0"] if trainable == "attention" else []
     folder = train(student(preset, *settings, "--train.checkpoint_every", "2", "--train.keep_checkpoints", "9"))
     first, last = read_weights(folder.checkpoints()[0][1]), final(folder)
     linears = KV | {"o_proj", "gate_proj", "up_proj", "down_proj"}
     for name, before in first.items():
         part = name.split(".")[-2]
         owner_norm = ".owner.norm." in name
-        if trainable == "kv":
-            moves = part in KV or owner_norm
+        if trainable in TRAINED:
+            moves = part in TRAINED[trainable] or owner_norm
         else:
             moves = part in linears and "norm" not in part and name != "head.weight"
         assert torch.equal(before, last[name]) != moves, name
+    assert bool(rows(folder, "train/attention")) == (trainable == "attention")
 
 
 def test_lora_checkpoints_hold_the_merged_weights(student: Student) -> None:
@@ -185,11 +192,13 @@ def test_a_teacher_that_nothing_asks_is_let_go(student: Student, monkeypatch, va
     assert held[-1] == 1
 
 
+HANDOVER = ("cla", "--model.kv.factor", "4", "--uptrain.curriculum_mix", "outputs")
 WAYS = {
     "distilled": ["fusedkv", *LOSS, "--uptrain.trainable", "kv"],
     "all layers": ["cla", *LOSS, "--uptrain.loss.hidden_layers", "all"],
     "lora": ["fusedkv", *LOSS, "--uptrain.trainable", "lora"],
     "curriculum": ["fusedkv", *LOSS, "--uptrain.curriculum_steps", "6"],
+    "handover": [*HANDOVER, *LOSS, "--uptrain.curriculum_steps", "6", "--uptrain.curriculum_order", "top"],
     "random sources": ["mha", "--uptrain.random_sources", "0.5"],
 }
 
@@ -223,7 +232,7 @@ def test_what_was_summed_since_the_last_row_survives_a_resume(student: Student) 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_recomputing_blocks_changes_nothing(student: Student, way: str) -> None:
-    settings = [*WAYS[way], "--train.steps", "6" if way == "curriculum" else "3"]
+    settings = [*WAYS[way], "--train.steps", "6" if way in ("curriculum", "handover") else "3"]
     plain = train(student(*settings, "--name", "plain"))
     again = train(student(*settings, "--name", "again", "--train.gradient_checkpointing", "true"))
     assert rows(plain, "train/objective") == rows(again, "train/objective")
@@ -313,6 +322,7 @@ def test_two_cpu_processes_take_the_same_steps_as_one(student: Student, tmp_path
         (["fusedkv", "--model.kv.n_kv_heads", "1", "--init.method", "svd"], "init.method is svd"),
         (["mha", "--uptrain.curriculum_steps", "4"], "uptrain.curriculum_steps: no layer"),
         (["fusedkv", "--uptrain.random_sources", "0.5"], "uptrain.random_sources: layer 2"),
+        (["mha", "--uptrain.curriculum_steps", "4", "--uptrain.curriculum_mix", "outputs"], "every layer of model.kv"),
         (["fusedkv", "--init.method", "ridge"], "no layer of model.kv shares"),
         (["yoco", "--model.kv.lower", "retention"], "layer 0 has a recurrent state"),
     ],
@@ -329,6 +339,22 @@ def test_what_does_not_go_together_is_refused(student: Student, settings, messag
     [
         (["--uptrain.curriculum_steps", "4", "--uptrain.random_sources", "0.5"], "allowed: one of them"),
         (["--uptrain.curriculum_steps", "4", "--init.method", "fit"], "init.align is map"),
+        (["--uptrain.curriculum_steps", "4", "--init.heads", "merge"], "init.heads is merge"),
+        (["--uptrain.curriculum_order", "top"], "curriculum_order is top, but uptrain.curriculum_steps is 0"),
+        (["--uptrain.curriculum_mix", "outputs"], "curriculum_mix is outputs, but uptrain.curriculum_steps is 0"),
+        (
+            [
+                "--uptrain.curriculum_steps",
+                "4",
+                "--uptrain.curriculum_mix",
+                "outputs",
+                "--uptrain.loss.attention",
+                "1.0",
+            ],
+            "allowed: one of the two",
+        ),
+        (["--init.heads", "merge", "--init.calibration_sequences", "0"], "heads is merge, but"),
+        (["--optim.rates.kv", "0.0"], "optim.rates.kv"),
         (["--init.method", "fit", "--init.calibration_sequences", "0"], "calibration_sequences is 0"),
         (["--uptrain.loss.next_token", "0.0"], "are all 0"),
         (["--uptrain.curriculum_steps", "9"], "curriculum_steps is 9, but train.steps is 8"),

@@ -1,7 +1,8 @@
 """Answers of a subject to samples, for each way to compress the contexts' caches.
 
 Contexts of one length form a batch, which is read once. Each `--posthoc` spec compresses that cache, and all questions
-are read on top of the result. Scores do not depend on the size of batches or on the order of samples.
+are read on top of the result. Scores do not depend on the size of batches or on the order of samples: methods that
+choose ranks or budgets for an entire batch get one context at a time.
 
 Methods that calibrate do so on a few contexts, before anything is scored. They see no question and no option, so all
 samples are scored. The contexts are chosen from the set of samples, whatever its order.
@@ -98,18 +99,14 @@ def run_samples(
     total = len(results) * sum(1 for sample in samples if sample.questions)
     with autocast, ProgressMeter(total, label, "sample") as progress:
         _calibrate(engine, methods, samples, device, results, refused is not None)
-        runner = _Runner(subject, engine, methods, results, device)
         rows = _default_rows(engine, device) if batch is None else lambda longest: batch
-        for indices in batches(samples, rows, exact=_is_cyclic(engine)):
-            chosen = [samples[i] for i in indices]
-            try:
-                for result, answers in zip(results, runner.run(chosen), strict=True):
-                    for i, given in zip(indices, answers, strict=True):
-                        result.answers[i] = given
-                    progress.update(len(indices))
-            except torch.OutOfMemoryError:
-                size = f"{len(chosen)} samples of {max(sample.longest for sample in chosen)} tokens"
-                raise UserError(f"out of GPU memory with {size}; lower --batch") from None
+        for alone in (False, True):  # methods that choose for a batch get one context at a time
+            pairs = zip(methods or [None], results, strict=True)
+            own = [(m, result) for m, result in pairs if (m is not None and m.chooses_for_batch) == alone]
+            parts = [m for m, _ in own if m is not None], [result for _, result in own]
+            runner = _Runner(subject, engine, *parts, device, go_on=refused is not None)
+            for indices in batches(samples, (lambda _: 1) if alone else rows, exact=_is_cyclic(engine)) if own else ():
+                runner.add_answers(samples, indices, progress)
     for result, method in zip(results, methods, strict=bool(methods)):
         result.weight_bytes, result.facts = method.weight_bytes(), method.facts()
     for result in results:
@@ -225,12 +222,26 @@ class _Runner:
         methods: Sequence[Compressor],
         results: Sequence[Result],
         device: torch.device,
+        *,
+        go_on: bool,
     ):
         self._subject, self._engine, self._methods, self._results = subject, engine, methods, results
-        self._device = device
+        self._device, self._go_on = device, go_on
         self._static: StaticContext | None = None
         self._graph: StepGraph | None = None
         self._eos = _eos_ids(subject)
+
+    def add_answers(self, samples: Sequence[Sample], indices: Sequence[int], progress: ProgressMeter) -> None:
+        """Put the answers to the samples at `indices` into the results."""
+        chosen = [samples[i] for i in indices]
+        try:
+            for result, answers in zip(self._results, self.run(chosen), strict=True):
+                for i, given in zip(indices, answers, strict=True):
+                    result.answers[i] = given
+                progress.update(len(indices))
+        except torch.OutOfMemoryError:
+            size = f"{len(chosen)} samples of {max(sample.longest for sample in chosen)} tokens"
+            raise UserError(f"out of GPU memory with {size}; lower --batch") from None
 
     def run(self, samples: Sequence[Sample]) -> Iterator[list[list[Answer]]]:
         """For each spec, the answers to every sample's questions."""
@@ -273,9 +284,15 @@ class _Runner:
             return cache, None
         ids = torch.tensor([sample.context for sample in samples], dtype=torch.long, device=self._device)
         with contextlib.ExitStack() as stack:
-            for method in self._methods:
-                if method.watches:
+            for method, result in zip(self._methods, self._results, strict=bool(self._methods)):
+                if not method.watches or any(sample.task in result.left_out for sample in samples):
+                    continue
+                try:
                     stack.enter_context(method.watch(self._engine))
+                except UserError as error:
+                    if not self._go_on:
+                        raise
+                    result.left_out |= {sample.task: str(error) for sample in samples}
             return cache, self._engine.hidden(ids, cache)[:, -1:].clone()
 
     def _reader(

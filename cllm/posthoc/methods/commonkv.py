@@ -16,7 +16,7 @@ from torch import Tensor
 from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes, Exact
 from cllm.posthoc.inputs import RecordedInputs
-from cllm.posthoc.method import Compressor, Engine
+from cllm.posthoc.method import Compressor, Engine, naming
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
 from cllm.posthoc.tensor_tree import TensorTree
@@ -148,10 +148,15 @@ class CommonKV(Compressor):
     _weights: dict[int, tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = PrivateAttr(default_factory=dict)
     _factors: dict[tuple[int, ...], tuple[list[Weight], Tensor]] = PrivateAttr(default_factory=dict)
 
+    @property
+    def chooses_for_batch(self) -> bool:
+        return self.allocation == "similarity"
+
     @torch.no_grad()
     def prepare(self, engine: Engine, ids: Tensor) -> None:
-        for slot in engine.slots():
-            engine.projections(slot)  # raises for a slot without projections
+        with naming(self.name):
+            for slot in engine.slots():
+                engine.projections(slot)  # raises for a slot without projections
         if self.weights == "equal":
             return
         half = ids.shape[1] // 2
@@ -172,9 +177,10 @@ class CommonKV(Compressor):
     @contextmanager
     def watch(self, engine: Engine) -> Iterator[None]:
         """Record the inputs of the projections while the cache is filled; latents are computed from them."""
-        for slot in engine.slots():
-            k, v = engine.projections(slot)
-            self._weights[slot] = (k.weight, v.weight, k.bias, v.bias)
+        with naming(self.name):
+            for slot in engine.slots():
+                k, v = engine.projections(slot)
+                self._weights[slot] = (k.weight, v.weight, k.bias, v.bias)
         self._inputs = RecordedInputs()
         with self._inputs.record(engine):
             yield

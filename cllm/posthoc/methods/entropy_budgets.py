@@ -3,14 +3,16 @@ more."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from pydantic import PrivateAttr
 from torch import Tensor
 
 from cllm.posthoc.evicting import Union, VotingWindow
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import CompressibleSlots
+from cllm.posthoc.votes import total_received
 
 
 @register(
@@ -28,12 +30,26 @@ class Entropy(VotingWindow):
     formula of the budget; the proportional one is our reading. In a batch, H is the mean over its sequences.
     """
 
+    _scores: dict[Union, Tensor] = PrivateAttr(default_factory=dict)
+    """Of the cache whose budgets were computed last: one pass over its queries gives both."""
+
+    @property
+    def chooses_for_batch(self) -> bool:
+        return True
+
     def scores(self, cached: CompressibleSlots, union: Union) -> Tensor:
-        return self.received(cached, union).sum(1, keepdim=True)
+        return self._scores.pop(union)
 
     def shares_of_budget(self, cached: CompressibleSlots, unions: Sequence[Union]) -> list[float]:
         spreads = []
         for union in unions:
-            found = [votes.entropy for votes in self.votes(cached, union, entropy=True) if votes.entropy is not None]
-            spreads.append(torch.stack(found).mean())
+            votes = self.votes(cached, union, entropy=True)
+            self._scores[union] = total_received(votes).sum(1, keepdim=True)
+            spreads.append(torch.stack([vote.entropy for vote in votes if vote.entropy is not None]).mean())
         return torch.stack(spreads).clamp(min=1e-6).tolist()
+
+    def kept(self, cached: CompressibleSlots) -> Mapping[int, Tensor]:
+        try:
+            return super().kept(cached)
+        finally:
+            self._scores = {}

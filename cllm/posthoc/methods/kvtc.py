@@ -105,7 +105,9 @@ class KVTC(Compressor):
     multiples of steps and entropy-coded (`entropy.py`). One step Δ for all A of a sequence, keys and values, allocates
     bits best for the squared error (reverse water-filling): a column of energy n σ² takes about ½ log2(1 + 2πe σ²/Δ²)
     bits a number, and is dropped if its gain does not pay for its column of B. Δ is the smallest at which the entire
-    compressed cache has 1/ratio of the bytes of the uncompressed one, as coded.
+    compressed cache has 1/ratio of the bytes of the uncompressed one, as coded. It does not depend on the other
+    sequences of a batch. Streams of a batch are stored with the length of the longest, which adds a few tenths of a
+    percent.
 
     Differences from the paper: V belongs to the prompt and is stored with it, instead of one basis per model from
     calibration text; entropy-coded steps of one size take the place of bits chosen by dynamic programming.

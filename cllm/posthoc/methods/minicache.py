@@ -81,6 +81,10 @@ class MiniCache(Codable):
     start: int | None = Field(None, ge=0)
     """First slot that is merged, counted from 0 among the slots; null: the middle one."""
 
+    @property
+    def chooses_for_batch(self) -> bool:
+        return self._coder is not None  # codes the rows that are not merged if there are enough
+
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         return self._merge(keys), [None] * len(keys.slots) if values is None else self._merge(values)
 

@@ -218,7 +218,7 @@ class Recompute(Codable):
         tensors = [(part, i) for i in group for part in (keys, values)]
         if self.fit == "kv":
             rows = [part.flat(i) for part, i in tensors]
-            scales = [1 / x.square().mean().sqrt().clamp(min=1e-30) for x in rows]
+            scales = [1 / x.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-30) for x in rows]  # B, 1, 1
             joined = torch.cat([x * scale for x, scale in zip(rows, scales, strict=True)], dim=-1)
             vectors, _ = right_vectors(joined, "gram", rank)
             parts = vectors.split([x.shape[2] for x in rows], dim=1)

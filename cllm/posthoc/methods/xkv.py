@@ -30,7 +30,7 @@ from cllm.posthoc.lowrank import (
     right_vectors,
     water_filling,
 )
-from cllm.posthoc.method import Codable, Engine, TensorCoder
+from cllm.posthoc.method import Codable, Engine, TensorCoder, naming
 from cllm.posthoc.mixed import choose_widths, code_mixed, column_bits
 from cllm.posthoc.parallel import run_in_parallel
 from cllm.posthoc.readers import RecordedQueries, SlotReader
@@ -161,7 +161,8 @@ class XKV(Codable):
         if self.weight == "none":
             yield
             return
-        self._readers = {slot: engine.readers(slot) for slot in engine.slots()}
+        with naming(f"{self.name}: weight={self.weight}"):
+            self._readers = {slot: engine.readers(slot) for slot in engine.slots()}
         self._queries = RecordedQueries()
         with self._queries.record([reader for readers in self._readers.values() for reader in readers]):
             yield
@@ -208,6 +209,10 @@ class XKV(Codable):
     @property
     def selects_tokens(self) -> bool:
         return self.select is not None
+
+    @property
+    def chooses_for_batch(self) -> bool:
+        return self.energy is not None or self.spread or self.codes == "mixed"
 
     def landmarks(self, k: Tensor, is_text: Tensor | None) -> Landmarks | None:
         if self.select is None:

@@ -106,7 +106,8 @@ def test_answers_are_those_of_plain_forward_passes(name: str, subject, random_mo
 @pytest.mark.parametrize("name", ["mha", "yoco", "lckv"])
 def test_batch_size_and_order_change_nothing(name: str, subject, random_model) -> None:
     subject, samples = subject(_decoder(random_model, PLANS[name]), context=64), _samples()
-    specs = ["none", "svd:rank_k=3,rank_v=3,sinks=1"] + ["kvsharer:threshold=-1"] * (name == "mha")
+    specs = ["none", "svd:rank_k=3,rank_v=3,sinks=1"]
+    specs += ["kvsharer:threshold=-1", "svd:energy=0.8,sinks=1", "entropy:tokens=6,sinks=1,window=2"] * (name == "mha")
     together = run_samples(subject, samples, specs, CPU, batch=100)
     backwards = run_samples(subject, samples[::-1], specs, CPU, batch=1)
     for one, other in zip(together, backwards, strict=True):

@@ -1,0 +1,48 @@
+"""Arguments and the end of the commands of this package."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from cllm.arguments import Parser, whole_number
+from cllm.errors import EXIT_STOPPED
+from cllm.lock import locked
+from cllm.signals import STOPPING
+from experiments.half_cache.runner import Devices
+
+
+def add_running(parser: Parser) -> None:
+    """Add the arguments that say where and how long students run."""
+    add = parser.add_argument
+    add("--parallel", type=whole_number(1), default=1, metavar="N", help="students at a time on each GPU (default: 1)")
+    add("--stop-after", metavar="TIME", help="save and end after this time, such as 9m")
+    add("--device", choices=("auto", "cpu"), default="auto", help="auto: all visible GPUs")
+
+
+def run_until_stopped(out: Path, devices: Devices, work: Callable[[], bool]) -> int:
+    """Do `work`, which stops when time is up or a signal comes; print the table, and return the exit status.
+
+    Returns:
+        1 after a failure, 3 if `work` was stopped before its end, else 0.
+    """
+    with locked(out):
+        numbers = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, devices.stop) for number in numbers}
+        try:
+            done = work()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    table = out / "table.md"
+    print(table.read_text(encoding="utf-8") if table.exists() else "no student has finished", end="\n")
+    if devices.failed:
+        for name, message in devices.failed.items():
+            print(f"{name}: failed: {message}", file=sys.stderr)
+        return 1
+    if not done:
+        print("time is up: the same command goes on", file=sys.stderr)
+        return EXIT_STOPPED
+    return 0

@@ -1,0 +1,231 @@
+"""Train a teacher from scratch, convert it to students with half and a quarter of its cache, and train those.
+
+    python -m experiments.half_cache.scratch --corpus corpus/train-*.jsonl.xz --validation corpus/valid.jsonl.xz \
+        --out runs/shares --stop-after 9m
+
+Steps, in this order:
+
+    tokens    a tokenizer trained on the corpus, and the corpus prepared with it
+    teacher   mha, trained by train.py on all GPUs together
+    students  those of `--students` on 5 % of the teacher's tokens, some at a time on each GPU
+    seeds     more seeds of the best student at half of the cache and of the best at a quarter, and of the control
+
+Work that is done is skipped. After `--stop-after`, and on SIGTERM, SIGHUP or Ctrl-C, everything that runs saves and the
+command ends with status 3; the same command continues. OUT/results.json and OUT/table.md are written all the time.
+Checkpoints of finished students are deleted, unless `--keep-checkpoints`. --tiny runs all of it on a CPU in minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cllm.arguments import Parser, whole_number
+from cllm.errors import UserError, one_line
+from cllm.files import check_replaceable, write_atomic
+from cllm.runs import RUN, RunFolder
+from cllm.signals import stoppable
+from experiments.half_cache.command import add_running, run_until_stopped
+from experiments.half_cache.runner import Devices, Experiment
+from experiments.half_cache.students import HALF, KINDS, QUARTER, ROOT, STARTS, Student, check_names, chosen_students
+from experiments.uptraining.base import make_tokens
+from experiments.uptraining.setup import FULL, TINY, Folders, Size, claim
+
+AGENDA = (
+    *("control", "kv_tie_gqa+slow_attention", "gqa_4+fast_attention", "mla_4+fast_attention"),
+    *("kv_tie+slow_attention", "gqa+fast_attention", "cla4+fast_attention+attention", "cla2+fast_attention"),
+    *("kv_tie_8+slow_attention", "cla2_gqa+fast_attention", "mla+fast_attention", "xmla_4+fast_attention"),
+    *("fusedkv+fast_attention", "fusedkv_gqa+fast_attention", "acrosskv_4+fast_attention"),
+)
+"""Students of the default command, the most informative first, because time may run out."""
+SIZES: dict[str, Size] = {
+    "110m": dataclasses.replace(FULL, tokens=490_000_000, batch=128),
+    "tiny": dataclasses.replace(TINY, uptrain_batch=2),
+}
+"""Teachers by name: shape, tokens, sequences of a step and rates; 110m is that of experiments.uptraining."""
+_MICRO_BATCH = 32
+"""Sequences that one GPU processes at once for the teacher, at most."""
+
+
+def teacher_data(size: Size, folders: Folders, *, gpus: int) -> dict[str, Any]:
+    """A config of train.py for the teacher, as plain data."""
+    devices = max(gpus, 1)
+    per_device = size.batch // devices
+    micro = max(n for n in range(1, min(per_device, _MICRO_BATCH) + 1) if per_device % n == 0)
+    return {
+        "name": "teacher",
+        "runs_dir": str(folders.out),
+        "model": {
+            "d_model": size.d_model,
+            "n_layers": size.n_layers,
+            "n_heads": size.n_heads,
+            "d_ff": size.d_ff,
+            "max_seq_len": size.seq_len,
+            "kv": {"preset": "mha"},
+        },
+        "data": {
+            "path": str(folders.tokens),
+            "seq_len": size.seq_len,
+            "num_workers": 4 if gpus else 0,
+            "validation_sequences": size.validation_sequences,
+        },
+        "optim": {"lr": size.lr, "min_lr": size.lr / 10, "warmup_steps": max(size.steps // 20, 1)},
+        "train": {
+            "steps": size.steps,
+            "global_batch": size.batch,
+            "micro_batch": micro,
+            "seed": size.base_seed,
+            "accelerator": "gpu" if gpus else "cpu",
+            "devices": devices,
+            "validate_every": max(size.steps // 8, 1),
+            "checkpoint_every": max(size.steps // 4, 1),
+            "keep_checkpoints": 1,
+        },
+    }
+
+
+class Scratch:
+    """The steps of a command in one folder."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.size = options, size_of(options)
+        self.folders = Folders(options.out)
+        self.devices = Devices(
+            options.out, cpu=options.device == "cpu", stop_after=options.stop_after, parallel=options.parallel
+        )
+        if self.size.batch % max(self.devices.gpus, 1):
+            raise UserError(
+                f"{self.devices.gpus} GPUs: they do not divide the teacher's {self.size.batch} sequences a step; set "
+                "CUDA_VISIBLE_DEVICES to 1, 2, 4 or 8 of them"
+            )
+        for name in options.students or ():
+            Student.parse(name)
+        claim(self.folders, self.size)
+
+    def run(self) -> bool:
+        """Run all steps until time is up; returns whether all are done."""
+        self._tokens()
+        return not self.devices.late and self._teacher() and self._students()
+
+    def _tokens(self) -> None:
+        if self.folders.tokens.exists() and not self.options.corpus:
+            return
+        if not self.options.corpus:
+            raise UserError("--corpus is not given, and no tokens are prepared; name files of text or JSON lines")
+        manifest = make_tokens(self.folders, self.size, self.options.corpus, self.options.validation)
+        self.devices.log(f"tokens: {manifest.split('train').tokens:,} to train on, {manifest.vocab_size:,} in all")
+
+    def _teacher(self) -> bool:
+        """Train the teacher; returns whether it is trained."""
+        folder = RunFolder(self.folders.out / "teacher")
+        if not folder.is_validated_at(self.size.steps):
+            file = self.folders.out / "configs" / "teacher.yaml"
+            if not file.exists():
+                data = teacher_data(self.size, self.folders, gpus=self.devices.gpus)
+                write_atomic(file, yaml.safe_dump(data, sort_keys=False))
+            self.devices.log(f"teacher: {self.size.steps:,} steps, the log is {self.folders.out / 'logs'}")
+            command: list[str | Path] = [sys.executable, ROOT / "train.py", "--config", file, "--resume", "auto"]
+            if not self.devices.run(command, "teacher", "train", None):
+                return False
+        loss = [row["val/loss"] for row in folder.metrics() if "val/loss" in row][-1]
+        self.devices.log(f"teacher: loss {loss:.4f}")
+        return True
+
+    def _students(self) -> bool:
+        options = self._student_options()
+        students = chosen_students(self.options.students, AGENDA, options.teacher, self.devices.log)
+        experiment = Experiment(options, self.devices, students)
+        experiment.finished = None if self.options.keep_checkpoints else delete_checkpoints
+        if not experiment.run():
+            return False
+        best = [best_of(experiment.write(), share) for share in (HALF, QUARTER)]
+        chosen = [student for student in best if student is not None]
+        controls = [s for s in students if s.kind == "control"]
+        same = [s for s in controls if s.recipes in {c.recipes for c in chosen}]
+        for seed in range(1, self.options.seeds):
+            more = [dataclasses.replace(s, seed=seed) for s in (*chosen, *(same or controls))]
+            experiment.students += [s for s in more if s not in experiment.students]
+        return experiment.run()
+
+    def _student_options(self) -> argparse.Namespace:
+        size, o = self.size, self.options
+        return argparse.Namespace(
+            teacher=self.folders.out / "teacher",
+            data=self.folders.tokens,
+            out=o.out,
+            tokens=round(size.tokens * o.percent / 100),
+            starts=o.starts,
+            lr=size.uptrain_lr if o.lr is None else o.lr,
+            batch=size.uptrain_batch if o.batch is None else o.batch,
+            seq_len=size.seq_len,
+            windows=size.validation_sequences,
+            calibration=size.calibration_sequences,
+            validations=4,
+            percent=o.percent,
+        )
+
+
+def size_of(options: argparse.Namespace) -> Size:
+    """The size that the arguments give."""
+    size = SIZES["tiny" if options.tiny else "110m"]
+    return size if options.tokens is None else dataclasses.replace(size, tokens=options.tokens)
+
+
+def best_of(rows: Sequence[dict[str, Any]], share: Any) -> Student | None:
+    """The student with the lowest loss among those at `share` of the cache; None without one."""
+    own = [row for row in rows if KINDS[row["kind"]].share == share and row.get("finished")]
+    best = min(own, key=lambda row: row["loss"], default=None)
+    return None if best is None else Student(best["kind"], tuple(best["recipes"]), best["seed"])
+
+
+def delete_checkpoints(folder: RunFolder) -> None:
+    """Delete the checkpoints of a finished run; its metrics and configs stay."""
+    check_replaceable(folder.path, RUN)
+    shutil.rmtree(folder.checkpoint_folder, ignore_errors=True)
+
+
+def parser() -> Parser:
+    """The command line's arguments."""
+    parser = Parser(prog="python -m experiments.half_cache.scratch", description=__doc__)
+    add = parser.add_argument
+    add("--corpus", nargs="+", default=[], metavar="FILE", help="text or JSON lines to train on, folders, globs")
+    add("--validation", nargs="+", default=[], metavar="FILE", help="held out (default: 2 %% of the corpus)")
+    add("--out", type=Path, default=Path("runs/shares"), metavar="DIR", help="default: %(default)s")
+    add("--students", nargs="+", metavar="NAME",
+        help=f"KIND or KIND+RECIPE+... (default: {' '.join(AGENDA)})")  # fmt: skip
+    add("--starts", nargs="+", default=["fit"], metavar="START",
+        help=f"of {', '.join(STARTS)} (default: fit); the best of several; latents have svd alone")  # fmt: skip
+    add("--tiny", action="store_true", help="a teacher of a few thousand parameters")
+    add("--tokens", type=whole_number(1), metavar="N", help="tokens of the teacher (default: 490,000,000)")
+    add("--percent", type=float, default=5.0, metavar="P", help="of them for each student (default: %(default)s)")
+    add("--seeds", type=whole_number(1), default=3, metavar="N", help="of the best students (default: %(default)s)")
+    add("--lr", type=float, help=f"peak rate of students (default: {FULL.uptrain_lr:g})")
+    add("--batch", type=whole_number(1), metavar="N",
+        help=f"sequences of a student's step (default: {FULL.uptrain_batch})")  # fmt: skip
+    add("--keep-checkpoints", action="store_true", help="of finished students")
+    add_running(parser)
+    return parser
+
+
+@one_line
+@stoppable("the same command goes on")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit status: 1 after a failure, 3 if time ran out."""
+    options = parser().parse_args(arguments)
+    check_names(options.starts, STARTS, "--starts")
+    if not 0 < options.percent <= 100:
+        raise UserError(f"--percent {options.percent:g}: allowed: above 0, up to 100")
+    options.out.mkdir(parents=True, exist_ok=True)
+    scratch = Scratch(options)
+    return run_until_stopped(options.out, scratch.devices, scratch.run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Students by share of the cache: bytes, recipes as configs, tables, and a tiny study from the teacher to its seeds."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cllm.config import Config, ModelConfig
+from cllm.config.load import validate
+from cllm.errors import EXIT_STOPPED, UserError
+from cllm.files import mark
+from cllm.runs import RUN, RunFolder
+from cllm.uptrain.teacher import student_model
+from experiments.half_cache import scratch
+from experiments.half_cache.runner import table
+from experiments.half_cache.students import KINDS, RECIPES, Setting, Shape, Student, check_bytes, student_data
+
+TEACHERS = {
+    "110m": ModelConfig(d_model=768, n_layers=12, n_heads=12, vocab_size=16384, d_ff=2048, max_seq_len=1024),
+    "smollm2": ModelConfig.model_validate(
+        {
+            **{"d_model": 576, "n_layers": 30, "n_heads": 9, "vocab_size": 49152, "d_ff": 1536, "max_seq_len": 2048},
+            "kv": {"preset": "gqa", "n_kv_heads": 3},
+        }
+    ),
+}
+
+
+IMPOSSIBLE = {("110m", "xmla"), ("110m", "xmla4_4"), ("smollm2", "gqa_4"), ("smollm2", "kv_tie_8")}
+"""Latents whose rank would exceed the model's width; a quarter of 3 KV heads."""
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_no_student_caches_more_than_its_share(teacher: str) -> None:
+    model = TEACHERS[teacher]
+    shape = Shape.of(model, Path("teacher"))
+    possible = {name: kind for name, kind in KINDS.items() if (teacher, name) not in IMPOSSIBLE}
+    shares = {name: check_bytes(Student(name), model, shape, Path("teacher")) for name in possible}
+    for name, kind in possible.items():
+        if kind.saves_cache:
+            assert float(kind.share) / 2 <= shares[name] <= float(kind.share) + 1e-3, name
+    assert shares["control"] == 1
+    if teacher == "110m":  # by hand: 12 layers of 12 heads
+        assert shares["cla4"] == shares["gqa_4"] == shares["cla2_gqa"] == shares["fusedkv_4"] == 1 / 4
+        assert shares["acrosskv"] == 6 / 12
+        assert shares["mla_4"] == pytest.approx((352 + 32) / (2 * 768))
+
+
+def test_a_plan_with_more_than_its_share_is_refused() -> None:
+    model = TEACHERS["110m"].model_copy(update={"n_layers": 3})
+    with pytest.raises(
+        UserError, match=r"--students cla4: caches 0.333 .* 3 layers and 12 KV heads; allowed: up to 1/4"
+    ):
+        check_bytes(Student("cla4"), model, Shape.of(model, Path("teacher")), Path("teacher"))
+
+
+def test_every_recipe_is_a_config(tmp_path: Path) -> None:
+    model = TEACHERS["110m"]
+    shape = Shape.of(model, Path("teacher"))
+    overrides: dict[str, dict[str, Any]] = {"optim": {"lr": 2e-4}, "train": {"global_batch": 4, "micro_batch": 4}}
+    setting = Setting(tmp_path, tmp_path, tmp_path, shape, 409_600, gpu=False, validations=2, overrides=overrides)
+
+    def config(name: str) -> Config:
+        student = Student.parse(name)
+        data = student_data(student, student.starts(["fit"])[0], setting)
+        data["model"] = student_model(model, KINDS[student.kind].plan(shape), rope_pairs="uniform")
+        return validate(Config, data)
+
+    plain = config("cla4")
+    assert plain.train.steps == 100
+    for name in RECIPES:
+        for kind in ("cla4", "mla_4", "gqa_4", "control"):
+            merged = kind == "gqa_4" and name != "mean_heads"
+            assert config(f"{kind}+{name}").init.heads == ("merge" if merged else "mean")
+        assert config(f"cla4+{name}") != plain or name == "mean_heads"
+    both = config("cla4+top+half_batch+twice_rate+fast_kv")
+    assert (both.optim.lr, both.optim.min_lr, both.optim.rates.kv) == (4e-4, 4e-5, 3)
+    assert (both.train.global_batch, both.train.steps, both.uptrain.curriculum_steps) == (2, 200, 100)
+    assert Student.parse("cla4+top-s12") == Student("cla4", ("top",), 12)
+    assert Student("cla4", ("top",), 12).name == "cla4.top-s12"
+    for name, message in (("cla3", "--students cla3: allowed: control"), ("cla4+x", r"recipe x: allowed: plain")):
+        with pytest.raises(UserError, match=message):
+            Student.parse(name)
+
+
+def test_the_table_has_a_line_for_the_seeds_of_a_student() -> None:
+    def row(kind: str, loss: float, share: float, seed: int = 0, **more: Any) -> dict[str, Any]:
+        losses = {"loss": loss, "teacher_loss": 4.0, "start_loss": 4.4, "above_teacher_percent": 100 * (loss / 4 - 1)}
+        return {"kind": kind, "recipes": [], "seed": seed, "share": share, "finished": True, **losses, **more}
+
+    rows = [row("cla4", 4.1, 0.25), row("gqa_4", 4.04, 0.25), row("control", 3.96, 1.0), row("cla4", 4.2, 0.25, 1)]
+    rows.append(row("cla2", 4.0, 0.5, finished=False))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(rows).splitlines()[2:]]
+    assert lines == [
+        ["control", "", "1.000", "1", "10.00", "-1.00", "", ""],
+        ["gqa_4", "", "0.250", "1", "10.00", "1.00", "", "2.02"],
+        ["cla4", "", "0.250", "2", "10.00", "3.75", "2.50 to 5.00", "4.80"],
+    ]
+
+
+def test_a_tiny_study_stops_goes_on_and_repeats_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of `train.py`, a function writes a folder with losses."""
+    draw, words = random.Random(0), ("keys", "and", "values", "come", "from", "the", "layer", "named")
+    lines = [json.dumps({"text": " ".join(draw.choices(words, k=60))}) for _ in range(300)]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(lines), encoding="utf-8")
+    out, ran = tmp_path / "out", []
+    losses = {"teacher": 4.0, "control": 3.9, "cla2": 4.05, "fusedkv": 4.02, "cla4": 4.2}
+
+    def run(devices: Any, command: list[str | Path], name: str, step: str, device: int | None) -> bool:
+        ran.append(name)
+        if len(ran) == 3:  # time is up
+            devices.deadline = 0.0
+            return False
+        data = yaml.safe_load(Path(command[command.index("--config") + 1]).read_text(encoding="utf-8"))
+        folder = RunFolder(Path(data["runs_dir"]) / data["name"])
+        folder.checkpoint_folder.mkdir(parents=True)
+        mark(folder.path, RUN)
+        if name == "teacher":
+            shape = {**data["model"], "vocab_size": 300, "head_dim": 16}
+            (folder.path / "config.yaml").write_text(yaml.safe_dump({**data, "model": shape}), encoding="utf-8")
+        loss = losses[name.split("-")[0]]
+        row = {"step": data["train"]["steps"], "val/loss": loss, "val/teacher_loss": 4.0}
+        folder.metrics_file.write_text(json.dumps(row | {"step": 0}) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
+        return True
+
+    monkeypatch.setattr("experiments.half_cache.runner.Devices.run", run)
+    command = ["--tiny", "--corpus", str(corpus), "--out", str(out), "--device", "cpu", "--seeds", "2"]
+    command += ["--students", "control", "cla2", "fusedkv", "cla4"]
+    assert scratch.main(command) == EXIT_STOPPED
+    assert ran == ["teacher", "control", "cla2"]
+    assert scratch.main(command) == 0
+    assert ran[3:] == ["cla2", "fusedkv", "cla4", "fusedkv-s1", "cla4-s1", "control-s1"]
+    rows = json.loads((out / "results.json").read_text(encoding="utf-8"))["students"]
+    assert len(rows) == 7
+    kept = [path.name for path in sorted((out / "runs").iterdir()) if RunFolder(path).checkpoint_folder.exists()]
+    assert not kept, "checkpoints of finished students are deleted"
+    assert RunFolder(out / "teacher").checkpoint_folder.exists()
+    assert "| fusedkv |  | 0.500 | 2 |" in (out / "table.md").read_text(encoding="utf-8")
+    assert scratch.main([*command, "--seeds", "0"]) == 2
+    assert scratch.main([*command, "--percent", "0"]) == 2

@@ -50,6 +50,7 @@ class Answer:
     spec: str
     """`EXACT`: not compressed."""
     seeds: int
+    """Of which a number of the row was measured."""
     kv_bytes: float | None
     ratio_to_own: float | None
     ratio_to_mha: float | None
@@ -284,6 +285,7 @@ def _row(group: Sequence[_Numbers], base: Sequence[_Numbers], spec: str, scores:
     unchanged = spec != EXACT and ppl is not None and ppl.change is not None and ppl.change <= _UNCHANGED
     sizes = [one.sizes[spec] for one in group if spec in one.sizes]
     size, own, mha = (_mean([size[n] for size in sizes]) for n in range(3))
+    measured = [one for one in group if spec in one.perplexities or any(spec in found for found in one.scores)]
     cells = []
     for n, score in enumerate(scores):
         values = [one.scores[n].get(spec) for one in group]
@@ -293,8 +295,8 @@ def _row(group: Sequence[_Numbers], base: Sequence[_Numbers], spec: str, scores:
             _score_cell(score, values, exact if comparable else [], unchanged=unchanged, same=against is group)
         )
     return Answer(
-        label=_label(group), spec=spec, seeds=len(group), kv_bytes=size, ratio_to_own=own, ratio_to_mha=mha,
-        perplexity=ppl, scores=tuple(cells),
+        label=_label(group), spec=spec, seeds=len(measured) or len(group), kv_bytes=size, ratio_to_own=own,
+        ratio_to_mha=mha, perplexity=ppl, scores=tuple(cells),
     )  # fmt: skip
 
 

@@ -126,6 +126,7 @@ def test_seeds_of_a_study_are_one_row_with_their_standard_error(tmp_path: Path) 
         name = f"mha-s{seed}"
         records = [after_prefix(name, "none", exact, exact), after_prefix(name, XKV, 1.005 * exact, exact)]
         records += [copying(name, "none", copied), copying(name, XKV, copied - 3 - seed / 4)]
+        records += [copying(name, KIVI, copied)] * (seed == 1)
         summary = {"kv_bytes_per_token": {"resident": 1000.0}, "kv_vs_mha": {"resident": 1.0}}
         result = {"format": 1, "design": "mha", "settings": {}, "seed": seed, "tokens": 10**6, "summary": summary}
         result |= {"evaluations": records, "loss": 3.0, "config": {"optim": {"lr": 1e-3}}, "code": "a", "data": "b"}
@@ -135,8 +136,9 @@ def test_seeds_of_a_study_are_one_row_with_their_standard_error(tmp_path: Path) 
     write(tmp_path / "study" / "results" / "mha-long.json", other)
     found = table([tmp_path / "study"], "copying")
     labels = ["mha, tokens 1000000", "mha, tokens 2000000"]
-    assert [row.label for row in found.rows] == [labels[0], labels[0], labels[1]]
-    mean, xkv = found.rows[:2]
+    assert [row.label for row in found.rows] == [labels[0], labels[0], labels[0], labels[1]]
+    mean, kivi, xkv = found.rows[:3]
+    assert (kivi.spec, kivi.seeds, xkv.seeds) == (KIVI, 1, 2), "seeds are those that the row is of"
     assert (mean.seeds, mean.scores[0]) == (2, (42.0, 2.0, None, False))
     assert mean.perplexity is not None
     assert mean.perplexity[:2] == (22.0, 2.0)
@@ -154,7 +156,8 @@ def test_a_mean_over_seeds_is_of_one_text(runs: list[Path]) -> None:
     (other / "config.yaml").write_text((runs[0] / "config.yaml").read_text().replace("name: mha", "name: mha-2", 1))
     for paths in ([*runs, other], [other, *runs]):
         found = table(paths, "copying")
-        mha = next(row for row in found.rows if row.seeds == 2 and row.spec == EXACT)
+        mha = next(row for row in found.rows if row.label.startswith("mha") and row.spec == EXACT)
+        assert mha.seeds == 1, "no number of the other counts"
         assert mha.perplexity is not None
         assert mha.perplexity[:2] == (20.0, None)
         assert row(found, mha.label, XKV).perplexity == pytest.approx((20.1, None, 0.5, False))

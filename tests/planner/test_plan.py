@@ -148,7 +148,7 @@ def test_a_study_and_a_sweep_as_losses(tmp_path):
         read_losses(sweep)
 
 
-@pytest.mark.parametrize(("key", "value"), [("parameters", "many"), ("context", 10**400), ("loss_change", 10**400)])
+@pytest.mark.parametrize(("key", "value"), [("parameters", "many"), ("context", 10**400)], ids=["word", "digits"])
 def test_a_table_with_a_wrong_number_is_refused(tmp_path, key, value):
     entry = {"kv": {"preset": "cla"}, "loss_change": 0.1, "parameters": 1e6, "context": 64} | {key: value}
     (tmp_path / "t.json").write_text(json.dumps({"losses": [entry]}))

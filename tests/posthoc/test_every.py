@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,12 +62,16 @@ def prompt_cache(model, spec, ids, starts=None):
     return method, cache
 
 
+def compress(cache, method, **options) -> Any:
+    return compress_cache(cache, method, **options)
+
+
 def read_on(model, cache, ids, size=EVERY):
     """The logits of the later tokens, `size` in a pass."""
     return torch.cat([model(part, cache=cache) for part in ids.split(size, dim=1)], dim=1)
 
 
-def all_exact(cache, compressed, exact):
+def all_exact(cache, compressed, exact) -> Any:
     """`cache` of the prompt with the exact later tokens that were recorded."""
     found = copy.deepcopy(cache)
     for i, owner in enumerate(compressed.stores):
@@ -77,7 +82,7 @@ def all_exact(cache, compressed, exact):
     return found
 
 
-def first_tokens(cache, n):
+def first_tokens(cache, n) -> Any:
     """`cache` of the first `n` tokens."""
     found = copy.deepcopy(cache)
     found.crop(n)
@@ -116,11 +121,11 @@ def test_the_cache_is_that_of_all_tokens_at_once(name, spec, design, tokens, exa
     model, ids = design(name), tokens(2, LENGTH)
     first, plus, coder = spec.partition("+")
     method, cache = prompt_cache(model, f"{first},every={EVERY},sinks={SINKS}{plus}{coder}", ids)
-    compressed = compress_cache(cache, method)
+    compressed = compress(cache, method)
     read_on(model, compressed, ids[:, PROMPT:])
     assert compressed.compressed == compressed.seen == LENGTH
     assert all(store.compressed == LENGTH for store in compressed.stores.values())
-    expected = compress_cache(all_exact(cache, compressed, exact), method.model_copy(update={"every": None}))
+    expected = compress(all_exact(cache, compressed, exact), method.model_copy(update={"every": None}))
     if "streaming" in spec:
         assert all(store.prefix.sinks.length == 20 for store in compressed.stores.values())
     assert_reads(compressed, expected, atol=2e-5)
@@ -138,14 +143,14 @@ def test_a_block_is_coded_like_a_prompt(spec, decoder, tokens, exact):
     first, plus, coder = spec.partition("+")
     begin = f"{first}{',' if ':' in first else ':'}"
     method, cache = prompt_cache(model, f"{begin}every={EVERY},sinks={SINKS}{plus}{coder}", ids)
-    compressed = compress_cache(cache, method)
+    compressed = compress(cache, method)
     start = compressed.nbytes()
     read_on(model, compressed, ids[:, PROMPT:])
     assert (compressed.nbytes() - start) / LATER < cache.nbytes() / PROMPT
     full = all_exact(cache, compressed, exact)
     alone = parse(first)  # without the coder, whose groups span blocks
     for end in range(PROMPT + EVERY, LENGTH + 1, 4 * EVERY):
-        block = compress_cache(first_tokens(full, end), alone.model_copy(update={"sinks": end - EVERY}))
+        block = compress(first_tokens(full, end), alone.model_copy(update={"sinks": end - EVERY}))
         if coder:
             for owner, store in block.stores.items():
                 of_block = store.last(end, end).k[:, -EVERY:]
@@ -202,7 +207,7 @@ def test_rows_of_later_tokens_are_the_best_on_the_basis_of_the_prompt(name, spec
     model, ids = design(name), tokens(2, LENGTH)
     first, plus, coder = spec.partition("+")
     method, cache = prompt_cache(model, f"{first},every={EVERY},sinks={SINKS}{plus}{coder}", ids)
-    compressed = compress_cache(cache, method)
+    compressed = compress(cache, method)
     start = compressed.nbytes()
     bases = {j: {kind: getattr(s.prefix, kind).factors()[1] for kind in "kv"} for j, s in compressed.stores.items()}
     prompt = {j: store.last(PROMPT, PROMPT) for j, store in compressed.stores.items()}
@@ -233,7 +238,7 @@ def test_columns_of_mixed_width_keep_their_widths(decoder, tokens):
     model, ids = decoder(kv={"preset": "mha"}), tokens(2, LENGTH)
     spec = f"xkv:group=2,ratio=1.5,weight=queries,spread=true,codes=mixed,every={EVERY}"
     method, cache = prompt_cache(model, spec, ids)
-    compressed = compress_cache(cache, method)
+    compressed = compress(cache, method)
     a = compressed.stores[0].prefix.k.a
     bits = sum(c.bits * c.step.shape[2] for c in (a.wide, a.four, a.two, a.one) if c is not None)
     read_on(model, compressed, ids[:, PROMPT:])
@@ -252,7 +257,7 @@ def test_columns_of_mixed_width_keep_their_widths(decoder, tokens):
 def test_inputs_of_later_tokens_are_recomputed_from_their_keys_and_values(bias, decoder, tokens):
     model, ids = decoder(kv={"preset": "mha"}, kv_bias=bias), tokens(2, LENGTH)
     method, cache = prompt_cache(model, f"recompute:every={EVERY}", ids)
-    compressed = compress_cache(cache, method)
+    compressed = compress(cache, method)
     found = read_on(model, compressed, ids[:, PROMPT:])
     torch.testing.assert_close(found, model(ids)[:, PROMPT:], atol=1e-4, rtol=1e-4)
     inputs = 4 * 2 * len(model.blocks) * model.config.d_model  # bytes of a token
@@ -262,7 +267,7 @@ def test_inputs_of_later_tokens_are_recomputed_from_their_keys_and_values(bias, 
 def test_a_low_rank_of_inputs_keeps_keys_and_values_relative_to_their_size(decoder, tokens, exact):
     model, ids = decoder(kv={"preset": "mha"}), tokens(2, LENGTH)
     method, cache = prompt_cache(model, f"recompute:rank=11,group=2,every={EVERY},sinks={SINKS}", ids)
-    compressed = compress_cache(cache, method)
+    compressed = compress(cache, method)
     bases = {j: [code.b for code in (s.prefix.k, s.prefix.v)] for j, s in compressed.stores.items()}
     read_on(model, compressed, ids[:, PROMPT:])
     full, end = all_exact(cache, compressed, exact), PROMPT + EVERY
@@ -331,7 +336,7 @@ def test_later_queries_vote_again(kind, name, design, tokens, exact):
     queries = defaultdict(list)
     options = f"tokens={budget},sinks={SINKS},every={EVERY}" + (f",window={window},kernel=3" * (kind == "snapkv"))
     method, cache = prompt_cache(model, f"{kind}:{options}", ids, starts)
-    compressed = compress_cache(cache, method)
+    compressed = compress(cache, method)
     for i, block in enumerate(model.blocks):
         block.attention.q_proj.register_forward_hook(lambda _, args, q, i=i: queries[i].append(q))
     sizes = []
@@ -369,7 +374,7 @@ def test_padding_and_the_batch_change_nothing(spec, decoder, tokens):
     model, ids, padding = decoder(kv={"preset": "mha"}), tokens(2, LENGTH), [0, 5]
     spec += f"{',' if ':' in spec else ':'}every={EVERY}"
     method, cache = prompt_cache(model, spec, ids, torch.tensor(padding))
-    batch = compress_cache(cache, method)
+    batch = compress(cache, method)
     found = read_on(model, batch, ids[:, PROMPT:])
     assert batch.exact_tokens == 0
     evicts = method.evicts
@@ -377,7 +382,7 @@ def test_padding_and_the_batch_change_nothing(spec, decoder, tokens):
         engine, alone = engine_of(model), KVCache(model.config)
         with method.watch(engine):
             model.hidden(ids[row : row + 1, padding[row] : PROMPT], cache=alone)
-        one = compress_cache(alone, method)
+        one = compress(alone, method)
         torch.testing.assert_close(
             found[row : row + 1], read_on(model, one, ids[row : row + 1, PROMPT:]), atol=1e-4, rtol=1e-4
         )
@@ -396,7 +401,7 @@ def test_the_tokens_of_a_pass_do_not_matter_and_one_block_joins_once_for_all_rea
     monkeypatch.setattr(kind, "absorb", counted)
     logits, sizes = [], []
     for size in (1, EVERY):
-        compressed = compress_cache(cache, method)
+        compressed = compress(cache, method)
         logits.append(read_on(model, compressed, ids[:, PROMPT:], size))
         sizes.append(compressed.nbytes())
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
@@ -404,7 +409,7 @@ def test_the_tokens_of_a_pass_do_not_matter_and_one_block_joins_once_for_all_rea
     slots = tuple(model.plan.slots)
     assert len(slots) < len(model.plan)
     assert calls == [(slots, slots, EVERY)] * (2 * LATER // EVERY)
-    read_on(model, compress_cache(cache, method), ids[:, PROMPT:], LATER)
+    read_on(model, compress(cache, method), ids[:, PROMPT:], LATER)
     assert calls == [(slots, slots, EVERY)] * (3 * LATER // EVERY), "a long pass is several blocks"
     assert method.pass_size == EVERY
 
@@ -412,7 +417,7 @@ def test_the_tokens_of_a_pass_do_not_matter_and_one_block_joins_once_for_all_rea
 def test_a_refit_batch_operations_crops_and_files(decoder, tokens, exact):
     model, ids = decoder(kv={"preset": "mha"}), tokens(3, LENGTH)
     method, cache = prompt_cache(model, f"int8:every={EVERY},recompress={3 * EVERY}", ids)
-    compressed = compress_cache(cache, method)
+    compressed = compress(cache, method)
     fitted = []
     for part in ids[:, PROMPT : PROMPT + 5 * EVERY].split(EVERY, dim=1):
         model(part, cache=compressed)
@@ -423,7 +428,7 @@ def test_a_refit_batch_operations_crops_and_files(decoder, tokens, exact):
     order, rest = torch.tensor([2, 0, 2]), ids[:, 60:64]
     stored = pack(compressed)
     expected = model(rest, cache=copy.deepcopy(compressed))
-    opened = unpack(stored, model.config)
+    opened: Any = unpack(stored, model.config)
     torch.testing.assert_close(model(rest, cache=opened), expected)
     assert (opened.fitted, opened.compressed) == (64, 64), "the refit is on time"
     moved = copy.deepcopy(compressed)
@@ -521,12 +526,12 @@ def test_what_no_cache_can_do_is_one_line(decoder, llama, tokens):
     model, ids = decoder(), tokens(1, PROMPT)
     method, cache = prompt_cache(model, f"svd:rank_k=2,rank_v=2,every={EVERY}", ids)
     with pytest.raises(UserError, match=f"svd: every={EVERY} moves tokens .*; allowed: one of the two"):
-        compress_cache(cache, method, room=8)
+        compress(cache, method, room=8)
     with pytest.raises(UserError, match=f"svd: every={EVERY}: all 3 tokens are sinks, .*; allowed: sinks below 3"):
-        compress_cache(first_tokens(cache, 3), method)
+        compress(first_tokens(cache, 3), method)
     voting, cache = prompt_cache(model, f"h2o:tokens=20,every={EVERY}", ids)
     with pytest.raises(UserError, match="h2o: every=8 records the queries of later tokens"):
-        pack(compress_cache(cache, voting))
+        pack(compress(cache, voting))
     engine = engine_of(llama())
     cache = engine.new_cache()
     with voting.watch(engine):

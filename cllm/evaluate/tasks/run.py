@@ -101,7 +101,8 @@ def run_samples(
         _calibrate(engine, methods, samples, device, results, refused is not None)
         rows = _default_rows(engine, device) if batch is None else lambda longest: batch
         for alone in (False, True):  # methods that choose for a batch get one context at a time
-            pairs = zip(methods or [None], results, strict=True)
+            each: Sequence[Compressor | None] = methods or [None]
+            pairs = zip(each, results, strict=True)
             own = [(m, result) for m, result in pairs if (m is not None and m.chooses_for_batch) == alone]
             parts = [m for m, _ in own if m is not None], [result for _, result in own]
             runner = _Runner(subject, engine, *parts, device, go_on=refused is not None)

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cllm.posthoc.group import as_one_batch
+from cllm.posthoc.methods.xkv import XKV
 from cllm.posthoc.registry import parse
 
 
@@ -50,6 +51,7 @@ def test_groups_are_one_batch_by_rule_where_it_is_faster(svd):
         wanted = {"": fast, ",batched=null": fast, ",batched=true": True, ",batched=false": False}
         for option, batched in wanted.items():
             method = parse(f"xkv:group=2,rank_k=6,rank_v=9,svd={svd}{option}")
+            assert isinstance(method, XKV)
             assert as_one_batch(method.batched, method.svd, device) is batched
 
 

@@ -27,7 +27,7 @@ def noise(layers: int, tokens: int, dim: int, dtype=torch.float32) -> list[torch
     return [(torch.randn(2, tokens, 2, dim, generator=draw) * falling).to(dtype) for _ in range(layers)]
 
 
-@pytest.mark.parametrize(("svd", "fewer"), [("gram", 1.2), ("power", 2), ("power,products=bf16", 2)])
+@pytest.mark.parametrize(("svd", "fewer"), [("gram", 1.2), ("random", 2), ("power", 2), ("power,products=bf16", 2)])
 @pytest.mark.parametrize("padded", [False, True])
 def test_one_batch_gives_the_factors_of_each_group_with_fewer_launches(svd, fewer, padded, slot_tensors):
     data = noise(9, 40, 8)  # four groups of two, and one of one

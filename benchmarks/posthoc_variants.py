@@ -8,7 +8,7 @@ whose sizes and options these are.
 
 chosen 64k, 256k   attention over 2,048 chosen tokens: tiles of the choice, of rebuilt keys and of the weighted sum
 all keys           attention over all tokens, keys rebuilt: tiles of the weighted sum; ranks that are no multiple of 8
-compress           an 8B model's cache: groups in threads or as one batch, and ways to make a basis orthonormal
+compress           an 8B model's cache: groups in threads or as one batch; quantisers
 small              the same for models of 45 and 135 million parameters
 """
 
@@ -18,7 +18,7 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,18 +35,17 @@ from cllm.environment import environment
 from cllm.errors import UserError, one_line
 from cllm.kernels import split_lowrank
 from cllm.kernels.selection import Factored, Selection, chosen_tokens
-from cllm.kernels.split_lowrank import Choosing, Rebuild, Tuning, Weighing
+from cllm.kernels.split_lowrank import Choosing, Rebuild, Tuning, Weighing, choose_weighing
 from cllm.model.sizes import build_decoder
-from cllm.posthoc import lowrank
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.landmarks import make_landmarks
 from cllm.posthoc.registry import parse
 
 CHOOSING: dict[str, Sequence[Any]] = {
-    "taken": (512, 2048, 8192), "warps": (8, 32, 4), "ordered": (512, 256, 2048), "landmarks": (32, 128),
+    "taken": (1024, 2048, 8192), "warps": (8, 4), "ordered": (128, 512, 1024), "landmarks": (32, 64),
 }  # fmt: skip
 WEIGHING: dict[str, Sequence[Any]] = {
-    "block_w": (64, 128), "block_n": (32, 128), "warps": (8, 2), "stages": (2, 4), "splits": (4, 8, 16, 20, 32, 39),
+    "block_w": (64, 128), "block_n": (64, 128), "warps": (8, 2), "stages": (2, 4), "splits": (4, 8, 16, 20, 32, 39),
 }  # fmt: skip
 WEIGHING_ALL: dict[str, Sequence[Any]] = {
     "block_w": (64, 128), "block_n": (128, 32), "warps": (8, 2), "stages": (4, 2, 5),
@@ -56,7 +55,6 @@ QUANTISERS = (
     "int8", "fp8", "kivi:bits=4,group=32,residual=32", "kivi:bits=2,group=32,residual=32", "turboquant:bits=4",
     "turboquant:bits=4,sketch=true", "kvquant:bits=4", "kvquant:bits=4,levels=uniform",
 )  # fmt: skip
-NORMALISING = ("solve", "inverse", "blocked", "inverse64", "blocked64")
 SECONDS = 345
 """Nothing is measured after this time."""
 REBUILDS = [
@@ -71,7 +69,6 @@ class Variants:
 
     def __init__(self, device: torch.device, record: PrintedRecord, begin: float):
         self.device, self.record, self.begin, self.start = device, record, begin, begin
-        self.weighing = Weighing()
 
     def time(self, what: str, name: str, calls: Sequence[Callable[[], object]], **more: Any) -> float:
         """Add a row with the ms of a call; infinity for a variant that fails or comes too late."""
@@ -220,18 +217,17 @@ class Decode:
     def search_chosen(self, until: tuple[float, float, float], start: Tuning | None = None) -> Tuning:
         """The best tiles of a call with chosen tokens: of the choice, the weighted sum and rebuilt keys, each until its
         time."""
-        best, variants = start or Tuning(choosing=Choosing(), weighing=None), self.variants
+        best, variants = start or Tuning(choosing=Choosing(), weighing=choose_weighing(gathered=True)), self.variants
 
         def choosing(how: Choosing, name: str) -> float:
             return self.ms(replace(best, choosing=how), f"choosing {name}", choosing=asdict(how))
 
         best = replace(best, choosing=variants.search(self.what, best.choosing, CHOOSING, choosing, until[0]))
 
-        def weighing(how: Weighing | None, name: str) -> float:
-            return self.ms(replace(best, weighing=how), f"weighing {name}", weighing=how and asdict(how))
+        def weighing(how: Weighing, name: str) -> float:
+            return self.ms(replace(best, weighing=how), f"weighing {name}", weighing=asdict(how))
 
-        weighed = variants.search(self.what, best.weighing or Weighing(), WEIGHING, weighing, until[1])
-        best = replace(best, weighing=weighed)
+        best = replace(best, weighing=variants.search(self.what, best.weighing, WEIGHING, weighing, until[1]))
         rebuilt = {
             self.ms(replace(best, rebuild=how), f"rebuild {how}".replace("Rebuild", ""), rebuild=asdict(how)): how
             for how in REBUILDS
@@ -295,11 +291,8 @@ def all_keys(decode: Decode, exact: float, until: float) -> None:
     def weighing(how: Weighing, name: str) -> float:
         return decode.ms(Tuning(weighing=how), f"weighing {name}", weighing=asdict(how))
 
-    how = variants.search("all keys", Weighing(), WEIGHING_ALL, weighing, until)
-    best = decode.ms(Tuning(weighing=how), "best", weighing=asdict(how))
-    variants.weighing = how
-    one = decode.ms(Tuning(weighing=how, resident_pack=1), "one KV head a program")
-    summary(variants, "all keys", exact, first, min(best, one))
+    how = variants.search("all keys", choose_weighing(gathered=False), WEIGHING_ALL, weighing, until)
+    summary(variants, "all keys", exact, first, decode.ms(Tuning(weighing=how), "best", weighing=asdict(how)))
     keys, values = decode.layers.keys, decode.layers.values
     whole = list(keys), list(values)
     for name, size in (("ranks less 3, rows side by side", None), ("ranks less 3, rows of a multiple of 8", 8)):
@@ -323,30 +316,11 @@ def narrowed(part: Factored, rank: int, multiple: int | None) -> Factored:
     return Factored(_narrow_a(part.a, rank, multiple), _narrow_a(part.b, rank, multiple), part.tail)
 
 
-def bench_prefetch(o: argparse.Namespace, variants: Variants) -> None:
-    """Attention over all tokens with factors brought into the L2 cache early. Last, as it has never run on a GPU."""
-    decode = Decode(o, variants, "prefetch")
-    plain = decode.run(0, Tuning(weighing=variants.weighing))
-    for ahead, share in ((0, 0), (1, 0), (2, 0), (4, 0), (0, 3), (0, 4), (0, 2), (2, 3), (2, 4)):
-        tuning = Tuning(weighing=variants.weighing, ahead=ahead, share=share)
-        equal = torch.equal(decode.run(0, tuning), plain)
-        decode.ms(tuning, f"{ahead} tiles ahead, every {share}-th of the values", equal=equal, ahead=ahead, share=share)
-        if (ahead, share) in ((2, 0), (0, 3)):
-            decode.profile(tuning, f"{ahead} {share}")
-
-
 # ---- compressing -----------------------------------------------------------------------------------------------------
 
 
-def ways(normalising: Sequence[Any]) -> Iterator[tuple[str, bool, Any]]:
-    """Name, groups together, way to make a basis orthonormal."""
-    for together in (False, True):
-        for how in normalising:
-            yield f"{'one batch' if together else 'threads'}, {how}", together, how
-
-
 def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], variants: Variants, what: str) -> None:
-    """Time a prefill and the compression of its cache by all `ways`."""
+    """Time a prefill and the compression of its cache by each of `methods`, in threads and as one batch."""
     device = variants.device
     config = ModelConfig.model_validate({"vocab_size": 256, "max_seq_len": prompt, **shape})
     torch.manual_seed(0)
@@ -364,10 +338,10 @@ def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], v
     del model
     for method in methods:
         fast = "svd=power" in method
-        for name, together, normalising in ways(NORMALISING if what == "8B" else NORMALISING[:3]):
-            if (not fast and normalising != "solve") or time.monotonic() - variants.start > SECONDS - 20:
+        for name, together in (("threads", False), ("one batch", True)):
+            if time.monotonic() - variants.start > SECONDS - 20:
                 continue
-            lowrank.NORMALISING, spec = normalising, f"{method},batched={together}".lower()
+            spec = f"{method},batched={together}".lower()
             row: dict[str, Any] = {}
             try:
                 seconds = [compress_cache(cache, parse(spec), measure=False).outcome.seconds for _ in range(4)]
@@ -378,8 +352,6 @@ def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], v
                 wait(device)
                 print(f"{what} {name} failed: {' '.join(str(failure).split())[:150]}", flush=True)
                 continue
-            finally:
-                lowrank.NORMALISING = "solve"
             ms = 1000 * sorted(seconds[1:])[1]
             variants.record.add({"what": what, "name": f"{method.partition(',')[2][-24:]} {name}", "ms": ms,
                                  "share_of_prefill": ms / prefill, **row, "method": spec})  # fmt: skip
@@ -445,8 +417,8 @@ def main(argv: list[str] | None = None) -> int:
     record = PrintedRecord({"environment": environment(), "settings": settings, **rates}, o.out)
     print(f"copy {copy / 1e12:.3g} TB/s, matmul {flops / 1e12:.3g} TFLOP/s")
     variants = Variants(device, record, begin)
-    for part, run in (("decode", bench_chosen), ("compress", bench_all_compression), ("prefetch", bench_prefetch)):
-        if o.only not in (None, part) and not (o.only == "decode" and part == "prefetch"):
+    for part, run in (("decode", bench_chosen), ("compress", bench_all_compression)):
+        if o.only not in (None, part):
             continue
         variants.begin = time.monotonic()
         try:

@@ -113,7 +113,7 @@ def table(points: Sequence[Point], copied: Sequence[Point]) -> str:
     """A Markdown table, the smallest caches last."""
     lines = ["| compression | own / x | perplexity |" + (" copied, % |" if copied else "")]
     lines.append("|---|---:|---:|" + ("---:|" if copied else ""))
-    rows = [
+    rows: list[tuple[Point, Point | None, Point | None]] = [
         (p, p, next((c for c in copied if p.spec == c.spec and abs(c.ratio / p.ratio - 1) < 0.1), None)) for p in points
     ]
     joined = [c for _, _, c in rows]

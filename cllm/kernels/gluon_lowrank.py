@@ -63,30 +63,11 @@ def tma_descriptor(factor: Tensor, rows: int) -> Any:
 
 
 @jit
-def _prefetch(rows, tile, tokens, part, PARTS: gl.constexpr, RANK: gl.constexpr):
-    """Bring one of PARTS parts of a tile of contiguous `rows` (tokens, RANK) of 16 bits into the L2 cache."""
-    LANE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    BYTES: gl.constexpr = 64 * RANK * 2 // (PARTS * 32)
-    lane = part * 32 + gl.arange(0, 32, layout=LANE)
-    at = rows.to(gl.int64, bitcast=True) + tile.to(gl.int64) * (64 * RANK * 2) + lane.to(gl.int64) * BYTES
-    size = gl.where(((tile + 1) * 64 <= tokens) & (lane >= 0), BYTES, 0)
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r", [at, size], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@jit
 def _load(
     a_desc, b_desc, tiles_of_a, rows_of_b, full, empty, b_full, a_row, b_row, first_tile, n_tiles, step,
-    a_rows, next_rows, tokens, pack,
     CHUNKS: gl.constexpr, PACK: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr,
-    PACKS: gl.constexpr, RANK: gl.constexpr, NEXT_RANK: gl.constexpr, AHEAD: gl.constexpr, SHARE: gl.constexpr,
 ):  # fmt: skip
-    """Load the rows of B once, lower halves of all heads before upper halves; then tiles of A as stages become free.
-
-    With AHEAD, the tile that is AHEAD tiles later is brought into the L2 cache first. With SHARE, every SHARE-th tile
-    of `next_rows` (tokens, NEXT_RANK), which the next kernel reads, is brought there during the last tiles."""
+    """Load the rows of B once, lower halves of all heads before upper halves; then tiles of A as stages become free."""
     mbarrier.expect(b_full, CHUNKS * 2 * PACK * HALF * 32 * 2)
     for k in gl.static_range(CHUNKS):
         for part in gl.static_range(2 * PACK):
@@ -96,12 +77,6 @@ def _load(
     in_flight = 0
     for i in range(n_tiles):
         row = a_row + (first_tile + i * step) * 64
-        if AHEAD > 0:
-            _prefetch(a_rows, first_tile + (i + AHEAD) * step, tokens, pack, PACKS, RANK)
-        if SHARE > 0:
-            late = i - (n_tiles - n_tiles // SHARE)
-            if late >= 0:
-                _prefetch(next_rows, SHARE * (first_tile + late * step), tokens, pack, PACKS, NEXT_RANK)
         for k in gl.static_range(CHUNKS):
             stage = in_flight % STAGES
             mbarrier.wait(empty.index(stage), (in_flight // STAGES + 1) & 1)
@@ -235,10 +210,9 @@ def _score(
 
 @jit
 def resident_scores(
-    query, a_desc, b_desc, cos, sin, first, scores, a, next_a, q_strides, table_stride, score_strides, tokens,
-    log2_scale, G: gl.constexpr, HEADS: gl.constexpr, ROOM: gl.constexpr, HALF: gl.constexpr, PACK: gl.constexpr,
+    query, a_desc, b_desc, cos, sin, first, scores, q_strides, table_stride, score_strides, tokens, log2_scale,
+    G: gl.constexpr, HEADS: gl.constexpr, ROOM: gl.constexpr, HALF: gl.constexpr, PACK: gl.constexpr,
     CHUNKS: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr,
-    RANK: gl.constexpr, NEXT_RANK: gl.constexpr, AHEAD: gl.constexpr, SHARE: gl.constexpr,
 ):  # fmt: skip
     """Scores (B, H, S) fp32 of all tokens, to base 2; -inf before `first` (B,), or None.
 
@@ -285,8 +259,7 @@ def resident_scores(
             (_score, (rotated_1, 1, CHUNKS, PACK, HALF, HEADS, ROOM, STAGES, ADD) + work),
             (_load, (
                 a_desc, b_desc, tiles_of_a, rows_of_b, full, empty, b_full, a_row, b_row, first_tile, n_tiles, step,
-                a + sequence.to(gl.int64) * tokens * RANK, next_a + sequence.to(gl.int64) * tokens * NEXT_RANK, tokens,
-                pack, CHUNKS, PACK, HALF, STAGES, packs, RANK, NEXT_RANK, AHEAD, SHARE,
+                CHUNKS, PACK, HALF, STAGES,
             )),
         ],
         [4, 1],

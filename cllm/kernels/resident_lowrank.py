@@ -44,7 +44,7 @@ def _padded_heads(heads: int) -> int:
 
 @functools.cache
 def choose_resident(
-    *, dim: int, groups: int, heads: int, rank: int, tokens: int, batch: int, limits: Limits, most: int = 2
+    *, dim: int, groups: int, heads: int, rank: int, tokens: int, batch: int, limits: Limits
 ) -> ResidentTiles | None:
     """Tiles by rule, or None if `triton_lowrank.rebuilt_scores` is as good or the only choice: for few tokens, so that
     programs would load B for less than two tiles each, and for rows of B that do not fit in shared memory.
@@ -57,12 +57,11 @@ def choose_resident(
         tokens: S.
         batch: B.
         limits: resources of the device.
-        most: KV heads of a program at most.
     """
     if dim not in (64, 128) or rank % 8 or heads > 16:
         return None
     for pack in (2, 1):
-        if groups % pack or pack > most:
+        if groups % pack:
             continue
         without_a = ResidentTiles(pack=pack, stages=0).shared(dim=dim, heads=heads, rank=rank)
         stages = min(_MOST_STAGES, (limits.shared - without_a) // (2 * TILE * RANKS + 16))
@@ -77,9 +76,7 @@ def programs_per_pack(*, batch: int, packs: int, limits: Limits) -> int:
     return max(1, limits.processors // (batch * packs))
 
 
-def resident_tiles(
-    query: Tensor, a: Tensor, b: Tensor, groups: int, limits: Limits, most: int = 2
-) -> ResidentTiles | None:
+def resident_tiles(query: Tensor, a: Tensor, b: Tensor, groups: int, limits: Limits) -> ResidentTiles | None:
     """Tiles for keys with factors `a` (B, S, r) and `b` (B, G · D, r) and `query` (B, H, D), or None: unsupported."""
     if gluon_lowrank.MISSING is not None or triton_decode.INTERPRETED or not _is_hopper(query.device):
         return None
@@ -88,9 +85,8 @@ def resident_tiles(
         return None
     batch, n_heads, dim = query.shape
     return choose_resident(
-        dim=dim, groups=groups, heads=n_heads // groups, rank=a.shape[2], tokens=a.shape[1], batch=batch, limits=limits,
-        most=most,
-    )  # fmt: skip
+        dim=dim, groups=groups, heads=n_heads // groups, rank=a.shape[2], tokens=a.shape[1], batch=batch, limits=limits
+    )
 
 
 @functools.cache
@@ -111,29 +107,14 @@ def launch(
     limits: Limits,
     *,
     add: bool,
-    following: Tensor | None = None,
-    ahead: int = 0,
-    share: int = 0,
 ) -> None:
-    """Write `scores` (B, H, S) fp32, or add to them with `add`. `table` is cos and sin (positions, D / 2) fp32.
-
-    With `ahead`, tiles of `a` are brought into the L2 cache that many tiles before they are read; with `share`, every
-    `share`-th tile of `following` (B, S, r'), which is read next.
-    """
+    """Write `scores` (B, H, S) fp32, or add to them with `add`. `table` is cos and sin (positions, D / 2) fp32."""
     batch, n_heads, dim = query.shape
     tokens, rank, heads = a.shape[1], a.shape[2], n_heads // groups
     packs = groups // tiles.pack
-    following = a if following is None or not _parts_fit(following, packs) else following
-    ahead, share = (ahead, share) if _parts_fit(a, packs) and following is not a else (0, 0)
     gluon_lowrank.resident_scores[(packs * programs_per_pack(batch=batch, packs=packs, limits=limits), batch)](
         query, gluon_lowrank.tma_descriptor(a, TILE), gluon_lowrank.tma_descriptor(b, dim // 2),
-        *table, first, scores, a, following, query.stride()[:2], table[0].stride(0), scores.stride()[:2], tokens,
-        log2_scale, G=groups, HEADS=heads, ROOM=_padded_heads(heads), HALF=dim // 2, PACK=tiles.pack,
-        CHUNKS=-(-rank // RANKS), STAGES=tiles.stages, ADD=add, RANK=rank, NEXT_RANK=following.shape[2], AHEAD=ahead,
-        SHARE=share, num_warps=4, maxnreg=_REGISTERS,
+        *table, first, scores, query.stride()[:2], table[0].stride(0), scores.stride()[:2], tokens, log2_scale,
+        G=groups, HEADS=heads, ROOM=_padded_heads(heads), HALF=dim // 2, PACK=tiles.pack, CHUNKS=-(-rank // RANKS),
+        STAGES=tiles.stages, ADD=add, num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
-
-
-def _parts_fit(factor: Tensor, packs: int) -> bool:
-    """Whether each lane of the loading warps of `packs` programs prefetches a multiple of 16 bytes of a tile."""
-    return factor.is_contiguous() and factor.element_size() == 2 and factor.shape[2] * 2 * TILE % (packs * 32 * 16) == 0

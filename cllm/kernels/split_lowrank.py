@@ -55,16 +55,19 @@ def _half(dim: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choosing:
-    """Tiles of `order_chunks` and `take_chunks`, by which many programs choose the chunks of one KV head."""
+    """Tiles of `order_chunks` and `take_chunks`, by which many programs choose the chunks of one KV head.
 
-    landmarks: int = 64
+    The defaults were the fastest found for 8,192 chunks on an H200 (2026-11-27).
+    """
+
+    landmarks: int = 128
     """Landmarks of a program that scores them."""
-    ordered: int = 1024
+    ordered: int = 256
     """Chunks of a program that orders them."""
-    taken: int = 1024
+    taken: int = 512
     """Chunks of a program that takes the best."""
-    warps: int = 16
-    """Of that program, at most."""
+    warps: int = 32
+    """Of that program, at most; there is one for every 512 chunks of a KV head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,24 +92,19 @@ class Tuning:
     choosing: Choosing | Literal["one program"] | None = None
     """`one program` chooses all chunks of a KV head."""
     weighing: Weighing | None = None
-    resident_pack: int = 2
-    """KV heads of a program of `resident_lowrank` at most."""
-    ahead: int = 0
-    """How many tiles early it brings A into the L2 cache."""
-    share: int = 0
-    """It also brings every `share`-th tile of the values' A there; 0: none."""
 
 
 @functools.cache
 def choose_choosing(*, chunks: int, rows: int, limits: Limits) -> Choosing | Literal["one program"]:
-    """How chunks are chosen for `rows` KV heads of all sequences, by rule. The rule is not measured yet.
+    """How chunks are chosen for `rows` KV heads of all sequences, by rule.
 
-    One program for each KV head leaves most of a GPU idle, and its time grows with the chunks: 27 µs for 8 KV heads and
-    8,192 chunks on an H200, on 8 of 132 multiprocessors. Many programs need one launch more, about 3 µs, and each
-    searches the bound by itself. So they choose from 4,096 chunks on, where one program takes far longer than that, and
-    there are at most as many as multiprocessors, so that searches do not wait for each other. With 4 query heads for
-    each KV head, a program reads 32 KB of integers instead of 128 KB of scores, computes no exponentials, and sums over
-    1,024 chunks instead of 8,192 to place what it takes.
+    One program for each KV head leaves most of a GPU idle, and its time grows with the chunks. On an H200 (2026-11-27,
+    8 KV heads) it takes 27 µs for 8,192 chunks and 141 µs for 32,768; the two kernels of many programs take 11 and 27.
+    A step with 2,048 chosen tokens takes 0.053 ms instead of 0.068, and 0.089 instead of 0.198.
+
+    Each program that takes chunks searches the bound by itself. There are at most as many as multiprocessors, so that
+    searches do not wait for each other: with four times as many, a step over 32,768 chunks takes 0.137 ms. Fewer than
+    8,192 chunks, and fewer than 512 for each program, were not measured.
 
     Args:
         chunks: landmarks of a KV head.
@@ -116,8 +114,20 @@ def choose_choosing(*, chunks: int, rows: int, limits: Limits) -> Choosing | Lit
     programs = limits.processors // rows
     if chunks < 4096 or programs < 4:
         return "one program"
-    taken = max(1024, next_power_of_2(-(-chunks // programs)))
-    return Choosing(ordered=taken, taken=taken, warps=16 if chunks <= 16384 else 32)  # 32 numbers for each thread
+    return Choosing(taken=max(512, next_power_of_2(-(-chunks // programs))))
+
+
+def choose_weighing(*, gathered: bool) -> Weighing:
+    """Tiles of the weighted sum, by rule.
+
+    On an H200 (2026-11-27) a step with 2,048 chosen tokens takes 0.0520 ms with tiles of 32 tokens, 0.0526 with 64 and
+    0.0532 with 128. With all tokens, 65,536, it takes 0.1189 ms with 64, 0.1271 with 32 and 0.1369 with 128. Other
+    widths, warps and stages were not faster.
+
+    Args:
+        gathered: whether each KV head reads chosen tokens.
+    """
+    return Weighing(block_n=32 if gathered else 64)
 
 
 @functools.cache
@@ -217,17 +227,15 @@ class _Call:
         shape = (self.batch, self.groups * self.heads, padded)
         return torch.empty(shape, dtype=torch.float32, device=self.device)[..., :tokens]
 
-    def score_rebuilt(self, q, part, table, index, scores, *, add: bool, following: Tensor | None = None) -> None:
+    def score_rebuilt(self, q, part, table, index, scores, *, add: bool) -> None:
         """Write the scores of rebuilt keys, or add to them with `add`."""
         resident, rebuild = None, self.tuning.rebuild
         if rebuild is None and index is None:
-            resident = resident_lowrank.resident_tiles(
-                q, part.a, part.b, self.groups, self.limits, self.tuning.resident_pack
-            )
+            resident = resident_lowrank.resident_tiles(q, part.a, part.b, self.groups, self.limits)
         if resident is not None:
             resident_lowrank.launch(
                 resident, q, part.a, part.b, table, self.visible.first, scores, self.groups, self.scale * _LOG2,
-                self.limits, add=add, following=following, ahead=self.tuning.ahead, share=self.tuning.share,
+                self.limits, add=add,
             )  # fmt: skip
             return
         rebuild = rebuild or choose_rebuild(
@@ -266,7 +274,7 @@ class _Call:
         tokens, width = scores.shape[2], values.shape[3]
         one_group = shared and index is None
         groups, heads = (1, self.groups * self.heads) if one_group else (self.groups, self.heads)
-        how = (self.tuning.weighing if shared else None) or Weighing()
+        how = (self.tuning.weighing if shared else None) or choose_weighing(gathered=index is not None)
         block_h, block_w = min(32, max(16, next_power_of_2(heads))), min(how.block_w, max(16, next_power_of_2(width)))
         if values.element_size() > 2:
             block_w = min(block_w, 64)
@@ -367,7 +375,7 @@ def run(
             call.score_stored(queries[0], selection.outlier_keys, scores[..., :outliers], index=index, stop=compressed)
     if rest.shape[2]:
         for i, (q, part) in enumerate(zip(queries, keys, strict=True)):
-            call.score_rebuilt(q, part, table, rest_index, rest, add=i > 0, following=values[0].a)
+            call.score_rebuilt(q, part, table, rest_index, rest, add=i > 0)
     join_outliers()
     sums = [call.weighted_sum(scores, part.a[:, :, None], index, shared=True) for part in values]
     join_tail()

@@ -46,12 +46,6 @@ _POWERS = 8
 _ROUNDING = {"fp32": 2**-24, "tf32": 2**-11, "bf16": 2**-8}
 """The relative rounding error of a number in a product."""
 _DIAGONAL = 1e-13
-Normalising = Literal["solve", "inverse", "blocked", "inverse64", "blocked64"]
-NORMALISING: Normalising = "solve"
-"""How `power` makes a basis orthonormal between two products: by a triangular solve in fp64, or by a product in fp32
-with the inverse of the Cholesky factor, which LAPACK or blocks compute."""
-_PANEL = 64
-"""Columns of a block of `_inverse_factor`."""
 _ALIGNED = 8
 """Ranks of which multiples are read fast."""
 _PRECISION = Lock()
@@ -121,9 +115,8 @@ def _power(x: Tensor, rank: int, products: Products) -> Tensor:
     iterations."""
     apply = _squared(x, products)
     q = _drawn(len(x), x.shape[2], min(rank, *x.shape[1:]), x.device)
-    exact = NORMALISING == "solve" or products == "fp32"
     for _ in range(_POWERS):
-        q = _orthonormal(apply(q)) if exact else _nearly_orthonormal(apply(q), NORMALISING)
+        q = _orthonormal(apply(q))
     return _orthonormal(q).float().contiguous()
 
 
@@ -136,20 +129,17 @@ def _squared(x: Tensor, products: Products) -> Callable[[Tensor], Tensor]:
     if products == "fp32" or x.shape[1] < x.shape[2]:
         narrow = x.bfloat16() if products == "bf16" else x
         return lambda q: multiply(narrow.mT, multiply(narrow, q.float(), products), products).double()
-    square = _split(_gram(x, products))
-    return lambda q: _product(square, _split(q.float())).double()
+    square = _gram(x, products)
+    high = _tf32(square)
+    low = square - high
 
+    def apply(q: Tensor) -> Tensor:
+        q = q.float()
+        first = _tf32(q)
+        rest = multiply(high, q - first, "tf32") + multiply(low, first, "tf32")
+        return (multiply(high, first, "tf32") + rest).double()
 
-def _split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`x` in fp32 as the sum of its TF32 part and the rest."""
-    high = _tf32(x)
-    return high, x - high
-
-
-def _product(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Tensor:
-    """x y of split numbers, to about fp32: the sum of three TF32 products."""
-    rest = multiply(x[0], y[1], "tf32") + multiply(x[1], y[0], "tf32")
-    return multiply(x[0], y[0], "tf32") + rest
+    return apply
 
 
 def _tf32(x: Tensor) -> Tensor:
@@ -209,46 +199,6 @@ def _orthonormal(y: Tensor) -> Tensor:
     gram = q.mT @ q
     gram.diagonal(dim1=1, dim2=2).add_(1e-14)
     return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, q.mT, upper=False).mT
-
-
-def _nearly_orthonormal(y: Tensor, normalising: Normalising) -> Tensor:
-    """A basis (B, m, r) fp32 of the columns of `y` (B, m, r), whose columns are orthonormal up to the rounding of fp32
-    times Y's condition number: enough for the next product, which has the same error."""
-    y = y / y.norm(dim=1, keepdim=True).clamp(min=1e-300)
-    gram = y.mT @ y
-    gram.diagonal(dim1=1, dim2=2).add_(1e-14)
-    if normalising.startswith("blocked"):
-        inverse = _inverse_factor(gram)
-    else:
-        one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-        inverse = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, one, upper=False)
-    if normalising.endswith("64"):
-        return y @ inverse.mT
-    return _product(_split(y.float()), _split(inverse.mT.float()))
-
-
-def _inverse_factor(gram: Tensor) -> Tensor:
-    """L⁻¹ (B, r, r) of the Cholesky factor L of `gram` (B, r, r), in panels of columns.
-
-    Libraries factorise a batch of matrices of this size one after another. All but the factors of panels are products
-    of the entire batch here.
-    """
-    size = gram.shape[-1]
-    rest, factor, inverse = gram.clone(), torch.zeros_like(gram), torch.zeros_like(gram)
-    one = torch.eye(_PANEL, dtype=gram.dtype, device=gram.device)
-    for begin in range(0, size, _PANEL):
-        end = min(begin + _PANEL, size)
-        panel = torch.linalg.cholesky_ex(rest[:, begin:end, begin:end]).L
-        of_panel = torch.linalg.solve_triangular(panel, one[: end - begin, : end - begin].expand_as(panel), upper=False)
-        if end < size:
-            below = rest[:, end:, begin:end] @ of_panel.mT
-            factor[:, end:, begin:end] = below
-            rest[:, end:, end:] -= below @ below.mT
-        inverse[:, begin:end, begin:end] = of_panel
-        if begin:
-            left = factor[:, begin:end, :begin] @ inverse[:, :begin, :begin]
-            inverse[:, begin:end, :begin] = -of_panel @ left
-    return inverse
 
 
 def energy_rank(values: Tensor, energy: float) -> int:

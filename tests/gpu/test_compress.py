@@ -1,4 +1,4 @@
-"""Compression on a GPU, which factors groups in parallel on separate streams."""
+"""Compression on a GPU, which factors groups in parallel on separate streams, or as one batch."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def part(kind: str, device: torch.device, layers: range) -> SlotTensors:
     return SlotTensors(kind, tuple(layers), data, torch.bfloat16)
 
 
+@pytest.mark.parametrize("batched", ["true", "false"])
 @pytest.mark.parametrize("spec", ["svd=power", "svd=power,products=bf16", "svd=random", "svd=gram"])
-def test_groups_run_in_parallel_are_what_each_is_alone(gpu: torch.device, spec: str) -> None:
-    method = parse(f"xkv:group={GROUP},rank_k=40,rank_v=56,{spec}")
+def test_groups_run_together_are_what_each_is_alone(gpu: torch.device, spec: str, batched: str) -> None:
+    method = parse(f"xkv:group={GROUP},rank_k=40,rank_v=56,{spec},batched={batched}")
     for _ in range(3):  # memory of one call is used again in the next
         keys, values = method.encode(part("k", gpu, range(LAYERS)), part("v", gpu, range(LAYERS)))
     for first in range(0, LAYERS, GROUP):

@@ -288,7 +288,7 @@ def test_a_run_without_full_attention_is_refused(evaluate, run, capsys):
         (["--posthoc", "xvk:group=4"], 'unknown method "xvk"; did you mean "xkv"?'),
         (
             ["--posthoc", "xkv:gruop=4"],
-            'unknown option "gruop" of xkv; allowed: batched, chunk, codes, energy, every, group',
+            'unknown option "gruop" of xkv; allowed: batched, chunk, codes, energy, every',
         ),
         (["--posthoc", "xkv:group=0,ratio=2"], "group: Input should be greater than or equal to 1 got 0"),
         (["--posthoc", "xkv:group=2"], "give exactly one of ranks (rank_k, rank_v), ratio and energy"),

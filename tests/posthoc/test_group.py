@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cllm.posthoc.group import as_one_batch
+from cllm.posthoc.methods.xkv import XKV
 from cllm.posthoc.registry import parse
 
 
@@ -25,7 +27,7 @@ def noise(layers: int, tokens: int, dim: int, dtype=torch.float32) -> list[torch
     return [(torch.randn(2, tokens, 2, dim, generator=draw) * falling).to(dtype) for _ in range(layers)]
 
 
-@pytest.mark.parametrize(("svd", "fewer"), [("gram", 1.2), ("power", 2), ("power,products=bf16", 2)])
+@pytest.mark.parametrize(("svd", "fewer"), [("gram", 1.2), ("random", 2), ("power", 2), ("power,products=bf16", 2)])
 @pytest.mark.parametrize("padded", [False, True])
 def test_one_batch_gives_the_factors_of_each_group_with_fewer_launches(svd, fewer, padded, slot_tensors):
     data = noise(9, 40, 8)  # four groups of two, and one of one
@@ -40,6 +42,17 @@ def test_one_batch_gives_the_factors_of_each_group_with_fewer_launches(svd, fewe
     for alone, batched in zip(*(made[0] + made[1] for made in codes), strict=True):
         assert alone.b.shape == batched.b.shape
         torch.testing.assert_close(batched.decode(), alone.decode(), atol=2e-3 if "bf16" in svd else 2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("svd", ["exact", "gram", "random", "power"])
+def test_groups_are_one_batch_by_rule_where_it_is_faster(svd):
+    for device in (torch.device("cuda"), torch.device("cpu")):
+        fast = svd in ("random", "power") and device.type == "cuda"
+        wanted = {"": fast, ",batched=null": fast, ",batched=true": True, ",batched=false": False}
+        for option, batched in wanted.items():
+            method = parse(f"xkv:group=2,rank_k=6,rank_v=9,svd={svd}{option}")
+            assert isinstance(method, XKV)
+            assert as_one_batch(method.batched, method.svd, device) is batched
 
 
 def test_a_batch_with_an_energy_has_a_rank_for_each_group(slot_tensors):

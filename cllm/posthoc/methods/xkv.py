@@ -14,7 +14,7 @@ from torch import Tensor
 from cllm.errors import UserError
 from cllm.posthoc.budget import check_all_sinks, elements_left
 from cllm.posthoc.code import Code, Codes, Exact
-from cllm.posthoc.group import Group, alike, group_sizes
+from cllm.posthoc.group import Group, alike, as_one_batch, group_sizes
 from cllm.posthoc.landmarks import Landmarks, landmark_bytes, make_landmarks, outlier_chunks
 from cllm.posthoc.later_rows import absorb_factors
 from cllm.posthoc.lowrank import (
@@ -75,11 +75,10 @@ class XKV(Codable):
     svd: Algorithm = "gram"
     """`exact`, `gram`, `random` or `power`, from slow to fast; see `lowrank.py`."""
     products: Products = "fp32"
-    """`fp32`, `tf32` or `bf16`: precision of products with the cached tensors, in `svd=random`, `svd=power` and for
-    A."""
-    batched: bool = False
-    """Factorise groups of one shape as one batch: fewer launches, which take most of the time of small models on a
-    GPU; otherwise in parallel streams."""
+    """`fp32`, `tf32` or `bf16`: precision of products with cached tensors, in `svd=random`, `svd=power` and for A."""
+    batched: bool | None = None
+    """Factorise groups of one shape as one batch; false: on a GPU in parallel streams. null: true with `svd=power`
+    and `svd=random` on a GPU."""
     weight: Literal["none", "queries"] = "none"
     """The error that the factors minimise: of keys and values as they are, or `queries`: of attention's output, by the
     prompt's own queries and the output projections (`weighting.py`)."""
@@ -336,9 +335,10 @@ class XKV(Codable):
     def _in_parallel(
         self, job: Callable[[list[Group], int | None], object], groups: list[Group], ranks: Sequence[int | None]
     ) -> None:
-        """Call `job` with all `groups`, and their rank: with several at once if they are `batched`."""
-        jobs = alike(groups, ranks, batched=self.batched)
-        run_in_parallel([partial(job, *each) for each in jobs], groups[0].tensors.data[0].device)
+        """Call `job` with all `groups`, and their rank: with several at once if they are one batch."""
+        device = groups[0].tensors.data[0].device
+        jobs = alike(groups, ranks, batched=as_one_batch(self.batched, self.svd, device))
+        run_in_parallel([partial(job, *each) for each in jobs], device)
 
     def _factor(self, groups: list[Group], rank: int | None) -> list[Tensor]:
         """Set the vectors and the spectra of `groups`, which have one shape, and return their weighted rows."""

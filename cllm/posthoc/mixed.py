@@ -19,7 +19,7 @@ Shapes: B batch, n tokens or rows, r columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -189,14 +189,14 @@ def choose_widths(
     return [widths[i] for i in choose(math.exp(high))[0]]
 
 
-def code_mixed(group: Group, rows: Tensor) -> None:
-    """Write the codes of the slots of `group`, in the widths chosen, for its weighted `rows` (B, n, C) fp32."""
+def code_mixed(group: Group, rows: Callable[[Group], Tensor]) -> None:
+    """Write the codes of the slots of `group`, in the widths chosen, for its weighted rows (B, n, C) fp32."""
     vectors, tensors = group.vectors, group.tensors
     assert vectors is not None
     assert group.widths is not None
     order = group.widths.argsort(descending=True, stable=True)[: int((group.widths > 0).sum())]
     vectors, group.vectors = vectors[..., order], None
-    a = code_a(multiply(rows, vectors, "fp32"), group.widths[order].tolist(), tensors.dtype)
+    a = code_a(multiply(rows(group), vectors, "fp32"), group.widths[order].tolist(), tensors.dtype)
     width = tuple(tensors.data[group.slots[0]].shape[2:])
     for i, b in zip(group.slots, vectors.chunk(len(group.slots), dim=1), strict=True):
         b = group.weights[tensors.slots[i]].unweigh(b)

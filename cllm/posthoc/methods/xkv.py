@@ -185,7 +185,7 @@ class XKV(Codable):
         if self.codes == "mixed":
             self._in_parallel(self._factor, groups, [None] * len(groups))
             self._choose_widths(keys, groups)
-            run_in_parallel([partial(self._code_mixed, group) for group in groups], keys.data[0].device)
+            run_in_parallel([partial(code_mixed, group, self._weighted) for group in groups], keys.data[0].device)
             return codes_k, codes_v
         if self.spread:
             self._in_parallel(self._factor, groups, [None] * len(groups))
@@ -388,9 +388,6 @@ class XKV(Codable):
             if group.weights:
                 b = group.weights[tensors.slots[i]].unweigh(b)
             group.codes[i] = LowRank(a, b.to(tensors.dtype, copy=True).contiguous(), width)
-
-    def _code_mixed(self, group: Group) -> None:
-        code_mixed(group, self._weighted(group))
 
 
 @register("svd", summary="as xkv, for each slot separately", sweep=("svd:ratio={ratio}",))

@@ -69,6 +69,7 @@ def make_landmarks(
     least = likeness.amin(2).mT.topk(count, dim=-1, largest=False).indices  # B, G, count
     index = (least[..., None] * chunk + torch.arange(chunk, device=k.device)).flatten(-2).clamp(max=tokens - 1)
     kept = k.gather(1, index.mT[..., None].expand(-1, -1, -1, k.shape[-1]))  # B, count · chunk, G, D
+    budget = min(budget, -(-tokens // chunk) * chunk)
     return Landmarks(means.to(k.dtype), least, kept.contiguous(), chunk, budget)
 
 

@@ -223,7 +223,7 @@ def test_shadowkv_is_svd_of_keys_with_exact_values(decoder, tokens, filled):
 def test_shadowkv_that_selects_everything_reads_all(decoder, tokens, filled):
     model, ids = decoder(), tokens(2, 44)
     engine, cache = filled(model, ids[:, :40])
-    every = engine.compress(cache, parse("shadowkv:rank=32,select=40,chunk=4,outliers=0"))
+    every = engine.compress(cache, parse(f"shadowkv:rank=32,select={4 * 10**20},chunk=4,outliers=0"))
     few = engine.compress(cache, parse("shadowkv:rank=32,select=4,chunk=4,outliers=0,local=0"))
     expected, lost = model(ids)[:, 40:], 0.0
     for i in range(4):

@@ -27,9 +27,9 @@ from experiments.half_cache.students import (
     RECIPES,
     SHARES,
     STARTS,
-    Student,
     check_names,
     chosen_students,
+    with_seeds,
 )
 
 
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     defaults = DEFAULT if options.share == "1/2" else DEFAULT_QUARTER
     parsed = chosen_students(options.students, defaults, options.teacher, lambda line: print(line, file=sys.stderr))
-    students = [Student(s.kind, s.recipes, seed) for seed in range(options.seeds) for s in parsed]
+    students = with_seeds(parsed, options.seeds)
     devices = Devices(
         options.out, cpu=options.device == "cpu", stop_after=options.stop_after, parallel=options.parallel
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -305,6 +305,11 @@ def chosen_students(
         else:
             found.append(student)
     return found
+
+
+def with_seeds(students: Sequence[Student], n: int) -> list[Student]:
+    """Each student with its seed and the `n - 1` next ones; all students of a seed before those of the next."""
+    return list(dict.fromkeys(replace(s, seed=s.seed + more) for more in range(n) for s in students))
 
 
 @dataclass(frozen=True, slots=True)

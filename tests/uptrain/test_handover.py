@@ -10,7 +10,7 @@ import torch
 from cllm.config import ModelConfig
 from cllm.config.uptraining import InitFrom
 from cllm.errors import UserError
-from cllm.uptrain.attention import attention_outputs, check_attention_loss, recorded
+from cllm.uptrain.attention import Recorded, attention_outputs, check_attention_loss, recorded
 from cllm.uptrain.curriculum import set_progress
 from cllm.uptrain.decoder import TracedDecoder, attention_of
 from cllm.uptrain.handover import add_handover, changed_layers
@@ -89,15 +89,18 @@ def test_each_layers_attention_is_compared_on_the_teachers_stream(make_teacher, 
         assert own is not None
         torch.testing.assert_close(mine[0], own.outputs[0])
         assert not torch.allclose(mine[3], own.outputs[3], atol=1e-4)
+    other = Recorded([x + (i == 1) * torch.arange(32) for i, x in enumerate(seen.inputs)])
+    moved = attention_outputs(student, other, ids)[3]  # the stream after layer 0, which all layers of "from" project
+    assert torch.allclose(moved, mine[3]) == (1 not in student.plan.reads(3) and name != "from")
     changed = changed_layers(student, teacher)
     gaps = [float((a - b).square().sum()) for a, b in zip(mine, seen.outputs, strict=True)]
     assert all((gap > 1e-6) == (i in changed) for i, gap in enumerate(gaps) if name != "from")
     mine = attention_outputs(student, seen, ids)  # with gradients, of one layer: not of layers below, but of its owner
     mine[3].sum().backward()
-    moved = {name for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
+    trained = {name for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
     owners = {f"blocks.{j}." for j in student.plan.reads(3)}
-    assert "blocks.3.attention.o_proj.weight" in moved
-    assert all(name.startswith(("blocks.3.", "stream_norms", *owners)) for name in moved)
+    assert "blocks.3.attention.o_proj.weight" in trained
+    assert all(name.startswith(("blocks.3.", "stream_norms", *owners)) for name in trained)
     assert not teacher.blocks[0]._forward_pre_hooks
 
 

@@ -18,7 +18,16 @@ from cllm.runs import RUN, RunFolder
 from cllm.uptrain.teacher import student_model
 from experiments.half_cache import scratch
 from experiments.half_cache.runner import table
-from experiments.half_cache.students import KINDS, RECIPES, Setting, Shape, Student, check_bytes, student_data
+from experiments.half_cache.students import (
+    KINDS,
+    RECIPES,
+    Setting,
+    Shape,
+    Student,
+    check_bytes,
+    student_data,
+    with_seeds,
+)
 
 TEACHERS = {
     "110m": ModelConfig(d_model=768, n_layers=12, n_heads=12, vocab_size=16384, d_ff=2048, max_seq_len=1024),
@@ -83,6 +92,10 @@ def test_every_recipe_is_a_config(tmp_path: Path) -> None:
     assert (both.train.global_batch, both.train.steps, both.uptrain.curriculum_steps) == (2, 200, 100)
     assert Student.parse("cla4+top-s12") == Student("cla4", ("top",), 12)
     assert Student("cla4", ("top",), 12).name == "cla4.top-s12"
+    names = [s.name for s in with_seeds([Student.parse("cla4"), Student.parse("cla2-s1")], 2)]
+    assert names == ["cla4", "cla2-s1", "cla4-s1", "cla2-s2"]
+    seeds = [student_data(Student("cla4", (), seed), "fit", setting)["train"]["seed"] for seed in (0, 3)]
+    assert seeds == [0, 3]
     for name, message in (("cla3", "--students cla3: allowed: control"), ("cla4+x", r"recipe x: allowed: plain")):
         with pytest.raises(UserError, match=message):
             Student.parse(name)

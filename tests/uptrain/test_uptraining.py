@@ -230,9 +230,9 @@ def test_what_was_summed_since_the_last_row_survives_a_resume(student: Student) 
             assert len(rows(again, tag)) == (2 if tag.startswith("train") else 4)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "handover"])
 def test_recomputing_blocks_changes_nothing(student: Student, way: str) -> None:
-    settings = [*WAYS[way], "--train.steps", "6" if way in ("curriculum", "handover") else "3"]
+    settings = [*WAYS[way], "--train.steps", "6" if way == "curriculum" else "3"]
     plain = train(student(*settings, "--name", "plain"))
     again = train(student(*settings, "--name", "again", "--train.gradient_checkpointing", "true"))
     assert rows(plain, "train/objective") == rows(again, "train/objective")

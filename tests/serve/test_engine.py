@@ -163,31 +163,31 @@ def bytes_of_a_request(llm: Any, prompt: list[int], n: int) -> float:
     return used * bytes_of_a_block(config)
 
 
-PREEMPTED = {
-    "mha": {"preset": "mha"},
-    "cla": {"preset": "cla"},
-    "fusedkv": {"preset": "fusedkv"},
-    "fusedkv_lite": {"preset": "fusedkv_lite"},
-    "svformer": {"preset": "svformer"},
-    "swiftkv": {"preset": "swiftkv"},
-    "yoco": {"preset": "yoco", "window": 24},
-}
+BOTH = ("mha", "cla", "fusedkv", "fusedkv_lite", "svformer", "swiftkv", "yoco")
+"""Plans that are preempted without a prefix cache too."""
 
 
-@pytest.mark.parametrize("prefix_caching", [False, True])
-@pytest.mark.parametrize("name", PREEMPTED)
+@pytest.mark.parametrize(
+    ("name", "prefix_caching"),
+    [(name, True) for name in PLANS if name not in REFUSED] + [(name, False) for name in BOTH],
+)
 def test_preempted_requests_go_on_with_the_same_tokens(
     name: str, prefix_caching: bool, export_tiny, prompts: list[list[int]], engine
 ) -> None:
     """The cache is too small for all requests, so that some are evicted and computed again. Each prompt begins with a
-    canary, a token three times: a request that reads another one's cache would continue the other's text."""
-    exported = export_tiny(PREEMPTED[name])
-    canaries = [[100 + n] * 3 for n in range(len(prompts))]
+    canary, three tokens in a row: a request that reads another one's cache would continue the other's text."""
+    exported = export_tiny(**section(name))
+    config = exported.config
+    canaries = [[100 + n, 200 + n, 300 + n] for n in range(len(prompts))]
     marked = [canary + prompt for canary, prompt in zip(canaries, prompts, strict=True)]
     expected = exported.greedy(marked, 60)
-    groups = 5 if name == "yoco" else 1
+    layout = make_layout(config.plan(), config.n_heads, config.resolved_head_dim)
+    groups = set(cache_groups(item for item in layout.order() if isinstance(item, Entry)).values())
     llm = engine(
-        exported.folder, num_gpu_blocks_override=10 * groups, enable_prefix_caching=prefix_caching, max_model_len=160
+        exported.folder,
+        num_gpu_blocks_override=10 * len(groups),
+        enable_prefix_caching=prefix_caching,
+        max_model_len=160,
     )
     answers = tokens(llm, marked, 60)
     assert answers == expected

@@ -93,13 +93,14 @@ def _mean_of_positive(x: Tensor) -> Tensor:
     return x.sum(1, keepdim=True).clamp(min=1e-30) / (x > 0).sum(1, keepdim=True).clamp(min=1)
 
 
-def rotated_moment(moment: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated_moment(moment: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor | None = None) -> Tensor:
     """The mean over Δ of E[(R_Δ q)(R_Δ q)ᵀ].
 
     Args:
         moment: E[q qᵀ] before RoPE, (..., D, D).
         cos: of the angles of every Δ, (m, D / 2).
         sin: the same.
+        tokens: (B,) int64, how many first Δ each sequence has, for `moment` (B, G, D, D); None: all have m.
 
     Returns:
         (..., D, D) in fp64.
@@ -109,8 +110,12 @@ def rotated_moment(moment: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     xx, xy = wide[..., :half, :half], wide[..., :half, half:]
     yx, yy = wide[..., half:, :half], wide[..., half:, half:]
     turn = torch.complex(cos.double(), sin.double())  # m, D/2
-    hermitian = torch.complex(xx + yy, yx - xy) * (turn.mT @ turn.conj() / len(turn))  # E[z_a conj(z_b)]
-    plain = torch.complex(xx - yy, xy + yx) * (turn.mT @ turn / len(turn))  # E[z_a z_b]
+    counted = turn
+    if tokens is not None:  # B, 1, m, D/2
+        counted = turn * (torch.arange(len(turn), device=turn.device) < tokens[:, None])[:, None, :, None]
+    number = len(turn) if tokens is None else tokens[:, None, None, None]
+    hermitian = torch.complex(xx + yy, yx - xy) * (counted.mT @ turn.conj() / number)  # E[z_a conj(z_b)]
+    plain = torch.complex(xx - yy, xy + yx) * (counted.mT @ turn / number)  # E[z_a z_b]
     first = torch.cat(((hermitian + plain).real, (plain - hermitian).imag), dim=-1)
     second = torch.cat(((hermitian + plain).imag, (hermitian - plain).real), dim=-1)
     return torch.cat((first, second), dim=-2) / 2
@@ -147,6 +152,8 @@ class ErrorWeights:
         heads, dim = self.keys.data[0].shape[2:]
         cos, sin = self._table(torch.arange(1, self.keys.tokens + 1, device=self.keys.data[0].device)[None])
         cos, sin = cos[0, :, 0, 0], sin[0, :, 0, 1]  # Δ, D / 2
+        starts = None if self.keys.sinks is None else self.keys.sinks.starts
+        tokens = None if starts is None else self.keys.tokens - starts
         found = {}
         for slot in self.keys.slots:
             forms, attention = [], []
@@ -157,7 +164,7 @@ class ErrorWeights:
                 q = self.queries.of(i, self.keys.tokens).float()
                 counts = self._counts(q.shape[1])
                 moment = torch.einsum("bmhd,bmhe->bhde", q * counts[..., None, None], q) * unit[..., None, None]
-                form = rotated_moment(moment.unflatten(1, (heads, -1)).sum(2), cos, sin)
+                form = rotated_moment(moment.unflatten(1, (heads, -1)).sum(2), cos, sin, tokens)
                 forms.append(_scaled(form, reader.keys))
                 attention.append(self._attention[i])
             found[slot] = _weights(forms, attention)

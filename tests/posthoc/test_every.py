@@ -364,7 +364,8 @@ def test_later_queries_vote_again(kind, name, design, tokens, exact):
 # ---- caches ----------------------------------------------------------------------------------------------------------
 
 INVARIANT = [
-    "svd:rank_k=4,rank_v=6", "turboquant:bits=4", "minicache", "vfold:recent=6", "snapkv:tokens=20,window=6",
+    "svd:rank_k=4,rank_v=6", "svd:rank_k=4,rank_v=6,weight=queries", "turboquant:bits=4", "minicache",
+    "vfold:recent=6", "snapkv:tokens=20,window=6",
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ __main__.py  the command line for a pretrained model
 scratch.py   the command line that trains the model too
 command.py   arguments and the end of both commands
 runner.py    students trained at the same time on several devices, and their table
+settings.py  the settings that a student began with, compared with those of the command that continues it
 students.py  kinds of students, recipes of training, starts, and configs
 starts.py    a student's perplexity before training, for every start: a process for each student
 

@@ -27,6 +27,7 @@ from cllm.files import write_atomic
 from cllm.runs import RunFolder
 from cllm.study.schema import parse_duration
 from cllm.uptrain.teacher import teacher_config
+from experiments.half_cache.settings import check_same
 from experiments.half_cache.students import ROOT, Setting, Shape, Student, check_bytes, student_data
 
 _MOST_THREADS = 8
@@ -122,7 +123,13 @@ class Experiment:
         return student_data(student, start, setting)
 
     def run(self) -> bool:
-        """Run all students, `parallel` at a time on each device; returns whether all are done."""
+        """Run all students, `parallel` at a time on each device; returns whether all are done.
+
+        Raises:
+            UserError: for a student that none of the starts suits, or that has begun with other settings.
+        """
+        for student in self.students:
+            self._check(student)
         waiting: queue.SimpleQueue[Student] = queue.SimpleQueue()
         for student in self.students:
             waiting.put(student)
@@ -136,6 +143,11 @@ class Experiment:
                 worker.join(2.0 / len(workers))
         done = "loss" if self.options.tokens else "start_loss"
         return all(done in row and row.get("finished", not self.options.tokens) for row in self.write())
+
+    def _check(self, student: Student) -> None:
+        start, file = student.starts(self.options.starts)[0], self._chosen(student)
+        if self.options.tokens and file.exists():
+            check_same(yaml.safe_load(file.read_text(encoding="utf-8")), self.config(student, start), file)
 
     def _work(self, waiting: queue.SimpleQueue[Student], device: int) -> None:
         while not self.devices.late:
@@ -164,7 +176,7 @@ class Experiment:
         if not self.options.tokens:
             return
         folder = RunFolder(self.out / "runs" / name)
-        chosen = self.out / "configs" / f"{name}.yaml"
+        chosen = self._chosen(student)
         if not chosen.exists():  # a run goes on from the start that it began with
             write_atomic(chosen, yaml.safe_dump(configs[best], sort_keys=False))
         data = yaml.safe_load(chosen.read_text(encoding="utf-8"))
@@ -203,6 +215,10 @@ class Experiment:
     def _starts(self, student: Student) -> Path:
         return self.out / "starts" / f"{student.name}.json"
 
+    def _chosen(self, student: Student) -> Path:
+        """The config with which a student is trained."""
+        return self.out / "configs" / f"{student.name}.yaml"
+
     def measured(self, student: Student) -> dict[str, Any]:
         """The measured starts of a student, as its file has them; before there is a file, no starts."""
         file = self._starts(student)
@@ -219,7 +235,7 @@ class Experiment:
         row: dict[str, Any] = {"student": name, **asdict(student), "share": self.shares[student.kind], **measured}
         if best is not None:
             row |= {"start": best, "start_loss": measured["starts"][best]["loss"]}
-        folder, config = RunFolder(self.out / "runs" / name), self.out / "configs" / f"{name}.yaml"
+        folder, config = RunFolder(self.out / "runs" / name), self._chosen(student)
         if config.exists() and folder.metrics_file.exists():
             data = yaml.safe_load(config.read_text(encoding="utf-8"))
             row |= _trained(folder, data)

@@ -248,10 +248,19 @@ class Student:
         return f"{group}-s{self.seed}" if self.seed else group
 
     def starts(self, wanted: Sequence[str]) -> list[str]:
-        """Those of `wanted` that suit it: svd alone for latents, and copied weights for the control."""
+        """Those of `wanted` that suit it: svd alone for latents, and copied weights for the control.
+
+        Raises:
+            UserError: if `wanted` is svd alone, and the student has no latents.
+        """
         if self.kind == "control":
             return ["copy"]
-        return ["svd"] if KINDS[self.kind].latent else [start for start in wanted if start != "svd"]
+        if KINDS[self.kind].latent:
+            return ["svd"]
+        if not (found := [start for start in wanted if start != "svd"]):
+            allowed = ", ".join(start for start in STARTS if start != "svd")
+            raise UserError(f"--starts svd: {self.kind} has no latents; allowed for it: {allowed}")
+        return found
 
 
 def check_names(names: Iterable[str], allowed: Iterable[str], option: str) -> None:

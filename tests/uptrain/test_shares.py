@@ -18,6 +18,7 @@ from cllm.runs import RUN, RunFolder
 from cllm.uptrain.teacher import student_model
 from experiments.half_cache import scratch
 from experiments.half_cache.runner import table
+from experiments.half_cache.settings import check_same
 from experiments.half_cache.students import (
     KINDS,
     RECIPES,
@@ -99,6 +100,26 @@ def test_every_recipe_is_a_config(tmp_path: Path) -> None:
     for name, message in (("cla3", "--students cla3: allowed: control"), ("cla4+x", r"recipe x: allowed: plain")):
         with pytest.raises(UserError, match=message):
             Student.parse(name)
+
+
+def test_a_student_goes_on_with_the_settings_that_it_began_with(tmp_path: Path) -> None:
+    shape, begun = Shape.of(TEACHERS["110m"], Path("teacher")), tmp_path / "gqa.yaml"
+
+    def config(start: str, tokens: int = 409_600, lr: float = 2e-4) -> dict[str, Any]:
+        overrides: dict[str, dict[str, Any]] = {"optim": {"lr": lr}}
+        setting = Setting(tmp_path, tmp_path, tmp_path, shape, tokens, gpu=False, validations=2, overrides=overrides)
+        return student_data(Student("gqa"), start, setting)
+
+    begun.write_text(yaml.safe_dump(config("fit")))
+    old = yaml.safe_load(begun.read_text())
+    check_same(old, config("fit+outputs"), begun)
+    check_same({**old, "init": {**old["init"], "from": "moved"}}, config("fit"), begun)
+    with pytest.raises(UserError, match=r"gqa.yaml: has train.steps \d+, and this command \d+; .* another --out"):
+        check_same(old, config("fit", tokens=819_200), begun)
+    with pytest.raises(UserError, match=r"has optim.lr 0\.0002, and this command 0\.0004"):
+        check_same(old, config("fit", lr=4e-4), begun)
+    with pytest.raises(UserError, match="--starts svd: gqa has no latents; allowed for it: copy, fit,"):
+        Student("gqa").starts(["svd"])
 
 
 def test_the_table_has_a_line_for_the_seeds_of_a_student() -> None:

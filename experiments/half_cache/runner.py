@@ -145,9 +145,12 @@ class Experiment:
         return all(done in row and row.get("finished", not self.options.tokens) for row in self.write())
 
     def _check(self, student: Student) -> None:
-        start, file = student.starts(self.options.starts)[0], self._chosen(student)
+        starts, file, spec = student.starts(self.options.starts), self._chosen(student), self._spec(student)
         if self.options.tokens and file.exists():
-            check_same(yaml.safe_load(file.read_text(encoding="utf-8")), self.config(student, start), file)
+            check_same(yaml.safe_load(file.read_text(encoding="utf-8")), self.config(student, starts[0]), file)
+        before = json.loads(spec.read_text(encoding="utf-8"))["configs"] if spec.exists() else {}
+        for start in [s for s in starts if s in before and s in self.measured(student)["starts"]]:
+            check_same(before[start], self.config(student, start), spec, start=True)
 
     def _work(self, waiting: queue.SimpleQueue[Student], device: int) -> None:
         while not self.devices.late:
@@ -201,7 +204,7 @@ class Experiment:
             "out": str(self._starts(student)),
             "device": "cuda" if self.devices.gpus else "cpu",
         }
-        file = self.out / "specs" / f"{name}.json"
+        file = self._spec(student)
         write_atomic(file, json.dumps(spec, indent=2) + "\n")
         command = [sys.executable, "-m", "experiments.half_cache.starts", file]
         if not self.devices.run(command, name, "starts", device):
@@ -218,6 +221,10 @@ class Experiment:
     def _chosen(self, student: Student) -> Path:
         """The config with which a student is trained."""
         return self.out / "configs" / f"{student.name}.yaml"
+
+    def _spec(self, student: Student) -> Path:
+        """The configs with which the starts of a student are measured."""
+        return self.out / "specs" / f"{student.name}.json"
 
     def measured(self, student: Student) -> dict[str, Any]:
         """The measured starts of a student, as its file has them; before there is a file, no starts."""

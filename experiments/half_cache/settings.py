@@ -18,14 +18,19 @@ _DERIVED = {("optim", "min_lr"), ("optim", "warmup_steps"), ("uptrain", "curricu
 """Settings that follow from others, which an error names first."""
 
 
-def check_same(old: Mapping[str, Any], new: Mapping[str, Any], file: Path) -> None:
-    """Raise `UserError` if the config `old`, in `file`, trains a student in another way than `new`."""
+def check_same(old: Mapping[str, Any], new: Mapping[str, Any], file: Path, *, start: bool = False) -> None:
+    """Raise `UserError` if the config `old`, in `file`, trains a student in another way than `new`.
+
+    With `start` only settings that matter to the loss before training are compared, all those of `init` included.
+    """
 
     def values(config: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
         sections = {key: value if isinstance(value, dict) else {} for key, value in config.items()}
         pairs = {("", key): value for key, value in config.items() if not isinstance(value, dict)}
         pairs |= {(section, key): value for section, of in sections.items() for key, value in of.items()}
-        return {k: v for k, v in pairs.items() if k not in _FREE and (k[0] != "init" or k[1] == "from")}
+        if start:
+            pairs = {k: v for k, v in pairs.items() if k[0] in ("model", "data", "init")}
+        return {k: v for k, v in pairs.items() if k not in _FREE and (start or k[0] != "init" or k[1] == "from")}
 
     before, after = values(old), values(new)
     for key in sorted(before.keys() | after.keys(), key=lambda key: (key in _DERIVED, key)):

@@ -118,6 +118,11 @@ def test_a_student_goes_on_with_the_settings_that_it_began_with(tmp_path: Path) 
         check_same(old, config("fit", tokens=819_200), begun)
     with pytest.raises(UserError, match=r"has optim.lr 0\.0002, and this command 0\.0004"):
         check_same(old, config("fit", lr=4e-4), begun)
+    check_same(old, config("fit", tokens=819_200, lr=4e-4), begun, start=True)
+    fewer = {**old, "init": {**old["init"], "calibration_sequences": 3}}
+    check_same(fewer, config("fit"), begun)
+    with pytest.raises(UserError, match=r"has init\.calibration_sequences 3, and"):
+        check_same(fewer, config("fit"), begun, start=True)
     with pytest.raises(UserError, match="--starts svd: gqa has no latents; allowed for it: copy, fit,"):
         Student("gqa").starts(["svd"])
 

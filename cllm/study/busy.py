@@ -212,7 +212,7 @@ def busy_shares(sessions: Sequence[dict[str, Any]]) -> list[BusyShare]:
 def _sum(name: str, parts: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> BusyShare:
     return BusyShare(
         device=name,
-        sessions=len(parts),
+        sessions=len({id(session) for session, _ in parts}),
         seconds=sum(session["seconds"] for session, _ in parts),
         busy=sum(device["busy"] for _, device in parts),
         queued=sum(session["queued_seconds"] for session, _ in parts),

@@ -225,6 +225,14 @@ def test_a_run_starts_before_the_one_before_it_ends_and_a_stop_in_between_loses_
     assert busy_shares(read_sessions(runner.layout.sessions, "another code")) == []
 
 
+def test_a_session_of_several_devices_counts_once() -> None:
+    devices = [{"device": f"GPU {i}", "busy": 6.0 + i, "busy_queued": 3.0} for i in range(2)]
+    sessions = [{"seconds": 10.0, "queued_seconds": 4.0, "devices": devices}]
+    first, _, every = busy_shares([*sessions, {**sessions[0]}])
+    assert (first.sessions, first.seconds, first.busy) == (2, 20.0, 12.0)
+    assert (every.sessions, every.seconds, every.busy) == (2, 40.0, 26.0)
+
+
 def test_a_short_run_has_several_successors_on_their_way_and_a_long_one_has_one(tmp_path: Path) -> None:
     estimates = Estimates(100.0)  # tokens a second; a start takes 30 s
 

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cllm.arguments import Parser
 from cllm.errors import UserError, one_line
@@ -62,14 +63,19 @@ class Point:
         return "+".join(parts)
 
 
-def read_table(file: Path) -> list[Point]:
+def read_table(file: Path, run: str) -> list[Point]:
     """The points of a CSV table, or of the records of the suite `posthoc` in a file of records (.json).
 
+    Args:
+        file: .csv or .json.
+        run: the model whose records are read, if a file of records has several.
+
     Raises:
-        UserError: for a file that cannot be read, lacks a column, or has a value that is no number.
+        UserError: for a file that cannot be read, lacks a column, has a value that is no number, or has records of
+            several models, none of them `run`.
     """
     if file.suffix == ".json":
-        return _read_records(file)
+        return _read_records(file, run)
     try:
         with file.open(encoding="utf-8", newline="") as lines:
             rows = list(csv.DictReader(lines))
@@ -82,28 +88,46 @@ def read_table(file: Path) -> list[Point]:
         raise UserError(f"{file}: {error}") from None
 
 
-def _read_records(file: Path) -> list[Point]:
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The `rows` of a file of records. Raises `UserError`, or `OSError` or `ValueError` if it cannot be read."""
+    data = parse_json(file.read_text(encoding="utf-8"))
+    rows = data.get("rows") if isinstance(data, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("has no records; needed: a JSON object with a list of objects in `rows`")
+    return rows
+
+
+def _read_records(file: Path, run: str) -> list[Point]:
     try:
-        rows = [row for row in parse_json(file.read_text(encoding="utf-8"))["rows"] if "increase_percent" in row]
+        rows = [row for row in _rows(file) if "increase_percent" in row]
+        runs = sorted({str(row.get("run")) for row in rows})
+        if len(runs) > 1:
+            if run not in runs:
+                raise UserError(f"{file}: has records of {', '.join(runs)}; select one with --run")
+            rows = [row for row in rows if row.get("run") == run]
         sizes = [row["own_bf16_bytes_per_token"] / row["bf16_bytes_per_token"] for row in rows]
         return [
             Point(row["spec"], ratio, float(row["increase_percent"]))
             for row, ratio in zip(rows, sizes, strict=True)
             if row["spec"] != "none"
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"{file}: cannot be read: {error!r}") from None
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"{file}: a record has no {error}") from None
+    except (OSError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
 
 
 def read_copying(file: Path, run: str) -> list[Point]:
     """The means over tasks of the suite `copying` of one run. Raises `UserError` if the file has none."""
     try:
-        rows = parse_json(file.read_text(encoding="utf-8"))["rows"]
-        found = [r for r in rows if (r.get("suite"), r.get("run"), r.get("task")) == ("copying", run, "all")]
+        found = [r for r in _rows(file) if (r.get("suite"), r.get("run"), r.get("task")) == ("copying", run, "all")]
         points = [Point(r["spec"], r["ratio_to_own"], r["accuracy"]) for r in found]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = error if isinstance(error, OSError | ValueError) else repr(error)
-        raise UserError(f"--copying {file}: cannot be read: {reason}") from None
+    except KeyError as error:
+        raise UserError(f"--copying {file}: a record has no {error}") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--copying {file}: cannot be read: {error}") from None
     if not points:
         raise UserError(f"--copying {file}: has no record of copying by run {run}; see --run")
     return points
@@ -170,7 +194,9 @@ def parser() -> Parser:
     add = parser.add_argument
     add("tables", nargs="+", type=Path, metavar="TABLE", help="measurements of one model, .csv or .json")
     add("--copying", type=Path, metavar="RECORDS.json", help="records of the suite copying for a second panel")
-    add("--run", default="smollm2", metavar="NAME", help="the run in RECORDS.json (default: %(default)s)")
+    add(
+        "--run", default="smollm2", metavar="NAME", help="the model, in .json files with several (default: %(default)s)"
+    )
     add("--title", default="What compressing a cache costs", help="above the picture (default: %(default)s)")
     add("--out", type=Path, default=Path("methods.png"), metavar="FILE.png", help="default: %(default)s")
     return parser
@@ -182,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.out.suffix != ".png":
         raise UserError(f"--out is {str(options.out)!r}; allowed: a file that ends in .png")
-    points = list(dict.fromkeys(point for file in options.tables for point in read_table(file)))
+    points = list(dict.fromkeys(point for file in options.tables for point in read_table(file, options.run)))
     copied = read_copying(options.copying, options.run) if options.copying else []
     if not points:
         raise UserError(f"{options.tables[0]}: has no rows")

@@ -46,6 +46,35 @@ def test_records_of_evaluations_are_a_table_too(tmp_path: Path) -> None:
     ]
 
 
+def test_a_picture_is_of_one_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "two.json", tmp_path / "picture.png"
+    row = {"spec": "int8", "increase_percent": 2.0, "own_bf16_bytes_per_token": 80.0, "bf16_bytes_per_token": 40.0}
+    file.write_text(json.dumps({"rows": [row | {"run": "a"}, row | {"run": "b", "increase_percent": 7.0}]}))
+    assert main([str(file), "--run", "b", "--out", str(out)]) == 0
+    assert out.with_suffix(".md").read_text().splitlines()[2:] == ["| `int8` | 2.00 | +7.00 % |"]
+    assert main([str(file), "--out", str(tmp_path / "other.png")]) == 2
+    assert f"error: {file}: has records of a, b; select one with --run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "has no records; needed: a JSON object with a list of objects in `rows`"),
+        ('{"rows": [3]}', "has no records"),
+        ("{", "Expecting"),
+        ('{"rows": [{"increase_percent": 1}]}', "a record has no 'own_bf16_bytes_per_token'"),
+    ],
+)
+def test_records_that_cannot_be_read(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.json").write_text(text)
+    assert main([str(tmp_path / "a.json"), "--out", str(tmp_path / "p.png")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Error(" not in error
+
+
 def test_a_line_joins_compressions_that_differ_in_size_alone() -> None:
     specs = ["xkv:group=5,ratio=2", "xkv:ratio=8,svd=power", "xkv:ratio=8,codes=mixed", "snapkv:ratio=2+kivi:bits=4"]
     assert [Point(spec, 1.0, 0.0).series for spec in specs] == ["xkv", "xkv", "xkv codes=mixed", "snapkv+kivi"]

@@ -416,12 +416,8 @@ def test_what_recompute_keeps_of_a_sequence_does_not_depend_on_its_batch(decoder
     codes: list[Any] = []
     for batch in (ids, together):
         _, cache, method = fill(model, batch, "recompute:rank=8", tokens(2, 60, seed=1))
-<<<<<<< HEAD
-        codes.append(compress_cache(cache, method).stores[0].prefix)  # type: ignore[attr-defined]
-=======
         store: Any = compress_cache(cache, method).stores[0]
         codes.append(store.prefix)
->>>>>>> attack
     for part in ("k", "v"):
         one, other = (getattr(prefix, part).decode()[0] for prefix in codes)
         torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)

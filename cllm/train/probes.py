@@ -94,8 +94,8 @@ class Probes(Callback):
         if share <= probe.at_most:
             return False
         self.metrics.say(
-            f"step {step}: {probe.name} is left out: another {last:.1f} s would make it {share:.1%} of the time so far; "
-            f"at_most is {probe.at_most:g}"
+            f"step {step}: {probe.name} is left out: another {last:.1f} s would make it {share:.1%} of the time so "
+            f"far; at_most is {probe.at_most:g}"
         )
         return True
 

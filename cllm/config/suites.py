@@ -18,6 +18,9 @@ class SuiteSchedule(Section):
     """Steps between measurements; the last step of the run is measured too."""
     name: str | None = Field(None, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name in the tags, suite/NAME/...; null: the name of the suite."""
+    at_most: float | None = Field(None, gt=0, lt=1)
+    """Share of the time of training that the suite may take; null: any. A measurement that would exceed it, if it took
+    as long as the last one, is left out. The first and that of the last step are made in any case."""
 
     @property
     def label(self) -> str:

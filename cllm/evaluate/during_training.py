@@ -67,7 +67,7 @@ def training_probes(config: Config) -> list[Probe]:
             choice.suite.check(subject, measure.job)
         except UserError as error:
             raise UserError(f"evaluate_suites.{n}.suite: {error}") from None
-        probes.append(Probe(name=f"suite/{entry.label}", every=entry.every, measure=measure))
+        probes.append(Probe(name=f"suite/{entry.label}", every=entry.every, measure=measure, at_most=entry.at_most))
     return probes
 
 

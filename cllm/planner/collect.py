@@ -131,7 +131,7 @@ def sweep_changes(path: Path, about: Mapping[str, Any] | None = None, *, suffix:
         suffix: an option that every spec had, such as `sinks=0`, where the column does not say so.
     """
     rows = _rows(path)
-    exact = {row["run"]: row["perplexity"] for row in rows if row.get("run") and row.get("spec") == TRAINED}
+    exact = {row["run"]: row.get("perplexity") or "" for row in rows if row.get("run") and row.get("spec") == TRAINED}
     found = []
     for row in rows:
         spec = row.get("spec") or row.get("method") or ""

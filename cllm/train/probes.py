@@ -33,6 +33,8 @@ class Probe:
     measure: Callable[[Decoder, int], Mapping[str, float]]
     """Numbers by the end of their tags, from a decoder in evaluation mode and the step of its weights. It is called on
     the first process only."""
+    at_most: float | None = None
+    """Share of the time of training so far that it may take; None: any."""
 
 
 class Probes(Callback):
@@ -43,7 +45,9 @@ class Probes(Callback):
 
     def __init__(self, probes: Sequence[Probe], metrics: Metrics, steps: int):
         self.probes, self.metrics, self.steps = probes, metrics, steps
-        self._began, self._seconds = 0.0, 0.0
+        self._began = 0.0
+        self._seconds: dict[str, float] = dict.fromkeys((probe.name for probe in probes), 0.0)
+        self._last: dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.perf_counter()
@@ -61,7 +65,8 @@ class Probes(Callback):
         self.metrics.clock.pause()
         values = self._measure(pl_module, due, step) if trainer.is_global_zero else {}
         values = trainer.strategy.broadcast(values)
-        self.metrics.record(trainer, values)
+        if values:
+            self.metrics.record(trainer, values)
         if trainer.is_global_zero:
             self._report(step, due, values)
         self.metrics.clock.resume()
@@ -71,16 +76,35 @@ class Probes(Callback):
         with isolate_rng():
             decoder = plain_decoder(module)
             for probe in due:
+                if step != self.steps and self._exceeds(probe, step):
+                    continue
                 began = time.perf_counter()
                 values |= {f"{probe.name}/{key}": float(value) for key, value in probe.measure(decoder, step).items()}
                 values[f"{probe.name}/seconds"] = seconds = time.perf_counter() - began
-                self._seconds += seconds
+                self._seconds[probe.name] += seconds
+                self._last[probe.name] = seconds
         return values
 
+    def _exceeds(self, probe: Probe, step: int) -> bool:
+        """Whether `probe` would take more than its share of the time; then that is logged."""
+        last = self._last.get(probe.name)
+        if probe.at_most is None or last is None:
+            return False
+        share = (self._seconds[probe.name] + last) / max(time.perf_counter() - self._began + last, 1e-9)
+        if share <= probe.at_most:
+            return False
+        self.metrics.say(
+            f"step {step}: {probe.name} is left out: another {last:.1f} s would make it {share:.1%} of the time so "
+            f"far; at_most is {probe.at_most:g}"
+        )
+        return True
+
     def _report(self, step: int, due: Sequence[Probe], values: Mapping[str, float]) -> None:
-        share = self._seconds / max(time.perf_counter() - self._began, 1e-9)
+        share = sum(self._seconds.values()) / max(time.perf_counter() - self._began, 1e-9)
         for probe in due:
             prefix = f"{probe.name}/"
+            if f"{prefix}seconds" not in values:
+                continue
             numbers = {tag: value for tag, value in values.items() if tag.startswith(prefix)}
             seconds = numbers.pop(f"{prefix}seconds")
             shown = "  ".join(f"{tag} {value:.4f}" for tag, value in numbers.items() if math.isfinite(value))

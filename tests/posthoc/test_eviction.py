@@ -162,10 +162,15 @@ def compressed_cache(engine, ids, spec, **options):
 def test_budgets_and_scores_of_entropy_take_one_pass_of_votes(decoder, tokens, monkeypatch):
     import cllm.posthoc.evicting as module
 
-    layers: list[int] = []
-    count = module.layer_votes
-    monkeypatch.setattr(module, "layer_votes", lambda *a, **k: layers.append(a[3]) or count(*a, **k))  # type: ignore[func-returns-value]
+    layers, votes = list[int](), module.layer_votes
+
+    def count(*words, **options):
+        layers.append(words[3])
+        return votes(*words, **options)
+
+    monkeypatch.setattr(module, "layer_votes", count)
     compressed_cache(engine_of(decoder()), tokens(2, PREFIX), SPECS["entropy"])
+    assert layers
     assert sorted(layers) == sorted(set(layers))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -412,10 +413,11 @@ def test_a_padded_sequence_is_compressed_like_one_alone(spec, decoder, tokens):
 def test_what_recompute_keeps_of_a_sequence_does_not_depend_on_its_batch(decoder, tokens):
     model, ids = decoder(), tokens(1, 24)
     together = torch.cat((ids, torch.zeros_like(ids)))  # one token repeated: keys and values of other sizes
-    codes = []
+    codes: list[Any] = []
     for batch in (ids, together):
         _, cache, method = fill(model, batch, "recompute:rank=8", tokens(2, 60, seed=1))
-        codes.append(compress_cache(cache, method).stores[0].prefix)  # type: ignore[attr-defined]
+        store: Any = compress_cache(cache, method).stores[0]
+        codes.append(store.prefix)
     for part in ("k", "v"):
         one, other = (getattr(prefix, part).decode()[0] for prefix in codes)
         torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)

@@ -69,6 +69,22 @@ def test_a_run_with_suites_is_the_run_without_them(tiny: Tiny, tmp_path: Path, c
     assert again == {step: row["suite/copies/loss"] for step, row in found.items()}
 
 
+def test_a_suite_that_takes_more_than_its_share_is_left_out(tiny: Tiny, tmp_path: Path, capsys: Any) -> None:
+    entries = [
+        {"suite": SUITE, "every": 2, "name": name, "at_most": share} for name, share in (("a", 1e-6), ("b", 0.999))
+    ]
+    config = tiny(
+        "--name", "bounded", "--evaluate_suites", yaml.safe_dump(entries, default_flow_style=True, width=1000)
+    )
+    assert command(config, tmp_path) == 0
+    folder = RunFolder(Path(config.runs_dir) / "bounded")
+    steps = {name: [r["step"] for r in folder.metrics() if f"suite/{name}/loss" in r] for name in "ab"}
+    assert steps == {"a": [2, 8], "b": [2, 4, 6, 8]}
+    error = capsys.readouterr().err
+    assert "step 4: suite/a is left out: another" in error
+    assert "at_most is 1e-06" in error
+
+
 class Draws(Callback):
     """Draws a number of each generator after every step."""
 

@@ -194,9 +194,7 @@ def parser() -> Parser:
     add = parser.add_argument
     add("tables", nargs="+", type=Path, metavar="TABLE", help="measurements of one model, .csv or .json")
     add("--copying", type=Path, metavar="RECORDS.json", help="records of the suite copying for a second panel")
-    add(
-        "--run", default="smollm2", metavar="NAME", help="the model, in files of several (default: %(default)s)"
-    )
+    add("--run", default="smollm2", metavar="NAME", help="the model, in files of several (default: %(default)s)")
     add("--title", default="What compressing a cache costs", help="above the picture (default: %(default)s)")
     add("--out", type=Path, default=Path("methods.png"), metavar="FILE.png", help="default: %(default)s")
     return parser

@@ -28,13 +28,25 @@ from typing import Any
 import yaml
 
 from cllm.arguments import Parser, whole_number
+from cllm.config import ModelConfig
 from cllm.errors import UserError, one_line
 from cllm.files import check_replaceable, write_atomic
 from cllm.runs import RUN, RunFolder
 from cllm.signals import stoppable
 from experiments.half_cache.command import add_running, run_until_stopped
 from experiments.half_cache.runner import Devices, Experiment
-from experiments.half_cache.students import HALF, KINDS, QUARTER, ROOT, STARTS, Student, check_names, chosen_students
+from experiments.half_cache.students import (
+    HALF,
+    KINDS,
+    QUARTER,
+    ROOT,
+    STARTS,
+    Shape,
+    Student,
+    check_bytes,
+    check_names,
+    chosen_students,
+)
 from experiments.uptraining.base import make_tokens
 from experiments.uptraining.setup import FULL, TINY, Folders, Size, claim
 
@@ -105,8 +117,11 @@ class Scratch:
                 f"{self.devices.gpus} GPUs: they do not divide the teacher's {self.size.batch} sequences a step; set "
                 "CUDA_VISIBLE_DEVICES to 1, 2, 4 or 8 of them"
             )
-        for name in options.students or ():
-            Student.parse(name)
+        model = ModelConfig.model_validate(teacher_data(self.size, self.folders, gpus=self.devices.gpus)["model"])
+        teacher = options.out / "teacher"
+        for student in map(Student.parse, options.students or ()):
+            check_bytes(student, model, Shape.of(model, teacher), teacher)
+            student.starts(options.starts)
         claim(self.folders, self.size)
 
     def run(self) -> bool:

@@ -90,7 +90,8 @@ def test_no_shared_head_of_values_has_less_error_on_the_text(make_teacher, new_s
 
 def test_a_plan_with_all_heads_or_without_heads_has_nothing_to_merge(make_teacher, new_student, text) -> None:
     teacher = make_teacher(CONFIG)
-    for kv, method in (({"preset": "cla", "kv_norm": False}, "fit"), ({"preset": "mla"}, "svd")):
+    same = {"preset": "mha", "kv_norm": False}
+    for kv, method in (({"preset": "cla", "kv_norm": False}, "fit"), ({"preset": "mla"}, "svd"), (same, "copy")):
         settings = InitFrom.model_validate({"method": method, "heads": "merge", "calibration_sequences": 4})
         with pytest.raises(UserError, match=r"init.heads is merge, but no layer of model.kv has fewer KV heads"):
             init_student(new_student(teacher, kv), teacher, settings, text)

@@ -142,7 +142,9 @@ def test_the_table_has_a_line_for_the_seeds_of_a_student() -> None:
     ]
 
 
-def test_a_tiny_study_stops_goes_on_and_repeats_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tiny_study_stops_goes_on_and_repeats_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In place of `train.py`, a function writes a folder with losses."""
     draw, words = random.Random(0), ("keys", "and", "values", "come", "from", "the", "layer", "named")
     lines = [json.dumps({"text": " ".join(draw.choices(words, k=60))}) for _ in range(300)]
@@ -183,3 +185,9 @@ def test_a_tiny_study_stops_goes_on_and_repeats_the_best(tmp_path: Path, monkeyp
     assert "| fusedkv |  | 0.500 | 2 |" in (out / "table.md").read_text(encoding="utf-8")
     assert scratch.main([*command, "--seeds", "0"]) == 2
     assert scratch.main([*command, "--percent", "0"]) == 2
+    capsys.readouterr()
+    assert scratch.main([*command, "--percent", "10"]) == 2
+    assert "has train.steps" in capsys.readouterr().err
+    assert scratch.main([*command, "--out", str(tmp_path / "new"), "--students", "control", "gqa_4"]) == 2
+    assert "--students gqa_4: caches 0.500 of what" in capsys.readouterr().err
+    assert not (tmp_path / "new" / "tokens").exists(), "before anything is prepared or trained"

@@ -167,7 +167,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def compress(model: nn.Module, cache: Cache | Tensor, method: str) -> Any:
-    """Compress a filled cache, or the cache of a prompt. Later tokens are added to it exactly.
+    """Compress a filled cache, or the cache of a prompt. Later tokens are added exactly, unless `method` has `every` or
+    `recompress`.
 
     Args:
         model: a model of cllm or of transformers, in memory.

@@ -186,7 +186,7 @@ class Experiment:
         if folder.is_validated_at(data["train"]["steps"]):
             self._finish(folder)
             return
-        command = [sys.executable, ROOT / "train.py", "--config", chosen, "--resume", "auto"]
+        command: list[str | Path] = [sys.executable, ROOT / "train.py", "--config", chosen, "--resume", "auto"]
         if self.devices.run(command, name, "train", device):
             row = self.row(student)
             self.devices.log(f"{name}: perplexity {row['start_ppl']:.2f} -> {row['ppl']:.2f}, {row['tokens']:,} tokens")
@@ -206,7 +206,7 @@ class Experiment:
         }
         file = self._spec(student)
         write_atomic(file, json.dumps(spec, indent=2) + "\n")
-        command = [sys.executable, "-m", "experiments.half_cache.starts", file]
+        command: list[str | Path] = [sys.executable, "-m", "experiments.half_cache.starts", file]
         if not self.devices.run(command, name, "starts", device):
             return False
         losses = {k: v["loss"] for k, v in self.measured(student)["starts"].items() if "loss" in v}

@@ -207,6 +207,8 @@ def test_no_number_is_infinite(key, value):
         node |= {"type": "yarn", "factor": 2.0, "original_max_seq_len": 64, leaf: value}
     if key == "model.kv.bytes":
         node["preset"] = "xmla"
+    if sections == ["evaluate_suites"]:  # a list
+        data[sections[0]], key = [node | {"suite": "copying", "every": 1}], f"{sections[0]}.0.{leaf}"
     with pytest.raises(UserError) as error:
         validate(Config, data)
     assert str(error.value).startswith(key)

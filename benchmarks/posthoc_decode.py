@@ -288,28 +288,43 @@ def bench_compress(o: argparse.Namespace, device: torch.device, flops: float, re
 def make_parser() -> Parser:
     """The command line's arguments."""
     parser = Parser(prog="python -m benchmarks.posthoc_decode", description=__doc__)
-    for name, (default, text) in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
-    parser.add_argument("--only", choices=["decode", "compress"], help="one of the two")
+    add_sizes(parser)
     parser.add_argument("--svd", nargs="+", choices=SVDS, metavar="SVD", help=f"only these: {' '.join(SVDS)}")
     parser.add_argument("--errors", action="store_true", help="also measure the error of the compression")
     parser.add_argument("--sweep", nargs="?", const=float("inf"), type=float, metavar="SECONDS",
                         help="also Triton's kernel for rebuilding keys, in many tiles; minutes, or less")  # fmt: skip
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where to measure (default cuda)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+    add_outputs(parser)
     return parser
 
 
-@one_line
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns its exit status."""
-    o = make_parser().parse_args(argv)
+def add_sizes(parser: Parser) -> None:
+    """Add the options of `SIZES`, and `--only`."""
+    for name, (default, text) in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+    parser.add_argument("--only", choices=["decode", "compress"], help="one of the two")
+
+
+def add_outputs(parser: Parser) -> None:
+    """Add `--device` and `--out`."""
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where to measure (default cuda)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+
+
+def device_of(o: argparse.Namespace, program: str) -> torch.device:
+    """The device of `--device`. Raises `UserError`, naming `program`, for a GPU that torch does not see."""
     device = torch.device(o.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("benchmarks.posthoc_decode times a GPU, and torch sees none here; --device cpu tries it")
-    for name in SIZES:
-        if (value := getattr(o, name.replace("-", "_"))) < (0 if name in ("outliers", "local") else 1):
-            raise UserError(f"--{name} is {value}; allowed: 1 or more")
+        raise UserError(f"{program} times a GPU, and torch sees none here; --device cpu tries it")
+    return device
+
+
+def begin_record(o: argparse.Namespace, device: torch.device) -> tuple[PrintedRecord, float, float]:
+    """Measure and print the rates of `device`, seeded with 0.
+
+    Returns:
+        The record with environment, settings and rates, written to `o.out`; bytes of a copy and products (FLOP) per
+        second.
+    """
     torch.manual_seed(0)
     copy, flops = copy_bandwidth(device, 2**32 if device.type == "cuda" else 2**22), matmul_rate(device)
     free(device)
@@ -317,6 +332,18 @@ def main(argv: list[str] | None = None) -> int:
     rates = {"copy_bytes_per_s": copy, "matmul_flops": flops}
     record = PrintedRecord({"environment": environment(), "settings": settings, **rates}, o.out)
     print(f"copy {copy / 1e12:.3g} TB/s, matmul {flops / 1e12:.3g} TFLOP/s")
+    return record, copy, flops
+
+
+@one_line
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+    o = make_parser().parse_args(argv)
+    device = device_of(o, "benchmarks.posthoc_decode")
+    for name in SIZES:
+        if (value := getattr(o, name.replace("-", "_"))) < (0 if name in ("outliers", "local") else 1):
+            raise UserError(f"--{name} is {value}; allowed: 1 or more")
+    record, copy, flops = begin_record(o, device)
     if o.only != "compress":
         DecodeBenchmark(o, device, flops, copy, record).run()
         free(device)

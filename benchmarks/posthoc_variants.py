@@ -20,19 +20,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.posthoc_decode import SIZES, Layers, PrintedRecord, layer_ms
-from benchmarks.timing import BF16, copy_bandwidth, free, matmul_rate, wait, wall_time
+from benchmarks.posthoc_decode import Layers, PrintedRecord, add_outputs, add_sizes, begin_record, device_of, layer_ms
+from benchmarks.timing import BF16, free, wait, wall_time
 from cllm.arguments import Parser
 from cllm.cache.cache import KVCache
 from cllm.config import ModelConfig
-from cllm.environment import environment
-from cllm.errors import UserError, one_line
+from cllm.errors import one_line
 from cllm.kernels import split_lowrank
 from cllm.kernels.selection import Factored, Selection, chosen_tokens
 from cllm.kernels.split_lowrank import Choosing, Rebuild, Tuning, Weighing, choose_weighing
@@ -399,23 +397,12 @@ def bench_all_compression(o: argparse.Namespace, variants: Variants) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     parser = Parser(prog="python -m benchmarks.posthoc_variants", description=__doc__)
-    for name, (default, text) in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
-    parser.add_argument("--only", choices=["decode", "compress"], help="one of the two")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where to measure (default cuda)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+    add_sizes(parser)
+    add_outputs(parser)
     o = parser.parse_args(argv)
-    device = torch.device(o.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("benchmarks.posthoc_variants times a GPU, and torch sees none here; --device cpu tries it")
+    device = device_of(o, "benchmarks.posthoc_variants")
     begin = time.monotonic()
-    torch.manual_seed(0)
-    copy, flops = copy_bandwidth(device, 2**32 if device.type == "cuda" else 2**22), matmul_rate(device)
-    free(device)
-    settings = {key: value for key, value in vars(o).items() if key != "out"}
-    rates = {"copy_bytes_per_s": copy, "matmul_flops": flops}
-    record = PrintedRecord({"environment": environment(), "settings": settings, **rates}, o.out)
-    print(f"copy {copy / 1e12:.3g} TB/s, matmul {flops / 1e12:.3g} TFLOP/s")
+    record, _, _ = begin_record(o, device)
     variants = Variants(device, record, begin)
     for part, run in (("decode", bench_chosen), ("compress", bench_all_compression)):
         if o.only not in (None, part):

@@ -130,8 +130,8 @@ class Uptrain(Section):
     """Steps in which layers without own K/V change gradually from the teacher's K/V to those that they read; 0: they
     read them from the first step."""
     curriculum_mix: Literal["slots", "outputs"] = "slots"
-    """What the curriculum mixes. slots: keys and values; outputs: the outputs of the teacher's attention and the
-    student's, in every layer whose plan is not the teacher's, which suits all plans and methods."""
+    """Tensors that change from the teacher's to the student's. slots: keys and values; outputs: outputs of attention,
+    in every layer whose plan is not the teacher's. outputs suits all plans and methods."""
     curriculum_order: Literal["together", "top", "bottom"] = "together"
     """Order in which layers change. together: all over all steps; top, bottom: one after the other, from that end."""
     random_sources: float = Field(0.0, ge=0, lt=1)

@@ -323,7 +323,7 @@ def with_seeds(students: Sequence[Student], n: int) -> list[Student]:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What the configs of all students share."""
+    """Settings that are equal in the configs of all students."""
 
     teacher: Path
     data: Path

@@ -136,8 +136,16 @@ def test_no_point_starts_that_would_not_end_in_time(chaos: ModuleType, tmp_path:
 
 def test_a_study_stops_in_time_and_goes_on(chaos: ModuleType, tmp_path: Path) -> None:
     study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={}, tokens=16 * 40)
-    begin = time.monotonic()
-    assert chaos.runner_of(study, tmp_path, chaos.FakeCommands(0.05), seconds=0.5).run() == 3
+    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0.05), seconds=3600.0)
+    turn, begin = runner._turn, time.monotonic()
+
+    def time_is_up_after_a_step(received: list[int]) -> bool:
+        if any((tmp_path / "runs").glob("*/metrics.jsonl")):
+            runner._deadline = min(runner._deadline, time.monotonic())
+        return turn(received)
+
+    runner._turn = time_is_up_after_a_step
+    assert runner.run() == 3
     assert time.monotonic() - begin < 30, "each of four runs takes 2 s, and those that run stop after a step"
     assert list((tmp_path / "runs").glob("*/checkpoints/*.ckpt"))
     assert not list((tmp_path / "results").glob("*.json"))
@@ -237,11 +245,15 @@ def test_a_session_of_several_devices_counts_once() -> None:
     assert (every.sessions, every.seconds, every.busy) == (2, 40.0, 26.0)
 
 
-def test_a_short_run_has_several_successors_on_their_way_and_a_long_one_has_one(tmp_path: Path) -> None:
+def test_a_short_run_has_several_successors_on_their_way_and_a_long_one_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     estimates = Estimates(100.0)  # tokens a second; a start takes 30 s
 
     def job(tokens: int, began: float, *, stepping: bool) -> Any:
-        found = SimpleNamespace(work="train", tokens=tokens, stepping=stepping, started=time.monotonic() - began)
+        found = SimpleNamespace(work="train", tokens=tokens, stepping=stepping, started=now - began)
         return SimpleNamespace(**vars(found), point=SimpleNamespace(variant=Variant("mha"), name=f"{tokens}-{began}"))
 
     layout = Layout.at(tmp_path)
@@ -259,7 +271,7 @@ def test_a_short_run_has_several_successors_on_their_way_and_a_long_one_has_one(
     assert waits() == 0
     assert waits(long) == pytest.approx(20)  # 1000 tokens at 50 a second
     assert waits(steps(job(3000, 97, stepping=True), 1000)) is None, "40 s are longer than a start"
-    assert waits(short, job(1000, 29, stepping=False)) == pytest.approx(2 + 10, abs=0.1)
+    assert waits(short, job(1000, 29, stepping=False)) == pytest.approx(2 + 10)
     assert waits(short, job(9000, 29, stepping=False)) is None
     assert waits(short, job(1000, 5, stepping=False)) is None, "it steps in 25 s, for 10 s"
     assert waits(short, job(500, 29, stepping=False), job(500, 28, stepping=False)) is None, "at most three"

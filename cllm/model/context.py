@@ -181,10 +181,7 @@ class Context:
         for i, layer in enumerate(plan.layers):
             self.rope(plan.source(i).rope_dim(head_dim))
             for slot, own in ((i, layer.own), (len(plan) + i, layer.local)):
-                if own is None:
-                    continue
-                self.rope(own.rope_dim(head_dim))
-                if own.rotates_at_read:
+                if own is not None and own.rotates_at_read:
                     self.slot_rope(own.head_size(head_dim), self.length if sizes is None else sizes[slot])
             for slots, window in plan.attended(i):
                 size = self.length if sizes is None else min((sizes[j] for j in slots if j in sizes), default=0)

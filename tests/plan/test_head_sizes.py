@@ -17,6 +17,8 @@ from cllm.errors import UserError
 from cllm.hub.batching import check_batchable
 from cllm.hub.export import as_pretrained
 from cllm.hub.families import export_family
+from cllm.model.context import Context
+from cllm.model.rope import rope_table
 from cllm.model.sizes import count_parameters, layer_flops_per_token, meta_decoder
 from cllm.plan.describe import plan_table
 from cllm.plan.explicit import plan_entries
@@ -44,6 +46,8 @@ PAIRS: dict[str, Any] = {
         {"layers": 4, "read": {"share": 3}},
     ]
 }
+READS_0: dict[str, Any] = {"keys": {"share": 0}, "values": {"share": 0}}
+READ_2: dict[str, Any] = {"share": 2}
 IDS = torch.randint(32, (1, 40), generator=torch.Generator().manual_seed(3))
 
 
@@ -83,6 +87,13 @@ def test_parameters_and_flops(tiny_config) -> None:
     seen = 11 / 2  # keys that a query of 10 tokens sees on average
     assert flops[2] == 2 * (2 * d * 4 * 16 + d * 16 + 3 * d * 32) + 2 * 4 * 2 * 16 * seen
     assert flops[7] == 2 * (2 * d * 4 * 16 + 3 * d * 32) + 2 * 4 * 2 * 16 * seen
+    fused = [
+        *PAIRS["layers"][:2],
+        {"layers": 4, "keys": {"fuse": [2]}, "values": {"fuse": [2], "granularity": "matrix"}},
+    ]
+    config = tiny_config(kv={"layers": fused}, n_layers=5)
+    flops_fused = layer_flops_per_token(meta_decoder(config), 10)[4]
+    assert flops_fused == 2 * (2 * d * 4 * 16 + 3 * d * 32) + 2 * 4 * 2 * 16 * seen + 2 * 16 * 16
     assert flops[6] == 2 * (2 * d * 4 * 8 + 3 * d * 32) + 2 * 4 * 2 * 8 * seen
 
 
@@ -107,6 +118,33 @@ def test_the_size_of_the_model_is_no_size_of_a_slot(tiny_config) -> None:
     assert {"layers": [2, 5], "own": WIDE} in plan_entries(plan)
     assert tiny_config(kv={"layers": plan_entries(plan)}).plan() == plan
     assert "1 KV head of 16, K = V" in plan_table(plan)
+
+
+def test_all_tables_are_computed_before_the_layers_run(wide, monkeypatch) -> None:
+    """Compiled layers must not compute them."""
+    made: list[int] = []
+
+    def recorded(rope, dim, positions):
+        made.append(dim)
+        return rope_table(rope, dim, positions)
+
+    monkeypatch.setattr("cllm.model.context.rope_table", recorded)
+    model = wide(
+        {"layers": [*PAIRS["layers"][:1], {"layers": 2, "own": WIDE, **READS_0}, {"layers": 3, "read": READ_2}]}
+    )
+    cache = engine_of(model).new_cache()
+    prepare = Context.prepare
+    before: list[int] = []
+
+    def counted(self, *args):
+        prepare(self, *args)
+        before.append(len(made))
+
+    monkeypatch.setattr(Context, "prepare", counted)
+    for ids in (IDS[:, :5], IDS[:, 5:6]):
+        model(ids, cache=cache)
+        assert len(made) == before[-1]
+    assert set(made) == {8, 16}
 
 
 # ---- tools that follow it --------------------------------------------------------------------------------------------
@@ -155,8 +193,9 @@ def test_a_stored_prefix_is_read_with_the_rope_of_each_slot(wide, tmp_path) -> N
     cache = cllm.compress(model, IDS, "xkv:group=2,ratio=1.5,sinks=2")
     cllm.save_prefix(tmp_path / "p", cache, model, IDS)
     again, _ = cllm.load_prefix(tmp_path / "p", model)
-    following = torch.tensor([[7]])
-    assert torch.equal(model.model(following, cache=cache), model.model(following, cache=again))
+    for following in ([[7]], [[8, 9]]):  # a pass of one token reads the factors, others the rebuilt keys
+        ids = torch.tensor(following)
+        assert torch.equal(model.model(ids, cache=cache), model.model(ids, cache=again))
 
 
 # ---- tools that refuse it --------------------------------------------------------------------------------------------

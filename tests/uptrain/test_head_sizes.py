@@ -9,7 +9,9 @@ import torch
 
 from cllm.config.uptraining import InitFrom
 from cllm.errors import UserError
+from cllm.uptrain.curriculum import add_curriculum, set_progress
 from cllm.uptrain.init import init_student
+from cllm.uptrain.project import teacher_owners
 
 TEACHER: dict[str, Any] = {
     "layers": [
@@ -58,6 +60,17 @@ def test_other_forms_are_fitted_in_each_size(teacher, new_student, ids, text) ->
     with torch.no_grad():
         error, before = ((s(ids) - teacher(ids)).square().mean() for s in (student, fresh))
     assert error < before / 2
+
+
+def test_a_curriculum_begins_at_the_layers_own_keys_and_values(teacher, new_student, ids) -> None:
+    fused = {"keys": {"fuse": [2], "granularity": "complex"}, "values": {"fuse": [2], "granularity": "matrix"}}
+    student = new_student(teacher, {"layers": [*SHARED["layers"][:3], {"layers": 3, **fused}]})
+    add_curriculum(student, teacher_owners(student.plan, teacher))
+    init_student(student, teacher, InitFrom(method="copy"), ())
+    student.train()
+    set_progress(student, 0, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(student(ids), teacher(ids), atol=1e-5, rtol=1e-4)
 
 
 REFUSED = {

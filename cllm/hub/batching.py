@@ -57,6 +57,12 @@ def check_batchable(decoder: Decoder) -> None:
                 f"continuous batching: layer {first} stores {expected} KV heads and layer {layer} {count}, and pages "
                 "hold one number of KV heads; use generate"
             )
+    for layer in plan.owners:
+        if (own := plan.owned(layer)).head_dim is not None:
+            raise UserError(
+                f"continuous batching: layer {layer} stores heads of {own.head_dim} channels and model.head_dim is "
+                f"{decoder.config.resolved_head_dim}, and pages hold one head size; use generate"
+            )
     for layer, block in enumerate(decoder.blocks):
         mixer: Any = block.attention
         if not mixer.takes_requests:

@@ -44,7 +44,7 @@ class Mixer(nn.Module):
 
     def __init__(self, config: ModelConfig, plan: KVPlan, layer: int):
         super().__init__()
-        self.head_dim = config.resolved_head_dim
+        self.head_dim = plan.source(layer).head_size(config.resolved_head_dim)
         self.window, self.exclude_self = plan.layers[layer].window, plan.reads_above(layer)
         self.owner = make_owner(config, plan.layers[layer].own)
         self.slot_index = {j: index for index, j in enumerate((*plan.reads_others(layer), layer))}
@@ -79,7 +79,7 @@ class Mixer(nn.Module):
 
     def as_read(self, stored: Slot, context: Context, dtype: torch.dtype) -> Slot:
         """The slot of this layer as readers see it, from its stored tokens, those of this pass included."""
-        return as_read(self.owner, stored, context, self.head_dim, dtype)
+        return as_read(self.owner, stored, context, dtype)
 
     def align(self, slots: Sequence[Slot]) -> tuple[Sequence[Slot], int]:
         """`slots` cut to the length of the shortest slot that is read, and that length.
@@ -93,11 +93,11 @@ class Mixer(nn.Module):
         return [slot.map(lambda t: t[:, t.shape[1] - size :]) for slot in slots], size
 
 
-def as_read(owner: nn.Module | None, stored: Slot, context: Context, head_dim: int, dtype: torch.dtype) -> Slot:
+def as_read(owner: nn.Module | None, stored: Slot, context: Context, dtype: torch.dtype) -> Slot:
     """The slot of `owner` as readers see it, from its stored tokens."""
     if not isinstance(owner, StoredForm):
         return stored
-    return owner.as_read(stored, context.slot_rope(head_dim, stored.v.shape[1]), dtype)
+    return owner.as_read(stored, context.slot_rope(owner.head_dim, stored.v.shape[1]), dtype)
 
 
 @mixer_module(Source)

@@ -182,7 +182,7 @@ class Context:
             self.rope(plan.source(i).rope_dim(head_dim))
             for slot, own in ((i, layer.own), (len(plan) + i, layer.local)):
                 if own is not None and own.rotates_at_read:
-                    self.slot_rope(head_dim, self.length if sizes is None else sizes[slot])
+                    self.slot_rope(own.head_size(head_dim), self.length if sizes is None else sizes[slot])
             for slots, window in plan.attended(i):
                 size = self.length if sizes is None else min((sizes[j] for j in slots if j in sizes), default=0)
                 if size and self.is_decoding:

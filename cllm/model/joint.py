@@ -91,7 +91,7 @@ class PartsAttention(Mixer):
             assert isinstance(store, SlotStore)
             assert context.step is not None
             slot = store.extend(slot, context.step)
-        return as_read(self.local, slot, context, self.head_dim, dtype)
+        return as_read(self.local, slot, context, dtype)
 
     def attend(self, q: Tensor, x: Tensor, parts: Sequence[tuple[Slot, Mask]], backend: str) -> Tensor:
         """The output (B, T, H, D) for queries of that shape and the layer's normalised input `x` (B, T, d_model)."""

@@ -7,6 +7,7 @@ tails. A packed cache can be opened as a growing or as a static one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from cllm.cache.slot import Slot
 from cllm.cache.stores import FP8, SCALE, FixedSlot, SlotStore, StateStore, Store
 from cllm.config import ModelConfig
 from cllm.errors import UserError
+from cllm.model.rope import rope_table
 from cllm.posthoc.cache import CompressedKVCache, CompressedSlot, SharingSlot, exact_slot
 from cllm.posthoc.code import Prefix
 from cllm.posthoc.compress import Outcome
@@ -240,7 +242,8 @@ def _unpack_store(owner: int, entry: dict[str, Any], cache: KVCache, tensors: Ma
         store.state.copy_(state)
         return store
     if entry["kind"] == "compressed":
-        prefix = read_tree(entry["prefix"], tensors, cache.config)
+        table = functools.partial(rope_table, cache.config.rope, source.head_size(head_dim))
+        prefix = read_tree(entry["prefix"], tensors, table)
         if not isinstance(prefix, Prefix):
             raise ValueError(f"the prefix of layer {owner} is a {type(prefix).__name__}")
         slot = _unpack_slot(f"{owner}.tail", entry["tail"], tensors)

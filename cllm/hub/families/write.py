@@ -94,13 +94,16 @@ def _check_plan(plan: KVPlan) -> None:
             raise UserError(f"layer {i}: owns {own.text}; {_ELSEWHERE}")
         if own.normalises:
             raise UserError(f"layer {i}: has a norm of its own for keys and values (kv_norm); {_ELSEWHERE}")
+        if own.head_dim is not None:
+            raise UserError(f"layer {i}: has heads of {own.head_dim} channels, not of model.head_dim; {_ELSEWHERE}")
         heads.add(own.kv_heads)
         if len(heads) > 1:
             raise UserError(f"layer {i}: has {own.kv_heads} KV heads, the layers below have others; {_ELSEWHERE}")
 
 
 _ELSEWHERE = (
-    f"in {', '.join(_WRITABLE)} checkpoints every layer reads keys and values of its own, all with one number of heads"
+    f"in {', '.join(_WRITABLE)} checkpoints every layer reads keys and values of its own, all with one number of heads "
+    "and one head size"
 )
 
 

@@ -41,14 +41,16 @@ def test_other_settings() -> None:
     fused: dict[str, Any] = {"kv": {"preset": "fusedkv"}}
     start = {"from": "runs/teacher", "method": "copy"}
     cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-        ("optim.decay_fraction", {"optim": {"decay_fraction": 0.5}}, {"optim": {"decay_fraction": 0.5, "schedule": "wsd"}}),
+        ("optim.decay_fraction", {"optim": {"decay_fraction": 0.5}},
+         {"optim": {"decay_fraction": 0.5, "schedule": "wsd"}}),
         ("optim.fusion_lr_multiplier", {"optim": {"fusion_lr_multiplier": 3}},
          {"optim": {"fusion_lr_multiplier": 3}, "model": fused}),
         ("train.recompute_fusion", {"train": {"recompute_fusion": True}},
          {"train": {"recompute_fusion": True}, "model": fused}),
         ("train.keep_checkpoints", {"train": {"keep_checkpoints": 5, "checkpoint_every": None}},
          {"train": {"keep_checkpoints": 5}}),
-        ("model.rope.scaling.beta_fast", {"model": {"rope": {"scaling": {"type": "llama3", "beta_fast": 9, **scaling}}}},
+        ("model.rope.scaling.beta_fast",
+         {"model": {"rope": {"scaling": {"type": "llama3", "beta_fast": 9, **scaling}}}},
          {"model": {"rope": {"scaling": {"type": "yarn", "beta_fast": 9, **scaling}}}}),
         ("model.rope.scaling.low_freq_factor",
          {"model": {"rope": {"scaling": {"type": "linear", "low_freq_factor": 2, **scaling}}}},

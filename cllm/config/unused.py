@@ -1,4 +1,4 @@
-"""Settings of a config that have no effect, because another setting or the KV plan leaves nothing for them to change."""
+"""Settings that have no effect, because another setting or the KV plan leaves nothing for them to change."""
 
 from __future__ import annotations
 
@@ -36,8 +36,12 @@ def _scaling(kind: str) -> Callable[[Config], bool]:
 
 _SCALING = "model.rope.scaling"
 _NEEDS = (
-    _Need(("model.qk_norm", "model.q_bias", "model.kv_bias"), _plain, "a layer that reads keys and values, not latents"),
-    _Need((f"{_SCALING}.low_freq_factor", f"{_SCALING}.high_freq_factor"), _scaling("llama3"), f"{_SCALING}.type llama3"),
+    _Need(
+        ("model.qk_norm", "model.q_bias", "model.kv_bias"), _plain, "a layer that reads keys and values, not latents"
+    ),
+    _Need(
+        (f"{_SCALING}.low_freq_factor", f"{_SCALING}.high_freq_factor"), _scaling("llama3"), f"{_SCALING}.type llama3"
+    ),
     _Need(
         tuple(f"{_SCALING}.{key}" for key in ("beta_fast", "beta_slow", "attention_factor")),
         _scaling("yarn"),
@@ -46,9 +50,7 @@ _NEEDS = (
     _Need(("optim.decay_fraction",), lambda c: c.optim.schedule == "wsd", "optim.schedule wsd"),
     _Need(("train.recompute_fusion",), _fuses, "a layer that fuses slots"),
     _Need(("train.keep_checkpoints",), lambda c: c.train.checkpoint_every is not None, "train.checkpoint_every"),
-    _Need(
-        ("init.align",), lambda c: c.init.method in ("aligned", "ridge", "fit"), "init.method aligned, ridge or fit"
-    ),
+    _Need(("init.align",), lambda c: c.init.method in ("aligned", "ridge", "fit"), "init.method aligned, ridge or fit"),
     _Need(("init.ridge",), lambda c: c.init.method in ("ridge", "fit", "svd"), "init.method ridge, fit or svd"),
     _Need(("init.rope_pairs",), lambda c: c.init.method == "svd", "init.method svd"),
     _Need(
@@ -56,7 +58,9 @@ _NEEDS = (
         lambda c: c.init.reads_text,
         "init.method ridge, fit or svd, or init.heads merge",
     ),
-    _Need(("uptrain.lora.rank", "uptrain.lora.alpha"), lambda c: c.uptrain.trainable == "lora", "uptrain.trainable lora"),
+    _Need(
+        ("uptrain.lora.rank", "uptrain.lora.alpha"), lambda c: c.uptrain.trainable == "lora", "uptrain.trainable lora"
+    ),
     _Need(("uptrain.loss.temperature",), lambda c: c.uptrain.loss.kl > 0, "a weight uptrain.loss.kl"),
     _Need(("uptrain.loss.hidden_layers",), lambda c: c.uptrain.loss.hidden > 0, "a weight uptrain.loss.hidden"),
 )
@@ -70,7 +74,8 @@ def unused_settings(config: Config, *, fusion_weights: bool) -> list[str]:
         fusion_weights: whether the model has weights of fused, gated or mixed reads.
     """
     lines = []
-    for need in (*_NEEDS, _Need(("optim.fusion_lr_multiplier",), lambda _: fusion_weights, "a plan with fusion weights")):
+    fusion = _Need(("optim.fusion_lr_multiplier",), lambda _: fusion_weights, "a plan with fusion weights")
+    for need in (*_NEEDS, fusion):
         given = [(key, value) for key in need.keys if (value := _given(config, key)) is not None]
         if given and not need.used(config):
             lines += [f"{key} is {str(value).lower()}, without effect: it needs {need.text}" for key, value in given]

@@ -22,8 +22,8 @@ TRAINED: dict[str, frozenset[str]] = {
     "attention": frozenset({"kv", "queries", "outputs", "fusion"}),
     "lora": frozenset({"fusion"}),
 }
-"""Parts of the model (`cllm.model.parts`) that are trained, by `uptrain.trainable`; `all` leaves out nothing. `lora` also
-trains updates of the linear layers, which have the rates of their layers."""
+"""Parts of the model (`cllm.model.parts`) that are trained, by `uptrain.trainable`; `all` leaves out nothing. `lora`
+also trains updates of the linear layers, which have the rates of their layers."""
 
 if TYPE_CHECKING:
     _From = Section
@@ -204,8 +204,8 @@ class Uptrain(Section):
             if multiple != 1 and trained is not None and part not in trained:
                 allowed = ", ".join(name for name in Rates.model_fields if name in trained)
                 raise ValueError(
-                    f"optim.rates.{part} is {multiple:g}, but uptrain.trainable is {self.trainable}, which freezes this "
-                    f"part; allowed with it: rates of {allowed}"
+                    f"optim.rates.{part} is {multiple:g}, but uptrain.trainable is {self.trainable}, which freezes "
+                    f"this part; allowed with it: rates of {allowed}"
                 )
         if fp8 and self.trainable == "lora":
             raise ValueError(

@@ -6,7 +6,9 @@ import operator
 
 from cllm.cache.accounting import cache_bytes, describe_bytes
 from cllm.config import Config
+from cllm.config.unused import unused_settings
 from cllm.model.decoder import Decoder
+from cllm.model.parts import has_fusion_weights
 from cllm.model.sizes import (
     count_parameters,
     forward_flops_per_token,
@@ -209,5 +211,6 @@ def dry_run(config: Config, *, tokens_per_second: float | None = None, price: fl
         "memory       "
         + ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
         + f" GiB at the peak on {where} (estimate, micro-batch {config.train.micro_batch})",
+        *(f"no effect    {line}" for line in unused_settings(config, fusion_weights=has_fusion_weights(model))),
     ]
     return "\n".join(lines)

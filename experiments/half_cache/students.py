@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from cllm.cache.accounting import kv_bytes
-from cllm.config import ModelConfig
+from cllm.config import Config, ModelConfig
+from cllm.config.load import validate
 from cllm.errors import UserError
 from cllm.uptrain.teacher import student_model, teacher_config
 from cllm.yaml_text import read_yaml
@@ -292,6 +293,15 @@ def check_bytes(student: Student, teacher: ModelConfig, shape: Shape, path: Path
             f"layers and {shape.kv_heads} KV heads; allowed: up to {kind.share}"
         )
     return share
+
+
+def check_config(student: Student, data: Mapping[str, Any], teacher: ModelConfig) -> None:
+    """Raise `UserError` if settings in the config of a student contradict each other."""
+    try:
+        model = student_model(teacher, data["model"]["kv"], rope_pairs="uniform")
+        validate(Config, {**data, "model": model})
+    except UserError as error:
+        raise UserError(f"--students {student.name}: {error}") from None
 
 
 def chosen_students(

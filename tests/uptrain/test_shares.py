@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cllm.files import mark
 from cllm.runs import RUN, RunFolder
 from cllm.uptrain.teacher import student_model
 from experiments.half_cache import scratch
-from experiments.half_cache.runner import table
+from experiments.half_cache.runner import Devices, Experiment, table
 from experiments.half_cache.settings import check_same
 from experiments.half_cache.students import (
     KINDS,
@@ -190,4 +191,57 @@ def test_a_tiny_study_stops_goes_on_and_repeats_the_best(
     assert "has train.steps" in capsys.readouterr().err
     assert scratch.main([*command, "--out", str(tmp_path / "new"), "--students", "control", "gqa_4"]) == 2
     assert "--students gqa_4: caches 0.500 of what" in capsys.readouterr().err
+    assert scratch.main([*command, "--out", str(tmp_path / "new"), "--students", "cla2+kv+fast_attention"]) == 2
+    assert "--students cla2.kv.fast_attention: optim.rates.outputs is 3" in capsys.readouterr().err
     assert not (tmp_path / "new" / "tokens").exists(), "before anything is prepared or trained"
+
+
+def test_a_student_that_fails_does_not_keep_others_from_more_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def student(self: Experiment, student: Student, device: int) -> None:
+        ran.append(student.name)
+        if student.kind == "fusedkv":
+            raise UserError("no such student")
+
+    def write(self: Experiment) -> list[dict[str, Any]]:
+        rows = [{"kind": s.kind, "recipes": s.recipes, "seed": s.seed, "loss": 4.0} for s in self.students]
+        return [row | {"finished": True} for row in rows if row["kind"] != "fusedkv"] + [{"kind": "fusedkv"}]
+
+    monkeypatch.setattr(Experiment, "_student", student)
+    monkeypatch.setattr(Experiment, "write", write)
+    monkeypatch.setattr("experiments.half_cache.runner.teacher_config", lambda path: TEACHERS["110m"])
+    monkeypatch.setattr("experiments.half_cache.students.teacher_config", lambda path: TEACHERS["110m"])
+    options = scratch.parser().parse_args(
+        ["--out", str(tmp_path), "--device", "cpu", "--seeds", "2", "--students", "control", "fusedkv", "cla2", "cla4"]
+    )
+    study = scratch.Scratch(options)
+    assert not study._students()
+    assert ran[:4] == ["control", "fusedkv", "cla2", "cla4"]
+    assert ran[4:] == ["control", "cla2", "cla4", "cla2-s1", "cla4-s1", "control-s1"]
+
+
+def test_a_step_runs_in_the_folder_of_the_command_and_its_last_line_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("experiments.half_cache.runner._NEWS", 0.0)
+    (tmp_path / "program.py").write_text(
+        "import pathlib, time, experiments\n"
+        "print('step 1', flush=True)\n"
+        "while not pathlib.Path('go').exists(): time.sleep(0.01)\n"
+    )
+    devices = Devices(Path("out"), cpu=True, stop_after=None, parallel=1)
+    log = Devices.log
+
+    def seen(self: Devices, text: str) -> None:
+        log(self, text)
+        Path("go").touch()
+
+    monkeypatch.setattr(Devices, "log", seen)
+    Path("out").mkdir()
+    assert devices.run([sys.executable, "program.py"], "cla2", "train", 0)
+    assert capsys.readouterr().out == "cla2: step 1\n"
+    assert not devices.failed

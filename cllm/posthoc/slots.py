@@ -132,8 +132,8 @@ class CompressibleSlots:
         evicted = {slot: self.evicted[slot]} if slot in self.evicted else {}
         return dataclasses.replace(self, slots={slot: self.slots[slot]}, latent=self.latent & {slot}, evicted=evicted)
 
-    def squares(self, slot: int, name: Literal["k", "v"]) -> float:
-        """The sum of squares of a slot's tensor, without padding; all slots of one length."""
+    def squares(self, slot: int, name: Literal["k", "v"]) -> Tensor:
+        """(B,) fp64: the sum of squares of a slot's tensor, without padding; all slots of one length."""
         tensor = getattr(self.slots[slot], name)
         return squares(tensor, self.is_text(tensor.shape[1]))
 
@@ -187,7 +187,7 @@ class CompressibleSlots:
         return tensors
 
 
-def squares(x: Tensor, is_text: Tensor | None) -> float:
-    """The sum of squares of `x` (B, n, ...) in fp64, without the tokens at which `is_text` (B, n) is False."""
+def squares(x: Tensor, is_text: Tensor | None) -> Tensor:
+    """(B,) fp64: the sum of squares of `x` (B, n, ...), without the tokens at which `is_text` (B, n) is False."""
     total = x.double().square().flatten(2).sum(2)
-    return (total if is_text is None else total * is_text).sum().item()
+    return (total if is_text is None else total * is_text).sum(1)

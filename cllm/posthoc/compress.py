@@ -91,6 +91,7 @@ def _encode_part(method: Compressor, cached: CompressibleSlots) -> dict[int, tup
                 sinks,
                 cached.rotation(slot, sinks) if rotated else None,
                 method.landmarks(exact.k, cached.is_text(sinks.rest)) if rotated else None,
+                cached.scores.get(slot),
             )
             prefixes[slot] = prefix, cached.slots[slot].map(sinks.of)
     return prefixes

@@ -121,6 +121,8 @@ class CompressibleSlots:
     """Stored tokens of the compressed prefix of a slot, by owner, if its method compresses it again; absent: none."""
     later: LaterQueries | None = None
     """The queries of later tokens, if the method that compresses again records them."""
+    scores: Mapping[int, Tensor] = field(default_factory=dict)
+    """(B, G, m) fp32: the scores of the m stored tokens of a slot, by owner, if its method keeps them (`Kept`)."""
 
     def sinks(self, count: int) -> Sinks:
         """The first `count` tokens of every sequence, or all if there are fewer."""
@@ -141,7 +143,8 @@ class CompressibleSlots:
         """The slots of a cache that its method compresses again, with the prefixes so far, and the queries of later
         tokens if it records them."""
         compressed = {j: prefix.sinks.length for j, prefix in before.items()}
-        return dataclasses.replace(self, compressed=compressed, later=later)
+        scores = {j: prefix.scores for j, prefix in before.items() if prefix.scores is not None}
+        return dataclasses.replace(self, compressed=compressed, later=later, scores=scores)
 
     @property
     def first_column(self) -> int:

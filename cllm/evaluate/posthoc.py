@@ -56,6 +56,9 @@ class _Tally:
     end_nbytes: int = 0
     """Of the caches at the end of the windows."""
     errors: list[dict[int, dict[str, float]]] = field(default_factory=list)
+    """Means over the sequences of each batch."""
+    sequences: list[int] = field(default_factory=list)
+    """Of each batch."""
     read_flops: int = 0
     """Operations of matrix products that rebuild the caches' keys and values once."""
     written: Agreement = field(default_factory=Agreement)
@@ -217,6 +220,7 @@ def _score(
         if each.refused:
             continue
         tally.errors.append(compressed.outcome.errors)
+        tally.sequences.append(len(tokens))
         tally.read_flops += compressed.outcome.read_flops
         tally.bf16_nbytes += _bf16_nbytes(engine, compressed, narrow)
         _read(engine, compressed, tokens, prefix, tally, chunk=method.pass_size)
@@ -311,7 +315,7 @@ def _figures(spec: str, method: Compressor, tally: _Tally, reference: _Reference
         "prefill_seconds": (prefill := _warm(reference.seconds)),
         "compression_seconds": (compression := _warm(tally.seconds)),
         "compression_share_of_prefill": compression / prefill,
-        "errors": mean_errors(tally.errors),
+        "errors": mean_errors(tally.errors, tally.sequences),
         **tally.written.figures(),
     }
 

@@ -98,6 +98,8 @@ class Prefix(TensorTree):
     """RoPE to apply to `k` on reading; None: `k` holds keys after RoPE, or latents."""
     landmarks: Landmarks | None = None
     """Summaries of the keys, if decoding selects tokens."""
+    scores: Tensor | None = None
+    """(B, G, S) fp32: those by which tokens were kept, sinks included, if the next eviction adds to them."""
 
     @property
     def selects(self) -> bool:
@@ -118,4 +120,5 @@ class Prefix(TensorTree):
     def storage(self) -> list[Tensor]:
         """The stored tensors of the compressed tokens, without `starts` of the sinks, which is the cache's."""
         landmarks = [] if self.landmarks is None else self.landmarks.tensors()
-        return [*self.k.tensors(), *self.v.tensors(), *landmarks]
+        scores = [] if self.scores is None else [self.scores]
+        return [*self.k.tensors(), *self.v.tensors(), *landmarks, *scores]

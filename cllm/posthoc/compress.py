@@ -33,7 +33,7 @@ class Outcome:
     """Of the compression alone; errors are measured afterwards."""
     errors: dict[int, dict[str, float]] = field(default_factory=dict)
     """For each slot ||X' - X|| / ||X|| (Frobenius) of keys (`k`; the same before and after RoPE, which changes no norm)
-    and values (`v`), without sinks and padding. Evicted tokens count as 0 in X'."""
+    and values (`v`), without sinks and padding, the mean over sequences. Evicted tokens count as 0 in X'."""
     read_flops: int = 0
     """Floating-point operations of the matrix products that rebuild all compressed keys and values once; 0 if errors
     are not measured."""
@@ -91,6 +91,7 @@ def _encode_part(method: Compressor, cached: CompressibleSlots) -> dict[int, tup
                 sinks,
                 cached.rotation(slot, sinks) if rotated else None,
                 method.landmarks(exact.k, cached.is_text(sinks.rest)) if rotated else None,
+                cached.scores.get(slot),
             )
             prefixes[slot] = prefix, cached.slots[slot].map(sinks.of)
     return prefixes
@@ -112,12 +113,11 @@ def _errors(
         errors[owner] = {}
         for name in ("k", "v"):
             tensor, is_text = getattr(exact, name), part.is_text(sinks.rest)
-            error = relative_error(getattr(read, name), tensor, is_text)
+            lost, stored = squares(getattr(read, name).double() - tensor.double(), is_text), squares(tensor, is_text)
             if part.evicted != full.evicted:
-                lost = full.squares(owner, name) - part.squares(owner, name)
-                stored = squares(tensor, is_text)
-                error = ((error**2 * stored + lost) / max(stored + lost, 1e-300)) ** 0.5
-            errors[owner][name] = error
+                evicted = full.squares(owner, name) - part.squares(owner, name)
+                lost, stored = lost + evicted, stored + evicted
+            errors[owner][name] = _mean_of_sequences(lost, stored)
     return errors
 
 
@@ -132,15 +132,26 @@ def _now(cached: CompressibleSlots) -> float:
     return time.perf_counter()
 
 
-def relative_error(decoded: Tensor, exact: Tensor, is_text: Tensor | None = None) -> float:
-    """||decoded - exact|| / ||exact|| (Frobenius) of (B, n, ...), without the tokens at which `is_text` is False."""
-    decoded, exact = decoded.flatten(2).double(), exact.flatten(2).double()
-    if is_text is not None:
-        decoded, exact = decoded * is_text[..., None], exact * is_text[..., None]
-    return ((decoded - exact).norm() / exact.norm().clamp(min=1e-300)).item()
+def relative_error(decoded: Tensor, exact: Tensor) -> float:
+    """||decoded - exact|| / ||exact|| (Frobenius) of each sequence of (B, n, ...), the mean over sequences."""
+    return _mean_of_sequences(squares(decoded.double() - exact.double(), None), squares(exact, None))
 
 
-def mean_errors(errors: Sequence[dict[int, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """The mean over several compressions: {slot: {"k": ..., "v": ...}} with names for JSON."""
-    slots = sorted(errors[0]) if errors else []
-    return {str(j): {part: sum(e[j][part] for e in errors) / len(errors) for part in ("k", "v")} for j in slots}
+def _mean_of_sequences(lost: Tensor, stored: Tensor) -> float:
+    """The mean over sequences of the root of `lost` / `stored`, sums of squares (B,) fp64."""
+    return (lost / stored.clamp(min=1e-300)).sqrt().mean().item()
+
+
+def mean_errors(errors: Sequence[dict[int, dict[str, float]]], sequences: Sequence[int]) -> dict[str, dict[str, float]]:
+    """The mean over the sequences of several compressions: {slot: {"k": ..., "v": ...}} with names for JSON.
+
+    Args:
+        errors: `Outcome.errors` of each compression, which are means over its sequences.
+        sequences: the number of sequences of each.
+    """
+    total, slots = sum(sequences), sorted(errors[0]) if errors else []
+
+    def mean(slot: int, part: str) -> float:
+        return sum(e[slot][part] * count for e, count in zip(errors, sequences, strict=True)) / total
+
+    return {str(j): {part: mean(j, part) for part in ("k", "v")} for j in slots}

@@ -17,7 +17,7 @@ from cllm.model.decoder import Decoder
 from cllm.model.sources import FusedRead, Reader, SharedRead
 from cllm.plan.kinds import Read
 from cllm.posthoc import hf
-from cllm.posthoc.cache import CompressedKVCache, SharingSlot, compress_cache, compressible_slots
+from cllm.posthoc.cache import CompressedKVCache, CompressedSlot, SharingSlot, compress_cache, compressible_slots
 from cllm.posthoc.method import Compressor, Engine
 from cllm.posthoc.readers import SlotReader
 from cllm.posthoc.slots import CompressibleSlots
@@ -49,8 +49,10 @@ class DecoderEngine(Engine):
         return cache.nbytes()
 
     def fp32_numbers(self, cache: KVCache) -> int:
-        slots = (store for store in cache.stores.values() if isinstance(store, SlotStore))
-        return fp32_numbers(tensor for slot in slots for tensor in slot.tensors().values())
+        slots = [store for store in cache.stores.values() if isinstance(store, SlotStore)]
+        scores = {id(slot.prefix.scores) for slot in slots if isinstance(slot, CompressedSlot)}
+        stored = (tensor for slot in slots for tensor in slot.tensors().values())
+        return fp32_numbers(tensor for tensor in stored if id(tensor) not in scores)
 
     def mha_nbytes(self, *, tokens: int, batch: int, element: int) -> int:
         return cache_bytes(mha_twin(self.model.config), context=tokens, batch=batch, bytes_per_element=element)

@@ -11,22 +11,27 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cllm.posthoc.tensor_tree import TensorTree
+
 T = TypeVar("T")
 WIDTHS = (1, 2, 4, 8, 16, 32)
+SIZE_BYTES = 4
+"""Bytes of the size of a code in `Streams`."""
 _HEADER = struct.Struct("<II")
 _SIZE = struct.Struct("<I")
 _MOST_KEPT = 2
-"""Streams that are kept: that of a group's keys and that of its values."""
-_kept: ContextVar[dict[int, tuple[Tensor, list[Any]]] | None] = ContextVar("kept", default=None)
+"""Codes that are kept: that of a group's keys and that of its values."""
+_kept: ContextVar[dict[tuple[int, int], tuple[Tensor, list[Any]]] | None] = ContextVar("kept", default=None)
 
 
 def compress(numbers: Tensor) -> bytes:
@@ -78,21 +83,9 @@ def decompress(data: bytes) -> Tensor:
     return torch.from_numpy(q).T
 
 
-def decode_rows(stream: Tensor, decode: Callable[[int, Tensor], T]) -> list[T]:
-    """`decode(row, numbers)` for every row of `stream` (B, bytes); inside of `shared_streams`, the last are kept."""
-    kept = _kept.get()
-    if kept is None:
-        return [decode(i, decompress(from_row(row))) for i, row in enumerate(stream)]
-    if id(stream) not in kept:
-        kept[id(stream)] = stream, [decode(i, decompress(from_row(row))) for i, row in enumerate(stream)]
-        for name in list(kept)[:-_MOST_KEPT]:
-            del kept[name]
-    return kept[id(stream)][1]
-
-
 @contextmanager
 def shared_streams() -> Iterator[None]:
-    """Inside, a stream that several neighbouring slots share is decoded once, not once a slot."""
+    """Inside, a code that several neighbouring slots share is decoded once, not once a slot."""
     token = _kept.set({})
     try:
         yield
@@ -100,17 +93,43 @@ def shared_streams() -> Iterator[None]:
         _kept.reset(token)
 
 
-def to_rows(streams: list[bytes], device: torch.device) -> Tensor:
-    """uint8 (B, bytes): one stream for each sequence, padded with zeros to the longest."""
-    rows = torch.zeros(len(streams), max(map(len, streams)), dtype=torch.uint8)
-    for row, stream in zip(rows, streams, strict=True):
-        row[: len(stream)] = torch.frombuffer(bytearray(stream), dtype=torch.uint8)
-    return rows.to(device)
+@dataclass(frozen=True)
+class Streams(TensorTree):
+    """All entropy codes of a cache: those of a sequence one after the other, so that only their sum is padded to the
+    longest sequence of a batch."""
 
+    data: Tensor
+    """uint8 (B, bytes)."""
+    sizes: Tensor
+    """(B, streams) int32: bytes of each code."""
 
-def from_row(row: Tensor) -> bytes:
-    """The stream of one sequence, with its padding."""
-    return row.cpu().numpy().tobytes()
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[bytes]], device: torch.device) -> Streams:
+        """From as many codes for every sequence."""
+        rows = [torch.frombuffer(bytearray(b"".join(streams)), dtype=torch.uint8) for streams in sequences]
+        data = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.uint8)
+        for row, filled in zip(data, rows, strict=True):
+            row[: len(filled)] = filled
+        sizes = torch.tensor([[len(stream) for stream in streams] for streams in sequences], dtype=torch.int32)
+        return cls(data.to(device), sizes.to(device))
+
+    def numbers(self, row: int, place: int) -> Tensor:
+        """The numbers (n, r) int32 of code `place` of sequence `row`."""
+        end = int(self.sizes[row, : place + 1].sum())
+        code = self.data[row, end - int(self.sizes[row, place]) : end]
+        return decompress(code.cpu().numpy().tobytes())
+
+    def each_row(self, place: int, decode: Callable[[int, Tensor], T]) -> list[T]:
+        """`decode(row, numbers)` of code `place` for every sequence; inside of `shared_streams`, the last are kept."""
+        kept = _kept.get()
+        if kept is None:
+            return [decode(row, self.numbers(row, place)) for row in range(len(self.data))]
+        name = id(self.data), place
+        if name not in kept:
+            kept[name] = self.data, [decode(row, self.numbers(row, place)) for row in range(len(self.data))]
+            for other in list(kept)[:-_MOST_KEPT]:
+                del kept[other]
+        return kept[name][1]
 
 
 def _pack(codes: np.ndarray, width: int) -> bytes:

@@ -21,7 +21,7 @@ from torch import Tensor
 from cllm.errors import UserError
 from cllm.posthoc.budget import check_all_sinks, largest
 from cllm.posthoc.code import Codes
-from cllm.posthoc.eviction import best_entries
+from cllm.posthoc.eviction import Kept, best_entries
 from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.method import Codable, Engine
 from cllm.posthoc.readers import RecordedQueries, SlotReader, not_recorded
@@ -37,6 +37,8 @@ class Evicting(Codable):
 
     evicts: ClassVar[bool] = True
     joins_by_encoding: ClassVar[bool] = True
+    accumulates: ClassVar[bool] = False
+    """Whether scores of kept tokens count at the next eviction (`CompressibleSlots.scores`), with `every`."""
 
     tokens: int | None = Field(None, ge=1)
     """Tokens that every KV head of a slot keeps of a prompt, sinks included; give it or `ratio`."""
@@ -77,16 +79,22 @@ class Evicting(Codable):
             for i, data in enumerate(tensors.data)
         ]
 
-    def kept(self, cached: CompressibleSlots) -> Mapping[int, Tensor]:
+    def kept(self, cached: CompressibleSlots) -> Kept:
         unions = self._unions(cached)
         kept: dict[int, Tensor] = {}
+        kept_scores: dict[int, Tensor] = {}
+        stores_scores = self.accumulates and self.every is not None
         for union, count in zip(unions, self._budgets(cached, unions), strict=True):
             one = cached.only(union[0])
             length = one.slots[union[0]].k.shape[1]
+            if count >= length and not stores_scores:
+                continue
+            scores = self.scores(cached, union).float()
+            if stores_scores:
+                kept_scores |= dict.fromkeys(union, scores)
             if count >= length:
                 continue
-            sinks = one.sinks(self.sinks)
-            scores = self.scores(cached, union).to(torch.float32, copy=True)
+            sinks, scores = one.sinks(self.sinks), scores.clone()
             first = torch.zeros(1, 1, device=scores.device, dtype=torch.long)
             if (is_text := one.is_text(length)) is not None:
                 first = length - is_text.sum(1)[:, None, None]
@@ -96,7 +104,7 @@ class Evicting(Codable):
             always = always | (columns >= first) & (columns >= length - self.recent_tokens(count - sinks.count))
             entries = best_entries(scores.masked_fill_(always, torch.inf), count)
             kept |= dict.fromkeys(union, entries)
-        return kept
+        return Kept(kept, kept_scores)
 
     # ---- budgets -----------------------------------------------------------------------------------------------------
 

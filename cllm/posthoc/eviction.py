@@ -17,11 +17,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from cllm.cache.slot import Slot
 from cllm.posthoc.slots import CompressibleSlots
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The tokens that are not evicted, by owner. A slot without entries keeps all."""
+
+    entries: Mapping[int, Tensor] = field(default_factory=dict)
+    """(B, G or 1, m) int64, ascending, sinks included. A padded sequence with fewer than m tokens keeps padding too."""
+    scores: Mapping[int, Tensor] = field(default_factory=dict)
+    """(B, G, n) fp32 of all n tokens, for methods that add to them at the next eviction. Those of kept tokens are
+    stored with them; a tensor of several slots is stored once."""
 
 
 def best_entries(scores: Tensor, count: int) -> Tensor:
@@ -38,19 +50,26 @@ def take(x: Tensor, entries: Tensor) -> Tensor:
     return x.gather(1, index.expand(len(x), -1, *width))
 
 
-def evict(cached: CompressibleSlots, kept: Mapping[int, Tensor]) -> CompressibleSlots:
-    """`cached` with only the entries `kept` (B, G or 1, m) of each slot; slots that are absent stay as they are.
+def evict(cached: CompressibleSlots, kept: Kept) -> CompressibleSlots:
+    """`cached` with only the kept tokens of each slot, and their scores.
 
     Returns:
         Slots that may differ in length, see `equal_parts`. The bytes of the entire cache are those that are left.
     """
     slots, evicted, lost = dict(cached.slots), dict(cached.evicted), 0
-    for owner, entries in kept.items():
+    for owner, entries in kept.entries.items():
         full = slots[owner]
         slots[owner] = Slot(take(full.k, entries), take(full.v, entries))
         evicted[owner] = evicted.get(owner, 0) + full.k.shape[1] - entries.shape[-1]
         lost += full.k.nbytes + full.v.nbytes - slots[owner].k.nbytes - slots[owner].v.nbytes
-    return dataclasses.replace(cached, slots=slots, evicted=evicted, cache_bytes=cached.cache_bytes - lost)
+    scores, taken = {}, dict[int, Tensor]()
+    for owner, all_scores in kept.scores.items():
+        if id(all_scores) not in taken:
+            chosen = kept.entries.get(owner)
+            taken[id(all_scores)] = all_scores if chosen is None else all_scores.gather(-1, chosen)
+        scores[owner] = taken[id(all_scores)]
+    left = cached.cache_bytes - lost
+    return dataclasses.replace(cached, slots=slots, evicted=evicted, cache_bytes=left, scores=scores)
 
 
 def equal_parts(cached: CompressibleSlots) -> list[CompressibleSlots]:

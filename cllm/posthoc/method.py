@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.eviction import Kept
 from cllm.posthoc.grown import Joiner, join_all
 from cllm.posthoc.landmarks import Landmarks
 from cllm.posthoc.later_queries import LaterQueries
@@ -68,7 +69,8 @@ class Engine(ABC):
 
     @abstractmethod
     def fp32_numbers(self, cache: Any) -> int:
-        """Numbers that `cache` stores in fp32, except those of recurrent states, which are fp32 in every model."""
+        """Numbers that `cache` stores in fp32, except recurrent states and scores of tokens (`Kept`), which are fp32 in
+        every model."""
 
     @abstractmethod
     def mha_nbytes(self, *, tokens: int, batch: int, element: int) -> int:
@@ -181,12 +183,9 @@ class Compressor(Section):
         """A recorder of the queries of later tokens, for a compressed cache to keep; None: the method needs none."""
         return None
 
-    def kept(self, cached: CompressibleSlots) -> Mapping[int, Tensor]:
-        """The tokens that are not evicted: of a slot, indices (B, G or 1, m) int64, ascending, sinks included.
-
-        A slot that is absent keeps all. A padded sequence with fewer than m tokens keeps padding too.
-        """
-        return {}
+    def kept(self, cached: CompressibleSlots) -> Kept:
+        """The tokens that are not evicted; by default all."""
+        return Kept()
 
     def check_all_sinks(self, tokens: int) -> None:
         """Raise `UserError` if the method cannot store a prefix of `tokens` tokens, all of which are sinks."""

@@ -49,11 +49,12 @@ def adjacent_cosines(cosines: Sequence[Sequence[float | None]]) -> list[float | 
 
 @torch.no_grad()
 def layer_errors(engine: Engine, batches: Iterable[Tensor], spec: str) -> dict[str, dict[str, float]]:
-    """Relative errors that a method makes in each slot: {slot: {"k": ..., "v": ...}}, means over `batches` (B, T).
+    """Relative errors that a method makes in each slot: {slot: {"k": ..., "v": ...}}, means over the sequences of
+    `batches` (B, T).
 
     A method that calibrates does so on the first batch. Raises `UserError` if the method does not fit.
     """
-    method, errors = parse(spec), []
+    method, errors, sequences = parse(spec), [], []
     for i, ids in enumerate(batches):
         if i == 0:
             method.prepare(engine, ids)
@@ -61,8 +62,9 @@ def layer_errors(engine: Engine, batches: Iterable[Tensor], spec: str) -> dict[s
         with method.watch(engine):
             engine.hidden(ids, cache)
         errors.append(encode(method, engine.compressible(cache))[1].errors)
+        sequences.append(len(ids))
         method.release()
-    return mean_errors(errors)
+    return mean_errors(errors, sequences)
 
 
 def correlation(one: Sequence[float], other: Sequence[float]) -> float | None:

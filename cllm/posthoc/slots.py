@@ -121,6 +121,8 @@ class CompressibleSlots:
     """Stored tokens of the compressed prefix of a slot, by owner, if its method compresses it again; absent: none."""
     later: LaterQueries | None = None
     """The queries of later tokens, if the method that compresses again records them."""
+    scores: Mapping[int, Tensor] = field(default_factory=dict)
+    """(B, G, m) fp32: the scores of the m stored tokens of a slot, by owner, if its method keeps them (`Kept`)."""
 
     def sinks(self, count: int) -> Sinks:
         """The first `count` tokens of every sequence, or all if there are fewer."""
@@ -132,8 +134,8 @@ class CompressibleSlots:
         evicted = {slot: self.evicted[slot]} if slot in self.evicted else {}
         return dataclasses.replace(self, slots={slot: self.slots[slot]}, latent=self.latent & {slot}, evicted=evicted)
 
-    def squares(self, slot: int, name: Literal["k", "v"]) -> float:
-        """The sum of squares of a slot's tensor, without padding; all slots of one length."""
+    def squares(self, slot: int, name: Literal["k", "v"]) -> Tensor:
+        """(B,) fp64: the sum of squares of a slot's tensor, without padding; all slots of one length."""
         tensor = getattr(self.slots[slot], name)
         return squares(tensor, self.is_text(tensor.shape[1]))
 
@@ -141,7 +143,8 @@ class CompressibleSlots:
         """The slots of a cache that its method compresses again, with the prefixes so far, and the queries of later
         tokens if it records them."""
         compressed = {j: prefix.sinks.length for j, prefix in before.items()}
-        return dataclasses.replace(self, compressed=compressed, later=later)
+        scores = {j: prefix.scores for j, prefix in before.items() if prefix.scores is not None}
+        return dataclasses.replace(self, compressed=compressed, later=later, scores=scores)
 
     @property
     def first_column(self) -> int:
@@ -187,7 +190,7 @@ class CompressibleSlots:
         return tensors
 
 
-def squares(x: Tensor, is_text: Tensor | None) -> float:
-    """The sum of squares of `x` (B, n, ...) in fp64, without the tokens at which `is_text` (B, n) is False."""
+def squares(x: Tensor, is_text: Tensor | None) -> Tensor:
+    """(B,) fp64: the sum of squares of `x` (B, n, ...), without the tokens at which `is_text` (B, n) is False."""
     total = x.double().square().flatten(2).sum(2)
-    return (total if is_text is None else total * is_text).sum().item()
+    return (total if is_text is None else total * is_text).sum(1)

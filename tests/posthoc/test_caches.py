@@ -12,6 +12,7 @@ from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.hub.export import as_pretrained
 from cllm.posthoc.cache import CompressedSlot, compress_cache
+from cllm.posthoc.compress import mean_errors
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.hf import compress_dynamic, layer_tensors
 from cllm.posthoc.registry import parse
@@ -104,6 +105,31 @@ def test_the_cache_follows_the_batch(decoder, tokens):
     compressed.reorder_cache(order)
     assert compressed.nbytes() == before // 3 * 4 == real_bytes(stored(compressed))  # bases are still shared
     torch.testing.assert_close(model(ids[order, PREFIX:], cache=compressed), expected[order], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["xkv:group=4,rank_k=3,rank_v=3", "streaming:ratio=2", "int8"])
+def test_errors_are_means_over_sequences(spec, decoder, tokens):
+    """Not that of all sequences as one tensor, which is the root of a mean of squares."""
+    model, method = decoder(), parse(spec)
+    ids = torch.stack((tokens(1, PREFIX)[0], torch.arange(PREFIX) % 2, torch.arange(PREFIX) % 5))
+    cache = KVCache(model.config)
+    model(ids, cache=cache)
+    found, alone = compress_cache(cache, method).outcome.errors, []
+    for row in range(3):
+        one = copy.deepcopy(cache)
+        one.batch_select_indices(torch.tensor([row]))
+        alone.append(compress_cache(one, method).outcome.errors)
+    assert alone[0][0]["k"] > 1.1 * alone[1][0]["k"]
+    for owner in cache.stores:
+        for part in ("k", "v"):
+            mean = sum(errors[owner][part] for errors in alone) / 3
+            assert found[owner][part] == pytest.approx(mean, rel=1e-4)
+
+
+def test_errors_of_batches_count_by_their_sequences():
+    two, one = {3: {"k": 0.1, "v": 0.4}}, {3: {"k": 0.4, "v": 0.1}}
+    assert mean_errors([two, one], [2, 1]) == {"3": {"k": pytest.approx(0.2), "v": pytest.approx(0.3)}}
+    assert mean_errors([], []) == {}
 
 
 def test_tokens_since_can_be_dropped_and_compressed_ones_not(decoder, tokens, filled):

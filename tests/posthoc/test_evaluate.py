@@ -24,8 +24,8 @@ def _scored(specs):
     return [_Scored(spec, parse(spec)) for spec in specs]
 
 
-def _record(run, spec, *, prefix=24, window=48, generate=0):
-    point = Measurement(set_name="validation", spec=spec, prefix=prefix, window=window, generate=generate)
+def _record(run, spec, *, prefix=24, window=48, **more):
+    point = Measurement(set_name="validation", spec=spec, prefix=prefix, window=window, **more)
     return json.loads(point.path(run.path / "evaluation").read_text())
 
 
@@ -67,6 +67,21 @@ def test_the_score_sees_the_compression(scored, capsys):
     head, first, *_ = capsys.readouterr().out.splitlines()
     assert head.split()[:4] == ["run", "method", "set", "prefix/window"]
     assert first.split()[:4] == ["a", "none", "validation", "24/48"]
+
+
+def test_errors_and_bytes_do_not_depend_on_the_batch(evaluate, run):
+    made, _ = run()
+    specs, found = ("xkv:group=4,rank_k=3,rank_v=3", "streaming:ratio=2", "kivi:bits=2,group=4,residual=0"), []
+    words = [word for spec in specs for word in ("--posthoc", spec)]
+    for batch in (1, 2, 5):
+        assert evaluate("--run", made.path, "--device", "cpu", "--max-tokens", 49 * 7, "--batch", batch, *words) == 0
+        found.append([_record(made, spec, max_tokens=49 * 7) for spec in specs])
+    for one, *others in zip(*found, strict=True):
+        assert one["windows"] == 7
+        for other in others:
+            assert other["bytes_per_token"] == one["bytes_per_token"]
+            for slot, errors in one["errors"].items():
+                assert other["errors"][slot] == pytest.approx(errors, rel=1e-4)
 
 
 def test_rank_one_ruins_the_score_of_text_that_the_model_expects(decoder, tokens):

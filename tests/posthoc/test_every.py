@@ -290,34 +290,38 @@ def test_a_low_rank_of_inputs_keeps_keys_and_values_relative_to_their_size(decod
 
 def by_hand(kind, q, k, pad, budget, window, sinks):
     """The tokens that every KV head of one sequence keeps, for queries (L, T, H, D) of the layers that read the slot
-    and keys (T, G, D), after RoPE. Votes are those of later tokens."""
-    layers, _, heads, dim = q.shape
+    and keys (T, G, D), after RoPE. Votes are those of all queries so far, or for SnapKV of the last later ones."""
+    _, _, heads, dim = q.shape
     groups = k.shape[1]
     kept = []
     for g in range(groups):
-        stored = list(range(PROMPT))
-        for end in range(PROMPT + EVERY, LENGTH + 1, EVERY):
-            stored += range(end - EVERY, end)
-            if len(stored) <= budget:
-                continue
-            voters = range(max(PROMPT, end - window), end) if kind == "snapkv" else range(end - EVERY, end)
+        stored = list[int]()
+        received = dict.fromkeys(range(LENGTH), 0.0)  # by token, all the attention so far
+        for begin, end in zip([0, *range(PROMPT, LENGTH, EVERY)], range(PROMPT, LENGTH + 1, EVERY), strict=True):
+            stored += range(begin, end)
             votes = torch.zeros(len(stored))
-            for t in voters:
+            for t in range(max(PROMPT if begin else 0, end - window) if kind == "snapkv" else begin, end):
                 seen = torch.tensor([pad <= s <= t for s in stored])
                 scores = q[:, t, g * heads // groups : (g + 1) * heads // groups] @ k[stored, g].T / dim**0.5
-                votes += scores.masked_fill(~seen, -torch.inf).softmax(-1).sum((0, 1))
-            assert layers > 0
-            if kind == "snapkv":
+                if t >= pad:
+                    votes += scores.masked_fill(~seen, -torch.inf).softmax(-1).sum((0, 1))
+            if kind == "h2o":
+                for s, vote in zip(stored, votes.tolist(), strict=True):
+                    received[s] += vote
+                votes = torch.tensor([received[s] for s in stored])
+            else:
                 bare = votes[: len(stored) - window]
                 near = [bare[max(i - 1, 0) : i + 2].max() for i in range(len(bare))]
                 votes = torch.tensor([*near, *[0.0] * window])
+            if len(stored) <= budget:
+                continue
             last = window if kind == "snapkv" else round(0.5 * (budget - sinks))
             padding = sum(s < pad for s in stored)
             always = {*range(padding, padding + sinks), *range(len(stored) - last, len(stored))}
             order = [(stored[i] >= pad, i in always, votes[i].item(), -i) for i in range(len(stored))]
             best = sorted(range(len(stored)), key=lambda i: order[i], reverse=True)[:budget]
             stored = [stored[i] for i in sorted(best)]
-        kept.append(stored)
+        kept.append((stored, [received[s] for s in stored]))
     return kept
 
 
@@ -329,16 +333,19 @@ def rotated(q, pad, theta=10000.0):
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
+@pytest.mark.parametrize("budget", [PROMPT - 4, PROMPT + 2])
 @pytest.mark.parametrize("name", ["gqa", "cla"])
 @pytest.mark.parametrize("kind", ["snapkv", "h2o"])
-def test_later_queries_vote_again(kind, name, design, tokens, exact):
-    model, ids, starts, budget, window = design(name), tokens(2, LENGTH), torch.tensor([0, 3]), PROMPT + 2, 5
+def test_later_queries_vote_again(kind, name, budget, design, tokens, exact):
+    """H2O: with all attention that a token has received since it came, also from the prompt."""
+    model, ids, starts, window = design(name), tokens(2, LENGTH), torch.tensor([0, 3]), 5
     queries = defaultdict(list)
     options = f"tokens={budget},sinks={SINKS},every={EVERY}" + (f",window={window},kernel=3" * (kind == "snapkv"))
     method, cache = prompt_cache(model, f"{kind}:{options}", ids, starts)
     compressed = compress(cache, method)
     for i, block in enumerate(model.blocks):
         block.attention.q_proj.register_forward_hook(lambda _, args, q, i=i: queries[i].append(q))
+    model.hidden(ids[:, :PROMPT], cache=KVCache(model.config), starts=starts)
     sizes = []
     for part in ids[:, PROMPT:].split(4, dim=1):
         model(part, cache=compressed)
@@ -349,23 +356,47 @@ def test_later_queries_vote_again(kind, name, design, tokens, exact):
         layers = [torch.cat(queries[i], dim=1) for i in model.plan.readers("keys")[owner]]
         for row, pad in enumerate(starts.tolist()):
             q = torch.stack([layer[row].unflatten(-1, (-1, k.shape[-1])) for layer in layers])
-            q = torch.stack([rotated(torch.cat((q_l.new_zeros(PROMPT, *q_l.shape[1:]), q_l)), pad) for q_l in q])
-            kept = by_hand(kind, q, k[row], pad, budget, window, SINKS)
-            for g, stored in enumerate(kept):
+            kept = by_hand(kind, torch.stack([rotated(q_l, pad) for q_l in q]), k[row], pad, budget, window, SINKS)
+            for g, (stored, scores) in enumerate(kept):
                 torch.testing.assert_close(found[row, :, g], k[row, stored, g])
+                if kind == "h2o":
+                    torch.testing.assert_close(store.prefix.scores[row, g], torch.tensor(scores), atol=1e-4, rtol=1e-4)
     assert sizes[5::2] == [sizes[5]] * len(sizes[5::2]), "the budget is one of tokens"
     recorded = sum(t.nbytes for t in compressed.later.tensors())
     per_token = 4 * sum(queries[i][0].shape[2] for i in queries)
     assert recorded == (2 * window * per_token if kind == "snapkv" else 0)
     stored = sum(sum(t.nbytes for t in store.tensors().values()) for store in compressed.stores.values())
-    assert compressed.nbytes() - recorded == stored == full.nbytes() * budget // LENGTH
+    votes = 4 * 2 * budget * sum(store.prefix.k.decode().shape[2] for store in compressed.stores.values())
+    votes *= kind == "h2o"  # a number in fp32 for each sequence, token and KV head
+    assert compressed.nbytes() - recorded == stored == full.nbytes() * budget // LENGTH + votes
+    numbers = engine_of(model).fp32_numbers(compressed)
+    assert 4 * numbers == stored - votes, "scores are fp32 in bf16 caches too"
+
+
+def test_slots_that_are_read_together_share_their_votes(design, tokens):
+    """And the votes follow the batch."""
+    model, ids = design("fusedkv"), tokens(2, LENGTH)
+    method, cache = prompt_cache(model, f"h2o:tokens=12,every={EVERY}", ids)
+    compressed = compress(cache, method)
+    votes = {id(store.prefix.scores): store.prefix.scores for store in compressed.stores.values()}
+    assert len(votes) == len(set(method._unions(engine_of(model).compressible(cache))))
+    before = compressed.nbytes()
+    groups = next(iter(votes.values())).shape[1]
+    without = sum(t.nbytes for store in compressed.stores.values() for t in store.tensors().values() if t.ndim > 3)
+    assert before == without + len(votes) * 2 * groups * 12 * 4
+    swapped = copy.deepcopy(compressed)
+    swapped.reorder_cache(torch.tensor([1, 0]))
+    assert swapped.nbytes() == before
+    logits = read_on(model, compressed, ids[:, PROMPT:])
+    again = read_on(model, swapped, ids[:, PROMPT:].flip(0))
+    torch.testing.assert_close(again.flip(0), logits, atol=1e-4, rtol=1e-4)
 
 
 # ---- caches ----------------------------------------------------------------------------------------------------------
 
 INVARIANT = [
     "svd:rank_k=4,rank_v=6", "svd:rank_k=4,rank_v=6,weight=queries", "turboquant:bits=4", "minicache",
-    "vfold:recent=6", "snapkv:tokens=20,window=6",
+    "vfold:recent=6", "snapkv:tokens=20,window=6", "h2o:tokens=20",
 ]  # fmt: skip
 
 

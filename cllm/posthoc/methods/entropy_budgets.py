@@ -3,13 +3,14 @@ more."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
 from cllm.posthoc.evicting import Union, VotingWindow
+from cllm.posthoc.eviction import Kept
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import CompressibleSlots
 from cllm.posthoc.votes import total_received
@@ -48,7 +49,7 @@ class Entropy(VotingWindow):
             spreads.append(torch.stack([vote.entropy for vote in votes if vote.entropy is not None]).mean())
         return torch.stack(spreads).clamp(min=1e-6).tolist()
 
-    def kept(self, cached: CompressibleSlots) -> Mapping[int, Tensor]:
+    def kept(self, cached: CompressibleSlots) -> Kept:
         try:
             return super().kept(cached)
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -14,16 +15,22 @@ from cllm.posthoc.slots import CompressibleSlots
 
 @register(
     "h2o",
-    summary="the last tokens, and those of the most attention from all queries of the prompt",
+    summary="the last tokens, and those of the most attention from all queries so far",
     sweep=("h2o:ratio={ratio}",),
 )
 class H2O(Voting):
-    """Heavy hitters: score_s = Σ_t a_ts over all queries t of the prompt, for every KV head.
+    """Heavy hitters: score_s = Σ_t a_ts over all queries t so far, for every KV head.
 
     The paper updates the scores and evicts a token at each step. Here the prompt is evicted once, with the scores after
-    its last token. All of its queries are recorded while the cache is filled, which takes n · H · D numbers a layer
-    until the compression is done.
+    its last token, and with `every=n` later tokens n at a time: the attention that the queries of a block give to the
+    tokens they see is added to the scores of those that are left, which the cache stores, a number in fp32 for each
+    token and KV head. An evicted token has no score anymore, as in the paper.
+
+    All queries of the prompt are recorded while the cache is filled, which takes n · H · D numbers a layer until the
+    compression is done.
     """
+
+    accumulates: ClassVar[bool] = True
 
     no_recompress: ClassVar[str | None] = "the queries of later tokens are not recorded, and no score has their votes"
 
@@ -38,4 +45,6 @@ class H2O(Voting):
         return round(self.recent * count)
 
     def scores(self, cached: CompressibleSlots, union: Union) -> Tensor:
-        return self.received(cached, union)
+        new = self.received(cached, union)
+        before = cached.scores.get(union[0])
+        return new if before is None else new + F.pad(before, (0, new.shape[-1] - before.shape[-1]))

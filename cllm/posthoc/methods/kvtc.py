@@ -14,29 +14,31 @@ from torch import Tensor
 from cllm.errors import UserError
 from cllm.posthoc.budget import elements_left
 from cllm.posthoc.code import Code, Codes
-from cllm.posthoc.entropy import compress, decode_rows, decompress, from_row, to_rows
+from cllm.posthoc.entropy import SIZE_BYTES, Streams, compress
 from cllm.posthoc.lowrank import right_vectors
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
 from cllm.posthoc.tensor_tree import TensorTree
 
-_TRIES = 6
-"""Times that all groups are coded at most until they fit the budget."""
+_TRIES = 8
+"""Times that all groups are coded at most until they fit the budget; without components if none has fitted before."""
 
 
 @dataclass(frozen=True)
 class Components(TensorTree):
     """A (n, r) of a group of slots, which share it."""
 
-    stream: Tensor
-    """uint8 (B, bytes): entropy-coded numbers of steps."""
+    streams: Streams
+    """The codes of the entire cache."""
+    place: int
+    """Which code is A, in steps."""
     step: Tensor
-    """(B,), in the cache's dtype."""
+    """(B,), in the cache's dtype; one tensor for the entire cache."""
 
     def decode(self) -> list[tuple[Tensor, Tensor]]:
         """A (n, r) fp32 of each sequence, and the steps (r,) of its B; r differs between sequences."""
-        return decode_rows(self.stream, self._decode_row)
+        return self.streams.each_row(self.place, self._decode_row)
 
     def _decode_row(self, row: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
         step = self.step[row]
@@ -49,8 +51,8 @@ class Transformed(Code):
     """One slot's part of A Bᵀ, scaled and moved; the last tokens are exact."""
 
     components: Components
-    stream: Tensor
-    """uint8 (B, bytes): B (width, r), entropy-coded."""
+    place: int
+    """Which code of the components' streams is B (C, r)."""
     scale: Tensor
     """(B,)."""
     mean: Tensor
@@ -62,7 +64,7 @@ class Transformed(Code):
     def decode(self) -> Tensor:
         rows = []
         for i, (a, steps) in enumerate(self.components.decode()):
-            b = decompress(from_row(self.stream[i])).to(a.device).float() * steps
+            b = self.components.streams.numbers(i, self.place).to(a.device).float() * steps
             rows.append((a @ b.mT).mul_(self.scale[i].float()).add_(self.mean[i].float()))
         return torch.cat((torch.stack(rows).to(self.rest.dtype), self.rest), dim=1).unflatten(-1, self.width)
 
@@ -105,9 +107,9 @@ class KVTC(Compressor):
     multiples of steps and entropy-coded (`entropy.py`). One step Δ for all A of a sequence, keys and values, allocates
     bits best for the squared error (reverse water-filling): a column of energy n σ² takes about ½ log2(1 + 2πe σ²/Δ²)
     bits a number, and is dropped if its gain does not pay for its column of B. Δ is the smallest at which the entire
-    compressed cache has 1/ratio of the bytes of the uncompressed one, as coded. It does not depend on the other
-    sequences of a batch. Streams of a batch are stored with the length of the longest, which adds a few tenths of a
-    percent.
+    compressed cache has at most 1/ratio of the bytes of the uncompressed one, as coded. This holds for every sequence
+    of a batch, whose step does not depend on the others: the codes of a sequence are stored one after the other, and
+    padded together to the longest sequence.
 
     Differences from the paper: V belongs to the prompt and is stored with it, instead of one basis per model from
     calibration text; entropy-coded steps of one size take the place of bits chosen by dynamic programming.
@@ -139,28 +141,24 @@ class KVTC(Compressor):
         kinds = [keys] if values is None else [keys, values]
         groups = [self._transform(tensors, slots, tokens) for tensors in kinds for slots in tensors.groups(self.group)]
         budget = self._budget(keys, groups)
-        steps, a_streams, b_streams = [], [], []
-        for row in range(len(keys.data[0])):
-            step, streams = self._fit(groups, row, budget)
-            steps.append(step)
-            a_streams.append([a for a, _ in streams])
-            b_streams.append([b for _, b in streams])
         device, size = keys.data[0].device, len(keys.slots)
+        fitted = [self._fit(groups, row, budget) for row in range(len(keys.data[0]))]
+        step = torch.stack([step for step, _ in fitted]).to(device)
+        streams, place = Streams.of([codes for _, codes in fitted], device), 0
         codes: dict[str, Codes] = {"k": [None] * size, "v": [None] * size}
-        for g, group in enumerate(groups):
-            components = Components(
-                to_rows([streams[g] for streams in a_streams], device), torch.stack(steps).to(device)
-            )
-            for place, i in enumerate(group.slots):
+        for group in groups:
+            components = Components(streams, place, step)
+            for n, i in enumerate(group.slots):
                 x = group.tensors.data[i]
                 codes[group.tensors.kind][i] = Transformed(
                     components,
-                    to_rows([streams[g][place] for streams in b_streams], device),
-                    group.scales[place],
-                    group.means[place],
+                    place + 1 + n,
+                    group.scales[n],
+                    group.means[n],
                     x[:, tokens:].flatten(2).to(keys.dtype, copy=True).contiguous(),
                     tuple(x.shape[2:]),
                 )
+            place += 1 + len(group.slots)
         return codes["k"], codes["v"]
 
     def _transform(self, tensors: SlotTensors, slots: list[int], tokens: int) -> _Group:
@@ -182,27 +180,33 @@ class KVTC(Compressor):
         return _Group(tensors, slots, means, scales, projected, vectors, projected.double().square().sum(1))
 
     def _budget(self, keys: SlotTensors, groups: Sequence[_Group]) -> float:
-        """Bytes that the streams of one sequence may have."""
+        """Bytes that the codes of one sequence may have, without their sizes."""
         size = keys.dtype.itemsize
         tensors = [group.tensors.data[i].flatten(2) for group in groups for i in group.slots]
         total = keys.uncompressed_elements or sum(x.shape[1] * x.shape[2] for x in tensors)
-        fixed = keys.incompressible_elements + sum((1 + self.recent) * x.shape[2] + 1 for x in tensors) + len(groups)
+        fixed = keys.incompressible_elements + sum((1 + self.recent) * x.shape[2] + 1 for x in tensors) + 1
+        fixed += sum(1 + len(group.slots) for group in groups) * SIZE_BYTES / size
         what = "(windows, states, RoPE keys of latents, sinks, recent tokens) or are means"
         return elements_left(self.name, self.ratio, keys, total, fixed, what) * size
 
-    def _fit(self, groups: Sequence[_Group], row: int, budget: float) -> tuple[Tensor, list[tuple[bytes, list[bytes]]]]:
-        """The smallest step of sequence `row` at which all streams fit `budget`, and the streams of A and the Bs."""
-        dtype, correction = groups[0].tensors.dtype, 1.0
-        best: tuple[int, Tensor, list[tuple[bytes, list[bytes]]]] | None = None
-        for _ in range(_TRIES):
-            step = torch.tensor(_step(groups, row, budget * correction), dtype=torch.float64).to(dtype)
-            streams = [_code(group, row, step) for group in groups]
-            size = sum(len(a) + sum(map(len, bs)) for a, bs in streams)
+    def _fit(self, groups: Sequence[_Group], row: int, budget: float) -> tuple[Tensor, list[bytes]]:
+        """The smallest step of sequence `row` at which all codes fit `budget`, and the codes of A and the Bs of every
+        group."""
+        dtype, estimate, fits, exceeds = groups[0].tensors.dtype, budget, 0.0, math.inf
+        best: tuple[int, Tensor, list[bytes]] | None = None
+        for n in range(_TRIES):
+            estimate = 0.0 if n == _TRIES - 1 and best is None else estimate
+            step = torch.tensor(_step(groups, row, estimate), dtype=torch.float64).to(dtype)
+            streams = [code for group in groups for code in _code(group, row, step)]
+            size = sum(map(len, streams))
             if size <= budget and (best is None or size > best[0]):
                 best = size, step, streams
             if 0.98 * budget < size <= budget:
                 break
-            correction *= 0.997 * budget / size
+            fits, exceeds = (max(fits, estimate), exceeds) if size <= budget else (fits, min(exceeds, estimate))
+            estimate += 0.997 * budget - size  # what headers and widths take stays about the same
+            if not fits < estimate < exceeds:
+                estimate = (fits + exceeds) / 2
         if best is not None:
             return best[1:]
         raise UserError(
@@ -240,12 +244,12 @@ def _step(groups: Sequence[_Group], row: int, budget: float) -> float:
     return math.exp(high)
 
 
-def _code(group: _Group, row: int, step: Tensor) -> tuple[bytes, list[bytes]]:
-    """The streams of A and of every slot's B of one sequence."""
+def _code(group: _Group, row: int, step: Tensor) -> list[bytes]:
+    """The codes of A and of every slot's B of one sequence."""
     tokens, channels = group.projected.shape[1], group.vectors.shape[1]
     keep, _ = _kept(group.energies[row], tokens, channels, float(step))
     numbers = (group.projected[row][:, keep] / step.float()).round().to(torch.int32)
     used = (numbers != 0).any(0)
     numbers, b = numbers[:, used], group.vectors[row][:, keep][:, used]
     b = (b / basis_steps(numbers.float() * step.float(), step)).round().to(torch.int32)
-    return compress(numbers), [compress(part) for part in b.chunk(len(group.slots))]
+    return [compress(numbers), *(compress(part) for part in b.chunk(len(group.slots)))]

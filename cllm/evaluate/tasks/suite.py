@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import logging
 import math
@@ -146,6 +147,22 @@ class TaskSuite(Suite):
         for sample in samples:
             if not sample.context and any(q.generate and not q.prompt for q in sample.questions):
                 raise UserError(f"--suite {self.name}: a sample of {sample.task} has nothing to generate from")
+
+    def spec_groups(self, specs: Sequence[str]) -> list[list[str]]:
+        """Methods that choose for an entire batch read contexts one at a time: they share no prefill with others."""
+        from cllm.posthoc.registry import parse
+
+        groups: dict[bool, list[str]] = {False: [], True: []}
+        for spec in specs:
+            groups[parse(spec).chooses_for_batch].append(spec)
+        return [group for group in groups.values() if group]
+
+    def tokens(self, options: argparse.Namespace, given: BaseModel | None, data: Path | None) -> float:
+        return self.tokens_of_samples(given or self.settings())
+
+    def tokens_of_samples(self, settings: Any) -> float:
+        """A rough number of tokens of all samples, see `tokens`."""
+        return 300 * (getattr(settings, "samples", None) or 1000) * (1 + (getattr(settings, "shots", None) or 0))
 
     def check(self, subject: Subject, job: Job) -> None:
         from cllm.posthoc.registry import parse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import importlib.util
@@ -60,6 +61,15 @@ class LmEval(Suite):
     takes_text = False
     compared = False
     compresses = True
+
+    def spec_groups(self, specs: Sequence[str]) -> list[list[str]]:
+        """Each spec alone: lm-eval reads every context once for each."""
+        return [[spec] for spec in specs]
+
+    def tokens(self, options: argparse.Namespace, given: BaseModel | None, data: Path | None) -> float:
+        settings = given or HarnessSettings()
+        assert isinstance(settings, HarnessSettings)
+        return len(settings.tasks) * (settings.limit or 2000) * 200 * (1 + (settings.shots or 0))
 
     def check(self, subject: Subject, job: Job) -> None:
         from cllm.posthoc.registry import parse

@@ -15,16 +15,17 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cllm.arguments import Parser, whole_number
+from cllm.arguments import Parser
+from cllm.commands.evaluate_options import options_parser
 from cllm.errors import UserError, one_line
 from cllm.evaluate.result_folders import results_of_checkpoint
 from cllm.evaluate.suites.choice import Chosen, describe_suites
-from cllm.evaluate.suites.registry import add_options, choose, suites
+from cllm.evaluate.suites.registry import choose, suites
 from cllm.evaluate.suites.suite import Job, Record, Suite
 from cllm.hub.kind import identify_model
 from cllm.signals import stoppable
@@ -34,37 +35,11 @@ if TYPE_CHECKING:
 
     from cllm.evaluate.left_out import LeftOut
     from cllm.evaluate.parallel.parts import Part
-    from cllm.evaluate.subjects import Subject
-
-log = logging.getLogger(__name__)
 
 
 def make_parser(program: str) -> Parser:
     """The command line's arguments."""
-    parser, count = Parser(prog=program, description=__doc__), whole_number(1)
-    add = parser.add_argument
-    add("--run", action="append", default=[], metavar="PATH", help="run, .ckpt file or Hugging Face folder; repeatable")
-    add("--data", nargs="+", action="extend", default=[], metavar="PATH",
-        help="prepared folders or text files (.txt .md: one document; .jsonl: the `text` of each line); "
-        "default: the run's own validation sets")  # fmt: skip
-    add("--split", default="validation", help="split of prepared folders to score (default: %(default)s)")
-    add("--window", type=count, metavar="N", help="tokens that the model reads at once (default: the training length; "
-        "at most 2048 for Hugging Face models)")  # fmt: skip
-    add("--stride", type=count, metavar="N", help="tokens scored in each window (default: half the window)")
-    add("--batch", type=count, metavar="N", help="windows or samples computed together; changes only speed and memory")
-    add("--max-tokens", type=count, metavar="N", help="score only the first N tokens of each set")
-    parser.add_device()
-    add("--devices", metavar="LIST", help="measure on several GPUs, one process each: all, or numbers such as 0,1,2,3 "
-        "(default: in this process, on the device of --device)")  # fmt: skip
-    add("--per-device", type=count, default=1, metavar="N", help="with --devices: processes on each GPU (default: 1)")
-    add("--processes", type=count, default=1, metavar="N", help="processes on a CPU (default: 1)")
-    add("--name", metavar="SET", help="name of the set in files and TensorBoard (default: from the data's path)")
-    add("--out", metavar="DIR", type=Path, help="folder of the results; nothing is then written to the run (default: "
-        "evaluation/ in the run's folder; runs/evaluation/NAME-HASH for a Hugging Face folder)")  # fmt: skip
-    add("--list-suites", action="store_true", help="list the suites of --suite and their options, and exit")
-    add("--list-posthoc", action="store_true", help="list the methods of --posthoc and their options, and exit")
-    add_options(parser)
-    return parser
+    return options_parser(program, __doc__)
 
 
 @one_line
@@ -160,25 +135,13 @@ def _measure(
                 suite.check(subject, job)  # a refusal is the only line on stderr
                 print(f"results of {path} go to {subject.results()}", file=sys.stderr, flush=True)
                 announced = True
-            for record, file in measure_job(suite, subject, job, options.out):
-                files.append(file)
+            for record in suite.run(subject, job):
+                files.append(suite.save(subject, record, options.out))
                 records.append(record)
             if job.refused:
-                report_refused(subject, suite, job.refused)
+                print(*suite.describe_refused(subject, job.refused), sep="\n", file=sys.stderr, flush=True)
                 refused[suite.name] = {**refused.get(suite.name, {}), **job.refused}
                 files.append(suite.save_refused(subject, refused[suite.name], options.out))
-
-
-def measure_job(suite: Suite, subject: Subject, job: Job, out: Path | None) -> Iterator[tuple[Record, Path]]:
-    """Measure, and write each record; yields the records and their files."""
-    for record in suite.run(subject, job):
-        yield record, suite.save(subject, record, out)
-
-
-def report_refused(subject: Subject, suite: Suite, refused: dict[str, str]) -> None:
-    """Report the specs that a suite went on without."""
-    for spec, reason in refused.items():
-        log.warning("%s on %s: %s is refused: %s", subject.name, suite.name, spec, reason)
 
 
 # ---- in several processes

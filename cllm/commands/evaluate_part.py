@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cllm.commands.evaluate import make_parser, measure_job, report_refused
+from cllm.commands.evaluate_options import options_parser
 from cllm.errors import UserError, one_line
 from cllm.evaluate.suites.registry import choose
 from cllm.signals import stoppable
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     content = read_object(file)
     logging.basicConfig(format="%(message)s")
     logging.getLogger().addHandler(messages := _Messages())
-    parser = make_parser("cllm evaluate")
+    parser = options_parser("cllm evaluate")
     options = parser.parse_args(content["words"])
     _measure(file.parent, parser, options, content["part"], messages)
     return 0
@@ -63,11 +63,11 @@ def _measure(folder: Path, parser, options: argparse.Namespace, part: dict, mess
     records, files = [], []
     for job in jobs(choice, subject, options, device, only=part["set"]):
         choice.suite.check(subject, job)
-        for record, path in measure_job(choice.suite, subject, job, out):
+        for record in choice.suite.run(subject, job):
+            files.append(choice.suite.save(subject, record, out))
             records.append(record)
-            files.append(path)
         if job.refused:
-            report_refused(subject, choice.suite, job.refused)
+            messages.texts += choice.suite.describe_refused(subject, job.refused)
             files.append(choice.suite.save_refused(subject, job.refused, out))
     write_report(
         folder,

@@ -64,6 +64,9 @@ class Launch:
                 try:
                     run_all(commands, places, ended, lambda: meter.update(0))
                 finally:
+                    for part in left:  # that have ended since the last look
+                        if part.key not in self._published and part not in self.failed and self._store.report(part):
+                            self._take(part, 0)
                     self._store.settle([(part, self._published[part.key][0]) for part in self._ended()])
             if not self.failed:
                 self._store.close()

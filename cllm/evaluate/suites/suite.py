@@ -239,6 +239,10 @@ class Suite(ABC):
         self._write(subject, record, path, out)
         return path
 
+    def describe_refused(self, subject: Subject, refused: dict[str, str]) -> list[str]:
+        """A line for each spec of --posthoc that the suite went on without."""
+        return [f"{subject.name} on {self.name}: {spec} is refused: {reason}" for spec, reason in refused.items()]
+
     def save_refused(self, subject: Subject, refused: dict[str, str], out: Path | None = None) -> Path:
         """Write the specs of --posthoc that the suite went on without, with the reasons, as `SUITE/refused.json`.
 

@@ -119,7 +119,9 @@ class LmEval(Suite):
             UserError: if it cannot be written.
         """
         given = record["settings"]
-        shown = "".join(f"-{key}={given[key]}" for key in ("shots", "limit") if given[key] is not None)
+        default = HarnessSettings().model_dump(mode="json")
+        changed = [key for key in default if key != "tasks" and given[key] != default[key]]
+        shown = "".join(f"-{slug(f'{key}={given[key]}')}" for key in changed)
         shown += "" if subject.latest else f"-{Path(record['checkpoint']).stem}"
         folder = subject.results(out) / self.name
         path = (

@@ -28,17 +28,17 @@ from cllm.errors import EXIT_STOPPED, UserError
 from cllm.files import RESULTS, json_files, mark_new, write_atomic
 from cllm.lock import discard_dead, locked
 from cllm.study.busy import Session, Stepping
-from cllm.study.children import Commands, Job, Slot, child_environment, start
+from cllm.study.children import Commands, Job, Slot
 from cllm.study.estimate import Estimates, progress, saved_share
-from cllm.study.layout import last_line
 from cllm.study.measuring import clear_unfinished, count_ended, evaluation_intervals, keep_records
 from cllm.study.points import Point
 from cllm.study.queue import Queue, Work, is_trained
 from cllm.study.results import read_result, read_results, result_of, with_evaluations, write_result
 from cllm.study.schema import ShareGPU
 from cllm.study.sharing import wait_for_room
-from cllm.study.version import code_version
 from cllm.trust import read_object
+from cllm.version import code_version
+from cllm.workers import child_environment, last_line, start
 
 log = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ class Runner:
             process = start(
                 self._command(point, work, config),
                 self.layout.log(point),
-                child_environment(slot, len(self.slots), self.layout.compiled),
+                child_environment(slot.device, len(self.slots), self.layout.compiled),
             )
         except BaseException:
             locks.close()

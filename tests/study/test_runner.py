@@ -18,7 +18,7 @@ import pytest
 
 from cllm.runs import RunFolder
 from cllm.study.busy import Intervals, Stepping, busy_shares, read_sessions
-from cllm.study.children import Slot, child_environment
+from cllm.study.children import Slot
 from cllm.study.estimate import Estimates
 from cllm.study.layout import Layout
 from cllm.study.measuring import evaluation_intervals, mark_of
@@ -29,7 +29,8 @@ from cllm.study.schema import Rates, Study, budgets, load_study, sizes
 from cllm.study.sharing import wait_for_room
 from cllm.study.slurm import array_script
 from cllm.study.status import status
-from cllm.study.version import _file_hash, code_version
+from cllm.version import _file_hash, code_version
+from cllm.workers import child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -316,11 +317,11 @@ def test_a_device_is_busy_from_the_first_step_to_the_last_row_and_common_seconds
 def test_a_run_sees_one_gpu_and_nothing_of_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    found = child_environment(Slot("3"), 4, tmp_path)
+    found = child_environment("3", 4, tmp_path)
     assert found["CUDA_VISIBLE_DEVICES"] == "3"
     assert found["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
     assert "SLURM_NTASKS" not in found
-    assert child_environment(Slot(None), 1, tmp_path)["CUDA_VISIBLE_DEVICES"] == ""
+    assert child_environment(None, 1, tmp_path)["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_the_script_of_an_array() -> None:

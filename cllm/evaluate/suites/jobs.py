@@ -13,8 +13,12 @@ from cllm.evaluate.suites.choice import Chosen
 from cllm.evaluate.suites.suite import Job
 
 
-def jobs(chosen: Chosen, subject: Subject, options: argparse.Namespace, device: torch.device) -> Iterator[Job]:
+def jobs(
+    chosen: Chosen, subject: Subject, options: argparse.Namespace, device: torch.device, *, only: int | None = None
+) -> Iterator[Job]:
     """A job for each set that the options name, opened when it is reached; one job if the suite takes no text.
+
+    With `only`, there is a job for the set of that number alone.
 
     Raises:
         UserError: as `open_sets` does.
@@ -30,5 +34,5 @@ def jobs(chosen: Chosen, subject: Subject, options: argparse.Namespace, device: 
     if not chosen.suite.takes_text:
         yield Job(settings=settings, device=device, options=options, given=chosen.given, refused=refused)
         return
-    for text in open_sets(subject, options.data, split=settings.split, name=options.name):
+    for text in open_sets(subject, options.data, split=settings.split, name=options.name, only=only):
         yield Job(settings=settings, device=device, options=options, text=text, given=chosen.given, refused=refused)

@@ -59,6 +59,9 @@ class CodeCompletion(TaskSuite):
         value("bits_per_byte", "line bits/byte"),
     )
 
+    def tokens_of_samples(self, settings: CodeSettings) -> float:
+        return (settings.samples or 500) * (settings.length or 4096)
+
     def samples(self, subject: Subject, settings: CodeSettings) -> Sequence[Sample]:
         if (settings.path is None) == (settings.folder is None):
             raise UserError(

@@ -82,6 +82,10 @@ class Ruler(TaskSuite):
     numbers = (share("accuracy"), share("recall"), share("score"), value("nats", "nats/token"), value("margin"))
     groups = ("length", "depth")
 
+    def tokens_of_samples(self, settings: Settings) -> float:
+        tasks = 11 if "all" in settings.tasks else len(settings.tasks)
+        return tasks * (settings.samples or PUBLISHED_SAMPLES) * sum(settings.length or [_DEFAULT_LENGTH])
+
     def samples(self, subject: Subject, settings: Settings) -> Sequence[Sample]:
         """The samples of each task at each length.
 

@@ -25,9 +25,9 @@ from cllm.environment import environment
 from cllm.errors import EXIT_STOPPED, UserError
 from cllm.files import write_atomic
 from cllm.runs import RunFolder
-from cllm.study.layout import last_line
 from cllm.study.schema import parse_duration
 from cllm.uptrain.teacher import teacher_config
+from cllm.workers import last_line
 from experiments.half_cache.settings import check_same
 from experiments.half_cache.students import ROOT, Setting, Shape, Student, check_bytes, check_config, student_data
 

@@ -28,7 +28,7 @@ def prompt_tail(plan: KVPlan) -> tuple[int, int]:
             exact = max(slots.get(j, 0), math.inf if kept is None else kept)
             slots |= {k: max(slots.get(k, 0), exact) for k in own.mixes}
             if own.reads_a_prompt:
-                needed = max(needed, exact)
+                needed = max(needed, exact, 2)  # a pass of one token would be a step of decoding
         if needed == math.inf:
             return i, int(tail)
         tail = needed

@@ -35,6 +35,7 @@ WINDOWED: dict[str, Any] = {
 PLANS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "ced": ({"preset": "ced", "window": 3}, (3, 4 * 2 + 1)),
     "ced, groups": ({"preset": "ced", "window": 4, "group": 2, "n_lower": 2}, (1, 6 * 3 + 1)),
+    "ced, windows of one token": ({"preset": "ced", "window": 1}, (3, 2)),
     "hysparse": ({"preset": "hysparse", "window": 3, "n_gated": 3}, (4, 3 * 2 + 1)),
     "windows above the last full layer": ({"preset": "gqa", "window": 5, "full_every": 6}, (5, 2 * 4 + 1)),
     "windows everywhere": ({"preset": "mha", "window": 3}, (0, 7 * 2 + 1)),
@@ -76,7 +77,9 @@ def windows(cache: KVCache) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("options", [{}, {"max_len": 40}], ids=["growing", "static"])
 @pytest.mark.parametrize("chunk", [None, 20, 11, 4])
-@pytest.mark.parametrize("model", ["ced", "ced, groups", "hysparse", "windows everywhere"], indirect=True)
+@pytest.mark.parametrize(
+    "model", ["ced", "ced, groups", "ced, windows of one token", "hysparse", "windows everywhere"], indirect=True
+)
 def test_the_last_token_and_the_cache_are_those_of_full_passes(model, chunk, options) -> None:
     full, exact = model(IDS), KVCache(model.config, **options)
     model(IDS[:, :PROMPT], cache=exact)

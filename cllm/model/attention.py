@@ -62,6 +62,7 @@ class Mixer(nn.Module):
         """
         if self.owner is None:
             return None, slots
+        context = context.over(residual)
         slot = self.owner(residual, normed, context.rope)
         dtype = slot.v.dtype
         if self.mix_indices:
@@ -121,7 +122,7 @@ class Attention(Mixer):
     def forward(
         self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context, store: Store | None = None
     ):
-        """The output (B, T, d_model), or (B, 1, d_model) with `context.last_token`; and the layer's slot or None."""
+        """The output (B, T, d_model), or (B, n, d_model) with `context.tail`; and the layer's slot or None."""
         own, slots = self.write(residual, normed, slots, context, store)
         context, normed = context.after_write(normed)
         q = self.q_proj(normed).unflatten(-1, (-1, self.head_dim))  # B, T, H, D
@@ -218,7 +219,7 @@ class LatentAttention(Mixer):
     def forward(
         self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context, store: Store | None = None
     ):
-        """The output (B, T, d_model), or (B, 1, d_model) with `context.last_token`; and the layer's slot or None."""
+        """The output (B, T, d_model), or (B, n, d_model) with `context.tail`; and the layer's slot or None."""
         own, slots = self.write(residual, normed, slots, context, store)
         context, normed = context.after_write(normed)
         slots, size = self.align(slots)
@@ -321,7 +322,7 @@ class GatedRetention(Mixer):
     def forward(
         self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context, store: Store | None = None
     ):
-        """The output (B, T, d_model), or (B, 1, d_model) with `context.last_token`; and None instead of a slot."""
+        """The output (B, T, d_model), or (B, n, d_model) with `context.tail`; and None instead of a slot."""
         q, k, v, gate = (
             proj(normed).unflatten(-1, (-1, self.head_dim))
             for proj in (self.q_proj, self.k_proj, self.v_proj, self.gate_proj)

@@ -12,6 +12,7 @@ from cllm.errors import UserError
 from cllm.uptrain.curriculum import add_curriculum, set_progress
 from cllm.uptrain.init import init_student
 from cllm.uptrain.project import teacher_owners
+from cllm.uptrain.search import Sharing, fusion_plan, share_plan
 
 TEACHER: dict[str, Any] = {
     "layers": [
@@ -108,3 +109,11 @@ def test_another_size_is_refused_by_layer(case, teacher, new_student, text) -> N
     with pytest.raises(UserError) as error:
         init_student(new_student(teacher, kv), teacher, InitFrom(method=method), text)
     assert message in str(error.value)
+
+
+def test_a_search_compares_layers_of_one_size(teacher, text) -> None:
+    message = "init.from: layer 2 has 1 KV head of 16 and layer 0 2 KV heads; allowed"
+    with pytest.raises(UserError, match=message):
+        share_plan(teacher, text, Sharing(owners=2))
+    with pytest.raises(UserError, match=message):
+        fusion_plan(teacher, teacher.plan, text, ridge=1e-4)

@@ -215,7 +215,21 @@ def test_a_student_that_fails_does_not_keep_others_from_more_seeds(
     monkeypatch.setattr("experiments.half_cache.runner.teacher_config", lambda path: TEACHERS["110m"])
     monkeypatch.setattr("experiments.half_cache.students.teacher_config", lambda path: TEACHERS["110m"])
     options = scratch.parser().parse_args(
-        ["--out", str(tmp_path), "--device", "cpu", "--seeds", "2", "--students", "control", "fusedkv", "cla2", "cla4"]
+        [
+            "--out",
+            str(tmp_path),
+            "--device",
+            "cpu",
+            "--seeds",
+            "2",
+            "--corpus",
+            "x",
+            "--students",
+            "control",
+            "fusedkv",
+            "cla2",
+            "cla4",
+        ]
     )
     study = scratch.Scratch(options)
     assert not study._students()

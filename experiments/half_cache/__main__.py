@@ -57,7 +57,6 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status: 1 after a failure, 3 if time ran out."""
     options = parser().parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     defaults = DEFAULT if options.share == "1/2" else DEFAULT_QUARTER
     parsed = chosen_students(options.students, defaults, options.teacher, lambda line: print(line, file=sys.stderr))
     students = with_seeds(parsed, options.seeds)
@@ -65,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out, cpu=options.device == "cpu", stop_after=options.stop_after, parallel=options.parallel
     )
     experiment = Experiment(options, devices, students)
+    experiment.check()
     return run_until_stopped(options.out, devices, experiment.run)
 
 

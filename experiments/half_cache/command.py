@@ -49,6 +49,7 @@ def run_until_stopped(out: Path, devices: Devices, work: Callable[[], bool]) -> 
     Returns:
         1 after a failure, 3 if `work` was stopped before its end, else 0.
     """
+    out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         numbers = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, devices.stop) for number in numbers}

@@ -23,7 +23,7 @@ import yaml
 from cllm import processes
 from cllm.environment import environment
 from cllm.errors import EXIT_STOPPED, UserError
-from cllm.files import write_atomic
+from cllm.files import shorten, write_atomic
 from cllm.runs import RunFolder
 from cllm.study.schema import parse_duration
 from cllm.uptrain.teacher import teacher_config
@@ -85,7 +85,7 @@ class Devices:
                 if time.monotonic() > news:
                     line, news = last_line(log), time.monotonic() + _NEWS
                     if line not in ("", said):
-                        self.log(line if line.startswith(f"{name}: ") else f"{name}: {line}")
+                        self.log(shorten(line if line.startswith(f"{name}: ") else f"{name}: {line}", 150))
                     said = line
             in_time = processes.has_ended(process)
             if not in_time:
@@ -131,12 +131,9 @@ class Experiment:
     def run(self) -> bool:
         """Run all students that have not failed, `parallel` at a time on each device; returns whether all are done.
 
-        Raises:
-            UserError: for a student whose settings contradict each other, that none of the starts suits, or that has
-                begun with other settings.
+        Raises `UserError` as `check` does.
         """
-        for student in self.students:
-            self._check(student)
+        self.check()
         waiting: queue.SimpleQueue[Student] = queue.SimpleQueue()
         for student in self.students:
             if student.name not in self.devices.failed:
@@ -151,6 +148,12 @@ class Experiment:
                 worker.join(2.0 / len(workers))
         done = "loss" if self.options.tokens else "start_loss"
         return all(done in row and row.get("finished", not self.options.tokens) for row in self.write())
+
+    def check(self) -> None:
+        """Raise `UserError` for a student whose settings contradict each other, that none of the starts suits, or that
+        has begun with other settings."""
+        for student in self.students:
+            self._check(student)
 
     def _check(self, student: Student) -> None:
         starts, file, spec = student.starts(self.options.starts), self._chosen(student), self._spec(student)

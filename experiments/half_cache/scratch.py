@@ -124,18 +124,20 @@ class Scratch:
             for start in student.starts(options.starts):
                 config = config_of(student, start, self._student_options(), shape, gpu=self.devices.gpus > 0)
                 check_config(student, config, model)
-        claim(self.folders, self.size)
+        if not options.corpus and not self.folders.tokens.exists():
+            raise UserError("--corpus is not given, and no tokens are prepared; name files of text or JSON lines")
 
     def run(self) -> bool:
         """Run all steps until time is up; returns whether all are done."""
+        if self.folders.size.exists():
+            claim(self.folders, self.size)
         self._tokens()
+        claim(self.folders, self.size)
         return not self.devices.late and self._teacher() and self._students()
 
     def _tokens(self) -> None:
-        if self.folders.tokens.exists() and not self.options.corpus:
-            return
         if not self.options.corpus:
-            raise UserError("--corpus is not given, and no tokens are prepared; name files of text or JSON lines")
+            return
         manifest = make_tokens(self.folders, self.size, self.options.corpus, self.options.validation)
         tokens = manifest.split("train").tokens
         self.devices.log(
@@ -242,7 +244,6 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status: 1 after a failure, 3 if time ran out."""
     options = parser().parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     scratch = Scratch(options)
     return run_until_stopped(options.out, scratch.devices, scratch.run)
 

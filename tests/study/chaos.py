@@ -85,7 +85,7 @@ class FakeCommands:
 
     def evaluate(self, job: Path) -> list[str]:
         data = json.loads(job.read_text())
-        return [sys.executable, "-S", str(TRAINER), "evaluate", data["run"], data["out"]]
+        return [sys.executable, "-S", str(TRAINER), "evaluate", data["run"], data["out"], *data["marks"]]
 
 
 def runner_of(study: Study, out: Path, commands: FakeCommands, slots: int = 2, **options: Any) -> Runner:

@@ -92,6 +92,7 @@ def test_every_recipe_is_a_config(tmp_path: Path) -> None:
     both = config("cla4+top+half_batch+twice_rate+fast_kv")
     assert (both.optim.lr, both.optim.min_lr, both.optim.rates.kv) == (4e-4, 4e-5, 3)
     assert (both.train.global_batch, both.train.steps, both.uptrain.curriculum_steps) == (2, 200, 100)
+    assert (config("cla4+long_warmup").optim.warmup_steps, plain.optim.warmup_steps) == (30, 10)
     assert Student.parse("cla4+top-s12") == Student("cla4", ("top",), 12)
     assert Student("cla4", ("top",), 12).name == "cla4.top-s12"
     names = [s.name for s in with_seeds([Student.parse("cla4"), Student.parse("cla2-s1")], 2)]
@@ -215,7 +216,21 @@ def test_a_student_that_fails_does_not_keep_others_from_more_seeds(
     monkeypatch.setattr("experiments.half_cache.runner.teacher_config", lambda path: TEACHERS["110m"])
     monkeypatch.setattr("experiments.half_cache.students.teacher_config", lambda path: TEACHERS["110m"])
     options = scratch.parser().parse_args(
-        ["--out", str(tmp_path), "--device", "cpu", "--seeds", "2", "--students", "control", "fusedkv", "cla2", "cla4"]
+        [
+            "--out",
+            str(tmp_path),
+            "--device",
+            "cpu",
+            "--seeds",
+            "2",
+            "--corpus",
+            "x",
+            "--students",
+            "control",
+            "fusedkv",
+            "cla2",
+            "cla4",
+        ]
     )
     study = scratch.Scratch(options)
     assert not study._students()

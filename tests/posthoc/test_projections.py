@@ -16,6 +16,7 @@ from cllm.posthoc.engine import engine_of
 from cllm.posthoc.fixed_bases import progressive_shares
 from cllm.posthoc.hf import compress_dynamic
 from cllm.posthoc.projecting import fisher_sizes
+from cllm.posthoc.rank_search import SHARES
 from cllm.posthoc.registry import parse
 
 PREFIX, LENGTH, SINKS = 20, 28, 4
@@ -204,6 +205,56 @@ def test_progressive_ranks_fall_with_depth():
     # Cumulative log condition numbers 6, 5, 3: shares 1, 1 - (1/3)(1 - 0.4), 0.4
     assert progressive_shares([1.0, 2.0, 3.0], 0.4) == pytest.approx([1.0, 0.8, 0.4])
     assert progressive_shares([2.0], 0.4) == pytest.approx([1.0])
+
+
+@pytest.mark.parametrize(("spec", "kv"), [("asvd", "cla"), ("palu:heads=1", "gqa")])
+def test_ranks_are_searched_by_the_loss_of_each_projection_alone(spec, kv, decoder, tokens):
+    """Against copies of the model with one truncated weight each, and a scan of all thresholds."""
+    model, ids, text = decoder({"preset": kv}, n_layers=4), tokens(2, PREFIX), tokens(2, 24, seed=1)
+    model.head.weight.mul_(4)  # expect something
+    spec += f"{',' if ':' in spec else ':'}allocation=search,sinks=0"
+    engine, cache, method = fill(model, ids, f"{spec},keep=0.4", text)
+    engine.compress(cache, method)
+    losses: dict[tuple[int, str], list[float]] = {}
+    for (slot, kind), spectrum in method._spectra.items():
+        linear = engine.projections(slot)[kind == "v"]
+        for share in SHARES:
+            exact, blocks = linear.weight.clone(), []
+            for vectors in spectrum.vectors:
+                u = vectors[:, : max(1, int(share * len(vectors) + 1e-9))].float()
+                blocks.append(u @ u.T)
+            linear.weight.copy_(torch.block_diag(*blocks) @ exact)
+            logits = model(text[:, :-1])
+            linear.weight.copy_(exact)
+            loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).item()
+            losses.setdefault((slot, kind), []).append(loss)
+        assert method._losses[slot, kind] == pytest.approx(losses[slot, kind], abs=1e-5)
+    widths = {place: [len(v) for v in spectrum.vectors] for place, spectrum in method._spectra.items()}
+    total = sum(sum(of) for of in widths.values())
+    for keep in (0.2, 0.4, 0.7):
+        best = None
+        for threshold in sorted({loss for of in method._losses.values() for loss in of}):
+            ranks = {}
+            for place, of in method._losses.items():
+                share = min([s for s, loss in zip(SHARES, of, strict=True) if loss <= threshold] + [1.0])
+                ranks[f"{place[0]}.{place[1]}"] = [max(1, int(share * w + 1e-9)) for w in widths[place]]
+            if sum(map(sum, ranks.values())) <= keep * total:
+                best = ranks
+                break
+        method = method.model_copy(update={"keep": keep})
+        engine.compress(cache, method)
+        assert method.facts()["ranks"] == best
+        differ = len({tuple(r) for r in best.values()}) > 1
+    assert differ, "of keep=0.7"
+    found = []
+    for ratio in (2, 4):
+        method = method.model_copy(update={"keep": None, "ratio": ratio})
+        found.append(engine.compress(cache, method).nbytes())
+        assert found[-1] <= engine.nbytes(cache) / ratio
+        found.append(sum(map(sum, method.facts()["ranks"].values())) * 2 * PREFIX * 4)
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    assert found[0] > 1.5 * found[2]
 
 
 # ---- ShadowKV -------------------------------------------------------------------------------------------------------
@@ -495,9 +546,16 @@ def test_what_methods_refuse(decoder, design, llama, tokens, filled):
     method.prepare(engine, text)
     with pytest.raises(UserError, match="palu: ratio=100: at 20 tokens 20% of the cache stay as they are"):
         engine.compress(cache, method)
+    method = parse("asvd:keep=0.02,allocation=search")
+    method.prepare(engine, text)
+    with pytest.raises(UserError, match=r"asvd: keep=0.02: a share of 0.05 of all ranks, .*; allowed: a lower ratio"):
+        engine.compress(cache, method)
+    with pytest.raises(UserError, match="asvd: allocation=search needs a loss: give 2 or more calibration tokens"):
+        parse("asvd:keep=0.5,allocation=search,sinks=0").prepare(engine, text[:, :1])
     normed_model = decoder(qk_norm=True)
     normed = engine_of(normed_model)
-    for spec in ("palu:keep=0.5", "asvd:keep=0.5", "lorc:keep=0.5"):
+    search = "eigenattention:keep=0.5,allocation=search"
+    for spec in ("palu:keep=0.5", "asvd:keep=0.5", "lorc:keep=0.5", search):
         with pytest.raises(UserError, match=r"keys are normalised \(qk_norm\)"):
             parse(spec).prepare(normed, text)
     with pytest.raises(UserError, match=r"recompute: keys and values cannot be computed from the stream: .*normalised"):

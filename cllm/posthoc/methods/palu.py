@@ -25,7 +25,8 @@ class Palu(ProjectingMethod):
     """Neighbouring KV heads of a slot that share a basis, the last ones maybe fewer; null: all."""
     allocation: Allocation = "fisher"
     """`fisher`, the paper's: ranks in proportion to the mean absolute gradient of the loss in a projection. `uniform`:
-    one rank; `energy`: as needed for the same share of the singular values; `progressive`: as in `lorc`."""
+    one rank; `energy`: as needed for the same share of the singular values; `progressive`: as in `lorc`; `search`: as
+    in `asvd`."""
     whiten: bool = True
     """Whether S is that of the inputs; false: the identity."""
 

@@ -115,11 +115,16 @@ class ProjectingMethod(Codable):
 
     def _code(self, tensors: SlotTensors, i: int) -> Code:
         place, device = (tensors.slots[i], tensors.kind), tensors.data[i].device
-        found = self._spectra[place].basis(self._ranks[place], tensors.dtype)
+        found = self.basis_of(place, self._ranks[place], tensors.dtype)
         basis = Basis(found.matrix.to(device), None if found.bias is None else found.bias.to(device))
         self._bases[place] = basis
         rows = basis.project(tensors.flat(i, padding="repeat"))
-        return Projected(self._stored(rows, tensors), basis, tuple(tensors.data[i].shape[2:]))
+        a = self.stored(rows, tensors.dtype, self._ranks[place])
+        return Projected(a, basis, tuple(tensors.data[i].shape[2:]))
+
+    def basis_of(self, place: Place, ranks: Sequence[int], dtype: torch.dtype) -> Basis:
+        """The basis of a tensor, with a rank for each of its groups of heads."""
+        return self._spectra[place].basis(ranks, dtype)
 
     def absorb(
         self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]
@@ -136,11 +141,12 @@ class ProjectingMethod(Codable):
         assert isinstance(code, Projected)
         return dataclasses.replace(code, a=self.extended(code.a, code.basis.project(tensors.flat(i)), tensors.dtype))
 
-    def _stored(self, rows: Tensor, tensors: SlotTensors) -> Code:
-        """The latents (B, n, r); a quantiser codes them per column, like keys."""
+    def stored(self, rows: Tensor, dtype: torch.dtype, ranks: Sequence[int]) -> Code:
+        """The latents (B, n, r), with `ranks` columns for each group of heads; a quantiser after + codes them per
+        column, like keys."""
         if self._coder is None:
-            return Exact(rows.to(tensors.dtype))
-        return self._coder.code(rows, "k", tensors.dtype, (rows.shape[2],))
+            return Exact(rows.to(dtype))
+        return self._coder.code(rows, "k", dtype, (rows.shape[2],))
 
     def _choose_ranks(self, keys: SlotTensors, values: SlotTensors) -> dict[Place, list[int]]:
         places: list[Place] = [(slot, tensors.kind) for tensors in (keys, values) for slot in tensors.slots]

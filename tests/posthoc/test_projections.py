@@ -18,6 +18,7 @@ from cllm.posthoc.hf import compress_dynamic
 from cllm.posthoc.projecting import fisher_sizes
 from cllm.posthoc.rank_search import SHARES
 from cllm.posthoc.registry import parse
+from cllm.posthoc.token_codes import hadamard
 
 PREFIX, LENGTH, SINKS = 20, 28, 4
 
@@ -205,6 +206,113 @@ def test_progressive_ranks_fall_with_depth():
     # Cumulative log condition numbers 6, 5, 3: shares 1, 1 - (1/3)(1 - 0.4), 0.4
     assert progressive_shares([1.0, 2.0, 3.0], 0.4) == pytest.approx([1.0, 0.8, 0.4])
     assert progressive_shares([2.0], 0.4) == pytest.approx([1.0])
+
+
+# ---- Palu's latents -------------------------------------------------------------------------------------------------
+
+
+def signs(size):
+    """Hadamard's matrix by its formula, -1 to the number of common bits of row and column."""
+    return (
+        torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)]).double() / size**0.5
+    )
+
+
+def test_a_hadamard_matrix_changes_nothing_without_codes(decoder, tokens):
+    model, ids, text = decoder({"preset": "gqa"}), tokens(2, LENGTH), tokens(2, 40, seed=1)
+    for size in (1, 2, 3, 8, 22, 96):
+        matrix, blocks = hadamard(size), [2**k for k in range(7, -1, -1) if size & 2**k]
+        torch.testing.assert_close(matrix @ matrix.mT, torch.eye(size, dtype=torch.float64))
+        torch.testing.assert_close(matrix, torch.block_diag(*map(signs, blocks)))
+    for more in ("", ",heads=1,allocation=uniform", ",every=4"):
+        found = []
+        for mixed in ("false", "true"):
+            spec = f"palu:keep=0.7,hadamard={mixed}{more}"
+            engine, cache, method = fill(model, ids[:, :PREFIX], spec, text)
+            compressed = engine.compress(cache, method)
+            parts = ids[:, PREFIX:].split(4, dim=1)
+            found.append((compressed.nbytes(), torch.cat([engine.logits(part, compressed) for part in parts], dim=1)))
+        assert found[0][0] == found[1][0]
+        torch.testing.assert_close(found[0][1], found[1][1], atol=2e-4, rtol=2e-4)
+
+
+def token_by_token(y, u, bits, sizes):
+    """What is read of keys or values y (n, width) on a basis u (width, r)."""
+    read = []
+    for token in y:
+        latents = (token @ u).split(sizes)
+        parts = []
+        for h in latents:
+            scale = (h.max() - h.min()) / (2**bits - 1)
+            parts.append(torch.tensor([round(((x - h.min()) / scale).item()) for x in h]) * scale + h.min())
+        read.append(torch.cat(parts) @ u.mT)
+    return torch.stack(read)
+
+
+@pytest.mark.parametrize(("bits", "mixed"), [(3, True), (4, False), (8, True)])
+def test_latents_are_quantised_token_by_token(bits, mixed, decoder, tokens):
+    model, ids, text = decoder(n_layers=2), tokens(2, LENGTH), tokens(2, 40, seed=1)
+    spec = f"palu:keep=0.4,heads=2,allocation=uniform,bits={bits},hadamard={str(mixed).lower()}"
+    engine, cache, method = fill(model, ids[:, :PREFIX], spec, text)
+    compressed, xs = engine.compress(cache, method), inputs_of(engine, ids[:, :PREFIX])
+    for slot in (0, 1):  # 4 heads of 8 channels: two groups of 16 channels, of rank 6
+        prefix = compressed.stores[slot].prefix
+        for kind, linear in zip("kv", engine.projections(slot), strict=True):
+            blocks = []
+            for vectors in method._spectra[slot, kind].vectors:
+                turn = torch.block_diag(signs(4), signs(2)) if mixed else torch.eye(6).double()
+                blocks.append(vectors[:, :6] @ turn)
+            u = torch.block_diag(*blocks).float()
+            found = getattr(prefix, kind).decode().flatten(2)
+            for row in range(2):
+                expected = token_by_token(linear(xs[slot][row, SINKS:]), u, bits, [6, 6])
+                torch.testing.assert_close(found[row], expected, atol=1e-4, rtol=1e-4)
+    n = PREFIX - SINKS
+    packed = sum(-(-n * 12 * width // 8) for width in (8, 4, 2, 1) if bits & width)
+    per_tensor = packed + n * 2 * 2 * 4  # a scale and a zero in fp32 for each of two groups
+    assert compressed.nbytes() == 2 * 2 * 2 * (per_tensor + SINKS * 32 * 4)
+
+
+def test_a_hadamard_matrix_lowers_the_error_of_codes(decoder, tokens):
+    model, ids, text, errors = decoder(), tokens(2, 60), tokens(2, 60), []
+    for mixed in ("false", "true"):
+        engine, cache, method = fill(model, ids, f"palu:keep=1.0,allocation=uniform,bits=2,hadamard={mixed}", text)
+        errors.append([e[part] for e in engine.compress(cache, method).outcome.errors.values() for part in "kv"])
+    assert sum(errors[1]) < 0.9 * sum(errors[0])
+
+
+def test_later_tokens_join_quantised_latents(decoder, tokens):
+    model, ids, text = decoder(), tokens(2, LENGTH), tokens(2, 40, seed=1)
+    spec = "palu:keep=0.5,bits=3,hadamard=true,allocation=uniform"
+    engine, cache, method = fill(model, ids[:, :PREFIX], f"{spec},every=4", text)
+    compressed = engine.compress(cache, method)
+    slots = compressed.stores
+    first = {i: slots[i].prefix.k.decode() for i in slots}
+    engine.logits(ids[:, PREFIX:], compressed)
+    engine.hidden(ids[:, PREFIX:], cache)
+    at_once = engine.compress(cache, method)
+    for i in slots:
+        found = compressed.stores[i].prefix.k.decode()
+        assert found.shape[1] == LENGTH - SINKS
+        torch.testing.assert_close(found[:, : PREFIX - SINKS], first[i])
+    # the first slot sees the same inputs in both
+    torch.testing.assert_close(compressed.stores[0].prefix.k.decode(), at_once.stores[0].prefix.k.decode())
+    torch.testing.assert_close(compressed.stores[0].prefix.v.decode(), at_once.stores[0].prefix.v.decode())
+
+
+def test_codes_of_latents_count_in_the_ratio(decoder, tokens):
+    model, ids, text = decoder(), tokens(2, 60), tokens(2, 60)
+    for spec in (
+        "palu:ratio=6,bits=5,heads=2",
+        "palu:ratio=10,bits=3,hadamard=true",
+        "palu:ratio=10,bits=3,allocation=search",
+    ):
+        engine, cache, method = fill(model, ids, f"{spec},sinks=1", text)
+        ratio = engine.nbytes(cache) / engine.compress(cache, method).nbytes()
+        assert method.ratio <= ratio < 1.3 * method.ratio, spec
+
+
+# ---- searched ranks -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("spec", "kv"), [("asvd", "cla"), ("palu:heads=1", "gqa")])
@@ -506,6 +614,8 @@ def test_bf16(decoder, tokens):
         ("palu", "give exactly one of keep and ratio"),
         ("lorc:keep=0.5,ratio=2", "give exactly one of keep and ratio"),
         ("asvd:keep=0.5,least=0.2", "least goes with allocation=progressive"),
+        ("palu:keep=0.5,bits=4+kivi:bits=4", "bits=4 codes the latents already; allowed: one of bits and a quantiser"),
+        ("palu:keep=0.5,bits=9", "bits: Input should be less than or equal to 8"),
         ("asvd:keep=1.5", "keep: Input should be less than or equal to 1"),
         ("eigenattention:keep=0.5,heads=2,basis=prompt", "basis=prompt has one basis for all heads"),
         ("recompute:rank=3,ratio=2", "give at most one of rank and ratio"),

@@ -15,6 +15,9 @@
     group.py         a group of slots that share a basis
     fixed_bases.py   bases of keys and values that are fixed before a prompt is seen
     projecting.py    the base of methods that use them
+    rank_search.py   ranks by the loss that each projection costs alone
+    token_codes.py   tokens quantised one by one, and Hadamard matrices
+    sensitivity.py   keys and values of a calibration text with the gradients of its loss
     absorb.py        later tokens that join the compressed ones
     grown.py         codes that later tokens have joined
     later_rows.py    rows of low-rank factors for later tokens

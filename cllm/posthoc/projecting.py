@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -28,12 +28,13 @@ from cllm.posthoc.fixed_bases import (
 from cllm.posthoc.inputs import each_input
 from cllm.posthoc.lowrank import low_rank_already
 from cllm.posthoc.method import Codable, Engine, naming
+from cllm.posthoc.rank_search import SHARES, losses_alone, search
 from cllm.posthoc.slots import SlotTensors
 
 Kind = Literal["k", "v"]
 Place = tuple[int, Kind]
 """A slot, and its keys or values."""
-Allocation = Literal["uniform", "fisher", "progressive", "energy"]
+Allocation = Literal["uniform", "fisher", "progressive", "energy", "search"]
 KINDS: tuple[Kind, ...] = ("k", "v")
 
 FISHER_TOKENS = 256
@@ -51,7 +52,7 @@ class ProjectingMethod(Codable):
 
     keep: float | None = Field(None, gt=0, le=1)
     """The largest share of a tensor's numbers that is kept, before `allocation` lowers it; with `allocation=energy` the
-    share of the sum of singular values."""
+    share of the sum of singular values, and with `search` the share of the numbers of all tensors."""
     ratio: float | None = Field(None, ge=1)
     """Bytes of the uncompressed cache over bytes of the compressed one, at this length and before a quantiser after +;
     `keep` is chosen so. Exactly one of the two."""
@@ -60,12 +61,14 @@ class ProjectingMethod(Codable):
     allocation: Allocation = "uniform"
     """How ranks differ between keys and values of different slots: `uniform`: not; `fisher`: in proportion to the mean
     absolute gradient of the loss in their projections; `progressive`: falling with depth, by the condition numbers of
-    the projections; `energy`: as each group of heads needs for the same share of its singular values."""
+    the projections; `energy`: as each group of heads needs for the same share of its singular values; `search`: by the
+    loss of calibration tokens with one tensor at a time at ten shares (`rank_search.py`), each of which is a pass."""
     least: float = Field(0.5, gt=0, le=1)
     """With `allocation=progressive`, the smallest rank of a slot over the largest."""
 
     _spectra: dict[Place, Spectrum] = PrivateAttr(default_factory=dict)
     _shares: dict[Place, float] = PrivateAttr(default_factory=dict)
+    _losses: dict[Place, list[float]] = PrivateAttr(default_factory=dict)
     _bases: dict[Place, Basis] = PrivateAttr(default_factory=dict)
     _ranks: dict[Place, list[int]] = PrivateAttr(default_factory=dict)
 
@@ -88,6 +91,7 @@ class ProjectingMethod(Codable):
         with naming(self.name):
             self._spectra, self._bases, self._ranks = self.spectra(engine, ids), {}, {}
             self._shares = self._allocate(engine, ids)
+            self._losses = self._measure(engine, ids)
 
     def facts(self) -> dict[str, Any]:
         return {"ranks": {f"{slot}.{kind}": ranks for (slot, kind), ranks in sorted(self._ranks.items())}}
@@ -111,11 +115,16 @@ class ProjectingMethod(Codable):
 
     def _code(self, tensors: SlotTensors, i: int) -> Code:
         place, device = (tensors.slots[i], tensors.kind), tensors.data[i].device
-        found = self._spectra[place].basis(self._ranks[place], tensors.dtype)
+        found = self.basis_of(place, self._ranks[place], tensors.dtype)
         basis = Basis(found.matrix.to(device), None if found.bias is None else found.bias.to(device))
         self._bases[place] = basis
         rows = basis.project(tensors.flat(i, padding="repeat"))
-        return Projected(self._stored(rows, tensors), basis, tuple(tensors.data[i].shape[2:]))
+        a = self.stored(rows, tensors.dtype, self._ranks[place])
+        return Projected(a, basis, tuple(tensors.data[i].shape[2:]))
+
+    def basis_of(self, place: Place, ranks: Sequence[int], dtype: torch.dtype) -> Basis:
+        """The basis of a tensor, with a rank for each of its groups of heads."""
+        return self._spectra[place].basis(ranks, dtype)
 
     def absorb(
         self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]
@@ -132,11 +141,12 @@ class ProjectingMethod(Codable):
         assert isinstance(code, Projected)
         return dataclasses.replace(code, a=self.extended(code.a, code.basis.project(tensors.flat(i)), tensors.dtype))
 
-    def _stored(self, rows: Tensor, tensors: SlotTensors) -> Code:
-        """The latents (B, n, r); a quantiser codes them per column, like keys."""
+    def stored(self, rows: Tensor, dtype: torch.dtype, ranks: Sequence[int]) -> Code:
+        """The latents (B, n, r), with `ranks` columns for each group of heads; a quantiser after + codes them per
+        column, like keys."""
         if self._coder is None:
-            return Exact(rows.to(tensors.dtype))
-        return self._coder.code(rows, "k", tensors.dtype, (rows.shape[2],))
+            return Exact(rows.to(dtype))
+        return self._coder.code(rows, "k", dtype, (rows.shape[2],))
 
     def _choose_ranks(self, keys: SlotTensors, values: SlotTensors) -> dict[Place, list[int]]:
         places: list[Place] = [(slot, tensors.kind) for tensors in (keys, values) for slot in tensors.slots]
@@ -144,16 +154,23 @@ class ProjectingMethod(Codable):
         def ranks(keep: float) -> dict[Place, list[int]]:
             return {place: self._ranks_of(place, keep) for place in places}
 
-        if self.keep is not None:
-            return ranks(self.keep)
-        assert self.ratio is not None
-        tokens = keys.data[0].shape[1]
         widths = {place: sum(self._spectra[place].widths) for place in places}
+        if self.keep is not None and self.allocation != "search":
+            return ranks(self.keep)
+        if self.ratio is None:
+            assert self.keep is not None
+            return self._search(widths, lambda of: sum(map(sum, of.values())), self.keep * sum(widths.values()), keys)
+        tokens = keys.data[0].shape[1]
+
+        def cost_of(ranks: Mapping[Place, list[int]]) -> float:
+            return sum(self.stored_numbers(of, tokens, widths[place], keys.dtype) for place, of in ranks.items())
 
         def cost(share: float) -> float:
-            return sum(sum(of) * (tokens + self.stored_rows(widths[place])) for place, of in ranks(share).items())
+            return cost_of(ranks(share))
 
         budget = elements_for_ratio(self.name, self.ratio, keys, values)
+        if self.allocation == "search":
+            return self._search(widths, cost_of, budget, keys)
         top = 1.0 if self.allocation == "energy" else 1 / min(self._shares.values(), default=1.0)
         keep = largest(cost, budget + 1e-6, top)
         if keep is None:
@@ -162,6 +179,31 @@ class ProjectingMethod(Codable):
                 "lower ratio, or more heads for each basis"
             )
         return ranks(keep)
+
+    def _search(
+        self,
+        widths: Mapping[Place, int],
+        cost: Callable[[Mapping[Place, list[int]]], float],
+        budget: float,
+        keys: SlotTensors,
+    ) -> dict[Place, list[int]]:
+        """The ranks of `allocation=search` that cost at most `budget`."""
+
+        def ranks(shares: Mapping[Place, float]) -> dict[Place, list[int]]:
+            return {place: ranks_at(self._spectra[place], 1.0, shares[place]) for place in widths}
+
+        found = search(self._losses, lambda shares: cost(ranks(shares)), budget + 1e-6)
+        if found is None:
+            given = f"keep={self.keep:g}" if self.ratio is None else f"ratio={self.ratio:g}: at {keys.tokens} tokens"
+            raise UserError(
+                f"{self.name}: {given}: a share of {SHARES[0]:g} of all ranks, the least that allocation=search "
+                "measures, exceeds it; allowed: a lower ratio, a higher keep, or another allocation"
+            )
+        return ranks(found)
+
+    def stored_numbers(self, ranks: Sequence[int], tokens: int, width: int, dtype: torch.dtype) -> float:
+        """Numbers of the cache's `dtype` that a tensor of `width` takes."""
+        return sum(ranks) * (tokens + self.stored_rows(width))
 
     def stored_rows(self, width: int) -> int:
         """Numbers that a cache stores for each rank of a tensor of `width`, besides one for each token."""
@@ -185,6 +227,19 @@ class ProjectingMethod(Codable):
             shares = dict(zip(slots, progressive_shares(conditions, self.least), strict=True))
             return {(slot, kind): shares[slot] for slot in slots for kind in KINDS}
         return {}
+
+    def _measure(self, engine: Engine, ids: Tensor) -> dict[Place, list[float]]:
+        """The losses of `allocation=search`; none for others."""
+        if self.allocation != "search":
+            return {}
+        modules = {(slot, kind): engine.projections(slot)[kind == "v"] for slot, kind in self._spectra}
+
+        def basis(place: Place, share: float) -> Basis:
+            spectrum, weight = self._spectra[place], modules[place].weight
+            found = spectrum.basis(ranks_at(spectrum, 1.0, share), weight.dtype)
+            return Basis(found.matrix.to(weight.device), None if found.bias is None else found.bias.to(weight.device))
+
+        return losses_alone(engine, ids, self.sinks, modules, basis)
 
     def spectra_of_weights(self, engine: Engine, moments: Mapping[int, Tensor] | None) -> dict[Place, Spectrum]:
         """From forms W M Wᵀ with M (d_model, d_model) of each slot; None: M is the identity."""

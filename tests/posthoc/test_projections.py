@@ -16,7 +16,9 @@ from cllm.posthoc.engine import engine_of
 from cllm.posthoc.fixed_bases import progressive_shares
 from cllm.posthoc.hf import compress_dynamic
 from cllm.posthoc.projecting import fisher_sizes
+from cllm.posthoc.rank_search import SHARES
 from cllm.posthoc.registry import parse
+from cllm.posthoc.token_codes import hadamard
 
 PREFIX, LENGTH, SINKS = 20, 28, 4
 
@@ -204,6 +206,163 @@ def test_progressive_ranks_fall_with_depth():
     # Cumulative log condition numbers 6, 5, 3: shares 1, 1 - (1/3)(1 - 0.4), 0.4
     assert progressive_shares([1.0, 2.0, 3.0], 0.4) == pytest.approx([1.0, 0.8, 0.4])
     assert progressive_shares([2.0], 0.4) == pytest.approx([1.0])
+
+
+# ---- Palu's latents -------------------------------------------------------------------------------------------------
+
+
+def signs(size):
+    """Hadamard's matrix by its formula, -1 to the number of common bits of row and column."""
+    return (
+        torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)]).double() / size**0.5
+    )
+
+
+def test_a_hadamard_matrix_changes_nothing_without_codes(decoder, tokens):
+    model, ids, text = decoder({"preset": "gqa"}), tokens(2, LENGTH), tokens(2, 40, seed=1)
+    for size in (1, 2, 3, 8, 22, 96):
+        matrix, blocks = hadamard(size), [2**k for k in range(7, -1, -1) if size & 2**k]
+        torch.testing.assert_close(matrix @ matrix.mT, torch.eye(size, dtype=torch.float64))
+        torch.testing.assert_close(matrix, torch.block_diag(*map(signs, blocks)))
+    for more in ("", ",heads=1,allocation=uniform", ",every=4"):
+        found = []
+        for mixed in ("false", "true"):
+            spec = f"palu:keep=0.7,hadamard={mixed}{more}"
+            engine, cache, method = fill(model, ids[:, :PREFIX], spec, text)
+            compressed = engine.compress(cache, method)
+            parts = ids[:, PREFIX:].split(4, dim=1)
+            found.append((compressed.nbytes(), torch.cat([engine.logits(part, compressed) for part in parts], dim=1)))
+        assert found[0][0] == found[1][0]
+        torch.testing.assert_close(found[0][1], found[1][1], atol=2e-4, rtol=2e-4)
+
+
+def token_by_token(y, u, bits, sizes):
+    """What is read of keys or values y (n, width) on a basis u (width, r)."""
+    read = []
+    for token in y:
+        latents = (token @ u).split(sizes)
+        parts = []
+        for h in latents:
+            scale = (h.max() - h.min()) / (2**bits - 1)
+            parts.append(torch.tensor([round(((x - h.min()) / scale).item()) for x in h]) * scale + h.min())
+        read.append(torch.cat(parts) @ u.mT)
+    return torch.stack(read)
+
+
+@pytest.mark.parametrize(("bits", "mixed"), [(3, True), (4, False), (8, True)])
+def test_latents_are_quantised_token_by_token(bits, mixed, decoder, tokens):
+    model, ids, text = decoder(n_layers=2), tokens(2, LENGTH), tokens(2, 40, seed=1)
+    spec = f"palu:keep=0.4,heads=2,allocation=uniform,bits={bits},hadamard={str(mixed).lower()}"
+    engine, cache, method = fill(model, ids[:, :PREFIX], spec, text)
+    compressed, xs = engine.compress(cache, method), inputs_of(engine, ids[:, :PREFIX])
+    for slot in (0, 1):  # 4 heads of 8 channels: two groups of 16 channels, of rank 6
+        prefix = compressed.stores[slot].prefix
+        for kind, linear in zip("kv", engine.projections(slot), strict=True):
+            blocks = []
+            for vectors in method._spectra[slot, kind].vectors:
+                turn = torch.block_diag(signs(4), signs(2)) if mixed else torch.eye(6).double()
+                blocks.append(vectors[:, :6] @ turn)
+            u = torch.block_diag(*blocks).float()
+            found = getattr(prefix, kind).decode().flatten(2)
+            for row in range(2):
+                expected = token_by_token(linear(xs[slot][row, SINKS:]), u, bits, [6, 6])
+                torch.testing.assert_close(found[row], expected, atol=1e-4, rtol=1e-4)
+    n = PREFIX - SINKS
+    packed = sum(-(-n * 12 * width // 8) for width in (8, 4, 2, 1) if bits & width)
+    per_tensor = packed + n * 2 * 2 * 4  # a scale and a zero in fp32 for each of two groups
+    assert compressed.nbytes() == 2 * 2 * 2 * (per_tensor + SINKS * 32 * 4)
+
+
+def test_a_hadamard_matrix_lowers_the_error_of_codes(decoder, tokens):
+    model, ids, text, errors = decoder(), tokens(2, 60), tokens(2, 60), []
+    for mixed in ("false", "true"):
+        engine, cache, method = fill(model, ids, f"palu:keep=1.0,allocation=uniform,bits=2,hadamard={mixed}", text)
+        errors.append([e[part] for e in engine.compress(cache, method).outcome.errors.values() for part in "kv"])
+    assert sum(errors[1]) < 0.9 * sum(errors[0])
+
+
+def test_later_tokens_join_quantised_latents(decoder, tokens):
+    model, ids, text = decoder(), tokens(2, LENGTH), tokens(2, 40, seed=1)
+    spec = "palu:keep=0.5,bits=3,hadamard=true,allocation=uniform"
+    engine, cache, method = fill(model, ids[:, :PREFIX], f"{spec},every=4", text)
+    compressed = engine.compress(cache, method)
+    slots = compressed.stores
+    first = {i: slots[i].prefix.k.decode() for i in slots}
+    engine.logits(ids[:, PREFIX:], compressed)
+    engine.hidden(ids[:, PREFIX:], cache)
+    at_once = engine.compress(cache, method)
+    for i in slots:
+        found = compressed.stores[i].prefix.k.decode()
+        assert found.shape[1] == LENGTH - SINKS
+        torch.testing.assert_close(found[:, : PREFIX - SINKS], first[i])
+    # the first slot sees the same inputs in both
+    torch.testing.assert_close(compressed.stores[0].prefix.k.decode(), at_once.stores[0].prefix.k.decode())
+    torch.testing.assert_close(compressed.stores[0].prefix.v.decode(), at_once.stores[0].prefix.v.decode())
+
+
+def test_codes_of_latents_count_in_the_ratio(decoder, tokens):
+    model, ids, text = decoder(), tokens(2, 60), tokens(2, 60)
+    for spec in (
+        "palu:ratio=6,bits=5,heads=2",
+        "palu:ratio=10,bits=3,hadamard=true",
+        "palu:ratio=10,bits=3,allocation=search",
+    ):
+        engine, cache, method = fill(model, ids, f"{spec},sinks=1", text)
+        ratio = engine.nbytes(cache) / engine.compress(cache, method).nbytes()
+        assert method.ratio <= ratio < 1.3 * method.ratio, spec
+
+
+# ---- searched ranks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("spec", "kv"), [("asvd", "cla"), ("palu:heads=1", "gqa")])
+def test_ranks_are_searched_by_the_loss_of_each_projection_alone(spec, kv, decoder, tokens):
+    """Against copies of the model with one truncated weight each, and a scan of all thresholds."""
+    model, ids, text = decoder({"preset": kv}, n_layers=4), tokens(2, PREFIX), tokens(2, 24, seed=1)
+    model.head.weight.mul_(4)  # expect something
+    spec += f"{',' if ':' in spec else ':'}allocation=search,sinks=0"
+    engine, cache, method = fill(model, ids, f"{spec},keep=0.4", text)
+    engine.compress(cache, method)
+    losses: dict[tuple[int, str], list[float]] = {}
+    for (slot, kind), spectrum in method._spectra.items():
+        linear = engine.projections(slot)[kind == "v"]
+        for share in SHARES:
+            exact, blocks = linear.weight.clone(), []
+            for vectors in spectrum.vectors:
+                u = vectors[:, : max(1, int(share * len(vectors) + 1e-9))].float()
+                blocks.append(u @ u.T)
+            linear.weight.copy_(torch.block_diag(*blocks) @ exact)
+            logits = model(text[:, :-1])
+            linear.weight.copy_(exact)
+            loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).item()
+            losses.setdefault((slot, kind), []).append(loss)
+        assert method._losses[slot, kind] == pytest.approx(losses[slot, kind], abs=1e-5)
+    widths = {place: [len(v) for v in spectrum.vectors] for place, spectrum in method._spectra.items()}
+    total = sum(sum(of) for of in widths.values())
+    for keep in (0.2, 0.4, 0.7):
+        best = None
+        for threshold in sorted({loss for of in method._losses.values() for loss in of}):
+            ranks = {}
+            for place, of in method._losses.items():
+                share = min([s for s, loss in zip(SHARES, of, strict=True) if loss <= threshold] + [1.0])
+                ranks[f"{place[0]}.{place[1]}"] = [max(1, int(share * w + 1e-9)) for w in widths[place]]
+            if sum(map(sum, ranks.values())) <= keep * total:
+                best = ranks
+                break
+        method = method.model_copy(update={"keep": keep})
+        engine.compress(cache, method)
+        assert method.facts()["ranks"] == best
+        differ = len({tuple(r) for r in best.values()}) > 1
+    assert differ, "of keep=0.7"
+    found = []
+    for ratio in (2, 4):
+        method = method.model_copy(update={"keep": None, "ratio": ratio})
+        found.append(engine.compress(cache, method).nbytes())
+        assert found[-1] <= engine.nbytes(cache) / ratio
+        found.append(sum(map(sum, method.facts()["ranks"].values())) * 2 * PREFIX * 4)
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    assert found[0] > 1.5 * found[2]
 
 
 # ---- ShadowKV -------------------------------------------------------------------------------------------------------
@@ -455,6 +614,8 @@ def test_bf16(decoder, tokens):
         ("palu", "give exactly one of keep and ratio"),
         ("lorc:keep=0.5,ratio=2", "give exactly one of keep and ratio"),
         ("asvd:keep=0.5,least=0.2", "least goes with allocation=progressive"),
+        ("palu:keep=0.5,bits=4+kivi:bits=4", "bits=4 codes the latents already; allowed: one of bits and a quantiser"),
+        ("palu:keep=0.5,bits=9", "bits: Input should be less than or equal to 8"),
         ("asvd:keep=1.5", "keep: Input should be less than or equal to 1"),
         ("eigenattention:keep=0.5,heads=2,basis=prompt", "basis=prompt has one basis for all heads"),
         ("recompute:rank=3,ratio=2", "give at most one of rank and ratio"),
@@ -495,9 +656,16 @@ def test_what_methods_refuse(decoder, design, llama, tokens, filled):
     method.prepare(engine, text)
     with pytest.raises(UserError, match="palu: ratio=100: at 20 tokens 20% of the cache stay as they are"):
         engine.compress(cache, method)
+    method = parse("asvd:keep=0.02,allocation=search")
+    method.prepare(engine, text)
+    with pytest.raises(UserError, match=r"asvd: keep=0.02: a share of 0.05 of all ranks, .*; allowed: a lower ratio"):
+        engine.compress(cache, method)
+    with pytest.raises(UserError, match="asvd: allocation=search needs a loss: give 2 or more calibration tokens"):
+        parse("asvd:keep=0.5,allocation=search,sinks=0").prepare(engine, text[:, :1])
     normed_model = decoder(qk_norm=True)
     normed = engine_of(normed_model)
-    for spec in ("palu:keep=0.5", "asvd:keep=0.5", "lorc:keep=0.5"):
+    search = "eigenattention:keep=0.5,allocation=search"
+    for spec in ("palu:keep=0.5", "asvd:keep=0.5", "lorc:keep=0.5", search):
         with pytest.raises(UserError, match=r"keys are normalised \(qk_norm\)"):
             parse(spec).prepare(normed, text)
     with pytest.raises(UserError, match=r"recompute: keys and values cannot be computed from the stream: .*normalised"):

@@ -14,11 +14,13 @@ from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.posthoc.bit_planes import pack_codes, planes, unpack_codes
 from cllm.posthoc.cache import compress_cache, copy_store
+from cllm.posthoc.engine import engine_of
 from cllm.posthoc.entropy import Streams, compress, decompress, shared_streams
 from cllm.posthoc.hf import compress_dynamic
 from cllm.posthoc.methods.kvquant import fit_levels
 from cllm.posthoc.methods.turboquant import levels, projection, rotation
 from cllm.posthoc.registry import parse
+from cllm.posthoc.sensitivity import sensitivities
 
 CPU = torch.device("cpu")
 PREFIX, LENGTH = 40, 48
@@ -201,6 +203,120 @@ def test_levels_are_the_means_of_their_cells():
         means = torch.stack([x[cell == i].mean() for i in range(8)])
         torch.testing.assert_close(table[row], means, atol=4e-3, rtol=0)  # 2048 bins
     assert table[1].abs().max() < 0.5 * table[0].abs().max()  # each sequence has its own
+
+
+def test_gradients_of_keys_and_values_are_those_of_the_loss(decoder, tokens):
+    """Against differences of the loss; in cla two layers read each slot."""
+    model, ids = decoder({"preset": "cla"}, n_layers=4).double(), tokens(1, 12)
+    engine = engine_of(model)
+    (found,) = sensitivities(engine, ids, "levels=fisher")
+    assert {slot for slot, _ in found} == set(model.plan.slots)
+    for place in ((0, "k"), (0, "v"), (2, "k")):
+        linear = engine.projections(place[0])[place[1] == "v"]
+        for token, channel in ((1, 3), (7, 9)):
+            losses = []
+            for step in (5e-3, -5e-3):
+
+                def change(_, args, y, step=step, token=token, channel=channel):
+                    y = y.clone()
+                    y[0, token, channel] += step
+                    return y
+
+                handle = linear.register_forward_hook(change)
+                logits = model(ids[:, :-1])[0]
+                handle.remove()
+                losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item())
+            expected = (losses[0] - losses[1]) / 1e-2
+            assert found[place].gradient[0, token, channel].item() == pytest.approx(
+                expected, rel=1e-2, abs=1e-3
+            )  # RoPE is fp32
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_levels_weighted_by_gradients(decoder, tokens):
+    """KVQuant's: one table for each slot and kind, the means of their cells with the weights (h ∂loss/∂x)²."""
+    model, text, ids = decoder({"preset": "cla"}), tokens(1, 120, seed=3), tokens(2, PREFIX)
+    model.head.weight.mul_(4)
+    engine, spec = engine_of(model), "kvquant:bits=2,bits_v=3,outliers=0.05,sinks=2"
+    method: Any = parse(f"{spec},levels=fisher")
+    method.prepare(engine, text)
+    (found,) = sensitivities(engine, text, "")
+    for (slot, kind), of in found.items():
+        levels, weighted, total = method._tables[slot, kind], [], []
+        x, g = (t[0, 2:].T if kind == "k" else t[0, 2:] for t in (of.x, of.gradient))  # vectors
+        for vector, gradient in zip(x, g, strict=True):
+            count = round(0.05 * len(vector))
+            kept = (vector - vector.median()).abs().argsort(descending=True)[count:]
+            rest = vector[kept]
+            middle, half = (rest.max() + rest.min()) / 2, (rest.max() - rest.min()) / 2
+            weighted.append((rest - middle) / half)
+            total.append((gradient[kept] * half).double().square())
+        unit, weight = torch.cat(weighted), torch.cat(total)
+        assert len(levels) == (4 if kind == "k" else 8)
+        cell = (unit[:, None] - levels).abs().argmin(1)
+        for i, level in enumerate(levels):
+            mean = (weight * unit)[cell == i].sum() / weight[cell == i].sum()
+            assert level.item() == pytest.approx(mean.item(), abs=4e-3)  # 2048 bins
+    cache = engine.new_cache()
+    engine.hidden(ids, cache)
+    plain, fisher = (engine.compress(cache, m) for m in (parse(spec), method))
+    assert fisher.nbytes() == plain.nbytes()
+    for slot, store in fisher.stores.items():
+        for part in "kv":
+            code = getattr(store.prefix, part)
+            assert torch.equal(code.levels, method._tables[slot, part].expand(2, -1))
+    assert method.weight_bytes() == 0, "levels are in the cache"
+
+
+def test_weighted_levels_lower_the_weighted_error(decoder, tokens):
+    model, text = decoder(), tokens(1, 200, seed=3)
+    model.head.weight.mul_(4)
+    engine, errors = engine_of(model), []
+    cache = engine.new_cache()
+    engine.hidden(text[:, :-1], cache)
+    (found,) = sensitivities(engine, text, "")
+    for kind in ("kmeans", "fisher"):
+        method = parse(f"kvquant:bits=2,outliers=0,sinks=0,levels={kind}")
+        method.prepare(engine, text)
+        compressed = engine.compress(cache, method)
+        total = 0.0
+        for (slot, part), of in found.items():
+            read = getattr(compressed.stores[slot].prefix, part).decode().flatten(2)
+            total += ((read - of.x) * of.gradient).square().sum().item()
+        errors.append(total)
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_later_blocks_have_the_calibrated_levels(decoder, tokens):
+    model, ids = decoder(), tokens(2, LENGTH)
+    engine = engine_of(model)
+    method: Any = parse("kvquant:bits=3,levels=fisher,every=4")
+    method.prepare(engine, tokens(1, 60, seed=1))
+    cache = engine.new_cache()
+    engine.hidden(ids[:, :PREFIX], cache)
+    compressed = engine.compress(cache, method)
+    object.__setattr__(compressed.method, "_tables", {})  # as in a cache that was stored
+    engine.logits(ids[:, PREFIX:], compressed)
+    for slot, store in compressed.stores.items():
+        grown = store.prefix.v
+        assert grown.blocks.levels.shape == (2, 2, 8)
+        assert torch.equal(grown.blocks.levels, method._tables[slot, "v"].expand(2, 2, -1))
+
+
+def test_what_weighted_levels_refuse(decoder, design, tokens):
+    method, text = parse("kvquant:levels=fisher"), tokens(1, 30)
+    engine = engine_of(decoder())
+    cache = engine.new_cache()
+    engine.hidden(text, cache)
+    with pytest.raises(UserError, match="kvquant: levels=fisher is not calibrated for slot 0: call prepare"):
+        engine.compress(cache, method)
+    for model in (decoder(qk_norm=True), design("mla")):
+        with pytest.raises(UserError, match=r"kvquant: levels=fisher needs gradients of keys before RoPE: .*allowed"):
+            method.prepare(engine_of(model), text)
+    with pytest.raises(UserError, match="4 calibration tokens, and sinks=4 are left out"):
+        method.prepare(engine, text[:, :4])
+    with pytest.raises(UserError, match="levels=fisher takes pieces of 256 tokens, all of them sinks"):
+        parse("kvquant:levels=fisher,sinks=300").prepare(engine, tokens(1, 320))
 
 
 # ---- KVTC -----------------------------------------------------------------------------------------------------------

@@ -77,4 +77,4 @@ class EigenAttention(ProjectingMethod):
         rank = self._ranks[tensors.slots[i], tensors.kind][0]
         vectors = torch.linalg.eigh((rows.mT @ rows).double())[1].flip(-1)[..., :rank].float()
         b = vectors.to(tensors.dtype).contiguous()
-        return LowRank(self._stored(rows @ vectors, tensors), b, tuple(tensors.data[i].shape[2:]))
+        return LowRank(self.stored(rows @ vectors, tensors.dtype, [rank]), b, tuple(tensors.data[i].shape[2:]))

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from torch import Tensor
 
+from cllm.errors import UserError
 from cllm.posthoc.bit_planes import pack_codes, unpack_codes
 from cllm.posthoc.code import Code, Codes
-from cllm.posthoc.method import Compressor
+from cllm.posthoc.grown import first_of, join_all
+from cllm.posthoc.method import Compressor, Engine, naming
+from cllm.posthoc.projecting import FISHER_TOKENS, KINDS, Place, check_tokens
 from cllm.posthoc.registry import register
+from cllm.posthoc.sensitivity import sensitivities
 from cllm.posthoc.slots import SlotTensors
 
 _TOGETHER = 2**26
@@ -89,8 +93,13 @@ class KVQuant(Compressor):
     for its values: the means of 1-dimensional k-means over all (x - m) / h, or 2^b equal steps. The share `outliers` of
     a vector's numbers, those farthest from its median, is stored exactly, with positions.
 
-    Two differences from the paper: ranges and levels come from the prompt and not from calibration text, and k-means
-    has no Fisher weights, which need gradients of the model. Q-Norm, which adapts calibrated levels, is not needed.
+    The paper's levels are computed once from a calibration text, as the minimum of
+
+        Σ_i F_ii (x_i - x_i')²,    F_ii = (∂loss / ∂x_i)²
+
+    which is `levels=fisher`: k-means over (x - m) / h with the weights F_ii h². (The authors' code leaves h² out.) By
+    default levels come from the prompt, without weights. Ranges come from the prompt in both cases, where the paper
+    calibrates those of keys. Q-Norm is left out.
     """
 
     keys_before_rope: ClassVar[bool] = True
@@ -99,28 +108,87 @@ class KVQuant(Compressor):
     """Bits of a code."""
     bits_v: int | None = Field(None, ge=1, le=8)
     """`bits` for values; null: the same."""
-    levels: Literal["kmeans", "uniform"] = "kmeans"
-    """L: `kmeans`, as in the paper but without its weights, or `uniform`, which is coarser for most numbers and finer
-    for the large ones."""
+    levels: Literal["kmeans", "uniform", "fisher"] = "kmeans"
+    """L: `fisher`, the paper's, weighted by the gradients of the loss on calibration tokens; `kmeans`: of the prompt,
+    without weights; `uniform`: coarser for most numbers and finer for the large ones."""
     outliers: float = Field(0.01, ge=0, lt=0.5)
     """Share of the numbers of every vector that are stored exactly."""
 
+    _tables: dict[Place, Tensor] = PrivateAttr(default_factory=dict)
+    """The levels (2^bits,) of `levels=fisher`, by slot and kind."""
+
+    def prepare(self, engine: Engine, ids: Tensor) -> None:
+        self._tables = {}
+        if self.levels != "fisher":
+            return
+        check_tokens(self.name, ids, self.sinks)
+        counts: dict[Place, Tensor] = {}
+        with naming(self.name):
+            for piece in sensitivities(engine, ids, "levels=fisher"):
+                for (slot, kind), found in piece.items():
+                    x, gradient = (t[:, self.sinks :].float() for t in (found.x, found.gradient))
+                    if x.shape[1]:
+                        of_piece = self._weighted_counts(SlotTensors(kind, (slot,), (x,), found.x.dtype), gradient)
+                        counts[slot, kind] = counts.get((slot, kind), 0) + of_piece
+        if not counts:
+            raise UserError(
+                f"{self.name}: levels=fisher takes pieces of {FISHER_TOKENS} tokens, all of them sinks; "
+                "allowed: fewer sinks"
+            )
+        for kind, bits in zip(KINDS, (self.bits, self._bits_v), strict=True):
+            places = [place for place in counts if place[1] == kind]
+            self._tables |= zip(places, levels_of(torch.cat([counts[place] for place in places]), bits), strict=True)
+
+    def _weighted_counts(self, tensors: SlotTensors, gradient: Tensor) -> Tensor:
+        """(1, 2048) fp64: the weights F_ii h² of the numbers in each bin, for `gradient` (1, n, C) fp32."""
+        part = self._split(tensors, 0)
+        weights = (gradient.mT if part.per_channel else gradient).double() * part.half.double()[..., None]
+        return count_bins(part.unit(), weights.square() * part.counted)
+
+    @property
+    def _bits_v(self) -> int:
+        return self.bits if self.bits_v is None else self.bits_v
+
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         k = self._code_all(keys, self.bits)
-        return k, [None] * len(keys.slots) if values is None else self._code_all(values, self.bits_v or self.bits)
+        return k, [None] * len(keys.slots) if values is None else self._code_all(values, self._bits_v)
 
-    def _code_all(self, tensors: SlotTensors, bits: int) -> Codes:
+    def absorb(
+        self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]
+    ) -> tuple[Codes, Codes]:
+        if self.levels != "fisher":
+            return super().absorb(keys, values, codes)
+        assert values is not None
+        k, v = (
+            join_all(of, self._code_all(tensors, bits, [_levels_in(code) for code in of]))
+            for tensors, bits, of in zip((keys, values), (self.bits, self._bits_v), codes, strict=True)
+        )
+        return k, v
+
+    def _code_all(self, tensors: SlotTensors, bits: int, tables: Sequence[Tensor] | None = None) -> Codes:
+        """The codes of all slots; `tables`: their levels (B, 2^bits) if they are known."""
+        if self.levels == "fisher" and tables is None:
+            tables = [self._table(tensors, i) for i in range(len(tensors.slots))]
         codes: Codes = []
         together = max(1, _TOGETHER // max(tensors.data[0].numel(), 1))
         for begin in range(0, len(tensors.slots), together):
             slots = range(begin, min(begin + together, len(tensors.slots)))
             parts = [self._split(tensors, i) for i in slots]
-            levels = self._levels(parts, bits)
+            levels = self._levels(parts, bits) if tables is None else [tables[i] for i in slots]
             codes += [
                 self._code(tensors, i, part, of_slot, bits)
                 for i, part, of_slot in zip(slots, parts, levels, strict=True)
             ]
         return codes
+
+    def _table(self, tensors: SlotTensors, i: int) -> Tensor:
+        """(B, 2^bits) fp32: the calibrated levels of slot `i`."""
+        place, x = (tensors.slots[i], tensors.kind), tensors.data[i]
+        if place not in self._tables:
+            raise UserError(
+                f"{self.name}: levels=fisher is not calibrated for slot {place[0]}: call prepare(engine, ids) first"
+            )
+        return self._tables[place].to(x.device).repeat(len(x), 1)
 
     def _levels(self, parts: Sequence[_Split], bits: int) -> list[Tensor]:
         """The levels (B, 2^bits) fp32 of each slot."""
@@ -163,12 +231,20 @@ class KVQuant(Compressor):
         )  # fmt: skip
 
 
+def _levels_in(code: Code) -> Tensor:
+    """(B, 2^bits): the levels of the first tokens of a slot."""
+    first = first_of(code)
+    assert isinstance(first, DenseAndSparse)
+    return first.levels
+
+
 def _index_dtype(size: int) -> torch.dtype:
     return torch.uint8 if size <= 2**8 else torch.int16 if size <= 2**15 else torch.int32
 
 
 def count_bins(unit: Tensor, counted: Tensor) -> Tensor:
-    """(B, 2048) fp64: how many of the `counted` numbers of `unit` (B, ...) in [-1, 1] are in each bin."""
+    """(B, 2048) fp64: how many of the `counted` numbers of `unit` (B, ...) in [-1, 1] are in each bin; `counted` can be
+    weights."""
     bins = ((unit.flatten(1) + 1) * (_BINS / 2)).long().clamp(max=_BINS - 1)
     weights = torch.zeros(len(unit), _BINS, dtype=torch.float64, device=unit.device)
     return weights.scatter_add_(1, bins, counted.flatten(1).double())

@@ -111,7 +111,7 @@ def test_lm_eval_results_with_other_options_have_other_files(tmp_path) -> None:
     for options in variants:
         settings = HarnessSettings(tasks=["t"], **options).model_dump(mode="json")
         record = {"task": "t", "spec": AS_IS, "settings": settings}
-        paths.add(suite.save(subject, record, tmp_path))  # type: ignore[arg-type]
+        paths.add(suite.save(subject, record, tmp_path))
     assert len(paths) == 6
     assert tmp_path / "lm_eval" / "t.json" in paths
     assert tmp_path / "lm_eval" / "t-limit=3.json" in paths

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,6 +134,13 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `OSError` if a folder cannot be written to. It may be missing; nothing is left in it or above it."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    with tempfile.TemporaryFile(dir=existing):
+        pass
 
 
 def mark(folder: Path, kind: str) -> None:

@@ -117,9 +117,10 @@ def _measure(
 ) -> None:
     """Measure one run with every suite, and add its records to the report."""
     from cllm.evaluate.subjects import load_subject
-    from cllm.evaluate.suites.jobs import jobs
+    from cllm.evaluate.suites.jobs import check_results, jobs
 
     subject = load_subject(path, device)
+    check_results(subject.results(options.out))
     refused: dict[str, dict[str, str]] = {}
     planned: list[Iterable[Job]] = [jobs(choice, subject, options, device) for choice in chosen]
     if len(chosen) > 1:  # what does not fit is refused before the first suite runs

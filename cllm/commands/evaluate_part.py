@@ -48,13 +48,13 @@ def _measure(folder: Path, parser, options: argparse.Namespace, part: dict, mess
     from cllm.environment import choose_device
     from cllm.evaluate.parallel.store import Report, results_of, write_report
     from cllm.evaluate.subjects import load_subject
-    from cllm.evaluate.suites.jobs import jobs
+    from cllm.evaluate.suites.jobs import check_results, jobs
 
     choice = choose(parser, options)[part["choice"]]
     options.posthoc = part["specs"]
     device = choose_device(options.device)
     subject = load_subject(part["run"], device)
-    target = subject.results(options.out)
+    check_results(target := subject.results(options.out))
     private, out = results_of(folder), None
     if options.out is None:
         subject.results_moved_to = private

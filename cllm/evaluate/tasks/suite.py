@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 AS_IS = "as it is"
 """The spec of records of the uncompressed cache, when no --posthoc was given."""
 _LONGEST_NAME = 150
-"""Characters of a folder's name."""
+"""Characters of a file's or folder's name without its hash."""
 ALL = "all"
 """The task of a record that averages the tasks of a suite."""
 
@@ -325,10 +325,7 @@ class TaskSuite(Suite):
         default = self.settings().model_dump(mode="json")
         changed = {key: value for key, value in settings.items() if value != default[key]}
         texts = [f"{k}={'+'.join(map(str, v)) if isinstance(v, list) else v}" for k, v in changed.items()]
-        name = slug(",".join(texts)) if texts else "default"
-        if len(name) <= _LONGEST_NAME:
-            return name
-        return f"{name[:_LONGEST_NAME]}-{_digest(name)}"  # long paths may begin alike
+        return slug(",".join(texts)) if texts else "default"
 
 
 def _scaled(mean: Mean, scale: float) -> Mean:
@@ -382,13 +379,14 @@ def slug(text: str) -> str:
     """A text as part of a file's name.
 
     Characters that names should not have become `-`. If there are others than `:` and `@`, as in a path, a hash of the
-    text follows: `a/b` and `a-b` must not get the same file.
+    text follows: `a/b` and `a-b` must not get the same file. The same holds for long texts, which are cut.
 
     >>> slug("xkv:group=4,ratio=2"), slug("vt@1024"), slug("path=a/b")
     ('xkv-group=4,ratio=2', 'vt-1024', 'path=a-b-6e0d4d79')
     """
     name = re.sub(r"[^A-Za-z0-9._=+,-]+", "-", text).strip("-.")
-    return f"{name}-{_digest(text)}".strip("-") if re.search(r"[^A-Za-z0-9._=+,:@-]", text) or not name else name
+    is_unique = name and len(name) <= _LONGEST_NAME and not re.search(r"[^A-Za-z0-9._=+,:@-]", text)
+    return name if is_unique else f"{name[:_LONGEST_NAME]}-{_digest(text)}".strip("-")
 
 
 def _digest(text: str) -> str:

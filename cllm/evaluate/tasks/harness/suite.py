@@ -121,7 +121,7 @@ class LmEval(Suite):
         given = record["settings"]
         default = HarnessSettings().model_dump(mode="json")
         changed = [key for key in default if key != "tasks" and given[key] != default[key]]
-        shown = "".join(f"-{slug(f'{key}={given[key]}')}" for key in changed)
+        shown = f"-{slug('-'.join(f'{key}={given[key]}' for key in changed))}" if changed else ""
         shown += "" if subject.latest else f"-{Path(record['checkpoint']).stem}"
         folder = subject.results(out) / self.name
         path = (

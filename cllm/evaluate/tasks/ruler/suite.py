@@ -131,8 +131,10 @@ class Ruler(TaskSuite):
         lengths = list(dict.fromkeys(settings.length)) or [min(_DEFAULT_LENGTH, subject.context or _DEFAULT_LENGTH)]
         for length in lengths:
             if not 0 < length <= min(MAX_TOKENS, subject.context or MAX_TOKENS):
-                most = "" if subject.context is None else f", the context of {subject.name} (1 to {subject.context})"
-                raise UserError(f"--suite ruler: length={length}; allowed: positive numbers{most}")
+                most = (
+                    f"{MAX_TOKENS}" if subject.context is None else f"{subject.context}, the context of {subject.name}"
+                )
+                raise UserError(f"--suite ruler: length={length}; allowed: 1 to {most}")
         return lengths
 
     def score(self, sample: Sample, question: Question, answer: Answer) -> dict[str, float]:

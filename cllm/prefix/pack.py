@@ -73,7 +73,12 @@ class Packed:
         return replace(self, tensors={n: t.clone() if t.data_ptr() % _ALIGNED else t for n, t in moved.items()})
 
     def cropped(self, length: int) -> Packed:
-        """The first `length` tokens of a croppable cache; tensors are views. A code at rest is cropped when decoded."""
+        """The first `length` tokens of a croppable cache; tensors are views. A code at rest is cropped when decoded.
+
+        Raises `ValueError` for another cache.
+        """
+        if not self.is_croppable:
+            raise ValueError(f"{length} of {self.seen} tokens of a cache that cannot be cropped")
         if "at_rest" in self.layout:
             return replace(self, layout={**self.layout, "at_rest": {**self.layout["at_rest"], "length": length}})
         owners = {j: {**owner, "kept": length} for j, owner in self.layout["owners"].items()}

@@ -154,7 +154,7 @@ def test_packed_documents_are_independent(tiny_config: Config, random_model) -> 
 
 
 def test_layers_that_read_lower_slots_compute_one_token_of_a_prompt(tiny_config: Config, random_model) -> None:
-    """Layers 1 and 2 write windows of their own input, which need the last tokens; layer 3 reads those of others alone."""
+    """Layers 1 and 2 write windows, which need the last tokens; layer 3 reads the slots of others alone."""
     model = random_model(tiny_config(n_layers=4, kv=BOTH)).eval().requires_grad_(False)
     queries: list[int] = []
     for block in model.blocks:

@@ -285,7 +285,7 @@ VARIANTS: dict[str, tuple[dict, list[str]]] = {
         },
         [
             *("own:2 window 3", "own:2 of 12 tied", "own:2 window 3"),
-            *("own:2 of 12 mix 1 keys 2 values 2 window 2", "keys w1+w3 values w3+w1 window 2"),
+            *("own:2 of 12 mix 1 read 2 window 2", "keys w1+w3 values w3+w1 window 2"),
             *("own:4 of 6 input 2 and:1 join own+and/2", "own:2 of 6 gate 5+own/3"),
             "own:2 of 12 only keys keys 7 values 1",
         ],

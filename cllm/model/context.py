@@ -92,7 +92,7 @@ class Context:
     """Context of the last tokens, if only they continue after this layer has written its slot (prefill).
 
     Layers above get `x` (B, n, d_model) of those n tokens, and this context too: an owner that projects the output of a
-    lower layer writes its slot for all tokens."""
+    lower layer writes its slot for all tokens. A tail may have a tail of its own, of the last token."""
     groups: tuple[Group, ...] = ()
     """The requests of the row, if it holds several; empty: each row is one sequence."""
     ends: Tensor | None = None
@@ -122,12 +122,15 @@ class Context:
         return self.cache_layout is not None and self.length == 1
 
     def after_write(self, x: Tensor) -> tuple[Context, Tensor]:
-        """Context and `x` (B, T, ...) for the rest of a layer: all tokens, or those of `tail` if it is set."""
-        return (self, x) if self.tail is None else (self.tail, self.last_of(x, self.tail.length))
+        """Context and `x` (B, T, ...) for the rest of a layer: all tokens, or those of the last `tail` if it is set."""
+        if self.tail is None:
+            return self, x
+        rest = self.tail if self.tail.tail is None else self.tail.tail
+        return rest, self.last_of(x, rest.length)
 
     def over(self, x: Tensor) -> Context:
         """The context of the tokens of `x` (B, T or n, ...): this one, or `tail` if only its n tokens are left."""
-        return self if self.tail is None or x.shape[1] == self.length else self.tail
+        return self if self.tail is None or x.shape[1] == self.length else self.tail.over(x)
 
     def last_of(self, x: Tensor, n: int = 1) -> Tensor:
         """(B, n, ...) or, of a row of requests, (1, requests, ...): the last tokens of `x` (B, T, ...).

@@ -207,6 +207,9 @@ class Decoder(nn.Module):
             if last is None:
                 if layer == top and layer not in self.plan.inputs:  # only its slot is needed of all tokens
                     context = self._with_tail(context, cache, tail)
+                elif tail > 1 and layer == self.plan.last_of_prompt:  # only its slot is needed of the tail
+                    assert context.tail is not None
+                    context = replace(context, tail=replace(context.tail, tail=self._last_token(context, cache)))
                 if states is not None:
                     states.append(x)
                 x, slots = self._layer(layer, x, slots, context, cache)
@@ -217,8 +220,6 @@ class Decoder(nn.Module):
                 x, context = context.last_of(x, tail), self._with_tail(context, cache, tail)
             slots = {j: slot for j, slot in slots.items() if self._last_reader[j] > layer}
             layer += 1
-        if tail > 1:
-            x = x[:, -1:]
         if cache is None or step is None or isinstance(cache, PagedPass):
             return self.norm(x)
         cache.finish(step)

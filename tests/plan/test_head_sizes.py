@@ -213,7 +213,7 @@ def test_servers_and_other_families_refuse_it(wide, tiny_config, tmp_path) -> No
         export_family(other.config, other.state_dict(), tmp_path / "llama", "llama")
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "fused": (
         [{"own": {}}, {"own": {"head_dim": 16}}, {"keys": {"fuse": [0, 1]}, "values": {"share": 0}}],
         "layer 2: keys: cannot fuse slots of different shapes: layer 0 has model.head_dim channels a head, layer 1 has "

@@ -203,19 +203,20 @@ def owned_settings(entry: dict[str, Any], layer: int) -> list[tuple[int | str, d
     """The settings of the slots that an entry owns, with the layer, or `local` and the layer for a second slot."""
     if "own" in entry:
         return [(layer, entry["own"])]
-    parts = next(iter(entry.get("read", {}).values()), [])
+    parts: list[Any] = next(iter(entry.get("read", {}).values()), [])
     own = [part["own"] for part in parts if isinstance(part, dict) and "own" in part]
     return list(zip((layer, f"local {layer}"), own, strict=False))
 
 
 def read_together(entry: dict[str, Any], layer: int) -> list[int | str]:
     """The slots that a layer reads at once or mixes, which need heads of one size."""
-    parts = next(iter(entry.get("read", {}).values()), [])
+    parts: list[Any] = next(iter(entry.get("read", {}).values()), [])
     found: list[int | str] = [
         part if isinstance(part, int) else part["share"] for part in parts if "own" not in str(part)
     ]
     reads = [entry[half] for half in ("keys", "values") if half in entry]
-    found += [j for read in reads for j in (read["fuse"] if "fuse" in read else [read["share"]])]
+    found += [read["share"] for read in reads if "share" in read]
+    found += [j for read in reads for owners in read.values() if isinstance(owners, list) for j in owners]
     owned = owned_settings(entry, layer)
     if len(reads) == 1 or "read" in entry:
         found += [name for name, _ in owned]
@@ -227,7 +228,7 @@ def sized(draw: st.DrawFn) -> dict[str, Any]:
     """A section of `joined` with heads of several sizes, mostly one for all slots that are read together."""
     section = draw(joined())
     layers = section["kv"]["layers"]
-    sizes = st.sampled_from(draw(st.sampled_from([[None, 6], [2, 6], [None, 2, 6, 8]])))
+    several: list[int | None] = draw(st.sampled_from([[None, 6], [2, 6], [None, 2, 6, 8]]))
     settings_of = {name: own for i, entry in enumerate(layers) for name, own in owned_settings(entry, i)}
     group = {name: {name} for name in settings_of}
     if draw(st.integers(0, 9)):
@@ -235,7 +236,7 @@ def sized(draw: st.DrawFn) -> dict[str, Any]:
             joint = set().union(*(group[name] for name in read_together(entry, i) if name in group))
             group |= dict.fromkeys(joint, joint)
     for members in {id(members): members for members in group.values()}.values():
-        size = draw(sizes)
+        size = draw(st.sampled_from(several))
         for name in members & settings_of.keys():
             settings_of[name] |= {} if size is None else {"head_dim": size}
     return section

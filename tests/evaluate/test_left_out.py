@@ -29,10 +29,10 @@ def test_a_reason_of_several_runs_is_printed_once(capsys: pytest.CaptureFixture[
 
 
 def test_all_runs_left_out_are_an_error_with_the_reason_that_they_share() -> None:
-    with pytest.raises(UserError, match="^none of the 2 runs can be used: --stride is 4$"):
+    with pytest.raises(UserError, match=r"^none of the 2 runs can be used: --stride is 4$"):
         left_out({"a": "--stride is 4", "b": "--stride is 4"}).status()
-    with pytest.raises(UserError, match="^none of the 2 runs can be used$"):
+    with pytest.raises(UserError, match=r"^none of the 2 runs can be used$"):
         left_out({"a": "--stride is 4", "b": "damaged"}).status()
-    with pytest.raises(UserError, match="^damaged$"):
+    with pytest.raises(UserError, match=r"^damaged$"):
         left_out({"a": "damaged"})
     assert left_out({"a": None, "b": None}).status() == 0

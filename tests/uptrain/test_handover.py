@@ -105,7 +105,9 @@ def test_each_layers_attention_is_compared_on_the_teachers_stream(make_teacher, 
     changed = changed_layers(student, teacher)
     gaps = [float((a - b).square().sum()) for a, b in zip(mine, outputs, strict=True)]
     assert all((gap > 1e-6) == (i in changed) for i, gap in enumerate(gaps) if name != "from")
-    mine = attention_outputs(student, streams, ids)  # with gradients, of one layer: not of layers below, but of its owner
+    mine = attention_outputs(
+        student, streams, ids
+    )  # with gradients, of one layer: not of layers below, but of its owner
     mine[3].sum().backward()
     trained = {name for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
     owners = {f"blocks.{j}." for j in student.plan.reads(3)}

@@ -38,7 +38,7 @@ def attention_outputs(
 
     Args:
         model: a student, or the teacher itself.
-        streams: the residual stream (B, T, d_model) before each layer of the teacher, from `Decoder.hidden(states=...)`.
+        streams: the residual stream (B, T, d_model) before each layer of the teacher, `states` of `Decoder.hidden`.
             Hooks are no substitute: compiled blocks do not call those that come after their first call.
         input_ids, positions, document_ids: as in `Decoder.hidden`.
     """

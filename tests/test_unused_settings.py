@@ -13,7 +13,7 @@ from cllm.model.parts import has_fusion_weights
 from cllm.model.sizes import meta_decoder
 from cllm.plan.presets import preset_names
 
-MODEL = {"vocab_size": 64, "d_model": 64, "n_layers": 12, "n_heads": 8, "max_seq_len": 128}
+MODEL = {"vocab_size": 64, "d_model": 64, "n_layers": 12, "n_heads": 8, "max_seq_len": 4096}
 
 
 def unused(**sections: Any) -> list[str]:
@@ -36,6 +36,17 @@ def test_settings_that_add_no_weight_to_a_plan_have_no_effect(preset: str) -> No
         assert unused(model={"kv": {"preset": preset}, key: True}) == ([] if adds else [f"model.{key}"])
 
 
+def test_windows_as_long_as_the_context() -> None:
+    def lines(window: int) -> list[str]:
+        model = {**MODEL, "kv": {"preset": "yoco", "window": window}}
+        return unused_settings(validate(Config, {"data": {"seq_len": 64}, "model": model}), fusion_weights=False)
+
+    assert lines(4095) == []
+    assert lines(4096) == [
+        "a window of 4096 tokens in model.kv is without effect: it needs model.max_seq_len above 4096"
+    ]
+
+
 def test_other_settings() -> None:
     scaling = {"factor": 2, "original_max_seq_len": 64}
     fused: dict[str, Any] = {"kv": {"preset": "fusedkv"}}
@@ -43,6 +54,12 @@ def test_other_settings() -> None:
     cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("optim.decay_fraction", {"optim": {"decay_fraction": 0.5}},
          {"optim": {"decay_fraction": 0.5, "schedule": "wsd"}}),
+        ("optim.min_lr", {"optim": {"min_lr": 1e-5, "schedule": "constant"}}, {"optim": {"min_lr": 1e-5}}),
+        ("data.validation_sequences",
+         {"data": {"seq_len": 64, "validation_sequences": 8}, "train": {"validate_every": None}},
+         {"data": {"seq_len": 64, "validation_sequences": 8}}),
+        ("train.fp32_residual", {"train": {"fp32_residual": True, "precision": "fp32"}},
+         {"train": {"fp32_residual": True}}),
         ("optim.fusion_lr_multiplier", {"optim": {"fusion_lr_multiplier": 3}},
          {"optim": {"fusion_lr_multiplier": 3}, "model": fused}),
         ("train.recompute_fusion", {"train": {"recompute_fusion": True}},

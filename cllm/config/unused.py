@@ -48,6 +48,9 @@ _NEEDS = (
         f"{_SCALING}.type yarn",
     ),
     _Need(("optim.decay_fraction",), lambda c: c.optim.schedule == "wsd", "optim.schedule wsd"),
+    _Need(("optim.min_lr",), lambda c: c.optim.schedule != "constant", "a schedule that decays, not constant"),
+    _Need(("data.validation_sequences",), lambda c: c.train.validate_every is not None, "train.validate_every"),
+    _Need(("train.fp32_residual",), lambda c: c.train.precision != "fp32", "train.precision bf16 or auto"),
     _Need(("train.recompute_fusion",), _fuses, "a layer that fuses slots"),
     _Need(("train.keep_checkpoints",), lambda c: c.train.checkpoint_every is not None, "train.checkpoint_every"),
     _Need(("init.align",), lambda c: c.init.method in ("aligned", "ridge", "fit"), "init.method aligned, ridge or fit"),
@@ -73,7 +76,13 @@ def unused_settings(config: Config, *, fusion_weights: bool) -> list[str]:
         config: one run.
         fusion_weights: whether the model has weights of fused, gated or mixed reads.
     """
-    lines = []
+    longest = config.model.max_seq_len
+    windows = {layer.window for layer in config.model.plan().layers if layer.window is not None}
+    lines = [
+        f"a window of {window} tokens in model.kv is without effect: it needs model.max_seq_len above {window}"
+        for window in sorted(windows)
+        if window >= longest
+    ]
     fusion = _Need(("optim.fusion_lr_multiplier",), lambda _: fusion_weights, "a plan with fusion weights")
     for need in (*_NEEDS, fusion):
         given = [(key, value) for key in need.keys if (value := _given(config, key)) is not None]

@@ -211,6 +211,6 @@ def dry_run(config: Config, *, tokens_per_second: float | None = None, price: fl
         "memory       "
         + ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
         + f" GiB at the peak on {where} (estimate, micro-batch {config.train.micro_batch})",
-        *(f"no effect    {line}" for line in unused_settings(config, fusion_weights=has_fusion_weights(model))),
+        *(f"unused       {line}" for line in unused_settings(config, fusion_weights=has_fusion_weights(model))),
     ]
     return "\n".join(lines)

@@ -50,10 +50,12 @@ from experiments.uptraining.base import make_tokens
 from experiments.uptraining.setup import FULL, TINY, Folders, Size, claim
 
 AGENDA = (
-    *("control", "kv_tie_gqa+slow_attention", "gqa_4+fast_attention", "mla_4+fast_attention"),
-    *("kv_tie+slow_attention", "gqa+fast_attention", "cla4+fast_attention+attention", "cla2+fast_attention"),
-    *("kv_tie_8+slow_attention", "cla2_gqa+fast_attention", "mla+fast_attention", "xmla_4+fast_attention"),
-    *("fusedkv+fast_attention", "fusedkv_gqa+fast_attention", "acrosskv_4+fast_attention"),
+    *("control", "mla_4+fast_attention+attention_4", "gqa_4+fast_attention+attention_4"),
+    *("kv_tie_gqa+slow_attention+attention_4", "kv_tie+slow_attention+attention", "gqa+fast_attention+attention"),
+    *("mla+fast_attention+attention", "mla_4+fast_attention", "cla4+fast_attention+attention_4"),
+    *("cla2+fast_attention+attention", "cla2_gqa+fast_attention+attention", "kv_tie_8+slow_attention+attention"),
+    *("xmla_4+fast_attention+attention", "fusedkv+fast_attention+attention", "fusedkv_gqa+fast_attention+attention"),
+    "acrosskv_4+fast_attention+attention",
 )
 """Students of the default command, the most informative first, because time may run out."""
 SIZES: dict[str, Size] = {

@@ -197,6 +197,7 @@ RECIPES: dict[str, Recipe] = {
     "all_layers": _loss("hidden states of all layers", hidden_layers="all"),
     "attention": _loss("outputs of attention", attention=1.0),
     "attention_4": _loss("outputs of attention, with weight 4", attention=4.0),
+    "attention_16": _loss("outputs of attention, with weight 16", attention=16.0),
     "attention_all": _loss("outputs of attention, hidden states of all layers", attention=1.0, hidden_layers="all"),
     "together": _curriculum("together", 0.5),
     "top": _curriculum("top", 0.5),

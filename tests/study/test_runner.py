@@ -28,7 +28,7 @@ from cllm.study.rates import search
 from cllm.study.schema import Rates, Study, budgets, load_study, sizes
 from cllm.study.sharing import wait_for_room
 from cllm.study.slurm import array_script
-from cllm.study.status import status
+from cllm.study.status import dry_run, status
 from cllm.version import _file_hash, code_version
 from cllm.workers import child_environment
 
@@ -427,6 +427,10 @@ def test_the_study_of_equal_bytes_has_all_designs_at_exactly_half_and_a_quarter(
     models = [sized.config(sized.point(v, 1, 1, 3e-3), Path("r")).model for v in sized.variants]
     sizes = [count_parameters(meta_decoder(model)) for model in models]
     assert max(sizes) / min(sizes) < 1.005
+    found = dry_run(Grid(study, "code", ["mha", "mla-half"]), Layout.at(Path("r")), Estimates(), 1).splitlines()
+    assert [line for line in found if "without effect" in line] == [
+        "mla-half: model.qk_norm is true, without effect: it needs a layer that reads keys and values, not latents"
+    ]
 
 
 @pytest.mark.parametrize(("wanted", "reached"), [("1/2", 0.5), ("1/4", 0.25), ("1/3", 0.375)])

@@ -27,6 +27,7 @@ from experiments.half_cache.students import (
     Shape,
     Student,
     check_bytes,
+    check_config,
     student_data,
     with_seeds,
 )
@@ -102,6 +103,18 @@ def test_every_recipe_is_a_config(tmp_path: Path) -> None:
     for name, message in (("cla3", "--students cla3: allowed: control"), ("cla4+x", r"recipe x: allowed: plain")):
         with pytest.raises(UserError, match=message):
             Student.parse(name)
+
+
+def test_all_students_of_the_default_command_can_be_trained(tmp_path: Path) -> None:
+    model = TEACHERS["110m"]
+    shape = Shape.of(model, Path("teacher"))
+    setting = Setting(tmp_path, tmp_path, tmp_path, shape, 409_600, gpu=True, validations=2, overrides={})
+    shares = []
+    for student in map(Student.parse, scratch.AGENDA):
+        shares.append(check_bytes(student, model, shape, tmp_path))
+        check_config(student, student_data(student, student.starts(["fit"])[0], setting), model)
+    assert shares[0] == 1
+    assert all(share <= 1 / 4 for share in shares[1:4]), "a quarter first"
 
 
 def test_a_student_goes_on_with_the_settings_that_it_began_with(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from cllm.evaluate.texts import hold_texts
 from cllm.hub.export import as_pretrained
 from cllm.model.decoder import Decoder
 from cllm.posthoc.engine import engine_of
-from cllm.posthoc.method import Compressor
 from cllm.posthoc.registry import parse
 
 if TYPE_CHECKING:
@@ -203,7 +202,7 @@ def compress(model: nn.Module, cache: Cache | Tensor, method: str) -> Any:
     engine, compressor = engine_of(model), parse(method)
     if isinstance(cache, Cache):
         check_cache(engine, model, cache)
-        if compressor.watches or type(compressor).prepare is not Compressor.prepare:
+        if compressor.watches or compressor.calibrates:
             raise UserError(f"{method}: calibrates on tokens; give the prompt's token ids, (B, T), instead of a cache")
         return engine.compress(cache, compressor)
     head: Any = engine.head

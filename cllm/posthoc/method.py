@@ -227,6 +227,11 @@ class Compressor(Section):
     def prepare(self, engine: Engine, ids: Tensor) -> None:
         """Calibrate on `ids` (B, T), tokens that are not scored."""
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether the method needs `prepare`."""
+        return type(self).prepare is not Compressor.prepare
+
     def watch(self, engine: Engine) -> AbstractContextManager[None]:
         """A context for the passes that fill the cache, in which the method may record what it needs of them."""
         return contextlib.nullcontext()

@@ -153,7 +153,7 @@ def _pack_slot(name: str, store: SlotStore, past: int, tensors: Tensors) -> dict
 
 def _pack_compression(cache: CompressedKVCache) -> dict[str, Any]:
     method = cache.method
-    if method.recompress is not None and (method.watches or type(method).prepare is not Compressor.prepare):
+    if method.recompress is not None and (method.watches or method.calibrates):
         raise UserError(
             f"{method.name}: recompress={method.recompress} needs what the method was calibrated to, which no file "
             "holds; allowed: null"

@@ -543,7 +543,13 @@ def test_vfold_averages_tokens_that_leave_the_window_once(decoder, tokens):
 
 # ---- all ------------------------------------------------------------------------------------------------------------
 
+CALIBRATED = [
+    "palu:keep=0.5,heads=2,bits=4,hadamard=true",
+    "asvd:keep=0.5,allocation=search",
+    "kvquant:bits=4,levels=fisher",
+]
 LOSSY = [
+    *CALIBRATED,
     "palu:keep=0.5,heads=2",
     "asvd:keep=0.5",
     "lorc:keep=0.5",
@@ -582,7 +588,7 @@ def test_what_recompute_keeps_of_a_sequence_does_not_depend_on_its_batch(decoder
         torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("spec", [*LOSSY[:6], "vfold:recent=5"])
+@pytest.mark.parametrize("spec", [*LOSSY[:9], "vfold:recent=5", "kvtc:ratio=1.5,basis=calibration"])
 def test_transformers_caches_and_batches(spec, llama, tokens):
     model, ids = llama("qwen2"), tokens(3, 30)
     engine, cache, method = fill(model, ids[:, :24], spec, tokens(2, 60, seed=1))

@@ -21,6 +21,7 @@ from cllm.posthoc.methods.kvquant import fit_levels
 from cllm.posthoc.methods.turboquant import levels, projection, rotation
 from cllm.posthoc.registry import parse
 from cllm.posthoc.sensitivity import sensitivities
+from cllm.prefix.at_rest import method_at_rest
 
 CPU = torch.device("cpu")
 PREFIX, LENGTH = 40, 48
@@ -390,6 +391,91 @@ def test_bytes_of_kvtc_by_hand(slot_tensors):
     fixed = 2 * 3 * (16 + 5 * 16 + 1) * 4 + 10 * 4 + 4
     assert nbytes([*codes[0], *codes[1]]) == 2 * (fixed + streams.data.shape[1])
     assert fixed + streams.data.shape[1] <= 2 * 3 * 60 * 16 * 4 / 3
+
+
+def test_kvtc_on_the_basis_of_a_model(decoder, tokens):
+    """Against the principal components of the calibration text, computed from its keys and values."""
+    model, text, ids = decoder({"preset": "cla"}, n_layers=8), tokens(2, 60, seed=1), tokens(2, 90)
+    engine = engine_of(model)
+    method: Any = parse("kvtc:basis=calibration,group=3,ratio=5,recent=6")
+    method.prepare(engine, text)
+    caches = [engine.new_cache(), engine.new_cache()]
+    engine.hidden(text, caches[0])
+    engine.hidden(ids, caches[1])
+    compressed: Any = engine.compress(caches[1], method)
+    of_text, of_ids = (engine.compressible(cache).tensors(before_rope=True) for cache in caches)
+    owners, streams = list(model.plan.slots), None
+    assert owners == [0, 2, 4, 6]
+    weights = 0
+    for kind, calibration, prompt in zip("kv", of_text[0], of_ids[0], strict=True):
+        for group in (owners[:3], owners[3:]):
+            of_group = [owners.index(j) for j in group]
+            parts = [calibration.data[i][:, 4:].flatten(2).flatten(0, 1).double() for i in of_group]
+            means = [x.mean(0) for x in parts]
+            scales = [(x - m).square().mean().sqrt() for x, m in zip(parts, means, strict=True)]
+            joined = torch.cat([(x - m) / s for x, m, s in zip(parts, means, scales, strict=True)], dim=1)
+            vectors = torch.linalg.svd(joined, full_matrices=True)[2].mT.float()
+            weights += 4 * (vectors.numel() + sum(len(m) + 1 for m in means))
+            for row in range(2):
+                rows = [prompt.data[i][row, 4:84].flatten(1).double() for i in of_group]
+                x = torch.cat([(t - m) / s for t, m, s in zip(rows, means, scales, strict=True)], dim=1).float()
+                code = getattr(compressed.stores[group[0]].prefix, kind)
+                streams, place = code.components.streams, code.components.place
+                kept = streams.numbers(row, place + 1)[:, 0] == -1
+                step = code.components.step[row]
+                numbers = streams.numbers(row, place)
+                assert kept.sum() == numbers.shape[1]
+                signs = (vectors * code.basis.vectors).sum(0).sign()  # of eigenvectors, which have either
+                exact = (x @ vectors * signs)[:, kept]
+                inside = torch.arange(len(kept))[kept] < min(joined.shape) - 1
+                assert (numbers * step - exact)[:, inside].abs().max() <= 0.51 * step
+                wanted = numbers * step @ code.basis.vectors[:, kept].T
+                for n, (j, m, s) in enumerate(zip(group, means, scales, strict=True)):
+                    width = len(m)
+                    read = getattr(compressed.stores[j].prefix, kind).decode()[row].flatten(1)
+                    y = wanted[:, n * width : (n + 1) * width] * s.float() + m.float()
+                    torch.testing.assert_close(read[:80], y, atol=1e-4, rtol=1e-4)
+    assert method.weight_bytes() == weights
+    # sinks, recent tokens, one step, and for each of four groups two codes with their sizes
+    assert compressed.nbytes() == 2 * (8 * 32 * (4 + 6) * 4 + 4 + 8 * 4 + streams.data.shape[1])
+    assert compressed.nbytes() <= caches[1].nbytes() / 5
+    prompts = engine.compress(caches[1], parse("kvtc:group=3,ratio=5,recent=6"))
+    errors = [max(e["k"] for e in c.outcome.errors.values()) for c in (compressed, prompts)]
+    assert errors[0] < errors[1], "the bytes of the bases serve the components"
+
+
+def test_a_basis_of_a_model_holds_all_of_a_prompt(decoder, tokens):
+    """Though the calibration text has fewer tokens than the group has channels; also of padded prompts."""
+    model, ids = decoder(), tokens(2, 60)
+    engine, method = engine_of(model), parse("kvtc:basis=calibration,ratio=1.2")
+    method.prepare(engine, tokens(1, 20, seed=1))
+    cache = KVCache(model.config)
+    model(ids, cache=cache, starts=torch.tensor([0, 7]))
+    compressed = compress_cache(cache, method)
+    assert max(max(e.values()) for e in compressed.outcome.errors.values()) < 1e-3
+    assert compressed.nbytes() <= cache.nbytes() / 1.2
+
+
+def test_a_basis_of_a_model_is_not_stored_with_a_prefix(decoder, design, tokens):
+    engine, text = engine_of(decoder()), tokens(1, 40)
+    cache = engine.new_cache()
+    engine.hidden(text, cache)
+    method: Any = parse("kvtc:basis=calibration")
+    with pytest.raises(UserError, match="kvtc: basis=calibration is not calibrated for slot 0: call prepare"):
+        engine.compress(cache, method)
+    with pytest.raises(UserError, match="4 calibration tokens, and sinks=4 are left out"):
+        method.prepare(engine, text[:, :4])
+    for spec in ("kvtc:basis=calibration", "kvquant:levels=fisher"):
+        with pytest.raises(UserError, match=f"at_rest is {spec}, which calibrates on tokens; allowed: another method"):
+            method_at_rest(spec, "store")
+    for spec in ("kvtc", "kvquant"):
+        method_at_rest(spec, "store")
+    latent = engine_of(design("mla"))  # latents have components too
+    latents = latent.new_cache()
+    latent.hidden(text, latents)
+    method = parse("kvtc:basis=calibration,ratio=1.5")
+    method.prepare(latent, tokens(1, 80, seed=1))
+    assert latent.compress(latents, method).nbytes() <= latent.nbytes(latents) / 1.5
 
 
 def test_what_kvtc_cannot_store_is_refused(slot_tensors):

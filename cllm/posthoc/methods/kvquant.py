@@ -117,9 +117,13 @@ class KVQuant(Compressor):
     _tables: dict[Place, Tensor] = PrivateAttr(default_factory=dict)
     """The levels (2^bits,) of `levels=fisher`, by slot and kind."""
 
+    @property
+    def calibrates(self) -> bool:
+        return self.levels == "fisher"
+
     def prepare(self, engine: Engine, ids: Tensor) -> None:
         self._tables = {}
-        if self.levels != "fisher":
+        if not self.calibrates:
             return
         check_tokens(self.name, ids, self.sinks)
         counts: dict[Place, Tensor] = {}

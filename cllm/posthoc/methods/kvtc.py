@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from cllm.errors import UserError
@@ -16,7 +16,8 @@ from cllm.posthoc.budget import elements_left
 from cllm.posthoc.code import Code, Codes
 from cllm.posthoc.entropy import SIZE_BYTES, Streams, compress
 from cllm.posthoc.lowrank import right_vectors
-from cllm.posthoc.method import Compressor
+from cllm.posthoc.method import Compressor, Engine
+from cllm.posthoc.projecting import check_tokens
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
 from cllm.posthoc.tensor_tree import TensorTree
@@ -44,6 +45,48 @@ class Components(TensorTree):
         step = self.step[row]
         a = numbers.to(step.device).float().mul_(step.float())
         return a, basis_steps(a, step)
+
+
+class ModelBasis:
+    """The basis of a group of slots for all prompts. It belongs to the method and is no tensor of a cache."""
+
+    def __init__(self, means: list[Tensor], scales: list[Tensor], vectors: Tensor):
+        self.means, self.scales, self.vectors = means, scales, vectors
+        """(C,) and () of each slot, and V (layers · C, layers · C), in the cache's dtype."""
+
+    def to(self, device: torch.device) -> ModelBasis:
+        """The same on another device."""
+        means, scales = ([t.to(device) for t in of] for of in (self.means, self.scales))
+        return ModelBasis(means, scales, self.vectors.to(device))
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in (*self.means, *self.scales, self.vectors))
+
+
+@dataclass(frozen=True)
+class OnModelBasis(Code):
+    """One slot's part of A Vᵀ with the columns of V that a sequence keeps, scaled and moved; the last tokens are
+    exact."""
+
+    components: Components
+    """A, followed by a code of a number for each column of V: -1 for those that are kept."""
+    basis: ModelBasis
+    part: int
+    """Which slot of the group."""
+    rest: Tensor
+    """(B, remaining tokens, C), exact."""
+    width: tuple[int, ...]
+
+    def decode(self) -> Tensor:
+        rows, streams, place = [], self.components.streams, self.components.place + 1
+        v = self.basis.vectors.unflatten(0, (len(self.basis.means), -1))[self.part].float()
+        for i, (a, _) in enumerate(self.components.decode()):
+            kept = streams.numbers(i, place)[:, 0].to(v.device) != 0
+            rows.append(
+                (a @ v[:, kept].mT) * self.basis.scales[self.part].float() + self.basis.means[self.part].float()
+            )
+        return torch.cat((torch.stack(rows).to(self.rest.dtype), self.rest), dim=1).unflatten(-1, self.width)
 
 
 @dataclass(frozen=True)
@@ -93,6 +136,18 @@ class _Group:
     """V (B, layers · C, r) fp32."""
     energies: Tensor
     """‖X v_j‖² (B, r) fp64."""
+    basis: ModelBasis | None = None
+    """Whose vectors V are, if they are not stored."""
+
+    @property
+    def channels(self) -> int:
+        """Numbers of a column of V that are stored."""
+        return self.vectors.shape[1] if self.basis is None else 0
+
+    @property
+    def codes(self) -> int:
+        """Codes of a sequence: A, and the parts of V or which of its columns are kept."""
+        return 1 + len(self.slots) if self.basis is None else 2
 
 
 @register(
@@ -111,8 +166,10 @@ class KVTC(Compressor):
     of a batch, whose step does not depend on the others: the codes of a sequence are stored one after the other, and
     padded together to the longest sequence.
 
-    Differences from the paper: V belongs to the prompt and is stored with it, instead of one basis per model from
-    calibration text; entropy-coded steps of one size take the place of bits chosen by dynamic programming.
+    `basis=calibration` is the paper's: m, s and V come from calibration tokens, once for a model. A prompt stores
+    nothing of them but which columns of V it keeps. V is complete, so nothing of a prompt is outside of it. By
+    default V belongs to the prompt. Entropy-coded steps of one size take the place of the paper's bits, which dynamic
+    programming chooses.
 
     Made for storage (`cllm.PrefixStore`, `at_rest`): every pass over a compressed cache decodes it again.
     """
@@ -130,6 +187,44 @@ class KVTC(Compressor):
     """Neighbouring slots with common components; the last group may be smaller."""
     recent: int = Field(0, ge=0)
     """Last tokens that stay exact; 128 in the paper."""
+    basis: Literal["prompt", "calibration"] = "prompt"
+    """Fit the components to each prompt, with which they are stored, or once to calibration tokens."""
+
+    _bases: dict[tuple[str, tuple[int, ...]], ModelBasis] = PrivateAttr(default_factory=dict)
+
+    @property
+    def calibrates(self) -> bool:
+        return self.basis == "calibration"
+
+    @torch.no_grad()
+    def prepare(self, engine: Engine, ids: Tensor) -> None:
+        self._bases = {}
+        if not self.calibrates:
+            return
+        check_tokens(self.name, ids, self.sinks)
+        cache = engine.new_cache()
+        engine.hidden(ids, cache)
+        cached = engine.compressible(cache)
+        for keys, values in cached.tensors(before_rope=True, sinks=cached.sinks(self.sinks)):
+            for tensors in (keys,) if values is None else (keys, values):
+                for slots in tensors.groups(self.group):
+                    self._bases[_place(tensors, slots)] = self._calibrate(tensors, slots)
+
+    def _calibrate(self, tensors: SlotTensors, slots: list[int]) -> ModelBasis:
+        """The basis of a group of slots, from all tokens of all sequences as one."""
+        means, scales, rows = [], [], []
+        for i in slots:
+            x = tensors.flat(i).flatten(0, 1)
+            means.append(x.mean(0).to(tensors.dtype))
+            x = x - means[-1].float()
+            scales.append(x.square().mean().sqrt().clamp(min=1e-6).to(tensors.dtype))
+            rows.append(x / scales[-1].float())
+        joined = torch.cat(rows, dim=-1).double()
+        vectors = torch.linalg.eigh(joined.mT @ joined)[1].flip(-1)
+        return ModelBasis(means, scales, vectors.to(tensors.dtype).contiguous())
+
+    def weight_bytes(self) -> int:
+        return sum(basis.nbytes() for basis in self._bases.values())
 
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         tokens = keys.data[0].shape[1] - self.recent
@@ -150,18 +245,40 @@ class KVTC(Compressor):
             components = Components(streams, place, step)
             for n, i in enumerate(group.slots):
                 x = group.tensors.data[i]
-                codes[group.tensors.kind][i] = Transformed(
-                    components,
-                    place + 1 + n,
-                    group.scales[n],
-                    group.means[n],
-                    x[:, tokens:].flatten(2).to(keys.dtype, copy=True).contiguous(),
-                    tuple(x.shape[2:]),
+                rest, width = x[:, tokens:].flatten(2).to(keys.dtype, copy=True).contiguous(), tuple(x.shape[2:])
+                codes[group.tensors.kind][i] = (
+                    Transformed(components, place + 1 + n, group.scales[n], group.means[n], rest, width)
+                    if group.basis is None
+                    else OnModelBasis(components, group.basis, n, rest, width)
                 )
-            place += 1 + len(group.slots)
+            place += group.codes
         return codes["k"], codes["v"]
 
     def _transform(self, tensors: SlotTensors, slots: list[int], tokens: int) -> _Group:
+        return (
+            self._on_model_basis(tensors, slots, tokens) if self.calibrates else self._fit_basis(tensors, slots, tokens)
+        )
+
+    def _on_model_basis(self, tensors: SlotTensors, slots: list[int], tokens: int) -> _Group:
+        known = self._bases.get(_place(tensors, slots))
+        if known is None or len(known.vectors) != sum(tensors.data[i][0, 0].numel() for i in slots):
+            raise UserError(
+                f"{self.name}: basis=calibration is not calibrated for slot {tensors.slots[slots[0]]}: call "
+                "prepare(engine, ids) first"
+            )
+        device = tensors.data[slots[0]].device
+        basis = known.to(device)
+        rows = [
+            (tensors.flat(i, padding="repeat")[:, :tokens] - mean.float()) / scale.float()
+            for i, mean, scale in zip(slots, basis.means, basis.scales, strict=True)
+        ]
+        projected = torch.cat(rows, dim=-1) @ basis.vectors.float()
+        projected = projected if tensors.is_text is None else projected * tensors.is_text[:, :tokens, None]
+        vectors = basis.vectors.expand(len(projected), -1, -1)
+        energies = projected.double().square().sum(1)
+        return _Group(tensors, slots, [], [], projected, vectors, energies, basis)
+
+    def _fit_basis(self, tensors: SlotTensors, slots: list[int], tokens: int) -> _Group:
         dtype, rows, means, scales = tensors.dtype, [], [], []
         text = None if tensors.is_text is None else tensors.is_text[:, :tokens, None]
         for i in slots:
@@ -184,8 +301,9 @@ class KVTC(Compressor):
         size = keys.dtype.itemsize
         tensors = [group.tensors.data[i].flatten(2) for group in groups for i in group.slots]
         total = keys.uncompressed_elements or sum(x.shape[1] * x.shape[2] for x in tensors)
-        fixed = keys.incompressible_elements + sum((1 + self.recent) * x.shape[2] + 1 for x in tensors) + 1
-        fixed += sum(1 + len(group.slots) for group in groups) * SIZE_BYTES / size
+        fixed = keys.incompressible_elements + sum(self.recent * x.shape[2] for x in tensors) + 1
+        fixed += sum(x.shape[2] + 1 for x in tensors) * (not self.calibrates)  # means and scales
+        fixed += sum(group.codes for group in groups) * SIZE_BYTES / size
         what = "(windows, states, RoPE keys of latents, sinks, recent tokens) or are means"
         return elements_left(self.name, self.ratio, keys, total, fixed, what) * size
 
@@ -215,17 +333,21 @@ class KVTC(Compressor):
         )
 
 
+def _place(tensors: SlotTensors, slots: list[int]) -> tuple[str, tuple[int, ...]]:
+    return tensors.kind, tuple(tensors.slots[i] for i in slots)
+
+
 def _kept(energy: Tensor, tokens: int, channels: int | Tensor, step: float) -> tuple[Tensor, Tensor]:
     """Which columns (r,) of groups of `channels` are kept at a step, and the estimated bits of each.
 
     Args:
         energy: ‖X v_j‖² of each column, fp64.
         tokens: numbers of a column of A.
-        channels: numbers of a column of B, one number or (r,).
+        channels: stored numbers of a column of B, one number or (r,).
         step: Δ.
     """
     square = energy / tokens / step**2  # of a number of A, in steps
-    of_b = energy / channels / step**2  # of a number of B, in its own steps
+    of_b = energy / torch.as_tensor(channels).clamp(min=1) / step**2  # of a number of B, in its own steps
     bits = (tokens * (1 + 17.08 * square).log2() + channels * (1 + 17.08 * of_b).log2()) / 2
     # A bit is worth 2 ln 2 Δ²/12 of squared error. Kept numbers of A and of B add about Δ²/12 each.
     error = (tokens * 12 * square / (12 * square + 1) + channels) / 12
@@ -235,7 +357,7 @@ def _kept(energy: Tensor, tokens: int, channels: int | Tensor, step: float) -> t
 def _step(groups: Sequence[_Group], row: int, budget: float) -> float:
     """The smallest step at which the streams are estimated to have at most `budget` bytes."""
     energy = torch.cat([group.energies[row] for group in groups])
-    channels = torch.cat([torch.full_like(group.energies[row], group.vectors.shape[1]) for group in groups])
+    channels = torch.cat([torch.full_like(group.energies[row], group.channels) for group in groups])
     low, high = -30.0, 10 + math.log(float(energy.max()) + 1)
     for _ in range(40):
         middle = (low + high) / 2
@@ -245,11 +367,14 @@ def _step(groups: Sequence[_Group], row: int, budget: float) -> float:
 
 
 def _code(group: _Group, row: int, step: Tensor) -> list[bytes]:
-    """The codes of A and of every slot's B of one sequence."""
-    tokens, channels = group.projected.shape[1], group.vectors.shape[1]
-    keep, _ = _kept(group.energies[row], tokens, channels, float(step))
+    """The codes of a sequence: of A, and of every slot's B or of the columns that are kept."""
+    keep, _ = _kept(group.energies[row], group.projected.shape[1], group.channels, float(step))
     numbers = (group.projected[row][:, keep] / step.float()).round().to(torch.int32)
     used = (numbers != 0).any(0)
+    if group.basis is not None:
+        columns = torch.zeros(len(keep), 1, dtype=torch.int32, device=keep.device)
+        columns[keep.nonzero()[used]] = -1  # has the shortest code
+        return [compress(numbers[:, used]), compress(columns)]
     numbers, b = numbers[:, used], group.vectors[row][:, keep][:, used]
     b = (b / basis_steps(numbers.float() * step.float(), step)).round().to(torch.int32)
     return [compress(numbers), *(compress(part) for part in b.chunk(len(group.slots)))]

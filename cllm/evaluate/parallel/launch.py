@@ -70,8 +70,8 @@ class Launch:
                     self._store.settle([(part, self._published[part.key][0]) for part in self._ended()])
             if not self.failed:
                 self._store.close()
-        if len(self.failed) == len(self._parts) > 1:
-            raise UserError(f"none of the {len(self._parts)} measurements could be made; logs: {self._store.folder}")
+        if not self._published:
+            raise UserError(f"nothing was measured; logs: {self._store.folder}")
 
     def measured(self) -> list[tuple[Part, Report, list[Path]]]:
         """The parts that have ended, in the order of the command, with their reports and files."""

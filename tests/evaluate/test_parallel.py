@@ -235,6 +235,13 @@ def test_each_gpu_gets_as_many_processes_as_were_asked_for(evaluate, command, mo
     assert seen == [["4", "6"], ["6", "6"], ["4", "6", "4", "6"]]
 
 
+def test_a_part_whose_process_is_killed_is_named_with_the_signal(evaluate, command, monkeypatch, capsys) -> None:
+    program = "import os; print('copying: 1 of 2 samples', flush=True); os.kill(os.getpid(), 9)"
+    monkeypatch.setattr("cllm.commands.evaluate._command", lambda file: [sys.executable, "-c", program])
+    assert evaluate(*command("copying:distances=6,samples=1")) == 2
+    assert "samples=1: killed by SIGKILL: copying: 1 of 2 samples; log: " in capsys.readouterr().err
+
+
 def test_a_gpu_that_its_process_cannot_use_is_no_reason_for_the_cpu(evaluate, command, monkeypatch, capsys) -> None:
     monkeypatch.setattr("cllm.workers.find_gpus", lambda: ["99"])
     words = command("copying:distances=6,samples=1")

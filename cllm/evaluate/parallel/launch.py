@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -100,7 +101,8 @@ class Launch:
         if report is None:
             log = self._store.log(part)
             line = shorten(last_line(log).removeprefix("error: "), _LINE) or f"it ended with status {status}"
-            _say(f"left out: {part.label}: {line}; log: {log}")
+            killed = f"killed by {signal.Signals(-status).name}: " if status < 0 else ""
+            _say(f"left out: {part.label}: {killed}{line}; log: {log}")
             self.failed.append(part)
             return
         for message in report.messages:

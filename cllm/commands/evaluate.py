@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm evaluat
     from cllm.environment import choose_device
     from cllm.evaluate.left_out import LeftOut
 
-    report = _Report(chosen)
+    report = _Report(chosen, options.suite)
     left_out = LeftOut(len(options.run))
     places = _places(options)
     try:
@@ -86,11 +86,16 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm evaluat
 class _Report:
     """The records so far and their files."""
 
-    def __init__(self, chosen: Sequence[Chosen]):
+    def __init__(self, chosen: Sequence[Chosen], texts: Sequence[str]):
         self.records: list[tuple[Suite, list[Record]]] = [(choice.suite, []) for choice in chosen]
         """Of each suite, for all runs."""
         self.files: list[tuple[Suite, list[Path]]] = []
         """Of each suite and run."""
+        names = [choice.suite.name for choice in chosen]
+        self._titles = [f"--suite {text}\n" if names.count(names[n]) > 1 else "" for n, text in enumerate(texts)] or [
+            ""
+        ]
+        """Above the tables of suites that are measured with several options."""
         self._files_of: dict[tuple[str, int], list[Path]] = {}
 
     def add(
@@ -106,7 +111,11 @@ class _Report:
 
     def print(self) -> None:
         """Print a table for each suite, then the files."""
-        tables = [suite.table(records) for suite, records in self.records if records]
+        tables = [
+            title + suite.table(records)
+            for title, (suite, records) in zip(self._titles, self.records, strict=True)
+            if records
+        ]
         written = [line for suite, files in self.files if files for line in suite.written(files)]
         if tables:
             print("\n\n".join(tables), *written, sep="\n")

@@ -52,7 +52,7 @@ def _measure(folder: Path, parser, options: argparse.Namespace, part: dict, mess
 
     choice = choose(parser, options)[part["choice"]]
     options.posthoc = part["specs"]
-    device = choose_device(options.device)
+    device = choose_device(options.device if options.devices is None else "cuda")  # never the CPU instead of a GPU
     subject = load_subject(part["run"], device)
     check_results(target := subject.results(options.out))
     private, out = results_of(folder), None

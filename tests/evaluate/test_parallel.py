@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,6 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from cllm.commands.evaluate_options import options_parser
+from cllm.evaluate.parallel.parts import Part, parts_of
+from cllm.evaluate.parallel.store import Report, Store, results_of, write_report
+from cllm.evaluate.suites.registry import choose
+from cllm.files import write_atomic
 
 REPO = Path(__file__).resolve().parents[2]
 TIMES = re.compile(r"seconds|time|share_of_prefill")
@@ -104,7 +111,7 @@ def test_a_part_that_fails_is_named_and_the_rest_goes_on_and_is_not_repeated(
     assert (ended / "report.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_command_that_is_ended_leaves_no_process_and_goes_on_later(
     evaluate, command, capsys, tmp_path, number
 ) -> None:
@@ -156,6 +163,48 @@ def test_specs_that_are_refused_by_several_parts_are_in_one_file(evaluate, make_
     assert len(json.loads(found[0])["refused"]) >= 2
 
 
+def test_a_file_of_several_parts_has_the_content_of_the_last_one_in_the_command(tmp_path) -> None:
+    store, results = Store(tmp_path / "parts"), tmp_path / "results"
+    ended = []
+    for key in ("first", "last"):
+        part = Part(run="r", choice=0, set=None, specs=(), label="", cost=1.0, key=key)
+        for name, content in (("a/all.json", key), ("a/refused.json", {"refused": {key: "why"}}), (f"{key}.json", key)):
+            write_atomic(results_of(store.of(part)) / name, json.dumps(content))
+        write_report(store.of(part), Report(results=str(results), records=[], files=["a/all.json"], messages=[]))
+        report = store.report(part)
+        assert report is not None
+        ended.append((part, report))
+    for part, report in reversed(ended):
+        assert store.publish(part, report) == [results / "a" / "all.json"]
+    assert contents(results)["a/all.json"] == "first", "the last one to end"
+    store.settle(ended)
+    refused = {"refused": {"first": "why", "last": "why"}}
+    expected = {"a/all.json": "last", "a/refused.json": refused, "first.json": "first", "last.json": "last"}
+    assert contents(results) == expected
+
+
+def test_a_part_is_another_one_once_its_checkpoint_or_a_file_of_its_options_has_changed(make_run, tmp_path) -> None:
+    run, _ = make_run("a")
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    parser = options_parser("evaluate")
+
+    def key(*more: str) -> str:
+        words = ["--run", str(run.path), "--suite", f"wikitext:path={file}", *more]
+        options = parser.parse_args(words)
+        (part,) = parts_of(str(run.path), choose(parser, options), options, "cpu")
+        return part.key
+
+    keys = [key()]
+    assert key("--processes", "2") == key("--devices", "0") == key("--out", "x") == keys[0]
+    keys.append(key("--batch", "2"))
+    file.write_text("one two")
+    keys.append(key())
+    os.utime(run.checkpoint_path(20), (1, 1))
+    keys.append(key())
+    assert len({*keys}) == 4
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -186,6 +235,23 @@ def test_each_gpu_gets_as_many_processes_as_were_asked_for(evaluate, command, mo
     assert seen == [["4", "6"], ["6", "6"], ["4", "6", "4", "6"]]
 
 
+def test_a_part_whose_process_is_killed_is_named_with_the_signal(evaluate, command, monkeypatch, capsys) -> None:
+    program = "import os; print('copying: 1 of 2 samples', flush=True); os.kill(os.getpid(), 9)"
+    monkeypatch.setattr("cllm.commands.evaluate._command", lambda file: [sys.executable, "-c", program])
+    assert evaluate(*command("copying:distances=6,samples=1")) == 2
+    assert "samples=1: killed by SIGKILL: copying: 1 of 2 samples; log: " in capsys.readouterr().err
+
+
+def test_a_gpu_that_its_process_cannot_use_is_no_reason_for_the_cpu(evaluate, command, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("cllm.workers.find_gpus", lambda: ["99"])
+    words = command("copying:distances=6,samples=1")
+    assert evaluate(*words[:-4], "--devices", "all") == 2
+    error = capsys.readouterr().err
+    assert "left out: " in error
+    assert "--device cuda: there is no usable GPU" in error
+    assert "nothing was measured; logs: " in error
+
+
 def test_long_parts_start_first_and_a_run_that_is_missing_is_left_out(evaluate, make_run, capsys, monkeypatch) -> None:
     run, seen = make_run("a")[0].path, list[str]()
 
@@ -195,6 +261,6 @@ def test_long_parts_start_first_and_a_run_that_is_missing_is_left_out(evaluate, 
     monkeypatch.setattr("cllm.evaluate.parallel.launch.run_all", note)
     short, long = "copying:distances=6,samples=1", "copying:distances=6,samples=9000"
     words = ("--suite", short, "--suite", long, "--suite", "mqar", "--processes", 2, "--device", "cpu")
-    assert evaluate("--run", run, "--run", run / "missing", *words) == 1
+    assert evaluate("--run", run, "--run", run / "missing", *words) == 2, "nothing was measured"
     assert seen == [long, "mqar", short]
     assert f"left out: {run / 'missing'}: no such run" in capsys.readouterr().err

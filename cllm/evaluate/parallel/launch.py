@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,8 +71,8 @@ class Launch:
                     self._store.settle([(part, self._published[part.key][0]) for part in self._ended()])
             if not self.failed:
                 self._store.close()
-        if len(self.failed) == len(self._parts) > 1:
-            raise UserError(f"none of the {len(self._parts)} measurements could be made; logs: {self._store.folder}")
+        if not self._published:
+            raise UserError(f"nothing was measured; logs: {self._store.folder}")
 
     def measured(self) -> list[tuple[Part, Report, list[Path]]]:
         """The parts that have ended, in the order of the command, with their reports and files."""
@@ -100,7 +101,8 @@ class Launch:
         if report is None:
             log = self._store.log(part)
             line = shorten(last_line(log).removeprefix("error: "), _LINE) or f"it ended with status {status}"
-            _say(f"left out: {part.label}: {line}; log: {log}")
+            killed = f"killed by {signal.Signals(-status).name}: " if status < 0 else ""
+            _say(f"left out: {part.label}: {killed}{line}; log: {log}")
             self.failed.append(part)
             return
         for message in report.messages:

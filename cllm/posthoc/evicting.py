@@ -30,6 +30,8 @@ from cllm.posthoc.votes import Votes, layer_votes, total_received
 
 Union = tuple[int, ...]
 """Slots that keep the same tokens."""
+SCORE_BYTES = 4
+"""Bytes of the score of a token and KV head, if it is stored."""
 
 
 class Evicting(Codable):
@@ -79,18 +81,21 @@ class Evicting(Codable):
             for i, data in enumerate(tensors.data)
         ]
 
+    @property
+    def _stores_scores(self) -> bool:
+        return self.accumulates and self.every is not None
+
     def kept(self, cached: CompressibleSlots) -> Kept:
         unions = self._unions(cached)
         kept: dict[int, Tensor] = {}
         kept_scores: dict[int, Tensor] = {}
-        stores_scores = self.accumulates and self.every is not None
         for union, count in zip(unions, self._budgets(cached, unions), strict=True):
             one = cached.only(union[0])
             length = one.slots[union[0]].k.shape[1]
-            if count >= length and not stores_scores:
+            if count >= length and not self._stores_scores:
                 continue
             scores = self.scores(cached, union).float()
-            if stores_scores:
+            if self._stores_scores:
                 kept_scores |= dict.fromkeys(union, scores)
             if count >= length:
                 continue
@@ -114,7 +119,7 @@ class Evicting(Codable):
         if self.every is not None and cached.compressed:
             return [max(cached.compressed[union[0]], self.tokens or 0) for union in unions]
         length = next(iter(cached.slots.values())).k.shape[1]
-        mean = self.tokens if self.ratio is None else self._tokens_of_ratio(cached)
+        mean = self.tokens if self.ratio is None else self._tokens_of_ratio(cached, unions)
         assert mean is not None
         least = min(self.sinks, length)
         least = max(least + self.recent_tokens(mean - least), least + 1)
@@ -138,13 +143,16 @@ class Evicting(Codable):
         factor = largest(cost, mean * sum(widths), length / min(shares))
         return [min(mean, length)] * len(unions) if factor is None else counts(factor)
 
-    def _tokens_of_ratio(self, cached: CompressibleSlots) -> int:
+    def _tokens_of_ratio(self, cached: CompressibleSlots, unions: Sequence[Union]) -> int:
         """Tokens of a slot at which the entire cache has the bytes that `ratio` allows."""
         assert self.ratio is not None
         length = next(iter(cached.slots.values())).k.shape[1]
         batch = len(next(iter(cached.slots.values())).k)
         left = cached.cache_bytes / self.ratio - cached.incompressible_bytes
-        tokens = int(left / batch / sum(_width(cached, slot) for slot in cached.slots) + 1e-6)
+        width = sum(_width(cached, slot) for slot in cached.slots)
+        if self._stores_scores:
+            width += sum(cached.slots[union[0]].k.shape[2] * SCORE_BYTES for union in unions)
+        tokens = int(left / batch / width + 1e-6)
         if tokens < 1:
             share = cached.incompressible_bytes / cached.cache_bytes
             raise UserError(

@@ -384,6 +384,9 @@ def test_slots_that_are_read_together_share_their_votes(design, tokens):
     groups = next(iter(votes.values())).shape[1]
     without = sum(t.nbytes for store in compressed.stores.values() for t in store.tensors().values() if t.ndim > 3)
     assert before == without + len(votes) * 2 * groups * 12 * 4
+    method, cache = prompt_cache(model, f"h2o:ratio=2,sinks=2,every={EVERY}", ids)
+    halved = compress(cache, method)
+    assert 0 <= cache.nbytes() / 2 - halved.nbytes() < before / 12, "less than a token"
     swapped = copy.deepcopy(compressed)
     swapped.reorder_cache(torch.tensor([1, 0]))
     assert swapped.nbytes() == before

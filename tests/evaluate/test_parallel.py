@@ -206,6 +206,16 @@ def test_a_part_is_another_one_once_its_checkpoint_or_a_file_of_its_options_has_
     keys.append(key())
     assert len({*keys}) == 4
 
+    def key_of_code() -> str:
+        options = parser.parse_args(["--run", str(run.path), "--suite", f"code:folder={tmp_path / 'src'}"])
+        (part,) = parts_of(str(run.path), choose(parser, options), options, "cpu")
+        return part.key
+
+    (tmp_path / "src" / "below").mkdir(parents=True)
+    before = key_of_code()
+    (tmp_path / "src" / "below" / "a.py").write_text("x = 1")
+    assert key_of_code() != before
+
 
 @pytest.mark.parametrize(
     ("words", "message"),

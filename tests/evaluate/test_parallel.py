@@ -21,6 +21,7 @@ from cllm.evaluate.parallel.parts import Part, parts_of
 from cllm.evaluate.parallel.store import Report, Store, results_of, write_report
 from cllm.evaluate.suites.registry import choose
 from cllm.files import write_atomic
+from cllm.posthoc.registry import parse
 
 REPO = Path(__file__).resolve().parents[2]
 TIMES = re.compile(r"seconds|time|share_of_prefill")
@@ -58,7 +59,7 @@ def test_two_processes_write_and_print_what_one_does(evaluate, make_run, capsys)
     run = make_run("a")[0].path
     words = ["--run", run]
     words += ["--suite", "copying:distances=6|8,length=6,samples=3", "--suite", "copying:distances=7,samples=2"]
-    words += ["--suite", "posthoc", "--posthoc", "xkv:group=2,rank_k=2,rank_v=2", "--posthoc", "none"]
+    words += ["--suite", "posthoc", "--posthoc", "xkv:group=2,energy=0.9", "--posthoc", "none"]
     words += ["--posthoc", "svd:ratio=4,sinks=0", "--device", "cpu", "--max-tokens", 60]
     printed, written, events = [], [], []
     for more in ((), ("--processes", 2)):
@@ -70,6 +71,7 @@ def test_two_processes_write_and_print_what_one_does(evaluate, make_run, capsys)
         shutil.rmtree(run / "tensorboard")
     assert written[0] == written[1]
     assert len(written[0]) > 10
+    assert parse("xkv:group=2,energy=0.9").chooses_for_batch, "so it is measured apart from the other specs"
     assert printed[0] == printed[1]
     assert events[0] == events[1] > 0
     assert not list(Path("runs").glob("evaluation/.parts-*")), "nothing is left when all parts have ended"
@@ -203,6 +205,16 @@ def test_a_part_is_another_one_once_its_checkpoint_or_a_file_of_its_options_has_
     os.utime(run.checkpoint_path(20), (1, 1))
     keys.append(key())
     assert len({*keys}) == 4
+
+    def key_of_code() -> str:
+        options = parser.parse_args(["--run", str(run.path), "--suite", f"code:folder={tmp_path / 'src'}"])
+        (part,) = parts_of(str(run.path), choose(parser, options), options, "cpu")
+        return part.key
+
+    (tmp_path / "src" / "below").mkdir(parents=True)
+    before = key_of_code()
+    (tmp_path / "src" / "below" / "a.py").write_text("x = 1")
+    assert key_of_code() != before
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def parts_of(run: str, chosen: Sequence[Chosen], options: argparse.Namespace, de
         UserError: if the run does not exist, is no model, or its config cannot be read.
     """
     parts = []
-    size, model = bytes_of(weights := _weights(run)), _stamp(weights)
+    size, model = bytes_of(weights := _weights(run)), _stamp(weights, "*")
     sets = _sets(run, options)
     specs: list[str] = options.posthoc
     rest = {key: value for key, value in vars(options).items() if key not in NOT_MEASURED_BY}
@@ -119,7 +119,7 @@ def _files(value: Any) -> Iterator[Path]:
             return
 
 
-def _stamp(path: Path) -> list[Any]:
-    """Names, sizes and times of change of a file, or of the files in a folder."""
-    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.is_file())
+def _stamp(path: Path, inside: str = "**/*") -> list[Any]:
+    """Names, sizes and times of change of a file, or of the files in a folder that match `inside`."""
+    files = [path] if path.is_file() else sorted(file for file in path.glob(inside) if file.is_file())
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -111,6 +111,14 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(parent))
 
 
+def usual_permissions(folder: Path, pattern: str = "*.safetensors") -> None:
+    """Give the files of a folder the permissions of new files. safetensors 0.8 lets only their owner read them."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for file in folder.glob(pattern):
+        file.chmod(0o666 & ~mask)
+
+
 def partial_path(path: Path) -> Path:
     """The temporary file or folder next to `path` for this process; its name has the machine and the process id."""
     return path.with_name(f".{path.name}.partial-{_host()}-{os.getpid()}")

@@ -52,7 +52,7 @@ from experiments.uptraining.setup import FULL, TINY, Folders, Size, claim
 AGENDA = (
     *("control", "mla_4+fast_attention+attention_4", "gqa_4+fast_attention+attention_4"),
     *("kv_tie_gqa+slow_attention+attention_4", "kv_tie+slow_attention+attention", "gqa+fast_attention+attention"),
-    *("mla+fast_attention+attention", "mla_4+fast_attention", "cla4+fast_attention+attention_4"),
+    *("mla+fast_attention+attention", "mla_4+fast_attention", "cla4+fast_attention+attention"),
     *("cla2+fast_attention+attention", "cla2_gqa+fast_attention+attention", "kv_tie_8+slow_attention+attention"),
     *("xmla_4+fast_attention+attention", "fusedkv+fast_attention+attention", "fusedkv_gqa+fast_attention+attention"),
     "acrosskv_4+fast_attention+attention",

@@ -37,7 +37,7 @@ from cllm.kernels import split_lowrank
 from cllm.kernels.decode import Stored, Visible, decode_attention
 from cllm.kernels.lowrank_decode import lowrank_decode
 from cllm.kernels.selection import Factored, Selection
-from cllm.kernels.split_lowrank import Rebuild, Tuning, choose_rebuild
+from cllm.kernels.split_lowrank import MAX_DIM, Rebuild, Tuning, choose_rebuild
 from cllm.model.rope import apply_rope, rope_table
 from cllm.model.sizes import build_decoder
 from cllm.posthoc.cache import compress_cache
@@ -304,6 +304,33 @@ def add_sizes(parser: Parser) -> None:
     parser.add_argument("--only", choices=["decode", "compress"], help="one of the two")
 
 
+def check_sizes(o: argparse.Namespace, *, least_rank: int = 1) -> None:
+    """Raise `UserError` for sizes that cannot be measured together, before anything is."""
+
+    def check(name: str, wrong: bool, allowed: str) -> None:
+        if wrong:
+            raise UserError(f"--{name} is {getattr(o, name.replace('-', '_'))}; allowed: {allowed}")
+
+    for name in SIZES:
+        least = {"outliers": 0, "local": 0, "rank-k": least_rank, "rank-v": least_rank}.get(name, 1)
+        check(name, getattr(o, name.replace("-", "_")) < least, f"{least} or more")
+    check("heads", o.heads % o.kv_heads > 0, f"multiples of --kv-heads, {o.kv_heads}")
+    check("dim", o.dim % 2 > 0 or o.dim > MAX_DIM, f"even numbers up to {MAX_DIM}")
+    if o.only != "compress":
+        check("chunk", o.chunk > o.tokens, f"up to --tokens, {o.tokens}")
+        check("select", o.select % o.chunk > 0, f"multiples of --chunk, {o.chunk}")
+        read = (o.outliers + o.local) * o.chunk
+        most = max(o.tokens - read, 0) // o.chunk * o.chunk
+        left = f"up to {most}: of {o.tokens} tokens, --outliers and --local always read {read}"
+        check("select", o.select > most, left if most else f"no number ({left}); set fewer of these")
+    if o.only != "decode":
+        layers = o.layers % o.group or o.group  # of the last group
+        most = min(o.prompt, layers * o.kv_heads * o.dim)
+        for name in ("rank-k", "rank-v"):
+            allowed = f"up to {most}: a group of {layers} layers has {o.kv_heads} x {o.dim} channels in each"
+            check(name, getattr(o, name.replace("-", "_")) > most, f"{allowed}, and --prompt {o.prompt} tokens")
+
+
 def add_outputs(parser: Parser) -> None:
     """Add `--device` and `--out`."""
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where to measure (default cuda)")
@@ -339,10 +366,8 @@ def begin_record(o: argparse.Namespace, device: torch.device) -> tuple[PrintedRe
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     o = make_parser().parse_args(argv)
+    check_sizes(o)
     device = device_of(o, "benchmarks.posthoc_decode")
-    for name in SIZES:
-        if (value := getattr(o, name.replace("-", "_"))) < (0 if name in ("outliers", "local") else 1):
-            raise UserError(f"--{name} is {value}; allowed: 1 or more")
     record, copy, flops = begin_record(o, device)
     if o.only != "compress":
         DecodeBenchmark(o, device, flops, copy, record).run()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,13 +26,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.posthoc_decode import Layers, PrintedRecord, add_outputs, add_sizes, begin_record, device_of, layer_ms
+from benchmarks.posthoc_decode import (
+    Layers,
+    PrintedRecord,
+    add_outputs,
+    add_sizes,
+    begin_record,
+    check_sizes,
+    device_of,
+    layer_ms,
+)
 from benchmarks.timing import BF16, free, wait, wall_time
 from cllm.arguments import Parser
 from cllm.cache.cache import KVCache
 from cllm.config import ModelConfig
-from cllm.errors import one_line
-from cllm.kernels import split_lowrank
+from cllm.errors import UserError, one_line
+from cllm.kernels import split_lowrank, triton_decode
 from cllm.kernels.selection import Factored, Selection, chosen_tokens
 from cllm.kernels.split_lowrank import Choosing, Rebuild, Tuning, Weighing, choose_weighing
 from cllm.model.sizes import build_decoder
@@ -274,6 +284,10 @@ def bench_chosen(o: argparse.Namespace, variants: Variants) -> None:
 
 
 def summary(variants: Variants, what: str, exact: float, before: float, best: float) -> None:
+    """Keep and print how much longer attention takes than uncompressed. Infinity stands for what was not measured."""
+    if not math.isfinite(exact + before + best):
+        print(f"== {what}: no comparison, because a part was not measured", flush=True)
+        return
     row = {"uncompressed": exact, "before": before, "best": best, "ratio": best / exact, "ratio_before": before / exact}
     variants.record.results.setdefault("summary", {})[what] = row
     print(f"== {what}: {before / exact:.3f} x uncompressed before, {best / exact:.3f} x now", flush=True)
@@ -392,19 +406,29 @@ def bench_all_compression(o: argparse.Namespace, variants: Variants) -> None:
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
+PARTS = {"decode": bench_chosen, "compress": bench_all_compression}
+"""What `--only` chooses from."""
+
 
 @one_line
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns its exit status."""
+    """Run the command line; returns its exit status: 1 if a part failed."""
     parser = Parser(prog="python -m benchmarks.posthoc_variants", description=__doc__)
     add_sizes(parser)
     add_outputs(parser)
     o = parser.parse_args(argv)
     device = device_of(o, "benchmarks.posthoc_variants")
+    if device.type == "cpu" and not triton_decode.INTERPRETED:
+        if o.only == "decode":
+            raise UserError("--only decode with --device cpu: its kernels need a GPU; allowed: compress")
+        if o.only is None:
+            print("decode is left out: its kernels need a GPU", flush=True)
+        o.only = "compress"
+    check_sizes(o, least_rank=4)  # smaller ranks are measured too
     begin = time.monotonic()
     record, _, _ = begin_record(o, device)
     variants = Variants(device, record, begin)
-    for part, run in (("decode", bench_chosen), ("compress", bench_all_compression)):
+    for part, run in PARTS.items():
         if o.only not in (None, part):
             continue
         variants.begin = time.monotonic()
@@ -417,7 +441,7 @@ def main(argv: list[str] | None = None) -> int:
         free(device)
         print(f"-- {part}: {time.monotonic() - begin:.0f} s since the start", flush=True)
     record.write()
-    return 0
+    return 1 if record.results.get("failures") else 0
 
 
 if __name__ == "__main__":

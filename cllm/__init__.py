@@ -110,7 +110,7 @@ _ENTRIES = {
     "transformers.models.auto.modeling_auto": "cllm.hub.model",
     **dict.fromkeys(_PARTS, "cllm.hub.model"),
     "peft.utils.constants": "cllm.hub.peft",
-    "transformers.cli.serving.model_manager": "cllm.hub.serving",
+    "transformers.cli.serving.server": "cllm.hub.serving",
 }
 """Modules with tables of models, and ours that make an entry there when they are imported."""
 

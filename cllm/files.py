@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,6 +111,14 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(parent))
 
 
+def usual_permissions(folder: Path, pattern: str = "*.safetensors") -> None:
+    """Give the files of a folder the permissions of new files. safetensors 0.8 lets only their owner read them."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for file in folder.glob(pattern):
+        file.chmod(0o666 & ~mask)
+
+
 def partial_path(path: Path) -> Path:
     """The temporary file or folder next to `path` for this process; its name has the machine and the process id."""
     return path.with_name(f".{path.name}.partial-{_host()}-{os.getpid()}")
@@ -133,6 +142,13 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `OSError` if a folder cannot be written to. It may be missing; nothing is left in it or above it."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    with tempfile.TemporaryFile(dir=existing):
+        pass
 
 
 def mark(folder: Path, kind: str) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,49 +88,50 @@ def read_table(file: Path, run: str) -> list[Point]:
         raise UserError(f"{file}: {error}") from None
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    """The `rows` of a file of records. Raises `UserError`, or `OSError` or `ValueError` if it cannot be read."""
-    data = parse_json(file.read_text(encoding="utf-8"))
-    rows = data.get("rows") if isinstance(data, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("has no records; needed: a JSON object with a list of objects in `rows`")
-    return rows
-
-
-def _read_records(file: Path, run: str) -> list[Point]:
+def _of_records(file: Path, where: str, points: Callable[[list[dict[str, Any]]], Iterable[Point]]) -> list[Point]:
+    """The `points` of the records in `rows` of a file. Raises `UserError`, which begins with `where`."""
     try:
-        rows = [row for row in _rows(file) if "increase_percent" in row]
-        runs = sorted({str(row.get("run")) for row in rows})
-        if len(runs) > 1:
-            if run not in runs:
-                raise UserError(f"{file}: has records of {', '.join(runs)}; select one with --run")
-            rows = [row for row in rows if row.get("run") == run]
-        sizes = [row["own_bf16_bytes_per_token"] / row["bf16_bytes_per_token"] for row in rows]
-        return [
-            Point(row["spec"], ratio, float(row["increase_percent"]))
-            for row, ratio in zip(rows, sizes, strict=True)
-            if row["spec"] != "none"
-        ]
+        data = parse_json(file.read_text(encoding="utf-8"))
+        rows = data.get("rows") if isinstance(data, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("has no records; needed: a JSON object with a list of objects in `rows`")
+        return list(points(rows))
     except UserError:
         raise
     except KeyError as error:
-        raise UserError(f"{file}: a record has no {error}") from None
+        raise UserError(f"{where}: a record has no {error}") from None
     except (OSError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
+        raise UserError(f"{where}: cannot be read: {error}") from None
+
+
+def _read_records(file: Path, run: str) -> list[Point]:
+    def points(rows: list[dict[str, Any]]) -> Iterator[Point]:
+        own = [row for row in rows if "increase_percent" in row]
+        runs = sorted({str(row.get("run")) for row in own})
+        if len(runs) > 1 and run not in runs:
+            raise UserError(f"{file}: has records of {', '.join(runs)}; select one with --run")
+        for row in own:
+            if len(runs) > 1 and row.get("run") != run:
+                continue
+            ratio = row["own_bf16_bytes_per_token"] / row["bf16_bytes_per_token"]
+            if row["spec"] != "none":
+                yield Point(row["spec"], ratio, float(row["increase_percent"]))
+
+    return _of_records(file, str(file), points)
 
 
 def read_copying(file: Path, run: str) -> list[Point]:
     """The means over tasks of the suite `copying` of one run. Raises `UserError` if the file has none."""
-    try:
-        found = [r for r in _rows(file) if (r.get("suite"), r.get("run"), r.get("task")) == ("copying", run, "all")]
-        points = [Point(r["spec"], r["ratio_to_own"], r["accuracy"]) for r in found]
-    except KeyError as error:
-        raise UserError(f"--copying {file}: a record has no {error}") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--copying {file}: cannot be read: {error}") from None
-    if not points:
+
+    def points(rows: list[dict[str, Any]]) -> Iterator[Point]:
+        for row in rows:
+            if (row.get("suite"), row.get("run"), row.get("task")) == ("copying", run, "all"):
+                yield Point(row["spec"], row["ratio_to_own"], row["accuracy"])
+
+    found = _of_records(file, f"--copying {file}", points)
+    if not found:
         raise UserError(f"--copying {file}: has no record of copying by run {run}; see --run")
-    return points
+    return found
 
 
 def table(points: Sequence[Point], copied: Sequence[Point]) -> str:

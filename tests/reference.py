@@ -7,6 +7,7 @@ Nothing here uses the package. A plan is a list of one row a layer:
                      `input 3`: it projects the output of layer 3; `only keys`: it has no values;
                      `tied`: one projection is both, keys with RoPE and values without;
                      `mix 0+1`: the slots of layers 0 and 1 are mixed into what it stores
+    own:2 of 6       heads of 6 channels; a second slot has the same. Queries have those of the slot that they read
     latent           the layer owns a latent (MLA) and reads it; `latent:3`: of three blocks (MLRA)
     retention        the layer keeps a recurrent state
     read 3           keys and values are those of layer 3
@@ -251,11 +252,49 @@ VARIANTS: dict[str, tuple[dict, list[str]]] = {
             *("own:2 norm gate 1+own/2 as 1", "keys 1 values 0 as 2", "own:2"),
         ],
     ),
+    "heads of three sizes": (
+        {
+            "layers": [
+                {"layers": [0, 2], "own": {"n_kv_heads": 2}, "window": 3},
+                {"layers": 1, "own": {"n_kv_heads": 2, "head_dim": 12, "tie": "kv"}},
+                {
+                    "layers": 3,
+                    "own": {"n_kv_heads": 2, "head_dim": 12, "mix": [1]},
+                    "keys": {"share": 2},
+                    "values": {"share": 2},
+                    "window": 2,
+                },
+                {
+                    "layers": 4,
+                    "keys": {"fuse": [1, 3], "granularity": "complex"},
+                    "values": {"fuse": [3, 1], "granularity": "matrix"},
+                    "window": 2,
+                },
+                {
+                    "layers": 5,
+                    "read": {
+                        "join": [
+                            {"own": {"n_kv_heads": 4, "head_dim": 6, "input": 2}},
+                            {"own": {"n_kv_heads": 1, "head_dim": 6, "window": 2}},
+                        ]
+                    },
+                },
+                {"layers": 6, "read": {"gate": [5, {"own": {"n_kv_heads": 2, "head_dim": 6, "window": 3}}]}},
+                {"layers": 7, "own": {"n_kv_heads": 2, "head_dim": 12, "only": "keys"}, "values": {"share": 1}},
+            ]
+        },
+        [
+            *("own:2 window 3", "own:2 of 12 tied", "own:2 window 3"),
+            *("own:2 of 12 mix 1 read 2 window 2", "keys w1+w3 values w3+w1 window 2"),
+            *("own:4 of 6 input 2 and:1 join own+and/2", "own:2 of 6 gate 5+own/3"),
+            "own:2 of 12 only keys keys 7 values 1",
+        ],
+    ),
     "mha, window and kv norm": ({"preset": "mha", "window": 2, "kv_norm": True}, ["own:4 norm window 2"] * 8),
 }
 
 _ROW = re.compile(
-    r"(?:own:(?P<heads>\d+)|(?P<kind>latent|retention)(?::(?P<blocks>\d+))?)?"
+    r"(?:own:(?P<heads>\d+)(?: of (?P<size>\d+))?|(?P<kind>latent|retention)(?::(?P<blocks>\d+))?)?"
     r"(?P<norm> norm)?"
     r"(?: input (?P<input>\d+))?"
     r"(?: only (?P<only>keys|values))?"
@@ -274,6 +313,7 @@ class Row:
     """One layer of a table: what it owns, and where its keys and values come from."""
 
     owns: bool
+    size: int | None
     origin: int
     kind: str | None
     blocks: int
@@ -305,6 +345,7 @@ class Row:
             keys = values = "+".join(str(slot) for slot, _ in parts if isinstance(slot, int))
         return cls(
             owns=bool(found["heads"] or found["kind"]),
+            size=int(found["size"]) if found["size"] else None,
             origin=int(found["origin"] or layer),
             kind=found["kind"],
             blocks=int(found["blocks"] or 1),
@@ -435,6 +476,10 @@ class SlowDecoder:
         own = self.weights.get(f"blocks.{i}.{name}")
         return self.weights.get(f"blocks.{self.layers[i].origin}.{name}") if own is None else own
 
+    def size(self, i: int) -> int:
+        """Channels of a head of the slot of layer i."""
+        return self.layers[i].size or self.head_dim
+
     def linear(self, i: int, name: str, x: Tensor) -> Tensor:
         bias = self.has(i, f"{name}.bias")
         y = self.w(i, f"{name}.weight") @ x
@@ -481,11 +526,11 @@ class SlowDecoder:
         keys: Sequence[Tensor] = ()
         values: Sequence[Tensor] = ()
         if self.layers[i].tied:
-            keys = values = self.linear(i, "attention.owner.kv_proj", normed).split(self.head_dim)
+            keys = values = self.linear(i, "attention.owner.kv_proj", normed).split(self.size(i))
         elif self.layers[i].only != "values":
-            keys = self.linear(i, "attention.owner.k_proj", normed).split(self.head_dim)
+            keys = self.linear(i, "attention.owner.k_proj", normed).split(self.size(i))
         if self.layers[i].only != "keys" and not self.layers[i].tied:
-            values = self.linear(i, "attention.owner.v_proj", normed).split(self.head_dim)
+            values = self.linear(i, "attention.owner.v_proj", normed).split(self.size(i))
         norm = self.has(i, "attention.owner.k_norm.weight")
         if norm is not None:
             keys = [rms_norm(key, norm, self.eps) for key in keys]
@@ -501,18 +546,19 @@ class SlowDecoder:
         if self.layers[i].local_norm:
             normed = rms_norm(x, self.w(i, "attention.local.norm.weight"), self.eps)
         name = "kv_proj" if self.layers[i].local_tied else "k_proj"
-        keys = self.linear(i, f"attention.local.{name}", normed).split(self.head_dim)
+        keys = self.linear(i, f"attention.local.{name}", normed).split(self.size(i))
         norm = self.has(i, "attention.local.k_norm.weight")
         keys = keys if norm is None else [rms_norm(key, norm, self.eps) for key in keys]
         tied = self.layers[i].local_tied
-        values = keys if tied else self.linear(i, "attention.local.v_proj", normed).split(self.head_dim)
+        values = keys if tied else self.linear(i, "attention.local.v_proj", normed).split(self.size(i))
         return [rotate(key, t, self.theta) for key in keys], list(values)
 
     def attention_to_parts(self, i: int, t: int, normed: Tensor, slots: dict) -> list[Tensor]:
         """One softmax over the keys of several slots, with exp(s_h) in its denominator if there is a sink:
         Σ_j exp(z_j) v_j / (Σ_j exp(z_j) + exp(s_h)); or one for each slot, and Σ_p g_ph o_ph."""
         row = self.layers[i]
-        queries = self.linear(i, "attention.q_proj", normed).split(self.head_dim)
+        size = self.size(self.layers[i].keys[0])
+        queries = self.linear(i, "attention.q_proj", normed).split(size)
         norm = self.has(i, "attention.q_norm.weight")
         sink = self.has(i, "attention.sink.weight")
         heads = []
@@ -525,7 +571,7 @@ class SlowDecoder:
                 read.append(([slots[slot][s][0][g] for s in seen], [slots[slot][s][1][g] for s in seen]))
             if row.how == "join":
                 scores = [
-                    (torch.exp(query @ key / math.sqrt(self.head_dim)), v)
+                    (torch.exp(query @ key / math.sqrt(size)), v)
                     for ks, vs in read
                     for key, v in zip(ks, vs, strict=True)
                 ]
@@ -535,7 +581,7 @@ class SlowDecoder:
             weight = self.w(i, "attention.gates.weight")
             gates = [1 / (1 + torch.exp(-row @ normed)) for row in weight[h :: self.n_heads]]
             gates = [gates[0], 1 - gates[0]] if row.how == "blend" else gates
-            outs = [softmax_read(query, ks, vs, self.head_dim) for ks, vs in read]
+            outs = [softmax_read(query, ks, vs, size) for ks, vs in read]
             heads.append(torch.stack([gate * out for gate, out in zip(gates, outs, strict=True)]).sum(0))
         return heads
 
@@ -557,7 +603,7 @@ class SlowDecoder:
         if weight.ndim == 4:  # sources, heads, (real and imaginary part, pairs) or (channels in, channels out)
             return torch.stack([self.times(x, weight[n, head], part) for n, x in enumerate(parts)]).sum(0)
         of_head = weight[:, head if weight.shape[1] > 1 else 0]
-        channels = [c % weight.shape[2] for c in range(self.head_dim)]
+        channels = [c % weight.shape[2] for c in range(len(parts[0]))]
         return sum(of_head[n, channels] * x for n, x in enumerate(parts))
 
     @staticmethod
@@ -572,7 +618,8 @@ class SlowDecoder:
 
     def attention(self, i: int, t: int, normed: Tensor, slots: dict) -> list[Tensor]:
         row = self.layers[i]
-        queries = self.linear(i, "attention.q_proj", normed).split(self.head_dim)
+        size = self.size(self.layers[i].keys[0])
+        queries = self.linear(i, "attention.q_proj", normed).split(size)
         norm = self.has(i, "attention.q_norm.weight")
         seen = self.visible(i, t, slots)
         heads = []
@@ -582,7 +629,7 @@ class SlowDecoder:
             g = h * n_kv // self.n_heads
             keys = [self.read(i, "keys", row.keys, slots, s, g) for s in seen]
             values = [self.read(i, "values", row.values, slots, s, g) for s in seen]
-            heads.append(softmax_read(query, keys, values, self.head_dim))
+            heads.append(softmax_read(query, keys, values, size))
         return heads
 
     def project_latent(self, i: int, t: int, normed: Tensor) -> tuple[list[Tensor], Tensor]:

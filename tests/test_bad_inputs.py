@@ -37,6 +37,10 @@ COMMANDS = {
     "bench_decode": "benchmarks.decode.__main__",
     "bench_kernels": "benchmarks.kernels.__main__",
     "bench_posthoc_decode": "benchmarks.posthoc_decode",
+    "bench_posthoc_variants": "benchmarks.posthoc_variants",
+    "half_cache": "experiments.half_cache.__main__",
+    "half_cache_scratch": "experiments.half_cache.scratch",
+    "methods_picture": "experiments.methods_picture",
 }
 """For each file of `bad_inputs`, its command: a file, or a module of a package."""
 LONGEST = 450

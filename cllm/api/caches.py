@@ -11,6 +11,7 @@ from cllm.cache.cache import KVCache
 from cllm.cache.stores import SlotStore
 from cllm.errors import UserError
 from cllm.posthoc.engine import DecoderEngine
+from cllm.posthoc.hf import heads_of, layer_configs
 from cllm.posthoc.method import Engine
 
 if TYPE_CHECKING:
@@ -42,16 +43,16 @@ def _check_layers(model: nn.Module, cache: Any) -> list[Tensor]:
     """Compare a transformers cache with the model's config. Returns its keys."""
     own: Any = model.config
     config = own.get_text_config()
-    keys = [layer.keys for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor)]
+    found = [getattr(layer, "keys", None) for layer in cache.layers]
+    stored = [key if isinstance(key, Tensor) else None for key in found]
     if len(cache.layers) != config.num_hidden_layers:
         raise _another(f"it has {len(cache.layers)} layers, the model {config.num_hidden_layers}")
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if getattr(config, "kv_lora_rank", None) is None:
-        for key in keys:
-            if key.dim() == 4 and (key.shape[1], key.shape[3]) != (heads, size):
+        for key, of_layer in zip(stored, layer_configs(config), strict=True):
+            heads, size = heads_of(of_layer)
+            if key is not None and key.dim() == 4 and (key.shape[1], key.shape[3]) != (heads, size):
                 raise _another(f"it has {key.shape[1]} heads of {key.shape[3]}, the model {heads} of {size}")
-    return keys
+    return [key for key in stored if key is not None]
 
 
 def _check_dtype(model: nn.Module, kept: list[Tensor]) -> None:

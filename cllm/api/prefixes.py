@@ -31,8 +31,8 @@ def save_prefix(
         at_rest: a method such as `kvtc:ratio=8` that codes an exact cache in the file; None: store its bits.
 
     Raises:
-        UserError: for an empty cache, another model's, tokens of another number, and a compressed cache that no file
-            can hold, by name.
+        UserError: for an empty cache, another model's, tokens of another number, a compressed cache that no file can
+            hold, by name, and a file that cannot be written.
 
     Examples:
         >>> import cllm, torch
@@ -96,7 +96,8 @@ class PrefixStore(_Store):
             decoding continues from an ordinary cache, near the exact one; None: prefixes are stored exactly.
 
     Raises:
-        UserError: for a folder of something else, a method that calibrates on tokens, and values out of range.
+        UserError: for a folder of something else or one that cannot be made, a method that calibrates on tokens, and
+            values out of range.
 
     Examples:
         >>> import cllm, torch

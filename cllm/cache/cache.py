@@ -12,6 +12,7 @@ beams and crops it for assisted decoding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -27,6 +28,12 @@ from cllm.plan.plan import KVPlan
 
 _SLOTS_DEPEND_ON = ("d_model", "n_heads", "resolved_head_dim", "rope", "norm_eps", "qk_norm", "q_bias", "kv_bias")
 """Config fields, besides the plan, that must be equal for one model to reuse another's cache."""
+
+
+def check_max_len(max_len: Any) -> None:
+    """Raise `UserError` unless `max_len` is None or a number of tokens."""
+    if max_len is not None and (isinstance(max_len, bool) or not isinstance(max_len, Integral) or max_len < 1):
+        raise UserError(f"max_len of a cache is {max_len!r}; allowed: 1 or more, or None to let it grow")
 
 
 class KVCache(Cache):
@@ -45,8 +52,7 @@ class KVCache(Cache):
                 different numbers of tokens.
         """
         super().__init__(layers=[])
-        if max_len is not None and max_len < 1:
-            raise UserError(f"max_len of a cache is {max_len}; allowed: 1 or more, or None to let it grow")
+        check_max_len(max_len)
         self.config, self.plan, self.max_len, self.storage = config, config.plan(), max_len, storage
         if max_len is not None:
             _check_rings(self.plan, max_len)

@@ -7,6 +7,8 @@ scripts/*.py and experiments/*.py call the same functions.
 cli.py         `cllm`: its list of commands, and the call of one
 train.py       train a run
 evaluate.py    perplexity of trained models, and the cost of compressing their caches
+evaluate_options.py  its options
+evaluate_part.py     one part of it, in a process of its own
 prepare.py     a corpus as shards of tokens
 convert.py     runs and checkpoint folders into each other
 serve.py       an exported folder in vLLM's server

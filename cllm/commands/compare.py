@@ -17,13 +17,19 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cllm.arguments import Parser
 from cllm.errors import UserError, one_line
 from cllm.lock import locked
 from cllm.signals import stoppable
+
+if TYPE_CHECKING:
+    from cllm.evaluate.heatmap import HeatMap
+    from cllm.evaluate.suites.suite import Number, Suite
 
 
 def make_parser(program: str) -> Parser:
@@ -72,14 +78,9 @@ def _compare(options: argparse.Namespace) -> int:
     from cllm.evaluate.heatmap import write as write_heatmap
     from cllm.evaluate.report import terminal, write
     from cllm.evaluate.result_folders import beside
-    from cllm.evaluate.score_choice import parse_score_choice
-    from cllm.evaluate.suites.registry import suites
 
     runs = find_runs(options.runs)
-    heatmap = None
-    if options.heatmap is not None:
-        choice = parse_score_choice(options.heatmap, suites(), "--heatmap")
-        heatmap = read_heatmap(runs, choice.suite, choice.number)
+    heatmap = _heatmap(options.heatmap, partial(read_heatmap, runs))
     comparison = compare(runs, baseline=options.baseline, set_name=options.set_name, score=options.score)
     print(terminal(comparison))
     folder = options.out or beside([run.path for run in runs], "comparison")
@@ -115,10 +116,7 @@ def _answer(options: argparse.Namespace) -> int:
         baseline=options.baseline,
         set_name=options.set_name,
     )
-    heatmap = None
-    if options.heatmap is not None:
-        choice = parse_score_choice(options.heatmap, suites(), "--heatmap")
-        heatmap = heatmap_of(models, choice.suite, choice.number)
+    heatmap = _heatmap(options.heatmap, partial(heatmap_of, models))
     print(markdown(found), end="")
     if options.out is not None:
         with locked(options.out):
@@ -126,3 +124,14 @@ def _answer(options: argparse.Namespace) -> int:
             for path in paths:
                 print(f"written: {path}", file=sys.stderr)
     return 1 if left_out else 0
+
+
+def _heatmap(text: str | None, read: Callable[[Suite, Number], HeatMap]) -> HeatMap | None:
+    """The maps of the suite and number that --heatmap names, by `read`; None without the option."""
+    from cllm.evaluate.score_choice import parse_score_choice
+    from cllm.evaluate.suites.registry import suites
+
+    if text is None:
+        return None
+    choice = parse_score_choice(text, suites(), "--heatmap")
+    return read(choice.suite, choice.number)

@@ -2,7 +2,16 @@
 
     %(prog)s out/fusedkv --port 8000 --dtype float32 [options of vLLM's server]
 
-All other options are those of vLLM's server. See docs/serving.md.
+It checks the folder, the plan and the port, and becomes vLLM's server. Options besides those below are vLLM's:
+
+    --host 127.0.0.1 --port 8000   where the server listens; vLLM's default host is every address of the machine
+    --dtype float32                vLLM's default turns fp32 weights into bf16
+    --max-model-len 4096           longest context, at most the model's
+    --kv-cache-memory-bytes N      size of the KV cache; without a GPU at most 4 GiB by default
+    --block-size 32                tokens of a block of the cache; without a GPU a multiple of 32
+    --skip-tokenizer-init          serve token ids only
+
+`python -m vllm.entrypoints.openai.api_server --help=all` lists the others. See docs/serving.md.
 """
 
 from __future__ import annotations
@@ -29,10 +38,10 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm serve")
     """Check the folder, and become vLLM's server. Returns only with `--check`."""
     options, words = make_parser(program).parse_known_args(arguments)
     # Imported late: --help and mistakes in arguments answer without loading the decoder.
-    from cllm.serve.launch import check_folder, check_server, describe, ranks, server_command
+    from cllm.serve.launch import check_plan, check_server, describe, server_command
 
     if options.check:
-        print("\n".join(describe(check_folder(options.folder, ranks=ranks(words)))))
+        print("\n".join(describe(check_plan(options.folder, words))))
         return 0
     check_server(options.folder, words)
     command = server_command(options.folder, words)

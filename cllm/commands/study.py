@@ -24,6 +24,7 @@ from cllm.config import Config
 from cllm.config.load import ConfigParser
 from cllm.errors import UserError, nearest, one_line
 from cllm.signals import stoppable
+from cllm.workers import choose_gpus, find_gpus
 
 if TYPE_CHECKING:
     from cllm.study.schema import Study
@@ -131,7 +132,7 @@ def _task_command(options: argparse.Namespace, overrides: list[str], layout) -> 
 
 def _work(options: argparse.Namespace, study, layout) -> int:
     """Train, or print the plan or the state."""
-    from cllm.study.children import Slot, find_gpus
+    from cllm.study.children import Slot
     from cllm.study.estimate import Estimates
     from cllm.study.points import Grid
     from cllm.study.queue import Queue
@@ -140,7 +141,7 @@ def _work(options: argparse.Namespace, study, layout) -> int:
     from cllm.study.schema import parse_duration
     from cllm.study.status import dry_run, status
     from cllm.study.utilisation import Utilisation
-    from cllm.study.version import code_version
+    from cllm.version import code_version
 
     seconds = None if options.stop_after is None else parse_duration(options.stop_after)
     gpus = _gpus(options.devices, find_gpus)
@@ -182,8 +183,4 @@ def _gpus(where: str, find) -> list[str]:
         if not found:
             raise UserError(f"--devices {where}: torch sees no GPU; allowed here: cpu, auto")
         return found
-    names = [name.strip() for name in where.split(",")]
-    if unknown := [name for name in names if name not in found]:
-        allowed = ", ".join([*found, "gpu", "cpu", "auto"])
-        raise UserError(f"--devices {where}: there is no GPU {unknown[0]!r}; allowed: {allowed}")
-    return names
+    return choose_gpus(where, found, ("gpu", "cpu", "auto"))

@@ -10,6 +10,7 @@ model.py       `ModelConfig`: the decoder
 training.py    attention kernel, data, optimizer, steps
 suites.py      `evaluate_suites:`: suites of samples that are measured during training
 uptraining.py  `init:` and `uptrain:`: starting from another model's weights
+unused.py      settings that have no effect in a config
 load.py        reads YAML files and a command line into one checked config; reports a mistake in one line
 help.py        the settings as text, for `--help`
 nested.py      settings with dotted keys as nested mappings

@@ -39,7 +39,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
-        self.uptrain.check(self.init, steps=self.train.steps, fp8=self.train.fp8)
+        self.uptrain.check(self.init, self.optim.rates, steps=self.train.steps, fp8=self.train.fp8)
         check_suites(self.evaluate_suites, self.train.strategy)
         if self.data.seq_len > self.model.max_seq_len:
             raise ValueError(f"data.seq_len {self.data.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}")

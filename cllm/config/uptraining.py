@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
+from cllm.config.training import Rates
 from cllm.section import MAX_COUNT, MAX_WIDTH, Section, create_section
 
 Method = Literal["copy", "mean", "aligned", "ridge", "fit", "svd"]
@@ -14,6 +15,15 @@ Fold = Literal["none", "mean", "joint"]
 Heads = Literal["mean", "merge"]
 Outputs = Literal["none", "shared", "all"]
 KeepPairs = Literal["high", "uniform"]
+
+TRAINED: dict[str, frozenset[str]] = {
+    "slots": frozenset({"kv", "fusion"}),
+    "kv": frozenset({"kv", "queries", "fusion"}),
+    "attention": frozenset({"kv", "queries", "outputs", "fusion"}),
+    "lora": frozenset({"fusion"}),
+}
+"""Parts of the model (`cllm.model.parts`) that are trained, by `uptrain.trainable`; `all` leaves out nothing. `lora`
+also trains updates of the linear layers, which have the rates of their layers."""
 
 if TYPE_CHECKING:
     _From = Section
@@ -146,7 +156,7 @@ class Uptrain(Section):
         """Whether the teacher computes in every step."""
         return self.loss.kl > 0 or self.loss.hidden > 0 or self.loss.attention > 0
 
-    def check(self, init: InitFrom, *, steps: int, fp8: str | None) -> None:
+    def check(self, init: InitFrom, rates: Rates, *, steps: int, fp8: str | None) -> None:
         """Raises `ValueError` for settings that contradict each other or the rest of the config."""
         if init.path is None and self != Uptrain():
             raise ValueError("uptrain: is set, but init.from is null; it names the model to start from")
@@ -189,6 +199,14 @@ class Uptrain(Section):
                 f"uptrain.random_sources_from is {self.random_sources_from}, but uptrain.random_sources is 0, so that "
                 "no layer reads another; allowed with it: above 0 and below 1"
             )
+        trained = TRAINED.get(self.trainable) if self.trainable != "lora" else None
+        for part, multiple in rates:
+            if multiple != 1 and trained is not None and part not in trained:
+                allowed = ", ".join(name for name in Rates.model_fields if name in trained)
+                raise ValueError(
+                    f"optim.rates.{part} is {multiple:g}, but uptrain.trainable is {self.trainable}, which freezes "
+                    f"this part; allowed with it: rates of {allowed}"
+                )
         if fp8 and self.trainable == "lora":
             raise ValueError(
                 f"train.fp8 is {fp8}, but uptrain.trainable is lora; allowed with fp8: all, attention, kv, slots"

@@ -1,6 +1,7 @@
 """Evaluation of trained models, and the comparison of runs.
 
 suites/        registered ways to measure a model, and those of plug-ins          (command line: evaluate.py)
+parallel/      an evaluation in several processes, on several GPUs or on a CPU
 tasks/         suites of samples: a context, and questions on top of its cache
 perplexity.py  perplexity and bits per byte of a model on a set
 posthoc.py     perplexity after a compressed prefix, and the cost of compressing it

@@ -109,7 +109,7 @@ def answers(
     for n, score in enumerate(scores):
         if not any(one.scores[n] for one in read):
             asked = f"evaluate --suite {score.suite.name} measures it"
-            raise UserError(f"--score {score.name}: no model has a record of {score.head}; {asked}")
+            raise UserError(f"--score {score.text}: no model has a record of {score.head}; {asked}")
     if set_name is not None and not any(one.perplexities for one in read):
         raise UserError(f"--set {set_name}: no model has a perplexity on it")
     _check_specs(read, specs)
@@ -244,7 +244,7 @@ def _of_one_setting(
             spec = spec_of(record)
             if score.task is None and spec in place and place[spec][1].get("task") != record.get("task"):
                 tasks = f"{place[spec][1].get('task')} and {record.get('task')}"
-                raise UserError(f"--score {score.name}: {model.name} has several tasks, {tasks}; name one: SUITE:TASK")
+                raise UserError(f"--score {score.text}: {model.name} has several tasks, {tasks}; name one: SUITE:TASK")
             place[spec] = value, record
     if not by_settings:
         return "", {}

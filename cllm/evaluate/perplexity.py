@@ -136,12 +136,18 @@ def _feed(
 
 
 def open_sets(
-    subject: Subject, data: Sequence[str | Path] = (), *, split: str = "validation", name: str | None = None
+    subject: Subject,
+    data: Sequence[str | Path] = (),
+    *,
+    split: str = "validation",
+    name: str | None = None,
+    only: int | None = None,
 ) -> Iterator[TextSet]:
     """Open the sets to score, one after the other: those of `data`, or by default the subject's own.
 
     A set's name is that in the subject's config, the folder's name, or the file's name without its suffix; `name`
-    overrides it if there is one set. A split other than validation is added to a folder's name.
+    overrides it if there is one set. A split other than validation is added to a folder's name. With `only`, the set of
+    that number is opened, and the others are not.
 
     Raises:
         UserError: for data that is missing, empty or of another tokenizer, and for names that are not allowed or used
@@ -162,7 +168,7 @@ def open_sets(
             raise UserError(f"--name {label}: allowed: letters, digits, `.`, `_` and `-`, a letter or digit first")
         if [other for other, _ in named].count(label) > 1:
             raise UserError(f"--data: two sets would be called {label}; evaluate them one by one with --name")
-    for label, path in named:
+    for label, path in named if only is None else named[only : only + 1]:
         if not data or (path / MANIFEST).exists():
             yield open_prepared(label, path, split, subject, None if data else subject.digests.get(path))
         else:

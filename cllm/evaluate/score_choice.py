@@ -50,6 +50,11 @@ class ScoreChoice:
         return "_".join(part for part in (self.suite.name, self.task, self.number.key) if part)
 
     @property
+    def text(self) -> str:
+        """As a user may write it: `SUITE:TASK/NUMBER`."""
+        return f"{self.suite.name}{'' if self.task is None else f':{self.task}'}/{self.number.key}"
+
+    @property
     def head(self) -> str:
         """Above its column: `copying distance=512, accuracy %`."""
         if isinstance(self.suite, Perplexity):
@@ -103,9 +108,11 @@ def parse_score_choice(text: str, known: Mapping[str, Suite], option: str = "--s
         UserError: naming `option`, for an unknown suite or number, and for a suite without a main number if no NUMBER
             is given.
     """
-    where, slash, key = text.partition("/")
+    suite = known.get(text.partition("/")[0].partition(":")[0])
+    where, slash, key = text.rpartition("/") if "/" in text else (text, "", "")
+    if suite is not None and "=" in where and key not in _keys(suite) and not isinstance(suite, LmEval):
+        where, slash, key = text, "", ""  # the slash is in an option, as in wikitext:path=a/b.txt
     name, _, task = where.partition(":")
-    suite = known.get(name)
     if isinstance(suite, LmEval):
         if not key:
             raise UserError(f"{option} {text}: names no metric; allowed: {name}:TASK/METRIC, as lm_eval:hellaswag/acc")
@@ -117,10 +124,14 @@ def parse_score_choice(text: str, known: Mapping[str, Suite], option: str = "--s
     if not slash:
         main = suite.compared_numbers()[0]
         return ScoreChoice(suite=suite, number=numbers.get(main.key, main), task=task or None)
-    numbers = {number.key: number for number in (*suite.compared_numbers(), *suite.numbers)}
+    numbers = _keys(suite)
     if key not in numbers:
         raise UserError(f"{option} {text}: {name} has no such number; {nearest(key, numbers)}")
     return ScoreChoice(suite=suite, number=numbers[key], task=task or None)
+
+
+def _keys(suite: Suite) -> dict[str, Number]:
+    return {number.key: number for number in (*suite.compared_numbers(), *suite.numbers)}
 
 
 def _metric(key: str) -> Number:

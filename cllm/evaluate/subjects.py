@@ -67,6 +67,8 @@ class Subject(ABC):
     """Digests of these data folders as recorded in training; None if not recorded."""
     vocab_size: int
     """Number of token ids in the model's embedding."""
+    results_moved_to: Path | None = None
+    """A folder that gets the results in place of the default one, see `cllm/evaluate/parallel/`."""
     _model: Any
 
     @property
@@ -80,7 +82,7 @@ class Subject(ABC):
         Raises:
             UserError: if a run's evaluation/ is a link that leaves the run.
         """
-        return out or self.default_results
+        return out or self.results_moved_to or self.default_results
 
     @property
     @abstractmethod
@@ -144,7 +146,7 @@ class RunSubject(Subject):
         self.vocab_size = self._model.embed.num_embeddings
 
     def results(self, out: Path | None = None) -> Path:
-        return out or inside(self.folder, "evaluation", written_in=self.folder, to_write=True)
+        return out or self.results_moved_to or inside(self.folder, "evaluation", written_in=self.folder, to_write=True)
 
     @cached_property
     def _manifest(self) -> Manifest:

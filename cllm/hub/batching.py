@@ -27,6 +27,7 @@ from cllm.errors import UserError
 from cllm.model.decoder import Decoder
 
 _FULL, _WINDOW = "full_attention", "sliding_attention"
+_INSTEAD = "use generate, or transformers serve without --continuous-batching"
 _REFUSED = ("varlen_compile_config", "decode_compile_config", "default_compile_level", "use_cuda_graph")
 """Settings of a `ContinuousBatchingConfig` that pad or record the pass, whose shapes change here with every batch."""
 
@@ -42,12 +43,12 @@ def check_batchable(decoder: Decoder) -> None:
         if not (own := plan.owned(layer)).is_plain:
             raise UserError(
                 f"continuous batching: layer {layer} stores a {own.noun} ({own.text}), and pages hold keys and values "
-                "of one shape; use generate"
+                f"of one shape; {_INSTEAD}"
             )
     for first, last in plan.cyclic_spans():
         raise UserError(
             f"continuous batching: layers {first} to {last} read from above and take several passes over a prompt, "
-            "which the scheduler does not make; use generate"
+            f"which the scheduler does not make; {_INSTEAD}"
         )
     heads = {layer: plan.owned(layer).kv_heads for layer in plan.owners}
     first, expected = next(iter(heads.items()))
@@ -55,14 +56,20 @@ def check_batchable(decoder: Decoder) -> None:
         if count != expected:
             raise UserError(
                 f"continuous batching: layer {first} stores {expected} KV heads and layer {layer} {count}, and pages "
-                "hold one number of KV heads; use generate"
+                f"hold one number of KV heads; {_INSTEAD}"
+            )
+    for layer in plan.owners:
+        if (own := plan.owned(layer)).head_dim is not None:
+            raise UserError(
+                f"continuous batching: layer {layer} stores heads of {own.head_dim} channels and model.head_dim is "
+                f"{decoder.config.resolved_head_dim}, and pages hold one head size; use generate"
             )
     for layer, block in enumerate(decoder.blocks):
         mixer: Any = block.attention
         if not mixer.takes_requests:
             raise UserError(
                 f"continuous batching: layer {layer} is computed by {type(mixer).__name__}, which takes one sequence a "
-                "row; use generate"
+                f"row; {_INSTEAD}"
             )
 
 

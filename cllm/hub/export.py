@@ -22,7 +22,7 @@ from cllm.config import Config
 from cllm.data.manifest import TOKENIZER, Manifest, tokenizer_sha256
 from cllm.errors import DataError, UserError
 from cllm.faults import naming
-from cllm.files import MARK, check_replaceable, new_folder
+from cllm.files import MARK, check_replaceable, new_folder, usual_permissions
 from cllm.hub import companions
 from cllm.hub.card import write_card
 from cllm.hub.checksums import write_checksums
@@ -225,6 +225,7 @@ def save(model: CLLMForCausalLM, folder: Path, max_shard_size: str) -> None:
     try:
         with quiet(), naming(str(folder)):
             model.save_pretrained(folder, max_shard_size=max_shard_size)
+        usual_permissions(folder)
     except ValueError as error:
         raise UserError(f"--max-shard-size is {max_shard_size}: {error}") from None
 

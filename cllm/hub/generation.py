@@ -5,6 +5,7 @@ transformers calls most of these methods by name. They override its defaults for
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from cllm.errors import UserError
 from cllm.hub.inputs import padding_of
 from cllm.model.decoder import Decoder
 from cllm.model.graph import StepGraph
+
+_TOKENIZERS = ("tokenizer", "assistant_tokenizer")
 
 
 class CLLMGenerationMixin(GenerationMixin):
@@ -39,6 +42,13 @@ class CLLMGenerationMixin(GenerationMixin):
             return base.generate(*args, **kwargs)
         finally:
             self._graph = None
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers looks at the signature
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """`generate` calls this before every pass. It hands on the tokenizers that it takes for `stop_strings`."""
+        base: Any = super()
+        inputs = {name: value for name, value in kwargs.items() if name not in _TOKENIZERS}
+        return base.prepare_inputs_for_generation(*args, **inputs)
 
     def _prepare_cache_for_generation(
         self,

@@ -95,9 +95,9 @@ class CLLMForCausalLM(CLLMPreTrainedModel, CLLMGenerationMixin):
             use_cache: return a cache; by default as in the config, except in training and with labels.
             logits_to_keep: the number of last positions with logits, or a (n,) tensor of positions; 0: all. None: all,
                 except with labels in training, since the loss needs no logits.
-            early_exit: above the last layer that owns a slot, compute the last token only: exact, without gradients.
-                None: do so if neither gradients nor other logits are needed, as for the prompts of `generate`
-                (logits_to_keep=1, no labels).
+            early_exit: above the last layer that owns a slot, compute the last token only, and above the last that
+                owns one of all tokens only those that windows reach: exact, without gradients. None: do so if neither
+                gradients nor other logits are needed, as for the prompts of `generate` (logits_to_keep=1, no labels).
             num_items_in_batch: the loss is the sum over scored tokens divided by this; None: their mean.
             inputs_embeds: (B, T, d_model), the input of the first layer, instead of `input_ids`.
             output_hidden_states: return the input of every layer and of the head; or a list of their indices.

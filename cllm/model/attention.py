@@ -44,7 +44,7 @@ class Mixer(nn.Module):
 
     def __init__(self, config: ModelConfig, plan: KVPlan, layer: int):
         super().__init__()
-        self.head_dim = config.resolved_head_dim
+        self.head_dim = plan.source(layer).head_size(config.resolved_head_dim)
         self.window, self.exclude_self = plan.layers[layer].window, plan.reads_above(layer)
         self.owner = make_owner(config, plan.layers[layer].own)
         self.slot_index = {j: index for index, j in enumerate((*plan.reads_others(layer), layer))}
@@ -62,6 +62,7 @@ class Mixer(nn.Module):
         """
         if self.owner is None:
             return None, slots
+        context = context.over(residual)
         slot = self.owner(residual, normed, context.rope)
         dtype = slot.v.dtype
         if self.mix_indices:
@@ -79,7 +80,7 @@ class Mixer(nn.Module):
 
     def as_read(self, stored: Slot, context: Context, dtype: torch.dtype) -> Slot:
         """The slot of this layer as readers see it, from its stored tokens, those of this pass included."""
-        return as_read(self.owner, stored, context, self.head_dim, dtype)
+        return as_read(self.owner, stored, context, dtype)
 
     def align(self, slots: Sequence[Slot]) -> tuple[Sequence[Slot], int]:
         """`slots` cut to the length of the shortest slot that is read, and that length.
@@ -93,11 +94,11 @@ class Mixer(nn.Module):
         return [slot.map(lambda t: t[:, t.shape[1] - size :]) for slot in slots], size
 
 
-def as_read(owner: nn.Module | None, stored: Slot, context: Context, head_dim: int, dtype: torch.dtype) -> Slot:
+def as_read(owner: nn.Module | None, stored: Slot, context: Context, dtype: torch.dtype) -> Slot:
     """The slot of `owner` as readers see it, from its stored tokens."""
     if not isinstance(owner, StoredForm):
         return stored
-    return owner.as_read(stored, context.slot_rope(head_dim, stored.v.shape[1]), dtype)
+    return owner.as_read(stored, context.slot_rope(owner.head_dim, stored.v.shape[1]), dtype)
 
 
 @mixer_module(Source)
@@ -121,7 +122,7 @@ class Attention(Mixer):
     def forward(
         self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context, store: Store | None = None
     ):
-        """The output (B, T, d_model), or (B, 1, d_model) with `context.last_token`; and the layer's slot or None."""
+        """The output (B, T, d_model), or (B, n, d_model) with `context.tail`; and the layer's slot or None."""
         own, slots = self.write(residual, normed, slots, context, store)
         context, normed = context.after_write(normed)
         q = self.q_proj(normed).unflatten(-1, (-1, self.head_dim))  # B, T, H, D
@@ -218,7 +219,7 @@ class LatentAttention(Mixer):
     def forward(
         self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context, store: Store | None = None
     ):
-        """The output (B, T, d_model), or (B, 1, d_model) with `context.last_token`; and the layer's slot or None."""
+        """The output (B, T, d_model), or (B, n, d_model) with `context.tail`; and the layer's slot or None."""
         own, slots = self.write(residual, normed, slots, context, store)
         context, normed = context.after_write(normed)
         slots, size = self.align(slots)
@@ -321,7 +322,7 @@ class GatedRetention(Mixer):
     def forward(
         self, residual: Tensor, normed: Tensor, slots: Sequence[Slot], context: Context, store: Store | None = None
     ):
-        """The output (B, T, d_model), or (B, 1, d_model) with `context.last_token`; and None instead of a slot."""
+        """The output (B, T, d_model), or (B, n, d_model) with `context.tail`; and None instead of a slot."""
         q, k, v, gate = (
             proj(normed).unflatten(-1, (-1, self.head_dim))
             for proj in (self.q_proj, self.k_proj, self.v_proj, self.gate_proj)

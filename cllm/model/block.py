@@ -43,7 +43,7 @@ class Block(nn.Module):
         """The residual stream after this layer, and the layer's slot.
 
         Args:
-            x: (B, T, d_model); (B, 1, d_model) if a lower layer was the last that all tokens of a prompt had to reach.
+            x: (B, T, d_model); (B, n, d_model) if a lower layer was the last that all tokens of a prompt had to reach.
             context: the state that all layers of this pass share.
             slots: the slots of `plan.reads_others(layer)`.
             store: the cache's store of this layer, to which the layer's slot is added.
@@ -51,7 +51,7 @@ class Block(nn.Module):
             local: `local_store`, the cache's store of this layer's local slot, if the plan gives it one.
 
         Returns:
-            The residual stream (B, T, d_model), or (B, 1, d_model) if `context.last_token` is set; and this layer's
+            The residual stream (B, T, d_model), or (B, n, d_model) if `context.tail` has n tokens; and this layer's
             slot as other layers read it, or None if none does.
         """
         residual = x if source is None else source

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens of this pass, S tokens in the slots that are read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -88,11 +88,11 @@ class Context:
     """The pass as the cache sees it; None without a cache."""
     is_text: Tensor | None = None
     """(B, T) booleans, False for padding; None without padding."""
-    last_token: Context | None = None
-    """Context of the last token, if only that token continues after this layer has written its slot (prefill).
+    tail: Context | None = None
+    """Context of the last tokens, if only they continue after this layer has written its slot (prefill).
 
-    Layers above get `x` (B, 1, d_model) of that token, and this context too: an owner that projects the output of a
-    lower layer writes its slot for all tokens."""
+    Layers above get `x` (B, n, d_model) of those n tokens, and this context too: an owner that projects the output of a
+    lower layer writes its slot for all tokens. A tail may have a tail of its own, of the last token."""
     groups: tuple[Group, ...] = ()
     """The requests of the row, if it holds several; empty: each row is one sequence."""
     ends: Tensor | None = None
@@ -122,17 +122,39 @@ class Context:
         return self.cache_layout is not None and self.length == 1
 
     def after_write(self, x: Tensor) -> tuple[Context, Tensor]:
-        """Context and `x` (B, T, ...) for the rest of a layer: all tokens, or the last one if `last_token` is set."""
-        return (self, x) if self.last_token is None else (self.last_token, self.last_of(x))
+        """Context and `x` (B, T, ...) for the rest of a layer: all tokens, or those of the last `tail` if it is set."""
+        if self.tail is None:
+            return self, x
+        rest = self.tail if self.tail.tail is None else self.tail.tail
+        return rest, self.last_of(x, rest.length)
 
-    def last_of(self, x: Tensor) -> Tensor:
-        """(B, 1, ...) or, of a row of requests, (1, requests, ...): the last tokens of `x` (B, T, ...).
+    def over(self, x: Tensor) -> Context:
+        """The context of the tokens of `x` (B, T or n, ...): this one, or `tail` if only its n tokens are left."""
+        return self if self.tail is None or x.shape[1] == self.length else self.tail.over(x)
+
+    def last_of(self, x: Tensor, n: int = 1) -> Tensor:
+        """(B, n, ...) or, of a row of requests, (1, requests, ...): the last tokens of `x` (B, T, ...).
 
         An `x` of which only they are left is returned as it is.
         """
         if self.ends is None:
-            return x[:, -1:]
+            return x[:, -n:]
         return x if x.shape[1] == len(self.ends) else x[:, self.ends]
+
+    def with_tail(self, n: int) -> Context:
+        """This context with a `tail` of the last `n` > 1 tokens, which still write windows of their own input."""
+        layout = self.cache_layout
+        if layout is not None:
+            layout = replace(layout, column=layout.column + (self.length - n))
+        tail = Context(
+            self.rope_config,
+            self.positions[:, -n:],
+            document_ids=self.document_ids,
+            backend=self.backend,
+            cache_layout=layout,
+            step=self.step,
+        )
+        return replace(self, tail=tail)
 
     def rope(self, dim: int) -> tuple[Tensor, Tensor]:
         """cos and signed sin for a head dimension, as `rope_table` returns them."""
@@ -146,7 +168,7 @@ class Context:
         if self.new_entries:
             return slot.map(lambda t: t[:, self.new_entries[t.shape[1]]])
         if layout is None or self.step is None:
-            return slot
+            return slot.map(lambda t: t[:, -self.length :])
         if layout.total is None:  # a ring
             place = layout.column % slot.k.shape[1]
             new = slot.map(lambda t: rows(t).index_select(1, place).view(t.dtype))
@@ -182,7 +204,7 @@ class Context:
             self.rope(plan.source(i).rope_dim(head_dim))
             for slot, own in ((i, layer.own), (len(plan) + i, layer.local)):
                 if own is not None and own.rotates_at_read:
-                    self.slot_rope(head_dim, self.length if sizes is None else sizes[slot])
+                    self.slot_rope(own.head_size(head_dim), self.length if sizes is None else sizes[slot])
             for slots, window in plan.attended(i):
                 size = self.length if sizes is None else min((sizes[j] for j in slots if j in sizes), default=0)
                 if size and self.is_decoding:

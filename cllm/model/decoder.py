@@ -32,6 +32,7 @@ from cllm.model.loss import Head
 from cllm.model.norm import RMSNorm
 from cllm.model.precision import product_dtype
 from cllm.model.requests import last_tokens, request_context
+from cllm.plan.prompt import prompt_tail
 
 if TYPE_CHECKING:
     from cllm.cache.cache import KVCache
@@ -77,7 +78,7 @@ class Decoder(nn.Module):
         self.on_layer: Callable[[Tensor], None] | None = None
         """Called with the residual stream (B, T, d_model) after every layer."""
         self.hand_slots(None)
-        self._spans = dict(self.plan.cyclic_spans())
+        self._spans, self._prompt_tail = dict(self.plan.cyclic_spans()), prompt_tail(self.plan)
         for name, module in self.named_modules():
             check_can_initialise(name, module)
             check_no_buffers(name, module)
@@ -172,9 +173,9 @@ class Decoder(nn.Module):
                 (1, T) of the tokens of several requests, and `positions` (1, T) is required.
             starts: (B,) int64, tokens of padding before each sequence. Pass them with a cache's first tokens; the cache
                 stores them.
-            last_only: compute only what the last token needs: above `KVPlan.last_of_prompt`, the last layer that owns
-                a slot of its own input, only that token continues. The result is exact, and (B, 1, d_model), or for
-                a `PagedPass` (1, requests, d_model).
+            last_only: compute only what the last token and the cache need: above the layers that write slots of all
+                tokens, only the last tokens continue (`prompt_tail`). The result is exact, and (B, 1, d_model), or
+                for a `PagedPass` (1, requests, d_model).
             inputs_embeds: (B, T, d_model), input of the first layer instead of the embeddings of `input_ids`.
             states: a list to which the input of every layer is appended, n_layers tensors (B, T, d_model). For layers
                 that are computed several times, it is the input of the last time.
@@ -196,7 +197,7 @@ class Decoder(nn.Module):
                 cache.check(self.config)
                 step, starts = cache.begin(self.plan, tokens, starts, self._dtype()), cache.starts
             context = self._context(tokens, positions, document_ids, starts, step, cache)
-        top = self.plan.last_of_prompt if last_only and tokens.shape[1] > 1 else None
+        top, tail = self._exit(tokens.shape[1], cache) if last_only and tokens.shape[1] > 1 else (None, 1)
         x, layer = self.embed(input_ids) if inputs_embeds is None else inputs_embeds, 0
         if not self.fp32_residual:
             x = x.to(product_dtype(x))
@@ -205,15 +206,18 @@ class Decoder(nn.Module):
             last = self._spans.get(layer)
             if last is None:
                 if layer == top and layer not in self.plan.inputs:  # only its slot is needed of all tokens
-                    context = replace(context, last_token=self._last_token(context, cache))
+                    context = self._with_tail(context, cache, tail)
+                elif tail > 1 and layer == self.plan.last_of_prompt:  # only its slot is needed of the tail
+                    assert context.tail is not None
+                    context = replace(context, tail=replace(context.tail, tail=self._last_token(context, cache)))
                 if states is not None:
                     states.append(x)
                 x, slots = self._layer(layer, x, slots, context, cache)
             else:
                 x, slots = self._iterate(layer, last, x, slots, context, cache, states)
                 layer = last
-            if layer == top and context.last_token is None:  # all of its tokens were needed
-                x, context = context.last_of(x), replace(context, last_token=self._last_token(context, cache))
+            if layer == top and context.tail is None:  # all of its tokens were needed
+                x, context = context.last_of(x, tail), self._with_tail(context, cache, tail)
             slots = {j: slot for j, slot in slots.items() if self._last_reader[j] > layer}
             layer += 1
         if cache is None or step is None or isinstance(cache, PagedPass):
@@ -226,9 +230,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Fill `cache` with a prompt and return the hidden state of its last token, (B, 1, d_model).
 
-        Layers above `KVPlan.last_of_prompt` compute only that token. With `chunk`, the prompt is processed in pieces of
-        that many tokens, which bounds the memory of activations and gives the same result. Raises `UserError` for a
-        chunk that would change the result, see `check_chunk`.
+        Upper layers compute only the last tokens, if they can (`prompt_tail`). With `chunk`, the prompt is processed in
+        pieces of that many tokens, which bounds the memory of activations and gives the same result. Raises `UserError`
+        for a chunk that would change the result, see `check_chunk`.
         """
         if chunk is not None:
             self.check_chunk(chunk, input_ids.shape[1])
@@ -308,6 +312,15 @@ class Decoder(nn.Module):
         )
         context.prepare(self.plan, self.config.resolved_head_dim, sizes)
         return context
+
+    def _exit(self, length: int, cache: KVCache | PagedPass | None) -> tuple[int, int]:
+        """The layer above which only the last tokens of `length` continue, and their number."""
+        exit_at = self._prompt_tail
+        return exit_at if exit_at[1] < length and not isinstance(cache, PagedPass) else (self.plan.last_of_prompt, 1)
+
+    def _with_tail(self, context: Context, cache: KVCache | PagedPass | None, n: int) -> Context:
+        """`context`, of whose tokens only the last `n` continue."""
+        return context.with_tail(n) if n > 1 else replace(context, tail=self._last_token(context, cache))
 
     def _last_token(self, context: Context, cache: KVCache | PagedPass | None) -> Context:
         """The context in which only the last token of `context` continues."""

@@ -56,7 +56,7 @@ class PartsAttention(Mixer):
         store: Store | None = None,
         local_store: Store | None = None,
     ) -> tuple[Tensor, Slot | None]:
-        """The output (B, T, d_model), or (B, 1, d_model) with `context.last_token`; and the layer's slot or None."""
+        """The output (B, T, d_model), or (B, n, d_model) with `context.tail`; and the layer's slot or None."""
         own, slots = self.write(residual, normed, slots, context, store)
         local = self.write_local(residual, normed, context, local_store)
         context, normed = context.after_write(normed)
@@ -85,13 +85,14 @@ class PartsAttention(Mixer):
         """The local slot as this layer reads it, or None; arguments as those of `write`."""
         if self.local is None:
             return None
+        context = context.over(normed)
         slot: Slot = self.local(residual, normed, context.rope)
         dtype = slot.v.dtype
         if store is not None:
             assert isinstance(store, SlotStore)
             assert context.step is not None
             slot = store.extend(slot, context.step)
-        return as_read(self.local, slot, context, self.head_dim, dtype)
+        return as_read(self.local, slot, context, dtype)
 
     def attend(self, q: Tensor, x: Tensor, parts: Sequence[tuple[Slot, Mask]], backend: str) -> Tensor:
         """The output (B, T, H, D) for queries of that shape and the layer's normalised input `x` (B, T, d_model)."""

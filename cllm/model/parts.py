@@ -40,3 +40,8 @@ def parts_of(model: nn.Module) -> dict[int, ModelPart]:
         if isinstance(module, Reader):
             found |= dict.fromkeys((id(p) for p in module.parameters()), "fusion")
     return found
+
+
+def has_fusion_weights(model: nn.Module) -> bool:
+    """Whether a part of `model` is fusion weights."""
+    return "fusion" in parts_of(model).values()

@@ -39,7 +39,7 @@ class _Projecting(nn.Module):
 
     def __init__(self, config: ModelConfig, own: Own):
         super().__init__()
-        self.head_dim = config.resolved_head_dim
+        self.head_dim = own.head_size(config.resolved_head_dim)
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps) if own.kv_norm else None
         self.has_input = own.input is not None
 
@@ -87,6 +87,9 @@ class OwnKV(_Projecting):
 
 class StoredForm(nn.Module):
     """Base of owner modules whose slots are stored in another form than readers see."""
+
+    head_dim: int
+    """Channels that RoPE rotates in the keys that readers see."""
 
     def as_read(self, stored: Slot, table: tuple[Tensor, Tensor], dtype: torch.dtype) -> Slot:
         """The slot as readers see it, in `dtype`, from all of its stored tokens and their RoPE table."""

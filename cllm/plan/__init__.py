@@ -8,6 +8,7 @@ loops.py     layers that are computed several times with the same weights
 numbers.py   layer numbers as text
 registry.py  the kinds that YAML knows, and the functions that build their modules
 plan.py      `KVPlan`: one entry per layer, the questions it answers, every refusal
+prompt.py    the tokens of a prompt that each layer has to compute
 presets/     published plans by name: `model.kv.preset`
 explicit.py  a plan spelled out layer by layer: `model.kv.layers`
 schema.py    everything `model.kv` may say, plug-ins included

@@ -52,7 +52,7 @@ class OwnHalf(_Rewritten):
 
     def widths(self, head_dim: int) -> Widths:
         k, v = (self.n_kv_heads if half == self.only else 0 for half in ("keys", "values"))
-        return (k, head_dim), (v, head_dim)
+        return (k, self.head_size(head_dim)), (v, self.head_size(head_dim))
 
 
 @own_form("tie")
@@ -78,13 +78,13 @@ class OwnTied(_Rewritten):
         return Own.text.fget(self) + ", K = V"  # type: ignore[attr-defined]
 
     def widths(self, head_dim: int) -> Widths:
-        return (0, head_dim), (self.n_kv_heads, head_dim)
+        return (0, self.head_size(head_dim)), (self.n_kv_heads, self.head_size(head_dim))
 
     def tensor_of(self, half: Half) -> int:
         return 1
 
     def read_elements(self, head_dim: int) -> int:
-        return 2 * self.n_kv_heads * head_dim
+        return 2 * self.n_kv_heads * self.head_size(head_dim)
 
 
 @own_form("mix")

@@ -274,6 +274,7 @@ def check_whole(plan: _Plan, i: int) -> bool:
             _check_part(plan, i, read, part)
     if layer.local is not None:
         _check_local(i, read, layer.own, layer.local)
+    _check_head_sizes(plan, i, read)
     return True
 
 
@@ -292,6 +293,18 @@ def _check_part(plan: _Plan, i: int, read: Whole, part: Part) -> None:
     if kept is not None and (part.window is None or part.window > kept):
         seen = "all tokens" if part.window is None else f"a window of {part.window}"
         raise PlanError(f"{where} sees {seen} of layer {j}, which keeps {kept} tokens")
+
+
+def _check_head_sizes(plan: _Plan, i: int, read: Whole) -> None:
+    """One query attends to all slots."""
+    sources = {j: plan.layers[j].own for j in read.layers}
+    named = {f"slot {j}": source for j, source in sources.items()} | {"the second own slot": plan.layers[i].local}
+    sizes = {name: source.head_size_text for name, source in named.items() if source is not None}
+    if len(set(sizes.values())) > 1:
+        raise PlanError(
+            f"layer {i}: {read.key}: cannot read slots of different head sizes: "
+            + ", ".join(f"{name} has {size} channels a head" for name, size in sizes.items())
+        )
 
 
 def _check_readable(where: str, j: int, own: Source) -> None:

@@ -53,6 +53,8 @@ class Source(ABC):
     """Other layers may read the slot."""
     kv_heads: int | None = None
     """KV heads, G, of a plain slot."""
+    head_dim: int | None = None
+    """Channels of a head of a plain slot, and of the query heads of layers that read it; None: `model.head_dim`."""
     normalises: bool = False
     """K and V are projected from an RMSNorm of their own."""
     input: int | None = None
@@ -115,18 +117,27 @@ class Source(ABC):
         """It is a recurrent state instead of a slot."""
         return self.state_shape(1, 1) is not None
 
+    def head_size(self, head_dim: int) -> int:
+        """Channels of a head of the slot, D. Here and below, `head_dim` is the model's."""
+        return self.head_dim or head_dim
+
+    @property
+    def head_size_text(self) -> str:
+        """The channels of a head, in messages."""
+        return "model.head_dim" if self.head_dim is None else str(self.head_dim)
+
     def rope_dim(self, head_dim: int) -> int:
         """Channels that RoPE rotates in the queries of a layer that reads the slot."""
-        return head_dim
+        return self.head_size(head_dim)
 
     def attention_flops(self, n_heads: int, head_dim: int, seen: float) -> float:
         """Forward FLOPs per token of attention over `seen` tokens: scores and weighted values, projections excluded."""
-        return 2 * n_heads * 2 * head_dim * seen
+        return 2 * n_heads * 2 * self.head_size(head_dim) * seen
 
     def read_activations(self, n_heads: int, head_dim: int, made: int) -> int:
         """Numbers per token that attention keeps for its backward: queries, output, and the slot's tensors as often as
         the layer itself makes them (`made`), by projecting and by fusing."""
-        return 2 * n_heads * head_dim + made * self.read_elements(head_dim)
+        return 2 * n_heads * self.head_size(head_dim) + made * self.read_elements(head_dim)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +155,7 @@ class Own(Source):
     kv_norm: bool = False
     """Normalise the residual stream for K and V with an RMSNorm of their own instead of the layer's (CLA, YOCO)."""
     input: int | None = None
+    head_dim: int | None = None
 
     key = "own"
 
@@ -152,6 +164,8 @@ class Own(Source):
 
         n_kv_heads: int | None = Field(None, ge=1, le=MAX_HEADS)
         """KV heads; null: as many as query heads."""
+        head_dim: int | None = Field(None, ge=2, le=MAX_WIDTH, multiple_of=2)
+        """Channels of a head of the slot, and of the query heads of layers that read it; null: `model.head_dim`."""
         kv_norm: bool = False
         """An RMSNorm of their own for K and V."""
         input: int | None = Field(None, ge=0, le=MAX_LAYERS)
@@ -170,13 +184,14 @@ class Own(Source):
     def from_settings(cls, settings: Section, shape: Shape) -> Self:
         given = {k: v for k, v in settings.model_dump().items() if v is not None or k not in cls.forms}
         given["n_kv_heads"] = given.get("n_kv_heads") or shape.n_heads
+        given["head_dim"] = None if given.get("head_dim") == shape.head_dim else given.get("head_dim")
         chosen = [option for option in cls.forms if option in given]
         if len(chosen) > 1:
             raise PlanError(f"own: has {' and '.join(chosen)}; allowed: at most one of {', '.join(cls.forms)}")
         return (cls.forms[chosen[0]] if chosen else cls)(**given)  # type: ignore[return-value]
 
     def settings(self) -> dict[str, Any]:
-        options = {"kv_norm": self.kv_norm or None, "input": self.input}
+        options = {"head_dim": self.head_dim, "kv_norm": self.kv_norm or None, "input": self.input}
         return {"n_kv_heads": self.n_kv_heads} | {key: value for key, value in options.items() if value is not None}
 
     @property
@@ -190,6 +205,7 @@ class Own(Source):
     @property
     def text(self) -> str:
         heads = f"{self.n_kv_heads} KV head{'s' if self.n_kv_heads > 1 else ''}"
+        heads += "" if self.head_dim is None else f" of {self.head_dim}"
         source = "" if self.input is None else f", input {self.input}"
         return heads + (", own norm" if self.kv_norm else "") + source
 
@@ -202,7 +218,7 @@ class Own(Source):
             )
 
     def widths(self, head_dim: int) -> Widths:
-        return (self.n_kv_heads, head_dim), (self.n_kv_heads, head_dim)
+        return (self.n_kv_heads, self.head_size(head_dim)), (self.n_kv_heads, self.head_size(head_dim))
 
 
 _Form = TypeVar("_Form", bound=type[Own])

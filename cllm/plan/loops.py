@@ -121,8 +121,9 @@ def check_loop(plan: _Plan) -> None:
                 "allowed: nothing"
             )
         source, first = plan.source(i), plan.source(j)
-        if source.is_plain != first.is_plain or (not source.is_plain and source != first):
+        alike = source.head_dim == first.head_dim if source.is_plain else source == first
+        if source.is_plain != first.is_plain or not alike:
             raise PlanError(
                 f"layer {i}: reads {source.text}, and layer {j}, whose weights it has in model.kv.loop, {first.text}; "
-                "allowed: slots of the same kind"
+                "allowed: slots of the same kind, with heads of the same size"
             )

@@ -76,9 +76,9 @@ class KVPlan:
         Raises:
             PlanError: naming the layer, for a source that owns nothing or is out of range, keys or values that no layer
                 reads or that no gradient reaches, fused slots of different shapes, keys and values with different
-                numbers of heads, a latent slot read in part, a windowed slot read through a wider mask, a window
-                through which queries have no effect, a source above the layer without `iterations`, turns of a loop
-                that need different weights.
+                numbers or sizes of heads, a latent slot read in part, a windowed slot read through a wider mask, a
+                window through which queries have no effect, a source above the layer without `iterations`, turns of a
+                loop that need different weights.
         """
         filled = [replace(p, keys=p.keys or Share(i), values=p.values or Share(i)) for i, p in enumerate(layers)]
         plan = cls(tuple(filled), iterations, loop)
@@ -145,8 +145,8 @@ class KVPlan:
 
     def read_flops(self, i: int, head_dim: int) -> float:
         """Forward FLOPs per token of matrix products that make the keys and values of layer `i` from slots."""
-        heads = self.source(i).kv_heads or 0
-        return self.keys(i).flops("keys", heads, head_dim) + self.values(i).flops("values", heads, head_dim)
+        heads, size = self.source(i).kv_heads or 0, self.source(i).head_size(head_dim)
+        return self.keys(i).flops("keys", heads, size) + self.values(i).flops("values", heads, size)
 
     def reads_itself(self, i: int) -> bool:
         """Whether layer `i` owns keys and values of its own input and reads those, as they are, and no others."""
@@ -276,15 +276,21 @@ class KVPlan:
                 f"layer {i}: its keys have {key_heads} KV heads (slot {self.keys(i).layers[0]}) and its values "
                 f"{value_heads} (slot {self.values(i).layers[0]}); they must be equal"
             )
+        keys, values = (self.owned(read.layers[0]) for read in (self.keys(i), self.values(i)))
+        if keys.head_dim != values.head_dim:
+            raise PlanError(
+                f"layer {i}: its keys have {keys.head_size_text} channels a head (slot {self.keys(i).layers[0]}) and "
+                f"its values {values.head_size_text} (slot {self.values(i).layers[0]}); they must be equal"
+            )
 
     def _check_mix(self, i: int, own: Source) -> None:
         for j in own.mixes:
             other = self.layers[j].own
-            if other is None or not other.is_plain or len(other.halves) < 2 or other.kv_heads != own.kv_heads:
+            if other is None or not other.is_plain or len(other.halves) < 2 or not _same_shape(other, own):
                 found = "which owns nothing" if other is None else f"which owns {other.text}"
                 raise PlanError(
                     f"layer {i}: mixes the keys and values of layer {j}, {found}; allowed: owners of keys and values "
-                    f"with {own.kv_heads} KV heads"
+                    f"with {own.kv_heads} KV heads of {own.head_size_text} channels"
                 )
 
     def _check_read(self, i: int, what: Half, read: Read) -> None:
@@ -316,6 +322,11 @@ class KVPlan:
             raise PlanError(
                 f"layer {i}: {what}: cannot fuse slots of different shapes: "
                 + ", ".join(f"layer {j} has {n} KV heads" for j, n in heads.items())
+            )
+        if len({self.owned(j).head_dim for j in read.layers}) > 1:
+            raise PlanError(
+                f"layer {i}: {what}: cannot fuse slots of different shapes: "
+                + ", ".join(f"layer {j} has {self.owned(j).head_size_text} channels a head" for j in read.layers)
             )
 
     def _check_opaque(self, i: int) -> None:
@@ -397,3 +408,7 @@ class KVPlan:
                         "kv.iterations.backward 1 these pass no gradient back; set kv.iterations.backward to 2 or "
                         f"more, or let layer {j} or one above it read them"
                     )
+
+
+def _same_shape(a: Source, b: Source) -> bool:
+    return (a.kv_heads, a.head_dim) == (b.kv_heads, b.head_dim)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from cllm.cache.cache import KVCache
 from cllm.cache.slot import Slot
 from cllm.cache.stores import FixedSlot, GrowingSlot, SlotStore, StateStore, Step, Store
-from cllm.config import ModelConfig
+from cllm.config import ModelConfig, Rope
 from cllm.errors import UserError
 from cllm.kernels.lowrank_decode import Table
 from cllm.model.rope import rope_table
@@ -37,9 +37,18 @@ from cllm.posthoc.tensor_tree import once_each, total_bytes
 class DecodeStep(Step):
     """A pass of one token over compressed slots."""
 
-    table: Table
-    """RoPE of the compressed tokens without sinks, for all slots. It is recomputed in each pass and not stored, since
-    storing it would add to the cache's bytes."""
+    rope: Rope
+    positions: Tensor
+    """(S,) int64: the compressed tokens without sinks."""
+    _tables: dict[int, Table] = field(default_factory=dict)
+
+    def table(self, head_dim: int) -> Table:
+        """RoPE of the compressed tokens without sinks, for all slots with such heads. It is recomputed in each pass and
+        not stored, since storing it would add to the cache's bytes."""
+        if head_dim not in self._tables:
+            cos, sin = rope_table(self.rope, head_dim, self.positions)  # S, 1, 2, D / 2
+            self._tables[head_dim] = (cos[:, 0, 0], sin[:, 0, 1])
+        return self._tables[head_dim]
 
 
 class CompressedSlot(SlotStore):
@@ -85,7 +94,8 @@ class CompressedSlot(SlotStore):
         if isinstance(step, DecodeStep) and self.prefix.k.selects:
             slot = Slot(*(PagedRead(self.prefix, kind, exact) for kind in ("k", "v")))  # type: ignore[arg-type]
         elif isinstance(step, DecodeStep) and self.defers:
-            k, v = (Deferred(self.prefix, kind, exact, step.table) for kind in ("k", "v"))
+            table = step.table(exact.k.shape[-1])
+            k, v = (Deferred(self.prefix, kind, exact, table) for kind in ("k", "v"))
             slot = Slot(k, v)  # type: ignore[arg-type]  # attention calls `attend` of what is not a tensor
         else:
             slot = self.prefix.join(exact)
@@ -245,8 +255,7 @@ class CompressedKVCache(KVCache):
         if step.length > 1:
             return step
         positions = torch.arange(self.sinks, self.compressed, device=ids.device)
-        cos, sin = rope_table(self.config.rope, self.config.resolved_head_dim, positions)  # S, 1, 2, D / 2
-        return DecodeStep(step.length, step.past, step.column, (cos[:, 0, 0], sin[:, 0, 1]))
+        return DecodeStep(step.length, step.past, step.column, self.config.rope, positions)
 
     def finish(self, step: Step) -> None:
         super().finish(step)

@@ -147,10 +147,11 @@ class TransformersEngine(Engine):
 
     def mha_nbytes(self, *, tokens: int, batch: int, element: int) -> int:
         config = self.model.config.get_text_config()
-        width = 2 * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         if getattr(config, "kv_lora_rank", None):
-            width = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-        return config.num_hidden_layers * config.num_attention_heads * width * tokens * batch * element
+            width = config.num_hidden_layers * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+        else:
+            width = sum(2 * hf.heads_of(layer)[1] for layer in hf.layer_configs(config))
+        return config.num_attention_heads * width * tokens * batch * element
 
     def projections(self, slot: int) -> tuple[nn.Linear, nn.Linear]:
         layers: Any = getattr(self.model.base_model, "layers", None)

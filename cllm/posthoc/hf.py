@@ -327,6 +327,21 @@ def layer_tensors(layer: Any) -> list[Tensor]:
     return [] if layer.keys is None else [layer.keys, layer.values]
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """The text config of a transformers model for each of its layers, some of which may have settings of their own."""
+    return (
+        list(config.per_layer_config)
+        if getattr(config, "is_heterogeneous", False)
+        else [config] * config.num_hidden_layers
+    )
+
+
+def heads_of(config: Any) -> tuple[int, int]:
+    """KV heads, and channels of a head, of a layer with this config."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _transposed(t: Tensor) -> Tensor:
     return t.transpose(1, 2)
 

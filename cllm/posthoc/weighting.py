@@ -149,13 +149,14 @@ class ErrorWeights:
 
     def of_keys(self) -> dict[int, Weights]:
         """By slot."""
-        heads, dim = self.keys.data[0].shape[2:]
-        cos, sin = self._table(torch.arange(1, self.keys.tokens + 1, device=self.keys.data[0].device)[None])
-        cos, sin = cos[0, :, 0, 0], sin[0, :, 0, 1]  # Δ, D / 2
+        distances = torch.arange(1, self.keys.tokens + 1, device=self.keys.data[0].device)[None]
         starts = None if self.keys.sinks is None else self.keys.sinks.starts
         tokens = None if starts is None else self.keys.tokens - starts
         found = {}
-        for slot in self.keys.slots:
+        for slot, stored in zip(self.keys.slots, self.keys.data, strict=True):
+            heads, dim = stored.shape[2:]
+            cos, sin = self._table(dim, distances)
+            cos, sin = cos[0, :, 0, 0], sin[0, :, 0, 1]  # Δ, D / 2
             forms, attention = [], []
             for reader in (r for r in self.readers[slot] if r.keys is not None):
                 i = reader.layer
@@ -172,9 +173,9 @@ class ErrorWeights:
 
     def of_values(self) -> dict[int, Weights]:
         """By slot."""
-        heads = self.values.data[0].shape[2]
         found = {}
-        for slot in self.values.slots:
+        for slot, stored in zip(self.values.slots, self.values.data, strict=True):
+            heads = stored.shape[2]
             forms, attention = [], []
             for reader in (r for r in self.readers[slot] if r.values is not None):
                 gram = self._grams[reader.layer].unflatten(0, (heads, -1)).sum(1).double()
@@ -195,9 +196,9 @@ class ErrorWeights:
         """(B,): the mean of `x` (B, m) of the last tokens, without padding."""
         return (x * self._counts(x.shape[1])).sum(1)
 
-    def _table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _table(self, head_dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         assert self.keys.rope is not None
-        return self.keys.rope(self.keys.data[0].shape[-1], positions)
+        return self.keys.rope(head_dim, positions)
 
     def _squared_attention(self, reader: SlotReader) -> Tensor:
         """(B, n): the mean over the last queries and all heads of a_tj², each head divided by its mean over tokens.
@@ -214,7 +215,7 @@ class ErrorWeights:
         if starts is not None:
             visible = visible & (torch.arange(keys.tokens, device=device) >= starts[:, None, None])
             positions = (columns - starts[:, None]).clamp(min=0)
-        q = apply_rope(q, self._table(positions)) / q.shape[-1] ** 0.5
+        q = apply_rope(q, self._table(q.shape[-1], positions)) / q.shape[-1] ** 0.5
         k = self._read_keys(reader.layer)  # B, S, G, D
         scores = torch.einsum("bmgrd,bsgd->bgrms", q.unflatten(2, (k.shape[2], -1)), k)
         counted = visible[:, None, None]
@@ -235,18 +236,23 @@ class ErrorWeights:
                     part = cached.float() * reader.keys.to(cached.device, torch.float32)
                     total = part if total is None else total + part
         if total is None:  # the layer reads values only, of slots with other keys
-            return torch.zeros_like(self.keys.cached[0], dtype=torch.float32)
+            return torch.zeros_like(self.keys.cached[self._read_by(layer)], dtype=torch.float32)
         return total
+
+    def _read_by(self, layer: int) -> int:
+        """The index of a slot that a layer reads. All of them have one shape."""
+        return next(n for n, slot in enumerate(self.keys.slots) if layer in {r.layer for r in self.readers[slot]})
 
     def _read_covariances(self) -> dict[int, Tensor]:
         """The covariance (B, G, D, D) of the values that each layer reads; those of different slots as independent."""
         total: dict[int, Tensor] = {}
-        for slot, v in zip(self.values.slots, self.values.data, strict=True):
-            own = _covariance(v, self.values.is_text)
+        covariances = [_covariance(v, self.values.is_text) for v in self.values.data]
+        for slot, own in zip(self.values.slots, covariances, strict=True):
             for reader in (r for r in self.readers[slot] if r.values is not None):
                 part = _scaled(own, reader.values)
                 total[reader.layer] = total[reader.layer] + part if reader.layer in total else part
-        return {i: total[i] if i in total else torch.ones_like(own) for i in self._attention}
+        found = {i: total.get(i) for i in self._attention}
+        return {i: torch.ones_like(covariances[self._read_by(i)]) if t is None else t for i, t in found.items()}
 
 
 def _covariance(rows: Tensor, is_text: Tensor | None) -> Tensor:

@@ -27,6 +27,7 @@ from cllm.errors import UserError
 from cllm.files import MARK, is_empty, mark_new, marked_as
 from cllm.prefix.file import Header, PrefixFile, read_header, write_prefix
 from cllm.prefix.pack import Packed
+from cllm.trust import reason
 
 log = logging.getLogger(__name__)
 _writing = threading.Lock()
@@ -42,18 +43,26 @@ _ABANDONED = 24 * 3600.0
 class DiskTier:
     """Prefixes in `folder`, with a budget in bytes for all processes that have the same one.
 
+    A folder that cannot be read, such as one that somebody deletes, counts as empty, with a warning.
+
     Raises:
-        UserError: for a folder that is neither missing, empty, nor one of stored prefixes.
+        UserError: for a folder that is neither missing, empty, nor one of stored prefixes, and one that cannot be made.
     """
 
     def __init__(self, folder: Path, budget: int):
         self.folder, self.budget = folder, budget
-        # In this order: another process marks the folder before it writes to it.
-        if os.path.lexists(folder) and not is_empty(folder) and marked_as(folder) != KIND:
-            raise UserError(
-                f"{folder}: is no folder of stored prefixes; allowed: a new or empty folder, or one that is"
-            )
-        self._mark()
+        self._readable = True
+        try:
+            # In this order: another process marks the folder before it writes to it.
+            if os.path.lexists(folder) and not is_empty(folder) and marked_as(folder) != KIND:
+                raise UserError(
+                    f"{folder}: is no folder of stored prefixes; allowed: a new or empty folder, or one that is"
+                )
+            self._mark()
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: a path that no folder can have
+            raise UserError(f"{folder}: cannot be made a folder of stored prefixes: {reason(error)}") from None
         self._headers: dict[str, Header | None] = {}
         """Of every file that was seen; None: it is not ours, or damaged."""
         self._checked: set[tuple[int, str]] = set()
@@ -69,8 +78,7 @@ class DiskTier:
 
     def headers(self) -> dict[str, Header]:
         """The headers of all files now in the folder, by name. Those of new files are read."""
-        with os.scandir(self.folder) as entries:
-            names = [entry.name.partition(".")[0] for entry in entries if _NAME.fullmatch(entry.name)]
+        names = [path.stem for path in self._paths() if _NAME.fullmatch(path.name)]
         self._headers = {name: self._headers[name] for name in names if name in self._headers}
         for name in names:
             if name not in self._headers:
@@ -95,25 +103,40 @@ class DiskTier:
         except FileNotFoundError:  # another process has deleted it
             self._headers.pop(name, None)
             return None
-        except UserError as error:
+        except (OSError, UserError) as error:
             log.warning("a stored prefix is not used: %s", error)
-            self._headers[name] = None
+            self.refuse(name)
             return None
         self._headers[name] = file.header  # another process may have stored it again
         self._checked.add(file.identity)
         return found
 
+    def refuse(self, name: str) -> None:
+        """Do not read a file again. `put` replaces it."""
+        self._headers[name] = None
+
     def put(self, name: str, packed: Packed, tokens: Tensor, header: Header) -> bool:
-        """Write a file, unless it is there; then make room. Returns whether the prefix is stored."""
+        """Write a file, unless it is there; then make room. Returns whether the prefix is stored.
+
+        Raises:
+            UserError: naming the file, if it cannot be written.
+        """
         path = self._path(name)
         if packed.nbytes > self.budget:
             return False
         if self._headers.get(name, header) is not None:
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 os.utime(path)
+                return True
+            except FileNotFoundError:
+                pass
+            except OSError:  # a file of another user, or a folder that is read-only: its time of use stays
                 return True
         self._headers.pop(name, None)
         with _writing:
+            if not os.path.lexists(self.folder):  # somebody has deleted it
+                with contextlib.suppress(OSError):
+                    self._mark()
             write_prefix(path, packed, tokens, header)
         self._evict(keep=name)
         return path.exists()
@@ -136,16 +159,17 @@ class DiskTier:
                 if total <= self.budget:
                     break
                 if self._is_ours(path):
-                    path.unlink(missing_ok=True)
-                    total -= size
+                    with contextlib.suppress(PermissionError):  # a file of another user
+                        path.unlink(missing_ok=True)
+                        total -= size
             self._remove_unfinished()
 
     def _files(self) -> list[tuple[int, int, Path]]:
         """Time of last use in ns, bytes and path of every file with a name of ours."""
         found = []
-        for path in self.folder.iterdir():
+        for path in self._paths():
             if _NAME.fullmatch(path.name):
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):
                     status = path.stat()
                     found.append((status.st_mtime_ns, status.st_size, path))
         return found
@@ -153,15 +177,25 @@ class DiskTier:
     def _remove_unfinished(self) -> None:
         """Delete what writers that were killed have left."""
         host = re.sub(r"[^A-Za-z0-9.]+", "-", socket.gethostname())[:64] or "localhost"
-        for path in self.folder.iterdir():
+        for path in self._paths():
             if (match := _PARTIAL.fullmatch(path.name)) is None:
                 continue
-            try:
+            with contextlib.suppress(OSError):  # another process has deleted it, or this one may not
                 old = time.time() - path.stat().st_mtime > _ABANDONED
-            except FileNotFoundError:
-                continue
-            if old or (match["host"] == host and not _is_running(int(match["pid"]))):
-                path.unlink(missing_ok=True)
+                if old or (match["host"] == host and not _is_running(int(match["pid"]))):
+                    path.unlink(missing_ok=True)
+
+    def _paths(self) -> list[Path]:
+        """Everything in the folder."""
+        try:
+            found = list(self.folder.iterdir())
+        except OSError as error:
+            if self._readable:
+                log.warning("%s: no stored prefix is found: %s", self.folder, reason(error))
+            self._readable = False
+            return []
+        self._readable = True
+        return found
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -169,7 +203,9 @@ class DiskTier:
     def _header(self, path: Path) -> Header | None:
         try:
             return read_header(path)
-        except UserError as error:
+        except FileNotFoundError:
+            raise
+        except (OSError, UserError) as error:
             log.warning("a file is no stored prefix and is left alone: %s", error)
             return None
 
@@ -185,7 +221,7 @@ def _alone(file: Path) -> Iterator[None]:
     """Wait for the kernel's lock of `file`, if its file system has locks."""
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
-    except PermissionError:  # of another user; network file systems may then have no lock
+    except OSError:  # of another user; network file systems may then have no lock
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with contextlib.suppress(OSError):

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from cllm.cache.cache import KVCache
+from cllm.cache.cache import KVCache, check_max_len
 from cllm.errors import UserError
 from cllm.files import write_atomic
 from cllm.prefix.at_rest import method_at_rest, pack_at_rest, unpack_at_rest
@@ -55,6 +56,21 @@ class Header:
     """Of every tensor."""
     version: int = VERSION
 
+    def check(self) -> None:
+        """Raise `ValueError` if a value that is read before the tensors is of another kind."""
+        texts = (self.model, self.design, self.salt, *self.chain.values(), *self.sha256.values())
+        wrong = [text for text in texts if not isinstance(text, str)]
+        if wrong or not isinstance(self.layout, dict) or type(self.layout.get("seen")) is not int:
+            raise ValueError("its header has values of other types")
+
+
+class UnwritableError(UserError):
+    """A file that cannot be written, for example because the disk is full."""
+
+
+class DamagedError(UserError):
+    """A stored prefix whose content is not what its header says."""
+
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
@@ -63,14 +79,17 @@ def write_prefix(path: Path, packed: Packed, tokens: Tensor, header: Header) -> 
     """Write a file atomically. Returns its bytes. `header.sha256` is filled in.
 
     Raises:
-        OSError: if it cannot be written; an older file is then unchanged.
+        UnwritableError: naming the file, if it cannot be written; an older file is then unchanged.
     """
     tensors = _separate({**packed.tensors, "tokens": tokens.contiguous()})
     digests = dict(zip(tensors, sha256_of_all(tensors.values()), strict=True))
     content = {**vars(header), "sha256": digests, "layout": packed.layout}
     text = json.dumps(content)
     data = save(tensors, {MARK: text, "sha256": hashlib.sha256(text.encode()).hexdigest()})
-    write_atomic(path, data)
+    try:
+        write_atomic(path, data)
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        raise UnwritableError(f"{path}: cannot be written: {reason(error)}") from None
     return len(data)
 
 
@@ -104,8 +123,11 @@ class PrefixFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # A named pipe would be waited for without O_NONBLOCK.
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                raise UserError(f"{path}: is no regular file; allowed: a file of a stored prefix")
             # safetensors opens a path twice. By its descriptor, both are the same file.
             self._file = _open(path, f"/dev/fd/{self._descriptor}")
             metadata = self._file.metadata() or {}
@@ -168,14 +190,16 @@ def _parse_header(path: Path, metadata: Mapping[str, str]) -> Header:
     text = metadata[MARK]
     if hashlib.sha256(text.encode()).hexdigest() != metadata.get("sha256"):
         raise UserError(f"{path}: damaged: its header has another sha256 than it says")
-    content = json.loads(text)
-    if content.get("version") != VERSION:
-        raise UserError(f"{path}: has the format version {content.get('version')}; allowed: {VERSION}; store it again")
     try:
-        header = Header(**content)
-        return Header(**{**vars(header), "chain": {int(n): name for n, name in header.chain.items()}})
-    except (TypeError, ValueError, AttributeError) as error:
+        content = dict(json.loads(text))
+        version = content.get("version")
+        if version == VERSION:
+            header = Header(**{**content, "chain": {int(n): name for n, name in content["chain"].items()}})
+            header.check()
+            return header
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged: {reason(error)}") from None
+    raise UserError(f"{path}: has the format version {version}; allowed: {VERSION}; store it again")
 
 
 # ---- single files ----------------------------------------------------------------------------------------------------
@@ -222,16 +246,26 @@ def load_prefix(
     return open_packed(name, packed, decoder, max_len=max_len), tokens
 
 
-def open_packed(path: Path | str, packed: Packed, decoder: Any, *, max_len: int | None = None) -> KVCache:
-    """`unpack` on the decoder's device, with the path in errors."""
+def open_packed(
+    path: Path | str, packed: Packed, decoder: Any, *, length: int | None = None, max_len: int | None = None
+) -> KVCache:
+    """`unpack` on the decoder's device, of the first `length` tokens only unless that is None.
+
+    Raises:
+        DamagedError: naming the path.
+        UserError: as `unpack` does.
+    """
+    check_max_len(max_len)
     device = next(decoder.parameters()).device
     try:
+        if length is not None and length != packed.seen:
+            packed = packed.cropped(length)
         read = unpack_at_rest if "at_rest" in packed.layout else unpack
         return read(packed.to(device), decoder.config, max_len=max_len)
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError) as error:
-        raise UserError(f"{path}: damaged: {reason(error)}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError, RuntimeError) as error:
+        raise DamagedError(f"{path}: damaged: {reason(error)}") from None
 
 
 def check_header(path: Path, header: Header, *, model: str, salt: str, decoder: Any) -> None:

@@ -22,10 +22,14 @@ def salt_digest(salt: str) -> str:
     """SHA-256 of a salt, which is written into files instead of it.
 
     Raises:
-        UserError: for a salt that is not text.
+        UserError: for a salt that is not text, or has half of a surrogate pair in it.
     """
     if not isinstance(salt, str):
         raise UserError(f"salt is a {type(salt).__name__}; allowed: text, '' for prefixes that all may share")
+    try:
+        salt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"salt is {salt[:80]!r}, which cannot be written as UTF-8; allowed: other text") from None
     return hashlib.sha256(f"cllm.prefix salt\n{salt}".encode()).hexdigest()
 
 

@@ -7,6 +7,7 @@ tails. A packed cache can be opened as a growing or as a static one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from cllm.cache.slot import Slot
 from cllm.cache.stores import FP8, SCALE, FixedSlot, SlotStore, StateStore, Store
 from cllm.config import ModelConfig
 from cllm.errors import UserError
+from cllm.model.rope import rope_table
 from cllm.posthoc.cache import CompressedKVCache, CompressedSlot, SharingSlot, exact_slot
 from cllm.posthoc.code import Prefix
 from cllm.posthoc.compress import Outcome
@@ -71,7 +73,12 @@ class Packed:
         return replace(self, tensors={n: t.clone() if t.data_ptr() % _ALIGNED else t for n, t in moved.items()})
 
     def cropped(self, length: int) -> Packed:
-        """The first `length` tokens of a croppable cache; tensors are views. A code at rest is cropped when decoded."""
+        """The first `length` tokens of a croppable cache; tensors are views. A code at rest is cropped when decoded.
+
+        Raises `ValueError` for another cache.
+        """
+        if not self.is_croppable:
+            raise ValueError(f"{length} of {self.seen} tokens of a cache that cannot be cropped")
         if "at_rest" in self.layout:
             return replace(self, layout={**self.layout, "at_rest": {**self.layout["at_rest"], "length": length}})
         owners = {j: {**owner, "kept": length} for j, owner in self.layout["owners"].items()}
@@ -240,7 +247,8 @@ def _unpack_store(owner: int, entry: dict[str, Any], cache: KVCache, tensors: Ma
         store.state.copy_(state)
         return store
     if entry["kind"] == "compressed":
-        prefix = read_tree(entry["prefix"], tensors, cache.config)
+        table = functools.partial(rope_table, cache.config.rope, source.head_size(head_dim))
+        prefix = read_tree(entry["prefix"], tensors, table)
         if not isinstance(prefix, Prefix):
             raise ValueError(f"the prefix of layer {owner} is a {type(prefix).__name__}")
         slot = _unpack_slot(f"{owner}.tail", entry["tail"], tensors)

@@ -9,6 +9,7 @@ A prefix is looked up on the device, then in the host's memory, then on disk, an
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -27,12 +28,13 @@ from cllm.posthoc.method import Compressor
 from cllm.posthoc.registry import parse
 from cllm.prefix.at_rest import method_at_rest, pack_at_rest
 from cllm.prefix.disk import DiskTier
-from cllm.prefix.file import Header, design_of, open_packed
+from cllm.prefix.file import DamagedError, Header, UnwritableError, design_of, open_packed
 from cllm.prefix.fingerprint import decoder_of, fingerprint, version
 from cllm.prefix.keys import boundaries, chain, salt_digest, seed, token_row
 from cllm.prefix.memory import MemoryTier
 from cllm.prefix.pack import Packed, describe_method, pack
 
+log = logging.getLogger(__name__)
 GIB = 2**30
 _CHUNK = 2048
 """Tokens of a prompt that are computed at once."""
@@ -83,7 +85,7 @@ class PrefixStore:
         self._memory = [MemoryTier(device, device_bytes), MemoryTier(torch.device("cpu"), host_bytes)]
         if folder is not None and not isinstance(folder, str | os.PathLike):
             raise UserError(f"PrefixStore: folder is a {type(folder).__name__}; allowed: a path, or None")
-        self._disk = None if folder is None else DiskTier(Path(folder), disk_bytes)
+        self._disk = None if folder is None or not disk_bytes else DiskTier(Path(folder), disk_bytes)
         self._chains: dict[str, dict[int, str]] = {}
         """Of the caches in memory: the names of the prefixes that each can serve."""
         self._lock = threading.RLock()
@@ -96,7 +98,8 @@ class PrefixStore:
     def prefill(self, tokens: Sequence[int] | Tensor, *, salt: str, max_len: int | None = None) -> KVCache:
         """A cache of all tokens of a prompt but the last, for `generate(tokens, past_key_values=...)`.
 
-        Its longest stored prefix is not computed. What is computed is stored.
+        Its longest stored prefix is not computed. What is computed is stored. If the folder cannot be written, as when
+        the disk is full, that is a warning.
 
         Args:
             tokens: the prompt, (T,) or (1, T), at least two tokens.
@@ -132,12 +135,13 @@ class PrefixStore:
             self.decoder.train(training)
         if found and (self.method is not None or self.at_rest is not None):
             return cache  # coding what was decoded would add errors to errors
-        if self.method is None:
-            self.put(cache, ids[:wanted], salt=salt)
-        else:
+        if self.method is not None:
             room = None if max_len is None else max_len - wanted
             cache = compress_cache(cache, self.method, measure=False, room=room)
+        try:
             self.put(cache, ids[:wanted], salt=salt)
+        except UnwritableError as error:
+            log.warning("a prefix is not stored on disk: %s", error)
         return cache
 
     def find(self, tokens: Sequence[int] | Tensor, *, salt: str) -> tuple[KVCache | None, int]:
@@ -202,12 +206,24 @@ class PrefixStore:
         with self._lock:
             for place in self._places(ids, salt, partly):
                 packed = self._get(place.name, ids[: place.length])
-                if packed is None or (place.length < packed.seen and not packed.is_croppable):
+                if packed is None:
                     continue
-                if place.length < packed.seen:
-                    packed = packed.cropped(place.length)
-                return open_packed(place.name, packed, self.decoder, max_len=max_len), place.length
+                try:
+                    cache = open_packed(place.name, packed, self.decoder, length=place.length, max_len=max_len)
+                except DamagedError as error:
+                    log.warning("a stored prefix is not used: %s", error)
+                    self._forget(place.name)
+                    continue
+                return cache, place.length
         return None, 0
+
+    def _forget(self, name: str) -> None:
+        """Count a damaged prefix as missing, so that it is stored again."""
+        self._chains.pop(name, None)
+        for tier in self._memory:
+            tier.drop(name)
+        if self._disk is not None:
+            self._disk.refuse(name)
 
     def _places(self, ids: Tensor, salt: str, partly: bool) -> list[_Place]:
         """The stored prefixes of `ids`, longest first."""

@@ -6,16 +6,13 @@ Reading builds only classes that are already loaded and registered as `TensorTre
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cllm.config import ModelConfig
 from cllm.errors import UserError
-from cllm.model.rope import rope_table
 from cllm.posthoc.code import Rotation
 from cllm.posthoc.registry import methods
 from cllm.posthoc.tensor_tree import TensorTree
@@ -72,8 +69,11 @@ def write_tree(value: Any, where: str, tensors: Tensors) -> Any:
     raise UserError(f"the cache cannot be stored: it has a {type(value).__name__}")
 
 
-def read_tree(data: Any, tensors: Mapping[str, Tensor], config: ModelConfig) -> Any:
-    """The inverse of `write_tree`. Raises `ValueError` for anything that `write_tree` does not write."""
+def read_tree(data: Any, tensors: Mapping[str, Tensor], table: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Any:
+    """The inverse of `write_tree`; `table` is that of a `Rotation` of keys.
+
+    Raises `ValueError` for anything that `write_tree` does not write.
+    """
     if not isinstance(data, dict):
         return data
     if data.keys() == {"tensor"}:
@@ -81,13 +81,13 @@ def read_tree(data: Any, tensors: Mapping[str, Tensor], config: ModelConfig) -> 
     if data.keys() == {"dtype"}:
         return DTYPES[data["dtype"]]
     if data.keys() == {"tuple"}:
-        return tuple(read_tree(item, tensors, config) for item in data["tuple"])
+        return tuple(read_tree(item, tensors, table) for item in data["tuple"])
     if data.keys() != {"class", "fields"}:
         raise ValueError(f"a tree with the keys {sorted(data)}")
     kind = _classes()[data["class"]]
-    fields = {name: read_tree(item, tensors, config) for name, item in data["fields"].items()}
+    fields = {name: read_tree(item, tensors, table) for name, item in data["fields"].items()}
     if issubclass(kind, Rotation):
-        fields["table"] = functools.partial(rope_table, config.rope, config.resolved_head_dim)
+        fields["table"] = table
     return kind(**fields)
 
 

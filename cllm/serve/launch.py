@@ -5,9 +5,11 @@ vLLM reports a folder that it cannot serve after half a minute, in a hundred lin
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from cllm.hub.companions import TOKENIZER
 from cllm.hub.kind import Kind, identify_model
 from cllm.hub.open import open_config
 from cllm.serve.vllm.layout import CPU_HEAD_SIZES, Layout, make_layout
+from cllm.yaml_text import read_yaml
 
 log = logging.getLogger(__name__)
 GROUP = "vllm.general_plugins"
@@ -32,25 +35,61 @@ _DEFAULTS: dict[str, tuple[str, ...]] = {
     "--shutdown-timeout=30": ("--shutdown-timeout", "--shutdown_timeout"),
 }
 """Options that vLLM's server gets, unless it gets one of those beside them."""
+_CACHE_SIZES = ("--kv-cache-memory-bytes", "--kv_cache_memory_bytes", "--gpu-memory-utilization",
+                "--gpu_memory_utilization")  # fmt: skip
+"""Options that say how large the KV cache is."""
+_CACHE_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+"""The environment variable that does so on a machine without a GPU."""
+_CPU_CACHE_BYTES = 4 * 2**30
 _NO_TOKENIZER = ("--skip-tokenizer-init", "--skip_tokenizer_init")
 _DEFAULT_PORT = 8000
 _OTHER_ADDRESS = ("--uds", "--config")
 """Options with which the server listens at a Unix socket, or where a file of vLLM says."""
 
 
-def server_command(folder: Path, options: Sequence[str]) -> list[str]:
+def server_command(folder: Path, options: Sequence[str], *, cuda: bool | None = None) -> list[str]:
     """The command line of vLLM's server for an exported folder.
 
     The decoder is not compiled, so CUDA graphs are off unless the options ask for them. On SIGTERM the server gives
     running requests 30 seconds. By default vLLM would stop its engine at once and leave their connections open.
 
+    Without a GPU the KV cache gets 4 GiB, or half of the memory if that is less. By default vLLM would reserve 92 % of
+    the machine's memory, and end if less is free.
+
     Args:
         folder: that `cllm convert export` or `import` made.
         options: of vLLM's server.
+        cuda: whether vLLM runs on a GPU; None: if there is one.
+
+    Raises:
+        UserError: for a file of `--config` that is not YAML.
     """
     given = {option.partition("=")[0] for option in options}
+    if (file := _value(options, ("--config",))) is not None:
+        given |= {f"--{key}" for key in read_yaml(file)}
     more = [default for default, names in _DEFAULTS.items() if given.isdisjoint(names)]
+    if not _has_gpu(cuda) and given.isdisjoint(_CACHE_SIZES) and not os.environ.get(_CACHE_SPACE):
+        room = min([_CPU_CACHE_BYTES, *(n // 2 for n in _memory())])
+        more.append(f"--kv-cache-memory-bytes={room // ranks(options)}")
     return [sys.executable, "-m", SERVER, "--model", str(folder), *more, *options]
+
+
+def _memory(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup/memory.max")) -> list[int]:
+    """Bytes of the machine's memory that are available, and the limit of this process's control group, if known."""
+    found = []
+    with contextlib.suppress(OSError):
+        found += [1024 * int(n) for n in re.findall(r"^MemAvailable: *([0-9]+) kB$", meminfo.read_text(), re.MULTILINE)]
+    with contextlib.suppress(OSError, ValueError):  # it is "max" if there is no limit
+        found.append(int(group.read_text()))
+    return found
+
+
+def _has_gpu(cuda: bool | None) -> bool:
+    if cuda is not None:
+        return cuda
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def ranks(options: Sequence[str]) -> int:
@@ -63,16 +102,22 @@ def check_server(folder: Path, options: Sequence[str]) -> Layout:
 
     Raises:
         UserError: in one line, for a path that is no folder of this package, weights that are not those that it was
-            written with, a plan that vLLM cannot serve, a context longer than the model's, a missing tokenizer, an
-            installation that vLLM does not know, and a port in use.
+            written with, a plan that vLLM cannot serve, options that name another model, a context longer than the
+            model's, a missing tokenizer, an installation that vLLM does not know, and a port in use.
     """
-    layout = check_folder(folder, ranks=ranks(options))
+    layout = check_plan(folder, options)
     _check_context(open_config(folder).max_seq_len, options)
     _check_tokenizer(folder, options)
     _check_installed()
     if _value(options, _OTHER_ADDRESS) is None:
         _check_port(_value(options, ("--host",)) or "", _number(options, ("--port",), _DEFAULT_PORT))
     return layout
+
+
+def check_plan(folder: Path, options: Sequence[str]) -> Layout:
+    """The cache of the plan in a folder, with the ranks in the options. Errors are those of `check_server`."""
+    _check_model(folder, options)
+    return check_folder(folder, ranks=ranks(options))
 
 
 def check_folder(folder: Path, *, ranks: int = 1, cuda: bool | None = None) -> Layout:
@@ -95,11 +140,7 @@ def check_folder(folder: Path, *, ranks: int = 1, cuda: bool | None = None) -> L
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: has no .safetensors weights")
     check_checksums(folder)
-    if cuda is None:
-        import torch
-
-        cuda = torch.cuda.is_available()
-    sizes = None if cuda else CPU_HEAD_SIZES
+    sizes = None if _has_gpu(cuda) else CPU_HEAD_SIZES
     return make_layout(config.plan(), config.n_heads, config.resolved_head_dim, head_sizes=sizes, ranks=ranks)
 
 
@@ -117,6 +158,14 @@ def describe(layout: Layout) -> list[str]:
         )
         lines.append(f"  layer {read.layer} reads {pairs}")
     return lines
+
+
+def _check_model(folder: Path, options: Sequence[str]) -> None:
+    other = _value(options, ("--model",))
+    if other is None and options and not options[0].startswith("-"):
+        other = options[0]
+    if other is not None:
+        raise UserError(f"{other}: a server has one model, and FOLDER is {folder}; start another server for {other}")
 
 
 def _check_context(longest: int, options: Sequence[str]) -> None:

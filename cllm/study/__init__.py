@@ -3,14 +3,13 @@
 schema.py      `Study`: the settings of a study's YAML file, and its loading
 points.py      `Point`: one run of the grid, its complete config and its key
 matching.py    designs of equal parameters, cache bytes or training FLOPs
-version.py     hashes of the code and of a config, so that a table mixes no versions
 layout.py      the files of a study: results, runs, logs, locks
 results.py     the result of a point, one JSON file
 rates.py       successive halving of learning rates
 queue.py       the next point: its priority, and whether it ends in time
 estimate.py    tokens per second so far, and the seconds that a point takes
 measuring.py   the evaluations of a point, which end one by one
-children.py    training and evaluation in processes, one GPU each
+children.py    places for processes, and the work on a point in one of them
 sharing.py     when the next training may start on a GPU on which others run
 busy.py        how long each device took steps or evaluated
 runner.py      the loop that keeps all GPUs busy

@@ -99,14 +99,3 @@ def is_held(folder: Path) -> bool:
     except (OSError, IndexError):
         return False
     return state != "Z"
-
-
-def last_line(file: Path) -> str:
-    """The last line of a log that has text; an empty one if no line has."""
-    try:
-        with file.open("rb") as stream:
-            stream.seek(max(0, file.stat().st_size - 8192))
-            lines = stream.read().decode(errors="replace").split("\n")
-    except OSError:
-        return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")

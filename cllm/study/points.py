@@ -16,8 +16,8 @@ from cllm.config.shipped import find_config
 from cllm.errors import UserError
 from cllm.study.matching import CacheMatch, match_cache, scaled_tokens
 from cllm.study.schema import Study, budgets, count_text
-from cllm.study.version import config_hash, data_hash
 from cllm.uptrain.complete import complete
+from cllm.version import config_hash, data_hash
 from cllm.yaml_text import read_yaml
 
 Settings = tuple[tuple[str, Any], ...]

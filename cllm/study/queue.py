@@ -21,7 +21,7 @@ from cllm.study.layout import Layout
 from cllm.study.points import Grid, Point
 from cllm.study.rates import Search, search
 from cllm.study.results import Result, evaluated_as, read_result
-from cllm.study.version import EVALUATION, code_version
+from cllm.version import EVALUATION, code_version
 
 Work = Literal["train", "evaluate"]
 

@@ -22,8 +22,8 @@ from cllm.runs import RunFolder
 from cllm.runs.speed import median_speed
 from cllm.study.matching import CacheMatch
 from cllm.study.points import Point, Variant
-from cllm.study.version import config_hash, data_hash
 from cllm.trust import read_object
+from cllm.version import config_hash, data_hash
 from cllm.yaml_text import read_yaml
 
 log = logging.getLogger(__name__)

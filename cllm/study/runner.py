@@ -25,20 +25,19 @@ from tqdm import tqdm
 from cllm import processes
 from cllm.config import Config
 from cllm.errors import EXIT_STOPPED, UserError
-from cllm.files import RESULTS, json_files, mark_new, write_atomic
+from cllm.files import RESULTS, mark_new, write_atomic
 from cllm.lock import discard_dead, locked
 from cllm.study.busy import Session, Stepping
-from cllm.study.children import Commands, Job, Slot, child_environment, start
+from cllm.study.children import Commands, Job, Slot
 from cllm.study.estimate import Estimates, progress, saved_share
-from cllm.study.layout import last_line
-from cllm.study.measuring import clear_unfinished, count_ended, evaluation_intervals, keep_records
+from cllm.study.measuring import clear_unfinished, count_ended, evaluation_intervals, keep_records, records_of
 from cllm.study.points import Point
 from cllm.study.queue import Queue, Work, is_trained
 from cllm.study.results import read_result, read_results, result_of, with_evaluations, write_result
 from cllm.study.schema import ShareGPU
 from cllm.study.sharing import wait_for_room
-from cllm.study.version import code_version
-from cllm.trust import read_object
+from cllm.version import code_version
+from cllm.workers import child_environment, last_line, start
 
 log = logging.getLogger(__name__)
 
@@ -239,7 +238,7 @@ class Runner:
             process = start(
                 self._command(point, work, config),
                 self.layout.log(point),
-                child_environment(slot, len(self.slots), self.layout.compiled),
+                child_environment(slot.device, len(self.slots), self.layout.compiled),
             )
         except BaseException:
             locks.close()
@@ -366,7 +365,7 @@ class Runner:
             if self._stopped is None:
                 self._fail(point, status, line)
             return
-        records = [read_object(file) for file in json_files(folder)]
+        records = records_of(folder, self.queue.marks)
         assert self.queue.evaluated is not None
         content = with_evaluations(read_result(self.layout.result(point)).content, records, self.queue.evaluated)
         write_result(self.layout.result(point), {**content, "evaluation_seconds": round(seconds, 1)})

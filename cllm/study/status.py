@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cllm.cache.accounting import kv_bytes
 from cllm.config import Config
+from cllm.config.unused import unused_settings
 from cllm.errors import UserError
 from cllm.study.busy import busy_lines, busy_shares, read_sessions
 from cllm.study.estimate import Estimates, progress
@@ -101,8 +102,9 @@ def _later(queue: Queue) -> str:
 
 
 def dry_run(grid: Grid, layout: Layout, estimates: Estimates, slots: int) -> str:
-    """The variants with what the rule makes of them, and the number, tokens and hours of the runs."""
-    study = grid.study
+    """The variants with what the rule makes of them, their settings without effect, and the number, tokens and hours of
+    the runs."""
+    study, unused = grid.study, list[str]()
     columns = (
         Column[list[str]]("design", lambda row: row[0], left=True),
         Column[list[str]]("× mha cache", lambda row: row[1]),
@@ -125,9 +127,10 @@ def dry_run(grid: Grid, layout: Layout, estimates: Estimates, slots: int) -> str
         rows.append(
             [variant.label, f"{cache_share(model):.3f}", changed, steps, seeds, bytes_, _parameters(configs[0])]
         )
+        unused += [f"{variant.label}: {line}" for line in _unused(configs[0])]
     counts = _counts(grid)
     tokens = sum(n * each for n, each in counts)
-    text = [f"rule: {study.match.rule}", aligned(columns, rows), ""]
+    text = [f"rule: {study.match.rule}", aligned(columns, rows), *unused, ""]
     text += [f"{n:>5} runs of {count_text(each)} tokens" for n, each in counts]
     speed = estimates.speed("")
     total = f"{sum(n for n, _ in counts):>5} runs, {count_text(tokens)} tokens"
@@ -146,6 +149,15 @@ def _parameters(config: Config) -> str:
         return f"{count_parameters(meta_decoder(sized(config).model)):,}"
     except UserError:
         return _DASH
+
+
+def _unused(config: Config) -> list[str]:
+    """The settings of a run that have no effect."""
+    from cllm.model.parts import has_fusion_weights
+    from cllm.model.sizes import meta_decoder
+
+    model = config.model.model_copy(update={"vocab_size": 2})  # the vocabulary may not be known
+    return unused_settings(config, fusion_weights=has_fusion_weights(meta_decoder(model)))
 
 
 def _counts(grid: Grid) -> list[tuple[int, int]]:

@@ -6,7 +6,9 @@ import operator
 
 from cllm.cache.accounting import cache_bytes, describe_bytes
 from cllm.config import Config
+from cllm.config.unused import unused_settings
 from cllm.model.decoder import Decoder
+from cllm.model.parts import has_fusion_weights
 from cllm.model.sizes import (
     count_parameters,
     forward_flops_per_token,
@@ -16,6 +18,7 @@ from cllm.model.sizes import (
 )
 from cllm.plan.describe import plan_drawing, plan_table
 from cllm.plan.joins import Whole
+from cllm.plan.numbers import ranges
 from cllm.train.budget import budget_lines, run_tokens
 from cllm.train.launch import Launch
 from cllm.train.schedule import check_warmup
@@ -57,7 +60,8 @@ def _local_activations(model: Decoder, layer: int) -> int:
     """Numbers a token that a read of several slots keeps besides those of the layer's first slot."""
     c, read, local = model.config, model.plan.keys(layer), model.plan.layers[layer].local
     own = 0 if local is None else local.read_elements(c.resolved_head_dim) + local.normalises * c.d_model
-    return own + (read.extra_activations(c.n_heads, c.resolved_head_dim) if isinstance(read, Whole) else 0)
+    head_dim = model.plan.source(layer).head_size(c.resolved_head_dim)
+    return own + (read.extra_activations(c.n_heads, head_dim) if isinstance(read, Whole) else 0)
 
 
 def memory_estimate(model: Decoder, config: Config, launch: Launch, *, teacher: int = 0) -> dict[str, float]:
@@ -146,6 +150,16 @@ def _trained(model: Decoder) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def _head_sizes(model: Decoder) -> str:
+    """The channels of a head; if layers differ, each size with its layers, as `64 (0-4), 128 (5)`."""
+    plan, layers = model.plan, dict[int, list[int]]()
+    for i in range(len(plan)):
+        layers.setdefault(plan.source(i).head_size(model.config.resolved_head_dim), []).append(i)
+    if len(layers) == 1:
+        return str(*layers)
+    return ", ".join(f"{size} (layers {ranges(found)})" for size, found in layers.items())
+
+
 def _size(count: float) -> str:
     return f"{count / GIB:.3g} GiB" if count >= GIB / 10 else f"{count / 2**20:.3g} MiB"
 
@@ -183,7 +197,7 @@ def dry_run(config: Config, *, tokens_per_second: float | None = None, price: fl
         "",
         plan_drawing(model.plan),
         "",
-        f"model        {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} heads of {c.resolved_head_dim}, "
+        f"model        {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} heads of {_head_sizes(model)}, "
         f"d_ff {d_ff}{matched}, vocabulary {c.vocab_size:,}",
         f"parameters   {total:,} ({inner:,} without embeddings)",
         *(uptraining if config.init.path else ()),
@@ -197,5 +211,6 @@ def dry_run(config: Config, *, tokens_per_second: float | None = None, price: fl
         "memory       "
         + ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
         + f" GiB at the peak on {where} (estimate, micro-batch {config.train.micro_batch})",
+        *(f"unused       {line}" for line in unused_settings(config, fusion_weights=has_fusion_weights(model))),
     ]
     return "\n".join(lines)

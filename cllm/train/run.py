@@ -8,16 +8,19 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import lightning
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cllm.config import Config
+from cllm.config.unused import unused_settings
 from cllm.data.manifest import Manifest
 from cllm.data.module import DataModule
 from cllm.errors import UserError
 from cllm.files import mark, remove
 from cllm.lock import locked
+from cllm.model.parts import has_fusion_weights
 from cllm.model.sizes import build_decoder, meta_decoder
 from cllm.runs import RUN, RunFolder
 from cllm.train.callbacks import MonitoredMetrics, check_callbacks, make_callbacks
@@ -121,6 +124,8 @@ def _fit(
     """Write the first files of a run, or resume it, and train."""
     config, folder, checkpoint = module.config, start.folder, start.checkpoint
     decoder = meta_decoder(config.model)  # without what training adds to it
+    for line in unused_settings(config, fusion_weights=has_fusion_weights(decoder)):
+        rank_zero_only(log.warning)("%s", line)
     summary = summarise(config, decoder)
     facts = run_facts(config, start.step, summary, data.bytes_per_token)
     metrics = Metrics(folder, facts)

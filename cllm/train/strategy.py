@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from cllm.config import Config
 from cllm.errors import UserError
+from cllm.files import usual_permissions
 from cllm.runs.checkpoint import read_weights
 from cllm.runs.names import TIED, WEIGHTS_FILE
 from cllm.train.launch import Launch
@@ -126,6 +127,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             save_file(weights, Path(filepath) / WEIGHTS_FILE, metadata={"format": "pt", TIED: json.dumps(tied)})
             if extra:
                 save_file(extra, Path(filepath) / EXTRA_FILE)
+            usual_permissions(Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load DeepSpeed's files, and the weights that are not trained from the safetensors next to them. Collective.

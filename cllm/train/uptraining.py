@@ -16,7 +16,7 @@ from cllm.kernels.cross_entropy import IGNORE
 from cllm.train.module import TrainingModule
 from cllm.train.optim import Optimizer
 from cllm.train.strategy import ZeroStrategy
-from cllm.uptrain.attention import attention_outputs, recorded
+from cllm.uptrain.attention import attention_outputs
 from cllm.uptrain.curriculum import OWN, set_progress
 from cllm.uptrain.decoder import TracedDecoder
 from cllm.uptrain.loss import Distilled, Target, hidden_difference
@@ -86,8 +86,9 @@ class UptrainingModule(TrainingModule):
             return {"objective": weights.next_token * loss, "next_token": loss}
         inputs = (batch["input_ids"], batch.get("positions"), batch.get("document_ids"))
         teacher, all_layers = self._teacher[0], weights.hidden > 0 and weights.hidden_layers == "all"
-        with torch.no_grad(), recorded(teacher, weights.attention > 0) as seen:
-            theirs = hidden_states(teacher, inputs, all_layers)
+        streams: list[Tensor] | None = [] if weights.attention else None
+        with torch.no_grad():
+            theirs = hidden_states(teacher, inputs, all_layers, streams)
         mine = hidden_states(self.model, inputs, all_layers)
         target = Target(theirs[-1], teacher.head.weight, weights.temperature, weights.kl, weights.next_token)
         distilled = Distilled(*self.model.head(mine[-1], batch["labels"], target=target))
@@ -95,8 +96,10 @@ class UptrainingModule(TrainingModule):
         if weights.hidden:
             parts["hidden"] = hidden_difference(mine, theirs)
             parts["objective"] = parts["objective"] + weights.hidden * parts["hidden"]
-        if seen is not None:
-            parts["attention"] = hidden_difference(attention_outputs(self.model, seen, *inputs), seen.outputs)
+        if streams is not None:
+            with torch.no_grad():
+                wanted = attention_outputs(teacher, streams, *inputs)
+            parts["attention"] = hidden_difference(attention_outputs(self.model, streams, *inputs), wanted)
             parts["objective"] = parts["objective"] + weights.attention * parts["attention"]
         return parts
 
@@ -202,13 +205,19 @@ def _is_extra(name: str) -> bool:
 
 
 def hidden_states(
-    model: TracedDecoder, inputs: tuple[Tensor, Tensor | None, Tensor | None], all_layers: bool
+    model: TracedDecoder,
+    inputs: tuple[Tensor, Tensor | None, Tensor | None],
+    all_layers: bool,
+    streams: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """The input of the head, preceded by the output of every layer with `all_layers`; (B, T, d_model) each."""
+    """The input of the head, preceded by the output of every layer with `all_layers`; (B, T, d_model) each.
+
+    The input of every layer is appended to `streams`.
+    """
     if not all_layers:
-        return [model.hidden(*inputs)]
+        return [model.hidden(*inputs, states=streams)]
     with model.record_layers() as outputs:
-        last = model.hidden(*inputs)
+        last = model.hidden(*inputs, states=streams)
     return [*outputs, last]
 
 

@@ -8,9 +8,7 @@ attention is computed, without feed-forward layers and logits.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -18,35 +16,6 @@ from cllm.cache.slot import Slot
 from cllm.errors import UserError
 from cllm.model.decoder import Decoder
 from cllm.uptrain.decoder import TracedDecoder, block_of
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """Attention of a teacher during one forward pass."""
-
-    inputs: list[Tensor] = field(default_factory=list)
-    """The residual stream (B, T, d_model) before each layer."""
-    outputs: list[Tensor] = field(default_factory=list)
-    """The output (B, T, d_model) of attention in each layer."""
-
-
-@contextlib.contextmanager
-def recorded(teacher: Decoder, active: bool = True) -> Iterator[Recorded | None]:
-    """Record the attention of `teacher` in the forward pass within; None unless `active`."""
-    if not active:
-        yield None
-        return
-    seen = Recorded()
-    hooks = []
-    for i in range(len(teacher.blocks)):
-        block = block_of(teacher, i)
-        hooks.append(block.register_forward_pre_hook(lambda _, inputs: seen.inputs.append(inputs[0])))
-        hooks.append(block.attention.register_forward_hook(lambda *args: seen.outputs.append(args[2][0])))
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def check_attention_loss(student: Decoder) -> None:
@@ -59,22 +28,29 @@ def check_attention_loss(student: Decoder) -> None:
 
 
 def attention_outputs(
-    student: TracedDecoder,
-    seen: Recorded,
+    model: TracedDecoder,
+    streams: Sequence[Tensor],
     input_ids: Tensor,
     positions: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> list[Tensor]:
-    """The output (B, T, d_model) of attention in each layer of `student`, on the stream of the teacher in `seen`."""
-    context = student.start_context(input_ids, positions, document_ids)
+    """The output (B, T, d_model) of attention in each layer of `model`, on the residual stream of a teacher.
+
+    Args:
+        model: a student, or the teacher itself.
+        streams: the residual stream (B, T, d_model) before each layer of the teacher, `states` of `Decoder.hidden`.
+            Hooks are no substitute: compiled blocks do not call those that come after their first call.
+        input_ids, positions, document_ids: as in `Decoder.hidden`.
+    """
+    context = model.start_context(input_ids, positions, document_ids)
     slots: dict[int, Slot] = {}
     outputs: list[Tensor] = []
-    for i, x in enumerate(seen.inputs):
-        block, own = block_of(student, i), student.plan.layers[i].own
+    for i, x in enumerate(streams):
+        block, own = block_of(model, i), model.plan.layers[i].own
         residual = x
         if own is not None and own.input is not None:
-            residual = student.stream_norms[str(own.input)](seen.inputs[own.input + 1])
-        read = [slots[j] for j in student.plan.reads_others(i)]
+            residual = model.stream_norms[str(own.input)](streams[own.input + 1])
+        read = [slots[j] for j in model.plan.reads_others(i)]
         output, slot = block.attention(residual, block.attention_norm(x), read, context)
         if slot is not None:
             slots[i] = slot

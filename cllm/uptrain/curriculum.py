@@ -113,7 +113,7 @@ class BlendingAttention(Attention, MixedIn):
         super().__init__(config, plan, layer)
         n_slots, kv_heads = len(plan.reads_others(layer)), plan.source(layer).kv_heads
         self.keys, self.values = (
-            blending_module.of(read)(read, made, n_slots, kv_heads, config.resolved_head_dim)
+            blending_module.of(read)(read, made, n_slots, kv_heads, self.head_dim)
             for read, made in ((plan.keys(layer), self.keys), (plan.values(layer), self.values))
         )
         self.curriculum_own = own.train().requires_grad_(False)

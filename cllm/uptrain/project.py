@@ -18,7 +18,7 @@ from cllm.model.attention import Attention
 from cllm.model.decoder import Decoder
 from cllm.model.initial import draw_weights
 from cllm.model.sources import OwnKV, Part
-from cllm.plan.plan import KVPlan
+from cllm.plan.plan import KVPlan, Source
 from cllm.uptrain.decoder import attention_of, block_of, owner_of
 from cllm.uptrain.heads import heads_of, set_heads
 
@@ -38,7 +38,8 @@ def check_plans(student: KVPlan, teacher: KVPlan) -> None:
 
     Raises:
         UserError: naming a layer of the teacher that does not own the K/V that it reads, or a layer of the student with
-            a recurrent state, or with a number of KV heads that does not divide the teacher's.
+            a recurrent state, with heads of another size, or with a number of KV heads that does not divide the
+            teacher's.
     """
     for i in range(len(teacher)):
         if not teacher.reads_itself(i):
@@ -61,6 +62,7 @@ def check_plans(student: KVPlan, teacher: KVPlan) -> None:
                 f"{own.kv_heads}; set n_kv_heads to that, or to a number that divides it"
             )
         owned = student.layers[i].own
+        _check_head_sizes(i, own, source, owned)
         if owned is not None and not owned.is_copyable:
             raise UserError(
                 f"model.kv: layer {i} owns {owned.text}, which cannot be made from keys and values of another model"
@@ -68,6 +70,22 @@ def check_plans(student: KVPlan, teacher: KVPlan) -> None:
         if owned is not None and owned.is_plain and own.normalises and not owned.normalises:
             raise UserError(
                 f"model.kv: layer {i} has no kv_norm, but that of the model that init.from names has; set kv_norm: true"
+            )
+
+
+def _check_head_sizes(i: int, theirs: Source, source: Source, owned: Source | None) -> None:
+    """Queries and projections of layer `i` keep the head size that they have in the teacher."""
+    if not source.is_plain and theirs.head_dim is not None:
+        raise UserError(
+            f"model.kv: layer {i} reads a {source.noun}, but the model that init.from names has heads of "
+            f"{theirs.head_size_text} channels there; allowed: layers with heads of model.head_dim channels"
+        )
+    for verb, mine in (("reads", source), ("owns", owned)):
+        if mine is not None and mine.is_plain and mine.head_dim != theirs.head_dim:
+            raise UserError(
+                f"model.kv: layer {i} {verb} heads of {mine.head_size_text} channels, but the model that init.from "
+                f"names has {theirs.head_size_text} there; allowed: the same, so only layers of one head size share a "
+                "slot"
             )
 
 

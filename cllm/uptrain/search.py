@@ -147,10 +147,15 @@ def share_plan(teacher: TracedDecoder, batches: Batches, sharing: Sharing) -> KV
 
 
 def check_owning(plan: KVPlan) -> None:
-    """Raises `UserError` unless every layer owns keys and values and reads itself."""
+    """Raises `UserError` unless every layer owns keys and values of one shape and reads itself."""
     for i in range(len(plan)):
         if not plan.reads_itself(i):
             raise UserError(f"init.from: layer {i} does not read keys and values of its own; allowed: mha, gqa, mqa")
+        own, first = plan.owned(i), plan.owned(0)
+        if (own.kv_heads, own.head_dim) != (first.kv_heads, first.head_dim):
+            raise UserError(
+                f"init.from: layer {i} has {own.text} and layer 0 {first.text}; allowed: keys and values of one shape"
+            )
 
 
 def _moved(plan: KVPlan, i: int, j: int) -> LayerPlan:

@@ -74,7 +74,8 @@ def student_model(teacher: ModelConfig, kv: Any, *, rope_pairs: str) -> dict[str
     """
     data = {**teacher.model_dump(mode="json"), "kv": kv}
     plan = ModelConfig.model_validate(data).plan()
-    dims = {plan.source(i).rope_dim(teacher.resolved_head_dim) for i in range(len(plan))}
+    sources, size = [plan.source(i) for i in range(len(plan))], teacher.resolved_head_dim
+    dims = {size if source.is_plain else source.rope_dim(size) for source in sources}
     if rope_pairs == "high" and dims != {teacher.resolved_head_dim}:
         if len(dims) > 1:
             raise UserError(

@@ -9,18 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cllm.config import Config
-from cllm.config.uptraining import Lora
+from cllm.config.uptraining import TRAINED, Lora
 from cllm.model.decoder import Decoder
-from cllm.model.parts import ModelPart, parts_of
+from cllm.model.parts import parts_of
 from cllm.uptrain.curriculum import OWN
 
-TRAINED: dict[str, set[ModelPart]] = {
-    "slots": {"kv", "fusion"},
-    "kv": {"kv", "queries", "fusion"},
-    "attention": {"kv", "queries", "outputs", "fusion"},
-    "lora": {"fusion"},
-}
-"""Parts of the model that are trained, by `uptrain.trainable`; `all` leaves out nothing."""
 LORA_A, LORA_B = "lora_a", "lora_b"
 
 

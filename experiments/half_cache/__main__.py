@@ -18,19 +18,9 @@ from pathlib import Path
 from cllm.arguments import Parser, whole_number
 from cllm.errors import one_line
 from cllm.signals import stoppable
-from experiments.half_cache.command import add_running, run_until_stopped
+from experiments.half_cache.command import add_running, add_students, run_until_stopped
 from experiments.half_cache.runner import Devices, Experiment
-from experiments.half_cache.students import (
-    DEFAULT,
-    DEFAULT_QUARTER,
-    KINDS,
-    RECIPES,
-    SHARES,
-    STARTS,
-    check_names,
-    chosen_students,
-    with_seeds,
-)
+from experiments.half_cache.students import DEFAULT, DEFAULT_QUARTER, SHARES, chosen_students, with_seeds
 
 
 def parser() -> Parser:
@@ -41,18 +31,18 @@ def parser() -> Parser:
     add("--data", type=Path, required=True, metavar="PREPARED", help="text prepared with the teacher's tokenizer")
     add("--out", type=Path, default=Path("runs/half_cache"), metavar="DIR", help="default: %(default)s")
     add("--share", choices=SHARES, default="1/2", help="share of the cache of the default students")
-    add("--students", nargs="+", metavar="NAME",
-        help=f"KIND or KIND+RECIPE+...; kinds: {', '.join(KINDS)}; recipes: {', '.join(RECIPES)} (default: "
-        f"{' '.join(DEFAULT)}; with --share 1/4: {' '.join(DEFAULT_QUARTER)})")  # fmt: skip
-    add("--starts", nargs="+", default=["fit", "fit+outputs"], metavar="START",
-        help=f"of {', '.join(STARTS)} (default: fit fit+outputs); latents have svd alone")  # fmt: skip
+    add_students(
+        parser,
+        defaults=f"{' '.join(DEFAULT)}; with --share 1/4: {' '.join(DEFAULT_QUARTER)}",
+        starts=("fit", "fit+outputs"),
+        lr="that of the config",
+        batch="that of the config",
+    )
     add("--tokens", type=whole_number(0), default=20_000_000, metavar="N",
         help="tokens to train each student on; 0: starts alone (default: %(default)s)")  # fmt: skip
     add("--seeds", type=whole_number(1), default=1, metavar="N",
         help="seeds of the order of the text (default: %(default)s)")  # fmt: skip
     add_running(parser)
-    add("--lr", type=float, help="peak rate (default: that of the config)")
-    add("--batch", type=whole_number(1), metavar="N", help="sequences of a step (default: that of the config)")
     add("--seq-len", type=whole_number(2), metavar="N", help="tokens of a sequence (default: that of the config)")
     add("--windows", type=whole_number(1), metavar="N", help="validation sequences (default: that of the config)")
     add("--validations", type=whole_number(1), default=8, metavar="N",
@@ -67,8 +57,6 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status: 1 after a failure, 3 if time ran out."""
     options = parser().parse_args(arguments)
-    check_names(options.starts, STARTS, "--starts")
-    options.out.mkdir(parents=True, exist_ok=True)
     defaults = DEFAULT if options.share == "1/2" else DEFAULT_QUARTER
     parsed = chosen_students(options.students, defaults, options.teacher, lambda line: print(line, file=sys.stderr))
     students = with_seeds(parsed, options.seeds)
@@ -76,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out, cpu=options.device == "cpu", stop_after=options.stop_after, parallel=options.parallel
     )
     experiment = Experiment(options, devices, students)
+    experiment.check()
     return run_until_stopped(options.out, devices, experiment.run)
 
 

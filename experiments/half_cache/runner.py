@@ -23,17 +23,20 @@ import yaml
 from cllm import processes
 from cllm.environment import environment
 from cllm.errors import EXIT_STOPPED, UserError
-from cllm.files import write_atomic
+from cllm.files import shorten, write_atomic
 from cllm.runs import RunFolder
 from cllm.study.schema import parse_duration
 from cllm.uptrain.teacher import teacher_config
+from cllm.workers import last_line
 from experiments.half_cache.settings import check_same
-from experiments.half_cache.students import ROOT, Setting, Shape, Student, check_bytes, student_data
+from experiments.half_cache.students import ROOT, Setting, Shape, Student, check_bytes, check_config, student_data
 
 _MOST_THREADS = 8
 """Threads of a student, at most. With 64 each, the least squares of two students at once took minutes, not seconds."""
 _SAVING = 60.0
 """Seconds for a student to save when time is up."""
+_NEWS = 30.0
+"""Seconds between two lines about a step that runs."""
 
 
 class Devices:
@@ -70,21 +73,41 @@ class Devices:
         shared = self.parallel * max(self.gpus, 1) if device is not None else max(self.gpus, 1)
         threads = str(min(max((os.cpu_count() or 1) // shared, 1), _MOST_THREADS))
         environment = {"OMP_NUM_THREADS": threads, **os.environ}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         if self.gpus and device is not None:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
         with log.open("a", encoding="utf-8") as output:
-            process = processes.start(command, stdout=output, stderr=output, env=environment, cwd=ROOT)
+            process = processes.start(command, stdout=output, stderr=output, env=environment)
+            news, said = time.monotonic() + _NEWS, ""
             while not processes.has_ended(process) and not self.late:
                 time.sleep(0.2)
+                if time.monotonic() > news:
+                    line, news = last_line(log), time.monotonic() + _NEWS
+                    if line not in ("", said):
+                        self.log(shorten(line if line.startswith(f"{name}: ") else f"{name}: {line}", 150))
+                    said = line
             in_time = processes.has_ended(process)
             if not in_time:
                 processes.send(process, signal.SIGTERM)
             status = processes.reap(process, _SAVING)
         if in_time and status not in (0, EXIT_STOPPED):
-            last = "".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:])
-            self.failed[name] = f"{step}: exit status {status}: {last} ({log})"
+            self.failed[name] = f"{step}: exit status {status}: {last_line(log)} ({log})"
         return in_time and status == 0
+
+
+def config_of(student: Student, start: str, o: argparse.Namespace, shape: Shape, *, gpu: bool) -> dict[str, Any]:
+    """The config of a student with the options `o` of a command, for a teacher of this shape."""
+    overrides: dict[str, dict[str, Any]] = {
+        "data": {"seq_len": o.seq_len, "validation_sequences": o.windows},
+        "init": {"calibration_sequences": o.calibration},
+        "optim": {"lr": o.lr},
+        "train": {"global_batch": o.batch, "micro_batch": o.batch},
+    }
+    setting = Setting(
+        o.teacher, o.data, o.out, shape, o.tokens, gpu=gpu, validations=o.validations, overrides=overrides
+    )
+    return student_data(student, start, setting)
 
 
 class Experiment:
@@ -103,36 +126,18 @@ class Experiment:
 
     def config(self, student: Student, start: str) -> dict[str, Any]:
         """The config of a student."""
-        o = self.options
-        overrides: dict[str, dict[str, Any]] = {
-            "data": {"seq_len": o.seq_len, "validation_sequences": o.windows},
-            "init": {"calibration_sequences": o.calibration},
-            "optim": {"lr": o.lr},
-            "train": {"global_batch": o.batch, "micro_batch": o.batch},
-        }
-        setting = Setting(
-            o.teacher,
-            o.data,
-            self.out,
-            self.shape,
-            o.tokens,
-            gpu=self.devices.gpus > 0,
-            validations=o.validations,
-            overrides=overrides,
-        )
-        return student_data(student, start, setting)
+        return config_of(student, start, self.options, self.shape, gpu=self.devices.gpus > 0)
 
     def run(self) -> bool:
-        """Run all students, `parallel` at a time on each device; returns whether all are done.
+        """Run all students that have not failed, `parallel` at a time on each device; returns whether all are done.
 
-        Raises:
-            UserError: for a student that none of the starts suits, or that has begun with other settings.
+        Raises `UserError` as `check` does.
         """
-        for student in self.students:
-            self._check(student)
+        self.check()
         waiting: queue.SimpleQueue[Student] = queue.SimpleQueue()
         for student in self.students:
-            waiting.put(student)
+            if student.name not in self.devices.failed:
+                waiting.put(student)
         places = list(range(max(self.devices.gpus, 1))) * self.devices.parallel
         workers = [threading.Thread(target=self._work, args=(waiting, device)) for device in places]
         for worker in workers:
@@ -144,8 +149,16 @@ class Experiment:
         done = "loss" if self.options.tokens else "start_loss"
         return all(done in row and row.get("finished", not self.options.tokens) for row in self.write())
 
+    def check(self) -> None:
+        """Raise `UserError` for a student whose settings contradict each other, that none of the starts suits, or that
+        has begun with other settings."""
+        for student in self.students:
+            self._check(student)
+
     def _check(self, student: Student) -> None:
         starts, file, spec = student.starts(self.options.starts), self._chosen(student), self._spec(student)
+        for start in starts:
+            check_config(student, self.config(student, start), self.model)
         if self.options.tokens and file.exists():
             check_same(yaml.safe_load(file.read_text(encoding="utf-8")), self.config(student, starts[0]), file)
         before = json.loads(spec.read_text(encoding="utf-8"))["configs"] if spec.exists() else {}

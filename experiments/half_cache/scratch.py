@@ -1,4 +1,4 @@
-"""Train a teacher from scratch, convert it to students with half and a quarter of its cache, and train those.
+r"""Train a teacher from scratch, convert it to students with half and a quarter of its cache, and train those.
 
     python -m experiments.half_cache.scratch --corpus corpus/train-*.jsonl.xz --validation corpus/valid.jsonl.xz \
         --out runs/shares --stop-after 9m
@@ -27,34 +27,35 @@ from typing import Any
 
 import yaml
 
-from cllm.arguments import Parser, whole_number
+from cllm.arguments import Parser, number, whole_number
 from cllm.config import ModelConfig
 from cllm.errors import UserError, one_line
 from cllm.files import check_replaceable, write_atomic
 from cllm.runs import RUN, RunFolder
 from cllm.signals import stoppable
-from experiments.half_cache.command import add_running, run_until_stopped
-from experiments.half_cache.runner import Devices, Experiment
+from experiments.half_cache.command import add_running, add_students, run_until_stopped
+from experiments.half_cache.runner import Devices, Experiment, config_of
 from experiments.half_cache.students import (
     HALF,
     KINDS,
     QUARTER,
     ROOT,
-    STARTS,
     Shape,
     Student,
     check_bytes,
-    check_names,
+    check_config,
     chosen_students,
 )
 from experiments.uptraining.base import make_tokens
 from experiments.uptraining.setup import FULL, TINY, Folders, Size, claim
 
 AGENDA = (
-    *("control", "kv_tie_gqa+slow_attention", "gqa_4+fast_attention", "mla_4+fast_attention"),
-    *("kv_tie+slow_attention", "gqa+fast_attention", "cla4+fast_attention+attention", "cla2+fast_attention"),
-    *("kv_tie_8+slow_attention", "cla2_gqa+fast_attention", "mla+fast_attention", "xmla_4+fast_attention"),
-    *("fusedkv+fast_attention", "fusedkv_gqa+fast_attention", "acrosskv_4+fast_attention"),
+    *("control", "mla_4+fast_attention+attention_4", "gqa_4+fast_attention+attention_4"),
+    *("kv_tie_gqa+slow_attention+attention_4", "kv_tie+slow_attention+attention", "gqa+fast_attention+attention"),
+    *("mla+fast_attention+attention", "mla_4+fast_attention", "cla4+fast_attention+attention_4"),
+    *("cla2+fast_attention+attention", "cla2_gqa+fast_attention+attention", "kv_tie_8+slow_attention+attention"),
+    *("xmla_4+fast_attention+attention", "fusedkv+fast_attention+attention", "fusedkv_gqa+fast_attention+attention"),
+    "acrosskv_4+fast_attention+attention",
 )
 """Students of the default command, the most informative first, because time may run out."""
 SIZES: dict[str, Size] = {
@@ -119,23 +120,32 @@ class Scratch:
             )
         model = ModelConfig.model_validate(teacher_data(self.size, self.folders, gpus=self.devices.gpus)["model"])
         teacher = options.out / "teacher"
+        shape = Shape.of(model, teacher)
         for student in map(Student.parse, options.students or ()):
-            check_bytes(student, model, Shape.of(model, teacher), teacher)
-            student.starts(options.starts)
-        claim(self.folders, self.size)
+            check_bytes(student, model, shape, teacher)
+            for start in student.starts(options.starts):
+                config = config_of(student, start, self._student_options(), shape, gpu=self.devices.gpus > 0)
+                check_config(student, config, model)
+        if not options.corpus and not self.folders.tokens.exists():
+            raise UserError("--corpus is not given, and no tokens are prepared; name files of text or JSON lines")
 
     def run(self) -> bool:
         """Run all steps until time is up; returns whether all are done."""
+        if self.folders.size.exists():
+            claim(self.folders, self.size)
         self._tokens()
+        claim(self.folders, self.size)
         return not self.devices.late and self._teacher() and self._students()
 
     def _tokens(self) -> None:
-        if self.folders.tokens.exists() and not self.options.corpus:
-            return
         if not self.options.corpus:
-            raise UserError("--corpus is not given, and no tokens are prepared; name files of text or JSON lines")
+            return
         manifest = make_tokens(self.folders, self.size, self.options.corpus, self.options.validation)
-        self.devices.log(f"tokens: {manifest.split('train').tokens:,} to train on, {manifest.vocab_size:,} in all")
+        tokens = manifest.split("train").tokens
+        self.devices.log(
+            f"tokens: {tokens:,} to train on, which the teacher reads {self.size.tokens / tokens:.1f} times; "
+            f"{manifest.vocab_size:,} different ones"
+        )
 
     def _teacher(self) -> bool:
         """Train the teacher; returns whether it is trained."""
@@ -158,7 +168,8 @@ class Scratch:
         students = chosen_students(self.options.students, AGENDA, options.teacher, self.devices.log)
         experiment = Experiment(options, self.devices, students)
         experiment.finished = None if self.options.keep_checkpoints else delete_checkpoints
-        if not experiment.run():
+        done = experiment.run()
+        if self.devices.late:
             return False
         best = [best_of(experiment.write(), share) for share in (HALF, QUARTER)]
         chosen = [student for student in best if student is not None]
@@ -167,7 +178,7 @@ class Scratch:
         for seed in range(1, self.options.seeds):
             more = [dataclasses.replace(s, seed=seed) for s in (*chosen, *(same or controls))]
             experiment.students += [s for s in more if s not in experiment.students]
-        return experiment.run()
+        return experiment.run() and done
 
     def _student_options(self) -> argparse.Namespace:
         size, o = self.size, self.options
@@ -213,17 +224,18 @@ def parser() -> Parser:
     add("--corpus", nargs="+", default=[], metavar="FILE", help="text or JSON lines to train on, folders, globs")
     add("--validation", nargs="+", default=[], metavar="FILE", help="held out (default: 2 %% of the corpus)")
     add("--out", type=Path, default=Path("runs/shares"), metavar="DIR", help="default: %(default)s")
-    add("--students", nargs="+", metavar="NAME",
-        help=f"KIND or KIND+RECIPE+... (default: {' '.join(AGENDA)})")  # fmt: skip
-    add("--starts", nargs="+", default=["fit"], metavar="START",
-        help=f"of {', '.join(STARTS)} (default: fit); the best of several; latents have svd alone")  # fmt: skip
+    add_students(
+        parser,
+        defaults=" ".join(AGENDA),
+        starts=("fit",),
+        lr=f"{FULL.uptrain_lr:g}",
+        batch=str(FULL.uptrain_batch),
+    )
     add("--tiny", action="store_true", help="a teacher of a few thousand parameters")
     add("--tokens", type=whole_number(1), metavar="N", help="tokens of the teacher (default: 490,000,000)")
-    add("--percent", type=float, default=5.0, metavar="P", help="of them for each student (default: %(default)s)")
+    add("--percent", type=number(above=0, up_to=100), default=5.0, metavar="P",
+        help="of them for each student (default: %(default)s)")  # fmt: skip
     add("--seeds", type=whole_number(1), default=3, metavar="N", help="of the best students (default: %(default)s)")
-    add("--lr", type=float, help=f"peak rate of students (default: {FULL.uptrain_lr:g})")
-    add("--batch", type=whole_number(1), metavar="N",
-        help=f"sequences of a student's step (default: {FULL.uptrain_batch})")  # fmt: skip
     add("--keep-checkpoints", action="store_true", help="of finished students")
     add_running(parser)
     return parser
@@ -234,10 +246,6 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status: 1 after a failure, 3 if time ran out."""
     options = parser().parse_args(arguments)
-    check_names(options.starts, STARTS, "--starts")
-    if not 0 < options.percent <= 100:
-        raise UserError(f"--percent {options.percent:g}: allowed: above 0, up to 100")
-    options.out.mkdir(parents=True, exist_ok=True)
     scratch = Scratch(options)
     return run_until_stopped(options.out, scratch.devices, scratch.run)
 

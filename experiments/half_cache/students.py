@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from cllm.cache.accounting import kv_bytes
-from cllm.config import ModelConfig
+from cllm.config import Config, ModelConfig
+from cllm.config.load import validate
 from cllm.errors import UserError
 from cllm.uptrain.teacher import student_model, teacher_config
 from cllm.yaml_text import read_yaml
@@ -170,6 +171,8 @@ class Recipe:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     curriculum: float = 0.0
     """`uptrain.curriculum_steps` as a share of all steps."""
+    warmup: float = 0.0
+    """`optim.warmup_steps` as a share of all steps, if it is more than a tenth."""
     about: str = ""
 
 
@@ -183,7 +186,7 @@ def _rates(about: str, **rates: float) -> Recipe:
 
 def _curriculum(order: str, share: float) -> Recipe:
     settings = {"uptrain": {"curriculum_mix": "outputs", "curriculum_order": order}}
-    return Recipe(settings, share, f"attention handed over {order}, in {share:g} of the steps")
+    return Recipe(settings, share, about=f"attention handed over {order}, in {share:g} of the steps")
 
 
 RECIPES: dict[str, Recipe] = {
@@ -193,6 +196,8 @@ RECIPES: dict[str, Recipe] = {
     "warm": _loss("KL at temperature 2", temperature=2.0),
     "all_layers": _loss("hidden states of all layers", hidden_layers="all"),
     "attention": _loss("outputs of attention", attention=1.0),
+    "attention_4": _loss("outputs of attention, with weight 4", attention=4.0),
+    "attention_16": _loss("outputs of attention, with weight 16", attention=16.0),
     "attention_all": _loss("outputs of attention, hidden states of all layers", attention=1.0, hidden_layers="all"),
     "together": _curriculum("together", 0.5),
     "top": _curriculum("top", 0.5),
@@ -207,6 +212,7 @@ RECIPES: dict[str, Recipe] = {
     "slow_attention": _rates("rate of K/V and of attention's output times 0.1", kv=0.1, outputs=0.1),
     "slow_rest": _rates("rate outside of attention times 0.3", rest=0.3),
     "wsd": Recipe({"optim": {"schedule": "wsd", "decay_fraction": 0.3}}, about="constant rate, then linear decay"),
+    "long_warmup": Recipe(warmup=0.3, about="warm-up in the first 0.3 of the steps"),
     "mean_heads": Recipe({"init": {"heads": "mean"}}, about="fewer KV heads as means of neighbours"),
     "half_rate": Recipe(about="half of the rate"),
     "twice_rate": Recipe(about="twice the rate"),
@@ -294,6 +300,15 @@ def check_bytes(student: Student, teacher: ModelConfig, shape: Shape, path: Path
     return share
 
 
+def check_config(student: Student, data: Mapping[str, Any], teacher: ModelConfig) -> None:
+    """Raise `UserError` if settings in the config of a student contradict each other."""
+    try:
+        model = student_model(teacher, data["model"]["kv"], rope_pairs="uniform")
+        validate(Config, {**data, "model": model})
+    except UserError as error:
+        raise UserError(f"--students {student.name}: {error}") from None
+
+
 def chosen_students(
     names: Sequence[str] | None, defaults: Sequence[str], teacher: Path, log: Callable[[str], object]
 ) -> list[Student]:
@@ -370,7 +385,9 @@ def student_data(student: Student, start: str, setting: Setting) -> dict[str, An
     if curriculum := max((RECIPES[name].curriculum for name in recipes), default=0.0):
         config["uptrain"]["curriculum_steps"] = max(round(curriculum * steps), 1)
     config["optim"]["min_lr"] = config["optim"]["lr"] / 10
-    config["optim"]["warmup_steps"] = min(config["optim"]["warmup_steps"], max(steps // 10, 1))
+    longest = max((RECIPES[name].warmup for name in recipes), default=0.0)
+    warmup = min(config["optim"]["warmup_steps"], max(steps // 10, 1))
+    config["optim"]["warmup_steps"] = max(warmup, round(longest * steps))
     return config
 
 

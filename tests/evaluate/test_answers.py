@@ -228,7 +228,7 @@ def test_the_command_prints_the_table_of_runs_and_of_files(runs, compare, capsys
     ("words", "message"),
     [
         ("--posthoc xvk*", "--posthoc xvk*: no record of it"),
-        ("--posthoc * --score mqar", "--score mqar_accuracy: no model has a record of mqar, accuracy %"),
+        ("--posthoc * --score mqar", "--score mqar/accuracy: no model has a record of mqar, accuracy %"),
         ("--posthoc * --score lm_eval", "--score lm_eval: names no metric; allowed: lm_eval:TASK/METRIC"),
         ("--posthoc * --baseline x", "--baseline x: not among the rows"),
         ("--posthoc * --set x", "--set x: no model has a perplexity on it"),

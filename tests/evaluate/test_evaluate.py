@@ -56,6 +56,18 @@ def _refused(capsys, status: int) -> str:
     return captured.err
 
 
+@pytest.mark.parametrize("more", [(), ("--suite", "copying:distances=4,samples=1"), ("--posthoc", "none")])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    evaluate, make_run, capsys, tmp_path, monkeypatch, more
+) -> None:
+    run, _ = make_run("a")
+    (tmp_path / "file").write_text("mine")
+    for name in ("perplexity.measure", "posthoc.measure", "tasks.run.run_samples"):
+        monkeypatch.setattr(f"cllm.evaluate.{name}", lambda *_, **__: pytest.fail("measured"))
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert f"{out}: cannot be written" in _refused(capsys, evaluate("--run", run.path, "--out", out, *more))
+
+
 def test_a_run_is_scored_on_its_own_validation_set(evaluate, make_run, capsys) -> None:
     run, _ = make_run(steps=(10, 20))
     assert evaluate("--run", run.path, "--device", "cpu") == 0

@@ -15,6 +15,7 @@ from cllm.evaluate import heatmap as heatmaps
 from cllm.evaluate.comparison import compare as compare_runs
 from cllm.evaluate.comparison import find_runs
 from cllm.evaluate.report import figure, markdown_table
+from cllm.evaluate.score_choice import parse_score_choice
 from cllm.evaluate.suites.registry import suites
 from cllm.evaluate.tasks.mqar import Mqar
 
@@ -105,6 +106,27 @@ def test_scores_that_cannot_be_compared_are_refused(runs, compare, tmp_path, cap
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "task", "key"),
+    [
+        ("wikitext:path=a/b.txt", "path=a/b.txt", "bits_per_byte"),
+        ("wikitext:path=a/b.txt/loss", "path=a/b.txt", "loss"),
+        ("ruler:vt,length=8/margin", "vt,length=8", "margin"),
+        ("lm_eval:task/acc", "task", "acc"),
+    ],
+)
+def test_a_score_may_name_an_option_with_a_path(text: str, task: str, key: str) -> None:
+    choice = parse_score_choice(text, suites())
+    assert (choice.task, choice.number.key) == (task, key)
+    assert choice.text in (text, f"{text}/{key}")
+
+
+def test_a_score_that_no_model_has_is_named_as_it_was_written(runs, compare, tmp_path, capsys) -> None:
+    words = ("--posthoc", "*", "--score", "ruler:length=960", "--out", tmp_path / "out")
+    assert compare(*runs, *words) == 2
+    assert "error: --score ruler:length=960/accuracy: no model has a record" in capsys.readouterr().err
 
 
 def records(folder: Path, level: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -205,10 +205,17 @@ def test_refused_calls(inputs, options, message, hub_model) -> None:
         hub_model(n_layers=2).generate_batch(inputs, **options)
 
 
-def test_the_server_of_transformers_finds_the_class() -> None:
-    server = SimpleNamespace(transformers=SimpleNamespace())
-    serving.register(server)
-    assert server.transformers.CLLMForCausalLM is CLLMForCausalLM
+def test_the_server_of_transformers_finds_the_class_and_answers_with_errors() -> None:
+    handlers: dict[type[Exception], Any] = {}
+    app = SimpleNamespace(add_exception_handler=handlers.__setitem__)
+    server, manager = (
+        SimpleNamespace(build_server=lambda *arguments: app),
+        SimpleNamespace(transformers=ModuleType("t")),
+    )
+    serving.register(server, manager)
+    assert manager.transformers.CLLMForCausalLM is CLLMForCausalLM
+    assert server.build_server("manager", "handlers") is app
+    assert handlers == {UserError: serving._answer}
     assert cllm._ENTRIES[serving._SERVER] == serving.__name__
 
 

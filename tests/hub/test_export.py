@@ -72,6 +72,20 @@ def test_a_run_as_a_folder(convert, make_run, tmp_path, prepared, capsys) -> Non
     assert [p.name for p in tmp_path.glob(".*")] == []
 
 
+def test_others_may_read_what_the_umask_lets_them(convert, make_run, tmp_path) -> None:
+    """safetensors 0.8 makes files for their owner alone, so that a server of another user could not read them."""
+    before = os.umask(0o027)
+    try:
+        run, _ = make_run(kv={"preset": "mha"})
+        assert convert("export", run.path, tmp_path / "out", "--max-shard-size", "20KB") == 0
+        assert convert("plain", tmp_path / "out", tmp_path / "plain", "--max-shard-size", "20KB") == 0
+    finally:
+        os.umask(before)
+    files = [file for name in ("out", "plain") for file in (tmp_path / name).iterdir()]
+    assert sum(file.suffix == ".safetensors" for file in files) >= 4
+    assert {file.stat().st_mode & 0o777 for file in files if file.suffix == ".safetensors"} == {0o640}
+
+
 def test_the_folder_loads_generates_and_is_evaluated(convert, make_run, tmp_path) -> None:
     run, decoder = make_run()
     assert convert("export", run.path, tmp_path / "out") == 0

@@ -506,11 +506,16 @@ def rope_parameters(kind: str, **options) -> dict[str, Any]:
         (
             "mistral",
             {"model_type": "gemma4_text"},
-            "model_type is gemma4_text, .*larger heads in layers without a window",
+            "model_type is gemma4_text, .*a second kind of RoPE, .*rotates a part of the channels, norms on values",
         ),
         ("mistral", {"model_type": ...}, "model_type is None"),
         ("mistral", {"model_type": "gemma2"}, "model_type is gemma2, .*GELU"),
         ("mistral", {"model_type": "mixtral"}, "model_type is mixtral, .*mixture of experts"),
+        (
+            "qwen3",
+            {"per_layer_config": {"1": {"head_dim": 32}}},
+            r'per_layer_config is {"1": {"head_dim": 32}}; allowed',
+        ),
         ("mistral", {"num_local_experts": 8}, "num_local_experts is 8; allowed: null or 0"),
         ("mistral", {"hidden_act": "gelu"}, 'hidden_act is "gelu"; allowed: "silu" or "swish"'),
         ("llama, tied", {"attention_bias": True}, "attention_bias is true; allowed: false"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoTokenizer, DynamicCache
 
 from cllm.cache.cache import KVCache
 from cllm.errors import UserError
@@ -184,6 +184,20 @@ def test_several_stop_tokens(hub_model) -> None:
     stopped = _greedy(model, IDS[:1], max_new_tokens=12)[0, 5:].tolist()
     assert stopped == free[: free.index(free[4]) + 1]
     assert CLLMConfig(model=model.config.model, eos_token_id=[2, 3]).eos_token_id == [2, 3]
+
+
+def test_stop_strings(hub_model, prepared) -> None:
+    """`transformers serve` gives the tokenizer to every call of `generate`."""
+    tokenizer = AutoTokenizer.from_pretrained(prepared / "tokenizer")
+    model = hub_model(vocab_size=len(tokenizer))
+    options = {"max_new_tokens": 12, "eos_token_id": None}
+    free = _greedy(model, IDS[:1], **options)
+    assert torch.equal(_greedy(model, IDS[:1], tokenizer=tokenizer, **options), free)
+    stop = tokenizer.decode(free[0, 8:9])
+    stopped = _greedy(model, IDS[:1], tokenizer=tokenizer, stop_strings=[stop], **options)
+    assert torch.equal(stopped, free[:, : stopped.shape[1]])
+    assert stopped.shape[1] <= 9
+    assert stop in tokenizer.decode(stopped[0, 5:])
 
 
 @pytest.mark.parametrize("name", ["fusedkv", "yoco", "lckv", "mla"])

@@ -57,6 +57,7 @@ VARIANTS = [
     "mixes of mixes",
     "tied slots of other layers",
     "a loop that reads its first turn",
+    "heads of three sizes",
 ]
 
 
@@ -76,6 +77,7 @@ def test_logits_and_gradients_of_variants(name, reference, preset_config, random
         *(
             "yoco_u",
             "a loop that reads its first turn",
+            "heads of three sizes",
             "trailing",
             "swiftkv",
             "svformer",

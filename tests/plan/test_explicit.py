@@ -81,7 +81,7 @@ REFUSED = {
         "[{layers: 0-3, own: {}, retention: {}}]",
         "layer 0: names more than one of own, latent, retention",
     ),
-    "head size of a layer": ("[{layers: 0-3, own: {head_dim: 512}}]", "own.head_dim: unknown key"),
+    "odd head size": ("[{layers: 0-3, own: {head_dim: 7}}]", "own.head_dim: input should be a multiple of 2"),
     "neither owns nor reads": (
         "[{layers: 0-2, own: {}}, {layers: 3}]",
         "layer 3: owns nothing and does not say where its keys and values come from",

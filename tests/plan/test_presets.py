@@ -28,7 +28,8 @@ def rows(plan: KVPlan) -> list[str]:
         words = []
         origin = [] if plan.weights_of(i) == i else [f"as {plan.weights_of(i)}"]
         if isinstance(layer.own, Own):
-            words += [f"own:{layer.own.n_kv_heads}"] + ["norm"] * layer.own.kv_norm
+            words += [f"own:{layer.own.n_kv_heads}"] + [f"of {layer.own.head_dim}"] * bool(layer.own.head_dim)
+            words += ["norm"] * layer.own.kv_norm
             words += [] if layer.own.input is None else [f"input {layer.own.input}"]
             words += [f"only {layer.own.only}"] if isinstance(layer.own, OwnHalf) else []
             words += ["tied"] if isinstance(layer.own, OwnTied) else []

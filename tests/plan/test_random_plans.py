@@ -199,6 +199,49 @@ def joined(draw: st.DrawFn) -> dict[str, Any]:
     return section
 
 
+def owned_settings(entry: dict[str, Any], layer: int) -> list[tuple[int | str, dict[str, Any]]]:
+    """The settings of the slots that an entry owns, with the layer, or `local` and the layer for a second slot."""
+    if "own" in entry:
+        return [(layer, entry["own"])]
+    parts: list[Any] = next(iter(entry.get("read", {}).values()), [])
+    own = [part["own"] for part in parts if isinstance(part, dict) and "own" in part]
+    return list(zip((layer, f"local {layer}"), own, strict=False))
+
+
+def read_together(entry: dict[str, Any], layer: int) -> list[int | str]:
+    """The slots that a layer reads at once or mixes, which need heads of one size."""
+    parts: list[Any] = next(iter(entry.get("read", {}).values()), [])
+    found: list[int | str] = [
+        part if isinstance(part, int) else part["share"] for part in parts if "own" not in str(part)
+    ]
+    reads = [entry[half] for half in ("keys", "values") if half in entry]
+    found += [read["share"] for read in reads if "share" in read]
+    found += [j for read in reads for owners in read.values() if isinstance(owners, list) for j in owners]
+    owned = owned_settings(entry, layer)
+    if len(reads) == 1 or "read" in entry:
+        found += [name for name, _ in owned]
+    return found + [j for _, own in owned for j in [*own.get("mix", []), layer] if "mix" in own]
+
+
+@st.composite
+def sized(draw: st.DrawFn) -> dict[str, Any]:
+    """A section of `joined` with heads of several sizes, mostly one for all slots that are read together."""
+    section = draw(joined())
+    layers = section["kv"]["layers"]
+    several: list[int | None] = draw(st.sampled_from([[None, 6], [2, 6], [None, 2, 6, 8]]))
+    settings_of = {name: own for i, entry in enumerate(layers) for name, own in owned_settings(entry, i)}
+    group = {name: {name} for name in settings_of}
+    if draw(st.integers(0, 9)):
+        for i, entry in enumerate(layers):
+            joint = set().union(*(group[name] for name in read_together(entry, i) if name in group))
+            group |= dict.fromkeys(joint, joint)
+    for members in {id(members): members for members in group.values()}.values():
+        size = draw(st.sampled_from(several))
+        for name in members & settings_of.keys():
+            settings_of[name] |= {} if size is None else {"head_dim": size}
+    return section
+
+
 # ---- what holds for each --------------------------------------------------------------------------------------------
 
 
@@ -396,6 +439,27 @@ IN_A_CYCLE: list[dict[str, Any]] = [
 @example(section=listed(IN_A_CYCLE, {"forward": 2, "backward": 2}), sizes=EVEN, chunk=2)
 @given(section=joined(), sizes=st.lists(st.integers(1, 3), min_size=LENGTH, max_size=LENGTH), chunk=st.integers(1, 4))
 def test_reads_of_several_slots_compute_cache_export_and_train_alike(
+    section, sizes, chunk, random_model, tmp_path_factory
+):
+    check = test_accepted_plans_compute_cache_export_and_train_alike.hypothesis.inner_test  # type: ignore[attr-defined]
+    check(section, sizes, chunk, random_model, tmp_path_factory)
+
+
+SIZES: list[dict[str, Any]] = [
+    {"own": {}, "window": 4},
+    {"own": {"head_dim": 6, "n_kv_heads": 2, "tie": "kv"}},
+    {"own": {"head_dim": 6, "n_kv_heads": 2, "mix": [1]}, "keys": {"share": 0}, "values": {"share": 0}, "window": 3},
+    {"keys": {"fuse": [1, 2], "granularity": "complex"}, "values": {"fuse": [2], "granularity": "matrix"}, "window": 3},
+    {"read": {"gate": [{"share": 1, "window": 3}, {"own": {"head_dim": 6, "window": 2}}]}},
+    {"own": {"head_dim": 2, "input": 3}},
+]
+"""Heads of 4, 6 and 2 channels; layer 2 owns heads of 6 and reads heads of 4."""
+
+
+@settings(PROPERTY, max_examples=int(GIVEN or 10))
+@example(section=listed(SIZES), sizes=EVEN, chunk=2)
+@given(section=sized(), sizes=st.lists(st.integers(1, 3), min_size=LENGTH, max_size=LENGTH), chunk=st.integers(1, 4))
+def test_heads_of_several_sizes_compute_cache_export_and_train_alike(
     section, sizes, chunk, random_model, tmp_path_factory
 ):
     check = test_accepted_plans_compute_cache_export_and_train_alike.hypothesis.inner_test  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
+import cllm
 from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.hub.export import as_pretrained
@@ -114,6 +115,9 @@ def test_errors_are_means_over_sequences(spec, decoder, tokens):
     ids = torch.stack((tokens(1, PREFIX)[0], torch.arange(PREFIX) % 2, torch.arange(PREFIX) % 5))
     cache = KVCache(model.config)
     model(ids, cache=cache)
+    for store in cache.stores.values():
+        for tensor in (store.slot.k, store.slot.v):
+            tensor[1, 5 : PREFIX // 2] *= 0.01  # what eviction drops is small in this sequence
     found, alone = compress_cache(cache, method).outcome.errors, []
     for row in range(3):
         one = copy.deepcopy(cache)
@@ -352,3 +356,39 @@ def test_what_cannot_be_compressed_is_refused(decoder, llama, tokens):
     model(tokens(1, 9), cache=cache)
     with pytest.raises(UserError, match="nothing to compress: all slots have a window or are recurrent states"):
         compress_cache(cache, parse(FULL))
+
+
+@pytest.mark.parametrize("spec", ["kivi:bits=4,group=8,residual=8", "int8", "kvsharer:threshold=-1"])
+def test_a_transformers_model_with_heads_of_several_sizes(spec, tokens):
+    """Gemma 4: larger heads in layers without a window."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    kinds = ["sliding_attention", "full_attention"] * 3
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "layer_types": kinds}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16}
+    config = Gemma4TextConfig(**sizes, **heads, hidden_size_per_layer_input=0, sliding_window=64)
+    model = Gemma4ForCausalLM(config).eval().requires_grad_(False)
+    compressed = cllm.compress(model, tokens(1, 30), spec)
+    engine = engine_of(model)
+    assert engine.mha_nbytes(tokens=30, batch=1, element=4) == 3 * 4 * (2 * 8 + 2 * 16) * 30 * 4
+    exact = engine.new_cache()
+    engine.hidden(tokens(1, 30), exact)
+    assert engine.nbytes(compressed) < engine.nbytes(exact)
+    assert engine.logits(torch.tensor([[3]]), compressed).isfinite().all()
+
+
+def test_a_cache_with_heads_of_another_size_is_of_another_model(tokens):
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    def gemma(large: int):
+        kinds = ["sliding_attention", "full_attention"]
+        sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": large}
+        config = Gemma4TextConfig(**sizes, **heads, layer_types=kinds, hidden_size_per_layer_input=0)
+        return Gemma4ForCausalLM(config).eval().requires_grad_(False)
+
+    one, other = gemma(16), gemma(24)
+    cache = engine_of(other).new_cache()
+    engine_of(other).hidden(tokens(1, 9), cache)
+    with pytest.raises(UserError, match="it has 2 heads of 24, the model 2 of 16"):
+        cllm.compress(one, cache, "int8")

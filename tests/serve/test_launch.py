@@ -39,7 +39,7 @@ def free_port() -> int:
 
 def test_a_folder_is_checked_and_vllm_gets_all_other_options(serve, export_tiny) -> None:
     folder, port = export_tiny({"preset": "fusedkv"}, n_layers=4).folder, free_port()
-    words = ["--host", "127.0.0.1", "--port", str(port), "--skip-tokenizer-init"]
+    words = ["--host", "127.0.0.1", "--port", str(port), "--skip-tokenizer-init", "--kv-cache-memory-bytes", "99"]
     _, _, started = serve(folder, *words)
     assert started[:3] == [sys.executable, "-m", launch.SERVER]
     assert started[3:7] == ["--model", str(folder), "--enforce-eager", "--shutdown-timeout=30"]
@@ -52,6 +52,40 @@ def test_a_folder_is_checked_and_vllm_gets_all_other_options(serve, export_tiny)
     assert "2 entries, 512 numbers" not in printed, "4 heads, not 2"
     assert "1 entries, 512 numbers a token" in printed, "owners 0 and 1, 4 heads of 32, keys and values"
     assert "keys and values of 0, 1: 4 heads of 64" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "ours"),
+    [
+        ([], ["--enforce-eager", "--shutdown-timeout=30", "--kv-cache-memory-bytes=2147483648"]),
+        (["-tp", "2"], ["--enforce-eager", "--shutdown-timeout=30", "--kv-cache-memory-bytes=1073741824"]),
+        (["--gpu_memory_utilization=0.5"], ["--enforce-eager", "--shutdown-timeout=30"]),
+        (["--config", "vllm.yaml"], ["--shutdown-timeout=30"]),
+    ],
+)
+def test_without_a_gpu_the_cache_takes_what_is_there(options, ours, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the memory. What the options or their file set is not set again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "_memory", lambda: [2**34, 2**32])
+    (tmp_path / "vllm.yaml").write_text("enforce-eager: false\nkv-cache-memory-bytes: 1000\n")
+    command = launch.server_command(Path("served"), options, cuda=False)
+    assert command[3:] == ["--model", "served", *ours, *options]
+    monkeypatch.setattr(launch, "_memory", lambda: [])
+    assert "--kv-cache-memory-bytes=4294967296" in launch.server_command(Path("served"), [], cuda=False)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    for cuda in (True, False):
+        assert "--kv-cache" not in " ".join(launch.server_command(Path("served"), [], cuda=cuda))
+
+
+def test_the_memory_is_that_of_the_machine_and_of_the_control_group(tmp_path) -> None:
+    meminfo, group = tmp_path / "meminfo", tmp_path / "memory.max"
+    meminfo.write_text("MemTotal:       24653184 kB\nMemAvailable:   12582912 kB\n")
+    assert launch._memory(meminfo, group) == [12 * 2**30]
+    group.write_text("max\n")
+    assert launch._memory(meminfo, group) == [12 * 2**30]
+    group.write_text("2147483648\n")
+    assert launch._memory(meminfo, group) == [12 * 2**30, 2**31]
+    assert launch._memory(tmp_path / "none", tmp_path / "none") == []
 
 
 def test_mistakes_are_one_line(serve, export_tiny, tmp_path: Path) -> None:
@@ -89,6 +123,10 @@ def test_mistakes_are_one_line(serve, export_tiny, tmp_path: Path) -> None:
             ([folder, "--tokenizer=other", "--port", "99999"], "--port is 99999"),
             ([folder, "-tp", "3"], "tensor parallel size is 3"),
             ([folder, "--check", "-tp", "3"], "tensor parallel size is 3"),
+            ([folder, "other"], f"other: a server has one model, and FOLDER is {folder}"),
+            ([folder, "--check", "other"], "other: a server has one model"),
+            ([folder, "--port", "80", "--model=other"], "other: a server has one model"),
+            ([written, "--uds", "socket", "--config", "nosuch.yaml"], "nosuch.yaml: no such config file"),
             ([folder, "--max-model-len", "257"], "allowed: at most 256"),
             ([folder, "--tensor-parallel-size=many"], "allowed: an integer"),
             (

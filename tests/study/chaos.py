@@ -30,7 +30,7 @@ from cllm.study.points import Grid
 from cllm.study.queue import Queue
 from cllm.study.runner import Options, Runner
 from cllm.study.schema import Study
-from cllm.study.version import code_version
+from cllm.version import code_version
 
 TRAINER = Path(__file__).with_name("fake_trainer.py")
 TIMED = ("seconds", "finished", "evaluation_seconds", "tokens_per_s")
@@ -85,7 +85,7 @@ class FakeCommands:
 
     def evaluate(self, job: Path) -> list[str]:
         data = json.loads(job.read_text())
-        return [sys.executable, "-S", str(TRAINER), "evaluate", data["run"], data["out"]]
+        return [sys.executable, "-S", str(TRAINER), "evaluate", data["run"], data["out"], *data["marks"]]
 
 
 def runner_of(study: Study, out: Path, commands: FakeCommands, slots: int = 2, **options: Any) -> Runner:

@@ -1,7 +1,7 @@
 """A trainer without torch, for tests of the runner: it saves, resumes, stops on SIGTERM and locks as `cllm train` does.
 
     python -S fake_trainer.py train RUN CONFIG STEPS TOKENS_PER_STEP SEED LR SECONDS [STARTED N]
-    python -S fake_trainer.py evaluate RUN OUT
+    python -S fake_trainer.py evaluate RUN OUT MARK
 
 With STARTED, a file with a line for each training that was started, a run takes its last step only once the next one
 of N was started, or after half a minute fails.
@@ -109,16 +109,17 @@ def wait_for_next(run: str, started: "tuple[str, ...]", stopped: list[int]) -> b
     return False
 
 
-def evaluate(run: str, out: str) -> int:
+def evaluate(run: str, out: str, mark: str) -> int:
     os.makedirs(f"{out}/00", exist_ok=True)
     with open(f"{run}/checkpoints/step-{newest(run + '/checkpoints'):08d}.ckpt") as file:
         loss = int(file.read()) / 2**64
     write(f"{out}/00/set.json", json.dumps({"run": "x", "set": "set", "loss": loss, "perplexity": 2.0}))
+    write(f"{out}/00.done", mark + "\n")
     return 0
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "evaluate":
-        sys.exit(evaluate(*sys.argv[2:4]))
+        sys.exit(evaluate(*sys.argv[2:5]))
     folder, settings, *numbers = sys.argv[2:]
     sys.exit(train(folder, settings, *map(int, numbers[:3]), *map(float, numbers[3:5]), tuple(numbers[5:])))

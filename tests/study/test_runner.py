@@ -18,7 +18,7 @@ import pytest
 
 from cllm.runs import RunFolder
 from cllm.study.busy import Intervals, Stepping, busy_shares, read_sessions
-from cllm.study.children import Slot, child_environment
+from cllm.study.children import Slot
 from cllm.study.estimate import Estimates
 from cllm.study.layout import Layout
 from cllm.study.measuring import evaluation_intervals, mark_of
@@ -28,8 +28,9 @@ from cllm.study.rates import search
 from cllm.study.schema import Rates, Study, budgets, load_study, sizes
 from cllm.study.sharing import wait_for_room
 from cllm.study.slurm import array_script
-from cllm.study.status import status
-from cllm.study.version import _file_hash, code_version
+from cllm.study.status import dry_run, status
+from cllm.version import _file_hash, code_version
+from cllm.workers import child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,8 +137,16 @@ def test_no_point_starts_that_would_not_end_in_time(chaos: ModuleType, tmp_path:
 
 def test_a_study_stops_in_time_and_goes_on(chaos: ModuleType, tmp_path: Path) -> None:
     study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={}, tokens=16 * 40)
-    begin = time.monotonic()
-    assert chaos.runner_of(study, tmp_path, chaos.FakeCommands(0.05), seconds=0.5).run() == 3
+    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0.05), seconds=3600.0)
+    turn, begin = runner._turn, time.monotonic()
+
+    def time_is_up_after_a_step(received: list[int]) -> bool:
+        if any((tmp_path / "runs").glob("*/metrics.jsonl")):
+            runner._deadline = min(runner._deadline, time.monotonic())
+        return turn(received)
+
+    runner._turn = time_is_up_after_a_step
+    assert runner.run() == 3
     assert time.monotonic() - begin < 30, "each of four runs takes 2 s, and those that run stop after a step"
     assert list((tmp_path / "runs").glob("*/checkpoints/*.ckpt"))
     assert not list((tmp_path / "results").glob("*.json"))
@@ -237,11 +246,15 @@ def test_a_session_of_several_devices_counts_once() -> None:
     assert (every.sessions, every.seconds, every.busy) == (2, 40.0, 26.0)
 
 
-def test_a_short_run_has_several_successors_on_their_way_and_a_long_one_has_one(tmp_path: Path) -> None:
+def test_a_short_run_has_several_successors_on_their_way_and_a_long_one_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     estimates = Estimates(100.0)  # tokens a second; a start takes 30 s
 
     def job(tokens: int, began: float, *, stepping: bool) -> Any:
-        found = SimpleNamespace(work="train", tokens=tokens, stepping=stepping, started=time.monotonic() - began)
+        found = SimpleNamespace(work="train", tokens=tokens, stepping=stepping, started=now - began)
         return SimpleNamespace(**vars(found), point=SimpleNamespace(variant=Variant("mha"), name=f"{tokens}-{began}"))
 
     layout = Layout.at(tmp_path)
@@ -259,7 +272,7 @@ def test_a_short_run_has_several_successors_on_their_way_and_a_long_one_has_one(
     assert waits() == 0
     assert waits(long) == pytest.approx(20)  # 1000 tokens at 50 a second
     assert waits(steps(job(3000, 97, stepping=True), 1000)) is None, "40 s are longer than a start"
-    assert waits(short, job(1000, 29, stepping=False)) == pytest.approx(2 + 10, abs=0.1)
+    assert waits(short, job(1000, 29, stepping=False)) == pytest.approx(2 + 10)
     assert waits(short, job(9000, 29, stepping=False)) is None
     assert waits(short, job(1000, 5, stepping=False)) is None, "it steps in 25 s, for 10 s"
     assert waits(short, job(500, 29, stepping=False), job(500, 28, stepping=False)) is None, "at most three"
@@ -304,11 +317,11 @@ def test_a_device_is_busy_from_the_first_step_to_the_last_row_and_common_seconds
 def test_a_run_sees_one_gpu_and_nothing_of_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    found = child_environment(Slot("3"), 4, tmp_path)
+    found = child_environment("3", 4, tmp_path)
     assert found["CUDA_VISIBLE_DEVICES"] == "3"
     assert found["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
     assert "SLURM_NTASKS" not in found
-    assert child_environment(Slot(None), 1, tmp_path)["CUDA_VISIBLE_DEVICES"] == ""
+    assert child_environment(None, 1, tmp_path)["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_the_script_of_an_array() -> None:
@@ -414,6 +427,10 @@ def test_the_study_of_equal_bytes_has_all_designs_at_exactly_half_and_a_quarter(
     models = [sized.config(sized.point(v, 1, 1, 3e-3), Path("r")).model for v in sized.variants]
     sizes = [count_parameters(meta_decoder(model)) for model in models]
     assert max(sizes) / min(sizes) < 1.005
+    found = dry_run(Grid(study, "code", ["mha", "mla-half"]), Layout.at(Path("r")), Estimates(), 1).splitlines()
+    assert [line for line in found if "without effect" in line] == [
+        "mla-half: model.qk_norm is true, without effect: it needs a layer that reads keys and values, not latents"
+    ]
 
 
 @pytest.mark.parametrize(("wanted", "reached"), [("1/2", 0.5), ("1/4", 0.25), ("1/3", 0.375)])

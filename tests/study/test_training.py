@@ -17,8 +17,8 @@ from cllm.study.report import report_text
 from cllm.study.results import read_results, result_of, write_result
 from cllm.study.schema import load_study
 from cllm.study.summary import summarise
-from cllm.study.version import code_version
 from cllm.train.run import train
+from cllm.version import code_version
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {

@@ -179,6 +179,15 @@ def test_data_to_be_prepared_are_said_to_be_missing(tmp_path: Path) -> None:
     assert f"data         data.path {tmp_path / 'nosuch'}: not prepared yet" in lines
 
 
+def test_settings_without_effect_are_listed() -> None:
+    lines = report("--model.kv.preset", "mla", "--model.q_bias", "true", "--optim.decay_fraction", "0.5").splitlines()
+    assert [line for line in lines if line.startswith("unused")] == [
+        "unused       model.qk_norm is true, without effect: it needs a layer that reads keys and values, not latents",
+        "unused       model.q_bias is true, without effect: it needs a layer that reads keys and values, not latents",
+        "unused       optim.decay_fraction is 0.5, without effect: it needs optim.schedule wsd",
+    ]
+
+
 def test_validation_sets_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"data\.validation\.web: .*nosuch: no such folder of prepared data; make it with"

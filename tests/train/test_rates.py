@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from cllm.config import Config
+from cllm.config.uptraining import TRAINED
+from cllm.errors import UserError
 from cllm.model.parts import PARTS, parts_of
 from cllm.model.sizes import build_decoder
 from cllm.train.optim import make_optimizer
 from cllm.train.schedule import Schedule
+from cllm.uptrain.trainable import make_trainable
 
 STILL = ("--optim.lr", "1e-3", "--optim.min_lr", "1e-3", "--optim.warmup_steps", "0", "--model.vocab_size", "320")
 RATES = (*STILL, "--optim.fusion_lr_multiplier", "7", "--optim.rates.kv", "3", "--optim.rates.outputs", "0.5")
@@ -79,3 +82,22 @@ def test_a_rate_changes_the_steps_of_its_part_alone(tiny: Callable[..., Config])
     for name, distance in moved["1"].items():
         assert distance == pytest.approx(1e-3, rel=1e-3)
         assert moved["3"][name] == pytest.approx(3e-3 if ".owner." in name else 1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("trainable", ["all", *TRAINED])
+def test_a_rate_of_a_frozen_part_is_an_error(tiny: Callable[..., Config], trainable: str) -> None:
+    words = ("--init.from", "runs/teacher", "--uptrain.trainable", trainable, "--model.vocab_size", "320")
+    config = tiny("--model.kv.preset", "fusedkv", *words)
+    model = build_decoder(config.model)
+    make_trainable(model, config)
+    parts = parts_of(model)
+    trained = {parts[id(p)] for p in model.parameters() if p.requires_grad} - {"fusion"}
+    for part in set(PARTS) - {"fusion"}:
+        rate = (f"--optim.rates.{part}", "2")
+        if part in trained:
+            assert getattr(tiny(*words, *rate).optim.rates, part) == 2
+        else:
+            message = rf"optim.rates.{part} is 2, but uptrain.trainable is {trainable}, .* allowed with it: rates of kv"
+            with pytest.raises(UserError, match=message):
+                tiny(*words, *rate)
+    assert trained >= ({"kv"} if trainable != "all" else {"kv", "queries", "outputs", "rest"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cllm.files import mark
 from cllm.runs import RUN, RunFolder
 from cllm.uptrain.teacher import student_model
 from experiments.half_cache import scratch
-from experiments.half_cache.runner import table
+from experiments.half_cache.runner import Devices, Experiment, table
 from experiments.half_cache.settings import check_same
 from experiments.half_cache.students import (
     KINDS,
@@ -26,6 +27,7 @@ from experiments.half_cache.students import (
     Shape,
     Student,
     check_bytes,
+    check_config,
     student_data,
     with_seeds,
 )
@@ -91,6 +93,7 @@ def test_every_recipe_is_a_config(tmp_path: Path) -> None:
     both = config("cla4+top+half_batch+twice_rate+fast_kv")
     assert (both.optim.lr, both.optim.min_lr, both.optim.rates.kv) == (4e-4, 4e-5, 3)
     assert (both.train.global_batch, both.train.steps, both.uptrain.curriculum_steps) == (2, 200, 100)
+    assert (config("cla4+long_warmup").optim.warmup_steps, plain.optim.warmup_steps) == (30, 10)
     assert Student.parse("cla4+top-s12") == Student("cla4", ("top",), 12)
     assert Student("cla4", ("top",), 12).name == "cla4.top-s12"
     names = [s.name for s in with_seeds([Student.parse("cla4"), Student.parse("cla2-s1")], 2)]
@@ -100,6 +103,18 @@ def test_every_recipe_is_a_config(tmp_path: Path) -> None:
     for name, message in (("cla3", "--students cla3: allowed: control"), ("cla4+x", r"recipe x: allowed: plain")):
         with pytest.raises(UserError, match=message):
             Student.parse(name)
+
+
+def test_all_students_of_the_default_command_can_be_trained(tmp_path: Path) -> None:
+    model = TEACHERS["110m"]
+    shape = Shape.of(model, Path("teacher"))
+    setting = Setting(tmp_path, tmp_path, tmp_path, shape, 409_600, gpu=True, validations=2, overrides={})
+    shares = []
+    for student in map(Student.parse, scratch.AGENDA):
+        shares.append(check_bytes(student, model, shape, tmp_path))
+        check_config(student, student_data(student, student.starts(["fit"])[0], setting), model)
+    assert shares[0] == 1
+    assert all(share <= 1 / 4 for share in shares[1:4]), "a quarter first"
 
 
 def test_a_student_goes_on_with_the_settings_that_it_began_with(tmp_path: Path) -> None:
@@ -190,4 +205,71 @@ def test_a_tiny_study_stops_goes_on_and_repeats_the_best(
     assert "has train.steps" in capsys.readouterr().err
     assert scratch.main([*command, "--out", str(tmp_path / "new"), "--students", "control", "gqa_4"]) == 2
     assert "--students gqa_4: caches 0.500 of what" in capsys.readouterr().err
+    assert scratch.main([*command, "--out", str(tmp_path / "new"), "--students", "cla2+kv+fast_attention"]) == 2
+    assert "--students cla2.kv.fast_attention: optim.rates.outputs is 3" in capsys.readouterr().err
     assert not (tmp_path / "new" / "tokens").exists(), "before anything is prepared or trained"
+
+
+def test_a_student_that_fails_does_not_keep_others_from_more_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def student(self: Experiment, student: Student, device: int) -> None:
+        ran.append(student.name)
+        if student.kind == "fusedkv":
+            raise UserError("no such student")
+
+    def write(self: Experiment) -> list[dict[str, Any]]:
+        rows = [{"kind": s.kind, "recipes": s.recipes, "seed": s.seed, "loss": 4.0} for s in self.students]
+        return [row | {"finished": True} for row in rows if row["kind"] != "fusedkv"] + [{"kind": "fusedkv"}]
+
+    monkeypatch.setattr(Experiment, "_student", student)
+    monkeypatch.setattr(Experiment, "write", write)
+    monkeypatch.setattr("experiments.half_cache.runner.teacher_config", lambda path: TEACHERS["110m"])
+    monkeypatch.setattr("experiments.half_cache.students.teacher_config", lambda path: TEACHERS["110m"])
+    options = scratch.parser().parse_args(
+        [
+            "--out",
+            str(tmp_path),
+            "--device",
+            "cpu",
+            "--seeds",
+            "2",
+            "--corpus",
+            "x",
+            "--students",
+            "control",
+            "fusedkv",
+            "cla2",
+            "cla4",
+        ]
+    )
+    study = scratch.Scratch(options)
+    assert not study._students()
+    assert ran[:4] == ["control", "fusedkv", "cla2", "cla4"]
+    assert ran[4:] == ["control", "cla2", "cla4", "cla2-s1", "cla4-s1", "control-s1"]
+
+
+def test_a_step_runs_in_the_folder_of_the_command_and_its_last_line_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("experiments.half_cache.runner._NEWS", 0.0)
+    (tmp_path / "program.py").write_text(
+        "import pathlib, time, experiments\n"
+        "print('step 1', flush=True)\n"
+        "while not pathlib.Path('go').exists(): time.sleep(0.01)\n"
+    )
+    devices = Devices(Path("out"), cpu=True, stop_after=None, parallel=1)
+    log = Devices.log
+
+    def seen(self: Devices, text: str) -> None:
+        log(self, text)
+        Path("go").touch()
+
+    monkeypatch.setattr(Devices, "log", seen)
+    Path("out").mkdir()
+    assert devices.run([sys.executable, "program.py"], "cla2", "train", 0)
+    assert capsys.readouterr().out == "cla2: step 1\n"
+    assert not devices.failed

@@ -199,6 +199,7 @@ WAYS = {
     "lora": ["fusedkv", *LOSS, "--uptrain.trainable", "lora"],
     "curriculum": ["fusedkv", *LOSS, "--uptrain.curriculum_steps", "6"],
     "handover": [*HANDOVER, *LOSS, "--uptrain.curriculum_steps", "6", "--uptrain.curriculum_order", "top"],
+    "attention": ["fusedkv", *LOSS, "--uptrain.loss.attention", "4.0"],
     "random sources": ["mha", "--uptrain.random_sources", "0.5"],
 }
 
@@ -240,7 +241,7 @@ def test_recomputing_blocks_changes_nothing(student: Student, way: str) -> None:
         assert torch.equal(tensor, final(again)[name]), name
 
 
-@pytest.mark.parametrize("way", ["all layers", "lora", "curriculum", "random sources"])
+@pytest.mark.parametrize("way", ["all layers", "attention", "lora", "curriculum", "handover", "random sources"])
 def test_compiled_blocks_take_the_same_steps(student: Student, monkeypatch, way: str) -> None:
     settings = [*WAYS[way], "--train.gradient_checkpointing", "true" if way == "all layers" else "false"]
     plain = train(student(*settings, "--name", "plain"))

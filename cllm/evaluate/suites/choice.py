@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import textwrap
+import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
@@ -15,8 +17,8 @@ from cllm.errors import UserError, nearest
 from cllm.evaluate.suites.suite import Suite
 from cllm.yaml_text import parse_yaml
 
-_SEPARATOR = re.compile(r",(?![^\[]*\])")
-"""A comma outside of a YAML list."""
+_PIECE = re.compile(r"""(?<==)\s*\[[^\]]*\]|(?<![^=|])"[^"]*"|(?<![^=|])'[^']*'|.""", re.DOTALL)
+"""A value that may have commas, a list or a text in quotes; else one character."""
 
 
 class Chosen(NamedTuple):
@@ -30,7 +32,8 @@ class Chosen(NamedTuple):
 def parse_choice(text: str, known: Mapping[str, Suite]) -> Chosen:
     """The suite and the settings of `NAME` or `NAME:KEY=VALUE,...`.
 
-    A value is YAML. A list is written `a|b` or `[a, b]`; a single value stands for a list of one.
+    Numbers, `true`, `false` and `null` are YAML. A text, such as a path, is taken as it is; in quotes it may have
+    commas. A list is written `a|b` or `[a, b]`; a single value stands for a list of one. A list has no value twice.
 
     Raises:
         UserError: naming `text`, for an unknown suite or option (with the allowed ones), and for a value of the wrong
@@ -48,12 +51,15 @@ def parse_choice(text: str, known: Mapping[str, Suite]) -> Chosen:
         return Chosen(suite)
     where, fields = f'--suite "{text}"', suite.settings.model_fields
     values: dict[str, Any] = {}
-    for option in _SEPARATOR.split(options) if colon else ():
+    for option in _options(options) if colon else ():
         key, equals, value = (piece.strip() for piece in option.partition("="))
         if suite.positional is not None and key and not equals and not values:
             key, equals, value = suite.positional, "=", key
         if not equals or key in values:
-            raise UserError(f'{where}: "{option}" is no new key=value; allowed: {", ".join(sorted(fields))}')
+            raise UserError(
+                f'{where}: "{option}" is no new key=value; allowed: {", ".join(sorted(fields))}; a value with a comma '
+                "needs quotes"
+            )
         if key not in fields:
             raise UserError(f'{where}: unknown option "{key}" of {name}; {nearest(key, fields)}')
         values[key] = _value(value, fields[key], f"{where}: {key}")
@@ -67,16 +73,54 @@ def parse_choice(text: str, known: Mapping[str, Suite]) -> Chosen:
         raise UserError(f"{where}: {seen}{first['msg'].removeprefix('Value error, ')}{got}") from None
 
 
+def _options(text: str) -> list[str]:
+    """The options, which commas separate.
+
+    >>> _options("tasks=[a, b],path='c, d',length=4|8")
+    ['tasks=[a, b]', "path='c, d'", 'length=4|8']
+    """
+    options = [""]
+    for piece in _PIECE.findall(text):
+        if piece == ",":
+            options.append("")
+        else:
+            options[-1] += piece
+    return options
+
+
 def _value(text: str, field: FieldInfo, where: str) -> Any:
-    if "|" in text:
-        return [parse_yaml(part, where) for part in text.split("|")]
-    value = parse_yaml(text, where)
-    single = value is not None and not isinstance(value, list)
-    return [value] if single and _takes_list(field.annotation) else value
+    kinds = _kinds(field.annotation)
+    lists = [kind for kind in kinds if typing.get_origin(kind) is list]
+    if not lists:
+        return _single(text, kinds, where)
+    if not text or text.startswith("["):
+        values = parse_yaml(text, where)
+    else:
+        inner = [kind for each in lists for kind in _kinds(typing.get_args(each)[0])]
+        values = [_single(part.strip(), inner, where) for part in text.split("|")]
+        values = None if values == [None] else values
+    return list(dict.fromkeys(values)) if _is_plain(values) else values
 
 
-def _takes_list(annotation: Any) -> bool:
-    return any(typing.get_origin(kind) is list for kind in (annotation, *typing.get_args(annotation)))
+def _single(text: str, kinds: Sequence[Any], where: str) -> Any:
+    """A text as it is, so that a path may look like YAML; other values as YAML."""
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    if not {str, Path} & {*kinds} or quoted or (text == "null" and type(None) in kinds):
+        return parse_yaml(text, where)
+    return text or (None if type(None) in kinds else "")
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The types of a union, or the one type."""
+    return list(typing.get_args(annotation)) if _is_union(annotation) else [annotation]
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _is_plain(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str | int | float) for value in values)
 
 
 def describe_suites(suites: Iterable[Suite]) -> str:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 """The result of one measurement, as its JSON file holds it."""
+REFUSED = "refused.json"
+"""The file of specs of --posthoc that a suite went on without, in the suite's folder of results."""
 
 
 class Option:
@@ -92,6 +94,18 @@ def perplexity_text(value: float) -> str:
     return f"{value:.4g}" if value >= 1e5 else f"{value:.3f}"
 
 
+def add_refused(earlier: Record | None, record: Record) -> Record:
+    """The content of two `refused.json` as one, with the specs in order."""
+    refused = {**({} if earlier is None else earlier["refused"]), **record["refused"]}
+    return {**record, "refused": dict(sorted(refused.items()))}
+
+
+def bytes_of(path: Path) -> int:
+    """The size of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
 RUN = Column[Record]("run", lambda record: record["run"], left=True)
 STEP = Column[Record]("step", lambda record: "-" if record["step"] is None else str(record["step"]))
 SET = Column[Record]("set", lambda record: record["set"], left=True)
@@ -140,6 +154,24 @@ class Suite(ABC):
 
     def check(self, subject: Subject, job: Job) -> None:  # noqa: B027
         """Refuse a subject that lacks what the suite needs, before it is measured. Raises `UserError`."""
+
+    def spec_groups(self, specs: Sequence[str]) -> list[list[str]]:
+        """The specs of --posthoc in groups that may be measured apart, each in a process of its own.
+
+        Specs of one group share work, such as the prefill of a context.
+        """
+        return [list(specs)]
+
+    def tokens(self, options: argparse.Namespace, given: BaseModel | None, data: Path | None) -> float:
+        """A rough number of tokens that a measurement reads. Several processes start long measurements first.
+
+        Args:
+            options: the parsed command line.
+            given: the suite's settings.
+            data: the set; None for the subject's own, and for suites that take no text.
+        """
+        tokens = 1e6 if data is None or not data.exists() else bytes_of(data) / 4
+        return min(tokens, options.max_tokens or tokens)
 
     def columns(self) -> Sequence[Column[Record]]:
         """The columns of the suite's table."""
@@ -207,14 +239,19 @@ class Suite(ABC):
         self._write(subject, record, path, out)
         return path
 
+    def describe_refused(self, subject: Subject, refused: dict[str, str]) -> list[str]:
+        """A line for each spec of --posthoc that the suite went on without."""
+        return [f"{subject.name} on {self.name}: {spec} is refused: {reason}" for spec, reason in refused.items()]
+
     def save_refused(self, subject: Subject, refused: dict[str, str], out: Path | None = None) -> Path:
         """Write the specs of --posthoc that the suite went on without, with the reasons, as `SUITE/refused.json`.
 
         Raises:
             UserError: if it cannot be written.
         """
-        path = subject.results(out) / self.name / "refused.json"
-        record = {"suite": self.name, "run": subject.name, "design": subject.design, "refused": refused}
+        path = subject.results(out) / self.name / REFUSED
+        record: Record = {"suite": self.name, "run": subject.name, "design": subject.design, "refused": refused}
+        record = add_refused(None, record)
         self._write(subject, record, path, path)  # no events
         return path
 

@@ -56,6 +56,9 @@ class Copying(TaskSuite):
     numbers = (share("accuracy"), value("loss"), value("new_loss", "loss of new tokens", detail=True))
     main = "accuracy"
 
+    def tokens_of_samples(self, settings: CopyingSettings) -> float:
+        return 2 * settings.samples * sum(settings.distances or [1000])
+
     def samples(self, subject: Subject, settings: CopyingSettings) -> Sequence[Sample]:
         import numpy as np
 

@@ -57,6 +57,9 @@ class Mqar(TaskSuite):
     numbers = (share("accuracy"), value("loss"))
     main = "accuracy"
 
+    def tokens_of_samples(self, settings: MqarSettings) -> float:
+        return settings.samples * sum(settings.length or max(64, 4 * pairs) for pairs in settings.pairs)
+
     def samples(self, subject: Subject, settings: MqarSettings) -> Sequence[Sample]:
         import numpy as np
 

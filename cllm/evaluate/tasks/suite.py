@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import logging
 import math
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 AS_IS = "as it is"
 """The spec of records of the uncompressed cache, when no --posthoc was given."""
 _LONGEST_NAME = 150
-"""Characters of a folder's name."""
+"""Characters of a file's or folder's name without its hash."""
 ALL = "all"
 """The task of a record that averages the tasks of a suite."""
 
@@ -143,9 +144,33 @@ class TaskSuite(Suite):
                 f"--suite {self.name}: a sample of {longest.task} has {longest.longest} tokens; allowed: up to the "
                 f"context of {subject.name}, {subject.context}"
             )
+        names = {slug(ALL): ALL}
+        for task in dict.fromkeys(sample.task for sample in samples):
+            if (other := names.setdefault(slug(task), task)) != task or task == ALL:
+                raise UserError(
+                    f"--suite {self.name}: the results of tasks {other!r} and {task!r} would have one file; rename one"
+                    if task != ALL
+                    else f"--suite {self.name}: a task is called {ALL!r}, as the mean over tasks is; rename it"
+                )
         for sample in samples:
             if not sample.context and any(q.generate and not q.prompt for q in sample.questions):
                 raise UserError(f"--suite {self.name}: a sample of {sample.task} has nothing to generate from")
+
+    def spec_groups(self, specs: Sequence[str]) -> list[list[str]]:
+        """Methods that choose for an entire batch read contexts one at a time: they share no prefill with others."""
+        from cllm.posthoc.registry import parse
+
+        groups: dict[bool, list[str]] = {False: [], True: []}
+        for spec in specs:
+            groups[parse(spec).chooses_for_batch].append(spec)
+        return [group for group in groups.values() if group]
+
+    def tokens(self, options: argparse.Namespace, given: BaseModel | None, data: Path | None) -> float:
+        return self.tokens_of_samples(given or self.settings())
+
+    def tokens_of_samples(self, settings: Any) -> float:
+        """A rough number of tokens of all samples, see `tokens`."""
+        return 300 * (getattr(settings, "samples", None) or 1000) * (1 + (getattr(settings, "shots", None) or 0))
 
     def check(self, subject: Subject, job: Job) -> None:
         from cllm.posthoc.registry import parse
@@ -300,11 +325,7 @@ class TaskSuite(Suite):
         default = self.settings().model_dump(mode="json")
         changed = {key: value for key, value in settings.items() if value != default[key]}
         texts = [f"{k}={'+'.join(map(str, v)) if isinstance(v, list) else v}" for k, v in changed.items()]
-        name = slug(",".join(texts)) if texts else "default"
-        if len(name) <= _LONGEST_NAME:
-            return name
-        digest = hashlib.sha256(name.encode()).hexdigest()[:8]  # long paths may begin alike
-        return f"{name[:_LONGEST_NAME]}-{digest}"
+        return slug(",".join(texts)) if texts else "default"
 
 
 def _scaled(mean: Mean, scale: float) -> Mean:
@@ -355,5 +376,18 @@ def _ratio(records: Sequence[Record], spec: str) -> Callable[[Record], str]:
 
 
 def slug(text: str) -> str:
-    """A text as part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9._=+,-]+", "-", text).strip("-.") or "-"
+    """A text as part of a file's name.
+
+    Characters that names should not have become `-`. If there are others than `:` and `@`, as in a path, a hash of the
+    text follows: `a/b` and `a-b` must not get the same file. The same holds for long texts, which are cut.
+
+    >>> slug("xkv:group=4,ratio=2"), slug("vt@1024"), slug("path=a/b")
+    ('xkv-group=4,ratio=2', 'vt-1024', 'path=a-b-6e0d4d79')
+    """
+    name = re.sub(r"[^A-Za-z0-9._=+,-]+", "-", text).strip("-.")
+    is_unique = name and len(name) <= _LONGEST_NAME and not re.search(r"[^A-Za-z0-9._=+,:@-]", text)
+    return name if is_unique else f"{name[:_LONGEST_NAME]}-{_digest(text)}".strip("-")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

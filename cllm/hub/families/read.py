@@ -34,6 +34,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "num_experts": (None, 0),
     "num_local_experts": (None, 0),
+    "per_layer_config": (None, {}),
 }
 """Keys with one meaning in all families, and the values that the decoder can compute."""
 
@@ -65,7 +66,7 @@ def read_family(folder: str | Path) -> FamilyCheckpoint:
     Raises:
         UserError: naming the file, the key, its value and what is allowed, for an unknown family, and for features that
             the decoder cannot compute exactly: experts, other activations, biases on outputs and MLPs, dropout, caps on
-            logits, quantised weights, other kinds of RoPE, RoPE on part of the channels.
+            logits, quantised weights, other kinds of RoPE, RoPE on part of the channels, settings of single layers.
     """
     folder = Path(folder)
     file = folder / CONFIG_FILE

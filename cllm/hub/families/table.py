@@ -51,7 +51,9 @@ REFUSED = {
     **dict.fromkeys(("gemma3n", "gemma3n_text"), _GEMMA_N + ", several streams (AltUp), capped logits"),
     **dict.fromkeys(
         ("gemma4", "gemma4_text"),
-        _GEMMA_N + ", capped logits, an MLP gated by GELU, and larger heads in layers without a window",
+        _GEMMA_N + ", which rotates a part of the channels, norms on values without weights, scores without the factor "
+        "head_dim^-0.5, embeddings scaled by sqrt(hidden_size), a factor on the output of each layer, capped logits, "
+        "and an MLP gated by GELU",
     ),
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), _EXPERTS),
     **dict.fromkeys(("llama4", "llama4_text"), _EXPERTS + ", and some of its layers have no RoPE"),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cllm.config import ModelConfig, RopeScaling
 from cllm.errors import UserError, nearest
+from cllm.files import usual_permissions
 from cllm.hub.families.read import CONFIG_FILE
 from cllm.hub.families.table import FAMILIES, Family, weights
 from cllm.model.sizes import meta_decoder, model_d_ff
@@ -57,6 +58,7 @@ def export_family(
     named = _unaliased({weight.source: tensors[weight.target] for weight in weights(config)})
     folder.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(named, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    usual_permissions(folder)
     # Last, so that a folder with a config.json is complete.
     _hf_config(config, plan, name, token_ids or {}, {tensor.dtype for tensor in named.values()}).save_pretrained(folder)
     return name
@@ -94,13 +96,16 @@ def _check_plan(plan: KVPlan) -> None:
             raise UserError(f"layer {i}: owns {own.text}; {_ELSEWHERE}")
         if own.normalises:
             raise UserError(f"layer {i}: has a norm of its own for keys and values (kv_norm); {_ELSEWHERE}")
+        if own.head_dim is not None:
+            raise UserError(f"layer {i}: has heads of {own.head_dim} channels, not of model.head_dim; {_ELSEWHERE}")
         heads.add(own.kv_heads)
         if len(heads) > 1:
             raise UserError(f"layer {i}: has {own.kv_heads} KV heads, the layers below have others; {_ELSEWHERE}")
 
 
 _ELSEWHERE = (
-    f"in {', '.join(_WRITABLE)} checkpoints every layer reads keys and values of its own, all with one number of heads"
+    f"in {', '.join(_WRITABLE)} checkpoints every layer reads keys and values of its own, all with one number of heads "
+    "and one head size"
 )
 
 

@@ -229,6 +229,11 @@ def _check_kinds(plan: KVPlan) -> None:
                 f"layer {j} owns a {own.noun}; vLLM's attention over latents (MLA) shares no cache between layers and "
                 "has one size on a CPU; use transformers"
             )
+        if own.head_dim is not None:
+            raise _refused(
+                f"layer {j} owns heads of {own.head_dim} channels, not of model.head_dim; the plug-in has one head "
+                "size; use transformers"
+            )
         if type(own) not in (Own, OwnHalf, OwnTied, OwnMixed):
             raise _refused(f"layer {j} owns a {type(own).__name__}, a kind of another package")
     for i in range(len(plan)):

@@ -62,6 +62,16 @@ def test_posthoc_compresses_the_contexts_of_every_suite(evaluate, make_run, caps
     assert none["loss"] != svd["loss"]
 
 
+def test_tables_of_one_suite_with_several_options_are_told_apart(evaluate, make_run, capsys) -> None:
+    run, _ = make_run("a")
+    texts = ("copying:distances=6,samples=1", "copying:distances=8,samples=1")
+    assert evaluate("--run", run.path, "--suite", texts[0], "--suite", texts[1], "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("--suite")] == [f"--suite {text}" for text in texts]
+    assert evaluate("--run", run.path, "--suite", texts[0], "--device", "cpu") == 0
+    assert capsys.readouterr().out.startswith("copying\n")
+
+
 def test_a_spec_that_is_given_twice_is_measured_once(evaluate, make_run, capsys) -> None:
     run, _ = make_run("a")
     words = ("--suite", "copying:distances=6,length=6,samples=1", "--device", "cpu")

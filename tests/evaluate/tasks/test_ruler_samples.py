@@ -344,12 +344,27 @@ def test_questions_of_hotpotqa_have_their_ten_documents(task: Callable[..., Task
     assert {*draft.wrong} == {" person-0", " person-2"}
 
 
+def squad_with(answer: dict[str, Any]) -> str:
+    """A file of SQuAD with one question."""
+    asked = {"question": "q", "answers": [answer]}
+    return json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": [asked]}]}]})
+
+
 @pytest.mark.parametrize(
     ("key", "content", "problem"),
     [
         ("squad", "{", "cannot be read"),
         ("squad", '{"data": [{"paragraphs": [{"qas": []}]}]}', "has not the form of SQuAD v2"),
         ("squad", '{"data": []}', "has no question with an answer"),
+        ("squad", '{"data": 5}', "has not the form of SQuAD v2: data: Input should be a valid array, got 5"),
+        ("squad", "[" * 9000, "cannot be read: Invalid JSON: recursion limit"),
+        ("squad", squad_with({"text": 5}), r"has not .*: data.0.paragraphs.0.qas.0.answers.0.text: .* string, got 5"),
+        ("squad", squad_with({"text": " "}), r"has not .*: data.0.paragraphs.0.qas.0.answers.0.text: must have text"),
+        ("squad", squad_with({"text": "\ud800"}), "cannot be read: Invalid JSON"),
+        ("hotpotqa", '[{"question": "a", "answer": "b", "context": []}]', "has not .*: 0.context: .* at least 1 item"),
+        ("hotpotqa", '[{"question": "a", "answer": "", "context": [["t", ["x"]]]}]', "has not .*: 0.answer: must have"),
+        ("hotpotqa", '[{"question": "a", "answer": "b", "context": [["t", "x"]]}]', r"has not .*: 0.context.0.1: "),
+        ("hotpotqa", "{}", "has not the form of HotpotQA: Input should be a valid array, got {}"),
         ("hotpotqa", '[{"question": "a", "answer": "b", "context": [["t"]]}]', "has not the form of HotpotQA"),
         ("hotpotqa", "[]", "has no question with an answer"),
     ],
@@ -361,6 +376,23 @@ def test_files_that_do_not_fit_are_named(
     file.write_text(content)
     with pytest.raises(UserError, match=f"--suite ruler: {key}={re.escape(str(file))}: {problem}"):
         task({"squad": "qa_1", "hotpotqa": "qa_2"}[key], **{key: str(file)})
+
+
+def test_files_of_questions_and_essays_may_begin_with_a_byte_order_mark(
+    task: Callable[..., Task], squad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked = tmp_path / "squad.json"
+    marked.write_bytes(b"\xef\xbb\xbf" + squad.read_bytes())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = task("qa_1").draft(0, 4)
+    assert task("qa_1", squad="~/squad.json").draft(0, 4) == expected
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfOne two.")
+    (tmp_path / "b.txt").mkdir()
+    assert open_essays("~").words == ("One", "two.")
+    (tmp_path / "c.txt").write_bytes(b"\xe9")
+    open_essays.cache_clear()
+    with pytest.raises(UserError, match=r"c\.txt: cannot be read"):
+        open_essays("~")
 
 
 # ---- lengths ---------------------------------------------------------------------------------------------------------

@@ -59,6 +59,9 @@ class CodeCompletion(TaskSuite):
         value("bits_per_byte", "line bits/byte"),
     )
 
+    def tokens_of_samples(self, settings: CodeSettings) -> float:
+        return (settings.samples or 500) * (settings.length or 4096)
+
     def samples(self, subject: Subject, settings: CodeSettings) -> Sequence[Sample]:
         if (settings.path is None) == (settings.folder is None):
             raise UserError(
@@ -93,7 +96,11 @@ class CodeCompletion(TaskSuite):
         first = start(subject)
         room = limit - len(first) - max(settings.generate, len(answer))
         if room < 2:
-            raise UserError(f"--suite code: length={limit} leaves {room} tokens for the prompt; allowed: 2 or more")
+            longest = limit - len(first) - room
+            raise UserError(
+                f"--suite code: an answer has up to {longest} tokens, and length={limit} leaves {max(room, 0)} for the "
+                "prompt; allowed: 2 or more"
+            )
         prompt = prompt[-(room // 2) :]
         question = Question(
             prompt=prompt,

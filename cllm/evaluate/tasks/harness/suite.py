@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import importlib.util
@@ -61,6 +62,15 @@ class LmEval(Suite):
     compared = False
     compresses = True
 
+    def spec_groups(self, specs: Sequence[str]) -> list[list[str]]:
+        """Each spec alone: lm-eval reads every context once for each."""
+        return [[spec] for spec in specs]
+
+    def tokens(self, options: argparse.Namespace, given: BaseModel | None, data: Path | None) -> float:
+        settings = given or HarnessSettings()
+        assert isinstance(settings, HarnessSettings)
+        return len(settings.tasks) * (settings.limit or 2000) * 200 * (1 + (settings.shots or 0))
+
     def check(self, subject: Subject, job: Job) -> None:
         from cllm.posthoc.registry import parse
 
@@ -109,7 +119,9 @@ class LmEval(Suite):
             UserError: if it cannot be written.
         """
         given = record["settings"]
-        shown = "".join(f"-{key}={given[key]}" for key in ("shots", "limit") if given[key] is not None)
+        default = HarnessSettings().model_dump(mode="json")
+        changed = [key for key in default if key != "tasks" and given[key] != default[key]]
+        shown = f"-{slug('-'.join(f'{key}={given[key]}' for key in changed))}" if changed else ""
         shown += "" if subject.latest else f"-{Path(record['checkpoint']).stem}"
         folder = subject.results(out) / self.name
         path = (

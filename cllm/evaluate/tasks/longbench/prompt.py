@@ -63,7 +63,11 @@ def long_sample(
     first = start(subject)
     room = limit - len(first) - max(question.generate, len(answer))
     if room < 2:
-        raise UserError(f"--suite: {task}: length={limit} leaves {room} tokens for the prompt; allowed: 2 or more")
+        longest = limit - len(first) - room
+        raise UserError(
+            f"{task}: an answer has up to {longest} tokens, and length={limit} leaves {max(room, 0)} for the prompt; "
+            "allowed: 2 or more"
+        )
     end = len(pieces(subject, context, after + references[0])[0])
     kept, prompt = middle_cut(before[:end], before[end:], room)
     question = replace(

@@ -82,6 +82,9 @@ class LongBench(TaskSuite):
     main = "score"
     numbers: ClassVar[tuple[Score, ...]] = (share("score"), value("bits_per_byte", "answer bits/byte"))
 
+    def tokens_of_samples(self, settings: LongBenchSettings) -> float:
+        return (settings.samples or 200) * (settings.length or 4096) * (len(settings.tasks) or 16)
+
     def samples(self, subject: Subject, settings: LongBenchSettings) -> Sequence[Sample]:
         if not settings.path:
             raise UserError("--suite longbench: needs path=FOLDER, with the benchmark's NAME.jsonl")

@@ -64,14 +64,18 @@ def _package_folder() -> Path | None:
     return None
 
 
+def _words(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8-sig").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--suite ruler: essays: {file}: cannot be read: {error}") from None
+
+
 def _read(folder: Path, source: str) -> Essays:
-    files = sorted(folder.glob("*.txt"))
+    files = sorted(file for file in folder.glob("*.txt") if file.is_file())
     if not files:
         raise UserError(f"--suite ruler: essays={folder}: holds no .txt file")
-    try:
-        words = tuple(word for file in files for word in file.read_text(encoding="utf-8").split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--suite ruler: essays={folder}: cannot be read: {error}") from None
+    words = tuple(word for file in files for word in _words(file))
     if not words:
         raise UserError(f"--suite ruler: essays={folder}: its .txt files are empty")
     return Essays(source, words)
@@ -100,6 +104,6 @@ def open_essays(name: str) -> Essays:
         log.warning("ruler: no essays, so tasks with essays use noise sentences and are easier; %s", _INSTALL)
     if name in ("auto", "noise"):
         return NO_ESSAYS
-    if not Path(name).is_dir():
+    if not (folder := Path(name).expanduser()).is_dir():
         raise UserError(f"--suite ruler: essays={name}: no such folder; allowed: auto, noise, {PACKAGE} or a folder")
-    return _read(Path(name), name)
+    return _read(folder, name)

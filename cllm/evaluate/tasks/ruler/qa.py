@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from cllm.errors import UserError
 from cllm.evaluate.tasks.ruler.draft import SHORT, Draft, Task
 from cllm.evaluate.tasks.ruler.prompts import DOCUMENT, DOCUMENTS
+from cllm.files import shorten
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,11 +35,68 @@ class Corpus:
     questions: tuple[Asked, ...]
 
 
-def _read(path: Path, key: str) -> Any:
+class _Form(BaseModel):
+    """A part of a data set's file; other keys are allowed."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+def _filled(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must have text")
+    return text
+
+
+_Filled = Annotated[str, AfterValidator(_filled)]
+
+
+class _Answer(_Form):
+    text: _Filled
+
+
+class _SquadQuestion(_Form):
+    question: str
+    answers: list[_Answer] = []
+    is_impossible: bool = False
+
+
+class _Paragraph(_Form):
+    context: str
+    qas: list[_SquadQuestion]
+
+
+class _Article(_Form):
+    paragraphs: list[_Paragraph]
+
+
+class _Squad(_Form):
+    data: list[_Article]
+
+
+class _HotpotQuestion(_Form):
+    question: str
+    answer: _Filled
+    context: list[tuple[str, list[str]]] = Field(min_length=1)
+
+
+_SQUAD, _HOTPOTQA = TypeAdapter(_Squad), TypeAdapter(list[_HotpotQuestion])
+T = TypeVar("T")
+
+
+def _read(path: Path, key: str, form: TypeAdapter[T], name: str) -> T:
+    """The content of a file. Raises `UserError`, naming the place in the file, if it has not the form."""
+    path = path.expanduser()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return form.validate_json(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--suite ruler: {key}={path}: cannot be read: {error}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if first["type"] == "json_invalid":
+            raise UserError(f"--suite ruler: {key}={path}: cannot be read: {first['msg']}") from None
+        place, value = ".".join(map(str, first["loc"])), shorten(repr(first["input"]), 60)
+        wrong = f"{place}: " * bool(place) + first["msg"].removeprefix("Value error, ")
+        raise UserError(f"--suite ruler: {key}={path}: has not the form of {name}: {wrong}, got {value}") from None
 
 
 def _corpus(questions: list[tuple[str, list[str], list[str], list[str]]]) -> Corpus:
@@ -64,17 +123,14 @@ def read_squad(path: Path) -> Corpus:
         UserError: if the file is missing or has another form.
     """
     questions = []
-    try:
-        for article in _read(path, "squad")["data"]:
-            paragraphs = [paragraph["context"] for paragraph in article["paragraphs"]]
-            for paragraph in article["paragraphs"]:
-                for asked in paragraph["qas"]:
-                    if not asked.get("is_impossible", False):
-                        answers = [answer["text"] for answer in asked["answers"]]
-                        questions.append((asked["question"], answers, [paragraph["context"]], paragraphs))
-        return _checked(_corpus(questions), path, "squad")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--suite ruler: squad={path}: has not the form of SQuAD v2 ({error!r})") from None
+    for article in _read(path, "squad", _SQUAD, "SQuAD v2").data:
+        paragraphs = [paragraph.context for paragraph in article.paragraphs]
+        for paragraph in article.paragraphs:
+            for asked in paragraph.qas:
+                if not asked.is_impossible:
+                    answers = [answer.text for answer in asked.answers]
+                    questions.append((asked.question, answers, [paragraph.context], paragraphs))
+    return _checked(_corpus(questions), path, "squad")
 
 
 def read_hotpotqa(path: Path) -> Corpus:
@@ -86,15 +142,10 @@ def read_hotpotqa(path: Path) -> Corpus:
         UserError: if the file is missing or has another form.
     """
     questions = []
-    try:
-        for asked in _read(path, "hotpotqa"):
-            documents = [f"{title}\n{''.join(parts)}" for title, parts in asked["context"]]
-            questions.append((asked["question"], [asked["answer"]], documents, list[str]()))
-        return _checked(_corpus(questions), path, "hotpotqa")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"--suite ruler: hotpotqa={path}: has not the form of HotpotQA ({error!r})") from None
+    for asked in _read(path, "hotpotqa", _HOTPOTQA, "HotpotQA"):
+        documents = [f"{title}\n{''.join(parts)}" for title, parts in asked.context]
+        questions.append((asked.question, [asked.answer], documents, list[str]()))
+    return _checked(_corpus(questions), path, "hotpotqa")
 
 
 def _checked(corpus: Corpus, path: Path, key: str) -> Corpus:

@@ -82,6 +82,10 @@ class Ruler(TaskSuite):
     numbers = (share("accuracy"), share("recall"), share("score"), value("nats", "nats/token"), value("margin"))
     groups = ("length", "depth")
 
+    def tokens_of_samples(self, settings: Settings) -> float:
+        tasks = 11 if "all" in settings.tasks else len(settings.tasks)
+        return tasks * (settings.samples or PUBLISHED_SAMPLES) * sum(settings.length or [_DEFAULT_LENGTH])
+
     def samples(self, subject: Subject, settings: Settings) -> Sequence[Sample]:
         """The samples of each task at each length.
 
@@ -127,8 +131,10 @@ class Ruler(TaskSuite):
         lengths = list(dict.fromkeys(settings.length)) or [min(_DEFAULT_LENGTH, subject.context or _DEFAULT_LENGTH)]
         for length in lengths:
             if not 0 < length <= min(MAX_TOKENS, subject.context or MAX_TOKENS):
-                most = "" if subject.context is None else f", the context of {subject.name} (1 to {subject.context})"
-                raise UserError(f"--suite ruler: length={length}; allowed: positive numbers{most}")
+                most = (
+                    f"{MAX_TOKENS}" if subject.context is None else f"{subject.context}, the context of {subject.name}"
+                )
+                raise UserError(f"--suite ruler: length={length}; allowed: 1 to {most}")
         return lengths
 
     def score(self, sample: Sample, question: Question, answer: Answer) -> dict[str, float]:

@@ -126,7 +126,7 @@ def test_mistakes_in_longbench_files_are_named(subject, write_lines, tmp_path) -
         ({"path": str(tmp_path / "empty")}, "has no file such as narrativeqa.jsonl"),
         ({"path": str(file), "prompts": str(tmp_path / "bad.json")}, "bad.json: lcc: has {context} 0 times"),
         ({"path": str(file), "length": 10000}, "length=10000; allowed: up to the context of long, 384"),
-        ({"path": str(file), "length": 64}, "length=64 leaves -1 tokens for the prompt"),
+        ({"path": str(file), "length": 64}, "lcc: an answer has up to 64 tokens, and length=64 leaves 0"),
     ):
         with pytest.raises(UserError, match=message):
             LongBench().samples(subject, LongBenchSettings(**options))

@@ -1,0 +1,156 @@
+"""Processes that share the GPUs of a machine, or its CPU.
+
+A place is what one process computes on: a GPU as in CUDA_VISIBLE_DEVICES, or None for a share of the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cllm
+from cllm import processes
+from cllm.errors import UserError
+from cllm.signals import Interrupted
+
+GRACE = 30.0
+"""Seconds that the commands of `run_all` have to end once they are told to."""
+_POLL = 0.05
+_LOG_TAIL = 8192
+
+
+def find_gpus() -> list[str]:
+    """The GPUs that a process may use, as in CUDA_VISIBLE_DEVICES; empty without a usable GPU."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return named[:count] if named else [str(n) for n in range(count)]
+
+
+def choose_gpus(text: str, known: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The GPUs of `--devices text`, such as `0,2`.
+
+    Args:
+        text: names of GPUs, separated by commas.
+        known: the GPUs there are.
+        words: other values that the option takes, for messages.
+
+    Raises:
+        UserError: for a GPU that is not there or is named twice.
+    """
+    names = [name.strip() for name in text.split(",")]
+    allowed = ", ".join([*known, *words])
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"--devices {text}: there is no GPU {unknown[0]!r}; allowed: {allowed}")
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--devices {text}: names GPU {repeated[0]} twice; allowed: each GPU once")
+    return names
+
+
+def child_environment(place: str | None, places: int, compiled: Path | None = None) -> dict[str, str]:
+    """The environment of a process on a place.
+
+    The process sees one GPU and a share of the CPU's cores. Variables of SLURM that would make it a part of a larger
+    run are left out.
+
+    Args:
+        place: a GPU as in CUDA_VISIBLE_DEVICES; None: the CPU.
+        places: number of processes at once.
+        compiled: a folder for compiled code that the processes share; None: the usual one.
+    """
+    # The child must import this cllm, installed or not, and not a folder `cllm` in the working directory.
+    path = os.pathsep.join(filter(None, (str(Path(cllm.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))))
+    found = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    found |= {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    found.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // places)))
+    found["CUDA_VISIBLE_DEVICES"] = "" if place is None else place
+    if place is not None and compiled is not None:
+        found.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
+        found.setdefault("TRITON_CACHE_DIR", str(compiled / "triton"))
+    return found
+
+
+def start(command: Sequence[str], log: Path, environment: dict[str, str]) -> subprocess.Popen:
+    """Start a process whose output is appended to a log. It gets SIGTERM when this process is killed."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as stream:
+        return processes.start(
+            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, env=environment
+        )
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that has text; an empty one if no line has."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, log.stat().st_size - _LOG_TAIL))
+            lines = stream.read().decode(errors="replace").split("\n")
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command for `run_all`."""
+
+    words: Sequence[str]
+    log: Path
+
+
+def run_all(
+    commands: Sequence[Command],
+    places: Sequence[str | None],
+    ended: Callable[[int, int], None],
+    waiting: Callable[[], None] = lambda: None,
+) -> None:
+    """Run commands in their order, each in a process, as many at once as there are places. Leaves no process behind.
+
+    On SIGINT, SIGTERM or SIGHUP to this process, all commands get SIGTERM, and are killed if they have not ended after
+    `GRACE` seconds or at the next signal.
+
+    Args:
+        commands: the commands.
+        places: where they run; one command at a time on each.
+        ended: called with the number of a command that has ended and its exit status.
+        waiting: called several times a second.
+
+    Raises:
+        Interrupted: after all processes have ended, if there was such a signal.
+    """
+    left = deque(enumerate(commands))
+    running: dict[int, tuple[int, subprocess.Popen]] = {}
+    environments = [child_environment(place, len(places)) for place in places]
+    with processes.received_signals() as received:
+        try:
+            while (left or running) and not received:
+                for place, environment in enumerate(environments):
+                    if place in running and processes.has_ended(running[place][1]):
+                        n, process = running.pop(place)
+                        ended(n, processes.reap(process))
+                    if place not in running and left:
+                        n, command = left.popleft()
+                        running[place] = n, start(command.words, command.log, environment)
+                waiting()
+                time.sleep(_POLL)
+        finally:
+            _end([process for _, process in running.values()], received)
+    if received:
+        raise Interrupted(received[0])
+
+
+def _end(running: Sequence[subprocess.Popen], received: list[int]) -> None:
+    """Ask processes to end, and kill those that have not done so after a while or at another signal."""
+    for process in running:
+        processes.send(process, 15)
+    deadline, signals = time.monotonic() + GRACE, len(received)
+    while not all(map(processes.has_ended, running)) and time.monotonic() < deadline and len(received) == signals:
+        time.sleep(_POLL)
+    for process in running:
+        processes.reap(process)

@@ -262,7 +262,7 @@ def open_packed(
             packed = packed.cropped(length)
         read = unpack_at_rest if "at_rest" in packed.layout else unpack
         return read(packed.to(device), decoder.config, max_len=max_len)
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, torch.AcceleratorError, torch.OutOfMemoryError):
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError, RuntimeError) as error:
         raise DamagedError(f"{path}: damaged: {reason(error)}") from None

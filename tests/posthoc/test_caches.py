@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 import cllm
 from cllm.cache.cache import KVCache
+from cllm.cache.stores import SlotStore
 from cllm.errors import UserError
 from cllm.hub.export import as_pretrained
 from cllm.posthoc.cache import CompressedSlot, compress_cache
@@ -116,6 +117,7 @@ def test_errors_are_means_over_sequences(spec, decoder, tokens):
     cache = KVCache(model.config)
     model(ids, cache=cache)
     for store in cache.stores.values():
+        assert isinstance(store, SlotStore)
         for tensor in (store.slot.k, store.slot.v):
             tensor[1, 5 : PREFIX // 2] *= 0.01  # what eviction drops is small in this sequence
     found, alone = compress_cache(cache, method).outcome.errors, []

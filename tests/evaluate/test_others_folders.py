@@ -127,7 +127,9 @@ def test_an_evaluation_goes_on_without_a_broken_run(evaluate, make_run, capsys) 
     line = f"left out: {broken.checkpoint_folder}: no checkpoint is intact: {broken.checkpoint_path(20)}: damaged"
     assert line in captured.err
     assert good.evaluation_folder.exists()
-    assert evaluate("--run", broken.path, "--run", broken.path) == 2
+    other = make_run("other")[0]
+    other.checkpoint_path(20).write_bytes(b"not a checkpoint")
+    assert evaluate("--run", broken.path, "--run", other.path) == 2
     assert "none of the 2 runs can be used" in capsys.readouterr().err
 
 

@@ -6,6 +6,7 @@ attention.py  the mixers: softmax attention, latent attention, gated retention
 joint.py      the mixers of reads of several slots at once: one softmax over them, a gated sum
 context.py    the state that all layers of one forward pass share
 requests.py   the context of a pass over several requests, in one row of tokens
+tail.py       the context of a prompt's last tokens, which alone continue in its highest layers
 sources.py    the modules that write and read slots
 fusion.py     fused reads whose weights are complex numbers or matrices
 loop.py       weights that the turns of a loop share

@@ -31,7 +31,8 @@ from cllm.model.context import Context
 from cllm.model.norm import BlockRMSNorm, RMSNorm
 from cllm.model.rope import apply_rope
 from cllm.model.sources import OwnMixedKV, StoredForm, make_owner, make_read
-from cllm.plan.kinds import Latent, Retention, Source
+from cllm.plan.kinds import Retention, Source
+from cllm.plan.latent import Latent
 from cllm.plan.plan import KVPlan
 from cllm.plan.registry import mixer_module
 

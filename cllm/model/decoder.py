@@ -31,7 +31,8 @@ from cllm.model.loop import share_turns
 from cllm.model.loss import Head
 from cllm.model.norm import RMSNorm
 from cllm.model.precision import product_dtype
-from cllm.model.requests import last_tokens, request_context
+from cllm.model.requests import request_context
+from cllm.model.tail import last_token, with_tail
 from cllm.plan.prompt import prompt_tail
 
 if TYPE_CHECKING:
@@ -206,10 +207,10 @@ class Decoder(nn.Module):
             last = self._spans.get(layer)
             if last is None:
                 if layer == top and layer not in self.plan.inputs:  # only its slot is needed of all tokens
-                    context = self._with_tail(context, cache, tail)
+                    context = with_tail(context, cache, tail)
                 elif tail > 1 and layer == self.plan.last_of_prompt:  # only its slot is needed of the tail
                     assert context.tail is not None
-                    context = replace(context, tail=replace(context.tail, tail=self._last_token(context, cache)))
+                    context = replace(context, tail=replace(context.tail, tail=last_token(context, cache)))
                 if states is not None:
                     states.append(x)
                 x, slots = self._layer(layer, x, slots, context, cache)
@@ -217,7 +218,7 @@ class Decoder(nn.Module):
                 x, slots = self._iterate(layer, last, x, slots, context, cache, states)
                 layer = last
             if layer == top and context.tail is None:  # all of its tokens were needed
-                x, context = context.last_of(x, tail), self._with_tail(context, cache, tail)
+                x, context = context.last_of(x, tail), with_tail(context, cache, tail)
             slots = {j: slot for j, slot in slots.items() if self._last_reader[j] > layer}
             layer += 1
         if cache is None or step is None or isinstance(cache, PagedPass):
@@ -317,21 +318,6 @@ class Decoder(nn.Module):
         """The layer above which only the last tokens of `length` continue, and their number."""
         exit_at = self._prompt_tail
         return exit_at if exit_at[1] < length and not isinstance(cache, PagedPass) else (self.plan.last_of_prompt, 1)
-
-    def _with_tail(self, context: Context, cache: KVCache | PagedPass | None, n: int) -> Context:
-        """`context`, of whose tokens only the last `n` continue."""
-        return context.with_tail(n) if n > 1 else replace(context, tail=self._last_token(context, cache))
-
-    def _last_token(self, context: Context, cache: KVCache | PagedPass | None) -> Context:
-        """The context in which only the last token of `context` continues."""
-        if isinstance(cache, PagedPass):
-            return last_tokens(context, cache)
-        layout = context.cache_layout
-        if layout is None:
-            ids = context.document_ids
-            starts = None if ids is None else (ids != ids[:, -1:]).sum(1)
-            layout = CacheLayout(context.positions.new_zeros(1), starts, context.length)
-        return Context(self.config.rope, context.positions[:, -1:], backend=self.backend, cache_layout=layout)
 
     def _layer(
         self, i: int, x: Tensor, slots: Slots, context: Context, cache: KVCache | PagedPass | None

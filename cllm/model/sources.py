@@ -22,7 +22,8 @@ from cllm.model.norm import BlockRMSNorm, RMSNorm
 from cllm.model.rope import apply_rope
 from cllm.plan.forms import OwnMixed, OwnTied
 from cllm.plan.fuse import Fuse
-from cllm.plan.kinds import Latent, Own, Read, Retention, Share, Source
+from cllm.plan.kinds import Own, Read, Retention, Share, Source
+from cllm.plan.latent import Latent
 from cllm.plan.registry import owner_module, read_module
 
 Part = Literal["k", "v"]

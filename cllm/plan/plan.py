@@ -21,10 +21,12 @@ from typing import TypeVar
 from cllm.errors import PlanError
 from cllm.plan.fuse import Fuse
 from cllm.plan.joins import LOCAL, Attended, Whole, check_whole
-from cllm.plan.kinds import MAX_LAYERS, Half, Latent, Own, Read, Retention, Share, Source
+from cllm.plan.kinds import MAX_LAYERS, Half, Own, Read, Retention, Share, Source
+from cllm.plan.latent import Latent
 from cllm.plan.loops import Loop, check_loop
 from cllm.plan.numbers import layer_range, ranges
 from cllm.plan.shape import Iterations
+from cllm.plan.slot_shapes import check_fused, check_mixed, check_pair
 
 __all__ = [
     "MAX_LAYERS",
@@ -257,7 +259,7 @@ class KVPlan:
             raise PlanError(f"layer {i}: window is {layer.window}; allowed: 1 or more, or null for full attention")
         if layer.own is not None:
             layer.own.check(i)
-            self._check_mix(i, layer.own)
+            check_mixed(self, i, layer.own)
         if check_whole(self, i):
             return
         self._check_read(i, "keys", self.keys(i))
@@ -265,33 +267,12 @@ class KVPlan:
         if not all(self.owned(j).is_plain for j in self.reads(i)):
             self._check_opaque(i)
         for what, read in (("keys", self.keys(i)), ("values", self.values(i))):
-            self._check_shapes(i, what, read)
+            check_fused(self, i, what, read)
         if layer.own is not None and layer.own.is_state and self.reads(i) != (i,):
             raise PlanError(
                 f"layer {i}: keeps a {layer.own.noun} and reads layer {self.reads(i)[0]}; it can do only one"
             )
-        key_heads, value_heads = (self.owned(read.layers[0]).kv_heads for read in (self.keys(i), self.values(i)))
-        if key_heads != value_heads:
-            raise PlanError(
-                f"layer {i}: its keys have {key_heads} KV heads (slot {self.keys(i).layers[0]}) and its values "
-                f"{value_heads} (slot {self.values(i).layers[0]}); they must be equal"
-            )
-        keys, values = (self.owned(read.layers[0]) for read in (self.keys(i), self.values(i)))
-        if keys.head_dim != values.head_dim:
-            raise PlanError(
-                f"layer {i}: its keys have {keys.head_size_text} channels a head (slot {self.keys(i).layers[0]}) and "
-                f"its values {values.head_size_text} (slot {self.values(i).layers[0]}); they must be equal"
-            )
-
-    def _check_mix(self, i: int, own: Source) -> None:
-        for j in own.mixes:
-            other = self.layers[j].own
-            if other is None or not other.is_plain or len(other.halves) < 2 or not _same_shape(other, own):
-                found = "which owns nothing" if other is None else f"which owns {other.text}"
-                raise PlanError(
-                    f"layer {i}: mixes the keys and values of layer {j}, {found}; allowed: owners of keys and values "
-                    f"with {own.kv_heads} KV heads of {own.head_size_text} channels"
-                )
+        check_pair(self, i)
 
     def _check_read(self, i: int, what: Half, read: Read) -> None:
         read.check(f"layer {i}: {what}")
@@ -315,19 +296,6 @@ class KVPlan:
             if kept is not None and (window is None or window > kept):
                 seen = "full attention" if window is None else f"a window of {window}"
                 raise PlanError(f"layer {i}: has {seen}, but its {what} come from layer {j}, which keeps {kept} tokens")
-
-    def _check_shapes(self, i: int, what: str, read: Read) -> None:
-        heads = {j: self.owned(j).kv_heads for j in read.layers}
-        if len(set(heads.values())) > 1:
-            raise PlanError(
-                f"layer {i}: {what}: cannot fuse slots of different shapes: "
-                + ", ".join(f"layer {j} has {n} KV heads" for j, n in heads.items())
-            )
-        if len({self.owned(j).head_dim for j in read.layers}) > 1:
-            raise PlanError(
-                f"layer {i}: {what}: cannot fuse slots of different shapes: "
-                + ", ".join(f"layer {j} has {self.owned(j).head_size_text} channels a head" for j in read.layers)
-            )
 
     def _check_opaque(self, i: int) -> None:
         """Slots that are not keys and values are read as one; a recurrent state by its own layer only."""
@@ -408,7 +376,3 @@ class KVPlan:
                         "kv.iterations.backward 1 these pass no gradient back; set kv.iterations.backward to 2 or "
                         f"more, or let layer {j} or one above it read them"
                     )
-
-
-def _same_shape(a: Source, b: Source) -> bool:
-    return (a.kv_heads, a.head_dim) == (b.kv_heads, b.head_dim)

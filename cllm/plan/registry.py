@@ -13,7 +13,8 @@ import cllm.plan.forms  # noqa: F401  (registers the forms of `own`)
 from cllm.errors import PlanError
 from cllm.plan.fuse import Fuse
 from cllm.plan.joins import Gate, Join
-from cllm.plan.kinds import Latent, Own, Read, Retention, Share, Source
+from cllm.plan.kinds import Own, Read, Retention, Share, Source
+from cllm.plan.latent import Latent
 from cllm.section import Section
 
 SOURCES: dict[str, type[Source]] = {}

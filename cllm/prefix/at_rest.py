@@ -12,9 +12,10 @@ import logging
 import torch
 
 from cllm.cache.cache import KVCache
+from cllm.cache.copies import copy_store
 from cllm.config import ModelConfig
 from cllm.errors import UserError
-from cllm.posthoc.cache import CompressedKVCache, compress_cache, copy_store
+from cllm.posthoc.cache import CompressedKVCache, compress_cache
 from cllm.posthoc.entropy import shared_streams
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.registry import parse

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from cllm.cache.cache import KVCache
+from cllm.cache.copies import exact_slot
 from cllm.cache.slot import Slot
 from cllm.cache.stores import FP8, SCALE, FixedSlot, SlotStore, StateStore, Store
 from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.model.rope import rope_table
-from cllm.posthoc.cache import CompressedKVCache, CompressedSlot, SharingSlot, exact_slot
+from cllm.posthoc.cache import CompressedKVCache, CompressedSlot, SharingSlot
 from cllm.posthoc.code import Prefix
 from cllm.posthoc.compress import Outcome
 from cllm.posthoc.method import Codable, Compressor

@@ -14,7 +14,8 @@ from cllm.model.sizes import meta_decoder
 from cllm.model.sources import FusedRead, Reader
 from cllm.plan import registry
 from cllm.plan.fuse import Fuse
-from cllm.plan.kinds import Latent, Own, Share
+from cllm.plan.kinds import Own, Share
+from cllm.plan.latent import Latent
 from cllm.plan.presets import Preset, register_preset
 from cllm.plan.registry import mixer_module, owner_module, read_module, register_read, register_source
 from cllm.section import Section

@@ -11,9 +11,10 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from cllm.cache.cache import KVCache
+from cllm.cache.copies import copy_store
 from cllm.errors import UserError
 from cllm.posthoc.bit_planes import pack_codes, planes, unpack_codes
-from cllm.posthoc.cache import compress_cache, copy_store
+from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.entropy import Streams, compress, decompress, shared_streams
 from cllm.posthoc.hf import compress_dynamic

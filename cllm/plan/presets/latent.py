@@ -9,7 +9,8 @@ from typing import Literal
 from pydantic import Field
 
 from cllm.errors import PlanError
-from cllm.plan.kinds import Latent, Share
+from cllm.plan.kinds import Share
+from cllm.plan.latent import Latent
 from cllm.plan.plan import MAX_LAYERS, KVPlan, LayerPlan
 from cllm.plan.presets.base import Preset, register_preset, runs_of_layers
 from cllm.plan.shape import Shape

@@ -85,8 +85,9 @@ def make_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     options = make_parser().parse_args(arguments)
-    for method in (*options.posthoc, *options.at_rest):
-        parse(method)
+    for option, methods in (("--posthoc", options.posthoc), ("--at-rest", options.at_rest)):
+        for method in methods:
+            parse(method, option)
     device = choose_device(options.device)
     record = Record({"environment": environment(), "threads": torch.get_num_threads()}, options.out)
     columns = [f"{title:>9}" for title in ("M params", "file MB")] + [f"{title + ' s':>11}" for title in TIMES]

@@ -79,9 +79,13 @@ def hardware(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}"
 
 
-def choose_device(option: str) -> torch.device:
-    """The device for `--device auto`, `cpu` or `cuda`. Raises `UserError` for `cuda` without a usable GPU."""
+def choose_device(option: str, where: str = "--device") -> torch.device:
+    """The device for `auto`, `cpu` or `cuda`.
+
+    Raises:
+        UserError: beginning with `where`, the option that was given, for `cuda` without a usable GPU.
+    """
     usable = torch.cuda.is_available()
     if option == "cuda" and not usable:
-        raise UserError("--device cuda: there is no usable GPU; allowed here: cpu, auto")
+        raise UserError(f"{where} cuda: there is no usable GPU; allowed here: cpu")
     return torch.device("cuda" if usable and option != "cpu" else "cpu")

@@ -354,6 +354,8 @@ def test_compressed_windowed_and_cyclic_prefixes_are_found_entirely_or_not(model
         (lambda m: cllm.PrefixStore(m, host_bytes=-1), "host_bytes is -1"),
         (lambda m: cllm.PrefixStore(m, device_bytes=9), "device_bytes is 9, but the model is on the CPU"),
         (lambda m: cllm.PrefixStore(m, posthoc="kvsharer"), "kvsharer: calibrates on tokens"),
+        (lambda m: cllm.PrefixStore(m, posthoc="nope"), '^PrefixStore: posthoc "nope": unknown method "nope"'),
+        (lambda m: cllm.PrefixStore(m, at_rest="nope"), '^PrefixStore: at_rest "nope": unknown method "nope"'),
         (lambda m: cllm.PrefixStore(m).prefill([5], salt=""), "a prompt of one token"),
         (lambda m: cllm.PrefixStore(m).prefill([5, 32], salt=""), "tokens has 32; allowed: token ids from 0 to 31"),
         (lambda m: cllm.PrefixStore(m).prefill("text", salt=""), "tokens is a str"),

@@ -77,7 +77,7 @@ def device_of(name: str, value: Any) -> torch.device:
     """The device for `auto`, `cpu` or `cuda`. Raises `UserError` for anything else."""
     if value not in _DEVICES:
         raise UserError(f"{name} is {value!r}; allowed: {', '.join(_DEVICES)}")
-    return choose_device(value)
+    return choose_device(value, name)
 
 
 def token_ids_of(name: str, value: Any, vocab_size: int) -> Tensor:

@@ -108,6 +108,8 @@ def score(
         ['none', 'xkv:group=4,ratio=2']
     """
     paths, specs = paths_of("score: data", data), texts_of("score: posthoc", posthoc)
+    for spec in specs:
+        parse(spec, "score: posthoc")
     prefix, window = count_of("score: prefix", prefix), count_of("score: window", window)
     max_tokens = count_of("score: max_tokens", max_tokens)
     documents = None if text is None else texts_of("score: text", text)
@@ -199,7 +201,7 @@ def compress(model: nn.Module, cache: Cache | Tensor, method: str) -> Any:
         raise wrong_type("compress: model", model, "a model in memory, as cllm.load returns it")
     if not isinstance(method, str):
         raise wrong_type("compress: method", method, "a method with its options, such as kivi:bits=4")
-    engine, compressor = engine_of(model), parse(method)
+    engine, compressor = engine_of(model), parse(method, "compress: method")
     if isinstance(cache, Cache):
         check_cache(engine, model, cache)
         if compressor.watches or compressor.calibrates:

@@ -190,7 +190,7 @@ def sweep(runs: Sequence[str], options: SweepOptions) -> int:
 
     specs = pareto.expand(options.spec or default_sweep(), options.group, options.ratio)
     for spec in specs:
-        parse(spec)
+        parse(spec, "--spec")
     scoring = None if options.score is None else Scoring(options.score)
     device = choose_device(options.device)
     runs = without_results(runs) or runs

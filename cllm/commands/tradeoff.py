@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None, *, program: str = "cllm tradeoff") -> in
 
     deadline = time.monotonic() + 60 * options.minutes
     for spec in expand(options.spec, options.group, options.ratio):
-        parse(spec)
+        parse(spec, "--spec")
     runs = train_arguments(options, overrides)
     with locked(options.out.resolve()):
         return train_and_sweep(options, runs, deadline)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from cllm.errors import PlanError
-from cllm.plan.kinds import Half, Read, Source
+from cllm.plan.kinds import Read, Source
 
 
 class _Plan(Protocol):
@@ -33,7 +33,7 @@ def check_pair(plan: _Plan, i: int) -> None:
         )
 
 
-def check_fused(plan: _Plan, i: int, half: Half, read: Read) -> None:
+def check_fused(plan: _Plan, i: int, half: str, read: Read) -> None:
     """Raise `PlanError` unless all slots of `read`, the keys or the values of layer `i`, have one shape."""
     sources = {j: plan.owned(j) for j in read.layers}
     heads = {j: f"{source.kv_heads} KV heads" for j, source in sources.items()}

@@ -115,15 +115,20 @@ def _describe_option(key: str, field: FieldInfo) -> str:
     return textwrap.fill(text, 116, initial_indent="    ", subsequent_indent="        ")
 
 
-def parse(spec: str) -> Compressor:
+def parse(spec: str, where: str = "--posthoc") -> Compressor:
     """The method that `spec` describes.
 
+    Args:
+        spec: a name and options, such as `xkv:group=4,ratio=4`.
+        where: the option or argument that gave it, for messages.
+
     Raises:
-        UserError: naming `spec`, for an unknown method or option (with the allowed ones), a value of the wrong type or
-            out of range, and after `+` for a method that is not a quantiser, an option that concerns slots, and a first
-            method that stores nothing to quantise.
+        UserError: beginning with `where` and `spec`, for an unknown method or option (with the allowed ones), a value
+            of the wrong type or out of range, and after `+` for a method that is not a quantiser, an option that
+            concerns slots, and a first method that stores nothing to quantise.
     """
-    first, *more = (_one(text, spec) for text in spec.split("+"))
+    seen = f'{where} "{spec}"'
+    first, *more = (_one(text, seen) for text in spec.split("+"))
     if not more:
         return first
     coder = more[0]
@@ -132,30 +137,30 @@ def parse(spec: str) -> Compressor:
             " or ".join(name for name, method in methods().items() if issubclass(method, kind))
             for kind in (Codable, TensorCoder)
         )
-        raise UserError(f'--posthoc "{spec}": allowed with +: {firsts}, then {coders}')
+        raise UserError(f"{seen}: allowed with +: {firsts}, then {coders}")
     if wrong := sorted(coder.model_fields_set & coder.slot_options):
         allowed = ", ".join(sorted(set(type(coder).model_fields) - coder.slot_options))
-        raise UserError(f'--posthoc "{spec}": {wrong[0]} is no option of {coder.name} after +; allowed: {allowed}')
+        raise UserError(f"{seen}: {wrong[0]} is no option of {coder.name} after +; allowed: {allowed}")
     try:
         return first.coded_by(coder)
     except ValueError as error:
-        raise UserError(f'--posthoc "{spec}": {error}') from None
+        raise UserError(f"{seen}: {error}") from None
 
 
-def _one(text: str, spec: str) -> Compressor:
+def _one(text: str, where: str) -> Compressor:
     name, colon, options = text.strip().partition(":")
     known = methods()
     if name not in known:
-        raise UserError(f'--posthoc "{spec}": unknown method "{name}"; {nearest(name, known)}')
+        raise UserError(f'{where}: unknown method "{name}"; {nearest(name, known)}')
     method = known[name]
     given: dict[str, Any] = {}
     for option in options.split(",") if colon else []:
         key, equals, value = (piece.strip() for piece in option.partition("="))
         if not equals or key in given:
-            raise UserError(f'--posthoc "{spec}": "{option}" is no new key=value; allowed: {_allowed(method)}')
+            raise UserError(f'{where}: "{option}" is no new key=value; allowed: {_allowed(method)}')
         if key not in method.model_fields:
-            raise UserError(f'--posthoc "{spec}": unknown option "{key}" of {name}; allowed: {_allowed(method)}')
-        given[key] = parse_yaml(value, f'--posthoc "{spec}": {key}')
+            raise UserError(f'{where}: unknown option "{key}" of {name}; allowed: {_allowed(method)}')
+        given[key] = parse_yaml(value, f"{where}: {key}")
     try:
         return method.model_validate(given)
     except ValidationError as error:
@@ -163,7 +168,7 @@ def _one(text: str, spec: str) -> Compressor:
         key = ".".join(str(part) for part in first["loc"][:1])
         message = first["msg"].removeprefix("Value error, ")
         seen = f" got {first['input']!r}" if key else ""
-        raise UserError(f'--posthoc "{spec}": {key}{": " if key else ""}{message}{seen}') from None
+        raise UserError(f"{where}: {key}{': ' if key else ''}{message}{seen}") from None
 
 
 def _allowed(method: type[Compressor]) -> str:

@@ -29,7 +29,7 @@ def method_at_rest(spec: object, where: str) -> Compressor:
     a cache without its model."""
     if not isinstance(spec, str):
         raise UserError(f"{where}: at_rest is a {type(spec).__name__}; allowed: a method such as kvtc:ratio=8, or None")
-    method = parse(spec)
+    method = parse(spec, f"{where}: at_rest")
     if method.watches or method.calibrates:
         raise UserError(f"{where}: at_rest is {spec}, which calibrates on tokens; allowed: another method")
     if wrong := [option for option in ("recompress", "every") if getattr(method, option) is not None]:

@@ -296,7 +296,7 @@ def _method(spec: str, storage: Storage) -> Compressor:
         raise UserError(
             f"PrefixStore: posthoc is a {type(spec).__name__}; allowed: a method such as xkv:ratio=4, or None"
         )
-    method = parse(spec)
+    method = parse(spec, "PrefixStore: posthoc")
     if method.watches or method.calibrates:
         raise UserError(
             f"PrefixStore: {spec}: calibrates on tokens, so that a prefix depends on others; use another method"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import functools
 import importlib.util
 import logging
@@ -168,7 +169,11 @@ def _one_line(settings: HarnessSettings) -> Iterator[None]:
 
 
 def _manager(settings: HarnessSettings) -> TaskManager:
-    """lm-eval's index of tasks; only of `include_path` if all tasks are there, which is much faster."""
+    """lm-eval's index of tasks; only of `include_path` if all tasks are there, which is much faster.
+
+    Raises:
+        UserError: without lm-eval, for an `include_path` that is no folder, and for an unknown task.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--suite lm_eval needs the package lm-eval: pip install lm-eval")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -177,8 +182,25 @@ def _manager(settings: HarnessSettings) -> TaskManager:
         if not folder.is_dir():
             raise UserError(f"--suite lm_eval: include_path={settings.include_path}: no such folder")
         manager = _index(str(folder), False)
-        return manager if set(settings.tasks) <= set(manager.all_tasks) else _index(str(folder), True)
-    return _index(None, True)
+        if set(settings.tasks) <= set(manager.all_tasks):
+            return manager
+        manager = _index(str(folder), True)
+    else:
+        manager = _index(None, True)
+    _check_names(settings.tasks, manager.all_tasks)
+    return manager
+
+
+def _check_names(tasks: Sequence[str], known: Sequence[str]) -> None:
+    """Raise `UserError` for a task that lm-eval does not know: neither a name nor a file."""
+    for task in tasks:
+        if task not in known and not Path(task).exists():
+            close = difflib.get_close_matches(task, known, n=1, cutoff=0.0)
+            nearest = f' (nearest: "{close[0]}")' if close else ""
+            raise UserError(
+                f"--suite lm_eval: {task}: no such task; allowed: tasks of lm-eval{nearest}, those of include_path=, "
+                "and paths of task files"
+            )
 
 
 @functools.lru_cache(maxsize=2)

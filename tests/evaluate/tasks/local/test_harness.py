@@ -173,7 +173,8 @@ def test_mistakes_are_one_line(evaluate, run_path, folder, monkeypatch, capsys) 
     monkeypatch.setattr(suite, "_index", lambda include_path, include_defaults: index(str(folder), False))
     for spec, message in (
         ("lm_eval", "--suite lm_eval: needs names of tasks"),
-        ("lm_eval:no_such_task", "no_such_task"),
+        ("lm_eval:no_such_task", "lm_eval: no_such_task: no such task; allowed: .*, those of include_path="),
+        ("lm_eval:local_tex", 'local_tex: no such task; allowed: tasks of lm-eval .nearest: "local_text".'),
         (f"lm_eval:local_text,include_path={folder}/x", "include_path=.*/x: no such folder"),
     ):
         assert evaluate("--run", run_path, "--device", "cpu", "--suite", spec) == 2

@@ -26,28 +26,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.posthoc_compression import bench_all_compression
 from benchmarks.posthoc_decode import (
     Layers,
-    PrintedRecord,
     add_outputs,
     add_sizes,
     begin_record,
     check_sizes,
     device_of,
-    layer_ms,
 )
-from benchmarks.timing import BF16, free, wait, wall_time
+from benchmarks.timing import free, wait
+from benchmarks.variants import SECONDS, Variants
 from cllm.arguments import Parser
-from cllm.cache.cache import KVCache
-from cllm.config import ModelConfig
 from cllm.errors import UserError, one_line
 from cllm.kernels import split_lowrank, triton_decode
 from cllm.kernels.selection import Factored, Selection, chosen_tokens
 from cllm.kernels.split_lowrank import Choosing, Rebuild, Tuning, Weighing, choose_weighing
-from cllm.model.sizes import build_decoder
-from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.landmarks import make_landmarks
-from cllm.posthoc.registry import parse
 
 CHOOSING: dict[str, Sequence[Any]] = {
     "taken": (1024, 2048, 8192), "warps": (8, 4), "ordered": (128, 512, 1024), "landmarks": (32, 64),
@@ -59,58 +54,11 @@ WEIGHING_ALL: dict[str, Sequence[Any]] = {
     "block_w": (64, 128), "block_n": (128, 32), "warps": (8, 2), "stages": (4, 2, 5),
     "splits": (29, 44, 58, 66, 88, 128),
 }  # fmt: skip
-QUANTISERS = (
-    "int8", "fp8", "kivi:bits=4,group=32,residual=32", "kivi:bits=2,group=32,residual=32", "turboquant:bits=4",
-    "turboquant:bits=4,sketch=true", "kvquant:bits=4", "kvquant:bits=4,levels=uniform",
-)  # fmt: skip
-SECONDS = 345
-"""Nothing is measured after this time."""
 REBUILDS = [
     Rebuild(block_n=n, block_r=r, pack=1, num_warps=warps, num_stages=stages)
     for n, r, warps, stages in ((64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 4, 2), (64, 128, 8, 3), (32, 128, 4, 3),
                                 (32, 64, 4, 4), (128, 64, 8, 3), (64, 64, 4, 4))
 ]  # fmt: skip
-
-
-class Variants:
-    """Measures variants until a deadline, and keeps the best."""
-
-    def __init__(self, device: torch.device, record: PrintedRecord, begin: float):
-        self.device, self.record, self.begin, self.start = device, record, begin, begin
-
-    def time(self, what: str, name: str, calls: Sequence[Callable[[], object]], **more: Any) -> float:
-        """Add a row with the ms of a call; infinity for a variant that fails or comes too late."""
-        if time.monotonic() - self.start > SECONDS:
-            print(f"{what:<9}{name}: no time left", flush=True)
-            return float("inf")
-        try:
-            ms = layer_ms(calls, self.device)
-        except Exception as failure:
-            wait(self.device)
-            print(f"{what:<9}{name} failed: {' '.join(str(failure).split())[:150]}", flush=True)
-            return float("inf")
-        self.record.add({"what": what, "name": name, "ms": ms, **more})
-        return ms
-
-    def search(
-        self,
-        what: str,
-        best: Any,
-        options: dict[str, Sequence[Any]],
-        time_of: Callable[[Any, str], float],
-        until: float,
-    ) -> Any:
-        """The best found of `best` and dataclasses that differ from it, one field after another, until `until` s."""
-        least = time_of(best, "by rule")
-        for field, values in options.items():
-            for value in values:
-                if time.monotonic() - self.begin > until:
-                    print(f"{what}: no time for {field}={value} and what follows", flush=True)
-                    return best
-                other = replace(best, **{field: value})
-                if (ms := time_of(other, f"{field}={value}")) < least:
-                    least, best = ms, other
-        return best
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
@@ -326,82 +274,6 @@ def _narrow_a(a: Tensor, rank: int, multiple: int | None) -> Tensor:
 def narrowed(part: Factored, rank: int, multiple: int | None) -> Factored:
     """`part` with `rank` columns, or with zeros in the columns after them."""
     return Factored(_narrow_a(part.a, rank, multiple), _narrow_a(part.b, rank, multiple), part.tail)
-
-
-# ---- compressing -----------------------------------------------------------------------------------------------------
-
-
-def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], variants: Variants, what: str) -> None:
-    """Time a prefill and the compression of its cache by each of `methods`, in threads and as one batch."""
-    device = variants.device
-    config = ModelConfig.model_validate({"vocab_size": 256, "max_seq_len": prompt, **shape})
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = build_decoder(config)
-    model.to(BF16).eval().requires_grad_(False)
-    ids = torch.randint(256, (1, prompt), device=device)
-    times = []
-    for _ in range(3):
-        cache = KVCache(config)
-        with torch.no_grad():
-            times.append(wall_time(functools.partial(model.hidden, ids, cache=cache), device)[1])
-    prefill = sorted(times)[1]
-    variants.record.add({"what": what, "name": f"prefill of {prompt} tokens", "ms": prefill})
-    del model
-    for method in methods:
-        fast = "svd=power" in method
-        for name, together in (("threads", False), ("one batch", True)):
-            if time.monotonic() - variants.start > SECONDS - 20:
-                continue
-            spec = f"{method},batched={together}".lower()
-            row: dict[str, Any] = {}
-            try:
-                seconds = [compress_cache(cache, parse(spec), measure=False).outcome.seconds for _ in range(4)]
-                if fast:
-                    made = compress_cache(cache, parse(spec)).outcome.errors
-                    row["largest_error"] = max(max(e.values()) for e in made.values())
-            except Exception as failure:
-                wait(device)
-                print(f"{what} {name} failed: {' '.join(str(failure).split())[:150]}", flush=True)
-                continue
-            ms = 1000 * sorted(seconds[1:])[1]
-            variants.record.add({"what": what, "name": f"{method.partition(',')[2][-24:]} {name}", "ms": ms,
-                                 "share_of_prefill": ms / prefill, **row, "method": spec})  # fmt: skip
-            free(device)
-    bench_quantisers(cache, prefill, variants, what)
-
-
-def bench_quantisers(cache: KVCache, prefill: float, variants: Variants, what: str) -> None:
-    """Time the compression of `cache` by each quantiser."""
-    for method in QUANTISERS:
-        if time.monotonic() - variants.start > SECONDS - 10:
-            return
-        try:
-            seconds = [compress_cache(cache, parse(method), measure=False).outcome.seconds for _ in range(3)]
-        except Exception as failure:
-            wait(variants.device)
-            print(f"{what} {method} failed: {' '.join(str(failure).split())[:150]}", flush=True)
-            continue
-        ms = 1000 * sorted(seconds)[1]
-        variants.record.add({"what": what, "name": method, "ms": ms, "share_of_prefill": ms / prefill})
-        free(variants.device)
-
-
-def bench_all_compression(o: argparse.Namespace, variants: Variants) -> None:
-    wide = {"d_model": o.heads * o.dim, "n_layers": o.layers, "n_heads": o.heads, "head_dim": o.dim, "d_ff": o.d_ff,
-            "kv": {"preset": "gqa", "n_kv_heads": o.kv_heads}}  # fmt: skip
-    fast = f"xkv:group={o.group},rank_k={o.rank_k},rank_v={o.rank_v},svd=power,products=bf16"
-    bench_compress(wide, o.prompt, [fast], variants, "8B")
-    free(variants.device)
-    scale = 1 if variants.device.type == "cuda" else 16
-    small = {"d_model": 512 // scale, "n_layers": 12, "n_heads": 8, "head_dim": 64 // scale, "d_ff": 1408 // scale,
-             "kv": {"preset": "mha"}}  # fmt: skip
-    methods = [f"xkv:group=4,ratio=8{rest}" for rest in ("", ",svd=power,products=bf16")]
-    bench_compress(small, 4096 // scale, methods, variants, "45M")
-    free(variants.device)
-    small = {"d_model": 576 // scale, "n_layers": 30, "n_heads": 9, "head_dim": 64 // scale, "d_ff": 1536 // scale,
-             "kv": {"preset": "gqa", "n_kv_heads": 3}}  # fmt: skip
-    bench_compress(small, 4096 // scale, methods, variants, "135M")
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

@@ -111,7 +111,10 @@ def _compress(model: Any, prompt: Any) -> Any:
             lambda: cllm.score(cllm.build("mha", n_layers=1, d_model=8), text="a"),
             "score: a model in memory needs tokenizer=",
         ),
-        (lambda: cllm.compress(cllm.load("runs/tiny"), torch.zeros(1, 9).long(), "xvk"), 'compress: method "xvk": unknown'),
+        (
+            lambda: cllm.compress(cllm.load("runs/tiny"), torch.zeros(1, 9).long(), "xvk"),
+            'compress: method "xvk": unknown',
+        ),
         (lambda: cllm.export("runs/none", "out"), "runs/none"),
         (lambda: cllm.compare(["data"]), "no run to compare among: data"),
         (lambda: cllm.plan(b"mha"), "config is a bytes; allowed: a path"),

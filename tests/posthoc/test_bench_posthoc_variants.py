@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from benchmarks import posthoc_variants
+from benchmarks import variants as module
 from benchmarks.posthoc_decode import PrintedRecord
-from benchmarks.posthoc_variants import Variants
+from benchmarks.variants import Variants
 from cllm.kernels.split_lowrank import Weighing
 
 OPTIONS = {"block_w": (64, 128), "warps": (8, 2), "stages": (4,)}
@@ -22,7 +22,7 @@ def variants(tmp_path):
 
 def test_what_is_faster_is_kept(variants, monkeypatch):
     """128 ranks and 8 warps take 1 ms less each; two warps fail."""
-    monkeypatch.setattr(posthoc_variants, "layer_ms", lambda calls, device: calls[0]())
+    monkeypatch.setattr(module, "layer_ms", lambda calls, device: calls[0]())
 
     def time_of(how, name):
         def ms():
@@ -40,6 +40,6 @@ def test_nothing_is_measured_after_the_deadline(variants, monkeypatch):
     def time_of(how, name):
         return variants.time("weigh", name, [lambda: pytest.fail("measured")])
 
-    variants.start -= posthoc_variants.SECONDS
+    variants.start -= module.SECONDS
     assert variants.search("weigh", Weighing(), OPTIONS, time_of, until=60) == Weighing()
     assert variants.record.rows == []

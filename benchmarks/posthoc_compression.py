@@ -1,0 +1,97 @@
+"""Times of compressing a cache: groups in threads or as one batch, and quantisers; part of `posthoc_variants.py`."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.timing import BF16, free, wait, wall_time
+from benchmarks.variants import SECONDS, Variants
+from cllm.cache.cache import KVCache
+from cllm.config import ModelConfig
+from cllm.model.sizes import build_decoder
+from cllm.posthoc.cache import compress_cache
+from cllm.posthoc.registry import parse
+
+QUANTISERS = (
+    "int8", "fp8", "kivi:bits=4,group=32,residual=32", "kivi:bits=2,group=32,residual=32", "turboquant:bits=4",
+    "turboquant:bits=4,sketch=true", "kvquant:bits=4", "kvquant:bits=4,levels=uniform",
+)  # fmt: skip
+
+
+def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], variants: Variants, what: str) -> None:
+    """Time a prefill and the compression of its cache by each of `methods`, in threads and as one batch."""
+    device = variants.device
+    config = ModelConfig.model_validate({"vocab_size": 256, "max_seq_len": prompt, **shape})
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = build_decoder(config)
+    model.to(BF16).eval().requires_grad_(False)
+    ids = torch.randint(256, (1, prompt), device=device)
+    times = []
+    for _ in range(3):
+        cache = KVCache(config)
+        with torch.no_grad():
+            times.append(wall_time(functools.partial(model.hidden, ids, cache=cache), device)[1])
+    prefill = sorted(times)[1]
+    variants.record.add({"what": what, "name": f"prefill of {prompt} tokens", "ms": prefill})
+    del model
+    for method in methods:
+        fast = "svd=power" in method
+        for name, together in (("threads", False), ("one batch", True)):
+            if time.monotonic() - variants.start > SECONDS - 20:
+                continue
+            spec = f"{method},batched={together}".lower()
+            row: dict[str, Any] = {}
+            try:
+                seconds = [compress_cache(cache, parse(spec), measure=False).outcome.seconds for _ in range(4)]
+                if fast:
+                    made = compress_cache(cache, parse(spec)).outcome.errors
+                    row["largest_error"] = max(max(e.values()) for e in made.values())
+            except Exception as failure:
+                wait(device)
+                print(f"{what} {name} failed: {' '.join(str(failure).split())[:150]}", flush=True)
+                continue
+            ms = 1000 * sorted(seconds[1:])[1]
+            variants.record.add({"what": what, "name": f"{method.partition(',')[2][-24:]} {name}", "ms": ms,
+                                 "share_of_prefill": ms / prefill, **row, "method": spec})  # fmt: skip
+            free(device)
+    bench_quantisers(cache, prefill, variants, what)
+
+
+def bench_quantisers(cache: KVCache, prefill: float, variants: Variants, what: str) -> None:
+    """Time the compression of `cache` by each quantiser."""
+    for method in QUANTISERS:
+        if time.monotonic() - variants.start > SECONDS - 10:
+            return
+        try:
+            seconds = [compress_cache(cache, parse(method), measure=False).outcome.seconds for _ in range(3)]
+        except Exception as failure:
+            wait(variants.device)
+            print(f"{what} {method} failed: {' '.join(str(failure).split())[:150]}", flush=True)
+            continue
+        ms = 1000 * sorted(seconds)[1]
+        variants.record.add({"what": what, "name": method, "ms": ms, "share_of_prefill": ms / prefill})
+        free(variants.device)
+
+
+def bench_all_compression(o: argparse.Namespace, variants: Variants) -> None:
+    wide = {"d_model": o.heads * o.dim, "n_layers": o.layers, "n_heads": o.heads, "head_dim": o.dim, "d_ff": o.d_ff,
+            "kv": {"preset": "gqa", "n_kv_heads": o.kv_heads}}  # fmt: skip
+    fast = f"xkv:group={o.group},rank_k={o.rank_k},rank_v={o.rank_v},svd=power,products=bf16"
+    bench_compress(wide, o.prompt, [fast], variants, "8B")
+    free(variants.device)
+    scale = 1 if variants.device.type == "cuda" else 16
+    small = {"d_model": 512 // scale, "n_layers": 12, "n_heads": 8, "head_dim": 64 // scale, "d_ff": 1408 // scale,
+             "kv": {"preset": "mha"}}  # fmt: skip
+    methods = [f"xkv:group=4,ratio=8{rest}" for rest in ("", ",svd=power,products=bf16")]
+    bench_compress(small, 4096 // scale, methods, variants, "45M")
+    free(variants.device)
+    small = {"d_model": 576 // scale, "n_layers": 30, "n_heads": 9, "head_dim": 64 // scale, "d_ff": 1536 // scale,
+             "kv": {"preset": "gqa", "n_kv_heads": 3}}  # fmt: skip
+    bench_compress(small, 4096 // scale, methods, variants, "135M")

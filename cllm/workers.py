@@ -6,6 +6,7 @@ A place is what one process computes on: a GPU as in CUDA_VISIBLE_DEVICES, or No
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections import deque
@@ -148,7 +149,7 @@ def run_all(
 def _end(running: Sequence[subprocess.Popen], received: list[int]) -> None:
     """Ask processes to end, and kill those that have not done so after a while or at another signal."""
     for process in running:
-        processes.send(process, 15)
+        processes.send(process, signal.SIGTERM)
     deadline, signals = time.monotonic() + GRACE, len(received)
     while not all(map(processes.has_ended, running)) and time.monotonic() < deadline and len(received) == signals:
         time.sleep(_POLL)

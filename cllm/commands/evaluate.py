@@ -165,7 +165,7 @@ def _places(options: argparse.Namespace) -> list[str | None]:
     """
     if options.devices is None:
         if options.per_device > 1:
-            raise UserError(f"--per-device {options.per_device}: goes with --devices")
+            raise UserError(f"--per-device {options.per_device}: needs --devices, such as --devices all")
         if options.processes > 1 and options.device != "cpu":
             from cllm.environment import choose_device
 

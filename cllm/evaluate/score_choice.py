@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from cllm.errors import UserError, nearest
 from cllm.evaluate.suites.perplexity import Perplexity
 from cllm.evaluate.suites.suite import Number, Record, Suite
-from cllm.evaluate.tasks.harness.suite import LmEval
 from cllm.evaluate.tasks.suite import ALL
 
 _ERROR = "_stderr"
@@ -41,8 +40,8 @@ class ScoreChoice:
     number: Number
     """Its head does not name the suite."""
     task: str | None = None
-    """One task, options such as `length=4096`, or `TASK,OPTION=VALUE`; None: the mean over tasks, and for `lm_eval` the
-    only task there is."""
+    """One task, options such as `length=4096`, or `TASK,OPTION=VALUE`; None: the mean over tasks, or with
+    `Suite.has_any_metric` the only task there is."""
 
     @property
     def name(self) -> str:
@@ -80,12 +79,14 @@ class ScoreChoice:
 
     def value(self, record: Record) -> Value | None:
         """The number in a record of the suite; None if the record is of another task, or lacks the number."""
-        harness = isinstance(self.suite, LmEval)
-        if not harness and "task" in record and record["task"] != self._task_in(record):
-            return None
-        if harness and self.task not in (None, record.get("task")):
-            return None
-        numbers = record.get("metrics", {}) if harness else record
+        if self.suite.has_any_metric:
+            if self.task not in (None, record.get("task")):
+                return None
+            numbers = record.get("metrics", {})
+        else:
+            if "task" in record and record["task"] != self._task_in(record):
+                return None
+            numbers = record
         found, error = numbers.get(self.number.key), numbers.get(self.number.key + _ERROR)
         if isinstance(found, bool) or not isinstance(found, int | float):
             return None
@@ -110,10 +111,10 @@ def parse_score_choice(text: str, known: Mapping[str, Suite], option: str = "--s
     """
     suite = known.get(text.partition("/")[0].partition(":")[0])
     where, slash, key = text.rpartition("/") if "/" in text else (text, "", "")
-    if suite is not None and "=" in where and key not in _keys(suite) and not isinstance(suite, LmEval):
+    if suite is not None and "=" in where and key not in _keys(suite) and not suite.has_any_metric:
         where, slash, key = text, "", ""  # the slash is in an option, as in wikitext:path=a/b.txt
     name, _, task = where.partition(":")
-    if isinstance(suite, LmEval):
+    if suite is not None and suite.has_any_metric:
         if not key:
             raise UserError(f"{option} {text}: names no metric; allowed: {name}:TASK/METRIC, as lm_eval:hellaswag/acc")
         return ScoreChoice(suite=suite, number=_metric(key), task=task or None)

@@ -8,7 +8,8 @@ scratch.py   the command line that trains the model too
 command.py   arguments and the end of both commands
 runner.py    students trained at the same time on several devices, and their table
 settings.py  the settings that a student began with, compared with those of the command that continues it
-students.py  kinds of students, recipes of training, starts, and configs
+students.py  kinds of students, recipes of training, and starts
+configs.py   the configs of students for train.py
 starts.py    a student's perplexity before training, for every start: a process for each student
 
 Imports experiments.uptraining and cllm.

@@ -28,8 +28,9 @@ from cllm.runs import RunFolder
 from cllm.study.schema import parse_duration
 from cllm.uptrain.teacher import teacher_config
 from cllm.workers import last_line
+from experiments.half_cache.configs import Setting, check_config, student_data
 from experiments.half_cache.settings import check_same
-from experiments.half_cache.students import ROOT, Setting, Shape, Student, check_bytes, check_config, student_data
+from experiments.half_cache.students import ROOT, Shape, Student, check_bytes
 
 _MOST_THREADS = 8
 """Threads of a student, at most. With 64 each, the least squares of two students at once took minutes, not seconds."""

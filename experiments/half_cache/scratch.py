@@ -34,6 +34,7 @@ from cllm.files import check_replaceable, write_atomic
 from cllm.runs import RUN, RunFolder
 from cllm.signals import stoppable
 from experiments.half_cache.command import add_running, add_students, run_until_stopped
+from experiments.half_cache.configs import check_config
 from experiments.half_cache.runner import Devices, Experiment, config_of
 from experiments.half_cache.students import (
     HALF,
@@ -43,7 +44,6 @@ from experiments.half_cache.students import (
     Shape,
     Student,
     check_bytes,
-    check_config,
     chosen_students,
 )
 from experiments.uptraining.base import make_tokens

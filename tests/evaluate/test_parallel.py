@@ -220,7 +220,7 @@ def test_a_part_is_another_one_once_its_checkpoint_or_a_file_of_its_options_has_
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--per-device 2", "--per-device 2: goes with --devices"),
+        ("--per-device 2", "--per-device 2: needs --devices"),
         ("--devices all --processes 2", "--processes: does not go with --devices all"),
         ("--devices all --device cpu", "--device cpu: does not go with --devices all"),
         ("--processes 0", "--processes is 0; allowed: 1 or more"),

@@ -18,17 +18,15 @@ from cllm.files import mark
 from cllm.runs import RUN, RunFolder
 from cllm.uptrain.teacher import student_model
 from experiments.half_cache import scratch
+from experiments.half_cache.configs import Setting, check_config, student_data
 from experiments.half_cache.runner import Devices, Experiment, table
 from experiments.half_cache.settings import check_same
 from experiments.half_cache.students import (
     KINDS,
     RECIPES,
-    Setting,
     Shape,
     Student,
     check_bytes,
-    check_config,
-    student_data,
     with_seeds,
 )
 

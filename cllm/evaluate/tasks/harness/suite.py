@@ -62,6 +62,7 @@ class LmEval(Suite):
     takes_text = False
     compared = False
     compresses = True
+    has_any_metric = True
 
     def spec_groups(self, specs: Sequence[str]) -> list[list[str]]:
         """Each spec alone: lm-eval reads every context once for each."""

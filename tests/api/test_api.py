@@ -306,5 +306,5 @@ def test_a_cache_of_another_model_is_not_compressed() -> None:
 
 def test_a_missing_gpu_is_an_error_that_names_the_argument(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(cllm.UserError, match="^load: device cuda: there is no usable GPU; allowed here: cpu$"):
+    with pytest.raises(cllm.UserError, match=r"^load: device cuda: there is no usable GPU; allowed here: cpu$"):
         cllm.load("runs/none", device="cuda")

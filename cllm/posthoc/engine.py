@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +40,14 @@ class DecoderEngine(Engine):
 
     def hidden(self, ids: Tensor, cache: KVCache) -> Tensor:
         return self.model.hidden(ids, cache=cache)
+
+    @contextmanager
+    def all_tokens(self) -> Iterator[None]:
+        self.model.observers += 1
+        try:
+            yield
+        finally:
+            self.model.observers -= 1
 
     def compressible(self, cache: KVCache) -> CompressibleSlots:
         return compressible_slots(cache)

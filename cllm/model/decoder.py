@@ -321,9 +321,9 @@ class Decoder(nn.Module):
 
     def _is_observed(self, cache: KVCache | PagedPass | None) -> bool:
         """Whether queries of the pass are recorded, which no layer may skip then."""
-        if cache is None or isinstance(cache, PagedPass):
-            return self.observers > 0 and cache is None
-        return self.observers > 0 or cache.records_queries
+        if isinstance(cache, PagedPass):
+            return False
+        return self.observers > 0 or (cache is not None and cache.records_queries)
 
     def _exit(self, length: int, cache: KVCache | PagedPass | None) -> tuple[int, int]:
         """The layer above which only the last tokens of `length` continue, and their number."""

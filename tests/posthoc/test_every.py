@@ -422,7 +422,7 @@ def test_padding_and_the_batch_change_nothing(spec, decoder, tokens):
         )
 
 
-@pytest.mark.parametrize("spec", ["h2o:tokens=12", "snapkv:tokens=12,window=6"])
+@pytest.mark.parametrize("spec", ["h2o:tokens=12", "snapkv:tokens=12,window=6", "entropy:tokens=12,window=6"])
 @pytest.mark.parametrize("kv", [{"preset": "mha"}, {"preset": "swiftkv"}], ids=["mha", "swiftkv"])
 def test_an_early_exit_leaves_out_no_queries(spec, kv, decoder, tokens):
     """Neither of a prompt that is watched nor of one that is added to the compressed cache."""

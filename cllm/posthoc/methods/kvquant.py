@@ -215,6 +215,11 @@ class KVQuant(Compressor):
         median = x.masked_fill(~counted, torch.nan).nanmedian(dim=2, keepdim=True).values
         distance = (x - median).abs().masked_fill(~counted, -1)
         index = distance.topk(count, dim=2).indices
+        if per_channel and tensors.is_text is not None:
+            # A padded sequence has fewer outliers. Its other entries point to padding, in the first columns.
+            own = (self.outliers * tensors.is_text.sum(1).double()).round().long()[:, None, None]
+            place = torch.arange(count, device=index.device)
+            index = torch.where(place < own, index, place - own)
         # Tokens of padding, which have no range, are never read.
         dense = (counted | ~counted.any(2, keepdim=True)).scatter(2, index, False)
         low, high = x.masked_fill(~dense, torch.inf).amin(2), x.masked_fill(~dense, -torch.inf).amax(2)

@@ -540,12 +540,15 @@ def test_the_outliers_of_a_padded_sequence_are_as_many_as_alone(outliers, slot_t
         torch.testing.assert_close(padded.decode()[1:, padding:], alone.decode())
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, "kivi:bits=4,group=4,residual=0", "palu:keep=0.5,bits=4"])
 def test_fp64_caches_are_coded(spec, decoder, tokens):
-    model, ids = decoder(n_layers=2).double(), tokens(1, LENGTH)
+    """Padding is 0, and so is its scale, unless it has a least value that fp32 can represent."""
+    model, ids = decoder(n_layers=2).double(), tokens(2, LENGTH)
     cache = KVCache(model.config)
-    model(ids[:, :PREFIX], cache=cache)
-    found = model(ids[:, PREFIX:], cache=compress_cache(cache, parse(spec)))
+    method = parse(spec)
+    method.prepare(engine_of(model), ids)
+    model(ids[:, :PREFIX], cache=cache, starts=torch.tensor([0, 12]))
+    found = model(ids[:, PREFIX:], cache=compress_cache(cache, method))
     assert found.dtype == torch.float64
     assert found.isfinite().all()
 

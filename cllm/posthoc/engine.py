@@ -79,7 +79,9 @@ class DecoderEngine(Engine):
 
     def readers(self, slot: int) -> list[SlotReader]:
         plan, found = self.model.plan, list[SlotReader]()
-        for layer in sorted({*plan.readers("keys")[slot], *plan.readers("values")[slot]}):
+        local = {slot - len(plan)} if slot >= len(plan) else set()  # the second slot of a layer, which it alone reads
+        layers = local or {*plan.readers("keys")[slot], *plan.readers("values")[slot]}
+        for layer in sorted(layers):
             block: Any = self.model.blocks[layer]
             attention = block.attention
             if not isinstance(attention, Attention):

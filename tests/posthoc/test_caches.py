@@ -417,3 +417,11 @@ def test_a_model_with_windows_only_is_refused_in_one_line(spec, decoder, tokens)
 
     with pytest.raises(UserError, match=f"{method.name}: .*nothing to compress|{method.name}: .*allowed"):
         compress()
+
+
+@pytest.mark.parametrize("spec", ["h2o:ratio=2", "snapkv:ratio=2", "entropy:ratio=2", "xkv:ratio=2,weight=queries"])
+def test_queries_of_a_second_own_slot_are_refused_in_one_line(spec, decoder):
+    join = {"join": [{"own": {"window": 4}}, {"own": {}}]}
+    engine = engine_of(decoder(kv={"layers": [{"layers": "0-1", "read": join}]}, n_layers=2))
+    with pytest.raises(UserError, match=r"layer 0 reads slot 2 through JointAttention"), parse(spec).watch(engine):
+        pass

@@ -73,6 +73,11 @@ class KVCache(Cache):
     def is_static(self) -> bool:
         return self.max_len is not None
 
+    @property
+    def records_queries(self) -> bool:
+        """Whether it needs the queries of all tokens of a pass, in all layers that read its slots."""
+        return False
+
     def check(self, config: ModelConfig) -> None:
         """Raise `UserError` for the config of a model whose slots differ from those of this cache's model."""
         if config is self.config:

@@ -78,6 +78,8 @@ class Decoder(nn.Module):
         """Compiled blocks and final norm for decoding. The tuple hides them from `state_dict`."""
         self.on_layer: Callable[[Tensor], None] | None = None
         """Called with the residual stream (B, T, d_model) after every layer."""
+        self.observers = 0
+        """Contexts that record what layers compute, such as queries. While there are any, no layer skips tokens."""
         self.hand_slots(None)
         self._spans, self._prompt_tail = dict(self.plan.cyclic_spans()), prompt_tail(self.plan)
         for name, module in self.named_modules():
@@ -176,7 +178,8 @@ class Decoder(nn.Module):
                 stores them.
             last_only: compute only what the last token and the cache need: above the layers that write slots of all
                 tokens, only the last tokens continue (`prompt_tail`). The result is exact, and (B, 1, d_model), or
-                for a `PagedPass` (1, requests, d_model).
+                for a `PagedPass` (1, requests, d_model). While queries are recorded (`observers`,
+                `KVCache.records_queries`), all layers compute all tokens.
             inputs_embeds: (B, T, d_model), input of the first layer instead of the embeddings of `input_ids`.
             states: a list to which the input of every layer is appended, n_layers tensors (B, T, d_model). For layers
                 that are computed several times, it is the input of the last time.
@@ -198,7 +201,8 @@ class Decoder(nn.Module):
                 cache.check(self.config)
                 step, starts = cache.begin(self.plan, tokens, starts, self._dtype()), cache.starts
             context = self._context(tokens, positions, document_ids, starts, step, cache)
-        top, tail = self._exit(tokens.shape[1], cache) if last_only and tokens.shape[1] > 1 else (None, 1)
+        exits = last_only and tokens.shape[1] > 1 and not self._is_observed(cache)
+        top, tail = self._exit(tokens.shape[1], cache) if exits else (None, 1)
         x, layer = self.embed(input_ids) if inputs_embeds is None else inputs_embeds, 0
         if not self.fp32_residual:
             x = x.to(product_dtype(x))
@@ -221,6 +225,8 @@ class Decoder(nn.Module):
                 x, context = context.last_of(x, tail), with_tail(context, cache, tail)
             slots = {j: slot for j, slot in slots.items() if self._last_reader[j] > layer}
             layer += 1
+        if last_only and not exits:
+            x = x[:, -1:]
         if cache is None or step is None or isinstance(cache, PagedPass):
             return self.norm(x)
         cache.finish(step)
@@ -313,6 +319,12 @@ class Decoder(nn.Module):
         )
         context.prepare(self.plan, self.config.resolved_head_dim, sizes)
         return context
+
+    def _is_observed(self, cache: KVCache | PagedPass | None) -> bool:
+        """Whether queries of the pass are recorded, which no layer may skip then."""
+        if isinstance(cache, PagedPass):
+            return False
+        return self.observers > 0 or (cache is not None and cache.records_queries)
 
     def _exit(self, length: int, cache: KVCache | PagedPass | None) -> tuple[int, int]:
         """The layer above which only the last tokens of `length` continue, and their number."""

@@ -245,6 +245,10 @@ class CompressedKVCache(KVCache):
         self.stores = {owner: stores[owner] for owner in cache.stores}
 
     @property
+    def records_queries(self) -> bool:
+        return self.later is not None
+
+    @property
     def exact_tokens(self) -> int:
         """Tokens since the last compression."""
         return self.seen - self.compressed

@@ -20,6 +20,11 @@ from cllm.posthoc.sinks import Sinks
 from cllm.posthoc.tensor_tree import TensorTree
 
 
+def smallest_scale(dtype: torch.dtype) -> float:
+    """The smallest normal number of both fp32, in which codes are computed, and `dtype`, in which scales are stored."""
+    return max(torch.finfo(dtype).tiny, torch.finfo(torch.float32).tiny)
+
+
 class Code(TensorTree, ABC):
     """The stored form of one tensor (B, n, *width) of one slot."""
 

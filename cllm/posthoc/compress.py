@@ -20,7 +20,7 @@ from cllm.posthoc.absorb import check_can_absorb
 from cllm.posthoc.code import Code, Codes, Exact, Prefix
 from cllm.posthoc.eviction import equal_parts, evict
 from cllm.posthoc.method import Compressor
-from cllm.posthoc.slots import CompressibleSlots, squares
+from cllm.posthoc.slots import NOTHING_TO_COMPRESS, CompressibleSlots, squares
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def encode(
     Raises `UserError` if there are no slots, and as `method.encode` does.
     """
     if not cached.slots:
-        raise UserError(f"{method.name}: nothing to compress: all slots have a window or are recurrent states")
+        raise UserError(f"{method.name}: {NOTHING_TO_COMPRESS}")
     if cached.evicted and not method.evicts:
         raise UserError(
             f"{method.name}: tokens of the cache were evicted, and those that are left are not the same in all slots; "

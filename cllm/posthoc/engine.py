@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +41,14 @@ class DecoderEngine(Engine):
     def hidden(self, ids: Tensor, cache: KVCache) -> Tensor:
         return self.model.hidden(ids, cache=cache)
 
+    @contextmanager
+    def all_tokens(self) -> Iterator[None]:
+        self.model.observers += 1
+        try:
+            yield
+        finally:
+            self.model.observers -= 1
+
     def compressible(self, cache: KVCache) -> CompressibleSlots:
         return compressible_slots(cache)
 
@@ -69,7 +79,9 @@ class DecoderEngine(Engine):
 
     def readers(self, slot: int) -> list[SlotReader]:
         plan, found = self.model.plan, list[SlotReader]()
-        for layer in sorted({*plan.readers("keys")[slot], *plan.readers("values")[slot]}):
+        local = {slot - len(plan)} if slot >= len(plan) else set()  # the second slot of a layer, which it alone reads
+        layers = local or {*plan.readers("keys")[slot], *plan.readers("values")[slot]}
+        for layer in sorted(layers):
             block: Any = self.model.blocks[layer]
             attention = block.attention
             if not isinstance(attention, Attention):

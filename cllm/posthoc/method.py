@@ -55,6 +55,13 @@ class Engine(ABC):
     def hidden(self, ids: Tensor, cache: Any) -> Tensor:
         """Final hidden states (B, T, d_model) of `ids` (B, T), which are added to `cache`."""
 
+    def all_tokens(self) -> AbstractContextManager[None]:
+        """A context in which all layers compute all tokens of a prompt, for those who record what layers compute.
+
+        Without it, a decoder's prefill computes only the last tokens in the upper layers of some plans.
+        """
+        return contextlib.nullcontext()
+
     @abstractmethod
     def compressible(self, cache: Any) -> CompressibleSlots:
         """The slots of `cache` that can be compressed."""

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cllm.posthoc.code import Code
+from cllm.posthoc.code import Code, smallest_scale
 
 Bits = Literal[1, 2, 4, 8]
 
@@ -61,7 +61,7 @@ def grouped(rows: Tensor, kind: Literal["k", "v"], size: int) -> Tensor:
 def quantize(groups: Tensor, bits: Bits, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 (B, groups, size), scale and zero (B, groups) in `dtype`, of `groups` (B, groups, size) fp32."""
     zero, top = groups.amin(-1).to(dtype), groups.amax(-1)
-    scale = ((top - zero.float()) / (2**bits - 1)).clamp(min=torch.finfo(dtype).tiny).to(dtype)
+    scale = ((top - zero.float()) / (2**bits - 1)).clamp(min=smallest_scale(dtype)).to(dtype)
     codes = ((groups - zero.float()[..., None]) / scale.float()[..., None]).round().clamp(0, 2**bits - 1)
     return codes.to(torch.uint8), scale, zero
 

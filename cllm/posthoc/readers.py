@@ -100,8 +100,6 @@ class RecordedQueries:
     def of(self, layer: int, tokens: int) -> Tensor:
         """The queries (B, m, H, D) of a layer for the last m of the prompt's `tokens` tokens.
 
-        In a prefill that computes only the last token of the highest layers, m is 1 for these.
-
         Raises:
             UserError: if no queries were recorded.
         """
@@ -113,7 +111,7 @@ class RecordedQueries:
         """How many of the last recorded queries of a layer are those of the last tokens, one after another.
 
         All of them, if as many were computed as the prompt has tokens. A layer that is computed several times has them
-        in its last pass. In a prefill that computes only the last token of the highest layers, theirs is one.
+        in its last pass.
         """
         sizes = self._sizes.get(layer, [1])
         return tokens if sum(sizes) == tokens else min(sizes[-1], tokens)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cllm.errors import UserError
 from cllm.posthoc.method import Engine
 from cllm.posthoc.projecting import FISHER_PIECES, FISHER_TOKENS, KINDS, Place
+from cllm.posthoc.slots import NOTHING_TO_COMPRESS
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ def sensitivities(engine: Engine, ids: Tensor, user: str) -> Iterator[dict[Place
         modules = {(slot, kind): engine.projections(slot)[kind == "v"] for slot in engine.slots() for kind in KINDS}
     except UserError as error:
         raise UserError(f"{user} needs gradients of keys before RoPE: {error}") from None
+    if not modules:
+        raise UserError(NOTHING_TO_COMPRESS)
     pieces = [piece for row in ids for piece in row[None].split(FISHER_TOKENS, dim=1) if piece.shape[1] > 1]
     if not pieces:
         raise UserError(f"{user} needs a loss: give 2 or more calibration tokens")

@@ -21,6 +21,8 @@ from cllm.posthoc.code import Prefix, Rotation
 from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.sinks import Sinks
 
+NOTHING_TO_COMPRESS = "nothing to compress: all slots have a window or are recurrent states"
+
 
 @dataclass(frozen=True)
 class SlotTensors:
@@ -125,7 +127,10 @@ class CompressibleSlots:
     """(B, G, m) fp32: the scores of the m stored tokens of a slot, by owner, if its method keeps them (`Kept`)."""
 
     def sinks(self, count: int) -> Sinks:
-        """The first `count` tokens of every sequence, or all if there are fewer."""
+        """The first `count` tokens of every sequence, or all if there are fewer. Raises `UserError` if there are no
+        slots."""
+        if not self.slots:
+            raise UserError(NOTHING_TO_COMPRESS)
         length = next(iter(self.slots.values())).k.shape[1]
         return Sinks(min(count, length), length, self.starts, self.first_column)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cllm.posthoc.bit_planes import pack_codes, planes, unpack_codes
-from cllm.posthoc.code import Code
+from cllm.posthoc.code import Code, smallest_scale
 
 
 def hadamard(size: int) -> Tensor:
@@ -53,7 +53,7 @@ class TokenQuantized(Code):
         parts = rows.split(list(sizes), dim=-1)
         zero = torch.stack([part.amin(-1) for part in parts], dim=-1).to(dtype)
         top = torch.stack([part.amax(-1) for part in parts], dim=-1)
-        scale = ((top - zero.float()) / (2**bits - 1)).clamp(min=torch.finfo(dtype).tiny).to(dtype)
+        scale = ((top - zero.float()) / (2**bits - 1)).clamp(min=smallest_scale(dtype)).to(dtype)
         low, step = (_spread(t, sizes) for t in (zero, scale))
         codes = ((rows - low) / step).round().clamp(0, 2**bits - 1).to(torch.uint8)
         return cls(pack_codes(codes.flatten(1), bits), scale, zero, tuple(sizes), bits)

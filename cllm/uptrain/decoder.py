@@ -51,6 +51,10 @@ class TracedDecoder(Decoder):
         self._route = route
         self.hand_slots(None if route is None else [() if source == i else (source,) for i, source in enumerate(route)])
 
+    def reads_others(self, i: int) -> Sequence[int]:
+        """The other layers whose slots layer `i` reads, as `route` or the plan says."""
+        return self._reads[i]
+
     @contextlib.contextmanager
     def record_layers(self) -> Iterator[list[Tensor]]:
         """Record the output of every layer, (B, T, d_model), in the list that is yielded."""

@@ -394,3 +394,34 @@ def test_a_cache_with_heads_of_another_size_is_of_another_model(tokens):
     engine_of(other).hidden(tokens(1, 9), cache)
     with pytest.raises(UserError, match="it has 2 heads of 24, the model 2 of 16"):
         cllm.compress(one, cache, "int8")
+
+
+CALIBRATED = [
+    "palu:keep=0.5", "palu:keep=0.5,allocation=fisher", "palu:keep=0.5,allocation=search", "asvd:ratio=1.5",
+    "lorc:keep=0.5", "eigenattention:keep=0.5", "kvquant:levels=fisher", "kvtc:basis=calibration", "commonkv",
+    "kvsharer:share=1", "xkv:ratio=2,weight=queries", "h2o:ratio=2", "recompute", "kivi", "vfold",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", CALIBRATED)
+def test_a_model_with_windows_only_is_refused_in_one_line(spec, decoder, tokens):
+    """By methods that calibrate or watch too, which look for slots before they get a cache."""
+    engine, method = engine_of(decoder(kv={"preset": "mha", "window": 5}, n_layers=3)), parse(spec)
+
+    def compress() -> None:
+        cache = engine.new_cache()
+        method.prepare(engine, tokens(2, 30))
+        with method.watch(engine):
+            engine.hidden(tokens(1, 20), cache)
+        engine.compress(cache, method)
+
+    with pytest.raises(UserError, match=f"{method.name}: .*nothing to compress|{method.name}: .*allowed"):
+        compress()
+
+
+@pytest.mark.parametrize("spec", ["h2o:ratio=2", "snapkv:ratio=2", "entropy:ratio=2", "xkv:ratio=2,weight=queries"])
+def test_queries_of_a_second_own_slot_are_refused_in_one_line(spec, decoder):
+    join = {"join": [{"own": {"window": 4}}, {"own": {}}]}
+    engine = engine_of(decoder(kv={"layers": [{"layers": "0-1", "read": join}]}, n_layers=2))
+    with pytest.raises(UserError, match=r"layer 0 reads slot 2 through JointAttention"), parse(spec).watch(engine):
+        pass

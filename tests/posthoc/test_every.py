@@ -422,6 +422,28 @@ def test_padding_and_the_batch_change_nothing(spec, decoder, tokens):
         )
 
 
+@pytest.mark.parametrize("spec", ["h2o:tokens=12", "snapkv:tokens=12,window=6", "entropy:tokens=12,window=6"])
+@pytest.mark.parametrize("kv", [{"preset": "mha"}, {"preset": "swiftkv"}], ids=["mha", "swiftkv"])
+def test_an_early_exit_leaves_out_no_queries(spec, kv, decoder, tokens):
+    """Neither of a prompt that is watched nor of one that is added to the compressed cache."""
+    model, ids = decoder(kv=kv, n_layers=4), tokens(2, LENGTH)
+    engine, method, found = engine_of(model), parse(f"{spec},every={EVERY}"), []
+    for last_only in (False, True):
+        cache = engine.new_cache()
+        with method.watch(engine):
+            model.hidden(ids[:, :PROMPT], cache=cache, last_only=last_only)
+        compressed = compress(cache, method)
+        for part in ids[:, PROMPT:].split(20, dim=1):
+            last = model(part, cache=compressed, last_only=last_only)[:, -1:]
+        found.append((last, compressed))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-4, rtol=1e-4)
+    assert found[1][1].nbytes() == found[0][1].nbytes()
+    seen = []
+    model.blocks[-1].mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    model.prefill(ids, KVCache(model.config))
+    assert seen == [1], "the next prompt exits early again"
+
+
 def test_the_tokens_of_a_pass_do_not_matter_and_one_block_joins_once_for_all_readers(design, tokens, monkeypatch):
     model, ids = design("cla"), tokens(2, LENGTH)
     method, cache = prompt_cache(model, f"xkv:group=2,rank_k=6,rank_v=9,every={EVERY}", ids)

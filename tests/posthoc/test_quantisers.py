@@ -530,6 +530,30 @@ def test_padding_is_left_out(spec, decoder, tokens):
             assert difference < NEAR.get(spec.partition(":")[0], 1e-4)
 
 
+@pytest.mark.parametrize("outliers", [0.1, 0.3, 0.45])
+def test_the_outliers_of_a_padded_sequence_are_as_many_as_alone(outliers, slot_tensors):
+    for padding in (1, 2, 7, 29):
+        is_text = torch.arange(30) >= torch.tensor([[0], [padding]])
+        keys = noise(2, 30, 1, 8)
+        method = parse(f"kvquant:bits=2,outliers={outliers}")
+        (padded,), _ = method.encode(slot_tensors("k", [keys], is_text), None)
+        (alone,), _ = method.encode(slot_tensors("k", [keys[1:, padding:]]), None)
+        torch.testing.assert_close(padded.decode()[1:, padding:], alone.decode())
+
+
+@pytest.mark.parametrize("spec", [*SPECS, "kivi:bits=4,group=4,residual=0", "palu:keep=0.5,bits=4"])
+def test_fp64_caches_are_coded(spec, decoder, tokens):
+    """Padding is 0, and so is its scale, unless it has a least value that fp32 can represent."""
+    model, ids = decoder(n_layers=2).double(), tokens(2, LENGTH)
+    cache = KVCache(model.config)
+    method = parse(spec)
+    method.prepare(engine_of(model), ids)
+    model(ids[:, :PREFIX], cache=cache, starts=torch.tensor([0, 12]))
+    found = model(ids[:, PREFIX:], cache=compress_cache(cache, method))
+    assert found.dtype == torch.float64
+    assert found.isfinite().all()
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_padding_of_transformers_caches_is_left_out(spec, llama, tokens):
     model, ids, logits = llama(), tokens(2, LENGTH), []

@@ -16,6 +16,7 @@ from cllm.errors import UserError
 from cllm.model.decoder import Decoder
 from cllm.train.run import train
 from cllm.train.uptraining import draw_route
+from cllm.uptrain.attention import attention_outputs
 from cllm.uptrain.complete import load_config
 from cllm.uptrain.decoder import build_traced
 
@@ -64,6 +65,23 @@ def test_a_layer_reads_what_the_drawn_layer_projects(reference, tiny_config, ran
         wanted = torch.zeros_like(parameter).double() if wanted is None else wanted  # projections that nobody reads
         torch.testing.assert_close(parameter.grad.double(), wanted, atol=1e-4, rtol=1e-4, msg=name)
     assert model.blocks[1].attention.owner.k_proj.weight.grad.norm() > 0, "the source gets the gradient"
+
+
+@pytest.mark.parametrize("route", [None, [0, 0, 1, 0]])
+def test_the_loss_on_outputs_of_attention_follows_the_route(route, tiny_config, random_model) -> None:
+    """On the model's own residual stream, outputs are those of the pass."""
+    config = tiny_config(n_layers=4, kv={"preset": "gqa"})
+    model = build_traced(config, routed=True)
+    model.load_state_dict(random_model(config).state_dict())
+    model.route = route
+    outputs, streams = list[torch.Tensor](), list[torch.Tensor]()
+    for block in model.blocks:
+        block.attention.register_forward_hook(lambda _, __, out: outputs.append(out[0]))
+    ids = torch.tensor([IDS])
+    model.hidden(ids, states=streams)
+    expected = list(outputs)
+    for found, wanted in zip(attention_outputs(model, streams, ids), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_at_inference_layers_read_the_nearest_owner_of_a_fixed_set(tiny_config, random_model) -> None:

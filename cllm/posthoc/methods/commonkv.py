@@ -18,7 +18,7 @@ from cllm.posthoc.code import Code, Codes, Exact
 from cllm.posthoc.inputs import RecordedInputs
 from cllm.posthoc.method import Compressor, Engine, naming
 from cllm.posthoc.registry import register
-from cllm.posthoc.slots import SlotTensors
+from cllm.posthoc.slots import NOTHING_TO_COMPRESS, SlotTensors
 from cllm.posthoc.tensor_tree import TensorTree
 
 
@@ -157,6 +157,8 @@ class CommonKV(Compressor):
         with naming(self.name):
             for slot in engine.slots():
                 engine.projections(slot)  # raises for a slot without projections
+            if not engine.slots():
+                raise UserError(NOTHING_TO_COMPRESS)
         if self.weights == "equal":
             return
         half = ids.shape[1] // 2

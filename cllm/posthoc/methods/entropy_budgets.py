@@ -13,7 +13,7 @@ from cllm.posthoc.evicting import Union, VotingWindow
 from cllm.posthoc.eviction import Kept
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import CompressibleSlots
-from cllm.posthoc.votes import total_received
+from cllm.posthoc.votes import Votes, total_received
 
 
 @register(
@@ -39,13 +39,20 @@ class Entropy(VotingWindow):
         return True
 
     def scores(self, cached: CompressibleSlots, union: Union) -> Tensor:
-        return self._scores.pop(union)
+        if union in self._scores:
+            return self._scores.pop(union)
+        return self._total(self.votes(cached, union))  # with `every`, budgets stay as they were computed for the prompt
+
+    @staticmethod
+    def _total(votes: Sequence[Votes]) -> Tensor:
+        """(B, 1, n): the attention that tokens get, summed over heads."""
+        return total_received(votes).sum(1, keepdim=True)
 
     def shares_of_budget(self, cached: CompressibleSlots, unions: Sequence[Union]) -> list[float]:
         spreads = []
         for union in unions:
             votes = self.votes(cached, union, entropy=True)
-            self._scores[union] = total_received(votes).sum(1, keepdim=True)
+            self._scores[union] = self._total(votes)
             spreads.append(torch.stack([vote.entropy for vote in votes if vote.entropy is not None]).mean())
         return torch.stack(spreads).clamp(min=1e-6).tolist()
 

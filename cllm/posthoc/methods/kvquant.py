@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.posthoc.bit_planes import pack_codes, unpack_codes
-from cllm.posthoc.code import Code, Codes
+from cllm.posthoc.code import Code, Codes, smallest_scale
 from cllm.posthoc.grown import first_of, join_all
 from cllm.posthoc.method import Compressor, Engine, naming
 from cllm.posthoc.projecting import FISHER_TOKENS, KINDS, Place, check_tokens
@@ -215,12 +215,17 @@ class KVQuant(Compressor):
         median = x.masked_fill(~counted, torch.nan).nanmedian(dim=2, keepdim=True).values
         distance = (x - median).abs().masked_fill(~counted, -1)
         index = distance.topk(count, dim=2).indices
+        if per_channel and tensors.is_text is not None:
+            # A padded sequence has fewer outliers. Its other entries point to padding, in the first columns.
+            own = (self.outliers * tensors.is_text.sum(1).double()).round().long()[:, None, None]
+            place = torch.arange(count, device=index.device)
+            index = torch.where(place < own, index, place - own)
         # Tokens of padding, which have no range, are never read.
         dense = (counted | ~counted.any(2, keepdim=True)).scatter(2, index, False)
         low, high = x.masked_fill(~dense, torch.inf).amin(2), x.masked_fill(~dense, -torch.inf).amax(2)
         dtype = tensors.dtype
         middle = ((low + high) / 2).to(dtype)
-        half = ((high - low) / 2).clamp(min=torch.finfo(dtype).tiny).to(dtype)
+        half = ((high - low) / 2).clamp(min=smallest_scale(dtype)).to(dtype)
         return _Split(x, index, dense & counted, middle, half, per_channel)
 
     def _code(self, tensors: SlotTensors, i: int, parts: _Split, levels: Tensor, bits: int) -> DenseAndSparse:

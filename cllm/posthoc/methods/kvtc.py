@@ -16,7 +16,7 @@ from cllm.posthoc.budget import elements_left
 from cllm.posthoc.code import Code, Codes
 from cllm.posthoc.entropy import SIZE_BYTES, Streams, compress
 from cllm.posthoc.lowrank import right_vectors
-from cllm.posthoc.method import Compressor, Engine
+from cllm.posthoc.method import Compressor, Engine, naming
 from cllm.posthoc.projecting import check_tokens
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
@@ -205,7 +205,9 @@ class KVTC(Compressor):
         cache = engine.new_cache()
         engine.hidden(ids, cache)
         cached = engine.compressible(cache)
-        for keys, values in cached.tensors(before_rope=True, sinks=cached.sinks(self.sinks)):
+        with naming(self.name):
+            sinks = cached.sinks(self.sinks)
+        for keys, values in cached.tensors(before_rope=True, sinks=sinks):
             for tensors in (keys,) if values is None else (keys, values):
                 for slots in tensors.groups(self.group):
                     self._bases[_place(tensors, slots)] = self._calibrate(tensors, slots)

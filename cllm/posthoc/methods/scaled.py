@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from cllm.posthoc.code import Code, Codes
+from cllm.posthoc.code import Code, Codes, smallest_scale
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
@@ -58,7 +58,7 @@ class Int8(Compressor):
     def _code(self, x: Tensor, axis: Axis, dtype: torch.dtype) -> Scaled:
         """The code of `x` (B, n, *width) fp32, padding 0."""
         scale = x.abs().amax(1 if axis == "channel" else -1, keepdim=True) / self.largest
-        scale = scale.clamp(min=torch.finfo(dtype).tiny).to(dtype)
+        scale = scale.clamp(min=smallest_scale(dtype)).to(dtype)
         return Scaled(self._numbers((x / scale.float()).clamp(-self.largest, self.largest)), scale)
 
     def _numbers(self, x: Tensor) -> Tensor:

@@ -151,5 +151,6 @@ class TurboQuant(Compressor):
             left = unit - table[codes.long()]
             signs = (left @ projection(dim, self.seed, x.device).mT > 0).to(torch.uint8)
             rest = Sketch(pack_codes(signs.flatten(1), 1), left.norm(dim=-1).to(x.dtype))
-        length = length.clamp(max=torch.finfo(x.dtype).max)  # fp16 has a small range
+        if x.dtype != torch.float64:
+            length = length.clamp(max=torch.finfo(x.dtype).max)  # fp16 has a small range
         return Rotated(packed, length.to(x.dtype), rest, levels_bits, self.seed, width)

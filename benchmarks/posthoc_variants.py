@@ -279,7 +279,7 @@ def narrowed(part: Factored, rank: int, multiple: int | None) -> Factored:
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 PARTS = {"decode": bench_chosen, "compress": bench_all_compression}
-"""What `--only` chooses from."""
+"""The parts of the benchmark, by their name in `--only`."""
 
 
 @one_line

@@ -20,7 +20,7 @@ from cllm.errors import UserError
 from cllm.signals import Interrupted
 
 GRACE = 30.0
-"""Seconds that the commands of `run_all` have to end once they are told to."""
+"""Seconds after which `run_all` kills commands that it has asked to end."""
 _POLL = 0.05
 _LOG_TAIL = 8192
 

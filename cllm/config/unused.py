@@ -19,15 +19,17 @@ class _Need:
     used: Callable[[Config], bool]
     """Whether they matter."""
     text: str
-    """What they need."""
+    """What the config must have so that they matter."""
 
 
 def _plain(config: Config) -> bool:
-    return any(config.model.plan().source(i).is_plain for i in range(config.model.n_layers))
+    plan = config.model.plan()
+    return any(plan.source(i).is_plain for i in range(len(plan)))
 
 
 def _fuses(config: Config) -> bool:
-    return any(map(config.model.plan().fuses, range(config.model.n_layers)))
+    plan = config.model.plan()
+    return any(map(plan.fuses, range(len(plan))))
 
 
 def _scaling(kind: str) -> Callable[[Config], bool]:

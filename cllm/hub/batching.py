@@ -62,7 +62,7 @@ def check_batchable(decoder: Decoder) -> None:
         if (own := plan.owned(layer)).head_dim is not None:
             raise UserError(
                 f"continuous batching: layer {layer} stores heads of {own.head_dim} channels and model.head_dim is "
-                f"{decoder.config.resolved_head_dim}, and pages hold one head size; use generate"
+                f"{decoder.config.resolved_head_dim}, and pages hold one head size; {_INSTEAD}"
             )
     for layer, block in enumerate(decoder.blocks):
         mixer: Any = block.attention

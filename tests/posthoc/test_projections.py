@@ -237,7 +237,7 @@ def test_a_hadamard_matrix_changes_nothing_without_codes(decoder, tokens):
 
 
 def token_by_token(y, u, bits, sizes):
-    """What is read of keys or values y (n, width) on a basis u (width, r)."""
+    """Keys or values y (n, width) as they are decoded from their latents on a basis u (width, r)."""
     read = []
     for token in y:
         latents = (token @ u).split(sizes)

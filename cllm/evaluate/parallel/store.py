@@ -31,7 +31,7 @@ KIND = "evaluation parts"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What a part has measured."""
+    """The records and files of a part that has ended."""
 
     results: str
     """The folder of results."""
@@ -87,7 +87,7 @@ class Store:
         return file
 
     def report(self, part: Part) -> Report | None:
-        """What a part has measured; None if it has not ended."""
+        """The report of a part; None if the part has not ended."""
         file = self.of(part) / "report.json"
         return Report(**read_object(file)) if file.exists() else None
 

@@ -21,13 +21,35 @@ _LENGTH = 12
 
 @functools.lru_cache(maxsize=4096)
 def _file_hash(path: str, changed_ns: int, size: int) -> str:
-    """The hash of a module without its comments, docstrings and layout."""
+    """The hash of a module without its comments, docstrings and layout; the same in every version of Python."""
     tree = ast.parse(Path(path).read_bytes())
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
             node.body = [line for line in body if not _is_text(line)]  # type: ignore[attr-defined]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    return hashlib.sha256(_dump(tree).encode()).hexdigest()
+
+
+def _dump(value: Any) -> str:
+    """A text of a syntax tree without empty fields: versions of Python differ in them, as in `type_params`."""
+    if isinstance(value, ast.AST):
+        fields = [(name, inner) for name, inner in ast.iter_fields(value) if inner is not None and inner != []]
+        if isinstance(value, ast.JoinedStr):  # Python 3.12 splits its texts at doubled braces, and adds empty ones
+            fields = [("values", _joined(value.values))]
+        return f"{type(value).__name__}({', '.join(f'{name}={_dump(inner)}' for name, inner in fields)})"
+    return f"[{', '.join(map(_dump, value))}]" if isinstance(value, list) else repr(value)
+
+
+def _joined(parts: list[ast.expr]) -> list[ast.expr]:
+    """The parts of an f-string, with texts that follow each other in one, and without empty ones."""
+    found: list[ast.expr] = []
+    for part in parts:
+        before = found[-1] if found else None
+        if isinstance(part, ast.Constant) and isinstance(before, ast.Constant):
+            found[-1] = ast.Constant(str(before.value) + str(part.value))
+        elif not isinstance(part, ast.Constant) or part.value:
+            found.append(part)
+    return found
 
 
 def _is_text(node: ast.AST) -> bool:

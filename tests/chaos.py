@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "os.listdir"}
 TIMED = re.compile(r"time|throughput/|memory/|.*seconds|compression_share_of_prefill")
-LIMIT = 120.0
+LIMIT = 600.0
 """Seconds after which a command counts as hung."""
 
 

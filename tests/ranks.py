@@ -22,7 +22,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from cllm.config import Config
 from cllm.train.run import train
 
-SECONDS = 60.0
+SECONDS = 300.0
 """Time that the other ranks have to end when one was killed."""
 
 _processes = multiprocessing.get_context("forkserver")

@@ -231,27 +231,50 @@ def test_another_recipe_starts_clean(tmp_path, run, recipe, documents, monkeypat
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
 
 
+HALTS = """
+import sys, time
+from pathlib import Path
+from cllm.commands.prepare import main
+from cllm.data.prepare.shards import ShardWriter
+close, shards = ShardWriter.close_shard, []
+def close_and_halt(writer):
+    close(writer)
+    shards.append(writer)
+    if len(shards) == 4:
+        Path("halted").touch()
+        time.sleep(600)
+ShardWriter.close_shard = close_and_halt
+sys.exit(main())
+"""
+"""Prepares data, but does not go on after four shards."""
+
+
 def test_killed_process_leaves_nothing_that_looks_finished(tmp_path, recipe, documents):
     corpus = write_jsonl(tmp_path / "a.jsonl", documents(10_000))
     tokenizer = {"train": {"vocab_size": 300, "sample_bytes": 100_000}}
     spec = recipe([corpus], shard_tokens=20_000, tokenizer=tokenizer)
     (tmp_path / "recipe.yaml").write_text(json.dumps(spec))
-    words = [sys.executable, str(REPO / "data" / "prepare.py"), "--config", "recipe.yaml", "--workers", "2", "--out"]
-    process = subprocess.Popen([*words, "out"], cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
+    options = ["--config", "recipe.yaml", "--workers", "2", "--out"]
+    halts = [sys.executable, "-c", HALTS, *options, "out"]
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    process = subprocess.Popen(halts, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     partial = tmp_path / "out.partial"
-    deadline = time.monotonic() + 60
-    while len(list(partial.glob("train-*.bin"))) < 4 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "halted").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was still at work"
-    assert partial.exists()
+    assert process.wait() == -signal.SIGKILL
+    assert len(list(partial.glob("train-*.bin"))) >= 4
     assert not (tmp_path / "out").exists()
     assert not (partial / "manifest.json").exists()
     # Its workers notice and leave.
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while _alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _alive(process.pid)
+    words = [sys.executable, str(REPO / "data" / "prepare.py"), *options]
     again = subprocess.run([*words, "out"], cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0
     assert "resuming" in again.stderr

@@ -80,7 +80,7 @@ class Server:
         asked = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/v1/completions", body, {"Content-Type": "application/json"}
         )
-        return urllib.request.urlopen(asked, timeout=120)
+        return urllib.request.urlopen(asked, timeout=300)
 
     def complete(self, prompt: Any, n: int) -> dict[str, Any]:
         with self.post(request(prompt, n)) as answer:
@@ -171,7 +171,7 @@ def test_curl_gets_the_text_that_transformers_generates(server, reference) -> No
     exact = json.dumps({**asked, "temperature": 0, "return_token_ids": True})
     words = [exact if word.startswith("{") else word for word in words]
     words = [word.replace(":8000/", f":{server.port}/") for word in words]
-    done = subprocess.run(words, capture_output=True, check=True, timeout=120)
+    done = subprocess.run(words, capture_output=True, check=True, timeout=300)
     expected = greedy(reference, asked["prompt"], asked["max_tokens"], eos=0)
     answer = json.loads(done.stdout)["choices"][0]
     assert answer["token_ids"] == expected
@@ -231,7 +231,7 @@ def test_no_request_gets_the_text_of_another_under_preemption(server, reference)
 
 def test_a_second_server_on_its_port_is_refused_in_one_line(server) -> None:
     done = subprocess.run(server.words, env=server.environment, cwd=server.folder, capture_output=True, text=True,
-                          timeout=120)  # fmt: skip
+                          timeout=300)  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"error: port {server.port} of 127.0.0.1: cannot be used")
     server.get("/health")
@@ -258,7 +258,7 @@ def test_a_terminated_server_completes_its_streams(server, reference) -> None:
     assert last == "[DONE]"
     assert tokens == greedy(reference, "def main", 200)
     assert server.process.wait(60) == 0
-    _, alive = psutil.wait_procs(processes, timeout=60)
+    _, alive = psutil.wait_procs(processes, timeout=300)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 

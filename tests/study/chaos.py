@@ -34,7 +34,7 @@ from cllm.version import code_version
 
 TRAINER = Path(__file__).with_name("fake_trainer.py")
 TIMED = ("seconds", "finished", "evaluation_seconds", "tokens_per_s")
-LIMIT = 30.0
+LIMIT = 300.0
 """Seconds after which a study counts as hung."""
 
 

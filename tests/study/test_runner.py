@@ -145,8 +145,8 @@ def test_no_point_starts_that_would_not_end_in_time(chaos: ModuleType, tmp_path:
 
 def test_a_study_stops_in_time_and_goes_on(chaos: ModuleType, tmp_path: Path) -> None:
     study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={}, tokens=16 * 40)
-    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0.05), seconds=3600.0)
-    turn, begin = runner._turn, time.monotonic()
+    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0.5), seconds=3600.0)  # a run takes 20 s
+    turn = runner._turn
 
     def time_is_up_after_a_step(received: list[int]) -> bool:
         if any((tmp_path / "runs").glob("*/metrics.jsonl")):
@@ -155,10 +155,9 @@ def test_a_study_stops_in_time_and_goes_on(chaos: ModuleType, tmp_path: Path) ->
 
     runner._turn = time_is_up_after_a_step
     assert runner.run() == 3
-    assert time.monotonic() - begin < 30, "each of four runs takes 2 s, and those that run stop after a step"
     assert list((tmp_path / "runs").glob("*/checkpoints/*.ckpt"))
     assert not list((tmp_path / "results").glob("*.json"))
-    assert chaos.runner_of(study, tmp_path, chaos.FakeCommands(0), seconds=60.0).run() == 0
+    assert chaos.runner_of(study, tmp_path, chaos.FakeCommands(0), seconds=3600.0).run() == 0
 
 
 def test_a_failed_point_is_named_with_the_last_line_of_its_log(chaos: ModuleType, tmp_path: Path) -> None:

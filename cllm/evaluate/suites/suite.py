@@ -128,6 +128,9 @@ class Suite(ABC):
     """Whether it measures on the sets that --data names (default: the subject's own); else once for each subject."""
     compared: ClassVar[bool] = True
     """Whether scripts/compare.py shows its numbers."""
+    own_columns: ClassVar[bool] = False
+    """Whether comparisons have columns of their own for its numbers: their heads do not name the suite, and --score
+    takes one only by its name."""
     settings: ClassVar[type[BaseModel] | None] = None
     """The options `KEY=VALUE` of `--suite NAME:KEY=VALUE,...`; None: it takes none."""
     positional: ClassVar[str | None] = None

@@ -70,14 +70,14 @@ def test_the_help_of_a_command_names_it_as_it_was_called(name: str, capsys: pyte
 
 
 def test_the_file_in_the_repository_names_itself() -> None:
-    done = subprocess.run([sys.executable, "scripts/convert.py"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "scripts/convert.py"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stderr == "error: COMMAND: missing; for example: python scripts/convert.py export runs/NAME OUT\n"
 
 
 def test_the_version_is_that_of_the_package(empty: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "cllm", "--version"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout == f"cllm {cllm.__version__}\n"
 
 
@@ -164,7 +164,7 @@ def test_the_shell_completes(line: str, completions: set[str], empty: Path) -> N
     asked |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "cllm"]
-    subprocess.run(command, env={**os.environ, **asked, "PYTHONPATH": path}, check=True, timeout=60)
+    subprocess.run(command, env={**os.environ, **asked, "PYTHONPATH": path}, check=True, timeout=300)
     assert {word.strip() for word in answer.read_text().splitlines()} == completions
 
 

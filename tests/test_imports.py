@@ -19,7 +19,7 @@ def test_every_module_imports_without_optional_packages() -> None:
 
 def test_importing_the_config_does_not_load_the_training_stack() -> None:
     code = "import sys, cllm.config; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=300).returncode == 0
 
 
 _LOAD = """
@@ -40,7 +40,7 @@ assert not slow, slow
 
 
 def _run(*words: str | Path) -> str:
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -45,7 +45,7 @@ assert cllm.plan.kinds.Own and callable(cllm.plan)
 
 
 def test_importing_cllm_loads_nothing_slow_and_packages_stay_packages() -> None:
-    done = subprocess.run([sys.executable, "-c", _LIGHT], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", _LIGHT], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     unknown, missing = done.stdout.splitlines()
     assert unknown.startswith('yoko: no such config file, shipped config or design; did you mean "yoco"')

@@ -239,7 +239,7 @@ def test_killed_process_leaves_nothing_that_looks_finished(tmp_path, recipe, doc
     words = [sys.executable, str(REPO / "data" / "prepare.py"), "--config", "recipe.yaml", "--workers", "2", "--out"]
     process = subprocess.Popen([*words, "out"], cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
     partial = tmp_path / "out.partial"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(list(partial.glob("train-*.bin"))) < 4 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -248,7 +248,7 @@ def test_killed_process_leaves_nothing_that_looks_finished(tmp_path, recipe, doc
     assert not (tmp_path / "out").exists()
     assert not (partial / "manifest.json").exists()
     # Its workers notice and leave.
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while _alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _alive(process.pid)

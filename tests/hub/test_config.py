@@ -120,5 +120,5 @@ config = AutoConfig.from_pretrained(sys.argv[1])
 assert type(AutoModelForCausalLM.from_config(config)).__name__ == "CLLMForCausalLM"
 """
     command = [sys.executable, "-c", code, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -72,7 +72,7 @@ with torch.no_grad():
 torch.save(logits, sys.argv[1] + "/logits.pt")
 """
     command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits.pt"), model(IDS, use_cache=False).logits)

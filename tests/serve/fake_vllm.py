@@ -283,7 +283,7 @@ class Engine:
         self._all(self._allocate)
 
     def _all(self, work: Callable[[], Any]) -> list[Any]:
-        return [future.result(timeout=60) for future in [thread.submit(work) for thread in self.pool]]
+        return [future.result(timeout=300) for future in [thread.submit(work) for thread in self.pool]]
 
     def _load(self, model: Any) -> Any:
         from cllm.serve.vllm.model import ServedDecoder

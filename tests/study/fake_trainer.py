@@ -99,7 +99,7 @@ def steps_of(
 
 def wait_for_next(run: str, started: "tuple[str, ...]", stopped: list[int]) -> bool:
     """Wait for the start of the run after this one. False if it does not come."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         with open(started[0]) as file:
             names = file.read().split()

@@ -115,7 +115,11 @@ def test_a_version_is_that_of_code_and_not_of_comments(tmp_path: Path) -> None:
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_no_point_starts_that_would_not_end_in_time(chaos: ModuleType, tmp_path: Path) -> None:
+def test_no_point_starts_that_would_not_end_in_time(
+    chaos: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={})
     runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(), seconds=100.0)
     (point, _), *_ = runner.queue.left()  # 160 tokens, and 30 s of start

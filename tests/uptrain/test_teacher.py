@@ -214,6 +214,6 @@ def test_the_command_line_answers_a_bad_folder_with_one_line(tmp_path: Path) -> 
     file = tmp_path / "student.yaml"
     file.write_text("model: {kv: {preset: cla}}")
     command = [sys.executable, "train.py", "--config", str(file), "--init.from", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert "init.from" in done.stderr

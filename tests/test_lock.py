@@ -121,7 +121,7 @@ def test_an_owner_on_another_machine_is_known_by_its_signs_of_life(
     """`decided` False: the file system has no locks at all, so that this machine's processes too are known so."""
     folder = tmp_path / "a"
     file = foreign(folder) if decided else foreign(folder, **lock._here())
-    monkeypatch.setattr(lock, "PATIENCE", 0.3)
+    monkeypatch.setattr(lock, "PATIENCE", 600 if alive else 0.3)
     if not decided:
 
         def no_locks(*_: object) -> None:
@@ -159,7 +159,7 @@ def test_an_owner_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.Monkey
     touched = threading.Event()
     monkeypatch.setattr(lock.os, "utime", lambda *_: touched.set())
     with locked(tmp_path / "a"):
-        assert touched.wait(60)
+        assert touched.wait(300)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])

@@ -81,13 +81,16 @@ def test_a_signal_between_start_and_wait_is_passed_on_too(tmp_path: Path, monkey
     assert out.read_text().endswith("SIGTERM\n")
 
 
-def test_an_ignored_hangup_stays_ignored() -> None:
+def test_an_ignored_hangup_stays_ignored(tmp_path: Path) -> None:
+    def hang_up() -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        (tmp_path / "sent").touch()
+
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        hangup = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGHUP))
-        hangup.start()
-        assert run(["sh", "-c", "sleep 0.3; exit 5"]) == 5
-        hangup.join()  # before the handler is restored
+        threading.Timer(0.1, hang_up).start()
+        wait = f"while [ ! -e '{tmp_path / 'sent'}' ]; do sleep 0.05; done; exit 5"
+        assert run(["sh", "-c", wait]) == 5
     finally:
         signal.signal(signal.SIGHUP, before)
 

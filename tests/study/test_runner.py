@@ -123,7 +123,11 @@ def test_a_version_does_not_depend_on_that_of_python(tmp_path: Path) -> None:
     assert _file_hash(str(file), 0, 0) == "7132334fc46d52b76f1c1b5f647929905639a68867d622ce6866c82cac789e77"
 
 
-def test_no_point_starts_that_would_not_end_in_time(chaos: ModuleType, tmp_path: Path) -> None:
+def test_no_point_starts_that_would_not_end_in_time(
+    chaos: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={})
     runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(), seconds=100.0)
     (point, _), *_ = runner.queue.left()  # 160 tokens, and 30 s of start

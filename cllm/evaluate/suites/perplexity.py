@@ -30,6 +30,7 @@ class Perplexity(Suite):
         Number(key="other_loss", head="other loss", form=_loss_text, tag="other_loss"),
     )
     compared = False  # its numbers have columns and rules of their own there
+    named_by_number = True
 
     def check(self, subject: Subject, job: Job) -> None:
         job.settings.resolve(subject, job.device)

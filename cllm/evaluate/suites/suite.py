@@ -134,6 +134,9 @@ class Suite(ABC):
     """The option whose value may stand without its key, first: `NAME:VALUE,...`."""
     compresses: ClassVar[bool] = False
     """Whether --posthoc applies to it."""
+    named_by_number: ClassVar[bool] = False
+    """Whether its numbers are known without the suite's name: `--score NAME/NUMBER` takes each, even if `compared` is
+    false, and the head of a column is the number's alone."""
     has_any_metric: ClassVar[bool] = False
     """Whether its numbers have any names, as metrics of another library: they are in `metrics` of a record, and
     there is no mean over tasks."""

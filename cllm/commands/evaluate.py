@@ -126,7 +126,7 @@ def _measure(
 ) -> None:
     """Measure one run with every suite, and add its records to the report."""
     from cllm.evaluate.subjects import load_subject
-    from cllm.evaluate.suites.jobs import check_results, jobs
+    from cllm.evaluate.suites.jobs import check_results, jobs, run_job
 
     subject = load_subject(path, device)
     check_results(subject.results(options.out))
@@ -145,13 +145,12 @@ def _measure(
                 suite.check(subject, job)  # a refusal is the only line on stderr
                 print(f"results of {path} go to {subject.results()}", file=sys.stderr, flush=True)
                 announced = True
-            for record in suite.run(subject, job):
-                files.append(suite.save(subject, record, options.out))
-                records.append(record)
-            if job.refused:
-                print(*suite.describe_refused(subject, job.refused), sep="\n", file=sys.stderr, flush=True)
-                refused[suite.name] = {**refused.get(suite.name, {}), **job.refused}
-                files.append(suite.save_refused(subject, refused[suite.name], options.out))
+            known = refused.setdefault(suite.name, {})
+            run_job(suite, subject, job, options.out, records=records, files=files, refused=known, say=_say)
+
+
+def _say(lines: Sequence[str]) -> None:
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 # ---- in several processes

@@ -11,6 +11,7 @@ from pathlib import Path
 from cllm.commands.evaluate_options import options_parser
 from cllm.errors import UserError, one_line
 from cllm.evaluate.suites.registry import choose
+from cllm.evaluate.suites.suite import Record
 from cllm.signals import stoppable
 from cllm.trust import read_object
 
@@ -48,7 +49,7 @@ def _measure(folder: Path, parser, options: argparse.Namespace, part: dict, mess
     from cllm.environment import choose_device
     from cllm.evaluate.parallel.store import Report, results_of, write_report
     from cllm.evaluate.subjects import load_subject
-    from cllm.evaluate.suites.jobs import check_results, jobs
+    from cllm.evaluate.suites.jobs import check_results, jobs, run_job
 
     choice = choose(parser, options)[part["choice"]]
     options.posthoc = part["specs"]
@@ -60,15 +61,11 @@ def _measure(folder: Path, parser, options: argparse.Namespace, part: dict, mess
         subject.results_moved_to = private
     else:
         out = private
-    records, files = [], []
+    records: list[Record] = []
+    files: list[Path] = []
     for job in jobs(choice, subject, options, device, only=part["set"]):
         choice.suite.check(subject, job)
-        for record in choice.suite.run(subject, job):
-            files.append(choice.suite.save(subject, record, out))
-            records.append(record)
-        if job.refused:
-            messages.texts += choice.suite.describe_refused(subject, job.refused)
-            files.append(choice.suite.save_refused(subject, job.refused, out))
+        run_job(choice.suite, subject, job, out, records=records, files=files, refused={}, say=messages.texts.extend)
     write_report(
         folder,
         Report(

@@ -56,7 +56,7 @@ class ScoreChoice:
     @property
     def head(self) -> str:
         """Above its column: `copying distance=512, accuracy %`."""
-        if self.suite.own_columns:
+        if self.suite.named_by_number:
             return self.number.head
         where = self.suite.name if self.task is None else f"{self.suite.name} {self.task}"
         return self.number.head if self.number.head.startswith(self.suite.name) else f"{where}, {self.number.head}"
@@ -119,7 +119,7 @@ def parse_score_choice(text: str, known: Mapping[str, Suite], option: str = "--s
             raise UserError(f"{option} {text}: names no metric; allowed: {name}:TASK/METRIC, as lm_eval:hellaswag/acc")
         return ScoreChoice(suite=suite, number=_metric(key), task=task or None)
     scored = {suite.name: suite for suite in known.values() if suite.compared_numbers()}
-    if suite is None or (name not in scored and not (suite.own_columns and slash)):
+    if suite is None or (name not in scored and not (suite.named_by_number and slash)):
         raise UserError(f"{option} {text}: no such suite; {nearest(name, scored)}")
     numbers = {number.key: number for number in suite.numbers}
     if not slash:

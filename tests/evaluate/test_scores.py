@@ -123,6 +123,20 @@ def test_a_score_may_name_an_option_with_a_path(text: str, task: str, key: str) 
     assert choice.text in (text, f"{text}/{key}")
 
 
+class Unnamed(Mqar):
+    """Its numbers go without its name."""
+
+    name = "unnamed"
+    compared = False
+    named_by_number = True
+
+
+def test_a_suite_says_that_its_numbers_go_without_its_name() -> None:
+    number = Unnamed.numbers[0]
+    choice = parse_score_choice(f"unnamed/{number.key}", {"unnamed": Unnamed()})
+    assert choice.head == number.head
+
+
 def test_a_score_that_no_model_has_is_named_as_it_was_written(runs, compare, tmp_path, capsys) -> None:
     words = ("--posthoc", "*", "--score", "ruler:length=960", "--out", tmp_path / "out")
     assert compare(*runs, *words) == 2

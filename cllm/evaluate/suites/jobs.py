@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from cllm.errors import UserError
 from cllm.evaluate.perplexity import Settings, open_sets
 from cllm.evaluate.subjects import Subject
 from cllm.evaluate.suites.choice import Chosen
-from cllm.evaluate.suites.suite import Job
+from cllm.evaluate.suites.suite import Job, Record, Suite
 from cllm.files import check_writable
 
 
@@ -39,6 +39,41 @@ def jobs(
         return
     for text in open_sets(subject, options.data, split=settings.split, name=options.name, only=only):
         yield Job(settings=settings, device=device, options=options, text=text, given=chosen.given, refused=refused)
+
+
+def run_job(
+    suite: Suite,
+    subject: Subject,
+    job: Job,
+    out: Path | None,
+    *,
+    records: list[Record],
+    files: list[Path],
+    refused: dict[str, str],
+    say: Callable[[Sequence[str]], None],
+) -> None:
+    """Run a job of a suite and save what it measures.
+
+    Args:
+        suite: what measures.
+        subject: the model.
+        job: what to measure.
+        out: the folder of results; None: the subject's own.
+        records: gets each record as soon as it is saved.
+        files: gets the file of each record, and of the refused specs.
+        refused: gets the refused specs with the reason; all in it are saved together.
+        say: is called with the lines that tell of the specs it refuses.
+
+    Raises:
+        UserError: as `Suite.run` does.
+    """
+    for record in suite.run(subject, job):
+        files.append(suite.save(subject, record, out))
+        records.append(record)
+    if job.refused:
+        say(suite.describe_refused(subject, job.refused))
+        refused |= job.refused
+        files.append(suite.save_refused(subject, refused, out))
 
 
 def check_results(folder: Path) -> None:

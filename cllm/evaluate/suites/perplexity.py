@@ -29,8 +29,8 @@ class Perplexity(Suite):
         Number(key="ar_loss", head="ar loss", form=_loss_text, tag="ar_loss"),
         Number(key="other_loss", head="other loss", form=_loss_text, tag="other_loss"),
     )
-    compared = False  # as `own_columns` says
-    own_columns = True
+    compared = False  # its numbers have columns and rules of their own there
+    named_by_number = True
 
     def check(self, subject: Subject, job: Job) -> None:
         job.settings.resolve(subject, job.device)

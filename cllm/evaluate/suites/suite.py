@@ -128,15 +128,15 @@ class Suite(ABC):
     """Whether it measures on the sets that --data names (default: the subject's own); else once for each subject."""
     compared: ClassVar[bool] = True
     """Whether scripts/compare.py shows its numbers."""
-    own_columns: ClassVar[bool] = False
-    """Whether comparisons have columns of their own for its numbers: their heads do not name the suite, and --score
-    takes one only by its name."""
     settings: ClassVar[type[BaseModel] | None] = None
     """The options `KEY=VALUE` of `--suite NAME:KEY=VALUE,...`; None: it takes none."""
     positional: ClassVar[str | None] = None
     """The option whose value may stand without its key, first: `NAME:VALUE,...`."""
     compresses: ClassVar[bool] = False
     """Whether --posthoc applies to it."""
+    named_by_number: ClassVar[bool] = False
+    """Whether its numbers are known without the suite's name: `--score NAME/NUMBER` takes each, even if `compared` is
+    false, and the head of a column is the number's alone."""
     has_any_metric: ClassVar[bool] = False
     """Whether its numbers have any names, as metrics of another library: they are in `metrics` of a record, and
     there is no mean over tasks."""

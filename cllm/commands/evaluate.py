@@ -139,7 +139,8 @@ def _measure(
                 choice.suite.check(subject, job)
     announced = options.out is not None or subject.kind == "run"
     for each, (suite, records) in zip(planned, report.records, strict=True):
-        report.files.append((suite, files := []))
+        files: list[Path] = []
+        report.files.append((suite, files))
         for job in each:
             if not announced:
                 suite.check(subject, job)  # a refusal is the only line on stderr

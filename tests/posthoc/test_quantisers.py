@@ -541,6 +541,17 @@ def test_the_outliers_of_a_padded_sequence_are_as_many_as_alone(outliers, slot_t
         torch.testing.assert_close(padded.decode()[1:, padding:], alone.decode())
 
 
+def test_of_equal_outliers_the_first_ones_are_taken_whatever_the_padding(slot_tensors):
+    rows = noise(2, 300, 2, 32).mul(2).round()  # many equal distances to the median
+    is_text = torch.arange(300) >= torch.tensor([[0], [129]])
+    method, codes = parse("kvquant:bits=2,outliers=0.1"), []
+    for of, mask in ((rows, is_text), (rows[1:, 129:], None)):
+        codes.append(method.encode(*(slot_tensors(kind, [of], mask) for kind in "kv")))
+    for (padded,), (alone,) in zip(*codes, strict=True):
+        torch.testing.assert_close(padded.decode()[1:, 129:], alone.decode())
+        assert not torch.equal(alone.decode(), rows[1:, 129:])
+
+
 @pytest.mark.parametrize("spec", [*SPECS, "kivi:bits=4,group=4,residual=0", "palu:keep=0.5,bits=4"])
 def test_fp64_caches_are_coded(spec, decoder, tokens):
     """Padding is 0, and so is its scale, unless it has a least value that fp32 can represent."""

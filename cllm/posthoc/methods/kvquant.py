@@ -214,12 +214,12 @@ class KVQuant(Compressor):
         count = round(self.outliers * x.shape[2])
         median = x.masked_fill(~counted, torch.nan).nanmedian(dim=2, keepdim=True).values
         distance = (x - median).abs().masked_fill(~counted, -1)
-        index = distance.topk(count, dim=2).indices
+        own = torch.full_like(distance[:, :1, :1], count, dtype=torch.long)
         if per_channel and tensors.is_text is not None:
             # A padded sequence has fewer outliers. Its other entries point to padding, in the first columns.
             own = (self.outliers * tensors.is_text.sum(1).double()).round().long()[:, None, None]
-            place = torch.arange(count, device=index.device)
-            index = torch.where(place < own, index, place - own)
+        index, place = _farthest(distance, own, count), torch.arange(count, device=x.device)
+        index = torch.where(place < own, index, place - own)
         # Tokens of padding, which have no range, are never read.
         dense = (counted | ~counted.any(2, keepdim=True)).scatter(2, index, False)
         low, high = x.masked_fill(~dense, torch.inf).amin(2), x.masked_fill(~dense, -torch.inf).amax(2)
@@ -286,3 +286,17 @@ def levels_of(weights: Tensor, bits: int) -> Tensor:
         number, total = (t.gather(1, cells).diff(dim=1) for t in (mass, moment))
         levels = torch.where(number > 0, total / number.clamp(min=1e-30), levels)
     return levels.float()
+
+
+def _farthest(distance: Tensor, own: Tensor, count: int) -> Tensor:
+    """(..., count): the places of the `own` largest distances (..., n) of each row, then others.
+
+    Of equal ones the first are taken, so that padding before them changes nothing; torch's topk takes any.
+    """
+    if count == 0:
+        return distance.new_empty((*distance.shape[:-1], 0), dtype=torch.long)
+    largest = distance.topk(count, dim=-1).values
+    last = largest.gather(-1, (own - 1).clamp(min=0).expand(*largest.shape[:-1], 1))
+    above, equal = distance > last, distance == last
+    taken = above | (equal & (equal.cumsum(-1) <= own - above.sum(-1, keepdim=True)))
+    return (taken & (own > 0)).to(torch.uint8).topk(count, dim=-1).indices

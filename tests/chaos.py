@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "os.listdir"}
 TIMED = re.compile(r"time|throughput/|memory/|.*seconds|compression_share_of_prefill")
+DESTRUCTOR = re.compile(r"^Exception ignored in: <function \w+\.__del__ .*\nTraceback .*\n(?: .*\n)*.*\n?", re.M)
+"""Python's report of a destructor that fails because a signal ended the constructor, as that of zipfile."""
 LIMIT = 600.0
 """Seconds after which a command counts as hung."""
 
@@ -157,7 +159,8 @@ def disturb(job: Job, work: Path, draw: random.Random, wanted: int) -> Outcome:
                 attempt = run(job, work, number, after=draw.random() * whole.seconds)
             said.append(f"{signal.Signals(number).name} -> {attempt.status}")
             # Python cannot raise in a weak reference's callback: it prints a traceback there and goes on to the end.
-            shown = "Traceback" in attempt.log and not (attempt.status == 0 and "Exception ignored in" in attempt.log)
+            log = DESTRUCTOR.sub("", attempt.log)
+            shown = "Traceback" in log and not (attempt.status == 0 and "Exception ignored in" in log)
             if attempt.status == 124 or shown:
                 outcome.faults.append(f"{job.name} trial {outcome.trials}: {said}\n{attempt.log[-3000:]}")
             if attempt.status != 0:

@@ -248,7 +248,7 @@ def test_levels_weighted_by_gradients(decoder, tokens):
         x, g = (t[0, 2:].T if kind == "k" else t[0, 2:] for t in (of.x, of.gradient))  # vectors
         for vector, gradient in zip(x, g, strict=True):
             count = round(0.05 * len(vector))
-            kept = (vector - vector.median()).abs().argsort(descending=True)[count:]
+            kept = (vector - vector.median()).abs().argsort(descending=True, stable=True)[count:]
             rest = vector[kept]
             middle, half = (rest.max() + rest.min()) / 2, (rest.max() - rest.min()) / 2
             weighted.append((rest - middle) / half)

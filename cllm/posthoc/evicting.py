@@ -215,8 +215,7 @@ class Voting(Evicting):
         except UserError as error:
             raise UserError(f"{self.name}: the queries that meet a slot's keys are needed: {error}") from None
         self._queries = RecordedQueries(self.observed, self.name)
-        readers = [reader for of_slot in self._readers.values() for reader in of_slot]
-        with engine.all_tokens(), self._queries.record(readers):
+        with engine.all_tokens(), self._queries.record(self._readers):
             yield
 
     def release(self) -> None:

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, H query heads, G KV heads, D channels of a head, M d_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -65,11 +65,12 @@ class RecordedQueries:
         self._sizes: dict[int, list[int]] = {}
 
     @contextmanager
-    def record(self, readers: Iterable[SlotReader]) -> Iterator[None]:
-        """Forget what was recorded, and record the queries of `readers` in all passes inside of the context."""
+    def record(self, readers: Mapping[int, Sequence[SlotReader]]) -> Iterator[None]:
+        """Forget what was recorded, and record the queries of the readers of each slot in all passes inside of the
+        context."""
         self.clear()
         handles = []
-        for reader in {reader.layer: reader for reader in readers}.values():
+        for reader in {reader.layer: reader for of_slot in readers.values() for reader in of_slot}.values():
 
             def add(_: nn.Module, args: tuple[Tensor, ...], q: Tensor, reader: SlotReader = reader) -> None:
                 new = q.detach().reshape(*q.shape[:2], *reader.output.shape[1:])[:, -self._last :]

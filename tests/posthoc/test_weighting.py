@@ -27,7 +27,7 @@ def watched():
         engine = engine_of(model)
         cache, queries = engine.new_cache(), RecordedQueries()
         readers = {slot: engine.readers(slot) for slot in engine.slots()}
-        with queries.record([reader for layers in readers.values() for reader in layers]):
+        with queries.record(readers):
             model.hidden(ids, cache=cache, **options) if options else engine.hidden(ids, cache)
         slots = engine.compressible(cache)
         keys, values = slots.tensors(before_rope=True, sinks=slots.sinks(sinks))[0]

@@ -299,4 +299,4 @@ def _farthest(distance: Tensor, own: Tensor, count: int) -> Tensor:
     last = largest.gather(-1, (own - 1).clamp(min=0).expand(*largest.shape[:-1], 1))
     above, equal = distance > last, distance == last
     taken = above | (equal & (equal.cumsum(-1) <= own - above.sum(-1, keepdim=True)))
-    return (taken & (own > 0)).to(torch.uint8).topk(count, dim=-1).indices
+    return taken.to(torch.uint8).topk(count, dim=-1).indices

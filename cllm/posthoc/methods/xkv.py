@@ -163,8 +163,7 @@ class XKV(Codable):
         with naming(f"{self.name}: weight={self.weight}"):
             self._readers = {slot: engine.readers(slot) for slot in engine.slots()}
         self._queries = RecordedQueries()
-        readers = [reader for of_slot in self._readers.values() for reader in of_slot]
-        with engine.all_tokens(), self._queries.record(readers):
+        with engine.all_tokens(), self._queries.record(self._readers):
             yield
 
     def release(self) -> None:

@@ -208,7 +208,8 @@ def _measure_in_processes(
                 print(f"results of {path} go to {results_of_checkpoint(Path(path))}", file=sys.stderr, flush=True)
     if not parts:
         return left_out.status()
-    launch = Launch(list(parts.values()), words, Store(parts_folder(options.run, options.out)), _command)
+    store = Store(parts_folder(options.run, options.out))
+    launch = Launch(list(parts.values()), words, store, _command, may_be_empty=options.skip_refused)
     try:
         launch.run(places)
     except KeyboardInterrupt:

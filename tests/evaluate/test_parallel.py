@@ -167,11 +167,29 @@ def test_specs_that_are_refused_by_several_parts_are_in_one_file(evaluate, make_
     assert len(json.loads(found[0])["refused"]) >= 2
 
 
+@pytest.mark.parametrize("more", [(), ("--processes", 2)])
+def test_a_spec_that_is_refused_is_an_error_only_if_no_other_is_left(evaluate, make_run, capsys, tmp_path, more):
+    run = make_run("a")[0].path
+    words = ["--run", run, "--suite", "copying:distances=6,samples=1", "--device", "cpu", *more]
+    refused = ["--posthoc", "entropy:ratio=40"]
+    assert parse(refused[1]).chooses_for_batch, "so it is a part of its own"
+    assert evaluate(*words, "--posthoc", "none", *refused, "--out", tmp_path / "some") == 0
+    out, error = capsys.readouterr()
+    assert "a on copying: entropy:ratio=40 is refused: entropy: " in error
+    assert out.startswith("copying: none\n")
+    assert not list(tmp_path.rglob("refused.json"))
+    assert not parts(tmp_path)
+    assert evaluate(*words, "--posthoc", "svd:ratio=30,sinks=0", *refused, "--out", tmp_path / "none") == 2
+    out, error = capsys.readouterr()
+    assert '--posthoc "svd:ratio=30,sinks=0": svd: ' in error, "the first one"
+    assert not out
+
+
 def test_a_file_of_several_parts_has_the_content_of_the_last_one_in_the_command(tmp_path) -> None:
     store, results = Store(tmp_path / "parts"), tmp_path / "results"
     ended = []
     for key in ("first", "last"):
-        part = Part(run="r", choice=0, set=None, specs=(), label="", cost=1.0, key=key)
+        part = Part(run="r", choice=0, set=None, specs=(), place_label="", cost=1.0, key=key)
         for name, content in (("a/all.json", key), ("a/refused.json", {"refused": {key: "why"}}), (f"{key}.json", key)):
             write_atomic(results_of(store.of(part)) / name, json.dumps(content))
         write_report(store.of(part), Report(results=str(results), records=[], files=["a/all.json"], messages=[]))
@@ -270,7 +288,9 @@ def test_long_parts_start_first_and_a_run_that_is_missing_is_left_out(evaluate, 
     run, seen = make_run("a")[0].path, list[str]()
 
     def note(commands, *_) -> None:
-        seen.extend(json.loads(Path(c.words[-1]).read_text())["part"]["label"].split("--suite ")[1] for c in commands)
+        seen.extend(
+            json.loads(Path(c.words[-1]).read_text())["part"]["place_label"].split("--suite ")[1] for c in commands
+        )
 
     monkeypatch.setattr("cllm.evaluate.parallel.launch.run_all", note)
     short, long = "copying:distances=6,samples=1", "copying:distances=6,samples=9000"

@@ -63,7 +63,7 @@ class Posthoc(Suite):
             compresses=True,
             action="store_true",
             help="go on without specs of --posthoc that cannot compress a run's cache; SUITE/refused.json has the "
-            "reasons (default: such a spec is an error)",
+            "reasons (default: such a spec is an error; in suites of samples only if no other spec is left)",
             unused="needs --posthoc, whose specs it concerns",
         ),
     )
@@ -101,7 +101,7 @@ class Posthoc(Suite):
             job.device,
             prefix=options.prefix,
             generate=options.generate,
-            refused=job.refused,
+            refused=job.refused if job.skips_refused else None,
         )
 
     def columns(self) -> Sequence[Column[Record]]:

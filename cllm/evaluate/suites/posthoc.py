@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cllm.arguments import whole_number
 from cllm.errors import UserError
@@ -103,6 +103,9 @@ class Posthoc(Suite):
             generate=options.generate,
             refused=job.refused if job.skips_refused else None,
         )
+
+    def makes_unnamed(self, record: Mapping[str, Any]) -> bool:
+        return "uncompressed_loss" in record
 
     def columns(self) -> Sequence[Column[Record]]:
         return (

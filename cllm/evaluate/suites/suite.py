@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -180,6 +180,10 @@ class Suite(ABC):
         """
         tokens = 1e6 if data is None or not data.exists() else bytes_of(data) / 4
         return min(tokens, options.max_tokens or tokens)
+
+    def makes_unnamed(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record that names no suite is of this one."""
+        return False
 
     def columns(self) -> Sequence[Column[Record]]:
         """The columns of the suite's table."""

@@ -22,6 +22,7 @@ from cllm.evaluate.parallel.store import Report, Store, results_of, write_report
 from cllm.evaluate.suites.registry import choose
 from cllm.files import write_atomic
 from cllm.posthoc.registry import parse
+from cllm.workers import find_gpus
 
 REPO = Path(__file__).resolve().parents[2]
 TIMES = re.compile(r"seconds|time|share_of_prefill")
@@ -265,6 +266,44 @@ def test_each_gpu_gets_as_many_processes_as_were_asked_for(evaluate, command, mo
     for words in ("--devices all", "--devices 6 --per-device 2", "--devices all --per-device 2"):
         evaluate(*command("copying:samples=1")[:-4], *words.split())
     assert seen == [["4", "6"], ["6", "6"], ["4", "6", "4", "6"]]
+
+
+def test_gpus_are_named_as_in_the_environment(monkeypatch) -> None:
+    count = {"is": 3}
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count["is"])
+    for named, seen, expected in (
+        (None, 3, ["0", "1", "2"]),
+        ("2, GPU-5a,7", 3, ["2", "GPU-5a", "7"]),
+        ("2,99,3", 1, ["2"]),  # CUDA stops at the first one that is not there
+        ("", 0, []),
+        ("-1", 0, []),
+    ):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if named is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        count["is"] = seen
+        assert find_gpus() == expected
+
+
+def test_each_process_sees_its_gpu_alone_and_its_share_of_the_cores(evaluate, command, monkeypatch, tmp_path) -> None:
+    """A process of each part writes what it sees, in place of measuring."""
+    monkeypatch.setattr("cllm.workers.find_gpus", lambda: ["4", "GPU-6"])
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    program = """
+import json, os, pathlib, sys
+folder = pathlib.Path(sys.argv[1]).parent
+seen = {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+report = {"results": "out", "records": [seen], "files": [], "messages": []}
+(folder / "report.json").write_text(json.dumps(report))
+"""
+    monkeypatch.setattr("cllm.commands.evaluate._command", lambda file: [sys.executable, "-c", program, str(file)])
+    seen = []
+    monkeypatch.setattr("cllm.commands.evaluate._Report.add", lambda *words: seen.extend(words[3]))
+    words = command(*(f"copying:distances=6,samples={n}" for n in range(1, 7)))[:-4]
+    assert evaluate(*words, "--devices", "all", "--per-device", 2) == 0
+    assert {one["CUDA_VISIBLE_DEVICES"] for one in seen} == {"4", "GPU-6"}
+    assert [one["OMP_NUM_THREADS"] for one in seen] == ["3"] * 6
 
 
 def test_a_part_whose_process_is_killed_is_named_with_the_signal(evaluate, command, monkeypatch, capsys) -> None:

@@ -85,8 +85,9 @@ def read_measured(paths: Sequence[str | Path]) -> tuple[list[Measured], list[str
     """Read the measurements of every model in `paths`, in their order; also returns the paths that cannot be read.
 
     Raises:
-        UserError: if no path can be read, or there is no record.
+        UserError: if no path can be read, there is no record, or two run folders have one name.
     """
+    check_names([path for path in map(Path, paths) if RunFolder(path).config_file.exists()])
     found: dict[str, Measured] = {}
     left_out = LeftOut(len(paths))
     for path in map(Path, paths):
@@ -97,6 +98,14 @@ def read_measured(paths: Sequence[str | Path]) -> tuple[list[Measured], list[str
     if not found:
         raise UserError(f"no result among: {' '.join(map(str, paths)) or '(nothing)'}; give runs, studies or files")
     return _told_apart(list(found.values())), left_out.names
+
+
+def check_names(runs: Iterable[Path]) -> None:
+    """Raise `UserError` for two run folders of one name, whose records could not be told apart."""
+    folders: dict[str, Path] = {}
+    for path in map(Path.resolve, runs):
+        if folders.setdefault(path.name, path) != path:
+            raise UserError(f"two runs are called {path.name}; a comparison needs a name for each")
 
 
 def are_results(paths: Sequence[str | Path]) -> bool:

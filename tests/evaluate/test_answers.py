@@ -202,6 +202,14 @@ def test_results_of_one_run_are_put_together_from_several_files(runs: list[Path]
     assert swept[1].perplexity.change == pytest.approx(5.0)
 
 
+def test_two_runs_of_one_name_are_not_put_together(runs: list[Path], tmp_path: Path) -> None:
+    other = tmp_path / "other" / "mha"
+    shutil.copytree(runs[1], other)
+    with pytest.raises(UserError, match="two runs are called mha; a comparison needs a name for each"):
+        read_measured([*runs, other])
+    read_measured([*runs, runs[0]])
+
+
 def test_other_settings_are_warned_of_and_have_no_change_to_the_baseline(runs: list[Path]) -> None:
     folder = runs[1] / "evaluation" / "copying"
     (folder / "default").rename(folder / "path=piqa.json")  # the folder of an option that names a file

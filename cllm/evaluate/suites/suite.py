@@ -96,6 +96,11 @@ def perplexity_text(value: float) -> str:
     return f"{value:.4g}" if value >= 1e5 else f"{value:.3f}"
 
 
+def subject_of(record: Record) -> tuple[str | None, str, str | None]:
+    """What tells the subjects of records apart: several may have the name of one run."""
+    return record.get("path"), record["run"], record.get("checkpoint")
+
+
 def add_refused(earlier: Record | None, record: Record) -> Record:
     """The content of two `refused.json` as one, with the specs in order."""
     refused = {**({} if earlier is None else earlier["refused"]), **record["refused"]}
@@ -207,6 +212,7 @@ class Suite(ABC):
         return {
             "suite": self.name,
             "run": subject.name,
+            "path": str(subject.folder.resolve()),
             "kind": subject.kind,
             "checkpoint": subject.checkpoint,
             "step": subject.step,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from pydantic import BaseModel
 
 from cllm.errors import UserError
-from cllm.evaluate.suites.suite import RUN, STEP, Job, Number, Record, Suite
+from cllm.evaluate.suites.suite import RUN, STEP, Job, Number, Record, Suite, subject_of
 from cllm.evaluate.tasks.sample import Answer, Question, Sample
 from cllm.posthoc import UNCOMPRESSED
 from cllm.tables import Column, aligned
@@ -280,7 +280,7 @@ class TaskSuite(Suite):
             lines = _lines([record for record in records if number.key in record])
             columns = [Column(spec, _cell(lines, number, spec)) for spec in specs]
             tables.append(f"{self.name}: {number.head}\n" + aligned([*_LEFT, *columns], _first(lines)))
-        sizes = {record["run"]: record for record in records}
+        sizes = {subject_of(record): record for record in records}
         ratios = [Column(spec, _ratio(records, spec)) for spec in specs]
         tables.append(f"{self.name}: own/x\n" + aligned([RUN, STEP, *ratios], list(sizes.values())))
         return "\n\n".join(tables)
@@ -332,8 +332,8 @@ def _scaled(mean: Mean, scale: float) -> Mean:
     return Mean(mean.mean * scale, None if mean.error is None else mean.error * scale, mean.questions)
 
 
-_Lines = Mapping[tuple[str, str], Mapping[str, Record]]
-"""Records by spec, by run and task."""
+_Lines = Mapping[tuple[Any, str], Mapping[str, Record]]
+"""Records by spec, by subject and task."""
 _LEFT = (
     RUN,
     STEP,
@@ -344,10 +344,10 @@ _LEFT = (
 
 def _lines(records: Sequence[Record]) -> _Lines:
     """The lines of a table. The mean over tasks is left out if there is only one."""
-    lines: dict[tuple[str, str], dict[str, Record]] = {}
+    lines: dict[tuple[Any, str], dict[str, Record]] = {}
     for record in records:
         if record["task"] != ALL or record["tasks"] > 1:
-            lines.setdefault((record["run"], record["task"]), {})[record["spec"]] = record
+            lines.setdefault((subject_of(record), record["task"]), {})[record["spec"]] = record
     return lines
 
 
@@ -357,7 +357,7 @@ def _first(lines: _Lines) -> list[Record]:
 
 def _cell(lines: _Lines, number: Score, spec: str) -> Callable[[Record], str]:
     def cell(first: Record) -> str:
-        record = lines[first["run"], first["task"]].get(spec, {})
+        record = lines[subject_of(first), first["task"]].get(spec, {})
         if number.key not in record:
             return "-"
         error = record[f"{number.key}_stderr"]
@@ -369,7 +369,7 @@ def _cell(lines: _Lines, number: Score, spec: str) -> Callable[[Record], str]:
 
 def _ratio(records: Sequence[Record], spec: str) -> Callable[[Record], str]:
     def cell(first: Record) -> str:
-        of = [r["ratio_to_own"] for r in records if (r["run"], r["spec"]) == (first["run"], spec)]
+        of = [r["ratio_to_own"] for r in records if (subject_of(r), r["spec"]) == (subject_of(first), spec)]
         return "-" if not of or of[0] is None else f"{of[0]:.2f}"
 
     return cell

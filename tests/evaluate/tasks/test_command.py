@@ -72,6 +72,15 @@ def test_tables_of_one_suite_with_several_options_are_told_apart(evaluate, make_
     assert capsys.readouterr().out.startswith("copying\n")
 
 
+@pytest.mark.parametrize("specs", [(), ("--posthoc", "none", "--posthoc", "int8:sinks=0")])
+def test_subjects_of_one_name_have_lines_of_their_own(evaluate, make_run, capsys, specs) -> None:
+    run, _ = make_run("a", steps=(10, 20))
+    runs = ("--run", run.path, "--run", run.checkpoint_path(10))
+    assert evaluate(*runs, "--suite", "copying:distances=6,samples=1", *specs, "--device", "cpu") == 0
+    for table in capsys.readouterr().out.partition("\nwritten")[0].split("\n\n"):
+        assert [line.split()[1] for line in table.splitlines()[2:]] == ["20", "10"]
+
+
 def test_a_spec_that_is_given_twice_is_measured_once(evaluate, make_run, capsys) -> None:
     run, _ = make_run("a")
     words = ("--suite", "copying:distances=6,length=6,samples=1", "--device", "cpu")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, Field
 
 from cllm.errors import UserError
-from cllm.evaluate.suites.suite import RUN, STEP, Job, Number, Record, Suite
+from cllm.evaluate.suites.suite import RUN, STEP, Job, Number, Record, Suite, subject_of
 from cllm.evaluate.tasks.harness.offline import offline_if_unreachable
 from cllm.evaluate.tasks.suite import AS_IS, slug
 from cllm.section import MAX_COUNT, MAX_SEED, Section
@@ -110,11 +110,11 @@ class LmEval(Suite):
         from cllm.tables import aligned
 
         specs = list(dict.fromkeys(record["spec"] for record in records))
-        lines: dict[tuple[str, str, str], dict[str, Record]] = {}
+        lines: dict[tuple[Any, str, str], dict[str, Record]] = {}
         for record in records:
             for metric in record["metrics"]:
                 if not metric.endswith("_stderr") and metric not in ("alias", "sample_len"):
-                    lines.setdefault((record["run"], record["task"], metric), {})[record["spec"]] = record
+                    lines.setdefault((subject_of(record), record["task"], metric), {})[record["spec"]] = record
         rows = [{**next(iter(line.values())), "metric": key[2], "line": line} for key, line in lines.items()]
         columns = [RUN, STEP, Column[Record]("task", lambda row: row["task"], left=True)]
         columns.append(Column("shots", lambda row: "-" if row["shots"] is None else str(row["shots"])))

@@ -186,6 +186,12 @@ def test_a_spec_that_is_refused_is_an_error_only_if_no_other_is_left(
     assert list(json.loads((tmp_path / "b" / "lm_eval" / "refused.json").read_text())["refused"]) == [refused[1]]
 
 
+def test_models_of_one_name_have_lines_of_their_own() -> None:
+    record = {"run": "a", "step": None, "task": "t", "shots": 0, "questions": 4, "spec": "none", "checkpoint": "a"}
+    records = [record | {"path": path, "metrics": {"acc": acc}} for path, acc in (("/x/a", 0.25), ("/y/a", 0.5))]
+    assert [line.split()[-1] for line in suite.LmEval().table(records).splitlines()[1:]] == ["0.2500", "0.5000"]
+
+
 def test_mistakes_are_one_line(evaluate, run_path, folder, monkeypatch, capsys) -> None:
     index = suite._index  # without lm-eval's own tasks, whose thousands of files take seconds to read
     monkeypatch.setattr(suite, "_index", lambda include_path, include_defaults: index(str(folder), False))

@@ -190,7 +190,11 @@ def test_contexts_have_few_lengths_and_lose_no_token(subject: Any, planted: Any,
         ("chat=true", "chat=true: the tokenizer of planted has no chat template"),
         ("tasks=cwe", r"cwe needs at least length=\d+ with this tokenizer, and the context of planted is 512; name"),
         ("tasks=niah_single_1,length=60,essays=noise", r"niah_single_1 needs .* length=60 is asked for; take a larger"),
-        ("length=50,essays=noise", "niah_[a-z0-9_]+ needs at least length="),
+        (
+            "length=50,essays=noise",
+            r"no task fits: \w+ needs the least, length=\d+ with .*; the context of planted is 512; generate=false",
+        ),
+        ("length=50,essays=noise,generate=false", r"no task fits: [a-z0-9_]+ needs .*; the context of planted is 512$"),
         ("squad=nowhere.json", "squad=nowhere.json: cannot be read"),
     ],
 )

@@ -109,7 +109,13 @@ class Ruler(TaskSuite):
                     left_out.append(error)
                 meter.update()
         if not samples and left_out:
-            raise _advice(min(left_out, key=lambda error: error.needed), subject)
+            least = min(left_out, key=lambda error: error.needed)
+            context = "" if subject.context is None else f"; the context of {subject.name} is {subject.context}"
+            less = "; generate=false needs less" if settings.generate else ""
+            raise UserError(
+                f"--suite ruler: no task fits: {least.task} needs the least, length={least.needed} with this tokenizer"
+                f"{context}{less}"
+            )
         _warn(left_out, subject)
         return samples
 

@@ -25,6 +25,11 @@ _POLL = 0.05
 _LOG_TAIL = 8192
 
 
+def usable_cores() -> int:
+    """The cores that this process may use: fewer than the machine has in a job of SLURM or under taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def find_gpus() -> list[str]:
     """The GPUs that a process may use, as in CUDA_VISIBLE_DEVICES; empty without a usable GPU."""
     import torch
@@ -69,7 +74,7 @@ def child_environment(place: str | None, places: int, compiled: Path | None = No
     path = os.pathsep.join(filter(None, (str(Path(cllm.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))))
     found = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     found |= {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-    found.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // places)))
+    found.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // places)))
     found["CUDA_VISIBLE_DEVICES"] = "" if place is None else place
     if place is not None and compiled is not None:
         found.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))

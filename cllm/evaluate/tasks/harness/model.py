@@ -53,6 +53,8 @@ class Requests:
         self._start = (subject.start_id,) if start and subject.start_id is not None else ()
         self._on = device
         self.max_length = subject.context or _DEFAULT_LENGTH
+        self.refused: dict[str, str] = {}
+        """`spec` with the reason, once it could not compress the contexts; the request has failed then."""
 
     @property
     def device(self) -> torch.device:
@@ -146,5 +148,9 @@ class Requests:
     def _answers(self, samples: Sequence[Sample]) -> list[Answer]:
         specs = [] if self._spec is None else [self._spec]
         label = f"{self._subject.name} on lm_eval"
-        (result,) = run_samples(self._subject, samples, specs, self._on, batch=self._batch, label=label)
+        (result,) = run_samples(
+            self._subject, samples, specs, self._on, batch=self._batch, label=label, refused=self.refused
+        )
+        if self.refused:
+            raise UserError(f'--posthoc "{self._spec}": {self.refused[result.spec or ""]}')
         return [given[0] for given in result.answers if given is not None]

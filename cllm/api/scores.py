@@ -167,15 +167,17 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def compress(model: nn.Module, cache: Cache | Tensor, method: str) -> Any:
+def compress(model: nn.Module, cache: Cache | Tensor, method: str, *, calibration: Tensor | None = None) -> Any:
     """Compress a filled cache, or the cache of a prompt. Later tokens are added exactly, unless `method` has `every` or
     `recompress`.
 
     Args:
         model: a model of cllm or of transformers, in memory.
         cache: a cache that `model` has filled, which is not changed; or the prompt, (B, T) int64, of which it is
-            filled. Methods that calibrate on tokens need the prompt.
+            filled. Methods that record what the prefill computes need the prompt, and so do those that calibrate on
+            tokens unless `calibration` is given.
         method: a method with its options, such as `xkv:group=4,ratio=4`; `cllm evaluate --list-posthoc` lists them.
+        calibration: tokens (B, T) int64 on which a method that calibrates does so; None: the prompt.
 
     Returns:
         A cache for `past_key_values=` of the model and of `generate`. `nbytes()` counts its bytes, `outcome.errors` has
@@ -202,15 +204,29 @@ def compress(model: nn.Module, cache: Cache | Tensor, method: str) -> Any:
     if not isinstance(method, str):
         raise wrong_type("compress: method", method, "a method with its options, such as kivi:bits=4")
     engine, compressor = engine_of(model), parse(method, "compress: method")
+    head: Any = engine.head
+    device, size = next(model.parameters()).device, head.weight.shape[0]
+    if calibration is not None:
+        if not compressor.calibrates:
+            raise UserError(f"compress: calibration: {method} does not calibrate on tokens; leave it out")
+        with _evaluating(model):
+            compressor.prepare(engine, token_ids_of("compress: calibration", calibration, size).to(device))
     if isinstance(cache, Cache):
         check_cache(engine, model, cache)
-        if compressor.watches or compressor.calibrates:
-            raise UserError(f"{method}: calibrates on tokens; give the prompt's token ids, (B, T), instead of a cache")
+        if compressor.watches:
+            raise UserError(
+                f"{method}: records what the prefill computes; give the prompt's token ids, (B, T), instead of a cache"
+            )
+        if compressor.calibrates and calibration is None:
+            raise UserError(
+                f"{method}: calibrates on tokens; give calibration=, (B, T), or the prompt's token ids instead of a "
+                "cache"
+            )
         return engine.compress(cache, compressor)
-    head: Any = engine.head
-    ids = token_ids_of("compress: cache", cache, head.weight.shape[0]).to(next(model.parameters()).device)
+    ids = token_ids_of("compress: cache", cache, size).to(device)
     with _evaluating(model):
-        compressor.prepare(engine, ids)
+        if calibration is None:
+            compressor.prepare(engine, ids)
         filled = engine.new_cache()
         with compressor.watch(engine):
             engine.hidden(ids, filled)

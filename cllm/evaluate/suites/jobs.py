@@ -32,6 +32,7 @@ def jobs(
         stride=options.stride,
         batch=options.batch,
         max_tokens=options.max_tokens,
+        calibration=options.calibration,
     )
     refused: dict[str, str] | None = {} if options.skip_refused else None
     if not chosen.suite.takes_text:

@@ -101,6 +101,7 @@ def assert_reads(found, expected, first=0, last=LENGTH, atol=1e-5):
 AT_ONCE = [
     ("mha", f"kivi:{KIVI}"),
     ("cla", f"xquant:{KIVI}"),
+    ("cla", "xquant:bits=4,group=16,residual=8"),  # the prompt is too short for a group
     ("fusedkv", f"kivi:{KIVI}"),
     ("mha", "turboquant:bits=3,sketch=true"),
     ("mha", "int8:keys=token"),

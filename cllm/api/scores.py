@@ -16,6 +16,7 @@ from cllm.api.arguments import count_of, device_of, path_of, paths_of, texts_of,
 from cllm.api.caches import check_cache
 from cllm.data.manifest import MANIFEST, Manifest
 from cllm.errors import UserError
+from cllm.evaluate.calibration import check_is_used
 from cllm.evaluate.perplexity import Settings, open_sets
 from cllm.evaluate.subjects import MemorySubject, Subject, load_subject
 from cllm.evaluate.suites.perplexity import Perplexity
@@ -71,6 +72,7 @@ def score(
     text: str | Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     posthoc: str | Sequence[str] = (),
+    calibration: AnyPath | None = None,
     prefix: int | None = None,
     window: int | None = None,
     max_tokens: int | None = None,
@@ -87,6 +89,8 @@ def score(
         text: instead of data, one document or several.
         tokenizer: that of a model in memory; default: that of the prepared folder in `data`.
         posthoc: methods such as `xkv:group=4,ratio=4`, or `none`.
+        calibration: with posthoc, a text file or prepared folder (its train split) on which methods calibrate; None: the
+            first prefixes of what is scored.
         prefix: with posthoc, tokens of each window to compress; None: half of it.
         window: tokens that the model reads at once; None: its training length, or its context up to 2048.
         max_tokens: score only the first tokens of each set.
@@ -110,6 +114,8 @@ def score(
     paths, specs = paths_of("score: data", data), texts_of("score: posthoc", posthoc)
     for spec in specs:
         parse(spec, "score: posthoc")
+    named = None if calibration is None else path_of("score: calibration", calibration)
+    check_is_used(named, specs, "score: calibration")
     prefix, window = count_of("score: prefix", prefix), count_of("score: window", window)
     max_tokens = count_of("score: max_tokens", max_tokens)
     documents = None if text is None else texts_of("score: text", text)
@@ -121,7 +127,7 @@ def score(
         raise UserError("score: save=True needs a run or a folder, and the model is in memory")
     subject, place = _subject(model, paths, tokenizer, device)
     suite: Suite = Posthoc() if specs else Perplexity()
-    settings = Settings(window=window, max_tokens=max_tokens)
+    settings = Settings(window=window, max_tokens=max_tokens, calibration=named)
     options = argparse.Namespace(posthoc=specs, prefix=prefix, generate=0)
     texts = open_sets(subject, paths) if documents is None else [hold_texts("text", documents, subject)]
     records = []

@@ -22,19 +22,19 @@ from cllm.evaluate.windows import Stream, pieces
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.registry import parse
 
-OPTION = "--calibration"
 SPLIT = "train"
 """The split of a prepared folder that methods calibrate on."""
 
 
-def check_is_used(path: Path | None, specs: Sequence[str]) -> None:
-    """Raise `UserError` for a calibration text that none of the methods calibrates on."""
+def check_is_used(path: Path | None, specs: Sequence[str], option: str = "--calibration") -> None:
+    """Raise `UserError`, naming the option or argument, for a calibration text that none of the methods calibrates
+    on."""
     if path is None:
         return
     if not specs:
-        raise UserError(f"{OPTION} {path}: needs --posthoc, whose methods calibrate on it")
+        raise UserError(f"{option} {path}: needs posthoc methods, which calibrate on it")
     if not any(parse(spec).calibrates for spec in specs):
-        raise UserError(f"{OPTION} {path}: none of {', '.join(specs)} calibrates on a text; leave it out")
+        raise UserError(f"{option} {path}: none of {', '.join(specs)} calibrates on a text; leave it out")
 
 
 def calibration_tokens(subject: Subject, path: Path | None, own: Tensor) -> Tensor:
@@ -56,13 +56,13 @@ def calibration_tokens(subject: Subject, path: Path | None, own: Tensor) -> Tens
         is_prepared = (path / MANIFEST).exists()
         text = open_prepared(path.name, path, SPLIT, subject) if is_prepared else open_text(path.stem, path, subject)
     except UserError as error:
-        raise UserError(f"{OPTION}: {error}") from None
+        raise UserError(f"calibration text: {error}") from None
     rows, length = own.shape
     stream = Stream(text.source, start_id=subject.start_id)
     found = list(itertools.islice(pieces(subject, stream, length - 1), rows))
     if not found:
         inside = " inside of one document" if subject.document_mask else ""
-        raise UserError(f"{OPTION}: {path}: too short: it has no {length} tokens{inside}")
+        raise UserError(f"calibration text: {path}: too short: it has no {length} tokens{inside}")
     return torch.from_numpy(np.stack(found)).to(own.device)
 
 

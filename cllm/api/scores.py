@@ -89,8 +89,8 @@ def score(
         text: instead of data, one document or several.
         tokenizer: that of a model in memory; default: that of the prepared folder in `data`.
         posthoc: methods such as `xkv:group=4,ratio=4`, or `none`.
-        calibration: with posthoc, a text file or prepared folder (its train split) on which methods calibrate; None: the
-            first prefixes of what is scored.
+        calibration: with posthoc, a text file or prepared folder (its train split) on which methods calibrate; None:
+            the first prefixes of what is scored.
         prefix: with posthoc, tokens of each window to compress; None: half of it.
         window: tokens that the model reads at once; None: its training length, or its context up to 2048.
         max_tokens: score only the first tokens of each set.

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -25,7 +27,7 @@ SMOLLM2 = {"kv": {"preset": "gqa"}, "query_heads_per_kv_head": 3, "parameters": 
            "context": 4096}  # fmt: skip
 """SmolLM2-135M-Instruct, see docs/posthoc.md."""
 STUDIES = ("2026-11-27-study-100m-h200", "2026-11-27-study-490m-h200")
-SWEEPS = (
+SWEEPS: tuple[tuple[str, Mapping[str, Any], str], ...] = (
     ("2026-11-26-tradeoff-45m-h200.csv", {"parameters": 46938112, "tokens": 128e6, "context": 4096}, "sinks=0"),
     ("2026-11-26-sinks-smollm2-cpu.csv", SMOLLM2, ""),
     *(

@@ -188,9 +188,10 @@ def _extrapolations(found: Sequence[Candidate], model: ModelConfig, request: Req
         beyond = [] if measured == wanted else [f"{wanted} parameters"]
         beyond += ["any number of training tokens"]
         beyond += [] if windows == _count(request.context) else [f"{request.context:,} tokens of context"]
+        listed = " and ".join(filter(None, (", ".join(beyond[:-1]), beyond[-1])))
         lines.append(
             f"loss from {source}: models of {measured} parameters after {_span(c.tokens for c in changes)} tokens, "
-            f"windows of {windows}; extrapolated to {', '.join(beyond[:-1])}{' and ' if beyond[:-1] else ''}{beyond[-1]}."
+            f"windows of {windows}; extrapolated to {listed}."
         )
     if any(c.spec is not None for c in found):
         lines.append(

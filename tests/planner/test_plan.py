@@ -225,7 +225,7 @@ def test_a_gpu_is_known_by_the_name_of_its_driver(name, gpu):
 def test_part_of_a_name_is_answered_with_the_gpus_that_begin_so():
     with pytest.raises(UserError, match="--gpu is 'a100'; allowed: A100-40GB or A100-80GB; or give --memory"):
         find_gpu("a100")
-    with pytest.raises(UserError, match="--gpu is 'NVIDIA T4'; .*allowed"):
+    with pytest.raises(UserError, match=r"--gpu is 'NVIDIA T4'; .*allowed"):
         find_gpu("NVIDIA T4")
 
 

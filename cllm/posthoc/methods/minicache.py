@@ -143,7 +143,8 @@ class MiniCache(Codable):
             pairs = [i for i, (one, other) in enumerate(itertools.pairwise(shapes)) if one == other]
             allowed = f"start up to {pairs[-1]}" if pairs else "models with two neighbouring slots of one shape"
             raise UserError(
-                f"{self.name}: no two neighbours of one shape from slot {start} on, of {len(shapes)}; allowed: {allowed}"
+                f"{self.name}: no two neighbours of one shape from slot {start} on, of {len(shapes)}; "
+                f"allowed: {allowed}"
             )
         if self._coder is not None:
             for i in (i for i, code in enumerate(codes) if code is None):

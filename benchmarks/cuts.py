@@ -3,8 +3,8 @@
     python -m benchmarks.cuts --config configs/model/4b.yaml --gpus 64 --data.seq_len 32768
 
 The first table has the bytes that a pipeline cut carries for the model's own plan and for each preset: the residual
-stream and the keys and values that cross it. The second has memory and traffic of each GPU for data, tensor and context parallelism. Both are
-explained in docs/distributed.md.
+stream, and the keys and values that cross it. The second has memory and traffic of each GPU for data, tensor and
+context parallelism. Both are explained in docs/distributed.md.
 """
 
 from __future__ import annotations

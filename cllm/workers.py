@@ -28,7 +28,7 @@ _RANKS = {
     *("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK"),
     *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"),
 }
-"""Variables with which torchrun and Kubernetes make a process a part of a larger run, beside SLURM_*, TORCHELASTIC_*."""
+"""Variables of torchrun and Kubernetes that make a process a part of a larger run, as those of SLURM do."""
 
 
 def find_gpus() -> list[str]:

@@ -75,15 +75,16 @@ def cut_line(name: str, model: ModelConfig, tokens: int) -> str:
 def traffic(parameters: int, gpus: int, micro_batches: int) -> dict[str, tuple[float, float]]:
     """For each kind of data parallelism: GiB of weights, gradients and optimizer on a GPU, and GiB it sends in a step.
 
-    Gradients are in bf16 with one micro-batch, in fp32 with several. A ring sends (N - 1) / N of what it
+    Gradients are in bf16. With several micro-batches they are summed in fp32, to which ZeRO-1 adds those of one
+    micro-batch. Memory agrees with the dry run, `state_bytes`, without its buffers. A ring sends (N - 1) / N of what it
     gathers or reduces.
     """
     gib, part = parameters / 2**30, (gpus - 1) / gpus
-    gradient = WEIGHT if micro_batches == 1 else 2 * WEIGHT
+    gradient, both = (WEIGHT, WEIGHT) if micro_batches == 1 else (2 * WEIGHT, 3 * WEIGHT)
     reduce_and_gather = (WEIGHT + WEIGHT) * gib * part
     sharded = (WEIGHT + gradient + MASTER_AND_MOMENTS) * gib / gpus
     return {
-        "zero1": ((WEIGHT + gradient) * gib + MASTER_AND_MOMENTS * gib / gpus, reduce_and_gather),
+        "zero1": ((WEIGHT + both) * gib + MASTER_AND_MOMENTS * gib / gpus, reduce_and_gather),
         "zero2": (
             WEIGHT * gib + (gradient + MASTER_AND_MOMENTS) * gib / gpus,
             reduce_and_gather + WEIGHT * gib * part * (micro_batches - 1),

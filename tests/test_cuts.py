@@ -11,8 +11,11 @@ import pytest
 
 from benchmarks import cuts as command
 from cllm.cache.accounting import cuts
-from cllm.config import ModelConfig
+from cllm.config import Config, ModelConfig, TrainConfig
+from cllm.model.sizes import count_parameters, meta_decoder
 from cllm.plan.presets import PRESETS, preset_names
+from cllm.train.dryrun import state_bytes
+from cllm.train.launch import Launch
 from cllm.uptrain.complete import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,9 +115,24 @@ def test_memory_and_traffic_of_data_parallelism() -> None:
     assert one["zero2"] == (2 + 14 / 4, (2 + 2) * 3 / 4)
     assert one["zero3, FSDP2"] == (16 / 4, 3 * 2 * 3 / 4)
     three = command.traffic(2**30, 4, 3)
-    assert three["zero1"] == (2 + 4 + 12 / 4, (2 + 2) * 3 / 4), "reduced once a step"
+    assert three["zero1"] == (2 + 2 + 4 + 12 / 4, (2 + 2) * 3 / 4), "reduced once a step"
     assert three["zero2"] == (2 + 16 / 4, (3 * 2 + 2) * 3 / 4), "reduced in every micro-batch"
     assert three["zero3, FSDP2"] == (18 / 4, 3 * 3 * 2 * 3 / 4)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_memory_of_data_parallelism_is_that_of_the_dry_run(
+    tiny_config: Callable[..., ModelConfig], strategy: str, micro_batches: int
+) -> None:
+    train = TrainConfig(strategy=strategy, devices=4, micro_batch=1, global_batch=4 * micro_batches)
+    config = Config(model=tiny_config(max_seq_len=512), train=train)
+    model = meta_decoder(config.model)
+    parts = state_bytes(Launch.on(config, "gpu", 4), model, offload_optimizer=False)
+    parts.pop("buffers")
+    found = command.traffic(count_parameters(model), 4, micro_batches)
+    ((memory, _),) = (value for name, value in found.items() if name.startswith(strategy))
+    assert memory * 2**30 == pytest.approx(sum(parts.values()))
 
 
 def test_context_parallelism_sends_what_is_cached(tiny_config: Callable[..., ModelConfig]) -> None:

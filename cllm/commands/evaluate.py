@@ -65,8 +65,10 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm evaluat
     options.run = list(dict.fromkeys(options.run))  # a run that is given twice is measured once
     # Imported late: --help and mistakes in arguments answer without loading torch.
     from cllm.environment import choose_device
+    from cllm.evaluate.calibration import check_is_used
     from cllm.evaluate.left_out import LeftOut
 
+    check_is_used(options.calibration, options.posthoc)
     report = _Report(chosen, options.suite)
     left_out = LeftOut(len(options.run))
     places = _places(options)

@@ -32,6 +32,7 @@ def jobs(
         stride=options.stride,
         batch=options.batch,
         max_tokens=options.max_tokens,
+        calibration=options.calibration,
     )
     skips: bool = options.skip_refused
     if not chosen.suite.takes_text:

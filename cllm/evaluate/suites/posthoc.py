@@ -50,6 +50,15 @@ class Posthoc(Suite):
             unused="needs --posthoc, which says how to compress it",
         ),
         Option(
+            "--calibration",
+            compresses=True,
+            type=Path,
+            metavar="PATH",
+            help="prepared folder (its train split) or text file on which methods of --posthoc calibrate (default: the "
+            "first prefixes or contexts of what is scored)",
+            unused="needs --posthoc, whose methods calibrate on it",
+        ),
+        Option(
             "--generate",
             type=whole_number(0),
             default=0,

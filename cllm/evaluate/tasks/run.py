@@ -4,8 +4,9 @@ Contexts of one length form a batch, which is read once. Each `--posthoc` spec c
 are read on top of the result. Scores do not depend on the size of batches or on the order of samples: methods that
 choose ranks or budgets for an entire batch get one context at a time.
 
-Methods that calibrate do so on a few contexts, before anything is scored. They see no question and no option, so all
-samples are scored. The contexts are chosen from the set of samples, whatever its order.
+Methods that calibrate do so before anything is scored: on a text of their own (`evaluate/calibration.py`), or on a few
+contexts. They see no question and no option, so all samples are scored. The contexts are chosen from the set of
+samples, whatever its order.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cllm.errors import UserError
+from cllm.evaluate.calibration import calibration_of, calibration_tokens
 from cllm.evaluate.subjects import Subject
 from cllm.evaluate.tasks.caches import ForkedContext, StaticContext, can_be_static, uncompressed
 from cllm.evaluate.tasks.reading import Reader, Step, reads_of
@@ -62,6 +65,8 @@ class Result:
     """See `Compressor.weight_bytes`."""
     facts: dict[str, Any] = field(default_factory=dict)
     """See `Compressor.facts`."""
+    calibration: str | None = None
+    """See `calibration_of`."""
 
 
 def run_samples(
@@ -73,6 +78,7 @@ def run_samples(
     batch: int | None = None,
     label: str = "",
     refused: dict[str, str] | None = None,
+    calibration: Path | None = None,
 ) -> list[Result]:
     """One result for each of `specs`; without specs, one of the uncompressed cache.
 
@@ -84,6 +90,7 @@ def run_samples(
         batch: samples computed together, at most; None: by memory. It changes speed only.
         label: before the progress bar.
         refused: gets the specs that compress no context, with the reason. They have no answers.
+        calibration: text on which methods calibrate; None: contexts of `samples`.
 
     Raises:
         UserError: for a spec that is wrong, for a loss that is not finite, and if the GPU's memory runs out; without
@@ -97,7 +104,9 @@ def run_samples(
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16")
     total = len(results) * sum(1 for sample in samples if sample.questions)
     with autocast, ProgressMeter(total, label, "sample") as progress:
-        _calibrate(engine, methods, samples, device, results)
+        if methods:
+            ids = calibration_tokens(subject, calibration, _longest_contexts(samples).to(device))
+            _calibrate(engine, methods, samples, ids, results)
         rows = _default_rows(engine, device) if batch is None else lambda longest: batch
         for alone in (False, True):  # methods that choose for a batch get one context at a time
             each: Sequence[Compressor | None] = methods or [None]
@@ -109,6 +118,7 @@ def run_samples(
                 runner.add_answers(samples, indices, progress)
     for result, method in zip(results, methods, strict=bool(methods)):
         result.weight_bytes, result.facts = method.weight_bytes(), method.facts()
+        result.calibration = calibration_of(calibration, method)
     for result in results:
         result.answers = [
             None if sample.task in result.left_out else given
@@ -183,19 +193,24 @@ def _is_cyclic(engine: Engine) -> bool:
     return isinstance(engine, DecoderEngine) and engine.model.passes is not None
 
 
+def _longest_contexts(samples: Sequence[Sample]) -> Tensor:
+    """The longest contexts of one length, (B, T), a few at most."""
+    contexts = sorted({sample.context for sample in samples if sample.context}, key=lambda ids: (-len(ids), ids))
+    same = [ids for ids in contexts[:_CALIBRATION] if len(ids) == len(contexts[0])]
+    return torch.tensor(same, dtype=torch.long)
+
+
 def _calibrate(
     engine: Engine,
     methods: Sequence[Compressor],
     samples: Sequence[Sample],
-    device: torch.device,
+    ids: Tensor,
     results: Sequence[Result],
 ) -> None:
-    """Let methods calibrate. Every task is left out of the result of a method that cannot."""
-    contexts = sorted({sample.context for sample in samples if sample.context}, key=lambda ids: (-len(ids), ids))
-    same = [ids for ids in contexts[:_CALIBRATION] if len(ids) == len(contexts[0])]
-    for method, result in zip(methods, results, strict=bool(methods)):
+    """Let methods calibrate on `ids`. Every task is left out of the result of a method that cannot."""
+    for method, result in zip(methods, results, strict=True):
         try:
-            method.prepare(engine, torch.tensor(same, dtype=torch.long, device=device))
+            method.prepare(engine, ids)
         except UserError as error:
             result.left_out = {sample.task: str(error) for sample in samples}
 

@@ -18,6 +18,7 @@ from cllm.errors import UserError
 from cllm.evaluate.suites.suite import RUN, STEP, Job, Number, Record, Suite, subject_of
 from cllm.evaluate.tasks.harness.offline import offline_if_unreachable
 from cllm.evaluate.tasks.suite import AS_IS, slug
+from cllm.evaluate.units import calibration_slug
 from cllm.section import MAX_COUNT, MAX_SEED, Section
 from cllm.tables import Column
 
@@ -83,12 +84,21 @@ class LmEval(Suite):
             _manager(settings).load(settings.tasks)
 
     def run(self, subject: Subject, job: Job) -> list[Record]:
+        from cllm.evaluate.calibration import calibration_of
         from cllm.evaluate.tasks.harness.model import subject_lm
+        from cllm.posthoc.registry import parse
 
-        settings = _settings(job)
+        settings, text = _settings(job), job.settings.calibration
         records = []
         for spec in job.options.posthoc or (None,):
-            model = subject_lm(subject, job.device, spec=spec, start=settings.start, batch=job.settings.batch)
+            model = subject_lm(
+                subject,
+                job.device,
+                spec=spec,
+                start=settings.start,
+                batch=job.settings.batch,
+                calibration=text,
+            )
             try:
                 results = _evaluate(model, settings)
             except UserError:
@@ -100,6 +110,7 @@ class LmEval(Suite):
                 values = {key.partition(",")[0]: v for key, v in found.items() if isinstance(v, (int, float))}
                 identity = {"set": self.name, "task": task, "spec": spec or AS_IS}
                 identity |= {"settings": settings.model_dump(mode="json"), "metrics": values}
+                identity["calibration"] = None if spec is None else calibration_of(text, parse(spec))
                 identity["shots"] = results.get("n-shot", {}).get(task)
                 identity["questions"] = results.get("n-samples", {}).get(task, {}).get("effective")
                 records.append(self.record(subject, job, identity))
@@ -136,7 +147,9 @@ class LmEval(Suite):
         shown += "" if subject.latest else f"-{Path(record['checkpoint']).stem}"
         folder = subject.results(out) / self.name
         path = (
-            folder if record["spec"] == AS_IS else folder / slug(record["spec"])
+            folder
+            if record["spec"] == AS_IS
+            else folder / f"{slug(record['spec'])}{calibration_slug(record.get('calibration'))}"
         ) / f"{slug(record['task'])}{shown}.json"
         self._write(subject, record, path, path)  # no events
         return path

@@ -2,7 +2,7 @@
 
     %(prog)s --run runs/NAME [--run ...] [--data FOLDER_OR_TEXT_FILE ...] [--window N] [--stride N]
     %(prog)s --run runs/NAME --posthoc xkv:group=4,ratio=4 [--posthoc ...] [--prefix N]
-    %(prog)s --run runs/NAME --suite mqar --suite copying:distances=128|512 [--posthoc xkv:group=4,ratio=4 ...]
+    %(prog)s --run runs/NAME --suite mqar --suite "copying:distances=128|512" [--posthoc xkv:group=4,ratio=4 ...]
     %(prog)s --run runs/A --run runs/B --suite mqar --suite copying --devices all [--per-device N]
 
 A run is a run folder (its newest checkpoint), one checkpoint file, or a Hugging Face checkpoint folder. Without --data
@@ -210,7 +210,8 @@ def _measure_in_processes(
                 print(f"results of {path} go to {results_of_checkpoint(Path(path))}", file=sys.stderr, flush=True)
     if not parts:
         return left_out.status()
-    launch = Launch(list(parts.values()), words, Store(parts_folder(options.run, options.out)), _command)
+    store = Store(parts_folder(options.run, options.out))
+    launch = Launch(list(parts.values()), words, store, _command, may_be_empty=options.skip_refused)
     try:
         launch.run(places)
     except KeyboardInterrupt:

@@ -89,13 +89,12 @@ def run_samples(
         device: of the subject's model.
         batch: samples computed together, at most; None: by memory. It changes speed only.
         label: before the progress bar.
-        refused: gets the specs that compress no context, with the reason; None: that is an error, if none of `specs`
-            compresses any.
+        refused: gets the specs that compress no context, with the reason. They have no answers.
         calibration: text on which methods calibrate; None: contexts of `samples`.
 
     Raises:
-        UserError: for a spec that is wrong or does not fit the model, if no spec fits any context, for a loss that is
-            not finite, and if the GPU's memory runs out.
+        UserError: for a spec that is wrong, for a loss that is not finite, and if the GPU's memory runs out; without
+            `refused`, if no spec compresses any context.
     """
     methods = [parse(spec) for spec in specs]
     results = [
@@ -107,14 +106,14 @@ def run_samples(
     with autocast, ProgressMeter(total, label, "sample") as progress:
         if methods:
             ids = calibration_tokens(subject, calibration, _longest_contexts(samples).to(device))
-            _calibrate(engine, methods, samples, ids, results, refused is not None)
+            _calibrate(engine, methods, samples, ids, results)
         rows = _default_rows(engine, device) if batch is None else lambda longest: batch
         for alone in (False, True):  # methods that choose for a batch get one context at a time
             each: Sequence[Compressor | None] = methods or [None]
             pairs = zip(each, results, strict=True)
             own = [(m, result) for m, result in pairs if (m is not None and m.chooses_for_batch) == alone]
             parts = [m for m, _ in own if m is not None], [result for _, result in own]
-            runner = _Runner(subject, engine, *parts, device, go_on=refused is not None)
+            runner = _Runner(subject, engine, *parts, device)
             for indices in batches(samples, (lambda _: 1) if alone else rows, exact=_is_cyclic(engine)) if own else ():
                 runner.add_answers(samples, indices, progress)
     for result, method in zip(results, methods, strict=bool(methods)):
@@ -207,16 +206,18 @@ def _calibrate(
     samples: Sequence[Sample],
     ids: Tensor,
     results: Sequence[Result],
-    go_on: bool,
 ) -> None:
-    """Let methods calibrate on `ids`. With `go_on`, every task is left out of the result of a method that cannot."""
+    """Let methods calibrate on `ids`. Every task is left out of the result of a method that cannot."""
     for method, result in zip(methods, results, strict=True):
         try:
             method.prepare(engine, ids)
         except UserError as error:
-            if not go_on:
-                raise
             result.left_out = {sample.task: str(error) for sample in samples}
+
+
+def _is_left_out(result: Result, samples: Sequence[Sample]) -> bool:
+    """Whether the tasks of all samples are left out of a result."""
+    return all(sample.task in result.left_out for sample in samples)
 
 
 def _check_finite(subject: Subject, result: Result) -> None:
@@ -238,11 +239,9 @@ class _Runner:
         methods: Sequence[Compressor],
         results: Sequence[Result],
         device: torch.device,
-        *,
-        go_on: bool,
     ):
         self._subject, self._engine, self._methods, self._results = subject, engine, methods, results
-        self._device, self._go_on = device, go_on
+        self._device = device
         self._static: StaticContext | None = None
         self._graph: StepGraph | None = None
         self._eos = _eos_ids(subject)
@@ -261,13 +260,17 @@ class _Runner:
 
     def run(self, samples: Sequence[Sample]) -> Iterator[list[list[Answer]]]:
         """For each spec, the answers to every sample's questions."""
+        nothing: list[list[Answer]] = [[] for _ in samples]
+        if all(_is_left_out(result, samples) for result in self._results):
+            yield from [nothing] * len(self._results)
+            return
         room = _rounded_up(max(sample.longest for sample in samples) + 1)
         with torch.inference_mode():
             cache, last = self._prefill(samples)
             own = self._engine.nbytes(cache) if samples[0].context else 0
         for result, method in zip(self._results, self._methods or (None,), strict=True):
-            if all(sample.task in result.left_out for sample in samples):
-                yield [[] for _ in samples]
+            if _is_left_out(result, samples):
+                yield nothing
                 continue
             with torch.inference_mode():
                 began = self._now()
@@ -276,7 +279,7 @@ class _Runner:
                     filled = cache if method is None or kept else self._engine.compress(cache, method, measure=False)
                 except UserError as error:
                     result.left_out |= {sample.task: str(error) for sample in samples}
-                    answers: list[list[Answer]] = [[] for _ in samples]
+                    answers = nothing
                 else:
                     result.own_nbytes += own
                     result.nbytes += own if kept else self._engine.nbytes(filled)
@@ -301,13 +304,11 @@ class _Runner:
         ids = torch.tensor([sample.context for sample in samples], dtype=torch.long, device=self._device)
         with contextlib.ExitStack() as stack:
             for method, result in zip(self._methods, self._results, strict=bool(self._methods)):
-                if not method.watches or any(sample.task in result.left_out for sample in samples):
+                if not method.watches or _is_left_out(result, samples):
                     continue
                 try:
                     stack.enter_context(method.watch(self._engine))
                 except UserError as error:
-                    if not self._go_on:
-                        raise
                     result.left_out |= {sample.task: str(error) for sample in samples}
             return cache, self._engine.hidden(ids, cache)[:, -1:].clone()
 

@@ -211,7 +211,7 @@ class TaskSuite(Suite):
                 "calibration": result.calibration,
                 "seconds": round(result.seconds, 3),
             }
-            for task, reason in {} if result.spec in (job.refused or {}) else result.left_out.items():
+            for task, reason in () if result.spec in job.refused else result.left_out.items():
                 log.warning("%s: %s: %s is left out: %s", self.name, result.spec, task, reason)
             for numbers in self.means(samples, result.answers):
                 records.append(self.record(subject, job, identity | numbers | facts) | {"set": self.name})

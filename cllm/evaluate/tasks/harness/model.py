@@ -70,6 +70,8 @@ class Requests:
         self._start = (subject.start_id,) if start and subject.start_id is not None else ()
         self._on = device
         self.max_length = subject.context or _DEFAULT_LENGTH
+        self.refused: dict[str, str] = {}
+        """`spec` with the reason, once it could not compress the contexts; the request has failed then."""
 
     @property
     def device(self) -> torch.device:
@@ -164,6 +166,15 @@ class Requests:
         specs = [] if self._spec is None else [self._spec]
         label = f"{self._subject.name} on lm_eval"
         (result,) = run_samples(
-            self._subject, samples, specs, self._on, batch=self._batch, label=label, calibration=self._calibration
+            self._subject,
+            samples,
+            specs,
+            self._on,
+            batch=self._batch,
+            label=label,
+            refused=self.refused,
+            calibration=self._calibration,
         )
+        if self.refused:
+            raise UserError(f'--posthoc "{self._spec}": {self.refused[result.spec or ""]}')
         return [given[0] for given in result.answers if given is not None]

@@ -34,6 +34,7 @@ SWEEPS: tuple[tuple[str, Mapping[str, Any], str], ...] = (
         (f"2026-11-27-{name}-smollm2-cpu.csv", SMOLLM2, "")
         for name in ("weighted-errors", "quantisers", "low-rank", "eviction")
     ),
+    ("2026-11-28-calibration-texts-smollm2-cpu.csv", {**SMOLLM2, "context": 1024}, ""),
 )
 """Sweeps, what their files do not say about the models, and an option that all specs had when they were measured."""
 FP32 = ("2026-11-26-sinks-smollm2-cpu.csv",)

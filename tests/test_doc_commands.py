@@ -356,7 +356,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.copy(ROOT / "README.md", folder / "notes.md")
     recipe = {"name": "mine", "source": {"kind": "files", "paths": ["notes.md", "papers.jsonl"]}}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    for name in ("papers.jsonl", "novels.jsonl"):
+    for name in ("papers.jsonl", "novels.jsonl", "manuals.jsonl"):
         lines = (json.dumps({"text": f"Text {n} about {n * 7919 % 1009} caches and layers."}) for n in range(50))
         (folder / name).write_text("\n".join(lines))
     with pytest.MonkeyPatch.context() as patch:

@@ -71,7 +71,7 @@ def make_parser(program: str) -> ConfigParser:
         "--all",
         action="store_true",
         help="list every candidate, also those that do not fit; without it compressions "
-        "are listed on the front or with --compression, unmeasured KV heads with --kv-heads",
+        "are listed on the front, with --compression or with --run, unmeasured KV heads with --kv-heads",
     )
     add("--json", action="store_true", help="print all candidates as JSON")
     add("--csv", action="store_true", help="print all candidates as CSV")

@@ -115,7 +115,7 @@ def _errors(
             tensor, is_text = getattr(exact, name), part.is_text(sinks.rest)
             lost, stored = squares(getattr(read, name).double() - tensor.double(), is_text), squares(tensor, is_text)
             if part.evicted != full.evicted:
-                evicted = full.squares(owner, name) - part.squares(owner, name)
+                evicted = (full.squares(owner, name) - part.squares(owner, name)).clamp(min=0)  # rounding
                 lost, stored = lost + evicted, stored + evicted
             errors[owner][name] = _mean_of_sequences(lost, stored)
     return errors

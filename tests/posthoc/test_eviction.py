@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import cllm.model.attention as attention_module
+from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.posthoc.cache import CompressedSlot, compress_cache
 from cllm.posthoc.engine import engine_of
@@ -254,6 +255,20 @@ def test_padded_sequences_keep_what_they_keep_alone(spec, design, tokens):
         expected = engine.logits(ids[row : row + 1, PREFIX:], alone)[0]
         for logits in found:
             torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_errors_of_a_sequence_that_loses_nothing_are_numbers(decoder, tokens) -> None:
+    """It has few tokens beside one of many. Sums of squares before and after eviction differ by rounding, in either
+    direction."""
+    for seed in range(6):
+        model, ids = decoder(n_layers=8), tokens(2, 48, seed=seed)
+        cache = KVCache(model.config)
+        model.hidden(ids[:, :40], cache=cache, starts=torch.tensor([0, 38]))
+        compressed = compress_cache(cache, parse("streaming:tokens=16,every=8"))
+        found = [compressed.outcome.errors]
+        model.hidden(ids[:, 40:], cache=compressed)
+        found.append(compressed.outcome.errors)
+        assert all(0 < error < 1 for errors in found for slot in errors.values() for error in slot.values())
 
 
 def test_padded_sequences_of_transformers_models(llama, tokens):

@@ -131,7 +131,9 @@ class Recompute(Codable):
 
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         if values is None:
-            raise UserError(f"{self.name}: the slots are latents, which keys are computed from; allowed: others")
+            raise UserError(
+                f"{self.name}: the slots are latents, which keys are computed from; allowed: keys and values"
+            )
         codes: tuple[Codes, Codes] = ([None] * len(keys.slots), [None] * len(keys.slots))
         if not self.is_low_rank:
             for i, slot in enumerate(keys.slots):

@@ -5,6 +5,7 @@ its weights, and `export_family` writes a decoder as a checkpoint of a family. F
 exactly are refused by name. Only the config classes of transformers are used.
 
 table.py   the families, and the names of their tensors for a decoder's config
+refused.py families that the decoder cannot compute, and what stands in the way
 read.py    config.json to a `ModelConfig`
 load.py    weight files to the decoder's state dict
 memory.py  a transformers model in memory to a decoder with the same tensors

@@ -2,19 +2,20 @@
 
     python -m benchmarks.cuts --config configs/model/4b.yaml --gpus 64 --data.seq_len 32768
 
-The first table has the bytes that a pipeline cut carries for each plan: the residual stream and the keys and values
-that cross it. The second has memory and traffic of each GPU for data, tensor and context parallelism. Both are
-explained in docs/distributed.md.
+The first table has the bytes that a pipeline cut carries for the model's own plan and for each preset: the residual
+stream, and the keys and values that cross it. The second has memory and traffic of each GPU for data, tensor and
+context parallelism. Both are explained in docs/distributed.md.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 
-from cllm.cache.accounting import Cut, cuts, kv_bytes
+from cllm.cache.accounting import Cut, cuts, slot_bytes
 from cllm.config import Config, ModelConfig
-from cllm.config.load import config_parser
+from cllm.config.load import config_parser, validate
 from cllm.errors import UserError, one_line
 from cllm.model.sizes import count_parameters, meta_decoder, training_flops_per_token
 from cllm.plan.presets import preset_names
@@ -41,35 +42,49 @@ def best_and_worst(candidates: list[Cut]) -> tuple[Cut, Cut] | None:
 
 
 def cut_table(model: ModelConfig, tokens: int) -> list[str]:
-    """A line per preset: KiB a token of the middle, the best and the worst cut, and MiB of the middle one."""
+    """A line for the model's own plan and one per preset: KiB a token of the middle, the best and the worst cut, and
+    MiB of the middle one. `loop` marks presets in which layers on both sides of the middle have the same weights."""
     lines = [f"{'preset':<24}{'middle cut':>11}{'best':>14}{'worst':>14}{'mean':>8}{'MiB in the middle':>19}"]
+    lines.append(cut_line("(this model)", model, tokens))
     for name in preset_names():
-        candidates = cuts(ModelConfig.model_validate(model.model_dump() | {"kv": {"preset": name}}))
-        middle, ends = candidates[(len(candidates) - 1) // 2], best_and_worst(candidates)
-        if ends is None or middle.cyclic:
-            lines.append(f"{name:<24} cyclic: layers on both sides of the middle are computed together")
+        try:
+            other = validate(ModelConfig, model.model_dump() | {"kv": {"preset": name}})
+        except UserError as error:
+            lines.append(f"{name:<24} not possible here: {error}")
             continue
-        best, worst = [f"{cut.total / 1024:.2f} ({cut.after})" for cut in ends]
-        mean = statistics.mean(cut.total for cut in candidates if not cut.cyclic) / 1024
-        lines.append(
-            f"{name:<24}{middle.total / 1024:>11.2f}{best:>14}{worst:>14}{mean:>8.2f}"
-            f"{middle.total * tokens / 2**20:>19,.0f}"
-        )
+        lines.append(cut_line(name, other, tokens))
     return lines
+
+
+def cut_line(name: str, model: ModelConfig, tokens: int) -> str:
+    """The line of one plan."""
+    candidates = cuts(model)
+    if not candidates:
+        return f"{name:<24} a single layer cannot be cut"
+    middle, ends = candidates[(len(candidates) - 1) // 2], best_and_worst(candidates)
+    if ends is None or middle.cyclic:
+        return f"{name:<24} cyclic: layers on both sides of the middle are computed together"
+    best, worst = [f"{cut.total / 1024:.2f} ({cut.after})" for cut in ends]
+    mean = statistics.mean(cut.total for cut in candidates if not cut.cyclic) / 1024
+    return (
+        f"{name:<24}{middle.total / 1024:>11.2f}{best:>14}{worst:>14}{mean:>8.2f}"
+        f"{middle.total * tokens / 2**20:>19,.0f}{'  loop' if middle.looped else ''}"
+    )
 
 
 def traffic(parameters: int, gpus: int, micro_batches: int) -> dict[str, tuple[float, float]]:
     """For each kind of data parallelism: GiB of weights, gradients and optimizer on a GPU, and GiB it sends in a step.
 
-    Gradients are in bf16 with one micro-batch, in fp32 with several. A ring sends (N - 1) / N of what it
+    Gradients are in bf16. With several micro-batches they are summed in fp32, to which ZeRO-1 adds those of one
+    micro-batch. Memory agrees with the dry run, `state_bytes`, without its buffers. A ring sends (N - 1) / N of what it
     gathers or reduces.
     """
     gib, part = parameters / 2**30, (gpus - 1) / gpus
-    gradient = WEIGHT if micro_batches == 1 else 2 * WEIGHT
+    gradient, both = (WEIGHT, WEIGHT) if micro_batches == 1 else (2 * WEIGHT, 3 * WEIGHT)
     reduce_and_gather = (WEIGHT + WEIGHT) * gib * part
     sharded = (WEIGHT + gradient + MASTER_AND_MOMENTS) * gib / gpus
     return {
-        "zero1": ((WEIGHT + gradient) * gib + MASTER_AND_MOMENTS * gib / gpus, reduce_and_gather),
+        "zero1": ((WEIGHT + both) * gib + MASTER_AND_MOMENTS * gib / gpus, reduce_and_gather),
         "zero2": (
             WEIGHT * gib + (gradient + MASTER_AND_MOMENTS) * gib / gpus,
             reduce_and_gather + WEIGHT * gib * part * (micro_batches - 1),
@@ -106,13 +121,19 @@ def split_traffic(model: ModelConfig, tokens: int) -> dict[str, float]:
     """GiB that each of `SPLIT` GPUs sends for a micro-batch, if layers or tokens are split between them.
 
     Tensor parallelism all-reduces the residual stream two times in a layer's forward and two times in its backward; an
-    all-reduce sends 2 (N - 1) / N of it. Context parallelism gathers the keys and values of every owner one time in the
-    forward, however many layers read them, and reduces their gradients in the backward, (N - 1) / N each.
+    all-reduce sends 2 (N - 1) / N of it. Context parallelism gathers every slot one time in the forward, however many
+    layers read it, and reduces its gradient in the backward, (N - 1) / N each. Of a slot with a window only the tokens
+    of the window are gathered. Recurrent states, one for each sequence, are left out.
     """
-    part = (SPLIT - 1) / SPLIT / 2**30
+    part, plan = (SPLIT - 1) / SPLIT, model.plan()
+    gathered = sum(
+        sum(slot_bytes(model, j)) * min(part * tokens, plan.kept(j) or math.inf)
+        for j in plan.slots
+        if not plan.owned(j).is_state
+    )
     return {
-        "tensor parallel": 4 * model.n_layers * tokens * model.d_model * WEIGHT * 2 * part,
-        "context parallel": 2 * kv_bytes(model).written * tokens * part,
+        "tensor parallel": 4 * model.n_layers * tokens * model.d_model * WEIGHT * 2 * part / 2**30,
+        "context parallel": 2 * gathered / 2**30,
     }
 
 

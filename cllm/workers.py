@@ -1,6 +1,7 @@
 """Processes that share the GPUs of a machine, or its CPU.
 
-A place is what one process computes on: a GPU as in CUDA_VISIBLE_DEVICES, or None for a share of the CPU.
+A place is what one process computes on: a GPU, or several separated by commas, as in CUDA_VISIBLE_DEVICES; or None for
+a share of the CPU.
 """
 
 from __future__ import annotations
@@ -23,6 +24,16 @@ GRACE = 30.0
 """Seconds after which `run_all` kills commands that it has asked to end."""
 _POLL = 0.05
 _LOG_TAIL = 8192
+_RANKS = {
+    *("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK"),
+    *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"),
+}
+"""Variables of torchrun and Kubernetes that make a process a part of a larger run, as those of SLURM do."""
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: fewer than the machine has in a job of SLURM or under taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def find_gpus() -> list[str]:
@@ -32,6 +43,11 @@ def find_gpus() -> list[str]:
     count = torch.cuda.device_count()
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return named[:count] if named else [str(n) for n in range(count)]
+
+
+def all_gpus() -> str | None:
+    """The place of all GPUs that a process may use; None without a usable GPU."""
+    return ",".join(find_gpus()) or None
 
 
 def choose_gpus(text: str, known: Sequence[str], words: Sequence[str]) -> list[str]:
@@ -54,23 +70,29 @@ def choose_gpus(text: str, known: Sequence[str], words: Sequence[str]) -> list[s
     return names
 
 
-def child_environment(place: str | None, places: int, compiled: Path | None = None) -> dict[str, str]:
+def child_environment(
+    place: str | None, places: int, compiled: Path | None = None, *, most_threads: int | None = None
+) -> dict[str, str]:
     """The environment of a process on a place.
 
-    The process sees one GPU and a share of the CPU's cores. Variables of SLURM that would make it a part of a larger
-    run are left out.
+    The process sees the GPUs of its place and uses a share of the CPU's cores, unless OMP_NUM_THREADS says otherwise.
+    Variables of SLURM, torchrun and Kubernetes that would make it a part of a larger run are left out.
 
     Args:
-        place: a GPU as in CUDA_VISIBLE_DEVICES; None: the CPU.
+        place: GPUs as in CUDA_VISIBLE_DEVICES; None: the CPU.
         places: number of processes at once.
         compiled: a folder for compiled code that the processes share; None: the usual one.
+        most_threads: the largest number of threads in such a share; None: no limit.
     """
     # The child must import this cllm, installed or not, and not a folder `cllm` in the working directory.
     path = os.pathsep.join(filter(None, (str(Path(cllm.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))))
-    found = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    of_launchers = {key for key in os.environ if key in _RANKS or key.startswith(("SLURM_", "TORCHELASTIC_"))}
+    found = {key: value for key, value in os.environ.items() if key not in of_launchers}
     found |= {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-    found.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // places)))
+    found.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // places)))
     found["CUDA_VISIBLE_DEVICES"] = "" if place is None else place
+    if most_threads is not None and "OMP_NUM_THREADS" not in os.environ:
+        found["OMP_NUM_THREADS"] = str(min(int(found["OMP_NUM_THREADS"]), most_threads))
     if place is not None and compiled is not None:
         found.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
         found.setdefault("TRITON_CACHE_DIR", str(compiled / "triton"))

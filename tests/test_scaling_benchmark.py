@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 import yaml
 
 from benchmarks.scaling import __main__ as scaling
-from benchmarks.scaling import worker
+from benchmarks.scaling import launch, worker
 from benchmarks.scaling.cases import Cases, cases_of, load_case
+from benchmarks.scaling.launch import startable
 from benchmarks.scaling.profile import merged, read_profiles, shares
 from cllm.config import Config
 from cllm.config.load import read_yaml, validate
@@ -48,7 +50,7 @@ class Finished:
     """A run that was trained in this process."""
 
     def __init__(self, status: int, gpus: list[int]):
-        self.status, self.gpus = status, gpus
+        self.status, self.gpus, self.seconds = status, gpus, 1.0
 
     def poll(self, *, end: bool = False) -> int:
         return self.status
@@ -168,6 +170,118 @@ def test_shipped_cases_can_be_loaded() -> None:
         assert config.train.global_batch % per_step == 0
         if case.group.micro_batches is None:
             assert config.train.global_batch == 16
+
+
+@pytest.mark.parametrize(
+    ("sizes", "free", "idle", "chosen"),
+    [
+        ([8, 4, 2, 1], 8, True, [0]),
+        ([4, 2, 1, 8, 1, 4], 8, True, [0, 1, 2, 4]),
+        ([8, 1], 4, False, []),
+        ([1, 2, 8, 1], 4, False, [0, 1]),
+        ([], 8, True, []),
+    ],
+)
+def test_no_run_starts_before_an_earlier_one_that_waits_for_gpus(
+    sizes: list[int], free: int, idle: bool, chosen: list[int]
+) -> None:
+    """But on an idle machine the GPUs that are left are used."""
+    assert startable(sizes, free, idle=idle) == chosen
+
+
+@pytest.mark.parametrize("gpus", [4, 8])
+def test_runs_of_all_gpus_are_not_put_off_until_the_small_ones_are_done(gpus: int) -> None:
+    """Simulated: each run takes a minute for each billion parameters, in which case small ones end first."""
+    waiting = cases_of(validate(Cases, read_yaml(ROOT / "benchmarks" / "scaling" / "node.yaml")).groups, gpus)
+    order, free, running = [case.name for case in waiting], gpus, dict[str, tuple[float, int]]()
+    started, now = list[str](), 0.0
+    while waiting or running:
+        for case in [waiting[n] for n in startable([c.devices for c in waiting], free, idle=not running)]:
+            minutes = {"1": 1.4, "4": 3.7, "s": 0.4, "3": 0.4}[case.name[0]]
+            running[case.name] = (now + minutes, case.devices)
+            waiting.remove(case)
+            free -= case.devices
+            started.append(case.name)
+        name = min(running, key=lambda name: running[name])
+        now, released = running.pop(name)
+        free += released
+    assert sorted(started) == sorted(order)
+    for name in order:
+        if name.endswith(f"x{gpus}"):
+            earlier = order[: order.index(name)]
+            assert sum(other not in earlier for other in started[: started.index(name)]) < gpus
+
+
+def test_a_run_gets_its_gpus_of_those_that_the_command_sees_and_no_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(launch, "start_process", lambda command, **options: seen.update(options))
+    launch.start(Config.model_validate({**TINY, "name": "a", "runs_dir": str(tmp_path)}), [1, 3], 0, 1.0)
+    found = seen["env"]
+    assert found["CUDA_VISIBLE_DEVICES"] == "5,7"
+    assert not found.keys() & {"SLURM_NTASKS", "MASTER_PORT"}
+    assert int(found["OMP_NUM_THREADS"]) <= max(1, (os.cpu_count() or 1) // 4), (
+        "each of its processes has these threads"
+    )
+
+
+@pytest.mark.usefixtures("single_runs_here")
+def test_the_same_command_goes_on_with_the_runs_that_are_left(
+    bench: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.json"
+    words = ["--runs", "single:1", "single:1:4", "--steps", "4", "--log-every", "2", "--skip-rows", "1"]
+    words += ["--profile", "0", "--out", str(out)]
+    finished = scaling.start
+
+    def time_is_up(config: Config, gpus: list[int], profiled: int, timeout: float) -> Any:
+        if config.train.micro_batch == 2:
+            return finished(config, gpus, profiled, timeout)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scaling, "start", time_is_up)
+    assert bench(*words, "--alone") != 0
+    first = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["name"] for row in first["rows"]] == ["runs-1-single-x1"]
+    monkeypatch.setattr(scaling, "start", finished)
+    capsys.readouterr()
+    assert bench(*words) == 0
+    printed = capsys.readouterr()
+    assert "1 of 2 runs are in" in printed.err
+    assert len([line for line in printed.out.splitlines() if line.startswith("single")]) == 2
+    second = json.loads(out.read_text(encoding="utf-8"))
+    assert second["rows"][0] == first["rows"][0]
+    assert [row["micro_batch"] for row in second["rows"]] == [2, 4]
+    assert second["failed"] == {}
+    assert len(second["commands"]) == 2
+    before = out.read_text(encoding="utf-8")
+    assert bench(*words, "--optim.lr", "1e-4") == 2
+    assert "has results with another value of settings; choose another file" in capsys.readouterr().err
+    out.write_text("{}", encoding="utf-8")
+    assert bench(*words) == 2
+    assert "not results of this command" in capsys.readouterr().err
+    assert before != out.read_text(encoding="utf-8") == "{}"
+
+
+@pytest.mark.usefixtures("single_runs_here")
+def test_runs_for_which_time_is_up_are_named_and_left(
+    bench: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    words = ["--runs", "single:1", "single:1:4", "--alone", "--steps", "4", "--log-every", "2", "--skip-rows", "1"]
+    assert bench(*words, "--profile", "0", "--minutes", "0", "--out", str(out)) == 1
+    assert "time was up for 1 of 2 runs; the same command makes them" in capsys.readouterr().err
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert len(found["rows"]) == 1
+    assert found["failed"] == {"runs-2-single-x1": "time was up"}
+    assert bench(*words, "--profile", "0", "--out", str(out)) == 0
+    assert len(json.loads(out.read_text(encoding="utf-8"))["rows"]) == 2
 
 
 def test_communication_behind_other_kernels_is_not_exposed() -> None:

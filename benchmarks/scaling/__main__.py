@@ -9,12 +9,14 @@
 Each run is an ordinary training run without validation and checkpoints. Every device takes the same micro-batches in a
 step, so a step of N devices has N times the tokens (weak scaling). Times are medians without the first rows of metrics,
 in which blocks compile. The last steps of each run are profiled and not timed. Runs that need fewer GPUs than the
-machine has run side by side on different GPUs. Settings such as --train.fp8 tensorwise go to every run.
+machine has run side by side on different GPUs. With --minutes, the same command goes on with the runs that are left,
+if it has the same --out. Settings such as --train.fp8 tensorwise go to every run.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from tokenizers.models import WordLevel
 
 from benchmarks.record import Record
 from benchmarks.scaling.cases import Case, Cases, Group, cases_of, load_case
-from benchmarks.scaling.launch import Launched, start
+from benchmarks.scaling.launch import Launched, start, startable
 from benchmarks.scaling.table import loss_table, summarise, table
 from cllm.config import Config
 from cllm.config.load import ConfigParser, config_parser, read_yaml, validate
@@ -121,23 +123,55 @@ def plan_jobs(groups: list[Group], overrides: list[str], options: argparse.Names
     return jobs
 
 
-def run_all(jobs: list[Job], options: argparse.Namespace, devices: int, record: Record) -> None:
-    """Run jobs, side by side if the GPUs allow it. Runs under way when --minutes are over are ended.
+def earlier_results(known: dict[str, Any], out: Path | None) -> dict[str, Any]:
+    """`known` with the rows that an earlier command has written to `out`, whose runs are not repeated.
+
+    Raises:
+        UserError: if these are of another machine, version of torch, configs or settings.
+    """
+    known = json.loads(json.dumps(known)) | {"rows": [], "commands": []}  # as it is read from the file
+    if out is not None and out.exists():
+        try:
+            found = json.loads(out.read_text(encoding="utf-8"))
+            before = {key: found["environment"].get(key) for key in ("torch", "gpus")} | {"settings": found["settings"]}
+            groups = {group["name"]: group for group in found["groups"]}
+            configs, rows, commands = found["configs"], found["rows"], found["commands"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"--out {out}: not results of this command ({error!r}); choose another file") from None
+        now = {key: known["environment"].get(key) for key in ("torch", "gpus")} | {"settings": known["settings"]}
+        for group in known["groups"]:
+            name = group["name"]
+            before |= {f"the group {name}": (groups.get(name, group), configs.get(name, known["configs"][name]))}
+            now |= {f"the group {name}": (group, known["configs"][name])}
+        if differ := [key for key in now if before[key] != now[key]]:
+            raise UserError(f"--out {out}: has results with another value of {differ[0]}; choose another file")
+        known["groups"] = list((groups | {group["name"]: group for group in known["groups"]}).values())
+        known |= {"configs": configs | known["configs"], "rows": rows, "commands": commands}
+    known["commands"] = [*known["commands"], known["environment"]["command"]]
+    return known
+
+
+def run_all(jobs: list[Job], options: argparse.Namespace, devices: int, record: Record, deadline: float) -> list[str]:
+    """Run jobs, side by side if the GPUs allow it. Runs under way at the deadline are ended.
 
     `record` gets the rows of runs that succeeded, and under `failed` the errors of the others. It is written after each
     run.
+
+    Returns:
+        The names of the runs for which time was up.
     """
-    deadline = time.monotonic() + 60 * options.minutes
     waiting, running = list(jobs), list[tuple[Job, Launched]]()
     free = list(range(devices))
+    late_ones: list[str] = []
     failed: dict[str, str] = {}
-    record.results |= {"rows": [], "failed": failed}
+    record.results |= {"failed": failed}
     order = {job.case.name: n for n, job in enumerate(jobs)}
     try:
         while waiting or running:
-            for job in [job for job in waiting if not options.alone or not running]:
-                if job.case.devices > len(free) or (options.alone and running):
-                    continue
+            chosen = startable([job.case.devices for job in waiting], len(free), idle=not running)
+            if options.alone:
+                chosen = [] if running else chosen[:1]
+            for job in [waiting[position] for position in chosen]:
                 gpus, free = free[: job.case.devices], free[job.case.devices :]
                 print(f"{job.case.name} on {', '.join(map(str, gpus))} ...", file=sys.stderr, flush=True)
                 running.append((job, start(job.config, gpus, options.profile, options.timeout)))
@@ -148,23 +182,27 @@ def run_all(jobs: list[Job], options: argparse.Namespace, devices: int, record: 
                 status = launched.poll(end=late)
                 if status is None:
                     continue
+                name = job.case.name
                 running.remove((job, launched))
                 free += launched.gpus
                 if status == 0:
-                    folder = RunFolder(Path(job.config.runs_dir) / job.case.name)
-                    record.rows.append(summarise(job.case, job.config, folder))
-                    record.rows.sort(key=lambda row: order[row["name"]])
+                    row = summarise(job.case, job.config, RunFolder(Path(job.config.runs_dir) / name))
+                    record.rows.append(row | {"seconds": round(launched.seconds, 1)})
+                    record.rows.sort(key=lambda row: order.get(row["name"], -1))
                 else:
-                    why = "time was up" if late else f"status {status}"
-                    failed[job.case.name] = f"{why}\n{launched.tail()}"
-                    print(f"{job.case.name} failed, {failed[job.case.name]}\n", file=sys.stderr, flush=True)
+                    late_ones += [name] if late else []
+                    failed[name] = f"{'time was up' if late else f'status {status}'}\n{launched.tail()}"
+                    print(f"{name} failed, {failed[name]}\n", file=sys.stderr, flush=True)
                 record.write()
             if late:
+                late_ones += [job.case.name for job in waiting]
                 failed |= {job.case.name: "time was up" for job in waiting}
                 waiting = []
+                record.write()
     finally:
         for _, launched in running:
             launched.poll(end=True)
+    return late_ones
 
 
 def make_parser() -> ConfigParser:
@@ -188,7 +226,8 @@ def make_parser() -> ConfigParser:
     add("--work", type=Path, default=Path("runs/scaling"), metavar="DIR", help="for runs, logs, random tokens")
     add("--timeout", type=float, default=900, metavar="S", help="seconds a run may take (default %(default)s)")
     add("--minutes", type=float, default=1e6, metavar="M", help="end after M minutes with the results so far")
-    add("--out", type=Path, metavar="FILE", help="write the numbers as JSON, after every run")
+    add("--out", type=Path, metavar="FILE", help="write the numbers as JSON, after every run; runs that a file of an "
+        "earlier command has are not repeated")  # fmt: skip
     return parser
 
 
@@ -215,24 +254,34 @@ def groups_of(options: argparse.Namespace) -> list[Group]:
 @stoppable()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status: 1 if a run failed."""
+    begun = time.monotonic()
     options, overrides = make_parser().parse_known_args(argv)
     groups = groups_of(options)
     devices = torch.cuda.device_count() or 8  # without a GPU, processes on the CPU
     jobs = plan_jobs(groups, overrides, options, devices)
     if not jobs:
         raise UserError(f"no run to make: none of the cases fits on {devices} GPUs, or --text is missing")
-    options.work.mkdir(parents=True, exist_ok=True)
-    write_data(jobs, options.profile)
     configs = {group.name: load_config(group.config, [*group.settings, *overrides]) for group in groups}
     known: dict[str, Any] = {"environment": environment(), "settings": overrides}
     known["groups"] = [group.model_dump() for group in groups]
     known["configs"] = {name: config.as_yaml_data() for name, config in configs.items()}
-    record = Record(known, options.out)
-    run_all(jobs, options, devices, record)
+    record = Record(earlier_results(known, options.out), options.out)
+    done = {row["name"] for row in record.rows}
+    left = [job for job in jobs if job.case.name not in done]
+    if len(left) < len(jobs):
+        print(f"{len(jobs) - len(left)} of {len(jobs)} runs are in {options.out} already", file=sys.stderr, flush=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    write_data(left, options.profile)
+    late = run_all(left, options, devices, record, begun + 60 * options.minutes)
     for group in groups:
         if rows := [row for row in record.rows if row["group"] == group.name]:
             print(f"\n{group.name}")
             print(loss_table(rows) if group.micro_batches is None else table(rows))
+    if late:
+        more = (
+            "; the same command makes them" if options.out else "; with --out, the same command could make them later"
+        )
+        print(f"time was up for {len(late)} of {len(jobs)} runs{more}", file=sys.stderr)
     return 1 if record.results["failed"] else 0
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -16,6 +15,7 @@ from cllm.config import Config
 from cllm.files import write_atomic
 from cllm.processes import has_ended, reap
 from cllm.processes import start as start_process
+from cllm.workers import child_environment, find_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,13 +27,20 @@ class Launched:
     process: subprocess.Popen[bytes]
     gpus: list[int]
     log_file: Path
-    deadline: float
+    timeout: float
+    """Seconds after which it is ended."""
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
 
     def poll(self, *, end: bool = False) -> int | None:
-        """The exit status, or None while the run continues. A run past its deadline, or with `end`, is ended: 124."""
+        """The exit status, or None while the run continues. A run past its timeout, or with `end`, is ended: 124."""
         if has_ended(self.process):
             return reap(self.process)  # with the other devices' processes, if the first one failed
-        if not end and time.monotonic() <= self.deadline:
+        if not end and self.seconds <= self.timeout:
             return None
         reap(self.process)
         return 124
@@ -43,11 +50,20 @@ class Launched:
         return "\n".join(self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
 
-def free_port() -> int:
-    """An unused port of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def startable(sizes: Sequence[int], free: int, *, idle: bool) -> list[int]:
+    """Positions of the waiting runs that start now, of which `sizes` has the number of GPUs, in their order.
+
+    On an idle machine these are all that fit beside the earlier ones. While runs are under way none starts before an
+    earlier one, which would otherwise wait for all GPUs until no smaller run is left.
+    """
+    chosen = []
+    for position, size in enumerate(sizes):
+        if size <= free:
+            chosen.append(position)
+            free -= size
+        elif not idle:
+            break
+    return chosen
 
 
 def start(config: Config, gpus: list[int], profiled: int, timeout: float) -> Launched:
@@ -55,12 +71,12 @@ def start(config: Config, gpus: list[int], profiled: int, timeout: float) -> Lau
     runs = Path(config.runs_dir)
     file, log_file = runs / f"{config.name}.yaml", runs / f"{config.name}.log"
     write_atomic(file, yaml.safe_dump(config.as_yaml_data(), sort_keys=False))
-    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    environment = os.environ | {"PYTHONPATH": path, "MASTER_PORT": str(free_port())}
-    environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+    # Each run chooses a port when it starts its processes, which is later than here.
+    place = ",".join(names[gpu] for gpu in gpus) if (names := find_gpus()) else None
+    environment = child_environment(place, max(1, len(names)))  # a process for each GPU
     with log_file.open("wb") as log:
         process = start_process(
             [sys.executable, "-m", "benchmarks.scaling.worker", file, str(profiled)],
             cwd=ROOT, env=environment, stdout=log, stderr=log,
         )  # fmt: skip
-    return Launched(process, gpus, log_file, time.monotonic() + timeout)
+    return Launched(process, gpus, log_file, timeout)

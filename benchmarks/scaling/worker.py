@@ -19,6 +19,8 @@ def main(file: str, profiled: str) -> None:
     config = load_config([file])
     steps = int(profiled)
     folder = Path(config.runs_dir) / config.name
+    for old in folder.glob("kernels-*.json"):  # of an earlier command
+        old.unlink()
     callbacks = [KernelProfile(folder, first=config.train.steps - steps, steps=steps)] if steps else []
     train(config, overwrite=True, callbacks=callbacks)
 

@@ -100,6 +100,8 @@ class Cut:
     """Keys and values that layers below read from owners above, in every iteration of a cyclic plan."""
     cyclic: bool
     """Whether the cut is inside layers that are computed together, by iteration."""
+    looped: bool
+    """Whether layers on both sides of the cut have the same weights, so that their gradients must be added as well."""
 
     @property
     def total(self) -> int:
@@ -130,7 +132,9 @@ def cuts(config: ModelConfig, *, bytes_per_element: int = 2) -> list[Cut]:
         residual = config.d_model * bytes_per_element
         inputs = (plan.owned(j).input for j in plan.owners if j > after)
         up += residual * len({i for i in inputs if i is not None and i < after})  # that of `after` is the residual
-        found.append(Cut(after=after, residual=residual, up=up, down=down, cyclic=cyclic))
+        weights = [plan.weights_of(i) for i in range(len(plan))]
+        looped = not set(weights[: after + 1]).isdisjoint(weights[after + 1 :])
+        found.append(Cut(after=after, residual=residual, up=up, down=down, cyclic=cyclic, looped=looped))
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import queue
 import signal
 import statistics
@@ -17,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from cllm import processes
@@ -27,7 +25,7 @@ from cllm.files import shorten, write_atomic
 from cllm.runs import RunFolder
 from cllm.study.schema import parse_duration
 from cllm.uptrain.teacher import teacher_config
-from cllm.workers import last_line
+from cllm.workers import child_environment, find_gpus, last_line
 from experiments.half_cache.configs import Setting, check_config, student_data
 from experiments.half_cache.settings import check_same
 from experiments.half_cache.students import ROOT, Shape, Student, check_bytes
@@ -46,7 +44,8 @@ class Devices:
     def __init__(self, out: Path, *, cpu: bool, stop_after: str | None, parallel: int):
         self.out, self.parallel = out, parallel
         self.deadline = time.time() + (math.inf if stop_after is None else parse_duration(stop_after))
-        self.gpus = 0 if cpu else torch.cuda.device_count()
+        self._gpu_names = [] if cpu else find_gpus()
+        self.gpus = len(self._gpu_names)
         self.failed: dict[str, str] = {}
         """Messages by student or step."""
         self._lock = threading.Lock()
@@ -71,13 +70,9 @@ class Devices:
         """Run a command on one device, or on all for None, until it ends or time is up; returns whether it finished."""
         log = self.out / "logs" / f"{name}-{step}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        shared = self.parallel * max(self.gpus, 1) if device is not None else max(self.gpus, 1)
-        threads = str(min(max((os.cpu_count() or 1) // shared, 1), _MOST_THREADS))
-        environment = {"OMP_NUM_THREADS": threads, **os.environ}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        if self.gpus and device is not None:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
+        at_once = self.parallel * max(self.gpus, 1) if device is not None else max(self.gpus, 1)
+        place = ",".join(self._gpu_names if device is None else self._gpu_names[device : device + 1]) or None
+        environment = child_environment(place, at_once, most_threads=_MOST_THREADS)
         with log.open("a", encoding="utf-8") as output:
             process = processes.start(command, stdout=output, stderr=output, env=environment)
             news, said = time.monotonic() + _NEWS, ""

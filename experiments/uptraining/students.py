@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import signal
 import sys
@@ -31,6 +30,7 @@ from cllm.uptrain.complete import complete
 from cllm.uptrain.sources import with_best_sources
 from cllm.uptrain.start import calibration_batches, make_student
 from cllm.uptrain.teacher import Teacher
+from cllm.workers import all_gpus, child_environment
 from experiments.uptraining.report import has_failed, read_rows, write_failure, write_result
 from experiments.uptraining.setup import LOSSES, Deadline, Folders, Size, Start, Student, plans
 
@@ -211,8 +211,7 @@ class Runner:
         file = self.folders.out / "configs" / f"{student.name}.yaml"
         write_atomic(file, yaml.safe_dump(data, sort_keys=False))
         log.parent.mkdir(parents=True, exist_ok=True)
-        threads = str(max((os.cpu_count() or 1) // self.parallel, 1))
-        environment = {"OMP_NUM_THREADS": threads, **os.environ}
+        environment = child_environment(all_gpus() if self.device.type == "cuda" else None, self.parallel)
         command = [sys.executable, str(ROOT / "train.py"), "--config", str(file), "--resume", "auto"]
         with log.open("w", encoding="utf-8") as output:
             process = processes.start(command, stdout=output, stderr=output, env=environment)

@@ -30,7 +30,7 @@ from cllm.study.sharing import wait_for_room
 from cllm.study.slurm import array_script
 from cllm.study.status import dry_run, status
 from cllm.version import _file_hash, code_version
-from cllm.workers import child_environment
+from cllm.workers import all_gpus, child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -325,14 +325,36 @@ def test_a_device_is_busy_from_the_first_step_to_the_last_row_and_common_seconds
     assert evaluation_intervals(folder, ["mark", "other"], since=205.0) == []
 
 
-def test_a_run_sees_one_gpu_and_nothing_of_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SLURM_NTASKS", "4")
+def test_a_run_sees_its_gpus_and_no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    launchers = ("SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "NODE_RANK")
+    for name in (*launchers, "RANKING"):
+        monkeypatch.setenv(name, "4")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     found = child_environment("3", 4, tmp_path)
     assert found["CUDA_VISIBLE_DEVICES"] == "3"
     assert found["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
-    assert "SLURM_NTASKS" not in found
+    assert not found.keys() & set(launchers)
+    assert "RANKING" in found
     assert child_environment(None, 1, tmp_path)["CUDA_VISIBLE_DEVICES"] == ""
+    assert child_environment("0,3", 1)["CUDA_VISIBLE_DEVICES"] == "0,3"
+
+
+def test_a_run_uses_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More processes than any machine has cores, then a limit below the share of one process."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert child_environment(None, 10**9)["OMP_NUM_THREADS"] == "1"
+    assert child_environment(None, 1, most_threads=1)["OMP_NUM_THREADS"] == "1"
+    assert int(child_environment(None, 1, most_threads=10**9)["OMP_NUM_THREADS"]) <= (os.cpu_count() or 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert child_environment(None, 10**9, most_threads=2)["OMP_NUM_THREADS"] == "7"
+
+
+def test_all_gpus_are_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert all_gpus() == "4,6"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert all_gpus() is None
 
 
 def test_the_script_of_an_array() -> None:

@@ -249,6 +249,25 @@ def test_a_student_that_fails_does_not_keep_others_from_more_seeds(
     assert ran[4:] == ["control", "cla2", "cla4", "cla2-s1", "cla4-s1", "control-s1"]
 
 
+def test_a_step_sees_one_gpu_or_all_of_those_that_the_command_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, pathlib, sys\n"
+        "seen = os.environ['CUDA_VISIBLE_DEVICES'], 'SLURM_NTASKS' in os.environ\n"
+        "pathlib.Path(sys.argv[1]).write_text(repr(seen))\n"
+    )
+    seen = tmp_path / "seen"
+    for cpu, device, wanted in ((False, 1, "6"), (False, None, "4,6"), (True, 0, ""), (True, None, "")):
+        devices = Devices(tmp_path, cpu=cpu, stop_after=None, parallel=1)
+        assert devices.run([sys.executable, program, seen], "cla2", "train", device)
+        assert seen.read_text() == repr((wanted, False))
+
+
 def test_a_step_runs_in_the_folder_of_the_command_and_its_last_line_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from benchmarks.kernels.table import Table, rand
 from benchmarks.timing import BF16, replayed_ms
+from cllm.config import Rope
 from cllm.kernels import split_decode
-from cllm.kernels.decode import Stored, Visible, decode_attention
+from cllm.kernels.decode import Stored, Visible, decode_attention, rotation_of
+from cllm.model.rope import rope_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class Decode:
     latent: bool = False
     """The value is the first key part."""
     float8: bool = False
+    rope: bool = False
+    """The first key part is stored before RoPE."""
 
     @property
     def scale(self) -> float:
@@ -51,10 +55,12 @@ class Decode:
     def sets(self) -> list[tuple[list[Stored], list[Stored]]]:
         """Keys and values of several caches, so that none is left in the L2 cache by the call before."""
         number = max(1, min(2**29 // self.bytes(), 2**34 * self.live // (self.s * self.bytes())))
+        table = rope_table(Rope(), self.d[0], torch.arange(self.s, device="cuda")[None])
         sets = []
         for _ in range(number):
             keys = [self.stored(d) for d in self.d]
-            sets.append((keys, keys[:1] if self.latent else [self.stored(e) for e in self.e]))
+            values = keys[:1] if self.latent else [self.stored(e) for e in self.e]
+            sets.append(([replace(keys[0], rope=table), *keys[1:]] if self.rope else keys, values))
         return sets
 
     def bytes(self) -> int:
@@ -71,6 +77,8 @@ DECODES = (
     Decode(name="fused, 16 x 4 heads, 16 queries", b=16, g=4, d=(128, 128), e=(128, 128)),
     Decode(name="latent, 8 x 16 queries", b=8, g=1, d=(512, 64), e=(512,), latent=True),
     Decode(name="latent, 8 x 128 queries", b=8, h=128, g=1, d=(512, 64), e=(512,), latent=True),
+    Decode(name="tied, 4 x 16 heads", latent=True, rope=True),
+    Decode(name="tied, 16 x 4 heads, 16 queries", b=16, g=4, latent=True, rope=True),
     Decode(name="float8, 4 x 16 heads", float8=True),
     Decode(name="float8, 16 x 4 heads, 16 queries", b=16, g=4, float8=True),
     Decode(name="1 x 16 heads, 1024 tokens", b=1, s=1024, live=1024),
@@ -98,9 +106,10 @@ def _bench_case(table: Table, case: Decode, copy: float, sweep: bool) -> None:
         return [functools.partial(_triton, queries, keys, values, visible, case.scale, tiles) for keys, values in sets]
 
     key_data, value_data = ([x.data for x in part] for part in sets[0])
-    default = split_decode.tiles_for(queries, key_data, value_data, None)[0]
+    rotation = rotation_of(sets[0][0])
+    default = split_decode.tiles_for(queries, key_data, value_data, None, rotation)[0]
     time(f"triton, {_tiles(default)}", triton())
-    if case.h == case.g:
+    if case.h == case.g and rotation is None:
         element = replace(default, elementwise=True)
         time(f"triton, {_tiles(element)}", triton(element))
     if not case.float8 and not case.latent:
@@ -109,7 +118,10 @@ def _bench_case(table: Table, case: Decode, copy: float, sweep: bool) -> None:
         time(name, [functools.partial(_torch, queries, k, v, case.scale) for k, v in joined])
         del joined
     if sweep:
-        times = {tiles: time(_tiles(tiles), triton(tiles)) for tiles in _neighbours(default, case.h == case.g)}
+        times = {
+            tiles: time(_tiles(tiles), triton(tiles))
+            for tiles in _neighbours(default, case.h == case.g and rotation is None)
+        }
         for tiles in sorted(times, key=lambda tiles: times[tiles])[:3]:
             print(f"best      {case.name:<38}{_tiles(tiles):<38}{times[tiles]:9.4f} ms", flush=True)
 
@@ -141,7 +153,7 @@ def _triton(
         return decode_attention(queries, keys, values, visible, scale=scale, kernel="triton")
     (k, k_scales), (v, v_scales) = (([x.data for x in p], [x.scale for x in p]) for p in (keys, values))
     seen = (visible.column, visible.first, visible.window, visible.exclude_self)
-    return split_decode.run(queries, k, k_scales, v, v_scales, *seen, scale, tiles)
+    return split_decode.run(queries, k, k_scales, v, v_scales, *seen, scale, tiles, rotation=rotation_of(keys))
 
 
 def _torch(queries: list[Tensor], keys: Tensor, values: Tensor, scale: float) -> Tensor:

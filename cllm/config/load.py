@@ -78,6 +78,17 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
+_PLAIN_TYPES = ("int", "str", "float", "bool")
+"""Names of plain types in pydantic's locations."""
+
+
+def _item(annotation: Any) -> Any:
+    """The type of the items of a list, which may be optional; None for other types."""
+    kinds = typing.get_args(annotation) if typing.get_origin(annotation) in (types.UnionType, typing.Union) else ()
+    lists = [kind for kind in (annotation, *kinds) if typing.get_origin(kind) is list]
+    return typing.get_args(lists[0])[0] if lists else None
+
+
 def _locate(schema: type[BaseModel], location: tuple[Any, ...]) -> tuple[tuple[str, ...], list[str]]:
     """A pydantic location as a path of keys, without union tags, and the keys allowed in place of its last part."""
     path: list[str] = []
@@ -88,10 +99,16 @@ def _locate(schema: type[BaseModel], location: tuple[Any, ...]) -> tuple[tuple[s
         if tagged := [section for section in here if section[0] is not None and section[0] == part]:
             here = [(None, tagged[0][1])]
             continue
-        if isinstance(part, str) and not here and typing.get_origin(annotation) in (types.UnionType, typing.Union):
-            continue  # which of several plain types was tried
+        is_field = any(part in model.model_fields for _, model in here)
+        if isinstance(part, str) and not is_field and typing.get_origin(annotation) in (types.UnionType, typing.Union):
+            if tried := [section for section in here if section[1].__name__ == part]:
+                here, annotation = tried, None
+                continue
+            if not here or part in _PLAIN_TYPES:
+                continue  # which of several plain types was tried
         path.append(str(part))
         if isinstance(part, int):
+            annotation = _item(annotation)
             continue
         siblings = [name for _, model in here for name in model.model_fields]
         fields = [model.model_fields[part] for _, model in here if part in model.model_fields]
@@ -166,6 +183,32 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
+def _without_branches(schema: type[BaseModel], errors: list[Any]) -> list[Any]:
+    """Pydantic's errors with one for each value that several types are allowed for: it has one for each type.
+
+    The error that goes deepest into a value is that of the type that was meant.
+    """
+
+    def tried(error: Any) -> tuple[Any, ...] | None:
+        """The location of the value, if the error's own location ends with a type that was tried."""
+        *value, _ = error["loc"]
+        return tuple(value) if _locate(schema, error["loc"])[0] == _locate(schema, tuple(value))[0] else None
+
+    kept: dict[Any, Any] = {}
+    for error in errors:
+        value = tried(error) if error["loc"] else None
+        if value is None:
+            kept[len(kept)] = error
+        elif any(e["loc"][: len(value)] == value and len(e["loc"]) > len(error["loc"]) for e in errors):
+            continue
+        elif value in kept:
+            what = "mapping" if error["type"] == "model_type" else error["msg"].removeprefix("Input should be a valid ")
+            kept[value] = {**kept[value], "msg": f"{kept[value]['msg']} or {what}"}
+        else:
+            kept[value] = error
+    return list(kept.values())
+
+
 def validate(
     schema: type[Schema], data: dict[str, Any], origin: Origin | None = None, *, only_file: str = ""
 ) -> Schema:
@@ -181,7 +224,7 @@ def validate(
     try:
         return schema.model_validate(data)
     except ValidationError as error:
-        errors = error.errors()
+        errors = _without_branches(schema, error.errors())
         # An unknown key is usually a misspelt one, and the reason why another is missing: report it first.
         errors.sort(key=lambda e: e["type"] != "extra_forbidden")
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""

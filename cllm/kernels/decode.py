@@ -34,6 +34,7 @@ __all__ = [
     "decode_attention",
     "decode_attention_lse",
     "decode_attention_reference",
+    "rotation_of",
 ]
 
 
@@ -129,19 +130,25 @@ def decode_attention_lse(
     return list(out.split([v.data.shape[-1] for v in values], dim=-1)), lse
 
 
-def _rope(keys: Sequence[Stored]) -> tuple[Tensor | None, Tensor | None, list[int]]:
-    """The arguments of the operators for keys before RoPE: cos and sin (B or 1, S, D / 2), and those parts' indices."""
+def rotation_of(keys: Sequence[Stored]) -> split_decode.Rotation | None:
+    """RoPE of the key parts that are stored before it; None if there is no such part."""
     tables = {i: key.rope for i, key in enumerate(keys) if key.rope is not None}
     for table in tables.values():
         cos, sin = (t[:, :, 0, 1] for t in table)  # of the second channel of each pair, whose sine has its own sign
-        return cos, sin, list(tables)
-    return None, None, []
+        return split_decode.Rotation(cos, sin, tuple(tables))
+    return None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x` (B, S, G, D) rotated by cos and sin (B or 1, S, 1, 1 or 2, D / 2), the sine negative for the first half."""
     halves = x.unflatten(-1, (2, -1))
     return (halves * cos + halves.flip(-2) * sin).flatten(-2)
+
+
+def _rope(keys: Sequence[Stored]) -> tuple[Tensor | None, Tensor | None, list[int]]:
+    """The last arguments of the two operators below."""
+    rotation = rotation_of(keys)
+    return (None, None, []) if rotation is None else (rotation.cos, rotation.sin, list(rotation.parts))
 
 
 def _rotation(cos: Tensor | None, sin: Tensor | None, rotated: Sequence[int] | None) -> split_decode.Rotation | None:

@@ -71,5 +71,8 @@ def plan_drawing(plan: KVPlan) -> str:
         "O owns and reads, o owns only, B reads keys and values, K keys, V values; columns are the cached slots"
     )
     if second := [i for i, layer in enumerate(plan.layers) if layer.local is not None]:
-        lines.append(f"layers {ranges(second)} own a second slot, which they alone read and which has no column")
+        who, own, they, read = (
+            ("layers", "own", "they", "read") if len(second) > 1 else ("layer", "owns", "it", "reads")
+        )
+        lines.append(f"{who} {ranges(second)} {own} a second slot, which {they} alone {read} and which has no column")
     return "\n".join(lines)

@@ -104,7 +104,10 @@ class LayerConfig(_Owning):
         owned = {key: settings for key in SOURCES if (settings := getattr(self, key)) is not None}
         if len(owned) > 1:
             raise PlanError(f"layer {index}: names more than one of {', '.join(SOURCES)}")
-        own = next((SOURCES[key].from_settings(settings, shape) for key, settings in owned.items()), None)
+        try:
+            own = next((SOURCES[key].from_settings(settings, shape) for key, settings in owned.items()), None)
+        except PlanError as error:
+            raise PlanError(f"layer {index}: {error}") from None
         keys = self.keys.read(f"layer {index}: keys") if self.keys else None
         values = self.values.read(f"layer {index}: values") if self.values else None
         if own is None and (keys is None or values is None):

@@ -39,6 +39,11 @@ class Part:
         return name if self.window is None else f"{name} last {self.window}"
 
 
+def slots_text(parts: Sequence[Part]) -> str:
+    """Their number, in messages."""
+    return f"{len(parts)} slot" + ("" if len(parts) == 1 else "s")
+
+
 class Attended(NamedTuple):
     """The slots over which one softmax, or one part of it, is computed with one mask."""
 
@@ -101,7 +106,10 @@ class Whole(Read):
                 continue
             if config.window is not None:
                 raise PlanError(f"layer {layer}: {cls.key}: write the window of an own slot inside of own")
-            owned.append(Own.from_settings(Own.Settings(**config.own.model_dump(exclude={"window"})), shape))
+            try:
+                owned.append(Own.from_settings(Own.Settings(**config.own.model_dump(exclude={"window"})), shape))
+            except PlanError as error:
+                raise PlanError(f"layer {layer}: {cls.key}: {error}") from None
             parts.append(Part(layer if len(owned) == 1 else LOCAL, config.own.window))
         if len(owned) > 2:
             raise PlanError(f"layer {layer}: {cls.key}: has {len(owned)} slots of its own; allowed: at most two")
@@ -186,7 +194,7 @@ class Join(Whole):
     def check(self, where: str) -> None:
         Whole.check(self, where)
         if len(self.parts) < 2 - self.sink:
-            raise PlanError(f"{where}: join has {len(self.parts)} slots; allowed: two or more, or one with a sink")
+            raise PlanError(f"{where}: join has {slots_text(self.parts)}; allowed: two or more, or one with a sink")
 
 
 Gates = Literal["separate", "complementary"]
@@ -230,7 +238,7 @@ class Gate(Whole):
     def check(self, where: str) -> None:
         Whole.check(self, where)
         if len(self.parts) != 2:
-            raise PlanError(f"{where}: gate has {len(self.parts)} slots; allowed: two")
+            raise PlanError(f"{where}: gate has {slots_text(self.parts)}; allowed: two")
 
 
 # ---- checks of a plan ------------------------------------------------------------------------------------------------

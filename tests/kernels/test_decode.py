@@ -17,8 +17,8 @@ import torch
 from cllm.errors import UserError
 from cllm.kernels import split_decode
 from cllm.kernels.choice import log_once, uses_triton
-from cllm.kernels.decode import Stored, Visible, _rope, decode_attention, decode_attention_lse
-from cllm.kernels.split_decode import Limits, Rotation, Tiles, choose_tiles
+from cllm.kernels.decode import Stored, Visible, decode_attention, decode_attention_lse, rotation_of
+from cllm.kernels.split_decode import Limits, Tiles, choose_tiles
 
 SCALE = 0.3
 
@@ -312,8 +312,8 @@ def interpreted() -> None:
             if dtype == torch.float16 and (case.hides or case.float8):
                 continue  # fp8 takes its second product in bf16, which the interpreter multiplies as integers
             (queries, keys, values, visible), wanted = call(case, dtype)
-            cos, sin, parts = _rope(keys)
-            for elementwise in (False, True) if case.h == case.g and not parts else (False,):
+            rotation = rotation_of(keys)
+            for elementwise in (False, True) if case.h == case.g and rotation is None else (False,):
                 for splits in (1, 3) if dtype == torch.float32 else (3,):
                     tiles = Tiles(block_n=16, splits=splits, num_warps=4, num_stages=2, elementwise=elementwise)
                     out = split_decode.run(
@@ -328,7 +328,7 @@ def interpreted() -> None:
                         visible.exclude_self,
                         SCALE,
                         tiles,
-                        rotation=None if cos is None else Rotation(cos, sin, tuple(parts)),
+                        rotation=rotation,
                     )
                     try:
                         assert_close(out.split(list(case.e), dim=-1), wanted, dtype)

@@ -205,7 +205,7 @@ def test_plans_as_text_as_pictures_and_as_yaml(tiny_config: Config) -> None:
     assert "join own + own last 3, sink" in plan_table(plan)
     assert "gate 0 + own last 4" in plan_table(plan)
     assert "all + last 3" in plan_table(plan)
-    assert "layers 1 own a second slot" in plan_drawing(plan)
+    assert "layer 1 owns a second slot, which it alone reads" in plan_drawing(plan)
     gids = {artist.get_gid() for artist in plan_figure(plan, "joins").axes[0].get_children()}
     assert {"keys of 1 into 3", "values of 2 into 3", "keys of 0 into 2", "keys of 2 into 2"} <= gids
     assert Explicit.model_validate({"layers": plan_entries(plan)}).expand(tiny_config(n_layers=4).shape) == plan
@@ -221,7 +221,14 @@ OWN: dict[str, Any] = {"own": {}}
 @pytest.mark.parametrize(
     ("read", "expected"),
     [
-        ({"join": [1]}, "layer 2: join has 1 slots; allowed: two or more, or one with a sink"),
+        ({"join": [1]}, "layer 2: join has 1 slot; allowed: two or more, or one with a sink"),
+        (
+            {"join": [0, {"own": {"tie": "kv", "only": "keys"}}]},
+            "layer 2: join: own: has only and tie; allowed: at most one of only, tie, mix",
+        ),
+        ({"join": [0, {"own": {"window": 0}}]}, "kv.layers.2.read.join.1.own.window: input should be greater than or"),
+        ({"join": [0, {"owns": {}}]}, 'kv.layers.2.read.join.1.owns: unknown key; did you mean "own"?'),
+        ({"join": [0, "x"]}, "kv.layers.2.read.join.1: input should be a valid integer or mapping, got 'x'"),
         ({"join": [0, 0]}, "layer 2: join names a slot twice: [0, 0]"),
         ({"join": [0, {"share": -1}]}, "layer 2: join reads layer -1; layers count from 0"),
         ({"join": [0, 7]}, "layer 2: join reads layer 7; the model has layers 0 to 4"),

@@ -1,5 +1,8 @@
 """Every preset against the tables of its paper, written by hand (see tests/reference.py for the notation)."""
 
+import itertools
+from pathlib import Path
+
 import pytest
 
 from cllm.cache.accounting import kv_bytes, mha_twin
@@ -385,3 +388,43 @@ def test_trailing_layer_without_an_owner_of_its_mask_is_refused():
 
 def test_afm_is_35_owners_and_21_readers_of_layer_34():
     assert rows(plan_of(56, "afm")) == ["own:4"] * 35 + ["read 34"] * 21
+
+
+# ---- the table of docs/plans.md --------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "plans.md"
+
+
+def read_by(plan: KVPlan, i: int) -> str:
+    """What layer `i` reads, in the words of the page."""
+
+    def slot(j: int) -> str:
+        source = plan.owned(j)
+        if j % len(plan) != i:
+            return str(j)
+        of = "" if source.input is None else f" of {source.input}"
+        mixed = "" if not source.mixes else f" mixing {', '.join(map(str, source.mixes))}"
+        return ("latent" if not source.is_plain else "tied" if source.rotates_at_read else "own") + of + mixed
+
+    def last(window: int | None) -> str:
+        return "" if window is None else f" last {window}"
+
+    if plan.reads_at_once(i):
+        return " & ".join(slot(j) + last(window) for (j,), window in plan.attended(i))
+    keys, values = (" + ".join(map(slot, half.layers)) for half in (plan.keys(i), plan.values(i)))
+    return (keys if keys == values else f"K {keys}, V {values}") + last(plan.layers[i].window)
+
+
+def test_the_page_has_the_layers_and_the_bytes_of_every_preset():
+    lines = PAGE.read_text(encoding="utf-8").split("| preset | layers | resident | read |\n", 1)[1].splitlines()[1:]
+    found = lines[: lines.index("")]
+    wanted = []
+    for name in preset_names():
+        model = {"d_model": 2048, "n_layers": 8, "n_heads": 16, "max_seq_len": 32768, "kv": {"preset": name}}
+        config = validate(ModelConfig, model)
+        plan = config.plan()
+        runs = [(text, len(list(run))) for text, run in itertools.groupby(read_by(plan, i) for i in range(8))]
+        layers = "; ".join(text if n == 1 else f"{n} x {text}" for text, n in runs)
+        resident, read = kv_bytes(config).relative_to(kv_bytes(mha_twin(config)))
+        wanted.append(f"| `{name}` | {layers} | {resident:.3f} | {read:.3f} |")
+    assert sorted(found) == sorted(wanted)

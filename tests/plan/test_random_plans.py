@@ -297,6 +297,26 @@ def check_cache(
     assert fp8.nbytes() == cache_bytes(config, context=LENGTH, batch=BATCH, bytes_per_element=4, storage="fp8")
 
 
+def check_padding(model: Decoder, ids: torch.Tensor, full: torch.Tensor) -> None:
+    """A row after padding, in one pass and from a cache, and a document in a packed row have the logits of each alone.
+
+    The second row starts at its third token. With documents, the first four tokens and the others are apart.
+    """
+    starts, alone = torch.tensor([0, 2]), model(ids[1:, 2:])
+    cache = KVCache(model.config)
+    prompt = model(ids[:, :5], cache=cache, starts=starts)
+    steps = [model(ids[:, t : t + 1], cache=cache) for t in range(5, LENGTH)]
+    for found in (model(ids, starts=starts), torch.cat([prompt, *steps], dim=1)):
+        torch.testing.assert_close(found[0], full[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found[1, 2:], alone[0], atol=1e-4, rtol=1e-4)
+    documents, positions = torch.tensor([[0, 0, 0, 0, 1, 1, 1]] * BATCH), torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    packed = model(ids, positions, documents)
+    torch.testing.assert_close(packed[:, :4], full[:, :4], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(packed[:, 4:], model(ids[:, 4:]), atol=1e-4, rtol=1e-4)
+    last = model(ids, positions, documents, last_only=True)
+    torch.testing.assert_close(last, packed[:, -1:], atol=1e-4, rtol=1e-4)
+
+
 def check_refusal(section: dict[str, Any], error: UserError, random_model) -> None:
     """One line; and where halves are refused, a model that was built all the same has a parameter without gradient."""
     assert "\n" not in str(error)
@@ -352,6 +372,7 @@ def test_accepted_plans_compute_cache_export_and_train_alike(section, sizes, chu
     else:
         check_cache(model, ids, full, parts, chunk, LENGTH)
 
+    check_padding(model, ids, full)
     folder = tmp_path_factory.mktemp("exported")
     as_pretrained(model).save_pretrained(folder)
     loaded = CLLMForCausalLM.from_pretrained(folder)

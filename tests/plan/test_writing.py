@@ -258,7 +258,7 @@ def test_tied_slots_refuse_what_needs_two_tensors(teacher: TracedDecoder, tiny_c
     with pytest.raises(UserError, match=r"method is copy, and layer 0 owns 4 KV heads, K = V, .* allowed: fit"):
         init_student(student_of(teacher, {"preset": "kv_tie"}), teacher, InitFrom(method="copy"))
     both = message(n_layers=1, kv=layers({"own": {"tie": "kv", "only": "keys"}}))
-    assert "own: has only and tie; allowed: at most one of" in both
+    assert "layer 0: own: has only and tie; allowed: at most one of" in both
 
 
 # ---- mixes ----------------------------------------------------------------------------------------------------------

@@ -268,3 +268,16 @@ def test_the_stream_of_a_killed_server_ends(server) -> None:
     json.loads(next(events))
     again.kill()
     assert "[DONE]" not in list(events)
+
+
+def test_the_engine_ends_when_only_the_server_was_killed(server) -> None:
+    psutil = pytest.importorskip("psutil")
+
+    again = Server(server.words, server.folder, server.folder / "log3")
+    children = psutil.Process(again.process.pid).children(recursive=True)
+    assert any("EngineCore" in " ".join(child.cmdline()) for child in children)
+    again.process.kill()
+    again.process.wait(30)
+    _, alive = psutil.wait_procs(children, timeout=300)
+    again.kill()
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

@@ -31,6 +31,11 @@ _RANKS = {
 """Variables of torchrun and Kubernetes that make a process a part of a larger run, as those of SLURM do."""
 
 
+def usable_cores() -> int:
+    """The cores that this process may use: fewer than the machine has in a job of SLURM or under taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def find_gpus() -> list[str]:
     """The GPUs that a process may use, as in CUDA_VISIBLE_DEVICES; empty without a usable GPU."""
     import torch
@@ -84,7 +89,7 @@ def child_environment(
     of_launchers = {key for key in os.environ if key in _RANKS or key.startswith(("SLURM_", "TORCHELASTIC_"))}
     found = {key: value for key, value in os.environ.items() if key not in of_launchers}
     found |= {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-    found.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // places)))
+    found.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // places)))
     found["CUDA_VISIBLE_DEVICES"] = "" if place is None else place
     if most_threads is not None and "OMP_NUM_THREADS" not in os.environ:
         found["OMP_NUM_THREADS"] = str(min(int(found["OMP_NUM_THREADS"]), most_threads))

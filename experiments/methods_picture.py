@@ -5,9 +5,10 @@
 
 A table has the columns `method`, `bf16_ratio` and `increase_percent`, as the tables in docs/results have; a file of
 records (.json) has those of evaluate --posthoc in `rows`. Each increase is relative to the uncompressed cache on the
-text of its own table. With --copying, a second panel shows the share of tokens that the model copies; RECORDS.json has
-`rows` with records of the suite. A Markdown table is written beside the picture; its rows join both measurements of a
-compression if their ratios differ by at most a tenth.
+text of its own table; a compression that several tables have is taken from the first of them. With --copying, a second
+panel shows the share of tokens that the model copies; RECORDS.json has `rows` with records of the suite. A Markdown
+table is written beside the picture; its rows join both measurements of a compression if their ratios differ by at most
+a tenth.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from cllm.trust import parse_json
 
 _SIZES = {"ratio", "bits", "rank", "tokens", "group", "residual", "svd", "sinks", "allocation"}
 """Options that do not make a line of its own in the picture."""
+_EQUAL_RATIOS = 0.1
+"""Measurements of one compression belong together if their ratios differ by less than this share."""
 _LINEAR = 1.0
 """Percent up to which the axis of the increase is linear; logarithmic beyond."""
 
@@ -134,12 +137,25 @@ def read_copying(file: Path, run: str) -> list[Point]:
     return found
 
 
+def merged(tables: Iterable[Iterable[Point]]) -> list[Point]:
+    """The points of all tables; of one compression with nearly one ratio, only those of the first table that has it."""
+    points: list[Point] = []
+    for own in tables:
+        earlier = list(points)
+        points += [p for p in dict.fromkeys(own) if not any(_same(p, q) for q in earlier)]
+    return points
+
+
+def _same(a: Point, b: Point) -> bool:
+    return a.spec == b.spec and abs(a.ratio / b.ratio - 1) < _EQUAL_RATIOS
+
+
 def table(points: Sequence[Point], copied: Sequence[Point]) -> str:
     """A Markdown table, the smallest caches last."""
     lines = ["| compression | own / x | perplexity |" + (" copied, % |" if copied else "")]
     lines.append("|---|---:|---:|" + ("---:|" if copied else ""))
     rows: list[tuple[Point, Point | None, Point | None]] = [
-        (p, p, next((c for c in copied if p.spec == c.spec and abs(c.ratio / p.ratio - 1) < 0.1), None)) for p in points
+        (p, p, next((c for c in copied if _same(c, p)), None)) for p in points
     ]
     joined = [c for _, _, c in rows]
     rows += [(c, None, c) for c in copied if c not in joined and c.spec != "none"]
@@ -207,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.out.suffix != ".png":
         raise UserError(f"--out is {str(options.out)!r}; allowed: a file that ends in .png")
-    points = list(dict.fromkeys(point for file in options.tables for point in read_table(file, options.run)))
+    points = merged([read_table(file, options.run) for file in options.tables])
     copied = read_copying(options.copying, options.run) if options.copying else []
     if not points:
         raise UserError(f"{options.tables[0]}: has no rows")

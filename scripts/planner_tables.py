@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -16,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 from cllm.arguments import Parser  # noqa: E402
 from cllm.files import write_atomic  # noqa: E402
 from cllm.planner.collect import decode_steps, read_losses, sweep_changes  # noqa: E402
-from cllm.planner.measured import SHIPPED, Table  # noqa: E402
-from cllm.posthoc.method import TensorCoder  # noqa: E402
+from cllm.planner.measured import SHIPPED, LossChange, Table  # noqa: E402
+from cllm.posthoc.method import Compressor, TensorCoder  # noqa: E402
 from cllm.posthoc.registry import parse  # noqa: E402
 
 RESULTS = Path("docs/results")
@@ -25,10 +27,13 @@ SMOLLM2 = {"kv": {"preset": "gqa"}, "query_heads_per_kv_head": 3, "parameters": 
            "context": 4096}  # fmt: skip
 """SmolLM2-135M-Instruct, see docs/posthoc.md."""
 STUDIES = ("2026-11-27-study-100m-h200", "2026-11-27-study-490m-h200")
-SWEEPS = (
+SWEEPS: tuple[tuple[str, Mapping[str, Any], str], ...] = (
     ("2026-11-26-tradeoff-45m-h200.csv", {"parameters": 46938112, "tokens": 128e6, "context": 4096}, "sinks=0"),
     ("2026-11-26-sinks-smollm2-cpu.csv", SMOLLM2, ""),
-    ("2026-11-27-weighted-errors-smollm2-cpu.csv", SMOLLM2, ""),
+    *(
+        (f"2026-11-27-{name}-smollm2-cpu.csv", SMOLLM2, "")
+        for name in ("weighted-errors", "quantisers", "low-rank", "eviction")
+    ),
 )
 """Sweeps, what their files do not say about the models, and an option that all specs had when they were measured."""
 FP32 = ("2026-11-26-sinks-smollm2-cpu.csv",)
@@ -44,6 +49,17 @@ def quantises(spec: str | None) -> bool:
     return spec is not None and ("+" in spec or isinstance(parse(spec), TensorCoder))
 
 
+def without_default(change: LossChange) -> LossChange:
+    """A change whose compression does not state the default number of sinks, which other sweeps leave out."""
+    default = f"sinks={Compressor.model_fields['sinks'].default}"
+    kept = [
+        ",".join(option for option in part.split(",") if option != default)
+        for part in (change.spec or "").replace(f":{default}", ":").split("+")
+    ]
+    spec = "+".join(part.removesuffix(":").replace(":,", ":") for part in kept) or None
+    return change.model_copy(update={"spec": spec})
+
+
 def main() -> int:
     """Run the command line; returns its exit status."""
     parser = Parser(prog="scripts/planner_tables.py", description=__doc__)
@@ -53,7 +69,7 @@ def main() -> int:
     losses = [change for name in STUDIES for change in read_losses(RESULTS / name).losses]
     for name, about, suffix in SWEEPS:
         changes = sweep_changes(RESULTS / name, about, suffix=suffix)
-        losses += [change for change in changes if name not in FP32 or not quantises(change.spec)]
+        losses += [without_default(c) for c in changes if name not in FP32 or not quantises(c.spec)]
     steps = [step for name in DECODE for step in decode_steps(RESULTS / name)]
     table = Table(losses=losses, decode=steps)
     write_atomic(out, table.model_dump_json(indent=1) + "\n")

@@ -100,7 +100,7 @@ class Line:
 
 
 def commands(text: str, page: str) -> Iterator[Line]:
-    """The commands of every bash block; of a loop, its commands for the first value."""
+    """The commands of every bash block; of a loop, its commands for the first value; of a pipe, each of them."""
     for block in re.finditer(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
         number, variables, pending = text[: block.start()].count("\n") + 1, dict[str, str](), ""
         for row in block[1].splitlines():
@@ -110,12 +110,18 @@ def commands(text: str, page: str) -> Iterator[Line]:
                 continue
             for name, value in variables.items():
                 pending = pending.replace(f"${name}", value)
-            words, pending = shlex.split(pending, comments=True), ""
+            lexer = shlex.shlex(pending, posix=True, punctuation_chars="|")
+            lexer.whitespace_split = True
+            all_words, pending = list(lexer), ""
+            parts = itertools.groupby(all_words, lambda word: set(word) == {"|"})
+            piped = [list(part) for is_pipe, part in parts if not is_pipe]
+            words = piped[0] if piped else []
             words = words[: words.index(">")] if ">" in words else words
             if loop := re.fullmatch(r"for (\w+) in (\S+).*; do", " ".join(words)):
                 variables[loop[1]] = loop[2]
             elif words and words != ["done"]:
                 yield Line(f"{page}:{number}", words)
+            yield from (Line(f"{page}:{number}", part) for part in piped[1:])
 
 
 # ---- parsing only ----------------------------------------------------------------------------------------------------
@@ -413,3 +419,8 @@ def test_a_broken_command_is_found(project: Path, command: str, reason: str) -> 
     (line,) = commands(f"```bash\n{command}\n```\n", "page.md")
     with pytest.raises(Broken, match=reason):
         check(line.words)
+
+
+def test_a_bar_without_quotes_is_a_pipe_and_what_follows_a_command() -> None:
+    found = commands("```bash\npython evaluate.py --suite 'a:b=1|2' --suite a:b=1|2,c=3  # one | two\n```\n", "page.md")
+    assert [line.words[-1] for line in found] == ["a:b=1", "2,c=3"]

@@ -16,6 +16,7 @@ from cllm.api.arguments import count_of, device_of, path_of, paths_of, texts_of,
 from cllm.api.caches import check_cache
 from cllm.data.manifest import MANIFEST, Manifest
 from cllm.errors import UserError
+from cllm.evaluate.calibration import check_is_used
 from cllm.evaluate.perplexity import Settings, open_sets
 from cllm.evaluate.subjects import MemorySubject, Subject, load_subject
 from cllm.evaluate.suites.perplexity import Perplexity
@@ -71,6 +72,7 @@ def score(
     text: str | Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     posthoc: str | Sequence[str] = (),
+    calibration: AnyPath | None = None,
     prefix: int | None = None,
     window: int | None = None,
     max_tokens: int | None = None,
@@ -87,6 +89,8 @@ def score(
         text: instead of data, one document or several.
         tokenizer: that of a model in memory; default: that of the prepared folder in `data`.
         posthoc: methods such as `xkv:group=4,ratio=4`, or `none`.
+        calibration: with posthoc, a text file or prepared folder (its train split) on which methods calibrate; None:
+            the first prefixes of what is scored.
         prefix: with posthoc, tokens of each window to compress; None: half of it.
         window: tokens that the model reads at once; None: its training length, or its context up to 2048.
         max_tokens: score only the first tokens of each set.
@@ -110,6 +114,8 @@ def score(
     paths, specs = paths_of("score: data", data), texts_of("score: posthoc", posthoc)
     for spec in specs:
         parse(spec, "score: posthoc")
+    named = None if calibration is None else path_of("score: calibration", calibration)
+    check_is_used(named, specs, "score: calibration")
     prefix, window = count_of("score: prefix", prefix), count_of("score: window", window)
     max_tokens = count_of("score: max_tokens", max_tokens)
     documents = None if text is None else texts_of("score: text", text)
@@ -121,7 +127,7 @@ def score(
         raise UserError("score: save=True needs a run or a folder, and the model is in memory")
     subject, place = _subject(model, paths, tokenizer, device)
     suite: Suite = Posthoc() if specs else Perplexity()
-    settings = Settings(window=window, max_tokens=max_tokens)
+    settings = Settings(window=window, max_tokens=max_tokens, calibration=named)
     options = argparse.Namespace(posthoc=specs, prefix=prefix, generate=0)
     texts = open_sets(subject, paths) if documents is None else [hold_texts("text", documents, subject)]
     records = []
@@ -167,15 +173,17 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def compress(model: nn.Module, cache: Cache | Tensor, method: str) -> Any:
+def compress(model: nn.Module, cache: Cache | Tensor, method: str, *, calibration: Tensor | None = None) -> Any:
     """Compress a filled cache, or the cache of a prompt. Later tokens are added exactly, unless `method` has `every` or
     `recompress`.
 
     Args:
         model: a model of cllm or of transformers, in memory.
         cache: a cache that `model` has filled, which is not changed; or the prompt, (B, T) int64, of which it is
-            filled. Methods that calibrate on tokens need the prompt.
+            filled. Methods that record what the prefill computes need the prompt, and so do those that calibrate on
+            tokens unless `calibration` is given.
         method: a method with its options, such as `xkv:group=4,ratio=4`; `cllm evaluate --list-posthoc` lists them.
+        calibration: tokens (B, T) int64 on which a method that calibrates does so; None: the prompt.
 
     Returns:
         A cache for `past_key_values=` of the model and of `generate`. `nbytes()` counts its bytes, `outcome.errors` has
@@ -202,15 +210,29 @@ def compress(model: nn.Module, cache: Cache | Tensor, method: str) -> Any:
     if not isinstance(method, str):
         raise wrong_type("compress: method", method, "a method with its options, such as kivi:bits=4")
     engine, compressor = engine_of(model), parse(method, "compress: method")
+    head: Any = engine.head
+    device, size = next(model.parameters()).device, head.weight.shape[0]
+    if calibration is not None:
+        if not compressor.calibrates:
+            raise UserError(f"compress: calibration: {method} does not calibrate on tokens; leave it out")
+        with _evaluating(model):
+            compressor.prepare(engine, token_ids_of("compress: calibration", calibration, size).to(device))
     if isinstance(cache, Cache):
         check_cache(engine, model, cache)
-        if compressor.watches or compressor.calibrates:
-            raise UserError(f"{method}: calibrates on tokens; give the prompt's token ids, (B, T), instead of a cache")
+        if compressor.watches:
+            raise UserError(
+                f"{method}: records what the prefill computes; give the prompt's token ids, (B, T), instead of a cache"
+            )
+        if compressor.calibrates and calibration is None:
+            raise UserError(
+                f"{method}: calibrates on tokens; give calibration=, (B, T), or the prompt's token ids instead of a "
+                "cache"
+            )
         return engine.compress(cache, compressor)
-    head: Any = engine.head
-    ids = token_ids_of("compress: cache", cache, head.weight.shape[0]).to(next(model.parameters()).device)
+    ids = token_ids_of("compress: cache", cache, size).to(device)
     with _evaluating(model):
-        compressor.prepare(engine, ids)
+        if calibration is None:
+            compressor.prepare(engine, ids)
         filled = engine.new_cache()
         with compressor.watch(engine):
             engine.hidden(ids, filled)

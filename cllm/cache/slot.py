@@ -18,12 +18,17 @@ class Slot(NamedTuple):
     For a plain slot: keys after RoPE and values, (B, T, G, D) each; a half that is not stored has 0 heads. For a
     latent: the normalised latent (B, T, kv_lora_rank) and the rotated RoPE key (B, T, qk_rope_head_dim). A fp8 cache
     adds one factor for each token and head, (B, T, G) or (B, T).
+
+    With `k_cos` and `k_sin`, which are never stored, `k` are keys before RoPE: the decoding kernels rotate them.
     """
 
     k: Tensor
     v: Tensor
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    k_cos: Tensor | None = None
+    k_sin: Tensor | None = None
+    """(B or 1, T, 1, 2, D / 2) fp32, the table of RoPE for each token."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Slot:
         """A slot with `change` applied to every tensor."""

@@ -34,6 +34,8 @@ def make_parser(program: str) -> Parser:
         "domain (default: the run's first validation set)")  # fmt: skip
     add("--posthoc", nargs="+", default=[], metavar="SPEC", help="also measure the error that these methods make in "
         "each layer, and its correlation with the effective rank")  # fmt: skip
+    add("--calibration", type=Path, metavar="PATH", help="prepared folder (its train split) or text file on which "
+        "methods of --posthoc calibrate (default: the first sequence)")  # fmt: skip
     add("--sequences", type=count, default=4, metavar="N", help="number of sequences to cache (default: %(default)s)")
     add("--length", type=count, metavar="N", help="tokens of each sequence (default: the training length)")
     add(
@@ -65,11 +67,11 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm analyze
     import torch
 
     from cllm.environment import choose_device
-    from cllm.evaluate import posthoc
+    from cllm.evaluate.calibration import calibration_tokens, check_is_used
     from cllm.evaluate.outputs import png
     from cllm.evaluate.perplexity import Settings, open_sets
     from cllm.evaluate.subjects import load_subject
-    from cllm.evaluate.windows import Stream
+    from cllm.evaluate.windows import Stream, pieces
     from cllm.files import write_atomic
     from cllm.posthoc import ranks
     from cllm.posthoc.analysis import collect, figure
@@ -81,18 +83,20 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm analyze
     length, _, _ = Settings(window=options.length).resolve(subject, device, window_option="--length")
     for spec in options.posthoc:
         parse(spec)
+    check_is_used(options.calibration, options.posthoc)
     records, files = [], []
     for text in itertools.islice(open_sets(subject, options.data), len(options.data) or 1):
         stream = Stream(text.source, start_id=subject.start_id)
-        pieces = itertools.islice(posthoc.pieces(subject, stream, length), options.sequences)
-        batches = [torch.from_numpy(piece[None, :-1]).to(device) for piece in pieces]
+        read = itertools.islice(pieces(subject, stream, length), options.sequences)
+        batches = [torch.from_numpy(piece[None, :-1]).to(device) for piece in read]
         if not batches:
             raise UserError(f"{text.path}: too short for a sequence of {length} tokens; lower --length")
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16"):
             engine = subject.engine()
             slots = collect(engine, batches, heads=True)
             kinds = {kind: _measure(x, options) for kind, x in slots.items()}
-            lost = ranks.losses(kinds, engine, batches, options.posthoc)
+            ids = calibration_tokens(subject, options.calibration, batches[0])
+            lost = ranks.losses(kinds, engine, batches, options.posthoc, ids)
         record = {"run": subject.name, "checkpoint": subject.checkpoint, "set": text.name, "data": str(text.path),
                   "sequences": len(batches), "length": length, "kinds": kinds}  # fmt: skip
         records.append(record | ({"posthoc": lost} if lost else {}))

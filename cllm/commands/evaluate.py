@@ -2,7 +2,7 @@
 
     %(prog)s --run runs/NAME [--run ...] [--data FOLDER_OR_TEXT_FILE ...] [--window N] [--stride N]
     %(prog)s --run runs/NAME --posthoc xkv:group=4,ratio=4 [--posthoc ...] [--prefix N]
-    %(prog)s --run runs/NAME --suite mqar --suite copying:distances=128|512 [--posthoc xkv:group=4,ratio=4 ...]
+    %(prog)s --run runs/NAME --suite mqar --suite "copying:distances=128|512" [--posthoc xkv:group=4,ratio=4 ...]
     %(prog)s --run runs/A --run runs/B --suite mqar --suite copying --devices all [--per-device N]
 
 A run is a run folder (its newest checkpoint), one checkpoint file, or a Hugging Face checkpoint folder. Without --data
@@ -65,8 +65,10 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm evaluat
     options.run = list(dict.fromkeys(options.run))  # a run that is given twice is measured once
     # Imported late: --help and mistakes in arguments answer without loading torch.
     from cllm.environment import choose_device
+    from cllm.evaluate.calibration import check_is_used
     from cllm.evaluate.left_out import LeftOut
 
+    check_is_used(options.calibration, options.posthoc)
     report = _Report(chosen, options.suite)
     left_out = LeftOut(len(options.run))
     places = _places(options)
@@ -208,7 +210,8 @@ def _measure_in_processes(
                 print(f"results of {path} go to {results_of_checkpoint(Path(path))}", file=sys.stderr, flush=True)
     if not parts:
         return left_out.status()
-    launch = Launch(list(parts.values()), words, Store(parts_folder(options.run, options.out)), _command)
+    store = Store(parts_folder(options.run, options.out))
+    launch = Launch(list(parts.values()), words, store, _command, may_be_empty=options.skip_refused)
     try:
         launch.run(places)
     except KeyboardInterrupt:

@@ -63,9 +63,20 @@ def _measure(folder: Path, parser, options: argparse.Namespace, part: dict, mess
         out = private
     records: list[Record] = []
     files: list[Path] = []
+    refused: dict[str, str] = {}
     for job in jobs(choice, subject, options, device, only=part["set"]):
         choice.suite.check(subject, job)
-        run_job(choice.suite, subject, job, out, records=records, files=files, refused={}, say=messages.texts.extend)
+        run_job(
+            choice.suite,
+            subject,
+            job,
+            out,
+            records=records,
+            files=files,
+            refused=refused,
+            say=messages.texts.extend,
+            may_be_empty=True,  # other parts have the other specs
+        )
     write_report(
         folder,
         Report(
@@ -73,6 +84,7 @@ def _measure(folder: Path, parser, options: argparse.Namespace, part: dict, mess
             records=records,
             files=[str(path.relative_to(private)) for path in files],
             messages=messages.texts,
+            refused=refused,
         ),
     )
 

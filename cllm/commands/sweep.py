@@ -51,6 +51,7 @@ class SweepOptions:
     prefix: int | None = None
     batch: int | None = None
     max_tokens: int | None = None
+    calibration: Path | None = None
     again: bool = False
     device: str = "auto"
     baseline: str | None = None
@@ -73,6 +74,8 @@ def make_parser(program: str) -> Parser:
     add("--prefix", type=count, metavar="N", help="tokens of it to compress (default: half)")
     add("--batch", type=count, metavar="N", help="windows computed together")
     add("--max-tokens", type=count, metavar="N", help="only the first N tokens of the set")
+    add("--calibration", type=Path, metavar="PATH", help="prepared folder (its train split) or text file on which "
+        "methods calibrate (default: the first prefixes of what is scored)")  # fmt: skip
     add("--again", action="store_true", help="ignore earlier measurements, as after a change of code")
     parser.add_device()
     add("--baseline", metavar="NAME", help="run that increases are relative to (default: the one with most bytes)")
@@ -93,8 +96,11 @@ def _measured(
 ) -> Any:
     """The record of an earlier measurement of the same checkpoint on the same data, or None."""
     from cllm.evaluate import posthoc
+    from cllm.evaluate.calibration import calibration_of
     from cllm.posthoc.registry import parse
 
+    method = parse(spec)
+    calibration = calibration_of(settings.calibration, method)
     path = posthoc.Measurement(
         set_name=text.name,
         spec=spec,
@@ -102,12 +108,14 @@ def _measured(
         window=window,
         max_tokens=settings.max_tokens,
         checkpoint=None if subject.latest else subject.checkpoint,
+        calibration=calibration,
     ).path(subject.results())
     if not path.exists():
         return None
     record = read_object(path)
     wanted = {"checkpoint": subject.checkpoint, "step": subject.step, "data": str(text.path), "batch": batch}
-    wanted |= {"precision": subject.precision, "sinks": parse(spec).sinks, **posthoc.fingerprints(subject, text)}
+    wanted |= {"precision": subject.precision, "sinks": method.sinks, **posthoc.fingerprints(subject, text)}
+    wanted |= posthoc.calibration_fingerprint(calibration)
     complete = "bf16_bytes_per_token" in record  # not of an earlier version
     return record if complete and all(record.get(key) == value for key, value in wanted.items()) else None
 
@@ -185,19 +193,23 @@ def sweep(runs: Sequence[str], options: SweepOptions) -> int:
     # Imported late: --help and mistakes in arguments answer without loading torch.
     from cllm.environment import choose_device
     from cllm.evaluate import pareto
+    from cllm.evaluate.calibration import check_is_used
     from cllm.evaluate.perplexity import Settings
     from cllm.posthoc.registry import default_sweep, parse
 
     specs = pareto.expand(options.spec or default_sweep(), options.group, options.ratio)
     for spec in specs:
         parse(spec, "--spec")
+    check_is_used(options.calibration, specs)
     scoring = None if options.score is None else Scoring(options.score)
     device = choose_device(options.device)
     runs = without_results(runs) or runs
     names = [_run_name(Path(path)) for path in runs]
     if options.baseline is not None and options.baseline not in names:
         raise UserError(f"--baseline {options.baseline}: not among the runs; {nearest(options.baseline, names)}")
-    settings = Settings(window=options.window, batch=options.batch, max_tokens=options.max_tokens)
+    settings = Settings(
+        window=options.window, batch=options.batch, max_tokens=options.max_tokens, calibration=options.calibration
+    )
     out = options.out or beside([run_of(path) for path in runs], "posthoc")
     with locked(out):  # no other sweep may write the table
         print(f"table and figure go to {out}", file=sys.stderr, flush=True)

@@ -88,6 +88,7 @@ def make_parser(program: str) -> ConfigParser:
     )
     add("--batch", type=count, metavar="N", help="windows computed together")
     add("--max-tokens", type=count, metavar="N", help="score only the first N tokens of the validation set")
+    add("--calibration", type=Path, metavar="PATH", help="as in sweep")
     return parser
 
 
@@ -101,12 +102,15 @@ def main(argv: list[str] | None = None, *, program: str = "cllm tradeoff") -> in
             "--config: missing; for example --config configs/tradeoff/98m.yaml --data.path data/prepared/NAME"
         )
     # Imported late: --help and mistakes in arguments answer without loading torch.
+    from cllm.evaluate.calibration import check_is_used
     from cllm.evaluate.pareto import expand
-    from cllm.posthoc.registry import parse
+    from cllm.posthoc.registry import default_sweep, parse
 
     deadline = time.monotonic() + 60 * options.minutes
-    for spec in expand(options.spec, options.group, options.ratio):
+    specs = expand(options.spec or default_sweep(), options.group, options.ratio)
+    for spec in specs:
         parse(spec, "--spec")
+    check_is_used(options.calibration, specs)
     runs = train_arguments(options, overrides)
     with locked(options.out.resolve()):
         return train_and_sweep(options, runs, deadline)
@@ -151,6 +155,7 @@ def train_and_sweep(options: argparse.Namespace, runs: dict[str, list[str]], dea
         prefix=options.prefix,
         batch=options.batch,
         max_tokens=options.max_tokens,
+        calibration=options.calibration,
         out=out / "posthoc",
     )
     return sweep([str(out / name) for name in runs], settings)

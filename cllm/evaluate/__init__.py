@@ -5,6 +5,7 @@ parallel/      an evaluation in several processes, on several GPUs or on a CPU
 tasks/         suites of samples: a context, and questions on top of its cache
 perplexity.py  perplexity and bits per byte of a model on a set
 posthoc.py     perplexity after a compressed prefix, and the cost of compressing it
+calibration.py  the text on which post-hoc methods calibrate
 generation.py  agreement of text generated after a compressed prefix and after the exact one
 during_training.py  suites of a run in training: `evaluate_suites`
 subjects.py    models to evaluate: a run, one of its checkpoints, or a Hugging Face checkpoint folder

@@ -278,8 +278,7 @@ def _rows(
 
 
 def _row(group: Sequence[_Numbers], base: Sequence[_Numbers], spec: str, scores: Sequence[ScoreChoice]) -> Answer:
-    first = group[0]
-    is_base = spec == EXACT and first is base[0]
+    is_base = spec == EXACT and group[0] is base[0]
     against = base if spec == EXACT else group
     ppl = _perplexity_cell(group, spec, against, is_base=is_base)
     unchanged = spec != EXACT and ppl is not None and ppl.change is not None and ppl.change <= _UNCHANGED
@@ -290,7 +289,7 @@ def _row(group: Sequence[_Numbers], base: Sequence[_Numbers], spec: str, scores:
     for n, score in enumerate(scores):
         values = [one.scores[n].get(spec) for one in group]
         exact = [one.scores[n].get(EXACT) for one in against]
-        comparable = not is_base and first.settings[n] == against[0].settings[n]
+        comparable = not is_base and _setting(group, n) == _setting(against, n)
         cells.append(
             _score_cell(score, values, exact if comparable else [], unchanged=unchanged, same=against is group)
         )
@@ -298,6 +297,11 @@ def _row(group: Sequence[_Numbers], base: Sequence[_Numbers], spec: str, scores:
         label=_label(group), spec=spec, seeds=len(measured) or len(group), kv_bytes=size, ratio_to_own=own,
         ratio_to_mha=mha, perplexity=ppl, scores=tuple(cells),
     )  # fmt: skip
+
+
+def _setting(group: Sequence[_Numbers], n: int) -> str:
+    """The settings of a score, of the first seed with one."""
+    return next((one.settings[n] for one in group if one.scores[n]), "")
 
 
 def _bytes(one: _Numbers, spec: str) -> float | None:

@@ -53,6 +53,8 @@ class Settings:
     """Windows in a batch; None: 2048 tokens of them on a CPU, 8192 on a GPU."""
     max_tokens: int | None = None
     """Use only the first tokens of the set; None: all."""
+    calibration: Path | None = None
+    """Text on which post-hoc methods calibrate; None: tokens of the set that are not scored."""
 
     def resolve(
         self, subject: Subject, device: torch.device, *, window_option: str = "--window"

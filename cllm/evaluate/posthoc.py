@@ -3,7 +3,8 @@
 Ordinary perplexity does not depend on cache compression, because a prefill attends to exact keys and values. Here every
 window of W + 1 tokens is split: the first s tokens fill a cache, the cache is compressed, and the next W - s are fed
 teacher-forced. The score is the loss of the W - s last tokens; the reference is their loss with the uncompressed cache.
-Windows do not overlap, and methods calibrate on the prefixes of the first batch, which are not scored.
+Windows do not overlap. Methods calibrate on the prefixes of the first batch, which are not scored, or on a text of
+their own (`calibration.py`).
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from torch import Tensor
 
 from cllm.environment import environment
 from cllm.errors import UserError
+from cllm.evaluate.calibration import calibration_of, calibration_tokens
 from cllm.evaluate.generation import Agreement, greedy
 from cllm.evaluate.perplexity import Settings, perplexity
 from cllm.evaluate.subjects import Subject
 from cllm.evaluate.texts import TextSet
-from cllm.evaluate.windows import Stream
+from cllm.evaluate.units import calibration_slug
+from cllm.evaluate.windows import Stream, pieces
 from cllm.files import write_atomic
 from cllm.posthoc import UNCOMPRESSED
 from cllm.posthoc.compress import mean_errors
@@ -110,14 +113,6 @@ def resolve(subject: Subject, settings: Settings, prefix: int | None, device: to
     return window, prefix, batch
 
 
-def pieces(subject: Subject, stream: Stream, window: int) -> Iterator[np.ndarray]:
-    """The tokens (window + 1,) of every window; with document masks, only of windows within one document."""
-    for start in range(0, len(stream) - window, window + 1):
-        if subject.document_mask and len(set(stream.documents(start, start + window + 1)[0])) > 1:
-            continue
-        yield stream.read(start, start + window + 1)
-
-
 def _batches(pieces: Iterator[np.ndarray], size: int) -> Iterator[Tensor]:
     while batch := list(itertools.islice(pieces, size)):
         yield torch.from_numpy(np.stack(batch))
@@ -156,9 +151,10 @@ def measure(
             try:
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16"):
                     if n == 0:
+                        ids = calibration_tokens(subject, settings.calibration, tokens[:, :prefix])
                         for each in scored:
                             with each.refusing(refused):
-                                each.method.prepare(engine, tokens[:, :prefix])
+                                each.method.prepare(engine, ids)
                     _score(engine, scored, tokens, prefix, reference, generate, refused)
             except torch.OutOfMemoryError:
                 raise UserError(f"out of GPU memory with {batch} windows of {window} tokens; lower --batch") from None
@@ -181,7 +177,12 @@ def measure(
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
         "versions": {name: text for name, text in environment().items() if name != "command"},
     }  # fmt: skip
-    return [shared | _figures(each.spec, each.method, each.tally, reference, prefix) for each in scored]
+    return [
+        shared
+        | calibration_fingerprint(calibration_of(settings.calibration, each.method))
+        | _figures(each.spec, each.method, each.tally, reference, prefix)
+        for each in scored
+    ]
 
 
 @torch.inference_mode()
@@ -326,6 +327,12 @@ def fingerprints(subject: Subject, text: TextSet) -> dict[str, str]:
     return {"weights": _stamp(weights), "data_files": _stamp(text.path)}
 
 
+def calibration_fingerprint(calibration: str | None) -> dict[str, str | None]:
+    """The text that a method calibrates on, None for tokens of the set, and its hash as in `fingerprints`."""
+    files = None if calibration is None else _stamp(Path(calibration))
+    return {"calibration": calibration, "calibration_files": files}
+
+
 def _stamp(path: Path) -> str:
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
     lines = [f"{file.name} {(stat := file.stat()).st_size} {stat.st_mtime_ns}" for file in files]
@@ -344,6 +351,8 @@ class Measurement:
     generate: int = 0
     checkpoint: str | None = None
     """The checkpoint's file or folder; None for the newest of a run."""
+    calibration: str | None = None
+    """The text that the method calibrates on; None: tokens of the set, or the method does not calibrate."""
 
     def path(self, results: Path) -> Path:
         """The file of the record in a subject's folder of results."""
@@ -351,12 +360,13 @@ class Measurement:
         limit = f"-n{self.max_tokens}" if self.max_tokens else ""
         limit += f"-g{self.generate}" if self.generate else ""
         limit += "" if self.checkpoint is None else f"-{Path(self.checkpoint).stem}"
+        limit += calibration_slug(self.calibration)
         return results / "posthoc" / self.set_name / f"{slug}-p{self.prefix}-w{self.window}{limit}.json"
 
 
 def save(subject: Subject, record: dict[str, Any], out: Path | None = None) -> Path:
     """Write a record below `out` (default: `subject.results`). Raises `UserError` if it cannot be written."""
-    settings = {key: record[key] for key in ("spec", "prefix", "window", "max_tokens", "generate")}
+    settings = {key: record[key] for key in ("spec", "prefix", "window", "max_tokens", "generate", "calibration")}
     checkpoint = None if subject.latest else record["checkpoint"]
     path = Measurement(set_name=record["set"], checkpoint=checkpoint, **settings).path(subject.results(out))
     try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from cllm.errors import UserError, nearest
-from cllm.evaluate.suites.perplexity import Perplexity
+from cllm.evaluate.suites.registry import DEFAULT, suites
 from cllm.evaluate.suites.suite import Number, Record, Suite
 from cllm.evaluate.tasks.suite import ALL
 
@@ -142,5 +142,7 @@ def _metric(key: str) -> Number:
 
 
 def suite_of(record: Mapping[str, Any]) -> str:
-    """The name of the suite that has made a record; those of perplexity do not name it."""
-    return str(record.get("suite") or ("posthoc" if "uncompressed_loss" in record else Perplexity.name))
+    """The name of the suite that has made a record."""
+    if name := record.get("suite"):
+        return str(name)
+    return next((suite.name for suite in suites().values() if suite.makes_unnamed(record)), DEFAULT)

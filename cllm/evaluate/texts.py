@@ -104,7 +104,7 @@ def open_prepared(name: str, path: Path, split: str, subject: Subject, digest: s
     if not subject.tokenizes(store.manifest):
         raise UserError(
             f"{path}: was prepared with another tokenizer than that of {subject.name}, so its tokens mean nothing to "
-            "the model; give --data a text file (.txt .md .jsonl) instead: that is tokenised with the model's own one"
+            "the model; give a text file (.txt .md .jsonl) instead: that is tokenised with the model's own one"
         )
     totals = store.manifest.split(split)
     if totals.tokens == 0:
@@ -141,7 +141,7 @@ def open_text(name: str, path: Path, subject: Subject) -> TextSet:
     _check_start(subject)
     if not path.is_file():
         what = f"has no {MANIFEST}, so it is no prepared folder" if path.is_dir() else "no such file or folder"
-        raise UserError(f"{path}: {what}; --data takes a prepared folder or a text file")
+        raise UserError(f"{path}: {what}; allowed: a prepared folder or a text file")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the model's tokenizer has no EOS token (eos_token), which has to end every document")
     documents = [document for document in read_file(path, TEXT_FIELD) if document.text.strip()]

@@ -9,12 +9,15 @@ context, at W times the cost.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from cllm.errors import UserError
 from cllm.evaluate.texts import TokenSource
+
+if TYPE_CHECKING:
+    from cllm.evaluate.subjects import Subject
 
 
 class Window(NamedTuple):
@@ -77,3 +80,11 @@ class Stream:
         """Document ids and positions of the window, as `TokenStore.documents`; only without a start token."""
         assert self._start_id is None, "a start token belongs to no document"
         return self._source.documents(start, stop)
+
+
+def pieces(subject: Subject, stream: Stream, window: int) -> Iterator[np.ndarray]:
+    """The tokens (window + 1,) of every window; with document masks, only of windows within one document."""
+    for start in range(0, len(stream) - window, window + 1):
+        if subject.document_mask and len(set(stream.documents(start, start + window + 1)[0])) > 1:
+            continue
+        yield stream.read(start, start + window + 1)

@@ -9,6 +9,7 @@ Keys and values may have several parts:
   Fused values are two results, which the caller weights. So no fused tensor is ever computed.
 - A latent (MLA, arXiv 2405.04434, section 2.1.2) with absorbed up-projections is one KV head. Its key parts are the
   latent and the RoPE key, and its value part is the latent.
+- Keys that are stored before RoPE (`Stored.rope`) are rotated on the way. If they are values too, they are read once.
 
 Shapes: B batch, S entries, H query heads, G KV heads (H a multiple of G), D and E channels of a key and value part.
 """
@@ -44,6 +45,9 @@ class Stored:
     """(B, S, G, D), channels contiguous; bf16, fp16, fp32 or float8_e4m3fn."""
     scale: Tensor | None = None
     """(B, S, G) bf16 or fp32, one factor for each token and head of float8 data."""
+    rope: tuple[Tensor, Tensor] | None = None
+    """cos and signed sin (B or 1, S, 1, 2, D / 2) fp32 of each entry, as `rope_table` returns them: the data are keys
+    before RoPE. All parts of a call have the same. None: the data are used as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,8 @@ def decode_attention(
         raise ValueError(f"decode_attention: {len(queries)} queries for {len(keys)} key parts")
     if n_heads % groups:
         raise ValueError(f"decode_attention: {n_heads} query heads are no multiple of {groups} KV heads")
-    out = _decode_attention(*_operator_arguments(queries, keys, values, visible), scale, kernel)
+    arguments = _operator_arguments(queries, keys, values, visible)
+    out = _decode_attention(*arguments, scale, kernel, *_rope(keys))
     return list(out.split([v.data.shape[-1] for v in values], dim=-1))
 
 
@@ -119,8 +124,28 @@ def decode_attention_lse(
     The log-sum-exp is to base e, in the dtype of the results, and -inf where a row sees nothing. Calls over parts of
     the keys can be merged by it.
     """
-    out, lse = _decode_attention_lse(*_operator_arguments(queries, keys, values, visible), scale, kernel)
+    arguments = _operator_arguments(queries, keys, values, visible)
+    out, lse = _decode_attention_lse(*arguments, scale, kernel, *_rope(keys))
     return list(out.split([v.data.shape[-1] for v in values], dim=-1)), lse
+
+
+def _rope(keys: Sequence[Stored]) -> tuple[Tensor | None, Tensor | None, list[int]]:
+    """The arguments of the operators for keys before RoPE: cos and sin (B or 1, S, D / 2), and those parts' indices."""
+    tables = {i: key.rope for i, key in enumerate(keys) if key.rope is not None}
+    for table in tables.values():
+        cos, sin = (t[:, :, 0, 1] for t in table)  # of the second channel of each pair, whose sine has its own sign
+        return cos, sin, list(tables)
+    return None, None, []
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x` (B, S, G, D) rotated by cos and sin (B or 1, S, 1, 1 or 2, D / 2), the sine negative for the first half."""
+    halves = x.unflatten(-1, (2, -1))
+    return (halves * cos + halves.flip(-2) * sin).flatten(-2)
+
+
+def _rotation(cos: Tensor | None, sin: Tensor | None, rotated: Sequence[int] | None) -> split_decode.Rotation | None:
+    return None if cos is None or sin is None else split_decode.Rotation(cos, sin, tuple(rotated or ()))
 
 
 def _operator_arguments(
@@ -140,6 +165,18 @@ def _operator_arguments(
     )
 
 
+def _as_stored(
+    keys: Sequence[Tensor], scales: Sequence[Tensor | None], rotation: split_decode.Rotation | None
+) -> list[Stored]:
+    """The key parts of an operator's arguments."""
+    if rotation is None:
+        return [Stored(*pair) for pair in zip(keys, scales, strict=True)]
+    cos, sin = (t[:, :, None, None] for t in rotation[:2])  # B, S, 1, 1, D/2
+    rope = cos, torch.cat((-sin, sin), dim=-2)
+    pairs = zip(keys, scales, strict=True)
+    return [Stored(k, scale, rope if i in rotation.parts else None) for i, (k, scale) in enumerate(pairs)]
+
+
 @torch.library.custom_op("cllm::decode_attention_lse", mutates_args=())
 def _decode_attention_lse(
     queries: Sequence[Tensor],
@@ -153,18 +190,23 @@ def _decode_attention_lse(
     exclude_self: bool,
     scale: float,
     kernel: str,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    rotated: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    rotation = _rotation(cos, sin, rotated)
+
     def unsupported() -> str | None:
-        return split_decode.unsupported(queries, keys, values, [*key_scales, *value_scales])
+        return split_decode.unsupported(queries, keys, values, [*key_scales, *value_scales], rotation)
 
     arguments = (queries, keys, key_scales, values, value_scales, column, first, window, exclude_self, scale)
     if uses_triton("decode_attention_lse", kernel, unsupported, on_gpu=queries[0].is_cuda):
         with torch.cuda.device_of(queries[0]):
             lse = torch.empty(queries[0].shape[:2], dtype=torch.float32, device=column.device)
-            return split_decode.run(*arguments, log_sum=lse), lse * math.log(2)
+            return split_decode.run(*arguments, log_sum=lse, rotation=rotation), lse * math.log(2)
     results, lse = _reference(
         queries,
-        [Stored(*pair) for pair in zip(keys, key_scales, strict=True)],
+        _as_stored(keys, key_scales, rotation),
         [Stored(*pair) for pair in zip(values, value_scales, strict=True)],
         Visible(column, first, window, exclude_self),
         scale,
@@ -173,7 +215,7 @@ def _decode_attention_lse(
 
 
 @_decode_attention_lse.register_fake
-def _(queries, keys, key_scales, values, value_scales, column, first, window, exclude_self, scale, kernel):
+def _(queries, keys, key_scales, values, value_scales, *more):
     wide = torch.promote_types(queries[0].dtype, torch.float32)
     shape = queries[0].shape[:2]
     return (
@@ -195,20 +237,23 @@ def _decode_attention(
     exclude_self: bool,
     scale: float,
     kernel: str,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    rotated: Sequence[int] | None = None,
 ) -> Tensor:
     """(B, H, sum of E_p): one tensor, because results of an operator must not share memory."""
+    rotation = _rotation(cos, sin, rotated)
 
     def unsupported() -> str | None:
-        return split_decode.unsupported(queries, keys, values, [*key_scales, *value_scales])
+        return split_decode.unsupported(queries, keys, values, [*key_scales, *value_scales], rotation)
 
     if uses_triton("decode_attention", kernel, unsupported, on_gpu=queries[0].is_cuda):
         with torch.cuda.device_of(queries[0]):
-            return split_decode.run(
-                queries, keys, key_scales, values, value_scales, column, first, window, exclude_self, scale
-            )
+            rule = (column, first, window, exclude_self, scale)
+            return split_decode.run(queries, keys, key_scales, values, value_scales, *rule, rotation=rotation)
     parts = decode_attention_reference(
         queries,
-        [Stored(*pair) for pair in zip(keys, key_scales, strict=True)],
+        _as_stored(keys, key_scales, rotation),
         [Stored(*pair) for pair in zip(values, value_scales, strict=True)],
         Visible(column, first, window, exclude_self),
         scale=scale,
@@ -217,7 +262,7 @@ def _decode_attention(
 
 
 @_decode_attention.register_fake
-def _(queries, keys, key_scales, values, value_scales, column, first, window, exclude_self, scale, kernel) -> Tensor:
+def _(queries, keys, key_scales, values, value_scales, *more) -> Tensor:
     return queries[0].new_empty((*queries[0].shape[:2], sum(v.shape[-1] for v in values)))
 
 
@@ -250,6 +295,8 @@ def _reference(
 
     def read(part: Stored) -> Tensor:
         data = part.data.to(dtype) if part.scale is None else part.data.to(dtype) * part.scale.to(dtype)[..., None]
+        if part.rope is not None:
+            data = _turned(data, *(t.to(dtype) for t in part.rope))
         return data.masked_fill(~seen[:, :, None, None], 0)  # entries that were never written are undefined
 
     with torch.autocast(column.device.type, enabled=False):

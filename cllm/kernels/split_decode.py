@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ MAX_WIDTH = 640
 """Maximum channels of all key parts together, and of all value parts: queries and accumulators are in registers."""
 MAX_WIDTH_FP32 = 256
 """Maximum for fp32 data or queries, whose products take three passes and more registers."""
+
+MAX_PAIRS = 64
+"""Maximum of RoPE's pairs in one product: queries are rotated in every tile, and all of them need registers at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,17 @@ class Tiles:
     """Multiply and add in fp32 instead of tensor-core products; only for one query head for each KV head."""
 
 
+class Rotation(NamedTuple):
+    """RoPE of keys that are stored before it."""
+
+    cos: Tensor
+    """(B or 1, S, P) fp32 for each entry, channels contiguous; P is half of the channels of a head."""
+    sin: Tensor
+    """The same shape, strides and dtype."""
+    parts: tuple[int, ...]
+    """The key parts that are stored before RoPE."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Chunk:
     """Channels [start, start + width) of one part, in tiles of `block` channels."""
@@ -53,23 +67,41 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _chunks(parts: Sequence[Tensor]) -> list[_Chunk]:
+def _chunks(parts: Sequence[Tensor], halved: Collection[int] = ()) -> list[_Chunk]:
     """Every part as one chunk if its width is a power of two; otherwise the largest power of two below, and the rest.
 
-    576 = 512 + 64: almost half of a tile of 1024 would be padding. A matrix product needs at least 16 channels.
+    576 = 512 + 64: almost half of a tile of 1024 would be padding. A matrix product needs at least 16 channels. Parts
+    that are `halved` are cut into the two channels of at most 64 pairs of RoPE each, one after the other.
     """
     chunks = []
     for part, tensor in enumerate(parts):
         width = tensor.shape[-1]
         head = width if width < 16 or width == next_power_of_2(width) else next_power_of_2(width) // 2
-        for start, size in ((0, head), (head, width - head)):
+        cuts, half = [(0, head), (head, width - head)], width // 2
+        if part in halved:
+            pieces = [(start, min(MAX_PAIRS, half - start)) for start in range(0, half, MAX_PAIRS)]
+            cuts = [(first + start, size) for start, size in pieces for first in (0, half)]
+        for start, size in cuts:
             if size:
                 chunks.append(_Chunk(part, start, size, max(16, next_power_of_2(size))))
     return chunks
 
 
+def _halved(
+    rotation: Rotation | None, keys: Sequence[Tensor], values: Sequence[Tensor]
+) -> tuple[Collection[int], Collection[int]]:
+    """The key parts and the value parts that are cut into the two halves of RoPE's pairs."""
+    if rotation is None:
+        return (), ()
+    return rotation.parts, [i for i, v in enumerate(values) if any(v.is_set_to(keys[part]) for part in rotation.parts)]
+
+
 def unsupported(
-    queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], scales: Sequence[Tensor | None]
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    rotation: Rotation | None = None,
 ) -> str | None:
     """The reason why the kernels do not support this call, or None."""
     device = queries[0].device
@@ -92,11 +124,11 @@ def unsupported(
     if any(t.stride(-1) != 1 for t in (*queries, *stored)):
         return "the channels of a tensor are not contiguous"
     most = MAX_WIDTH_FP32 if any(t.dtype == torch.float32 for t in (*queries, *stored)) else MAX_WIDTH
-    for what, parts in (("keys", keys), ("values", values)):
-        if (width := sum(chunk.block for chunk in _chunks(parts))) > most:
+    for what, parts, halved in zip(("keys", "values"), (keys, values), _halved(rotation, keys, values), strict=True):
+        if (width := sum(chunk.block for chunk in _chunks(parts, halved))) > most:
             return f"{what} of {width} channels in all parts; at most {most}"
     limits = device_limits(device)
-    if (needed := tiles_for(queries, keys, values, None)[1]) > limits.shared:
+    if (needed := tiles_for(queries, keys, values, None, rotation)[1]) > limits.shared:
         return f"needs {needed} bytes of shared memory; the device has {limits.shared}"
     return None
 
@@ -133,7 +165,14 @@ def device_limits(device: torch.device) -> Limits:
 
 @functools.cache
 def choose_tiles(
-    *, groups: int, heads: int, row: tuple[int, int], columns: int, widths: tuple[int, int], limits: Limits
+    *,
+    groups: int,
+    heads: int,
+    row: tuple[int, int],
+    columns: int,
+    widths: tuple[int, int],
+    limits: Limits,
+    rotates: bool = False,
 ) -> tuple[Tiles, int]:
     """Tiles and splits by rule, without autotuning, and the bytes of shared memory that a program needs.
 
@@ -154,6 +193,8 @@ def choose_tiles(
         columns: maximum number of columns that a token can see.
         widths: channels of all key parts, and of all value parts.
         limits: resources of the device.
+        rotates: keys are rotated, which needs matrix products, and registers for the angles of a tile: shorter tiles,
+            or 8 warps, without which registers spill.
     """
     channels, size = row
     block_h, stages = _block_h(heads), 3
@@ -162,8 +203,9 @@ def choose_tiles(
         """Bytes of tiles in flight, queries, and reductions. Products of 64 rows need one more tile."""
         return (stages - (block_h < 64)) * block_n * size + block_h * widths[0] * 2 + 4096
 
-    long = 2 if heads == 1 and channels <= 256 and size >= 2 * channels and groups >= 64 and columns >= 16384 else 1
-    numbers = 16384 * long
+    many = heads == 1 and channels <= 256 and size >= 2 * channels and groups >= 64 and columns >= 16384
+    long = 2 if many and not rotates else 1
+    numbers = 8192 if rotates and channels > 256 else 16384 * long
     block_n = 2 ** round(math.log2(min(numbers / channels, 2 * numbers / size)))
     block_n = max(16, min(block_n, 64 * long, next_power_of_2(columns)))
     while block_n > 16 and shared(block_n) > limits.shared:
@@ -177,14 +219,18 @@ def choose_tiles(
         return waves / math.ceil(waves)
 
     splits = next((n for n in range(1, most + 1) if filled(n) >= 0.9), max(range(1, most + 1), key=filled))
-    warps = 8 if widths[1] * block_h > 16 * 256 else 4
-    elementwise = heads == 1 and size < 2 * channels
+    warps = 8 if widths[1] * block_h > 16 * 256 or (rotates and size < 2 * channels) else 4
+    elementwise = heads == 1 and size < 2 * channels and not rotates
     tiles = Tiles(block_n=block_n, splits=splits, num_warps=warps, num_stages=stages, elementwise=elementwise)
     return tiles, shared(block_n)
 
 
 def tiles_for(
-    queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], window: int | None
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    window: int | None,
+    rotation: Rotation | None = None,
 ) -> tuple[Tiles, int]:
     """`choose_tiles` for the arguments of `run`."""
     batch, n_heads = queries[0].shape[:2]
@@ -197,6 +243,7 @@ def tiles_for(
         columns=min(length, window or length),
         widths=(sum(k.shape[-1] for k in keys), sum(v.shape[-1] for v in values)),
         limits=device_limits(queries[0].device),
+        rotates=rotation is not None,
     )
 
 
@@ -213,24 +260,29 @@ def run(
     scale: float,
     tiles: Tiles | None = None,
     log_sum: Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> Tensor:
     """Compute `cllm.kernels.decode.decode_attention` for a call that is supported (see `unsupported`).
 
     Args:
         tiles: by default those of `tiles_for`.
         log_sum: (B, H) fp32, contiguous: receives the log-sum-exp of the scores, to base 2; or None.
+        rotation: of keys that are stored before RoPE, or None.
 
     Returns:
         (B, H, sum of E): the value parts side by side; fp32 with `log_sum`.
     """
-    tiles = tiles or tiles_for(queries, keys, values, window)[0]
+    tiles = tiles or tiles_for(queries, keys, values, window, rotation)[0]
     batch, n_heads = queries[0].shape[:2]
     length, groups = keys[0].shape[1:3]
     heads = n_heads // groups
     if tiles.elementwise and heads > 1:
         raise ValueError(f"elementwise tiles are for one query head a KV head, not {heads}")
+    if tiles.elementwise and rotation is not None:
+        raise ValueError("elementwise tiles do not rotate keys")
     width = sum(v.shape[-1] for v in values)
-    key_chunks, value_chunks = _chunks(keys), _chunks(values)
+    halved = _halved(rotation, keys, values)
+    key_chunks, value_chunks = _chunks(keys, halved[0]), _chunks(values, halved[1])
     out = queries[0].new_empty((batch, n_heads, width), dtype=queries[0].dtype if log_sum is None else torch.float32)
     partial = torch.empty((batch, n_heads, tiles.splits, width), dtype=torch.float32, device=out.device)
     log_sums = torch.empty((batch, n_heads, tiles.splits), dtype=torch.float32, device=out.device)
@@ -251,10 +303,12 @@ def run(
         "STAGES": tiles.num_stages,
         "num_warps": tiles.num_warps,
     }
-    arguments = (
+    parts = (
         tuple((_channels(queries, chunk), queries[chunk.part].stride()[:2]) for chunk in key_chunks),
         tuple(_stored(chunk, keys, key_scales) for chunk in key_chunks),
         tuple(_stored(chunk, values, value_scales) for chunk in value_chunks),
+    )
+    rule = (
         column,
         first,
         partial,
@@ -264,14 +318,18 @@ def run(
         scale * math.log2(math.e),
     )
     if tiles.elementwise:
-        triton_decode.split_elementwise[(batch * groups, tiles.splits)](*arguments, **constants)
+        triton_decode.split_elementwise[(batch * groups, tiles.splits)](*parts, *rule, **constants)
     else:
         block_h = _block_h(heads)
+        turns, turned = _turns(rotation, batch, key_chunks)
         k_types = tuple(_product_type(queries[c.part], keys[c.part], queries[c.part].dtype) for c in key_chunks)
         v_types = tuple(_product_type(queries[0], values[c.part], torch.bfloat16) for c in value_chunks)
         triton_decode.split_dot[(batch * groups * -(-heads // block_h), tiles.splits)](
-            *arguments,
+            *parts,
+            *turns,
+            *rule,
             **constants,
+            **turned,
             HEADS=heads,
             BLOCK_H=block_h,
             K_TYPES=k_types,
@@ -291,6 +349,27 @@ def run(
         BLOCK=block,
     )
     return out
+
+
+def _turns(rotation: Rotation | None, batch: int, chunks: Sequence[_Chunk]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Tables and their strides (B, S), and the constants of `split_dot` that say which chunks are rotated."""
+    if rotation is None:
+        names = ("TURN_STARTS", "TURN_WIDTHS", "TURN_BLOCKS")
+        return (None, None, (0, 0)), {"TURN_OF": (-1,) * len(chunks), **dict.fromkeys(names, ())}
+    cos, sin, parts = rotation
+    pairs = cos.shape[-1]
+    upper = [chunk.part in parts and chunk.start >= pairs for chunk in chunks]
+    turns = {chunk.start: chunk for chunk, is_upper in zip(chunks, upper, strict=True) if is_upper}  # of all parts
+    places = list(turns)
+    of = [places.index(c.start) if is_upper else -1 for c, is_upper in zip(chunks, upper, strict=True)]
+    of = [-2 if turn < 0 and chunk.part in parts else turn for chunk, turn in zip(chunks, of, strict=True)]
+    constants = {
+        "TURN_OF": tuple(of),
+        "TURN_STARTS": tuple(start - pairs for start in places),
+        "TURN_WIDTHS": tuple(chunk.width for chunk in turns.values()),
+        "TURN_BLOCKS": tuple(chunk.block for chunk in turns.values()),
+    }
+    return (cos, sin, cos.expand(batch, -1, -1).stride()[:2]), constants
 
 
 def _channels(parts: Sequence[Tensor], chunk: _Chunk) -> Tensor:

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="import-not-found,import-untyped,assignment"
+# mypy: disable-error-code="import-not-found,import-untyped,assignment,var-annotated"
 # ruff: noqa: RUF005 - the kernels' language adds tuples and does not unpack them
 """Split-KV flash decoding in Triton: the kernels that `cllm.kernels.split_decode` launches.
 
@@ -10,7 +10,10 @@ c mod S. So only visible entries are read, with any window, any padding and any 
 Tiles have power-of-two widths. Other head dimensions are cut into two *chunks*, 576 = 512 + 64. Scores are added over
 chunks as over key parts, and every chunk of a value part is a separate output.
 
-Shapes: B batch, S entries, H query heads, G KV heads, D and E channels of a key and value part, N columns of a tile.
+Keys that are stored before RoPE are rotated here (`split_dot`), so that they are read once, also as values.
+
+Shapes: B batch, S entries, H query heads, G KV heads, D and E channels of a key and value part, N columns of a tile, P
+rotated pairs.
 """
 
 from __future__ import annotations
@@ -84,10 +87,49 @@ def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @jit
+def _turns(table, strides, b, entry, seen, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows (N, BLOCK) fp32 of a table of cos or sin (B, S, P), zero for entries not seen."""
+    pair = tl.arange(0, BLOCK)
+    at = table + b.to(tl.int64) * strides[0] + entry[:, None] * strides[1] + pair[None, :]
+    return tl.load(at, mask=seen[:, None] & (pair < PAIRS)[None, :], other=0.0)
+
+
+@jit
+def _turn(table, strides, b, entry, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+    """The row (BLOCK,) fp32 of one entry."""
+    pair = tl.arange(0, BLOCK)
+    at = table + b.to(tl.int64) * strides[0] + entry.to(tl.int64) * strides[1] + pair
+    return tl.load(at, mask=pair < PAIRS, other=1.0)
+
+
+@jit
+def _turned_scores(queries, keys, cos, sin, back_cos, back_sin, tile_cos, tile_sin, TYPE: tl.constexpr):
+    """Scores (H, N) of pairs of channels: keys turned by the angles of the first tile, queries back by the rest.
+
+    `queries` and `keys` are the first and the second channels of the pairs; the others are described in `split_dot`.
+    """
+    turn_cos = (cos * back_cos + sin * back_sin)[None, :]
+    turn_sin = (sin * back_cos - cos * back_sin)[None, :]
+    q_low = queries[0].to(tl.float32)
+    q_high = queries[1].to(tl.float32)
+    k_low = keys[0].to(tl.float32)
+    k_high = keys[1].to(tl.float32)
+    turned_low = (q_low * turn_cos + q_high * turn_sin).to(TYPE)
+    turned_high = (q_high * turn_cos - q_low * turn_sin).to(TYPE)
+    key_low = (k_low * tile_cos - k_high * tile_sin).to(TYPE)
+    key_high = (k_high * tile_cos + k_low * tile_sin).to(TYPE)
+    scores = tl.dot(turned_low, tl.trans(key_low), input_precision="tf32x3")
+    return tl.dot(turned_high, tl.trans(key_high), acc=scores, input_precision="tf32x3")
+
+
+@jit
 def split_dot(
     queries,
     keys,
     values,
+    cos,
+    sin,
+    turn_strides,
     column,
     first,
     partial,
@@ -101,6 +143,10 @@ def split_dot(
     BLOCKS: tl.constexpr,
     K_SCALED: tl.constexpr,
     K_TYPES: tl.constexpr,
+    TURN_OF: tl.constexpr,
+    TURN_STARTS: tl.constexpr,
+    TURN_WIDTHS: tl.constexpr,
+    TURN_BLOCKS: tl.constexpr,
     OUT_WIDTHS: tl.constexpr,
     OUT_BLOCKS: tl.constexpr,
     OUT_STARTS: tl.constexpr,
@@ -119,6 +165,12 @@ def split_dot(
     `values` is a pointer and strides (B, S, G), and the same for its scales, which are read only with K_SCALED or
     V_SCALED. V_FROM is the index of the key chunk with the same data as a value chunk, or -1.
     `partial` is (B, H, splits, OUT_WIDTH) fp32, `log_sums` (B, H, splits) fp32, to base 2.
+
+    Keys that are stored before RoPE are pairs of chunks, the first and the second channels of RoPE's pairs. For the
+    second, TURN_OF is the index of its pairs in the other tuples of that name; it is -2 for the first, and -1 for other
+    chunks. `cos` and `sin` (B, S, P), with `turn_strides` of B and S, are those of each entry; or None. Keys of every
+    tile are turned by the angles of the first tile, which stay in registers, and queries back by the angle between the
+    two tiles: scores depend on the difference alone.
     """
     H_BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
     pid = tl.program_id(0)
@@ -140,6 +192,24 @@ def split_dot(
     largest = tl.full((BLOCK_H,), -1e30, dtype=tl.float32)
     total = tl.zeros((BLOCK_H,), dtype=tl.float32)
 
+    tile_cos = ()
+    tile_sin = ()
+    back_cos = ()
+    back_sin = ()
+    for i in tl.static_range(len(TURN_STARTS)):
+        entry, seen = _entries(begin, stop, S, BLOCK_N)
+        tile_cos = tile_cos + (
+            _turns(cos + TURN_STARTS[i], turn_strides, b, entry, seen, TURN_WIDTHS[i], TURN_BLOCKS[i]),
+        )
+        tile_sin = tile_sin + (
+            _turns(sin + TURN_STARTS[i], turn_strides, b, entry, seen, TURN_WIDTHS[i], TURN_BLOCKS[i]),
+        )
+        first_cos = _turn(cos + TURN_STARTS[i], turn_strides, b, begin % S, TURN_WIDTHS[i], TURN_BLOCKS[i])
+        first_sin = _turn(sin + TURN_STARTS[i], turn_strides, b, begin % S, TURN_WIDTHS[i], TURN_BLOCKS[i])
+        square = first_cos * first_cos + first_sin * first_sin  # of the factor on cos and sin
+        back_cos = back_cos + (first_cos / square,)
+        back_sin = back_sin + (first_sin / square,)
+
     for start in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
         entry, seen = _entries(start, stop, S, BLOCK_N)
         scores = tl.zeros((BLOCK_H, BLOCK_N), dtype=tl.float32)
@@ -147,8 +217,26 @@ def split_dot(
         for i in tl.static_range(len(keys)):
             tile = _tile(keys[i], b, g, entry, seen, WIDTHS[i], BLOCKS[i])
             tiles = tiles + (tile,)
-            part = tl.dot(rows[i], tl.trans(tile.to(K_TYPES[i])), input_precision="tf32x3")
-            scores += _scaled(part, keys[i], b, g, entry, seen, K_SCALED[i])
+            if TURN_OF[i] == -1:
+                part = tl.dot(rows[i], tl.trans(tile.to(K_TYPES[i])), input_precision="tf32x3")
+                scores += _scaled(part, keys[i], b, g, entry, seen, K_SCALED[i])
+            if TURN_OF[i] >= 0:
+                part = _turned_scores(
+                    (rows[i - 1], rows[i]),
+                    (tiles[i - 1], tile),
+                    _turn(
+                        cos + TURN_STARTS[TURN_OF[i]], turn_strides, b, start % S, TURN_WIDTHS[TURN_OF[i]], BLOCKS[i]
+                    ),
+                    _turn(
+                        sin + TURN_STARTS[TURN_OF[i]], turn_strides, b, start % S, TURN_WIDTHS[TURN_OF[i]], BLOCKS[i]
+                    ),
+                    back_cos[TURN_OF[i]],
+                    back_sin[TURN_OF[i]],
+                    tile_cos[TURN_OF[i]],
+                    tile_sin[TURN_OF[i]],
+                    K_TYPES[i],
+                )
+                scores += _scaled(part, keys[i], b, g, entry, seen, K_SCALED[i])
         scores = tl.where(seen[None, :], scores * log2_scale, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - larger[:, None])

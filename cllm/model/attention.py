@@ -96,10 +96,11 @@ class Mixer(nn.Module):
 
 
 def as_read(owner: nn.Module | None, stored: Slot, context: Context, dtype: torch.dtype) -> Slot:
-    """The slot of `owner` as readers see it, from its stored tokens."""
+    """The slot of `owner` as readers see it, or as decoding kernels do, from its stored tokens."""
     if not isinstance(owner, StoredForm):
         return stored
-    return owner.as_read(stored, context.slot_rope(owner.head_dim, stored.v.shape[1]), dtype)
+    table = context.slot_rope(owner.head_dim, stored.v.shape[1])
+    return owner.as_decoded(stored, table) if context.is_decoding else owner.as_read(stored, table, dtype)
 
 
 @mixer_module(Source)

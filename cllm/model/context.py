@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from cllm.cache.slot import Slot
-from cllm.cache.stores import Step, from_fp8, rows
+from cllm.cache.stores import Step, rows
 from cllm.config import Rope
 from cllm.kernels.attention import Documents, Mask, document_boundaries
 from cllm.kernels.decode import Visible
 from cllm.model.rope import rope_table
+from cllm.model.sources import unpacked
 from cllm.plan.plan import KVPlan
 
 
@@ -163,7 +164,7 @@ class Context:
         return self._rope[dim]
 
     def newest(self, slot: Slot, dtype: torch.dtype) -> Slot:
-        """The tokens of this pass (B, T, ...) in a slot as readers see it, in `dtype`; fp8 numbers are unpacked."""
+        """The tokens of this pass (B, T, ...) in a slot as readers see it; fp8 numbers become `dtype`."""
         layout = self.cache_layout
         if self.new_entries:
             return slot.map(lambda t: t[:, self.new_entries[t.shape[1]]])
@@ -174,9 +175,7 @@ class Context:
             new = slot.map(lambda t: rows(t).index_select(1, place).view(t.dtype))
         else:
             new = slot.map(lambda t: t[:, -self.length :])
-        if new.k_scale is None or new.v_scale is None:
-            return new
-        return Slot(from_fp8(new.k, new.k_scale, dtype), from_fp8(new.v, new.v_scale, dtype))
+        return unpacked(new, dtype)
 
     def slot_rope(self, dim: int, size: int) -> tuple[Tensor, Tensor]:
         """As `rope`, for all tokens of a slot of `size` tokens as readers see it.

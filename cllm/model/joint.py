@@ -25,7 +25,7 @@ from cllm.model.attention import Mixer, as_read, decode_function
 from cllm.model.context import Context
 from cllm.model.norm import RMSNorm
 from cllm.model.rope import apply_rope
-from cllm.model.sources import Reader, make_owner
+from cllm.model.sources import Reader, make_owner, stored_part
 from cllm.plan.joins import LOCAL, Gate, Join, Whole
 from cllm.plan.plan import KVPlan
 from cllm.plan.registry import mixer_module
@@ -137,8 +137,12 @@ class JointAttention(PartsAttention):
 
 def _as_stored(slot: Slot) -> tuple[Stored, Stored]:
     """Keys and values as decoding reads them. Compressed data is rebuilt: its own kernels give no log-sum-exp."""
-    k, v = (data if isinstance(data, Tensor) else data[:] for data in (slot.k, slot.v))
-    return Stored(k, slot.k_scale), Stored(v, slot.v_scale)
+    slot = slot._replace(k=_tensor(slot.k), v=_tensor(slot.v))
+    return stored_part(slot, "k"), stored_part(slot, "v")
+
+
+def _tensor(data: Any) -> Tensor:
+    return data if isinstance(data, Tensor) else data[:]
 
 
 class Gates(Reader):
@@ -178,7 +182,7 @@ class GatedAttention(PartsAttention):
     def decode(self, q: Tensor, x: Tensor, parts: Sequence[tuple[Slot, Visible]]) -> Tensor:
         outs = []
         for slot, visible in parts:
-            keys, values = [Stored(slot.k, slot.k_scale)], [Stored(slot.v, slot.v_scale)]
+            keys, values = [stored_part(slot, "k")], [stored_part(slot, "v")]
             outs += decode_function(keys, values)([q], keys, values, visible, scale=self.head_dim**-0.5)
         return self._sum(outs, x)
 

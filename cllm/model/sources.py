@@ -96,6 +96,10 @@ class StoredForm(nn.Module):
         """The slot as readers see it, in `dtype`, from all of its stored tokens and their RoPE table."""
         raise NotImplementedError
 
+    def as_decoded(self, stored: Slot, table: tuple[Tensor, Tensor]) -> Slot:
+        """The slot as decoding kernels read it, without a copy of the stored tokens."""
+        raise NotImplementedError
+
 
 @owner_module(OwnTied)
 class OwnTiedKV(_Projecting, StoredForm):
@@ -115,6 +119,9 @@ class OwnTiedKV(_Projecting, StoredForm):
     def as_read(self, stored: Slot, table: tuple[Tensor, Tensor], dtype: torch.dtype) -> Slot:
         n = stored.v if stored.v_scale is None else from_fp8(stored.v, stored.v_scale, dtype)
         return Slot(apply_rope(n, table), n)
+
+    def as_decoded(self, stored: Slot, table: tuple[Tensor, Tensor]) -> Slot:
+        return Slot(stored.v, stored.v, stored.v_scale, stored.v_scale, *table)
 
 
 @owner_module(Latent)
@@ -179,19 +186,22 @@ class Reader(nn.Module):
 
     def stored(self, slots: Sequence[Slot]) -> list[Stored]:
         """The tensors that decoding attends to: those in the cache, or made from them."""
-        return [Stored(self([_unpacked(slot) for slot in slots]))]
+        return [Stored(self([unpacked(slot) for slot in slots]))]
 
     def combine(self, outputs: Sequence[Tensor]) -> Tensor:
         """Attention's output (B, H, D) from the outputs over each tensor of `stored`."""
         return outputs[0]
 
 
-def _unpacked(slot: Slot) -> Slot:
-    """A slot as plain tensors: fp8 numbers times their factors, compressed data rebuilt."""
+def unpacked(slot: Slot, dtype: torch.dtype | None = None) -> Slot:
+    """A slot as plain tensors: fp8 numbers times their factors, compressed data rebuilt, keys rotated.
+
+    fp8 numbers become `dtype`, by default that of their factors.
+    """
     k, v = (t if isinstance(t, Tensor) else t[:] for t in (slot.k, slot.v))
-    if slot.k_scale is None or slot.v_scale is None:
-        return Slot(k, v)
-    return Slot(from_fp8(k, slot.k_scale, slot.k_scale.dtype), from_fp8(v, slot.v_scale, slot.v_scale.dtype))
+    if slot.k_scale is not None and slot.v_scale is not None:
+        k, v = (from_fp8(t, scale, dtype or scale.dtype) for t, scale in ((k, slot.k_scale), (v, slot.v_scale)))
+    return Slot(k if slot.k_cos is None or slot.k_sin is None else apply_rope(k, (slot.k_cos, slot.k_sin)), v)
 
 
 class SharedRead(Reader):
@@ -314,7 +324,9 @@ class FusedRead(Reader):
 
 def stored_part(slot: Slot, part: Part) -> Stored:
     """A slot's keys (`k`) or values (`v`) as decoding reads them."""
-    return Stored(slot.k, slot.k_scale) if part == "k" else Stored(slot.v, slot.v_scale)
+    if part == "v":
+        return Stored(slot.v, slot.v_scale)
+    return Stored(slot.k, slot.k_scale, None if slot.k_cos is None or slot.k_sin is None else (slot.k_cos, slot.k_sin))
 
 
 @read_module(Share)

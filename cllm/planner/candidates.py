@@ -85,6 +85,8 @@ class Candidate:
     is_reference: bool
     """Whether losses are changes against this design, uncompressed."""
     front: bool = False
+    key: str | None = None
+    """The plan's key in tables of measurements; None: it has none."""
 
     @property
     def loss_change(self) -> float | None:
@@ -275,6 +277,7 @@ class _Design:
             design_loss=self.loss,
             spec_loss=change,
             is_reference=self.is_reference,
+            key=self.key,
         )
 
 

@@ -146,7 +146,9 @@ class Measurements:
         """Every compression with a measurement, whatever the design."""
         return {spec for found in self._losses.values() for spec in found if spec is not None}
 
-    def decode_factor(self, key: str | None, gpu: str, bound_s: float) -> tuple[float, DecodeStep, bool] | None:
+    def decode_factor(
+        self, key: str | None, gpu: Sequence[str], bound_s: float
+    ) -> tuple[float, DecodeStep, bool] | None:
         """Measured seconds of a step over bytes / the data sheet's bandwidth, of the step with the nearest bound.
 
         Steps of the same GPU come before others, and then steps of the same plan. Bounds are compared in seconds,
@@ -154,13 +156,13 @@ class Measurements:
 
         Args:
             key: of the plan.
-            gpu: the name that its driver reports; empty: no measured one.
+            gpu: the names that its driver reports; empty: not known.
             bound_s: the seconds that reading takes at the data sheet's bandwidth.
 
         Returns:
             The factor, the step it is from, and whether GPU and plan are those asked for; None without any steps.
         """
-        bandwidth = {g.reported: g.bandwidth for g in GPUS.values() if g.reported}
+        bandwidth = {name: g.bandwidth for g in GPUS.values() for name in g.reported}
         known = [(k, step) for k, step in self._steps if step.gpu in bandwidth]
         if not known:
             return None
@@ -168,11 +170,11 @@ class Measurements:
         def distance(pair: tuple[str | None, DecodeStep]) -> tuple[bool, bool, float]:
             other, step = pair
             return (
-                step.gpu != gpu,
+                step.gpu not in gpu,
                 key is None or other != key,
                 abs(math.log(step.bytes_read / bandwidth[step.gpu] / bound_s)),
             )
 
         other, step = min(known, key=distance)
-        exact = step.gpu == gpu and key is not None and other == key
+        exact = step.gpu in gpu and key is not None and other == key
         return step.step_s * bandwidth[step.gpu] / step.bytes_read, step, exact

@@ -53,6 +53,11 @@ COLUMNS = (
 )
 
 
+def is_design(c: Candidate) -> bool:
+    """Whether a candidate has its design's own number of KV heads."""
+    return c.is_reference or "n_kv_heads=" not in c.design
+
+
 def choose(found: Sequence[Candidate], *, compressions: bool, heads: bool) -> list[Candidate]:
     """The candidates of a short table: those that fit and are on the front, uncompressed and measured, or presets.
 
@@ -65,7 +70,7 @@ def choose(found: Sequence[Candidate], *, compressions: bool, heads: bool) -> li
     def wanted(c: Candidate) -> bool:
         if c.spec is not None:
             return c.front or compressions
-        return heads or c.front or c.loss_change is not None or "n_kv_heads=" not in c.design
+        return heads or c.front or c.loss_change is not None or is_design(c)
 
     return [c for c in found if c.fits and wanted(c)]
 
@@ -120,13 +125,19 @@ def notes(found: Sequence[Candidate], shown: Sequence[Candidate], model: ModelCo
     if hidden or unfit:
         lines.append(f"{len(found)} candidates, of which {unfit} do not fit; {hidden} are not listed"
                      + (": --all lists them." if hidden else "."))  # fmt: skip
+    if hidden and (large := [c for c in found if not c.fits and c.spec is None and is_design(c)]):
+        sizes = ", ".join(f"{c.design} ({c.total_bytes / GB:,.4g} GB)" for c in large)
+        lines.append(f"do not fit without compression: {sizes}.")
     lines += _factor_notes(shown)
     lines += _extrapolations(shown, model, request)
     without = sum(c.loss_change is None for c in shown if c.spec is None)
     if without:
         lines.append(f"no measured loss: {without} of {sum(c.spec is None for c in shown)} designs.")
-    if missing := _unmeasured_methods(measured):
-        lines.append(f"no measurement of the post-hoc methods {', '.join(missing)}: neither bytes nor loss is known.")
+    if missing := _unmeasured_methods(found, measured):
+        lines.append(
+            f"no measurement on these designs of the post-hoc methods {', '.join(missing)}: neither bytes nor loss is "
+            "known."
+        )
     return lines
 
 
@@ -170,13 +181,18 @@ def _extrapolations(found: Sequence[Candidate], model: ModelConfig, request: Req
     by_source: dict[str, list[LossChange]] = {}
     for change in _used(found):
         by_source.setdefault(change.source or "a table without sources", []).append(change)
-    sizes = _span([c.parameters for c in found])
-    lines = [
-        f"loss from {source}: models of {_span(c.parameters for c in changes)} parameters after "
-        f"{_span(c.tokens for c in changes)} tokens, windows of {_span(c.context for c in changes)}; extrapolated to "
-        f"{sizes} parameters, any number of training tokens, and {request.context:,} tokens of context."
-        for source, changes in sorted(by_source.items())
-    ]
+    lines = []
+    for source, changes in sorted(by_source.items()):
+        measured, wanted = _span(c.parameters for c in changes), _span(c.parameters for c in found)
+        windows = _span(c.context for c in changes)
+        beyond = [] if measured == wanted else [f"{wanted} parameters"]
+        beyond += ["any number of training tokens"]
+        beyond += [] if windows == _count(request.context) else [f"{request.context:,} tokens of context"]
+        listed = " and ".join(filter(None, (", ".join(beyond[:-1]), beyond[-1])))
+        lines.append(
+            f"loss from {source}: models of {measured} parameters after {_span(c.tokens for c in changes)} tokens, "
+            f"windows of {windows}; extrapolated to {listed}."
+        )
     if any(c.spec is not None for c in found):
         lines.append(
             "bytes under compression: the ratio measured at that window, extrapolated to this context; a loss of "
@@ -187,8 +203,9 @@ def _extrapolations(found: Sequence[Candidate], model: ModelConfig, request: Req
     return lines
 
 
-def _unmeasured_methods(measured: Measurements) -> list[str]:
-    seen = {part.partition(":")[0] for spec in measured.specs() for part in spec.split("+")}
+def _unmeasured_methods(found: Iterable[Candidate], measured: Measurements) -> list[str]:
+    specs = {spec for key in {c.key for c in found} for spec in measured.compressions(key)}
+    seen = {part.partition(":")[0] for spec in specs for part in spec.split("+")}
     return [name for name in methods() if name not in seen and name != UNCOMPRESSED]
 
 

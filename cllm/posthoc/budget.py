@@ -34,11 +34,15 @@ def elements_left(name: str, ratio: float, keys: SlotTensors, total: float, fixe
     return total / ratio - fixed
 
 
-def check_all_sinks(name: str, ratio: float | None, sinks: int, tokens: int) -> None:
-    """Raise `UserError`, naming the method, if a ratio is wanted of `tokens` tokens that are all sinks."""
+def check_all_sinks(name: str, ratio: float | None, sinks: int, tokens: int, *, allowed: str = "ratio=1, ") -> None:
+    """Raise `UserError`, naming the method, if a ratio is wanted of `tokens` tokens that are all sinks.
+
+    Args:
+        allowed: ratios of the method that keep everything, for the message.
+    """
     if ratio is not None and ratio > 1:
         raise UserError(
-            f"{name}: ratio={ratio:g}: at {tokens} tokens sinks={sinks} leave nothing to compress; allowed: ratio=1, "
+            f"{name}: ratio={ratio:g}: at {tokens} tokens sinks={sinks} leave nothing to compress; allowed: {allowed}"
             "fewer sinks, or more tokens"
         )
 

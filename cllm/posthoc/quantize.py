@@ -24,7 +24,7 @@ Bits = Literal[1, 2, 4, 8]
 
 @dataclass(frozen=True)
 class Quantized(Code):
-    """The first tokens as packed codes, the rest exact. Slots that share codes share `packed`."""
+    """The first tokens, or none, as packed codes, the rest exact. Slots that share codes share `packed`."""
 
     packed: Tensor
     """uint8 (B, bytes)."""
@@ -42,6 +42,8 @@ class Quantized(Code):
 
     def decode(self) -> Tensor:
         rows, channels = self.scale.shape[1], self.rest.shape[2]
+        if not rows:
+            return self.rest.unflatten(-1, self.width)
         codes = unpack(self.packed, self.bits, rows * self.size).view(-1, rows, self.size)
         groups = codes.float() * self.scale.float()[..., None] + self.zero.float()[..., None]
         if self.kind == "k":

@@ -48,16 +48,21 @@ def adjacent_cosines(cosines: Sequence[Sequence[float | None]]) -> list[float | 
 
 
 @torch.no_grad()
-def layer_errors(engine: Engine, batches: Iterable[Tensor], spec: str) -> dict[str, dict[str, float]]:
+def layer_errors(
+    engine: Engine, batches: Sequence[Tensor], spec: str, calibration: Tensor | None = None
+) -> dict[str, dict[str, float]]:
     """Relative errors that a method makes in each slot: {slot: {"k": ..., "v": ...}}, means over the sequences of
     `batches` (B, T).
 
-    A method that calibrates does so on the first batch. Raises `UserError` if the method does not fit.
+    Args:
+        calibration: tokens (B', T') on which a method may calibrate; None: the first batch.
+
+    Raises:
+        UserError: if the method does not fit.
     """
     method, errors, sequences = parse(spec), [], []
-    for i, ids in enumerate(batches):
-        if i == 0:
-            method.prepare(engine, ids)
+    method.prepare(engine, batches[0] if calibration is None else calibration)
+    for ids in batches:
         cache = engine.new_cache()
         with method.watch(engine):
             engine.hidden(ids, cache)
@@ -75,9 +80,13 @@ def correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def losses(kinds: Mapping[str, Mapping[str, Any]], engine: Engine, batches: Sequence[Tensor], specs: Sequence[str]) -> (
-    dict[str, Any]
-):  # fmt: skip
+def losses(
+    kinds: Mapping[str, Mapping[str, Any]],
+    engine: Engine,
+    batches: Sequence[Tensor],
+    specs: Sequence[str],
+    calibration: Tensor | None = None,
+) -> dict[str, Any]:
     """For each method the errors of the slots, and their correlation with ranks and with cosines of adjacent slots.
 
     A method that does not fit the model has `refused`, the reason, instead.
@@ -86,7 +95,7 @@ def losses(kinds: Mapping[str, Mapping[str, Any]], engine: Engine, batches: Sequ
     for spec in specs:
         parse(spec)  # a mistake in a spec is an error, not a reason
         try:
-            errors = layer_errors(engine, batches, spec)
+            errors = layer_errors(engine, batches, spec, calibration)
         except UserError as error:
             found[spec] = {"refused": str(error)}
             continue

@@ -290,7 +290,7 @@ def _check_slot(owner: int, slot: Slot, entry: dict[str, Any], cache: KVCache) -
         raise ValueError(f"the slot of layer {owner} has another format")
     dtype = FP8 if entry["fp8"] else DTYPES[entry["dtype"]]
     widths = cache.plan.owned(owner).widths(cache.config.resolved_head_dim)
-    for tensor, scale, width in zip(slot[:2], slot[2:], widths, strict=True):
+    for tensor, scale, width in zip(slot[:2], slot[2:4], widths, strict=True):
         assert tensor is not None
         expected = (cache.batch, kept, *width)
         wrong = tensor.shape != expected or tensor.dtype != dtype or (scale is not None) != entry["fp8"]

@@ -268,7 +268,13 @@ def _scores(rows: Sequence[Row]) -> list[tuple[Score, dict[str, Mean]]]:
     ]
 
 
-_OPTIONS = {"window": "--window", "stride": "--stride", "prefix": "--prefix", "max_tokens": "--max-tokens"}
+_OPTIONS = {
+    "window": "--window",
+    "stride": "--stride",
+    "prefix": "--prefix",
+    "max_tokens": "--max-tokens",
+    "calibration": "--calibration",
+}
 """Options of perplexity, alone and after a prefix, by their key in a record."""
 
 

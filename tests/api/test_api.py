@@ -244,7 +244,7 @@ def test_a_prompt_is_compressed_as_a_cache_that_was_filled_by_hand(workspace: Pa
     assert torch.equal(logits[1], logits[2])
     written = model.generate(ids, past_key_values=cllm.compress(model, ids[:, :-1], spec), max_new_tokens=2)
     assert written.shape == (1, 30)
-    with pytest.raises(cllm.UserError, match="calibrates on tokens; give the prompt's token ids"):
+    with pytest.raises(cllm.UserError, match="calibrates on tokens; give calibration="):
         cllm.compress(model, filled, "kvsharer")
     assert cllm.compress(model, ids, "kvsharer:share=1").nbytes() < cllm.compress(model, ids, "none").nbytes()
 

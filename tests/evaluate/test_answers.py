@@ -148,6 +148,17 @@ def test_seeds_of_a_study_are_one_row_with_their_standard_error(tmp_path: Path) 
     assert any("other texts" in line for line in found.warnings)
 
 
+def test_a_seed_without_the_score_does_not_hide_the_change_to_the_baseline(runs: list[Path]) -> None:
+    other = runs[0].parent / "mha-2"  # a seed of the baseline
+    shutil.copytree(runs[0], other)
+    shutil.rmtree(other / "evaluation" / "copying")
+    (other / "config.yaml").write_text((runs[0] / "config.yaml").read_text().replace("name: mha", "name: mha-2", 1))
+    for paths in ([*runs, other], [other, *runs]):
+        score = row(table(paths, "copying"), "cla").scores[0]
+        assert score is not None
+        assert score.change == 20.0
+
+
 def test_a_mean_over_seeds_is_of_one_text(runs: list[Path]) -> None:
     """Seeds measured otherwise, here after a prefix and in validation, have no common perplexity."""
     other = runs[0].parent / "mha-2"

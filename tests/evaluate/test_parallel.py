@@ -22,6 +22,7 @@ from cllm.evaluate.parallel.store import Report, Store, results_of, write_report
 from cllm.evaluate.suites.registry import choose
 from cllm.files import write_atomic
 from cllm.posthoc.registry import parse
+from cllm.workers import find_gpus
 
 REPO = Path(__file__).resolve().parents[2]
 TIMES = re.compile(r"seconds|time|share_of_prefill")
@@ -167,11 +168,29 @@ def test_specs_that_are_refused_by_several_parts_are_in_one_file(evaluate, make_
     assert len(json.loads(found[0])["refused"]) >= 2
 
 
+@pytest.mark.parametrize("more", [(), ("--processes", 2)])
+def test_a_spec_that_is_refused_is_an_error_only_if_no_other_is_left(evaluate, make_run, capsys, tmp_path, more):
+    run = make_run("a")[0].path
+    words = ["--run", run, "--suite", "copying:distances=6,samples=1", "--device", "cpu", *more]
+    refused = ["--posthoc", "entropy:ratio=40"]
+    assert parse(refused[1]).chooses_for_batch, "so it is a part of its own"
+    assert evaluate(*words, "--posthoc", "none", *refused, "--out", tmp_path / "some") == 0
+    out, error = capsys.readouterr()
+    assert "a on copying: entropy:ratio=40 is refused: entropy: " in error
+    assert out.startswith("copying: none\n")
+    assert not list(tmp_path.rglob("refused.json"))
+    assert not parts(tmp_path)
+    assert evaluate(*words, "--posthoc", "svd:ratio=30,sinks=0", *refused, "--out", tmp_path / "none") == 2
+    out, error = capsys.readouterr()
+    assert '--posthoc "svd:ratio=30,sinks=0": svd: ' in error, "the first one"
+    assert not out
+
+
 def test_a_file_of_several_parts_has_the_content_of_the_last_one_in_the_command(tmp_path) -> None:
     store, results = Store(tmp_path / "parts"), tmp_path / "results"
     ended = []
     for key in ("first", "last"):
-        part = Part(run="r", choice=0, set=None, specs=(), label="", cost=1.0, key=key)
+        part = Part(run="r", choice=0, set=None, specs=(), place_label="", cost=1.0, key=key)
         for name, content in (("a/all.json", key), ("a/refused.json", {"refused": {key: "why"}}), (f"{key}.json", key)):
             write_atomic(results_of(store.of(part)) / name, json.dumps(content))
         write_report(store.of(part), Report(results=str(results), records=[], files=["a/all.json"], messages=[]))
@@ -249,6 +268,44 @@ def test_each_gpu_gets_as_many_processes_as_were_asked_for(evaluate, command, mo
     assert seen == [["4", "6"], ["6", "6"], ["4", "6", "4", "6"]]
 
 
+def test_gpus_are_named_as_in_the_environment(monkeypatch) -> None:
+    count = {"is": 3}
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count["is"])
+    for named, seen, expected in (
+        (None, 3, ["0", "1", "2"]),
+        ("2, GPU-5a,7", 3, ["2", "GPU-5a", "7"]),
+        ("2,99,3", 1, ["2"]),  # CUDA stops at the first one that is not there
+        ("", 0, []),
+        ("-1", 0, []),
+    ):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if named is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        count["is"] = seen
+        assert find_gpus() == expected
+
+
+def test_each_process_sees_its_gpu_alone_and_its_share_of_the_cores(evaluate, command, monkeypatch, tmp_path) -> None:
+    """A process of each part writes what it sees, in place of measuring."""
+    monkeypatch.setattr("cllm.workers.find_gpus", lambda: ["4", "GPU-6"])
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    program = """
+import json, os, pathlib, sys
+folder = pathlib.Path(sys.argv[1]).parent
+seen = {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+report = {"results": "out", "records": [seen], "files": [], "messages": []}
+(folder / "report.json").write_text(json.dumps(report))
+"""
+    monkeypatch.setattr("cllm.commands.evaluate._command", lambda file: [sys.executable, "-c", program, str(file)])
+    seen = []
+    monkeypatch.setattr("cllm.commands.evaluate._Report.add", lambda *words: seen.extend(words[3]))
+    words = command(*(f"copying:distances=6,samples={n}" for n in range(1, 7)))[:-4]
+    assert evaluate(*words, "--devices", "all", "--per-device", 2) == 0
+    assert {one["CUDA_VISIBLE_DEVICES"] for one in seen} == {"4", "GPU-6"}
+    assert [one["OMP_NUM_THREADS"] for one in seen] == ["3"] * 6
+
+
 def test_a_part_whose_process_is_killed_is_named_with_the_signal(evaluate, command, monkeypatch, capsys) -> None:
     program = "import os; print('copying: 1 of 2 samples', flush=True); os.kill(os.getpid(), 9)"
     monkeypatch.setattr("cllm.commands.evaluate._command", lambda file: [sys.executable, "-c", program])
@@ -270,7 +327,9 @@ def test_long_parts_start_first_and_a_run_that_is_missing_is_left_out(evaluate, 
     run, seen = make_run("a")[0].path, list[str]()
 
     def note(commands, *_) -> None:
-        seen.extend(json.loads(Path(c.words[-1]).read_text())["part"]["label"].split("--suite ")[1] for c in commands)
+        seen.extend(
+            json.loads(Path(c.words[-1]).read_text())["part"]["place_label"].split("--suite ")[1] for c in commands
+        )
 
     monkeypatch.setattr("cllm.evaluate.parallel.launch.run_all", note)
     short, long = "copying:distances=6,samples=1", "copying:distances=6,samples=9000"

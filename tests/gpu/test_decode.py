@@ -7,13 +7,15 @@ carry values as large as all others together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
+from cllm.config import Rope
 from cllm.kernels import split_decode, triton_decode
 from cllm.kernels.decode import Stored, Visible, decode_attention, decode_attention_reference
+from cllm.model.rope import rope_table
 
 pytestmark = pytest.mark.skipif(triton_decode.MISSING is not None, reason=f"no triton: {triton_decode.MISSING}")
 B = 3
@@ -21,7 +23,7 @@ B = 3
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `alias`: the first value part is the first key part."""
+    """One call. `alias`: the first value part is the first key part. `rope`: that key part is stored before RoPE."""
 
     d: tuple[int, ...] = (128,)
     e: tuple[int, ...] = (128,)
@@ -33,6 +35,7 @@ class Case:
     window: int | None = None
     exclude_self: bool = False
     alias: bool = False
+    rope: bool = False
 
     def __str__(self) -> str:
         default = Case()
@@ -41,6 +44,7 @@ class Case:
 
 
 LATENT = {"d": (512, 64), "e": (512,), "g": 1, "alias": True}
+TIED = {"alias": True, "rope": True}
 CASES = [
     Case(),
     Case(g=16),
@@ -71,12 +75,27 @@ CASES = [
     Case(column=0, exclude_self=True),
     Case(s=1, column=9),
     Case(s=131072, column=1000),
+    Case(**TIED),
+    Case(**TIED, g=16, column=7000),
+    Case(**TIED, g=16, column=7000, first=(0, 6999, 5000)),
+    Case(**TIED, column=7000, window=700, exclude_self=True),
+    Case(**TIED, d=(96,), e=(96,)),
+    Case(**TIED, d=(256,), e=(256,)),
+    Case(**TIED, d=(512,), e=(512,), h=8, g=1),
+    Case(**TIED, d=(128, 128), e=(128, 128), g=16),
 ]
 
 
 def quantized(x: torch.Tensor) -> Stored:
     scale = x.float().abs().amax(-1) / 448
     return Stored((x.float() / scale[..., None]).to(torch.float8_e4m3fn), scale)
+
+
+def table(case: Case, column: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """RoPE of every entry's position, which counts from the row's first token."""
+    columns = column - (column - torch.arange(case.s, device=device)) % case.s
+    first = torch.tensor(case.first or (0,), device=device)[:, None]
+    return rope_table(Rope(), case.d[0], (columns - first).clamp(min=0))
 
 
 def call(case: Case, device, dtype, float8: bool = False):
@@ -107,6 +126,8 @@ def call(case: Case, device, dtype, float8: bool = False):
     queries = [randn(B, case.h, d) for d in case.d]
     keys = [stored(d, False) for d in case.d]
     values = [keys[0], *(stored(e, True) for e in case.e[1:])] if case.alias else [stored(e, True) for e in case.e]
+    if case.rope:
+        keys[0] = replace(keys[0], rope=table(case, column, device))
     visible = Visible(
         torch.tensor([column], device=device),
         None if case.first is None else torch.tensor(case.first, device=device),
@@ -163,7 +184,7 @@ def test_float8(gpu, case):
 
 
 @pytest.mark.parametrize("float8", [False, True])
-@pytest.mark.parametrize("case", [c for c in CASES if c.h == c.g], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.h == c.g and not c.rope], ids=str)
 def test_elementwise_form(gpu, case, float8):
     check(case, gpu, torch.bfloat16, float8, block_n=32, splits=7, elementwise=True)
 
@@ -174,11 +195,13 @@ def test_any_number_of_splits(gpu, splits, block_n):
     check(Case(column=7000, first=(0, 6999, 5000)), gpu, torch.float32, block_n=block_n, splits=splits)
 
 
-@pytest.mark.parametrize("case", [Case(s=300), Case(**LATENT, s=300), Case(s=300, window=37)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(s=300), Case(**LATENT, s=300), Case(s=300, window=37), Case(**TIED, s=300, g=16)], ids=str
+)
 def test_graph_replay_while_the_column_grows(gpu, case):
     """One capture serves every length, also after the ring wraps, and reads what is stored between replays."""
     queries, keys, values, visible = call(case, gpu, torch.bfloat16)
-    parts = [x.data for x in dict.fromkeys((*keys, *values))]
+    parts = list(dict.fromkeys(x.data for x in (*keys, *values)))
     for tensor in parts:
         tensor.normal_()
     visible.column.zero_()
@@ -189,6 +212,9 @@ def test_graph_replay_while_the_column_grows(gpu, case):
     exact = [q.float() for q in queries]
     for column in (0, 1, 63, 64, 65, 298, 299, 300, 301, 777):
         visible.column.fill_(column)
+        if case.rope and keys[0].rope is not None:
+            for old, new in zip(keys[0].rope, table(case, column, gpu), strict=True):
+                old.copy_(new)
         for tensor in parts:
             tensor[:, column % case.s].normal_()
         graph.replay()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from cllm.config import ModelConfig, RopeScaling
 from cllm.errors import UserError
 from cllm.hub.families import FAMILIES, export_family, load, load_family, read_family
+from cllm.hub.families.table import weights
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import build_decoder, count_parameters
 from cllm.plan.plan import KVPlan, Latent, LayerPlan, Own
@@ -483,6 +485,110 @@ def test_refused_tensors_and_folders_of_exports(tiny_config, random_model, tmp_p
     assert (out / "model.safetensors").read_bytes() == before
 
 
+# ---- what families that are refused have beyond this decoder ---------------------------------------------------------
+
+AFTER, INPUTS = "norms after attention and MLP", "inputs of their own for every layer"
+GEMMA_TENSORS = {
+    "self_attn.q_norm": "",  # the decoder has it
+    "self_attn.k_norm": "",
+    "post_feedforward_layernorm": AFTER,
+    "pre_feedforward_layernorm": AFTER,
+    "altup": r"several residual streams \(AltUp\)",
+    "laurel": r"a low-rank branch beside each layer \(LAuReL\)",
+    "per_layer": INPUTS,
+    "layer_scalar": "a factor on the output of each layer",
+    "experts": "a mixture of experts beside the MLP",
+    ".router.": "a mixture of experts beside the MLP",
+    ".bias": "biases on all projections of attention",
+}
+"""For tensors that no known family has, by a part of their names, what the error says of them."""
+ALWAYS = ("embeddings scaled by", "second kind of RoPE", "norms without weights on values", "scores without the factor")
+INPUTS_OF_4 = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": V}
+EXPERTS_OF_4 = {"enable_moe_block": True, "num_experts": 3, "top_k_experts": 2, "moe_intermediate_size": 8}
+GEMMA_CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
+    # name: (model_type, options of its config class, what the error names, what it does not name)
+    "3n": (
+        "gemma3n_text",
+        {
+            **INPUTS_OF_4,
+            "laurel_rank": 4,
+            "num_kv_shared_layers": 2,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+        },
+        (*ALWAYS, r"sparse activations of the MLP \(", r"final_logit_softcapping: 30\.0", "gelu_pytorch_tanh"),
+        ("several widths", "rotates a part", "biases"),
+    ),
+    "3n, other options": (
+        "gemma3n_text",
+        {
+            **INPUTS_OF_4,
+            "intermediate_size": [F, F, 24, F],
+            "final_logit_softcapping": 15.0,
+            "attention_bias": True,
+            "num_kv_shared_layers": 0,
+        },
+        (*ALWAYS, "MLPs of several widths", "biases on all projections"),
+        ("sparse activations",),
+    ),
+    "4": (
+        "gemma4_text",
+        {
+            **INPUTS_OF_4,
+            **EXPERTS_OF_4,
+            "attention_k_eq_v": True,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+        },
+        (*ALWAYS, "rotates a part", "keys and values of one projection with a norm each", "twice the width"),
+        ("capped", "biases", "sparse", "later tokens"),
+    ),
+    "4, other options": (
+        "gemma4_text",
+        {"hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0, "hidden_activation": "silu"},
+        (*ALWAYS, r"capped logits \(final_logit_softcapping: 30\.0\)"),
+        (INPUTS, "experts", "keys and values", "twice the width", "SiLU"),
+    ),
+    "3": ("gemma3_text", {}, (AFTER, "1 [+] weight", "query_pre_attn_scalar: 256"), ("capped",)),
+    "2": (
+        "gemma2",
+        {"query_pre_attn_scalar": 8},
+        (AFTER, "capped logits", "capped scores"),
+        ("query_pre_attn_scalar",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GEMMA_CASES)
+def test_every_feature_of_a_gemma_is_named_in_one_error(case, tmp_path):
+    """Checkpoints as transformers writes them, so the tensors show what the models have."""
+    name, options, named, not_named = GEMMA_CASES[case]
+    kinds = [SLIDING, FULL, SLIDING, FULL]
+    sizes = {"vocab_size": V, "hidden_size": D, "intermediate_size": F, "num_hidden_layers": 4, "head_dim": 8}
+    heads = {"num_attention_heads": H, "num_key_value_heads": G, "sliding_window": 5, "layer_types": kinds}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**{**sizes, **heads, **options}))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError) as error:
+        read_family(tmp_path)
+    message = str(error.value)
+    assert "\n" not in message
+    for text in named:
+        assert re.search(text, message), (text, message)
+    for text in not_named:
+        assert not re.search(text, message), (text, message)
+    known = [weight.source for weight in weights(ModelConfig(vocab_size=V, d_model=D, n_layers=4, n_heads=H))]
+    for tensor in model.state_dict().keys() - known:
+        texts = [text for part, text in GEMMA_TENSORS.items() if part in tensor]
+        assert texts, f"{tensor} is no part of the decoder, and no feature names it"
+        assert all(re.search(text, message) for text in texts), (tensor, message)
+
+
+def test_encoders_of_other_inputs_are_named_beside_the_text_model(tmp_path):
+    config = {"model_type": "gemma4", "vision_config": {"hidden_size": 8}, "text_config": {"attention_bias": True}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"biases on all projections.*encoders of other inputs \(vision\)$"):
+        read_family(tmp_path)
+
+
 # ---- refusals of an import -------------------------------------------------------------------------------------------
 
 
@@ -502,11 +608,6 @@ def rope_parameters(kind: str, **options) -> dict[str, Any]:
         *(
             ("mistral", {"model_type": name}, f"model_type is {name}, .*inputs of their own for every layer")
             for name in ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text")
-        ),
-        (
-            "mistral",
-            {"model_type": "gemma4_text"},
-            "model_type is gemma4_text, .*a second kind of RoPE, .*rotates a part of the channels, norms on values",
         ),
         ("mistral", {"model_type": ...}, "model_type is None"),
         ("mistral", {"model_type": "gemma2"}, "model_type is gemma2, .*GELU"),

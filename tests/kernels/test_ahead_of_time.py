@@ -124,7 +124,7 @@ def drawn(*shape: int) -> torch.Tensor:
 
 
 def decode(*, fp8: bool) -> None:
-    """Shared, grouped, fused and latent slots, in bf16 and, on devices that have it, in fp8."""
+    """Shared, grouped, fused, latent and tied slots, in bf16 and, on devices that have it, in fp8."""
     from cllm.kernels import split_decode
 
     column = torch.tensor([900])
@@ -136,6 +136,13 @@ def decode(*, fp8: bool) -> None:
             continue
         coded, scales = [slot.to(torch.float8_e4m3fn) for slot in slots], [drawn(1, 1024, groups)] * parts
         split_decode.run(queries, coded, scales, coded, scales, column, None, None, False, 0.1)
+    for heads, groups, dim in ((16, 16, 128), (32, 8, 128), (8, 1, 512)):
+        slots, query, none = [drawn(4, 1024, groups, dim)], [drawn(4, heads, dim)], [None]
+        turns = split_decode.Rotation(torch.randn(1, 1024, dim // 2), torch.randn(1, 1024, dim // 2), (0,))
+        split_decode.run(query, slots, none, slots, none, column, None, None, False, 0.1, rotation=turns)
+        if fp8 and dim == 128:
+            coded, scales = [slots[0].to(torch.float8_e4m3fn)], [drawn(4, 1024, groups)]
+            split_decode.run(query, coded, scales, coded, scales, column, None, None, False, 0.1, rotation=turns)
     latent, rope = drawn(1, 1024, 1, 512), drawn(1, 1024, 1, 64)
     queries = [drawn(1, 16, 512), drawn(1, 16, 64)]
     split_decode.run(queries, [latent, rope], [None] * 2, [latent], [None], column, None, None, False, 0.1)

@@ -17,15 +17,17 @@ import torch
 from cllm.errors import UserError
 from cllm.kernels import split_decode
 from cllm.kernels.choice import log_once, uses_triton
-from cllm.kernels.decode import Stored, Visible, decode_attention, decode_attention_lse
-from cllm.kernels.split_decode import Limits, Tiles, choose_tiles
+from cllm.kernels.decode import Stored, Visible, _rope, decode_attention, decode_attention_lse
+from cllm.kernels.split_decode import Limits, Rotation, Tiles, choose_tiles
 
 SCALE = 0.3
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `alias`: the first value part is the first key part. `common`: all heads have the last key part."""
+    """One call. `alias`: the first value part is the first key part. `common`: all heads have the last key part.
+
+    `rope`: as many key parts are stored before RoPE."""
 
     d: tuple[int, ...] = (16,)
     e: tuple[int, ...] = (16,)
@@ -39,6 +41,7 @@ class Case:
     alias: bool = False
     common: bool = False
     float8: bool = False
+    rope: int = 0
 
     @property
     def rows(self) -> int:
@@ -90,12 +93,34 @@ CASES = [
     Case(float8=True, column=55),
     Case(d=(16, 16), e=(16, 16), g=4, float8=True),
     Case(d=(32, 16), e=(32,), h=17, g=1, alias=True, float8=True),
+    Case(d=(32,), e=(32,), alias=True, rope=1),
+    Case(d=(32,), e=(32,), g=4, alias=True, rope=1, column=101, first=(0, 90, 64)),
+    Case(d=(32,), e=(32,), alias=True, rope=1, column=83, window=20, exclude_self=True),
+    Case(d=(32,), e=(24,), rope=1, column=55),  # keys alone are read
+    Case(d=(24, 24, 8), e=(24, 24, 24), alias=True, rope=2, column=55, first=(0, 5, 29)),
+    Case(d=(32,), e=(32,), alias=True, rope=1, float8=True, g=4, column=55),
 ]
 
 
 def quantized(x: torch.Tensor) -> Stored:
     scale = x.abs().amax(-1) / 448
     return Stored((x / scale[..., None]).to(torch.float8_e4m3fn), scale)
+
+
+def turns(case: Case, width: int) -> torch.Tensor:
+    """(rows, columns, width / 2) complex: 1.25 exp(i angle) of RoPE, whose positions count from a row's first token.
+
+    The factor is one as yarn has. Rounded to single precision.
+    """
+    first = torch.tensor(case.first or (0,) * case.rows)[:, None, None]
+    angles = (torch.arange(case.column + 1)[:, None] - first) * 10.0 ** -(torch.arange(width // 2).double() / width * 2)
+    return torch.polar(torch.full_like(angles, 1.25), angles).to(torch.complex64)
+
+
+def rotated(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """`x` (rows, columns, G, width) whose channels j and j + width / 2 are the complex numbers that are multiplied."""
+    pairs = torch.complex(*x.double().chunk(2, dim=-1)) * turns.to(torch.complex128)[:, :, None]
+    return torch.cat((pairs.real, pairs.imag), dim=-1)
 
 
 def call(case: Case, dtype: torch.dtype):
@@ -122,9 +147,20 @@ def call(case: Case, dtype: torch.dtype):
             exact = exact.expand(-1, -1, case.g, -1)
         return Stored(*ring), exact
 
+    def before_rope(stored: Stored, exact: torch.Tensor) -> tuple[Stored, torch.Tensor]:
+        """The same ring as keys that have to be rotated, with a table for its entries; and all keys, rotated."""
+        every = turns(case, exact.shape[-1])
+        ring = torch.zeros(case.rows, case.s, every.shape[-1], dtype=every.dtype)
+        for c in range(case.column + 1):
+            ring[:, c % case.s] = every[:, c]
+        cos, sin = (t[:, :, None, None] for t in (ring.real, ring.imag))
+        rope = torch.cat((cos, cos), dim=3), torch.cat((-sin, sin), dim=3)
+        return replace(stored, rope=rope), rotated(exact, every)
+
     queries = [torch.randn(case.rows, case.h, d, generator=generator).to(dtype) for d in case.d]
     keys = [history(d, case.common and n == len(case.d) - 1) for n, d in enumerate(case.d)]
     values = [keys[0], *(history(e) for e in case.e[1:])] if case.alias else [history(e) for e in case.e]
+    keys = [before_rope(*key) if n < case.rope else key for n, key in enumerate(keys)]
     first = None if case.first is None else torch.tensor(case.first)
     visible = Visible(torch.tensor([case.column]), first, case.window, case.exclude_self)
     wanted = [torch.zeros(case.rows, case.h, e, dtype=torch.float64) for e in case.e]
@@ -276,7 +312,8 @@ def interpreted() -> None:
             if dtype == torch.float16 and (case.hides or case.float8):
                 continue  # fp8 takes its second product in bf16, which the interpreter multiplies as integers
             (queries, keys, values, visible), wanted = call(case, dtype)
-            for elementwise in (False, True) if case.h == case.g else (False,):
+            cos, sin, parts = _rope(keys)
+            for elementwise in (False, True) if case.h == case.g and not parts else (False,):
                 for splits in (1, 3) if dtype == torch.float32 else (3,):
                     tiles = Tiles(block_n=16, splits=splits, num_warps=4, num_stages=2, elementwise=elementwise)
                     out = split_decode.run(
@@ -291,6 +328,7 @@ def interpreted() -> None:
                         visible.exclude_self,
                         SCALE,
                         tiles,
+                        rotation=None if cos is None else Rotation(cos, sin, tuple(parts)),
                     )
                     try:
                         assert_close(out.split(list(case.e), dim=-1), wanted, dtype)
@@ -298,7 +336,8 @@ def interpreted() -> None:
                         raise AssertionError(f"{case}, {dtype}, {tiles}") from error
     arguments, wanted = call(Case(column=55), torch.float32)
     assert_close(decode_attention(*arguments, scale=SCALE, kernel="triton"), wanted, torch.float32)
-    for case in (Case(column=55), Case(g=4, first=(20, 26, 3), window=7), Case(column=0, exclude_self=True)):
+    tied = Case(d=(32,), e=(32,), alias=True, rope=1, column=101)
+    for case in (Case(column=55), Case(g=4, first=(20, 26, 3), window=7), Case(column=0, exclude_self=True), tied):
         arguments, wanted = call(case, torch.float32)
         results, lse = decode_attention_lse(*arguments, scale=SCALE, kernel="triton")
         assert_close(results, wanted, torch.float32)

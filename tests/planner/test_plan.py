@@ -16,6 +16,7 @@ from cllm.planner.collect import read_losses
 from cllm.planner.gpus import GPU, find_gpu
 from cllm.planner.keys import config_key
 from cllm.planner.measured import DecodeStep, Estimate, LossChange, Measurements, Table, shipped_table
+from cllm.planner.report import notes
 from cllm.posthoc.registry import parse
 
 MODEL = ModelConfig(vocab_size=100, d_model=64, n_layers=4, n_heads=4, d_ff=128, max_seq_len=1000)
@@ -25,7 +26,7 @@ CLA = {"preset": "cla"}
 
 
 def request_on(memory: float = 1e7, **changes: object) -> Request:
-    return Request(**{"gpu": GPU("x", memory, 1e9, "-", "NVIDIA H200"), "context": 10, "concurrency": 3, **changes})
+    return Request(**{"gpu": GPU("x", memory, 1e9, "-", ("NVIDIA H200",)), "context": 10, "concurrency": 3, **changes})
 
 
 def change(kv: dict, value: float, *, heads: int | None = 1, **more: object) -> LossChange:
@@ -203,3 +204,55 @@ def test_the_command_prints_json_and_draws(tmp_path, capsys):
 def test_units():
     assert find_gpu(None, "75GiB", "2 TB/s").memory == 75 * 2**30
     assert find_gpu("h100", bandwidth="1TB/s").bandwidth == 1e12
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX4090"),
+        ("rtx 4090", "RTX4090"),
+        ("nvidia l4", "L4"),
+    ],
+)
+def test_a_gpu_is_known_by_the_name_of_its_driver(name, gpu):
+    assert find_gpu(name).name == gpu
+
+
+def test_part_of_a_name_is_answered_with_the_gpus_that_begin_so():
+    with pytest.raises(UserError, match="--gpu is 'a100'; allowed: A100-40GB or A100-80GB; or give --memory"):
+        find_gpu("a100")
+    with pytest.raises(UserError, match=r"--gpu is 'NVIDIA T4'; .*allowed"):
+        find_gpu("NVIDIA T4")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "context", "beyond"),
+    [
+        (1, 64, "160,960 parameters, any number of training tokens and 10 tokens of context"),
+        (160960, 64, "any number of training tokens and 10 tokens of context"),
+        (160960, 10, "any number of training tokens"),
+    ],
+)
+def test_notes_name_what_is_extrapolated_and_designs_that_do_not_fit(parameters, context, beyond):
+    table = measured(change(CLA, 0.1, tokens=5, context=context, parameters=parameters, source="t.json"))
+    cla = made(["cla"], table)["cla", None]
+    request = request_on(memory=cla.total_bytes / 0.95 + 1)
+    found = list(made(["mha", "cla"], table, request).values())
+    lines = notes(found, [c for c in found if c.fits], MODEL, request, table)
+    size = next(c.total_bytes for c in found if not c.fits)
+    assert f"do not fit without compression: mha ({size / 1e9:,.4g} GB)." in lines
+    (source,) = (line for line in lines if line.startswith("loss from t.json"))
+    assert source.endswith(f"; extrapolated to {beyond}.")
+
+
+def test_methods_measured_on_other_designs_only_are_named():
+    table = measured(change(CLA, 0.1, spec="kivi", ratio=2.0), change({"preset": "mha"}, 0.1, spec="int8", ratio=2.0))
+    found = [c for c in made(["cla"], table).values() if c.spec is None]
+    (line,) = (line for line in notes(found, found, MODEL, request_on(), table) if "post-hoc methods" in line)
+    names = line.partition("methods ")[2].partition(":")[0].split(", ")
+    assert "int8" in names
+    assert "kivi" not in names

@@ -101,6 +101,7 @@ def assert_reads(found, expected, first=0, last=LENGTH, atol=1e-5):
 AT_ONCE = [
     ("mha", f"kivi:{KIVI}"),
     ("cla", f"xquant:{KIVI}"),
+    ("cla", "xquant:bits=4,group=16,residual=8"),  # the prompt is too short for a group
     ("fusedkv", f"kivi:{KIVI}"),
     ("mha", "turboquant:bits=3,sketch=true"),
     ("mha", "int8:keys=token"),
@@ -371,6 +372,22 @@ def test_later_queries_vote_again(kind, name, budget, design, tokens, exact):
     assert compressed.nbytes() - recorded == stored == full.nbytes() * budget // LENGTH + votes
     numbers = engine_of(model).fp32_numbers(compressed)
     assert 4 * numbers == stored - votes, "scores are fp32 in bf16 caches too"
+
+
+@pytest.mark.parametrize("name", ["mha", "cla", "fusedkv"])
+@pytest.mark.parametrize("spec", ["streaming", "h2o", "snapkv:window=4", "entropy:window=4"])
+@pytest.mark.parametrize("more", [EVERY // 2, EVERY])
+def test_nothing_is_evicted_before_the_budget_is_used_up(more, spec, name, design, tokens) -> None:
+    model, ids, budget = design(name), tokens(2, LENGTH), PROMPT + more
+    method, cache = prompt_cache(model, f"{spec}{',' if ':' in spec else ':'}tokens={budget},every={EVERY}", ids)
+    compressed, exact = compress(cache, method), copy.deepcopy(cache)
+    for i, part in enumerate(ids[:, PROMPT:].split(EVERY, dim=1)):
+        logits, wanted = model(part, cache=compressed), model(part, cache=exact)
+        stored = {store.kept(compressed.seen) for store in compressed.stores.values()}
+        assert stored == {min(PROMPT + EVERY * (i + 1), budget)}
+        if PROMPT + EVERY * i <= budget:  # a block is read before it evicts
+            torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits, wanted, atol=1e-3)
 
 
 def test_slots_that_are_read_together_share_their_votes(design, tokens):

@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import cllm
 from cllm.errors import UserError
+from cllm.hub.export import as_pretrained
 from cllm.posthoc.cache import SharingSlot
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.methods.commonkv import factorize
@@ -322,3 +324,13 @@ def test_a_shared_cache_follows_the_batch(decoder, tokens):
     compressed.reorder_cache(torch.tensor([1, 0, 1]))
     found = engine.logits(ids[[1, 0, 1], 20:], compressed)
     torch.testing.assert_close(found, expected[[1, 0, 1]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["minicache", "minicache_xkv", "kvsharer"])
+def test_a_model_with_one_slot_has_nothing_to_merge(name, decoder, tokens) -> None:
+    """The message offers no option that would not help either."""
+    model = as_pretrained(decoder(n_layers=1))
+    with pytest.raises(UserError, match=rf"^{name}: no two .*; allowed: models with two") as error:
+        cllm.compress(model, tokens(1, 20), name)
+    assert "start up to" not in str(error.value)
+    assert "share=" not in str(error.value)

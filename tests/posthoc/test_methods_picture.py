@@ -46,6 +46,18 @@ def test_records_of_evaluations_are_a_table_too(tmp_path: Path) -> None:
     ]
 
 
+def test_the_first_table_that_has_a_compression_counts(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(HEAD + "h2o:ratio=4,4.0,2.5\nkvtc:ratio=4,2.0,0.5\n")
+    (tmp_path / "b.csv").write_text(HEAD + "h2o:ratio=4,4.1,9.9\nkvtc:ratio=4,4.0,0.7\nint8,1.97,0.1\n")
+    assert main([str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--out", str(tmp_path / "picture.png")]) == 0
+    assert (tmp_path / "picture.md").read_text().splitlines()[2:] == [
+        "| `int8` | 1.97 | +0.10 % |",
+        "| `kvtc:ratio=4` | 2.00 | +0.50 % |",
+        "| `h2o:ratio=4` | 4.00 | +2.50 % |",
+        "| `kvtc:ratio=4` | 4.00 | +0.70 % |",
+    ]
+
+
 def test_a_picture_is_of_one_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "two.json", tmp_path / "picture.png"
     row = {"spec": "int8", "increase_percent": 2.0, "own_bf16_bytes_per_token": 80.0, "bf16_bytes_per_token": 40.0}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cllm.errors import UserError
+from cllm.posthoc.engine import engine_of
 from cllm.posthoc.lowrank import LowRank
 from cllm.posthoc.quantize import Quantized, pack, unpack
 from cllm.posthoc.registry import parse
@@ -187,10 +188,52 @@ def test_quantisers_that_do_not_fit(spec, message):
         parse(spec)
 
 
+SHORT = "group=8,residual=8"
+"""With 4 sinks, the first group is complete at 20 tokens."""
+
+
+@pytest.mark.parametrize(("kind", "starts"), [("decoder", None), ("decoder", [0, 2]), ("llama", None)])
+@pytest.mark.parametrize("length", [3, 5, 19, 20])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        f"kivi:{SHORT}",
+        f"xquant:{SHORT}",
+        f"xkv:rank_k=2,rank_v=2+kivi:{SHORT}",
+        f"minicache+xquant:{SHORT}",
+        f"streaming:tokens=20+kivi:{SHORT}",
+        f"vfold:recent=20+kivi:{SHORT}",
+        f"lorc:keep=0.5+kivi:{SHORT}",
+    ],
+)
+def test_of_a_prompt_too_short_for_a_group_nothing_is_quantised(
+    spec, length, kind, starts, decoder, llama, tokens
+) -> None:
+    model, ids = decoder() if kind == "decoder" else llama(), tokens(2, length + 4)
+    engine, found = engine_of(model), []
+    starts = None if starts is None or length < 5 else torch.tensor(starts)
+    for text in (spec, spec.partition("+")[0] if "+" in spec else "none"):
+        method, cache = parse(text), engine.new_cache()
+        method.prepare(engine, tokens(1, 40, seed=1))
+        if starts is None:
+            engine.hidden(ids[:, :length], cache)
+        else:
+            model.hidden(ids[:, :length], cache=cache, starts=starts)
+        compressed = engine.compress(cache, method)
+        errors = [error for slot in compressed.outcome.errors.values() for error in slot.values()]
+        found.append((compressed.nbytes(), errors, engine.logits(ids[:, length:], compressed)))
+    coded, plain = found
+    if length < 20:
+        assert coded[0] == plain[0]
+        assert coded[1] == pytest.approx(plain[1], abs=1e-6)
+        torch.testing.assert_close(coded[2], plain[2], atol=1e-5, rtol=1e-5)
+    else:
+        assert coded[0] < plain[0]
+        assert not torch.allclose(coded[2], plain[2], atol=1e-3)
+
+
 def test_bad_options_are_refused(slot_tensors, decoder, tokens, filled, llama):
     keys = slot_tensors("k", [noise(1, 20, 1, 12)])
-    with pytest.raises(UserError, match="nothing of 20 tokens is left to quantise with group=32, residual=128"):
-        parse("kivi").encode(keys, None)
     with pytest.raises(UserError, match="group=8 does not divide the 12 channels of a token"):
         parse("kivi:group=8,residual=0").encode(keys, slot_tensors("v", keys.data))
     with pytest.raises(UserError, match="bits: Input should be 1, 2, 4 or 8 got 3"):

@@ -18,7 +18,7 @@ from cllm.posthoc.code import Rotation
 from cllm.posthoc.compress import encode
 from cllm.posthoc.deferred import Deferred
 from cllm.posthoc.engine import engine_of
-from cllm.posthoc.registry import parse
+from cllm.posthoc.registry import methods, parse
 from cllm.posthoc.sinks import Sinks
 from cllm.posthoc.slots import CompressibleSlots
 
@@ -175,6 +175,19 @@ def test_a_sequence_of_fewer_tokens_than_sinks_is_exact(spec, decoder, tokens):
         alone, cache = compressed(model, ids[1:, PREFIX - 3 :], spec, prefix=3, room=room)
         assert room is not None or alone.nbytes() == cache.nbytes()
         torch.testing.assert_close(read_on(model, alone, ids[1:, PREFIX:], parts), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4])
+@pytest.mark.parametrize("name", [name for name, method in methods().items() if "ratio" in method.model_fields])
+def test_no_method_takes_a_ratio_that_sinks_leave_no_room_for(name, length, decoder, tokens):
+    model, ids, method = decoder(), tokens(1, length), parse(f"{name}:ratio=2")
+    engine, cache = engine_of(model), KVCache(model.config)
+    method.prepare(engine, tokens(1, 40))
+    with method.watch(engine):
+        model.hidden(ids, cache=cache)
+    with pytest.raises(UserError, match=f"^{name}: ratio=2: ") as error:
+        compress_cache(cache, method)
+    assert name != "kvtc" or "ratio=1" not in str(error.value)  # which kvtc does not have
 
 
 def test_a_ratio_that_sinks_leave_no_room_for_is_refused(decoder, tokens):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from cllm.section import MAX_COUNT, MAX_SEED, MAX_TOKENS, Section
+from cllm.workers import usable_cores
 
 MIN_VOCAB = 257
 """The 256 bytes and EOS."""
@@ -160,7 +160,7 @@ class Recipe(Section, frozen=True):
         """The number of processes that tokenise."""
         if self.workers:
             return self.workers
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return usable_cores()
 
     @model_validator(mode="after")
     def _number_tokens(self) -> Recipe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,12 +30,20 @@ class Launch:
         words: the words of the command.
         store: the files of parts.
         command: the command that measures what a file says.
+        may_be_empty: whether every spec of --posthoc may be refused.
     """
 
     def __init__(
-        self, parts: Sequence[Part], words: Sequence[str], store: Store, command: Callable[[Path], Sequence[str]]
+        self,
+        parts: Sequence[Part],
+        words: Sequence[str],
+        store: Store,
+        command: Callable[[Path], Sequence[str]],
+        *,
+        may_be_empty: bool = False,
     ):
         self._parts, self._words, self._store, self._command = list(parts), words, store, command
+        self._may_be_empty = may_be_empty
         self.failed: list[Part] = []
         self._published: dict[str, tuple[Report, list[Path]]] = {}
 
@@ -69,6 +78,8 @@ class Launch:
                         if part.key not in self._published and part not in self.failed and self._store.report(part):
                             self._take(part, 0)
                     self._store.settle([(part, self._published[part.key][0]) for part in self._ended()])
+            if not self._may_be_empty:
+                self._leave_out_empty()
             if not self.failed:
                 self._store.close()
         if not self._published:
@@ -108,6 +119,19 @@ class Launch:
         for message in report.messages:
             _say(message)
         self._publish(part, report)
+
+    def _leave_out_empty(self) -> None:
+        """Count parts as failed whose place has ended without a record, since every spec was refused."""
+        for _, several in groupby(self._parts, key=lambda part: part.place):
+            parts = list(several)
+            reports = [self._published[part.key][0] for part in parts if part.key in self._published]
+            refused = {spec: reason for report in reports for spec, reason in report.refused.items()}
+            if refused and len(reports) == len(parts) and not any(report.records for report in reports):
+                spec, reason = next(iter(refused.items()))
+                _say(f'left out: {parts[0].place_label}: --posthoc "{spec}": {reason}')
+                for part in parts:
+                    del self._published[part.key]
+                self.failed += parts
 
     def _publish(self, part: Part, report: Report) -> None:
         self._published[part.key] = report, self._store.publish(part, report)

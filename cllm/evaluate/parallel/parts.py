@@ -31,12 +31,17 @@ class Part:
     """The number of the set; None for a suite that takes no text."""
     specs: tuple[str, ...]
     """Specs of --posthoc, measured together; empty: none were given."""
-    label: str
-    """For people."""
+    place_label: str
+    """Run, suite and set, for people."""
     cost: float
     """A rough measure of its time; parts that take long start first."""
     key: str
     """A hash of everything that decides the result. A part that has ended is not measured again."""
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return " ".join([self.place_label, *(f"--posthoc {spec}" for spec in self.specs)])
 
     @property
     def place(self) -> tuple[str, int, int | None]:
@@ -71,7 +76,7 @@ def parts_of(run: str, chosen: Sequence[Chosen], options: argparse.Namespace, de
                         choice=n,
                         set=set_number,
                         specs=tuple(group),
-                        label=_label(run, options, n, suite.name, path if len(sets) > 1 else None, group),
+                        place_label=_label(run, options, n, suite.name, path if len(sets) > 1 else None),
                         cost=suite.tokens(options, given, path) * size * max(len(group), 1),
                         key=data_hash([code_version(EVALUATION), repr(identity), *map(_stamp, files)]),
                     )
@@ -79,11 +84,9 @@ def parts_of(run: str, chosen: Sequence[Chosen], options: argparse.Namespace, de
     return parts
 
 
-def _label(run: str, options: argparse.Namespace, n: int, suite: str, data: Path | None, specs: Sequence[str]) -> str:
-    words = [f"--run {run} --suite {options.suite[n] if options.suite else suite}"]
-    words += [] if data is None else [f"--data {data}"]
-    words += [f"--posthoc {spec}" for spec in specs]
-    return " ".join(words)
+def _label(run: str, options: argparse.Namespace, n: int, suite: str, data: Path | None) -> str:
+    label = f"--run {run} --suite {options.suite[n] if options.suite else suite}"
+    return label if data is None else f"{label} --data {data}"
 
 
 def _sets(run: str, options: argparse.Namespace) -> list[Path]:

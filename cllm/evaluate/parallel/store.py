@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Report:
     """The file of each record, and of refused specs, relative to the folder of results."""
     messages: list[str]
     """Warnings, and what was refused."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Specs of --posthoc that cannot compress the run's caches, with the reason."""
 
 
 def parts_folder(runs: Sequence[str], out: Path | None) -> Path:

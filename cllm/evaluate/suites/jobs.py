@@ -32,13 +32,14 @@ def jobs(
         stride=options.stride,
         batch=options.batch,
         max_tokens=options.max_tokens,
+        calibration=options.calibration,
     )
-    refused: dict[str, str] | None = {} if options.skip_refused else None
+    skips: bool = options.skip_refused
     if not chosen.suite.takes_text:
-        yield Job(settings=settings, device=device, options=options, given=chosen.given, refused=refused)
+        yield Job(settings=settings, device=device, options=options, given=chosen.given, skips_refused=skips)
         return
     for text in open_sets(subject, options.data, split=settings.split, name=options.name, only=only):
-        yield Job(settings=settings, device=device, options=options, text=text, given=chosen.given, refused=refused)
+        yield Job(settings=settings, device=device, options=options, text=text, given=chosen.given, skips_refused=skips)
 
 
 def run_job(
@@ -51,6 +52,7 @@ def run_job(
     files: list[Path],
     refused: dict[str, str],
     say: Callable[[Sequence[str]], None],
+    may_be_empty: bool = False,
 ) -> None:
     """Run a job of a suite and save what it measures.
 
@@ -60,20 +62,26 @@ def run_job(
         job: what to measure.
         out: the folder of results; None: the subject's own.
         records: gets each record as soon as it is saved.
-        files: gets the file of each record, and of the refused specs.
-        refused: gets the refused specs with the reason; all in it are saved together.
+        files: gets the file of each record, and with --skip-refused that of the refused specs.
+        refused: gets the refused specs with the reason; with --skip-refused all in it are saved together.
         say: is called with the lines that tell of the specs it refuses.
+        may_be_empty: whether it may refuse every spec, as with --skip-refused.
 
     Raises:
-        UserError: as `Suite.run` does.
+        UserError: as `Suite.run` does, and if the suite refuses every spec.
     """
-    for record in suite.run(subject, job):
+    found = suite.run(subject, job)
+    if job.refused and not (found or may_be_empty or job.skips_refused):
+        spec, reason = next(iter(job.refused.items()))
+        raise UserError(f'--posthoc "{spec}": {reason}')
+    for record in found:
         files.append(suite.save(subject, record, out))
         records.append(record)
     if job.refused:
         say(suite.describe_refused(subject, job.refused))
         refused |= job.refused
-        files.append(suite.save_refused(subject, refused, out))
+        if job.skips_refused:
+            files.append(suite.save_refused(subject, refused, out))
 
 
 def check_results(folder: Path) -> None:

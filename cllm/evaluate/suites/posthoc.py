@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cllm.arguments import whole_number
 from cllm.errors import UserError
@@ -50,6 +50,15 @@ class Posthoc(Suite):
             unused="needs --posthoc, which says how to compress it",
         ),
         Option(
+            "--calibration",
+            compresses=True,
+            type=Path,
+            metavar="PATH",
+            help="prepared folder (its train split) or text file on which methods of --posthoc calibrate (default: the "
+            "first prefixes or contexts of what is scored)",
+            unused="needs --posthoc, whose methods calibrate on it",
+        ),
+        Option(
             "--generate",
             type=whole_number(0),
             default=0,
@@ -63,7 +72,7 @@ class Posthoc(Suite):
             compresses=True,
             action="store_true",
             help="go on without specs of --posthoc that cannot compress a run's cache; SUITE/refused.json has the "
-            "reasons (default: such a spec is an error)",
+            "reasons (default: such a spec is an error; in suites of samples only if no other spec is left)",
             unused="needs --posthoc, whose specs it concerns",
         ),
     )
@@ -101,8 +110,11 @@ class Posthoc(Suite):
             job.device,
             prefix=options.prefix,
             generate=options.generate,
-            refused=job.refused,
+            refused=job.refused if job.skips_refused else None,
         )
+
+    def makes_unnamed(self, record: Mapping[str, Any]) -> bool:
+        return "uncompressed_loss" in record
 
     def columns(self) -> Sequence[Column[Record]]:
         return (

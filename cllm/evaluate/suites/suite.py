@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -80,8 +80,10 @@ class Job:
     """The set to score; None for suites that take no text."""
     given: BaseModel | None = None
     """The suite's settings, from `--suite NAME:KEY=VALUE`; None for a suite without."""
-    refused: dict[str, str] | None = None
-    """Gets the specs of --posthoc that cannot compress the subject's cache, with the reason. None: they are errors."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Gets the specs of --posthoc that cannot compress the subject's cache, with the reason."""
+    skips_refused: bool = False
+    """Whether to go on without such specs, even if no other is left."""
 
     @property
     def set_name(self) -> str | None:
@@ -178,6 +180,10 @@ class Suite(ABC):
         """
         tokens = 1e6 if data is None or not data.exists() else bytes_of(data) / 4
         return min(tokens, options.max_tokens or tokens)
+
+    def makes_unnamed(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record that names no suite is of this one."""
+        return False
 
     def columns(self) -> Sequence[Column[Record]]:
         """The columns of the suite's table."""

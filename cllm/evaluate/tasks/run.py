@@ -4,8 +4,9 @@ Contexts of one length form a batch, which is read once. Each `--posthoc` spec c
 are read on top of the result. Scores do not depend on the size of batches or on the order of samples: methods that
 choose ranks or budgets for an entire batch get one context at a time.
 
-Methods that calibrate do so on a few contexts, before anything is scored. They see no question and no option, so all
-samples are scored. The contexts are chosen from the set of samples, whatever its order.
+Methods that calibrate do so before anything is scored: on a text of their own (`evaluate/calibration.py`), or on a few
+contexts. They see no question and no option, so all samples are scored. The contexts are chosen from the set of
+samples, whatever its order.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cllm.errors import UserError
+from cllm.evaluate.calibration import calibration_of, calibration_tokens
 from cllm.evaluate.subjects import Subject
 from cllm.evaluate.tasks.caches import ForkedContext, StaticContext, can_be_static, uncompressed
 from cllm.evaluate.tasks.reading import Reader, Step, reads_of
@@ -62,6 +65,8 @@ class Result:
     """See `Compressor.weight_bytes`."""
     facts: dict[str, Any] = field(default_factory=dict)
     """See `Compressor.facts`."""
+    calibration: str | None = None
+    """See `calibration_of`."""
 
 
 def run_samples(
@@ -73,6 +78,7 @@ def run_samples(
     batch: int | None = None,
     label: str = "",
     refused: dict[str, str] | None = None,
+    calibration: Path | None = None,
 ) -> list[Result]:
     """One result for each of `specs`; without specs, one of the uncompressed cache.
 
@@ -83,12 +89,12 @@ def run_samples(
         device: of the subject's model.
         batch: samples computed together, at most; None: by memory. It changes speed only.
         label: before the progress bar.
-        refused: gets the specs that compress no context, with the reason; None: that is an error, if none of `specs`
-            compresses any.
+        refused: gets the specs that compress no context, with the reason. They have no answers.
+        calibration: text on which methods calibrate; None: contexts of `samples`.
 
     Raises:
-        UserError: for a spec that is wrong or does not fit the model, if no spec fits any context, for a loss that is
-            not finite, and if the GPU's memory runs out.
+        UserError: for a spec that is wrong, for a loss that is not finite, and if the GPU's memory runs out; without
+            `refused`, if no spec compresses any context.
     """
     methods = [parse(spec) for spec in specs]
     results = [
@@ -98,18 +104,21 @@ def run_samples(
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=subject.precision == "bf16")
     total = len(results) * sum(1 for sample in samples if sample.questions)
     with autocast, ProgressMeter(total, label, "sample") as progress:
-        _calibrate(engine, methods, samples, device, results, refused is not None)
+        if methods:
+            ids = calibration_tokens(subject, calibration, _longest_contexts(samples).to(device))
+            _calibrate(engine, methods, samples, ids, results)
         rows = _default_rows(engine, device) if batch is None else lambda longest: batch
         for alone in (False, True):  # methods that choose for a batch get one context at a time
             each: Sequence[Compressor | None] = methods or [None]
             pairs = zip(each, results, strict=True)
             own = [(m, result) for m, result in pairs if (m is not None and m.chooses_for_batch) == alone]
             parts = [m for m, _ in own if m is not None], [result for _, result in own]
-            runner = _Runner(subject, engine, *parts, device, go_on=refused is not None)
+            runner = _Runner(subject, engine, *parts, device)
             for indices in batches(samples, (lambda _: 1) if alone else rows, exact=_is_cyclic(engine)) if own else ():
                 runner.add_answers(samples, indices, progress)
     for result, method in zip(results, methods, strict=bool(methods)):
         result.weight_bytes, result.facts = method.weight_bytes(), method.facts()
+        result.calibration = calibration_of(calibration, method)
     for result in results:
         result.answers = [
             None if sample.task in result.left_out else given
@@ -184,24 +193,31 @@ def _is_cyclic(engine: Engine) -> bool:
     return isinstance(engine, DecoderEngine) and engine.model.passes is not None
 
 
+def _longest_contexts(samples: Sequence[Sample]) -> Tensor:
+    """The longest contexts of one length, (B, T), a few at most."""
+    contexts = sorted({sample.context for sample in samples if sample.context}, key=lambda ids: (-len(ids), ids))
+    same = [ids for ids in contexts[:_CALIBRATION] if len(ids) == len(contexts[0])]
+    return torch.tensor(same, dtype=torch.long)
+
+
 def _calibrate(
     engine: Engine,
     methods: Sequence[Compressor],
     samples: Sequence[Sample],
-    device: torch.device,
+    ids: Tensor,
     results: Sequence[Result],
-    go_on: bool,
 ) -> None:
-    """Let methods calibrate. With `go_on`, every task is left out of the result of a method that cannot."""
-    contexts = sorted({sample.context for sample in samples if sample.context}, key=lambda ids: (-len(ids), ids))
-    same = [ids for ids in contexts[:_CALIBRATION] if len(ids) == len(contexts[0])]
-    for method, result in zip(methods, results, strict=bool(methods)):
+    """Let methods calibrate on `ids`. Every task is left out of the result of a method that cannot."""
+    for method, result in zip(methods, results, strict=True):
         try:
-            method.prepare(engine, torch.tensor(same, dtype=torch.long, device=device))
+            method.prepare(engine, ids)
         except UserError as error:
-            if not go_on:
-                raise
             result.left_out = {sample.task: str(error) for sample in samples}
+
+
+def _is_left_out(result: Result, samples: Sequence[Sample]) -> bool:
+    """Whether the tasks of all samples are left out of a result."""
+    return all(sample.task in result.left_out for sample in samples)
 
 
 def _check_finite(subject: Subject, result: Result) -> None:
@@ -223,11 +239,9 @@ class _Runner:
         methods: Sequence[Compressor],
         results: Sequence[Result],
         device: torch.device,
-        *,
-        go_on: bool,
     ):
         self._subject, self._engine, self._methods, self._results = subject, engine, methods, results
-        self._device, self._go_on = device, go_on
+        self._device = device
         self._static: StaticContext | None = None
         self._graph: StepGraph | None = None
         self._eos = _eos_ids(subject)
@@ -246,13 +260,17 @@ class _Runner:
 
     def run(self, samples: Sequence[Sample]) -> Iterator[list[list[Answer]]]:
         """For each spec, the answers to every sample's questions."""
+        nothing: list[list[Answer]] = [[] for _ in samples]
+        if all(_is_left_out(result, samples) for result in self._results):
+            yield from [nothing] * len(self._results)
+            return
         room = _rounded_up(max(sample.longest for sample in samples) + 1)
         with torch.inference_mode():
             cache, last = self._prefill(samples)
             own = self._engine.nbytes(cache) if samples[0].context else 0
         for result, method in zip(self._results, self._methods or (None,), strict=True):
-            if all(sample.task in result.left_out for sample in samples):
-                yield [[] for _ in samples]
+            if _is_left_out(result, samples):
+                yield nothing
                 continue
             with torch.inference_mode():
                 began = self._now()
@@ -261,7 +279,7 @@ class _Runner:
                     filled = cache if method is None or kept else self._engine.compress(cache, method, measure=False)
                 except UserError as error:
                     result.left_out |= {sample.task: str(error) for sample in samples}
-                    answers: list[list[Answer]] = [[] for _ in samples]
+                    answers = nothing
                 else:
                     result.own_nbytes += own
                     result.nbytes += own if kept else self._engine.nbytes(filled)
@@ -286,13 +304,11 @@ class _Runner:
         ids = torch.tensor([sample.context for sample in samples], dtype=torch.long, device=self._device)
         with contextlib.ExitStack() as stack:
             for method, result in zip(self._methods, self._results, strict=bool(self._methods)):
-                if not method.watches or any(sample.task in result.left_out for sample in samples):
+                if not method.watches or _is_left_out(result, samples):
                     continue
                 try:
                     stack.enter_context(method.watch(self._engine))
                 except UserError as error:
-                    if not self._go_on:
-                        raise
                     result.left_out |= {sample.task: str(error) for sample in samples}
             return cache, self._engine.hidden(ids, cache)[:, -1:].clone()
 

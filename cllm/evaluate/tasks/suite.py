@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from cllm.errors import UserError
 from cllm.evaluate.suites.suite import RUN, STEP, Job, Number, Record, Suite
 from cllm.evaluate.tasks.sample import Answer, Question, Sample
+from cllm.evaluate.units import calibration_slug
 from cllm.posthoc import UNCOMPRESSED
 from cllm.tables import Column, aligned
 
@@ -198,6 +199,7 @@ class TaskSuite(Suite):
             batch=job.settings.batch,
             label=f"{subject.name} on {self.name}",
             refused=job.refused,
+            calibration=job.settings.calibration,
         )
         records = []
         for result in results:
@@ -206,9 +208,10 @@ class TaskSuite(Suite):
                 "ratio_to_own": result.own_nbytes / result.nbytes if result.nbytes else None,
                 "weight_bytes": result.weight_bytes,
                 "facts": result.facts,
+                "calibration": result.calibration,
                 "seconds": round(result.seconds, 3),
             }
-            for task, reason in {} if result.spec in (job.refused or {}) else result.left_out.items():
+            for task, reason in () if result.spec in job.refused else result.left_out.items():
                 log.warning("%s: %s: %s is left out: %s", self.name, result.spec, task, reason)
             for numbers in self.means(samples, result.answers):
                 records.append(self.record(subject, job, identity | numbers | facts) | {"set": self.name})
@@ -308,7 +311,7 @@ class TaskSuite(Suite):
         suffix = "" if subject.latest else f"-{Path(record['checkpoint']).stem}"
         folder = subject.results(out) / self.name / self._settings_slug(record["settings"])
         if record["spec"] != AS_IS:
-            folder /= slug(record["spec"])
+            folder /= slug(record["spec"]) + calibration_slug(record.get("calibration"))
         path = folder / f"{slug(record['task'])}{suffix}.json"
         self._write(subject, record, path, path)  # no events
         if record["task"] == ALL and record["spec"] in (AS_IS, UNCOMPRESSED) and self.main in record:
@@ -319,6 +322,7 @@ class TaskSuite(Suite):
         """The suite, the settings that differ from the defaults, and the spec: `copying:samples=4, xkv:ratio=4`."""
         name = self._settings_slug(record["settings"])
         named = self.name if name == "default" else f"{self.name}:{name}"
+        named += "" if record.get("calibration") is None else f", calibrated on {record['calibration']}"
         return named if record["spec"] == AS_IS else f"{named}, {record['spec']}"
 
     def _settings_slug(self, settings: Record) -> str:

@@ -4,11 +4,12 @@ A family is a `model_type` of Hugging Face's config.json. `read_family` reads th
 its weights, and `export_family` writes a decoder as a checkpoint of a family. Features that the decoder cannot compute
 exactly are refused by name. Only the config classes of transformers are used.
 
-table.py   the families, and the names of their tensors for a decoder's config
-read.py    config.json to a `ModelConfig`
-load.py    weight files to the decoder's state dict
-memory.py  a transformers model in memory to a decoder with the same tensors
-write.py   a decoder to config.json and weight files
+table.py    the families, and the names of their tensors for a decoder's config
+read.py     config.json to a `ModelConfig`
+load.py     weight files to the decoder's state dict
+refused.py  what stands in the way in families that the decoder cannot compute
+memory.py   a transformers model in memory to a decoder with the same tensors
+write.py    a decoder to config.json and weight files
 
 Imports the config, the plan and the model.
 """

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.files import shorten
-from cllm.hub.families.table import FAMILIES, REFUSED, Family, Weight, weights
+from cllm.hub.families.refused import REFUSED, features
+from cllm.hub.families.table import FAMILIES, Family, Weight, weights
 from cllm.trust import check_model_folder, read_object, reason
 
 CONFIG_FILE = "config.json"
@@ -75,7 +76,8 @@ def read_family(folder: str | Path) -> FamilyCheckpoint:
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         if str(name) in REFUSED:
-            raise UserError(f"{file}: model_type is {name}, which this decoder cannot compute: {REFUSED[str(name)]}")
+            lacking = ", ".join(features(str(name), raw))
+            raise UserError(f"{file}: model_type is {name}, which this decoder cannot compute: it has {lacking}")
         # No suggestion: the nearest name is often an older family, not a correction.
         raise UserError(f"{file}: model_type is {shorten(repr(name))}; allowed: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[name]

@@ -40,29 +40,6 @@ FAMILIES = {
 }
 """By `model_type`, in the order in which an export tries them."""
 
-_GEMMA = "its MLP is gated by GELU, its embeddings are scaled by sqrt(hidden_size), its norms multiply by 1 + weight"
-_GEMMA_N = "it has inputs of their own for every layer, a second kind of RoPE, norms after attention and MLP"
-_EXPERTS = "it is a mixture of experts"
-REFUSED = {
-    "gemma": _GEMMA,
-    "gemma2": _GEMMA + ", it has norms after attention and MLP and caps its logits",
-    "gemma3": _GEMMA + ", it has norms after attention and MLP and a second RoPE base",
-    "gemma3_text": _GEMMA + ", it has norms after attention and MLP and a second RoPE base",
-    **dict.fromkeys(("gemma3n", "gemma3n_text"), _GEMMA_N + ", several streams (AltUp), capped logits"),
-    **dict.fromkeys(
-        ("gemma4", "gemma4_text"),
-        _GEMMA_N + ", which rotates a part of the channels, norms on values without weights, scores without the factor "
-        "head_dim^-0.5, embeddings scaled by sqrt(hidden_size), a factor on the output of each layer, capped logits, "
-        "and an MLP gated by GELU",
-    ),
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), _EXPERTS),
-    **dict.fromkeys(("llama4", "llama4_text"), _EXPERTS + ", and some of its layers have no RoPE"),
-    "deepseek_v32": _EXPERTS + ", and its attention chooses tokens by an indexer",
-    "qwen3_next": _EXPERTS + ", and most of its layers have a recurrent state (gated delta rule)",
-    "gpt_oss": _EXPERTS + ", and its attention has sinks",
-}
-"""Well-known families that the decoder cannot compute, and why."""
-
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 

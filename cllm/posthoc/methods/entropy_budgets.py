@@ -57,6 +57,7 @@ class Entropy(VotingWindow):
         return torch.stack(spreads).clamp(min=1e-6).tolist()
 
     def kept(self, cached: CompressibleSlots) -> Kept:
+        self._scores = {}  # a new one, because copies of the method have the old one
         try:
             return super().kept(cached)
         finally:

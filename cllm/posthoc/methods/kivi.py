@@ -33,7 +33,8 @@ class KIVI(Compressor, TensorCoder):
     group: int = Field(32, ge=2)
     """Elements that share a scale and a zero: tokens of a channel in keys, channels of a token in values."""
     residual: int = Field(128, ge=0)
-    """Last tokens that stay exact, plus as many as are left when the others are divided by `group`."""
+    """Last tokens that stay exact, plus as many as are left when the others are divided by `group`. If there are fewer
+    than both together, all stay exact."""
 
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         return self._code_all(keys), [None] * len(keys.slots) if values is None else self._code_all(values)
@@ -88,12 +89,7 @@ class KIVI(Compressor, TensorCoder):
         """The code of `rows` (B, n, C); with `codes_of`, only scale and zero are new, and that one's codes are
         shared."""
         tokens, channels = rows.shape[1:]
-        count = self.coded_rows(tokens)
-        if not count:
-            raise UserError(
-                f"{self.name}: nothing of {tokens} tokens is left to quantise with group={self.group}, "
-                f"residual={self.residual}; allowed: up to {tokens} together"
-            )
+        count = self.coded_rows(tokens)  # 0: all rows stay exact
         if kind == "v" and channels % self.group:
             raise UserError(f"{self.name}: group={self.group} does not divide the {channels} channels of a token")
         codes, scale, zero = quantize(grouped(rows[:, :count], kind, self.group), self.bits, dtype)

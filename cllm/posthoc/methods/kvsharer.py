@@ -52,6 +52,10 @@ class KVSharer(Compressor):
             return sum((a - b).square().sum() for a, b in zip(mean[i], mean[j], strict=True)).sqrt().item()  # type: ignore[union-attr]
 
         pairs = [(i, j) for i in mean for j in mean if j < i and mean[i][0].shape == mean[j][0].shape]
+        if not pairs:
+            raise UserError(
+                f"{self.name}: no two of {len(mean)} slots have one shape; allowed: models with two such slots"
+            )
         shares: dict[int, int] = {}
         for upper, lower in sorted(pairs, key=lambda pair: -distance(*pair)):
             if len(shares) == self.share:

@@ -12,7 +12,7 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from cllm.errors import UserError
-from cllm.posthoc.budget import elements_left
+from cllm.posthoc.budget import check_all_sinks, elements_left
 from cllm.posthoc.code import Code, Codes
 from cllm.posthoc.entropy import SIZE_BYTES, Streams, compress
 from cllm.posthoc.lowrank import right_vectors
@@ -227,6 +227,9 @@ class KVTC(Compressor):
 
     def weight_bytes(self) -> int:
         return sum(basis.nbytes() for basis in self._bases.values())
+
+    def check_all_sinks(self, tokens: int) -> None:
+        check_all_sinks(self.name, self.ratio, self.sinks, tokens, allowed="")
 
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         tokens = keys.data[0].shape[1] - self.recent

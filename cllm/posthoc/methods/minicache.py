@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,9 +139,12 @@ class MiniCache(Codable):
             if tensors.data[i].shape == tensors.data[i + 1].shape:
                 codes[i], codes[i + 1] = self._pair(tensors, i)
         if not any(codes):
+            shapes = [data.shape for data in tensors.data]
+            pairs = [i for i, (one, other) in enumerate(itertools.pairwise(shapes)) if one == other]
+            allowed = f"start up to {pairs[-1]}" if pairs else "models with two neighbouring slots of one shape"
             raise UserError(
-                f"{self.name}: no two neighbours of one shape from slot {start} on, of {len(tensors.slots)}; allowed: "
-                f"start up to {max(len(tensors.slots) - 2, 0)}"
+                f"{self.name}: no two neighbours of one shape from slot {start} on, of {len(shapes)}; "
+                f"allowed: {allowed}"
             )
         if self._coder is not None:
             for i in (i for i, code in enumerate(codes) if code is None):

@@ -13,6 +13,7 @@ from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.evaluate.tasks.run import batches, run_samples
 from cllm.evaluate.tasks.sample import Answer, Question, Sample
+from cllm.posthoc.engine import DecoderEngine
 from cllm.posthoc.registry import parse
 
 CPU = torch.device("cpu")
@@ -226,3 +227,38 @@ def test_a_context_that_a_method_cannot_compress_leaves_its_task_out(subject, ra
     assert [answers is None for answers in result.answers] == [True, False]
     with pytest.raises(UserError, match="svd"):
         run_samples(subject, samples[:1], ["svd:ratio=3"], CPU)
+
+
+def test_methods_that_cannot_calibrate_or_watch_are_refused_like_others(subject, random_model) -> None:
+    subject, samples = subject(_decoder(random_model, PLANS["mla"]), context=64), _samples()
+    specs = ["palu:keep=0.5", "h2o:ratio=2", "none"]
+    refused: dict[str, str] = {}
+    for found in (None, refused):
+        *others, none = run_samples(subject, samples, specs, CPU, refused=found)
+        assert all(answers is None for result in others for answers in result.answers)
+        assert none.answers == run_samples(subject, samples, (), CPU)[0].answers
+    assert list(refused) == specs[:2]
+    for spec in specs[:2]:
+        with pytest.raises(UserError, match=f'--posthoc "{spec}": {spec.partition(":")[0]}'):
+            run_samples(subject, samples, [spec], CPU)
+
+
+def test_a_task_that_is_left_out_changes_no_other(subject, random_model, monkeypatch) -> None:
+    """Also not in a batch with both, for a method that watches the prefill."""
+    subject, draw = subject(_decoder(random_model, PLANS["mha"]), context=64), random.Random(0)
+    question = Question(prompt=(3,), options=((4,),))
+    left, kept = (Sample(task=name, context=_tokens(draw, 12), questions=(question,)) for name in ("left", "kept"))
+    long = Sample(task="left", context=_tokens(draw, 20), questions=(question,))
+    compress = DecoderEngine.compress
+
+    def not_long(engine: Any, cache: Any, method: Any, **options: Any) -> Any:
+        if cache.seen > 12:
+            raise UserError("too long")
+        return compress(engine, cache, method, **options)
+
+    monkeypatch.setattr(DecoderEngine, "compress", not_long)
+    (result,) = run_samples(subject, [long, left, kept], ["h2o:tokens=6,sinks=1"], CPU, batch=2)
+    (alone,) = run_samples(subject, [kept], ["h2o:tokens=6,sinks=1"], CPU)
+    assert result.left_out == {"left": "too long"}
+    assert result.answers[:2] == [None, None]
+    _assert_equal(result.answers[2][0], alone.answers[0][0])

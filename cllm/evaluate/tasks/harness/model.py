@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,13 @@ _DEFAULT_GENERATE = 256
 
 
 def subject_lm(
-    subject: Subject, device: torch.device, *, spec: str | None = None, start: bool = True, batch: int | None = None
+    subject: Subject,
+    device: torch.device,
+    *,
+    spec: str | None = None,
+    start: bool = True,
+    batch: int | None = None,
+    calibration: Path | None = None,
 ) -> LM:
     """A model that lm-eval can evaluate; the arguments are those of `Requests`."""
     from lm_eval.api.model import TemplateLM
@@ -31,7 +38,7 @@ def subject_lm(
     class SubjectLM(Requests, TemplateLM):
         """`Requests` as a model of lm-eval, which encodes pairs of texts."""
 
-    return SubjectLM(subject, device, spec=spec, start=start, batch=batch)
+    return SubjectLM(subject, device, spec=spec, start=start, batch=batch, calibration=calibration)
 
 
 class Requests:
@@ -44,15 +51,27 @@ class Requests:
         spec: a method of --posthoc; None: the cache is not compressed.
         start: put the start token (BOS or EOS) before every context. False: only the special tokens that the tokenizer
             adds, as `hf` does by default.
+        calibration: as of `run_samples`.
     """
 
-    def __init__(self, subject: Subject, device: torch.device, *, spec: str | None, start: bool, batch: int | None):
+    def __init__(
+        self,
+        subject: Subject,
+        device: torch.device,
+        *,
+        spec: str | None,
+        start: bool,
+        batch: int | None,
+        calibration: Path | None = None,
+    ):
         super().__init__()
         self.tokenizer: Any = subject.tokenizer
-        self._subject, self._spec, self._batch = subject, spec, batch
+        self._subject, self._spec, self._batch, self._calibration = subject, spec, batch, calibration
         self._start = (subject.start_id,) if start and subject.start_id is not None else ()
         self._on = device
         self.max_length = subject.context or _DEFAULT_LENGTH
+        self.refused: dict[str, str] = {}
+        """`spec` with the reason, once it could not compress the contexts; the request has failed then."""
 
     @property
     def device(self) -> torch.device:
@@ -146,5 +165,16 @@ class Requests:
     def _answers(self, samples: Sequence[Sample]) -> list[Answer]:
         specs = [] if self._spec is None else [self._spec]
         label = f"{self._subject.name} on lm_eval"
-        (result,) = run_samples(self._subject, samples, specs, self._on, batch=self._batch, label=label)
+        (result,) = run_samples(
+            self._subject,
+            samples,
+            specs,
+            self._on,
+            batch=self._batch,
+            label=label,
+            refused=self.refused,
+            calibration=self._calibration,
+        )
+        if self.refused:
+            raise UserError(f'--posthoc "{self._spec}": {self.refused[result.spec or ""]}')
         return [given[0] for given in result.answers if given is not None]

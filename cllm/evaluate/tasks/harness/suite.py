@@ -18,6 +18,7 @@ from cllm.errors import UserError
 from cllm.evaluate.suites.suite import RUN, STEP, Job, Number, Record, Suite
 from cllm.evaluate.tasks.harness.offline import offline_if_unreachable
 from cllm.evaluate.tasks.suite import AS_IS, slug
+from cllm.evaluate.units import calibration_slug
 from cllm.section import MAX_COUNT, MAX_SEED, Section
 from cllm.tables import Column
 
@@ -83,14 +84,33 @@ class LmEval(Suite):
             _manager(settings).load(settings.tasks)
 
     def run(self, subject: Subject, job: Job) -> list[Record]:
-        settings = _settings(job)
+        from cllm.evaluate.calibration import calibration_of
+        from cllm.evaluate.tasks.harness.model import subject_lm
+        from cllm.posthoc.registry import parse
+
+        settings, text = _settings(job), job.settings.calibration
         records = []
         for spec in job.options.posthoc or (None,):
-            results = _evaluate(subject, job, settings, spec)
+            model = subject_lm(
+                subject,
+                job.device,
+                spec=spec,
+                start=settings.start,
+                batch=job.settings.batch,
+                calibration=text,
+            )
+            try:
+                results = _evaluate(model, settings)
+            except UserError:
+                if not model.refused:
+                    raise
+                job.refused.update(model.refused)
+                continue
             for task, found in results["results"].items():
                 values = {key.partition(",")[0]: v for key, v in found.items() if isinstance(v, (int, float))}
                 identity = {"set": self.name, "task": task, "spec": spec or AS_IS}
                 identity |= {"settings": settings.model_dump(mode="json"), "metrics": values}
+                identity["calibration"] = None if spec is None else calibration_of(text, parse(spec))
                 identity["shots"] = results.get("n-shot", {}).get(task)
                 identity["questions"] = results.get("n-samples", {}).get(task, {}).get("effective")
                 records.append(self.record(subject, job, identity))
@@ -127,7 +147,9 @@ class LmEval(Suite):
         shown += "" if subject.latest else f"-{Path(record['checkpoint']).stem}"
         folder = subject.results(out) / self.name
         path = (
-            folder if record["spec"] == AS_IS else folder / slug(record["spec"])
+            folder
+            if record["spec"] == AS_IS
+            else folder / f"{slug(record['spec'])}{calibration_slug(record.get('calibration'))}"
         ) / f"{slug(record['task'])}{shown}.json"
         self._write(subject, record, path, path)  # no events
         return path
@@ -211,13 +233,23 @@ def _index(include_path: str | None, include_defaults: bool) -> TaskManager:
     return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
-def _evaluate(subject: Subject, job: Job, settings: HarnessSettings, spec: str | None) -> dict[str, Any]:
+@contextlib.contextmanager
+def _without_commit() -> Iterator[None]:
+    """lm-eval without the commit of the working directory, outside of which git would print an error."""
+    from lm_eval import evaluator
+
+    asked = getattr(evaluator, "get_git_commit_hash", None)
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asked
+
+
+def _evaluate(model: Any, settings: HarnessSettings) -> dict[str, Any]:
     from lm_eval import simple_evaluate
 
-    from cllm.evaluate.tasks.harness.model import subject_lm
-
-    model = subject_lm(subject, job.device, spec=spec, start=settings.start, batch=job.settings.batch)
-    with _one_line(settings):
+    with _one_line(settings), _without_commit():
         manager = _manager(settings)
         results: dict[str, Any] = simple_evaluate(
             model,

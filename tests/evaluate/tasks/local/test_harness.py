@@ -168,6 +168,24 @@ def test_contexts_are_compressed(evaluate, run_path, folder, tmp_path) -> None:
     assert json.loads(other.read_text())["questions"] == 6
 
 
+def test_a_spec_that_is_refused_is_an_error_only_if_no_other_is_left(
+    evaluate, run_path, folder, tmp_path, capfd, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no repository of git, which lm-eval asks for a commit
+    spec = f"lm_eval:local_hellaswag,include_path={folder},limit=4"
+    words = ("--run", run_path, "--device", "cpu", "--suite", spec)
+    refused = ("--posthoc", "svd:ratio=300,sinks=0")
+    assert evaluate(*words, "--posthoc", "none", *refused, "--out", tmp_path / "a") == 0
+    error = capfd.readouterr().err
+    assert f"on lm_eval: {refused[1]} is refused: svd: ratio=300: " in error
+    assert "fatal" not in error
+    assert numbers(tmp_path / "a", "local_hellaswag", "lm_eval/none")
+    assert evaluate(*words, *refused, "--out", tmp_path / "b") == 2
+    assert f'error: --posthoc "{refused[1]}": svd: ratio=300: ' in capfd.readouterr().err
+    assert evaluate(*words, *refused, "--out", tmp_path / "b", "--skip-refused") == 0
+    assert list(json.loads((tmp_path / "b" / "lm_eval" / "refused.json").read_text())["refused"]) == [refused[1]]
+
+
 def test_mistakes_are_one_line(evaluate, run_path, folder, monkeypatch, capsys) -> None:
     index = suite._index  # without lm-eval's own tasks, whose thousands of files take seconds to read
     monkeypatch.setattr(suite, "_index", lambda include_path, include_defaults: index(str(folder), False))

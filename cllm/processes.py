@@ -1,4 +1,4 @@
-"""Commands that start other commands, and forward signals to them.
+"""Commands that start other commands, and forward signals to them; processes that end with the one that started them.
 
 A child runs in a new session, so that a Ctrl-C at the terminal reaches it once, through its parent. It gets SIGTERM
 when its parent is killed. Signals are sent only to children that have not been reaped: no other process can have their
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,13 @@ from cllm.signals import STOPPING, Interrupted, leave_terminal
 
 GRACE = 300.0
 """Seconds for a run to save its state after its time is up."""
+END_GRACE = 10.0
+"""Seconds for a process to end by itself whose parent has ended."""
 _POLL = 0.05
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_ends_with_parent: list[bool] = []
+"""Has an element after a call of `end_with_parent`, in forked processes too."""
 
 
 def start(command: Sequence[str | Path], **options: Any) -> subprocess.Popen:
@@ -105,6 +111,35 @@ def run(command: Sequence[str | Path], *, seconds: float | None = None, grace: f
     if received:
         raise Interrupted(received[0])
     return status
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it by multiprocessing ends, even if that one was killed.
+
+    It gets SIGTERM, and SIGKILL after `END_GRACE` seconds. The same holds for processes that it forks by
+    multiprocessing. A process with another kind of parent goes on.
+
+    A thread waits for the parent. The kernel's signal that `start` uses would not do: it also comes when the parent
+    goes on, but the thread of it that started this process has ended.
+    """
+    if not _ends_with_parent:
+        _ends_with_parent.append(True)
+        util.register_after_fork(_watch_parent, lambda watch: watch())
+        _watch_parent()
+
+
+def _watch_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(END_GRACE)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="end with parent", daemon=True).start()
 
 
 @contextlib.contextmanager

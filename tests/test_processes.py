@@ -137,3 +137,61 @@ def test_a_child_is_asked_to_save_when_its_parent_is_killed(tmp_path: Path) -> N
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     soon(lambda: out.read_text().endswith("SIGTERM\n"))
+
+
+CHILDREN = """
+import multiprocessing, os, signal, sys, threading, time
+from cllm import processes
+
+def child(name, answers):
+    processes.END_GRACE = 0.1
+    if answers:
+        processes.end_with_parent()
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with open(name, "w") as file:
+        file.write(f"{os.getpid()}\\n")
+    time.sleep(600)
+
+if __name__ == "__main__":
+    method, folder = sys.argv[1:]
+    processes.END_GRACE = 0.1
+    processes.end_with_parent()
+    context = multiprocessing.get_context(method)
+    for n in range(2):
+        process = context.Process(target=child, args=(f"{folder}/{n}", method == "spawn"))
+        thread = threading.Thread(target=process.start)  # a thread that ends long before the parent
+        thread.start()
+        thread.join()
+    open(f"{folder}/started", "w").close()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_processes_end_with_their_killed_parent_and_not_before(tmp_path: Path, method: str) -> None:
+    """Forked ones do so because their parent would, and are killed if they ignore SIGTERM."""
+    program = tmp_path / "program.py"
+    program.write_text(CHILDREN)
+    path = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path}
+    parent = subprocess.Popen([sys.executable, str(program), method, str(tmp_path)], env=environment)
+    try:
+        files = [tmp_path / "0", tmp_path / "1"]
+        soon(lambda: all(file.exists() and file.read_text().endswith("\n") for file in files))
+        pids = [int(file.read_text()) for file in files]
+        soon((tmp_path / "started").exists)
+        assert all(map(is_alive, pids)), "the threads that started them have ended"
+        parent.kill()
+        parent.wait()
+        for pid in pids:
+            soon(lambda pid=pid: not is_alive(pid))  # type: ignore[misc]
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+def test_a_process_without_such_a_parent_goes_on() -> None:
+    done = subprocess.run([sys.executable, "-c", "from cllm.processes import end_with_parent as f; f(); print('on')"],
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert done.stdout == "on\n"

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from cllm.plan.presets import PRESETS
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -23,6 +25,11 @@ def commands() -> list[str]:
 
 def test_readme_names_every_preset_and_every_file_it_links_exists() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^Published designs have names: (.*?)\n\n", text, re.M | re.S)
+    (heads, tails) = re.findall(r"\{([a-z,]+)\}", listed)
+    names = {f"{head}_{tail}" for head in heads.split(",") for tail in tails.split(",")}
+    names |= set(re.findall(r"[a-z_]+", " ".join(re.findall(r"`([a-z_\s]+)`", listed))))
+    assert names == {name for name, cls in PRESETS.items() if cls.__module__.startswith("cllm.")}
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / target).exists(), target
 

@@ -262,9 +262,27 @@ def test_a_terminated_server_completes_its_streams(server, reference) -> None:
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_the_stream_of_a_killed_server_ends(server) -> None:
-    again = Server(server.words, server.folder, server.folder / "log2")
+@pytest.fixture
+def again(server: Server, request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A second server in place of the first, whose port it has."""
+    server.kill()
+    started = Server(server.words, server.folder, server.folder / f"{request.node.name}.log")
+    yield started
+    started.kill()
+
+
+def test_the_stream_of_a_killed_server_ends(again) -> None:
     events = streamed(again.post(request("def main", 240, stream=True)))
     json.loads(next(events))
     again.kill()
     assert "[DONE]" not in list(events)
+
+
+def test_the_engine_ends_when_only_the_server_was_killed(again) -> None:
+    psutil = pytest.importorskip("psutil")
+    children = psutil.Process(again.process.pid).children(recursive=True)
+    assert any("EngineCore" in " ".join(child.cmdline()) for child in children)
+    again.process.kill()
+    again.process.wait(30)
+    _, alive = psutil.wait_procs(children, timeout=300)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

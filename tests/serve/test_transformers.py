@@ -23,6 +23,8 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("accelerate")
 NEW = 6
+SECONDS = 300
+"""The longest wait for a server or an answer."""
 PROMPT = "w3 w14 w15 w9 w2 w6"
 PLANS: dict[str, dict[str, Any]] = {
     "fusedkv": {"preset": "fusedkv"},
@@ -59,20 +61,26 @@ def folders(export_tiny) -> dict[str, Any]:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[bool], Callable[..., tuple[int, Any]]]]:
+def serve(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Callable[..., tuple[int, Any]]]]:
     """`ask = serve(batching)`, then `ask(folder, prompt)`: status and answer of a server on 127.0.0.1."""
     from transformers.cli.serve import Serve
 
     started: list[Any] = []
 
-    def start(batching: bool) -> Callable[..., tuple[int, Any]]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    def start(batching: bool, port: int = 0) -> Callable[..., tuple[int, Any]]:
+        """At port 0 the server takes a free one."""
         options = {"cb_num_blocks": 32, "cb_max_batch_tokens": 64} if batching else {}
         server: Any = Serve(continuous_batching=batching, host="127.0.0.1", port=port, non_blocking=True, device="cpu",
                             **options)  # fmt: skip
         started.append(server)
+        deadline = time.monotonic() + SECONDS
+        while not server.server.started:
+            ended = not server._thread.is_alive()
+            if ended or time.monotonic() > deadline:
+                log = "".join(capfd.readouterr())
+                raise AssertionError(f"the server {'has ended' if ended else 'is not ready'}: {log[-2000:]}")
+            time.sleep(0.1)
+        port = server.server.servers[0].sockets[0].getsockname()[1]
 
         def ask(folder: Path, prompt: str, **more: Any) -> tuple[int, Any]:
             body = {"model": str(folder), "prompt": prompt, "max_tokens": NEW, "temperature": 0, **more}
@@ -82,18 +90,23 @@ def serve() -> Iterator[Callable[[bool], Callable[..., tuple[int, Any]]]]:
                 {"Content-Type": "application/json"},
             )
             try:
-                with urllib.request.urlopen(request, timeout=300) as answer:
+                with urllib.request.urlopen(request, timeout=SECONDS) as answer:
                     return answer.status, json.load(answer)
             except urllib.error.HTTPError as error:
                 return error.code, json.loads(error.read())
 
-        while not server.server.started:
-            time.sleep(0.1)
         return ask
 
     yield start
     for server in started:
         server.kill_server()
+
+
+def test_a_server_that_cannot_start_is_reported_with_its_log(serve) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(AssertionError, match=r"(?s)the server has ended: .*address already in use"):
+            serve(batching=False, port=port)
 
 
 @pytest.mark.parametrize("batching", [True, False])

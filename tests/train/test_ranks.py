@@ -40,6 +40,10 @@ class Record(Callback):
         if self.at_step is not None:
             self.at_step(self.rank, trainer.global_step + 1)
 
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        if isinstance(self.at_step, KillWhileSaving):
+            self.at_step.save(self.rank, trainer.global_step)
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         with self.file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps([trainer.global_step + 1, row]) + "\n" for row in batch["input_ids"].tolist())
@@ -76,6 +80,20 @@ class Stop:
     def __call__(self, rank: int, step: int) -> None:
         if step == self.step < 6:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class KillWhileSaving:
+    """SIGKILL to two ranks while step 4 is saved."""
+
+    def __init__(self, *ranks: int):
+        self.ranks = ranks
+
+    def __call__(self, rank: int, step: int) -> None:
+        pass
+
+    def save(self, rank: int, step: int) -> None:
+        if rank in self.ranks and step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _rank(rank: int, config: Config, records: Path, at_step: Any, resume: str | None) -> None:
@@ -197,6 +215,25 @@ def test_nothing_is_lost_when_a_rank_was_killed(ranks: Callable[..., Outcome], a
     run = ranks(2, "--name", "killed", resume="auto")
     assert run.statuses == [0] * 2
     assert {step: run.sequences[step] for step in (3, 4, 5, 6)} == {s: alone.sequences[s] for s in (3, 4, 5, 6)}
+    assert_equal(run, alone)
+
+
+@pytest.mark.parametrize("killed", [(5,), (0, 7)], ids=str)
+def test_nothing_is_lost_when_ranks_were_killed_while_saving(
+    ranks: Callable[..., Outcome], alone: Outcome, killed: tuple[int, ...]
+) -> None:
+    run = ranks(8, "--name", "killed", at_step=KillWhileSaving(*killed))
+    assert run.statuses == [-9 if rank in killed else 2 for rank in range(8)]
+    for rank, lines in enumerate(run.errors):
+        if rank not in killed:
+            (line,) = lines
+            assert line.startswith(tuple(f"error: rank {lost}" for lost in killed))
+            assert line.endswith("step-00000002.ckpt; --resume auto goes on from it")
+    assert [step for step, _ in run.folder.checkpoints()] == [2]
+    run = ranks(4, "--name", "killed", resume="auto")
+    assert run.statuses == [0] * 4
+    assert [step for step, _ in run.folder.checkpoints()] == [2, 4, 6]
+    assert run.sequences == {step: alone.sequences[step] for step in (3, 4, 5, 6)}
     assert_equal(run, alone)
 
 

@@ -14,9 +14,16 @@ ARCHITECTURE = "CLLMForCausalLM"
 
 
 def register() -> None:
-    """Make vLLM know the model; it calls this in each of its processes (entry point group `vllm.general_plugins`)."""
+    """Make vLLM know the model; it calls this in each of its processes (entry point group `vllm.general_plugins`).
+
+    Its engine and workers end with its server from then on. By themselves they stay when the server is killed, and keep
+    their memory.
+    """
     from vllm import ModelRegistry
 
     import cllm.hub.config  # noqa: F401 - transformers' AutoConfig knows the model_type
+    from cllm.processes import end_with_parent
+
+    end_with_parent()
 
     ModelRegistry.register_model(ARCHITECTURE, "cllm.serve.vllm.model:ServedDecoder")

@@ -180,7 +180,7 @@ def slow_inputs(model, ids):
 def slow_projection(linear, gains, joint, x, calibration, kind, rank, head_dim):
     """Keys (n, width) before RoPE of inputs `x` (n, d_model), normalised and projected.
 
-    Loops over heads and tokens. The basis is that of rows g (W x' + b) of vectors x' whose second moment is the method's.
+    Loops over heads and tokens. The basis is that of g (W x' + b) for vectors x' of the method's second moment.
     """
     weight, bias = linear.weight.double(), linear.bias
     weight = torch.cat((weight, torch.zeros(len(weight), 1).double() if bias is None else bias.double()[:, None]), 1)
@@ -257,7 +257,9 @@ def test_more_heads_for_a_basis_of_keys_are_refused(spec, decoder, normed, token
         parse(spec).prepare(engine_of(model), tokens(1, 30))
 
 
-@pytest.mark.parametrize(("spec", "name"), [("asvd", "cllm"), ("palu:heads=1", "qwen3"), ("lorc", "exaone4")])
+@pytest.mark.parametrize(
+    ("spec", "name"), [("asvd", "cllm"), ("palu:heads=1", "qwen3"), ("eigenattention", "qwen3"), ("lorc", "exaone4")]
+)
 def test_searched_ranks_are_those_of_approximated_keys(spec, name, normed, decoder, tokens):
     """Against models whose attention gets keys projected before RoPE."""
     model = decoder({"preset": "cla"}, n_layers=4, qk_norm=True) if name == "cllm" else normed(name)
@@ -360,7 +362,9 @@ def test_recomputed_keys_are_exact_at_half_the_bytes(padded, bias, tiny_config, 
             torch.testing.assert_close(
                 engine.logits(part, compressed), engine.logits(part, cache), atol=1e-5, rtol=1e-5
             )
-    assert not compressed.stores[0].prefix.k.decode().requires_grad
+    prefix = compressed.stores[0].prefix
+    assert not prefix.k.decode().requires_grad
+    assert not prefix.v.decode().requires_grad
 
 
 @pytest.mark.parametrize(

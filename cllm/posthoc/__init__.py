@@ -5,6 +5,7 @@
     landmarks.py     summaries of keys, by which a decode step selects tokens
     code.py          stored forms of a cached tensor (`Code`) and of a slot (`Prefix`)
     slots.py         the slots that can be compressed, and their tensors as a method gets them
+    key_norm.py      the norm of a slot's keys before RoPE
     method.py        the base class of all methods (`Compressor`), and of a model with its cache (`Engine`)
     registry.py      the methods by name, and spec strings such as `xkv:group=4,ratio=4`
     methods/         the methods, one file each

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from cllm.model.sources import FusedRead, Reader, SharedRead
 from cllm.plan.kinds import Read
 from cllm.posthoc import hf
 from cllm.posthoc.cache import CompressedKVCache, CompressedSlot, SharingSlot, compress_cache, compressible_slots
+from cllm.posthoc.key_norm import KeyNorm
 from cllm.posthoc.method import Compressor, Engine
 from cllm.posthoc.readers import SlotReader
 from cllm.posthoc.slots import CompressibleSlots
@@ -68,14 +70,21 @@ class DecoderEngine(Engine):
         return cache_bytes(mha_twin(self.model.config), context=tokens, batch=batch, bytes_per_element=element)
 
     def projections(self, slot: int) -> tuple[nn.Linear, nn.Linear]:
+        owner = self._owner(slot)
+        return owner.k_proj, owner.v_proj
+
+    def key_norm(self, slot: int) -> KeyNorm | None:
+        owner = self._owner(slot)
+        return None if owner.k_norm is None else KeyNorm.of(slot, owner.k_norm, owner.k_proj.out_features)
+
+    def _owner(self, slot: int) -> Any:
+        """The module that projects the keys and values of a slot."""
         if not self.model.plan.owned(slot).is_plain:
             raise UserError(f"slot {slot} is a latent; allowed: slots of keys and values")
         if not (own := self.model.plan.owned(slot)).is_compressible:
             raise UserError(f"slot {slot} stores {own.text}; allowed: slots of keys and values")
         block: Any = self.model.blocks[slot % len(self.model.blocks)]
-        owner = block.attention.owner if slot < len(self.model.blocks) else block.attention.local
-        _check_plain(slot, owner.k_norm)
-        return owner.k_proj, owner.v_proj
+        return block.attention.owner if slot < len(self.model.blocks) else block.attention.local
 
     def readers(self, slot: int) -> list[SlotReader]:
         plan, found = self.model.plan, list[SlotReader]()
@@ -119,6 +128,11 @@ class _SharingCache(KVCache):
             store = self.stores[source]
             assert isinstance(store, GrowingSlot)
             self.stores[slot] = SharingSlot(store)
+
+
+_OTHER_NORM = re.compile(r"(?!k_norm$)(k|key|v|value|qk|kv)_?(layer_?)?norms?")
+"""Names of modules that change keys or values after their projection, in an unknown place or way: HunYuan's
+key_layernorm comes after RoPE, and Gemma 4 also normalises values."""
 
 
 class TransformersEngine(Engine):
@@ -166,6 +180,16 @@ class TransformersEngine(Engine):
         return config.num_attention_heads * width * tokens * batch * element
 
     def projections(self, slot: int) -> tuple[nn.Linear, nn.Linear]:
+        attention = self._attention(slot)
+        return attention.k_proj, attention.v_proj
+
+    def key_norm(self, slot: int) -> KeyNorm | None:
+        attention = self._attention(slot)
+        norm = getattr(attention, "k_norm", None)
+        return None if norm is None else KeyNorm.of(slot, norm, attention.k_proj.out_features)
+
+    def _attention(self, slot: int) -> Any:
+        """The attention of layer `slot`, whose `k_proj` and `v_proj` project its keys and values."""
         layers: Any = getattr(self.model.base_model, "layers", None)
         attention = None if layers is None else getattr(layers[slot], "self_attn", None)
         if getattr(attention, "kv_a_proj_with_mqa", None) is not None:
@@ -175,8 +199,13 @@ class TransformersEngine(Engine):
                 f"{type(self.model).__name__}: slot {slot} has no projections of its own for keys and values; allowed: "
                 "models with layers.N.self_attn.k_proj and v_proj, as Llama's"
             )
-        _check_plain(slot, getattr(attention, "k_norm", None))
-        return attention.k_proj, attention.v_proj
+        for name, module in attention.named_children():
+            if _OTHER_NORM.fullmatch(name):
+                raise UserError(
+                    f"slot {slot}: its keys or values pass through {name}, {type(module).__name__}; allowed: a norm of "
+                    "keys before RoPE, k_norm"
+                )
+        return attention
 
     def readers(self, slot: int) -> list[SlotReader]:
         layers: Any = getattr(self.model.base_model, "layers", None)
@@ -194,11 +223,6 @@ class TransformersEngine(Engine):
         one = weight.new_ones(1, 1)
         queries = getattr(attention, "q_norm", None) or attention.q_proj
         return [SlotReader(slot, queries, before_mlp, weight.unflatten(1, (-1, attention.head_dim)), one, one)]
-
-
-def _check_plain(slot: int, k_norm: nn.Module | None) -> None:
-    if k_norm is not None:
-        raise UserError(f"slot {slot}: its keys are normalised (qk_norm) and are no product of a weight; allowed: none")
 
 
 def engine_of(model: nn.Module) -> Engine:

@@ -15,6 +15,10 @@ The projection is idempotent: compressing again loses nothing more.
     D Dᵀ = E[x xᵀ]                  Palu, as D is its Cholesky factor; the form is the second moment of y - b
     second moment of y itself       EigenAttention
 
+If a norm with gains g follows the key projection, a token's key is one number times diag(g) (W x + b) (`key_norm.py`).
+The basis is then that of diag(g) [W, b] with inputs [x, 1]. It projects the normalised key, and nothing is subtracted.
+A norm over each head multiplies each head by another number, so each head has its own basis.
+
 Shapes: B batch, n tokens, width = G · D numbers of G KV heads of D channels, r rank.
 """
 

@@ -19,6 +19,7 @@ from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes, Exact
 from cllm.posthoc.eviction import Kept
 from cllm.posthoc.grown import Joiner, join_all
+from cllm.posthoc.key_norm import KeyNorm
 from cllm.posthoc.landmarks import Landmarks
 from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.readers import SlotReader
@@ -85,7 +86,13 @@ class Engine(ABC):
 
     @abstractmethod
     def projections(self, slot: int) -> tuple[nn.Linear, nn.Linear]:
-        """The key and value projections of a slot's owner. Raises `UserError` if keys are not just projected."""
+        """The key and value projections of a slot's owner. Raises `UserError` if it has none. Keys may be normalised
+        after the projection: `key_norm`."""
+
+    @abstractmethod
+    def key_norm(self, slot: int) -> KeyNorm | None:
+        """The norm between a slot's key projection and RoPE, if there is one. Raises `UserError` as `projections`, and
+        if the norm is not an RMSNorm."""
 
     def readers(self, slot: int) -> list[SlotReader]:
         """The layers that read the keys or the values of a slot. Raises `UserError` if one is not plain attention."""

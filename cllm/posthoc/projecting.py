@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PrivateAttr, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from cllm.errors import UserError
 from cllm.posthoc.budget import check_all_sinks, elements_for_ratio, largest
@@ -26,6 +26,7 @@ from cllm.posthoc.fixed_bases import (
     ranks_at,
 )
 from cllm.posthoc.inputs import each_input
+from cllm.posthoc.key_norm import KeyNorm
 from cllm.posthoc.lowrank import low_rank_already
 from cllm.posthoc.method import Codable, Engine, naming
 from cllm.posthoc.rank_search import SHARES, losses_alone, search
@@ -57,7 +58,8 @@ class ProjectingMethod(Codable):
     """Bytes of the uncompressed cache over bytes of the compressed one, at this length and before a quantiser after +;
     `keep` is chosen so. Exactly one of the two."""
     heads: int | None = Field(None, ge=1)
-    """Neighbouring KV heads of a slot that share a basis, the last ones maybe fewer; null: all."""
+    """Neighbouring KV heads of a slot that share a basis, the last ones maybe fewer; null: all. Keys that are
+    normalised head by head have a basis for each head, and more are an error."""
     allocation: Allocation = "uniform"
     """How ranks differ between keys and values of different slots: `uniform`: not; `fisher`: in proportion to the mean
     absolute gradient of the loss in their projections; `progressive`: falling with depth, by the condition numbers of
@@ -232,26 +234,45 @@ class ProjectingMethod(Codable):
         """The losses of `allocation=search`; none for others."""
         if self.allocation != "search":
             return {}
-        modules = {(slot, kind): engine.projections(slot)[kind == "v"] for slot, kind in self._spectra}
+        weights = {(slot, kind): engine.projections(slot)[kind == "v"].weight for slot, kind in self._spectra}
 
         def basis(place: Place, share: float) -> Basis:
-            spectrum, weight = self._spectra[place], modules[place].weight
+            spectrum, weight = self._spectra[place], weights[place]
             found = spectrum.basis(ranks_at(spectrum, 1.0, share), weight.dtype)
             return Basis(found.matrix.to(weight.device), None if found.bias is None else found.bias.to(weight.device))
 
-        return losses_alone(engine, ids, self.sinks, modules, basis)
+        return losses_alone(engine, ids, self.sinks, outputs_of(engine, self._spectra), basis)
 
     def spectra_of_weights(self, engine: Engine, moments: Mapping[int, Tensor] | None) -> dict[Place, Spectrum]:
-        """From forms W M Wᵀ with M (d_model, d_model) of each slot; None: M is the identity."""
+        """From forms W M Wᵀ, of normalised keys G [W, b] M [W, b]ᵀ G with their gains G = diag(g).
+
+        Args:
+            engine: the model.
+            moments: for each slot M (d_model + 1, d_model + 1), of the inputs [x, 1]; None: the identity.
+        """
         found: dict[Place, Spectrum] = {}
         dims = head_dims(engine)
         for slot in engine.slots():
+            key_norm = engine.key_norm(slot)
             for kind, linear in zip(KINDS, engine.projections(slot), strict=True):
-                weight = linear.weight.double()
-                form = weight @ weight.mT if moments is None else weight @ moments[slot].double() @ weight.mT
-                channels = len(form) if self.heads is None else self.heads * dims[slot]
-                found[slot, kind] = Spectrum.of(form, linear.bias, channels)
+                norm = key_norm if kind == "k" else None
+                form = form_of(linear, norm, None if moments is None else moments[slot])
+                channels = self._basis_channels(slot, len(form), dims[slot], norm)
+                found[slot, kind] = Spectrum.of(form, linear.bias if norm is None else None, channels)
         return found
+
+    def _basis_channels(self, slot: int, channels: int, head_dim: int, norm: KeyNorm | None) -> int:
+        """How many of the `channels` of a slot's keys, with a norm or without, or of its values share a basis."""
+        shared = channels if self.heads is None else self.heads * head_dim
+        if norm is None or len(norm.gains) == channels:
+            return shared
+        if "heads" in self.model_fields_set and shared > head_dim:
+            given = "null" if self.heads is None else self.heads
+            raise UserError(
+                f"heads={given}: slot {slot}: the keys of each head are normalised by themselves (qk_norm), so heads "
+                "have no common form; allowed: heads=1, or without heads, which is 1 for these keys"
+            )
+        return head_dim
 
 
 def check_slots(name: str, engine: Engine) -> None:
@@ -281,20 +302,48 @@ def head_dims(engine: Engine) -> dict[int, int]:
 def input_moments(
     engine: Engine, ids: Tensor, sinks: int, form: Literal["products", "sizes"], power: float = 1.0
 ) -> dict[int, Tensor]:
-    """Means over calibration tokens, without sinks, of the inputs x of each slot's projections.
+    """Means over calibration tokens, without sinks, of the inputs [x, 1] of each slot's projections and their biases.
 
     Returns:
-        For each slot `products`: E[x xᵀ] (d_model, d_model); `sizes`: mean |x|^power (d_model,); fp32.
+        For each slot, with n = d_model + 1, `products`: E[[x, 1] [x, 1]ᵀ] (n, n); `sizes`: mean |[x, 1]|^power (n,);
+        fp32.
     """
     means: dict[int, Tensor] = {}
 
     def see(slot: int, x: Tensor) -> None:
-        rows = x[:, sinks:].flatten(0, 1).float()
+        rows = F.pad(x[:, sinks:].flatten(0, 1).float(), (0, 1), value=1.0)
         means[slot] = rows.mT @ rows / len(rows) if form == "products" else rows.abs().pow(power).mean(0)
 
     with each_input(engine, engine.slots(), see):
         engine.hidden(ids, engine.new_cache())
     return means
+
+
+def form_of(linear: nn.Linear, norm: KeyNorm | None, moment: Tensor | None) -> Tensor:
+    """F M Fᵀ (width, width) fp64, with F the projection's weight, or the gains of its norm times [W, b].
+
+    Args:
+        linear: the projection; its bias counts only if there is a norm.
+        norm: of keys.
+        moment: M (d_model + 1, d_model + 1) of [x, 1]; None: the identity.
+    """
+    factor = linear.weight.double()
+    if norm is not None:
+        if linear.bias is not None:
+            factor = torch.cat((factor, linear.bias.double()[:, None]), dim=1)
+        factor = norm.per_channel(len(factor))[:, None] * factor
+    inputs = factor.shape[1]
+    return factor @ factor.mT if moment is None else factor @ moment[:inputs, :inputs].double() @ factor.mT
+
+
+def outputs_of(engine: Engine, places: Iterable[Place]) -> dict[Place, nn.Module]:
+    """The modules whose outputs are the keys before RoPE, and the values, of `places`."""
+
+    def module(slot: int, kind: Kind) -> nn.Module:
+        norm = engine.key_norm(slot) if kind == "k" else None
+        return engine.projections(slot)[kind == "v"] if norm is None else norm.module
+
+    return {(slot, kind): module(slot, kind) for slot, kind in places}
 
 
 @torch.inference_mode(False)

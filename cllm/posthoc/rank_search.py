@@ -44,11 +44,11 @@ def losses_alone(
         engine: the model.
         ids: calibration tokens (B, T).
         sinks: first tokens of a piece whose keys and values stay exact.
-        modules: the projection of each tensor, with outputs (B, T, width).
+        modules: for each tensor the module whose output it is: (B, T, width), (B, T, G, D) or (B, G, T, D).
         basis: of a tensor at a share.
 
     Raises:
-        UserError: if there are fewer than 2 tokens, or a loss is not finite.
+        UserError: if there are fewer than 2 tokens, as many as an output with heads has heads, or a loss is not finite.
     """
     length = min(TOKENS, ids.shape[1])
     pieces = torch.cat([part for part in ids.split(length, dim=1) if part.shape[1] == length])[:PIECES]
@@ -57,9 +57,18 @@ def losses_alone(
 
     def loss(module: nn.Module, of: Basis) -> float:
         def project(_: nn.Module, args: Any, y: Tensor) -> Tensor:
-            rows = of.project(y[:, sinks:].float()) @ of.matrix.float().mT
+            if y.ndim == 4 and y.shape[1] == y.shape[2] > 1:
+                raise UserError(
+                    f"allocation=search: {length} calibration tokens cannot be told from {y.shape[1]} heads; allowed: "
+                    "any other number of tokens"
+                )
+            heads_first = y.ndim == 4 and y.shape[1] != length - 1
+            exact = y.transpose(1, 2) if heads_first else y
+            rows = of.project(exact[:, sinks:].flatten(2).float()) @ of.matrix.float().mT
             rows = rows if of.bias is None else rows + of.bias.float()
-            return torch.cat((y[:, :sinks], rows.to(y.dtype)), dim=1)
+            rows = rows.view(exact[:, sinks:].shape)
+            changed = torch.cat((exact[:, :sinks], rows.to(y.dtype)), dim=1)
+            return changed.transpose(1, 2) if heads_first else changed
 
         handle = module.register_forward_hook(project)
         try:

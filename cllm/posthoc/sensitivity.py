@@ -40,6 +40,9 @@ def sensitivities(engine: Engine, ids: Tensor, user: str) -> Iterator[dict[Place
     """
     try:
         modules = {(slot, kind): engine.projections(slot)[kind == "v"] for slot in engine.slots() for kind in KINDS}
+        for slot in engine.slots():
+            if engine.key_norm(slot) is not None:
+                raise UserError(f"slot {slot}: its keys are normalised after their projection (qk_norm); allowed: none")
     except UserError as error:
         raise UserError(f"{user} needs gradients of keys before RoPE: {error}") from None
     if not modules:

@@ -668,15 +668,6 @@ def test_what_methods_refuse(decoder, design, llama, tokens, filled):
         engine.compress(cache, method)
     with pytest.raises(UserError, match="asvd: allocation=search needs a loss: give 2 or more calibration tokens"):
         parse("asvd:keep=0.5,allocation=search,sinks=0").prepare(engine, text[:, :1])
-    normed_model = decoder(qk_norm=True)
-    normed = engine_of(normed_model)
-    search = "eigenattention:keep=0.5,allocation=search"
-    for spec in ("palu:keep=0.5", "asvd:keep=0.5", "lorc:keep=0.5", search):
-        with pytest.raises(UserError, match=r"keys are normalised \(qk_norm\)"):
-            parse(spec).prepare(normed, text)
-    with pytest.raises(UserError, match=r"recompute: keys and values cannot be computed from the stream: .*normalised"):
-        fill(normed_model, text, "recompute", text)
-    parse("eigenattention:keep=0.5").prepare(normed, text)
     latent = design("mla")
     for spec in ("palu:keep=0.5", "eigenattention:keep=0.5", "recompute", "vfold"):
         with pytest.raises(UserError, match="latent"):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PrivateAttr
-from torch import Tensor
+from torch import Tensor, nn
 
 from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes, Exact
@@ -156,7 +156,7 @@ class CommonKV(Compressor):
     def prepare(self, engine: Engine, ids: Tensor) -> None:
         with naming(self.name):
             for slot in engine.slots():
-                engine.projections(slot)  # raises for a slot without projections
+                _projections(engine, slot)
             if not engine.slots():
                 raise UserError(NOTHING_TO_COMPRESS)
         if self.weights == "equal":
@@ -181,7 +181,7 @@ class CommonKV(Compressor):
         """Record the inputs of the projections while the cache is filled; latents are computed from them."""
         with naming(self.name):
             for slot in engine.slots():
-                k, v = engine.projections(slot)
+                k, v = _projections(engine, slot)
                 self._weights[slot] = (k.weight, v.weight, k.bias, v.bias)
         self._inputs = RecordedInputs()
         with self._inputs.record(engine):
@@ -286,6 +286,16 @@ class CommonKV(Compressor):
         keeps_latents = rank < 2 * tensors.data[group[0]].flatten(2).shape[2]
         others = others_of(index, tokens)
         return [Latents(merged, stored_index, rows(z, others) if keeps_latents else None, tokens) for z in latents]
+
+
+def _projections(engine: Engine, slot: int) -> tuple[nn.Linear, nn.Linear]:
+    """Those of a slot whose keys before RoPE are a product of a weight. Raises `UserError` for others."""
+    if engine.key_norm(slot) is not None:
+        raise UserError(
+            f"slot {slot}: its keys are normalised (qk_norm), and a merged latent gives products of a weight; allowed: "
+            "keys without a norm"
+        )
+    return engine.projections(slot)
 
 
 class _Noise(Compressor):

@@ -28,7 +28,8 @@ class EigenAttention(ProjectingMethod):
     Ranks are the smallest that keep the same share of the sum of singular values. This is the paper's method for models
     with RoPE; without it the paper also stacks queries. Its search for ranks by each layer's error is left out.
 
-    For projections without a bias this equals `palu:heads=null` with the same ranks. Here normalised keys are allowed.
+    For projections without a bias and without a norm on keys this equals `palu:heads=null` with the same ranks. Heads
+    that are normalised by themselves can share a basis here, because it is fitted to keys and not to weights.
     """
 
     allocation: Allocation = "energy"

@@ -33,7 +33,8 @@ class Palu(ProjectingMethod):
     """
 
     heads: int | None = Field(4, ge=1)
-    """Neighbouring KV heads of a slot that share a basis, the last ones maybe fewer; null: all."""
+    """Neighbouring KV heads of a slot that share a basis, the last ones maybe fewer; null: all. Keys that are
+    normalised head by head have a basis for each head, and more are an error."""
     allocation: Allocation = "fisher"
     """`fisher`, the paper's: ranks in proportion to the mean absolute gradient of the loss in a projection. `uniform`:
     one rank; `energy`: as needed for the same share of the singular values; `progressive`: as in `lorc`; `search`: as

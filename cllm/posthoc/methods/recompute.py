@@ -12,12 +12,13 @@ from typing import ClassVar, Literal, Self
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PrivateAttr, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from cllm.errors import UserError
 from cllm.posthoc.budget import check_all_sinks, elements_for_ratio
 from cllm.posthoc.code import Code, Codes, Exact
 from cllm.posthoc.inputs import RecordedInputs
+from cllm.posthoc.key_norm import KeyNorm
 from cllm.posthoc.later_rows import rows_on
 from cllm.posthoc.lowrank import LowRank, ranks_for_budget, right_vectors
 from cllm.posthoc.method import Codable, Engine
@@ -26,15 +27,17 @@ from cllm.posthoc.slots import SlotTensors
 
 
 class Projection:
-    """A weight of the model (width, d_model), which does not count as a cache's tensor, and its bias or None."""
+    """A weight of the model (width, d_model), which does not count as a cache's tensor, and its bias or None; for keys
+    also the norm after it, or None."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        self.weight, self.bias = weight, bias
+    def __init__(self, linear: nn.Linear, norm: KeyNorm | None = None):
+        self.weight, self.norm = linear.weight.detach(), norm
+        self.bias = None if linear.bias is None else linear.bias.detach()
 
 
 @dataclass(frozen=True)
 class Recomputed(Code):
-    """W x + b, of a stored x."""
+    """W x + b, or its norm, of a stored x."""
 
     x: Code
     """(B, n, d_model): the input of the projections, which keys and values share."""
@@ -46,10 +49,11 @@ class Recomputed(Code):
         weight, bias = self.projection.weight, self.projection.bias
         x = self.x.decode()
         y = F.linear(x.to(weight.dtype), weight, bias)
+        y = y if self.projection.norm is None else self.projection.norm(y)
         return y.to(self.dtype).unflatten(-1, self.width)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        if self.projection.bias is not None:
+        if self.projection.bias is not None or self.projection.norm is not None:
             return None
         x = self.x.decode()
         return x, self.projection.weight.to(x.dtype).expand(len(x), -1, -1)
@@ -64,6 +68,8 @@ class Recompute(Codable):
     which is the stream after the layer's norm,
 
         cached: x (d_model numbers),    read: K = RoPE(W_K x + b_K), V = W_V x + b_V
+
+    with the norm of keys (`qk_norm`) between W_K x + b_K and RoPE, if the model has one.
 
     This loses nothing, and for multi-head attention, where keys and values have 2 · d_model numbers, it halves the
     bytes (compare KV-Direct, arXiv 2603.19664). It costs 2 · d_model · 2 · width operations for a token and a read,
@@ -116,12 +122,25 @@ class Recompute(Codable):
         self._inputs, self._projections = RecordedInputs(), {}
         for slot in engine.slots():
             try:
-                k, v = (Projection(p.weight.detach(), p.bias) for p in engine.projections(slot))
+                (k, v), norm = engine.projections(slot), engine.key_norm(slot)
             except UserError as error:
                 raise UserError(f"{self.name}: keys and values cannot be computed from the stream: {error}") from None
-            self._projections[slot] = k, v
+            if norm is not None:
+                self._check_norm(slot)
+            self._projections[slot] = Projection(k, norm), Projection(v)
         with self._inputs.record(engine):
             yield
+
+    def _check_norm(self, slot: int) -> None:
+        """Raise `UserError` if the options need keys of `slot` that are linear in x, which normalised ones are not."""
+        normalised = f"slot {slot}: its keys are normalised (qk_norm)"
+        if self.is_low_rank:
+            raise UserError(f"{self.name}: fit=input: {normalised}, so they are no product of x; allowed: fit=kv")
+        if self.every is not None:
+            raise UserError(
+                f"{self.name}: every={self.every}: {normalised}, so least squares cannot find the inputs of later "
+                "tokens; allowed: without every, or with rank or ratio"
+            )
 
     def release(self) -> None:
         self._inputs = RecordedInputs()
@@ -239,7 +258,7 @@ class Recompute(Codable):
         if rank > joined.shape[2]:
             raise UserError(f"{self.name}: rank={rank}: the inputs have {joined.shape[2]} numbers; allowed: up to that")
         vectors, _ = right_vectors(joined, "gram", rank)
-        maps = []
+        maps: list[Tensor] = []
         for i, part in zip(group, vectors.chunk(len(group), dim=1), strict=True):
             for projection in self._projections[keys.slots[i]]:
                 if projection.bias is not None:

@@ -89,6 +89,9 @@ class PlantedEngine(Engine):
     def projections(self, slot: int) -> tuple[nn.Linear, nn.Linear]:
         raise NotImplementedError
 
+    def key_norm(self, slot: int) -> None:
+        raise NotImplementedError
+
 
 class PlantedSubject(Subject):
     """A subject with the tokenizer of a prepared folder. Its model is a function, a decoder or a transformers model."""

@@ -19,7 +19,7 @@ class _Need:
     used: Callable[[Config], bool]
     """Whether they matter."""
     text: str
-    """What they need to have an effect, such as `optim.schedule wsd`."""
+    """The setting without which they do nothing, such as `optim.schedule wsd`."""
 
 
 def _plain(config: Config) -> bool:

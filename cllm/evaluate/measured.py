@@ -101,7 +101,7 @@ def read_measured(paths: Sequence[str | Path]) -> tuple[list[Measured], list[str
 
 
 def check_names(runs: Iterable[Path]) -> None:
-    """Raise `UserError` for two run folders of one name, whose records could not be told apart."""
+    """Raise `UserError` if two run folders have one name: records carry the name alone."""
     folders: dict[str, Path] = {}
     for path in map(Path.resolve, runs):
         if folders.setdefault(path.name, path) != path:

@@ -18,6 +18,7 @@ from cllm.posthoc.key_norm import KeyNorm
 from cllm.posthoc.projecting import fisher_sizes
 from cllm.posthoc.rank_search import SHARES
 from cllm.posthoc.registry import parse
+from tests.posthoc.filled import fill
 
 PREFIX, LENGTH, SINKS = 20, 28, 4
 
@@ -68,19 +69,6 @@ def normed(llama):
 def normed_design(preset_config, random_model):
     """`normed_design("cla")`: a tiny model of a preset with norms on queries and keys."""
     return lambda name, **more: random_model(preset_config(name, qk_norm=True, **more)).eval().requires_grad_(False)
-
-
-def fill(model, ids, spec, calibration, **padding):
-    """The engine, a filled cache and the method, calibrated and having watched."""
-    engine, method = engine_of(model), parse(spec)
-    method.prepare(engine, calibration)
-    cache = engine.new_cache()
-    with method.watch(engine):
-        if padding:
-            model.hidden(ids, cache=cache, **padding)
-        else:
-            engine.hidden(ids, cache)
-    return engine, cache, method
 
 
 def decode(engine, ids, cache):

@@ -19,21 +19,9 @@ from cllm.posthoc.projecting import fisher_sizes
 from cllm.posthoc.rank_search import SHARES
 from cllm.posthoc.registry import parse
 from cllm.posthoc.token_codes import hadamard
+from tests.posthoc.filled import fill
 
 PREFIX, LENGTH, SINKS = 20, 28, 4
-
-
-def fill(model, ids, spec, calibration, **padding):
-    """The engine, a filled cache and the method, calibrated and having watched."""
-    engine, method = engine_of(model), parse(spec)
-    method.prepare(engine, calibration)
-    cache = engine.new_cache()
-    with method.watch(engine):
-        if padding:
-            model.hidden(ids, cache=cache, **padding)
-        else:
-            engine.hidden(ids, cache)
-    return engine, cache, method
 
 
 def inputs_of(engine, ids):

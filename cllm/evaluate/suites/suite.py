@@ -97,7 +97,7 @@ def perplexity_text(value: float) -> str:
 
 
 def subject_of(record: Record) -> tuple[str | None, str, str | None]:
-    """What tells the subjects of records apart: several may have the name of one run."""
+    """The identity of a record's subject. The name of the run is not enough, since several subjects may have it."""
     return record.get("path"), record["run"], record.get("checkpoint")
 
 

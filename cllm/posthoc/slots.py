@@ -21,8 +21,9 @@ from cllm.posthoc.code import Prefix, Rotation
 from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.sinks import Sinks
 
-TOGETHER = 2**25
-"""Numbers of slots that a method computes on as one tensor at most, which bounds the memory."""
+TOGETHER = {"cpu": 2**20, "cuda": 2**25}
+"""Numbers of several slots that a method computes on as one tensor at most, by the type of the device. A GPU needs much
+work for each kernel, and memory bounds it; a CPU is fastest with tensors that fit its caches."""
 NOTHING_TO_COMPRESS = "nothing to compress: all slots have a window or are recurrent states"
 
 
@@ -75,13 +76,13 @@ class SlotTensors:
         slots alike, and whose kernels are too small for a GPU with one slot each.
 
         Yields:
-            The indices into `slots` of m slots, and a slot (m · B, n, *width) of at most `TOGETHER` numbers, or of one
-            slot as it is. `code.unstack` returns the parts of its code.
+            The indices into `slots` of m slots, and a slot (m · B, n, *width) of at most `TOGETHER` numbers, or one slot
+            as it is. `code.unstack` returns the parts of its code.
         """
         begin = 0
         while begin < len(self.slots):
             first = self.data[begin]
-            most, end = max(TOGETHER // max(first.numel(), 1), 1), begin + 1
+            most, end = max(together(first.device) // max(first.numel(), 1), 1), begin + 1
             while end < min(len(self.slots), begin + most) and _are_alike(first, self.data[end]):
                 end += 1
             members = range(begin, end)
@@ -105,6 +106,11 @@ class SlotTensors:
             return rows * self.is_text[..., None]
         first = self.is_text.int().argmax(dim=1)[:, None, None].expand(-1, 1, rows.shape[-1])
         return torch.where(self.is_text[..., None], rows, rows.gather(1, first))
+
+
+def together(device: torch.device) -> int:
+    """The most numbers of several slots in one tensor on `device`."""
+    return TOGETHER.get(device.type, TOGETHER["cuda"])
 
 
 def _are_alike(one: Tensor, other: Tensor) -> bool:

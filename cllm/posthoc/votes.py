@@ -22,7 +22,7 @@ from cllm.errors import UserError
 from cllm.model.rope import apply_rope
 from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.readers import RecordedQueries, SlotReader, not_recorded
-from cllm.posthoc.slots import CompressibleSlots
+from cllm.posthoc.slots import CompressibleSlots, together
 
 _SCORES = 2**25
 """Scores that are computed at once, which bounds the memory."""
@@ -72,7 +72,8 @@ def layer_votes(
         asked = [queries.of(left[0], tokens)]  # B, m, H, D
         if len(asked[0]) != len(keys[0]):
             raise UserError(not_recorded(user))
-        most = max(_SCORES // max(asked[0][..., 0].numel() * tokens, 1), 1)
+        scores = max(asked[0][..., 0].numel() * tokens, 1)
+        most = max(min(_SCORES, together(keys[0].device)) // scores, 1)
         for layer in left[1:most]:
             k, q = _read_keys(layers[layer], readers, layer), queries.of(layer, tokens)
             shapes, device = (k.shape, q.shape), k.device
@@ -82,10 +83,10 @@ def layer_votes(
                 break
             keys.append(k)
             asked.append(q)
-        together, left = left[: len(keys)], left[len(keys) :]
-        exclude_self = _excludes_self(cached, together[0])
+        alike, left = left[: len(keys)], left[len(keys) :]
+        exclude_self = _excludes_self(cached, alike[0])
         votes = _votes(cached, torch.cat(asked), torch.cat(keys), len(keys), exclude_self, entropy=entropy)
-        found |= zip(together, votes, strict=True)
+        found |= zip(alike, votes, strict=True)
     return found
 
 

@@ -76,7 +76,7 @@ class SlotTensors:
         slots alike, and whose kernels are too small for a GPU with one slot each.
 
         Yields:
-            The indices into `slots` of m slots, and a slot (m · B, n, *width) of at most `TOGETHER` numbers, or one slot
+            The indices into `slots` of m slots, and a slot (m · B, n, *width) of at most `TOGETHER` numbers or one slot
             as it is. `code.unstack` returns the parts of its code.
         """
         begin = 0

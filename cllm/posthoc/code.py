@@ -88,9 +88,13 @@ class Rotation(TensorTree):
 
     def undo(self, k: Tensor) -> Tensor:
         """Keys (B, n, G, D) before RoPE, in fp32: rotated by the negative angles."""
-        cos, sin = self._tables(k.device)
+        return apply_rope(k.float(), self.inverse(k.device))
+
+    def inverse(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The table that undoes the rotation. It is the same for all slots of one length and head dimension."""
+        cos, sin = self._tables(device)
         square = cos.square() + sin.square()  # not 1 under YaRN, which scales cos and sin
-        return apply_rope(k.float(), (cos / square, -sin / square))
+        return cos / square, -sin / square
 
     def redo(self, k: Tensor) -> Tensor:
         """Keys (B, n, G, D) after RoPE, in the dtype of `k`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cllm.cache.slot import Slot
 from cllm.errors import UserError
+from cllm.model.rope import apply_rope
 from cllm.posthoc.code import Prefix, Rotation
 from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.sinks import Sinks
@@ -79,17 +80,10 @@ class SlotTensors:
             The indices into `slots` of m slots, and a slot (m · B, n, *width) of at most `TOGETHER` numbers or one slot
             as it is. `code.unstack` returns the parts of its code.
         """
-        begin = 0
-        while begin < len(self.slots):
-            first = self.data[begin]
-            most, end = max(together(first.device) // max(first.numel(), 1), 1), begin + 1
-            while end < min(len(self.slots), begin + most) and _are_alike(first, self.data[end]):
-                end += 1
-            members = range(begin, end)
-            data = first if len(members) == 1 else torch.cat(self.data[begin:end])
+        for members in _alike(self.data):
+            data = _joined(self.data, members)
             is_text = None if self.is_text is None else self.is_text.repeat(len(members), 1)
-            yield members, dataclasses.replace(self, slots=(self.slots[begin],), data=(data,), is_text=is_text)
-            begin = end
+            yield members, dataclasses.replace(self, slots=(self.slots[members[0]],), data=(data,), is_text=is_text)
 
     def flat(
         self, index: int, *, padding: Literal["zero", "repeat"] = "zero", dtype: torch.dtype = torch.float32
@@ -113,8 +107,25 @@ def together(device: torch.device) -> int:
     return TOGETHER.get(device.type, TOGETHER["cuda"])
 
 
+def _alike(tensors: Sequence[Tensor]) -> Iterator[range]:
+    """Indices of neighbouring tensors that can be computed on together."""
+    begin = 0
+    while begin < len(tensors):
+        first, end = tensors[begin], begin + 1
+        most = max(together(first.device) // max(first.numel(), 1), 1)
+        while end < min(len(tensors), begin + most) and _are_alike(first, tensors[end]):
+            end += 1
+        yield range(begin, end)
+        begin = end
+
+
 def _are_alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+
+
+def _joined(tensors: Sequence[Tensor], members: range) -> Tensor:
+    """The sequences of all `members` in one batch; a single tensor as it is."""
+    return tensors[members[0]] if len(members) == 1 else torch.cat([tensors[i] for i in members])
 
 
 @dataclass(frozen=True)
@@ -215,7 +226,7 @@ class CompressibleSlots:
                 continue
             k, v = (tuple(sinks.without(getattr(self.slots[j], name)) for j in slots) for name in ("k", "v"))
             if before_rope and not latent:
-                k = tuple(self.rotation(j, sinks).undo(t) for j, t in zip(slots, k, strict=True))
+                k = tuple(self._before_rope(slots, k, sinks))
             is_text, dtype = self.is_text(sinks.rest), self.slots[slots[0]].k.dtype
             share = sum(elements[j] for j in slots) / sum(elements.values()) / dtype.itemsize / len(k[0])
             counts = self.cache_bytes * share, incompressible * share
@@ -225,6 +236,19 @@ class CompressibleSlots:
                 keys = dataclasses.replace(keys, cached=cached, rope=self.rope)
             tensors.append((keys, None if latent else SlotTensors("v", slots, v, dtype, is_text, sinks=sinks)))
         return tensors
+
+    def _before_rope(self, slots: Sequence[int], keys: Sequence[Tensor], sinks: Sinks) -> Iterator[Tensor]:
+        """`keys` (B, n, G, D) of `slots` before RoPE, fp32, with one table for all heads of D channels."""
+        tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        for members in _alike(keys):
+            k = _joined(keys, members)
+            place = k.shape[-1], k.device
+            if place not in tables:
+                tables[place] = self.rotation(slots[members[0]], sinks).inverse(k.device)
+            table = tables[place]
+            if len(table[0]) > 1:  # of each sequence, with padding
+                table = table[0].repeat(len(members), 1, 1, 1, 1), table[1].repeat(len(members), 1, 1, 1, 1)
+            yield from apply_rope(k.float(), table).chunk(len(members))
 
 
 def squares(x: Tensor, is_text: Tensor | None) -> Tensor:

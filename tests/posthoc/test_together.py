@@ -60,7 +60,7 @@ def test_slots_together_are_as_one_by_one(spec, plan, padding, decoder, tokens, 
     ("spec", "operation", "times"),
     [
         ("int8", "abs", 2), ("kivi:group=8,residual=8", "amin", 2), ("xquant:group=8,residual=8", "amin", 2),
-        ("turboquant", "bucketize", 2), ("kvquant", "nanmedian", 2), ("kvquant:levels=uniform", "nanmedian", 2),
+        ("turboquant", "bucketize", 2), ("kvquant", "nanmedian", 2), ("kvquant:levels=uniform", "nanmedian", 2), ("kvquant", "cos", 1),
         ("streaming:tokens=20", "sort", 2), ("snapkv:tokens=20,window=4", "_softmax", 1),
         ("snapkv:tokens=20,window=4", "sort", 2), ("entropy:tokens=20,window=4", "_softmax", 1),
     ],

@@ -65,7 +65,7 @@ def make_parser(program: str) -> ConfigParser:
     add("--compression", nargs="+", metavar="PATTERN", help="compressions to try, as patterns of measured specs, "
         "such as 'xkv*' (default: all measured on the design); none: no compression")  # fmt: skip
     add("--losses", nargs="+", type=Path, default=[], metavar="PATH", help="own measurements besides the shipped ones: "
-        "a table in JSON, a sweep's CSV, or a folder of a study's results")  # fmt: skip
+        "a table in JSON, a sweep's CSV, records of evaluate --posthoc, or a folder of a study's results")  # fmt: skip
     add("--no-shipped", action="store_true", help="leave the shipped losses out; decode factors are still used")
     add("--view", choices=VIEWS, default="table", help="heads: cache by KV heads and sharing (default: %(default)s)")
     add(

@@ -20,11 +20,9 @@ from cllm.posthoc.later_rows import absorb_factors
 from cllm.posthoc.lowrank import (
     Algorithm,
     LowRank,
-    Products,
     energy_rank,
     factor_elements,
     fast_rank,
-    multiply,
     padded,
     ranks_for_budget,
     right_vectors,
@@ -33,6 +31,7 @@ from cllm.posthoc.lowrank import (
 from cllm.posthoc.method import Codable, Engine, TensorCoder, naming
 from cllm.posthoc.mixed import choose_widths, code_mixed, column_bits
 from cllm.posthoc.parallel import run_in_parallel
+from cllm.posthoc.products import Products, multiply
 from cllm.posthoc.readers import RecordedQueries, SlotReader
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors

@@ -1,0 +1,221 @@
+"""A basis of the leading right singular subspace of X (n, C), by filtered iteration with XᵀX.
+
+A step multiplies the basis Q (C, r) by a polynomial of XᵀX that is large at the leading squared singular values σ² and
+small at the others, then makes it orthonormal by a Cholesky factor in fp64 (CholeskyQR, Yamamoto et al., 2015):
+
+    Q ← orthonormal(p(XᵀX) Q),    p of degree m, the Chebyshev polynomial on [0, b] (Zhou and Saad, 2007)
+
+b is the mean of the σ² that Q has not found, (‖X‖² - ‖X Q‖²) / (C - r). It is at most about the smallest σ² that Q is to
+find, because the mean of what is left cannot exceed its largest. For b = 0, p is the power m.
+
+Each column is orthogonalised against those before it, so the first columns converge to the leading singular vectors one
+by one. Large σ are therefore gone from the later columns, and several products may follow each other before rounding
+errors in their direction have grown (σ₁² / σ_r²)^m times.
+
+Shapes: B batch, n tokens, C channels, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cllm.posthoc.products import ROUNDING, Products, Split, gram, multiply, tf32
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to iterate."""
+
+    degrees: tuple[int, ...]
+    """Degrees of the polynomials after a first product."""
+    first: int = 1
+    deflated: int = 0
+    """Leading columns against which the others are orthogonalised between the products of a step; 0: no."""
+    halved: bool = True
+    """Compute half of XᵀX."""
+    polished: bool = True
+    """Make the result orthonormal once more, by a step of Newton and Schulz."""
+
+
+WAYS: dict[str, Way | None] = {
+    "plain": None,
+    "1222d32": Way((2, 2, 2), deflated=32),
+    "133d64": Way((3, 3), deflated=64),
+    "133d128": Way((3, 3), deflated=128),
+    "134d128": Way((3, 4), deflated=128),
+    "1223d64": Way((2, 2, 3), deflated=64),
+}
+"""Ways to compare; None: eight plain products, each followed by CholeskyQR."""
+WAY = "plain"
+"""The one that is used."""
+
+_POWERS = 8
+
+
+def power(x: Tensor, rank: int, products: Products) -> Tensor:
+    """(B, C, r) fp32, orthonormal, r at most `rank`. No oversampling: on a GPU, choosing the best of more directions
+    takes longer than more iterations."""
+    way = WAYS[WAY]
+    return _plain(x, rank, products) if way is None else _filtered(x, rank, products, way)
+
+
+# ---- filtered steps --------------------------------------------------------------------------------------------------
+
+
+class Squared:
+    """XᵀX / ‖X‖² as an operator on (B, C, r) fp32.
+
+    XᵀX is computed once if that is less work and products are narrow, as squares in fp32 resolve no more of X than
+    narrow products do. A product with XᵀX is then the sum of three TF32 products of high and low parts, which is about
+    fp32.
+    """
+
+    def __init__(self, x: Tensor, products: Products, *, halved: bool):
+        self.products, self.rounding = products, ROUNDING[products]
+        self.split: Split | None = None
+        if products != "fp32" and x.shape[1] >= x.shape[2]:
+            square = gram(x, products, halved=halved)
+            self.split = Split(square.mul_(_inverse(_trace(square)).float()))
+            self.rounding = 2**-20
+            self.trace = _trace(self.split.high) + _trace(self.split.low)
+        else:
+            self.x = x.bfloat16() if products == "bf16" else x
+            self.rounding = max(self.rounding, 2**-22)
+            square = torch.linalg.vector_norm(self.x.flatten(1), dim=1, dtype=torch.float64).square()[:, None, None]
+            self.scale, self.trace = _inverse(square).float(), (square > 0).double()
+
+    def __call__(self, q: Tensor) -> Tensor:
+        if self.split is not None:
+            return self.split.multiply(q)
+        return multiply(self.x.mT, multiply(self.x, q, self.products), self.products).mul_(self.scale)
+
+
+def _trace(x: Tensor) -> Tensor:
+    """(B, 1, 1) fp64."""
+    return x.diagonal(dim1=1, dim2=2).sum(-1, dtype=torch.float64)[:, None, None]
+
+
+def _inverse(x: Tensor) -> Tensor:
+    """1 / x, or 1 for 0."""
+    return torch.where(x > 0, x, 1).reciprocal()
+
+
+def _filtered(x: Tensor, rank: int, products: Products, way: Way) -> Tensor:
+    squared = Squared(x, products, halved=way.halved)
+    y = squared(random_start(len(x), x.shape[2], min(rank, *x.shape[1:]), x.device).float())
+    for _ in range(1, way.first):
+        y = squared(_deflated(y, y, way.deflated)[1])
+    q = _orthonormal(y)
+    for degree in way.degrees:
+        q = _orthonormal(_polynomial(squared, q, degree, way.deflated))
+    if not way.polished:
+        return _orthonormal(q).contiguous()
+    if way.polished:
+        q = 1.5 * q - multiply(q, multiply(0.5 * q.mT, q, "fp32"), "fp32")
+    return q.contiguous()
+
+
+def _polynomial(squared: Squared, q: Tensor, degree: int, deflated: int) -> Tensor:
+    """p(XᵀX) Q up to a factor, with the recurrence of shifted Chebyshev polynomials of leading coefficient 1:
+
+    p₁ = x - h,  p₂ = (x - h) p₁ - h²/2,  p₃ = (x - h) p₂ - h²/4 p₁, ...    on [0, 2h]
+    """
+    y = squared(q)
+    found = (q * y).sum((1, 2), dtype=torch.float64)[:, None, None]
+    left = squared.trace * (1 - squared.rounding) - found  # what rounding hides counts as found
+    half = (left / max(q.shape[1] - q.shape[2], 1) / 2).clamp(min=0).float()
+    before, y = q, y - half * q
+    for step in range(1, degree):
+        if deflated:
+            before, y = _deflated(before, y, deflated)
+        before, y = y, squared(y) - half * y - half.square() / (2 if step == 1 else 4) * before
+    return y
+
+
+def _deflated(before: Tensor, y: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Both bases with their columns combined such that `y`'s first `count` columns are orthonormal, and its others
+    orthogonal to them."""
+    count = min(count, y.shape[2])
+    gram = y[:, :, :count].mT.double() @ y.double()
+    lengths = _lengths(gram[:, :, :count])[:, :, None]
+    corner = gram[:, :, :count] / lengths / lengths.mT
+    corner.diagonal(dim1=1, dim2=2).add_(1e-14)
+    factor = torch.linalg.cholesky_ex(corner).L * lengths
+    one = torch.eye(count, dtype=gram.dtype, device=gram.device).expand_as(factor)
+    within = torch.linalg.solve_triangular(factor, one, upper=False).mT
+    weights = torch.cat((within, -within @ (within.mT @ gram[:, :, count:])), dim=2).float()
+
+    def combined(part: Tensor) -> Tensor:
+        made = multiply(part[:, :, :count], weights, "fp32")
+        made[:, :, count:] += part[:, :, count:]
+        return made
+
+    return combined(before), combined(y)
+
+
+def _lengths(gram: Tensor) -> Tensor:
+    """(B, r): the lengths of the columns of Y, from YᵀY; 1 for columns of zeros."""
+    squares = gram.diagonal(dim1=1, dim2=2)
+    return torch.where(squares > 0, squares, 1).sqrt()
+
+
+def _orthonormal(y: Tensor) -> Tensor:
+    """A basis (B, C, r) fp32 of the columns of `y` (B, C, r) fp32, Q = Y L⁻ᵀ with L Lᵀ = Yᵀ Y in fp64.
+
+    It is orthonormal up to 1e-16 times the square of the condition number of Y with columns of length 1. If X has rank
+    below r, directions that `y` lacks may be shorter than 1; X is zero in them.
+    """
+    wide = y.double()
+    gram = wide.mT @ wide
+    lengths = _lengths(gram)[:, :, None]
+    gram = gram / lengths / lengths.mT
+    gram.diagonal(dim1=1, dim2=2).add_(1e-14)
+    factor = torch.linalg.cholesky_ex(gram).L * lengths
+    return torch.linalg.solve_triangular(factor, wide.mT, upper=False).mT.float()
+
+
+def random_start(batch: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """(B, rows, columns) normal numbers in fp64, the same in every call on one type of device."""
+    draw = torch.Generator(device).manual_seed(0)
+    return torch.randn(rows, columns, generator=draw, device=device).double().expand(batch, -1, -1)
+
+
+# ---- plain products --------------------------------------------------------------------------------------------------
+
+
+def _plain(x: Tensor, rank: int, products: Products) -> Tensor:
+    apply = _squared(x, products)
+    q = random_start(len(x), x.shape[2], min(rank, *x.shape[1:]), x.device)
+    for _ in range(_POWERS):
+        q = _orthonormal64(apply(q))
+    return _orthonormal64(q).float().contiguous()
+
+
+def _squared(x: Tensor, products: Products) -> Callable[[Tensor], Tensor]:
+    """The function Q -> XᵀX Q in fp64."""
+    if products == "fp32" or x.shape[1] < x.shape[2]:
+        narrow = x.bfloat16() if products == "bf16" else x
+        return lambda q: multiply(narrow.mT, multiply(narrow, q.float(), products), products).double()
+    square = gram(x, products)
+    high = tf32(square)
+    low = square - high
+
+    def apply(q: Tensor) -> Tensor:
+        q = q.float()
+        first = tf32(q)
+        rest = multiply(high, q - first, "tf32") + multiply(low, first, "tf32")
+        return (multiply(high, first, "tf32") + rest).double()
+
+    return apply
+
+
+def _orthonormal64(y: Tensor) -> Tensor:
+    q = y.double()
+    q = q / q.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    gram = q.mT @ q
+    gram.diagonal(dim1=1, dim2=2).add_(1e-14)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, q.mT, upper=False).mT

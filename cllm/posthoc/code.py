@@ -76,11 +76,17 @@ class Rotation(TensorTree):
     starts: Tensor | None
     """(B,) columns of padding before each sequence; positions count from the first token after it."""
 
-    def undo(self, k: Tensor) -> Tensor:
-        """Keys (B, n, G, D) before RoPE, in fp32: rotated by the negative angles."""
-        cos, sin = self._tables(k.device)
+    def undo(self, k: Tensor, back: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Keys (B, n, G, D) before RoPE, in fp32. `back`: the result of `back`, if it is known already."""
+        cos, sin = self.back(k.device) if back is None else back
+        halves = (k if k.itemsize < 4 else k.float()).unflatten(-1, (2, -1))  # B, n, G, 2, D / 2
+        return (halves * cos).addcmul_(halves.flip(-2), sin).flatten(-2)
+
+    def back(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and signed sin of the negative angles, as `rope_table` returns them."""
+        cos, sin = self._tables(device)
         square = cos.square() + sin.square()  # not 1 under YaRN, which scales cos and sin
-        return apply_rope(k.float(), (cos / square, -sin / square))
+        return cos / square, -sin / square
 
     def redo(self, k: Tensor) -> Tensor:
         """Keys (B, n, G, D) after RoPE, in the dtype of `k`."""

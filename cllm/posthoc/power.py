@@ -5,8 +5,8 @@ small at the others, then makes it orthonormal by a Cholesky factor in fp64 (Cho
 
     Q ← orthonormal(p(XᵀX) Q),    p of degree m, the Chebyshev polynomial on [0, b] (Zhou and Saad, 2007)
 
-b is the mean of the σ² that Q has not found, (‖X‖² - ‖X Q‖²) / (C - r). It is at most about the smallest σ² that Q is to
-find, because the mean of what is left cannot exceed its largest. For b = 0, p is the power m.
+b is the mean of the σ² that Q has not found, (‖X‖² - ‖X Q‖²) / (C - r). It is at most about the smallest σ² that Q is
+to find, because the mean of what is left cannot exceed its largest. For b = 0, p is the power m.
 
 Each column is orthogonalised against those before it, so the first columns converge to the leading singular vectors one
 by one. Large σ are therefore gone from the later columns, and several products may follow each other before rounding
@@ -43,11 +43,12 @@ class Way:
 
 WAYS: dict[str, Way | None] = {
     "plain": None,
+    "1222": Way((2, 2, 2)),
     "1222d32": Way((2, 2, 2), deflated=32),
-    "133d64": Way((3, 3), deflated=64),
+    "123d64": Way((2, 3), deflated=64),
     "133d128": Way((3, 3), deflated=128),
     "134d128": Way((3, 4), deflated=128),
-    "1223d64": Way((2, 2, 3), deflated=64),
+    "134d128, all of XX": Way((3, 4), deflated=128, halved=False),
 }
 """Ways to compare; None: eight plain products, each followed by CholeskyQR."""
 WAY = "plain"
@@ -128,26 +129,24 @@ def _polynomial(squared: Squared, q: Tensor, degree: int, deflated: int) -> Tens
     found = (q * y).sum((1, 2), dtype=torch.float64)[:, None, None]
     left = squared.trace * (1 - squared.rounding) - found  # what rounding hides counts as found
     half = (left / max(q.shape[1] - q.shape[2], 1) / 2).clamp(min=0).float()
-    before, y = q, y - half * q
+    before, y = q, y.addcmul_(q, half, value=-1)
     for step in range(1, degree):
         if deflated:
             before, y = _deflated(before, y, deflated)
-        before, y = y, squared(y) - half * y - half.square() / (2 if step == 1 else 4) * before
+        after = squared(y).addcmul_(y, half, value=-1)
+        before, y = y, after.addcmul_(before, half.square(), value=-1 / 2 if step == 1 else -1 / 4)
     return y
 
 
 def _deflated(before: Tensor, y: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Both bases with their columns combined such that `y`'s first `count` columns are orthonormal, and its others
     orthogonal to them."""
-    count = min(count, y.shape[2])
-    gram = y[:, :, :count].mT.double() @ y.double()
-    lengths = _lengths(gram[:, :, :count])[:, :, None]
-    corner = gram[:, :, :count] / lengths / lengths.mT
-    corner.diagonal(dim1=1, dim2=2).add_(1e-14)
-    factor = torch.linalg.cholesky_ex(corner).L * lengths
+    count, wide = min(count, y.shape[2]), y.double()
+    gram = wide[:, :, :count].mT @ wide
+    factor = _cholesky(gram[:, :, :count].clone())
     one = torch.eye(count, dtype=gram.dtype, device=gram.device).expand_as(factor)
-    within = torch.linalg.solve_triangular(factor, one, upper=False).mT
-    weights = torch.cat((within, -within @ (within.mT @ gram[:, :, count:])), dim=2).float()
+    within = torch.linalg.solve_triangular(factor, one, upper=False)  # L⁻¹
+    weights = torch.cat((within.mT, -within.mT @ (within @ gram[:, :, count:])), dim=2).float()
 
     def combined(part: Tensor) -> Tensor:
         made = multiply(part[:, :, :count], weights, "fp32")
@@ -157,12 +156,6 @@ def _deflated(before: Tensor, y: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return combined(before), combined(y)
 
 
-def _lengths(gram: Tensor) -> Tensor:
-    """(B, r): the lengths of the columns of Y, from YᵀY; 1 for columns of zeros."""
-    squares = gram.diagonal(dim1=1, dim2=2)
-    return torch.where(squares > 0, squares, 1).sqrt()
-
-
 def _orthonormal(y: Tensor) -> Tensor:
     """A basis (B, C, r) fp32 of the columns of `y` (B, C, r) fp32, Q = Y L⁻ᵀ with L Lᵀ = Yᵀ Y in fp64.
 
@@ -170,12 +163,14 @@ def _orthonormal(y: Tensor) -> Tensor:
     below r, directions that `y` lacks may be shorter than 1; X is zero in them.
     """
     wide = y.double()
-    gram = wide.mT @ wide
-    lengths = _lengths(gram)[:, :, None]
-    gram = gram / lengths / lengths.mT
-    gram.diagonal(dim1=1, dim2=2).add_(1e-14)
-    factor = torch.linalg.cholesky_ex(gram).L * lengths
-    return torch.linalg.solve_triangular(factor, wide.mT, upper=False).mT.float()
+    return torch.linalg.solve_triangular(_cholesky(wide.mT @ wide), wide.mT, upper=False).mT.float()
+
+
+def _cholesky(gram: Tensor) -> Tensor:
+    """The Cholesky factor L of `gram` (B, r, r) fp64, which is changed. The diagonal is raised by more than rounding
+    errors, so that L exists for columns that depend on each other, and for columns of zeros."""
+    gram.diagonal(dim1=1, dim2=2).mul_(1 + 1e-14).add_(1e-300)
+    return torch.linalg.cholesky_ex(gram).L
 
 
 def random_start(batch: int, rows: int, columns: int, device: torch.device) -> Tensor:

@@ -21,17 +21,17 @@ _PRECISION = Lock()
 """Groups are factorised by several threads, but the precision of fp32 products is a setting of the process."""
 
 
-def multiply(x: Tensor, y: Tensor, products: Products) -> Tensor:
-    """x y in fp32, for operands (B, n, C) and (B, C, r) in fp32 or narrower, rounded to `products` first.
+def multiply(x: Tensor, y: Tensor, products: Products, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x y in `dtype`, for operands (B, n, C) and (B, C, r) in fp32 or narrower, rounded to `products` first.
 
     The precision that the process has set for fp32 products does not matter, and is restored."""
     if products == "bf16":
-        return (x.bfloat16() @ y.bfloat16()).float()
+        return (x.bfloat16() @ y.bfloat16()).to(dtype)
     with _PRECISION:
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if products == "tf32" else "highest")
         try:
-            return x @ y
+            return (x @ y).to(dtype)
         finally:
             torch.set_float32_matmul_precision(before)
 

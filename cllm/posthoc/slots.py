@@ -74,6 +74,12 @@ class SlotTensors:
         """(B, n, C) in `dtype`: tensor `index` with one row per token, padding replaced as by `without_padding`."""
         return self.without_padding(self.data[index].flatten(2).to(dtype), padding)
 
+    def write(self, index: int, out: Tensor) -> None:
+        """Write `flat(index)` into `out` (B, n, C) of any dtype."""
+        out.copy_(self.data[index].flatten(2))
+        if self.is_text is not None:
+            out.mul_(self.is_text[..., None])
+
     def without_padding(self, rows: Tensor, padding: Literal["zero", "repeat"]) -> Tensor:
         """`rows` (B, n, C) with padding replaced: by 0, so that it does not count in sums, or by the first real token,
         so that it does not count in extremes."""
@@ -183,7 +189,11 @@ class CompressibleSlots:
                 continue
             k, v = (tuple(sinks.without(getattr(self.slots[j], name)) for j in slots) for name in ("k", "v"))
             if before_rope and not latent:
-                k = tuple(self.rotation(j, sinks).undo(t) for j, t in zip(slots, k, strict=True))
+                rotations = [self.rotation(j, sinks) for j in slots]
+                # Slots of one length differ in their rotation only if the dimensions of their heads do.
+                dims = {t.shape[-1]: rotation for t, rotation in zip(k, rotations, strict=True)}
+                back = {dim: rotation.back(k[0].device) for dim, rotation in dims.items()}
+                k = tuple(rotation.undo(t, back[t.shape[-1]]) for t, rotation in zip(k, rotations, strict=True))
             is_text, dtype = self.is_text(sinks.rest), self.slots[slots[0]].k.dtype
             share = sum(elements[j] for j in slots) / sum(elements.values()) / dtype.itemsize / len(k[0])
             counts = self.cache_bytes * share, incompressible * share

@@ -324,12 +324,23 @@ class XKV(Codable):
 
     def _weighted(self, group: Group) -> Tensor:
         """(B, n, layers · width): the rows of a group, weighted."""
+        return self._weighted_together([group])
+
+    def _weighted_together(self, groups: list[Group]) -> Tensor:
+        """(groups · B, n, layers · width): the rows of `groups`, which have one shape, weighted."""
         # Products in bf16 read half of the bytes, and cached values are bf16 already.
-        dtype = torch.bfloat16 if self.products == "bf16" else torch.float32
-        rows = [group.tensors.flat(i, dtype=dtype) for i in group.slots]
-        if group.weights:
-            rows = [group.weights[group.tensors.slots[i]].weigh(x) for i, x in zip(group.slots, rows, strict=True)]
-        return torch.cat(rows, dim=-1)
+        narrow = self.products == "bf16" and not groups[0].weights
+        first, slots = groups[0].tensors.data[groups[0].slots[0]], len(groups[0].slots)
+        batch, tokens, width = first.flatten(2).shape
+        shape, dtype = (len(groups) * batch, tokens, slots * width), torch.bfloat16 if narrow else torch.float32
+        x = torch.empty(shape, dtype=dtype, device=first.device)
+        for group, rows in zip(groups, x.split(batch), strict=True):
+            for i, part in zip(group.slots, rows.split(width, dim=2), strict=True):
+                if group.weights:
+                    part.copy_(group.weights[group.tensors.slots[i]].weigh(group.tensors.flat(i)))
+                else:
+                    group.tensors.write(i, part)
+        return x
 
     def _in_parallel(
         self, job: Callable[[list[Group], int | None], object], groups: list[Group], ranks: Sequence[int | None]
@@ -341,14 +352,9 @@ class XKV(Codable):
 
     def _factor(self, groups: list[Group], rank: int | None) -> list[Tensor]:
         """Set the vectors and the spectra of `groups`, which have one shape, and return their weighted rows."""
-        rows = [self._weighted(groups[0])]
-        x, batch = rows[0], len(rows[0])
-        if len(groups) > 1:
-            x = x.new_empty((len(groups) * batch, *x.shape[1:]))
-            x[:batch] = rows[0]
-            rows = [x[i : i + batch] for i in range(0, len(x), batch)]
-            for group, part in zip(groups[1:], rows[1:], strict=True):
-                part.copy_(self._weighted(group))
+        x = self._weighted_together(groups)
+        batch = len(x) // len(groups)
+        rows = list(x.split(batch))
         if groups[0].weights:
             scales = [row_weights([group.weights[group.tensors.slots[j]] for j in group.slots]) for group in groups]
             x = torch.cat([part * scale for part, scale in zip(rows, scales, strict=True)])
@@ -374,12 +380,13 @@ class XKV(Codable):
             rank = energy_rank(group.spectrum, self.energy)
         vectors = vectors[..., :rank]
         group.vectors = None
-        rows = multiply(x, vectors, self.products)  # B, n, r
+        dtype = tensors.dtype if self._coder is None else torch.float32
+        rows = multiply(x, vectors, self.products, dtype)  # B, n, r
         # The columns of A differ by orders of magnitude, like channels of keys, so they are coded per column.
         if self._coder is None:
             slot = tensors.data[group.slots[0]]
             rows, vectors = (padded(x, slot, tensors.dtype) for x in (rows, vectors))
-            a: Code = Exact(rows.to(tensors.dtype))
+            a: Code = Exact(rows)
         else:
             a = self._coder.code(rows, "k", tensors.dtype, (rows.shape[2],))
         width = tuple(tensors.data[group.slots[0]].shape[2:])

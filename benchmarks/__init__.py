@@ -8,6 +8,7 @@ posthoc_decode.py    decoding on a compressed cache, and the compression
 posthoc_variants.py  variants of both, each timed, in less than six minutes; its parts:
     posthoc_compression.py  the compression, of several models and by several methods
     variants.py             timed variants of a setting, of which the fastest is kept
+posthoc_methods.py   every method of compression: compressing a cache, and decoding from it
 prefix.py            time to the first token, computed and from a stored prefix
 serve.py             requests to vLLM's server or transformers' scheduler: throughput, and tokens in a cache that binds
 serve_load.py        models, requests and the table of serve.py

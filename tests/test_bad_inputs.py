@@ -37,6 +37,7 @@ COMMANDS = {
     "bench_decode": "benchmarks.decode.__main__",
     "bench_kernels": "benchmarks.kernels.__main__",
     "bench_posthoc_decode": "benchmarks.posthoc_decode",
+    "bench_posthoc_methods": "benchmarks.posthoc_methods",
     "bench_posthoc_variants": "benchmarks.posthoc_variants",
     "half_cache": "experiments.half_cache.__main__",
     "half_cache_scratch": "experiments.half_cache.scratch",

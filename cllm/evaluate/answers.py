@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from cllm.errors import UserError, nearest
-from cllm.evaluate.measured import EXACT, Measured, spec_of
+from cllm.evaluate.measured_model import EXACT, Measured, spec_of
 from cllm.evaluate.score_choice import ScoreChoice, Value, suite_of
 from cllm.evaluate.seeds import group_name
 from cllm.evaluate.suites.suite import Record
@@ -216,7 +216,7 @@ def _perplexities(
     if plain:
         return {EXACT: plain[-1]["perplexity"]}, _text_of(plain[-1])
     if model.loss is not None and set_name is None:
-        return {EXACT: perplexity(model.loss)}, "validation"
+        return {EXACT: perplexity(model.loss)}, model.text
     return {}, ""
 
 
@@ -232,9 +232,7 @@ def _with_one_text(group: Sequence[_Numbers], warnings: list[str]) -> list[_Numb
     return [one if one.text == text else replace(one, perplexities={}, text=text) for one in group]
 
 
-def _with_one_setting(
-    group: Sequence[_Numbers], scores: Sequence[ScoreChoice], warnings: list[str]
-) -> list[_Numbers]:
+def _with_one_setting(group: Sequence[_Numbers], scores: Sequence[ScoreChoice], warnings: list[str]) -> list[_Numbers]:
     """The seeds of a row, with each score by the settings for which most seeds, then most specs, were measured."""
     chosen = list(group)
     for n, score in enumerate(scores):

@@ -132,9 +132,14 @@ def check_padding(model: Decoder, ids: torch.Tensor, full: torch.Tensor) -> None
 
 
 def check_refusal(section: dict[str, Any], error: UserError, random_model) -> None:
-    """One line; and where halves are refused, a model that was built all the same has a parameter without gradient."""
+    """One line; and where halves are refused, a model that was built all the same has a parameter without gradient.
+
+    In a loop the projections of a half that no layer reads may have a gradient from another turn.
+    """
     assert "\n" not in str(error)
     assert str(error).startswith("model: "), error
+    if section["kv"].get("loop"):
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KVPlan, "_check_halves", lambda self: None)
         try:

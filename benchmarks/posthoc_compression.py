@@ -16,7 +16,7 @@ from benchmarks.variants import SECONDS, Variants
 from cllm.cache.cache import KVCache
 from cllm.config import ModelConfig
 from cllm.model.sizes import build_decoder
-from cllm.posthoc import power
+from cllm.posthoc import group, power
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.registry import parse
 
@@ -24,7 +24,7 @@ QUANTISERS = (
     "int8", "fp8", "kivi:bits=4,group=32,residual=32", "kivi:bits=2,group=32,residual=32", "turboquant:bits=4",
     "turboquant:bits=4,sketch=true", "kvquant:bits=4", "kvquant:bits=4,levels=uniform",
 )  # fmt: skip
-PROFILED = ("plain", "134d128")
+PROFILED = ("plain", "134d128", "134d128, joint")
 """Ways of `svd=power` whose kernels are profiled, and which run in threads too."""
 
 
@@ -52,6 +52,7 @@ def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], v
             spec = f"{method},batched={together}".lower()
             row: dict[str, Any] = {}
             power.WAY = way or power.WAY
+            group.JOINT = isinstance(found := power.WAYS[power.WAY], power.Way) and found.joint
             try:
                 seconds = [compress_cache(cache, parse(spec), measure=False).outcome.seconds for _ in range(6)]
                 if way is not None:
@@ -65,7 +66,7 @@ def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], v
                 print(f"{what} {name} failed: {' '.join(str(failure).split())[:150]}", flush=True)
                 continue
             finally:
-                power.WAY = "plain"
+                power.WAY, group.JOINT = "plain", False
             ms = 1000 * sorted(seconds[1:])[2]
             name = f"{method.partition(',')[2][-24:]} {name}" if way is None else f"power {name}, {way}"
             variants.record.add({"what": what, "name": name, "ms": ms, "least_ms": 1000 * min(seconds),

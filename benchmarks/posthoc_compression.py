@@ -59,14 +59,13 @@ def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], v
                     made = compress_cache(cache, parse(spec)).outcome.errors
                     row["largest_error"] = max(max(e.values()) for e in made.values())
                     row["mean_error"] = sum(sum(e.values()) / 2 for e in made.values()) / len(made)
-                if way in PROFILED and together:
-                    profile_compression(cache, spec, variants, f"{what} {way}")
             except Exception as failure:
                 wait(device)
-                print(f"{what} {name} failed: {' '.join(str(failure).split())[:150]}", flush=True)
+                print(f"{what} {name}, {way} failed: {' '.join(str(failure).split())[:150]}", flush=True)
                 continue
-            finally:
-                power.WAY, group.JOINT = "plain", False
+            if way in PROFILED and together:
+                profile_compression(cache, spec, variants, f"{what} {way}")
+            power.WAY, group.JOINT = "plain", False
             ms = 1000 * sorted(seconds[1:])[2]
             name = f"{method.partition(',')[2][-24:]} {name}" if way is None else f"power {name}, {way}"
             variants.record.add({"what": what, "name": name, "ms": ms, "least_ms": 1000 * min(seconds),
@@ -89,9 +88,13 @@ def profile_compression(cache: KVCache, method: str, variants: Variants, name: s
     """Print and keep the total µs, and the number, of each kernel of a compression."""
     on_gpu = variants.device.type == "cuda"
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-    with profile(activities=[activity]) as made:
-        compress_cache(cache, parse(method), measure=False)
-        wait(variants.device)
+    try:
+        with profile(activities=[activity]) as made:
+            compress_cache(cache, parse(method), measure=False)
+            wait(variants.device)
+    except Exception as failure:
+        print(f"{name}: no profile: {' '.join(str(failure).split())[:150]}", flush=True)
+        return
     found = [(e.device_time_total if on_gpu else e.self_cpu_time_total, e.count, e.key) for e in made.key_averages()]
     found.sort(reverse=True)
     total, count = sum(us for us, _, _ in found), sum(count for _, count, _ in found)

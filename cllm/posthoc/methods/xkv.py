@@ -394,10 +394,11 @@ class XKV(Codable):
         else:
             a = self._coder.code(rows, "k", tensors.dtype, (rows.shape[2],))
         width = tuple(tensors.data[group.slots[0]].shape[2:])
-        for i, b in zip(group.slots, vectors.chunk(len(group.slots), dim=1), strict=True):
-            if group.weights:
-                b = group.weights[tensors.slots[i]].unweigh(b)
-            group.codes[i] = LowRank(a, b.to(tensors.dtype, copy=True).contiguous(), width)
+        parts = list(vectors.chunk(len(group.slots), dim=1))
+        if group.weights:
+            parts = [group.weights[tensors.slots[i]].unweigh(b) for i, b in zip(group.slots, parts, strict=True)]
+        for i, b in zip(group.slots, torch.stack(parts).to(tensors.dtype), strict=True):
+            group.codes[i] = LowRank(a, b, width)
 
 
 @register("svd", summary="as xkv, for each slot separately", sweep=("svd:ratio={ratio}",))

@@ -7,7 +7,7 @@ channels, or (R,) for a latent.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,9 @@ from cllm.model.rope import apply_rope
 from cllm.posthoc.landmarks import Landmarks
 from cllm.posthoc.sinks import Sinks
 from cllm.posthoc.tensor_tree import TensorTree
+
+_STACKED = 2**24
+"""Bytes up to which keys of several slots are rotated as one stack, which takes a copy, but few launches."""
 
 
 def smallest_scale(dtype: torch.dtype) -> float:
@@ -76,17 +79,22 @@ class Rotation(TensorTree):
     starts: Tensor | None
     """(B,) columns of padding before each sequence; positions count from the first token after it."""
 
-    def undo(self, k: Tensor, back: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Keys (B, n, G, D) before RoPE, in fp32. `back`: the result of `back`, if it is known already."""
-        cos, sin = self.back(k.device) if back is None else back
-        halves = (k if k.itemsize < 4 else k.float()).unflatten(-1, (2, -1))  # B, n, G, 2, D / 2
-        return (halves * cos).addcmul_(halves.flip(-2), sin).flatten(-2)
+    def undo(self, k: Tensor) -> Tensor:
+        """Keys (B, n, G, D) before RoPE, in fp32: rotated by the negative angles."""
+        return self.undo_all([k])[0]
 
-    def back(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and signed sin of the negative angles, as `rope_table` returns them."""
-        cos, sin = self._tables(device)
+    def undo_all(self, keys: Sequence[Tensor]) -> list[Tensor]:
+        """`undo` of each of `keys`, which have one shape. There is one table for all, and small keys are one stack."""
+        cos, sin = self._tables(keys[0].device)
         square = cos.square() + sin.square()  # not 1 under YaRN, which scales cos and sin
-        return cos / square, -sin / square
+        cos, sin = cos / square, -sin / square
+
+        def rotated(k: Tensor) -> Tensor:
+            halves = (k if k.itemsize < 4 else k.float()).unflatten(-1, (2, -1))  # ..., B, n, G, 2, D / 2
+            return (halves * cos).addcmul_(halves.flip(-2), sin).flatten(-2)
+
+        stacked = len(keys) > 1 and keys[0].nbytes <= _STACKED
+        return list(rotated(torch.stack(list(keys)))) if stacked else [rotated(k) for k in keys]
 
     def redo(self, k: Tensor) -> Tensor:
         """Keys (B, n, G, D) after RoPE, in the dtype of `k`."""

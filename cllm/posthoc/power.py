@@ -32,13 +32,14 @@ class Way:
 
     degrees: tuple[int, ...]
     """Degrees of the polynomials after a first product."""
-    first: int = 1
     deflated: int = 0
     """Leading columns against which the others are orthogonalised between the products of a step; 0: no."""
     halved: bool = True
     """Compute half of XᵀX."""
-    polished: bool = True
-    """Make the result orthonormal once more, by a step of Newton and Schulz."""
+    panel: int = 0
+    """Columns of a Cholesky factor that the library computes at once; 0: all."""
+    joint: bool = False
+    """Keys and values of one shape are one batch (`group.JOINT`, which the benchmark sets)."""
 
 
 WAYS: dict[str, Way | None] = {
@@ -49,6 +50,10 @@ WAYS: dict[str, Way | None] = {
     "133d128": Way((3, 3), deflated=128),
     "134d128": Way((3, 4), deflated=128),
     "134d128, all of XX": Way((3, 4), deflated=128, halved=False),
+    "134d128, panels": Way((3, 4), deflated=128, panel=192),
+    "1222, joint": Way((2, 2, 2), joint=True),
+    "134d128, joint": Way((3, 4), deflated=128, joint=True),
+    "134d128, joint, panels": Way((3, 4), deflated=128, panel=192, joint=True),
 }
 """Ways to compare; None: eight plain products, each followed by CholeskyQR."""
 WAY = "plain"
@@ -108,16 +113,10 @@ def _inverse(x: Tensor) -> Tensor:
 def _filtered(x: Tensor, rank: int, products: Products, way: Way) -> Tensor:
     squared = Squared(x, products, halved=way.halved)
     y = squared(random_start(len(x), x.shape[2], min(rank, *x.shape[1:]), x.device).float())
-    for _ in range(1, way.first):
-        y = squared(_deflated(y, y, way.deflated)[1])
-    q = _orthonormal(y)
+    q = _orthonormal(y, way.panel)
     for degree in way.degrees:
-        q = _orthonormal(_polynomial(squared, q, degree, way.deflated))
-    if not way.polished:
-        return _orthonormal(q).contiguous()
-    if way.polished:
-        q = 1.5 * q - multiply(q, multiply(0.5 * q.mT, q, "fp32"), "fp32")
-    return q.contiguous()
+        q = _orthonormal(_polynomial(squared, q, degree, way.deflated), way.panel)
+    return 1.5 * q - multiply(q, multiply(0.5 * q.mT, q, "fp32"), "fp32")  # a step of Newton and Schulz
 
 
 def _polynomial(squared: Squared, q: Tensor, degree: int, deflated: int) -> Tensor:
@@ -139,14 +138,16 @@ def _polynomial(squared: Squared, q: Tensor, degree: int, deflated: int) -> Tens
 
 
 def _deflated(before: Tensor, y: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Both bases with their columns combined such that `y`'s first `count` columns are orthonormal, and its others
-    orthogonal to them."""
+    """Both bases with their columns combined such that `y`'s first `count` columns are orthogonal, and its others
+    orthogonal to them. The first ones keep their lengths, which may be far from 1."""
     count, wide = min(count, y.shape[2]), y.double()
     gram = wide[:, :, :count].mT @ wide
-    factor = _cholesky(gram[:, :, :count].clone())
+    corner = gram[:, :, :count].clone()
+    factor = _cholesky(corner)
+    lengths = corner.diagonal(dim1=1, dim2=2).sqrt()[:, None]
     one = torch.eye(count, dtype=gram.dtype, device=gram.device).expand_as(factor)
     within = torch.linalg.solve_triangular(factor, one, upper=False)  # L⁻¹
-    weights = torch.cat((within.mT, -within.mT @ (within @ gram[:, :, count:])), dim=2).float()
+    weights = torch.cat((within.mT * lengths, -within.mT @ (within @ gram[:, :, count:])), dim=2).float()
 
     def combined(part: Tensor) -> Tensor:
         made = multiply(part[:, :, :count], weights, "fp32")
@@ -156,21 +157,33 @@ def _deflated(before: Tensor, y: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return combined(before), combined(y)
 
 
-def _orthonormal(y: Tensor) -> Tensor:
+def _orthonormal(y: Tensor, panel: int = 0) -> Tensor:
     """A basis (B, C, r) fp32 of the columns of `y` (B, C, r) fp32, Q = Y L⁻ᵀ with L Lᵀ = Yᵀ Y in fp64.
 
     It is orthonormal up to 1e-16 times the square of the condition number of Y with columns of length 1. If X has rank
     below r, directions that `y` lacks may be shorter than 1; X is zero in them.
     """
     wide = y.double()
-    return torch.linalg.solve_triangular(_cholesky(wide.mT @ wide), wide.mT, upper=False).mT.float()
+    return torch.linalg.solve_triangular(_cholesky(wide.mT @ wide, panel), wide.mT, upper=False).mT.float()
 
 
-def _cholesky(gram: Tensor) -> Tensor:
+def _cholesky(gram: Tensor, panel: int = 0) -> Tensor:
     """The Cholesky factor L of `gram` (B, r, r) fp64, which is changed. The diagonal is raised by more than rounding
     errors, so that L exists for columns that depend on each other, and for columns of zeros."""
     gram.diagonal(dim1=1, dim2=2).mul_(1 + 1e-14).add_(1e-300)
-    return torch.linalg.cholesky_ex(gram).L
+    size = gram.shape[-1]
+    if not 0 < panel < size:
+        return torch.linalg.cholesky_ex(gram).L
+    factor = torch.zeros_like(gram)
+    for begin in range(0, size, panel):
+        end = min(begin + panel, size)
+        corner = torch.linalg.cholesky_ex(gram[:, begin:end, begin:end]).L
+        factor[:, begin:end, begin:end] = corner
+        if end < size:
+            below = torch.linalg.solve_triangular(corner, gram[:, begin:end, end:], upper=False)
+            factor[:, end:, begin:end] = below.mT
+            gram[:, end:, end:] -= below.mT @ below
+    return factor
 
 
 def random_start(batch: int, rows: int, columns: int, device: torch.device) -> Tensor:

@@ -189,11 +189,7 @@ class CompressibleSlots:
                 continue
             k, v = (tuple(sinks.without(getattr(self.slots[j], name)) for j in slots) for name in ("k", "v"))
             if before_rope and not latent:
-                rotations = [self.rotation(j, sinks) for j in slots]
-                # Slots of one length differ in their rotation only if the dimensions of their heads do.
-                dims = {t.shape[-1]: rotation for t, rotation in zip(k, rotations, strict=True)}
-                back = {dim: rotation.back(k[0].device) for dim, rotation in dims.items()}
-                k = tuple(rotation.undo(t, back[t.shape[-1]]) for t, rotation in zip(k, rotations, strict=True))
+                k = self._before_rope(dict(zip(slots, k, strict=True)), sinks)
             is_text, dtype = self.is_text(sinks.rest), self.slots[slots[0]].k.dtype
             share = sum(elements[j] for j in slots) / sum(elements.values()) / dtype.itemsize / len(k[0])
             counts = self.cache_bytes * share, incompressible * share
@@ -203,6 +199,15 @@ class CompressibleSlots:
                 keys = dataclasses.replace(keys, cached=cached, rope=self.rope)
             tensors.append((keys, None if latent else SlotTensors("v", slots, v, dtype, is_text, sinks=sinks)))
         return tensors
+
+    def _before_rope(self, keys: Mapping[int, Tensor], sinks: Sinks) -> tuple[Tensor, ...]:
+        """`keys` (B, n, G, D) by slot, before RoPE. Slots of one shape have one rotation."""
+        undone: dict[int, Tensor] = {}
+        for shape in {k.shape for k in keys.values()}:
+            same = [j for j, k in keys.items() if k.shape == shape]
+            made = self.rotation(same[0], sinks).undo_all([keys[j] for j in same])
+            undone |= dict(zip(same, made, strict=True))
+        return tuple(undone[j] for j in keys)
 
 
 def squares(x: Tensor, is_text: Tensor | None) -> Tensor:

@@ -343,31 +343,35 @@ class XKV(Codable):
         return x
 
     def _in_parallel(
-        self, job: Callable[[list[Group], int | None], object], groups: list[Group], ranks: Sequence[int | None]
+        self, job: Callable[[list[Group], list[int | None]], object], groups: list[Group], ranks: Sequence[int | None]
     ) -> None:
-        """Call `job` with all `groups`, and their rank: with several at once if they are one batch."""
+        """Call `job` with all `groups`, and their ranks: with several at once if they are one batch."""
         device = groups[0].tensors.data[0].device
         jobs = alike(groups, ranks, batched=as_one_batch(self.batched, self.svd, device))
         run_in_parallel([partial(job, *each) for each in jobs], device)
 
-    def _factor(self, groups: list[Group], rank: int | None) -> list[Tensor]:
-        """Set the vectors and the spectra of `groups`, which have one shape, and return their weighted rows."""
+    def _factor(self, groups: list[Group], ranks: list[int | None]) -> list[Tensor]:
+        """Set the vectors and the spectra of `groups`, which have one shape, and return their weighted rows.
+
+        The first columns of a basis of a higher rank are those of a lower one, so the highest of `ranks` counts.
+        """
         x = self._weighted_together(groups)
         batch = len(x) // len(groups)
         rows = list(x.split(batch))
         if groups[0].weights:
             scales = [row_weights([group.weights[group.tensors.slots[j]] for j in group.slots]) for group in groups]
             x = torch.cat([part * scale for part, scale in zip(rows, scales, strict=True)])
+        rank = None if None in ranks else max(rank for rank in ranks if rank is not None)
         vectors, spectrum = right_vectors(x, self.svd, rank, self.products)
         for i, group in enumerate(groups):
             part_of = slice(i * batch, (i + 1) * batch)
             group.vectors, group.spectrum = vectors[part_of], None if spectrum is None else spectrum[part_of]
         return rows
 
-    def _code_together(self, groups: list[Group], rank: int | None) -> None:
+    def _code_together(self, groups: list[Group], ranks: list[int | None]) -> None:
         """Write the codes of the slots of `groups`, which have one shape."""
-        rows = self._factor(groups, rank) if groups[0].vectors is None else [self._weighted(g) for g in groups]
-        for group, x in zip(groups, rows, strict=True):
+        rows = self._factor(groups, ranks) if groups[0].vectors is None else [self._weighted(g) for g in groups]
+        for group, rank, x in zip(groups, ranks, rows, strict=True):
             self._code(group, rank, x)
 
     def _code(self, group: Group, rank: int | None, x: Tensor) -> None:
@@ -390,10 +394,11 @@ class XKV(Codable):
         else:
             a = self._coder.code(rows, "k", tensors.dtype, (rows.shape[2],))
         width = tuple(tensors.data[group.slots[0]].shape[2:])
-        for i, b in zip(group.slots, vectors.chunk(len(group.slots), dim=1), strict=True):
-            if group.weights:
-                b = group.weights[tensors.slots[i]].unweigh(b)
-            group.codes[i] = LowRank(a, b.to(tensors.dtype, copy=True).contiguous(), width)
+        parts = list(vectors.chunk(len(group.slots), dim=1))
+        if group.weights:
+            parts = [group.weights[tensors.slots[i]].unweigh(b) for i, b in zip(group.slots, parts, strict=True)]
+        for i, b in zip(group.slots, torch.stack(parts).to(tensors.dtype), strict=True):
+            group.codes[i] = LowRank(a, b, width)
 
 
 @register("svd", summary="as xkv, for each slot separately", sweep=("svd:ratio={ratio}",))

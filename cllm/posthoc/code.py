@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +55,15 @@ class Code(TensorTree, ABC):
 
 Codes = list[Code | None]
 """One code per slot; None: the tensor is stored as it is."""
+SomeCode = TypeVar("SomeCode", bound=Code)
+
+
+def unstack(code: SomeCode, slots: int) -> list[SomeCode]:
+    """The codes of `slots` slots, one after the other in the batch of `code`, each with memory of its own."""
+    if slots == 1:
+        return [code]
+    size = len(next(code.tensors())) // slots
+    return [code.map(lambda t, first=i * size: t[first : first + size].clone()) for i in range(slots)]  # type: ignore[misc]
 
 
 @dataclass(frozen=True)

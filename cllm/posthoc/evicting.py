@@ -12,7 +12,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
@@ -87,8 +87,8 @@ class Evicting(Codable):
 
     def kept(self, cached: CompressibleSlots) -> Kept:
         unions = self._unions(cached)
-        kept: dict[int, Tensor] = {}
         kept_scores: dict[int, Tensor] = {}
+        evicting: dict[tuple[Any, ...], list[tuple[Union, Tensor]]] = {}
         for union, count in zip(unions, self._budgets(cached, unions), strict=True):
             one = cached.only(union[0])
             length = one.slots[union[0]].k.shape[1]
@@ -97,19 +97,28 @@ class Evicting(Codable):
             scores = self.scores(cached, union).float()
             if self._stores_scores:
                 kept_scores |= dict.fromkeys(union, scores)
-            if count >= length:
-                continue
-            sinks, scores = one.sinks(self.sinks), scores.clone()
-            first = torch.zeros(1, 1, device=scores.device, dtype=torch.long)
-            if (is_text := one.is_text(length)) is not None:
-                first = length - is_text.sum(1)[:, None, None]
-                scores.masked_fill_(~is_text[:, None], -1.0)  # only if there are too few others
-            columns = torch.arange(length, device=scores.device)
-            always = (columns >= first) & (columns < first + sinks.count)
-            always = always | (columns >= first) & (columns >= length - self.recent_tokens(count - sinks.count))
-            entries = best_entries(scores.masked_fill_(always, torch.inf), count)
-            kept |= dict.fromkeys(union, entries)
+            if count < length:
+                evicting.setdefault((count, one.first_column, scores.shape, scores.device), []).append((union, scores))
+        kept: dict[int, Tensor] = {}
+        for (count, *_), alike in evicting.items():
+            entries = self._best(cached.only(alike[0][0][0]), torch.stack([scores for _, scores in alike]), count)
+            for (union, _), of_union in zip(alike, entries, strict=True):
+                kept |= dict.fromkeys(union, of_union)
         return Kept(kept, kept_scores)
+
+    def _best(self, one: CompressibleSlots, scores: Tensor, count: int) -> Tensor:
+        """The entries (unions, B, G or 1, count) that unions of one length keep, by their `scores`
+        (unions, B, G or 1, n); `one` is a slot of that length."""
+        length = scores.shape[-1]
+        sinks = one.sinks(self.sinks)
+        first = torch.zeros(1, 1, device=scores.device, dtype=torch.long)
+        if (is_text := one.is_text(length)) is not None:
+            first = length - is_text.sum(1)[:, None, None]
+            scores = scores.masked_fill(~is_text[:, None], -1.0)  # only if there are too few others
+        columns = torch.arange(length, device=scores.device)
+        always = (columns >= first) & (columns < first + sinks.count)
+        always = always | (columns >= first) & (columns >= length - self.recent_tokens(count - sinks.count))
+        return best_entries(scores.masked_fill(always, torch.inf), count)
 
     # ---- budgets -----------------------------------------------------------------------------------------------------
 
@@ -201,6 +210,11 @@ class Voting(Evicting):
 
     _queries: RecordedQueries = PrivateAttr(default_factory=RecordedQueries)
     _readers: dict[int, list[SlotReader]] = PrivateAttr(default_factory=dict)
+    _votes: dict[Union, list[Votes]] = PrivateAttr(default_factory=dict)
+    """Of the cache whose tokens are chosen."""
+
+    needs_entropy: ClassVar[bool] = False
+    """Whether votes are needed with their entropy."""
 
     @property
     @abstractmethod
@@ -224,8 +238,13 @@ class Voting(Evicting):
     def later_queries(self) -> LaterQueries | None:
         return None if self.every is None else LaterQueries(self._readers, self.observed)
 
-    def votes(self, cached: CompressibleSlots, union: Union, *, entropy: bool = False) -> list[Votes]:
-        """Of all layers that read slots of `union`; with `entropy`, that too."""
+    def votes(self, cached: CompressibleSlots, union: Union) -> list[Votes]:
+        """Of all layers that read slots of `union`. Those of all unions are computed together."""
+        if union not in self._votes:
+            self._votes = self._all_votes(cached)
+        return self._votes[union]
+
+    def _all_votes(self, cached: CompressibleSlots) -> dict[Union, list[Votes]]:
         queries: RecordedQueries | LaterQueries = self._queries
         readers: Mapping[int, Sequence[SlotReader]] = self._readers
         if cached.later is not None:
@@ -235,12 +254,24 @@ class Voting(Evicting):
                 f"{self.name}: tokens of the cache were evicted before, for which no query can vote; allowed: an exact "
                 "cache"
             )
-        layers = sorted({reader.layer for slot in union for reader in readers.get(slot, ())})
-        if not layers:
-            raise UserError(not_recorded(self.name))
-        evicted = {slot: cached.evicted[slot] for slot in union if slot in cached.evicted}
-        read = dataclasses.replace(cached, slots={slot: cached.slots[slot] for slot in union}, evicted=evicted)
-        return [layer_votes(read, readers, queries, layer, self.name, entropy=entropy) for layer in layers]
+        layers: dict[int, CompressibleSlots] = {}
+        of_union: dict[Union, list[int]] = {}
+        for union in self._unions(cached):
+            of_union[union] = sorted({reader.layer for slot in union for reader in readers.get(slot, ())})
+            if not of_union[union]:
+                raise UserError(not_recorded(self.name))
+            evicted = {slot: cached.evicted[slot] for slot in union if slot in cached.evicted}
+            read = dataclasses.replace(cached, slots={slot: cached.slots[slot] for slot in union}, evicted=evicted)
+            layers |= dict.fromkeys(of_union[union], read)
+        votes = layer_votes(layers, readers, queries, self.name, entropy=self.needs_entropy)
+        return {union: [votes[layer] for layer in found] for union, found in of_union.items()}
+
+    def kept(self, cached: CompressibleSlots) -> Kept:
+        self._votes = {}  # a new one, because copies of the method have the old one
+        try:
+            return super().kept(cached)
+        finally:
+            self._votes = {}
 
     def received(self, cached: CompressibleSlots, union: Union) -> Tensor:
         """(B, G, n) fp32: the attention that tokens get, summed over queries, layers, and the heads of a KV head."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,6 +21,9 @@ from cllm.posthoc.code import Prefix, Rotation
 from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.sinks import Sinks
 
+TOGETHER = {"cpu": 2**20, "cuda": 2**25}
+"""Numbers of several slots that a method computes on as one tensor at most, by the type of the device. A GPU needs much
+work for each kernel, and memory bounds it; a CPU is fastest with tensors that fit its caches."""
 NOTHING_TO_COMPRESS = "nothing to compress: all slots have a window or are recurrent states"
 
 
@@ -68,6 +71,26 @@ class SlotTensors:
                 raise UserError(f"group={size}: a group mixes shapes: {seen}; allowed: groups of slots of one shape")
         return groups
 
+    def stacks(self) -> Iterator[tuple[range, SlotTensors]]:
+        """Neighbouring slots of one shape as one slot with the sequences of all: for methods that treat sequences and
+        slots alike, and whose kernels are too small for a GPU with one slot each.
+
+        Yields:
+            The indices into `slots` of m slots, and a slot (m · B, n, *width) of at most `TOGETHER` numbers or one slot
+            as it is. `code.unstack` returns the parts of its code.
+        """
+        begin = 0
+        while begin < len(self.slots):
+            first = self.data[begin]
+            most, end = max(together(first.device) // max(first.numel(), 1), 1), begin + 1
+            while end < min(len(self.slots), begin + most) and _are_alike(first, self.data[end]):
+                end += 1
+            members = range(begin, end)
+            data = first if len(members) == 1 else torch.cat(self.data[begin:end])
+            is_text = None if self.is_text is None else self.is_text.repeat(len(members), 1)
+            yield members, dataclasses.replace(self, slots=(self.slots[begin],), data=(data,), is_text=is_text)
+            begin = end
+
     def flat(
         self, index: int, *, padding: Literal["zero", "repeat"] = "zero", dtype: torch.dtype = torch.float32
     ) -> Tensor:
@@ -89,6 +112,15 @@ class SlotTensors:
             return rows * self.is_text[..., None]
         first = self.is_text.int().argmax(dim=1)[:, None, None].expand(-1, 1, rows.shape[-1])
         return torch.where(self.is_text[..., None], rows, rows.gather(1, first))
+
+
+def together(device: torch.device) -> int:
+    """The most numbers of several slots in one tensor on `device`."""
+    return TOGETHER.get(device.type, TOGETHER["cuda"])
+
+
+def _are_alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
 
 
 @dataclass(frozen=True)

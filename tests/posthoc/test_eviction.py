@@ -166,7 +166,7 @@ def test_budgets_and_scores_of_entropy_take_one_pass_of_votes(decoder, tokens, m
     layers, votes = list[int](), module.layer_votes
 
     def count(*words, **options):
-        layers.append(words[3])
+        layers.extend(words[0])
         return votes(*words, **options)
 
     monkeypatch.setattr(module, "layer_votes", count)

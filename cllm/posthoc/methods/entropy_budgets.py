@@ -4,16 +4,15 @@ more."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
-from pydantic import PrivateAttr
 from torch import Tensor
 
 from cllm.posthoc.evicting import Union, VotingWindow
-from cllm.posthoc.eviction import Kept
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import CompressibleSlots
-from cllm.posthoc.votes import Votes, total_received
+from cllm.posthoc.votes import total_received
 
 
 @register(
@@ -31,34 +30,18 @@ class Entropy(VotingWindow):
     formula of the budget; the proportional one is our reading. In a batch, H is the mean over its sequences.
     """
 
-    _scores: dict[Union, Tensor] = PrivateAttr(default_factory=dict)
-    """Of the cache whose budgets were computed last: one pass over its queries gives both."""
+    needs_entropy: ClassVar[bool] = True
 
     @property
     def chooses_for_batch(self) -> bool:
         return True
 
     def scores(self, cached: CompressibleSlots, union: Union) -> Tensor:
-        if union in self._scores:
-            return self._scores.pop(union)
-        return self._total(self.votes(cached, union))  # with `every`, budgets stay as they were computed for the prompt
-
-    @staticmethod
-    def _total(votes: Sequence[Votes]) -> Tensor:
-        """(B, 1, n): the attention that tokens get, summed over heads."""
-        return total_received(votes).sum(1, keepdim=True)
+        return total_received(self.votes(cached, union)).sum(1, keepdim=True)
 
     def shares_of_budget(self, cached: CompressibleSlots, unions: Sequence[Union]) -> list[float]:
-        spreads = []
-        for union in unions:
-            votes = self.votes(cached, union, entropy=True)
-            self._scores[union] = self._total(votes)
-            spreads.append(torch.stack([vote.entropy for vote in votes if vote.entropy is not None]).mean())
+        spreads = [
+            torch.stack([vote.entropy for vote in self.votes(cached, union) if vote.entropy is not None]).mean()
+            for union in unions
+        ]
         return torch.stack(spreads).clamp(min=1e-6).tolist()
-
-    def kept(self, cached: CompressibleSlots) -> Kept:
-        self._scores = {}  # a new one, because copies of the method have the old one
-        try:
-            return super().kept(cached)
-        finally:
-            self._scores = {}

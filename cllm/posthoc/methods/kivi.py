@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cllm.errors import UserError
-from cllm.posthoc.code import Code, Codes
+from cllm.posthoc.code import Code, Codes, unstack
 from cllm.posthoc.method import Compressor, TensorCoder
 from cllm.posthoc.quantize import Bits, Quantized, grouped, join_packed, pack, quantize
 from cllm.posthoc.registry import register
@@ -40,10 +40,11 @@ class KIVI(Compressor, TensorCoder):
         return self._code_all(keys), [None] * len(keys.slots) if values is None else self._code_all(values)
 
     def _code_all(self, tensors: SlotTensors) -> Codes:
-        return [
-            self.code(tensors.flat(i, padding="repeat"), tensors.kind, tensors.dtype, tuple(tensors.data[i].shape[2:]))
-            for i in range(len(tensors.slots))
-        ]
+        codes: Codes = []
+        for members, stack in tensors.stacks():
+            rows, width = stack.flat(0, padding="repeat"), tuple(stack.data[0].shape[2:])
+            codes += unstack(self._code(rows, tensors.kind, tensors.dtype, width), len(members))
+        return codes
 
     def code(self, rows: Tensor, kind: Literal["k", "v"], dtype: torch.dtype, width: tuple[int, ...]) -> Code:
         return self._code(rows, kind, dtype, width)
@@ -78,23 +79,15 @@ class KIVI(Compressor, TensorCoder):
     def coded_rows(self, rows: int) -> int:
         return max(rows - self.residual, 0) // self.group * self.group
 
-    def _code(
-        self,
-        rows: Tensor,
-        kind: Literal["k", "v"],
-        dtype: torch.dtype,
-        width: tuple[int, ...],
-        codes_of: Quantized | None = None,
-    ) -> Quantized:
-        """The code of `rows` (B, n, C); with `codes_of`, only scale and zero are new, and that one's codes are
-        shared."""
+    def _code(self, rows: Tensor, kind: Literal["k", "v"], dtype: torch.dtype, width: tuple[int, ...]) -> Quantized:
+        """The code of `rows` (B, n, C)."""
         tokens, channels = rows.shape[1:]
         count = self.coded_rows(tokens)  # 0: all rows stay exact
         if kind == "v" and channels % self.group:
             raise UserError(f"{self.name}: group={self.group} does not divide the {channels} channels of a token")
         codes, scale, zero = quantize(grouped(rows[:, :count], kind, self.group), self.bits, dtype)
         scale, zero = self._calibrated(scale, zero)
-        packed = pack(codes.flatten(1), self.bits) if codes_of is None else codes_of.packed
+        packed = pack(codes.flatten(1), self.bits)
         rest = rows[:, count:].to(dtype, copy=True).contiguous()
         return Quantized(packed, scale, zero, rest, kind, self.bits, self.group, width)
 

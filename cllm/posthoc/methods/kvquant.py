@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.posthoc.bit_planes import pack_codes, unpack_codes
-from cllm.posthoc.code import Code, Codes, smallest_scale
+from cllm.posthoc.code import Code, Codes, smallest_scale, unstack
 from cllm.posthoc.grown import first_of, join_all
 from cllm.posthoc.method import Compressor, Engine, naming
 from cllm.posthoc.projecting import FISHER_TOKENS, KINDS, Place, check_tokens
@@ -21,8 +21,6 @@ from cllm.posthoc.registry import register
 from cllm.posthoc.sensitivity import sensitivities
 from cllm.posthoc.slots import SlotTensors
 
-_TOGETHER = 2**26
-"""Numbers of slots that are coded together at most."""
 _BINS = 2048
 """Bins of [-1, 1] in which numbers are counted to fit the levels."""
 
@@ -61,22 +59,17 @@ class DenseAndSparse(Code):
 
 @dataclass(frozen=True)
 class _Split:
-    """m vectors of a slot, with their outliers apart."""
+    """Where the outliers of m vectors (B, m, L) of a slot are, and the range of the other numbers."""
 
-    x: Tensor
-    """(B, m, L) fp32."""
     index: Tensor
     """(B, m, k): positions of the outliers."""
-    counted: Tensor
-    """(B, m, L): numbers that are neither outliers nor padding."""
     middle: Tensor
     """(B, m), in the cache's dtype, as `half`."""
     half: Tensor
-    per_channel: bool
 
-    def unit(self) -> Tensor:
-        """The numbers scaled to [-1, 1], (B, m, L) fp32."""
-        return ((self.x - self.middle.float()[..., None]) / self.half.float()[..., None]).clamp(-1, 1)
+    def unit(self, x: Tensor) -> Tensor:
+        """The vectors `x` (B, m, L) fp32 scaled to [-1, 1]."""
+        return ((x - self.middle.float()[..., None]) / self.half.float()[..., None]).clamp(-1, 1)
 
 
 @register(
@@ -145,9 +138,10 @@ class KVQuant(Compressor):
 
     def _weighted_counts(self, tensors: SlotTensors, gradient: Tensor) -> Tensor:
         """(1, 2048) fp64: the weights F_ii h² of the numbers in each bin, for `gradient` (1, n, C) fp32."""
-        part = self._split(tensors, 0)
-        weights = (gradient.mT if part.per_channel else gradient).double() * part.half.double()[..., None]
-        return count_bins(part.unit(), weights.square() * part.counted)
+        x = _vectors(tensors)
+        part, counted = self._split(tensors, x)
+        weights = (gradient.mT if tensors.kind == "k" else gradient).double() * part.half.double()[..., None]
+        return count_bins(part.unit(x), weights.square() * counted)
 
     @property
     def _bits_v(self) -> int:
@@ -173,16 +167,23 @@ class KVQuant(Compressor):
         """The codes of all slots; `tables`: their levels (B, 2^bits) if they are known."""
         if self.levels == "fisher" and tables is None:
             tables = [self._table(tensors, i) for i in range(len(tensors.slots))]
+        parts, counts = list[_Split](), list[Tensor]()
+        for _, stack in tensors.stacks():
+            x = _vectors(stack)
+            part, counted = self._split(stack, x)
+            parts.append(part)
+            if tables is None and self.levels == "kmeans":
+                counts.append(count_bins(part.unit(x), counted))
+            del x, counted
+        if counts:
+            fitted = levels_of(torch.cat(counts), bits).split([len(of_stack) for of_stack in counts])
         codes: Codes = []
-        together = max(1, _TOGETHER // max(tensors.data[0].numel(), 1))
-        for begin in range(0, len(tensors.slots), together):
-            slots = range(begin, min(begin + together, len(tensors.slots)))
-            parts = [self._split(tensors, i) for i in slots]
-            levels = self._levels(parts, bits) if tables is None else [tables[i] for i in slots]
-            codes += [
-                self._code(tensors, i, part, of_slot, bits)
-                for i, part, of_slot in zip(slots, parts, levels, strict=True)
-            ]
+        for n, (members, stack) in enumerate(tensors.stacks()):
+            if tables is not None:
+                levels = torch.cat([tables[i] for i in members])
+            else:
+                levels = fitted[n] if counts else _equal_steps(stack, bits)
+            codes += unstack(self._code(stack, parts[n], levels, bits), len(members))
         return codes
 
     def _table(self, tensors: SlotTensors, i: int) -> Tensor:
@@ -194,23 +195,13 @@ class KVQuant(Compressor):
             )
         return self._tables[place].to(x.device).repeat(len(x), 1)
 
-    def _levels(self, parts: Sequence[_Split], bits: int) -> list[Tensor]:
-        """The levels (B, 2^bits) fp32 of each slot."""
-        batches = [len(part.x) for part in parts]
-        if self.levels == "uniform":
-            steps = torch.linspace(-1, 1, 2**bits, device=parts[0].x.device)
-            return [steps.repeat(batch, 1) for batch in batches]
-        counts = torch.cat([count_bins(part.unit(), part.counted) for part in parts])
-        return list(levels_of(counts, bits).split(batches))
-
-    def _split(self, tensors: SlotTensors, i: int) -> _Split:
-        """The vectors of slot `i`, with their outliers apart."""
-        rows = tensors.flat(i, padding="repeat")  # B, n, C
-        counted = torch.ones_like(rows, dtype=torch.bool)
-        if tensors.is_text is not None:
-            counted = counted & tensors.is_text[..., None]
+    def _split(self, tensors: SlotTensors, x: Tensor) -> tuple[_Split, Tensor]:
+        """The parts of the vectors `x` (B, m, L) of one slot; and (B, m, L) booleans, True for numbers that are neither
+        outliers nor padding."""
         per_channel = tensors.kind == "k"
-        x, counted = (t.mT.contiguous() if per_channel else t for t in (rows, counted))
+        counted = torch.ones_like(x, dtype=torch.bool)
+        if tensors.is_text is not None:
+            counted = counted & (tensors.is_text[:, None] if per_channel else tensors.is_text[..., None])
         count = round(self.outliers * x.shape[2])
         median = x.masked_fill(~counted, torch.nan).nanmedian(dim=2, keepdim=True).values
         distance = (x - median).abs().masked_fill(~counted, -1)
@@ -226,18 +217,30 @@ class KVQuant(Compressor):
         dtype = tensors.dtype
         middle = ((low + high) / 2).to(dtype)
         half = ((high - low) / 2).clamp(min=smallest_scale(dtype)).to(dtype)
-        return _Split(x, index, dense & counted, middle, half, per_channel)
+        return _Split(index, middle, half), dense & counted
 
-    def _code(self, tensors: SlotTensors, i: int, parts: _Split, levels: Tensor, bits: int) -> DenseAndSparse:
-        """The code of slot `i` with `levels` (B, 2^bits) fp32."""
-        x, index, dtype = parts.x, parts.index, tensors.dtype
+    def _code(self, tensors: SlotTensors, part: _Split, levels: Tensor, bits: int) -> DenseAndSparse:
+        """The code of one slot with `levels` (B, 2^bits) fp32."""
+        x, index, dtype = _vectors(tensors), part.index, tensors.dtype
         levels = levels.to(dtype)
         bounds = (levels.float()[:, 1:] + levels.float()[:, :-1]) / 2
-        codes = torch.searchsorted(bounds, parts.unit().flatten(1)).to(torch.uint8)
+        codes = torch.searchsorted(bounds, part.unit(x).flatten(1)).to(torch.uint8)
         return DenseAndSparse(
-            pack_codes(codes, bits), parts.middle, parts.half, levels, index.to(_index_dtype(x.shape[2])),
-            x.gather(2, index).to(dtype), bits, x.shape[2], parts.per_channel, tuple(tensors.data[i].shape[2:]),
+            pack_codes(codes, bits), part.middle, part.half, levels, index.to(_index_dtype(x.shape[2])),
+            x.gather(2, index).to(dtype), bits, x.shape[2], tensors.kind == "k", tuple(tensors.data[0].shape[2:]),
         )  # fmt: skip
+
+
+def _vectors(tensors: SlotTensors) -> Tensor:
+    """(B, m, L) fp32: the channels of the keys of one slot, or the tokens of its values."""
+    rows = tensors.flat(0, padding="repeat")  # B, n, C
+    return (rows.mT if tensors.kind == "k" else rows).contiguous()
+
+
+def _equal_steps(tensors: SlotTensors, bits: int) -> Tensor:
+    """The levels (B, 2^bits) fp32 of `levels=uniform`."""
+    x = tensors.data[0]
+    return torch.linspace(-1, 1, 2**bits, device=x.device).repeat(len(x), 1)
 
 
 def _levels_in(code: Code) -> Tensor:

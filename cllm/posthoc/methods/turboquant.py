@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cllm.posthoc.bit_planes import pack_codes, unpack_codes
-from cllm.posthoc.code import Code, Codes
+from cllm.posthoc.code import Code, Codes, unstack
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
@@ -129,12 +129,15 @@ class TurboQuant(Compressor):
     """Of Π and S, which are drawn from it and not stored."""
 
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
-        codes: tuple[Codes, Codes] = (
-            [self._code(x, self.bits, sketch=self.sketch) for x in keys.data],
-            [None] * len(keys.slots),
-        )
-        if values is not None:
-            codes[1][:] = [self._code(x, self.bits_v or self.bits, sketch=False) for x in values.data]
+        k = self._code_all(keys, self.bits, sketch=self.sketch)
+        if values is None:
+            return k, [None] * len(keys.slots)
+        return k, self._code_all(values, self.bits_v or self.bits, sketch=False)
+
+    def _code_all(self, tensors: SlotTensors, bits: int, *, sketch: bool) -> Codes:
+        codes: Codes = []
+        for members, stack in tensors.stacks():
+            codes += unstack(self._code(stack.data[0], bits, sketch=sketch), len(members))
         return codes
 
     def _code(self, x: Tensor, bits: int, *, sketch: bool) -> Rotated:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -42,16 +43,23 @@ class XQuant(KIVI):
         return ((1 - 2 * self.eta) * wide).to(scale.dtype), moved.to(zero.dtype)
 
     def _code_all(self, tensors: SlotTensors) -> Codes:
-        start, codes = self.share_k if tensors.kind == "k" else self.share_v, list[Quantized]()
-        for i, data in enumerate(tensors.data):
-            shares = i % 2 == 1 and i >= start and data.shape == tensors.data[i - 1].shape
-            width, rows = tuple(data.shape[2:]), tensors.flat(i, padding="repeat")
-            codes.append(self._code(rows, tensors.kind, tensors.dtype, width, codes[-1] if shares else None))
-        return list(codes)
+        codes = super()._code_all(tensors)
+        for i in range(1, len(codes)):
+            if self._shares(tensors, i):
+                lower, upper = codes[i - 1], codes[i]
+                assert isinstance(lower, Quantized)
+                assert isinstance(upper, Quantized)
+                codes[i] = dataclasses.replace(upper, packed=lower.packed)
+        return codes
+
+    def _shares(self, tensors: SlotTensors, i: int) -> bool:
+        """Whether slot `i` uses the codes of the slot before it."""
+        start = self.share_k if tensors.kind == "k" else self.share_v
+        return i % 2 == 1 and i >= start and tensors.data[i].shape == tensors.data[i - 1].shape
 
     def _extend_all(self, tensors: SlotTensors, codes: Sequence[Code]) -> Codes:
-        start, joined = self.share_k if tensors.kind == "k" else self.share_v, list[Quantized]()
-        for i, (data, code) in enumerate(zip(tensors.data, codes, strict=True)):
-            shares = i % 2 == 1 and i >= start and data.shape == tensors.data[i - 1].shape
-            joined.append(self._extended(code, tensors.flat(i), joined[-1] if shares else None))
+        joined = list[Quantized]()
+        for i, code in enumerate(codes):
+            shared = joined[-1] if self._shares(tensors, i) else None
+            joined.append(self._extended(code, tensors.flat(i), shared))
         return list(joined)

@@ -1,0 +1,79 @@
+"""Slots of one shape are quantised, and voted on, together: the same numbers as one by one, in as few operations."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cllm.posthoc import slots as slots_module
+from cllm.posthoc import votes as votes_module
+from tests.posthoc.filled import fill
+
+QUANTISERS = [
+    "int8", "fp8", "kivi:group=8,residual=8", "xquant:group=8,residual=8", "xquant:group=8,residual=8,share_k=2",
+    "turboquant:bits=3,sketch=true", "kvquant:bits=3", "kvquant:levels=uniform", "kvquant:levels=fisher",
+]  # fmt: skip
+EVICTING = ["streaming:tokens=20", "h2o:tokens=20", "snapkv:tokens=20,window=4", "entropy:tokens=20,window=4"]
+STARTS = torch.tensor([0, 5])
+
+
+class Operations(TorchDispatchMode):
+    """How often each operation of torch runs inside of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def compressed(decoder, tokens, spec, plan, **padding):
+    engine, cache, method = fill(decoder({"preset": plan}), tokens(2, 40), spec, tokens(2, 24, seed=1), **padding)
+    return engine.compress(cache, method)
+
+
+def stored(cache):
+    return {f"{slot}.{name}": t for slot, store in cache.stores.items() for name, t in store.tensors().items()}
+
+
+@pytest.mark.parametrize("padding", [{}, {"starts": STARTS}], ids=["full", "padded"])
+@pytest.mark.parametrize("spec", [*QUANTISERS, *EVICTING])
+@pytest.mark.parametrize("plan", ["mha", "cla", "fusedkv"])
+def test_slots_together_are_as_one_by_one(spec, plan, padding, decoder, tokens, monkeypatch):
+    together = compressed(decoder, tokens, spec, plan, **padding)
+    monkeypatch.setattr(slots_module, "TOGETHER", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(votes_module, "_SCORES", 2 * 4 * 40)  # one query at a time, of one layer
+    alone = compressed(decoder, tokens, spec, plan, **padding)
+    assert together.nbytes() == alone.nbytes()
+    one, other = stored(together), stored(alone)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize(
+    ("spec", "operation", "times"),
+    [
+        ("int8", "abs", 2), ("kivi:group=8,residual=8", "amin", 2), ("xquant:group=8,residual=8", "amin", 2),
+        ("turboquant", "bucketize", 2), ("kvquant", "nanmedian", 2), ("kvquant:levels=uniform", "nanmedian", 2),
+        ("streaming:tokens=20", "sort", 2), ("snapkv:tokens=20,window=4", "_softmax", 1),
+        ("snapkv:tokens=20,window=4", "sort", 2), ("entropy:tokens=20,window=4", "_softmax", 1),
+    ],
+)  # fmt: skip
+def test_an_operation_runs_once_for_all_slots(spec, operation, times, decoder, tokens):
+    """Twice for quantisers, of keys and of values, and for the order of tokens by their scores and then by place."""
+    engine, cache, method = fill(decoder(), tokens(2, 40), spec, tokens(2, 24, seed=1))
+    with Operations() as counted:
+        engine.compress(cache, method, measure=False)
+    assert counted.counts[operation] == times
+
+
+def test_a_stack_has_memory_for_all_its_slots_and_no_more(decoder, tokens):
+    cache = compressed(decoder, tokens, "kivi:group=8,residual=8", "mha")
+    for name, tensor in stored(cache).items():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name

@@ -6,8 +6,10 @@ Each is forked from a server that has imported the training stack, so that a ran
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -32,8 +34,8 @@ _processes.set_forkserver_preload(["cllm.train.run", "cllm.uptrain.student"])
 def run_ranks(number: int, target: Callable[..., None], *arguments: Any) -> list[int | None]:
     """Call `target(rank, *arguments)` in each of `number` processes, and return their exit statuses.
 
-    `target` must be a function of a module. Processes that have not ended after `SECONDS` are killed, and have the
-    status None.
+    `target` must be a function of a module. Processes that have not ended after `SECONDS` print their stacks to stderr
+    and are killed. They have the status None.
     """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
@@ -49,11 +51,16 @@ def run_ranks(number: int, target: Callable[..., None], *arguments: Any) -> list
         process.join(max(deadline - time.monotonic(), 0))
     statuses = [process.exitcode for process in started]
     for process in started:
+        if process.exitcode is None:
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGABRT)
+            process.join(5)
         process.kill()
     return statuses
 
 
 def _enter(variables: dict[str, str], target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     os.environ.update(variables)
     rank = int(variables["RANK"])

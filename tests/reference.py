@@ -313,6 +313,7 @@ class Row:
     """One layer of a table: what it owns, and where its keys and values come from."""
 
     owns: bool
+    heads: int
     size: int | None
     origin: int
     kind: str | None
@@ -329,6 +330,7 @@ class Row:
     local_norm: bool
     local_tied: bool
     how: str | None
+    sink: bool
     parts: list[tuple[object, int | None]]
     weighted: dict[str, bool]
 
@@ -345,6 +347,7 @@ class Row:
             keys = values = "+".join(str(slot) for slot, _ in parts if isinstance(slot, int))
         return cls(
             owns=bool(found["heads"] or found["kind"]),
+            heads=int(found["heads"] or 0),
             size=int(found["size"]) if found["size"] else None,
             origin=int(found["origin"] or layer),
             kind=found["kind"],
@@ -361,6 +364,7 @@ class Row:
             local_norm=bool(found["local_norm"]),
             local_tied=bool(found["local_tied"]),
             how=found["how"],
+            sink=bool(found["sink"]),
             parts=parts,
             weighted={"keys": "w" in keys, "values": "w" in values},
         )
@@ -404,6 +408,7 @@ class SlowDecoder:
     """Logits of one sequence, from a dictionary of weights by name and a table of rows.
 
     `slots[i][t]` is what layer i caches for token t: keys and values of each KV head, or a latent and its RoPE key.
+    `latent` has the widths of all latents, or those of each owner by its layer.
     """
 
     def __init__(self, weights: dict[str, Tensor], rows: list[str], *, n_heads: int, head_dim: int, latent: dict):
@@ -415,8 +420,8 @@ class SlowDecoder:
 
     def by_layers(self, ids: list[int], forward: int = 0, backward: int = 0) -> Tensor:
         """Layer by layer, (T, vocab). Layers that read from above, and those up to the layer they read, are computed
-        forward + backward times, each time with the slots of the time before; the first `forward` times pass on no
-        gradient."""
+        forward + backward times, each time with the slots of the time before, which are zeros for the first time; the
+        first `forward` times pass on no gradient."""
         slots: dict = {}
         xs, i = self.embed(ids), 0
         while i < len(self.layers):
@@ -510,12 +515,16 @@ class SlowDecoder:
         slots["output", i, t] = x
         return x
 
-    def visible(self, i: int, t: int, slots: dict) -> list[int]:
+    def latent_of(self, i: int) -> dict:
+        """The widths of the latent that layer i reads."""
+        return self.latent.get(self.layers[i].keys[0], self.latent)
+
+    def visible(self, i: int, t: int) -> list[int]:
         """The tokens that token t sees in layer i; a layer that reads from above does not see the token itself."""
         row = self.layers[i]
         above = max(row.keys + row.values) > i
         first = 0 if row.window is None else max(0, t - row.window + 1)
-        return [s for s in range(first, t if above else t + 1) if s in slots.get(row.keys[0], {})]
+        return list(range(first, t if above else t + 1))
 
     def project(self, i: int, t: int, x: Tensor, normed: Tensor, slots: dict) -> tuple[list[Tensor], list[Tensor]]:
         source = self.layers[i].input
@@ -560,7 +569,7 @@ class SlowDecoder:
         size = self.size(self.layers[i].keys[0])
         queries = self.linear(i, "attention.q_proj", normed).split(size)
         norm = self.has(i, "attention.q_norm.weight")
-        sink = self.has(i, "attention.sink.weight")
+        sink = self.w(i, "attention.sink.weight") if row.sink else None
         heads = []
         for h, query in enumerate(queries):
             query = rotate(query if norm is None else rms_norm(query, norm, self.eps), t, self.theta)
@@ -596,7 +605,10 @@ class SlowDecoder:
     def read(self, i: int, part: str, sources: list[int], slots: dict, s: int, head: int) -> Tensor:
         """Σ_j w_j ⊙ X_j of one token and KV head, or X_j as it is. One weight may serve a whole head, a rotated pair
         (channels j and j + d/2, keys only) or a channel."""
-        parts = [slots[j][s][0 if part == "keys" else 1][head] for j in sources]
+        parts = []
+        for j in sources:  # in the first pass over a cycle, slots of layers above are zeros
+            slot = slots[j][s][0 if part == "keys" else 1][head] if j in slots else None
+            parts.append(self.weights["embed.weight"].new_zeros(self.size(j)) if slot is None else slot)
         if not self.layers[i].weighted[part]:
             return parts[0]
         weight = self.w(i, f"attention.{part}.weight")  # sources, 1 or heads, channels
@@ -621,12 +633,11 @@ class SlowDecoder:
         size = self.size(self.layers[i].keys[0])
         queries = self.linear(i, "attention.q_proj", normed).split(size)
         norm = self.has(i, "attention.q_norm.weight")
-        seen = self.visible(i, t, slots)
+        seen = self.visible(i, t)
         heads = []
         for h, query in enumerate(queries):
             query = rotate(query if norm is None else rms_norm(query, norm, self.eps), t, self.theta)
-            n_kv = len(slots[row.keys[0]][seen[0]][0]) if seen else 1
-            g = h * n_kv // self.n_heads
+            g = h * self.layers[row.keys[0]].heads // self.n_heads
             keys = [self.read(i, "keys", row.keys, slots, s, g) for s in seen]
             values = [self.read(i, "values", row.values, slots, s, g) for s in seen]
             heads.append(softmax_read(query, keys, values, size))
@@ -634,7 +645,7 @@ class SlowDecoder:
 
     def project_latent(self, i: int, t: int, normed: Tensor) -> tuple[list[Tensor], Tensor]:
         """c = norm(W_DKV h), k_R = RoPE(W_KR h). MLRA: c is cut into blocks, each √(d / r) norm(c_i), r its width."""
-        rank, blocks = self.latent["kv_lora_rank"], self.layers[i].blocks
+        rank, blocks = self.latent.get(i, self.latent)["kv_lora_rank"], self.layers[i].blocks
         both = self.linear(i, "attention.owner.down_proj", normed)
         weights = self.w(i, "attention.owner.norm.weight").chunk(blocks)
         latent = [rms_norm(c, w, self.eps) for c, w in zip(both[:rank].chunk(blocks), weights, strict=True)]
@@ -646,29 +657,30 @@ class SlowDecoder:
         """DeepSeek-V2, eq. 9 to 19: q_i = [W_UQ c_Q; RoPE(W_QR c_Q)], k_i = [W_UK c; k_R], v_i = W_UV c.
 
         MLRA: c_Q is scaled by √(d / r_Q), and n blocks of c give n attentions: o = n^-½ Σ_b o_b."""
-        nope, rope = self.latent["qk_nope_head_dim"], self.latent["qk_rope_head_dim"]
+        widths = self.latent_of(i)
+        nope, rope = widths["qk_nope_head_dim"], widths["qk_rope_head_dim"]
         x = normed
-        if self.latent["q_lora_rank"]:
+        if widths["q_lora_rank"]:
             x = rms_norm(self.linear(i, "attention.q_down_proj", x), self.w(i, "attention.q_norm.weight"), self.eps)
         blocks = self.layers[self.layers[i].keys[0]].blocks
-        if blocks > 1 and self.latent["q_lora_rank"]:
+        if blocks > 1 and widths["q_lora_rank"]:
             x = math.sqrt(len(normed) / len(x)) * x
         queries = self.linear(i, "attention.q_proj", x).split(nope + rope)
-        cached = slots[self.layers[i].keys[0]]
-        seen = self.visible(i, t, slots)
+        cached = slots.get(self.layers[i].keys[0])
+        seen = [] if cached is None else self.visible(i, t)  # a latent of zeros has values of zero
         heads = []
         for h, query in enumerate(queries):
             query = torch.cat((query[:nope], rotate(query[nope:], t, self.theta)))
-            out = torch.zeros(self.latent["v_head_dim"], dtype=query.dtype)
+            out = torch.zeros(widths["v_head_dim"], dtype=query.dtype)
             for block in range(blocks):
                 name = "attention.kv_up_proj" + (f".{block}" if blocks > 1 else "")
                 keys, values = [], []
                 for s in seen:
                     latent, k_rope = cached[s]
-                    up = self.linear(i, name, latent[block]).split(nope + self.latent["v_head_dim"])[h]
+                    up = self.linear(i, name, latent[block]).split(nope + widths["v_head_dim"])[h]
                     keys.append(torch.cat((up[:nope], k_rope)))
                     values.append(up[nope:])
-                out = out + softmax_read(query, keys, values, self.latent["v_head_dim"])
+                out = out + softmax_read(query, keys, values, widths["v_head_dim"])
             heads.append(out / math.sqrt(blocks))
         return heads
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from cllm.errors import UserError, nearest
-from cllm.evaluate.measured import EXACT, Measured, spec_of
+from cllm.evaluate.measured_model import EXACT, Measured, spec_of
 from cllm.evaluate.score_choice import ScoreChoice, Value, suite_of
 from cllm.evaluate.seeds import group_name
 from cllm.evaluate.suites.suite import Record
@@ -116,8 +116,8 @@ def answers(
     groups: dict[str, list[_Numbers]] = {}
     for one in read:
         groups.setdefault(one.model.alike, []).append(one)
-    on_one_text = [_with_one_text(group, warnings) for group in groups.values()]
-    ordered = sorted(on_one_text, key=lambda group: (-(_bytes(group[0], EXACT) or -1), _label(group)))
+    alike = [_with_one_setting(_with_one_text(group, warnings), scores, warnings) for group in groups.values()]
+    ordered = sorted(alike, key=lambda group: (-(_bytes(group[0], EXACT) or -1), _label(group)))
     labels = list(map(_label, ordered))
     if baseline is not None and baseline not in labels:
         raise UserError(f"--baseline {baseline}: not among the rows; {nearest(baseline, labels)}")
@@ -216,7 +216,7 @@ def _perplexities(
     if plain:
         return {EXACT: plain[-1]["perplexity"]}, _text_of(plain[-1])
     if model.loss is not None and set_name is None:
-        return {EXACT: perplexity(model.loss)}, "validation"
+        return {EXACT: perplexity(model.loss)}, model.text
     return {}, ""
 
 
@@ -230,6 +230,30 @@ def _with_one_text(group: Sequence[_Numbers], warnings: list[str]) -> list[_Numb
     if others:
         warnings.append(f"{_label(group)}: perplexity without {', '.join(others)}, measured on another text")
     return [one if one.text == text else replace(one, perplexities={}, text=text) for one in group]
+
+
+def _with_one_setting(group: Sequence[_Numbers], scores: Sequence[ScoreChoice], warnings: list[str]) -> list[_Numbers]:
+    """The seeds of a row, with each score by the settings for which most seeds, then most specs, were measured."""
+    chosen = list(group)
+    for n, score in enumerate(scores):
+        counts: dict[str, tuple[int, int]] = {}
+        for one in group:
+            if one.scores[n]:
+                seeds, specs = counts.get(one.settings[n], (0, 0))
+                counts[one.settings[n]] = seeds + 1, specs + len(one.scores[n])
+        if len(counts) < 2:
+            continue
+        kept = max(counts, key=lambda settings: (*counts[settings], settings))
+        others = [one.model.name for one in group if one.scores[n] and one.settings[n] != kept]
+        warnings.append(
+            f"{_label(group)}: {score.suite.name} without {', '.join(others)}, measured with other options than "
+            f"{_shown(kept)}"
+        )
+        for i, one in enumerate(chosen):
+            if one.settings[n] != kept:
+                empty = tuple({} if k == n else found for k, found in enumerate(one.scores))
+                chosen[i] = replace(one, scores=empty)
+    return chosen
 
 
 def _of_one_setting(
@@ -321,24 +345,35 @@ def _perplexity_cell(
     group: Sequence[_Numbers], spec: str, against: Sequence[_Numbers], *, is_base: bool
 ) -> Cell | None:
     """The mean over seeds, and its change in percent."""
-    values = [one.perplexities[spec] for one in group if spec in one.perplexities]
+    measured = [one for one in group if spec in one.perplexities]
+    values = [one.perplexities[spec] for one in measured]
     if not values:
         return None
     mean = statistics.fmean(values)
+    if against is group:  # of the same seeds
+        against = measured
     exact = [one.perplexities[EXACT] for one in against if EXACT in one.perplexities]
-    comparable = bool(exact) and not is_base and group[0].text == against[0].text
+    comparable = not is_base and group[0].text == against[0].text and bool(exact)
+    if against is measured and len(exact) < len(values):
+        comparable = False
     return Cell(mean, _error(values), 100 * (mean / statistics.fmean(exact) - 1) if comparable else None)
 
 
 def _score_cell(
     score: ScoreChoice, values: Sequence[Value | None], exact: Sequence[Value | None], *, unchanged: bool, same: bool
 ) -> Cell | None:
-    """The mean over seeds with its standard error, and its change; `same`: `exact` has the same seeds."""
-    known, base = ([value for value in some if value is not None] for some in (values, exact))
+    """The mean over seeds with its standard error, and its change; `same`: `exact` has the same seeds.
+
+    Then the change is that of the seeds that have both.
+    """
+    known = [value for value in values if value is not None]
     if not known:
         return None
     mean, error = _over_seeds(known)
-    if not base:
+    if same:
+        exact = [b if a is not None else None for a, b in zip(values, exact, strict=False)]
+    base = [value for value in exact if value is not None]
+    if not base or (same and len(base) < len(known)):
         return Cell(mean, error)
     base_mean, base_error = _over_seeds(base)
     change = mean - base_mean

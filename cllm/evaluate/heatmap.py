@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cllm import tables
 from cllm.errors import UserError
-from cllm.evaluate.measured import Measured
+from cllm.evaluate.measured_model import Measured
 from cllm.evaluate.outputs import write_outputs
 from cllm.evaluate.records import is_number, read_record
 from cllm.evaluate.suites.suite import Number, Record, Suite

@@ -1,8 +1,8 @@
 """Measurements of trained models: records from run folders, studies, result files and tables of sweeps.
 
 Sources are a run folder, a study's folder (or its results/), a folder of records such as runs/evaluation/NAME-HASH,
-one JSON file (a study's result, one record, or `{"rows": [records]}`), and the CSV table of a sweep. Records of one
-run from several sources are put together by the run's name.
+one JSON file (a study's result, one record, `{"rows": [records]}`, or students of an uptraining experiment), and the
+CSV table of a sweep. Records of one run from several sources are put together by the run's name.
 """
 
 from __future__ import annotations
@@ -12,66 +12,25 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cllm.errors import UserError
 from cllm.evaluate.left_out import LeftOut
+from cllm.evaluate.measured_model import Measured
 from cllm.evaluate.points import TRAINED
 from cllm.evaluate.records import check_record, optional_number, read_record
+from cllm.evaluate.students import has_students, read_students
 from cllm.evaluate.suites.suite import Record
-from cllm.evaluate.tasks.suite import AS_IS
 from cllm.files import inside, json_files, shorten
-from cllm.posthoc import UNCOMPRESSED
 from cllm.runs import RunFolder
 from cllm.trust import read_object
 
 log = logging.getLogger(__name__)
 
-EXACT = ""
-"""The spec of the uncompressed cache, whatever its record calls it."""
 _KINDS = {dict: "an object", list: "a list", str: "a text"}
 _STUDY = ("design", "settings", "evaluations", "summary", "seed")
 """Keys of a study's result."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """A trained model, and the records of its measurements."""
-
-    name: str
-    """The run's."""
-    label: str
-    """The design, or the run's name."""
-    alike: str
-    """Equal for runs that differ in their seed only."""
-    kv_bytes: float | None = None
-    """Resident cache in bf16, bytes for each token of context; None: unknown."""
-    kv_vs_mha: float | None = None
-    """The same relative to full attention."""
-    loss: float | None = None
-    """The last validation in training, nats per token."""
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Token budget, learning rate and code version of a study's run, by which runs of one label can differ."""
-    records: tuple[Record, ...] = ()
-
-    def joined(self, other: Measured) -> Measured:
-        """The facts of both, those of the source that knows the cache first, and all records."""
-        first, second = (self, other) if self.kv_bytes is not None else (other, self)
-        return dataclasses.replace(
-            first,
-            kv_bytes=second.kv_bytes if first.kv_bytes is None else first.kv_bytes,
-            kv_vs_mha=second.kv_vs_mha if first.kv_vs_mha is None else first.kv_vs_mha,
-            loss=second.loss if first.loss is None else first.loss,
-            records=(*self.records, *other.records),
-        )
-
-
-def spec_of(record: Record) -> str:
-    """The spec of a record; `EXACT` for an uncompressed cache."""
-    spec = record.get("spec") or EXACT
-    return EXACT if spec in (AS_IS, TRAINED, UNCOMPRESSED) else spec
 
 
 def seedless(config: dict[str, Any]) -> str:
@@ -148,7 +107,9 @@ def _read(path: Path) -> Iterator[Measured]:
     elif path.is_file():
         found = list(_of_file(path))
         if not found:
-            raise UserError(f"{path}: has no records of evaluations; allowed: a study's result, or records in `rows`")
+            raise UserError(
+                f"{path}: has no records of evaluations; allowed: a study's result, students, or records in `rows`"
+            )
         yield from found
     else:
         raise UserError(f"{path}: no such file or folder")
@@ -164,8 +125,14 @@ def _of_run(run: RunFolder) -> Measured:
         kv_bytes=optional_number(summary, run.summary_file, "kv_bytes_per_token", "resident"),
         kv_vs_mha=optional_number(summary, run.summary_file, "kv_vs_mha", "resident"),
         loss=validated[-1] if validated else None,
+        text=_validation_text(config.get("data") or {}),
         records=tuple(records_of_run(run)),
     )
+
+
+def _validation_text(data: dict[str, Any]) -> str:
+    keys = ("path", "validation", "seq_len", "validation_sequences")
+    return f"validation of {', '.join(f'{key} {data.get(key)}' for key in keys)}"
 
 
 def records_of_run(run: RunFolder) -> list[Record]:
@@ -187,6 +154,9 @@ def _of_file(file: Path) -> Iterator[Measured]:
     if all(key in content for key in _STUDY):
         if not content.get("search"):
             yield _of_study(file, content)
+        return
+    if has_students(content):
+        yield from read_students(file, content)
         return
     rows = content.get("rows", [content])
     records: dict[str, list[Record]] = {}
@@ -217,6 +187,7 @@ def _of_study(file: Path, content: dict[str, Any]) -> Measured:
         kv_bytes=optional_number(content, file, "summary", "kv_bytes_per_token", "resident"),
         kv_vs_mha=optional_number(content, file, "summary", "kv_vs_mha", "resident"),
         loss=optional_number(content, file, "loss"),
+        text=f"validation of {content.get('data')}",
         facts=facts,
         records=tuple(record for record in content["evaluations"] if "refused" not in record),
     )

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cllm.errors import UserError
-from cllm.evaluate.measured import EXACT, records_of_run, spec_of
+from cllm.evaluate.measured import records_of_run
+from cllm.evaluate.measured_model import EXACT, spec_of
 from cllm.evaluate.records import is_number, read_record
 from cllm.evaluate.score_choice import ScoreChoice, suite_of
 from cllm.evaluate.suites.registry import suites

@@ -7,7 +7,7 @@ channels, or (R,) for a latent.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,6 +19,9 @@ from cllm.model.rope import apply_rope
 from cllm.posthoc.landmarks import Landmarks
 from cllm.posthoc.sinks import Sinks
 from cllm.posthoc.tensor_tree import TensorTree
+
+_STACKED = 2**24
+"""Bytes up to which keys of several slots are rotated as one stack, which takes a copy, but few launches."""
 
 
 def smallest_scale(dtype: torch.dtype) -> float:
@@ -88,13 +91,20 @@ class Rotation(TensorTree):
 
     def undo(self, k: Tensor) -> Tensor:
         """Keys (B, n, G, D) before RoPE, in fp32: rotated by the negative angles."""
-        return apply_rope(k.float(), self.inverse(k.device))
+        return self.undo_all([k])[0]
 
-    def inverse(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The table that undoes the rotation. It is the same for all slots of one length and head dimension."""
-        cos, sin = self._tables(device)
+    def undo_all(self, keys: Sequence[Tensor]) -> list[Tensor]:
+        """`undo` of each of `keys`, which have one shape. There is one table for all, and small keys are one stack."""
+        cos, sin = self._tables(keys[0].device)
         square = cos.square() + sin.square()  # not 1 under YaRN, which scales cos and sin
-        return cos / square, -sin / square
+        cos, sin = cos / square, -sin / square
+
+        def rotated(k: Tensor) -> Tensor:
+            halves = (k if k.itemsize < 4 else k.float()).unflatten(-1, (2, -1))  # ..., B, n, G, 2, D / 2
+            return (halves * cos).addcmul_(halves.flip(-2), sin).flatten(-2)
+
+        stacked = len(keys) > 1 and keys[0].nbytes <= _STACKED
+        return list(rotated(torch.stack(list(keys)))) if stacked else [rotated(k) for k in keys]
 
     def redo(self, k: Tensor) -> Tensor:
         """Keys (B, n, G, D) after RoPE, in the dtype of `k`."""

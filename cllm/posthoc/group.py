@@ -32,16 +32,21 @@ class Group:
     """(r,): bits of each column of A, for `codes=mixed`."""
 
 
+JOINT = False
+"""Whether a batch has keys and values."""
+
+
 def alike(
     groups: Sequence[Group], ranks: Sequence[int | None], *, batched: bool
-) -> list[tuple[list[Group], int | None]]:
-    """Lists of `groups`, with the rank of each list: those of one kind, shape and rank if `batched`, else lists of
-    one."""
-    found: dict[object, tuple[list[Group], int | None]] = {}
+) -> list[tuple[list[Group], list[int | None]]]:
+    """Lists of `groups`, and of their ranks: those of one shape if `batched`, else lists of one."""
+    found: dict[object, tuple[list[Group], list[int | None]]] = {}
     for i, (group, rank) in enumerate(zip(groups, ranks, strict=True)):
         shapes = tuple(group.tensors.data[j].shape for j in group.slots)
-        key = (group.tensors.kind, shapes, rank) if batched else i
-        found.setdefault(key, ([], rank))[0].append(group)
+        key: object = shapes if JOINT else (group.tensors.kind, shapes, rank)
+        part = found.setdefault(key if batched else i, ([], []))
+        part[0].append(group)
+        part[1].append(rank)
     return list(found.values())
 
 

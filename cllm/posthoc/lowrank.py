@@ -24,9 +24,8 @@ Shapes: B batch, n tokens, C channels, r rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import Literal
 
 import torch
@@ -36,20 +35,16 @@ from torch import Tensor
 from cllm.errors import UserError
 from cllm.posthoc.budget import largest
 from cllm.posthoc.code import Code
+from cllm.posthoc.power import power, random_start
+from cllm.posthoc.products import ROUNDING, Products, multiply
 
 Algorithm = Literal["exact", "gram", "random", "power"]
-Products = Literal["fp32", "tf32", "bf16"]
 
 _OVERSAMPLE = 16
 _ITERATIONS = 4
-_POWERS = 8
-_ROUNDING = {"fp32": 2**-24, "tf32": 2**-11, "bf16": 2**-8}
-"""The relative rounding error of a number in a product."""
 _DIAGONAL = 1e-13
 _ALIGNED = 8
 """Ranks of which multiples are read fast."""
-_PRECISION = Lock()
-"""Groups are factorised by several threads, but the precision of fp32 products is a setting of the process."""
 
 
 def right_vectors(
@@ -68,7 +63,7 @@ def right_vectors(
     if algorithm == "random":
         return _subspace(x, rank, products), None
     if algorithm == "power":
-        return _power(x, rank, products), None
+        return power(x, rank, products), None
     if algorithm == "exact":
         _, values, vt = torch.linalg.svd(x.double(), full_matrices=False)
         return vt[:, :rank].mT.float().contiguous(), values
@@ -81,26 +76,11 @@ def right_vectors(
     return torch.linalg.qr(right).Q.float(), squares.flip(-1).clamp(min=0).sqrt()
 
 
-def multiply(x: Tensor, y: Tensor, products: Products) -> Tensor:
-    """x y in fp32, for operands (B, n, C) and (B, C, r) in fp32 or narrower, rounded to `products` first.
-
-    The precision that the process has set for fp32 products does not matter, and is restored."""
-    if products == "bf16":
-        return (x.bfloat16() @ y.bfloat16()).float()
-    with _PRECISION:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if products == "tf32" else "highest")
-        try:
-            return x @ y
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-
 def _subspace(x: Tensor, rank: int, products: Products) -> Tensor:
     """(B, C, rank). The random start is the same in every call, so results are reproducible."""
     x = x.bfloat16() if products == "bf16" else x
     size = min(rank + _OVERSAMPLE, *x.shape[1:])
-    q = torch.linalg.qr(_drawn(len(x), x.shape[2], size, x.device).float()).Q
+    q = torch.linalg.qr(random_start(len(x), x.shape[2], size, x.device).float()).Q
     shift = q.new_zeros(len(x), 1, 1)
     for _ in range(_ITERATIONS):
         y = multiply(x.mT, multiply(x, q, products), products) - shift * q
@@ -108,53 +88,6 @@ def _subspace(x: Tensor, rank: int, products: Products) -> Tensor:
     small = multiply(x, q, products)  # B, n, size
     _, vectors = torch.linalg.eigh(multiply(small.mT, small, "fp32").double())  # the best directions within q
     return multiply(q, vectors.flip(-1)[..., :rank].float(), "fp32")
-
-
-def _power(x: Tensor, rank: int, products: Products) -> Tensor:
-    """(B, C, rank). No oversampling: on a GPU, choosing the best of more directions takes longer than more
-    iterations."""
-    apply = _squared(x, products)
-    q = _drawn(len(x), x.shape[2], min(rank, *x.shape[1:]), x.device)
-    for _ in range(_POWERS):
-        q = _orthonormal(apply(q))
-    return _orthonormal(q).float().contiguous()
-
-
-def _squared(x: Tensor, products: Products) -> Callable[[Tensor], Tensor]:
-    """The function Q -> XᵀX Q in fp64.
-
-    XᵀX is computed once if that is less work and products are narrow, as squares in fp32 resolve no more of X than
-    narrow products do. A product with XᵀX is the sum of three TF32 products of high and low parts, which is about
-    fp32."""
-    if products == "fp32" or x.shape[1] < x.shape[2]:
-        narrow = x.bfloat16() if products == "bf16" else x
-        return lambda q: multiply(narrow.mT, multiply(narrow, q.float(), products), products).double()
-    square = _gram(x, products)
-    high = _tf32(square)
-    low = square - high
-
-    def apply(q: Tensor) -> Tensor:
-        q = q.float()
-        first = _tf32(q)
-        rest = multiply(high, q - first, "tf32") + multiply(low, first, "tf32")
-        return (multiply(high, first, "tf32") + rest).double()
-
-    return apply
-
-
-def _tf32(x: Tensor) -> Tensor:
-    """`x` in fp32, truncated to the 10 fraction bits of TF32."""
-    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
-
-
-def _gram(x: Tensor, products: Products) -> Tensor:
-    """XᵀX (B, C, C) in fp32, of `x` rounded to `products`."""
-    if products != "bf16":
-        return multiply(x.mT, x, products)
-    narrow = x.bfloat16()
-    if narrow.is_cuda:
-        return torch.bmm(narrow.mT, narrow, out_dtype=torch.float32)
-    return narrow.float().mT @ narrow.float()
 
 
 def _grown(shift: Tensor, y: Tensor, products: Products) -> Tensor:
@@ -165,10 +98,10 @@ def _grown(shift: Tensor, y: Tensor, products: Products) -> Tensor:
     with G = YᵀY, minus the rounding of products: if large singular values hide it, α does not change.
     """
     inverse, total = _inverse_gram(y)
-    power = inverse @ inverse
-    power = power @ power
-    bound = (power @ power).flatten(1).norm(dim=1)[:, None, None] ** (1 / 8)
-    least = ((1 / bound - _DIAGONAL).clamp(min=0).sqrt() - _ROUNDING[products]) * total.sqrt()
+    fourth = inverse @ inverse
+    fourth = fourth @ fourth
+    bound = (fourth @ fourth).flatten(1).norm(dim=1)[:, None, None] ** (1 / 8)
+    least = ((1 / bound - _DIAGONAL).clamp(min=0).sqrt() - ROUNDING[products]) * total.sqrt()
     return torch.maximum(shift, (least.float() + shift) / 2)
 
 
@@ -180,25 +113,6 @@ def _inverse_gram(y: Tensor) -> tuple[Tensor, Tensor]:
     gram = gram / total
     gram.diagonal(dim1=1, dim2=2).add_(_DIAGONAL)
     return torch.cholesky_inverse(torch.linalg.cholesky_ex(gram).L), total
-
-
-def _drawn(batch: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """(B, rows, columns) normal numbers in fp64, the same in every call on one type of device."""
-    draw = torch.Generator(device).manual_seed(0)
-    return torch.randn(rows, columns, generator=draw, device=device).double().expand(batch, -1, -1)
-
-
-def _orthonormal(y: Tensor) -> Tensor:
-    """A basis (B, m, r) fp64 of the columns of `y` (B, m, r), Q = Y L⁻ᵀ with L Lᵀ = Yᵀ Y. It is orthonormal up to an
-    error of the square of Y's condition number, and to rounding if applied twice.
-
-    If X has rank below r, directions that `y` lacks may be shorter than 1; X is zero in them.
-    """
-    q = y.double()
-    q = q / q.norm(dim=1, keepdim=True).clamp(min=1e-300)
-    gram = q.mT @ q
-    gram.diagonal(dim1=1, dim2=2).add_(1e-14)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, q.mT, upper=False).mT
 
 
 def energy_rank(values: Tensor, energy: float) -> int:

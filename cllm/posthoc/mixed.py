@@ -28,7 +28,7 @@ from torch import Tensor
 
 from cllm.posthoc.code import Code
 from cllm.posthoc.group import Group
-from cllm.posthoc.lowrank import multiply
+from cllm.posthoc.products import multiply
 from cllm.posthoc.quantize import Bits, pack, unpack
 from cllm.posthoc.tensor_tree import TensorTree
 

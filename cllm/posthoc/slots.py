@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from cllm.cache.slot import Slot
 from cllm.errors import UserError
-from cllm.model.rope import apply_rope
 from cllm.posthoc.code import Prefix, Rotation
 from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.sinks import Sinks
@@ -80,16 +79,29 @@ class SlotTensors:
             The indices into `slots` of m slots, and a slot (m · B, n, *width) of at most `TOGETHER` numbers or one slot
             as it is. `code.unstack` returns the parts of its code.
         """
-        for members in _alike(self.data):
-            data = _joined(self.data, members)
+        begin = 0
+        while begin < len(self.slots):
+            first = self.data[begin]
+            most, end = max(together(first.device) // max(first.numel(), 1), 1), begin + 1
+            while end < min(len(self.slots), begin + most) and _are_alike(first, self.data[end]):
+                end += 1
+            members = range(begin, end)
+            data = first if len(members) == 1 else torch.cat(self.data[begin:end])
             is_text = None if self.is_text is None else self.is_text.repeat(len(members), 1)
-            yield members, dataclasses.replace(self, slots=(self.slots[members[0]],), data=(data,), is_text=is_text)
+            yield members, dataclasses.replace(self, slots=(self.slots[begin],), data=(data,), is_text=is_text)
+            begin = end
 
     def flat(
         self, index: int, *, padding: Literal["zero", "repeat"] = "zero", dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """(B, n, C) in `dtype`: tensor `index` with one row per token, padding replaced as by `without_padding`."""
         return self.without_padding(self.data[index].flatten(2).to(dtype), padding)
+
+    def write(self, index: int, out: Tensor) -> None:
+        """Write `flat(index)` into `out` (B, n, C) of any dtype."""
+        out.copy_(self.data[index].flatten(2))
+        if self.is_text is not None:
+            out.mul_(self.is_text[..., None])
 
     def without_padding(self, rows: Tensor, padding: Literal["zero", "repeat"]) -> Tensor:
         """`rows` (B, n, C) with padding replaced: by 0, so that it does not count in sums, or by the first real token,
@@ -107,25 +119,8 @@ def together(device: torch.device) -> int:
     return TOGETHER.get(device.type, TOGETHER["cuda"])
 
 
-def _alike(tensors: Sequence[Tensor]) -> Iterator[range]:
-    """Indices of neighbouring tensors that can be computed on together."""
-    begin = 0
-    while begin < len(tensors):
-        first, end = tensors[begin], begin + 1
-        most = max(together(first.device) // max(first.numel(), 1), 1)
-        while end < min(len(tensors), begin + most) and _are_alike(first, tensors[end]):
-            end += 1
-        yield range(begin, end)
-        begin = end
-
-
 def _are_alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
-
-
-def _joined(tensors: Sequence[Tensor], members: range) -> Tensor:
-    """The sequences of all `members` in one batch; a single tensor as it is."""
-    return tensors[members[0]] if len(members) == 1 else torch.cat([tensors[i] for i in members])
 
 
 @dataclass(frozen=True)
@@ -226,7 +221,7 @@ class CompressibleSlots:
                 continue
             k, v = (tuple(sinks.without(getattr(self.slots[j], name)) for j in slots) for name in ("k", "v"))
             if before_rope and not latent:
-                k = tuple(self._before_rope(slots, k, sinks))
+                k = self._before_rope(dict(zip(slots, k, strict=True)), sinks)
             is_text, dtype = self.is_text(sinks.rest), self.slots[slots[0]].k.dtype
             share = sum(elements[j] for j in slots) / sum(elements.values()) / dtype.itemsize / len(k[0])
             counts = self.cache_bytes * share, incompressible * share
@@ -237,18 +232,14 @@ class CompressibleSlots:
             tensors.append((keys, None if latent else SlotTensors("v", slots, v, dtype, is_text, sinks=sinks)))
         return tensors
 
-    def _before_rope(self, slots: Sequence[int], keys: Sequence[Tensor], sinks: Sinks) -> Iterator[Tensor]:
-        """`keys` (B, n, G, D) of `slots` before RoPE, fp32, with one table for all heads of D channels."""
-        tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-        for members in _alike(keys):
-            k = _joined(keys, members)
-            place = k.shape[-1], k.device
-            if place not in tables:
-                tables[place] = self.rotation(slots[members[0]], sinks).inverse(k.device)
-            table = tables[place]
-            if len(table[0]) > 1:  # of each sequence, with padding
-                table = table[0].repeat(len(members), 1, 1, 1, 1), table[1].repeat(len(members), 1, 1, 1, 1)
-            yield from apply_rope(k.float(), table).chunk(len(members))
+    def _before_rope(self, keys: Mapping[int, Tensor], sinks: Sinks) -> tuple[Tensor, ...]:
+        """`keys` (B, n, G, D) by slot, before RoPE. Slots of one shape, on one device, have one rotation."""
+        undone: dict[int, Tensor] = {}
+        for alike in {(k.shape, k.device) for k in keys.values()}:
+            same = [j for j, k in keys.items() if (k.shape, k.device) == alike]
+            made = self.rotation(same[0], sinks).undo_all([keys[j] for j in same])
+            undone |= dict(zip(same, made, strict=True))
+        return tuple(undone[j] for j in keys)
 
 
 def squares(x: Tensor, is_text: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -31,14 +32,14 @@ def colours(labels: Sequence[str]) -> dict[str, str]:
     return {name: to_hex(few(i) if len(names) <= 10 else many((i + 0.5) / len(names))) for i, name in enumerate(names)}
 
 
-def curves_figure(summary: Summary, rows: Sequence[Row], tag: str, what: str) -> Figure:
-    """Draw a tag of validation against tokens, the mean of a row's seeds as a line, each seed thinly."""
+def curves_figure(summary: Summary, rows: Sequence[Row], tag: str, what: str, unit: str = "nats per token") -> Figure:
+    """Draw a tag of the training against tokens, the mean of a row's seeds as a line, each seed thinly."""
     from matplotlib.ticker import EngFormatter
 
     figure, axes = new_figure(9, 5.5, f"{what} against training tokens")
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.set_xlabel("tokens")
-    axes.set_ylabel(f"{what}, nats per token")
+    axes.set_ylabel(f"{what}, {unit}")
     colour = colours([row.label for row in summary.rows])
     shown = []
     for row in rows:
@@ -95,7 +96,8 @@ def scores_figure(summary: Summary) -> Figure | None:
     for n, (score, means) in enumerate(shown):
         axes = figure.add_subplot(lines, columns, n + 1)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(textwrap.fill(f"{score.label}: {score.head}", _TITLE_WIDTH), loc="left", fontsize=7)
+        title = re.sub(r",(?=\S)", ", ", f"{score.label}: {score.head}")  # lines end at spaces
+        axes.set_title(textwrap.fill(title, _TITLE_WIDTH), loc="left", fontsize=7)
         for i, (label, mean) in enumerate(means.items()):
             axes.errorbar(i, mean.mean, yerr=_bar(mean), fmt="o", color=colour[label], markersize=5, capsize=3)
         axes.set_xticks(range(len(means)), list(means), rotation=40, ha="right", fontsize=7)

@@ -1,25 +1,30 @@
 """The report of a study, from its folder of results alone: Markdown, JSON, figures and TensorBoard events.
 
-No checkpoint and no data are read. The same results give the same bytes.
+No checkpoint and no data are read. The same results, and files of `beside`, give the same bytes.
 """
 
 from __future__ import annotations
 
 import calendar
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from cllm.config.suites import SuiteSchedule
 from cllm.evaluate.outputs import png
+from cllm.evaluate.suites.registry import suites
+from cllm.evaluate.tasks.suite import TaskSuite
 from cllm.files import RESULTS, mark_new, write_atomic
 from cllm.study import events, figures
+from cllm.study.beside import beside
 from cllm.study.busy import busy_lines, busy_shares, read_sessions
 from cllm.study.layout import Layout
 from cllm.study.overview import overview
-from cllm.study.results import Result, read_results
+from cllm.study.results import SUITE, Result, read_results
 from cllm.study.schema import Study, count_text
 from cllm.study.statistics import Mean
 from cllm.study.summary import Row, Summary, summarise
@@ -39,14 +44,14 @@ def write_report(study: Study, layout: Layout, only: Sequence[str] = ()) -> list
     """Write the report into the study's folder. Returns the paths of its files.
 
     Raises:
-        UserError: if there is no result of the study.
+        UserError: if there is no result of the study, and for files of `beside` that cannot be read.
     """
     summary = summarise(study, read_results(layout.results), only)
     summary = replace(summary, busy=tuple(busy_shares(read_sessions(layout.sessions, summary.code))))
     folder = layout.report
     mark_new(folder, RESULTS)
     pictures = {f"{name}.png": png(figure) for name, figure in _figures(summary).items() if figure is not None}
-    text = report_text(summary, list(pictures))
+    text = report_text(summary, list(pictures), beside(summary, layout.results))
     contents: dict[str, str | bytes] = {
         "report.md": text,
         "report.json": json.dumps(report_data(summary), indent=1) + "\n",
@@ -67,15 +72,33 @@ def _figures(summary: Summary) -> dict[str, Any]:
         found[f"pareto{end}"] = figures.pareto_figure(summary, rows)
         if any(row.curve(AR_LOSS) for row in rows):
             found[f"ar_loss{end}"] = figures.curves_figure(summary, rows, AR_LOSS, "Associative-recall loss")
+        for label, tag, head in _probed(rows):
+            name = re.sub(r"[^A-Za-z0-9._-]", "-", label)
+            found[f"{name}{end}"] = figures.curves_figure(summary, rows, tag, label, head)
     found["scores"] = figures.scores_figure(summary)
     return found
+
+
+def _probed(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """(label, tag, title) of the main number of each of `evaluate_suites` that a row has."""
+    found: dict[str, tuple[str, str, str]] = {}
+    for row in rows:
+        for entry in row.first.content["config"].get("evaluate_suites") or []:
+            schedule = SuiteSchedule.model_validate(entry)
+            suite = suites().get(schedule.suite.partition(":")[0].strip())
+            if isinstance(suite, TaskSuite):
+                head = next(number.head for number in suite.numbers if number.key == suite.main)
+                tag = f"{SUITE}{schedule.label}/{suite.main}"
+                if row.curve(tag):
+                    found[tag] = schedule.label, tag, head
+    return list(found.values())
 
 
 # ---- Markdown
 
 
-def report_text(summary: Summary, pictures: Sequence[str]) -> str:
-    """The report in Markdown."""
+def report_text(summary: Summary, pictures: Sequence[str], others: Sequence[str] = ()) -> str:
+    """The report in Markdown; `others` is the section of `beside`."""
     study = summary.study
     parts = [f"# Study {study.name}", _head(summary)]
     for tokens in summary.budgets:
@@ -84,7 +107,7 @@ def report_text(summary: Summary, pictures: Sequence[str]) -> str:
     if not summary.rows:
         parts.append("No run of full length has ended yet.")
     parts.append(_NOTES.format(baseline=study.baseline))
-    parts += overview(summary) + _curves(summary) + _rates(summary) + _scores(summary)
+    parts += [*overview(summary), *others, *_curves(summary), *_rates(summary), *_scores(summary)]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     parts += _others(summary)
     return "\n\n".join(parts) + "\n"
@@ -336,7 +359,7 @@ def _write_events(summary: Summary, folder: Path, text: str, pictures: dict[str,
     named += [events.image(name.removesuffix(".png"), content) for name, content in pictures.items()]
     written = [events.write_events(folder, named, wall_time)]
     for row in summary.rows:
-        tags = [tag for tag in row.first.content["validation"] if tag != "tokens"]
+        tags = [*(tag for tag in row.first.content["validation"] if tag != "tokens"), *row.first.suites]
         scalars = [events.scalar(tag, value, int(t)) for tag in tags for t, value in row.curve(tag)]
         name = f"{row.label}-{count_text(row.tokens)}".replace("/", "-").replace(" ", "")
         written.append(events.write_events(folder / name, scalars, wall_time))

@@ -37,6 +37,10 @@ _DIGITS = 7
 """Significant digits of numbers in curves."""
 
 
+SUITE = "suite/"
+"""Begins the tags of `evaluate_suites`: `suite/LABEL/NUMBER`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """A result file."""
@@ -75,8 +79,15 @@ class Result:
     def tokens_per_s(self) -> float | None:
         return self.content["tokens_per_s"]
 
+    @property
+    def suites(self) -> dict[str, list[tuple[int, float | None]]]:
+        """(tokens, value) of each tag of `evaluate_suites`, such as `suite/copying/accuracy`."""
+        return self.content.get("suites", {})  # early results have none
+
     def curve(self, tag: str) -> list[tuple[int, float]]:
-        """(tokens, value) of a tag of validation, those that were not finite left out."""
+        """(tokens, value) of a tag of validation or of a suite in training, those that were not finite left out."""
+        if tag in self.suites:
+            return [(t, v) for t, v in self.suites[tag] if v is not None]
         values = self.content["validation"].get(tag, [])
         return [(t, v) for t, v in zip(self.content["validation"]["tokens"], values, strict=False) if v is not None]
 
@@ -132,6 +143,7 @@ def result_of(
     if not diverged and (not validated or validated[-1]["step"] != last):
         raise UserError(f"{run.path}: has no validation after its last step, {last}")
     tags = sorted({tag for row in validated for tag in row if tag.startswith("val")})
+    probed = sorted({tag for row in rows for tag in row if tag.startswith(SUITE) and not tag.endswith("/seconds")})
     environment = {name: text for name, text in run.environment().items() if name != "command"}
     shortened = _without_folders(config)
     speed = median_speed(row.get("throughput/tokens_per_s") for row in rows)
@@ -159,6 +171,7 @@ def result_of(
             "tokens": [row["tokens"] for row in validated],
             **{tag: [_rounded(row.get(tag)) for row in validated] for tag in tags},
         },
+        "suites": {tag: [(row["tokens"], _rounded(row[tag])) for row in rows if tag in row] for tag in probed},
         "training": _thinned([(row["tokens"], row["train/loss"]) for row in rows if row.get("train/loss") is not None]),
         "evaluated": None,
         "evaluations": [],

@@ -190,6 +190,17 @@ class Evaluate(Section):
         return lines
 
 
+class Beside(Section):
+    """Other models in one table of the report with the designs, as by `cllm compare`."""
+
+    results: list[str] = Field(default_factory=list)
+    """Result files, runs and folders of records, relative to the study's file."""
+    scores: list[str] = Field(default_factory=list)
+    """Columns, as of --score: copying:distance=512."""
+    posthoc: list[str] = Field(default_factory=list)
+    """Patterns of the specs to show, such as "xkv*"; empty: uncompressed caches only."""
+
+
 class Slurm(Section):
     """The array script that `--slurm` prints."""
 
@@ -230,6 +241,8 @@ class Study(Section):
     """The rule by which designs are made equal: parameters, flops, or a mapping."""
     evaluate: Evaluate = Field(default_factory=Evaluate)
     """Measurements at the end of each run of a full budget."""
+    beside: Beside = Field(default_factory=Beside)
+    """Other models in one table of the report with the designs."""
     validations: int = Field(20, ge=1, le=10_000)
     """Number of validations in a run, of a learning curve's points."""
     tokens_per_second: float | None = Field(None, gt=0)
@@ -291,6 +304,8 @@ def load_study(file: str | Path, overrides: Sequence[str] = ()) -> Study:
     found = find_config(file)
     data = read_yaml(found)
     study = validate(Study, data, {(key,): str(found) for key in data}, only_file=str(found))
+    others = [str(found.parent / path) for path in study.beside.results]
+    study = study.model_copy(update={"beside": study.beside.model_copy(update={"results": others})})
     if words := parse_overrides(overrides):
         study = study.model_copy(update={"overrides": merge(study.overrides, words)})
     return study

@@ -148,6 +148,40 @@ def test_seeds_of_a_study_are_one_row_with_their_standard_error(tmp_path: Path) 
     assert any("other texts" in line for line in found.warnings)
 
 
+def test_a_compression_of_one_seed_is_compared_with_that_seed(runs: list[Path]) -> None:
+    """Its number is not that of the other seeds, which may lie far apart."""
+    other = runs[0].parent / "mha-2"
+    shutil.copytree(runs[0], other)
+    (other / "config.yaml").write_text((runs[0] / "config.yaml").read_text().replace("name: mha", "name: mha-2", 1))
+    shutil.rmtree(other / "evaluation")
+    name = "exact.json"
+    write(other / "evaluation" / "copying" / "default" / name, copying("mha-2", "none", 90.0))
+    write(other / "evaluation" / "posthoc" / name, after_prefix("mha-2", "none", 40.0, 40.0))
+    for paths in ([*runs, other], [other, *runs]):
+        found = table(paths, "copying")
+        exact, xkv = (next(r for r in found.rows if r.label.startswith("mha") and r.spec == s) for s in (EXACT, XKV))
+        assert exact.scores[0] is not None
+        assert exact.scores[0].value == 65.0  # of 40 and 90
+        alone = row(table(runs, "copying"), "mha", XKV)
+        assert xkv.scores[0] == alone.scores[0]
+        assert xkv.perplexity == alone.perplexity
+
+
+def test_a_score_over_seeds_is_of_one_setting(runs: list[Path]) -> None:
+    other = runs[0].parent / "mha-2"
+    shutil.copytree(runs[0], other)
+    (other / "config.yaml").write_text((runs[0] / "config.yaml").read_text().replace("name: mha", "name: mha-2", 1))
+    shutil.rmtree(other / "evaluation" / "copying")
+    record = copying("mha-2", "none", 90.0, settings={"samples": 9})
+    write(other / "evaluation" / "copying" / "default" / "exact.json", record)
+    for paths in ([*runs, other], [other, *runs]):
+        found = table(paths, "copying")
+        mha = next(row for row in found.rows if row.label.startswith("mha") and row.spec == EXACT)
+        assert mha.scores[0] is not None
+        assert mha.scores[0].value == 40.0
+        assert any("copying without mha-2, measured with other options than samples=8" in w for w in found.warnings)
+
+
 def test_a_seed_without_the_score_does_not_hide_the_change_to_the_baseline(runs: list[Path]) -> None:
     other = runs[0].parent / "mha-2"  # a seed of the baseline
     shutil.copytree(runs[0], other)

@@ -6,7 +6,7 @@ python -m pytest tests/gpu/test_fp8.py -q
 from __future__ import annotations
 
 import importlib.util
-import subprocess
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from cllm.runs import RunFolder, load_run
 from cllm.train.float8 import convert_blocks
 from cllm.train.run import train
 from cllm.uptrain.complete import load_config
+from tests.watched import run_watched
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"),
@@ -137,7 +138,7 @@ def test_zero_keeps_bf16_weights_and_multiplies_in_fp8(base: Path, plain: list[f
     """In another process, because DeepSpeed keeps its state until the process ends."""
     settings = ["--name", strategy, "--train.strategy", strategy, "--train.fp8", "tensorwise"]
     command = [sys.executable, "train.py", "--config", str(base), *settings]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_watched(command, seconds=300, tell=print, cwd=ROOT, environment=os.environ)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "fp8: 24 of 24 linear layers" in done.stderr
     folder = RunFolder(Path(load_config([base]).runs_dir) / strategy)

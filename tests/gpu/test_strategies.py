@@ -2,7 +2,8 @@
 
     python -m pytest tests/gpu/test_strategies.py -q
 
-The command line is run as a user runs it, a handful of runs at a time; the first test to need a run starts them all.
+The command line is run as a user runs it, a handful of runs at a time. The first test starts the runs of all selected
+tests, so `-k` also selects runs. Every run reports where it is, and prints its stacks if it does not end.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -27,10 +30,13 @@ import yaml
 from cllm.runs import RunFolder, load_run
 from cllm.runs.checkpoint import read_weights
 from cllm.train.breakdown import PARTS
+from tests.watched import run_watched
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, HALF = 20, 10
 AT_ONCE = 5
+SECONDS = 150.0
+"""Longest time of a run, with imports on a cold machine."""
 TEXT = "the plan says where keys and values come from and every layer reads what an owner wrote before it"
 
 pytestmark = [
@@ -70,22 +76,80 @@ class Run:
         return [row[tag] for row in self.folder.metrics() if tag in row]
 
 
-def command(*arguments: str, port: int) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    environment = {**os.environ, "PYTHONPATH": path, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "2"}
-    for name in ("MASTER_ADDR", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
-        environment.pop(name, None)
-    line = [sys.executable, *arguments]
-    try:
-        return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    except subprocess.TimeoutExpired as error:
-        said = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else str(error.stderr)
-        return subprocess.CompletedProcess(line, 124, "", f"{said}\ntimed out")
+class Table:
+    """Prints lines at once, although pytest captures output, with the seconds since the first test began."""
+
+    def __init__(self, config: pytest.Config):
+        with config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+            self._terminal = os.dup(1)
+        self._lock = threading.Lock()
+        self._start = time.monotonic()
+
+    def tell(self, name: str, text: str) -> None:
+        with self._lock:
+            os.write(self._terminal, f"[{time.monotonic() - self._start:5.0f} s] {name}: {text}\n".encode())
 
 
 @pytest.fixture(scope="module")
-def runs(prepare_texts: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """Every case by its name, and `NAME-resumed`: the case begun again from its checkpoint at half the steps."""
+def table(pytestconfig: pytest.Config) -> Table:
+    return Table(pytestconfig)
+
+
+def command(table: Table, name: str, *arguments: str, port: int) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    environment = {**os.environ, "PYTHONPATH": path, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "2"}
+    for variable in ("MASTER_ADDR", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
+        environment.pop(variable, None)
+    table.tell(name, "started")
+    done = run_watched(
+        [sys.executable, *arguments],
+        seconds=SECONDS,
+        tell=lambda text: table.tell(name, text),
+        cwd=ROOT,
+        environment=environment,
+    )
+    table.tell(name, f"ended with status {done.returncode}")
+    return done
+
+
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+def needs(*cases: str) -> Callable[[Test], Test]:
+    """The runs of a test; a parameter `name` is one more."""
+
+    def mark(test: Test) -> Test:
+        test.cases = cases  # type: ignore[attr-defined]
+        return test
+
+    return mark
+
+
+def needed(items: Iterable[pytest.Item]) -> tuple[list[str], list[str]]:
+    """The runs of the selected tests, and those of them that are also resumed."""
+    cases: set[str] = set()
+    for item in items:
+        if isinstance(item, pytest.Function) and item.module.__file__ == __file__:
+            cases |= set(getattr(item.function, "cases", ()))
+            if hasattr(item, "callspec") and "name" in item.callspec.params:
+                cases |= {str(item.callspec.params["name"])}
+                if item.function is test_a_run_stopped_and_resumed_agrees_with_the_uninterrupted_one:
+                    cases |= {f"{item.callspec.params['name']}-resumed"}
+    return [name for name in CASES if name in cases], [
+        name for name in RESUMED if name in CASES and f"{name}-resumed" in cases
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    prepare_texts: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+    table: Table,
+) -> dict[str, Run]:
+    """The cases of the selected tests by name, and `NAME-resumed`: the case resumed from its checkpoint at half the
+    steps."""
+    cases, resumed = needed(request.session.items)
     folder = tmp_path_factory.mktemp("strategies")
     draw = random.Random(0)
     texts = (" ".join(draw.choices(TEXT.split(), k=draw.randint(20, 200))) for _ in range(600))
@@ -107,14 +171,14 @@ def runs(prepare_texts: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         port, name, resume, settings = job
         target = RunFolder(folder / "runs" / name)
         arguments = ["train.py", "--config", str(file), "--name", name, *settings]
-        return Run(command(*arguments, *(["--resume", resume] if resume else []), port=port), target)
+        return Run(command(table, name, *arguments, *(["--resume", resume] if resume else []), port=port), target)
 
     found: dict[str, Run] = {}
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        jobs = [(29700 + n, name, "", settings) for n, (name, settings) in enumerate(CASES.items())]
-        found |= dict(zip(CASES, pool.map(start, jobs), strict=True))
+        jobs = [(29700 + n, name, "", CASES[name]) for n, name in enumerate(cases)]
+        found |= dict(zip(cases, pool.map(start, jobs), strict=True))
         again = []
-        for n, name in enumerate(name for name in RESUMED if name in CASES and found[name].done.returncode == 0):
+        for n, name in enumerate(name for name in resumed if found[name].done.returncode == 0):
             copy = RunFolder(folder / "runs" / f"{name}-resumed")
             shutil.copytree(found[name].folder.path, copy.path)
             last = copy.checkpoint_path(STEPS)
@@ -124,8 +188,9 @@ def runs(prepare_texts: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     return found
 
 
+@needs(*CASES)
 def test_final_losses(runs: dict[str, Run], capsys: pytest.CaptureFixture[str]) -> None:
-    """Print the table; the tests below check it."""
+    """Print the losses; the tests below check them."""
     head = f"{'run':28} {'train/loss':>10} {'val/loss':>10} {'norm':>8} {'peak GiB':>9} {'status':>7}"
     lines = [f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}", head]
     for name, run in runs.items():
@@ -141,6 +206,7 @@ def test_final_losses(runs: dict[str, Run], capsys: pytest.CaptureFixture[str]) 
         assert run.done.returncode == 0, f"{name}: {run.done.stderr[-4000:]}"
 
 
+@needs("single")
 @pytest.mark.parametrize("name", EVERY_CASE)
 def test_every_strategy_takes_the_steps_of_one_device(runs: dict[str, Run], name: str) -> None:
     one, other = runs["single"], runs[name]
@@ -201,14 +267,16 @@ def test_weights_are_whole_fp32_and_score_as_in_training(runs: dict[str, Run], n
         assert model.loss(ids, labels).item() == pytest.approx(wanted, abs=0.02)
 
 
-def test_evaluate_reads_a_zero_run(runs: dict[str, Run]) -> None:
+@needs("single", "zero3")
+def test_evaluate_reads_a_zero_run(runs: dict[str, Run], table: Table) -> None:
     both = [runs["single"].folder, runs["zero3"].folder]
-    done = command("evaluate.py", *(a for f in both for a in ("--run", str(f.path))), port=29900)
+    done = command(table, "evaluate", "evaluate.py", *(a for f in both for a in ("--run", str(f.path))), port=29900)
     assert done.returncode == 0, done.stderr[-4000:]
     records = [json.loads(next(f.evaluation_folder.glob("*.json")).read_text()) for f in both]
     assert records[1]["loss"] == pytest.approx(records[0]["loss"], abs=0.03)
 
 
+@needs("zero2")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -217,38 +285,43 @@ def test_evaluate_reads_a_zero_run(runs: dict[str, Run]) -> None:
     ],
 )
 def test_what_cannot_go_on_ends_with_one_line(
-    runs: dict[str, Run], tmp_path: Path, settings: list[str], message: str
+    runs: dict[str, Run], table: Table, tmp_path: Path, settings: list[str], message: str
 ) -> None:
     config = runs["zero2"].folder.config_file
     arguments = ["train.py", "--config", str(config), "--name", "bad", "--runs_dir", str(tmp_path), *settings]
-    done = command(*arguments, port=29901)
+    done = command(table, "bad", *arguments, port=29901)
     assert done.returncode == 2, done.stderr[-4000:]
     assert message in done.stderr
 
 
-def test_a_shard_that_was_added_is_never_read(runs: dict[str, Run], tmp_path: Path) -> None:
+@needs("zero1")
+def test_a_shard_that_was_added_is_never_read(runs: dict[str, Run], table: Table, tmp_path: Path) -> None:
     """Checksums do not list it, so the newest checkpoint is skipped and the run goes on from the older one."""
-    source = runs["zero1"].folder
-    copy = RunFolder(tmp_path / source.name)
-    shutil.copytree(source.path, copy.path)
+    source = runs["zero1"]
+    assert len(source.rows("train/loss")) == STEPS
+    copy = RunFolder(tmp_path / source.folder.name)
+    shutil.copytree(source.folder.path, copy.path)
     last = copy.checkpoints()[-1][1]
     shard = next((last / "checkpoint").glob("*zero_pp_rank_0_*_optim_states.pt"))
     shutil.copy(shard, shard.with_name(shard.name.replace("rank_0_", "rank_1_", 1)))
     arguments = ["--config", str(copy.config_file), "--runs_dir", str(tmp_path), "--train.steps", str(STEPS + 1)]
-    done = command("train.py", *arguments, "--resume", "auto", port=29902)
+    done = command(table, "zero1-added", "train.py", *arguments, "--resume", "auto", port=29902)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "not part of the checkpoint" in done.stdout + done.stderr
+    assert "not part of the checkpoint" in done.stderr
 
 
 @two_gpus
-@pytest.mark.parametrize("stage", ["zero1", "zero3"])
-def test_shards_of_two_processes_are_resumed_by_one(runs: dict[str, Run], tmp_path: Path, stage: str) -> None:
-    source = runs[f"{stage}-x2"].folder
-    copy = RunFolder(tmp_path / source.name)
-    shutil.copytree(source.path, copy.path)
+@pytest.mark.parametrize("name", ["zero1-x2", "zero3-x2"])
+def test_shards_of_two_processes_are_resumed_by_one(
+    runs: dict[str, Run], table: Table, tmp_path: Path, name: str
+) -> None:
+    source = runs[name]
+    wanted = source.rows("train/loss")
+    copy = RunFolder(tmp_path / source.folder.name)
+    shutil.copytree(source.folder.path, copy.path)
     shutil.rmtree(copy.checkpoint_path(STEPS))
     arguments = ["--config", str(copy.config_file), "--runs_dir", str(tmp_path), "--train.devices", "1"]
-    done = command("train.py", *arguments, "--resume", "auto", port=29903)
+    done = command(table, f"{name}-by-one", "train.py", *arguments, "--resume", "auto", port=29903)
     resumed = Run(done, copy).rows("train/loss")
     assert len(resumed) == STEPS
-    assert resumed == pytest.approx(runs[f"{stage}-x2"].rows("train/loss"), abs=0.03)
+    assert resumed == pytest.approx(wanted, abs=0.03)

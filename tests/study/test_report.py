@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cllm.errors import UserError
 from cllm.evaluate.suites.choice import parse_choice
@@ -219,3 +220,65 @@ def test_a_report_mixes_no_versions(finished: Path, chaos: ModuleType, tmp_path:
     assert f"- {second.stem}: other data" in text
     with pytest.raises(UserError, match="no result of its present settings"):
         summarise(study.model_copy(update={"overrides": {"optim": {"eps": 1e-6}}}), read_results(layout.results))
+
+
+def test_suites_in_training_are_drawn_over_tokens(finished: Path, chaos: ModuleType, tmp_path: Path) -> None:
+    """`evaluate_suites` of the runs: the main number of each, by its label; numbers of one label are of one suite."""
+    layout = copy_of(finished, tmp_path)
+    file = next(layout.results.glob("*-160-*.json"))
+    config = json.loads(file.read_text())["config"]
+    config["evaluate_suites"] = [{"suite": "copying:samples=4", "every": 2, "name": "far"}]
+    points = [[32, 10.0], [96, None], [160, 30.0]]
+    change(layout, "*160*", config=config, suites={"suite/far/accuracy": points, "suite/far/loss": points})
+    written = write_report(chaos.study_of(finished / "base.yaml"), layout)
+    assert [path.name for path in written if path.suffix == ".png"] == [
+        "loss.png",
+        "pareto.png",
+        "far.png",
+        "scores.png",
+    ]
+    board = EventAccumulator(str(layout.report / "tensorboard" / "mha-160")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("suite/far/accuracy")] == [(32, 10.0), (160, 30.0)]
+
+
+def test_other_models_are_beside_the_designs(finished: Path, chaos: ModuleType, tmp_path: Path) -> None:
+    """Files of `beside`: records, students of half_cache, and the best of each plan of an uptraining experiment."""
+    layout = copy_of(finished, tmp_path)
+    record = {"suite": "copying", "run": "big", "task": "all", "accuracy_stderr": 1.0}
+    specs = (("none", 50.0), ("xkv:ratio=4", 30.0), ("int8", 49.0))
+    records = [record | {"spec": spec, "accuracy": value} for spec, value in specs]
+    student = {"student": "cla2", "loss": math.log(20), "bytes_per_token": 8}
+    students = [student | {"teacher_bytes_per_token": 16, "teacher_loss": math.log(18)}]
+    half: dict[str, Any] = {
+        "command": "python -m experiments.half_cache --teacher models/small --lr 1",
+        "students": students,
+    }
+    half["suites"] = {"cla2": {"copying": {"all": {"accuracy": 12.0, "accuracy_stderr": 2.0}}}}
+    run = {"kind": "run", "plan": "cla", "percent": 5.0, "kv_bytes_per_token": 9.0, "kv_vs_teacher": 0.5}
+    base = {"kind": "base", "name": "base", "loss": math.log(10), "parameters": 110e6}
+    runs = [base, run | {"name": "a", "loss": math.log(12)}, run | {"name": "b", "loss": math.log(11)}]
+    for name, content in (("big", {"rows": records}), ("half", half), ("up", {"rows": runs})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    results = [str(tmp_path / f"{name}.json") for name in ("big", "half", "up")]
+    chosen = {"results": results, "scores": ["copying"], "posthoc": ["xkv*"]}
+    study = chaos.study_of(finished / "base.yaml", beside=chosen)
+    write_report(study, layout)
+    text = layout.report.joinpath("report.md").read_text().split("## Beside other models")[1].split("\n## ")[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    head, _, *rows = cells
+    found = {(row[0], row[head.index("compressed")]): row for row in rows}
+    at = {name: head.index(name) for name in ("bytes/token", "perplexity", "copying, accuracy %")}
+    assert {key: [row[n] for n in at.values()] for key, row in found.items() if "mha" not in key[0]} == {
+        ("cla", ""): ["64", found["cla", ""][at["perplexity"]], "–"],
+        ("big", ""): ["–", "–", "50.0 ± 1.0"],
+        ("big", "`xkv:ratio=4`"): ["–", "–", "30.0 ± 1.0"],
+        ("small", ""): ["16", "18.00", "–"],
+        ("small as cla2", ""): ["8", "20.00", "12.0 ± 2.0"],
+        ("base of 110M", ""): ["18", "10.00", "–"],
+        ("base of 110M as cla, 5 % of its tokens", ""): ["9", "11.00", "–"],
+    }
+    assert "rows without compression to mha" in text
+    half["students"] = [{"student": "cla2", "loss": "low"}]
+    (tmp_path / "half.json").write_text(json.dumps(half))
+    with pytest.raises(UserError, match=r"study tiny: beside: .*half\.json cannot be read"):
+        write_report(study, layout)

@@ -47,6 +47,7 @@ from cllm.train.run import train, with_vocabulary
 from cllm.train.strategy import ZeroStrategy, cluster_plugins, gradient_norm, make_strategy
 from cllm.train.throughput import Clock
 from cllm.train.trainer import make_trainer
+from tests.watched import run_watched
 
 ROOT = Path(__file__).resolve().parents[2]
 Tiny = Callable[..., Config]
@@ -439,7 +440,7 @@ def train_on_cpu(config: Config, script: Path, *arguments: str) -> subprocess.Co
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), "--config", str(file), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    return run_watched(command, seconds=900, tell=print, cwd=ROOT, environment=environment)
 
 
 def rows(folder: RunFolder, tag: str) -> list[tuple[int, float]]:

@@ -20,11 +20,9 @@ from cllm.posthoc.later_rows import absorb_factors
 from cllm.posthoc.lowrank import (
     Algorithm,
     LowRank,
-    Products,
     energy_rank,
     factor_elements,
     fast_rank,
-    multiply,
     padded,
     ranks_for_budget,
     right_vectors,
@@ -33,6 +31,7 @@ from cllm.posthoc.lowrank import (
 from cllm.posthoc.method import Codable, Engine, TensorCoder, naming
 from cllm.posthoc.mixed import choose_widths, code_mixed, column_bits
 from cllm.posthoc.parallel import run_in_parallel
+from cllm.posthoc.products import Products, multiply
 from cllm.posthoc.readers import RecordedQueries, SlotReader
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
@@ -325,44 +324,54 @@ class XKV(Codable):
 
     def _weighted(self, group: Group) -> Tensor:
         """(B, n, layers · width): the rows of a group, weighted."""
+        return self._weighted_together([group])
+
+    def _weighted_together(self, groups: list[Group]) -> Tensor:
+        """(groups · B, n, layers · width): the rows of `groups`, which have one shape, weighted."""
         # Products in bf16 read half of the bytes, and cached values are bf16 already.
-        dtype = torch.bfloat16 if self.products == "bf16" else torch.float32
-        rows = [group.tensors.flat(i, dtype=dtype) for i in group.slots]
-        if group.weights:
-            rows = [group.weights[group.tensors.slots[i]].weigh(x) for i, x in zip(group.slots, rows, strict=True)]
-        return torch.cat(rows, dim=-1)
+        narrow = self.products == "bf16" and not groups[0].weights
+        first, slots = groups[0].tensors.data[groups[0].slots[0]], len(groups[0].slots)
+        batch, tokens, width = first.flatten(2).shape
+        shape, dtype = (len(groups) * batch, tokens, slots * width), torch.bfloat16 if narrow else torch.float32
+        x = torch.empty(shape, dtype=dtype, device=first.device)
+        for group, rows in zip(groups, x.split(batch), strict=True):
+            for i, part in zip(group.slots, rows.split(width, dim=2), strict=True):
+                if group.weights:
+                    part.copy_(group.weights[group.tensors.slots[i]].weigh(group.tensors.flat(i)))
+                else:
+                    group.tensors.write(i, part)
+        return x
 
     def _in_parallel(
-        self, job: Callable[[list[Group], int | None], object], groups: list[Group], ranks: Sequence[int | None]
+        self, job: Callable[[list[Group], list[int | None]], object], groups: list[Group], ranks: Sequence[int | None]
     ) -> None:
-        """Call `job` with all `groups`, and their rank: with several at once if they are one batch."""
+        """Call `job` with all `groups`, and their ranks: with several at once if they are one batch."""
         device = groups[0].tensors.data[0].device
         jobs = alike(groups, ranks, batched=as_one_batch(self.batched, self.svd, device))
         run_in_parallel([partial(job, *each) for each in jobs], device)
 
-    def _factor(self, groups: list[Group], rank: int | None) -> list[Tensor]:
-        """Set the vectors and the spectra of `groups`, which have one shape, and return their weighted rows."""
-        rows = [self._weighted(groups[0])]
-        x, batch = rows[0], len(rows[0])
-        if len(groups) > 1:
-            x = x.new_empty((len(groups) * batch, *x.shape[1:]))
-            x[:batch] = rows[0]
-            rows = [x[i : i + batch] for i in range(0, len(x), batch)]
-            for group, part in zip(groups[1:], rows[1:], strict=True):
-                part.copy_(self._weighted(group))
+    def _factor(self, groups: list[Group], ranks: list[int | None]) -> list[Tensor]:
+        """Set the vectors and the spectra of `groups`, which have one shape, and return their weighted rows.
+
+        The first columns of a basis of a higher rank are those of a lower one, so the highest of `ranks` counts.
+        """
+        x = self._weighted_together(groups)
+        batch = len(x) // len(groups)
+        rows = list(x.split(batch))
         if groups[0].weights:
             scales = [row_weights([group.weights[group.tensors.slots[j]] for j in group.slots]) for group in groups]
             x = torch.cat([part * scale for part, scale in zip(rows, scales, strict=True)])
+        rank = None if None in ranks else max(rank for rank in ranks if rank is not None)
         vectors, spectrum = right_vectors(x, self.svd, rank, self.products)
         for i, group in enumerate(groups):
             part_of = slice(i * batch, (i + 1) * batch)
             group.vectors, group.spectrum = vectors[part_of], None if spectrum is None else spectrum[part_of]
         return rows
 
-    def _code_together(self, groups: list[Group], rank: int | None) -> None:
+    def _code_together(self, groups: list[Group], ranks: list[int | None]) -> None:
         """Write the codes of the slots of `groups`, which have one shape."""
-        rows = self._factor(groups, rank) if groups[0].vectors is None else [self._weighted(g) for g in groups]
-        for group, x in zip(groups, rows, strict=True):
+        rows = self._factor(groups, ranks) if groups[0].vectors is None else [self._weighted(g) for g in groups]
+        for group, rank, x in zip(groups, ranks, rows, strict=True):
             self._code(group, rank, x)
 
     def _code(self, group: Group, rank: int | None, x: Tensor) -> None:
@@ -375,19 +384,21 @@ class XKV(Codable):
             rank = energy_rank(group.spectrum, self.energy)
         vectors = vectors[..., :rank]
         group.vectors = None
-        rows = multiply(x, vectors, self.products)  # B, n, r
+        dtype = tensors.dtype if self._coder is None else torch.float32
+        rows = multiply(x, vectors, self.products, dtype)  # B, n, r
         # The columns of A differ by orders of magnitude, like channels of keys, so they are coded per column.
         if self._coder is None:
             slot = tensors.data[group.slots[0]]
             rows, vectors = (padded(x, slot, tensors.dtype) for x in (rows, vectors))
-            a: Code = Exact(rows.to(tensors.dtype))
+            a: Code = Exact(rows)
         else:
             a = self._coder.code(rows, "k", tensors.dtype, (rows.shape[2],))
         width = tuple(tensors.data[group.slots[0]].shape[2:])
-        for i, b in zip(group.slots, vectors.chunk(len(group.slots), dim=1), strict=True):
-            if group.weights:
-                b = group.weights[tensors.slots[i]].unweigh(b)
-            group.codes[i] = LowRank(a, b.to(tensors.dtype, copy=True).contiguous(), width)
+        parts = list(vectors.chunk(len(group.slots), dim=1))
+        if group.weights:
+            parts = [group.weights[tensors.slots[i]].unweigh(b) for i, b in zip(group.slots, parts, strict=True)]
+        for i, b in zip(group.slots, torch.stack(parts).to(tensors.dtype), strict=True):
+            group.codes[i] = LowRank(a, b, width)
 
 
 @register("svd", summary="as xkv, for each slot separately", sweep=("svd:ratio={ratio}",))

@@ -1,7 +1,8 @@
-"""Slots of one shape are quantised, and voted on, together: the same numbers as one by one, in as few operations."""
+"""Slots of one shape are quantised, merged and voted on together: the same numbers as one by one, in few operations."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -16,6 +17,7 @@ QUANTISERS = [
     "int8", "fp8", "kivi:group=8,residual=8", "xquant:group=8,residual=8", "xquant:group=8,residual=8,share_k=2",
     "turboquant:bits=3,sketch=true", "kvquant:bits=3", "kvquant:levels=uniform", "kvquant:levels=fisher",
 ]  # fmt: skip
+MERGING = ["minicache:start=0", "minicache_xkv:start=0", "minicache:start=0+kivi:group=8,residual=0"]
 EVICTING = [
     "streaming:tokens=20", "h2o:tokens=20", "snapkv:tokens=20,window=4", "entropy:tokens=20,window=4",
     "snapkv:tokens=20,window=4+kivi:group=8,residual=0",
@@ -45,8 +47,13 @@ def stored(cache):
 
 
 @pytest.mark.parametrize("padding", [{}, {"starts": STARTS}], ids=["full", "padded"])
-@pytest.mark.parametrize("spec", [*QUANTISERS, *EVICTING])
-@pytest.mark.parametrize("plan", ["mha", "cla", "fusedkv"])
+@pytest.mark.parametrize(
+    ("plan", "spec"),
+    [
+        *itertools.product(["mha", "cla", "fusedkv"], [*QUANTISERS, *EVICTING, *MERGING]),
+        *itertools.product(["mha", "cla"], ["quest:dense=1"]),  # whose steps read one slot
+    ],
+)
 def test_slots_together_are_as_one_by_one(spec, plan, padding, decoder, tokens, monkeypatch):
     together = compressed(decoder, tokens, spec, plan, **padding)
     monkeypatch.setattr(slots_module, "TOGETHER", {"cpu": 1, "cuda": 1})
@@ -65,6 +72,7 @@ def test_slots_together_are_as_one_by_one(spec, plan, padding, decoder, tokens, 
         ("int8", "abs", 2), ("kivi:group=8,residual=8", "amin", 2), ("xquant:group=8,residual=8", "amin", 2),
         ("turboquant", "bucketize", 2), ("kvquant", "nanmedian", 2), ("kvquant:levels=uniform", "nanmedian", 2),
         ("kvquant", "cos", 1), ("kvquant:outliers=0.1", "cumsum", 2 + 2), ("quest:dense=0", "amin", 1),
+        ("minicache:start=0", "sort", 2),
         ("snapkv:tokens=20,window=4+kivi:group=8,residual=0", "amin", 2),
         ("streaming:tokens=20", "sort", 2), ("snapkv:tokens=20,window=4", "_softmax", 1),
         ("snapkv:tokens=20,window=4", "sort", 2), ("entropy:tokens=20,window=4", "_softmax", 1),

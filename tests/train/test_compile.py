@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from cllm.config import ModelConfig
 from cllm.config.load import read_yaml
 from cllm.model.sizes import build_decoder
 from cllm.uptrain.complete import load_config
@@ -70,3 +71,41 @@ def test_blocks_are_whole_and_compiled_once(plan: Path, documents: bool, checkpo
         with torch._dynamo.config.patch(error_on_recompile=True):
             for seed in (1, 2):
                 step(model, documents, seed)
+
+
+TOGETHER: list[dict[str, Any]] = [
+    {"own": {"tie": "kv"}},
+    {"own": {"only": "keys", "input": 0}, "values": {"share": 0}},
+    {"own": {"mix": [0]}, "keys": {"fuse": [2, 1], "granularity": "complex"}, "values": {"fuse": [2, 0]}},
+    {"keys": {"share": 1}, "values": {"fuse": [0, 2], "granularity": "matrix"}},
+    {"own": {"head_dim": 6, "n_kv_heads": 1}},
+    {"read": {"join": [4, {"own": {"head_dim": 6, "window": 3, "tie": "kv"}}], "sink": True}},
+    {"read": {"gate": [{"share": 4, "window": 9}, {"own": {"head_dim": 6, "window": 3}}], "gates": "complementary"}},
+]
+"""Every form of owner and every read that is not among the files' plans."""
+
+
+def test_compiled_blocks_have_the_gradients_of_plain_ones() -> None:
+    """Through the compiler's own backward, not only its tracing."""
+    layers = [{"layers": i, **layer} for i, layer in enumerate(TOGETHER)]
+    config = ModelConfig(
+        vocab_size=64, d_model=16, n_layers=7, n_heads=2, d_ff=24, max_seq_len=48, qk_norm=True, kv={"layers": layers}
+    )
+    model = build_decoder(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gates" in name or "sink" in name or ".mixed_" in name:  # else zero, which would hide what they multiply
+                parameter.add_(0.1 * torch.randn_like(parameter) / (35 if ".mixed_" in name else 1))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        step(model, documents=True, seed=0)
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    plain = gradients()
+    for block in model.blocks:
+        block.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=8 * len(model.blocks)):
+        compiled = gradients()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(compiled[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

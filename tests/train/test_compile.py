@@ -13,6 +13,7 @@ import torch
 from cllm.config import ModelConfig
 from cllm.config.load import read_yaml
 from cllm.model.sizes import build_decoder
+from cllm.model.sources import Reader, WriteMix
 from cllm.uptrain.complete import load_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -92,10 +93,11 @@ def test_compiled_blocks_have_the_gradients_of_plain_ones() -> None:
         vocab_size=64, d_model=16, n_layers=7, n_heads=2, d_ff=24, max_seq_len=48, qk_norm=True, kv={"layers": layers}
     )
     model = build_decoder(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "gates" in name or "sink" in name or ".mixed_" in name:  # else zero, which would hide what they multiply
-                parameter.add_(0.1 * torch.randn_like(parameter) / (35 if ".mixed_" in name else 1))
+    with torch.no_grad():  # many weights of sums and gates start at zero, and hide what they multiply
+        for module in model.modules():
+            if isinstance(module, Reader):
+                for weight in module.parameters():
+                    weight.add_(0.1 * torch.randn_like(weight) / (35 if isinstance(module, WriteMix) else 1))
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
@@ -108,4 +110,5 @@ def test_compiled_blocks_have_the_gradients_of_plain_ones() -> None:
     with torch._dynamo.config.patch(recompile_limit=8 * len(model.blocks)):
         compiled = gradients()
     for name, gradient in plain.items():
-        torch.testing.assert_close(compiled[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        assert gradient.any(), name
+        assert (compiled[name] - gradient).norm() < 1e-5 * gradient.norm(), name

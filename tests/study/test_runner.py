@@ -30,7 +30,7 @@ from cllm.study.sharing import wait_for_room
 from cllm.study.slurm import array_script
 from cllm.study.status import dry_run, status
 from cllm.version import _file_hash, code_version
-from cllm.workers import all_gpus, child_environment
+from cllm.workers import MOST_FAILURES, all_gpus, child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -178,6 +178,37 @@ def test_a_failed_point_is_named_with_the_last_line_of_its_log(chaos: ModuleType
     text = status(runner.queue, Estimates(), 1)
     assert "failed  error: no such data" in text
     assert "1 done, 1 failed" in text
+
+
+def test_a_gpu_on_which_every_point_fails_leaves_the_others_to_a_healthy_one(
+    chaos: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={}, seeds=[1, 2, 3, 4])
+    failures = tmp_path / "failures"
+    failures.mkdir()
+    on_gpu_1 = "os.environ['CUDA_VISIBLE_DEVICES'] == '1'"
+    program = f"""
+import os, pathlib, sys, time
+failures = pathlib.Path({str(failures)!r})
+if {on_gpu_1}:
+    (failures / str(os.getpid())).touch()
+    sys.exit(1)
+deadline = time.monotonic() + 300
+while len(list(failures.iterdir())) < {MOST_FAILURES} and time.monotonic() < deadline:
+    time.sleep(0.01)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+    class Broken(chaos.FakeCommands):  # type: ignore[name-defined]
+        def train(self, config: Path) -> list[str]:
+            return [sys.executable, "-S", "-c", program, *super().train(config)]
+
+    runner = chaos.runner_of(study, tmp_path, Broken(0), share=False)
+    assert runner.run() == 1
+    assert len(runner.failed) == MOST_FAILURES
+    assert len(list((tmp_path / "results").glob("*.json"))) == 8 - MOST_FAILURES
+    assert "GPU 1 gets no more work: 3 processes in a row have failed on it" in capsys.readouterr().err
+    assert chaos.runner_of(study, tmp_path, chaos.FakeCommands(0)).run() == 0, "the same command repeats what failed"
 
 
 @pytest.mark.parametrize(

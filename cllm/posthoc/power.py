@@ -121,7 +121,10 @@ def _filtered(x: Tensor, rank: int, products: Products, way: Way) -> Tensor:
     q = _orthonormal(y, way.panel)
     for degree in way.degrees:
         q = _orthonormal(_polynomial(squared, q, degree, way.deflated), way.panel)
-    return 1.5 * q - multiply(q, multiply(0.5 * q.mT, q, "fp32"), "fp32")  # a step of Newton and Schulz
+    # A step of Newton and Schulz, Q (3 - QᵀQ) / 2.
+    step = multiply(q.mT, q, "fp32").mul_(-0.5)
+    step.diagonal(dim1=1, dim2=2).add_(1.5)
+    return multiply(q, step, "fp32")
 
 
 def _polynomial(squared: Squared, q: Tensor, degree: int, deflated: int) -> Tensor:
@@ -132,7 +135,7 @@ def _polynomial(squared: Squared, q: Tensor, degree: int, deflated: int) -> Tens
     y = squared(q)
     found = (q * y).sum((1, 2), dtype=torch.float64)[:, None, None]
     left = squared.trace * (1 - squared.rounding) - found  # what rounding hides counts as found
-    half = (left / max(q.shape[1] - q.shape[2], 1) / 2).clamp(min=0).float()
+    half = (left / (2 * max(q.shape[1] - q.shape[2], 1))).clamp(min=0).float()
     before, y = q, y.addcmul_(q, half, value=-1)
     for step in range(1, degree):
         if deflated:

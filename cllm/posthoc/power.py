@@ -121,6 +121,8 @@ def _filtered(x: Tensor, rank: int, products: Products, way: Way) -> Tensor:
     q = _orthonormal(y, way.panel)
     for degree in way.degrees:
         q = _orthonormal(_polynomial(squared, q, degree, way.deflated), way.panel)
+    if way.deflated:  # the last products began with nearly orthogonal columns
+        return q
     # A step of Newton and Schulz, Q (3 - QᵀQ) / 2.
     step = multiply(q.mT, q, "fp32").mul_(-0.5)
     step.diagonal(dim1=1, dim2=2).add_(1.5)

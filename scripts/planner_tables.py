@@ -6,7 +6,7 @@ python scripts/planner_tables.py [--out FILE]
 
 from __future__ import annotations
 
-import os
+import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,23 +26,38 @@ RESULTS = Path("docs/results")
 SMOLLM2 = {"kv": {"preset": "gqa"}, "query_heads_per_kv_head": 3, "parameters": 134515008, "tokens": 2e12,
            "context": 4096}  # fmt: skip
 """SmolLM2-135M-Instruct, see docs/posthoc.md."""
+TRAINED_45M = {"parameters": 46938112, "tokens": 490e6, "context": 4096}
 STUDIES = ("2026-11-27-study-100m-h200", "2026-11-27-study-490m-h200")
 SWEEPS: tuple[tuple[str, Mapping[str, Any], str], ...] = (
-    ("2026-11-26-tradeoff-45m-h200.csv", {"parameters": 46938112, "tokens": 128e6, "context": 4096}, "sinks=0"),
-    ("2026-11-26-sinks-smollm2-cpu.csv", SMOLLM2, ""),
+    ("2026-11-28-methods-45m-h200.json", TRAINED_45M, ""),
+    ("2026-11-28-methods-smollm2-h200.json", SMOLLM2, ""),
+    ("2026-11-28-calibration-texts-smollm2-cpu.csv", {**SMOLLM2, "context": 1024}, ""),
+    ("2026-11-27-methods-smollm2-h200.json", SMOLLM2, ""),
+    ("2026-11-27-suites-smollm2-h200.json", SMOLLM2, ""),
+    ("2026-11-27-wikitext-smollm2-cpu.json", {**SMOLLM2, "context": 1024}, ""),
     *(
         (f"2026-11-27-{name}-smollm2-cpu.csv", SMOLLM2, "")
         for name in ("weighted-errors", "quantisers", "low-rank", "eviction")
     ),
-    ("2026-11-28-calibration-texts-smollm2-cpu.csv", {**SMOLLM2, "context": 1024}, ""),
+    ("2026-11-26-sinks-smollm2-cpu.csv", SMOLLM2, ""),
+    ("2026-11-26-tradeoff-45m-h200.csv", {"parameters": 46938112, "tokens": 128e6, "context": 4096}, "sinks=0"),
 )
-"""Sweeps, what their files do not say about the models, and an option that all specs had when they were measured."""
+"""Sweeps and records, what their files do not say about the models, and an option that all specs had when they were
+measured. The newest come first: of equal models and windows the first measurement is the estimate."""
 FP32 = ("2026-11-26-sinks-smollm2-cpu.csv",)
 """Sweeps with bytes of fp32 caches only, where the ratio of a quantiser is not that of a 16-bit cache."""
 DECODE = (
     "2026-11-22-decode-1364m-h200.json", "2026-11-22-decode-374m-h200.json",
     "2026-11-22-decode-1364m-halves-h200.json", "2026-11-25-decode-1364m-h100.json",
+    "2026-11-25-decode-capacity-h200.json",
 )  # fmt: skip
+LEFT_OUT = {
+    "2026-11-22-decode-1364m-peers-h200.json": "repeats steps of 2026-11-22-decode-1364m-h200.json",
+    "2026-11-25-tradeoff-2m-cpu.csv": "models of 2 M parameters",
+    "2026-11-27-new-tokens-smollm2-cpu.csv": "losses while new tokens join, not of a compressed prompt",
+    "2026-11-28-calibrated-smollm2-cpu.csv": "windows of 256 tokens; calibration-texts has 1,024",
+}
+"""Results with losses or steps that are not shipped, and why."""
 
 
 def quantises(spec: str | None) -> bool:
@@ -61,17 +76,17 @@ def without_default(change: LossChange) -> LossChange:
     return change.model_copy(update={"spec": spec})
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     parser = Parser(prog="scripts/planner_tables.py", description=__doc__)
     parser.add_argument("--out", type=Path, default=SHIPPED, metavar="FILE", help="(default: %(default)s)")
-    out = parser.parse_args().out.absolute()
-    os.chdir(ROOT)  # sources are paths in the repository
-    losses = [change for name in STUDIES for change in read_losses(RESULTS / name).losses]
-    for name, about, suffix in SWEEPS:
-        changes = sweep_changes(RESULTS / name, about, suffix=suffix)
-        losses += [without_default(c) for c in changes if name not in FP32 or not quantises(c.spec)]
-    steps = [step for name in DECODE for step in decode_steps(RESULTS / name)]
+    out = parser.parse_args(argv).out.absolute()
+    with contextlib.chdir(ROOT):  # sources are paths in the repository
+        losses = [change for name in STUDIES for change in read_losses(RESULTS / name).losses]
+        for name, about, suffix in SWEEPS:
+            changes = sweep_changes(RESULTS / name, about, suffix=suffix)
+            losses += [without_default(c) for c in changes if name not in FP32 or not quantises(c.spec)]
+        steps = [step for name in DECODE for step in decode_steps(RESULTS / name)]
     table = Table(losses=losses, decode=steps)
     write_atomic(out, table.model_dump_json(indent=1) + "\n")
     print(f"{len(losses)} changes of the loss and {len(steps)} decode steps: {out}")

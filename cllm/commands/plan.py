@@ -29,6 +29,7 @@ from cllm.signals import stoppable
 if TYPE_CHECKING:
     from cllm.planner.candidates import Candidate, Request
     from cllm.planner.measured import Measurements
+    from cllm.planner.report import Listed
 
 VIEWS = ("table", "heads")
 
@@ -64,14 +65,14 @@ def make_parser(program: str) -> ConfigParser:
     add("--compression", nargs="+", metavar="PATTERN", help="compressions to try, as patterns of measured specs, "
         "such as 'xkv*' (default: all measured on the design); none: no compression")  # fmt: skip
     add("--losses", nargs="+", type=Path, default=[], metavar="PATH", help="own measurements besides the shipped ones: "
-        "a table in JSON, a sweep's CSV, or a folder of a study's results")  # fmt: skip
+        "a table in JSON, a sweep's CSV, records of evaluate --posthoc, or a folder of a study's results")  # fmt: skip
     add("--no-shipped", action="store_true", help="leave the shipped losses out; decode factors are still used")
     add("--view", choices=VIEWS, default="table", help="heads: cache by KV heads and sharing (default: %(default)s)")
     add(
         "--all",
         action="store_true",
-        help="list every candidate, also those that do not fit; without it compressions "
-        "are listed on the front, with --compression or with --run, unmeasured KV heads with --kv-heads",
+        help="list every candidate, also those that do not fit; without it compressions are listed on the front, with "
+        "--run also the nearest of other methods, and all with --compression; unmeasured KV heads with --kv-heads",
     )
     add("--json", action="store_true", help="print all candidates as JSON")
     add("--csv", action="store_true", help="print all candidates as CSV")
@@ -114,9 +115,10 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm plan") 
         print(report.heads_text(found, request))
         print("\n".join(report.notes(found, found, model, request, measured)[2:]))
     else:
-        compressions, heads = options.compression is not None or bool(options.run), bool(options.kv_heads)
-        shown = found if options.all else report.choose(found, compressions=compressions, heads=heads)
-        print(report.text(found, shown, model, request, measured))
+        listed: Listed = "near" if options.run else "front"
+        listed = "all" if options.all or options.compression is not None else listed
+        shown = found if options.all else report.choose(found, compressions=listed, heads=bool(options.kv_heads))
+        print(report.text(found, shown, model, request, measured, compressions=listed))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Results of studies, sweeps and decode benchmarks as tables of measurements.
+"""Results of studies, sweeps, records and decode benchmarks as tables of measurements.
 
 Sweeps know a design by its name only. Its number of KV heads follows from the bytes of its cache against mha's; a sweep
 whose bytes fit no number of KV heads of the preset's default settings is refused.
@@ -22,6 +22,7 @@ from cllm.errors import UserError
 from cllm.plan.presets import preset_names
 from cllm.planner.keys import plan_at, plan_key, query_heads_per_kv_head
 from cllm.planner.measured import DecodeStep, LossChange, Table, read_table
+from cllm.posthoc import UNCOMPRESSED
 from cllm.trust import parse_json
 
 TRAINED = "as trained"
@@ -32,7 +33,8 @@ _CLOSE = 0.02
 
 
 def read_losses(path: Path) -> Table:
-    """The table that `--losses` names: a table, a sweep's CSV, a result of a study, or a folder of such results.
+    """The table that `--losses` names: a table, a sweep's CSV, records of `evaluate --posthoc`, or a folder of results
+    of a study.
 
     Raises `UserError`, naming the file, for anything else, and for a study without mha or a sweep of unknown designs.
     """
@@ -50,6 +52,8 @@ def read_losses(path: Path) -> Table:
     record = _json(path)
     if _is_study(record):
         raise UserError(f"--losses {path}: is one point of a study, which has no mha beside it; give its folder")
+    if _has_rows(record):
+        return Table(losses=sweep_changes(path))
     table = read_table(path)
     for i, change in enumerate(table.losses):
         if change.key is None and change.kv.get("preset") not in preset_names():
@@ -67,6 +71,10 @@ def _json(path: Path) -> Any:
 
 def _is_study(record: Any) -> bool:
     return isinstance(record, dict) and record.keys() >= {"config", "loss", "seed", "tokens", "data", "summary"}
+
+
+def _has_rows(record: Any) -> bool:
+    return isinstance(record, dict) and isinstance(record.get("rows"), list)
 
 
 def _config(model: Mapping[str, Any], source: str) -> ModelConfig:
@@ -123,10 +131,11 @@ def study_changes(records: Iterable[Mapping[str, Any]], source: str) -> list[Los
 
 
 def sweep_changes(path: Path, about: Mapping[str, Any] | None = None, *, suffix: str = "") -> list[LossChange]:
-    """Changes of the loss by compression, each against the same run uncompressed, from a sweep's CSV.
+    """Changes of the loss by compression, each against the same run uncompressed, from a sweep's CSV or records.
 
     Args:
-        path: the CSV, with columns `spec` (or `method`), `perplexity`, and `ratio_to_own` (or `bf16_ratio`).
+        path: a CSV, with columns `spec` (or `method`), `perplexity`, and `ratio_to_own` (or `bf16_ratio`); or a JSON
+            file whose `rows` are records of `evaluate --posthoc`, in which others, as of suites, are passed over.
         about: fields of `LossChange` for all rows, such as `parameters`; `kv` in place of the column `design`.
         suffix: an option that every spec had, such as `sinks=0`, where the column does not say so.
     """
@@ -135,14 +144,22 @@ def sweep_changes(path: Path, about: Mapping[str, Any] | None = None, *, suffix:
     found = []
     for row in rows:
         spec = row.get("spec") or row.get("method") or ""
-        if spec == TRAINED:
+        if spec in (TRAINED, UNCOMPRESSED):
             continue
         try:
             base = float(row.get("uncompressed_perplexity") or exact[row["run"]])
             ratio = float(row.get("bf16_ratio") or row["ratio_to_own"])
             change = math.log(float(row["perplexity"]) / base)
             design = {} if about and "kv" in about else _design(row["design"], float(row["ratio_to_mha"]) / ratio, path)
-            entry = {**design, **(about or {}), "spec": _with(spec, suffix), "ratio": ratio, "loss_change": change}
+            window = {"context": int(row["window"])} if row.get("window") else {}
+            entry = {
+                **design,
+                **window,
+                **(about or {}),
+                "spec": _with(spec, suffix),
+                "ratio": ratio,
+                "loss_change": change,
+            }
             found.append(LossChange.model_validate({"source": str(path), **entry}))
         except KeyError as error:
             raise UserError(f"--losses {path}: column or uncompressed run {error.args[0]!r} is missing") from None
@@ -156,11 +173,33 @@ def sweep_changes(path: Path, about: Mapping[str, Any] | None = None, *, suffix:
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
+    if path.suffix == ".json":
+        return _records(path)
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--losses {path}: cannot be read: {error}") from None
+
+
+def _records(path: Path) -> list[dict[str, str]]:
+    """The perplexities among records, as rows of a sweep; ratios are those of 16-bit caches."""
+    record, found = _json(path), list[dict[str, str]]()
+    if not _has_rows(record):
+        raise UserError(f"--losses {path}: has no rows; allowed: records of evaluate --posthoc in rows")
+    for row in record["rows"]:
+        if not isinstance(row, dict) or "perplexity" not in row or "suite" in row:
+            continue
+        try:
+            stored = float(row["bf16_bytes_per_token"])
+            ratios = {"bf16_ratio": float(row["own_bf16_bytes_per_token"]) / stored,
+                      "ratio_to_mha": float(row["mha_bf16_bytes_per_token"]) / stored}  # fmt: skip
+        except KeyError as error:
+            raise UserError(f"--losses {path}: a record has no {error.args[0]}") from None
+        except (TypeError, ValueError, ZeroDivisionError):
+            raise UserError(f"--losses {path}: bytes of a record must be positive numbers") from None
+        found.append({**{key: str(value) for key, value in row.items()}, **{k: repr(v) for k, v in ratios.items()}})
+    return found
 
 
 def _with(spec: str, option: str) -> str:

@@ -30,6 +30,8 @@ SHIPPED = Path(__file__).with_name("measured.json")
 FORMAT = 1
 _ERRORS = 2.0
 """Standard errors on either side that a range covers."""
+_EQUAL_RATIOS = 0.1
+"""Measurements of one compression belong together if their ratios differ by at most this share."""
 
 
 class _Measured(Section):
@@ -113,14 +115,22 @@ class Estimate(Section):
 
 
 def estimate(found: Sequence[LossChange]) -> Estimate | None:
-    """The measurement of the largest model, then of the most tokens, with the range over all; None without any."""
+    """The measurement of the largest model, then of the most tokens and the longest windows, then the first one, with
+    the range over all at about its ratio of bytes; None without any."""
     if not found:
         return None
-    ordered = sorted(found, key=lambda m: (m.parameters or 0, m.tokens or 0), reverse=True)
+    ordered = sorted(found, key=lambda m: (m.parameters or 0, m.tokens or 0, m.context or 0), reverse=True)
+    ordered = [m for m in ordered if _have_equal_bytes(m, ordered[0])]
     alone = len(ordered) == 1 and ordered[0].standard_error is None
     low = None if alone else min(m.loss_change - _ERRORS * (m.standard_error or 0) for m in ordered)
     high = None if alone else max(m.loss_change + _ERRORS * (m.standard_error or 0) for m in ordered)
     return Estimate(value=ordered[0].loss_change, low=low, high=high, measurements=ordered)
+
+
+def _have_equal_bytes(one: LossChange, other: LossChange) -> bool:
+    if one.ratio is None or other.ratio is None:
+        return True
+    return math.isclose(one.ratio, other.ratio, rel_tol=_EQUAL_RATIOS)
 
 
 class Measurements:

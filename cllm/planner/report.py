@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from cllm import tables
 from cllm.config import ModelConfig
@@ -16,10 +16,19 @@ from cllm.tables import Column
 
 MISSING = "–"
 GB = 1e9
+NEAR = 10
+"""Rows of a short table for methods that are not on the front."""
+Listed = Literal["front", "near", "all"]
+"""Which compressions a table lists; see `choose`."""
 
 
 def _loss(c: Candidate) -> str:
     return MISSING if c.loss_change is None else f"{c.loss_change:+.4f}"
+
+
+def _gb(n_bytes: float) -> str:
+    """Gigabytes: two decimals, and three digits of less than one."""
+    return f"{n_bytes / GB:.2f}" if n_bytes >= GB else f"{n_bytes / GB:.3g}"
 
 
 def _range(c: Candidate) -> str:
@@ -42,9 +51,9 @@ COLUMNS = (
     Column[Candidate]("design", lambda c: c.design, left=True),
     Column[Candidate]("KV heads", _heads),
     Column[Candidate]("compression", lambda c: c.spec or MISSING, left=True),
-    Column[Candidate]("cache, GB", lambda c: f"{c.cache_bytes / GB:.2f}"),
+    Column[Candidate]("cache, GB", lambda c: _gb(c.cache_bytes)),
     Column[Candidate]("of mha", lambda c: f"{c.cache_vs_mha:.3f}"),
-    Column[Candidate]("total, GB", lambda c: f"{c.total_bytes / GB:.2f}"),
+    Column[Candidate]("total, GB", lambda c: _gb(c.total_bytes)),
     Column[Candidate]("sequences", lambda c: f"{c.most_sequences:,}"),
     Column[Candidate]("bound, ms", lambda c: f"{1e3 * c.bound_s:.2f}"),
     Column[Candidate]("step, ms", _step),
@@ -58,28 +67,52 @@ def is_design(c: Candidate) -> bool:
     return c.is_reference or "n_kv_heads=" not in c.design
 
 
-def choose(found: Sequence[Candidate], *, compressions: bool, heads: bool) -> list[Candidate]:
+def choose(found: Sequence[Candidate], *, compressions: Listed, heads: bool) -> list[Candidate]:
     """The candidates of a short table: those that fit and are on the front, uncompressed and measured, or presets.
 
     Args:
         found: all candidates.
-        compressions: keep every compression, not only those on the front.
+        compressions: those to keep: `front`, those on the front; `near`, also of each other method the one nearest to
+            the front, `NEAR` at most; `all`.
         heads: keep every number of KV heads, not only a design's own and measured ones.
     """
+    near = {id(c) for c in nearest_of_methods(found)} if compressions == "near" else set()
 
     def wanted(c: Candidate) -> bool:
         if c.spec is not None:
-            return c.front or compressions
+            return c.front or compressions == "all" or id(c) in near
         return heads or c.front or c.loss_change is not None or is_design(c)
 
     return [c for c in found if c.fits and wanted(c)]
 
 
+def nearest_of_methods(found: Sequence[Candidate]) -> list[Candidate]:
+    """Of each method, or combination of methods, that is not on the front the candidate whose loss exceeds the least
+    one at no more cache by the least; the `NEAR` nearest."""
+    known = [(c, c.loss_change) for c in found if c.fits and c.loss_change is not None]
+    on_front = {_methods(c) for c, _ in known if c.front}
+    best: dict[str, tuple[float, Candidate]] = {}
+    for c, loss in known:
+        if c.spec is None or _methods(c) in on_front:
+            continue
+        excess = loss - min(other for o, other in known if o.cache_bytes <= c.cache_bytes)
+        if excess < best.get(_methods(c), (float("inf"), c))[0]:
+            best[_methods(c)] = excess, c
+    return [c for _, c in sorted(best.values(), key=lambda pair: pair[0])[:NEAR]]
+
+
+def _methods(c: Candidate) -> str:
+    return "+".join(part.partition(":")[0] for part in (c.spec or "").split("+"))
+
+
 def text(found: Sequence[Candidate], shown: Sequence[Candidate], model: ModelConfig, request: Request,
-         measured: Measurements) -> str:  # fmt: skip
-    """The table of `shown`, with its notes on them and on the rest of `found`."""
+         measured: Measurements, *, compressions: Listed = "all") -> str:  # fmt: skip
+    """The table of `shown`, with its notes on them and on the rest of `found`; `compressions` as `choose` had it."""
     lines = [_head(request), ""]
     lines += [tables.aligned(COLUMNS, shown)] if shown else [_nothing_fits(found, request)]
+    if compressions == "near" and any(c.spec is not None and not c.front for c in shown):
+        lines += ["", "compressions without *: of each method that is not on the front, the one whose loss exceeds the "
+                      f"least loss at no more cache by the least; at most {NEAR}."]  # fmt: skip
     return "\n".join([*lines, "", *notes(found, shown, model, request, measured)])
 
 
@@ -282,7 +315,7 @@ def heads_text(found: Sequence[Candidate], request: Request) -> str:
         if c is None:
             return ""
         mark = "*" if c.front else "" if c.fits else "x"
-        return f"{mark}{c.cache_bytes / GB:.2f} ({_loss(c)})"
+        return f"{mark}{_gb(c.cache_bytes)} ({_loss(c)})"
 
     columns = [Column[str]("sharing", lambda name: name, left=True)]
     columns += [Column[str](f"{n} KV heads", lambda name, n=n: cell(name, n)) for n in heads]  # type: ignore[misc]

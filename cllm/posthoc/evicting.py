@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.posthoc.budget import check_all_sinks, largest
-from cllm.posthoc.code import Codes
+from cllm.posthoc.code import Codes, unstack
 from cllm.posthoc.eviction import Kept, best_entries
 from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.method import Codable, Engine
@@ -76,10 +76,11 @@ class Evicting(Codable):
     def _coded(self, tensors: SlotTensors) -> Codes:
         if (coder := self._coder) is None:
             return [None] * len(tensors.slots)
-        return [
-            coder.code(tensors.flat(i, padding="repeat"), tensors.kind, tensors.dtype, tuple(data.shape[2:]))
-            for i, data in enumerate(tensors.data)
-        ]
+        codes: Codes = []
+        for members, stack in tensors.stacks():
+            rows, width = stack.flat(0, padding="repeat"), tuple(stack.data[0].shape[2:])
+            codes += unstack(coder.code(rows, tensors.kind, tensors.dtype, width), len(members))
+        return codes
 
     @property
     def _stores_scores(self) -> bool:

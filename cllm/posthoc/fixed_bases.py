@@ -24,6 +24,8 @@ Shapes: B batch, n tokens, width = G · D numbers of G KV heads of D channels, r
 
 from __future__ import annotations
 
+import functools
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,6 +94,12 @@ class Spectrum:
         roots = tuple(values.flip(0).clamp(min=0).sqrt() for values, _ in found)
         return cls(tuple(vectors.flip(1) for _, vectors in found), roots, bias)
 
+    @functools.cached_property
+    def kept(self) -> list[list[float]]:
+        """For each group and rank, the share of the sum of all singular values that its first ones have. They are read
+        from the device once, because ranks are searched for by trying many shares."""
+        return [(roots.cumsum(0) / roots.sum().clamp(min=1e-300)).tolist() for roots in self.roots]
+
     @property
     def widths(self) -> list[int]:
         """Channels of each group."""
@@ -113,11 +121,7 @@ def energy_ranks(spectrum: Spectrum, keep: float) -> list[int]:
     all, because later prompts may have directions that the calibration text lacks."""
     if keep >= 1:
         return spectrum.widths
-    ranks = []
-    for roots in spectrum.roots:
-        kept = roots.cumsum(0) / roots.sum().clamp(min=1e-300)
-        ranks.append(min(int((kept < keep - 1e-12).sum()) + 1, len(roots)))
-    return ranks
+    return [min(bisect_left(kept, keep - 1e-12) + 1, len(kept)) for kept in spectrum.kept]
 
 
 def condition_number(spectrum: Spectrum) -> float:

@@ -233,10 +233,10 @@ class CompressibleSlots:
         return tensors
 
     def _before_rope(self, keys: Mapping[int, Tensor], sinks: Sinks) -> tuple[Tensor, ...]:
-        """`keys` (B, n, G, D) by slot, before RoPE. Slots of one shape have one rotation."""
+        """`keys` (B, n, G, D) by slot, before RoPE. Slots of one shape, on one device, have one rotation."""
         undone: dict[int, Tensor] = {}
-        for shape in {k.shape for k in keys.values()}:
-            same = [j for j, k in keys.items() if k.shape == shape]
+        for alike in {(k.shape, k.device) for k in keys.values()}:
+            same = [j for j, k in keys.items() if (k.shape, k.device) == alike]
             made = self.rotation(same[0], sinks).undo_all([keys[j] for j in same])
             undone |= dict(zip(same, made, strict=True))
         return tuple(undone[j] for j in keys)

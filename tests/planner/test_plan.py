@@ -16,7 +16,7 @@ from cllm.planner.collect import read_losses
 from cllm.planner.gpus import GPU, find_gpu
 from cllm.planner.keys import config_key
 from cllm.planner.measured import DecodeStep, Estimate, LossChange, Measurements, Table, shipped_table
-from cllm.planner.report import notes
+from cllm.planner.report import NEAR, choose, notes
 from cllm.posthoc.registry import parse
 
 MODEL = ModelConfig(vocab_size=100, d_model=64, n_layers=4, n_heads=4, d_ff=128, max_seq_len=1000)
@@ -157,6 +157,84 @@ def test_a_table_with_a_wrong_number_is_refused(tmp_path, key, value):
         read_losses(tmp_path / "t.json")
 
 
+def test_records_of_an_evaluation_as_losses(tmp_path):
+    """Ratios are those of 16-bit caches; records of suites and of no compression are passed over."""
+    one = {"spec": "int8", "run": "a", "design": "gqa", "window": 512, "perplexity": 22, "uncompressed_perplexity": 20,
+           "bf16_bytes_per_token": 10.0, "own_bf16_bytes_per_token": 20.0, "mha_bf16_bytes_per_token": 60.0,
+           "ratio_to_own": 4.0}  # fmt: skip
+    suite = {**one, "suite": "language"}
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps({"rows": [one, suite, {**one, "spec": "none"}, {"suite": "copying", "accuracy": 3}]}))
+    (change,) = read_losses(path).losses
+    assert (change.spec, change.ratio, change.context, change.query_heads_per_kv_head) == ("int8", 2.0, 512, 3)
+    assert change.loss_change == pytest.approx(math.log(1.1))
+    assert change.key == config_key(
+        ModelConfig(d_model=96, n_layers=2, n_heads=6, kv={"preset": "gqa", "n_kv_heads": 2})
+    )
+    path.write_text(json.dumps({"rows": [{**one, "bf16_bytes_per_token": 0}]}))
+    with pytest.raises(UserError, match="bytes of a record must be positive"):
+        read_losses(path)
+    del one["own_bf16_bytes_per_token"]
+    path.write_text(json.dumps({"rows": [one]}))
+    with pytest.raises(UserError, match="a record has no own_bf16_bytes_per_token"):
+        read_losses(path)
+
+
+def test_of_one_compression_the_largest_model_longest_windows_and_first_table_count():
+    def of(value, **about):
+        return change({"preset": "mha"}, value, spec="int8", ratio=2.0, **about)
+
+    ordered = [
+        of(0.1, parameters=2, tokens=1, context=9), of(0.2, parameters=2, tokens=1, context=8),
+        of(0.3, parameters=1, tokens=9, context=99),
+    ]  # fmt: skip
+    again = of(0.4, parameters=2, tokens=1, context=9)
+    other = change({"preset": "mha"}, 0.9, spec="int8", ratio=3.0, parameters=1)  # of an fp32 cache, for example
+    found = measured(*ordered[1:], ordered[0], again, other).compressions(ordered[0].key)["int8"]
+    assert (found.value, found.low, found.high) == (0.1, 0.1, 0.4)
+
+
+def test_a_short_list_has_the_front_and_the_nearest_of_other_methods():
+    specs = {"svd:ratio=4": (0.2, 4), "svd:ratio=8": (0.3, 8), "int8": (0.25, 2), "fp8": (0.26, 2), "kivi": (0.6, 5),
+             "kivi:bits=4": (0.21, 3), "svd:ratio=4+kivi": (0.9, 3.5)}  # fmt: skip
+    table = measured(*(change({"preset": "mha"}, x, spec=spec, ratio=r) for spec, (x, r) in specs.items()))
+    found = list(made(["mha"], table).values())
+    assert {c.spec for c in found if c.front} == {None, "svd:ratio=4", "svd:ratio=8"}
+
+    def listed(compressions):
+        return [c.spec for c in choose(found, compressions=compressions, heads=False)]
+
+    assert listed("front") == ["svd:ratio=8", "svd:ratio=4", None]
+    assert listed("near") == ["svd:ratio=8", "svd:ratio=4", "svd:ratio=4+kivi", "kivi:bits=4", "fp8", "int8", None]
+    assert len(listed("all")) == len(specs) + 1
+
+
+def test_with_a_run_the_table_is_short_and_all_lists_everything(tmp_path, capsys):
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30,
+             "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+             "max_position_embeddings": 8192, "tie_word_embeddings": True}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(llama))
+    words = ["plan", "--run", str(tmp_path), "--gpu", "L4", "--context", "4096"]
+
+    def rows(*more):
+        assert main([*words, *more]) == 0
+        text = capsys.readouterr().out
+        table = text.partition("design")[2].partition("\n\n")[0].splitlines()[1:]
+        return [row.split() for row in table], text
+
+    everything, _ = rows("--all")
+    short, text = rows()
+    assert len(everything) > 60
+    front = [row for row in everything if row[0] == "*"]
+    assert front == [row for row in short if row[0] == "*"]
+    assert len(short) <= len(front) + NEAR + 1
+    assert "compressions without *" in text
+    assert f"{len(everything)} candidates, of which 0 do not fit; {len(everything) - len(short)} are not listed" in text
+    svd, text = rows("--compression", "svd*")
+    assert len(svd) == 1 + sum(any(word.startswith("svd:") for word in row) for row in everything)
+    assert "compressions without *" not in text
+
+
 def test_the_shipped_table_names_methods_and_plans_that_exist():
     table = shipped_table()
     for spec in {change.spec for change in table.losses if change.spec}:
@@ -197,7 +275,7 @@ def test_the_command_prints_json_and_draws(tmp_path, capsys):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert main([*words, "--view", "heads"]) == 0
     out = capsys.readouterr().out
-    assert "4 KV heads  1 KV heads" in out
+    assert "4 KV heads 1 KV heads" in " ".join(out.split())
     assert "extrapolated to" in out
 
 

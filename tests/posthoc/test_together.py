@@ -1,7 +1,8 @@
-"""Slots of one shape are quantised, and voted on, together: the same numbers as one by one, in as few operations."""
+"""Slots of one shape are quantised, merged and voted on together: the same numbers as one by one, in few operations."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -16,7 +17,11 @@ QUANTISERS = [
     "int8", "fp8", "kivi:group=8,residual=8", "xquant:group=8,residual=8", "xquant:group=8,residual=8,share_k=2",
     "turboquant:bits=3,sketch=true", "kvquant:bits=3", "kvquant:levels=uniform", "kvquant:levels=fisher",
 ]  # fmt: skip
-EVICTING = ["streaming:tokens=20", "h2o:tokens=20", "snapkv:tokens=20,window=4", "entropy:tokens=20,window=4"]
+MERGING = ["minicache:start=0", "minicache_xkv:start=0", "minicache:start=0+kivi:group=8,residual=0"]
+EVICTING = [
+    "streaming:tokens=20", "h2o:tokens=20", "snapkv:tokens=20,window=4", "entropy:tokens=20,window=4",
+    "snapkv:tokens=20,window=4+kivi:group=8,residual=0",
+]  # fmt: skip
 STARTS = torch.tensor([0, 5])
 
 
@@ -42,8 +47,13 @@ def stored(cache):
 
 
 @pytest.mark.parametrize("padding", [{}, {"starts": STARTS}], ids=["full", "padded"])
-@pytest.mark.parametrize("spec", [*QUANTISERS, *EVICTING])
-@pytest.mark.parametrize("plan", ["mha", "cla", "fusedkv"])
+@pytest.mark.parametrize(
+    ("plan", "spec"),
+    [
+        *itertools.product(["mha", "cla", "fusedkv"], [*QUANTISERS, *EVICTING, *MERGING]),
+        *itertools.product(["mha", "cla"], ["quest:dense=1"]),  # whose steps read one slot
+    ],
+)
 def test_slots_together_are_as_one_by_one(spec, plan, padding, decoder, tokens, monkeypatch):
     together = compressed(decoder, tokens, spec, plan, **padding)
     monkeypatch.setattr(slots_module, "TOGETHER", {"cpu": 1, "cuda": 1})
@@ -61,16 +71,32 @@ def test_slots_together_are_as_one_by_one(spec, plan, padding, decoder, tokens, 
     [
         ("int8", "abs", 2), ("kivi:group=8,residual=8", "amin", 2), ("xquant:group=8,residual=8", "amin", 2),
         ("turboquant", "bucketize", 2), ("kvquant", "nanmedian", 2), ("kvquant:levels=uniform", "nanmedian", 2),
+        ("kvquant", "cos", 1), ("kvquant:outliers=0.1", "cumsum", 2 + 2), ("quest:dense=0", "amin", 1),
+        ("minicache:start=0", "sort", 2),
+        ("snapkv:tokens=20,window=4+kivi:group=8,residual=0", "amin", 2),
         ("streaming:tokens=20", "sort", 2), ("snapkv:tokens=20,window=4", "_softmax", 1),
         ("snapkv:tokens=20,window=4", "sort", 2), ("entropy:tokens=20,window=4", "_softmax", 1),
     ],
 )  # fmt: skip
 def test_an_operation_runs_once_for_all_slots(spec, operation, times, decoder, tokens):
-    """Twice for quantisers, of keys and of values, and for the order of tokens by their scores and then by place."""
+    """Twice for quantisers, of keys and of values, and for the order of tokens by their scores and then by place.
+    KVQuant sums up counts and moments of bins for all levels at once, and ranks of outliers of each kind."""
     engine, cache, method = fill(decoder(), tokens(2, 40), spec, tokens(2, 24, seed=1))
     with Operations() as counted:
         engine.compress(cache, method, measure=False)
     assert counted.counts[operation] == times
+
+
+def test_singular_values_are_read_from_the_device_once(decoder, tokens):
+    """Eigen Attention searches for the share of them that a ratio of bytes allows."""
+    engine, cache, method = fill(decoder(), tokens(2, 40), "eigenattention:ratio=2", tokens(2, 24, seed=1))
+    counts = []
+    for _ in range(2):
+        with Operations() as counted:
+            engine.compress(cache, method, measure=False)
+        counts.append(counted.counts["cumsum"])
+    assert counts[0] == sum(len(spectrum.widths) for spectrum in method._spectra.values())
+    assert counts[1] == 0
 
 
 def test_a_stack_has_memory_for_all_its_slots_and_no_more(decoder, tokens):

@@ -205,10 +205,10 @@ class CommonKV(Compressor):
             weights, _ = self._factored(tuple(keys.slots[i] for i in group))
             stored = self._merged(self._latents(keys, group, group), keys, group, likeness.topk(count, dim=1).indices)
             for i, slot_latents, weight in zip(group, stored, weights, strict=True):
-                others = others_of(slot_latents.index.long(), slot_latents.length)
                 for tensors, slot_codes in ((keys, codes[0]), (values, codes[1])):
                     rest = None
                     if slot_latents.own is None:
+                        others = others_of(slot_latents.index.long(), slot_latents.length)
                         flat = tensors.data[i].flatten(2)
                         rest = flat.gather(1, others[..., None].expand(-1, -1, flat.shape[2])).to(tensors.dtype)
                     width = tuple(tensors.data[i].shape[2:])
@@ -284,8 +284,8 @@ class CommonKV(Compressor):
 
         merged, stored_index = rows(mean, index), index.to(torch.int32)
         keeps_latents = rank < 2 * tensors.data[group[0]].flatten(2).shape[2]
-        others = others_of(index, tokens)
-        return [Latents(merged, stored_index, rows(z, others) if keeps_latents else None, tokens) for z in latents]
+        others = others_of(index, tokens) if keeps_latents else None
+        return [Latents(merged, stored_index, None if others is None else rows(z, others), tokens) for z in latents]
 
 
 def _projections(engine: Engine, slot: int) -> tuple[nn.Linear, nn.Linear]:

@@ -3,7 +3,7 @@ kept apart."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -148,8 +148,12 @@ class KVQuant(Compressor):
         return self.bits if self.bits_v is None else self.bits_v
 
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
-        k = self._code_all(keys, self.bits)
-        return k, [None] * len(keys.slots) if values is None else self._code_all(values, self._bits_v)
+        kinds = [(keys, self.bits), *([] if values is None else [(values, self._bits_v)])]
+        tables = None
+        if self.levels == "fisher":
+            tables = [[self._table(tensors, i) for i in range(len(tensors.slots))] for tensors, _ in kinds]
+        k, *v = self._code_all(kinds, tables)
+        return k, v[0] if v else [None] * len(keys.slots)
 
     def absorb(
         self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]
@@ -157,33 +161,40 @@ class KVQuant(Compressor):
         if self.levels != "fisher":
             return super().absorb(keys, values, codes)
         assert values is not None
-        k, v = (
-            join_all(of, self._code_all(tensors, bits, [_levels_in(code) for code in of]))
-            for tensors, bits, of in zip((keys, values), (self.bits, self._bits_v), codes, strict=True)
+        blocks = self._code_all(
+            [(keys, self.bits), (values, self._bits_v)], [[_levels_in(code) for code in of] for of in codes]
         )
-        return k, v
+        return join_all(codes[0], blocks[0]), join_all(codes[1], blocks[1])
 
-    def _code_all(self, tensors: SlotTensors, bits: int, tables: Sequence[Tensor] | None = None) -> Codes:
-        """The codes of all slots; `tables`: their levels (B, 2^bits) if they are known."""
-        if self.levels == "fisher" and tables is None:
-            tables = [self._table(tensors, i) for i in range(len(tensors.slots))]
-        parts, counts = list[_Split](), list[Tensor]()
-        for _, stack in tensors.stacks():
-            x = _vectors(stack)
-            part, counted = self._split(stack, x)
-            parts.append(part)
-            if tables is None and self.levels == "kmeans":
-                counts.append(count_bins(part.unit(x), counted))
-            del x, counted
-        if counts:
-            fitted = levels_of(torch.cat(counts), bits).split([len(of_stack) for of_stack in counts])
-        codes: Codes = []
-        for n, (members, stack) in enumerate(tensors.stacks()):
-            if tables is not None:
-                levels = torch.cat([tables[i] for i in members])
-            else:
-                levels = fitted[n] if counts else _equal_steps(stack, bits)
-            codes += unstack(self._code(stack, parts[n], levels, bits), len(members))
+    def _code_all(
+        self, kinds: Sequence[tuple[SlotTensors, int]], tables: Sequence[Sequence[Tensor]] | None
+    ) -> list[Codes]:
+        """The codes of all slots of each of `kinds`, tensors and the bits of a number.
+
+        Args:
+            kinds: keys, and values if there are any.
+            tables: the levels (B, 2^bits) of each slot of each kind if they are known; None: they are those of the
+                tensors, and all fitted together.
+        """
+        parts, counts = list[_Split](), dict[int, list[Tensor]]()
+        for tensors, bits in kinds:
+            for _, stack in tensors.stacks():
+                x = _vectors(stack)
+                part, counted = self._split(stack, x)
+                parts.append(part)
+                if tables is None and self.levels == "kmeans":
+                    counts.setdefault(bits, []).append(count_bins(part.unit(x), counted))
+                del x, counted
+        fitted = {bits: _fit_all(of, bits) for bits, of in counts.items()}
+        left, codes = iter(parts), list[Codes]()
+        for n, (tensors, bits) in enumerate(kinds):
+            codes.append([])
+            for members, stack in tensors.stacks():
+                if tables is not None:
+                    levels = torch.cat([tables[n][i] for i in members])
+                else:
+                    levels = next(fitted[bits]) if fitted else _equal_steps(stack, bits)
+                codes[-1] += unstack(self._code(stack, next(left), levels, bits), len(members))
         return codes
 
     def _table(self, tensors: SlotTensors, i: int) -> Tensor:
@@ -229,6 +240,11 @@ class KVQuant(Compressor):
             pack_codes(codes, bits), part.middle, part.half, levels, index.to(_index_dtype(x.shape[2])),
             x.gather(2, index).to(dtype), bits, x.shape[2], tensors.kind == "k", tuple(tensors.data[0].shape[2:]),
         )  # fmt: skip
+
+
+def _fit_all(counts: Sequence[Tensor], bits: int) -> Iterator[Tensor]:
+    """The levels (B, 2^bits) fp32 for each of `counts` (B, 2048)."""
+    return iter(levels_of(torch.cat(list(counts)), bits).split([len(of_stack) for of_stack in counts]))
 
 
 def _vectors(tensors: SlotTensors) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cllm.errors import UserError
-from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.code import Code, Codes, Exact, unstack
 from cllm.posthoc.grown import Joiner
 from cllm.posthoc.method import Codable
 from cllm.posthoc.registry import register
@@ -135,10 +136,11 @@ class MiniCache(Codable):
     def _merge(self, tensors: SlotTensors) -> Codes:
         codes: Codes = [None] * len(tensors.slots)
         start = len(tensors.slots) // 2 if self.start is None else self.start
-        for i in range(start, len(tensors.slots) - 1, 2):
-            if tensors.data[i].shape == tensors.data[i + 1].shape:
-                codes[i], codes[i + 1] = self._pair(tensors, i)
-        if not any(codes):
+        lower = [i for i in range(start, len(codes) - 1, 2) if tensors.data[i].shape == tensors.data[i + 1].shape]
+        merged = [pair for stack in self._stacks(tensors, lower) for pair in self._merge_pairs(*stack)]
+        for i, pair in zip(lower, merged, strict=True):
+            codes[i], codes[i + 1] = pair
+        if not lower:
             shapes = [data.shape for data in tensors.data]
             pairs = [i for i, (one, other) in enumerate(itertools.pairwise(shapes)) if one == other]
             allowed = f"start up to {pairs[-1]}" if pairs else "models with two neighbouring slots of one shape"
@@ -152,36 +154,63 @@ class MiniCache(Codable):
                 codes[i] = self._coder.code(tensors.flat(i, padding="repeat"), tensors.kind, tensors.dtype, width)
         return codes
 
-    def _pair(self, tensors: SlotTensors, lower: int) -> tuple[Merged, Merged]:
-        width = tuple(tensors.data[lower].shape[2:])
-        pair = [
-            x.flatten(2).float().unflatten(-1, (-1, width[-1])) for x in tensors.data[lower : lower + 2]
-        ]  # B, n, G, D
-        lengths = [x.norm(dim=-1) for x in pair]
-        units = [x / length.clamp(min=1e-30)[..., None] for x, length in zip(pair, lengths, strict=True)]
+    @staticmethod
+    def _stacks(tensors: SlotTensors, lower: Sequence[int]) -> Iterator[tuple[SlotTensors, SlotTensors, int]]:
+        """The lower and the upper slots of pairs, those of neighbouring pairs together, and how many pairs."""
+        one, other = (
+            dataclasses.replace(
+                tensors, slots=tuple(tensors.slots[i] for i in of), data=tuple(tensors.data[i] for i in of)
+            )
+            for of in (lower, [i + 1 for i in lower])
+        )
+        for (members, lower_stack), (_, upper_stack) in zip(one.stacks(), other.stacks(), strict=True):
+            yield lower_stack, upper_stack, len(members)
+
+    def _merge_pairs(self, lower: SlotTensors, upper: SlotTensors, pairs: int) -> list[tuple[Merged, Merged]]:
+        """The codes of `pairs` pairs of slots, of which `lower` and `upper` are stacks."""
+        width = tuple(lower.data[0].shape[2:])
+        both = [
+            tensors.data[0].flatten(2).float().unflatten(-1, (-1, width[-1])) for tensors in (lower, upper)
+        ]  # pairs · B, n, G, D
+        lengths = [x.norm(dim=-1) for x in both]
+        units = [x / length.clamp(min=1e-30)[..., None] for x, length in zip(both, lengths, strict=True)]
         direction, angle = slerp(units[0], units[1], self.t)
         heads, batch = angle.shape[2], len(angle)
         angle = angle.flatten(1)
         is_text = torch.ones_like(angle, dtype=torch.bool)
-        if tensors.is_text is not None:
-            is_text = tensors.is_text.repeat_interleave(heads, dim=1)
+        if lower.is_text is not None:
+            is_text = lower.is_text.repeat_interleave(heads, dim=1)
         low = angle.masked_fill(~is_text, math.inf).amin(1, keepdim=True)
         high = angle.masked_fill(~is_text, -math.inf).amax(1, keepdim=True)
         kept = self._kept(angle, low, high) & is_text
-        count, size = int(kept.sum(1).max()), angle.shape[1]
+        size = angle.shape[1]
+        counts = kept.sum(1).unflatten(0, (pairs, -1)).amax(1).tolist()
         index = torch.arange(size, device=angle.device).expand(batch, -1).masked_fill(~kept, size)
-        index = index.sort(dim=1).values[:, :count]
-        stored_index = index.to(torch.int32).contiguous()
-        directions = self._stored(tensors.without_padding(direction.flatten(2), "repeat"), tensors.kind, tensors.dtype)
-
-        def merged(x: Tensor, length: Tensor) -> Merged:
-            take = index.clamp(max=size - 1)[..., None].expand(-1, -1, width[-1])
-            rows = x.flatten(1, 2).gather(1, take)
+        index = index.sort(dim=1).values.unflatten(0, (pairs, -1))  # pairs, B, size
+        text = lower.without_padding(direction.flatten(2), "repeat")
+        directions = unstack(self._stored(text, lower.kind, lower.dtype), pairs)
+        sides = [
+            (x.flatten(1, 2).unflatten(0, (pairs, -1)), length.to(lower.dtype).unflatten(0, (pairs, -1)))
+            for x, length in zip(both, lengths, strict=True)
+        ]
+        merged: list[tuple[Merged, Merged]] = []
+        for pair, count in enumerate(counts):
+            own = index[pair, :, :count]
+            stored_index = own.to(torch.int32).contiguous()
+            take = own.clamp(max=size - 1)[..., None].expand(-1, -1, width[-1])
             few = self._coder is None or not self._coder.coded_rows(count)
-            rest = Exact(rows.to(tensors.dtype)) if few else self._stored(rows, "v", tensors.dtype)
-            return Merged(directions, length.to(tensors.dtype), stored_index, rest, width)
-
-        return merged(pair[0], lengths[0]), merged(pair[1], lengths[1])
+            one, other = (
+                Merged(
+                    directions[pair],
+                    length[pair].clone(),
+                    stored_index,
+                    Exact(rows.to(lower.dtype)) if few else self._stored(rows, "v", lower.dtype),
+                    width,
+                )
+                for rows, length in ((x[pair].gather(1, take), length) for x, length in sides)
+            )
+            merged.append((one, other))
+        return merged
 
     def _stored(self, rows: Tensor, kind: Literal["k", "v"], dtype: torch.dtype) -> Code:
         if self._coder is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from cllm.errors import UserError
-from cllm.posthoc.code import Codes
+from cllm.posthoc.code import Codes, unstack
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.pages import make_pages
 from cllm.posthoc.registry import register
@@ -45,8 +46,9 @@ class Quest(Compressor):
         if values is None:
             raise UserError(f"{self.name}: the slots are latents, whose keys are not stored; allowed: keys and values")
         budget = self.select // self.page
-        codes: Codes = [
-            None if i < self.dense else make_pages(k, keys.is_text, page=self.page, budget=budget)
-            for i, k in enumerate(keys.data)
-        ]
+        codes: Codes = [None] * min(self.dense, len(keys.slots))
+        paged = dataclasses.replace(keys, slots=keys.slots[self.dense :], data=keys.data[self.dense :])
+        for members, stack in paged.stacks():
+            pages = make_pages(stack.data[0], stack.is_text, page=self.page, budget=budget)
+            codes += unstack(pages, len(members))
         return codes, [None] * len(values.slots)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from cllm.commands.study import main
 from cllm.runs import RunFolder
 from cllm.study.busy import Intervals, Stepping, busy_shares, read_sessions
 from cllm.study.children import Slot
@@ -414,17 +415,64 @@ def test_the_script_of_an_array() -> None:
 #SBATCH --partition=gpu
 # Every task takes points from the same queue; their files must be on storage that all tasks see.
 . .venv/bin/activate
-trap 'kill -TERM "$study"' TERM
+study= stopped=
+trap 'stopped=yes; if [ -n "$study" ]; then kill -TERM "$study"; fi' TERM
 cllm study 'my study.yaml' --out /data/s &
 study=$!
 wait "$study"
 status=$?
 if [ "$status" -gt 128 ]; then wait "$study"; status=$?; fi  # a signal ends the first wait
-# 3: stopped, and the same command goes on.
-if [ "$status" -eq 3 ]; then scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"; fi
+# 3: work is left, and the same command goes on.
+if [ "$status" -eq 3 ] && [ -n "$stopped" ]; then
+  scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+fi
 exit "$status"
 """
     )
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "stop", "requeued"),
+    [
+        (3, [], True, True),
+        (3, [], False, False),  # other tasks work on the rest
+        (3, ["--stop-after", "25m"], False, True),
+        (0, [], True, False),  # it had just finished
+        (1, [], True, False),
+    ],
+)
+def test_a_task_of_an_array_is_queued_again_if_its_time_was_up(
+    tmp_path: Path, code: int, options: list[str], stop: bool, requeued: bool
+) -> None:
+    fakes = {
+        "cllm": f"trap 'exit {code}' TERM\ntouch ready\n"
+        + ("while :; do sleep 0.05; done" if stop else f"exit {code}"),
+        "scontrol": 'echo "scontrol $*"',
+    }
+    for name, body in fakes.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    study = Study(name="s", base=["x"], designs={"mha": {}}, tokens=1)
+    script = tmp_path / "study.sbatch"
+    script.write_text(array_script(study, ["cllm", "study", "s.yaml", *options], tmp_path))
+    variables = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    task = subprocess.Popen(["bash", script], cwd=tmp_path, env={**os.environ, **variables}, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    if stop:
+        task.terminate()
+    out, _ = task.communicate(timeout=300)
+    assert task.returncode == code
+    assert out.decode().splitlines() == ["scontrol requeue 7_2"] * requeued
+
+
+def test_the_folder_of_an_arrays_logs_exists_before_it_starts(tmp_path: Path, capsys: Any) -> None:
+    assert main([str(ROOT / "configs/studies/cpu.yaml"), "--slurm", "--out", str(tmp_path / "my study")]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "--output=" in line)
+    assert line == f'#SBATCH --output="{tmp_path}/my study/state/slurm-%A-%a.log"'
+    assert (tmp_path / "my study" / "state").is_dir()
 
 
 # ---- the shipped studies

@@ -26,6 +26,7 @@ from cllm.study.measuring import evaluation_intervals, mark_of
 from cllm.study.points import Grid, Variant
 from cllm.study.queue import Queue
 from cllm.study.rates import search
+from cllm.study.report import write_report
 from cllm.study.schema import Rates, Study, budgets, load_study, sizes
 from cllm.study.sharing import wait_for_room
 from cllm.study.slurm import array_script
@@ -71,6 +72,42 @@ def test_a_search_halves_its_rates_on_growing_budgets(chaos: ModuleType, tmp_pat
     alone = Grid(study.model_copy(update={"rates": Rates(values=[1.0], tokens=800, keep=1)}), "code")
     found = search(alone, alone.variants[0], {}.get)
     assert (found.chosen, found.at_edge) == ((1.0,), False), "one rate is no search, and no edge of one"
+
+
+def test_rates_that_diverge_are_not_kept(chaos: ModuleType, tmp_path: Path) -> None:
+    rates = Rates(values=[1.0, 2.0, 3.0, 4.0], tokens=400, keep=2)
+    grid = Grid(chaos.study_of(tmp_path / "base.yaml", rates=rates.model_dump()), "code")
+
+    def found(*losses: float) -> tuple[float, ...]:
+        return search(grid, grid.variants[0], lambda p: losses[int(p.rate) - 1]).chosen
+
+    inf, nan = float("inf"), float("nan")
+    assert found(5, 5, 5, 4) == (4.0, 1.0), "of equal losses the first"
+    assert found(inf, nan, 5, inf) == (3.0,), "fewer than two are left"
+    assert found(5, inf, 6, 7) == (1.0, 3.0)
+    ended = search(grid, grid.variants[0], lambda p: inf)
+    assert (ended.chosen, ended.missing, ended.diverged) == ((), (), True)
+    assert not search(grid, grid.variants[0], lambda p: None).diverged
+
+
+def test_a_design_whose_rates_all_diverge_does_not_keep_a_study_from_its_end(chaos: ModuleType, tmp_path: Path) -> None:
+    study = chaos.study_of(tmp_path / "base.yaml", evaluate={})
+    line = "error: 11 steps up to step 12 had a gradient that was not finite and were skipped"
+
+    class Diverging(chaos.FakeCommands):  # type: ignore[name-defined]
+        def train(self, config: Path) -> list[str]:
+            words = super().train(config)
+            if not config.name.startswith("cla"):
+                return words
+            program = f"import subprocess, sys; subprocess.run(sys.argv[1:]); print({line!r}); sys.exit(2)"
+            return [sys.executable, "-S", "-c", program, *words]
+
+    runner = chaos.runner_of(study, tmp_path, Diverging(0))
+    assert runner.run() == 0
+    names = {file.name.partition("-")[0] for file in (tmp_path / "results").glob("*-160-*.json")}
+    assert names == {"mha"}
+    write_report(study, runner.layout)
+    assert "none: all diverged" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_points_of_known_rates_come_first_then_searches_then_seeds(chaos: ModuleType, tmp_path: Path) -> None:

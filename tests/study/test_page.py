@@ -218,3 +218,27 @@ def test_copying_of_mha_by_seed() -> None:
         and (record.get("suite"), record.get("task"), record.get("spec")) == ("copying", "distance=512", "none")
     }
     said(f"mha differs between seeds: {accuracy} % with seed 3")
+
+
+def test_parameters_bytes_and_flops_of_four_designs_by_hand(summary: Summary) -> None:
+    """12 layers of width 512 with 8 heads of 64; a context of 4,096 tokens; widths of the feed-forward by the rule."""
+    layers, d, head, t, embedding = 12, 512, 64, 4096, 16384 * 512
+    every = layers * 2 * d + d  # norms of layers, and the last one
+    full = t + 1  # twice the keys of a mean query
+    window = 2 * (1024 * 1025 / 2 + (t - 1024) * 1024) / t
+    # owners, width, further norms, resident K and V as tokens x width x 2, and twice the keys of all layers
+    designs = {
+        "mha": (12, 1408, 24 * head, 12 * t * d * 2, 12 * full),
+        "cla-2": (6, 1584, 18 * head + 6 * d, 6 * t * d * 2, 12 * full),
+        "yoco": (7, 1552, 19 * head + d, (6 * 1024 + t) * d * 2, 6 * window + 6 * full),
+    }
+    for name, (owners, width, norms, resident, keys) in designs.items():
+        found = row(summary, name).first.content["summary"]
+        matrices = (2 * layers + 2 * owners) * d * d + layers * 3 * d * width
+        assert found["parameters"] == embedding + matrices + every + norms, name
+        assert found["kv_bytes_per_token"]["resident"] == 2 * resident / t, name
+        assert found["training_flops_per_token"] == 6 * (matrices + embedding) + 6 * d * keys, name
+        assert found["parameters"] == pytest.approx(46_938_112, rel=0.005), "the rule: within 0.5 % of mha"
+    latents = row(summary, "mla").first.content
+    assert latents["summary"]["kv_bytes_per_token"]["resident"] == layers * (480 + head // 2) * 2
+    assert latents["match"]["reached"] == 0.5

@@ -22,6 +22,8 @@ from cllm.signals import Interrupted
 
 GRACE = 30.0
 """Seconds after which `run_all` kills commands that it has asked to end."""
+MOST_FAILURES = 3
+"""Failures in a row after which `Health` gives up a GPU."""
 _POLL = 0.05
 _LOG_TAIL = 8192
 _RANKS = {
@@ -119,6 +121,42 @@ def last_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
+class Health:
+    """Failures in a row on each place. A broken GPU fails quickly at whatever it is given, and would use up a queue.
+
+    Args:
+        places: GPUs, or None for a share of the CPU, which is never given up.
+    """
+
+    def __init__(self, places: Sequence[str | None]):
+        self._places = list(places)
+        self._failures = [0] * len(places)
+        self._given_up: set[int] = set()
+
+    def ended(self, place: int, *, failed: bool) -> str | None:
+        """Note that a process on the place with this number has ended.
+
+        Returns a line if the place is given up: after `MOST_FAILURES` failures in a row, unless the last process on
+        another place has failed too, or no other place is left.
+        """
+        self._failures[place] = self._failures[place] + 1 if failed else 0
+        others = [n for n, gpu in enumerate(self._places) if gpu not in (None, self._places[place])]
+        others = [n for n in others if self.is_usable(n)]
+        if self._failures[place] < MOST_FAILURES or self._places[place] is None or not others:
+            return None
+        if any(self._failures[n] for n in others):
+            return None
+        self._given_up.add(place)
+        return (
+            f"GPU {self._places[place]} gets no more work: {MOST_FAILURES} processes in a row have failed on it, and "
+            "none of the last ones on the others; the same command repeats what failed"
+        )
+
+    def is_usable(self, place: int) -> bool:
+        """Whether the place with this number has not been given up."""
+        return place not in self._given_up
+
+
 @dataclass(frozen=True, slots=True)
 class Command:
     """A command for `run_all`."""
@@ -132,8 +170,11 @@ def run_all(
     places: Sequence[str | None],
     ended: Callable[[int, int], None],
     waiting: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Run commands in their order, each in a process, as many at once as there are places. Leaves no process behind.
+
+    A GPU on which commands keep failing gets no more of them (`Health`).
 
     On SIGINT, SIGTERM or SIGHUP to this process, all commands get SIGTERM, and are killed if they have not ended after
     `GRACE` seconds or at the next signal.
@@ -143,6 +184,7 @@ def run_all(
         places: where they run; one command at a time on each.
         ended: called with the number of a command that has ended and its exit status.
         waiting: called several times a second.
+        say: gets a line for each GPU that is given up.
 
     Raises:
         Interrupted: after all processes have ended, if there was such a signal.
@@ -150,14 +192,18 @@ def run_all(
     left = deque(enumerate(commands))
     running: dict[int, tuple[int, subprocess.Popen]] = {}
     environments = [child_environment(place, len(places)) for place in places]
+    health = Health(places)
     with processes.received_signals() as received:
         try:
             while (left or running) and not received:
                 for place, environment in enumerate(environments):
                     if place in running and processes.has_ended(running[place][1]):
                         n, process = running.pop(place)
-                        ended(n, processes.reap(process))
-                    if place not in running and left:
+                        status = processes.reap(process)
+                        ended(n, status)
+                        if (line := health.ended(place, failed=status != 0)) is not None:
+                            say(line)
+                    if place not in running and left and health.is_usable(place):
                         n, command = left.popleft()
                         running[place] = n, start(command.words, command.log, environment)
                 waiting()

@@ -605,7 +605,7 @@ class SlowDecoder:
     def read(self, i: int, part: str, sources: list[int], slots: dict, s: int, head: int) -> Tensor:
         """Σ_j w_j ⊙ X_j of one token and KV head, or X_j as it is. One weight may serve a whole head, a rotated pair
         (channels j and j + d/2, keys only) or a channel."""
-        parts = []
+        parts: list = []
         for j in sources:  # in the first pass over a cycle, slots of layers above are zeros
             slot = slots[j][s][0 if part == "keys" else 1][head] if j in slots else None
             parts.append(self.weights["embed.weight"].new_zeros(self.size(j)) if slot is None else slot)

@@ -31,8 +31,10 @@ from cllm.model.sources import FusedRead
 
 PROMPT, GREEDY = 64, 8
 """Prompt tokens and decoded tokens of the check of decoding."""
-LEAST_COSINE = 0.999
-"""Least cosine of logits that differ only by rounding: to bf16, and in an fp8 cache to fp8."""
+LEAST_COSINE = 0.998
+"""Least cosine of logits that differ only by rounding: to bf16, and in an fp8 cache to fp8. With 24 layers and random
+weights, 1 less it is 5e-4 for keys and values and 1.1e-3 for latents, whose queries are rounded once more (H200,
+2026-11-28); in fp32 both are below 1e-6. A wrong decode is far below."""
 LONG_PREFILL = 3.0
 """Seconds for all repetitions of a prefill. If the first, cold one takes five times as long, it is the only one."""
 _PIECE = 2**28

@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None, *, program: str = "cllm study") -> int:
     if options.slurm:
         from cllm.study.slurm import array_script
 
+        layout.state.mkdir(parents=True, exist_ok=True)  # SLURM does not make the folder of its logs
         print(array_script(study, _task_command(options, overrides, layout), layout.state), end="")
         return 0
     _check_evaluations(study)

@@ -47,16 +47,30 @@ def read_measured(paths: Sequence[str | Path]) -> tuple[list[Measured], list[str
         UserError: if no path can be read, there is no record, or two run folders have one name.
     """
     check_names([path for path in map(Path, paths) if RunFolder(path).config_file.exists()])
-    found: dict[str, Measured] = {}
+    read: list[Measured] = []
     left_out = LeftOut(len(paths))
     for path in map(Path, paths):
         with left_out.unless_usable(path):
-            for one in list(_read(path)):
-                found[one.name] = found[one.name].joined(one) if one.name in found else one
+            read += list(_read(path))
     left_out.status()
-    if not found:
+    if not read:
         raise UserError(f"no result among: {' '.join(map(str, paths)) or '(nothing)'}; give runs, studies or files")
-    return _told_apart(list(found.values())), left_out.names
+    return _told_apart(_joined(read)), left_out.names
+
+
+def _joined(read: Sequence[Measured]) -> list[Measured]:
+    """The measurements of each model from all sources, by its name, and by its folder where several have that name."""
+    found: dict[tuple[str, str | None], Measured] = {}
+    for one in read:
+        folders = dict.fromkeys(other.folder for other in read if other.name == one.name and other.folder is not None)
+        if len(folders) > 1 and one.folder is None:
+            raise UserError(
+                f"two models are called {one.name}, {' and '.join(folders)}, and some records do not say of which they "
+                "are; compare them one by one"
+            )
+        key = one.name, one.folder if len(folders) > 1 else None
+        found[key] = found[key].joined(one) if key in found else one
+    return list(found.values())
 
 
 def check_names(runs: Iterable[Path]) -> None:
@@ -159,12 +173,21 @@ def _of_file(file: Path) -> Iterator[Measured]:
         yield from read_students(file, content)
         return
     rows = content.get("rows", [content])
-    records: dict[str, list[Record]] = {}
+    records: dict[tuple[str, str | None], list[Record]] = {}
     for row in rows if isinstance(rows, list) else ():
         if isinstance(row, dict) and isinstance(row.get("run"), str) and {"suite", "spec", "loss"} & row.keys():
             check_record(row, file)
-            records.setdefault(row["run"], []).append(row)
-    yield from (Measured(name=name, label=name, alike=name, records=tuple(own)) for name, own in records.items())
+            folder = row.get("path") if row.get("kind") == "huggingface" else None
+            records.setdefault((row["run"], folder), []).append(row)
+    for (name, folder), own in records.items():
+        yield Measured(
+            name=name,
+            label=name,
+            alike=json.dumps([name, folder]),
+            folder=folder,
+            facts={"folder": folder},
+            records=tuple(own),
+        )
 
 
 def _of_study(file: Path, content: dict[str, Any]) -> Measured:

@@ -33,8 +33,10 @@ class Measured:
     """The last validation in training, nats per token."""
     text: str = ""
     """The text of `loss`; losses on one text only are compared."""
+    folder: str | None = None
+    """Folder of a Hugging Face checkpoint. Many have one base name; other runs have a name of their own."""
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Token budget, learning rate and code version of a study's run, by which runs of one label can differ."""
+    """By which runs of one label can differ: token budget, learning rate and code of a study's run, a folder."""
     records: tuple[Record, ...] = ()
 
     def joined(self, other: Measured) -> Measured:
@@ -46,6 +48,7 @@ class Measured:
             kv_vs_mha=second.kv_vs_mha if first.kv_vs_mha is None else first.kv_vs_mha,
             loss=second.loss if first.loss is None else first.loss,
             text=second.text if first.loss is None else first.text,
+            folder=first.folder or second.folder,
             records=(*self.records, *other.records),
         )
 

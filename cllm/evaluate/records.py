@@ -15,7 +15,7 @@ from cllm.errors import UserError
 from cllm.files import shorten
 from cllm.trust import read_object
 
-_TEXTS = ("suite", "run", "spec", "task", "set", "design", "checkpoint")
+_TEXTS = ("suite", "run", "spec", "task", "set", "design", "checkpoint", "path")
 _POSITIVE = ("perplexity", "uncompressed_perplexity", "ratio_to_own", "ratio_to_mha", "bytes_per_token",
              "bf16_bytes_per_token", "own_bf16_bytes_per_token", "mha_bf16_bytes_per_token")  # fmt: skip
 _ERROR = "_stderr"

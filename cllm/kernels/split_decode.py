@@ -182,7 +182,8 @@ def choose_tiles(
       cheaper (238 µs instead of 244 for 4 sequences x 16 heads x 32k).
     - fp8 with one query head for each KV head does not use matrix products: converting their operands takes longer
       than multiplying (181 µs instead of 275 for the same shape).
-    - Outputs of more than 16 x 256 numbers need the registers of 8 warps.
+    - Outputs of more than 16 x 256 numbers need the registers of 8 warps. If keys are rotated, so do outputs of more
+      than 16 x 128, fp8 and fp32: with 4 warps 16 x 256 spill 424 bytes a thread, compiled for an H100.
     - The smallest number of splits that fills waves of programs to 90 %, so that all programs finish together; at most
       as many as tiles.
 
@@ -193,8 +194,8 @@ def choose_tiles(
         columns: maximum number of columns that a token can see.
         widths: channels of all key parts, and of all value parts.
         limits: resources of the device.
-        rotates: keys are rotated, which needs matrix products, and registers for the angles of a tile: shorter tiles,
-            or 8 warps, without which registers spill.
+        rotates: keys are rotated, which needs matrix products, and registers for the angles of a tile: shorter tiles
+            or 8 warps.
     """
     channels, size = row
     block_h, stages = _block_h(heads), 3
@@ -219,7 +220,8 @@ def choose_tiles(
         return waves / math.ceil(waves)
 
     splits = next((n for n in range(1, most + 1) if filled(n) >= 0.9), max(range(1, most + 1), key=filled))
-    warps = 8 if widths[1] * block_h > 16 * 256 or (rotates and size < 2 * channels) else 4
+    wide = widths[1] * block_h > 16 * (128 if rotates else 256)
+    warps = 8 if wide or (rotates and size != 2 * channels) else 4
     elementwise = heads == 1 and size < 2 * channels and not rotates
     tiles = Tiles(block_n=block_n, splits=splits, num_warps=warps, num_stages=stages, elementwise=elementwise)
     return tiles, shared(block_n)
@@ -342,7 +344,7 @@ def run(
         log_sums,
         out,
         log_sum,
-        SPLITS=tiles.splits,
+        tiles.splits,
         OUT_WIDTH=width,
         ALL=every,
         CHUNK=min(every, 32),

@@ -297,7 +297,7 @@ class _Call:
         merged_log_sum = torch.empty(shape[:2], dtype=torch.float32, device=self.device)
         every = next_power_of_2(splits)
         triton_decode.merge[(shape[0] * shape[1], -(-width // 32))](
-            partial, log_sums, merged, merged_log_sum, SPLITS=splits, OUT_WIDTH=width, ALL=every, CHUNK=every, BLOCK=32
+            partial, log_sums, merged, merged_log_sum, splits, OUT_WIDTH=width, ALL=every, CHUNK=every, BLOCK=32
         )
         return merged, merged_log_sum
 

@@ -353,26 +353,30 @@ def merge(
     log_sums,
     out,
     log_sum_out,
-    SPLITS: tl.constexpr,
+    splits,
     OUT_WIDTH: tl.constexpr,
     ALL: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out[row] = Σ_s 2^l_s partial[row, s] / Σ_s 2^l_s, or 0 if every split is empty. `partial` of an empty split is
-    uninitialised. log_sum_out[row] = log2 Σ_s 2^l_s, unless it is None."""
+    uninitialised. log_sum_out[row] = log2 Σ_s 2^l_s, unless it is None.
+
+    ALL is the power of two from `splits` on. The number of splits itself is no constant: it grows with a cache that
+    grows, and every other constant is another kernel to compile.
+    """
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, ALL)
-    every = tl.load(log_sums + row * SPLITS + index, mask=index < SPLITS, other=float("-inf"))
+    every = tl.load(log_sums + row * splits + index, mask=index < splits, other=float("-inf"))
     top = tl.maximum(tl.max(every, axis=0), -1e30)
     total = tl.sum(tl.exp2(every - top), axis=0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     summed = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, SPLITS, CHUNK):
+    for start in range(0, splits, CHUNK):
         split = start + tl.arange(0, CHUNK)
-        log_sum = tl.load(log_sums + row * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
+        log_sum = tl.load(log_sums + row * splits + split, mask=split < splits, other=float("-inf"))
         mask = (log_sum != float("-inf"))[:, None] & (channel < OUT_WIDTH)[None, :]
-        at = partial + (row * SPLITS + split)[:, None] * OUT_WIDTH + channel[None, :]
+        at = partial + (row * splits + split)[:, None] * OUT_WIDTH + channel[None, :]
         summed += tl.sum(tl.exp2(log_sum - top)[:, None] * tl.load(at, mask=mask, other=0.0), axis=0)
     summed = summed / tl.where(total == 0, 1.0, total)
     tl.store(out + row * OUT_WIDTH + channel, summed.to(out.dtype.element_ty), mask=channel < OUT_WIDTH)

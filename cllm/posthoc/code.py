@@ -101,7 +101,10 @@ class Rotation(TensorTree):
 
         def rotated(k: Tensor) -> Tensor:
             halves = (k if k.itemsize < 4 else k.float()).unflatten(-1, (2, -1))  # ..., B, n, G, 2, D / 2
-            return (halves * cos).addcmul_(halves.flip(-2), sin).flatten(-2)
+            out = halves * cos
+            for half in (0, 1):  # reads less than `flip` does
+                out[..., half, :].addcmul_(halves[..., 1 - half, :], sin[..., half, :])
+            return out.flatten(-2)
 
         stacked = len(keys) > 1 and keys[0].nbytes <= _STACKED
         return list(rotated(torch.stack(list(keys)))) if stacked else [rotated(k) for k in keys]

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cllm.posthoc.products import ROUNDING, Products, Split, gram, multiply, tf32
+from cllm.posthoc.products import ROUNDING, Products, Split, Split16, gram, multiply, tf32
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Way:
     """Compute half of XᵀX."""
     panel: int = 0
     """Columns of a Cholesky factor that the library computes at once; 0: all."""
+    bf16: bool = False
+    """Products of XᵀX and Q are sums of bf16 products instead of TF32 ones."""
     joint: bool = False
     """Keys and values of one shape are one batch (`group.JOINT`, which the benchmark sets)."""
 
@@ -51,7 +53,10 @@ WAYS: dict[str, Way | None] = {
     "134d128": Way((3, 4), deflated=128),
     "134d128, all of XX": Way((3, 4), deflated=128, halved=False),
     "134d128, panels": Way((3, 4), deflated=128, panel=192),
+    "1222d32, bf16": Way((2, 2, 2), deflated=32, bf16=True),
+    "134d128, bf16": Way((3, 4), deflated=128, bf16=True),
     "1222, joint": Way((2, 2, 2), joint=True),
+    "1222d32, bf16, joint": Way((2, 2, 2), deflated=32, bf16=True, joint=True),
     "134d128, joint": Way((3, 4), deflated=128, joint=True),
     "134d128, joint, panels": Way((3, 4), deflated=128, panel=192, joint=True),
 }
@@ -80,14 +85,14 @@ class Squared:
     fp32.
     """
 
-    def __init__(self, x: Tensor, products: Products, *, halved: bool):
+    def __init__(self, x: Tensor, products: Products, way: Way):
         self.products, self.rounding = products, ROUNDING[products]
-        self.split: Split | None = None
+        self.split: Split | Split16 | None = None
         if products != "fp32" and x.shape[1] >= x.shape[2]:
-            square = gram(x, products, halved=halved)
-            self.split = Split(square.mul_(_inverse(_trace(square)).float()))
-            self.rounding = 2**-20
-            self.trace = _trace(self.split.high) + _trace(self.split.low)
+            square = gram(x, products, halved=way.halved)
+            square.mul_(_inverse(_trace(square)).float())
+            self.split = Split16(square) if way.bf16 else Split(square)
+            self.rounding, self.trace = 2**-18 if way.bf16 else 2**-20, self.split.trace
         else:
             self.x = x.bfloat16() if products == "bf16" else x
             self.rounding = max(self.rounding, 2**-22)
@@ -111,12 +116,17 @@ def _inverse(x: Tensor) -> Tensor:
 
 
 def _filtered(x: Tensor, rank: int, products: Products, way: Way) -> Tensor:
-    squared = Squared(x, products, halved=way.halved)
+    squared = Squared(x, products, way)
     y = squared(random_start(len(x), x.shape[2], min(rank, *x.shape[1:]), x.device).float())
     q = _orthonormal(y, way.panel)
     for degree in way.degrees:
         q = _orthonormal(_polynomial(squared, q, degree, way.deflated), way.panel)
-    return 1.5 * q - multiply(q, multiply(0.5 * q.mT, q, "fp32"), "fp32")  # a step of Newton and Schulz
+    if way.deflated:  # the last products began with nearly orthogonal columns
+        return q
+    # A step of Newton and Schulz, Q (3 - QᵀQ) / 2.
+    step = multiply(q.mT, q, "fp32").mul_(-0.5)
+    step.diagonal(dim1=1, dim2=2).add_(1.5)
+    return multiply(q, step, "fp32")
 
 
 def _polynomial(squared: Squared, q: Tensor, degree: int, deflated: int) -> Tensor:
@@ -127,7 +137,7 @@ def _polynomial(squared: Squared, q: Tensor, degree: int, deflated: int) -> Tens
     y = squared(q)
     found = (q * y).sum((1, 2), dtype=torch.float64)[:, None, None]
     left = squared.trace * (1 - squared.rounding) - found  # what rounding hides counts as found
-    half = (left / max(q.shape[1] - q.shape[2], 1) / 2).clamp(min=0).float()
+    half = (left / (2 * max(q.shape[1] - q.shape[2], 1))).clamp(min=0).float()
     before, y = q, y.addcmul_(q, half, value=-1)
     for step in range(1, degree):
         if deflated:

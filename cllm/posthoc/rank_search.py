@@ -59,8 +59,9 @@ def losses_alone(
         def project(_: nn.Module, args: Any, y: Tensor) -> Tensor:
             if y.ndim == 4 and y.shape[1] == y.shape[2] > 1:
                 raise UserError(
-                    f"allocation=search: {length} calibration tokens cannot be told from {y.shape[1]} heads; allowed: "
-                    "any other number of tokens"
+                    f"allocation=search: of {length} calibration tokens {length - 1} are read at once, as many as "
+                    f"there are heads ({y.shape[1]}), so it is not clear which axis of a tensor has the tokens; "
+                    "allowed: a calibration text of any other length"
                 )
             heads_first = y.ndim == 4 and y.shape[1] != length - 1
             exact = y.transpose(1, 2) if heads_first else y

@@ -107,7 +107,7 @@ class Queue:
     @property
     def is_blocked(self) -> bool:
         """Whether further points will follow from the searches."""
-        return any(not found.chosen for found in self.searches().values())
+        return any(not found.chosen and not found.diverged for found in self.searches().values())
 
     def work(self, point: Point) -> Work | None:
         """The work that is left on a point; None if it is finished."""

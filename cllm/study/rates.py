@@ -33,9 +33,14 @@ class Search:
     rounds: tuple[Round, ...]
     """The last round may be unfinished; later ones are not listed."""
     chosen: tuple[float, ...]
-    """The rates that are kept, the best first; empty until the last round is finished."""
+    """The rates that are kept, the best first; empty until the last round is finished, and if all of one diverged."""
     missing: tuple[Point, ...]
     """Points of the last listed round without a result."""
+
+    @property
+    def diverged(self) -> bool:
+        """Whether every rate of a round diverged, so that the search has ended without one."""
+        return bool(self.rounds) and not self.chosen and not self.missing
 
     @property
     def at_edge(self) -> bool:
@@ -45,7 +50,9 @@ class Search:
 
 
 def search(grid: Grid, variant: Variant, loss_of: LossOf) -> Search:
-    """The search of a variant's rate, as far as there are results. A loss that is not finite is the worst.
+    """The search of a variant's rate, as far as there are results. Of rates with equal losses the first is better.
+
+    A rate with a loss that is not finite is not kept, even if fewer are left than would be.
 
     With as many values as are kept there is nothing to search, and no round.
     """
@@ -64,9 +71,8 @@ def search(grid: Grid, variant: Variant, loss_of: LossOf) -> Search:
         missing = tuple(point for rate, point in points.items() if losses[rate] is None)
         if missing:
             return Search(tuple(rounds), (), missing)
-        left = sorted(left, key=lambda rate: (_rank(losses[rate]), left.index(rate)))[:count]
+        finite = {rate: loss for rate, loss in losses.items() if loss is not None and math.isfinite(loss)}
+        left = sorted(finite, key=finite.__getitem__)[:count]
+        if not left:
+            break
     return Search(tuple(rounds), tuple(left), ())
-
-
-def _rank(loss: float | None) -> float:
-    return loss if loss is not None and math.isfinite(loss) else math.inf

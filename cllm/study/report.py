@@ -234,6 +234,8 @@ def _rates(summary: Summary) -> list[str]:
             cells = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in sorted(losses.items()))
             last = n + 1 == len(found.rounds) and bool(found.chosen)
             best = ", ".join(f"{rate:g}" for rate in found.chosen) if last else ""
+            if found.diverged and n + 1 == len(found.rounds):
+                best = "none: all diverged"
             lines.append([label, count_text(part.tokens), cells, best + (" (edge)" if last and found.at_edge else "")])
     if not lines:
         return []

@@ -37,7 +37,7 @@ from cllm.study.results import read_result, read_results, result_of, with_evalua
 from cllm.study.schema import ShareGPU
 from cllm.study.sharing import wait_for_room
 from cllm.version import code_version
-from cllm.workers import child_environment, last_line, start
+from cllm.workers import Health, child_environment, last_line, start
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ class Runner:
     def __init__(self, queue: Queue, commands: Commands, slots: Sequence[Slot], estimates: Estimates, options: Options):
         self.queue, self.commands, self.slots, self.options = queue, commands, list(slots), options
         self.layout, self.estimates = queue.layout, estimates
+        self._health = Health([slot.device for slot in slots])
         self.failed: dict[str, str] = {}
         """Names of points that failed in this process, and the last line of their logs."""
         devices = {f"{slot.name} {n}" if slot.device is None else slot.name: slot.busy for n, slot in enumerate(slots)}
@@ -135,7 +136,7 @@ class Runner:
             return any(slot.jobs for slot in self.slots) and now - self._stopped < processes.GRACE
         self._refresh()
         self._waits_for_others = False
-        started = [self._fill(slot) for slot in self.slots]
+        started = [self._fill(slot) for n, slot in enumerate(self.slots) if self._health.is_usable(n)]
         return any(started) or any(slot.jobs for slot in self.slots) or self._waits_for_others
 
     def _refresh(self) -> None:
@@ -330,6 +331,7 @@ class Runner:
         self._count_time(job)
         seconds = time.monotonic() - job.started
         line = last_line(self.layout.log(job.point))
+        failed = len(self.failed)
         try:
             if job.work == "evaluate":
                 self._finish_evaluation(job, status, seconds, line)
@@ -346,6 +348,10 @@ class Runner:
         finally:
             job.locks.close()
             self._queue_changed = True
+        place = next(n for n, slot in enumerate(self.slots) if slot is job.slot)  # slots of a CPU are equal
+        given_up = self._health.ended(place, failed=len(self.failed) > failed)
+        if given_up is not None:
+            self._say(given_up)
 
     def _record(self, point: Point, seconds: float | None, *, diverged: bool = False) -> None:
         """Write the result of a trained run."""

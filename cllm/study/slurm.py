@@ -15,6 +15,8 @@ _GRACE = 120
 def array_script(study: Study, command: Sequence[str], logs: Path) -> str:
     """The script for `sbatch`. A task that is stopped by its time limit is queued again.
 
+    A task that ends because others work on the rest is not, or it would start and end again until they are done.
+
     Args:
         study: its `slurm` section sets tasks, time and further lines.
         command: the words of `cllm study` that every task runs.
@@ -32,18 +34,26 @@ def array_script(study: Study, command: Sequence[str], logs: Path) -> str:
         f"#SBATCH --signal=B:TERM@{_GRACE}",
         "#SBATCH --requeue",
         "#SBATCH --open-mode=append",
-        f"#SBATCH --output={logs}/slurm-%A-%a.log",
+        f"#SBATCH --output={_quoted(f'{logs}/slurm-%A-%a.log')}",
         *(f"#SBATCH {option}" for option in settings.options),
         "# Every task takes points from the same queue; their files must be on storage that all tasks see.",
         *settings.setup,
-        "trap 'kill -TERM \"$study\"' TERM",
+        f"study= stopped={'yes' if '--stop-after' in command else ''}",
+        'trap \'stopped=yes; if [ -n "$study" ]; then kill -TERM "$study"; fi\' TERM',
         f"{shlex.join(command)} &",
         "study=$!",
         'wait "$study"',
         "status=$?",
         'if [ "$status" -gt 128 ]; then wait "$study"; status=$?; fi  # a signal ends the first wait',
-        "# 3: stopped, and the same command goes on.",
-        'if [ "$status" -eq 3 ]; then scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"; fi',
+        "# 3: work is left, and the same command goes on.",
+        'if [ "$status" -eq 3 ] && [ -n "$stopped" ]; then',
+        '  scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"',
+        "fi",
         'exit "$status"',
     ]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(path: str) -> str:
+    """A path as sbatch reads it: in double quotes if it has spaces."""
+    return f'"{path}"' if " " in path else path

@@ -227,6 +227,8 @@ def _best(
     if known is None:
         return [], ""
     outcome = f"the search found {found.chosen[0]:g}" if found.chosen else "not searched yet"
+    if found.diverged:
+        outcome = "all rates of a round diverged"
     return at(known), f"known; {outcome}"
 
 

@@ -244,6 +244,24 @@ def test_two_runs_of_one_name_are_not_put_together(runs: list[Path], tmp_path: P
     read_measured([*runs, runs[0]])
 
 
+def test_two_checkpoint_folders_of_one_name_are_two_models(tmp_path: Path) -> None:
+    """As `runs/evaluation/NAME-HASH` of two Hugging Face folders with one base name."""
+    for folder, accuracy in (("a", 10.0), ("b", 30.0)):
+        own = {"kind": "huggingface", "path": f"/{folder}/small"}
+        write(tmp_path / folder / "copying" / "all.json", copying("small", "none", accuracy, **own))
+        write(tmp_path / folder / "copying" / "xkv.json", copying("small", XKV, accuracy - 1, **own))
+    found = table([tmp_path / "a", tmp_path / "b"], "copying")
+    rows = {(row.label, row.spec): row.scores[0] for row in found.rows}
+    labels = ["small, folder /a/small", "small, folder /b/small"]
+    assert list(rows) == [(label, spec) for label in labels for spec in (EXACT, XKV)]
+    assert [cell and cell[0] for cell in rows.values()] == [10.0, 9.0, 30.0, 29.0]
+    assert [row.label for row in table([tmp_path / "a"], "copying").rows] == ["small"] * 2, "alone it has its name"
+    write(tmp_path / "c.json", {"rows": [copying("small", KIVI, 5.0)]})
+    assert len(table([tmp_path / "a", tmp_path / "c.json"], "copying").rows) == 3
+    with pytest.raises(UserError, match="two models are called small, /a/small and /b/small, and some records do not"):
+        read_measured([tmp_path / "c.json", tmp_path / "a", tmp_path / "b"])
+
+
 def test_other_settings_are_warned_of_and_have_no_change_to_the_baseline(runs: list[Path]) -> None:
     folder = runs[1] / "evaluation" / "copying"
     (folder / "default").rename(folder / "path=piqa.json")  # the folder of an option that names a file

@@ -39,6 +39,8 @@ def test_kernels_compile_and_fit(capability: int) -> None:
     )
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    # Of 16 lengths with 15 to 30 splits: one kernel for each power of two, and one for a multiple of 16.
+    assert kernels.pop() == {"split_dot": 1, "merge": 3}
     names = {
         "split_dot",
         "merge",
@@ -74,7 +76,8 @@ def spilled_bytes(ptx: str, capability: int) -> int:
 
 
 def compile_everything(capability: int) -> None:
-    """Prints a line of JSON for every kernel that the calls below launch."""
+    """Prints a line of JSON for every kernel that the calls below launch, and one with the number of kernels that a
+    cache needs while it grows."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -101,6 +104,9 @@ def compile_everything(capability: int) -> None:
         print(json.dumps(made | {"spilled": spilled_bytes(kernel.asm["ptx"], capability)}))
         return kernel
 
+    def count_only(self: JITFunction, *arguments: Any, warmup: bool, **options: Any) -> Any:
+        compiled.setdefault(self.__name__, set()).add(run(self, *arguments, warmup=True, **options))
+
     JITFunction.run = compile_only
     for module in (split_decode, split_lowrank):
         module.device_limits = lambda device: split_decode.Limits(*DEVICES[capability])  # type: ignore[attr-defined]
@@ -109,6 +115,10 @@ def compile_everything(capability: int) -> None:
     if capability == 90:
         resident_lowrank._is_hopper = lambda device: True  # type: ignore[assignment]
         decode_resident_factors()
+    compiled: dict[str, set[Any]] = {}
+    JITFunction.run = count_only
+    decode_longer_and_longer()
+    print(json.dumps({name: len(kernels) for name, kernels in compiled.items()}))
 
 
 def flat(arguments: Iterable[Any]) -> Iterator[Any]:
@@ -136,16 +146,34 @@ def decode(*, fp8: bool) -> None:
             continue
         coded, scales = [slot.to(torch.float8_e4m3fn) for slot in slots], [drawn(1, 1024, groups)] * parts
         split_decode.run(queries, coded, scales, coded, scales, column, None, None, False, 0.1)
-    for heads, groups, dim in ((16, 16, 128), (32, 8, 128), (8, 1, 512)):
+    for heads, groups, dim in ((16, 16, 128), (32, 8, 128), (8, 1, 512), (16, 2, 256), (24, 1, 128)):
         slots, query, none = [drawn(4, 1024, groups, dim)], [drawn(4, heads, dim)], [None]
         turns = split_decode.Rotation(torch.randn(1, 1024, dim // 2), torch.randn(1, 1024, dim // 2), (0,))
         split_decode.run(query, slots, none, slots, none, column, None, None, False, 0.1, rotation=turns)
         if fp8 and dim == 128:
             coded, scales = [slots[0].to(torch.float8_e4m3fn)], [drawn(4, 1024, groups)]
             split_decode.run(query, coded, scales, coded, scales, column, None, None, False, 0.1, rotation=turns)
+    for heads, groups, dim in ((12, 4, 96), (9, 3, 80), (5, 1, 6)):  # sizes that are no powers of two, padded rows
+        slots, query, sums = [drawn(2, 1024, groups, dim)], [drawn(2, heads, dim)], torch.empty(2, heads)
+        turns = split_decode.Rotation(torch.randn(2, 1024, dim // 2), torch.randn(2, 1024, dim // 2), (0,))
+        for rotation in (None, turns):
+            split_decode.run(
+                query, slots, [None], slots, [None], column, column[:1].expand(2), 500, True, 0.1,
+                log_sum=sums, rotation=rotation,
+            )  # fmt: skip
     latent, rope = drawn(1, 1024, 1, 512), drawn(1, 1024, 1, 64)
     queries = [drawn(1, 16, 512), drawn(1, 16, 64)]
     split_decode.run(queries, [latent, rope], [None] * 2, [latent], [None], column, None, None, False, 0.1)
+
+
+def decode_longer_and_longer() -> None:
+    """One sequence with 8 KV heads, of which every step has more tokens."""
+    from cllm.kernels import split_decode
+
+    for length in range(960, 1984, 64):
+        slot, query = [drawn(1, length, 8, 128)], [drawn(1, 32, 128)]
+        column = torch.tensor([length - 1])
+        split_decode.run(query, slot, [None], slot, [None], column, None, None, False, 0.1)
 
 
 def decode_factors() -> None:

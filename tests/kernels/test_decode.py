@@ -18,6 +18,7 @@ from cllm.errors import UserError
 from cllm.kernels import split_decode
 from cllm.kernels.choice import log_once, uses_triton
 from cllm.kernels.decode import Stored, Visible, decode_attention, decode_attention_lse, rotation_of
+from cllm.kernels.joint import DecodePart, joint_decode
 from cllm.kernels.split_decode import Limits, Tiles, choose_tiles
 
 SCALE = 0.3
@@ -99,6 +100,11 @@ CASES = [
     Case(d=(32,), e=(24,), rope=1, column=55),  # keys alone are read
     Case(d=(24, 24, 8), e=(24, 24, 24), alias=True, rope=2, column=55, first=(0, 5, 29)),
     Case(d=(32,), e=(32,), alias=True, rope=1, float8=True, g=4, column=55),
+    # Positions above 2^15, odd sizes of heads, and several query heads for each KV head.
+    Case(d=(34,), e=(34,), h=10, s=48, alias=True, rope=1, column=33001, first=(0, 32990)),
+    Case(d=(10,), e=(10,), h=9, g=3, s=17, alias=True, rope=1, column=70001, window=16),
+    Case(d=(6, 6), e=(6, 6), h=5, g=1, alias=True, rope=1, column=40000, first=(39990, 5)),
+    Case(d=(24,), e=(24,), h=12, g=4, s=48, column=33001, window=5),
 ]
 
 
@@ -138,7 +144,7 @@ def call(case: Case, dtype: torch.dtype):
                 ring.append(None)
                 continue
             target = torch.full((case.rows, case.s, *tensor.shape[2:]), float("nan")).to(tensor.dtype)
-            for c in range(case.column + 1):
+            for c in range(max(0, case.column + 1 - case.s), case.column + 1):
                 target[:, c % case.s] = tensor[:, c]
             ring.append(target)
         exact = stored.data.double() if stored.scale is None else stored.data.double() * stored.scale[..., None]
@@ -151,7 +157,7 @@ def call(case: Case, dtype: torch.dtype):
         """The same ring as keys that have to be rotated, with a table for its entries; and all keys, rotated."""
         every = turns(case, exact.shape[-1])
         ring = torch.zeros(case.rows, case.s, every.shape[-1], dtype=every.dtype)
-        for c in range(case.column + 1):
+        for c in range(max(0, case.column + 1 - case.s), case.column + 1):
             ring[:, c % case.s] = every[:, c]
         cos, sin = (t[:, :, None, None] for t in (ring.real, ring.imag))
         rope = torch.cat((cos, cos), dim=3), torch.cat((-sin, sin), dim=3)
@@ -342,6 +348,14 @@ def interpreted() -> None:
         results, lse = decode_attention_lse(*arguments, scale=SCALE, kernel="triton")
         assert_close(results, wanted, torch.float32)
         torch.testing.assert_close(lse, decode_attention_lse(*arguments, scale=SCALE)[1], atol=1e-4, rtol=1e-4)
+    joined = [Case(d=(10,), e=(10,), h=6, s=17, column=33001), Case(d=(10,), e=(10,), h=6, g=3, column=33001, window=5)]
+    calls = [call(replace(case, alias=True, rope=n), torch.float32)[0] for n, case in enumerate(joined)]
+    query, sink = calls[0][0][0], torch.linspace(-1, 1, 6)
+    for parts in (calls, calls[:1], calls[1:]):
+        slots = [DecodePart(key, value, visible) for _, (key,), (value,), visible in parts]
+        found = joint_decode(query, slots, sink, scale=SCALE, kernel="triton")
+        wanted = joint_decode(query.double(), slots, sink, scale=SCALE, kernel="reference")
+        assert_close([found], [wanted], torch.float32)
 
 
 def test_triton_kernels_interpreted_are_the_definition(run_interpreted):

@@ -6,13 +6,17 @@ About half of the plans are accepted. Kinds that plug-ins register are drawn too
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any
 
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
+from cllm.config import ModelConfig
 from cllm.plan.joins import Whole
 from cllm.plan.registry import READS, SOURCES
+from cllm.section import Section
 
 VOCABULARY = 32
 LATENTS = [
@@ -20,6 +24,23 @@ LATENTS = [
     {"kv_lora_rank": 5, "qk_nope_head_dim": 2, "qk_rope_head_dim": 4, "v_head_dim": 4, "q_lora_rank": 7},
     {"kv_lora_rank": 9, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 4, "q_lora_rank": 7, "blocks": 3},
 ]
+GIVEN = os.environ.get("CLLM_PLANS")
+"""The number of examples that the user wants; None: few, and always the same."""
+PROPERTY = settings(
+    max_examples=int(GIVEN or 50),
+    derandomize=GIVEN is None,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    phases=(Phase.explicit, Phase.generate, Phase.shrink),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+class File(Section):
+    """A config file with nothing but a model."""
+
+    model: ModelConfig
 
 
 def model(layers: list[dict[str, Any]], iterations: dict[str, int] | None = None) -> dict[str, Any]:
@@ -255,10 +276,10 @@ def fit_windows(layers: list[dict[str, Any]]) -> None:
         for name in ("join", "gate"):
             for n, part in enumerate(entry.get("read", {}).get(name, [])):
                 shared = {"share": part} if isinstance(part, int) else part
-                settings = shared.get("own", shared)
-                window = narrowed(settings.get("window"), kept.get(shared.get("share", -1)))
+                options = shared.get("own", shared)
+                window = narrowed(options.get("window"), kept.get(shared.get("share", -1)))
                 if window is not None:
-                    settings["window"] = max(window, 2) if name == "gate" else window
+                    options["window"] = max(window, 2) if name == "gate" else window
                 if "share" in shared and window is not None:
                     entry["read"][name][n] = shared
         kept[i] = owned[0].get("window") if owned else kept[i]

@@ -9,13 +9,12 @@ The plans are those of `random_plans.py`. `test_random_equations.py` compares ot
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, event, example, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from cllm.cache.accounting import cache_bytes
@@ -27,26 +26,9 @@ from cllm.hub.export import as_pretrained
 from cllm.hub.model import CLLMForCausalLM
 from cllm.model.decoder import Decoder
 from cllm.plan.plan import KVPlan
-from cllm.section import Section
-from tests.plan.random_plans import VOCABULARY, everything, formed, joined, model, models, sized
+from tests.plan.random_plans import GIVEN, PROPERTY, VOCABULARY, File, everything, formed, joined, model, models, sized
 
 LENGTH, BATCH = 7, 2
-GIVEN = os.environ.get("CLLM_PLANS")
-PROPERTY = settings(
-    max_examples=int(GIVEN or 50),
-    derandomize=GIVEN is None,
-    database=None,
-    deadline=None,
-    print_blob=True,
-    phases=(Phase.explicit, Phase.generate, Phase.shrink),
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-
-
-class File(Section):
-    """A config file with nothing but a model."""
-
-    model: ModelConfig
 
 
 def cycle(backward: int, **layer: Any) -> dict[str, Any]:

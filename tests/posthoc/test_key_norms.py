@@ -282,9 +282,11 @@ def test_searched_ranks_are_those_of_approximated_keys(spec, name, normed, decod
     engine.compress(cache, method)
 
 
-def test_a_search_that_cannot_tell_tokens_from_heads_is_refused(decoder, tokens):
+def test_a_search_on_as_many_tokens_as_heads_is_refused(decoder, tokens):
+    """Then the lengths of a tensor (B, tokens, heads, D) or (B, heads, tokens, D) do not show which axis is which."""
     method = parse("asvd:keep=0.5,allocation=search,sinks=1")
-    with pytest.raises(UserError, match="asvd: allocation=search: 5 calibration tokens cannot be told from 4 heads"):
+    message = r"asvd: allocation=search: of 5 calibration tokens 4 are read at once, as many as there are heads \(4\)"
+    with pytest.raises(UserError, match=message):
         method.prepare(engine_of(decoder(qk_norm=True)), tokens(2, 5))
 
 

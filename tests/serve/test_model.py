@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,25 +18,11 @@ from cllm.config.load import validate
 from cllm.errors import UserError
 from cllm.hub.export import as_pretrained
 from cllm.serve.vllm.layout import Entry, cache_groups, make_layout
+from tests.plan.random_plans import GIVEN, PROPERTY, File, everything, formed, models
 
-TESTS = Path(__file__).resolve().parents[1]
 PROMPTS = [[1], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], [2, 7, 1, 8, 2, 8, 1]]
 STEPS = ([1, 5, 0], [0, 7, 3], [0, 3, 3], [0, 1, 1])
 """Tokens of each prompt in each step: chunks and single tokens, in batches."""
-
-
-def random_plans() -> ModuleType:
-    """The test that draws random plans, as a module."""
-    spec = importlib.util.spec_from_file_location("random_plans", TESTS / "plan" / "test_random_plans.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # pydantic looks its module up
-    spec.loader.exec_module(module)
-    return module
-
-
-RANDOM = random_plans()
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +82,13 @@ def test_steps_give_the_logits_of_the_decoder(
     check(fake, random_model(preset_config(preset, qk_norm=True, kv_bias=True)), fast_prefill=fast_prefill)
 
 
-@settings(RANDOM.PROPERTY, max_examples=int(RANDOM.GIVEN or 25))
-@given(section=st.one_of(RANDOM.models(), RANDOM.formed()), fast_prefill=st.booleans())
+@settings(PROPERTY, max_examples=int(GIVEN or 40))
+@given(section=st.one_of(models(), formed(), everything()), fast_prefill=st.booleans())
 def test_random_plans_are_refused_or_give_the_logits_of_the_decoder(
     section: dict[str, Any], fast_prefill: bool, fake, random_model
 ) -> None:
     try:
-        config: ModelConfig = validate(RANDOM.File, {"model": section}).model
+        config: ModelConfig = validate(File, {"model": section}).model
     except UserError:
         return
     plan = config.plan()

@@ -81,6 +81,20 @@ def copy_of(finished: Path, out: Path) -> Layout:
     return Layout.at(out)
 
 
+@pytest.mark.parametrize("noise", [0.001, 0.01])
+def test_intervals_of_a_fit_contain_the_truth_about_as_often_as_they_say(noise: float) -> None:
+    """90 % intervals, 100 curves with independent noise. With 12 seeds the shares are 0.81 to 0.93, 0.87 on average."""
+    t, truth = np.linspace(16e6, 490e6, 30), (2.6, 120.0, 0.3)
+    generator, inside = np.random.default_rng(0), np.zeros(3)
+    for _ in range(100):
+        losses = truth[0] + truth[1] * t ** -truth[2] + generator.normal(0, noise, len(t))
+        fit = fit_curve(list(zip(t.tolist(), losses.tolist(), strict=True)))
+        assert fit is not None
+        intervals = [fit.interval(n) for n in range(3)]
+        inside += [low <= value <= high for (low, high), value in zip(intervals, truth, strict=True)]
+    assert all(0.8 <= share / 100 <= 0.97 for share in inside)
+
+
 def change(layout: Layout, pattern: str, **values: Any) -> None:
     """Change values in the result files that match."""
     for file in layout.results.glob(pattern):

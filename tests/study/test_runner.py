@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from cllm.commands.study import main
 from cllm.runs import RunFolder
 from cllm.study.busy import Intervals, Stepping, busy_shares, read_sessions
 from cllm.study.children import Slot
@@ -25,12 +26,13 @@ from cllm.study.measuring import evaluation_intervals, mark_of
 from cllm.study.points import Grid, Variant
 from cllm.study.queue import Queue
 from cllm.study.rates import search
+from cllm.study.report import write_report
 from cllm.study.schema import Rates, Study, budgets, load_study, sizes
 from cllm.study.sharing import wait_for_room
 from cllm.study.slurm import array_script
 from cllm.study.status import dry_run, status
 from cllm.version import _file_hash, code_version
-from cllm.workers import all_gpus, child_environment
+from cllm.workers import MOST_FAILURES, all_gpus, child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,6 +72,42 @@ def test_a_search_halves_its_rates_on_growing_budgets(chaos: ModuleType, tmp_pat
     alone = Grid(study.model_copy(update={"rates": Rates(values=[1.0], tokens=800, keep=1)}), "code")
     found = search(alone, alone.variants[0], {}.get)
     assert (found.chosen, found.at_edge) == ((1.0,), False), "one rate is no search, and no edge of one"
+
+
+def test_rates_that_diverge_are_not_kept(chaos: ModuleType, tmp_path: Path) -> None:
+    rates = Rates(values=[1.0, 2.0, 3.0, 4.0], tokens=400, keep=2)
+    grid = Grid(chaos.study_of(tmp_path / "base.yaml", rates=rates.model_dump()), "code")
+
+    def found(*losses: float) -> tuple[float, ...]:
+        return search(grid, grid.variants[0], lambda p: losses[int(p.rate) - 1]).chosen
+
+    inf, nan = float("inf"), float("nan")
+    assert found(5, 5, 5, 4) == (4.0, 1.0), "of equal losses the first"
+    assert found(inf, nan, 5, inf) == (3.0,), "fewer than two are left"
+    assert found(5, inf, 6, 7) == (1.0, 3.0)
+    ended = search(grid, grid.variants[0], lambda p: inf)
+    assert (ended.chosen, ended.missing, ended.diverged) == ((), (), True)
+    assert not search(grid, grid.variants[0], lambda p: None).diverged
+
+
+def test_a_design_whose_rates_all_diverge_does_not_keep_a_study_from_its_end(chaos: ModuleType, tmp_path: Path) -> None:
+    study = chaos.study_of(tmp_path / "base.yaml", evaluate={})
+    line = "error: 11 steps up to step 12 had a gradient that was not finite and were skipped"
+
+    class Diverging(chaos.FakeCommands):  # type: ignore[name-defined]
+        def train(self, config: Path) -> list[str]:
+            words = super().train(config)
+            if not config.name.startswith("cla"):
+                return words
+            program = f"import subprocess, sys; subprocess.run(sys.argv[1:]); print({line!r}); sys.exit(2)"
+            return [sys.executable, "-S", "-c", program, *words]
+
+    runner = chaos.runner_of(study, tmp_path, Diverging(0))
+    assert runner.run() == 0
+    names = {file.name.partition("-")[0] for file in (tmp_path / "results").glob("*-160-*.json")}
+    assert names == {"mha"}
+    write_report(study, runner.layout)
+    assert "none: all diverged" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_points_of_known_rates_come_first_then_searches_then_seeds(chaos: ModuleType, tmp_path: Path) -> None:
@@ -178,6 +216,37 @@ def test_a_failed_point_is_named_with_the_last_line_of_its_log(chaos: ModuleType
     text = status(runner.queue, Estimates(), 1)
     assert "failed  error: no such data" in text
     assert "1 done, 1 failed" in text
+
+
+def test_a_gpu_on_which_every_point_fails_leaves_the_others_to_a_healthy_one(
+    chaos: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={}, seeds=[1, 2, 3, 4])
+    failures = tmp_path / "failures"
+    failures.mkdir()
+    on_gpu_1 = "os.environ['CUDA_VISIBLE_DEVICES'] == '1'"
+    program = f"""
+import os, pathlib, sys, time
+failures = pathlib.Path({str(failures)!r})
+if {on_gpu_1}:
+    (failures / str(os.getpid())).touch()
+    sys.exit(1)
+deadline = time.monotonic() + 300
+while len(list(failures.iterdir())) < {MOST_FAILURES} and time.monotonic() < deadline:
+    time.sleep(0.01)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+    class Broken(chaos.FakeCommands):  # type: ignore[name-defined]
+        def train(self, config: Path) -> list[str]:
+            return [sys.executable, "-S", "-c", program, *super().train(config)]
+
+    runner = chaos.runner_of(study, tmp_path, Broken(0), share=False)
+    assert runner.run() == 1
+    assert len(runner.failed) == MOST_FAILURES
+    assert len(list((tmp_path / "results").glob("*.json"))) == 8 - MOST_FAILURES
+    assert "GPU 1 gets no more work: 3 processes in a row have failed on it" in capsys.readouterr().err
+    assert chaos.runner_of(study, tmp_path, chaos.FakeCommands(0)).run() == 0, "the same command repeats what failed"
 
 
 @pytest.mark.parametrize(
@@ -383,17 +452,64 @@ def test_the_script_of_an_array() -> None:
 #SBATCH --partition=gpu
 # Every task takes points from the same queue; their files must be on storage that all tasks see.
 . .venv/bin/activate
-trap 'kill -TERM "$study"' TERM
+study= stopped=
+trap 'stopped=yes; if [ -n "$study" ]; then kill -TERM "$study"; fi' TERM
 cllm study 'my study.yaml' --out /data/s &
 study=$!
 wait "$study"
 status=$?
 if [ "$status" -gt 128 ]; then wait "$study"; status=$?; fi  # a signal ends the first wait
-# 3: stopped, and the same command goes on.
-if [ "$status" -eq 3 ]; then scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"; fi
+# 3: work is left, and the same command goes on.
+if [ "$status" -eq 3 ] && [ -n "$stopped" ]; then
+  scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+fi
 exit "$status"
 """
     )
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "stop", "requeued"),
+    [
+        (3, [], True, True),
+        (3, [], False, False),  # other tasks work on the rest
+        (3, ["--stop-after", "25m"], False, True),
+        (0, [], True, False),  # it had just finished
+        (1, [], True, False),
+    ],
+)
+def test_a_task_of_an_array_is_queued_again_if_its_time_was_up(
+    tmp_path: Path, code: int, options: list[str], stop: bool, requeued: bool
+) -> None:
+    fakes = {
+        "cllm": f"trap 'exit {code}' TERM\ntouch ready\n"
+        + ("while :; do sleep 0.05; done" if stop else f"exit {code}"),
+        "scontrol": 'echo "scontrol $*"',
+    }
+    for name, body in fakes.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    study = Study(name="s", base=["x"], designs={"mha": {}}, tokens=1)
+    script = tmp_path / "study.sbatch"
+    script.write_text(array_script(study, ["cllm", "study", "s.yaml", *options], tmp_path))
+    variables = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    task = subprocess.Popen(["bash", script], cwd=tmp_path, env={**os.environ, **variables}, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    if stop:
+        task.terminate()
+    out, _ = task.communicate(timeout=300)
+    assert task.returncode == code
+    assert out.decode().splitlines() == ["scontrol requeue 7_2"] * requeued
+
+
+def test_the_folder_of_an_arrays_logs_exists_before_it_starts(tmp_path: Path, capsys: Any) -> None:
+    assert main([str(ROOT / "configs/studies/cpu.yaml"), "--slurm", "--out", str(tmp_path / "my study")]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "--output=" in line)
+    assert line == f'#SBATCH --output="{tmp_path}/my study/state/slurm-%A-%a.log"'
+    assert (tmp_path / "my study" / "state").is_dir()
 
 
 # ---- the shipped studies

@@ -72,7 +72,7 @@ class Launch:
                     meter.update()
 
                 try:
-                    run_all(commands, places, ended, lambda: meter.update(0))
+                    run_all(commands, places, ended, lambda: meter.update(0), _say)
                 finally:
                     for part in left:  # that have ended since the last look
                         if part.key not in self._published and part not in self.failed and self._store.report(part):

@@ -1,0 +1,244 @@
+"""The numbers of docs/study.md, and of the README's table, are those of the files in docs/results."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cllm.study.beside import beside
+from cllm.study.results import Result, read_results
+from cllm.study.schema import load_study
+from cllm.study.summary import Row, Summary, summarise
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+RESULTS = DOCS / "results"
+FOLDER = RESULTS / "2026-11-27-study-490m-h200"
+TEXT = (DOCS / "study.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def summary() -> Summary:
+    return summarise(load_study(RESULTS / "2026-11-27-study-490m.yaml"), read_results(FOLDER))
+
+
+def table(heading: str, first: str) -> list[list[str]]:
+    """The cells of the table below a heading whose head begins with `first`."""
+    text = TEXT.split(f"\n{heading}\n")[1]
+    lines = text[text.index(f"| {first} |") :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def said(*phrases: str) -> None:
+    for phrase in phrases:
+        assert phrase in flat(TEXT), phrase
+
+
+def at(result: Result, tokens: float, tag: str = "val/loss") -> float:
+    """The value of the validation nearest to a number of tokens."""
+    return min(result.curve(tag), key=lambda point: abs(point[0] - tokens))[1]
+
+
+def row(summary: Summary, design: str) -> Row:
+    return next(row for row in summary.rows if row.variant.design == design)
+
+
+def copying(row: Row) -> list[dict[str, Any]]:
+    """The records of copying at all distances, uncompressed."""
+    found = [record for result in row.results for record in result.content["evaluations"]]
+    which = ("copying", "all", "none")
+    return [record for record in found if tuple(map(record.get, ("suite", "task", "spec"))) == which]
+
+
+def test_no_result_is_left_out(summary: Summary) -> None:
+    assert not summary.others
+    assert {result.name for result in summary.used} == {file.stem for file in FOLDER.glob("*.json")}
+
+
+def test_the_table_of_designs(summary: Summary) -> None:
+    head, _, *rows = table("### Seven designs, 490 M tokens", "design")
+    assert len(rows) == len(summary.rows)
+    for cells, found in zip(rows, summary.rows, strict=True):
+        numbers = dict(zip(head, cells, strict=True))
+        kv = found.first.content["summary"]["kv_vs_mha"]
+        assert numbers["design"].partition(",")[0] == found.label
+        assert [float(numbers["cache × mha"]), float(numbers["read × mha"])] == pytest.approx(
+            [kv["resident"], kv["read"]], abs=5e-4
+        )
+        assert int(numbers["seeds"]) == len(found.results)
+        mean, _, error = numbers["loss"].partition(" ± ")
+        assert float(mean) == pytest.approx(found.loss.mean, abs=5.1e-5)
+        assert (float(error) if error else None) == pytest.approx(found.loss.error, abs=5.1e-5)
+        if found.difference is None:
+            assert found.label == "mha"
+            continue
+        pairs = found.difference.pairs
+        assert pairs is not None
+        expected = f"{pairs.mean:+.4f}"
+        if pairs.interval is not None:
+            expected += f" ({pairs.interval[0]:+.4f} to {pairs.interval[1]:+.4f})"
+        assert numbers["difference to mha, 95 % interval"] == expected
+        assert numbers["verdict"] == found.difference.verdict
+
+
+def test_the_table_of_losses_in_training(summary: Summary) -> None:
+    head, _, *rows = table("### Seven designs, 490 M tokens", "tokens")
+    assert [cells[0] for cells in rows] == ["49 M", "98 M", "245 M", "490 M"]
+    for tokens, *cells in rows:
+        for design, cell in zip(head[1:], cells, strict=True):
+            values = [at(result, 1e6 * float(tokens.split()[0])) for result in row(summary, design).results]
+            assert cell == ", ".join(f"{value:.3f}" for value in values), f"{design} at {tokens}"
+
+
+def test_the_first_points() -> None:
+    found = {result.variant.design: result for result in read_results(RESULTS / "2026-11-27-study-100m-h200")}
+    _, _, *rows = table("## First points", "tokens")
+    for tokens, *cells in rows:
+        expected: list[str] = []
+        for tag in ("val/loss", "val/ar_loss"):
+            both = [at(found[design], 1e6 * float(tokens.split()[0]), tag) for design in ("mha", "fusedkv_lite")]
+            expected += [f"{value:.3f}" for value in both] + [f"{round(both[0], 3) - round(both[1], 3):.3f}"]
+        assert cells == expected, tokens
+
+
+def test_the_sentences(summary: Summary) -> None:
+    rows = {name: row(summary, name) for name in ("mha", "fusedkv", "fusedkv_lite", "cla-2", "gqa", "mla", "yoco")}
+    loss = {name: {r.content["seed"]: r.loss or math.nan for r in found.results} for name, found in rows.items()}
+
+    def below(design: str, tokens: float) -> str:
+        """Nats below mha's loss, the mean over the seeds that both have."""
+        losses = [{r.content["seed"]: at(r, tokens) for r in rows[name].results} for name in ("mha", design)]
+        common = losses[0].keys() & losses[1].keys()
+        return f"{sum(losses[0][seed] - losses[1][seed] for seed in common) / len(common):.2f}"
+
+    gaps = [f"{loss['mha'][seed] - loss['fusedkv'][seed]:.3f}" for seed in (1, 2, 3)]
+    crossing = rows["cla-2"].crossing
+    assert crossing is not None
+    assert crossing.interval is not None
+    apart = [f"{loss['mha'][seed] - loss['mha'][1]:.3f}" for seed in (2, 3)]
+    said(
+        f"{gaps[0]}, {gaps[1]} and {gaps[2]} below mha's with the same seed",
+        f"for fusedkv from {below('fusedkv', 49e6)} to {below('fusedkv', 490e6)} nats",
+        f"for cla-2 from {below('cla-2', 49e6)} to {below('cla-2', 490e6)}",
+        f"at {crossing.interval[0] / 1e9:.1f} to {crossing.interval[1] / 1e9:.1f} G tokens (90 % interval)",
+        f"differs by {apart[0]} to {apart[1]} from the first",
+        f"so gqa's {loss['gqa'][3] - loss['mha'][3]:.3f} says nothing",
+        f"and yoco's {loss['mha'][3] - loss['yoco'][3]:.3f} little",
+    )
+    close = [f"{loss['fusedkv_lite'][seed] - loss['fusedkv'][seed]:.4f}" for seed in (1, 2)]
+    said(f"fusedkv is {close[0]} and {close[1]} below fusedkv_lite in their common seeds")
+    for name in ("fusedkv", "fusedkv_lite", "mla", "gqa", "yoco"):
+        assert rows[name].crossing is not None
+        assert rows[name].crossing.tokens is None
+    percent = 100 * math.expm1(rows["cla-2"].difference.pairs.mean)
+    said(f"| {percent:.1f} %: not reproduced at this scale |")
+    copied = {name: f"{copying(found)[0]['accuracy']:.0f} %" for name, found in rows.items()}
+    said(
+        f"fusedkv copies {copied['fusedkv']} of random tokens, fusedkv_lite {copied['fusedkv_lite']}, "
+        f"mla {copied['mla']}, yoco {copied['yoco']}, mha {copied['mha']}, cla-2 and gqa {copied['cla-2']}"
+    )
+    assert copied["gqa"] == copied["cla-2"]
+
+
+def test_the_table_beside_other_models(summary: Summary) -> None:
+    report = beside(summary, FOLDER)[1].split("\n\n")[0].splitlines()
+    cells = [[cell.strip().replace("–", "") for cell in line.split("|")[1:-1]] for line in report]
+    head, _, *rows = cells
+    columns = ["bytes/token", "perplexity", "copying distance=512, accuracy %", "ruler, accuracy %", "piqa, norm %"]
+    expected = {(line[0], line[1]): [line[head.index(name)] for name in columns] for line in rows}
+    _, _, *written = table("### Beside other models", "model")
+    found = {(line[0], line[1]): line[2:] for line in written}
+    for line in found.values():
+        line[1] = re.sub(r" [a-f]$", "", line[1])
+    left_out = {key for key in expected if re.search(r", [12] % of its tokens", key[0])}
+    assert found == {key: values for key, values in expected.items() if key not in left_out}
+
+    def lost(model: str, spec: str) -> str:
+        before, after = (float(found[model, key][2].split()[0]) for key in ("", spec))
+        return f"{100 * (1 - after / before):.0f} %"
+
+    four = "`xkv:group=4,ratio=4`"
+    said(
+        f"fusedkv loses {lost('fusedkv', four)} of its copying and fusedkv_lite {lost('fusedkv_lite', four)}.**",
+        f"loses {lost('smollm2', '`xkv:group=5,ratio=4`')}. Its students",
+    )
+
+
+def test_the_readme_has_the_same_table(summary: Summary) -> None:
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    lines = text.split("## An answer")[1].split("| trained |")[1].split("\n\n")[0].splitlines()[2:]
+    every = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    rows = {cells[0].partition(":")[0]: cells for cells in every}
+    assert rows.keys() == {found.label for found in summary.rows}
+    for found in summary.rows:
+        _, cache, seeds, loss, difference, copied = rows[found.label]
+        assert copied in {f"{record['accuracy']:.1f} ± {record['accuracy_stderr']:.1f}" for record in copying(found)}
+        share = found.first.content["summary"]["kv_vs_mha"]["resident"]
+        assert float(Fraction(cache)) == pytest.approx(share, abs=0.01)
+        assert int(seeds) == len(found.results)
+        error = "" if found.loss.error is None else f" ± {found.loss.error:.3f}"
+        assert loss == f"{found.loss.mean:.3f}{error}"
+        pairs = None if found.difference is None else found.difference.pairs
+        if pairs is None or pairs.interval is None:
+            assert not difference
+        else:
+            low, high = pairs.interval
+            assert difference == f"{pairs.mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def test_speeds(summary: Summary) -> None:
+    speeds = {found.label: [result.tokens_per_s or 0.0 for result in found.results] for found in summary.rows}
+    slow, yoco = speeds.pop("mla"), speeds.pop("yoco")
+    every = [speed for values in speeds.values() for speed in values]
+    assert 615e3 < min(every) < max(every) < 645e3
+    assert round(slow[0], -3) == 566e3
+    assert yoco[0] < min(every), "it shared its GPU"
+    said("620,000 to 640,000 tokens/s each, mla 566,000")
+
+
+def records(file: str) -> Sequence[dict[str, object]]:
+    return json.loads((RESULTS / file).read_text())["rows"]
+
+
+def test_copying_of_mha_by_seed() -> None:
+    (accuracy,) = {
+        round(float(str(record["accuracy"])), 1)
+        for record in records("2026-11-28-methods-45m-h200.json")
+        if str(record["run"]).startswith("mha-")
+        and (record.get("suite"), record.get("task"), record.get("spec")) == ("copying", "distance=512", "none")
+    }
+    said(f"mha differs between seeds: {accuracy} % with seed 3")
+
+
+def test_parameters_bytes_and_flops_of_four_designs_by_hand(summary: Summary) -> None:
+    """12 layers of width 512 with 8 heads of 64; a context of 4,096 tokens; widths of the feed-forward by the rule."""
+    layers, d, head, t, embedding = 12, 512, 64, 4096, 16384 * 512
+    every = layers * 2 * d + d  # norms of layers, and the last one
+    full = t + 1  # twice the keys of a mean query
+    window = 2 * (1024 * 1025 / 2 + (t - 1024) * 1024) / t
+    # owners, width, further norms, resident K and V as tokens x width x 2, and twice the keys of all layers
+    designs = {
+        "mha": (12, 1408, 24 * head, 12 * t * d * 2, 12 * full),
+        "cla-2": (6, 1584, 18 * head + 6 * d, 6 * t * d * 2, 12 * full),
+        "yoco": (7, 1552, 19 * head + d, (6 * 1024 + t) * d * 2, 6 * window + 6 * full),
+    }
+    for name, (owners, width, norms, resident, keys) in designs.items():
+        found = row(summary, name).first.content["summary"]
+        matrices = (2 * layers + 2 * owners) * d * d + layers * 3 * d * width
+        assert found["parameters"] == embedding + matrices + every + norms, name
+        assert found["kv_bytes_per_token"]["resident"] == 2 * resident / t, name
+        assert found["training_flops_per_token"] == 6 * (matrices + embedding) + 6 * d * keys, name
+        assert found["parameters"] == pytest.approx(46_938_112, rel=0.005), "the rule: within 0.5 % of mha"
+    latents = row(summary, "mla").first.content
+    assert latents["summary"]["kv_bytes_per_token"]["resident"] == layers * (480 + head // 2) * 2
+    assert latents["match"]["reached"] == 0.5

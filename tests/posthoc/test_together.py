@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cllm.cache.cache import KVCache
 from cllm.posthoc import slots as slots_module
 from cllm.posthoc import votes as votes_module
 from tests.posthoc.filled import fill
@@ -97,6 +98,17 @@ def test_singular_values_are_read_from_the_device_once(decoder, tokens):
         counts.append(counted.counts["cumsum"])
     assert counts[0] == sum(len(spectrum.widths) for spectrum in method._spectra.values())
     assert counts[1] == 0
+
+
+def test_a_step_copies_the_tokens_of_a_slot_once(decoder, tokens):
+    """Sinks, the other tokens of the prefix and later ones: one copy of keys and one of values in each of 4 layers,
+    besides the sinks and later tokens, which grow by one."""
+    cache = compressed(decoder, tokens, "streaming:tokens=20", "mha")
+    with Operations() as counted:
+        decoder().hidden(tokens(2, 1), cache=cache)
+    with Operations() as exact:
+        decoder().hidden(tokens(2, 1), cache=KVCache(decoder().config))
+    assert counted.counts["cat"] - exact.counts["cat"] == 2 * len(cache.stores)
 
 
 def test_a_stack_has_memory_for_all_its_slots_and_no_more(decoder, tokens):

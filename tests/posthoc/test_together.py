@@ -102,8 +102,8 @@ def test_singular_values_are_read_from_the_device_once(decoder, tokens):
 
 @pytest.mark.parametrize(
     "spec",
-    ["xkv:ratio=2", "xkv:ratio=2,weight=queries,spread=true,codes=mixed", "palu:ratio=2", "recompute", "recompute:ratio=2",
-     "shadowkv:rank=8,select=null", "int8"],
+    ["xkv:ratio=2", "xkv:ratio=2,weight=queries,spread=true,codes=mixed", "palu:ratio=2", "recompute",
+     "recompute:ratio=2", "shadowkv:rank=8,select=null", "int8"],
 )  # fmt: skip
 def test_codes_know_whether_they_have_factors(spec, decoder, tokens):
     for store in compressed(decoder, tokens, spec, "mha").stores.values():

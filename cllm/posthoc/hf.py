@@ -260,7 +260,8 @@ def compress_dynamic(
         cache: filled by `model`, with attention layers only.
         method: for example `parse("xkv:ratio=4")`.
         model: the model, whose RoPE is undone.
-        starts: (B,) int64, tokens of padding before each sequence; None: no padding.
+        starts: (B,) int64, tokens of padding before each sequence; None: no padding. Positions count from the first
+            token after it, as in `generate`; outside of it, pass the model `position_ids`.
         measure: compute reconstruction errors, into `outcome.errors`.
 
     Raises:

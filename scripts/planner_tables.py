@@ -35,8 +35,11 @@ SWEEPS: tuple[tuple[str, Mapping[str, Any], str], ...] = (
         for name in ("weighted-errors", "quantisers", "low-rank", "eviction")
     ),
     ("2026-11-28-calibration-texts-smollm2-cpu.csv", {**SMOLLM2, "context": 1024}, ""),
+    ("2026-11-28-methods-45m-h200.json", {"parameters": 46938112, "tokens": 490e6}, ""),
+    *((f"{name}-smollm2-h200.json", SMOLLM2, "") for name in ("2026-11-27-methods", "2026-11-28-methods")),
 )
-"""Sweeps, what their files do not say about the models, and an option that all specs had when they were measured."""
+"""Sweeps and records, what their files do not say about the models, and an option that all specs had when they were
+measured."""
 FP32 = ("2026-11-26-sinks-smollm2-cpu.csv",)
 """Sweeps with bytes of fp32 caches only, where the ratio of a quantiser is not that of a 16-bit cache."""
 DECODE = (

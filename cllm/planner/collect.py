@@ -26,13 +26,15 @@ from cllm.trust import parse_json
 
 TRAINED = "as trained"
 """The `spec` of a sweep's uncompressed run."""
+UNCOMPRESSED = "none"
+"""The `spec` of a record with the exact cache."""
 _LEAST_HEADS = 64
 """Query heads with which the bytes of presets are compared: every power of two below divides them."""
 _CLOSE = 0.02
 
 
 def read_losses(path: Path) -> Table:
-    """The table that `--losses` names: a table, a sweep's CSV, a result of a study, or a folder of such results.
+    """The table that `--losses` names: a table, a sweep's CSV, records of evaluations, or a folder of a study's results.
 
     Raises `UserError`, naming the file, for anything else, and for a study without mha or a sweep of unknown designs.
     """
@@ -50,6 +52,8 @@ def read_losses(path: Path) -> Table:
     record = _json(path)
     if _is_study(record):
         raise UserError(f"--losses {path}: is one point of a study, which has no mha beside it; give its folder")
+    if isinstance(record, dict) and "rows" in record:
+        return Table(losses=sweep_changes(path))
     table = read_table(path)
     for i, change in enumerate(table.losses):
         if change.key is None and change.kv.get("preset") not in preset_names():
@@ -123,26 +127,29 @@ def study_changes(records: Iterable[Mapping[str, Any]], source: str) -> list[Los
 
 
 def sweep_changes(path: Path, about: Mapping[str, Any] | None = None, *, suffix: str = "") -> list[LossChange]:
-    """Changes of the loss by compression, each against the same run uncompressed, from a sweep's CSV.
+    """Changes of the loss by compression, each against the same run uncompressed, from a sweep.
 
     Args:
-        path: the CSV, with columns `spec` (or `method`), `perplexity`, and `ratio_to_own` (or `bf16_ratio`).
+        path: the CSV of a sweep, with columns `spec` (or `method`), `perplexity`, and `ratio_to_own` (or `bf16_ratio`);
+            or a JSON file whose `rows` are records of evaluations, of which those of suites are left out.
         about: fields of `LossChange` for all rows, such as `parameters`; `kv` in place of the column `design`.
         suffix: an option that every spec had, such as `sinks=0`, where the column does not say so.
     """
-    rows = _rows(path)
+    rows = _records(path) if path.suffix == ".json" else _rows(path)
     exact = {row["run"]: row.get("perplexity") or "" for row in rows if row.get("run") and row.get("spec") == TRAINED}
     found = []
     for row in rows:
         spec = row.get("spec") or row.get("method") or ""
-        if spec == TRAINED:
+        if spec in (TRAINED, UNCOMPRESSED):
             continue
         try:
             base = float(row.get("uncompressed_perplexity") or exact[row["run"]])
             ratio = float(row.get("bf16_ratio") or row["ratio_to_own"])
             change = math.log(float(row["perplexity"]) / base)
             design = {} if about and "kv" in about else _design(row["design"], float(row["ratio_to_mha"]) / ratio, path)
-            entry = {**design, **(about or {}), "spec": _with(spec, suffix), "ratio": ratio, "loss_change": change}
+            window = {"context": row["window"]} if "window" in row else {}
+            about_all = {**window, **design, **(about or {})}
+            entry = {**about_all, "spec": _with(spec, suffix), "ratio": ratio, "loss_change": change}
             found.append(LossChange.model_validate({"source": str(path), **entry}))
         except KeyError as error:
             raise UserError(f"--losses {path}: column or uncompressed run {error.args[0]!r} is missing") from None
@@ -161,6 +168,18 @@ def _rows(path: Path) -> list[dict[str, str]]:
             return list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--losses {path}: cannot be read: {error}") from None
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Records of perplexity, with ratios of bytes in 16 bits if they state those."""
+    rows = _json(path)["rows"]
+    records = [row for row in rows if isinstance(row, dict) and "perplexity" in row] if isinstance(rows, list) else []
+    of_16_bits = ("bf16_bytes_per_token", "own_bf16_bytes_per_token", "mha_bf16_bytes_per_token")
+    for row in records:
+        stored, own, mha = (row.get(key) for key in of_16_bits)
+        if stored and own and mha:
+            row |= {"bf16_ratio": own / stored, "ratio_to_mha": mha / stored}
+    return records
 
 
 def _with(spec: str, option: str) -> str:

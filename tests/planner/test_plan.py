@@ -149,6 +149,26 @@ def test_a_study_and_a_sweep_as_losses(tmp_path):
         read_losses(sweep)
 
 
+def test_records_of_evaluations_as_losses(tmp_path):
+    """Ratios are those of 16-bit caches; records of suites have no perplexity, and that of the exact cache no change."""
+    of_bytes = {"own_bf16_bytes_per_token": 30, "mha_bf16_bytes_per_token": 120}
+    of_fp32 = {"ratio_to_own": 4, "ratio_to_mha": 16}
+    common = {"run": "a", "design": "gqa", "window": 64, "uncompressed_perplexity": 20, **of_bytes, **of_fp32}
+    rows = [
+        common | {"spec": "none", "perplexity": 20, "bf16_bytes_per_token": 30},
+        common | {"spec": "kivi", "perplexity": 22, "bf16_bytes_per_token": 10},
+        {"run": "a", "design": "gqa", "spec": "kivi", "suite": "copying", "accuracy": 3},
+    ]
+    (tmp_path / "records.json").write_text(json.dumps({"rows": rows}))
+    (found,) = read_losses(tmp_path / "records.json").losses
+    assert (found.spec, found.query_heads_per_kv_head, found.ratio, found.context) == ("kivi", 4, 3, 64)
+    assert found.loss_change == pytest.approx(math.log(1.1))
+    for wrong in (7, [], [3], rows[2:]):
+        (tmp_path / "records.json").write_text(json.dumps({"rows": wrong}))
+        with pytest.raises(UserError, match=r"--losses .*records\.json: has no compressed run"):
+            read_losses(tmp_path / "records.json")
+
+
 @pytest.mark.parametrize(("key", "value"), [("parameters", "many"), ("context", 10**400)], ids=["word", "digits"])
 def test_a_table_with_a_wrong_number_is_refused(tmp_path, key, value):
     entry = {"kv": {"preset": "cla"}, "loss_change": 0.1, "parameters": 1e6, "context": 64} | {key: value}

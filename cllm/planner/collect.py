@@ -34,7 +34,7 @@ _CLOSE = 0.02
 
 
 def read_losses(path: Path) -> Table:
-    """The table that `--losses` names: a table, a sweep's CSV, records of evaluations, or a folder of a study's results.
+    """The table that `--losses` names: a table, a sweep's CSV, records of evaluations, or the folder of a study.
 
     Raises `UserError`, naming the file, for anything else, and for a study without mha or a sweep of unknown designs.
     """

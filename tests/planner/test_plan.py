@@ -150,7 +150,7 @@ def test_a_study_and_a_sweep_as_losses(tmp_path):
 
 
 def test_records_of_evaluations_as_losses(tmp_path):
-    """Ratios are those of 16-bit caches; records of suites have no perplexity, and that of the exact cache no change."""
+    """Ratios are those of 16-bit caches. Records of suites have no perplexity, and `none` is no change."""
     of_bytes = {"own_bf16_bytes_per_token": 30, "mha_bf16_bytes_per_token": 120}
     of_fp32 = {"ratio_to_own": 4, "ratio_to_mha": 16}
     common = {"run": "a", "design": "gqa", "window": 64, "uncompressed_perplexity": 20, **of_bytes, **of_fp32}

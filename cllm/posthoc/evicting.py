@@ -139,10 +139,11 @@ class Evicting(Codable):
     # ---- budgets -----------------------------------------------------------------------------------------------------
 
     def _budgets(self, cached: CompressibleSlots, unions: Sequence[Union]) -> list[int]:
-        """How many tokens each union keeps: with `every` and later tokens, as many as before, or `tokens` if that is
-        more."""
+        """How many tokens each union keeps: with `every` and later tokens, as many as before; or `tokens`, if that is
+        more and no token was evicted yet."""
         if self.every is not None and cached.compressed:
-            return [max(cached.compressed[union[0]], self.tokens or 0) for union in unions]
+            first = [union[0] for union in unions]
+            return [max(cached.compressed[j], 0 if j in cached.evicted else self.tokens or 0) for j in first]
         length = next(iter(cached.slots.values())).k.shape[1]
         mean = self.tokens if self.ratio is None else self._tokens_of_ratio(cached, unions)
         assert mean is not None

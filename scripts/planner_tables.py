@@ -35,6 +35,7 @@ SWEEPS: tuple[tuple[str, Mapping[str, Any], str], ...] = (
     ("2026-11-27-methods-smollm2-h200.json", SMOLLM2, ""),
     ("2026-11-27-suites-smollm2-h200.json", SMOLLM2, ""),
     ("2026-11-27-wikitext-smollm2-cpu.json", {**SMOLLM2, "context": 1024}, ""),
+    ("2026-11-28-low-rank-after-eviction-smollm2-cpu.csv", SMOLLM2, ""),
     *(
         (f"2026-11-27-{name}-smollm2-cpu.csv", SMOLLM2, "")
         for name in ("weighted-errors", "quantisers", "low-rank", "eviction")
@@ -49,7 +50,7 @@ FP32 = ("2026-11-26-sinks-smollm2-cpu.csv",)
 DECODE = (
     "2026-11-22-decode-1364m-h200.json", "2026-11-22-decode-374m-h200.json",
     "2026-11-22-decode-1364m-halves-h200.json", "2026-11-25-decode-1364m-h100.json",
-    "2026-11-25-decode-capacity-h200.json",
+    "2026-11-25-decode-capacity-h200.json", "2026-11-28-decode-designs-1364m-h200.json",
 )  # fmt: skip
 LEFT_OUT = {
     "2026-11-22-decode-1364m-peers-h200.json": "repeats steps of 2026-11-22-decode-1364m-h200.json",

@@ -366,7 +366,7 @@ class XKV(Codable):
     ) -> None:
         """Call `job` with all `groups`, and their ranks: with several at once if they are one batch."""
         device = groups[0].tensors.data[0].device
-        jobs = alike(groups, ranks, batched=as_one_batch(self.batched, self.svd, device))
+        jobs = alike(groups, ranks, batched=as_one_batch(self.batched, self.svd, device), svd=self.svd)
         run_in_parallel([partial(job, *each) for each in jobs], device)
 
     def _factor(self, groups: list[Group], ranks: list[int | None]) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from benchmarks.variants import SECONDS, Variants
 from cllm.cache.cache import KVCache
 from cllm.config import ModelConfig
 from cllm.model.sizes import build_decoder
-from cllm.posthoc import group, power
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.registry import parse
 
@@ -24,8 +23,6 @@ QUANTISERS = (
     "int8", "fp8", "kivi:bits=4,group=32,residual=32", "kivi:bits=2,group=32,residual=32", "turboquant:bits=4",
     "turboquant:bits=4,sketch=true", "kvquant:bits=4", "kvquant:bits=4,levels=uniform",
 )  # fmt: skip
-PROFILED = ("plain", "134d128", "134d128, joint")
-"""Ways of `svd=power` whose kernels are profiled; the first two run in threads too."""
 
 
 def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], variants: Variants, what: str) -> None:
@@ -46,42 +43,30 @@ def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], v
     variants.record.add({"what": what, "name": f"prefill of {prompt} tokens", "ms": prefill})
     del model
     for method in methods:
-        for name, together, way in ways(method):
+        fast = "svd=power" in method
+        for name, together in (("threads", False), ("one batch", True)):
             if time.monotonic() - variants.start > SECONDS - 20:
                 continue
             spec = f"{method},batched={together}".lower()
             row: dict[str, Any] = {}
-            power.WAY = way or power.WAY
-            group.JOINT = isinstance(found := power.WAYS[power.WAY], power.Way) and found.joint
             try:
                 seconds = [compress_cache(cache, parse(spec), measure=False).outcome.seconds for _ in range(6)]
-                if way is not None:
+                if fast:
                     made = compress_cache(cache, parse(spec)).outcome.errors
                     row["largest_error"] = max(max(e.values()) for e in made.values())
                     row["mean_error"] = sum(sum(e.values()) / 2 for e in made.values()) / len(made)
             except Exception as failure:
                 wait(device)
-                print(f"{what} {name}, {way} failed: {' '.join(str(failure).split())[:150]}", flush=True)
+                print(f"{what} {name} failed: {' '.join(str(failure).split())[:150]}", flush=True)
                 continue
-            if way in PROFILED and together:
-                profile_compression(cache, spec, variants, f"{what} {way}")
-            power.WAY, group.JOINT = "plain", False
+            if fast and together:
+                profile_compression(cache, spec, variants, what)
             ms = 1000 * sorted(seconds[1:])[2]
-            name = f"{method.partition(',')[2][-24:]} {name}" if way is None else f"power {name}, {way}"
-            variants.record.add({"what": what, "name": name, "ms": ms, "least_ms": 1000 * min(seconds),
-                                 "share_of_prefill": ms / prefill, **row, "method": spec})  # fmt: skip
+            variants.record.add({"what": what, "name": f"{method.partition(',')[2][-24:]} {name}", "ms": ms,
+                                 "least_ms": 1000 * min(seconds), "share_of_prefill": ms / prefill, **row,
+                                 "method": spec})  # fmt: skip
             free(device)
     bench_quantisers(cache, prefill, variants, what)
-
-
-def ways(method: str) -> Iterator[tuple[str, bool, str | None]]:
-    """Name, whether groups are one batch, and the way of `svd=power` to iterate."""
-    for name, together in (("threads", False), ("one batch", True)):
-        if "svd=power" not in method:
-            yield name, together, None
-        else:
-            for way in power.WAYS if together else PROFILED[:2]:
-                yield name, together, way
 
 
 def profile_compression(cache: KVCache, method: str, variants: Variants, name: str) -> None:

@@ -10,9 +10,8 @@ accurate V_r is, and full rank loses only rounding.
     random   subspace iteration from a random start (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4), shifted
              as in dashSVD (arXiv 2404.09276), in fp32; its products with X may be in TF32 or bf16, orthogonalisation
              is always in fp32
-    power    plain iteration with XᵀX, made orthonormal by Cholesky factors in fp64 (CholeskyQR, Yamamoto et al., 2015).
-             XᵀX is computed once if products are narrow. No QR, no eigensolver and no oversampling: on a GPU each takes
-             longer than two more iterations. The result is a basis of the subspace, not sorted by singular value
+    power    iteration with Chebyshev polynomials of XᵀX, made orthonormal by Cholesky factors in fp64 (`power.py`).
+             The result is a basis of the subspace, not sorted by singular value
 
 For `random` and `power` in fp32, ||X - X'|| is within 1 % of the minimum if σ_i falls like i^-1/4 or faster and r is up
 to 3/8 of C (1.2 % at i^-1/10), down to the resolution of fp32, 1e-6 of ||X||. bf16 resolves 1e-3: if one singular value

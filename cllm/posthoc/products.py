@@ -46,7 +46,6 @@ class Split:
     def __init__(self, x: Tensor):
         self.high = tf32(x)
         self.low = x - self.high
-        self.trace = x.diagonal(dim1=1, dim2=2).sum(-1, dtype=torch.float64)[:, None, None]
 
     def multiply(self, y: Tensor) -> Tensor:
         """The product (B, C, r) fp32 with `y` (B, C, r) fp32."""
@@ -62,47 +61,19 @@ class Split:
                 torch.set_float32_matmul_precision(before)
 
 
-class Split16:
-    """The same with parts in bf16, which together have 16 of the 24 bits of fp32.
-
-    The three products are one of three times the length. Parts are rounded to the nearest, so errors have random signs
-    and mostly cancel in sums over channels.
-    """
-
-    def __init__(self, x: Tensor):
-        high, low = _halves(x)
-        self.trace = x.new_zeros(len(x), 1, 1, dtype=torch.float64)
-        for part in (high, low):
-            self.trace += part.diagonal(dim1=1, dim2=2).sum(-1, dtype=torch.float64)[:, None, None]
-        self.parts = torch.cat((high, low, high), dim=2)
-
-    def multiply(self, y: Tensor) -> Tensor:
-        """The product (B, C, r) fp32 with `y` (B, C, r) fp32."""
-        first, rest = _halves(y)
-        stacked = torch.cat((first, first, rest), dim=1)
-        if y.is_cuda:
-            return torch.bmm(self.parts, stacked, out_dtype=torch.float32)
-        return self.parts.float() @ stacked.float()
-
-
-def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    high = x.bfloat16()
-    return high, (x - high).bfloat16()
-
-
 def tf32(x: Tensor) -> Tensor:
     """`x` in fp32, truncated to the 10 fraction bits of TF32."""
     return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
-def gram(x: Tensor, products: Products, *, halved: bool = False) -> Tensor:
+def gram(x: Tensor, products: Products) -> Tensor:
     """XᵀX (B, C, C) in fp32, of `x` (B, n, C) rounded to `products`.
 
-    With `halved` the blocks below the diagonal are copies of those above it: of 4,096 channels 5/8 are computed.
+    Of many channels, the blocks below the diagonal are copies of those above it: of 4,096 channels 5/8 are computed.
     """
     x = x.bfloat16() if products == "bf16" else x
     size = x.shape[2]
-    if not halved or size < 2 * _BLOCK:
+    if size < 4 * _BLOCK:
         return _gram_block(x, x, products)
     out = torch.empty(len(x), size, size, device=x.device)
     for begin in range(0, size, _BLOCK):

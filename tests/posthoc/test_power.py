@@ -1,4 +1,4 @@
-"""Ways of `svd=power` to iterate: errors for spectra that are hard, and what the steps promise."""
+"""`svd=power`: errors for spectra that are hard, and what its steps promise."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from cllm.posthoc.lowrank import right_vectors
 from cllm.posthoc.registry import parse
 
 C = 160
-WAYS = [name for name in power.WAYS if name != "plain"]
-DEFLATING = [name for name, way in power.WAYS.items() if way is not None and way.deflated]
 
 
 def steps(large: dict[int, float], slope: float) -> torch.Tensor:
@@ -50,16 +48,9 @@ def least(x: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.linalg.svdvals(x.double())[:, rank:].norm(dim=1)
 
 
-@pytest.fixture
-def way(request, monkeypatch):
-    monkeypatch.setattr(power, "WAY", request.param)
-    return request.param
-
-
-@pytest.mark.parametrize("way", WAYS, indirect=True)
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
-def test_errors_are_near_the_least(way, spectrum, precision):
+def test_errors_are_near_the_least(spectrum, precision):
     x = matrix(SPECTRA[spectrum])
     x = x.bfloat16() if precision == "bf16" else x
     for rank in (16, 60):
@@ -69,9 +60,8 @@ def test_errors_are_near_the_least(way, spectrum, precision):
         torch.testing.assert_close(v.mT @ v, torch.eye(rank).expand(2, -1, -1), atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("way", ["plain", *DEFLATING], indirect=True)
 @pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
-def test_fewer_tokens_than_channels(way, precision):
+def test_fewer_tokens_than_channels(precision):
     x = matrix(SPECTRA["i^-1"]).mT[:, :100]
     x = x.bfloat16() if precision == "bf16" else x
     v = right_vectors(x, "power", 24, precision)[0]
@@ -79,9 +69,8 @@ def test_fewer_tokens_than_channels(way, precision):
     assert (lost(x, v) < 1.01 * least(x, 24) + rounding).all()
 
 
-@pytest.mark.parametrize("way", WAYS, indirect=True)
 @pytest.mark.parametrize("precision", ["tf32", "fp32"])
-def test_a_matrix_of_lower_rank_is_exact_and_zeros_are_finite(way, precision):
+def test_a_matrix_of_lower_rank_is_exact_and_zeros_are_finite(precision):
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(3, 200, 5, generator=draw) @ torch.randn(3, 5, 64, generator=draw)
     x[1] = 0
@@ -91,16 +80,14 @@ def test_a_matrix_of_lower_rank_is_exact_and_zeros_are_finite(way, precision):
     assert (lost(x, v) <= 1e-5 * x.flatten(1).norm(dim=1)).all()
 
 
-@pytest.mark.parametrize("way", ["plain", *WAYS], indirect=True)
 @pytest.mark.parametrize("scale", [1e-6, 1e5])
-def test_the_scale_does_not_matter(way, scale):
+def test_the_scale_does_not_matter(scale):
     x = matrix(SPECTRA["one 100 times"])
     v = right_vectors(scale * x, "power", 24, "tf32")[0]
     assert (lost(x, v) < 1.01 * least(x, 24)).all()
 
 
-@pytest.mark.parametrize("way", WAYS, indirect=True)
-def test_a_batch_is_what_each_matrix_is_alone(way):
+def test_a_batch_is_what_each_matrix_is_alone():
     x = torch.cat((matrix(SPECTRA["slow"]), matrix(SPECTRA["one 100 times"])))
     v = right_vectors(x, "power", 24, "tf32")[0]
     for part, of_batch in zip(x, v, strict=True):
@@ -108,24 +95,23 @@ def test_a_batch_is_what_each_matrix_is_alone(way):
         torch.testing.assert_close(of_batch @ of_batch.T, alone @ alone.T, atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("way", WAYS, indirect=True)
 @pytest.mark.parametrize("spectrum", SPECTRA)
-def test_the_first_columns_are_a_basis_of_lower_rank(way, spectrum):
+def test_the_first_columns_are_a_basis_of_lower_rank(spectrum):
     x = matrix(SPECTRA[spectrum])
     v = right_vectors(x, "power", 60, "tf32")[0][:, :, :40]
     assert (lost(x, v) < 1.01 * least(x, 40)).all()
 
 
-@pytest.mark.parametrize("svd", ["power,products=bf16", "random", "gram"])
-def test_keys_and_values_in_one_batch_get_the_factors_of_each_alone(svd, slot_tensors, monkeypatch):
-    monkeypatch.setattr(power, "WAY", "134d128")
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_keys_and_values_in_one_batch_have_the_errors_of_each_alone(precision, slot_tensors, monkeypatch):
     x = matrix(SPECTRA["i^-1"])  # 2, 400, 160
     data = [part.unflatten(2, (2, -1)).contiguous() for part in x.split(16, dim=2)]
     tensors = slot_tensors("k", data[:6]), slot_tensors("v", data[4:])
     made = []
-    for joint in (False, True):
-        monkeypatch.setattr(group, "JOINT", joint)
-        made.append(parse(f"xkv:group=2,rank_k=6,rank_v=9,svd={svd},batched=true").encode(*tensors))
+    for most in (0, 2**20):
+        monkeypatch.setattr(group, "_JOINT", most)
+        method = parse(f"xkv:group=2,rank_k=6,rank_v=9,svd=power,products={precision},batched=true")
+        made.append(method.encode(*tensors))
     for exact, alone, together in zip((data[:6], data[4:]), *made, strict=True):
         assert [code.b.shape for code in together] == [code.b.shape for code in alone]
         errors = [
@@ -137,11 +123,12 @@ def test_keys_and_values_in_one_batch_get_the_factors_of_each_alone(svd, slot_te
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 def test_half_of_the_squares_is_all_of_them(precision, monkeypatch):
-    monkeypatch.setattr(products, "_BLOCK", 48)
+    monkeypatch.setattr(products, "_BLOCK", 36)
     x = matrix(SPECTRA["i^-1/4"])
-    whole = products.gram(x, precision)
-    assert torch.equal(whole, whole.mT) or precision == "tf32"
-    torch.testing.assert_close(products.gram(x, precision, halved=True), whole, atol=1e-6, rtol=1e-6)
+    squares = products.gram(x, precision)
+    assert torch.equal(squares, squares.mT)
+    x = x.bfloat16().float() if precision == "bf16" else x
+    torch.testing.assert_close(squares, x.mT @ x, atol=1e-6, rtol=1e-6)
 
 
 def test_a_split_matrix_multiplies_as_exactly_as_fp32():
@@ -152,20 +139,25 @@ def test_a_split_matrix_multiplies_as_exactly_as_fp32():
     torch.testing.assert_close(split.multiply(y).double(), x.double() @ y.double(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("panel", [0, 5, 8])
-def test_cholesky_factors_in_panels(panel):
-    y = torch.randn(3, 40, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    y[:, :, 7] = 0
-    gram = y.mT @ y
-    factor = power._cholesky(gram.clone(), panel)
-    torch.testing.assert_close(factor @ factor.mT, gram, atol=1e-10, rtol=1e-10)
-    assert torch.equal(factor, factor.tril())
+@pytest.mark.parametrize("batch", [1, 3, 8, 9])
+@pytest.mark.parametrize("rows", [7, 40, 96])
+def test_columns_become_orthonormal_in_order(batch, rows):
+    """Also where the rows of a small batch are cut into pieces, and for a column of zeros."""
+    y = torch.randn(batch, rows, 5, generator=torch.Generator().manual_seed(0))
+    expected = torch.linalg.qr(y.double())
+    torch.testing.assert_close(
+        power._orthonormal(y).double(), expected.Q * expected.R.diagonal(dim1=1, dim2=2).sign()[:, None]
+    )
+    y[:, :, 3] = 0
+    q = power._orthonormal(y)
+    torch.testing.assert_close(q.mT @ q, torch.eye(5).index_fill(0, torch.tensor(3), 0).expand(batch, -1, -1))
 
 
-def test_deflated_bases_span_what_they_did():
+def test_deflated_bases_span_what_they_did(monkeypatch):
+    monkeypatch.setattr(power, "_DEFLATED", 4)
     draw = torch.Generator().manual_seed(0)
     before, y = torch.randn(2, 50, 12, generator=draw), torch.randn(2, 50, 12, generator=draw)
-    combined, made = power._deflated(before, y, 4)
+    combined, made = power._deflated(before, y)
     squares = made[:, :, :4].mT @ made
     lengths = y[:, :, :4].norm(dim=1).diag_embed()
     torch.testing.assert_close(squares[:, :, :4], lengths.square(), atol=1e-4, rtol=1e-5)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cllm.config.uptraining import InitFrom
 from cllm.errors import UserError
-from cllm.model.value_folds import ValueSums
+from cllm.model.value_folds import ValueSums, orthogonal_factor
 from cllm.uptrain.calibrate import observe
 from cllm.uptrain.decoder import TracedDecoder, attention_of, block_of, owner_of
 from cllm.uptrain.fold import _principal, alignment_of, fold_values
@@ -217,3 +217,31 @@ def test_refitted_outputs_are_those_of_lstsq(tiny_config, make_teacher, new_stud
     torch.testing.assert_close(attention_of(student, 1).o_proj.weight.double(), slow, atol=2e-3, rtol=2e-3)
     for i in (0, 2):
         torch.testing.assert_close(attention_of(student, i).o_proj.weight, attention_of(before, i).o_proj.weight)
+
+
+def test_the_orthogonal_factor_is_that_of_the_decomposition_also_of_singular_matrices():
+    x = torch.randn(4, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[1] *= 1e-9
+    x[2, :, 5:] *= 1e-7  # nearly singular
+    u, _, wh = torch.linalg.svd(x)
+    torch.testing.assert_close(orthogonal_factor(x), u @ wh, atol=1e-8, rtol=0)
+    x[3, 0], x[3, 1, :, 2], x[3, 2] = 0, 0, torch.outer(x[0, 0, 0], x[0, 0, 1])
+    found = orthogonal_factor(x)
+    torch.testing.assert_close(found.mT @ found, torch.eye(12, dtype=torch.float64).expand_as(x), atol=1e-9, rtol=0)
+
+
+def test_pairs_of_heads_are_folded_together_as_one_by_one():
+    """T⁻¹ of every pair by the formula, with roots and decompositions of a single pair."""
+    generator = torch.Generator().manual_seed(0)
+    anchor, own = (torch.randn(3, 6, 40, dtype=torch.float64, generator=generator) for _ in range(2))
+    sums = ValueSums.of(anchor, own)
+
+    def root(s, power):
+        values, vectors = torch.linalg.eigh(s + 1e-4 * s.diagonal().mean() * torch.eye(6, dtype=s.dtype))
+        return vectors @ (values**power).diag() @ vectors.T
+
+    order, inverses = sums.matched()
+    for g, h in enumerate(order):
+        s11, s22, s12 = sums.anchor[g], sums.own[h], sums.cross[g, h]
+        u, _, wh = torch.linalg.svd(root(s11, -0.5) @ s12 @ root(s22, -0.5))
+        torch.testing.assert_close(inverses[g], root(s11, -0.5) @ u @ wh @ root(s22, 0.5))

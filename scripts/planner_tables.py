@@ -51,7 +51,7 @@ DECODE = (
     "2026-11-28-decode-designs-1364m-h200.json",
     "2026-11-22-decode-1364m-h200.json", "2026-11-22-decode-374m-h200.json",
     "2026-11-22-decode-1364m-halves-h200.json", "2026-11-25-decode-1364m-h100.json",
-    "2026-11-25-decode-capacity-h200.json", "2026-11-28-decode-designs-1364m-h200.json",
+    "2026-11-25-decode-capacity-h200.json",
 )  # fmt: skip
 LEFT_OUT = {
     "2026-11-22-decode-1364m-peers-h200.json": "repeats steps of 2026-11-22-decode-1364m-h200.json",

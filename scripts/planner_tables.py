@@ -48,6 +48,7 @@ measured. The newest and largest come first: of equal models and windows the fir
 FP32 = ("2026-11-26-sinks-smollm2-cpu.csv",)
 """Sweeps with bytes of fp32 caches only, where the ratio of a quantiser is not that of a 16-bit cache."""
 DECODE = (
+    "2026-11-28-decode-designs-1364m-h200.json",
     "2026-11-22-decode-1364m-h200.json", "2026-11-22-decode-374m-h200.json",
     "2026-11-22-decode-1364m-halves-h200.json", "2026-11-25-decode-1364m-h100.json",
     "2026-11-25-decode-capacity-h200.json", "2026-11-28-decode-designs-1364m-h200.json",

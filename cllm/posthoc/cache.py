@@ -71,8 +71,7 @@ class CompressedSlot(SlotStore):
         size = None if room is None else prefix.sinks.count + room
         self.tail = exact_slot(sinks, prefix.sinks.count, size, window=None, dtype=self.dtype, fp8=False)
         """The sinks and the later tokens; for kernels, the tokens from column S - s on (`sinks.py`)."""
-        factors = (prefix.k.factors(), prefix.v.factors())
-        self.defers = prefix.rotation is not None and None not in factors
+        self.defers = prefix.rotation is not None and prefix.k.has_factors and prefix.v.has_factors
         """Whether a decode step reads the prefix in its stored form."""
         self.is_shared = False
         """Whether another slot returns this one's tokens."""

@@ -41,6 +41,11 @@ class Code(TensorTree, ABC):
         return None
 
     @property
+    def has_factors(self) -> bool:
+        """Whether `factors` is not None; codes that know it without computing them say so."""
+        return self.factors() is not None
+
+    @property
     def selects(self) -> bool:
         """Whether these are keys of which a decode step reads some only (`pages.py`)."""
         return False

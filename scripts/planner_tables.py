@@ -39,14 +39,16 @@ SWEEPS: tuple[tuple[str, Mapping[str, Any], str], ...] = (
         (f"2026-11-27-{name}-smollm2-cpu.csv", SMOLLM2, "")
         for name in ("weighted-errors", "quantisers", "low-rank", "eviction")
     ),
+    ("2026-11-28-low-rank-after-eviction-smollm2-cpu.csv", SMOLLM2, ""),
     ("2026-11-26-sinks-smollm2-cpu.csv", SMOLLM2, ""),
     ("2026-11-26-tradeoff-45m-h200.csv", {"parameters": 46938112, "tokens": 128e6, "context": 4096}, "sinks=0"),
 )
 """Sweeps and records, what their files do not say about the models, and an option that all specs had when they were
-measured. The newest come first: of equal models and windows the first measurement is the estimate."""
+measured. The newest and largest come first: of equal models and windows the first measurement is the estimate."""
 FP32 = ("2026-11-26-sinks-smollm2-cpu.csv",)
 """Sweeps with bytes of fp32 caches only, where the ratio of a quantiser is not that of a 16-bit cache."""
 DECODE = (
+    "2026-11-28-decode-designs-1364m-h200.json",
     "2026-11-22-decode-1364m-h200.json", "2026-11-22-decode-374m-h200.json",
     "2026-11-22-decode-1364m-halves-h200.json", "2026-11-25-decode-1364m-h100.json",
     "2026-11-25-decode-capacity-h200.json",

@@ -160,6 +160,10 @@ def test_what_is_stored_exactly_at_rest_or_refused(model, tmp_path, caplog) -> N
     assert torch.equal(_any(found).stores[0].slot.k, _any(_filled(model, IDS[:, :29])).stores[0].slot.k)
     for options, message in (
         ({"at_rest": "commonkv"}, "PrefixStore: at_rest is commonkv, which calibrates on tokens"),
+        (
+            {"at_rest": "streaming:ratio=2"},
+            "PrefixStore: at_rest is streaming:ratio=2, which drops tokens; allowed",
+        ),
         ({"at_rest": "kivi", "posthoc": "kivi"}, "PrefixStore: at_rest is kivi and posthoc kivi; allowed: one of the"),
         ({"at_rest": "kivi", "storage": "fp8"}, "at_rest is kivi and storage fp8"),
         ({"at_rest": "kvtc:recompress=8"}, "recompress has no meaning for a stored prefix"),

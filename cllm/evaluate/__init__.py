@@ -17,6 +17,8 @@ run_numbers.py  numbers in the files of a run, for its row
 score_choice.py  the number that --score names, and its value in a record
 quality.py     the number by which runs are compared: perplexity, or a number of a suite
 measured.py    what was measured of models: from runs, studies, result files and tables of sweeps
+measured_model.py  `Measured`: a model and its records
+students.py    students of uptraining experiments as such models
 answers.py     designs and ways to compress their caches in one table: bytes, perplexity, scores
 answers_table.py  that table as Markdown and CSV
 heatmap.py     scores by needle depth and length, for each run and compression

@@ -287,9 +287,10 @@ class _Call:
         log_sums = torch.empty(shape, dtype=torch.float32, device=self.device)
         strides = (*values.stride()[:2], 0 if shared else values.stride(2))
         triton_lowrank.weigh[(splits, chunks, blocks)](
-            scores, values, index, partial, log_sums, scores.stride()[:2], strides, tokens, _strides(index),
+            scores, values, index, self.visible.first if shared else None, partial, log_sums, scores.stride()[:2],
+            strides, tokens, values.shape[1], _strides(index),
             G=groups, HEADS=heads, WIDTH=width, BLOCK_H=block_h, BLOCK_N=how.block_n, BLOCK_W=block_w,
-            STAGES=how.stages, num_warps=how.warps,
+            SCORED_ROWS=not shared, STAGES=how.stages, num_warps=how.warps,
         )  # fmt: skip
         if splits == 1:
             return partial[:, :, 0], log_sums[:, :, 0]

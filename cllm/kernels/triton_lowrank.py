@@ -307,11 +307,13 @@ def weigh(
     scores,
     values,
     index,
+    first,
     partial,
     log_sums,
     score_strides,
     v_strides,
     N,
+    S,
     i_strides,
     G: tl.constexpr,
     HEADS: tl.constexpr,
@@ -319,11 +321,14 @@ def weigh(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    SCORED_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Σ_t p_t v_t over a split of the tokens, for a block of the HEADS query heads of one of G heads of `values`.
 
-    `values` is (B, tokens, G, WIDTH) by its strides. Token t reads row `index[b, g, t]`, or row t if `index` is None.
+    `values` is (B, S, G, WIDTH) by its strides. Token t reads row `index[b, g, t]`, or row t if `index` is None. Rows
+    before `first` (B,) are not read, unless that is None. With SCORED_ROWS those of tokens that no head sees are not
+    read either, because they are undefined; such loads wait for the scores, which is slower.
     The outputs are `partial` (B, H, splits, WIDTH) fp32 and `log_sums` (B, H, splits) fp32, to base 2.
     """
     H_BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
@@ -336,6 +341,9 @@ def weigh(
     share = tl.cdiv(tl.cdiv(N, BLOCK_N), tl.num_programs(0)) * BLOCK_N
     begin = tl.program_id(0) * share
     stop = tl.minimum(begin + share, N)
+    low = 0
+    if first is not None:
+        low = tl.load(first + b)
 
     source = scores + b * score_strides[0] + head[:, None] * score_strides[1]
     base = values + b * v_strides[0] + g * v_strides[2]
@@ -346,12 +354,14 @@ def weigh(
         token = start + tl.arange(0, BLOCK_N)
         inside = token < stop
         score = tl.load(source + token[None, :], mask=is_head[:, None] & inside[None, :], other=float("-inf"))
-        seen = tl.max(score, axis=0) > float("-inf")  # values of tokens not seen are undefined
         row = token
         if index is not None:
             row = tl.load(index + b * i_strides[0] + g * i_strides[1] + token, mask=inside, other=0)
+        is_row = inside & (row >= low) & (row < S)
+        if SCORED_ROWS:
+            is_row &= tl.max(score, axis=0) > float("-inf")
         at = base + row.to(tl.int64)[:, None] * v_strides[1] + channel[None, :]
-        tile = tl.load(at, mask=seen[:, None] & is_channel[None, :], other=0.0)
+        tile = tl.load(at, mask=is_row[:, None] & is_channel[None, :], other=0.0)
         larger = tl.maximum(largest, tl.max(score, axis=1))
         weights = tl.exp2(score - larger[:, None])
         shrink = tl.exp2(largest - larger)

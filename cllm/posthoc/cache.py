@@ -44,19 +44,24 @@ class DecodeStep(Step):
     _tables: dict[int, Table] = field(default_factory=dict)
 
     def table(self, head_dim: int) -> Table:
-        """RoPE of the compressed tokens without sinks, for all slots with such heads. It is recomputed in each pass and
-        not stored, since storing it would add to the cache's bytes."""
+        """RoPE of the compressed tokens without sinks, for all slots with such heads and no evicted tokens. It is
+        recomputed in each pass and not stored, since storing it would add to the cache's bytes."""
         if head_dim not in self._tables:
-            cos, sin = rope_table(self.rope, head_dim, self.positions)  # S, 1, 2, D / 2
-            self._tables[head_dim] = (cos[:, 0, 0], sin[:, 0, 1])
+            self._tables[head_dim] = _for_kernels(rope_table(self.rope, head_dim, self.positions))
         return self._tables[head_dim]
+
+
+def _for_kernels(table: tuple[Tensor, Tensor]) -> Table:
+    """cos and signed sin (S, 1, 2, D / 2) as kernels read them."""
+    cos, sin = table
+    return cos[:, 0, 0], sin[:, 0, 1]
 
 
 class CompressedSlot(SlotStore):
     """A compressed prefix, and an exact tail: the sinks, then later tokens, in a slot that grows or has fixed `room`.
 
-    A decode step reads a prefix that is stored as factors directly. Otherwise the prefix is reconstructed in every
-    pass.
+    A decode step reads a prefix that is stored as factors directly, if all sequences have the same positions or no
+    token was evicted. Otherwise the prefix is reconstructed in every pass.
     """
 
     window, fp8 = None, False
@@ -66,8 +71,7 @@ class CompressedSlot(SlotStore):
         size = None if room is None else prefix.sinks.count + room
         self.tail = exact_slot(sinks, prefix.sinks.count, size, window=None, dtype=self.dtype, fp8=False)
         """The sinks and the later tokens; for kernels, the tokens from column S - s on (`sinks.py`)."""
-        factors = (prefix.k.factors(), prefix.v.factors())
-        self.defers = prefix.rotation is not None and None not in factors
+        self.defers = prefix.rotation is not None and prefix.k.has_factors and prefix.v.has_factors
         """Whether a decode step reads the prefix in its stored form."""
         self.is_shared = False
         """Whether another slot returns this one's tokens."""
@@ -94,8 +98,7 @@ class CompressedSlot(SlotStore):
         exact = self.tail.extend(new, self._tail_step(step))
         if isinstance(step, DecodeStep) and self.prefix.k.selects:
             slot = Slot(*(PagedRead(self.prefix, kind, exact) for kind in ("k", "v")))  # type: ignore[arg-type]
-        elif isinstance(step, DecodeStep) and self.defers:
-            table = step.table(exact.k.shape[-1])
+        elif isinstance(step, DecodeStep) and self.defers and (table := self._table(step)) is not None:
             k, v = (Deferred(self.prefix, kind, exact, table) for kind in ("k", "v"))
             slot = Slot(k, v)  # type: ignore[arg-type]  # attention calls `attend` of what is not a tensor
         else:
@@ -103,6 +106,15 @@ class CompressedSlot(SlotStore):
         if self.is_shared:
             self.in_pass = slot
         return slot
+
+    def _table(self, step: DecodeStep) -> Table | None:
+        """RoPE of the compressed tokens without sinks; None if evicted tokens have left other positions in each
+        sequence."""
+        if not self.prefix.sinks.evicted:
+            return step.table(self.tail.slot.k.shape[-1])
+        assert self.prefix.rotation is not None
+        table = self.prefix.rotation.common_table(step.column.device)
+        return None if table is None else _for_kernels(table)
 
     def commit(self, step: Step) -> None:
         self.tail.commit(self._tail_step(step))

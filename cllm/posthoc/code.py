@@ -42,6 +42,11 @@ class Code(TensorTree, ABC):
         return None
 
     @property
+    def has_factors(self) -> bool:
+        """Whether `factors` is not None; codes that know it without computing them say so."""
+        return self.factors() is not None
+
+    @property
     def selects(self) -> bool:
         """Whether these are keys of which a decode step reads some only (`pages.py`)."""
         return False
@@ -84,11 +89,15 @@ class Rotation(TensorTree):
     table: Callable[[Tensor], tuple[Tensor, Tensor]]
     """From positions (B or 1, n) to cos and signed sin, as `rope_table` returns them."""
     first: int
-    """Column of the first compressed token of a sequence without padding: the number of sinks."""
+    """Column of the first compressed token of a sequence without padding: the number of sinks, and of tokens that are
+    evicted after them."""
     length: int
     """Compressed tokens."""
     starts: Tensor | None
     """(B,) columns of padding before each sequence; positions count from the first token after it."""
+    columns: Tensor | None = None
+    """(B, length) int32: the column of each compressed token, if tokens between them were evicted; None: they follow
+    one another from `first` on."""
 
     def undo(self, k: Tensor) -> Tensor:
         """Keys (B, n, G, D) before RoPE, in fp32: rotated by the negative angles."""
@@ -107,8 +116,20 @@ class Rotation(TensorTree):
         """Keys (B, n, G, D) after RoPE, in the dtype of `k`."""
         return apply_rope(k, self._tables(k.device))
 
+    def common_table(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """cos and signed sin (length, 1, 2, D / 2) of the compressed tokens, if all sequences have the same
+        positions."""
+        columns = self._columns(device)
+        return self.table(columns[0]) if self.starts is None and len(columns) == 1 else None
+
+    def _columns(self, device: torch.device) -> Tensor:
+        """(B or 1, length) int64."""
+        if self.columns is not None:
+            return self.columns.long()
+        return torch.arange(self.first, self.first + self.length, device=device)[None]
+
     def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        columns = torch.arange(self.first, self.first + self.length, device=device)[None]
+        columns = self._columns(device)
         return self.table(columns if self.starts is None else (columns - self.starts[:, None]).clamp(min=0))
 
 
@@ -125,7 +146,7 @@ class Prefix(TensorTree):
     landmarks: Landmarks | None = None
     """Summaries of the keys, if decoding selects tokens."""
     scores: Tensor | None = None
-    """(B, G, S) fp32: those by which tokens were kept, sinks included, if the next eviction adds to them."""
+    """(B, G or 1, S) fp32: those by which tokens were kept, sinks included, if the next eviction adds to them."""
 
     @property
     def selects(self) -> bool:
@@ -146,5 +167,18 @@ class Prefix(TensorTree):
     def storage(self) -> list[Tensor]:
         """The stored tensors of the compressed tokens, without `starts` of the sinks, which is the cache's."""
         landmarks = [] if self.landmarks is None else self.landmarks.tensors()
-        scores = [] if self.scores is None else [self.scores]
-        return [*self.k.tensors(), *self.v.tensors(), *landmarks, *scores]
+        columns = None if self.rotation is None else self.rotation.columns
+        others = [tensor for tensor in (columns, self.scores) if tensor is not None]
+        return [*self.k.tensors(), *self.v.tensors(), *landmarks, *others]
+
+    def columns(self, tokens: int) -> Tensor:
+        """(B or 1, tokens) int64: the columns of the S stored tokens, and of the later ones behind them. Those of sinks
+        may be wrong."""
+        device = next(self.k.tensors()).device
+        columns = torch.arange(tokens, device=device)[None] + self.sinks.evicted
+        left = None if self.rotation is None else self.rotation.columns
+        if left is None:
+            return columns
+        rest = torch.arange(self.sinks.rest, device=device)
+        index = rest + self.sinks.count * (rest >= self.sinks.first(device))
+        return columns.expand(len(left), -1).scatter(1, index.expand(len(left), -1), left.long())

@@ -52,13 +52,18 @@ def encode(
     if cached.evicted and not method.evicts:
         raise UserError(
             f"{method.name}: tokens of the cache were evicted, and those that are left are not the same in all slots; "
-            "allowed: streaming, or a quantiser after the + of the evicting method"
+            "allowed: streaming, or low rank or a quantiser after the + of the evicting method"
+        )
+    if method.encoder.keys_before_rope and cached.evicted.keys() - cached.latent - cached.columns.keys():
+        raise UserError(
+            f"{method.encoder.name}: tokens of the cache were evicted before, and the positions of those that are left "
+            "are not stored; allowed: an exact cache"
         )
     began = _now(cached)
     left = evict(cached, method.kept(cached))
     prefixes: dict[int, tuple[Prefix, Slot]] = {}
     for part in equal_parts(left):
-        prefixes |= _encode_part(method, part)
+        prefixes |= _encode_part(method.encoder, part)
     seconds = _now(cached) - began
     if not measure:
         return prefixes, Outcome(seconds)

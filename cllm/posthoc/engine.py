@@ -158,8 +158,7 @@ class TransformersEngine(Engine):
         return hf.compressible_layers(cache, self.model, None)
 
     def compress(self, cache: Any, method: Compressor, *, measure: bool = True) -> Any:
-        compressed = method.transformers_cache(cache, self.model)
-        return hf.compress_dynamic(cache, method, self.model, measure=measure) if compressed is None else compressed
+        return hf.compress_dynamic(cache, method, self.model, measure=measure)
 
     def nbytes(self, cache: Any) -> int:
         if hasattr(cache, "nbytes"):

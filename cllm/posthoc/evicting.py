@@ -3,6 +3,9 @@
 Slots that one layer reads together, as keys and values of other layers or as parts of a fusion, keep the same tokens:
 they form a *union*. A token that is evicted from a slot is evicted for all layers that read it.
 
+Another method may encode the tokens that are left: `snapkv:ratio=2+xkv:group=4,ratio=2`. Then all KV heads of a slot,
+and all slots that it encodes together, keep the same tokens. Attention is summed over them before tokens are chosen.
+
 Shapes: B batch, n tokens of a slot, m of them kept, G KV heads.
 """
 
@@ -23,7 +26,7 @@ from cllm.posthoc.budget import check_all_sinks, largest
 from cllm.posthoc.code import Codes, unstack
 from cllm.posthoc.eviction import Kept, best_entries
 from cllm.posthoc.later_queries import LaterQueries
-from cllm.posthoc.method import Codable, Engine
+from cllm.posthoc.method import Codable, Compressor, Engine
 from cllm.posthoc.readers import RecordedQueries, SlotReader, not_recorded
 from cllm.posthoc.slots import CompressibleSlots, SlotTensors
 from cllm.posthoc.votes import Votes, layer_votes, total_received
@@ -53,6 +56,28 @@ class Evicting(Codable):
         if (self.tokens is None) == (self.ratio is None):
             raise ValueError("give one of tokens and ratio")
         return self
+
+    _then: Compressor | None = PrivateAttr(None)
+
+    def followed_by(self, method: Compressor) -> Self:
+        """A copy whose tokens that are left are encoded by `method`. Raises `ValueError` for a method, or an option of
+        it, that needs all tokens."""
+        method.check_follows_eviction()
+        copy = self.model_copy()
+        copy._then = method
+        return copy
+
+    @property
+    def after_plus(self) -> Any:
+        return super().after_plus if self._then is None else self._then
+
+    @property
+    def encoder(self) -> Compressor:
+        return self if self._then is None else self._then.model_copy(update={"sinks": self.sinks})
+
+    @property
+    def chooses_for_batch(self) -> bool:
+        return self._then is not None and self._then.chooses_for_batch
 
     @abstractmethod
     def recent_tokens(self, count: int) -> int:
@@ -124,10 +149,11 @@ class Evicting(Codable):
     # ---- budgets -----------------------------------------------------------------------------------------------------
 
     def _budgets(self, cached: CompressibleSlots, unions: Sequence[Union]) -> list[int]:
-        """How many tokens each union keeps: with `every` and later tokens, as many as before, or `tokens` if that is
-        more."""
+        """How many tokens each union keeps: with `every` and later tokens, as many as before; or `tokens`, if that is
+        more and no token was evicted yet."""
         if self.every is not None and cached.compressed:
-            return [max(cached.compressed[union[0]], self.tokens or 0) for union in unions]
+            first = [union[0] for union in unions]
+            return [max(cached.compressed[j], 0 if j in cached.evicted else self.tokens or 0) for j in first]
         length = next(iter(cached.slots.values())).k.shape[1]
         mean = self.tokens if self.ratio is None else self._tokens_of_ratio(cached, unions)
         assert mean is not None
@@ -161,7 +187,7 @@ class Evicting(Codable):
         left = cached.cache_bytes / self.ratio - cached.incompressible_bytes
         width = sum(_width(cached, slot) for slot in cached.slots)
         if self._stores_scores:
-            width += sum(cached.slots[union[0]].k.shape[2] * SCORE_BYTES for union in unions)
+            width += sum(self._choices(cached, union) * SCORE_BYTES for union in unions)
         tokens = int(left / batch / width + 1e-6)
         if tokens < 1:
             share = cached.incompressible_bytes / cached.cache_bytes
@@ -194,10 +220,23 @@ class Evicting(Codable):
                     f"{self.name}: layer {read.layer} reads slot {own[0]} together with slot {other}, which keeps "
                     "other tokens (a window or a state); allowed: layers that read slots of one kind"
                 )
-            joined = set().union(*(union_of[slot] for slot in own)) if own else set()
-            for slot in joined:
-                union_of[slot] = joined
+            _join(own, union_of)
+        if self._then is not None:
+            for kind in (cached.slots.keys() - cached.latent, cached.latent):
+                for group in self._then.shared_rows(sorted(kind)):
+                    _join(group, union_of)
         return sorted({tuple(sorted(union)) for union in union_of.values()})
+
+    def _choices(self, cached: CompressibleSlots, union: Union) -> int:
+        """How many choices of tokens a union has: one for each KV head, or one for all of them."""
+        return cached.slots[union[0]].k.shape[2] if self._then is None else 1
+
+
+def _join(slots: Sequence[int], union_of: dict[int, set[int]]) -> None:
+    """Make the unions of `slots` one."""
+    joined = set().union(*(union_of[slot] for slot in slots))
+    for slot in joined:
+        union_of[slot] = joined
 
 
 def _width(cached: CompressibleSlots, slot: int) -> int:
@@ -275,9 +314,10 @@ class Voting(Evicting):
             self._votes = {}
 
     def received(self, cached: CompressibleSlots, union: Union) -> Tensor:
-        """(B, G, n) fp32: the attention that tokens get, summed over queries, layers, and the heads of a KV head."""
-        groups = cached.slots[union[0]].k.shape[2]
-        return total_received(self.votes(cached, union)).unflatten(1, (groups, -1)).sum(2)
+        """(B, G or 1, n) fp32: the attention that tokens get, summed over queries, layers, and the heads of a KV head;
+        or of all of them, if they keep the same tokens."""
+        choices = self._choices(cached, union)
+        return total_received(self.votes(cached, union)).unflatten(1, (choices, -1)).sum(2)
 
 
 class VotingWindow(Voting):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cllm.cache.slot import Slot
 from cllm.posthoc.slots import CompressibleSlots
+from cllm.posthoc.tensor_tree import total_bytes
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Kept:
     entries: Mapping[int, Tensor] = field(default_factory=dict)
     """(B, G or 1, m) int64, ascending, sinks included. A padded sequence with fewer than m tokens keeps padding too."""
     scores: Mapping[int, Tensor] = field(default_factory=dict)
-    """(B, G, n) fp32 of all n tokens, for methods that add to them at the next eviction. Those of kept tokens are
+    """(B, G or 1, n) fp32 of all n tokens, for methods that add to them at the next eviction. Those of kept tokens are
     stored with them; a tensor of several slots is stored once."""
 
 
@@ -54,22 +55,48 @@ def evict(cached: CompressibleSlots, kept: Kept) -> CompressibleSlots:
     """`cached` with only the kept tokens of each slot, and their scores.
 
     Returns:
-        Slots that may differ in length, see `equal_parts`. The bytes of the entire cache are those that are left.
+        Slots that may differ in length, see `equal_parts`. The bytes of the entire cache are those that are left, with
+        the scores, which no method compresses.
     """
-    slots, evicted, lost = dict(cached.slots), dict(cached.evicted), 0
+    slots, evicted, columns = dict(cached.slots), dict(cached.evicted), dict(cached.columns)
+    lost = sum(_token_bytes(slots[owner]) * count for owner, count in evicted.items() if owner in slots)
+    shared = dict[int, Tensor]()
     for owner, entries in kept.entries.items():
-        full = slots[owner]
+        full, count = slots[owner], slots[owner].k.shape[1] - entries.shape[-1]
         slots[owner] = Slot(take(full.k, entries), take(full.v, entries))
-        evicted[owner] = evicted.get(owner, 0) + full.k.shape[1] - entries.shape[-1]
-        lost += full.k.nbytes + full.v.nbytes - slots[owner].k.nbytes - slots[owner].v.nbytes
+        if entries.shape[1] == 1 and (owner in columns or not evicted.get(owner)):
+            if id(entries) not in shared:
+                before = columns.get(owner)
+                shared[id(entries)] = entries[:, 0] if before is None else _taken(before, entries[:, 0])
+            columns[owner] = shared[id(entries)]
+        evicted[owner] = evicted.get(owner, 0) + count
+        lost += _token_bytes(full) * count
     scores, taken = {}, dict[int, Tensor]()
     for owner, all_scores in kept.scores.items():
         if id(all_scores) not in taken:
             chosen = kept.entries.get(owner)
             taken[id(all_scores)] = all_scores if chosen is None else all_scores.gather(-1, chosen)
         scores[owner] = taken[id(all_scores)]
-    left = cached.cache_bytes - lost
-    return dataclasses.replace(cached, slots=slots, evicted=evicted, cache_bytes=left, scores=scores)
+    added = total_bytes(scores.values())
+    return dataclasses.replace(
+        cached,
+        slots=slots,
+        evicted=evicted,
+        columns=columns,
+        scores=scores,
+        cache_bytes=cached.cache_bytes - lost + added,
+        incompressible_bytes=cached.incompressible_bytes + added,
+    )
+
+
+def _token_bytes(slot: Slot) -> int:
+    """Bytes of one token of a slot, for all sequences."""
+    return (slot.k.nbytes + slot.v.nbytes) // slot.k.shape[1]
+
+
+def _taken(before: Tensor, entries: Tensor) -> Tensor:
+    """(B, m) int64: the columns of the tokens at `entries` (B, m) of a slot that had those at the columns `before`."""
+    return before.expand(len(entries), -1).gather(1, entries)
 
 
 def equal_parts(cached: CompressibleSlots) -> list[CompressibleSlots]:

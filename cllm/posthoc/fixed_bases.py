@@ -65,8 +65,12 @@ class Projected(Code):
         y = self.a.decode() @ self.basis.matrix.mT
         return (y if self.basis.bias is None else y + self.basis.bias).unflatten(-1, self.width)
 
+    @property
+    def has_factors(self) -> bool:
+        return self.basis.bias is None
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        if self.basis.bias is not None:
+        if not self.has_factors:
             return None
         a = self.a.decode()
         return a, self.basis.matrix.expand(len(a), -1, -1)

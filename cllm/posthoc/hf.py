@@ -253,23 +253,34 @@ class CompressedDynamicCache(Cache):
 
 def compress_dynamic(
     cache: Cache, method: Compressor, model: PreTrainedModel, *, starts: Tensor | None = None, measure: bool = True
-) -> CompressedDynamicCache:
+) -> Any:
     """A filled `DynamicCache` of `model`, compressed by `method`; `cache` itself is not changed.
 
     Args:
         cache: filled by `model`, with attention layers only.
         method: for example `parse("xkv:ratio=4")`.
         model: the model, whose RoPE is undone.
-        starts: (B,) int64, tokens of padding before each sequence; None: no padding.
+        starts: (B,) int64, tokens of padding before each sequence; None: no padding. Positions count from the first
+            token after it, as in `generate`; outside of it, pass the model `position_ids`.
         measure: compute reconstruction errors, into `outcome.errors`.
+
+    Returns:
+        A `CompressedDynamicCache`, or the method's own kind of cache (`Compressor.transformers_cache`).
 
     Raises:
         UserError: for a cache that is empty or has layers of another kind, for a RoPE whose angles depend on the
-            length, and as the method does.
+            length, for padding with a method that brings its own cache, and as the method does.
     """
     if not isinstance(cache, DynamicCache) or cache.get_seq_length() == 0:
         raise UserError(f"{method.name}: the cache is a {type(cache).__name__}; allowed: a DynamicCache, filled")
-    return CompressedDynamicCache(cache, method, model, starts, measure=measure)
+    if (own := method.transformers_cache(cache, model)) is None:
+        return CompressedDynamicCache(cache, method, model, starts, measure=measure)
+    if starts is not None and starts.any():
+        raise UserError(
+            f"{method.name}: {type(own).__name__} knows no padding, and {int(starts.max())} tokens are padding; "
+            "allowed: prompts of one length"
+        )
+    return own
 
 
 def compressible_layers(cache: Cache, model: PreTrainedModel, starts: Tensor | None) -> CompressibleSlots:

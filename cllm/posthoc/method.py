@@ -136,6 +136,9 @@ class Compressor(Section):
     what they keep."""
     evicts: ClassVar[bool] = False
     """Whether the method may drop tokens of a cache (`kept`)."""
+    follows_eviction: ClassVar[bool] = False
+    """Whether the method may come after an evicting one, with `+`: `encode` then gets the tokens that are left. See
+    `check_follows_eviction` and `shared_rows`."""
     no_sinks: ClassVar[str | None] = None
     """Why the method keeps no sinks; None: it does."""
 
@@ -200,6 +203,24 @@ class Compressor(Section):
     def kept(self, cached: CompressibleSlots) -> Kept:
         """The tokens that are not evicted; by default all."""
         return Kept()
+
+    @property
+    def after_plus(self) -> Any:
+        """The method after the `+`; None: there is none."""
+        return None
+
+    @property
+    def encoder(self) -> Compressor:
+        """The method that encodes the tokens that are not evicted: this one, or the one that follows it."""
+        return self
+
+    def check_follows_eviction(self) -> None:
+        """Raise `ValueError` for an option that needs all tokens of the prompt."""
+
+    def shared_rows(self, slots: Sequence[int]) -> list[list[int]]:
+        """`slots`, all latents or all not, in groups whose tensors are encoded together, token by token. After an
+        evicting method those keep the same tokens; by default each slot by itself."""
+        return [[slot] for slot in slots]
 
     def check_all_sinks(self, tokens: int) -> None:
         """Raise `UserError` if the method cannot store a prefix of `tokens` tokens, all of which are sinks."""
@@ -310,6 +331,10 @@ class Codable(Compressor):
     """A method whose stored tensors a `TensorCoder` can quantise further: `xkv:ratio=2+kivi:bits=4`."""
 
     _coder: TensorCoder | None = PrivateAttr(None)
+
+    @property
+    def after_plus(self) -> Any:
+        return self._coder
 
     def coded_by(self, coder: TensorCoder) -> Self:
         """A copy whose stored tensors are coded by `coder`. Raises `ValueError` if there is nothing to code."""

@@ -124,6 +124,10 @@ class MixedLowRank(Code):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.a.decode(), self.columns()
 
+    @property
+    def has_factors(self) -> bool:
+        return True
+
     def columns(self) -> Tensor:
         """B (B, width, r)."""
         return self.b.decode().to(self.b.step.dtype)

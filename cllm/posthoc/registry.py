@@ -1,7 +1,8 @@
 """The methods by name, and the spec strings that choose one: `xkv:group=4,ratio=4`, `xkv:group=4,ratio=2+kivi:bits=4`.
 
-A spec is a name, then optionally `:` and options, then optionally `+` and a quantiser for the stored tensors. Values
-are YAML.
+A spec is a name, then optionally `:` and options, then optionally `+` and a quantiser for the stored tensors. After an
+evicting method a low-rank one for the tokens that are left may follow, and its quantiser:
+`snapkv:ratio=2+xkv:ratio=2+kivi:bits=4`. Values are YAML.
 
 A method is one file: a subclass of `Compressor` in `methods/`, or in another package that names it in its entry points:
 
@@ -19,7 +20,7 @@ import importlib
 import pkgutil
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -28,6 +29,7 @@ from pydantic.fields import FieldInfo
 from cllm.config.load import parse_yaml
 from cllm.errors import UserError, nearest
 from cllm.plugins import origin, plugins
+from cllm.posthoc.evicting import Evicting
 from cllm.posthoc.method import Codable, Compressor, TensorCoder
 
 Method = TypeVar("Method", bound=Compressor)
@@ -124,27 +126,43 @@ def parse(spec: str, where: str = "--posthoc") -> Compressor:
 
     Raises:
         UserError: beginning with `where` and `spec`, for an unknown method or option (with the allowed ones), a value
-            of the wrong type or out of range, and after `+` for a method that is not a quantiser, an option that
-            concerns slots, and a first method that stores nothing to quantise.
+            of the wrong type or out of range, and after `+` for a method that may not follow the one before, an option
+            that concerns slots, and a method before it that stores nothing to quantise.
     """
     seen = f'{where} "{spec}"'
-    first, *more = (_one(text, seen) for text in spec.split("+"))
-    if not more:
-        return first
-    coder = more[0]
-    if len(more) > 1 or not isinstance(first, Codable) or not isinstance(coder, TensorCoder):
-        firsts, coders = (
-            " or ".join(name for name, method in methods().items() if issubclass(method, kind))
-            for kind in (Codable, TensorCoder)
-        )
-        raise UserError(f"{seen}: allowed with +: {firsts}, then {coders}")
-    if wrong := sorted(coder.model_fields_set & coder.slot_options):
-        allowed = ", ".join(sorted(set(type(coder).model_fields) - coder.slot_options))
-        raise UserError(f"{seen}: {wrong[0]} is no option of {coder.name} after +; allowed: {allowed}")
-    try:
-        return first.coded_by(coder)
-    except ValueError as error:
-        raise UserError(f"{seen}: {error}") from None
+    *firsts, method = (_one(text, seen) for text in spec.split("+"))
+    for first in reversed(firsts):
+        try:
+            method = compose(first, method)
+        except ValueError as error:
+            raise UserError(f"{seen}: {error}") from None
+    return method
+
+
+def compose(first: Compressor, then: Compressor) -> Compressor:
+    """`first` with `then` after its `+`: a quantiser of the stored tensors, or a method for the tokens that are left.
+
+    Raises `ValueError` for two methods, or an option of the second, that do not go together.
+    """
+    if isinstance(first, Codable) and isinstance(then, TensorCoder):
+        _refuse(then, then.slot_options)
+        return first.coded_by(then)
+    if not (isinstance(first, Evicting) and then.follows_eviction):
+        known = methods().items()
+        codable = " or ".join(name for name, method in known if issubclass(method, Codable))
+        coders = " or ".join(name for name, method in known if issubclass(method, TensorCoder))
+        evicting = " or ".join(name for name, method in known if issubclass(method, Evicting))
+        others = " or ".join(name for name, method in known if method.follows_eviction)
+        raise ValueError(f"allowed with +: {codable}, then {coders}; {evicting}, then {others}")
+    _refuse(then, Compressor.model_fields.keys())
+    return first.followed_by(then)
+
+
+def _refuse(then: Compressor, options: Set[str]) -> None:
+    """Raise `ValueError` if one of `options`, which have no meaning after `+`, was given to `then`."""
+    if wrong := sorted(then.model_fields_set & options):
+        allowed = ", ".join(sorted(type(then).model_fields.keys() - options))
+        raise ValueError(f"{wrong[0]} is no option of {then.name} after +; allowed: {allowed}")
 
 
 def _one(text: str, where: str) -> Compressor:

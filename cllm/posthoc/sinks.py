@@ -76,11 +76,14 @@ class Sinks(TensorTree):
             rest: the compressed tokens (B, S - s, ...).
             exact: the sinks, then the later tokens, (B, s + T, ...).
         """
-        if self.starts is None:
-            sinks, later = exact.map(lambda t: t[:, : self.count]), exact.map(lambda t: t[:, self.count :])
-            return sinks.join(rest).join(later) if self.count else rest.join(exact)
+        if self.starts is None and self.count:  # in one copy
+            k, v = (
+                torch.cat((e[:, : self.count], r, e[:, self.count :]), 1)
+                for e, r in zip(exact[:2], rest[:2], strict=True)
+            )
+            return Slot(k, v)
         joined = rest.join(exact)
-        if not self.count:
+        if self.starts is None or not self.count:
             return joined
         columns, first = torch.arange(joined.k.shape[1], device=joined.k.device), self.first(joined.k.device)
         moved = torch.where(columns < first + self.count, columns - first + self.rest, columns - self.count)

@@ -20,6 +20,7 @@ from cllm.errors import UserError
 from cllm.posthoc.code import Prefix, Rotation
 from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.sinks import Sinks
+from cllm.posthoc.tensor_tree import total_bytes
 
 TOGETHER = {"cpu": 2**20, "cuda": 2**25}
 """Numbers of several slots that a method computes on as one tensor at most, by the type of the device. A GPU needs much
@@ -162,7 +163,12 @@ class CompressibleSlots:
     later: LaterQueries | None = None
     """The queries of later tokens, if the method that compresses again records them."""
     scores: Mapping[int, Tensor] = field(default_factory=dict)
-    """(B, G, m) fp32: the scores of the m stored tokens of a slot, by owner, if its method keeps them (`Kept`)."""
+    """(B, G or 1, m) fp32: the scores of the m stored tokens of a slot, by owner, if its method keeps them (`Kept`)."""
+    columns: Mapping[int, Tensor] = field(default_factory=dict)
+    """(B or 1, m) int64: the columns of the m stored tokens of a slot, by owner, if tokens were evicted and all its KV
+    heads have the same ones; slots of the same tokens share the tensor. Those of sinks may be wrong."""
+    _left: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Of `rotation`, so that slots of the same tokens share the columns."""
 
     def sinks(self, count: int) -> Sinks:
         """The first `count` tokens of every sequence, or all if there are fewer. Raises `UserError` if there are no
@@ -187,7 +193,12 @@ class CompressibleSlots:
         tokens if it records them."""
         compressed = {j: prefix.sinks.length for j, prefix in before.items()}
         scores = {j: prefix.scores for j, prefix in before.items() if prefix.scores is not None}
-        return dataclasses.replace(self, compressed=compressed, later=later, scores=scores)
+        columns = {
+            j: prefix.columns(self.slots[j].k.shape[1])
+            for j, prefix in before.items()
+            if prefix.sinks.evicted and prefix.rotation is not None
+        }
+        return dataclasses.replace(self, compressed=compressed, later=later, scores=scores, columns=columns)
 
     @property
     def first_column(self) -> int:
@@ -196,8 +207,25 @@ class CompressibleSlots:
 
     def rotation(self, slot: int, sinks: Sinks | None = None) -> Rotation:
         """RoPE of the keys of `slot`, without `sinks`."""
-        k, count = self.slots[slot].k, 0 if sinks is None else sinks.count
-        return Rotation(functools.partial(self.rope, k.shape[-1]), count, k.shape[1] - count, self.starts)
+        k, sinks = self.slots[slot].k, self.sinks(0) if sinks is None else sinks
+        evicted, columns = self.evicted.get(slot, 0), None
+        if evicted:
+            assert slot in self.columns, "KV heads that have different tokens have no common positions"
+            key = id(self.columns[slot]), sinks.count
+            if key not in self._left:
+                self._left[key] = self._columns_left(self.columns[slot], sinks)
+            columns = self._left[key]
+        table = functools.partial(self.rope, k.shape[-1])
+        return Rotation(table, sinks.count + evicted, k.shape[1] - sinks.count, self.starts, columns)
+
+    def _columns_left(self, columns: Tensor, sinks: Sinks) -> Tensor | None:
+        """(B, m - s) int32: `columns` (B or 1, m) without those of the s sinks; None if they are the last ones."""
+        batch = len(next(iter(self.slots.values())).k)
+        rest = sinks.without(columns.expand(batch, -1))
+        last = torch.arange(rest.shape[1], device=rest.device) + sinks.evicted + sinks.count
+        wrong, is_text = rest != last, self.is_text(rest.shape[1])
+        wrong = wrong if is_text is None else wrong & is_text
+        return rest.int() if wrong.any() else None
 
     def is_text(self, length: int) -> Tensor | None:
         """(B, length) booleans, False for padding; None without padding. It is also right for tokens without sinks,
@@ -215,13 +243,15 @@ class CompressibleSlots:
         sinks = self.sinks(0) if sinks is None else sinks
         for j, slot in self.slots.items():
             incompressible += elements[j] // sinks.length * sinks.count * slot.k.itemsize
+        rotations = {j: self.rotation(j, sinks) for j in self.slots if before_rope and j not in self.latent}
+        incompressible += total_bytes(r.columns for r in rotations.values() if r.columns is not None)
         for latent in (False, True):
             slots = tuple(j for j in sorted(self.slots) if (j in self.latent) == latent)
             if not slots:
                 continue
             k, v = (tuple(sinks.without(getattr(self.slots[j], name)) for j in slots) for name in ("k", "v"))
             if before_rope and not latent:
-                k = self._before_rope(dict(zip(slots, k, strict=True)), sinks)
+                k = _before_rope(dict(zip(slots, k, strict=True)), rotations)
             is_text, dtype = self.is_text(sinks.rest), self.slots[slots[0]].k.dtype
             share = sum(elements[j] for j in slots) / sum(elements.values()) / dtype.itemsize / len(k[0])
             counts = self.cache_bytes * share, incompressible * share
@@ -232,14 +262,16 @@ class CompressibleSlots:
             tensors.append((keys, None if latent else SlotTensors("v", slots, v, dtype, is_text, sinks=sinks)))
         return tensors
 
-    def _before_rope(self, keys: Mapping[int, Tensor], sinks: Sinks) -> tuple[Tensor, ...]:
-        """`keys` (B, n, G, D) by slot, before RoPE. Slots of one shape, on one device, have one rotation."""
-        undone: dict[int, Tensor] = {}
-        for alike in {(k.shape, k.device) for k in keys.values()}:
-            same = [j for j, k in keys.items() if (k.shape, k.device) == alike]
-            made = self.rotation(same[0], sinks).undo_all([keys[j] for j in same])
-            undone |= dict(zip(same, made, strict=True))
-        return tuple(undone[j] for j in keys)
+
+def _before_rope(keys: Mapping[int, Tensor], rotations: Mapping[int, Rotation]) -> tuple[Tensor, ...]:
+    """`keys` (B, n, G, D) by slot, before RoPE. Slots of one shape, device and choice of tokens have one rotation."""
+    kinds = {j: (k.shape, k.device, id(rotations[j].columns)) for j, k in keys.items()}
+    undone: dict[int, Tensor] = {}
+    for kind in set(kinds.values()):
+        alike = [j for j in keys if kinds[j] == kind]
+        made = rotations[alike[0]].undo_all([keys[j] for j in alike])
+        undone |= dict(zip(alike, made, strict=True))
+    return tuple(undone[j] for j in keys)
 
 
 def squares(x: Tensor, is_text: Tensor | None) -> Tensor:

@@ -32,6 +32,8 @@ def method_at_rest(spec: object, where: str) -> Compressor:
     method = parse(spec, f"{where}: at_rest")
     if method.watches or method.calibrates:
         raise UserError(f"{where}: at_rest is {spec}, which calibrates on tokens; allowed: another method")
+    if method.evicts:
+        raise UserError(f"{where}: at_rest is {spec}, which drops tokens; allowed: a method that keeps all of them")
     if wrong := [option for option in ("recompress", "every") if getattr(method, option) is not None]:
         raise UserError(f"{where}: at_rest is {spec}; {wrong[0]} has no meaning for a stored prefix; leave it out")
     return method

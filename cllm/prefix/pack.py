@@ -25,8 +25,8 @@ from cllm.model.rope import rope_table
 from cllm.posthoc.cache import CompressedKVCache, CompressedSlot, SharingSlot
 from cllm.posthoc.code import Prefix
 from cllm.posthoc.compress import Outcome
-from cllm.posthoc.method import Codable, Compressor
-from cllm.posthoc.registry import methods
+from cllm.posthoc.method import Compressor
+from cllm.posthoc.registry import compose, methods
 from cllm.prefix.trees import DTYPES, Tensors, read_tree, write_tree
 
 _ALIGNED = 64
@@ -182,11 +182,11 @@ def _pack_compression(cache: CompressedKVCache) -> dict[str, Any]:
 
 def describe_method(method: Compressor) -> dict[str, Any]:
     """A method and its options as JSON, without what it was calibrated to."""
-    coder: Any = method._coder if isinstance(method, Codable) else None
+    then = method.after_plus
     return {
         "name": method.name,
         "options": method.model_dump(mode="json", exclude_unset=True),
-        "coder": None if coder is None else describe_method(coder),
+        "coder": None if then is None else describe_method(then),
     }
 
 
@@ -318,7 +318,4 @@ def _read_method(data: dict[str, Any]) -> Compressor:
     if data["name"] not in known:
         raise UserError(f'the prefix was compressed by "{data["name"]}", which is not installed')
     method = known[data["name"]].model_validate(data["options"])
-    if data["coder"] is None:
-        return method
-    assert isinstance(method, Codable)
-    return method.coded_by(_read_method(data["coder"]))  # type: ignore[arg-type]
+    return method if data["coder"] is None else compose(method, _read_method(data["coder"]))

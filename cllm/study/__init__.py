@@ -20,6 +20,7 @@ statistics.py  means, standard errors, paired differences with intervals
 curves.py      learning curves, fitted, and where two cross
 summary.py     the results of one version as rows of designs
 overview.py    its table of designs by cache bytes: parameters, loss, scores
+beside.py      designs and models of other results in one table
 report.py      the report as Markdown, JSON, figures and TensorBoard events
 figures.py     its figures
 events.py      its TensorBoard events, equal bytes each time

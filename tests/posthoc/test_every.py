@@ -291,32 +291,34 @@ def test_a_low_rank_of_inputs_keeps_keys_and_values_relative_to_their_size(decod
 
 def by_hand(kind, q, k, pad, budget, window, sinks):
     """The tokens that every KV head of one sequence keeps, for queries (L, T, H, D) of the layers that read the slot
-    and keys (T, G, D), after RoPE. Votes are those of all queries so far, or for SnapKV of the last later ones."""
+    and keys (T, G, D), after RoPE. Votes are those of all queries so far, or of the last later ones without `h2o`. With
+    `entropy` all heads vote together."""
     _, _, heads, dim = q.shape
     groups = k.shape[1]
     kept = []
     for g in range(groups):
+        voters = range(groups) if kind == "entropy" else [g]
         stored = list[int]()
         received = dict.fromkeys(range(LENGTH), 0.0)  # by token, all the attention so far
         for begin, end in zip([0, *range(PROMPT, LENGTH, EVERY)], range(PROMPT, LENGTH + 1, EVERY), strict=True):
             stored += range(begin, end)
             votes = torch.zeros(len(stored))
-            for t in range(max(PROMPT if begin else 0, end - window) if kind == "snapkv" else begin, end):
+            for t in range(begin if kind == "h2o" else max(PROMPT if begin else 0, end - window), end):
                 seen = torch.tensor([pad <= s <= t for s in stored])
-                scores = q[:, t, g * heads // groups : (g + 1) * heads // groups] @ k[stored, g].T / dim**0.5
-                if t >= pad:
+                for i in voters if t >= pad else []:
+                    scores = q[:, t, i * heads // groups : (i + 1) * heads // groups] @ k[stored, i].T / dim**0.5
                     votes += scores.masked_fill(~seen, -torch.inf).softmax(-1).sum((0, 1))
             if kind == "h2o":
                 for s, vote in zip(stored, votes.tolist(), strict=True):
                     received[s] += vote
                 votes = torch.tensor([received[s] for s in stored])
-            else:
+            elif kind == "snapkv":
                 bare = votes[: len(stored) - window]
                 near = [bare[max(i - 1, 0) : i + 2].max() for i in range(len(bare))]
                 votes = torch.tensor([*near, *[0.0] * window])
             if len(stored) <= budget:
                 continue
-            last = window if kind == "snapkv" else round(0.5 * (budget - sinks))
+            last = round(0.5 * (budget - sinks)) if kind == "h2o" else window
             padding = sum(s < pad for s in stored)
             always = {*range(padding, padding + sinks), *range(len(stored) - last, len(stored))}
             order = [(stored[i] >= pad, i in always, votes[i].item(), -i) for i in range(len(stored))]
@@ -336,12 +338,13 @@ def rotated(q, pad, theta=10000.0):
 
 @pytest.mark.parametrize("budget", [PROMPT - 4, PROMPT + 2])
 @pytest.mark.parametrize("name", ["gqa", "cla"])
-@pytest.mark.parametrize("kind", ["snapkv", "h2o"])
+@pytest.mark.parametrize("kind", ["snapkv", "h2o", "entropy"])
 def test_later_queries_vote_again(kind, name, budget, design, tokens, exact):
     """H2O: with all attention that a token has received since it came, also from the prompt."""
     model, ids, starts, window = design(name), tokens(2, LENGTH), torch.tensor([0, 3]), 5
     queries = defaultdict(list)
-    options = f"tokens={budget},sinks={SINKS},every={EVERY}" + (f",window={window},kernel=3" * (kind == "snapkv"))
+    more = {"snapkv": f",window={window},kernel=3", "entropy": f",window={window}", "h2o": ""}[kind]
+    options = f"tokens={budget},sinks={SINKS},every={EVERY}{more}"
     method, cache = prompt_cache(model, f"{kind}:{options}", ids, starts)
     compressed = compress(cache, method)
     for i, block in enumerate(model.blocks):
@@ -352,7 +355,11 @@ def test_later_queries_vote_again(kind, name, budget, design, tokens, exact):
         model(part, cache=compressed)
         sizes.append(compressed.nbytes())
     full = all_exact(cache, compressed, exact)
+    budgets = {owner: store.prefix.sinks.length for owner, store in compressed.stores.items()}
+    assert sum(budgets.values()) <= budget * len(budgets)
+    assert kind == "entropy" or set(budgets.values()) == {budget}
     for owner, store in compressed.stores.items():
+        budget = budgets[owner]
         found, k = store.last(budget, LENGTH).k, full.stores[owner].last(LENGTH, LENGTH).k
         layers = [torch.cat(queries[i], dim=1) for i in model.plan.readers("keys")[owner]]
         for row, pad in enumerate(starts.tolist()):
@@ -365,11 +372,12 @@ def test_later_queries_vote_again(kind, name, budget, design, tokens, exact):
     assert sizes[5::2] == [sizes[5]] * len(sizes[5::2]), "the budget is one of tokens"
     recorded = sum(t.nbytes for t in compressed.later.tensors())
     per_token = 4 * sum(queries[i][0].shape[2] for i in queries)
-    assert recorded == (2 * window * per_token if kind == "snapkv" else 0)
+    assert recorded == (0 if kind == "h2o" else 2 * window * per_token)
     stored = sum(sum(t.nbytes for t in store.tensors().values()) for store in compressed.stores.values())
-    votes = 4 * 2 * budget * sum(store.prefix.k.decode().shape[2] for store in compressed.stores.values())
+    votes = 4 * 2 * sum(budgets[j] * store.prefix.k.decode().shape[2] for j, store in compressed.stores.items())
     votes *= kind == "h2o"  # a number in fp32 for each sequence, token and KV head
-    assert compressed.nbytes() - recorded == stored == full.nbytes() * budget // LENGTH + votes
+    left = full.nbytes() // len(budgets) // LENGTH * sum(budgets.values())
+    assert compressed.nbytes() - recorded == stored == left + votes
     numbers = engine_of(model).fp32_numbers(compressed)
     assert 4 * numbers == stored - votes, "scores are fp32 in bf16 caches too"
 

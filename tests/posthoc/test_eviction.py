@@ -271,15 +271,18 @@ def test_errors_of_a_sequence_that_loses_nothing_are_numbers(decoder, tokens) ->
         assert all(0 < error < 1 for errors in found for slot in errors.values() for error in slot.values())
 
 
-def test_padded_sequences_of_transformers_models(llama, tokens):
+@pytest.mark.parametrize("start", [4, 12])
+def test_padded_sequences_of_transformers_models(start, llama, tokens):
     model, ids = llama(), tokens(2, LENGTH)
-    starts, mask = torch.tensor([0, 12]), torch.ones(2, LENGTH, dtype=torch.long)
-    mask[1, :12] = 0
+    starts, mask = torch.tensor([0, start]), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, :start] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # as `generate` counts them
     engine, method, cache = engine_of(model), parse(SPECS["snapkv"]), DynamicCache(config=model.config)
+    first, rest = ({"position_ids": p} for p in positions.split([PREFIX, LENGTH - PREFIX], dim=1))
     with method.watch(engine):
-        model(ids[:, :PREFIX], attention_mask=mask[:, :PREFIX], past_key_values=cache)
+        model(ids[:, :PREFIX], attention_mask=mask[:, :PREFIX], past_key_values=cache, **first)
     compressed = compress_dynamic(cache, method, model, starts=starts)
-    found = model(ids[:, PREFIX:], attention_mask=mask, past_key_values=compressed).logits
+    found = model(ids[:, PREFIX:], attention_mask=mask, past_key_values=compressed, **rest).logits
     for row, start in enumerate(starts.tolist()):
         alone, _ = compressed_cache(engine, ids[row : row + 1, start:PREFIX], SPECS["snapkv"])
         torch.testing.assert_close(
@@ -451,7 +454,10 @@ def test_codes_do_not_drift_over_four_times_the_prompt(design, tokens):
         ("h2o:tokens=9,ratio=2", "give one of tokens and ratio"),
         ("snapkv:ratio=2,kernel=4", "kernel=4: has no middle; allowed: odd numbers"),
         ("h2o:ratio=2,recompress=8", "recompress=8: the queries of later tokens are not recorded"),
-        ("streaming:ratio=2+svd:ratio=2", "allowed with [+]: .*snapkv.* then kivi or xquant"),
+        (
+            "streaming:ratio=2+minicache",
+            "allowed with [+]: .*snapkv.* then kivi or xquant; .*then svd or xkv",
+        ),
         ("quest:select=20", "select=20 is no multiple of page=16"),
         ("entropy:tokens=0", "tokens: Input should be greater than or equal to 1"),
     ],

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cllm.cache.cache import KVCache
 from cllm.posthoc import slots as slots_module
 from cllm.posthoc import votes as votes_module
 from tests.posthoc.filled import fill
@@ -97,6 +98,35 @@ def test_singular_values_are_read_from_the_device_once(decoder, tokens):
         counts.append(counted.counts["cumsum"])
     assert counts[0] == sum(len(spectrum.widths) for spectrum in method._spectra.values())
     assert counts[1] == 0
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["xkv:ratio=2", "xkv:ratio=2,weight=queries,spread=true,codes=mixed", "palu:ratio=2", "recompute",
+     "recompute:ratio=2", "shadowkv:rank=8,select=null", "int8"],
+)  # fmt: skip
+def test_codes_know_whether_they_have_factors(spec, decoder, tokens):
+    for store in compressed(decoder, tokens, spec, "mha").stores.values():
+        for code in (store.prefix.k, store.prefix.v):
+            assert code.has_factors == (code.factors() is not None)
+
+
+def test_quantised_factors_are_not_decoded_to_begin_with(decoder, tokens):
+    engine, cache, method = fill(decoder(), tokens(2, 40), "xkv:ratio=2+kivi:group=8,residual=0", tokens(2, 24, seed=1))
+    with Operations() as counted:
+        engine.compress(cache, method, measure=False)
+    assert counted.counts["__rshift__"] == 0, "codes are unpacked when they are read"
+
+
+def test_a_step_copies_the_tokens_of_a_slot_once(decoder, tokens):
+    """Sinks, the other tokens of the prefix and later ones: one copy of keys and one of values in each of 4 layers,
+    besides the sinks and later tokens, which grow by one."""
+    cache = compressed(decoder, tokens, "streaming:tokens=20", "mha")
+    with Operations() as counted:
+        decoder().hidden(tokens(2, 1), cache=cache)
+    with Operations() as exact:
+        decoder().hidden(tokens(2, 1), cache=KVCache(decoder().config))
+    assert counted.counts["cat"] - exact.counts["cat"] == 2 * len(cache.stores)
 
 
 def test_a_stack_has_memory_for_all_its_slots_and_no_more(decoder, tokens):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -433,14 +434,30 @@ def on_cpu(config: Config, script: Path, *arguments: str) -> RunFolder:
     return RunFolder(Path(config.runs_dir) / config.name)
 
 
-def train_on_cpu(config: Config, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def train_on_cpu(
+    config: Config, script: Path, *arguments: str, program: str = ON_CPU
+) -> subprocess.CompletedProcess[str]:
     file = script.with_name(f"{config.name}.yaml")
     file.write_text(yaml.safe_dump(config.as_yaml_data()), encoding="utf-8")
-    script.write_text(ON_CPU, encoding="utf-8")
+    script.write_text(program, encoding="utf-8")
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), "--config", str(file), *arguments]
     return run_watched(command, seconds=900, tell=print, cwd=ROOT, environment=environment)
+
+
+KILLED = """
+import signal
+from cllm.train.module import TrainingModule
+_step = TrainingModule.training_step
+def killed(self, *words):
+    if os.environ.get("LOCAL_RANK") == "1" and self.trainer.global_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _step(self, *words)
+TrainingModule.training_step = killed
+import train
+"""
+"""In the script: the second process is killed in its fourth step."""
 
 
 def rows(folder: RunFolder, tag: str) -> list[tuple[int, float]]:
@@ -505,6 +522,28 @@ def test_zero_goes_on_with_another_number_of_processes(tiny: Tiny, tmp_path: Pat
     before = read_weights(wanted.checkpoints()[-1][1])
     for tag, tensor in read_weights(folder.checkpoints()[-1][1]).items():
         torch.testing.assert_close(tensor, before[tag], rtol=0, atol=2e-3, msg=tag)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
+def test_a_killed_process_ends_the_others_with_its_name_and_nothing_is_lost(
+    tiny: Tiny, tmp_path: Path, name: str
+) -> None:
+    settings = ["--train.precision", "bf16", "--train.micro_batch", "1", "--train.checkpoint_every", "2"]
+    settings += ["--train.steps", "6", "--train.strategy", name]
+    config = tiny("--name", name, "--train.devices", "2", *settings)
+    program = ON_CPU.replace("\nimport train\n", KILLED)
+    assert program != ON_CPU
+    done = train_on_cpu(config, tmp_path / "killed.py", program=program)
+    assert done.returncode == 2, done.stderr[-3000:]  # in less than the half hour of collective operations
+    assert re.search(
+        r"error: rank 1 \(\S+\) ended before the run did; .*step-00000002\.ckpt; --resume auto", done.stderr
+    )
+    folder = RunFolder(Path(config.runs_dir) / name)
+    assert [step for step, _ in folder.checkpoints()] == [2]
+    fewer = tiny("--name", name, "--train.devices", "1", *settings)
+    on_cpu(fewer, tmp_path / "on_cpu.py", "--resume", "auto")
+    assert [step for step, _ in rows(folder, "train/loss")] == [1, 2, 3, 4, 5, 6]
 
 
 @needs_deepspeed

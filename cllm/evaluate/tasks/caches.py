@@ -7,7 +7,9 @@
 
 A compressed cache is decoded once, not in every pass: its keys and values are copied into an uncompressed cache. The
 model reads the same numbers, so scores do not change. Only methods whose later tokens are treated in a special way stay
-as they are: those that select tokens, compress again, share slots, or bring a cache class of their own.
+as they are: those that select tokens, compress again, share slots, or bring a cache class of their own. So do caches
+from which tokens were evicted: an uncompressed cache would count those that are left, and give later tokens wrong
+positions.
 """
 
 from __future__ import annotations
@@ -186,11 +188,13 @@ def can_be_static(engine: Engine, cache: Any) -> bool:
 
 
 def _is_ordinary(cache: CompressedKVCache | CompressedDynamicCache) -> bool:
-    """Whether tokens after the compressed ones are stored and read as in an uncompressed cache."""
+    """Whether tokens after the compressed ones are stored and read, and have the positions, as in an uncompressed
+    cache."""
     parts: list[Any] = list(cache.stores.values()) if isinstance(cache, CompressedKVCache) else list(cache.layers)
     return (
         cache.method.recompress is None
         and cache.method.every is None
         and not cache.method.selects_tokens
+        and not any(part.prefix.sinks.evicted for part in parts if isinstance(part, CompressedSlot | CompressedLayer))
         and not any(isinstance(part, SharingSlot | SharingLayer) for part in parts)
     )

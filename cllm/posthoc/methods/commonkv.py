@@ -200,6 +200,11 @@ class CommonKV(Compressor):
             raise UserError(f"{self.name}: a slot is a latent; allowed: slots of keys and values")
         codes: tuple[Codes, Codes] = ([None] * len(keys.slots), [None] * len(keys.slots))
         groups = keys.groups(self.group)
+        if self.rank is None and max(map(len, groups)) < 2:
+            raise UserError(
+                f"{self.name}: group={self.group}: of {len(keys.slots)} slots no two are merged, and rank=null drops "
+                "nothing; allowed: a rank, or groups of two slots or more"
+            )
         alike = [self._likeness(self._latents(keys, group, [group[0], group[-1]]), keys) for group in groups]
         for group, likeness, count in zip(groups, alike, self._counts(groups, alike, keys), strict=True):
             weights, _ = self._factored(tuple(keys.slots[i] for i in group))

@@ -52,8 +52,12 @@ class Recomputed(Code):
         y = y if self.projection.norm is None else self.projection.norm(y)
         return y.to(self.dtype).unflatten(-1, self.width)
 
+    @property
+    def has_factors(self) -> bool:
+        return self.projection.bias is None and self.projection.norm is None
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        if self.projection.bias is not None or self.projection.norm is not None:
+        if not self.has_factors:
             return None
         x = self.x.decode()
         return x, self.projection.weight.to(x.dtype).expand(len(x), -1, -1)

@@ -35,6 +35,10 @@ class Rows(Code):
         one = torch.eye(rows.shape[2], dtype=rows.dtype, device=rows.device)
         return rows, one.expand(len(rows), -1, -1)
 
+    @property
+    def has_factors(self) -> bool:
+        return True
+
     def read_flops(self) -> int:
         return 0
 

@@ -127,7 +127,12 @@ class VFold(Codable):
                 rows = keys.flat(i, padding="repeat")
                 k_codes[i] = self._coder.code(rows, "k", keys.dtype, tuple(x.shape[2:]))
         v_codes: Codes = [None] * len(keys.slots)
-        for group in values.groups(self.group):
+        groups = values.groups(self.group)
+        if self._coder is None and max(map(len, groups)) < 2:
+            raise UserError(
+                f"{self.name}: the model has {len(groups)} slot to average; allowed: models with two slots or more"
+            )
+        for group in groups:
             self._average(group, values, v_codes)
         return k_codes, v_codes
 

@@ -54,6 +54,7 @@ class XKV(Codable):
     """
 
     keys_before_rope: ClassVar[bool] = True
+    follows_eviction: ClassVar[bool] = True
 
     group: int = Field(4, ge=1)
     """Neighbouring slots that share a basis; the last group may be smaller."""
@@ -200,6 +201,24 @@ class XKV(Codable):
     ) -> tuple[Codes, Codes]:
         sizes = (self.group_k or self.group, self.group_v or self.group)
         return absorb_factors((keys, values), codes, sizes, self.extended)
+
+    def check_follows_eviction(self) -> None:
+        if self.weight != "none":
+            raise ValueError(
+                f"weight={self.weight} needs the attention of all tokens of the prompt, and some are evicted; allowed: "
+                "weight=none"
+            )
+        if self.select is not None:
+            raise ValueError(
+                f"select={self.select} selects chunks of tokens that follow one another, and evicted ones leave gaps; "
+                "allowed: null"
+            )
+        if self.ratio == 1:
+            raise ValueError("ratio=1 keeps every tensor as it is, as without xkv; allowed: above 1")
+
+    def shared_rows(self, slots: Sequence[int]) -> list[list[int]]:
+        sizes = self.group_k or self.group, self.group_v or self.group
+        return [list(slots[i : i + size]) for size in sizes for i in range(0, len(slots), size)]
 
     def check_all_sinks(self, tokens: int) -> None:
         check_all_sinks(self.name, self.ratio, self.sinks, tokens)

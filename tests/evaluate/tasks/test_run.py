@@ -144,6 +144,9 @@ def test_none_equals_no_compression_to_the_bit(name: str, subject, random_model)
         ("mha", "xkv:rank_k=3,rank_v=3,sinks=1,select=4,chunk=2,outliers=0,local=1"),
         ("mha", "svd:rank_k=3,rank_v=3,sinks=1,every=2"),
         ("mha", "h2o:tokens=4,sinks=1,every=2"),
+        ("mha", "h2o:tokens=4,sinks=1"),
+        ("mha", "streaming:tokens=4,sinks=1"),
+        ("mha", "snapkv:tokens=5,sinks=1,window=2+xkv:group=2,rank_k=2,rank_v=2"),
         ("mha", "minicache:sinks=1"),
         ("mha", "kvsharer:threshold=-1"),
         ("mha", "commonkv:group=2,recent=2,sinks=1"),
@@ -151,6 +154,8 @@ def test_none_equals_no_compression_to_the_bit(name: str, subject, random_model)
         ("llama", "xkv:ratio=1.5,sinks=1"),
         ("llama", "kivi:bits=4,group=4,residual=0,sinks=1,recompress=2"),
         ("llama", "kvsharer:threshold=-1"),
+        ("llama", "streaming:tokens=4,sinks=1"),
+        ("llama", "h2o:tokens=4,sinks=1+svd:rank_k=2,rank_v=2"),
     ],
 )
 def test_questions_read_the_compressed_cache(name: str, spec: str, subject, random_model) -> None:

@@ -306,7 +306,9 @@ def _row(group: Sequence[_Numbers], base: Sequence[_Numbers], spec: str, scores:
     against = base if spec == EXACT else group
     ppl = _perplexity_cell(group, spec, against, is_base=is_base)
     unchanged = spec != EXACT and ppl is not None and ppl.change is not None and ppl.change <= _UNCHANGED
-    sizes = [one.sizes[spec] for one in group if spec in one.sizes]
+    # Windows are another share of the cache at another length, so bytes are those of the perplexity's text.
+    of_text = [one for one in group if spec in one.perplexities and spec in one.sizes]
+    sizes = [one.sizes[spec] for one in of_text or [one for one in group if spec in one.sizes]]
     size, own, mha = (_mean([size[n] for size in sizes]) for n in range(3))
     measured = [one for one in group if spec in one.perplexities or any(spec in found for found in one.scores)]
     cells = []

@@ -12,6 +12,7 @@ triton_lowrank.py    scores and weighted sums in Triton
 triton_choose.py     the choice of chunks in Triton
 resident_lowrank.py  launches the kernel of gluon_lowrank.py
 gluon_lowrank.py     scores of rebuilt keys in Gluon, for Hopper GPUs
+rotate.py            RoPE of many keys as one kernel
 selection.py         `Factored` and `Selection`: low-rank factors, and which compressed tokens a step reads
 choice.py            Triton or plain torch, logged once
 retention.py         gated retention

@@ -300,7 +300,9 @@ def _check_part(plan: _Plan, i: int, read: Whole, part: Part) -> None:
     kept = plan.kept(j)
     if kept is not None and (part.window is None or part.window > kept):
         seen = "all tokens" if part.window is None else f"a window of {part.window}"
-        raise PlanError(f"{where} sees {seen} of layer {j}, which keeps {kept} tokens")
+        raise PlanError(
+            f"{where} sees {seen} of layer {j}, which keeps {kept} tokens; allowed: a window of at most {kept}"
+        )
 
 
 def _check_head_sizes(plan: _Plan, i: int, read: Whole) -> None:
@@ -312,6 +314,7 @@ def _check_head_sizes(plan: _Plan, i: int, read: Whole) -> None:
         raise PlanError(
             f"layer {i}: {read.key}: cannot read slots of different head sizes: "
             + ", ".join(f"{name} has {size} channels a head" for name, size in sizes.items())
+            + "; one query attends to all, so they must be equal"
         )
 
 

@@ -295,7 +295,10 @@ class KVPlan:
             window, kept = self.layers[i].window, self.kept(j)
             if kept is not None and (window is None or window > kept):
                 seen = "full attention" if window is None else f"a window of {window}"
-                raise PlanError(f"layer {i}: has {seen}, but its {what} come from layer {j}, which keeps {kept} tokens")
+                raise PlanError(
+                    f"layer {i}: has {seen}, but its {what} come from layer {j}, which keeps {kept} tokens; allowed: a "
+                    f"window of at most {kept}"
+                )
 
     def _check_opaque(self, i: int) -> None:
         """Slots that are not keys and values are read as one; a recurrent state by its own layer only."""
@@ -332,7 +335,10 @@ class KVPlan:
         for first, last in self.cyclic_spans():
             for i in range(first, last + 1):
                 if (own := self.layers[i].own) is not None and own.is_state:
-                    raise PlanError(f"layer {i}: a {own.noun} inside the cyclic layers {first} to {last}")
+                    raise PlanError(
+                        f"layer {i}: a {own.noun} inside the cyclic layers {first} to {last}; allowed: below or above "
+                        "them, since they are computed several times"
+                    )
 
     def _check_halves(self) -> None:
         """Every projection of every layer must have a gradient.

@@ -43,6 +43,7 @@ def check_fused(plan: _Plan, i: int, half: str, read: Read) -> None:
             raise PlanError(
                 f"layer {i}: {half}: cannot fuse slots of different shapes: "
                 + ", ".join(f"layer {j} has {text}" for j, text in texts.items())
+                + "; they must be equal"
             )
 
 

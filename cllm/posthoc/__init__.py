@@ -13,6 +13,8 @@
     later_queries.py the queries of tokens after a compressed prefix
     weighting.py     errors of keys and values, weighted by what they change in attention's output
     lowrank.py       low-rank factors: SVD, and faster iterations
+    power.py         a basis of the leading singular subspace by Chebyshev polynomials of XᵀX
+    products.py      batched products in a chosen precision
     group.py         a group of slots that share a basis
     fixed_bases.py   bases of keys and values that are fixed before a prompt is seen
     projecting.py    the base of methods that use them

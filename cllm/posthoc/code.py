@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cllm.cache.slot import Slot
+from cllm.kernels.rotate import rotate
 from cllm.model.rope import apply_rope
 from cllm.posthoc.landmarks import Landmarks
 from cllm.posthoc.sinks import Sinks
@@ -107,16 +108,9 @@ class Rotation(TensorTree):
         cos, sin = self._tables(keys[0].device)
         square = cos.square() + sin.square()  # not 1 under YaRN, which scales cos and sin
         cos, sin = cos / square, -sin / square
-
-        def rotated(k: Tensor) -> Tensor:
-            halves = (k if k.itemsize < 4 else k.float()).unflatten(-1, (2, -1))  # ..., B, n, G, 2, D / 2
-            out = halves * cos
-            for half in (0, 1):  # reads less than `flip` does
-                out[..., half, :].addcmul_(halves[..., 1 - half, :], sin[..., half, :])
-            return out.flatten(-2)
-
-        stacked = len(keys) > 1 and keys[0].nbytes <= _STACKED
-        return list(rotated(torch.stack(list(keys)))) if stacked else [rotated(k) for k in keys]
+        if len(keys) > 1 and keys[0].nbytes <= _STACKED:
+            return list(rotate(torch.cat(list(keys)), cos, sin).split(len(keys[0])))
+        return [rotate(k, cos, sin) for k in keys]
 
     def redo(self, k: Tensor) -> Tensor:
         """Keys (B, n, G, D) after RoPE, in the dtype of `k`."""

@@ -79,10 +79,13 @@ class TracedDecoder(Decoder):
 def _check_routable(plan: KVPlan) -> None:
     layers = plan.layers
     for i, layer in enumerate(layers):
-        if not plan.reads_itself(i) or _kind(layer) != _kind(layers[0]):
+        wrong = None if _kind(layer) == _kind(layers[0]) else "differs from layer 0"
+        if not plan.reads_itself(i):
+            wrong = "does not read keys and values that it projects from its own input, each by itself"
+        if wrong:
             raise UserError(
-                f"uptrain.random_sources: layer {i} differs from layer 0, or reads another layer; allowed: plans "
-                "in which every layer owns and all are alike (mha, gqa, mqa)"
+                f"uptrain.random_sources: layer {i} {wrong}; allowed: plans in which every layer owns and all are "
+                "alike (mha, gqa, mqa)"
             )
 
 

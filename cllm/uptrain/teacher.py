@@ -16,6 +16,7 @@ from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.hub.open import open_config, open_weights
 from cllm.model.sizes import model_d_ff
+from cllm.plan.plan import KVPlan
 from cllm.uptrain.decoder import TracedDecoder, build_traced
 
 _LABEL = "init.from "
@@ -67,16 +68,18 @@ def student_model(teacher: ModelConfig, kv: Any, *, rope_pairs: str) -> dict[str
     """The `model` section of a student as plain data: the teacher's, with the plan `kv`.
 
     RoPE keys of latents have R channels instead of D, with frequencies theta^(-2j/R). With the teacher's theta these
-    are every (D/R)-th of the teacher's frequencies. With theta^(R/D) they are its R/2 highest.
+    are every (D/R)-th of the teacher's frequencies. With theta^(R/D) they are its R/2 highest. A student whose layers
+    rotate as many channels as the teacher's, such as one with the teacher's own latents, keeps theta.
 
     Raises:
-        UserError: if rope_pairs is high and layers differ in R, or only some of them have latents.
+        UserError: if rope_pairs is high and layers that do not rotate what the teacher's do differ in R, or only some
+            of them have latents.
     """
     data = {**teacher.model_dump(mode="json"), "kv": kv}
-    plan = ModelConfig.model_validate(data).plan()
-    sources, size = [plan.source(i) for i in range(len(plan))], teacher.resolved_head_dim
-    dims = {size if source.is_plain else source.rope_dim(size) for source in sources}
-    if rope_pairs == "high" and dims != {teacher.resolved_head_dim}:
+    size = teacher.resolved_head_dim
+    rotated = _rotated(ModelConfig.model_validate(data).plan(), size)
+    dims = set(rotated)
+    if rope_pairs == "high" and rotated != _rotated(teacher.plan(), size) and dims != {size}:
         if len(dims) > 1:
             raise UserError(
                 f"init.rope_pairs is high, but layers rotate {sorted(dims)} channels, and one rope.theta cannot give "
@@ -84,6 +87,12 @@ def student_model(teacher: ModelConfig, kv: Any, *, rope_pairs: str) -> dict[str
             )
         data["rope"]["theta"] = teacher.rope.theta ** (dims.pop() / teacher.resolved_head_dim)
     return data
+
+
+def _rotated(plan: KVPlan, size: int) -> list[int]:
+    """The channels that RoPE rotates in a head of each layer; `size` for heads of keys and values of any size."""
+    sources = [plan.source(i) for i in range(len(plan))]
+    return [size if source.is_plain else source.rope_dim(size) for source in sources]
 
 
 def check_student(student: ModelConfig, teacher: ModelConfig, *, path: Path, rope_pairs: str) -> None:

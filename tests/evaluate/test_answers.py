@@ -167,6 +167,19 @@ def test_a_compression_of_one_seed_is_compared_with_that_seed(runs: list[Path]) 
         assert xkv.perplexity == alone.perplexity
 
 
+def test_bytes_are_those_of_the_text_of_the_perplexity(runs: list[Path]) -> None:
+    """A window is a larger share of a short context: sizes at two lengths have no mean."""
+    other = runs[0].parent / "mha-2"
+    shutil.copytree(runs[0], other)
+    (other / "config.yaml").write_text((runs[0] / "config.yaml").read_text().replace("name: mha", "name: mha-2", 1))
+    shutil.rmtree(other / "evaluation")
+    summary = json.loads((other / "summary.json").read_text())
+    write(other / "summary.json", summary | {"kv_bytes_per_token": {"resident": 600.0, "read": 600.0}})
+    for paths in ([*runs, other], [other, *runs]):
+        mha = next(row for row in table(paths).rows if row.label.startswith("mha") and row.spec == EXACT)
+        assert (mha.kv_bytes, mha.ratio_to_mha) == (1000.0, 1.0)
+
+
 def test_a_score_over_seeds_is_of_one_setting(runs: list[Path]) -> None:
     other = runs[0].parent / "mha-2"
     shutil.copytree(runs[0], other)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cllm.config import Rope
+from cllm.kernels.rotate import rotate
+from cllm.model.rope import apply_rope, rope_table
 from cllm.posthoc.lowrank import right_vectors
 from cllm.posthoc.parallel import run_in_parallel
 from cllm.posthoc.registry import parse
@@ -52,6 +55,16 @@ def test_what_one_job_raises_is_raised_after_the_others(gpu: torch.device) -> No
         made.clear()
         run_in_parallel([work] * 20, gpu)
     assert torch.stack(made).tolist() == [64.0] * 20
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [16, 64, 128])
+def test_keys_are_rotated_by_one_kernel(gpu: torch.device, dtype: torch.dtype, dim: int) -> None:
+    positions = torch.arange(1000, device=gpu)[None] + torch.tensor([[0], [7]], device=gpu)
+    table = rope_table(Rope(), dim, positions)
+    k = torch.randn(6, 1004, 3, dim, device=gpu).to(dtype)[:, 4:]
+    expected = apply_rope(k.float(), (table[0].repeat(3, 1, 1, 1, 1), table[1].repeat(3, 1, 1, 1, 1)))
+    torch.testing.assert_close(rotate(k, *table, kernel="triton"), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("products", ["fp32", "tf32", "bf16"])

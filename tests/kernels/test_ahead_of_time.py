@@ -51,6 +51,7 @@ def test_kernels_compile_and_fit(capability: int) -> None:
         "take_chunks",
         "weigh",
         "finish",
+        "rotate_pairs",
     }
     if capability == 90:
         names.add("resident_scores")
@@ -112,6 +113,7 @@ def compile_everything(capability: int) -> None:
         module.device_limits = lambda device: split_decode.Limits(*DEVICES[capability])  # type: ignore[attr-defined]
     decode(fp8=capability >= 89)
     decode_factors()
+    rotate_keys()
     if capability == 90:
         resident_lowrank._is_hopper = lambda device: True  # type: ignore[assignment]
         decode_resident_factors()
@@ -164,6 +166,16 @@ def decode(*, fp8: bool) -> None:
     latent, rope = drawn(1, 1024, 1, 512), drawn(1, 1024, 1, 64)
     queries = [drawn(1, 16, 512), drawn(1, 16, 64)]
     split_decode.run(queries, [latent, rope], [None] * 2, [latent], [None], column, None, None, False, 0.1)
+
+
+def rotate_keys() -> None:
+    """Keys of a long prompt, also behind sinks, in each dtype."""
+    from cllm.kernels import rotate
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dim in (16, 64, 128, 256):
+            table = torch.randn(1, 100, 1, 2, dim // 2), torch.randn(1, 100, 1, 2, dim // 2)
+            rotate.run(torch.randn(2, 104, 3, dim).to(dtype)[:, 4:], *table)
 
 
 def decode_longer_and_longer() -> None:

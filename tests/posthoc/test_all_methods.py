@@ -52,7 +52,6 @@ SPECS = {
     "hf_quantized": "hf_quantized",
 }
 MODELS = ["mha", "cla", "fusedkv", "yoco", "mla", "llama", "qwen3", "deepseek_v3"]
-LATENTS = ("mla", "deepseek_v3")
 TRANSFORMERS = ["llama", "qwen3", "deepseek_v3"]
 LATENTS = ["mla", "deepseek_v3"]
 REFUSALS = {

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cllm.posthoc import group
 from cllm.posthoc.group import as_one_batch
 from cllm.posthoc.methods.xkv import XKV
 from cllm.posthoc.registry import parse
-
-
-class Operators(TorchDispatchMode):
-    """Counts operators, each of which is at least one launch on a GPU."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
+from tests.posthoc.operators import Operators
 
 
 def noise(layers: int, tokens: int, dim: int, dtype=torch.float32) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,8 +167,9 @@ def low_rank(tensors, rank):
 def replace(slots, kept, then, latent):
     """Overwrite the kept tokens of `slots` ({owner: (k, v) (B, P, ...)}) by their low-rank approximation."""
     owners = list(slots)
-    sizes = (parse(then).group_k or parse(then).group, parse(then).group_v or parse(then).group)
-    ranks = (parse(then).rank_k, parse(then).rank_v)
+    method: Any = parse(then)
+    sizes = (method.group_k or method.group, method.group_v or method.group)
+    ranks = (method.rank_k, method.rank_v)
     for part in range(1 if latent else 2):
         for at in range(0, len(owners), sizes[part]):
             members = owners[at : at + sizes[part]]
@@ -192,13 +194,13 @@ def test_later_tokens_read_what_is_left_at_true_positions(kind, then, name, desi
     slots = [j for j, store in compressed.stores.items() if isinstance(store, CompressedSlot)]
     reads = {i: [j for j in model.plan.reads(i) if j in slots] for i in range(len(model.plan))}
     reads = {i: own for i, own in reads.items() if own}
-    method = parse(then)
+    method: Any = parse(then)
     unions = together(slots, reads, (method.group_k or method.group, method.group_v or method.group))
     reference = slow(model)
     model(ids[:, :PREFIX])
     weights = dict(reference.weights)
     layers = [[i for i, own in reads.items() if union & set(own)] for union in unions]
-    kept = {}
+    kept: dict[int, list[list[int]]] = {}
     budgets = budgets_of(kind, weights, layers, [len(union) for union in unions])
     for union, own, budget in zip(unions, layers, budgets, strict=True):
         total = sum(weights[i].sum(1) for i in own)  # B, P, P
@@ -228,7 +230,7 @@ def test_transformers_models_read_the_same(kind, family, llama, tokens, slow):
         runs.append(read_on(engine, compressed, ids[:, PREFIX:], parts))
     reference, layers = slow(model), range(model.config.num_hidden_layers)
     model(ids[:, :PREFIX])
-    weights, kept = dict(reference.weights), {}
+    weights, kept = dict(reference.weights), dict[int, list[list[int]]]()
     for union in ([0, 1], [2, 3]):
         choice = [choose(kind, rows, TOKENS) for rows in sum(weights[i].sum(1) for i in union)]
         kept |= dict.fromkeys(union, choice)
@@ -328,11 +330,8 @@ def test_ratios_multiply(kind, preset, ratios, design, tokens):
     """The second is one of the bytes that are left, columns included; windows count in both."""
     engine, begin = engine_of(design(preset)), f"{kind}{',' if ':' in kind else ':'}sinks=1,ratio={ratios[0]}"
     compressed, cache = compressed_cache(engine, tokens(2, 60), f"{begin}+xkv:group=2,ratio={ratios[1]}")
-    slots = [store for store in compressed.stores.values() if isinstance(store, CompressedSlot)]
-    token = sum(2 * store.prefix.sinks.length + 4 * sum(store.tail.slot.k.shape[2:]) for store in slots)
-    rank = 4 * 2 * sum(store.prefix.sinks.rest + 2 * store.prefix.k.b.shape[1] for store in slots[::2])
     budget = cache.nbytes() / (ratios[0] * ratios[1])
-    assert 0 <= budget - compressed.nbytes() < 2.5 * rank + 4 * token
+    assert 0.8 * budget < compressed.nbytes() <= budget  # a rank is a tenth of these small groups
 
 
 def test_a_quantiser_codes_the_factors_of_what_is_left(design, tokens):
@@ -358,7 +357,7 @@ def test_later_tokens_join_at_true_positions(kind, design, tokens):
     spec = f"{EVICT[kind]},every={every}+svd:rank_k={FEW},rank_v={FEW}"
     compressed, _ = compressed_cache(engine, ids[:, :PREFIX], spec)
     before = compressed.nbytes()
-    exact = KVCache(model.config)
+    exact: Any = KVCache(model.config)
     model.hidden(ids, cache=exact)
     for part in ids[:, PREFIX:].split([every] * 5 + [1] * every * 5, dim=1):
         engine.logits(part, compressed)
@@ -400,7 +399,12 @@ def test_steps_read_factors_if_all_sequences_have_the_same_positions(
     engine, spec, found = engine_of(model), f"{EVICT[kind]}+{XKV}", []
     options = {} if starts is None else {"starts": torch.tensor(starts)}
     seen, read = [], deferred.lowrank_decode
-    monkeypatch.setattr(deferred, "lowrank_decode", lambda *a, **b: (seen.append(1), read(*a, **b))[1])
+
+    def count(*words, **options):
+        seen.append(1)
+        return read(*words, **options)
+
+    monkeypatch.setattr(deferred, "lowrank_decode", count)
     for parts in ([1] * 8, [8]):
         compressed, _ = compressed_cache(engine, ids[:, :PREFIX], spec, **options)
         found.append(read_on(engine, compressed, ids[:, PREFIX:], parts))
@@ -417,7 +421,7 @@ def test_a_cache_is_reordered_cropped_and_stored(design, tokens):
         engine.logits(more.flip(1), compressed)
         compressed.crop(PREFIX)
         engine.logits(more[:, :3], compressed)
-        restored = unpack(pack(compressed), model.config)
+        restored: Any = unpack(pack(compressed), model.config)
         assert restored.nbytes() == compressed.nbytes()
         assert repr(restored.method.after_plus) == repr(compressed.method.after_plus)
         for cache in (compressed, restored):

@@ -8,6 +8,7 @@ import torch
 from cllm.posthoc import group, power, products
 from cllm.posthoc.lowrank import right_vectors
 from cllm.posthoc.registry import parse
+from tests.posthoc.operators import Operators
 
 C = 160
 
@@ -107,11 +108,14 @@ def test_keys_and_values_in_one_batch_have_the_errors_of_each_alone(precision, s
     x = matrix(SPECTRA["i^-1"])  # 2, 400, 160
     data = [part.unflatten(2, (2, -1)).contiguous() for part in x.split(16, dim=2)]
     tensors = slot_tensors("k", data[:6]), slot_tensors("v", data[4:])
-    made = []
+    made, launches = [], []
     for most in (0, 2**20):
         monkeypatch.setattr(group, "_JOINT", most)
         method = parse(f"xkv:group=2,rank_k=6,rank_v=9,svd=power,products={precision},batched=true")
-        made.append(method.encode(*tensors))
+        with Operators() as counted:
+            made.append(method.encode(*tensors))
+        launches.append(counted.count)
+    assert launches[1] < 0.7 * launches[0]
     for exact, alone, together in zip((data[:6], data[4:]), *made, strict=True):
         assert [code.b.shape for code in together] == [code.b.shape for code in alone]
         errors = [

@@ -6,24 +6,14 @@ import functools
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cllm.config import Rope
 from cllm.model.rope import apply_rope, rope_table
 from cllm.posthoc import code
 from cllm.posthoc.code import Rotation
+from tests.posthoc.operators import Operators
 
 TABLE = functools.partial(rope_table, Rope(), 8)
-
-
-class Operators(TorchDispatchMode):
-    """Counts operators, each of which is at least one launch on a GPU."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("stacked", [0, 2**24])

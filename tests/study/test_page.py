@@ -133,7 +133,7 @@ def test_the_sentences(summary: Summary) -> None:
         f"at {crossing.interval[0] / 1e9:.1f} to {crossing.interval[1] / 1e9:.1f} G tokens (90 % interval)",
         f"differs by {apart[0]} to {apart[1]} from the first",
         f"so gqa's {loss['gqa'][3] - loss['mha'][3]:.3f} says nothing",
-        f"and yoco's {loss['mha'][3] - loss['yoco'][3]:.3f} little",
+        f"by {loss['mha'][1] - loss['yoco'][1]:.3f} and {loss['mha'][3] - loss['yoco'][3]:.3f}; the interval",
     )
     close = [f"{loss['fusedkv_lite'][seed] - loss['fusedkv'][seed]:.4f}" for seed in (1, 2)]
     said(f"fusedkv is {close[0]} and {close[1]} below fusedkv_lite in their common seeds")
@@ -202,7 +202,8 @@ def test_speeds(summary: Summary) -> None:
     every = [speed for values in speeds.values() for speed in values]
     assert 615e3 < min(every) < max(every) < 645e3
     assert round(slow[0], -3) == 566e3
-    assert yoco[0] < min(every), "it shared its GPU"
+    every.append(yoco[0])
+    assert yoco[1] < min(every), "seed 3 shared its GPU"
     said("620,000 to 640,000 tokens/s each, mla 566,000")
 
 

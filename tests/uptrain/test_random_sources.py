@@ -131,3 +131,16 @@ def test_sources_to_draw_from_need_a_draw(tiny: Callable[..., Config]) -> None:
     data = tiny().as_yaml_data() | {"init": {"from": "runs/x"}, "uptrain": {"random_sources_from": "all"}}
     with pytest.raises(UserError, match=r"random_sources_from is all, but uptrain\.random_sources is 0"):
         validate(Config, data)
+
+
+@pytest.mark.parametrize(
+    ("kv", "message"),
+    [
+        ({"preset": "kv_tie"}, "layer 0 does not read keys and values that it projects from its own input"),
+        ({"preset": "svformer"}, "layer 1 does not read keys and values that it projects from its own input"),
+        ({"preset": "mha", "window": 4, "full_every": 2}, "layer 1 differs from layer 0"),
+    ],
+)
+def test_plans_without_a_choice_are_refused_with_the_reason(kv, message: str, tiny_config) -> None:
+    with pytest.raises(UserError, match=rf"uptrain\.random_sources: {message}.*; allowed: plans in which"):
+        build_traced(tiny_config(kv=kv), routed=True)

@@ -14,16 +14,19 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from cllm.config import Config
+from cllm.config.uptraining import InitFrom
 from cllm.data.manifest import Manifest
 from cllm.data.vocabulary import tokenizer_sha256
 from cllm.errors import UserError
 from cllm.hub.config import CLLMConfig
 from cllm.hub.model import CLLMForCausalLM
+from cllm.plan.presets import preset_names
 from cllm.runs import RunFolder, load_run
 from cllm.train.run import train
 from cllm.uptrain.complete import load_config
+from cllm.uptrain.init import init_student
 from cllm.uptrain.start import check_tokenizer
-from cllm.uptrain.teacher import check_student, load_teacher, teacher_config
+from cllm.uptrain.teacher import check_student, load_teacher, student_model, teacher_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64}
@@ -217,3 +220,33 @@ def test_the_command_line_answers_a_bad_folder_with_one_line(tmp_path: Path) -> 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert "init.from" in done.stderr
+
+
+LATENTS = [
+    {"kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3},
+    {"kv_lora_rank": 5, "qk_nope_head_dim": 2, "qk_rope_head_dim": 4, "v_head_dim": 4},
+]
+BESIDES = {"layers": [{"layers": 0, "own": {}}, *({"layers": n, "latent": of} for n, of in enumerate(LATENTS, 1))]}
+"""Layers that rotate 8, 2 and 4 channels."""
+
+
+@pytest.mark.parametrize("name", [*sorted(set(preset_names()) - {"yoco_u"}), "latents beside keys and values"])
+def test_a_student_with_its_teachers_plan_is_the_teacher(
+    name, preset_config, tiny_config, make_teacher, new_student, ids
+) -> None:
+    """RoPE's theta too, which changes only for latents that the teacher has not. A loop is refused."""
+    own = name in preset_names()
+    teacher = make_teacher(preset_config(name) if own else tiny_config(n_layers=3, kv=BESIDES))
+    student = new_student(teacher, teacher.config.model_dump(mode="json")["kv"])
+    init_student(student, teacher, InitFrom())
+    with torch.no_grad():
+        assert torch.equal(student(ids), teacher(ids))
+
+
+def test_theta_changes_for_latents_that_the_teacher_has_not(preset_config, tiny_config) -> None:
+    latent = preset_config("mla")  # RoPE keys of 4 channels in place of 8
+    thetas = [
+        student_model(teacher, latent.kv.model_dump(), rope_pairs=pairs)["rope"]["theta"]
+        for teacher, pairs in ((tiny_config(), "high"), (tiny_config(), "uniform"), (latent, "high"))
+    ]
+    assert thetas == [100.0, 10000.0, 10000.0]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cllm.cache.cache import KVCache
 from cllm.posthoc import slots as slots_module
 from cllm.posthoc import votes as votes_module
 from tests.posthoc.filled import fill
+from tests.posthoc.operators import Operators
 
 QUANTISERS = [
     "int8", "fp8", "kivi:group=8,residual=8", "xquant:group=8,residual=8", "xquant:group=8,residual=8,share_k=2",
@@ -24,18 +23,6 @@ EVICTING = [
     "snapkv:tokens=20,window=4+kivi:group=8,residual=0",
 ]  # fmt: skip
 STARTS = torch.tensor([0, 5])
-
-
-class Operations(TorchDispatchMode):
-    """How often each operation of torch runs inside of it."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def compressed(decoder, tokens, spec, plan, **padding):
@@ -83,7 +70,7 @@ def test_an_operation_runs_once_for_all_slots(spec, operation, times, decoder, t
     """Twice for quantisers, of keys and of values, and for the order of tokens by their scores and then by place.
     KVQuant sums up counts and moments of bins for all levels at once, and ranks of outliers of each kind."""
     engine, cache, method = fill(decoder(), tokens(2, 40), spec, tokens(2, 24, seed=1))
-    with Operations() as counted:
+    with Operators() as counted:
         engine.compress(cache, method, measure=False)
     assert counted.counts[operation] == times
 
@@ -93,7 +80,7 @@ def test_singular_values_are_read_from_the_device_once(decoder, tokens):
     engine, cache, method = fill(decoder(), tokens(2, 40), "eigenattention:ratio=2", tokens(2, 24, seed=1))
     counts = []
     for _ in range(2):
-        with Operations() as counted:
+        with Operators() as counted:
             engine.compress(cache, method, measure=False)
         counts.append(counted.counts["cumsum"])
     assert counts[0] == sum(len(spectrum.widths) for spectrum in method._spectra.values())
@@ -113,7 +100,7 @@ def test_codes_know_whether_they_have_factors(spec, decoder, tokens):
 
 def test_quantised_factors_are_not_decoded_to_begin_with(decoder, tokens):
     engine, cache, method = fill(decoder(), tokens(2, 40), "xkv:ratio=2+kivi:group=8,residual=0", tokens(2, 24, seed=1))
-    with Operations() as counted:
+    with Operators() as counted:
         engine.compress(cache, method, measure=False)
     assert counted.counts["__rshift__"] == 0, "codes are unpacked when they are read"
 
@@ -122,9 +109,9 @@ def test_a_step_copies_the_tokens_of_a_slot_once(decoder, tokens):
     """Sinks, the other tokens of the prefix and later ones: one copy of keys and one of values in each of 4 layers,
     besides the sinks and later tokens, which grow by one."""
     cache = compressed(decoder, tokens, "streaming:tokens=20", "mha")
-    with Operations() as counted:
+    with Operators() as counted:
         decoder().hidden(tokens(2, 1), cache=cache)
-    with Operations() as exact:
+    with Operators() as exact:
         decoder().hidden(tokens(2, 1), cache=KVCache(decoder().config))
     assert counted.counts["cat"] - exact.counts["cat"] == 2 * len(cache.stores)
 

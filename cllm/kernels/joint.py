@@ -79,7 +79,7 @@ def joint_attention(
 
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor], sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The joint output and log-sum-exp, in the dtype of `lses`.
+    """The joint output and log-sum-exp, in the dtype of `lses`; 0 and -inf where no part sees anything.
 
     Args:
         outs: (..., H, D) for each part.
@@ -90,7 +90,8 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor], sink: Tensor | None) -
     if sink is not None:
         every = torch.cat((every, sink.to(every.dtype).expand_as(every[:1])))
     lse = every.logsumexp(0)
-    out = sum((part - lse).exp()[..., None] * out.to(lse.dtype) for out, part in zip(outs, lses, strict=True))
+    most = lse.clamp(min=torch.finfo(lse.dtype).min)  # finite, for a step of a row that is padding
+    out = sum((part - most).exp()[..., None] * out.to(lse.dtype) for out, part in zip(outs, lses, strict=True))
     assert isinstance(out, Tensor)
     return out, lse
 

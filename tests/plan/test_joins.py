@@ -145,6 +145,21 @@ def test_padded_sequences_and_windows_that_wrap(storage, max_len, tiny_config: C
     assert error / found.norm() < (1e-5 if storage == "model" else 0.06)
 
 
+@pytest.mark.parametrize("parts", [[1, 4, 4], [2, 1, 2, 4], [1] * 9])
+@pytest.mark.parametrize(
+    "kv",
+    [{"preset": "ced", "window": 3, "sink": False}, BOTH, {"preset": "hysparse"}],
+    ids=["ced", "joins and gates", "hysparse"],
+)
+def test_a_step_of_padding_alone_leaves_no_nan(kv, parts, tiny_config: Config, random_model) -> None:
+    """No slot has a token that such a row sees, and without a sink its softmax has no term."""
+    model = random_model(tiny_config(n_layers=4, kv=kv)).eval().requires_grad_(False)
+    cache, starts = KVCache(model.config), torch.tensor([0, 3])
+    found = torch.cat([model(part, cache=cache, starts=starts) for part in IDS.split(parts, dim=1)], dim=1)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[1, 3:], model(IDS[1:, 3:])[0], atol=1e-5, rtol=1e-5)
+
+
 def test_packed_documents_are_independent(tiny_config: Config, random_model) -> None:
     model = random_model(tiny_config(n_layers=4, kv=BOTH)).eval().requires_grad_(False)
     ids, positions = torch.tensor([[0] * 5 + [1] * 4]), torch.tensor([[*range(5), *range(4)]])

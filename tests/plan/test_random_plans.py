@@ -99,10 +99,13 @@ def check_padding(model: Decoder, ids: torch.Tensor, full: torch.Tensor) -> None
     The second row starts at its third token. With documents, the first four tokens and the others are apart.
     """
     starts, alone = torch.tensor([0, 2]), model(ids[1:, 2:])
-    cache = KVCache(model.config)
-    prompt = model(ids[:, :5], cache=cache, starts=starts)
-    steps = [model(ids[:, t : t + 1], cache=cache) for t in range(5, LENGTH)]
-    for found in (model(ids, starts=starts), torch.cat([prompt, *steps], dim=1)):
+    cached = []
+    for parts in ([5, 1, 1], [1, 3, 3], [1, 1, 1, 4]):  # the second row is padding alone in steps of one token
+        cache = KVCache(model.config)
+        split = enumerate(ids.split(parts, dim=1))
+        logits = [model(part, cache=cache, starts=None if n else starts) for n, part in split]
+        cached.append(torch.cat(logits, dim=1))
+    for found in (model(ids, starts=starts), *cached):
         torch.testing.assert_close(found[0], full[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found[1, 2:], alone[0], atol=1e-4, rtol=1e-4)
     documents, positions = torch.tensor([[0, 0, 0, 0, 1, 1, 1]] * BATCH), torch.tensor([[0, 1, 2, 3, 0, 1, 2]])

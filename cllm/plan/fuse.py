@@ -53,6 +53,10 @@ class Fuse(Read):
     def flops(self, half: Half, n_kv_heads: int, head_dim: int) -> float:
         return 2.0 * len(self.layers) * n_kv_heads * head_dim**2 if self.granularity == "matrix" else 0.0
 
+    def kept_activations(self, n_kv_heads: int, head_dim: int) -> int:
+        # One tensor for each source: its turned keys, or its values in the order of the batched product.
+        return len(self.layers) * n_kv_heads * head_dim if self.granularity in ("complex", "matrix") else 0
+
     class Settings(Section):
         """Read a sum of several owners' slots with learned weights."""
 

@@ -306,6 +306,10 @@ class Read(ABC):
         """Forward FLOPs per token of matrix products that make this half from slots."""
         return 0.0
 
+    def kept_activations(self, n_kv_heads: int, head_dim: int) -> int:
+        """Numbers per token that making a half from slots keeps for its backward, besides the half itself."""
+        return 0
+
 
 @dataclass(frozen=True, slots=True)
 class Share(Read):

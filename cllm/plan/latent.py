@@ -75,8 +75,9 @@ class Latent(Source):
         return 2 * n_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim) * self.blocks * seen
 
     def read_activations(self, n_heads: int, head_dim: int, made: int) -> int:
-        # Expanded keys and values of all heads are kept too; the RoPE key is a part of them. The sum of several outputs
-        # is kept beside them.
+        # Expanded keys and values of all heads are kept too; the RoPE key is a part of the keys. Values are a part of
+        # what the up-projection returns, which keeps the keys' other part once more. The sum of several outputs is kept
+        # beside them.
         key, value, several = self.qk_nope_head_dim + self.qk_rope_head_dim, self.v_head_dim, self.blocks > 1
-        kept = (1 + self.blocks) * key + (2 * self.blocks + several) * value
+        kept = (1 + self.blocks) * key + self.blocks * self.qk_nope_head_dim + (2 * self.blocks + several) * value
         return n_heads * kept + made * self.kv_lora_rank

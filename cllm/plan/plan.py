@@ -150,6 +150,11 @@ class KVPlan:
         heads, size = self.source(i).kv_heads or 0, self.source(i).head_size(head_dim)
         return self.keys(i).flops("keys", heads, size) + self.values(i).flops("values", heads, size)
 
+    def kept_activations(self, i: int, head_dim: int) -> int:
+        """Numbers per token that making the keys and values of layer `i` from slots keeps besides these."""
+        heads, size = self.source(i).kv_heads or 0, self.source(i).head_size(head_dim)
+        return sum(read.kept_activations(heads, size) for read in (self.keys(i), self.values(i)))
+
     def reads_itself(self, i: int) -> bool:
         """Whether layer `i` owns keys and values of its own input and reads those, as they are, and no others."""
         own = self.layers[i].own

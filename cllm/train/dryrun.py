@@ -47,9 +47,11 @@ def block_activation_bytes(model: Decoder, config: Config, launch: Launch, layer
     narrow = _compute_bytes(launch)
     wide = 4 if config.train.fp32_residual else narrow
     own = plan.layers[layer].own
-    computed = (own is not None) + (plan.fuses(layer) and not config.train.recompute_fusion)
+    fuses = plan.fuses(layer) and not config.train.recompute_fusion
+    computed = (own is not None) + fuses
     kept = plan.source(layer).read_activations(c.n_heads, c.resolved_head_dim, computed)
     kept += _local_activations(model, layer)
+    kept += plan.kept_activations(layer, c.resolved_head_dim) if fuses else 0
     kept += c.d_model if own is not None and own.normalises and own.input is None else 0
     kept += c.d_model if layer in plan.inputs else 0  # normalised, for the owners that project it
     hidden = (2 if will_fuse(model, config, launch) else 3) * model_d_ff(c)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.posthoc.budget import check_all_sinks, largest
-from cllm.posthoc.code import Codes, unstack
+from cllm.posthoc.code import Codes
 from cllm.posthoc.eviction import Kept, best_entries
 from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.method import Codable, Compressor, Engine
@@ -99,13 +99,7 @@ class Evicting(Codable):
         return self._coded(keys), [None] * len(keys.slots) if values is None else self._coded(values)
 
     def _coded(self, tensors: SlotTensors) -> Codes:
-        if (coder := self._coder) is None:
-            return [None] * len(tensors.slots)
-        codes: Codes = []
-        for members, stack in tensors.stacks():
-            rows, width = stack.flat(0, padding="repeat"), tuple(stack.data[0].shape[2:])
-            codes += unstack(coder.code(rows, tensors.kind, tensors.dtype, width), len(members))
-        return codes
+        return [None] * len(tensors.slots) if self._coder is None else self._coder.code_all(tensors)
 
     @property
     def _stores_scores(self) -> bool:

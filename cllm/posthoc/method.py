@@ -206,7 +206,7 @@ class Compressor(Section):
 
     @property
     def after_plus(self) -> Any:
-        """The method after the `+`; None: there is none."""
+        """The method that follows this one after a `+`, or None."""
         return None
 
     @property
@@ -315,6 +315,15 @@ class TensorCoder(ABC):
     @abstractmethod
     def code(self, rows: Tensor, kind: Literal["k", "v"], dtype: torch.dtype, width: tuple[int, ...]) -> Code:
         """The code of `rows` (B, n, C) fp32; it decodes to (B, n, *width) in `dtype`."""
+
+    def code_all(self, tensors: SlotTensors) -> Codes:
+        """The code of every slot's tensor, each separate."""
+
+        def code(stack: SlotTensors) -> Code:
+            rows, width = stack.flat(0, padding="repeat"), tuple(stack.data[0].shape[2:])
+            return self.code(rows, stack.kind, stack.dtype, width)
+
+        return tensors.code_stacks(code)
 
     @abstractmethod
     def coded_rows(self, rows: int) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cllm.cache.slot import Slot
 from cllm.errors import UserError
-from cllm.posthoc.code import Prefix, Rotation
+from cllm.posthoc.code import Code, Codes, Prefix, Rotation, unstack
 from cllm.posthoc.later_queries import LaterQueries
 from cllm.posthoc.sinks import Sinks
 from cllm.posthoc.tensor_tree import total_bytes
@@ -78,7 +78,7 @@ class SlotTensors:
 
         Yields:
             The indices into `slots` of m slots, and a slot (m · B, n, *width) of at most `TOGETHER` numbers or one slot
-            as it is. `code.unstack` returns the parts of its code.
+            as it is.
         """
         begin = 0
         while begin < len(self.slots):
@@ -91,6 +91,13 @@ class SlotTensors:
             is_text = None if self.is_text is None else self.is_text.repeat(len(members), 1)
             yield members, dataclasses.replace(self, slots=(self.slots[begin],), data=(data,), is_text=is_text)
             begin = end
+
+    def code_stacks(self, code: Callable[[SlotTensors], Code]) -> Codes:
+        """The code of every slot, from `code` of each of `stacks`."""
+        codes: Codes = []
+        for members, stack in self.stacks():
+            codes += unstack(code(stack), len(members))
+        return codes
 
     def flat(
         self, index: int, *, padding: Literal["zero", "repeat"] = "zero", dtype: torch.dtype = torch.float32
@@ -265,10 +272,11 @@ class CompressibleSlots:
 
 def _before_rope(keys: Mapping[int, Tensor], rotations: Mapping[int, Rotation]) -> tuple[Tensor, ...]:
     """`keys` (B, n, G, D) by slot, before RoPE. Slots of one shape, device and choice of tokens have one rotation."""
-    kinds = {j: (k.shape, k.device, id(rotations[j].columns)) for j, k in keys.items()}
+    by_rotation: dict[tuple[torch.Size, torch.device, int], list[int]] = {}
+    for j, k in keys.items():
+        by_rotation.setdefault((k.shape, k.device, id(rotations[j].columns)), []).append(j)
     undone: dict[int, Tensor] = {}
-    for kind in set(kinds.values()):
-        alike = [j for j in keys if kinds[j] == kind]
+    for alike in by_rotation.values():
         made = rotations[alike[0]].undo_all([keys[j] for j in alike])
         undone |= dict(zip(alike, made, strict=True))
     return tuple(undone[j] for j in keys)

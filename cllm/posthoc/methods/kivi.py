@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cllm.errors import UserError
-from cllm.posthoc.code import Code, Codes, unstack
+from cllm.posthoc.code import Code, Codes
 from cllm.posthoc.method import Compressor, TensorCoder
 from cllm.posthoc.quantize import Bits, Quantized, grouped, join_packed, pack, quantize
 from cllm.posthoc.registry import register
@@ -37,14 +37,10 @@ class KIVI(Compressor, TensorCoder):
     than both together, all stay exact."""
 
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
-        return self._code_all(keys), [None] * len(keys.slots) if values is None else self._code_all(values)
+        return self._encode_all(keys), [None] * len(keys.slots) if values is None else self._encode_all(values)
 
-    def _code_all(self, tensors: SlotTensors) -> Codes:
-        codes: Codes = []
-        for members, stack in tensors.stacks():
-            rows, width = stack.flat(0, padding="repeat"), tuple(stack.data[0].shape[2:])
-            codes += unstack(self._code(rows, tensors.kind, tensors.dtype, width), len(members))
-        return codes
+    def _encode_all(self, tensors: SlotTensors) -> Codes:
+        return self.code_all(tensors)
 
     def code(self, rows: Tensor, kind: Literal["k", "v"], dtype: torch.dtype, width: tuple[int, ...]) -> Code:
         return self._code(rows, kind, dtype, width)

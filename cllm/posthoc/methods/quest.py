@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from cllm.errors import UserError
-from cllm.posthoc.code import Codes, unstack
+from cllm.posthoc.code import Codes
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.pages import make_pages
 from cllm.posthoc.registry import register
@@ -48,7 +48,7 @@ class Quest(Compressor):
         budget = self.select // self.page
         codes: Codes = [None] * min(self.dense, len(keys.slots))
         paged = dataclasses.replace(keys, slots=keys.slots[self.dense :], data=keys.data[self.dense :])
-        for members, stack in paged.stacks():
-            pages = make_pages(stack.data[0], stack.is_text, page=self.page, budget=budget)
-            codes += unstack(pages, len(members))
+        codes += paged.code_stacks(
+            lambda stack: make_pages(stack.data[0], stack.is_text, page=self.page, budget=budget)
+        )
         return codes, [None] * len(values.slots)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from cllm.posthoc.code import Code, Codes, smallest_scale, unstack
+from cllm.posthoc.code import Code, Codes, smallest_scale
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
@@ -53,11 +53,9 @@ class Int8(Compressor):
         return k, [None] * len(keys.slots) if values is None else self._code_all(values, self.values)
 
     def _code_all(self, tensors: SlotTensors, axis: Axis) -> Codes:
-        codes: Codes = []
-        for members, stack in tensors.stacks():
-            x = stack.flat(0).view(stack.data[0].shape)
-            codes += unstack(self._code(x, axis, tensors.dtype), len(members))
-        return codes
+        return tensors.code_stacks(
+            lambda stack: self._code(stack.flat(0).view(stack.data[0].shape), axis, tensors.dtype)
+        )
 
     def _code(self, x: Tensor, axis: Axis, dtype: torch.dtype) -> Scaled:
         """The code of `x` (B, n, *width) fp32, padding 0."""

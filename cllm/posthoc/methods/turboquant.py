@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cllm.posthoc.bit_planes import pack_codes, unpack_codes
-from cllm.posthoc.code import Code, Codes, unstack
+from cllm.posthoc.code import Code, Codes
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
@@ -135,10 +135,7 @@ class TurboQuant(Compressor):
         return k, self._code_all(values, self.bits_v or self.bits, sketch=False)
 
     def _code_all(self, tensors: SlotTensors, bits: int, *, sketch: bool) -> Codes:
-        codes: Codes = []
-        for members, stack in tensors.stacks():
-            codes += unstack(self._code(stack.data[0], bits, sketch=sketch), len(members))
-        return codes
+        return tensors.code_stacks(lambda stack: self._code(stack.data[0], bits, sketch=sketch))
 
     def _code(self, x: Tensor, bits: int, *, sketch: bool) -> Rotated:
         """The code of `x` (B, n, *width)."""

@@ -42,8 +42,8 @@ class XQuant(KIVI):
         moved = zero.float() + self.eta * wide * (2**self.bits - 1)
         return ((1 - 2 * self.eta) * wide).to(scale.dtype), moved.to(zero.dtype)
 
-    def _code_all(self, tensors: SlotTensors) -> Codes:
-        codes = super()._code_all(tensors)
+    def _encode_all(self, tensors: SlotTensors) -> Codes:
+        codes = self.code_all(tensors)
         for i in range(1, len(codes)):
             if self._shares(tensors, i):
                 lower, upper = codes[i - 1], codes[i]

@@ -5,6 +5,8 @@ Shapes: B batch, n tokens, C channels, r rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Lock
 from typing import Literal
 
@@ -21,19 +23,26 @@ _PRECISION = Lock()
 """Groups are factorised by several threads, but the precision of fp32 products is a setting of the process."""
 
 
+@contextmanager
+def _fp32_products(precision: Literal["high", "highest"]) -> Iterator[None]:
+    """Products of fp32 tensors in that precision of `torch.set_float32_matmul_precision`; the one before returns."""
+    with _PRECISION:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
 def multiply(x: Tensor, y: Tensor, products: Products, dtype: torch.dtype = torch.float32) -> Tensor:
     """x y in `dtype`, for operands (B, n, C) and (B, C, r) in fp32 or narrower, rounded to `products` first.
 
     The precision that the process has set for fp32 products does not matter, and is restored."""
     if products == "bf16":
         return (x.bfloat16() @ y.bfloat16()).to(dtype)
-    with _PRECISION:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if products == "tf32" else "highest")
-        try:
-            return (x @ y).to(dtype)
-        finally:
-            torch.set_float32_matmul_precision(before)
+    with _fp32_products("high" if products == "tf32" else "highest"):
+        return (x @ y).to(dtype)
 
 
 class Split:
@@ -50,15 +59,10 @@ class Split:
     def multiply(self, y: Tensor) -> Tensor:
         """The product (B, C, r) fp32 with `y` (B, C, r) fp32."""
         first = tf32(y)
-        with _PRECISION:
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("high")
-            try:
-                product = self.low @ first
-                product.baddbmm_(self.high, y - first)
-                return product.baddbmm_(self.high, first)
-            finally:
-                torch.set_float32_matmul_precision(before)
+        with _fp32_products("high"):
+            product = self.low @ first
+            product.baddbmm_(self.high, y - first)
+            return product.baddbmm_(self.high, first)
 
 
 def tf32(x: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import cllm.model.attention as attention_module
 from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.posthoc.cache import CompressedSlot, compress_cache
@@ -24,6 +23,7 @@ from cllm.posthoc.hf import compress_dynamic
 from cllm.posthoc.pages import make_pages, select_tokens
 from cllm.posthoc.registry import parse
 from cllm.prefix.pack import pack, unpack
+from tests.posthoc.slow_attention import replace_attention
 
 PREFIX, LENGTH, TOKENS, SINKS, WINDOW = 20, 28, 11, 2, 3
 SPECS = {
@@ -66,13 +66,7 @@ def dense(monkeypatch):
     found = Dense()
 
     def install(model):
-        for i, block in enumerate(model.blocks):
-            block.attention.register_forward_pre_hook(lambda *_, i=i: setattr(found, "layer", i))
-
-        def attend(q, k, v, mask, **_):
-            return found(q, k, v, window=mask.window, exclude_self=mask.exclude_self)
-
-        monkeypatch.setattr(attention_module, "attention", attend)
+        replace_attention(model, found, monkeypatch)
         return found
 
     yield install

@@ -17,7 +17,6 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import cllm.model.attention as attention_module
 from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.posthoc import deferred
@@ -26,6 +25,7 @@ from cllm.posthoc.engine import engine_of
 from cllm.posthoc.hf import compress_dynamic
 from cllm.posthoc.registry import parse
 from cllm.prefix.pack import pack, unpack
+from tests.posthoc.slow_attention import replace_attention
 
 PREFIX, LENGTH, TOKENS, SINKS, WINDOW = 20, 28, 13, 2, 3
 EVICT = {
@@ -76,13 +76,7 @@ def slow(monkeypatch):
             ALL_ATTENTION_FUNCTIONS.register("slow", attend_hf)
             model.set_attn_implementation("slow")
             return found
-        for i, block in enumerate(model.blocks):
-            block.attention.register_forward_pre_hook(lambda *_, i=i: setattr(found, "layer", i))
-
-        def attend(q, k, v, mask, **_):
-            return found(q, k, v, window=mask.window, exclude_self=mask.exclude_self)
-
-        monkeypatch.setattr(attention_module, "attention", attend)
+        replace_attention(model, found, monkeypatch)
         return found
 
     return install

@@ -38,15 +38,15 @@ def test_all_processes_of_a_group_print_their_stacks_and_end(tmp_path: Path) -> 
 
 
 def test_a_command_that_does_not_end_is_killed(tmp_path: Path) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     line = ["bash", "-c", "trap '' ABRT; echo one; sleep 6000 & wait; wait"]
-    done = run_watched(line, seconds=0.5, every=0.2, tell=told.append, cwd=tmp_path, environment=os.environ)
-    assert done.returncode == 124
-    assert all(text.split(": ")[0].endswith(" s") for text in told[:-1])
-    assert told[-1].startswith("not ended after 0 s. Output and stacks:\n")
+    ended = run_watched(line, seconds=0.5, every=0.2, tell=messages.append, cwd=tmp_path, environment=os.environ)
+    assert ended.returncode == 124
+    assert all(text.split(": ")[0].endswith(" s") for text in messages[:-1])
+    assert messages[-1].startswith("not ended after 0 s. Output and stacks:\n")
 
 
 def test_a_command_that_ends_returns_its_status_and_output(tmp_path: Path) -> None:
     line = [sys.executable, "-c", "import sys; print(1, flush=True); print(2, file=sys.stderr); sys.exit(3)"]
-    done = run_watched(line, seconds=300, tell=lambda _: None, cwd=tmp_path, environment=os.environ)
-    assert (done.returncode, done.stdout, done.stderr) == (3, "1\n2\n", "1\n2\n")
+    ended = run_watched(line, seconds=300, tell=lambda _: None, cwd=tmp_path, environment=os.environ)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "1\n2\n", "1\n2\n")

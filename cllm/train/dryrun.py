@@ -41,7 +41,8 @@ def block_activation_bytes(model: Decoder, config: Config, launch: Launch, layer
 
     These are the residual stream before and inside the block; the outputs of both norms and, in owners with `kv_norm`,
     of that one; the queries and the output of attention; the keys and values that the layer computed itself, by
-    projection or, unless that is recomputed, by fusion; and three tensors of width d_ff, or two if SwiGLU is fused.
+    projection or, unless that is recomputed, by fusion, and what complex and matrix weights keep besides these; and
+    three tensors of width d_ff, or two if SwiGLU is fused.
     """
     c, plan = config.model, model.plan
     narrow = _compute_bytes(launch)

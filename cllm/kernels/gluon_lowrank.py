@@ -11,6 +11,11 @@ Computes `triton_lowrank.rebuilt_scores` for all tokens of a sequence and number
     split RoPE    RoPE of position t0 + δ is RoPE of δ on the keys and of -t0 on the queries. δ is 0 to 63 in every
                   tile, so that its cosines and sines stay in registers. The rotated queries are exact to about 16 bits:
                   sums of two bf16 numbers, one column each.
+    interpolation the slower half of the channel pairs turns so little in a stretch of 256 tokens that its part of a
+                  score is a cubic polynomial of the position there. So these channels are not rebuilt:
+                  `triton_nodes.py` multiplies the queries, rotated by four positions of the stretch, with their rows of
+                  B, and A times these four vectors, interpolated, is the slower channels' part of every score. For four
+                  query heads of a KV head of 128 channels, A has 64 + 16 columns to multiply with instead of 128.
 
 Shapes: B batch, S compressed tokens, H query heads, G KV heads, D channels of a head, r rank.
 """
@@ -56,6 +61,13 @@ RANKS = 32
 """Ranks of a tile. Written as 32 in the kernels."""
 
 
+STRETCH = 256
+"""Tokens over which slow channels are interpolated. Written as 256 and as 4 tiles in the kernels."""
+NODES = (10, 79, 176, 245)
+"""Tokens of a stretch between which a cubic polynomial interpolates: its Chebyshev nodes, rounded. Written in `_weights`
+and `triton_nodes.py`."""
+
+
 def tma_descriptor(factor: Tensor, rows: int) -> Any:
     """The TMA descriptor of a contiguous factor (B, n, r) of 16 bits: (B · n, r) in tiles of `rows` by RANKS."""
     layout = gl.NVMMASharedLayout(2 * RANKS, 16)
@@ -64,24 +76,37 @@ def tma_descriptor(factor: Tensor, rows: int) -> Any:
 
 @jit
 def _load(
-    a_desc, b_desc, tiles_of_a, rows_of_b, full, empty, b_full, a_row, b_row, first_tile, n_tiles, step,
-    CHUNKS: gl.constexpr, PACK: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr,
+    a_desc, b_desc, w_desc, tiles_of_a, rows_of_b, rows_of_w, full, empty, b_full, w_full, w_empty, a_row, b_row, w_row,
+    first_stretch, n_tiles, step,
+    CHUNKS: gl.constexpr, PACK: gl.constexpr, HALF: gl.constexpr, FAST: gl.constexpr, COLUMNS: gl.constexpr,
+    TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Load the rows of B once, lower halves of all heads before upper halves; then tiles of A as stages become free."""
-    mbarrier.expect(b_full, CHUNKS * 2 * PACK * HALF * 32 * 2)
+    """Load the rows of B once, lower halves of all heads before upper halves; then tiles of A as stages become free,
+    and before the first tile of a stretch its rows of W."""
+    mbarrier.expect(b_full, CHUNKS * 2 * PACK * FAST * 32 * 2)
     for k in gl.static_range(CHUNKS):
         for part in gl.static_range(2 * PACK):
-            to = rows_of_b.index(k).slice(part * HALF, HALF, dim=0)
+            to = rows_of_b.index(k).slice(part * FAST, FAST, dim=0)
             row = b_row + (part % PACK) * 2 * HALF + (part // PACK) * HALF
             tma.async_copy_global_to_shared(b_desc, [row, k * 32], b_full, to)
     in_flight = 0
     for i in range(n_tiles):
-        row = a_row + (first_tile + i * step) * 64
+        stretch = first_stretch + i // TILES * step
+        if COLUMNS > 0:
+            n = i // TILES
+            is_new = i % TILES == 0
+            mbarrier.wait(w_empty.index(n & 1), (n // 2 + 1) & 1, pred=is_new)
+            mbarrier.expect(w_full.index(n & 1), CHUNKS * COLUMNS * 32 * 2, pred=is_new)
+            for k in gl.static_range(CHUNKS):
+                rows = rows_of_w.index((n & 1) * CHUNKS + k)
+                at = [w_row + stretch * COLUMNS, k * 32]
+                tma.async_copy_global_to_shared(w_desc, at, w_full.index(n & 1), rows, pred=is_new)
+        token = a_row + (stretch * TILES + i % TILES) * 64
         for k in gl.static_range(CHUNKS):
             stage = in_flight % STAGES
             mbarrier.wait(empty.index(stage), (in_flight // STAGES + 1) & 1)
             mbarrier.expect(full.index(stage), 64 * 32 * 2)
-            tma.async_copy_global_to_shared(a_desc, [row, k * 32], full.index(stage), tiles_of_a.index(stage))
+            tma.async_copy_global_to_shared(a_desc, [token, k * 32], full.index(stage), tiles_of_a.index(stage))
             in_flight += 1
 
 
@@ -99,6 +124,38 @@ def _halves(x, HALF: gl.constexpr, PACK: gl.constexpr):
         return lower, upper
     else:
         return _split(lower, HALF) + _split(upper, HALF)
+
+
+@jit
+def _heads(x, WIDTH: gl.constexpr, PACK: gl.constexpr):
+    """`x` (64, PACK · WIDTH) as PACK tensors (64, WIDTH)."""
+    if PACK == 1:
+        return (x,)
+    else:
+        return _split(x, WIDTH)
+
+
+@jit
+def _weights(u, LAYOUT: gl.constexpr, COLUMNS: gl.constexpr):
+    """Weights (64, COLUMNS) of nodes 0 and 1, in even and odd columns, and of nodes 2 and 3, in the cubic polynomial
+    through all four, at tokens `u` (64,) fp32 of a stretch."""
+    d0, d1, d2, d3 = u - 10.0, u - 79.0, u - 176.0, u - 245.0
+    w0 = d1 * d2 * d3 * (1.0 / ((10.0 - 79.0) * (10.0 - 176.0) * (10.0 - 245.0)))
+    w1 = d0 * d2 * d3 * (1.0 / ((79.0 - 10.0) * (79.0 - 176.0) * (79.0 - 245.0)))
+    w2 = d0 * d1 * d3 * (1.0 / ((176.0 - 10.0) * (176.0 - 79.0) * (176.0 - 245.0)))
+    w3 = d0 * d1 * d2 * (1.0 / ((245.0 - 10.0) * (245.0 - 79.0) * (245.0 - 176.0)))
+    is_even = (gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT)) % 2 == 0)[None, :]
+    return gl.where(is_even, w0[:, None], w1[:, None]), gl.where(is_even, w2[:, None], w3[:, None])
+
+
+@jit
+def _before(row_cos, row_sin, zero_cos, zero_sin):
+    """Row -n of the table from its row n: conjugate, times the square of row 0, which `zero_cos` and `zero_sin` point
+    to."""
+    c, s = gl.load(zero_cos), gl.load(zero_sin)
+    square = 1.0 / (c * c + s * s)
+    twice_cos, twice_sin = (c * c - s * s) * square, 2 * c * s * square
+    return row_cos * twice_cos + row_sin * twice_sin, row_cos * twice_sin - row_sin * twice_cos
 
 
 @jit
@@ -122,29 +179,36 @@ def _write(
 @jit
 def _score(
     rotated_queries, GROUP: gl.constexpr, CHUNKS: gl.constexpr, PACK: gl.constexpr, HALF: gl.constexpr,
-    HEADS: gl.constexpr, ROOM: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr,
-    query, cos, sin, low, scores, tiles_of_a, rows_of_b, full, empty, b_full, order, q_strides, table_stride,
-    score_strides, head_0, first_tile, n_tiles, step, tokens, log2_scale,
+    FAST: gl.constexpr, COLUMNS: gl.constexpr, TILES: gl.constexpr, HEADS: gl.constexpr, ROOM: gl.constexpr,
+    STAGES: gl.constexpr, ADD: gl.constexpr,
+    query, cos, sin, low, scores, tiles_of_a, rows_of_b, rows_of_w, full, empty, b_full, w_full, w_empty, order,
+    q_strides, table_stride, score_strides, head_0, first_stretch, n_tiles, step, tokens, log2_scale,
 ):  # fmt: skip
     """Score every other tile, from number `GROUP` on (0 or 1). `query` and `scores` point to this sequence."""
     dtype: gl.constexpr = query.dtype.element_ty
-    WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * PACK * HALF, 16])
-    KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * PACK * FAST, 16])
+    KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FAST, 16])
     PRODUCTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * ROOM, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCTS, 2)
-    QUERY: gl.constexpr = gl.BlockedLayout([1, HALF // 32], [1, 32], [4, 1], [1, 0])
+    QUERY: gl.constexpr = gl.BlockedLayout([1, max(1, FAST // 32)], [1, 32], [4, 1], [1, 0])
 
-    # RoPE of positions 0 to 63, with cos and sin as two numbers of 16 bits in one register. The table's factor is
-    # applied to the queries, which are exact: rounded to 16 bits, it would change all scores by the same ratio.
+    # RoPE of positions 0 to 63, with cos and sin as two numbers of 16 bits in one register: row δ of the table, turned
+    # back by its row 0. The table's factor is applied to the queries, which are exact: rounded to 16 bits, it would
+    # change all scores by the same ratio.
     token = gl.arange(0, 64, layout=gl.SliceLayout(1, KEYS))
-    channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, KEYS))
+    channel = gl.arange(0, FAST, layout=gl.SliceLayout(0, KEYS))
     at = token[:, None] * table_stride + channel[None, :]
-    factor = gl.load(cos)
-    near = (gl.load(cos + at) / factor).to(gl.float16).to(gl.uint16, bitcast=True).to(gl.uint32)
-    near = near | ((gl.load(sin + at) / factor).to(gl.float16).to(gl.uint16, bitcast=True).to(gl.uint32) << 16)
+    first_cos, first_sin = gl.load(cos + channel), gl.load(sin + channel)
+    square = 1.0 / (first_cos * first_cos + first_sin * first_sin)
+    first_cos, first_sin = (first_cos * square)[None, :], (first_sin * square)[None, :]
+    row_cos, row_sin = gl.load(cos + at), gl.load(sin + at)
+    near = (row_cos * first_cos + row_sin * first_sin).to(gl.float16).to(gl.uint16, bitcast=True).to(gl.uint32)
+    near = near | (
+        (row_sin * first_cos - row_cos * first_sin).to(gl.float16).to(gl.uint16, bitcast=True).to(gl.uint32) << 16
+    )
 
     q_head = gl.arange(0, ROOM, layout=gl.SliceLayout(1, QUERY))
-    q_channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, QUERY))
+    q_channel = gl.arange(0, FAST, layout=gl.SliceLayout(0, QUERY))
     is_head = (q_head < HEADS)[:, None]
     lower_q = ()
     upper_q = ()
@@ -155,29 +219,45 @@ def _score(
 
     mbarrier.wait(b_full, 0)
     for i in range(GROUP, n_tiles, 2):
-        begin = (first_tile + i * step) * 64
+        begin = ((first_stretch + i // TILES * step) * TILES + i % TILES) * 64
         base = begin - low
-        row = gl.where(base < 0, -base, base) * table_stride + q_channel
+        row = gl.where(base < 0, -base, base)
+        if TILES > 1:  # the last stretch may have tiles without tokens
+            row = gl.minimum(row, tokens - 1)
+        row = row * table_stride + q_channel
         far_cos, far_sin = gl.load(cos + row), gl.load(sin + row)
 
         # Wait for the other warpgroup's products: so tiles of A are consumed in order, and the parity of a barrier
         # distinguishes one use of a stage from the next.
         mbarrier.wait(order.index(GROUP), (i // 2 + 1 - GROUP) & 1)
         stage, phase = i * CHUNKS % STAGES, i * CHUNKS // STAGES & 1
-        keys = warpgroup_mma_init(gl.zeros([64, 2 * PACK * HALF], gl.float32, layout=WIDE))
+        keys = warpgroup_mma_init(gl.zeros([64, 2 * PACK * FAST], gl.float32, layout=WIDE))
+        if COLUMNS > 0:
+            n = i // TILES
+            NODES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+            slow = warpgroup_mma_init(gl.zeros([64, COLUMNS], gl.float32, layout=NODES))
+            mbarrier.wait(w_full.index(n & 1), (n // 2) & 1)
         for k in range(CHUNKS):
             mbarrier.wait(full.index(stage), phase)
             rows = rows_of_b.index(k).permute((1, 0))
             keys = warpgroup_mma(tiles_of_a.index(stage), rows, keys, use_acc=k > 0, is_async=True)
-            keys = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(keys,)))
+            if COLUMNS > 0:
+                rows = rows_of_w.index((n & 1) * CHUNKS + k).permute((1, 0))
+                slow = warpgroup_mma(tiles_of_a.index(stage), rows, slow, use_acc=k > 0, is_async=True)
+                keys, slow = warpgroup_mma_wait(2, deps=(keys, slow))
+                slow = warpgroup_mma_init(slow)
+                keys = warpgroup_mma_init(keys)
+            else:
+                keys = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(keys,)))
             mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1, pred=k > 0)
             stage += 1
             phase = gl.where(stage == STAGES, phase ^ 1, phase)
             stage = gl.where(stage == STAGES, 0, stage)
         mbarrier.arrive(order.index(1 - GROUP), count=1)
 
-        far_cos = far_cos[None, :]
-        far_sin = gl.where(base < 0, -far_sin, far_sin)[None, :]
+        before_cos, before_sin = _before(far_cos, far_sin, cos + q_channel, sin + q_channel)
+        far_cos, far_sin = gl.where(base < 0, before_cos, far_cos), gl.where(base < 0, before_sin, far_sin)
+        far_cos, far_sin = far_cos[None, :], far_sin[None, :]
         for g in gl.static_range(PACK):
             for half in gl.static_range(2):
                 if half == 0:
@@ -186,20 +266,32 @@ def _score(
                     q = upper_q[g] * far_cos - lower_q[g] * far_sin
                 high = q.to(dtype)
                 rest = (q - high.to(gl.float32)).to(dtype)
-                pair = gl.reshape(gl.permute(gl.join(high, rest), [0, 2, 1]), [2 * ROOM, HALF])
+                pair = gl.reshape(gl.permute(gl.join(high, rest), [0, 2, 1]), [2 * ROOM, FAST])
                 rotated_queries.index(2 * g + half).store(pair)
         fence_async_shared()
 
-        keys = warpgroup_mma_wait(0, deps=(keys,))
+        if COLUMNS > 0:
+            keys, slow = warpgroup_mma_wait(0, deps=(keys, slow))
+            mbarrier.arrive(w_empty.index(n & 1), count=1, pred=i % TILES >= TILES - 2)
+            u = ((i % TILES) * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, PRODUCTS))).to(gl.float32)
+            weights = _weights(u, PRODUCTS, 2 * ROOM)
+            slow_parts = _heads(slow, 4 * ROOM, PACK)
+        else:
+            keys = warpgroup_mma_wait(0, deps=(keys,))
         mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
         c = (near & 0xFFFF).to(gl.uint16).to(gl.float16, bitcast=True).to(gl.float32)
         s = (near >> 16).to(gl.uint16).to(gl.float16, bitcast=True).to(gl.float32)
-        halves = _halves(keys, HALF, PACK)
+        halves = _halves(keys, FAST, PACK)
         for g in gl.static_range(PACK):
             lower = gl.convert_layout(halves[g], KEYS, assert_trivial=True)
             upper = gl.convert_layout(halves[PACK + g], KEYS, assert_trivial=True)
             rotated = gl.convert_layout((lower * c - upper * s).to(dtype), OPERAND)
-            products = gl.zeros([64, 2 * ROOM], gl.float32, layout=PRODUCTS)
+            if COLUMNS > 0:
+                nodes = _split(slow_parts[g], 2 * ROOM)
+                products = gl.convert_layout(nodes[0], PRODUCTS, assert_trivial=True) * weights[0]
+                products += gl.convert_layout(nodes[1], PRODUCTS, assert_trivial=True) * weights[1]
+            else:
+                products = gl.zeros([64, 2 * ROOM], gl.float32, layout=PRODUCTS)
             products = warpgroup_mma(rotated, rotated_queries.index(2 * g).permute((1, 0)), products)
             rotated = gl.convert_layout((upper * c + lower * s).to(dtype), OPERAND)
             products = warpgroup_mma(rotated, rotated_queries.index(2 * g + 1).permute((1, 0)), products)
@@ -210,56 +302,72 @@ def _score(
 
 @jit
 def resident_scores(
-    query, a_desc, b_desc, cos, sin, first, scores, q_strides, table_stride, score_strides, tokens, log2_scale,
-    G: gl.constexpr, HEADS: gl.constexpr, ROOM: gl.constexpr, HALF: gl.constexpr, PACK: gl.constexpr,
-    CHUNKS: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr,
+    query, a_desc, b_desc, w_desc, cos, sin, first, scores, q_strides, table_stride, score_strides, tokens, log2_scale,
+    G: gl.constexpr, HEADS: gl.constexpr, ROOM: gl.constexpr, HALF: gl.constexpr, FAST: gl.constexpr,
+    PACK: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """Scores (B, H, S) fp32 of all tokens, to base 2; -inf before `first` (B,), or None.
 
-    `a_desc` describes A (B · S, r) in blocks of 64 rows by 32 ranks, `b_desc` B (B · G · D, r) in D / 2 rows by 32. A
-    program has PACK KV heads of one sequence and every n-th tile, for n programs per pack. ROOM is HEADS, padded to a
-    power of two that is at least 4.
+    `a_desc` describes A (B · S, r) in blocks of 64 rows by 32 ranks, `b_desc` B (B · G · D, r) in FAST rows by 32. A
+    program has PACK KV heads of one sequence and every n-th stretch of tiles, for n programs per pack. ROOM is HEADS,
+    padded to a power of two that is at least 4.
+
+    FAST of the D / 2 channel pairs are rebuilt. If these are not all, `w_desc` describes what `triton_nodes.py` made for
+    the others, (B · G / PACK · stretches · PACK · 4 · ROOM, r) in blocks for one stretch and pack by 32 ranks, and a
+    stretch is 256 tokens. Otherwise it is None, and a stretch is one tile.
     """
     packs: gl.constexpr = G // PACK
+    COLUMNS: gl.constexpr = 0 if FAST == HALF else PACK * 4 * ROOM
+    TILES: gl.constexpr = 1 if FAST == HALF else 4
     pack, sequence = gl.program_id(0) % packs, gl.program_id(1)
-    first_tile, step = gl.program_id(0) // packs, gl.num_programs(0) // packs
-    n_tiles = (gl.cdiv(tokens, 64) - first_tile + step - 1) // step
+    first_stretch, step = gl.program_id(0) // packs, gl.num_programs(0) // packs
+    stretches = gl.cdiv(tokens, 64 * TILES)
+    n_tiles = (stretches - first_stretch + step - 1) // step * TILES
     low = 0
     if first is not None:
         low = gl.load(first + sequence).to(gl.int32)
     query += sequence.to(gl.int64) * q_strides[0]
     scores += sequence.to(gl.int64) * score_strides[0]
 
-    queries: gl.constexpr = gl.NVMMASharedLayout(2 * HALF, 16)
+    queries: gl.constexpr = gl.NVMMASharedLayout(2 * FAST, 16)
     tiles_of_a = gl.allocate_shared_memory(a_desc.dtype, [STAGES, 64, 32], a_desc.layout)
-    rows_of_b = gl.allocate_shared_memory(b_desc.dtype, [CHUNKS, 2 * PACK * HALF, 32], b_desc.layout)
-    rotated_0 = gl.allocate_shared_memory(a_desc.dtype, [2 * PACK, 2 * ROOM, HALF], queries)
-    rotated_1 = gl.allocate_shared_memory(a_desc.dtype, [2 * PACK, 2 * ROOM, HALF], queries)
+    rows_of_b = gl.allocate_shared_memory(b_desc.dtype, [CHUNKS, 2 * PACK * FAST, 32], b_desc.layout)
+    rotated_0 = gl.allocate_shared_memory(a_desc.dtype, [2 * PACK, 2 * ROOM, FAST], queries)
+    rotated_1 = gl.allocate_shared_memory(a_desc.dtype, [2 * PACK, 2 * ROOM, FAST], queries)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     b_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    w_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    w_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    rows_of_w = rows_of_b
+    if COLUMNS > 0:
+        rows_of_w = gl.allocate_shared_memory(w_desc.dtype, [2 * CHUNKS, COLUMNS, 32], w_desc.layout)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=1)
-    for group in gl.static_range(2):
-        mbarrier.init(order.index(group), count=1)
+    for two in gl.static_range(2):
+        mbarrier.init(order.index(two), count=1)
+        mbarrier.init(w_full.index(two), count=1)
+        mbarrier.init(w_empty.index(two), count=2)  # both warpgroups have scored their last tile of a stretch
     mbarrier.init(b_full, count=1)
     fence_async_shared()
 
     a_row, b_row = sequence * tokens, (sequence * G + pack * PACK) * 2 * HALF
+    w_row = (sequence * packs + pack) * stretches * COLUMNS
     head_0 = pack * PACK * HEADS
     work = (
-        query, cos, sin, low, scores, tiles_of_a, rows_of_b, full, empty, b_full, order, q_strides, table_stride,
-        score_strides, head_0, first_tile, n_tiles, step, tokens, log2_scale,
+        query, cos, sin, low, scores, tiles_of_a, rows_of_b, rows_of_w, full, empty, b_full, w_full, w_empty, order,
+        q_strides, table_stride, score_strides, head_0, first_stretch, n_tiles, step, tokens, log2_scale,
     )  # fmt: skip
+    shape: gl.constexpr = (CHUNKS, PACK, HALF, FAST, COLUMNS, TILES, HEADS, ROOM, STAGES, ADD)
     gl.warp_specialize(
         [
-            (_score, (rotated_0, 0, CHUNKS, PACK, HALF, HEADS, ROOM, STAGES, ADD) + work),
-            (_score, (rotated_1, 1, CHUNKS, PACK, HALF, HEADS, ROOM, STAGES, ADD) + work),
+            (_score, (rotated_0, 0) + shape + work),
+            (_score, (rotated_1, 1) + shape + work),
             (_load, (
-                a_desc, b_desc, tiles_of_a, rows_of_b, full, empty, b_full, a_row, b_row, first_tile, n_tiles, step,
-                CHUNKS, PACK, HALF, STAGES,
+                a_desc, b_desc, w_desc, tiles_of_a, rows_of_b, rows_of_w, full, empty, b_full, w_full, w_empty, a_row,
+                b_row, w_row, first_stretch, n_tiles, step, CHUNKS, PACK, HALF, FAST, COLUMNS, TILES, STAGES,
             )),
         ],
         [4, 1],

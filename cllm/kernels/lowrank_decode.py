@@ -20,13 +20,9 @@ from torch import Tensor
 from cllm.kernels import split_lowrank
 from cllm.kernels.choice import Kernel, uses_triton
 from cllm.kernels.decode import Visible
-from cllm.kernels.selection import Factored, Selection, chosen_tokens
+from cllm.kernels.selection import Factored, Selection, Table, chosen_tokens
 
-__all__ = ["Factored", "Selection", "lowrank_decode", "lowrank_decode_reference"]
-
-Table = tuple[Tensor, Tensor]
-"""cos and sin (positions, D / 2) fp32 for at least S positions: the first row of `rope_table`'s cos, and the second row
-of its sin, which is not negated."""
+__all__ = ["Factored", "Selection", "Table", "lowrank_decode", "lowrank_decode_reference"]
 
 
 def lowrank_decode(
@@ -42,7 +38,7 @@ def lowrank_decode(
 ) -> list[Tensor]:
     """Attention of one new token of each sequence; no gradients.
 
-    Query head h reads KV head h // (H / G). Token t has position t - `visible.first`. Sums are fp32 (fp64 for fp64
+    Query head h reads KV head h // (H / G). Token t is rotated by row t - `visible.first` of the table. Sums are fp32 (fp64 for fp64
     queries). Shapes do not depend on `visible.column`, so that a CUDA graph may capture the call and replay it until
     the tail is full. For torch.compile it is one opaque operator.
 
@@ -79,7 +75,9 @@ def lowrank_decode(
     out = _lowrank_decode(
         list(queries),
         *([getattr(part, name) for part in parts] for parts in (keys, values) for name in ("a", "b", "tail")),
-        *table,
+        table.cos,
+        table.sin,
+        table.turn,
         visible.column,
         visible.first,
         visible.exclude_self,
@@ -101,6 +99,7 @@ def _lowrank_decode(
     value_tails: Sequence[Tensor],
     cos: Tensor,
     sin: Tensor,
+    turn: float | None,
     column: Tensor,
     first: Tensor | None,
     exclude_self: bool,
@@ -125,8 +124,8 @@ def _lowrank_decode(
 
     if uses_triton("lowrank_decode", kernel, unsupported, on_gpu=queries[0].is_cuda):
         with torch.cuda.device_of(queries[0]):
-            return split_lowrank.run(queries, keys, values, (cos, sin), visible, scale, selection)
-    parts = lowrank_decode_reference(queries, keys, values, (cos, sin), visible, scale=scale, selection=selection)
+            return split_lowrank.run(queries, keys, values, Table(cos, sin, turn), visible, scale, selection)
+    parts = lowrank_decode_reference(queries, keys, values, Table(cos, sin), visible, scale=scale, selection=selection)
     return torch.cat(parts, dim=-1)
 
 
@@ -207,6 +206,6 @@ def _keys(
     groups = part.tail.shape[2]
     k = _rows(part, index, dtype) @ part.b.to(dtype).unflatten(1, (groups, -1)).mT
     position = (tokens.clamp(max=part.a.shape[1] - 1) - first).clamp(min=0)
-    cos, sin = (t[position].to(dtype) for t in table)
+    cos, sin = (t[position].to(dtype) for t in (table.cos, table.sin))
     lower, upper = k.chunk(2, dim=-1)
     return torch.cat((lower * cos - upper * sin, upper * cos + lower * sin), dim=-1)

@@ -6,16 +6,20 @@ Shapes: B batch, S compressed tokens, H query heads, G KV heads, D channels of a
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from cllm.kernels import gluon_lowrank, triton_decode
-from cllm.kernels.gluon_lowrank import RANKS, TILE
+from cllm.kernels import gluon_lowrank, triton_decode, triton_nodes
+from cllm.kernels.gluon_lowrank import NODES, RANKS, STRETCH, TILE
+from cllm.kernels.selection import Table
 from cllm.kernels.split_decode import Limits, next_power_of_2
 
 _FEWEST_STAGES, _MOST_STAGES = 4, 16
+_SLOW = 0.0102
+"""Radians a token at most by which an interpolated channel pair turns. 1.3 in half a stretch: the error of a score is
+as large as that of rounding keys to bf16. RoPE with base 10,000 turns its slower half by 0.01 or less."""
 _REGISTERS = 168
 """Registers of a thread when a program starts: 3 warpgroups have 65,536 together, and then redistribute them."""
 
@@ -28,13 +32,22 @@ class ResidentTiles:
     """KV heads of a program: A is read once for all of them."""
     stages: int
     """Tiles of A in flight."""
+    interpolate: bool = False
+    """Whether the slower half of the channels is interpolated instead of rebuilt."""
 
     def shared(self, *, dim: int, heads: int, rank: int) -> int:
-        """Bytes of shared memory: rows of B, tiles of A, rotated queries of both warpgroups, barriers."""
-        chunks = -(-rank // RANKS)
-        rows_of_b = chunks * self.pack * dim * RANKS
-        queries = 2 * self.pack * 2 * _padded_heads(heads) * dim
-        return 2 * (rows_of_b + self.stages * TILE * RANKS + queries) + 8 * (2 * self.stages + 3) + 256
+        """Bytes of shared memory: rows of B, of W for two stretches, tiles of A, rotated queries of both warpgroups,
+        barriers."""
+        chunks, rebuilt = -(-rank // RANKS), dim // 2 if self.interpolate else dim
+        rows_of_b = chunks * self.pack * rebuilt * RANKS
+        rows_of_w = 2 * chunks * self.columns(heads) * RANKS
+        queries = 2 * self.pack * 2 * _padded_heads(heads) * rebuilt
+        barriers = 8 * (2 * self.stages + 7)
+        return 2 * (rows_of_b + rows_of_w + self.stages * TILE * RANKS + queries) + barriers + 256
+
+    def columns(self, heads: int) -> int:
+        """Columns of W of a program and stretch, for `heads` query heads of a KV head."""
+        return self.pack * len(NODES) * _padded_heads(heads) if self.interpolate else 0
 
 
 def _padded_heads(heads: int) -> int:
@@ -44,10 +57,13 @@ def _padded_heads(heads: int) -> int:
 
 @functools.cache
 def choose_resident(
-    *, dim: int, groups: int, heads: int, rank: int, tokens: int, batch: int, limits: Limits
+    *, dim: int, groups: int, heads: int, rank: int, tokens: int, batch: int, turn: float, limits: Limits
 ) -> ResidentTiles | None:
     """Tiles by rule, or None if `triton_lowrank.rebuilt_scores` is as good or the only choice: for few tokens, so that
     programs would load B for less than two tiles each, and for rows of B that do not fit in shared memory.
+
+    Slow channels are interpolated if that leaves at most three quarters of the columns, and a program has at least two
+    stretches.
 
     Args:
         dim: channels of a head; 64 or 128.
@@ -56,18 +72,22 @@ def choose_resident(
         rank: rank of the factors; their rows start at multiples of 16 bytes.
         tokens: S.
         batch: B.
+        turn: of `Table`.
         limits: resources of the device.
     """
     if dim not in (64, 128) or rank % 8 or heads > 16:
         return None
+    is_slow = 1 < heads and len(NODES) * _padded_heads(heads) <= dim // 4 and turn <= _SLOW
     for pack in (2, 1):
         if groups % pack:
             continue
-        without_a = ResidentTiles(pack=pack, stages=0).shared(dim=dim, heads=heads, rank=rank)
-        stages = min(_MOST_STAGES, (limits.shared - without_a) // (2 * TILE * RANKS + 16))
         programs = programs_per_pack(batch=batch, packs=groups // pack, limits=limits)
-        if stages >= _FEWEST_STAGES and tokens >= 2 * TILE * programs:
-            return ResidentTiles(pack=pack, stages=stages)
+        for interpolate in (True, False) if is_slow and tokens >= 2 * STRETCH * programs else (False,):
+            none = ResidentTiles(pack=pack, stages=0, interpolate=interpolate)
+            left = limits.shared - none.shared(dim=dim, heads=heads, rank=rank)
+            stages = min(_MOST_STAGES, left // (2 * TILE * RANKS + 16))
+            if stages >= _FEWEST_STAGES and tokens >= 2 * TILE * programs:
+                return replace(none, stages=stages)
     return None
 
 
@@ -76,8 +96,12 @@ def programs_per_pack(*, batch: int, packs: int, limits: Limits) -> int:
     return max(1, limits.processors // (batch * packs))
 
 
-def resident_tiles(query: Tensor, a: Tensor, b: Tensor, groups: int, limits: Limits) -> ResidentTiles | None:
+def resident_tiles(
+    query: Tensor, a: Tensor, b: Tensor, table: Table, groups: int, limits: Limits
+) -> ResidentTiles | None:
     """Tiles for keys with factors `a` (B, S, r) and `b` (B, G · D, r) and `query` (B, H, D), or None: unsupported."""
+    if table.turn is None:  # a tile's first position and the distance from it are two rows of the table
+        return None
     if gluon_lowrank.MISSING is not None or triton_decode.INTERPRETED or not _is_hopper(query.device):
         return None
     sixteen = query.element_size() == a.element_size() == 2 and query.dtype == a.dtype
@@ -85,8 +109,9 @@ def resident_tiles(query: Tensor, a: Tensor, b: Tensor, groups: int, limits: Lim
         return None
     batch, n_heads, dim = query.shape
     return choose_resident(
-        dim=dim, groups=groups, heads=n_heads // groups, rank=a.shape[2], tokens=a.shape[1], batch=batch, limits=limits
-    )
+        dim=dim, groups=groups, heads=n_heads // groups, rank=a.shape[2], tokens=a.shape[1], batch=batch,
+        turn=table.turn, limits=limits,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -99,7 +124,7 @@ def launch(
     query: Tensor,
     a: Tensor,
     b: Tensor,
-    table: tuple[Tensor, Tensor],
+    table: Table,
     first: Tensor | None,
     scores: Tensor,
     groups: int,
@@ -108,13 +133,38 @@ def launch(
     *,
     add: bool,
 ) -> None:
-    """Write `scores` (B, H, S) fp32, or add to them with `add`. `table` is cos and sin (positions, D / 2) fp32."""
+    """Write `scores` (B, H, S) fp32, or add to them with `add`."""
     batch, n_heads, dim = query.shape
     tokens, rank, heads = a.shape[1], a.shape[2], n_heads // groups
-    packs = groups // tiles.pack
+    packs, room, (cos, sin) = groups // tiles.pack, _padded_heads(heads), (table.cos, table.sin)
+    fast, w = dim // 2, None
+    if tiles.interpolate:
+        fast = dim // 4
+        w = gluon_lowrank.tma_descriptor(
+            project_nodes(query, b, table, first, tokens, groups, tiles.pack), tiles.columns(heads)
+        )
     gluon_lowrank.resident_scores[(packs * programs_per_pack(batch=batch, packs=packs, limits=limits), batch)](
-        query, gluon_lowrank.tma_descriptor(a, TILE), gluon_lowrank.tma_descriptor(b, dim // 2),
-        *table, first, scores, query.stride()[:2], table[0].stride(0), scores.stride()[:2], tokens, log2_scale,
-        G=groups, HEADS=heads, ROOM=_padded_heads(heads), HALF=dim // 2, PACK=tiles.pack, CHUNKS=-(-rank // RANKS),
+        query, gluon_lowrank.tma_descriptor(a, TILE), gluon_lowrank.tma_descriptor(b, fast), w,
+        cos, sin, first, scores, query.stride()[:2], cos.stride(0), scores.stride()[:2], tokens, log2_scale,
+        G=groups, HEADS=heads, ROOM=room, HALF=dim // 2, FAST=fast, PACK=tiles.pack, CHUNKS=-(-rank // RANKS),
         STAGES=tiles.stages, ADD=add, num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
+
+
+def project_nodes(
+    query: Tensor, b: Tensor, table: Table, first: Tensor | None, tokens: int, groups: int, pack: int
+) -> Tensor:
+    """Rows W (B, G / pack, stretches, pack, 2, heads, 2, r), in the dtype of `b`, that give the slower half of the
+    channels' part of the scores (see `triton_nodes.project_nodes`), heads padded."""
+    batch, n_heads, dim = query.shape
+    heads, rank, stretches = n_heads // groups, b.shape[2], -(-tokens // STRETCH)
+    room = _padded_heads(heads)
+    out = b.new_empty((batch, groups // pack, stretches, pack, 2, room, 2, rank))
+    block_m, block_r = 64, min(128, max(16, next_power_of_2(rank)))
+    grid = (-(-stretches * len(NODES) * room // block_m), groups * batch, -(-rank // block_r))
+    triton_nodes.project_nodes[grid](
+        query, b, table.cos, table.sin, first, out, query.stride()[:2], b.stride()[:2], table.cos.stride(0), stretches,
+        rank, G=groups, HEADS=heads, ROOM=room, HALF=dim // 2, PACK=pack, STRETCH=STRETCH,
+        **{f"NODE_{i}": node for i, node in enumerate(NODES)}, BLOCK_M=block_m, BLOCK_R=block_r,
+    )  # fmt: skip
+    return out

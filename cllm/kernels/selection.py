@@ -27,6 +27,20 @@ class Factored:
 
 
 @dataclass(frozen=True)
+class Table:
+    """RoPE of the compressed tokens, for kernels: row i is that of token i, or of token first + i if sequences begin at
+    `first`."""
+
+    cos: Tensor
+    """(positions, D / 2) fp32 for at least S positions: the first row of `rope_table`'s cos."""
+    sin: Tensor
+    """(positions, D / 2) fp32: the second row of `rope_table`'s sin, which is not negated."""
+    turn: float | None = None
+    """Radians by which channel pair D / 4 turns from a row to the next, if each row's position is the one before it,
+    plus one; from any first position. None: positions may have gaps."""
+
+
+@dataclass(frozen=True)
 class Selection:
     """Summaries of the compressed keys of a slot, all after RoPE, that select which tokens a decoding step reads."""
 

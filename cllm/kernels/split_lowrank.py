@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cllm.kernels import resident_lowrank, triton_choose, triton_decode, triton_lowrank
 from cllm.kernels.decode import Visible
-from cllm.kernels.selection import Factored, Selection, chosen_chunks, chosen_tokens
+from cllm.kernels.selection import Factored, Selection, Table, chosen_chunks, chosen_tokens
 from cllm.kernels.split_decode import Limits, device_limits, next_power_of_2
 
 MAX_DIM = 256
@@ -231,7 +231,7 @@ class _Call:
         """Write the scores of rebuilt keys, or add to them with `add`."""
         resident, rebuild = None, self.tuning.rebuild
         if rebuild is None and index is None:
-            resident = resident_lowrank.resident_tiles(q, part.a, part.b, self.groups, self.limits)
+            resident = resident_lowrank.resident_tiles(q, part.a, part.b, table, self.groups, self.limits)
         if resident is not None:
             resident_lowrank.launch(
                 resident, q, part.a, part.b, table, self.visible.first, scores, self.groups, self.scale * _LOG2,
@@ -241,7 +241,7 @@ class _Call:
         rebuild = rebuild or choose_rebuild(
             dim=self.dim, groups=self.groups, size=part.a.element_size(), gathered=index is not None, limits=self.limits
         )
-        tokens, rank, (cos, sin) = scores.shape[2], part.a.shape[2], table
+        tokens, rank, cos, sin = scores.shape[2], part.a.shape[2], table.cos, table.sin
         half = _half(self.dim)
         grid = (self.groups // rebuild.pack, -(-tokens // rebuild.block_n), self.batch)
         triton_lowrank.rebuilt_scores[grid](
@@ -344,7 +344,7 @@ def run(
     queries: Sequence[Tensor],
     keys: Sequence[Factored],
     values: Sequence[Factored],
-    table: tuple[Tensor, Tensor],
+    table: Table,
     visible: Visible,
     scale: float,
     selection: Selection | None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from cllm.cache.slot import Slot
 from cllm.cache.stores import GrowingSlot, SlotStore, Step, Store
 from cllm.config import ModelConfig, Rope
 from cllm.errors import UserError
-from cllm.kernels.lowrank_decode import Table
-from cllm.model.rope import rope_table
+from cllm.kernels.selection import Table
+from cllm.model.rope import rope_frequencies, rope_table
 from cllm.plan.plan import KVPlan
 from cllm.posthoc.absorb import absorb
 from cllm.posthoc.code import Prefix
@@ -38,23 +38,21 @@ from cllm.posthoc.tensor_tree import once_each, total_bytes
 class DecodeStep(Step):
     """A pass of one token over compressed slots."""
 
-    rope: Rope
-    positions: Tensor
-    """(S,) int64: the compressed tokens without sinks."""
-    _tables: dict[int, Table] = field(default_factory=dict)
-
-    def table(self, head_dim: int) -> Table:
-        """RoPE of the compressed tokens without sinks, for all slots with such heads and no evicted tokens. It is
-        recomputed in each pass and not stored, since storing it would add to the cache's bytes."""
-        if head_dim not in self._tables:
-            self._tables[head_dim] = _for_kernels(rope_table(self.rope, head_dim, self.positions))
-        return self._tables[head_dim]
+    tables: dict[int, Table]
+    """By the size of heads: RoPE of the compressed tokens without sinks, for slots without evicted tokens. Recomputed in
+    each pass and not stored, since storing it would add to the cache's bytes."""
 
 
-def _for_kernels(table: tuple[Tensor, Tensor]) -> Table:
+def _for_kernels(table: tuple[Tensor, Tensor], turn: float | None) -> Table:
     """cos and signed sin (S, 1, 2, D / 2) as kernels read them."""
     cos, sin = table
-    return cos[:, 0, 0], sin[:, 0, 1]
+    return Table(cos[:, 0, 0], sin[:, 0, 1], turn)
+
+
+def _consecutive(rope: Rope, head_dim: int, positions: Tensor) -> Table:
+    """RoPE of consecutive `positions` (S,)."""
+    frequencies, _ = rope_frequencies(rope, head_dim)
+    return _for_kernels(rope_table(rope, head_dim, positions), frequencies[head_dim // 4].item())
 
 
 class CompressedSlot(SlotStore):
@@ -77,6 +75,11 @@ class CompressedSlot(SlotStore):
         """Whether another slot returns this one's tokens."""
         self.in_pass: Slot | None = None
         """The slot returned in this pass, kept until its end if `is_shared`; otherwise it is freed after its layer."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head, of the keys."""
+        return self.tail.slot.k.shape[-1]
 
     @property
     def compressed(self) -> int:
@@ -111,10 +114,10 @@ class CompressedSlot(SlotStore):
         """RoPE of the compressed tokens without sinks; None if evicted tokens have left other positions in each
         sequence."""
         if not self.prefix.sinks.evicted:
-            return step.table(self.tail.slot.k.shape[-1])
+            return step.tables[self.head_dim]
         assert self.prefix.rotation is not None
         table = self.prefix.rotation.common_table(step.column.device)
-        return None if table is None else _for_kernels(table)
+        return None if table is None else _for_kernels(table, None)
 
     def commit(self, step: Step) -> None:
         self.tail.commit(self._tail_step(step))
@@ -271,8 +274,11 @@ class CompressedKVCache(KVCache):
             self.later.begin()
         if step.length > 1:
             return step
-        positions = torch.arange(self.sinks, self.compressed, device=ids.device)
-        return DecodeStep(step.length, step.past, step.column, self.config.rope, positions)
+        rope, positions = self.config.rope, torch.arange(self.sinks, self.compressed, device=ids.device)
+        slots = [store for store in self.stores.values() if isinstance(store, CompressedSlot)]
+        dims = {slot.head_dim for slot in slots if slot.defers and not slot.prefix.sinks.evicted}
+        tables = {dim: _consecutive(rope, dim, positions) for dim in dims}
+        return DecodeStep(step.length, step.past, step.column, tables)
 
     def finish(self, step: Step) -> None:
         super().finish(step)

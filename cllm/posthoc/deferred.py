@@ -19,8 +19,8 @@ from torch import Tensor
 
 from cllm.cache.slot import Slot
 from cllm.kernels.decode import Stored, Visible, decode_attention
-from cllm.kernels.lowrank_decode import Table, lowrank_decode
-from cllm.kernels.selection import Factored
+from cllm.kernels.lowrank_decode import lowrank_decode
+from cllm.kernels.selection import Factored, Table
 from cllm.posthoc.code import Prefix
 
 

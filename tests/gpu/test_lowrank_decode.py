@@ -17,11 +17,12 @@ from cllm.config import ModelConfig, Rope
 from cllm.kernels import resident_lowrank, split_lowrank, triton_decode
 from cllm.kernels.decode import Visible
 from cllm.kernels.lowrank_decode import _keys, lowrank_decode, lowrank_decode_reference
-from cllm.kernels.selection import Factored, chosen_tokens
+from cllm.kernels.selection import Factored, Table, chosen_tokens
 from cllm.kernels.split_lowrank import Rebuild
 from cllm.model.graph import StepGraph
-from cllm.model.rope import rope_table
+from cllm.model.rope import rope_frequencies, rope_table
 from cllm.model.sizes import build_decoder
+from cllm.posthoc import deferred
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.landmarks import make_landmarks
 from cllm.posthoc.registry import parse
@@ -112,7 +113,12 @@ def call(case: Case, device, dtype):
         text = None if case.first is None else torch.arange(case.s, device=device) >= first[:, None]
         k = randn(B, case.s, case.g, case.d)
         selection = make_landmarks(k, text, chunk=8, budget=case.budget, outliers=12)
-    return queries, keys, values, (cos[:, 0, 0], sin[:, 0, 1]), visible, selection
+    return queries, keys, values, Table(cos[:, 0, 0], sin[:, 0, 1], turn(case.d)), visible, selection
+
+
+def turn(dim: int) -> float:
+    """Of tables with the default base."""
+    return rope_frequencies(Rope(), dim)[0][dim // 4].item()
 
 
 def exact(arguments, scale: float):
@@ -184,6 +190,7 @@ def test_any_tiles(gpu, block_n, block_r, pack, num_warps):
     assert_close([found], exact(arguments, 0.09), torch.bfloat16)
 
 
+@pytest.mark.parametrize(("theta", "start"), [(10_000, 0), (10_000, 4), (500_000, 4), (1_000, 4)])
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
@@ -203,13 +210,17 @@ def test_any_tiles(gpu, block_n, block_r, pack, num_warps):
     ],
     ids=str,
 )
-def test_resident_programs_score_as_fp32_does(gpu, case, dtype, add):
-    """Every score, on a table with a factor, as close as Triton's kernel is."""
-    queries, (keys,), _, (cos, sin), visible, _ = call(case, gpu, dtype)
-    table = (1.3 * cos, 1.3 * sin)
+def test_resident_programs_score_as_fp32_does(gpu, case, dtype, add, theta, start):
+    """Every score, on tables with a factor that begin at any position, as close as Triton's kernel is."""
+    queries, (keys,), _, _, visible, _ = call(case, gpu, dtype)
+    cos, sin = rope_table(Rope(theta=theta), case.d, torch.arange(start, start + case.s, device=gpu))
+    step = rope_frequencies(Rope(theta=theta), case.d)[0][case.d // 4].item()
+    table = Table(1.3 * cos[:, 0, 0], 1.3 * sin[:, 0, 1], step)
     launch = split_lowrank._Call(queries, case.g, visible, case.d**-0.5)
-    if resident_lowrank.resident_tiles(queries[0], keys.a, keys.b, case.g, launch.limits) is None:
+    tiles = resident_lowrank.resident_tiles(queries[0], keys.a, keys.b, table, case.g, launch.limits)
+    if tiles is None:
         pytest.skip("needs a Hopper GPU")
+    assert tiles.interpolate == (theta >= 10_000 and case.h // case.g in (4, 7) and case.d == 128)
     rule = split_lowrank.choose_rebuild(dim=case.d, groups=case.g, size=2, gathered=False, limits=launch.limits)
     low = torch.zeros(B, 1, dtype=torch.long, device=gpu) if visible.first is None else visible.first[:, None]
     tokens = torch.arange(case.s, device=gpu)
@@ -270,10 +281,39 @@ def test_factors_of_more_than_2_31_elements(gpu):
 
     def attend(rows: slice) -> torch.Tensor:
         part = Factored(a[rows], b[rows], tail[rows])
-        table = (cos[:, 0, 0], sin[:, 0, 1])
+        table = Table(cos[:, 0, 0], sin[:, 0, 1], turn(dim))
         return lowrank_decode([q[rows]], [part], [part], table, visible, scale=0.09, kernel="triton")[0]
 
     torch.testing.assert_close(attend(slice(0, 3))[2:], attend(slice(2, 3)), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(
+    "spec", ["xkv:group=2,ratio=2", "xkv:group=2,ratio=2,sinks=0", "h2o:ratio=2+xkv:group=2,ratio=2"]
+)
+def test_a_cache_of_many_tokens_is_read_at_their_positions(gpu, spec, batch, monkeypatch):
+    """Behind sinks, and where evicted tokens have left gaps: each layer's step is what plain torch reads."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 512, "d_model": 1024, "n_layers": 2, "n_heads": 8, "d_ff": 512, "max_seq_len": 20_000}
+    model = build_decoder(ModelConfig(**sizes, kv={"preset": "gqa", "n_kv_heads": 2}))
+    model.init_weights()
+    model.to(gpu, torch.bfloat16).requires_grad_(False).eval()
+    ids = torch.randint(512, (1, 19_000), device=gpu, generator=torch.Generator(gpu).manual_seed(1)).expand(batch, -1)
+    calls, kernel = [], deferred.lowrank_decode
+
+    def keep(queries, *words, **options):
+        calls.append((queries, *words, options["selection"]))
+        return kernel(queries, *words, **options)
+
+    monkeypatch.setattr(deferred, "lowrank_decode", keep)
+    cache = KVCache(model.config)
+    model.prefill(ids[:, :-1], cache)
+    model(ids[:, -1:], cache=compress_cache(cache, parse(spec)))
+    assert len(calls) == (2 if batch == 1 or "h2o" not in spec else 0), "each sequence has other positions"
+    for (q,), *arguments in calls:
+        queries = [4 * q / q.float().std()]  # the first layers of a random model look at everything alike
+        found = kernel(queries, *arguments[:-1], scale=128**-0.5, selection=None, kernel="triton")
+        assert_close(found, exact((queries, *arguments), 128**-0.5), torch.bfloat16)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

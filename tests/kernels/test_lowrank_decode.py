@@ -9,6 +9,7 @@ Run as a program, this file tests the Triton kernels, interpreted on the CPU.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -19,13 +20,13 @@ from cllm.errors import UserError
 from cllm.kernels import resident_lowrank, split_lowrank
 from cllm.kernels.choice import log_once
 from cllm.kernels.decode import Visible
-from cllm.kernels.gluon_lowrank import TILE
+from cllm.kernels.gluon_lowrank import NODES, STRETCH, TILE
 from cllm.kernels.lowrank_decode import lowrank_decode
 from cllm.kernels.resident_lowrank import choose_resident, programs_per_pack, resident_tiles
-from cllm.kernels.selection import Factored, Selection, chosen_tokens
+from cllm.kernels.selection import Factored, Selection, Table, chosen_tokens
 from cllm.kernels.split_decode import Limits
 from cllm.kernels.split_lowrank import Choosing, Rebuild, Tuning, choose_choosing, choose_rebuild
-from cllm.model.rope import rope_table
+from cllm.model.rope import rope_frequencies, rope_table
 
 B, SCALE = 2, 0.3
 
@@ -96,14 +97,14 @@ def rotated(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return torch.cat((turned.real, turned.imag), -1)
 
 
-def table(case: Case, dtype: torch.dtype):
+def table(case: Case, dtype: torch.dtype) -> Table:
     """RoPE's table as the decoder makes it, or for fp64 one that is more exact."""
     if dtype == torch.float64:
         half = case.d // 2
         angles = torch.arange(case.s).double()[:, None] * 10000.0 ** (-torch.arange(half).double() / half)
-        return angles.cos() * case.factor, angles.sin() * case.factor
+        return Table(angles.cos() * case.factor, angles.sin() * case.factor)
     cos, sin = rope_table(Rope(), case.d, torch.arange(case.s))
-    return cos[:, 0, 0] * case.factor, sin[:, 0, 1] * case.factor
+    return Table(cos[:, 0, 0] * case.factor, sin[:, 0, 1] * case.factor)
 
 
 def call(case: Case, dtype: torch.dtype):
@@ -326,15 +327,27 @@ def test_many_programs_choose_if_each_has_a_multiprocessor(chunks, rows):
 @pytest.mark.parametrize(("dim", "heads", "rank"), [(128, 4, 384), (128, 1, 768), (64, 16, 1024), (128, 8, 40)])
 @pytest.mark.parametrize("groups", [1, 3, 8])
 @pytest.mark.parametrize("batch", [1, 3, 200])
-def test_resident_programs_fit_and_have_two_tiles_each(dim, heads, rank, groups, batch):
+@pytest.mark.parametrize("turn", [0.01, 0.1])
+def test_resident_programs_fit_and_have_two_tiles_each(dim, heads, rank, groups, batch, turn):
     limits = Limits(processors=132, shared=227 * 1024)
-    shape = {"dim": dim, "heads": heads, "rank": rank, "groups": groups, "batch": batch, "limits": limits}
+    shape = {"dim": dim, "heads": heads, "rank": rank, "groups": groups, "batch": batch, "limits": limits, "turn": turn}
     how = choose_resident(tokens=100_000, **shape)
     assert how is not None
     assert how.shared(dim=dim, heads=heads, rank=rank) <= limits.shared
     assert groups % how.pack == 0
     programs = programs_per_pack(batch=batch, packs=groups // how.pack, limits=limits)
     assert programs == 1 or programs * batch * (groups // how.pack) <= limits.processors
+    assert how.interpolate == (turn == 0.01 and heads in (4, 8))
+    if how.interpolate:
+        assert choose_resident(tokens=programs * 2 * STRETCH, **shape) == how
+        shape["turn"] = 0.1
+        assert choose_resident(tokens=programs * 2 * STRETCH - 1, **shape | {"turn": 0.01}) in (
+            choose_resident(tokens=100_000, **shape),
+            replace(how, pack=1, stages=16),
+        )
+        how = choose_resident(tokens=100_000, **shape)
+        assert how is not None
+        programs = programs_per_pack(batch=batch, packs=groups // how.pack, limits=limits)
     fewest = programs * 2 * TILE
     assert choose_resident(tokens=fewest, **shape) == how
     assert choose_resident(tokens=fewest - 1, **shape) in (None, replace(how, pack=1, stages=16))
@@ -345,7 +358,8 @@ def test_resident_programs_fit_and_have_two_tiles_each(dim, heads, rank, groups,
     [{"dim": 96}, {"dim": 256}, {"rank": 383}, {"heads": 32}, {"rank": 1024}, {"limits": Limits(132, 99 * 1024)}],
 )
 def test_shapes_that_resident_programs_do_not_support(changed):
-    shape = {"dim": 128, "heads": 4, "rank": 384, "groups": 8, "batch": 1, "limits": Limits(132, 227 * 1024)}
+    limits = Limits(132, 227 * 1024)
+    shape = {"dim": 128, "heads": 4, "rank": 384, "groups": 8, "batch": 1, "turn": 0.1, "limits": limits}
     assert choose_resident(tokens=65536, **shape) is not None
     assert choose_resident(tokens=65536, **(shape | changed)) is None
 
@@ -353,20 +367,62 @@ def test_shapes_that_resident_programs_do_not_support(changed):
 def test_tensors_that_resident_programs_support(monkeypatch):
     """Hopper, 16 bits, rows that TMA can address; everything else uses Triton's kernel."""
     limits, a, b = Limits(), torch.zeros(1, 20_000, 96).bfloat16(), torch.zeros(1, 512, 96).bfloat16()
-    q = torch.zeros(1, 8, 128).bfloat16()
-    assert resident_tiles(q, a, b, 4, limits) is None, "the tensors are on the CPU"
+    q, near = torch.zeros(1, 8, 128).bfloat16(), Table(torch.ones(20_000, 64), torch.zeros(20_000, 64), 0.01)
+    assert resident_tiles(q, a, b, near, 4, limits) is None, "the tensors are on the CPU"
     monkeypatch.setattr(resident_lowrank, "_is_hopper", lambda device: True)
     monkeypatch.setattr(resident_lowrank.gluon_lowrank, "MISSING", None)
-    assert resident_tiles(q, a, b, 4, limits) == choose_resident(
-        dim=128, groups=4, heads=2, rank=96, tokens=20_000, batch=1, limits=limits
+    assert resident_tiles(q, a, b, near, 4, limits) == choose_resident(
+        dim=128, groups=4, heads=2, rank=96, tokens=20_000, batch=1, turn=0.01, limits=limits
     )
-    assert resident_tiles(q.float(), a, b, 4, limits) is None
-    assert resident_tiles(q, a.float(), b.float(), 4, limits) is None
-    assert resident_tiles(q, a[..., :88], b[..., :88], 4, limits) is None, "rows that are not side by side"
+    gaps = replace(near, turn=None)
+    assert resident_tiles(q, a, b, gaps, 4, limits) is None, "positions after eviction"
+    assert resident_tiles(q.float(), a, b, near, 4, limits) is None
+    assert resident_tiles(q, a.float(), b.float(), near, 4, limits) is None
+    assert resident_tiles(q, a[..., :88], b[..., :88], near, 4, limits) is None, "rows that are not side by side"
     shifted = torch.zeros(1 + a.numel()).bfloat16()[1:].view_as(a)
-    assert resident_tiles(q, shifted, b, 4, limits) is None, "an address that is no multiple of 16 bytes"
+    assert resident_tiles(q, shifted, b, near, 4, limits) is None, "an address that is no multiple of 16 bytes"
     monkeypatch.setattr(resident_lowrank.gluon_lowrank, "MISSING", "Gluon of triton 9.9")
-    assert resident_tiles(q, a, b, 4, limits) is None
+    assert resident_tiles(q, a, b, near, 4, limits) is None
+
+
+def interpreted_nodes() -> None:
+    """Scores of the slower half of the channels, interpolated between the nodes, against the definition: with tables
+    that begin at any position, have a factor, and end with the last token; with padding; and for two packs of heads."""
+    generator = torch.Generator().manual_seed(3)
+    for dim, heads, groups, pack, rank, start, factor, first in (
+        (64, 3, 2, 2, 40, 0, 1.0, None),
+        (128, 4, 2, 1, 24, 5, 1.3, (0, 300)),
+        (128, 8, 4, 2, 136, 4, 1.0, (17, 0)),
+    ):
+        tokens, half = 600, dim // 2
+        q, a = (
+            torch.randn(B, groups * heads, dim, generator=generator),
+            torch.randn(B, tokens, rank, generator=generator),
+        )
+        b = torch.randn(B, groups * dim, rank, generator=generator) / rank**0.5
+        cos, sin = rope_table(Rope(), dim, torch.arange(start, start + tokens))
+        table = Table(cos[:, 0, 0] * factor, sin[:, 0, 1] * factor, float(rope_frequencies(Rope(), dim)[0][dim // 4]))
+        low = torch.tensor(first or (0,) * B)
+        w = resident_lowrank.project_nodes(q, b, table, None if first is None else low, tokens, groups, pack)
+        room = max(4, 1 << (heads - 1).bit_length())
+        assert w.shape == (B, groups // pack, -(-tokens // STRETCH), pack, 2, room, 2, rank)
+        w = w.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(5, 6).flatten(1, 2)[:, :, :heads]  # B, G, heads, stretch, node, r
+        u = torch.arange(STRETCH).double()
+        nodes = torch.tensor(NODES).double()
+        weights = torch.stack(
+            [math.prod((u - n) / (m - n) for n in nodes.tolist() if n != m) for m in nodes.tolist()], -1
+        )
+        stretch = torch.arange(tokens) // STRETCH
+        mixed = torch.einsum("bghsnr,un->bghsur", w.double(), weights).flatten(3, 4)[:, :, :, :tokens]
+        found = torch.einsum("btr,bghtr->bght", a.double(), mixed)
+        assert int(stretch[-1]) + 1 == w.shape[3]
+        keys = (a.double() @ b.double().mT).unflatten(-1, (groups, dim))
+        is_slow = torch.arange(dim) % half >= half // 2
+        for row in range(B):
+            k = rotated(keys[row], torch.arange(tokens) - low[row] + start) * factor * is_slow
+            wanted = torch.einsum("ghd,tgd->ght", q[row].double().unflatten(0, (groups, heads)), k)
+            errors = (found[row] - wanted)[..., low[row] :]
+            assert errors.square().mean() < (4e-3 * wanted.std()) ** 2, (dim, heads, row, errors.abs().max())
 
 
 def interpreted() -> None:
@@ -434,4 +490,5 @@ def test_triton_kernels_interpreted_are_the_definition(run_interpreted):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     interpreted_choice()
+    interpreted_nodes()
     interpreted()

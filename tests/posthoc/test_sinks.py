@@ -12,6 +12,7 @@ from cllm.cache.slot import Slot
 from cllm.config import Rope
 from cllm.errors import UserError
 from cllm.kernels.decode import Stored, Visible
+from cllm.kernels.selection import Table
 from cllm.model.rope import rope_table
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.code import Rotation
@@ -235,7 +236,7 @@ def test_sinks_are_read_in_a_step_that_chooses_a_chunk(starts):
         first = torch.stack([filled.slots[slot].k[row, start] for row, start in enumerate(starts or [0, 0])])
         new = Slot(*(torch.zeros(2, 1, 2, 8) for _ in range(2)))
         cos, sin = rope_table(Rope(), 8, torch.arange(SINKS, n))
-        table = cos[:, 0, 0], sin[:, 0, 1]
+        table = Table(cos[:, 0, 0], sin[:, 0, 1])
         deferred = [Deferred(prefix, part, sinks.join(new), table) for part in ("k", "v")]
         k, v = (Stored(part) for part in deferred)
         visible = Visible(torch.tensor([n]), None if starts is None else torch.tensor(starts), None, False)

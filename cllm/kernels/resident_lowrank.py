@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cllm.kernels import gluon_lowrank, triton_decode
 from cllm.kernels.gluon_lowrank import RANKS, TILE
-from cllm.kernels.split_decode import Limits, next_power_of_2
+from cllm.kernels.limits import Limits, next_power_of_2
 
 _FEWEST_STAGES, _MOST_STAGES = 4, 16
 _REGISTERS = 168

@@ -224,6 +224,29 @@ def tiles_for(
     )
 
 
+def best_tiles(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    key_scales: Sequence[Tensor | None],
+    values: Sequence[Tensor],
+    value_scales: Sequence[Tensor | None],
+    window: int | None,
+    rotation: Rotation | None = None,
+) -> Tiles | TiedTiles:
+    """Tiles by rule for the arguments of `run`: of the kernel of tied slots, if it computes the call."""
+    rotated = () if rotation is None else rotation.parts
+    if not split_tied.supports(queries, keys, key_scales, values, value_scales, rotated):
+        return tiles_for(queries, keys, values, window, rotation)[0]
+    batch, length, groups, dim = keys[0].shape
+    return split_tied.choose_tiles(
+        groups=batch * groups,
+        dim=dim,
+        size=keys[0].element_size(),
+        columns=min(length, window or length),
+        limits=device_limits(queries[0].device),
+    )
+
+
 def run(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
@@ -242,8 +265,7 @@ def run(
     """Compute `cllm.kernels.decode.decode_attention` for a call that is supported (see `unsupported`).
 
     Args:
-        tiles: by default those of `split_tied.choose_tiles` for calls that its kernel computes, otherwise those of
-            `tiles_for`.
+        tiles: by default those of `best_tiles`.
         log_sum: (B, H) fp32, contiguous: receives the log-sum-exp of the scores, to base 2; or None.
         rotation: of keys that are stored before RoPE, or None.
 
@@ -253,17 +275,9 @@ def run(
     batch, n_heads = queries[0].shape[:2]
     length, groups = keys[0].shape[1:3]
     heads = n_heads // groups
-    rotated = () if rotation is None else rotation.parts
-    is_tied = split_tied.supports(queries, keys, key_scales, values, value_scales, rotated)
-    if tiles is None and is_tied:
-        tiles = split_tied.choose_tiles(
-            groups=batch * groups,
-            dim=keys[0].shape[3],
-            size=keys[0].element_size(),
-            columns=min(length, window or length),
-            limits=device_limits(queries[0].device),
-        )
-    tiles = tiles or tiles_for(queries, keys, values, window, rotation)[0]
+    arguments = (queries, keys, key_scales, values, value_scales)
+    tiles = tiles or best_tiles(*arguments, window, rotation)
+    is_tied = split_tied.supports(*arguments, () if rotation is None else rotation.parts)
     if isinstance(tiles, TiedTiles) and not is_tied:
         raise ValueError("tiles of tied slots are for one key part before RoPE that is the value, and one query head")
     if isinstance(tiles, Tiles) and tiles.elementwise and heads > 1:
@@ -277,9 +291,11 @@ def run(
     seen = (column, first, min(length, window or length), exclude_self, scale * math.log2(math.e))
     if isinstance(tiles, TiedTiles):
         assert rotation is not None
-        split_tied.launch(tiles, queries[0], keys[0], key_scales[0], *rotation[:2], *seen, partial, log_sums)
+        split_tied.launch(
+            tiles, queries[0], keys[0], key_scales[0], rotation.cos, rotation.sin, *seen, partial, log_sums
+        )  # fmt: skip
     else:
-        _launch(tiles, queries, keys, key_scales, values, value_scales, rotation, *seen, partial, log_sums)
+        _launch(tiles, *arguments, rotation, *seen, partial, log_sums)
     block = min(128, max(16, next_power_of_2(width)))
     every = next_power_of_2(tiles.splits)
     triton_decode.merge[(batch * n_heads, -(-width // block))](

@@ -19,6 +19,7 @@ from cllm.kernels.limits import Limits, balanced_splits, next_power_of_2
 MAX_DIM = 256
 _CHANNELS = 8
 """Channels of each half that a thread has: 16 bytes in bf16."""
+Turn = Literal["steps", "chebyshev", "carried"]
 _TURNS = {"steps": triton_tied.STEPS, "chebyshev": triton_tied.CHEBYSHEV, "carried": triton_tied.CARRIED}
 
 
@@ -35,7 +36,7 @@ class TiedTiles:
     """Tiles in shared memory: one in use, the others being loaded. 1: tiles are loaded to registers."""
     ahead: bool = False
     """With one stage: load a tile to registers while the one before it is in use."""
-    turn: Literal["steps", "chebyshev", "carried"] = "steps"
+    turn: Turn = "steps"
     """How the query is rotated from row to row; see `triton_tied`."""
     packed: bool = True
     """Convert two bf16 numbers of one register by two instructions."""

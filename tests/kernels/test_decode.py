@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cllm.errors import UserError
-from cllm.kernels import split_decode
+from cllm.kernels import split_decode, split_tied
 from cllm.kernels.choice import log_once, uses_triton
 from cllm.kernels.decode import Stored, Visible, decode_attention, decode_attention_lse, rotation_of
 from cllm.kernels.joint import DecodePart, joint_decode
@@ -316,6 +316,42 @@ def test_tiles_fit_and_fill_the_device(groups, columns, width):
     per_processor = -(-programs // limits.processors)
     balance = programs / (limits.processors * per_processor)
     assert balance > 0.65 or tiles.splits in (-(-columns // tiles.block_n), 256)
+
+
+@pytest.mark.parametrize("groups", [1, 16, 64, 100, 300, 1024])
+@pytest.mark.parametrize("columns", [1, 1024, 32768])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_tiles_of_tied_slots_fill_the_device(groups, columns, dim):
+    tiles = split_tied.choose_tiles(groups=groups, dim=dim, size=2, columns=columns, limits=Limits())
+    most = -(-columns // (tiles.parts * tiles.rows(dim)))
+    assert tiles.splits <= most
+    programs = groups * tiles.splits
+    per_processor = -(-programs // Limits().processors)
+    assert programs / (Limits().processors * per_processor) > 0.65 or tiles.splits in (most, 256)
+    assert tiles.parts == 1 or programs >= Limits().processors
+
+
+def test_tied_tiles_are_for_tied_slots():
+    """One key part before RoPE that is also the value, with one query head for each KV head."""
+    tied = Case(d=(32,), e=(32,), g=4, alias=True, rope=1)
+    chosen = {}
+    for case in (
+        tied,
+        replace(tied, float8=True),
+        replace(tied, g=2),
+        replace(tied, alias=False),
+        replace(tied, rope=0),
+        replace(tied, d=(32, 32), e=(32, 32), rope=2),
+        replace(tied, d=(258,), e=(258,)),
+    ):
+        (queries, keys, values, visible), _ = call(case, torch.float32)
+        parts = [[getattr(x, name) for x in part] for part in (keys, values) for name in ("data", "scale")]
+        chosen[case] = isinstance(split_decode.best_tiles(queries, *parts, None, rotation_of(keys)), TiedTiles)
+        if not chosen[case]:
+            rule = (visible.column, None, None, False, SCALE, TiedTiles(splits=1))
+            with pytest.raises(ValueError, match="tiles of tied slots are for one key part"):
+                split_decode.run(queries, *parts, *rule, None, rotation_of(keys))
+    assert list(chosen.values()) == [True, True, False, False, False, False, False]
 
 
 def all_tiles(case: Case, dtype: torch.dtype) -> list[Tiles | TiedTiles]:

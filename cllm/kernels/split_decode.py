@@ -235,7 +235,8 @@ def best_tiles(
 ) -> Tiles | TiedTiles:
     """Tiles by rule for the arguments of `run`: of the kernel of tied slots, if it computes the call."""
     rotated = () if rotation is None else rotation.parts
-    if not split_tied.supports(queries, keys, key_scales, values, value_scales, rotated):
+    is_tied = split_tied.supports(queries, keys, key_scales, values, value_scales, rotated)
+    if not is_tied or queries[0].shape[1] > split_tied.CHOSEN_HEADS * keys[0].shape[2]:
         return tiles_for(queries, keys, values, window, rotation)[0]
     batch, length, groups, dim = keys[0].shape
     return split_tied.choose_tiles(
@@ -279,7 +280,7 @@ def run(
     tiles = tiles or best_tiles(*arguments, window, rotation)
     is_tied = split_tied.supports(*arguments, () if rotation is None else rotation.parts)
     if isinstance(tiles, TiedTiles) and not is_tied:
-        raise ValueError("tiles of tied slots are for one key part before RoPE that is the value, and one query head")
+        raise ValueError("tiles of tied slots are for one key part before RoPE that is the value, and few query heads")
     if isinstance(tiles, Tiles) and tiles.elementwise and heads > 1:
         raise ValueError(f"elementwise tiles are for one query head a KV head, not {heads}")
     if isinstance(tiles, Tiles) and tiles.elementwise and rotation is not None:

@@ -1,6 +1,6 @@
 """Launches the Triton kernel of `triton_tied`: supported calls, tiles, splits, and the launch.
 
-Shapes: B batch, S entries, G KV heads, D channels of a head.
+Shapes: B batch, S entries, H query heads, G KV heads, D channels of a head.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from cllm.kernels import triton_decode, triton_tied
 from cllm.kernels.limits import Limits, balanced_splits, next_power_of_2
 
 MAX_DIM = 256
+MAX_HEADS = 2
+"""Query heads of a KV head that the kernel computes: every one takes registers, and operations for every number."""
+CHOSEN_HEADS = 1
+"""Query heads of a KV head up to which the kernel is chosen by rule. Two heads need about 14 instructions for each
+number of 16 bits. An H200 can issue about 14 while it reads one."""
 _CHANNELS = 8
 """Channels of each half that a thread has: 16 bytes in bf16."""
 Turn = Literal["steps", "chebyshev", "carried"]
@@ -59,7 +64,7 @@ def supports(
     value_scales: Sequence[Tensor | None],
     rotated: Sequence[int],
 ) -> bool:
-    """Whether the kernel computes this call: one key part before RoPE, also the value, and one query head a KV head.
+    """Whether the kernel computes this call: one key part before RoPE, also the value, and few query heads.
 
     `rotated` are the key parts that are stored before RoPE.
     """
@@ -67,7 +72,8 @@ def supports(
         return False
     a, b = key_scales[0], value_scales[0]
     same_scale = a.is_set_to(b) if a is not None and b is not None else a is b
-    return same_scale and queries[0].shape[1] == keys[0].shape[2] and keys[0].shape[3] <= MAX_DIM
+    groups, dim = keys[0].shape[2:]
+    return same_scale and queries[0].shape[1] <= MAX_HEADS * groups and dim <= MAX_DIM
 
 
 @functools.cache
@@ -109,10 +115,10 @@ def launch(
     partial: Tensor,
     log_sums: Tensor,
 ) -> Any:
-    """Write the results of all splits, `partial` (B, G, splits, D) and `log_sums` (B, G, splits), for `merge`.
+    """Write the results of all splits, `partial` (B, H, splits, D) and `log_sums` (B, H, splits), for `merge`.
 
     Args:
-        query: (B, G, D).
+        query: (B, H, D).
         x: (B, S, G, D), keys before RoPE and values.
         scale: (B, S, G) of float8 numbers, or None.
         cos: (B or 1, S, D / 2) fp32 for each entry; `sin` has the same shape, strides and dtype.
@@ -127,9 +133,9 @@ def launch(
     return triton_tied.split_tied[(batch * groups, tiles.splits)](
         query, query.stride()[:2], (x, x.stride()[:3]), (scales, scales.stride()[:3]), cos, sin,
         cos.expand(batch, -1, -1).stride()[:2], column, first, partial, log_sums, length, window, log2_scale,
-        G=groups, HALF=dim // 2, BLOCK=_block(dim), SCALED=scale is not None, EXCLUDE_SELF=exclude_self,
-        LONG=length * x.stride(1) >= 2**31, TURN=_TURNS[tiles.turn], ROWS=tiles.rows(dim), PARTS=tiles.parts,
-        STAGES=tiles.num_stages, AHEAD=tiles.ahead,
+        G=groups, HEADS=query.shape[1] // groups, HALF=dim // 2, BLOCK=_block(dim), SCALED=scale is not None,
+        EXCLUDE_SELF=exclude_self, LONG=length * x.stride(1) >= 2**31, TURN=_TURNS[tiles.turn],
+        ROWS=tiles.rows(dim), PARTS=tiles.parts, STAGES=tiles.num_stages, AHEAD=tiles.ahead,
         PACKED=tiles.packed and x.dtype == torch.bfloat16 and not triton_decode.INTERPRETED,
         num_warps=tiles.num_warps,
     )  # fmt: skip

@@ -1,6 +1,8 @@
 # mypy: disable-error-code="import-not-found,import-untyped,assignment,var-annotated"
 # ruff: noqa: RUF005 - the kernels' language adds tuples and does not unpack them
-"""Split-KV decoding of tied slots in Triton, for one query head a KV head: values X, keys RoPE(X), stored before RoPE.
+"""Split-KV decoding of tied slots in Triton, for few query heads a KV head.
+
+Values are X; keys are RoPE(X), stored before RoPE.
 
 Instead of the keys, the query is rotated back. Two channels of a pair are a complex number: of a key before RoPE, x; of
 the query, q; and of the table of cos and sin at column t, e_t. The score of column t is
@@ -18,7 +20,7 @@ is read of the table:
 Nothing is exchanged between threads but the sums of scores over channels: there is no matrix product, whose operands
 would have to be rounded and to change threads. X is read once, for scores and values.
 
-Shapes: B batch, S entries, G KV heads, D channels of a head, M rows of a part of a tile, R parts of a tile.
+Shapes: B batch, S entries, H query heads, G KV heads, D channels of a head, M rows of a part of a tile.
 """
 
 from __future__ import annotations
@@ -96,6 +98,83 @@ def _far(cos, sin, strides, b, start, S, HALF: tl.constexpr, BLOCK: tl.constexpr
 
 
 @jit
+def _start(
+    query, row_cos, row_sin, first_cos, first_sin, log2_scale, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, TURN: tl.constexpr,
+):  # fmt: skip
+    """The state of one query head before the first tile: query (ROWS, BLOCK) rotated for each row, sums, softmax."""
+    channel = tl.arange(0, BLOCK)
+    low = tl.load(query + channel, mask=channel < HALF, other=0.0).to(tl.float32)[None, :] * log2_scale
+    high = tl.load(query + HALF + channel, mask=channel < HALF, other=0.0).to(tl.float32)[None, :] * log2_scale
+    low, high = _times_conjugate(low, high, row_cos, row_sin)
+    if TURN != 2:  # times first / square, because each tile multiplies by the conjugate of its first column's row
+        square = first_cos * first_cos + first_sin * first_sin
+        low, high = _times_conjugate(low / square, high / square, first_cos, -first_sin)
+    largest = tl.full((ROWS,), -1e30, dtype=tl.float32)
+    return low, high, _zeros(ROWS, BLOCK), _zeros(ROWS, BLOCK), largest, tl.zeros((ROWS,), dtype=tl.float32)
+
+
+@jit
+def _attend(
+    state, tile, turn, step, scales, b, g, start, stop, S, SCALED: tl.constexpr, LONG: tl.constexpr,
+    TURN: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The state of one query head after a tile. `turn` and `step` are cos and sin of the tile and from part to part."""
+    q_low, q_high, sum_low, sum_high, largest, total = state
+    step_cos, step_sin = step
+    low, high = q_low, q_high
+    if TURN != 2:
+        low, high = _times_conjugate(q_low, q_high, turn[0], turn[1])
+    before_low, before_high = low, high
+    scores = ()
+    larger = largest
+    for part in tl.static_range(PARTS):
+        if part > 0:
+            if TURN == 1 and part > 1:
+                next_low = (2 * step_cos) * low - before_low
+                next_high = (2 * step_cos) * high - before_high
+            else:
+                next_low, next_high = _times_conjugate(low, high, step_cos, step_sin)
+            before_low, before_high = low, high
+            low, high = next_low, next_high
+        place, is_seen = _place(start, stop, S, part, ROWS, LONG)
+        score = tl.sum(_wide(tile[part][0], PACKED) * low + _wide(tile[part][1], PACKED) * high, axis=1)
+        score = _scaled(score, scales, b, g, place.to(tl.int64), is_seen, SCALED)
+        score = tl.where(is_seen, score, float("-inf"))
+        larger = tl.maximum(larger, score)
+        scores = scores + (score,)
+    if TURN == 2:
+        q_low, q_high = _times_conjugate(low, high, step_cos, step_sin)
+    shrink = tl.exp2(largest - larger)
+    total = total * shrink
+    sum_low = sum_low * shrink[:, None]
+    sum_high = sum_high * shrink[:, None]
+    for part in tl.static_range(PARTS):
+        place, is_seen = _place(start, stop, S, part, ROWS, LONG)
+        weight = tl.exp2(scores[part] - larger)
+        total += weight
+        weight = _scaled(weight, scales, b, g, place.to(tl.int64), is_seen, SCALED)[:, None]
+        sum_low += weight * _wide(tile[part][0], PACKED)
+        sum_high += weight * _wide(tile[part][1], PACKED)
+    return q_low, q_high, sum_low, sum_high, larger, total
+
+
+@jit
+def _store(state, partial, log_sums, row, is_any, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """Merge the rows of one query head, and write its split, number `row`."""
+    _, _, sum_low, sum_high, largest, total = state
+    channel = tl.arange(0, BLOCK)
+    top = tl.max(largest, axis=0)
+    shrink = tl.exp2(largest - top)
+    total_sum = tl.sum(total * shrink, axis=0)
+    tl.store(log_sums + row, tl.where(total_sum == 0, float("-inf"), top + tl.log2(total_sum)))
+    at = partial + row * (2 * HALF) + channel
+    mask = (channel < HALF) & is_any
+    tl.store(at, tl.sum(sum_low * shrink[:, None], axis=0) / total_sum, mask=mask)
+    tl.store(at + HALF, tl.sum(sum_high * shrink[:, None], axis=0) / total_sum, mask=mask)
+
+
+@jit
 def split_tied(
     query,
     query_strides,
@@ -112,6 +191,7 @@ def split_tied(
     window,
     log2_scale,
     G: tl.constexpr,
+    HEADS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALED: tl.constexpr,
@@ -126,9 +206,10 @@ def split_tied(
 ):
     """One split of one KV head.
 
-    `query` (B, G, D) has `query_strides` of B and G. `data` is a pointer and strides (B, S, G) of X (B, S, G, D), and
-    `scale` the same of its scales (B, S, G), which are read only with SCALED. `cos` and `sin` (B, S, D / 2) fp32 have
-    `turn_strides` of B and S. `partial` is (B, G, splits, D) fp32, `log_sums` (B, G, splits) fp32, to base 2.
+    `query` (B, H, D) has `query_strides` of B and H, and every KV head has HEADS query heads. `data` is a pointer and
+    strides (B, S, G) of X (B, S, G, D), and `scale` the same of its scales (B, S, G), which are read only with SCALED.
+    `cos` and `sin` (B, S, D / 2) fp32 have `turn_strides` of B and S. `partial` is (B, H, splits, D) fp32, `log_sums`
+    (B, H, splits) fp32, to base 2.
 
     BLOCK is HALF = D / 2, padded to a power of two. A tile has PARTS parts of ROWS rows; the n-th rows of all parts
     share a separate softmax, and they are merged after the last tile, so that the loop needs no reduction over rows.
@@ -141,12 +222,6 @@ def split_tied(
     x, strides = data
     scales = (x, strides, scale[0], scale[1])
     x += b.to(tl.int64) * strides[0] + g.to(tl.int64) * strides[2]
-    channel = tl.arange(0, BLOCK)
-    is_channel = channel < HALF
-
-    at = query + b.to(tl.int64) * query_strides[0] + g * query_strides[1] + channel
-    q_low = tl.load(at, mask=is_channel, other=0.0).to(tl.float32)[None, :] * log2_scale
-    q_high = tl.load(at + HALF, mask=is_channel, other=0.0).to(tl.float32)[None, :] * log2_scale
     entry, seen = _entries(begin, stop, S, ROWS)
     row_cos = _turns(cos, turn_strides, b, entry, seen, HALF, BLOCK)
     row_sin = _turns(sin, turn_strides, b, entry, seen, HALF, BLOCK)
@@ -154,70 +229,36 @@ def split_tied(
     next_cos, next_sin = _far(cos, sin, turn_strides, b, begin + ROWS, S, HALF, BLOCK)
     square = first_cos * first_cos + first_sin * first_sin  # of the factor on cos and sin
     step_cos, step_sin = _times_conjugate(next_cos / square, next_sin / square, first_cos, first_sin)
-    step_cos, step_sin = step_cos + _zeros(ROWS, BLOCK), step_sin + _zeros(ROWS, BLOCK)
-    q_low, q_high = _times_conjugate(q_low, q_high, row_cos, row_sin)
-    if TURN != 2:  # times first / square, because each tile multiplies by the conjugate of its first column's row
-        q_low, q_high = _times_conjugate(q_low / square, q_high / square, first_cos, -first_sin)
+    step = (step_cos + _zeros(ROWS, BLOCK), step_sin + _zeros(ROWS, BLOCK))
+    states = ()
+    for h in tl.static_range(HEADS):
+        row_of_query = query + b.to(tl.int64) * query_strides[0] + (g * HEADS + h) * query_strides[1]
+        state = _start(row_of_query, row_cos, row_sin, first_cos, first_sin, log2_scale, HALF, BLOCK, ROWS, TURN)
+        states = states + (state,)
 
-    sum_low, sum_high = _zeros(ROWS, BLOCK), _zeros(ROWS, BLOCK)
-    largest = tl.full((ROWS,), -1e30, dtype=tl.float32)
-    total = tl.zeros((ROWS,), dtype=tl.float32)
+    coming_turn = (first_cos, first_sin)
     if AHEAD:
         coming = _load(x, strides[1], begin, stop, S, HALF, BLOCK, PARTS, ROWS, LONG)
-        coming_turn = (first_cos, first_sin)
     for start in tl.range(begin, stop, TILE, num_stages=STAGES):
         if AHEAD:
             tile = coming
             coming = _load(x, strides[1], start + TILE, stop, S, HALF, BLOCK, PARTS, ROWS, LONG)
         else:
             tile = _load(x, strides[1], start, stop, S, HALF, BLOCK, PARTS, ROWS, LONG)
-        low, high = q_low, q_high
+        turn = coming_turn
         if TURN != 2:
             if AHEAD:
-                turn = coming_turn
                 coming_turn = _far(cos, sin, turn_strides, b, start + TILE, S, HALF, BLOCK)
             else:
                 turn = _far(cos, sin, turn_strides, b, start, S, HALF, BLOCK)
-            low, high = _times_conjugate(q_low, q_high, turn[0], turn[1])
-        before_low, before_high = low, high
-        scores = ()
-        larger = largest
-        for part in tl.static_range(PARTS):
-            if part > 0:
-                if TURN == 1 and part > 1:
-                    next_low = (2 * step_cos) * low - before_low
-                    next_high = (2 * step_cos) * high - before_high
-                else:
-                    next_low, next_high = _times_conjugate(low, high, step_cos, step_sin)
-                before_low, before_high = low, high
-                low, high = next_low, next_high
-            place, is_seen = _place(start, stop, S, part, ROWS, LONG)
-            score = tl.sum(_wide(tile[part][0], PACKED) * low + _wide(tile[part][1], PACKED) * high, axis=1)
-            score = _scaled(score, scales, b, g, place.to(tl.int64), is_seen, SCALED)
-            score = tl.where(is_seen, score, float("-inf"))
-            larger = tl.maximum(larger, score)
-            scores = scores + (score,)
-        if TURN == 2:
-            q_low, q_high = _times_conjugate(low, high, step_cos, step_sin)
-        shrink = tl.exp2(largest - larger)
-        total = total * shrink
-        sum_low = sum_low * shrink[:, None]
-        sum_high = sum_high * shrink[:, None]
-        largest = larger
-        for part in tl.static_range(PARTS):
-            place, is_seen = _place(start, stop, S, part, ROWS, LONG)
-            weight = tl.exp2(scores[part] - larger)
-            total += weight
-            weight = _scaled(weight, scales, b, g, place.to(tl.int64), is_seen, SCALED)[:, None]
-            sum_low += weight * _wide(tile[part][0], PACKED)
-            sum_high += weight * _wide(tile[part][1], PACKED)
+        after = ()
+        for h in tl.static_range(HEADS):
+            state = _attend(
+                states[h], tile, turn, step, scales, b, g, start, stop, S, SCALED, LONG, TURN, ROWS, PARTS, PACKED
+            )
+            after = after + (state,)
+        states = after
 
-    top = tl.max(largest, axis=0)
-    shrink = tl.exp2(largest - top)
-    total_sum = tl.sum(total * shrink, axis=0)
-    row = pid.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(log_sums + row, tl.where(total_sum == 0, float("-inf"), top + tl.log2(total_sum)))
-    at = partial + row * (2 * HALF) + channel
-    mask = is_channel & (begin < stop)
-    tl.store(at, tl.sum(sum_low * shrink[:, None], axis=0) / total_sum, mask=mask)
-    tl.store(at + HALF, tl.sum(sum_high * shrink[:, None], axis=0) / total_sum, mask=mask)
+    for h in tl.static_range(HEADS):
+        row = ((b * G + g) * HEADS + h).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        _store(states[h], partial, log_sums, row, begin < stop, HALF, BLOCK)

@@ -42,8 +42,8 @@ FORMS: tuple[tuple[int, int, int, Turn], ...] = (
     (2, 4, 1, "carried"),
     (4, 1, 1, "carried"),
 )
-"""Of CASE: parts, warps, stages and how the query is rotated. Each is timed with several numbers of splits, which are not
-compiled separately. With one stage, tiles are loaded to registers, one ahead."""
+"""Of CASE: parts, warps, stages and how the query is rotated; each is timed with several numbers of splits. With one
+stage, tiles are loaded to registers, one ahead."""
 FORMS_OF_TWO: tuple[tuple[int, int, int, Turn], ...] = (
     (4, 4, 3, "chebyshev"),
     (4, 4, 3, "steps"),

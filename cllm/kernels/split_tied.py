@@ -22,6 +22,8 @@ MAX_HEADS = 2
 CHOSEN_HEADS = 1
 """Query heads of a KV head up to which the kernel is chosen by rule. Two heads need about 14 instructions for each
 number of 16 bits. An H200 can issue about 14 while it reads one."""
+PROGRAMS = 3
+"""Programs with the default tiles that the registers of a multiprocessor hold."""
 _CHANNELS = 8
 """Channels of each half that a thread has: 16 bytes in bf16."""
 Turn = Literal["steps", "chebyshev", "carried"]
@@ -80,8 +82,8 @@ def supports(
 def choose_tiles(*, groups: int, dim: int, size: int, columns: int, limits: Limits) -> TiedTiles:
     """Tiles and splits by rule, without autotuning.
 
-    Three programs of four warps fit in the registers of a multiprocessor. With three stages they have two tiles of 64
-    rows in flight each, 96 KiB in bf16. Numbers of 4 bytes take twice the registers, so that a thread has half as many
+    Three programs of four warps fit in the registers of a multiprocessor (`PROGRAMS`). With three stages they have two
+    tiles of 64 rows in flight each, 96 KiB in bf16. Numbers of 4 bytes take twice the registers, so that a thread has half as many
     rows. Tiles are shorter if there would be fewer of them than programs that the device runs at once.
 
     Args:
@@ -91,9 +93,8 @@ def choose_tiles(*, groups: int, dim: int, size: int, columns: int, limits: Limi
         columns: maximum number of columns that a token can see.
         limits: resources of the device.
     """
-    slots = 3 * limits.processors
-    parts = 2 if size > 2 else 4
-    rows = TiedTiles(splits=1).rows(dim)
+    default, slots = TiedTiles(splits=1), PROGRAMS * limits.processors
+    parts, rows = default.parts // 2 if size > 2 else default.parts, default.rows(dim)
     while parts > 1 and groups * -(-columns // (parts * rows)) < slots:
         parts //= 2
     most = max(1, min(-(-columns // (parts * rows)), 2 * slots // groups, 256))

@@ -83,8 +83,8 @@ def choose_tiles(*, groups: int, dim: int, size: int, columns: int, limits: Limi
     """Tiles and splits by rule, without autotuning.
 
     Three programs of four warps fit in the registers of a multiprocessor (`PROGRAMS`). With three stages they have two
-    tiles of 64 rows in flight each, 96 KiB in bf16. Numbers of 4 bytes take twice the registers, so that a thread has half as many
-    rows. Tiles are shorter if there would be fewer of them than programs that the device runs at once.
+    tiles of 64 rows in flight each, 96 KiB in bf16. Numbers of 4 bytes take twice the registers, so that a thread has
+    half as many rows. Tiles are shorter if there would be fewer of them than programs that the device runs at once.
 
     Args:
         groups: sequences x KV heads.

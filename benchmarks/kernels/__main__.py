@@ -8,6 +8,7 @@ fusion     one fusing layer: plain, fused keys and values materialised, doubled 
 mlp norm   SwiGLU and RMSNorm: compiled by torch, and from libraries that are installed
 loss       the head and the cross-entropy of its logits, by every installed kernel
 decode     one new token over cached slots; with --sweep also other tiles than the default ones
+tied       one new token over tied slots: variants of the kernel, each checked against plain torch
 Training pieces are timed forward and backward. Bounds are bytes over the copy bandwidth measured in the same run, or
 FLOPs over the matmul rate.
 """
@@ -21,15 +22,16 @@ import torch
 
 from benchmarks.kernels.decoding import bench_decode
 from benchmarks.kernels.table import Table
+from benchmarks.kernels.tied import bench_tied
 from benchmarks.kernels.training import bench_attention, bench_fusion, bench_loss, bench_mlp, bench_norm
 from benchmarks.timing import CUDA, copy_bandwidth, matmul_rate
 from cllm.arguments import Parser
 from cllm.environment import clocks, environment
 from cllm.errors import UserError, one_line
 
-BY_BYTES = {"fusion": bench_fusion, "norm": bench_norm}
+BY_BYTES = {"fusion": bench_fusion, "norm": bench_norm, "tied": bench_tied}
 BY_FLOPS = {"attention": bench_attention, "mlp": bench_mlp, "loss": bench_loss}
-KINDS = ("attention", "fusion", "mlp", "norm", "loss", "decode")
+KINDS = ("attention", "fusion", "mlp", "norm", "loss", "decode", "tied")
 
 
 @one_line

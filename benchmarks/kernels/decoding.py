@@ -15,6 +15,7 @@ from benchmarks.timing import BF16, replayed_ms
 from cllm.config import Rope
 from cllm.kernels import split_decode
 from cllm.kernels.decode import Stored, Visible, decode_attention, rotation_of
+from cllm.kernels.split_tied import TiedTiles
 from cllm.model.rope import rope_table
 
 
@@ -105,10 +106,13 @@ def _bench_case(table: Table, case: Decode, copy: float, sweep: bool) -> None:
     def triton(tiles: split_decode.Tiles | None = None) -> list[Callable[[], object]]:
         return [functools.partial(_triton, queries, keys, values, visible, case.scale, tiles) for keys, values in sets]
 
-    key_data, value_data = ([x.data for x in part] for part in sets[0])
+    (k, k_scales), (v, v_scales) = (([x.data for x in part], [x.scale for x in part]) for part in sets[0])
     rotation = rotation_of(sets[0][0])
-    default = split_decode.tiles_for(queries, key_data, value_data, None, rotation)[0]
+    default = split_decode.best_tiles(queries, k, k_scales, v, v_scales, None, rotation)
     time(f"triton, {_tiles(default)}", triton())
+    if isinstance(default, TiedTiles):
+        default = split_decode.tiles_for(queries, k, v, None, rotation)[0]
+        time(f"triton, {_tiles(default)}", triton(default))
     if case.h == case.g and rotation is None:
         element = replace(default, elementwise=True)
         time(f"triton, {_tiles(element)}", triton(element))
@@ -162,7 +166,10 @@ def _torch(queries: list[Tensor], keys: Tensor, values: Tensor, scale: float) ->
     return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _tiles(tiles: split_decode.Tiles) -> str:
+def _tiles(tiles: split_decode.Tiles | TiedTiles) -> str:
+    if isinstance(tiles, TiedTiles):
+        how = f"stages{tiles.num_stages} {tiles.turn}"
+        return f"tied parts{tiles.parts} splits{tiles.splits} warps{tiles.num_warps} {how}"
     form = " elementwise" if tiles.elementwise else ""
     return f"N{tiles.block_n} splits{tiles.splits} warps{tiles.num_warps} stages{tiles.num_stages}{form}"
 

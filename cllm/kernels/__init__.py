@@ -6,6 +6,9 @@ joint.py             one softmax over several slots, each with a mask of its own
 decode.py            attention of one new token over cached slots
 split_decode.py      launches the Triton kernels of decode.py
 triton_decode.py     split-KV flash decoding in Triton
+split_tied.py        launches the kernel of triton_tied.py
+triton_tied.py       decoding of tied slots in Triton, for one query head for each KV head
+limits.py            resources of a device, and how many programs fill it
 lowrank_decode.py    attention of one new token over tokens stored as low-rank factors
 split_lowrank.py     launches the Triton kernels of lowrank_decode.py
 triton_lowrank.py    scores and weighted sums in Triton

@@ -64,8 +64,8 @@ RANKS = 32
 STRETCH = 256
 """Tokens over which slow channels are interpolated. Written as 256 and as 4 tiles in the kernels."""
 NODES = (10, 79, 176, 245)
-"""Tokens of a stretch between which a cubic polynomial interpolates: its Chebyshev nodes, rounded. Written in `_weights`
-and `triton_nodes.py`."""
+"""Tokens of a stretch between which a cubic polynomial interpolates: its Chebyshev nodes, rounded. Written in
+`_weights` too."""
 
 
 def tma_descriptor(factor: Tensor, rows: int) -> Any:
@@ -312,9 +312,9 @@ def resident_scores(
     program has PACK KV heads of one sequence and every n-th stretch of tiles, for n programs per pack. ROOM is HEADS,
     padded to a power of two that is at least 4.
 
-    FAST of the D / 2 channel pairs are rebuilt. If these are not all, `w_desc` describes what `triton_nodes.py` made for
-    the others, (B · G / PACK · stretches · PACK · 4 · ROOM, r) in blocks for one stretch and pack by 32 ranks, and a
-    stretch is 256 tokens. Otherwise it is None, and a stretch is one tile.
+    FAST of the D / 2 channel pairs are rebuilt. If these are not all, `w_desc` describes what `triton_nodes.py` made
+    for the others, (B · G / PACK · stretches · PACK · 4 · ROOM, r) in blocks for one stretch and pack by 32 ranks, and
+    a stretch is 256 tokens. Otherwise it is None, and a stretch is one tile.
     """
     packs: gl.constexpr = G // PACK
     COLUMNS: gl.constexpr = 0 if FAST == HALF else PACK * 4 * ROOM

@@ -38,9 +38,9 @@ def lowrank_decode(
 ) -> list[Tensor]:
     """Attention of one new token of each sequence; no gradients.
 
-    Query head h reads KV head h // (H / G). Token t is rotated by row t - `visible.first` of the table. Sums are fp32 (fp64 for fp64
-    queries). Shapes do not depend on `visible.column`, so that a CUDA graph may capture the call and replay it until
-    the tail is full. For torch.compile it is one opaque operator.
+    Query head h reads KV head h // (H / G). Token t is rotated by row t - `visible.first` of the table. Sums are fp32
+    (fp64 for fp64 queries). Shapes do not depend on `visible.column`, so that a CUDA graph may capture the call and
+    replay it until the tail is full. For torch.compile it is one opaque operator.
 
     Args:
         queries: (B, H, D) after RoPE, for each key part.

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cllm.kernels import gluon_lowrank, triton_decode, triton_nodes
 from cllm.kernels.gluon_lowrank import NODES, RANKS, STRETCH, TILE
+from cllm.kernels.limits import Limits, next_power_of_2
 from cllm.kernels.selection import Table
-from cllm.kernels.split_decode import Limits, next_power_of_2
 
 _FEWEST_STAGES, _MOST_STAGES = 4, 16
 _SLOW = 0.0102
@@ -77,7 +77,7 @@ def choose_resident(
     """
     if dim not in (64, 128) or rank % 8 or heads > 16:
         return None
-    is_slow = 1 < heads and len(NODES) * _padded_heads(heads) <= dim // 4 and turn <= _SLOW
+    is_slow = heads > 1 and len(NODES) * _padded_heads(heads) <= dim // 4 and turn <= _SLOW
     for pack in (2, 1):
         if groups % pack:
             continue

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cllm.kernels import triton_decode
+from cllm.kernels import split_tied, triton_decode
+from cllm.kernels.limits import Limits, balanced_splits, device_limits, next_power_of_2
+from cllm.kernels.split_tied import TiedTiles
 
 FLOAT8 = torch.float8_e4m3fn
 MAX_WIDTH = 640
@@ -60,11 +62,6 @@ class _Chunk:
     start: int
     width: int
     block: int
-
-
-def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()
 
 
 def _chunks(parts: Sequence[Tensor], halved: Collection[int] = ()) -> list[_Chunk]:
@@ -145,24 +142,6 @@ def _block_h(heads: int) -> int:
     return min(64, max(16, next_power_of_2(heads)))
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Resources of a device. The defaults are those of an H100 or H200."""
-
-    processors: int = 132
-    """Multiprocessors."""
-    shared: int = 227 * 1024
-    """Bytes of shared memory for the programs of one multiprocessor."""
-
-
-@functools.cache
-def device_limits(device: torch.device) -> Limits:
-    if device.type != "cuda":
-        return Limits()
-    properties: Any = torch.cuda.get_device_properties(device)  # the second is missing in torch's type stubs
-    return Limits(properties.multi_processor_count, properties.shared_memory_per_block_optin)
-
-
 @functools.cache
 def choose_tiles(
     *,
@@ -215,11 +194,7 @@ def choose_tiles(
     slots = limits.processors * max(1, min(wanted, 6, limits.shared // shared(block_n)))
     most = max(1, min(-(-columns // block_n), 2 * slots // groups, 256))
 
-    def filled(splits: int) -> float:
-        waves = groups * splits / slots
-        return waves / math.ceil(waves)
-
-    splits = next((n for n in range(1, most + 1) if filled(n) >= 0.9), max(range(1, most + 1), key=filled))
+    splits = balanced_splits(groups, slots, most)
     wide = widths[1] * block_h > 16 * (128 if rotates else 256)
     warps = 8 if wide or (rotates and size != 2 * channels) else 4
     elementwise = heads == 1 and size < 2 * channels and not rotates
@@ -249,6 +224,30 @@ def tiles_for(
     )
 
 
+def best_tiles(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    key_scales: Sequence[Tensor | None],
+    values: Sequence[Tensor],
+    value_scales: Sequence[Tensor | None],
+    window: int | None,
+    rotation: Rotation | None = None,
+) -> Tiles | TiedTiles:
+    """Tiles by rule for the arguments of `run`: of the kernel of tied slots, if it computes the call."""
+    rotated = () if rotation is None else rotation.parts
+    is_tied = split_tied.supports(queries, keys, key_scales, values, value_scales, rotated)
+    if not is_tied or queries[0].shape[1] > split_tied.CHOSEN_HEADS * keys[0].shape[2]:
+        return tiles_for(queries, keys, values, window, rotation)[0]
+    batch, length, groups, dim = keys[0].shape
+    return split_tied.choose_tiles(
+        groups=batch * groups,
+        dim=dim,
+        size=keys[0].element_size(),
+        columns=min(length, window or length),
+        limits=device_limits(queries[0].device),
+    )
+
+
 def run(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
@@ -260,34 +259,82 @@ def run(
     window: int | None,
     exclude_self: bool,
     scale: float,
-    tiles: Tiles | None = None,
+    tiles: Tiles | TiedTiles | None = None,
     log_sum: Tensor | None = None,
     rotation: Rotation | None = None,
 ) -> Tensor:
     """Compute `cllm.kernels.decode.decode_attention` for a call that is supported (see `unsupported`).
 
     Args:
-        tiles: by default those of `tiles_for`.
+        tiles: by default those of `best_tiles`.
         log_sum: (B, H) fp32, contiguous: receives the log-sum-exp of the scores, to base 2; or None.
         rotation: of keys that are stored before RoPE, or None.
 
     Returns:
         (B, H, sum of E): the value parts side by side; fp32 with `log_sum`.
     """
-    tiles = tiles or tiles_for(queries, keys, values, window, rotation)[0]
     batch, n_heads = queries[0].shape[:2]
     length, groups = keys[0].shape[1:3]
     heads = n_heads // groups
-    if tiles.elementwise and heads > 1:
+    arguments = (queries, keys, key_scales, values, value_scales)
+    tiles = tiles or best_tiles(*arguments, window, rotation)
+    is_tied = split_tied.supports(*arguments, () if rotation is None else rotation.parts)
+    if isinstance(tiles, TiedTiles) and not is_tied:
+        raise ValueError("tiles of tied slots are for one key part before RoPE that is the value, and few query heads")
+    if isinstance(tiles, Tiles) and tiles.elementwise and heads > 1:
         raise ValueError(f"elementwise tiles are for one query head a KV head, not {heads}")
-    if tiles.elementwise and rotation is not None:
+    if isinstance(tiles, Tiles) and tiles.elementwise and rotation is not None:
         raise ValueError("elementwise tiles do not rotate keys")
     width = sum(v.shape[-1] for v in values)
-    halved = _halved(rotation, keys, values)
-    key_chunks, value_chunks = _chunks(keys, halved[0]), _chunks(values, halved[1])
     out = queries[0].new_empty((batch, n_heads, width), dtype=queries[0].dtype if log_sum is None else torch.float32)
     partial = torch.empty((batch, n_heads, tiles.splits, width), dtype=torch.float32, device=out.device)
     log_sums = torch.empty((batch, n_heads, tiles.splits), dtype=torch.float32, device=out.device)
+    seen = (column, first, min(length, window or length), exclude_self, scale * math.log2(math.e))
+    if isinstance(tiles, TiedTiles):
+        assert rotation is not None
+        split_tied.launch(
+            tiles, queries[0], keys[0], key_scales[0], rotation.cos, rotation.sin, *seen, partial, log_sums
+        )  # fmt: skip
+    else:
+        _launch(tiles, *arguments, rotation, *seen, partial, log_sums)
+    block = min(128, max(16, next_power_of_2(width)))
+    every = next_power_of_2(tiles.splits)
+    triton_decode.merge[(batch * n_heads, -(-width // block))](
+        partial,
+        log_sums,
+        out,
+        log_sum,
+        tiles.splits,
+        OUT_WIDTH=width,
+        ALL=every,
+        CHUNK=min(every, 32),
+        BLOCK=block,
+    )
+    return out
+
+
+def _launch(
+    tiles: Tiles,
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    key_scales: Sequence[Tensor | None],
+    values: Sequence[Tensor],
+    value_scales: Sequence[Tensor | None],
+    rotation: Rotation | None,
+    column: Tensor,
+    first: Tensor | None,
+    window: int,
+    exclude_self: bool,
+    log2_scale: float,
+    partial: Tensor,
+    log_sums: Tensor,
+) -> None:
+    """Write the results of all splits, `partial` (B, H, splits, sum of E) and `log_sums` (B, H, splits)."""
+    batch, n_heads = queries[0].shape[:2]
+    length, groups = keys[0].shape[1:3]
+    heads = n_heads // groups
+    halved = _halved(rotation, keys, values)
+    key_chunks, value_chunks = _chunks(keys, halved[0]), _chunks(values, halved[1])
     starts = [sum(v.shape[-1] for v in values[: chunk.part]) + chunk.start for chunk in value_chunks]
     constants: dict[str, Any] = {
         "G": groups,
@@ -297,7 +344,7 @@ def run(
         "OUT_WIDTHS": tuple(chunk.width for chunk in value_chunks),
         "OUT_BLOCKS": tuple(chunk.block for chunk in value_chunks),
         "OUT_STARTS": tuple(starts),
-        "OUT_WIDTH": width,
+        "OUT_WIDTH": partial.shape[-1],
         "V_FROM": _key_chunk_of(value_chunks, values, value_scales, key_chunks, keys, key_scales),
         "V_SCALED": tuple(value_scales[chunk.part] is not None for chunk in value_chunks),
         "EXCLUDE_SELF": exclude_self,
@@ -310,15 +357,7 @@ def run(
         tuple(_stored(chunk, keys, key_scales) for chunk in key_chunks),
         tuple(_stored(chunk, values, value_scales) for chunk in value_chunks),
     )
-    rule = (
-        column,
-        first,
-        partial,
-        log_sums,
-        length,
-        min(length, window or length),
-        scale * math.log2(math.e),
-    )
+    rule = (column, first, partial, log_sums, length, window, log2_scale)
     if tiles.elementwise:
         triton_decode.split_elementwise[(batch * groups, tiles.splits)](*parts, *rule, **constants)
     else:
@@ -337,20 +376,6 @@ def run(
             K_TYPES=k_types,
             V_TYPES=v_types,
         )
-    block = min(128, max(16, next_power_of_2(width)))
-    every = next_power_of_2(tiles.splits)
-    triton_decode.merge[(batch * n_heads, -(-width // block))](
-        partial,
-        log_sums,
-        out,
-        log_sum,
-        tiles.splits,
-        OUT_WIDTH=width,
-        ALL=every,
-        CHUNK=min(every, 32),
-        BLOCK=block,
-    )
-    return out
 
 
 def _turns(rotation: Rotation | None, batch: int, chunks: Sequence[_Chunk]) -> tuple[tuple[Any, ...], dict[str, Any]]:

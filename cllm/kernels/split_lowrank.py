@@ -17,8 +17,8 @@ from torch import Tensor
 
 from cllm.kernels import resident_lowrank, triton_choose, triton_decode, triton_lowrank
 from cllm.kernels.decode import Visible
+from cllm.kernels.limits import Limits, device_limits, next_power_of_2
 from cllm.kernels.selection import Factored, Selection, Table, chosen_chunks, chosen_tokens
-from cllm.kernels.split_decode import Limits, device_limits, next_power_of_2
 
 MAX_DIM = 256
 MAX_HEADS = 64

@@ -39,8 +39,8 @@ class DecodeStep(Step):
     """A pass of one token over compressed slots."""
 
     tables: dict[int, Table]
-    """By the size of heads: RoPE of the compressed tokens without sinks, for slots without evicted tokens. Recomputed in
-    each pass and not stored, since storing it would add to the cache's bytes."""
+    """By the size of heads: RoPE of the compressed tokens without sinks, for slots without evicted tokens. Recomputed
+    in each pass and not stored, since storing it would add to the cache's bytes."""
 
 
 def _for_kernels(table: tuple[Tensor, Tensor], turn: float | None) -> Table:

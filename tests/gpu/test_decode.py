@@ -14,7 +14,8 @@ import torch
 
 from cllm.config import Rope
 from cllm.kernels import split_decode, triton_decode
-from cllm.kernels.decode import Stored, Visible, decode_attention, decode_attention_reference
+from cllm.kernels.decode import Stored, Visible, decode_attention, decode_attention_reference, rotation_of
+from cllm.kernels.split_tied import TiedTiles
 from cllm.model.rope import rope_table
 
 pytestmark = pytest.mark.skipif(triton_decode.MISSING is not None, reason=f"no triton: {triton_decode.MISSING}")
@@ -80,6 +81,12 @@ CASES = [
     Case(**TIED, g=16, column=7000, first=(0, 6999, 5000)),
     Case(**TIED, column=7000, window=700, exclude_self=True),
     Case(**TIED, d=(96,), e=(96,)),
+    Case(**TIED, d=(64,), e=(64,), g=16, column=7000, window=700, exclude_self=True),
+    Case(**TIED, d=(256,), e=(256,), g=16, first=(0, 5, 2500)),
+    Case(**TIED, d=(80,), e=(80,), g=16),
+    Case(**TIED, g=8, column=7000, first=(0, 6999, 5000)),
+    Case(**TIED, g=16, column=0),
+    Case(**TIED, g=16, s=131072, column=1000),
     Case(**TIED, d=(256,), e=(256,)),
     Case(**TIED, d=(512,), e=(512,), h=8, g=1),
     Case(**TIED, d=(128, 128), e=(128, 128), g=16),
@@ -151,17 +158,19 @@ def assert_close(found, wanted, dtype) -> None:
         assert error <= relative * largest + 1e-6, f"error {error:.2e}, largest {largest:.2e}"
 
 
-def check(case: Case, device, dtype, float8: bool = False, **run) -> None:
+def check(case: Case, device, dtype, float8: bool = False, tiles: TiedTiles | None = None, **run) -> None:
     queries, keys, values, visible = arguments = call(case, device, dtype, float8)
     exact = [q.float() for q in queries]
     wanted = decode_attention_reference(exact, keys, values, visible, scale=scale_of(case))
-    if not run:
+    if not run and tiles is None:
         found = decode_attention(*arguments, scale=scale_of(case), kernel="triton")
     else:
-        tiles = split_decode.Tiles(num_warps=4, num_stages=3, **run)
+        form = tiles or split_decode.Tiles(num_warps=4, num_stages=3, **run)
         parts = ([x.data for x in keys], [x.scale for x in keys], [x.data for x in values], [x.scale for x in values])
         rule = (visible.column, visible.first, visible.window, visible.exclude_self)
-        found = split_decode.run(queries, *parts, *rule, scale_of(case), tiles).split(list(case.e), dim=-1)
+        rotation = rotation_of(keys)
+        result = split_decode.run(queries, *parts, *rule, scale_of(case), form, rotation=rotation)
+        found = result.split(list(case.e), dim=-1)
     assert_close(found, wanted, dtype)
 
 
@@ -187,6 +196,25 @@ def test_float8(gpu, case):
 @pytest.mark.parametrize("case", [c for c in CASES if c.h == c.g and not c.rope], ids=str)
 def test_elementwise_form(gpu, case, float8):
     check(case, gpu, torch.bfloat16, float8, block_n=32, splits=7, elementwise=True)
+
+
+@pytest.mark.parametrize("splits", [1, 33])
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        TiedTiles(splits=1),
+        TiedTiles(splits=1, parts=8, turn="chebyshev"),
+        TiedTiles(splits=1, parts=2, num_warps=1, turn="carried"),
+        TiedTiles(splits=1, num_warps=2, num_stages=1, ahead=True),
+        TiedTiles(splits=1, num_stages=1, ahead=True, turn="carried"),
+    ],
+    ids=lambda tiles: f"{tiles.turn}-{tiles.parts}-{tiles.num_warps}-{tiles.num_stages}",
+)
+@pytest.mark.parametrize("case", [c for c in CASES if c.h <= 2 * c.g and c.rope and len(c.d) == 1], ids=str)
+def test_tied_form(gpu, case, tiles, splits):
+    """In bf16, whose two numbers of one register are taken apart, and in fp8."""
+    for float8 in (False, torch.cuda.get_device_capability(gpu) >= (8, 9)):
+        check(case, gpu, torch.bfloat16, float8, replace(tiles, splits=splits))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 33, 256])

@@ -43,6 +43,7 @@ def test_kernels_compile_and_fit(capability: int) -> None:
     assert kernels.pop() == {"split_dot": 1, "merge": 3}
     names = {
         "split_dot",
+        "split_tied",
         "merge",
         "rebuilt_scores",
         "plain_scores",
@@ -155,6 +156,10 @@ def decode(*, fp8: bool) -> None:
         if fp8 and dim == 128:
             coded, scales = [slots[0].to(torch.float8_e4m3fn)], [drawn(4, 1024, groups)]
             split_decode.run(query, coded, scales, coded, scales, column, None, None, False, 0.1, rotation=turns)
+    for dim, dtype in ((64, torch.float16), (256, torch.bfloat16), (96, torch.float32), (6, torch.bfloat16)):
+        slots, query, none = [drawn(2, 1024, 16, dim).to(dtype)], [drawn(2, 16, dim).to(dtype)], [None]
+        turns = split_decode.Rotation(torch.randn(2, 1024, dim // 2), torch.randn(2, 1024, dim // 2), (0,))
+        split_decode.run(query, slots, none, slots, none, column, None, 700, True, 0.1, rotation=turns)
     for heads, groups, dim in ((12, 4, 96), (9, 3, 80), (5, 1, 6)):  # sizes that are no powers of two, padded rows
         slots, query, sums = [drawn(2, 1024, groups, dim)], [drawn(2, heads, dim)], torch.empty(2, heads)
         turns = split_decode.Rotation(torch.randn(2, 1024, dim // 2), torch.randn(2, 1024, dim // 2), (0,))

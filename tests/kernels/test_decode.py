@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from cllm.errors import UserError
-from cllm.kernels import split_decode
+from cllm.kernels import split_decode, split_tied
 from cllm.kernels.choice import log_once, uses_triton
 from cllm.kernels.decode import Stored, Visible, decode_attention, decode_attention_lse, rotation_of
 from cllm.kernels.joint import DecodePart, joint_decode
 from cllm.kernels.split_decode import Limits, Tiles, choose_tiles
+from cllm.kernels.split_tied import TiedTiles
 
 SCALE = 0.3
 
@@ -100,6 +101,15 @@ CASES = [
     Case(d=(32,), e=(24,), rope=1, column=55),  # keys alone are read
     Case(d=(24, 24, 8), e=(24, 24, 24), alias=True, rope=2, column=55, first=(0, 5, 29)),
     Case(d=(32,), e=(32,), alias=True, rope=1, float8=True, g=4, column=55),
+    # Tied slots with one query head for each KV head: full and partial tiles, padding, windows, and a ring that wraps.
+    Case(d=(32,), e=(32,), h=2, s=200, column=190, alias=True, rope=1),
+    Case(d=(32,), e=(32,), h=2, s=200, column=33201, first=(33100, 33180, 0), alias=True, rope=1),
+    Case(d=(64,), e=(64,), h=2, s=150, column=400, window=131, exclude_self=True, alias=True, rope=1),
+    Case(d=(48,), e=(48,), h=3, g=3, column=0, alias=True, rope=1),
+    Case(d=(16,), e=(16,), h=2, column=0, exclude_self=True, alias=True, rope=1),
+    Case(d=(6,), e=(6,), h=2, s=17, column=70001, window=16, alias=True, rope=1),
+    Case(d=(256,), e=(256,), h=1, g=1, s=30, alias=True, rope=1),
+    Case(d=(32,), e=(32,), h=2, s=90, column=55, first=(0, 40), alias=True, rope=1, float8=True),
     # Positions above 2^15, odd sizes of heads, and several query heads for each KV head.
     Case(d=(34,), e=(34,), h=10, s=48, alias=True, rope=1, column=33001, first=(0, 32990)),
     Case(d=(10,), e=(10,), h=9, g=3, s=17, alias=True, rope=1, column=70001, window=16),
@@ -308,8 +318,70 @@ def test_tiles_fit_and_fill_the_device(groups, columns, width):
     assert balance > 0.65 or tiles.splits in (-(-columns // tiles.block_n), 256)
 
 
+@pytest.mark.parametrize("groups", [1, 16, 64, 100, 300, 1024])
+@pytest.mark.parametrize("columns", [1, 1024, 32768])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_tiles_of_tied_slots_fill_the_device(groups, columns, dim):
+    tiles = split_tied.choose_tiles(groups=groups, dim=dim, size=2, columns=columns, limits=Limits())
+    most = -(-columns // (tiles.parts * tiles.rows(dim)))
+    assert tiles.splits <= most
+    programs = groups * tiles.splits
+    per_processor = -(-programs // Limits().processors)
+    assert programs / (Limits().processors * per_processor) > 0.65 or tiles.splits in (most, 256)
+    assert tiles.parts == 1 or programs >= Limits().processors
+
+
+def test_tied_tiles_are_for_tied_slots():
+    """One key part before RoPE that is also the value, with at most two query heads for each KV head.
+
+    By rule there is one.
+    """
+    tied = Case(d=(32,), e=(32,), g=4, alias=True, rope=1)
+    chosen = {}
+    for case in (
+        tied,
+        replace(tied, float8=True),
+        replace(tied, g=1),
+        replace(tied, alias=False),
+        replace(tied, rope=0),
+        replace(tied, d=(32, 32), e=(32, 32), rope=2),
+        replace(tied, d=(258,), e=(258,)),
+    ):
+        (queries, keys, values, visible), _ = call(case, torch.float32)
+        parts = [[getattr(x, name) for x in part] for part in (keys, values) for name in ("data", "scale")]
+        chosen[case] = isinstance(split_decode.best_tiles(queries, *parts, None, rotation_of(keys)), TiedTiles)
+        if not chosen[case]:
+            rule = (visible.column, None, None, False, SCALE, TiedTiles(splits=1))
+            with pytest.raises(ValueError, match="tiles of tied slots are for one key part"):
+                split_decode.run(queries, *parts, *rule, None, rotation_of(keys))
+    assert list(chosen.values()) == [True, True, False, False, False, False, False]
+    (queries, (key,), (value,), _), _ = call(replace(tied, g=2), torch.float32)
+    two_heads = ([key.data], [None], [value.data], [None])
+    assert split_tied.supports(queries, *two_heads, (0,))
+    assert isinstance(split_decode.best_tiles(queries, *two_heads, None, rotation_of([key])), Tiles)
+
+
+def all_tiles(case: Case, dtype: torch.dtype) -> list[Tiles | TiedTiles]:
+    """Tiles of every form of the kernel that computes a case, with empty, full and partial splits."""
+    each = (1, 3) if dtype == torch.float32 else (3,)
+    forms = (False, True) if case.h == case.g and not case.rope else (False,)
+    tiles: list[Tiles | TiedTiles] = [
+        Tiles(block_n=16, splits=splits, num_warps=4, num_stages=2, elementwise=form)
+        for form in forms
+        for splits in each
+    ]
+    if case.h <= 2 * case.g and case.rope and case.alias and len(case.d) == 1:
+        tied = TiedTiles(splits=3, num_warps=1, parts=2)
+        if dtype != torch.float32:
+            return [*tiles, tied]
+        tiles += [replace(tied, splits=splits, parts=parts) for splits, parts in ((1, 1), (3, 4))]
+        tiles += [replace(tied, parts=3, turn="chebyshev"), replace(tied, splits=1, turn="carried")]
+        tiles += [replace(tied, splits=1, num_stages=1, ahead=True), replace(tied, turn="carried", ahead=True)]
+    return tiles
+
+
 def interpreted() -> None:
-    """Every case, with empty, full and partial splits, in both forms of the kernel."""
+    """Every case, by every kernel that computes it."""
     assert split_decode.triton_decode.INTERPRETED
     for case in CASES:
         if len(case.d) == 3:
@@ -319,27 +391,15 @@ def interpreted() -> None:
                 continue  # fp8 takes its second product in bf16, which the interpreter multiplies as integers
             (queries, keys, values, visible), wanted = call(case, dtype)
             rotation = rotation_of(keys)
-            for elementwise in (False, True) if case.h == case.g and rotation is None else (False,):
-                for splits in (1, 3) if dtype == torch.float32 else (3,):
-                    tiles = Tiles(block_n=16, splits=splits, num_warps=4, num_stages=2, elementwise=elementwise)
-                    out = split_decode.run(
-                        queries,
-                        [k.data for k in keys],
-                        [k.scale for k in keys],
-                        [v.data for v in values],
-                        [v.scale for v in values],
-                        visible.column,
-                        visible.first,
-                        visible.window,
-                        visible.exclude_self,
-                        SCALE,
-                        tiles,
-                        rotation=rotation,
-                    )
-                    try:
-                        assert_close(out.split(list(case.e), dim=-1), wanted, dtype)
-                    except AssertionError as error:
-                        raise AssertionError(f"{case}, {dtype}, {tiles}") from error
+            k, v = ([x.data for x in part] for part in (keys, values))
+            k_scales, v_scales = ([x.scale for x in part] for part in (keys, values))
+            rule = (visible.column, visible.first, visible.window, visible.exclude_self, SCALE)
+            for tiles in all_tiles(case, dtype):
+                out = split_decode.run(queries, k, k_scales, v, v_scales, *rule, tiles, rotation=rotation)
+                try:
+                    assert_close(out.split(list(case.e), dim=-1), wanted, dtype)
+                except AssertionError as error:
+                    raise AssertionError(f"{case}, {dtype}, {tiles}") from error
     arguments, wanted = call(Case(column=55), torch.float32)
     assert_close(decode_attention(*arguments, scale=SCALE, kernel="triton"), wanted, torch.float32)
     tied = Case(d=(32,), e=(32,), alias=True, rope=1, column=101)

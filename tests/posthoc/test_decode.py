@@ -296,14 +296,15 @@ def test_room_that_cannot_be(decoder, tokens):
 
 def test_the_kernel_is_what_decodes(decoder, tokens, monkeypatch):
     """One call for each layer and step, with RoPE of the tokens behind the sinks."""
-    model, ids, calls = decoder(), tokens(2, LENGTH), []
+    model, ids, calls, behind = decoder(), tokens(2, LENGTH), [], []
     dim = model.config.resolved_head_dim
     frequencies = 10_000.0 ** (-torch.arange(dim // 2) / (dim // 2))
 
     def count(*arguments, **options):
         calls.append(options["selection"] is not None)
         table = arguments[3]
-        angles = torch.arange(sinks, PREFIX)[:, None] * frequencies
+        angles = torch.arange(PREFIX - len(table.cos), PREFIX)[:, None] * frequencies
+        behind.append(PREFIX - len(table.cos))
         torch.testing.assert_close(table.cos, angles.cos(), atol=1e-5, rtol=0)
         torch.testing.assert_close(table.sin, angles.sin(), atol=1e-5, rtol=0)
         assert table.turn == pytest.approx(frequencies[dim // 4].item())
@@ -313,5 +314,7 @@ def test_the_kernel_is_what_decodes(decoder, tokens, monkeypatch):
     monkeypatch.setattr(deferred, "lowrank_decode", count)
     for spec, chooses, sinks in ((LOSSY, False, 4), (LOSSY + ",select=8", True, 4), (LOSSY + ",sinks=0", False, 0)):
         calls.clear()
+        behind.clear()
         steps(model, compressed(model, ids, spec), ids)
         assert calls == [chooses] * (LENGTH - PREFIX) * len(model.blocks)
+        assert set(behind) == {sinks}

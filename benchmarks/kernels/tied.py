@@ -1,0 +1,167 @@
+"""Variants of the kernel that decodes tied slots, each checked and timed."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.decoding import Decode
+from benchmarks.kernels.table import Table, rand
+from benchmarks.record import Row
+from benchmarks.timing import replayed_ms
+from cllm.kernels import split_decode
+from cllm.kernels.decode import Stored, Visible, decode_attention_reference, rotation_of
+from cllm.kernels.split_decode import Tiles
+from cllm.kernels.split_tied import TiedTiles, Turn
+
+CASE = Decode(name="tied, 4 x 16 heads", latent=True, rope=True)
+MORE = (
+    Decode(name="tied, 4 x 32 heads of 64", h=32, g=32, d=(64,), e=(64,), latent=True, rope=True),
+    Decode(name="tied, 4 x 8 heads of 256", h=8, g=8, d=(256,), e=(256,), latent=True, rope=True),
+    Decode(name="tied, float8, 4 x 16 heads", latent=True, rope=True, float8=True),
+    Decode(name="tied, 1 x 16 heads, 4096 tokens", b=1, s=4096, live=4096, latent=True, rope=True),
+    Decode(name="tied, 1 x 16 heads, 131072 tokens", b=1, s=131072, live=131072, latent=True, rope=True),
+)
+"""Cases for which only the tiles by rule are timed, and the kernel with matrix products."""
+FORMS: tuple[tuple[int, int, int, Turn], ...] = (
+    (4, 4, 3, "steps"),
+    (4, 4, 4, "steps"),
+    (2, 4, 4, "steps"),
+    (8, 4, 3, "chebyshev"),
+    (4, 2, 3, "steps"),
+    (4, 1, 4, "steps"),
+    (4, 4, 3, "chebyshev"),
+    (4, 4, 3, "carried"),
+    (4, 2, 1, "steps"),
+    (4, 4, 1, "carried"),
+    (2, 4, 1, "carried"),
+    (4, 1, 1, "carried"),
+)
+"""Of CASE: parts, warps, stages and how the query is rotated; each is timed with several numbers of splits. With one
+stage, tiles are loaded to registers, one ahead."""
+FORMS_OF_TWO: tuple[tuple[int, int, int, Turn], ...] = (
+    (4, 4, 3, "chebyshev"),
+    (4, 4, 3, "steps"),
+    (2, 4, 3, "steps"),
+    (4, 2, 3, "chebyshev"),
+)
+"""Of TWO_HEADS."""
+TWO_HEADS = Decode(name="tied, 4 x 16 heads, 32 queries", h=32, latent=True, rope=True)
+SPLITS = (4, 6, 8, 10, 12, 16, 24, 32)
+"""Of programs of four warps; with fewer warps there are as many more."""
+LARGEST_ERROR = 2**-6
+"""Of a head, relative to its largest number. Results are rounded to bf16."""
+
+
+class _Call:
+    """The arguments of one case, and its exact result."""
+
+    def __init__(self, case: Decode):
+        self.case, self.sets = case, case.sets()
+        self.queries = [rand(case.b, case.h, d, grad=False) for d in case.d]
+        self.queries[0][:, ::2] *= 4  # every other head sees few tokens, so that an error of one of them shows
+        self.visible = Visible(torch.tensor([case.live - 1], device="cuda"), None, None, False)
+        keys, values = self.sets[0]
+        rows = [
+            decode_attention_reference(
+                [q[b : b + 1].float() for q in self.queries],
+                _row(keys, b),
+                _row(values, b),
+                self.visible,
+                scale=case.scale,
+            )[0]
+            for b in range(case.b)
+        ]
+        self.wanted = torch.cat(rows)
+
+    def run(self, tiles: TiedTiles | Tiles | None, number: int = 0) -> Tensor:
+        """Attention over one of the sets of slots."""
+        keys, values = self.sets[number]
+        (k, k_scales), (v, v_scales) = (([x.data for x in p], [x.scale for x in p]) for p in (keys, values))
+        seen = (self.visible.column, self.visible.first, self.visible.window, self.visible.exclude_self)
+        return split_decode.run(
+            self.queries, k, k_scales, v, v_scales, *seen, self.case.scale, tiles, rotation=rotation_of(keys)
+        )
+
+    def products(self) -> Tiles:
+        """Tiles of the kernel that rotates keys and multiplies matrices, by rule."""
+        keys, values = ([x.data for x in part] for part in self.sets[0])
+        return split_decode.tiles_for(self.queries, keys, values, None, rotation_of(self.sets[0][0]))[0]
+
+    def measure(self, table: Table, copy: float, name: str, tiles: TiedTiles | Tiles | None) -> Row:
+        """Add a row: ms, the share of the copy's rate and the largest error. Infinite ms: it failed or is wrong."""
+        bound = self.case.bytes() / copy * 1000
+        row: Row = {"what": "tied", "case": self.case.name, "name": name, "ms": math.inf, "bound_ms": bound}
+        try:
+            error = (self.run(tiles).float() - self.wanted).abs().amax(-1) / self.wanted.abs().amax(-1)
+            row["error"] = error.max().item()
+            if not row["error"] <= LARGEST_ERROR:
+                raise ArithmeticError(f"error {row['error']:.1e}, more than {LARGEST_ERROR:.1e}")
+            row["ms"] = replayed_ms([functools.partial(self.run, tiles, n) for n in range(len(self.sets))])
+        except Exception as failure:
+            torch.cuda.synchronize()
+            row["failed"] = " ".join(str(failure).split())[:150]
+        row |= {"share": bound / row["ms"], "tiles": None if tiles is None else asdict(tiles)}
+        table.add({key: value for key, value in row.items() if value != math.inf})
+        return row
+
+
+def _row(parts: Sequence[Stored], b: int) -> list[Stored]:
+    """One sequence of the parts; their tables have one row for all."""
+    return [replace(x, data=x.data[b : b + 1], scale=None if x.scale is None else x.scale[b : b + 1]) for x in parts]
+
+
+def _tiles(parts: int, warps: int, stages: int, turn: Turn) -> TiedTiles:
+    return TiedTiles(splits=1, parts=parts, num_warps=warps, num_stages=stages, ahead=stages == 1, turn=turn)
+
+
+def _name(tiles: TiedTiles) -> str:
+    ahead = " ahead" if tiles.ahead else ""
+    return f"parts {tiles.parts}, warps {tiles.num_warps}, stages {tiles.num_stages}{ahead}, {tiles.turn}"
+
+
+def _print(row: Row) -> None:
+    result = f"{row['ms']:9.4f} ms {100 * row['share']:6.1f} % of copy  error {row.get('error', math.nan):.1e}"
+    print(f"tied      {row['case']:<38}{row['name']:<58}{row.get('failed', result)}", flush=True)
+
+
+def _by_rule(call: _Call, table: Table, copy: float) -> None:
+    for name, tiles in (("matrix products", call.products()), ("by rule", None)):
+        _print(call.measure(table, copy, name, tiles))
+
+
+def bench_tied(table: Table, copy: float) -> None:
+    """Check and time every variant of `CASE` and `TWO_HEADS`, and the tiles by rule for `MORE`; `copy`: bytes/s.
+
+    Of each variant the fastest number of splits is printed; the file has all of them.
+    """
+    for case, forms in ((CASE, FORMS), (TWO_HEADS, FORMS_OF_TWO)):
+        call = _Call(case)
+        _by_rule(call, table, copy)
+        fastest = [_best_splits(call, table, copy, _tiles(*form)) for form in forms]
+        print(f"tied      fastest: {min(fastest, key=lambda row: row['ms'])['name']}", flush=True)
+        del call
+        torch.cuda.empty_cache()
+    for case in MORE:
+        call = _Call(case)
+        _by_rule(call, table, copy)
+        del call
+        torch.cuda.empty_cache()
+
+
+def _best_splits(call: _Call, table: Table, copy: float, variant: TiedTiles) -> Row:
+    """The row of the fastest number of splits, printed."""
+    rows = []
+    for splits in SPLITS:
+        tiles = replace(variant, splits=splits * 4 // variant.num_warps)
+        rows.append(call.measure(table, copy, f"{_name(tiles)}, splits {tiles.splits}", tiles))
+        if "failed" in rows[-1]:
+            break  # other splits are the same kernel
+    best = min(rows, key=lambda row: row["ms"])
+    _print(best)
+    return best

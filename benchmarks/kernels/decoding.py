@@ -50,7 +50,7 @@ class Decode:
             return Stored(rand(self.b, self.s, self.g, width, grad=False))
         data = torch.empty((self.b, self.s, self.g, width), device="cuda", dtype=torch.float8_e4m3fn)
         for row in data:
-            row.copy_(torch.randn(row.shape, device="cuda", dtype=BF16) * 100)
+            row.copy_((torch.randn(row.shape, device="cuda", dtype=BF16) * 100).clamp(-448, 448))  # the largest number
         return Stored(data, torch.full((self.b, self.s, self.g), 0.01, device="cuda", dtype=BF16))
 
     def sets(self) -> list[tuple[list[Stored], list[Stored]]]:

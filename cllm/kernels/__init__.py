@@ -7,7 +7,7 @@ decode.py            attention of one new token over cached slots
 split_decode.py      launches the Triton kernels of decode.py
 triton_decode.py     split-KV flash decoding in Triton
 split_tied.py        launches the kernel of triton_tied.py
-triton_tied.py       decoding of tied slots in Triton, for one query head for each KV head
+triton_tied.py       decoding of tied slots in Triton, for one or two query heads for each KV head
 limits.py            resources of a device, and how many programs fill it
 lowrank_decode.py    attention of one new token over tokens stored as low-rank factors
 split_lowrank.py     launches the Triton kernels of lowrank_decode.py
@@ -15,8 +15,9 @@ triton_lowrank.py    scores and weighted sums in Triton
 triton_choose.py     the choice of chunks in Triton
 resident_lowrank.py  launches the kernel of gluon_lowrank.py
 gluon_lowrank.py     scores of rebuilt keys in Gluon, for Hopper GPUs
+triton_nodes.py      queries rotated by a few positions times factors, between which gluon_lowrank.py interpolates
 rotate.py            RoPE of many keys as one kernel
-selection.py         `Factored` and `Selection`: low-rank factors, and which compressed tokens a step reads
+selection.py         `Factored`, `Table` and `Selection`: low-rank factors, their RoPE, and which tokens a step reads
 choice.py            Triton or plain torch, logged once
 retention.py         gated retention
 swiglu.py            SwiGLU with the activation in the products' epilogues

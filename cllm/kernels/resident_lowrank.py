@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from cllm.kernels import gluon_lowrank, triton_decode, triton_nodes
-from cllm.kernels.gluon_lowrank import NODES, RANKS, STRETCH, TILE
+from cllm.kernels.gluon_lowrank import NODES, STRETCH, TILE
 from cllm.kernels.limits import Limits, next_power_of_2
 from cllm.kernels.selection import Table
 
 _FEWEST_STAGES, _MOST_STAGES = 4, 16
 _SLOW = 0.0102
-"""Radians a token at most by which an interpolated channel pair turns. 1.3 in half a stretch: the error of a score is
-as large as that of rounding keys to bf16. RoPE with base 10,000 turns its slower half by 0.01 or less."""
+"""Radians a token at most by which an interpolated channel pair turns, as `gluon_lowrank._weights` are made for. RoPE
+with base 10,000 turns its slower half by 0.01 or less."""
 _REGISTERS = 168
 """Registers of a thread when a program starts: 3 warpgroups have 65,536 together, and then redistribute them."""
+_NODE_ROWS, _NODE_RANKS = 64, 64
+"""Tiles of `project_nodes`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,16 +36,18 @@ class ResidentTiles:
     """Tiles of A in flight."""
     interpolate: bool = False
     """Whether the slower half of the channels is interpolated instead of rebuilt."""
+    ranks: int = 32
+    """Ranks of a tile: 32 or 64."""
 
     def shared(self, *, dim: int, heads: int, rank: int) -> int:
         """Bytes of shared memory: rows of B, of W for two stretches, tiles of A, rotated queries of both warpgroups,
         barriers."""
-        chunks, rebuilt = -(-rank // RANKS), dim // 2 if self.interpolate else dim
-        rows_of_b = chunks * self.pack * rebuilt * RANKS
-        rows_of_w = 2 * chunks * self.columns(heads) * RANKS
+        padded, rebuilt = -(-rank // self.ranks) * self.ranks, dim // 2 if self.interpolate else dim
+        rows_of_b = padded * self.pack * rebuilt
+        rows_of_w = 2 * padded * self.columns(heads)
         queries = 2 * self.pack * 2 * _padded_heads(heads) * rebuilt
         barriers = 8 * (2 * self.stages + 7)
-        return 2 * (rows_of_b + rows_of_w + self.stages * TILE * RANKS + queries) + barriers + 256
+        return 2 * (rows_of_b + rows_of_w + self.stages * TILE * self.ranks + queries) + barriers + 256
 
     def columns(self, heads: int) -> int:
         """Columns of W of a program and stretch, for `heads` query heads of a KV head."""
@@ -82,10 +86,12 @@ def choose_resident(
         if groups % pack:
             continue
         programs = programs_per_pack(batch=batch, packs=groups // pack, limits=limits)
-        for interpolate in (True, False) if is_slow and tokens >= 2 * STRETCH * programs else (False,):
-            none = ResidentTiles(pack=pack, stages=0, interpolate=interpolate)
+        ways = [ResidentTiles(pack=pack, stages=0)]
+        if is_slow and tokens >= 2 * STRETCH * programs:
+            ways = [replace(ways[0], interpolate=True, ranks=ranks) for ranks in (64, 32)] + ways
+        for none in ways:
             left = limits.shared - none.shared(dim=dim, heads=heads, rank=rank)
-            stages = min(_MOST_STAGES, left // (2 * TILE * RANKS + 16))
+            stages = min(_MOST_STAGES, left // (2 * TILE * none.ranks + 16))
             if stages >= _FEWEST_STAGES and tokens >= 2 * TILE * programs:
                 return replace(none, stages=stages)
     return None
@@ -141,12 +147,12 @@ def launch(
     if tiles.interpolate:
         fast = dim // 4
         w = gluon_lowrank.tma_descriptor(
-            project_nodes(query, b, table, first, tokens, groups, tiles.pack), tiles.columns(heads)
+            project_nodes(query, b, table, first, tokens, groups, tiles.pack), tiles.columns(heads), tiles.ranks
         )
     gluon_lowrank.resident_scores[(packs * programs_per_pack(batch=batch, packs=packs, limits=limits), batch)](
-        query, gluon_lowrank.tma_descriptor(a, TILE), gluon_lowrank.tma_descriptor(b, fast), w,
-        cos, sin, first, scores, query.stride()[:2], cos.stride(0), scores.stride()[:2], tokens, log2_scale,
-        G=groups, HEADS=heads, ROOM=room, HALF=dim // 2, FAST=fast, PACK=tiles.pack, CHUNKS=-(-rank // RANKS),
+        query, gluon_lowrank.tma_descriptor(a, TILE, tiles.ranks), gluon_lowrank.tma_descriptor(b, fast, tiles.ranks),
+        w, cos, sin, first, scores, query.stride()[:2], cos.stride(0), scores.stride()[:2], tokens, log2_scale,
+        G=groups, HEADS=heads, ROOM=room, HALF=dim // 2, FAST=fast, PACK=tiles.pack, RANK=rank, RANKS=tiles.ranks,
         STAGES=tiles.stages, ADD=add, num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
 
@@ -160,11 +166,11 @@ def project_nodes(
     heads, rank, stretches = n_heads // groups, b.shape[2], -(-tokens // STRETCH)
     room = _padded_heads(heads)
     out = b.new_empty((batch, groups // pack, stretches, pack, 2, room, 2, rank))
-    block_m, block_r = 64, min(128, max(16, next_power_of_2(rank)))
-    grid = (-(-stretches * len(NODES) * room // block_m), groups * batch, -(-rank // block_r))
+    grid = (-(-stretches * len(NODES) * room // _NODE_ROWS), groups * batch)
     triton_nodes.project_nodes[grid](
         query, b, table.cos, table.sin, first, out, query.stride()[:2], b.stride()[:2], table.cos.stride(0), stretches,
         rank, G=groups, HEADS=heads, ROOM=room, HALF=dim // 2, PACK=pack, STRETCH=STRETCH,
-        **{f"NODE_{i}": node for i, node in enumerate(NODES)}, BLOCK_M=block_m, BLOCK_R=block_r,
+        **{f"NODE_{i}": node for i, node in enumerate(NODES)}, BLOCK_M=_NODE_ROWS,
+        BLOCK_R=min(_NODE_RANKS, max(16, next_power_of_2(rank))),
     )  # fmt: skip
     return out

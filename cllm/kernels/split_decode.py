@@ -236,7 +236,7 @@ def best_tiles(
     """Tiles by rule for the arguments of `run`: of the kernel of tied slots, if it computes the call."""
     rotated = () if rotation is None else rotation.parts
     is_tied = split_tied.supports(queries, keys, key_scales, values, value_scales, rotated)
-    if not is_tied or queries[0].shape[1] > split_tied.CHOSEN_HEADS * keys[0].shape[2]:
+    if not is_tied:
         return tiles_for(queries, keys, values, window, rotation)[0]
     batch, length, groups, dim = keys[0].shape
     return split_tied.choose_tiles(

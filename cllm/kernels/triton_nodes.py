@@ -2,8 +2,7 @@
 """A Triton kernel for slow channels of low-rank keys: queries, rotated by some positions, times rows of B.
 
 The score of the token at position p with row a of A is a · w(p), w(p) = Bᵀ RoPE(-p) q. For channel pairs that turn
-slowly, w(p) between four positions of a stretch of tokens is their cubic interpolation to about 16 bits.
-`gluon_lowrank.py` uses it, and has the stretch and the positions.
+slowly, w(p) can be interpolated between four positions of a stretch of tokens, which `gluon_lowrank.py` does.
 
 Shapes: B batch, S compressed tokens, H query heads, G KV heads, D channels of a head, r rank.
 """
@@ -39,7 +38,7 @@ def project_nodes(
 ):  # fmt: skip
     """Write `out` (B, G / PACK, stretches, PACK, 2, ROOM, 2, r): w of the slower half of the channel pairs at the four
     nodes of each stretch. The node is 2 i + j for the indices i and j around the query head. One program has BLOCK_M of
-    the rows of a KV head and BLOCK_R ranks."""
+    the rows of a KV head."""
     SLOW: tl.constexpr = HALF // 2
     ROWS: tl.constexpr = 4 * ROOM
     g, sequence = tl.program_id(1) % G, tl.program_id(1) // G
@@ -69,16 +68,21 @@ def project_nodes(
     upper_q = tl.load(q + HALF, mask=is_head, other=0.0).to(tl.float32)
     lower, upper = lower_q * c + upper_q * s, upper_q * c - lower_q * s
     dtype: tl.constexpr = b.dtype.element_ty
-    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    is_rank = (r < rank)[None, :]
-    at = b + sequence.to(tl.int64) * b_strides[0] + (g * 2 * HALF + channel)[:, None] * b_strides[1] + r[None, :]
-    lower_b = tl.load(at, mask=is_rank, other=0.0)
-    upper_b = tl.load(at + HALF * b_strides[1], mask=is_rank, other=0.0)
     # A query as two numbers of 16 bits: exact to about 16 bits.
     high_lower, high_upper = lower.to(dtype), upper.to(dtype)
-    w = tl.dot(high_lower, lower_b) + tl.dot(high_upper, upper_b)
-    w += tl.dot((lower - high_lower.to(tl.float32)).to(dtype), lower_b)
-    w += tl.dot((upper - high_upper.to(tl.float32)).to(dtype), upper_b)
+    rest_lower, rest_upper = (
+        (lower - high_lower.to(tl.float32)).to(dtype),
+        (upper - high_upper.to(tl.float32)).to(dtype),
+    )
+    b += sequence.to(tl.int64) * b_strides[0] + g * 2 * HALF * b_strides[1]
     pack = (sequence * (G // PACK) + g // PACK).to(tl.int64) * stretches
-    to = ((pack + stretch) * PACK + g % PACK) * ROWS + row
-    tl.store(out + to[:, None] * rank + r[None, :], w.to(dtype), mask=is_row & is_rank)
+    out += ((((pack + stretch) * PACK + g % PACK) * ROWS + row) * rank)[:, None]
+    for begin in range(0, rank, BLOCK_R):
+        r = begin + tl.arange(0, BLOCK_R)
+        is_rank = (r < rank)[None, :]
+        rows = b + channel[:, None] * b_strides[1] + r[None, :]
+        lower_b = tl.load(rows, mask=is_rank, other=0.0)
+        upper_b = tl.load(rows + HALF * b_strides[1], mask=is_rank, other=0.0)
+        w = tl.dot(high_lower, lower_b) + tl.dot(high_upper, upper_b)
+        w += tl.dot(rest_lower, lower_b) + tl.dot(rest_upper, upper_b)
+        tl.store(out + r[None, :], w.to(dtype), mask=is_row & is_rank)

@@ -220,7 +220,8 @@ def test_resident_programs_score_as_fp32_does(gpu, case, dtype, add, theta, star
     tiles = resident_lowrank.resident_tiles(queries[0], keys.a, keys.b, table, case.g, launch.limits)
     if tiles is None:
         pytest.skip("needs a Hopper GPU")
-    assert tiles.interpolate == (theta >= 10_000 and case.h // case.g in (4, 7) and case.d == 128)
+    slow = theta >= 10_000 and (case.h // case.g == 4 or (case.h // case.g, case.d) == (7, 128))
+    assert tiles.interpolate == (slow and case.rank_k < 768)
     rule = split_lowrank.choose_rebuild(dim=case.d, groups=case.g, size=2, gathered=False, limits=launch.limits)
     low = torch.zeros(B, 1, dtype=torch.long, device=gpu) if visible.first is None else visible.first[:, None]
     tokens = torch.arange(case.s, device=gpu)
@@ -289,10 +290,10 @@ def test_factors_of_more_than_2_31_elements(gpu):
 
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize(
-    "spec", ["xkv:group=2,ratio=2", "xkv:group=2,ratio=2,sinks=0", "h2o:ratio=2+xkv:group=2,ratio=2"]
+    "spec", ["xkv:group=2,ratio=2", "xkv:group=2,ratio=2,sinks=0", "streaming:ratio=2+xkv:group=2,ratio=2"]
 )
 def test_a_cache_of_many_tokens_is_read_at_their_positions(gpu, spec, batch, monkeypatch):
-    """Behind sinks, and where evicted tokens have left gaps: each layer's step is what plain torch reads."""
+    """Behind sinks, and behind evicted tokens: each layer's step is what plain torch reads."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 512, "d_model": 1024, "n_layers": 2, "n_heads": 8, "d_ff": 512, "max_seq_len": 20_000}
     model = build_decoder(ModelConfig(**sizes, kv={"preset": "gqa", "n_kv_heads": 2}))
@@ -309,7 +310,7 @@ def test_a_cache_of_many_tokens_is_read_at_their_positions(gpu, spec, batch, mon
     cache = KVCache(model.config)
     model.prefill(ids[:, :-1], cache)
     model(ids[:, -1:], cache=compress_cache(cache, parse(spec)))
-    assert len(calls) == (2 if batch == 1 or "h2o" not in spec else 0), "each sequence has other positions"
+    assert len(calls) == 2
     for (q,), *arguments in calls:
         queries = [4 * q / q.float().std()]  # the first layers of a random model look at everything alike
         found = kernel(queries, *arguments[:-1], scale=128**-0.5, selection=None, kernel="triton")

@@ -358,7 +358,11 @@ def test_tied_tiles_are_for_tied_slots():
     (queries, (key,), (value,), _), _ = call(replace(tied, g=2), torch.float32)
     two_heads = ([key.data], [None], [value.data], [None])
     assert split_tied.supports(queries, *two_heads, (0,))
-    assert isinstance(split_decode.best_tiles(queries, *two_heads, None, rotation_of([key])), Tiles)
+    assert isinstance(split_decode.best_tiles(queries, *two_heads, None, rotation_of([key])), TiedTiles)
+    (queries, (key,), (value,), _), _ = call(replace(tied, g=1), torch.float32)
+    four_heads = ([key.data], [None], [value.data], [None])
+    assert not split_tied.supports(queries, *four_heads, (0,))
+    assert isinstance(split_decode.best_tiles(queries, *four_heads, None, rotation_of([key])), Tiles)
 
 
 def all_tiles(case: Case, dtype: torch.dtype) -> list[Tiles | TiedTiles]:

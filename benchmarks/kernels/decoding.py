@@ -168,8 +168,7 @@ def _torch(queries: list[Tensor], keys: Tensor, values: Tensor, scale: float) ->
 
 def _tiles(tiles: split_decode.Tiles | TiedTiles) -> str:
     if isinstance(tiles, TiedTiles):
-        how = f"stages{tiles.num_stages} {tiles.turn}"
-        return f"tied parts{tiles.parts} splits{tiles.splits} warps{tiles.num_warps} {how}"
+        return f"tied parts{tiles.parts} splits{tiles.splits} warps{tiles.num_warps} stages{tiles.num_stages}"
     form = " elementwise" if tiles.elementwise else ""
     return f"N{tiles.block_n} splits{tiles.splits} warps{tiles.num_warps} stages{tiles.num_stages}{form}"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +24,6 @@ PROGRAMS = 2
 """Programs of a multiprocessor with the default tiles."""
 _CHANNELS = 8
 """Channels of each half that a thread has: 16 bytes in bf16."""
-Turn = Literal["steps", "chebyshev", "carried"]
-_TURNS = {"steps": triton_tied.STEPS, "chebyshev": triton_tied.CHEBYSHEV, "carried": triton_tied.CARRIED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +36,7 @@ class TiedTiles:
     """Rows of a tile that one thread has."""
     num_warps: int = 4
     num_stages: int = 3
-    """Tiles in shared memory: one in use, the others being loaded. 1: tiles are loaded to registers."""
-    ahead: bool = False
-    """With one stage: load a tile to registers while the one before it is in use."""
-    turn: Turn = "chebyshev"
-    """How the query is rotated from row to row; see `triton_tied`."""
-    packed: bool = True
-    """Convert two bf16 numbers of one register by two instructions."""
+    """Tiles in shared memory: one in use, the others being loaded."""
 
     def rows(self, dim: int) -> int:
         """Rows of a part, for heads of `dim` channels: a thread has 8 channels of each half of one row."""
@@ -82,9 +74,9 @@ def choose_tiles(*, groups: int, dim: int, size: int, columns: int, limits: Limi
 
     Two programs of four warps run on a multiprocessor. With three stages they have two tiles of 64 rows in flight each,
     64 KiB in bf16. On an H200 (2026-11-28, 64 KV heads of 128 channels, 32,768 tokens) 4 splits of each KV head read at
-    97 to 99 % of a copy's rate, 6 at 72 %, 8 at 94 % and 16 at 88 %. The query rotated in steps reads at 94 to 97 %,
-    tiles loaded to registers at 83 to 93 %. Numbers of 4 bytes take twice the registers, so that a thread has
-    half as many rows. Tiles are shorter if there would be fewer of them than programs that the device runs at once.
+    97 to 99 % of a copy's rate, 6 at 72 %, 8 at 94 % and 16 at 88 %. Numbers of 4 bytes take twice the registers, so
+    that a thread has half as many rows. Tiles are shorter if there would be fewer of them than programs that the device
+    runs at once.
 
     Args:
         groups: sequences x KV heads.
@@ -135,8 +127,8 @@ def launch(
         query, query.stride()[:2], (x, x.stride()[:3]), (scales, scales.stride()[:3]), cos, sin,
         cos.expand(batch, -1, -1).stride()[:2], column, first, partial, log_sums, length, window, log2_scale,
         G=groups, HEADS=query.shape[1] // groups, HALF=dim // 2, BLOCK=_block(dim), SCALED=scale is not None,
-        EXCLUDE_SELF=exclude_self, LONG=length * x.stride(1) >= 2**31, TURN=_TURNS[tiles.turn],
-        ROWS=tiles.rows(dim), PARTS=tiles.parts, STAGES=tiles.num_stages, AHEAD=tiles.ahead,
-        PACKED=tiles.packed and x.dtype == torch.bfloat16 and not triton_decode.INTERPRETED,
+        EXCLUDE_SELF=exclude_self, LONG=length * x.stride(1) >= 2**31,
+        ROWS=tiles.rows(dim), PARTS=tiles.parts, STAGES=tiles.num_stages,
+        PACKED=x.dtype == torch.bfloat16 and not triton_decode.INTERPRETED,
         num_warps=tiles.num_warps,
     )  # fmt: skip

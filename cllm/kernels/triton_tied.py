@@ -10,12 +10,11 @@ the query, q; and of the table of cos and sin at column t, e_t. The score of col
     Re(x_t e_t conj(q)) = Re(x_t conj(w_t)),   w_t = conj(e_t) q.
 
 One thread has the same channels of a few rows, M columns apart. It computes w of its first row from the table, once a
-tile, and of the others by a fixed rotation u = e_M / e_0, so that the table's row of a tile's first column is all that
-is read of the table:
+tile, and of the second by a fixed rotation u = e_M / e_0, so that the table's row of a tile's first column is all that
+is read of the table. The others follow by Chebyshev's recurrence, with half of a rotation's operations; its errors grow
+with the square of the rows, which are few:
 
-    steps      w_{t+M} = conj(u) w_t
-    chebyshev  w_{t+M} = 2 Re(u) w_t - w_{t-M}, with half of the operations. Errors grow with the square of the rows.
-    carried    as steps, also from tile to tile: the loop reads nothing of the table. Errors grow with the tiles.
+    w_{t+M} = conj(u) w_t,    w_{t+2M} = 2 Re(u) w_{t+M} - w_t
 
 Nothing is exchanged between threads but the sums of scores over channels: there is no matrix product, whose operands
 would have to be rounded and to change threads. X is read once, for scores and values.
@@ -29,9 +28,6 @@ from cllm.kernels.triton_decode import MISSING, _entries, _scaled, _share, _turn
 
 if MISSING is None:
     import triton.language as tl
-
-STEPS, CHEBYSHEV, CARRIED = 0, 1, 2
-"""Values of `split_tied`'s TURN. Written as numbers in the kernel, which cannot read globals."""
 
 
 @jit
@@ -100,16 +96,16 @@ def _far(cos, sin, strides, b, start, S, HALF: tl.constexpr, BLOCK: tl.constexpr
 @jit
 def _start(
     query, row_cos, row_sin, first_cos, first_sin, log2_scale, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, TURN: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """The state of one query head before the first tile: query (ROWS, BLOCK) rotated for each row, sums, softmax."""
     channel = tl.arange(0, BLOCK)
     low = tl.load(query + channel, mask=channel < HALF, other=0.0).to(tl.float32)[None, :] * log2_scale
     high = tl.load(query + HALF + channel, mask=channel < HALF, other=0.0).to(tl.float32)[None, :] * log2_scale
     low, high = _times_conjugate(low, high, row_cos, row_sin)
-    if TURN != 2:  # times first / square, because each tile multiplies by the conjugate of its first column's row
-        square = first_cos * first_cos + first_sin * first_sin
-        low, high = _times_conjugate(low / square, high / square, first_cos, -first_sin)
+    # Times first / square, because each tile multiplies by the conjugate of its first column's row.
+    square = first_cos * first_cos + first_sin * first_sin
+    low, high = _times_conjugate(low / square, high / square, first_cos, -first_sin)
     largest = tl.full((ROWS,), -1e30, dtype=tl.float32)
     return low, high, _zeros(ROWS, BLOCK), _zeros(ROWS, BLOCK), largest, tl.zeros((ROWS,), dtype=tl.float32)
 
@@ -117,20 +113,18 @@ def _start(
 @jit
 def _attend(
     state, tile, turn, step, scales, b, g, start, stop, S, SCALED: tl.constexpr, LONG: tl.constexpr,
-    TURN: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The state of one query head after a tile. `turn` and `step` are cos and sin of the tile and from part to part."""
     q_low, q_high, sum_low, sum_high, largest, total = state
     step_cos, step_sin = step
-    low, high = q_low, q_high
-    if TURN != 2:
-        low, high = _times_conjugate(q_low, q_high, turn[0], turn[1])
+    low, high = _times_conjugate(q_low, q_high, turn[0], turn[1])
     before_low, before_high = low, high
     scores = ()
     larger = largest
     for part in tl.static_range(PARTS):
         if part > 0:
-            if TURN == 1 and part > 1:
+            if part > 1:
                 next_low = (2 * step_cos) * low - before_low
                 next_high = (2 * step_cos) * high - before_high
             else:
@@ -143,8 +137,6 @@ def _attend(
         score = tl.where(is_seen, score, float("-inf"))
         larger = tl.maximum(larger, score)
         scores = scores + (score,)
-    if TURN == 2:
-        q_low, q_high = _times_conjugate(low, high, step_cos, step_sin)
     shrink = tl.exp2(largest - larger)
     total = total * shrink
     sum_low = sum_low * shrink[:, None]
@@ -197,11 +189,9 @@ def split_tied(
     SCALED: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr,
     LONG: tl.constexpr,
-    TURN: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """One split of one KV head.
@@ -233,28 +223,16 @@ def split_tied(
     states = ()
     for h in tl.static_range(HEADS):
         row_of_query = query + b.to(tl.int64) * query_strides[0] + (g * HEADS + h) * query_strides[1]
-        state = _start(row_of_query, row_cos, row_sin, first_cos, first_sin, log2_scale, HALF, BLOCK, ROWS, TURN)
+        state = _start(row_of_query, row_cos, row_sin, first_cos, first_sin, log2_scale, HALF, BLOCK, ROWS)
         states = states + (state,)
 
-    coming_turn = (first_cos, first_sin)
-    if AHEAD:
-        coming = _load(x, strides[1], begin, stop, S, HALF, BLOCK, PARTS, ROWS, LONG)
     for start in tl.range(begin, stop, TILE, num_stages=STAGES):
-        if AHEAD:
-            tile = coming
-            coming = _load(x, strides[1], start + TILE, stop, S, HALF, BLOCK, PARTS, ROWS, LONG)
-        else:
-            tile = _load(x, strides[1], start, stop, S, HALF, BLOCK, PARTS, ROWS, LONG)
-        turn = coming_turn
-        if TURN != 2:
-            if AHEAD:
-                coming_turn = _far(cos, sin, turn_strides, b, start + TILE, S, HALF, BLOCK)
-            else:
-                turn = _far(cos, sin, turn_strides, b, start, S, HALF, BLOCK)
+        tile = _load(x, strides[1], start, stop, S, HALF, BLOCK, PARTS, ROWS, LONG)
+        turn = _far(cos, sin, turn_strides, b, start, S, HALF, BLOCK)
         after = ()
         for h in tl.static_range(HEADS):
             state = _attend(
-                states[h], tile, turn, step, scales, b, g, start, stop, S, SCALED, LONG, TURN, ROWS, PARTS, PACKED
+                states[h], tile, turn, step, scales, b, g, start, stop, S, SCALED, LONG, ROWS, PARTS, PACKED
             )
             after = after + (state,)
         states = after

@@ -203,10 +203,9 @@ def test_elementwise_form(gpu, case, float8):
     "tiles",
     [
         TiedTiles(splits=1),
-        TiedTiles(splits=1, parts=8, turn="chebyshev"),
-        TiedTiles(splits=1, parts=2, num_warps=1, turn="carried"),
-        TiedTiles(splits=1, num_warps=2, num_stages=1, ahead=True),
-        TiedTiles(splits=1, num_stages=1, ahead=True, turn="carried"),
+        TiedTiles(splits=1, parts=8),
+        TiedTiles(splits=1, parts=2, num_warps=1),
+        TiedTiles(splits=1, num_warps=2, num_stages=4),
     ],
     ids=lambda tiles: f"{tiles.turn}-{tiles.parts}-{tiles.num_warps}-{tiles.num_stages}",
 )

@@ -379,8 +379,7 @@ def all_tiles(case: Case, dtype: torch.dtype) -> list[Tiles | TiedTiles]:
         if dtype != torch.float32:
             return [*tiles, tied]
         tiles += [replace(tied, splits=splits, parts=parts) for splits, parts in ((1, 1), (3, 4))]
-        tiles += [replace(tied, parts=3, turn="chebyshev"), replace(tied, splits=1, turn="carried")]
-        tiles += [replace(tied, splits=1, num_stages=1, ahead=True), replace(tied, turn="carried", ahead=True)]
+        tiles += [replace(tied, parts=3), replace(tied, splits=1, parts=8)]
     return tiles
 
 

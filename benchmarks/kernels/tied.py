@@ -36,7 +36,7 @@ TWO_HEADS = Decode(name="tied, 4 x 16 heads, 32 queries", h=32, latent=True, rop
 SPLITS = (4, 6, 8, 10, 12, 16, 24, 32)
 """Of programs of four warps; with fewer warps there are as many more."""
 LARGEST_ERROR = 2**-5
-"""Of a head, relative to its largest number. Results are rounded to bf16; the kernel with matrix products rounds keys too."""
+"""Of a head, relative to its largest number. Results are rounded to bf16; matrix products round keys too."""
 
 
 class _Call:

@@ -207,7 +207,7 @@ def test_elementwise_form(gpu, case, float8):
         TiedTiles(splits=1, parts=2, num_warps=1),
         TiedTiles(splits=1, num_warps=2, num_stages=4),
     ],
-    ids=lambda tiles: f"{tiles.turn}-{tiles.parts}-{tiles.num_warps}-{tiles.num_stages}",
+    ids=lambda tiles: f"{tiles.parts}-{tiles.num_warps}-{tiles.num_stages}",
 )
 @pytest.mark.parametrize("case", [c for c in CASES if c.h <= 2 * c.g and c.rope and len(c.d) == 1], ids=str)
 def test_tied_form(gpu, case, tiles, splits):

@@ -396,7 +396,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "plans.md"
 
 
 def read_by(plan: KVPlan, i: int) -> str:
-    """What layer `i` reads, in the words of the table of docs/plans.md."""
+    """The cell of layer `i` in the table of docs/plans.md: `own`, `0 + 3` or `K own, V 0`, for example."""
 
     def slot(j: int) -> str:
         source = plan.owned(j)

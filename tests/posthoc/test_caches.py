@@ -18,6 +18,7 @@ from cllm.posthoc.compress import mean_errors
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.hf import compress_dynamic, layer_tensors
 from cllm.posthoc.registry import parse
+from tests.posthoc.reading import read_on
 
 PREFIX, LENGTH, PADDING = 20, 28, [0, 3]
 FULL = "xkv:group=2,energy=1.0"
@@ -34,10 +35,6 @@ def stored(cache):
     if isinstance(cache, KVCache):
         return [tensor for store in cache.stores.values() for tensor in store.tensors().values()]
     return [tensor for layer in cache.layers for tensor in layer_tensors(layer)]
-
-
-def read_on(engine, cache, ids, parts):
-    return torch.cat([engine.logits(part, cache) for part in ids.split(parts, dim=1)], dim=1)
 
 
 # ---- cllm models ----------------------------------------------------------------------------------------------------

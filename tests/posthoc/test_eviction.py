@@ -23,6 +23,7 @@ from cllm.posthoc.hf import compress_dynamic
 from cllm.posthoc.pages import make_pages, select_tokens
 from cllm.posthoc.registry import parse
 from cllm.prefix.pack import pack, unpack
+from tests.posthoc.reading import assert_read_as_alone, compressed_cache, read_on
 from tests.posthoc.slow_attention import replace_attention
 
 PREFIX, LENGTH, TOKENS, SINKS, WINDOW = 20, 28, 11, 2, 3
@@ -147,13 +148,6 @@ def evict_slowly(ids, kind, dense, reads, groups, slots):
     return kept_by
 
 
-def compressed_cache(engine, ids, spec, **options):
-    method, cache = parse(spec), engine.new_cache()
-    with method.watch(engine):
-        engine.hidden(ids, cache, **options) if not options else engine.model.hidden(ids, cache=cache, **options)
-    return engine.compress(cache, method), cache
-
-
 def test_budgets_and_scores_of_entropy_take_one_pass_of_votes(decoder, tokens, monkeypatch):
     import cllm.posthoc.evicting as module
 
@@ -167,10 +161,6 @@ def test_budgets_and_scores_of_entropy_take_one_pass_of_votes(decoder, tokens, m
     compressed_cache(engine_of(decoder()), tokens(2, PREFIX), SPECS["entropy"])
     assert layers
     assert sorted(layers) == sorted(set(layers))
-
-
-def read_on(engine, cache, ids, parts):
-    return torch.cat([engine.logits(part, cache) for part in ids.split(parts, dim=1)], dim=1)
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
@@ -244,11 +234,7 @@ def test_padded_sequences_keep_what_they_keep_alone(spec, design, tokens):
     for parts in ([8], [1, 5, 1, 1]):
         compressed, _ = compressed_cache(engine, ids[:, :PREFIX], spec, starts=starts)
         found.append(read_on(engine, compressed, ids[:, PREFIX:], parts))
-    for row, start in enumerate(starts.tolist()):
-        alone, _ = compressed_cache(engine, ids[row : row + 1, start:PREFIX], spec)
-        expected = engine.logits(ids[row : row + 1, PREFIX:], alone)[0]
-        for logits in found:
-            torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=1e-4)
+    assert_read_as_alone(engine, ids, PREFIX, starts, spec, found, 1e-4)
 
 
 def test_errors_of_a_sequence_that_loses_nothing_are_numbers(decoder, tokens) -> None:
@@ -277,11 +263,7 @@ def test_padded_sequences_of_transformers_models(start, llama, tokens):
         model(ids[:, :PREFIX], attention_mask=mask[:, :PREFIX], past_key_values=cache, **first)
     compressed = compress_dynamic(cache, method, model, starts=starts)
     found = model(ids[:, PREFIX:], attention_mask=mask, past_key_values=compressed, **rest).logits
-    for row, start in enumerate(starts.tolist()):
-        alone, _ = compressed_cache(engine, ids[row : row + 1, start:PREFIX], SPECS["snapkv"])
-        torch.testing.assert_close(
-            found[row], engine.logits(ids[row : row + 1, PREFIX:], alone)[0], atol=1e-4, rtol=1e-4
-        )
+    assert_read_as_alone(engine, ids, PREFIX, starts, SPECS["snapkv"], [found], 1e-4)
 
 
 @pytest.mark.parametrize("name", ["streaming", "h2o", "snapkv", "entropy"])

@@ -8,7 +8,6 @@ result into the exact cache, and lets the slow attention read on without the evi
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from cllm.posthoc.engine import engine_of
 from cllm.posthoc.hf import compress_dynamic
 from cllm.posthoc.registry import parse
 from cllm.prefix.pack import pack, unpack
+from tests.posthoc.reading import assert_read_as_alone, compressed_cache, read_on
 from tests.posthoc.slow_attention import replace_attention
 
 PREFIX, LENGTH, TOKENS, SINKS, WINDOW = 20, 28, 13, 2, 3
@@ -80,20 +80,6 @@ def slow(monkeypatch):
         return found
 
     return install
-
-
-def compressed_cache(engine, ids, spec, **options):
-    method, cache = parse(spec), engine.new_cache()
-    with method.watch(engine):
-        if options:
-            engine.model.hidden(ids, cache=cache, **options)
-        else:
-            engine.hidden(ids, cache)
-    return engine.compress(cache, method), cache
-
-
-def read_on(engine, cache, ids, parts: Iterable[int]):
-    return torch.cat([engine.logits(part, cache) for part in ids.split(list(parts), dim=1)], dim=1)
 
 
 # ---- the reference ---------------------------------------------------------------------------------------------------
@@ -275,11 +261,7 @@ def test_padded_sequences_keep_what_they_keep_alone(kind, then, design, tokens):
     for parts in ([8], [1, 5, 1, 1]):
         compressed, _ = compressed_cache(engine, ids[:, :PREFIX], spec, starts=starts)
         found.append(read_on(engine, compressed, ids[:, PREFIX:], parts))
-    for row, start in enumerate(starts.tolist()):
-        alone, _ = compressed_cache(engine, ids[row : row + 1, start:PREFIX], spec)
-        expected = engine.logits(ids[row : row + 1, PREFIX:], alone)[0]
-        for logits in found:
-            torch.testing.assert_close(logits[row], expected, atol=2e-4, rtol=2e-4)
+    assert_read_as_alone(engine, ids, PREFIX, starts, spec, found, 2e-4)
 
 
 def test_padded_sequences_of_transformers_models(llama, tokens):
@@ -293,10 +275,7 @@ def test_padded_sequences_of_transformers_models(llama, tokens):
         model(ids[:, :PREFIX], attention_mask=mask[:, :PREFIX], past_key_values=cache, **first)
     compressed = compress_dynamic(cache, method, model, starts=starts)
     found = model(ids[:, PREFIX:], attention_mask=mask, past_key_values=compressed, **rest).logits
-    for row, start in enumerate(starts.tolist()):
-        alone, _ = compressed_cache(engine, ids[row : row + 1, start:PREFIX], spec)
-        expected = engine.logits(ids[row : row + 1, PREFIX:], alone)[0]
-        torch.testing.assert_close(found[row], expected, atol=2e-4, rtol=2e-4)
+    assert_read_as_alone(engine, ids, PREFIX, starts, spec, [found], 2e-4)
 
 
 # ---- bytes ----------------------------------------------------------------------------------------------------------

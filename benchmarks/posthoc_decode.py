@@ -36,11 +36,11 @@ from cllm.errors import UserError, one_line
 from cllm.kernels import split_lowrank
 from cllm.kernels.decode import Stored, Visible, decode_attention
 from cllm.kernels.lowrank_decode import lowrank_decode
-from cllm.kernels.selection import Factored, Selection, Table
+from cllm.kernels.selection import Factored, Selection
 from cllm.kernels.split_lowrank import MAX_DIM, Rebuild, Tuning, choose_rebuild
-from cllm.model.rope import apply_rope, rope_frequencies, rope_table
+from cllm.model.rope import apply_rope, rope_table
 from cllm.model.sizes import build_decoder
-from cllm.posthoc.cache import compress_cache
+from cllm.posthoc.cache import compress_cache, consecutive_table
 from cllm.posthoc.landmarks import make_landmarks
 from cllm.posthoc.registry import parse
 
@@ -88,9 +88,9 @@ class Layers:
 
     def __init__(self, o: argparse.Namespace, device: torch.device):
         self.o, self.device = o, device
-        cos, sin = rope_table(Rope(), o.dim, torch.arange(o.tokens, device=device))
-        turn = rope_frequencies(Rope(), o.dim)[0][o.dim // 4].item()
-        self.rope, self.table = (cos[None], sin[None]), Table(cos[:, 0, 0], sin[:, 0, 1], turn)
+        positions = torch.arange(o.tokens, device=device)
+        self.rope = rope_table(Rope(), o.dim, positions[None])
+        self.table = consecutive_table(Rope(), o.dim, positions)
         self.visible = Visible(torch.tensor([o.tokens + o.tail - 1], device=device), None, None, False)
         self.scale = o.dim**-0.5
         self.keys: list[Factored] = []

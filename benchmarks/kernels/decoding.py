@@ -106,7 +106,7 @@ def _bench_case(table: Table, case: Decode, copy: float, sweep: bool) -> None:
     def triton(tiles: split_decode.Tiles | None = None) -> list[Callable[[], object]]:
         return [functools.partial(_triton, queries, keys, values, visible, case.scale, tiles) for keys, values in sets]
 
-    (k, k_scales), (v, v_scales) = (([x.data for x in part], [x.scale for x in part]) for part in sets[0])
+    k, k_scales, v, v_scales = unpacked(*sets[0])
     rotation = rotation_of(sets[0][0])
     default = split_decode.best_tiles(queries, k, k_scales, v, v_scales, None, rotation)
     time(f"triton, {_tiles(default)}", triton())
@@ -155,9 +155,27 @@ def _triton(
     """One call of the Triton kernel, with its default tiles if `tiles` is None."""
     if tiles is None:
         return decode_attention(queries, keys, values, visible, scale=scale, kernel="triton")
-    (k, k_scales), (v, v_scales) = (([x.data for x in p], [x.scale for x in p]) for p in (keys, values))
+    return run_tiles(queries, keys, values, visible, scale, tiles)
+
+
+def run_tiles(
+    queries: list[Tensor],
+    keys: list[Stored],
+    values: list[Stored],
+    visible: Visible,
+    scale: float,
+    tiles: split_decode.Tiles | TiedTiles,
+) -> Tensor:
+    """(B, H, sum of E): one call of the Triton kernel that `tiles` are of."""
     seen = (visible.column, visible.first, visible.window, visible.exclude_self)
-    return split_decode.run(queries, k, k_scales, v, v_scales, *seen, scale, tiles, rotation=rotation_of(keys))
+    return split_decode.run(queries, *unpacked(keys, values), *seen, scale, tiles, rotation=rotation_of(keys))
+
+
+def unpacked(
+    keys: list[Stored], values: list[Stored]
+) -> tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor | None]]:
+    """Keys, their scales, values and their scales, as `split_decode` takes them."""
+    return [x.data for x in keys], [x.scale for x in keys], [x.data for x in values], [x.scale for x in values]
 
 
 def _torch(queries: list[Tensor], keys: Tensor, values: Tensor, scale: float) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.decoding import Decode
+from benchmarks.kernels.decoding import Decode, run_tiles, unpacked
 from benchmarks.kernels.table import Table, rand
 from benchmarks.record import Row
 from benchmarks.timing import replayed_ms
@@ -60,21 +60,20 @@ class _Call:
         ]
         self.wanted = torch.cat(rows)
 
-    def run(self, tiles: TiedTiles | Tiles | None, number: int = 0) -> Tensor:
+    def run(self, tiles: TiedTiles | Tiles, number: int = 0) -> Tensor:
         """Attention over one of the sets of slots."""
-        keys, values = self.sets[number]
-        (k, k_scales), (v, v_scales) = (([x.data for x in p], [x.scale for x in p]) for p in (keys, values))
-        seen = (self.visible.column, self.visible.first, self.visible.window, self.visible.exclude_self)
-        return split_decode.run(
-            self.queries, k, k_scales, v, v_scales, *seen, self.case.scale, tiles, rotation=rotation_of(keys)
-        )
+        return run_tiles(self.queries, *self.sets[number], self.visible, self.case.scale, tiles)
 
-    def products(self) -> Tiles:
-        """Tiles of the kernel that rotates keys and multiplies matrices, by rule."""
-        keys, values = ([x.data for x in part] for part in self.sets[0])
-        return split_decode.tiles_for(self.queries, keys, values, None, rotation_of(self.sets[0][0]))[0]
+    def rules(self) -> dict[str, TiedTiles | Tiles]:
+        """Tiles by rule: of the kernel that rotates keys and multiplies matrices, and of the one that is chosen."""
+        k, k_scales, v, v_scales = unpacked(*self.sets[0])
+        rotation = rotation_of(self.sets[0][0])
+        return {
+            "matrix products": split_decode.tiles_for(self.queries, k, v, None, rotation)[0],
+            "by rule": split_decode.best_tiles(self.queries, k, k_scales, v, v_scales, None, rotation),
+        }
 
-    def measure(self, table: Table, copy: float, name: str, tiles: TiedTiles | Tiles | None) -> Row:
+    def measure(self, table: Table, copy: float, name: str, tiles: TiedTiles | Tiles) -> Row:
         """Add a row: ms, the share of the copy's rate and the largest error. Infinite ms: it failed or is wrong."""
         bound = self.case.bytes() / copy * 1000
         row: Row = {"what": "tied", "case": self.case.name, "name": name, "ms": math.inf, "bound_ms": bound}
@@ -87,7 +86,7 @@ class _Call:
         except Exception as failure:
             torch.cuda.synchronize()
             row["failed"] = " ".join(str(failure).split())[:150]
-        row |= {"share": bound / row["ms"], "tiles": None if tiles is None else asdict(tiles)}
+        row |= {"share": bound / row["ms"], "tiles": asdict(tiles)}
         table.add({key: value for key, value in row.items() if value != math.inf})
         return row
 
@@ -111,7 +110,7 @@ def _print(row: Row) -> None:
 
 
 def _by_rule(call: _Call, table: Table, copy: float) -> None:
-    for name, tiles in (("matrix products", call.products()), ("by rule", None)):
+    for name, tiles in call.rules().items():
         _print(call.measure(table, copy, name, tiles))
 
 

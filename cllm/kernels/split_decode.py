@@ -235,8 +235,7 @@ def best_tiles(
 ) -> Tiles | TiedTiles:
     """Tiles by rule for the arguments of `run`: of the kernel of tied slots, if it computes the call."""
     rotated = () if rotation is None else rotation.parts
-    is_tied = split_tied.supports(queries, keys, key_scales, values, value_scales, rotated)
-    if not is_tied:
+    if not split_tied.supports(queries, keys, key_scales, values, value_scales, rotated):
         return tiles_for(queries, keys, values, window, rotation)[0]
     batch, length, groups, dim = keys[0].shape
     return split_tied.choose_tiles(
@@ -277,13 +276,16 @@ def run(
     length, groups = keys[0].shape[1:3]
     heads = n_heads // groups
     arguments = (queries, keys, key_scales, values, value_scales)
-    tiles = tiles or best_tiles(*arguments, window, rotation)
-    is_tied = split_tied.supports(*arguments, () if rotation is None else rotation.parts)
-    if isinstance(tiles, TiedTiles) and not is_tied:
-        raise ValueError("tiles of tied slots are for one key part before RoPE that is the value, and few query heads")
-    if isinstance(tiles, Tiles) and tiles.elementwise and heads > 1:
+    if tiles is None:
+        tiles = best_tiles(*arguments, window, rotation)
+    elif isinstance(tiles, TiedTiles):
+        if not split_tied.supports(*arguments, () if rotation is None else rotation.parts):
+            raise ValueError(
+                "tiles of tied slots are for one key part before RoPE that is the value, and few query heads"
+            )
+    elif tiles.elementwise and heads > 1:
         raise ValueError(f"elementwise tiles are for one query head a KV head, not {heads}")
-    if isinstance(tiles, Tiles) and tiles.elementwise and rotation is not None:
+    elif tiles.elementwise and rotation is not None:
         raise ValueError("elementwise tiles do not rotate keys")
     width = sum(v.shape[-1] for v in values)
     out = queries[0].new_empty((batch, n_heads, width), dtype=queries[0].dtype if log_sum is None else torch.float32)

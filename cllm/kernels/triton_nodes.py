@@ -13,15 +13,14 @@ from cllm.kernels.triton_decode import jit, tl
 
 
 @jit
-def _back(cos, sin, low, row, channel, is_row, table_stride):
+def _back(cos, sin, zero_c, zero_s, low, row, channel, is_row, table_stride):
     """cos and sin of position row - low, from the table's row |row - low|; the table may begin at any position.
 
-    Row -n of the table is row n, conjugate, times the square of row 0.
+    Row -n of the table is row n, conjugate, times the square of row 0, `zero_c` + i `zero_s`.
     """
     base = row - low
     at = (tl.abs(base) * table_stride)[:, None] + channel[None, :]
     c, s = tl.load(cos + at, mask=is_row, other=1.0), tl.load(sin + at, mask=is_row, other=0.0)
-    zero_c, zero_s = tl.load(cos + channel), tl.load(sin + channel)
     square = 1.0 / (zero_c * zero_c + zero_s * zero_s)
     back_c = ((zero_c * zero_c - zero_s * zero_s) * square)[None, :]
     back_s = (2 * zero_c * zero_s * square)[None, :]
@@ -53,10 +52,10 @@ def project_nodes(
         low = tl.load(first + sequence).to(tl.int32)
 
     # The position of a node is that of the stretch's first token, plus the node's row without what row 0 has.
-    begin_c, begin_s = _back(cos, sin, low, stretch * STRETCH, channel, is_row, table_stride)
+    zero_c, zero_s = tl.load(cos + channel), tl.load(sin + channel)
+    begin_c, begin_s = _back(cos, sin, zero_c, zero_s, low, stretch * STRETCH, channel, is_row, table_stride)
     at = (offset * table_stride)[:, None] + channel[None, :]
     node_c, node_s = tl.load(cos + at), tl.load(sin + at)
-    zero_c, zero_s = tl.load(cos + channel), tl.load(sin + channel)
     square = 1.0 / (zero_c * zero_c + zero_s * zero_s)
     zero_c, zero_s = (zero_c * square)[None, :], (zero_s * square)[None, :]
     node_c, node_s = node_c * zero_c + node_s * zero_s, node_s * zero_c - node_c * zero_s

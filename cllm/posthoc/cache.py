@@ -49,8 +49,8 @@ def _for_kernels(table: tuple[Tensor, Tensor], turn: float | None) -> Table:
     return Table(cos[:, 0, 0], sin[:, 0, 1], turn)
 
 
-def _consecutive(rope: Rope, head_dim: int, positions: Tensor) -> Table:
-    """RoPE of consecutive `positions` (S,)."""
+def consecutive_table(rope: Rope, head_dim: int, positions: Tensor) -> Table:
+    """RoPE of consecutive integer `positions` (S,), as kernels read it."""
     frequencies, _ = rope_frequencies(rope, head_dim)
     return _for_kernels(rope_table(rope, head_dim, positions), frequencies[head_dim // 4].item())
 
@@ -277,7 +277,7 @@ class CompressedKVCache(KVCache):
         rope, positions = self.config.rope, torch.arange(self.sinks, self.compressed, device=ids.device)
         slots = [store for store in self.stores.values() if isinstance(store, CompressedSlot)]
         dims = {slot.head_dim for slot in slots if slot.defers and not slot.prefix.sinks.evicted}
-        tables = {dim: _consecutive(rope, dim, positions) for dim in dims}
+        tables = {dim: consecutive_table(rope, dim, positions) for dim in dims}
         return DecodeStep(step.length, step.past, step.column, tables)
 
     def finish(self, step: Step) -> None:

@@ -7,7 +7,7 @@ values as large as all others together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,13 +17,12 @@ from cllm.config import ModelConfig, Rope
 from cllm.kernels import resident_lowrank, split_lowrank, triton_decode
 from cllm.kernels.decode import Visible
 from cllm.kernels.lowrank_decode import _keys, lowrank_decode, lowrank_decode_reference
-from cllm.kernels.selection import Factored, Table, chosen_tokens
+from cllm.kernels.selection import Factored, chosen_tokens
 from cllm.kernels.split_lowrank import Rebuild
 from cllm.model.graph import StepGraph
-from cllm.model.rope import rope_frequencies, rope_table
 from cllm.model.sizes import build_decoder
 from cllm.posthoc import deferred
-from cllm.posthoc.cache import compress_cache
+from cllm.posthoc.cache import compress_cache, consecutive_table
 from cllm.posthoc.landmarks import make_landmarks
 from cllm.posthoc.registry import parse
 
@@ -104,7 +103,7 @@ def call(case: Case, device, dtype):
     queries = [randn(B, case.h, case.d) for _ in range(case.parts)]
     keys = [part(case.rank_k, False) for _ in range(case.parts)]
     values = [part(case.rank_v, True) for _ in range(case.parts)]
-    cos, sin = rope_table(Rope(), case.d, torch.arange(case.s, device=device))
+    table = consecutive_table(Rope(), case.d, torch.arange(case.s, device=device))
     visible = Visible(
         torch.tensor([column], device=device), None if case.first is None else first, None, case.exclude_self
     )
@@ -113,12 +112,7 @@ def call(case: Case, device, dtype):
         text = None if case.first is None else torch.arange(case.s, device=device) >= first[:, None]
         k = randn(B, case.s, case.g, case.d)
         selection = make_landmarks(k, text, chunk=8, budget=case.budget, outliers=12)
-    return queries, keys, values, Table(cos[:, 0, 0], sin[:, 0, 1], turn(case.d)), visible, selection
-
-
-def turn(dim: int) -> float:
-    """Of tables with the default base."""
-    return rope_frequencies(Rope(), dim)[0][dim // 4].item()
+    return queries, keys, values, table, visible, selection
 
 
 def exact(arguments, scale: float):
@@ -213,9 +207,8 @@ def test_any_tiles(gpu, block_n, block_r, pack, num_warps):
 def test_resident_programs_score_as_fp32_does(gpu, case, dtype, add, theta, start):
     """Every score, on tables with a factor that begin at any position, as close as Triton's kernel is."""
     queries, (keys,), _, _, visible, _ = call(case, gpu, dtype)
-    cos, sin = rope_table(Rope(theta=theta), case.d, torch.arange(start, start + case.s, device=gpu))
-    step = rope_frequencies(Rope(theta=theta), case.d)[0][case.d // 4].item()
-    table = Table(1.3 * cos[:, 0, 0], 1.3 * sin[:, 0, 1], step)
+    table = consecutive_table(Rope(theta=theta), case.d, torch.arange(start, start + case.s, device=gpu))
+    table = replace(table, cos=1.3 * table.cos, sin=1.3 * table.sin)
     launch = split_lowrank._Call(queries, case.g, visible, case.d**-0.5)
     tiles = resident_lowrank.resident_tiles(queries[0], keys.a, keys.b, table, case.g, launch.limits)
     if tiles is None:
@@ -277,12 +270,11 @@ def test_factors_of_more_than_2_31_elements(gpu):
     b = torch.randn(3, dim, case_rank, device=gpu).bfloat16() / 24
     tail, q = torch.randn(3, 1, 1, dim, device=gpu).bfloat16(), torch.randn(3, 4, dim, device=gpu).bfloat16()
     a[:2].zero_()
-    cos, sin = rope_table(Rope(), dim, torch.arange(tokens, device=gpu))
+    table = consecutive_table(Rope(), dim, torch.arange(tokens, device=gpu))
     visible = Visible(torch.tensor([tokens], device=gpu), None, None, False)
 
     def attend(rows: slice) -> torch.Tensor:
         part = Factored(a[rows], b[rows], tail[rows])
-        table = Table(cos[:, 0, 0], sin[:, 0, 1], turn(dim))
         return lowrank_decode([q[rows]], [part], [part], table, visible, scale=0.09, kernel="triton")[0]
 
     torch.testing.assert_close(attend(slice(0, 3))[2:], attend(slice(2, 3)), atol=1e-2, rtol=1e-2)

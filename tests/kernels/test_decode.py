@@ -332,10 +332,7 @@ def test_tiles_of_tied_slots_fill_the_device(groups, columns, dim):
 
 
 def test_tied_tiles_are_for_tied_slots():
-    """One key part before RoPE that is also the value, with at most two query heads for each KV head.
-
-    By rule there is one.
-    """
+    """One key part before RoPE that is also the value, with at most two query heads for each KV head."""
     tied = Case(d=(32,), e=(32,), g=4, alias=True, rope=1)
     chosen = {}
     for case in (

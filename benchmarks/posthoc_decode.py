@@ -57,6 +57,7 @@ SIZES = {
     "rank-v": (576, "rank of its values"), "select": (2048, "tokens chosen"), "chunk": (8, "tokens of a chunk"),
     "outliers": (48, "chunks always read because they differ from their landmark"),
     "local": (4, "last chunks, always read"), "prompt": (32768, "tokens whose compression is timed"),
+    "theta": (500_000, "base of RoPE: that of Llama 3"),
 }  # fmt: skip
 """Options: default, help."""
 
@@ -89,8 +90,8 @@ class Layers:
     def __init__(self, o: argparse.Namespace, device: torch.device):
         self.o, self.device = o, device
         positions = torch.arange(o.tokens, device=device)
-        self.rope = rope_table(Rope(), o.dim, positions[None])
-        self.table = consecutive_table(Rope(), o.dim, positions)
+        rope = Rope(theta=o.theta)
+        self.rope, self.table = rope_table(rope, o.dim, positions[None]), consecutive_table(rope, o.dim, positions)
         self.visible = Visible(torch.tensor([o.tokens + o.tail - 1], device=device), None, None, False)
         self.scale = o.dim**-0.5
         self.keys: list[Factored] = []
@@ -251,7 +252,8 @@ def bench_compress(o: argparse.Namespace, device: torch.device, flops: float, re
     """Time the prefill of `o.layers` layers and the compression of their cache, both as in a decoder."""
     shape = {
         "vocab_size": 256, "d_model": o.heads * o.dim, "n_layers": o.layers, "n_heads": o.heads, "head_dim": o.dim,
-        "d_ff": o.d_ff, "max_seq_len": o.prompt, "kv": {"preset": "gqa", "n_kv_heads": o.kv_heads},
+        "d_ff": o.d_ff, "max_seq_len": o.prompt, "rope": {"theta": o.theta},
+        "kv": {"preset": "gqa", "n_kv_heads": o.kv_heads},
     }  # fmt: skip
     config = ModelConfig.model_validate(shape)
     torch.manual_seed(0)

@@ -11,11 +11,12 @@ Computes `triton_lowrank.rebuilt_scores` for all tokens of a sequence and number
     split RoPE    RoPE of position t0 + δ is RoPE of δ on the keys and of -t0 on the queries. δ is 0 to 63 in every
                   tile, so that its cosines and sines stay in registers. The rotated queries are exact to about 16 bits:
                   sums of two bf16 numbers, one column each.
-    interpolation the slower half of the channel pairs turns so little in a stretch of 256 tokens that four positions
-                  there determine its part of every score. So these channels are not rebuilt: `triton_nodes.py` rotates
-                  the queries by the four positions and multiplies them with their rows of B. A times these vectors,
-                  interpolated, is the slower channels' part of the scores. With four query heads for each KV head of
-                  128 channels, A is multiplied with 64 + 16 columns instead of 128.
+    interpolation the slower half of the channel pairs turns so little in a stretch of 256 tokens, or of 1,024 with a
+                  larger base of RoPE, that four positions there determine its part of every score. So these channels
+                  are not rebuilt: `triton_nodes.py` rotates the queries by the four positions and multiplies them with
+                  their rows of B. A times these vectors, interpolated, is the slower channels' part of the scores. With
+                  four query heads for each KV head of 128 channels, A is multiplied with 64 + 16 columns instead of
+                  128.
 
 Shapes: B batch, S compressed tokens, H query heads, G KV heads, D channels of a head, r rank.
 """
@@ -59,11 +60,11 @@ TILE = 64
 """Tokens of a tile: the rows of one product of a warpgroup. Written as 64 in the kernels, which cannot read globals."""
 
 
-STRETCH = 256
-"""Tokens over which slow channels are interpolated. Written as 256 and as 4 tiles in the kernels."""
+STRETCHES = (256, 512, 1024)
+"""Tokens over which slow channels are interpolated. The shortest is written as 4 tiles in the kernels."""
 NODES = (10, 79, 176, 245)
-"""Tokens of a stretch between which scores are interpolated: the nodes of the Chebyshev polynomial of degree 4,
-rounded. The numbers in `_weights` belong to them."""
+"""Tokens of the shortest stretch between which scores are interpolated: the nodes of the Chebyshev polynomial of degree
+4, rounded. The numbers in `_weights` belong to them. A stretch n times as long has them at n times these tokens."""
 
 
 def tma_descriptor(factor: Tensor, rows: int, ranks: int) -> Any:
@@ -136,7 +137,7 @@ def _heads(x, WIDTH: gl.constexpr, PACK: gl.constexpr):
 @jit
 def _weights(token, LAYOUT: gl.constexpr, COLUMNS: gl.constexpr):
     """Weights (64, COLUMNS) of nodes 0 and 1, in even and odd columns, and of nodes 2 and 3, at tokens `token` (64,)
-    fp32 of a stretch.
+    fp32 of the shortest stretch; those of a longer one are fractions.
 
     They are exact for waves of 0.0094 and 0.0039 radians a token, and off by at most 0.002 for all up to 0.0102. Cubic
     interpolation would be off by up to 0.014. As functions of the distance from the middle, the two outer nodes have
@@ -227,10 +228,7 @@ def _score(
     for i in range(GROUP, n_tiles, 2):
         begin = ((first_stretch + i // TILES * step) * TILES + i % TILES) * 64
         base = begin - low
-        row = gl.where(base < 0, -base, base)
-        if TILES > 1:  # the last stretch may have tiles without tokens
-            row = gl.minimum(row, tokens - 1)
-        row = row * table_stride + q_channel
+        row = gl.where(base < 0, -base, base) * table_stride + q_channel
         far_cos, far_sin = gl.load(cos + row), gl.load(sin + row)
 
         # Wait for the other warpgroup's products: so tiles of A are consumed in order, and the parity of a barrier
@@ -280,7 +278,7 @@ def _score(
             keys, slow = warpgroup_mma_wait(0, deps=(keys, slow))
             mbarrier.arrive(w_empty.index(n & 1), count=1)
             u = ((i % TILES) * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, PRODUCTS))).to(gl.float32)
-            weights = _weights(u, PRODUCTS, 2 * ROOM)
+            weights = _weights(u * (4.0 / TILES), PRODUCTS, 2 * ROOM)
             slow_parts = _heads(slow, 4 * ROOM, PACK)
         else:
             keys = warpgroup_mma_wait(0, deps=(keys,))
@@ -310,26 +308,29 @@ def _score(
 def resident_scores(
     query, a_desc, b_desc, w_desc, cos, sin, first, scores, q_strides, table_stride, score_strides, tokens, log2_scale,
     G: gl.constexpr, HEADS: gl.constexpr, ROOM: gl.constexpr, HALF: gl.constexpr, FAST: gl.constexpr,
-    PACK: gl.constexpr, RANK: gl.constexpr, RANKS: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr,
+    PACK: gl.constexpr, RANK: gl.constexpr, RANKS: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+    ADD: gl.constexpr,
 ):  # fmt: skip
     """Scores (B, H, S) fp32 of all tokens, to base 2; -inf before `first` (B,), or None.
 
     `a_desc` describes A (B · S, r) in blocks of 64 rows by RANKS ranks, `b_desc` B (B · G · D, r) in FAST by RANKS.
-    A program has PACK KV heads of one sequence and every n-th stretch of tiles, for n programs per pack. ROOM is HEADS,
-    padded to a power of two that is at least 4.
+    A program has PACK KV heads of one sequence and every n-th stretch of TILES tiles, for n programs per pack. ROOM is
+    HEADS, padded to a power of two that is at least 4.
 
     FAST of the D / 2 channel pairs are rebuilt. If these are not all, `w_desc` describes what `triton_nodes.py` made
-    for the others, (B · G / PACK · stretches · PACK · 4 · ROOM, r) in blocks for one stretch and pack by RANKS, and
-    a stretch is 256 tokens. Otherwise it is None, and a stretch is one tile.
+    for the others, (B · G / PACK · stretches · PACK · 4 · ROOM, r) in blocks for one stretch and pack by RANKS.
+    Otherwise it is None, and a stretch is one tile.
     """
     packs: gl.constexpr = G // PACK
     CHUNKS: gl.constexpr = (RANK + RANKS - 1) // RANKS
     COLUMNS: gl.constexpr = 0 if FAST == HALF else PACK * 4 * ROOM
-    TILES: gl.constexpr = 1 if FAST == HALF else 4
     pack, sequence = gl.program_id(0) % packs, gl.program_id(1)
     first_stretch, step = gl.program_id(0) // packs, gl.num_programs(0) // packs
     stretches = gl.cdiv(tokens, 64 * TILES)
-    n_tiles = (stretches - first_stretch + step - 1) // step * TILES
+    n_stretches = (stretches - first_stretch + step - 1) // step
+    n_tiles = n_stretches * TILES
+    if first_stretch + (n_stretches - 1) * step == stretches - 1:  # the last stretch may have tiles without tokens
+        n_tiles -= stretches * TILES - gl.cdiv(tokens, 64)
     low = 0
     if first is not None:
         low = gl.load(first + sequence).to(gl.int32)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from cllm.kernels import gluon_lowrank, triton_decode, triton_nodes
-from cllm.kernels.gluon_lowrank import NODES, STRETCH, TILE
+from cllm.kernels.gluon_lowrank import NODES, STRETCHES, TILE
 from cllm.kernels.limits import Limits, next_power_of_2
 from cllm.kernels.selection import Table
 
 _FEWEST_STAGES, _MOST_STAGES = 4, 16
-_SLOW = 0.0102
-"""Radians a token at most by which an interpolated channel pair turns, as `gluon_lowrank._weights` are made for. RoPE
-with base 10,000 turns its slower half by 0.01 or less."""
+_SLOW = 0.0102 * STRETCHES[0]
+"""Radians at most by which an interpolated channel pair turns in a stretch, as `gluon_lowrank._weights` are made for.
+RoPE turns its slower half by at most 0.01 a token with base 10,000, and by 0.0014 with base 500,000."""
 _REGISTERS = 168
 """Registers of a thread when a program starts: 3 warpgroups have 65,536 together, and then redistribute them."""
 _NODE_ROWS, _NODE_RANKS = 64, 64
@@ -34,15 +34,21 @@ class ResidentTiles:
     """KV heads of a program: A is read once for all of them."""
     stages: int
     """Tiles of A in flight."""
-    interpolate: bool = False
-    """Whether the slower half of the channels is interpolated instead of rebuilt."""
+    stretch: int = TILE
+    """Tokens in a row that a program scores. In a longer stretch than a tile, the slower half of the channels is
+    interpolated instead of rebuilt."""
     ranks: int = 32
     """Ranks of a tile: 32 or 64."""
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether slow channels are interpolated."""
+        return self.stretch > TILE
 
     def shared(self, *, dim: int, heads: int, rank: int) -> int:
         """Bytes of shared memory: rows of B, of W for two stretches, tiles of A, rotated queries of both warpgroups,
         barriers."""
-        padded, rebuilt = -(-rank // self.ranks) * self.ranks, dim // 2 if self.interpolate else dim
+        padded, rebuilt = -(-rank // self.ranks) * self.ranks, dim // 2 if self.interpolates else dim
         rows_of_b = padded * self.pack * rebuilt
         rows_of_w = 2 * padded * self.columns(heads)
         queries = 2 * self.pack * 2 * _padded_heads(heads) * rebuilt
@@ -51,7 +57,7 @@ class ResidentTiles:
 
     def columns(self, heads: int) -> int:
         """Columns of W of a program and stretch, for `heads` query heads of a KV head."""
-        return self.pack * len(NODES) * _padded_heads(heads) if self.interpolate else 0
+        return self.pack * len(NODES) * _padded_heads(heads) if self.interpolates else 0
 
 
 def _padded_heads(heads: int) -> int:
@@ -66,8 +72,9 @@ def choose_resident(
     """Tiles by rule, or None if `triton_lowrank.rebuilt_scores` is as good or the only choice: for few tokens, so that
     programs would load B for less than two tiles each, and for rows of B that do not fit in shared memory.
 
-    Slow channels are interpolated if that leaves at most three quarters of the columns, and a program has at least two
-    stretches.
+    Slow channels are interpolated if that leaves at most three quarters of the columns, and each program could have two
+    of the shortest stretches. The stretch is the one that leaves the fewest tokens to the busiest program, and of such
+    the longest: nodes then cost least.
 
     Args:
         dim: channels of a head; 64 or 128.
@@ -81,14 +88,17 @@ def choose_resident(
     """
     if dim not in (64, 128) or rank % 8 or heads > 16:
         return None
-    is_slow = heads > 1 and len(NODES) * _padded_heads(heads) <= dim // 4 and turn <= _SLOW
+    stretches = [stretch for stretch in STRETCHES if stretch <= tokens and turn * stretch <= _SLOW]
+    if heads == 1 or len(NODES) * _padded_heads(heads) > dim // 4:
+        stretches = []
     for pack in (2, 1):
         if groups % pack:
             continue
         programs = programs_per_pack(batch=batch, packs=groups // pack, limits=limits)
         ways = [ResidentTiles(pack=pack, stages=0)]
-        if is_slow and tokens >= 2 * STRETCH * programs:
-            ways = [replace(ways[0], interpolate=True, ranks=ranks) for ranks in (64, 32)] + ways
+        if stretches and tokens >= 2 * STRETCHES[0] * programs:
+            stretch = min(stretches, key=lambda n: (min(-(-tokens // (n * programs)) * n, tokens), -n))
+            ways = [replace(ways[0], stretch=stretch, ranks=ranks) for ranks in (64, 32)] + ways
         for none in ways:
             left = limits.shared - none.shared(dim=dim, heads=heads, rank=rank)
             stages = min(_MOST_STAGES, left // (2 * TILE * none.ranks + 16))
@@ -144,33 +154,32 @@ def launch(
     tokens, rank, heads = a.shape[1], a.shape[2], n_heads // groups
     packs, room, (cos, sin) = groups // tiles.pack, _padded_heads(heads), (table.cos, table.sin)
     fast, w = dim // 2, None
-    if tiles.interpolate:
+    if tiles.interpolates:
         fast = dim // 4
-        w = gluon_lowrank.tma_descriptor(
-            project_nodes(query, b, table, first, tokens, groups, tiles.pack), tiles.columns(heads), tiles.ranks
-        )
+        nodes = project_nodes(tiles, query, b, table, first, tokens, groups)
+        w = gluon_lowrank.tma_descriptor(nodes, tiles.columns(heads), tiles.ranks)
     gluon_lowrank.resident_scores[(packs * programs_per_pack(batch=batch, packs=packs, limits=limits), batch)](
         query, gluon_lowrank.tma_descriptor(a, TILE, tiles.ranks), gluon_lowrank.tma_descriptor(b, fast, tiles.ranks),
         w, cos, sin, first, scores, query.stride()[:2], cos.stride(0), scores.stride()[:2], tokens, log2_scale,
         G=groups, HEADS=heads, ROOM=room, HALF=dim // 2, FAST=fast, PACK=tiles.pack, RANK=rank, RANKS=tiles.ranks,
-        STAGES=tiles.stages, ADD=add, num_warps=4, maxnreg=_REGISTERS,
+        STAGES=tiles.stages, TILES=tiles.stretch // TILE, ADD=add, num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
 
 
 def project_nodes(
-    query: Tensor, b: Tensor, table: Table, first: Tensor | None, tokens: int, groups: int, pack: int
+    tiles: ResidentTiles, query: Tensor, b: Tensor, table: Table, first: Tensor | None, tokens: int, groups: int
 ) -> Tensor:
     """Rows W (B, G / pack, stretches, pack, 2, heads, 2, r), in the dtype of `b`, that give the slower half of the
     channels' part of the scores (see `triton_nodes.project_nodes`), heads padded."""
     batch, n_heads, dim = query.shape
-    heads, rank, stretches = n_heads // groups, b.shape[2], -(-tokens // STRETCH)
-    room = _padded_heads(heads)
-    out = b.new_empty((batch, groups // pack, stretches, pack, 2, room, 2, rank))
+    heads, rank, stretches = n_heads // groups, b.shape[2], -(-tokens // tiles.stretch)
+    room, longer = _padded_heads(heads), tiles.stretch // STRETCHES[0]
+    out = b.new_empty((batch, groups // tiles.pack, stretches, tiles.pack, 2, room, 2, rank))
     grid = (-(-stretches * len(NODES) * room // _NODE_ROWS), groups * batch)
     triton_nodes.project_nodes[grid](
         query, b, table.cos, table.sin, first, out, query.stride()[:2], b.stride()[:2], table.cos.stride(0), stretches,
-        rank, G=groups, HEADS=heads, ROOM=room, HALF=dim // 2, PACK=pack, STRETCH=STRETCH,
-        **{f"NODE_{i}": node for i, node in enumerate(NODES)}, BLOCK_M=_NODE_ROWS,
+        rank, G=groups, HEADS=heads, ROOM=room, HALF=dim // 2, PACK=tiles.pack, STRETCH=tiles.stretch,
+        **{f"NODE_{i}": longer * node for i, node in enumerate(NODES)}, BLOCK_M=_NODE_ROWS,
         BLOCK_R=min(_NODE_RANKS, max(16, next_power_of_2(rank))),
     )  # fmt: skip
     return out

@@ -191,6 +191,7 @@ def test_any_tiles(gpu, block_n, block_r, pack, num_warps):
     "case",
     [
         Case(s=70_001),
+        Case(s=65_300, first=(3, 40_000)),  # with base 500,000 in stretches of 1,024
         Case(s=20_000, first=(0, 12_345)),
         Case(s=30_000, first=(65, 29_999)),
         Case(s=20_000, h=8, g=8),
@@ -214,7 +215,7 @@ def test_resident_programs_score_as_fp32_does(gpu, case, dtype, add, theta, star
     if tiles is None:
         pytest.skip("needs a Hopper GPU")
     slow = theta >= 10_000 and (case.h // case.g == 4 or (case.h // case.g, case.d) == (7, 128))
-    assert tiles.interpolate == (slow and case.rank_k < 768)
+    assert tiles.interpolates == (slow and case.rank_k < 768)
     rule = split_lowrank.choose_rebuild(dim=case.d, groups=case.g, size=2, gathered=False, limits=launch.limits)
     low = torch.zeros(B, 1, dtype=torch.long, device=gpu) if visible.first is None else visible.first[:, None]
     tokens = torch.arange(case.s, device=gpu)

@@ -222,11 +222,12 @@ def decode_resident_factors() -> None:
     from cllm.kernels.decode import Visible
     from cllm.kernels.selection import Factored, Table
 
-    tokens = 40_000
+    tokens = 33 * 1024
     for heads, groups, dim, rank, first, dtype, turn in (
         (32, 8, 128, 384, None, torch.bfloat16, 0.01),
         (32, 8, 128, 384, torch.tensor([3]), torch.float16, 0.01),
         (32, 4, 128, 384, None, torch.bfloat16, 0.01),
+        (32, 8, 128, 384, None, torch.bfloat16, 0.0014),
         (12, 3, 64, 96, None, torch.bfloat16, 0.01),
         (32, 8, 128, 384, None, torch.bfloat16, 0.1),
         (32, 8, 128, 384, torch.tensor([3]), torch.float16, 0.1),

@@ -22,7 +22,7 @@ from cllm.errors import UserError
 from cllm.kernels import gluon_lowrank, resident_lowrank, split_lowrank
 from cllm.kernels.choice import log_once
 from cllm.kernels.decode import Visible
-from cllm.kernels.gluon_lowrank import NODES, STRETCH, TILE
+from cllm.kernels.gluon_lowrank import NODES, STRETCHES, TILE
 from cllm.kernels.lowrank_decode import lowrank_decode
 from cllm.kernels.resident_lowrank import choose_resident, programs_per_pack, resident_tiles
 from cllm.kernels.selection import Factored, Selection, Table, chosen_tokens
@@ -91,10 +91,10 @@ CASES = [
 ]
 
 
-def rotated(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def rotated(x: torch.Tensor, positions: torch.Tensor, theta: float = 10_000) -> torch.Tensor:
     """Keys (n, G, D) rotated by positions (n,): channel j and j + D/2 are a complex number."""
     half = x.shape[-1] // 2
-    angles = positions.double()[:, None, None] * 10000.0 ** (-torch.arange(half).double() / half)
+    angles = positions.double()[:, None, None] * theta ** (-torch.arange(half).double() / half)
     turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat((turned.real, turned.imag), -1)
 
@@ -339,11 +339,11 @@ def test_resident_programs_fit_and_have_two_tiles_each(dim, heads, rank, groups,
     assert groups % how.pack == 0
     programs = programs_per_pack(batch=batch, packs=groups // how.pack, limits=limits)
     assert programs == 1 or programs * batch * (groups // how.pack) <= limits.processors
-    assert how.interpolate == (turn == 0.01 and heads in (4, 8))
-    if how.interpolate:
-        assert choose_resident(tokens=programs * 2 * STRETCH, **shape) == how
+    assert how.interpolates == (turn == 0.01 and heads in (4, 8))
+    if how.interpolates:
+        assert choose_resident(tokens=programs * 2 * STRETCHES[0], **shape) == how
         shape["turn"] = 0.1
-        assert choose_resident(tokens=programs * 2 * STRETCH - 1, **shape | {"turn": 0.01}) in (
+        assert choose_resident(tokens=programs * 2 * STRETCHES[0] - 1, **shape | {"turn": 0.01}) in (
             choose_resident(tokens=100_000, **shape),
             replace(how, pack=1, stages=16),
         )
@@ -353,6 +353,28 @@ def test_resident_programs_fit_and_have_two_tiles_each(dim, heads, rank, groups,
     fewest = programs * 2 * TILE
     assert choose_resident(tokens=fewest, **shape) == how
     assert choose_resident(tokens=fewest - 1, **shape) in (None, replace(how, pack=1, stages=16))
+
+
+@pytest.mark.parametrize(
+    ("turn", "tokens", "stretch"),
+    [
+        (0.0101, 65536, 256),
+        (0.005, 65536, 512),
+        (0.0014, 65536, 1024),  # base 500,000: two stretches for each of 33 programs, of any length
+        (0.0014, 33 * 1024, 1024),
+        (0.0014, 33 * 1024 + 1, 256),  # longer stretches would give a program 2,048 or 1,536 tokens, these 1,280
+        (0.0014, 33 * 3 * 512, 512),
+        (0.0014, 33 * 512 - 1, TILE),
+    ],
+)
+def test_stretches_are_as_long_as_programs_stay_equally_busy(turn, tokens, stretch):
+    shape = {"dim": 128, "heads": 4, "rank": 384, "groups": 8, "batch": 1, "limits": Limits(132, 227 * 1024)}
+    how = choose_resident(tokens=tokens, turn=turn, **shape)
+    assert how is not None
+    assert how.stretch == stretch
+    alone = choose_resident(tokens=1000, turn=0.0014, **shape | {"batch": 200})
+    assert alone is not None
+    assert alone.stretch == 512, "the nodes of a longer one have rows of the table from 1,000 on"
 
 
 @pytest.mark.parametrize(
@@ -387,61 +409,66 @@ def test_tensors_that_resident_programs_support(monkeypatch):
     assert resident_tiles(q, a, b, near, 4, limits) is None
 
 
-def weights_of_nodes() -> torch.Tensor:
-    """(STRETCH, 4) fp64: the weights of the kernel's interpolation, by its own code, with torch for Gluon."""
+def weights_of_nodes(stretch: int) -> torch.Tensor:
+    """(stretch, 4) fp64: the weights of the kernel's interpolation, by its own code, with torch for Gluon."""
     gluon: Any = SimpleNamespace(
         SliceLayout=lambda *_: None, arange=lambda begin, end, layout: torch.arange(begin, end), where=torch.where
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gluon_lowrank, "gl", gluon, raising=False)
         code = getattr(gluon_lowrank._weights, "fn", gluon_lowrank._weights)
-        return torch.cat(code(torch.arange(STRETCH).double(), None, 2), dim=1)
+        return torch.cat(code(torch.arange(stretch).double() * (STRETCHES[0] / stretch), None, 2), dim=1)
 
 
-def test_waves_are_interpolated():
+@pytest.mark.parametrize("stretch", STRETCHES)
+def test_waves_are_interpolated(stretch):
     """Of any phase and all frequencies that are interpolated, to eight bits; two of them, and the nodes, exactly."""
-    weights = weights_of_nodes()
-    torch.testing.assert_close(weights[list(NODES)], torch.eye(4).double(), atol=1e-6, rtol=0)
+    weights, nodes = weights_of_nodes(stretch), [node * stretch // STRETCHES[0] for node in NODES]
+    torch.testing.assert_close(weights[nodes], torch.eye(4).double(), atol=1e-6, rtol=0)
 
-    def error(frequency: float) -> float:
-        wave = torch.polar(torch.ones(STRETCH).double(), torch.arange(STRETCH).double() * frequency)
-        return (weights.to(wave.dtype) @ wave[list(NODES)] - wave).abs().max().item()
+    def error(turns: float) -> float:
+        """The largest error of a wave that turns by `turns` radians in the stretch."""
+        wave = torch.polar(torch.ones(stretch).double(), torch.arange(stretch).double() * turns / stretch)
+        return (weights.to(wave.dtype) @ wave[nodes] - wave).abs().max().item()
 
     exact = [resident_lowrank._SLOW * math.sqrt((1 + sign * math.cos(math.pi / 4)) / 2) for sign in (1, -1)]
     assert max(map(error, exact)) < 1e-6
     errors = [error(resident_lowrank._SLOW * i / 100) for i in range(101)]
-    assert 1e-3 < max(errors) < 2e-3
+    assert 1e-3 < max(errors) < 2.2e-3
     assert error(1.3 * resident_lowrank._SLOW) > 4e-3
 
 
 def interpreted_nodes() -> None:
     """Scores of the slower half of the channels, interpolated between the nodes, against the definition: with tables
     that begin at any position, have a factor, and end with the last token; with padding; and for two packs of heads."""
-    generator, weights = torch.Generator().manual_seed(3), weights_of_nodes()
-    for dim, heads, groups, pack, rank, start, factor, first in (
-        (64, 3, 2, 2, 40, 0, 1.0, None),
-        (128, 4, 2, 1, 24, 5, 1.3, (0, 300)),
-        (128, 8, 4, 2, 136, 4, 1.0, (17, 0)),
+    generator = torch.Generator().manual_seed(3)
+    for dim, heads, groups, pack, rank, start, factor, first, theta, stretch in (
+        (64, 3, 2, 2, 40, 0, 1.0, None, 10_000, 256),
+        (128, 4, 2, 1, 24, 5, 1.3, (0, 300), 10_000, 256),
+        (128, 8, 4, 2, 136, 4, 1.0, (17, 0), 10_000, 256),
+        (128, 4, 2, 2, 24, 4, 1.3, (0, 700), 40_000, 512),
+        (128, 4, 2, 1, 40, 4, 1.0, (0, 1500), 500_000, 1024),
     ):
-        tokens, half = 600, dim // 2
+        tokens, half, rope, weights = stretch * 2 + 88, dim // 2, Rope(theta=theta), weights_of_nodes(stretch)
         q, a = (
             torch.randn(B, groups * heads, dim, generator=generator),
             torch.randn(B, tokens, rank, generator=generator),
         )
         b = torch.randn(B, groups * dim, rank, generator=generator) / rank**0.5
-        cos, sin = rope_table(Rope(), dim, torch.arange(start, start + tokens))
-        table = Table(cos[:, 0, 0] * factor, sin[:, 0, 1] * factor, float(rope_frequencies(Rope(), dim)[0][dim // 4]))
+        cos, sin = rope_table(rope, dim, torch.arange(start, start + tokens))
+        table = Table(cos[:, 0, 0] * factor, sin[:, 0, 1] * factor, float(rope_frequencies(rope, dim)[0][dim // 4]))
+        tiles = resident_lowrank.ResidentTiles(pack=pack, stages=4, stretch=stretch)
         low = torch.tensor(first or (0,) * B)
-        w = resident_lowrank.project_nodes(q, b, table, None if first is None else low, tokens, groups, pack)
+        w = resident_lowrank.project_nodes(tiles, q, b, table, None if first is None else low, tokens, groups)
         room = max(4, 1 << (heads - 1).bit_length())
-        assert w.shape == (B, groups // pack, -(-tokens // STRETCH), pack, 2, room, 2, rank)
+        assert w.shape == (B, groups // pack, -(-tokens // stretch), pack, 2, room, 2, rank)
         w = w.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(5, 6).flatten(1, 2)[:, :, :heads]  # B, G, heads, stretch, node, r
         mixed = torch.einsum("bghsnr,un->bghsur", w.double(), weights).flatten(3, 4)[:, :, :, :tokens]
         found = torch.einsum("btr,bghtr->bght", a.double(), mixed)
         keys = (a.double() @ b.double().mT).unflatten(-1, (groups, dim))
         is_slow = torch.arange(dim) % half >= half // 2
         for row in range(B):
-            k = rotated(keys[row], torch.arange(tokens) - low[row] + start) * factor * is_slow
+            k = rotated(keys[row], torch.arange(tokens) - low[row] + start, theta) * factor * is_slow
             wanted = torch.einsum("ghd,tgd->ght", q[row].double().unflatten(0, (groups, heads)), k)
             errors = (found[row] - wanted)[..., low[row] :]
             assert errors.square().mean() < (1.5e-3 * wanted.std()) ** 2, (dim, heads, row, errors.abs().max())

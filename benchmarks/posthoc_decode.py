@@ -4,7 +4,7 @@ r"""Time decoding on an xKV-compressed cache, and the compression, on one GPU at
     python -m benchmarks.posthoc_decode --sweep           # Triton's kernel for rebuilding keys, in many tiles
 
 decode      ms of one layer's attention for one new token a sequence: over the uncompressed cache, over factors with
-            all keys rebuilt, and over factors with `--select` tokens chosen. Several groups of layers alternate, so
+            all tokens, and over factors with `--select` tokens chosen. Several groups of layers alternate, so
             that the L2 cache has nothing of a layer from the call before.
 compress    a decoder of `--layers` with random weights: prefill of `--prompt` tokens, and compression of its cache.
 
@@ -170,7 +170,7 @@ class DecodeBenchmark:
                          "read_bound_ms": read, "times_bound": ms / bound, **more})  # fmt: skip
 
     def uncompressed(self) -> None:
-        """Time attention over uncompressed keys and values, and over factors with all keys rebuilt."""
+        """Time attention over uncompressed keys and values, and over all tokens of the factors."""
         o, layers = self.o, self.layers
         made = [layers.uncompressed(i) for i in range(min(o.group, len(self.every)))]
         expected, computed = layers.attend_uncompressed(0, *made[0]).float(), layers.attend(0).float()
@@ -182,10 +182,10 @@ class DecodeBenchmark:
         calls.clear()
         free(self.device)
         rebuilt = [functools.partial(layers.attend, i) for i in self.every]
-        self.add("all keys rebuilt", rebuilt, *self._rebuilding(), relative_error=error)
+        self.add("all tokens of the factors", rebuilt, *self._rebuilding(), relative_error=error)
 
     def _rebuilding(self) -> tuple[int, int]:
-        """FLOPs and elements read of attention with all keys rebuilt."""
+        """FLOPs and elements read of attention over all tokens, with every key rebuilt."""
         o = self.o
         products = 2 * o.tokens * (o.rank_k * self.width + o.heads * (o.dim + o.rank_v))
         return products, o.tokens * (o.rank_k + o.rank_v) + self.small

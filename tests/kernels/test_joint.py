@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from cllm.kernels.attention import Mask
 from cllm.kernels.joint import JointPart, _sum, joint_attention

@@ -10,7 +10,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 from cllm.kernels.attention import Mask
-from cllm.kernels.joint import JointPart, _sum, joint_attention
+from cllm.kernels.decode import Stored, Visible
+from cllm.kernels.joint import DecodePart, JointPart, _sum, joint_attention, joint_decode
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -19,10 +20,11 @@ def test_gradients_of_16_bits_are_added_in_fp32_and_rounded_once(dtype: torch.dt
     draw = torch.Generator().manual_seed(0)
     wide = [torch.randn(20_000, generator=draw) * 2.0 ** torch.randint(-8, 8, (20_000,), generator=draw) for _ in "abc"]
     parts = [part.to(dtype) for part in wide]
-    for n in (1, 2, 3):
-        exact = torch.stack(parts[:n]).double().sum(0)
-        assert torch.equal(_sum(parts[:n], torch.float32), exact.float().to(dtype))
-    assert not torch.equal(parts[0] + parts[1] + parts[2], exact.float().to(dtype)), "the test tells them apart"
+    total = torch.zeros(20_000)
+    for n, part in enumerate(parts, 1):
+        total = total + part.float()
+        assert torch.equal(_sum(parts[:n], torch.float32), total.to(dtype))
+    assert not torch.equal(parts[0] + parts[1] + parts[2], total.to(dtype)), "three roundings would be seen"
 
 
 def inputs(n: int) -> tuple[torch.Tensor, ...]:
@@ -67,3 +69,22 @@ def test_the_compiler_sees_the_sums_of_gradients(n: int) -> None:
     assert seen[1].count(torch.ops.cllm.joint_attention_backward.default) == 1
     assert seen[1].count(torch.ops.aten.add.Tensor) == n - 1
     assert seen[1].count(torch.ops.aten.sum.dim_IntList) == 2, "the sink's gradient: over channels, and over tokens"
+
+
+def test_a_decoding_step_compiles_in_one_piece() -> None:
+    """The compiler then makes a kernel of the merge itself."""
+    torch.manual_seed(0)
+    q, sink = torch.randn(2, 4, 8), torch.randn(4)
+    parts = [
+        DecodePart(
+            Stored(torch.randn(2, 9, g, 8)),
+            Stored(torch.randn(2, 9, g, 8)),
+            Visible(torch.tensor([7]), None, window, False),
+        )
+        for g, window in ((4, None), (2, 3))
+    ]
+
+    def step(q: torch.Tensor) -> torch.Tensor:
+        return joint_decode(q, parts, sink, scale=0.3)
+
+    torch.testing.assert_close(torch.compile(step, backend="eager", fullgraph=True)(q), step(q))

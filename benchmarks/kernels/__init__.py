@@ -3,6 +3,7 @@
 __main__.py  the command line
 table.py     rows, printed and written as they come; random tensors, forward and backward as one call
 training.py  attention, fusion, MLP, loss and norm, forward and backward
+joint.py     joint attention forward and backward, and the merge of its parts
 decoding.py  attention of one new token over cached slots
 tied.py      variants of the kernel over tied slots
 

@@ -4,6 +4,7 @@
     python -m benchmarks.kernels attention fusion --out kernels.json
 
 attention  every installed backend, causal and with documents
+joint      one softmax over a slot and a window: attention to each and to both, and the merge beside a copy
 fusion     one fusing layer: plain, fused keys and values materialised, doubled head dimension
 mlp norm   SwiGLU and RMSNorm: compiled by torch, and from libraries that are installed
 loss       the head and the cross-entropy of its logits, by every installed kernel
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.kernels.decoding import bench_decode
+from benchmarks.kernels.joint import bench_joint
 from benchmarks.kernels.table import Table
 from benchmarks.kernels.tied import bench_tied
 from benchmarks.kernels.training import bench_attention, bench_fusion, bench_loss, bench_mlp, bench_norm
@@ -29,9 +31,9 @@ from cllm.arguments import Parser
 from cllm.environment import clocks, environment
 from cllm.errors import UserError, one_line
 
-BY_BYTES = {"fusion": bench_fusion, "norm": bench_norm, "tied": bench_tied}
+BY_BYTES = {"joint": bench_joint, "fusion": bench_fusion, "norm": bench_norm, "tied": bench_tied}
 BY_FLOPS = {"attention": bench_attention, "mlp": bench_mlp, "loss": bench_loss}
-KINDS = ("attention", "fusion", "mlp", "norm", "loss", "decode", "tied")
+KINDS = ("attention", "joint", "fusion", "mlp", "norm", "loss", "decode", "tied")
 
 
 @one_line

@@ -58,8 +58,14 @@ class Table(Record):
             inputs: its arguments.
             bound: least ms that the hardware needs.
         """
+        self.measure(what, case, name, lambda: time_ms(forward_backward(function, *inputs)), bound)
+
+    def measure(
+        self, what: str, case: str, name: str, milliseconds: Callable[[], float], bound: float | None = None
+    ) -> None:
+        """Add a row with what `milliseconds` returns; arguments otherwise as for `time`."""
         try:
-            ms = time_ms(forward_backward(function, *inputs))
+            ms = milliseconds()
         except Exception as error:
             print(f"{what:<10}{case:<34}{name:<26} failed: {' '.join(str(error).split())[:90]}")
             return

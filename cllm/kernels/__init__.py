@@ -3,6 +3,7 @@
 attention.py         causal attention of a sequence, by the fastest backend that supports it
 backends/            the kernels that compute it
 joint.py             one softmax over several slots, each with a mask of its own
+merge.py             merges the parts of joint.py, as one Triton kernel
 decode.py            attention of one new token over cached slots
 split_decode.py      launches the Triton kernels of decode.py
 triton_decode.py     split-KV flash decoding in Triton

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from cllm.kernels.attention import chosen_for
 from cllm.kernels.backends import BACKENDS, Documents, Mask
-from cllm.kernels.decode import Kernel, Stored, Visible, decode_attention_lse
+from cllm.kernels.choice import Kernel
+from cllm.kernels.decode import Stored, Visible, decode_attention_lse
+from cllm.kernels.merge import merge
 
 
 class JointPart(NamedTuple):
@@ -78,24 +80,6 @@ def joint_attention(
     return out
 
 
-def merge(outs: Sequence[Tensor], lses: Sequence[Tensor], sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The joint output and log-sum-exp, in the dtype of `lses`; 0 and -inf where no part sees anything.
-
-    Args:
-        outs: (..., H, D) for each part.
-        lses: (..., H) for each part, fp32 or fp64; -inf for a part that sees nothing.
-        sink: (H,), or None.
-    """
-    every = torch.stack(list(lses))
-    if sink is not None:
-        every = torch.cat((every, sink.to(every.dtype).expand_as(every[:1])))
-    lse = every.logsumexp(0)
-    most = lse.clamp(min=torch.finfo(lse.dtype).min)  # finite, for a step of a row that is padding
-    out = sum((part - most).exp()[..., None] * out.to(lse.dtype) for out, part in zip(outs, lses, strict=True))
-    assert isinstance(out, Tensor)
-    return out, lse
-
-
 @torch.library.custom_op("cllm::joint_attention", mutates_args=())
 def _forward(
     q: Tensor,
@@ -118,8 +102,7 @@ def _forward(
         BACKENDS[name].forward(q, k, v, mask, scale)
         for name, k, v, mask in zip(kernels.split(","), keys, values, masks, strict=True)
     ]
-    out, lse = merge([out for out, _ in found], [lse.transpose(1, 2) for _, lse in found], sink)
-    return out.to(values[0].dtype).contiguous(), lse.transpose(1, 2).contiguous()
+    return merge([out for out, _ in found], [lse for _, lse in found], sink, values[0].dtype)
 
 
 @_forward.register_fake
@@ -135,7 +118,6 @@ def _backward(
     q: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
-    sink: Tensor | None,
     out: Tensor,
     lse: Tensor,
     document_ids: Tensor | None,
@@ -145,25 +127,18 @@ def _backward(
     scale: float,
     kernels: str,
 ) -> list[Tensor]:
-    """Gradients for q, each k, each v, and the sink if there is one, in their shapes and dtypes."""
+    """Gradients for q by each part, for each k and each v, in the shapes and dtypes of q, k and v."""
     d_out, masks = d_out.contiguous(), _masks(q, keys, document_ids, starts, cu_seqlens, windows)
     found = [
         BACKENDS[name].backward(d_out, q, k, v, out, lse, mask, scale)
         for name, k, v, mask in zip(kernels.split(","), keys, values, masks, strict=True)
     ]
-    d_q = sum(d_q.to(lse.dtype) for d_q, _, _ in found) if len(found) > 1 else found[0][0]
-    assert isinstance(d_q, Tensor)
-    gradients = [d_q.to(q.dtype), *(d_k for _, d_k, _ in found), *(d_v for _, _, d_v in found)]
-    if sink is not None:
-        delta = (d_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)  # B, H, T
-        share = (sink.to(lse.dtype)[:, None] - lse).exp()
-        gradients.append(-(share * delta).sum((0, 2)).to(sink.dtype))
-    return [gradient.contiguous() for gradient in gradients]
+    return [gradient.contiguous() for of_one in zip(*found, strict=True) for gradient in of_one]
 
 
 @_backward.register_fake
-def _(d_out, q, keys, values, sink, out, lse, document_ids, starts, cu_seqlens, windows, scale, kernels):
-    return [t.new_empty(t.shape) for t in (q, *keys, *values, *([] if sink is None else [sink]))]
+def _(d_out, q, keys, values, out, lse, document_ids, starts, cu_seqlens, windows, scale, kernels):
+    return [t.new_empty(t.shape) for t in (*[q] * len(keys), *keys, *values)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -173,11 +148,26 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, d_out: Tensor, _d_lse: Tensor | None) -> tuple[Any, ...]:
+    """The sums here are no part of the operator: the compiler makes one kernel of them and of what follows."""
     n = ctx.n
     q, *saved = ctx.saved_tensors
-    found = _backward(d_out, q, saved[:n], saved[n : 2 * n], *saved[2 * n :], *ctx.rest)
-    d_q, d_keys, d_values, d_sink = found[0], found[1 : n + 1], found[n + 1 : 2 * n + 1], found[2 * n + 1 :]
-    return d_q, d_keys, d_values, d_sink[0] if d_sink else None, None, None, None, None, None, None
+    keys, values, (sink, out, lse, *documents) = saved[:n], saved[n : 2 * n], saved[2 * n :]
+    found = _backward(d_out, q, keys, values, out, lse, *documents, *ctx.rest)
+    d_sink = None
+    if sink is not None:
+        delta = (d_out * out.to(lse.dtype)).sum(-1).transpose(1, 2)  # B, H, T
+        share = (sink.to(lse.dtype)[:, None] - lse).exp()
+        d_sink = -(share * delta).sum((0, 2)).to(sink.dtype)
+    d_q = _sum(found[:n], lse.dtype)
+    return d_q, found[n : 2 * n], found[2 * n :], d_sink, None, None, None, None, None, None
+
+
+def _sum(parts: Sequence[Tensor], wide: torch.dtype) -> Tensor:
+    """The sum of tensors of one dtype, added in `wide` and rounded once."""
+    first, *more = parts
+    if len(more) < 2:  # torch adds two tensors of 16 bits in fp32
+        return first + more[0] if more else first
+    return sum(more, first.to(wide)).to(first.dtype)
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -229,5 +219,6 @@ def joint_decode(
     Returns (B, H, D) in the dtype of `q`. Errors are those of `decode_attention`.
     """
     found = [decode_attention_lse([q], [k], [v], visible, scale=scale, kernel=kernel) for k, v, visible in parts]
-    out, _ = merge([out for (out,), _ in found], [lse for _, lse in found], sink)
-    return out.to(q.dtype)
+    outs = [out[:, None] for (out,), _ in found]  # B, 1, H, D
+    lses = [lse[..., None] for _, lse in found]  # B, H, 1
+    return merge(outs, lses, sink, q.dtype, kernel)[0][:, 0]

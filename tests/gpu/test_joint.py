@@ -9,6 +9,7 @@ from cllm.kernels.attention import Mask
 from cllm.kernels.backends import BACKENDS, document_boundaries
 from cllm.kernels.decode import Stored, Visible
 from cllm.kernels.joint import DecodePart, JointPart, joint_attention, joint_decode
+from cllm.kernels.merge import merge
 
 NAMES = [name for name, backend in BACKENDS.items() if backend.returns_lse]
 B, T, H, D = 2, 333, 4, 64
@@ -66,6 +67,51 @@ def test_every_kernel_computes_its_part_of_one_softmax(gpu, name, form):
     for n, (got, rounded, wanted) in enumerate(zip(found, half, exact, strict=True)):
         allowed = (3 if n else 2) * (rounded - wanted).abs().max() + 2 * 2**-8 * wanted.abs().max() + 1e-3
         assert (got - wanted).abs().max() <= allowed, n
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("name", [None, *NAMES])
+def test_compiled_it_computes_the_same(gpu, name, n):
+    """Of several windows, in bf16, with keys that are rotated before and gradients that are added after it."""
+    if name is not None and (reason := BACKENDS[name].unavailable()):
+        pytest.skip(reason)
+    generator = torch.Generator(gpu).manual_seed(0)
+    shapes = [(B, T, H, D)] * (1 + 2 * n)
+    tensors = [torch.randn(s, device=gpu, dtype=torch.bfloat16, generator=generator) for s in shapes]
+    inputs = [*(x.requires_grad_() for x in tensors), torch.randn(H, device=gpu, generator=generator).requires_grad_()]
+
+    def attend(q, *rest):
+        *slots, sink = rest
+        q = torch.cat((q[..., D // 2 :], -q[..., : D // 2]), -1).float() * 1.25
+        parts = [JointPart(*slots[i : i + 2], Mask(40 * (i + 1) if i else None)) for i in range(0, 2 * n, 2)]
+        return joint_attention(q.bfloat16(), parts, sink, backend=name or "auto")
+
+    found, wanted = (with_gradients(f, inputs) for f in (torch.compile(attend, fullgraph=True), attend))
+    for i, (got, expected) in enumerate(zip(found, wanted, strict=True)):
+        assert (got - expected).abs().max() <= 2**-7 * expected.abs().max(), i
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_parts_are_merged_by_triton(gpu, dtype):
+    """Against plain torch in fp64: as kernels return tensors, in other layouts, and where parts see nothing."""
+    generator = torch.Generator(gpu).manual_seed(0)
+    for b, t, h, d, n in ((2, 4096, 16, 64, 2), (1, 1000, 3, 96, 3), (3, 1, 16, 128, 2), (2, 77, 5, 256, 1)):
+        for turned in (False, True):
+            outs = [
+                torch.randn(b, h, t, d, device=gpu, generator=generator).to(dtype).transpose(1, 2) for _ in range(n)
+            ]
+            lses = [6 * torch.randn(h, b, t, device=gpu, generator=generator).transpose(0, 1) for _ in range(n)]
+            lses[0][..., ::3] = -torch.inf
+            for lse in lses:
+                lse[..., -1] = -torch.inf
+            if not turned:
+                outs, lses = [x.contiguous() for x in outs], [x.contiguous() for x in lses]
+            for sink in (None, torch.randn(h, device=gpu, generator=generator)):
+                out, lse = merge(outs, lses, sink, torch.float32, "triton")
+                exact = merge([x.double() for x in outs], [x.double() for x in lses], sink, torch.float64, "reference")
+                torch.testing.assert_close(out.double(), exact[0], atol=1e-6, rtol=1e-5)
+                torch.testing.assert_close(lse.double(), exact[1], atol=1e-6, rtol=1e-6)
+                assert torch.equal(merge(outs, lses, sink, dtype, "triton")[0], out.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

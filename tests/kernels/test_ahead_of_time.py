@@ -53,6 +53,7 @@ def test_kernels_compile_and_fit(capability: int) -> None:
         "weigh",
         "finish",
         "rotate_pairs",
+        "merge_parts",
     }
     if capability == 90:
         names |= {"resident_scores", "project_nodes"}
@@ -115,6 +116,7 @@ def compile_everything(capability: int) -> None:
     decode(fp8=capability >= 89)
     decode_factors()
     rotate_keys()
+    merge_outputs()
     if capability == 90:
         resident_lowrank._is_hopper = lambda device: True  # type: ignore[assignment]
         decode_resident_factors()
@@ -181,6 +183,24 @@ def rotate_keys() -> None:
         for dim in (16, 64, 128, 256):
             table = torch.randn(1, 100, 1, 2, dim // 2), torch.randn(1, 100, 1, 2, dim // 2)
             rotate.run(torch.randn(2, 104, 3, dim).to(dtype)[:, 4:], *table)
+
+
+def merge_outputs() -> None:
+    """Of training, with two or three parts and other head dimensions, and of a decoding step."""
+    from cllm.kernels import merge
+
+    def lse(heads: int, length: int) -> torch.Tensor:
+        return torch.randn(heads, 2, length).transpose(0, 1)
+
+    for parts, heads, length, width, dtype, sink in (
+        (2, 16, 256, 64, torch.bfloat16, torch.zeros(16)),
+        (2, 16, 256, 128, torch.bfloat16, None),
+        (3, 6, 333, 96, torch.float16, torch.zeros(6).bfloat16()),
+        (2, 4, 256, 256, torch.float32, None),
+        (2, 16, 1, 64, torch.float32, torch.zeros(16)),
+    ):
+        outs = [drawn(2, length, heads, width).to(dtype) for _ in range(parts)]
+        merge.run(outs, [lse(heads, length) for _ in range(parts)], sink, torch.bfloat16)
 
 
 def decode_longer_and_longer() -> None:

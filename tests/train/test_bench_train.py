@@ -7,11 +7,13 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from benchmarks.kernels import joint as kernel_joint
 from benchmarks.kernels import table as kernel_table
 from benchmarks.kernels.__main__ import main as kernels
 from benchmarks.train import one_by_one
@@ -193,6 +195,37 @@ def test_rows_of_kernels_are_written_as_they_come(
     assert (found["matmul_flops"], found["clocks"]) == (1.0, ["before", "during"])
     assert "failed: no such kernel" in capsys.readouterr().out
     kernel_table.Table({}, None).add({"name": "not written"})
+
+
+def test_joint_attention_and_its_merge_are_timed_beside_what_they_consist_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a CPU, at a small shape. 2 x 32 tokens of 16 heads of 64: 131,072 bytes of bf16, 4,096 of log-sum-exps."""
+
+    def milliseconds(run: Any) -> float:
+        for call in run if isinstance(run, list) else [run]:
+            call()
+        return 1.0
+
+    def rand(*shape: int, grad: bool = True) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.bfloat16).requires_grad_(grad)
+
+    monkeypatch.setattr(kernel_table, "time_ms", milliseconds)
+    monkeypatch.setattr(kernel_joint, "replayed_ms", milliseconds)
+    monkeypatch.setattr(kernel_joint, "rand", rand)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    table = kernel_table.Table({"rows": []}, None)
+    kernel_joint.bench_joint(table, 1e6, batch=2, length=32)
+    assert [row["what"] for row in table.rows] == ["joint"] * 4 + ["merge"] * 3
+    assert [row["bound_ms"] for row in table.rows[4:]] == pytest.approx([3 * (131.072 + 4.096)] * 3)
+    assert "failed" not in capsys.readouterr().out
+
+
+def test_bytes_that_operators_move_are_counted() -> None:
+    x, row = torch.ones(4, 8), torch.ones(8, dtype=torch.bfloat16)
+    assert kernel_joint.moved_bytes(lambda: x.t()[1:]) == 0
+    assert kernel_joint.moved_bytes(lambda: x + row.expand(4, 8)) == 128 + 16 + 128
+    assert kernel_joint.moved_bytes(lambda: x.bfloat16().sum(0)) == 128 + 64 + 64 + 16
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")

@@ -6,6 +6,7 @@ Shapes: B batch, S compressed tokens, H query heads, G KV heads, D channels of a
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,9 +73,9 @@ def choose_resident(
     """Tiles by rule, or None if `triton_lowrank.rebuilt_scores` is as good or the only choice: for few tokens, so that
     programs would load B for less than two tiles each, and for rows of B that do not fit in shared memory.
 
-    Slow channels are interpolated if that leaves at most three quarters of the columns, and each program could have two
-    of the shortest stretches. The stretch is the one that leaves the fewest tokens to the busiest program, and of such
-    the longest: nodes then cost least.
+    Slow channels are interpolated if that leaves at most three quarters of the columns, a program has two KV heads, and
+    each program could have two of the shortest stretches. The stretch is the one that leaves the fewest tokens to the
+    busiest program, and of such the longest: nodes then cost least.
 
     Args:
         dim: channels of a head; 64 or 128.
@@ -96,7 +97,7 @@ def choose_resident(
             continue
         programs = programs_per_pack(batch=batch, packs=groups // pack, limits=limits)
         ways = [ResidentTiles(pack=pack, stages=0)]
-        if stretches and tokens >= 2 * STRETCHES[0] * programs:
+        if stretches and pack > 1 and tokens >= 2 * STRETCHES[0] * programs:
             stretch = min(stretches, key=lambda n: (min(-(-tokens // (n * programs)) * n, tokens), -n))
             ways = [replace(ways[0], stretch=stretch, ranks=ranks) for ranks in (64, 32)] + ways
         for none in ways:
@@ -124,9 +125,10 @@ def resident_tiles(
     if not sixteen or not (a.is_contiguous() and b.is_contiguous()) or a.data_ptr() % 16 or b.data_ptr() % 16:
         return None
     batch, n_heads, dim = query.shape
+    turn = table.turn if query.dtype == torch.bfloat16 else math.inf  # interpolation is exact to 9 bits, fp16 to 11
     return choose_resident(
-        dim=dim, groups=groups, heads=n_heads // groups, rank=a.shape[2], tokens=a.shape[1], batch=batch,
-        turn=table.turn, limits=limits,
+        dim=dim, groups=groups, heads=n_heads // groups, rank=a.shape[2], tokens=a.shape[1], batch=batch, turn=turn,
+        limits=limits,
     )  # fmt: skip
 
 

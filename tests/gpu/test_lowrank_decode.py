@@ -206,7 +206,11 @@ def test_any_tiles(gpu, block_n, block_r, pack, num_warps):
     ids=str,
 )
 def test_resident_programs_score_as_fp32_does(gpu, case, dtype, add, theta, start):
-    """Every score, on tables with a factor that begin at any position, as close as Triton's kernel is."""
+    """Every score, on tables with a factor that begin at any position, nearly as close as Triton's kernel is.
+
+    By arithmetic, the standard error is 1.08 to 1.14 times that kernel's if slow channels are interpolated, and 1.27 times
+    in fp16, where cosines are rounded like keys.
+    """
     queries, (keys,), _, _, visible, _ = call(case, gpu, dtype)
     table = consecutive_table(Rope(theta=theta), case.d, torch.arange(start, start + case.s, device=gpu))
     table = replace(table, cos=1.3 * table.cos, sin=1.3 * table.sin)
@@ -215,7 +219,7 @@ def test_resident_programs_score_as_fp32_does(gpu, case, dtype, add, theta, star
     if tiles is None:
         pytest.skip("needs a Hopper GPU")
     slow = theta >= 10_000 and (case.h // case.g == 4 or (case.h // case.g, case.d) == (7, 128))
-    assert tiles.interpolates == (slow and case.rank_k < 768)
+    assert tiles.interpolates == (slow and case.rank_k < 768 and dtype == torch.bfloat16)
     rule = split_lowrank.choose_rebuild(dim=case.d, groups=case.g, size=2, gathered=False, limits=launch.limits)
     low = torch.zeros(B, 1, dtype=torch.long, device=gpu) if visible.first is None else visible.first[:, None]
     tokens = torch.arange(case.s, device=gpu)
@@ -229,8 +233,10 @@ def test_resident_programs_score_as_fp32_does(gpu, case, dtype, add, theta, star
         launch.tuning = split_lowrank.Tuning(rebuild=rebuild)
         launch.score_rebuilt(queries[0], keys, table, None, scores, add=add)
         assert (scores[hidden] == -torch.inf).all()
-        errors.append((scores - wanted)[~hidden].abs().max().item())
-    assert errors[0] < 1.5 * errors[1]
+        errors.append((scores - wanted)[~hidden])
+    ours, triton = errors
+    assert ours.square().mean().sqrt() < 1.4 * triton.square().mean().sqrt()
+    assert ours.abs().max() < 2 * triton.abs().max()
 
 
 @pytest.mark.parametrize("case", [Case(), Case(budget=512, first=(0, 2000))], ids=str)

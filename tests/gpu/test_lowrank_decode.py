@@ -208,8 +208,8 @@ def test_any_tiles(gpu, block_n, block_r, pack, num_warps):
 def test_resident_programs_score_as_fp32_does(gpu, case, dtype, add, theta, start):
     """Every score, on tables with a factor that begin at any position, nearly as close as Triton's kernel is.
 
-    By arithmetic, the standard error is 1.08 to 1.14 times that kernel's if slow channels are interpolated, and 1.27 times
-    in fp16, where cosines are rounded like keys.
+    By arithmetic, the standard error is 1.08 to 1.14 times that kernel's if slow channels are interpolated, and 1.27
+    times in fp16, where cosines are rounded like keys.
     """
     queries, (keys,), _, _, visible, _ = call(case, gpu, dtype)
     table = consecutive_table(Rope(theta=theta), case.d, torch.arange(start, start + case.s, device=gpu))

@@ -1,14 +1,14 @@
 """Draw what compressions cost against their bytes, from tables of measurements of one model.
 
     python -m experiments.methods_picture docs/results/2026-11-27-quantisers-smollm2-cpu.csv --out methods.png
-    python -m experiments.methods_picture TABLE.csv ... --copying RECORDS.json --out methods.png
+    python -m experiments.methods_picture TABLE.csv ... --copying RECORDS.json ... --out methods.png
 
 A table has the columns `method`, `bf16_ratio` and `increase_percent`, as the tables in docs/results have; a file of
 records (.json) has those of evaluate --posthoc in `rows`. Each increase is relative to the uncompressed cache on the
 text of its own table; a compression that several tables have is taken from the first of them. With --copying, a second
-panel shows the share of tokens that the model copies; RECORDS.json has `rows` with records of the suite. A Markdown
-table is written beside the picture; its rows join both measurements of a compression if their ratios differ by at most
-a tenth.
+panel shows the share of tokens that the model copies; RECORDS.json has `rows` with records of the suite, and again the
+first of several files counts. A Markdown table is written beside the picture; its rows join both measurements of a
+compression if their ratios differ by at most a tenth.
 """
 
 from __future__ import annotations
@@ -210,7 +210,8 @@ def parser() -> Parser:
     parser = Parser(prog="python -m experiments.methods_picture", description=__doc__)
     add = parser.add_argument
     add("tables", nargs="+", type=Path, metavar="TABLE", help="measurements of one model, .csv or .json")
-    add("--copying", type=Path, metavar="RECORDS.json", help="records of the suite copying for a second panel")
+    add("--copying", nargs="+", default=[], type=Path, metavar="RECORDS.json",
+        help="records of the suite copying for a second panel")  # fmt: skip
     add("--run", default="smollm2", metavar="NAME", help="the model, in files of several (default: %(default)s)")
     add("--title", default="What compressing a cache costs", help="above the picture (default: %(default)s)")
     add("--out", type=Path, default=Path("methods.png"), metavar="FILE.png", help="default: %(default)s")
@@ -224,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out.suffix != ".png":
         raise UserError(f"--out is {str(options.out)!r}; allowed: a file that ends in .png")
     points = merged([read_table(file, options.run) for file in options.tables])
-    copied = read_copying(options.copying, options.run) if options.copying else []
+    copied = merged([read_copying(file, options.run) for file in options.copying])
     if not points:
         raise UserError(f"{options.tables[0]}: has no rows")
     try:

@@ -56,7 +56,7 @@ DECODE = (
 LEFT_OUT = {
     "2026-11-22-decode-1364m-peers-h200.json": "repeats steps of 2026-11-22-decode-1364m-h200.json",
     "2026-11-25-tradeoff-2m-cpu.csv": "models of 2 M parameters",
-    "2026-11-28-study-equal-bytes-h200": "has just begun: two of 24 designs, without mha",
+    "2026-11-28-study-equal-bytes-h200": "has begun: three of 23 designs beside mha",
     "2026-11-27-new-tokens-smollm2-cpu.csv": "losses while new tokens join, not of a compressed prompt",
     "2026-11-28-calibrated-smollm2-cpu.csv": "windows of 256 tokens; calibration-texts has 1,024",
 }

@@ -19,13 +19,16 @@ def test_tables_and_records_become_one_table_and_a_picture(tmp_path: Path) -> No
     )
     record = {"suite": "copying", "run": "m", "task": "all", "spec": "int8", "ratio_to_own": 1.97, "accuracy": 33.0}
     (tmp_path / "records.json").write_text(json.dumps({"rows": [record, record | {"run": "other"}]}))
+    later = [record | {"accuracy": 44.0}, record | {"spec": "xkv:group=5,ratio=4,svd=power", "ratio_to_own": 4.1}]
+    (tmp_path / "later.json").write_text(json.dumps({"rows": later}))
     words = [str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--out", str(tmp_path / "picture.png")]
-    assert main([*words, "--copying", str(tmp_path / "records.json"), "--run", "m"]) == 0
+    files = [str(tmp_path / name) for name in ("records.json", "later.json")]
+    assert main([*words, "--copying", *files, "--run", "m"]) == 0
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "picture.md").read_text().splitlines()[2:] == [
         "| `int8` | 1.97 | +0.00 % | 33.0 |",
         "| `xkv:group=5,ratio=2,svd=power` | 2.00 | +0.50 % | |",
-        "| `xkv:group=5,ratio=4,svd=power` | 4.00 | +2.50 % | |",
+        "| `xkv:group=5,ratio=4,svd=power` | 4.00 | +2.50 % | 33.0 |",
         "| `snapkv:ratio=2+kivi:bits=4` | 6.00 | +9.00 % | |",
     ]
 

@@ -111,6 +111,27 @@ def test_the_first_points() -> None:
         assert cells == expected, tokens
 
 
+def test_the_table_of_equal_bytes() -> None:
+    found = {
+        (result.content["design"].removesuffix("-half"), result.content["search"], result.content["rate"]): result
+        for result in read_results(RESULTS / "2026-11-28-study-equal-bytes-h200")
+    }
+    _, _, *rows = table("### Designs at equal bytes, begun", "design, half of mha's cache")
+    assert {cells[0] for cells in rows} == {design for design, _, _ in found}
+    for design, *cells in rows:
+        short = [found[design, True, rate].loss or math.nan for rate in (1.5e-3, 3e-3)]
+        long = found.get((design, False, 1.5e-3 if short[0] < short[1] else 3e-3))
+        expected = [f"{loss:.3f}" for loss in short] + ["", ""]
+        if long is not None:
+            (copied,) = (
+                record
+                for record in long.content["evaluations"]
+                if tuple(map(record.get, ("suite", "task", "spec"))) == ("copying", "all", "as it is")
+            )
+            expected[2:] = [f"{long.loss:.3f}", f"{copied['accuracy']:.1f} ± {copied['accuracy_stderr']:.1f}"]
+        assert cells == expected, design
+
+
 def test_the_sentences(summary: Summary) -> None:
     rows = {name: row(summary, name) for name in ("mha", "fusedkv", "fusedkv_lite", "cla-2", "gqa", "mla", "yoco")}
     loss = {name: {r.content["seed"]: r.loss or math.nan for r in found.results} for name, found in rows.items()}
@@ -135,8 +156,15 @@ def test_the_sentences(summary: Summary) -> None:
         f"so gqa's {loss['gqa'][3] - loss['mha'][3]:.3f} says nothing",
         f"by {loss['mha'][1] - loss['yoco'][1]:.3f} and {loss['mha'][3] - loss['yoco'][3]:.3f}; the interval",
     )
-    close = [f"{loss['fusedkv_lite'][seed] - loss['fusedkv'][seed]:.4f}" for seed in (1, 2)]
-    said(f"fusedkv is {close[0]} and {close[1]} below fusedkv_lite in their common seeds")
+    lite = [f"{loss['mha'][seed] - loss['fusedkv_lite'][seed]:.3f}" for seed in (1, 2, 3)]
+    close = [f"{loss['fusedkv_lite'][seed] - loss['fusedkv'][seed]:.4f}" for seed in (1, 2, 3)]
+    said(
+        f"those of fusedkv_lite {lite[0]}, {lite[1]} and {lite[2]}",
+        f"fusedkv is {close[0]}, {close[1]} and {close[2]} below fusedkv_lite with the same seed",
+    )
+    again = json.loads((RESULTS / "2026-11-28-mha-490m-again-h200.json").read_text(encoding="utf-8"))
+    assert (again["design"], again["seed"], again["code"]) == ("mha", 3, rows["mha"].results[2].content["code"])
+    said(f"{again['loss']:.3f} instead of {loss['mha'][3]:.3f}")
     for name in ("fusedkv", "fusedkv_lite", "mla", "gqa", "yoco"):
         assert rows[name].crossing is not None
         assert rows[name].crossing.tokens is None

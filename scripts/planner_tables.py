@@ -29,6 +29,7 @@ SMOLLM2 = {"kv": {"preset": "gqa"}, "query_heads_per_kv_head": 3, "parameters": 
 TRAINED_45M = {"parameters": 46938112, "tokens": 490e6, "context": 4096}
 STUDIES = ("2026-11-27-study-100m-h200", "2026-11-27-study-490m-h200")
 SWEEPS: tuple[tuple[str, Mapping[str, Any], str], ...] = (
+    ("2026-11-28-methods-45m-again-h200.json", TRAINED_45M, ""),
     ("2026-11-28-methods-45m-h200.json", TRAINED_45M, ""),
     ("2026-11-28-methods-smollm2-h200.json", SMOLLM2, ""),
     ("2026-11-28-calibration-texts-smollm2-cpu.csv", {**SMOLLM2, "context": 1024}, ""),

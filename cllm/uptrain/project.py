@@ -113,8 +113,9 @@ def copy_rest(student: Decoder, teacher: Decoder) -> None:
         student.stream_norms[str(i)].load_state_dict(norm.state_dict())
     for i in range(len(student.plan)):
         mine, theirs = block_of(student, i), block_of(teacher, i)
-        for name in ("attention_norm", "mlp_norm", "mlp"):
-            getattr(mine, name).load_state_dict(getattr(theirs, name).state_dict())
+        for name, module in mine.named_children():
+            if name != "attention":
+                module.load_state_dict(theirs.get_submodule(name).state_dict())
         if isinstance(mine.attention, Attention):
             attention = attention_of(teacher, i)
             _load(mine.attention.q_proj, attention.q_proj)

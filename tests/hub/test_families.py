@@ -43,6 +43,10 @@ V2_LITE = {"factor": 40.0, "original_max_position_embeddings": 64, "mscale": 0.7
 V2_LITE = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, **V2_LITE}}
 """As DeepSeek-V2-Lite has it: the softmax scale times 1.26 squared."""
 SLIDING, FULL = "sliding_attention", "full_attention"
+GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5, "tie_word_embeddings": True}
+GEMMA |= {"layer_types": [SLIDING, FULL, SLIDING]}
+GLOBAL = {"rope_type": "linear", "rope_theta": 5e4, "factor": 8.0}  # as in Gemma 3 4B and larger
+LOCAL = {"rope_type": "default", "rope_theta": 300.0}
 
 # name: (model_type, options of its config class)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -69,6 +73,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"head_dim": 12, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
     ),
+    "gemma": ("gemma", {"head_dim": 12, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "gemma, head of its own": ("gemma", {"head_dim": 12}),
+    "gemma3": ("gemma3_text", GEMMA),
+    "gemma3, scaled": ("gemma3_text", {**GEMMA, "rope_parameters": {FULL: GLOBAL, SLIDING: LOCAL}}),
+    "gemma3, every layer windowed": ("gemma3_text", {**GEMMA, "layer_types": [SLIDING] * L}),
+    "gemma3, no layer windowed": ("gemma3_text", {**GEMMA, "layer_types": [FULL] * L, "tie_word_embeddings": False}),
     "deepseek_v2": ("deepseek_v2", MLA),
     "deepseek_v2, query rank": ("deepseek_v2", {**MLA, "q_lora_rank": 14, "tie_word_embeddings": True}),
     "deepseek_v2, its own yarn": ("deepseek_v2", {**MLA, **V2_LITE}),
@@ -77,7 +87,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3, rotate-half": ("deepseek_v3", {**MLA, "rope_interleave": False}),
     "deepseek_v3, yarn": ("deepseek_v3", {**MLA, "rope_parameters": scaled("yarn", **YARN)["rope_parameters"]}),
 }
-WRITABLE = [name for name, (family, _) in CASES.items() if not FAMILIES[family].latent]
+WRITABLE = [name for name, (family, _) in CASES.items() if not (FAMILIES[family].latent or FAMILIES[family].gemma)]
 
 
 def hf_model(case: str) -> PreTrainedModel:

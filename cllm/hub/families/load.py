@@ -80,8 +80,8 @@ def converted(tensor: Tensor, weight: Weight, dtype: torch.dtype | None) -> Tens
     """A stored tensor as the decoder has it; the same one if nothing changes."""
     if weight.order is not None:
         tensor = weight.order(tensor)
-    if weight.scale != 1:
-        tensor = (tensor.double() * weight.scale).to(dtype or tensor.dtype)
+    if (weight.offset, weight.scale) != (0, 1):
+        tensor = ((tensor.double() + weight.offset) * weight.scale).to(dtype or tensor.dtype)
     return tensor.to(dtype or tensor.dtype).contiguous()
 
 

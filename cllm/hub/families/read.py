@@ -86,8 +86,7 @@ def read_family(folder: str | Path) -> FamilyCheckpoint:
     check_model_folder(folder)
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        if str(name) in REFUSED:
-            lacking = ", ".join(features(str(name), raw)) or f"features of {name}"
+        if str(name) in REFUSED and (lacking := ", ".join(features(str(name), raw))):
             raise UserError(f"{file}: model_type is {name}, which this decoder cannot compute: it has {lacking}")
         # No suggestion: the nearest name is often an older family, not a correction.
         raise UserError(f"{file}: model_type is {shorten(repr(name))}; allowed: {', '.join(sorted(FAMILIES))}")

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.model.attention import Attention
 from cllm.model.decoder import Decoder
@@ -71,6 +72,25 @@ def check_plans(student: KVPlan, teacher: KVPlan) -> None:
             raise UserError(
                 f"model.kv: layer {i} has no kv_norm, but that of the model that init.from names has; set kv_norm: true"
             )
+
+
+def check_bases(student: ModelConfig, teacher: ModelConfig) -> None:
+    """Refuse a student in which a layer's queries or keys rotate with another RoPE base than in the teacher.
+
+    Raises:
+        UserError: naming the layer, for models with `rope.windowed_theta`.
+    """
+    rope, mine, theirs = student.rope, student.plan(), teacher.plan()
+    for i in range(len(mine)):
+        windowed = teacher.rope.is_windowed(theirs, theirs.key_slots(i)[0])
+        for verb, slot in (("reads", mine.key_slots(i)[0]), *([("owns", i)] if mine.layers[i].own else [])):
+            if rope.is_windowed(mine, slot) != windowed:
+                kind, other = ("all tokens", "a window") if windowed else ("a window", "all tokens")
+                raise UserError(
+                    f"model.kv: layer {i} {verb} a slot that keeps {kind}, but the model that init.from names has one "
+                    f"that keeps {other} there, and rope.windowed_theta gives each kind its RoPE; allowed: the same "
+                    "kind in each layer, so only layers of one kind share a slot"
+                )
 
 
 def _check_head_sizes(i: int, theirs: Source, source: Source, owned: Source | None) -> None:

@@ -85,7 +85,9 @@ def student_model(teacher: ModelConfig, kv: Any, *, rope_pairs: str) -> dict[str
                 f"init.rope_pairs is high, but layers rotate {sorted(dims)} channels, and one rope.theta cannot give "
                 "all of them the teacher's highest frequencies; allowed: uniform"
             )
-        data["rope"]["theta"] = teacher.rope.theta ** (dims.pop() / teacher.resolved_head_dim)
+        for key in ("theta", "windowed_theta"):
+            if (theta := data["rope"][key]) is not None:
+                data["rope"][key] = theta ** (rotated[0] / size)
     return data
 
 

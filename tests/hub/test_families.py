@@ -616,7 +616,11 @@ def rope_parameters(kind: str, **options) -> dict[str, Any]:
     ("case", "changes", "message"),
     [
         ("mistral", {"model_type": "llamma"}, "model_type is 'llamma'; allowed: deepseek_v2, .*, qwen3$"),
-        ("mistral", {"model_type": "t5"}, "model_type is 't5'; allowed: deepseek_v2, deepseek_v3, gemma, gemma3_text, llama"),
+        (
+            "mistral",
+            {"model_type": "t5"},
+            "model_type is 't5'; allowed: deepseek_v2, deepseek_v3, gemma, gemma3_text, llama",
+        ),
         *(
             ("mistral", {"model_type": name}, f"model_type is {name}, .*mixture of experts")
             for name in ("llama4", "deepseek_v32", "qwen3_next", "gpt_oss")

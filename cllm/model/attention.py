@@ -49,7 +49,7 @@ class Mixer(nn.Module):
         self.window, self.exclude_self = plan.layers[layer].window, plan.reads_above(layer)
         self.owner = make_owner(config, plan.layers[layer].own)
         self.reads_windowed = config.rope.is_windowed(plan, plan.key_slots(layer)[0])
-        self.owns_windowed = config.rope.is_windowed(plan, layer)
+        self.owns_windowed = self.owner is not None and config.rope.is_windowed(plan, layer)
         """Which RoPE the keys have that it reads, and those that it owns (`Rope.of`)."""
         self.slot_index = {j: index for index, j in enumerate((*plan.reads_others(layer), layer))}
         """Index of each layer's slot in the slots that `write` returns: those of other layers, then this layer's."""

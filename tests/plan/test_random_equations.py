@@ -141,6 +141,20 @@ LATENT = listed(
     {"retention": {}},
 )
 """Latents of three shapes beside keys and values and a recurrent state."""
+GEMMA = listed(
+    {"own": {"n_kv_heads": 2}, "window": 4},
+    {"own": {"n_kv_heads": 2}},
+    {"keys": {"share": 0}, "values": {"share": 0}, "window": 3},
+    {"own": {"tie": "kv"}, "window": 3},
+    {"read": {"join": [{"share": 3, "window": 2}, {"own": {"window": 2}}]}},
+    {"own": {"n_kv_heads": 2, "mix": [1]}},
+    {"keys": {"fuse": [1, 5]}, "values": {"fuse": [0, 5]}, "window": 4},
+    {"latent": LATENTS[0], "window": 4},
+)
+GEMMA |= {"rope": {"windowed_theta": 30.0}, "norms_after": True, "scale_embeddings": True, "qk_norm": True}
+GEMMA |= {"mlp_activation": "gelu_tanh"}
+"""Layers like Gemma's: one RoPE for slots that keep a window, one for the others, and every form among them. The fourth
+from the last attends to a window of slots that keep all tokens; its values come from a slot of the other kind."""
 
 
 # ---- the comparison -------------------------------------------------------------------------------------------------
@@ -153,7 +167,8 @@ def assert_equal_to_reference(section: dict[str, Any], config: ModelConfig, refe
     weights.setdefault("head.weight", weights["embed.weight"])
     owners = [entry for entry in section["kv"]["layers"] if "latent" in entry]
     latents = {i: {"q_lora_rank": None, **entry["latent"]} for entry in owners for i in layer_range(entry["layers"])}
-    shape = {"n_heads": config.n_heads, "head_dim": config.resolved_head_dim}
+    shape = {"n_heads": config.n_heads, "head_dim": config.resolved_head_dim, "scales": config.scale_embeddings}
+    shape |= {"activation": config.mlp_activation, "windowed_theta": config.rope.windowed_theta}
     slow = reference.SlowDecoder(weights, rows_of(section), latent=latents, **shape)
     expected = slow.by_layers(IDS, **(section["kv"].get("iterations") or {}))
     logits = model(torch.tensor([IDS]))[0]
@@ -178,6 +193,7 @@ def assert_equal_to_reference(section: dict[str, Any], config: ModelConfig, refe
 @example(section=JOINS_OF_EVERYTHING)
 @example(section=LOOPED)
 @example(section=LATENT)
+@example(section=GEMMA)
 @given(section=everything())
 def test_accepted_plans_compute_the_equations_and_others_are_refused_by_layer(section, reference, random_model):
     refusal = ""
@@ -196,6 +212,6 @@ def test_accepted_plans_compute_the_equations_and_others_are_refused_by_layer(se
     assert_equal_to_reference(section, config, reference, random_model)
 
 
-@pytest.mark.parametrize("section", [TIES_AND_HALVES, JOINS_OF_EVERYTHING, LOOPED, LATENT])
+@pytest.mark.parametrize("section", [TIES_AND_HALVES, JOINS_OF_EVERYTHING, LOOPED, LATENT, GEMMA])
 def test_the_examples_are_accepted(section):
     validate(File, {"model": section})

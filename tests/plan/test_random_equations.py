@@ -146,15 +146,16 @@ GEMMA = listed(
     {"own": {"n_kv_heads": 2}},
     {"keys": {"share": 0}, "values": {"share": 0}, "window": 3},
     {"own": {"tie": "kv"}, "window": 3},
-    {"read": {"join": [{"share": 3, "window": 2}, {"own": {"window": 2}}]}},
+    {"read": {"join": [{"share": 3, "window": 2}, {"own": {"window": 2}}, {"own": {"window": 3, "tie": "kv"}}]}},
     {"own": {"n_kv_heads": 2, "mix": [1]}},
     {"keys": {"fuse": [1, 5]}, "values": {"fuse": [0, 5]}, "window": 4},
-    {"latent": LATENTS[0], "window": 4},
+    {"latent": LATENTS[1], "window": 4},
+    {"read": {"gate": [{"own": {"window": 3}}, {"own": {"window": 2}}]}},
 )
 GEMMA |= {"rope": {"windowed_theta": 30.0}, "norms_after": True, "scale_embeddings": True, "qk_norm": True}
 GEMMA |= {"mlp_activation": "gelu_tanh"}
-"""Layers like Gemma's: one RoPE for slots that keep a window, one for the others, and every form among them. The fourth
-from the last attends to a window of slots that keep all tokens; its values come from a slot of the other kind."""
+"""Layers like Gemma's: one RoPE for slots that keep a window, one for the others, with owners and reads of many forms.
+The layer that fuses sees a window of slots that keep all tokens, and values of a slot that does not."""
 
 
 # ---- the comparison -------------------------------------------------------------------------------------------------
@@ -184,7 +185,8 @@ def assert_equal_to_reference(section: dict[str, Any], config: ModelConfig, refe
         wanted = weights[name].grad
         assert wanted is not None, name
         assert parameter.grad is not None, name
-        error = (parameter.grad - wanted).norm() / wanted.norm().clamp(min=1e-9)
+        # A norm after attention takes out a factor on all values, so that its gradient is almost 0.
+        error = (parameter.grad - wanted).norm() / wanted.norm().clamp(min=1e-3)
         assert error < 5e-4, f"{name}: the gradient is {error:.1e} off"
 
 

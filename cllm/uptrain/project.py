@@ -83,7 +83,9 @@ def check_bases(student: ModelConfig, teacher: ModelConfig) -> None:
     rope, mine, theirs = student.rope, student.plan(), teacher.plan()
     for i in range(len(mine)):
         windowed = teacher.rope.is_windowed(theirs, theirs.key_slots(i)[0])
-        for verb, slot in (("reads", mine.key_slots(i)[0]), *([("owns", i)] if mine.layers[i].own else [])):
+        own = mine.layers[i].own
+        owned = [("owns", i)] if own is not None and "keys" in own.halves else []
+        for verb, slot in (("reads", mine.key_slots(i)[0]), *owned):
             if rope.is_windowed(mine, slot) != windowed:
                 kind, other = ("all tokens", "a window") if windowed else ("a window", "all tokens")
                 raise UserError(

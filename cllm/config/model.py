@@ -144,13 +144,14 @@ class ModelConfig(Section):
         plan = self.plan()
         for i in range(len(plan)):
             for what, slots in (("reads", plan.key_slots(i)), ("mixes", (*plan.mixes(i), i) if plan.mixes(i) else ())):
-                windowed = [slot for slot in slots if self.rope.is_windowed(plan, slot)]
-                if windowed and len(windowed) < len(slots):
-                    layers = [slot % len(plan) for slot in slots]
+                layers: dict[bool, list[int]] = {}
+                for slot in slots:
+                    layers.setdefault(self.rope.is_windowed(plan, slot), []).append(slot % len(plan))
+                if len(layers) == 2:
                     raise ValueError(
-                        f"layer {i}: {what} keys of layers {layers}, of which only those of "
-                        f"{[slot % len(plan) for slot in windowed]} keep a window and rotate with rope.windowed_theta "
-                        f"{self.rope.windowed_theta}; allowed: slots that all keep a window, or none, or "
+                        f"layer {i}: {what} keys of slots that keep a window (of layers {layers[True]}) and of slots "
+                        f"that keep all tokens (of layers {layers[False]}), to which rope.windowed_theta "
+                        f"{self.rope.windowed_theta} gives different RoPE; allowed: slots of one kind, or "
                         "rope.windowed_theta null"
                     )
 

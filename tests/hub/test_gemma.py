@@ -18,13 +18,15 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 import cllm
 from cllm.cache.accounting import cache_bytes
 from cllm.cache.cache import KVCache
-from cllm.config import ModelConfig
+from cllm.config import ModelConfig, Rope
 from cllm.errors import UserError
 from cllm.hub.exchange import import_folder
 from cllm.hub.export import as_pretrained
 from cllm.hub.families import export_family, load_family, read_family
 from cllm.hub.families.memory import decoder_of
+from cllm.model.context import Context
 from cllm.model.decoder import Decoder
+from cllm.model.rope import rope_table
 from cllm.model.sizes import build_decoder, count_parameters, layer_flops_per_token
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.registry import parse
@@ -143,6 +145,31 @@ def test_a_cache_gives_the_logits_of_a_full_pass(max_len: int | None, folder: Ca
     assert_close(torch.cat(parts, dim=1), full)
     cache = KVCache(model.config, max_len=max_len)
     assert_close(model.head(model.prefill(IDS, cache, chunk=6)), full[:, -1:])
+
+
+def test_every_rope_table_is_made_before_the_layers(
+    folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[float] = []
+    before: list[int] = []
+
+    def recorded(rope: Rope, dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        made.append(rope.theta)
+        return rope_table(rope, dim, positions)
+
+    def counted(self: Context, *arguments: Any) -> None:
+        prepare(self, *arguments)
+        before.append(len(made))
+
+    prepare = Context.prepare
+    monkeypatch.setattr("cllm.model.context.rope_table", recorded)
+    monkeypatch.setattr(Context, "prepare", counted)
+    model = decoder(folder())
+    cache = KVCache(model.config)
+    for ids in (IDS[:, :5], IDS[:, 5:6]):
+        model(ids, cache=cache)
+        assert len(made) == before[-1]
+    assert made == [300.0, 5e4] * 2
 
 
 def test_compiled_blocks_compute_the_same(folder: Callable[..., Path]) -> None:

@@ -619,7 +619,7 @@ def rope_parameters(kind: str, **options) -> dict[str, Any]:
         (
             "mistral",
             {"model_type": "t5"},
-            "model_type is 't5'; allowed: deepseek_v2, deepseek_v3, gemma, gemma3_text, llama",
+            "model_type is 't5'; allowed: deepseek_v2, deepseek_v3, gemma, gemma3, gemma3_text, llama",
         ),
         *(
             ("mistral", {"model_type": name}, f"model_type is {name}, .*mixture of experts")
@@ -631,7 +631,7 @@ def rope_parameters(kind: str, **options) -> dict[str, Any]:
         ),
         ("mistral", {"model_type": ...}, "model_type is None"),
         ("mistral", {"model_type": "gemma2"}, "model_type is gemma2, .*capped logits"),
-        ("mistral", {"model_type": "gemma3"}, r"model_type is gemma3, .*images beside text \(gemma3_text is read\)"),
+        ("mistral", {"model_type": "gemma3"}, r"text_config: model_type is null; allowed: gemma3_text"),
         ("gemma3", {"attention_bias": True}, "attention_bias is true; allowed: false"),
         ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0; allowed: null"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; allowed: null"),

@@ -12,8 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    PreTrainedModel,
+    SiglipVisionConfig,
+)
 
 import cllm
 from cllm.cache.accounting import cache_bytes
@@ -105,6 +114,49 @@ def test_logits_and_gradients_equal_transformers(name: str, seed: int, folder: C
         assert gradient is not None
         assert wanted is not None
         assert_close(gradient * weight.scale, wanted, 3e-5)
+
+
+@pytest.fixture
+def with_images(tmp_path: Path) -> tuple[Path, PreTrainedModel]:
+    """The folder of a tiny Gemma 3 that takes images too, and the model."""
+    text = gemma()
+    images = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = SiglipVisionConfig(**images, image_size=28, patch_size=14)
+    config = Gemma3Config(text_config=text.config, vision_config=vision, mm_tokens_per_image=1, image_token_index=47)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.save_pretrained(tmp_path / "images")
+    return tmp_path / "images", model
+
+
+def test_the_text_model_of_one_that_takes_images_is_read(with_images: tuple[Path, PreTrainedModel]) -> None:
+    folder, model = with_images
+    ids = IDS.clamp(max=46)  # 47 stands for an image
+    with torch.no_grad():
+        assert_close(decoder(folder)(ids), model(input_ids=ids).logits)
+    text = read_family(folder)
+    assert text.family == "gemma3"
+    assert text.token_ids == {"bos_token_id": 2, "eos_token_id": None, "pad_token_id": 0}
+    config = json.loads((folder / "config.json").read_text())
+    for changes, message in (
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is .*gptq.*; allowed: null"),
+        (
+            {"text_config": config["text_config"] | {"model_type": "llama"}},
+            'text_config: model_type is "llama"; allowed',
+        ),
+        ({"text_config": config["text_config"] | {"attention_bias": True}}, "attention_bias is true; allowed: false"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(UserError, match=message):
+            read_family(folder)
+
+
+def test_tensors_beside_the_text_model_are_known_by_name(with_images: tuple[Path, PreTrainedModel]) -> None:
+    folder, _ = with_images
+    stored = load_file(folder / "model.safetensors")
+    save_file({**stored, "audio_tower.weight": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"tensor audio_tower\.weight is no part of a gemma3 model"):
+        load_family(folder)
 
 
 def test_one_plus_the_weight_of_a_norm_is_rounded_once(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,12 @@ def read_family(folder: str | Path) -> FamilyCheckpoint:
         # No suggestion: the nearest name is often an older family, not a correction.
         raise UserError(f"{file}: model_type is {shorten(repr(name))}; allowed: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[name]
+    if family.prefix:
+        raw = _text_config(file, name, raw)
     for key, allowed in {**_ALLOWED, **(_GELU if family.gemma else _SILU)}.items():
         _require(file, raw, key, allowed)
     _check_rope_type(file, raw, family)
-    hf = _hf_config(file, name, raw)
+    hf = _hf_config(file, raw["model_type"], raw)
     options = _latent_options(file, raw, hf) if family.latent else _options(file, raw, hf, family)
     config = _model_config(file, hf, {"rope": _rope(file, hf, family), **options})
     interleaved = family.latent and not (family.interleave_key and not hf.rope_interleave)
@@ -105,7 +107,18 @@ def read_family(folder: str | Path) -> FamilyCheckpoint:
         query_scale=_query_scale(file, hf, family),
         norm_offset=1.0 if family.gemma else 0.0,
     )
+    table = [replace(weight, source=family.prefix + weight.source) for weight in table]
     return FamilyCheckpoint(folder=folder, family=name, config=config, weights=tuple(table), token_ids=token_ids)
+
+
+def _text_config(file: Path, name: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """The config of the text model in that of a model with other inputs, with what the latter says of both."""
+    text = raw.get("text_config")
+    kind = text.get("model_type") if isinstance(text, dict) else None
+    if not isinstance(text, dict) or kind != f"{name}_text":
+        raise UserError(f"{file}: text_config: model_type is {shorten(json.dumps(kind))}; allowed: {name}_text")
+    of_both = ("tie_word_embeddings", "quantization_config", "bos_token_id", "eos_token_id", "pad_token_id")
+    return text | {key: raw[key] for key in of_both if raw.get(key) is not None}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -94,7 +94,6 @@ _GEMMA_4 = (
 )
 REFUSED: dict[str, tuple[Feature, ...]] = {
     "gemma2": _GEMMA_2,
-    "gemma3": (Feature("images beside text (gemma3_text is read)"),),
     **dict.fromkeys(("gemma3n", "gemma3n_text"), _GEMMA_3N),
     **dict.fromkeys(("gemma4", "gemma4_text"), _GEMMA_4),
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), (_EXPERTS,)),

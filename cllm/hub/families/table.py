@@ -30,25 +30,37 @@ class Family:
     """Norms also on the outputs of attention and MLP."""
     rope_by_layer_type: bool = False
     """One RoPE for layers with a window and one for the others."""
+    prefix: str = ""
+    """Precedes the names of all tensors in the files. A family with a prefix has other inputs beside text, and the
+    config of its text model is under `text_config`."""
+    other_inputs: tuple[str, ...] = ()
+    """First parts of the names of tensors that only other inputs need; they are not read."""
     latent: bool = False
     """Multi-head latent attention, its RoPE channels interleaved."""
     interleave_key: bool = False
     """Whether `rope_interleave` in config.json can turn interleaving off."""
 
 
+_GEMMA_3 = Family(
+    architecture="Gemma3ForCausalLM",
+    windows="any",
+    qk_norm=True,
+    gemma=True,
+    norms_after=True,
+    rope_by_layer_type=True,
+)
 FAMILIES = {
     "llama": Family(architecture="LlamaForCausalLM"),
     "mistral": Family(architecture="MistralForCausalLM", windows="same"),
     "qwen2": Family(architecture="Qwen2ForCausalLM", windows="any", qkv_bias=True),
     "qwen3": Family(architecture="Qwen3ForCausalLM", windows="any", qk_norm=True),
     "gemma": Family(architecture="GemmaForCausalLM", gemma=True),
-    "gemma3_text": Family(
-        architecture="Gemma3ForCausalLM",
-        windows="any",
-        qk_norm=True,
-        gemma=True,
-        norms_after=True,
-        rope_by_layer_type=True,
+    "gemma3_text": _GEMMA_3,
+    "gemma3": replace(
+        _GEMMA_3,
+        architecture="Gemma3ForConditionalGeneration",
+        prefix="language_model.",
+        other_inputs=("vision_tower.", "multi_modal_projector."),
     ),
     "deepseek_v2": Family(architecture="DeepseekV2ForCausalLM", latent=True),
     "deepseek_v3": Family(architecture="DeepseekV3ForCausalLM", latent=True, interleave_key=True),

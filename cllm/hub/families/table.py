@@ -110,7 +110,7 @@ def weights(
     Args:
         config: of the decoder.
         interleaved: see `Interleaved`; for latents only.
-        query_scale: a factor on scores. It goes into the norm of queries, or their projection if they have none.
+        query_scale: a factor on scores. It goes into the norm of queries if `qk_norm` is on, or else their projection.
         norm_offset: number that the family's norms add to their weights.
     """
     table = [

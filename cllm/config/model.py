@@ -131,17 +131,18 @@ class ModelConfig(Section):
                 raise ValueError(
                     f"d_model {self.d_model} / n_heads {self.n_heads} gives an odd head_dim; RoPE rotates channel pairs"
                 )
-        for i, layer in enumerate(self.plan().layers):
+        plan = self.plan()
+        for i, layer in enumerate(plan.layers):
             for own in (layer.own, layer.local):
                 n_kv = getattr(own, "n_kv_heads", None)
                 if n_kv is not None and self.n_heads % n_kv:
                     raise ValueError(f"layer {i}: n_heads {self.n_heads} is not a multiple of n_kv_heads {n_kv}")
-        self._check_bases()
+        if self.rope.windowed_theta is not None:
+            self._check_bases(plan)
         return self
 
-    def _check_bases(self) -> None:
+    def _check_bases(self, plan: KVPlan) -> None:
         """Refuse a layer whose queries would meet keys of two RoPE bases, or that mixes keys of two."""
-        plan = self.plan()
         for i in range(len(plan)):
             for what, slots in (("reads", plan.key_slots(i)), ("mixes", (*plan.mixes(i), i) if plan.mixes(i) else ())):
                 layers: dict[bool, list[int]] = {}

@@ -54,11 +54,7 @@ _NEEDS = (
         _scaling("yarn"),
         f"{_SCALING}.type yarn",
     ),
-    _Need(
-        ("model.rope.windowed_theta",),
-        _keeps_window,
-        "a slot that keeps a window",
-    ),
+    _Need(("model.rope.windowed_theta",), _keeps_window, "a slot that keeps a window"),
     _Need(("optim.decay_fraction",), lambda c: c.optim.schedule == "wsd", "optim.schedule wsd"),
     _Need(("optim.min_lr",), lambda c: c.optim.schedule != "constant", "a schedule that decays, not constant"),
     _Need(("data.validation_sequences",), lambda c: c.train.validate_every is not None, "train.validate_every"),

@@ -158,7 +158,7 @@ class Context:
         )
         return replace(self, tail=tail)
 
-    def rope(self, dim: int, windowed: bool = False) -> tuple[Tensor, Tensor]:
+    def rope(self, dim: int, windowed: bool) -> tuple[Tensor, Tensor]:
         """cos and signed sin for a head dimension, as `rope_table` returns them; `windowed` as in `Rope.of`."""
         key = (dim, windowed)
         if key not in self._rope:

@@ -137,10 +137,13 @@ def weights(
 
 
 def _rest(config: ModelConfig, norm_offset: float) -> list[Weight]:
-    norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    norms = {"attention_norm": "input_layernorm"}
     if config.norms_after:
-        norms |= {"after_attention_norm": "post_attention_layernorm", "mlp_norm": "pre_feedforward_layernorm"}
+        norms["after_attention_norm"] = "post_attention_layernorm"
+        norms["mlp_norm"] = "pre_feedforward_layernorm"
         norms["after_mlp_norm"] = "post_feedforward_layernorm"
+    else:
+        norms["mlp_norm"] = "post_attention_layernorm"
     return [
         *(Weight(target=f"{a}.weight", source=f"{b}.weight", offset=norm_offset) for a, b in norms.items()),
         *(Weight(target=f"mlp.{p}_proj.weight", source=f"mlp.{p}_proj.weight") for p in ("gate", "up", "down")),

@@ -328,6 +328,12 @@ def test_compression_that_loses_nothing(method: str, folder: Callable[..., Path]
     assert_close(found, model(IDS)[:, 30:], 1e-4)
 
 
+@pytest.mark.parametrize("method", ["h2o:ratio=1.5", "snapkv:ratio=1.5", "xkv:group=2,ratio=1.5,weight=queries"])
+def test_the_cache_of_the_model_of_transformers_is_refused_where_keys_or_queries_rotate(method: str) -> None:
+    with pytest.raises(UserError, match=r"rope type is .*'sliding_attention': 'default'.*; allowed: default, linear"):
+        cllm.compress(gemma(), IDS[:, :30], method)
+
+
 def test_a_stored_prefix_is_read_again(folder: Callable[..., Path], tmp_path: Path) -> None:
     model = as_pretrained(decoder(folder())).eval()
     cache = cllm.compress(model, IDS[:1], "xkv:group=2,ratio=1.5,sinks=2")

@@ -648,6 +648,11 @@ def rope_parameters(kind: str, **options) -> dict[str, Any]:
             {"rope_parameters": {FULL: {**LOCAL, "partial_rotary_factor": 0.5}, SLIDING: LOCAL}},
             "rope_parameters: full_attention: partial_rotary_factor is 0.5; allowed: 1",
         ),
+        (
+            "gemma3",
+            {"rope_parameters": {FULL: LOCAL, "chunked_attention": LOCAL}},
+            "rope_parameters has the keys .*chunked_attention.*; allowed: full_attention, sliding_attention",
+        ),
         ("gemma3", {"rope_parameters": {FULL: {"rope_type": "dynamic"}}}, 'full_attention: rope_type is "dynamic"'),
         ("gemma", {"hidden_act": "silu"}, 'hidden_act is "silu"; allowed: "gelu_pytorch_tanh" or "gelu"'),
         ("mistral", {"model_type": "mixtral"}, "model_type is mixtral, .*mixture of experts"),

@@ -143,6 +143,8 @@ def _check_rope_type(file: Path, raw: dict[str, Any], family: Family) -> None:
     if family.rope_by_layer_type and isinstance(given, dict) and given.keys() <= {_FULL, _SLIDING}:
         for kind, parameters in given.items():
             _check_rope(file, raw, f"{key}: {kind}", parameters or {})
+    elif family.rope_by_layer_type and isinstance(given, dict) and any(isinstance(v, dict) for v in given.values()):
+        raise UserError(f"{file}: {key} has the keys {shorten(json.dumps(list(given)))}; allowed: {_FULL}, {_SLIDING}")
     else:
         _check_rope(file, raw, key, given)
 

@@ -129,8 +129,10 @@ def _check_windows(student: ModelConfig, teacher: ModelConfig, path: Path) -> No
         return
     for i, layer in enumerate(teacher.plan().layers):
         if layer.window is not None and layer.window < student.max_seq_len:
+            # A shorter context replaces a window, but not the RoPE base that goes with it.
+            shorter = f", or set model.max_seq_len to {layer.window} or less"
             raise UserError(
                 f"model.kv has no sliding window, but layer {i} of the model that init.from names, {path}, has one of "
-                f"{layer.window} tokens; write the plan as model.kv.layers with `window: {layer.window}`, or set "
-                f"model.max_seq_len to {layer.window} or less"
+                f"{layer.window} tokens; write the plan as model.kv.layers with `window: {layer.window}`"
+                f"{shorter if teacher.rope.windowed_theta is None else ''}"
             )

@@ -24,7 +24,7 @@ from cllm.uptrain.handover import add_handover
 from cllm.uptrain.init import init_student
 from cllm.uptrain.project import teacher_owners
 from cllm.uptrain.search import Sharing, share_plan
-from cllm.uptrain.teacher import load_teacher, student_model
+from cllm.uptrain.teacher import check_student, load_teacher, student_model
 
 WINDOW, FULL = {"own": {"n_kv_heads": 2}, "window": 6}, {"own": {"n_kv_heads": 2}}
 TEACHER: dict[str, Any] = {"layers": [{"layers": [0, 1], **WINDOW}, {"layers": [2, 3], **FULL}]}
@@ -146,6 +146,13 @@ def test_keys_that_others_read_have_the_base_of_their_layer(make_teacher, tiny_c
     }
     with pytest.raises(UserError, match="layer 2 owns a slot that keeps a window, but"):
         init_student(new_student(teacher, kv), teacher, InitFrom(method="copy"), text)
+
+
+def test_a_shorter_context_is_no_advice_where_windows_have_a_base(tiny_config) -> None:
+    config = tiny_config(kv=TEACHER, n_layers=4, rope=ROPE, **GEMMA)
+    student = config.model_validate(student_model(config, {"preset": "gqa", "n_kv_heads": 2}, rope_pairs="uniform"))
+    with pytest.raises(UserError, match=r"write the plan as model.kv.layers with `window: 6`$"):
+        check_student(student, config, path=Path("gemma"), rope_pairs="uniform")
 
 
 def test_values_have_no_base(teacher, new_student, text) -> None:

@@ -394,6 +394,10 @@ def silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
 def softmax_read(query: Tensor, keys: list[Tensor], values: list[Tensor], width: int) -> Tensor:
     """Σ_s softmax_s(q·k_s / √d) v_s; zeros where there is nothing to see."""
     if not keys:
@@ -411,7 +415,20 @@ class SlowDecoder:
     `latent` has the widths of all latents, or those of each owner by its layer.
     """
 
-    def __init__(self, weights: dict[str, Tensor], rows: list[str], *, n_heads: int, head_dim: int, latent: dict):
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        rows: list[str],
+        *,
+        n_heads: int,
+        head_dim: int,
+        latent: dict,
+        windowed_theta: float | None = None,
+        activation: str = "silu",
+        scales: bool = False,
+    ):
+        self.windowed_theta, self.scales = windowed_theta, scales
+        self.activation = {"silu": silu, "gelu_tanh": gelu_tanh}[activation]
         self.weights, self.n_heads, self.head_dim, self.latent = weights, n_heads, head_dim, latent
         self.layers = [Row.parse(text, i) for i, text in enumerate(rows)]
         self.theta, self.eps = 10000.0, 1e-5
@@ -463,7 +480,8 @@ class SlowDecoder:
         return tuple([t.detach() for t in part] if isinstance(part, list) else part.detach() for part in slot)
 
     def embed(self, ids: list[int]) -> list[Tensor]:
-        return [self.weights["embed.weight"][i] for i in ids]
+        factor = math.sqrt(self.weights["embed.weight"].shape[1]) if self.scales else 1.0
+        return [self.weights["embed.weight"][i] * factor for i in ids]
 
     def output(self, xs: list[Tensor]) -> Tensor:
         normed = [rms_norm(x, self.weights["norm.weight"], self.eps) for x in xs]
@@ -481,6 +499,12 @@ class SlowDecoder:
         own = self.weights.get(f"blocks.{i}.{name}")
         return self.weights.get(f"blocks.{self.layers[i].origin}.{name}") if own is None else own
 
+    def base(self, slot: object) -> float:
+        """The RoPE base of the keys of a slot: another one where the slot keeps a window."""
+        row = self.layers[slot[1] if isinstance(slot, tuple) else slot]
+        window = dict(row.parts)[slot] if row.parts else row.window
+        return self.theta if window is None or self.windowed_theta is None else self.windowed_theta
+
     def size(self, i: int) -> int:
         """Channels of a head of the slot of layer i."""
         return self.layers[i].size or self.head_dim
@@ -491,7 +515,7 @@ class SlowDecoder:
         return y if bias is None else y + bias
 
     def step(self, i: int, t: int, x: Tensor, slots: dict) -> Tensor:
-        """x + attention(norm(x)), then x + MLP(norm(x))."""
+        """x + attention(norm(x)), then x + MLP(norm(x)); or x + norm(attention(norm(x))) and x + norm(MLP(norm(x)))."""
         row, source = self.layers[i], self.layers[self.layers[i].keys[0]]
         normed = rms_norm(x, self.w(i, "attention_norm.weight"), self.eps)
         if row.kind == "latent":
@@ -508,12 +532,16 @@ class SlowDecoder:
             heads = self.attention_to_parts(i, t, normed, slots)
         else:
             heads = self.attention(i, t, normed, slots)
-        x = x + self.linear(i, "attention.o_proj", torch.cat(heads))
+        x = x + self.after(i, "attention", self.linear(i, "attention.o_proj", torch.cat(heads)))
         normed = rms_norm(x, self.w(i, "mlp_norm.weight"), self.eps)
         gate, up = self.linear(i, "mlp.gate_proj", normed), self.linear(i, "mlp.up_proj", normed)
-        x = x + self.linear(i, "mlp.down_proj", silu(gate) * up)
+        x = x + self.after(i, "mlp", self.linear(i, "mlp.down_proj", self.activation(gate) * up))
         slots["output", i, t] = x
         return x
+
+    def after(self, i: int, name: str, x: Tensor) -> Tensor:
+        weight = self.has(i, f"after_{name}_norm.weight")
+        return x if weight is None else rms_norm(x, weight, self.eps)
 
     def latent_of(self, i: int) -> dict:
         """The widths of the latent that layer i reads."""
@@ -544,7 +572,7 @@ class SlowDecoder:
         if norm is not None:
             keys = [rms_norm(key, norm, self.eps) for key in keys]
             values = keys if self.layers[i].tied else values
-        keys = [rotate(key, t, self.theta) for key in keys]
+        keys = [rotate(key, t, self.base(i)) for key in keys]
         if self.layers[i].mix:
             keys = self.mixed(i, "keys", keys, [slots[j][t][0] for j in self.layers[i].mix])
             values = self.mixed(i, "values", values, [slots[j][t][1] for j in self.layers[i].mix])
@@ -560,7 +588,7 @@ class SlowDecoder:
         keys = keys if norm is None else [rms_norm(key, norm, self.eps) for key in keys]
         tied = self.layers[i].local_tied
         values = keys if tied else self.linear(i, "attention.local.v_proj", normed).split(self.size(i))
-        return [rotate(key, t, self.theta) for key in keys], list(values)
+        return [rotate(key, t, self.base(("and", i))) for key in keys], list(values)
 
     def attention_to_parts(self, i: int, t: int, normed: Tensor, slots: dict) -> list[Tensor]:
         """One softmax over the keys of several slots, with exp(s_h) in its denominator if there is a sink:
@@ -572,7 +600,7 @@ class SlowDecoder:
         sink = self.w(i, "attention.sink.weight") if row.sink else None
         heads = []
         for h, query in enumerate(queries):
-            query = rotate(query if norm is None else rms_norm(query, norm, self.eps), t, self.theta)
+            query = rotate(query if norm is None else rms_norm(query, norm, self.eps), t, self.base(row.parts[0][0]))
             read: list[tuple[list[Tensor], list[Tensor]]] = []
             for slot, window in row.parts:
                 seen = range(0 if window is None else max(0, t - window + 1), t + 1)
@@ -636,7 +664,7 @@ class SlowDecoder:
         seen = self.visible(i, t)
         heads = []
         for h, query in enumerate(queries):
-            query = rotate(query if norm is None else rms_norm(query, norm, self.eps), t, self.theta)
+            query = rotate(query if norm is None else rms_norm(query, norm, self.eps), t, self.base(row.keys[0]))
             g = h * self.layers[row.keys[0]].heads // self.n_heads
             keys = [self.read(i, "keys", row.keys, slots, s, g) for s in seen]
             values = [self.read(i, "values", row.values, slots, s, g) for s in seen]
@@ -651,7 +679,7 @@ class SlowDecoder:
         latent = [rms_norm(c, w, self.eps) for c, w in zip(both[:rank].chunk(blocks), weights, strict=True)]
         if blocks > 1:
             latent = [math.sqrt(len(normed) / len(c)) * c for c in latent]
-        return latent, rotate(both[rank:], t, self.theta)
+        return latent, rotate(both[rank:], t, self.base(i))
 
     def latent_attention(self, i: int, t: int, normed: Tensor, slots: dict) -> list[Tensor]:
         """DeepSeek-V2, eq. 9 to 19: q_i = [W_UQ c_Q; RoPE(W_QR c_Q)], k_i = [W_UK c; k_R], v_i = W_UV c.
@@ -670,7 +698,7 @@ class SlowDecoder:
         seen = [] if cached is None else self.visible(i, t)  # a latent of zeros has values of zero
         heads = []
         for h, query in enumerate(queries):
-            query = torch.cat((query[:nope], rotate(query[nope:], t, self.theta)))
+            query = torch.cat((query[:nope], rotate(query[nope:], t, self.base(self.layers[i].keys[0]))))
             out = torch.zeros(widths["v_head_dim"], dtype=query.dtype)
             for block in range(blocks):
                 name = "attention.kv_up_proj" + (f".{block}" if blocks > 1 else "")

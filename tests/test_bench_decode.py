@@ -437,6 +437,7 @@ def test_only_plans_that_a_llama_has_get_a_peer_of_the_same_size(
 ) -> None:
     asked = design(word)
     assert peers.llama_heads(asked.model) == heads
+    assert peers.llama_heads(asked.model.model_copy(update={"scale_embeddings": True})) is None
     if heads is not None:
         llama = peers.build_llama(asked.model, heads, 32, CPU)
         assert count_parameters(llama) == count_parameters(measure.build(asked.config, CPU))

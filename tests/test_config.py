@@ -37,6 +37,40 @@ REFUSED = {
         {"model": {**MODEL, "kv": {"preset": "gqa", "n_kv_heads": 3}}},
         "model: layer 0: n_heads 4 is not a multiple of n_kv_heads 3",
     ),
+    "queries that meet keys of two RoPE bases": (
+        {
+            "model": {
+                **MODEL,
+                "rope": {"windowed_theta": 100},
+                "kv": {
+                    "layers": [
+                        {"layers": "0-5", "own": {}, "window": 9},
+                        {"layers": 6, "own": {}},
+                        {"layers": 7, "keys": {"fuse": [3, 6]}, "values": {"share": 6}, "window": 9},
+                    ]
+                },
+            }
+        },
+        "model: layer 7: reads keys of slots that keep a window (of layers [3]) and of slots that keep all tokens (of "
+        "layers [6]), to which rope.windowed_theta 100.0 gives different RoPE; allowed: slots of one kind, or "
+        "rope.windowed_theta null",
+    ),
+    "a layer that reads slots of two RoPE bases at once": (
+        {"model": {**MODEL, "rope": {"windowed_theta": 100}, "kv": {"preset": "ced"}}},
+        "model: layer 4: reads keys of slots that keep a window (of layers [4]) and of slots that keep all tokens (of "
+        "layers [4]), to which",
+    ),
+    "keys of two RoPE bases that are mixed": (
+        {
+            "model": {
+                **MODEL,
+                "rope": {"windowed_theta": 100},
+                "kv": {"layers": [{"layers": "0-6", "own": {}}, {"layers": 7, "own": {"mix": [0]}, "window": 9}]},
+            }
+        },
+        "model: layer 7: mixes keys of slots that keep a window (of layers [7]) and of slots that keep all tokens (of "
+        "layers [0]), to which",
+    ),
     "min_lr above lr": ({"optim": {"lr": 1e-4, "min_lr": 1e-3}}, "optim: min_lr 0.001 exceeds lr 0.0001"),
     "betas out of range": ({"optim": {"betas": [0.9, 1.0]}}, "optim: betas [0.9, 1.0] must lie in [0, 1)"),
     "three betas": ({"optim": {"betas": [0.9, 0.95, 0.99]}}, "optim.betas: list should have at most 2 items"),

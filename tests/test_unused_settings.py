@@ -72,6 +72,8 @@ def test_other_settings() -> None:
         ("model.rope.scaling.low_freq_factor",
          {"model": {"rope": {"scaling": {"type": "linear", "low_freq_factor": 2, **scaling}}}},
          {"model": {"rope": {"scaling": {"type": "llama3", "low_freq_factor": 2, **scaling}}}}),
+        ("model.rope.windowed_theta", {"model": {"rope": {"windowed_theta": 100}}},
+         {"model": {"rope": {"windowed_theta": 100}, "kv": {"preset": "mha", "window": 9}}}),
         ("init.align", {"init": {**start, "align": "turn"}}, {"init": {**start, "method": "fit", "align": "turn"}}),
         ("init.ridge", {"init": {**start, "ridge": 0.1}}, {"init": {**start, "method": "svd", "ridge": 0.1}}),
         ("init.rope_pairs", {"init": {**start, "rope_pairs": "uniform"}},

@@ -33,7 +33,7 @@ def llama_heads(config: ModelConfig) -> int | None:
     if own is None or not own.is_ordinary or KVPlan.of([LayerPlan(own=own)] * config.n_layers) != config.plan():
         return None
     other = own.normalises or config.qk_norm or config.q_bias or config.kv_bias or config.rope.scaling is not None
-    return None if other else own.kv_heads
+    return None if other or config.beyond_llama else own.kv_heads
 
 
 def has_llama(design: Design) -> bool:

@@ -33,6 +33,7 @@ def check_peers(config: Config) -> None:
     wanted += [
         (f"model.{key}", getattr(c, key), (False,)) for key in ("tie_embeddings", "qk_norm", "q_bias", "kv_bias")
     ]
+    wanted += [(f"model.{key}", value, ("the default",)) for key, value in c.beyond_llama.items()]
     for key, value, allowed in wanted:
         if value not in allowed:
             raise UserError(

@@ -1,7 +1,7 @@
 """Convert between runs and checkpoint folders.
 
     %(prog)s export runs/NAME OUT      a run as a Hugging Face folder
-    %(prog)s import LLAMA OUT          a Llama, Qwen, Mistral or DeepSeek folder as a folder of cllm
+    %(prog)s import LLAMA OUT          a Llama, Qwen, Mistral, Gemma or DeepSeek folder as a folder of cllm
     %(prog)s plain OUT LLAMA           a folder of cllm in the format of Llama, Qwen or Mistral
 
 See docs/huggingface.md.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -52,6 +52,17 @@ class Rope(Section):
     """Base of the wavelengths: channel pair j has 2π theta^(2j / head_dim)."""
     scaling: RopeScaling | None = None
     """Scaling to a longer context; null: none."""
+    windowed_theta: float | None = Field(None, gt=0)
+    """Base of slots that keep a window, without scaling (Gemma 3: 10000); null: as all others. Queries have the base of
+    the slot that they read."""
+
+    def is_windowed(self, plan: KVPlan, slot: int) -> bool:
+        """Whether the keys of a slot of `plan` rotate with `windowed_theta`."""
+        return self.windowed_theta is not None and plan.kept(slot) is not None
+
+    def of(self, windowed: bool) -> Rope:
+        """The base and scaling for keys that are `windowed` as `is_windowed` says, and for others."""
+        return Rope(theta=self.windowed_theta) if windowed and self.windowed_theta is not None else self
 
 
 class Init(Section):
@@ -77,13 +88,19 @@ class ModelConfig(Section):
     head_dim: int | None = Field(None, ge=2, le=MAX_WIDTH, multiple_of=2)
     """Channels of a query, key or value head; null: d_model / n_heads."""
     d_ff: int | None = Field(None, ge=1, le=MAX_WIDTH)
-    """Width of the SwiGLU feed-forward layer; null: 8/3 d_model, rounded up to a multiple of 64."""
+    """Width of the gated feed-forward layer; null: 8/3 d_model, rounded up to a multiple of 64."""
+    mlp_activation: Literal["silu", "gelu_tanh"] = "silu"
+    """Activation of the feed-forward layer's gate: silu (SwiGLU), or gelu_tanh, GELU in its tanh approximation
+    (Gemma)."""
     max_seq_len: int = Field(2048, ge=1, le=MAX_TOKENS)
     """Longest context, in tokens."""
     rope: Rope = Field(default_factory=Rope)
     """Rotary position embedding."""
     norm_eps: float = Field(1e-5, gt=0)
     """Epsilon of every RMSNorm."""
+    norms_after: bool = False
+    """RMSNorm also on the outputs of attention and of the feed-forward layer, before they are added to the residual
+    stream (Gemma 2 and 3)."""
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys before RoPE (Qwen3). Without effect on latents, which have their
     own."""
@@ -93,6 +110,8 @@ class ModelConfig(Section):
     """Bias on key and value projections (Qwen2)."""
     tie_embeddings: bool = False
     """Use the embedding as the output head."""
+    scale_embeddings: bool = False
+    """Multiply the embeddings of tokens, but not the head, by sqrt(d_model) (Gemma)."""
     init: Init = Field(default_factory=Init)
     """Initial weights."""
     match_params: bool = False
@@ -112,12 +131,40 @@ class ModelConfig(Section):
                 raise ValueError(
                     f"d_model {self.d_model} / n_heads {self.n_heads} gives an odd head_dim; RoPE rotates channel pairs"
                 )
-        for i, layer in enumerate(self.plan().layers):
+        plan = self.plan()
+        for i, layer in enumerate(plan.layers):
             for own in (layer.own, layer.local):
                 n_kv = getattr(own, "n_kv_heads", None)
                 if n_kv is not None and self.n_heads % n_kv:
                     raise ValueError(f"layer {i}: n_heads {self.n_heads} is not a multiple of n_kv_heads {n_kv}")
+        if self.rope.windowed_theta is not None:
+            self._check_bases(plan)
         return self
+
+    def _check_bases(self, plan: KVPlan) -> None:
+        """Refuse a layer whose queries would meet keys of two RoPE bases, or that mixes keys of two."""
+        for i in range(len(plan)):
+            for what, slots in (("reads", plan.key_slots(i)), ("mixes", (*plan.mixes(i), i) if plan.mixes(i) else ())):
+                layers: dict[bool, list[int]] = {}
+                for slot in slots:
+                    layers.setdefault(self.rope.is_windowed(plan, slot), []).append(slot % len(plan))
+                if len(layers) == 2:
+                    raise ValueError(
+                        f"layer {i}: {what} keys of slots that keep a window (of layers {layers[True]}) and of slots "
+                        f"that keep all tokens (of layers {layers[False]}), to which rope.windowed_theta "
+                        f"{self.rope.windowed_theta} gives different RoPE; allowed: slots of one kind, or "
+                        "rope.windowed_theta null"
+                    )
+
+    @property
+    def beyond_llama(self) -> dict[str, Any]:
+        """The settings in which a layer or the embedding does not compute what Llama's does, by key, with values.
+
+        Biases, `qk_norm` and scalings of RoPE are left out: many programs for Llama have them too.
+        """
+        found = {key: getattr(self, key) for key in ("mlp_activation", "norms_after", "scale_embeddings")}
+        found["rope.windowed_theta"] = self.rope.windowed_theta
+        return {key: value for key, value in found.items() if value not in ("silu", False, None)}
 
     @property
     def resolved_head_dim(self) -> int:

@@ -27,6 +27,11 @@ def _plain(config: Config) -> bool:
     return any(plan.source(i).is_plain for i in range(len(plan)))
 
 
+def _keeps_window(config: Config) -> bool:
+    plan = config.model.plan()
+    return any(plan.kept(slot) is not None for slot in plan.slots)
+
+
 def _fuses(config: Config) -> bool:
     plan = config.model.plan()
     return any(map(plan.fuses, range(len(plan))))
@@ -49,6 +54,7 @@ _NEEDS = (
         _scaling("yarn"),
         f"{_SCALING}.type yarn",
     ),
+    _Need(("model.rope.windowed_theta",), _keeps_window, "a slot that keeps a window"),
     _Need(("optim.decay_fraction",), lambda c: c.optim.schedule == "wsd", "optim.schedule wsd"),
     _Need(("optim.min_lr",), lambda c: c.optim.schedule != "constant", "a schedule that decays, not constant"),
     _Need(("data.validation_sequences",), lambda c: c.train.validate_every is not None, "train.validate_every"),

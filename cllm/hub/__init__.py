@@ -17,7 +17,7 @@ exchange.py    from another family's folder to one of this package, and back
 companions.py  tokenizer, chat templates, generation config and licence
 checksums.py   SHA-256 of weight files
 peft.py        PEFT's tables of models
-families/      checkpoints of Llama, Mistral, Qwen and DeepSeek
+families/      checkpoints of Llama, Mistral, Qwen, Gemma and DeepSeek
 
 Imports data, runs, the model, the cache, and everything below them. `import cllm` registers the classes lazily.
 """

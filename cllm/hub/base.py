@@ -29,6 +29,7 @@ from cllm.hub.inputs import Inputs, check_packing, pop_packing, read_inputs
 from cllm.model.block import Block
 from cllm.model.context import Context
 from cllm.model.decoder import Decoder, recompute
+from cllm.model.embedding import ScaledEmbedding
 from cllm.model.loop import check_turns
 from cllm.model.sizes import model_d_ff
 from cllm.model.sources import Reader
@@ -110,6 +111,11 @@ class CLLMPreTrainedModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the decoder's embedding (vocab_size, d_model)."""
         assert isinstance(value, nn.Embedding)
+        if self.model.config.scale_embeddings and not isinstance(value, ScaledEmbedding):
+            raise UserError(
+                f"the embedding is a {type(value).__name__}, which does not scale, but model.scale_embeddings is true; "
+                "allowed: ScaledEmbedding of cllm.model.embedding"
+            )
         self.model.embed = value
         self.model.config = self.model.config.model_copy(update={"vocab_size": value.num_embeddings})
 

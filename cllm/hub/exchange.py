@@ -34,7 +34,7 @@ def import_folder(
     """Write another family's checkpoint as a folder of this package.
 
     Args:
-        source: folder of a Llama, Qwen, Mistral or dense DeepSeek checkpoint; see `families.read_family`.
+        source: folder of a Llama, Qwen, Mistral, Gemma or dense DeepSeek checkpoint; see `families.read_family`.
         out: the folder to make.
         dtype: of the weights; None: as stored.
         max_shard_size: largest weight file.

@@ -12,7 +12,8 @@ fusion.py     fused reads whose weights are complex numbers or matrices
 loop.py       weights that the turns of a loop share
 initial.py    initial weights
 loss.py       output head and cross-entropy in chunks
-mlp.py        SwiGLU feed-forward
+embedding.py  scaled embeddings of tokens
+mlp.py        gated feed-forward
 norm.py       RMSNorm
 rope.py       rotary position embedding
 parts.py      the parts of a model that training treats differently

@@ -48,6 +48,9 @@ class Mixer(nn.Module):
         self.head_dim = plan.source(layer).head_size(config.resolved_head_dim)
         self.window, self.exclude_self = plan.layers[layer].window, plan.reads_above(layer)
         self.owner = make_owner(config, plan.layers[layer].own)
+        self.reads_windowed = config.rope.is_windowed(plan, plan.key_slots(layer)[0])
+        self.owns_windowed = self.owner is not None and config.rope.is_windowed(plan, layer)
+        """Which RoPE the keys have that it reads, and those that it owns (`Rope.of`)."""
         self.slot_index = {j: index for index, j in enumerate((*plan.reads_others(layer), layer))}
         """Index of each layer's slot in the slots that `write` returns: those of other layers, then this layer's."""
         self.read_indices = [self.slot_index[j] for j in plan.reads(layer)]
@@ -64,7 +67,7 @@ class Mixer(nn.Module):
         if self.owner is None:
             return None, slots
         context = context.over(residual)
-        slot = self.owner(residual, normed, context.rope)
+        slot = self.owner(residual, normed, context.ropes(self.owns_windowed))
         dtype = slot.v.dtype
         if self.mix_indices:
             assert isinstance(self.owner, OwnMixedKV)
@@ -81,7 +84,7 @@ class Mixer(nn.Module):
 
     def as_read(self, stored: Slot, context: Context, dtype: torch.dtype) -> Slot:
         """The slot of this layer as readers see it, from its stored tokens, those of this pass included."""
-        return as_read(self.owner, stored, context, dtype)
+        return as_read(self.owner, stored, context, dtype, self.owns_windowed)
 
     def align(self, slots: Sequence[Slot]) -> tuple[Sequence[Slot], int]:
         """`slots` cut to the length of the shortest slot that is read, and that length.
@@ -95,11 +98,11 @@ class Mixer(nn.Module):
         return [slot.map(lambda t: t[:, t.shape[1] - size :]) for slot in slots], size
 
 
-def as_read(owner: nn.Module | None, stored: Slot, context: Context, dtype: torch.dtype) -> Slot:
-    """The slot of `owner` as readers see it, or as decoding kernels do, from its stored tokens."""
+def as_read(owner: nn.Module | None, stored: Slot, context: Context, dtype: torch.dtype, windowed: bool) -> Slot:
+    """The slot of `owner` as readers see it, or as decoding kernels do, from its stored tokens; see `Rope.of`."""
     if not isinstance(owner, StoredForm):
         return stored
-    table = context.slot_rope(owner.head_dim, stored.v.shape[1])
+    table = context.slot_rope(owner.head_dim, stored.v.shape[1], windowed)
     return owner.as_decoded(stored, table) if context.is_decoding else owner.as_read(stored, table, dtype)
 
 
@@ -130,7 +133,7 @@ class Attention(Mixer):
         q = self.q_proj(normed).unflatten(-1, (-1, self.head_dim))  # B, T, H, D
         if self.q_norm is not None:
             q = self.q_norm(q)
-        q = apply_rope(q, context.rope(self.head_dim))
+        q = apply_rope(q, context.rope(self.head_dim, self.reads_windowed))
         if not context.groups:
             return self.o_proj(self._attend(q, slots, context).flatten(-2)), own
         out = torch.empty_like(q)
@@ -228,7 +231,7 @@ class LatentAttention(Mixer):
         nope, rope = self.latent.qk_nope_head_dim, self.latent.qk_rope_head_dim
         x = normed if self.q_down_proj is None or self.q_norm is None else self.q_norm(self.q_down_proj(normed))
         q_nope, q_rope = self.q_proj(x).unflatten(-1, (self.n_heads, -1)).split((nope, rope), dim=-1)
-        q_rope = apply_rope(q_rope, context.rope(rope))  # B, T, H, rope
+        q_rope = apply_rope(q_rope, context.rope(rope, self.reads_windowed))  # B, T, H, rope
         slot = slots[self.latent_index]
         if context.is_decoding:
             visible = context.visible(self.window, self.exclude_self, size)
@@ -329,7 +332,7 @@ class GatedRetention(Mixer):
             proj(normed).unflatten(-1, (-1, self.head_dim))
             for proj in (self.q_proj, self.k_proj, self.v_proj, self.gate_proj)
         )
-        table = context.rope(self.head_dim)
+        table = context.rope(self.head_dim, self.reads_windowed)
         log_decay = F.logsigmoid(self.decay_proj(normed).float()) / 16  # B, T, H
         q, k = apply_rope(q, table), apply_rope(k, table)
         scale = self.head_dim**-0.5

@@ -1,4 +1,4 @@
-"""One decoder layer: pre-norm attention and pre-norm SwiGLU, each added to the residual stream."""
+"""One decoder layer: pre-norm attention and a pre-norm MLP, each added to the residual stream."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cllm.cache.stores import Store
 from cllm.config import ModelConfig
 from cllm.model.attention import make_mixer
 from cllm.model.context import Context
-from cllm.model.mlp import SwiGLU
+from cllm.model.mlp import GatedMLP
 from cllm.model.norm import RMSNorm
 from cllm.plan.plan import KVPlan
 
@@ -26,7 +26,10 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = make_mixer(config, plan, layer)
         self.mlp_norm = RMSNorm(config.d_model, eps=config.norm_eps)
-        self.mlp = SwiGLU(config.d_model, d_ff)
+        self.mlp = GatedMLP(config.d_model, d_ff, config.mlp_activation)
+        self.after_attention_norm, self.after_mlp_norm = (
+            RMSNorm(config.d_model, eps=config.norm_eps) if config.norms_after else None for _ in range(2)
+        )
         self.returns_slot = layer in plan.shared
         """Whether other layers read this layer's slot. A slot returned to no reader would still receive zero gradients
         in a compiled block, which cost memory traffic."""
@@ -56,5 +59,9 @@ class Block(nn.Module):
         """
         residual = x if source is None else source
         mixed, own = self.attention(residual, self.attention_norm(x), slots, context, store, **local)
+        if self.after_attention_norm is not None:
+            mixed = self.after_attention_norm(mixed)
         x = context.after_write(x)[1] + mixed
-        return self.mlp(self.mlp_norm(x), x), own if self.returns_slot else None
+        normed = self.mlp_norm(x)
+        x = self.mlp(normed, x) if self.after_mlp_norm is None else x + self.after_mlp_norm(self.mlp(normed))
+        return x, own if self.returns_slot else None

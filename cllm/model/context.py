@@ -5,6 +5,7 @@ Shapes: B batch, T tokens of this pass, S tokens in the slots that are read.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 
@@ -17,7 +18,7 @@ from cllm.config import Rope
 from cllm.kernels.attention import Documents, Mask, document_boundaries
 from cllm.kernels.decode import Visible
 from cllm.model.rope import rope_table
-from cllm.model.sources import unpacked
+from cllm.model.sources import RopeTables, unpacked
 from cllm.plan.plan import KVPlan
 
 
@@ -102,8 +103,8 @@ class Context:
     """For slots of a total number of entries: (T,) int64, the entries of this pass's tokens, if there are requests."""
     streams: dict[int, Tensor] = field(default_factory=dict)
     """The normalised outputs (B, T, d_model) of the layers in `KVPlan.inputs`."""
-    _slot_rope: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _rope: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _slot_rope: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _rope: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[int | None, bool, int], Mask] = field(default_factory=dict)
     _visible: dict[tuple[int | None, bool, int], Visible] = field(default_factory=dict)
 
@@ -157,11 +158,16 @@ class Context:
         )
         return replace(self, tail=tail)
 
-    def rope(self, dim: int) -> tuple[Tensor, Tensor]:
-        """cos and signed sin for a head dimension, as `rope_table` returns them."""
-        if dim not in self._rope:
-            self._rope[dim] = rope_table(self.rope_config, dim, self.positions)
-        return self._rope[dim]
+    def rope(self, dim: int, windowed: bool) -> tuple[Tensor, Tensor]:
+        """cos and signed sin for a head dimension, as `rope_table` returns them; `windowed` as in `Rope.of`."""
+        key = (dim, windowed)
+        if key not in self._rope:
+            self._rope[key] = rope_table(self.rope_config.of(windowed), dim, self.positions)
+        return self._rope[key]
+
+    def ropes(self, windowed: bool) -> RopeTables:
+        """`rope` as a function of the head dimension."""
+        return functools.partial(self.rope, windowed=windowed)
 
     def newest(self, slot: Slot, dtype: torch.dtype) -> Slot:
         """The tokens of this pass (B, T, ...) in a slot as readers see it; fp8 numbers become `dtype`."""
@@ -177,33 +183,36 @@ class Context:
             new = slot.map(lambda t: t[:, -self.length :])
         return unpacked(new, dtype)
 
-    def slot_rope(self, dim: int, size: int) -> tuple[Tensor, Tensor]:
+    def slot_rope(self, dim: int, size: int, windowed: bool) -> tuple[Tensor, Tensor]:
         """As `rope`, for all tokens of a slot of `size` tokens as readers see it.
 
         Cached tokens are at the positions before those of this pass, without gaps.
         """
         if self.cache_layout is None or self.step is None:
-            return self.rope(dim)
-        if (dim, size) not in self._slot_rope:
+            return self.rope(dim, windowed)
+        key = (dim, size, windowed)
+        if key not in self._slot_rope:
             index = torch.arange(size, device=self.positions.device)
             if self.cache_layout.total is None:  # a ring
                 positions = self.positions - (self.cache_layout.column - index) % size
             else:
                 cached = index[: size - self.length]
                 positions = torch.cat((self.positions[:, :1] + (cached - len(cached)), self.positions), dim=1)
-            self._slot_rope[dim, size] = rope_table(self.rope_config, dim, positions)
-        return self._slot_rope[dim, size]
+            self._slot_rope[key] = rope_table(self.rope_config.of(windowed), dim, positions)
+        return self._slot_rope[key]
 
     def prepare(self, plan: KVPlan, head_dim: int, sizes: Mapping[int, int] | None = None) -> None:
         """Compute every table and mask that the layers of `plan` need, outside of compiled code.
 
         `sizes` are the tokens in each slot as readers see it; by default T.
         """
+        rope = self.rope_config
         for i, layer in enumerate(plan.layers):
-            self.rope(plan.source(i).rope_dim(head_dim))
+            self.rope(plan.source(i).rope_dim(head_dim), rope.is_windowed(plan, plan.key_slots(i)[0]))
             for slot, own in ((i, layer.own), (len(plan) + i, layer.local)):
                 if own is not None and own.rotates_at_read:
-                    self.slot_rope(own.head_size(head_dim), self.length if sizes is None else sizes[slot])
+                    size = self.length if sizes is None else sizes[slot]
+                    self.slot_rope(own.head_size(head_dim), size, rope.is_windowed(plan, slot))
             for slots, window in plan.attended(i):
                 size = self.length if sizes is None else min((sizes[j] for j in slots if j in sizes), default=0)
                 if size and self.is_decoding:

@@ -26,6 +26,7 @@ from cllm.kernels.fp8_casts import FP8_CASTS
 from cllm.kernels.sum_products import SUM_PRODUCTS
 from cllm.model.block import Block
 from cllm.model.context import CacheLayout, Context
+from cllm.model.embedding import ScaledEmbedding
 from cllm.model.initial import check_can_initialise, check_no_buffers, draw_weights
 from cllm.model.loop import share_turns
 from cllm.model.loss import Head
@@ -62,7 +63,8 @@ class Decoder(nn.Module):
         """Recompute fused keys and values in the backward instead of saving them."""
         self.fp32_residual = False
         """Under autocast, keep the residual stream in fp32 instead of autocast's dtype."""
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        embedding = ScaledEmbedding if config.scale_embeddings else nn.Embedding
+        self.embed = embedding(config.vocab_size, config.d_model)
         d_ff = d_ff or config.resolved_d_ff
         self.blocks = nn.ModuleList(Block(config, self.plan, i, d_ff) for i in range(config.n_layers))
         share_turns(self, self.blocks, self.plan)

@@ -39,6 +39,7 @@ class PartsAttention(Mixer):
         read = plan.keys(layer)
         assert isinstance(read, Whole)
         self.local = make_owner(config, plan.layers[layer].local)
+        self.local_windowed = self.local is not None and config.rope.is_windowed(plan, len(plan) + layer)
         self.places = [None if part.layer == LOCAL else self.slot_index[part.layer] for part in read.parts]
         """For each slot that is read its index in the slots that `write` returns; None: the local slot."""
         self.windows = [part.window for part in read.parts]
@@ -63,7 +64,7 @@ class PartsAttention(Mixer):
         q = self.q_proj(normed).unflatten(-1, (-1, self.head_dim))  # B, T, H, D
         if self.q_norm is not None:
             q = self.q_norm(q)
-        q = apply_rope(q, context.rope(self.head_dim))
+        q = apply_rope(q, context.rope(self.head_dim, self.reads_windowed))
         read = [slots[place] if place is not None else local for place in self.places]
         if context.is_decoding:
             parts = [
@@ -86,13 +87,13 @@ class PartsAttention(Mixer):
         if self.local is None:
             return None
         context = context.over(normed)
-        slot: Slot = self.local(residual, normed, context.rope)
+        slot: Slot = self.local(residual, normed, context.ropes(self.local_windowed))
         dtype = slot.v.dtype
         if store is not None:
             assert isinstance(store, SlotStore)
             assert context.step is not None
             slot = store.extend(slot, context.step)
-        return as_read(self.local, slot, context, dtype)
+        return as_read(self.local, slot, context, dtype, self.local_windowed)
 
     def attend(self, q: Tensor, x: Tensor, parts: Sequence[tuple[Slot, Mask]], backend: str) -> Tensor:
         """The output (B, T, H, D) for queries of that shape and the layer's normalised input `x` (B, T, d_model)."""

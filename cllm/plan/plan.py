@@ -145,6 +145,11 @@ class KVPlan:
         numbers = (len(self) + i if part.layer == LOCAL else part.layer for part in read.parts)
         return tuple(Attended((slot,), part.window) for slot, part in zip(numbers, read.parts, strict=True))
 
+    def key_slots(self, i: int) -> tuple[int, ...]:
+        """The numbers of the slots whose keys layer `i` reads, see `slots`."""
+        read = self.keys(i)
+        return tuple(part.slots[0] for part in self.attended(i)) if isinstance(read, Whole) else read.layers
+
     def read_flops(self, i: int, head_dim: int) -> float:
         """Forward FLOPs per token of matrix products that make the keys and values of layer `i` from slots."""
         heads, size = self.source(i).kv_heads or 0, self.source(i).head_size(head_dim)

@@ -217,6 +217,8 @@ class TransformersEngine(Engine):
                 f"{type(self.model).__name__}: layer {slot} has other modules than Llama's; allowed: layers.N with "
                 "input_layernorm, self_attn.q_proj, v_proj and o_proj, and post_attention_layernorm"
             )
+        # Queries are rotated like keys. Gemma 3, which has two kinds of RoPE, also orders its queries (B, H, T, D).
+        hf.check_rope(getattr(self.model.base_model, "rotary_emb", None))
         before_mlp = getattr(layer, "pre_feedforward_layernorm", before_mlp)
         weight = attention.o_proj.weight
         one = weight.new_ones(1, 1)

@@ -315,13 +315,18 @@ def compressible_layers(cache: Cache, model: PreTrainedModel, starts: Tensor | N
     return CompressibleSlots(slots, frozenset(latent), starts, total, incompressible, rope, reads, evicted)
 
 
+def check_rope(rotary: Any) -> None:
+    """Raise `UserError` unless `rotary`, the `rotary_emb` of a model, is one known kind of RoPE for all layers."""
+    if rotary is None or getattr(rotary, "rope_type", None) not in _ROPE_TYPES:
+        seen = "none" if rotary is None else getattr(rotary, "rope_type", "unknown")
+        raise UserError(f"rope type is {seen}; allowed: {', '.join(_ROPE_TYPES)}: keys are rotated back")
+
+
 def _rope(rotary: Any) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
     """cos and sin of a model's `rotary_emb`, in the layout of `rope_table`."""
 
     def table(dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if rotary is None or getattr(rotary, "rope_type", None) not in _ROPE_TYPES:
-            seen = "none" if rotary is None else getattr(rotary, "rope_type", "unknown")
-            raise UserError(f"rope type is {seen}; allowed: {', '.join(_ROPE_TYPES)}: keys are rotated back")
+        check_rope(rotary)
         cos, sin = rotary(torch.empty(0, dtype=torch.float32, device=positions.device), positions)
         if cos.shape[-1] != dim:
             raise UserError(f"RoPE turns {cos.shape[-1]} of {dim} channels; allowed: all of them")

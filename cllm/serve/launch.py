@@ -21,7 +21,7 @@ from cllm.hub.checksums import check_checksums
 from cllm.hub.companions import TOKENIZER
 from cllm.hub.kind import Kind, identify_model
 from cllm.hub.open import open_config
-from cllm.serve.vllm.layout import CPU_HEAD_SIZES, Layout, make_layout
+from cllm.serve.vllm.layout import CPU_HEAD_SIZES, Layout, check_decoder, make_layout
 from cllm.yaml_text import read_yaml
 
 log = logging.getLogger(__name__)
@@ -141,6 +141,7 @@ def check_folder(folder: Path, *, ranks: int = 1, cuda: bool | None = None) -> L
         raise UserError(f"{folder}: has no .safetensors weights")
     check_checksums(folder)
     sizes = None if _has_gpu(cuda) else CPU_HEAD_SIZES
+    check_decoder(config)
     return make_layout(config.plan(), config.n_heads, config.resolved_head_dim, head_sizes=sizes, ranks=ranks)
 
 

@@ -40,9 +40,9 @@ def block_activation_bytes(model: Decoder, config: Config, launch: Launch, layer
     """Bytes a token that one compiled block keeps for its backward.
 
     These are the residual stream before and inside the block; the outputs of both norms and, in owners with `kv_norm`,
-    of that one; the queries and the output of attention; the keys and values that the layer computed itself, by
-    projection or, unless that is recomputed, by fusion, and what complex and matrix weights keep besides these; and
-    three tensors of width d_ff, or two if SwiGLU is fused.
+    of that one; with `norms_after` the outputs that these norms read; the queries and the output of attention; the keys
+    and values that the layer computed itself, by projection or, unless that is recomputed, by fusion, and what complex
+    and matrix weights keep besides these; and three tensors of width d_ff, or two if SwiGLU is fused.
     """
     c, plan = config.model, model.plan
     narrow = _compute_bytes(launch)
@@ -54,6 +54,7 @@ def block_activation_bytes(model: Decoder, config: Config, launch: Launch, layer
     kept += _local_activations(model, layer)
     kept += plan.kept_activations(layer, c.resolved_head_dim) if fuses else 0
     kept += c.d_model if own is not None and own.normalises and own.input is None else 0
+    kept += 2 * c.d_model if c.norms_after else 0
     kept += c.d_model if layer in plan.inputs else 0  # normalised, for the owners that project it
     hidden = (2 if will_fuse(model, config, launch) else 3) * model_d_ff(c)
     return 2 * c.d_model * wide + (2 * c.d_model + kept + hidden) * narrow

@@ -12,7 +12,7 @@ from cllm.config import Config
 from cllm.errors import UserError
 from cllm.kernels import swiglu
 from cllm.model.decoder import Decoder
-from cllm.model.mlp import SwiGLU
+from cllm.model.mlp import GatedMLP
 from cllm.train.launch import Launch
 
 log = logging.getLogger(__name__)
@@ -47,12 +47,14 @@ def will_fuse(model: Decoder, config: Config, launch: Launch) -> bool:
     return on_gpu and _obstacle(model, config, launch) is None
 
 
-def _layers(model: Decoder) -> list[SwiGLU]:
-    return [module for module in model.blocks.modules() if isinstance(module, SwiGLU)]
+def _layers(model: Decoder) -> list[GatedMLP]:
+    return [module for module in model.blocks.modules() if isinstance(module, GatedMLP)]
 
 
 def _obstacle(model: Decoder, config: Config, launch: Launch) -> str | None:
     """The reason why SwiGLU cannot be fused, or None."""
+    if config.model.mlp_activation != "silu":
+        return f"model.mlp_activation is {config.model.mlp_activation}"
     if not launch.bf16:
         return "precision is fp32"
     if config.train.fp8 is not None:

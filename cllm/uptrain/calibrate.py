@@ -32,10 +32,9 @@ class Observed:
     """The positions of the batch, with their RoPE tables."""
     _moments: dict[int, Tensor] = field(default_factory=dict)
 
-    @property
-    def rope(self) -> RopeTables:
-        """RoPE tables for the positions of the batch."""
-        return self.context.rope
+    def rope(self, i: int) -> RopeTables:
+        """RoPE tables of the teacher's layer `i` for the positions of the batch."""
+        return self.context.ropes(self.teacher.config.rope.is_windowed(self.teacher.plan, i))
 
     def normed(self, i: int) -> Tensor:
         """The normalised input of layer `i`, (B T, d_model)."""
@@ -44,7 +43,8 @@ class Observed:
     def slot(self, i: int, owner: OwnKV, *, rotated: bool = True) -> tuple[Tensor, Tensor]:
         """Keys and values (G, D, B T) that `owner` projects from the input of layer `i`, after or before RoPE."""
         residual = self.inputs[i]
-        slot = owner(residual, block_of(self.teacher, i).attention_norm(residual), self.rope if rotated else unrotated)
+        rope = self.rope(i) if rotated else unrotated
+        slot = owner(residual, block_of(self.teacher, i).attention_norm(residual), rope)
         return _by_head(slot)
 
     def before_rope(self, i: int, owner: OwnKV) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,8 @@ class Observed:
         if j not in made:
             attention, plan = block_of(student, j).attention, student.plan
             assert attention.owner is not None
-            slot = attention.owner(*self._arguments(student, j), self.context.rope)
+            rope = self.context.ropes(student.config.rope.is_windowed(plan, j))
+            slot = attention.owner(*self._arguments(student, j), rope)
             if isinstance(attention.owner, OwnMixedKV):
                 slot = attention.owner.mix(slot, [self._write(student, lower, made) for lower in plan.mixes(j)])
             made[j] = attention.as_read(slot, self.context, slot.v.dtype)

@@ -132,7 +132,7 @@ class BlendingAttention(Attention, MixedIn):
         own, read = super().write(residual, normed, slots, context, store)
         if self.over or not self.training:
             return own, read
-        return own, (*read, self.curriculum_own(residual, normed, context.rope))
+        return own, (*read, self.curriculum_own(residual, normed, context.ropes(self.reads_windowed)))
 
 
 def add_curriculum(model: Decoder, owners: Mapping[int, OwnKV]) -> None:

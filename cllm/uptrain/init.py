@@ -33,7 +33,7 @@ from cllm.uptrain.heads import Alignment, Grams, align_owner, align_reader, head
 from cllm.uptrain.merge import merge_heads, merged_layers
 from cllm.uptrain.outputs import refit_outputs
 from cllm.uptrain.owners import OwnerStart, copy_owners, fit_owners
-from cllm.uptrain.project import PARTS, anchors, average_owners, check_plans, copy_rest, teacher_owners
+from cllm.uptrain.project import PARTS, anchors, average_owners, check_bases, check_plans, copy_rest, teacher_owners
 from cllm.uptrain.ridge import fit_shared, shared_groups
 from cllm.uptrain.svd import check_latents, make_latents
 
@@ -65,6 +65,7 @@ def init_student(student: Decoder, teacher: TracedDecoder, settings: InitFrom, b
         student.load_state_dict(teacher.state_dict())
         return StudentInit()
     check_plans(student.plan, teacher.plan)
+    check_bases(student.config, teacher.config)
     latent = bool(student.plan.reading(Latent))
     if latent != (settings.method == "svd"):
         allowed = "svd" if latent else "copy, mean, aligned, ridge, fit"

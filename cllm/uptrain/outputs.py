@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cllm.errors import UserError
 from cllm.model.decoder import Decoder
 from cllm.uptrain.calibrate import Batches, inputs_of
 from cllm.uptrain.decoder import TracedDecoder, block_of
@@ -30,6 +31,8 @@ def refit_outputs(
 ) -> dict[str, float]:
     """Refit o_proj of `layers`, bottom-up, on the streams that the student's new lower layers give.
 
+    With `norms_after` the stream is not linear in o_proj, which raises `UserError`.
+
     Args:
         student: with its first weights.
         teacher: of the same width.
@@ -40,6 +43,11 @@ def refit_outputs(
     Returns:
         |t - x|² / |t|² of the streams after attention, as `layer 5 stream`, for each of `layers`.
     """
+    if student.config.norms_after:
+        raise UserError(
+            "init.outputs refits output projections, but model.norms_after puts a norm between them and the residual "
+            "stream; allowed: none"
+        )
     cyclic = {i for first, last in student.plan.cyclic_spans() for i in range(first, last + 1)}
     wanted = [i for i in layers if i < min(cyclic, default=len(student.blocks))]
     errors: dict[str, float] = {}

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.model.attention import Attention
 from cllm.model.decoder import Decoder
@@ -73,6 +74,27 @@ def check_plans(student: KVPlan, teacher: KVPlan) -> None:
             )
 
 
+def check_bases(student: ModelConfig, teacher: ModelConfig) -> None:
+    """Refuse a student in which a layer's queries or keys rotate with another RoPE base than in the teacher.
+
+    Raises:
+        UserError: naming the layer, for models with `rope.windowed_theta`.
+    """
+    rope, mine, theirs = student.rope, student.plan(), teacher.plan()
+    for i in range(len(mine)):
+        windowed = teacher.rope.is_windowed(theirs, theirs.key_slots(i)[0])
+        own = mine.layers[i].own
+        owned = [("owns", i)] if own is not None and "keys" in own.halves else []
+        for verb, slot in (("reads", mine.key_slots(i)[0]), *owned):
+            if rope.is_windowed(mine, slot) != windowed:
+                kind, other = ("all tokens", "a window") if windowed else ("a window", "all tokens")
+                raise UserError(
+                    f"model.kv: layer {i} {verb} a slot that keeps {kind}, but the model that init.from names has one "
+                    f"that keeps {other} there, and rope.windowed_theta gives each kind its RoPE; allowed: the same "
+                    "kind in each layer, so only layers of one kind share a slot"
+                )
+
+
 def _check_head_sizes(i: int, theirs: Source, source: Source, owned: Source | None) -> None:
     """Queries and projections of layer `i` keep the head size that they have in the teacher."""
     if not source.is_plain and theirs.head_dim is not None:
@@ -113,8 +135,9 @@ def copy_rest(student: Decoder, teacher: Decoder) -> None:
         student.stream_norms[str(i)].load_state_dict(norm.state_dict())
     for i in range(len(student.plan)):
         mine, theirs = block_of(student, i), block_of(teacher, i)
-        for name in ("attention_norm", "mlp_norm", "mlp"):
-            getattr(mine, name).load_state_dict(getattr(theirs, name).state_dict())
+        for name, module in mine.named_children():
+            if name != "attention":
+                module.load_state_dict(theirs.get_submodule(name).state_dict())
         if isinstance(mine.attention, Attention):
             attention = attention_of(teacher, i)
             _load(mine.attention.q_proj, attention.q_proj)

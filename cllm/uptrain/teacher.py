@@ -85,7 +85,9 @@ def student_model(teacher: ModelConfig, kv: Any, *, rope_pairs: str) -> dict[str
                 f"init.rope_pairs is high, but layers rotate {sorted(dims)} channels, and one rope.theta cannot give "
                 "all of them the teacher's highest frequencies; allowed: uniform"
             )
-        data["rope"]["theta"] = teacher.rope.theta ** (dims.pop() / teacher.resolved_head_dim)
+        for key in ("theta", "windowed_theta"):
+            if (theta := data["rope"][key]) is not None:
+                data["rope"][key] = theta ** (rotated[0] / size)
     return data
 
 
@@ -127,8 +129,10 @@ def _check_windows(student: ModelConfig, teacher: ModelConfig, path: Path) -> No
         return
     for i, layer in enumerate(teacher.plan().layers):
         if layer.window is not None and layer.window < student.max_seq_len:
+            # A shorter context replaces a window, but not the RoPE base that goes with it.
+            shorter = f", or set model.max_seq_len to {layer.window} or less"
             raise UserError(
                 f"model.kv has no sliding window, but layer {i} of the model that init.from names, {path}, has one of "
-                f"{layer.window} tokens; write the plan as model.kv.layers with `window: {layer.window}`, or set "
-                f"model.max_seq_len to {layer.window} or less"
+                f"{layer.window} tokens; write the plan as model.kv.layers with `window: {layer.window}`"
+                f"{shorter if teacher.rope.windowed_theta is None else ''}"
             )

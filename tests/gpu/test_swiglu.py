@@ -15,7 +15,7 @@ import yaml
 
 from cllm.config import ModelConfig
 from cllm.kernels.swiglu import swiglu, unavailable
-from cllm.model.mlp import SwiGLU
+from cllm.model.mlp import GatedMLP
 from cllm.model.sizes import build_decoder
 from cllm.train.run import train
 from cllm.uptrain.complete import load_config
@@ -58,7 +58,7 @@ def test_output_and_gradients_are_as_close_to_fp32_as_those_of_torch(
 def test_a_compiled_layer_under_autocast(gpu: torch.device) -> None:
     """One graph for all batches of a size, fp32 gradients, and less kept for the backward."""
     torch.manual_seed(0)
-    layer = SwiGLU(512, 1536).to(gpu)
+    layer = GatedMLP(512, 1536).to(gpu)
     x = torch.randn(2, 1024, 512, device=gpu, dtype=torch.bfloat16)
     outputs, kept = [], []
     for fused in (False, True):

@@ -118,9 +118,10 @@ def test_every_servable_preset_gives_the_tokens_of_generate(name, hub_model, pre
     assert (seen["shared"] > 0) == (set(windows) == {None}), "transformers shares prefixes of full attention only"
 
 
-def test_a_plan_of_everything_under_preemption(hub_model, prompts, seen) -> None:
+@pytest.mark.parametrize("rope", [{}, {"windowed_theta": 50.0}])
+def test_a_plan_of_everything_under_preemption(rope, hub_model, prompts, seen) -> None:
     # Windows of four sizes, halves, a tied projection, projected inputs, mixed and fused slots, readers of two owners.
-    model = hub_model(MIXED, max_seq_len=128)
+    model = hub_model(MIXED, max_seq_len=128, rope=rope)
     assert _batched(model, prompts) == _greedy(model, prompts)
     assert seen["preempted"] == 0
     short = [prompt[:25] for prompt in prompts[3:]]

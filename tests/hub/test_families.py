@@ -43,6 +43,10 @@ V2_LITE = {"factor": 40.0, "original_max_position_embeddings": 64, "mscale": 0.7
 V2_LITE = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, **V2_LITE}}
 """As DeepSeek-V2-Lite has it: the softmax scale times 1.26 squared."""
 SLIDING, FULL = "sliding_attention", "full_attention"
+GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5, "tie_word_embeddings": True}
+GEMMA |= {"layer_types": [SLIDING, FULL, SLIDING]}
+GLOBAL = {"rope_type": "linear", "rope_theta": 5e4, "factor": 8.0}  # as in Gemma 3 4B and larger
+LOCAL = {"rope_type": "default", "rope_theta": 300.0}
 
 # name: (model_type, options of its config class)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -69,6 +73,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"head_dim": 12, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
     ),
+    "gemma": ("gemma", {"head_dim": 12, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "gemma, head of its own": ("gemma", {"head_dim": 12}),
+    "gemma3": ("gemma3_text", GEMMA),
+    "gemma3, scaled": ("gemma3_text", {**GEMMA, "rope_parameters": {FULL: GLOBAL, SLIDING: LOCAL}}),
+    "gemma3, every layer windowed": ("gemma3_text", {**GEMMA, "layer_types": [SLIDING] * L}),
+    "gemma3, no layer windowed": ("gemma3_text", {**GEMMA, "layer_types": [FULL] * L, "tie_word_embeddings": False}),
     "deepseek_v2": ("deepseek_v2", MLA),
     "deepseek_v2, query rank": ("deepseek_v2", {**MLA, "q_lora_rank": 14, "tie_word_embeddings": True}),
     "deepseek_v2, its own yarn": ("deepseek_v2", {**MLA, **V2_LITE}),
@@ -77,7 +87,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3, rotate-half": ("deepseek_v3", {**MLA, "rope_interleave": False}),
     "deepseek_v3, yarn": ("deepseek_v3", {**MLA, "rope_parameters": scaled("yarn", **YARN)["rope_parameters"]}),
 }
-WRITABLE = [name for name, (family, _) in CASES.items() if not FAMILIES[family].latent]
+WRITABLE = [name for name, (family, _) in CASES.items() if not (FAMILIES[family].latent or FAMILIES[family].gemma)]
 
 
 def hf_model(case: str) -> PreTrainedModel:
@@ -487,22 +497,19 @@ def test_refused_tensors_and_folders_of_exports(tiny_config, random_model, tmp_p
 
 # ---- what families that are refused have beyond this decoder ---------------------------------------------------------
 
-AFTER, INPUTS = "norms after attention and MLP", "inputs of their own for every layer"
+INPUTS = "inputs of their own for every layer"
 GEMMA_TENSORS = {
-    "self_attn.q_norm": "",  # the decoder has it
-    "self_attn.k_norm": "",
-    "post_feedforward_layernorm": AFTER,
-    "pre_feedforward_layernorm": AFTER,
     "altup": r"several residual streams \(AltUp\)",
     "laurel": r"a low-rank branch beside each layer \(LAuReL\)",
     "per_layer": INPUTS,
     "layer_scalar": "a factor on the output of each layer",
     "experts": "a mixture of experts beside the MLP",
+    "feedforward_layernorm_": "a mixture of experts beside the MLP",
     ".router.": "a mixture of experts beside the MLP",
     ".bias": "biases on all projections of attention",
 }
 """For tensors that no known family has, by a part of their names, what the error says of them."""
-ALWAYS = ("embeddings scaled by", "second kind of RoPE", "norms without weights on values", "scores without the factor")
+ALWAYS = ("norms without weights on values",)
 INPUTS_OF_4 = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": V}
 EXPERTS_OF_4 = {"enable_moe_block": True, "num_experts": 3, "top_k_experts": 2, "moe_intermediate_size": 8}
 GEMMA_CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
@@ -515,8 +522,8 @@ GEMMA_CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[str, ..
             "num_kv_shared_layers": 2,
             "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
         },
-        (*ALWAYS, r"sparse activations of the MLP \(", r"final_logit_softcapping: 30\.0", "gelu_pytorch_tanh"),
-        ("several widths", "rotates a part", "biases"),
+        (*ALWAYS, r"sparse activations of the MLP \(", r"final_logit_softcapping: 30\.0"),
+        ("several widths", "rotates a part", "biases", "gelu"),
     ),
     "3n, other options": (
         "gemma3n_text",
@@ -538,8 +545,15 @@ GEMMA_CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[str, ..
             "attention_k_eq_v": True,
             "num_kv_shared_layers": 2,
             "use_double_wide_mlp": True,
+            "hidden_activation": "relu",
         },
-        (*ALWAYS, "rotates a part", "keys and values of one projection with a norm each", "twice the width"),
+        (
+            *ALWAYS,
+            "hidden_activation: .relu",
+            "rotates a part",
+            "keys and values of one projection with a norm each",
+            "twice the width",
+        ),
         ("capped", "biases", "sparse", "later tokens"),
     ),
     "4, other options": (
@@ -548,12 +562,13 @@ GEMMA_CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[str, ..
         (*ALWAYS, r"capped logits \(final_logit_softcapping: 30\.0\)"),
         (INPUTS, "experts", "keys and values", "twice the width", "SiLU"),
     ),
-    "3": ("gemma3_text", {}, (AFTER, "1 [+] weight", "query_pre_attn_scalar: 256"), ("capped",)),
-    "2": (
+    "2": ("gemma2", {}, ("capped logits", "capped scores"), ("query_pre_attn_scalar", "norms", "embeddings", "gelu")),
+    "2, one cap": ("gemma2", {"attn_logit_softcapping": None}, ("capped logits",), ("capped scores",)),
+    "2, no cap": (
         "gemma2",
-        {"query_pre_attn_scalar": 8},
-        (AFTER, "capped logits", "capped scores"),
-        ("query_pre_attn_scalar",),
+        {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+        ("allowed: deepseek",),
+        (),
     ),
 }
 
@@ -575,7 +590,8 @@ def test_every_feature_of_a_gemma_is_named_in_one_error(case, tmp_path):
         assert re.search(text, message), (text, message)
     for text in not_named:
         assert not re.search(text, message), (text, message)
-    known = [weight.source for weight in weights(ModelConfig(vocab_size=V, d_model=D, n_layers=4, n_heads=H))]
+    shape = ModelConfig(vocab_size=V, d_model=D, n_layers=4, n_heads=H, qk_norm=True, norms_after=True)
+    known = [weight.source for weight in weights(shape)]
     for tensor in model.state_dict().keys() - known:
         texts = [text for part, text in GEMMA_TENSORS.items() if part in tensor]
         assert texts, f"{tensor} is no part of the decoder, and no feature names it"
@@ -600,7 +616,11 @@ def rope_parameters(kind: str, **options) -> dict[str, Any]:
     ("case", "changes", "message"),
     [
         ("mistral", {"model_type": "llamma"}, "model_type is 'llamma'; allowed: deepseek_v2, .*, qwen3$"),
-        ("mistral", {"model_type": "t5"}, "model_type is 't5'; allowed: deepseek_v2, deepseek_v3, llama, mistral"),
+        (
+            "mistral",
+            {"model_type": "t5"},
+            "model_type is 't5'; allowed: deepseek_v2, deepseek_v3, gemma, gemma3, gemma3_text, llama",
+        ),
         *(
             ("mistral", {"model_type": name}, f"model_type is {name}, .*mixture of experts")
             for name in ("llama4", "deepseek_v32", "qwen3_next", "gpt_oss")
@@ -610,7 +630,31 @@ def rope_parameters(kind: str, **options) -> dict[str, Any]:
             for name in ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text")
         ),
         ("mistral", {"model_type": ...}, "model_type is None"),
-        ("mistral", {"model_type": "gemma2"}, "model_type is gemma2, .*GELU"),
+        ("mistral", {"model_type": "gemma2"}, "model_type is gemma2, .*capped logits"),
+        ("mistral", {"model_type": "gemma3"}, r"text_config: model_type is null; allowed: gemma3_text"),
+        ("gemma3", {"attention_bias": True}, "attention_bias is true; allowed: false"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0; allowed: null"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; allowed: null"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is true; allowed: false"),
+        ("gemma3", {"hidden_activation": "gelu"}, 'hidden_activation is "gelu"; allowed: "gelu_pytorch_tanh"'),
+        ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0; allowed: a positive number"),
+        (
+            "gemma3",
+            {"rope_parameters": {FULL: LOCAL, SLIDING: GLOBAL}},
+            'rope_type is "linear"; allowed: "default" .of sliding_attention',
+        ),
+        (
+            "gemma3",
+            {"rope_parameters": {FULL: {**LOCAL, "partial_rotary_factor": 0.5}, SLIDING: LOCAL}},
+            "rope_parameters: full_attention: partial_rotary_factor is 0.5; allowed: 1",
+        ),
+        (
+            "gemma3",
+            {"rope_parameters": {FULL: LOCAL, "chunked_attention": LOCAL}},
+            "rope_parameters has the keys .*chunked_attention.*; allowed: full_attention, sliding_attention",
+        ),
+        ("gemma3", {"rope_parameters": {FULL: {"rope_type": "dynamic"}}}, 'full_attention: rope_type is "dynamic"'),
+        ("gemma", {"hidden_act": "silu"}, 'hidden_act is "silu"; allowed: "gelu_pytorch_tanh" or "gelu"'),
         ("mistral", {"model_type": "mixtral"}, "model_type is mixtral, .*mixture of experts"),
         (
             "qwen3",

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cllm.kernels import swiglu
-from cllm.model.mlp import SwiGLU
+from cllm.model.mlp import GatedMLP
 
 
 def weights(d: int, d_ff: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -52,7 +52,7 @@ def test_operators_keep_torchs_rules():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_residual_that_others_read_stays_as_it_was(compiled):
-    layer = SwiGLU(8, 16)
+    layer = GatedMLP(8, 16)
     layer.fused = True
 
     def twice(x, added):
@@ -75,7 +75,7 @@ def test_a_residual_that_others_read_stays_as_it_was(compiled):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_layer_gives_the_same_fused_compiled_or_not(autocast, wide_residual):
     torch.manual_seed(0)
-    layer, x = SwiGLU(16, 48), torch.randn(2, 8, 16)
+    layer, x = GatedMLP(16, 48), torch.randn(2, 8, 16)
     residual = torch.randn(2, 8, 16, dtype=torch.bfloat16 if autocast and not wide_residual else torch.float32)
     outputs, gradients = [], []
     for fused, run in (
@@ -99,7 +99,7 @@ def test_a_layer_gives_the_same_fused_compiled_or_not(autocast, wide_residual):
 
 
 def test_without_a_backward_products_are_torchs(monkeypatch):
-    layer = SwiGLU(8, 16)
+    layer = GatedMLP(8, 16)
     layer.fused = True
     monkeypatch.setattr("cllm.model.mlp.swiglu", None)
     with torch.no_grad():

@@ -118,7 +118,11 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
     iterations = None
     if cyclic or draw(st.integers(0, 9)) == 0:
         iterations = {"forward": draw(st.integers(0, 3)), "backward": draw(st.sampled_from([1, 1, 2, 3]))}
-    options = {key: draw(st.booleans()) for key in ("qk_norm", "q_bias", "kv_bias", "tie_embeddings")}
+    flags = ("qk_norm", "q_bias", "kv_bias", "tie_embeddings", "scale_embeddings")
+    options: dict[str, Any] = {key: draw(st.booleans()) for key in flags}
+    options["mlp_activation"] = draw(st.sampled_from(["silu", "gelu_tanh"]))
+    if draw(st.integers(0, 2)) == 0:
+        options["rope"] = {"windowed_theta": 30.0}
     return model(layers, iterations) | options
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import event, example, given, settings
+from hypothesis import strategies as st
 
 from cllm.config import ModelConfig
 from cllm.config.load import validate
@@ -141,6 +142,20 @@ LATENT = listed(
     {"retention": {}},
 )
 """Latents of three shapes beside keys and values and a recurrent state."""
+GEMMA = listed(
+    {"own": {"n_kv_heads": 2}, "window": 4},
+    {"own": {"n_kv_heads": 2}},
+    {"keys": {"share": 0}, "values": {"share": 0}, "window": 3},
+    {"own": {"tie": "kv"}, "window": 3},
+    {"read": {"join": [{"share": 3, "window": 2}, {"own": {"window": 2}}, {"own": {"window": 3, "tie": "kv"}}]}},
+    {"own": {"n_kv_heads": 2, "mix": [1]}},
+    {"keys": {"fuse": [1, 5]}, "values": {"fuse": [0, 5]}, "window": 4},
+    {"latent": LATENTS[1], "window": 4},
+    {"read": {"gate": [{"own": {"window": 3}}, {"own": {"window": 2}}]}},
+)
+GEMMA |= {"rope": {"windowed_theta": 30.0}, "scale_embeddings": True, "qk_norm": True, "mlp_activation": "gelu_tanh"}
+"""Layers like Gemma's: one RoPE for slots that keep a window, one for the others, with owners and reads of many forms.
+The layer that fuses sees a window of slots that keep all tokens, and values of a slot that does not."""
 
 
 # ---- the comparison -------------------------------------------------------------------------------------------------
@@ -153,7 +168,8 @@ def assert_equal_to_reference(section: dict[str, Any], config: ModelConfig, refe
     weights.setdefault("head.weight", weights["embed.weight"])
     owners = [entry for entry in section["kv"]["layers"] if "latent" in entry]
     latents = {i: {"q_lora_rank": None, **entry["latent"]} for entry in owners for i in layer_range(entry["layers"])}
-    shape = {"n_heads": config.n_heads, "head_dim": config.resolved_head_dim}
+    shape = {"n_heads": config.n_heads, "head_dim": config.resolved_head_dim, "scales": config.scale_embeddings}
+    shape |= {"activation": config.mlp_activation, "windowed_theta": config.rope.windowed_theta}
     slow = reference.SlowDecoder(weights, rows_of(section), latent=latents, **shape)
     expected = slow.by_layers(IDS, **(section["kv"].get("iterations") or {}))
     logits = model(torch.tensor([IDS]))[0]
@@ -165,22 +181,28 @@ def assert_equal_to_reference(section: dict[str, Any], config: ModelConfig, refe
     probe = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (logits * probe).sum().backward()
     (expected * probe).sum().backward()
+    # A norm after attention takes out a factor on all values, so that the gradient of the factor is almost 0.
+    least = 1e-3 * max(float(w.grad.norm()) for w in weights.values() if w.grad is not None)
     for name, parameter in model.named_parameters():
         wanted = weights[name].grad
         assert wanted is not None, name
         assert parameter.grad is not None, name
-        error = (parameter.grad - wanted).norm() / wanted.norm().clamp(min=1e-9)
+        error = (parameter.grad - wanted).norm() / wanted.norm().clamp(min=least)
         assert error < 5e-4, f"{name}: the gradient is {error:.1e} off"
 
 
 @settings(PROPERTY, max_examples=int(GIVEN or 20))
-@example(section=TIES_AND_HALVES)
-@example(section=JOINS_OF_EVERYTHING)
-@example(section=LOOPED)
-@example(section=LATENT)
-@given(section=everything())
-def test_accepted_plans_compute_the_equations_and_others_are_refused_by_layer(section, reference, random_model):
-    refusal = ""
+@example(section=TIES_AND_HALVES, norms_after=False)
+@example(section=JOINS_OF_EVERYTHING, norms_after=False)
+@example(section=LOOPED, norms_after=False)
+@example(section=LATENT, norms_after=False)
+@example(section=GEMMA, norms_after=True)
+@given(section=everything(), norms_after=st.booleans())
+def test_accepted_plans_compute_the_equations_and_others_are_refused_by_layer(
+    section, norms_after, reference, random_model
+):
+    """`norms_after` is drawn here alone: with random weights it enlarges the rounding of fp32 a thousandfold."""
+    section, refusal = section | {"norms_after": norms_after}, ""
     try:
         config = validate(File, {"model": section}).model
     except UserError as error:
@@ -196,6 +218,6 @@ def test_accepted_plans_compute_the_equations_and_others_are_refused_by_layer(se
     assert_equal_to_reference(section, config, reference, random_model)
 
 
-@pytest.mark.parametrize("section", [TIES_AND_HALVES, JOINS_OF_EVERYTHING, LOOPED, LATENT])
+@pytest.mark.parametrize("section", [TIES_AND_HALVES, JOINS_OF_EVERYTHING, LOOPED, LATENT, GEMMA])
 def test_the_examples_are_accepted(section):
     validate(File, {"model": section})

@@ -93,6 +93,7 @@ def test_mistakes_are_one_line(serve, export_tiny, tmp_path: Path) -> None:
     folder = exported.folder
     cyclic = export_tiny({"preset": "pizza_top"}, n_layers=4).folder
     wide = export_tiny({"preset": "fusedkv"}, n_layers=4, head_dim=20).folder
+    gated = export_tiny({"preset": "cla"}, n_layers=4, mlp_activation="gelu_tanh").folder
     copies = tuple(tmp_path / name for name in ("llama", "later", "damaged", "written"))
     foreign, later, damaged, written = copies
     for copy in copies:
@@ -119,6 +120,7 @@ def test_mistakes_are_one_line(serve, export_tiny, tmp_path: Path) -> None:
             ([damaged], "model.safetensors"),
             ([cyclic], "read from layers above them"),
             ([wide], "2 x 20 = 40 channels"),
+            ([gated], "model.mlp_activation is gelu_tanh, which cannot be served with vLLM"),
             ([folder], "has no tokenizer"),
             ([folder, "--tokenizer=other", "--port", "99999"], "--port is 99999"),
             ([folder, "-tp", "3"], "tensor parallel size is 3"),

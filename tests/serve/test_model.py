@@ -13,7 +13,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from cllm.cache.accounting import kv_bytes
-from cllm.config import ModelConfig
+from cllm.config import ModelConfig, Rope
 from cllm.config.load import validate
 from cllm.errors import UserError
 from cllm.hub.export import as_pretrained
@@ -82,6 +82,12 @@ def test_steps_give_the_logits_of_the_decoder(
     check(fake, random_model(preset_config(preset, qk_norm=True, kv_bias=True)), fast_prefill=fast_prefill)
 
 
+@pytest.mark.parametrize("key", ["norms_after", "scale_embeddings"])
+def test_layers_like_gemmas_are_refused(key: str, fake, tiny_config, random_model) -> None:
+    with pytest.raises(UserError, match=f"model.{key} is true, which cannot be served with vLLM"):
+        check(fake, random_model(tiny_config(**{key: True})))
+
+
 @settings(PROPERTY, max_examples=int(GIVEN or 40))
 @given(section=st.one_of(models(), formed(), everything()), fast_prefill=st.booleans())
 def test_random_plans_are_refused_or_give_the_logits_of_the_decoder(
@@ -91,6 +97,7 @@ def test_random_plans_are_refused_or_give_the_logits_of_the_decoder(
         config: ModelConfig = validate(File, {"model": section}).model
     except UserError:
         return
+    config = config.model_copy(update={"rope": Rope(), "mlp_activation": "silu", "scale_embeddings": False})
     plan = config.plan()
     try:
         layout = make_layout(plan, config.n_heads, config.resolved_head_dim)

@@ -126,6 +126,7 @@ def test_tokens_of_a_step_are_those_of_all_its_micro_batches(bench: Callable[...
         (["--data.document_mask", "true"], "data.document_mask is true"),
         (["--peers", "--model.tie_embeddings", "true"], "model.tie_embeddings of the first design is True"),
         (["--peers", "--model.qk_norm", "true"], "model.qk_norm of the first design is True"),
+        (["--peers", "--model.norms_after", "true"], "model.norms_after of the first design is True"),
         (["--peers", "--model.rope.theta", "1e6"], "model.rope.theta of the first design is 1000000.0"),
         (["--one-by-one", "--documents", "8"], "--one-by-one and --documents: allowed: one of them"),
         (["--time-limit", "9"], "--time-limit is 9 without --one-by-one; allowed: both"),

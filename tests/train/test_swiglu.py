@@ -49,6 +49,7 @@ def test_settings_that_contradict_it_are_refused(tiny: Tiny, settings: list[str]
         (BF16, "needs a CUDA device"),
         ((*BF16, "--train.fp8", "rowwise"), "fp8 is rowwise"),
         ((*BF16, "--train.strategy", "zero3"), "zero3 would keep every weight"),
+        ((*BF16, "--model.mlp_activation", "gelu_tanh"), "model.mlp_activation is gelu_tanh"),
         ((*BF16[:2], "--model.d_ff", "100"), "needs widths in multiples of 8, not 32 and 100"),
     ],
 )
@@ -99,3 +100,11 @@ def test_the_dry_run_counts_one_tensor_less(tiny: Tiny) -> None:
         config = tiny(*SIZED, *BF16, "--train.swiglu", how)
         found[how] = block_activation_bytes(build_decoder(config.model), config, Launch.planned(config), 0)
     assert found["torch"] - found["quack"] == 2 * 96
+
+
+def test_the_dry_run_counts_what_norms_after_read(tiny: Tiny) -> None:
+    found = {}
+    for after in ("false", "true"):
+        config = tiny(*SIZED, *BF16, "--model.norms_after", after)
+        found[after] = block_activation_bytes(build_decoder(config.model), config, Launch.planned(config), 0)
+    assert found["true"] - found["false"] == 2 * 2 * 32

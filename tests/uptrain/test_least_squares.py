@@ -43,7 +43,7 @@ def tokens(teacher: TracedDecoder, text, i: int, name: str) -> np.ndarray:
     found = []
     for seen in observe(teacher, text):
         x = block_of(teacher, i).attention_norm(seen.inputs[i])
-        slot = owner_of(teacher, i)(seen.inputs[i], x, seen.rope)
+        slot = owner_of(teacher, i)(seen.inputs[i], x, seen.rope(i))
         flat = {"x": x, "rotated": slot.k.flatten(2), "v": slot.v.flatten(2), "k": owner_of(teacher, i).k_proj(x)}[name]
         found.append(flat.flatten(0, 1))
     return torch.cat(found).double().numpy()

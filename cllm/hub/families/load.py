@@ -14,7 +14,7 @@ from torch import Tensor
 from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.hub.families.read import FamilyCheckpoint, read_family
-from cllm.hub.families.table import EMBED, HEAD, Weight
+from cllm.hub.families.table import EMBED, FAMILIES, HEAD, Weight
 from cllm.model.sizes import meta_decoder
 from cllm.trust import weight_map
 
@@ -48,10 +48,11 @@ def load_weights(
 ) -> dict[str, Tensor]:
     """The decoder's state dict from the weight files of `checkpoint.folder`, on the CPU; arguments as in `load_family`.
 
-    Names, shapes and dtypes are checked before any tensor is read. Tensors are read one after the other, so memory
-    holds the result and one more tensor at most. Tensors in their stored dtype may be mapped from the file, so the
-    folder must not be written while they are in use. With tied embeddings `head.weight` is the same tensor as
-    `embed.weight`; `load_state_dict(..., assign=True)` would turn it into two parameters.
+    Names, shapes and dtypes are checked before any tensor is read. Tensors that only other inputs than text need are
+    left out. The others are read one after the other, so memory holds the result and one more tensor at most. Tensors
+    in their stored dtype may be mapped from the file, so the folder must not be written while they are in use. With
+    tied embeddings `head.weight` is the same tensor as `embed.weight`; `load_state_dict(..., assign=True)` would turn
+    it into two parameters.
 
     Raises:
         UserError: naming the file and the tensor, for weights that are only pickled, not readable, missing, not part
@@ -68,9 +69,10 @@ def load_weights(
                 if name in wanted:
                     state[wanted[name].target] = converted(stored.get_tensor(name), wanted[name], dtype)
     if checkpoint.config.tie_embeddings:
-        if HEAD in files_of and not torch.equal(_stored(files_of[HEAD], HEAD), _stored(files_of[EMBED], EMBED)):
+        head, embed = (FAMILIES[checkpoint.family].prefix + name for name in (HEAD, EMBED))
+        if head in files_of and not torch.equal(_stored(files_of[head], head), _stored(files_of[embed], embed)):
             raise UserError(
-                f"{files_of[HEAD]}: tensor {HEAD} differs from {EMBED}, but tie_word_embeddings is true in config.json"
+                f"{files_of[head]}: tensor {head} differs from {embed}, but tie_word_embeddings is true in config.json"
             )
         state["head.weight"] = state["embed.weight"]
     return state
@@ -80,8 +82,8 @@ def converted(tensor: Tensor, weight: Weight, dtype: torch.dtype | None) -> Tens
     """A stored tensor as the decoder has it; the same one if nothing changes."""
     if weight.order is not None:
         tensor = weight.order(tensor)
-    if weight.scale != 1:
-        tensor = (tensor.double() * weight.scale).to(dtype or tensor.dtype)
+    if (weight.offset, weight.scale) != (0, 1):
+        tensor = ((tensor.double() + weight.offset) * weight.scale).to(dtype or tensor.dtype)
     return tensor.to(dtype or tensor.dtype).contiguous()
 
 
@@ -178,7 +180,8 @@ def _check(
 ) -> dict[str, Path]:
     """Compare the headers of the files with the decoder; returns the file of each tensor."""
     shapes = {name: tuple(tensor.shape) for name, tensor in meta_decoder(checkpoint.config).state_dict().items()}
-    spare_head = {HEAD} if checkpoint.config.tie_embeddings else set()
+    family = FAMILIES[checkpoint.family]
+    spare_head = {family.prefix + HEAD} if checkpoint.config.tie_embeddings else set()
     shape_of = {source: shapes[weight.target] for source, weight in wanted.items()}
     shape_of |= dict.fromkeys(spare_head, shapes["head.weight"])
     files_of: dict[str, Path] = {}
@@ -190,6 +193,8 @@ def _check(
                 if index is not None and index.get(name) != file.name:
                     raise UserError(f"{file}: tensor {name} is here, but in the index it is in {index.get(name)}")
                 files_of[name] = file
+                if name.startswith(family.other_inputs):
+                    continue
                 if name.endswith(_FREQUENCIES):
                     _check_frequencies(checkpoint, file, name, stored.get_tensor(name))
                 elif name not in shape_of:

@@ -21,7 +21,7 @@ def decoder_of(model: PreTrainedModel, folder: str | Path) -> Decoder:
     """The decoder with the weights of a model that was loaded from `folder`, on its device, in evaluation mode.
 
     Its logits are those of the model up to rounding. Tensors are shared, except for those that the family stores in
-    another order or scale.
+    another order or scale, or less a constant.
 
     Raises:
         UserError: as `read_family` does, and for a model whose tensors are not those of its config.json.

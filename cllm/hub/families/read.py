@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from cllm.trust import check_model_folder, read_object, reason
 CONFIG_FILE = "config.json"
 
 _ALLOWED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "attention_dropout": (0, None),
@@ -36,8 +35,19 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "num_experts": (None, 0),
     "num_local_experts": (None, 0),
     "per_layer_config": (None, {}),
+    "use_bidirectional_attention": (False, None),
 }
 """Keys with one meaning in all families, and the values that the decoder can compute."""
+
+_SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
+_GELU: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("gelu_pytorch_tanh", "gelu"),
+    "hidden_activation": ("gelu_pytorch_tanh", None),
+}
+"""The same for the activation of MLPs, in Gemma and in other families. Gemma 1 says "gelu" and means the other."""
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+"""The types of layers under `layer_types`."""
 
 _LATENT_NORM_EPS = 1e-6
 """Epsilon of the norms of DeepSeek's latents; `rms_norm_eps` does not set it."""
@@ -62,7 +72,8 @@ def read_family(folder: str | Path) -> FamilyCheckpoint:
 
     The plan is a preset (mha, gqa, mqa, mla) if all layers are alike, and explicit if windows differ. MLA needs dense
     MLPs only (DeepSeek-V2, arXiv 2405.04434). Its yarn may scale the softmax by another factor than head_dim^-0.5; this
-    becomes a factor on the query projections.
+    becomes a factor on the query projections. In Gemma's, 1 + weight becomes the weight of a norm, and the scale of
+    scores a factor on the norm of queries.
 
     Raises:
         UserError: naming the file, the key, its value and what is allowed, for an unknown family, and for features that
@@ -75,25 +86,39 @@ def read_family(folder: str | Path) -> FamilyCheckpoint:
     check_model_folder(folder)
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        if str(name) in REFUSED:
-            lacking = ", ".join(features(str(name), raw))
+        if str(name) in REFUSED and (lacking := ", ".join(features(str(name), raw))):
             raise UserError(f"{file}: model_type is {name}, which this decoder cannot compute: it has {lacking}")
         # No suggestion: the nearest name is often an older family, not a correction.
         raise UserError(f"{file}: model_type is {shorten(repr(name))}; allowed: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[name]
-    for key, allowed in _ALLOWED.items():
+    if family.prefix:
+        raw = _text_config(file, name, raw)
+    for key, allowed in {**_ALLOWED, **(_GELU if family.gemma else _SILU)}.items():
         _require(file, raw, key, allowed)
-    _check_rope_type(file, raw)
-    hf = _hf_config(file, name, raw)
-    rope = {"theta": _number(file, hf.rope_parameters, "rope_theta"), "scaling": _scaling(file, hf)}
+    _check_rope_type(file, raw, family)
+    hf = _hf_config(file, raw["model_type"], raw)
     options = _latent_options(file, raw, hf) if family.latent else _options(file, raw, hf, family)
-    config = _model_config(file, hf, {"rope": rope, **options})
+    config = _model_config(file, hf, {"rope": _rope(file, hf, family), **options})
     interleaved = family.latent and not (family.interleave_key and not hf.rope_interleave)
     token_ids = {f"{kind}_token_id": getattr(hf, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-    table = tuple(
-        weights(config, interleaved=interleaved, query_scale=_query_scale(file, hf) if family.latent else 1.0)
+    table = weights(
+        config,
+        interleaved=interleaved,
+        query_scale=_query_scale(file, hf, family),
+        norm_offset=1.0 if family.gemma else 0.0,
     )
-    return FamilyCheckpoint(folder=folder, family=name, config=config, weights=table, token_ids=token_ids)
+    table = [replace(weight, source=family.prefix + weight.source) for weight in table]
+    return FamilyCheckpoint(folder=folder, family=name, config=config, weights=tuple(table), token_ids=token_ids)
+
+
+def _text_config(file: Path, name: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """The config of the text model in that of a model with other inputs, with what the latter says of both."""
+    text = raw.get("text_config")
+    kind = text.get("model_type") if isinstance(text, dict) else None
+    if not isinstance(text, dict) or kind != f"{name}_text":
+        raise UserError(f"{file}: text_config: model_type is {shorten(json.dumps(kind))}; allowed: {name}_text")
+    of_both = ("tie_word_embeddings", "quantization_config", "bos_token_id", "eos_token_id", "pad_token_id")
+    return text | {key: raw[key] for key in of_both if raw.get(key) is not None}
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -112,9 +137,19 @@ def _require(file: Path, values: Any, key: str, allowed: tuple[Any, ...], why: s
         )
 
 
-def _check_rope_type(file: Path, raw: dict[str, Any]) -> None:
+def _check_rope_type(file: Path, raw: dict[str, Any], family: Family) -> None:
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     given = raw.get(key) or {}
+    if family.rope_by_layer_type and isinstance(given, dict) and given.keys() <= {_FULL, _SLIDING}:
+        for kind, parameters in given.items():
+            _check_rope(file, raw, f"{key}: {kind}", parameters or {})
+    elif family.rope_by_layer_type and isinstance(given, dict) and any(isinstance(v, dict) for v in given.values()):
+        raise UserError(f"{file}: {key} has the keys {shorten(json.dumps(list(given)))}; allowed: {_FULL}, {_SLIDING}")
+    else:
+        _check_rope(file, raw, key, given)
+
+
+def _check_rope(file: Path, raw: dict[str, Any], key: str, given: Any) -> None:
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise UserError(f"{file}: {key} is {shorten(json.dumps(given))}; allowed: one set of parameters for all layers")
     kind = given.get("rope_type", given.get("type", "default"))
@@ -167,8 +202,18 @@ def _number(file: Path, given: dict[str, Any], key: str, default: float | None =
     return float(value)
 
 
-def _scaling(file: Path, hf: Any) -> dict[str, Any] | None:
+def _rope(file: Path, hf: Any, family: Family) -> dict[str, Any]:
+    """`model.rope`."""
     given = hf.rope_parameters
+    more: dict[str, Any] = {}
+    if family.rope_by_layer_type:
+        given, windowed = given[_FULL], given[_SLIDING]
+        _require(file, windowed, "rope_type", ("default",), f"of {_SLIDING}, whose RoPE is not scaled")
+        more["windowed_theta"] = _number(file, windowed, "rope_theta")
+    return {"theta": _number(file, given, "rope_theta"), "scaling": _scaling(file, given), **more}
+
+
+def _scaling(file: Path, given: dict[str, Any]) -> dict[str, Any] | None:
     kind = given["rope_type"]
     if kind == "default":
         return None
@@ -208,9 +253,19 @@ def _mscale(factor: float, scale: float) -> float:
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _query_scale(file: Path, hf: Any) -> float:
-    """The factor of a DeepSeek model on the softmax scale: with scaled RoPE, that of mscale_all_dim, squared."""
+def _query_scale(file: Path, hf: Any, family: Family) -> float:
+    """The factor of a model on the softmax scale head_dim^-0.5.
+
+    Gemma 3 replaces the scale by query_pre_attn_scalar^-0.5. In DeepSeek's models with scaled RoPE the factor is that
+    of mscale_all_dim, squared.
+    """
+    if (scalar := getattr(hf, "query_pre_attn_scalar", None)) is not None:
+        if not scalar > 0:
+            raise UserError(f"{file}: query_pre_attn_scalar is {scalar}; allowed: a positive number")
+        return math.sqrt(hf.head_dim / scalar)
     given = hf.rope_parameters
+    if not family.latent:
+        return 1.0
     if given["rope_type"] == "default" or not given.get("mscale_all_dim"):
         return 1.0
     return _mscale(_number(file, given, "factor"), _number(file, given, "mscale_all_dim")) ** 2
@@ -224,6 +279,9 @@ def _options(file: Path, raw: dict[str, Any], hf: Any, family: Family) -> dict[s
         "qk_norm": family.qk_norm,
         "q_bias": family.qkv_bias,
         "kv_bias": family.qkv_bias,
+        "norms_after": family.norms_after,
+        "mlp_activation": "gelu_tanh" if family.gemma else "silu",
+        "scale_embeddings": family.gemma,
         "kv": _kv(heads, hf.num_key_value_heads, _windows(file, raw, hf, family)),
     }
 
@@ -245,7 +303,7 @@ def _windows(file: Path, raw: dict[str, Any], hf: Any, family: Family) -> list[i
     if family.windows == "none":
         _require(file, raw, "sliding_window", (None,), f"{hf.model_type} has no sliding window")
     sliding = window is not None and family.windows == "same"
-    kinds = ["sliding_attention" if sliding else "full_attention"] * hf.num_hidden_layers
+    kinds = [_SLIDING if sliding else _FULL] * hf.num_hidden_layers
     if family.windows == "any":
         kinds = hf.layer_types
     elif raw.get("layer_types") not in (None, kinds):
@@ -253,14 +311,14 @@ def _windows(file: Path, raw: dict[str, Any], hf: Any, family: Family) -> list[i
             f"{file}: layer_types is {shorten(json.dumps(raw['layer_types']))}; in a {hf.model_type} all are {kinds[0]}"
         )
     for i, kind in enumerate(kinds):
-        if kind not in ("full_attention", "sliding_attention"):
-            raise UserError(f"{file}: layer_types[{i}] is {kind}; allowed: full_attention, sliding_attention")
-        if kind == "sliding_attention" and window is None:
+        if kind not in (_FULL, _SLIDING):
+            raise UserError(f"{file}: layer_types[{i}] is {kind}; allowed: {_FULL}, {_SLIDING}")
+        if kind == _SLIDING and window is None:
             raise UserError(
                 f"{file}: layer_types[{i}] is {kind}, but there is no window: set sliding_window (and "
                 "use_sliding_window)"
             )
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    return [window if kind == _SLIDING else None for kind in kinds]
 
 
 def _latent_options(file: Path, raw: dict[str, Any], hf: Any) -> dict[str, Any]:

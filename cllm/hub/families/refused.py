@@ -33,18 +33,14 @@ class Feature:
         return f"{self.text} ({self.key}: {shorten(json.dumps(value))})" if self.is_on(value, config) else None
 
 
-def _is_not_silu(value: Any, config: Config) -> bool:
-    return value not in ("silu", "swish")
+def _is_other_activation(value: Any, config: Config) -> bool:
+    return value not in ("silu", "swish", "gelu_pytorch_tanh")
 
 
 def _is_sparse(value: Any, config: Config) -> bool:
     if value is None:  # the first ten layers of more than ten
         return int(config.get("num_hidden_layers", 35)) > 10
     return any(value) if isinstance(value, list) else value != 0
-
-
-def _is_no_head_size(value: Any, config: Config) -> bool:
-    return bool(value != config.get("head_dim", 256))
 
 
 def _is_list_of_several(value: Any, config: Config) -> bool:
@@ -57,38 +53,24 @@ def _rotates_a_part(value: Any, config: Config) -> bool:
 
 
 _EXPERTS = Feature("a mixture of experts")
-_GELU = Feature("an MLP gated by another function than SiLU", "hidden_activation", "gelu_pytorch_tanh", _is_not_silu)
-_SCALED_EMBEDDINGS = Feature("embeddings scaled by sqrt(hidden_size)")
+_ACTIVATION = Feature(
+    "an MLP gated by another function than SiLU and GELU",
+    "hidden_activation",
+    "gelu_pytorch_tanh",
+    _is_other_activation,
+)
 _BIASES = Feature("biases on all projections of attention", "attention_bias", False)
 _BIDIRECTIONAL = Feature("attention to later tokens", "use_bidirectional_attention")
-_NORMS_AFTER = Feature("norms after attention and MLP")
-_SECOND_ROPE = Feature("a second kind of RoPE in layers without a window")
-_SCALAR = Feature("scores with a factor of their own", "query_pre_attn_scalar", 256, _is_no_head_size)
-_GEMMA = (
-    Feature("an MLP gated by GELU"),
-    _SCALED_EMBEDDINGS,
-    Feature("norms that multiply by 1 + weight"),
+_GEMMA_2 = (
+    _ACTIVATION,
     _BIASES,
     _BIDIRECTIONAL,
+    Feature("capped logits", "final_logit_softcapping", 30.0),
+    Feature("capped scores", "attn_logit_softcapping", 50.0),
 )
-
-
-def _capped(logits: float | None, scores: float | None) -> tuple[Feature, Feature]:
-    """Caps on logits and on the scores of attention, by their values in models whose config leaves them out."""
-    return (
-        Feature("capped logits", "final_logit_softcapping", logits),
-        Feature("capped scores", "attn_logit_softcapping", scores),
-    )
-
-
-_GEMMA_3 = (*_GEMMA, _NORMS_AFTER, _SECOND_ROPE, _SCALAR, *_capped(None, None))
 _GEMMA_3N_AND_4 = (
-    _GELU,
-    _SCALED_EMBEDDINGS,
-    _NORMS_AFTER,
+    _ACTIVATION,
     Feature("norms without weights on values"),
-    Feature("scores without the factor head_dim^-0.5"),
-    _SECOND_ROPE,
     Feature("inputs of their own for every layer", "hidden_size_per_layer_input", 256),
     _BIASES,
 )
@@ -111,9 +93,7 @@ _GEMMA_4 = (
     _BIDIRECTIONAL,
 )
 REFUSED: dict[str, tuple[Feature, ...]] = {
-    "gemma": _GEMMA,
-    "gemma2": (*_GEMMA, _NORMS_AFTER, _SCALAR, *_capped(30.0, 50.0)),
-    **dict.fromkeys(("gemma3", "gemma3_text"), _GEMMA_3),
+    "gemma2": _GEMMA_2,
     **dict.fromkeys(("gemma3n", "gemma3n_text"), _GEMMA_3N),
     **dict.fromkeys(("gemma4", "gemma4_text"), _GEMMA_4),
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), (_EXPERTS,)),

@@ -24,17 +24,44 @@ class Family:
     """Norms on each head's queries and keys."""
     windows: Literal["none", "same", "any"] = "none"
     """Sliding windows: on no layer; the same on all layers; or on those that `layer_types` names."""
+    gemma: bool = False
+    """An MLP gated by GELU, scaled embeddings, and norms that multiply by 1 + weight."""
+    norms_after: bool = False
+    """Norms also on the outputs of attention and MLP."""
+    rope_by_layer_type: bool = False
+    """One RoPE for layers with a window and one for the others."""
+    prefix: str = ""
+    """Precedes the names of all tensors in the files. A family with a prefix has other inputs beside text, and the
+    config of its text model is under `text_config`."""
+    other_inputs: tuple[str, ...] = ()
+    """First parts of the names of tensors that only other inputs need; they are not read."""
     latent: bool = False
     """Multi-head latent attention, its RoPE channels interleaved."""
     interleave_key: bool = False
     """Whether `rope_interleave` in config.json can turn interleaving off."""
 
 
+_GEMMA_3 = Family(
+    architecture="Gemma3ForCausalLM",
+    windows="any",
+    qk_norm=True,
+    gemma=True,
+    norms_after=True,
+    rope_by_layer_type=True,
+)
 FAMILIES = {
     "llama": Family(architecture="LlamaForCausalLM"),
     "mistral": Family(architecture="MistralForCausalLM", windows="same"),
     "qwen2": Family(architecture="Qwen2ForCausalLM", windows="any", qkv_bias=True),
     "qwen3": Family(architecture="Qwen3ForCausalLM", windows="any", qk_norm=True),
+    "gemma": Family(architecture="GemmaForCausalLM", gemma=True),
+    "gemma3_text": _GEMMA_3,
+    "gemma3": replace(
+        _GEMMA_3,
+        architecture="Gemma3ForConditionalGeneration",
+        prefix="language_model.",
+        other_inputs=("vision_tower.", "multi_modal_projector."),
+    ),
     "deepseek_v2": Family(architecture="DeepseekV2ForCausalLM", latent=True),
     "deepseek_v3": Family(architecture="DeepseekV3ForCausalLM", latent=True, interleave_key=True),
 }
@@ -69,16 +96,27 @@ class Weight:
     source: str
     order: Interleaved | None = None
     """None: the rows stay as they are."""
+    offset: float = 0.0
+    """Added to the checkpoint's tensor."""
     scale: float = 1.0
-    """A factor on the checkpoint's tensor."""
+    """A factor on the checkpoint's tensor, after `offset`."""
 
 
-def weights(config: ModelConfig, *, interleaved: bool = False, query_scale: float = 1.0) -> list[Weight]:
+def weights(
+    config: ModelConfig, *, interleaved: bool = False, query_scale: float = 1.0, norm_offset: float = 0.0
+) -> list[Weight]:
     """All tensors of a decoder in which every layer owns its slot; without the head if embeddings are tied.
 
-    `interleaved` (see `Interleaved`) and `query_scale`, a factor on scores, apply to latents only.
+    Args:
+        config: of the decoder.
+        interleaved: see `Interleaved`; for latents only.
+        query_scale: a factor on scores. It goes into the norm of queries if `qk_norm` is on, or else their projection.
+        norm_offset: number that the family's norms add to their weights.
     """
-    table = [Weight(target="embed.weight", source=EMBED), Weight(target="norm.weight", source="model.norm.weight")]
+    table = [
+        Weight(target="embed.weight", source=EMBED),
+        Weight(target="norm.weight", source="model.norm.weight", offset=norm_offset),
+    ]
     if not config.tie_embeddings:
         table.append(Weight(target="head.weight", source=HEAD))
     plan = config.plan()
@@ -88,24 +126,31 @@ def weights(config: ModelConfig, *, interleaved: bool = False, query_scale: floa
         latent = latents.get(i)
         if latent is None:
             assert plan.owned(i).is_plain, f"layer {i} owns {plan.owned(i)}"
-            attention = _keys_values(config)
+            attention = _keys_values(config, query_scale, norm_offset)
         else:
             attention = _latent(config, latent, interleaved, query_scale)
         table += [
             replace(weight, target=f"blocks.{i}.{weight.target}", source=f"model.layers.{i}.{weight.source}")
-            for weight in (*attention, *_REST)
+            for weight in (*attention, *_rest(config, norm_offset))
         ]
     return table
 
 
-_REST = (
-    Weight(target="attention_norm.weight", source="input_layernorm.weight"),
-    Weight(target="mlp_norm.weight", source="post_attention_layernorm.weight"),
-    *(Weight(target=f"mlp.{part}_proj.weight", source=f"mlp.{part}_proj.weight") for part in ("gate", "up", "down")),
-)
+def _rest(config: ModelConfig, norm_offset: float) -> list[Weight]:
+    norms = {"attention_norm": "input_layernorm"}
+    if config.norms_after:
+        norms["after_attention_norm"] = "post_attention_layernorm"
+        norms["mlp_norm"] = "pre_feedforward_layernorm"
+        norms["after_mlp_norm"] = "post_feedforward_layernorm"
+    else:
+        norms["mlp_norm"] = "post_attention_layernorm"
+    return [
+        *(Weight(target=f"{a}.weight", source=f"{b}.weight", offset=norm_offset) for a, b in norms.items()),
+        *(Weight(target=f"mlp.{p}_proj.weight", source=f"mlp.{p}_proj.weight") for p in ("gate", "up", "down")),
+    ]
 
 
-def _keys_values(config: ModelConfig) -> list[Weight]:
+def _keys_values(config: ModelConfig, query_scale: float, norm_offset: float) -> list[Weight]:
     parts = ["q_proj.weight", "owner.k_proj.weight", "owner.v_proj.weight", "o_proj.weight"]
     if config.q_bias:
         parts.append("q_proj.bias")
@@ -113,7 +158,16 @@ def _keys_values(config: ModelConfig) -> list[Weight]:
         parts += ["owner.k_proj.bias", "owner.v_proj.bias"]
     if config.qk_norm:
         parts += ["q_norm.weight", "owner.k_norm.weight"]
-    return [Weight(target=f"attention.{p}", source=f"self_attn.{p.removeprefix('owner.')}") for p in parts]
+    scaled = "q_norm." if config.qk_norm else "q_proj."
+    return [
+        Weight(
+            target=f"attention.{part}",
+            source=f"self_attn.{part.removeprefix('owner.')}",
+            offset=norm_offset if "_norm." in part else 0.0,
+            scale=query_scale if part.startswith(scaled) else 1.0,
+        )
+        for part in parts
+    ]
 
 
 def _latent(config: ModelConfig, latent: Latent, interleaved: bool, query_scale: float) -> list[Weight]:

@@ -18,7 +18,7 @@ from cllm.hub.families.table import FAMILIES, Family, weights
 from cllm.model.sizes import meta_decoder, model_d_ff
 from cllm.plan.plan import KVPlan
 
-_WRITABLE = tuple(name for name, family in FAMILIES.items() if not family.latent)
+_WRITABLE = tuple(name for name, family in FAMILIES.items() if not (family.latent or family.gemma))
 
 
 def export_family(
@@ -122,6 +122,8 @@ def _choose(config: ModelConfig, plan: KVPlan, family: str | None) -> str:
 def _misfit(name: str, config: ModelConfig, plan: KVPlan) -> str | None:
     """The first field of `config` that the family lacks, as a message; None if all fit."""
     family: Family = FAMILIES[name]
+    for field, value in config.beyond_llama.items():
+        return f"model.{field} is {str(value).lower()}, which no family has that can be written"
     for field, theirs in (("q_bias", family.qkv_bias), ("kv_bias", family.qkv_bias), ("qk_norm", family.qk_norm)):
         if getattr(config, field) != theirs:
             return f"model.{field} is {str(not theirs).lower()}, there it is {str(theirs).lower()}"

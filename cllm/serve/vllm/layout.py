@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.plan.forms import OwnHalf, OwnMixed, OwnTied
 from cllm.plan.fuse import Fuse
@@ -131,6 +132,12 @@ class Layout:
         lower += [read for read in reads if read.layer < exit_at]
         lower.sort(key=lambda x: (x.layer, isinstance(x, LayerRead)))
         return [*lower, *(e for e in self.entries if e.layer >= exit_at), *(r for r in reads if r.layer >= exit_at)]
+
+
+def check_decoder(config: ModelConfig) -> None:
+    """Raise `UserError` for a decoder that `model.py` does not compute, whatever its plan is."""
+    for key, value in config.beyond_llama.items():
+        raise UserError(f"model.{key} is {str(value).lower()}, which cannot be served with vLLM; allowed: the default")
 
 
 def make_layout(

@@ -37,7 +37,7 @@ from cllm.plan.fuse import Fuse
 from cllm.plan.kinds import Half, Own, Read
 from cllm.plan.plan import KVPlan
 from cllm.serve.vllm.attention import BACKENDS, EntryAttention, Reading, write
-from cllm.serve.vllm.layout import Entry, LayerRead, Layout, make_layout
+from cllm.serve.vllm.layout import Entry, LayerRead, Layout, check_decoder, make_layout
 
 log = init_logger(__name__)
 Slots = dict[int, tuple[Tensor, Tensor]]
@@ -315,6 +315,7 @@ class ServedDecoder(nn.Module):
         super().__init__()
         config = vllm_config.model_config.hf_config.model_config
         self.config, self.quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
+        check_decoder(config)
         layout = _layout(config, vllm_config)
         self.model = PagedDecoder(config, layout, vllm_config, maybe_prefix(prefix, "model"))
         self.logits_processor = LogitsProcessor(config.vocab_size)

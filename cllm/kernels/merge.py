@@ -99,12 +99,8 @@ def run(
 def _unsupported(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> str | None:
     """The reason why the kernel cannot compute a call, or None."""
     out = outs[0]
-    if triton_decode.MISSING is not None:
-        return f"triton cannot be imported: {triton_decode.MISSING}"
-    if not out.is_cuda and not (triton_decode.INTERPRETED and out.device.type == "cpu"):
-        return f"the tensors are on {out.device.type}"
-    if out.is_cuda and torch.cuda.get_device_capability(out.device) < (8, 0):
-        return "needs compute capability 8.0 or newer"
+    if (reason := triton_decode.device_obstacle(out)) is not None:
+        return reason
     for part in outs:
         if part.dtype not in triton_decode.TYPES:
             return f"does not compute {str(part.dtype).removeprefix('torch.')}"

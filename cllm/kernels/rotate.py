@@ -56,12 +56,8 @@ def run(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _unsupported(k: Tensor) -> str | None:
     """The reason why the kernel cannot compute a call, or None."""
-    if triton_decode.MISSING is not None:
-        return f"triton cannot be imported: {triton_decode.MISSING}"
-    if not k.is_cuda and not (triton_decode.INTERPRETED and k.device.type == "cpu"):
-        return f"the tensors are on {k.device.type}"
-    if k.is_cuda and torch.cuda.get_device_capability(k.device) < (8, 0):
-        return "needs compute capability 8.0 or newer"
+    if (reason := triton_decode.device_obstacle(k)) is not None:
+        return reason
     if k.dtype not in triton_decode.TYPES:
         return f"does not compute {str(k.dtype).removeprefix('torch.')}"
     half = k.shape[3] // 2

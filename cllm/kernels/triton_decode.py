@@ -37,6 +37,17 @@ except ImportError as error:
         return function
 
 
+def device_obstacle(x: torch.Tensor) -> str | None:
+    """The reason why no Triton kernel runs where `x` is, or None."""
+    if MISSING is not None:
+        return f"triton cannot be imported: {MISSING}"
+    if not x.is_cuda and not (INTERPRETED and x.device.type == "cpu"):
+        return f"the tensors are on {x.device.type}"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "needs compute capability 8.0 or newer"
+    return None
+
+
 @jit
 def _share(column, first, b, window, EXCLUDE_SELF: tl.constexpr, BLOCK_N: tl.constexpr):
     """The columns [begin, stop) of this program: its share of the columns that row b sees."""

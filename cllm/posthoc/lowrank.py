@@ -63,12 +63,14 @@ class Solver:
 
 
 def choose_solver(dtype: torch.dtype, *, spectrum: bool = False) -> Solver:
-    """The fastest solver whose error is smaller than that of rounding a cache to `dtype`.
+    """The fastest solver whose products lose less of a cache than rounding it to `dtype` did.
+
+    The iteration of `power` itself makes ||X - X'|| up to 1 % larger (see above), whatever its products are.
 
     - bf16: `power` with TF32 products. Rounding to bf16 changed each number by up to 2^-8 of itself. TF32 multiplies
       bf16 numbers as they are; it rounds keys before RoPE and the other factor by up to 2^-11. XᵀX in fp32 resolves σ
-      down to 1e-3 of the largest. So with one or eight singular values 1000 times the next, more of X is lost than with
-      `gram`, but less than half of what rounding to bf16 changed (`tests/posthoc/test_solvers.py`).
+      down to 1e-3 of the largest. So if one singular value is 1000 times the next, more of X is lost than with `gram`, but
+      less than half of what rounding to bf16 changed (`tests/posthoc/test_solvers.py`, n > C).
     - fp16: `power` with fp32 products. Rounding to fp16 changed each number by up to 2^-11 of itself. In the same
       spectra TF32 products lose more than that.
     - fp32 and fp64: `gram`, in fp64.

@@ -69,8 +69,8 @@ def choose_solver(dtype: torch.dtype, *, spectrum: bool = False) -> Solver:
 
     - bf16: `power` with TF32 products. Rounding to bf16 changed each number by up to 2^-8 of itself. TF32 multiplies
       bf16 numbers as they are; it rounds keys before RoPE and the other factor by up to 2^-11. XᵀX in fp32 resolves σ
-      down to 1e-3 of the largest. So if one singular value is 1000 times the next, more of X is lost than with `gram`, but
-      less than half of what rounding to bf16 changed (`tests/posthoc/test_solvers.py`, n > C).
+      down to 1e-3 of the largest. So if one singular value is 1000 times the next, more of X is lost than with `gram`,
+      but less than half of what rounding to bf16 changed (`tests/posthoc/test_solvers.py`, n > C).
     - fp16: `power` with fp32 products. Rounding to fp16 changed each number by up to 2^-11 of itself. In the same
       spectra TF32 products lose more than that.
     - fp32 and fp64: `gram`, in fp64.

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="import-not-found,import-untyped,assignment,var-annotated"
-# ruff: noqa: RUF005 - the kernels' language adds tuples and does not unpack them
+
 """Products of a few rows with weights, for decoding steps of a few sequences: weights are read at the memory's rate.
 
 A step multiplies one row of each sequence with every weight, so reading the weights is all that takes time. Matrix

@@ -54,10 +54,11 @@ class FewRows(GraphPass):
     """Replaces products of 2 to 16 rows with 16-bit weights by `few_rows`: one for all weights of one input."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        groups: dict[tuple[fx.Node, torch.Size], list[fx.Node]] = defaultdict(list)
         for node in graph.nodes:
             if self._fits(node):
-                groups[_viewed(node.args[0])].append(node)
+                x = node.args[0]
+                groups[_viewed(x), x.meta["val"].shape].append(node)
         for nodes in groups.values():
             for i in range(0, len(nodes), _MOST_WEIGHTS):
                 _merge(graph, nodes[i : i + _MOST_WEIGHTS])
@@ -79,7 +80,7 @@ class FewRows(GraphPass):
 
 
 def _viewed(x: fx.Node) -> fx.Node:
-    """The tensor of which `x` is a view: each product has a view of its own. All have the last dimension of x."""
+    """The tensor of which `x` is a view: each product has a view of its own."""
     while x.op == "call_function" and x.target in _VIEWS:
         x = x.args[0]
     return x

@@ -15,7 +15,7 @@ def test_a_file_stands_for_its_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    ("text", "message"),
     [
         (None, "cannot be read"),
         ("# nothing\n\n", "has no spec; needed: one on a line, such as xkv:group=4,ratio=4"),

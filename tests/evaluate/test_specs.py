@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from cllm.errors import UserError
 from cllm.evaluate.suites.posthoc import specs_of
+from cllm.posthoc.registry import methods, parse
+
+PICTURE = Path(__file__).resolve().parents[2] / "configs" / "posthoc" / "picture.txt"
 
 
 def test_a_file_stands_for_its_lines(tmp_path):
@@ -28,3 +33,11 @@ def test_a_file_without_specs_is_an_error(tmp_path, text, message):
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=f"^--posthoc @{file}: {message}"):
         specs_of([f"@{file}"])
+
+
+def test_the_list_of_the_picture_has_every_method_of_cllm_models():
+    names = set()
+    for spec in specs_of([f"@{PICTURE}"]):
+        parse(spec)
+        names |= {part.partition(":")[0] for part in spec.split("+")}
+    assert methods().keys() - names == {"none", "minicache_xkv", "hf_quantized"}

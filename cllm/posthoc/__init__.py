@@ -4,6 +4,7 @@
     sinks.py         the first tokens, which every method stores exactly
     landmarks.py     summaries of keys, by which a decode step selects tokens
     code.py          stored forms of a cached tensor (`Code`) and of a slot (`Prefix`)
+    host_rows.py     uncompressed tensors in host memory
     slots.py         the slots that can be compressed, and their tensors as a method gets them
     key_norm.py      the norm of a slot's keys before RoPE
     method.py        the base class of all methods (`Compressor`), and of a model with its cache (`Engine`)

@@ -60,11 +60,15 @@ class DecoderEngine(Engine):
     def nbytes(self, cache: KVCache) -> int:
         return cache.nbytes()
 
+    def host_tensors(self, cache: KVCache) -> list[Tensor]:
+        return cache.host_tensors() if isinstance(cache, CompressedKVCache) else []
+
     def fp32_numbers(self, cache: KVCache) -> int:
         slots = [store for store in cache.stores.values() if isinstance(store, SlotStore)]
-        scores = {id(slot.prefix.scores) for slot in slots if isinstance(slot, CompressedSlot)}
+        left_out = {id(slot.prefix.scores) for slot in slots if isinstance(slot, CompressedSlot)}
+        left_out |= {id(tensor) for tensor in self.host_tensors(cache)}
         stored = (tensor for slot in slots for tensor in slot.tensors().values())
-        return fp32_numbers(tensor for tensor in stored if id(tensor) not in scores)
+        return fp32_numbers(tensor for tensor in stored if id(tensor) not in left_out)
 
     def mha_nbytes(self, *, tokens: int, batch: int, element: int) -> int:
         return cache_bytes(mha_twin(self.model.config), context=tokens, batch=batch, bytes_per_element=element)

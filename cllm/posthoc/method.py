@@ -73,12 +73,16 @@ class Engine(ABC):
 
     @abstractmethod
     def nbytes(self, cache: Any) -> int:
-        """Bytes that `cache` stores."""
+        """Bytes that `cache` stores, without `host_tensors`."""
+
+    def host_tensors(self, cache: Any) -> list[Tensor]:
+        """Tensors of `cache` that are in host memory when the others are on a device; by default none."""
+        return []
 
     @abstractmethod
     def fp32_numbers(self, cache: Any) -> int:
-        """Numbers that `cache` stores in fp32, except recurrent states and scores of tokens (`Kept`), which are fp32 in
-        every model."""
+        """Numbers of those bytes that are fp32, except recurrent states and scores of tokens (`Kept`), which are fp32
+        in every model."""
 
     @abstractmethod
     def mha_nbytes(self, *, tokens: int, batch: int, element: int) -> int:

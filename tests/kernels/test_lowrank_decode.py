@@ -524,7 +524,7 @@ def interpreted_gathering() -> None:
     for case in CASES:
         if not case.uncompressed or case.budget is None:
             continue
-        (queries, keys, values, tables, visible), selection, _ = call(case, torch.float16)
+        (queries, _, values, _, visible), selection, _ = call(case, torch.float16)
         source = values[0].a.unflatten(2, (case.g, case.d))
         source[0, : (case.first or (0,))[0]] = torch.nan
         launch = split_lowrank._Call(queries, case.g, visible, SCALE)

@@ -252,7 +252,11 @@ def test_autocast_changes_nothing():
     assert_close(found, wanted, torch.float32)
 
 
-SELECTING = [Case(t=12, column=78, first=(0, 33)), Case(t=12, column=78, budget=20)]
+SELECTING = [
+    Case(t=12, column=78, first=(0, 33)),
+    Case(t=12, column=78, budget=20),
+    Case(t=12, column=78, budget=20, uncompressed=True),
+]
 
 
 @pytest.mark.parametrize("case", SELECTING, ids=str)

@@ -90,6 +90,9 @@ class DecoderEngine(Engine):
         block: Any = self.model.blocks[slot % len(self.model.blocks)]
         return block.attention.owner if slot < len(self.model.blocks) else block.attention.local
 
+    def layers(self) -> list[nn.Module]:
+        return list(self.model.blocks)
+
     def readers(self, slot: int) -> list[SlotReader]:
         plan, found = self.model.plan, list[SlotReader]()
         local = {slot - len(plan)} if slot >= len(plan) else set()  # the second slot of a layer, which it alone reads
@@ -209,6 +212,11 @@ class TransformersEngine(Engine):
                     "keys before RoPE, k_norm"
                 )
         return attention
+
+    def layers(self) -> list[nn.Module]:
+        if (layers := getattr(self.model.base_model, "layers", None)) is None:
+            raise UserError(f"{type(self.model).__name__} has no layers.N; allowed: models with it, such as Llama's")
+        return list(layers)
 
     def readers(self, slot: int) -> list[SlotReader]:
         layers: Any = getattr(self.model.base_model, "layers", None)

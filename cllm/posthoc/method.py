@@ -98,6 +98,11 @@ class Engine(ABC):
         """The norm between a slot's key projection and RoPE, if there is one. Raises `UserError` as `projections`, and
         if the norm is not an RMSNorm."""
 
+    def layers(self) -> list[nn.Module]:
+        """The layers in order. The output of each, or the first of several, is the residual stream after it (B, T,
+        d_model). Raises `UserError` for a model whose layers are not known."""
+        raise UserError(f"{type(self).__name__}: the layers of the model are not known")
+
     def readers(self, slot: int) -> list[SlotReader]:
         """The layers that read the keys or the values of a slot. Raises `UserError` if one is not plain attention."""
         raise UserError(f"{type(self).__name__}: slot {slot}: the layers that read it are not known")

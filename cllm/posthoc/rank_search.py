@@ -23,6 +23,7 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ class RankSearch:
     """What levels are a share of."""
     ranks: Callable[[Spectrum, float], list[int]]
     """The ranks of a tensor at a level."""
-    measure: Callable[[_Model, Sequence[float]], dict[Place, list[float]]]
+    measure: Callable[[ProjectedModel, Sequence[float]], dict[Place, list[float]]]
     """L at each of the levels, for every tensor."""
 
     def costs(
@@ -90,7 +91,7 @@ class RankSearch:
         length = min(TOKENS, ids.shape[1])
         pieces = torch.cat([part for part in ids.split(length, dim=1) if part.shape[1] == length])[:PIECES]
         with torch.no_grad():
-            found = self.measure(_Model(self.name, engine, pieces, sinks, modules, at), self.levels)
+            found = self.measure(ProjectedModel(self.name, engine, pieces, sinks, modules, at), self.levels)
         if not all(math.isfinite(value) for of in found.values() for value in of):
             raise UserError(f"allocation={self.name}: a cost is not finite; allowed: allocation=uniform")
         return found
@@ -119,7 +120,7 @@ class RankSearch:
 
 
 @dataclass(frozen=True)
-class _Model:
+class ProjectedModel:
     """A model whose keys and values can be projected while it reads a calibration text."""
 
     allocation: str
@@ -133,16 +134,28 @@ class _Model:
 
     @contextmanager
     def projected(self, places: Sequence[Place], level: float, tokens: int) -> Iterator[None]:
-        """The tensors of `places` are projected at `level` in passes of `tokens` tokens inside of the context."""
+        """The tensors of `places` are projected at `level` in a pass of `tokens` tokens inside of the context.
+
+        In a loop, slots of several turns have one module, which computes them in their order.
+        """
+        owners: dict[nn.Module, list[Place]] = {}
+        for place, module in sorted(self.modules.items(), key=lambda item: item[0]):
+            owners.setdefault(module, []).append(place)
+
+        def hook(of: Sequence[Basis | None]) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+            turns = itertools.cycle(of)
+
+            def project(_: nn.Module, args: Any, y: Tensor) -> Tensor | None:
+                basis = next(turns)
+                return None if basis is None else self._project(y, basis, tokens)
+
+            return project
+
         handles = []
         try:
-            for place in places:
-                of = self.basis(place, level)
-
-                def project(_: nn.Module, args: Any, y: Tensor, of: Basis = of) -> Tensor:
-                    return self._project(y, of, tokens)
-
-                handles.append(self.modules[place].register_forward_hook(project))
+            for module, computed in owners.items():
+                of = [self.basis(place, level) if place in places else None for place in computed]
+                handles.append(module.register_forward_hook(hook(of)))
             yield
         finally:
             for handle in handles:
@@ -164,7 +177,7 @@ class _Model:
         return changed.transpose(1, 2) if heads_first else changed
 
 
-def losses_alone(model: _Model, levels: Sequence[float]) -> dict[Place, list[float]]:
+def losses_alone(model: ProjectedModel, levels: Sequence[float]) -> dict[Place, list[float]]:
     """L_p(r) of ASVD, in nats a token."""
     length = model.ids.shape[1]
     if length < 2:
@@ -235,7 +248,7 @@ def _square(x: Tensor) -> Tensor:
     return x.double().square().sum()
 
 
-def layer_errors(model: _Model, levels: Sequence[float]) -> dict[Place, list[float]]:
+def layer_errors(model: ProjectedModel, levels: Sequence[float]) -> dict[Place, list[float]]:
     """L_s(r) of EigenAttention, for the keys and for the values of every slot s. Outputs of sinks do not count.
 
     One pass measures a level for all layers: each gets exact inputs, but keys and values that are projected.

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from cllm.errors import UserError
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.engine import TransformersEngine, engine_of
-from cllm.posthoc.fixed_bases import progressive_shares
+from cllm.posthoc.fixed_bases import progressive_shares, ranks_at
 from cllm.posthoc.hf import compress_dynamic
 from cllm.posthoc.methods.eigenattention import EigenAttention
-from cllm.posthoc.projecting import fisher_sizes
-from cllm.posthoc.rank_search import SEARCHES
+from cllm.posthoc.projecting import fisher_sizes, outputs_of
+from cllm.posthoc.rank_search import SEARCHES, ProjectedModel
 from cllm.posthoc.registry import parse
 from cllm.posthoc.token_codes import hadamard
 from tests.posthoc.filled import fill
@@ -448,6 +448,33 @@ def test_ranks_are_searched_by_the_errors_of_layers(spec, kv, decoder, tokens):
     for ratio in (1.5, 3):
         method = method.model_copy(update={"keep": None, "ratio": ratio})
         assert ratio <= engine.nbytes(cache) / engine.compress(cache, method).nbytes() < 1.3 * ratio
+
+
+def test_slots_of_several_turns_of_a_loop_have_bases_of_their_own(design, tokens):
+    """Though one module computes them: what is projected lies in the slot's basis, and what is not does not."""
+    engine, text = engine_of(design("a loop that reads its first turn")), tokens(2, 24, seed=1)
+    method = parse("eigenattention:keep=0.5,sinks=0")
+    assert isinstance(method, EigenAttention)
+    method.prepare(engine, text)
+    modules = outputs_of(engine, method._spectra)
+    assert len(set(modules.values())) < len(modules), "no two slots have one module"
+
+    def basis(place, level):
+        spectrum = method._spectra[place]
+        return spectrum.basis(ranks_at(spectrum, 1.0, level), torch.float32)
+
+    model = ProjectedModel("search", engine, text, 0, modules, basis)
+    for places in (list(modules), [max(modules)], [min(modules)]):
+        cache = engine.new_cache()
+        with model.projected(places, 0.5, text.shape[1]):
+            engine.hidden(text, cache)
+        cached = engine.compressible(cache)
+        (tensors,) = cached.tensors(before_rope=True, sinks=cached.sinks(0))
+        for of in tensors:
+            for i, slot in enumerate(of.slots):
+                rows, u = of.flat(i), basis((slot, of.kind), 0.5).matrix
+                lost = (rows - rows @ u @ u.T).norm() / rows.norm()
+                assert (lost < 1e-5) == ((slot, of.kind) in places), (slot, of.kind)
 
 
 def test_errors_of_layers_are_measured_in_transformers_models_too(llama, tokens):

@@ -93,6 +93,9 @@ class DecoderEngine(Engine):
     def layers(self) -> list[nn.Module]:
         return list(self.model.blocks)
 
+    def layer_of(self, slot: int) -> nn.Module | None:
+        return None if self.model.plan.loop is None else self.model.blocks[slot % len(self.model.blocks)]
+
     def readers(self, slot: int) -> list[SlotReader]:
         plan, found = self.model.plan, list[SlotReader]()
         local = {slot - len(plan)} if slot >= len(plan) else set()  # the second slot of a layer, which it alone reads
@@ -107,7 +110,8 @@ class DecoderEngine(Engine):
             values = _factors(layer, slot, attention.values, plan.values(layer))
             queries = attention.q_proj if attention.q_norm is None else attention.q_norm
             output = attention.o_proj.weight.unflatten(1, (-1, attention.head_dim))
-            found.append(SlotReader(layer, queries, block.mlp_norm, output, keys, values))
+            inside = self.layer_of(layer)
+            found.append(SlotReader(layer, queries, block.mlp_norm, output, keys, values, inside))
         return found
 
 

@@ -103,6 +103,10 @@ class Engine(ABC):
         d_model). Raises `UserError` for a model whose layers are not known."""
         raise UserError(f"{type(self).__name__}: the layers of the model are not known")
 
+    def layer_of(self, slot: int) -> nn.Module | None:
+        """The layer that computes a slot, if other layers share its modules; None: no layer shares another's."""
+        return None
+
     def readers(self, slot: int) -> list[SlotReader]:
         """The layers that read the keys or the values of a slot. Raises `UserError` if one is not plain attention."""
         raise UserError(f"{type(self).__name__}: slot {slot}: the layers that read it are not known")

@@ -23,7 +23,6 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from torch import Tensor, nn
 from cllm.errors import UserError
 from cllm.posthoc.fixed_bases import Basis, Spectrum, energy_ranks, ranks_at
 from cllm.posthoc.method import Engine
+from cllm.posthoc.turns import add_hook
 
 P = TypeVar("P")
 Place = tuple[int, Literal["k", "v"]]
@@ -134,28 +134,16 @@ class ProjectedModel:
 
     @contextmanager
     def projected(self, places: Sequence[Place], level: float, tokens: int) -> Iterator[None]:
-        """The tensors of `places` are projected at `level` in a pass of `tokens` tokens inside of the context.
-
-        In a loop, slots of several turns have one module, which computes them in their order.
-        """
-        owners: dict[nn.Module, list[Place]] = {}
-        for place, module in sorted(self.modules.items(), key=lambda item: item[0]):
-            owners.setdefault(module, []).append(place)
-
-        def hook(of: Sequence[Basis | None]) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
-            turns = itertools.cycle(of)
-
-            def project(_: nn.Module, args: Any, y: Tensor) -> Tensor | None:
-                basis = next(turns)
-                return None if basis is None else self._project(y, basis, tokens)
-
-            return project
-
+        """The tensors of `places` are projected at `level` in passes of `tokens` tokens inside of the context."""
         handles = []
         try:
-            for module, computed in owners.items():
-                of = [self.basis(place, level) if place in places else None for place in computed]
-                handles.append(module.register_forward_hook(hook(of)))
+            for place in places:
+                of = self.basis(place, level)
+
+                def project(_: nn.Module, args: Any, y: Tensor, of: Basis = of) -> Tensor:
+                    return self._project(y, of, tokens)
+
+                handles += add_hook(self.modules[place], project, self.engine.layer_of(place[0]))
             yield
         finally:
             for handle in handles:

@@ -44,8 +44,8 @@ def test_a_loop_is_compressed_as_the_model_whose_turns_have_copies_of_its_weight
     for model in (looped, copied):
         engine, cache, method = fill(model, ids[:, :PREFIX], spec, text)
         compressed = engine.compress(cache, method)
-        logits = [engine.logits(ids[:, i : i + 1], compressed) for i in range(PREFIX, LENGTH)]
-        found.append((torch.cat(logits, 1), compressed.nbytes()))
+        steps = [engine.logits(ids[:, i : i + 1], compressed) for i in range(PREFIX, LENGTH)]
+        found.append((torch.cat(steps, 1), compressed.nbytes()))
     (logits, size), (wanted, expected) = found
     torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
     assert size == expected

@@ -57,6 +57,7 @@ from cllm.posthoc.landmarks import make_landmarks
 from cllm.posthoc.registry import parse
 
 SVDS = [
+    "svd=auto",
     *(f"svd={svd},products={products}" for svd in ("power", "random") for products in ("bf16", "tf32", "fp32")),
     "svd=gram",
 ]

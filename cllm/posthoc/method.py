@@ -299,7 +299,7 @@ class Compressor(Section):
         return copy
 
     def facts(self) -> dict[str, Any]:
-        """Results of `prepare` for the record, as JSON values."""
+        """What `prepare` found and `encode` chose, for the record, as JSON values."""
         return {}
 
     def shares(self) -> dict[int, int]:

@@ -40,7 +40,7 @@ def test_everything_is_timed_and_written(bench, tmp_path, capsys):
     assert decode["all tokens of the factors"]["relative_error"] < 0.05, "bf16 beside the same keys and values made"
     compress = [row for row in found["rows"] if row["what"] == "compress"]
     assert compress[0]["name"].startswith("prefill of 2 layers")
-    assert len({row["name"] for row in compress[1:]}) == 7
+    assert len({row["name"] for row in compress[1:]}) == 8
     assert all(row["share_of_prefill"] > 0 and 0 < row["largest_error"] < 1 for row in compress[1:])
     read = 2 * (128 * (12 + 20) + 32 * (12 + 20) + 2 * 4 * 32)  # A, both Bs and the tail, 2 bytes each
     read_ms = 1000 * read / found["copy_bytes_per_s"]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-import torch
 from pydantic import model_validator
 from torch import Tensor
 
 from cllm.posthoc.code import Code
 from cllm.posthoc.fixed_bases import Spectrum
 from cllm.posthoc.later_rows import extend_factors
-from cllm.posthoc.lowrank import LowRank, low_rank_already
+from cllm.posthoc.lowrank import LowRank, leading_vectors, low_rank_already
 from cllm.posthoc.method import Engine
 from cllm.posthoc.projecting import Allocation, Place, ProjectingMethod
 from cllm.posthoc.registry import register
@@ -79,6 +78,6 @@ class EigenAttention(ProjectingMethod):
             return super()._code(tensors, i)
         rows = tensors.flat(i)
         rank = self._ranks[tensors.slots[i], tensors.kind][0]
-        vectors = torch.linalg.eigh((rows.mT @ rows).double())[1].flip(-1)[..., :rank].float()
+        vectors = leading_vectors(rows, rank, tensors.dtype)
         b = vectors.to(tensors.dtype).contiguous()
         return LowRank(self.stored(rows @ vectors, tensors.dtype, [rank]), b, tuple(tensors.data[i].shape[2:]))

@@ -15,7 +15,7 @@ from cllm.posthoc.grown import Joiner
 from cllm.posthoc.host_rows import HostRows
 from cllm.posthoc.landmarks import Landmarks, make_landmarks, outlier_chunks
 from cllm.posthoc.later_rows import absorb_factors
-from cllm.posthoc.lowrank import LowRank, low_rank_already, right_vectors
+from cllm.posthoc.lowrank import LowRank, leading_vectors, low_rank_already
 from cllm.posthoc.method import Codable, TensorCoder
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
@@ -115,21 +115,23 @@ class ShadowKV(Codable):
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         if values is None:
             raise low_rank_already(self.name)
-        k_codes: Codes = []
-        for i, slot in enumerate(keys.slots):
-            rows = keys.flat(i)
-            tokens, width = rows.shape[1:]
-            if self.rank > width:
-                raise UserError(
-                    f"{self.name}: rank={self.rank}: keys of slot {slot} have {width} channels; allowed: 1 to {width}"
-                )
-            vectors, _ = right_vectors(rows, "gram", min(self.rank, tokens))
-            rows = rows @ vectors
-            a: Code = Exact(rows.to(keys.dtype))
-            if self._coder is not None:
-                a = self._coder.code(rows, "k", keys.dtype, (rows.shape[2],))
-            k_codes.append(LowRank(a, vectors.to(keys.dtype, copy=True), tuple(keys.data[i].shape[2:])))
-        return k_codes, [self._values(values, i) for i in range(len(values.slots))]
+        return keys.code_stacks(self._keys), [self._values(values, i) for i in range(len(values.slots))]
+
+    def _keys(self, keys: SlotTensors) -> Code:
+        """The code of one slot, or of several as one with the sequences of all."""
+        rows = keys.flat(0)
+        tokens, width = rows.shape[1:]
+        if self.rank > width:
+            raise UserError(
+                f"{self.name}: rank={self.rank}: keys of slot {keys.slots[0]} have {width} channels; allowed: 1 to "
+                f"{width}"
+            )
+        vectors = leading_vectors(rows, min(self.rank, tokens), keys.dtype)
+        rows = rows @ vectors
+        a: Code = Exact(rows.to(keys.dtype))
+        if self._coder is not None:
+            a = self._coder.code(rows, "k", keys.dtype, (rows.shape[2],))
+        return LowRank(a, vectors.to(keys.dtype, copy=True), tuple(keys.data[0].shape[2:]))
 
     def _values(self, values: SlotTensors, i: int) -> Code:
         if self.values == "host":

@@ -17,6 +17,7 @@ triton_choose.py     the choice of chunks in Triton
 resident_lowrank.py  launches the kernel of gluon_lowrank.py
 gluon_lowrank.py     scores of rebuilt keys in Gluon, for Hopper GPUs
 triton_nodes.py      queries rotated by a few positions times factors, between which gluon_lowrank.py interpolates
+gather.py            values of selected tokens, copied from host memory
 rotate.py            RoPE of many keys as one kernel
 selection.py         `Factored`, `Table` and `Selection`: low-rank factors, their RoPE, and which tokens a step reads
 choice.py            Triton or plain torch, logged once

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ Change = Callable[[Tensor], Tensor]
 class TensorTree:
     """A dataclass whose fields may be tensors and other trees. Tensors are batch first; trees may share tensors."""
 
+    in_host_memory: ClassVar[bool] = False
+    """Whether the tensors stay in host memory when those of other trees are on a device."""
+
     def tensors(self) -> Iterator[Tensor]:
         """All tensors of the tree; a shared one as often as it occurs."""
         for value in self.fields().values():
@@ -22,6 +25,15 @@ class TensorTree:
                 yield value
             elif isinstance(value, TensorTree):
                 yield from value.tensors()
+
+    def host_tensors(self) -> Iterator[Tensor]:
+        """Those of `tensors` that are in host memory."""
+        if self.in_host_memory:
+            yield from self.tensors()
+            return
+        for value in self.fields().values():
+            if isinstance(value, TensorTree):
+                yield from value.host_tensors()
 
     def map(self, change: Change) -> Self:
         """A copy with `change(tensor)` for every tensor. To keep shared tensors shared, pass `once_each(change)`."""

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from cllm.evaluate.subjects import Subject
 
 
+def _method(record: Record) -> str:
+    """The spec, and the bytes that the other columns leave out."""
+    in_host = record.get("host_bytes_per_token")
+    return f"{record['spec']} (and {in_host:,.0f} bytes/token in host memory)" if in_host else record["spec"]
+
+
 def _error(record: Record) -> str:
     """The largest error of a slot's tensors, relative to their norm."""
     errors = [error for slot in record["errors"].values() for error in slot.values()]
@@ -144,7 +150,7 @@ class Posthoc(Suite):
     def columns(self) -> Sequence[Column[Record]]:
         return (
             RUN,
-            Column("method", lambda record: record["spec"], left=True),
+            Column("method", _method, left=True),
             SET,
             Column("prefix/window", lambda record: f"{record['prefix']}/{record['window']}"),
             TOKENS,

@@ -5,6 +5,7 @@ backends/            the kernels that compute it
 joint.py             one softmax over several slots, each with a mask of its own
 merge.py             merges the parts of joint.py, as one Triton kernel
 decode.py            attention of one new token over cached slots
+few_rows.py          products of a few rows with weights, in a decoding step
 split_decode.py      launches the Triton kernels of decode.py
 triton_decode.py     split-KV flash decoding in Triton
 split_tied.py        launches the kernel of triton_tied.py

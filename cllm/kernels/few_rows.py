@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -57,7 +58,7 @@ class FewRows(GraphPass):
         groups: dict[tuple[fx.Node, torch.Size], list[fx.Node]] = defaultdict(list)
         for node in graph.nodes:
             if self._fits(node):
-                x = node.args[0]
+                x: Any = node.args[0]
                 groups[_viewed(x), x.meta["val"].shape].append(node)
         for nodes in groups.values():
             for i in range(0, len(nodes), _MOST_WEIGHTS):

@@ -13,15 +13,13 @@ Change = Callable[[Tensor], Tensor]
 
 
 class TensorTree:
-    """A dataclass whose fields may be tensors and other trees. Tensors are batch first; trees may share tensors."""
+    """A dataclass whose fields may be tensors, other trees, and tuples of both. Tensors are batch first; trees may
+    share tensors."""
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors of the tree; a shared one as often as it occurs."""
         for value in self.fields().values():
-            if isinstance(value, Tensor):
-                yield value
-            elif isinstance(value, TensorTree):
-                yield from value.tensors()
+            yield from _tensors(value)
 
     def map(self, change: Change) -> Self:
         """A copy with `change(tensor)` for every tensor. To keep shared tensors shared, pass `once_each(change)`."""
@@ -32,9 +30,21 @@ class TensorTree:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, TensorTree):
+        yield from value.tensors()
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
 def _changed(value: Any, change: Change) -> Any:
     if isinstance(value, Tensor):
         return change(value)
+    if type(value) is tuple:
+        return tuple(_changed(item, change) for item in value)
     return value.map(change) if isinstance(value, TensorTree) else value
 
 

@@ -4,15 +4,25 @@ A unit is the keys, or the values, of one KV head of one slot. With codes x' of 
 
     E_u(b) = Σ_j w_j (x'_j - x_j)ᵀ M_u (x'_j - x_j)
 
-with the forms M and the weights of tokens w of `weighting.py`, so that all units are in one unit of measure. E_u is not
-estimated: the unit is coded in every width that the method has, and decoded. Widths are chosen so that
+with the forms M and the weights of tokens w of `weighting.py`. x' is decoded from real codes, in every width that the
+method has.
+
+**Keys against values.** E_u compares keys with keys and values with values. It is wrong between the two, because the
+errors of few bits are neither small nor independent: codes shorten values, and these errors add up over tokens, while
+attention with wrong scores changes by less than in proportion. So the sums of both kinds are measured. If all keys have
+b0 bits, the largest width up to mean_bits, the outputs of attention for the prompt's last queries change by C_k, and if
+all values have, by C_v (`ErrorWeights.output_changes`). Then
+
+    E_u(b) of keys is multiplied by C_k / Σ_u E_u(b0), the sum over all units of keys, and values likewise.
+
+**Choice.** Widths are those for which
 
     Σ_u E_u(b_u) is least,    Σ_u N_u b_u ≤ mean_bits Σ_u N_u
 
-for N_u numbers. Scales and lengths do not depend on the width, so this budget is one of bytes. Widths start at the
-smallest. Then the step that saves the most for its bits, of all units, is taken until the next one exceeds the budget.
-A unit's steps are those on the lower convex hull of its errors, so what each saves for its bits decreases, and no other
-choice that takes as many bits has a smaller sum (Everett, 1963).
+for N_u numbers. Scales and lengths do not depend on the width, so this budget is one of bytes. All units start with the
+smallest width. Then the step that saves the most for its bits is taken, of all units, until the next one exceeds the
+budget. A unit's steps are those on the lower convex hull of its errors, so they save less and less for their bits, and
+no other choice that takes as many bits has a smaller sum (Everett, 1963).
 
 Shapes: B batch, n tokens, G KV heads, D channels of a head.
 """
@@ -33,7 +43,7 @@ from cllm.posthoc.code import Code, Codes, Rotation
 from cllm.posthoc.grown import join_all
 from cllm.posthoc.slots import SlotTensors
 from cllm.posthoc.weighted import Weighted
-from cllm.posthoc.weighting import Weights, row_weights
+from cllm.posthoc.weighting import ErrorWeights, Weights, row_weights
 
 
 @dataclass(frozen=True)
@@ -115,15 +125,11 @@ class HeadBits(Weighted):
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         if self.mean_bits is None:
             return self.code_slots(keys), [None] * len(keys.slots) if values is None else self.code_slots(values)
-        before = keys if self.keys_before_rope or keys.rope is None else keys.before_rope()
-        weights = self.error_weights(before, values)
+        weights = self.error_weights(keys if keys.rope is None else keys.before_rope(), values)
         assert values is not None
-        rotations = {} if before is keys else keys.rotations()
-        errors = self.errors(keys, weights.of_keys(), rotations)
-        errors_v = self.errors(values, weights.of_values(), {})
+        errors = [head for slot in self.errors(weights, keys, values) for head in slot.tolist()]
         numbers = [x.shape[3] for tensors in (keys, values) for x in tensors.data for _ in range(x.shape[2])]
-        of_heads = [head for slot in (*errors, *errors_v) for head in slot.tolist()]
-        chosen = iter(choose_bits(of_heads, numbers, self.widths, self.mean_bits))
+        chosen = iter(choose_bits(errors, numbers, self.widths, self.mean_bits))
         k, v = ([[next(chosen) for _ in range(x.shape[2])] for x in tensors.data] for tensors in (keys, values))
         return self._code_heads(keys, k), self._code_heads(values, v)
 
@@ -134,14 +140,34 @@ class HeadBits(Weighted):
         extend = self.extend_slots if self.mean_bits is None else self._extend_heads
         return extend(keys, codes[0]), [None] * len(keys.slots) if values is None else extend(values, codes[1])
 
-    def errors(self, tensors: SlotTensors, weights: dict[int, Weights], rotations: dict[int, Rotation]) -> list[Tensor]:
-        """(G, widths) fp64 for each slot: the weighted errors of its heads, the mean over sequences.
+    def errors(self, weights: ErrorWeights, keys: SlotTensors, values: SlotTensors) -> list[Tensor]:
+        """(G, widths) fp64 for the keys of each slot, then for its values: E_u(b), the mean over sequences.
 
         Args:
-            tensors: keys or values.
-            weights: of errors, by slot.
-            rotations: by slot, for keys after RoPE, as weights are for errors before it; empty for others.
+            weights: of keys before RoPE, and of values.
+            keys: after RoPE.
+            values: of the same slots.
         """
+        assert self.mean_bits is not None
+        first = max(n for n, bits in enumerate(self.widths) if bits <= self.mean_bits)
+        codes_k, codes_v = (
+            {j: code for j, code in zip(of.slots, self.code_slots(of, self.widths[first]), strict=True) if code}
+            for of in (keys, values)
+        )
+        kinds = (
+            self._weighted_errors(keys, weights.of_keys(), keys.rotations()),
+            self._weighted_errors(values, weights.of_values(), {}),
+        )
+        found: list[Tensor] = []
+        for errors, change in zip(kinds, weights.output_changes(codes_k, codes_v), strict=True):
+            total = sum(float(of_slot[:, first].sum()) for of_slot in errors)
+            found += [of_slot * change / max(total, 1e-300) for of_slot in errors]
+        return found
+
+    def _weighted_errors(
+        self, tensors: SlotTensors, weights: dict[int, Weights], rotations: dict[int, Rotation]
+    ) -> list[Tensor]:
+        """See `errors`, of one kind and not scaled; `rotations` by slot, for keys."""
         found = [torch.zeros(x.shape[2], len(self.widths), dtype=torch.float64) for x in tensors.data]
         for n, bits in enumerate(self.widths):
             for i, code in enumerate(self.code_slots(tensors, bits)):

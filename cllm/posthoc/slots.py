@@ -49,7 +49,8 @@ class SlotTensors:
     sinks: Sinks | None = None
     """The tokens left out of `data` because they are stored exactly; None: none are."""
     cached: tuple[Tensor, ...] = ()
-    """For keys of a filled cache: the cache's own (B, S, G, D) after RoPE, sinks included. Empty for other tensors."""
+    """For keys and values of a filled cache: the cache's own (B, S, G, D), keys after RoPE, sinks included. Empty for
+    other tensors."""
     rope: Callable[[int, Tensor], tuple[Tensor, Tensor]] | None = None
     """As in `CompressibleSlots`, for keys of a filled cache; None for other tensors."""
 
@@ -278,10 +279,12 @@ class CompressibleSlots:
             share = sum(elements[j] for j in slots) / sum(elements.values()) / dtype.itemsize / len(k[0])
             counts = self.cache_bytes * share, incompressible * share
             keys = SlotTensors("k", slots, k, dtype, is_text, *counts, sinks)
+            values: SlotTensors | None = None
             if not latent:
-                cached = tuple(self.slots[j].k for j in slots)
-                keys = dataclasses.replace(keys, cached=cached, rope=self.rope)
-            tensors.append((keys, None if latent else SlotTensors("v", slots, v, dtype, is_text, sinks=sinks)))
+                cached_k, cached_v = (tuple(getattr(self.slots[j], name) for j in slots) for name in ("k", "v"))
+                keys = dataclasses.replace(keys, cached=cached_k, rope=self.rope)
+                values = SlotTensors("v", slots, v, dtype, is_text, sinks=sinks, cached=cached_v)
+            tensors.append((keys, values))
         return tensors
 
 

@@ -11,7 +11,6 @@ import torch
 
 from cllm.errors import UserError
 from cllm.posthoc.cache import compress_cache
-from cllm.posthoc.engine import engine_of
 from cllm.posthoc.head_bits import HeadCodes, choose_bits
 from cllm.posthoc.readers import RecordedQueries
 from cllm.posthoc.registry import parse
@@ -75,7 +74,9 @@ def test_bits_that_save_nothing_are_not_spent():
 # ---- the errors -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kv", "spec"), [("mha", "turboquant:mean_bits=2,sinks=3"), ("fusedkv", "turboquant:mean_bits=2,sinks=3")])
+@pytest.mark.parametrize(
+    ("kv", "spec"), [("mha", "turboquant:mean_bits=2,sinks=3"), ("fusedkv", "turboquant:mean_bits=2,sinks=3")]
+)
 def test_errors_are_those_of_a_slow_reference(kv, spec, decoder, tokens):
     """One head, query and token at a time, for a padded batch and a plan whose layers read several slots."""
     model, ids, starts = decoder(kv={"preset": kv}, n_layers=4), tokens(2, 20), [0, 6]
@@ -123,7 +124,7 @@ def test_errors_are_those_of_a_slow_reference(kv, spec, decoder, tokens):
             turned = [rotated(model, queries[t], t - start) for t in range(20)]
             lost, length = {"k": 0.0, "v": 0.0}, streams[layer][b, start:].square().sum(-1).mean()
             for t in range(start, 20):
-                change = {"k": 0.0, "v": 0.0}
+                change: dict[str, Any] = {"k": 0.0, "v": 0.0}
                 for h in range(4):
                     k, other, v, coded_v = (x[b, start : t + 1, h * x.shape[2] // 4] for x in read)
                     a, a_other = ((x @ turned[t][h] / math.sqrt(8)).softmax(0) for x in (k, other))
@@ -141,7 +142,9 @@ def test_errors_are_those_of_a_slow_reference(kv, spec, decoder, tokens):
 def rotated(model, q, position):
     from cllm.model.rope import apply_rope, rope_table
 
-    return apply_rope(q.float()[None, None], rope_table(model.config.rope, 8, torch.tensor([[position]])))[0, 0].double()
+    return apply_rope(q.float()[None, None], rope_table(model.config.rope, 8, torch.tensor([[position]])))[
+        0, 0
+    ].double()
 
 
 def test_a_cache_has_the_best_of_all_widths(decoder, tokens):
@@ -160,7 +163,6 @@ def test_a_cache_has_the_best_of_all_widths(decoder, tokens):
     own = sum(of[method.widths.index(b)].item() for of, b in zip(errors, bits, strict=True))
     assert sum(bits) <= 3 * 8
     assert own == pytest.approx(sums[spent <= sum(bits)].min().item(), rel=1e-9)
-
 
 
 def test_sums_of_errors_are_below_those_of_equal_widths(decoder, tokens):
@@ -198,9 +200,7 @@ def test_heads_are_decoded_in_their_order(kv, spec, design, tokens):
     model = design(kv)
     engine, cache, method = fill(model, tokens(2, 60), spec, None)
     found = engine.compress(cache, method)
-    plain = {
-        b: engine.compress(cache, method.model_copy(update={"mean_bits": None, "bits": b})) for b in method.widths
-    }
+    plain = {b: engine.compress(cache, method.model_copy(update={"mean_bits": None, "bits": b})) for b in method.widths}
     bits = bits_of(found)
     assert len(set(flat(bits))) > 1
     compressed = [j for j, store in found.stores.items() if hasattr(store, "prefix")]
@@ -258,7 +258,6 @@ def test_later_tokens_get_the_widths_that_heads_have(spec, decoder, tokens):
     engine, cache, method = fill(model, ids[:, :40], f"{spec},every=8", None)
     compressed = engine.compress(cache, method)
     bits, exact = bits_of(compressed), engine.new_cache()
-    assert method.model_copy(update={"every": None}).encodes_every is None
     method.release()
     for block in ids[:, 40:].split(8, dim=1):
         engine.hidden(block, compressed)
@@ -318,13 +317,13 @@ def test_what_cannot_be_weighted_says_why(decoder, design, tokens, filled):
     method = parse("turboquant:mean_bits=3")
     with pytest.raises(UserError, match="mean_bits=3: the queries of the prompt were not recorded"):
         engine.compress(cache, method)
+    engine, cache, narrow = fill(decoder(), tokens(1, 40), "kivi:mean_bits=3,group=16,residual=0", None)
     with pytest.raises(UserError, match="group=16 does not divide the 8 channels of a head"):
-        engine, cache, narrow = fill(decoder(), tokens(1, 40), "kivi:mean_bits=3,group=16,residual=0", None)
         engine.compress(cache, narrow)
     engine, cache = filled(design("mla"), tokens(1, 40))
-    with pytest.raises(UserError, match="turboquant: mean_bits=3: .*LatentAttention"), method.watch(engine):
+    with pytest.raises(UserError, match=r"turboquant: mean_bits=3: .*LatentAttention"), method.watch(engine):
         pass
-    with pytest.raises(UserError, match="turboquant: mean_bits=3: the slots are latents; .* or bits"):
+    with pytest.raises(UserError, match=r"turboquant: mean_bits=3: the slots are latents; .* or bits"):
         engine.compress(cache, method)
 
 

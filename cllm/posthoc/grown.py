@@ -70,8 +70,6 @@ def _form(tree: object, *, blocks: bool) -> object:
         return ("tensor", tree.shape[0], *tree.shape[2 if blocks else 1 :], tree.dtype)
     if isinstance(tree, TensorTree):
         return (type(tree), *((name, _form(value, blocks=blocks)) for name, value in tree.fields().items()))
-    if isinstance(tree, tuple):
-        return tuple(_form(item, blocks=blocks) for item in tree)
     return tree
 
 

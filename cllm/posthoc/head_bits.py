@@ -129,7 +129,11 @@ class HeadBits(Weighted):
         assert values is not None
         errors = [head for slot in self.errors(weights, keys, values) for head in slot.tolist()]
         numbers = [x.shape[3] for tensors in (keys, values) for x in tensors.data for _ in range(x.shape[2])]
-        chosen = iter(choose_bits(errors, numbers, self.widths, self.mean_bits))
+        if any(any(of) for of in errors):
+            bits = choose_bits(errors, numbers, self.widths, self.mean_bits)
+        else:  # the prompt is too short to be coded, so nothing is known about later tokens
+            bits = [max(b for b in self.widths if b <= self.mean_bits)] * len(errors)
+        chosen = iter(bits)
         k, v = ([[next(chosen) for _ in range(x.shape[2])] for x in tensors.data] for tensors in (keys, values))
         return self._code_heads(keys, k), self._code_heads(values, v)
 

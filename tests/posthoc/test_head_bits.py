@@ -273,6 +273,13 @@ def test_later_tokens_get_the_widths_that_heads_have(spec, decoder, tokens):
             torch.testing.assert_close(read[:, :, head], expected, atol=1e-5, rtol=1e-4)
 
 
+def test_a_prompt_too_short_for_codes_gives_later_tokens_equal_widths(decoder, tokens):
+    engine, cache, method = fill(decoder(), tokens(1, 12), "kivi:mean_bits=3,group=8,residual=8,every=4", None)
+    compressed = engine.compress(cache, method)
+    assert set(flat(bits_of(compressed))) == {2}
+    assert max(error for of in compressed.outcome.errors.values() for error in of.values()) == 0
+
+
 def test_sequences_are_rearranged_with_their_codes(decoder, tokens):
     engine, cache, method = fill(decoder(), tokens(2, 40), "turboquant:mean_bits=2.5,every=2", None)
     one, other = (engine.compress(cache, method) for _ in range(2))

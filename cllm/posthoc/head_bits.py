@@ -71,8 +71,6 @@ class _Part:
     bits: int
     members: list[int]
     """Indices into the slots."""
-    heads: list[tuple[int, ...]]
-    """Of each of these slots."""
     tensors: SlotTensors
     """(B, n, heads, D) each."""
 
@@ -214,7 +212,7 @@ def _parts(tensors: SlotTensors, heads: Sequence[dict[int, tuple[int, ...]]]) ->
         members = [i for i, of in enumerate(heads) if bits in of]
         slots, data = tuple(tensors.slots[i] for i in members), [tensors.data[i][:, :, heads[i][bits]] for i in members]
         part = dataclasses.replace(tensors, slots=slots, data=tuple(data), cached=())
-        yield _Part(bits, members, [heads[i][bits] for i in members], part)
+        yield _Part(bits, members, part)
 
 
 def choose_bits(

@@ -26,7 +26,8 @@ QUANTISERS = (
 
 
 def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], variants: Variants, what: str) -> None:
-    """Time a prefill and the compression of its cache by each of `methods`, in threads and as one batch."""
+    """Time a prefill and the compression of its cache in threads and as one batch, by each of `methods`, whose last
+    options are those of the solver."""
     device = variants.device
     config = ModelConfig.model_validate({"vocab_size": 256, "max_seq_len": prompt, **shape})
     torch.manual_seed(0)
@@ -43,7 +44,7 @@ def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], v
     variants.record.add({"what": what, "name": f"prefill of {prompt} tokens", "ms": prefill})
     del model
     for method in methods:
-        fast = "svd=power" in method
+        fast, solver = "svd=gram" not in method, method.partition("svd=")[2]
         for name, together in (("threads", False), ("one batch", True)):
             if time.monotonic() - variants.start > SECONDS - 20:
                 continue
@@ -60,9 +61,9 @@ def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], v
                 print(f"{what} {name} failed: {' '.join(str(failure).split())[:150]}", flush=True)
                 continue
             if fast and together:
-                profile_compression(cache, spec, variants, what)
+                profile_compression(cache, spec, variants, f"{what} svd={solver}")
             ms = 1000 * sorted(seconds[1:])[2]
-            variants.record.add({"what": what, "name": f"{method.partition(',')[2][-24:]} {name}", "ms": ms,
+            variants.record.add({"what": what, "name": f"svd={solver} {name}", "ms": ms,
                                  "least_ms": 1000 * min(seconds), "share_of_prefill": ms / prefill, **row,
                                  "method": spec})  # fmt: skip
             free(device)
@@ -112,13 +113,13 @@ def bench_quantisers(cache: KVCache, prefill: float, variants: Variants, what: s
 def bench_all_compression(o: argparse.Namespace, variants: Variants) -> None:
     wide = {"d_model": o.heads * o.dim, "n_layers": o.layers, "n_heads": o.heads, "head_dim": o.dim, "d_ff": o.d_ff,
             "kv": {"preset": "gqa", "n_kv_heads": o.kv_heads}}  # fmt: skip
-    fast = f"xkv:group={o.group},rank_k={o.rank_k},rank_v={o.rank_v},svd=power,products=bf16"
-    bench_compress(wide, o.prompt, [fast], variants, "8B")
+    given = f"xkv:group={o.group},rank_k={o.rank_k},rank_v={o.rank_v}"
+    bench_compress(wide, o.prompt, [f"{given},svd={svd}" for svd in ("auto", "power,products=bf16")], variants, "8B")
     free(variants.device)
     scale = 1 if variants.device.type == "cuda" else 16
     small = {"d_model": 512 // scale, "n_layers": 12, "n_heads": 8, "head_dim": 64 // scale, "d_ff": 1408 // scale,
              "kv": {"preset": "mha"}}  # fmt: skip
-    methods = [f"xkv:group=4,ratio=8{rest}" for rest in ("", ",svd=power,products=bf16")]
+    methods = [f"xkv:group=4,ratio=8,svd={svd}" for svd in ("auto", "gram", "power,products=bf16")]
     bench_compress(small, 4096 // scale, methods, variants, "45M")
     free(variants.device)
     small = {"d_model": 576 // scale, "n_layers": 30, "n_heads": 9, "head_dim": 64 // scale, "d_ff": 1536 // scale,

@@ -4,12 +4,14 @@ r"""Time decoding on an xKV-compressed cache, and the compression, on one GPU at
     python -m benchmarks.posthoc_decode --sweep           # Triton's kernel for rebuilding keys, in many tiles
 
 decode      ms of one layer's attention for one new token a sequence: over the uncompressed cache, over factors with
-            all tokens, and over factors with `--select` tokens chosen. Several groups of layers alternate, so
-            that the L2 cache has nothing of a layer from the call before.
+            all tokens, and over factors with `--select` tokens chosen; and over chosen tokens of factored keys and
+            uncompressed values (ShadowKV), with values on the device and in host memory. Several groups of layers
+            alternate, so that the L2 cache has nothing of a layer from the call before.
 compress    a decoder of `--layers` with random weights: prefill of `--prompt` tokens, and compression of its cache.
 
-Bounds are the products' FLOPs over the rate of a bf16 matrix product, and the bytes that must be read over the
-bandwidth of a copy, both measured in the same run; the larger one counts. With --device cpu and small sizes everything
+Bounds are the products' FLOPs over the rate of a bf16 matrix product, the bytes that must be read over the bandwidth
+of a copy, and those that must be read from host memory over the bandwidth of a copy from pinned memory to the device,
+all measured in the same run; the largest one counts. With --device cpu and small sizes everything
 runs, but the times mean nothing.
 """
 
@@ -27,7 +29,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import Record, Row
-from benchmarks.timing import BF16, copy_bandwidth, free, matmul_rate, replayed_ms, time_calls, wait, wall_time
+from benchmarks.timing import (
+    BF16,
+    copy_bandwidth,
+    free,
+    host_bandwidth,
+    matmul_rate,
+    replayed_ms,
+    time_calls,
+    wait,
+    wall_time,
+)
 from cllm.arguments import Parser
 from cllm.cache.cache import KVCache
 from cllm.config import ModelConfig, Rope
@@ -45,6 +57,7 @@ from cllm.posthoc.landmarks import make_landmarks
 from cllm.posthoc.registry import parse
 
 SVDS = [
+    "svd=auto",
     *(f"svd={svd},products={products}" for svd in ("power", "random") for products in ("bf16", "tf32", "fp32")),
     "svd=gram",
 ]
@@ -117,8 +130,9 @@ class Layers:
 
     def uncompressed(self, i: int) -> tuple[Tensor, Tensor]:
         """Keys after RoPE and values (B, S + T, G, D) of layer `i`."""
+        parts = (self.keys[i], self.values[i])
         k, v = (
-            (part.a @ part.b.mT).unflatten(-1, (self.o.kv_heads, self.o.dim)) for part in (self.keys[i], self.values[i])
+            (part.a @ part.b.mT).unflatten(-1, (self.o.kv_heads, self.o.dim)) for part in parts if part.b is not None
         )
         k = apply_rope(k, self.rope)
         return torch.cat((k, self.keys[i].tail), 1), torch.cat((v, self.values[i].tail), 1)
@@ -159,12 +173,14 @@ class DecodeBenchmark:
         self.chosen()
 
     def add(
-        self, name: str, calls: Sequence[Callable[[], object]], products: float, numbers: float, **more: Any
-    ) -> None:
-        """Add a row with the ms of a call. `products`: FLOPs of a sequence, `numbers`: elements that it must read."""
+        self, name: str, calls: Sequence[Callable[[], object]], products: float, numbers: float,
+        bounds: Sequence[float] = (), **more: Any,
+    ) -> None:  # fmt: skip
+        """Add a row with the ms of a call. `products`: FLOPs of a sequence, `numbers`: elements that it must read,
+        `bounds`: others, in ms."""
         o = self.o
         arithmetic, read = 1000 * o.batch * products / self.flops, 1000 * o.batch * 2 * numbers / self.copy
-        bound = max(arithmetic, read)
+        bound = max(arithmetic, read, *bounds)
         ms = layer_ms(calls, self.device)
         self.record.add({"what": "decode", "name": name, "ms": ms, "arithmetic_bound_ms": arithmetic,
                          "read_bound_ms": read, "times_bound": ms / bound, **more})  # fmt: skip
@@ -225,6 +241,32 @@ class DecodeBenchmark:
         read = (o.tokens // o.chunk + outliers) * self.width + rows + self.small
         calls = [functools.partial(layers.attend, i, selection) for i, selection in enumerate(selections)]
         self.add(f"{o.select} tokens chosen", calls, products, read)
+        self.chosen_uncompressed(selections, chosen, outliers)
+
+    def chosen_uncompressed(self, selections: Sequence[Selection], chosen: int, outliers: int) -> None:
+        """Time attention over the tokens that landmarks choose, with uncompressed values on the device and in host
+        memory."""
+        o, layers, marks = self.o, self.layers, self.o.tokens // self.o.chunk
+        tokens, factored = chosen + outliers, list(layers.values)
+        products = 2 * (marks * o.heads * o.dim + chosen * o.rank_k * self.width + tokens * o.heads * o.dim)
+        small = self.width * o.rank_k + 2 * o.tail * self.width
+        read = (marks + outliers) * self.width + o.kv_heads * chosen * o.rank_k + small
+        of_values = tokens * self.width
+        calls = [functools.partial(layers.attend, i, selection) for i, selection in enumerate(selections)]
+        name = f"{o.select} tokens chosen, uncompressed values"
+        for i, part in enumerate(factored):
+            layers.values[i] = Factored(layers.rand(o.batch, o.tokens, self.width), None, part.tail)
+        self.add(f"{name} on the device", calls, products, read + of_values)
+        free(self.device)
+        for i, part in enumerate(layers.values):
+            pinned = torch.empty(part.a.shape, dtype=BF16, pin_memory=self.device.type == "cuda").copy_(part.a)
+            layers.values[i] = Factored(pinned, None, part.tail)
+        rate = host_bandwidth(self.device, 2**30 if self.device.type == "cuda" else 2**22)
+        bound = 1000 * o.batch * 2 * of_values / rate
+        self.add(f"{name} in host memory", calls, products, read + of_values, [bound], host_bound_ms=bound,
+                 host_copy_bytes_per_s=rate)  # fmt: skip
+        layers.values[:] = factored
+        free(self.device)
 
 
 def default_tiles(o: argparse.Namespace, device: torch.device) -> Rebuild:

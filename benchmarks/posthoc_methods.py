@@ -84,7 +84,7 @@ SHAPES = {
 """In the order in which they are measured. Of the 8B model's 32 layers `--layers` are."""
 
 VARIANTS = (
-    "xkv:ratio=4,svd=power,products=bf16", "xkv:ratio=4+kivi:bits=4,residual=0",
+    "xkv:ratio=4,svd=gram", "xkv:ratio=4,svd=power,products=bf16", "xkv:ratio=4+kivi:bits=4,residual=0",
     "snapkv:ratio=4+kivi:bits=4,residual=0", "recompute:ratio=4",
 )  # fmt: skip
 """Measured after the methods with their defaults."""

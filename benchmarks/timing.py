@@ -124,6 +124,14 @@ def copy_bandwidth(device: torch.device, nbytes: int) -> float:
     return 2 * nbytes / statistics.median(times) * 1000
 
 
+def host_bandwidth(device: torch.device, nbytes: int) -> float:
+    """Bytes per second of a copy of `nbytes` from host memory, pinned for a GPU, to the device."""
+    source = torch.ones(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    times = time_calls(lambda: target.copy_(source, non_blocking=True), 8, device)[3:]
+    return nbytes / statistics.median(times) * 1000
+
+
 def matmul_rate(device: torch.device) -> float:
     """FLOP/s of a bf16 matrix product."""
     size = 8192 if device.type == "cuda" else 256

@@ -77,6 +77,7 @@ def points(records: Sequence[dict[str, Any]], *, baseline: str | None = None) ->
             increase_percent=100 * (perplexity / exact - 1),
             compression_share_of_prefill=None if spec == TRAINED else record["compression_share_of_prefill"],
             weight_bytes=0 if spec == TRAINED else record["weight_bytes"],
+            host_bytes_per_token=0.0 if spec == TRAINED else record.get("bf16_host_bytes_per_token", 0.0),
             front=not any(
                 other <= n_bytes and worse <= perplexity and (other, worse) != (n_bytes, perplexity)
                 for _, _, other, worse in raw
@@ -130,6 +131,11 @@ def markdown(found: Sequence[Point], refused: Sequence[str] = (), scores: Scores
         f"- {p.run}, {p.spec}: and {p.weight_bytes:,} bytes of weights, for all caches together"
         for p in found
         if p.weight_bytes
+    ]
+    notes += [
+        f"- {p.run}, {p.spec}: and {p.host_bytes_per_token:,.0f} bytes/token in host memory"
+        for p in found
+        if p.host_bytes_per_token
     ]
     notes += [f"- not measured: {line}" for line in refused]
     return tables.markdown(_columns(scores), found) + "\n\n" + "\n".join(notes) + "\n"

@@ -31,6 +31,8 @@ class Point:
     """Seconds of compression / seconds of prefill."""
     weight_bytes: int
     """Bytes that the method stores besides the model's weights, once for all caches."""
+    host_bytes_per_token: float = 0.0
+    """Bytes in host memory, which are not in `bytes_per_token`, with keys and values in bf16."""
     front: bool
     """Whether no other point has at most its bytes, is at least as good, and is better in one of the two."""
     score: float | None = None

@@ -41,6 +41,7 @@ from cllm.posthoc import UNCOMPRESSED
 from cllm.posthoc.compress import mean_errors
 from cllm.posthoc.method import Compressor, Engine
 from cllm.posthoc.registry import parse
+from cllm.posthoc.tensor_tree import fp32_numbers, total_bytes
 from cllm.progress import ProgressMeter
 
 
@@ -56,6 +57,9 @@ class _Tally:
     """Of the caches after the prefix."""
     bf16_nbytes: int = 0
     """Of the same caches if the model's keys and values were bf16."""
+    host_nbytes: int = 0
+    """Of the same caches in host memory, which the other bytes leave out."""
+    bf16_host_nbytes: int = 0
     end_nbytes: int = 0
     """Of the caches at the end of the windows."""
     errors: list[dict[int, dict[str, float]]] = field(default_factory=list)
@@ -224,6 +228,9 @@ def _score(
         tally.sequences.append(len(tokens))
         tally.read_flops += compressed.outcome.read_flops
         tally.bf16_nbytes += _bf16_nbytes(engine, compressed, narrow)
+        host = engine.host_tensors(compressed)
+        tally.host_nbytes += total_bytes(host)
+        tally.bf16_host_nbytes += total_bytes(host) - (2 * fp32_numbers(host) if narrow else 0)
         _read(engine, compressed, tokens, prefix, tally, chunk=method.pass_size)
         tally.seconds.append(compressed.seconds)  # repeated compressions included
     if generate:
@@ -305,6 +312,8 @@ def _figures(spec: str, method: Compressor, tally: _Tally, reference: _Reference
         "own_bytes_per_token": own.nbytes * per_token,
         "mha_bytes_per_token": reference.mha_nbytes * per_token,
         "bf16_bytes_per_token": tally.bf16_nbytes * per_token,
+        "host_bytes_per_token": tally.host_nbytes * per_token,
+        "bf16_host_bytes_per_token": tally.bf16_host_nbytes * per_token,
         "own_bf16_bytes_per_token": own.bf16_nbytes * per_token,
         "mha_bf16_bytes_per_token": reference.mha_bf16_nbytes * per_token,
         "ratio_to_own": own.nbytes / tally.nbytes,

@@ -18,6 +18,7 @@ from cllm.trust import read_object
 _TEXTS = ("suite", "run", "spec", "task", "set", "design", "checkpoint", "path")
 _POSITIVE = ("perplexity", "uncompressed_perplexity", "ratio_to_own", "ratio_to_mha", "bytes_per_token",
              "bf16_bytes_per_token", "own_bf16_bytes_per_token", "mha_bf16_bytes_per_token")  # fmt: skip
+_NOT_NEGATIVE = ("questions", "host_bytes_per_token", "bf16_host_bytes_per_token")
 _ERROR = "_stderr"
 
 
@@ -45,7 +46,7 @@ def check_record(record: Mapping[str, Any], where: Path | str) -> None:
         raise _wrong(where, "settings", record["settings"], "an object")
     for key, value in record.items():
         positive = key in _POSITIVE
-        if value is None or not (positive or key.endswith(_ERROR) or key == "questions"):
+        if value is None or not (positive or key.endswith(_ERROR) or key in _NOT_NEGATIVE):
             continue
         if not is_number(value) or value < 0 or (positive and not value):
             raise _wrong(where, key, value, "a positive number" if positive else "a number of 0 or more")

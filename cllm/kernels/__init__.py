@@ -5,6 +5,7 @@ backends/            the kernels that compute it
 joint.py             one softmax over several slots, each with a mask of its own
 merge.py             merges the parts of joint.py, as one Triton kernel
 decode.py            attention of one new token over cached slots
+few_rows.py          products of a few rows with weights, in a decoding step
 split_decode.py      launches the Triton kernels of decode.py
 triton_decode.py     split-KV flash decoding in Triton
 split_tied.py        launches the kernel of triton_tied.py
@@ -17,6 +18,7 @@ triton_choose.py     the choice of chunks in Triton
 resident_lowrank.py  launches the kernel of gluon_lowrank.py
 gluon_lowrank.py     scores of rebuilt keys in Gluon, for Hopper GPUs
 triton_nodes.py      queries rotated by a few positions times factors, between which gluon_lowrank.py interpolates
+gather.py            values of selected tokens, copied from host memory
 rotate.py            RoPE of many keys as one kernel
 selection.py         `Factored`, `Table` and `Selection`: low-rank factors, their RoPE, and which tokens a step reads
 choice.py            Triton or plain torch, logged once

@@ -5,6 +5,8 @@ an exact tail of later tokens.
 
 Keys are rebuilt one tile at a time and never stored; values are never rebuilt. With a `Selection`, only the tokens that
 it chooses are read (`cllm.kernels.selection`). Keys and values may have several parts, as in `cllm.kernels.decode`.
+Values may also be uncompressed, and then in host memory, from which only those of selected tokens are copied (ShadowKV,
+arXiv 2410.21465).
 
 Shapes: B batch, S compressed tokens, T tokens of the tail, H query heads, G KV heads, D channels of a head, r rank.
 """
@@ -20,6 +22,7 @@ from torch import Tensor
 from cllm.kernels import split_lowrank
 from cllm.kernels.choice import Kernel, uses_triton
 from cllm.kernels.decode import Visible
+from cllm.kernels.gather import gather_rows
 from cllm.kernels.selection import Factored, Selection, Table, chosen_tokens
 
 __all__ = ["Factored", "Selection", "Table", "lowrank_decode", "lowrank_decode_reference"]
@@ -57,8 +60,8 @@ def lowrank_decode(
 
     Raises:
         UserError: for a kernel that does not exist or does not compute this call.
-        ValueError: if there are not as many queries as key parts, or H is no multiple of G; for a window, and for a
-            selection with several key parts.
+        ValueError: if there are not as many queries as key parts, or H is no multiple of G; for a window, for a
+            selection with several key parts, and without one for values in host memory.
     """
     n_heads, groups = queries[0].shape[1], keys[0].tail.shape[2]
     if len(queries) != len(keys):
@@ -69,6 +72,8 @@ def lowrank_decode(
         raise ValueError(f"lowrank_decode: a window of {visible.window}; allowed: none")
     if selection is not None and len(keys) > 1:
         raise ValueError(f"lowrank_decode: a selection for {len(keys)} key parts; allowed: 1")
+    if selection is None and any(part.a.device != queries[0].device for part in values):
+        raise ValueError(f"lowrank_decode: values on {values[0].a.device} without a selection; allowed: with one")
     chosen: tuple[Any, ...] = (None, None, None, 0, 0)
     if selection is not None:
         chosen = (selection.landmarks, selection.outliers, selection.outlier_keys, selection.chunk, selection.budget)
@@ -95,7 +100,7 @@ def _lowrank_decode(
     key_b: Sequence[Tensor],
     key_tails: Sequence[Tensor],
     value_a: Sequence[Tensor],
-    value_b: Sequence[Tensor],
+    value_b: Sequence[Tensor | None],
     value_tails: Sequence[Tensor],
     cos: Tensor,
     sin: Tensor,
@@ -185,9 +190,13 @@ def lowrank_decode_reference(
         compressed_weights, tail_weights = weights.split((compressed_scores.shape[-1], tail_scores.shape[-1]), -1)
         results = []
         for part in values:
+            of_tail = torch.einsum("bgnt,btgd->bgnd", tail_weights, seen_tail(part))
+            if part.b is None:
+                results.append(compressed_weights @ _uncompressed(part, index, dtype) + of_tail)
+                continue
             b = part.b.to(dtype).unflatten(1, (groups, -1))  # B, G, D, r
             mixed = compressed_weights @ _rows(part, index, dtype)  # B, G, H / G, r
-            results.append(mixed @ b.mT + torch.einsum("bgnt,btgd->bgnd", tail_weights, seen_tail(part)))
+            results.append(mixed @ b.mT + of_tail)
     return [result.flatten(1, 2).to(queries[0].dtype) for result in results]
 
 
@@ -199,11 +208,18 @@ def _rows(part: Factored, index: Tensor | None, dtype: torch.dtype) -> Tensor:
     return part.a[batch, index].to(dtype)
 
 
+def _uncompressed(part: Factored, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Uncompressed values: all, (B, G, S, D), or those of `index` (B, G, n), (B, G, n, D)."""
+    rows = part.a.unflatten(2, part.tail.shape[2:])
+    return (rows if index is None else gather_rows(rows, index)).transpose(1, 2).to(dtype)
+
+
 def _keys(
     part: Factored, table: Table, tokens: Tensor, first: Tensor, index: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Keys after RoPE (B, G, n, D) of `tokens` (B or 1, G or 1, n)."""
     groups = part.tail.shape[2]
+    assert part.b is not None, "only values are uncompressed"
     k = _rows(part, index, dtype) @ part.b.to(dtype).unflatten(1, (groups, -1)).mT
     position = (tokens.clamp(max=part.a.shape[1] - 1) - first).clamp(min=0)
     cos, sin = (t[position].to(dtype) for t in (table.cos, table.sin))

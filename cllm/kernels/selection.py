@@ -19,8 +19,9 @@ class Factored:
     """The keys before RoPE, or the values, of one slot as low-rank factors; and its later tokens."""
 
     a: Tensor
-    """(B, S, r), ranks contiguous."""
-    b: Tensor
+    """(B, S, r), ranks contiguous. Without `b`, which only values may lack: the uncompressed values (B, S, G · D)
+    themselves, also in host memory if tokens are selected."""
+    b: Tensor | None
     """(B, G · D, r), ranks contiguous."""
     tail: Tensor
     """(B, T, G, D): tokens S, S + 1, ... uncompressed, keys after RoPE; free entries are undefined."""

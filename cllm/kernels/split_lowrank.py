@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cllm.kernels import resident_lowrank, triton_choose, triton_decode, triton_lowrank
 from cllm.kernels.decode import Visible
+from cllm.kernels.gather import gather_rows
 from cllm.kernels.limits import Limits, device_limits, next_power_of_2
 from cllm.kernels.selection import Factored, Selection, Table, chosen_chunks, chosen_tokens
 
@@ -184,7 +185,7 @@ def unsupported(
         return f"the tensors are on {device.type}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "needs compute capability 8.0 or newer"
-    tensors = [*queries, *(t for part in (*keys, *values) for t in (part.a, part.b, part.tail))]
+    tensors = [*queries, *(t for part in (*keys, *values) for t in (part.a, part.b, part.tail) if t is not None)]
     if selection is not None:
         tensors += [selection.landmarks, selection.outlier_keys]
     for tensor in tensors:
@@ -193,7 +194,7 @@ def unsupported(
         if tensor.stride(-1) != 1:
             return "the channels of a tensor are not contiguous"
     for part in (*keys, *values):
-        if part.a.dtype != part.b.dtype:
+        if part.b is not None and part.a.dtype != part.b.dtype:
             return "the factors have different dtypes"
     heads, dim = queries[0].shape[1] // keys[0].tail.shape[2], queries[0].shape[2]
     if dim % 2 or dim > MAX_DIM:
@@ -269,28 +270,44 @@ class _Call:
             BLOCK_H=self.block_h, BLOCK_N=block_n, SPAN=span, EXCLUDE_SELF=self.visible.exclude_self, ADD=add,
         )  # fmt: skip
 
-    def weighted_sum(self, scores, values, index, *, shared: bool) -> tuple[Tensor, Tensor]:
-        """Σ p v (B, H, W) fp32 and the log-sum-exp (B, H). `shared`: all heads have the same `values` (B, n, 1, W)."""
+    def sum_rows(self, scores: Tensor, part: Factored, index: Tensor | None, gathered: Tensor | None):
+        """`weighted_sum` of the compressed tokens' rows of A, or of their uncompressed values, which may be gathered
+        already."""
+        if part.b is not None:
+            return self.weighted_sum(scores, part.a[:, :, None], index, shared=True)
+        if gathered is not None:
+            return self.weighted_sum(scores, gathered, None, is_gathered=True)
+        return self.weighted_sum(scores, part.a.unflatten(2, part.tail.shape[2:]), index)
+
+    def weighted_sum(
+        self, scores, values, index, *, shared=False, is_tail=False, is_gathered=False
+    ) -> tuple[Tensor, Tensor]:
+        """Σ p v (B, H, W) fp32 and the log-sum-exp (B, H).
+
+        `values` are (B, n, G, W), or (B, n, 1, W) for all heads if `shared`. Those of the `tail` are undefined where no
+        token is; gathered ones are those of the scored tokens, and 0 there.
+        """
         tokens, width = scores.shape[2], values.shape[3]
-        one_group = shared and index is None
+        one_group, is_gathered = shared and index is None, is_gathered or index is not None
+        first = None if is_tail or (is_gathered and index is None) else self.visible.first
         groups, heads = (1, self.groups * self.heads) if one_group else (self.groups, self.heads)
-        how = (self.tuning.weighing if shared else None) or choose_weighing(gathered=index is not None)
+        how = (None if is_tail else self.tuning.weighing) or choose_weighing(gathered=is_gathered)
         block_h, block_w = min(32, max(16, next_power_of_2(heads))), min(how.block_w, max(16, next_power_of_2(width)))
         if values.element_size() > 2:
             block_w = min(block_w, 64)
         chunks, blocks = -(-width // block_w), self.batch * groups * -(-heads // block_h)
         splits = how.splits or choose_splits(
-            programs=chunks * blocks, tokens=tokens, block_n=how.block_n, gathered=index is not None, limits=self.limits
+            programs=chunks * blocks, tokens=tokens, block_n=how.block_n, gathered=is_gathered, limits=self.limits
         )
         shape = (self.batch, self.groups * self.heads, splits)
         partial = torch.empty((*shape, width), dtype=torch.float32, device=self.device)
         log_sums = torch.empty(shape, dtype=torch.float32, device=self.device)
         strides = (*values.stride()[:2], 0 if shared else values.stride(2))
         triton_lowrank.weigh[(splits, chunks, blocks)](
-            scores, values, index, self.visible.first if shared else None, partial, log_sums, scores.stride()[:2],
+            scores, values, index, first, partial, log_sums, scores.stride()[:2],
             strides, tokens, values.shape[1], _strides(index),
             G=groups, HEADS=heads, WIDTH=width, BLOCK_H=block_h, BLOCK_N=how.block_n, BLOCK_W=block_w,
-            SCORED_ROWS=not shared, STAGES=how.stages, num_warps=how.warps,
+            SCORED_ROWS=is_tail, STAGES=how.stages, num_warps=how.warps,
         )  # fmt: skip
         if splits == 1:
             return partial[:, :, 0], log_sums[:, :, 0]
@@ -303,13 +320,15 @@ class _Call:
         return merged, merged_log_sum
 
     def write_output(
-        self, compressed: tuple[Tensor, Tensor], tail: tuple[Tensor, Tensor], b: Tensor, out: Tensor
+        self, compressed: tuple[Tensor, Tensor], tail: tuple[Tensor, Tensor], b: Tensor | None, out: Tensor
     ) -> None:
-        """Write `out` (B, H, D) from the results of `weighted_sum`, contiguous, for the factors and for the tail."""
+        """Write `out` (B, H, D) from the results of `weighted_sum`, contiguous, for the compressed tokens and for the
+        tail."""
+        rank = compressed[0].shape[2]
         triton_lowrank.finish[(out.shape[0] * out.shape[1], -(-self.dim // 16))](
-            *compressed, b, *tail, out, b.stride()[:2], out.stride()[:2],
-            G=self.groups, HEADS=self.heads, RANK=b.shape[2], DIM=self.dim,
-            BLOCK_R=min(256, next_power_of_2(b.shape[2])), BLOCK_D=16,
+            *compressed, b, *tail, out, _strides(b), out.stride()[:2],
+            G=self.groups, HEADS=self.heads, RANK=rank, DIM=self.dim,
+            BLOCK_R=min(256, next_power_of_2(rank)), BLOCK_D=16,
         )  # fmt: skip
 
 
@@ -336,8 +355,8 @@ def _side_stream(device: torch.device, number: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _strides(index: Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if index is None else index.stride()[:2]
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if tensor is None else tensor.stride()[:2]
 
 
 def run(
@@ -365,10 +384,12 @@ def run(
         tail_scores = call.empty_scores(keys[0].tail.shape[1])
         for i, (q, part) in enumerate(zip(queries, keys, strict=True)):
             call.score_stored(q, part.tail, tail_scores, tail_from=compressed, add=i > 0)
-        tails = [call.weighted_sum(tail_scores, part.tail, None, shared=False) for part in values]
+        tails = [call.weighted_sum(tail_scores, part.tail, None, is_tail=True) for part in values]
     if selection is not None:
         index, outliers = _choose(call, queries[0], selection), selection.outlier_keys.shape[1]
         rest_index = index[..., outliers:]
+    with _parallel_branch(call.device, 2) as join_gathered:
+        gathered = [_gathered(call, part, index) for part in values]
     scores = call.empty_scores(compressed if index is None else index.shape[2])
     rest = scores[..., outliers:]
     with _parallel_branch(call.device, 1) as join_outliers:
@@ -378,12 +399,21 @@ def run(
         for i, (q, part) in enumerate(zip(queries, keys, strict=True)):
             call.score_rebuilt(q, part, table, rest_index, rest, add=i > 0)
     join_outliers()
-    sums = [call.weighted_sum(scores, part.a[:, :, None], index, shared=True) for part in values]
+    join_gathered()
+    sums = [call.sum_rows(scores, part, index, rows) for part, rows in zip(values, gathered, strict=True)]
     join_tail()
     out = queries[0].new_empty((*queries[0].shape[:2], len(values) * call.dim))
     for i, target in enumerate(out.split(call.dim, dim=-1)):
         call.write_output(sums[i], tails[i], values[i].b, target)
     return out
+
+
+def _gathered(call: _Call, part: Factored, index: Tensor | None) -> Tensor | None:
+    """Values (B, n, G, D) of the chosen tokens, if they are in host memory: each is read once over the bus, while keys
+    are rebuilt."""
+    if part.b is not None or index is None or part.a.device == call.device:
+        return None
+    return gather_rows(part.a.unflatten(2, part.tail.shape[2:]), index, call.visible.first)
 
 
 def _choose(call: _Call, q: Tensor, selection: Selection) -> Tensor:

@@ -396,7 +396,8 @@ def finish(
     """The output of one query head: B times the weighted sum of rows of A, plus the weighted sum of exact values; 0 if
     nothing was seen.
 
-    `mixed` is (B, H, RANK), `tail` (B, H, D), their log-sum-exps (B, H), `b` (B, G · D, RANK), `out` (B, H, D).
+    `mixed` is (B, H, RANK), `tail` (B, H, D), their log-sum-exps (B, H), `b` (B, G · D, RANK), `out` (B, H, D). If `b`
+    is None, `mixed` is (B, H, D), the weighted sum of values that are not in factors.
     """
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // (G * HEADS), row % (G * HEADS)
@@ -406,13 +407,16 @@ def finish(
 
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     is_channel = channel < DIM
-    rows = b + batch * b_strides[0] + (head // HEADS * DIM + channel)[:, None] * b_strides[1]
-    summed = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for start in range(0, RANK, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
-        tile = tl.load(rows + r[None, :], mask=is_channel[:, None] & (r < RANK)[None, :], other=0.0)
-        weight = tl.load(mixed + row * RANK + r, mask=r < RANK, other=0.0)
-        summed += tl.sum(tile.to(tl.float32) * weight[None, :], axis=1)
+    if b is None:
+        summed = tl.load(mixed + row * DIM + channel, mask=is_channel, other=0.0)
+    else:
+        rows = b + batch * b_strides[0] + (head // HEADS * DIM + channel)[:, None] * b_strides[1]
+        summed = tl.zeros((BLOCK_D,), dtype=tl.float32)
+        for start in range(0, RANK, BLOCK_R):
+            r = start + tl.arange(0, BLOCK_R)
+            tile = tl.load(rows + r[None, :], mask=is_channel[:, None] & (r < RANK)[None, :], other=0.0)
+            weight = tl.load(mixed + row * RANK + r, mask=r < RANK, other=0.0)
+            summed += tl.sum(tile.to(tl.float32) * weight[None, :], axis=1)
     exact_sum = tl.load(tail + row * DIM + channel, mask=is_channel, other=0.0)
     summed = tl.where(low > 0, low * summed, 0.0) + tl.where(exact > 0, exact * exact_sum, 0.0)  # empty sums may be NaN
     total = low + exact

@@ -4,11 +4,13 @@
     sinks.py         the first tokens, which every method stores exactly
     landmarks.py     summaries of keys, by which a decode step selects tokens
     code.py          stored forms of a cached tensor (`Code`) and of a slot (`Prefix`)
+    host_rows.py     uncompressed tensors in host memory
     slots.py         the slots that can be compressed, and their tensors as a method gets them
     key_norm.py      the norm of a slot's keys before RoPE
     method.py        the base class of all methods (`Compressor`), and of a model with its cache (`Engine`)
     registry.py      the methods by name, and spec strings such as `xkv:group=4,ratio=4`
     methods/         the methods, one file each
+    turns.py         hooks of modules that several layers of a loop share
     readers.py       the layers that read a slot, and their queries while a cache is filled
     later_queries.py the queries of tokens after a compressed prefix
     weighting.py     errors of keys and values, weighted by what they change in attention's output

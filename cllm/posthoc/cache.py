@@ -157,7 +157,11 @@ class CompressedSlot(SlotStore):
         return {**stored, **self.tail.tensors()}
 
     def nbytes(self) -> int:
-        return total_bytes(list(self.tensors().values()))
+        return total_bytes(self.tensors().values()) - total_bytes(self.host_tensors())
+
+    def host_tensors(self) -> list[Tensor]:
+        """Those of `tensors` that are in host memory when the others are on a device."""
+        return list(self.prefix.host_tensors())
 
     def replace(self, change: Callable[[Tensor], Tensor]) -> None:
         self.prefix = self.prefix.map(change)
@@ -304,9 +308,19 @@ class CompressedKVCache(KVCache):
             self.seconds += seconds
 
     def nbytes(self) -> int:
-        """Bytes of all stored tensors; a shared one counts once."""
+        """Bytes of all stored tensors but those of `host_nbytes`; a shared one counts once."""
         later = [] if self.later is None else self.later.tensors()
-        return total_bytes([*(t for store in self.stores.values() for t in store.tensors().values()), *later])
+        tensors = (t for store in self.stores.values() for t in store.tensors().values())
+        return total_bytes([*tensors, *later]) - self.host_nbytes()
+
+    def host_tensors(self) -> list[Tensor]:
+        """The stored tensors that are in host memory when the others are on a device."""
+        stores = (store for store in self.stores.values() if isinstance(store, CompressedSlot))
+        return [tensor for store in stores for tensor in store.host_tensors()]
+
+    def host_nbytes(self) -> int:
+        """Bytes of `host_tensors`, also of a cache on a CPU, where they are in the same memory as the others."""
+        return total_bytes(self.host_tensors())
 
     def crop(self, max_length: int) -> None:
         """As in `KVCache`, down to the compressed tokens."""

@@ -37,8 +37,11 @@ class Code(TensorTree, ABC):
     def decode(self) -> Tensor:
         """The tensor (B, n, *width), in the dtype that the cache had."""
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """A (B, n, r) and B (B, width, r), whose product A Bᵀ is what `decode` returns; None if not stored as such."""
+    def factors(self) -> tuple[Tensor, Tensor | None] | None:
+        """A (B, n, r) and B (B, width, r), whose product A Bᵀ is what `decode` returns; None if not stored as such.
+
+        B may be None for values, if A (B, n, width) is the tensor itself, which decode steps can read without B.
+        """
         return None
 
     @property
@@ -56,7 +59,7 @@ class Code(TensorTree, ABC):
         if (factors := self.factors()) is None:
             return 0
         a, b = factors
-        return 2 * a.numel() * b.shape[1]
+        return 0 if b is None else 2 * a.numel() * b.shape[1]
 
 
 Codes = list[Code | None]

@@ -60,11 +60,15 @@ class DecoderEngine(Engine):
     def nbytes(self, cache: KVCache) -> int:
         return cache.nbytes()
 
+    def host_tensors(self, cache: KVCache) -> list[Tensor]:
+        return cache.host_tensors() if isinstance(cache, CompressedKVCache) else []
+
     def fp32_numbers(self, cache: KVCache) -> int:
         slots = [store for store in cache.stores.values() if isinstance(store, SlotStore)]
-        scores = {id(slot.prefix.scores) for slot in slots if isinstance(slot, CompressedSlot)}
+        left_out = {id(slot.prefix.scores) for slot in slots if isinstance(slot, CompressedSlot)}
+        left_out |= {id(tensor) for tensor in self.host_tensors(cache)}
         stored = (tensor for slot in slots for tensor in slot.tensors().values())
-        return fp32_numbers(tensor for tensor in stored if id(tensor) not in scores)
+        return fp32_numbers(tensor for tensor in stored if id(tensor) not in left_out)
 
     def mha_nbytes(self, *, tokens: int, batch: int, element: int) -> int:
         return cache_bytes(mha_twin(self.model.config), context=tokens, batch=batch, bytes_per_element=element)
@@ -86,6 +90,12 @@ class DecoderEngine(Engine):
         block: Any = self.model.blocks[slot % len(self.model.blocks)]
         return block.attention.owner if slot < len(self.model.blocks) else block.attention.local
 
+    def layers(self) -> list[nn.Module]:
+        return list(self.model.blocks)
+
+    def layer_of(self, slot: int) -> nn.Module | None:
+        return None if self.model.plan.loop is None else self.model.blocks[slot % len(self.model.blocks)]
+
     def readers(self, slot: int) -> list[SlotReader]:
         plan, found = self.model.plan, list[SlotReader]()
         local = {slot - len(plan)} if slot >= len(plan) else set()  # the second slot of a layer, which it alone reads
@@ -100,7 +110,8 @@ class DecoderEngine(Engine):
             values = _factors(layer, slot, attention.values, plan.values(layer))
             queries = attention.q_proj if attention.q_norm is None else attention.q_norm
             output = attention.o_proj.weight.unflatten(1, (-1, attention.head_dim))
-            found.append(SlotReader(layer, queries, block.mlp_norm, output, keys, values))
+            inside = self.layer_of(layer)
+            found.append(SlotReader(layer, queries, block.mlp_norm, output, keys, values, inside))
         return found
 
 
@@ -205,6 +216,11 @@ class TransformersEngine(Engine):
                     "keys before RoPE, k_norm"
                 )
         return attention
+
+    def layers(self) -> list[nn.Module]:
+        if (layers := getattr(self.model.base_model, "layers", None)) is None:
+            raise UserError(f"{type(self.model).__name__} has no layers.N; allowed: models with it, such as Llama's")
+        return list(layers)
 
     def readers(self, slot: int) -> list[SlotReader]:
         layers: Any = getattr(self.model.base_model, "layers", None)

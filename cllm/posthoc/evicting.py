@@ -75,6 +75,9 @@ class Evicting(Codable):
     def encoder(self) -> Compressor:
         return self if self._then is None else self._then.model_copy(update={"sinks": self.sinks})
 
+    def facts(self) -> dict[str, Any]:
+        return {} if self._then is None else self._then.facts()
+
     @property
     def chooses_for_batch(self) -> bool:
         return self._then is not None and self._then.chooses_for_batch

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cllm.errors import UserError
 from cllm.posthoc.method import Engine
 from cllm.posthoc.slots import SlotTensors
+from cllm.posthoc.turns import add_hook
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def each_input(engine: Engine, slots: Iterable[int], see: Callable[[int, Tensor]
             def hook(_: nn.Module, args: tuple[Tensor, ...], slot: int = slot) -> None:
                 see(slot, args[0].detach())
 
-            handles.append(engine.projections(slot)[0].register_forward_pre_hook(hook))
+            handles += add_hook(engine.projections(slot)[0], hook, engine.layer_of(slot), before=True)
         yield
     finally:
         for handle in handles:

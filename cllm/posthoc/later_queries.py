@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cllm.posthoc.readers import SlotReader
 from cllm.posthoc.tensor_tree import Change
+from cllm.posthoc.turns import add_hook
 
 
 class LaterQueries:
@@ -46,7 +47,7 @@ class LaterQueries:
             def record(_: nn.Module, args: tuple[Tensor, ...], q: Tensor, reader: SlotReader = reader) -> None:
                 self._pass[reader.layer] = q.detach().reshape(*q.shape[:2], *reader.output.shape[1:])
 
-            self._handles.append(reader.queries.register_forward_hook(record))
+            self._handles += add_hook(reader.queries, record, reader.inside)
 
     def end(self) -> None:
         """Keep what the pass has recorded."""

@@ -15,7 +15,8 @@ accurate V_r is, and full rank loses only rounding.
 
 For `random` and `power` in fp32, ||X - X'|| is within 1 % of the minimum if σ_i falls like i^-1/4 or faster and r is up
 to 3/8 of C (1.2 % at i^-1/10), down to the resolution of fp32, 1e-6 of ||X||. bf16 resolves 1e-3: if one singular value
-is 1000 times the next, 40 to 50 % of the spectrum below it is lost.
+is 1000 times the next, 40 to 50 % of the spectrum below it is lost. `choose_solver` chooses between `gram` and `power`
+by the dtype of the cache.
 
 Shapes: B batch, n tokens, C channels, r rank.
 """
@@ -38,12 +39,55 @@ from cllm.posthoc.power import power, random_start
 from cllm.posthoc.products import ROUNDING, Products, multiply
 
 Algorithm = Literal["exact", "gram", "random", "power"]
+_NARROW: dict[torch.dtype, Products] = {torch.bfloat16: "tf32", torch.float16: "fp32"}
+"""The products of `power` for a cache of that dtype."""
 
 _OVERSAMPLE = 16
 _ITERATIONS = 4
 _DIAGONAL = 1e-13
 _ALIGNED = 8
 """Ranks of which multiples are read fast."""
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How leading singular vectors are computed."""
+
+    algorithm: Algorithm
+    products: Products
+    """Of `random` and `power`, and of the rows A."""
+
+    def right_vectors(self, x: Tensor, rank: int | None) -> tuple[Tensor, Tensor | None]:
+        """`right_vectors` (below) of `x` (B, n, C) by this solver."""
+        return right_vectors(x, self.algorithm, rank, self.products)
+
+
+def choose_solver(dtype: torch.dtype, *, spectrum: bool = False) -> Solver:
+    """The fastest solver whose products lose less of a cache than rounding it to `dtype` did.
+
+    The iteration of `power` itself makes ||X - X'|| up to 1 % larger (see above), whatever its products are.
+
+    - bf16: `power` with TF32 products. Rounding to bf16 changed each number by up to 2^-8 of itself. TF32 multiplies
+      bf16 numbers as they are; it rounds keys before RoPE and the other factor by up to 2^-11. XᵀX in fp32 resolves σ
+      down to 1e-3 of the largest. So if one singular value is 1000 times the next, more of X is lost than with `gram`,
+      but less than half of what rounding to bf16 changed (`tests/posthoc/test_solvers.py`, n > C).
+    - fp16: `power` with fp32 products. Rounding to fp16 changed each number by up to 2^-11 of itself. In the same
+      spectra TF32 products lose more than that.
+    - fp32 and fp64: `gram`, in fp64.
+
+    Args:
+        dtype: of the cache, not of the tensor that is factorised.
+        spectrum: whether all singular values are needed. Only `gram` computes them.
+    """
+    products = None if spectrum else _NARROW.get(dtype)
+    return Solver("gram", "fp32") if products is None else Solver("power", products)
+
+
+def leading_vectors(x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    """Leading right singular vectors (B, C, r) fp32 of `x` (B, n, C) fp32, of a cache in `dtype`, by `choose_solver`.
+
+    r is `rank`, or less if `x` has fewer rows or columns."""
+    return choose_solver(dtype).right_vectors(x, rank)[0]
 
 
 def right_vectors(

@@ -73,12 +73,16 @@ class Engine(ABC):
 
     @abstractmethod
     def nbytes(self, cache: Any) -> int:
-        """Bytes that `cache` stores."""
+        """Bytes that `cache` stores, without `host_tensors`."""
+
+    def host_tensors(self, cache: Any) -> list[Tensor]:
+        """Tensors of `cache` that are in host memory when the others are on a device; by default none."""
+        return []
 
     @abstractmethod
     def fp32_numbers(self, cache: Any) -> int:
-        """Numbers that `cache` stores in fp32, except recurrent states and scores of tokens (`Kept`), which are fp32 in
-        every model."""
+        """Numbers of those bytes that are fp32, except recurrent states and scores of tokens (`Kept`), which are fp32
+        in every model."""
 
     @abstractmethod
     def mha_nbytes(self, *, tokens: int, batch: int, element: int) -> int:
@@ -93,6 +97,15 @@ class Engine(ABC):
     def key_norm(self, slot: int) -> KeyNorm | None:
         """The norm between a slot's key projection and RoPE, if there is one. Raises `UserError` as `projections`, and
         if the norm is not an RMSNorm."""
+
+    def layers(self) -> list[nn.Module]:
+        """The layers in order. The output of each, or the first of several, is the residual stream after it (B, T,
+        d_model). Raises `UserError` for a model whose layers are not known."""
+        raise UserError(f"{type(self).__name__}: the layers of the model are not known")
+
+    def layer_of(self, slot: int) -> nn.Module | None:
+        """The layer that computes a slot, if other layers share its modules; None: no layer shares another's."""
+        return None
 
     def readers(self, slot: int) -> list[SlotReader]:
         """The layers that read the keys or the values of a slot. Raises `UserError` if one is not plain attention."""
@@ -286,7 +299,7 @@ class Compressor(Section):
         return copy
 
     def facts(self) -> dict[str, Any]:
-        """Results of `prepare` for the record, as JSON values."""
+        """What `prepare` found and `encode` chose, for the record, as JSON values."""
         return {}
 
     def shares(self) -> dict[int, int]:

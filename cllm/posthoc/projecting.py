@@ -29,13 +29,11 @@ from cllm.posthoc.inputs import each_input
 from cllm.posthoc.key_norm import KeyNorm
 from cllm.posthoc.lowrank import low_rank_already
 from cllm.posthoc.method import Codable, Engine, naming
-from cllm.posthoc.rank_search import SHARES, losses_alone, search
+from cllm.posthoc.rank_search import SEARCHES, Place, RankSearch
 from cllm.posthoc.slots import SlotTensors
 
 Kind = Literal["k", "v"]
-Place = tuple[int, Kind]
-"""A slot, and its keys or values."""
-Allocation = Literal["uniform", "fisher", "progressive", "energy", "search"]
+Allocation = Literal["uniform", "fisher", "progressive", "energy", "search", "errors"]
 KINDS: tuple[Kind, ...] = ("k", "v")
 
 FISHER_TOKENS = 256
@@ -53,7 +51,7 @@ class ProjectingMethod(Codable):
 
     keep: float | None = Field(None, gt=0, le=1)
     """The largest share of a tensor's numbers that is kept, before `allocation` lowers it; with `allocation=energy` the
-    share of the sum of singular values, and with `search` the share of the numbers of all tensors."""
+    share of the sum of singular values, and with `search` and `errors` the share of the numbers of all tensors."""
     ratio: float | None = Field(None, ge=1)
     """Bytes of the uncompressed cache over bytes of the compressed one, at this length and before a quantiser after +;
     `keep` is chosen so. Exactly one of the two."""
@@ -64,13 +62,16 @@ class ProjectingMethod(Codable):
     """How ranks differ between keys and values of different slots: `uniform`: not; `fisher`: in proportion to the mean
     absolute gradient of the loss in their projections; `progressive`: falling with depth, by the condition numbers of
     the projections; `energy`: as each group of heads needs for the same share of its singular values; `search`: by the
-    loss of calibration tokens with one tensor at a time at ten shares (`rank_search.py`), each of which is a pass."""
+    loss of calibration tokens with one tensor at a time at ten shares, each of which is a pass; `errors`: as each slot
+    needs for one bound on the relative errors of the outputs of layers, in 49 passes (`rank_search.py`)."""
     least: float = Field(0.5, gt=0, le=1)
     """With `allocation=progressive`, the smallest rank of a slot over the largest."""
 
     _spectra: dict[Place, Spectrum] = PrivateAttr(default_factory=dict)
     _shares: dict[Place, float] = PrivateAttr(default_factory=dict)
-    _losses: dict[Place, list[float]] = PrivateAttr(default_factory=dict)
+    _costs: dict[Place, list[float]] = PrivateAttr(default_factory=dict)
+    """Of `SEARCHES[allocation]`."""
+    _threshold: float | None = PrivateAttr(None)
     _bases: dict[Place, Basis] = PrivateAttr(default_factory=dict)
     _ranks: dict[Place, list[int]] = PrivateAttr(default_factory=dict)
 
@@ -93,10 +94,11 @@ class ProjectingMethod(Codable):
         with naming(self.name):
             self._spectra, self._bases, self._ranks = self.spectra(engine, ids), {}, {}
             self._shares = self._allocate(engine, ids)
-            self._losses = self._measure(engine, ids)
+            self._costs, self._threshold = self._measure(engine, ids), None
 
     def facts(self) -> dict[str, Any]:
-        return {"ranks": {f"{slot}.{kind}": ranks for (slot, kind), ranks in sorted(self._ranks.items())}}
+        threshold = {} if self._threshold is None else {"threshold": self._threshold}
+        return {"ranks": {f"{slot}.{kind}": ranks for (slot, kind), ranks in sorted(self._ranks.items())}, **threshold}
 
     def weight_bytes(self) -> int:
         return sum(basis.nbytes for basis in self._bases.values())
@@ -157,11 +159,13 @@ class ProjectingMethod(Codable):
             return {place: self._ranks_of(place, keep) for place in places}
 
         widths = {place: sum(self._spectra[place].widths) for place in places}
-        if self.keep is not None and self.allocation != "search":
-            return ranks(self.keep)
-        if self.ratio is None:
-            assert self.keep is not None
-            return self._search(widths, lambda of: sum(map(sum, of.values())), self.keep * sum(widths.values()), keys)
+        search = SEARCHES.get(self.allocation)
+        if self.keep is not None:
+            if search is None:
+                return ranks(self.keep)
+            budget = self.keep * sum(widths.values())
+            return self._search(search, widths, lambda of: sum(map(sum, of.values())), budget, keys)
+        assert self.ratio is not None
         tokens = keys.data[0].shape[1]
 
         def cost_of(ranks: Mapping[Place, list[int]]) -> float:
@@ -171,8 +175,8 @@ class ProjectingMethod(Codable):
             return cost_of(ranks(share))
 
         budget = elements_for_ratio(self.name, self.ratio, keys, values)
-        if self.allocation == "search":
-            return self._search(widths, cost_of, budget, keys)
+        if search is not None:
+            return self._search(search, widths, cost_of, budget, keys)
         top = 1.0 if self.allocation == "energy" else 1 / min(self._shares.values(), default=1.0)
         keep = largest(cost, budget + 1e-6, top)
         if keep is None:
@@ -184,24 +188,27 @@ class ProjectingMethod(Codable):
 
     def _search(
         self,
+        search: RankSearch,
         widths: Mapping[Place, int],
         cost: Callable[[Mapping[Place, list[int]]], float],
         budget: float,
         keys: SlotTensors,
     ) -> dict[Place, list[int]]:
-        """The ranks of `allocation=search` that cost at most `budget`."""
+        """The ranks of a search that cost at most `budget`."""
 
-        def ranks(shares: Mapping[Place, float]) -> dict[Place, list[int]]:
-            return {place: ranks_at(self._spectra[place], 1.0, shares[place]) for place in widths}
+        def ranks(levels: Mapping[Place, float]) -> dict[Place, list[int]]:
+            return {place: search.ranks(self._spectra[place], levels[place]) for place in widths}
 
-        found = search(self._losses, lambda shares: cost(ranks(shares)), budget + 1e-6)
+        found = search.threshold(self._costs, lambda levels: cost(ranks(levels)), budget + 1e-6)
         if found is None:
             given = f"keep={self.keep:g}" if self.ratio is None else f"ratio={self.ratio:g}: at {keys.tokens} tokens"
             raise UserError(
-                f"{self.name}: {given}: a share of {SHARES[0]:g} of all ranks, the least that allocation=search "
-                "measures, exceeds it; allowed: a lower ratio, a higher keep, or another allocation"
+                f"{self.name}: {given}: a share of {search.levels[0]:g} of {search.of_what}, the least that "
+                f"allocation={search.name} measures, exceeds it; allowed: a lower ratio, a higher keep, or another "
+                "allocation"
             )
-        return ranks(found)
+        self._threshold = found if math.isfinite(found) else None
+        return ranks({place: search.level_at(self._costs[place], found) for place in widths})
 
     def stored_numbers(self, ranks: Sequence[int], tokens: int, width: int, dtype: torch.dtype) -> float:
         """Numbers of the cache's `dtype` that a tensor of `width` takes."""
@@ -231,17 +238,17 @@ class ProjectingMethod(Codable):
         return {}
 
     def _measure(self, engine: Engine, ids: Tensor) -> dict[Place, list[float]]:
-        """The losses of `allocation=search`; none for others."""
-        if self.allocation != "search":
+        """The costs of the allocations that search; none for others."""
+        if (search := SEARCHES.get(self.allocation)) is None:
             return {}
         weights = {(slot, kind): engine.projections(slot)[kind == "v"].weight for slot, kind in self._spectra}
 
-        def basis(place: Place, share: float) -> Basis:
-            spectrum, weight = self._spectra[place], weights[place]
-            found = spectrum.basis(ranks_at(spectrum, 1.0, share), weight.dtype)
+        def basis(place: Place, ranks: Sequence[int]) -> Basis:
+            weight = weights[place]
+            found = self._spectra[place].basis(ranks, weight.dtype)
             return Basis(found.matrix.to(weight.device), None if found.bias is None else found.bias.to(weight.device))
 
-        return losses_alone(engine, ids, self.sinks, outputs_of(engine, self._spectra), basis)
+        return search.costs(engine, ids, self.sinks, outputs_of(engine, self._spectra), basis, self._spectra)
 
     def spectra_of_weights(self, engine: Engine, moments: Mapping[int, Tensor] | None) -> dict[Place, Spectrum]:
         """From forms W M Wᵀ, of normalised keys G [W, b] M [W, b]ᵀ G with their gains G = diag(g).

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cllm.errors import UserError
+from cllm.posthoc.turns import add_hook
 
 WINDOW = 256
 """Last queries of a prompt that are recorded. A second moment of 128 channels needs some hundreds."""
@@ -48,6 +49,8 @@ class SlotReader:
     """(1 or G, 1 or D): factors on the slot's keys in what the layer reads; None: it reads no keys of this slot."""
     values: Tensor | None
     """The same for values."""
+    inside: nn.Module | None = None
+    """The layer itself, if other layers share its modules."""
 
 
 class RecordedQueries:
@@ -81,7 +84,8 @@ class RecordedQueries:
                 new = args[0].detach()[:, -self._last :].float().square().sum(-1)
                 self._streams[layer] = self._after(self._streams.get(layer), new)
 
-            handles += [reader.queries.register_forward_hook(add), reader.stream.register_forward_pre_hook(measure)]
+            handles += add_hook(reader.queries, add, reader.inside)
+            handles += add_hook(reader.stream, measure, reader.inside, before=True)
         try:
             yield
         finally:

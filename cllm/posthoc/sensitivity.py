@@ -19,6 +19,7 @@ from cllm.errors import UserError
 from cllm.posthoc.method import Engine
 from cllm.posthoc.projecting import FISHER_PIECES, FISHER_TOKENS, KINDS, Place
 from cllm.posthoc.slots import NOTHING_TO_COMPRESS
+from cllm.posthoc.turns import add_hook
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _of_piece(engine: Engine, piece: Tensor, modules: dict[Place, nn.Linear], us
                 outputs[place] = y.detach()
                 return y + changes[place]
 
-            handles.append(module.register_forward_hook(change))
+            handles += add_hook(module, change, engine.layer_of(place[0]))
         logits = engine.logits(piece[:, :-1], engine.new_cache())
     finally:
         for handle in handles:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -16,10 +16,22 @@ class TensorTree:
     """A dataclass whose fields may be tensors, other trees, and tuples of both. Tensors are batch first; trees may
     share tensors."""
 
+    in_host_memory: ClassVar[bool] = False
+    """Whether the tensors stay in host memory when those of other trees are on a device."""
+
     def tensors(self) -> Iterator[Tensor]:
         """All tensors of the tree; a shared one as often as it occurs."""
         for value in self.fields().values():
             yield from _tensors(value)
+
+    def host_tensors(self) -> Iterator[Tensor]:
+        """Those of `tensors` that are in host memory."""
+        if self.in_host_memory:
+            yield from self.tensors()
+            return
+        for value in self.fields().values():
+            if isinstance(value, TensorTree):
+                yield from value.host_tensors()
 
     def map(self, change: Change) -> Self:
         """A copy with `change(tensor)` for every tensor. To keep shared tensors shared, pass `once_each(change)`."""

@@ -101,6 +101,11 @@ def pack(cache: Any) -> Packed:
         raise UserError(f"cache is a {type(cache).__name__}; allowed: cllm.cache.cache.KVCache, and compressed ones")
     if not cache.seen or cache.batch is None:
         raise UserError("the cache is empty; fill it with a prompt first")
+    if isinstance(cache, CompressedKVCache) and (in_host := cache.host_nbytes()):
+        raise UserError(
+            f"{cache.method.name}: {in_host:,} bytes of the cache are in host memory, and all tensors of a stored "
+            "prefix are on one device; allowed: methods that keep none there, such as shadowkv with values=device"
+        )
     tensors = Tensors()
     layout: dict[str, Any] = {
         "seen": cache.seen,

@@ -8,7 +8,7 @@ import torch
 from cllm.config import Rope
 from cllm.kernels.rotate import rotate
 from cllm.model.rope import apply_rope, rope_table
-from cllm.posthoc.lowrank import right_vectors
+from cllm.posthoc.lowrank import LowRank, right_vectors
 from cllm.posthoc.parallel import run_in_parallel
 from cllm.posthoc.registry import parse
 from cllm.posthoc.slots import SlotTensors
@@ -24,7 +24,7 @@ def part(kind: str, device: torch.device, layers: range) -> SlotTensors:
 
 
 @pytest.mark.parametrize("batched", ["true", "false"])
-@pytest.mark.parametrize("spec", ["svd=power", "svd=power,products=bf16", "svd=random", "svd=gram"])
+@pytest.mark.parametrize("spec", ["svd=auto", "svd=power", "svd=power,products=bf16", "svd=random", "svd=gram"])
 def test_groups_run_together_are_what_each_is_alone(gpu: torch.device, spec: str, batched: str) -> None:
     method = parse(f"xkv:group={GROUP},rank_k=40,rank_v=56,{spec},batched={batched}")
     for _ in range(3):  # memory of one call is used again in the next
@@ -78,3 +78,21 @@ def test_power_is_near_the_least_error(gpu: torch.device, products: str) -> None
 
     least = lost(right_vectors(x, "exact", 96)[0])
     assert lost(right_vectors(x, "power", 96, products)[0]) < 1.01 * least
+
+
+@pytest.mark.parametrize("first", [1, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_default_solver_is_near_the_least_error(gpu: torch.device, dtype: torch.dtype, first: float) -> None:
+    """With the products of tensor cores, also where one direction is much larger than the others."""
+    draw = torch.Generator(gpu).manual_seed(0)
+    sizes = torch.arange(1, 513, device=gpu) ** -0.5
+    sizes[0] *= first
+    mixed = torch.linalg.qr(torch.randn(512, 512, device=gpu, generator=draw)).Q
+    k = (torch.randn(1, 2000, 512, device=gpu, generator=draw) * sizes @ mixed).unflatten(2, (8, 64)).to(dtype)
+    wide, errors = k.flatten(2).double(), []
+    for svd in ("exact", "auto"):
+        method = parse(f"svd:rank_k=96,rank_v=96,svd={svd}")
+        (code,), _ = method.encode(SlotTensors("k", (0,), (k,), dtype), SlotTensors("v", (0,), (k,), dtype))
+        assert isinstance(code, LowRank)
+        errors.append((code.a.decode().double() @ code.b.double().mT - wide).norm())
+    assert errors[1] < 1.01 * errors[0]

@@ -317,7 +317,14 @@ def test_a_cache_of_many_tokens_is_read_at_their_positions(gpu, spec, batch, mon
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("spec", ["xkv:group=4,energy=1.0", "xkv:group=4,energy=1.0,select=64,outliers=2"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "xkv:group=4,energy=1.0",
+        "xkv:group=4,energy=1.0,select=64,outliers=2",
+        "shadowkv:rank=64,select=64,outliers=2,values=host",
+    ],
+)
 @pytest.mark.parametrize("preset", ["mha", "cla", "fusedkv_lite"])
 def test_replayed_steps_over_a_compressed_cache(gpu, preset, spec, compiled):
     """A captured step of a decoder gives the logits of a growing copy of its cache that plain torch reads."""

@@ -52,6 +52,7 @@ def test_kernels_compile_and_fit(capability: int) -> None:
         "take_chunks",
         "weigh",
         "finish",
+        "copy_rows",
         "rotate_pairs",
         "merge_parts",
     }
@@ -215,7 +216,7 @@ def decode_longer_and_longer() -> None:
 
 def decode_factors() -> None:
     """xKV-4 at 8x of an 8B model's layer: all tokens, with padding, and chosen ones."""
-    from cllm.kernels import split_lowrank
+    from cllm.kernels import gather, split_lowrank
     from cllm.kernels.decode import Visible
     from cllm.kernels.selection import Factored, Selection, Table
     from cllm.posthoc.landmarks import make_landmarks
@@ -230,6 +231,12 @@ def decode_factors() -> None:
     for first, selection in ((None, None), (torch.tensor([3]), None), (None, landmarks)):
         visible = Visible(torch.tensor([tokens + 10]), first, None, False)
         split_lowrank.run([drawn(1, heads, dim)], [part(384)], [part(576)], table, visible, 0.1, selection)
+    values = Factored(drawn(1, tokens, groups * dim), None, drawn(1, tail, groups, dim))  # uncompressed
+    for first in (None, torch.tensor([3])):
+        visible = Visible(torch.tensor([tokens + 10]), first, None, False)
+        for selection in (None, landmarks):
+            split_lowrank.run([drawn(1, heads, dim)], [part(192)], [values], table, visible, 0.1, selection)
+        gather.run(values.a.unflatten(2, (groups, dim)), torch.zeros(1, groups, 608, dtype=torch.int64), first)
     outliers, query = torch.arange(12).expand(1, groups, 12), drawn(1, heads, dim)
     for chunks in (8192, 32768):  # chosen by many programs
         many = Selection(drawn(1, chunks, groups, dim), outliers, drawn(1, 96, groups, dim), 8, 2048)

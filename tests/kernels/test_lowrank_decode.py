@@ -19,7 +19,7 @@ import torch
 
 from cllm.config import Rope
 from cllm.errors import UserError
-from cllm.kernels import gluon_lowrank, resident_lowrank, split_lowrank
+from cllm.kernels import gather, gluon_lowrank, resident_lowrank, split_lowrank
 from cllm.kernels.choice import log_once
 from cllm.kernels.decode import Visible
 from cllm.kernels.gluon_lowrank import NODES, STRETCHES, TILE
@@ -49,6 +49,8 @@ class Case:
     exclude_self: bool = False
     budget: int | None = None
     outliers: int = 2
+    uncompressed: bool = False
+    """Whether values are not in factors."""
     factor: float = 1.0
     """Factor on cosines and sines, as YaRN has."""
 
@@ -88,6 +90,10 @@ CASES = [
     Case(budget=20, h=20, g=1, outliers=0),
     Case(budget=20, first=(70, 12), t=12, column=78),
     Case(budget=4, outliers=6),
+    Case(uncompressed=True, g=4, first=(0, 33)),
+    Case(uncompressed=True, d=24, budget=20, first=(0, 33)),
+    Case(uncompressed=True, h=40, g=1, budget=20),
+    Case(uncompressed=True, budget=20, first=(70, 77), t=12, column=82),
 ]
 
 
@@ -119,19 +125,22 @@ def call(case: Case, dtype: torch.dtype):
     column = case.s + case.t - 1 if case.column is None else case.column
     last = column - int(case.exclude_self)
 
-    def part() -> Factored:
+    def part(uncompressed: bool) -> Factored:
         b = randn(B, case.g * case.d, case.rank) / case.rank**0.5
         tail = randn(B, case.t, case.g, case.d)
         tail[:, column + 1 - case.s :] = torch.nan
+        if uncompressed:
+            return Factored(randn(B, case.s, case.g * case.d), None, tail)
         return Factored(randn(B, case.s, case.rank), b.to(dtype), tail)
 
     queries = [randn(B, case.h, case.d) for _ in range(case.parts[0])]
-    keys, values = ([part() for _ in range(n)] for n in case.parts)
+    are = (False, case.uncompressed)
+    keys, values = ([part(it_is) for _ in range(n)] for n, it_is in zip(case.parts, are, strict=True))
     first = torch.tensor(case.first or (0,) * B)
 
     def full(part: Factored, b: int) -> torch.Tensor:
-        made = (part.a[b].double() @ part.b[b].double().T).unflatten(-1, (case.g, case.d))
-        return made
+        made = part.a[b].double() if part.b is None else part.a[b].double() @ part.b[b].double().T
+        return made.unflatten(-1, (case.g, case.d))
 
     def turned(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return rotated(keys, positions) * case.factor
@@ -243,7 +252,11 @@ def test_autocast_changes_nothing():
     assert_close(found, wanted, torch.float32)
 
 
-SELECTING = [Case(t=12, column=78, first=(0, 33)), Case(t=12, column=78, budget=20)]
+SELECTING = [
+    Case(t=12, column=78, first=(0, 33)),
+    Case(t=12, column=78, budget=20),
+    Case(t=12, column=78, budget=20, uncompressed=True),
+]
 
 
 @pytest.mark.parametrize("case", SELECTING, ids=str)
@@ -297,6 +310,9 @@ def test_what_does_not_fit_is_refused():
         lowrank_decode(queries, keys, values, tables, replace(visible, window=7), scale=SCALE)
     with pytest.raises(ValueError, match="a selection for 2 key parts"):
         lowrank_decode(queries * 2, keys * 2, values, *rest, scale=SCALE, selection=selection)
+    elsewhere = [replace(values[0], a=values[0].a.to("meta"), b=None)]
+    with pytest.raises(ValueError, match="values on meta without a selection; allowed: with one"):
+        lowrank_decode(queries, keys, elsewhere, *rest, scale=SCALE)
 
 
 @pytest.mark.parametrize("shared", [227 * 1024, 163 * 1024, 99 * 1024])
@@ -507,6 +523,35 @@ def interpreted() -> None:
         assert_close(parts, wanted, torch.float32)
 
 
+def interpreted_gathering() -> None:
+    """Values of chosen tokens that are gathered first give the same numbers as those that are read by their index."""
+    for case in CASES:
+        if not case.uncompressed or case.budget is None:
+            continue
+        (queries, _, values, _, visible), selection, _ = call(case, torch.float16)
+        source = values[0].a.unflatten(2, (case.g, case.d))
+        source[0, : (case.first or (0,))[0]] = torch.nan
+        launch = split_lowrank._Call(queries, case.g, visible, SCALE)
+        index = split_lowrank._choose(launch, queries[0], selection)
+        rows = gather.run(source, index, visible.first)
+        wanted = gather.gather_rows(source, index, visible.first)
+        assert rows.isfinite().all()
+        assert torch.equal(rows, wanted)
+        for b in range(B):
+            for g in range(case.g):
+                for row, token in zip(rows[b, :, g], index[b, g].tolist(), strict=True):
+                    exists = (case.first or (0,) * B)[b] <= token < case.s
+                    assert torch.equal(row, source[b, token, g] if exists else torch.zeros_like(row))
+        scores = launch.empty_scores(index.shape[2]).normal_(generator=torch.Generator().manual_seed(4))
+        for b in range(B):
+            hidden = (index[b] < (case.first or (0,) * B)[b]) | (index[b] >= case.s)
+            scores[b].unflatten(0, (case.g, -1)).masked_fill_(hidden[:, None], -torch.inf)
+        read = launch.sum_rows(scores, values[0], index, None), launch.sum_rows(scores, values[0], index, rows)
+        for one, other in zip(*read, strict=True):
+            seen = launch.sum_rows(scores, values[0], index, None)[1].isfinite()  # the others are undefined
+            assert torch.equal(one[seen], other[seen])
+
+
 def interpreted_choice() -> None:
     """Chunks chosen by many programs and by one, against `topk`, and with equal chunks against a stable sort."""
     generator = torch.Generator().manual_seed(2)
@@ -542,6 +587,7 @@ def test_triton_kernels_interpreted_are_the_definition(run_interpreted):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    interpreted_gathering()
     interpreted_choice()
     interpreted_nodes()
     interpreted()

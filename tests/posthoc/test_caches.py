@@ -395,7 +395,8 @@ def test_a_cache_with_heads_of_another_size_is_of_another_model(tokens):
 
 CALIBRATED = [
     "palu:keep=0.5", "palu:keep=0.5,allocation=fisher", "palu:keep=0.5,allocation=search", "asvd:ratio=1.5",
-    "lorc:keep=0.5", "eigenattention:keep=0.5", "kvquant:levels=fisher", "kvtc:basis=calibration", "commonkv",
+    "lorc:keep=0.5", "eigenattention:keep=0.5", "eigenattention:keep=0.5,allocation=errors",
+    "kvquant:levels=fisher", "kvtc:basis=calibration", "commonkv",
     "kvsharer:share=1", "xkv:ratio=2,weight=queries", "h2o:ratio=2", "recompute", "kivi", "vfold", "kivi:mean_bits=2",
 ]  # fmt: skip
 

@@ -222,7 +222,10 @@ def test_rows_of_later_tokens_are_the_best_on_the_basis_of_the_prompt(name, spec
             for kind in "kv":
                 tensors = [getattr(full.stores[j].last(LENGTH, LENGTH), kind)[row, PROMPT:].double() for j in members]
                 x = [t.numpy() if kind == "v" else before_rope(t.numpy(), positions) for t in tensors]
-                b = [bases[j][kind][row].double().numpy() for j in members]
+                b = [  # None: the values themselves
+                    np.eye(t.shape[-2:].numel()) if of is None else of[row].double().numpy()
+                    for t, of in zip(tensors, [bases[j][kind] for j in members], strict=True)
+                ]
                 rows = np.concatenate([part.reshape(LATER, -1) for part in x], axis=1)
                 expected = np.split(rows_by_hand(rows, np.concatenate(b)), len(members), axis=1)
                 for j, part in zip(members, expected, strict=True):

@@ -94,7 +94,12 @@ def test_precision_of_other_products_is_left_as_it_was():
     ("options", "message"),
     [
         ("energy=0.9,svd=power", "which svd=power has not; allowed: exact, gram"),
-        ("ratio=2,products=bf16", "products=bf16 goes with svd=random and svd=power; svd=gram is made in fp64"),
+        (
+            "ratio=2,svd=gram,products=bf16",
+            "products=bf16 goes with svd=random and svd=power; svd=gram is made in fp64",
+        ),
+        ("ratio=2,products=bf16", "products=bf16 goes with svd=random and svd=power; svd=auto chooses products itself"),
+        ("ratio=2,products=tf32", "products=tf32 goes with svd=random and svd=power; svd=auto chooses products itself"),
         ("ratio=2,svd=power,products=fp8", "products: .*'fp32', 'tf32' or 'bf16'"),
     ],
 )

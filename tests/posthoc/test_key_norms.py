@@ -16,11 +16,12 @@ from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.key_norm import KeyNorm
 from cllm.posthoc.projecting import fisher_sizes
-from cllm.posthoc.rank_search import SHARES
+from cllm.posthoc.rank_search import SEARCHES
 from cllm.posthoc.registry import parse
 from tests.posthoc.filled import fill
 
 PREFIX, LENGTH, SINKS = 20, 28, 4
+SHARES = SEARCHES["search"].levels
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +257,7 @@ def test_searched_ranks_are_those_of_approximated_keys(spec, name, normed, decod
     method: Any = parse(f"{spec}{',' if ':' in spec else ':'}allocation=search,keep=0.5")
     method.prepare(engine, text)
     for slot in engine.slots()[:2]:
-        found, norm = method._losses[slot, "k"], engine.key_norm(slot)
+        found, norm = method._costs[slot, "k"], engine.key_norm(slot)
         for i in (1, 5):
             u = torch.block_diag(
                 *(v[:, : max(1, int(SHARES[i] * len(v)))].float() for v in method._spectra[slot, "k"].vectors)
@@ -284,10 +285,13 @@ def test_searched_ranks_are_those_of_approximated_keys(spec, name, normed, decod
 
 def test_a_search_on_as_many_tokens_as_heads_is_refused(decoder, tokens):
     """Then the lengths of a tensor (B, tokens, heads, D) or (B, heads, tokens, D) do not show which axis is which."""
-    method = parse("asvd:keep=0.5,allocation=search,sinks=1")
-    message = r"asvd: allocation=search: of 5 calibration tokens 4 are read at once, as many as there are heads \(4\)"
-    with pytest.raises(UserError, match=message):
-        method.prepare(engine_of(decoder(qk_norm=True)), tokens(2, 5))
+    for allocation, given in (("search", 5), ("errors", 4)):
+        method = parse(f"asvd:keep=0.5,allocation={allocation},sinks=1")
+        message = (
+            rf"allocation={allocation}: of {given} calibration tokens 4 are read at once, as many as there are heads"
+        )
+        with pytest.raises(UserError, match=f"asvd: {message}"):
+            method.prepare(engine_of(decoder(qk_norm=True)), tokens(2, given))
 
 
 def test_ranks_follow_the_gradients_of_weights_before_a_norm(decoder, tokens):

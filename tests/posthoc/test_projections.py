@@ -12,16 +12,18 @@ import torch.nn.functional as F
 
 from cllm.errors import UserError
 from cllm.posthoc.cache import compress_cache
-from cllm.posthoc.engine import engine_of
-from cllm.posthoc.fixed_bases import progressive_shares
+from cllm.posthoc.engine import TransformersEngine, engine_of
+from cllm.posthoc.fixed_bases import progressive_shares, ranks_at
 from cllm.posthoc.hf import compress_dynamic
-from cllm.posthoc.projecting import fisher_sizes
-from cllm.posthoc.rank_search import SHARES
+from cllm.posthoc.methods.eigenattention import EigenAttention
+from cllm.posthoc.projecting import fisher_sizes, outputs_of
+from cllm.posthoc.rank_search import SEARCHES, ProjectedModel
 from cllm.posthoc.registry import parse
 from cllm.posthoc.token_codes import hadamard
 from tests.posthoc.filled import fill
 
 PREFIX, LENGTH, SINKS = 20, 28, 4
+SHARES = SEARCHES["search"].levels
 
 
 def inputs_of(engine, ids):
@@ -324,14 +326,14 @@ def test_ranks_are_searched_by_the_loss_of_each_projection_alone(spec, kv, decod
             linear.weight.copy_(exact)
             loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).item()
             losses.setdefault((slot, kind), []).append(loss)
-        assert method._losses[slot, kind] == pytest.approx(losses[slot, kind], abs=1e-5)
+        assert method._costs[slot, kind] == pytest.approx(losses[slot, kind], abs=1e-5)
     widths = {place: [len(v) for v in spectrum.vectors] for place, spectrum in method._spectra.items()}
     total = sum(sum(of) for of in widths.values())
     for keep in (0.2, 0.4, 0.7):
         best = None
-        for threshold in sorted({loss for of in method._losses.values() for loss in of}):
+        for threshold in sorted({loss for of in method._costs.values() for loss in of}):
             ranks = {}
-            for place, of in method._losses.items():
+            for place, of in method._costs.items():
                 share = min([s for s, loss in zip(SHARES, of, strict=True) if loss <= threshold] + [1.0])
                 ranks[f"{place[0]}.{place[1]}"] = [max(1, int(share * w + 1e-9)) for w in widths[place]]
             if sum(map(sum, ranks.values())) <= keep * total:
@@ -351,6 +353,146 @@ def test_ranks_are_searched_by_the_loss_of_each_projection_alone(spec, kv, decod
     assert found[0] == found[1]
     assert found[2] == found[3]
     assert found[0] > 1.5 * found[2]
+
+
+def errors_by_hand(model, method, text, energy):
+    """‖O' - O‖ / ‖O‖ of each layer, with truncated weights of the slots that it reads, when all layers get their exact
+    inputs."""
+    engine, found, inputs, outputs = engine_of(model), list[float](), list[Any](), list[Any]()
+
+    def see(_, args, out):
+        inputs.append(args[0])
+        outputs.append(out[0])
+
+    hooks = [block.register_forward_hook(see) for block in model.blocks]
+    model(text)
+    for hook in hooks:
+        hook.remove()
+    for layer, block in enumerate(model.blocks):
+        exact = {}
+        for slot in {*model.plan.keys(layer).layers, *model.plan.values(layer).layers}:
+            for kind, linear in zip("kv", engine.projections(slot), strict=True):
+                exact[linear], blocks = linear.weight.clone(), []
+                spectrum = method._spectra[slot, kind]
+                for vectors, roots in zip(spectrum.vectors, spectrum.roots, strict=True):
+                    kept = roots.cumsum(0) / roots.sum()
+                    u = vectors[:, : int((kept < energy - 1e-12).sum()) + 1].float()
+                    blocks.append(u @ u.T)
+                linear.weight.copy_(torch.block_diag(*blocks) @ linear.weight)
+        got: list[Any] = []
+        hooks = [
+            each.register_forward_pre_hook(lambda _, args, x=x: (x, *args[1:]))
+            for each, x in zip(model.blocks, inputs, strict=True)
+        ]
+        hooks.append(block.register_forward_hook(lambda _, args, out, got=got: got.append(out[0])))
+        model(text)
+        for hook in hooks:
+            hook.remove()
+        for linear, weight in exact.items():
+            linear.weight.copy_(weight)
+        found.append(((got[0] - outputs[layer]).norm() / outputs[layer].norm()).item())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("spec", "kv"), [("eigenattention", "mha"), ("eigenattention:heads=1", "cla"), ("palu:heads=2", "fusedkv_lite")]
+)
+def test_ranks_are_searched_by_the_errors_of_layers(spec, kv, decoder, tokens):
+    """Against EigenAttention's search: each slot's share of singular values falls in steps of 0.02 until an error of a
+    layer that reads it exceeds the bound; and against a scan of all bounds."""
+    model, ids, text = decoder({"preset": kv}, n_layers=4), tokens(2, 60), tokens(2, 24, seed=1)
+    for i in {0, 1, 2, 3} - set(model.plan.slots):
+        model.blocks[i].attention.o_proj.weight.mul_(4)  # so that other layers than the slot's own set the bound
+    spec += f"{',' if ':' in spec else ':'}allocation=errors,sinks=0"
+    engine, cache, method = fill(model, ids, f"{spec},keep=0.4", text)
+    steps = [round(1 - 0.02 * n, 2) for n in range(1, 50)]
+    errors = {energy: errors_by_hand(model, method, text, energy) for energy in steps}
+    slots = engine.slots()
+    readers = {
+        slot: [i for i in range(4) if slot in (*model.plan.keys(i).layers, *model.plan.values(i).layers)]
+        for slot in slots
+    }
+    assert any(len(of) > 1 for of in readers.values()) == (kv != "mha")
+
+    for slot in slots:
+        by_hand = [max(errors[energy][layer] for layer in readers[slot]) for energy in steps]
+        so_far = list(itertools.accumulate(by_hand, max))[::-1]
+        for kind in "kv":
+            assert method._costs[slot, kind] == pytest.approx(so_far, rel=1e-4, abs=1e-6)
+
+    def walk(slot, bound):
+        """The share before the first at which an error exceeds the bound."""
+        energy = 1.0
+        for lower, error in zip(steps, reversed(method._costs[slot, "k"]), strict=True):
+            if error > bound:
+                break
+            energy = lower
+        return energy
+
+    def ranks_of(place, energy):
+        of = method._spectra[place].roots
+        return [len(r) if energy == 1 else int((r.cumsum(0) / r.sum() < energy - 1e-12).sum()) + 1 for r in of]
+
+    total = sum(sum(spectrum.widths) for spectrum in method._spectra.values())
+    differ = set()
+    for keep in (0.3, 0.5, 0.8):
+        for bound in sorted(itertools.chain(*method._costs.values())):
+            best = {f"{s}.{kind}": ranks_of((s, kind), walk(s, bound)) for s in slots for kind in "kv"}
+            if sum(map(sum, best.values())) <= keep * total:
+                break
+        method = method.model_copy(update={"keep": keep})
+        engine.compress(cache, method)
+        assert method.facts() == {"ranks": best, "threshold": bound}
+        differ.add(len({walk(slot, bound) for slot in slots}))
+    assert (max(differ) > 1) == (kv != "fusedkv_lite"), "where the same layers read all slots, these have one share"
+    for ratio in (1.5, 3):
+        method = method.model_copy(update={"keep": None, "ratio": ratio})
+        assert ratio <= engine.nbytes(cache) / engine.compress(cache, method).nbytes() < 1.3 * ratio
+
+
+def test_slots_of_several_turns_of_a_loop_have_bases_of_their_own(design, tokens):
+    """Though one module computes them: what is projected lies in the slot's basis, and what is not does not."""
+    engine, text = engine_of(design("a loop that reads its first turn")), tokens(2, 24, seed=1)
+    method = parse("eigenattention:keep=0.5,sinks=0")
+    assert isinstance(method, EigenAttention)
+    method.prepare(engine, text)
+    modules = outputs_of(engine, method._spectra)
+    assert len(set(modules.values())) < len(modules), "no two slots have one module"
+
+    def basis(place, level):
+        spectrum = method._spectra[place]
+        return spectrum.basis(ranks_at(spectrum, 1.0, level), torch.float32)
+
+    model = ProjectedModel("search", engine, text, 0, modules, basis)
+    for places in (list(modules), [max(modules)], [min(modules)]):
+        cache = engine.new_cache()
+        with model.projected(places, 0.5, text.shape[1]):
+            engine.hidden(text, cache)
+        cached = engine.compressible(cache)
+        (tensors,) = cached.tensors(before_rope=True, sinks=cached.sinks(0))
+        for of in tensors:
+            for i, slot in enumerate(of.slots):
+                rows, u = of.flat(i), basis((slot, of.kind), 0.5).matrix
+                lost = (rows - rows @ u @ u.T).norm() / rows.norm()
+                assert (lost < 1e-5) == ((slot, of.kind) in places), (slot, of.kind)
+
+
+def test_errors_of_layers_are_measured_in_transformers_models_too(llama, tokens):
+    """Each layer's rise as the share of its singular values falls, and no hook stays."""
+    text = tokens(2, 24, seed=1)
+    engine, method = engine_of(llama()), parse("eigenattention:keep=0.5,allocation=errors")
+    assert isinstance(method, EigenAttention)
+    before = engine.hidden(text, engine.new_cache())
+    method.prepare(engine, text)
+    assert torch.equal(engine.hidden(text, engine.new_cache()), before), "no hook stays"
+    for slot in engine.slots():
+        costs = method._costs[slot, "k"]
+        assert costs == method._costs[slot, "v"]
+        assert costs == sorted(costs, reverse=True)
+        assert 0 < costs[-1] < costs[0] < 1
+    bare: Any = type("Bare", (), {"base_model": None, "get_output_embeddings": lambda _: 0})()
+    with pytest.raises(UserError, match=r"Bare has no layers\.N; allowed: models with it"):
+        TransformersEngine(bare).layers()
 
 
 # ---- ShadowKV -------------------------------------------------------------------------------------------------------
@@ -534,6 +676,7 @@ def test_vfold_averages_tokens_that_leave_the_window_once(decoder, tokens):
 CALIBRATED = [
     "palu:keep=0.5,heads=2,bits=4,hadamard=true",
     "asvd:keep=0.5,allocation=search",
+    "eigenattention:keep=0.5,allocation=errors",
     "kvquant:bits=4,levels=fisher",
 ]
 LOSSY = [
@@ -653,6 +796,10 @@ def test_what_methods_refuse(decoder, design, llama, tokens, filled):
     method = parse("asvd:keep=0.02,allocation=search")
     method.prepare(engine, text)
     with pytest.raises(UserError, match=r"asvd: keep=0.02: a share of 0.05 of all ranks, .*; allowed: a lower ratio"):
+        engine.compress(cache, method)
+    method = parse("eigenattention:ratio=60,allocation=errors,sinks=0")
+    method.prepare(engine, text)
+    with pytest.raises(UserError, match=r"ratio=60: at 20 tokens: a share of 0.02 of the sum of singular values, the"):
         engine.compress(cache, method)
     with pytest.raises(UserError, match="asvd: allocation=search needs a loss: give 2 or more calibration tokens"):
         parse("asvd:keep=0.5,allocation=search,sinks=0").prepare(engine, text[:, :1])

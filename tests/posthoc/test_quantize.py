@@ -261,6 +261,31 @@ def test_transformers_quantised_cache(backend, package, bits, most, llama, token
     assert 0 < (logits - expected).norm() / expected.norm() < 5 * most
 
 
+@pytest.mark.parametrize(("bits", "packed"), [(1, 8), (2, 4), (3, 1), (4, 2), (8, 1)])
+@pytest.mark.parametrize("group", [8, 16])
+@pytest.mark.parametrize("length", [17, 18, 21, 36])
+def test_hqq_packs_any_number_of_tokens(bits, packed, group, length, llama, tokens, filled):
+    """hqq packs up to 8 groups together. A group is a token of one of two heads here, or two tokens of a head."""
+    pytest.importorskip("hqq")
+    ids = tokens(1, length + 9)
+    engine, cache = filled(llama(), ids[:, :length])
+    exact = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    quantized = engine.compress(cache, parse(f"hf_quantized:backend=hqq,bits={bits},group={group},residual=4"))
+    groups = -(-(length - 4) * 16 // (group * packed)) * packed
+    stored = -(-groups // 10) * 4 * group if bits == 3 else groups * group * bits / 8  # 10 numbers of 3 bits in 4 bytes
+    assert quantized.nbytes() == 4 * 2 * (4 * 16 * 4 + stored + groups * 2 * 4)  # of a tensor: sinks, codes, scales
+    for layer, tensors in zip(quantized.layers, exact, strict=True):
+        for codes, x in zip((layer._quantized_keys, layer._quantized_values), tensors, strict=True):
+            read = layer._dequantize(codes)
+            assert read.shape == x[:, :, 4:].shape
+            if group == 8:
+                steps = (x[:, :, 4:].amax(3) - x[:, :, 4:].amin(3)) / (2**bits - 1)
+                assert ((read - x[:, :, 4:]).abs().amax(3) <= 1.05 * steps).all()
+    for part in ids[:, length:].split([1, 4, 3, 1], dim=1):  # coded again after four and after eight tokens
+        engine.logits(part, quantized)
+    assert quantized.get_seq_length() == length + 9
+
+
 @pytest.mark.parametrize("backend", ["quanto", "hqq"])
 def test_a_library_that_is_missing_is_named(backend, llama, tokens, filled, monkeypatch):
     for name in ("is_optimum_quanto_available", "is_hqq_available"):

@@ -67,6 +67,8 @@ def test_the_front_has_what_nothing_beats():
     assert [p.increase_percent for p in half] == [100, 0]
     heavy = markdown(points([record("mha", "none", 100.0, 10.0), record("mha", "c", 50.0, 11.0, weight_bytes=2048)]))
     assert heavy.rstrip().endswith("- mha, c: and 2,048 bytes of weights, for all caches together")
+    split = markdown(points([record("mha", "s", 50.0, 11.0, bf16_host_bytes_per_token=40.0)]))
+    assert split.rstrip().endswith("- mha, s: and 40 bytes/token in host memory")
     assert markdown(found, ["x: too short"]).rstrip().endswith("- not measured: x: too short")
 
 

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from cllm.evaluate.subjects import Subject
 
 
+def _method(record: Record) -> str:
+    """The spec, and the bytes that the other columns leave out."""
+    in_host = record.get("host_bytes_per_token")
+    return f"{record['spec']} (and {in_host:,.0f} bytes/token in host memory)" if in_host else record["spec"]
+
+
 def _error(record: Record) -> str:
     """The largest error of a slot's tensors, relative to their norm."""
     errors = [error for slot in record["errors"].values() for error in slot.values()]
@@ -25,6 +31,30 @@ def _error(record: Record) -> str:
 def _generated(record: Record) -> str:
     """The share of generated tokens that are those after the exact prefix."""
     return f"{record['generated_same_percent']:.0f} %" if "generated_tokens" in record else "-"
+
+
+def specs_of(words: Sequence[str]) -> list[str]:
+    """The specs that `words` of --posthoc name, each once: a word is a spec, or @FILE with a spec on each line.
+
+    Empty lines of a file and those that begin with # are skipped.
+
+    Raises:
+        UserError: for a file that cannot be read or has no spec.
+    """
+    specs: list[str] = []
+    for word in words:
+        if not word.startswith("@"):
+            specs.append(word)
+            continue
+        try:
+            lines = [line.strip() for line in Path(word[1:]).read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--posthoc {word}: cannot be read: {error}") from None
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise UserError(f"--posthoc {word}: has no spec; needed: one on a line, such as xkv:group=4,ratio=4")
+        specs += found
+    return list(dict.fromkeys(specs))
 
 
 class Posthoc(Suite):
@@ -40,7 +70,8 @@ class Posthoc(Suite):
             default=[],
             metavar="SPEC",
             help="compress the cache of a prefix and score what follows, e.g. xkv:group=4,ratio=4 or none; "
-            "repeatable. --list-posthoc lists the methods. The first 4 tokens stay exact, unless SPEC sets sinks=N",
+            "repeatable; @FILE: the specs on the lines of a file. --list-posthoc lists the methods. The first 4 tokens "
+            "stay exact, unless SPEC sets sinks=N",
         ),
         Option(
             "--prefix",
@@ -119,7 +150,7 @@ class Posthoc(Suite):
     def columns(self) -> Sequence[Column[Record]]:
         return (
             RUN,
-            Column("method", lambda record: record["spec"], left=True),
+            Column("method", _method, left=True),
             SET,
             Column("prefix/window", lambda record: f"{record['prefix']}/{record['window']}"),
             TOKENS,

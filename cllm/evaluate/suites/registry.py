@@ -10,7 +10,7 @@ from cllm.arguments import Parser
 from cllm.errors import UserError
 from cllm.evaluate.suites.choice import Chosen, parse_choice
 from cllm.evaluate.suites.perplexity import Perplexity
-from cllm.evaluate.suites.posthoc import Posthoc
+from cllm.evaluate.suites.posthoc import Posthoc, specs_of
 from cllm.evaluate.suites.suite import Option, Suite
 from cllm.evaluate.tasks.code.suite import CodeCompletion
 from cllm.evaluate.tasks.copying import Copying
@@ -139,7 +139,7 @@ def choose(parser: Parser, options: argparse.Namespace) -> list[Chosen]:
             raise UserError(f"{' '.join(words)}: {missing}")
     if options.data and not any(suite.takes_text for suite in selected):
         raise UserError(f"--data: --suite {selected[0].name} takes no text; leave it out")
-    options.posthoc = list(dict.fromkeys(options.posthoc))  # a spec that is given twice is measured once
+    options.posthoc = specs_of(options.posthoc)
     for suite in selected:
         suite.check_options(options)
     return chosen

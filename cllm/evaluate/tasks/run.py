@@ -34,6 +34,7 @@ from cllm.posthoc import UNCOMPRESSED
 from cllm.posthoc.engine import DecoderEngine
 from cllm.posthoc.method import Compressor, Engine
 from cllm.posthoc.registry import parse
+from cllm.posthoc.tensor_tree import total_bytes
 from cllm.progress import ProgressMeter
 
 _BATCH_TOKENS = {"cpu": 2**13, "cuda": 2**17}
@@ -58,7 +59,9 @@ class Result:
     seconds: float = 0.0
     """Time of compression, questions and generation."""
     nbytes: int = 0
-    """Bytes of all contexts' caches."""
+    """Bytes of all contexts' caches, without those in host memory."""
+    host_nbytes: int = 0
+    """Bytes of those in host memory."""
     own_nbytes: int = 0
     """Bytes of the uncompressed ones."""
     weight_bytes: int = 0
@@ -283,6 +286,7 @@ class _Runner:
                 else:
                     result.own_nbytes += own
                     result.nbytes += own if kept else self._engine.nbytes(filled)
+                    result.host_nbytes += 0 if kept else total_bytes(self._engine.host_tensors(filled))
                     reader = self._reader(filled, last, method, samples, room)
                     answers = self._answers(reader, samples)
                     del reader, filled

@@ -206,6 +206,7 @@ class TaskSuite(Suite):
             identity = {"set": self.name, "settings": settings.model_dump(mode="json"), "spec": result.spec or AS_IS}
             facts = {
                 "ratio_to_own": result.own_nbytes / result.nbytes if result.nbytes else None,
+                "host_share_of_own": result.host_nbytes / result.own_nbytes if result.own_nbytes else None,
                 "weight_bytes": result.weight_bytes,
                 "facts": result.facts,
                 "calibration": result.calibration,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-import torch
 from pydantic import model_validator
 from torch import Tensor
 
 from cllm.posthoc.code import Code
 from cllm.posthoc.fixed_bases import Spectrum
 from cllm.posthoc.later_rows import extend_factors
-from cllm.posthoc.lowrank import LowRank, low_rank_already
+from cllm.posthoc.lowrank import LowRank, leading_vectors, low_rank_already
 from cllm.posthoc.method import Engine
 from cllm.posthoc.projecting import Allocation, Place, ProjectingMethod
 from cllm.posthoc.registry import register
@@ -26,15 +25,18 @@ class EigenAttention(ProjectingMethod):
         [k_1, ..., k_T] = U Σ Vᵀ,    cached: U_rᵀ k,    read: U_r U_rᵀ k
 
     Ranks are the smallest that keep the same share of the sum of singular values. This is the paper's method for models
-    with RoPE; without it the paper also stacks queries. Its search for ranks by each layer's error is left out.
+    with RoPE; without it the paper also stacks queries. With `allocation=errors`, as in the paper, that share differs
+    between slots: each gets the least at which the outputs of layers have a relative error within one bound.
 
     For projections without a bias and without a norm on keys this equals `palu:heads=null` with the same ranks. Heads
     that are normalised by themselves can share a basis here, because it is fitted to keys and not to weights.
     """
 
     allocation: Allocation = "energy"
-    """`energy`, the paper's: as needed for the same share of the singular values. `uniform`: one rank; `fisher`: in
-    proportion to the mean absolute gradient of the loss in a projection; `progressive`: falling with depth."""
+    """`errors`, the paper's: as each slot needs for one bound on the relative errors of the outputs of layers, which is
+    found by the budget. `energy`: as needed for the same share of the singular values everywhere. `uniform`: one rank;
+    `fisher`: in proportion to the mean absolute gradient of the loss in a projection; `progressive`: falling with
+    depth; `search`: as in `asvd`."""
     basis: Literal["calibration", "prompt"] = "calibration"
     """Fit the bases to the calibration tokens, or to each prompt, with which they are then stored; the ranks come from
     the calibration tokens in both cases."""
@@ -76,6 +78,6 @@ class EigenAttention(ProjectingMethod):
             return super()._code(tensors, i)
         rows = tensors.flat(i)
         rank = self._ranks[tensors.slots[i], tensors.kind][0]
-        vectors = torch.linalg.eigh((rows.mT @ rows).double())[1].flip(-1)[..., :rank].float()
+        vectors = leading_vectors(rows, rank, tensors.dtype)
         b = vectors.to(tensors.dtype).contiguous()
         return LowRank(self.stored(rows @ vectors, tensors.dtype, [rank]), b, tuple(tensors.data[i].shape[2:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
 _AXIS = {"quanto": 0, "hqq": 1}
 """The axis for which the elements of a group are neighbours in memory; hqq's other one mixes sequences and heads."""
+_PACKED = {1: 8, 2: 4, 3: 1, 4: 2, 8: 1}
+"""By bits: hqq packs this many groups together, and fails for another number of groups; with 3 bits it pads them."""
 
 
 @register("hf_quantized", summary="transformers' QuantizedCache, for transformers models; needs optimum-quanto or hqq")
@@ -66,8 +69,31 @@ class HFQuantized(Compressor):
             ) from None
         except ValueError as error:
             raise UserError(f"{self.name}: {error}") from None
+        if self.backend == "hqq":
+            layers: list[Any] = quantized.layers
+            for layer in layers:
+                _pack_whole(layer, _PACKED[self.bits])
         quantized.fill(cache, self.sinks)
         return quantized
+
+
+def _pack_whole(layer: Any, packed: int) -> None:
+    """Make `layer` of transformers take any number of tokens: the last is repeated until groups fill the packs."""
+    quantize, dequantize = layer._quantize, layer._dequantize
+
+    def padded(x: Tensor, axis: int) -> tuple[Tensor, dict[str, Any]]:
+        tokens, numbers = x.shape[-2], x[..., :1, :].numel()
+        whole = layer.q_group_size * packed
+        more = -tokens % (whole // math.gcd(whole, numbers))
+        x = torch.cat((x, x[..., -1:, :].expand(*x.shape[:-2], more, -1)), dim=-2)
+        codes, meta = quantize(x.reshape(-1, layer.q_group_size), axis)  # hqq reads 3 bits of matrices alone
+        return codes, {**meta, "tokens": tokens, "padded": x.shape}
+
+    def cropped(stored: tuple[Tensor, dict[str, Any]]) -> Tensor:
+        read: Tensor = dequantize(stored)
+        return read.view(stored[1]["padded"])[..., : stored[1]["tokens"], :]
+
+    layer._quantize, layer._dequantize = padded, cropped
 
 
 class _QuantizedWithSinks(QuantizedCache):

@@ -20,7 +20,7 @@ from cllm.posthoc.code import Code, Codes, Exact
 from cllm.posthoc.inputs import RecordedInputs
 from cllm.posthoc.key_norm import KeyNorm
 from cllm.posthoc.later_rows import rows_on
-from cllm.posthoc.lowrank import LowRank, ranks_for_budget, right_vectors
+from cllm.posthoc.lowrank import LowRank, leading_vectors, ranks_for_budget
 from cllm.posthoc.method import Codable, Engine
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
@@ -245,7 +245,7 @@ class Recompute(Codable):
             rows = [part.flat(i) for part, i in tensors]
             scales = [1 / x.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-30) for x in rows]  # B, 1, 1
             joined = torch.cat([x * scale for x, scale in zip(rows, scales, strict=True)], dim=-1)
-            vectors, _ = right_vectors(joined, "gram", rank)
+            vectors = leading_vectors(joined, rank, keys.dtype)
             parts = vectors.split([x.shape[2] for x in rows], dim=1)
             maps = [part / scale for part, scale in zip(parts, scales, strict=True)]
         else:
@@ -261,7 +261,7 @@ class Recompute(Codable):
         joined = keys.without_padding(torch.cat(inputs, dim=-1), "zero")
         if rank > joined.shape[2]:
             raise UserError(f"{self.name}: rank={rank}: the inputs have {joined.shape[2]} numbers; allowed: up to that")
-        vectors, _ = right_vectors(joined, "gram", rank)
+        vectors = leading_vectors(joined, rank, keys.dtype)
         maps: list[Tensor] = []
         for i, part in zip(group, vectors.chunk(len(group), dim=1), strict=True):
             for projection in self._projections[keys.slots[i]]:

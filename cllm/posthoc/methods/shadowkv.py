@@ -4,43 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes, Exact
 from cllm.posthoc.grown import Joiner
+from cllm.posthoc.host_rows import HostRows
 from cllm.posthoc.landmarks import Landmarks, make_landmarks, outlier_chunks
 from cllm.posthoc.later_rows import absorb_factors
-from cllm.posthoc.lowrank import LowRank, low_rank_already, right_vectors
-from cllm.posthoc.method import Codable
+from cllm.posthoc.lowrank import LowRank, leading_vectors, low_rank_already
+from cllm.posthoc.method import Codable, TensorCoder
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
 
 
 @dataclass(frozen=True)
 class Rows(Code):
-    """A tensor that is not in factors, but which a decode step can read together with keys that are: X = X 1."""
+    """Values that are not in factors, but which a decode step reads together with keys that are."""
 
     code: Code
 
     def decode(self) -> Tensor:
         return self.code.decode()
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        rows = self.decode().flatten(2)
-        one = torch.eye(rows.shape[2], dtype=rows.dtype, device=rows.device)
-        return rows, one.expand(len(rows), -1, -1)
+    def factors(self) -> tuple[Tensor, Tensor | None]:
+        return self.decode().flatten(2), None
 
     @property
     def has_factors(self) -> bool:
         return True
 
     def read_flops(self) -> int:
-        return 0
+        return self.code.read_flops()
 
 
 @register("shadowkv", summary="low-rank keys of each slot, exact values, and a step that reads selected tokens only")
@@ -49,12 +47,14 @@ class ShadowKV(Codable):
     values. A decode step reads the `select` tokens whose chunks' mean keys (landmarks) fit the query best, and outlier
     chunks and the last chunks with exact keys. It combines `svd` and `select` of `xkv`.
 
-    The paper keeps values in host memory and fetches the selected ones. Here they are stored with the keys, and count.
+    With `values=host`, as in the paper, values are in host memory, and a decode step copies the selected ones.
     """
 
     keys_before_rope: ClassVar[bool] = True
     no_recompress: ClassVar[str | None] = "exact keys of outliers are gone when tokens are compressed again"
 
+    values: Literal["device", "host"] = "device"
+    """Where values are: with the keys, or in host memory, pinned for a GPU and counted by `host_nbytes` alone."""
     rank: int = Field(160, ge=1)
     """Rank of the keys of a slot."""
     select: int | None = Field(2048, ge=1)
@@ -75,9 +75,16 @@ class ShadowKV(Codable):
             )
         if self.select is not None and self.select % self.chunk:
             raise ValueError(f"select={self.select} is no multiple of chunk={self.chunk}")
+        if self.select is None and self.values == "host":
+            raise ValueError("values=host: select=null reads all values in every step; allowed: values=device")
         if self.select is None and (alone := sorted({"chunk", "outliers", "local"} & self.model_fields_set)):
             raise ValueError(f"{alone[0]} goes with select, which is null")
         return self
+
+    def coded_by(self, coder: TensorCoder) -> Self:
+        if self.values == "host":
+            raise ValueError("values=host stores exact values; allowed: values=device, or no quantiser after +")
+        return super().coded_by(coder)
 
     def absorb(
         self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]
@@ -108,23 +115,27 @@ class ShadowKV(Codable):
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         if values is None:
             raise low_rank_already(self.name)
-        k_codes: Codes = []
-        for i, slot in enumerate(keys.slots):
-            rows = keys.flat(i)
-            tokens, width = rows.shape[1:]
-            if self.rank > width:
-                raise UserError(
-                    f"{self.name}: rank={self.rank}: keys of slot {slot} have {width} channels; allowed: 1 to {width}"
-                )
-            vectors, _ = right_vectors(rows, "gram", min(self.rank, tokens))
-            rows = rows @ vectors
-            a: Code = Exact(rows.to(keys.dtype))
-            if self._coder is not None:
-                a = self._coder.code(rows, "k", keys.dtype, (rows.shape[2],))
-            k_codes.append(LowRank(a, vectors.to(keys.dtype, copy=True), tuple(keys.data[i].shape[2:])))
-        return k_codes, [self._values(values, i) for i in range(len(values.slots))]
+        return keys.code_stacks(self._keys), [self._values(values, i) for i in range(len(values.slots))]
+
+    def _keys(self, keys: SlotTensors) -> Code:
+        """The code of one slot, or of several as one with the sequences of all."""
+        rows = keys.flat(0)
+        tokens, width = rows.shape[1:]
+        if self.rank > width:
+            raise UserError(
+                f"{self.name}: rank={self.rank}: keys of slot {keys.slots[0]} have {width} channels; allowed: 1 to "
+                f"{width}"
+            )
+        vectors = leading_vectors(rows, min(self.rank, tokens), keys.dtype)
+        rows = rows @ vectors
+        a: Code = Exact(rows.to(keys.dtype))
+        if self._coder is not None:
+            a = self._coder.code(rows, "k", keys.dtype, (rows.shape[2],))
+        return LowRank(a, vectors.to(keys.dtype, copy=True), tuple(keys.data[0].shape[2:]))
 
     def _values(self, values: SlotTensors, i: int) -> Code:
+        if self.values == "host":
+            return HostRows.of(values.data[i])
         if self._coder is None:
             return Rows(Exact(values.data[i].clone()))
         rows, width = values.flat(i, padding="repeat"), tuple(values.data[i].shape[2:])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from cllm.errors import UserError
@@ -19,12 +20,13 @@ from cllm.posthoc.later_rows import absorb_factors
 from cllm.posthoc.lowrank import (
     Algorithm,
     LowRank,
+    Solver,
+    choose_solver,
     energy_rank,
     factor_elements,
     fast_rank,
     padded,
     ranks_for_budget,
-    right_vectors,
     water_filling,
 )
 from cllm.posthoc.method import Codable, TensorCoder
@@ -71,13 +73,15 @@ class XKV(Weighted, Codable):
     of keys and values are 1 : 1.5, as in the paper. 1 stores every tensor as it is."""
     energy: float | None = Field(None, gt=0, le=1)
     """Share of Σσ² that every group keeps, in every sequence."""
-    svd: Algorithm = "gram"
-    """`exact`, `gram`, `random` or `power`, from slow to fast; see `lowrank.py`."""
-    products: Products = "fp32"
-    """`fp32`, `tf32` or `bf16`: precision of products with cached tensors, in `svd=random`, `svd=power` and for A."""
+    svd: Literal["auto", Algorithm] = "auto"
+    """`exact`, `gram`, `random` or `power`, from slow to fast (`lowrank.py`). `auto`: `power` for a cache in bf16 or
+    fp16; `gram` for one in fp32, and with `energy` and `spread`, which need all singular values."""
+    products: Products | None = None
+    """`fp32`, `tf32` or `bf16`: precision of products with cached tensors, in `svd=random`, `svd=power` and for A.
+    null: `fp32`, except with `svd=auto` and a cache in bf16, where `power` has `tf32`."""
     batched: bool | None = None
-    """Factorise groups of one shape as one batch; false: on a GPU in parallel streams. null: true with `svd=power`
-    and `svd=random` on a GPU."""
+    """Factorise groups of one shape as one batch; false: on a GPU in parallel streams. null: true with `power` and
+    `random` on a GPU."""
     weight: Literal["none", "queries"] = "none"
     """The error that the factors minimise: of keys and values as they are, or `queries`: of attention's output, by the
     prompt's own queries and the output projections (`weighting.py`)."""
@@ -96,6 +100,9 @@ class XKV(Weighted, Codable):
     local: int = Field(4, ge=0)
     """Last full chunks that are always read, like outliers, with the rest of a chunk after them."""
 
+    _chosen: dict[str, str] = PrivateAttr(default_factory=dict)
+    """What `svd=auto` chose for the last cache: `svd` and `products`."""
+
     @model_validator(mode="after")
     def _rules(self) -> Self:
         ranks = self.rank_k is not None or self.rank_v is not None
@@ -104,10 +111,9 @@ class XKV(Weighted, Codable):
         fast = self.svd in ("random", "power")
         if self.energy is not None and fast:
             raise ValueError(f"energy needs all singular values, which svd={self.svd} has not; allowed: exact, gram")
-        if self.products != "fp32" and not fast:
-            raise ValueError(
-                f"products={self.products} goes with svd=random and svd=power; svd={self.svd} is made in fp64"
-            )
+        if self.products not in (None, "fp32") and not fast:
+            other = "chooses products itself" if self.svd == "auto" else "is made in fp64"
+            raise ValueError(f"products={self.products} goes with svd=random and svd=power; svd={self.svd} {other}")
         if self.spread and (self.ratio is None or self.weight == "none"):
             raise ValueError(
                 "spread compares errors of keys and values under one budget; allowed: with ratio and weight=queries"
@@ -171,6 +177,9 @@ class XKV(Weighted, Codable):
             ranks = [*ranks_k, *ranks_v]
         self._in_parallel(self._code_together, groups, ranks)
         return codes_k, codes_v
+
+    def facts(self) -> dict[str, Any]:
+        return dict(self._chosen)
 
     def absorb(
         self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]
@@ -313,6 +322,13 @@ class XKV(Weighted, Codable):
         weights = self.error_weights(keys, values)
         return weights.of_keys(), weights.of_values()
 
+    def _solver(self, group: Group) -> Solver:
+        """The solver for a group."""
+        if self.svd != "auto":
+            return Solver(self.svd, self.products or "fp32")
+        solver = choose_solver(group.tensors.dtype, spectrum=self.energy is not None or self.spread)
+        return solver if self.products is None else replace(solver, products=self.products)
+
     def _weighted(self, group: Group) -> Tensor:
         """(B, n, layers · width): the rows of a group, weighted."""
         return self._weighted_together([group])
@@ -320,7 +336,7 @@ class XKV(Weighted, Codable):
     def _weighted_together(self, groups: list[Group]) -> Tensor:
         """(groups · B, n, layers · width): the rows of `groups`, which have one shape, weighted."""
         # Products in bf16 read half of the bytes, and cached values are bf16 already.
-        narrow = self.products == "bf16" and not groups[0].weights
+        narrow = self._solver(groups[0]).products == "bf16" and not groups[0].weights
         first, slots = groups[0].tensors.data[groups[0].slots[0]], len(groups[0].slots)
         batch, tokens, width = first.flatten(2).shape
         shape, dtype = (len(groups) * batch, tokens, slots * width), torch.bfloat16 if narrow else torch.float32
@@ -337,8 +353,11 @@ class XKV(Weighted, Codable):
         self, job: Callable[[list[Group], list[int | None]], object], groups: list[Group], ranks: Sequence[int | None]
     ) -> None:
         """Call `job` with all `groups`, and their ranks: with several at once if they are one batch."""
-        device = groups[0].tensors.data[0].device
-        jobs = alike(groups, ranks, batched=as_one_batch(self.batched, self.svd, device), svd=self.svd)
+        device, solver = groups[0].tensors.data[0].device, self._solver(groups[0])
+        if self.svd == "auto":
+            self._chosen |= {"svd": solver.algorithm, "products": solver.products}
+        batched = as_one_batch(self.batched, solver.algorithm, device)
+        jobs = alike(groups, ranks, batched=batched, svd=solver.algorithm)
         run_in_parallel([partial(job, *each) for each in jobs], device)
 
     def _factor(self, groups: list[Group], ranks: list[int | None]) -> list[Tensor]:
@@ -353,7 +372,7 @@ class XKV(Weighted, Codable):
             scales = [row_weights([group.weights[group.tensors.slots[j]] for j in group.slots]) for group in groups]
             x = torch.cat([part * scale for part, scale in zip(rows, scales, strict=True)])
         rank = None if None in ranks else max(rank for rank in ranks if rank is not None)
-        vectors, spectrum = right_vectors(x, self.svd, rank, self.products)
+        vectors, spectrum = self._solver(groups[0]).right_vectors(x, rank)
         for i, group in enumerate(groups):
             part_of = slice(i * batch, (i + 1) * batch)
             group.vectors, group.spectrum = vectors[part_of], None if spectrum is None else spectrum[part_of]
@@ -376,7 +395,7 @@ class XKV(Weighted, Codable):
         vectors = vectors[..., :rank]
         group.vectors = None
         dtype = tensors.dtype if self._coder is None else torch.float32
-        rows = multiply(x, vectors, self.products, dtype)  # B, n, r
+        rows = multiply(x, vectors, self._solver(group).products, dtype)  # B, n, r
         # The columns of A differ by orders of magnitude, like channels of keys, so they are coded per column.
         if self._coder is None:
             slot = tensors.data[group.slots[0]]

@@ -16,6 +16,7 @@ from tests.posthoc.operators import Operators
 QUANTISERS = [
     "int8", "fp8", "kivi:group=8,residual=8", "xquant:group=8,residual=8", "xquant:group=8,residual=8,share_k=2",
     "turboquant:bits=3,sketch=true", "kvquant:bits=3", "kvquant:levels=uniform", "kvquant:levels=fisher",
+    "turboquant:mean_bits=2.5", "kivi:mean_bits=3,group=8,residual=8",
 ]  # fmt: skip
 MERGING = ["minicache:start=0", "minicache_xkv:start=0", "minicache:start=0+kivi:group=8,residual=0"]
 EVICTING = [

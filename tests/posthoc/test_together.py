@@ -10,6 +10,7 @@ import torch
 from cllm.cache.cache import KVCache
 from cllm.posthoc import slots as slots_module
 from cllm.posthoc import votes as votes_module
+from cllm.posthoc.methods import recompute
 from tests.posthoc.filled import fill
 from tests.posthoc.operators import Operators
 
@@ -53,6 +54,18 @@ def test_slots_together_are_as_one_by_one(spec, plan, padding, decoder, tokens, 
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("padding", [{}, {"starts": STARTS}], ids=["full", "padded"])
+@pytest.mark.parametrize("spec", ["recompute:rank=9", "recompute:rank=9,group=3", "recompute:rank=9,fit=input"])
+def test_groups_together_are_factorised_as_one_by_one(spec, padding, decoder, tokens, monkeypatch):
+    together = compressed(decoder, tokens, spec, "mha", **padding)
+    monkeypatch.setattr(recompute, "TOGETHER", {"cpu": 1})
+    alone = compressed(decoder, tokens, spec, "mha", **padding)
+    for slot, store in together.stores.items():
+        for part in ("k", "v"):
+            one, other = (getattr(s.prefix, part).decode() for s in (store, alone.stores[slot]))
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

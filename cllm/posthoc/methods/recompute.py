@@ -25,7 +25,7 @@ from cllm.posthoc.later_rows import rows_on
 from cllm.posthoc.lowrank import LowRank, leading_vectors, ranks_for_budget
 from cllm.posthoc.method import Codable, Engine
 from cllm.posthoc.registry import register
-from cllm.posthoc.slots import TOGETHER, SlotTensors
+from cllm.posthoc.slots import SlotTensors, together
 
 
 class Projection:
@@ -169,10 +169,8 @@ class Recompute(Codable):
         shapes = zip(self._ranks(keys, values, groups, sizes), sizes, map(len, groups), strict=True)
         batch, tokens = keys.data[0].shape[:2]
         for (rank, size, _), found in itertools.groupby(zip(shapes, groups, strict=True), itemgetter(0)):
-            alike, most = (
-                [group for _, group in found],
-                max(1, TOGETHER[keys.data[0].device.type] // (batch * tokens * size)),
-            )
+            alike = [group for _, group in found]
+            most = max(1, together(keys.data[0].device) // (batch * tokens * size))
             for first in range(0, len(alike), most):
                 self._code_groups(alike[first : first + most], rank, keys, values, codes)
         return codes

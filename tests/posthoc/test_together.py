@@ -59,7 +59,7 @@ def test_slots_together_are_as_one_by_one(spec, plan, padding, decoder, tokens, 
 @pytest.mark.parametrize("spec", ["recompute:rank=9", "recompute:rank=9,group=3", "recompute:rank=9,fit=input"])
 def test_groups_together_are_factorised_as_one_by_one(spec, padding, decoder, tokens, monkeypatch):
     together = compressed(decoder, tokens, spec, "mha", **padding)
-    monkeypatch.setattr(slots_module, "TOGETHER", {"cpu": 1})
+    monkeypatch.setattr(slots_module, "TOGETHER", {"cpu": 1, "cuda": 1})
     alone = compressed(decoder, tokens, spec, "mha", **padding)
     for slot, store in together.stores.items():
         for part in ("k", "v"):

@@ -41,6 +41,7 @@ SWEEPS: tuple[tuple[str, Mapping[str, Any], str], ...] = (
         for name in ("weighted-errors", "quantisers", "low-rank", "eviction")
     ),
     ("2026-11-28-low-rank-after-eviction-smollm2-cpu.csv", SMOLLM2, ""),
+    ("2026-11-28-head-bits-smollm2-cpu.csv", SMOLLM2, ""),
     ("2026-11-26-sinks-smollm2-cpu.csv", SMOLLM2, ""),
     ("2026-11-26-tradeoff-45m-h200.csv", {"parameters": 46938112, "tokens": 128e6, "context": 4096}, "sinks=0"),
 )

@@ -98,6 +98,7 @@ def test_every_plan_round_trips_bit_exactly(name, preset_config, random_model, t
         "minicache+kivi:bits=4,group=8,residual=8",
         "fp8",
         "turboquant:bits=3,sketch=true",
+        "turboquant:mean_bits=2.5",
         "kvquant:bits=3,outliers=0.05",
         "kvtc:ratio=1.5",
     ],

@@ -22,6 +22,7 @@ from cllm.cache.stores import SlotStore, Step
 from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.kernels.attention import document_boundaries
+from cllm.kernels.few_rows import FEW_ROWS
 from cllm.kernels.fp8_casts import FP8_CASTS
 from cllm.kernels.sum_products import SUM_PRODUCTS
 from cllm.model.block import Block
@@ -111,10 +112,11 @@ class Decoder(nn.Module):
         """Compile the blocks for passes of one token over a static cache. Other passes stay uncompiled.
 
         With coordinate descent tuning, the compiler also writes matrix products with one row (a batch of one sequence)
-        as reductions. These read weights at the full memory bandwidth, which a matrix kernel does not reach.
+        as reductions. These read weights at the full memory bandwidth, which a matrix kernel does not reach. Products
+        of up to 16 rows have a kernel of their own.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(self.blocks))
-        options: dict[str, Any] = {"coordinate_descent_tuning": True}
+        options: dict[str, Any] = {"coordinate_descent_tuning": True, "post_grad_custom_post_pass": FEW_ROWS}
         self._compiled = tuple(torch.compile(m, dynamic=False, options=options) for m in (*self.blocks, self.norm))
 
     def compile_blocks(self) -> None:

@@ -14,6 +14,8 @@
     readers.py       the layers that read a slot, and their queries while a cache is filled
     later_queries.py the queries of tokens after a compressed prefix
     weighting.py     errors of keys and values, weighted by what they change in attention's output
+    weighted.py      the base of methods that use these weights
+    head_bits.py     quantisers whose heads have their own widths
     lowrank.py       low-rank factors: SVD, and faster iterations
     power.py         a basis of the leading singular subspace by Chebyshev polynomials of XᵀX
     products.py      batched products in a chosen precision

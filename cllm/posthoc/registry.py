@@ -106,7 +106,7 @@ def describe_methods() -> str:
         lines.append(f"{name}: {method.summary}")
         own = method.model_fields.keys() - Compressor.model_fields.keys()
         lines += [_describe_option(key, field) for key, field in method.model_fields.items() if key in own]
-        refused = {"sinks": method.no_sinks, "recompress": method.no_recompress, "every": method.no_every}
+        refused = {key: getattr(method, f"no_{key}", None) for key in method.model_fields}
         lines += [f"    no {key}: {reason}" for key, reason in refused.items() if reason is not None]
     return "\n".join(lines)
 

@@ -49,14 +49,30 @@ class SlotTensors:
     sinks: Sinks | None = None
     """The tokens left out of `data` because they are stored exactly; None: none are."""
     cached: tuple[Tensor, ...] = ()
-    """For keys before RoPE: the cache's own keys (B, S, G, D) after RoPE, sinks included. Empty for other tensors."""
+    """For keys and values of a filled cache: the cache's own (B, S, G, D), keys after RoPE, sinks included. Empty for
+    other tensors."""
     rope: Callable[[int, Tensor], tuple[Tensor, Tensor]] | None = None
-    """As in `CompressibleSlots`, for keys before RoPE; None for other tensors."""
+    """As in `CompressibleSlots`, for keys of a filled cache; None for other tensors."""
 
     @property
     def tokens(self) -> int:
         """Tokens of the prefix, sinks included."""
         return self.data[0].shape[1] if self.sinks is None else self.sinks.length
+
+    def rotations(self) -> dict[int, Rotation]:
+        """RoPE of the tokens in `data`, by slot, for keys of a filled cache of which nothing was evicted."""
+        assert self.rope is not None
+        assert self.sinks is not None
+        first, starts = self.sinks.count, self.sinks.starts
+        tables = [functools.partial(self.rope, k.shape[-1]) for k in self.data]
+        tokens = [k.shape[1] for k in self.data]
+        found = zip(self.slots, tables, tokens, strict=True)
+        return {j: Rotation(table, first, n, starts) for j, table, n in found}
+
+    def before_rope(self) -> SlotTensors:
+        """Keys before RoPE, in fp32, for those after it; see `rotations`."""
+        k = _before_rope(dict(zip(self.slots, self.data, strict=True)), self.rotations())
+        return dataclasses.replace(self, data=k)
 
     def groups(self, size: int) -> list[list[int]]:
         """Indices into `slots` in contiguous groups of `size`; the last may be shorter.
@@ -263,10 +279,12 @@ class CompressibleSlots:
             share = sum(elements[j] for j in slots) / sum(elements.values()) / dtype.itemsize / len(k[0])
             counts = self.cache_bytes * share, incompressible * share
             keys = SlotTensors("k", slots, k, dtype, is_text, *counts, sinks)
-            if before_rope and not latent:
-                cached = tuple(self.slots[j].k for j in slots)
-                keys = dataclasses.replace(keys, cached=cached, rope=self.rope)
-            tensors.append((keys, None if latent else SlotTensors("v", slots, v, dtype, is_text, sinks=sinks)))
+            values: SlotTensors | None = None
+            if not latent:
+                cached_k, cached_v = (tuple(getattr(self.slots[j], name) for j in slots) for name in ("k", "v"))
+                keys = dataclasses.replace(keys, cached=cached_k, rope=self.rope)
+                values = SlotTensors("v", slots, v, dtype, is_text, sinks=sinks, cached=cached_v)
+            tensors.append((keys, values))
         return tensors
 
 

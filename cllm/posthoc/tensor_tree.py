@@ -13,7 +13,8 @@ Change = Callable[[Tensor], Tensor]
 
 
 class TensorTree:
-    """A dataclass whose fields may be tensors and other trees. Tensors are batch first; trees may share tensors."""
+    """A dataclass whose fields may be tensors, other trees, and tuples of both. Tensors are batch first; trees may
+    share tensors."""
 
     in_host_memory: ClassVar[bool] = False
     """Whether the tensors stay in host memory when those of other trees are on a device."""
@@ -21,10 +22,7 @@ class TensorTree:
     def tensors(self) -> Iterator[Tensor]:
         """All tensors of the tree; a shared one as often as it occurs."""
         for value in self.fields().values():
-            if isinstance(value, Tensor):
-                yield value
-            elif isinstance(value, TensorTree):
-                yield from value.tensors()
+            yield from _tensors(value)
 
     def host_tensors(self) -> Iterator[Tensor]:
         """Those of `tensors` that are in host memory."""
@@ -44,9 +42,21 @@ class TensorTree:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, TensorTree):
+        yield from value.tensors()
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
 def _changed(value: Any, change: Change) -> Any:
     if isinstance(value, Tensor):
         return change(value)
+    if type(value) is tuple:
+        return tuple(_changed(item, change) for item in value)
     return value.map(change) if isinstance(value, TensorTree) else value
 
 

@@ -45,9 +45,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cllm.cache.slot import Slot
 from cllm.errors import UserError
 from cllm.model.rope import apply_rope
+from cllm.posthoc.code import Code
 from cllm.posthoc.readers import NOT_RECORDED, RecordedQueries, SlotReader
+from cllm.posthoc.sinks import Sinks
 from cllm.posthoc.slots import SlotTensors
 
 ROW_POWER, ROW_FLOOR = 0.5, 0.1
@@ -142,6 +145,7 @@ class ErrorWeights:
         layers = {reader.layer: reader for slot in keys.slots for reader in readers.get(slot, ())}
         if not layers:
             raise UserError(NOT_RECORDED)
+        self._layers = layers
         self._streams = {i: self._mean_of_text(queries.streams(i, keys.tokens)).clamp(min=1e-30) for i in layers}
         self._attention = {i: self._squared_attention(reader) for i, reader in layers.items()}
         self._grams = {i: torch.einsum("mhd,mhe->hde", *[r.output.float()] * 2) for i, r in layers.items()}
@@ -185,6 +189,31 @@ class ErrorWeights:
             found[slot] = _weights(forms, attention)
         return found
 
+    def output_changes(self, keys: Mapping[int, Code], values: Mapping[int, Code]) -> tuple[float, float]:
+        """What codes of all keys change in attention's output, and what codes of all values do.
+
+        Nothing is approximated: the last queries attend to the decoded tensors. Each is the squared length of the
+        change, divided by that of the residual stream, the mean over queries and sequences, summed over layers.
+
+        Args:
+            keys: codes of keys after RoPE, by slot.
+            values: of the same slots.
+        """
+        of_keys = of_values = 0.0
+        for i, reader in self._layers.items():
+            v = self._read(i, self.values)
+            attention, _ = self._attend(reader, self._read(i, self.keys))
+            other, _ = self._attend(reader, self._read(i, self.keys, keys))
+            of_keys += self._change(reader, other - attention, v)
+            of_values += self._change(reader, attention, self._read(i, self.values, values) - v)
+        return of_keys, of_values
+
+    def _change(self, reader: SlotReader, attention: Tensor, v: Tensor) -> float:
+        """See `output_changes`, for one layer whose change is `attention` (B, G, H / G, m, S) of `v` (B, S, G, D)."""
+        heads = torch.einsum("bgrms,bsgd->bmgrd", attention, v).flatten(2, 3)
+        squares = torch.einsum("bmhd,ehd->bme", heads, reader.output.float()).square().sum(-1)
+        return (self._mean_of_text(squares) / self._streams[reader.layer]).mean().item()
+
     def _counts(self, last: int) -> Tensor:
         """(B or 1, m) fp32: for the `last` m tokens, one over their number; 0 for padding."""
         columns = torch.arange(self.keys.tokens - last, self.keys.tokens, device=self.keys.data[0].device)[None]
@@ -205,38 +234,51 @@ class ErrorWeights:
 
         A window of the layer is ignored, and so are keys from slots that are not compressed.
         """
-        keys = self.keys
-        q = self.queries.of(reader.layer, keys.tokens).float()  # B, m, H, D
-        device, sinks = q.device, keys.sinks
-        columns = torch.arange(keys.tokens - q.shape[1], keys.tokens, device=device)[None]  # 1, m
-        starts = None if sinks is None else sinks.starts
-        visible = torch.arange(keys.tokens, device=device) <= columns[..., None]  # 1, m, S
-        positions = columns
-        if starts is not None:
-            visible = visible & (torch.arange(keys.tokens, device=device) >= starts[:, None, None])
-            positions = (columns - starts[:, None]).clamp(min=0)
-        q = apply_rope(q, self._table(q.shape[-1], positions)) / q.shape[-1] ** 0.5
-        k = self._read_keys(reader.layer)  # B, S, G, D
-        scores = torch.einsum("bmgrd,bsgd->bgrms", q.unflatten(2, (k.shape[2], -1)), k)
-        counted = visible[:, None, None]
-        squares = scores.masked_fill(~counted, -1e30).softmax(-1).square() * counted
-        received = squares.sum(-2) / counted.sum(-2).clamp(min=1)  # B, G, H / G, S
+        keys, sinks = self.keys, self.keys.sinks
+        attention, counted = self._attend(reader, self._read(reader.layer, keys))
+        received = attention.square().sum(-2) / counted.sum(-2).clamp(min=1)  # B, G, H / G, S
         received = received.flatten(1, 2).mT  # B, S, H
         received = received if sinks is None else sinks.without(received)
         if keys.is_text is not None:
             received = received * keys.is_text[..., None]
         return (received / _mean_of_positive(received)).mean(-1)
 
-    def _read_keys(self, layer: int) -> Tensor:
-        """(B, S, G, D) fp32: the keys that a layer reads, after RoPE, with sinks."""
+    def _attend(self, reader: SlotReader, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The attention (B, G, H / G, m, S) of the last m queries for keys `k` (B, S, G, D) after RoPE; and booleans
+        (B or 1, 1, 1, m, S), which tokens a query sees."""
+        keys = self.keys
+        q = self.queries.of(reader.layer, keys.tokens).float()  # B, m, H, D
+        columns = torch.arange(keys.tokens - q.shape[1], keys.tokens, device=q.device)[None]  # 1, m
+        starts = None if keys.sinks is None else keys.sinks.starts
+        visible = torch.arange(keys.tokens, device=q.device) <= columns[..., None]  # 1, m, S
+        positions = columns
+        if starts is not None:
+            visible = visible & (torch.arange(keys.tokens, device=q.device) >= starts[:, None, None])
+            positions = (columns - starts[:, None]).clamp(min=0)
+        q = apply_rope(q, self._table(q.shape[-1], positions)) / q.shape[-1] ** 0.5
+        scores = torch.einsum("bmgrd,bsgd->bgrms", q.unflatten(2, (k.shape[2], -1)), k)
+        counted = visible[:, None, None]
+        return scores.masked_fill(~counted, -1e30).softmax(-1) * counted, counted
+
+    def _read(self, layer: int, tensors: SlotTensors, codes: Mapping[int, Code] | None = None) -> Tensor:
+        """(B, S, G, D) fp32: the keys, after RoPE, or the values that a layer reads, with sinks.
+
+        Args:
+            layer: which reads them.
+            tensors: the keys or the values of all slots.
+            codes: of them, by slot, to read in their place; sinks stay exact.
+        """
         total: Tensor | None = None
-        for slot, cached in zip(self.keys.slots, self.keys.cached, strict=True):
-            for reader in self.readers[slot]:
-                if reader.layer == layer and reader.keys is not None:
-                    part = cached.float() * reader.keys.to(cached.device, torch.float32)
-                    total = part if total is None else total + part
-        if total is None:  # the layer reads values only, of slots with other keys
-            return torch.zeros_like(self.keys.cached[self._read_by(layer)], dtype=torch.float32)
+        for slot, cached in zip(tensors.slots, tensors.cached, strict=True):
+            for reader in (r for r in self.readers[slot] if r.layer == layer):
+                factors = reader.keys if tensors.kind == "k" else reader.values
+                if factors is None:
+                    continue
+                x = cached if codes is None else _with_sinks(codes[slot].decode(), cached, tensors.sinks)
+                part = x.float() * factors.to(x.device, torch.float32)
+                total = part if total is None else total + part
+        if total is None:  # the layer reads values only, of slots with other keys; or keys only
+            return torch.zeros_like(tensors.cached[self._read_by(layer)], dtype=torch.float32)
         return total
 
     def _read_by(self, layer: int) -> int:
@@ -253,6 +295,14 @@ class ErrorWeights:
                 total[reader.layer] = total[reader.layer] + part if reader.layer in total else part
         found = {i: total.get(i) for i in self._attention}
         return {i: torch.ones_like(covariances[self._read_by(i)]) if t is None else t for i, t in found.items()}
+
+
+def _with_sinks(x: Tensor, cached: Tensor, sinks: Sinks | None) -> Tensor:
+    """`x` (B, n, G, D) with the sinks of `cached` (B, S, G, D) in their places."""
+    if sinks is None:
+        return x
+    exact = sinks.of(cached)
+    return sinks.join(Slot(x, x), Slot(exact, exact)).k
 
 
 def _covariance(rows: Tensor, is_text: Tensor | None) -> Tensor:

@@ -328,7 +328,9 @@ def test_compression_that_loses_nothing(method: str, folder: Callable[..., Path]
     assert_close(found, model(IDS)[:, 30:], 1e-4)
 
 
-@pytest.mark.parametrize("method", ["h2o:ratio=1.5", "snapkv:ratio=1.5", "xkv:group=2,ratio=1.5,weight=queries"])
+@pytest.mark.parametrize(
+    "method", ["h2o:ratio=1.5", "snapkv:ratio=1.5", "xkv:group=2,ratio=1.5,weight=queries", "turboquant:mean_bits=3"]
+)
 def test_the_cache_of_the_model_of_transformers_is_refused_where_keys_or_queries_rotate(method: str) -> None:
     with pytest.raises(UserError, match=r"rope type is .*'sliding_attention': 'default'.*; allowed: default, linear"):
         cllm.compress(gemma(), IDS[:, :30], method)

@@ -55,6 +55,7 @@ def test_kernels_compile_and_fit(capability: int) -> None:
         "copy_rows",
         "rotate_pairs",
         "merge_parts",
+        "multiply",
     }
     if capability == 90:
         names |= {"resident_scores", "project_nodes"}
@@ -86,7 +87,7 @@ def compile_everything(capability: int) -> None:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from cllm.kernels import resident_lowrank, split_decode, split_lowrank
+    from cllm.kernels import few_rows, resident_lowrank, split_decode, split_lowrank
 
     class Device:
         def get_current_target(self) -> GPUTarget:
@@ -112,12 +113,13 @@ def compile_everything(capability: int) -> None:
         compiled.setdefault(self.__name__, set()).add(run(self, *arguments, warmup=True, **options))
 
     JITFunction.run = compile_only
-    for module in (split_decode, split_lowrank):
+    for module in (split_decode, split_lowrank, few_rows):
         module.device_limits = lambda device: split_decode.Limits(*DEVICES[capability])  # type: ignore[attr-defined]
     decode(fp8=capability >= 89)
     decode_factors()
     rotate_keys()
     merge_outputs()
+    multiply_few_rows()
     if capability == 90:
         resident_lowrank._is_hopper = lambda device: True  # type: ignore[assignment]
         decode_resident_factors()
@@ -184,6 +186,14 @@ def rotate_keys() -> None:
         for dim in (16, 64, 128, 256):
             table = torch.randn(1, 100, 1, 2, dim // 2), torch.randn(1, 100, 1, 2, dim // 2)
             rotate.run(torch.randn(2, 104, 3, dim).to(dtype)[:, 4:], *table)
+
+
+def multiply_few_rows() -> None:
+    """By each tile, for even and odd widths, and several weights."""
+    from cllm.kernels import few_rows
+
+    for rows, sizes, width in ((4, (2048,), 1024), (16, (2048, 1024, 1024), 1000), (2, (8192, 300), 512)):
+        few_rows.run(drawn(rows, width), [drawn(size, width) for size in sizes])
 
 
 def merge_outputs() -> None:

@@ -179,6 +179,22 @@ def test_compression_that_loses_nothing(spec, wide) -> None:
     torch.testing.assert_close(found, model(IDS)[:, 30:], atol=1e-4, rtol=1e-4)
 
 
+def test_bits_of_heads_count_by_their_channels(wide) -> None:
+    """Of 26 tokens without sinks: 4 units of keys and 4 of values of 8 channels, 2 and 2 of 16."""
+    cache = cllm.compress(as_pretrained(wide(PAIRS)), IDS[:, :30], "turboquant:mean_bits=2.5")
+    codes = [code for store in cache.stores.values() for code in (store.prefix.k, store.prefix.v)]
+    units = [
+        (bits, 16 if code.parts[0].width[1] == 16 else 8)
+        for code in codes
+        for bits, h in zip(code.bits, code.heads, strict=True)
+        for _ in h
+    ]
+    assert sorted(dim for _, dim in units) == [8] * 8 + [16] * 4
+    assert 2.5 * 128 - 16 < sum(bits * dim for bits, dim in units) <= 2.5 * 128
+    packed = sum(bits * dim * 26 // 8 for bits, dim in units)
+    assert cache.nbytes() == packed + 26 * 12 * 4 + 4 * 128 * 4
+
+
 @pytest.mark.parametrize("method", ["xkv:group=4,ratio=1.5", "kvtc:group=4,ratio=1.5", "vfold:group=4"])
 def test_a_group_has_heads_of_one_size(method, wide) -> None:
     model = as_pretrained(wide(PAIRS))

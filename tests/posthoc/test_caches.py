@@ -397,7 +397,7 @@ CALIBRATED = [
     "palu:keep=0.5", "palu:keep=0.5,allocation=fisher", "palu:keep=0.5,allocation=search", "asvd:ratio=1.5",
     "lorc:keep=0.5", "eigenattention:keep=0.5", "eigenattention:keep=0.5,allocation=errors",
     "kvquant:levels=fisher", "kvtc:basis=calibration", "commonkv",
-    "kvsharer:share=1", "xkv:ratio=2,weight=queries", "h2o:ratio=2", "recompute", "kivi", "vfold",
+    "kvsharer:share=1", "xkv:ratio=2,weight=queries", "h2o:ratio=2", "recompute", "kivi", "vfold", "kivi:mean_bits=2",
 ]  # fmt: skip
 
 
@@ -417,7 +417,10 @@ def test_a_model_with_windows_only_is_refused_in_one_line(spec, decoder, tokens)
         compress()
 
 
-@pytest.mark.parametrize("spec", ["h2o:ratio=2", "snapkv:ratio=2", "entropy:ratio=2", "xkv:ratio=2,weight=queries"])
+@pytest.mark.parametrize(
+    "spec",
+    ["h2o:ratio=2", "snapkv:ratio=2", "entropy:ratio=2", "xkv:ratio=2,weight=queries", "turboquant:mean_bits=3"],
+)
 def test_queries_of_a_second_own_slot_are_refused_in_one_line(spec, decoder):
     join = {"join": [{"own": {"window": 4}}, {"own": {}}]}
     engine = engine_of(decoder(kv={"layers": [{"layers": "0-1", "read": join}]}, n_layers=2))

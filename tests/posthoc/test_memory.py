@@ -22,6 +22,8 @@ SPECS = [
     "svd:ratio=2,recompress=4",
     "minicache",
     "kivi:bits=2,group=8,residual=4,recompress=6",
+    "kivi:mean_bits=3,group=8,residual=4,every=4",
+    "turboquant:mean_bits=3",
     "svd:ratio=2,every=4",
     "minicache:every=4+kivi:bits=4,group=4,residual=4",
     "int8:every=3",

@@ -16,6 +16,7 @@ from tests.posthoc.operators import Operators
 QUANTISERS = [
     "int8", "fp8", "kivi:group=8,residual=8", "xquant:group=8,residual=8", "xquant:group=8,residual=8,share_k=2",
     "turboquant:bits=3,sketch=true", "kvquant:bits=3", "kvquant:levels=uniform", "kvquant:levels=fisher",
+    "turboquant:mean_bits=2.5", "kivi:mean_bits=3,group=8,residual=8",
 ]  # fmt: skip
 MERGING = ["minicache:start=0", "minicache_xkv:start=0", "minicache:start=0+kivi:group=8,residual=0"]
 EVICTING = [
@@ -52,6 +53,18 @@ def test_slots_together_are_as_one_by_one(spec, plan, padding, decoder, tokens, 
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("padding", [{}, {"starts": STARTS}], ids=["full", "padded"])
+@pytest.mark.parametrize("spec", ["recompute:rank=9", "recompute:rank=9,group=3", "recompute:rank=9,fit=input"])
+def test_groups_together_are_factorised_as_one_by_one(spec, padding, decoder, tokens, monkeypatch):
+    together = compressed(decoder, tokens, spec, "mha", **padding)
+    monkeypatch.setattr(slots_module, "TOGETHER", {"cpu": 1})
+    alone = compressed(decoder, tokens, spec, "mha", **padding)
+    for slot, store in together.stores.items():
+        for part in ("k", "v"):
+            one, other = (getattr(s.prefix, part).decode() for s in (store, alone.stores[slot]))
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,32 @@ def test_each_option_lowers_the_weighted_error(decoder, tokens, watched):
     assert errors[3] < 0.5 * errors[2]
 
 
+def lost_by_rank(rows, parts):
+    """The squared error of the rows (n, C) at every rank up to C, for the best ranks of `parts` blocks of channels."""
+    blocks = rows.double().chunk(parts, dim=1)
+    squares = torch.cat([torch.linalg.svdvals(block).square() for block in blocks]).sort(descending=True).values
+    return rows.double().square().sum() - squares.cumsum(0)
+
+
+def test_ranks_of_single_heads_never_lose_less_than_joint_ones(decoder, tokens, watched):
+    """At as many columns of A, by the weighted error: of a group of two slots with 4 heads of 8 channels each."""
+    model, ids = decoder(n_layers=2), tokens(1, 150)
+    engine, _, weights = watched(model, ids)
+    random = torch.randn(146, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -1, 64)
+    groups, tails = [random], 0.0
+    for tensors, of_slot, rank in ((weights.keys, weights.of_keys(), 20), (weights.values, weights.of_values(), 30)):
+        rows = torch.cat([of_slot[j].weigh(tensors.flat(i)) for i, j in enumerate(tensors.slots)], dim=-1)
+        groups.append((rows * row_weights(list(of_slot.values())))[0])
+        tails += lost_by_rank(groups[-1], 1)[rank - 1].item()
+    for rows in groups:
+        joint, heads = lost_by_rank(rows, 1), lost_by_rank(rows, 8)
+        total = rows.double().square().sum()
+        assert (joint <= heads + 1e-9 * total).all()
+        assert (joint[:40] < heads[:40] - 1e-3 * total).any()
+    _, cache, _ = compressed(engine, model, ids, "xkv:group=2,rank_k=20,rank_v=30,weight=queries")
+    assert weighted_error(weights, cache, None, 2) == pytest.approx(tails, rel=1e-3)
+
+
 def test_water_filling_is_the_best_of_all_ranks():
     draw = torch.Generator().manual_seed(0)
     squares = [torch.rand(4, generator=draw).sort(descending=True).values for _ in range(3)]

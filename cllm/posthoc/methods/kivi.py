@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes
-from cllm.posthoc.method import Compressor, TensorCoder
+from cllm.posthoc.head_bits import HeadBits
+from cllm.posthoc.method import TensorCoder
 from cllm.posthoc.quantize import Bits, Quantized, grouped, join_packed, pack, quantize
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
@@ -23,10 +24,12 @@ from cllm.posthoc.slots import SlotTensors
     summary="keys quantised per channel, values per token, the last tokens exact",
     sweep=("kivi:bits=4,group=32,residual=32", "kivi:bits=2,group=32,residual=32"),
 )
-class KIVI(Compressor, TensorCoder):
-    """KIVI: keys quantised per channel, values per token, the last tokens kept exact."""
+class KIVI(HeadBits, TensorCoder):
+    """KIVI: keys quantised per channel, values per token, the last tokens kept exact. `mean_bits` is not in the
+    paper."""
 
-    slot_options: ClassVar[frozenset[str]] = frozenset({"recompress", "every", "sinks"})
+    slot_options: ClassVar[frozenset[str]] = frozenset({"recompress", "every", "sinks", "mean_bits"})
+    widths: ClassVar[tuple[int, ...]] = (1, 2, 4, 8)
 
     bits: Bits = 2
     """Bits of a code."""
@@ -36,24 +39,28 @@ class KIVI(Compressor, TensorCoder):
     """Last tokens that stay exact, plus as many as are left when the others are divided by `group`. If there are fewer
     than both together, all stay exact."""
 
-    def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
-        return self._encode_all(keys), [None] * len(keys.slots) if values is None else self._encode_all(values)
+    def code_slots(self, tensors: SlotTensors, bits: int | None = None) -> Codes:
+        return self._with_bits(tensors, bits).code_all(tensors)
 
-    def _encode_all(self, tensors: SlotTensors) -> Codes:
-        return self.code_all(tensors)
+    def _with_bits(self, tensors: SlotTensors, bits: int | None) -> Self:
+        """The method itself for None; a copy with `bits` for heads that are coded by themselves."""
+        if bits is None:
+            return self
+        undivided = [x.shape[-1] for x in tensors.data if x.shape[-1] % self.group]
+        if tensors.kind == "v" and undivided:
+            raise UserError(
+                f"{self.name}: {self.weighting} codes every head by itself, and group={self.group} does not divide the "
+                f"{undivided[0]} channels of a head"
+            )
+        return self.model_copy(update={"bits": bits})
 
     def code(self, rows: Tensor, kind: Literal["k", "v"], dtype: torch.dtype, width: tuple[int, ...]) -> Code:
         return self._code(rows, kind, dtype, width)
 
-    def absorb(
-        self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]
-    ) -> tuple[Codes, Codes]:
+    def extend_slots(self, tensors: SlotTensors, codes: Sequence[Code], bits: int | None = None) -> Codes:
         """The codes are those of all tokens at once: exact ones that leave the residual are quantised in new groups."""
-        no_values: Codes = [None] * len(keys.slots)
-        return self._extend_all(keys, codes[0]), no_values if values is None else self._extend_all(values, codes[1])
-
-    def _extend_all(self, tensors: SlotTensors, codes: Sequence[Code]) -> Codes:
-        return [self._extended(code, tensors.flat(i)) for i, code in enumerate(codes)]
+        method = self._with_bits(tensors, bits)
+        return [method._extended(code, tensors.flat(i)) for i, code in enumerate(codes)]
 
     def extend(
         self, code: Code, rows: Tensor, kind: Literal["k", "v"], dtype: torch.dtype, width: tuple[int, ...]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -23,7 +25,7 @@ from cllm.posthoc.later_rows import rows_on
 from cllm.posthoc.lowrank import LowRank, leading_vectors, ranks_for_budget
 from cllm.posthoc.method import Codable, Engine
 from cllm.posthoc.registry import register
-from cllm.posthoc.slots import SlotTensors
+from cllm.posthoc.slots import SlotTensors, together
 
 
 class Projection:
@@ -164,8 +166,13 @@ class Recompute(Codable):
             return codes
         groups = keys.groups(self.group)
         sizes = [sum(2 * math.prod(keys.data[i].shape[2:]) for i in group) for group in groups]
-        for group, rank in zip(groups, self._ranks(keys, values, groups, sizes), strict=True):
-            self._code_group(group, rank, keys, values, codes)
+        shapes = zip(self._ranks(keys, values, groups, sizes), sizes, map(len, groups), strict=True)
+        batch, tokens = keys.data[0].shape[:2]
+        for (rank, size, _), found in itertools.groupby(zip(shapes, groups, strict=True), itemgetter(0)):
+            alike = [group for _, group in found]
+            most = max(1, together(keys.data[0].device) // (batch * tokens * size))
+            for first in range(0, len(alike), most):
+                self._code_groups(alike[first : first + most], rank, keys, values, codes)
         return codes
 
     def absorb(
@@ -236,39 +243,49 @@ class Recompute(Codable):
             )
         return ranks[0]
 
-    def _code_group(
-        self, group: list[int], rank: int, keys: SlotTensors, values: SlotTensors, codes: tuple[Codes, Codes]
+    def _code_groups(
+        self, groups: list[list[int]], rank: int, keys: SlotTensors, values: SlotTensors, codes: tuple[Codes, Codes]
     ) -> None:
-        """Write the codes of the slots of `group`."""
-        tensors = [(part, i) for i in group for part in (keys, values)]
-        if self.fit == "kv":
-            rows = [part.flat(i) for part, i in tensors]
-            scales = [1 / x.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-30) for x in rows]  # B, 1, 1
-            joined = torch.cat([x * scale for x, scale in zip(rows, scales, strict=True)], dim=-1)
-            vectors = leading_vectors(joined, rank, keys.dtype)
-            parts = vectors.split([x.shape[2] for x in rows], dim=1)
-            maps = [part / scale for part, scale in zip(parts, scales, strict=True)]
-        else:
-            joined, maps, vectors = self._of_inputs(group, rank, keys)
-        a = self._stored((joined @ vectors), keys)
-        for (part, i), b, side in zip(tensors, maps, (0, 1) * len(group), strict=True):
-            width = tuple(part.data[i].shape[2:])
-            codes[side][i] = LowRank(a, b.to(part.dtype, copy=True).contiguous(), width)
+        """Write the codes of the slots of `groups`, which have one shape and one rank."""
+        joined, scales = zip(*(self._joined(group, rank, keys, values) for group in groups), strict=True)
+        every = leading_vectors(torch.cat(joined), rank, keys.dtype)
+        for group, rows, scale, vectors in zip(groups, joined, scales, every.split(len(joined[0])), strict=True):
+            a = self._stored((rows @ vectors), keys)
+            tensors = [(part, i) for i in group for part in (keys, values)]
+            maps = self._maps(group, vectors, scale, keys, values)
+            for (part, i), b, side in zip(tensors, maps, (0, 1) * len(group), strict=True):
+                width = tuple(part.data[i].shape[2:])
+                codes[side][i] = LowRank(a, b.to(part.dtype, copy=True).contiguous(), width)
 
-    def _of_inputs(self, group: list[int], rank: int, keys: SlotTensors) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The inputs of a group side by side, for keys and values of each slot W B, and the basis B."""
+    def _joined(
+        self, group: list[int], rank: int, keys: SlotTensors, values: SlotTensors
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What is approximated, side by side (B, n, C): the inputs of a group, or its keys and values times scales (B,
+        1, 1), which are returned too."""
+        if self.fit == "kv":
+            rows = [part.flat(i) for i in group for part in (keys, values)]
+            scales = [1 / x.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-30) for x in rows]
+            return torch.cat([x * scale for x, scale in zip(rows, scales, strict=True)], dim=-1), scales
         inputs = [self._inputs.of(keys.slots[i], keys, self.name).float() for i in group]
         joined = keys.without_padding(torch.cat(inputs, dim=-1), "zero")
         if rank > joined.shape[2]:
             raise UserError(f"{self.name}: rank={rank}: the inputs have {joined.shape[2]} numbers; allowed: up to that")
-        vectors = leading_vectors(joined, rank, keys.dtype)
+        return joined, []
+
+    def _maps(
+        self, group: list[int], vectors: Tensor, scales: list[Tensor], keys: SlotTensors, values: SlotTensors
+    ) -> list[Tensor]:
+        """The factor B of keys and of values of each slot of a group, whose `_joined` has the basis `vectors`."""
+        if self.fit == "kv":
+            widths = [math.prod(part.data[i].shape[2:]) for i in group for part in (keys, values)]
+            return [part / scale for part, scale in zip(vectors.split(widths, dim=1), scales, strict=True)]
         maps: list[Tensor] = []
         for i, part in zip(group, vectors.chunk(len(group), dim=1), strict=True):
             for projection in self._projections[keys.slots[i]]:
                 if projection.bias is not None:
                     raise UserError(f"{self.name}: fit=input: the projections have a bias; allowed: fit=kv")
                 maps.append(projection.weight.float() @ part)
-        return joined, maps, vectors
+        return maps
 
     def _stored(self, rows: Tensor, keys: SlotTensors) -> Code:
         if self._coder is None:

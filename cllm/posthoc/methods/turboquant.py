@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from cllm.posthoc.bit_planes import pack_codes, unpack_codes
 from cllm.posthoc.code import Code, Codes
-from cllm.posthoc.method import Compressor
+from cllm.posthoc.head_bits import HeadBits
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
 from cllm.posthoc.tensor_tree import TensorTree
@@ -101,7 +102,7 @@ def levels(dim: int, bits: int, device: torch.device) -> Tensor:
     summary="lengths, and Lloyd-Max codes of randomly rotated directions, without calibration",
     sweep=("turboquant:bits=4", "turboquant:bits=2"),
 )
-class TurboQuant(Compressor):
+class TurboQuant(HeadBits):
     """TurboQuant: for every vector x of a head (D numbers)
 
         γ = ‖x‖    u = Π x / γ    q_i = the nearest level of u_i    x' = γ Πᵀ u'
@@ -116,8 +117,10 @@ class TurboQuant(Compressor):
         x'' = γ Πᵀ (u' + ‖r‖ √(π/2) / D Sᵀ sign(S r)),    S of standard normal numbers,
 
     which makes products with queries unbiased: E ⟨y, x''⟩ = ⟨y, x⟩, with a variance of at most √3 π² ‖y‖² ‖x‖² 4^-b / D
-    (theorem 2). Nothing is fitted, so padding and later tokens change no code.
+    (theorem 2). Nothing is fitted, so padding and later tokens change no code. `mean_bits` is not in the paper.
     """
+
+    widths: ClassVar[tuple[int, ...]] = tuple(range(1, 9))
 
     bits: int = Field(4, ge=1, le=8)
     """Bits of a number, the sketch included."""
@@ -128,14 +131,10 @@ class TurboQuant(Compressor):
     seed: int = Field(0, ge=0, le=2**31 - 1)
     """Of Π and S, which are drawn from it and not stored."""
 
-    def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
-        k = self._code_all(keys, self.bits, sketch=self.sketch)
-        if values is None:
-            return k, [None] * len(keys.slots)
-        return k, self._code_all(values, self.bits_v or self.bits, sketch=False)
-
-    def _code_all(self, tensors: SlotTensors, bits: int, *, sketch: bool) -> Codes:
-        return tensors.code_stacks(lambda stack: self._code(stack.data[0], bits, sketch=sketch))
+    def code_slots(self, tensors: SlotTensors, bits: int | None = None) -> Codes:
+        own = self.bits if tensors.kind == "k" or self.bits_v is None else self.bits_v
+        width, sketch = own if bits is None else bits, self.sketch and tensors.kind == "k"
+        return tensors.code_stacks(lambda stack: self._code(stack.data[0], width, sketch=sketch))
 
     def _code(self, x: Tensor, bits: int, *, sketch: bool) -> Rotated:
         """The code of `x` (B, n, *width)."""

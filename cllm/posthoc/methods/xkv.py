@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
@@ -30,14 +29,14 @@ from cllm.posthoc.lowrank import (
     ranks_for_budget,
     water_filling,
 )
-from cllm.posthoc.method import Codable, Engine, TensorCoder, naming
+from cllm.posthoc.method import Codable, TensorCoder
 from cllm.posthoc.mixed import choose_widths, code_mixed, column_bits
 from cllm.posthoc.parallel import run_in_parallel
 from cllm.posthoc.products import Products, multiply
-from cllm.posthoc.readers import RecordedQueries, SlotReader
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
-from cllm.posthoc.weighting import ErrorWeights, Weights, row_weights
+from cllm.posthoc.weighted import Weighted
+from cllm.posthoc.weighting import Weights, row_weights
 
 
 @register(
@@ -45,7 +44,7 @@ from cllm.posthoc.weighting import ErrorWeights, Weights, row_weights
     summary="for a group of neighbouring slots one basis over tokens, and factors for each slot",
     sweep=("xkv:group={group},ratio={ratio}", "xkv:group={group},ratio={ratio}+kivi:bits=4,group=32,residual=0"),
 )
-class XKV(Codable):
+class XKV(Weighted, Codable):
     """Cross-layer SVD (xKV): for a group of G layers, separately for keys before RoPE and for values,
 
         [X_1, ..., X_G] ≈ A [B_1, ..., B_G],    A (n, r) shared over the group, B_l (r, width) of each layer
@@ -101,8 +100,6 @@ class XKV(Codable):
     local: int = Field(4, ge=0)
     """Last full chunks that are always read, like outliers, with the rest of a chunk after them."""
 
-    _queries: RecordedQueries = PrivateAttr(default_factory=RecordedQueries)
-    _readers: dict[int, list[SlotReader]] = PrivateAttr(default_factory=dict)
     _chosen: dict[str, str] = PrivateAttr(default_factory=dict)
     """What `svd=auto` chose for the last cache: `svd` and `products`."""
 
@@ -125,11 +122,6 @@ class XKV(Codable):
             raise ValueError(f"spread needs all singular values, which svd={self.svd} has not; allowed: exact, gram")
         if self.codes != "none" and not self.spread:
             raise ValueError(f"codes={self.codes} shares bits over all columns; allowed: with spread=true")
-        if self.weight != "none" and self.recompress is not None:
-            raise ValueError(
-                f"recompress={self.recompress}: weight={self.weight} needs the queries of all tokens, and those of "
-                "later tokens are not recorded; allowed: one of the two"
-            )
         if self.select is None and (alone := sorted({"chunk", "outliers", "local"} & self.model_fields_set)):
             raise ValueError(f"{alone[0]} goes with select, which is not given")
         if self.select is not None and self.select % self.chunk:
@@ -156,23 +148,8 @@ class XKV(Codable):
         return super().coded_by(coder)
 
     @property
-    def watches(self) -> bool:
-        return self.weight != "none"
-
-    @contextmanager
-    def watch(self, engine: Engine) -> Iterator[None]:
-        """Record queries while the cache is filled, if errors are weighted by them."""
-        if self.weight == "none":
-            yield
-            return
-        with naming(f"{self.name}: weight={self.weight}"):
-            self._readers = {slot: engine.readers(slot) for slot in engine.slots()}
-        self._queries = RecordedQueries()
-        with engine.all_tokens(), self._queries.record(self._readers):
-            yield
-
-    def release(self) -> None:
-        self._queries, self._readers = RecordedQueries(), {}
+    def weighting(self) -> str | None:
+        return None if self.weight == "none" else f"weight={self.weight}"
 
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         if self.select is not None and values is None:
@@ -340,13 +317,9 @@ class XKV(Codable):
 
     def _weights(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[dict[int, Weights], dict[int, Weights]]:
         """The weights of errors of every slot's keys and values; none for `weight=none`."""
-        if self.weight == "none":
+        if self.weighting is None:
             return {}, {}
-        if values is None or keys.rope is None:
-            raise UserError(
-                f"{self.name}: weight={self.weight}: the slots are latents; allowed: keys and values, or weight=none"
-            )
-        weights = ErrorWeights(keys, values, self._readers, self._queries)
+        weights = self.error_weights(keys, values)
         return weights.of_keys(), weights.of_values()
 
     def _solver(self, group: Group) -> Solver:

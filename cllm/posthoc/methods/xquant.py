@@ -28,7 +28,8 @@ class XQuant(KIVI):
     z' = z + η s (2^b - 1) and s' = (1 - 2η) s.
     """
 
-    slot_options: ClassVar[frozenset[str]] = frozenset({"recompress", "every", "sinks", "share_k", "share_v"})
+    slot_options: ClassVar[frozenset[str]] = KIVI.slot_options | {"share_k", "share_v"}
+    no_mean_bits: ClassVar[str | None] = "slots that share codes have one width"
 
     eta: float = Field(0.05, ge=0, le=0.5)
     """η: how far both ends of the range are moved inwards, as a share of max - min."""
@@ -42,8 +43,8 @@ class XQuant(KIVI):
         moved = zero.float() + self.eta * wide * (2**self.bits - 1)
         return ((1 - 2 * self.eta) * wide).to(scale.dtype), moved.to(zero.dtype)
 
-    def _encode_all(self, tensors: SlotTensors) -> Codes:
-        codes = self.code_all(tensors)
+    def code_slots(self, tensors: SlotTensors, bits: int | None = None) -> Codes:
+        codes = super().code_slots(tensors, bits)
         for i in range(1, len(codes)):
             if self._shares(tensors, i):
                 lower, upper = codes[i - 1], codes[i]
@@ -57,7 +58,7 @@ class XQuant(KIVI):
         start = self.share_k if tensors.kind == "k" else self.share_v
         return i % 2 == 1 and i >= start and tensors.data[i].shape == tensors.data[i - 1].shape
 
-    def _extend_all(self, tensors: SlotTensors, codes: Sequence[Code]) -> Codes:
+    def extend_slots(self, tensors: SlotTensors, codes: Sequence[Code], bits: int | None = None) -> Codes:
         joined = list[Quantized]()
         for i, code in enumerate(codes):
             shared = joined[-1] if self._shares(tensors, i) else None

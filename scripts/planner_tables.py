@@ -58,7 +58,8 @@ DECODE = (
 LEFT_OUT = {
     "2026-11-22-decode-1364m-peers-h200.json": "repeats steps of 2026-11-22-decode-1364m-h200.json",
     "2026-11-25-tradeoff-2m-cpu.csv": "models of 2 M parameters",
-    "2026-11-28-study-equal-bytes-h200": "has begun: three of 23 designs beside mha",
+    "2026-11-28-study-equal-bytes-h200": "after 100 M tokens, where changes are several times those after 490 M, so "
+    "complex keys and matrix values would come before plain fusedkv, which is better in the same study",
     "2026-11-27-new-tokens-smollm2-cpu.csv": "losses while new tokens join, not of a compressed prompt",
     "2026-11-28-calibrated-smollm2-cpu.csv": "windows of 256 tokens; calibration-texts has 1,024",
 }

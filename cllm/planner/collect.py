@@ -20,7 +20,7 @@ from cllm.cache.accounting import kv_bytes, mha_twin
 from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.plan.presets import preset_names
-from cllm.planner.keys import plan_at, plan_key, query_heads_per_kv_head
+from cllm.planner.keys import own_settings, plan_at, plan_key, query_heads_per_kv_head
 from cllm.planner.measured import DecodeStep, LossChange, Table, read_table
 from cllm.posthoc import UNCOMPRESSED
 from cllm.trust import parse_json
@@ -90,7 +90,8 @@ def _config(model: Mapping[str, Any], source: str) -> ModelConfig:
 def study_changes(records: Iterable[Mapping[str, Any]], source: str) -> list[LossChange]:
     """Changes of the loss against mha of the same tokens, data, shape and seed; a mean and spread over seeds.
 
-    Several learning rates of one design, tokens and seed count as one point, that with the least loss.
+    Runs of a search for learning rates are left out: they are shorter than those that the study compares. Several
+    learning rates of one design, tokens and seed count as one point, that with the least loss.
 
     Raises `UserError` if there is no such mha for any design.
     """
@@ -98,9 +99,11 @@ def study_changes(records: Iterable[Mapping[str, Any]], source: str) -> list[Los
     mha = plan_key({"preset": "mha"}, 1)
     assert mha is not None
     for record in records:
+        if record.get("search"):
+            continue
         config = _config(record["config"]["model"], source)
         ratio = query_heads_per_kv_head(config)
-        kv = {k: v for k, v in config.kv.model_dump(mode="json").items() if k != "n_kv_heads"}
+        kv = own_settings(config)
         key = plan_key(kv, ratio)
         if key is None:
             continue
@@ -260,8 +263,7 @@ def decode_steps(path: Path) -> list[DecodeStep]:
         if row["design"] not in configs:
             continue
         config = _config(configs[row["design"]]["model"], str(path))
-        kv = {k: v for k, v in config.kv.model_dump(mode="json").items() if k != "n_kv_heads"}
-        found.append(DecodeStep(kv=kv, query_heads_per_kv_head=query_heads_per_kv_head(config), gpu=gpu,
-                                bytes_read=row["bytes_read"], step_s=row["step_ms"] / 1e3,
+        found.append(DecodeStep(kv=own_settings(config), query_heads_per_kv_head=query_heads_per_kv_head(config),
+                                gpu=gpu, bytes_read=row["bytes_read"], step_s=row["step_ms"] / 1e3,
                                 parameters=row["weight_bytes"] / 2, source=str(path)))  # fmt: skip
     return found

@@ -56,6 +56,24 @@ def plan_key(kv: dict[str, Any], ratio: int | None) -> str | None:
     return _key(json.dumps(rest, sort_keys=True), ratio)
 
 
+def own_settings(config: ModelConfig) -> dict[str, Any]:
+    """The settings of `model.kv` that make a design: without the number of KV heads and without defaults.
+
+    A setting is a default if the plan is the same without it. So `n_lower: 6` of 12 layers, where the preset takes
+    half of the layers, is half of them at any other depth too.
+    """
+    plan = repr(config.plan())
+    kept = config.kv.model_dump(mode="json")
+    for name in [name for name in kept if name != "preset"]:
+        fewer = {key: value for key, value in kept.items() if key != name}
+        try:
+            same = repr(ModelConfig.model_validate({**config.model_dump(mode="json"), "kv": fewer}).plan()) == plan
+        except (ValidationError, UserError):
+            continue
+        kept = fewer if same else kept
+    return {key: value for key, value in kept.items() if key != "n_kv_heads"}
+
+
 def config_key(config: ModelConfig) -> str | None:
     """`plan_key` of a model."""
-    return plan_key(config.kv.model_dump(mode="json"), query_heads_per_kv_head(config))
+    return plan_key(own_settings(config), query_heads_per_kv_head(config))

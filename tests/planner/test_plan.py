@@ -94,6 +94,14 @@ def test_a_design_is_recognised_at_another_depth_but_not_with_other_kv_heads():
     assert config_key(wide.model_copy(update={"kv": wide.kv.model_copy(update={"n_kv_heads": 2})})) != config_key(wide)
 
 
+def test_a_default_that_is_written_out_is_the_default_at_any_depth():
+    def key(n_layers: int, **kv: object) -> str | None:
+        return config_key(ModelConfig(d_model=256, n_layers=n_layers, n_heads=4, kv={"preset": "swiftkv", **kv}))
+
+    assert key(12, n_lower=6) == key(8, n_lower=4) == key(8)
+    assert key(12, n_lower=4) != key(12)
+
+
 def test_the_front_of_a_table_made_by_hand():
     one = next(iter(made(["mha"], measured()).values()))
 
@@ -127,14 +135,17 @@ def test_designs_loop_over_the_registry():
 
 
 def test_a_study_and_a_sweep_as_losses(tmp_path):
-    def point(name: str, kv: dict, seed: int, loss: float) -> None:
+    def point(name: str, kv: dict, seed: int, loss: float, tokens: int = 5, *, search: bool = False) -> None:
         model = MODEL.model_dump(mode="json") | {"kv": kv}
-        record = {"config": {"model": model}, "loss": loss, "seed": seed, "tokens": 5, "data": "d"}
-        (tmp_path / f"{name}{seed}.json").write_text(json.dumps(record | {"summary": {"parameters": 7}}))
+        record = {"config": {"model": model}, "loss": loss, "seed": seed, "tokens": tokens, "data": "d"}
+        record |= {"search": search, "summary": {"parameters": 7}}
+        (tmp_path / f"{name}{seed}-{tokens}.json").write_text(json.dumps(record))
 
     for seed, (base, other) in enumerate([(3.0, 2.9), (3.2, 3.0)]):
         point("mha", {"preset": "mha"}, seed, base)
         point("cla", CLA, seed, other)
+        point("mha", {"preset": "mha"}, seed, 5.0, 1, search=True)
+        point("cla", CLA, seed, 4.0, 1, search=True)  # of the search for rates: not a change that the study compares
     (found,) = read_losses(tmp_path).losses
     assert found.loss_change == pytest.approx(-0.15)
     assert found.standard_error == pytest.approx(0.05)

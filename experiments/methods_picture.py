@@ -29,7 +29,7 @@ from cllm.evaluate.records import is_number
 from cllm.files import write_atomic
 from cllm.trust import parse_json
 
-_SIZES = {"ratio", "bits", "rank", "tokens", "group", "residual", "svd", "sinks", "allocation"}
+_SIZES = {"ratio", "bits", "rank", "tokens", "group", "residual", "svd", "sinks"}
 """Options that do not make a line of its own in the picture."""
 _EQUAL_RATIOS = 0.1
 """Measurements of one compression belong together if their ratios differ by less than this share."""

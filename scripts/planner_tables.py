@@ -31,6 +31,7 @@ STUDIES = ("2026-11-27-study-100m-h200", "2026-11-27-study-490m-h200")
 SWEEPS: tuple[tuple[str, Mapping[str, Any], str], ...] = (
     ("2026-11-28-methods-45m-again-h200.json", TRAINED_45M, ""),
     ("2026-11-28-methods-45m-h200.json", TRAINED_45M, ""),
+    ("2026-11-28-methods-calibrated-smollm2-h200.json", SMOLLM2, ""),
     ("2026-11-28-methods-smollm2-h200.json", SMOLLM2, ""),
     ("2026-11-28-calibration-texts-smollm2-cpu.csv", {**SMOLLM2, "context": 1024}, ""),
     ("2026-11-27-methods-smollm2-h200.json", SMOLLM2, ""),
@@ -62,6 +63,7 @@ LEFT_OUT = {
     "complex keys and matrix values would come before plain fusedkv, which is better in the same study",
     "2026-11-27-new-tokens-smollm2-cpu.csv": "losses while new tokens join, not of a compressed prompt",
     "2026-11-28-calibrated-smollm2-cpu.csv": "windows of 256 tokens; calibration-texts has 1,024",
+    "2026-11-28-methods-rest-cpu.json": "four to seven windows in fp32, of two models",
 }
 """Results with losses or steps that are not shipped, and why."""
 

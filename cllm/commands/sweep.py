@@ -64,7 +64,8 @@ def make_parser(program: str) -> Parser:
     parser = Parser(prog=program, description=__doc__, usage_hint=f"{program} runs/*")
     add, count, ratio = parser.add_argument, whole_number(1), number(above=0)
     add("runs", nargs="+", metavar="RUN", help="run folders, checkpoints or Hugging Face folders")
-    add("--spec", action="append", default=[], help="a method, {group} and {ratio} filled in; repeat it; the "
+    add("--spec", action="append", default=[], help="a method, {group} and {ratio} filled in; repeat it; @FILE: "
+        "those on the lines of a file; the "
         "first 4 tokens stay exact, others with sinks=N in the spec "
         "(default: those that each method proposes; evaluate --list-posthoc shows them)")  # fmt: skip
     add("--group", type=count, nargs="+", default=[2, 4], help="values of {group} (default: 2 4)")

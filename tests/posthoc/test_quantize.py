@@ -287,6 +287,20 @@ def test_hqq_packs_any_number_of_tokens(bits, packed, group, length, llama, toke
     assert quantized.get_seq_length() == length + 9
 
 
+def test_codes_of_hqq_are_those_of_a_batch(llama, tokens, filled):
+    """So suites quantise one context at a time."""
+    pytest.importorskip("hqq")
+    method, ids = parse("hf_quantized:backend=hqq,bits=3,group=8"), tokens(3, 37)
+    read = []
+    for of in (ids, ids[1:2]):
+        engine, cache = filled(llama(), of)
+        layer = engine.compress(cache, method).layers[0]
+        read.append(layer._dequantize(layer._quantized_keys)[-2 if len(of) == 3 else 0])
+    assert not torch.equal(*read)
+    assert method.chooses_for_batch
+    assert not parse("hf_quantized:backend=quanto").chooses_for_batch
+
+
 @pytest.mark.parametrize("later", [0, 2])
 @pytest.mark.parametrize(("backend", "package"), [("quanto", "optimum.quanto"), ("hqq", "hqq")])
 def test_sequences_of_a_transformers_quantised_cache_are_rearranged(backend, package, later, llama, tokens, filled):

@@ -58,6 +58,10 @@ class HFQuantized(Compressor):
     residual: int = Field(128, ge=1)
     """Number of exact tokens at which all tokens are quantised."""
 
+    @property
+    def chooses_for_batch(self) -> bool:
+        return self.backend == "hqq"  # it stops moving z by the mean error of the batch
+
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         raise UserError(f"{self.name}: serves transformers models only; for cllm models: kivi")
 

@@ -95,7 +95,8 @@ def _run_name(path: Path) -> str:
 def _measured(
     subject: Subject, text: TextSet, settings: Settings, spec: str, prefix: int, window: int, batch: int
 ) -> Any:
-    """The record of an earlier measurement of the same checkpoint on the same data, or None."""
+    """The record of an earlier measurement of the same checkpoint on the same data, or None; also None for one of an
+    earlier version that lacks a number or chose differently."""
     from cllm.evaluate import posthoc
     from cllm.evaluate.calibration import calibration_of
     from cllm.posthoc.registry import parse
@@ -117,7 +118,7 @@ def _measured(
     wanted = {"checkpoint": subject.checkpoint, "step": subject.step, "data": str(text.path), "batch": batch}
     wanted |= {"precision": subject.precision, "sinks": method.sinks, **posthoc.fingerprints(subject, text)}
     wanted |= posthoc.calibration_fingerprint(calibration)
-    complete = "bf16_bytes_per_token" in record  # not of an earlier version
+    complete = "bf16_bytes_per_token" in record and method.needed_facts <= record.get("facts", {}).keys()
     return record if complete and all(record.get(key) == value for key, value in wanted.items()) else None
 
 

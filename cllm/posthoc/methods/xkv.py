@@ -185,6 +185,11 @@ class XKV(Weighted, Codable):
     def facts(self) -> dict[str, Any]:
         return dict(self._chosen)
 
+    @property
+    def needed_facts(self) -> frozenset[str]:
+        factorises = self.svd == "auto" and self.ratio != 1
+        return frozenset({"svd", "products"} if factorises else ())
+
     def absorb(
         self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]
     ) -> tuple[Codes, Codes]:

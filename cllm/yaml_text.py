@@ -156,6 +156,19 @@ def parse_yaml(text: str, where: str) -> Any:
             loader.dispose()
 
 
+def parse_word(text: str, where: str) -> Any:
+    """As `parse_yaml`, for a value in a word of a command line, where a comment would hide a part of the word.
+
+    Raises:
+        UserError: as `parse_yaml` does, and for a comment.
+    """
+    value = parse_yaml(text, where)
+    node = yaml.compose(text, Loader=_Loader)
+    if (rest := text[0 if node is None else node.end_mark.index :].strip()).startswith("#"):
+        raise UserError(f'{where}: {text!r}: YAML reads "{rest}" as a comment; leave it out, or quote text')
+    return value
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping.
 

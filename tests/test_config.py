@@ -9,9 +9,10 @@ from annotated_types import Le
 from pydantic.fields import FieldInfo
 
 from cllm.config import Config, ModelConfig
-from cllm.config.load import parse_yaml, schema_keys, validate
+from cllm.config.load import schema_keys, validate
 from cllm.errors import UserError
 from cllm.plan.presets import preset_names
+from cllm.yaml_text import parse_yaml
 
 MODEL = {"d_model": 64, "n_layers": 8, "n_heads": 4}
 

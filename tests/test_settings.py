@@ -9,12 +9,13 @@ import pytest
 from cllm.commands import cli
 from cllm.config import Config
 from cllm.config.help import settings_about
-from cllm.config.load import config_parser, keys_help, load_settings, merge, parse_overrides, parse_yaml, read_yaml
+from cllm.config.load import config_parser, keys_help, load_settings, merge, parse_overrides, read_yaml
 from cllm.errors import UserError
 from cllm.plan.presets import preset_names
 from cllm.plan.presets.sharing import CLA
 from cllm.section import Section, create_section
 from cllm.uptrain.complete import load_config
+from cllm.yaml_text import parse_yaml
 
 BASE = """
 model:

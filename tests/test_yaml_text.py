@@ -3,7 +3,7 @@
 import pytest
 
 from cllm.errors import UserError
-from cllm.yaml_text import MAX_BYTES, MAX_DEPTH, MAX_VALUES, parse_yaml, read_yaml
+from cllm.yaml_text import MAX_BYTES, MAX_DEPTH, MAX_VALUES, parse_word, parse_yaml, read_yaml
 
 
 def refusal(text: str) -> str:
@@ -119,3 +119,12 @@ def test_a_file_that_is_too_large_is_refused(tmp_path):
 def test_an_endless_file_is_refused():
     with pytest.raises(UserError, match="/dev/zero: is larger than"):
         read_yaml("/dev/zero")
+
+
+def test_a_word_of_a_command_line_has_no_comment():
+    for text in ("2 # two", "#name", "[1, 2] #", "null # none"):
+        with pytest.raises(UserError, match=r'^--a: .*: YAML reads "#.*" as a comment; leave it out, or quote text'):
+            parse_word(text, "--a")
+        parse_yaml(text, "a")
+    words = {"a#b": "a#b", "'a # b'": "a # b", "": None, " 2 ": 2, "[1, '# 2']": [1, "# 2"]}
+    assert {text: parse_word(text, "--a") for text in words} == words

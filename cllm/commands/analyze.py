@@ -33,7 +33,7 @@ def make_parser(program: str) -> Parser:
     add("--data", nargs="+", default=[], metavar="PATH", help="prepared folders or text files, such as one for each "
         "domain (default: the run's first validation set)")  # fmt: skip
     add("--posthoc", nargs="+", default=[], metavar="SPEC", help="also measure the error that these methods make in "
-        "each layer, and its correlation with the effective rank")  # fmt: skip
+        "each layer, and its correlation with the effective rank; @FILE: those on the lines of a file")  # fmt: skip
     add("--calibration", type=Path, metavar="PATH", help="prepared folder (its train split) or text file on which "
         "methods of --posthoc calibrate (default: the first sequence)")  # fmt: skip
     add("--sequences", type=count, default=4, metavar="N", help="number of sequences to cache (default: %(default)s)")
@@ -71,6 +71,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm analyze
     from cllm.evaluate.outputs import png
     from cllm.evaluate.perplexity import Settings, open_sets
     from cllm.evaluate.subjects import load_subject
+    from cllm.evaluate.suites.posthoc import specs_of
     from cllm.evaluate.windows import Stream, pieces
     from cllm.files import write_atomic
     from cllm.posthoc import ranks
@@ -81,6 +82,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm analyze
     subject = load_subject(options.run, device)
     print(f"results go to {subject.results(options.out)}", file=sys.stderr, flush=True)
     length, _, _ = Settings(window=options.length).resolve(subject, device, window_option="--length")
+    options.posthoc = specs_of(options.posthoc)
     for spec in options.posthoc:
         parse(spec)
     check_is_used(options.calibration, options.posthoc)

@@ -64,7 +64,8 @@ def make_parser(program: str) -> Parser:
     parser = Parser(prog=program, description=__doc__, usage_hint=f"{program} runs/*")
     add, count, ratio = parser.add_argument, whole_number(1), number(above=0)
     add("runs", nargs="+", metavar="RUN", help="run folders, checkpoints or Hugging Face folders")
-    add("--spec", action="append", default=[], help="a method, {group} and {ratio} filled in; repeat it; the "
+    add("--spec", action="append", default=[], help="a method, {group} and {ratio} filled in; repeat it; @FILE: "
+        "those on the lines of a file; the "
         "first 4 tokens stay exact, others with sinks=N in the spec "
         "(default: those that each method proposes; evaluate --list-posthoc shows them)")  # fmt: skip
     add("--group", type=count, nargs="+", default=[2, 4], help="values of {group} (default: 2 4)")
@@ -94,7 +95,8 @@ def _run_name(path: Path) -> str:
 def _measured(
     subject: Subject, text: TextSet, settings: Settings, spec: str, prefix: int, window: int, batch: int
 ) -> Any:
-    """The record of an earlier measurement of the same checkpoint on the same data, or None."""
+    """The record of an earlier measurement of the same checkpoint on the same data, or None; also None for one of an
+    earlier version that lacks a number or chose differently."""
     from cllm.evaluate import posthoc
     from cllm.evaluate.calibration import calibration_of
     from cllm.posthoc.registry import parse
@@ -116,7 +118,7 @@ def _measured(
     wanted = {"checkpoint": subject.checkpoint, "step": subject.step, "data": str(text.path), "batch": batch}
     wanted |= {"precision": subject.precision, "sinks": method.sinks, **posthoc.fingerprints(subject, text)}
     wanted |= posthoc.calibration_fingerprint(calibration)
-    complete = "bf16_bytes_per_token" in record  # not of an earlier version
+    complete = "bf16_bytes_per_token" in record and method.needed_facts <= record.get("facts", {}).keys()
     return record if complete and all(record.get(key) == value for key, value in wanted.items()) else None
 
 

@@ -77,7 +77,7 @@ def make_parser(program: str) -> ConfigParser:
         "(default: %(default)s)")  # fmt: skip
     add("--minutes", type=number(least=0), default=1e6, metavar="M",
         help="stop training after M minutes; the same command goes on")  # fmt: skip
-    add("--spec", action="append", default=[], help="as in sweep, sinks=N included")
+    add("--spec", action="append", default=[], help="as in sweep, @FILE and sinks=N included")
     add("--group", type=count, nargs="+", default=[4], help="values of {group} (default: 4)")
     add("--ratio", type=ratio, nargs="+", default=[2.0, 4.0, 8.0], help="values of {ratio} (default: 2 4 8)")
     add(

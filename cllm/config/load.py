@@ -25,7 +25,7 @@ from cllm.config.help import keys_help, schema_keys, sections_in, settings_about
 from cllm.config.nested import enter
 from cllm.config.shipped import find_config
 from cllm.errors import UserError, nearest, same_word
-from cllm.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
+from cllm.yaml_text import MAX_DEPTH, parse_word, read_yaml
 
 Schema = TypeVar("Schema", bound=BaseModel)
 Origin = dict[tuple[str, ...], str]
@@ -70,7 +70,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
             if not words:
                 raise UserError(f"{COMMAND_LINE}: --{key} needs a value")
             text = words.pop(0)
-        value = parse_yaml(text, f"{COMMAND_LINE}: --{key}")
+        value = parse_word(text, f"{COMMAND_LINE}: --{key}")
         *sections, leaf = key.split(".")
         if len(sections) > MAX_DEPTH:
             raise UserError(f"{COMMAND_LINE}: --{key[:40]}...: is nested more than {MAX_DEPTH} levels deep")

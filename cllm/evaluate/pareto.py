@@ -17,6 +17,7 @@ from cllm.errors import UserError, nearest
 from cllm.evaluate.outputs import write_outputs
 from cllm.evaluate.pareto_figure import figure
 from cllm.evaluate.points import TRAINED, Point, Scores
+from cllm.evaluate.suites.posthoc import specs_of
 from cllm.posthoc import UNCOMPRESSED
 from cllm.tables import Column
 
@@ -24,10 +25,12 @@ from cllm.tables import Column
 def expand(templates: Iterable[str], groups: Sequence[int], ratios: Sequence[float]) -> list[str]:
     """Fill in `{group}` and `{ratio}` in `templates` with all values; each result once, in order.
 
-    Raises `UserError` for another name in braces.
+    A template @FILE stands for those on the lines of a file.
+
+    Raises `UserError` for another name in braces, and for a file without templates.
     """
     specs: dict[str, None] = {}
-    for template in templates:
+    for template in specs_of([*templates], "--spec"):
         for group, ratio in itertools.product(groups, ratios):
             try:
                 specs[template.format(group=group, ratio=f"{ratio:g}")] = None

@@ -25,7 +25,7 @@ from cllm.plan.presets import preset_names
 from cllm.planner.gpus import GPU
 from cllm.planner.keys import config_key, plan_key, query_heads_per_kv_head
 from cllm.planner.measured import DecodeStep, Estimate, Measurements
-from cllm.yaml_text import parse_yaml
+from cllm.yaml_text import parse_word
 
 OWN = "config"
 """The design that a config or a checkpoint has itself, if no preset gives the same plan."""
@@ -136,7 +136,7 @@ def parse_design(word: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         if not key or not equals or key == "preset":
             raise UserError(f"--designs {word}: {part!r} is not of the form KEY=VALUE")
-        kv[key] = parse_yaml(value, f"--designs {word}")
+        kv[key] = parse_word(value, f"--designs {word}")
     return kv
 
 

@@ -79,6 +79,10 @@ class Evicting(Codable):
         return {} if self._then is None else self._then.facts()
 
     @property
+    def needed_facts(self) -> frozenset[str]:
+        return frozenset() if self._then is None else self._then.needed_facts
+
+    @property
     def chooses_for_batch(self) -> bool:
         return self._then is not None and self._then.chooses_for_batch
 

@@ -302,6 +302,11 @@ class Compressor(Section):
         """What `prepare` found and `encode` chose, for the record, as JSON values."""
         return {}
 
+    @property
+    def needed_facts(self) -> frozenset[str]:
+        """Keys of `facts` without which a record is of an earlier version, in which the method chose differently."""
+        return frozenset()
+
     def shares(self) -> dict[int, int]:
         """Slots that are not stored: {slot: the stored slot, of a layer below, that is read instead}."""
         return {}

@@ -63,7 +63,7 @@ class ProjectingMethod(Codable):
     absolute gradient of the loss in their projections; `progressive`: falling with depth, by the condition numbers of
     the projections; `energy`: as each group of heads needs for the same share of its singular values; `search`: by the
     loss of calibration tokens with one tensor at a time at ten shares, each of which is a pass; `errors`: as each slot
-    needs for one bound on the relative errors of the outputs of layers, in 49 passes (`rank_search.py`)."""
+    needs for one bound on the relative errors of the outputs of layers, in 50 passes (`rank_search.py`)."""
     least: float = Field(0.5, gt=0, le=1)
     """With `allocation=progressive`, the smallest rank of a slot over the largest."""
 

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from cllm.config.load import parse_yaml
+from cllm.config.load import parse_word
 from cllm.errors import UserError, nearest
 from cllm.plugins import origin, plugins
 from cllm.posthoc.evicting import Evicting
@@ -178,7 +178,7 @@ def _one(text: str, where: str) -> Compressor:
             raise UserError(f'{where}: "{option}" is no new key=value; allowed: {_allowed(method)}')
         if key not in method.model_fields:
             raise UserError(f'{where}: unknown option "{key}" of {name}; allowed: {_allowed(method)}')
-        given[key] = parse_yaml(value, f"{where}: {key}")
+        given[key] = parse_word(value, f"{where}: {key}")
     try:
         return method.model_validate(given)
     except ValidationError as error:

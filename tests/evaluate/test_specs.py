@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cllm.errors import UserError
+from cllm.evaluate.pareto import expand
 from cllm.evaluate.suites.posthoc import specs_of
 from cllm.posthoc.registry import methods, parse
 
@@ -15,8 +16,23 @@ PICTURE = Path(__file__).resolve().parents[2] / "configs" / "posthoc" / "picture
 
 def test_a_file_stands_for_its_lines(tmp_path):
     file = tmp_path / "specs.txt"
-    file.write_text("# quantisers\nint8\n\n  kivi:bits=4,residual=32  \nnone\n")
+    text = "\ufeff# quantisers\r\nint8  # one scale for a channel\n\n  kivi:bits=4,residual=32  \nnone\n"
+    file.write_text(text, encoding="utf-8")
     assert specs_of(["none", f"@{file}", "fp8", "int8"]) == ["none", "int8", "kivi:bits=4,residual=32", "fp8"]
+
+
+def test_a_file_stands_for_the_templates_of_a_sweep(tmp_path):
+    file = tmp_path / "specs.txt"
+    file.write_text("svd:ratio={ratio}\nint8\n")
+    assert expand([f"@{file}"], [4], [2, 8]) == ["svd:ratio=2", "svd:ratio=8", "int8"]
+    with pytest.raises(UserError, match=r"^--spec @.*none\.txt: cannot be read"):
+        expand([f"@{tmp_path / 'none.txt'}"], [4], [2])
+
+
+@pytest.mark.parametrize("spec", ["svd:ratio=2 # of bytes", "svd:ratio=2,select=#", "kivi:bits=4 #,residual=0"])
+def test_a_comment_in_a_spec_is_an_error(spec):
+    with pytest.raises(UserError, match=f'^--posthoc "{spec}": .*: YAML reads "#.*" as a comment; leave it out'):
+        parse(spec)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 import pytest
 
 from cllm.config import ModelConfig
-from cllm.config.load import parse_yaml, validate
+from cllm.config.load import validate
 from cllm.errors import PlanError, UserError
 from cllm.plan.plan import Fuse, Iterations, Latent, Own, Retention, Share, layer_range
+from cllm.yaml_text import parse_yaml
 
 PRESETS_SPELLED_OUT = {
     "fusedkv": """

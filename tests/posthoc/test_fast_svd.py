@@ -93,7 +93,7 @@ def test_precision_of_other_products_is_left_as_it_was():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("energy=0.9,svd=power", "which svd=power has not; allowed: exact, gram"),
+        ("energy=0.9,svd=power", "which svd=power has not; allowed: auto, exact, gram"),
         (
             "ratio=2,svd=gram,products=bf16",
             "products=bf16 goes with svd=random and svd=power; svd=gram is made in fp64",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -284,6 +285,70 @@ def test_hqq_packs_any_number_of_tokens(bits, packed, group, length, llama, toke
     for part in ids[:, length:].split([1, 4, 3, 1], dim=1):  # coded again after four and after eight tokens
         engine.logits(part, quantized)
     assert quantized.get_seq_length() == length + 9
+
+
+def test_codes_of_hqq_are_those_of_a_batch(llama, tokens, filled):
+    """So suites quantise one context at a time."""
+    pytest.importorskip("hqq")
+    method, ids = parse("hf_quantized:backend=hqq,bits=3,group=8"), tokens(3, 37)
+    read = []
+    for of in (ids, ids[1:2]):
+        engine, cache = filled(llama(), of)
+        layer = engine.compress(cache, method).layers[0]
+        read.append(layer._dequantize(layer._quantized_keys)[-2 if len(of) == 3 else 0])
+    assert not torch.equal(*read)
+    assert method.chooses_for_batch
+    assert not parse("hf_quantized:backend=quanto").chooses_for_batch
+
+
+@pytest.mark.parametrize("later", [0, 2])
+@pytest.mark.parametrize(("backend", "package"), [("quanto", "optimum.quanto"), ("hqq", "hqq")])
+def test_sequences_of_a_transformers_quantised_cache_are_rearranged(backend, package, later, llama, tokens, filled):
+    """The reference is the exact cache of the rearranged sequences with the quantised tokens in it."""
+    pytest.importorskip(package)
+    model, ids, length = llama(), tokens(3, 44), 36 + later
+    engine, exact = filled(model, ids[:, :36])
+    quantized = engine.compress(exact, parse(f"hf_quantized:backend={backend},bits=4,group=16,residual=8"))
+    if later:
+        engine.logits(ids[:, 36:length], quantized)
+    for layer, (sinks_k, sinks_v), stored in zip(exact.layers, quantized.sinks, quantized.layers, strict=True):
+        for name, first, codes, rest in (
+            ("keys", sinks_k, stored._quantized_keys, stored.keys),
+            ("values", sinks_v, stored._quantized_values, stored.values),
+        ):
+            setattr(layer, name, torch.cat((first, stored._dequantize(codes), *([rest] if later else [])), dim=-2))
+    changes = [
+        lambda x: x.reorder_cache(torch.tensor([2, 0, 0])),
+        lambda x: x.batch_select_indices(torch.tensor([2, 0])),
+        lambda x: x.batch_repeat_interleave(2),
+    ]
+    first, rows = copy.deepcopy(quantized), torch.tensor([2, 0, 0])[[2, 0]].repeat_interleave(2)
+    for change in changes:
+        change(quantized)
+        change(exact)
+    for n in range(length, 39):
+        logits = engine.logits(ids[rows, n : n + 1], quantized)
+        torch.testing.assert_close(logits, engine.logits(ids[rows, n : n + 1], exact))
+    assert quantized.get_seq_length() == 39
+    engine.logits(ids[rows, 39:], quantized)  # all tokens are quantised again
+    assert all(layer.sequences is None and layer.exact_tokens == 0 for layer in quantized.layers)
+    assert len(engine.logits(ids[:, length:], first)) == 3, "a copy stays as it was"
+
+
+def test_a_transformers_quantised_cache_is_cropped_down_to_its_codes(llama, tokens, filled):
+    pytest.importorskip("hqq")
+    ids = tokens(2, 42)
+    engine, cache = filled(llama(), ids[:, :36])
+    quantized = engine.compress(cache, parse("hf_quantized:backend=hqq,group=16,residual=8"))
+    expected = engine.logits(ids[:, 36:42], copy.deepcopy(quantized))
+    engine.logits(ids[:, 36:40], quantized)
+    quantized.crop(-3)
+    assert quantized.get_seq_length() == 37
+    torch.testing.assert_close(engine.logits(ids[:, 37:42], quantized), expected[:, 1:])
+    with pytest.raises(UserError, match="cannot drop 7 tokens: the first 36 of 42 are quantised; allowed: up to 6"):
+        quantized.crop(-7)
+    quantized.crop(-6)
+    torch.testing.assert_close(engine.logits(ids[:, 36:42], quantized), expected)
 
 
 @pytest.mark.parametrize("backend", ["quanto", "hqq"])

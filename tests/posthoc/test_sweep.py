@@ -119,6 +119,12 @@ def test_a_sweep_is_written_and_resumed(sweep, run, tmp_path, capsys, monkeypatc
         assert "mha, minicache:start=0: failed: measured again" in capsys.readouterr().out
     path.write_text(text)
     assert sweep(*words) == 0
+    path = next((runs[0].evaluation_folder / "posthoc" / "validation").glob("xkv-group=2*"))
+    text = path.read_text()
+    path.write_text(json.dumps({**json.loads(text), "facts": {}}))  # before svd=auto, which chooses the solver
+    assert sweep(*words) == 1
+    assert "mha, xkv:group=2,ratio=1.5: failed: measured again" in capsys.readouterr().out
+    path.write_text(text)
     (_, checkpoint), *_ = runs[0].checkpoints()
     checkpoint.write_bytes(checkpoint.read_bytes())  # saved anew: other weights may be under the same name
     with pytest.raises(AssertionError, match="measured again"):

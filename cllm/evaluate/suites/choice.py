@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from cllm.errors import UserError, nearest
 from cllm.evaluate.suites.suite import Suite
-from cllm.yaml_text import parse_yaml
+from cllm.yaml_text import parse_word
 
 _PIECE = re.compile(r"""(?<==)\s*\[[^\]]*\]|(?<![^=|])"[^"]*"|(?<![^=|])'[^']*'|.""", re.DOTALL)
 """A value that may have commas, a list or a text in quotes; else one character."""
@@ -94,7 +94,7 @@ def _value(text: str, field: FieldInfo, where: str) -> Any:
     if not lists:
         return _single(text, kinds, where)
     if not text or text.startswith("["):
-        values = parse_yaml(text, where)
+        values = parse_word(text, where)
     else:
         inner = [kind for each in lists for kind in _kinds(typing.get_args(each)[0])]
         values = [_single(part.strip(), inner, where) for part in text.split("|")]
@@ -106,7 +106,7 @@ def _single(text: str, kinds: Sequence[Any], where: str) -> Any:
     """A text as it is, so that a path may look like YAML; other values as YAML."""
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
     if not {str, Path} & {*kinds} or quoted or (text == "null" and type(None) in kinds):
-        return parse_yaml(text, where)
+        return parse_word(text, where)
     return text or (None if type(None) in kinds else "")
 
 

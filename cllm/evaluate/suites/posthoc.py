@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,10 +34,10 @@ def _generated(record: Record) -> str:
     return f"{record['generated_same_percent']:.0f} %" if "generated_tokens" in record else "-"
 
 
-def specs_of(words: Sequence[str]) -> list[str]:
-    """The specs that `words` of --posthoc name, each once: a word is a spec, or @FILE with a spec on each line.
+def specs_of(words: Sequence[str], option: str = "--posthoc") -> list[str]:
+    """The specs that `words` of `option` name, each once: a word is a spec, or @FILE with a spec on each line.
 
-    Empty lines of a file and those that begin with # are skipped.
+    Empty lines of a file are skipped, and so is what follows a # at the beginning of a line or after a space.
 
     Raises:
         UserError: for a file that cannot be read or has no spec.
@@ -47,12 +48,13 @@ def specs_of(words: Sequence[str]) -> list[str]:
             specs.append(word)
             continue
         try:
-            lines = [line.strip() for line in Path(word[1:]).read_text(encoding="utf-8").splitlines()]
+            lines = Path(word[1:]).read_text(encoding="utf-8-sig").splitlines()  # some editors begin with a mark
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--posthoc {word}: cannot be read: {error}") from None
-        found = [line for line in lines if line and not line.startswith("#")]
+            raise UserError(f"{option} {word}: cannot be read: {error}") from None
+        texts = [re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip() for line in lines]
+        found = [text for text in texts if text]
         if not found:
-            raise UserError(f"--posthoc {word}: has no spec; needed: one on a line, such as xkv:group=4,ratio=4")
+            raise UserError(f"{option} {word}: has no spec; needed: one on a line, such as xkv:group=4,ratio=4")
         specs += found
     return list(dict.fromkeys(specs))
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers.cache_utils import Cache, QuantizedCache
+from transformers.cache_utils import (
+    Cache,
+    HQQQuantizedLayer,
+    QuantizedCache,
+    QuantizedLayer,
+    QuantoQuantizedLayer,
+)
 
 from cllm.errors import UserError
 from cllm.posthoc.code import Codes
@@ -18,6 +24,7 @@ from cllm.posthoc.compress import Outcome, relative_error
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
+from cllm.posthoc.tensor_tree import Change
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,6 +58,10 @@ class HFQuantized(Compressor):
     residual: int = Field(128, ge=1)
     """Number of exact tokens at which all tokens are quantised."""
 
+    @property
+    def chooses_for_batch(self) -> bool:
+        return self.backend == "hqq"  # it stops moving z by the mean error of the batch
+
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         raise UserError(f"{self.name}: serves transformers models only; for cllm models: kivi")
 
@@ -58,42 +69,90 @@ class HFQuantized(Compressor):
         """`cache` quantised. Raises `UserError` if the library is missing or refuses, or all tokens are sinks."""
         if (tokens := cache.get_seq_length()) <= self.sinks:
             raise UserError(f"{self.name}: sinks={self.sinks} of {tokens} tokens; allowed: 0 to {tokens - 1}")
+        options: dict[str, int] = {
+            "nbits": self.bits, "q_group_size": self.group, "residual_length": self.residual,
+            "axis_key": _AXIS[self.backend], "axis_value": _AXIS[self.backend],
+        }  # fmt: skip
         try:
-            quantized = _QuantizedWithSinks(
-                self.backend, model.config, nbits=self.bits, q_group_size=self.group, residual_length=self.residual,
-                axis_key=_AXIS[self.backend], axis_value=_AXIS[self.backend],
-            )  # fmt: skip
+            quantized = _QuantizedWithSinks([_LAYERS[self.backend](**options) for _ in cache.layers])
         except ImportError:
             raise UserError(
                 f"{self.name}: backend={self.backend} is not installed: pip install {_PACKAGES[self.backend]}"
             ) from None
         except ValueError as error:
             raise UserError(f"{self.name}: {error}") from None
-        if self.backend == "hqq":
-            layers: list[Any] = quantized.layers
-            for layer in layers:
-                _pack_whole(layer, _PACKED[self.bits])
         quantized.fill(cache, self.sinks)
         return quantized
 
 
-def _pack_whole(layer: Any, packed: int) -> None:
-    """Make `layer` of transformers take any number of tokens: the last is repeated until groups fill the packs."""
-    quantize, dequantize = layer._quantize, layer._dequantize
+class _Rearranged(QuantizedLayer):
+    """A layer whose sequences can be rearranged: their codes, which are packed together, stay where they are until all
+    tokens are quantised again."""
 
-    def padded(x: Tensor, axis: int) -> tuple[Tensor, dict[str, Any]]:
-        tokens, numbers = x.shape[-2], x[..., :1, :].numel()
-        whole = layer.q_group_size * packed
-        more = -tokens % (whole // math.gcd(whole, numbers))
-        x = torch.cat((x, x[..., -1:, :].expand(*x.shape[:-2], more, -1)), dim=-2)
-        codes, meta = quantize(x.reshape(-1, layer.q_group_size), axis)  # hqq reads 3 bits of matrices alone
+    sequences: Tensor | None = None
+    """(B,) int64: the index of each sequence among those that were quantised; None: its own."""
+    keys: Any
+    values: Any
+
+    def _quantize(self, tensor: Tensor, axis: int) -> Any:  # type: ignore[override]
+        self.sequences = None  # `tensor` has the present sequences
+        return super()._quantize(tensor, axis)  # type: ignore[safe-super]
+
+    def _dequantize(self, q_tensor: Any) -> Tensor:
+        return self.in_order(super()._dequantize(q_tensor))  # type: ignore[safe-super]
+
+    def in_order(self, read: Tensor) -> Tensor:
+        """The present sequences of the quantised ones (B', ...)."""
+        return read if self.sequences is None else read.index_select(0, self.sequences)
+
+    def rearrange(self, change: Change, batch: int) -> None:
+        """Replace the tensors of `batch` sequences by `change(tensor)`."""
+        before = torch.arange(batch, device=self.device) if self.sequences is None else self.sequences
+        self.sequences = change(before)
+        if self.exact_tokens:
+            self.keys, self.values = change(self.keys), change(self.values)
+
+    @property
+    def exact_tokens(self) -> int:
+        """Tokens after the quantised ones."""
+        return self.keys.shape[-2] if self.keys.dim() == 4 else 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` tokens. Raises `UserError` if some of them are quantised."""
+        tokens: int = self.get_seq_length()
+        drop = -tokens_to_remove if tokens_to_remove <= 0 else max(tokens - tokens_to_remove, 0)
+        if drop > (exact := self.exact_tokens):
+            raise UserError(
+                f"cache: cannot drop {drop} tokens: the first {tokens - exact} of {tokens} are quantised; allowed: up "
+                f"to {exact}"
+            )
+        if drop:
+            self.keys, self.values = self.keys[..., : exact - drop, :], self.values[..., : exact - drop, :]
+            self.cumulative_length -= drop
+
+
+class _Quanto(_Rearranged, QuantoQuantizedLayer):
+    """Codes of optimum-quanto."""
+
+
+class _HQQ(_Rearranged, HQQQuantizedLayer):
+    """Codes of hqq, of any number of tokens: the last is repeated until groups fill the packs."""
+
+    def _quantize(self, tensor: Tensor, axis: int) -> Any:  # type: ignore[override]
+        tokens, numbers = tensor.shape[-2], tensor[..., :1, :].numel()
+        pack = self.q_group_size * _PACKED[self.nbits]
+        more = -tokens % (pack // math.gcd(pack, numbers))
+        x = torch.cat((tensor, tensor[..., -1:, :].expand(*tensor.shape[:-2], more, -1)), dim=-2)
+        codes, meta = super()._quantize(x.reshape(-1, self.q_group_size), axis)  # hqq reads 3 bits of matrices alone
         return codes, {**meta, "tokens": tokens, "padded": x.shape}
 
-    def cropped(stored: tuple[Tensor, dict[str, Any]]) -> Tensor:
-        read: Tensor = dequantize(stored)
-        return read.view(stored[1]["padded"])[..., : stored[1]["tokens"], :]
+    def _dequantize(self, q_tensor: tuple[Tensor, dict[str, Any]]) -> Tensor:
+        meta = q_tensor[1]
+        read = HQQQuantizedLayer._dequantize(self, q_tensor).view(meta["padded"])[..., : meta["tokens"], :]
+        return self.in_order(read)
 
-    layer._quantize, layer._dequantize = padded, cropped
+
+_LAYERS: dict[str, Any] = {"quanto": _Quanto, "hqq": _HQQ}
 
 
 class _QuantizedWithSinks(QuantizedCache):
@@ -102,6 +161,9 @@ class _QuantizedWithSinks(QuantizedCache):
     outcome: Outcome
     sinks: list[tuple[Tensor, Tensor]]
     """(B, G, s, D) keys and values of each layer."""
+
+    def __init__(self, layers: list[Any]):
+        Cache.__init__(self, layers=layers)  # that of QuantizedCache makes layers that cannot be rearranged
 
     def fill(self, cache: Cache, sinks: int) -> None:
         """Copy the tokens of `cache`, the first `sinks` exactly."""
@@ -132,8 +194,22 @@ class _QuantizedWithSinks(QuantizedCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence b becomes what sequence beam_idx[b] was: (B,) int64."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self.sinks = [(k.index_select(0, beam_idx), v.index_select(0, beam_idx)) for k, v in self.sinks]
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences of `indices` (n,) int64, in that order. Codes of the others stay until all tokens are
+        quantised again."""
+        self._rearrange(lambda t: t.index_select(0, indices.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence `repeats` times, copies next to each other."""
+        self._rearrange(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def _rearrange(self, change: Change) -> None:
+        batch, layers = len(self.sinks[0][0]), cast("list[_Rearranged]", self.layers)
+        for layer in layers:
+            layer.rearrange(change, batch)
+        self.sinks = [(change(k), change(v)) for k, v in self.sinks]
 
     def nbytes(self) -> int:
         """Bytes of codes, scales, zeros and the exact tokens."""
@@ -144,7 +220,7 @@ class _QuantizedWithSinks(QuantizedCache):
         found: list[Tensor] = []
         layers: list[Any] = self.layers
         for layer, sinks in zip(layers, self.sinks, strict=True):
-            parts = (layer._quantized_keys, layer._quantized_values, layer.keys, layer.values, *sinks)
+            parts = (layer._quantized_keys, layer._quantized_values, layer.keys, layer.values, layer.sequences, *sinks)
             found += {tensor.data_ptr(): tensor for tensor in _plain(parts)}.values()
         return found
 

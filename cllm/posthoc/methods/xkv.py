@@ -110,7 +110,9 @@ class XKV(Weighted, Codable):
             raise ValueError("give exactly one of ranks (rank_k, rank_v), ratio and energy")
         fast = self.svd in ("random", "power")
         if self.energy is not None and fast:
-            raise ValueError(f"energy needs all singular values, which svd={self.svd} has not; allowed: exact, gram")
+            raise ValueError(
+                f"energy needs all singular values, which svd={self.svd} has not; allowed: auto, exact, gram"
+            )
         if self.products not in (None, "fp32") and not fast:
             other = "chooses products itself" if self.svd == "auto" else "is made in fp64"
             raise ValueError(f"products={self.products} goes with svd=random and svd=power; svd={self.svd} {other}")
@@ -119,7 +121,9 @@ class XKV(Weighted, Codable):
                 "spread compares errors of keys and values under one budget; allowed: with ratio and weight=queries"
             )
         if self.spread and fast:
-            raise ValueError(f"spread needs all singular values, which svd={self.svd} has not; allowed: exact, gram")
+            raise ValueError(
+                f"spread needs all singular values, which svd={self.svd} has not; allowed: auto, exact, gram"
+            )
         if self.codes != "none" and not self.spread:
             raise ValueError(f"codes={self.codes} shares bits over all columns; allowed: with spread=true")
         if self.select is None and (alone := sorted({"chunk", "outliers", "local"} & self.model_fields_set)):
@@ -180,6 +184,11 @@ class XKV(Weighted, Codable):
 
     def facts(self) -> dict[str, Any]:
         return dict(self._chosen)
+
+    @property
+    def needed_facts(self) -> frozenset[str]:
+        factorises = self.svd == "auto" and self.ratio != 1
+        return frozenset({"svd", "products"} if factorises else ())
 
     def absorb(
         self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]

@@ -27,7 +27,7 @@ class BuildWithShipped(build_py):
             file: Path(self.build_lib, to, file.relative_to(of))
             for of, to in pairs
             for file in Path(of).rglob("*")
-            if file.suffix in (".yaml", ".ipynb") and not file.parent.name.startswith(".")
+            if file.suffix in (".yaml", ".ipynb", ".txt") and not file.parent.name.startswith(".")
         }
         return {file.as_posix(): target.as_posix() for file, target in sorted(files.items())}
 

@@ -81,7 +81,14 @@ def test_the_wheel_has_every_module_config_and_recipe(installed: Path) -> None:
 def test_the_wheel_installs_the_package_and_nothing_beside_it(installed: Path) -> None:
     metadata = f"cllm-{cllm.__version__}.dist-info"
     assert {path.name for path in installed.iterdir()} == {"cllm", metadata}
-    assert {Path(name).suffix for name in files(installed / "cllm")} == {".py", ".yaml", ".ipynb", ".typed", ".json"}
+    assert {Path(name).suffix for name in files(installed / "cllm")} == {
+        ".py",
+        ".yaml",
+        ".ipynb",
+        ".typed",
+        ".json",
+        ".txt",
+    }
 
 
 def test_the_metadata_names_version_license_command_and_readme(installed: Path) -> None:

@@ -114,6 +114,11 @@ def resolve(subject: Subject, settings: Settings, prefix: int | None, device: to
         raise UserError(f"--window is {window}; allowed with --posthoc: 2 or more, a prefix and a token to score")
     if not 1 <= prefix < window:
         raise UserError(f"--prefix is {prefix}; allowed: 1 to {window - 1}, less than the window")
+    if settings.max_tokens is not None and settings.max_tokens <= window:
+        raise UserError(
+            f"--max-tokens is {settings.max_tokens}; allowed with --posthoc and a window of {window}: {window + 1} or "
+            "more, one window and a token after it"
+        )
     return window, prefix, batch
 
 

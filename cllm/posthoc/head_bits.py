@@ -33,10 +33,10 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from cllm.posthoc.code import Code, Codes, Rotation
@@ -87,6 +87,9 @@ class HeadBits(Weighted):
     """Mean bits of a number. The keys and the values of every KV head of every slot get their own width, where it saves
     the most error in attention's output by the prompt's own queries (`head_bits.py`); null: `bits` for all."""
 
+    _bits: dict[str, list[list[int]]] = PrivateAttr(default_factory=dict)
+    """The widths of the last cache, of `k` and `v`: of each slot and head."""
+
     @abstractmethod
     def code_slots(self, tensors: SlotTensors, bits: int | None = None) -> Codes:
         """The codes of keys, latents or values, as `tensors.kind` says, in `bits` bits; None: in the method's own."""
@@ -133,7 +136,11 @@ class HeadBits(Weighted):
             bits = [max(b for b in self.widths if b <= self.mean_bits)] * len(errors)
         chosen = iter(bits)
         k, v = ([[next(chosen) for _ in range(x.shape[2])] for x in tensors.data] for tensors in (keys, values))
+        self._bits = {"k": k, "v": v}
         return self._code_heads(keys, k), self._code_heads(values, v)
+
+    def facts(self) -> dict[str, Any]:
+        return {"bits": self._bits} if self._bits else {}
 
     def absorb(
         self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]

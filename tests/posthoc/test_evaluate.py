@@ -300,6 +300,10 @@ def test_a_run_without_full_attention_is_refused(evaluate, run, capsys):
         (["--prefix", 4], "--prefix 4: needs --posthoc"),
         (["--generate", 4], "--generate 4: needs --posthoc"),
         (["--posthoc", "none", "--prefix", 48], "--prefix is 48; allowed: 1 to 47"),
+        (
+            ["--posthoc", "none", "--window", 32, "--max-tokens", 32],
+            "--max-tokens is 32; allowed with --posthoc and a window of 32: 33 or more",
+        ),
         (["--posthoc", "none", "--stride", 8], "--stride is 8; with --posthoc windows do not overlap"),
         (["--posthoc", "xvk:group=4"], 'unknown method "xvk"; did you mean "xkv"?'),
         (

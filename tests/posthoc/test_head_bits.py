@@ -66,6 +66,15 @@ def test_no_choice_of_as_many_bits_is_better(widths, mean):
         assert total(chosen) <= min(map(total, as_many)) + 1e-12
 
 
+def test_records_have_the_chosen_widths(decoder, tokens):
+    ids = tokens(1, 40)
+    engine, cache, method = fill(decoder(), ids, "turboquant:mean_bits=2.5", ids)
+    assert method.facts() == {}
+    compressed = engine.compress(cache, method)
+    assert method.facts() == {"bits": bits_of(compressed)}
+    assert parse("turboquant:bits=2").facts() == {}
+
+
 def test_bits_that_save_nothing_are_not_spent():
     assert choose_bits([[1.0, 1.0, 2.0], [1.0, 0.5, 0.5]], [4, 4], (1, 2, 4), 4) == [1, 2]
     assert choose_bits([[1.0, 0.9, 0.0]], [4], (1, 2, 4), 4) == [4]  # over the hull, not step by step

@@ -118,7 +118,7 @@ def test_a_part_that_fails_is_named_and_the_rest_goes_on_and_is_not_repeated(
 def test_a_command_that_is_ended_leaves_no_process_and_goes_on_later(
     evaluate, command, capsys, tmp_path, number
 ) -> None:
-    long = "mqar:pairs=2,length=16,samples=100000"
+    long = "mqar:pairs=2,length=16,samples=300000"
     words = command("copying:distances=6,samples=1", long)
     program = [sys.executable, str(REPO / "evaluate.py"), *words]
     process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -25,13 +25,10 @@ import torch
 from torch import Tensor, fx
 
 from cllm.kernels import triton_decode
-from cllm.kernels.graph_pass import GraphPass
+from cllm.kernels.graph_pass import HALF, VIEWS, GraphPass, aten
 from cllm.kernels.limits import device_limits
 from cllm.kernels.triton_decode import jit, tl
 
-aten = torch.ops.aten
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-_HALF = (torch.bfloat16, torch.float16)
 MOST_ROWS = 16
 """Rows of the smallest tile of a tensor core's product."""
 _MOST_WEIGHTS = 4
@@ -74,7 +71,7 @@ class FewRows(GraphPass):
         return (
             _weight(node) is not None
             and 2 <= x.shape[0] <= MOST_ROWS
-            and x.dtype in _HALF
+            and x.dtype in HALF
             and transposed.dtype == x.dtype
             and x.device.type in self.devices
             and x.is_contiguous()
@@ -84,7 +81,7 @@ class FewRows(GraphPass):
 
 def _viewed(x: fx.Node) -> fx.Node:
     """The tensor of which `x` is a view: each product has a view of its own."""
-    while x.op == "call_function" and x.target in _VIEWS:
+    while x.op == "call_function" and x.target in VIEWS:
         x = x.args[0]
     return x
 

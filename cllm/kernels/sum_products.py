@@ -16,11 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from cllm.kernels.graph_pass import GraphPass
-
-aten = torch.ops.aten
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-_HALF = (torch.bfloat16, torch.float16)
+from cllm.kernels.graph_pass import HALF, VIEWS, GraphPass, aten
 
 
 @torch.library.custom_op("cllm::sum_products", mutates_args=())
@@ -55,7 +51,7 @@ class SumProducts(GraphPass):
     def _compatible(self, products: Sequence[fx.Node]) -> bool:
         values = [node.meta["val"] for node in products]
         kinds = {(value.device.type, value.dtype, value.shape) for value in values}
-        return len(kinds) == 1 and values[0].device.type in self.devices and values[0].dtype in _HALF
+        return len(kinds) == 1 and values[0].device.type in self.devices and values[0].dtype in HALF
 
 
 def _is_sum(node: object) -> bool:
@@ -77,7 +73,7 @@ def _collect(node: object, sums: list[fx.Node], products: list[fx.Node]) -> bool
         if _is_sum(node):
             sums.append(node)
             return all(_collect(part, sums, products) for part in node.args)
-        if node.target not in _VIEWS:
+        if node.target not in VIEWS:
             return False
         node = node.args[0]
     return False

@@ -159,13 +159,14 @@ class HeadBits(Weighted):
         """
         assert self.mean_bits is not None
         first = max(n for n, bits in enumerate(self.widths) if bits <= self.mean_bits)
-        codes_k, codes_v = (
-            {j: code for j, code in zip(of.slots, self.code_slots(of, self.widths[first]), strict=True) if code}
-            for of in (keys, values)
-        )
+        bits = self.widths[first]
+        k, v = (self.code_slots(of, bits) for of in (keys, values))
         kinds = (
-            self._weighted_errors(keys, weights.of_keys(), keys.rotations()),
-            self._weighted_errors(values, weights.of_values(), {}),
+            self._weighted_errors(keys, weights.of_keys(), keys.rotations(), {bits: k}),
+            self._weighted_errors(values, weights.of_values(), {}, {bits: v}),
+        )
+        codes_k, codes_v = (
+            {j: code for j, code in zip(of.slots, codes, strict=True) if code} for of, codes in ((keys, k), (values, v))
         )
         found: list[Tensor] = []
         for errors, change in zip(kinds, weights.output_changes(codes_k, codes_v), strict=True):
@@ -174,12 +175,16 @@ class HeadBits(Weighted):
         return found
 
     def _weighted_errors(
-        self, tensors: SlotTensors, weights: dict[int, Weights], rotations: dict[int, Rotation]
+        self,
+        tensors: SlotTensors,
+        weights: dict[int, Weights],
+        rotations: dict[int, Rotation],
+        known: dict[int, Codes],
     ) -> list[Tensor]:
-        """See `errors`, of one kind and not scaled; `rotations` by slot, for keys."""
+        """See `errors`, of one kind and not scaled; `rotations` by slot, for keys; `known`: codes by their width."""
         found = [torch.zeros(x.shape[2], len(self.widths), dtype=torch.float64) for x in tensors.data]
         for n, bits in enumerate(self.widths):
-            for i, code in enumerate(self.code_slots(tensors, bits)):
+            for i, code in enumerate(known.get(bits) or self.code_slots(tensors, bits)):
                 assert code is not None
                 slot, exact = tensors.slots[i], tensors.data[i]
                 error = code.decode().float() - exact.float()

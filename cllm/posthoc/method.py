@@ -299,7 +299,7 @@ class Compressor(Section):
         return copy
 
     def facts(self) -> dict[str, Any]:
-        """What `prepare` found and `encode` chose, for the record, as JSON values."""
+        """Results of `prepare` and choices of `encode` that a record should have, as JSON values."""
         return {}
 
     @property

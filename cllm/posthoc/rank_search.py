@@ -56,7 +56,7 @@ class RankSearch:
     levels: tuple[float, ...]
     """Those that are measured, rising and below 1."""
     of_what: str
-    """What levels are a share of."""
+    """The whole of which a level is a share, for messages."""
     ranks: Callable[[Spectrum, float], list[int]]
     """The ranks of a tensor at a level."""
     measure: Callable[[ProjectedModel, Sequence[float]], dict[Place, list[float]]]

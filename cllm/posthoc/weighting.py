@@ -190,7 +190,7 @@ class ErrorWeights:
         return found
 
     def output_changes(self, keys: Mapping[int, Code], values: Mapping[int, Code]) -> tuple[float, float]:
-        """What codes of all keys change in attention's output, and what codes of all values do.
+        """Two changes of attention's output: if all keys are read from their codes, and if all values are.
 
         Nothing is approximated: the last queries attend to the decoded tensors. Each is the squared length of the
         change, divided by that of the residual stream, the mean over queries and sequences, summed over layers.

@@ -260,8 +260,10 @@ class Recompute(Codable):
     def _joined(
         self, group: list[int], rank: int, keys: SlotTensors, values: SlotTensors
     ) -> tuple[Tensor, list[Tensor]]:
-        """What is approximated, side by side (B, n, C): the inputs of a group, or its keys and values times scales (B,
-        1, 1), which are returned too."""
+        """The tensors of a group to approximate, side by side (B, n, C), and their scales.
+
+        They are its inputs, without scales; or with `fit=kv` its keys and values, each times its scale (B, 1, 1).
+        """
         if self.fit == "kv":
             rows = [part.flat(i) for i in group for part in (keys, values)]
             scales = [1 / x.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-30) for x in rows]

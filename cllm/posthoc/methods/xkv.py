@@ -101,7 +101,7 @@ class XKV(Weighted, Codable):
     """Last full chunks that are always read, like outliers, with the rest of a chunk after them."""
 
     _chosen: dict[str, str] = PrivateAttr(default_factory=dict)
-    """What `svd=auto` chose for the last cache: `svd` and `products`."""
+    """The `svd` and `products` that `svd=auto` used for the last cache."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:

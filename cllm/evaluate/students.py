@@ -44,7 +44,8 @@ def _of_half_cache(file: Path, content: dict[str, Any]) -> Iterator[Measured]:
     numbers = {_TEACHER: (optional_number(first, file, "teacher_loss"), own)}
     for row in students:
         size = optional_number(row, file, "bytes_per_token")
-        numbers[row["student"]] = optional_number(row, file, "loss"), own if size is None else size
+        loss = optional_number(row, file, "loss") if row.get("finished", True) else None
+        numbers[row["student"]] = loss, own if size is None else size
     suites = content.get("suites")
     for name, (loss, size) in numbers.items():
         records = tuple(_records(file, name, suites.get(name) if isinstance(suites, dict) else None))
@@ -61,7 +62,9 @@ def _of_half_cache(file: Path, content: dict[str, Any]) -> Iterator[Measured]:
 
 
 def _teacher(content: dict[str, Any]) -> str | None:
-    """The name of the teacher's folder, from the command that the file was made with."""
+    """The teacher's name, or that of its folder from the command that the file was made with."""
+    if isinstance(name := content.get("name"), str):
+        return name
     command = content.get("command")
     words = shlex.split(command) if isinstance(command, str) else []
     return next((Path(after).name for word, after in itertools.pairwise(words) if word == "--teacher"), None)

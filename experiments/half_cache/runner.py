@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from cllm import processes
+from cllm.cache.accounting import kv_bytes
 from cllm.environment import environment
 from cllm.errors import EXIT_STOPPED, UserError
 from cllm.files import shorten, write_atomic
@@ -115,6 +116,10 @@ class Experiment:
         self.model = teacher_config(options.teacher)
         self.shape = Shape.of(self.model, options.teacher)
         self.shares = {s.kind: check_bytes(s, self.model, self.shape, options.teacher) for s in self.students}
+        self.teacher_bytes = kv_bytes(self.model).resident
+        """Of the teacher's cache for each token."""
+        self.name: str | None = None
+        """What tables of other commands call the teacher; None: the name of its folder."""
         self.finished: Callable[[RunFolder], None] | None = None
         """Called with the folder of each student that has finished."""
         self._environment = environment()
@@ -248,7 +253,9 @@ class Experiment:
     def row(self, student: Student) -> dict[str, Any]:
         """The results of a student so far: starts, and the curve of its training."""
         name, measured, best = student.name, self.measured(student), self.best(student)
-        row: dict[str, Any] = {"student": name, **asdict(student), "share": self.shares[student.kind], **measured}
+        share, whole = self.shares[student.kind], self.teacher_bytes
+        row: dict[str, Any] = {"student": name, **asdict(student), "share": share}
+        row |= {"bytes_per_token": share * whole, "teacher_bytes_per_token": whole, **measured}
         if best is not None:
             row |= {"start": best, "start_loss": measured["starts"][best]["loss"]}
         folder, config = RunFolder(self.out / "runs" / name), self._chosen(student)
@@ -268,7 +275,8 @@ class Experiment:
         with self._lock:
             rows = [self.row(student) for student in self.students]
             settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.options).items()}
-            found = {"environment": self._environment, "settings": settings, "students": rows}
+            named = {} if self.name is None else {"name": self.name}
+            found = {**named, "environment": self._environment, "settings": settings, "students": rows}
             write_atomic(self.out / "results.json", json.dumps(found, indent=2) + "\n")
             write_atomic(self.out / "table.md", table(rows))
         return rows

@@ -25,14 +25,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from cllm.arguments import Parser, number, whole_number
 from cllm.config import ModelConfig
+from cllm.data.manifest import Manifest
 from cllm.errors import UserError, one_line
 from cllm.files import check_replaceable, write_atomic
+from cllm.model.sizes import build_decoder, count_parameters
 from cllm.runs import RUN, RunFolder
 from cllm.signals import stoppable
+from cllm.study.schema import count_text
 from experiments.half_cache.command import add_running, add_students, run_until_stopped
 from experiments.half_cache.configs import check_config
 from experiments.half_cache.runner import Devices, Experiment, config_of
@@ -67,14 +71,14 @@ _MICRO_BATCH = 32
 """Sequences that one GPU processes at once for the teacher, at most."""
 
 
-def teacher_data(size: Size, folders: Folders, *, gpus: int) -> dict[str, Any]:
-    """A config of train.py for the teacher, as plain data."""
+def teacher_data(size: Size, out: Path, data: Path, *, gpus: int) -> dict[str, Any]:
+    """A config of train.py for the teacher on prepared `data`, as plain data."""
     devices = max(gpus, 1)
     per_device = size.batch // devices
     micro = max(n for n in range(1, min(per_device, _MICRO_BATCH) + 1) if per_device % n == 0)
     return {
         "name": "teacher",
-        "runs_dir": str(folders.out),
+        "runs_dir": str(out),
         "model": {
             "d_model": size.d_model,
             "n_layers": size.n_layers,
@@ -84,7 +88,7 @@ def teacher_data(size: Size, folders: Folders, *, gpus: int) -> dict[str, Any]:
             "kv": {"preset": "mha"},
         },
         "data": {
-            "path": str(folders.tokens),
+            "path": str(data),
             "seq_len": size.seq_len,
             "num_workers": 4 if gpus else 0,
             "validation_sequences": size.validation_sequences,
@@ -110,6 +114,7 @@ class Scratch:
     def __init__(self, options: argparse.Namespace):
         self.options, self.size = options, size_of(options)
         self.folders = Folders(options.out)
+        self.data: Path = options.data or self.folders.tokens
         self.devices = Devices(
             options.out, cpu=options.device == "cpu", stop_after=options.stop_after, parallel=options.parallel
         )
@@ -118,7 +123,7 @@ class Scratch:
                 f"{self.devices.gpus} GPUs: they do not divide the teacher's {self.size.batch} sequences a step; set "
                 "CUDA_VISIBLE_DEVICES to 1, 2, 4 or 8 of them"
             )
-        model = ModelConfig.model_validate(teacher_data(self.size, self.folders, gpus=self.devices.gpus)["model"])
+        model = ModelConfig.model_validate(self._teacher_data()["model"])
         teacher = options.out / "teacher"
         shape = Shape.of(model, teacher)
         for student in map(Student.parse, options.students or ()):
@@ -126,8 +131,15 @@ class Scratch:
             for start in student.starts(options.starts):
                 config = config_of(student, start, self._student_options(), shape, gpu=self.devices.gpus > 0)
                 check_config(student, config, model)
-        if not options.corpus and not self.folders.tokens.exists():
-            raise UserError("--corpus is not given, and no tokens are prepared; name files of text or JSON lines")
+        if options.data and options.corpus:
+            raise UserError("--data and --corpus: text is prepared already or is to be prepared; give one of them")
+        if options.data:
+            Manifest.read(options.data)
+        elif not options.corpus and not self.folders.tokens.exists():
+            raise UserError(
+                "neither --corpus nor --data is given, and no tokens are prepared; name files of text or JSON lines, or "
+                "a folder of prepared text"
+            )
 
     def run(self) -> bool:
         """Run all steps until time is up; returns whether all are done."""
@@ -136,6 +148,9 @@ class Scratch:
         self._tokens()
         claim(self.folders, self.size)
         return not self.devices.late and self._teacher() and self._students()
+
+    def _teacher_data(self) -> dict[str, Any]:
+        return teacher_data(self.size, self.folders.out, self.data, gpus=self.devices.gpus)
 
     def _tokens(self) -> None:
         if not self.options.corpus:
@@ -153,8 +168,7 @@ class Scratch:
         if not folder.is_validated_at(self.size.steps):
             file = self.folders.out / "configs" / "teacher.yaml"
             if not file.exists():
-                data = teacher_data(self.size, self.folders, gpus=self.devices.gpus)
-                write_atomic(file, yaml.safe_dump(data, sort_keys=False))
+                write_atomic(file, yaml.safe_dump(self._teacher_data(), sort_keys=False))
             self.devices.log(f"teacher: {self.size.steps:,} steps, the log is {self.folders.out / 'logs'}")
             command: list[str | Path] = [sys.executable, ROOT / "train.py", "--config", file, "--resume", "auto"]
             if not self.devices.run(command, "teacher", "train", None):
@@ -168,6 +182,9 @@ class Scratch:
         students = chosen_students(self.options.students, AGENDA, options.teacher, self.devices.log)
         experiment = Experiment(options, self.devices, students)
         experiment.finished = None if self.options.keep_checkpoints else delete_checkpoints
+        with torch.device("meta"):
+            size = count_parameters(build_decoder(experiment.model))
+        experiment.name = f"mha of {count_text(size)}, {count_text(self.size.tokens)} tokens"
         done = experiment.run()
         if self.devices.late:
             return False
@@ -184,7 +201,7 @@ class Scratch:
         size, o = self.size, self.options
         return argparse.Namespace(
             teacher=self.folders.out / "teacher",
-            data=self.folders.tokens,
+            data=self.data,
             out=o.out,
             tokens=round(size.tokens * o.percent / 100),
             starts=o.starts,
@@ -200,7 +217,7 @@ class Scratch:
 
 def size_of(options: argparse.Namespace) -> Size:
     """The size that the arguments give."""
-    size = SIZES["tiny" if options.tiny else "110m"]
+    size = dataclasses.replace(SIZES["tiny" if options.tiny else "110m"], base_seed=options.seed)
     return size if options.tokens is None else dataclasses.replace(size, tokens=options.tokens)
 
 
@@ -223,6 +240,7 @@ def parser() -> Parser:
     add = parser.add_argument
     add("--corpus", nargs="+", default=[], metavar="FILE", help="text or JSON lines to train on, folders, globs")
     add("--validation", nargs="+", default=[], metavar="FILE", help="held out (default: 2 %% of the corpus)")
+    add("--data", type=Path, metavar="PREPARED", help="prepared text, in place of --corpus")
     add("--out", type=Path, default=Path("runs/shares"), metavar="DIR", help="default: %(default)s")
     add_students(
         parser,
@@ -233,6 +251,8 @@ def parser() -> Parser:
     )
     add("--tiny", action="store_true", help="a teacher of a few thousand parameters")
     add("--tokens", type=whole_number(1), metavar="N", help="tokens of the teacher (default: 490,000,000)")
+    add("--seed", type=whole_number(0), default=0, metavar="N",
+        help="of the teacher's first weights and order of the text (default: %(default)s)")  # fmt: skip
     add("--percent", type=number(above=0, up_to=100), default=5.0, metavar="P",
         help="of them for each student (default: %(default)s)")  # fmt: skip
     add("--seeds", type=whole_number(1), default=3, metavar="N", help="of the best students (default: %(default)s)")

@@ -261,8 +261,9 @@ def test_other_models_are_beside_the_designs(finished: Path, chaos: ModuleType, 
     record = {"suite": "copying", "run": "big", "task": "all", "accuracy_stderr": 1.0}
     specs = (("none", 50.0), ("xkv:ratio=4", 30.0), ("int8", 49.0))
     records = [record | {"spec": spec, "accuracy": value} for spec, value in specs]
-    student = {"student": "cla2", "loss": math.log(20), "bytes_per_token": 8}
+    student = {"student": "cla2", "loss": math.log(20), "bytes_per_token": 8, "finished": True}
     students = [student | {"teacher_bytes_per_token": 16, "teacher_loss": math.log(18)}]
+    students.append({**student, "student": "cla4", "bytes_per_token": 4, "finished": False})
     half: dict[str, Any] = {
         "command": "python -m experiments.half_cache --teacher models/small --lr 1",
         "students": students,
@@ -288,10 +289,14 @@ def test_other_models_are_beside_the_designs(finished: Path, chaos: ModuleType, 
         ("big", "`xkv:ratio=4`"): ["–", "–", "30.0 ± 1.0"],
         ("small", ""): ["16", "18.00", "–"],
         ("small as cla2", ""): ["8", "20.00", "12.0 ± 2.0"],
+        ("small as cla4", ""): ["4", "–", "–"],
         ("base of 110M", ""): ["18", "10.00", "–"],
         ("base of 110M as cla, 5 % of its tokens", ""): ["9", "11.00", "–"],
     }
     assert "rows without compression to mha" in text
+    (tmp_path / "half.json").write_text(json.dumps(half | {"name": "mha of 110M"}))
+    write_report(study, layout)
+    assert "| mha of 110M as cla2 " in layout.report.joinpath("report.md").read_text()
     half["students"] = [{"student": "cla2", "loss": "low"}]
     (tmp_path / "half.json").write_text(json.dumps(half))
     with pytest.raises(UserError, match=r"study tiny: beside: .*half\.json cannot be read"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -190,8 +191,14 @@ def test_a_tiny_study_stops_goes_on_and_repeats_the_best(
     assert ran == ["teacher", "control", "cla2"]
     assert scratch.main(command) == 0
     assert ran[3:] == ["cla2", "fusedkv", "cla4", "fusedkv-s1", "cla4-s1", "control-s1"]
-    rows = json.loads((out / "results.json").read_text(encoding="utf-8"))["students"]
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    rows = results["students"]
     assert len(rows) == 7
+    assert re.fullmatch(r"mha of [0-9.]+k, 102\.4k tokens", results["name"])
+    # by hand: 4 layers of keys and values, 32 channels, two bytes
+    assert {(row["kind"], row["bytes_per_token"], row["teacher_bytes_per_token"]) for row in rows} == {
+        ("control", 512, 512), ("cla2", 256, 512), ("fusedkv", 256, 512), ("cla4", 128, 512)
+    }  # fmt: skip
     kept = [path.name for path in sorted((out / "runs").iterdir()) if RunFolder(path).checkpoint_folder.exists()]
     assert not kept, "checkpoints of finished students are deleted"
     assert RunFolder(out / "teacher").checkpoint_folder.exists()

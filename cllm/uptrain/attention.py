@@ -51,7 +51,7 @@ def attention_outputs(
         if own is not None and own.input is not None:
             residual = model.stream_norms[str(own.input)](streams[own.input + 1])
         read = [slots[j] for j in model.reads_others(i)]
-        output, slot = block.attention(residual, block.attention_norm(x), read, context)
+        output, slot = model.attend(block, residual, x, read, context)
         if slot is not None:
             slots[i] = slot
         outputs.append(output)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from cllm.cache.slot import Slot
@@ -34,6 +35,8 @@ class TracedDecoder(Decoder):
         self.head = DistilledHead(config.d_model, self.embed.num_embeddings, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
+        self.attend = attend
+        """`attend`, compiled with the blocks."""
         self._route: Sequence[int] | None = None
         if routed:
             _check_routable(self.plan)
@@ -70,10 +73,18 @@ class TracedDecoder(Decoder):
         return self._context(input_ids, positions, document_ids, None, None, None)
 
     def compile_blocks(self) -> None:
-        """As `Decoder.compile_blocks`; the distillation loss is compiled too."""
+        """As `Decoder.compile_blocks`; the distillation loss and attention by itself are compiled too."""
         super().compile_blocks()
+        self.attend = torch.compile(attend, dynamic=False)
         assert isinstance(self.head, DistilledHead)
         self.head.compiled = True
+
+
+def attend(
+    block: Block, residual: Tensor, x: Tensor, slots: Sequence[Slot], context: Context
+) -> tuple[Tensor, Slot | None]:
+    """The output (B, T, d_model) of a block's attention and its slot; arguments as those of `Block.forward`."""
+    return block.attention(residual, block.attention_norm(x), slots, context)
 
 
 def _check_routable(plan: KVPlan) -> None:

@@ -5,7 +5,7 @@ r"""Train a teacher from scratch, convert it to students with half and a quarter
 
 Steps, in this order:
 
-    tokens    a tokenizer trained on the corpus, and the corpus prepared with it
+    tokens    a tokenizer trained on the corpus, and the corpus prepared with it; left out with --data
     teacher   mha, trained by train.py on all GPUs together
     students  those of `--students` on 5 % of the teacher's tokens, some at a time on each GPU
     seeds     more seeds of the best student at half of the cache and of the best at a quarter, and of the control
@@ -137,8 +137,8 @@ class Scratch:
             Manifest.read(options.data)
         elif not options.corpus and not self.folders.tokens.exists():
             raise UserError(
-                "neither --corpus nor --data is given, and no tokens are prepared; name files of text or JSON lines, or "
-                "a folder of prepared text"
+                "neither --corpus nor --data is given, and no tokens are prepared; name files of text or JSON lines, "
+                "or a folder of prepared text"
             )
 
     def run(self) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from cllm.config import ModelConfig
 from cllm.config.uptraining import InitFrom
@@ -113,6 +115,27 @@ def test_each_layers_attention_is_compared_on_the_teachers_stream(make_teacher, 
     owners = {f"blocks.{j}." for j in student.plan.reads(3)}
     assert "blocks.3.attention.o_proj.weight" in trained
     assert all(name.startswith(("blocks.3.", "stream_norms", *owners)) for name in trained)
+
+
+def test_compiled_attention_is_shared_by_layers_and_the_same(
+    make_teacher, new_student, text, ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, student = converted(make_teacher, new_student, text, "cla")
+    with torch.no_grad():
+        streams, _ = forward(teacher, ids)
+    graphs = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
+
+    def outputs_and_gradients() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        outputs = attention_outputs(student, streams, ids)
+        attention = [p for name, p in student.named_parameters() if "attention" in name]
+        return outputs, list(torch.autograd.grad(sum(x.square().sum() for x in outputs), attention))
+
+    plain = outputs_and_gradients()
+    student.compile_blocks()
+    for compiled, expected in zip(outputs_and_gradients(), plain, strict=True):
+        torch.testing.assert_close(compiled, expected)
+    assert graphs.frame_count == 2, "one for the layer that owns, one for the layers that read it"
 
 
 def test_reads_from_above_are_refused(make_teacher, new_student) -> None:

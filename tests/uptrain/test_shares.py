@@ -213,6 +213,14 @@ def test_a_tiny_study_stops_goes_on_and_repeats_the_best(
     assert scratch.main([*command, "--out", str(tmp_path / "new"), "--students", "cla2+kv+fast_attention"]) == 2
     assert "--students cla2.kv.fast_attention: optim.rates.outputs is 3" in capsys.readouterr().err
     assert not (tmp_path / "new" / "tokens").exists(), "before anything is prepared or trained"
+    assert scratch.main([*command, "--data", str(out / "tokens")]) == 2
+    assert "--data and --corpus" in capsys.readouterr().err
+    again = ["--tiny", "--out", str(tmp_path / "new"), "--device", "cpu", "--seeds", "1", "--students", "control"]
+    assert scratch.main([*again, "--data", str(tmp_path / "nothing")]) == 2
+    assert "no such folder of prepared data" in capsys.readouterr().err
+    assert scratch.main([*again, "--data", str(out / "tokens"), "--seed", "3"]) == 0
+    config = yaml.safe_load((tmp_path / "new" / "configs" / "teacher.yaml").read_text(encoding="utf-8"))
+    assert (config["data"]["path"], config["train"]["seed"]) == (str(out / "tokens"), 3)
 
 
 def test_a_student_that_fails_does_not_keep_others_from_more_seeds(

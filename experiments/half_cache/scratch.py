@@ -184,7 +184,7 @@ class Scratch:
         experiment.finished = None if self.options.keep_checkpoints else delete_checkpoints
         with torch.device("meta"):
             size = count_parameters(build_decoder(experiment.model))
-        experiment.name = f"mha of {count_text(size)}, {count_text(self.size.tokens)} tokens"
+        experiment.name = f"mha of {count_text(float(f'{size:.3g}'))}, {count_text(self.size.tokens)} tokens"
         done = experiment.run()
         if self.devices.late:
             return False

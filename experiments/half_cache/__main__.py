@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cllm.arguments import Parser, whole_number
+from cllm.data.manifest import Manifest
 from cllm.errors import one_line
 from cllm.signals import stoppable
 from experiments.half_cache.command import add_running, add_students, run_until_stopped
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     devices = Devices(
         options.out, cpu=options.device == "cpu", stop_after=options.stop_after, parallel=options.parallel
     )
+    Manifest.read(options.data)
     experiment = Experiment(options, devices, students)
     experiment.check()
     return run_until_stopped(options.out, devices, experiment.run)

@@ -19,13 +19,13 @@ from pydantic import ValidationError
 
 from cllm.cache.accounting import KVBytes, cache_bytes, kv_bytes, mha_twin
 from cllm.config import ModelConfig
-from cllm.errors import UserError, nearest
+from cllm.config.designs import parse_preset
+from cllm.errors import UserError
 from cllm.model.sizes import count_parameters, meta_decoder
 from cllm.plan.presets import preset_names
 from cllm.planner.gpus import GPU
 from cllm.planner.keys import config_key, plan_key, query_heads_per_kv_head
 from cllm.planner.measured import DecodeStep, Estimate, Measurements
-from cllm.yaml_text import parse_word
 
 OWN = "config"
 """The design that a config or a checkpoint has itself, if no preset gives the same plan."""
@@ -126,20 +126,6 @@ def with_kv(model: ModelConfig, kv: dict[str, Any], label: str) -> ModelConfig:
         raise UserError(f"{label}: {key + ': ' if key else ''}{reason}") from None
 
 
-def parse_design(word: str) -> dict[str, Any]:
-    """`NAME[:KEY=VALUE,...]` as settings of `model.kv`. Raises `UserError`."""
-    name, colon, text = word.partition(":")
-    if name not in preset_names():
-        raise UserError(f"--designs {word}: unknown preset; {nearest(name, preset_names())}")
-    kv: dict[str, Any] = {"preset": name}
-    for part in text.split(",") if colon else []:
-        key, equals, value = part.partition("=")
-        if not key or not equals or key == "preset":
-            raise UserError(f"--designs {word}: {part!r} is not of the form KEY=VALUE")
-        kv[key] = parse_word(value, f"--designs {word}")
-    return kv
-
-
 def default_heads(n_heads: int) -> list[int]:
     """`n_heads`, and its divisors by powers of two, down to an odd number, and 1."""
     found = [n_heads]
@@ -179,7 +165,7 @@ def designs(
 
 def _words(model: ModelConfig, words: Sequence[str], heads: Sequence[int]) -> Iterator[tuple[str, ModelConfig]]:
     counts = heads or default_heads(model.n_heads)
-    settings = {word: parse_design(word) for word in words} or {name: {"preset": name} for name in preset_names()}
+    settings = {word: parse_preset(word) for word in words} or {name: {"preset": name} for name in preset_names()}
     later = []
     for word, kv in settings.items():
         try:

@@ -24,7 +24,7 @@ from cllm.errors import UserError
 from cllm.model.sizes import count_parameters, meta_decoder
 from cllm.plan.presets import preset_names
 from cllm.planner.gpus import GPU
-from cllm.planner.keys import config_key, plan_key, query_heads_per_kv_head
+from cllm.planner.keys import Size, config_key, plan_key, query_heads_per_kv_head
 from cllm.planner.measured import DecodeStep, Estimate, Measurements
 
 OWN = "config"
@@ -287,7 +287,7 @@ def candidates(
             of designs are against mha, so they are used with that reference only.
         progress: wraps the iteration over designs, for a progress bar.
     """
-    mha = plan_key({"preset": "mha"}, 1)
+    mha = plan_key({"preset": "mha"}, 1, Size())
     base = mha if reference is None else config_key(reference)
     sharing = _sharing_names(found)
     for word, config in progress(found.items()):

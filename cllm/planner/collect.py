@@ -7,6 +7,7 @@ whose bytes fit no number of KV heads of the preset's default settings is refuse
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import math
 import statistics
@@ -20,7 +21,14 @@ from cllm.cache.accounting import kv_bytes, mha_twin
 from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.plan.presets import preset_names
-from cllm.planner.keys import own_settings, plan_at, plan_key, query_heads_per_kv_head
+from cllm.planner.keys import (
+    Size,
+    config_key,
+    own_settings,
+    plan_at,
+    plan_key,
+    query_heads_per_kv_head,
+)
 from cllm.planner.measured import DecodeStep, LossChange, Table, read_table
 from cllm.posthoc import UNCOMPRESSED
 from cllm.trust import parse_json
@@ -29,6 +37,7 @@ TRAINED = "as trained"
 """The `spec` of a sweep's uncompressed run."""
 _LEAST_HEADS = 64
 """Query heads with which the bytes of presets are compared: every power of two below divides them."""
+_LAYERS = 24
 _CLOSE = 0.02
 
 
@@ -56,10 +65,18 @@ def read_losses(path: Path) -> Table:
         return Table(losses=sweep_changes(path))
     table = read_table(path)
     for i, change in enumerate(table.losses):
-        if change.key is None and change.kv.get("preset") not in preset_names():
-            name = change.kv.get("preset")
-            raise UserError(f"--losses {path}: losses.{i}.kv.preset is {name!r}; allowed: the name of a preset")
+        _check_design(change, f"--losses {path}: losses.{i}")
     return table
+
+
+def _check_design(change: LossChange, where: str) -> None:
+    """Raise `UserError`, beginning with `where`, for a design that can be compared with no other."""
+    try:
+        key = change.key
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if key is None and (name := change.kv.get("preset")) not in preset_names():
+        raise UserError(f"{where}.kv.preset is {name!r}; allowed: the name of a preset")
 
 
 def _json(path: Path) -> Any:
@@ -84,6 +101,12 @@ def _config(model: Mapping[str, Any], source: str) -> ModelConfig:
         raise UserError(f"{source}: config.model: {error.errors()[0]['msg']}") from None
 
 
+def _design_of(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a measurement that identify the design."""
+    size = dataclasses.asdict(Size.of(config))
+    return {"kv": own_settings(config), "query_heads_per_kv_head": query_heads_per_kv_head(config), **size}
+
+
 # ---- studies ---------------------------------------------------------------------------------------------------------
 
 
@@ -96,20 +119,19 @@ def study_changes(records: Iterable[Mapping[str, Any]], source: str) -> list[Los
     Raises `UserError` if there is no such mha for any design.
     """
     best: dict[tuple[Any, ...], dict[tuple[str, int], tuple[float, dict[str, Any]]]] = {}
-    mha = plan_key({"preset": "mha"}, 1)
+    mha = plan_key({"preset": "mha"}, 1, Size())
     assert mha is not None
     for record in records:
         if record.get("search"):
             continue
         config = _config(record["config"]["model"], source)
-        ratio = query_heads_per_kv_head(config)
-        kv = own_settings(config)
-        key = plan_key(kv, ratio)
+        design = _design_of(config)
+        key = config_key(config)
         if key is None:
             continue
         group = (record["tokens"], record["data"], config.d_model, config.n_layers, config.n_heads, config.max_seq_len)
         points = best.setdefault(group, {})
-        entry = {"kv": kv, "query_heads_per_kv_head": ratio, "parameters": record["summary"]["parameters"]}
+        entry = {**design, "parameters": record["summary"]["parameters"]}
         if math.isfinite(record["loss"]) and record["loss"] < points.get((key, record["seed"]), (math.inf,))[0]:
             points[key, record["seed"]] = (record["loss"], entry)
     found = []
@@ -164,6 +186,7 @@ def sweep_changes(path: Path, about: Mapping[str, Any] | None = None, *, suffix:
                 "loss_change": change,
             }
             found.append(LossChange.model_validate({"source": str(path), **entry}))
+            _check_design(found[-1], f'--losses {path}: "{spec}"')
         except KeyError as error:
             raise UserError(f"--losses {path}: column or uncompressed run {error.args[0]!r} is missing") from None
         except UserError:
@@ -233,7 +256,7 @@ def _mha_over(name: str, ratio: int | None) -> float:
     heads = _LEAST_HEADS if ratio is None or _LEAST_HEADS % ratio == 0 else ratio
     kv = {"preset": name} if ratio is None else {"preset": name, "n_kv_heads": heads // ratio}
     try:
-        config = ModelConfig.model_validate({"d_model": heads * 64, "n_heads": heads, "n_layers": 24, "kv": kv})
+        config = ModelConfig.model_validate({"d_model": heads * 64, "n_heads": heads, "n_layers": _LAYERS, "kv": kv})
     except (ValidationError, UserError):
         return math.nan
     return kv_bytes(mha_twin(config)).resident / kv_bytes(config).resident
@@ -242,7 +265,7 @@ def _mha_over(name: str, ratio: int | None) -> float:
 def _heads(kv: dict[str, Any], ratio: int | None) -> int | None:
     if ratio is not None:
         return ratio
-    plan = plan_at(kv, heads=_LEAST_HEADS, n_kv_heads=None)
+    plan = plan_at(kv, layers=_LAYERS, heads=_LEAST_HEADS)
     assert plan is not None
     counts = {getattr(plan.owned(slot), "n_kv_heads", None) for slot in plan.slots}
     count = counts.pop()
@@ -263,7 +286,7 @@ def decode_steps(path: Path) -> list[DecodeStep]:
         if row["design"] not in configs:
             continue
         config = _config(configs[row["design"]]["model"], str(path))
-        found.append(DecodeStep(kv=own_settings(config), query_heads_per_kv_head=query_heads_per_kv_head(config),
-                                gpu=gpu, bytes_read=row["bytes_read"], step_s=row["step_ms"] / 1e3,
-                                parameters=row["weight_bytes"] / 2, source=str(path)))  # fmt: skip
+        found.append(DecodeStep(**_design_of(config), gpu=gpu, bytes_read=row["bytes_read"],
+                                step_s=row["step_ms"] / 1e3, parameters=row["weight_bytes"] / 2,
+                                source=str(path)))  # fmt: skip
     return found

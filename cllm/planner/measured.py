@@ -5,7 +5,7 @@ A table is a JSON file:
     {"format": 1,
      "losses": [{"kv": {"preset": "cla"}, "query_heads_per_kv_head": 1, "spec": null, "loss_change": -0.03,
                  "standard_error": null, "ratio": null, "parameters": 47000000, "tokens": 490000000, "context": 4096,
-                 "source": "study.json"}],
+                 "n_layers": 12, "n_heads": 8, "head_dim": 64, "source": "study.json"}],
      "decode": [{"kv": {"preset": "mha"}, "query_heads_per_kv_head": 1, "gpu": "NVIDIA H200", "bytes_read": 28e9,
                  "step_s": 0.0074, "parameters": 1.3e9, "source": "decode.json"}]}
 """
@@ -21,9 +21,10 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from cllm.errors import UserError
+from cllm.plan.plan import MAX_LAYERS
 from cllm.planner.gpus import GPUS
-from cllm.planner.keys import plan_key
-from cllm.section import Section
+from cllm.planner.keys import Size, plan_key
+from cllm.section import MAX_HEADS, MAX_WIDTH, Section
 from cllm.trust import parse_json
 
 SHIPPED = Path(__file__).with_name("measured.json")
@@ -38,12 +39,19 @@ class _Measured(Section):
     kv: dict[str, Any]
     """Settings of `model.kv`."""
     query_heads_per_kv_head: int | None = Field(None, ge=1)
+    n_layers: int | None = Field(None, ge=1, le=MAX_LAYERS)
+    """Depth of the measured model; needed if `kv` counts or names layers."""
+    n_heads: int | None = Field(None, ge=1, le=MAX_HEADS)
+    """Its query heads; needed, as `head_dim` is, for latents and for different numbers of KV heads."""
+    head_dim: int | None = Field(None, ge=2, le=MAX_WIDTH)
     parameters: float | None = Field(None, gt=0)
     source: str = ""
 
     @property
     def key(self) -> str | None:
-        return plan_key(self.kv, self.query_heads_per_kv_head)
+        """The design's (keys.py). Raises `UserError` for a size that is needed and missing."""
+        size = Size(n_layers=self.n_layers, n_heads=self.n_heads, head_dim=self.head_dim)
+        return plan_key(self.kv, self.query_heads_per_kv_head, size)
 
 
 class LossChange(_Measured):

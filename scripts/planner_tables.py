@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from cllm.arguments import Parser  # noqa: E402
 from cllm.files import write_atomic  # noqa: E402
 from cllm.planner.collect import decode_steps, read_losses, sweep_changes  # noqa: E402
-from cllm.planner.measured import SHIPPED, LossChange, Table  # noqa: E402
+from cllm.planner.table import SHIPPED, LossChange, Table  # noqa: E402
 from cllm.posthoc.method import Compressor, TensorCoder  # noqa: E402
 from cllm.posthoc.registry import parse  # noqa: E402
 

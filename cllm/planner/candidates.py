@@ -25,7 +25,8 @@ from cllm.model.sizes import count_parameters, meta_decoder
 from cllm.plan.presets import preset_names
 from cllm.planner.gpus import GPU
 from cllm.planner.keys import Size, config_key, plan_key, query_heads_per_kv_head
-from cllm.planner.measured import DecodeStep, Estimate, Measurements
+from cllm.planner.measured import Estimate, Measurements
+from cllm.planner.table import DecodeStep
 
 OWN = "config"
 """The design that a config or a checkpoint has itself, if no preset gives the same plan."""

@@ -29,7 +29,7 @@ from cllm.planner.keys import (
     plan_key,
     query_heads_per_kv_head,
 )
-from cllm.planner.measured import DecodeStep, LossChange, Table, read_table
+from cllm.planner.table import DecodeStep, LossChange, Table, read_table
 from cllm.posthoc import UNCOMPRESSED
 from cllm.trust import parse_json
 

@@ -66,20 +66,8 @@ def test_every_loss_of_a_table_is_of_one_age_and_the_others_are_named(tmp_path, 
     """With the shipped measurements, some of which are of models after 100 M, 128 M and 490 M tokens."""
     config = tmp_path / "shape.yaml"
     config.write_text("model: {vocab_size: 100, d_model: 64, n_layers: 4, n_heads: 4}\ndata: {path: x}\n")
-    words = [
-        "plan",
-        "--config",
-        str(config),
-        "--gpu",
-        "L4",
-        "--kv-heads",
-        "4",
-        "--designs",
-        "mha",
-        "cla",
-        "fusedkv_lite",
-    ]
-    ages = {m.tokens for m in shipped_table().losses if m.kv["preset"] in ("mha", "cla", "fusedkv_lite")}
+    words = f"plan --config {config} --gpu L4 --kv-heads 4 --designs mha cla fusedkv_lite".split()
+    ages = {m.tokens for m in shipped_table().losses if m.kv.get("preset") in ("mha", "cla", "fusedkv_lite")}
     assert len(ages) == 3
     for chosen, more in ((490e6, []), (128e6, ["--tokens", "128M"]), (100e6, ["--tokens", "100M"])):
         assert main([*words, *more, "--json"]) == 0

@@ -268,7 +268,7 @@ def test_the_shipped_table_names_methods_and_plans_that_exist():
         (["--gpu", "H100", "--tokens", "many"], "--tokens is 'many'; allowed: a number of tokens such as 300k"),
         (
             ["--gpu", "H100", "--tokens", "7M"],
-            "--tokens is 7M; losses of these designs: 100M (1), 128M (",
+            "--tokens is 7M; losses of these designs: 100M (",
         ),
         (["--gpu", "H100", "--tokens", "128M", "--window", "9"], "--window is 9; losses of these designs: 4,096 ("),
         (["--gpu", "H100", "--losses", "no.json"], "--losses no.json: cannot be read as JSON"),

@@ -122,14 +122,15 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm plan") 
     if options.json:
         print(report.json_text(found, model, request, measured))
     elif options.csv:
-        print(report.csv_text(found), end="")
+        print(report.csv_text(found, measured), end="")
     elif options.view == "heads":
-        print(report.heads_text(found, request, measured))
-        print("\n".join(report.notes(found, found, model, request, measured)[2:]))
+        print(report.heads_text(found, model, request, measured))
     else:
         listed: Listed = "near" if options.run else "front"
         listed = "all" if options.all or options.compression is not None else listed
-        shown = found if options.all else report.choose(found, compressions=listed, heads=bool(options.kv_heads))
+        shown = found if options.all else report.choose(
+            found, compressions=listed, heads=bool(options.kv_heads), asked=options.designs
+        )  # fmt: skip
         print(report.text(found, shown, model, request, measured, compressions=listed))
     return 0
 

@@ -11,7 +11,8 @@ import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from cllm.plan.presets import preset_names
 from cllm.planner.keys import (
     Size,
     config_key,
+    mha_key,
     own_settings,
     plan_at,
-    plan_key,
     query_heads_per_kv_head,
 )
 from cllm.planner.table import DecodeStep, LossChange, Table, read_table
@@ -110,6 +111,17 @@ def _design_of(config: ModelConfig) -> dict[str, Any]:
 # ---- studies ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """A result of a study."""
+
+    key: str
+    seed: int
+    loss: float
+    about: dict[str, Any]
+    """Fields of `LossChange`."""
+
+
 def study_changes(records: Iterable[Mapping[str, Any]], source: str) -> list[LossChange]:
     """Changes of the loss against mha of the same tokens, data, shape and seed; a mean and spread over seeds.
 
@@ -118,38 +130,35 @@ def study_changes(records: Iterable[Mapping[str, Any]], source: str) -> list[Los
 
     Raises `UserError` if there is no such mha for any design.
     """
-    best: dict[tuple[Any, ...], dict[tuple[str, int], tuple[float, dict[str, Any]]]] = {}
-    mha = plan_key({"preset": "mha"}, 1, Size())
-    assert mha is not None
+    groups: dict[tuple[Any, ...], list[_Point]] = {}
     for record in records:
-        if record.get("search"):
-            continue
         config = _config(record["config"]["model"], source)
-        design = _design_of(config)
-        key = config_key(config)
-        if key is None:
+        if record.get("search") or not math.isfinite(record["loss"]) or (key := config_key(config)) is None:
             continue
+        about = {**_design_of(config), "parameters": record["summary"]["parameters"], "tokens": record["tokens"],
+                 "context": config.max_seq_len, "source": source}  # fmt: skip
         group = (record["tokens"], record["data"], config.d_model, config.n_layers, config.n_heads, config.max_seq_len)
-        points = best.setdefault(group, {})
-        entry = {**design, "parameters": record["summary"]["parameters"]}
-        if math.isfinite(record["loss"]) and record["loss"] < points.get((key, record["seed"]), (math.inf,))[0]:
-            points[key, record["seed"]] = (record["loss"], entry)
-    found = []
-    for group, points in best.items():
-        for key in dict.fromkeys(key for key, _ in points if key != mha):
-            pairs = {seed: (loss, points[mha, seed][0]) for (k, seed), (loss, _) in points.items()
-                     if k == key and (mha, seed) in points}  # fmt: skip
-            if not pairs:
-                continue
-            changes = [loss - base for loss, base in pairs.values()]
-            error = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
-            about = points[key, next(iter(pairs))][1]
-            change = {"loss_change": statistics.fmean(changes), "standard_error": error, "source": source}
-            about |= {"tokens": group[0], "context": group[-1]}
-            found.append(LossChange.model_validate(about | change))
+        groups.setdefault(group, []).append(_Point(key, record["seed"], record["loss"], about))
+    found = [change for points in groups.values() for change in _against_mha(points)]
     if not found:
         raise UserError(f"--losses {source}: has no result of another design beside mha at the same tokens and seed")
     return found
+
+
+def _against_mha(points: Iterable[_Point]) -> Iterator[LossChange]:
+    """The change of each design, of points that differ in design, seed and learning rate only."""
+    designs: dict[str, dict[int, _Point]] = {}
+    for point in points:
+        seeds = designs.setdefault(point.key, {})
+        if point.seed not in seeds or point.loss < seeds[point.seed].loss:
+            seeds[point.seed] = point
+    exact = designs.pop(mha_key(), {})
+    for seeds in designs.values():
+        pairs = [(point, exact[seed]) for seed, point in seeds.items() if seed in exact]
+        changes = [point.loss - base.loss for point, base in pairs]
+        error = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
+        if pairs:
+            yield LossChange(**pairs[0][0].about, loss_change=statistics.fmean(changes), standard_error=error)
 
 
 # ---- sweeps ----------------------------------------------------------------------------------------------------------
@@ -179,8 +188,8 @@ def sweep_changes(path: Path, about: Mapping[str, Any] | None = None, *, suffix:
             window = {"context": int(row["window"])} if row.get("window") else {}
             entry = {
                 **design,
-                **window,
                 **(about or {}),
+                **window,
                 "spec": _with(spec, suffix),
                 "ratio": ratio,
                 "loss_change": change,

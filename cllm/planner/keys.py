@@ -176,3 +176,10 @@ def _is_plan_of(config: ModelConfig, kv: dict[str, Any]) -> bool:
 def config_key(config: ModelConfig) -> str | None:
     """`plan_key` of a model."""
     return plan_key(own_settings(config), query_heads_per_kv_head(config), Size.of(config))
+
+
+def mha_key() -> str:
+    """`plan_key` of mha with a KV head for every query head, against which losses of designs are changes."""
+    key = plan_key({"preset": "mha"}, 1, Size())
+    assert key is not None
+    return key

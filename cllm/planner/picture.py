@@ -30,7 +30,7 @@ def front_figure(found: Sequence[Candidate], request: Request, conditions: Condi
         raise UserError("--picture: there is no candidate to draw")
     figure, axes = new_figure(10.5, 6.5, f"Change of the loss against cache, measured on\n{conditions.text}")
     axes.set_xscale("log")
-    axes.set_xlabel(f"GB of cache, {request.concurrency:,} sequences of {request.context:,} tokens")
+    axes.set_xlabel(f"GB of cache, {request.text}")
     axes.set_ylabel(
         f"change of the loss against {reference_name(found)}, nats a token (logarithmic beyond {_LINEAR:g})"
     )
@@ -96,7 +96,7 @@ def heads_figure(found: Sequence[Candidate], request: Request, conditions: Condi
                   fontsize=7, color="white" if norm(c.cache_bytes / GB) > 0.6 else "black")  # fmt: skip
     axes.set_xticks(range(len(heads)), [str(h) for h in heads])
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_xlabel(f"KV heads; {request.concurrency:,} sequences of {request.context:,} tokens\n"
+    axes.set_xlabel(f"KV heads; {request.text}\n"
                     "second line: change of the loss, nats; *: on the front; x: does not fit\n"
                     f"losses of {conditions.text}")  # fmt: skip
     figure.colorbar(image, ax=axes, label="GB")

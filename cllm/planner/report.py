@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 from cllm import tables
@@ -72,7 +72,9 @@ def is_design(c: Candidate) -> bool:
     return c.is_reference or "n_kv_heads=" not in c.design
 
 
-def choose(found: Sequence[Candidate], *, compressions: Listed, heads: bool) -> list[Candidate]:
+def choose(
+    found: Sequence[Candidate], *, compressions: Listed, heads: bool, asked: Collection[str] = ()
+) -> list[Candidate]:
     """The candidates of a short table: those that fit and are on the front, uncompressed and measured, or presets.
 
     Args:
@@ -80,13 +82,14 @@ def choose(found: Sequence[Candidate], *, compressions: Listed, heads: bool) -> 
         compressions: those to keep: `front`, those on the front; `near`, also of each other method the one nearest to
             the front, `NEAR` at most; `all`.
         heads: keep every number of KV heads, not only a design's own and measured ones.
+        asked: designs that are kept without compression, such as those of `--designs`.
     """
     near = {id(c) for c in nearest_of_methods(found)} if compressions == "near" else set()
 
     def wanted(c: Candidate) -> bool:
         if c.spec is not None:
             return c.front or compressions == "all" or id(c) in near
-        return heads or c.front or c.loss_change is not None or is_design(c)
+        return heads or c.front or c.loss_change is not None or is_design(c) or c.design in asked
 
     return [c for c in found if c.fits and wanted(c)]
 
@@ -113,7 +116,7 @@ def _methods(c: Candidate) -> str:
 def text(found: Sequence[Candidate], shown: Sequence[Candidate], model: ModelConfig, request: Request,
          measured: Measurements, *, compressions: Listed = "all") -> str:  # fmt: skip
     """The table of `shown`, with its notes on them and on the rest of `found`; `compressions` as `choose` had it."""
-    lines = [_head(request, measured), ""]
+    lines = [_head(found, request, measured), ""]
     lines += [tables.aligned(COLUMNS, shown)] if shown else [_nothing_fits(found, request)]
     if compressions == "near" and any(c.spec is not None and not c.front for c in shown):
         lines += ["", "compressions without *: of each method that is not on the front, the one whose loss exceeds the "
@@ -121,14 +124,14 @@ def text(found: Sequence[Candidate], shown: Sequence[Candidate], model: ModelCon
     return "\n".join([*lines, "", *notes(found, shown, model, request, measured)])
 
 
-def _head(request: Request, measured: Measurements) -> str:
-    gpu = request.gpu
+def _head(found: Sequence[Candidate], request: Request, measured: Measurements) -> str:
+    gpu, losses = request.gpu, measured.conditions.text if _used(found) else "none were measured on these designs"
     return (
         f"GPU          {gpu.name}: {gpu.memory / GB:,.4g} GB, {gpu.bandwidth / 1e12:.4g} TB/s ({gpu.source})\n"
-        f"use          {request.concurrency:,} sequences of {request.context:,} tokens, weights and caches in 16 bits\n"
+        f"use          {request.text}, weights and caches in 16 bits\n"
         f"budget       {request.budget / GB:,.4g} GB for weights and caches ({request.headroom:.0%} of memory is left "
         "for the rest)\n"
-        f"losses       {measured.conditions.text}"
+        f"losses       {losses}"
     )
 
 
@@ -145,11 +148,19 @@ def _nothing_fits(found: Sequence[Candidate], request: Request) -> str:
 def notes(found: Sequence[Candidate], shown: Sequence[Candidate], model: ModelConfig, request: Request,
           measured: Measurements) -> list[str]:  # fmt: skip
     """Lines under the table of `shown`."""
-    lines = [
+    return [
         "*: on the front, no other candidate with a measured loss has at most its cache and at most its loss. "
         "sequences: the most that fit.",
         "bound: bytes that a decode step reads / the data sheet's bandwidth. step: bound x a measured factor; ~: the "
         "factor is of another plan or GPU.",
+        *_loss_notes(found, shown, model, request, measured),
+    ]
+
+
+def _loss_notes(found: Sequence[Candidate], shown: Sequence[Candidate], model: ModelConfig, request: Request,
+                measured: Measurements) -> list[str]:  # fmt: skip
+    """Those of `notes` that do not explain columns of the table."""
+    lines = [
         f"loss: measured change against {reference_name(found)} without compression, nats a token, of the models "
         f"above; {MISSING}: none.",
         "range: of all measurements of this design and compression on such models, with 2 standard errors where there "
@@ -276,7 +287,7 @@ FIELDS = (
     "design", "n_kv_heads", "spec", "fits", "front", "parameters", "weight_bytes", "cache_bytes", "cache_vs_mha",
     "total_bytes", "most_sequences", "read_bytes", "bound_s", "step_s", "factor_is_of_this_plan", "loss_change",
 )  # fmt: skip
-"""Columns of the CSV that are attributes of a candidate; `loss_low` and `loss_high` follow."""
+"""Columns of the CSV that are attributes of a candidate; `loss_low`, `loss_high` and the conditions follow."""
 
 
 def row(c: Candidate) -> dict[str, Any]:
@@ -287,9 +298,11 @@ def row(c: Candidate) -> dict[str, Any]:
     return {**values, "factor_is_of_this_plan": own, "loss_low": low, "loss_high": high}
 
 
-def csv_text(found: Sequence[Candidate]) -> str:
-    """All candidates; an empty cell where nothing was measured."""
-    return tables.csv_text([*FIELDS, "loss_low", "loss_high"], map(row, found))
+def csv_text(found: Sequence[Candidate], measured: Measurements) -> str:
+    """All candidates, with the conditions of their losses; an empty cell where nothing was measured."""
+    conditions = {f"measured_{name}": value for name, value in dataclasses.asdict(measured.conditions).items()}
+    rows = (row(c) | (conditions if c.loss_change is not None else {}) for c in found)
+    return tables.csv_text([*FIELDS, "loss_low", "loss_high", *conditions], rows)
 
 
 def json_text(found: Sequence[Candidate], model: ModelConfig, request: Request, measured: Measurements) -> str:
@@ -335,8 +348,8 @@ def grid(found: Sequence[Candidate]) -> tuple[list[str], list[int], dict[tuple[s
     return sorted(most, key=lambda name: (-most[name], name)), heads, cells
 
 
-def heads_text(found: Sequence[Candidate], request: Request, measured: Measurements) -> str:
-    """Cache in GB by sharing (rows) and KV heads (columns), with the change of the loss."""
+def heads_text(found: Sequence[Candidate], model: ModelConfig, request: Request, measured: Measurements) -> str:
+    """Cache in GB by sharing (rows) and KV heads (columns), with the change of the loss, and notes."""
     names, heads, cells = grid(found)
 
     def cell(name: str, n: int) -> str:
@@ -352,4 +365,5 @@ def heads_text(found: Sequence[Candidate], request: Request, measured: Measureme
         f"cache in GB (change of the loss in nats; {MISSING}: not measured). *: on the front, x: does not fit. Rows: "
         "which layers share, without compression; the least cache of a row is at its right end."
     )
-    return "\n".join([_head(request, measured), "", tables.aligned(columns, names), "", legend])
+    lines = [_head(found, request, measured), "", tables.aligned(columns, names), "", legend]
+    return "\n".join([*lines, *_loss_notes(found, found, model, request, measured)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 
@@ -12,7 +13,7 @@ from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.plan.presets import preset_names
 from cllm.planner.candidates import Candidate, Request, candidates, default_heads, designs, mark_front
-from cllm.planner.collect import read_losses
+from cllm.planner.collect import read_losses, sweep_changes
 from cllm.planner.conditions import choose_conditions
 from cllm.planner.gpus import GPU, find_gpu
 from cllm.planner.keys import config_key
@@ -193,6 +194,13 @@ def test_records_of_an_evaluation_as_losses(tmp_path):
         read_losses(path)
 
 
+def test_the_window_of_a_row_comes_before_what_is_said_about_all_rows(tmp_path):
+    sweep = tmp_path / "posthoc.csv"
+    head = "run,design,spec,ratio_to_own,ratio_to_mha,perplexity,window\n"
+    sweep.write_text(head + "a,mha,as trained,1,1,20,\na,mha,kivi,3,3,22,1024\na,mha,int8,2,2,21,\n")
+    assert [m.context for m in sweep_changes(sweep, {"context": 4096})] == [1024, 4096]
+
+
 def test_of_equal_measurements_the_first_counts_and_the_range_is_that_of_all():
     def of(value, ratio=2.0):
         return change({"preset": "mha"}, value, spec="int8", ratio=ratio)
@@ -216,6 +224,26 @@ def test_a_short_list_has_the_front_and_the_nearest_of_other_methods():
     assert listed("front") == ["svd:ratio=8", "svd:ratio=4", None]
     assert listed("near") == ["svd:ratio=8", "svd:ratio=4", "svd:ratio=4+kivi", "kivi:bits=4", "fp8", "int8", None]
     assert len(listed("all")) == len(specs) + 1
+
+
+def test_a_design_that_was_asked_for_is_listed_without_a_loss_too(tmp_path, capsys):
+    config = tmp_path / "shape.yaml"
+    config.write_text("model: {vocab_size: 100, d_model: 64, n_layers: 4, n_heads: 4}\ndata: {path: x}\n")
+    words = f"plan --config {config} --gpu L4 --compression none --no-shipped --designs mha gqa:n_kv_heads=1".split()
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    table = text.partition("design")[2].partition("\n\n")[0]
+    assert "gqa:n_kv_heads=1" in table
+    assert "losses       none were measured on these designs" in text
+
+
+def test_the_csv_has_the_conditions_of_each_loss(tmp_path, capsys):
+    config = tmp_path / "shape.yaml"
+    config.write_text("model: {vocab_size: 100, d_model: 64, n_layers: 4, n_heads: 4}\ndata: {path: x}\n")
+    assert main(f"plan --config {config} --gpu L4 --designs mha cla pizza_top --kv-heads 4 --csv".split()) == 0
+    for row in csv.DictReader(capsys.readouterr().out.splitlines()):
+        known = row["measured_tokens"], row["measured_context"]
+        assert known == (("490000000.0", "4096") if row["loss_change"] else ("", ""))
 
 
 def test_with_a_run_the_table_is_short_and_all_lists_everything(tmp_path, capsys):

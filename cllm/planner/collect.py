@@ -38,6 +38,8 @@ TRAINED = "as trained"
 """The `spec` of a sweep's uncompressed run."""
 _LEAST_HEADS = 64
 """Query heads with which the bytes of presets are compared: every power of two below divides them."""
+_CONDITIONS = {"window": "context", "trained_tokens": "tokens", "parameters": "parameters"}
+"""Columns of sweeps and records, where they have them, as fields of `LossChange`."""
 _LAYERS = 24
 _CLOSE = 0.02
 
@@ -185,11 +187,11 @@ def sweep_changes(path: Path, about: Mapping[str, Any] | None = None, *, suffix:
             ratio = float(row.get("bf16_ratio") or row["ratio_to_own"])
             change = math.log(float(row["perplexity"]) / base)
             design = {} if about and "kv" in about else _design(row["design"], float(row["ratio_to_mha"]) / ratio, path)
-            window = {"context": int(row["window"])} if row.get("window") else {}
+            known = {field: int(row[column]) for column, field in _CONDITIONS.items() if row.get(column)}
             entry = {
                 **design,
                 **(about or {}),
-                **window,
+                **known,
                 "spec": _with(spec, suffix),
                 "ratio": ratio,
                 "loss_change": change,
@@ -233,7 +235,8 @@ def _records(path: Path) -> list[dict[str, str]]:
             raise UserError(f"--losses {path}: a record has no {error.args[0]}") from None
         except (TypeError, ValueError, ZeroDivisionError):
             raise UserError(f"--losses {path}: bytes of a record must be positive numbers") from None
-        found.append({**{key: str(value) for key, value in row.items()}, **{k: repr(v) for k, v in ratios.items()}})
+        known = {key: str(value) for key, value in row.items() if value is not None}
+        found.append({**known, **{key: repr(ratio) for key, ratio in ratios.items()}})
     return found
 
 

@@ -201,6 +201,15 @@ def test_the_window_of_a_row_comes_before_what_is_said_about_all_rows(tmp_path):
     assert [m.context for m in sweep_changes(sweep, {"context": 4096})] == [1024, 4096]
 
 
+def test_records_and_sweeps_say_the_age_and_the_size_of_the_model(tmp_path):
+    row = {"spec": "int8", "run": "a", "design": "gqa", "window": 512, "perplexity": 22, "uncompressed_perplexity": 20,
+           "bf16_bytes_per_token": 10.0, "own_bf16_bytes_per_token": 20.0, "mha_bf16_bytes_per_token": 60.0,
+           "trained_tokens": 5 * 10**8, "parameters": 7}  # fmt: skip
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps({"rows": [row, {**row, "trained_tokens": None}]}))
+    assert [(m.tokens, m.parameters, m.context) for m in read_losses(records).losses] == [(5e8, 7, 512), (None, 7, 512)]
+
+
 def test_of_equal_measurements_the_first_counts_and_the_range_is_that_of_all():
     def of(value, ratio=2.0):
         return change({"preset": "mha"}, value, spec="int8", ratio=ratio)

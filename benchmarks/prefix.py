@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,6 +40,7 @@ from benchmarks.timing import free, wall_time
 from cllm.arguments import Parser, whole_number
 from cllm.cache.cache import KVCache
 from cllm.config import ModelConfig
+from cllm.config.designs import parse_preset
 from cllm.config.load import validate
 from cllm.environment import choose_device, environment
 from cllm.errors import UserError, one_line
@@ -200,11 +200,6 @@ def _next_token(decoder: Decoder, cache: KVCache, prompt: Tensor) -> Tensor:
 
 def _decoder(design: str, options: Any) -> Decoder:
     """Random weights of a design."""
-    preset, _, settings = design.partition(":")
-    kv: dict[str, Any] = {"preset": preset}
-    kv |= {
-        key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in settings.split(",") if item)
-    }
     config = validate(
         ModelConfig,
         {
@@ -214,7 +209,7 @@ def _decoder(design: str, options: Any) -> Decoder:
             "n_heads": options.d_model // 64,
             "tie_embeddings": True,
             "max_seq_len": options.tokens,
-            "kv": kv,
+            "kv": parse_preset(design),
         },
     )
     return build_decoder(config)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from cllm.arguments import Parser  # noqa: E402
 from cllm.files import write_atomic  # noqa: E402
 from cllm.planner.collect import decode_steps, read_losses, sweep_changes  # noqa: E402
-from cllm.planner.measured import SHIPPED, LossChange, Table  # noqa: E402
+from cllm.planner.table import SHIPPED, LossChange, Table  # noqa: E402
 from cllm.posthoc.method import Compressor, TensorCoder  # noqa: E402
 from cllm.posthoc.registry import parse  # noqa: E402
 
@@ -27,7 +27,7 @@ SMOLLM2 = {"kv": {"preset": "gqa"}, "query_heads_per_kv_head": 3, "parameters": 
            "context": 4096}  # fmt: skip
 """SmolLM2-135M-Instruct, see docs/posthoc.md."""
 TRAINED_45M = {"parameters": 46938112, "tokens": 490e6, "context": 4096}
-STUDIES = ("2026-11-27-study-100m-h200", "2026-11-27-study-490m-h200")
+STUDIES = ("2026-11-28-study-equal-bytes-h200", "2026-11-27-study-100m-h200", "2026-11-27-study-490m-h200")
 SWEEPS: tuple[tuple[str, Mapping[str, Any], str], ...] = (
     ("2026-11-28-methods-45m-again-h200.json", TRAINED_45M, ""),
     ("2026-11-28-methods-45m-h200.json", TRAINED_45M, ""),
@@ -61,8 +61,6 @@ LEFT_OUT = {
     "2026-11-28-decode-kv-tie-1364m-h200.json": "repeats a step of 2026-11-28-decode-few-rows-1364m-h200.json",
     "2026-11-28-decode-profile-1364m-h200.json": "repeats steps of 2026-11-28-decode-few-rows-1364m-h200.json",
     "2026-11-25-tradeoff-2m-cpu.csv": "models of 2 M parameters",
-    "2026-11-28-study-equal-bytes-h200": "after 100 M tokens, where changes are several times those after 490 M, so "
-    "complex keys and matrix values would come before plain fusedkv, which is better in the same study",
     "2026-11-27-new-tokens-smollm2-cpu.csv": "losses while new tokens join, not of a compressed prompt",
     "2026-11-28-calibrated-smollm2-cpu.csv": "windows of 256 tokens; calibration-texts has 1,024",
     "2026-11-28-head-bits-short-prompts-smollm2-cpu.csv": "prompts of 256 and 1,024 tokens",

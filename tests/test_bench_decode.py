@@ -490,7 +490,7 @@ def test_designs_carry_settings_and_points_of_their_own(tiny: str) -> None:
     ("arguments", "message"),
     [
         (["--designs", "fusedvk"], '--designs fusedvk: configs/kv/ has no fusedvk.yaml; did you mean "fusedkv"?'),
-        (["--designs", "gqa:n_kv_heads"], "--designs gqa:n_kv_heads: 'n_kv_heads' is not of the form KEY=VALUE"),
+        (["--designs", "gqa:n_kv_heads"], '--designs gqa:n_kv_heads: "n_kv_heads" is not of the form KEY=VALUE'),
         (["--designs", "gqa:heads=2"], "model.kv.heads: unknown key"),
         (["--designs", "mha:storage=int4"], "--designs mha:storage=int4: storage is int4; allowed: model, fp8"),
         (["--designs", "mha@1k"], "--designs mha@1k: '1k' is not of the form CONTEXTxBATCH"),

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import fnmatch
 import sys
-from argparse import Namespace
-from collections.abc import Sequence
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from cllm.arguments import number, whole_number
 from cllm.config import Config, ModelConfig
 from cllm.config.load import ConfigParser, config_parser
+from cllm.counts import parse_count
 from cllm.errors import UserError, one_line
 from cllm.signals import stoppable
 
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
     from cllm.planner.report import Listed
 
 VIEWS = ("table", "heads")
+
+
+def _count(text: str) -> int:
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 def make_parser(program: str) -> ConfigParser:
@@ -66,6 +74,9 @@ def make_parser(program: str) -> ConfigParser:
         "such as 'xkv*' (default: all measured on the design); none: no compression")  # fmt: skip
     add("--losses", nargs="+", type=Path, default=[], metavar="PATH", help="own measurements besides the shipped ones: "
         "a table in JSON, a sweep's CSV, records of evaluate --posthoc, or a folder of a study's results")  # fmt: skip
+    add("--tokens", type=_count, metavar="N", help="compare losses of models after about N training tokens, such as "
+        "490M (default: those after which most were measured, own ones first)")  # fmt: skip
+    add("--window", type=_count, metavar="N", help="compare losses of windows of N tokens (default: likewise)")
     add("--no-shipped", action="store_true", help="leave the shipped losses out; decode factors are still used")
     add("--view", choices=VIEWS, default="table", help="heads: cache by KV heads and sharing (default: %(default)s)")
     add(
@@ -92,32 +103,34 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "cllm plan") 
     from cllm.planner import report
     from cllm.planner.candidates import Request, candidates, designs, mark_front
     from cllm.planner.gpus import find_gpu
+    from cllm.planner.keys import config_key
 
     gpu = find_gpu(options.gpu, options.memory, options.bandwidth)
     model = _model(options, overrides)
     context = options.context or model.max_seq_len
     request = Request(gpu=gpu, context=context, concurrency=options.concurrency, headroom=options.headroom)
-    measured = _measurements(options)
-    specs = _specs(options, measured)
     checkpoint = model if options.run else None
     chosen = {Path(options.run).resolve().name: model} if options.run and not options.designs else designs(
         model, words=options.designs, heads=options.kv_heads
     )  # fmt: skip
+    measured = _measurements(options, {config_key(config) for config in chosen.values()})
+    specs = _specs(options, measured)
     bar = partial(tqdm, desc="designs", total=len(chosen), disable=None, leave=False)
     found = mark_front(list(candidates(chosen, request, measured, specs=specs, reference=checkpoint, progress=bar)))
     if options.picture is not None:
-        _draw(options, found, request)
+        _draw(options, found, request, measured)
     if options.json:
         print(report.json_text(found, model, request, measured))
     elif options.csv:
-        print(report.csv_text(found), end="")
+        print(report.csv_text(found, measured), end="")
     elif options.view == "heads":
-        print(report.heads_text(found, request))
-        print("\n".join(report.notes(found, found, model, request, measured)[2:]))
+        print(report.heads_text(found, model, request, measured))
     else:
         listed: Listed = "near" if options.run else "front"
         listed = "all" if options.all or options.compression is not None else listed
-        shown = found if options.all else report.choose(found, compressions=listed, heads=bool(options.kv_heads))
+        shown = found if options.all else report.choose(
+            found, compressions=listed, heads=bool(options.kv_heads), asked=options.designs
+        )  # fmt: skip
         print(report.text(found, shown, model, request, measured, compressions=listed))
     return 0
 
@@ -149,14 +162,20 @@ def _model(options: Namespace, overrides: Sequence[str]) -> ModelConfig:
     return model
 
 
-def _measurements(options: Namespace) -> Measurements:
+def _measurements(options: Namespace, keys: Collection[str | None]) -> Measurements:
+    """The measurements under the conditions that those of designs with `keys` have most; own ones come first."""
     from cllm.planner.collect import read_losses
-    from cllm.planner.measured import Measurements, Table, shipped_table
+    from cllm.planner.conditions import choose_conditions
+    from cllm.planner.measured import Measurements
+    from cllm.planner.table import Table, shipped_table
 
     shipped = shipped_table()
     if options.no_shipped:
         shipped = Table(decode=shipped.decode)
-    return Measurements([shipped, *(read_losses(path) for path in options.losses)])
+    own = [read_losses(path) for path in options.losses]
+    losses = [[m for table in tables for m in table.losses if m.key in keys] for tables in (own, [shipped])]
+    conditions = choose_conditions(losses, tokens=options.tokens, context=options.window)
+    return Measurements([*own, shipped], conditions)
 
 
 def _specs(options: Namespace, measured: Measurements) -> set[str] | None:
@@ -170,19 +189,19 @@ def _specs(options: Namespace, measured: Measurements) -> set[str] | None:
         matching = {spec for spec in measured.specs() if fnmatch.fnmatchcase(spec, pattern)}
         if not matching:
             names = sorted({spec.partition(":")[0] for spec in measured.specs()})
-            raise UserError(f'--compression "{pattern}": no measured spec matches; measured: {", ".join(names)} '
-                            "(patterns such as 'xkv*'), or none")  # fmt: skip
+            raise UserError(f'--compression "{pattern}": no spec that was measured on {measured.conditions.text} '
+                            f"matches; measured: {', '.join(names)} (patterns such as 'xkv*'), or none")  # fmt: skip
         found |= matching
     return found
 
 
-def _draw(options: Namespace, found: Sequence[Candidate], request: Request) -> None:
+def _draw(options: Namespace, found: Sequence[Candidate], request: Request, measured: Measurements) -> None:
     from cllm.evaluate.outputs import png
     from cllm.files import write_atomic
     from cllm.planner.picture import front_figure, heads_figure
 
     draw = heads_figure if options.view == "heads" else front_figure
-    picture = png(draw(found, request))
+    picture = png(draw(found, request, measured.conditions))
     try:
         write_atomic(options.picture, picture)
     except OSError as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+from typing import Any
 
 from cllm.config.shipped import CONFIGS
 from cllm.errors import UserError, nearest
+from cllm.key_values import read_options
+from cllm.plan.presets import preset_names
+from cllm.yaml_text import parse_word
 
 PLANS = CONFIGS / "kv"
 
@@ -26,10 +29,22 @@ def parse_plan(word: str, *, label: str = "--designs ") -> tuple[Path, dict[str,
     known = plan_names()
     if name not in known:
         raise UserError(f"{label}{word}: configs/kv/ has no {name}.yaml; {nearest(name, known)}")
-    settings: dict[str, str] = {}
-    for part in re.split(r",(?![^\[]*\])", text) if colon else []:  # a comma inside brackets belongs to a list
-        key, equals, value = part.partition("=")
-        if not key or not equals:
-            raise UserError(f"{label}{word}: {part!r} is not of the form KEY=VALUE")
-        settings[key] = value
+    settings = dict(read_options(text, f"{label}{word}")) if colon else {}
     return PLANS / f"{name}.yaml", settings
+
+
+def parse_preset(word: str, *, label: str = "--designs ") -> dict[str, Any]:
+    """`NAME[:KEY=VALUE,...]` with the name of a preset as settings of `model.kv`; `label` begins messages.
+
+    Raises:
+        UserError: for a word of another form, an unknown preset, and a value that is no YAML.
+    """
+    name, colon, text = word.partition(":")
+    if name not in preset_names():
+        raise UserError(f"{label}{word}: unknown preset; {nearest(name, preset_names())}")
+    kv: dict[str, Any] = {"preset": name}
+    for key, value in read_options(text, f"{label}{word}") if colon else ():
+        if key == "preset":
+            raise UserError(f"{label}{word}: preset={value}: the name of the design is its preset; leave it out")
+        kv[key] = parse_word(value, f"{label}{word}: {key}")
+    return kv

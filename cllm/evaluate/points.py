@@ -35,6 +35,11 @@ class Point:
     """Bytes in host memory, which are not in `bytes_per_token`, with keys and values in bf16."""
     front: bool
     """Whether no other point has at most its bytes, is at least as good, and is better in one of the two."""
+    window: int | None = None
+    """Tokens of the windows that were scored; None: not recorded, as of the next two."""
+    trained_tokens: int | None = None
+    """Tokens that the run was trained on."""
+    parameters: int | None = None
     score: float | None = None
     """The number of a suite by which the points are compared in place of perplexity; None: not measured."""
 

@@ -179,7 +179,8 @@ def measure(
             raise UserError(f"{subject.path}: {spec}: its loss on {text.path} is {tally.nll}")
     shared = {
         "run": subject.name, "path": str(subject.folder.resolve()), "kind": subject.kind,
-        "checkpoint": subject.checkpoint, "step": subject.step, **fingerprints(subject, text),
+        "checkpoint": subject.checkpoint, "step": subject.step, "trained_tokens": subject.trained_tokens,
+        "parameters": sum(p.numel() for p in subject.model.parameters()), **fingerprints(subject, text),
         "design": subject.design, "set": text.name, "data": str(text.path), "split": text.split,
         "window": window, "prefix": prefix, "batch": batch, "max_tokens": settings.max_tokens,
         "windows": reference.sequences, "generate": generate, "precision": subject.precision,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm import tables
+from cllm.counts import rounded_count
 from cllm.evaluate.comparison import EVALUATED, TRAINING, Comparison
 from cllm.evaluate.labels import place_labels
 from cllm.evaluate.outputs import new_figure, scale_bytes, write_outputs
@@ -41,14 +42,6 @@ def _number(group: Group, value: str | Callable[[Row], float | None], form: str)
     if mean is None:
         return _DASH
     return format(mean, form) if deviation is None else f"{mean:{form}} ± {deviation:{form}}"
-
-
-def _count(n: float) -> str:
-    """`1.23 M`: three digits and a unit."""
-    for scale, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if n >= 0.9995 * scale:
-            return f"{n / scale:.3g}{unit}" if n < 999.5 * scale else f"{n / scale:.0f}{unit}"
-    return f"{n:.0f}"
 
 
 def _source(row: Row) -> str:
@@ -86,12 +79,12 @@ def _columns(comparison: Comparison, *, seeds: bool) -> Sequence[Column[Group]]:
         Column("run", lambda group: group.name, left=True),
         *([Column[Group]("seeds", lambda group: str(len(group.rows)))] if seeds else []),
         Column("design", lambda group: group.rows[0].design, left=True),
-        Column("parameters", lambda group: _count(group.rows[0].parameters)),
+        Column("parameters", lambda group: rounded_count(group.rows[0].parameters)),
         Column("KV resident, bf16", lambda group: f"{group.rows[0].kv_resident:,.0f}"),
         Column("× mha", lambda group: f"{group.rows[0].kv_resident_vs_mha:.2f}"),
         Column("KV read, bf16", lambda group: f"{group.rows[0].kv_read:,.0f}"),
         Column("× mha", lambda group: f"{group.rows[0].kv_read_vs_mha:.2f}"),
-        Column("tokens", lambda group: _count(group.mean("tokens") or 0)),
+        Column("tokens", lambda group: rounded_count(group.mean("tokens") or 0)),
         Column("loss", lambda group: _number(group, "loss", ".4f")),
         *(Column[Group](q.head, functools.partial(_quality_text, q)) for q in shown),
         Column("difference", difference),

@@ -47,6 +47,8 @@ class Subject(ABC):
     """Name of the weights' file or folder."""
     step: int | None
     """Optimizer step of the weights; None: unknown."""
+    trained_tokens: int | None = None
+    """Tokens that the weights were trained on; None: unknown, as for a model that starts from others' weights."""
     latest: bool
     """False for a checkpoint that is not its run's newest."""
     design: str
@@ -129,6 +131,8 @@ class RunSubject(Subject):
         self._data = Path(config.data.main_folder)
         self.name, self.path, self.folder = run.name, path, run.path
         self.step = step if step >= 0 else None
+        if self.step is not None and config.init.path is None:
+            self.trained_tokens = self.step * config.train.global_batch * config.data.seq_len
         self.checkpoint = path.name if path.suffix == ".ckpt" else run.checkpoint_path(step).name
         newest = [checkpoint.name for _, checkpoint in run.checkpoints()[-1:]]
         self.latest = path.suffix != ".ckpt" or newest == [self.checkpoint]

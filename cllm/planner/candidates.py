@@ -10,7 +10,6 @@ step           bound x (measured seconds x bandwidth / bytes) of the nearest mea
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +18,14 @@ from pydantic import ValidationError
 
 from cllm.cache.accounting import KVBytes, cache_bytes, kv_bytes, mha_twin
 from cllm.config import ModelConfig
-from cllm.errors import UserError, nearest
+from cllm.config.designs import parse_preset
+from cllm.errors import UserError
 from cllm.model.sizes import count_parameters, meta_decoder
 from cllm.plan.presets import preset_names
 from cllm.planner.gpus import GPU
-from cllm.planner.keys import config_key, plan_key, query_heads_per_kv_head
-from cllm.planner.measured import DecodeStep, Estimate, Measurements
-from cllm.yaml_text import parse_word
+from cllm.planner.keys import Size, config_key, mha_key, own_settings, plan_key, query_heads_per_kv_head
+from cllm.planner.measured import Estimate, Measurements
+from cllm.planner.table import DecodeStep
 
 OWN = "config"
 """The design that a config or a checkpoint has itself, if no preset gives the same plan."""
@@ -47,6 +47,11 @@ class Request:
     def budget(self) -> float:
         """Bytes for weights and caches."""
         return self.gpu.memory * (1 - self.headroom)
+
+    @property
+    def text(self) -> str:
+        """`16 sequences of 32,768 tokens`."""
+        return f"{self.concurrency:,} sequence{'s' * (self.concurrency > 1)} of {self.context:,} tokens"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,20 +131,6 @@ def with_kv(model: ModelConfig, kv: dict[str, Any], label: str) -> ModelConfig:
         raise UserError(f"{label}: {key + ': ' if key else ''}{reason}") from None
 
 
-def parse_design(word: str) -> dict[str, Any]:
-    """`NAME[:KEY=VALUE,...]` as settings of `model.kv`. Raises `UserError`."""
-    name, colon, text = word.partition(":")
-    if name not in preset_names():
-        raise UserError(f"--designs {word}: unknown preset; {nearest(name, preset_names())}")
-    kv: dict[str, Any] = {"preset": name}
-    for part in text.split(",") if colon else []:
-        key, equals, value = part.partition("=")
-        if not key or not equals or key == "preset":
-            raise UserError(f"--designs {word}: {part!r} is not of the form KEY=VALUE")
-        kv[key] = parse_word(value, f"--designs {word}")
-    return kv
-
-
 def default_heads(n_heads: int) -> list[int]:
     """`n_heads`, and its divisors by powers of two, down to an odd number, and 1."""
     found = [n_heads]
@@ -179,7 +170,7 @@ def designs(
 
 def _words(model: ModelConfig, words: Sequence[str], heads: Sequence[int]) -> Iterator[tuple[str, ModelConfig]]:
     counts = heads or default_heads(model.n_heads)
-    settings = {word: parse_design(word) for word in words} or {name: {"preset": name} for name in preset_names()}
+    settings = {word: parse_preset(word) for word in words} or {name: {"preset": name} for name in preset_names()}
     later = []
     for word, kv in settings.items():
         try:
@@ -231,7 +222,17 @@ class _Design:
     loss: Estimate | None
 
     @classmethod
-    def of(cls, word: str, config: ModelConfig, request: Request, **known: Any) -> _Design:
+    def of(
+        cls,
+        word: str,
+        config: ModelConfig,
+        request: Request,
+        *,
+        sharing: str,
+        key: str | None,
+        is_reference: bool,
+        loss: Estimate | None,
+    ) -> _Design:
         model, context = meta_decoder(config), request.context
         n_parameters = count_parameters(model)
         table = 0 if model.embed.weight is model.head.weight else model.embed.weight.numel()
@@ -243,7 +244,10 @@ class _Design:
             kv=kv_bytes(config, context=context),
             cache=cache_bytes(config, context=context),
             mha_cache=cache_bytes(mha_twin(config), context=context),
-            **known,
+            sharing=sharing,
+            key=key,
+            is_reference=is_reference,
+            loss=loss,
         )
 
     def candidate(
@@ -301,7 +305,7 @@ def candidates(
             of designs are against mha, so they are used with that reference only.
         progress: wraps the iteration over designs, for a progress bar.
     """
-    mha = plan_key({"preset": "mha"}, 1)
+    mha = mha_key()
     base = mha if reference is None else config_key(reference)
     sharing = _sharing_names(found)
     for word, config in progress(found.items()):
@@ -323,7 +327,7 @@ def candidates(
         yield from (candidate for candidate in made if candidate is not None)
 
 
-def _sharing_names(found: Mapping[str, ModelConfig]) -> dict[str, str]:
+def _sharing_names(found: Mapping[str, ModelConfig]) -> dict[str | None, str]:
     """Names of plans without their KV heads, by `_sharing_key`: those of the designs with the most KV heads."""
     ordered = sorted(found.items(), key=lambda pair: -(_kv_heads(pair[1]) or 0))
     return {_sharing_key(config): _without_heads(word) for word, config in reversed(ordered)}
@@ -335,10 +339,10 @@ def _without_heads(word: str) -> str:
     return f"{name}:{rest}" if rest else name
 
 
-def _sharing_key(config: ModelConfig) -> str:
+def _sharing_key(config: ModelConfig) -> str | None:
     """A text that is equal for plans which differ in KV heads only."""
-    count, plan = _kv_heads(config), repr(config.plan())
-    return plan if count is None else re.sub(rf"n_kv_heads={count}\b", "n_kv_heads=1", plan)
+    heads = None if query_heads_per_kv_head(config) is None else 1
+    return plan_key(own_settings(config), heads, Size.of(config))
 
 
 def mark_front(found: Sequence[Candidate]) -> list[Candidate]:

@@ -7,10 +7,12 @@ whose bytes fit no number of KV heads of the preset's default settings is refuse
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,15 @@ from cllm.cache.accounting import kv_bytes, mha_twin
 from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.plan.presets import preset_names
-from cllm.planner.keys import own_settings, plan_at, plan_key, query_heads_per_kv_head
-from cllm.planner.measured import DecodeStep, LossChange, Table, read_table
+from cllm.planner.keys import (
+    Size,
+    config_key,
+    mha_key,
+    own_settings,
+    plan_at,
+    query_heads_per_kv_head,
+)
+from cllm.planner.table import DecodeStep, LossChange, Table, read_table
 from cllm.posthoc import UNCOMPRESSED
 from cllm.trust import parse_json
 
@@ -29,6 +38,9 @@ TRAINED = "as trained"
 """The `spec` of a sweep's uncompressed run."""
 _LEAST_HEADS = 64
 """Query heads with which the bytes of presets are compared: every power of two below divides them."""
+_CONDITIONS = {"window": "context", "trained_tokens": "tokens", "parameters": "parameters"}
+"""Columns of sweeps and records, where they have them, as fields of `LossChange`."""
+_LAYERS = 24
 _CLOSE = 0.02
 
 
@@ -56,10 +68,18 @@ def read_losses(path: Path) -> Table:
         return Table(losses=sweep_changes(path))
     table = read_table(path)
     for i, change in enumerate(table.losses):
-        if change.key is None and change.kv.get("preset") not in preset_names():
-            name = change.kv.get("preset")
-            raise UserError(f"--losses {path}: losses.{i}.kv.preset is {name!r}; allowed: the name of a preset")
+        _check_design(change, f"--losses {path}: losses.{i}")
     return table
+
+
+def _check_design(change: LossChange, where: str) -> None:
+    """Raise `UserError`, beginning with `where`, for a design that can be compared with no other."""
+    try:
+        key = change.key
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if key is None and (name := change.kv.get("preset")) not in preset_names():
+        raise UserError(f"{where}.kv.preset is {name!r}; allowed: the name of a preset")
 
 
 def _json(path: Path) -> Any:
@@ -84,7 +104,24 @@ def _config(model: Mapping[str, Any], source: str) -> ModelConfig:
         raise UserError(f"{source}: config.model: {error.errors()[0]['msg']}") from None
 
 
+def _design_of(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a measurement that identify the design."""
+    size = dataclasses.asdict(Size.of(config))
+    return {"kv": own_settings(config), "query_heads_per_kv_head": query_heads_per_kv_head(config), **size}
+
+
 # ---- studies ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """A result of a study."""
+
+    key: str
+    seed: int
+    loss: float
+    about: dict[str, Any]
+    """Fields of `LossChange`."""
 
 
 def study_changes(records: Iterable[Mapping[str, Any]], source: str) -> list[LossChange]:
@@ -95,39 +132,35 @@ def study_changes(records: Iterable[Mapping[str, Any]], source: str) -> list[Los
 
     Raises `UserError` if there is no such mha for any design.
     """
-    best: dict[tuple[Any, ...], dict[tuple[str, int], tuple[float, dict[str, Any]]]] = {}
-    mha = plan_key({"preset": "mha"}, 1)
-    assert mha is not None
+    groups: dict[tuple[Any, ...], list[_Point]] = {}
     for record in records:
-        if record.get("search"):
-            continue
         config = _config(record["config"]["model"], source)
-        ratio = query_heads_per_kv_head(config)
-        kv = own_settings(config)
-        key = plan_key(kv, ratio)
-        if key is None:
+        if record.get("search") or not math.isfinite(record["loss"]) or (key := config_key(config)) is None:
             continue
+        about = {**_design_of(config), "parameters": record["summary"]["parameters"], "tokens": record["tokens"],
+                 "context": config.max_seq_len, "source": source}  # fmt: skip
         group = (record["tokens"], record["data"], config.d_model, config.n_layers, config.n_heads, config.max_seq_len)
-        points = best.setdefault(group, {})
-        entry = {"kv": kv, "query_heads_per_kv_head": ratio, "parameters": record["summary"]["parameters"]}
-        if math.isfinite(record["loss"]) and record["loss"] < points.get((key, record["seed"]), (math.inf,))[0]:
-            points[key, record["seed"]] = (record["loss"], entry)
-    found = []
-    for group, points in best.items():
-        for key in dict.fromkeys(key for key, _ in points if key != mha):
-            pairs = {seed: (loss, points[mha, seed][0]) for (k, seed), (loss, _) in points.items()
-                     if k == key and (mha, seed) in points}  # fmt: skip
-            if not pairs:
-                continue
-            changes = [loss - base for loss, base in pairs.values()]
-            error = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
-            about = points[key, next(iter(pairs))][1]
-            change = {"loss_change": statistics.fmean(changes), "standard_error": error, "source": source}
-            about |= {"tokens": group[0], "context": group[-1]}
-            found.append(LossChange.model_validate(about | change))
+        groups.setdefault(group, []).append(_Point(key, record["seed"], record["loss"], about))
+    found = [change for points in groups.values() for change in _against_mha(points)]
     if not found:
         raise UserError(f"--losses {source}: has no result of another design beside mha at the same tokens and seed")
     return found
+
+
+def _against_mha(points: Iterable[_Point]) -> Iterator[LossChange]:
+    """The change of each design, of points that differ in design, seed and learning rate only."""
+    designs: dict[str, dict[int, _Point]] = {}
+    for point in points:
+        seeds = designs.setdefault(point.key, {})
+        if point.seed not in seeds or point.loss < seeds[point.seed].loss:
+            seeds[point.seed] = point
+    exact = designs.pop(mha_key(), {})
+    for seeds in designs.values():
+        pairs = [(point, exact[seed]) for seed, point in seeds.items() if seed in exact]
+        changes = [point.loss - base.loss for point, base in pairs]
+        error = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
+        if pairs:
+            yield LossChange(**pairs[0][0].about, loss_change=statistics.fmean(changes), standard_error=error)
 
 
 # ---- sweeps ----------------------------------------------------------------------------------------------------------
@@ -154,16 +187,17 @@ def sweep_changes(path: Path, about: Mapping[str, Any] | None = None, *, suffix:
             ratio = float(row.get("bf16_ratio") or row["ratio_to_own"])
             change = math.log(float(row["perplexity"]) / base)
             design = {} if about and "kv" in about else _design(row["design"], float(row["ratio_to_mha"]) / ratio, path)
-            window = {"context": int(row["window"])} if row.get("window") else {}
+            known = {field: int(row[column]) for column, field in _CONDITIONS.items() if row.get(column)}
             entry = {
                 **design,
-                **window,
                 **(about or {}),
+                **known,
                 "spec": _with(spec, suffix),
                 "ratio": ratio,
                 "loss_change": change,
             }
             found.append(LossChange.model_validate({"source": str(path), **entry}))
+            _check_design(found[-1], f'--losses {path}: "{spec}"')
         except KeyError as error:
             raise UserError(f"--losses {path}: column or uncompressed run {error.args[0]!r} is missing") from None
         except UserError:
@@ -201,7 +235,8 @@ def _records(path: Path) -> list[dict[str, str]]:
             raise UserError(f"--losses {path}: a record has no {error.args[0]}") from None
         except (TypeError, ValueError, ZeroDivisionError):
             raise UserError(f"--losses {path}: bytes of a record must be positive numbers") from None
-        found.append({**{key: str(value) for key, value in row.items()}, **{k: repr(v) for k, v in ratios.items()}})
+        known = {key: str(value) for key, value in row.items() if value is not None}
+        found.append({**known, **{key: repr(ratio) for key, ratio in ratios.items()}})
     return found
 
 
@@ -233,7 +268,7 @@ def _mha_over(name: str, ratio: int | None) -> float:
     heads = _LEAST_HEADS if ratio is None or _LEAST_HEADS % ratio == 0 else ratio
     kv = {"preset": name} if ratio is None else {"preset": name, "n_kv_heads": heads // ratio}
     try:
-        config = ModelConfig.model_validate({"d_model": heads * 64, "n_heads": heads, "n_layers": 24, "kv": kv})
+        config = ModelConfig.model_validate({"d_model": heads * 64, "n_heads": heads, "n_layers": _LAYERS, "kv": kv})
     except (ValidationError, UserError):
         return math.nan
     return kv_bytes(mha_twin(config)).resident / kv_bytes(config).resident
@@ -242,7 +277,7 @@ def _mha_over(name: str, ratio: int | None) -> float:
 def _heads(kv: dict[str, Any], ratio: int | None) -> int | None:
     if ratio is not None:
         return ratio
-    plan = plan_at(kv, heads=_LEAST_HEADS, n_kv_heads=None)
+    plan = plan_at(kv, layers=_LAYERS, heads=_LEAST_HEADS)
     assert plan is not None
     counts = {getattr(plan.owned(slot), "n_kv_heads", None) for slot in plan.slots}
     count = counts.pop()
@@ -263,7 +298,7 @@ def decode_steps(path: Path) -> list[DecodeStep]:
         if row["design"] not in configs:
             continue
         config = _config(configs[row["design"]]["model"], str(path))
-        found.append(DecodeStep(kv=own_settings(config), query_heads_per_kv_head=query_heads_per_kv_head(config),
-                                gpu=gpu, bytes_read=row["bytes_read"], step_s=row["step_ms"] / 1e3,
-                                parameters=row["weight_bytes"] / 2, source=str(path)))  # fmt: skip
+        found.append(DecodeStep(**_design_of(config), gpu=gpu, bytes_read=row["bytes_read"],
+                                step_s=row["step_ms"] / 1e3, parameters=row["weight_bytes"] / 2,
+                                source=str(path)))  # fmt: skip
     return found

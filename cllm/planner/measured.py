@@ -1,106 +1,19 @@
-"""Measured changes of the loss and measured decode steps: tables, look-ups, uncertainty.
-
-A table is a JSON file:
-
-    {"format": 1,
-     "losses": [{"kv": {"preset": "cla"}, "query_heads_per_kv_head": 1, "spec": null, "loss_change": -0.03,
-                 "standard_error": null, "ratio": null, "parameters": 47000000, "tokens": 490000000, "context": 4096,
-                 "source": "study.json"}],
-     "decode": [{"kv": {"preset": "mha"}, "query_heads_per_kv_head": 1, "gpu": "NVIDIA H200", "bytes_read": 28e9,
-                 "step_s": 0.0074, "parameters": 1.3e9, "source": "decode.json"}]}
-"""
+"""Look-ups of measurements by design: changes of the loss under one set of conditions, and decode steps."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Sequence
 
-from pydantic import Field, ValidationError
-
-from cllm.errors import UserError
+from cllm.planner.conditions import Conditions
 from cllm.planner.gpus import GPUS
-from cllm.planner.keys import plan_key
+from cllm.planner.table import DecodeStep, LossChange, Table
 from cllm.section import Section
-from cllm.trust import parse_json
 
-SHIPPED = Path(__file__).with_name("measured.json")
-FORMAT = 1
 _ERRORS = 2.0
 """Standard errors on either side that a range covers."""
 _EQUAL_RATIOS = 0.1
 """Measurements of one compression belong together if their ratios differ by at most this share."""
-
-
-class _Measured(Section):
-    kv: dict[str, Any]
-    """Settings of `model.kv`."""
-    query_heads_per_kv_head: int | None = Field(None, ge=1)
-    parameters: float | None = Field(None, gt=0)
-    source: str = ""
-
-    @property
-    def key(self) -> str | None:
-        return plan_key(self.kv, self.query_heads_per_kv_head)
-
-
-class LossChange(_Measured):
-    """A change of the loss in nats a token: of a design against mha, or of a compression against the same model."""
-
-    spec: str | None = None
-    """The compression; None: a design as trained."""
-    loss_change: float = Field(allow_inf_nan=False)
-    standard_error: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """Standard error of `loss_change`, from several seeds; None: not measured."""
-    ratio: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Bytes of the uncompressed cache over those of the compressed one, both with 16-bit numbers."""
-    tokens: float | None = Field(None, gt=0)
-    """Training tokens."""
-    context: int | None = Field(None, ge=1, le=2**50)
-    """Tokens of the windows that were scored."""
-
-
-class DecodeStep(_Measured):
-    """A measured decode step."""
-
-    gpu: str
-    """The name that the driver reports."""
-    bytes_read: float = Field(gt=0)
-    step_s: float = Field(gt=0)
-    """Seconds of a step."""
-
-
-class Table(Section):
-    """Measurements."""
-
-    format: int = FORMAT
-    losses: list[LossChange] = Field(default_factory=list)
-    decode: list[DecodeStep] = Field(default_factory=list)
-
-
-def read_table(path: Path, label: str = "--losses") -> Table:
-    """The table in a JSON file. Raises `UserError`, naming the option, the file and the key."""
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{label} {path}: cannot be read as JSON: {error}") from None
-    try:
-        table = Table.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{label} {path}: {key}: {first['msg']}") from None
-    if table.format != FORMAT:
-        raise UserError(f"{label} {path}: format is {table.format}; allowed: {FORMAT}")
-    return table
-
-
-@functools.cache
-def shipped_table() -> Table:
-    """The table that comes with cllm."""
-    return read_table(SHIPPED, "the shipped table")
 
 
 class Estimate(Section):
@@ -115,12 +28,11 @@ class Estimate(Section):
 
 
 def estimate(found: Sequence[LossChange]) -> Estimate | None:
-    """The measurement of the largest model, then of the most tokens and the longest windows, then the first one, with
-    the range over all at about its ratio of bytes; None without any."""
+    """The first measurement of those under one set of conditions, with the range over all at about its ratio of bytes;
+    None without any."""
     if not found:
         return None
-    ordered = sorted(found, key=lambda m: (m.parameters or 0, m.tokens or 0, m.context or 0), reverse=True)
-    ordered = [m for m in ordered if _have_equal_bytes(m, ordered[0])]
+    ordered = [m for m in found if _have_equal_bytes(m, found[0])]
     alone = len(ordered) == 1 and ordered[0].standard_error is None
     low = None if alone else min(m.loss_change - _ERRORS * (m.standard_error or 0) for m in ordered)
     high = None if alone else max(m.loss_change + _ERRORS * (m.standard_error or 0) for m in ordered)
@@ -134,13 +46,24 @@ def _have_equal_bytes(one: LossChange, other: LossChange) -> bool:
 
 
 class Measurements:
-    """Tables, by plan."""
+    """Tables, by design.
 
-    def __init__(self, tables: Sequence[Table]):
+    Args:
+        tables: of equal measurements those of the first table come first.
+        conditions: losses that were measured under others are left out.
+    """
+
+    def __init__(self, tables: Sequence[Table], conditions: Conditions):
+        self.conditions = conditions
         self._losses: dict[str, dict[str | None, list[LossChange]]] = {}
+        self._others: dict[str, list[LossChange]] = {}
         for change in (change for table in tables for change in table.losses):
-            if (key := change.key) is not None:
+            if (key := change.key) is None:
+                continue
+            if conditions.include(change):
                 self._losses.setdefault(key, {}).setdefault(change.spec, []).append(change)
+            else:
+                self._others.setdefault(key, []).append(change)
         self._steps = [(step.key, step) for table in tables for step in table.decode]
 
     def design(self, key: str | None) -> Estimate | None:
@@ -152,8 +75,12 @@ class Measurements:
         found = self._losses.get(key, {}) if key else {}
         return {spec: e for spec, m in found.items() if spec is not None and (e := estimate(m)) is not None}
 
+    def others(self, keys: Collection[str | None]) -> list[LossChange]:
+        """The losses of these designs that were measured under other conditions."""
+        return [change for key, found in self._others.items() if key in keys for change in found]
+
     def specs(self) -> set[str]:
-        """Every compression with a measurement, whatever the design."""
+        """Every compression with a measurement under the conditions, whatever the design."""
         return {spec for found in self._losses.values() for spec in found if spec is not None}
 
     def decode_factor(

@@ -9,7 +9,8 @@ from cllm.errors import UserError
 from cllm.evaluate.labels import place_labels
 from cllm.evaluate.outputs import new_figure
 from cllm.planner.candidates import Candidate, Request
-from cllm.planner.report import GB, grid
+from cllm.planner.conditions import Conditions
+from cllm.planner.report import GB, grid, reference_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,17 +21,19 @@ _LINEAR = 0.01
 _GREY = "0.88"
 
 
-def front_figure(found: Sequence[Candidate], request: Request) -> Figure:
+def front_figure(found: Sequence[Candidate], request: Request, conditions: Conditions) -> Figure:
     """Change of the loss against bytes of cache, of the candidates with a measured loss; the front is a line.
 
     Candidates without a measured loss are ticks at the lower edge. Raises `UserError` if there is nothing to draw.
     """
     if not found:
         raise UserError("--picture: there is no candidate to draw")
-    figure, axes = new_figure(10.5, 6.5, "Measured change of the loss against cache: down and left is better")
+    figure, axes = new_figure(10.5, 6.5, f"Change of the loss against cache, measured on\n{conditions.text}")
     axes.set_xscale("log")
-    axes.set_xlabel(f"GB of cache, {request.concurrency:,} sequences of {request.context:,} tokens")
-    axes.set_ylabel(f"change of the loss against mha, nats a token (logarithmic beyond {_LINEAR:g})")
+    axes.set_xlabel(f"GB of cache, {request.text}")
+    axes.set_ylabel(
+        f"change of the loss against {reference_name(found)}, nats a token (logarithmic beyond {_LINEAR:g})"
+    )
     axes.set_yscale("symlog", linthresh=_LINEAR, linscale=1.5)
     shown = [(c.cache_bytes / GB, loss, c) for c in found if (loss := c.loss_change) is not None]
     designs = list(dict.fromkeys(c.design for *_, c in shown))
@@ -73,7 +76,7 @@ def _scatter(axes: Axes, shown: Sequence[tuple[float, float, Candidate]], design
     axes.plot([], [], "D", color="white", markeredgecolor="black", label="no compression")
 
 
-def heads_figure(found: Sequence[Candidate], request: Request) -> Figure:
+def heads_figure(found: Sequence[Candidate], request: Request, conditions: Conditions) -> Figure:
     """Cache by sharing (rows) and KV heads (columns), with the change of the loss where it was measured."""
     from matplotlib.colors import LogNorm
 
@@ -93,7 +96,8 @@ def heads_figure(found: Sequence[Candidate], request: Request) -> Figure:
                   fontsize=7, color="white" if norm(c.cache_bytes / GB) > 0.6 else "black")  # fmt: skip
     axes.set_xticks(range(len(heads)), [str(h) for h in heads])
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_xlabel(f"KV heads; {request.concurrency:,} sequences of {request.context:,} tokens\n"
-                    "second line: measured change of the loss, nats; *: on the front; x: does not fit")  # fmt: skip
+    axes.set_xlabel(f"KV heads; {request.text}\n"
+                    "second line: change of the loss, nats; *: on the front; x: does not fit\n"
+                    f"losses of {conditions.text}")  # fmt: skip
     figure.colorbar(image, ax=axes, label="GB")
     return figure

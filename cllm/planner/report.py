@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 from cllm import tables
 from cllm.config import ModelConfig
+from cllm.counts import count_text, rounded_count
 from cllm.planner.candidates import Candidate, Request
-from cllm.planner.measured import LossChange, Measurements
+from cllm.planner.conditions import Conditions
+from cllm.planner.measured import Measurements
+from cllm.planner.table import LossChange
 from cllm.posthoc import UNCOMPRESSED
 from cllm.posthoc.registry import methods
 from cllm.tables import Column
@@ -67,7 +72,9 @@ def is_design(c: Candidate) -> bool:
     return c.is_reference or "n_kv_heads=" not in c.design
 
 
-def choose(found: Sequence[Candidate], *, compressions: Listed, heads: bool) -> list[Candidate]:
+def choose(
+    found: Sequence[Candidate], *, compressions: Listed, heads: bool, asked: Collection[str] = ()
+) -> list[Candidate]:
     """The candidates of a short table: those that fit and are on the front, uncompressed and measured, or presets.
 
     Args:
@@ -75,13 +82,14 @@ def choose(found: Sequence[Candidate], *, compressions: Listed, heads: bool) -> 
         compressions: those to keep: `front`, those on the front; `near`, also of each other method the one nearest to
             the front, `NEAR` at most; `all`.
         heads: keep every number of KV heads, not only a design's own and measured ones.
+        asked: designs that are kept without compression, such as those of `--designs`.
     """
     near = {id(c) for c in nearest_of_methods(found)} if compressions == "near" else set()
 
     def wanted(c: Candidate) -> bool:
         if c.spec is not None:
             return c.front or compressions == "all" or id(c) in near
-        return heads or c.front or c.loss_change is not None or is_design(c)
+        return heads or c.front or c.loss_change is not None or is_design(c) or c.design in asked
 
     return [c for c in found if c.fits and wanted(c)]
 
@@ -108,7 +116,7 @@ def _methods(c: Candidate) -> str:
 def text(found: Sequence[Candidate], shown: Sequence[Candidate], model: ModelConfig, request: Request,
          measured: Measurements, *, compressions: Listed = "all") -> str:  # fmt: skip
     """The table of `shown`, with its notes on them and on the rest of `found`; `compressions` as `choose` had it."""
-    lines = [_head(request), ""]
+    lines = [_head(found, request, measured), ""]
     lines += [tables.aligned(COLUMNS, shown)] if shown else [_nothing_fits(found, request)]
     if compressions == "near" and any(c.spec is not None and not c.front for c in shown):
         lines += ["", "compressions without *: of each method that is not on the front, the one whose loss exceeds the "
@@ -116,13 +124,14 @@ def text(found: Sequence[Candidate], shown: Sequence[Candidate], model: ModelCon
     return "\n".join([*lines, "", *notes(found, shown, model, request, measured)])
 
 
-def _head(request: Request) -> str:
-    gpu = request.gpu
+def _head(found: Sequence[Candidate], request: Request, measured: Measurements) -> str:
+    gpu, losses = request.gpu, measured.conditions.text if _used(found) else "none were measured on these designs"
     return (
         f"GPU          {gpu.name}: {gpu.memory / GB:,.4g} GB, {gpu.bandwidth / 1e12:.4g} TB/s ({gpu.source})\n"
-        f"use          {request.concurrency:,} sequences of {request.context:,} tokens, weights and caches in 16 bits\n"
+        f"use          {request.text}, weights and caches in 16 bits\n"
         f"budget       {request.budget / GB:,.4g} GB for weights and caches ({request.headroom:.0%} of memory is left "
-        "for the rest)"
+        "for the rest)\n"
+        f"losses       {losses}"
     )
 
 
@@ -139,14 +148,23 @@ def _nothing_fits(found: Sequence[Candidate], request: Request) -> str:
 def notes(found: Sequence[Candidate], shown: Sequence[Candidate], model: ModelConfig, request: Request,
           measured: Measurements) -> list[str]:  # fmt: skip
     """Lines under the table of `shown`."""
-    lines = [
+    return [
         "*: on the front, no other candidate with a measured loss has at most its cache and at most its loss. "
         "sequences: the most that fit.",
         "bound: bytes that a decode step reads / the data sheet's bandwidth. step: bound x a measured factor; ~: the "
         "factor is of another plan or GPU.",
-        f"loss: measured change against {_reference(found)} without compression, nats a token; {MISSING}: none.",
-        "range: of all measurements of this design and compression, with 2 standard errors where there are several "
-        f"seeds; {MISSING}: one measurement, so its uncertainty is not known.",
+        *_loss_notes(found, shown, model, request, measured),
+    ]
+
+
+def _loss_notes(found: Sequence[Candidate], shown: Sequence[Candidate], model: ModelConfig, request: Request,
+                measured: Measurements) -> list[str]:  # fmt: skip
+    """Those of `notes` that do not explain columns of the table."""
+    lines = [
+        f"loss: measured change against {reference_name(found)} without compression, nats a token, of the models "
+        f"above; {MISSING}: none.",
+        "range: of all measurements of this design and compression on such models, with 2 standard errors where there "
+        f"are several seeds; {MISSING}: one measurement, so its uncertainty is not known.",
     ]
     if any(c.spec is not None for c in shown):
         lines.append(
@@ -163,18 +181,20 @@ def notes(found: Sequence[Candidate], shown: Sequence[Candidate], model: ModelCo
         lines.append(f"do not fit without compression: {sizes}.")
     lines += _factor_notes(shown)
     lines += _extrapolations(shown, model, request)
+    lines += _conditions_notes(found, measured)
     without = sum(c.loss_change is None for c in shown if c.spec is None)
     if without:
         lines.append(f"no measured loss: {without} of {sum(c.spec is None for c in shown)} designs.")
     if missing := _unmeasured_methods(found, measured):
         lines.append(
-            f"no measurement on these designs of the post-hoc methods {', '.join(missing)}: neither bytes nor loss is "
-            "known."
+            f"no measurement on these designs and such models of the post-hoc methods {', '.join(missing)}: neither "
+            "bytes nor loss is known."
         )
     return lines
 
 
-def _reference(found: Sequence[Candidate]) -> str:
+def reference_name(found: Sequence[Candidate]) -> str:
+    """The design that losses are changes against."""
     return next((c.design for c in found if c.is_reference), "mha")
 
 
@@ -198,34 +218,25 @@ def _span(values: Iterable[float | None]) -> str:
     known = sorted(value for value in values if value is not None)
     if not known:
         return "an unknown number of"
-    ends = list(dict.fromkeys(map(_count, (known[0], known[-1]))))
+    ends = list(dict.fromkeys(map(_amount, (known[0], known[-1]))))
     return " to ".join(ends)
 
 
-def _count(value: float) -> str:
-    """`47 M`: three digits and a unit."""
-    for scale, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M")):
-        if value >= scale:
-            return f"{value / scale:.3g}{unit}"
-    return f"{value:,.0f}"
+def _amount(value: float) -> str:
+    return rounded_count(value) if value >= 1e6 else f"{value:,.0f}"
 
 
 def _extrapolations(found: Sequence[Candidate], model: ModelConfig, request: Request) -> list[str]:
-    by_source: dict[str, list[LossChange]] = {}
-    for change in _used(found):
-        by_source.setdefault(change.source or "a table without sources", []).append(change)
+    used = _used(found)
     lines = []
-    for source, changes in sorted(by_source.items()):
-        measured, wanted = _span(c.parameters for c in changes), _span(c.parameters for c in found)
-        windows = _span(c.context for c in changes)
-        beyond = [] if measured == wanted else [f"{wanted} parameters"]
+    if used:
+        sources = sorted({change.source or "a table without sources" for change in used})
+        wanted = _span(c.parameters for c in found)
+        beyond = [] if _span(m.parameters for m in used) == wanted else [f"{wanted} parameters"]
         beyond += ["any number of training tokens"]
-        beyond += [] if windows == _count(request.context) else [f"{request.context:,} tokens of context"]
+        beyond += [] if {m.context for m in used} == {request.context} else [f"{request.context:,} tokens of context"]
         listed = " and ".join(filter(None, (", ".join(beyond[:-1]), beyond[-1])))
-        lines.append(
-            f"loss from {source}: models of {measured} parameters after {_span(c.tokens for c in changes)} tokens, "
-            f"windows of {windows}; extrapolated to {listed}."
-        )
+        lines += [f"losses from {', '.join(sources)}.", f"losses are extrapolated to {listed}."]
     if any(c.spec is not None for c in found):
         lines.append(
             "bytes under compression: the ratio measured at that window, extrapolated to this context; a loss of "
@@ -234,6 +245,34 @@ def _extrapolations(found: Sequence[Candidate], model: ModelConfig, request: Req
     if request.context > model.max_seq_len:
         lines.append(f"context {request.context:,} is longer than the model's max_seq_len {model.max_seq_len:,}.")
     return lines
+
+
+def _conditions_notes(found: Iterable[Candidate], measured: Measurements) -> list[str]:
+    """Measurements that are left out because of their conditions, and those that do not say theirs."""
+    lines, chosen = [], measured.conditions
+    others = measured.others({c.key for c in found})
+    by_age = collections.Counter(m.tokens for m in others if not Conditions(tokens=chosen.tokens).include(m))
+    of_age = [m for m in others if Conditions(tokens=chosen.tokens).include(m)]
+    by_window = collections.Counter(m.context for m in of_age if m.context != chosen.context)
+    by_size = sum(m.context == chosen.context for m in of_age)
+    parts = [f"{n} after {rounded_count(t)} training tokens (--tokens {count_text(t)})" for t, n in _sorted(by_age)]
+    parts += [f"{n} with windows of {w:,.0f} tokens (--window {w:.0f})" for w, n in _sorted(by_window)]
+    parts += [f"{by_size} of models of another size"] if by_size else []
+    if parts:
+        lines.append(f"not compared with these: {sum(map(int, (p.split()[0] for p in parts)))} losses of the same "
+                     f"designs, {', '.join(parts)}.")  # fmt: skip
+    for what, silent in (
+        ("after how many training tokens", lambda m: m.tokens is None and chosen.tokens is not None),
+        ("with which windows", lambda m: m.context is None and chosen.context is not None),
+    ):
+        sources = dict.fromkeys(m.source or "a table without sources" for m in _used(found) if silent(m))
+        lines += [f"{source} does not say {what} its losses were measured; they are compared as if alike."
+                  for source in sources]  # fmt: skip
+    return lines
+
+
+def _sorted(counts: collections.Counter[Any]) -> list[tuple[float, int]]:
+    return sorted((value, n) for value, n in counts.items() if value is not None)
 
 
 def _unmeasured_methods(found: Iterable[Candidate], measured: Measurements) -> list[str]:
@@ -248,7 +287,7 @@ FIELDS = (
     "design", "n_kv_heads", "spec", "fits", "front", "parameters", "weight_bytes", "cache_bytes", "cache_vs_mha",
     "total_bytes", "most_sequences", "read_bytes", "bound_s", "step_s", "factor_is_of_this_plan", "loss_change",
 )  # fmt: skip
-"""Columns of the CSV that are attributes of a candidate; `loss_low` and `loss_high` follow."""
+"""Columns of the CSV that are attributes of a candidate; `loss_low`, `loss_high` and the conditions follow."""
 
 
 def row(c: Candidate) -> dict[str, Any]:
@@ -259,9 +298,11 @@ def row(c: Candidate) -> dict[str, Any]:
     return {**values, "factor_is_of_this_plan": own, "loss_low": low, "loss_high": high}
 
 
-def csv_text(found: Sequence[Candidate]) -> str:
-    """All candidates; an empty cell where nothing was measured."""
-    return tables.csv_text([*FIELDS, "loss_low", "loss_high"], map(row, found))
+def csv_text(found: Sequence[Candidate], measured: Measurements) -> str:
+    """All candidates, with the conditions of their losses; an empty cell where nothing was measured."""
+    conditions = {f"measured_{name}": value for name, value in dataclasses.asdict(measured.conditions).items()}
+    rows = (row(c) | (conditions if c.loss_change is not None else {}) for c in found)
+    return tables.csv_text([*FIELDS, "loss_low", "loss_high", *conditions], rows)
 
 
 def json_text(found: Sequence[Candidate], model: ModelConfig, request: Request, measured: Measurements) -> str:
@@ -274,6 +315,7 @@ def json_text(found: Sequence[Candidate], model: ModelConfig, request: Request, 
             "concurrency": request.concurrency,
             "headroom": request.headroom,
             "budget_bytes": request.budget,
+            "conditions": dataclasses.asdict(measured.conditions),
             "candidates": [
                 row(c)
                 | {
@@ -306,8 +348,8 @@ def grid(found: Sequence[Candidate]) -> tuple[list[str], list[int], dict[tuple[s
     return sorted(most, key=lambda name: (-most[name], name)), heads, cells
 
 
-def heads_text(found: Sequence[Candidate], request: Request) -> str:
-    """Cache in GB by sharing (rows) and KV heads (columns), with the change of the loss."""
+def heads_text(found: Sequence[Candidate], model: ModelConfig, request: Request, measured: Measurements) -> str:
+    """Cache in GB by sharing (rows) and KV heads (columns), with the change of the loss, and notes."""
     names, heads, cells = grid(found)
 
     def cell(name: str, n: int) -> str:
@@ -323,4 +365,5 @@ def heads_text(found: Sequence[Candidate], request: Request) -> str:
         f"cache in GB (change of the loss in nats; {MISSING}: not measured). *: on the front, x: does not fit. Rows: "
         "which layers share, without compression; the least cache of a row is at its right end."
     )
-    return "\n".join([_head(request), "", tables.aligned(columns, names), "", legend])
+    lines = [_head(found, request, measured), "", tables.aligned(columns, names), "", legend]
+    return "\n".join([*lines, *_loss_notes(found, found, model, request, measured)])

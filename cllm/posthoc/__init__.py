@@ -18,6 +18,7 @@
     head_bits.py     quantisers whose heads have their own widths
     lowrank.py       low-rank factors: SVD, and faster iterations
     power.py         a basis of the leading singular subspace by Chebyshev polynomials of XᵀX
+    factorising.py   the base of methods with a decomposition, whose records name the solver
     products.py      batched products in a chosen precision
     group.py         a group of slots that share a basis
     fixed_bases.py   bases of keys and values that are fixed before a prompt is seen

@@ -28,11 +28,13 @@ import functools
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from cllm.posthoc.code import Code
+from cllm.posthoc.lowrank import Solver
 
 
 class Basis:
@@ -89,6 +91,9 @@ class Spectrum:
     """(w,) fp64: the roots of the eigenvalues, which are singular values of W D."""
     bias: Tensor | None
     """(width,)."""
+
+    SOLVER: ClassVar[Solver] = Solver("gram", "fp32")
+    """Eigenvectors of the form in fp64."""
 
     @classmethod
     def of(cls, form: Tensor, bias: Tensor | None, channels: int) -> Spectrum:

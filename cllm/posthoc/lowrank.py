@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,13 @@ class Solver:
     products: Products
     """Of `random` and `power`, and of the rows A."""
 
+    FACTS: ClassVar[frozenset[str]] = frozenset({"svd", "products"})
+    """Keys of `facts`."""
+
+    def facts(self) -> dict[str, str]:
+        """The solver as records name it."""
+        return {"svd": self.algorithm, "products": self.products}
+
     def right_vectors(self, x: Tensor, rank: int | None) -> tuple[Tensor, Tensor | None]:
         """`right_vectors` (below) of `x` (B, n, C) by this solver."""
         return right_vectors(x, self.algorithm, rank, self.products)
@@ -81,13 +88,6 @@ def choose_solver(dtype: torch.dtype, *, spectrum: bool = False) -> Solver:
     """
     products = None if spectrum else _NARROW.get(dtype)
     return Solver("gram", "fp32") if products is None else Solver("power", products)
-
-
-def leading_vectors(x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
-    """Leading right singular vectors (B, C, r) fp32 of `x` (B, n, C) fp32, of a cache in `dtype`, by `choose_solver`.
-
-    r is `rank`, or less if `x` has fewer rows or columns."""
-    return choose_solver(dtype).right_vectors(x, rank)[0]
 
 
 def right_vectors(

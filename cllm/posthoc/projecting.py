@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cllm.errors import UserError
 from cllm.posthoc.budget import check_all_sinks, elements_for_ratio, largest
 from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.factorising import Factorising
 from cllm.posthoc.fixed_bases import (
     Basis,
     Projected,
@@ -41,7 +42,7 @@ FISHER_TOKENS = 256
 FISHER_PIECES = 8
 
 
-class ProjectingMethod(Codable):
+class ProjectingMethod(Factorising, Codable):
     """Keys before RoPE and values, each on a basis that belongs to the method and not to a cache.
 
     `prepare` computes the bases; `spectra` is all that a subclass must define.
@@ -93,12 +94,14 @@ class ProjectingMethod(Codable):
         check_slots(self.name, engine)
         with naming(self.name):
             self._spectra, self._bases, self._ranks = self.spectra(engine, ids), {}, {}
+            self.note_solver(Spectrum.SOLVER)
             self._shares = self._allocate(engine, ids)
             self._costs, self._threshold = self._measure(engine, ids), None
 
     def facts(self) -> dict[str, Any]:
         threshold = {} if self._threshold is None else {"threshold": self._threshold}
-        return {"ranks": {f"{slot}.{kind}": ranks for (slot, kind), ranks in sorted(self._ranks.items())}, **threshold}
+        ranks = {f"{slot}.{kind}": ranks for (slot, kind), ranks in sorted(self._ranks.items())}
+        return {**super().facts(), "ranks": ranks, **threshold}
 
     def weight_bytes(self) -> int:
         return sum(basis.nbytes for basis in self._bases.values())

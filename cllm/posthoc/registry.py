@@ -28,6 +28,7 @@ from pydantic.fields import FieldInfo
 
 from cllm.config.load import parse_word
 from cllm.errors import UserError, nearest
+from cllm.key_values import read_options
 from cllm.plugins import origin, plugins
 from cllm.posthoc.evicting import Evicting
 from cllm.posthoc.method import Codable, Compressor, TensorCoder
@@ -172,10 +173,7 @@ def _one(text: str, where: str) -> Compressor:
         raise UserError(f'{where}: unknown method "{name}"; {nearest(name, known)}')
     method = known[name]
     given: dict[str, Any] = {}
-    for option in options.split(",") if colon else []:
-        key, equals, value = (piece.strip() for piece in option.partition("="))
-        if not equals or key in given:
-            raise UserError(f'{where}: "{option}" is no new key=value; allowed: {_allowed(method)}')
+    for key, value in read_options(options, where, allowed=_allowed(method)) if colon else ():
         if key not in method.model_fields:
             raise UserError(f'{where}: unknown option "{key}" of {name}; allowed: {_allowed(method)}')
         given[key] = parse_word(value, f"{where}: {key}")

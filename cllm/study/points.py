@@ -13,9 +13,10 @@ from typing import Any
 from cllm.config import Config
 from cllm.config.load import merge, validate
 from cllm.config.shipped import find_config
+from cllm.counts import count_text
 from cllm.errors import UserError
 from cllm.study.matching import CacheMatch, match_cache, scaled_tokens
-from cllm.study.schema import Study, budgets, count_text
+from cllm.study.schema import Study, budgets
 from cllm.uptrain.complete import complete
 from cllm.version import config_hash, data_hash
 from cllm.yaml_text import read_yaml

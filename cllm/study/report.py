@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cllm.config.suites import SuiteSchedule
+from cllm.counts import count_text
 from cllm.evaluate.outputs import png
 from cllm.evaluate.suites.registry import suites
 from cllm.evaluate.tasks.suite import TaskSuite
@@ -25,7 +26,7 @@ from cllm.study.busy import busy_lines, busy_shares, read_sessions
 from cllm.study.layout import Layout
 from cllm.study.overview import overview
 from cllm.study.results import SUITE, Result, read_results
-from cllm.study.schema import Study, count_text
+from cllm.study.schema import Study
 from cllm.study.statistics import Mean
 from cllm.study.summary import Row, Summary, summarise
 from cllm.tables import Column, markdown

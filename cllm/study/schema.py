@@ -13,39 +13,16 @@ from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_v
 
 from cllm.config.load import merge, parse_overrides, validate
 from cllm.config.shipped import find_config
+from cllm.counts import parse_count
 from cllm.errors import UserError, nearest
 from cllm.section import MAX_SEED, Section
 from cllm.yaml_text import read_yaml
 
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _NAMED = 4
 """Most designs of one share that the rule names; of more it has the number."""
 DEFAULT = "default"
 """The key of a mapping by design that is valid for all designs it does not name."""
-
-
-def parse_count(value: Any) -> int:
-    """A number of tokens: `50M`, `1.5B`, `300k`, or a whole number.
-
-    Raises:
-        ValueError: for anything else, and for numbers below 1.
-    """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kMBT]?)", value) if isinstance(value, str) else None
-    count = float(match[1]) * _UNITS[match[2]] if match else 0
-    if count < 1 or count != round(count):
-        raise ValueError(f"is {value!r}; allowed: a number of tokens such as 300k, 50M or 1.5B")
-    return round(count)
-
-
-def count_text(count: float) -> str:
-    """`50M`: the shortest form that `parse_count` reads, exact if it has at most four digits."""
-    for unit in ("T", "B", "M", "k"):
-        if count >= _UNITS[unit]:
-            return f"{count / _UNITS[unit]:.4g}{unit}"
-    return f"{count:.0f}"
 
 
 def _ratio(value: Any) -> str:

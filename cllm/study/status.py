@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cllm.cache.accounting import kv_bytes
 from cllm.config import Config
 from cllm.config.unused import unused_settings
+from cllm.counts import count_text
 from cllm.errors import UserError
 from cllm.study.busy import busy_lines, busy_shares, read_sessions
 from cllm.study.estimate import Estimates, progress
@@ -16,7 +17,7 @@ from cllm.study.matching import cache_share
 from cllm.study.points import Grid, Point, sized
 from cllm.study.queue import Queue
 from cllm.study.results import read_results
-from cllm.study.schema import budgets, count_text, sizes
+from cllm.study.schema import budgets, sizes
 from cllm.tables import Column, aligned
 
 _DASH = "–"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 
@@ -12,11 +13,13 @@ from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.plan.presets import preset_names
 from cllm.planner.candidates import Candidate, Request, candidates, default_heads, designs, mark_front
-from cllm.planner.collect import read_losses
+from cllm.planner.collect import read_losses, sweep_changes
+from cllm.planner.conditions import choose_conditions
 from cllm.planner.gpus import GPU, find_gpu
 from cllm.planner.keys import config_key
-from cllm.planner.measured import DecodeStep, Estimate, LossChange, Measurements, Table, shipped_table
+from cllm.planner.measured import Estimate, Measurements
 from cllm.planner.report import NEAR, choose, notes
+from cllm.planner.table import DecodeStep, LossChange, Table, shipped_table
 from cllm.posthoc.registry import parse
 
 MODEL = ModelConfig(vocab_size=100, d_model=64, n_layers=4, n_heads=4, d_ff=128, max_seq_len=1000)
@@ -34,7 +37,7 @@ def change(kv: dict, value: float, *, heads: int | None = 1, **more: object) -> 
 
 
 def measured(*losses: LossChange, decode: tuple[DecodeStep, ...] = ()) -> Measurements:
-    return Measurements([Table(losses=list(losses), decode=list(decode))])
+    return Measurements([Table(losses=list(losses), decode=list(decode))], choose_conditions([losses]))
 
 
 def made(
@@ -191,18 +194,30 @@ def test_records_of_an_evaluation_as_losses(tmp_path):
         read_losses(path)
 
 
-def test_of_one_compression_the_largest_model_longest_windows_and_first_table_count():
-    def of(value, **about):
-        return change({"preset": "mha"}, value, spec="int8", ratio=2.0, **about)
+def test_the_window_of_a_row_comes_before_what_is_said_about_all_rows(tmp_path):
+    sweep = tmp_path / "posthoc.csv"
+    head = "run,design,spec,ratio_to_own,ratio_to_mha,perplexity,window\n"
+    sweep.write_text(head + "a,mha,as trained,1,1,20,\na,mha,kivi,3,3,22,1024\na,mha,int8,2,2,21,\n")
+    assert [m.context for m in sweep_changes(sweep, {"context": 4096})] == [1024, 4096]
 
-    ordered = [
-        of(0.1, parameters=2, tokens=1, context=9), of(0.2, parameters=2, tokens=1, context=8),
-        of(0.3, parameters=1, tokens=9, context=99),
-    ]  # fmt: skip
-    again = of(0.4, parameters=2, tokens=1, context=9)
-    other = change({"preset": "mha"}, 0.9, spec="int8", ratio=3.0, parameters=1)  # of an fp32 cache, for example
-    found = measured(*ordered[1:], ordered[0], again, other).compressions(ordered[0].key)["int8"]
-    assert (found.value, found.low, found.high) == (0.1, 0.1, 0.4)
+
+def test_records_and_sweeps_say_the_age_and_the_size_of_the_model(tmp_path):
+    row = {"spec": "int8", "run": "a", "design": "gqa", "window": 512, "perplexity": 22, "uncompressed_perplexity": 20,
+           "bf16_bytes_per_token": 10.0, "own_bf16_bytes_per_token": 20.0, "mha_bf16_bytes_per_token": 60.0,
+           "trained_tokens": 5 * 10**8, "parameters": 7}  # fmt: skip
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps({"rows": [row, {**row, "trained_tokens": None}]}))
+    assert [(m.tokens, m.parameters, m.context) for m in read_losses(records).losses] == [(5e8, 7, 512), (None, 7, 512)]
+
+
+def test_of_equal_measurements_the_first_counts_and_the_range_is_that_of_all():
+    def of(value, ratio=2.0):
+        return change({"preset": "mha"}, value, spec="int8", ratio=ratio)
+
+    other = of(0.9, 3.0)  # of an fp32 cache, for example
+    table = measured(of(0.2), of(0.1), other, of(0.4))
+    found = table.compressions(other.key)["int8"]
+    assert (found.value, found.low, found.high) == (0.2, 0.1, 0.4)
 
 
 def test_a_short_list_has_the_front_and_the_nearest_of_other_methods():
@@ -218,6 +233,25 @@ def test_a_short_list_has_the_front_and_the_nearest_of_other_methods():
     assert listed("front") == ["svd:ratio=8", "svd:ratio=4", None]
     assert listed("near") == ["svd:ratio=8", "svd:ratio=4", "svd:ratio=4+kivi", "kivi:bits=4", "fp8", "int8", None]
     assert len(listed("all")) == len(specs) + 1
+
+
+def test_a_design_that_was_asked_for_is_listed_without_a_loss_too(tmp_path, capsys):
+    config = tmp_path / "shape.yaml"
+    config.write_text("model: {vocab_size: 100, d_model: 64, n_layers: 4, n_heads: 4}\ndata: {path: x}\n")
+    words = f"plan --config {config} --gpu L4 --compression none --no-shipped --designs mha gqa:n_kv_heads=1".split()
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "\n   gqa:n_kv_heads=1  " in text
+    assert "losses       none were measured on these designs" in text
+
+
+def test_the_csv_has_the_conditions_of_each_loss(tmp_path, capsys):
+    config = tmp_path / "shape.yaml"
+    config.write_text("model: {vocab_size: 100, d_model: 64, n_layers: 4, n_heads: 4}\ndata: {path: x}\n")
+    assert main(f"plan --config {config} --gpu L4 --designs mha cla pizza_top --kv-heads 4 --csv".split()) == 0
+    for row in csv.DictReader(capsys.readouterr().out.splitlines()):
+        known = row["measured_tokens"], row["measured_context"]
+        assert known == (("490000000.0", "4096") if row["loss_change"] else ("", ""))
 
 
 def test_with_a_run_the_table_is_short_and_all_lists_everything(tmp_path, capsys):
@@ -263,7 +297,16 @@ def test_the_shipped_table_names_methods_and_plans_that_exist():
         (["--gpu", "H100", "--gpus", "2"], "--gpus: unknown option"),
         (["--gpu", "H100", "--designs", "mga"], "--designs mga: unknown preset; did you mean"),
         (["--gpu", "H100", "--kv-heads", "3"], "--kv-heads is 3; allowed: divisors of model.n_heads 4"),
-        (["--gpu", "H100", "--compression", "zip*"], '--compression "zip*": no measured spec matches'),
+        (
+            ["--gpu", "H100", "--compression", "zip*"],
+            '--compression "zip*": no spec that was measured on models of',
+        ),
+        (["--gpu", "H100", "--tokens", "many"], "--tokens is 'many'; allowed: a number of tokens such as 300k"),
+        (
+            ["--gpu", "H100", "--tokens", "7M"],
+            "--tokens is 7M; losses of these designs: 100M (",
+        ),
+        (["--gpu", "H100", "--tokens", "128M", "--window", "9"], "--window is 9; losses of these designs: 4,096 ("),
         (["--gpu", "H100", "--losses", "no.json"], "--losses no.json: cannot be read as JSON"),
         (["--gpu", "H100", "--json", "--csv"], "--csv: not allowed beside --json"),
     ],
@@ -334,8 +377,8 @@ def test_notes_name_what_is_extrapolated_and_designs_that_do_not_fit(parameters,
     lines = notes(found, [c for c in found if c.fits], MODEL, request, table)
     size = next(c.total_bytes for c in found if not c.fits)
     assert f"do not fit without compression: mha ({size / 1e9:,.4g} GB)." in lines
-    (source,) = (line for line in lines if line.startswith("loss from t.json"))
-    assert source.endswith(f"; extrapolated to {beyond}.")
+    assert "losses from t.json." in lines
+    assert f"losses are extrapolated to {beyond}." in lines
 
 
 def test_methods_measured_on_other_designs_only_are_named():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cllm.planner.measured import SHIPPED
+from cllm.planner.table import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[2]
 

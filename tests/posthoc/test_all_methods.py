@@ -8,6 +8,7 @@ what the compressed one reads.
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import DynamicCache
 
 from cllm.cache.cache import KVCache
 from cllm.errors import UserError
+from cllm.posthoc import lowrank
 from cllm.posthoc.cache import CompressedSlot, SharingSlot, compress_cache
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.hf import SharingLayer, compress_dynamic
@@ -84,6 +86,19 @@ REFUSALS = {
 """By method and model: why the method cannot apply."""
 COUNTS_PADDING = ("kvtc",)
 """Methods with nothing but a ratio, which padding raises in a batch: a padded sequence gets more bytes than alone."""
+OTHER_SOLVERS = (
+    "xkv:group=2,ratio=1.5", "xkv:group=2,energy=0.9", "xkv:group=2,ratio=1", "svd:ratio=1.5,svd=exact",
+    "svd:ratio=1.5,svd=random", "snapkv:tokens=12,window=3+svd:ratio=1.5", "recompute",
+    "recompute:rank=9,fit=input", "recompute:rank=9+kivi:group=4,residual=4", "shadowkv:rank=9,select=8",
+    "eigenattention:keep=0.5,basis=prompt", "kvtc:group=2,ratio=1.8,basis=calibration",
+    "palu:keep=0.5,heads=1,whiten=false", "turboquant:mean_bits=3",
+)  # fmt: skip
+"""Specs of which the solver depends on options, or stands after `+`."""
+OTHER_DECOMPOSITIONS = {
+    "cllm.posthoc.weighting": "the roots of forms",
+    "cllm.model.value_folds": "the nearest orthogonal matrix, and the inverse root of a covariance",
+}
+"""Modules with decompositions of full rank, which are not those of a method."""
 LOSSLESS = ("quest",)
 """Methods whose passes of several tokens read the exact cache."""
 CASES = [(method, model) for method in SPECS for model in MODELS]
@@ -176,6 +191,44 @@ def test_padded_and_not_a_method_applies_or_says_why(method_name, name, model_of
             for part, of_padding in zip(pair, padded[slot], strict=True):
                 assert difference(of_padding[:, -part.shape[1] :], part) < 1e-2
         assert difference(of_padded, logits) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "spec", [*(SPECS[name] for name in SPECS if "mha" not in REFUSALS.get(name, {})), *OTHER_SOLVERS]
+)
+def test_a_method_that_factorises_names_its_solver(spec, dtype, model_of, tokens, monkeypatch):
+    """Also of a method whose decompositions bypass `Factorising`. A sweep measures a record again forever if
+    `needed_facts` has more than `facts`."""
+    used = set()
+
+    def watch(owner, function, algorithm):
+        real = getattr(owner, function)
+
+        def seen(*args, **options):
+            if sys._getframe(1).f_globals["__name__"] not in OTHER_DECOMPOSITIONS:
+                used.add(algorithm)
+            return real(*args, **options)
+
+        monkeypatch.setattr(owner, function, seen)
+
+    for owner, function, algorithm in (
+        (torch.linalg, "svd", "exact"), (torch.linalg, "eigh", "gram"), (lowrank, "power", "power"),
+        (lowrank, "_subspace", "random"),
+    ):  # fmt: skip
+        watch(owner, function, algorithm)
+    engine, method = engine_of(model_of("mha").to(dtype)), parse(spec)
+    method.prepare(engine, tokens(2, 60, seed=1))
+    cache = engine.new_cache()
+    with method.watch(engine):
+        engine.hidden(tokens(2, PROMPT), cache)
+    engine.compress(cache, method)
+    facts = method.facts()
+    assert method.needed_facts <= facts.keys()
+    assert used or "svd" not in facts
+    if used:
+        assert facts["svd"] in used
+        assert facts["products"] in ("fp32", "tf32", "bf16")
 
 
 def test_a_cache_of_its_own_knows_no_padding(llama, tokens):

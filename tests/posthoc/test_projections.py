@@ -442,7 +442,7 @@ def test_ranks_are_searched_by_the_errors_of_layers(spec, kv, decoder, tokens):
                 break
         method = method.model_copy(update={"keep": keep})
         engine.compress(cache, method)
-        assert method.facts() == {"ranks": best, "threshold": bound}
+        assert method.facts() == {"svd": "gram", "products": "fp32", "ranks": best, "threshold": bound}
         differ.add(len({walk(slot, bound) for slot in slots}))
     assert (max(differ) > 1) == (kv != "fusedkv_lite"), "where the same layers read all slots, these have one share"
     for ratio in (1.5, 3):

@@ -322,7 +322,8 @@ def test_sequences_of_a_transformers_quantised_cache_are_rearranged(backend, pac
         lambda x: x.batch_select_indices(torch.tensor([2, 0])),
         lambda x: x.batch_repeat_interleave(2),
     ]
-    first, rows = copy.deepcopy(quantized), torch.tensor([2, 0, 0])[[2, 0]].repeat_interleave(2)
+    first = copy.deepcopy(quantized) if backend == "hqq" else None  # tensors of quanto cannot be copied
+    rows = torch.tensor([2, 0, 0])[[2, 0]].repeat_interleave(2)
     for change in changes:
         change(quantized)
         change(exact)
@@ -332,7 +333,7 @@ def test_sequences_of_a_transformers_quantised_cache_are_rearranged(backend, pac
     assert quantized.get_seq_length() == 39
     engine.logits(ids[rows, 39:], quantized)  # all tokens are quantised again
     assert all(layer.sequences is None and layer.exact_tokens == 0 for layer in quantized.layers)
-    assert len(engine.logits(ids[:, length:], first)) == 3, "a copy stays as it was"
+    assert first is None or len(engine.logits(ids[:, length:], first)) == 3, "a copy stays as it was"
 
 
 def test_a_transformers_quantised_cache_is_cropped_down_to_its_codes(llama, tokens, filled):
@@ -349,6 +350,34 @@ def test_a_transformers_quantised_cache_is_cropped_down_to_its_codes(llama, toke
         quantized.crop(-7)
     quantized.crop(-6)
     torch.testing.assert_close(engine.logits(ids[:, 36:42], quantized), expected)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_bits_that_the_backend_lacks_are_refused_when_the_spec_is_read(bits):
+    with pytest.raises(
+        UserError,
+        match=f'"hf_quantized:bits={bits}": bits={bits}: backend=quanto has 2 or 4 bits; allowed: one of these, or '
+        "backend=hqq$",
+    ):
+        parse(f"hf_quantized:bits={bits}")
+    assert parse(f"hf_quantized:bits={bits},backend=hqq").model_dump()["bits"] == bits
+
+
+@pytest.mark.parametrize("group", [7, 16, 1000])
+def test_quanto_codes_any_number_of_tokens(group, llama, tokens, filled):
+    """Its groups fill a sequence, so the last token is repeated where they would not."""
+    pytest.importorskip("optimum.quanto")
+    ids = tokens(2, 45)
+    engine, cache = filled(llama(), ids[:, :37])
+    exact = [layer.keys.clone() for layer in cache.layers]
+    quantized = engine.compress(cache, parse(f"hf_quantized:group={group},residual=4"))
+    for layer, x in zip(quantized.layers, exact, strict=True):
+        read = layer._dequantize(layer._quantized_keys)
+        assert read.shape == x[:, :, 4:].shape
+        assert (read - x[:, :, 4:]).norm() < 0.2 * x.norm()
+    for part in ids[:, 37:].split([1, 4, 3], dim=1):  # coded again after later tokens
+        engine.logits(part, quantized)
+    assert quantized.get_seq_length() == 45
 
 
 @pytest.mark.parametrize("backend", ["quanto", "hqq"])

@@ -17,6 +17,7 @@ from cllm.evaluate.pareto import TRAINED, expand, markdown, points
 from cllm.evaluate.pareto_figure import figure
 from cllm.evaluate.points import Scores
 from cllm.evaluate.result_folders import beside, results_of_checkpoint, run_of
+from cllm.model.sizes import count_parameters, meta_decoder
 
 SPECS = ["--spec", "xkv:group={group},ratio={ratio}", "--spec", "minicache:start=0", "--group", 2, 4, "--ratio", 1.5]
 
@@ -97,6 +98,11 @@ def test_a_sweep_is_written_and_resumed(sweep, run, tmp_path, capsys, monkeypatc
         for made in runs
         for spec in (TRAINED, "xkv:group=2,ratio=1.5", "xkv:group=4,ratio=1.5", "minicache:start=0")
     }
+    config = runs[0].config()
+    of_mha = [row for row in rows if row["run"] == "mha"]
+    assert {row["trained_tokens"] for row in of_mha} == {str(20 * config.train.global_batch * 48)}
+    assert {row["parameters"] for row in of_mha} == {str(count_parameters(meta_decoder(config.model)))}
+    assert {row["window"] for row in rows} == {"48"}
     assert (folder / "posthoc.png").stat().st_size > 10_000
     events = EventAccumulator(str(folder)).Reload()
     assert events.Tags()["images"] == ["posthoc"]

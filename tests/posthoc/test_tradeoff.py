@@ -110,7 +110,7 @@ def test_two_commands_do_not_write_one_folder(tradeoff, tmp_path, capfd):
     ("words", "message"),
     [
         (["--designs", "mah"], "--designs mah: configs/kv/ has no mah.yaml"),
-        (["--designs", "gqa:n_kv_heads"], "'n_kv_heads' is not of the form KEY=VALUE"),
+        (["--designs", "gqa:n_kv_heads"], '"n_kv_heads" is not of the form KEY=VALUE'),
         (["--designs", "gqa:n_kv_head=1"], "n_kv_head"),
         (["--spec", "xkw:ratio={ratio}"], 'unknown method "xkw"'),
         (["--train.stepz", 4], "stepz"),

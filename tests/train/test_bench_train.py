@@ -130,7 +130,7 @@ def test_tokens_of_a_step_are_those_of_all_its_micro_batches(bench: Callable[...
         (["--peers", "--model.rope.theta", "1e6"], "model.rope.theta of the first design is 1000000.0"),
         (["--one-by-one", "--documents", "8"], "--one-by-one and --documents: allowed: one of them"),
         (["--time-limit", "9"], "--time-limit is 9 without --one-by-one; allowed: both"),
-        (["--designs", "mha:window"], "'window' is not of the form KEY=VALUE"),
+        (["--designs", "mha:window"], '"window" is not of the form KEY=VALUE'),
         (["--peers", "--designs", "gqa"], "model.kv.preset of the first design is gqa"),
         (["--peers", "--train.gradient_checkpointing", "true"], "train.gradient_checkpointing of the first design"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 import types
 import typing
@@ -15,10 +14,8 @@ from pydantic.fields import FieldInfo
 
 from cllm.errors import UserError, nearest
 from cllm.evaluate.suites.suite import Suite
+from cllm.key_values import read_options
 from cllm.yaml_text import parse_word
-
-_PIECE = re.compile(r"""(?<==)\s*\[[^\]]*\]|(?<![^=|])"[^"]*"|(?<![^=|])'[^']*'|.""", re.DOTALL)
-"""A value that may have commas, a list or a text in quotes; else one character."""
 
 
 class Chosen(NamedTuple):
@@ -51,15 +48,10 @@ def parse_choice(text: str, known: Mapping[str, Suite]) -> Chosen:
         return Chosen(suite)
     where, fields = f'--suite "{text}"', suite.settings.model_fields
     values: dict[str, Any] = {}
-    for option in _options(options) if colon else ():
-        key, equals, value = (piece.strip() for piece in option.partition("="))
-        if suite.positional is not None and key and not equals and not values:
-            key, equals, value = suite.positional, "=", key
-        if not equals or key in values:
-            raise UserError(
-                f'{where}: "{option}" is no new key=value; allowed: {", ".join(sorted(fields))}; a value with a comma '
-                "needs quotes"
-            )
+    keys = f"{', '.join(sorted(fields))}; a value with a comma needs quotes"
+    lists = [key for key, field in fields.items() if _lists(_kinds(field.annotation))]
+    pairs = read_options(options, where, allowed=keys, first=suite.positional, lists=lists)
+    for key, value in pairs if colon else ():
         if key not in fields:
             raise UserError(f'{where}: unknown option "{key}" of {name}; {nearest(key, fields)}')
         values[key] = _value(value, fields[key], f"{where}: {key}")
@@ -73,24 +65,9 @@ def parse_choice(text: str, known: Mapping[str, Suite]) -> Chosen:
         raise UserError(f"{where}: {seen}{first['msg'].removeprefix('Value error, ')}{got}") from None
 
 
-def _options(text: str) -> list[str]:
-    """The options, which commas separate.
-
-    >>> _options("tasks=[a, b],path='c, d',length=4|8")
-    ['tasks=[a, b]', "path='c, d'", 'length=4|8']
-    """
-    options = [""]
-    for piece in _PIECE.findall(text):
-        if piece == ",":
-            options.append("")
-        else:
-            options[-1] += piece
-    return options
-
-
 def _value(text: str, field: FieldInfo, where: str) -> Any:
     kinds = _kinds(field.annotation)
-    lists = [kind for kind in kinds if typing.get_origin(kind) is list]
+    lists = _lists(kinds)
     if not lists:
         return _single(text, kinds, where)
     if not text or text.startswith("["):
@@ -113,6 +90,11 @@ def _single(text: str, kinds: Sequence[Any], where: str) -> Any:
 def _kinds(annotation: Any) -> list[Any]:
     """The types of a union, or the one type."""
     return list(typing.get_args(annotation)) if _is_union(annotation) else [annotation]
+
+
+def _lists(kinds: Iterable[Any]) -> list[Any]:
+    """The kinds that are lists."""
+    return [kind for kind in kinds if typing.get_origin(kind) is list]
 
 
 def _is_union(annotation: Any) -> bool:

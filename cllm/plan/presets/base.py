@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
+from typing import Annotated
 
 from pydantic import Field
 
@@ -11,6 +13,20 @@ from cllm.plan.kinds import Own, Share
 from cllm.plan.plan import KVPlan, LayerPlan
 from cllm.plan.shape import Iterations, Shape
 from cllm.section import MAX_HEADS, Section
+
+
+class OfDepth(enum.Enum):
+    """How a setting of a preset depends on the depth of the model, as metadata of its type. Settings without it, such
+    as `factor`, mean the same at any depth."""
+
+    COUNT = "counts layers"
+    """It cuts the layers into parts: 8 of 16 layers are 12 of 24."""
+    NUMBERS = "has numbers of layers"
+    """It names single layers, which another depth does not have."""
+
+
+LayerCount = Annotated[int | None, OfDepth.COUNT]
+LayerNumbers = Annotated[list[int] | None, OfDepth.NUMBERS]
 
 
 class Preset(Section):
@@ -22,6 +38,14 @@ class Preset(Section):
     """KV heads of every owner; null: as many as query heads."""
     kv_norm: bool = False
     """Owners apply a separate RMSNorm to the input of their K and V projections."""
+
+    @classmethod
+    def of_depth(cls) -> dict[str, OfDepth]:
+        """The settings that depend on the depth of the model."""
+        marks = {
+            name: [m for m in field.metadata if isinstance(m, OfDepth)] for name, field in cls.model_fields.items()
+        }
+        return {name: found[0] for name, found in marks.items() if found}
 
     def expand(self, shape: Shape) -> KVPlan:
         """The plan for a model of this shape. Raises `PlanError` when the two do not fit."""

@@ -10,16 +10,16 @@ from pydantic import Field
 from cllm.plan.fuse import Fuse, FusionInit
 from cllm.plan.kinds import Half, Read, Share
 from cllm.plan.plan import MAX_LAYERS, KVPlan, LayerPlan
-from cllm.plan.presets.base import Preset, count_or_half, register_preset
+from cllm.plan.presets.base import LayerCount, LayerNumbers, Preset, count_or_half, register_preset
 from cllm.plan.shape import Shape
 
 
 class _Storage(Preset):
     """Lower layers store; the layers above them read `sources`."""
 
-    n_storage: int | None = Field(None, ge=1, le=MAX_LAYERS)
+    n_storage: LayerCount = Field(None, ge=1, le=MAX_LAYERS)
     """Number of layers at the bottom that own K/V; null: half of all layers."""
-    sources: list[int] | None = Field(None, min_length=1)
+    sources: LayerNumbers = Field(None, min_length=1)
     """Layers whose K/V the other layers read; null: the first and the last layer that owns K/V."""
 
     def read(self, sources: Sequence[int]) -> tuple[Read, Read]:

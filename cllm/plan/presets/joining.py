@@ -9,7 +9,7 @@ from pydantic import Field
 from cllm.plan.joins import LOCAL, Gate, Gates, Join, Part
 from cllm.plan.kinds import Own
 from cllm.plan.plan import MAX_LAYERS, KVPlan, LayerPlan
-from cllm.plan.presets.base import Preset, count_or_half, register_preset, runs_of_layers
+from cllm.plan.presets.base import LayerCount, Preset, count_or_half, register_preset, runs_of_layers
 from cllm.plan.shape import Shape
 from cllm.section import MAX_TOKENS
 
@@ -22,7 +22,7 @@ class CED(Preset):
     """
 
     preset: Literal["ced"] = "ced"
-    n_lower: int | None = Field(None, ge=1, le=MAX_LAYERS)
+    n_lower: LayerCount = Field(None, ge=1, le=MAX_LAYERS)
     """Number of lower layers, which read only themselves; null: half of all layers."""
     window: int = Field(128, ge=1, le=MAX_TOKENS)
     """Window of the upper layers' own slots, in tokens."""

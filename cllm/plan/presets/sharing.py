@@ -9,7 +9,7 @@ from pydantic import Field
 from cllm.errors import PlanError
 from cllm.plan.kinds import Own, Retention, Share
 from cllm.plan.plan import MAX_LAYERS, KVPlan, LayerPlan, Loop
-from cllm.plan.presets.base import Preset, count_or_half, from_targets, register_preset, runs_of_layers
+from cllm.plan.presets.base import LayerCount, Preset, count_or_half, from_targets, register_preset, runs_of_layers
 from cllm.plan.presets.owning import MHA
 from cllm.plan.shape import Shape
 from cllm.section import MAX_HEADS, MAX_TOKENS
@@ -55,7 +55,7 @@ class YOCO(Preset):
     """Kind of the lower layers: sliding-window attention or gated retention."""
     window: int = Field(1024, ge=1, le=MAX_TOKENS)
     """Sliding window of the lower layers, in tokens (the paper's 3B: 1024)."""
-    n_lower: int | None = Field(None, ge=1, le=MAX_LAYERS)
+    n_lower: LayerCount = Field(None, ge=1, le=MAX_LAYERS)
     """Number of lower layers; null: half of all layers."""
     kv_norm: bool = True
     """The one full slot has a separate norm, as in the authors' code."""
@@ -87,7 +87,7 @@ class YOCOU(YOCO):
     """Sliding window of the lower layers, in tokens (the paper: 512)."""
     times: int = Field(3, ge=2, le=MAX_LAYERS)
     """Turns of the lower layers."""
-    n_lower: int | None = Field(None, ge=1, le=MAX_LAYERS)
+    n_lower: LayerCount = Field(None, ge=1, le=MAX_LAYERS)
     """Lower layers of one turn; null: as many as upper layers, n_layers / (times + 1)."""
 
     def expand(self, shape: Shape) -> KVPlan:
@@ -105,7 +105,7 @@ class Trailing(MHA):
     """The last `n_shared` layers read the last owner of their mask kind (Gemma 3n: 15 of 35 layers, every 5th full)."""
 
     preset: Literal["trailing"] = "trailing"  # type: ignore[assignment]
-    n_shared: int | None = Field(None, ge=1, le=MAX_LAYERS)
+    n_shared: LayerCount = Field(None, ge=1, le=MAX_LAYERS)
     """Number of layers at the top without own K/V; null: half of all layers."""
 
     def shared(self, shape: Shape) -> int:
@@ -130,7 +130,7 @@ class AFM(Trailing):
     """Apple's on-device model (arXiv 2507.13575): depth split 5:3, the upper block reads the lower one's last layer."""
 
     preset: Literal["afm"] = "afm"  # type: ignore[assignment]
-    n_shared: int | None = Field(None, ge=1, le=MAX_LAYERS)
+    n_shared: LayerCount = Field(None, ge=1, le=MAX_LAYERS)
     """Number of layers at the top without own K/V; null: three eighths of all layers."""
 
     def shared(self, shape: Shape) -> int:

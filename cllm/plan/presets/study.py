@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from cllm.plan.plan import MAX_LAYERS, KVPlan
-from cllm.plan.presets.base import Preset, count_or_half, from_targets, register_preset
+from cllm.plan.presets.base import LayerCount, Preset, count_or_half, from_targets, register_preset
 from cllm.plan.shape import IterationsConfig, Shape
 from cllm.section import create_section
 
@@ -22,7 +22,7 @@ class _Study(Preset):
 
     partition: ClassVar[Literal["pizza", "sandwich", "lasagna"]]
     target: ClassVar[Literal["bottom", "middle", "top"]]
-    n_owners: int | None = Field(None, ge=1, le=MAX_LAYERS)
+    n_owners: LayerCount = Field(None, ge=1, le=MAX_LAYERS)
     """Number of layers that own K/V (l in the paper); null: half of all layers."""
     iterations: IterationsConfig = Field(default_factory=IterationsConfig)
     """Passes over the cyclic layers; not used if the target is at the bottom."""

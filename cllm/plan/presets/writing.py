@@ -10,7 +10,7 @@ from cllm.plan.forms import OwnHalf, OwnMixed, OwnTied
 from cllm.plan.fuse import Fuse
 from cllm.plan.kinds import Own, Share
 from cllm.plan.plan import MAX_LAYERS, KVPlan, LayerPlan
-from cllm.plan.presets.base import Preset, count_or_half, register_preset, runs_of_layers
+from cllm.plan.presets.base import LayerCount, Preset, count_or_half, register_preset, runs_of_layers
 from cllm.plan.shape import Shape
 from cllm.section import MAX_TOKENS
 
@@ -23,7 +23,7 @@ class SwiftKV(Preset):
     """
 
     preset: Literal["swiftkv"] = "swiftkv"
-    n_lower: int | None = Field(None, ge=1, le=MAX_LAYERS)
+    n_lower: LayerCount = Field(None, ge=1, le=MAX_LAYERS)
     """Number of lower layers, which project their own input; null: half of all layers."""
     group: int = Field(1, ge=1, le=MAX_LAYERS)
     """Number of upper layers that read one slot. If it does not divide their number, the first one shares with no
@@ -71,7 +71,7 @@ class YOCOPlusPlus(Preset):
     """
 
     preset: Literal["yoco_pp"] = "yoco_pp"
-    n_owners: int | None = Field(None, ge=1, le=MAX_LAYERS)
+    n_owners: LayerCount = Field(None, ge=1, le=MAX_LAYERS)
     """Number of lower layers that own K/V; null: half of all layers."""
     window: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """Sliding window of all owners but the last, in tokens; null: full attention."""

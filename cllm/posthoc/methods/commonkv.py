@@ -15,11 +15,16 @@ from torch import Tensor, nn
 
 from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.factorising import Factorising
 from cllm.posthoc.inputs import RecordedInputs
+from cllm.posthoc.lowrank import Solver
 from cllm.posthoc.method import Compressor, Engine, naming
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import NOTHING_TO_COMPRESS, SlotTensors
 from cllm.posthoc.tensor_tree import TensorTree
+
+SOLVER = Solver("exact", "fp32")
+"""Of the projections, in fp64."""
 
 
 class Weight:
@@ -109,7 +114,7 @@ def factorize(projections: Sequence[tuple[Tensor, Tensor]], rank: int | None) ->
     summary="latents of jointly factorised projections, merged over a group of slots for tokens where they are alike",
     sweep=("commonkv:group={group}",),
 )
-class CommonKV(Compressor):
+class CommonKV(Factorising):
     """CommonKV: the projections of a group of layers are factorised jointly (`factorize`), so that layers differ only
     in M_l and cache latents z_l = N h_l. Tokens whose latents are most alike store one latent for the group,
 
@@ -192,8 +197,8 @@ class CommonKV(Compressor):
 
     def facts(self) -> dict[str, Any]:
         if self._sensitivity is None:
-            return {}
-        return {"sensitivity": {str(slot): loss for slot, loss in self._sensitivity.items()}}
+            return super().facts()
+        return {**super().facts(), "sensitivity": {str(slot): loss for slot, loss in self._sensitivity.items()}}
 
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         if values is None:
@@ -230,6 +235,7 @@ class CommonKV(Compressor):
             full = min(sum(len(k) + len(v) for k, v, *_ in projections), projections[0][0].shape[1])
             if self.rank is not None and self.rank > full:
                 raise UserError(f"{self.name}: rank={self.rank}; allowed for {len(slots)} slots: 1 to {full}")
+            self.note_solver(SOLVER)
             left, shared = factorize([(k, v) for k, v, *_ in projections], self.rank or full)
             biases = [None if kb is None or vb is None else torch.cat((kb, vb)).float() for *_, kb, vb in projections]
             self._factors[slots] = [Weight(m, b) for m, b in zip(left, biases, strict=True)], shared

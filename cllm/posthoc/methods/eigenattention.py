@@ -10,7 +10,7 @@ from torch import Tensor
 from cllm.posthoc.code import Code
 from cllm.posthoc.fixed_bases import Spectrum
 from cllm.posthoc.later_rows import extend_factors
-from cllm.posthoc.lowrank import LowRank, leading_vectors, low_rank_already
+from cllm.posthoc.lowrank import LowRank, low_rank_already
 from cllm.posthoc.method import Engine
 from cllm.posthoc.projecting import Allocation, Place, ProjectingMethod
 from cllm.posthoc.registry import register
@@ -62,6 +62,10 @@ class EigenAttention(ProjectingMethod):
                     found[slot, tensors.kind] = Spectrum.of(rows.mT @ rows, None, channels)
         return found
 
+    @property
+    def adapts_solver(self) -> bool:
+        return self.basis == "prompt"
+
     def weight_bytes(self) -> int:
         return 0 if self.basis == "prompt" else super().weight_bytes()
 
@@ -78,6 +82,6 @@ class EigenAttention(ProjectingMethod):
             return super()._code(tensors, i)
         rows = tensors.flat(i)
         rank = self._ranks[tensors.slots[i], tensors.kind][0]
-        vectors = leading_vectors(rows, rank, tensors.dtype)
+        vectors = self.leading_vectors(rows, rank, tensors.dtype)
         b = vectors.to(tensors.dtype).contiguous()
         return LowRank(self.stored(rows @ vectors, tensors.dtype, [rank]), b, tuple(tensors.data[i].shape[2:]))

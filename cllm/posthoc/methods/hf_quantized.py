@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
+_BITS = {"quanto": (2, 4), "hqq": (1, 2, 3, 4, 8)}
 _AXIS = {"quanto": 0, "hqq": 1}
 """The axis for which the elements of a group are neighbours in memory; hqq's other one mixes sequences and heads."""
 _PACKED = {1: 8, 2: 4, 3: 1, 4: 2, 8: 1}
@@ -57,6 +58,16 @@ class HFQuantized(Compressor):
     """Elements that share a scale."""
     residual: int = Field(128, ge=1)
     """Number of exact tokens at which all tokens are quantised."""
+
+    @model_validator(mode="after")
+    def _bits_of_backend(self) -> Self:
+        if self.bits not in (known := _BITS[self.backend]):
+            others = " or ".join(f"backend={name}" for name, bits in _BITS.items() if self.bits in bits)
+            raise ValueError(
+                f"bits={self.bits}: backend={self.backend} has {' or '.join(map(str, known))} bits; allowed: one of "
+                f"these, or {others}"
+            )
+        return self
 
     @property
     def chooses_for_batch(self) -> bool:
@@ -131,20 +142,31 @@ class _Rearranged(QuantizedLayer):
             self.cumulative_length -= drop
 
 
+def _with_full_groups(x: Tensor, numbers: int, size: int) -> Tensor:
+    """`x` (B, G, n, D) with its last token repeated until groups of `size` fill the tokens, of `numbers` each."""
+    more = -x.shape[-2] % (size // math.gcd(size, numbers))
+    return torch.cat((x, x[..., -1:, :].expand(*x.shape[:-2], more, -1)), dim=-2)
+
+
 class _Quanto(_Rearranged, QuantoQuantizedLayer):
-    """Codes of optimum-quanto."""
+    """Codes of optimum-quanto, of any number of tokens: the last is repeated until groups fill a sequence."""
+
+    def _quantize(self, tensor: Tensor, axis: int) -> Any:  # type: ignore[override]
+        x = _with_full_groups(tensor, tensor[0, :, 0].numel(), self.q_group_size)
+        return super()._quantize(x, axis), tensor.shape[-2]
+
+    def _dequantize(self, q_tensor: tuple[Any, int]) -> Tensor:
+        codes, tokens = q_tensor
+        return self.in_order(QuantoQuantizedLayer._dequantize(self, codes)[..., :tokens, :])
 
 
 class _HQQ(_Rearranged, HQQQuantizedLayer):
     """Codes of hqq, of any number of tokens: the last is repeated until groups fill the packs."""
 
     def _quantize(self, tensor: Tensor, axis: int) -> Any:  # type: ignore[override]
-        tokens, numbers = tensor.shape[-2], tensor[..., :1, :].numel()
-        pack = self.q_group_size * _PACKED[self.nbits]
-        more = -tokens % (pack // math.gcd(pack, numbers))
-        x = torch.cat((tensor, tensor[..., -1:, :].expand(*tensor.shape[:-2], more, -1)), dim=-2)
+        x = _with_full_groups(tensor, tensor[..., 0, :].numel(), self.q_group_size * _PACKED[self.nbits])
         codes, meta = super()._quantize(x.reshape(-1, self.q_group_size), axis)  # hqq reads 3 bits of matrices alone
-        return codes, {**meta, "tokens": tokens, "padded": x.shape}
+        return codes, {**meta, "tokens": tensor.shape[-2], "padded": x.shape}
 
     def _dequantize(self, q_tensor: tuple[Tensor, dict[str, Any]]) -> Tensor:
         meta = q_tensor[1]

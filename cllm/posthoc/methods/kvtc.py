@@ -15,13 +15,16 @@ from cllm.errors import UserError
 from cllm.posthoc.budget import check_all_sinks, elements_left
 from cllm.posthoc.code import Code, Codes
 from cllm.posthoc.entropy import SIZE_BYTES, Streams, compress
-from cllm.posthoc.lowrank import right_vectors
-from cllm.posthoc.method import Compressor, Engine, naming
+from cllm.posthoc.factorising import Factorising
+from cllm.posthoc.lowrank import Solver
+from cllm.posthoc.method import Engine, naming
 from cllm.posthoc.projecting import check_tokens
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
 from cllm.posthoc.tensor_tree import TensorTree
 
+SOLVER = Solver("gram", "fp32")
+"""Of all bases: energies of columns are needed, which are singular values."""
 _TRIES = 8
 """Times that all groups are coded at most until they fit the budget; without components if none has fitted before."""
 
@@ -153,7 +156,7 @@ class _Group:
 @register(
     "kvtc", summary="entropy-coded principal components across slots, for prefixes at rest", sweep=("kvtc:ratio=8",)
 )
-class KVTC(Compressor):
+class KVTC(Factorising):
     """KVTC: for a group of slots, separately for keys before RoPE and for values,
 
         X = [(X_l - m_l) / s_l]_l ≈ A Bᵀ,    A = X V,    B = V
@@ -222,6 +225,7 @@ class KVTC(Compressor):
             scales.append(x.square().mean().sqrt().clamp(min=1e-6).to(tensors.dtype))
             rows.append(x / scales[-1].float())
         joined = torch.cat(rows, dim=-1).double()
+        self.note_solver(SOLVER)
         vectors = torch.linalg.eigh(joined.mT @ joined)[1].flip(-1)
         return ModelBasis(means, scales, vectors.to(tensors.dtype).contiguous())
 
@@ -296,7 +300,7 @@ class KVTC(Compressor):
             scales.append(size.clamp(min=1e-6).to(dtype))
             rows.append(x / scales[-1].float()[:, None, None])
         joined = torch.cat(rows, dim=-1)
-        vectors, _ = right_vectors(joined, "gram", None, "fp32")
+        vectors, _ = self.singular_vectors(joined, None, SOLVER)
         vectors = vectors[..., : min(joined.shape[1:])]
         projected = joined @ vectors
         return _Group(tensors, slots, means, scales, projected, vectors, projected.double().square().sum(1))

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from cllm.errors import UserError
 from cllm.posthoc.budget import check_all_sinks, elements_for_ratio
 from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.factorising import Factorising
 from cllm.posthoc.inputs import RecordedInputs
 from cllm.posthoc.key_norm import KeyNorm
 from cllm.posthoc.later_rows import rows_on
-from cllm.posthoc.lowrank import LowRank, leading_vectors, ranks_for_budget
+from cllm.posthoc.lowrank import LowRank, ranks_for_budget
 from cllm.posthoc.method import Codable, Engine
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors, together
@@ -69,7 +70,7 @@ class Recomputed(Code):
 
 
 @register("recompute", summary="the input of a slot's projections, from which keys and values are computed when read")
-class Recompute(Codable):
+class Recompute(Factorising, Codable):
     """Keys and values are computed from the residual stream when they are read: with the input x of the projections,
     which is the stream after the layer's norm,
 
@@ -114,6 +115,10 @@ class Recompute(Codable):
     def is_low_rank(self) -> bool:
         """Whether x is approximated."""
         return self.rank is not None or self.ratio is not None
+
+    @property
+    def adapts_solver(self) -> bool:
+        return self.is_low_rank
 
     @property
     def watches(self) -> bool:
@@ -248,7 +253,7 @@ class Recompute(Codable):
     ) -> None:
         """Write the codes of the slots of `groups`, which have one shape and one rank."""
         joined, scales = zip(*(self._joined(group, rank, keys, values) for group in groups), strict=True)
-        every = leading_vectors(torch.cat(joined), rank, keys.dtype)
+        every = self.leading_vectors(torch.cat(joined), rank, keys.dtype)
         for group, rows, scale, vectors in zip(groups, joined, scales, every.split(len(joined[0])), strict=True):
             a = self._stored((rows @ vectors), keys)
             tensors = [(part, i) for i in group for part in (keys, values)]

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.factorising import Factorising
 from cllm.posthoc.grown import Joiner
 from cllm.posthoc.host_rows import HostRows
 from cllm.posthoc.landmarks import Landmarks, make_landmarks, outlier_chunks
 from cllm.posthoc.later_rows import absorb_factors
-from cllm.posthoc.lowrank import LowRank, leading_vectors, low_rank_already
+from cllm.posthoc.lowrank import LowRank, low_rank_already
 from cllm.posthoc.method import Codable, TensorCoder
 from cllm.posthoc.registry import register
 from cllm.posthoc.slots import SlotTensors
@@ -42,7 +43,7 @@ class Rows(Code):
 
 
 @register("shadowkv", summary="low-rank keys of each slot, exact values, and a step that reads selected tokens only")
-class ShadowKV(Codable):
+class ShadowKV(Factorising, Codable):
     """ShadowKV: for each slot and prompt X ≈ A Bᵀ of the keys before RoPE by their leading singular vectors, and exact
     values. A decode step reads the `select` tokens whose chunks' mean keys (landmarks) fit the query best, and outlier
     chunks and the last chunks with exact keys. It combines `svd` and `select` of `xkv`.
@@ -80,6 +81,10 @@ class ShadowKV(Codable):
         if self.select is None and (alone := sorted({"chunk", "outliers", "local"} & self.model_fields_set)):
             raise ValueError(f"{alone[0]} goes with select, which is null")
         return self
+
+    @property
+    def adapts_solver(self) -> bool:
+        return True
 
     def coded_by(self, coder: TensorCoder) -> Self:
         if self.values == "host":
@@ -126,7 +131,7 @@ class ShadowKV(Codable):
                 f"{self.name}: rank={self.rank}: keys of slot {keys.slots[0]} have {width} channels; allowed: 1 to "
                 f"{width}"
             )
-        vectors = leading_vectors(rows, min(self.rank, tokens), keys.dtype)
+        vectors = self.leading_vectors(rows, min(self.rank, tokens), keys.dtype)
         rows = rows @ vectors
         a: Code = Exact(rows.to(keys.dtype))
         if self._coder is not None:

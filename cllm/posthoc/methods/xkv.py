@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from cllm.errors import UserError
 from cllm.posthoc.budget import check_all_sinks, elements_left
 from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.factorising import Factorising
 from cllm.posthoc.group import Group, alike, as_one_batch, group_sizes
 from cllm.posthoc.landmarks import Landmarks, landmark_bytes, make_landmarks, outlier_chunks
 from cllm.posthoc.later_rows import absorb_factors
@@ -44,7 +45,7 @@ from cllm.posthoc.weighting import Weights, row_weights
     summary="for a group of neighbouring slots one basis over tokens, and factors for each slot",
     sweep=("xkv:group={group},ratio={ratio}", "xkv:group={group},ratio={ratio}+kivi:bits=4,group=32,residual=0"),
 )
-class XKV(Weighted, Codable):
+class XKV(Factorising, Weighted, Codable):
     """Cross-layer SVD (xKV): for a group of G layers, separately for keys before RoPE and for values,
 
         [X_1, ..., X_G] ≈ A [B_1, ..., B_G],    A (n, r) shared over the group, B_l (r, width) of each layer
@@ -99,9 +100,6 @@ class XKV(Weighted, Codable):
     ShadowKV."""
     local: int = Field(4, ge=0)
     """Last full chunks that are always read, like outliers, with the rest of a chunk after them."""
-
-    _chosen: dict[str, str] = PrivateAttr(default_factory=dict)
-    """The `svd` and `products` that `svd=auto` used for the last cache."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -182,13 +180,9 @@ class XKV(Weighted, Codable):
         self._in_parallel(self._code_together, groups, ranks)
         return codes_k, codes_v
 
-    def facts(self) -> dict[str, Any]:
-        return dict(self._chosen)
-
     @property
-    def needed_facts(self) -> frozenset[str]:
-        factorises = self.svd == "auto" and self.ratio != 1
-        return frozenset({"svd", "products"} if factorises else ())
+    def adapts_solver(self) -> bool:
+        return self.svd == "auto" and self.ratio != 1
 
     def absorb(
         self, keys: SlotTensors, values: SlotTensors | None, codes: tuple[Sequence[Code], Sequence[Code]]
@@ -363,8 +357,6 @@ class XKV(Weighted, Codable):
     ) -> None:
         """Call `job` with all `groups`, and their ranks: with several at once if they are one batch."""
         device, solver = groups[0].tensors.data[0].device, self._solver(groups[0])
-        if self.svd == "auto":
-            self._chosen |= {"svd": solver.algorithm, "products": solver.products}
         batched = as_one_batch(self.batched, solver.algorithm, device)
         jobs = alike(groups, ranks, batched=batched, svd=solver.algorithm)
         run_in_parallel([partial(job, *each) for each in jobs], device)
@@ -381,7 +373,7 @@ class XKV(Weighted, Codable):
             scales = [row_weights([group.weights[group.tensors.slots[j]] for j in group.slots]) for group in groups]
             x = torch.cat([part * scale for part, scale in zip(rows, scales, strict=True)])
         rank = None if None in ranks else max(rank for rank in ranks if rank is not None)
-        vectors, spectrum = self._solver(groups[0]).right_vectors(x, rank)
+        vectors, spectrum = self.singular_vectors(x, rank, self._solver(groups[0]))
         for i, group in enumerate(groups):
             part_of = slice(i * batch, (i + 1) * batch)
             group.vectors, group.spectrum = vectors[part_of], None if spectrum is None else spectrum[part_of]

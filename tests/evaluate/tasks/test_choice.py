@@ -43,7 +43,7 @@ def test_a_path_is_taken_as_it_is(path: str) -> None:
 def test_a_path_with_a_comma_is_quoted() -> None:
     assert parse_choice("piqa:path='a, b',samples=3", suites()).given.path == "a, b"
     assert parse_choice('lm_eval:"a,b"|c', suites()).given.tasks == ["a,b", "c"]
-    with pytest.raises(UserError, match=r'"b" is no new key=value; .*a value with a comma needs quotes'):
+    with pytest.raises(UserError, match=r'"b" is not of the form KEY=VALUE; .*a value with a comma needs quotes'):
         parse_choice("piqa:path=a,b", suites())
 
 

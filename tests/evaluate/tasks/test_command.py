@@ -113,7 +113,10 @@ def test_an_exported_folder_gives_the_numbers_of_its_run(evaluate, make_run, tmp
         ("--suite copying:distances=400", "has 800 tokens; allowed: up to the context of a, 32"),
         ("--suite copying:distance=4", 'unknown option "distance" of copying; did you mean "distances"?'),
         ("--suite copying:samples=0", "samples: Input should be greater than or equal to 1 got 0"),
-        ("--suite copying:samples", '"samples" is no new key=value; allowed: distances, length, samples, seed'),
+        (
+            "--suite copying:samples",
+            '"samples" is not of the form KEY=VALUE; allowed: distances, length',
+        ),
         ("--suite perplexity:window=3", "perplexity has no options in its name"),
         ("--suite copying --suite copying", "--suite copying: is given twice"),
         ("--suite copying --prefix 4 --posthoc none", "--prefix 4: goes with --suite posthoc"),

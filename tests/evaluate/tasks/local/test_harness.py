@@ -206,5 +206,5 @@ def test_mistakes_are_one_line(evaluate, run_path, folder, monkeypatch, capsys) 
         assert re.search(message, err), err
     assert parse_choice("lm_eval:a|b,limit=2", suites()).given.tasks == ["a", "b"]
     assert parse_choice("lm_eval:tasks=a", suites()).given.tasks == ["a"]
-    with pytest.raises(UserError, match='"b" is no new key=value'):
+    with pytest.raises(UserError, match='"b" is not of the form KEY=VALUE'):
         parse_choice("lm_eval:a,b", suites())

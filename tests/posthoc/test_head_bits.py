@@ -324,26 +324,6 @@ def test_a_batch_has_one_choice():
     assert not parse("turboquant:bits=2").watches
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("turboquant:mean_bits=3,bits=3", "mean_bits=3 chooses the bits of every head, and bits is given too"),
-        ("turboquant:mean_bits=3,bits_v=3", "bits_v is given too"),
-        ("kivi:mean_bits=2.5,bits=2", "bits is given too"),
-        ("kivi:mean_bits=0.5", "mean_bits.*greater than or equal to 1"),
-        ("turboquant:mean_bits=9", "mean_bits.*less than or equal to 8"),
-        ("turboquant:mean_bits=3,recompress=8", "recompress=8: mean_bits=3 needs the queries of all tokens"),
-        ("xquant:mean_bits=2", "mean_bits=2: slots that share codes have one width"),
-        ("xkv:ratio=2+kivi:mean_bits=3", "mean_bits is no option of kivi after"),
-        ("xkv:ratio=2+xquant:mean_bits=3", "mean_bits=3: slots that share codes have one width"),
-        ("int8:mean_bits=3", 'unknown option "mean_bits"'),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(spec, message):
-    with pytest.raises(UserError, match=message):
-        parse(spec)
-
-
 def test_what_cannot_be_weighted_says_why(decoder, design, tokens, filled):
     engine, cache = filled(decoder(), tokens(1, 40))
     method = parse("turboquant:mean_bits=3")

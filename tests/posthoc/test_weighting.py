@@ -319,22 +319,6 @@ def test_full_budget_loses_only_rounding(decoder, tokens):
     assert max(max(e.values()) for e in cache.outcome.errors.values()) < 1e-4
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("xkv:ratio=2,spread=true", "spread compares errors"),
-        ("xkv:rank_k=2,rank_v=2,weight=queries,spread=true", "spread compares errors"),
-        ("xkv:ratio=2,weight=queries,spread=true,svd=power", "spread needs all singular values"),
-        ("xkv:ratio=2,weight=queries,recompress=4", "recompress=4"),
-        ("xkv:ratio=2,weight=queries,codes=mixed", "codes=mixed"),
-        (f"xkv:ratio=2,{WEIGHTED},codes=mixed+kivi:bits=4", "codes=mixed"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(spec, message):
-    with pytest.raises(UserError, match=message):
-        parse(spec)
-
-
 def test_what_cannot_be_weighted_says_why(decoder, design, tokens, filled):
     engine, cache = filled(decoder(), tokens(1, 40))
     with pytest.raises(UserError, match="were not recorded"):

@@ -47,9 +47,11 @@ from cllm.environment import environment
 from cllm.errors import UserError, one_line
 from cllm.kernels import split_lowrank
 from cllm.kernels.decode import Stored, Visible, decode_attention
+from cllm.kernels.limits import device_limits
 from cllm.kernels.lowrank_decode import lowrank_decode
+from cllm.kernels.lowrank_tiles import Rebuild, Tuning, choose_rebuild
 from cllm.kernels.selection import Factored, Selection
-from cllm.kernels.split_lowrank import MAX_DIM, Rebuild, Tuning, choose_rebuild
+from cllm.kernels.split_lowrank import MAX_DIM
 from cllm.model.rope import apply_rope, rope_table
 from cllm.model.sizes import build_decoder
 from cllm.posthoc.cache import compress_cache, consecutive_table
@@ -271,7 +273,7 @@ class DecodeBenchmark:
 
 def default_tiles(o: argparse.Namespace, device: torch.device) -> Rebuild:
     """The tiles that the kernel uses for these sizes."""
-    limits = split_lowrank.device_limits(device)
+    limits = device_limits(device)
     return choose_rebuild(dim=o.dim, groups=o.kv_heads, size=2, gathered=False, limits=limits)
 
 

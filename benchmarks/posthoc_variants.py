@@ -3,7 +3,7 @@ r"""Time variants of the kernels over compressed caches, and of the compression,
     python -m benchmarks.posthoc_variants --out posthoc_variants.json
 
 For each part one setting after another is changed, and a change that is faster is kept. The best settings become the
-rules of `cllm.kernels.split_lowrank`. Times are ms of one layer in a CUDA graph, as in `benchmarks.posthoc_decode`,
+rules of `cllm.kernels.lowrank_tiles`. Times are ms of one layer in a CUDA graph, as in `benchmarks.posthoc_decode`,
 whose sizes and options these are.
 
 chosen 64k, 256k   attention over 2,048 chosen tokens: tiles of the choice, of rebuilt keys and of the weighted sum
@@ -40,8 +40,8 @@ from benchmarks.variants import SECONDS, Variants
 from cllm.arguments import Parser
 from cllm.errors import UserError, one_line
 from cllm.kernels import split_lowrank, triton_decode
+from cllm.kernels.lowrank_tiles import Choosing, Rebuild, Tuning, Weighing, choose_weighing
 from cllm.kernels.selection import Factored, Selection, chosen_tokens
-from cllm.kernels.split_lowrank import Choosing, Rebuild, Tuning, Weighing, choose_weighing
 from cllm.posthoc.landmarks import make_landmarks
 
 CHOOSING: dict[str, Sequence[Any]] = {

@@ -13,6 +13,7 @@ triton_tied.py       decoding of tied slots in Triton, for one or two query head
 limits.py            resources of a device, and how many programs fill it
 lowrank_decode.py    attention of one new token over tokens stored as low-rank factors
 split_lowrank.py     launches the Triton kernels of lowrank_decode.py
+lowrank_tiles.py     tiles of those kernels, by rule
 triton_lowrank.py    scores and weighted sums in Triton
 triton_choose.py     the choice of chunks in Triton
 resident_lowrank.py  launches the kernel of gluon_lowrank.py

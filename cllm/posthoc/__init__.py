@@ -34,6 +34,7 @@
     evicting.py      the base of methods that evict tokens
     inputs.py        the inputs of the projections, recorded while a cache is filled
     budget.py        the numbers that may be stored for a ratio of bytes
+    factor_budget.py ranks of low-rank factors, and widths of their columns, for a ratio of bytes
     mixed.py         low-rank factors in codes of mixed width
     quantize.py      packed codes with scales and zeros
     bit_planes.py    packed codes of any width

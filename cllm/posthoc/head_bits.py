@@ -19,10 +19,14 @@ all values have, by C_v (`ErrorWeights.output_changes`). Then
 
     Σ_u E_u(b_u) is least,    Σ_u N_u b_u ≤ mean_bits Σ_u N_u
 
-for N_u numbers. Scales and lengths do not depend on the width, so this budget is one of bytes. All units start with the
-smallest width. Then the step that saves the most for its bits is taken, of all units, until the next one exceeds the
-budget. A unit's steps are those on the lower convex hull of its errors, so they save less and less for their bits, and
-no other choice that takes as many bits has a smaller sum (Everett, 1963).
+for N_u numbers, and no keys have fewer than b0 bits. Scales and lengths do not depend on the width, so this budget is
+one of bytes. Keys start with b0 bits, values with the smallest width. Then the step that saves the most for its bits is
+taken, of all units, until the next one exceeds the budget. A unit's steps are those on the lower convex hull of its
+errors, so they save less and less for their bits, and no other choice that takes as many bits has a smaller sum
+(Everett, 1963).
+
+**Why keys keep b0 bits.** Wrong keys send the attention of later queries to other tokens. E_u shows that only for
+queries like the prompt's own last ones. A head that these hardly use would lose bits that later queries need.
 
 Shapes: B batch, n tokens, G KV heads, D channels of a head.
 """
@@ -123,17 +127,27 @@ class HeadBits(Weighted):
     def chooses_for_batch(self) -> bool:
         return self.mean_bits is not None
 
+    @property
+    def _equal_width(self) -> int:
+        """The largest width that all heads can have within `mean_bits`: b0."""
+        assert self.mean_bits is not None
+        return max(bits for bits in self.widths if bits <= self.mean_bits)
+
     def encode(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[Codes, Codes]:
         if self.mean_bits is None:
             return self.code_slots(keys), [None] * len(keys.slots) if values is None else self.code_slots(values)
         weights = self.error_weights(keys if keys.rope is None else keys.before_rope(), values)
         assert values is not None
         errors = [head for slot in self.errors(weights, keys, values) for head in slot.tolist()]
-        numbers = [x.shape[3] for tensors in (keys, values) for x in tensors.data for _ in range(x.shape[2])]
+        numbers, least = list[int](), list[int]()
+        for tensors, width in ((keys, self._equal_width), (values, self.widths[0])):
+            for x in tensors.data:
+                numbers += [x.shape[3]] * x.shape[2]
+                least += [width] * x.shape[2]
         if any(any(of) for of in errors):
-            bits = choose_bits(errors, numbers, self.widths, self.mean_bits)
+            bits = choose_bits(errors, numbers, self.widths, self.mean_bits, least)
         else:  # the prompt is too short to be coded, so nothing is known about later tokens
-            bits = [max(b for b in self.widths if b <= self.mean_bits)] * len(errors)
+            bits = [self._equal_width] * len(errors)
         chosen = iter(bits)
         k, v = ([[next(chosen) for _ in range(x.shape[2])] for x in tensors.data] for tensors in (keys, values))
         self._bits = {"k": k, "v": v}
@@ -157,9 +171,8 @@ class HeadBits(Weighted):
             keys: after RoPE.
             values: of the same slots.
         """
-        assert self.mean_bits is not None
-        first = max(n for n, bits in enumerate(self.widths) if bits <= self.mean_bits)
-        bits = self.widths[first]
+        bits = self._equal_width
+        first = self.widths.index(bits)
         k, v = (self.code_slots(of, bits) for of in (keys, values))
         kinds = (
             self._weighted_errors(keys, weights.of_keys(), keys.rotations(), {bits: k}),
@@ -228,27 +241,32 @@ def _parts(tensors: SlotTensors, heads: Sequence[dict[int, tuple[int, ...]]]) ->
 
 
 def choose_bits(
-    errors: Sequence[Sequence[float]], numbers: Sequence[int], widths: Sequence[int], mean_bits: float
+    errors: Sequence[Sequence[float]],
+    numbers: Sequence[int],
+    widths: Sequence[int],
+    mean_bits: float,
+    least: Sequence[int],
 ) -> list[int]:
     """The width of every unit.
 
     Args:
         errors: of every unit in each of `widths`.
         numbers: of every unit; a common factor does not matter.
-        widths: ascending, the first at most `mean_bits`.
+        widths: ascending.
         mean_bits: of all numbers, at most.
+        least: the smallest width that each unit may have; their mean over numbers is at most `mean_bits`.
     """
     steps: list[tuple[float, int, int]] = []  # what a step saves for each bit, its unit, and the index of its width
-    for unit, (of, count) in enumerate(zip(errors, numbers, strict=True)):
-        at = 0
+    for unit, (of, count, smallest) in enumerate(zip(errors, numbers, least, strict=True)):
+        at = widths.index(smallest)
         while at < len(widths) - 1:
             slope, to = max(((of[at] - of[i]) / (widths[i] - widths[at]), i) for i in range(at + 1, len(widths)))
             if slope <= 0:
                 break
             steps.append((slope / count, unit, to))
             at = to
-    chosen = [widths[0]] * len(errors)
-    left = mean_bits * sum(numbers) - widths[0] * sum(numbers)
+    chosen = list(least)
+    left = mean_bits * sum(numbers) - sum(n * bits for n, bits in zip(numbers, least, strict=True))
     for _, unit, to in sorted(steps, key=lambda step: -step[0]):
         left -= numbers[unit] * (widths[to] - chosen[unit])
         if left < 0:

@@ -67,27 +67,49 @@ def layer_votes(
     found: dict[int, Votes] = {}
     left = list(layers)
     while left:
-        cached, keys = layers[left[0]], [_read_keys(layers[left[0]], readers, left[0])]
-        tokens = keys[0].shape[1]
-        asked = [queries.of(left[0], tokens)]  # B, m, H, D
-        if len(asked[0]) != len(keys[0]):
-            raise UserError(not_recorded(user))
-        scores = max(asked[0][..., 0].numel() * tokens, 1)
-        most = max(min(_SCORES, together(keys[0].device)) // scores, 1)
-        for layer in left[1:most]:
-            k, q = _read_keys(layers[layer], readers, layer), queries.of(layer, tokens)
-            shapes, device = (k.shape, q.shape), k.device
-            if shapes != (keys[0].shape, asked[0].shape) or device != keys[0].device:
-                break
-            if not _see_alike(cached, layers[layer], left[0], layer):
-                break
-            keys.append(k)
-            asked.append(q)
-        alike, left = left[: len(keys)], left[len(keys) :]
-        exclude_self = _excludes_self(cached, alike[0])
-        votes = _votes(cached, torch.cat(asked), torch.cat(keys), len(keys), exclude_self, entropy=entropy)
-        found |= zip(alike, votes, strict=True)
+        stack = _stack_alike(left, layers, readers, queries, user)
+        found |= zip(stack.layers, _votes(layers[left[0]], stack, entropy=entropy), strict=True)
+        left = left[len(stack.layers) :]
     return found
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Layers that vote as one batch, one layer after the other."""
+
+    layers: list[int]
+    q: Tensor
+    """(layers · B, m, H, D): the last queries before RoPE."""
+    k: Tensor
+    """(layers · B, n, G, D) fp32: the keys that the layers read, after RoPE."""
+
+
+def _stack_alike(
+    left: Sequence[int],
+    layers: Mapping[int, CompressibleSlots],
+    readers: Mapping[int, Sequence[SlotReader]],
+    queries: RecordedQueries | LaterQueries,
+    user: str,
+) -> _Stack:
+    """The first of the layers `left`, and those next to it that have its shapes and see their tokens alike, as far as
+    memory allows. See `layer_votes` for the other arguments."""
+    first = left[0]
+    keys = [_read_keys(layers[first], readers, first)]
+    tokens, device = keys[0].shape[1], keys[0].device
+    asked = [queries.of(first, tokens)]
+    if len(asked[0]) != len(keys[0]):
+        raise UserError(not_recorded(user))
+    scores = max(asked[0][..., 0].numel() * tokens, 1)
+    most = max(min(_SCORES, together(device)) // scores, 1)
+    for layer in left[1:most]:
+        k, q = _read_keys(layers[layer], readers, layer), queries.of(layer, tokens)
+        if (k.shape, q.shape, k.device) != (keys[0].shape, asked[0].shape, device):
+            break
+        if not _see_alike(layers[first], layers[layer], first, layer):
+            break
+        keys.append(k)
+        asked.append(q)
+    return _Stack(list(left[: len(keys)]), torch.cat(asked), torch.cat(keys))
 
 
 def _see_alike(one: CompressibleSlots, other: CompressibleSlots, layer: int, other_layer: int) -> bool:
@@ -99,53 +121,57 @@ def _excludes_self(cached: CompressibleSlots, layer: int) -> bool:
     return any(read.exclude_self for read in cached.reads if read.layer == layer)
 
 
-def _votes(
-    cached: CompressibleSlots, q: Tensor, k: Tensor, layers: int, exclude_self: bool, *, entropy: bool
-) -> list[Votes]:
-    """The votes of several layers.
-
-    Args:
-        cached: slots of one of the layers.
-        q: (layers · B, m, H, D): the last queries before RoPE, one layer after the other.
-        k: (layers · B, n, G, D) fp32: the keys that the layers read.
-        layers: how many.
-        exclude_self: as in `JointRead`.
-        entropy: compute it.
-    """
+def _votes(cached: CompressibleSlots, stack: _Stack, *, entropy: bool) -> list[Votes]:
+    """The votes of each layer of a stack; `cached` are the slots of the first, and `entropy` asks for that too."""
+    k, layers = stack.k, len(stack.layers)
     batch, tokens, groups, dim = k.shape
-    columns = torch.arange(tokens - q.shape[1], tokens, device=k.device)[None]  # 1, m
-    positions = columns + cached.first_column
+    last = stack.q.shape[1]
+    positions = torch.arange(tokens - last, tokens, device=k.device)[None] + cached.first_column  # 1, m
     is_text = cached.is_text(tokens)
     if cached.starts is not None and is_text is not None:
         positions = (positions - cached.starts[:, None]).clamp(min=0).repeat(layers, 1)
         is_text = is_text.repeat(layers, 1)
-    q = apply_rope(q.float(), cached.rope(dim, positions)).unflatten(2, (groups, -1)) / dim**0.5  # B, m, G, H/G, D
+    q = (
+        apply_rope(stack.q.float(), cached.rope(dim, positions)).unflatten(2, (groups, -1)) / dim**0.5
+    )  # B, m, G, H/G, D
     heads = q.shape[2] * q.shape[3]
-    received, total = k.new_zeros(batch, heads, tokens), k.new_zeros(batch)
+    exclude_self = _excludes_self(cached, stack.layers[0])
+    received, total_entropy = k.new_zeros(batch, heads, tokens), k.new_zeros(batch)
     size = max(_SCORES // (batch * heads * tokens), 1)
-    last = q.shape[1]
     for begin in range(0, last, size):
-        part, at = q[:, begin : begin + size], columns[:, begin : begin + size]
-        first = tokens - last + begin
-        end = first + part.shape[1]  # later keys are seen by none of these queries
-        first = first if is_text is None else 0  # without padding all of them see the keys before the first of them
-        visible = torch.arange(first, end, device=k.device) <= at[..., None] - int(exclude_self)  # 1, m, end - first
-        if is_text is not None:
-            visible = visible & is_text[:, None, :end] & is_text[:, at[0]][..., None]
-        seen = visible[:, None, None]  # B or 1, 1, 1, m, end - first
-        scores = torch.einsum("bmgrd,bngd->bgrmn", part, k[:, :end])
-        scores[..., first:].masked_fill_(~seen, -torch.inf)
-        weights = scores.softmax(-1)
-        if exclude_self or is_text is not None:
-            weights = weights.nan_to_num_(0.0)  # a query that sees nothing has no attention
-        received[..., :end] += weights.sum(-2).flatten(1, 2)
+        weights = _attention(q[:, begin : begin + size], k, tokens - last + begin, is_text, exclude_self)
+        received[..., : weights.shape[-1]] += weights.sum(-2).flatten(1, 2)
         if entropy:
-            total += torch.special.entr(weights).sum((1, 2, 3, 4))
+            total_entropy += torch.special.entr(weights).sum((1, 2, 3, 4))
     if not entropy:
         return [Votes(of_layer, None) for of_layer in received.chunk(layers)]
-    counted = last if is_text is None else is_text[:, columns[0]].sum(1).clamp(min=1)
-    parts = zip(received.chunk(layers), (total / counted / heads).chunk(layers), strict=True)
-    return [Votes(of_layer, spread) for of_layer, spread in parts]
+    counted = last if is_text is None else is_text[:, tokens - last :].sum(1).clamp(min=1)
+    parts = zip(received.chunk(layers), (total_entropy / counted / heads).chunk(layers), strict=True)
+    return [Votes(of_layer, mean_entropy) for of_layer, mean_entropy in parts]
+
+
+def _attention(q: Tensor, k: Tensor, first: int, is_text: Tensor | None, exclude_self: bool) -> Tensor:
+    """The attention (B, G, H / G, m, e) of queries that follow one another, for the e keys up to the last query's own.
+
+    Args:
+        q: (B, m, G, H / G, D), after RoPE and divided by √D.
+        k: (B, n, G, D).
+        first: the first query's column.
+        is_text: (B, n), False for padding, which gets no attention and pays none; None: no padding.
+        exclude_self: as in `JointRead`.
+    """
+    end = first + q.shape[1]  # none of these queries sees later keys
+    masked = first if is_text is None else 0  # without padding all queries see the keys before the first one's column
+    columns = torch.arange(first, end, device=k.device)[None, :, None]
+    visible = torch.arange(masked, end, device=k.device) <= columns - int(exclude_self)  # 1, m, end - masked
+    if is_text is not None:
+        visible = visible & is_text[:, None, :end] & is_text[:, first:end, None]
+    scores = torch.einsum("bmgrd,bngd->bgrmn", q, k[:, :end])
+    scores[..., masked:].masked_fill_(~visible[:, None, None], -torch.inf)
+    weights = scores.softmax(-1)
+    if exclude_self or is_text is not None:
+        weights = weights.nan_to_num_(0.0)  # a query that sees nothing has no attention
+    return weights
 
 
 def _read_keys(cached: CompressibleSlots, readers: Mapping[int, Sequence[SlotReader]], layer: int) -> Tensor:

@@ -9,11 +9,14 @@ changes by
 with attention weights a and RoPE's rotation R. If errors of different tokens, and those of keys and values, are
 independent, the expected square for token j is E_t[a_tj²] times
 
-    values   δvᵀ N_g δv,    N_g = Σ_h W_hᵀ W_h / ρ
-    keys     δkᵀ M_g δk,    M_g = Σ_h u_h / (ρ D) · E[(R_Δ q)(R_Δ q)ᵀ],    u_h = tr(W_h cov(v) W_hᵀ)
+    values   δvᵀ N_g δv,    N_g = Σ_h W_hᵀ W_h · E[1 / ρ]
+    keys     δkᵀ M_g δk,    M_g = Σ_h u_h / D · E[(R_Δ q)(R_Δ q)ᵀ / ρ],    u_h = tr(W_h cov(v) W_hᵀ)
 
-summed over all layers and heads that read KV head g. ρ is the mean square of the residual stream that a layer adds its
-output to, because norms divide by it. Keys and values, heads and layers are in one unit then and can share one budget.
+summed over all layers and heads that read KV head g. ρ is the squared length of the residual stream, at the query's own
+token, that a layer adds its output to, because norms divide by it. Keys and values, heads and layers are in one unit
+then and can share one budget. Each query has its own ρ, and not their mean, because that of a first token is up to
+thousands of times as large as others from some layer on (massive activations, arXiv 2402.17762). The mean of a short
+prompt would be that token's, and errors in the layers above would seem to count for nothing.
 
 **Channels.** The root of a form makes it the squared error that an SVD minimises: X M^(1/2) ≈ A Cᵀ, and
 X ≈ A (M^(-1/2) C)ᵀ.
@@ -146,7 +149,7 @@ class ErrorWeights:
         if not layers:
             raise UserError(NOT_RECORDED)
         self._layers = layers
-        self._streams = {i: self._mean_of_text(queries.streams(i, keys.tokens)).clamp(min=1e-30) for i in layers}
+        self._relative = {i: self._relative_counts(queries.streams(i, keys.tokens)) for i in layers}
         self._attention = {i: self._squared_attention(reader) for i, reader in layers.items()}
         self._grams = {i: torch.einsum("mhd,mhe->hde", *[r.output.float()] * 2) for i, r in layers.items()}
         self._covariances = self._read_covariances()
@@ -165,10 +168,10 @@ class ErrorWeights:
             for reader in (r for r in self.readers[slot] if r.keys is not None):
                 i = reader.layer
                 spread = self._covariances[i].repeat_interleave(reader.output.shape[1] // heads, dim=1)  # B, H, D, D
-                unit = torch.einsum("hde,bhde->bh", self._grams[i], spread) / dim / self._streams[i][:, None]
+                unit = torch.einsum("hde,bhde->bh", self._grams[i], spread) / dim
                 q = self.queries.of(i, self.keys.tokens).float()
-                counts = self._counts(q.shape[1])
-                moment = torch.einsum("bmhd,bmhe->bhde", q * counts[..., None, None], q) * unit[..., None, None]
+                relative = self._relative[i][..., None, None]
+                moment = torch.einsum("bmhd,bmhe->bhde", q * relative, q) * unit[..., None, None]
                 form = rotated_moment(moment.unflatten(1, (heads, -1)).sum(2), cos, sin, tokens)
                 forms.append(_scaled(form, reader.keys))
                 attention.append(self._attention[i])
@@ -183,7 +186,7 @@ class ErrorWeights:
             forms, attention = [], []
             for reader in (r for r in self.readers[slot] if r.values is not None):
                 gram = self._grams[reader.layer].unflatten(0, (heads, -1)).sum(1).double()
-                form = gram / self._streams[reader.layer].double()[:, None, None, None]
+                form = gram * self._relative[reader.layer].double().sum(1)[:, None, None, None]
                 forms.append(_scaled(form, reader.values))
                 attention.append(self._attention[reader.layer])
             found[slot] = _weights(forms, attention)
@@ -193,7 +196,7 @@ class ErrorWeights:
         """Two changes of attention's output: if all keys are read from their codes, and if all values are.
 
         Nothing is approximated: the last queries attend to the decoded tensors. Each is the squared length of the
-        change, divided by that of the residual stream, the mean over queries and sequences, summed over layers.
+        change, divided by that of the query's residual stream, the mean over queries and sequences, summed over layers.
 
         Args:
             keys: codes of keys after RoPE, by slot.
@@ -212,7 +215,7 @@ class ErrorWeights:
         """See `output_changes`, for one layer whose change is `attention` (B, G, H / G, m, S) of `v` (B, S, G, D)."""
         heads = torch.einsum("bgrms,bsgd->bmgrd", attention, v).flatten(2, 3)
         squares = torch.einsum("bmhd,ehd->bme", heads, reader.output.float()).square().sum(-1)
-        return (self._mean_of_text(squares) / self._streams[reader.layer]).mean().item()
+        return (squares * self._relative[reader.layer]).sum(1).mean().item()
 
     def _counts(self, last: int) -> Tensor:
         """(B or 1, m) fp32: for the `last` m tokens, one over their number; 0 for padding."""
@@ -221,9 +224,9 @@ class ErrorWeights:
         real = torch.ones_like(columns) if starts is None else columns >= starts[:, None]
         return real.float() / real.sum(1, keepdim=True).clamp(min=1)
 
-    def _mean_of_text(self, x: Tensor) -> Tensor:
-        """(B,): the mean of `x` (B, m) of the last tokens, without padding."""
-        return (x * self._counts(x.shape[1])).sum(1)
+    def _relative_counts(self, streams: Tensor) -> Tensor:
+        """(B, m): `_counts`, divided by the squared length `streams` (B, m) of each token's residual stream."""
+        return self._counts(streams.shape[1]) / streams.clamp(min=1e-30)
 
     def _table(self, head_dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         assert self.keys.rope is not None

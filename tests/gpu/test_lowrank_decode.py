@@ -17,8 +17,8 @@ from cllm.config import ModelConfig, Rope
 from cllm.kernels import resident_lowrank, split_lowrank, triton_decode
 from cllm.kernels.decode import Visible
 from cllm.kernels.lowrank_decode import _keys, lowrank_decode, lowrank_decode_reference
+from cllm.kernels.lowrank_tiles import Rebuild, Tuning, choose_rebuild
 from cllm.kernels.selection import Factored, chosen_tokens
-from cllm.kernels.split_lowrank import Rebuild
 from cllm.model.graph import StepGraph
 from cllm.model.sizes import build_decoder
 from cllm.posthoc import deferred
@@ -178,9 +178,7 @@ def test_any_tiles(gpu, block_n, block_r, pack, num_warps):
     arguments = call(case, gpu, torch.bfloat16)
     rebuild = Rebuild(block_n=block_n, block_r=block_r, pack=pack, num_warps=num_warps, num_stages=2)
     queries, keys, values, table, visible, selection = arguments
-    found = split_lowrank.run(
-        queries, keys, values, table, visible, 0.09, selection, split_lowrank.Tuning(rebuild=rebuild)
-    )
+    found = split_lowrank.run(queries, keys, values, table, visible, 0.09, selection, Tuning(rebuild=rebuild))
     assert_close([found], exact(arguments, 0.09), torch.bfloat16)
 
 
@@ -220,7 +218,7 @@ def test_resident_programs_score_as_fp32_does(gpu, case, dtype, add, theta, star
         pytest.skip("needs a Hopper GPU")
     slow = theta >= 10_000 and (case.h // case.g == 4 or (case.h // case.g, case.d) == (7, 128))
     assert tiles.interpolates == (slow and case.rank_k < 768 and dtype == torch.bfloat16)
-    rule = split_lowrank.choose_rebuild(dim=case.d, groups=case.g, size=2, gathered=False, limits=launch.limits)
+    rule = choose_rebuild(dim=case.d, groups=case.g, size=2, gathered=False, limits=launch.limits)
     low = torch.zeros(B, 1, dtype=torch.long, device=gpu) if visible.first is None else visible.first[:, None]
     tokens = torch.arange(case.s, device=gpu)
     k = _keys(keys, table, tokens[None, None], low[..., None], None, torch.float32)
@@ -230,7 +228,7 @@ def test_resident_programs_score_as_fp32_does(gpu, case, dtype, add, theta, star
     errors = []
     for rebuild in (None, rule):
         scores = launch.empty_scores(case.s).fill_(1.0 if add else torch.nan)
-        launch.tuning = split_lowrank.Tuning(rebuild=rebuild)
+        launch.tuning = Tuning(rebuild=rebuild)
         launch.score_rebuilt(queries[0], keys, table, None, scores, add=add)
         assert (scores[hidden] == -torch.inf).all()
         errors.append((scores - wanted)[~hidden])

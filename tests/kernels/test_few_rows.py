@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cllm.kernels import few_rows
 from cllm.kernels.few_rows import FewRows
+from tests.kernels.graph_passes import Counting, calls, compiled
 
 SHAPES = ((2, (16,), 64), (4, (40, 64, 9), 200), (3, (1, 130), 1024), (16, (33,), 520), (5, (7, 8, 9, 10), 24))
 """M, N of each weight, and K: sizes that are no multiples of a tile."""
@@ -43,20 +44,14 @@ class Block(nn.Module):
         return x + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class Counting(FewRows):
-    """Keeps how many weights each call has, and how many products are left."""
+def counting_few_rows() -> Counting:
+    """Counts the weights of each call, and the products that are left."""
 
-    def __init__(self) -> None:
-        super().__init__(("cpu",))
-        self.found: list[tuple[list[int], int]] = []
+    def count(graph):
+        merged = [len(n.args[1]) for n in calls(graph, torch.ops.cllm.few_rows.default)]
+        return merged, len(calls(graph, torch.ops.aten.mm.default))
 
-    def __call__(self, graph):
-        super().__call__(graph)
-        merged = [len(n.args[1]) for n in graph.nodes if n.target is torch.ops.cllm.few_rows.default]
-        self.found.append((merged, sum(n.target is torch.ops.aten.mm.default for n in graph.nodes)))
-
-    def uuid(self):
-        return None
+    return Counting(FewRows(("cpu",)), count)
 
 
 @pytest.mark.parametrize(
@@ -70,24 +65,18 @@ class Counting(FewRows):
 )
 def test_products_of_one_input_become_one_call(rows, dtype, merged, left):
     torch.manual_seed(0)
-    torch._dynamo.reset()
-    block, counting = Block(dtype), Counting()
-    compiled = torch.compile(block, fullgraph=True, dynamic=False, options={"post_grad_custom_post_pass": counting})
+    block, counting = Block(dtype), counting_few_rows()
     x = torch.randn(rows, 1, 32).to(dtype)
     with torch.inference_mode():
-        found, wanted = compiled(x), block(x)
+        found, wanted = compiled(block, counting)(x), block(x)
     assert counting.found == [(merged, left)]
     assert (found - wanted).norm() <= 1e-2 * wanted.norm()
 
 
 def test_a_weight_that_is_computed_is_left_to_the_compiler():
-    counting = Counting()
+    counting = counting_few_rows()
     weight, x = torch.randn(16, 32).bfloat16(), torch.randn(4, 32).bfloat16()
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda x, w: x @ (2 * w).T, dynamic=False, options={"post_grad_custom_post_pass": counting}
-    )
-    compiled(x, weight)
+    compiled(lambda x, w: x @ (2 * w).T, counting)(x, weight)
     assert counting.found == [([], 1)]
 
 

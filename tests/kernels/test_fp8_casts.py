@@ -11,26 +11,20 @@ from torch._inductor import inductor_prims
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cllm.kernels.fp8_casts import FP8_CASTS, Fp8Casts
+from tests.kernels.graph_passes import Counting, calls, compiled
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 aten = torch.ops.aten
 
 
-class Counting(Fp8Casts):
-    """Keeps what it leaves in each graph: clamps, and copies that are written once."""
+def counting_casts() -> Counting:
+    """Counts the clamps, and the copies that are written once."""
 
-    def __init__(self):
-        super().__init__(("cpu",))
-        self.found: list[tuple[int, int]] = []
+    def count(graph):
+        clamps = calls(graph, aten.clamp_min.default, aten.clamp_max.default)
+        return len(clamps), len(calls(graph, inductor_prims.force_stride_order))
 
-    def __call__(self, graph):
-        super().__call__(graph)
-        targets = [node.target for node in graph.nodes]
-        clamps = sum(target in (aten.clamp_min.default, aten.clamp_max.default) for target in targets)
-        self.found.append((clamps, targets.count(inductor_prims.force_stride_order)))
-
-    def uuid(self):
-        return None
+    return Counting(Fp8Casts(("cpu",)), count)
 
 
 def cast(x, dtype, bound=None, low=None):
@@ -46,15 +40,10 @@ def both_layouts(x, dtype, readers):
     return rows, *(torch.flip(columns.float(), [n % 2]) * (n + 1) for n in range(readers))
 
 
-def compiled(function, counting):
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, dynamic=False, options={"post_grad_custom_post_pass": counting})
-
-
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_compiled_casts_are_the_same_without_their_clamp(dtype):
     torch.manual_seed(0)
-    x, counting = 100 * torch.randn(33, 48, dtype=torch.bfloat16), Counting()
+    x, counting = 100 * torch.randn(33, 48, dtype=torch.bfloat16), counting_casts()
     found = compiled(cast, counting)(x, dtype)
     assert counting.found == [(0, 0)]
     assert torch.equal(found.view(torch.uint8), cast(x, dtype).view(torch.uint8))
@@ -63,7 +52,7 @@ def test_compiled_casts_are_the_same_without_their_clamp(dtype):
 @pytest.mark.parametrize(("readers", "once"), [(1, 0), (2, 1), (3, 1)])
 def test_a_transposed_copy_with_several_readers_is_written_once(readers, once):
     torch.manual_seed(0)
-    x, counting = torch.randn(32, 48), Counting()
+    x, counting = torch.randn(32, 48), counting_casts()
     found = compiled(both_layouts, counting)(x, E4M3, readers)
     assert counting.found == [(0, once)]
     for a, b in zip(found, both_layouts(x, E4M3, readers), strict=True):
@@ -97,7 +86,7 @@ def decomposed(function, *inputs):
     ],
 )
 def test_only_clamps_to_the_full_range_before_a_cast_are_removed(function, left):
-    counting, traced = Counting(), decomposed(function, torch.randn(4, 8))
+    counting, traced = counting_casts(), decomposed(function, torch.randn(4, 8))
     counting(traced.graph)
     assert counting.found == [(left, 0)]
     x = torch.linspace(-300, 300, 32).view(4, 8)

@@ -24,10 +24,10 @@ from cllm.kernels.choice import log_once
 from cllm.kernels.decode import Visible
 from cllm.kernels.gluon_lowrank import NODES, STRETCHES, TILE
 from cllm.kernels.lowrank_decode import lowrank_decode
+from cllm.kernels.lowrank_tiles import Choosing, Rebuild, Tuning, choose_choosing, choose_rebuild
 from cllm.kernels.resident_lowrank import choose_resident, programs_per_pack, resident_tiles
 from cllm.kernels.selection import Factored, Selection, Table, chosen_tokens
 from cllm.kernels.split_decode import Limits
-from cllm.kernels.split_lowrank import Choosing, Rebuild, Tuning, choose_choosing, choose_rebuild
 from cllm.model.rope import rope_frequencies, rope_table
 
 B, SCALE = 2, 0.3

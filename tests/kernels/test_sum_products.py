@@ -8,24 +8,19 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cllm.kernels.sum_products import SumProducts
+from tests.kernels.graph_passes import Counting, calls, compiled
 
 BF16 = torch.bfloat16
 
 
-class Counting(SumProducts):
-    """Keeps what it leaves in each graph: products in each operator, and products outside of them."""
+def counting_sums() -> Counting:
+    """Counts the products in each operator, and those outside of them."""
 
-    def __init__(self):
-        super().__init__(("cpu",))
-        self.found: list[tuple[list[int], int]] = []
+    def count(graph):
+        merged = [len(n.args[0]) for n in calls(graph, torch.ops.cllm.sum_products.default)]
+        return merged, len(calls(graph, torch.ops.aten.mm.default))
 
-    def __call__(self, graph):
-        super().__call__(graph)
-        merged = [len(n.args[0]) for n in graph.nodes if n.target is torch.ops.cllm.sum_products.default]
-        self.found.append((merged, sum(n.target is torch.ops.aten.mm.default for n in graph.nodes)))
-
-    def uuid(self):
-        return None
+    return Counting(SumProducts(("cpu",)), count)
 
 
 class Layer(nn.Module):
@@ -40,19 +35,14 @@ class Layer(nn.Module):
         return x + self.d(self.a(n) * self.b(n) * self.c(n))
 
 
-def compiled(function, counting):
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, dynamic=False, options={"post_grad_custom_pre_pass": counting})
-
-
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 def test_gradients_of_one_input_become_one(dtype):
     torch.manual_seed(0)
-    layer, counting = Layer().to(dtype), Counting()
+    layer, counting = Layer().to(dtype), counting_sums()
     x = torch.randn(2, 16, 8, dtype=dtype, requires_grad=True)
     d_out = torch.randn(2, 16, 8, dtype=dtype)
     results = []
-    for function in (layer, compiled(layer, counting)):
+    for function in (layer, compiled(layer, counting, first=True)):
         out = function(x)
         results.append([out.detach(), *torch.autograd.grad(out, (x, *layer.parameters()), d_out)])
     assert counting.found == [([], 4), ([3], 5) if dtype == BF16 else ([], 8)]
@@ -76,7 +66,7 @@ def test_gradients_of_one_input_become_one(dtype):
 def test_nothing_but_products_that_nobody_else_reads(function, left):
     torch.manual_seed(0)
     x, w = torch.randn(16, 8, dtype=BF16), torch.randn(8, 8, dtype=BF16)
-    counting, traced = Counting(), make_fx(function, tracing_mode="fake")(x, w)
+    counting, traced = counting_sums(), make_fx(function, tracing_mode="fake")(x, w)
     counting(traced.graph)
     traced.recompile()
     found, wanted = traced(x, w).float(), function(x, w).float()

@@ -10,7 +10,7 @@ import torch
 from benchmarks import variants as module
 from benchmarks.posthoc_decode import PrintedRecord
 from benchmarks.variants import Variants
-from cllm.kernels.split_lowrank import Weighing
+from cllm.kernels.lowrank_tiles import Weighing
 
 OPTIONS = {"block_w": (64, 128), "warps": (8, 2), "stages": (4,)}
 

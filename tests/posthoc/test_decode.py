@@ -251,26 +251,6 @@ def test_bytes_of_what_is_stored_beside(decoder, tokens):
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("ratio=2,chunk=4", "chunk goes with select"),
-        ("ratio=2,outliers=4", "outliers goes with select"),
-        ("ratio=2,local=4", "local goes with select"),
-        ("ratio=2,select=16,recompress=8", "recompress=8: select=16 keeps exact keys, .*; allowed: one of the two"),
-        ("ratio=2,select=20", "select=20 is no multiple of chunk=8"),
-        ("ratio=1,select=16", "ratio=1 has not"),
-        ("ratio=2,select=0", "select: .* greater than or equal to 1"),
-        ("ratio=2,select=1.5", "select: "),
-        ("ratio=2,selects=16", 'unknown option "selects"'),
-    ],
-)
-def test_options_that_do_not_fit(options, message):
-    for name in ("xkv", "svd"):
-        with pytest.raises(UserError, match=message):
-            parse(f"{name}:{options}")
-
-
 def test_caches_that_cannot_choose(design, tokens, llama):
     spec = "xkv:group=2,rank_k=5,rank_v=7,select=8"
     with pytest.raises(UserError, match=r"select: the keys of layer \d are made of the slots \[0, 3\]; allowed: plans"):

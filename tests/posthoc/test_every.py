@@ -590,22 +590,6 @@ def test_methods_that_cannot_refuse_by_name():
             parse(f"{name}:every=8")
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("svd:ratio=2,every=0", "every: Input should be greater than or equal to 1 got 0"),
-        ("svd:ratio=2,every=a", "every: Input should be a valid integer"),
-        ("svd:ratio=2,every=8,recompress=12", "recompress=12: .*every=8; allowed: a multiple of it"),
-        ("xkv:ratio=2,select=16,every=8", "every=8: select=16 reads the prompt's outliers .*; allowed: one of the two"),
-        ("shadowkv:every=8", "every=8: select=2048 reads .*; allowed: select=null"),
-        ("svd:ratio=2+kivi:every=8", "every is no option of kivi after .; allowed: bits, group, residual"),
-    ],
-)
-def test_wrong_options_are_one_line(spec, message):
-    with pytest.raises(UserError, match=message):
-        parse(spec)
-
-
 def test_what_no_cache_can_do_is_one_line(decoder, llama, tokens):
     model, ids = decoder(n_layers=4), tokens(1, PROMPT)
     method, cache = prompt_cache(model, f"svd:rank_k=2,rank_v=2,every={EVERY}", ids)

@@ -424,26 +424,6 @@ def test_codes_do_not_drift_over_four_times_the_prompt(design, tokens):
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("snapkv", "give one of tokens and ratio"),
-        ("h2o:tokens=9,ratio=2", "give one of tokens and ratio"),
-        ("snapkv:ratio=2,kernel=4", "kernel=4: has no middle; allowed: odd numbers"),
-        ("h2o:ratio=2,recompress=8", "recompress=8: the queries of later tokens are not recorded"),
-        (
-            "streaming:ratio=2+minicache",
-            "allowed with [+]: .*snapkv.* then kivi or xquant; .*then svd or xkv",
-        ),
-        ("quest:select=20", "select=20 is no multiple of page=16"),
-        ("entropy:tokens=0", "tokens: Input should be greater than or equal to 1"),
-    ],
-)
-def test_wrong_options_are_refused(spec, message):
-    with pytest.raises(UserError, match=message):
-        parse(spec)
-
-
-@pytest.mark.parametrize(
     ("name", "spec", "message"),
     [
         (

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cllm.errors import UserError
 from cllm.posthoc.lowrank import right_vectors
-from cllm.posthoc.registry import parse
 
 
 def decaying(tokens: int, channels: int, power: float) -> torch.Tensor:
@@ -88,21 +86,3 @@ def test_precision_of_other_products_is_left_as_it_was():
     before = torch.get_float32_matmul_precision()
     right_vectors(decaying(80, 48, 1.0), "power", 9, "tf32")
     assert torch.get_float32_matmul_precision() == before
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("energy=0.9,svd=power", "which svd=power has not; allowed: auto, exact, gram"),
-        (
-            "ratio=2,svd=gram,products=bf16",
-            "products=bf16 goes with svd=random and svd=power; svd=gram is made in fp64",
-        ),
-        ("ratio=2,products=bf16", "products=bf16 goes with svd=random and svd=power; svd=auto chooses products itself"),
-        ("ratio=2,products=tf32", "products=tf32 goes with svd=random and svd=power; svd=auto chooses products itself"),
-        ("ratio=2,svd=power,products=fp8", "products: .*'fp32', 'tf32' or 'bf16'"),
-    ],
-)
-def test_options_that_do_not_fit(options, message):
-    with pytest.raises(UserError, match=message):
-        parse(f"xkv:{options}")

@@ -117,21 +117,6 @@ def test_rows_of_tokens_that_do_not_exist_are_zero():
         assert torch.equal(rows[b, n, g], source[b, token, g] if exists else torch.zeros(4))
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("shadowkv:values=host,select=null", "values=host: select=null reads all values in every step"),
-        ("shadowkv:values=host,every=8", "every=8: select=2048 reads .*; allowed: select=null"),
-        ("shadowkv:values=host,recompress=8", "recompress=8: exact keys of outliers are gone"),
-        (HOST + "+kivi:bits=4,group=8,residual=0", "values=host stores exact values; allowed: values=device"),
-        ("shadowkv:values=disk", "values: .* should be 'device' or 'host'"),
-    ],
-)
-def test_options_that_do_not_fit(spec, message):
-    with pytest.raises(UserError, match=message):
-        parse(spec)
-
-
 def test_what_cannot_have_values_in_host_memory(decoder, llama, tokens, filled):
     engine, cache = filled(llama(), tokens(1, 20))
     with pytest.raises(UserError, match="select: transformers' attention reads all tokens"):

@@ -418,29 +418,6 @@ def test_a_stored_prefix_goes_on_evicting_and_factorising(design, tokens):
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("streaming:ratio=2+xkv:ratio=2,weight=queries", "weight=queries needs the attention of all tokens"),
-        ("h2o:ratio=2+xkv:ratio=2,select=64", "select=64 selects chunks of tokens that follow one another"),
-        ("h2o:ratio=2+svd:ratio=1", "ratio=1 keeps every tensor as it is"),
-        ("h2o:ratio=2+svd:ratio=2,sinks=0", "sinks is no option of svd after [+]; allowed: .*, energy, "),
-        ("h2o:ratio=2+svd:ratio=2,every=8", "every is no option of svd after [+]"),
-        (
-            "h2o:ratio=2+recompute:ratio=2",
-            "allowed with [+]: .*; entropy or h2o or snapkv or streaming, then svd or xkv",
-        ),
-        ("xkv:ratio=2+streaming:ratio=2", "allowed with [+]: "),
-        ("streaming:ratio=2+streaming:ratio=2", "allowed with [+]: "),
-        ("streaming:ratio=2+kivi+kivi", "allowed with [+]: "),
-        ("streaming:ratio=2+xkv", "give exactly one of ranks"),
-    ],
-)
-def test_wrong_specs_are_refused(spec, message):
-    with pytest.raises(UserError, match=message):
-        parse(spec)
-
-
 def test_what_does_not_fit_a_cache_is_refused(design, tokens, filled):
     _, cache = filled(design("gqa"), tokens(2, PREFIX))
     evicted = compress_cache(cache, parse(EVICT["streaming"]))

@@ -745,28 +745,6 @@ def test_bf16(decoder, tokens):
             assert engine.logits(step, compressed).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("palu", "give exactly one of keep and ratio"),
-        ("lorc:keep=0.5,ratio=2", "give exactly one of keep and ratio"),
-        ("asvd:keep=0.5,least=0.2", "least goes with allocation=progressive"),
-        ("palu:keep=0.5,bits=4+kivi:bits=4", "bits=4 codes the latents already; allowed: one of bits and a quantiser"),
-        ("palu:keep=0.5,bits=9", "bits: Input should be less than or equal to 8"),
-        ("asvd:keep=1.5", "keep: Input should be less than or equal to 1"),
-        ("eigenattention:keep=0.5,heads=2,basis=prompt", "basis=prompt has one basis for all heads"),
-        ("recompute:rank=3,ratio=2", "give at most one of rank and ratio"),
-        ("recompute:group=2", "group goes with rank or ratio"),
-        ("recompute:recompress=4", "inputs of later tokens are not recorded"),
-        ("shadowkv:select=9", "select=9 is no multiple of chunk=8"),
-        ("shadowkv:select=null,chunk=4", "chunk goes with select"),
-    ],
-)
-def test_options_that_do_not_fit(spec, message):
-    with pytest.raises(UserError, match=message):
-        parse(spec)
-
-
 def test_what_methods_refuse(decoder, design, llama, tokens, filled):
     text = tokens(1, 30)
     engine, cache = filled(decoder(), tokens(1, PREFIX))

@@ -169,26 +169,6 @@ def test_padding_does_not_widen_a_group_of_directions(slot_tensors):
     assert (found - exact).abs().max() < 0.1
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        (
-            "xkv:ratio=2+kivi:bits=4,recompress=8",
-            "recompress is no option of kivi after .; allowed: bits, group",
-        ),
-        ("xkv:ratio=2+xquant:share_k=3", "share_k is no option of xquant after .; allowed: bits, eta, group, residual"),
-        ("minicache+xquant:share_v=3", "share_v is no option of xquant"),
-        ("xkv:ratio=1+kivi:bits=8", "ratio=1 keeps every tensor as it is and has no factors to code; allowed: above 1"),
-        ("kivi+kivi", "allowed with .: asvd or .* or svd or vfold or xkv, then kivi or xquant"),
-        ("xkv:ratio=2+svd:ratio=2", "allowed with"),
-        ("xkv:ratio=2+kivi+kivi", "allowed with"),
-    ],
-)
-def test_quantisers_that_do_not_fit(spec, message):
-    with pytest.raises(UserError, match=message):
-        parse(spec)
-
-
 SHORT = "group=8,residual=8"
 """With 4 sinks, the first group is complete at 20 tokens."""
 

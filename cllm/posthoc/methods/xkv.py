@@ -12,26 +12,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from cllm.errors import UserError
-from cllm.posthoc.budget import check_all_sinks, elements_left
+from cllm.posthoc.budget import check_all_sinks
 from cllm.posthoc.code import Code, Codes, Exact
+from cllm.posthoc.factor_budget import FactorBudget
 from cllm.posthoc.factorising import Factorising
 from cllm.posthoc.group import Group, alike, as_one_batch, group_sizes
 from cllm.posthoc.landmarks import Landmarks, landmark_bytes, make_landmarks, outlier_chunks
 from cllm.posthoc.later_rows import absorb_factors
-from cllm.posthoc.lowrank import (
-    Algorithm,
-    LowRank,
-    Solver,
-    choose_solver,
-    energy_rank,
-    factor_elements,
-    fast_rank,
-    padded,
-    ranks_for_budget,
-    water_filling,
-)
+from cllm.posthoc.lowrank import Algorithm, LowRank, Solver, choose_solver, energy_rank, padded
 from cllm.posthoc.method import Codable, TensorCoder
-from cllm.posthoc.mixed import choose_widths, code_mixed, column_bits
+from cllm.posthoc.mixed import code_mixed
 from cllm.posthoc.parallel import run_in_parallel
 from cllm.posthoc.products import Products, multiply
 from cllm.posthoc.registry import register
@@ -173,7 +163,7 @@ class XKV(Factorising, Weighted, Codable):
             return codes_k, codes_v
         if self.spread:
             self._in_parallel(self._factor, groups, [None] * len(groups))
-            ranks: Sequence[int | None] = self._spread_ranks(keys, groups)
+            ranks: Sequence[int | None] = self._budget(keys).spread_ranks(groups)
         else:
             ranks_k, ranks_v = self._ranks(keys, groups_k, values, groups_v)
             ranks = [*ranks_k, *ranks_v]
@@ -237,7 +227,7 @@ class XKV(Factorising, Weighted, Codable):
         sizes_k, sizes_v = group_sizes(keys, groups_k), group_sizes(values, groups_v) if values else []
         tokens = keys.data[0].shape[1]
         if self.ratio is not None:
-            return self._ranks_for_ratio(self.ratio, keys, sizes_k, sizes_v)
+            return self._budget(keys).ranks(sizes_k, sizes_v)
         if self.rank_k is None or (self.rank_v is None and values is not None):
             raise UserError(f"{self.name}: give rank_k and rank_v, one is missing")
         for option, rank, sizes in (("rank_k", self.rank_k, sizes_k), ("rank_v", self.rank_v, sizes_v)):
@@ -251,71 +241,22 @@ class XKV(Factorising, Weighted, Codable):
         ranks = [None if rank is None else min(rank, tokens) for rank in (self.rank_k, self.rank_v)]
         return [ranks[0]] * len(groups_k), [ranks[1]] * len(groups_v)
 
-    def _ranks_for_ratio(
-        self, ratio: float, keys: SlotTensors, sizes_k: list[tuple[int, int]], sizes_v: list[tuple[int, int]]
-    ) -> tuple[list[int | None], list[int | None]]:
-        tokens, sizes = keys.data[0].shape[1], [*sizes_k, *sizes_v]
-        budget = self._budget(ratio, keys, sizes)
-        ranks = ranks_for_budget(budget, tokens, sizes_k, sizes_v, keys_to_values=1.5)
-        if ranks is None:
-            raise self._too_small(ratio, keys, sizes)
-        ranks_k, ranks_v = ([fast_rank(rank, keys.data[0], keys.dtype) for rank in part] for part in ranks)
-        return list(ranks_k), list(ranks_v)
-
-    def _budget(self, ratio: float, keys: SlotTensors, sizes: list[tuple[int, int]]) -> float:
-        """Elements that the factors of groups of `sizes` (layers, width) may have."""
-        what = "(windows, states, RoPE keys of latents, sinks) or are landmarks"
-        return elements_left(self.name, ratio, keys, self._uncompressed(keys, sizes), self._fixed(keys), what)
-
-    def _uncompressed(self, keys: SlotTensors, sizes: list[tuple[int, int]]) -> float:
-        return keys.uncompressed_elements or sum(keys.data[0].shape[1] * n * w for n, w in sizes)
-
-    def _fixed(self, keys: SlotTensors) -> float:
-        """Elements that stay as they are, and landmarks."""
-        fixed = keys.incompressible_elements
+    def _budget(self, keys: SlotTensors) -> FactorBudget:
+        """The numbers that factors may have for `ratio`."""
+        assert self.ratio is not None
+        landmarks = 0.0
         if self.select is not None:
             size, chunks = keys.dtype.itemsize, self._chunks(self.select)
-            fixed += sum(landmark_bytes(k.shape, size, **chunks) for k in keys.data) / size
-        return fixed
-
-    def _too_small(self, ratio: float, keys: SlotTensors, sizes: list[tuple[int, int]]) -> UserError:
-        fixed = self._fixed(keys)
-        share = fixed / self._uncompressed(keys, sizes)
-        others = f"and the {share:.0%} of the cache that stay" if fixed else "alone"
-        return UserError(
-            f"{self.name}: ratio={ratio:g}: at {keys.tokens} tokens the bases of {max(n for n, _ in sizes)} "
-            f"slots {others} exceed it, even at rank 1; allowed: a lower ratio, smaller groups, or more tokens"
-        )
-
-    def _spread_ranks(self, keys: SlotTensors, groups: list[Group]) -> list[int]:
-        """The rank of each group that has been factorised, by water-filling under `ratio`."""
-        assert self.ratio is not None
-        sizes = [size for group in groups for size in group_sizes(group.tensors, [group.slots])]
-        tokens = keys.data[0].shape[1]
-        spectra = [group.spectrum for group in groups if group.spectrum is not None]
-        costs = [factor_elements(tokens, n, w, 1) for n, w in sizes]
-        ranks = water_filling([s.square().mean(0) for s in spectra], costs, self._budget(self.ratio, keys, sizes))
-        if ranks is None:
-            raise self._too_small(self.ratio, keys, sizes)
-        return [fast_rank(rank, keys.data[0], keys.dtype) for rank in ranks]
+            landmarks = sum(landmark_bytes(k.shape, size, **chunks) for k in keys.data) / size
+        return FactorBudget(name=self.name, ratio=self.ratio, keys=keys, landmarks=landmarks)
 
     def _choose_widths(self, keys: SlotTensors, groups: list[Group]) -> None:
         """Set the widths of the columns of all groups, which have been factorised, under `ratio`."""
-        assert self.ratio is not None
-        sizes = [size for group in groups for size in group_sizes(group.tensors, [group.slots])]
-        tokens, bits = keys.data[0].shape[1], 8 * keys.dtype.itemsize
-        dropped, kept, costs = [], [], []
+        kept = []
         for group in groups:
-            assert group.spectrum is not None
             assert group.vectors is not None
-            dropped.append(group.spectrum.square().mean(0))
             kept.append(multiply(self._weighted(group), group.vectors, "fp32").square().sum(1).mean(0))
-            width = tuple(group.tensors.data[group.slots[0]].shape[2:])
-            costs.append(column_bits(tokens, len(group.slots), width, keys.dtype.itemsize))
-        chosen = choose_widths(dropped, kept, costs, self._budget(self.ratio, keys, sizes) * bits)
-        if chosen is None:
-            raise self._too_small(self.ratio, keys, sizes)
-        for group, widths in zip(groups, chosen, strict=True):
+        for group, widths in zip(groups, self._budget(keys).widths(groups, kept), strict=True):
             group.widths = widths
 
     def _weights(self, keys: SlotTensors, values: SlotTensors | None) -> tuple[dict[int, Weights], dict[int, Weights]]:

@@ -186,8 +186,8 @@ def test_no_point_starts_that_would_not_end_in_time(
 
 
 def test_a_study_stops_in_time_and_goes_on(chaos: ModuleType, tmp_path: Path) -> None:
-    study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={}, tokens=16 * 40)
-    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0.5), seconds=3600.0)  # a run takes 20 s
+    study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={}, tokens=16 * 4000)
+    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0.5), seconds=3600.0)  # a run takes 2,000 s
     turn = runner._turn
 
     def time_is_up_after_a_step(received: list[int]) -> bool:

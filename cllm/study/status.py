@@ -20,6 +20,8 @@ from cllm.study.schema import budgets, count_text, sizes
 from cllm.tables import Column, aligned
 
 _DASH = "–"
+_TOLERANCE = 0.05
+"""Relative difference of a reached share of mha's cache from the declared one above which the dry run names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,9 @@ def dry_run(grid: Grid, layout: Layout, estimates: Estimates, slots: int) -> str
             [variant.label, f"{cache_share(model):.3f}", changed, steps, seeds, bytes_, _parameters(configs[0])]
         )
         unused += [f"{variant.label}: {line}" for line in _unused(configs[0])]
+        if match is not None and abs(match.reached / match.wanted - 1) > _TOLERANCE:
+            nearest = f"{match.wanted} of mha's cache cannot be reached; the nearest is {match.reached:.3f}"
+            unused.append(f"{variant.label}: {nearest}")
     counts = _counts(grid)
     tokens = sum(n * each for n, each in counts)
     text = [f"rule: {study.match.rule}", aligned(columns, rows), *unused, ""]

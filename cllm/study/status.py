@@ -52,7 +52,8 @@ def lines_of(queue: Queue, estimates: Estimates) -> list[Line]:
     others = [result for result in read_results(queue.layout.results) if result.name not in known]
     for result in others:
         if any(variant == result.variant for variant in queue.grid.variants):
-            detail = f"code {result.code}, commit {(result.content['commit'] or 'unknown')[:10]}: not used"
+            why = "other settings" if result.code == queue.grid.code else f"other code, {result.code}"
+            detail = f"{why}, commit {(result.content['commit'] or 'unknown')[:10]}: not used"
             found.append(Line(result.name, "other version", detail, 0.0))
     return found
 

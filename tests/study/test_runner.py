@@ -142,6 +142,9 @@ def test_results_of_other_versions_and_settings_are_not_used(finished: Path, cha
     text = status(other_code, Estimates(1000.0), 1)
     assert text.count("other version") == 8 + 1
     assert "4 waiting, 8 other version" in text
+    assert text.count(f"other code, {code_version()}, commit ") == 8
+    text = status(Queue(Grid(changed, code_version()), layout, evaluation="e"), Estimates(1000.0), 1)
+    assert text.count("other settings, commit ") == 8
 
 
 def test_a_version_is_that_of_code_and_not_of_comments(tmp_path: Path) -> None:

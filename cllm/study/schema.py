@@ -219,6 +219,12 @@ class Beside(Section):
     posthoc: list[str] = Field(default_factory=list)
     """Patterns of the specs to show, such as "xkv*"; empty: uncompressed caches only."""
 
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if not self.results and (given := [key for key in ("scores", "posthoc") if getattr(self, key)]):
+            raise ValueError(f"{given[0]} has no effect without results; allowed: results, the files of other models")
+        return self
+
 
 class Slurm(Section):
     """The array script that `--slurm` prints."""

@@ -7,6 +7,7 @@ handles signals instead.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import functools
 import os
@@ -14,6 +15,7 @@ import signal
 import stat
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +23,8 @@ from cllm.errors import EXIT_STOPPED
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that ask a command to end: from the terminal, from a scheduler, from a terminal that closes."""
+AGAIN = 1.0
+"""Seconds after which an exception that was swallowed is raised again."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -31,27 +35,78 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
-def _raise(number: int, frame: Any) -> None:
-    if number == signal.SIGHUP:
-        leave_terminal()
-    raise Interrupted(number)
+class _Raiser:
+    """A signal handler that raises `Interrupted` until the command ends.
+
+    Python runs handlers between any two instructions, so their exceptions are sometimes swallowed: in destructors,
+    and in C code that clears errors. torch does so while it imports NumPy, and would then go on without NumPy.
+    """
+
+    def __init__(self) -> None:
+        self._raised = False
+        self._repeats = False
+        self._ended = False
+        self._lock = _thread.allocate_lock()
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
+        repeats, self._repeats = self._repeats, False
+        if repeats and (self._ended or _is_being_handled()):
+            return
+        if not self._raised:
+            self._raised = True
+            # Not by `threading`, whose locks the interrupted code may have.
+            _thread.start_new_thread(self._repeat, (number,))
+        raise Interrupted(number)
+
+    def _repeat(self, number: int) -> None:
+        is_handler = True
+        while is_handler:
+            time.sleep(AGAIN)
+            with self._lock:
+                if self._ended:
+                    return
+                self._repeats = is_handler = signal.getsignal(number) is self
+                _thread.interrupt_main(
+                    signal.Signals(number)
+                )  # another handler, which raises nothing, gets the signal once
+
+    def end(self) -> None:
+        """Raise no more exceptions for signals that came before."""
+        self._ended = True
+        with self._lock:  # until a repetition that has begun has reached the main thread
+            pass
+
+
+def _is_being_handled() -> bool:
+    """Whether an `except`, `finally` or `with` block runs because of an interrupt."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 @contextlib.contextmanager
 def raising(*numbers: signal.Signals) -> Iterator[None]:
     """Turn signals into `Interrupted`, except those that have a handler or are ignored, as under nohup.
 
+    Code that swallows the exception gets it again after `AGAIN` seconds.
+
     Outside of the main thread nothing changes, because Python allows no handlers there.
     """
     main = threading.current_thread() is threading.main_thread()
-    taken = [number for number in numbers if main and signal.getsignal(number) == signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, _raise)
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    before = {number: handler for number in numbers if main and (handler := signal.getsignal(number)) in defaults}
+    raiser = _Raiser()
+    for number in before:
+        signal.signal(number, raiser)
     try:
         yield
     finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
+        raiser.end()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stoppable(
@@ -68,7 +123,7 @@ def stoppable(
         @functools.wraps(command)
         def run(*args, **kwargs) -> int:
             try:
-                with raising(signal.SIGTERM, signal.SIGHUP, *more):
+                with raising(*STOPPING, *more):
                     return command(*args, **kwargs) or 0
             except KeyboardInterrupt as error:
                 number = error.number if isinstance(error, Interrupted) else signal.SIGINT

@@ -16,6 +16,7 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,12 +112,33 @@ def _check_evaluations(study: Study) -> None:
     parser = evaluate.make_parser("cllm evaluate")
     for words in study.evaluate.commands():
         try:
-            options = parser.parse_args(["--run", "RUN", *words])
+            options = parser.parse_args([word for word in ("--run", "RUN", *words) if word not in ("-h", "--help")])
+            for option, given in _of_study(options, words).items():
+                if given:
+                    raise UserError(f"{option}: a study sets it; allowed: options that say what is measured")
             choose(parser, options)
             for spec in options.posthoc:
                 parse(spec)
         except UserError as error:
             raise UserError(f"study {study.name}: evaluate: {' '.join(words)}: {error}") from None
+
+
+def _of_study(options: argparse.Namespace, words: Sequence[str]) -> dict[str, bool]:
+    """The options of `cllm evaluate` that a study cannot have, and whether they are given."""
+    return {
+        "--help": not {"-h", "--help"}.isdisjoint(words),
+        "--run": len(options.run) > 1,
+        "--out": options.out is not None,
+        "--list-suites": options.list_suites,
+        "--list-posthoc": options.list_posthoc,
+    }
+
+
+def _check_data(study: Study) -> None:
+    """Refuse texts of `evaluate` that are missing, before anything is trained."""
+    for path in study.evaluate.data:
+        if not Path(path).exists():
+            raise UserError(f"study {study.name}: evaluate.data: {path}: no such file or folder")
 
 
 def _task_command(options: argparse.Namespace, overrides: list[str], layout) -> list[str]:
@@ -159,6 +181,7 @@ def _work(options: argparse.Namespace, study, layout) -> int:
         estimates.learn(read_results(layout.results))
         print(status(queue, estimates, len(slots)))
         return 0
+    _check_data(study)
     print(f"results go to {layout.results}, runs to {layout.runs}", file=sys.stderr, flush=True)
     runner = Runner(queue, CllmCommands(), slots, estimates, Options(seconds=seconds, share=study.share_gpu))
     busy = Utilisation(gpus)

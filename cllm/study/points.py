@@ -22,6 +22,8 @@ from cllm.version import config_hash, data_hash
 from cllm.yaml_text import read_yaml
 
 Settings = tuple[tuple[str, Any], ...]
+_LONGEST_NAME = 180
+"""Characters of a point's name before its key. File systems allow 255, and files of a point have longer names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,9 @@ class Variant:
 
     design: str
     settings: Settings = ()
+
+    def __hash__(self) -> int:
+        return hash((self.design, tuple(key for key, _ in self.settings)))  # values may be lists and mappings
 
     @property
     def label(self) -> str:
@@ -71,7 +76,8 @@ class Point:
         words = [self.variant.label.replace("=", "")]
         words += [] if self.rate is None else [f"lr{self.rate:g}"]
         words += [count_text(self.tokens), f"s{self.seed}", self.key]
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words))
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words[:-1]))
+        return f"{name[:_LONGEST_NAME]}-{self.key}"
 
 
 class Grid:

@@ -28,6 +28,7 @@ from cllm.study.overview import overview
 from cllm.study.results import SUITE, Result, read_results
 from cllm.study.schema import Study
 from cllm.study.statistics import Mean
+from cllm.study.status import duration
 from cllm.study.summary import Row, Summary, summarise
 from cllm.tables import Column, markdown
 
@@ -35,9 +36,15 @@ _DASH = "–"
 AR_LOSS = "val/ar_loss"
 """Loss on the tokens that repeat an earlier pair of tokens, in runs that measure it."""
 _NOTES = (
-    "Loss: the last validation in training, nats per token, mean ± standard error over the seeds. Difference: to "
-    "{baseline}, paired by seed, with its 95 % interval by Student's t; the verdict is what this interval allows. "
-    "× mha: bytes of cache relative to the same model with full attention in every layer. FLOPs: of one run's training."
+    "Loss: the last validation in training, nats per token, mean ± standard error over the seeds. Difference: "
+    "loss less that of {baseline}, paired by seed, with its 95 % interval by Student's t; below 0 is better, and "
+    "the verdict is what this interval allows. Cache and read × mha: bytes of cache that are kept, and that a "
+    "step of decoding reads, relative to the same model with full attention in every layer. Tokens, FLOPs and "
+    "tokens/s: of one run's training."
+)
+_RECALL_NOTE = "ar loss: of tokens that repeat a pair of tokens of their context; other loss: of the others. "
+_FIGURES_NOTE = (
+    "In the figures, thick lines are means over the seeds, thin lines single seeds, and bars standard errors."
 )
 
 
@@ -107,9 +114,11 @@ def report_text(summary: Summary, pictures: Sequence[str], others: Sequence[str]
         parts += [f"## {count_text(tokens)} tokens: {study.match.rule}", markdown(_design_columns(study), rows)]
     if not summary.rows:
         parts.append("No run of full length has ended yet.")
-    parts.append(_NOTES.format(baseline=study.baseline))
+    else:
+        parts.append(_NOTES.format(baseline=study.baseline))
     parts += [*overview(summary), *others, *_curves(summary), *_rates(summary), *_scores(summary)]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
+    parts += [_FIGURES_NOTE] if pictures else []
     parts += _others(summary)
     return "\n\n".join(parts) + "\n"
 
@@ -124,7 +133,7 @@ def _head(summary: Summary) -> str:
     hardware = several([_hardware(result) for result in used])
     lines = [
         f"{long} runs of full length and {len(used) - long} of the search for learning rates.",
-        f"Hardware: {hardware}; {seconds / 3600:.2f} hours of training on one device.",
+        f"Hardware: {hardware}; {duration(seconds)} of training on one device.",
         f"Code {summary.code}, commit {several([result.content['commit'] for result in used])}.",
     ]
     lines += [f"{line[0].upper()}{line[1:]}." for line in busy_lines(summary.busy)]
@@ -246,7 +255,10 @@ def _rates(summary: Summary) -> list[str]:
         Column[list[str]]("loss at each learning rate", lambda row: row[2], left=True),
         Column[list[str]]("best", lambda row: row[3], left=True),
     )
-    note = "edge: the best is the smallest or largest value of the search, so a better one may lie outside of it."
+    note = (
+        "Loss: the last validation of a run, nats per token, with one seed. edge: the best is the smallest or largest "
+        "value of the search, so a better one may lie outside of it."
+    )
     return ["## Learning rates", markdown(columns, lines), note]
 
 
@@ -261,7 +273,9 @@ def _scores(summary: Summary) -> list[str]:
         parts += [f"### {name}", markdown(columns, labels)]
     if refused := _refused(summary):
         parts += ["### Refused compressions", refused]
-    return ["## Evaluations", *parts, "Mean ± standard error over the seeds."] if parts else []
+    recall = _RECALL_NOTE if any(score.head == "ar loss" for score, _ in summary.scores) else ""
+    note = f"Mean ± standard error over the seeds. Losses are nats per token. {recall}".strip()
+    return ["## Evaluations", *parts, note] if parts else []
 
 
 def _refused(summary: Summary) -> str:

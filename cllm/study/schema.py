@@ -19,8 +19,12 @@ from cllm.section import MAX_SEED, Section
 from cllm.yaml_text import read_yaml
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_LONGEST_NAME = 100
 _NAMED = 4
 """Most designs of one share that the rule names; of more it has the number."""
+_GIVEN = {"name": "name", "runs_dir": "--runs", "train.steps": "tokens", "train.seed": "seeds"}
+_GIVEN |= {"train.validate_every": "validations"}
+"""Settings of runs that a study sets, and by what."""
 DEFAULT = "default"
 """The key of a mapping by design that is valid for all designs it does not name."""
 
@@ -33,6 +37,14 @@ def _ratio(value: Any) -> str:
     if not 0 < ratio <= 1:
         raise ValueError(f"is {value!r}; allowed: a share of mha's cache such as 1/2, above 0 and at most 1")
     return str(ratio)
+
+
+def _words(line: str) -> list[str]:
+    """The words of a command line. Raises `ValueError` if a quotation does not end."""
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise ValueError(f"is {line!r}: {str(error).lower()}; allowed: words as in a shell") from None
 
 
 def _list(value: Any) -> Any:
@@ -54,14 +66,15 @@ class Match(Section):
     """Widen or narrow the feed-forward layers until all designs have as many parameters as mha."""
     cache_bytes: Ratio | dict[str, Ratio] | None = None
     """Share of mha's resident cache that designs have, by KV heads, sharing factor or rank: for all designs but the
-    baseline, or as design: share."""
+    baseline, or as design: share, with `default` for the others."""
     flops: bool = False
     """Scale the tokens of a design so that its training takes as many FLOPs as the baseline's."""
 
     def ratio(self, design: str, baseline: str) -> Fraction | None:
         """The share of mha's cache that a design shall have; None: as declared."""
         if isinstance(self.cache_bytes, dict):
-            found = self.cache_bytes.get(design)
+            others = None if design == baseline else self.cache_bytes.get(DEFAULT)
+            found = self.cache_bytes.get(design, others)
             return None if found is None else Fraction(found)
         return None if self.cache_bytes is None or design == baseline else Fraction(self.cache_bytes)
 
@@ -74,7 +87,7 @@ class Match(Section):
         if isinstance(self.cache_bytes, dict):
             by_ratio: dict[str, list[str]] = {}
             for design, ratio in self.cache_bytes.items():
-                by_ratio.setdefault(ratio, []).append(design)
+                by_ratio.setdefault(ratio, []).append("other designs" if design == DEFAULT else design)
             for ratio, names in by_ratio.items():
                 named = ", ".join(names) if len(names) <= _NAMED else f"{len(names)} designs"
                 words.append(f"{named}: {ratio} of mha's cache bytes")
@@ -160,11 +173,17 @@ class Evaluate(Section):
 
     @field_validator("suites")
     @classmethod
-    def _words(cls, lines: list[str]) -> list[str]:
+    def _check_suites(cls, lines: list[str]) -> list[str]:
         for line in lines:
-            if not line.split():
+            if not _words(line):
                 raise ValueError("has an empty line; allowed: the name of a suite and its options")
         return lines
+
+    @field_validator("options")
+    @classmethod
+    def _check_options(cls, line: str) -> str:
+        _words(line)
+        return line
 
 
 class Beside(Section):
@@ -176,6 +195,12 @@ class Beside(Section):
     """Columns, as of --score: copying:distance=512."""
     posthoc: list[str] = Field(default_factory=list)
     """Patterns of the specs to show, such as "xkv*"; empty: uncompressed caches only."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if not self.results and (given := [key for key in ("scores", "posthoc") if getattr(self, key)]):
+            raise ValueError(f"{given[0]} has no effect without results; allowed: results, the files of other models")
+        return self
 
 
 class Slurm(Section):
@@ -196,7 +221,7 @@ class Slurm(Section):
 class Study(Section):
     """A study: every design with every setting, seed and token budget."""
 
-    name: str = Field(max_length=100, pattern=_NAME)
+    name: str = Field(max_length=_LONGEST_NAME, pattern=_NAME)
     """Name of the study; by default its files are in studies/NAME."""
     base: Annotated[list[str], BeforeValidator(_list)] = Field(min_length=1)
     """Config files of every run, later ones win."""
@@ -237,6 +262,8 @@ class Study(Section):
         names = list(self.designs)
         if bad := [name for name in names if not re.fullmatch(_NAME, name) or name == DEFAULT]:
             raise ValueError(f"designs: is named {bad[0]!r}; allowed: letters, digits, `.`, `_`, `-`; not default")
+        if long := [name for name in names if len(name) > _LONGEST_NAME]:
+            raise ValueError(f"designs: {long[0]} has {len(long[0])} characters; allowed: at most {_LONGEST_NAME}")
         self.baseline = self.baseline or names[0]
         if self.baseline not in names:
             raise ValueError(f"baseline is {self.baseline!r}; {nearest(self.baseline, names)}")
@@ -252,6 +279,16 @@ class Study(Section):
             seeds = self.seeds_of(name)
             if len(set(seeds)) < len(seeds):
                 raise ValueError(f"seeds of {name} are {seeds}, one of them twice")
+        if len(set(self.tokens)) < len(self.tokens):
+            raise ValueError(f"tokens {self.tokens} has a budget twice")
+        for key, values in self.settings.items():
+            if not values:
+                raise ValueError(f"settings.{key} has no value; allowed: a list of values")
+            if any(value in values[:n] for n, value in enumerate(values)):
+                raise ValueError(f"settings.{key} {values} has a value twice")
+        axes = [_keys({key: value}) for key, values in self.settings.items() for value in values]
+        _check_keys([key for keys in axes for key in keys], "settings", searched=self.rates is not None)
+        _check_keys(_keys(self.overrides), "overrides")
         return self
 
     def seeds_of(self, design: str) -> list[int]:
@@ -261,6 +298,22 @@ class Study(Section):
         if not (found := by_design(self.seeds, design)):
             raise ValueError(f"seeds has neither {design} nor default")
         return found
+
+
+def _keys(tree: dict[str, Any]) -> list[str]:
+    """The keys of a tree of settings: `train.steps`."""
+    found = []
+    for key, value in tree.items():
+        found += [f"{key}.{below}" for below in _keys(value)] if isinstance(value, dict) and value else [key]
+    return found
+
+
+def _check_keys(keys: Sequence[str], where: str, *, searched: bool = False) -> None:
+    """Refuse settings that a study gives each run. Raises `ValueError`."""
+    given = _GIVEN | ({"optim.lr": "rates"} if searched else {})
+    for key in keys:
+        if key in given:
+            raise ValueError(f"{where}: {key} has no effect: a study sets it, see its `{given[key]}`")
 
 
 def by_design(values: dict[str, Any], design: str) -> Any:
@@ -284,6 +337,10 @@ def load_study(file: str | Path, overrides: Sequence[str] = ()) -> Study:
     others = [str(found.parent / path) for path in study.beside.results]
     study = study.model_copy(update={"beside": study.beside.model_copy(update={"results": others})})
     if words := parse_overrides(overrides):
+        try:
+            _check_keys(_keys(words), "command line")
+        except ValueError as error:
+            raise UserError(str(error)) from None
         study = study.model_copy(update={"overrides": merge(study.overrides, words)})
     return study
 

@@ -21,6 +21,8 @@ from cllm.study.schema import budgets, sizes
 from cllm.tables import Column, aligned
 
 _DASH = "–"
+_TOLERANCE = 0.05
+"""Relative difference of a reached share of mha's cache from the declared one above which the dry run names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ def lines_of(queue: Queue, estimates: Estimates) -> list[Line]:
     others = [result for result in read_results(queue.layout.results) if result.name not in known]
     for result in others:
         if any(variant == result.variant for variant in queue.grid.variants):
-            detail = f"code {result.code}, commit {(result.content['commit'] or 'unknown')[:10]}: not used"
+            why = "other settings" if result.code == queue.grid.code else f"other code, {result.code}"
+            detail = f"{why}, commit {(result.content['commit'] or 'unknown')[:10]}: not used"
             found.append(Line(result.name, "other version", detail, 0.0))
     return found
 
@@ -129,6 +132,9 @@ def dry_run(grid: Grid, layout: Layout, estimates: Estimates, slots: int) -> str
             [variant.label, f"{cache_share(model):.3f}", changed, steps, seeds, bytes_, _parameters(configs[0])]
         )
         unused += [f"{variant.label}: {line}" for line in _unused(configs[0])]
+        if match is not None and abs(match.reached / match.wanted - 1) > _TOLERANCE:
+            nearest = f"{match.wanted} of mha's cache cannot be reached; the nearest is {match.reached:.3f}"
+            unused.append(f"{variant.label}: {nearest}")
     counts = _counts(grid)
     tokens = sum(n * each for n, each in counts)
     text = [f"rule: {study.match.rule}", aligned(columns, rows), *unused, ""]

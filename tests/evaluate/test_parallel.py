@@ -114,16 +114,45 @@ def test_a_part_that_fails_is_named_and_the_rest_goes_on_and_is_not_repeated(
     assert (ended / "report.json").stat().st_mtime_ns == before
 
 
+HALTING = """
+import sys, time
+from pathlib import Path
+from cllm.commands import evaluate, evaluate_part
+from cllm.evaluate.tasks.mqar import Mqar
+
+began, file = sys.argv[1:3]
+
+def halt(*_):
+    Path(began).touch()
+    while True:
+        time.sleep(0.05)
+
+if file.endswith("part.json"):
+    Mqar.samples = halt
+    sys.exit(evaluate_part.main([file]))
+evaluate._command = lambda part: [sys.executable, __file__, began, str(part)]
+sys.exit(evaluate.main(sys.argv[2:]))
+"""
+"""`cllm evaluate` whose suite mqar never ends. Takes a file to make when mqar has begun, then the command's words."""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_command_that_is_ended_leaves_no_process_and_goes_on_later(
     evaluate, command, capsys, tmp_path, number
 ) -> None:
-    long = "mqar:pairs=2,length=16,samples=300000"
-    words = command("copying:distances=6,samples=1", long)
-    program = [sys.executable, str(REPO / "evaluate.py"), *words]
-    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = command("copying:distances=6,samples=1", "mqar:pairs=2,length=16,samples=1")
+    program, began = tmp_path / "halting.py", tmp_path / "began"
+    program.write_text(HALTING)
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    process = subprocess.Popen(
+        [sys.executable, str(program), str(began), *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 300
-    while not list(tmp_path.rglob("report.json")):  # of the short part
+    while not (began.exists() and list(tmp_path.rglob("report.json"))):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -134,11 +163,11 @@ def test_a_command_that_is_ended_leaves_no_process_and_goes_on_later(
         assert process.returncode == 128 + number
         assert out.startswith("copying\n"), "what has been measured is shown"
         assert "the same command goes on" in error
+    deadline = time.monotonic() + 300
     while left := [pid for pid in Path("/proc").glob("[0-9]*") if str(tmp_path) in arguments(pid)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
-    assert not (tmp_path / "out" / "mqar").exists(), "the long part had not ended"
-    words[words.index(long)] = "mqar:pairs=2,length=16,samples=1"
+    assert not (tmp_path / "out" / "mqar").exists()
     assert evaluate(*words) == 0
     assert "1 of 2 measurements were made before" in capsys.readouterr().err
     assert (tmp_path / "out" / "mqar" / "mqar.json").exists()

@@ -142,6 +142,9 @@ def test_results_of_other_versions_and_settings_are_not_used(finished: Path, cha
     text = status(other_code, Estimates(1000.0), 1)
     assert text.count("other version") == 8 + 1
     assert "4 waiting, 8 other version" in text
+    assert text.count(f"other code, {code_version()}, commit ") == 8
+    text = status(Queue(Grid(changed, code_version()), layout, evaluation="e"), Estimates(1000.0), 1)
+    assert text.count("other settings, commit ") == 8
 
 
 def test_a_version_is_that_of_code_and_not_of_comments(tmp_path: Path) -> None:
@@ -186,8 +189,8 @@ def test_no_point_starts_that_would_not_end_in_time(
 
 
 def test_a_study_stops_in_time_and_goes_on(chaos: ModuleType, tmp_path: Path) -> None:
-    study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={}, tokens=16 * 40)
-    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0.5), seconds=3600.0)  # a run takes 20 s
+    study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={}, tokens=16 * 4000)
+    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0.5), seconds=3600.0)  # a run takes 2,000 s
     turn = runner._turn
 
     def time_is_up_after_a_step(received: list[int]) -> bool:
@@ -602,6 +605,41 @@ def test_cache_bytes_are_matched_as_near_as_integers_allow(
     assert matches["cla"].reached == pytest.approx(reached)
     assert matches["gqa"].reached == pytest.approx(0.25 if wanted == "1/3" else reached)
     assert matches["mla"].reached == pytest.approx(float(Fraction(wanted)), abs=0.01)
+
+
+def test_a_share_for_all_other_designs_leaves_the_baseline_and_one_out_of_reach_is_named(
+    chaos: ModuleType, tmp_path: Path
+) -> None:
+    gqa = {"model": {"kv": {"preset": "gqa"}}}
+    study = chaos.study_of(
+        tmp_path / "base.yaml",
+        designs={"mha": {}, "one": gqa, "two": gqa, "far": gqa},
+        match={"cache_bytes": {"default": "1/2", "two": "1", "far": "1/1000"}},
+        overrides={"model": {"n_heads": 4}},
+    )
+    grid = Grid(study, "code")
+    matches = {variant.design: grid.cache_match(variant) for variant in grid.variants}
+    assert matches["mha"] is None
+    assert [matches[name].reached for name in ("one", "two", "far")] == [0.5, 1.0, 0.25]
+    assert study.match.rule.startswith("other designs: 1/2 of mha's cache bytes, two: 1 of ")
+    lines = dry_run(grid, Layout.at(tmp_path), Estimates(), 1).splitlines()
+    assert "far: 1/1000 of mha's cache cannot be reached; the nearest is 0.250" in lines
+    assert not any("two: " in line and "reached" in line for line in lines)
+
+
+def test_an_axis_may_have_lists_and_names_of_files_stay_short(chaos: ModuleType, tmp_path: Path) -> None:
+    values = [[0.9, 0.95], [0.9, 0.99]]
+    long = {"data.path": ["/".join("a" * 300), "/".join("a" * 301)]}
+    study = chaos.study_of(tmp_path / "base.yaml", settings={"optim.betas": values})
+    grid = Grid(study, "code")
+    points = list(grid.all_points())
+    assert len({point.name for point in points}) == len({point.key for point in points}) == 4 * (2 * 2 + 2)
+    configs = [grid.config(grid.point(variant, 160, 1, None), tmp_path) for variant in grid.variants]
+    assert [list(config.optim.betas) for config in configs] == values * 2
+    grid = Grid(chaos.study_of(tmp_path / "base.yaml", settings=long), "code")
+    points = list(grid.all_points())
+    assert len({point.name for point in points}) == len({point.key for point in points})
+    assert max(len(point.name) for point in points) < 200 < max(len(point.short_name) for point in points)
 
 
 def test_designs_of_equal_flops_train_on_more_or_fewer_tokens(chaos: ModuleType, tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ class Context:
     """Context of the last tokens, if only they continue after this layer has written its slot (prefill).
 
     Layers above get `x` (B, n, d_model) of those n tokens, and this context too: an owner that projects the output of a
-    lower layer writes its slot for all tokens, or for n if it mixes in a slot of n (`tail_slots`). A tail may have a tail of its own, of the last token."""
+    lower layer writes its slot for all tokens, or for n if it mixes in a slot of n (`tail_slots`). A tail may have a
+    tail of its own, of the last token."""
     groups: tuple[Group, ...] = ()
     """The requests of the row, if it holds several; empty: each row is one sequence."""
     ends: Tensor | None = None

@@ -165,7 +165,8 @@ def _near(line: Box, box: Box, half: str) -> bool:
 
 def test_layers_that_see_windows_alone_are_dashed_and_slots_with_learned_weights_hollow() -> None:
     figure = plan_figure(_plan(EVERYTHING, 8), "x")
-    drawn = {artist.get_gid(): artist for artist in figure.findobj(lambda artist: bool(artist.get_gid()))}
+    named: list[Any] = figure.findobj(lambda artist: bool(artist.get_gid()))
+    drawn = {artist.get_gid(): artist for artist in named}
     assert [i for i in range(8) if drawn[f"layer {i}"].get_linestyle() != "-"] == [2, 3, 6, 7]
     dots = {name: dot for name, dot in drawn.items() if re.fullmatch(r"keys of \d+ into \d+", name)}
     hollow = {name for name, dot in dots.items() if dot.get_markerfacecolor() == "white"}

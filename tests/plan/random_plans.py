@@ -112,7 +112,7 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
                 else [draw(st.sampled_from(["keys", "values"]))]
             )
             entry |= {half: draw(reads(i, half, of_kind["own"], cyclic)) for half in halves}
-        if kind != "retention" and (window := draw(st.sampled_from(windows))) is not None:
+        if (window := draw(st.sampled_from(windows))) is not None and (kind != "retention" or draw(st.booleans())):
             entry["window"] = window
         layers.append(entry)
     iterations = None

@@ -147,7 +147,7 @@ REFUSED |= {
         "model: model.kv.layers: '0-99999",
     ),
     "a range of a loop": (
-        {"model": {**MODEL, "kv": {"layers": [{"layers": 0, "own": {}}], "loop": {"layers": "x", "times": 2}}}},
+        {"model": {**MODEL, "kv": {"layers": [{"layers": "0-7", "own": {}}], "loop": {"layers": "x", "times": 2}}}},
         "model: model.kv.loop.layers: 'x' is not a range",
     ),
     "digits that are no ASCII": (

@@ -26,6 +26,7 @@ from cllm.hub.export import as_pretrained
 from cllm.hub.model import CLLMForCausalLM
 from cllm.model.decoder import Decoder
 from cllm.plan.plan import KVPlan
+from cllm.prefix.pack import pack, unpack
 from tests.plan.random_plans import GIVEN, PROPERTY, VOCABULARY, File, everything, formed, joined, model, models, sized
 
 LENGTH, PROMPT, BATCH = 12, 10, 2
@@ -75,7 +76,8 @@ def check_cache(
     model: Decoder, ids: torch.Tensor, full: torch.Tensor, parts: list[int], chunk: int, max_len: int | None
 ):
     """Chunks and single tokens through a cache give the logits of a full forward, and so does a prompt whose upper
-    layers compute the last token alone; the cache has the bytes that were predicted."""
+    layers compute the last token alone, also if the cache is stored and read in between; the cache has the bytes that
+    were predicted."""
     config = model.config
     cache = KVCache(config, max_len=max_len)
     logits = torch.cat([model(part, cache=cache) for part in ids.split(parts, dim=1)], dim=1)
@@ -85,6 +87,8 @@ def check_cache(
         cache = KVCache(config, max_len=max_len)
         last = model.head(model.prefill(ids[:, :PROMPT], cache, chunk=size))
         torch.testing.assert_close(last, full[:, PROMPT - 1 : PROMPT], atol=1e-4, rtol=1e-4)
+        if size is None:
+            cache = unpack(pack(cache), config, max_len=max_len)
         rest = torch.cat([model(ids[:, t : t + 1], cache=cache) for t in range(PROMPT, LENGTH)], dim=1)
         torch.testing.assert_close(rest, full[:, PROMPT:], atol=1e-4, rtol=1e-4)
         assert cache.nbytes() == cache_bytes(config, context=LENGTH, batch=BATCH, bytes_per_element=4)

@@ -379,14 +379,49 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return normed if weight is None else normed * weight
 
 
-def rotate(x: Tensor, position: int, theta: float) -> Tensor:
-    """RoPE: channels j and j + d/2 turn by position · theta^(-2j/d)."""
-    half = len(x) // 2
+Base = tuple[float, dict | None]
+"""theta of RoPE, and its scaling to longer contexts."""
+
+
+def frequency(j: int, d: int, base: Base) -> float:
+    """Radians by which pair j of d/2 turns for each position: theta^(-2j/d), or less where it is scaled by a factor.
+
+    `linear`: all pairs. `llama3`: those whose wavelength is longer than L / low_freq_factor of the original context L,
+    in part from L / high_freq_factor on. `yarn`: those that turn less than beta_slow times in L, in part from beta_fast
+    on, by a ramp over whole pairs."""
+    theta, scaling = base
+    f = theta ** (-2 * j / d)
+    if scaling is None:
+        return f
+    slow = f / scaling["factor"]
+    if scaling["type"] == "linear":
+        return slow
+    length = scaling["original_max_seq_len"]
+    if scaling["type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        share = (length / (2 * math.pi / f) - low) / (high - low)
+    else:
+        first, last = (
+            d * math.log(length / (scaling[turns] * 2 * math.pi)) / (2 * math.log(theta))
+            for turns in ("beta_fast", "beta_slow")
+        )
+        first, last = max(math.floor(first), 0), min(math.ceil(last), d - 1)
+        share = 1 - (j - first) / max(last - first, 0.001)
+    share = min(max(share, 0.0), 1.0)
+    return share * f + (1 - share) * slow
+
+
+def rotate(x: Tensor, position: int, base: Base) -> Tensor:
+    """RoPE: channels j and j + d/2 turn by position · frequency. YaRN multiplies by 0.1 ln(factor) + 1 too."""
+    half, scaling = len(x) // 2, base[1]
+    factor = 1.0
+    if scaling is not None and scaling["type"] == "yarn":
+        factor = scaling["attention_factor"] or 0.1 * math.log(scaling["factor"]) + 1
     turned = list(x)
     for j in range(half):
-        angle = position * theta ** (-2 * j / len(x))
-        turned[j] = x[j] * math.cos(angle) - x[j + half] * math.sin(angle)
-        turned[j + half] = x[j] * math.sin(angle) + x[j + half] * math.cos(angle)
+        angle = position * frequency(j, len(x), base)
+        turned[j] = factor * (x[j] * math.cos(angle) - x[j + half] * math.sin(angle))
+        turned[j + half] = factor * (x[j] * math.sin(angle) + x[j + half] * math.cos(angle))
     return torch.stack(turned)
 
 
@@ -423,6 +458,8 @@ class SlowDecoder:
         n_heads: int,
         head_dim: int,
         latent: dict,
+        theta: float = 10000.0,
+        scaling: dict | None = None,
         windowed_theta: float | None = None,
         activation: str = "silu",
         scales: bool = False,
@@ -431,7 +468,7 @@ class SlowDecoder:
         self.activation = {"silu": silu, "gelu_tanh": gelu_tanh}[activation]
         self.weights, self.n_heads, self.head_dim, self.latent = weights, n_heads, head_dim, latent
         self.layers = [Row.parse(text, i) for i, text in enumerate(rows)]
-        self.theta, self.eps = 10000.0, 1e-5
+        self.rope, self.eps = (theta, scaling), 1e-5
 
     # ---- two orders of computing the same steps ---------------------------------------------------------------------
 
@@ -499,11 +536,11 @@ class SlowDecoder:
         own = self.weights.get(f"blocks.{i}.{name}")
         return self.weights.get(f"blocks.{self.layers[i].origin}.{name}") if own is None else own
 
-    def base(self, slot: object) -> float:
-        """The RoPE base of the keys of a slot: another one where the slot keeps a window."""
+    def base(self, slot: object) -> Base:
+        """The RoPE base of the keys of a slot: another one, without scaling, where the slot keeps a window."""
         row = self.layers[slot[1] if isinstance(slot, tuple) else slot]
         window = dict(row.parts)[slot] if row.parts else row.window
-        return self.theta if window is None or self.windowed_theta is None else self.windowed_theta
+        return self.rope if window is None or self.windowed_theta is None else (self.windowed_theta, None)
 
     def size(self, i: int) -> int:
         """Channels of a head of the slot of layer i."""
@@ -720,7 +757,7 @@ class SlowDecoder:
         decay = (1 / (1 + torch.exp(-self.linear(i, "attention.decay_proj", normed)))) ** (1 / 16)
         heads = []
         for h in range(self.n_heads):
-            key, query = rotate(k[h], t, self.theta), rotate(q[h], t, self.theta)
+            key, query = rotate(k[h], t, self.rope), rotate(q[h], t, self.rope)
             state = key[:, None] * v[h]
             if t > 0:
                 state = state + decay[h] * slots["state", i, h, t - 1]

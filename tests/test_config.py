@@ -140,15 +140,19 @@ REFUSED |= {
     ),
     "ten billion layers in a range": (
         {"model": {**MODEL, "kv": {"layers": [{"layers": "0-9999999999", "own": {}}]}}},
-        "model: layers: '0-9999999999' is out of range; allowed: layers 0 to 4095",
+        "model: model.kv.layers: '0-9999999999' is out of range; allowed: layers 0 to 4095",
     ),
     "a range of very many digits": (
         {"model": {**MODEL, "kv": {"layers": [{"layers": "0-" + "9" * 10_000, "own": {}}]}}},
-        "model: layers: '0-99999",
+        "model: model.kv.layers: '0-99999",
+    ),
+    "a range of a loop": (
+        {"model": {**MODEL, "kv": {"layers": [{"layers": "0-7", "own": {}}], "loop": {"layers": "x", "times": 2}}}},
+        "model: model.kv.loop.layers: 'x' is not a range",
     ),
     "digits that are no ASCII": (
         {"model": {**MODEL, "kv": {"layers": [{"layers": "0-²", "own": {}}]}}},
-        "model: layers: '0-²' is not a range",
+        "model: model.kv.layers: '0-²' is not a range",
     ),
     "a seed that numpy does not take": (
         {"train": {"seed": 2**32}},

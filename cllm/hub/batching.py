@@ -77,14 +77,15 @@ def paged_config(decoder: Decoder) -> LlamaConfig:
     """The config by which transformers sizes its cache: a layer for each owner, windowed where the owner is.
 
     transformers has one window for all windowed layers, so it is the widest; readers mask their own. The name of the
-    attention is one that needs no mask from the manager, since the decoder's attention makes its own.
+    attention is one that needs no mask from the manager, since the decoder's attention makes its own. transformers
+    needs a hidden size that the heads divide, even with head_dim, and takes it only to estimate memory.
     """
     config, plan = decoder.config, decoder.plan
     assert config.vocab_size is not None
     windows = [plan.layers[owner].window for owner in plan.owners]
     paged = LlamaConfig(
         vocab_size=config.vocab_size,
-        hidden_size=config.d_model,
+        hidden_size=-(-config.d_model // config.n_heads) * config.n_heads,
         num_hidden_layers=len(plan.owners),
         num_attention_heads=config.n_heads,
         num_key_value_heads=plan.owned(plan.owners[0]).kv_heads,

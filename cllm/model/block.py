@@ -50,7 +50,7 @@ class Block(nn.Module):
             context: the state that all layers of this pass share.
             slots: the slots of `plan.reads_others(layer)`.
             store: the cache's store of this layer, to which the layer's slot is added.
-            source: (B, T, d_model), the normalised output of the layer that the plan names as this one's `input`.
+            source: (B, T or n, d_model), the normalised output of the layer that the plan names as this one's `input`.
             local: `local_store`, the cache's store of this layer's local slot, if the plan gives it one.
 
         Returns:

@@ -94,7 +94,8 @@ class Context:
     """Context of the last tokens, if only they continue after this layer has written its slot (prefill).
 
     Layers above get `x` (B, n, d_model) of those n tokens, and this context too: an owner that projects the output of a
-    lower layer writes its slot for all tokens. A tail may have a tail of its own, of the last token."""
+    lower layer writes its slot for all tokens, or for n if it mixes in a slot of n (`tail_slots`). A tail may have a
+    tail of its own, of the last token."""
     groups: tuple[Group, ...] = ()
     """The requests of the row, if it holds several; empty: each row is one sequence."""
     ends: Tensor | None = None
@@ -133,6 +134,12 @@ class Context:
     def over(self, x: Tensor) -> Context:
         """The context of the tokens of `x` (B, T or n, ...): this one, or `tail` if only its n tokens are left."""
         return self if self.tail is None or x.shape[1] == self.length else self.tail.over(x)
+
+    def of_tail(self, x: Tensor) -> Tensor:
+        """(B, n, ...): the last tokens of `x` (B, T, ...), if several go on; else `x` as it is."""
+        if self.tail is None or self.ends is not None or self.tail.length == 1:
+            return x
+        return self.last_of(x, self.tail.length)
 
     def last_of(self, x: Tensor, n: int = 1) -> Tensor:
         """(B, n, ...) or, of a row of requests, (1, requests, ...): the last tokens of `x` (B, T, ...).

@@ -35,7 +35,7 @@ from cllm.model.norm import RMSNorm
 from cllm.model.precision import product_dtype
 from cllm.model.requests import request_context
 from cllm.model.tail import last_token, with_tail
-from cllm.plan.prompt import prompt_tail
+from cllm.plan.prompt import prompt_tail, tail_slots
 
 if TYPE_CHECKING:
     from cllm.cache.cache import KVCache
@@ -85,6 +85,7 @@ class Decoder(nn.Module):
         """Contexts that record what layers compute, such as queries. While there are any, no layer skips tokens."""
         self.hand_slots(None)
         self._spans, self._prompt_tail = dict(self.plan.cyclic_spans()), prompt_tail(self.plan)
+        self._tail_slots = tail_slots(self.plan)
         for name, module in self.named_modules():
             check_can_initialise(name, module)
             check_no_buffers(name, module)
@@ -341,9 +342,10 @@ class Decoder(nn.Module):
         block: Any = self.blocks[i]
         read = [slots[j] for j in self._reads[i]]
         source = self.plan.layers[i].own
-        more: dict[str, Any] = (
-            {} if source is None or source.input is None else {"source": context.streams[source.input]}
-        )
+        more: dict[str, Any] = {}
+        if source is not None and source.input is not None:
+            stream = context.streams[source.input]
+            more["source"] = context.of_tail(stream) if i in self._tail_slots else stream
         if cache is not None:
             if self._decodes_compiled(cache, context):
                 block = self._compiled[i]

@@ -152,6 +152,8 @@ class Gates(Reader):
     It is trained and saved as other weights of reads.
     """
 
+    is_projection = True
+
     def __init__(self, read: Gate, config: ModelConfig):
         super().__init__((), "v")
         self.n_heads, self.complementary = config.n_heads, read.n_gates < len(read.parts)

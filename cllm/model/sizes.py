@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.model.decoder import Decoder
+from cllm.model.sources import Reader
 from cllm.plan.presets import MHA
 
 
@@ -123,6 +124,15 @@ def _check_memory(model: Decoder) -> None:
         )
 
 
+def _weights_of_products(block: nn.Module) -> int:
+    """Numbers in the matrices of `block` that multiply every token."""
+    found = 0
+    for module in block.modules():
+        if isinstance(module, nn.Linear) or (isinstance(module, Reader) and module.is_projection):
+            found += sum(p.numel() for name, p in module.named_parameters(recurse=False) if name == "weight")
+    return found
+
+
 def layer_flops_per_token(model: Decoder, seq_len: int) -> list[float]:
     """Forward FLOPs of one token in one pass through each layer, averaged over a causal sequence of `seq_len`.
 
@@ -133,7 +143,7 @@ def layer_flops_per_token(model: Decoder, seq_len: int) -> list[float]:
     config, plan = model.config, model.plan
     totals = []
     for i, block in enumerate(model.blocks):
-        weights = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+        weights = _weights_of_products(block)
         mixing = 0.0
         for slots, limit in plan.attended(i):
             window = min(limit or seq_len, seq_len)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -167,6 +167,9 @@ class Reader(nn.Module):
     a subclass that is linear in the stored tensors may override `queries`, `stored` and `combine` instead. Readers'
     parameters get no weight decay and a learning rate of their own, and exports keep them in fp32.
     """
+
+    is_projection: ClassVar[bool] = False
+    """Its weight is a matrix that multiplies the layer's input."""
 
     def __init__(self, places: Sequence[int], part: Part):
         super().__init__()

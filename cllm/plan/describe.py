@@ -54,7 +54,10 @@ def plan_table(plan: KVPlan) -> str:
 
 
 def plan_drawing(plan: KVPlan) -> str:
-    """A row for each layer, a column for each owner, and in it what the layer reads of the owner's slot."""
+    """A row for each layer, a column for each owner, and in it what the layer reads of the owner's slot.
+
+    Below are the second slots of layers, which have no column, and the slots that are mixed into others.
+    """
     owners, width = plan.owners, len(str(len(plan) - 1))
     digits = len(str(owners[-1]))
     lines = [" " * (width + 7) + " ".join(str(j).rjust(digits)[row] for j in owners) for row in range(digits)]
@@ -63,13 +66,22 @@ def plan_drawing(plan: KVPlan) -> str:
         for j in owners:
             k, v = j in plan.keys(i).layers, j in plan.values(i).layers
             if i == j:
-                cells.append("O" if k and v else "o")
+                cells.append("O" if k and v else "k" if k else "v" if v else "o")
             else:
                 cells.append("B" if k and v else "K" if k else "V" if v else ".")
         lines.append(f"layer {str(i).rjust(width)} " + " ".join(cells))
     lines.append(
-        "O owns and reads, o owns only, B reads keys and values, K keys, V values; columns are the cached slots"
+        "O owns and reads, k or v reads only that half of its own, o owns only, B reads keys and values, K keys, "
+        "V values; columns are the cached slots"
     )
+    mixing: dict[tuple[int, ...], list[int]] = {}
+    for i in owners:
+        if mixed := tuple(sorted(plan.mixes(i))):
+            mixing.setdefault(mixed, []).append(i)
+    for mixed, layers in mixing.items():
+        who, mix, own = ("layers", "mix", "their own") if len(layers) > 1 else ("layer", "mixes", "its own")
+        slot = "slot" if len(mixed) == 1 else "slots"
+        lines.append(f"{who} {ranges(layers)} {mix} {slot} {ranges(mixed)} into {own}")
     if second := [i for i, layer in enumerate(plan.layers) if layer.local is not None]:
         who, own, they, read = (
             ("layers", "own", "they", "read") if len(second) > 1 else ("layer", "owns", "it", "reads")

@@ -130,7 +130,7 @@ class Explicit(Section):
     def expand(self, shape: Shape) -> KVPlan:
         found: dict[int, LayerPlan] = {}
         for entry in self.layers:
-            for i in layer_range(entry.layers):
+            for i in layer_range(entry.layers, "model.kv.layers"):
                 if i in found:
                     raise PlanError(f"layer {i}: described twice in model.kv.layers")
                 if not 0 <= i < shape.n_layers:

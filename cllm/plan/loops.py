@@ -65,7 +65,7 @@ class LoopConfig(Section):
     """Turns."""
 
     def plan(self) -> Loop:
-        found = layer_range(self.layers)
+        found = layer_range(self.layers, "model.kv.loop.layers")
         if not found or found[0] < 0 or list(found) != list(range(found[0], found[0] + len(found))):
             raise PlanError(f"model.kv.loop.layers is {self.layers}; allowed: layers in a row from 0 on, such as 0-9")
         return Loop(first=found[0], count=len(found), times=self.times)

@@ -2,8 +2,9 @@
 
 Every owner whose slot other layers read has a rail beside the boxes, on the left for keys and on the right for values.
 An arrow leads from the rails that a layer reads into its box, with a dot on each of them; a rail that is crossed
-without a dot is not read. All lines are horizontal or vertical and stay outside of the boxes, so a plan of any depth
-can be read. Lengths are in inches; an artist's `gid` states which layer or read it stands for.
+without a dot is not read. Slots that a layer mixes into its own are drawn as reads through learned weights. All lines
+are horizontal or vertical and stay outside of the boxes, so a plan of any depth can be read. Lengths are in inches; an
+artist's `gid` states which layer or read it stands for.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class _Rail:
 
     owner: int
     readers: tuple[int, ...]
-    """Layers that read it; the owner is among them only if it reads other slots too."""
+    """Layers that read it or mix it into their own; the owner is among them only if it reads other slots too."""
     lane: int
     """Position outwards from the boxes, from 0."""
 
@@ -53,7 +54,8 @@ class _Rail:
 def _rails(plan: KVPlan, half: Half) -> list[_Rail]:
     """The rails of one side. Rails that share a lane have no row in common; short ones are nearest to the boxes."""
     readers: dict[int, tuple[int, ...]] = {}
-    for owner, layers in plan.readers(half).items():
+    for owner, reading in plan.readers(half).items():
+        layers = sorted({*reading, *plan.mixers(owner)})
         if any(i != owner for i in layers):
             readers[owner] = tuple(i for i in layers if i != owner or len(_sources(plan, half, i)) > 1)
     spans = {j: (min(j, *layers), max(j, *layers)) for j, layers in readers.items()}
@@ -73,8 +75,16 @@ def _sources(plan: KVPlan, half: Half, i: int) -> tuple[int, ...]:
     return (plan.keys(i) if half == "keys" else plan.values(i)).layers
 
 
-def _is_stored(plan: KVPlan, half: Half, i: int) -> bool:
+def _is_stored(plan: KVPlan, half: Half, i: int, owner: int) -> bool:
+    """Whether layer `i` takes a half of the slot of `owner` as it is, without learned weights."""
+    if owner in plan.mixes(i):
+        return False
     return plan.reads_at_once(i) or (plan.keys(i) if half == "keys" else plan.values(i)).is_stored
+
+
+def _is_windowed(plan: KVPlan, i: int) -> bool:
+    """Whether layer `i` sees a window of every slot that it reads."""
+    return all(window is not None for _, window in plan.attended(i))
 
 
 def _sees(plan: KVPlan, i: int) -> str:
@@ -151,7 +161,7 @@ def _draw_boxes(axes: Axes, plan: KVPlan, columns: _Columns) -> None:
     from matplotlib.patches import Rectangle
 
     for i, layer in enumerate(plan.layers):
-        windowed = layer.window is not None
+        windowed = _is_windowed(plan, i)
         y = i * _ROW
         axes.add_patch(
             Rectangle(
@@ -202,8 +212,8 @@ def _draw_rails(axes: Axes, plan: KVPlan, half: Half, rails: Sequence[_Rail], ed
                 linewidth=0.9, color=colour, gid=f"{half} into {i}",
             )
         )  # fmt: skip
-        stored = _is_stored(plan, half, i)
         for rail in read:
+            stored = _is_stored(plan, half, i, rail.owner)
             dot = Line2D(
                 [x_of(rail)], [y_in(i)], marker="o" if stored else "D", color=colour, markersize=3.2 if stored else 3.4,
                 markerfacecolor=colour if stored else "white", gid=f"{half} of {rail.owner} into {i}", zorder=3,
@@ -223,13 +233,15 @@ def _legend(figure: Figure, plan: KVPlan, rails: dict[Half, list[_Rail]]) -> Leg
     ]
     if plan.borrowers:
         handles.append(Patch(facecolor="white", edgecolor="0.25", label="owns nothing"))
-    if any(layer.window is not None for layer in plan.layers):
+    if any(_is_windowed(plan, i) for i in range(len(plan))):
         label = "sees a sliding window"
         handles.append(Patch(facecolor="0.9", edgecolor="0.25", linestyle=(0, (3, 2)), label=label))
     for half, side in rails.items():
         if side:
             handles.append(Line2D([], [], color=_COLOURS[half], label=f"reads {half} of another layer"))
-    forms = {_is_stored(plan, half, i) for half, side in rails.items() for rail in side for i in rail.readers}
+    forms = {
+        _is_stored(plan, half, i, rail.owner) for half, side in rails.items() for rail in side for i in rail.readers
+    }
     dots = ((True, "o", "0.3", "reads the slot as stored"), (False, "D", "white", "reads through learned weights"))
     for stored, marker, face, label in dots:
         if stored in forms and forms != {True}:

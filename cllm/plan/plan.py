@@ -278,6 +278,11 @@ class KVPlan:
             self._check_opaque(i)
         for what, read in (("keys", self.keys(i)), ("values", self.values(i))):
             check_fused(self, i, what, read)
+        if layer.own is not None and layer.own.is_state and layer.window is not None:
+            raise PlanError(
+                f"layer {i}: keeps a {layer.own.noun} and has a window of {layer.window}; allowed: no window, since a "
+                "state holds all tokens"
+            )
         if layer.own is not None and layer.own.is_state and self.reads(i) != (i,):
             raise PlanError(
                 f"layer {i}: keeps a {layer.own.noun} and reads layer {self.reads(i)[0]}; it can do only one"

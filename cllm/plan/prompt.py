@@ -33,3 +33,16 @@ def prompt_tail(plan: KVPlan) -> tuple[int, int]:
             return i, int(tail)
         tail = needed
     return top, int(tail)
+
+
+def tail_slots(plan: KVPlan) -> frozenset[int]:
+    """The owners whose slots a prompt fills for its last tokens only, because only these reach the layer.
+
+    They are above the layer that all tokens reach, and project their own input or mix such a slot into their own.
+    """
+    top, _ = prompt_tail(plan)
+    found: set[int] = set()
+    for i in plan.owners:
+        if i > top and (plan.owned(i).reads_a_prompt or not found.isdisjoint(plan.mixes(i))):
+            found.add(i)
+    return frozenset(found)

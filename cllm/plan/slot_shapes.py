@@ -53,8 +53,8 @@ def check_mixed(plan: _Plan, i: int, own: Source) -> None:
         other = plan.layers[j].own
         shape = None if other is None else (other.is_plain, len(other.halves), other.kv_heads, other.head_dim)
         if shape != (True, 2, own.kv_heads, own.head_dim):
-            found = "which owns nothing" if other is None else f"which owns {other.text}"
+            found = "nothing" if other is None else other.text if other.is_plain else f"a {other.noun}"
             raise PlanError(
-                f"layer {i}: mixes the keys and values of layer {j}, {found}; allowed: owners of keys and values with "
-                f"{own.kv_heads} KV heads of {own.head_size_text} channels"
+                f"layer {i}: mixes the keys and values of layer {j}, which owns {found}; allowed: owners of keys and "
+                f"values with {own.kv_heads} KV heads of {own.head_size_text} channels"
             )

@@ -169,7 +169,10 @@ class CompressedSlot(SlotStore):
 
 
 class SharingSlot(SlotStore):
-    """Stores nothing: readers get the slot of another store, from a layer earlier in the same pass."""
+    """Stores nothing: readers get the slot of another store, from a layer earlier in the same pass.
+
+    In a cycle, a layer below both may read before the other store has tokens of the pass; it gets those of the past.
+    """
 
     window, fp8 = None, False
 
@@ -180,8 +183,7 @@ class SharingSlot(SlotStore):
 
     def extend(self, new: Slot, step: Step) -> Slot:
         slot = self.source.in_pass if isinstance(self.source, CompressedSlot) else self.source.pending
-        assert slot is not None, "a slot shares one of a layer below it"
-        return slot
+        return self.source.extend(new, step) if slot is None else slot
 
     def commit(self, step: Step) -> None:
         pass

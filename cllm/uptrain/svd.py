@@ -71,7 +71,7 @@ def check_latents(student: Decoder, teacher: Decoder, *, calibrated: bool) -> No
         UserError: naming the layer or the key and what is allowed.
     """
     d = teacher.config.resolved_head_dim
-    for latent in student.plan.reading(Latent).values():
+    for layer, latent in student.plan.reading(Latent).items():
         unkept = d - latent.qk_rope_head_dim
         for wrong, message in (
             (
@@ -89,7 +89,7 @@ def check_latents(student: Decoder, teacher: Decoder, *, calibrated: bool) -> No
             (teacher.config.q_bias or teacher.config.kv_bias, "latents have no biases, and the teacher has"),
         ):
             if wrong:
-                raise UserError(f"model.kv with init.method svd: {message}")
+                raise UserError(f"model.kv with init.method svd: layer {layer}: {message}")
     shared = any(student.plan.layers[i].own is None for i in student.plan.reading(Latent))
     if (teacher.config.qk_norm or shared) and not calibrated:
         what = "latents that several layers read" if shared else "models with qk_norm"

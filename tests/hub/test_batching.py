@@ -129,6 +129,11 @@ def test_a_plan_of_everything_under_preemption(rope, hub_model, prompts, seen) -
     assert seen["preempted"] > 0
 
 
+def test_a_width_that_the_heads_do_not_divide(hub_model, prompts) -> None:
+    model = hub_model(d_model=26, max_seq_len=128)
+    assert _batched(model, prompts) == _greedy(model, prompts)
+
+
 @pytest.mark.parametrize(
     ("dtype", "backend", "expected"),
     [("float32", "auto", "sdpa"), ("float32", "flex", "flex"), ("bfloat16", "auto", "auto")],

@@ -88,5 +88,5 @@ def test_blocks_that_make_no_sense_are_refused(kv, message):
 
 def test_a_teacher_gives_no_blocks(tiny_config):
     student = Decoder(tiny_config(kv={"preset": "mlra", **SHAPE}))
-    with pytest.raises(UserError, match=r"svd: a latent has 4 blocks; allowed: 1, since the softmax"):
+    with pytest.raises(UserError, match=r"svd: layer 0: a latent has 4 blocks; allowed: 1, since the softmax"):
         check_latents(student, Decoder(tiny_config()), calibrated=True)

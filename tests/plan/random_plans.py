@@ -112,7 +112,7 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
                 else [draw(st.sampled_from(["keys", "values"]))]
             )
             entry |= {half: draw(reads(i, half, of_kind["own"], cyclic)) for half in halves}
-        if kind != "retention" and (window := draw(st.sampled_from(windows))) is not None:
+        if (window := draw(st.sampled_from(windows))) is not None and (kind != "retention" or draw(st.booleans())):
             entry["window"] = window
         layers.append(entry)
     iterations = None
@@ -350,6 +350,43 @@ def looped(draw: st.DrawFn) -> dict[str, Any]:
     return section | {"n_layers": len(turns), "kv": section["kv"] | {"layers": turns, "loop": loop}}
 
 
+HEADS: list[tuple[int, dict[int, int]]] = [
+    (1, {1: 1, 2: 1, 4: 1}),
+    (3, {1: 1, 2: 1, 4: 3}),
+    (5, {1: 1, 2: 5, 4: 5}),
+    (6, {1: 1, 2: 2, 4: 6}),
+    (9, {1: 1, 2: 3, 4: 9}),
+]
+"""Numbers of query heads, with the KV heads that 1, 2 and 4 become."""
+SCALINGS: list[dict[str, Any] | None] = [
+    None,
+    {"type": "linear", "factor": 3.0},
+    {"type": "llama3", "factor": 4.0, "original_max_seq_len": 16},
+    {"type": "yarn", "factor": 4.0, "original_max_seq_len": 16},
+    {"type": "yarn", "factor": 2.0, "original_max_seq_len": 8, "attention_factor": 0.7},
+]
+
+
+def with_heads(found: Any, heads: dict[int, int]) -> Any:
+    """A copy of a section, or a part of it, with other numbers of KV heads."""
+    if isinstance(found, dict):
+        changed = {key: with_heads(value, heads) for key, value in found.items()}
+        return changed | ({"n_kv_heads": heads[n]} if (n := found.get("n_kv_heads")) else {})
+    return [with_heads(value, heads) for value in found] if isinstance(found, list) else found
+
+
+@st.composite
+def reshaped(draw: st.DrawFn, sections: st.SearchStrategy[dict[str, Any]]) -> dict[str, Any]:
+    """One of `sections` in another shape: odd numbers of heads, widths that the heads do not divide, scaled RoPE."""
+    n_heads, heads = draw(st.sampled_from(HEADS))
+    section = with_heads(draw(sections), heads) | {"n_heads": n_heads}
+    section["d_model"], section["d_ff"] = draw(st.sampled_from([(16, 12), (15, 7), (9, 12)]))
+    section["head_dim"] = draw(st.sampled_from([4, 10]))
+    rope = {"theta": draw(st.sampled_from([10000.0, 50.0])), "scaling": draw(st.sampled_from(SCALINGS))}
+    return section | {"rope": {**section.get("rope", {}), **rope}}
+
+
 def everything() -> st.SearchStrategy[dict[str, Any]]:
-    """Sections with plans of every kind, a third of them with a loop."""
-    return st.one_of(varied(), varied(), looped())
+    """Sections with plans of every kind, a third of them with a loop, half of them in another shape."""
+    plans = st.one_of(varied(), varied(), looped())
+    return st.one_of(plans, reshaped(plans))

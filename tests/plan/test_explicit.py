@@ -71,8 +71,16 @@ REFUSED = {
         "layer 2: not described in model.kv.layers (missing: [2])",
     ),
     "overlap": ("[{layers: 0-2, own: {}}, {layers: 2-3, own: {}}]", "layer 2: described twice in model.kv.layers"),
-    "descending range": ("[{layers: 3-0, own: {}}]", "layers: '3-0' ends before it begins"),
-    "no range": ("[{layers: all, own: {}}]", "layers: 'all' is not a range; write \"0-11\", 3 or [0, 2, 4]"),
+    "descending range": ("[{layers: 3-0, own: {}}]", "model.kv.layers: '3-0' ends before it begins"),
+    "no range": ("[{layers: all, own: {}}]", "model.kv.layers: 'all' is not a range; write \"0-11\", 3 or [0, 2, 4]"),
+    "a state with a window": (
+        "[{layers: 0-3, retention: {}, window: 8}]",
+        "layer 0: keeps a recurrent state and has a window of 8; allowed: no window",
+    ),
+    "a mix of a state": (
+        "[{layers: 0-2, retention: {}}, {layers: 3, own: {mix: [1]}}]",
+        "layer 3: mixes the keys and values of layer 1, which owns a recurrent state; allowed: owners",
+    ),
     "layer that the model has not": (
         "[{layers: 0-4, own: {}}]",
         "layer 4: in model.kv.layers, but the model has layers 0 to 3",

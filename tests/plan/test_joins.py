@@ -20,7 +20,7 @@ from cllm.hub.model import CLLMForCausalLM
 from cllm.kernels.attention import Mask, choose
 from cllm.kernels.backends import Case
 from cllm.kernels.joint import JointPart, joint_attention
-from cllm.model.sizes import build_decoder
+from cllm.model.sizes import build_decoder, layer_flops_per_token, meta_decoder
 from cllm.plan.describe import plan_drawing, plan_table
 from cllm.plan.explicit import Explicit, plan_entries
 from cllm.plan.joins import LOCAL, Gate, Join, Part
@@ -213,6 +213,15 @@ def test_bytes_of_two_own_slots_equal_a_hand_count(tiny_config: Config) -> None:
     assert found.resident * 64 == resident
     assert found.read * 64 == read
     assert found.written == (4 + 4 + 1 + 2) * head
+
+
+def test_flops_of_a_gated_layer_equal_a_hand_count(tiny_config: Config) -> None:
+    """Layer 2 has 4 query heads of 8 channels, 4 tied KV heads and a gate for each query head and slot, all from 24
+    channels, an MLP of width 32, and attention to all of 10 tokens and to the last 4."""
+    model = meta_decoder(tiny_config(n_layers=4, kv=BOTH))
+    weights = 24 * 32 + 24 * 32 + 24 * 32 + 8 * 24 + 3 * 24 * 32  # queries, K = V, output, gates, MLP
+    seen = (1 + 10) / 2 + (1 + 2 + 3 + 7 * 4) / 10
+    assert layer_flops_per_token(model, 10)[2] == 2 * weights + 2 * 4 * 2 * 8 * seen
 
 
 def test_plans_as_text_as_pictures_and_as_yaml(tiny_config: Config) -> None:

@@ -13,6 +13,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.text import Text
 
 from cllm.config import ModelConfig
+from cllm.plan.describe import plan_drawing
 from cllm.plan.picture import plan_figure
 from cllm.plan.plan import KVPlan
 from cllm.plan.presets import preset_names
@@ -32,6 +33,20 @@ CROSSED = {  # owners that read each other, several rails a side, keys and value
         {"layers": 5, "own": {}, "values": {"share": 3}, "keys": {"share": 2}},
         {"layers": 6, "keys": {"fuse": [0, 1, 5]}, "values": {"share": 5}},
         {"layers": 7, "keys": {"share": 4}, "values": {"fuse": [2, 3, 4]}, "window": 7},
+    ]
+}
+
+
+EVERYTHING = {  # mixes, halves, ties, reads of several slots, windows in their parts
+    "layers": [
+        {"layers": 0, "own": {"tie": "kv"}},
+        {"layers": 1, "own": {"mix": [0], "input": 0}, "keys": {"fuse": [0, 1]}, "values": {"fuse": [1]}},
+        {"layers": 2, "read": {"join": [{"own": {"window": 4}}], "sink": True}},
+        {"layers": 3, "read": {"join": [{"share": 0, "window": 8}, {"own": {"window": 3}}]}},
+        {"layers": 4, "read": {"gate": [1, {"share": 3, "window": 2}]}},
+        {"layers": 5, "own": {"only": "keys"}, "values": {"share": 0}},
+        {"layers": 6, "keys": {"share": 5}, "values": {"fuse": [0, 1], "granularity": "matrix"}, "window": 6},
+        {"layers": 7, "own": {"mix": [1, 0]}, "window": 5},
     ]
 }
 
@@ -79,6 +94,7 @@ CASES = [
     *((name, n, {"preset": name}) for name in preset_names() for n in DEPTHS),
     *((name, 48, {"preset": name, **more}) for name, several in OPTIONS.items() for more in several),
     ("crossed", 8, CROSSED),
+    ("everything", 8, EVERYTHING),
 ]
 TITLE = "a run with quite a long name, which states its size, its data, its seed and more"
 
@@ -120,9 +136,10 @@ def test_every_read_of_another_layer_has_a_dot_on_its_rail_and_an_arrow(picture)
     expected, readers = set(), set()
     for i in range(len(plan)):
         for half, read in (("keys", plan.keys(i)), ("values", plan.values(i))):
-            if read.layers != (i,):
-                others = [j for j in read.layers if j != i or any(r != i for r in plan.readers(half)[i])]
-                expected |= {f"{half} of {j} into {i}" for j in others}
+            taken = {*(read.layers if read.layers != (i,) else ()), *plan.mixes(i)}
+            users = {*plan.readers(half).get(i, ()), *plan.mixers(i)}
+            if taken:
+                expected |= {f"{half} of {j} into {i}" for j in taken if j != i or users != {i}}
                 readers.add(f"{half} into {i}")
     dots = {name: box for name, box in drawn.lines.items() if re.fullmatch(r"\w+ of \d+ into \d+", name)}
     assert set(dots) == expected
@@ -144,6 +161,33 @@ def _near(line: Box, box: Box, half: str) -> bool:
     """Whether `line` ends at the side of `box` for `half`, at its height."""
     ends = abs(line.x1 - box.x0) if half == "keys" else abs(line.x0 - box.x1)
     return ends < 4 and box.y0 < (line.y0 + line.y1) / 2 < box.y1
+
+
+def test_layers_that_see_windows_alone_are_dashed_and_slots_with_learned_weights_hollow() -> None:
+    figure = plan_figure(_plan(EVERYTHING, 8), "x")
+    named: list[Any] = figure.findobj(lambda artist: bool(artist.get_gid()))
+    drawn = {artist.get_gid(): artist for artist in named}
+    assert [i for i in range(8) if drawn[f"layer {i}"].get_linestyle() != "-"] == [2, 3, 6, 7]
+    dots = {name: dot for name, dot in drawn.items() if re.fullmatch(r"keys of \d+ into \d+", name)}
+    hollow = {name for name, dot in dots.items() if dot.get_markerfacecolor() == "white"}
+    assert hollow == {"keys of 0 into 1", "keys of 1 into 1", "keys of 0 into 7", "keys of 1 into 7"}
+
+
+def test_the_drawing_in_characters() -> None:
+    lines = plan_drawing(_plan(EVERYTHING, 8)).splitlines()
+    assert lines[1:9] == [
+        "layer 0 O . . . . .",
+        "layer 1 K O . . . .",
+        "layer 2 . . O . . .",
+        "layer 3 B . . O . .",
+        "layer 4 . B . B . .",
+        "layer 5 V . . . k .",
+        "layer 6 V V . . K .",
+        "layer 7 . . . . . O",
+    ]
+    assert lines[0].split() == ["0", "1", "2", "3", "5", "7"]
+    assert lines[10:] == ["layer 1 mixes slot 0 into its own", "layer 7 mixes slots 0-1 into its own"]
+    assert "layers 1-3 mix slot 0 into their own" in plan_drawing(_plan({"preset": "yoco_pp"}, 8))
 
 
 def test_no_line_runs_along_another(picture) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from cllm.cache.cache import KVCache
 from cllm.cache.stores import SlotStore
-from cllm.plan.prompt import prompt_tail
+from cllm.plan.prompt import prompt_tail, tail_slots
 
 IDS = torch.randint(32, (2, 40), generator=torch.Generator().manual_seed(3))
 PROMPT = 30
@@ -33,6 +33,19 @@ WINDOWED: dict[str, Any] = {
 - 2: its output is needed for 4, and with its own window of 3 that is 6; layer 4 sees 3 of its slot for 3 tokens, 5;
 - 1: its output is needed for 6, and with its own window of 4 that is 9; layer 2 mixes in 6.
 """
+MIXED_IN: dict[str, Any] = {
+    "layers": [
+        {"layers": 0, "own": {}},
+        {"layers": [1, 2], "own": {"mix": [0]}, "window": 3},
+        {"layers": 3, "own": {"input": 0, "mix": [0, 2]}, "window": 3},
+        {"layers": 4, "own": {"input": 0, "mix": [3]}, "window": 2},
+        {"layers": 5, "own": {"input": 0, "mix": [0]}},
+        {"layers": 6, "own": {"input": 0, "tie": "kv"}, "window": 2},
+        {"layers": 7, "keys": {"fuse": [4, 3]}, "values": {"fuse": [3, 6]}, "window": 2},
+    ]
+}
+"""Owners that project the output of layer 0. Layers 3 and 4 mix in slots of which a prompt fills the last tokens alone:
+the windows of layers 1 and 2 take 2 · 2 + 1. Layer 5 mixes in a slot of all tokens."""
 PLANS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "ced": ({"preset": "ced", "window": 3}, (3, 4 * 2 + 1)),
     "ced, groups": ({"preset": "ced", "window": 4, "group": 2, "n_lower": 2}, (1, 6 * 3 + 1)),
@@ -41,6 +54,7 @@ PLANS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "windows above the last full layer": ({"preset": "gqa", "window": 5, "full_every": 6}, (5, 2 * 4 + 1)),
     "windows everywhere": ({"preset": "mha", "window": 3}, (0, 7 * 2 + 1)),
     "every kind of window": (WINDOWED, (0, 9)),
+    "mixed in": (MIXED_IN, (0, 5)),
     "swiftkv": ({"preset": "swiftkv"}, (3, 1)),
     "yoco": ({"preset": "yoco", "window": 3}, (4, 1)),
     "fusedkv": ({"preset": "fusedkv"}, (3, 1)),
@@ -64,6 +78,13 @@ def test_the_layer_and_the_tokens_by_hand(name, tiny_config) -> None:
 def test_the_published_ced(tiny_config) -> None:
     plan = tiny_config(n_layers=24, kv={"preset": "ced"}).plan()
     assert prompt_tail(plan) == (11, 12 * 127 + 1)
+
+
+def test_slots_of_which_a_prompt_fills_the_last_tokens(tiny_config) -> None:
+    found = {name: sorted(tail_slots(tiny_config(kv=kv).plan())) for name, (kv, _) in PLANS.items()}
+    assert found["mixed in"] == [1, 2, 3, 4]
+    assert found["every kind of window"] == [1, 2, 3, 4]
+    assert found["swiftkv"] == found["mha"] == []
 
 
 def next_tokens(model, cache: KVCache) -> torch.Tensor:
@@ -93,10 +114,11 @@ def test_the_last_token_and_the_cache_are_those_of_full_passes(model, chunk, opt
     torch.testing.assert_close(next_tokens(model, cache), full[:, PROMPT:], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model", ["every kind of window"], indirect=True)
-def test_every_kind_of_window_is_exact(model) -> None:
+@pytest.mark.parametrize("chunk", [None, 7, 6])
+@pytest.mark.parametrize("model", ["every kind of window", "mixed in"], indirect=True)
+def test_every_kind_of_window_is_exact(model, chunk) -> None:
     full, cache = model(IDS), KVCache(model.config)
-    last = model.head(model.prefill(IDS[:, :PROMPT], cache))
+    last = model.head(model.prefill(IDS[:, :PROMPT], cache, chunk=chunk))
     torch.testing.assert_close(last, full[:, PROMPT - 1 : PROMPT], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(next_tokens(model, cache), full[:, PROMPT:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model(IDS, last_only=True), full[:, -1:], atol=1e-5, rtol=1e-5)

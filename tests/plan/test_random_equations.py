@@ -170,6 +170,7 @@ def assert_equal_to_reference(section: dict[str, Any], config: ModelConfig, refe
     latents = {i: {"q_lora_rank": None, **entry["latent"]} for entry in owners for i in layer_range(entry["layers"])}
     shape = {"n_heads": config.n_heads, "head_dim": config.resolved_head_dim, "scales": config.scale_embeddings}
     shape |= {"activation": config.mlp_activation, "windowed_theta": config.rope.windowed_theta}
+    shape |= {"theta": config.rope.theta, "scaling": config.rope.scaling and config.rope.scaling.model_dump()}
     slow = reference.SlowDecoder(weights, rows_of(section), latent=latents, **shape)
     expected = slow.by_layers(IDS, **(section["kv"].get("iterations") or {}))
     logits = model(torch.tensor([IDS]))[0]

@@ -26,9 +26,10 @@ from cllm.hub.export import as_pretrained
 from cllm.hub.model import CLLMForCausalLM
 from cllm.model.decoder import Decoder
 from cllm.plan.plan import KVPlan
+from cllm.prefix.pack import pack, unpack
 from tests.plan.random_plans import GIVEN, PROPERTY, VOCABULARY, File, everything, formed, joined, model, models, sized
 
-LENGTH, BATCH = 7, 2
+LENGTH, PROMPT, BATCH = 12, 10, 2
 
 
 def cycle(backward: int, **layer: Any) -> dict[str, Any]:
@@ -75,7 +76,8 @@ def check_cache(
     model: Decoder, ids: torch.Tensor, full: torch.Tensor, parts: list[int], chunk: int, max_len: int | None
 ):
     """Chunks and single tokens through a cache give the logits of a full forward, and so does a prompt whose upper
-    layers compute the last token alone; the cache has the bytes that were predicted."""
+    layers compute the last token alone, also if the cache is stored and read in between; the cache has the bytes that
+    were predicted."""
     config = model.config
     cache = KVCache(config, max_len=max_len)
     logits = torch.cat([model(part, cache=cache) for part in ids.split(parts, dim=1)], dim=1)
@@ -83,28 +85,37 @@ def check_cache(
     assert cache.nbytes() == cache_bytes(config, context=LENGTH, batch=BATCH, bytes_per_element=4)
     for size in (None, chunk):
         cache = KVCache(config, max_len=max_len)
-        last = model.head(model.prefill(ids[:, :5], cache, chunk=size))
-        torch.testing.assert_close(last, full[:, 4:5], atol=1e-4, rtol=1e-4)
-        rest = torch.cat([model(ids[:, t : t + 1], cache=cache) for t in (5, 6)], dim=1)
-        torch.testing.assert_close(rest, full[:, 5:], atol=1e-4, rtol=1e-4)
+        last = model.head(model.prefill(ids[:, :PROMPT], cache, chunk=size))
+        torch.testing.assert_close(last, full[:, PROMPT - 1 : PROMPT], atol=1e-4, rtol=1e-4)
+        if size is None:
+            cache = unpack(pack(cache), config, max_len=max_len)
+        rest = torch.cat([model(ids[:, t : t + 1], cache=cache) for t in range(PROMPT, LENGTH)], dim=1)
+        torch.testing.assert_close(rest, full[:, PROMPT:], atol=1e-4, rtol=1e-4)
         assert cache.nbytes() == cache_bytes(config, context=LENGTH, batch=BATCH, bytes_per_element=4)
     fp8 = KVCache(config, max_len=max_len, storage="fp8")
     model(ids, cache=fp8)
     assert fp8.nbytes() == cache_bytes(config, context=LENGTH, batch=BATCH, bytes_per_element=4, storage="fp8")
 
 
-def check_padding(model: Decoder, ids: torch.Tensor, full: torch.Tensor) -> None:
+def check_padding(model: Decoder, ids: torch.Tensor, full: torch.Tensor, max_len: int | None) -> None:
     """A row after padding, in one pass and from a cache, and a document in a packed row have the logits of each alone.
 
-    The second row starts at its third token. With documents, the first four tokens and the others are apart.
+    The second row starts at its third token. With documents, the first four tokens and the others are apart. Rows of a
+    cache that change places go on as each would.
     """
+    ids, full = ids[:, :7], full[:, :7]
     starts, alone = torch.tensor([0, 2]), model(ids[1:, 2:])
     cached = []
     for parts in ([5, 1, 1], [1, 3, 3], [1, 1, 1, 4]):  # the second row is padding alone in steps of one token
-        cache = KVCache(model.config)
+        cache = KVCache(model.config, max_len=max_len)
         split = enumerate(ids.split(parts, dim=1))
         logits = [model(part, cache=cache, starts=None if n else starts) for n, part in split]
         cached.append(torch.cat(logits, dim=1))
+    cache = KVCache(model.config, max_len=max_len)
+    first = model.head(model.prefill(ids[:, :5], cache, starts=starts))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    rest = torch.cat([model(ids.flip(0)[:, t : t + 1], cache=cache) for t in (5, 6)], dim=1).flip(0)
+    torch.testing.assert_close(torch.cat((first, rest), dim=1), cached[0][:, 4:], atol=1e-4, rtol=1e-4)
     for found in (model(ids, starts=starts), *cached):
         torch.testing.assert_close(found[0], full[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found[1, 2:], alone[0], atol=1e-4, rtol=1e-4)
@@ -176,7 +187,8 @@ def test_accepted_plans_compute_cache_export_and_train_alike(section, sizes, chu
     else:
         check_cache(model, ids, full, parts, chunk, LENGTH)
 
-    check_padding(model, ids, full)
+    for max_len in (None,) if unequal else (None, LENGTH):
+        check_padding(model, ids, full, max_len)
     folder = tmp_path_factory.mktemp("exported")
     as_pretrained(model).save_pretrained(folder)
     loaded = CLLMForCausalLM.from_pretrained(folder)
@@ -192,6 +204,14 @@ FORMS: list[dict[str, Any]] = [
     {"own": {"tie": "kv", "input": 3}, "keys": {"fuse": [2, 4, 5], "granularity": "complex"}},
 ]
 """Owners of every form; all tokens of a prompt reach layer 3 and none above."""
+TAIL: list[dict[str, Any]] = [
+    {"own": {}},
+    {"own": {}, "window": 3},
+    {"own": {"input": 0, "mix": [1]}, "window": 3},
+    {"own": {"input": 0, "mix": [0, 2]}, "window": 2},
+    {"keys": {"fuse": [2, 3]}, "values": {"fuse": [3, 2]}, "window": 2},
+]
+"""Of a prompt, layer 1 computes the last 3 tokens; layers 2 and 3 project all, and mix in slots of the last 3."""
 CYCLIC_FORMS: list[dict[str, Any]] = [
     {"own": {}},
     {"keys": {"share": 3}, "values": {"share": 2}},
@@ -230,6 +250,7 @@ def looped(layers: list[dict[str, Any]], loop: dict[str, Any]) -> dict[str, Any]
 
 @settings(PROPERTY, max_examples=int(GIVEN or 15))
 @example(section=listed(FORMS), sizes=EVEN, chunk=2)
+@example(section=listed(TAIL), sizes=EVEN, chunk=4)
 @example(section=looped(LOOP, {"layers": "1-2", "times": 2}), sizes=EVEN, chunk=2)
 @example(section=looped(REUSE, {"layers": [0], "times": 3}), sizes=EVEN, chunk=2)
 @example(section=listed(CYCLIC_FORMS, {"forward": 2, "backward": 2}), sizes=EVEN, chunk=2)

@@ -320,7 +320,7 @@ def test_what_cannot_be_mixed_is_refused(teacher: TracedDecoder, tiny_config: Co
         (({"own": {"n_kv_heads": 2}}, mixed), "layer 1: mixes the keys and values of layer 0, which owns 2 KV heads;"),
         (
             ({"retention": {}}, mixed),
-            "layer 0, which owns recurrent state; allowed: owners of keys and",
+            "layer 0, which owns a recurrent state; allowed: owners of keys and",
         ),
     ):
         assert expected in message(n_layers=len(entries), kv=layers(*entries))

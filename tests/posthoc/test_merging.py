@@ -299,6 +299,28 @@ def test_a_sharing_model_is_one_whose_slot_is_replaced(decoder, tokens):
     torch.testing.assert_close(shared, twin(ids), atol=1e-5, rtol=1e-5)
 
 
+def test_a_slot_is_shared_inside_a_cycle(decoder, tokens):
+    """Layer 0 reads slot 2, which is slot 1, before layer 1 has written it: in the first pass that of past tokens."""
+    cycle = {
+        "layers": [
+            {"layers": 0, "own": {}, "keys": {"share": 2}},
+            {"layers": 1, "own": {}, "keys": {"share": 0}, "values": {"fuse": [0, 1]}},
+            {"layers": 2, "own": {}, "keys": {"fuse": [1, 2]}},
+        ],
+        "iterations": {"forward": 15, "backward": 1},
+    }
+    model, ids = decoder(kv=cycle, n_layers=3), tokens(2, 16)
+    engine = engine_of(model)
+    whole, parts = engine.new_cache({2: 1}), engine.new_cache({2: 1})
+    expected = engine.logits(ids, whole)
+    found = torch.cat([engine.logits(part, parts) for part in ids.split(1, dim=1)], dim=1)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(expected, engine.logits(ids, engine.new_cache()), atol=1e-2)
+    method = parse("kvsharer:threshold=-1")
+    method.prepare(engine, ids)
+    assert method.shares()
+
+
 def test_dissimilar_pairs_are_tried_first_and_the_threshold_holds(decoder, tokens):
     model, ids = decoder(n_layers=4), tokens(2, 20)
     model.blocks[3].attention.owner.v_proj.weight.mul_(50)  # slot 3 is far from all others

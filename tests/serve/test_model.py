@@ -110,7 +110,9 @@ def test_random_plans_are_refused_or_give_the_logits_of_the_decoder(
         assert refusal.startswith("vLLM cannot serve this KV plan: ")
         return
     event("served")
-    tied = sum(sum(own.elements(4)) for j in plan.owners if (own := plan.owned(j)).rotates_at_read)
+    tied = sum(
+        sum(own.elements(config.resolved_head_dim)) for j in plan.owners if (own := plan.owned(j)).rotates_at_read
+    )
     assert layout.elements == kv_bytes(config, bytes_per_element=1).written + tied
     check(fake, random_model(config), fast_prefill=fast_prefill)
 

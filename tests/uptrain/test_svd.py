@@ -129,9 +129,9 @@ def test_norms_on_queries_and_keys_become_factors_measured_on_the_text(
 @pytest.mark.parametrize(
     ("shape", "kv", "message"),
     [
-        ({}, mla(value=4), "v_head_dim is 4; allowed: 8 or more"),
+        ({}, mla(value=4), "layer 0: v_head_dim is 4; allowed: 8 or more"),
         ({}, mla(rope=4, nope=2), "qk_nope_head_dim is 2; allowed with qk_rope_head_dim 4: 4 or more"),
-        ({}, mla(q_lora_rank=8), "q_lora_rank is 8; allowed: null"),
+        ({}, mla(q_lora_rank=8), "layer 0: q_lora_rank is 8; allowed: null"),
         ({}, mla(rope=10), "qk_rope_head_dim is 10"),
         ({"kv_bias": True}, mla(), "latents have no biases"),
     ],

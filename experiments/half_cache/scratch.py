@@ -30,13 +30,13 @@ import yaml
 
 from cllm.arguments import Parser, number, whole_number
 from cllm.config import ModelConfig
+from cllm.counts import count_text
 from cllm.data.manifest import Manifest
 from cllm.errors import UserError, one_line
 from cllm.files import check_replaceable, write_atomic
 from cllm.model.sizes import build_decoder, count_parameters
 from cllm.runs import RUN, RunFolder
 from cllm.signals import stoppable
-from cllm.study.schema import count_text
 from experiments.half_cache.command import add_running, add_students, run_until_stopped
 from experiments.half_cache.configs import check_config
 from experiments.half_cache.runner import Devices, Experiment, config_of

@@ -8,6 +8,7 @@ decode.py            attention of one new token over cached slots
 few_rows.py          products of a few rows with weights, in a decoding step
 split_decode.py      launches the Triton kernels of decode.py
 triton_decode.py     split-KV flash decoding in Triton
+chunks.py            parts of keys and values as chunks of channels
 split_tied.py        launches the kernel of triton_tied.py
 triton_tied.py       decoding of tied slots in Triton, for one or two query heads for each KV head
 limits.py            resources of a device, and how many programs fill it

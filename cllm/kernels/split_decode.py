@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cllm.kernels import split_tied, triton_decode
+from cllm.kernels.chunks import Chunk, argument, channels, chunks_of, key_chunk_of, out_starts
 from cllm.kernels.limits import Limits, balanced_splits, device_limits, next_power_of_2
 from cllm.kernels.split_tied import TiedTiles
 
@@ -23,9 +24,6 @@ MAX_WIDTH = 640
 """Maximum channels of all key parts together, and of all value parts: queries and accumulators are in registers."""
 MAX_WIDTH_FP32 = 256
 """Maximum for fp32 data or queries, whose products take three passes and more registers."""
-
-MAX_PAIRS = 64
-"""Maximum of RoPE's pairs in one product: queries are rotated in every tile, and all of them need registers at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,36 +50,6 @@ class Rotation(NamedTuple):
     """The same shape, strides and dtype."""
     parts: tuple[int, ...]
     """The key parts that are stored before RoPE."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Channels [start, start + width) of one part, in tiles of `block` channels."""
-
-    part: int
-    start: int
-    width: int
-    block: int
-
-
-def _chunks(parts: Sequence[Tensor], halved: Collection[int] = ()) -> list[_Chunk]:
-    """Every part as one chunk if its width is a power of two; otherwise the largest power of two below, and the rest.
-
-    576 = 512 + 64: almost half of a tile of 1024 would be padding. A matrix product needs at least 16 channels. Parts
-    that are `halved` are cut into the two channels of at most 64 pairs of RoPE each, one after the other.
-    """
-    chunks = []
-    for part, tensor in enumerate(parts):
-        width = tensor.shape[-1]
-        head = width if width < 16 or width == next_power_of_2(width) else next_power_of_2(width) // 2
-        cuts, half = [(0, head), (head, width - head)], width // 2
-        if part in halved:
-            pieces = [(start, min(MAX_PAIRS, half - start)) for start in range(0, half, MAX_PAIRS)]
-            cuts = [(first + start, size) for start, size in pieces for first in (0, half)]
-        for start, size in cuts:
-            if size:
-                chunks.append(_Chunk(part, start, size, max(16, next_power_of_2(size))))
-    return chunks
 
 
 def _halved(
@@ -122,7 +90,7 @@ def unsupported(
         return "the channels of a tensor are not contiguous"
     most = MAX_WIDTH_FP32 if any(t.dtype == torch.float32 for t in (*queries, *stored)) else MAX_WIDTH
     for what, parts, halved in zip(("keys", "values"), (keys, values), _halved(rotation, keys, values), strict=True):
-        if (width := sum(chunk.block for chunk in _chunks(parts, halved))) > most:
+        if (width := sum(chunk.block for chunk in chunks_of(parts, halved))) > most:
             return f"{what} of {width} channels in all parts; at most {most}"
     limits = device_limits(device)
     if (needed := tiles_for(queries, keys, values, None, rotation)[1]) > limits.shared:
@@ -336,8 +304,7 @@ def _launch(
     length, groups = keys[0].shape[1:3]
     heads = n_heads // groups
     halved = _halved(rotation, keys, values)
-    key_chunks, value_chunks = _chunks(keys, halved[0]), _chunks(values, halved[1])
-    starts = [sum(v.shape[-1] for v in values[: chunk.part]) + chunk.start for chunk in value_chunks]
+    key_chunks, value_chunks = chunks_of(keys, halved[0]), chunks_of(values, halved[1])
     constants: dict[str, Any] = {
         "G": groups,
         "WIDTHS": tuple(chunk.width for chunk in key_chunks),
@@ -345,9 +312,9 @@ def _launch(
         "K_SCALED": tuple(key_scales[chunk.part] is not None for chunk in key_chunks),
         "OUT_WIDTHS": tuple(chunk.width for chunk in value_chunks),
         "OUT_BLOCKS": tuple(chunk.block for chunk in value_chunks),
-        "OUT_STARTS": tuple(starts),
+        "OUT_STARTS": out_starts(value_chunks, values),
         "OUT_WIDTH": partial.shape[-1],
-        "V_FROM": _key_chunk_of(value_chunks, values, value_scales, key_chunks, keys, key_scales),
+        "V_FROM": key_chunk_of(value_chunks, values, value_scales, key_chunks, keys, key_scales),
         "V_SCALED": tuple(value_scales[chunk.part] is not None for chunk in value_chunks),
         "EXCLUDE_SELF": exclude_self,
         "BLOCK_N": tiles.block_n,
@@ -355,9 +322,9 @@ def _launch(
         "num_warps": tiles.num_warps,
     }
     parts = (
-        tuple((_channels(queries, chunk), queries[chunk.part].stride()[:2]) for chunk in key_chunks),
-        tuple(_stored(chunk, keys, key_scales) for chunk in key_chunks),
-        tuple(_stored(chunk, values, value_scales) for chunk in value_chunks),
+        tuple((channels(queries, chunk), queries[chunk.part].stride()[:2]) for chunk in key_chunks),
+        tuple(argument(chunk, keys, key_scales) for chunk in key_chunks),
+        tuple(argument(chunk, values, value_scales) for chunk in value_chunks),
     )
     rule = (column, first, partial, log_sums, length, window, log2_scale)
     if tiles.elementwise:
@@ -380,7 +347,7 @@ def _launch(
         )
 
 
-def _turns(rotation: Rotation | None, batch: int, chunks: Sequence[_Chunk]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _turns(rotation: Rotation | None, batch: int, chunks: Sequence[Chunk]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Tables and their strides (B, S), and the constants of `split_dot` that say which chunks are rotated."""
     if rotation is None:
         names = ("TURN_STARTS", "TURN_WIDTHS", "TURN_BLOCKS")
@@ -399,31 +366,6 @@ def _turns(rotation: Rotation | None, batch: int, chunks: Sequence[_Chunk]) -> t
         "TURN_BLOCKS": tuple(chunk.block for chunk in turns.values()),
     }
     return (cos, sin, cos.expand(batch, -1, -1).stride()[:2]), constants
-
-
-def _channels(parts: Sequence[Tensor], chunk: _Chunk) -> Tensor:
-    return parts[chunk.part][..., chunk.start :]
-
-
-def _stored(chunk: _Chunk, parts: Sequence[Tensor], scales: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """A chunk as an argument of the kernels: pointer and strides of the data and of its scales."""
-    data, scale = _channels(parts, chunk), scales[chunk.part]
-    scale = data if scale is None else scale  # a tuple cannot hold None; without scales the kernel does not read it
-    return (data, data.stride()[:3], scale, scale.stride()[:3])
-
-
-def _key_chunk_of(value_chunks, values, value_scales, key_chunks, keys, key_scales) -> tuple[int, ...]:
-    """For each value chunk, the index of the key chunk with the same data, or -1. Such a chunk is loaded once."""
-
-    def same(v: int, k: int) -> bool:
-        a, b = value_scales[v], key_scales[k]
-        return values[v].is_set_to(keys[k]) and (a.is_set_to(b) if a is not None and b is not None else a is b)
-
-    indices = []
-    for value in value_chunks:
-        matches = (i for i, key in enumerate(key_chunks) if same(value.part, key.part) and (value.start == key.start))
-        indices.append(next(matches, -1))
-    return tuple(indices)
 
 
 def _product_type(query: Tensor, stored: Tensor, float8: torch.dtype) -> Any:

@@ -17,6 +17,7 @@ import torch
 from cllm.errors import UserError
 from cllm.kernels import split_decode, split_tied
 from cllm.kernels.choice import log_once, uses_triton
+from cllm.kernels.chunks import chunks_of
 from cllm.kernels.decode import Stored, Visible, decode_attention, decode_attention_lse, rotation_of
 from cllm.kernels.joint import DecodePart, joint_decode
 from cllm.kernels.split_decode import Limits, Tiles, choose_tiles
@@ -292,7 +293,7 @@ def test_parts_and_heads_must_fit():
 
 def test_head_dimensions_are_cut_into_powers_of_two():
     def cut(width: int):
-        return [(c.start, c.width, c.block) for c in split_decode._chunks([torch.empty(width)])]
+        return [(c.start, c.width, c.block) for c in chunks_of([torch.empty(width)])]
 
     assert cut(128) == [(0, 128, 128)]
     assert cut(576) == [(0, 512, 512), (512, 64, 64)]

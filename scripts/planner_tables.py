@@ -64,6 +64,7 @@ LEFT_OUT = {
     "2026-11-27-new-tokens-smollm2-cpu.csv": "losses while new tokens join, not of a compressed prompt",
     "2026-11-28-calibrated-smollm2-cpu.csv": "windows of 256 tokens; calibration-texts has 1,024",
     "2026-11-28-head-bits-short-prompts-smollm2-cpu.csv": "prompts of 256 and 1,024 tokens",
+    "2026-11-28-weighted-errors-again-smollm2-cpu.csv": "specs of 2026-11-27-weighted-errors, in two versions",
     "2026-11-28-head-bits-lengths-smollm2-cpu.csv": "prompts of 64 to 3,072 tokens, in two versions",
     "2026-11-28-methods-rest-cpu.json": "four to seven windows in fp32, of two models",
 }

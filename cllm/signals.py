@@ -68,9 +68,7 @@ class _Raiser:
                 if self._ended:
                     return
                 self._repeats = is_handler = signal.getsignal(number) is self
-                _thread.interrupt_main(
-                    signal.Signals(number)
-                )  # another handler, which raises nothing, gets the signal once
+                _thread.interrupt_main(signal.Signals(number))  # another handler, which raises nothing, gets it once
 
     def end(self) -> None:
         """Raise no more exceptions for signals that came before."""

@@ -41,6 +41,7 @@ _LEAST_HEADS = 64
 _CONDITIONS = {"window": "context", "trained_tokens": "tokens", "parameters": "parameters"}
 """Columns of sweeps and records, where they have them, as fields of `LossChange`."""
 _LAYERS = 24
+"""Layers with which they are compared."""
 _CLOSE = 0.02
 
 

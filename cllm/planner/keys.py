@@ -42,7 +42,7 @@ _HEADS = "n_kv_heads"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """What is known of the size of a model with a plan; None: not known."""
+    """The size of a model, as far as it is known. None: not known."""
 
     n_layers: int | None = None
     n_heads: int | None = None

@@ -119,7 +119,7 @@ class Experiment:
         self.teacher_bytes = kv_bytes(self.model).resident
         """Of the teacher's cache for each token."""
         self.name: str | None = None
-        """What tables of other commands call the teacher; None: the name of its folder."""
+        """The teacher's name in tables of `cllm compare`; None: that of its folder."""
         self.finished: Callable[[RunFolder], None] | None = None
         """Called with the folder of each student that has finished."""
         self._environment = environment()

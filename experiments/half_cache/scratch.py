@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from cllm.arguments import Parser, number, whole_number
@@ -34,7 +33,7 @@ from cllm.counts import count_text
 from cllm.data.manifest import Manifest
 from cllm.errors import UserError, one_line
 from cllm.files import check_replaceable, write_atomic
-from cllm.model.sizes import build_decoder, count_parameters
+from cllm.model.sizes import count_parameters, meta_decoder
 from cllm.runs import RUN, RunFolder
 from cllm.signals import stoppable
 from experiments.half_cache.command import add_running, add_students, run_until_stopped
@@ -182,8 +181,7 @@ class Scratch:
         students = chosen_students(self.options.students, AGENDA, options.teacher, self.devices.log)
         experiment = Experiment(options, self.devices, students)
         experiment.finished = None if self.options.keep_checkpoints else delete_checkpoints
-        with torch.device("meta"):
-            size = count_parameters(build_decoder(experiment.model))
+        size = count_parameters(meta_decoder(experiment.model))
         experiment.name = f"mha of {count_text(float(f'{size:.3g}'))}, {count_text(self.size.tokens)} tokens"
         done = experiment.run()
         if self.devices.late:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from cllm.cache.accounting import kv_bytes
 from cllm.config import Config
 from cllm.config.load import validate
 from cllm.errors import UserError, one_line
@@ -38,8 +37,6 @@ def measure(configs: dict[str, Any], out: Path, device: torch.device) -> None:
         module = data_module(config)
         if teacher is None:
             teacher = open_teacher(config)
-            own, theirs = kv_bytes(config.model), kv_bytes(teacher.config)
-            found |= {"bytes_per_token": own.resident, "teacher_bytes_per_token": theirs.resident}
             if "teacher_loss" not in found:
                 found["teacher_loss"] = validation_loss(teacher.decoder.to(device), module, device, bf16=True)
         begin = time.perf_counter()

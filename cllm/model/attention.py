@@ -158,7 +158,14 @@ class Attention(Mixer):
         mask = context.mask(self.window, self.exclude_self, size)
         if self.is_fused and context.recompute_fusion and torch.is_grad_enabled():
             return checkpoint(
-                self._read, q, slots, mask, context.backend, use_reentrant=False, context_fn=_keep_kernels
+                self._read,
+                q,
+                slots,
+                mask,
+                context.backend,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=_keep_kernels,
             )
         return self._read(q, slots, mask, context.backend)
 

@@ -44,8 +44,11 @@ Slots = dict[int, Slot]
 
 
 def recompute(function: Any, *inputs: Any, **more: Any) -> Any:
-    """`function(*inputs, **more)` with gradient checkpointing: activations are recomputed in the backward."""
-    return checkpoint(function, *inputs, use_reentrant=False, **more)
+    """`function(*inputs, **more)` with gradient checkpointing: activations are recomputed in the backward.
+
+    `function` may not draw random numbers. Their state is not kept, which a CUDA graph could not record.
+    """
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **more)
 
 
 class Decoder(nn.Module):

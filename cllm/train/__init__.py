@@ -7,6 +7,7 @@ resume.py               settings that may change when a run is resumed, and the 
 summary.py              sizes, costs and settings of a run, for summary.json and loggers
 module.py               the training and validation step
 uptraining.py           the step of uptraining, with a teacher
+replay.py               forward and backward as one CUDA graph: train.cuda_graph
 prepare.py              a decoder set up for training: recomputation, fp8, SwiGLU, compilation
 float8.py               fp8 products
 swiglu.py               kernels of feed-forward layers

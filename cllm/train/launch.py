@@ -12,6 +12,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from cllm.config import Config
 from cllm.errors import UserError
 from cllm.train.optim import Optimizer, find_optimizer
+from cllm.train.replay import resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ class Launch:
     """Whether forward and backward compute in bf16."""
     compiled: bool
     """Whether blocks are compiled."""
+    graphed: bool
+    """Whether forward and backward of a step are one CUDA graph."""
     optimizer: Optimizer
     """The optimizer of `optim.name`."""
 
@@ -53,8 +56,7 @@ class Launch:
 
         Raises:
             UserError: for devices that this machine does not have, for processes started by torchrun or SLURM that the
-                config does not ask for, for a global batch that the processes cannot divide, and for an unknown
-                optimizer.
+                config does not ask for, for a global batch that the processes cannot divide, and as `on` does.
         """
         train = config.train
         if train.accelerator == "gpu" and not torch.cuda.is_available():
@@ -83,7 +85,7 @@ class Launch:
         `train.devices: auto` counts the GPUs of this machine, or one if it has none.
 
         Raises:
-            UserError: for an unknown optimizer.
+            UserError: as `on` does.
         """
         train = config.train
         available = 1 if train.strategy == "single" else max(torch.cuda.device_count(), 1)
@@ -95,7 +97,8 @@ class Launch:
         """The launch on machines with `devices` devices each.
 
         Raises:
-            UserError: for an unknown optimizer, and for ZeRO with an optimizer that is not elementwise.
+            UserError: for an unknown optimizer, for ZeRO with an optimizer that is not elementwise, and for a
+                `train.cuda_graph` that cannot be.
         """
         train = config.train
         gpu, processes = accelerator == "gpu", devices * train.num_nodes
@@ -108,6 +111,7 @@ class Launch:
                 f"train.strategy is {strategy}, but optim.name is {config.optim.name}, which needs entire weights, and "
                 "ZeRO gives it parts of them; allowed with it: auto, single, ddp"
             )
+        accumulate = -(-train.global_batch // (train.micro_batch * processes))
         compiled = train.compile
         if compiled == "auto":  # compiled blocks would hold weights that ZeRO-3 gathers inside of them
             compiled = gpu and strategy != "zero3"
@@ -116,10 +120,11 @@ class Launch:
             device=torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu"),
             devices=devices,
             num_nodes=train.num_nodes,
-            accumulate=-(-train.global_batch // (train.micro_batch * processes)),
+            accumulate=accumulate,
             strategy=strategy,
             bf16=train.in_bf16(gpu=gpu),
             compiled=compiled,
+            graphed=resolve(config, gpu=gpu, strategy=strategy, accumulate=accumulate),
             optimizer=optimizer,
         )
 

@@ -14,6 +14,7 @@ from cllm.data.recall import GROUPS, recall_distance, recall_sums
 from cllm.kernels.cross_entropy import IGNORE
 from cllm.model.decoder import Decoder
 from cllm.train.optim import Optimizer
+from cllm.train.replay import Replay
 from cllm.train.schedule import Schedule
 from cllm.train.strategy import ZeroStrategy
 
@@ -45,6 +46,8 @@ class TrainingModule(lightning.LightningModule):
         """Norm of the last step's gradient, before clipping."""
         self.skipped_steps: Tensor | int = 0
         """Steps of the run that were skipped because their gradient was not finite. DeepSpeed counts its own."""
+        self.replay: Replay | None = None
+        """The graph of a step, if it is one."""
         self._scores: dict[int, Tensor] = {}
         self._recall: dict[int, Tensor] = {}
 
@@ -63,12 +66,27 @@ class TrainingModule(lightning.LightningModule):
         Micro-batches then differ in their number of scored tokens. Divided by a constant instead, every scored token of
         a step has the same weight, whatever the number of micro-batches and devices.
         """
-        labels = batch["labels"]
+        parts = self.parts(batch)
+        self.loss_sum = self.loss_sum + parts["loss"].detach()
+        self.loss_count = self.loss_count + ((batch["labels"] != IGNORE).sum() if "document_ids" in batch else 1)
+        return parts["objective"]
+
+    def objective(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars of a micro-batch: `objective`, which is minimised, and others for the log; here `loss`."""
         masked = "document_ids" in batch
         loss = self.loss(batch, "sum" if masked else "mean")
-        self.loss_sum = self.loss_sum + loss.detach()
-        self.loss_count = self.loss_count + ((labels != IGNORE).sum() if masked else 1)
-        return loss / labels.numel() if masked else loss
+        return {"objective": loss / batch["labels"].numel() if masked else loss, "loss": loss}
+
+    def parts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`objective` of a micro-batch, replayed if the step is a CUDA graph. The next call may overwrite it."""
+        return self.objective(batch) if self.replay is None else self.replay(batch)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's; a replayed step has its gradients already."""
+        if self.replay is None:
+            super().backward(loss, *args, **kwargs)
+        else:
+            self.replay.attach_gradients()
 
     def plain_weights(self) -> dict[str, Tensor]:
         """The weights that a checkpoint of this step has, by their names in a decoder."""

@@ -32,6 +32,7 @@ CHANGEABLE = {
     "train.num_nodes": "freely",
     "train.strategy": "among auto, single and ddp",
     "train.max_skipped_steps": "freely",
+    "train.cuda_graph": "freely",
     "train.gradient_checkpointing": "freely",
     "train.recompute_fusion": "freely",
     "train.log_every": "freely",

@@ -36,6 +36,7 @@ from cllm.train.module import TrainingModule
 from cllm.train.prepare import prepare_for_training
 from cllm.train.probes import Probe, Probes
 from cllm.train.ranks import RankWatch
+from cllm.train.replay import Replay
 from cllm.train.reshard import shards
 from cllm.train.resume import delete_checkpoints, prepare_folder, record_data
 from cllm.train.stop import StopWhenDone
@@ -177,7 +178,7 @@ def make_module(
     if config.init.path is None:
         model = build_decoder(config.model, backend=config.attention.backend)
         prepare_for_training(model, config, launch)
-        return TrainingModule(model, config, launch.optimizer, data.validation_names)
+        return _replaying(TrainingModule(model, config, launch.optimizer, data.validation_names), launch)
     student = start_student(
         config,
         data,
@@ -191,4 +192,10 @@ def make_module(
     teacher.fp32_residual = config.train.fp32_residual
     if launch.compiled:
         teacher.compile_blocks()
-    return UptrainingModule(student, launch.optimizer, data.validation_names)
+    return _replaying(UptrainingModule(student, launch.optimizer, data.validation_names), launch)
+
+
+def _replaying(module: TrainingModule, launch: Launch) -> TrainingModule:
+    if launch.graphed:
+        module.replay = Replay(module.model, module.objective)
+    return module

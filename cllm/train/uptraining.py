@@ -70,7 +70,7 @@ class UptrainingModule(TrainingModule):
             )
         if uptrain.curriculum_steps:
             set_progress(self.model, step, uptrain.curriculum_steps, uptrain.curriculum_order)
-        parts = self.objective(batch)
+        parts = self.parts(batch)
         for name, value in parts.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()
         self._count += 1

@@ -10,7 +10,7 @@ from cllm.errors import UserError
 
 _FREE = {
     ("", "name"), ("", "runs_dir"), ("data", "num_workers"), ("train", "accelerator"), ("train", "devices"),
-    ("train", "validate_every"), ("train", "checkpoint_every"),
+    ("train", "cuda_graph"), ("train", "validate_every"), ("train", "checkpoint_every"),
 }  # fmt: skip
 """Settings that may differ when a run goes on, by section and key; those of `init` may too, apart from `from`."""
 

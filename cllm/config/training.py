@@ -220,7 +220,7 @@ class TrainConfig(Section):
     compile: bool | Literal["auto"] = "auto"
     """Compile each block with torch.compile; auto: on a GPU."""
     cuda_graph: bool | Literal["auto"] = False
-    """Replay forward and backward of a step as one CUDA graph, for small steps on one GPU; auto: where possible."""
+    """Replay forward and backward of a step as one CUDA graph, for small steps of uptraining; auto: where possible."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward instead of storing its activations."""
     recompute_fusion: bool = False

@@ -37,6 +37,8 @@ def obstacle(config: Config, *, gpu: bool, strategy: str, accumulate: int) -> st
         return f"train.strategy is {strategy}"
     if accumulate > 1:
         return f"train.global_batch {config.train.global_batch} is {accumulate} x train.micro_batch"
+    if not config.uptrain.needs_teacher:
+        return "no part of uptrain.loss reads a teacher; the kernels of cross-entropy alone wait for the device"
     if config.data.document_mask:
         return "data.document_mask is true: each batch has other boundaries"
     if config.uptrain.random_sources:

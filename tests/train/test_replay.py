@@ -21,6 +21,7 @@ from cllm.train.replay import Replay
 from cllm.train.run import train
 
 GRAPH = ("--train.cuda_graph", "true", "--train.accelerator", "gpu", "--train.micro_batch", "4")
+STUDENT = ("--init.from", "teacher", "--uptrain.loss.kl", "1.0")
 
 
 class Eager(Replay):
@@ -97,20 +98,22 @@ def test_a_replayed_student_trains_as_any_other(tiny: Callable[..., Config], req
         (("--train.micro_batch", "2"), "train.global_batch 4 is 2 x train.micro_batch"),
         (("--train.devices", "2", "--train.micro_batch", "2"), "train.strategy is ddp"),
         (("--data.document_mask", "true"), "data.document_mask is true"),
-        (("--init.from", "teacher", "--uptrain.random_sources", "0.5"), "uptrain.random_sources"),
-        (("--init.from", "teacher", "--uptrain.curriculum_steps", "2"), "uptrain.curriculum_steps"),
+        (("--uptrain.random_sources", "0.5"), "uptrain.random_sources"),
+        (("--uptrain.curriculum_steps", "2"), "uptrain.curriculum_steps"),
+        (("--uptrain.loss.kl", "0.0"), "no part of uptrain.loss reads a teacher"),
     ],
 )
 def test_steps_that_cannot_be_recorded(tiny: Callable[..., Config], words: tuple[str, ...], named: str) -> None:
     with pytest.raises(UserError, match="train.cuda_graph is true, which cannot be: " + named):
-        Launch.planned(tiny(*GRAPH, *words))
-    assert not Launch.planned(tiny(*GRAPH, *words, "--train.cuda_graph", "auto")).graphed
+        Launch.planned(tiny(*GRAPH, *STUDENT, *words))
+    assert not Launch.planned(tiny(*GRAPH, *STUDENT, *words, "--train.cuda_graph", "auto")).graphed
 
 
 def test_auto_records_where_it_can(tiny: Callable[..., Config]) -> None:
-    assert Launch.planned(tiny(*GRAPH)).graphed
-    assert Launch.planned(tiny(*GRAPH, "--train.cuda_graph", "auto")).graphed
-    assert not Launch.planned(tiny(*GRAPH, "--train.cuda_graph", "false")).graphed
+    assert Launch.planned(tiny(*GRAPH, *STUDENT)).graphed
+    assert Launch.planned(tiny(*GRAPH, *STUDENT, "--train.cuda_graph", "auto")).graphed
+    assert not Launch.planned(tiny(*GRAPH, *STUDENT, "--train.cuda_graph", "false")).graphed
+    assert not Launch.planned(tiny(*GRAPH, "--train.cuda_graph", "auto")).graphed
 
 
 def test_another_shape_is_refused() -> None:

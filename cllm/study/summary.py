@@ -206,7 +206,10 @@ def _losses(results: Sequence[Result]) -> dict[int, float]:
 def _best(
     grid: Grid, variant: Variant, tokens: int, by_name: dict[str, Result], found: Search | None
 ) -> tuple[list[Result], str]:
-    """The results of a variant at the learning rate to show: the one found, else the known one."""
+    """The results of a variant at the learning rate to show, and a note on it.
+
+    Of the rates found and the known one it is that with the lowest loss, among those with the most seeds.
+    """
 
     def at(rate: float | None) -> list[Result]:
         points = [grid.point(variant, tokens, seed, rate) for seed in grid.study.seeds_of(variant.design)]
@@ -215,21 +218,21 @@ def _best(
 
     if found is None:
         return at(None), "as configured"
-    candidates = [(rate, at(rate)) for rate in found.chosen]
-    candidates = [(rate, results) for rate, results in candidates if results]
-    if candidates:
-        most = max(len(results) for _, results in candidates)
-        full = [results for _, results in candidates if len(results) == most]
-        note = "edge" if found.at_edge else "found"
-        return min(full, key=lambda results: Mean.of([r.loss for r in results if r.loss is not None]).mean), note
     assert grid.study.rates is not None
     known = grid.study.rates.known_for(variant.design)
-    if known is None:
+    rates = dict.fromkeys([*found.chosen, *([] if known is None else [known])])
+    candidates = {rate: results for rate in rates if (results := at(rate))}
+    if not candidates:
         return [], ""
+    most = max(map(len, candidates.values()))
+    full = {rate: results for rate, results in candidates.items() if len(results) == most}
+    best = min(full, key=lambda rate: Mean.of(list(_losses(full[rate]).values())).mean)
+    if best in found.chosen:
+        return full[best], "edge" if found.at_edge else "found"
     outcome = f"the search found {found.chosen[0]:g}" if found.chosen else "not searched yet"
     if found.diverged:
         outcome = "all rates of a round diverged"
-    return at(known), f"known; {outcome}"
+    return full[best], f"known; {outcome}"
 
 
 # ---- evaluations

@@ -301,3 +301,19 @@ def test_other_models_are_beside_the_designs(finished: Path, chaos: ModuleType, 
     (tmp_path / "half.json").write_text(json.dumps(half))
     with pytest.raises(UserError, match=r"study tiny: beside: .*half\.json cannot be read"):
         write_report(study, layout)
+
+
+def test_of_the_found_and_the_known_rate_the_better_long_run_is_shown(chaos: ModuleType, tmp_path: Path) -> None:
+    rates = {"values": [0.001, 0.002], "tokens": 64, "known": 0.001}
+    study = chaos.study_of(tmp_path / "base.yaml", rates=rates, seeds=[1], evaluate={})
+    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0))
+    assert runner.run() == 0
+
+    def shown() -> set[tuple[float, str]]:
+        return {(row.first.rate, row.note) for row in summarise(study, read_results(runner.layout.results)).rows}
+
+    assert shown() == {(0.002, "edge")}
+    for file in runner.layout.results.glob("*-lr0.001-160-*.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({**content, "loss": content["loss"] - 9.0}), encoding="utf-8")
+    assert shown() == {(0.001, "known; the search found 0.002")}

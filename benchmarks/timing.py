@@ -96,6 +96,12 @@ def wall_time(run: Callable[[], T], device: torch.device) -> tuple[T, float]:
     return result, 1000 * (time.perf_counter() - begin)
 
 
+def wall_clock(device: torch.device) -> float:
+    """Seconds of the host's clock at which the device has finished everything it was given."""
+    wait(device)
+    return time.perf_counter()
+
+
 def time_ms(run: Callable[[], Any], repeat: int = 20) -> float:
     """Median ms of `run` on a GPU, after three calls that warm up."""
     return sorted(time_calls(run, 3 + repeat, CUDA)[3:])[repeat // 2]

@@ -1,6 +1,7 @@
 """Benchmarks that run for minutes and write their numbers as JSON; docs/benchmarks.md has the results.
 
 train/               training steps of designs and other trainers
+small_steps.py       small training steps with and without CUDA graphs, against the time of their kernels
 decode/              decoding steps, times to first token, capacity
 kernels/             pieces of a step against alternatives and bounds
 scaling/             one node's GPUs: strategies and numbers of devices

@@ -212,6 +212,7 @@ def lightning_modules(config: AnyConfig, **settings: Any) -> tuple[TrainingModul
     The Trainer decides what `train.steps`, precision, devices, accumulation and checkpoints would decide in a run. Its
     training batches never end, so give it `max_steps`. It needs `use_distributed_sampler=False`, and for the batches of
     a run `accumulate_grad_batches` = global_batch / (micro_batch x devices). `module.model` is the `Decoder`.
+    `train.cuda_graph` has no effect: a recorded step could neither accumulate gradients nor be of several processes.
 
     Args:
         config: as for `train`.
@@ -227,6 +228,8 @@ def lightning_modules(config: AnyConfig, **settings: Any) -> tuple[TrainingModul
         ('TrainingModule', ['validation'])
     """
     complete = with_vocabulary(run_config(config, settings))
+    train = complete.train.model_copy(update={"cuda_graph": False})
+    complete = complete.model_copy(update={"train": train})
     data = DataModule.of(complete)
     return make_module(complete, Launch.here(complete), data), data
 

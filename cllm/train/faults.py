@@ -73,6 +73,7 @@ def _with_remedies(line: str, config: Config) -> str:
     smaller = [
         (f"a smaller train.micro_batch than {train.micro_batch}", train.micro_batch > 1),
         ("train.gradient_checkpointing true", not train.gradient_checkpointing),
+        ("train.cuda_graph false", train.cuda_graph is not False),
         (f"a shorter data.seq_len than {config.data.seq_len}", True),
         ("train.strategy zero2 or zero3 on several GPUs", not train.strategy.startswith("zero")),
     ]

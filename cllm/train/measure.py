@@ -81,6 +81,7 @@ class Metrics(Callback):
         self.clock.start(pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._check_size(trainer, batch)
         self.clock.working()
         self.rate = trainer.optimizers[0].param_groups[0]["lr"]
 
@@ -105,6 +106,16 @@ class Metrics(Callback):
             self._log_training(trainer, pl_module, step)
         if self.meter is not None:
             self.meter.update(step - self.meter.done)
+
+    def _check_size(self, trainer: Trainer, batch: Any) -> None:
+        """Refuse steps of another size, which a callback makes that changes the accumulation of gradients."""
+        parts = trainer.world_size * trainer.accumulate_grad_batches
+        if (tokens := batch["labels"].numel() * parts) != self.facts.tokens_per_step:
+            raise UserError(
+                f"a step has {tokens} tokens instead of {self.facts.tokens_per_step}, because a callback has set "
+                f"accumulate_grad_batches to {trainer.accumulate_grad_batches}; allowed: train.global_batch and "
+                "train.micro_batch alone decide it"
+            )
 
     def _log_training(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         total, count = trainer.strategy.reduce(module.take_training_loss(), reduce_op="sum").tolist()

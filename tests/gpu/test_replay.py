@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cllm.train import run
+from cllm.train import replay
 from cllm.train.replay import Replay
 from cllm.train.run import train
 from cllm.uptrain.complete import load_config
@@ -28,7 +28,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             calls.append(1)
             return super().__call__(batch)
 
-    monkeypatch.setattr(run, "Replay", Counted)
+    monkeypatch.setattr(replay, "Replay", Counted)
     return calls
 
 

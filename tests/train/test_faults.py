@@ -85,6 +85,10 @@ def test_a_row_of_metrics_that_finds_no_room_ends_the_run_in_one_line(tiny, monk
             ("--train.micro_batch", "1", "--train.gradient_checkpointing", "true"),
             ["; try a shorter data.seq_len than 32, or train.strategy zero2 or zero3 on several GPUs"],
         ),
+        (
+            ("--train.micro_batch", "1", "--train.gradient_checkpointing", "true", "--train.cuda_graph", "auto"),
+            ["; try train.cuda_graph false, or a shorter data.seq_len than 32"],
+        ),
     ],
 )
 def test_exhausted_memory_names_what_needs_less(tiny, monkeypatch, words, tries) -> None:

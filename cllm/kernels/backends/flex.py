@@ -48,7 +48,10 @@ class Flex(Backend):
 def block_mask(mask: Mask, queries: int, keys: int, device: torch.device) -> BlockMask:
     """The mask's blocks, cached: for each shape without documents, for each `Mask` with documents."""
     if mask.document_ids is None and not torch.compiler.is_compiling():
-        return _static_blocks(mask.window, mask.exclude_self, queries, keys, str(device))
+        blocks = _static_blocks(mask.window, mask.exclude_self, queries, keys, str(device))
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _RECORDED.append(blocks)
+        return blocks
     rule = _rule(mask.window, mask.exclude_self, keys - queries, mask.document_ids)
     batch = None if mask.document_ids is None else mask.document_ids.shape[0]
     if torch.compiler.is_compiling():
@@ -56,6 +59,10 @@ def block_mask(mask: Mask, queries: int, keys: int, device: torch.device) -> Blo
     if (queries, keys) not in mask.blocks:
         mask.blocks[queries, keys] = create_block_mask(rule, batch, None, queries, keys, device=device)
     return mask.blocks[queries, keys]
+
+
+_RECORDED: list[BlockMask] = []
+"""Blocks whose memory a CUDA graph reads, which the cache may drop."""
 
 
 @functools.lru_cache(maxsize=32)

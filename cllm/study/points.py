@@ -57,7 +57,7 @@ class Point:
     code: str
     """Version of the code that trains it."""
     search: bool = field(default=False, compare=False)
-    """Whether it belongs to the search of a learning rate only."""
+    """Whether it belongs to the search of a learning rate only: its budget is not one of the study's `tokens`."""
 
     @property
     def key(self) -> str:
@@ -106,8 +106,9 @@ class Grid:
         return Variant(self.study.baseline, variant.settings)
 
     def point(self, variant: Variant, tokens: int, seed: int, rate: float | None, *, search: bool = False) -> Point:
-        """One point of the grid."""
+        """One point of the grid; with `search` one of a search, which may be a run of full length as well."""
         study = self.study
+        search = search and tokens not in study.tokens
         ratio = study.match.ratio(variant.design, study.baseline)
         match = study.match.model_dump(mode="json") | {"cache_bytes": None if ratio is None else str(ratio)}
         declared: dict[str, Any] = {"config": self._declared(variant), "match": match}

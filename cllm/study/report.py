@@ -35,6 +35,10 @@ from cllm.tables import Column, markdown
 _DASH = "–"
 AR_LOSS = "val/ar_loss"
 """Loss on the tokens that repeat an earlier pair of tokens, in runs that measure it."""
+_DIVERGED_NOTE = (
+    "Runs whose gradients or last loss were not finite. Means and intervals are over the other seeds, so they look "
+    "better than the design is."
+)
 _NOTES = (
     "Loss: the last validation in training, nats per token, mean ± standard error over the seeds. Difference: "
     "loss less that of {baseline}, paired by seed, with its 95 % interval by Student's t; below 0 is better, and "
@@ -113,14 +117,26 @@ def report_text(summary: Summary, pictures: Sequence[str], others: Sequence[str]
         rows = summary.rows_of(tokens)
         parts += [f"## {count_text(tokens)} tokens: {study.match.rule}", markdown(_design_columns(study), rows)]
     if not summary.rows:
-        parts.append("No run of full length has ended yet.")
+        parts.append(f"No run of full length has ended {'with a finite loss' if summary.diverged else 'yet'}.")
     else:
         parts.append(_NOTES.format(baseline=study.baseline))
-    parts += [*overview(summary), *others, *_curves(summary), *_rates(summary), *_scores(summary)]
+    parts += [*_diverged(summary), *overview(summary), *others, *_curves(summary), *_rates(summary), *_scores(summary)]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     parts += [_FIGURES_NOTE] if pictures else []
     parts += _others(summary)
     return "\n\n".join(parts) + "\n"
+
+
+def _diverged(summary: Summary) -> list[str]:
+    """The section of runs without a finite loss, which no row contains."""
+    if not summary.diverged:
+        return []
+    lines = []
+    for result in summary.diverged:
+        content = result.content
+        seed, tokens = content["seed"], count_text(content["tokens"])
+        lines.append(f"- {result.variant.label}, {tokens}, seed {seed}, learning rate {result.rate:g}")
+    return ["## Diverged", "\n".join(lines), _DIVERGED_NOTE]
 
 
 def _head(summary: Summary) -> str:
@@ -132,7 +148,8 @@ def _head(summary: Summary) -> str:
     seconds = sum(result.content["trained_tokens"] / result.tokens_per_s for result in used if result.tokens_per_s)
     hardware = several([_hardware(result) for result in used])
     lines = [
-        f"{long} runs of full length and {len(used) - long} of the search for learning rates.",
+        f"{long} {'run' if long == 1 else 'runs'} of full length and {len(used) - long} of the search for learning "
+        "rates.",
         f"Hardware: {hardware}; {duration(seconds)} of training on one device.",
         f"Code {summary.code}, commit {several([result.content['commit'] for result in used])}.",
     ]
@@ -331,6 +348,7 @@ def report_data(summary: Summary) -> dict[str, Any]:
             {"suite": score.suite, "label": score.label, "number": score.head, "designs": _means(means)}
             for score, means in summary.scores
         ],
+        "diverged": [result.name for result in summary.diverged],
         "not_used": [{"result": result.name, "reason": reason} for reason, result in summary.others],
     }
 

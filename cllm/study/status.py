@@ -170,14 +170,21 @@ def _unused(config: Config) -> list[str]:
 def _counts(grid: Grid) -> list[tuple[int, int]]:
     """(number of runs, tokens of each): those of the searches, then the long ones.
 
-    A known rate is counted as one that the search finds.
+    A known rate that the search tries is counted as one that it finds. Rates that it finds on a budget of the study are
+    trained there already, with the first seed.
     """
     study, found = grid.study, list[tuple[int, int]]()
-    keep = 1
+    keep, more, searched = 1, 0, set[int]()
     if study.rates is not None:
         keep = study.rates.keep
+        known = [study.rates.known_for(variant.design) for variant in grid.variants]
+        more = sum(rate is not None and rate not in study.rates.values for rate in known)
         if len(study.rates.values) > keep:
+            searched = set(budgets(study.rates))
             pairs = zip(sizes(study.rates), budgets(study.rates), strict=True)
             found += [(n * len(grid.variants), tokens) for n, tokens in pairs]
     seeds = sum(len(study.seeds_of(variant.design)) for variant in grid.variants)
-    return found + [(seeds * keep, tokens) for tokens in sorted(study.tokens)]
+    for tokens in sorted(study.tokens):
+        trained = len(grid.variants) if tokens in searched else 0
+        found.append(((seeds - trained) * keep + more, tokens))
+    return [(runs, tokens) for runs, tokens in found if runs]

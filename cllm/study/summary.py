@@ -99,6 +99,12 @@ class Summary:
         return [row for row in self.rows if row.tokens == tokens]
 
     @property
+    def diverged(self) -> list[Result]:
+        """The runs of full length without a finite loss, by name. Rows are means without them."""
+        lost = [result for result in self.used if result.loss is None and not result.content["search"]]
+        return sorted(lost, key=lambda result: result.name)
+
+    @property
     def budgets(self) -> list[int]:
         """The token budgets that have rows, the largest first."""
         return sorted({row.tokens for row in self.rows}, reverse=True)

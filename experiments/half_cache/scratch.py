@@ -39,6 +39,7 @@ from cllm.signals import stoppable
 from experiments.half_cache.command import add_running, add_students, run_until_stopped
 from experiments.half_cache.configs import check_config
 from experiments.half_cache.runner import Devices, Experiment, config_of
+from experiments.half_cache.settings import check_same
 from experiments.half_cache.students import (
     HALF,
     KINDS,
@@ -114,6 +115,7 @@ class Scratch:
         self.options, self.size = options, size_of(options)
         self.folders = Folders(options.out)
         self.data: Path = options.data or self.folders.tokens
+        self._check_steps()
         self.devices = Devices(
             options.out, cpu=options.device == "cpu", stop_after=options.stop_after, parallel=options.parallel
         )
@@ -148,6 +150,20 @@ class Scratch:
         claim(self.folders, self.size)
         return not self.devices.late and self._teacher() and self._students()
 
+    def _check_steps(self) -> None:
+        """Raise `UserError` for a teacher or students with fewer tokens than those of one step."""
+        size, students = self.size, self._student_options()
+        step = size.batch * size.seq_len
+        if size.tokens < step:
+            raise UserError(
+                f"--tokens {size.tokens}: less than a step of {size.batch} x {size.seq_len}; allowed: {step} or more"
+            )
+        if students.tokens < (step := students.batch * students.seq_len):
+            raise UserError(
+                f"--percent {students.percent:g}: of {size.tokens:,} tokens that is {students.tokens:,}, less than a "
+                f"student's step of {students.batch} x {students.seq_len}; allowed: {100 * step / size.tokens:.2g} or more"
+            )
+
     def _teacher_data(self) -> dict[str, Any]:
         return teacher_data(self.size, self.folders.out, self.data, gpus=self.devices.gpus)
 
@@ -166,8 +182,12 @@ class Scratch:
         folder = RunFolder(self.folders.out / "teacher")
         if not folder.is_validated_at(self.size.steps):
             file = self.folders.out / "configs" / "teacher.yaml"
-            if not file.exists():
-                write_atomic(file, yaml.safe_dump(self._teacher_data(), sort_keys=False))
+            data = self._teacher_data()
+            if file.exists():  # the rest of `train` follows from the size, which is checked, and from the devices
+                begun = yaml.safe_load(file.read_text(encoding="utf-8"))
+                check_same(begun, data | {"train": begun["train"]}, file)
+            else:
+                write_atomic(file, yaml.safe_dump(data, sort_keys=False))
             self.devices.log(f"teacher: {self.size.steps:,} steps, the log is {self.folders.out / 'logs'}")
             command: list[str | Path] = [sys.executable, ROOT / "train.py", "--config", file, "--resume", "auto"]
             if not self.devices.run(command, "teacher", "train", None):

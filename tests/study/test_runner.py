@@ -27,10 +27,11 @@ from cllm.study.points import Grid, Variant
 from cllm.study.queue import Queue
 from cllm.study.rates import search
 from cllm.study.report import write_report
+from cllm.study.results import read_results
 from cllm.study.schema import Rates, Study, budgets, load_study, sizes
 from cllm.study.sharing import wait_for_room
 from cllm.study.slurm import array_script
-from cllm.study.status import dry_run, status
+from cllm.study.status import _counts, dry_run, status
 from cllm.version import _file_hash, code_version
 from cllm.workers import MOST_FAILURES, all_gpus, child_environment
 
@@ -110,6 +111,26 @@ def test_a_design_whose_rates_all_diverge_does_not_keep_a_study_from_its_end(cha
     assert "none: all diverged" in (tmp_path / "report" / "report.md").read_text()
 
 
+@pytest.mark.parametrize("seeds", [[1], [1, 2]])
+@pytest.mark.parametrize("lost", [("cla-",), ("cla-", "mha-")])
+def test_the_report_names_runs_that_diverged(
+    chaos: ModuleType, tmp_path: Path, seeds: list[int], lost: tuple[str, ...]
+) -> None:
+    """Without it a design, or a seed of one, would be missing and the others look as if they were all."""
+    study = chaos.study_of(tmp_path / "base.yaml", rates=None, seeds=seeds)
+    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0))
+    assert runner.run() == 0
+    for file in (tmp_path / "results").glob("*-s1-*.json"):
+        if file.name.startswith(lost):
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"loss": None}))
+    write_report(study, runner.layout)
+    text = (tmp_path / "report" / "report.md").read_text()
+    named = [line for line in text.split("## Diverged")[1].splitlines() if line.startswith("- ")]
+    assert named[: len(lost)] == [f"- {name[:-1]}, 160, seed 1, learning rate 0.001" for name in lost]
+    assert len(json.loads((tmp_path / "report" / "report.json").read_text())["diverged"]) == len(lost)
+    assert ("No run of full length has ended with a finite loss." in text) == (len(seeds) == 1 and len(lost) == 2)
+
+
 def test_points_of_known_rates_come_first_then_searches_then_seeds(chaos: ModuleType, tmp_path: Path) -> None:
     rates = {"values": [0.001, 0.002], "tokens": 64, "known": {"default": 0.002}}
     study = chaos.study_of(tmp_path / "base.yaml", rates=rates)
@@ -125,6 +146,33 @@ def test_points_of_known_rates_come_first_then_searches_then_seeds(chaos: Module
     config = queue.grid.config(queue.wanted()[0], tmp_path)
     assert (config.optim.lr, config.optim.min_lr) == (0.002, 0.0002), "the end of the schedule keeps its share"
     assert config.train.steps == 10
+
+
+def test_a_search_on_a_budget_of_the_study_trains_runs_of_full_length(chaos: ModuleType, tmp_path: Path) -> None:
+    """They are evaluated as all others, and the report counts them."""
+    study = chaos.study_of(tmp_path / "base.yaml", tokens=[64, 160], seeds=[1])
+    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0))
+    assert runner.run() == 0
+    results = read_results(runner.layout.results)
+    assert {r.name.rpartition("-")[0] for r in results if r.evaluated} == {r.name.rpartition("-")[0] for r in results}
+    assert not any(r.content["search"] for r in results)
+    assert len(results) == sum(runs for runs, _ in _counts(runner.queue.grid)) == 6
+    write_report(study, runner.layout)
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert "6 runs of full length and 0 of the search" in report
+
+
+@pytest.mark.parametrize(
+    ("known", "tokens", "runs"),
+    [(None, 160, 8), (0.002, 160, 8), (0.004, 160, 10), ({"mha": 0.004}, 160, 9), (0.004, [64, 160], 14)],
+)
+def test_the_dry_run_counts_the_runs(chaos: ModuleType, tmp_path: Path, known: Any, tokens: Any, runs: int) -> None:
+    rates = {"values": [0.001, 0.002], "tokens": 64, "known": known}
+    study = chaos.study_of(tmp_path / "base.yaml", rates=rates, tokens=tokens)
+    assert sum(n for n, _ in _counts(Grid(study, "code"))) == runs
+    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0))
+    assert runner.run() == 0
+    assert len(read_results(runner.layout.results)) == runs
 
 
 def test_results_of_other_versions_and_settings_are_not_used(finished: Path, chaos: ModuleType, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,16 @@ def test_a_tiny_study_stops_goes_on_and_repeats_the_best(
     assert scratch.main([*again, "--data", str(out / "tokens"), "--seed", "3"]) == 0
     config = yaml.safe_load((tmp_path / "new" / "configs" / "teacher.yaml").read_text(encoding="utf-8"))
     assert (config["data"]["path"], config["train"]["seed"]) == (str(out / "tokens"), 3)
+    # a teacher that has begun reads no other text than its students will
+    RunFolder(tmp_path / "new" / "teacher").metrics_file.unlink()
+    shutil.copytree(out / "tokens", tmp_path / "tokens")
+    assert scratch.main([*again, "--data", str(tmp_path / "tokens"), "--seed", "3"]) == 2
+    assert "teacher.yaml: has data.path" in capsys.readouterr().err
+    assert scratch.main([*command, "--out", str(tmp_path / "less"), "--tokens", "10"]) == 2
+    assert "--tokens 10: less than a step of 8 x 32; allowed: 256 or more" in capsys.readouterr().err
+    assert scratch.main([*command, "--out", str(tmp_path / "less"), "--percent", "0.0001"]) == 2
+    assert "--percent 0.0001: of 102,400 tokens that is 0, less than" in capsys.readouterr().err
+    assert not (tmp_path / "less").exists()
 
 
 def test_a_student_that_fails_does_not_keep_others_from_more_seeds(

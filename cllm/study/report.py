@@ -35,10 +35,7 @@ from cllm.tables import Column, markdown
 _DASH = "–"
 AR_LOSS = "val/ar_loss"
 """Loss on the tokens that repeat an earlier pair of tokens, in runs that measure it."""
-_DIVERGED_NOTE = (
-    "Runs whose gradients or last loss were not finite. Means and intervals are over the other seeds, so they look "
-    "better than the design is."
-)
+_DIVERGED_NOTE = "Gradients or the last loss were not finite. Means and intervals are over the other seeds."
 _NOTES = (
     "Loss: the last validation in training, nats per token, mean ± standard error over the seeds. Difference: "
     "loss less that of {baseline}, paired by seed, with its 95 % interval by Student's t; below 0 is better, and "
@@ -131,11 +128,11 @@ def _diverged(summary: Summary) -> list[str]:
     """The section of runs without a finite loss, which no row contains."""
     if not summary.diverged:
         return []
-    lines = []
-    for result in summary.diverged:
-        content = result.content
-        seed, tokens = content["seed"], count_text(content["tokens"])
-        lines.append(f"- {result.variant.label}, {tokens}, seed {seed}, learning rate {result.rate:g}")
+    lines = [
+        f"- {result.variant.label}, {count_text(result.content['tokens'])}, seed {result.content['seed']}, "
+        f"learning rate {result.rate:g}"
+        for result in summary.diverged
+    ]
     return ["## Diverged", "\n".join(lines), _DIVERGED_NOTE]
 
 

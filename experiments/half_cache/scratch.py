@@ -161,7 +161,8 @@ class Scratch:
         if students.tokens < (step := students.batch * students.seq_len):
             raise UserError(
                 f"--percent {students.percent:g}: of {size.tokens:,} tokens that is {students.tokens:,}, less than a "
-                f"student's step of {students.batch} x {students.seq_len}; allowed: {100 * step / size.tokens:.2g} or more"
+                f"student's step of {students.batch} x {students.seq_len}; allowed: {100 * step / size.tokens:.2g} or "
+                "more"
             )
 
     def _teacher_data(self) -> dict[str, Any]:
